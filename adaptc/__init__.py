@@ -1,0 +1,119 @@
+"""adaptc: fine-tuning adapters as a compiler pass over ``torch.export`` programs.
+
+Re-exports only. Names are looked up when first used (PEP 562), so that ``import adaptc`` loads nothing heavy: neither
+torch nor transformers nor triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adaptc.api import (
+        compile,
+        load,
+        load_package,
+        merge,
+        package,
+        report,
+        save,
+        save_adapter,
+        swap,
+        unload,
+        unmerge,
+        verify,
+    )
+    from adaptc.errors import (
+        AdaptcError,
+        AdaptcWarning,
+        BackendError,
+        CaptureError,
+        CheckpointError,
+        ConfigError,
+        MergeError,
+        PassError,
+        RecompileError,
+        SwapError,
+        TargetError,
+    )
+    from adaptc.methods.lora import LoraConfig
+    from adaptc.program import AdaptedProgram
+    from adaptc.runtime import assert_no_recompiles
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # what one does
+    "compile",
+    "swap",
+    "merge",
+    "unmerge",
+    "unload",
+    "save",
+    "load",
+    "save_adapter",
+    "package",
+    "load_package",
+    "report",
+    "verify",
+    "assert_no_recompiles",
+    # what one holds
+    "AdaptedProgram",
+    "LoraConfig",
+    # what can go wrong
+    "AdaptcError",
+    "AdaptcWarning",
+    "BackendError",
+    "CaptureError",
+    "CheckpointError",
+    "ConfigError",
+    "MergeError",
+    "PassError",
+    "RecompileError",
+    "SwapError",
+    "TargetError",
+    "__version__",
+]
+
+_HOME = {
+    "compile": "adaptc.api",
+    "swap": "adaptc.api",
+    "merge": "adaptc.api",
+    "unmerge": "adaptc.api",
+    "unload": "adaptc.api",
+    "save": "adaptc.api",
+    "load": "adaptc.api",
+    "save_adapter": "adaptc.api",
+    "package": "adaptc.api",
+    "load_package": "adaptc.api",
+    "report": "adaptc.api",
+    "verify": "adaptc.api",
+    "assert_no_recompiles": "adaptc.runtime",
+    "AdaptedProgram": "adaptc.program",
+    "LoraConfig": "adaptc.methods.lora",
+    "AdaptcError": "adaptc.errors",
+    "AdaptcWarning": "adaptc.errors",
+    "BackendError": "adaptc.errors",
+    "CaptureError": "adaptc.errors",
+    "CheckpointError": "adaptc.errors",
+    "ConfigError": "adaptc.errors",
+    "MergeError": "adaptc.errors",
+    "PassError": "adaptc.errors",
+    "RecompileError": "adaptc.errors",
+    "SwapError": "adaptc.errors",
+    "TargetError": "adaptc.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_HOME))
