@@ -10,6 +10,8 @@ import os
 # Before transformers and huggingface_hub are imported: both read these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# inductor would start a pool of compiler processes in each of the test processes.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import torch
 from hypothesis import HealthCheck, settings
