@@ -1,0 +1,67 @@
+"""Every error and warning adaptc raises.
+
+A message names the key, the site, what was expected, what was found, and what to do next. Callers can rely on two
+things: every failure of adaptc is an :class:`AdaptcError`, and a call that raised one changed nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AdaptcError(Exception):
+    """Base class of all adaptc errors."""
+
+
+class CaptureError(AdaptcError):
+    """The model could not be captured as an exported program."""
+
+
+class ConfigError(AdaptcError, ValueError):
+    """A config holds a value, or a combination of values, that cannot be honoured."""
+
+
+class TargetError(AdaptcError, ValueError):
+    """A target entry binds to no site, or to one the method has no meaning for."""
+
+
+class CheckpointError(AdaptcError):
+    """An adapter file is missing, damaged, unsafe, or does not fit the program."""
+
+
+class SwapError(AdaptcError):
+    """An adapter cannot be bound to the sites the program was compiled with."""
+
+
+class MergeError(AdaptcError):
+    """A merge is not defined, not finite, or cannot be undone."""
+
+
+class PassError(AdaptcError):
+    """A pass left a program that is not valid: a bug in the pass, never in the model."""
+
+
+class BackendError(AdaptcError):
+    """A backend is unknown, unavailable, or failed to compile the program."""
+
+
+class RecompileError(AdaptcError, AssertionError):
+    """A guarded block compiled something although it promised not to."""
+
+
+class AdaptcWarning(UserWarning):
+    """Something worth knowing that does not change the meaning of a program."""
+
+
+def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
+    """The candidates a user most likely meant by ``name``: by last components first, then by spelling."""
+    pool = list(dict.fromkeys(candidates))
+    tail = name.rsplit(".", 1)[-1]
+    tails: dict[str, list[str]] = {}
+    for c in pool:
+        tails.setdefault(c.rsplit(".", 1)[-1], []).append(c)
+    close = difflib.get_close_matches(name, pool, n=n, cutoff=0.75)
+    for t in difflib.get_close_matches(tail, list(tails), n=n, cutoff=0.5):
+        close.extend(tails[t][:1] if "." in name else [t])
+    return list(dict.fromkeys(close))[:n]

@@ -1,0 +1,111 @@
+"""Configs: PEFT's names, fields and defaults, and the three ways one comes to be (written, from peft, from a file).
+
+Before: any mapping or object with PEFT's fields. After: a config whose every field is either honoured or at its
+default; a field that is set and not supported is refused by name when the config is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Self
+
+from adaptc.errors import AdaptcWarning, ConfigError, nearest
+from adaptc.passes._method import Method
+
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+
+@dataclass
+class AdapterConfig:
+    """Fields common to all PEFT configs (file format: ``adapter_config.json``)."""
+
+    #: PEFT's name of the method in files
+    peft_type: ClassVar[str] = ""
+    #: fields PEFT has and adaptc does not support yet: refused when set to anything but the default
+    refused: ClassVar[Mapping[str, str]] = {}
+
+    task_type: str | None = None
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    def __post_init__(self) -> None:
+        if self.task_type is not None:
+            self.task_type = str(getattr(self.task_type, "value", self.task_type))
+            if self.task_type not in TASK_TYPES:
+                raise ConfigError(f"task_type={self.task_type!r} is not one of {', '.join(TASK_TYPES)}")
+        for f in fields(self):
+            why = self.refused.get(f.name)
+            if why is not None and getattr(self, f.name) != default_of(f):
+                raise ConfigError(
+                    f"{type(self).__name__}.{f.name}={getattr(self, f.name)!r} is not supported: {why}. "
+                    f"Leave {f.name} at its default ({default_of(f)!r})."
+                )
+
+    def method(self, name: str, kind: str) -> Method:
+        """The method with the options it has at module ``name`` (rank and alpha patterns resolved)."""
+        raise AssertionError(f"{type(self).__name__} must define method()")
+
+    def pattern_entries(self) -> dict[str, Mapping[str, Any]]:
+        """Per-module option tables, by field name: each key must match a targeted module."""
+        return {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``adapter_config.json`` has it: plain JSON types, sets as sorted lists."""
+        out: dict[str, Any] = {"peft_type": self.peft_type}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            out[f.name] = sorted(value) if isinstance(value, (set, frozenset)) else value
+        return out
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """From ``adapter_config.json``. Keys PEFT has never had are dropped with a warning that names them."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(k for k in data if k not in known and k != "peft_type")
+        if unknown:
+            hints = {k: near[0] for k in unknown if (near := nearest(k, known, 1))}
+            warnings.warn(
+                f"adapter config: dropping unknown {unknown} (written by a newer PEFT, or misspelled"
+                + (f"; nearest known: {hints}" if hints else "")
+                + ")",
+                AdaptcWarning,
+                stacklevel=3,
+            )
+        return cls(**{k: v for k, v in data.items() if k in known})
+
+    def replace(self, **changes: Any) -> Self:
+        return dataclasses.replace(self, **changes)
+
+
+def default_of(f: dataclasses.Field[Any]) -> Any:
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+
+
+@dataclass
+class TargetedConfig(AdapterConfig):
+    """Fields of configs that choose layers (PARITY: T, X, S, L, P)."""
+
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ConfigError("layers_to_transform needs target_modules as a list; put the layers into the regex instead")
+        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
+            raise ConfigError("layers_pattern needs target_modules as a list; put the layers into the regex instead")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError("layers_pattern needs layers_to_transform, the indices to pick")
+
+
+def empty() -> Any:
+    return field(default_factory=dict)

@@ -1,0 +1,279 @@
+"""From a config to attachments: which sites of a program get which method, and under which key in files.
+
+Before: a program and the facts capture knows about the model. After: a :class:`Plan` in which every entry the user
+wrote has bound to at least one site, or a TargetError that names what exists instead. The rules on names are in
+``rules``; here they meet the sites of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch.export import ExportedProgram
+
+from adaptc.errors import ConfigError, TargetError, nearest
+from adaptc.methods._base import TargetedConfig
+from adaptc.methods.whole import TokenRows, Whole
+from adaptc.passes._kinds import op_of
+from adaptc.passes._lifted import Lifted
+from adaptc.passes._method import Attachment
+from adaptc.passes.find_sites import Site, find_sites
+from adaptc.rules import Candidate, Selection, check_patterns, select, select_to_save
+
+MATRIX_KINDS = ("linear", "addmm", "conv1d", "conv2d", "conv3d", "embedding")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of the model beyond its graph; all of it may be missing for a bare exported program."""
+
+    types: Mapping[str, str] = field(default_factory=dict)
+    output_embedding: str | None = None
+    input_embedding: str | None = None
+    transposed: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``attachments`` in injection order; ``matches`` per target entry; ``left_out`` (module, why)."""
+
+    attachments: tuple[Attachment, ...]
+    matches: Mapping[str, tuple[str, ...]]
+    left_out: tuple[tuple[str, str], ...]
+
+
+def plan(config: TargetedConfig, program: ExportedProgram, facts: ModelFacts, adapter: str = "default") -> Plan:
+    """All attachments ``config`` asks for. Raises TargetError for entries that bind to nothing, ConfigError for
+    options that have no meaning at a selected site."""
+    return _Planner(config, program, facts, adapter).run()
+
+
+class _Planner:
+    def __init__(self, config: TargetedConfig, program: ExportedProgram, facts: ModelFacts, adapter: str) -> None:
+        self.config, self.program, self.facts, self.adapter = config, program, facts, adapter
+        self.sites = find_sites(program, dict(facts.types))
+        self.by_module: dict[str, list[Site]] = {}
+        for site in self.sites:
+            self.by_module.setdefault(site.module, []).append(site)
+        self.names = {**dict.fromkeys(self.by_module, ""), **facts.types}
+        for module in list(self.by_module):  # containers a bare program does not list
+            parts = module.split(".")
+            for i in range(1, len(parts)):
+                self.names.setdefault(".".join(parts[:i]), "")
+        self.lifted = Lifted(program)
+        self.head = facts.output_embedding or self._guess_head()
+
+    def run(self) -> Plan:
+        saved = select_to_save(self.names, self.config.modules_to_save, self.config.task_type)
+        parameters = getattr(self.config, "target_parameters", None)
+        tokens = getattr(self.config, "trainable_token_indices", None)
+        targets = self.config.target_modules
+        if targets is None:
+            targets = [] if parameters or tokens else self._defaults()
+        modules = self._candidates()
+        selection = self._select(modules, targets)
+        main = [a for name in selection.names for a in self._module(name, modules[name], selection)]
+        check_names = [*selection.names]
+        extra = self._parameters(parameters, check_names)
+        for option, pattern in self.config.pattern_entries().items():
+            check_patterns(option, pattern, check_names)
+        self._check_dropout([*main, *extra])
+        attachments = [
+            *self._biases(selection.names, main),
+            *self._whole(saved),
+            *main,
+            *extra,
+            *self._tokens(tokens),
+        ]
+        if not attachments:
+            raise TargetError(
+                "the config adapts nothing: target_modules, target_parameters, modules_to_save and "
+                "trainable_token_indices are all empty. Name at least one module; the program has "
+                f"{self._some(modules)}."
+            )
+        unique = {a.id: a for a in attachments}
+        matches = dict(selection.matches)
+        for a in extra:
+            matches[a.entry] = (*matches.get(a.entry, ()), a.fqn)
+        return Plan(tuple(unique.values()), matches, selection.left_out)
+
+    # -- modules ---------------------------------------------------------------------------------------------------
+
+    def _candidates(self) -> dict[str, list[Site]]:
+        """Module path -> the sites that adapting this module means."""
+        out: dict[str, list[Site]] = {}
+        for module, sites in self.by_module.items():
+            main = [s for s in sites if s.param == "weight" and s.kind in MATRIX_KINDS]
+            rest = [s for s in sites if len(s.shape) > 1 and s.param.rpartition(".")[2] != "bias"]
+            if main or rest:
+                out[module] = main or rest
+            if sites[0].module_type.endswith("MultiheadAttention") and module in out:
+                out[module] = [*out[module], *self.by_module.get(f"{module}.out_proj", [])[:0]]
+                out[module] += [s for s in self.by_module.get(f"{module}.out_proj", []) if s.param == "weight"]
+        return out
+
+    def _select(self, modules: Mapping[str, list[Site]], targets: Any) -> Selection:
+        c = self.config
+        return select(
+            [Candidate(name, self.names.get(name, ""), sites[0].kind) for name, sites in modules.items()],
+            target_modules=targets,
+            exclude_modules=c.exclude_modules,
+            layers_to_transform=c.layers_to_transform,
+            layers_pattern=c.layers_pattern,
+            modules_to_save=c.modules_to_save,
+            output_embedding=self.head,
+            task_type=c.task_type,
+            all_names=self.names,
+        )
+
+    def _module(self, name: str, sites: Sequence[Site], selection: Selection) -> Iterable[Attachment]:
+        entry = next((e for e, names in selection.matches.items() if name in names), "")
+        alone = len(sites) == 1 or any(s.module != name for s in sites)
+        for site in sites:
+            key = name if alone or site.param == "weight" else f"{name}.{site.param}"
+            if site.module != name:
+                # PEFT wraps MultiheadAttention as a whole, so its out_proj sits below the wrapper.
+                key = f"{name}.base_layer{site.module.removeprefix(name)}"
+            yield self._attach(site, key, name, entry)
+
+    def _attach(self, site: Site, key: str, name: str, entry: str, kind: str | None = None) -> Attachment:
+        kind = kind or site.kind
+        method = self.config.method(name, kind)
+        a = Attachment(key, site.module, site.param, kind, method, self.adapter, "auto", site.consumers, entry=entry)
+        op = op_of(kind, self.lifted.tensor(site.fqn), self.lifted.nodes[site.consumers[0]])
+        try:
+            method.slots(op)
+        except (TargetError, ConfigError) as error:
+            raise type(error)(f"site {site.fqn!r} ({site.module_type or kind}): {error}") from error
+        return a
+
+    def _defaults(self) -> list[str]:
+        from adaptc.passes.find_attention import default_targets
+
+        found = default_targets(self.program)
+        if not found:
+            raise TargetError(
+                "target_modules is None and no attention was found in the graph to take query and value projections "
+                f"from. Name the modules to adapt; candidates: {self._some(self._candidates())}; or use 'all-linear'."
+            )
+        return found
+
+    def _guess_head(self) -> str | None:
+        """For a bare program: the linear that has as many outputs as the one embedding has rows."""
+        vocab = {s.shape[0] for s in self.sites if s.kind == "embedding"}
+        heads = [s.module for s in self.sites if s.kind == "linear" and s.shape[0] in vocab and s.param == "weight"]
+        return heads[-1] if len(heads) == 1 and not self.facts.types else None
+
+    # -- parameters, biases, whole modules, tokens --------------------------------------------------------------------
+
+    def _parameters(self, entries: Sequence[str] | None, names: list[str]) -> list[Attachment]:
+        if not entries:
+            return []
+        by_fqn = {s.fqn: s for s in self.sites}
+        hits = {e: [f for f in by_fqn if f == e or f.endswith(f".{e}")] for e in entries}
+        for entry, found in hits.items():
+            if not found:
+                near = nearest(entry, by_fqn)
+                raise TargetError(f"target_parameters: {entry!r} matches no parameter; did you mean one of {near}?")
+        chosen = {f: e for e, found in hits.items() for f in found}
+        per_module: dict[str, list[str]] = {}
+        for fqn in by_fqn:
+            if fqn in chosen:
+                per_module.setdefault(by_fqn[fqn].module, []).append(fqn)
+        out: list[Attachment] = []
+        for module, fqns in per_module.items():
+            order = self._parameter_order(module, fqns)
+            for i, fqn in enumerate(order):
+                # PEFT nests one wrapper per parameter, the last one outermost.
+                key = module + ".base_layer" * (len(order) - 1 - i)
+                names.append(fqn)
+                out.append(self._attach(by_fqn[fqn], key, fqn, chosen[fqn], self._parameter_kind(by_fqn[fqn])))
+        return out
+
+    def _parameter_order(self, module: str, fqns: list[str]) -> list[str]:
+        """As the module registered them, which is their order in the state dict."""
+        order = {f: i for i, f in enumerate(self.lifted.state_dict)}
+        return sorted(fqns, key=lambda f: order.get(f, len(order)))
+
+    def _parameter_kind(self, site: Site) -> str:
+        if len(site.shape) == 3 and site.kind == "weight":
+            return "experts_t" if site.module in self.facts.transposed else "experts"
+        if len(site.shape) != 2:
+            raise TargetError(f"target_parameters: {site.fqn!r} has shape {site.shape}; two or three axes are needed")
+        return "linear" if site.kind == "linear" else "weight"
+
+    def _biases(self, names: Sequence[str], main: Sequence[Attachment]) -> list[Attachment]:
+        wanted = getattr(self.config, "bias", "none")
+        if wanted == "none":
+            return []
+        wrapped = {a.module: a.key for a in main}
+        return [
+            self._whole_site(s, f"{wrapped[s.module]}.base_layer" if s.module in wrapped else s.module, "bias", "bias")
+            for s in self.sites
+            if s.param == "bias" and (wanted == "all" or s.module in wrapped)
+        ]
+
+    def _whole(self, modules: Sequence[str]) -> list[Attachment]:
+        out = []
+        for module in modules:
+            inside = [s for s in self.sites if s.module == module or s.module.startswith(f"{module}.")]
+            if not inside:
+                raise TargetError(f"modules_to_save: {module!r} holds no parameter that the program reads")
+            for s in inside:
+                out.append(self._whole_site(s, module, s.fqn.removeprefix(f"{module}."), "modules_to_save"))
+        return out
+
+    def _whole_site(self, site: Site, key: str, slot: str, place: str) -> Attachment:
+        dtype = self.lifted.tensor(site.fqn).dtype
+        method = Whole(slot=slot, shape=site.shape, dtype=dtype, place=place)
+        return Attachment(key, site.module, site.param, "weight", method, self.adapter, "weight", site.consumers)
+
+    def _tokens(self, tokens: Any) -> list[Attachment]:
+        if not tokens:
+            return []
+        embeddings = [s.module for s in self.sites if s.kind == "embedding"]
+        if not isinstance(tokens, Mapping):
+            name = self.facts.input_embedding or (embeddings[0] if len(embeddings) == 1 else None)
+            if name is None:
+                raise TargetError(f"trainable_token_indices: say for which embedding, as a dict; it may be {embeddings}")
+            tokens = {name: tokens}
+        out: list[Attachment] = []
+        for entry, indices in tokens.items():
+            found = [m for m in self.by_module if m == entry or m.endswith(f".{entry}")]
+            if not found:
+                raise TargetError(
+                    f"trainable_token_indices: {entry!r} is no module; nearest: {nearest(entry, embeddings)}"
+                )
+            for module in found:
+                site = next(s for s in self.by_module[module] if s.param == "weight")
+                method = TokenRows(indices=tuple(indices))
+                first = replace(self._token_site(site, module, method), entry=entry)
+                out.append(first)
+                out += [self._token_site(s, module, method) for s in self._tied_to(site)]
+        return out
+
+    def _token_site(self, site: Site, key: str, method: TokenRows) -> Attachment:
+        method.slots(op_of(site.kind, self.lifted.tensor(site.fqn), self.lifted.nodes[site.consumers[0]]))
+        return Attachment(key, site.module, site.param, site.kind, method, self.adapter, "auto", site.consumers)
+
+    def _tied_to(self, site: Site) -> list[Site]:
+        node = self.lifted.placeholders[site.fqn]
+        return [s for s in self.sites if s.fqn != site.fqn and self.lifted.placeholders[s.fqn] is node]
+
+    # -- checks ------------------------------------------------------------------------------------------------------
+
+    def _check_dropout(self, attachments: Sequence[Attachment]) -> None:
+        if not getattr(self.config, "lora_dropout", 0.0):
+            return
+        for a in attachments:
+            if a.kind not in MATRIX_KINDS:
+                raise ConfigError(
+                    f"lora_dropout has no meaning at {a.fqn!r}: its consumer ({a.kind}) reads the changed weight, so there "
+                    "is no input to drop. Set lora_dropout=0.0 or leave the module out."
+                )
+
+    def _some(self, modules: Iterable[str], n: int = 12) -> str:
+        tails = list(dict.fromkeys(m.rpartition(".")[2] for m in modules))
+        return ", ".join(tails[:n]) + (", ..." if len(tails) > n else "")

@@ -1,0 +1,204 @@
+"""Edits of an exported program's lifted inputs: the only file that touches placeholders, signature and state together.
+
+Open a program with ``Lifted(program)``, change its ``graph`` freely, add and remove parameters here, and ``finish()``.
+The program given is never modified: its graph is copied node by node, its state dict is copied as a dict (tensors are
+shared). Every placeholder always has exactly one input spec, in the same order: ``finish`` derives the signature from
+the placeholders instead of keeping the two in step by hand.
+
+Private torch use, with the public route that was tried:
+- ``torch._guards.detect_fake_mode`` finds the fake mode of a graph. Public: none; a FakeTensor's ``fake_mode`` attribute
+  is as private.
+- the ``ExportedProgram`` constructor. Public: rewriting ``program.module()`` and exporting again, which costs a full
+  capture and loses ``nn_module_stack`` (the site paths).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputSpec,
+    TensorArgument,
+)
+
+from adaptc.errors import PassError
+
+P = TypeVar("P", bound=ExportedProgram)
+
+
+def storage_key(t: Tensor) -> Any:
+    """Equal for two tensors that are the same weight under two names."""
+    if t.device.type == "meta" or t.numel() == 0:
+        return id(t)
+    return (t.untyped_storage().data_ptr(), t.storage_offset(), tuple(t.shape), t.stride(), t.dtype)
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy with the same node names, sharing ``meta`` values but not the ``meta`` dicts."""
+    new = fx.Graph(tracer_cls=graph._tracer_cls)
+    values: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        copied = new.node_copy(node, values.__getitem__)
+        assert copied.name == node.name, (copied.name, node.name)  # an empty namespace keeps every name
+        values[node] = copied
+    new.set_codegen(graph._codegen)
+    return new
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module a node was traced in; '' for the root. Second calls carry '@1', which is dropped."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = next(reversed(stack.values()))[0]
+    return path.split("@")[0] if "@" in path else path
+
+
+class Lifted:
+    """A program opened for editing; see the module docstring."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self.program = program
+        self.graph = copy_graph(program.graph)
+        self.state_dict: dict[str, Any] = dict(program.state_dict)
+        self.constants: dict[str, Any] = dict(program.constants)
+        self.nodes: dict[str, fx.Node] = {n.name: n for n in self.graph.nodes}
+        self.specs: dict[str, InputSpec] = {s.arg.name: s for s in program.graph_signature.input_specs}
+        self.placeholders: dict[str, fx.Node] = {}
+        self._first_user: fx.Node | None = None
+        for node in self.graph.find_nodes(op="placeholder"):
+            spec = self.specs[node.name]
+            if spec.kind == InputKind.USER_INPUT:
+                self._first_user = self._first_user or node
+            elif spec.target is not None:
+                self.placeholders[spec.target] = node
+        self._last = node if self.graph.find_nodes(op="placeholder") else None
+        self.fake_mode = torch._guards.detect_fake_mode([n.meta.get("val") for n in self.graph.nodes])
+        self._add_aliases()
+
+    def _add_aliases(self) -> None:
+        """FQNs of tied weights that have no placeholder of their own point to the one that carries their uses."""
+        by_storage: dict[Any, fx.Node] = {}
+        for fqn, node in self.placeholders.items():
+            tensor = self.state_dict.get(fqn, self.constants.get(fqn))
+            # Of two placeholders over one storage, the one that is read carries the uses.
+            if isinstance(tensor, Tensor) and (node.users or storage_key(tensor) not in by_storage):
+                by_storage[storage_key(tensor)] = node
+        for fqn, tensor in self.state_dict.items():
+            node = by_storage.get(storage_key(tensor)) if isinstance(tensor, Tensor) else None
+            if node is not None and (fqn not in self.placeholders or not self.placeholders[fqn].users):
+                self.placeholders[fqn] = node
+
+    def tensor(self, fqn: str) -> Tensor:
+        """The value behind a parameter, buffer or constant."""
+        return self.state_dict[fqn] if fqn in self.state_dict else self.constants[fqn]
+
+    def fqns(self, node: fx.Node) -> list[str]:
+        """All FQNs a placeholder stands for (several when weights are tied)."""
+        return [f for f, n in self.placeholders.items() if n is node]
+
+    def fake(self, tensor: Tensor) -> Tensor:
+        """``tensor`` as a fake of this graph's mode, with static shape."""
+        if self.fake_mode is None:
+            raise PassError("the graph has no fake values; capture it with torch.export.export")
+        return self.fake_mode.from_tensor(tensor, static_shapes=True)
+
+    def add(self, fqn: str, tensor: Tensor) -> fx.Node:
+        """A new lifted input: a parameter if ``tensor`` is an ``nn.Parameter``, else a persistent buffer."""
+        if fqn in self.state_dict:
+            raise PassError(f"the program already has a tensor named {fqn!r}")
+        return self._placeholder(fqn, tensor)
+
+    def _placeholder(self, fqn: str, tensor: Tensor) -> fx.Node:
+        is_param = isinstance(tensor, torch.nn.Parameter)
+        kind = InputKind.PARAMETER if is_param else InputKind.BUFFER
+        name = ("p_" if is_param else "b_") + fqn.replace(".", "_")
+        if self._first_user is not None:
+            where = self.graph.inserting_before(self._first_user)
+        elif self._last is not None:
+            where = self.graph.inserting_after(self._last)
+        else:
+            where = self.graph.inserting_before(next(iter(self.graph.nodes)))
+        with where:
+            node = self.graph.create_node("placeholder", name, name=name)
+        node.target = node.name  # fx may have made the name unique or legal
+        node.meta["val"] = self.fake(tensor)
+        if self._first_user is None:
+            self._last = node
+        persistent = None if is_param else True
+        self.specs[node.name] = InputSpec(kind, TensorArgument(node.name), fqn, persistent)
+        self.state_dict[fqn] = tensor
+        self.placeholders[fqn] = node
+        self.nodes[node.name] = node
+        return node
+
+    def split(self, fqn: str, users: Iterable[fx.Node], tensor: Tensor) -> fx.Node:
+        """Untie ``fqn``: give it a placeholder of its own with value ``tensor``, read by ``users`` alone.
+
+        The other users keep the old placeholder, which is renamed to another of its FQNs if it went by this one.
+        """
+        old = self.placeholders[fqn]
+        spec = self.specs[old.name]
+        if spec.target == fqn:
+            others = [f for f in self.fqns(old) if f != fqn]
+            if not others:
+                raise PassError(f"{fqn!r} is not tied to another name; set its tensor instead")
+            self.specs[old.name] = replace(spec, target=others[0])
+        node = self._placeholder(fqn, tensor)
+        for user in users:
+            user.replace_input_with(old, node)
+        return node
+
+    def set(self, fqn: str, tensor: Tensor) -> None:
+        """Give a lifted input another value; all its FQNs follow, so that tied weights stay tied."""
+        node = self.placeholders[fqn]
+        for name in self.fqns(node):
+            if name in self.state_dict:
+                self.state_dict[name] = tensor
+        old = node.meta["val"]
+        if tuple(old.shape) != tuple(tensor.shape) or old.dtype != tensor.dtype:
+            node.meta["val"] = self.fake(tensor)
+
+    def remove(self, fqn: str) -> None:
+        """Erase a lifted input that nothing reads any more."""
+        node = self.placeholders.pop(fqn)
+        if node.users:
+            raise PassError(f"{fqn!r} is still read by {[u.name for u in node.users]}")
+        del self.specs[node.name], self.nodes[node.name]
+        self.graph.erase_node(node)
+        self.state_dict.pop(fqn, None)
+
+    def signature(self) -> ExportGraphSignature:
+        """The signature of the graph as it is now."""
+        inputs = [self.specs[n.name] for n in self.graph.find_nodes(op="placeholder")]
+        old = self.program.graph_signature.output_specs
+        out_node = self.graph.output_node()
+        values = out_node.args[0]
+        outputs: list[OutputSpec] = []
+        for spec, value in zip(old, values, strict=True):  # type: ignore[arg-type]
+            renamed = isinstance(value, fx.Node) and spec.arg.name != value.name
+            outputs.append(replace(spec, arg=replace(spec.arg, name=value.name)) if renamed else spec)
+        return ExportGraphSignature(inputs, outputs)
+
+    def finish(self, make: Callable[..., P] = ExportedProgram) -> P:
+        """The edited program, built (and thereby validated) by ``make``, ``ExportedProgram`` or a subclass."""
+        old = self.program
+        return make(
+            root=old.graph_module,
+            graph=self.graph,
+            graph_signature=self.signature(),
+            state_dict=self.state_dict,
+            range_constraints=old.range_constraints,
+            module_call_graph=old.module_call_graph,
+            example_inputs=old.example_inputs,
+            constants=self.constants,
+            verifiers=old.verifiers,
+        )

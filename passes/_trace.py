@@ -1,0 +1,98 @@
+"""From a pure function to a tagged region of a graph.
+
+``trace`` runs a function on fake tensors of the graph's own mode and returns its ATen graph; ``inline`` copies that
+graph behind a node. Symbolic sizes stay symbolic because the fakes share the program's shape environment. A region
+holds nothing but ATen ops on its inputs: a function that closes over a tensor is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from adaptc.errors import PassError
+from adaptc.passes._kinds import Op
+from adaptc.passes._method import Method
+
+
+def trace(fn: Callable[..., Tensor], fakes: Sequence[Tensor]) -> fx.Graph:
+    """``fn`` as a graph whose placeholders are ``fakes``, in the training dialect (composite ops kept)."""
+    # Gradients are on so that the region records what training needs, whatever mode the caller is in.
+    with torch.enable_grad():
+        graph = make_fx(fn, pre_dispatch=True)(*fakes).graph
+    graph.eliminate_dead_code()
+    for node in graph.nodes:
+        if node.op not in ("placeholder", "call_function", "output"):
+            raise PassError(f"a method may only use its arguments, but {fn} reads {node.target!r} from outside")
+    return graph
+
+
+def region_of(
+    method: Method, op: Op, form: str, names: Sequence[str], scaled: bool, fakes: Sequence[Tensor]
+) -> fx.Graph:
+    """A method's region at a site. Inputs: x, y and W for the apply form, W for the weight form; then the slots called
+    ``names``, then the scale if ``scaled``. Equal arguments give graphs that are equal node by node."""
+
+    def split(tensors: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
+        return dict(zip(names, tensors, strict=False)), tensors[-1] if scaled else None
+
+    def behind(x: Tensor, y: Tensor, w: Tensor, *slots: Tensor) -> Tensor:
+        return method.apply(op, x, y, op.canonical(w), *split(slots))
+
+    def in_front(w: Tensor, *slots: Tensor) -> Tensor:
+        return op.stored(method.weight(op, op.canonical(w), *split(slots)))
+
+    return trace(behind if form == "apply" else in_front, fakes)
+
+
+def signature_of(fakes: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """Equal for inputs that trace to the same region."""
+    return tuple(
+        None if t is None else (str(tuple(t.size())), str(t.stride()), t.dtype, t.device, t.requires_grad)
+        for t in fakes
+    )
+
+
+def inline(
+    graph: fx.Graph,
+    region: fx.Graph,
+    inputs: Sequence[fx.Node],
+    before: fx.Node,
+    like: fx.Node,
+    tag: Callable[[str], dict[str, Any]],
+) -> fx.Node:
+    """Copy ``region`` into ``graph`` before a node and return its output node.
+
+    New nodes take their module stack and stack trace from ``like`` and carry ``meta["custom"]["adaptc"] = tag(role)``,
+    role being the node's index in the region, and "out" for the result.
+    """
+    values: dict[fx.Node, fx.Node] = {}
+    new: list[fx.Node] = []
+    result: fx.Node | None = None
+    feed = iter(inputs)
+    inherited = {k: like.meta[k] for k in ("nn_module_stack", "stack_trace") if k in like.meta}
+    with graph.inserting_before(before):
+        for node in region.nodes:
+            if node.op == "placeholder":
+                values[node] = next(feed)
+            elif node.op == "output":
+                result = values[node.args[0]]  # type: ignore[index]
+            else:
+                copied = graph.node_copy(node, values.__getitem__)
+                copied.meta = {**inherited, "val": node.meta["val"], "torch_fn": (copied.name, str(node.target))}
+                values[node] = copied
+                new.append(copied)
+        assert result is not None
+        if result not in new:
+            # The region is one of its own inputs; an alias gives it a node to be known by.
+            val = result.meta["val"]
+            result = graph.call_function(torch.ops.aten.alias.default, (result,))
+            result.meta = {**inherited, "val": val, "torch_fn": (result.name, "alias")}
+            new.append(result)
+    for i, node in enumerate(new):
+        node.meta["custom"] = {"adaptc": tag("out" if node is result else str(i))}
+    return result

@@ -1,0 +1,117 @@
+"""Find every site of a program: where a parameter is consumed, and by which kind of op.
+
+A site belongs to a module path and a parameter name, also when the weight is tied to another module's: the consumers of
+one placeholder are told apart by the module they were traced in. Nothing is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from adaptc.passes._kinds import CASTS, TABLE, TRANSPOSED, argument
+from adaptc.passes._lifted import Lifted, module_path
+
+
+@dataclass(frozen=True)
+class Site:
+    """One consumed parameter. ``kind`` is 'weight' when no table entry fits and only the weight form is defined.
+
+    ``tied`` tells that other consumers read the same placeholder and are not part of this site. ``module_type`` is the
+    qualified class name of the owning module, '' when the program does not say.
+    """
+
+    module: str
+    param: str
+    kind: str
+    shape: tuple[int, ...]
+    consumers: tuple[str, ...]
+    tied: bool = False
+    module_type: str = ""
+    has_bias: bool = False
+
+    @property
+    def fqn(self) -> str:
+        return f"{self.module}.{self.param}" if self.module else self.param
+
+
+def consumers(placeholder: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """(consumer, the node it reads): users of a parameter, seen through casts."""
+    stack = [placeholder]
+    while stack:
+        source = stack.pop()
+        for user in source.users:
+            if user.target in CASTS and user.args and user.args[0] is source:
+                stack.append(user)
+            elif user.op != "output" and "_assert" not in str(user.target):
+                yield user, source
+
+
+def kind_of(node: fx.Node, source: fx.Node, ndim: int) -> str:
+    """The kind by which ``node`` consumes ``source`` as its weight; 'weight' when it does not, or not as a whole."""
+    if node.target in TABLE:
+        kind, xi, wi, bi, _ = TABLE[node.target]
+        read = [argument(node, i) for i in (xi, wi, bi) if i is not None]
+        plain = kind != "addmm" or all(argument(node, i) == 1 for i in (3, 4))
+        if argument(node, wi) is source and read.count(source) == 1 and plain and ndim >= 2:
+            return kind
+    if node.target in TRANSPOSED and argument(node, 1) is source:
+        return "conv_transpose"
+    return "weight"
+
+
+def module_types(program: ExportedProgram) -> dict[str, str]:
+    """Module path -> qualified class name, for all modules that ran; taken from the nodes' module stacks."""
+    out: dict[str, str] = {}
+    for node in program.graph.nodes:
+        for path, cls in (node.meta.get("nn_module_stack") or {}).values():
+            name = cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
+            out.setdefault(path.split("@")[0], name)
+    return out
+
+
+def find_sites(program: ExportedProgram, types: dict[str, str] | None = None) -> list[Site]:
+    """All sites in graph order of the placeholders, aliases included.
+
+    ``types`` (module path -> class name) overrides what the graph's own module stacks say.
+    """
+    lifted = Lifted(program)
+    types = {**module_types(program), **(types or {})}
+    found: list[Site] = []
+    by_node: dict[fx.Node, list[str]] = {}
+    for fqn, node in lifted.placeholders.items():
+        by_node.setdefault(node, []).append(fqn)
+    for node in lifted.graph.find_nodes(op="placeholder"):
+        if lifted.specs[node.name].kind == InputKind.PARAMETER:
+            found.extend(_sites_of(lifted, node, by_node.get(node, []), types))
+    return found
+
+
+def _sites_of(lifted: Lifted, node: fx.Node, fqns: list[str], types: dict[str, str]) -> Iterator[Site]:
+    used = list(consumers(node))
+    owned: dict[str, list[tuple[fx.Node, fx.Node]]] = {}
+    for fqn in fqns:
+        owner = fqn.rpartition(".")[0]
+        owned[fqn] = [(n, s) for n, s in used if module_path(n) == owner]
+    claimed = {n for pairs in owned.values() for n, _ in pairs}
+    for fqn in fqns:
+        # A parameter its own module never reads is read on its behalf elsewhere (MultiheadAttention's out_proj).
+        mine = owned[fqn] or ([] if claimed else used)
+        value = lifted.state_dict[fqn]
+        if mine and isinstance(value, Tensor):
+            module, _, param = fqn.rpartition(".")
+            kinds = {kind_of(n, s, value.ndim) for n, s in mine}
+            yield Site(
+                module=module,
+                param=param,
+                kind=kinds.pop() if len(kinds) == 1 else "weight",
+                shape=tuple(value.shape),
+                consumers=tuple(n.name for n, _ in mine),
+                tied=len({n for n, _ in mine}) != len({n for n, _ in used}),
+                module_type=types.get(module, ""),
+                has_bias=f"{module}.bias" in lifted.placeholders,
+            )
