@@ -1,0 +1,170 @@
+"""Initial LoRA tensors: A, B and, for the schemes that move a part of the weight into them, the rest of the weight.
+
+Before: a weight in canonical layout and the shapes of the two slots. After: new tensors; the weight passed in is never
+written to. With ``generator=None`` the global generator is read in the same order as PEFT 0.21.2 reads it, so that
+one seed gives both the same adapter. Schemes that need data or a quantiser (eva, corda, loftq, lora_ga) or another
+variant of the method (mica) are not initial values of two tensors and have no place here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from adaptc.errors import ConfigError
+
+SCHEMES = (True, False, "gaussian", "orthogonal", "pissa", "olora")
+
+_NITER = re.compile(r"pissa_niter_(\d+)")
+
+
+@torch.no_grad()
+def init_lora(
+    scheme: bool | str,
+    W: Tensor,
+    r: int,
+    scale: float,
+    *,
+    kind: str,
+    a_shape: tuple[int, ...],
+    b_shape: tuple[int, ...],
+    dtype: torch.dtype,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(A, B, new W or None) for ``init_lora_weights=scheme``, on the device of ``W``.
+
+    ``W``: (out, in), embeddings (width, vocabulary), convolutions (out, in/groups, *kernel); any float dtype, never
+    modified. A and B have the given shapes and ``dtype``; new W has the shape and dtype of ``W`` and satisfies
+    W = new W + scale B A up to its rounding.
+
+    True (Hu et al. 2021, arXiv 2106.09685), "gaussian" (std 1/r): B A = 0. False: the defaults of the layers.
+    "orthogonal": B A = 0 with neither zero. "pissa" (Meng et al. 2024, arXiv 2404.02948): the r largest singular terms
+    of W; "pissa_niter_N" finds them by N subspace iterations. "olora" (Büyükakyüz 2024, arXiv 2406.01775): the first r
+    terms of W = QR. Embeddings take True, False and "gaussian" (which means True there), convolutions the same three.
+
+    Raises :class:`ConfigError` for an unknown scheme, one the kind of layer cannot have, or an unusable r.
+    """
+    name = scheme.lower() if isinstance(scheme, str) else scheme
+    niter = _NITER.fullmatch(name) if isinstance(name, str) else None
+    if not (isinstance(name, bool) or (isinstance(name, str) and name in SCHEMES) or niter):
+        listed = ", ".join(repr(s) for s in (*SCHEMES, "pissa_niter_[number of iterations]"))
+        raise ConfigError(f"init_lora_weights={scheme!r} is not a known scheme; known are {listed}")
+    if r < 1:
+        raise ConfigError(f"r must be at least 1, found {r}")
+    is_embedding, of_matrix = kind == "embedding", not isinstance(name, bool) and name != "gaussian"
+    if of_matrix:
+        _check_matrix(scheme, W, r, kind, a_shape, b_shape)
+
+    source = torch.device("cpu") if generator is None else generator.device
+    # PEFT draws in the default dtype and casts: drawing in the target dtype would give other numbers.
+    A, B = (torch.empty(s, dtype=torch.get_default_dtype(), device=source) for s in (a_shape, b_shape))
+    for fresh in (A, B):
+        _normal(fresh, 1.0, generator) if is_embedding else _uniform(fresh, generator)
+    rest = None
+    if is_embedding and name is not False:
+        A.zero_()
+        _normal(B, 1.0, generator)
+    elif name is True:
+        _uniform(A, generator)
+        B.zero_()
+    elif name == "gaussian":
+        _normal(A, 1.0 / r, generator)
+        B.zero_()
+    elif name == "orthogonal":
+        A, B = _orthogonal(r, a_shape[1], b_shape[0], source, generator)
+    elif name == "olora":
+        Q, R = torch.linalg.qr(_wide(W))
+        A, B = R[:r], Q[:, :r]
+    elif of_matrix:
+        A, B = _pissa(W, r, scale, niter and int(niter[1]), generator)
+    A, B = (t.to(device=W.device, dtype=dtype).contiguous() for t in (A, B))
+    if of_matrix and name != "orthogonal":
+        # From A and B as they will be used: rounded factors then cost nothing but what W itself rounds.
+        wide = _wide(W)
+        rest = torch.sub(wide, B.to(wide.dtype) @ A.to(wide.dtype), alpha=scale).to(W.dtype).contiguous()
+    return A, B, rest
+
+
+def _check_matrix(
+    scheme: object, W: Tensor, r: int, kind: str, a_shape: tuple[int, ...], b_shape: tuple[int, ...]
+) -> None:
+    option = f"init_lora_weights={scheme!r}"
+    if kind == "embedding" or kind.startswith("conv"):
+        raise ConfigError(f"{option} has no meaning for a site of kind {kind}; use True, False or 'gaussian'")
+    if W.dim() != 2 or a_shape != (r, W.shape[1]) or b_shape != (W.shape[0], r):
+        raise ConfigError(
+            f"{option} needs one weight matrix with factors of shape (r, in) and (out, r); here the {kind} weight is "
+            f"{tuple(W.shape)} and, for r={r}, the factors are {a_shape} and {b_shape}; use True, False or 'gaussian'"
+        )
+    if str(scheme).lower() == "orthogonal":
+        if r % 2:
+            raise ConfigError(f"{option} needs an even r, found r={r}; use {r + 1} or another scheme")
+        return
+    if r > min(W.shape):
+        raise ConfigError(
+            f"{option} takes r singular terms or columns of the weight, so r={r} is too large for a weight of shape "
+            f"{tuple(W.shape)}; the largest possible r is {min(W.shape)} (rank_pattern can lower it for this site)"
+        )
+    if not W.is_meta and not bool(torch.isfinite(W).all()):
+        raise ConfigError(f"{option} decomposes the weight, but the weight of shape {tuple(W.shape)} is not finite")
+
+
+def _wide(W: Tensor) -> Tensor:
+    return W.detach() if W.dtype == torch.float64 else W.detach().to(torch.float32)
+
+
+def _uniform(t: Tensor, generator: torch.Generator | None) -> None:
+    nn.init.kaiming_uniform_(t, a=math.sqrt(5), generator=generator)
+
+
+def _normal(t: Tensor, std: float, generator: torch.Generator | None) -> None:
+    nn.init.normal_(t, std=std, generator=generator)
+
+
+def _orthogonal(
+    r: int, n_in: int, n_out: int, device: torch.device, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Rows of A in the span of half of an orthonormal basis, columns of B in the other half: B A = 0."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, generator=generator)
+
+    basis = torch.linalg.qr(draw(r, r)).Q
+    A = (draw(n_in, r // 2) @ basis[0::2]).T / 10
+    B = draw(r // 2, n_out).T @ basis[1::2] / 10
+    return A, B
+
+
+def _pissa(
+    W: Tensor, r: int, scale: float, niter: int | None, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    if scale <= 0:
+        raise ConfigError(f"init_lora_weights='pissa' divides by the scale, found {scale}: lora_alpha must be positive")
+    if niter is None:
+        U, S, Vh = torch.linalg.svd(_wide(W), full_matrices=False)
+    else:
+        # svd_lowrank reads the global generator of the weight's device, and nothing else.
+        with contextlib.nullcontext() if generator is None else _global_generator_from(generator, W.device):
+            U, S, V = torch.svd_lowrank(_wide(W), q=r, niter=niter)
+        Vh = V.T
+    root = (S[:r] / scale).sqrt()
+    return root[:, None] * Vh[:r], U[:, :r] * root
+
+
+@contextlib.contextmanager
+def _global_generator_from(generator: torch.Generator, device: torch.device) -> Iterator[None]:
+    """Inside, the global generator of ``device`` continues from ``generator``; afterwards it is as it was."""
+    seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+    on_cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_cuda else []):
+        if on_cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        else:
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed every other device as well
+        yield
