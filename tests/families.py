@@ -1,8 +1,8 @@
 """Tiny transformers models with random weights: one per architecture family, the models every end-to-end test runs on.
 
 Nothing is downloaded. A model is built anew on every ``build()``, from a fixed seed, in eval mode and float32; every
-parameter and running statistic is perturbed, so that a dropped bias or norm weight changes the output. Sizes differ from
-one another wherever the architecture lets them, so that a transposed weight is a shape error and not a silent success.
+parameter and running statistic is perturbed, so that a dropped bias or norm weight changes the output. Sizes differ
+wherever the architecture lets them, so that a transposed weight is a shape error and not a silent success.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ VOCAB = 61
 class Family:
     """``build()`` gives the model; ``inputs(batch, seq)`` its keyword inputs, always the same for the same sizes.
 
-    ``seq`` is ignored where an input has no sequence (``kind`` "vision", "image"). ``kind`` is one of "causal", "encoder",
-    "seq2seq", "vision" (patches), "image" (convolutions), "audio".
+    ``seq`` is ignored where an input has no sequence (``kind`` "vision", "image"). ``kind`` is one of "causal",
+    "encoder", "seq2seq", "vision" (patches), "image" (convolutions), "audio".
     """
 
     name: str
