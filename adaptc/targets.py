@@ -141,7 +141,7 @@ class _Planner:
     def _attach(self, site: Site, key: str, name: str, entry: str, kind: str | None = None) -> Attachment:
         kind = kind or site.kind
         method = self.config.method(name, kind)
-        a = Attachment(key, site.module, site.param, kind, method, self.adapter, "auto", site.consumers, entry=entry)
+        a = Attachment(key, site.module, site.param, kind, method, self.adapter, "auto", site.consumers, entry=entry, name=name)
         op = op_of(kind, self.lifted.tensor(site.fqn), self.lifted.nodes[site.consumers[0]])
         try:
             method.slots(op)

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
+from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import (
     ExportGraphSignature,
@@ -62,6 +63,23 @@ def module_path(node: fx.Node) -> str:
     return path.split("@")[0] if "@" in path else path
 
 
+def fake_mode_of(graph: fx.Graph) -> Any:
+    """The fake mode of a graph's values; None when it has none."""
+    return detect_fake_mode([n.meta.get("val") for n in graph.nodes])
+
+
+def fake_of(graph: fx.Graph) -> Callable[[Tensor], Tensor]:
+    """A function that makes fakes of tensors, with static shape, in a graph's own mode."""
+    mode = fake_mode_of(graph)
+    return lambda tensor: _fake(mode, tensor)
+
+
+def _fake(mode: Any, tensor: Tensor) -> Tensor:
+    if mode is None:
+        raise PassError("the graph has no fake values; capture it with torch.export.export")
+    return mode.from_tensor(tensor, static_shapes=True)
+
+
 class Lifted:
     """A program opened for editing; see the module docstring."""
 
@@ -81,7 +99,7 @@ class Lifted:
             elif spec.target is not None:
                 self.placeholders[spec.target] = node
         self._last = node if self.graph.find_nodes(op="placeholder") else None
-        self.fake_mode = torch._guards.detect_fake_mode([n.meta.get("val") for n in self.graph.nodes])
+        self.fake_mode = fake_mode_of(self.graph)
         self._add_aliases()
 
     def _add_aliases(self) -> None:
@@ -107,9 +125,7 @@ class Lifted:
 
     def fake(self, tensor: Tensor) -> Tensor:
         """``tensor`` as a fake of this graph's mode, with static shape."""
-        if self.fake_mode is None:
-            raise PassError("the graph has no fake values; capture it with torch.export.export")
-        return self.fake_mode.from_tensor(tensor, static_shapes=True)
+        return _fake(self.fake_mode, tensor)
 
     def add(self, fqn: str, tensor: Tensor) -> fx.Node:
         """A new lifted input: a parameter if ``tensor`` is an ``nn.Parameter``, else a persistent buffer."""

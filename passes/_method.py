@@ -12,9 +12,10 @@ the options that shape them, so that equal methods on equal shapes share one tra
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -55,6 +56,16 @@ class Method:
 
     name: ClassVar[str] = ""
 
+    def options(self) -> dict[str, Any]:
+        """The fields as plain JSON values, for the tags of a program's regions."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {k: str(v) if isinstance(v, torch.dtype) else v for k, v in plain.items()}
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
+        """Inverse of :meth:`options`, after a trip through JSON."""
+        return cls(**{k: _from_json(v) for k, v in options.items()})
+
     def slots(self, op: Op) -> dict[str, Slot]:
         """The slots at a site, by their name in PEFT's files. Raises TargetError where the method has no meaning."""
         raise AssertionError(f"{type(self).__name__} must define slots()")
@@ -70,6 +81,10 @@ class Method:
 
     def minimal(self, op: Op) -> Method:
         """This method with the smallest rank the runtime takes: two, since compilers specialise on sizes 0 and 1."""
+        return self
+
+    def rebind(self, config: Any, attachment: Attachment) -> Method:
+        """This method at the same site with the options of another adapter's ``config``."""
         return self
 
     def fit(self, op: Op, slots: Slots) -> Method:
@@ -108,12 +123,19 @@ class Method:
         return ".".join(p for p in (place, head, adapter, tail) if p)
 
 
+def _from_json(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith("torch."):
+        return getattr(torch, value.removeprefix("torch."))
+    return tuple(value) if isinstance(value, list) else value
+
+
 @dataclass(frozen=True)
 class Attachment:
     """A method at a site of a program: everything needed to inject, merge, save and describe it.
 
     ``key`` is the site's path in PEFT's files, ``module``/``param`` its path in the model, ``consumers`` the names of
-    the nodes that read the weight, ``slots`` and ``scale`` the FQNs of its tensors once injected.
+    the nodes that read the weight, ``slots`` and ``scale`` the FQNs of its tensors once injected. ``entry`` is the target
+    entry that chose the site, ``name`` what per-module patterns (rank_pattern) are matched against.
     """
 
     key: str
@@ -127,6 +149,7 @@ class Attachment:
     slots: Mapping[str, str] = field(default_factory=dict)
     scale: str | None = None
     entry: str = ""
+    name: str = ""
 
     @property
     def fqn(self) -> str:

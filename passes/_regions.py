@@ -36,6 +36,15 @@ def header(graph: fx.Graph) -> dict[str, Any] | None:
     return None
 
 
+def set_header(graph: fx.Graph, value: Mapping[str, Any]) -> None:
+    """Replace what :func:`header` returns."""
+    for node in graph.nodes:
+        tag = region_tag(node)
+        if tag:
+            node.meta["custom"] = {**node.meta["custom"], "adaptc": {**tag, "header": dict(value)}}
+            return
+
+
 def attachments(graph: fx.Graph, method_of: Callable[[Mapping[str, Any]], Method]) -> list[Attachment]:
     """The attachments of a graph in injection order; ``method_of`` turns a tag into a method."""
     found: dict[str, Attachment] = {}
@@ -54,6 +63,7 @@ def attachments(graph: fx.Graph, method_of: Callable[[Mapping[str, Any]], Method
                 slots=dict(tag["slots"]),
                 scale=tag["scale"],
                 entry=tag["entry"],
+                name=tag["name"],
             )
     return list(found.values())
 

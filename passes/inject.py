@@ -27,12 +27,12 @@ from adaptc.passes.find_sites import consumers
 
 @dataclass(frozen=True)
 class Inject(Pass):
-    """``values`` maps (attachment id, slot name) to a tensor, the scale under the name 'scale'."""
+    """``values`` maps the FQNs of slots and scales to tensors; ``header`` is kept in the first region's tag."""
 
     name: ClassVar[str] = "inject"
 
     attachments: Sequence[Attachment] = field(repr=False)
-    values: Mapping[tuple[str, str], Tensor] = field(repr=False)
+    values: Mapping[str, Tensor] = field(repr=False)
     header: Mapping[str, Any] | None = field(default=None, repr=False)
 
     def apply(self, program: ExportedProgram) -> PassResult:
@@ -52,12 +52,11 @@ class Inject(Pass):
         for name, slot in a.method.slots(op).items():
             fqn = a.method.fqn(a.place, name, a.adapter)
             if fqn not in lifted.placeholders:  # else another site shares it
-                lifted.add(fqn, as_lifted(self.values[a.id, name], slot.trainable))
+                lifted.add(fqn, as_lifted(self.values[fqn], slot.trainable))
             slots[name] = fqn
-        scale = self.values.get((a.id, "scale"))
-        scale_fqn = None if scale is None else a.method.fqn(a.place, "scaling", a.adapter)
-        if scale is not None and scale_fqn is not None and scale_fqn not in lifted.placeholders:
-            lifted.add(scale_fqn, scale)
+        scale_fqn = None if a.method.scale(op) is None else a.method.fqn(a.place, "scaling", a.adapter)
+        if scale_fqn is not None and scale_fqn not in lifted.placeholders:
+            lifted.add(scale_fqn, self.values[scale_fqn])
         return replace(a, slots=slots, scale=scale_fqn)
 
 
@@ -178,7 +177,7 @@ class _Injector:
             t = a.tag(role)
             if role == "out":
                 t |= {"form": form, "base": base.name, "key": a.key, "module": a.module, "param": a.param}
-                t |= {"kind": a.kind, "slots": dict(a.slots), "scale": a.scale, "entry": a.entry}
+                t |= {"kind": a.kind, "slots": dict(a.slots), "scale": a.scale, "entry": a.entry, "name": a.name, "options": a.method.options()}
                 t |= {"consumers": list(a.consumers), "node": consumer.name}
                 if header is not None:
                     t["header"] = dict(header)

@@ -42,7 +42,8 @@ class Merge(Pass):
     """``values`` maps slot and scale FQNs to tensors. ``safe`` refuses results that are not finite.
 
     ``release(fqn)`` is called right after a weight was replaced, so that a caller who gives up the base can free it
-    before the next one is made. ``progress`` wraps the sequence of attachments.
+    before the next one is made. ``progress`` wraps the sequence of attachments. ``drop``: ids of attachments to remove
+    without merging, since the adapter does not have them.
     """
 
     name: ClassVar[str] = "merge"
@@ -52,6 +53,7 @@ class Merge(Pass):
     safe: bool = True
     release: Callable[[str], None] | None = field(default=None, repr=False)
     progress: Callable[[Sequence[Any]], Any] = field(default=iter, repr=False)
+    drop: Sequence[str] = field(default=(), repr=False)
 
     def apply(self, program: ExportedProgram) -> PassResult:
         lifted = Lifted(program)
@@ -63,7 +65,7 @@ class Merge(Pass):
         groups: dict[str, list[Attachment]] = {}
         for a in self.attachments:
             groups.setdefault(a.fqn, []).append(a)
-        remove_regions(lifted, [a.id for a in self.attachments])
+        remove_regions(lifted, [*self.drop, *(a.id for a in self.attachments)])
         rows = [self._site(lifted, group, ops) for group in self.progress(list(groups.values()))]
         return PassResult(lifted.finish(), len(rows), data=tuple(rows))
 

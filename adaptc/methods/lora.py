@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from adaptc.errors import ConfigError, TargetError
 from adaptc.methods._base import TargetedConfig, empty
 from adaptc.passes._kinds import Op, cast
-from adaptc.passes._method import Initial, Method, Slot, Slots
+from adaptc.passes._method import Attachment, Initial, Method, Slot, Slots
 from adaptc.rules import pattern_value
 
 NOT_YET = "this LoRA variant is not implemented"
@@ -176,6 +176,11 @@ class Lora(Method):
             bound = 0.0 if self.scheme is True else 1 / sqrt(self.r)
             values[name] = torch.empty(slot.shape, dtype=dtype).uniform_(-bound, bound, generator=generator)
         return Initial(values, base)
+
+    def rebind(self, config: Any, attachment: Attachment) -> Method:
+        if not isinstance(config, LoraConfig):
+            return self
+        return config.method(attachment.name or attachment.module, attachment.kind)
 
     def fit(self, op: Op, slots: Slots) -> Lora:
         A = next((t for n, t in slots.items() if n.startswith(("lora_A", "lora_embedding_A"))), None)

@@ -6,15 +6,16 @@ W' = slot for a whole parameter; its identity is the base itself. W'[i] = slot r
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from adaptc.errors import ConfigError
 from adaptc.passes._kinds import Op, cast
-from adaptc.passes._method import Initial, Method, Slot, Slots
+from adaptc.passes._method import Attachment, Method, Slot, Slots
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,6 @@ class Whole(Method):
 
     def slots(self, op: Op) -> dict[str, Slot]:
         return {self.slot: Slot(self.shape, dtype=self.dtype)}
-
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
-        return Initial(self.identity(op, W, dtype))
 
     def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         return {self.slot: op.stored(W).detach().clone()}
@@ -69,8 +67,12 @@ class TokenRows(Method):
         rows = op.kind == "embedding"
         return (op.out_features, op.in_features) if rows else (op.in_features, op.out_features)
 
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
-        return Initial(self.identity(op, W, dtype))
+    def rebind(self, config: Any, attachment: Attachment) -> Method:
+        tokens = getattr(config, "trainable_token_indices", None)
+        if isinstance(tokens, Mapping):
+            names = (attachment.key, attachment.entry)
+            tokens = next((v for k, v in tokens.items() if any(n == k or n.endswith(f".{k}") for n in names)), None)
+        return self if tokens is None else TokenRows(tuple(tokens))
 
     def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         index = torch.tensor(self.indices, dtype=torch.int64, device=W.device)

@@ -1,0 +1,94 @@
+"""What a user may hand over as an adapter, turned into a config or a binding.
+
+A config object of adaptc or peft, a PEFT adapter directory, a state dict with PEFT's keys, or a ready Binding.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from adaptc.binding import Binding, bind
+from adaptc.checkpoint import AdapterFile, bare_key, read_adapter
+from adaptc.errors import AdaptcError, ConfigError, SwapError
+from adaptc.methods._base import AdapterConfig
+from adaptc.methods._registry import config_class
+
+if TYPE_CHECKING:
+    from adaptc.program import AdaptedProgram
+
+
+def as_config(config: Any) -> tuple[AdapterConfig, AdapterFile | None]:
+    """A config, and the adapter's file when ``config`` is a directory. Raises ConfigError or CheckpointError."""
+    if isinstance(config, AdapterConfig):
+        return config, None
+    if isinstance(config, (str, os.PathLike)):
+        file = read_adapter(Path(config))
+        return from_dict(file.config), file
+    if isinstance(config, Mapping):
+        return from_dict(config), None
+    if hasattr(config, "to_dict") and hasattr(config, "peft_type"):
+        return from_peft(config), None
+    raise ConfigError(
+        f"expected a config such as LoraConfig, a peft config, or an adapter directory; got {type(config).__name__}"
+    )
+
+
+def from_dict(data: Mapping[str, Any]) -> AdapterConfig:
+    """From the content of ``adapter_config.json``."""
+    cls = config_class(str(data.get("peft_type")))
+    return cls.from_dict(data)
+
+
+def from_peft(config: Any) -> AdapterConfig:
+    """From a config object of the peft library, which need not be importable here."""
+    data = dict(config.to_dict())
+    data["peft_type"] = getattr(data.get("peft_type"), "value", data.get("peft_type"))
+    data["task_type"] = getattr(data.get("task_type"), "value", data.get("task_type"))
+    if getattr(config, "runtime_config", None) is not None:
+        offload = getattr(config.runtime_config, "ephemeral_gpu_offload", False)
+        data["runtime_config"] = {"ephemeral_gpu_offload": True} if offload else None
+    return from_dict(data)
+
+
+def as_binding(
+    program: AdaptedProgram,
+    adapter: Any,
+    *,
+    config: Any = None,
+    adapter_name: str | None = None,
+    trainable: bool = False,
+) -> Binding:
+    """``adapter`` bound to the program's slots; nothing of the program changes.
+
+    A state dict has PEFT's keys, with or without ``base_model.model.``; its scale comes from ``config``, or else from the
+    program's own config, with the rank of the tensors. Raises SwapError or CheckpointError.
+    """
+    if isinstance(adapter, Binding):
+        return adapter
+    if program._binding is None:
+        raise SwapError("the program has no adapter sites; it was merged or unloaded")
+    slate = program.slate(trainable)
+    if isinstance(adapter, (str, os.PathLike)):
+        file = read_adapter(Path(adapter), adapter_name=adapter_name)
+        own = as_config(config)[0] if config is not None else from_dict(file.config)
+        return bind(slate, own, file.tensors, str(adapter), fit=False)
+    if isinstance(adapter, Mapping):
+        tensors = bare(adapter, program)
+        own = as_config(config)[0] if config is not None else program.binding.config
+        return bind(slate, own, tensors, "state dict", fit=config is None)
+    if isinstance(adapter, AdapterFile):
+        return bind(slate, from_dict(adapter.config), adapter.tensors, str(adapter.path), fit=False)
+    raise AdaptcError(f"an adapter is a directory, a state dict or a binding; got {type(adapter).__name__}")
+
+
+def bare(tensors: Mapping[str, Tensor], program: AdaptedProgram) -> dict[str, Tensor]:
+    kind = program.binding.config.peft_type
+    out: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        out[bare_key(key, kind) or key] = value
+    return out

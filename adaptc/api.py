@@ -1,0 +1,328 @@
+"""The functions a user calls. Each is short: it names the steps, and the steps live in the files they are about.
+
+All of them leave their inputs as they were, except ``swap``, whose whole effect is the new current binding, and
+``merge(..., keep_base=False)``, which gives up the program it is handed. A call that raises changed nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from adaptc.adapters import as_binding, as_config
+from adaptc.binding import Binding, Slate, bind, file_tensors, first_values
+from adaptc.checkpoint import AdapterFile, write_adapter
+from adaptc.errors import AdaptcError, ConfigError, MergeError
+from adaptc.methods._base import AdapterConfig, TargetedConfig
+from adaptc.passes._kinds import op_of
+from adaptc.passes._lifted import Lifted
+from adaptc.passes._method import Attachment
+from adaptc.passes.inject import Inject
+from adaptc.passes.merge import Merge
+from adaptc.passes.set_mode import SetMode
+from adaptc.passes.unload import Unload
+from adaptc.passes.unmerge import Unmerge
+from adaptc.program import Adaptation, AdaptedProgram
+from adaptc.targets import ModelFacts, Plan, plan
+
+if TYPE_CHECKING:
+    from adaptc.reports import CoverageReport, MergeReport, SwapReport, VerifyReport
+
+
+def compile(
+    model: nn.Module | ExportedProgram | Any,
+    config: Any,
+    *,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = "auto",
+    adapter_name: str = "default",
+    training: bool = False,
+    backend: str = "eager",
+    autocast_adapter_dtype: bool = True,
+    generator: torch.Generator | None = None,
+) -> AdaptedProgram:
+    """Capture ``model`` and adapt it.
+
+    ``model``: an nn.Module (with ``example_inputs``: a tensor, a tuple, or a dict of keywords), a transformers model, an
+    ExportedProgram, or what ``transformers.exporters`` returns. ``config``: a config, a ``peft`` config, a PEFT adapter
+    directory (its weights are loaded too), or a list of these: then the program gets the union of their sites and is
+    bound to the first. ``training=True`` captures the training behaviour (dropout, and the loss of a transformers model).
+    ``backend``: "eager" or "inductor". ``autocast_adapter_dtype``: adapters of half-precision bases are float32.
+    ``generator`` draws first values; by default torch's global generator.
+
+    The model is not modified, and its parameters are shared, not copied. Raises CaptureError, ConfigError, TargetError,
+    CheckpointError or BackendError.
+    """
+    from adaptc.capture import capture
+    from adaptc.runtime import check_backend
+
+    check_backend(backend)
+    several = list(config) if isinstance(config, (list, tuple)) else [config]
+    if not several:
+        raise ConfigError("config is an empty list: give a config, an adapter directory, or a list of them")
+    parsed = [as_config(c) for c in several]
+    model = _replicated(model, [c for c, _ in parsed])
+    captured = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, training=training)
+    facts = ModelFacts(captured.module_types, captured.output_embedding, captured.input_embedding, _transposed(model))
+    plans = [plan(_targeted(c), captured.program, facts, adapter_name) for c, _ in parsed]
+    attachments = _union(plans, training, backend)
+    base = Lifted(captured.program)
+    slate = _slate(base, attachments, autocast_adapter_dtype, trainable=not parsed[0][0].inference_mode)
+    binding = _first_binding(slate, plans[0], parsed[0], generator)
+    adaptation = Adaptation(
+        attachments,
+        matches={k: v for p in plans for k, v in p.matches.items()},
+        left_out=plans[0].left_out,
+        fills=captured.fills,
+        training=captured.training,
+        autocast=autocast_adapter_dtype,
+    )
+    injected = Inject(attachments, binding.values, adaptation.header(binding))(_frozen(base))
+    adaptation = replace(adaptation, attachments=injected.data)
+    return AdaptedProgram.adopt(injected.program, adaptation, binding, backend)
+
+
+def _targeted(config: AdapterConfig) -> TargetedConfig:
+    if not isinstance(config, TargetedConfig):
+        raise ConfigError(f"{type(config).__name__} does not choose layers, so it cannot be compiled into a program")
+    return config
+
+
+def _replicated(model: Any, configs: Sequence[AdapterConfig]) -> Any:
+    wanted = {str(getattr(c, "layer_replication", None)) for c in configs}
+    ranges = getattr(configs[0], "layer_replication", None)
+    if wanted == {"None"}:
+        return model
+    if len(wanted) > 1:
+        raise ConfigError(f"layer_replication differs between the adapters: {sorted(wanted)}; they need programs of their own")
+    if not isinstance(model, nn.Module):
+        raise ConfigError("layer_replication restacks the model's layers, so it needs the nn.Module, not a program of it")
+    from adaptc.replicate import replicate_layers
+
+    return replicate_layers(model, [(int(a), int(b)) for a, b in ranges])  # type: ignore[union-attr]
+
+
+def _transposed(model: Any) -> frozenset[str]:
+    """Modules that store stacked experts as (experts, in, out), by transformers' own flag."""
+    if not isinstance(model, nn.Module):
+        return frozenset()
+    return frozenset(n for n, m in model.named_modules() if getattr(m, "is_transposed", False))
+
+
+def _union(plans: Sequence[Plan], training: bool, backend: str) -> list[Attachment]:
+    out: dict[str, Attachment] = {}
+    for p in plans:
+        for a in p.attachments:
+            method = a.method
+            if training and hasattr(method, "training"):
+                method = replace(method, training=True)  # type: ignore[call-arg]
+            # Inductor fixes the channel counts of convolutions, and the rank is one in the apply form.
+            form = "weight" if backend == "inductor" and a.kind.startswith("conv") and not training else a.form
+            out.setdefault(a.id, replace(a, method=method, form=form))
+    return list(out.values())
+
+
+def _slate(base: Lifted, attachments: Sequence[Attachment], autocast: bool, trainable: bool) -> Slate:
+    ops = {a.id: op_of(a.kind, base.tensor(a.fqn), base.nodes[a.consumers[0]]) for a in attachments}
+    return Slate(attachments, ops, {a.fqn: base.tensor(a.fqn) for a in attachments}, autocast, trainable)
+
+
+def _first_binding(
+    slate: Slate, first: Plan, parsed: tuple[AdapterConfig, AdapterFile | None], generator: torch.Generator | None
+) -> Binding:
+    config, file = parsed
+    if file is not None:
+        return bind(slate, config, file.tensors, str(file.path), fit=False)
+    return first_values(slate, config, generator, only={a.id for a in first.attachments})
+
+
+def _frozen(base: Lifted) -> ExportedProgram:
+    """The captured program over frozen parameters that share the model's memory."""
+    seen: dict[int, nn.Parameter] = {}
+    for fqn, tensor in base.state_dict.items():
+        if isinstance(tensor, nn.Parameter):
+            twin = seen.setdefault(id(tensor), nn.Parameter(tensor.detach(), requires_grad=False))
+            base.state_dict[fqn] = twin
+    return base.finish()
+
+
+def swap(program: AdaptedProgram, adapter: Any, *, config: Any = None, adapter_name: str | None = None) -> SwapReport:
+    """Make ``adapter`` the current one: a PEFT adapter directory, a state dict with PEFT's keys, or a binding.
+
+    Any rank, alpha, and any subset of the program's sites (the others take identity values); nothing is compiled or
+    copied but the adapter's own tensors. For a bare state dict the scale follows ``config`` if given, else the program's
+    alpha and the tensors' ranks. Atomic: calls that have begun finish with the adapter they began with.
+
+    Raises SwapError (naming the site) when the adapter needs a site the program was not compiled for, CheckpointError for
+    damaged files, wrong shapes, missing keys or NaN; the program is then unchanged.
+    """
+    from adaptc.reports import SwapReport
+
+    options = {} if isinstance(adapter, Binding) else {"config": config, "adapter_name": adapter_name}
+    trainable = program.adaptation.training
+    binding = as_binding(program, adapter, trainable=trainable, **options) if options else adapter
+    program._set(binding)
+    return SwapReport.of(program, binding)
+
+
+def merge(
+    program: AdaptedProgram, *, safe: bool = True, keep_base: bool = True, progress: bool = False
+) -> AdaptedProgram:
+    """A plain ATen program with the current adapter folded into the weights; ``.merge_report`` tells each site's error.
+
+    Changes are computed in float32 (float64 for float64 weights) and rounded once. ``safe`` refuses results that are not
+    finite. With ``keep_base`` the result keeps a reference to what it replaced and ``unmerge`` gives it back bit for bit;
+    without it, each old weight is freed before the next new one is made and ``program`` must not be used any more.
+    Raises MergeError, with ``program`` unchanged.
+    """
+    from adaptc.reports import MergeReport, bar
+
+    binding = program.binding
+    attachments = [a for a in program.adaptation.attachments if a.id in binding.methods]
+    release = None
+    if not keep_base:
+        _check_mergeable(program, attachments)
+        release = program._release
+    ids = {a.id for a in attachments}
+    rest = [a.id for a in program.adaptation.attachments if a.id not in ids]
+    merged = Merge(attachments, dict(binding.values), safe, release, bar("merging", progress), drop=tuple(rest))(program)
+    result = merged.program
+    if program.adaptation.training:
+        result = SetMode(training=False)(result).program
+    new = AdaptedProgram.adopt(result, _bare(program), None, program.backend)
+    new._origin = (program, binding) if keep_base else None
+    new.merge_report = MergeReport(merged.data, binding.source)
+    return new
+
+
+def _check_mergeable(program: AdaptedProgram, attachments: Sequence[Attachment]) -> None:
+    for a in attachments:
+        reason = a.method.check_merge(program.ops[a.id])
+        if reason is not None:
+            raise MergeError(f"site {a.id!r} cannot be merged: {reason}")
+
+
+def _bare(program: AdaptedProgram) -> Adaptation:
+    return Adaptation(fills=program.adaptation.fills)
+
+
+def unmerge(program: AdaptedProgram) -> AdaptedProgram:
+    """The adapted program ``program`` was merged from, with the adapter it had then: every bit as it was."""
+    origin, binding = program._origin if isinstance(program, AdaptedProgram) and program._origin else (None, None)
+    result = Unmerge(origin)(program).program
+    assert isinstance(result, AdaptedProgram)
+    return AdaptedProgram.adopt(result, result.adaptation, binding, result.backend, result._originals)
+
+
+def unload(program: AdaptedProgram) -> AdaptedProgram:
+    """The base: no adapter, every base tensor the object it was before compile."""
+    a = program.adaptation
+    if a.residual:
+        raise MergeError(
+            f"the file this program came from holds only the adapter's own version of {list(a.residual)[:3]} (its "
+            "initialisation changed the base), so the base cannot be given back. Compile the original model instead."
+        )
+    originals = dict(program.base_tensors)
+    result = Unload()(program).program
+    lifted = Lifted(result)
+    for fqn, tensor in program._originals.items():
+        lifted.set(fqn, originals.get(fqn, tensor))
+    result = lifted.finish()
+    if a.training:
+        result = SetMode(training=False)(result).program
+    return AdaptedProgram.adopt(result, _bare(program), None, program.backend)
+
+
+def save(program: ExportedProgram, path: str | os.PathLike[str]) -> Path:
+    """Write a program as ``.pt2`` (torch.export's format), aside first and then moved into place.
+
+    An adapted program carries its sites, slots and config in its graph; a merged or unloaded one is plain ATen and needs
+    no adaptc to run.
+    """
+    from adaptc.files import save_program
+
+    return save_program(program, Path(path))
+
+
+def load(path: str | os.PathLike[str], *, backend: str = "eager") -> AdaptedProgram:
+    """Read a ``.pt2`` written by :func:`save` or ``torch.export.save``; adapters are known again from the graph."""
+    from adaptc.files import load_program
+
+    return load_program(Path(path), backend)
+
+
+def save_adapter(
+    program: AdaptedProgram,
+    path: str | os.PathLike[str],
+    *,
+    adapter_name: str = "default",
+    safe_serialization: bool = True,
+    base_model: str | None = None,
+) -> Path:
+    """Write the current adapter as a PEFT adapter directory; returns the directory that holds it.
+
+    ``peft.PeftModel.from_pretrained(model, path)`` loads it. ``base_model`` is recorded as base_model_name_or_path.
+    """
+    binding = program.binding
+    tensors: dict[str, Tensor] = file_tensors(program.slate(), binding)
+    config: Mapping[str, Any] = binding.config.to_dict()
+    return write_adapter(
+        path,
+        config,
+        tensors,
+        adapter_name=adapter_name,
+        safe_serialization=safe_serialization,
+        base_model=base_model,
+    )
+
+
+def report(program: AdaptedProgram) -> CoverageReport:
+    """What was adapted and what was left out; prints as a table."""
+    from adaptc.reports import CoverageReport
+
+    return CoverageReport.of(program)
+
+
+def verify(program: AdaptedProgram, model: nn.Module | None = None, **options: Any) -> VerifyReport:
+    """Run the program against the model it came from on random inputs of several shapes; see ``adaptc.verifying``."""
+    from adaptc.verifying import verify_program
+
+    return verify_program(program, model, **options)
+
+
+def package(program: AdaptedProgram, path: str | os.PathLike[str], *, max_rank: int | None = None) -> Path:
+    """Compile ahead of time with AOTInductor into one file with swappable adapters; see ``adaptc.packaging``."""
+    from adaptc.packaging import package_program
+
+    return package_program(program, Path(path), max_rank=max_rank)
+
+
+def load_package(path: str | os.PathLike[str]) -> Any:
+    """A runner for a file written by :func:`package`: call it, and ``swap`` adapters on it."""
+    from adaptc.packaging import PackagedProgram
+
+    return PackagedProgram(Path(path))
+
+
+__all__ = [
+    "AdaptcError",
+    "compile",
+    "load",
+    "load_package",
+    "merge",
+    "package",
+    "report",
+    "save",
+    "save_adapter",
+    "swap",
+    "unload",
+    "unmerge",
+    "verify",
+]

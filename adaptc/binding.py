@@ -1,0 +1,209 @@
+"""Bindings: one full set of slot values for the sites of a program.
+
+Before: tensors by their names in PEFT's files, or nothing (first values, identity values). After: an immutable
+:class:`Binding` that has a value of the right dtype and a legal shape for every slot of the program, or an error and
+nothing else. A binding never writes to the program; the runtime passes it along with each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptc.checkpoint import check_finite
+from adaptc.errors import CheckpointError, SwapError, nearest
+from adaptc.methods._base import AdapterConfig
+from adaptc.passes._kinds import Op
+from adaptc.passes._method import Attachment, Method
+
+
+@dataclass(frozen=True, eq=False)
+class Binding:
+    """``values``: slot and scale FQN -> tensor. ``base``: base parameters this adapter replaces (PiSSA's residual).
+    ``methods``: attachment id -> the method with this adapter's own options; only sites the adapter has are in it."""
+
+    values: Mapping[str, Tensor]
+    methods: Mapping[str, Method]
+    config: AdapterConfig
+    base: Mapping[str, Tensor] = field(default_factory=dict)
+    name: str = "default"
+    source: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Slate:
+    """What a binding must fill: attachments, their ops and base weights, and the dtype rule for adapter tensors."""
+
+    attachments: Sequence[Attachment]
+    ops: Mapping[str, Op]
+    weights: Mapping[str, Tensor]
+    autocast: bool = True
+    trainable: bool = False
+
+    def dtype(self, a: Attachment) -> torch.dtype:
+        """Adapter dtype at a site: float32 above half-precision bases (PEFT's autocast_adapter_dtype), else the base's."""
+        base = self.weights[a.fqn].dtype
+        return torch.float32 if self.autocast and base in (torch.float16, torch.bfloat16) else base
+
+    def canonical(self, a: Attachment) -> Tensor:
+        weight = self.weights[a.fqn].detach()
+        return self.ops[a.id].canonical(weight) if weight.ndim > 1 else weight
+
+    def wrap(self, value: Tensor, trainable: bool, present: bool) -> Tensor:
+        if not trainable:
+            return value.detach()
+        grad = self.trainable and present and value.is_floating_point()
+        return torch.nn.Parameter(value.detach(), requires_grad=grad)
+
+
+def first_values(
+    slate: Slate, config: AdapterConfig, generator: torch.Generator | None = None, only: Collection[str] | None = None
+) -> Binding:
+    """Each method's own initial values; with ``only``, at these attachments, and identity values at the others."""
+    builder = _Builder(slate, config)
+    for a in slate.attachments:
+        if only is not None and a.id not in only:
+            builder.identity(a)
+            continue
+        init = a.method.init(slate.ops[a.id], slate.canonical(a), slate.dtype(a), generator)
+        builder.put(a, a.method, init.slots, init.base)
+    return builder.done("first values")
+
+
+def bind(slate: Slate, config: AdapterConfig, tensors: Mapping[str, Tensor], source: str, *, fit: bool) -> Binding:
+    """Bind file tensors to the slots.
+
+    ``config`` is the adapter's own. With ``fit`` ranks are read off the tensors (a bare state dict); without it the
+    config rules and a shape that disagrees is an error. Sites of which the adapter has no tensor take identity values.
+
+    Raises CheckpointError for missing keys, wrong shapes and non-finite values, SwapError for keys of sites the program
+    does not have.
+    """
+    check_finite(tensors, source)
+    builder = _Builder(slate, config)
+    left = dict.fromkeys(tensors)
+    for a in slate.attachments:
+        op = slate.ops[a.id]
+        method = a.method.rebind(config, a)
+        keys = {slot: f"{a.key}.{slot}" if a.key else slot for slot, s in a.method.slots(op).items() if s.saved}
+        found = {slot: tensors[key] for slot, key in keys.items() if key in tensors}
+        for key in keys.values():
+            left.pop(key, None)
+        if keys and not found:
+            builder.identity(a)
+            continue
+        if fit:
+            method = method.fit(op, found)
+        _check_shapes(a, op, method, keys, found, source)
+        init = method.init(op, slate.canonical(a), slate.dtype(a)) if changes_base(method) else None
+        full = {**_derived(a, op, method, slate), **found}
+        builder.put(a, method, full, None if init is None else init.base)
+    if left:
+        raise _unbound(slate, list(left), source)
+    return builder.done(source)
+
+
+def changes_base(method: Method) -> bool:
+    scheme = getattr(method, "scheme", True)
+    return isinstance(scheme, str) and scheme.startswith(("pissa", "olora"))
+
+
+def _derived(a: Attachment, op: Op, method: Method, slate: Slate) -> dict[str, Tensor]:
+    """Slots that are in no file: they follow from the config, or the adapter's own method does not have them."""
+    own = method.slots(op)
+    missing = [n for n, s in a.method.slots(op).items() if n not in own or not s.saved]
+    if not missing:
+        return {}
+    identity = {**a.method.identity(op, slate.canonical(a), slate.dtype(a))}
+    identity |= method.identity(op, slate.canonical(a), slate.dtype(a))
+    return {n: identity[n] for n in missing}
+
+
+def _check_shapes(
+    a: Attachment, op: Op, method: Method, keys: Mapping[str, str], found: Mapping[str, Tensor], source: str
+) -> None:
+    for slot, spec in method.slots(op).items():
+        if not spec.saved:
+            continue
+        if slot not in keys:
+            raise SwapError(
+                f"{source}: the adapter has {slot!r} at {a.key!r}, and the program was compiled without it. Compile the "
+                "program with the options of this adapter, or with a list that contains it: compile(model, [..., adapter])."
+            )
+        if slot not in found:
+            raise CheckpointError(f"{source}: key {keys[slot]!r} is missing, while other tensors of its site are there")
+        if tuple(found[slot].shape) != spec.shape:
+            raise CheckpointError(
+                f"{source}: {keys[slot]!r} has shape {tuple(found[slot].shape)}, expected {spec.shape} at site {a.fqn!r}. "
+                "The adapter was made for another model, or its config does not belong to its weights."
+            )
+
+
+def _unbound(slate: Slate, keys: list[str], source: str) -> SwapError:
+    known = [f"{a.key}.{slot}" for a in slate.attachments for slot in a.method.slots(slate.ops[a.id])]
+    shown = "; ".join(f"{k!r} (nearest: {', '.join(nearest(k, known, 2)) or 'none'})" for k in keys[:3])
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    sites = sorted({k.rpartition(".lora_")[0] or k for k in keys})[:3]
+    return SwapError(
+        f"{source}: {len(keys)} of its tensors have no slot in the program: {shown}{more}. The program was compiled "
+        f"without the sites {sites}; to have them, compile for this adapter, or for several at once: "
+        "compile(model, [adapter, another])."
+    )
+
+
+class _Builder:
+    """Collects values slot by slot."""
+
+    def __init__(self, slate: Slate, config: AdapterConfig) -> None:
+        self.slate, self.config = slate, config
+        self.values: dict[str, Tensor] = {}
+        self.methods: dict[str, Method] = {}
+        self.base: dict[str, Tensor] = {}
+
+    def put(self, a: Attachment, method: Method, tensors: Mapping[str, Tensor], base: Tensor | None) -> None:
+        op = self.slate.ops[a.id]
+        self._set(a, tensors, method.scale(op), True)
+        self.methods[a.id] = method
+        if base is not None:
+            stored = op.stored(base).contiguous()
+            self.base[a.fqn] = torch.nn.Parameter(stored, requires_grad=False)
+
+    def identity(self, a: Attachment) -> None:
+        op = self.slate.ops[a.id]
+        values = a.method.identity(op, self.slate.canonical(a), self.slate.dtype(a))
+        self._set(a, values, a.method.scale(op), False)
+
+    def _set(self, a: Attachment, tensors: Mapping[str, Tensor], scale: float | None, present: bool) -> None:
+        dtype, device = self.slate.dtype(a), self.slate.weights[a.fqn].device
+        for name, slot in a.method.slots(self.slate.ops[a.id]).items():
+            fqn = a.slots.get(name) or a.method.fqn(a.place, name, a.adapter)
+            if fqn not in self.values:
+                value = tensors[name].to(device=device, dtype=slot.dtype or dtype)
+                self.values[fqn] = self.slate.wrap(value, slot.trainable, present)
+        if scale is not None:
+            # float32 scale is exact enough for every dtype below float64 and keeps half precision half.
+            kind = torch.float64 if dtype == torch.float64 else torch.float32
+            fqn = a.scale or a.method.fqn(a.place, "scaling", a.adapter)
+            self.values[fqn] = torch.tensor(scale, dtype=kind, device=device)
+
+    def done(self, source: str) -> Binding:
+        name = self.slate.attachments[0].adapter if self.slate.attachments else "default"
+        return Binding(self.values, self.methods, self.config, self.base, name, source)
+
+
+def file_tensors(slate: Slate, binding: Binding) -> dict[str, Tensor]:
+    """A binding as PEFT's files have it: bare key -> tensor, only for sites the adapter has."""
+    out: dict[str, Tensor] = {}
+    for a in slate.attachments:
+        method: Any = binding.methods.get(a.id)
+        if method is None:
+            continue
+        for slot, spec in method.slots(slate.ops[a.id]).items():
+            if spec.saved:
+                fqn = a.slots.get(slot) or a.method.fqn(a.place, slot, a.adapter)
+                out[f"{a.key}.{slot}" if a.key else slot] = binding.values[fqn].detach()
+    return out

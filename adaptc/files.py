@@ -1,0 +1,94 @@
+"""Programs on disk: torch.export's own format, written atomically, understood again from the graph's tags alone."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from adaptc.adapters import from_dict
+from adaptc.binding import Binding
+from adaptc.errors import CheckpointError
+from adaptc.methods._registry import method_of
+from adaptc.passes._lifted import Lifted
+from adaptc.passes._method import Attachment
+from adaptc.passes._regions import attachments, header
+from adaptc.passes.inject import site_op
+from adaptc.program import Adaptation, AdaptedProgram
+
+
+def save_program(program: ExportedProgram, path: Path) -> Path:
+    """Raises CheckpointError when the file cannot be written; what was at ``path`` is then unchanged."""
+    if not path.parent.is_dir():
+        raise CheckpointError(f"cannot save to {path}: the directory {path.parent} does not exist")
+    handle, name = tempfile.mkstemp(suffix=".pt2", prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*[Ee]xpect.*pt2.*")
+            torch.export.save(program, name)
+        os.replace(name, path)
+    except Exception as error:
+        raise CheckpointError(f"could not save {path}: {type(error).__name__}: {error}") from error
+    finally:
+        Path(name).unlink(missing_ok=True)
+    return path
+
+
+def load_program(path: Path, backend: str = "eager") -> AdaptedProgram:
+    """Raises CheckpointError when the file is missing, damaged or not a program."""
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}")
+    try:
+        program = torch.export.load(path)
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path} cannot be read as an exported program: {first}") from error
+    return from_program(program, backend)
+
+
+def from_program(program: ExportedProgram, backend: str = "eager") -> AdaptedProgram:
+    """An AdaptedProgram of any program; one without regions has no adapter and can only be called and saved."""
+    lifted = Lifted(program)
+    for fqn, tensor in lifted.state_dict.items():
+        if isinstance(tensor, torch.nn.Parameter):
+            lifted.state_dict[fqn] = tensor.requires_grad_(False)
+    found = attachments(lifted.graph, method_of)
+    stored = header(lifted.graph)
+    if not found or stored is None:
+        return AdaptedProgram.adopt(lifted.finish(), Adaptation(), None, backend)
+    adaptation = Adaptation(
+        found,
+        matches=stored["matches"],
+        left_out=stored["left_out"],
+        fills=stored["fills"],
+        training=stored["training"],
+        autocast=stored["autocast"],
+        residual=stored["residual"],
+    )
+    binding = _binding(lifted, found, stored)
+    return AdaptedProgram.adopt(lifted.finish(), adaptation, binding, backend)
+
+
+def _binding(lifted: Lifted, found: list[Attachment], stored: dict[str, Any]) -> Binding:
+    config = from_dict(stored["config"])
+    present = set(stored["present"])
+    values: dict[str, torch.Tensor] = {}
+    methods = {}
+    for a in found:
+        op = site_op(lifted, a)
+        slots = {name: lifted.tensor(fqn) for name, fqn in a.slots.items()}
+        values |= {a.slots[n]: t for n, t in slots.items()}
+        if a.scale is not None:
+            values[a.scale] = lifted.tensor(a.scale)
+        if a.id in present:
+            methods[a.id] = a.method.rebind(config, a).fit(op, slots)
+        for name, spec in a.method.slots(op).items():
+            if spec.trainable and a.id in present and not config.inference_mode:
+                slots[name].requires_grad_(slots[name].is_floating_point())
+    return Binding(values, methods, config, name=found[0].adapter, source="file")

@@ -1,0 +1,281 @@
+"""AdaptedProgram: an exported program that knows its adapters.
+
+It *is* a ``torch.export.ExportedProgram``: everything that takes one takes it. On top it is callable, can be swapped,
+and keeps itself consistent: a swap only replaces the current binding, and the state dict and the graph's fake values
+follow when somebody looks at them.
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+from adaptc.binding import Binding, Slate
+from adaptc.errors import AdaptcError
+from adaptc.methods._base import AdapterConfig
+from adaptc.passes._kinds import Op
+from adaptc.passes._lifted import Lifted, fake_of
+from adaptc.passes._method import Attachment
+from adaptc.passes._regions import set_header
+from adaptc.passes.inject import site_op
+from adaptc.passes.respecialize import respecialize
+from adaptc.passes.set_mode import set_mode
+from adaptc.runtime import Executor
+
+
+@dataclass(frozen=True, eq=False)
+class Adaptation:
+    """What a program remembers of how it was adapted; ``header()`` is the part that is stored in files."""
+
+    attachments: Sequence[Attachment] = ()
+    matches: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    left_out: Sequence[Sequence[str]] = ()
+    fills: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    training: bool = False
+    autocast: bool = True
+    #: base parameters of which only the adapter's own version is known (a PiSSA program loaded from a file)
+    residual: Sequence[str] = ()
+
+    def header(self, binding: Binding) -> dict[str, Any]:
+        return {
+            "format": 1,
+            "config": binding.config.to_dict(),
+            "present": list(binding.methods),
+            "residual": list(binding.base),
+            "matches": {k: list(v) for k, v in self.matches.items()},
+            "left_out": [list(x) for x in self.left_out],
+            "fills": {k: list(v) for k, v in self.fills.items()},
+            "training": self.training,
+            "autocast": self.autocast,
+        }
+
+
+class AdaptedProgram(ExportedProgram):
+    """A program with adapters. Made by ``adaptc.compile`` and ``adaptc.load``, not by hand."""
+
+    _ready = False
+    _stale = False
+
+    @classmethod
+    def adopt(
+        cls,
+        program: ExportedProgram,
+        adaptation: Adaptation,
+        binding: Binding | None,
+        backend: str,
+        originals: Mapping[str, Tensor] | None = None,
+    ) -> Self:
+        """``program``, already injected, as an AdaptedProgram. The given program must not be used any more."""
+        lifted = Lifted(program)
+        new = lifted.finish(cls)
+        new._lock = threading.RLock()
+        new._adaptation = adaptation
+        new._ops = {a.id: site_op(lifted, a) for a in adaptation.attachments}
+        new._originals = dict(originals or {})
+        new._origin = None
+        new.merge_report = None
+        new._binding = binding
+        new.backend = backend
+        new._executor = None
+        new._prefix = None
+        new._ready = True
+        if binding is not None:
+            new._set(binding)
+        return new
+
+    _lock: threading.RLock
+    _adaptation: Adaptation
+    _ops: dict[str, Op]
+    _originals: dict[str, Tensor]
+    _origin: Any
+    _binding: Binding | None
+    _executor: Executor | None
+    _prefix: tuple[Any, ...] | None
+    backend: str
+    merge_report: Any
+
+    # -- what callers see ------------------------------------------------------------------------------------------
+
+    @property
+    def adaptation(self) -> Adaptation:
+        return self._adaptation
+
+    @property
+    def binding(self) -> Binding:
+        """The current binding."""
+        if self._binding is None:
+            raise AdaptcError("the program has no adapter; it was merged or unloaded")
+        return self._binding
+
+    @property
+    def ops(self) -> Mapping[str, Op]:
+        return self._ops
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the current binding; same output type as the captured model. Safe while other threads swap."""
+        executor = self.executor()
+        prefix = self._prefix if self._prefix is not None else self._make_prefix(executor)
+        return executor(prefix, args, kwargs)
+
+    def bind(self, adapter: Any, **options: Any) -> Bound:
+        """A callable that keeps this adapter, shares the program's code, and can be used from any thread.
+
+        ``adapter``: a PEFT adapter directory, a state dict, or a :class:`Binding`; errors as for ``adaptc.swap``.
+        """
+        from adaptc.adapters import as_binding
+
+        return Bound(self, as_binding(self, adapter, **options))
+
+    def module(self, check_guards: bool = True) -> fx.GraphModule:
+        """An ``nn.Module`` to train: its parameters are the program's own; only adapter parameters require grad.
+
+        ``train()`` and ``eval()`` switch dropout and batch norm, for programs compiled with ``training=True``.
+        """
+        module = super().module(check_guards=check_guards)
+        trainable = {id(t) for t in self._slot_tensors().values() if t.requires_grad}
+        for p in module.parameters():
+            p.requires_grad_(id(p) in trainable)
+        _allow_modes(module, self._adaptation.training)
+        return module
+
+    # -- consistency ---------------------------------------------------------------------------------------------------
+
+    def executor(self) -> Executor:
+        """The compiled code, made on first use."""
+        if self._executor is None:
+            with self._lock:
+                if self._executor is None:
+                    a = self._adaptation
+                    self._refresh()
+                    self._executor = Executor(self, a.attachments, self._ops, self.backend, a.fills, a.training)
+        return self._executor
+
+    def _make_prefix(self, executor: Executor) -> tuple[Any, ...]:
+        with self._lock:
+            if self._prefix is None:
+                self._prefix = executor.prefix(self._binding or _no_binding())
+            return self._prefix
+
+    def _set(self, binding: Binding) -> None:
+        """Make ``binding`` the current one; the caller has checked that it fits."""
+        with self._lock:
+            prefix = None if self._executor is None else self._executor.prefix(binding)
+            self._binding, self._prefix, self._stale = binding, prefix, True
+
+    def _slot_tensors(self) -> Mapping[str, Tensor]:
+        return {} if self._binding is None else self._binding.values
+
+    def _refresh(self) -> None:
+        """Bring state dict and fake values in line with the current binding."""
+        if not self._ready or not self._stale:
+            return
+        with self._lock:
+            binding, self._stale = self._binding, False
+            if binding is None:
+                return
+            graph, state = self._graph_module.graph, self._state_dict
+            placeholders = {
+                s.target: n
+                for s, n in zip(self._graph_signature.input_specs, graph.find_nodes(op="placeholder"), strict=True)
+                if s.target is not None
+            }
+            fake = fake_of(graph)
+            respecialize(graph, self._adaptation.attachments, self._ops, placeholders, binding.values, fake)
+            set_header(graph, self._adaptation.header(binding))
+            state.update(binding.values)
+            for fqn, tensor in self._originals.items():
+                state[fqn] = tensor
+            for fqn, tensor in binding.base.items():
+                self._originals.setdefault(fqn, state[fqn])
+                state[fqn] = tensor
+
+    def _release(self, fqn: str) -> None:
+        """Give up a base tensor (a merge that does not keep the base)."""
+        self._state_dict.pop(fqn, None)
+        self._executor = self._prefix = None
+
+    @property
+    def base_tensors(self) -> Mapping[str, Tensor]:
+        """FQN -> base parameter as it was before any adapter changed it (PiSSA and OLoRA do)."""
+        state = self.state_dict
+        slots = self._slot_tensors()
+        return {k: self._originals.get(k, v) for k, v in state.items() if k not in slots}
+
+    def slate(self, trainable: bool = False) -> Slate:
+        a = self._adaptation
+        return Slate(a.attachments, self._ops, self.base_tensors, a.autocast, trainable)
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        self._refresh()
+        return self._graph_module
+
+    @graph_module.setter
+    def graph_module(self, value: fx.GraphModule) -> None:
+        raise AttributeError("the graph of a program is changed by passes, which return a new program")
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
+    @graph.setter
+    def graph(self, value: fx.Graph) -> None:
+        raise AttributeError("the graph of a program is changed by passes, which return a new program")
+
+    @property
+    def state_dict(self) -> dict[str, Any]:
+        self._refresh()
+        return self._state_dict
+
+    @state_dict.setter
+    def state_dict(self, value: Mapping[str, Any]) -> None:
+        raise AttributeError("use adaptc.swap to change adapter tensors; base tensors are fixed")
+
+
+class Bound:
+    """One adapter bound to a program: call it like the program."""
+
+    def __init__(self, program: AdaptedProgram, binding: Binding) -> None:
+        self.program, self.binding = program, binding
+        self._executor = program.executor()
+        self._prefix = self._executor.prefix(binding)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._executor(self._prefix, args, kwargs)
+
+    def __repr__(self) -> str:
+        return f"Bound({self.binding.source!r}, {len(self.binding.methods)} sites)"
+
+
+def _no_binding() -> Binding:
+    return Binding({}, {}, AdapterConfig())
+
+
+def _allow_modes(module: fx.GraphModule, captured_for_training: bool) -> None:
+    """Give an exported module the ``train`` and ``eval`` it refuses: they rewrite the flags in its graph."""
+
+    def train(self: fx.GraphModule, mode: bool = True) -> fx.GraphModule:
+        if mode and not captured_for_training:
+            raise AdaptcError(
+                "the program was captured for inference, without its dropout; compile(model, config, training=True) to train "
+                "with train() and eval(). Training without dropout needs no train() call."
+            )
+        if set_mode(self.graph, mode):
+            self.recompile()
+        for m in self.modules():
+            m.training = mode
+        return self
+
+    def eval_(self: fx.GraphModule) -> fx.GraphModule:
+        return train(self, False)
+
+    module.train = types.MethodType(train, module)  # type: ignore[method-assign]
+    module.eval = types.MethodType(eval_, module)  # type: ignore[method-assign]
+    for m in module.modules():
+        m.training = captured_for_training

@@ -1,0 +1,285 @@
+"""The runtime: calls the lifted graph with base tensors, one binding's tensors and the user's inputs.
+
+Slots are inputs of the graph, so a swap is a change of arguments: nothing is copied, nothing is compiled again, and a
+call that has begun keeps the binding it began with. An :class:`Executor` holds the code of one program; it has no state
+that a call changes.
+
+Private torch use, with the public route that was tried:
+- ``torch.utils._pytree``: the exported program's input and output specs are its TreeSpecs; no public module reads them.
+- ``torch._inductor.standalone_compile``: ``torch.compile`` gives equal code, but keeps guards on each of hundreds of
+  inputs, evaluates them in every call, and compiles again when a rank equals a batch size (duck shaping).
+- ``ShapeEnv.create_symbol``: ranks get one symbol per site. ``torch.export.Dim`` cannot name dims of parameters.
+- ``torch._dynamo.utils.counters``/``compile_times`` and inductor's metrics: the only counts of compilations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+from torch.utils import _pytree as pytree
+
+from adaptc.binding import Binding
+from adaptc.errors import AdaptcError, BackendError, RecompileError
+from adaptc.passes._kinds import Op
+from adaptc.passes._lifted import Lifted
+from adaptc.passes._method import Attachment
+from adaptc.passes.set_mode import set_mode
+
+BACKENDS = ("eager", "inductor")
+
+
+def check_backend(backend: str) -> None:
+    """Raises BackendError for a backend that does not exist."""
+    if backend not in BACKENDS:
+        raise BackendError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+
+
+class Executor:
+    """The callable code of a program. ``fills`` says how keyword inputs that were left out are made."""
+
+    def __init__(
+        self,
+        program: ExportedProgram,
+        attachments: Sequence[Attachment],
+        ops: Mapping[str, Op],
+        backend: str = "eager",
+        fills: Mapping[str, Sequence[str]] | None = None,
+        training: bool = False,
+    ) -> None:
+        check_backend(backend)
+        self.backend, self.attachments, self.ops = backend, attachments, ops
+        self.fills = dict(fills or {})
+        self.lifted = Lifted(program)
+        if training:
+            set_mode(self.lifted.graph, False)
+        self.module = fx.GraphModule(program.graph_module, self.lifted.graph)
+        self.differentiable = training and backend == "eager"
+        signature = program.graph_signature
+        self._lifted_names = [s.target for s in signature.input_specs if s.kind != InputKind.USER_INPUT]
+        self._base = {n: self.lifted.tensor(n) for n in self._lifted_names if n is not None}
+        self._inputs = _Inputs(program, self.fills)
+        spec = program.call_spec.out_spec
+        if spec is None:
+            raise AdaptcError("the program has no output spec; export it with torch.export.export")
+        self._out_spec = spec
+        outs = signature.output_specs
+        self._mutated = [
+            (i, s.target) for i, s in enumerate(outs) if s.kind in (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
+        ]
+        self._user_outs = [i for i, s in enumerate(outs) if s.kind == OutputKind.USER_OUTPUT]
+        self._code: Callable[..., Any] | None = self.module if backend == "eager" else None
+        self._lock = threading.Lock()
+
+    def prefix(self, binding: Binding) -> tuple[Any, ...]:
+        """All lifted inputs of the graph for one binding, in order."""
+        values: list[Any] = []
+        for name in self._lifted_names:
+            value = binding.values.get(name, binding.base.get(name, self._base.get(name)))  # type: ignore[arg-type]
+            if isinstance(value, Tensor) and not self.differentiable:
+                value = value.detach()
+            values.append(value)
+        return tuple(self._padded(values) if self.backend == "inductor" else values)
+
+    def _padded(self, values: list[Any]) -> list[Any]:
+        """Ranks of one become two: compiled code is specialised on sizes 0 and 1."""
+        index = {n: i for i, n in enumerate(self._lifted_names)}
+        for a in self.attachments:
+            for slot, spec in a.method.slots(self.ops[a.id]).items():
+                i = index[a.slots[slot]]
+                for axis in spec.free:
+                    if values[i].shape[axis] == 1:
+                        values[i] = torch.cat([values[i], torch.zeros_like(values[i])], axis)
+        return values
+
+    def __call__(self, prefix: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        flat = self._inputs(args, kwargs)
+        code = self._code or self._compiled(prefix)
+        if self.backend == "inductor":
+            with torch.no_grad():
+                out = code(*prefix, *flat)
+        else:
+            out = code(*prefix, *flat)
+        for i, name in self._mutated:
+            with torch.no_grad():
+                self._base[name].copy_(out[i])  # type: ignore[index]
+        return pytree.tree_unflatten([out[i] for i in self._user_outs], self._out_spec)
+
+    def _compiled(self, prefix: Sequence[Any]) -> Callable[..., Any]:
+        with self._lock:
+            if self._code is None:
+                self._code = self._compile()
+            return self._code
+
+    def compile(self) -> None:
+        """Compile now instead of at the first call."""
+        self._compiled(())
+
+    def _compile(self) -> Callable[..., Any]:
+        from torch._inductor import standalone_compile
+
+        lifted = self.lifted
+        self._symbolic_ranks()
+        fakes = [n.meta["val"] for n in lifted.graph.find_nodes(op="placeholder")]
+        for node in lifted.graph.output_node().args[0]:  # type: ignore[union-attr]
+            if isinstance(node, fx.Node):
+                # Where standalone_compile looks for the fake mode, and with it the symbols, to use.
+                node.meta["example_value"] = node.meta["val"]
+        try:
+            with torch.no_grad():
+                return standalone_compile(self.module, fakes, dynamic_shapes="from_graph")
+        except Exception as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise BackendError(f"inductor could not compile the program: {first}. Use backend='eager'.") from error
+
+    def _symbolic_ranks(self) -> None:
+        """Give every site's free axes one size symbol, so that the compiled code takes every rank."""
+        from torch._dynamo.source import ConstantSource
+        from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+        mode = self.lifted.fake_mode
+        if mode is None or mode.shape_env is None:
+            raise BackendError("the program has no symbolic shapes to compile with; export it with torch.export.export")
+        env = mode.shape_env
+        done: dict[str, None] = {}
+        for n, a in enumerate(self.attachments):
+            op = self.ops[a.id]
+            free = {s: spec for s, spec in a.method.slots(op).items() if spec.free and a.slots[s] not in done}
+            if not free:
+                continue
+            source = ConstantSource(f"adaptc_rank_{n}")
+            symbol = env.create_symbol(16, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+            rank = env.create_symintnode(symbol, hint=16, source=source)
+            for slot, spec in free.items():
+                node = self.lifted.placeholders[a.slots[slot]]
+                shape = [rank * max(op.experts, 1) if i in spec.free else s for i, s in enumerate(spec.shape)]
+                with mode:
+                    node.meta["val"] = torch.empty(shape, dtype=node.meta["val"].dtype, device=node.meta["val"].device)
+                done[a.slots[slot]] = None
+
+
+class _Inputs:
+    """Flattens and checks the arguments of a call."""
+
+    def __init__(self, program: ExportedProgram, fills: Mapping[str, Sequence[str]]) -> None:
+        spec = program.call_spec.in_spec
+        if spec is None:
+            raise AdaptcError("the program has no input spec; export it with torch.export.export")
+        self.spec, self.fills = spec, fills
+        args_spec, kwargs_spec = spec.children()
+        self.n_args = len(args_spec.children())
+        self.names: list[str] = list(kwargs_spec.context or ())
+        self.plain = all(c.is_leaf() for c in (*args_spec.children(), *kwargs_spec.children()))
+        nodes = {n.name: n for n in program.graph.find_nodes(op="placeholder")}
+        self.expected: list[Any] = []
+        for s in program.graph_signature.input_specs:
+            if s.kind == InputKind.USER_INPUT:
+                value = s.arg.value if isinstance(s.arg, ConstantArgument) else nodes[s.arg.name].meta["val"]
+                self.expected.append((s.arg.name, value))
+        self.ranges = {str(k): v for k, v in program.range_constraints.items()}
+        self._seen: set[Any] = set()
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        if len(kwargs) != len(self.names) or len(args) != self.n_args:
+            kwargs = self._complete(args, kwargs)
+        try:
+            ordered = {n: kwargs[n] for n in self.names}
+        except KeyError as missing:
+            raise AdaptcError(self._usage(f"input {missing} is missing")) from None
+        flat = [*args, *ordered.values()] if self.plain else self._flatten(args, ordered)
+        key = tuple((v.shape, v.dtype) if isinstance(v, Tensor) else v for v in flat)
+        if key not in self._seen:
+            self._check(flat)
+            if len(self._seen) < 4096:
+                self._seen.add(key)
+        return flat
+
+    def _complete(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        extra = [n for n in kwargs if n not in self.names]
+        if extra or len(args) != self.n_args:
+            raise AdaptcError(self._usage(f"got {len(args)} positional inputs and {sorted(kwargs)}"))
+        done = dict(kwargs)
+        for name in self.names:
+            if name not in done and name in self.fills and self.fills[name][1] in done:
+                how, like = self.fills[name]
+                like = done[like]
+                done[name] = torch.ones_like(like) if how == "ones_like" else torch.full_like(like, -100)
+        return done
+
+    def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        if spec != self.spec:
+            raise AdaptcError(self._usage(f"the inputs have another structure: {spec}"))
+        return flat
+
+    def _usage(self, what: str) -> str:
+        optional = [n for n in self.names if n in self.fills]
+        return (
+            f"{what}. The program takes {self.n_args} positional inputs and the keywords {self.names}"
+            + (f" ({optional} may be left out)" if optional else "")
+            + ", as it was captured; capture with other example_inputs to change that."
+        )
+
+    def _check(self, flat: Sequence[Any]) -> None:
+        """Sizes and dtypes the graph was specialised on; anything else would compute nonsense or fail far inside."""
+        sizes: dict[str, tuple[int, str]] = {}
+        if len(flat) != len(self.expected):
+            raise AdaptcError(self._usage(f"got {len(flat)} inputs, expected {len(self.expected)}"))
+        for value, (name, want) in zip(flat, self.expected, strict=True):
+            if not isinstance(want, Tensor):
+                if isinstance(want, (int, float, bool, str, type(None))) and value != want:
+                    raise AdaptcError(f"input {name!r} was captured as the constant {want!r}, got {value!r}; capture again")
+                continue
+            if not isinstance(value, Tensor):
+                raise AdaptcError(f"input {name!r} must be a tensor, got {type(value).__name__}")
+            if value.dtype != want.dtype or value.ndim != want.ndim:
+                raise AdaptcError(
+                    f"input {name!r}: expected {want.dtype} with {want.ndim} axes, got {value.dtype} with {value.ndim}"
+                )
+            for axis, (got, size) in enumerate(zip(value.shape, want.shape, strict=True)):
+                self._check_size(name, axis, got, size, sizes)
+
+    def _check_size(self, name: str, axis: int, got: int, size: Any, sizes: dict[str, tuple[int, str]]) -> None:
+        if isinstance(size, int):
+            if got != size:
+                raise AdaptcError(
+                    f"input {name!r}: axis {axis} has size {got}, but the program was captured for exactly {size}; capture "
+                    "with dynamic_shapes that leave this axis free"
+                )
+            return
+        symbol = str(size)
+        where = f"axis {axis} of {name!r}"
+        if symbol in sizes and sizes[symbol][0] != got:
+            raise AdaptcError(f"{where} has size {got}, but must equal {sizes[symbol][1]}, which has {sizes[symbol][0]}")
+        sizes.setdefault(symbol, (got, where))
+        bounds = self.ranges.get(symbol)
+        if bounds is not None and not bool(bounds.lower <= got <= bounds.upper):
+            raise AdaptcError(f"{where} has size {got}, outside the captured range [{bounds.lower}, {bounds.upper}]")
+
+
+def compile_count() -> int:
+    """How many graphs torch has compiled in this process (Dynamo frames, AOTAutograd graphs, Inductor graphs)."""
+    from torch._dynamo.utils import counters
+    from torch._inductor import metrics
+
+    aot = counters["aot_autograd"]["total"] + counters["aot_autograd"]["ok"]
+    return counters["stats"]["unique_graphs"] + aot + metrics.generated_kernel_count
+
+
+@contextlib.contextmanager
+def assert_no_recompiles() -> Iterator[None]:
+    """Context manager: raises RecompileError if anything was compiled inside, by Dynamo, AOTAutograd or Inductor.
+
+    Counts torch's own counters, so it also catches a ``torch.compile`` that is not adaptc's. Usable as a decorator.
+    """
+    before = compile_count()
+    yield
+    made = compile_count() - before
+    if made:
+        raise RecompileError(f"{made} compilations took place in a block that promised none")

@@ -1,0 +1,87 @@
+"""Switch a graph between training and inference: the flags a module's ``train()`` and ``eval()`` would have set.
+
+``torch.export`` bakes each flag into an op's arguments. This pass rewrites them in place: dropout and batch-norm flags,
+recurrent layers' train flags, and the dropout probability of scaled_dot_product_attention, which is remembered in the
+node's custom meta while it is off.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from adaptc.passes._lifted import Lifted
+from adaptc.passes._pass import Pass, PassResult
+
+aten = torch.ops.aten
+
+#: op -> position of its train flag
+FLAGS: dict[Any, int] = {
+    aten.dropout.default: 2,
+    aten.dropout_.default: 2,
+    aten.native_dropout.default: 2,
+    aten.feature_dropout.default: 2,
+    aten.feature_dropout_.default: 2,
+    aten.alpha_dropout.default: 2,
+    aten.feature_alpha_dropout.default: 2,
+    aten.batch_norm.default: 5,
+    aten.instance_norm.default: 5,
+    aten.rrelu.default: 3,
+    aten.lstm.input: 6,
+    aten.gru.input: 6,
+    aten.rnn_tanh.input: 6,
+    aten.rnn_relu.input: 6,
+}
+SDPA = aten.scaled_dot_product_attention.default
+KEPT = "adaptc_dropout_p"
+
+
+@dataclass(frozen=True)
+class SetMode(Pass):
+    name: ClassVar[str] = "set_mode"
+
+    training: bool = False
+
+    def apply(self, program: ExportedProgram) -> PassResult:
+        lifted = Lifted(program)
+        count = set_mode(lifted.graph, self.training)
+        return PassResult(lifted.finish(), count)
+
+
+def set_mode(graph: fx.Graph, training: bool) -> int:
+    """Rewrite the flags of ``graph`` in place; returns how many ops changed."""
+    count = 0
+    for node in graph.nodes:
+        if node.target in FLAGS:
+            count += _set(node, FLAGS[node.target], training)
+        elif node.target is SDPA:
+            count += _attention(node, training)
+    return count
+
+
+def _set(node: fx.Node, position: int, value: Any) -> bool:
+    name = node.target._schema.arguments[position].name  # type: ignore[union-attr]  # OpOverload
+    if position < len(node.args):
+        if node.args[position] == value:
+            return False
+        node.update_arg(position, value)
+    else:
+        if node.kwargs.get(name) == value:
+            return False
+        node.update_kwarg(name, value)
+    return True
+
+
+def _attention(node: fx.Node, training: bool) -> bool:
+    p = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+    custom = dict(node.meta.get("custom") or {})
+    if training and not p and custom.get(KEPT):
+        return _set(node, 4, custom[KEPT])
+    if not training and p:
+        node.meta["custom"] = {**custom, KEPT: p}
+        return _set(node, 4, 0.0)
+    return False
