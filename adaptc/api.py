@@ -101,9 +101,13 @@ def _replicated(model: Any, configs: Sequence[AdapterConfig]) -> Any:
     if wanted == {"None"}:
         return model
     if len(wanted) > 1:
-        raise ConfigError(f"layer_replication differs between the adapters: {sorted(wanted)}; they need programs of their own")
+        raise ConfigError(
+            f"layer_replication differs between the adapters: {sorted(wanted)}; they need programs of their own"
+        )
     if not isinstance(model, nn.Module):
-        raise ConfigError("layer_replication restacks the model's layers, so it needs the nn.Module, not a program of it")
+        raise ConfigError(
+            "layer_replication restacks the model's layers, so it needs the nn.Module, not a program of it"
+        )
     from adaptc.replicate import replicate_layers
 
     return replicate_layers(model, [(int(a), int(b)) for a, b in ranges])  # type: ignore[union-attr]
@@ -192,7 +196,9 @@ def merge(
         release = program._release
     ids = {a.id for a in attachments}
     rest = [a.id for a in program.adaptation.attachments if a.id not in ids]
-    merged = Merge(attachments, dict(binding.values), safe, release, bar("merging", progress), drop=tuple(rest))(program)
+    merged = Merge(attachments, dict(binding.values), safe, release, bar("merging", progress), drop=tuple(rest))(
+        program
+    )
     result = merged.program
     if program.adaptation.training:
         result = SetMode(training=False)(result).program

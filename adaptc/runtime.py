@@ -71,7 +71,9 @@ class Executor:
         self._out_spec = spec
         outs = signature.output_specs
         self._mutated = [
-            (i, s.target) for i, s in enumerate(outs) if s.kind in (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
+            (i, s.target)
+            for i, s in enumerate(outs)
+            if s.kind in (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
         ]
         self._user_outs = [i for i, s in enumerate(outs) if s.kind == OutputKind.USER_OUTPUT]
         self._code: Callable[..., Any] | None = self.module if backend == "eager" else None
@@ -234,7 +236,9 @@ class _Inputs:
         for value, (name, want) in zip(flat, self.expected, strict=True):
             if not isinstance(want, Tensor):
                 if isinstance(want, (int, float, bool, str, type(None))) and value != want:
-                    raise AdaptcError(f"input {name!r} was captured as the constant {want!r}, got {value!r}; capture again")
+                    raise AdaptcError(
+                        f"input {name!r} was captured as the constant {want!r}, got {value!r}; capture again"
+                    )
                 continue
             if not isinstance(value, Tensor):
                 raise AdaptcError(f"input {name!r} must be a tensor, got {type(value).__name__}")
@@ -256,7 +260,9 @@ class _Inputs:
         symbol = str(size)
         where = f"axis {axis} of {name!r}"
         if symbol in sizes and sizes[symbol][0] != got:
-            raise AdaptcError(f"{where} has size {got}, but must equal {sizes[symbol][1]}, which has {sizes[symbol][0]}")
+            raise AdaptcError(
+                f"{where} has size {got}, but must equal {sizes[symbol][1]}, which has {sizes[symbol][0]}"
+            )
         sizes.setdefault(symbol, (got, where))
         bounds = self.ranges.get(symbol)
         if bounds is not None and not bool(bounds.lower <= got <= bounds.upper):

@@ -141,7 +141,9 @@ class _Planner:
     def _attach(self, site: Site, key: str, name: str, entry: str, kind: str | None = None) -> Attachment:
         kind = kind or site.kind
         method = self.config.method(name, kind)
-        a = Attachment(key, site.module, site.param, kind, method, self.adapter, "auto", site.consumers, entry=entry, name=name)
+        a = Attachment(
+            key, site.module, site.param, kind, method, self.adapter, "auto", site.consumers, entry=entry, name=name
+        )
         op = op_of(kind, self.lifted.tensor(site.fqn), self.lifted.nodes[site.consumers[0]])
         try:
             method.slots(op)
@@ -237,7 +239,9 @@ class _Planner:
         if not isinstance(tokens, Mapping):
             name = self.facts.input_embedding or (embeddings[0] if len(embeddings) == 1 else None)
             if name is None:
-                raise TargetError(f"trainable_token_indices: say for which embedding, as a dict; it may be {embeddings}")
+                raise TargetError(
+                    f"trainable_token_indices: say for which embedding, as a dict; it may be {embeddings}"
+                )
             tokens = {name: tokens}
         out: list[Attachment] = []
         for entry, indices in tokens.items():

@@ -7,13 +7,13 @@ One sweep in graph order carries, for every node,
 A softmax result weighs features and is none, so projections end there: what is mixed with it goes on. Integers carry
 nothing, so masks, positions and routing indices are inert without being recognised.
 
-A sweep is linear in the graph. Asking for the ancestors of each operand in turn (networkx) was the alternative: it is
-quadratic in depth, because an operand without a projection is reached by the whole residual stream.
+A sweep is linear in the graph. The alternative, networkx ancestors of each operand in turn, is quadratic in depth:
+an operand that no projection makes is reached by the whole residual stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from torch.fx import Node
 
 from adaptc.passes._kinds import argument
 from adaptc.passes._lifted import module_path
+from adaptc.passes._regions import node_tag
 
 T = TypeVar("T")
 
@@ -52,7 +53,9 @@ _SWAPS = frozenset({"transpose", "swapaxes", "swapdims", "t", "mT"})
 _INERT = frozenset({torch.bool, torch.int16, torch.int32, torch.int64})
 _OPERANDS = ("query", "key", "value")
 
-Score = tuple[Node, tuple[int | None, ...]]  # the product, and for each axis of the holder the product's axis (negative)
+Score = tuple[
+    Node, tuple[int | None, ...]
+]  # the product, and for each axis of the holder the product's axis (negative)
 Block = tuple[Node, tuple[frozenset[Node], ...]]  # the attention node, and the projections of query, key and value
 
 
@@ -65,6 +68,15 @@ class Near:
     projections: frozenset[Node] = frozenset()
     scores: frozenset[Score] = frozenset()
     weights: frozenset[Node] = frozenset()
+
+    def __or__(self, other: Near) -> Near:
+        return Near(
+            self.active or other.active,
+            self.params | other.params,
+            self.projections | other.projections,
+            self.scores | other.scores,
+            self.weights | other.weights,
+        )
 
     @property
     def is_weight(self) -> bool:
@@ -82,6 +94,20 @@ class AttentionFlow:
         self.names: dict[Node, str] = {}
         self._weights_of: dict[Node, frozenset[Node]] = {}
         self._mixed: dict[Node, frozenset[Node]] = {}
+        self._read_inputs(program)
+        declared: dict[Node, tuple[frozenset[Node], ...]] = {}
+        for node in program.graph.nodes:
+            if node.op != "call_function":
+                continue
+            operands = self._declared(node)
+            if operands is not None:
+                declared[node] = operands
+            self.near[node] = self._step(node) if operands is None else self._attended(node, operands[2])
+            self._write_back(node)
+        derived = {softmax: (*self._scored(softmax), mixed) for softmax, mixed in self._mixed.items()}
+        self.blocks: list[Block] = sorted({**declared, **derived}.items())
+
+    def _read_inputs(self, program: ExportedProgram) -> None:
         placeholders = program.graph.find_nodes(op="placeholder")
         for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
             if spec.kind == InputKind.PARAMETER and spec.target is not None:
@@ -89,19 +115,6 @@ class AttentionFlow:
                 self.near[node] = Near(params=frozenset([node]))
             else:
                 self.near[node] = Near(active=spec.kind == InputKind.USER_INPUT)
-        candidates: list[tuple[Node, tuple[frozenset[Node], ...] | None]] = []
-        for node in program.graph.nodes:
-            if node.op != "call_function":
-                continue
-            operands = self._declared(node)
-            near = self._step(node) if operands is None else self._attended(node, operands)
-            self.near[node] = near
-            self._write_back(node, near)
-            if operands is not None or node in near.weights:
-                candidates.append((node, operands))
-        self.blocks: list[Block] = [
-            (n, operands or (*self._scored(n), self._mixed[n])) for n, operands in candidates if operands or n in self._mixed
-        ]
 
     def module(self, projection: Node) -> str:
         """Path of the module whose weight ``projection`` applies.
@@ -116,31 +129,27 @@ class AttentionFlow:
 
     def _owner(self, node: Node, params: Iterable[Node]) -> str:
         path = module_path(node)
+        if node_tag(node) is not None:  # an adapter's own weights stand for the module they adapt
+            return path
         owners = {self.names[p].split(".parametrizations.")[0].rpartition(".")[0] for p in params}
         inner = [o for o in owners if not path or o.startswith(path + ".")]
         return inner[0] if len(inner) == 1 and path not in owners else path
 
     def _declared(self, node: Node) -> tuple[frozenset[Node], ...] | None:
         """The operands of an op that is attention by its own account."""
-        target = node.target
-        if isinstance(target, torch._ops.OpOverload):
-            names = [a.name for a in target._schema.arguments]
-            if "qkv_weight" in names:
-                weight = argument(node, names.index("qkv_weight"))
-                self._weights_of[node] = self.near[weight].params if isinstance(weight, Node) else frozenset()
-                return (frozenset([node]),) * 3
-            if not set(_OPERANDS) <= set(names) or any("grad" in n for n in names):
-                return None
-            operands = [argument(node, names.index(n)) for n in _OPERANDS]
-        elif _name(node) == "flex_attention":
-            operands = list(node.args[:3])
-        else:
-            return None
-        return tuple(self._at(o).projections for o in operands)
+        names = [a.name for a in _arguments(node)]
+        if "qkv_weight" in names:  # the projections are inside the op
+            self._weights_of[node] = self._at(argument(node, names.index("qkv_weight"))).params
+            return (frozenset([node]),) * 3
+        if set(_OPERANDS) <= set(names) and not any("grad" in n for n in names):
+            return tuple(self._at(argument(node, names.index(n))).projections for n in _OPERANDS)
+        if _name(node) == "flex_attention":
+            return tuple(self._at(operand).projections for operand in node.args[:3])
+        return None
 
-    def _attended(self, node: Node, operands: tuple[frozenset[Node], ...]) -> Near:
+    def _attended(self, node: Node, mixed: frozenset[Node]) -> Near:
         merged = self._merge(node, node.all_input_nodes)
-        return Near(merged.active, merged.params, operands[2] - {node})
+        return Near(merged.active, merged.params, mixed - {node})
 
     def _step(self, node: Node) -> Near:
         name = _name(node)
@@ -160,7 +169,7 @@ class AttentionFlow:
         return merged
 
     def _merge(self, node: Node, inputs: Iterable[Node]) -> Near:
-        parts = [n for n in map(self._at, inputs) if n is not _NOTHING]
+        parts = [near for near in map(self._at, inputs) if near is not _NOTHING]
         if not parts or isinstance(node.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)):
             return _NOTHING  # a size says nothing about the data
         return Near(
@@ -177,14 +186,13 @@ class AttentionFlow:
 
     def _multiplied(self, node: Node, merged: Near, left: Node, right: Node) -> Near:
         a, b = self._at(left), self._at(right)
-        # A frozen weight kept as a buffer (a quantized one) is known by the op alone: rotary frequencies are buffers too.
+        # A weight kept as a buffer (a quantized one) is known by the op alone: rotary frequencies are buffers too.
         if b.is_weight or (_name(node) == "linear" and not b.active):
             return self._projected(node, merged, right)
         if a.is_weight:
             return self._projected(node, merged, left)
-        if a.weights and b.weights and not (a.projections and b.projections):
-            if not a.projections and not b.projections:  # two weightings composed are one weighting
-                return Near(merged.active, merged.params, weights=merged.weights)
+        if a.weights and b.weights and not merged.projections:  # two weightings composed are one weighting
+            return Near(merged.active, merged.params, weights=merged.weights)
         for weighting, mixed in ((a, b), (b, a)):
             for softmax in weighting.weights:
                 self._mixed[softmax] = self._mixed.get(softmax, frozenset()) | mixed.projections
@@ -209,33 +217,37 @@ class AttentionFlow:
             query, key = query | rows, key | columns
         return query, key
 
-    def _write_back(self, node: Node, near: Near) -> None:
-        """An op that writes to an argument (a cache) changes what later readers of that argument see."""
-        if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
-            return
-        for i, declared in enumerate(node.target._schema.arguments):
-            base = argument(node, i)
+    def _write_back(self, node: Node) -> None:
+        """What is written to an argument (a cache) is seen by its later readers, and through what it is a view of."""
+        for position, declared in enumerate(_arguments(node)):
             if declared.alias_info is None or not declared.alias_info.is_write:
                 continue
+            base = argument(node, position)
             while isinstance(base, Node):
-                self.near[base] = self._merge(base, [base, node]) if near is not _NOTHING else self._at(base)
+                self.near[base] = self._at(base) | self.near[node]
                 base = base.args[0] if _is_view(base) else None
 
     def _at(self, node: Any) -> Near:
         return self.near.get(node, _NOTHING) if isinstance(node, Node) else _NOTHING
 
 
+def _arguments(node: Node) -> list[Any]:
+    schema = getattr(node.target, "_schema", None)
+    return [] if schema is None else schema.arguments
+
+
 def _name(node: Node) -> str:
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.partition("::")[2].removesuffix("_") if target.namespace == "aten" else ""
-    return getattr(target, "__name__", "")
+    """Name of an ATen op without overload or in-place mark; of a higher-order op; '' for other libraries' ops."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return getattr(node.target, "__name__", "")
+    namespace, _, name = schema.name.partition("::")
+    return name.removesuffix("_") if namespace == "aten" else ""
 
 
 def _is_view(node: Node) -> bool:
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.args:
-        return False
-    alias = node.target._schema.arguments[0].alias_info
+    declared = _arguments(node)
+    alias = declared[0].alias_info if declared and node.args else None
     return alias is not None and not alias.is_write
 
 
@@ -281,5 +293,5 @@ def _rank(node: Node) -> int:
     return value.dim() if isinstance(value, torch.Tensor) else 0
 
 
-def _union(sets: Iterator[frozenset[T]] | Iterable[frozenset[T]]) -> frozenset[T]:
+def _union(sets: Iterable[frozenset[T]]) -> frozenset[T]:
     return frozenset(chain.from_iterable(sets))

@@ -36,10 +36,10 @@ class Attention:
 def find_attention(program: ExportedProgram) -> list[Attention]:
     """Every attention block of ``program``, in graph order; a module that is called twice is listed twice.
 
-    An operand's module paths are those of the nearest linear, ``addmm``, product or convolution nodes that make it from a
-    parameter, without the call suffix (``@1``). Projections from outside the module that holds the attention count only
-    when the operand has no other and that one is unique (layers that share keys and values): an operand taken straight
-    from the residual stream is made by no projection.
+    An operand's module paths are those of the nearest nodes that make it from a parameter: linear, ``addmm`` and other
+    products, convolutions. The call suffix (``@1``) is removed. Projections from outside the module that holds the
+    attention count only when the operand has no other and that one is unique (layers that share keys and values): an
+    operand taken straight from the residual stream is made by no projection.
     """
     flow = AttentionFlow(program)
     return [_attention(flow, *block) for block in flow.blocks]
@@ -48,9 +48,9 @@ def find_attention(program: ExportedProgram) -> list[Attention]:
 def default_targets(program: ExportedProgram) -> list[str]:
     """The query and value projections of ``program`` as target names, query first, in order of first appearance.
 
-    A name is the last path component (``"q_proj"``), as in PEFT's table of default targets, or the full paths where that
-    component also names a module that is neither query nor value. A fused projection gives its one name, an attention
-    module that owns its projection weights (``nn.MultiheadAttention``) its own. A program without attention gives [].
+    A name is the last path component (``"q_proj"``), as in PEFT's table of default targets, or the full paths where
+    that component also names a module that is neither query nor value. A fused projection gives its one name, an
+    attention module that owns its projection weights (``nn.MultiheadAttention``) its own. No attention gives [].
     """
     flow = AttentionFlow(program)
     attentions = [_attention(flow, *block) for block in flow.blocks]

@@ -177,7 +177,14 @@ class _Injector:
             t = a.tag(role)
             if role == "out":
                 t |= {"form": form, "base": base.name, "key": a.key, "module": a.module, "param": a.param}
-                t |= {"kind": a.kind, "slots": dict(a.slots), "scale": a.scale, "entry": a.entry, "name": a.name, "options": a.method.options()}
+                t |= {
+                    "kind": a.kind,
+                    "slots": dict(a.slots),
+                    "scale": a.scale,
+                    "entry": a.entry,
+                    "name": a.name,
+                    "options": a.method.options(),
+                }
                 t |= {"consumers": list(a.consumers), "node": consumer.name}
                 if header is not None:
                     t["header"] = dict(header)

@@ -121,7 +121,9 @@ class Merge(Pass):
         old = operands(nodes[0])[2] if at is not None else None
         target = None if old is None else lifted.specs[old.name].target
         base = None if target is None else lifted.tensor(target)
-        high = torch.float64 if op.kind and slots and next(iter(slots.values())).dtype == torch.float64 else torch.float32
+        high = (
+            torch.float64 if op.kind and slots and next(iter(slots.values())).dtype == torch.float64 else torch.float32
+        )
         new = a.method.bias(op, None if base is None else base.to(high), slots, scale)
         if new is None:
             return
@@ -147,5 +149,3 @@ def _make_dense(node: fx.Node) -> None:
     count = len(node.target._schema.arguments)  # type: ignore[union-attr]
     node.args = tuple(1 if i == count - 1 else argument(node, i) for i in range(count))
     node.kwargs = {}
-
-

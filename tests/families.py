@@ -229,7 +229,14 @@ def _families() -> list[Family]:
         "num_labels": 3,
     }
     add("resnet", _pixels, "image", "ResNetForImageClassification", "ResNetConfig", resnet)
-    convnext = {"hidden_sizes": [6, 10], "depths": [1, 2], "num_stages": 2, "patch_size": 2, "num_labels": 3}
+    convnext = {
+        "hidden_sizes": [6, 10],
+        "depths": [1, 2],
+        "num_stages": 2,
+        "patch_size": 2,
+        "image_size": 20,
+        "num_labels": 3,
+    }
     add("convnext", _pixels, "image", "ConvNextForImageClassification", "ConvNextConfig", convnext)
     return out
 

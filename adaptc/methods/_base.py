@@ -100,7 +100,9 @@ class TargetedConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ConfigError("layers_to_transform needs target_modules as a list; put the layers into the regex instead")
+            raise ConfigError(
+                "layers_to_transform needs target_modules as a list; put the layers into the regex instead"
+            )
         if isinstance(self.target_modules, str) and self.layers_pattern is not None:
             raise ConfigError("layers_pattern needs target_modules as a list; put the layers into the regex instead")
         if self.layers_pattern and self.layers_to_transform is None:

@@ -93,9 +93,7 @@ class LoraConfig(TargetedConfig):
         if isinstance(self.target_parameters, str):
             raise ConfigError("LoraConfig.target_parameters must be a list of parameter names, not a string")
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):
-            raise ConfigError(
-                f"lora_bias=True needs init_lora_weights True or False, got {self.init_lora_weights!r}"
-            )
+            raise ConfigError(f"lora_bias=True needs init_lora_weights True or False, got {self.init_lora_weights!r}")
 
     def pattern_entries(self) -> dict[str, Mapping[str, Any]]:
         return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}

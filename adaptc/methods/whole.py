@@ -57,7 +57,9 @@ class TokenRows(Method):
         width, vocab = self._size(op)
         bad = [i for i in self.indices if not 0 <= i < vocab]
         if bad or len(set(self.indices)) != len(self.indices):
-            raise ConfigError(f"token indices must be distinct and below the vocabulary size {vocab}; got {bad or 'doubles'}")
+            raise ConfigError(
+                f"token indices must be distinct and below the vocabulary size {vocab}; got {bad or 'doubles'}"
+            )
         return {
             self.DELTA: Slot((len(self.indices), width), free=(0,)),
             self.INDEX: Slot((len(self.indices),), free=(0,), dtype=torch.int64, trainable=False, saved=False),
