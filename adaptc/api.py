@@ -71,9 +71,9 @@ def compile(
     model = _replicated(model, [c for c, _ in parsed])
     captured = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, training=training)
     facts = ModelFacts(captured.module_types, captured.output_embedding, captured.input_embedding, _transposed(model))
-    plans = [plan(_targeted(c), captured.program, facts, adapter_name) for c, _ in parsed]
-    attachments = _union(plans, training, backend)
     base = Lifted(captured.program)
+    plans = [plan(_targeted(c), captured.program, facts, adapter_name, base) for c, _ in parsed]
+    attachments = _union(plans, training, backend)
     slate = _slate(base, attachments, autocast_adapter_dtype, trainable=not parsed[0][0].inference_mode)
     binding = _first_binding(slate, plans[0], parsed[0], generator)
     adaptation = Adaptation(
@@ -84,7 +84,7 @@ def compile(
         training=captured.training,
         autocast=autocast_adapter_dtype,
     )
-    injected = Inject(attachments, binding.values, adaptation.header(binding))(_frozen(base))
+    injected = Inject(attachments, binding.values, adaptation.header(binding), make=AdaptedProgram)(captured.program)
     adaptation = replace(adaptation, attachments=injected.data)
     return AdaptedProgram.adopt(injected.program, adaptation, binding, backend)
 
@@ -145,16 +145,6 @@ def _first_binding(
     if file is not None:
         return bind(slate, config, file.tensors, str(file.path), fit=False)
     return first_values(slate, config, generator, only={a.id for a in first.attachments})
-
-
-def _frozen(base: Lifted) -> ExportedProgram:
-    """The captured program over frozen parameters that share the model's memory."""
-    seen: dict[int, nn.Parameter] = {}
-    for fqn, tensor in base.state_dict.items():
-        if isinstance(tensor, nn.Parameter):
-            twin = seen.setdefault(id(tensor), nn.Parameter(tensor.detach(), requires_grad=False))
-            base.state_dict[fqn] = twin
-    return base.finish()
 
 
 def swap(program: AdaptedProgram, adapter: Any, *, config: Any = None, adapter_name: str | None = None) -> SwapReport:

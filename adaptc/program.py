@@ -71,9 +71,12 @@ class AdaptedProgram(ExportedProgram):
         backend: str,
         originals: Mapping[str, Tensor] | None = None,
     ) -> Self:
-        """``program``, already injected, as an AdaptedProgram. The given program must not be used any more."""
-        lifted = Lifted(program)
-        new = lifted.finish(cls)
+        """``program``, already injected, as an AdaptedProgram: itself, if a pass has just built it as one, or a copy."""
+        if isinstance(program, cls) and not program._ready:
+            new = program
+        else:
+            new = Lifted(program).finish(cls)
+        lifted = Lifted(new)
         new._lock = threading.RLock()
         new._adaptation = adaptation
         new._ops = {a.id: site_op(lifted, a) for a in adaptation.attachments}

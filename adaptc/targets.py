@@ -44,16 +44,25 @@ class Plan:
     left_out: tuple[tuple[str, str], ...]
 
 
-def plan(config: TargetedConfig, program: ExportedProgram, facts: ModelFacts, adapter: str = "default") -> Plan:
+def plan(
+    config: TargetedConfig,
+    program: ExportedProgram,
+    facts: ModelFacts,
+    adapter: str = "default",
+    lifted: Lifted | None = None,
+) -> Plan:
     """All attachments ``config`` asks for. Raises TargetError for entries that bind to nothing, ConfigError for
-    options that have no meaning at a selected site."""
-    return _Planner(config, program, facts, adapter).run()
+    options that have no meaning at a selected site. ``lifted``: the program opened, when the caller has it open."""
+    return _Planner(config, program, facts, adapter, lifted or Lifted(program)).run()
 
 
 class _Planner:
-    def __init__(self, config: TargetedConfig, program: ExportedProgram, facts: ModelFacts, adapter: str) -> None:
+    def __init__(
+        self, config: TargetedConfig, program: ExportedProgram, facts: ModelFacts, adapter: str, lifted: Lifted
+    ) -> None:
         self.config, self.program, self.facts, self.adapter = config, program, facts, adapter
-        self.sites = find_sites(program, dict(facts.types))
+        self.lifted = lifted
+        self.sites = find_sites(program, dict(facts.types), lifted)
         self.by_module: dict[str, list[Site]] = {}
         for site in self.sites:
             self.by_module.setdefault(site.module, []).append(site)
@@ -62,7 +71,6 @@ class _Planner:
             parts = module.split(".")
             for i in range(1, len(parts)):
                 self.names.setdefault(".".join(parts[:i]), "")
-        self.lifted = Lifted(program)
         self.head = facts.output_embedding or self._guess_head()
 
     def run(self) -> Plan:

@@ -77,7 +77,10 @@ def fake_of(graph: fx.Graph) -> Callable[[Tensor], Tensor]:
 def _fake(mode: Any, tensor: Tensor) -> Tensor:
     if mode is None:
         raise PassError("the graph has no fake values; capture it with torch.export.export")
-    return mode.from_tensor(tensor, static_shapes=True)
+    # Cheaper than mode.from_tensor, which describes the tensor's storage first; slots are plain tensors.
+    with mode:
+        fake = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return torch.nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else fake
 
 
 class Lifted:
@@ -118,6 +121,14 @@ class Lifted:
     def tensor(self, fqn: str) -> Tensor:
         """The value behind a parameter, buffer or constant."""
         return self.state_dict[fqn] if fqn in self.state_dict else self.constants[fqn]
+
+    def freeze(self) -> None:
+        """Replace parameters by twins that share their memory and require no grad, so that flags of the model stay."""
+        twins: dict[int, torch.nn.Parameter] = {}
+        for fqn, tensor in self.state_dict.items():
+            if isinstance(tensor, torch.nn.Parameter):
+                twin = twins.setdefault(id(tensor), torch.nn.Parameter(tensor.detach(), requires_grad=False))
+                self.state_dict[fqn] = twin
 
     def fqns(self, node: fx.Node) -> list[str]:
         """All FQNs a placeholder stands for (several when weights are tied)."""

@@ -74,12 +74,15 @@ def module_types(program: ExportedProgram) -> dict[str, str]:
     return out
 
 
-def find_sites(program: ExportedProgram, types: dict[str, str] | None = None) -> list[Site]:
+def find_sites(
+    program: ExportedProgram, types: dict[str, str] | None = None, lifted: Lifted | None = None
+) -> list[Site]:
     """All sites in graph order of the placeholders, aliases included.
 
-    ``types`` (module path -> class name) overrides what the graph's own module stacks say.
+    ``types`` (module path -> class name) overrides what the graph's own module stacks say. ``lifted`` is the program
+    opened, if the caller has it open; it is only read.
     """
-    lifted = Lifted(program)
+    lifted = lifted or Lifted(program)
     types = {**module_types(program), **(types or {})}
     found: list[Site] = []
     by_node: dict[fx.Node, list[str]] = {}

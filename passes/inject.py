@@ -1,13 +1,14 @@
 """Inject adapters: rewrite the consumers of targeted parameters into adapter regions.
 
 Before: a program, and for each site an Attachment with its slot tensors. After: for every attachment, lifted slots (trainable
-ones parameters, the scale and frozen ones buffers) and, per consumer, a tagged region of pure ATen. With slots at their identity
+ones parameters, the scale and frozen ones buffers) and, per consumer, a tagged region of pure ATen; base parameters
+require no grad. With slots at their identity
 values the program computes exactly what it did. Each distinct (method, op, shapes, dtypes) is traced once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -34,15 +35,17 @@ class Inject(Pass):
     attachments: Sequence[Attachment] = field(repr=False)
     values: Mapping[str, Tensor] = field(repr=False)
     header: Mapping[str, Any] | None = field(default=None, repr=False)
+    make: Callable[..., ExportedProgram] = field(default=ExportedProgram, repr=False)
 
     def apply(self, program: ExportedProgram) -> PassResult:
         lifted = Lifted(program)
+        lifted.freeze()
         traces: dict[Any, fx.Graph] = {}
         done: list[Attachment] = []
         for i, attachment in enumerate(self.attachments):
             ready = self._lift(lifted, attachment)
             done.append(_Injector(lifted, ready, traces, self.header if i == 0 else None).run())
-        return PassResult(lifted.finish(), len(done), data=tuple(done))
+        return PassResult(lifted.finish(self.make), len(done), data=tuple(done))
 
     def _lift(self, lifted: Lifted, a: Attachment) -> Attachment:
         if a.fqn not in lifted.placeholders:

@@ -324,3 +324,14 @@ def test_a_full_name_is_not_filtered_by_layer():
     options = {"target_modules": names, "layers_to_transform": [2]}
     assert select(linear, **options).names == tuple(names)
     assert all(oracle(n, **options) for n in names)
+
+
+@pytest.mark.parametrize("pattern", [None, "layers", "experts", ["h", "experts"], ["experts", "layers"]])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_the_first_index_is_the_layer(layer, pattern):
+    names = [f"model.layers.{i}.experts.{j}.fc1" for i in (0, 1, 2) for j in (2, 1, 0)]
+    linear = [Candidate(n, "torch.nn.modules.linear.Linear", "linear") for n in names]
+    options = {"target_modules": ["fc1"], "layers_to_transform": layer, "layers_pattern": pattern}
+    expected = tuple(n for n in names if oracle(n, **options))
+    assert 0 < len(expected) < len(names)
+    assert select(linear, **options).names == expected
