@@ -1,7 +1,8 @@
 # `make test` and `make demo` start from nothing: they create .venv, install what they need, and run.
 # `make PYTHON=python3.12 test` picks the interpreter, `make VENV=dir test` the place.
 
-PYTHON ?= python3
+# The interpreter the project is tested on, if it is there.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 VENV ?= .venv
 # Processes for the tests. Each keeps to one thread (below), so this is also the number of cores used.
 WORKERS ?= 2

@@ -74,7 +74,7 @@ def compile(
     base = Lifted(captured.program)
     plans = [plan(_targeted(c), captured.program, facts, adapter_name, base) for c, _ in parsed]
     attachments = _union(plans, training, backend)
-    slate = _slate(base, attachments, autocast_adapter_dtype, trainable=not parsed[0][0].inference_mode)
+    slate = _slate(base, attachments, autocast_adapter_dtype, trainable=training or not parsed[0][0].inference_mode)
     binding = _first_binding(slate, plans[0], parsed[0], generator)
     adaptation = Adaptation(
         attachments,

@@ -80,6 +80,7 @@ def _binding(lifted: Lifted, found: list[Attachment], stored: dict[str, Any]) ->
     present = set(stored["present"])
     values: dict[str, torch.Tensor] = {}
     methods = {}
+    train = stored["training"] or not config.inference_mode
     for a in found:
         op = site_op(lifted, a)
         slots = {name: lifted.tensor(fqn) for name, fqn in a.slots.items()}
@@ -89,6 +90,6 @@ def _binding(lifted: Lifted, found: list[Attachment], stored: dict[str, Any]) ->
         if a.id in present:
             methods[a.id] = a.method.rebind(config, a).fit(op, slots)
         for name, spec in a.method.slots(op).items():
-            if spec.trainable and a.id in present and not config.inference_mode:
+            if spec.trainable and a.id in present and train:
                 slots[name].requires_grad_(slots[name].is_floating_point())
     return Binding(values, methods, config, name=found[0].adapter, source="file")
