@@ -74,7 +74,7 @@ def compile(
     base = Lifted(captured.program)
     plans = [plan(_targeted(c), captured.program, facts, adapter_name, base) for c, _ in parsed]
     attachments = _union(plans, training, backend)
-    slate = _slate(base, attachments, autocast_adapter_dtype, trainable=training or not parsed[0][0].inference_mode)
+    slate = _slate(base, attachments, autocast_adapter_dtype, trainable=_trainable(parsed[0], training))
     binding = _first_binding(slate, plans[0], parsed[0], generator)
     adaptation = Adaptation(
         attachments,
@@ -131,6 +131,12 @@ def _union(plans: Sequence[Plan], training: bool, backend: str) -> list[Attachme
             form = "weight" if backend == "inductor" and a.kind.startswith("conv") and not training else a.form
             out.setdefault(a.id, replace(a, method=method, form=form))
     return list(out.values())
+
+
+def _trainable(parsed: tuple[AdapterConfig, AdapterFile | None], training: bool) -> bool:
+    """Files always say inference_mode; what says whether their adapter is to be trained is the program's purpose."""
+    config, file = parsed
+    return not config.inference_mode if file is None else training
 
 
 def _slate(base: Lifted, attachments: Sequence[Attachment], autocast: bool, trainable: bool) -> Slate:

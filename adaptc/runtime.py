@@ -17,6 +17,8 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
@@ -64,7 +66,7 @@ class Executor:
         signature = program.graph_signature
         self._lifted_names = [s.target for s in signature.input_specs if s.kind != InputKind.USER_INPUT]
         self._base = {n: self.lifted.tensor(n) for n in self._lifted_names if n is not None}
-        self._inputs = _Inputs(program, self.fills)
+        self._inputs = Inputs.of(program, self.fills)
         spec = program.call_spec.out_spec
         if spec is None:
             raise AdaptcError("the program has no output spec; export it with torch.export.export")
@@ -166,26 +168,51 @@ class Executor:
                 done[a.slots[slot]] = None
 
 
-class _Inputs:
-    """Flattens and checks the arguments of a call."""
+@dataclass(frozen=True)
+class TensorInput:
+    """What a tensor input must look like. A size is a number, or the name of the symbol it was captured as."""
 
-    def __init__(self, program: ExportedProgram, fills: Mapping[str, Sequence[str]]) -> None:
-        spec = program.call_spec.in_spec
-        if spec is None:
-            raise AdaptcError("the program has no input spec; export it with torch.export.export")
-        self.spec, self.fills = spec, fills
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]
+
+
+class Inputs:
+    """Flattens and checks the arguments of a call.
+
+    ``expected`` has a :class:`TensorInput` or a constant for every flat input, by name; ``ranges`` the least and the
+    greatest size of each symbol.
+    """
+
+    def __init__(
+        self,
+        spec: pytree.TreeSpec,
+        fills: Mapping[str, Sequence[str]],
+        expected: Sequence[tuple[str, Any]],
+        ranges: Mapping[str, tuple[float, float]],
+    ) -> None:
+        self.spec, self.fills, self.expected, self.ranges = spec, fills, expected, ranges
         args_spec, kwargs_spec = spec.children()
         self.n_args = len(args_spec.children())
         self.names: list[str] = list(kwargs_spec.context or ())
         self.plain = all(c.is_leaf() for c in (*args_spec.children(), *kwargs_spec.children()))
+        self._seen: set[Any] = set()
+
+    @classmethod
+    def of(cls, program: ExportedProgram, fills: Mapping[str, Sequence[str]]) -> Inputs:
+        """The inputs a program was captured with."""
+        spec = program.call_spec.in_spec
+        if spec is None:
+            raise AdaptcError("the program has no input spec; export it with torch.export.export")
         nodes = {n.name: n for n in program.graph.find_nodes(op="placeholder")}
-        self.expected: list[Any] = []
+        expected: list[tuple[str, Any]] = []
         for s in program.graph_signature.input_specs:
             if s.kind == InputKind.USER_INPUT:
                 value = s.arg.value if isinstance(s.arg, ConstantArgument) else nodes[s.arg.name].meta["val"]
-                self.expected.append((s.arg.name, value))
-        self.ranges = {str(k): v for k, v in program.range_constraints.items()}
-        self._seen: set[Any] = set()
+                if isinstance(value, Tensor):
+                    value = TensorInput(value.dtype, tuple(n if isinstance(n, int) else str(n) for n in value.shape))
+                expected.append((s.arg.name, value))
+        ranges = {str(k): (float(v.lower), float(v.upper)) for k, v in program.range_constraints.items()}
+        return cls(spec, fills, expected, ranges)
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         if len(kwargs) != len(self.names) or len(args) != self.n_args:
@@ -210,8 +237,7 @@ class _Inputs:
         for name in self.names:
             if name not in done and name in self.fills and self.fills[name][1] in done:
                 how, like = self.fills[name]
-                like = done[like]
-                done[name] = torch.ones_like(like) if how == "ones_like" else torch.full_like(like, -100)
+                done[name] = fill(how, done[like])
         return done
 
     def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -234,7 +260,7 @@ class _Inputs:
         if len(flat) != len(self.expected):
             raise AdaptcError(self._usage(f"got {len(flat)} inputs, expected {len(self.expected)}"))
         for value, (name, want) in zip(flat, self.expected, strict=True):
-            if not isinstance(want, Tensor):
+            if not isinstance(want, TensorInput):
                 if isinstance(want, (int, float, bool, str, type(None))) and value != want:
                     raise AdaptcError(
                         f"input {name!r} was captured as the constant {want!r}, got {value!r}; capture again"
@@ -242,31 +268,35 @@ class _Inputs:
                 continue
             if not isinstance(value, Tensor):
                 raise AdaptcError(f"input {name!r} must be a tensor, got {type(value).__name__}")
-            if value.dtype != want.dtype or value.ndim != want.ndim:
-                raise AdaptcError(
-                    f"input {name!r}: expected {want.dtype} with {want.ndim} axes, got {value.dtype} with {value.ndim}"
-                )
+            if value.dtype != want.dtype or value.ndim != len(want.shape):
+                wanted = f"{want.dtype} with {len(want.shape)} axes"
+                raise AdaptcError(f"input {name!r}: expected {wanted}, got {value.dtype} with {value.ndim}")
             for axis, (got, size) in enumerate(zip(value.shape, want.shape, strict=True)):
                 self._check_size(name, axis, got, size, sizes)
 
-    def _check_size(self, name: str, axis: int, got: int, size: Any, sizes: dict[str, tuple[int, str]]) -> None:
+    def _check_size(self, name: str, axis: int, got: int, size: int | str, sizes: dict[str, tuple[int, str]]) -> None:
         if isinstance(size, int):
             if got != size:
                 raise AdaptcError(
-                    f"input {name!r}: axis {axis} has size {got}, but the program was captured for exactly {size}; capture "
-                    "with dynamic_shapes that leave this axis free"
+                    f"input {name!r}: axis {axis} has size {got}, but the program was captured for exactly {size}; "
+                    "capture with dynamic_shapes that leave this axis free"
                 )
             return
-        symbol = str(size)
         where = f"axis {axis} of {name!r}"
-        if symbol in sizes and sizes[symbol][0] != got:
-            raise AdaptcError(
-                f"{where} has size {got}, but must equal {sizes[symbol][1]}, which has {sizes[symbol][0]}"
-            )
-        sizes.setdefault(symbol, (got, where))
-        bounds = self.ranges.get(symbol)
-        if bounds is not None and not bool(bounds.lower <= got <= bounds.upper):
-            raise AdaptcError(f"{where} has size {got}, outside the captured range [{bounds.lower}, {bounds.upper}]")
+        if size in sizes and sizes[size][0] != got:
+            raise AdaptcError(f"{where} has size {got}, but must equal {sizes[size][1]}, which has {sizes[size][0]}")
+        sizes.setdefault(size, (got, where))
+        low, high = self.ranges.get(size, (0, inf))
+        if not low <= got <= high:
+            raise AdaptcError(f"{where} has size {got}, outside the captured range [{low:g}, {high:g}]")
+
+
+def fill(how: str, like: Tensor) -> Tensor:
+    """A keyword input that was left out, made from another one; the rules are those of ``Captured.fills``."""
+    if how == "ones_like":
+        return torch.ones_like(like)
+    shape = like.shape if how == "ignore_like" else like.shape[:1]
+    return torch.full(shape, -100, dtype=torch.int64, device=like.device)
 
 
 def compile_count() -> int:

@@ -48,7 +48,8 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     values: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         copied = new.node_copy(node, values.__getitem__)
-        assert copied.name == node.name, (copied.name, node.name)  # an empty namespace keeps every name
+        # fx gives a node that is called like a builtin ("input") another name; torch.export keeps such names.
+        copied.name = node.name
         values[node] = copied
     new.set_codegen(graph._codegen)
     return new
@@ -170,14 +171,16 @@ class Lifted:
     def split(self, fqn: str, users: Iterable[fx.Node], tensor: Tensor) -> fx.Node:
         """Untie ``fqn``: give it a placeholder of its own with value ``tensor``, read by ``users`` alone.
 
-        The other users keep the old placeholder, which is renamed to another of its FQNs if it went by this one.
+        The other users keep the old placeholder. If it went by this FQN it takes another of its own, or a new one.
         """
         old = self.placeholders[fqn]
         spec = self.specs[old.name]
         if spec.target == fqn:
             others = [f for f in self.fqns(old) if f != fqn]
-            if not others:
-                raise PassError(f"{fqn!r} is not tied to another name; set its tensor instead")
+            if not others:  # the same parameter, read by another module: functional heads do this
+                others = [f"{fqn}_untied"]
+                self.state_dict[others[0]] = self.state_dict[fqn]
+                self.placeholders[others[0]] = old
             self.specs[old.name] = replace(spec, target=others[0])
         node = self._placeholder(fqn, tensor)
         for user in users:
