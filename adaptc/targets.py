@@ -138,13 +138,14 @@ class _Planner:
 
     def _module(self, name: str, sites: Sequence[Site], selection: Selection) -> Iterable[Attachment]:
         entry = next((e for e, names in selection.matches.items() if name in names), "")
-        alone = len(sites) == 1 or any(s.module != name for s in sites)
+        alone = sum(s.module == name for s in sites) == 1
         for site in sites:
             key = name if alone or site.param == "weight" else f"{name}.{site.param}"
             if site.module != name:
                 # PEFT wraps MultiheadAttention as a whole, so its out_proj sits below the wrapper.
                 key = f"{name}.base_layer{site.module.removeprefix(name)}"
-            yield self._attach(site, key, name, entry)
+            a = self._attach(site, key, name, entry)
+            yield a if site.module == name else replace(a, method=a.method.nested())
 
     def _attach(self, site: Site, key: str, name: str, entry: str, kind: str | None = None) -> Attachment:
         kind = kind or site.kind

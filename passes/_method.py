@@ -87,6 +87,10 @@ class Method:
         """This method at the same site with the options of another adapter's ``config``."""
         return self
 
+    def nested(self) -> Method:
+        """This method at a layer that PEFT adapts inside another adapted one (MultiheadAttention's ``out_proj``)."""
+        return self
+
     def fit(self, op: Op, slots: Slots) -> Method:
         """This method with its free sizes (the rank) read off slot tensors instead of a config."""
         return self

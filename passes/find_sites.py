@@ -6,7 +6,7 @@ one placeholder are told apart by the module they were traced in. Nothing is cha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, fx
@@ -45,10 +45,36 @@ def consumers(placeholder: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
     while stack:
         source = stack.pop()
         for user in source.users:
-            if user.target in CASTS and user.args and user.args[0] is source:
+            if is_cast(user, source):
                 stack.append(user)
             elif user.op != "output" and "_assert" not in str(user.target):
                 yield user, source
+
+
+def is_cast(user: fx.Node, source: fx.Node) -> bool:
+    """Whether ``user`` only casts ``source``, so that its own users are the consumers."""
+    return user.target in CASTS and bool(user.args) and user.args[0] is source
+
+
+def readers(graph: fx.Graph, source: fx.Node, wanted: Collection[fx.Node]) -> list[fx.Node]:
+    """Direct users of ``source`` that lead to the ``wanted`` consumers and to no others; shared casts are doubled."""
+    found: list[fx.Node] = []
+    for user in list(source.users):
+        if user in wanted:
+            found.append(user)
+        elif is_cast(user, source):
+            below = {n for n, _ in consumers(user)}
+            if below.isdisjoint(wanted):
+                continue
+            if not below.issubset(wanted):
+                inner = readers(graph, user, wanted)
+                with graph.inserting_after(user):
+                    twin = graph.node_copy(user, lambda n: n)
+                for reader in inner:
+                    reader.replace_input_with(user, twin)
+                user = twin
+            found.append(user)
+    return found
 
 
 def kind_of(node: fx.Node, source: fx.Node, ndim: int) -> str:

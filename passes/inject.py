@@ -23,7 +23,7 @@ from adaptc.passes._method import Attachment
 from adaptc.passes._pass import Pass, PassResult
 from adaptc.passes._regions import region_tag
 from adaptc.passes._trace import inline, region_of, signature_of
-from adaptc.passes.find_sites import consumers
+from adaptc.passes.find_sites import consumers, readers
 
 
 @dataclass(frozen=True)
@@ -144,34 +144,14 @@ class _Injector:
     def in_front(self, source: fx.Node, nodes: Sequence[fx.Node]) -> None:
         """The weight form: the consumers read weight(W) instead of W."""
         graph = self.lifted.graph
-        wanted = set(nodes)
-        readers = self._readers(source, wanted)
+        found = readers(graph, source, set(nodes))
         order = {n: i for i, n in enumerate(graph.nodes)}
-        first = min(readers, key=order.__getitem__)
+        first = min(found, key=order.__getitem__)
         inputs = [source, *self.slot_nodes]
         region = self.region("weight", inputs)
         out = inline(graph, region, inputs, first, first, self._tag(source, "weight", first))
-        for user in readers:
+        for user in found:
             user.replace_input_with(source, out)
-
-    def _readers(self, source: fx.Node, wanted: set[fx.Node]) -> list[fx.Node]:
-        """Direct users of ``source`` on the way to the wanted consumers; casts shared with others are doubled."""
-        readers: list[fx.Node] = []
-        for user in list(source.users):
-            if user in wanted:
-                readers.append(user)
-                continue
-            below = {n for n, _ in consumers(user)}
-            if not below & wanted:
-                continue
-            if below - wanted:
-                with self.lifted.graph.inserting_after(user):
-                    twin = self.lifted.graph.node_copy(user, lambda n: n)
-                for reader in [u for u in user.users if u in wanted]:
-                    reader.replace_input_with(user, twin)
-                user = twin
-            readers.append(user)
-        return readers
 
     def _tag(self, base: fx.Node, form: str, consumer: fx.Node) -> Any:
         a, header = self.a, self.header

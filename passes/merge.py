@@ -16,12 +16,12 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from adaptc.errors import MergeError
-from adaptc.passes._kinds import TABLE, Op, argument, operands
+from adaptc.passes._kinds import CASTS, TABLE, Op, argument, operands
 from adaptc.passes._lifted import Lifted
 from adaptc.passes._method import Attachment
 from adaptc.passes._pass import Pass, PassResult
 from adaptc.passes._regions import remove_regions
-from adaptc.passes.find_sites import consumers
+from adaptc.passes.find_sites import consumers, readers
 from adaptc.passes.inject import site_op
 
 
@@ -81,7 +81,7 @@ class Merge(Pass):
             op = ops[a.id]
             exact = op.stored(a.method.weight(op, op.canonical(exact), slots, scale))
             if a.method.has_bias():
-                self._bias(lifted, a, op, slots, scale)
+                self._bias(lifted, a, op, slots, scale, high)
         rounded = exact.to(stored.dtype).contiguous()
         if self.safe and not bool(torch.isfinite(rounded).all()):
             raise MergeError(
@@ -99,45 +99,78 @@ class Merge(Pass):
 
     def _replace(self, lifted: Lifted, a: Attachment, value: Tensor) -> bool:
         node = lifted.placeholders[a.fqn]
-        read = list(consumers(node))
-        mine = [(n, s) for n, s in read if n.name in a.consumers]
+        read = {n for n, _ in consumers(node)}
+        mine = {n for n in read if n.name in a.consumers}
         new = torch.nn.Parameter(value, requires_grad=False)
         if value.shape != lifted.tensor(a.fqn).shape:
-            for n, _ in mine:
+            for n in mine:
                 _make_dense(n)
         if len(mine) == len(read):
             lifted.set(a.fqn, new)
             return False
-        if any(s is not node for _, s in mine):
-            raise MergeError(
-                f"{a.fqn!r} is tied and cast before its consumers, so it cannot be untied; merge before casting the model."
-            )
-        lifted.split(a.fqn, [n for n, _ in mine], new)
+        lifted.split(a.fqn, readers(lifted.graph, node, mine), new)
         return True
 
-    def _bias(self, lifted: Lifted, a: Attachment, op: Op, slots: Mapping[str, Tensor], scale: Tensor | None) -> None:
-        nodes = [lifted.nodes[c] for c in a.consumers]
+    def _bias(
+        self,
+        lifted: Lifted,
+        a: Attachment,
+        op: Op,
+        slots: Mapping[str, Tensor],
+        scale: Tensor | None,
+        high: torch.dtype,
+    ) -> None:
+        """The same for the bias; one that other consumers read too is untied, one that is missing is added."""
+        groups: dict[fx.Node | None, list[fx.Node]] = {}
+        for node in (lifted.nodes[c] for c in a.consumers):
+            takes = node.target in TABLE and TABLE[node.target][3] is not None
+            groups.setdefault(operands(node)[2] if takes else None, []).append(node)
+        for old, nodes in groups.items():
+            source = _parameter(old)
+            target = None if source is None else lifted.specs[source.name].target
+            base = None if target is None else lifted.tensor(target).to(high)
+            probe = (
+                torch.zeros(op.out_features, dtype=high, device=lifted.tensor(a.fqn).device) if base is None else base
+            )
+            new = a.method.bias(op, probe if old is not None else None, slots, scale)
+            if new is None or new is probe:
+                continue
+            if old is not None and (source is None or target is None):
+                raise MergeError(
+                    f"site {a.id!r}: the bias is computed by {old.name!r}, so nothing can be merged into it"
+                )
+            self._set_bias(lifted, a, source, nodes, new)
+
+    def _set_bias(
+        self, lifted: Lifted, a: Attachment, source: fx.Node | None, nodes: list[fx.Node], new: Tensor
+    ) -> None:
         at = TABLE[nodes[0].target][3] if nodes[0].target in TABLE else None
-        old = operands(nodes[0])[2] if at is not None else None
-        target = None if old is None else lifted.specs[old.name].target
-        base = None if target is None else lifted.tensor(target)
-        high = (
-            torch.float64 if op.kind and slots and next(iter(slots.values())).dtype == torch.float64 else torch.float32
-        )
-        new = a.method.bias(op, None if base is None else base.to(high), slots, scale)
-        if new is None:
-            return
         if at is None:
             raise MergeError(f"site {a.id!r}: an op of kind {a.kind!r} takes no bias, and the adapter has one")
-        dtype = lifted.tensor(a.fqn).dtype
+        dtype = nodes[0].meta["val"].dtype if source is None else source.meta["val"].dtype
         value = torch.nn.Parameter(new.to(dtype).contiguous(), requires_grad=False)
-        if target is not None:
-            lifted.set(target, value)
+        if source is None:
+            fqn = f"{a.module}.bias".removeprefix(".")
+            while fqn in lifted.state_dict:
+                fqn += "_merged"
+            node = lifted.add(fqn, value)
+            for n in nodes:
+                n.args = tuple(node if i == at else argument(n, i) for i in range(max(len(n.args), at + 1)))
             return
-        fqn = f"{a.module}.bias" if a.module else "bias"
-        node = lifted.add(fqn, value)
-        for n in nodes:
-            n.args = tuple(node if i == at else argument(n, i) for i in range(max(len(n.args), at + 1)))
+        fqn = f"{a.module}.bias".removeprefix(".")
+        target = fqn if lifted.placeholders.get(fqn) is source else lifted.specs[source.name].target
+        assert target is not None
+        if {n for n, _ in consumers(source)} <= set(nodes):
+            lifted.set(target, value)
+        else:
+            lifted.split(target, readers(lifted.graph, source, nodes), value)
+
+
+def _parameter(node: fx.Node | None) -> fx.Node | None:
+    """The placeholder a bias comes from, through casts; None when it is computed."""
+    while node is not None and node.op != "placeholder":
+        node = node.args[0] if node.target in CASTS and isinstance(node.args[0], fx.Node) else None
+    return node
 
 
 def _high(t: Tensor, dtype: torch.dtype) -> Tensor:

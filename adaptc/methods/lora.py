@@ -111,7 +111,11 @@ class LoraConfig(TargetedConfig):
 
 @dataclass(frozen=True)
 class Lora(Method):
-    """LoRA at one site. ``dropout`` acts on the input of the down projection, while training only."""
+    """LoRA at one site. ``dropout`` acts on the input of the down projection, while training only.
+
+    ``repeat`` is how often PEFT adds B A: twice at the ``out_proj`` of a MultiheadAttention, whose wrapper adds it and
+    then has the inner layer add it again. Adapters are trained that way, so it is what their files mean.
+    """
 
     name: ClassVar[str] = "lora"
 
@@ -122,6 +126,7 @@ class Lora(Method):
     with_bias: bool = False
     scheme: bool | str = True
     training: bool = False
+    repeat: int = 1
 
     def slots(self, op: Op) -> dict[str, Slot]:
         if len(op.shape) < 2:
@@ -132,6 +137,8 @@ class Lora(Method):
                 f"LoRA on a convolution with groups={op.groups} needs a rank divisible by {op.groups}, got r={r}; "
                 f"r={-(-r // op.groups) * op.groups} fits"
             )
+        if self.with_bias and (not op.callable or op.kind == "embedding"):
+            raise TargetError(f"lora_bias=True has no meaning for a consumer of kind {op.kind!r}, which takes no bias")
         if op.kind == "embedding":
             return {
                 "lora_embedding_A": Slot((r, op.in_features), free=(0,)),
@@ -144,8 +151,6 @@ class Lora(Method):
             "lora_B.weight": Slot((op.out_features, r * e // op.groups, *ones), free=(1,)),
         }
         if self.with_bias:
-            if not op.callable:
-                raise TargetError(f"lora_bias=True has no meaning for a consumer of kind {op.kind!r}")
             slots["lora_B.bias"] = Slot((op.out_features,))
         return slots
 
@@ -178,14 +183,19 @@ class Lora(Method):
     def rebind(self, config: Any, attachment: Attachment) -> Method:
         if not isinstance(config, LoraConfig):
             return self
-        return config.method(attachment.name or attachment.module, attachment.kind)
+        return dataclasses.replace(
+            config.method(attachment.name or attachment.module, attachment.kind), repeat=self.repeat
+        )
+
+    def nested(self) -> Lora:
+        return dataclasses.replace(self, repeat=2)
 
     def fit(self, op: Op, slots: Slots) -> Lora:
         A = next((t for n, t in slots.items() if n.startswith(("lora_A", "lora_embedding_A"))), None)
         return self if A is None or not A.ndim else dataclasses.replace(self, r=A.shape[0] // max(op.experts, 1))
 
     def scale(self, op: Op) -> float:
-        return self.alpha / (sqrt(self.r) if self.rslora else self.r)
+        return self.repeat * self.alpha / (sqrt(self.r) if self.rslora else self.r)
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Tensor | None) -> Tensor:
         A, B = self._factors(op, slots)
