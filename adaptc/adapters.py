@@ -72,6 +72,11 @@ def as_binding(
         return adapter
     if program._binding is None:
         raise SwapError("the program has no adapter sites; it was merged or unloaded")
+    if lost := list(program.adaptation.residual):
+        raise SwapError(
+            f"the file this program came from holds only its own adapter's version of {lost[:3]} (its initialisation "
+            "changed the base), so no other adapter can be bound to it. Compile the original model instead."
+        )
     slate = program.slate(trainable)
     if isinstance(adapter, (str, os.PathLike)):
         file = read_adapter(Path(adapter), adapter_name=adapter_name)

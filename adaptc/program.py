@@ -156,7 +156,9 @@ class AdaptedProgram(ExportedProgram):
                 if self._executor is None:
                     a = self._adaptation
                     self._refresh()
-                    self._executor = Executor(self, a.attachments, self._ops, self.backend, a.fills, a.training)
+                    self._executor = Executor(
+                        self, a.attachments, self._ops, self.backend, a.fills, a.training, self._originals
+                    )
         return self._executor
 
     def _make_prefix(self, executor: Executor) -> tuple[Any, ...]:

@@ -54,6 +54,7 @@ class Executor:
         backend: str = "eager",
         fills: Mapping[str, Sequence[str]] | None = None,
         training: bool = False,
+        originals: Mapping[str, Tensor] | None = None,
     ) -> None:
         check_backend(backend)
         self.backend, self.attachments, self.ops = backend, attachments, ops
@@ -65,7 +66,8 @@ class Executor:
         self.differentiable = training and backend == "eager"
         signature = program.graph_signature
         self._lifted_names = [s.target for s in signature.input_specs if s.kind != InputKind.USER_INPUT]
-        self._base = {n: self.lifted.tensor(n) for n in self._lifted_names if n is not None}
+        # The state holds what the current adapter made of the base; other bindings start from the base itself.
+        self._base = {n: self.lifted.tensor(n) for n in self._lifted_names if n is not None} | dict(originals or {})
         self._inputs = Inputs.of(program, self.fills)
         spec = program.call_spec.out_spec
         if spec is None:
