@@ -33,7 +33,7 @@ class Hand:
 class Case:
     """A model, its ``inputs`` for a batch size, a config, and how to know what is right.
 
-    ``hand``: parameters for which PEFT is no oracle; with it, the oracle is the model with these weights merged by hand.
+    ``hand``: parameters for which PEFT is no oracle; with it, a model with these weights merged is one.
     ``merges``: where PEFT's merged weights come from, "whole" a merged model, "layers" each of its layers (a model with
     tied weights merges them into one another), "" nowhere. ``factors``: gradients PEFT gets wrong, by the end of their
     key, and by how much.
@@ -135,6 +135,20 @@ class CastEmbedding(nn.Embedding):
 class CastLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight.to(input.dtype), None if self.bias is None else self.bias.to(input.dtype))
+
+
+class Autocast(nn.Module):
+    """Two layers in one autocast region, which an exported program holds as one op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(7, 11)
+        self.down = nn.Linear(11, 5, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x = self.down(torch.tanh(self.up(x)))
+        return x.float()
 
 
 class FunctionalHead(nn.Module):
