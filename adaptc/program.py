@@ -47,7 +47,7 @@ class Adaptation:
             "format": 1,
             "config": binding.config.to_dict(),
             "present": list(binding.methods),
-            "residual": list(binding.base),
+            "residual": list({**dict.fromkeys(self.residual), **binding.base}),
             "matches": {k: list(v) for k, v in self.matches.items()},
             "left_out": [list(x) for x in self.left_out],
             "fills": {k: list(v) for k, v in self.fills.items()},
