@@ -221,7 +221,9 @@ class _Planner:
             return []
         wrapped = {a.module: a.key for a in main}
         return [
-            self._whole_site(s, f"{wrapped[s.module]}.base_layer" if s.module in wrapped else s.module, "bias", "bias")
+            self._whole_site(
+                s, f"{wrapped[s.module]}.base_layer" if s.module in wrapped else s.module, "bias", "trained_bias"
+            )
             for s in self.sites
             if s.param == "bias" and (wanted == "all" or s.module in wrapped)
         ]

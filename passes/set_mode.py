@@ -38,6 +38,8 @@ FLAGS: dict[Any, int] = {
 }
 SDPA = aten.scaled_dot_product_attention.default
 KEPT = "adaptc_dropout_p"
+#: the buffer in which batch norm counts its training batches
+COUNTER = "num_batches_tracked"
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ def set_mode(graph: fx.Graph, training: bool) -> int:
             count += _set(node, FLAGS[node.target], training)
         elif node.target is SDPA:
             count += _attention(node, training)
+        elif node.target is aten.add_.Tensor and str(getattr(node.args[0], "target", "")).endswith(COUNTER):
+            count += _set(node, 1, int(training))
     return count
 
 

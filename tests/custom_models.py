@@ -276,6 +276,38 @@ class Bagged(nn.Module):
         return torch.tanh(self.layer(x))
 
 
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(11, 5)
+        self.norm = nn.LayerNorm(5)
+        self.out = nn.Linear(5, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.norm(self.dense(x))))
+
+
+class Net(nn.Module):
+    """Layers with and without bias, norms with and without running statistics, and a head of several modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(29, 7)
+        self.up = nn.Linear(7, 13)
+        self.norm = nn.LayerNorm(13)
+        self.down = nn.Linear(13, 11, bias=False)
+        self.batch = nn.BatchNorm1d(11)
+        self.classifier = Classifier()
+        for p in self.parameters():
+            nn.init.normal_(p)
+        nn.init.normal_(self.batch.running_mean)  # type: ignore[arg-type]
+        nn.init.uniform_(self.batch.running_var, 0.5, 2.0)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(torch.tanh(self.norm(self.up(self.embed(x)))))
+        return self.classifier(torch.tanh(self.batch(x.mean(1))))
+
+
 LORA = {"r": 3, "lora_alpha": 5, "init_lora_weights": False}
 
 
@@ -470,4 +502,32 @@ ATTENTION = [
     ),
 ]
 
-CASES = {c.name: c for c in [*LINEAR, *CONV, *CONV_BY_HAND, *UNUSUAL, *PARAMETERS, *ATTENTION]}
+
+def net(name: str, *targets: str, merges: str = "whole", **config: Any) -> Case:
+    return Case(name, Net, ids(5, 29), {**LORA, "target_modules": list(targets), **config}, merges=merges)
+
+
+BIASES = [
+    net("bias_lora_only", "up", "dense", bias="lora_only"),
+    net("bias_all", "up", "dense", bias="all"),
+    net("lora_bias", "up", "dense", lora_bias=True),
+    net("lora_bias_without_base_bias", "up", "down", lora_bias=True, merges=""),
+    net("lora_bias_and_bias", "up", "dense", lora_bias=True, bias="all"),
+    one("lora_bias_conv", lambda: nn.Conv2d(3, 7, (3, 5)), floats(3, 7, 11), lora_bias=True),
+    one("lora_bias_groups", lambda: nn.Conv1d(6, 9, 3, groups=3), floats(6, 11), merges="", lora_bias=True),
+    one("lora_bias_addmm", lambda: Conv1D(11, 7), floats(5, 7), fan_in_fan_out=True, lora_bias=True),
+    Case("lora_bias_twice", Twice, floats(7), {**LORA, "target_modules": ["down"], "lora_bias": True}),
+    net("patterns", "up", "down", "dense", rank_pattern={"up": 5, "classifier.dense": 2}, alpha_pattern={"down": 9.5}),
+]
+
+WHOLE = [
+    net("save_linear", "up", modules_to_save=["dense"]),
+    net("save_norm", "up", modules_to_save=["norm"]),
+    net("save_nested", "down", modules_to_save=["classifier"]),
+    net("save_embedding", "down", modules_to_save=["embed"]),
+    net("save_batch_norm", "down", modules_to_save=["batch"]),
+    net("tokens", "down", trainable_token_indices={"embed": [3, 17, 5]}),
+    net("tokens_alone", trainable_token_indices={"embed": [28]}),
+]
+
+CASES = {c.name: c for c in [*LINEAR, *CONV, *CONV_BY_HAND, *UNUSUAL, *PARAMETERS, *ATTENTION, *BIASES, *WHOLE]}

@@ -39,7 +39,13 @@ def quiet(*messages: str) -> Iterator[None]:
 
 
 #: what PEFT says of tied weights, of target_parameters, and of saving a model it cannot name
-SAID = (".*tied.*", ".*tie_word_embeddings.*", "LoRA adapter added to ConvNd layer with groups.*")
+SAID = (
+    ".*tied.*",
+    ".*tie_word_embeddings.*",
+    "LoRA adapter added to ConvNd layer with groups.*",
+    ".*LoRA tensor.s. have invalid shape.*lora_B.bias.*",
+    ".*has no bias. This means that merging.*",
+)
 
 
 def loss(out: Tensor) -> Tensor:
@@ -74,11 +80,8 @@ class PeftOracle:
     def gradients(self, *args: Tensor) -> dict[str, Tensor]:
         self.model.zero_grad()
         loss(self.model(*args)).backward()
-        with quiet(*SAID):
-            values = peft.get_peft_model_state_dict(self.model)
-        named = {n.replace(".default", ""): p for n, p in self.model.named_parameters() if p.requires_grad}
-        assert set(values) == set(named), set(values) ^ set(named)
-        out = bare({n: p.grad for n, p in named.items() if p.grad is not None})
+        named = {n: p.grad for n, p in self.model.named_parameters() if p.requires_grad and p.grad is not None}
+        out = bare({n.replace(".default", "").replace(".modules_to_save", ""): g for n, g in named.items()})
         for key in out:
             out[key] *= next((f for end, f in self.case.factors.items() if key.endswith(end)), 1.0)
         return out
@@ -209,8 +212,9 @@ def check_gradients(s: Subject, tmp_path: Path) -> None:
     program = adaptc.compile(s.base, s.directory, example_inputs=s.case.args(3), training=True)
     slots = adapter_parameters(program)
     module = program.module()
+    module.eval()
     loss(module(*args)).backward()
-    assert set(slots) == set(expected)
+    assert {k for k, t in slots.items() if t.grad is not None} == set(expected)
     for key, grad in expected.items():
         close(slots[key].grad, grad, 1e-9)
     trained = {id(p) for p in slots.values()}

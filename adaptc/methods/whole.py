@@ -20,7 +20,7 @@ from adaptc.passes._method import Attachment, Method, Slot, Slots
 
 @dataclass(frozen=True)
 class Whole(Method):
-    """The parameter itself is trained. ``slot`` is its name in the file, ``place`` where PEFT's models keep it."""
+    """The parameter itself is trained. ``slot`` is its name in the file, ``place`` the module the program keeps it in."""
 
     name: ClassVar[str] = "whole"
 
