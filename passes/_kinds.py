@@ -13,7 +13,7 @@ traced into a region, run eagerly by a merge, and serve as the oracle of a test,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -63,6 +63,12 @@ class Op:
     def callable(self) -> bool:
         """Whether the op can be run as op(x, weight); if not, only the weight form exists."""
         return self.target is not None
+
+    def at(self, consumer: fx.Node) -> Op:
+        """This op as another of the weight's consumers has it: the same layer may be called with another stride."""
+        if not self.callable or consumer.target not in TABLE:
+            return self
+        return replace(self, target=consumer.target, rest=_rest(consumer))
 
     @property
     def is_conv(self) -> bool:
@@ -185,10 +191,13 @@ def op_of(kind: str, weight: Tensor, consumer: fx.Node | None) -> Op:
     shape = tuple(int(s) for s in probe.canonical(weight).shape) if weight.ndim > 1 else tuple(weight.shape)
     if consumer is None or consumer.target not in TABLE or TABLE[consumer.target][0] != kind:
         return Op(kind, shape)
+    return Op(kind, shape, consumer.target, _rest(consumer))
+
+
+def _rest(consumer: fx.Node) -> tuple[Any, ...]:
     first = TABLE[consumer.target][4]
     n = len(consumer.target._schema.arguments)  # type: ignore[union-attr]
-    rest = tuple(_frozen(argument(consumer, i)) for i in range(first, n))
-    return Op(kind, shape, consumer.target, rest)
+    return tuple(_frozen(argument(consumer, i)) for i in range(first, n))
 
 
 def _frozen(value: Any) -> Any:

@@ -103,12 +103,12 @@ class _Injector:
             self.in_front(source, [n for n, _ in pairs])
         return replace(self.a, form=wanted)
 
-    def region(self, form: str, inputs: Sequence[fx.Node]) -> fx.Graph:
+    def region(self, form: str, op: Op, inputs: Sequence[fx.Node]) -> fx.Graph:
         fakes = [n.meta["val"] for n in inputs]
-        key = (self.a.method, form, self.op, signature_of(fakes))
+        key = (self.a.method, form, op, signature_of(fakes))
         if key not in self.traces:
             scaled = self.a.scale is not None
-            self.traces[key] = region_of(self.a.method, self.op, form, list(self.a.slots), scaled, fakes)
+            self.traces[key] = region_of(self.a.method, op, form, list(self.a.slots), scaled, fakes)
         return self.traces[key]
 
     def behind(self, node: fx.Node) -> None:
@@ -116,7 +116,7 @@ class _Injector:
         x, w, _ = operands(node)
         y = self._latest(node)
         inputs = [x, y, w, *self.slot_nodes]
-        region = self.region("apply", inputs)
+        region = self.region("apply", self.op.at(node), inputs)
         users = list(y.users)
         out = inline(self.lifted.graph, region, inputs, y.next, node, self._tag(y, "apply", node))
         for user in users:
@@ -148,7 +148,7 @@ class _Injector:
         order = {n: i for i, n in enumerate(graph.nodes)}
         first = min(found, key=order.__getitem__)
         inputs = [source, *self.slot_nodes]
-        region = self.region("weight", inputs)
+        region = self.region("weight", self.op, inputs)
         out = inline(graph, region, inputs, first, first, self._tag(source, "weight", first))
         for user in found:
             user.replace_input_with(source, out)

@@ -68,7 +68,7 @@ def _update(
     inputs = [base]
     if tag["form"] == "apply":
         x, w, _ = operands(names[tag["node"]])
-        inputs = [x, base, w]
+        inputs, op = [x, base, w], op.at(names[tag["node"]])
     inputs += [placeholders[f] for f in a.slots.values()]
     if a.scale is not None:
         inputs.append(placeholders[a.scale])

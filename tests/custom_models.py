@@ -276,6 +276,15 @@ class Bagged(nn.Module):
         return torch.tanh(self.layer(x))
 
 
+class Strides(nn.Conv1d):
+    """One layer, called with three strides and two paddings."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = F.conv1d(input, self.weight, self.bias, stride=2)[..., :3]
+        x = x + F.conv1d(input, self.weight, self.bias, stride=3, padding=1)[..., :3]
+        return x + F.conv1d(input, self.weight, None, padding="same")[..., :3]
+
+
 class Classifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -387,6 +396,8 @@ CONV_BY_HAND = [
         for n, mode in [(1, "circular"), (2, "circular"), (2, "reflect"), (2, "replicate"), (3, "circular")]
     ],
 ]
+
+CONV_BY_HAND.append(by_hand("conv1d_strides", lambda: One(Strides(3, 5, 5)), floats(3, 13), WEIGHT, **LAYER))
 
 RNN = {"target_modules": ["rnn"]}
 UNUSUAL = [
