@@ -7,6 +7,7 @@ All of them leave their inputs as they were, except ``swap``, whose whole effect
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -165,11 +166,12 @@ def swap(program: AdaptedProgram, adapter: Any, *, config: Any = None, adapter_n
     """
     from adaptc.reports import SwapReport
 
+    start = time.perf_counter()
     options = {} if isinstance(adapter, Binding) else {"config": config, "adapter_name": adapter_name}
     trainable = program.adaptation.training
     binding = as_binding(program, adapter, trainable=trainable, **options) if options else adapter
     program._set(binding)
-    return SwapReport.of(program, binding)
+    return SwapReport.of(program, binding, time.perf_counter() - start)
 
 
 def merge(

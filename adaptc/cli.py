@@ -1,0 +1,188 @@
+"""The ``adaptc`` command: look at programs and adapters, and merge, swap, unload, export and verify them.
+
+Every command reads files and writes files; none changes what it reads. An error of adaptc is one line on stderr and
+exit code 1; a verification that fails exits with 1, too. Only typer is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+C = TypeVar("C", bound=Callable[..., None])
+
+app = typer.Typer(
+    help="Fine-tuning adapters as a compiler pass over torch.export programs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Program = Annotated[Path, typer.Argument(metavar="PROG.pt2", help="A program with an adapter.", show_default=False)]
+Out = Annotated[Path, typer.Argument(metavar="OUT.pt2", help="Where to write the result.", show_default=False)]
+Adapter = Annotated[Path, typer.Argument(metavar="DIR", help="A PEFT adapter directory.", show_default=False)]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="adaptc")
+
+
+def plain_errors(command: C) -> C:
+    """Errors of adaptc as one red line, warnings as yellow ones."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        from adaptc.errors import AdaptcError, AdaptcWarning
+
+        with warnings.catch_warnings():
+            usual = warnings.showwarning
+            warnings.simplefilter("always", AdaptcWarning)
+
+            def show(message: Any, category: type[Warning], *rest: Any) -> None:
+                if issubclass(category, AdaptcWarning):
+                    _say("warning", str(message), "yellow")
+                else:
+                    usual(message, category, *rest)
+
+            warnings.showwarning = show  # type: ignore[assignment]
+            try:
+                command(*args, **kwargs)
+            except AdaptcError as error:
+                _say("error", str(error), "red")
+                raise typer.Exit(1) from None
+
+    return run  # type: ignore[return-value]
+
+
+def _say(what: str, text: str, colour: str) -> None:
+    typer.secho(f"{what}: {' '.join(text.split())}", fg=colour, err=True)
+
+
+def _print(report: Any) -> None:
+    typer.echo(report.render(max(100, shutil.get_terminal_size((120, 24)).columns)))
+
+
+def _write(program: Any, out: Path) -> None:
+    from adaptc.api import save
+
+    typer.echo(f"wrote {save(program, out)}")
+
+
+def _version(show: bool) -> None:
+    if show:
+        from adaptc import __version__
+
+        typer.echo(f"adaptc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@plain_errors
+def show(
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE.pt2|DIR", help="A program, or an adapter directory.", show_default=False)
+    ],
+) -> None:
+    """What a program adapts and with which tensors, or what an adapter directory holds."""
+    if path.is_dir():
+        from adaptc.adapter_report import AdapterReport
+
+        _print(AdapterReport.of(path))
+        return
+    import adaptc
+
+    _print(adaptc.report(adaptc.load(path)))
+
+
+@app.command()
+@plain_errors
+def merge(
+    program: Program,
+    out: Out,
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Merge this PEFT adapter instead of the program's own.")
+    ] = None,
+    safe: Annotated[bool, typer.Option(help="Refuse weights that are not finite.")] = True,
+) -> None:
+    """Fold the adapter into the weights: a plain program, and how much rounding each weight took."""
+    import adaptc
+
+    adapted = adaptc.load(program)
+    if adapter is not None:
+        adaptc.swap(adapted, adapter)
+    merged = adaptc.merge(adapted, safe=safe, keep_base=False, progress=sys.stderr.isatty())
+    _print(merged.merge_report)
+    _write(merged, out)
+
+
+@app.command()
+@plain_errors
+def swap(program: Program, adapter: Adapter, out: Out) -> None:
+    """Give a program another adapter."""
+    import adaptc
+
+    adapted = adaptc.load(program)
+    typer.echo(str(adaptc.swap(adapted, adapter)))
+    _write(adapted, out)
+
+
+@app.command()
+@plain_errors
+def unload(program: Program, out: Out) -> None:
+    """Take the adapter out: the base as a plain program."""
+    import adaptc
+
+    _write(adaptc.unload(adaptc.load(program)), out)
+
+
+@app.command("export-adapter")
+@plain_errors
+def export_adapter(
+    program: Program,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write the adapter.", show_default=False)],
+    base_model: Annotated[str | None, typer.Option(help="Recorded as base_model_name_or_path.")] = None,
+) -> None:
+    """Write the program's adapter as a PEFT adapter directory."""
+    import adaptc
+
+    typer.echo(f"wrote {adaptc.save_adapter(adaptc.load(program), directory, base_model=base_model)}")
+
+
+@app.command()
+@plain_errors
+def verify(
+    program: Program,
+    seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
+    runs: Annotated[int, typer.Option(min=1, help="How many input shapes to try.")] = 3,
+    atol: Annotated[
+        float | None, typer.Option(help="Largest difference allowed; by default it follows from the weights' dtype.")
+    ] = None,
+) -> None:
+    """Check on random inputs that merging and unloading a program do what they promise."""
+    import adaptc
+
+    report = adaptc.verify(adaptc.load(program), shapes=runs, seed=seed, atol=atol)
+    _print(report)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    main()
