@@ -1,0 +1,154 @@
+"""Example inputs for a transformers model, made from its config: nothing but the model is needed to capture it.
+
+Before: a transformers ``PreTrainedModel`` (this file never imports transformers). After: keyword inputs the model's
+``forward`` accepts, on its device and in its dtype, and for each tensor the dimensions that are free, by name. Equal
+names mean equal sizes; sizes of different names differ in the example, so that no two dimensions are taken for one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptc.errors import AdaptcWarning, CaptureError
+
+BATCH, SEQUENCE, DECODER_SEQUENCE = "batch", "sequence", "decoder_sequence"
+_SIZES = {BATCH: 3, SEQUENCE: 7, DECODER_SEQUENCE: 11}
+
+_ROW_LABELS = ("SequenceClassification", "ImageClassification", "AudioClassification", "VideoClassification")
+_TOKEN_LABELS = ("CausalLM", "LMHeadModel", "MaskedLM", "ConditionalGeneration")
+
+
+@dataclass(frozen=True)
+class Example:
+    """``dims[name][i]`` names the free dimension ``i`` of input ``name``; None leaves its constraints to torch."""
+
+    kwargs: dict[str, Tensor]
+    dims: dict[str, dict[int, str | None]]
+
+
+def is_pretrained_model(model: object) -> bool:
+    """Whether ``model`` is a transformers model, told by the names of its classes."""
+    return any(
+        c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.") for c in type(model).__mro__
+    )
+
+
+def example_for(model: Any, *, training: bool) -> Example:
+    """Inputs for ``model``, with labels (so that the loss is captured) when ``training`` and ``forward`` takes them.
+
+    May write the problem type those labels stand for to the config: the caller restores the config.
+
+    Raises :class:`CaptureError` when the config does not tell what the model takes.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    main = getattr(model, "main_input_name", "input_ids")
+    builders = {"input_ids": _text, "pixel_values": _vision, "input_features": _audio}
+    if main not in builders or main not in parameters:
+        raise CaptureError(
+            f"{type(model).__name__} takes {main!r}, and its config does not tell its shape: pass example_inputs, "
+            f"a dict of keyword inputs (its forward takes {', '.join(parameters)})"
+        )
+    kwargs: dict[str, Tensor] = {}
+    dims: dict[str, dict[int, str | None]] = {}
+    builders[main](model, parameters, kwargs, dims)
+    if training:
+        _labels(model, parameters, kwargs, dims)
+    # Given such labels the model shifts them into the decoder's inputs itself, as a trainer expects.
+    shifted = dims.get("labels", {}).get(1) == DECODER_SEQUENCE
+    if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters and not shifted:
+        _put(kwargs, dims, "decoder_input_ids", _ids(model, BATCH, DECODER_SEQUENCE), (BATCH, DECODER_SEQUENCE))
+    return Example(kwargs, dims)
+
+
+def _put(kwargs: dict, dims: dict, name: str, value: Tensor, names: tuple[str, ...]) -> None:
+    kwargs[name] = value
+    dims[name] = dict(enumerate(names))
+
+
+def _text_config(model: Any) -> Any:
+    get = getattr(model.config, "get_text_config", None)
+    return get() if get is not None else model.config
+
+
+def _ids(model: Any, *names: str) -> Tensor:
+    vocab = getattr(_text_config(model), "vocab_size", None)
+    if not vocab:
+        raise CaptureError(f"the config of {type(model).__name__} has no vocab_size: pass example_inputs")
+    shape = [_SIZES[n] for n in names]
+    return (torch.arange(shape[0] * shape[1], device=model.device) % int(vocab)).reshape(shape)
+
+
+def _text(model: Any, parameters: Any, kwargs: dict, dims: dict) -> None:
+    ids = _ids(model, BATCH, SEQUENCE)
+    _put(kwargs, dims, "input_ids", ids, (BATCH, SEQUENCE))
+    if "attention_mask" in parameters:
+        _put(kwargs, dims, "attention_mask", torch.ones_like(ids), (BATCH, SEQUENCE))
+
+
+def _vision(model: Any, parameters: Any, kwargs: dict, dims: dict) -> None:
+    config = getattr(model.config, "vision_config", None) or model.config
+    size = getattr(config, "image_size", None)
+    # Without an image size the architecture is convolutional and takes any: two sizes, so that they stay two.
+    height, width = (size if isinstance(size, (list, tuple)) else (size, size)) if size else (64, 96)
+    channels = getattr(config, "num_channels", None) or 3
+    shape = (_SIZES[BATCH], int(channels), int(height), int(width))
+    kwargs["pixel_values"] = (
+        torch.linspace(-1, 1, torch.Size(shape).numel()).reshape(shape).to(model.device, model.dtype)
+    )
+    dims["pixel_values"] = {0: BATCH} if size else {0: BATCH, 2: None, 3: None}
+
+
+def _audio(model: Any, parameters: Any, kwargs: dict, dims: dict) -> None:
+    mels, positions = (getattr(model.config, k, None) for k in ("num_mel_bins", "max_source_positions"))
+    if not mels or not positions:
+        raise CaptureError(
+            f"the config of {type(model).__name__} does not tell the shape of its audio: pass example_inputs"
+        )
+    # The frames are fixed: the encoder halves them once and then wants exactly its number of positions.
+    features = torch.zeros(_SIZES[BATCH], int(mels), 2 * int(positions), device=model.device, dtype=model.dtype)
+    _put(kwargs, dims, "input_features", features, (BATCH,))
+
+
+def _labels(model: Any, parameters: Any, kwargs: dict, dims: dict) -> None:
+    """Add what the model's loss is computed from, with the shape and dtype its task class asks for."""
+    batch, device = _SIZES[BATCH], model.device
+    rows = torch.zeros(batch, dtype=torch.long, device=device)
+    classes = [c.__name__ for c in type(model).__mro__]
+
+    def is_a(*tasks: str) -> bool:
+        return any(task in name for task in tasks for name in classes)
+
+    if "labels" not in parameters:
+        if {"start_positions", "end_positions"} <= set(parameters):
+            for name in ("start_positions", "end_positions"):
+                _put(kwargs, dims, name, rows.clone(), (BATCH,))
+        return
+    if is_a("TokenClassification") and "input_ids" in kwargs:
+        _put(kwargs, dims, "labels", torch.zeros_like(kwargs["input_ids"]), (BATCH, SEQUENCE))
+    elif is_a(*_ROW_LABELS):
+        count = int(getattr(model.config, "num_labels", 0) or 0)
+        problem = getattr(model.config, "problem_type", None)
+        if problem == "multi_label_classification" or (problem == "regression" and count > 1):
+            rows = torch.zeros(batch, count, dtype=model.dtype, device=device)
+        elif problem == "regression" or (problem is None and count == 1):
+            rows = rows.to(model.dtype)
+        elif problem is None:
+            # What the model would infer from these labels, and some (DeBERTa) by looking at their values.
+            model.config.problem_type = "single_label_classification"
+        _put(kwargs, dims, "labels", rows, (BATCH,))
+    elif is_a(*_TOKEN_LABELS):
+        axis = DECODER_SEQUENCE if getattr(model.config, "is_encoder_decoder", False) else SEQUENCE
+        _put(kwargs, dims, "labels", _ids(model, BATCH, axis), (BATCH, axis))
+    else:
+        warnings.warn(
+            f"{type(model).__name__} takes labels of a shape its config does not tell, so the captured program has no "
+            "loss: pass example_inputs with labels to capture it",
+            AdaptcWarning,
+            stacklevel=4,
+        )

@@ -1,0 +1,112 @@
+"""Layer replication: a deeper model whose new layers share the weights of the ones they repeat.
+
+Before: a model with one list of decoder or encoder layers. After: another model object, whose list holds the layers of
+the given ranges in order, each a module of its own (so that each can have its own adapter) over the very same
+parameters. The model that was given is untouched. This is what PEFT's ``LoraConfig.layer_replication`` asks for (the
+depth up-scaling of SOLAR, https://arxiv.org/abs/2312.15166).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from adaptc.errors import ConfigError
+
+# Where the list lies, seen from the innermost backbone.
+_LISTS = ("layers", "h", "encoder.layer", "decoder.layers")
+
+
+def replicate_layers(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> nn.Module:
+    """A copy of ``model`` whose layer list is ``[layers[i] for start, end in ranges for i in range(start, end)]``.
+
+    Parameters and buffers are the model's own objects; modules and the config are copies. ``layer_idx`` counts anew,
+    and the config says how many layers there are and, for what it lists by layer, which.
+
+    Raises :class:`ConfigError` when the list of layers is not found or a range does not lie in it.
+    """
+    owner, name = _find(model)
+    layers = getattr(model.get_submodule(owner), name)
+    count = len(layers)
+    indices = _indices(ranges, count, f"{owner}.{name}".lstrip("."))
+
+    memo = _shared(model)
+    replica = copy.deepcopy(model, dict(memo))
+    # The copies of one layer keep referring to the one config of the new model.
+    configs = {id(c): c for m in replica.modules() if (c := getattr(m, "config", None)) is not None}
+    stack = getattr(replica.get_submodule(owner), name)
+    used: set[int] = set()
+    restacked = []
+    for i in indices:
+        restacked.append(copy.deepcopy(stack[i], {**memo, **configs}) if i in used else stack[i])
+        used.add(i)
+    for position, layer in enumerate(restacked):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = position
+    setattr(replica.get_submodule(owner), name, nn.ModuleList(restacked))
+    for config in configs.values():
+        _recount(config, count, indices)
+    return replica
+
+
+def _find(model: nn.Module) -> tuple[str, str]:
+    """The path of the module that holds the layer list, and the list's name in it."""
+    path: list[str] = []
+    module = model
+    while True:
+        for candidate in _LISTS:
+            *parents, name = candidate.split(".")
+            owner: Any = module
+            for parent in parents:
+                owner = getattr(owner, parent, None)
+            if isinstance(getattr(owner, name, None), nn.ModuleList):
+                return ".".join([*path, *parents]), name
+        # A backbone is called `model`, or as the class says: `transformer`, `bert`, `gpt_neox`.
+        prefixes = ("model", getattr(module, "base_model_prefix", ""), "bert")
+        step = next((p for p in prefixes if p and isinstance(getattr(module, p, None), nn.Module)), None)
+        if step is None or getattr(module, step) is module:
+            break
+        path.append(step)
+        module = getattr(module, step)
+    lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    where = ".".join(path) or "the model"
+    raise ConfigError(
+        f"layer_replication: no list of layers in {type(model).__name__}: looked for {', '.join(_LISTS)} in {where}. "
+        f"Its module lists are: {', '.join(lists) or 'none'}"
+    )
+
+
+def _indices(ranges: Sequence[tuple[int, int]], count: int, where: str) -> list[int]:
+    indices: list[int] = []
+    for item in ranges:
+        pair = tuple(item) if isinstance(item, (list, tuple)) else ()
+        if len(pair) != 2 or not all(type(v) is int for v in pair) or not 0 <= pair[0] < pair[1] <= count:
+            raise ConfigError(
+                f"layer_replication: {item!r} is not a range (start, end) with 0 <= start < end <= {count}, "
+                f"the number of layers in {where}"
+            )
+        indices.extend(range(*pair))
+    if not indices:
+        raise ConfigError("layer_replication: no range is given, so no layer would be left")
+    return indices
+
+
+def _shared(model: nn.Module) -> dict[int, Any]:
+    """What ``copy.deepcopy`` must not copy: every tensor the model holds, registered or not."""
+    tensors: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    for module in model.modules():
+        tensors.update({id(v): v for v in vars(module).values() if isinstance(v, Tensor)})
+    return tensors
+
+
+def _recount(config: Any, count: int, indices: list[int]) -> None:
+    if getattr(config, "num_hidden_layers", None) != count:
+        return  # the config of another part, such as a vision tower
+    for key, value in list(vars(config).items()):
+        if isinstance(value, (list, tuple)) and len(value) == count and "layer" in key:
+            setattr(config, key, type(value)(value[i] for i in indices))
+    config.num_hidden_layers = len(indices)
