@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
 import tempfile
-import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +23,22 @@ from adaptc.passes._regions import attachments, header
 from adaptc.passes.inject import site_op
 from adaptc.program import Adaptation, AdaptedProgram
 
+# How torch.export writes the output type of a transformers model; a file cannot name any other module to import.
+_OUTPUT_TYPE = re.compile(rb'\\"type\\": \\"(transformers\.(?:modeling_outputs|models\.\w+\.modeling_\w+))\.\w+\\"')
+
 
 def save_program(program: ExportedProgram, path: Path) -> Path:
     """Raises CheckpointError when the file cannot be written; what was at ``path`` is then unchanged."""
     if not path.parent.is_dir():
         raise CheckpointError(f"cannot save to {path}: the directory {path.parent} does not exist")
-    handle, name = tempfile.mkstemp(suffix=".pt2", prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*[Ee]xpect.*pt2.*")
-            torch.export.save(program, name)
-        os.replace(name, path)
+        # A directory of its own, since a file from mkstemp is for its owner alone, and torch writes its name inside.
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as aside:
+            file = Path(aside, f"{path.stem}.pt2")
+            torch.export.save(program, file)
+            os.replace(file, path)
     except Exception as error:
         raise CheckpointError(f"could not save {path}: {type(error).__name__}: {error}") from error
-    finally:
-        Path(name).unlink(missing_ok=True)
     return path
 
 
@@ -45,11 +47,21 @@ def load_program(path: Path, backend: str = "eager") -> AdaptedProgram:
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
     try:
+        _import_output_types(path)
         program = torch.export.load(path)
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} cannot be read as an exported program: {first}") from error
     return from_program(program, backend)
+
+
+def _import_output_types(path: Path) -> None:
+    """Import the classes of a program's outputs: torch.export.load knows only those that are imported already."""
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if name.endswith(".json") and "/models/" in name:
+                for module in set(_OUTPUT_TYPE.findall(archive.read(name))):
+                    importlib.import_module(module.decode())
 
 
 def from_program(program: ExportedProgram, backend: str = "eager") -> AdaptedProgram:
@@ -70,6 +82,7 @@ def from_program(program: ExportedProgram, backend: str = "eager") -> AdaptedPro
         training=stored["training"],
         autocast=stored["autocast"],
         residual=stored["residual"],
+        unread=stored["unread"],
     )
     binding = _binding(lifted, found, stored)
     return AdaptedProgram.adopt(lifted.finish(), adaptation, binding, backend)
@@ -92,4 +105,5 @@ def _binding(lifted: Lifted, found: list[Attachment], stored: dict[str, Any]) ->
         for name, spec in a.method.slots(op).items():
             if spec.trainable and a.id in present and train:
                 slots[name].requires_grad_(slots[name].is_floating_point())
-    return Binding(values, methods, config, name=found[0].adapter, source="file")
+    carried = {f: lifted.tensor(f).detach() for f in stored["unread"]}
+    return Binding(values, methods, config, name=found[0].adapter, source="file", carried=carried)
