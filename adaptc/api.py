@@ -75,7 +75,7 @@ def compile(
     base = Lifted(captured.program)
     plans = [plan(_targeted(c), captured.program, facts, adapter_name, base) for c, _ in parsed]
     attachments = _union(plans, training, backend)
-    slate = _slate(base, attachments, autocast_adapter_dtype, trainable=_trainable(parsed[0], training))
+    slate = _slate(base, attachments, autocast_adapter_dtype, _trainable(parsed[0], training), plans)
     binding = _first_binding(slate, plans[0], parsed[0], generator)
     adaptation = Adaptation(
         attachments,
@@ -84,6 +84,7 @@ def compile(
         fills=captured.fills,
         training=captured.training,
         autocast=autocast_adapter_dtype,
+        unread=slate.unread,
     )
     injected = Inject(attachments, binding.values, adaptation.header(binding), make=AdaptedProgram)(captured.program)
     adaptation = replace(adaptation, attachments=injected.data)
@@ -140,9 +141,12 @@ def _trainable(parsed: tuple[AdapterConfig, AdapterFile | None], training: bool)
     return not config.inference_mode if file is None else training
 
 
-def _slate(base: Lifted, attachments: Sequence[Attachment], autocast: bool, trainable: bool) -> Slate:
+def _slate(
+    base: Lifted, attachments: Sequence[Attachment], autocast: bool, trainable: bool, plans: Sequence[Plan]
+) -> Slate:
     ops = {a.id: op_of(a.kind, base.tensor(a.fqn), base.nodes[a.consumers[0]]) for a in attachments}
-    return Slate(attachments, ops, {a.fqn: base.tensor(a.fqn) for a in attachments}, autocast, trainable)
+    unread = dict.fromkeys(f for p in plans for f in p.unread)
+    return Slate(attachments, ops, base.state_dict, autocast, trainable, list(unread))
 
 
 def _first_binding(

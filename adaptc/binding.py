@@ -15,16 +15,22 @@ import torch
 from torch import Tensor
 
 from adaptc.checkpoint import check_finite
-from adaptc.errors import CheckpointError, SwapError, nearest
+from adaptc.errors import CheckpointError, ConfigError, SwapError, nearest
 from adaptc.methods._base import AdapterConfig
 from adaptc.passes._kinds import Op
+from adaptc.passes._lifted import storage_key
 from adaptc.passes._method import Attachment, Method
+
+
+#: names of layers whose base weights PEFT may write to a file
+EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
 @dataclass(frozen=True, eq=False)
 class Binding:
     """``values``: slot and scale FQN -> tensor. ``base``: base parameters this adapter replaces (PiSSA's residual).
-    ``methods``: attachment id -> the method with this adapter's own options; only sites the adapter has are in it."""
+    ``methods``: attachment id -> the method with this adapter's own options; only sites the adapter has are in it.
+    ``carried``: tensors by key that its file holds and the program does not read."""
 
     values: Mapping[str, Tensor]
     methods: Mapping[str, Method]
@@ -32,17 +38,22 @@ class Binding:
     base: Mapping[str, Tensor] = field(default_factory=dict)
     name: str = "default"
     source: str = ""
+    carried: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class Slate:
-    """What a binding must fill: attachments, their ops and base weights, and the dtype rule for adapter tensors."""
+    """What a binding must fill: attachments, their ops and base weights, and the dtype rule for adapter tensors.
+
+    ``weights`` holds all base tensors; ``unread`` are FQNs of those that files of whole modules hold unread.
+    """
 
     attachments: Sequence[Attachment]
     ops: Mapping[str, Op]
     weights: Mapping[str, Tensor]
     autocast: bool = True
     trainable: bool = False
+    unread: Sequence[str] = ()
 
     def dtype(self, a: Attachment) -> torch.dtype:
         """Adapter dtype at a site: float32 above half-precision bases (PEFT's autocast_adapter_dtype), else the base's."""
@@ -54,10 +65,11 @@ class Slate:
         return self.ops[a.id].canonical(weight) if weight.ndim > 1 else weight
 
     def wrap(self, value: Tensor, trainable: bool, present: bool) -> Tensor:
+        # Training writes to parameters and running statistics, and must not write to the caller's tensors.
+        value = value.detach().clone() if self.trainable else value.detach()
         if not trainable:
-            return value.detach()
-        grad = self.trainable and present and value.is_floating_point()
-        return torch.nn.Parameter(value.detach(), requires_grad=grad)
+            return value
+        return torch.nn.Parameter(value, requires_grad=self.trainable and present and value.is_floating_point())
 
 
 def first_values(
@@ -71,6 +83,7 @@ def first_values(
             continue
         init = a.method.init(slate.ops[a.id], slate.canonical(a), slate.dtype(a), generator)
         builder.put(a, a.method, init.slots, init.base)
+    builder.carried = {f: slate.weights[f].detach() for f in slate.unread}
     return builder.done("first values")
 
 
@@ -102,6 +115,9 @@ def bind(slate: Slate, config: AdapterConfig, tensors: Mapping[str, Tensor], sou
         init = method.init(op, slate.canonical(a), slate.dtype(a)) if changes_base(method) else None
         full = {**_derived(a, op, method, slate), **found}
         builder.put(a, method, full, None if init is None else init.base)
+    for key in list(left):
+        if builder.beside(key, tensors[key], source):
+            del left[key]
     if left:
         raise _unbound(slate, list(left), source)
     return builder.done(source)
@@ -109,7 +125,7 @@ def bind(slate: Slate, config: AdapterConfig, tensors: Mapping[str, Tensor], sou
 
 def changes_base(method: Method) -> bool:
     scheme = getattr(method, "scheme", True)
-    return isinstance(scheme, str) and scheme.startswith(("pissa", "olora"))
+    return isinstance(scheme, str) and scheme.lower().startswith(("pissa", "olora"))
 
 
 def _derived(a: Attachment, op: Op, method: Method, slate: Slate) -> dict[str, Tensor]:
@@ -163,14 +179,51 @@ class _Builder:
         self.values: dict[str, Tensor] = {}
         self.methods: dict[str, Method] = {}
         self.base: dict[str, Tensor] = {}
+        self.carried: dict[str, Tensor] = {}
 
     def put(self, a: Attachment, method: Method, tensors: Mapping[str, Tensor], base: Tensor | None) -> None:
         op = self.slate.ops[a.id]
         self._set(a, tensors, method.scale(op), True)
         self.methods[a.id] = method
         if base is not None:
-            stored = op.stored(base).contiguous()
-            self.base[a.fqn] = torch.nn.Parameter(stored, requires_grad=False)
+            if a.tied:
+                raise ConfigError(
+                    f"init_lora_weights={getattr(method, 'scheme', '')!r} changes the base weight {a.fqn!r}, which other "
+                    "layers read too. Use a scheme that leaves the base alone (True, 'gaussian', 'orthogonal'), or untie "
+                    "the weight in the model."
+                )
+            self._replace(a.fqn, op.stored(base).contiguous())
+
+    def _replace(self, fqn: str, value: Tensor) -> None:
+        """Another base weight, under every name it has."""
+        new, old = torch.nn.Parameter(value.detach(), requires_grad=False), storage_key(self.slate.weights[fqn])
+        self.base |= {f: new for f, t in self.slate.weights.items() if f == fqn or storage_key(t) == old}
+
+    def beside(self, key: str, value: Tensor, source: str) -> bool:
+        """Take a tensor that no slot is for: one the program does not read, or a base weight.
+
+        PEFT writes the weights of adapted or resized embeddings to the file and loads them into the base.
+        """
+        fqn = key.replace(".base_layer.", ".")
+        if fqn not in self.slate.weights or (key == fqn and key not in self.slate.unread and not self._embeds(key)):
+            return False
+        base = self.slate.weights[fqn]
+        if base.shape != value.shape:
+            raise CheckpointError(
+                f"{source}: {key!r} has shape {tuple(value.shape)}, and the model has {tuple(base.shape)}. The adapter was "
+                "made for another model, or for one with a resized vocabulary: resize this one before compile."
+            )
+        if key in self.slate.unread:
+            self.carried[key] = value
+        elif not torch.equal(base, value.to(base)):
+            self._replace(fqn, value.to(base))
+        return True
+
+    def _embeds(self, key: str) -> bool:
+        """Whether ``key`` is a weight that is, by PEFT's names, an embedding or an output head."""
+        module = key.removesuffix(".weight")
+        saved = getattr(self.config, "modules_to_save", None) or ()
+        return module.rpartition(".")[2] in EMBEDDINGS and not any(module.endswith(m) for m in saved)
 
     def identity(self, a: Attachment) -> None:
         op = self.slate.ops[a.id]
@@ -192,7 +245,7 @@ class _Builder:
 
     def done(self, source: str) -> Binding:
         name = self.slate.attachments[0].adapter if self.slate.attachments else "default"
-        return Binding(self.values, self.methods, self.config, self.base, name, source)
+        return Binding(self.values, self.methods, self.config, self.base, name, source, self.carried)
 
 
 def file_tensors(slate: Slate, binding: Binding) -> dict[str, Tensor]:
@@ -206,4 +259,4 @@ def file_tensors(slate: Slate, binding: Binding) -> dict[str, Tensor]:
             if spec.saved:
                 fqn = a.slots.get(slot) or a.method.fqn(a.place, slot, a.adapter)
                 out[f"{a.key}.{slot}" if a.key else slot] = binding.values[fqn].detach()
-    return out
+    return {**out, **binding.carried}

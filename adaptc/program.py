@@ -41,6 +41,8 @@ class Adaptation:
     autocast: bool = True
     #: base parameters of which only the adapter's own version is known (a PiSSA program loaded from a file)
     residual: Sequence[str] = ()
+    #: tensors of modules trained as a whole that the program does not read, but files hold
+    unread: Sequence[str] = ()
 
     def header(self, binding: Binding) -> dict[str, Any]:
         return {
@@ -53,6 +55,7 @@ class Adaptation:
             "fills": {k: list(v) for k, v in self.fills.items()},
             "training": self.training,
             "autocast": self.autocast,
+            "unread": list(self.unread),
         }
 
 
@@ -214,7 +217,7 @@ class AdaptedProgram(ExportedProgram):
 
     def slate(self, trainable: bool = False) -> Slate:
         a = self._adaptation
-        return Slate(a.attachments, self._ops, self.base_tensors, a.autocast, trainable)
+        return Slate(a.attachments, self._ops, self.base_tensors, a.autocast, trainable, a.unread)
 
     @property
     def graph_module(self) -> fx.GraphModule:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 
 from adaptc.errors import ConfigError, TargetError, nearest
 from adaptc.methods._base import TargetedConfig
@@ -37,11 +38,13 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Plan:
-    """``attachments`` in injection order; ``matches`` per target entry; ``left_out`` (module, why)."""
+    """``attachments`` in injection order; ``matches`` per target entry; ``left_out`` (module, why). ``unread``: tensors of
+    trained modules that the program does not read, which files hold all the same."""
 
     attachments: tuple[Attachment, ...]
     matches: Mapping[str, tuple[str, ...]]
     left_out: tuple[tuple[str, str], ...]
+    unread: tuple[str, ...] = ()
 
 
 def plan(
@@ -63,6 +66,7 @@ class _Planner:
         self.config, self.program, self.facts, self.adapter = config, program, facts, adapter
         self.lifted = lifted
         self.sites = find_sites(program, dict(facts.types), lifted)
+        self.buffers = find_sites(program, dict(facts.types), lifted, InputKind.BUFFER)
         self.by_module: dict[str, list[Site]] = {}
         for site in self.sites:
             self.by_module.setdefault(site.module, []).append(site)
@@ -105,7 +109,9 @@ class _Planner:
         matches = dict(selection.matches)
         for a in extra:
             matches[a.entry] = (*matches.get(a.entry, ()), a.fqn)
-        return Plan(tuple(unique.values()), matches, selection.left_out)
+        read = {a.fqn for a in attachments}
+        inside = [f for f in self.lifted.state_dict if any(f.startswith(f"{m}.") for m in saved)]
+        return Plan(tuple(unique.values()), matches, selection.left_out, tuple(f for f in inside if f not in read))
 
     # -- modules ---------------------------------------------------------------------------------------------------
 
@@ -151,7 +157,17 @@ class _Planner:
         kind = kind or site.kind
         method = self.config.method(name, kind)
         a = Attachment(
-            key, site.module, site.param, kind, method, self.adapter, "auto", site.consumers, entry=entry, name=name
+            key,
+            site.module,
+            site.param,
+            kind,
+            method,
+            self.adapter,
+            "auto",
+            site.consumers,
+            entry=entry,
+            name=name,
+            tied=site.tied,
         )
         op = op_of(kind, self.lifted.tensor(site.fqn), self.lifted.nodes[site.consumers[0]])
         try:
@@ -231,7 +247,7 @@ class _Planner:
     def _whole(self, modules: Sequence[str]) -> list[Attachment]:
         out = []
         for module in modules:
-            inside = [s for s in self.sites if s.module == module or s.module.startswith(f"{module}.")]
+            inside = [s for s in (*self.sites, *self.buffers) if f"{s.module}.".startswith(f"{module}.")]
             if not inside:
                 raise TargetError(f"modules_to_save: {module!r} holds no parameter that the program reads")
             for s in inside:
@@ -240,7 +256,7 @@ class _Planner:
 
     def _whole_site(self, site: Site, key: str, slot: str, place: str) -> Attachment:
         dtype = self.lifted.tensor(site.fqn).dtype
-        method = Whole(slot=slot, shape=site.shape, dtype=dtype, place=place)
+        method = Whole(slot, site.shape, dtype, place, trainable=site not in self.buffers)
         return Attachment(key, site.module, site.param, "weight", method, self.adapter, "weight", site.consumers)
 
     def _tokens(self, tokens: Any) -> list[Attachment]:

@@ -138,8 +138,9 @@ class Attachment:
     """A method at a site of a program: everything needed to inject, merge, save and describe it.
 
     ``key`` is the site's path in PEFT's files, ``module``/``param`` its path in the model, ``consumers`` the names of
-    the nodes that read the weight, ``slots`` and ``scale`` the FQNs of its tensors once injected. ``entry`` is the target
-    entry that chose the site, ``name`` what per-module patterns (rank_pattern) are matched against.
+    the nodes that read the weight, ``slots`` and ``scale`` the FQNs of its tensors once injected. ``entry`` is the
+    target entry that chose the site, ``name`` what per-module patterns (rank_pattern) are matched against. ``tied``:
+    other consumers read the weight too.
     """
 
     key: str
@@ -154,6 +155,7 @@ class Attachment:
     scale: str | None = None
     entry: str = ""
     name: str = ""
+    tied: bool = False
 
     @property
     def fqn(self) -> str:

@@ -64,6 +64,7 @@ def attachments(graph: fx.Graph, method_of: Callable[[Mapping[str, Any]], Method
                 scale=tag["scale"],
                 entry=tag["entry"],
                 name=tag["name"],
+                tied=tag["tied"],
             )
     return list(found.values())
 

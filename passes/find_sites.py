@@ -101,12 +101,15 @@ def module_types(program: ExportedProgram) -> dict[str, str]:
 
 
 def find_sites(
-    program: ExportedProgram, types: dict[str, str] | None = None, lifted: Lifted | None = None
+    program: ExportedProgram,
+    types: dict[str, str] | None = None,
+    lifted: Lifted | None = None,
+    kind: InputKind = InputKind.PARAMETER,
 ) -> list[Site]:
     """All sites in graph order of the placeholders, aliases included.
 
     ``types`` (module path -> class name) overrides what the graph's own module stacks say. ``lifted`` is the program
-    opened, if the caller has it open; it is only read.
+    opened, if the caller has it open; it is only read. ``kind``: BUFFER for persistent buffers instead of parameters.
     """
     lifted = lifted or Lifted(program)
     types = {**module_types(program), **(types or {})}
@@ -115,8 +118,9 @@ def find_sites(
     for fqn, node in lifted.placeholders.items():
         by_node.setdefault(node, []).append(fqn)
     for node in lifted.graph.find_nodes(op="placeholder"):
-        if lifted.specs[node.name].kind == InputKind.PARAMETER:
-            found.extend(_sites_of(lifted, node, by_node.get(node, []), types))
+        if lifted.specs[node.name].kind == kind:
+            fqns = [f for f in by_node.get(node, []) if f in lifted.state_dict]
+            found.extend(_sites_of(lifted, node, fqns, types))
     return found
 
 

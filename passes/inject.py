@@ -1,9 +1,9 @@
 """Inject adapters: rewrite the consumers of targeted parameters into adapter regions.
 
-Before: a program, and for each site an Attachment with its slot tensors. After: for every attachment, lifted slots (trainable
-ones parameters, the scale and frozen ones buffers) and, per consumer, a tagged region of pure ATen; base parameters
-require no grad. With slots at their identity
-values the program computes exactly what it did. Each distinct (method, op, shapes, dtypes) is traced once.
+Before: a program, and for each site an Attachment with its slot tensors. After: for every attachment, lifted slots
+(trainable ones parameters, the scale and frozen ones buffers) and, per consumer, a tagged region of pure ATen; base
+parameters require no grad. With slots at their identity values the program computes exactly what it did. Each distinct
+(method, op, shapes, dtypes) is traced once.
 """
 
 from __future__ import annotations
@@ -166,6 +166,7 @@ class _Injector:
                     "scale": a.scale,
                     "entry": a.entry,
                     "name": a.name,
+                    "tied": a.tied,
                     "options": a.method.options(),
                 }
                 t |= {"consumers": list(a.consumers), "node": consumer.name}

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 
 from adaptc.errors import MergeError
 from adaptc.passes._kinds import CASTS, TABLE, Op, argument, operands
@@ -85,13 +86,13 @@ class Merge(Pass):
         rounded = exact.to(stored.dtype).contiguous()
         if self.safe and not bool(torch.isfinite(rounded).all()):
             raise MergeError(
-                f"merging {first.id!r} gives values in {first.fqn!r} that are not finite in {stored.dtype}. The adapter "
-                "holds NaN or infinite values, or the sum overflows the dtype; load a sound adapter, merge into a "
+                f"merging {first.id!r} gives values in {first.fqn!r} that are not finite in {stored.dtype}. The "
+                "adapter holds NaN or infinite values, or the sum overflows the dtype; load a sound adapter, merge into a "
                 "float32 base, or pass safe=False to keep the values."
             )
         same = rounded.shape == stored.shape
         delta = float((exact - stored).abs().max()) if same and exact.is_floating_point() else float("nan")
-        error = float((rounded.to(high) - exact).abs().max()) if exact.numel() else 0.0
+        error = float((rounded.to(high) - exact).abs().max()) if exact.numel() and exact.is_floating_point() else 0.0
         untied = self._replace(lifted, first, rounded)
         if self.release is not None:
             self.release(first.fqn)
@@ -101,7 +102,8 @@ class Merge(Pass):
         node = lifted.placeholders[a.fqn]
         read = {n for n, _ in consumers(node)}
         mine = {n for n in read if n.name in a.consumers}
-        new = torch.nn.Parameter(value, requires_grad=False)
+        parameter = lifted.specs[node.name].kind == InputKind.PARAMETER
+        new = torch.nn.Parameter(value, requires_grad=False) if parameter else value
         if value.shape != lifted.tensor(a.fqn).shape:
             for n in mine:
                 _make_dense(n)

@@ -20,7 +20,10 @@ from adaptc.passes._method import Attachment, Method, Slot, Slots
 
 @dataclass(frozen=True)
 class Whole(Method):
-    """The parameter itself is trained. ``slot`` is its name in the file, ``place`` the module the program keeps it in."""
+    """The parameter itself is trained. ``slot`` is its name in the file, ``place`` the module the program keeps it in.
+
+    Buffers of a trained module (running statistics) are slots too, changed by the program but not by an optimizer.
+    """
 
     name: ClassVar[str] = "whole"
 
@@ -28,9 +31,10 @@ class Whole(Method):
     shape: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
     place: str = "modules_to_save"
+    trainable: bool = True
 
     def slots(self, op: Op) -> dict[str, Slot]:
-        return {self.slot: Slot(self.shape, dtype=self.dtype)}
+        return {self.slot: Slot(self.shape, dtype=self.dtype, trainable=self.trainable)}
 
     def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         return {self.slot: op.stored(W).detach().clone()}
