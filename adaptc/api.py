@@ -71,7 +71,13 @@ def compile(
     parsed = [as_config(c) for c in several]
     model = _replicated(model, [c for c, _ in parsed])
     captured = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, training=training)
-    facts = ModelFacts(captured.module_types, captured.output_embedding, captured.input_embedding, _transposed(model))
+    facts = ModelFacts(
+        captured.module_types,
+        captured.output_embedding,
+        captured.input_embedding,
+        _transposed(model),
+        bare=not isinstance(model, nn.Module),
+    )
     base = Lifted(captured.program)
     plans = [plan(_targeted(c), captured.program, facts, adapter_name, base) for c, _ in parsed]
     attachments = _union(plans, training, backend)

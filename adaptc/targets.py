@@ -20,7 +20,7 @@ from adaptc.methods.whole import TokenRows, Whole
 from adaptc.passes._kinds import op_of
 from adaptc.passes._lifted import Lifted
 from adaptc.passes._method import Attachment
-from adaptc.passes.find_sites import Site, find_sites
+from adaptc.passes.find_sites import Site, consumers, find_sites
 from adaptc.rules import Candidate, Selection, check_patterns, select, select_to_save
 
 MATRIX_KINDS = ("linear", "addmm", "conv1d", "conv2d", "conv3d", "embedding")
@@ -34,6 +34,8 @@ class ModelFacts:
     output_embedding: str | None = None
     input_embedding: str | None = None
     transposed: frozenset[str] = frozenset()
+    #: whether only the program is known, not the module it came from
+    bare: bool = False
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ class _Planner:
         """For a bare program: the linear that has as many outputs as the one embedding has rows."""
         vocab = {s.shape[0] for s in self.sites if s.kind == "embedding"}
         heads = [s.module for s in self.sites if s.kind == "linear" and s.shape[0] in vocab and s.param == "weight"]
-        return heads[-1] if len(heads) == 1 and not self.facts.types else None
+        return heads[-1] if len(heads) == 1 and self.facts.bare else None
 
     # -- parameters, biases, whole modules, tokens --------------------------------------------------------------------
 
@@ -245,19 +247,26 @@ class _Planner:
         ]
 
     def _whole(self, modules: Sequence[str]) -> list[Attachment]:
-        out = []
+        out: list[Attachment] = []
         for module in modules:
             inside = [s for s in (*self.sites, *self.buffers) if f"{s.module}.".startswith(f"{module}.")]
             if not inside:
                 raise TargetError(f"modules_to_save: {module!r} holds no parameter that the program reads")
-            for s in inside:
-                out.append(self._whole_site(s, module, s.fqn.removeprefix(f"{module}."), "modules_to_save"))
+            out += [self._whole_site(s, module, s.fqn.removeprefix(f"{module}."), "modules_to_save") for s in inside]
         return out
 
     def _whole_site(self, site: Site, key: str, slot: str, place: str) -> Attachment:
         dtype = self.lifted.tensor(site.fqn).dtype
         method = Whole(slot, site.shape, dtype, place, trainable=site not in self.buffers)
-        return Attachment(key, site.module, site.param, "weight", method, self.adapter, "weight", site.consumers)
+        names = (*site.consumers, *self._unclaimed(site))
+        return Attachment(key, site.module, site.param, "weight", method, self.adapter, "weight", names)
+
+    def _unclaimed(self, site: Site) -> list[str]:
+        """Consumers in no site of their own: a parent that reads the weight sees what the module trains."""
+        node = self.lifted.placeholders[site.fqn]
+        same = [s for s in (*self.sites, *self.buffers) if self.lifted.placeholders[s.fqn] is node]
+        claimed = {c for s in same for c in s.consumers}
+        return [n.name for n, _ in consumers(node) if n.name not in claimed]
 
     def _tokens(self, tokens: Any) -> list[Attachment]:
         if not tokens:
@@ -270,24 +279,37 @@ class _Planner:
                     f"trainable_token_indices: say for which embedding, as a dict; it may be {embeddings}"
                 )
             tokens = {name: tokens}
-        out: list[Attachment] = []
-        for entry, indices in tokens.items():
-            found = [m for m in self.by_module if m == entry or m.endswith(f".{entry}")]
-            if not found:
-                raise TargetError(
-                    f"trainable_token_indices: {entry!r} is no module; nearest: {nearest(entry, embeddings)}"
-                )
-            for module in found:
-                site = next(s for s in self.by_module[module] if s.param == "weight")
-                method = TokenRows(indices=tuple(indices))
-                first = replace(self._token_site(site, module, method), entry=entry)
-                out.append(first)
-                out += [self._token_site(s, module, method) for s in self._tied_to(site)]
-        return out
+        named = {e: self._token_modules(e, embeddings) for e in tokens}
+        indices = {s.fqn: tuple(tokens[e]) for e, sites in named.items() for s in sites}
+        out: dict[str, Attachment] = {}
+        for entry, sites in named.items():
+            for site in sites:
+                if site.fqn in out:  # shares the rows of the weight it is tied to
+                    continue
+                out[site.fqn] = replace(self._token_site(site, site.module, indices[site.fqn]), entry=entry)
+                for other in self._tied_to(site):
+                    if indices.get(other.fqn, indices[site.fqn]) == indices[site.fqn]:
+                        out[other.fqn] = self._token_site(other, site.module, indices[site.fqn])
+        return list(out.values())
 
-    def _token_site(self, site: Site, key: str, method: TokenRows) -> Attachment:
+    def _token_modules(self, entry: str, embeddings: Sequence[str]) -> list[Site]:
+        """Like PEFT any name that ends with the entry; whole dotted parts are preferred."""
+        found = [m for m in self.by_module if m == entry or m.endswith(f".{entry}")]
+        found = found or [m for m in self.by_module if m.endswith(entry)]
+        sites = [s for m in found for s in self.by_module[m] if s.param == "weight" and len(s.shape) == 2]
+        if not sites:
+            raise TargetError(
+                f"trainable_token_indices: {entry!r} is no module with rows to train; "
+                f"nearest: {nearest(entry, self.by_module)}, embeddings: {list(embeddings)}"
+            )
+        return sites
+
+    def _token_site(self, site: Site, key: str, indices: tuple[int, ...]) -> Attachment:
+        method = TokenRows(indices=indices)
         method.slots(op_of(site.kind, self.lifted.tensor(site.fqn), self.lifted.nodes[site.consumers[0]]))
-        return Attachment(key, site.module, site.param, site.kind, method, self.adapter, "auto", site.consumers)
+        more = self._unclaimed(site)
+        names, form = (*site.consumers, *more), "weight" if more else "auto"
+        return Attachment(key, site.module, site.param, site.kind, method, self.adapter, form, names)
 
     def _tied_to(self, site: Site) -> list[Site]:
         node = self.lifted.placeholders[site.fqn]
@@ -301,8 +323,8 @@ class _Planner:
         for a in attachments:
             if a.kind not in MATRIX_KINDS:
                 raise ConfigError(
-                    f"lora_dropout has no meaning at {a.fqn!r}: its consumer ({a.kind}) reads the changed weight, so there "
-                    "is no input to drop. Set lora_dropout=0.0 or leave the module out."
+                    f"lora_dropout has no meaning at {a.fqn!r}: its consumer ({a.kind}) reads the changed weight, so "
+                    "there is no input to drop. Set lora_dropout=0.0 or leave the module out."
                 )
 
     def _some(self, modules: Iterable[str], n: int = 12) -> str:

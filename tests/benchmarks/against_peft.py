@@ -1,0 +1,174 @@
+"""adaptc next to PEFT on the same work, in one process, interleaved: SmolLM2, rank 16 on all 210 linear layers."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
+from safetensors.torch import load_file
+from torch import nn
+
+import adaptc
+from adaptc import LoraConfig
+from tests.benchmarks.harness import Row, interleave
+from tests.benchmarks.model import RANK, smollm2, tokens
+
+CONFIG = {"r": RANK, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+class Sides:
+    """The same model three times: plain, in PEFT, and as a program; with two adapters on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self.base = smollm2()
+        self.peft: PeftModel = get_peft_model(  # type: ignore[assignment]
+            copy.deepcopy(self.base), PeftLoraConfig(**CONFIG, init_lora_weights=False)
+        )
+        self.dirs = [folder / "one", folder / "two"]
+        for i, d in enumerate(self.dirs):
+            g = torch.Generator().manual_seed(i)
+            with torch.no_grad():
+                for name, p in self.peft.named_parameters():
+                    if "lora_" in name:
+                        p.copy_(torch.randn(p.shape, generator=g) * 0.02)
+            self.peft.save_pretrained(str(d))
+        self.program = adaptc.compile(self.base, str(self.dirs[1]))
+        self.peft.eval()
+
+    def check(self) -> None:
+        """The three compute the same, or their times mean nothing."""
+        with torch.no_grad():
+            ours, theirs = self.program(**tokens(2, 9)).logits, self.peft(**tokens(2, 9)).logits
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def forward(sides: Sides, rounds: int) -> list[Row]:
+    rows: list[Row] = []
+    unloaded = adaptc.unload(sides.program)
+    for work, inputs, n in (("decode 1x1", tokens(1, 1), rounds * 3), ("prefill 1x128", tokens(1, 128), rounds)):
+
+        def no_grad(fn: Callable[..., object], inputs: dict[str, torch.Tensor] = inputs) -> Callable[[], None]:
+            def run() -> None:
+                with torch.no_grad():
+                    fn(**inputs)
+
+            return run
+
+        rows += interleave(
+            f"{work}, eager",
+            {
+                "transformers base": no_grad(sides.base),
+                "captured base": no_grad(unloaded),
+                "PEFT": no_grad(sides.peft),
+                "adaptc": no_grad(sides.program),
+            },
+            "transformers base",
+            n,
+        )
+    return rows
+
+
+def swapping(sides: Sides, rounds: int) -> list[Row]:
+    file = sides.dirs[0] / "adapter_model.safetensors"
+    tensors = load_file(file)
+    prepared = [sides.program.bind(str(d)).binding for d in sides.dirs]
+    turn = {"n": 0}
+
+    def next_dir() -> str:
+        turn["n"] += 1
+        return str(sides.dirs[turn["n"] % 2])
+
+    def next_binding() -> object:
+        turn["n"] += 1
+        return prepared[turn["n"] % 2]
+
+    sides.peft.load_adapter(str(sides.dirs[1]), adapter_name="other")
+    names = ["default", "other"]
+
+    def set_adapter() -> None:
+        turn["n"] += 1
+        sides.peft.set_adapter(names[turn["n"] % 2])
+
+    def load_adapter() -> None:
+        sides.peft.load_adapter(next_dir(), adapter_name="fresh")
+        sides.peft.delete_adapter("fresh")
+
+    rows = interleave(
+        "swap to a prepared adapter",
+        {"PEFT set_adapter": set_adapter, "adaptc swap(binding)": lambda: adaptc.swap(sides.program, next_binding())},
+        "PEFT set_adapter",
+        rounds * 3,
+    )
+    sides.peft.set_adapter("default")
+    sides.peft.delete_adapter("other")
+    rows += interleave(
+        "swap from tensors in memory",
+        {"adaptc swap(state dict)": lambda: adaptc.swap(sides.program, tensors)},
+        "adaptc swap(state dict)",
+        rounds,
+    )
+    rows += interleave(
+        "swap from disk",
+        {
+            "safetensors load_file alone": lambda: load_file(file),
+            "PEFT hotswap_adapter": lambda: hotswap_adapter(sides.peft, next_dir(), adapter_name="default"),
+            "PEFT load_adapter + delete_adapter": load_adapter,
+            "adaptc swap(directory)": lambda: adaptc.swap(sides.program, next_dir()),
+        },
+        "safetensors load_file alone",
+        rounds,
+    )
+    return rows
+
+
+def merging(sides: Sides, rounds: int) -> list[Row]:
+    def peft_cycle() -> None:
+        sides.peft.merge_adapter()
+        sides.peft.unmerge_adapter()
+
+    return interleave(
+        "merge and unmerge 210 sites",
+        {"PEFT": peft_cycle, "adaptc": lambda: adaptc.unmerge(adaptc.merge(sides.program))},
+        "PEFT",
+        max(3, rounds // 3),
+        warmup=1,
+    )
+
+
+def training(sides: Sides, rounds: int) -> list[Row]:
+    program = adaptc.compile(sides.base, LoraConfig(**CONFIG), training=True)
+    batch = {**tokens(4, 64), "labels": tokens(4, 64)["input_ids"]}
+
+    def step(model: nn.Module) -> Callable[[], None]:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+        def run() -> None:
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return run
+
+    sides.peft.train()
+    rows = interleave(
+        "training step 4x64",
+        {"PEFT": step(sides.peft), "adaptc": step(program.module())},
+        "PEFT",
+        max(5, rounds // 3),
+        warmup=1,
+    )
+    sides.peft.eval()
+    return rows
+
+
+def run(rounds: int = 15) -> list[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        sides = Sides(Path(folder))
+        sides.check()
+        return [*forward(sides, rounds), *swapping(sides, rounds), *merging(sides, rounds), *training(sides, rounds)]
