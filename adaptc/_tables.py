@@ -13,6 +13,8 @@ from math import prod
 from typing import Any
 
 WIDTH = 120
+#: below this, columns would have to be dropped
+NARROWEST = 100
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Column:
 def table(
     columns: Sequence[Column | str], rows: Iterable[Sequence[Any]], *, title: str = "", width: int = WIDTH
 ) -> str:
-    """A table as text, without trailing blanks; '' when there is no row. Cells are cut into lines, never left out."""
+    """A table as text, without trailing blanks; '' when there is no row. Cells are cut into lines, never left out, so
+    it takes ``NARROWEST`` columns at least."""
     cells = [[str(c) for c in row] for row in rows]
     if not cells:
         return ""
@@ -44,7 +47,7 @@ def table(
     for row in cells:
         drawn.add_row(*(Text(c) for c in row))
     out = StringIO()
-    Console(file=out, width=width, color_system=None, legacy_windows=False).print(drawn)
+    Console(file=out, width=max(width, NARROWEST), color_system=None, legacy_windows=False).print(drawn)
     lines = [line.rstrip() for line in out.getvalue().splitlines()]
     return "\n".join(line for line in lines if line)
 

@@ -67,7 +67,7 @@ def _say(what: str, text: str, colour: str) -> None:
 
 
 def _print(report: Any) -> None:
-    typer.echo(report.render(max(100, shutil.get_terminal_size((120, 24)).columns)))
+    typer.echo(report.render(shutil.get_terminal_size((120, 24)).columns))
 
 
 def _write(program: Any, out: Path) -> None:

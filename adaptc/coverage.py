@@ -110,7 +110,7 @@ class CoverageReport:
         rows = [
             (times(text, n), *how, f"{params * n:,d}")
             for (how, params), members in groups.items()
-            for text, n in collapse(s.fqn for s in members)
+            for text, n in collapse(s.fqn.removesuffix(".weight") for s in members)
         ]
         numbers = [Column(name, right=True, keep=True) for name in ("rank", "params")]
         kept = [Column(name, keep=True) for name in ("kind", "form", "method", "tensors")]
@@ -165,8 +165,8 @@ def count_parameters(program: AdaptedProgram) -> tuple[int, int]:
         for name, slot in method.slots(program.ops[a.id]).items():
             if slot.trainable:
                 own[a.slots[name]] = binding.values[a.slots[name]]
-                # PEFT trains biases where they are, without a frozen original beside them.
-                if getattr(method, "place", "") == "bias":
+                # PEFT trains biases where they are; only modules_to_save keep a frozen original beside them.
+                if getattr(method, "place", "modules_to_save") != "modules_to_save":
                     in_place.add(a.slots[name])
     trainable = sum(t.numel() for t in own.values() if t.requires_grad)
     added = sum(t.numel() for f, t in own.items() if f not in in_place)
