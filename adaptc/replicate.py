@@ -20,6 +20,10 @@ from adaptc.errors import ConfigError
 _LISTS = ("layers", "h", "encoder.layer", "decoder.layers")
 
 
+# How a layer's modules say which one they belong to, counted from 0 or 1: where they keep their keys and values.
+_INDEX = {"layer_idx", "layer_id", "layer_number", "layer_num", "layer_index", "block_idx", "block_id", "block_index"}
+
+
 def replicate_layers(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> nn.Module:
     """A copy of ``model`` whose layer list is ``[layers[i] for start, end in ranges for i in range(start, end)]``.
 
@@ -43,10 +47,12 @@ def replicate_layers(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> nn.
     for i in indices:
         restacked.append(copy.deepcopy(stack[i], {**memo, **configs}) if i in used else stack[i])
         used.add(i)
-    for position, layer in enumerate(restacked):
+    for position, (layer, source) in enumerate(zip(restacked, indices, strict=True)):
         for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = position
+            for name_of_index in _INDEX & vars(module).keys():
+                value = vars(module)[name_of_index]
+                if type(value) is int:
+                    setattr(module, name_of_index, value + position - source)
     setattr(replica.get_submodule(owner), name, nn.ModuleList(restacked))
     for config in configs.values():
         _recount(config, count, indices)

@@ -16,7 +16,7 @@ from tests.families import FAMILIES
 FIXED_SEQUENCE = {"mamba": 7}
 CACHES = {"past_key_values", "cache_params", "cache"}
 TEXT = ("causal", "encoder", "seq2seq")
-TRAINED = ["llama", "gpt2", "mixtral", "bert", "roberta", "deberta_v2", "electra", "t5", "whisper", "vit", "resnet"]
+TRAINED = ["llama", "gpt2", "deberta_v2", "electra", "t5", "vit", "resnet"]
 
 
 def assert_same_outputs(found, expected) -> None:
@@ -81,7 +81,7 @@ def test_training_program_has_the_model_s_loss_and_gradients(name: str) -> None:
     targets = torch.randint(0, 3, (batch,), generator=generator)
     if name == "electra":
         inputs |= {"start_positions": targets, "end_positions": targets + 1}
-    elif family.kind in ("vision", "image") or name in ("roberta", "deberta_v2"):
+    elif family.kind in ("vision", "image") or name == "deberta_v2":
         inputs["labels"] = targets
     else:
         inputs["labels"] = inputs.pop("decoder_input_ids", inputs.get("input_ids")).clone()
