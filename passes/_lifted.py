@@ -14,6 +14,7 @@ Private torch use, with the public route that was tried:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -33,6 +34,9 @@ from torch.export.graph_signature import (
 from adaptc.errors import PassError
 
 P = TypeVar("P", bound=ExportedProgram)
+
+#: how torch marks a further call of one module in a module path: a name may hold an "@" of its own
+called_again = re.compile(r"@\d+(?=\.|$)")
 
 
 def storage_key(t: Tensor) -> Any:
@@ -60,8 +64,7 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
-    path = next(reversed(stack.values()))[0]
-    return path.split("@")[0] if "@" in path else path
+    return called_again.sub("", next(reversed(stack.values()))[0])
 
 
 def fake_mode_of(graph: fx.Graph) -> Any:
@@ -102,7 +105,6 @@ class Lifted:
                 self._first_user = self._first_user or node
             elif spec.target is not None:
                 self.placeholders[spec.target] = node
-        self._last = node if self.graph.find_nodes(op="placeholder") else None
         self.fake_mode = fake_mode_of(self.graph)
         self._add_aliases()
 
@@ -141,7 +143,7 @@ class Lifted:
 
     def add(self, fqn: str, tensor: Tensor) -> fx.Node:
         """A new lifted input: a parameter if ``tensor`` is an ``nn.Parameter``, else a persistent buffer."""
-        if fqn in self.state_dict:
+        if fqn in self.state_dict or fqn in self.constants:
             raise PassError(f"the program already has a tensor named {fqn!r}")
         return self._placeholder(fqn, tensor)
 
@@ -149,18 +151,12 @@ class Lifted:
         is_param = isinstance(tensor, torch.nn.Parameter)
         kind = InputKind.PARAMETER if is_param else InputKind.BUFFER
         name = ("p_" if is_param else "b_") + fqn.replace(".", "_")
-        if self._first_user is not None:
-            where = self.graph.inserting_before(self._first_user)
-        elif self._last is not None:
-            where = self.graph.inserting_after(self._last)
-        else:
-            where = self.graph.inserting_before(next(iter(self.graph.nodes)))
-        with where:
+        # Without user inputs, the first node that is no placeholder: there is always the output.
+        before = self._first_user or next(n for n in self.graph.nodes if n.op != "placeholder")
+        with self.graph.inserting_before(before):
             node = self.graph.create_node("placeholder", name, name=name)
         node.target = node.name  # fx may have made the name unique or legal
         node.meta["val"] = self.fake(tensor)
-        if self._first_user is None:
-            self._last = node
         persistent = None if is_param else True
         self.specs[node.name] = InputSpec(kind, TensorArgument(node.name), fqn, persistent)
         self.state_dict[fqn] = tensor
@@ -191,20 +187,27 @@ class Lifted:
         """Give a lifted input another value; all its FQNs follow, so that tied weights stay tied."""
         node = self.placeholders[fqn]
         for name in self.fqns(node):
-            if name in self.state_dict:
-                self.state_dict[name] = tensor
+            for tensors in (self.state_dict, self.constants):
+                if name in tensors:
+                    tensors[name] = tensor
         old = node.meta["val"]
-        if tuple(old.shape) != tuple(tensor.shape) or old.dtype != tensor.dtype:
+        if (old.shape, old.stride(), old.dtype) != (tensor.shape, tensor.stride(), tensor.dtype):
             node.meta["val"] = self.fake(tensor)
 
     def remove(self, fqn: str) -> None:
-        """Erase a lifted input that nothing reads any more."""
-        node = self.placeholders.pop(fqn)
+        """Erase a lifted input that nothing reads any more, under all its names."""
+        node = self.placeholders[fqn]
         if node.users:
             raise PassError(f"{fqn!r} is still read by {[u.name for u in node.users]}")
-        del self.specs[node.name], self.nodes[node.name]
-        self.graph.erase_node(node)
-        self.state_dict.pop(fqn, None)
+        names = self.fqns(node)
+        for name in names:
+            del self.placeholders[name]
+            self.state_dict.pop(name, None)
+            self.constants.pop(name, None)
+        # A tied weight can have a placeholder per name, of which one is read.
+        for spec in [s for s in self.specs.values() if s.target in names]:
+            self.graph.erase_node(self.nodes.pop(spec.arg.name))
+            del self.specs[spec.arg.name]
 
     def signature(self) -> ExportGraphSignature:
         """The signature of the graph as it is now."""

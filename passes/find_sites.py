@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from adaptc.passes._kinds import CASTS, TABLE, TRANSPOSED, argument
-from adaptc.passes._lifted import Lifted, module_path
+from adaptc.passes._lifted import Lifted, called_again, module_path
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def module_types(program: ExportedProgram) -> dict[str, str]:
     for node in program.graph.nodes:
         for path, cls in (node.meta.get("nn_module_stack") or {}).values():
             name = cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
-            out.setdefault(path.split("@")[0], name)
+            out.setdefault(called_again.sub("", path), name)
     return out
 
 
