@@ -78,7 +78,7 @@ def compile(
         _transposed(model),
         bare=not isinstance(model, nn.Module),
     )
-    base = Lifted(captured.program)
+    base = Lifted(captured.program, edit=False)
     plans = [plan(_targeted(c), captured.program, facts, adapter_name, base) for c, _ in parsed]
     attachments = _union(plans, training, backend)
     slate = _slate(base, attachments, autocast_adapter_dtype, _trainable(parsed[0], training), plans)
@@ -204,9 +204,10 @@ def merge(
         release = program._release
     ids = {a.id for a in attachments}
     rest = [a.id for a in program.adaptation.attachments if a.id not in ids]
-    merged = Merge(attachments, dict(binding.values), safe, release, bar("merging", progress), drop=tuple(rest))(
-        program
+    fold = Merge(
+        attachments, dict(binding.values), safe, release, bar("merging", progress), tuple(rest), AdaptedProgram
     )
+    merged = fold(program)
     result = merged.program
     if program.adaptation.training:
         result = SetMode(training=False)(result).program
@@ -229,10 +230,10 @@ def _bare(program: AdaptedProgram) -> Adaptation:
 
 def unmerge(program: AdaptedProgram) -> AdaptedProgram:
     """The adapted program ``program`` was merged from, with the adapter it had then: every bit as it was."""
-    origin, binding = program._origin if isinstance(program, AdaptedProgram) and program._origin else (None, None)
-    result = Unmerge(origin)(program).program
+    origin = program._origin if isinstance(program, AdaptedProgram) else None
+    result = Unmerge(None if origin is None else origin[0].clone(origin[1])).apply(program).program
     assert isinstance(result, AdaptedProgram)
-    return AdaptedProgram.adopt(result, result.adaptation, binding, result.backend, result._originals)
+    return result
 
 
 def unload(program: AdaptedProgram) -> AdaptedProgram:
@@ -244,11 +245,7 @@ def unload(program: AdaptedProgram) -> AdaptedProgram:
             "initialisation changed the base), so the base cannot be given back. Compile the original model instead."
         )
     originals = dict(program.base_tensors)
-    result = Unload()(program).program
-    lifted = Lifted(result)
-    for fqn, tensor in program._originals.items():
-        lifted.set(fqn, originals.get(fqn, tensor))
-    result = lifted.finish()
+    result = Unload({k: originals[k] for k in program._originals}, AdaptedProgram)(program).program
     if a.training:
         result = SetMode(training=False)(result).program
     return AdaptedProgram.adopt(result, _bare(program), None, program.backend)

@@ -20,7 +20,7 @@ from adaptc.binding import Binding, Slate
 from adaptc.errors import AdaptcError
 from adaptc.methods._base import AdapterConfig
 from adaptc.passes._kinds import Op
-from adaptc.passes._lifted import Lifted, fake_of
+from adaptc.passes._lifted import Lifted, copy_graph, fake_of
 from adaptc.passes._method import Attachment
 from adaptc.passes._regions import set_header
 from adaptc.passes.inject import site_op
@@ -64,6 +64,7 @@ class AdaptedProgram(ExportedProgram):
 
     _ready = False
     _stale = False
+    _shared = False
 
     @classmethod
     def adopt(
@@ -79,7 +80,7 @@ class AdaptedProgram(ExportedProgram):
             new = program
         else:
             new = Lifted(program).finish(cls)
-        lifted = Lifted(new)
+        lifted = Lifted(new, edit=False)
         new._lock = threading.RLock()
         new._adaptation = adaptation
         new._ops = {a.id: site_op(lifted, a) for a in adaptation.attachments}
@@ -94,6 +95,26 @@ class AdaptedProgram(ExportedProgram):
         if binding is not None:
             new._set(binding)
         return new
+
+    def clone(self, binding: Binding) -> Self:
+        """A program of its own with another current binding; code and base are shared until one of them changes."""
+        with self._lock:
+            self._refresh()
+            new = type(self).__new__(type(self))
+            new.__dict__.update(self.__dict__)
+            new._lock = threading.RLock()
+            new._state_dict = dict(self._state_dict)
+            new._originals = dict(self._originals)
+            new._shared = self._shared = True
+        new._set(binding)
+        return new
+
+    def _own_graph(self) -> fx.Graph:
+        """The graph, copied first if a clone uses it too."""
+        if self._shared:
+            self._graph_module = fx.GraphModule(self._graph_module, copy_graph(self._graph_module.graph))
+            self._shared = False
+        return self._graph_module.graph
 
     _lock: threading.RLock
     _adaptation: Adaptation
@@ -187,7 +208,7 @@ class AdaptedProgram(ExportedProgram):
             binding, self._stale = self._binding, False
             if binding is None:
                 return
-            graph, state = self._graph_module.graph, self._state_dict
+            graph, state = self._own_graph(), self._state_dict
             placeholders = {
                 s.target: n
                 for s, n in zip(self._graph_signature.input_specs, graph.find_nodes(op="placeholder"), strict=True)

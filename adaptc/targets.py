@@ -40,8 +40,10 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Plan:
-    """``attachments`` in injection order; ``matches`` per target entry; ``left_out`` (module, why). ``unread``: tensors of
-    trained modules that the program does not read, which files hold all the same."""
+    """``attachments`` in injection order; ``matches`` per target entry; ``left_out`` (module, why).
+
+    ``unread``: tensors of modules trained as a whole that the program does not read, which files hold all the same.
+    """
 
     attachments: tuple[Attachment, ...]
     matches: Mapping[str, tuple[str, ...]]
@@ -58,7 +60,7 @@ def plan(
 ) -> Plan:
     """All attachments ``config`` asks for. Raises TargetError for entries that bind to nothing, ConfigError for
     options that have no meaning at a selected site. ``lifted``: the program opened, when the caller has it open."""
-    return _Planner(config, program, facts, adapter, lifted or Lifted(program)).run()
+    return _Planner(config, program, facts, adapter, lifted or Lifted(program, edit=False)).run()
 
 
 class _Planner:
@@ -287,7 +289,8 @@ class _Planner:
                 if site.fqn in out:  # shares the rows of the weight it is tied to
                     continue
                 out[site.fqn] = replace(self._token_site(site, site.module, indices[site.fqn]), entry=entry)
-                for other in self._tied_to(site):
+                # A head follows the embedding it is tied to, and not the other way round.
+                for other in self._tied_to(site) if site.kind == "embedding" else ():
                     if indices.get(other.fqn, indices[site.fqn]) == indices[site.fqn]:
                         out[other.fqn] = self._token_site(other, site.module, indices[site.fqn])
         return list(out.values())

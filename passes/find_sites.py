@@ -111,7 +111,7 @@ def find_sites(
     ``types`` (module path -> class name) overrides what the graph's own module stacks say. ``lifted`` is the program
     opened, if the caller has it open; it is only read. ``kind``: BUFFER for persistent buffers instead of parameters.
     """
-    lifted = lifted or Lifted(program)
+    lifted = lifted or Lifted(program, edit=False)
     types = {**module_types(program), **(types or {})}
     found: list[Site] = []
     by_node: dict[fx.Node, list[str]] = {}

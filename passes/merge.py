@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite, nan
 from typing import Any, ClassVar
 
 import torch
@@ -55,6 +56,7 @@ class Merge(Pass):
     release: Callable[[str], None] | None = field(default=None, repr=False)
     progress: Callable[[Sequence[Any]], Any] = field(default=iter, repr=False)
     drop: Sequence[str] = field(default=(), repr=False)
+    make: Callable[..., ExportedProgram] = field(default=ExportedProgram, repr=False)
 
     def apply(self, program: ExportedProgram) -> PassResult:
         lifted = Lifted(program)
@@ -68,7 +70,7 @@ class Merge(Pass):
             groups.setdefault(a.fqn, []).append(a)
         remove_regions(lifted, [*self.drop, *(a.id for a in self.attachments)])
         rows = [self._site(lifted, group, ops) for group in self.progress(list(groups.values()))]
-        return PassResult(lifted.finish(), len(rows), data=tuple(rows))
+        return PassResult(lifted.finish(self.make), len(rows), data=tuple(rows))
 
     @torch.no_grad()
     def _site(self, lifted: Lifted, group: list[Attachment], ops: Mapping[str, Op]) -> SiteMerge:
@@ -84,15 +86,15 @@ class Merge(Pass):
             if a.method.has_bias():
                 self._bias(lifted, a, op, slots, scale, high)
         rounded = exact.to(stored.dtype).contiguous()
-        if self.safe and not bool(torch.isfinite(rounded).all()):
+        delta, error = _largest(exact, stored), 0.0 if rounded.dtype == exact.dtype else _largest(exact, rounded)
+        # Finite differences from a finite weight say that the result is finite, without a pass of its own over it.
+        finite = isfinite(delta) and isfinite(error) or bool(torch.isfinite(rounded).all())
+        if self.safe and not finite:
             raise MergeError(
                 f"merging {first.id!r} gives values in {first.fqn!r} that are not finite in {stored.dtype}. The "
                 "adapter holds NaN or infinite values, or the sum overflows the dtype; load a sound adapter, merge into a "
                 "float32 base, or pass safe=False to keep the values."
             )
-        same = rounded.shape == stored.shape
-        delta = float((exact - stored).abs().max()) if same and exact.is_floating_point() else float("nan")
-        error = float((rounded.to(high) - exact).abs().max()) if exact.numel() and exact.is_floating_point() else 0.0
         untied = self._replace(lifted, first, rounded)
         if self.release is not None:
             self.release(first.fqn)
@@ -173,6 +175,16 @@ def _parameter(node: fx.Node | None) -> fx.Node | None:
     while node is not None and node.op != "placeholder":
         node = node.args[0] if node.target in CASTS and isinstance(node.args[0], fx.Node) else None
     return node
+
+
+def _largest(a: Tensor, b: Tensor) -> float:
+    """The largest difference of two elements; NaN when there is none to speak of."""
+    if a.shape != b.shape or not a.is_floating_point():
+        return nan
+    if not a.numel():
+        return 0.0
+    low, high = torch.aminmax(a - b)
+    return max(abs(float(low)), abs(float(high)))
 
 
 def _high(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,9 +5,11 @@ After: no region, no slot; the graph computes the base and every base tensor is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from adaptc.passes._lifted import Lifted
@@ -17,10 +19,17 @@ from adaptc.passes._regions import region_tag, remove_regions
 
 @dataclass(frozen=True)
 class Unload(Pass):
+    """``originals``: base parameters to put back, for adapters that came with their own version of them."""
+
     name: ClassVar[str] = "unload"
+
+    originals: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    make: Callable[..., ExportedProgram] = field(default=ExportedProgram, repr=False)
 
     def apply(self, program: ExportedProgram) -> PassResult:
         lifted = Lifted(program)
         tags = [t for n in lifted.graph.nodes if (t := region_tag(n))]
         count = remove_regions(lifted, [t["site"] for t in tags])
-        return PassResult(lifted.finish(), count)
+        for fqn, tensor in self.originals.items():
+            lifted.set(fqn, tensor)
+        return PassResult(lifted.finish(self.make), count)
