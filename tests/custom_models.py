@@ -75,6 +75,18 @@ class One(nn.Module):
         return torch.tanh(self.layer(x))
 
 
+class Behind(nn.Module):
+    """A layer, and a linear one behind it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.embed = layer
+        self.mid = nn.Linear(7, 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mid(torch.tanh(self.embed(x)))
+
+
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -538,7 +550,24 @@ WHOLE = [
     net("save_embedding", "down", modules_to_save=["embed"]),
     net("save_batch_norm", "down", modules_to_save=["batch"]),
     net("tokens", "down", trainable_token_indices={"embed": [3, 17, 5]}),
-    net("tokens_alone", trainable_token_indices={"embed": [28]}),
+    Case(
+        "tokens_functional_head",
+        FunctionalHead,
+        ids(5, 29),
+        {**LORA, "target_modules": ["mid"], "trainable_token_indices": {"embed": [3, 28]}},
+    ),
+    Case(
+        "tokens_scaled",
+        lambda: Behind(Gemma3TextScaledWordEmbedding(29, 7, 5, embed_scale=7**0.5)),
+        ids(9, 29),
+        {**LORA, "target_modules": ["mid"], "trainable_token_indices": {"embed": [5, 2, 0]}},
+    ),
+    Case(
+        "save_functional_head",
+        FunctionalHead,
+        ids(5, 29),
+        {**LORA, "target_modules": ["mid"], "modules_to_save": ["embed"]},
+    ),
 ]
 
 CASES = {c.name: c for c in [*LINEAR, *CONV, *CONV_BY_HAND, *UNUSUAL, *PARAMETERS, *ATTENTION, *BIASES, *WHOLE]}

@@ -48,7 +48,10 @@ class Whole(Method):
 
 @dataclass(frozen=True)
 class TokenRows(Method):
-    """Rows of an embedding, or of a head tied to one, replaced by trained ones. Canonical W is (width, vocab)."""
+    """Rows of an embedding, or of a head tied to one, replaced by trained ones. Canonical W is (width, vocab).
+
+    The index slot holds each index plus one, so that zeros, which the runtime pads with, stand for no row.
+    """
 
     name: ClassVar[str] = "trainable_tokens"
 
@@ -59,10 +62,12 @@ class TokenRows(Method):
 
     def slots(self, op: Op) -> dict[str, Slot]:
         width, vocab = self._size(op)
-        bad = [i for i in self.indices if not 0 <= i < vocab]
-        if bad or len(set(self.indices)) != len(self.indices):
+        bad = [i for i in self.indices if not isinstance(i, int) or not 0 <= i < vocab]
+        double = sorted({i for i in self.indices if self.indices.count(i) > 1})
+        if bad or double:
+            what = f"{bad} are not" if bad else f"{double} are named twice"
             raise ConfigError(
-                f"token indices must be distinct and below the vocabulary size {vocab}; got {bad or 'doubles'}"
+                f"trainable_token_indices must be distinct integers from 0 to {vocab - 1}, rows of this weight; {what}"
             )
         return {
             self.DELTA: Slot((len(self.indices), width), free=(0,)),
@@ -83,13 +88,14 @@ class TokenRows(Method):
     def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         index = torch.tensor(self.indices, dtype=torch.int64, device=W.device)
         rows = W.t() if op.kind == "embedding" else W
-        return {self.DELTA: rows.detach()[index].to(dtype), self.INDEX: index}
+        return {self.DELTA: rows.detach()[index].to(dtype), self.INDEX: index + 1}
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Tensor | None) -> Tensor:
         delta, index = cast(slots[self.DELTA], W.dtype), slots[self.INDEX]
-        if op.kind == "embedding":
-            return torch.index_copy(W, 1, index, delta.t())
-        return torch.index_copy(W, 0, index, delta)
+        rows = W.t() if op.kind == "embedding" else W
+        # Unused entries write to a row in front of the others.
+        rows = torch.index_copy(torch.cat([rows[:1], rows]), 0, index, delta)[1:]
+        return rows.t() if op.kind == "embedding" else rows
 
     def has_apply(self, op: Op) -> bool:
         return op.kind in ("embedding", "linear", "addmm")
@@ -97,9 +103,13 @@ class TokenRows(Method):
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, slots: Slots, scale: Tensor | None) -> Tensor:
         delta, index = cast(slots[self.DELTA], W.dtype), slots[self.INDEX]
         if op.kind == "embedding":
-            match = x.unsqueeze(-1) == index
+            match = x.unsqueeze(-1) + 1 == index
             row = delta[match.to(torch.int64).argmax(-1)]
+            padding = op.rest[0] if op.rest else -1
+            if padding >= 0:  # embedding gives this row no gradient
+                row = torch.where((x == padding).unsqueeze(-1), row.detach(), row)
             return torch.where(match.any(-1, keepdim=True), row, y)
         # What the replaced rows add to their logits; a bias of the layer stays as it is.
-        change = torch.nn.functional.linear(x, delta - W[index])
-        return torch.index_add(y, -1, index, change)
+        at, used = (index - 1).clamp(min=0), (index > 0).unsqueeze(-1)
+        change = torch.nn.functional.linear(x, (delta - W[at]) * used)
+        return torch.index_add(y, -1, at, change)
