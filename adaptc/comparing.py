@@ -7,6 +7,7 @@ float64, with NaN and infinities equal to themselves.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from math import inf
 from typing import Any
@@ -23,9 +24,14 @@ Leaves = dict[str, Any]
 
 def leaves(output: Any) -> Leaves:
     """Tensors and numbers of an output, by their path in it, copied so that a later call cannot write to them."""
-    found = pytree.tree_leaves_with_path(output)
-    named = {pytree.keystr(path).replace("'", "").strip(".[]") or "output": v for path, v in found}
+    named = {_name(pytree.keystr(path)): v for path, v in pytree.tree_leaves_with_path(output)}
     return {k: copied(v) for k, v in named.items() if isinstance(v, (Tensor, int, float, bool))}
+
+
+def _name(path: str) -> str:
+    """``['pair'][1]`` as ``pair[1]``."""
+    name = re.sub(r"\['([^']*)'\]", r".\1", path).strip(".")
+    return f"output{name}" if not name or name[0] == "[" else name
 
 
 def copied(value: Any) -> Any:

@@ -134,7 +134,7 @@ class _Verifier:
         values = dict(old.values)
         for fqn in sorted(trained):
             noise = torch.randn(values[fqn].shape, generator=generator) * 0.05
-            values[fqn] = values[fqn].detach() + noise.to(values[fqn])
+            values[fqn] = nn.Parameter(values[fqn].detach() + noise.to(values[fqn]), requires_grad=False)
         return AdaptedProgram.adopt(p, p.adaptation, replace(old, values=values), "eager", p._originals)
 
     def _unmerge_is_bitwise(self, name: str) -> Check:
