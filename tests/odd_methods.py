@@ -1,0 +1,83 @@
+"""Methods that no paper has, to hold generic code to its word: it may assume of a method what the protocol says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+from torch import Tensor
+
+from adaptc.methods import _registry
+from adaptc.methods._base import TargetedConfig
+from adaptc.passes._kinds import Op
+from adaptc.passes._method import Method, Slot
+
+
+@dataclass(frozen=True)
+class Shift(Method):
+    """y + shift * scale, one number for a whole layer: no rank, and nothing that can be merged into a weight."""
+
+    name: ClassVar[str] = "shift"
+
+    factor: float = 1.0
+
+    def slots(self, op: Op) -> dict[str, Slot]:
+        return {"shift": Slot((1,))}
+
+    def rebind(self, config: Any, attachment: Any) -> Method:
+        return config.method(attachment.name, attachment.kind)
+
+    def scale(self, op: Op) -> float:
+        return self.factor
+
+    def apply(
+        self, op: Op, x: Tensor, y: Tensor, W: Tensor, slots: Mapping[str, Tensor], scale: Tensor | None
+    ) -> Tensor:
+        return y + slots["shift"] * scale
+
+
+@dataclass
+class ShiftConfig(TargetedConfig):
+    peft_type: ClassVar[str] = "SHIFT"
+
+    factor: float = 1.0
+
+    def method(self, name: str, kind: str) -> Shift:
+        return Shift(self.factor)
+
+
+@dataclass(frozen=True)
+class Softmaxed(Method):
+    """W + B softmax(A) over the rank, which no padding by a finite number leaves unchanged."""
+
+    name: ClassVar[str] = "softmaxed"
+
+    r: int = 2
+
+    def slots(self, op: Op) -> dict[str, Slot]:
+        return {"a": Slot((self.r, op.in_features), free=(0,)), "b": Slot((op.out_features, self.r), free=(1,))}
+
+    def rebind(self, config: Any, attachment: Any) -> Method:
+        return config.method(attachment.name, attachment.kind)
+
+    def weight(self, op: Op, W: Tensor, slots: Mapping[str, Tensor], scale: Tensor | None) -> Tensor:
+        return W + slots["b"] @ slots["a"].softmax(0)
+
+
+@dataclass
+class SoftmaxedConfig(TargetedConfig):
+    peft_type: ClassVar[str] = "SOFTMAXED"
+
+    r: int = 2
+
+    def method(self, name: str, kind: str) -> Softmaxed:
+        return Softmaxed(self.r)
+
+
+def register(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make files and regions with these methods readable."""
+    for config, method in ((ShiftConfig, Shift), (SoftmaxedConfig, Softmaxed)):
+        monkeypatch.setitem(_registry.CONFIGS, config.peft_type, f"{__name__}:{config.__name__}")
+        monkeypatch.setitem(_registry.METHODS, method.name, f"{__name__}:{method.__name__}")
