@@ -192,10 +192,14 @@ class _Planner:
         return found
 
     def _guess_head(self) -> str | None:
-        """For a bare program: the linear that has as many outputs as the one embedding has rows."""
+        """For a bare program: the linear tied to an embedding, or else the one with as many outputs as one has rows."""
+        if not self.facts.bare:
+            return None
         vocab = {s.shape[0] for s in self.sites if s.kind == "embedding"}
-        heads = [s.module for s in self.sites if s.kind == "linear" and s.shape[0] in vocab and s.param == "weight"]
-        return heads[-1] if len(heads) == 1 and self.facts.bare else None
+        linear = [s for s in self.sites if s.kind == "linear" and s.shape[0] in vocab and s.param == "weight"]
+        tied = [s for s in linear if any(t.kind == "embedding" for t in self._tied_to(s))]
+        heads = tied or linear
+        return heads[0].module if len(heads) == 1 else None
 
     # -- parameters, biases, whole modules, tokens --------------------------------------------------------------------
 
