@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from adaptc.program import AdaptedProgram
 
 
-def as_config(config: Any) -> tuple[AdapterConfig, AdapterFile | None]:
+def as_config(config: Any, key_mapping: Mapping[str, str] | None = None) -> tuple[AdapterConfig, AdapterFile | None]:
     """A config, and the adapter's file when ``config`` is a directory. Raises ConfigError or CheckpointError."""
     if isinstance(config, AdapterConfig):
         return config, None
     if isinstance(config, (str, os.PathLike)):
-        file = read_adapter(Path(config))
+        file = read_adapter(Path(config), key_mapping=key_mapping)
         return from_dict(file.config), file
     if isinstance(config, Mapping):
         return from_dict(config), None
@@ -61,17 +61,23 @@ def as_binding(
     *,
     config: Any = None,
     adapter_name: str | None = None,
+    key_mapping: Mapping[str, str] | None = None,
     trainable: bool = False,
 ) -> Binding:
     """``adapter`` bound to the program's slots; nothing of the program changes.
 
-    A state dict has PEFT's keys, with or without ``base_model.model.``; its scale comes from ``config``, or else from the
-    program's own config, with the rank of the tensors. Raises SwapError or CheckpointError.
+    ``key_mapping``: regular expression -> replacement, for directories whose keys were written for other module names.
+    A state dict has PEFT's keys, with or without ``base_model.model.``; its scale comes from ``config``, or else from
+    the program's own config, with the rank of the tensors. Raises SwapError or CheckpointError.
     """
-    if isinstance(adapter, Binding):
-        return adapter
     if program._binding is None:
         raise SwapError("the program has no adapter sites; it was merged or unloaded")
+    if isinstance(adapter, Binding):
+        if adapter.values.keys() != program._binding.values.keys():
+            raise SwapError(
+                "the binding belongs to a program with other sites; bind the adapter to this one: prog.bind(...)"
+            )
+        return adapter
     if lost := list(program.adaptation.residual):
         raise SwapError(
             f"the file this program came from holds only its own adapter's version of {lost[:3]} (its initialisation "
@@ -79,7 +85,7 @@ def as_binding(
         )
     slate = program.slate(trainable)
     if isinstance(adapter, (str, os.PathLike)):
-        file = read_adapter(Path(adapter), adapter_name=adapter_name)
+        file = read_adapter(Path(adapter), adapter_name=adapter_name, key_mapping=key_mapping)
         own = as_config(config)[0] if config is not None else from_dict(file.config)
         return bind(slate, own, file.tensors, str(adapter), fit=False)
     if isinstance(adapter, Mapping):

@@ -31,10 +31,11 @@ from adaptc.passes.set_mode import SetMode
 from adaptc.passes.unload import Unload
 from adaptc.passes.unmerge import Unmerge
 from adaptc.program import Adaptation, AdaptedProgram
+from adaptc.runtime import check_backend, compilable
 from adaptc.targets import ModelFacts, Plan, plan
 
 if TYPE_CHECKING:
-    from adaptc.reports import CoverageReport, MergeReport, SwapReport, VerifyReport
+    from adaptc.reports import CoverageReport, SwapReport, VerifyReport
 
 
 def compile(
@@ -47,28 +48,29 @@ def compile(
     training: bool = False,
     backend: str = "eager",
     autocast_adapter_dtype: bool = True,
+    key_mapping: Mapping[str, str] | None = None,
     generator: torch.Generator | None = None,
 ) -> AdaptedProgram:
     """Capture ``model`` and adapt it.
 
-    ``model``: an nn.Module (with ``example_inputs``: a tensor, a tuple, or a dict of keywords), a transformers model, an
-    ExportedProgram, or what ``transformers.exporters`` returns. ``config``: a config, a ``peft`` config, a PEFT adapter
-    directory (its weights are loaded too), or a list of these: then the program gets the union of their sites and is
-    bound to the first. ``training=True`` captures the training behaviour (dropout, and the loss of a transformers model).
-    ``backend``: "eager" or "inductor". ``autocast_adapter_dtype``: adapters of half-precision bases are float32.
-    ``generator`` draws first values; by default torch's global generator.
+    ``model``: an nn.Module (with ``example_inputs``: a tensor, a tuple, or a dict of keywords), a transformers model,
+    an ExportedProgram, or what ``transformers.exporters`` returns. ``config``: a config, a ``peft`` config, a PEFT
+    adapter directory (its weights are loaded too), or a list of these: then the program gets the union of their sites
+    and is bound to the first. ``training=True`` captures the training behaviour (dropout, and the loss of a
+    transformers model). ``backend``: "eager" or "inductor". ``autocast_adapter_dtype``: adapters of half-precision
+    bases are float32. ``key_mapping``: regular expression -> replacement, applied to the keys of adapter directories
+    (PEFT's rule). ``generator`` draws first values; by default torch's global generator.
 
     The model is not modified, and its parameters are shared, not copied. Raises CaptureError, ConfigError, TargetError,
     CheckpointError or BackendError.
     """
     from adaptc.capture import capture
-    from adaptc.runtime import check_backend
 
     check_backend(backend)
     several = list(config) if isinstance(config, (list, tuple)) else [config]
     if not several:
         raise ConfigError("config is an empty list: give a config, an adapter directory, or a list of them")
-    parsed = [as_config(c) for c in several]
+    parsed = [as_config(c, key_mapping) for c in several]
     model = _replicated(model, [c for c, _ in parsed])
     captured = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, training=training)
     facts = ModelFacts(
@@ -135,9 +137,7 @@ def _union(plans: Sequence[Plan], training: bool, backend: str) -> list[Attachme
             method = a.method
             if training and hasattr(method, "training"):
                 method = replace(method, training=True)  # type: ignore[call-arg]
-            # Inductor fixes the channel counts of convolutions, and the rank is one in the apply form.
-            form = "weight" if backend == "inductor" and a.kind.startswith("conv") and not training else a.form
-            out.setdefault(a.id, replace(a, method=method, form=form))
+            out.setdefault(a.id, compilable(replace(a, method=method), backend))
     return list(out.values())
 
 
@@ -164,22 +164,34 @@ def _first_binding(
     return first_values(slate, config, generator, only={a.id for a in first.attachments})
 
 
-def swap(program: AdaptedProgram, adapter: Any, *, config: Any = None, adapter_name: str | None = None) -> SwapReport:
+def swap(
+    program: AdaptedProgram,
+    adapter: Any,
+    *,
+    config: Any = None,
+    adapter_name: str | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+) -> SwapReport:
     """Make ``adapter`` the current one: a PEFT adapter directory, a state dict with PEFT's keys, or a binding.
 
     Any rank, alpha, and any subset of the program's sites (the others take identity values); nothing is compiled or
-    copied but the adapter's own tensors. For a bare state dict the scale follows ``config`` if given, else the program's
-    alpha and the tensors' ranks. Atomic: calls that have begun finish with the adapter they began with.
+    copied but the adapter's own tensors. For a bare state dict the scale follows ``config`` if given, else the
+    program's alpha and the tensors' ranks. Atomic: calls that have begun finish with the adapter they began with.
 
-    Raises SwapError (naming the site) when the adapter needs a site the program was not compiled for, CheckpointError for
-    damaged files, wrong shapes, missing keys or NaN; the program is then unchanged.
+    Raises SwapError (naming the site) when the adapter needs a site the program was not compiled for, CheckpointError
+    for damaged files, wrong shapes, missing keys or NaN; the program is then unchanged.
     """
     from adaptc.reports import SwapReport
 
     start = time.perf_counter()
-    options = {} if isinstance(adapter, Binding) else {"config": config, "adapter_name": adapter_name}
-    trainable = program.adaptation.training
-    binding = as_binding(program, adapter, trainable=trainable, **options) if options else adapter
+    binding = as_binding(
+        program,
+        adapter,
+        config=config,
+        adapter_name=adapter_name,
+        key_mapping=key_mapping,
+        trainable=program.adaptation.training,
+    )
     program._set(binding)
     return SwapReport.of(program, binding, time.perf_counter() - start)
 
@@ -189,9 +201,10 @@ def merge(
 ) -> AdaptedProgram:
     """A plain ATen program with the current adapter folded into the weights; ``.merge_report`` tells each site's error.
 
-    Changes are computed in float32 (float64 for float64 weights) and rounded once. ``safe`` refuses results that are not
-    finite. With ``keep_base`` the result keeps a reference to what it replaced and ``unmerge`` gives it back bit for bit;
-    without it, each old weight is freed before the next new one is made and ``program`` must not be used any more.
+    Changes are computed in float32 (float64 for float64 weights) and rounded once. ``safe`` refuses results that are
+    not finite. With ``keep_base`` the result keeps a reference to what it replaced and ``unmerge`` gives it back bit
+    for bit; without it, each old weight is freed before the next new one is made and ``program`` must not be used any
+    more.
     Raises MergeError, with ``program`` unchanged.
     """
     from adaptc.reports import MergeReport, bar
@@ -254,8 +267,8 @@ def unload(program: AdaptedProgram) -> AdaptedProgram:
 def save(program: ExportedProgram, path: str | os.PathLike[str]) -> Path:
     """Write a program as ``.pt2`` (torch.export's format), aside first and then moved into place.
 
-    An adapted program carries its sites, slots and config in its graph; a merged or unloaded one is plain ATen and needs
-    no adaptc to run.
+    An adapted program carries its sites, slots and config in its graph; a merged or unloaded one is plain ATen and
+    needs no adaptc to run.
     """
     from adaptc.files import save_program
 

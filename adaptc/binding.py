@@ -21,7 +21,6 @@ from adaptc.passes._kinds import Op
 from adaptc.passes._lifted import storage_key
 from adaptc.passes._method import Attachment, Method
 
-
 #: names of layers whose base weights PEFT may write to a file
 EMBEDDINGS = ("embed_tokens", "lm_head")
 
@@ -56,7 +55,7 @@ class Slate:
     unread: Sequence[str] = ()
 
     def dtype(self, a: Attachment) -> torch.dtype:
-        """Adapter dtype at a site: float32 above half-precision bases (PEFT's autocast_adapter_dtype), else the base's."""
+        """Adapter dtype at a site: with autocast, float32 above half-precision bases (as in PEFT); else the base's."""
         base = self.weights[a.fqn].dtype
         return torch.float32 if self.autocast and base in (torch.float16, torch.bfloat16) else base
 
@@ -120,6 +119,10 @@ def bind(slate: Slate, config: AdapterConfig, tensors: Mapping[str, Tensor], sou
             del left[key]
     if left:
         raise _unbound(slate, list(left), source)
+    if not builder.methods:
+        raise SwapError(
+            f"{source} holds no tensor for any site of the program, so it would do nothing; unload() gives the base"
+        )
     return builder.done(source)
 
 
@@ -147,15 +150,15 @@ def _check_shapes(
             continue
         if slot not in keys:
             raise SwapError(
-                f"{source}: the adapter has {slot!r} at {a.key!r}, and the program was compiled without it. Compile the "
-                "program with the options of this adapter, or with a list that contains it: compile(model, [..., adapter])."
+                f"{source}: the adapter has {slot!r} at {a.key!r}, and the program was compiled without it. Compile "
+                "with the options of this adapter, or with a list that contains it: compile(model, [..., adapter])."
             )
         if slot not in found:
             raise CheckpointError(f"{source}: key {keys[slot]!r} is missing, while other tensors of its site are there")
         if tuple(found[slot].shape) != spec.shape:
             raise CheckpointError(
-                f"{source}: {keys[slot]!r} has shape {tuple(found[slot].shape)}, expected {spec.shape} at site {a.fqn!r}. "
-                "The adapter was made for another model, or its config does not belong to its weights."
+                f"{source}: {keys[slot]!r} has shape {tuple(found[slot].shape)}, expected {spec.shape} at site "
+                f"{a.fqn!r}. The adapter was made for another model, or its config does not belong to its weights."
             )
 
 
@@ -188,9 +191,9 @@ class _Builder:
         if base is not None:
             if a.tied:
                 raise ConfigError(
-                    f"init_lora_weights={getattr(method, 'scheme', '')!r} changes the base weight {a.fqn!r}, which other "
-                    "layers read too. Use a scheme that leaves the base alone (True, 'gaussian', 'orthogonal'), or untie "
-                    "the weight in the model."
+                    f"init_lora_weights={getattr(method, 'scheme', '')!r} changes the base weight {a.fqn!r}, which "
+                    "other layers read too. Use a scheme that leaves the base alone (True, 'gaussian', 'orthogonal'), "
+                    "or untie the weight in the model."
                 )
             self._replace(a.fqn, op.stored(base).contiguous())
 
@@ -210,8 +213,8 @@ class _Builder:
         base = self.slate.weights[fqn]
         if base.shape != value.shape:
             raise CheckpointError(
-                f"{source}: {key!r} has shape {tuple(value.shape)}, and the model has {tuple(base.shape)}. The adapter was "
-                "made for another model, or for one with a resized vocabulary: resize this one before compile."
+                f"{source}: {key!r} has shape {tuple(value.shape)}, and the model has {tuple(base.shape)}. The "
+                "adapter was made for another model, or for one with a resized vocabulary: resize this one first."
             )
         if key in self.slate.unread:
             self.carried[key] = value

@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from adaptc.methods._registry import method_of
 from adaptc.passes._lifted import Lifted
 from adaptc.passes._method import Attachment
 from adaptc.passes._regions import attachments, header
-from adaptc.passes.inject import site_op
+from adaptc.passes.inject import Inject, site_op
+from adaptc.passes.unload import Unload
 from adaptc.program import Adaptation, AdaptedProgram
+from adaptc.runtime import check_backend, compilable
 
 # How torch.export writes the output type of a transformers model; a file cannot name any other module to import.
 _OUTPUT_TYPE = re.compile(rb'\\"type\\": \\"(transformers\.(?:modeling_outputs|models\.\w+\.modeling_\w+))\.\w+\\"')
@@ -44,6 +47,7 @@ def save_program(program: ExportedProgram, path: Path) -> Path:
 
 def load_program(path: Path, backend: str = "eager") -> AdaptedProgram:
     """Raises CheckpointError when the file is missing, damaged or not a program."""
+    check_backend(backend)
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
     try:
@@ -85,7 +89,22 @@ def from_program(program: ExportedProgram, backend: str = "eager") -> AdaptedPro
         unread=stored["unread"],
     )
     binding = _binding(lifted, found, stored)
-    return AdaptedProgram.adopt(lifted.finish(), adaptation, binding, backend)
+    program = lifted.finish()
+    if backend == "inductor":
+        program, found = _compilable(program, found, binding, stored)
+        adaptation = replace(adaptation, attachments=found)
+    return AdaptedProgram.adopt(program, adaptation, binding, backend)
+
+
+def _compilable(
+    program: ExportedProgram, found: list[Attachment], binding: Binding, stored: dict[str, Any]
+) -> tuple[ExportedProgram, list[Attachment]]:
+    """The program with the forms inductor can compile for every rank, if the file has others."""
+    wanted = [compilable(a, "inductor") for a in found]
+    if wanted == found:
+        return program, found
+    result = Inject(wanted, binding.values, stored)(Unload()(program).program)
+    return result.program, list(result.data)
 
 
 def _binding(lifted: Lifted, found: list[Attachment], stored: dict[str, Any]) -> Binding:

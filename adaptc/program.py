@@ -75,7 +75,7 @@ class AdaptedProgram(ExportedProgram):
         backend: str,
         originals: Mapping[str, Tensor] | None = None,
     ) -> Self:
-        """``program``, already injected, as an AdaptedProgram: itself, if a pass has just built it as one, or a copy."""
+        """``program``, already injected, as an AdaptedProgram: itself if a pass just built it as one, or a copy."""
         if isinstance(program, cls) and not program._ready:
             new = program
         else:
@@ -234,7 +234,7 @@ class AdaptedProgram(ExportedProgram):
         """FQN -> base parameter as it was before any adapter changed it (PiSSA and OLoRA do)."""
         state = self.state_dict
         slots = self._slot_tensors()
-        return {k: self._originals.get(k, v) for k, v in state.items() if k not in slots}
+        return {k: self._originals[k] if k in self._originals else v for k, v in state.items() if k not in slots}
 
     def slate(self, trainable: bool = False) -> Slate:
         a = self._adaptation
@@ -292,8 +292,8 @@ def _allow_modes(module: fx.GraphModule, captured_for_training: bool) -> None:
     def train(self: fx.GraphModule, mode: bool = True) -> fx.GraphModule:
         if mode and not captured_for_training:
             raise AdaptcError(
-                "the program was captured for inference, without its dropout; compile(model, config, training=True) to train "
-                "with train() and eval(). Training without dropout needs no train() call."
+                "the program was captured for inference, without its dropout; compile(model, config, training=True) to "
+                "train with train() and eval(). Training without dropout needs no train() call."
             )
         if set_mode(self.graph, mode):
             self.recompile()

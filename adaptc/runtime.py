@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
@@ -41,6 +41,21 @@ def check_backend(backend: str) -> None:
     """Raises BackendError for a backend that does not exist."""
     if backend not in BACKENDS:
         raise BackendError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+
+
+def compilable(a: Attachment, backend: str) -> Attachment:
+    """The attachment in the form its backend needs: inductor fixes the channel counts of convolutions when it compiles,
+    and in the apply form of a convolution the rank is one of them. Raises BackendError when that form has no
+    meaning.
+    """
+    if backend != "inductor" or not a.kind.startswith("conv"):
+        return a
+    if getattr(a.method, "training", False) and getattr(a.method, "dropout", 0.0):
+        raise BackendError(
+            f"dropout on the adapter input of the convolution {a.fqn!r} cannot be compiled by inductor for every rank; "
+            "train with backend='eager'"
+        )
+    return replace(a, form="weight")
 
 
 class Executor:

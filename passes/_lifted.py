@@ -6,7 +6,8 @@ shared). Every placeholder always has exactly one input spec, in the same order:
 the placeholders instead of keeping the two in step by hand.
 
 Private torch use, with the public route that was tried:
-- ``torch._guards.detect_fake_mode`` finds the fake mode of a graph. Public: none; a FakeTensor's ``fake_mode`` attribute
+- ``torch._guards.detect_fake_mode`` finds the fake mode of a graph. Public: none; a FakeTensor's ``fake_mode``
+attribute
   is as private.
 - ``FakeTensor``: a fake of a known mode. Public: none that takes a mode.
 - the ``ExportedProgram`` constructor. Public: rewriting ``program.module()`` and exporting again, which costs a full
@@ -90,8 +91,8 @@ def _fake(mode: Any, tensor: Tensor) -> Tensor:
 
 
 class Lifted:
-    """A program opened for editing; see the module docstring. With ``edit=False`` it is opened to look only: the graph is
-    the program's own and must not be changed."""
+    """A program opened for editing; see the module docstring. With ``edit=False`` it is opened to look only: the graph
+    is the program's own and must not be changed."""
 
     def __init__(self, program: ExportedProgram, *, edit: bool = True) -> None:
         self.program = program

@@ -23,6 +23,8 @@ from torch import Tensor
 from adaptc.passes._kinds import Op
 
 Slots = Mapping[str, Tensor]
+#: a 0-d tensor; None for a method without a scale, which then does not look at it
+Scale = Any
 
 
 @dataclass(frozen=True)
@@ -99,14 +101,14 @@ class Method:
         """The factor on the change of the weight, a slot of its own; None for methods without one."""
         return None
 
-    def weight(self, op: Op, W: Tensor, slots: Slots, scale: Tensor | None) -> Tensor:
+    def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         raise AssertionError(f"{type(self).__name__} must define weight()")
 
-    def bias(self, op: Op, b: Tensor | None, slots: Slots, scale: Tensor | None) -> Tensor | None:
+    def bias(self, op: Op, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor | None:
         return b
 
     def apply(
-        self, op: Op, x: Tensor, y: Tensor, W: Tensor, slots: Slots, scale: Tensor | None
+        self, op: Op, x: Tensor, y: Tensor, W: Tensor, slots: Slots, scale: Scale
     ) -> Tensor:  # pragma: no cover - replaced where has_apply says so
         raise AssertionError(f"{type(self).__name__} has no apply()")
 

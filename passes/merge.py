@@ -88,12 +88,12 @@ class Merge(Pass):
         rounded = exact.to(stored.dtype).contiguous()
         delta, error = _largest(exact, stored), 0.0 if rounded.dtype == exact.dtype else _largest(exact, rounded)
         # Finite differences from a finite weight say that the result is finite, without a pass of its own over it.
-        finite = isfinite(delta) and isfinite(error) or bool(torch.isfinite(rounded).all())
+        finite = (isfinite(delta) and isfinite(error)) or bool(torch.isfinite(rounded).all())
         if self.safe and not finite:
             raise MergeError(
                 f"merging {first.id!r} gives values in {first.fqn!r} that are not finite in {stored.dtype}. The "
-                "adapter holds NaN or infinite values, or the sum overflows the dtype; load a sound adapter, merge into a "
-                "float32 base, or pass safe=False to keep the values."
+                "adapter holds NaN or infinite values, or the sum overflows the dtype; load a sound adapter, merge "
+                "into a float32 base, or pass safe=False to keep the values."
             )
         untied = self._replace(lifted, first, rounded)
         if self.release is not None:

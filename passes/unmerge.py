@@ -26,7 +26,7 @@ class Unmerge(Pass):
     def apply(self, program: ExportedProgram) -> PassResult:
         if self.origin is None:
             raise MergeError(
-                "this program cannot be unmerged: it was merged with keep_base=False, loaded from a file, or never merged. "
-                "Compile the base again, or keep the adapted program: save() it before merging."
+                "this program cannot be unmerged: it was merged with keep_base=False, loaded from a file, or never "
+                "merged. Compile the base again, or keep the adapted program: save() it before merging."
             )
         return PassResult(self.origin, 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
 from adaptc.errors import AdaptcWarning, ConfigError, nearest
@@ -107,7 +107,3 @@ class TargetedConfig(AdapterConfig):
             raise ConfigError("layers_pattern needs target_modules as a list; put the layers into the regex instead")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern needs layers_to_transform, the indices to pick")
-
-
-def empty() -> Any:
-    return field(default_factory=dict)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod, sqrt
 from typing import Any, ClassVar
 
@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaptc.errors import ConfigError, TargetError
-from adaptc.methods._base import TargetedConfig, empty
+from adaptc.methods._base import TargetedConfig
 from adaptc.passes._kinds import Op, cast
-from adaptc.passes._method import Attachment, Initial, Method, Slot, Slots
+from adaptc.passes._method import Attachment, Initial, Method, Scale, Slot, Slots
 from adaptc.rules import pattern_value
 
 NOT_YET = "this LoRA variant is not implemented"
@@ -56,12 +56,12 @@ class LoraConfig(TargetedConfig):
     bias: str = "none"
     use_rslora: bool = False
     init_lora_weights: bool | str = True
-    rank_pattern: dict[str, int] = empty()
-    alpha_pattern: dict[str, int | float] = empty()
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, int | float] = field(default_factory=dict)
     megatron_config: dict[str, Any] | None = None
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    loftq_config: dict[str, Any] = empty()
+    loftq_config: dict[str, Any] = field(default_factory=dict)
     eva_config: dict[str, Any] | None = None
     corda_config: dict[str, Any] | None = None
     lora_ga_config: dict[str, Any] | None = None
@@ -197,17 +197,17 @@ class Lora(Method):
     def scale(self, op: Op) -> float:
         return self.repeat * self.alpha / (sqrt(self.r) if self.rslora else self.r)
 
-    def weight(self, op: Op, W: Tensor, slots: Slots, scale: Tensor | None) -> Tensor:
+    def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         A, B = self._factors(op, slots)
         return cast(op.dense(W) + op.product(A, B) * scale, W.dtype)
 
-    def bias(self, op: Op, b: Tensor | None, slots: Slots, scale: Tensor | None) -> Tensor | None:
+    def bias(self, op: Op, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor | None:
         if not self.with_bias:
             return b
         delta = slots["lora_B.bias"] * scale
         return delta if b is None else b + delta
 
-    def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, slots: Slots, scale: Tensor | None) -> Tensor:
+    def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         A, B = self._factors(op, slots)
         x = op.as_input(x, A.dtype)
         if self.training and self.dropout and op.kind != "embedding":

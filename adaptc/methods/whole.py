@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adaptc.errors import ConfigError
 from adaptc.passes._kinds import Op, cast
-from adaptc.passes._method import Attachment, Method, Slot, Slots
+from adaptc.passes._method import Attachment, Method, Scale, Slot, Slots
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Whole(Method):
     def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         return {self.slot: op.stored(W).detach().clone()}
 
-    def weight(self, op: Op, W: Tensor, slots: Slots, scale: Tensor | None) -> Tensor:
+    def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         return cast(op.canonical(slots[self.slot]), W.dtype)
 
     def fqn(self, place: str, slot: str, adapter: str) -> str:
@@ -90,7 +90,7 @@ class TokenRows(Method):
         rows = W.t() if op.kind == "embedding" else W
         return {self.DELTA: rows.detach()[index].to(dtype), self.INDEX: index + 1}
 
-    def weight(self, op: Op, W: Tensor, slots: Slots, scale: Tensor | None) -> Tensor:
+    def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         delta, index = cast(slots[self.DELTA], W.dtype), slots[self.INDEX]
         rows = W.t() if op.kind == "embedding" else W
         # Unused entries write to a row in front of the others.
@@ -100,7 +100,7 @@ class TokenRows(Method):
     def has_apply(self, op: Op) -> bool:
         return op.kind in ("embedding", "linear", "addmm")
 
-    def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, slots: Slots, scale: Tensor | None) -> Tensor:
+    def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         delta, index = cast(slots[self.DELTA], W.dtype), slots[self.INDEX]
         if op.kind == "embedding":
             match = x.unsqueeze(-1) + 1 == index
