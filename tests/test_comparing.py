@@ -1,0 +1,50 @@
+"""Differences of outputs and checksums of states."""
+
+from __future__ import annotations
+
+from math import inf, nan
+
+import pytest
+import torch
+
+from adaptc.comparing import compare, difference, digests, leaves
+
+
+def test_differences() -> None:
+    a = torch.tensor([1.0, nan, inf, -3.0])
+    assert difference(a, a.clone()) == (0.0, 3.0)
+    assert difference(a, torch.tensor([1.5, nan, inf, -3.0])) == (0.5, 3.0)
+    assert difference(a, torch.tensor([1.0, 0.0, inf, -3.0]))[0] == inf
+    assert difference(a, torch.tensor([1.0, nan, -inf, -3.0]))[0] == inf
+    assert difference(a, a[:3])[0] == inf
+    assert difference(torch.tensor([3]), torch.tensor([5])) == (2.0, 3.0)
+    assert difference(torch.tensor([3]), torch.tensor([3.0]))[0] == inf
+    assert difference(torch.empty(0), torch.empty(0)) == (0.0, 0.0)
+    assert difference(torch.tensor([3 + 4j]), torch.tensor([3 + 1j])) == (3.0, 5.0)
+    assert difference(2, 2)[0] == 0
+    assert difference(2, 3)[0] == inf
+
+
+def test_the_worst_output_is_reported() -> None:
+    runs = [leaves((torch.tensor([1.0]), {"k": torch.tensor([100.0])})) for _ in range(2)]
+    found = [
+        leaves((torch.tensor([1.0]), {"k": torch.tensor([100.0])})),
+        leaves((torch.tensor([1.1]), {"k": torch.tensor([101.0])})),
+    ]
+    check = compare("x", runs, found, 0.5)
+    assert check.passed
+    assert check.where == "output[0], run 2"  # by the share of what is allowed, not by size
+    assert check.error == pytest.approx(0.1)
+    assert not compare("x", runs, found, 0.05).passed
+    assert compare("x", runs, runs, 0.0).passed
+    assert compare("x", [{}], [{}], 1.0).passed is False
+
+
+def test_digests_see_one_bit_and_one_storage() -> None:
+    t = torch.randn(5, 3, dtype=torch.bfloat16)
+    state = {"a": t, "tied": t, "b": t.clone(), "n": 3}
+    out = digests(state)
+    assert out["a"] == out["tied"] == out["b"]
+    assert "n" not in out
+    t.view(torch.int16)[4, 2] ^= 1
+    assert digests(state)["a"] != out["b"]
