@@ -146,5 +146,5 @@ def _sites_of(lifted: Lifted, node: fx.Node, fqns: list[str], types: dict[str, s
                 consumers=tuple(n.name for n, _ in mine),
                 tied=len({n for n, _ in mine}) != len({n for n, _ in used}),
                 module_type=types.get(module, ""),
-                has_bias=f"{module}.bias" in lifted.placeholders,
+                has_bias=f"{module}.bias".removeprefix(".") in lifted.placeholders,
             )
