@@ -7,6 +7,7 @@ wherever the architecture lets them, so that a transposed weight is a shape erro
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -55,9 +56,13 @@ def perturb(model: torch.nn.Module, seed: int = 0) -> None:
 def _build(model_class: str, config_class: str, config: dict[str, Any]) -> PreTrainedModel:
     import transformers
 
+    with warnings.catch_warnings():
+        # Releases of transformers before 5.24 script a function of some families when these are imported.
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
+        make_model, make_config = getattr(transformers, model_class), getattr(transformers, config_class)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = getattr(transformers, model_class)(getattr(transformers, config_class)(**config))
+        model = make_model(make_config(**config))
     perturb(model)
     return model.eval()
 
