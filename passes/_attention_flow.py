@@ -49,6 +49,7 @@ _DATA_ARGUMENTS = {
     **{f"new_{fill}": 0 for fill in ("zeros", "ones", "full", "empty")},
     **dict.fromkeys(("type_as", "expand_as", "view_as", "reshape_as"), 1),
 }
+_RESHAPES = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"})
 _SWAPS = frozenset({"transpose", "swapaxes", "swapdims", "t", "mT"})
 _INERT = frozenset({torch.bool, torch.int16, torch.int32, torch.int64})
 _OPERANDS = ("query", "key", "value")
@@ -274,7 +275,7 @@ def _axis_from_left(product: Node, axis: int | None) -> bool:
 
 
 def _follow(node: Node, score: Score) -> Score:
-    """The score's axes as ``node`` lays them out. Views and broadcasts are taken to keep the trailing axes."""
+    """The score's axes as ``node`` lays them out; an elementwise op aligns them at the last one."""
     product, axes = score
     name, rank = _name(node), _rank(node)
     if name == "permute" and len(node.args[1]) == len(axes):  # type: ignore[arg-type]
@@ -284,13 +285,37 @@ def _follow(node: Node, score: Score) -> Score:
         moved = list(axes)
         moved[i], moved[j] = moved[j], moved[i]  # type: ignore[index]
         return product, tuple(moved)
+    if name in _RESHAPES:
+        return product, _reshaped(axes, _shape(node.args[0]), _shape(node))
     return product, (*[None] * (rank - len(axes)), *axes[max(len(axes) - rank, 0) :])
 
 
+def _reshaped(axes: tuple[int | None, ...], old: list[str], new: list[str]) -> tuple[int | None, ...]:
+    """Axes that a reshape keeps, from the last one on; axes of size one come and go."""
+    kept: list[int | None] = [None] * len(new)
+    i, j = len(old) - 1, len(new) - 1
+    while i >= 0 and j >= 0:
+        if old[i] == new[j]:
+            kept[j] = axes[i]
+            i, j = i - 1, j - 1
+        elif old[i] == "1":
+            i -= 1
+        elif new[j] == "1":
+            j -= 1
+        else:
+            break
+    return tuple(kept)
+
+
 def _rank(node: Node) -> int:
+    return len(_shape(node))
+
+
+def _shape(node: Any) -> list[str]:
+    """Sizes as text: comparing symbolic sizes as numbers would add guards to the program."""
     value = node.meta.get("val")
     value = value[0] if isinstance(value, (list, tuple)) and value else value
-    return value.dim() if isinstance(value, torch.Tensor) else 0
+    return [str(size) for size in value.shape] if isinstance(value, torch.Tensor) else []
 
 
 def _union(sets: Iterable[frozenset[T]]) -> frozenset[T]:
