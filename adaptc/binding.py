@@ -7,6 +7,7 @@ nothing else. A binding never writes to the program; the runtime passes it along
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,8 @@ from adaptc.passes._kinds import Op
 from adaptc.passes._lifted import storage_key
 from adaptc.passes._method import Attachment, Method
 
+#: where PEFT's models keep a module that is trained as a whole, and what it was
+WRAPPED = re.compile(r"\.(original_module|modules_to_save\.[^.]+)\.(.*\.)?bias$")
 #: names of layers whose base weights PEFT may write to a file
 EMBEDDINGS = ("embed_tokens", "lm_head")
 
@@ -207,6 +210,8 @@ class _Builder:
 
         PEFT writes the weights of adapted or resized embeddings to the file and loads them into the base.
         """
+        if WRAPPED.search(key):  # with bias="all" PEFT also writes the insides of its wrappers, copies of other keys
+            return True
         fqn = key.replace(".base_layer.", ".")
         if fqn not in self.slate.weights or (key == fqn and key not in self.slate.unread and not self._embeds(key)):
             return False

@@ -7,7 +7,7 @@ wrote has bound to at least one site, or a TargetError that names what exists in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -82,7 +82,7 @@ class _Planner:
         self.head = facts.output_embedding or self._guess_head()
 
     def run(self) -> Plan:
-        saved = select_to_save(self.names, self.config.modules_to_save, self.config.task_type)
+        saved = _outermost(select_to_save(self.names, self.config.modules_to_save, self.config.task_type))
         parameters = getattr(self.config, "target_parameters", None)
         tokens = getattr(self.config, "trainable_token_indices", None)
         targets = self.config.target_modules
@@ -96,26 +96,21 @@ class _Planner:
         for option, pattern in self.config.pattern_entries().items():
             check_patterns(option, pattern, check_names)
         self._check_dropout([*main, *extra])
-        attachments = [
-            *self._biases(selection.names, main),
-            *self._whole(saved),
-            *main,
-            *extra,
-            *self._tokens(tokens),
-        ]
+        whole, rows = self._whole(saved), self._tokens(tokens)
+        attachments = [*self._biases({a.id for a in whole}, main), *whole, *main, *extra, *rows]
         if not attachments:
             raise TargetError(
                 "the config adapts nothing: target_modules, target_parameters, modules_to_save and "
                 "trainable_token_indices are all empty. Name at least one module; the program has "
                 f"{self._some(modules)}."
             )
-        unique = {a.id: a for a in attachments}
+        _check_once(attachments)
         matches = dict(selection.matches)
         for a in extra:
             matches[a.entry] = (*matches.get(a.entry, ()), a.fqn)
         read = {a.fqn for a in attachments}
         inside = [f for f in self.lifted.state_dict if any(f.startswith(f"{m}.") for m in saved)]
-        return Plan(tuple(unique.values()), matches, selection.left_out, tuple(f for f in inside if f not in read))
+        return Plan(tuple(attachments), matches, selection.left_out, tuple(f for f in inside if f not in read))
 
     # -- modules ---------------------------------------------------------------------------------------------------
 
@@ -239,18 +234,14 @@ class _Planner:
             raise TargetError(f"target_parameters: {site.fqn!r} has shape {site.shape}; two or three axes are needed")
         return "linear" if site.kind == "linear" else "weight"
 
-    def _biases(self, names: Sequence[str], main: Sequence[Attachment]) -> list[Attachment]:
+    def _biases(self, trained: Collection[str], main: Sequence[Attachment]) -> list[Attachment]:
         wanted = getattr(self.config, "bias", "none")
         if wanted == "none":
             return []
-        wrapped = {a.module: a.key for a in main}
-        return [
-            self._whole_site(
-                s, f"{wrapped[s.module]}.base_layer" if s.module in wrapped else s.module, "bias", "trained_bias"
-            )
-            for s in self.sites
-            if s.param == "bias" and (wanted == "all" or s.module in wrapped)
-        ]
+        keys = {a.module: f"{a.key}.base_layer" for a in main}
+        sites = [s for s in self.sites if s.param == "bias" and (wanted == "all" or s.module in keys)]
+        found = [self._whole_site(s, keys.get(s.module, s.module), "bias", "trained_bias") for s in sites]
+        return [a for a in found if a.id not in trained]
 
     def _whole(self, modules: Sequence[str]) -> list[Attachment]:
         out: list[Attachment] = []
@@ -337,3 +328,23 @@ class _Planner:
     def _some(self, modules: Iterable[str], n: int = 12) -> str:
         tails = list(dict.fromkeys(m.rpartition(".")[2] for m in modules))
         return ", ".join(tails[:n]) + (", ..." if len(tails) > n else "")
+
+
+def _outermost(modules: Sequence[str]) -> list[str]:
+    """Without the modules inside another one of them: that one holds them already."""
+    return [m for m in modules if not any(m.startswith(f"{other}.") for other in modules)]
+
+
+def _check_once(attachments: Sequence[Attachment]) -> None:
+    """Nothing is adapted twice, and no row of a weight that is trained as a whole is trained apart."""
+    seen: dict[str, Attachment] = {}
+    for a in attachments:
+        # What replaces the weight leaves nothing for another method that does.
+        name = f"{a.fqn}|replaced" if isinstance(a.method, (Whole, TokenRows)) else a.id
+        first = seen.setdefault(name, a)
+        if first is not a:
+            raise TargetError(
+                f"{a.fqn!r} is adapted twice, as {first.key or first.fqn!r} ({first.method.name}) and as "
+                f"{a.key or a.fqn!r} ({a.method.name}). Take it out of one of target_modules, target_parameters, "
+                "modules_to_save and trainable_token_indices."
+            )

@@ -188,6 +188,8 @@ class Lora(Method):
         )
 
     def nested(self) -> Lora:
+        if self.with_bias:
+            raise TargetError("lora_bias=True has no meaning in MultiheadAttention, whose weights alone are adapted")
         return dataclasses.replace(self, repeat=2)
 
     def fit(self, op: Op, slots: Slots) -> Lora:
