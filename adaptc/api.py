@@ -21,6 +21,7 @@ from adaptc.adapters import as_binding, as_config
 from adaptc.binding import Binding, Slate, bind, file_tensors, first_values
 from adaptc.checkpoint import AdapterFile, write_adapter
 from adaptc.errors import AdaptcError, ConfigError, MergeError
+from adaptc.inductor import compilable
 from adaptc.methods._base import AdapterConfig, TargetedConfig
 from adaptc.passes._kinds import op_of
 from adaptc.passes._lifted import Lifted
@@ -31,7 +32,7 @@ from adaptc.passes.set_mode import SetMode
 from adaptc.passes.unload import Unload
 from adaptc.passes.unmerge import Unmerge
 from adaptc.program import Adaptation, AdaptedProgram
-from adaptc.runtime import check_backend, compilable
+from adaptc.runtime import check_backend
 from adaptc.targets import ModelFacts, Plan, plan
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from adaptc.adapters import from_dict
 from adaptc.binding import Binding
 from adaptc.errors import CheckpointError
+from adaptc.inductor import compilable
 from adaptc.methods._registry import method_of
 from adaptc.passes._lifted import Lifted
 from adaptc.passes._method import Attachment
@@ -24,7 +25,7 @@ from adaptc.passes._regions import attachments, header
 from adaptc.passes.inject import Inject, site_op
 from adaptc.passes.unload import Unload
 from adaptc.program import Adaptation, AdaptedProgram
-from adaptc.runtime import check_backend, compilable
+from adaptc.runtime import check_backend
 
 # How torch.export writes the output type of a transformers model; a file cannot name any other module to import.
 _OUTPUT_TYPE = re.compile(rb'\\"type\\": \\"(transformers\.(?:modeling_outputs|models\.\w+\.modeling_\w+))\.\w+\\"')

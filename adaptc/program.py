@@ -234,7 +234,7 @@ class AdaptedProgram(ExportedProgram):
         """FQN -> base parameter as it was before any adapter changed it (PiSSA and OLoRA do)."""
         state = self.state_dict
         slots = self._slot_tensors()
-        return {k: self._originals[k] if k in self._originals else v for k, v in state.items() if k not in slots}
+        return {k: v for k, v in {**state, **self._originals}.items() if k not in slots}
 
     def slate(self, trainable: bool = False) -> Slate:
         a = self._adaptation

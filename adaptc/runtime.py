@@ -6,9 +6,6 @@ that a call changes.
 
 Private torch use, with the public route that was tried:
 - ``torch.utils._pytree``: the exported program's input and output specs are its TreeSpecs; no public module reads them.
-- ``torch._inductor.standalone_compile``: ``torch.compile`` gives equal code, but keeps guards on each of hundreds of
-  inputs, evaluates them in every call, and compiles again when a rank equals a batch size (duck shaping).
-- ``ShapeEnv.create_symbol``: ranks get one symbol per site. ``torch.export.Dim`` cannot name dims of parameters.
 - ``torch._dynamo.utils.counters``/``compile_times`` and inductor's metrics: the only counts of compilations.
 """
 
@@ -17,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
 from typing import Any
 
@@ -41,21 +38,6 @@ def check_backend(backend: str) -> None:
     """Raises BackendError for a backend that does not exist."""
     if backend not in BACKENDS:
         raise BackendError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
-
-
-def compilable(a: Attachment, backend: str) -> Attachment:
-    """The attachment in the form its backend needs: inductor fixes the channel counts of convolutions when it compiles,
-    and in the apply form of a convolution the rank is one of them. Raises BackendError when that form has no
-    meaning.
-    """
-    if backend != "inductor" or not a.kind.startswith("conv"):
-        return a
-    if getattr(a.method, "training", False) and getattr(a.method, "dropout", 0.0):
-        raise BackendError(
-            f"dropout on the adapter input of the convolution {a.fqn!r} cannot be compiled by inductor for every rank; "
-            "train with backend='eager'"
-        )
-    return replace(a, form="weight")
 
 
 class Executor:
@@ -143,46 +125,9 @@ class Executor:
         self._compiled(())
 
     def _compile(self) -> Callable[..., Any]:
-        from torch._inductor import standalone_compile
+        from adaptc.inductor import compile_lifted
 
-        lifted = self.lifted
-        self._symbolic_ranks()
-        fakes = [n.meta["val"] for n in lifted.graph.find_nodes(op="placeholder")]
-        for node in lifted.graph.output_node().args[0]:  # type: ignore[union-attr]
-            if isinstance(node, fx.Node):
-                # Where standalone_compile looks for the fake mode, and with it the symbols, to use.
-                node.meta["example_value"] = node.meta["val"]
-        try:
-            with torch.no_grad():
-                return standalone_compile(self.module, fakes, dynamic_shapes="from_graph")
-        except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise BackendError(f"inductor could not compile the program: {first}. Use backend='eager'.") from error
-
-    def _symbolic_ranks(self) -> None:
-        """Give every site's free axes one size symbol, so that the compiled code takes every rank."""
-        from torch._dynamo.source import ConstantSource
-        from torch.fx.experimental.symbolic_shapes import DimDynamic
-
-        mode = self.lifted.fake_mode
-        if mode is None or mode.shape_env is None:
-            raise BackendError("the program has no symbolic shapes to compile with; export it with torch.export.export")
-        env = mode.shape_env
-        done: dict[str, None] = {}
-        for n, a in enumerate(self.attachments):
-            op = self.ops[a.id]
-            free = {s: spec for s, spec in a.method.slots(op).items() if spec.free and a.slots[s] not in done}
-            if not free:
-                continue
-            source = ConstantSource(f"adaptc_rank_{n}")
-            symbol = env.create_symbol(16, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
-            rank = env.create_symintnode(symbol, hint=16, source=source)
-            for slot, spec in free.items():
-                node = self.lifted.placeholders[a.slots[slot]]
-                shape = [rank * max(op.experts, 1) if i in spec.free else s for i, s in enumerate(spec.shape)]
-                with mode:
-                    node.meta["val"] = torch.empty(shape, dtype=node.meta["val"].dtype, device=node.meta["val"].device)
-                done[a.slots[slot]] = None
+        return compile_lifted(self.module, self.lifted, self.attachments, self.ops)
 
 
 @dataclass(frozen=True)

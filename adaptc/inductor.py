@@ -1,0 +1,131 @@
+"""Compiles a lifted graph with inductor, once for every batch size, sequence length and rank.
+
+Before: a lifted graph whose user inputs have symbolic sizes and whose slots have the sizes of one adapter. After: one
+compiled callable of the same flat arguments that takes every size of either; there is nothing in it that could decide
+to compile again.
+
+Private torch use, with the public route that was tried:
+- ``torch._inductor.standalone_compile``: ``torch.compile`` gives equal code, but keeps guards on each of hundreds of
+  inputs, evaluates them in every call, and compiles again when a rank equals a batch size (duck shaping).
+- ``ShapeEnv.create_symbol`` and ``FakeTensorMode``: ranks get one symbol per site in an environment of their own.
+  ``torch.export.Dim`` cannot name dims of parameters, and the environment of a program read from a file is not one that
+  inductor can work in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from adaptc.errors import BackendError
+from adaptc.passes._kinds import Op
+from adaptc.passes._lifted import Lifted
+from adaptc.passes._method import Attachment
+
+HINT = 16
+
+
+def compilable(a: Attachment, backend: str) -> Attachment:
+    """The attachment in the form its backend needs: inductor fixes the channel counts of convolutions when it compiles,
+    and in the apply form of a convolution the rank is one of them. Raises BackendError when that form has no meaning.
+    """
+    if backend != "inductor" or not a.kind.startswith("conv"):
+        return a
+    if getattr(a.method, "training", False) and getattr(a.method, "dropout", 0.0):
+        raise BackendError(
+            f"dropout on the adapter input of the convolution {a.fqn!r} cannot be compiled by inductor for every rank; "
+            "train with backend='eager'"
+        )
+    return replace(a, form="weight")
+
+
+def compile_lifted(
+    module: fx.GraphModule, lifted: Lifted, attachments: Sequence[Attachment], ops: Mapping[str, Op]
+) -> Callable[..., Any]:
+    """``module`` over ``lifted.graph``, which must be the caller's own: its fake values are replaced.
+
+    Raises BackendError with inductor's reason in a line.
+    """
+    from torch._inductor import standalone_compile
+
+    symbols = _Symbols()
+    free = _free_axes(attachments, ops)
+    fakes: list[Any] = []
+    for node in lifted.graph.find_nodes(op="placeholder"):
+        value = node.meta["val"]
+        if isinstance(value, Tensor):
+            value = symbols.fake(value, free.get(lifted.specs[node.name].target or "", {}))
+        node.meta["val"] = value
+        fakes.append(value)
+    for node in lifted.graph.nodes:
+        if node.op == "call_function":
+            node.meta.pop("val", None)  # values of another environment; tracing makes new ones
+    for node in lifted.graph.output_node().args[0]:  # type: ignore[union-attr]
+        if isinstance(node, fx.Node):
+            # Where standalone_compile looks for the fake mode, and with it the symbols, to use.
+            node.meta["example_value"] = next(f for f in fakes if isinstance(f, Tensor))
+    try:
+        with torch.no_grad():
+            return standalone_compile(module, fakes, dynamic_shapes="from_graph")
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BackendError(f"inductor could not compile the program: {first}. Use backend='eager'.") from error
+
+
+def _free_axes(attachments: Sequence[Attachment], ops: Mapping[str, Op]) -> dict[str, dict[int, tuple[str, int]]]:
+    """Slot FQN -> axis -> (name of the size that may change, how often it is in the axis)."""
+    out: dict[str, dict[int, tuple[str, int]]] = {}
+    for n, a in enumerate(attachments):
+        op = ops[a.id]
+        small = a.method.minimal(op)
+        ranked = small != a.method or (small.minimal(op) == small and hasattr(small, "r"))
+        for slot, spec in small.slots(op).items():
+            # The smallest method has rank two, times the groups or experts that share an axis.
+            axes = {i: (f"rank_{n}", spec.shape[i] // 2 if ranked else 1) for i in spec.free}
+            out.setdefault(a.slots[slot], axes)
+    return out
+
+
+class _Symbols:
+    """A shape environment with a symbol for each size that was symbolic, or is free."""
+
+    def __init__(self) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+        self.env = ShapeEnv(duck_shape=False)
+        self.mode = FakeTensorMode(shape_env=self.env)
+        self.sizes: dict[str, Any] = {}
+
+    def size(self, name: str, hint: int = HINT) -> Any:
+        """The size called ``name``, made on first use."""
+        from torch._dynamo.source import ConstantSource
+        from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+        if name not in self.sizes:
+            source = ConstantSource(f"adaptc_{name}")
+            symbol = self.env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+            self.sizes[name] = self.env.create_symintnode(symbol, hint=hint, source=source)
+        return self.sizes[name]
+
+    def fake(self, old: Tensor, free: Mapping[int, tuple[str, int]]) -> Tensor:
+        """``old`` with its symbols replaced by this environment's, contiguous where an axis is free."""
+        with self.mode:
+            if free:
+                shape = [self.size(free[i][0]) * free[i][1] if i in free else int(s) for i, s in enumerate(old.shape)]
+                return torch.empty(shape, dtype=old.dtype, device=old.device)
+            shape, stride = ([self._convert(s) for s in sizes] for sizes in (old.shape, old.stride()))
+            return torch.empty_strided(shape, stride, dtype=old.dtype, device=old.device)
+
+    def _convert(self, size: Any) -> Any:
+        if isinstance(size, int):
+            return size
+        import sympy
+
+        expression = size.node.expr
+        names = sorted(expression.free_symbols, key=str)
+        return sympy.lambdify(names, expression)(*(self.size(str(s)) for s in names)) if names else int(expression)
