@@ -8,6 +8,7 @@ parameters require no grad. With slots at their identity values the program comp
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -40,11 +41,12 @@ class Inject(Pass):
     def apply(self, program: ExportedProgram) -> PassResult:
         lifted = Lifted(program)
         lifted.freeze()
+        ready = [self._lift(lifted, a) for a in self.attachments]
+        latest = {_place(tag): n for n in lifted.graph.nodes if (tag := region_tag(n))}
         traces: dict[Any, fx.Graph] = {}
-        done: list[Attachment] = []
-        for i, attachment in enumerate(self.attachments):
-            ready = self._lift(lifted, attachment)
-            done.append(_Injector(lifted, ready, traces, self.header if i == 0 else None).run())
+        jobs = [_Injector(lifted, a, traces, latest, None if i else self.header) for i, a in enumerate(ready)]
+        _choose_forms(jobs)
+        done = [job.run() for job in jobs]
         return PassResult(lifted.finish(self.make), len(done), data=tuple(done))
 
     def _lift(self, lifted: Lifted, a: Attachment) -> Attachment:
@@ -55,12 +57,17 @@ class Inject(Pass):
         for name, slot in a.method.slots(op).items():
             fqn = a.method.fqn(a.place, name, a.adapter)
             if fqn not in lifted.placeholders:  # else another site shares it
-                lifted.add(fqn, as_lifted(self.values[fqn], slot.trainable))
+                lifted.add(fqn, as_lifted(self._value(a, fqn), slot.trainable))
             slots[name] = fqn
         scale_fqn = None if a.method.scale(op) is None else a.method.fqn(a.place, "scaling", a.adapter)
         if scale_fqn is not None and scale_fqn not in lifted.placeholders:
-            lifted.add(scale_fqn, self.values[scale_fqn])
+            lifted.add(scale_fqn, self._value(a, scale_fqn))
         return replace(a, slots=slots, scale=scale_fqn)
+
+    def _value(self, a: Attachment, fqn: str) -> Tensor:
+        if fqn not in self.values:
+            raise PassError(f"site {a.id!r}: there is no value for {fqn!r}")
+        return self.values[fqn]
 
 
 def as_lifted(value: Tensor, trainable: bool) -> Tensor:
@@ -75,33 +82,73 @@ def site_op(lifted: Lifted, a: Attachment) -> Op:
     return op_of(a.kind, lifted.tensor(a.fqn), first)
 
 
+def _place(tag: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a region stands in for: the output of a node, or a parameter as one site reads it."""
+    return (tag["base"],) if tag["form"] == "apply" else (tag["base"], tag["module"], tag["param"])
+
+
+def _choose_forms(jobs: Sequence[_Injector]) -> None:
+    """Which attachments take the cheaper apply form: not those on whose change of the weight another one builds."""
+    by_id = {job.a.id: job for job in jobs}
+    if len(by_id) != len(jobs):
+        raise PassError(f"a site is given twice: {[j.a.id for j in jobs if by_id[j.a.id] is not j]}")
+    count = Counter(job.a.fqn for job in jobs)
+    needed: set[str] = set()
+    for job in reversed(jobs):
+        a = job.a
+        cheap = a.form in ("auto", "apply") and a.method.has_apply(job.op) and a.fqn not in needed
+        if a.form == "apply" and not cheap:
+            why = f"{a.method.name} has none for kind {a.kind!r}, or a later one builds on the weight it makes"
+            raise PassError(f"site {a.id!r} cannot take the apply form: {why}. Use form='auto' or 'weight'.")
+        job.form = "apply" if cheap else "weight"
+        if count[a.fqn] > 1 and (job.form == "weight" or job.reads_weight()):
+            needed.add(a.fqn)
+
+
 @dataclass
 class _Injector:
-    """One attachment being injected."""
+    """One attachment being injected. ``latest``: what the attachments injected before made of nodes and parameters."""
 
     lifted: Lifted
     a: Attachment
     traces: dict[Any, fx.Graph]
+    latest: dict[tuple[str, ...], fx.Node]
     header: Mapping[str, Any] | None
+    form: str = ""
 
-    def run(self) -> Attachment:
+    def __post_init__(self) -> None:
         self.op = site_op(self.lifted, self.a)
         self.slot_nodes = [self.lifted.placeholders[f] for f in self.a.slots.values()]
         if self.a.scale is not None:
             self.slot_nodes.append(self.lifted.placeholders[self.a.scale])
-        source = self._latest_weight(self.lifted.placeholders[self.a.fqn])
-        pairs = [(n, s) for n, s in consumers(source) if n.name in self.a.consumers]
-        if len({n.name for n, _ in pairs}) != len(self.a.consumers):
+        reading = {n.name for n, _ in consumers(self._weight())}
+        if not self.a.consumers or not reading.issuperset(self.a.consumers):
             raise PassError(f"site {self.a.id!r}: consumers {self.a.consumers} do not read {self.a.fqn!r}")
-        wanted = "apply" if self.a.form in ("auto", "apply") and self.a.method.has_apply(self.op) else "weight"
-        if self.a.form == "apply" and wanted != "apply":
-            raise PassError(f"site {self.a.id!r}: {self.a.method.name} has no apply form for kind {self.a.kind!r}")
-        if wanted == "apply":
-            for node, _ in pairs:
+
+    def run(self) -> Attachment:
+        nodes = [self.lifted.nodes[c] for c in self.a.consumers]
+        if self.form == "apply":
+            for node in nodes:
                 self.behind(node)
         else:
-            self.in_front(source, [n for n, _ in pairs])
-        return replace(self.a, form=wanted)
+            self.in_front(self._weight(), nodes)
+        return replace(self.a, form=self.form)
+
+    def reads_weight(self) -> bool:
+        """Whether the apply form computes with the weight, not only with the layer's input and output."""
+        node = self.lifted.nodes[self.a.consumers[0]]
+        x, w, _ = operands(node)
+        region = self.region("apply", self.op.at(node), [x, node, w, *self.slot_nodes])
+        return bool(region.find_nodes(op="placeholder")[2].users)
+
+    def _weight(self) -> fx.Node:
+        return self._latest(self.lifted.placeholders[self.a.fqn], self.a.module, self.a.param)
+
+    def _latest(self, node: fx.Node, *site: str) -> fx.Node:
+        """A node's value, or a parameter as this site reads it, after the attachments injected before this one."""
+        while (node.name, *site) in self.latest:
+            node = self.latest[(node.name, *site)]
+        return node
 
     def region(self, form: str, op: Op, inputs: Sequence[fx.Node]) -> fx.Graph:
         fakes = [n.meta["val"] for n in inputs]
@@ -121,25 +168,7 @@ class _Injector:
         out = inline(self.lifted.graph, region, inputs, y.next, node, self._tag(y, "apply", node))
         for user in users:
             user.replace_input_with(y, out)
-
-    def _latest(self, node: fx.Node) -> fx.Node:
-        """The node's value after the attachments injected before this one."""
-        for user in node.users:
-            tag = region_tag(user)
-            if tag and tag.get("base") == node.name and tag["form"] == "apply":
-                return self._latest(user)
-        return node
-
-    def _latest_weight(self, source: fx.Node) -> fx.Node:
-        """The parameter as the attachments injected before this one hand it to the same consumers."""
-        for user in source.users:
-            tag = region_tag(user)
-            if tag and tag.get("base") == source.name and tag["form"] == "weight" and self._same_site(tag):
-                return self._latest_weight(user)
-        return source
-
-    def _same_site(self, tag: Mapping[str, Any]) -> bool:
-        return (tag["module"], tag["param"]) == (self.a.module, self.a.param)
+        self.latest[(y.name,)] = out
 
     def in_front(self, source: fx.Node, nodes: Sequence[fx.Node]) -> None:
         """The weight form: the consumers read weight(W) instead of W."""
@@ -152,6 +181,7 @@ class _Injector:
         out = inline(graph, region, inputs, first, first, self._tag(source, "weight", first))
         for user in found:
             user.replace_input_with(source, out)
+        self.latest[(source.name, self.a.module, self.a.param)] = out
 
     def _tag(self, base: fx.Node, form: str, consumer: fx.Node) -> Any:
         a, header = self.a, self.header
