@@ -57,7 +57,7 @@ def load_program(path: Path, backend: str = "eager") -> AdaptedProgram:
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} cannot be read as an exported program: {first}") from error
-    return from_program(program, backend)
+    return from_program(program, backend, str(path))
 
 
 def _import_output_types(path: Path) -> None:
@@ -69,7 +69,7 @@ def _import_output_types(path: Path) -> None:
                     importlib.import_module(module.decode())
 
 
-def from_program(program: ExportedProgram, backend: str = "eager") -> AdaptedProgram:
+def from_program(program: ExportedProgram, backend: str = "eager", source: str = "program") -> AdaptedProgram:
     """An AdaptedProgram of any program; one without regions has no adapter and can only be called and saved."""
     lifted = Lifted(program)
     for fqn, tensor in lifted.state_dict.items():
@@ -89,7 +89,7 @@ def from_program(program: ExportedProgram, backend: str = "eager") -> AdaptedPro
         residual=stored["residual"],
         unread=stored["unread"],
     )
-    binding = _binding(lifted, found, stored)
+    binding = _binding(lifted, found, stored, source)
     program = lifted.finish()
     if backend == "inductor":
         program, found = _compilable(program, found, binding, stored)
@@ -108,7 +108,7 @@ def _compilable(
     return result.program, list(result.data)
 
 
-def _binding(lifted: Lifted, found: list[Attachment], stored: dict[str, Any]) -> Binding:
+def _binding(lifted: Lifted, found: list[Attachment], stored: dict[str, Any], source: str) -> Binding:
     config = from_dict(stored["config"])
     present = set(stored["present"])
     values: dict[str, torch.Tensor] = {}
@@ -126,4 +126,4 @@ def _binding(lifted: Lifted, found: list[Attachment], stored: dict[str, Any]) ->
             if spec.trainable and a.id in present and train:
                 slots[name].requires_grad_(slots[name].is_floating_point())
     carried = {f: lifted.tensor(f).detach() for f in stored["unread"]}
-    return Binding(values, methods, config, name=found[0].adapter, source="file", carried=carried)
+    return Binding(values, methods, config, name=found[0].adapter, source=source, carried=carried)

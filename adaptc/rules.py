@@ -109,7 +109,7 @@ def select(
     layers = _Layers(layers_to_transform, layers_pattern)
     linear = None
     if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
-        linear = {c.name for c in candidates if c.kind in ("linear", "addmm") and _LINEAR_CLASS.search(c.type)}
+        linear = {c.name for c in candidates if c.kind in ("linear", "addmm", "weight") and _LINEAR_CLASS.search(c.type)}
 
     matches: dict[str, list[str]] = {key: [] for key in targets.keys}
     hit: set[str] = set()
