@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch.export import ExportedProgram
 
-from adaptc.errors import PassError
+from adaptc.errors import AdaptcError, PassError
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,11 @@ def check(program: ExportedProgram, name: str) -> None:
 
 @dataclass
 class PassManager:
-    """Runs passes in order; ``observe`` is called after each with the pass and its result (dump, time, verify)."""
+    """Runs passes in order; ``observe`` is called after each with the pass and its result (dump, time, verify).
+
+    ``results`` are those of the last run. An error of a pass keeps its type and says which pass failed, and after which
+    others; one that is no AdaptcError is a bug of the pass and becomes a PassError.
+    """
 
     passes: Sequence[Pass]
     observe: Callable[[Pass, PassResult], None] | None = None
@@ -65,11 +69,14 @@ class PassManager:
     def __call__(self, program: ExportedProgram) -> PassResult:
         done: list[str] = []
         total, notes = 0, []
+        self.results = []
         for p in self.passes:
             try:
                 result = p(program)
-            except PassError as error:
-                raise PassError(f"{error} (after {', '.join(done) or 'no other pass'})") from error
+            except Exception as error:
+                where = f"(in pass {p.name!r}, after {', '.join(done) or 'no other pass'})"
+                kind = type(error) if isinstance(error, AdaptcError) else PassError
+                raise kind(f"{str(error) or repr(error)} {where}") from error
             done.append(p.name)
             self.results.append(result)
             if self.observe is not None:
