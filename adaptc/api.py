@@ -139,7 +139,7 @@ def _union(plans: Sequence[Plan], training: bool, backend: str) -> list[Attachme
             if training and hasattr(method, "training"):
                 method = replace(method, training=True)  # type: ignore[call-arg]
             out.setdefault(a.id, compilable(replace(a, method=method), backend))
-    return list(out.values())
+    return sorted(out.values(), key=lambda a: not a.method.replaces)
 
 
 def _trainable(parsed: tuple[AdapterConfig, AdapterFile | None], training: bool) -> bool:

@@ -235,7 +235,7 @@ class _Builder:
 
     def identity(self, a: Attachment) -> None:
         op = self.slate.ops[a.id]
-        values = a.method.identity(op, self.slate.canonical(a), self.slate.dtype(a))
+        values = a.method.absent(op, self.slate.canonical(a), self.slate.dtype(a))
         self._set(a, values, a.method.scale(op), False)
 
     def _set(self, a: Attachment, tensors: Mapping[str, Tensor], scale: float | None, present: bool) -> None:

@@ -336,12 +336,9 @@ def _outermost(modules: Sequence[str]) -> list[str]:
 
 
 def _check_once(attachments: Sequence[Attachment]) -> None:
-    """Nothing is adapted twice, and no row of a weight that is trained as a whole is trained apart."""
     seen: dict[str, Attachment] = {}
     for a in attachments:
-        # What replaces the weight leaves nothing for another method that does.
-        name = f"{a.fqn}|replaced" if isinstance(a.method, (Whole, TokenRows)) else a.id
-        first = seen.setdefault(name, a)
+        first = seen.setdefault(a.fqn, a)
         if first is not a:
             raise TargetError(
                 f"{a.fqn!r} is adapted twice, as {first.key or first.fqn!r} ({first.method.name}) and as "

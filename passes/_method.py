@@ -57,6 +57,8 @@ class Method:
     """Base class of all methods; see the module docstring for what a subclass defines."""
 
     name: ClassVar[str] = ""
+    #: what does not read the weight it changes comes first, so that nothing before it is lost
+    replaces: ClassVar[bool] = False
 
     def options(self) -> dict[str, Any]:
         """The fields as plain JSON values, for the tags of a program's regions."""
@@ -80,6 +82,10 @@ class Method:
         """Values for which the site computes exactly the base, as small as the free axes allow."""
         small = self.minimal(op).slots(op).items()
         return {n: torch.full(s.shape, s.fill, dtype=s.dtype or dtype, device=W.device) for n, s in small}
+
+    def absent(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Values at a site the adapter in use does not have, which leave alone what others do to the same weight."""
+        return self.identity(op, W, dtype)
 
     def minimal(self, op: Op) -> Method:
         """This method with the smallest rank the runtime takes: two, since compilers specialise on sizes 0 and 1."""

@@ -284,7 +284,23 @@ def check_files(s: Subject, tmp_path: Path) -> None:
         close(model(*args), s.program(*args))
 
 
-CHECKS = [check_outputs, check_gradients, check_swap, check_merge, check_files]
+def check_reload(s: Subject, tmp_path: Path) -> None:
+    """A program read from disk is understood from its graph: it runs, swaps, merges and unloads as before."""
+    args = s.case.args(5)
+    loaded = adaptc.load(adaptc.save(s.program, tmp_path / "program.pt2"))
+    sound(loaded)
+    found, expected = ({a.id: a for a in p.adaptation.attachments} for p in (loaded, s.program))
+    assert found == expected
+    assert torch.equal(loaded(*args), s.program(*args))
+    merged = adaptc.merge(loaded)
+    assert torch.equal(merged(*args), adaptc.merge(s.program)(*args))
+    assert torch.equal(adaptc.unload(loaded)(*args), adaptc.unload(s.program)(*args))
+    adaptc.swap(loaded, s.directory)
+    sound(loaded)
+    assert torch.equal(loaded(*args), s.program(*args))
+
+
+CHECKS = [check_outputs, check_gradients, check_swap, check_merge, check_files, check_reload]
 
 
 def every_check(cases: list[Case]) -> Any:

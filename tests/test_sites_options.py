@@ -72,6 +72,12 @@ REFUSED = {
         {"target_modules": ["up"], "modules_to_save": ["embed"], "trainable_token_indices": {"embed": [3]}},
         "'embed.weight' is adapted twice",
     ),
+    "rows of an adapted embedding": (
+        Net,
+        ids(5, 29),
+        {"target_modules": ["embed"], "trainable_token_indices": {"embed": [3]}},
+        "'embed.weight' is adapted twice",
+    ),
     "a rank that groups do not divide": (
         lambda: One(nn.Conv1d(6, 9, 3, groups=3)),
         floats(6, 11),
@@ -215,3 +221,24 @@ def test_experts_in_half_precision_are_rounded_once(dtype, transposed):
         exact = model.get_parameter(fqn).double() + (delta.mT if transposed else delta)
         bound = torch.finfo(dtype).eps / 2 * exact.abs() * 1.01 + 1e-6
         assert bool(((merged.state_dict[fqn].double() - exact).abs() <= bound).all())
+
+
+def test_adapters_that_treat_one_weight_differently_share_a_program():
+    """Each leaves the other's sites alone: LoRA on an embedding, rows of it, and a copy of it."""
+    torch.manual_seed(19)
+    model, x = Net().double().eval(), ids(5, 29)(4)
+    configs = [
+        LoraConfig(**LORA, target_modules=["embed", "up"]),
+        LoraConfig(**LORA, target_modules=["down"], trainable_token_indices={"embed": [0, 3, 17, 28]}),
+        LoraConfig(**LORA, target_modules=["down"], modules_to_save=["embed"]),
+    ]
+    program = adaptc.compile(model, configs, example_inputs=ids(5, 29)(3))
+    for config in configs:
+        alone = adaptc.compile(model, config, example_inputs=ids(5, 29)(3))
+        with torch.no_grad():
+            for p in adapter_parameters(alone).values():
+                p.copy_(torch.randn_like(p))
+        adaptc.swap(program, {k: v.detach() for k, v in adapter_parameters(alone).items()}, config=config)
+        sound(program)
+        close(program(*x), alone(*x))
+        close(adaptc.merge(program)(*x), alone(*x))

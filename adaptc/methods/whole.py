@@ -26,6 +26,7 @@ class Whole(Method):
     """
 
     name: ClassVar[str] = "whole"
+    replaces: ClassVar[bool] = True
 
     slot: str = "weight"
     shape: tuple[int, ...] = ()
@@ -89,6 +90,11 @@ class TokenRows(Method):
         index = torch.tensor(self.indices, dtype=torch.int64, device=W.device)
         rows = W.t() if op.kind == "embedding" else W
         return {self.DELTA: rows.detach()[index].to(dtype), self.INDEX: index + 1}
+
+    def absent(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        n, width = max(len(self.indices), 2), self._size(op)[0]
+        index = torch.zeros(n, dtype=torch.int64, device=W.device)
+        return {self.DELTA: torch.zeros(n, width, dtype=dtype, device=W.device), self.INDEX: index}
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         delta, index = cast(slots[self.DELTA], W.dtype), slots[self.INDEX]
