@@ -10,6 +10,7 @@ Private torch use, with the public route that was tried:
 attribute
   is as private.
 - ``FakeTensor``: a fake of a known mode. Public: none that takes a mode.
+- ``ShapeEnv.suppress_guards``. Public: none, nor is there a public way from a fake value to its environment.
 - the ``ExportedProgram`` constructor. Public: rewriting ``program.module()`` and exporting again, which costs a full
   capture and loses ``nn_module_stack`` (the site paths).
 """
@@ -17,7 +18,8 @@ attribute
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -79,6 +81,17 @@ def fake_of(graph: fx.Graph) -> Callable[[Tensor], Tensor]:
     """A function that makes fakes of tensors, with static shape, in a graph's own mode."""
     mode = fake_mode_of(graph)
     return lambda tensor: _fake(mode, tensor)
+
+
+@contextmanager
+def sizes_stay_free(fakes: Iterable[Any]) -> Iterator[None]:
+    """Keep what runs on ``fakes`` from narrowing the program's symbolic sizes.
+
+    A fake convolution asks for the batch size to choose its kernel, and the answer would become part of the program.
+    """
+    env = getattr(detect_fake_mode(list(fakes)), "shape_env", None)
+    with nullcontext() if env is None else env.suppress_guards():
+        yield
 
 
 def _fake(mode: Any, tensor: Tensor) -> Tensor:

@@ -16,13 +16,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from adaptc.errors import PassError
 from adaptc.passes._kinds import Op
+from adaptc.passes._lifted import sizes_stay_free
 from adaptc.passes._method import Method
 
 
 def trace(fn: Callable[..., Tensor], fakes: Sequence[Tensor]) -> fx.Graph:
     """``fn`` as a graph whose placeholders are ``fakes``, in the training dialect (composite ops kept)."""
     # Gradients are on so that the region records what training needs, whatever mode the caller is in.
-    with torch.enable_grad():
+    with torch.enable_grad(), sizes_stay_free(fakes):
         graph = make_fx(fn, pre_dispatch=True)(*fakes).graph
     graph.eliminate_dead_code()
     for node in graph.nodes:
