@@ -53,15 +53,17 @@ def attach(program: ExportedProgram, fqn: str, method: Method | None = None, **c
 
 
 def random_values(program: ExportedProgram, attachments: Iterable[Attachment], seed: int = 0) -> dict[str, Tensor]:
-    """A random tensor for every slot, in float32 above half precision, and the scale."""
+    """A random tensor for every trainable slot, in float32 above half precision, and the scale."""
     generator = torch.Generator().manual_seed(seed)
     lifted = Lifted(program)
     out: dict[str, Tensor] = {}
     for a in attachments:
         op, base = site_op(lifted, a), lifted.tensor(a.fqn).dtype
         dtype = torch.float32 if base in (torch.float16, torch.bfloat16) else base
+        identity = a.method.identity(op, op.canonical(lifted.tensor(a.fqn).detach()), dtype)
         for name, slot in a.method.slots(op).items():
             value = torch.randn(slot.shape, generator=generator, dtype=torch.float64).to(slot.dtype or dtype)
+            value = value if slot.trainable else identity[name]
             out[a.method.fqn(a.place, name, a.adapter)] = value
         scale = a.method.scale(op)
         if scale is not None:
