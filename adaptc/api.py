@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from adaptc.adapters import as_binding, as_config
-from adaptc.binding import Binding, Slate, bind, file_tensors, first_values
+from adaptc.binding import Binding, Slate, bind, embedding_tensors, file_tensors, first_values
 from adaptc.checkpoint import AdapterFile, write_adapter
 from adaptc.errors import AdaptcError, ConfigError, MergeError
 from adaptc.inductor import compilable
@@ -290,13 +290,21 @@ def save_adapter(
     adapter_name: str = "default",
     safe_serialization: bool = True,
     base_model: str | None = None,
+    save_embedding_layers: bool = False,
 ) -> Path:
     """Write the current adapter as a PEFT adapter directory; returns the directory that holds it.
 
     ``peft.PeftModel.from_pretrained(model, path)`` loads it. ``base_model`` is recorded as base_model_name_or_path.
+    ``save_embedding_layers`` adds the base weights of ``embed_tokens`` and ``lm_head``, which an adapter needs whose
+    vocabulary was resized (PEFT also adds them whenever one of the two is targeted).
     """
     binding = program.binding
     tensors: dict[str, Tensor] = file_tensors(program.slate(), binding)
+    if save_embedding_layers:
+        found = embedding_tensors(program.slate(), binding)
+        if not found:
+            raise ConfigError("save_embedding_layers=True, but the program has no module called embed_tokens or lm_head")
+        tensors = {**found, **tensors}
     config: Mapping[str, Any] = binding.config.to_dict()
     return write_adapter(
         path,

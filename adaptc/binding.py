@@ -268,3 +268,15 @@ def file_tensors(slate: Slate, binding: Binding) -> dict[str, Tensor]:
                 fqn = a.slots.get(slot) or a.method.fqn(a.place, slot, a.adapter)
                 out[f"{a.key}.{slot}" if a.key else slot] = binding.values[fqn].detach()
     return {**out, **binding.carried}
+
+
+def embedding_tensors(slate: Slate, binding: Binding) -> dict[str, Tensor]:
+    """The base weights of embeddings and output heads, under PEFT's keys: inside the wrapper where one is adapted."""
+    wrapped = {a.module for a in slate.attachments if a.id in binding.methods and a.method.name != "whole"}
+    out: dict[str, Tensor] = {}
+    for fqn, base in slate.weights.items():
+        module, _, param = fqn.rpartition(".")
+        if module.rpartition(".")[2] in EMBEDDINGS and param == "weight":
+            key = f"{module}.base_layer.weight" if module in wrapped else fqn
+            out[key] = binding.base.get(fqn, base).detach()
+    return out
