@@ -32,7 +32,7 @@ EMBEDDINGS = ("embed_tokens", "lm_head")
 class Binding:
     """``values``: slot and scale FQN -> tensor. ``base``: base parameters this adapter replaces (PiSSA's residual).
     ``methods``: attachment id -> the method with this adapter's own options; only sites the adapter has are in it.
-    ``carried``: tensors by key that its file holds and the program does not read."""
+    ``carried``: by key, what its file holds beside slots: tensors the program does not read, changed base weights."""
 
     values: Mapping[str, Tensor]
     methods: Mapping[str, Method]
@@ -134,6 +134,11 @@ def changes_base(method: Method) -> bool:
     return isinstance(scheme, str) and scheme.lower().startswith(("pissa", "olora"))
 
 
+def base_name(key: str) -> str:
+    """The FQN of a base weight, from its key in a file, where PEFT's wrappers are part of the path."""
+    return key.replace(".base_layer.", ".")
+
+
 def _derived(a: Attachment, op: Op, method: Method, slate: Slate) -> dict[str, Tensor]:
     """Slots that are in no file: they follow from the config, or the adapter's own method does not have them."""
     own = method.slots(op)
@@ -212,7 +217,7 @@ class _Builder:
         """
         if WRAPPED.search(key):  # with bias="all" PEFT also writes the insides of its wrappers, copies of other keys
             return True
-        fqn = key.replace(".base_layer.", ".")
+        fqn = base_name(key)
         if fqn not in self.slate.weights or (key == fqn and key not in self.slate.unread and not self._embeds(key)):
             return False
         base = self.slate.weights[fqn]
@@ -225,6 +230,7 @@ class _Builder:
             self.carried[key] = value
         elif not torch.equal(base, value.to(base)):
             self._replace(fqn, value.to(base))
+            self.carried[key] = value.to(base)  # or saving the adapter again would lose it
         return True
 
     def _embeds(self, key: str) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch.export import ExportedProgram
 
 from adaptc.adapters import from_dict
-from adaptc.binding import Binding
+from adaptc.binding import Binding, base_name
 from adaptc.errors import CheckpointError
 from adaptc.inductor import compilable
 from adaptc.methods._registry import method_of
@@ -125,5 +125,5 @@ def _binding(lifted: Lifted, found: list[Attachment], stored: dict[str, Any], so
         for name, spec in a.method.slots(op).items():
             if spec.trainable and a.id in present and train:
                 slots[name].requires_grad_(slots[name].is_floating_point())
-    carried = {f: lifted.tensor(f).detach() for f in stored["unread"]}
+    carried = {k: lifted.tensor(base_name(k)).detach() for k in (*stored["unread"], *stored["carried"])}
     return Binding(values, methods, config, name=found[0].adapter, source=source, carried=carried)

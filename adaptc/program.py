@@ -56,6 +56,7 @@ class Adaptation:
             "training": self.training,
             "autocast": self.autocast,
             "unread": list(self.unread),
+            "carried": [k for k in binding.carried if k not in self.unread],
         }
 
 
