@@ -50,6 +50,10 @@ CASTS = (
 )
 
 
+#: where a convolution made dense keeps its number of groups, which is the last argument of all of them
+GROUPS = "adaptc_groups"
+
+
 @dataclass(frozen=True)
 class Op:
     """One consuming op. ``shape`` is the canonical weight shape; ``rest`` are the op's remaining arguments."""
@@ -160,10 +164,10 @@ class Op:
 
 def _block_diagonal(w: Tensor, groups: int) -> Tensor:
     """(out, in/g, *k), g blocks of rows, -> (out, in, *k) with zeros off the blocks."""
-    rows, cols, kernel = w.shape[0] // groups, w.shape[1], w.shape[2:]
-    blocks = w.reshape(groups, rows, 1, cols, *kernel)
-    mask = torch.eye(groups, dtype=w.dtype, device=w.device).reshape(groups, 1, groups, 1, *([1] * len(kernel)))
-    return (blocks * mask).reshape(groups * rows, groups * cols, *kernel)
+    # -1 and not the number of columns: in a factor it is the rank, which no region may depend on.
+    rows, kernel = w.shape[0] // groups, w.shape[2:]
+    blocks = w.reshape(groups, rows, -1, *kernel).movedim(0, -1)
+    return torch.diag_embed(blocks, dim1=0, dim2=2).reshape(groups * rows, -1, *kernel)
 
 
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -197,7 +201,26 @@ def op_of(kind: str, weight: Tensor, consumer: fx.Node | None) -> Op:
 def _rest(consumer: fx.Node) -> tuple[Any, ...]:
     first = TABLE[consumer.target][4]
     n = len(consumer.target._schema.arguments)  # type: ignore[union-attr]
-    return tuple(_frozen(argument(consumer, i)) for i in range(first, n))
+    rest = [_frozen(argument(consumer, i)) for i in range(first, n)]
+    groups = (consumer.meta.get("custom") or {}).get(GROUPS)
+    return tuple(rest if groups is None else [*rest[:-1], groups])
+
+
+def make_dense(consumer: fx.Node, remember: bool) -> None:
+    """Run a grouped convolution with one group, since its weight became dense; for good, or to be undone."""
+    count = len(consumer.target._schema.arguments)  # type: ignore[union-attr]
+    arguments = [argument(consumer, i) for i in range(count)]
+    if remember:
+        consumer.meta["custom"] = {GROUPS: arguments[-1], **(consumer.meta.get("custom") or {})}
+    consumer.args, consumer.kwargs = (*arguments[:-1], 1), {}
+
+
+def make_grouped(consumer: fx.Node) -> None:
+    """Undo :func:`make_dense`, if it was done."""
+    custom = dict(consumer.meta.get("custom") or {})
+    if GROUPS in custom:
+        consumer.args = (*consumer.args[:-1], custom.pop(GROUPS))
+        consumer.meta["custom"] = custom
 
 
 def _frozen(value: Any) -> Any:

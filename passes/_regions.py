@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import fx
 
+from adaptc.passes._kinds import make_grouped
 from adaptc.passes._lifted import Lifted
 from adaptc.passes._method import Attachment, Method
 
@@ -85,6 +86,8 @@ def remove_regions(lifted: Lifted, ids: Iterable[str]) -> int:
             slots.update(dict.fromkeys([*tag["slots"].values(), *([tag["scale"]] if tag["scale"] else [])]))
     for out, base in reversed(outs):
         out.replace_all_uses_with(base)
+        for name in region_tag(out)["consumers"]:  # type: ignore[index]  # outs are nodes that have one
+            make_grouped(lifted.nodes[name])
     for node in reversed(inner):
         lifted.graph.erase_node(node)
         lifted.nodes.pop(node.name, None)

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from adaptc.errors import PassError
-from adaptc.passes._kinds import Op
+from adaptc.passes._kinds import Op, cast
 from adaptc.passes._lifted import sizes_stay_free
 from adaptc.passes._method import Method
 
@@ -35,8 +35,9 @@ def trace(fn: Callable[..., Tensor], fakes: Sequence[Tensor]) -> fx.Graph:
 def region_of(
     method: Method, op: Op, form: str, names: Sequence[str], scaled: bool, fakes: Sequence[Tensor]
 ) -> fx.Graph:
-    """A method's region at a site. Inputs: x, y and W for the apply form, W for the weight form; then the slots called
-    ``names``, then the scale if ``scaled``. Equal arguments give graphs that are equal node by node."""
+    """A method's region at a site. Inputs: x, y and W for the apply form, W for the weight form, y and the bias for
+    "bias", y for "new_bias"; then the slots called ``names``, then the scale if ``scaled``. Equal arguments give graphs
+    that are equal node by node."""
 
     def split(tensors: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
         return dict(zip(names, tensors, strict=False)), tensors[-1] if scaled else None
@@ -47,7 +48,16 @@ def region_of(
     def in_front(w: Tensor, *slots: Tensor) -> Tensor:
         return op.stored(method.weight(op, op.canonical(w), *split(slots)))
 
-    return trace(behind if form == "apply" else in_front, fakes)
+    def changed(y: Tensor, b: Tensor, *slots: Tensor) -> Tensor:
+        new = method.bias(op, b, *split(slots))
+        return y if new is b or new is None else cast(y + op.along_out(new - b, y), y.dtype)
+
+    def added(y: Tensor, *slots: Tensor) -> Tensor:
+        new = method.bias(op, None, *split(slots))
+        return y if new is None else cast(y + op.along_out(new, y), y.dtype)
+
+    forms = {"apply": behind, "weight": in_front, "bias": changed, "new_bias": added}
+    return trace(forms[form], fakes)
 
 
 def signature_of(fakes: Sequence[Tensor | None]) -> tuple[Any, ...]:

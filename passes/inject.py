@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from adaptc.errors import PassError
-from adaptc.passes._kinds import Op, op_of, operands
+from adaptc.passes._kinds import TABLE, Op, make_dense, op_of, operands
 from adaptc.passes._lifted import Lifted
 from adaptc.passes._method import Attachment
 from adaptc.passes._pass import Pass, PassResult
@@ -84,7 +84,7 @@ def site_op(lifted: Lifted, a: Attachment) -> Op:
 
 def _place(tag: Mapping[str, Any]) -> tuple[str, ...]:
     """What a region stands in for: the output of a node, or a parameter as one site reads it."""
-    return (tag["base"],) if tag["form"] == "apply" else (tag["base"], tag["module"], tag["param"])
+    return (tag["base"], tag["module"], tag["param"]) if tag["form"] == "weight" else (tag["base"],)
 
 
 def _choose_forms(jobs: Sequence[_Injector]) -> None:
@@ -132,6 +132,8 @@ class _Injector:
                 self.behind(node)
         else:
             self.in_front(self._weight(), nodes)
+            for node in nodes if self.a.method.has_bias() else ():
+                self.beside(node)
         return replace(self.a, form=self.form)
 
     def reads_weight(self) -> bool:
@@ -162,10 +164,22 @@ class _Injector:
         """The apply form: y -> apply(x, y, W) for the outputs of one consumer."""
         x, w, _ = operands(node)
         y = self._latest(node)
-        inputs = [x, y, w, *self.slot_nodes]
-        region = self.region("apply", self.op.at(node), inputs)
+        self._behind(node, y, "apply", [x, y, w, *self.slot_nodes])
+
+    def beside(self, node: fx.Node) -> None:
+        """What the weight form leaves out: y -> y + (bias(b) - b) for the outputs of one consumer."""
+        if node.target not in TABLE or TABLE[node.target][3] is None:
+            return
+        y, b = self._latest(node), operands(node)[2]
+        form, biases = ("new_bias", []) if b is None else ("bias", [b])
+        self._behind(node, y, form, [y, *biases, *self.slot_nodes])
+
+    def _behind(self, node: fx.Node, y: fx.Node, form: str, inputs: Sequence[fx.Node]) -> None:
+        region = self.region(form, self.op.at(node), inputs)
+        if form != "apply" and not any(n.op == "call_function" for n in region.nodes):
+            return
         users = list(y.users)
-        out = inline(self.lifted.graph, region, inputs, y.next, node, self._tag(y, "apply", node))
+        out = inline(self.lifted.graph, region, inputs, y.next, node, self._tag(y, form, node))
         for user in users:
             user.replace_input_with(y, out)
         self.latest[(y.name,)] = out
@@ -181,6 +195,9 @@ class _Injector:
         out = inline(graph, region, inputs, first, first, self._tag(source, "weight", first))
         for user in found:
             user.replace_input_with(source, out)
+        if self.op.groups > 1 and out.meta["val"].shape != source.meta["val"].shape:
+            for node in nodes:
+                make_dense(node, remember=True)
         self.latest[(source.name, self.a.module, self.a.param)] = out
 
     def _tag(self, base: fx.Node, form: str, consumer: fx.Node) -> Any:

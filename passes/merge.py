@@ -7,8 +7,8 @@ A weight that other consumers read too is untied first, so that they keep the ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import isfinite, nan
 from typing import Any, ClassVar
 
@@ -18,13 +18,17 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from adaptc.errors import MergeError
-from adaptc.passes._kinds import CASTS, TABLE, Op, argument, operands
+from adaptc.passes._kinds import CASTS, TABLE, Op, argument, make_dense, operands
 from adaptc.passes._lifted import Lifted
 from adaptc.passes._method import Attachment
 from adaptc.passes._pass import Pass, PassResult
 from adaptc.passes._regions import remove_regions
 from adaptc.passes.find_sites import consumers, readers
 from adaptc.passes.inject import site_op
+
+
+#: a bias placeholder (None where there is none yet), the nodes that add it, and its new value
+_Bias = tuple[fx.Node | None, list[fx.Node], Tensor]
 
 
 @dataclass(frozen=True)
@@ -69,36 +73,57 @@ class Merge(Pass):
         for a in self.attachments:
             groups.setdefault(a.fqn, []).append(a)
         remove_regions(lifted, [*self.drop, *(a.id for a in self.attachments)])
+        if self.release is not None:  # What is given up cannot come back, so nothing may fail later than here.
+            for group in groups.values():
+                self._evaluate(lifted, group, ops)
         rows = [self._site(lifted, group, ops) for group in self.progress(list(groups.values()))]
         return PassResult(lifted.finish(self.make), len(rows), data=tuple(rows))
 
-    @torch.no_grad()
     def _site(self, lifted: Lifted, group: list[Attachment], ops: Mapping[str, Op]) -> SiteMerge:
+        first = group[0]
+        value, biases, row = self._evaluate(lifted, group, ops)
+        for old, nodes, bias in biases:
+            self._set_bias(lifted, first, old, nodes, bias)
+        before = {f: lifted.tensor(f) for f in lifted.fqns(lifted.placeholders[first.fqn])}
+        untied = self._replace(lifted, first, value)
+        if self.release is not None:
+            for fqn, old in before.items():
+                if lifted.tensor(fqn) is not old:
+                    self.release(fqn)
+        return replace(row, untied=untied)
+
+    @torch.no_grad()
+    def _evaluate(
+        self, lifted: Lifted, group: list[Attachment], ops: Mapping[str, Op]
+    ) -> tuple[Tensor, list[_Bias], SiteMerge]:
+        """The weight these attachments make, the biases, and the row for the report; nothing is changed."""
         first = group[0]
         stored = lifted.tensor(first.fqn)
         high = stored.dtype if stored.dtype == torch.float64 else torch.float32
         exact = stored.to(high) if stored.is_floating_point() else stored
+        arguments: dict[str, tuple[dict[str, Tensor], Tensor | None]] = {}
         for a in group:
             slots = {n: _high(self.values[f], high) for n, f in a.slots.items()}
             scale = None if a.scale is None else self.values[a.scale].to(high)
+            arguments[a.id] = slots, scale
             op = ops[a.id]
             exact = op.stored(a.method.weight(op, op.canonical(exact), slots, scale))
-            if a.method.has_bias():
-                self._bias(lifted, a, op, slots, scale, high)
-        rounded = exact.to(stored.dtype).contiguous()
+        rounded = _like(stored, exact.to(stored.dtype))
         delta, error = _largest(exact, stored), 0.0 if rounded.dtype == exact.dtype else _largest(exact, rounded)
         # Finite differences from a finite weight say that the result is finite, without a pass of its own over it.
-        finite = (isfinite(delta) and isfinite(error)) or bool(torch.isfinite(rounded).all())
-        if self.safe and not finite:
+        if not (isfinite(delta) and isfinite(error)):
+            self._check_finite(first, first.fqn, rounded)
+        changing = [a for a in group if a.method.has_bias()]
+        biases = list(self._biases(lifted, changing, ops, arguments, high)) if changing else []
+        return rounded, biases, SiteMerge(first.id, first.fqn, delta, error, stored.dtype)
+
+    def _check_finite(self, a: Attachment, what: str, value: Tensor) -> None:
+        if self.safe and not bool(torch.isfinite(value).all()):
             raise MergeError(
-                f"merging {first.id!r} gives values in {first.fqn!r} that are not finite in {stored.dtype}. The "
+                f"merging {a.id!r} gives values in {what!r} that are not finite in {value.dtype}. The "
                 "adapter holds NaN or infinite values, or the sum overflows the dtype; load a sound adapter, merge "
                 "into a float32 base, or pass safe=False to keep the values."
             )
-        untied = self._replace(lifted, first, rounded)
-        if self.release is not None:
-            self.release(first.fqn)
-        return SiteMerge(first.id, first.fqn, delta, error, stored.dtype, untied)
 
     def _replace(self, lifted: Lifted, a: Attachment, value: Tensor) -> bool:
         node = lifted.placeholders[a.fqn]
@@ -108,56 +133,60 @@ class Merge(Pass):
         new = torch.nn.Parameter(value, requires_grad=False) if parameter else value
         if value.shape != lifted.tensor(a.fqn).shape:
             for n in mine:
-                _make_dense(n)
+                make_dense(n, remember=False)
         if len(mine) == len(read):
             lifted.set(a.fqn, new)
             return False
         lifted.split(a.fqn, readers(lifted.graph, node, mine), new)
         return True
 
-    def _bias(
+    def _biases(
         self,
         lifted: Lifted,
-        a: Attachment,
-        op: Op,
-        slots: Mapping[str, Tensor],
-        scale: Tensor | None,
+        changing: Sequence[Attachment],
+        ops: Mapping[str, Op],
+        arguments: Mapping[str, tuple[dict[str, Tensor], Tensor | None]],
         high: torch.dtype,
-    ) -> None:
-        """The same for the bias; one that other consumers read too is untied, one that is missing is added."""
-        groups: dict[fx.Node | None, list[fx.Node]] = {}
-        for node in (lifted.nodes[c] for c in a.consumers):
+    ) -> Iterator[_Bias]:
+        """The same for the biases that the weight's consumers add, one for each that some of them share."""
+        first, shared = changing[0], dict[fx.Node | None, list[fx.Node]]()
+        for node in (lifted.nodes[c] for c in first.consumers):
             takes = node.target in TABLE and TABLE[node.target][3] is not None
-            groups.setdefault(operands(node)[2] if takes else None, []).append(node)
-        for old, nodes in groups.items():
+            shared.setdefault(operands(node)[2] if takes else None, []).append(node)
+        for old, nodes in shared.items():
             source = _parameter(old)
             target = None if source is None else lifted.specs[source.name].target
-            base = None if target is None else lifted.tensor(target).to(high)
-            probe = (
-                torch.zeros(op.out_features, dtype=high, device=lifted.tensor(a.fqn).device) if base is None else base
-            )
-            new = a.method.bias(op, probe if old is not None else None, slots, scale)
-            if new is None or new is probe:
+            start = None if target is None else lifted.tensor(target).to(high)
+            if old is not None and start is None:  # a computed bias: only seen whether it would change
+                start = torch.zeros(ops[first.id].out_features, dtype=high, device=lifted.tensor(first.fqn).device)
+            new = start
+            for a in changing:
+                new = a.method.bias(ops[a.id], new, *arguments[a.id])
+            if new is None or new is start:
                 continue
-            if old is not None and (source is None or target is None):
+            if old is not None and target is None:
                 raise MergeError(
-                    f"site {a.id!r}: the bias is computed by {old.name!r}, so nothing can be merged into it"
+                    f"site {first.id!r}: the bias is computed by {old.name!r}, so nothing can be merged into it"
                 )
-            self._set_bias(lifted, a, source, nodes, new)
+            if nodes[0].target not in TABLE or TABLE[nodes[0].target][3] is None:
+                raise MergeError(
+                    f"site {first.id!r}: an op of kind {first.kind!r} takes no bias, and the adapter has one"
+                )
+            value = new.to((nodes[0] if source is None else source).meta["val"].dtype).contiguous()
+            self._check_finite(first, f"{first.module}.bias".removeprefix("."), value)
+            yield source, nodes, torch.nn.Parameter(value, requires_grad=False)
 
     def _set_bias(
-        self, lifted: Lifted, a: Attachment, source: fx.Node | None, nodes: list[fx.Node], new: Tensor
+        self, lifted: Lifted, a: Attachment, source: fx.Node | None, nodes: list[fx.Node], value: Tensor
     ) -> None:
-        at = TABLE[nodes[0].target][3] if nodes[0].target in TABLE else None
-        if at is None:
-            raise MergeError(f"site {a.id!r}: an op of kind {a.kind!r} takes no bias, and the adapter has one")
-        dtype = nodes[0].meta["val"].dtype if source is None else source.meta["val"].dtype
-        value = torch.nn.Parameter(new.to(dtype).contiguous(), requires_grad=False)
+        """Put it in place; a bias that other consumers read too is untied, one that is missing is added."""
         if source is None:
             fqn = f"{a.module}.bias".removeprefix(".")
             while fqn in lifted.state_dict:
                 fqn += "_merged"
             node = lifted.add(fqn, value)
+            at = TABLE[nodes[0].target][3]
+            assert at is not None
             for n in nodes:
                 n.args = tuple(node if i == at else argument(n, i) for i in range(max(len(n.args), at + 1)))
             return
@@ -177,6 +206,13 @@ def _parameter(node: fx.Node | None) -> fx.Node | None:
     return node
 
 
+def _like(stored: Tensor, value: Tensor) -> Tensor:
+    """``value`` laid out in memory as ``stored``: consumers' outputs follow the weight's layout, and views rely on it."""
+    if value.shape != stored.shape or value.stride() == stored.stride():
+        return value.contiguous() if value.shape != stored.shape else value
+    return torch.empty_like(stored).copy_(value)
+
+
 def _largest(a: Tensor, b: Tensor) -> float:
     """The largest difference of two elements; NaN when there is none to speak of."""
     if a.shape != b.shape or not a.is_floating_point():
@@ -189,10 +225,3 @@ def _largest(a: Tensor, b: Tensor) -> float:
 
 def _high(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t.detach().to(dtype) if t.is_floating_point() else t.detach()
-
-
-def _make_dense(node: fx.Node) -> None:
-    """A grouped convolution whose weight became dense runs with one group; groups is the last argument."""
-    count = len(node.target._schema.arguments)  # type: ignore[union-attr]
-    node.args = tuple(1 if i == count - 1 else argument(node, i) for i in range(count))
-    node.kwargs = {}

@@ -69,6 +69,8 @@ def _update(
     if tag["form"] == "apply":
         x, w, _ = operands(names[tag["node"]])
         inputs, op = [x, base, w], op.at(names[tag["node"]])
+    elif tag["form"] == "bias":
+        inputs.append(operands(names[tag["node"]])[2])
     inputs += [placeholders[f] for f in a.slots.values()]
     if a.scale is not None:
         inputs.append(placeholders[a.scale])

@@ -392,7 +392,7 @@ CONV_BY_HAND = [
     ),
     by_hand(
         "conv2d_same_dilation",
-        lambda: One(nn.Conv2d(3, 7, (2, 3), dilation=3, padding="same")),
+        lambda: One(nn.Conv2d(3, 7, (3, 1), dilation=3, padding="same")),
         floats(3, 11, 13),
         WEIGHT,
         **LAYER,

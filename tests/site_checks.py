@@ -11,7 +11,7 @@ import copy
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import adaptc
+from adaptc.binding import Slate, first_values
+from adaptc.passes._kinds import op_of
+from adaptc.passes._lifted import Lifted
+from adaptc.passes.inject import Inject
+from adaptc.program import Adaptation
+from adaptc.targets import ModelFacts, plan
 from tests.custom_models import CASES, Case
 
 PREFIX = "base_model.model."
@@ -158,13 +164,15 @@ class Subject:
     case: Case
 
     @cached_property
-    def directory(self) -> Path:
-        self._temporary = tempfile.TemporaryDirectory()
-        return Path(self._temporary.name)
-
-    @cached_property
     def oracle(self) -> Any:
-        return (HandOracle if self.case.hand else PeftOracle)(self.case, self.directory)
+        self._temporary = tempfile.TemporaryDirectory()
+        return (HandOracle if self.case.hand else PeftOracle)(self.case, Path(self._temporary.name))
+
+    @property
+    def directory(self) -> Path:
+        """Where the oracle has written its adapter."""
+        assert self.oracle is not None
+        return Path(self._temporary.name)
 
     @cached_property
     def base(self) -> nn.Module:
@@ -172,12 +180,10 @@ class Subject:
 
     @cached_property
     def program(self) -> adaptc.AdaptedProgram:
-        assert self.oracle is not None  # writes the directory
         return adaptc.compile(self.base, self.directory, example_inputs=self.case.args(3))
 
     @cached_property
     def file(self) -> dict[str, Tensor]:
-        assert self.oracle is not None
         return load_file(self.directory / "adapter_model.safetensors")
 
 
@@ -239,7 +245,6 @@ def check_swap(s: Subject, tmp_path: Path) -> None:
     close(program(*args), s.base(*args))
     with torch.no_grad():
         before = {k: v.clone() for k, v in s.base.state_dict().items()}
-    assert s.oracle is not None
     adaptc.swap(program, s.directory)
     sound(program)
     close(program(*args), s.oracle(*args))
@@ -300,7 +305,36 @@ def check_reload(s: Subject, tmp_path: Path) -> None:
     assert torch.equal(loaded(*args), s.program(*args))
 
 
-CHECKS = [check_outputs, check_gradients, check_swap, check_merge, check_files, check_reload]
+def check_weight_form(s: Subject, tmp_path: Path) -> None:
+    """What a method does to the weight is what its cheaper form does to the outputs, at any rank it swaps to."""
+    r = s.case.config["r"] * 2
+    config = adaptc.LoraConfig(**{**s.case.config, "r": r})
+    base = torch.export.export(s.base, s.case.args(3), dynamic_shapes=batch_free(s.case.args(3)))
+    facts = ModelFacts(transposed=frozenset(n for n, m in s.base.named_modules() if getattr(m, "is_transposed", False)))
+    planned = plan(config, base, facts)
+    attachments = [replace(a, form="weight") for a in planned.attachments]
+    lifted = Lifted(base)
+    ops = {a.id: op_of(a.kind, lifted.tensor(a.fqn), lifted.nodes[a.consumers[0]]) for a in attachments}
+    binding = first_values(Slate(attachments, ops, base.state_dict, unread=planned.unread), config)
+    adaptation = Adaptation(attachments, unread=planned.unread)
+    injected = Inject(attachments, binding.values, adaptation.header(binding))(base)
+    adaptation = replace(adaptation, attachments=injected.data)
+    program = adaptc.AdaptedProgram.adopt(injected.program, adaptation, binding, "eager")
+    assert {a.form for a in program.adaptation.attachments} == {"weight"}
+    adaptc.swap(program, s.directory)
+    sound(program)
+    args = s.case.args(5)
+    close(program(*args), s.program(*args))
+    assert torch.equal(adaptc.unload(program)(*args), adaptc.unload(s.program)(*args))
+    loaded = adaptc.load(adaptc.save(program, tmp_path / "program.pt2"))
+    assert torch.equal(loaded(*args), program(*args))
+
+
+def batch_free(args: tuple[Tensor, ...]) -> Any:
+    return tuple({0: torch.export.Dim.DYNAMIC} for _ in args)
+
+
+CHECKS = [check_outputs, check_gradients, check_swap, check_merge, check_files, check_reload, check_weight_form]
 
 
 def every_check(cases: list[Case]) -> Any:

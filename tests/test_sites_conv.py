@@ -39,6 +39,9 @@ def test_a_grouped_convolution_is_merged_into_a_dense_one(name):
         dense[g * out : (g + 1) * out, g * width : (g + 1) * width] += layer.weight[g * out : (g + 1) * out]
     merged = adaptc.merge(s.program)
     close(merged.state_dict["layer.weight"].detach(), dense.detach())
+    again = adaptc.compile(merged, adaptc.LoraConfig(r=7, target_modules=["layer"]))
+    x = s.case.args(4)
+    close(again(*x), s.program(*x))
 
 
 @given(
