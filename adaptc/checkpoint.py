@@ -167,7 +167,8 @@ def write_adapter(
         raise CheckpointError(f"cannot write an adapter to {out}: it has no tensors, so it would do nothing.")
     body, stale = (SAFE_NAME, BIN_NAME) if safe_serialization else (BIN_NAME, SAFE_NAME)
     try:
-        text = json.dumps(stored, indent=2, sort_keys=True, default=jsonable)
+        # Sorted for readers, but not inside: of several keys of rank_pattern that match a module the first one rules.
+        text = json.dumps(dict(sorted(stored.items())), indent=2, default=jsonable)
     except (TypeError, ValueError) as exc:
         raise CheckpointError(f"cannot write {out / CONFIG_NAME}: {exc}. Config values must fit in JSON.") from exc
     try:

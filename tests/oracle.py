@@ -32,14 +32,16 @@ PREFIX = "base_model.model."
 TARGETS: Mapping[str, Any] = {
     "resnet": ["convolution"],
     "mixtral": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "qwen3_moe": ["q_proj", "k_proj", "v_proj", "o_proj"],
 }
 
-#: What PEFT says of targets that are on purpose.
+#: What PEFT says of targets that are on purpose; the patterns it speaks of match parameters, and are not ignored.
 SAID = (
     "Setting `save_embedding_layers` to `True` as embedding layers found.*",
     "fan_in_fan_out is set to False but the target module is `Conv1D`.*",
     ".*[Tt]ied .*",
     ".*tie_word_embeddings.*",
+    "The following (rank|alpha)_pattern keys did not match .*_proj.*",
 )
 
 
