@@ -26,7 +26,6 @@ from adaptc.passes._regions import remove_regions
 from adaptc.passes.find_sites import consumers, readers
 from adaptc.passes.inject import site_op
 
-
 #: a bias placeholder (None where there is none yet), the nodes that add it, and its new value
 _Bias = tuple[fx.Node | None, list[fx.Node], Tensor]
 
@@ -109,6 +108,8 @@ class Merge(Pass):
             op = ops[a.id]
             exact = op.stored(a.method.weight(op, op.canonical(exact), slots, scale))
         rounded = _like(stored, exact.to(stored.dtype))
+        if any(_memory(rounded) == _memory(self.values[f]) for a in group for f in a.slots.values()):
+            rounded = rounded.clone()  # a slot that is the weight may be trained on
         delta, error = _largest(exact, stored), 0.0 if rounded.dtype == exact.dtype else _largest(exact, rounded)
         # Finite differences from a finite weight say that the result is finite, without a pass of its own over it.
         if not (isfinite(delta) and isfinite(error)):
@@ -207,10 +208,14 @@ def _parameter(node: fx.Node | None) -> fx.Node | None:
 
 
 def _like(stored: Tensor, value: Tensor) -> Tensor:
-    """``value`` laid out in memory as ``stored``: consumers' outputs follow the weight's layout, and views rely on it."""
-    if value.shape != stored.shape or value.stride() == stored.stride():
-        return value.contiguous() if value.shape != stored.shape else value
-    return torch.empty_like(stored).copy_(value)
+    """``value`` laid out in memory as ``stored``: outputs follow the layout of a weight, and views rely on theirs."""
+    if value.shape != stored.shape:
+        return value.contiguous()
+    return value if value.stride() == stored.stride() else torch.empty_like(stored).copy_(value)
+
+
+def _memory(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
 
 
 def _largest(a: Tensor, b: Tensor) -> float:
