@@ -9,7 +9,7 @@ import peft
 import pytest
 
 import adaptc
-from tests.oracle import Oracle, assert_differs, assert_same, base, file_tensors, run
+from tests.oracle import Oracle, assert_differs, assert_same, base, run
 
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 #: Two adapted parameters of one module are wrapped twice by PEFT, and the inner one has another key.
