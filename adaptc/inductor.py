@@ -15,7 +15,8 @@ Private torch use, with the public route that was tried:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from math import gcd
 from typing import Any
 
 import torch
@@ -76,17 +77,28 @@ def compile_lifted(
         raise BackendError(f"inductor could not compile the program: {first}. Use backend='eager'.") from error
 
 
-def _free_axes(attachments: Sequence[Attachment], ops: Mapping[str, Op]) -> dict[str, dict[int, tuple[str, int]]]:
-    """Slot FQN -> axis -> (name of the size that may change, how often it is in the axis)."""
-    out: dict[str, dict[int, tuple[str, int]]] = {}
+@dataclass(frozen=True)
+class _Free:
+    """An axis whose size is ``times`` a size that may change, called ``name``; that size is a multiple of ``unit``."""
+
+    name: str
+    times: int
+    unit: int = 1
+
+
+def _free_axes(attachments: Sequence[Attachment], ops: Mapping[str, Op]) -> dict[str, dict[int, _Free]]:
+    """Slot FQN -> axis -> what its size is made of."""
+    out: dict[str, dict[int, _Free]] = {}
     for n, a in enumerate(attachments):
         op = ops[a.id]
         small = a.method.minimal(op)
         ranked = small != a.method or (small.minimal(op) == small and hasattr(small, "r"))
-        for slot, spec in small.slots(op).items():
-            # The smallest method has rank two, times the groups or experts that share an axis.
-            axes = {i: (f"rank_{n}", spec.shape[i] // 2 if ranked else 1) for i in spec.free}
-            out.setdefault(a.slots[slot], axes)
+        # The smallest method has rank two, times the groups or experts that share an axis.
+        times = {s: {i: spec.shape[i] // 2 if ranked else 1 for i in spec.free} for s, spec in small.slots(op).items()}
+        # Code reads a size off an axis that is the size itself. Stacked experts have none: there their product is it.
+        unit = gcd(*(t for axes in times.values() for t in axes.values())) or 1
+        for slot, axes in times.items():
+            out.setdefault(a.slots[slot], {i: _Free(f"rank_{n}", t // unit, unit) for i, t in axes.items()})
     return out
 
 
@@ -112,11 +124,12 @@ class _Symbols:
             self.sizes[name] = self.env.create_symintnode(symbol, hint=hint, source=source)
         return self.sizes[name]
 
-    def fake(self, old: Tensor, free: Mapping[int, tuple[str, int]]) -> Tensor:
+    def fake(self, old: Tensor, free: Mapping[int, _Free]) -> Tensor:
         """``old`` with its symbols replaced by this environment's, contiguous where an axis is free."""
         with self.mode:
             if free:
-                shape = [self.size(free[i][0]) * free[i][1] if i in free else int(s) for i, s in enumerate(old.shape)]
+                sizes = {i: self.size(f.name, HINT * f.unit) * f.times for i, f in free.items()}
+                shape = [sizes[i] if i in sizes else int(s) for i, s in enumerate(old.shape)]
                 return torch.empty(shape, dtype=old.dtype, device=old.device)
             shape, stride = ([self._convert(s) for s in sizes] for sizes in (old.shape, old.stride()))
             return torch.empty_strided(shape, stride, dtype=old.dtype, device=old.device)

@@ -24,6 +24,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from adaptc._capacity import Padding, paddings
 from adaptc.binding import Binding
 from adaptc.errors import AdaptcError, BackendError, RecompileError
 from adaptc.passes._kinds import Op
@@ -94,11 +95,16 @@ class Executor:
         """Ranks of one become two: compiled code is specialised on sizes 0 and 1."""
         index = {n: i for i, n in enumerate(self._lifted_names)}
         for a in self.attachments:
-            for slot, spec in a.method.slots(self.ops[a.id]).items():
+            op = self.ops[a.id]
+            wanted: dict[str, tuple[int, ...]] = {}
+            for slot, spec in a.method.minimal(op).slots(op).items():
+                have = values[index[a.slots[slot]]].shape
+                wanted[slot] = tuple(max(h, spec.shape[i]) if i in spec.free else h for i, h in enumerate(have))
+            short = {s: shape for s, shape in wanted.items() if shape != tuple(values[index[a.slots[s]]].shape)}
+            how = (paddings(a.method, op, a.form) or {}) if short else {}
+            for slot, shape in short.items():
                 i = index[a.slots[slot]]
-                for axis in spec.free:
-                    if values[i].shape[axis] == 1:
-                        values[i] = torch.cat([values[i], torch.zeros_like(values[i])], axis)
+                values[i] = how.get(slot, Padding())(values[i], shape)
         return values
 
     def __call__(self, prefix: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

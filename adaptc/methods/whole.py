@@ -79,6 +79,9 @@ class TokenRows(Method):
         rows = op.kind == "embedding"
         return (op.out_features, op.in_features) if rows else (op.in_features, op.out_features)
 
+    def minimal(self, op: Op) -> Method:
+        return TokenRows((0, 1))
+
     def rebind(self, config: Any, attachment: Attachment) -> Method:
         tokens = getattr(config, "trainable_token_indices", None)
         if isinstance(tokens, Mapping):
