@@ -28,7 +28,7 @@ def as_config(config: Any, key_mapping: Mapping[str, str] | None = None) -> tupl
         return config, None
     if isinstance(config, (str, os.PathLike)):
         file = read_adapter(Path(config), key_mapping=key_mapping)
-        return from_dict(file.config), file
+        return of_file(file), file
     if isinstance(config, Mapping):
         return from_dict(config), None
     if hasattr(config, "to_dict") and hasattr(config, "peft_type"):
@@ -42,6 +42,14 @@ def from_dict(data: Mapping[str, Any]) -> AdapterConfig:
     """From the content of ``adapter_config.json``."""
     cls = config_class(str(data.get("peft_type")))
     return cls.from_dict(data)
+
+
+def of_file(file: AdapterFile) -> AdapterConfig:
+    """The config of a file. How EVA chose the first values is of no matter any more: it leaves the base as it was."""
+    data = dict(file.config)
+    if data.get("init_lora_weights") == "eva":
+        data |= {"init_lora_weights": True, "eva_config": None}
+    return from_dict(data)
 
 
 def from_peft(config: Any) -> AdapterConfig:
@@ -73,7 +81,9 @@ def as_binding(
     if program._binding is None:
         raise SwapError("the program has no adapter sites; it was merged or unloaded")
     if isinstance(adapter, Binding):
-        if adapter.values.keys() != program._binding.values.keys():
+        attachments = program.adaptation.attachments
+        needed = {f for a in attachments for f in (*a.slots.values(), a.scale) if f is not None}
+        if adapter.values.keys() != needed:
             raise SwapError(
                 "the binding belongs to a program with other sites; bind the adapter to this one: prog.bind(...)"
             )
@@ -86,14 +96,14 @@ def as_binding(
     slate = program.slate(trainable)
     if isinstance(adapter, (str, os.PathLike)):
         file = read_adapter(Path(adapter), adapter_name=adapter_name, key_mapping=key_mapping)
-        own = as_config(config)[0] if config is not None else from_dict(file.config)
+        own = as_config(config)[0] if config is not None else of_file(file)
         return bind(slate, own, file.tensors, str(adapter), fit=False)
     if isinstance(adapter, Mapping):
         tensors = bare(adapter, program)
         own = as_config(config)[0] if config is not None else program.binding.config
         return bind(slate, own, tensors, "state dict", fit=config is None)
     if isinstance(adapter, AdapterFile):
-        return bind(slate, from_dict(adapter.config), adapter.tensors, str(adapter.path), fit=False)
+        return bind(slate, of_file(adapter), adapter.tensors, str(adapter.path), fit=False)
     raise AdaptcError(f"an adapter is a directory, a state dict or a binding; got {type(adapter).__name__}")
 
 
