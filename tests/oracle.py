@@ -41,6 +41,7 @@ SAID = (
     "fan_in_fan_out is set to False but the target module is `Conv1D`.*",
     ".*[Tt]ied .*",
     ".*tie_word_embeddings.*",
+    "`lora_bias=True` was passed but the targeted layer of type .* has no bias.*",
     "The following (rank|alpha)_pattern keys did not match .*_proj.*",
 )
 
