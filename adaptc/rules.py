@@ -28,6 +28,8 @@ TASK_HEADS = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 
+# "weight": a linear class that multiplies by its weight in its own way, as falcon's does
+_LINEAR_KINDS = ("linear", "addmm", "weight")
 _LINEAR_CLASS = re.compile(r"(Linear(\d\w*)?|\bConv1D)$")
 _PLAIN = re.compile(r"[\w.]+")
 _ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
@@ -109,7 +111,7 @@ def select(
     layers = _Layers(layers_to_transform, layers_pattern)
     linear = None
     if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
-        linear = {c.name for c in candidates if c.kind in ("linear", "addmm", "weight") and _LINEAR_CLASS.search(c.type)}
+        linear = {c.name for c in candidates if c.kind in _LINEAR_KINDS and _LINEAR_CLASS.search(c.type)}
 
     matches: dict[str, list[str]] = {key: [] for key in targets.keys}
     hit: set[str] = set()
