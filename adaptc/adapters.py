@@ -17,6 +17,7 @@ from adaptc.checkpoint import AdapterFile, bare_key, read_adapter
 from adaptc.errors import AdaptcError, ConfigError, SwapError
 from adaptc.methods._base import AdapterConfig
 from adaptc.methods._registry import config_class
+from adaptc.stacked_experts import restack
 
 if TYPE_CHECKING:
     from adaptc.program import AdaptedProgram
@@ -50,6 +51,14 @@ def of_file(file: AdapterFile) -> AdapterConfig:
     if data.get("init_lora_weights") == "eva":
         data |= {"init_lora_weights": True, "eva_config": None}
     return from_dict(data)
+
+
+def fitted(
+    config: AdapterConfig, file: AdapterFile | None, weights: Mapping[str, Tensor]
+) -> tuple[AdapterConfig, AdapterFile | None]:
+    """Both for a model with these weights, where the file was made for an older layout of it."""
+    new = None if file is None else restack(file, weights)
+    return (config, file) if new is None or new is file else (of_file(new), new)
 
 
 def from_peft(config: Any) -> AdapterConfig:
@@ -96,6 +105,7 @@ def as_binding(
     slate = program.slate(trainable)
     if isinstance(adapter, (str, os.PathLike)):
         file = read_adapter(Path(adapter), adapter_name=adapter_name, key_mapping=key_mapping)
+        file = restack(file, slate.weights)
         own = as_config(config)[0] if config is not None else of_file(file)
         return bind(slate, own, file.tensors, str(adapter), fit=False)
     if isinstance(adapter, Mapping):
@@ -103,7 +113,8 @@ def as_binding(
         own = as_config(config)[0] if config is not None else program.binding.config
         return bind(slate, own, tensors, "state dict", fit=config is None)
     if isinstance(adapter, AdapterFile):
-        return bind(slate, of_file(adapter), adapter.tensors, str(adapter.path), fit=False)
+        file = restack(adapter, slate.weights)
+        return bind(slate, of_file(file), file.tensors, str(file.path), fit=False)
     raise AdaptcError(f"an adapter is a directory, a state dict or a binding; got {type(adapter).__name__}")
 
 

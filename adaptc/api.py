@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from adaptc.adapters import as_binding, as_config
+from adaptc.adapters import as_binding, as_config, fitted
 from adaptc.binding import Binding, Slate, bind, embedding_tensors, file_tensors, first_values
 from adaptc.checkpoint import AdapterFile, write_adapter
 from adaptc.errors import AdaptcError, ConfigError, MergeError
@@ -82,6 +82,7 @@ def compile(
         bare=not isinstance(model, nn.Module),
     )
     base = Lifted(captured.program, edit=False)
+    parsed = [fitted(c, f, base.state_dict) for c, f in parsed]
     plans = [plan(_targeted(c), captured.program, facts, adapter_name, base) for c, _ in parsed]
     attachments = _union(plans, training, backend)
     slate = _slate(base, attachments, autocast_adapter_dtype, _trainable(parsed[0], training), plans)

@@ -22,6 +22,7 @@ from adaptc.passes._lifted import Lifted
 from adaptc.passes._method import Attachment
 from adaptc.passes.find_sites import Site, consumers, find_sites
 from adaptc.rules import Candidate, Selection, check_patterns, select, select_to_save
+from adaptc.stacked_experts import refuse_old_targets
 
 MATRIX_KINDS = ("linear", "addmm", "conv1d", "conv2d", "conv3d", "embedding")
 
@@ -89,6 +90,7 @@ class _Planner:
         if targets is None:
             targets = [] if parameters or tokens else self._defaults()
         modules = self._candidates()
+        refuse_old_targets(targets, self.names, self.lifted.state_dict)
         selection = self._select(modules, targets)
         main = [a for name in selection.names for a in self._module(name, modules[name], selection)]
         check_names = [*selection.names]
