@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
@@ -80,9 +81,17 @@ class Executor:
         self._user_outs = [i for i, s in enumerate(outs) if s.kind == OutputKind.USER_OUTPUT]
         self._code: Callable[..., Any] | None = self.module if backend == "eager" else None
         self._lock = threading.Lock()
+        self._training = training
+        self._prefixes: WeakKeyDictionary[Binding, tuple[Any, ...]] = WeakKeyDictionary()
 
     def prefix(self, binding: Binding) -> tuple[Any, ...]:
-        """All lifted inputs of the graph for one binding, in order."""
+        """All lifted inputs of the graph for one binding, in order; made once per binding."""
+        made = self._prefixes.get(binding)
+        if made is None:
+            made = self._prefixes[binding] = self._make_prefix(binding)
+        return made
+
+    def _make_prefix(self, binding: Binding) -> tuple[Any, ...]:
         values: list[Any] = []
         for name in self._lifted_names:
             value = binding.values.get(name, binding.base.get(name, self._base.get(name)))  # type: ignore[arg-type]
@@ -101,6 +110,11 @@ class Executor:
                 have = values[index[a.slots[slot]]].shape
                 wanted[slot] = tuple(max(h, spec.shape[i]) if i in spec.free else h for i, h in enumerate(have))
             short = {s: shape for s, shape in wanted.items() if shape != tuple(values[index[a.slots[s]]].shape)}
+            if short and self._training:  # a padded copy would not follow what training writes to the slots
+                raise BackendError(
+                    f"site {a.fqn!r}: inductor needs a rank of two or more in a program that trains; compile with r=2 "
+                    "or more, or with backend='eager'"
+                )
             how = (paddings(a.method, op, a.form) or {}) if short else {}
             for slot, shape in short.items():
                 i = index[a.slots[slot]]

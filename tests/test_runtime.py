@@ -224,6 +224,22 @@ def test_the_guard_sees_a_recompilation_of_the_same_function():
         fn(torch.ones(6))
 
 
+def test_a_prepared_binding_is_laid_out_once(program):
+    binding = program.bind(adapter(3, TARGETS, 5)).binding
+    executor = program.executor()
+    assert executor.prefix(binding) is executor.prefix(binding)
+    adaptc.swap(program, binding)
+    assert program._prefix is executor.prefix(binding)
+
+
+def test_training_with_rank_one_is_refused_by_inductor(model):
+    config = LoraConfig(r=1, target_modules=["up"])
+    example = torch.randint(0, 13, (2, 4))
+    program = adaptc.compile(model, config, example_inputs=example, backend="inductor", training=True)
+    with pytest.raises(adaptc.BackendError, match="two or more"):
+        program(example)
+
+
 def test_unknown_backend_is_refused_before_anything_is_captured(model):
     with pytest.raises(adaptc.BackendError, match="eager, inductor"):
         adaptc.compile(model, LoraConfig(target_modules=["up"]), backend="tensorrt")
