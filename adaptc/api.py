@@ -212,31 +212,21 @@ def merge(
     from adaptc.reports import MergeReport, bar
 
     binding = program.binding
-    attachments = [a for a in program.adaptation.attachments if a.id in binding.methods]
-    release = None
-    if not keep_base:
-        _check_mergeable(program, attachments)
-        release = program._release
-    ids = {a.id for a in attachments}
-    rest = [a.id for a in program.adaptation.attachments if a.id not in ids]
-    fold = Merge(
-        attachments, dict(binding.values), safe, release, bar("merging", progress), tuple(rest), AdaptedProgram
-    )
+    ids, values, source = set(binding.methods), dict(binding.values), binding.source
+    origin = (program, binding) if keep_base else None
+    release = None if keep_base else program._release
+    del binding  # it may hold base tensors
+    attachments = [a for a in program.adaptation.attachments if a.id in ids]
+    rest = tuple(a.id for a in program.adaptation.attachments if a.id not in ids)
+    fold = Merge(attachments, values, safe, release, bar("merging", progress), rest, AdaptedProgram)
     merged = fold(program)
     result = merged.program
     if program.adaptation.training:
         result = SetMode(training=False)(result).program
     new = AdaptedProgram.adopt(result, _bare(program), None, program.backend)
-    new._origin = (program, binding) if keep_base else None
-    new.merge_report = MergeReport(merged.data, binding.source)
+    new._origin = origin
+    new.merge_report = MergeReport(merged.data, source)
     return new
-
-
-def _check_mergeable(program: AdaptedProgram, attachments: Sequence[Attachment]) -> None:
-    for a in attachments:
-        reason = a.method.check_merge(program.ops[a.id])
-        if reason is not None:
-            raise MergeError(f"site {a.id!r} cannot be merged: {reason}")
 
 
 def _bare(program: AdaptedProgram) -> Adaptation:
@@ -304,7 +294,9 @@ def save_adapter(
     if save_embedding_layers:
         found = embedding_tensors(program.slate(), binding)
         if not found:
-            raise ConfigError("save_embedding_layers=True, but the program has no module called embed_tokens or lm_head")
+            raise ConfigError(
+                "save_embedding_layers=True, but the program has no module called embed_tokens or lm_head"
+            )
         tensors = {**found, **tensors}
     config: Mapping[str, Any] = binding.config.to_dict()
     return write_adapter(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from torch import Tensor, fx
@@ -65,6 +65,7 @@ class AdaptedProgram(ExportedProgram):
 
     _ready = False
     _stale = False
+    _given_up = False
     _shared = False
 
     @classmethod
@@ -87,6 +88,7 @@ class AdaptedProgram(ExportedProgram):
         new._ops = {a.id: site_op(lifted, a) for a in adaptation.attachments}
         new._originals = dict(originals or {})
         new._origin = None
+        new._traces = {}
         new.merge_report = None
         new._binding = binding
         new.backend = backend
@@ -122,6 +124,7 @@ class AdaptedProgram(ExportedProgram):
     _ops: dict[str, Op]
     _originals: dict[str, Tensor]
     _origin: Any
+    _traces: dict[Any, fx.Graph]
     _binding: Binding | None
     _executor: Executor | None
     _prefix: tuple[Any, ...] | None
@@ -176,6 +179,7 @@ class AdaptedProgram(ExportedProgram):
 
     def executor(self) -> Executor:
         """The compiled code, made on first use."""
+        self._check_whole()
         if self._executor is None:
             with self._lock:
                 if self._executor is None:
@@ -216,7 +220,8 @@ class AdaptedProgram(ExportedProgram):
                 if s.target is not None
             }
             fake = fake_of(graph)
-            respecialize(graph, self._adaptation.attachments, self._ops, placeholders, binding.values, fake)
+            a, traces = self._adaptation.attachments, self._traces
+            respecialize(graph, a, self._ops, placeholders, binding.values, fake, traces)
             set_header(graph, self._adaptation.header(binding))
             state.update(binding.values)
             for fqn, tensor in self._originals.items():
@@ -226,9 +231,21 @@ class AdaptedProgram(ExportedProgram):
                 state[fqn] = tensor
 
     def _release(self, fqn: str) -> None:
-        """Give up a base tensor (a merge that does not keep the base)."""
+        """Give up a base tensor, and what an adapter made of it (a merge that does not keep the base)."""
+        self._given_up = True
         self._state_dict.pop(fqn, None)
+        self._originals.pop(fqn, None)
+        if self._binding is not None and fqn in self._binding.base:
+            base = {k: v for k, v in self._binding.base.items() if k != fqn}
+            self._binding = replace(self._binding, base=base)
         self._executor = self._prefix = None
+
+    def _check_whole(self) -> None:
+        if self._given_up:
+            raise AdaptcError(
+                "this program was merged with keep_base=False, which gave up its base: use the merged program, or "
+                "merge with keep_base=True"
+            )
 
     @property
     def base_tensors(self) -> Mapping[str, Tensor]:
@@ -260,6 +277,7 @@ class AdaptedProgram(ExportedProgram):
 
     @property
     def state_dict(self) -> dict[str, Any]:
+        self._check_whole()
         self._refresh()
         return self._state_dict
 

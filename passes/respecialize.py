@@ -26,8 +26,10 @@ def respecialize(
     placeholders: Mapping[str, fx.Node],
     tensors: Mapping[str, Tensor],
     fake: Callable[[Tensor], Tensor],
+    traces: dict[Any, fx.Graph] | None = None,
 ) -> int:
-    """Update ``graph`` in place; returns how many regions changed. ``fake`` makes a fake value of a tensor."""
+    """Update ``graph`` in place; returns how many regions changed. ``fake`` makes a fake value of a tensor. ``traces``
+    keeps what was traced, for another call with fakes of the same mode."""
     stale: set[str] = set()
     for fqn, tensor in tensors.items():
         node = placeholders[fqn]
@@ -37,7 +39,7 @@ def respecialize(
     by_id = {a.id: a for a in attachments if stale & set(a.slots.values())}
     if not by_id:
         return 0
-    traces: dict[Any, fx.Graph] = {}
+    traces = {} if traces is None else traces
     pending: dict[str, list[fx.Node]] = {}
     count = 0
     names = {n.name: n for n in graph.nodes}
