@@ -314,8 +314,7 @@ def _allow_modes(module: fx.GraphModule, captured_for_training: bool) -> None:
                 "the program was captured for inference, without its dropout; compile(model, config, training=True) to "
                 "train with train() and eval(). Training without dropout needs no train() call."
             )
-        if set_mode(self.graph, mode):
-            self.recompile()
+        set_mode(self, mode)
         for m in self.modules():
             m.training = mode
         return self

@@ -59,9 +59,9 @@ class Executor:
         self.backend, self.attachments, self.ops = backend, attachments, ops
         self.fills = dict(fills or {})
         self.lifted = Lifted(program)
-        if training:
-            set_mode(self.lifted.graph, False)
         self.module = fx.GraphModule(program.graph_module, self.lifted.graph)
+        if training:
+            set_mode(self.module, False)
         self.differentiable = training and backend == "eager"
         signature = program.graph_signature
         self._lifted_names = [s.target for s in signature.input_specs if s.kind != InputKind.USER_INPUT]

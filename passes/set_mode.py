@@ -1,6 +1,6 @@
-"""Switch a graph between training and inference: the flags a module's ``train()`` and ``eval()`` would have set.
+"""Switch a program between training and inference: the flags a module's ``train()`` and ``eval()`` would have set.
 
-``torch.export`` bakes each flag into an op's arguments. This pass rewrites them in place: dropout and batch-norm flags,
+``torch.export`` bakes each flag into an op's arguments. This pass rewrites them: dropout and batch-norm flags,
 recurrent layers' train flags, and the dropout probability of scaled_dot_product_attention, which is remembered in the
 node's custom meta while it is off.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from adaptc.passes._lifted import Lifted
+from adaptc.passes._lifted import Lifted, copy_graph
 from adaptc.passes._pass import Pass, PassResult
 
 aten = torch.ops.aten
@@ -49,21 +49,32 @@ class SetMode(Pass):
     training: bool = False
 
     def apply(self, program: ExportedProgram) -> PassResult:
-        lifted = Lifted(program)
-        count = set_mode(lifted.graph, self.training)
-        return PassResult(lifted.finish(), count)
+        new = Lifted(program).finish()
+        return PassResult(new, set_mode(new.graph_module, self.training))
 
 
-def set_mode(graph: fx.Graph, training: bool) -> int:
-    """Rewrite the flags of ``graph`` in place; returns how many ops changed."""
+def set_mode(module: fx.GraphModule, training: bool) -> int:
+    """Rewrite the flags of a graph module in place; returns how many ops changed.
+
+    The graphs of autocast and no_grad blocks are submodules, which several programs may share: they are copied first.
+    """
     count = 0
-    for node in graph.nodes:
-        if node.target in FLAGS:
+    for node in module.graph.nodes:
+        inner = getattr(module, node.target, None) if node.op == "get_attr" else None
+        if isinstance(inner, fx.GraphModule):
+            copied = fx.GraphModule(inner, copy_graph(inner.graph))
+            changed = set_mode(copied, training)
+            if changed:
+                setattr(module, node.target, copied)
+            count += changed
+        elif node.target in FLAGS:
             count += _set(node, FLAGS[node.target], training)
         elif node.target is SDPA:
             count += _attention(node, training)
         elif node.target is aten.add_.Tensor and str(getattr(node.args[0], "target", "")).endswith(COUNTER):
             count += _set(node, 1, int(training))
+    if count:
+        module.recompile()
     return count
 
 
