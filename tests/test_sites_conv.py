@@ -44,6 +44,7 @@ def test_a_grouped_convolution_is_merged_into_a_dense_one(name):
     close(again(*x), s.program(*x))
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 @given(
     axes=st.integers(1, 3),
     groups=st.sampled_from([1, 1, 2, 3]),
