@@ -118,7 +118,10 @@ def bind(slate: Slate, config: AdapterConfig, tensors: Mapping[str, Tensor], sou
         full = {**_derived(a, op, method, slate), **found}
         builder.put(a, method, full, None if init is None else init.base)
     for key in list(left):
-        if builder.beside(key, tensors[key], source):
+        twin = second_name(slate, key)
+        if twin is not None and twin in tensors and not torch.equal(tensors[key], tensors[twin]):
+            raise CheckpointError(f"{source}: {key!r} and {twin!r} are one tensor in the model, and differ in the file")
+        if twin in tensors or builder.beside(key, tensors[key], source):
             del left[key]
     if left:
         raise _unbound(slate, list(left), source)
@@ -127,6 +130,20 @@ def bind(slate: Slate, config: AdapterConfig, tensors: Mapping[str, Tensor], sou
             f"{source} holds no tensor for any site of the program, so it would do nothing; unload() gives the base"
         )
     return builder.done(source)
+
+
+def second_name(slate: Slate, key: str) -> str | None:
+    """The key of a tensor trained whole that ``key`` is another name of: BERT's head has its bias under two."""
+    if key not in slate.weights:
+        return None
+    tensor = storage_key(slate.weights[key])
+    for a in slate.attachments:
+        # Beyond the module that is trained, a copy of it is tied to nothing.
+        inside = key.startswith(f"{a.key}.") or a.param == "bias"
+        whole = a.method.name == "whole" and a.fqn != key
+        if whole and inside and storage_key(slate.weights[a.fqn]) == tensor:
+            return next(f"{a.key}.{slot}" for slot in a.method.slots(slate.ops[a.id]))
+    return None
 
 
 def changes_base(method: Method) -> bool:
@@ -218,7 +235,8 @@ class _Builder:
         if WRAPPED.search(key):  # with bias="all" PEFT also writes the insides of its wrappers, copies of other keys
             return True
         fqn = base_name(key)
-        if fqn not in self.slate.weights or (key == fqn and key not in self.slate.unread and not self._embeds(key)):
+        inside = key != fqn and key.endswith(".weight")  # a bias in a wrapper is one the adapter has trained
+        if fqn not in self.slate.weights or not (inside or key in self.slate.unread or self._embeds(key)):
             return False
         base = self.slate.weights[fqn]
         if base.shape != value.shape:
@@ -273,7 +291,7 @@ def file_tensors(slate: Slate, binding: Binding) -> dict[str, Tensor]:
             if spec.saved:
                 fqn = a.slots.get(slot) or a.method.fqn(a.place, slot, a.adapter)
                 out[f"{a.key}.{slot}" if a.key else slot] = binding.values[fqn].detach()
-    return {**out, **binding.carried}
+    return {**out, **{k: out.get(second_name(slate, k) or "", t) for k, t in binding.carried.items()}}
 
 
 def embedding_tensors(slate: Slate, binding: Binding) -> dict[str, Tensor]:

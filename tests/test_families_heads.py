@@ -10,11 +10,12 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import adaptc
 from tests.families import FAMILIES
-from tests.oracle import Oracle, assert_differs, assert_same, base, file_tensors, run, with_head
+from tests.oracle import Oracle, assert_differs, assert_same, base, file_tensors, load_peft, run, with_head
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ SAVED = {
     "llama head": Task("llama", None, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "gemma2 head": Task("gemma2", None, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "gemma2 embedding": Task("gemma2", None, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
+    # Its bias has two names, and the program reads it under one of them.
+    "bert head": Task("bert", None, {"target_modules": ["query"], "modules_to_save": ["cls"]}),
     "t5 head": Task("t5", None, {"target_modules": ["q", "v"], "modules_to_save": ["lm_head"]}),
     "llama norms": Task("llama", None, {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm", "norm"]}),
     "resnet": Task(
@@ -169,3 +172,20 @@ def test_trained_biases(bias: str, tmp_path: Path):
     assert_same(run(program, oracle.family, 3, 7), oracle(3, 7))
     oracle.check_merged(program)
     oracle.check_trained(adaptc.compile(bare("deberta sequence"), adaptc.LoraConfig(**config)), tmp_path / "adaptc")
+
+
+def test_a_trained_bias_with_two_names(tmp_path: Path):
+    """PEFT writes it under both; either will do, but not two values."""
+    config = {"r": 3, "lora_alpha": 5, "init_lora_weights": False, "target_modules": ["query"], "bias": "all"}
+    oracle = Oracle.of("bert", peft.LoraConfig(**config), tmp_path / "peft")
+    tensors = file_tensors(oracle.path)
+    one, two = (f"base_model.model.cls.predictions.{n}" for n in ("bias", "decoder.bias"))
+    assert torch.equal(tensors[one], tensors[two])
+    program = adaptc.compile(base("bert"), oracle.path)
+    assert_same(run(program, oracle.family, 3, 7), oracle(3, 7))
+    loaded = load_peft(FAMILIES["bert"].build(), adaptc.save_adapter(program, tmp_path / "adaptc"))
+    assert_same(run(loaded, oracle.family, 3, 7), oracle(3, 7))
+    save_file({**tensors, one: tensors[one] + 1}, oracle.path / "adapter_model.safetensors")
+    with pytest.raises(adaptc.CheckpointError, match=r"cls\.predictions\.bias.*are one tensor.*differ"):
+        adaptc.swap(program, oracle.path)
+    assert_same(run(program, oracle.family, 3, 7), oracle(3, 7))
