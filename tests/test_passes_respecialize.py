@@ -23,7 +23,7 @@ from tests.pass_checks import Snapshot, attach, describe, export, random_values,
 
 
 class Propagate(fx.Interpreter):
-    """Runs a graph on its placeholders' fakes and compares the value of each node of a region with the one it carries."""
+    """Runs a graph on its placeholders' fakes and compares values of regions with those the nodes carry."""
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
