@@ -9,7 +9,7 @@ from torch import nn
 
 import adaptc
 from adaptc import LoraConfig
-from adaptc.errors import ConfigError, TargetError
+from adaptc.errors import ConfigError, SwapError, TargetError
 from tests.custom_models import (
     LORA,
     Attention,
@@ -242,3 +242,20 @@ def test_adapters_that_treat_one_weight_differently_share_a_program():
         sound(program)
         close(program(*x), alone(*x))
         close(adaptc.merge(program)(*x), alone(*x))
+
+
+@pytest.mark.parametrize(
+    ("more", "names"),
+    [({"bias": "lora_only"}, "up.base_layer.bias"), ({"modules_to_save": ["norm"]}, "norm.weight")],
+    ids=["bias", "module"],
+)
+def test_what_the_program_has_no_place_for_is_not_dropped(more, names, tmp_path):
+    """The base has tensors of these names, and an adapter may not change them on the side."""
+    model, x = Net().double().eval(), ids(5, 29)(3)
+    config = LoraConfig(**LORA, target_modules=["up"])
+    adaptc.save_adapter(adaptc.compile(model, config.replace(**more), example_inputs=x), tmp_path)
+    program = adaptc.compile(model, config, example_inputs=x)
+    before = program(*x)
+    with pytest.raises(SwapError, match=names):
+        adaptc.swap(program, tmp_path)
+    assert torch.equal(program(*x), before)
