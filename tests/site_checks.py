@@ -30,7 +30,7 @@ from adaptc.passes._lifted import Lifted
 from adaptc.passes.inject import Inject
 from adaptc.program import Adaptation
 from adaptc.targets import ModelFacts, plan
-from tests.custom_models import CASES, Case
+from tests.site_cases import CASES, Case
 
 PREFIX = "base_model.model."
 

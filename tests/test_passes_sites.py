@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from adaptc.passes.find_sites import Site, find_sites
-from tests.custom_models import CASES, Shared, Tied
+from tests.custom_models import Shared, Tied
 from tests.pass_checks import export, reloaded, sound
+from tests.site_cases import CASES
 
 
 def sites(model: nn.Module, *args: Any, **options: Any) -> dict[str, Site]:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import adaptc
-from tests.custom_models import ATTENTION, Attention, floats
+from tests.custom_models import Attention
+from tests.site_cases import ATTENTION, floats
 from tests.site_checks import close, every_check, sound, subject
 
 

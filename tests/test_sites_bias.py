@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.custom_models import BIASES
+from tests.site_cases import BIASES
 from tests.site_checks import every_check, subject
 
 

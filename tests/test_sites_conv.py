@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import adaptc
-from tests.custom_models import CONV, CONV_BY_HAND, One
+from tests.custom_models import One
+from tests.site_cases import CONV, CONV_BY_HAND
 from tests.site_checks import close, every_check, subject
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import adaptc
-from tests.custom_models import CASES
+from tests.site_cases import CASES
 from tests.site_checks import adapter_parameters, close, sound, subject
 
 NAMES = [

@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 import adaptc
 from adaptc import LoraConfig
 from adaptc.errors import ConfigError
-from tests.custom_models import Attention, FunctionalHead, Mixture, Net, Shared, Tied, ids
+from tests.custom_models import Attention, FunctionalHead, Mixture, Net, Shared, Tied
+from tests.site_cases import ids
 from tests.site_checks import adapter_parameters, close, quiet, sound
 
 SCHEMES = [True, "gaussian", "orthogonal", "pissa", "PiSSA_niter_5", "olora"]

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import adaptc
-from tests.custom_models import LINEAR, LORA, CastTied, FunctionalHead, Tied
+from tests.custom_models import CastTied, FunctionalHead, Tied
+from tests.site_cases import LINEAR, LORA
 from tests.site_checks import close, every_check, sound, subject
 
 

@@ -10,18 +10,8 @@ from torch import nn
 import adaptc
 from adaptc import LoraConfig
 from adaptc.errors import ConfigError, SwapError, TargetError
-from tests.custom_models import (
-    LORA,
-    Attention,
-    Bilinear,
-    Mixture,
-    Net,
-    One,
-    Recurrent,
-    Within,
-    floats,
-    ids,
-)
+from tests.custom_models import Attention, Bilinear, Mixture, Net, One, Recurrent, Within
+from tests.site_cases import LORA, floats, ids
 from tests.site_checks import adapter_parameters, bare, close, quiet, sound
 
 DROPPED = {

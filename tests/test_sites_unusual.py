@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.custom_models import PARAMETERS, UNUSUAL
+from tests.site_cases import PARAMETERS, UNUSUAL
 from tests.site_checks import every_check, subject
 
 

@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import adaptc
 from adaptc import LoraConfig
 from adaptc.errors import ConfigError, TargetError
-from tests.custom_models import LORA, WHOLE, Autocast, Net, ids
+from tests.custom_models import Autocast, Net
+from tests.site_cases import LORA, WHOLE, ids
 from tests.site_checks import adapter_parameters, bare, close, every_check, quiet, sound, subject
 
 
