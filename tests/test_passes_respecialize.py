@@ -18,8 +18,8 @@ from adaptc.passes._lifted import Lifted, sizes_stay_free
 from adaptc.passes._regions import node_tag
 from adaptc.passes.inject import Inject, site_op
 from adaptc.passes.respecialize import respecialize
-from tests.custom_models import CASES
 from tests.pass_checks import Snapshot, attach, describe, export, random_values, reloaded, sound
+from tests.site_cases import CASES
 
 
 class Propagate(fx.Interpreter):
