@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree  # there is no public pytree that know
 
 from adaptc.errors import AdaptcWarning, CaptureError
 from adaptc.example_inputs import BATCH, example_for, is_pretrained_model
-from adaptc.exported import fills_of, keyword_inputs, mode_of, module_types_of, qualified
+from adaptc.exported import call_by_first_name, fills_of, keyword_inputs, mode_of, module_types_of, qualified
 from adaptc.free_shapes import Free, export, export_free
 
 _MISSING = object()
@@ -82,6 +82,7 @@ def capture(
         model = model.get_submodule("_orig_mod")
     with _prepared(model, training):
         program = _export_module(model, example_inputs, dynamic_shapes, training)
+    call_by_first_name(program, model)
     config = getattr(model, "config", None)
     pretrained = is_pretrained_model(model)
     return Captured(

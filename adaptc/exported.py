@@ -8,13 +8,38 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree  # there is no public pytree that knows what torch.export has registered
+
+from adaptc.passes._lifted import called_again
 
 
 def qualified(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def call_by_first_name(program: ExportedProgram, model: nn.Module) -> None:
+    """Where a module is held under several names, call the modules inside it by the first one, in ``program``'s nodes.
+
+    They are one module with one adapter, whichever name a call goes by; that is how PEFT, too, finds and replaces them.
+    """
+    first: dict[int, str] = {}
+    names: dict[str, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        parent, _, attribute = name.rpartition(".")
+        holder = first.get(id(model.get_submodule(parent)), parent)
+        first.setdefault(id(module), name)
+        if name and holder != parent:
+            names[name] = f"{holder}.{attribute}".removeprefix(".")
+    if not names:
+        return
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            stack = node.meta.get("nn_module_stack")
+            if stack:
+                renamed = {k: (names.get(called_again.sub("", path), path), cls) for k, (path, cls) in stack.items()}
+                node.meta["nn_module_stack"] = renamed
 
 
 def module_types_of(program: ExportedProgram) -> dict[str, str]:
