@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch.export import Dim, ExportedProgram
 
 import adaptc
@@ -44,7 +45,7 @@ def propagate(program: ExportedProgram) -> int:
     graph = program.graph
     fakes = [n.meta["val"] for n in graph.find_nodes(op="placeholder")]
     interpreter = Propagate(program.graph_module)
-    with Lifted(program).fake_mode, sizes_stay_free(fakes), torch.no_grad():
+    with Lifted(program).fake_mode, sizes_stay_free(fakes), enable_python_dispatcher():
         interpreter.run(*fakes, enable_io_processing=False)
     return interpreter.compared
 
