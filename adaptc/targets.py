@@ -125,8 +125,8 @@ class _Planner:
             if main or rest:
                 out[module] = main or rest
             if sites[0].module_type.endswith("MultiheadAttention") and module in out:
-                out[module] = [*out[module], *self.by_module.get(f"{module}.out_proj", [])[:0]]
-                out[module] += [s for s in self.by_module.get(f"{module}.out_proj", []) if s.param == "weight"]
+                outer = self.by_module.get(f"{module}.out_proj", [])
+                out[module] = [*out[module], *(s for s in outer if s.param == "weight")]
         return out
 
     def _select(self, modules: Mapping[str, list[Site]], targets: Any) -> Selection:
