@@ -37,7 +37,11 @@ if TYPE_CHECKING:
         SwapError,
         TargetError,
     )
+    from adaptc.methods._base import TargetedConfig
+    from adaptc.methods._registry import register_method
     from adaptc.methods.lora import LoraConfig
+    from adaptc.passes._kinds import Op
+    from adaptc.passes._method import Initial, Method, Slot
     from adaptc.program import AdaptedProgram
     from adaptc.runtime import assert_no_recompiles
 
@@ -61,6 +65,13 @@ __all__ = [
     # what one holds
     "AdaptedProgram",
     "LoraConfig",
+    # what a method of one's own is made of
+    "register_method",
+    "TargetedConfig",
+    "Method",
+    "Slot",
+    "Initial",
+    "Op",
     # what can go wrong
     "AdaptcError",
     "AdaptcWarning",
@@ -92,6 +103,12 @@ _HOME = {
     "assert_no_recompiles": "adaptc.runtime",
     "AdaptedProgram": "adaptc.program",
     "LoraConfig": "adaptc.methods.lora",
+    "register_method": "adaptc.methods._registry",
+    "TargetedConfig": "adaptc.methods._base",
+    "Method": "adaptc.passes._method",
+    "Slot": "adaptc.passes._method",
+    "Initial": "adaptc.passes._method",
+    "Op": "adaptc.passes._kinds",
     "AdaptcError": "adaptc.errors",
     "AdaptcWarning": "adaptc.errors",
     "BackendError": "adaptc.errors",

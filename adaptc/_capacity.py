@@ -70,8 +70,7 @@ def paddings(method: Method, op: Op, form: str) -> dict[str, Padding] | None:
 
     ``form`` is the form the site was injected in, "apply" or "weight". None: the method has no rank, or no way works.
     """
-    if has_option(method, "training"):  # dropout would differ from one try to the next
-        method = dataclasses.replace(method, training=False)  # type: ignore[call-arg]
+    method = method.evaluated()  # dropout would differ from one try to the next
     small, large = (with_rank(method, n * op.groups, op) for n in (2, 5))
     if small is None or large is None:
         return None
@@ -90,7 +89,7 @@ def paddings(method: Method, op: Op, form: str) -> dict[str, Padding] | None:
 
     def result(m: Method, slots: Mapping[str, Tensor]) -> Tensor:
         if form == "apply":
-            return m.apply(op, x, op(x, W), W, slots, scale)
+            return m.outside(op, x, W, None, slots, scale)
         return m.weight(op, W, slots, scale)
 
     with torch.no_grad():

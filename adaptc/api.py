@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from adaptc.adapters import as_binding, as_config, fitted
-from adaptc.binding import Binding, Slate, bind, embedding_tensors, file_tensors, first_values
+from adaptc.binding import Binding, Slate, bind, embedding_tensors, file_tensors, first_values, joined
 from adaptc.checkpoint import AdapterFile, write_adapter
 from adaptc.errors import AdaptcError, ConfigError, MergeError
-from adaptc.inductor import compilable
 from adaptc.methods._base import AdapterConfig, TargetedConfig
 from adaptc.passes._kinds import op_of
 from adaptc.passes._lifted import Lifted
@@ -33,6 +32,7 @@ from adaptc.passes.unload import Unload
 from adaptc.passes.unmerge import Unmerge
 from adaptc.program import Adaptation, AdaptedProgram
 from adaptc.runtime import check_backend
+from adaptc.several import joint_slate, union
 from adaptc.targets import ModelFacts, Plan, plan
 
 if TYPE_CHECKING:
@@ -84,8 +84,10 @@ def compile(
     base = Lifted(captured.program, edit=False)
     parsed = [fitted(c, f, base.state_dict) for c, f in parsed]
     plans = [plan(_targeted(c), captured.program, facts, adapter_name, base) for c, _ in parsed]
-    attachments = _union(plans, training, backend)
+    attachments = union(plans, training, backend)
     slate = _slate(base, attachments, autocast_adapter_dtype, _trainable(parsed[0], training), plans)
+    slate = joint_slate(slate)
+    attachments = list(slate.attachments)
     binding = _first_binding(slate, plans[0], parsed[0], generator)
     adaptation = Adaptation(
         attachments,
@@ -132,17 +134,6 @@ def _transposed(model: Any) -> frozenset[str]:
     return frozenset(n for n, m in model.named_modules() if getattr(m, "is_transposed", False))
 
 
-def _union(plans: Sequence[Plan], training: bool, backend: str) -> list[Attachment]:
-    out: dict[str, Attachment] = {}
-    for p in plans:
-        for a in p.attachments:
-            method = a.method
-            if training and hasattr(method, "training"):
-                method = replace(method, training=True)  # type: ignore[call-arg]
-            out.setdefault(a.id, compilable(replace(a, method=method), backend))
-    return sorted(out.values(), key=lambda a: not a.method.replaces)
-
-
 def _trainable(parsed: tuple[AdapterConfig, AdapterFile | None], training: bool) -> bool:
     """Files always say inference_mode; what says whether their adapter is to be trained is the program's purpose."""
     config, file = parsed
@@ -163,7 +154,8 @@ def _first_binding(
     config, file = parsed
     if file is not None:
         return bind(slate, config, file.tensors, str(file.path), fit=False)
-    return first_values(slate, config, generator, only={a.id for a in first.attachments})
+    own = joined({a.id: a.method for a in first.attachments}, slate.ops)
+    return first_values(slate, config, generator, only=own)
 
 
 def swap(

@@ -8,7 +8,7 @@ nothing else. A binding never writes to the program; the runtime passes it along
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from adaptc.errors import CheckpointError, ConfigError, SwapError, nearest
 from adaptc.methods._base import AdapterConfig
 from adaptc.passes._kinds import Op
 from adaptc.passes._lifted import storage_key
-from adaptc.passes._method import Attachment, Method
+from adaptc.passes._method import Attachment, Method, Slot, Slots
 
 #: where PEFT's models keep a module that is trained as a whole, and what it was
 WRAPPED = re.compile(r"\.(original_module|modules_to_save\.[^.]+)\.(.*\.)?bias$")
@@ -75,16 +75,23 @@ class Slate:
 
 
 def first_values(
-    slate: Slate, config: AdapterConfig, generator: torch.Generator | None = None, only: Collection[str] | None = None
+    slate: Slate,
+    config: AdapterConfig,
+    generator: torch.Generator | None = None,
+    only: Mapping[str, Method] | None = None,
 ) -> Binding:
-    """Each method's own initial values; with ``only``, at these attachments, and identity values at the others."""
+    """Each method's own initial values; with ``only``, at these attachments with these methods of the adapter's own,
+    and identity values at the others."""
     builder = _Builder(slate, config)
-    for a in slate.attachments:
-        if only is not None and a.id not in only:
-            builder.identity(a)
-            continue
-        init = a.method.init(slate.ops[a.id], slate.canonical(a), slate.dtype(a), generator)
-        builder.put(a, a.method, init.slots, init.base)
+    present = [a for a in slate.attachments if only is None or a.id in only]
+    for a in present:
+        method = a.method if only is None else only[a.id]
+        init = method.init(slate.ops[a.id], slate.canonical(a), slate.dtype(a), generator)
+        op, slots = slate.ops[a.id], init.slots
+        if any(n not in slots for n in a.method.slots(op)):  # the program has slots this adapter's options do without
+            slots = {**a.method.identity(op, slate.canonical(a), slate.dtype(a)), **slots}
+        builder.put(a, method, slots, init.base)
+    builder.identities({a.id: a.method if only is None else only[a.id] for a in present})
     builder.carried = {f: slate.weights[f].detach() for f in slate.unread}
     return builder.done("first values")
 
@@ -101,22 +108,15 @@ def bind(slate: Slate, config: AdapterConfig, tensors: Mapping[str, Tensor], sou
     check_finite(tensors, source)
     builder = _Builder(slate, config)
     left = dict.fromkeys(tensors)
-    for a in slate.attachments:
+    present = _present(slate, config, tensors, left, fit=fit)
+    for a, method, found in present:
         op = slate.ops[a.id]
-        method = a.method.rebind(config, a)
-        keys = {slot: f"{a.key}.{slot}" if a.key else slot for slot, s in a.method.slots(op).items() if s.saved}
-        found = {slot: tensors[key] for slot, key in keys.items() if key in tensors}
-        for key in keys.values():
-            left.pop(key, None)
-        if keys and not found:
-            builder.identity(a)
-            continue
-        if fit:
-            method = method.fit(op, found)
-        _check_shapes(a, op, method, keys, found, source)
+        found = method.read(op, found)
+        _check_shapes(a, op, method, found, source)
         init = method.init(op, slate.canonical(a), slate.dtype(a)) if changes_base(method) else None
-        full = {**_derived(a, op, method, slate), **found}
+        full = {**_derived(a, op, method, slate, found), **found}
         builder.put(a, method, full, None if init is None else init.base)
+    builder.identities({a.id: method for a, method, _ in present})
     for key in list(left):
         twin = second_name(slate, key)
         if twin is not None and twin in tensors and not torch.equal(tensors[key], tensors[twin]):
@@ -130,6 +130,48 @@ def bind(slate: Slate, config: AdapterConfig, tensors: Mapping[str, Tensor], sou
             f"{source} holds no tensor for any site of the program, so it would do nothing; unload() gives the base"
         )
     return builder.done(source)
+
+
+_Found = tuple[Attachment, Method, dict[str, Tensor]]
+
+
+def _present(
+    slate: Slate, config: AdapterConfig, tensors: Mapping[str, Tensor], left: dict[str, None], *, fit: bool
+) -> list[_Found]:
+    """The attachments an adapter has, each with its own method and tensors; what they take is dropped from ``left``.
+
+    An adapter whose options need other code than an attachment's does not have that attachment.
+    """
+    out: list[_Found] = []
+    shared: set[str] = set()
+    for a in slate.attachments:
+        op, method = slate.ops[a.id], a.method.rebind(config, a)
+        if method.structure() != a.method.structure():
+            continue
+        specs = a.method.slots(op)
+        keys = {n: a.file_key(n, s) for n, s in specs.items() if s.saved}
+        keys |= {n: a.file_key(n, Slot(())) for n in method.keys(op)}
+        found = {n: tensors[k] for n, k in keys.items() if k in tensors}
+        common = {n for n, s in specs.items() if s.shared}
+        if keys and not found.keys() - common:
+            continue
+        shared |= {keys[n] for n in found.keys() & common}
+        for name in found.keys() - common:
+            left.pop(keys[name], None)
+        out.append((a, method.fit(op, found) if fit else method, found))
+    for key in shared:
+        left.pop(key, None)
+    methods = joined({a.id: method for a, method, _ in out}, slate.ops)
+    return [(a, methods[a.id], found) for a, _, found in out]
+
+
+def joined(methods: Mapping[str, Method], ops: Mapping[str, Op]) -> dict[str, Method]:
+    """The methods of one adapter, by attachment id, each knowing of the others what :meth:`Method.jointly` tells."""
+    out: dict[str, Method] = dict(methods)
+    for kind in dict.fromkeys(type(m) for m in methods.values()):
+        ids = [i for i, m in methods.items() if type(m) is kind]
+        out |= zip(ids, kind.jointly([(methods[i], ops[i]) for i in ids]), strict=True)
+    return out
 
 
 def second_name(slate: Slate, key: str) -> str | None:
@@ -156,47 +198,59 @@ def base_name(key: str) -> str:
     return key.replace(".base_layer.", ".")
 
 
-def _derived(a: Attachment, op: Op, method: Method, slate: Slate) -> dict[str, Tensor]:
+def _derived(a: Attachment, op: Op, method: Method, slate: Slate, found: Slots) -> dict[str, Tensor]:
     """Slots that are in no file: they follow from the config, or the adapter's own method does not have them."""
     own = method.slots(op)
-    missing = [n for n, s in a.method.slots(op).items() if n not in own or not s.saved]
+    missing = [n for n in a.method.slots(op) if n not in found]
     if not missing:
         return {}
-    identity = {**a.method.identity(op, slate.canonical(a), slate.dtype(a))}
-    identity |= method.identity(op, slate.canonical(a), slate.dtype(a))
-    return {n: identity[n] for n in missing}
+    derived = method.derived(op, slate.canonical(a), slate.dtype(a), found)
+    if any(n not in own for n in missing):
+        derived = {**a.method.identity(op, slate.canonical(a), slate.dtype(a)), **derived}
+    return {n: derived[n] for n in missing}
 
 
-def _check_shapes(
-    a: Attachment, op: Op, method: Method, keys: Mapping[str, str], found: Mapping[str, Tensor], source: str
-) -> None:
+def _check_shapes(a: Attachment, op: Op, method: Method, found: Mapping[str, Tensor], source: str) -> None:
+    compiled = a.method.slots(op)
     for slot, spec in method.slots(op).items():
         if not spec.saved:
             continue
-        if slot not in keys:
+        key = a.file_key(slot, spec)
+        if slot not in compiled:
             raise SwapError(
                 f"{source}: the adapter has {slot!r} at {a.key!r}, and the program was compiled without it. Compile "
                 "with the options of this adapter, or with a list that contains it: compile(model, [..., adapter])."
             )
         if slot not in found:
-            raise CheckpointError(f"{source}: key {keys[slot]!r} is missing, while other tensors of its site are there")
-        if tuple(found[slot].shape) != spec.shape:
+            raise CheckpointError(f"{source}: key {key!r} is missing, while other tensors of its site are there")
+        shape = tuple(found[slot].shape)
+        if len(shape) == len(spec.shape):
+            pairs = enumerate(zip(shape, spec.shape, strict=True))
+            shape = tuple(min(h, w) if i in spec.roomy else h for i, (h, w) in pairs)
+        if shape != spec.shape:
             raise CheckpointError(
-                f"{source}: {keys[slot]!r} has shape {tuple(found[slot].shape)}, expected {spec.shape} at site "
+                f"{source}: {key!r} has shape {tuple(found[slot].shape)}, expected {spec.shape} at site "
                 f"{a.fqn!r}. The adapter was made for another model, or its config does not belong to its weights."
             )
 
 
 def _unbound(slate: Slate, keys: list[str], source: str) -> SwapError:
-    known = [f"{a.key}.{slot}" for a in slate.attachments for slot in a.method.slots(slate.ops[a.id])]
+    known = [a.file_key(n, s) for a in slate.attachments for n, s in a.method.slots(slate.ops[a.id]).items()]
     shown = "; ".join(f"{k!r} (nearest: {', '.join(nearest(k, known, 2)) or 'none'})" for k in keys[:3])
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-    sites = sorted({k.rpartition(".lora_")[0] or k for k in keys})[:3]
+    sites = sorted({_site_of(k) for k in keys})[:3]
     return SwapError(
         f"{source}: {len(keys)} of its tensors have no slot in the program: {shown}{more}. The program was compiled "
         f"without the sites {sites}; to have them, compile for this adapter, or for several at once: "
         "compile(model, [adapter, another])."
     )
+
+
+def _site_of(key: str) -> str:
+    """The module path in a key, as far as the parts look like one: PEFT's names of tensors have an underscore."""
+    parts = key.split(".")
+    cut = next((i for i in range(len(parts) - 1, 0, -1) if "_" in parts[i] and i >= len(parts) - 3), len(parts))
+    return ".".join(parts[:cut])
 
 
 class _Builder:
@@ -257,22 +311,29 @@ class _Builder:
         saved = getattr(self.config, "modules_to_save", None) or ()
         return module.rpartition(".")[2] in EMBEDDINGS and not any(module.endswith(m) for m in saved)
 
-    def identity(self, a: Attachment) -> None:
-        op = self.slate.ops[a.id]
-        values = a.method.absent(op, self.slate.canonical(a), self.slate.dtype(a))
-        self._set(a, values, a.method.scale(op), False)
+    def identities(self, present: Mapping[str, Method]) -> None:
+        """Values for all sites the adapter does not have. Where they share a slot, it has the others' sizes."""
+        kinds = {(type(m), a.variant): m for a in self.slate.attachments if (m := present.get(a.id)) is not None}
+        for a in self.slate.attachments:
+            if a.id in present:
+                continue
+            op = self.slate.ops[a.id]
+            shares = any(s.shared for s in a.method.slots(op).values())
+            method = kinds.get((type(a.method), a.variant), a.method) if shares else a.method
+            values = method.absent(op, self.slate.canonical(a), self.slate.dtype(a))
+            self._set(a, values, a.method.scale(op), False)
 
     def _set(self, a: Attachment, tensors: Mapping[str, Tensor], scale: float | None, present: bool) -> None:
         dtype, device = self.slate.dtype(a), self.slate.weights[a.fqn].device
         for name, slot in a.method.slots(self.slate.ops[a.id]).items():
-            fqn = a.slots.get(name) or a.method.fqn(a.place, name, a.adapter)
+            fqn = a.slots.get(name) or a.slot_fqn(name, slot)
             if fqn not in self.values:
-                value = tensors[name].to(device=device, dtype=slot.dtype or dtype)
+                value = _roomy(tensors[name], slot).to(device=device, dtype=slot.dtype or dtype)
                 self.values[fqn] = self.slate.wrap(value, slot.trainable, present)
         if scale is not None:
             # float32 scale is exact enough for every dtype below float64 and keeps half precision half.
             kind = torch.float64 if dtype == torch.float64 else torch.float32
-            fqn = a.scale or a.method.fqn(a.place, "scaling", a.adapter)
+            fqn = a.scale or a.scale_fqn
             self.values[fqn] = torch.tensor(scale, dtype=kind, device=device)
 
     def done(self, source: str) -> Binding:
@@ -287,11 +348,27 @@ def file_tensors(slate: Slate, binding: Binding) -> dict[str, Tensor]:
         method: Any = binding.methods.get(a.id)
         if method is None:
             continue
-        for slot, spec in method.slots(slate.ops[a.id]).items():
-            if spec.saved:
-                fqn = a.slots.get(slot) or a.method.fqn(a.place, slot, a.adapter)
-                out[f"{a.key}.{slot}" if a.key else slot] = binding.values[fqn].detach()
+        op = slate.ops[a.id]
+        values: dict[str, Tensor] = {}
+        for slot, spec in method.slots(op).items():
+            value = binding.values[a.slots.get(slot) or a.slot_fqn(slot, spec)].detach()
+            values[slot] = _roomy(value, spec)
+        written = method.write(op, {n: t for n, t in values.items() if method.slots(op)[n].saved})
+        specs = method.slots(op)
+        out |= {a.file_key(n, specs.get(n, Slot(()))): t for n, t in written.items()}
     return {**out, **{k: out.get(second_name(slate, k) or "", t) for k, t in binding.carried.items()}}
+
+
+def _roomy(value: Tensor, slot: Slot) -> Tensor:
+    """``value`` with the length ``slot`` has along its roomy axes: cut, or filled up with zeros that nobody reads."""
+    for axis in slot.roomy:
+        have, want = value.shape[axis], slot.shape[axis]
+        if have > want:
+            value = value.narrow(axis, 0, want)
+        elif have < want:
+            room = [want - have if i == axis else n for i, n in enumerate(value.shape)]
+            value = torch.cat([value, value.new_zeros(room)], axis)
+    return value
 
 
 def embedding_tensors(slate: Slate, binding: Binding) -> dict[str, Tensor]:

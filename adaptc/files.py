@@ -15,7 +15,7 @@ import torch
 from torch.export import ExportedProgram
 
 from adaptc.adapters import from_dict
-from adaptc.binding import Binding, base_name
+from adaptc.binding import Binding, base_name, joined
 from adaptc.errors import CheckpointError
 from adaptc.inductor import compilable
 from adaptc.methods._registry import method_of
@@ -112,7 +112,7 @@ def _binding(lifted: Lifted, found: list[Attachment], stored: dict[str, Any], so
     config = from_dict(stored["config"])
     present = set(stored["present"])
     values: dict[str, torch.Tensor] = {}
-    methods = {}
+    methods, ops = {}, {}
     train = stored["training"] or not config.inference_mode
     for a in found:
         op = site_op(lifted, a)
@@ -122,8 +122,10 @@ def _binding(lifted: Lifted, found: list[Attachment], stored: dict[str, Any], so
             values[a.scale] = lifted.tensor(a.scale)
         if a.id in present:
             methods[a.id] = a.method.rebind(config, a).fit(op, slots)
+            ops[a.id] = op
         for name, spec in a.method.slots(op).items():
             if spec.trainable and a.id in present and train:
                 slots[name].requires_grad_(slots[name].is_floating_point())
     carried = {k: lifted.tensor(base_name(k)).detach() for k in (*stored["unread"], *stored["carried"])}
+    methods = joined(methods, ops)
     return Binding(values, methods, config, name=found[0].adapter, source=source, carried=carried)

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from adaptc import _package_file
 from adaptc._package_file import Input, Room, Site
 from adaptc.adapters import as_binding, as_config, from_dict
-from adaptc.binding import Binding, Slate, changes_base
+from adaptc.binding import Binding, Slate, changes_base, joined
 from adaptc.checkpoint import AdapterFile, read_config
 from adaptc.errors import AdaptcError, BackendError, CheckpointError, SwapError
 from adaptc.methods._base import AdapterConfig
@@ -80,7 +80,8 @@ class PackagedProgram:
         header, present = self._manifest.header, set(self._manifest.header["present"])
         config = from_dict(header["config"])
         methods = {a.id: a.method.rebind(config, a) for a in self.adaptation.attachments if a.id in present}
-        return Binding({}, methods, config, source=str(self.path))
+        ops = {s.attachment.id: s.op for s in self._manifest.sites}
+        return Binding({}, joined(methods, ops), config, source=str(self.path))
 
     @property
     def ranks(self) -> dict[str, int]:

@@ -16,6 +16,7 @@ from torch.export.graph_signature import InputKind
 
 from adaptc.errors import ConfigError, TargetError, nearest
 from adaptc.methods._base import TargetedConfig
+from adaptc.methods.stacked import Stacked
 from adaptc.methods.whole import TokenRows, Whole
 from adaptc.passes._kinds import op_of
 from adaptc.passes._lifted import Lifted
@@ -157,6 +158,8 @@ class _Planner:
     def _attach(self, site: Site, key: str, name: str, entry: str, kind: str | None = None) -> Attachment:
         kind = kind or site.kind
         method = self.config.method(name, kind)
+        if kind.startswith("experts") and not method.stacks:
+            method = Stacked.of(method)
         a = Attachment(
             key,
             site.module,
@@ -318,13 +321,14 @@ class _Planner:
     # -- checks ------------------------------------------------------------------------------------------------------
 
     def _check_dropout(self, attachments: Sequence[Attachment]) -> None:
-        if not getattr(self.config, "lora_dropout", 0.0):
+        option = self.config.dropout_field
+        if not option or not getattr(self.config, option):
             return
         for a in attachments:
             if a.kind not in MATRIX_KINDS:
                 raise ConfigError(
-                    f"lora_dropout has no meaning at {a.fqn!r}: its consumer ({a.kind}) reads the changed weight, so "
-                    "there is no input to drop. Set lora_dropout=0.0 or leave the module out."
+                    f"{option} has no meaning at {a.fqn!r}: its consumer ({a.kind}) reads the changed weight, so "
+                    f"there is no input to drop. Set {option}=0.0 or leave the module out."
                 )
 
     def _some(self, modules: Iterable[str], n: int = 12) -> str:

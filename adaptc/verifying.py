@@ -106,7 +106,7 @@ class _Verifier:
             return Check(name, None, note=NO_ADAPTER)
         if self.program.adaptation.residual:
             return Check(name, None, note=NO_BASE)
-        identity = first_values(self.program.slate(), self.program.binding.config, only=())
+        identity = first_values(self.program.slate(), self.program.binding.config, only={})
         return self._compare(name, self.base(), self._outputs(self.program.bind(identity)))
 
     def _merged_equals_adapted(self, name: str) -> Check:

@@ -157,9 +157,33 @@ class Op:
         """A vector of size (out,) shaped to broadcast over this op's output ``y``."""
         return v.reshape(-1, *([1] * len(self.kernel))) if self.is_conv else v
 
+    def along_in(self, v: Tensor, x: Tensor) -> Tensor:
+        """A vector of size (in,) shaped to broadcast over this op's input ``x``."""
+        return self.along_out(v, x)
+
     def matrix_size(self) -> tuple[int, int]:
-        """(rows, columns) of the weight as one matrix."""
+        """(rows, columns) of the weight as one matrix, grouped convolutions taken as dense."""
         return self.out_features, self.in_features * prod(self.kernel)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(rows, columns) of the canonical weight as it is: kernels, and the inputs of one group, in the columns."""
+        return self.shape[0], prod(self.shape[1:])
+
+    def matrix(self, canonical: Tensor) -> Tensor:
+        """The canonical weight as a matrix of :attr:`matrix_shape`, channels before kernel positions in a row."""
+        return canonical.reshape(self.matrix_shape)
+
+    def unmatrix(self, matrix: Tensor) -> Tensor:
+        """Inverse of :meth:`matrix`."""
+        return matrix.reshape(self.shape)
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether an output reads each input channel at one place only: a map of the channels can go to the input."""
+        if self.is_conv:
+            return all(k == 1 for k in self.kernel) and self.groups == 1
+        return self.kind in ("linear", "addmm")
 
 
 def _block_diagonal(w: Tensor, groups: int) -> Tensor:
@@ -187,6 +211,14 @@ def argument(node: fx.Node, position: int) -> Any:
         return node.args[position]
     schema = node.target._schema.arguments[position]  # type: ignore[union-attr]  # OpOverload
     return node.kwargs.get(schema.name, schema.default_value if schema.has_default_value() else None)
+
+
+def set_argument(node: fx.Node, position: int, value: Any) -> None:
+    """Write a node's argument by schema position, wherever it stands."""
+    if position < len(node.args):
+        node.update_arg(position, value)
+    else:
+        node.update_kwarg(node.target._schema.arguments[position].name, value)  # type: ignore[union-attr]
 
 
 def op_of(kind: str, weight: Tensor, consumer: fx.Node | None) -> Op:

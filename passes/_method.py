@@ -3,7 +3,8 @@
 A method states its meaning once, as a pure function on the canonical weight (see ``_kinds``):
 
     weight(op, W, slots, scale) -> W'            the definition
-    apply(op, x, y, W, slots, scale) -> y'       optional and cheaper; must equal op(x, weight(W))
+    input(op, x, slots, scale) -> x'             optional and cheaper: together they must equal op(x, weight(W)), with
+    apply(op, x', y, W, b, slots, scale) -> y'   y = op(x', W, b); a method may have either, both or none
     bias(op, b, slots, scale) -> b'              only for methods that change the bias
 
 Injection, merge, unmerge, save, load, swap and every layer kind follow from these. Methods are frozen dataclasses of
@@ -13,7 +14,7 @@ the options that shape them, so that equal methods on equal shapes share one tra
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -33,7 +34,9 @@ class Slot:
 
     ``dtype`` None means the adapter dtype. ``fill`` is the identity value when a constant gives it. ``free`` are the
     axes whose size an adapter may choose (the rank); all others must match on a swap. ``saved`` is False for slots that
-    follow from the config and are not in files.
+    follow from the config and are not in files. ``shared``: one tensor for all sites of the model (VeRA's projections),
+    whose key in files has no module path. ``roomy``: axes of a shared slot that are as long as the largest site needs;
+    an adapter with other sites has another length there, of which its sites read the beginning.
     """
 
     shape: tuple[int, ...]
@@ -42,6 +45,8 @@ class Slot:
     dtype: torch.dtype | None = None
     trainable: bool = True
     saved: bool = True
+    shared: bool = False
+    roomy: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,15 @@ class Method:
     name: ClassVar[str] = ""
     #: what does not read the weight it changes comes first, so that nothing before it is lost
     replaces: ClassVar[bool] = False
+    #: whether it gives weights with a leading axis of experts a meaning of its own; if not, it is done per expert
+    stacks: ClassVar[bool] = False
+    #: fields in which an adapter may differ from the method a program was compiled with: sizes along free axes, what
+    #: goes into the scale or into slots that are not saved, what acts on first values or in training only
+    swappable: ClassVar[frozenset[str]] = frozenset({"r", "alpha", "dropout", "scheme", "training"})
+
+    def structure(self) -> dict[str, Any]:
+        """The options the code of a region depends on: adapters that differ here need regions of their own."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.swappable}
 
     def options(self) -> dict[str, Any]:
         """The fields as plain JSON values, for the tags of a program's regions."""
@@ -83,6 +97,10 @@ class Method:
         small = self.minimal(op).slots(op).items()
         return {n: torch.full(s.shape, s.fill, dtype=s.dtype or dtype, device=W.device) for n, s in small}
 
+    def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
+        """Values of the slots that are not in an adapter's file (``found``: those that are); they follow from it."""
+        return self.identity(op, W, dtype)
+
     def absent(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Values at a site the adapter in use does not have, which leave alone what others do to the same weight."""
         return self.identity(op, W, dtype)
@@ -92,8 +110,33 @@ class Method:
         return self
 
     def rebind(self, config: Any, attachment: Attachment) -> Method:
-        """This method at the same site with the options of another adapter's ``config``."""
-        return self
+        """The method that another adapter's ``config`` has at this site; itself if the config is of another method."""
+        make = getattr(config, "method", None)
+        new: Any = None if make is None else make(attachment.name or attachment.module, attachment.kind)
+        return new if type(new) is type(self) else self
+
+    @classmethod
+    def jointly(cls, sites: Sequence[tuple[Method, Op]]) -> list[Method]:
+        """The methods of one adapter's sites, each knowing what the others need of a shared slot (its size)."""
+        return [method for method, _ in sites]
+
+    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Slots from the tensors a file has for this site, where the two differ. Raises CheckpointError."""
+        return dict(found)
+
+    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
+        """Inverse of :meth:`read`: what a file has for these slots."""
+        return dict(slots)
+
+    def keys(self, op: Op) -> list[str]:
+        """Names a file may have for this site beyond those of the saved slots: :meth:`read` understands them."""
+        return []
+
+    def evaluated(self) -> Self:
+        """This method as it is in inference, without dropout."""
+        if not getattr(self, "training", False):
+            return self
+        return dataclasses.replace(self, training=False)  # type: ignore[call-arg]
 
     def nested(self) -> Method:
         """This method at a layer that PEFT adapts inside another adapted one (MultiheadAttention's ``out_proj``)."""
@@ -113,14 +156,30 @@ class Method:
     def bias(self, op: Op, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor | None:
         return b
 
-    def apply(
-        self, op: Op, x: Tensor, y: Tensor, W: Tensor, slots: Slots, scale: Scale
-    ) -> Tensor:  # pragma: no cover - replaced where has_apply says so
+    def input(self, op: Op, x: Tensor, slots: Slots, scale: Scale) -> Tensor:
+        raise AssertionError(f"{type(self).__name__} has no input()")
+
+    def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         raise AssertionError(f"{type(self).__name__} has no apply()")
 
+    def has_input(self, op: Op) -> bool:
+        """Whether :meth:`input` is defined at this site."""
+        return op.callable and type(self).input is not Method.input
+
     def has_apply(self, op: Op) -> bool:
-        """Whether :meth:`apply` is defined and pays at this site."""
+        """Whether :meth:`apply` is defined at this site."""
         return op.callable and type(self).apply is not Method.apply
+
+    def has_outside(self, op: Op) -> bool:
+        """Whether there is a form around the layer, which leaves its weight alone."""
+        return self.has_input(op) or self.has_apply(op)
+
+    def outside(self, op: Op, x: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
+        """op(x, W, b) adapted by that form."""
+        if self.has_input(op):
+            x = self.input(op, x, slots, scale)
+        y = op(x, W, b)
+        return self.apply(op, x, y, W, b, slots, scale) if self.has_apply(op) else y
 
     def has_bias(self) -> bool:
         return type(self).bias is not Method.bias
@@ -164,6 +223,7 @@ class Attachment:
     entry: str = ""
     name: str = ""
     tied: bool = False
+    variant: int = 0
 
     @property
     def fqn(self) -> str:
@@ -178,7 +238,19 @@ class Attachment:
     @property
     def id(self) -> str:
         """Unique in a program: what region tags point to."""
-        return f"{self.fqn}|{self.method.name}"
+        return f"{self.fqn}|{self.method.name}" + (f".{self.variant}" if self.variant else "")
+
+    def slot_fqn(self, name: str, slot: Slot) -> str:
+        """Where a slot lives in the program's state dict."""
+        return self.method.fqn("" if slot.shared else self.place, name, self.adapter)
+
+    @property
+    def scale_fqn(self) -> str:
+        return self.method.fqn(self.place, "scaling", self.adapter)
+
+    def file_key(self, name: str, slot: Slot) -> str:
+        """The bare key of a slot in files."""
+        return name if slot.shared or not self.key else f"{self.key}.{name}"
 
     def tag(self, role: str) -> dict[str, Any]:
         return {"method": self.method.name, "adapter": self.adapter, "site": self.id, "role": role}

@@ -59,13 +59,14 @@ def attachments(graph: fx.Graph, method_of: Callable[[Mapping[str, Any]], Method
                 kind=tag["kind"],
                 method=method_of(tag),
                 adapter=tag["adapter"],
-                form=tag["form"],
+                form="weight" if tag["form"] in ("weight", "bias", "new_bias") else "apply",
                 consumers=tuple(tag["consumers"]),
                 slots=dict(tag["slots"]),
                 scale=tag["scale"],
                 entry=tag["entry"],
                 name=tag["name"],
                 tied=tag["tied"],
+                variant=tag.get("variant", 0),
             )
     return list(found.values())
 
@@ -84,6 +85,14 @@ def remove_regions(lifted: Lifted, ids: Iterable[str]) -> int:
         if tag["role"] == "out":
             outs.append((node, lifted.nodes[tag["base"]]))
             slots.update(dict.fromkeys([*tag["slots"].values(), *([tag["scale"]] if tag["scale"] else [])]))
+    base_of = {out.name: base.name for out, base in outs}
+    for node in lifted.graph.nodes:
+        tag = region_tag(node)
+        if tag is not None and tag["base"] in base_of and tag["site"] not in wanted:
+            name = tag["base"]
+            while name in base_of:
+                name = base_of[name]
+            node.meta["custom"] = {**node.meta["custom"], "adaptc": {**tag, "base": name}}
     for out, base in reversed(outs):
         out.replace_all_uses_with(base)
         for name in region_tag(out)["consumers"]:  # type: ignore[index]  # outs are nodes that have one

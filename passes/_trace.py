@@ -35,15 +35,21 @@ def trace(fn: Callable[..., Tensor], fakes: Sequence[Tensor]) -> fx.Graph:
 def region_of(
     method: Method, op: Op, form: str, names: Sequence[str], scaled: bool, fakes: Sequence[Tensor]
 ) -> fx.Graph:
-    """A method's region at a site. Inputs: x, y and W for the apply form, W for the weight form, y and the bias for
-    "bias", y for "new_bias"; then the slots called ``names``, then the scale if ``scaled``. Equal arguments give graphs
-    that are equal node by node."""
+    """A method's region at a site. Inputs: x for "input", x, y, W and, for "apply_bias", the bias for the apply form, W
+    for the weight form, y and the bias for "bias", y for "new_bias"; then the slots called ``names``, then the scale if
+    ``scaled``. Equal arguments give graphs that are equal node by node."""
 
     def split(tensors: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
         return dict(zip(names, tensors, strict=False)), tensors[-1] if scaled else None
 
+    def before(x: Tensor, *slots: Tensor) -> Tensor:
+        return method.input(op, x, *split(slots))
+
     def behind(x: Tensor, y: Tensor, w: Tensor, *slots: Tensor) -> Tensor:
-        return method.apply(op, x, y, op.canonical(w), *split(slots))
+        return method.apply(op, x, y, op.canonical(w), None, *split(slots))
+
+    def behind_biased(x: Tensor, y: Tensor, w: Tensor, b: Tensor, *slots: Tensor) -> Tensor:
+        return method.apply(op, x, y, op.canonical(w), b, *split(slots))
 
     def in_front(w: Tensor, *slots: Tensor) -> Tensor:
         return op.stored(method.weight(op, op.canonical(w), *split(slots)))
@@ -56,7 +62,14 @@ def region_of(
         new = method.bias(op, None, *split(slots))
         return y if new is None else cast(y + op.along_out(new, y), y.dtype)
 
-    forms = {"apply": behind, "weight": in_front, "bias": changed, "new_bias": added}
+    forms = {
+        "input": before,
+        "apply": behind,
+        "apply_bias": behind_biased,
+        "weight": in_front,
+        "bias": changed,
+        "new_bias": added,
+    }
     return trace(forms[form], fakes)
 
 

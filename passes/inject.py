@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from adaptc.errors import PassError
-from adaptc.passes._kinds import TABLE, Op, make_dense, op_of, operands
+from adaptc.passes._kinds import TABLE, Op, make_dense, op_of, operands, set_argument
 from adaptc.passes._lifted import Lifted
 from adaptc.passes._method import Attachment
 from adaptc.passes._pass import Pass, PassResult
@@ -55,11 +55,11 @@ class Inject(Pass):
         op = site_op(lifted, a)
         slots: dict[str, str] = {}
         for name, slot in a.method.slots(op).items():
-            fqn = a.method.fqn(a.place, name, a.adapter)
+            fqn = a.slot_fqn(name, slot)
             if fqn not in lifted.placeholders:  # else another site shares it
                 lifted.add(fqn, as_lifted(self._value(a, fqn), slot.trainable))
             slots[name] = fqn
-        scale_fqn = None if a.method.scale(op) is None else a.method.fqn(a.place, "scaling", a.adapter)
+        scale_fqn = None if a.method.scale(op) is None else a.scale_fqn
         if scale_fqn is not None and scale_fqn not in lifted.placeholders:
             lifted.add(scale_fqn, self._value(a, scale_fqn))
         return replace(a, slots=slots, scale=scale_fqn)
@@ -83,8 +83,10 @@ def site_op(lifted: Lifted, a: Attachment) -> Op:
 
 
 def _place(tag: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a region stands in for: the output of a node, or a parameter as one site reads it."""
-    return (tag["base"], tag["module"], tag["param"]) if tag["form"] == "weight" else (tag["base"],)
+    """What a region stands in for: the output of a node, a parameter as one site reads it, or a consumer's input."""
+    if tag["form"] == "weight":
+        return (tag["base"], tag["module"], tag["param"])
+    return (tag["node"], "input") if tag["form"] == "input" else (tag["base"],)
 
 
 def _choose_forms(jobs: Sequence[_Injector]) -> None:
@@ -96,13 +98,21 @@ def _choose_forms(jobs: Sequence[_Injector]) -> None:
     needed: set[str] = set()
     for job in reversed(jobs):
         a = job.a
-        cheap = a.form in ("auto", "apply") and a.method.has_apply(job.op) and a.fqn not in needed
+        cheap = a.form in ("auto", "apply") and a.method.has_outside(job.op) and a.fqn not in needed
+        # What turns the input turns it for all that is added behind.
+        cheap = cheap and not (a.method.has_input(job.op) and count[a.fqn] > 1)
         if a.form == "apply" and not cheap:
             why = f"{a.method.name} has none for kind {a.kind!r}, or a later one builds on the weight it makes"
             raise PassError(f"site {a.id!r} cannot take the apply form: {why}. Use form='auto' or 'weight'.")
         job.form = "apply" if cheap else "weight"
         if count[a.fqn] > 1 and (job.form == "weight" or job.reads_weight()):
             needed.add(a.fqn)
+
+
+def behind_inputs(node: fx.Node, y: fx.Node) -> tuple[str, list[fx.Node]]:
+    """The form a region behind ``node`` has, and what it reads beside the slots; ``y`` is the output so far."""
+    x, w, b = operands(node)
+    return ("apply", [x, y, w]) if b is None else ("apply_bias", [x, y, w, b])
 
 
 @dataclass
@@ -129,7 +139,10 @@ class _Injector:
         nodes = [self.lifted.nodes[c] for c in self.a.consumers]
         if self.form == "apply":
             for node in nodes:
-                self.behind(node)
+                if self.a.method.has_input(self.op):
+                    self.before(node)
+                if self.a.method.has_apply(self.op):
+                    self.behind(node)
         else:
             self.in_front(self._weight(), nodes)
             for node in nodes if self.a.method.has_bias() else ():
@@ -138,9 +151,11 @@ class _Injector:
 
     def reads_weight(self) -> bool:
         """Whether the apply form computes with the weight, not only with the layer's input and output."""
+        if not self.a.method.has_apply(self.op):
+            return False
         node = self.lifted.nodes[self.a.consumers[0]]
-        x, w, _ = operands(node)
-        region = self.region("apply", self.op.at(node), [x, node, w, *self.slot_nodes])
+        form, inputs = behind_inputs(node, node)
+        region = self.region(form, self.op.at(node), [*inputs, *self.slot_nodes])
         return bool(region.find_nodes(op="placeholder")[2].users)
 
     def _weight(self) -> fx.Node:
@@ -160,11 +175,19 @@ class _Injector:
             self.traces[key] = region_of(self.a.method, op, form, list(self.a.slots), scaled, fakes)
         return self.traces[key]
 
+    def before(self, node: fx.Node) -> None:
+        """One half of the apply form: x -> input(x) for the input of one consumer."""
+        x = operands(node)[0]
+        inputs = [x, *self.slot_nodes]
+        region = self.region("input", self.op.at(node), inputs)
+        out = inline(self.lifted.graph, region, inputs, node, node, self._tag(x, "input", node))
+        set_argument(node, TABLE[node.target][1], out)
+
     def behind(self, node: fx.Node) -> None:
-        """The apply form: y -> apply(x, y, W) for the outputs of one consumer."""
-        x, w, _ = operands(node)
+        """The other half: y -> apply(x, y, W, b) for the outputs of one consumer."""
         y = self._latest(node)
-        self._behind(node, y, "apply", [x, y, w, *self.slot_nodes])
+        form, inputs = behind_inputs(node, y)
+        self._behind(node, y, form, [*inputs, *self.slot_nodes])
 
     def beside(self, node: fx.Node) -> None:
         """What the weight form leaves out: y -> y + (bias(b) - b) for the outputs of one consumer."""
@@ -176,7 +199,7 @@ class _Injector:
 
     def _behind(self, node: fx.Node, y: fx.Node, form: str, inputs: Sequence[fx.Node]) -> None:
         region = self.region(form, self.op.at(node), inputs)
-        if form != "apply" and not any(n.op == "call_function" for n in region.nodes):
+        if not form.startswith("apply") and not any(n.op == "call_function" for n in region.nodes):
             return
         users = list(y.users)
         out = inline(self.lifted.graph, region, inputs, y.next, node, self._tag(y, form, node))
@@ -216,7 +239,7 @@ class _Injector:
                     "tied": a.tied,
                     "options": a.method.options(),
                 }
-                t |= {"consumers": list(a.consumers), "node": consumer.name}
+                t |= {"consumers": list(a.consumers), "node": consumer.name, "variant": a.variant}
                 if header is not None:
                     t["header"] = dict(header)
             return t

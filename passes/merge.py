@@ -106,7 +106,7 @@ class Merge(Pass):
             scale = None if a.scale is None else self.values[a.scale].to(high)
             arguments[a.id] = slots, scale
             op = ops[a.id]
-            exact = op.stored(a.method.weight(op, op.canonical(exact), slots, scale))
+            exact = op.stored(a.method.evaluated().weight(op, op.canonical(exact), slots, scale))
         rounded = _like(stored, exact.to(stored.dtype))
         if any(_memory(rounded) == _memory(self.values[f]) for a in group for f in a.slots.values()):
             rounded = rounded.clone()  # a slot that is the weight may be trained on

@@ -17,6 +17,7 @@ from adaptc.passes._kinds import Op, operands
 from adaptc.passes._method import Attachment
 from adaptc.passes._regions import node_tag
 from adaptc.passes._trace import region_of, signature_of
+from adaptc.passes.inject import behind_inputs
 
 
 def respecialize(
@@ -66,13 +67,14 @@ def _update(
     placeholders: Mapping[str, fx.Node],
     traces: dict[Any, fx.Graph],
 ) -> None:
-    base = names[tag["base"]]
+    base, consumer = names[tag["base"]], names[tag["node"]]
     inputs = [base]
-    if tag["form"] == "apply":
-        x, w, _ = operands(names[tag["node"]])
-        inputs, op = [x, base, w], op.at(names[tag["node"]])
+    if tag["form"] == "input":
+        op = op.at(consumer)
+    elif tag["form"].startswith("apply"):
+        inputs, op = behind_inputs(consumer, base)[1], op.at(consumer)
     elif tag["form"] == "bias":
-        inputs.append(operands(names[tag["node"]])[2])
+        inputs.append(operands(consumer)[2])
     inputs += [placeholders[f] for f in a.slots.values()]
     if a.scale is not None:
         inputs.append(placeholders[a.scale])

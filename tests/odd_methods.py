@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 from torch import Tensor
@@ -20,20 +20,25 @@ class Shift(Method):
     """y + shift * scale, one number for a whole layer: no rank, and nothing that can be merged into a weight."""
 
     name: ClassVar[str] = "shift"
+    swappable: ClassVar[frozenset[str]] = frozenset({"factor"})
 
     factor: float = 1.0
 
     def slots(self, op: Op) -> dict[str, Slot]:
         return {"shift": Slot((1,))}
 
-    def rebind(self, config: Any, attachment: Any) -> Method:
-        return config.method(attachment.name, attachment.kind)
-
     def scale(self, op: Op) -> float:
         return self.factor
 
     def apply(
-        self, op: Op, x: Tensor, y: Tensor, W: Tensor, slots: Mapping[str, Tensor], scale: Tensor | None
+        self,
+        op: Op,
+        x: Tensor,
+        y: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        slots: Mapping[str, Tensor],
+        scale: Tensor | None,
     ) -> Tensor:
         return y + slots["shift"] * scale
 
@@ -58,9 +63,6 @@ class Softmaxed(Method):
 
     def slots(self, op: Op) -> dict[str, Slot]:
         return {"a": Slot((self.r, op.in_features), free=(0,)), "b": Slot((op.out_features, self.r), free=(1,))}
-
-    def rebind(self, config: Any, attachment: Any) -> Method:
-        return config.method(attachment.name, attachment.kind)
 
     def weight(self, op: Op, W: Tensor, slots: Mapping[str, Tensor], scale: Tensor | None) -> Tensor:
         return W + slots["b"] @ slots["a"].softmax(0)

@@ -89,13 +89,18 @@ def default_of(f: dataclasses.Field[Any]) -> Any:
 
 @dataclass
 class TargetedConfig(AdapterConfig):
-    """Fields of configs that choose layers (PARITY: T, X, S, L, P)."""
+    """Fields of configs that choose layers. ``target_parameters`` is PEFT's for LoRA, and any method may have it here;
+    where it is PEFT's alone to LoRA, files have it only when it is set."""
+
+    #: the field with the probability that an input of the adapter is dropped, for methods that have one
+    dropout_field: ClassVar[str] = ""
 
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
+    target_parameters: list[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,3 +112,13 @@ class TargetedConfig(AdapterConfig):
             raise ConfigError("layers_pattern needs target_modules as a list; put the layers into the regex instead")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern needs layers_to_transform, the indices to pick")
+        if isinstance(self.target_parameters, str):
+            raise ConfigError(
+                f"{type(self).__name__}.target_parameters must be a list of parameter names, not a string"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        out = super().to_dict()
+        if self.target_parameters is None and self.peft_type != "LORA":
+            del out["target_parameters"]
+        return out

@@ -16,12 +16,40 @@ CONFIGS: dict[str, str] = {"LORA": "adaptc.methods.lora:LoraConfig"}
 #: method name in region tags -> "module:Class"
 METHODS: dict[str, str] = {
     "lora": "adaptc.methods.lora:Lora",
+    "stacked": "adaptc.methods.stacked:Stacked",
     "whole": "adaptc.methods.whole:Whole",
     "trainable_tokens": "adaptc.methods.whole:TokenRows",
 }
 
 
+def register_method(config: type[AdapterConfig], method: type[Method]) -> None:
+    """Make a method of your own known to ``compile``, ``load`` and adapter files, under ``config.peft_type``.
+
+    ``config`` is a dataclass derived from ``TargetedConfig`` whose ``method(name, kind)`` returns instances of
+    ``method``, a frozen dataclass derived from ``Method`` with a ``name`` of its own. Registering a pair twice
+    is fine. Raises ConfigError for a name that is taken or missing.
+    """
+    kind, name = config.peft_type, method.name
+    if not kind or kind != kind.upper() or not name:
+        raise ConfigError(
+            f"{config.__name__}.peft_type must be a name in capitals and {method.__name__}.name must not be empty; "
+            f"found {kind!r} and {name!r}"
+        )
+    for table, key, cls in ((CONFIGS, kind, config), (METHODS, name, method)):
+        if key in table and _load(table[key]) is not cls:
+            raise ConfigError(f"{key!r} is the name of {table[key]!r} already; choose another")
+    for table, key, cls in ((CONFIGS, kind, config), (METHODS, name, method)):
+        table[key] = f"{cls.__module__}:{cls.__qualname__}"
+        _CLASSES[table[key]] = cls
+
+
+#: registered classes, which need not be importable by name (they may be local to a script)
+_CLASSES: dict[str, Any] = {}
+
+
 def _load(path: str) -> Any:
+    if path in _CLASSES:
+        return _CLASSES[path]
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
 

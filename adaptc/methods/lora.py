@@ -31,6 +31,7 @@ class LoraConfig(TargetedConfig):
     """PEFT's ``LoraConfig``: same names, same defaults. Unsupported fields raise ConfigError when set."""
 
     peft_type: ClassVar[str] = "LORA"
+    dropout_field: ClassVar[str] = "lora_dropout"
     refused: ClassVar[Mapping[str, str]] = {
         "loftq_config": "LoftQ quantises the base, and programs hold unquantised weights",
         "eva_config": "initialisation from activations is not implemented",
@@ -74,7 +75,6 @@ class LoraConfig(TargetedConfig):
     layer_replication: list[tuple[int, int]] | None = None
     runtime_config: dict[str, Any] | None = None
     lora_bias: bool = False
-    target_parameters: list[str] | None = None
     use_bdlora: dict[str, Any] | None = None
     arrow_config: dict[str, Any] | None = None
     kasa_config: dict[str, Any] | None = None
@@ -90,8 +90,6 @@ class LoraConfig(TargetedConfig):
             raise ConfigError(f"LoraConfig.lora_dropout must lie in [0, 1), got {self.lora_dropout!r}")
         if self.bias not in ("none", "all", "lora_only"):
             raise ConfigError(f"LoraConfig.bias must be 'none', 'all' or 'lora_only', got {self.bias!r}")
-        if isinstance(self.target_parameters, str):
-            raise ConfigError("LoraConfig.target_parameters must be a list of parameter names, not a string")
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):
             raise ConfigError(f"lora_bias=True needs init_lora_weights True or False, got {self.init_lora_weights!r}")
 
@@ -118,6 +116,8 @@ class Lora(Method):
     """
 
     name: ClassVar[str] = "lora"
+    stacks: ClassVar[bool] = True
+    swappable: ClassVar[frozenset[str]] = Method.swappable | {"rslora", "with_bias", "repeat"}
 
     r: int = 8
     alpha: float = 8
@@ -181,11 +181,8 @@ class Lora(Method):
         return Initial(values, base)
 
     def rebind(self, config: Any, attachment: Attachment) -> Method:
-        if not isinstance(config, LoraConfig):
-            return self
-        return dataclasses.replace(
-            config.method(attachment.name or attachment.module, attachment.kind), repeat=self.repeat
-        )
+        new = super().rebind(config, attachment)
+        return new if new is self else dataclasses.replace(new, repeat=self.repeat)  # type: ignore[call-arg]
 
     def nested(self) -> Lora:
         if self.with_bias:
@@ -209,7 +206,7 @@ class Lora(Method):
         delta = slots["lora_B.bias"] * scale
         return delta if b is None else b + delta
 
-    def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
+    def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         A, B = self._factors(op, slots)
         x = op.as_input(x, A.dtype)
         if self.training and self.dropout and op.kind != "embedding":

@@ -27,6 +27,7 @@ class Whole(Method):
 
     name: ClassVar[str] = "whole"
     replaces: ClassVar[bool] = True
+    stacks: ClassVar[bool] = True
 
     slot: str = "weight"
     shape: tuple[int, ...] = ()
@@ -55,6 +56,8 @@ class TokenRows(Method):
     """
 
     name: ClassVar[str] = "trainable_tokens"
+
+    swappable: ClassVar[frozenset[str]] = frozenset({"indices"})
 
     indices: tuple[int, ...] = ()
 
@@ -109,7 +112,7 @@ class TokenRows(Method):
     def has_apply(self, op: Op) -> bool:
         return op.kind in ("embedding", "linear", "addmm")
 
-    def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
+    def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         delta, index = cast(slots[self.DELTA], W.dtype), slots[self.INDEX]
         if op.kind == "embedding":
             match = x.unsqueeze(-1) + 1 == index

@@ -1,0 +1,43 @@
+"""One program for several adapters: the union of what their configs ask for.
+
+Before: one plan per config. After: one list of attachments in which every plan finds all of its own. Two plans share an
+attachment where their methods differ only in what a swap may change; where the structure differs (DoRA beside LoRA,
+another block size), each gets a variant of its own, and an adapter leaves the other's at its identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from adaptc.binding import Slate, joined
+from adaptc.inductor import compilable
+from adaptc.passes._method import Attachment
+from adaptc.targets import Plan
+
+
+def union(plans: Sequence[Plan], training: bool, backend: str) -> list[Attachment]:
+    """All attachments, what replaces whole weights first; the first plan's own keep their ids."""
+    out: list[Attachment] = []
+    for p in plans:
+        for a in p.attachments:
+            rivals = [o for o in out if o.fqn == a.fqn and o.method.name == a.method.name]
+            if any(o.method.structure() == a.method.structure() for o in rivals):
+                continue
+            if rivals:
+                a = replace(a, variant=len(rivals), adapter=f"{a.adapter}_{len(rivals)}")
+            if training and hasattr(a.method, "training"):
+                a = replace(a, method=replace(a.method, training=True))  # type: ignore[call-arg]
+            out.append(compilable(a, backend))
+    return sorted(out, key=lambda a: not a.method.replaces)
+
+
+def joint_slate(slate: Slate) -> Slate:
+    """The slate with methods that know of each other, over all plans: shared slots are large enough for every site."""
+    by_variant: dict[int, list[Attachment]] = {}
+    for a in slate.attachments:
+        by_variant.setdefault(a.variant, []).append(a)
+    methods = {}
+    for group in by_variant.values():
+        methods |= joined({a.id: a.method for a in group}, slate.ops)
+    return replace(slate, attachments=[replace(a, method=methods[a.id]) for a in slate.attachments])
