@@ -32,7 +32,7 @@ from adaptc.passes.unload import Unload
 from adaptc.passes.unmerge import Unmerge
 from adaptc.program import Adaptation, AdaptedProgram
 from adaptc.runtime import check_backend
-from adaptc.several import joint_slate, union
+from adaptc.several import FORMS, joint_slate, union
 from adaptc.targets import ModelFacts, Plan, plan
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def compile(
     adapter_name: str = "default",
     training: bool = False,
     backend: str = "eager",
+    form: str = "auto",
     autocast_adapter_dtype: bool = True,
     key_mapping: Mapping[str, str] | None = None,
     generator: torch.Generator | None = None,
@@ -58,9 +59,11 @@ def compile(
     an ExportedProgram, or what ``transformers.exporters`` returns. ``config``: a config, a ``peft`` config, a PEFT
     adapter directory (its weights are loaded too), or a list of these: then the program gets the union of their sites
     and is bound to the first. ``training=True`` captures the training behaviour (dropout, and the loss of a
-    transformers model). ``backend``: "eager" or "inductor". ``autocast_adapter_dtype``: adapters of half-precision
-    bases are float32. ``key_mapping``: regular expression -> replacement, applied to the keys of adapter directories
-    (PEFT's rule). ``generator`` draws first values; by default torch's global generator.
+    transformers model). ``backend``: "eager" or "inductor". ``form``: "apply" puts adapters around the layers, "weight"
+    in front of their weights, "auto" chooses per site what costs less (``report`` says why).
+    ``autocast_adapter_dtype``: adapters of half-precision bases are float32. ``key_mapping``: regular expression ->
+    replacement, applied to the keys of adapter directories (PEFT's rule). ``generator`` draws first values; by default
+    torch's global generator.
 
     The model is not modified, and its parameters are shared, not copied. Raises CaptureError, ConfigError, TargetError,
     CheckpointError or BackendError.
@@ -68,6 +71,8 @@ def compile(
     from adaptc.capture import capture
 
     check_backend(backend)
+    if form not in FORMS:
+        raise ConfigError(f"form={form!r} is not one of {', '.join(FORMS)}")
     several = list(config) if isinstance(config, (list, tuple)) else [config]
     if not several:
         raise ConfigError("config is an empty list: give a config, an adapter directory, or a list of them")
@@ -84,7 +89,7 @@ def compile(
     base = Lifted(captured.program, edit=False)
     parsed = [fitted(c, f, base.state_dict) for c, f in parsed]
     plans = [plan(_targeted(c), captured.program, facts, adapter_name, base) for c, _ in parsed]
-    attachments = union(plans, training, backend)
+    attachments = union(plans, training, backend, form)
     slate = _slate(base, attachments, autocast_adapter_dtype, _trainable(parsed[0], training), plans)
     slate = joint_slate(slate)
     attachments = list(slate.attachments)

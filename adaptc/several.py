@@ -15,9 +15,13 @@ from adaptc.inductor import compilable
 from adaptc.passes._method import Attachment
 from adaptc.targets import Plan
 
+#: where a region may stand: see the ``form`` argument of ``adaptc.compile``
+FORMS = ("auto", "apply", "weight")
 
-def union(plans: Sequence[Plan], training: bool, backend: str) -> list[Attachment]:
-    """All attachments, what replaces whole weights first; the first plan's own keep their ids."""
+
+def union(plans: Sequence[Plan], training: bool, backend: str, form: str = "auto") -> list[Attachment]:
+    """All attachments, what replaces whole weights first; the first plan's own keep their ids. ``form`` is for those
+    that do not need a certain one."""
     out: list[Attachment] = []
     for p in plans:
         for a in p.attachments:
@@ -28,6 +32,8 @@ def union(plans: Sequence[Plan], training: bool, backend: str) -> list[Attachmen
                 a = replace(a, variant=len(rivals), adapter=f"{a.adapter}_{len(rivals)}")
             if training and hasattr(a.method, "training"):
                 a = replace(a, method=replace(a.method, training=True))  # type: ignore[call-arg]
+            if a.form == "auto":
+                a = replace(a, form=form)
             out.append(compilable(a, backend))
     return sorted(out, key=lambda a: not a.method.replaces)
 

@@ -1,0 +1,127 @@
+"""The table of methods: one entry per method and variant, which the generic checks cross with the kinds of layers.
+
+To add a method, add an entry. ``tests.method_checks`` holds what must be true of all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tests.custom_models import One
+
+#: words that ids of embedding layers are drawn from
+BATCHES = (3, 2, 5)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A kind of layer: ``build(inputs, outputs)`` makes one, ``shape(inputs)`` is that of one sample of its input."""
+
+    build: Callable[[int, int], nn.Module]
+    shape: Callable[[int], tuple[int, ...]]
+
+    def model(self, widths: tuple[int, int]) -> nn.Module:
+        torch.manual_seed(11)
+        return One(self.build(*widths)).double().eval()
+
+    def args(self, widths: tuple[int, int], batch: int) -> tuple[Tensor, ...]:
+        torch.manual_seed(batch)
+        shape = self.shape(widths[0])
+        if isinstance(self.build(*widths), nn.Embedding):
+            return (torch.randint(widths[0], (batch, *shape)),)
+        return (torch.randn(batch, *shape, dtype=torch.float64),)
+
+
+class Experts(nn.Module):
+    """Three matrices in one parameter, each sample through all of them."""
+
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__()
+        self.matrices = nn.Parameter(torch.randn(3, o, i))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,eoi->beo", x, self.matrices)
+
+
+class Functional(nn.Module):
+    """A matrix that no layer reads, but an op the table of kinds does not know."""
+
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(o, i))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,oi->bo", x, torch.sin(self.weight))
+
+
+LAYERS: dict[str, Layer] = {
+    "linear": Layer(nn.Linear, lambda i: (4, i)),
+    "linear_nobias": Layer(lambda i, o: nn.Linear(i, o, bias=False), lambda i: (i,)),
+    "addmm": Layer(lambda i, o: Conv1D(o, i), lambda i: (4, i)),
+    "embedding": Layer(nn.Embedding, lambda i: (4,)),
+    "conv1d": Layer(lambda i, o: nn.Conv1d(i, o, 3, stride=2, padding=1), lambda i: (i, 7)),
+    "conv1d_same": Layer(lambda i, o: nn.Conv1d(i, o, 3, dilation=2, padding="same", bias=False), lambda i: (i, 7)),
+    "conv2d": Layer(lambda i, o: nn.Conv2d(i, o, 3, stride=2, padding=1), lambda i: (i, 7, 9)),
+    "conv2d_1x1": Layer(lambda i, o: nn.Conv2d(i, o, 1), lambda i: (i, 5, 3)),
+    "conv2d_odd": Layer(lambda i, o: nn.Conv2d(i, o, (3, 5), dilation=2, padding="same"), lambda i: (i, 7, 9)),
+    "conv2d_circular": Layer(lambda i, o: nn.Conv2d(i, o, 3, padding=1, padding_mode="circular"), lambda i: (i, 5, 7)),
+    "conv2d_groups": Layer(lambda i, o: nn.Conv2d(i, o, 3, groups=3), lambda i: (i, 5, 7)),
+    "conv3d": Layer(lambda i, o: nn.Conv3d(i, o, (1, 2, 3)), lambda i: (i, 2, 3, 4)),
+    "conv_transpose": Layer(lambda i, o: nn.ConvTranspose1d(i, o, 3, stride=2), lambda i: (i, 5)),
+    "functional": Layer(Functional, lambda i: (i,)),
+    "experts": Layer(Experts, lambda i: (i,)),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method in one variant.
+
+    ``config``: the fields of its config but for the targets, for adaptc and PEFT alike; ``cls`` the name of both
+    classes. ``peft``: the layers on which PEFT's own is the oracle; on all others but the ``refused`` ones it is the
+    layer with the weight that the method's ``weight`` makes. ``other``: fields in which another adapter differs that
+    must run through the same code. ``widths``: inputs and outputs of the layers. ``neutral``: whether a fresh adapter
+    leaves the layer as it is. ``values``: legal random values of a tensor by its key, where normal ones are not.
+    ``tolerance``: for methods that PEFT computes in float32 whatever the dtype.
+    """
+
+    name: str
+    cls: str
+    config: Mapping[str, Any]
+    peft: tuple[str, ...] = ("linear", "linear_nobias")
+    refused: tuple[str, ...] = ()
+    other: Mapping[str, Any] = field(default_factory=dict)
+    widths: tuple[int, int] = (15, 21)
+    neutral: bool = True
+    values: Callable[[str, Tensor], Tensor] | None = None
+    tolerance: float = 1e-9
+
+    def layers(self) -> list[str]:
+        return [n for n in LAYERS if n not in self.refused]
+
+    def fill(self, key: str, like: Tensor) -> Tensor:
+        """Random values for a tensor of the adapter, in float64."""
+        if self.values is not None:
+            return self.values(key, like)
+        return torch.randn(like.shape, dtype=torch.float64) * 0.5
+
+
+CONVS = ("conv1d", "conv1d_same", "conv2d", "conv2d_1x1", "conv2d_odd", "conv2d_circular", "conv2d_groups", "conv3d")
+
+ENTRIES: list[Entry] = [
+    Entry(
+        "lora",
+        "LoraConfig",
+        {"r": 6, "lora_alpha": 5},
+        peft=("linear", "linear_nobias", "addmm", "embedding", "conv1d", "conv2d", "conv2d_1x1", "conv3d"),
+        other={"r": 3, "lora_alpha": 7, "use_rslora": True},
+    ),
+]
+
+BY_NAME = {e.name: e for e in ENTRIES}
