@@ -39,7 +39,10 @@ if TYPE_CHECKING:
     )
     from adaptc.methods._base import TargetedConfig
     from adaptc.methods._registry import register_method
+    from adaptc.methods.boft import BOFTConfig
+    from adaptc.methods.hra import HRAConfig
     from adaptc.methods.lora import LoraConfig
+    from adaptc.methods.oft import OFTConfig
     from adaptc.passes._kinds import Op
     from adaptc.passes._method import Initial, Method, Slot
     from adaptc.program import AdaptedProgram
@@ -65,6 +68,9 @@ __all__ = [
     # what one holds
     "AdaptedProgram",
     "LoraConfig",
+    "OFTConfig",
+    "BOFTConfig",
+    "HRAConfig",
     # what a method of one's own is made of
     "register_method",
     "TargetedConfig",
@@ -103,6 +109,9 @@ _HOME = {
     "assert_no_recompiles": "adaptc.runtime",
     "AdaptedProgram": "adaptc.program",
     "LoraConfig": "adaptc.methods.lora",
+    "OFTConfig": "adaptc.methods.oft",
+    "BOFTConfig": "adaptc.methods.boft",
+    "HRAConfig": "adaptc.methods.hra",
     "register_method": "adaptc.methods._registry",
     "TargetedConfig": "adaptc.methods._base",
     "Method": "adaptc.passes._method",

@@ -11,11 +11,20 @@ from adaptc.methods._base import AdapterConfig
 from adaptc.passes._method import Method
 
 #: peft_type -> "module:ConfigClass"
-CONFIGS: dict[str, str] = {"LORA": "adaptc.methods.lora:LoraConfig"}
+CONFIGS: dict[str, str] = {
+    "LORA": "adaptc.methods.lora:LoraConfig",
+    "OFT": "adaptc.methods.oft:OFTConfig",
+    "BOFT": "adaptc.methods.boft:BOFTConfig",
+    "HRA": "adaptc.methods.hra:HRAConfig",
+}
 
 #: method name in region tags -> "module:Class"
 METHODS: dict[str, str] = {
     "lora": "adaptc.methods.lora:Lora",
+    "dora": "adaptc.methods.dora:Dora",
+    "oft": "adaptc.methods.oft:Oft",
+    "boft": "adaptc.methods.boft:Boft",
+    "hra": "adaptc.methods.hra:Hra",
     "stacked": "adaptc.methods.stacked:Stacked",
     "whole": "adaptc.methods.whole:Whole",
     "trainable_tokens": "adaptc.methods.whole:TokenRows",

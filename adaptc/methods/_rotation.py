@@ -1,0 +1,90 @@
+"""Methods that turn the inputs of a layer: x' = x R, which is W' = W R^T on the rows of the weight.
+
+A subclass says how rows are turned. Everything else follows: a layer that reads each input at one place only has its
+input turned, at the cost of the rotation alone; an embedding has its vectors turned; all others get the turned weight.
+Half-precision tensors are turned by rotations made in float32, for which alone there are solvers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from adaptc.errors import TargetError
+from adaptc.passes._kinds import Op, cast
+from adaptc.passes._method import Method, Scale, Slots
+
+
+@dataclass(frozen=True)
+class Rotation(Method):
+    """``turn`` is the method: rows v (..., n) -> v R, or v R^T going ``back``; n is ``width(op)``."""
+
+    def width(self, op: Op) -> int:
+        """Length of the vectors that are turned: those of an embedding, else the rows of the weight as a matrix."""
+        if len(op.shape) < 2:
+            raise TargetError(
+                f"{self.name.upper()} needs a weight with two axes or more, and this one has shape {op.shape}"
+            )
+        return op.out_features if op.kind == "embedding" else op.matrix_shape[1]
+
+    def turn(self, op: Op, v: Tensor, slots: Slots, back: bool = False) -> Tensor:
+        raise AssertionError(f"{type(self).__name__} must define turn()")
+
+    def turns_input(self, op: Op) -> bool:
+        """Whether a row of the weight is what one place of the input meets."""
+        return op.pointwise
+
+    def has_input(self, op: Op) -> bool:
+        return op.callable and self.turns_input(op)
+
+    def has_apply(self, op: Op) -> bool:
+        return op.kind == "embedding"
+
+    def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
+        dtype = torch.promote_types(W.dtype, _dtype(slots))
+        if op.kind == "embedding":
+            return cast(self.turn(op, cast(W.t(), dtype), slots).t(), W.dtype)
+        turned = self.turn(op, cast(W.flatten(1), dtype), slots, back=True)
+        return cast(turned.reshape(W.shape), W.dtype)
+
+    def input(self, op: Op, x: Tensor, slots: Slots, scale: Scale) -> Tensor:
+        v = cast(x, torch.promote_types(x.dtype, _dtype(slots)))
+        if op.is_conv:
+            channels = -1 - len(op.kernel)
+            return cast(self.turn(op, v.movedim(channels, -1), slots).movedim(-1, channels), x.dtype)
+        return cast(self.turn(op, v, slots), x.dtype)
+
+    def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
+        if op.kind != "embedding":
+            return y
+        return cast(self.turn(op, cast(y, torch.promote_types(y.dtype, _dtype(slots))), slots), y.dtype)
+
+
+def _dtype(slots: Slots) -> torch.dtype:
+    return next(iter(slots.values())).dtype
+
+
+def solvable(t: Tensor) -> Tensor:
+    """``t`` in a dtype there are solvers for."""
+    return t if t.dtype in (torch.float32, torch.float64) else t.float()
+
+
+def cayley(K: Tensor) -> Tensor:
+    """(I - K)(I + K)^-1 of skew matrices (..., b, b): rotations."""
+    eye = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+    return torch.linalg.solve(eye + K, eye - K, left=False)
+
+
+def keep_some(R: Tensor, p: float) -> Tensor:
+    """Matrices (..., b, b), each replaced by the identity with probability ``p``."""
+    kept = torch.nn.functional.dropout(torch.ones_like(R[..., :1, :1]), p, training=True).sign()
+    return kept * R + (1 - kept) * torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
+
+
+@lru_cache(maxsize=None)
+def divisors(n: int) -> tuple[int, ...]:
+    small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
+    return tuple(sorted({*small, *(n // d for d in small)}))

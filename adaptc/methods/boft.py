@@ -1,0 +1,160 @@
+"""BOFT: W' = diag(s) W Q^T, Q a product of butterfly factors (Liu et al., arXiv 2311.06243).
+
+Slots, in PEFT's shapes: ``boft_R`` (m, n/b, b, b), of which the skew parts count, and ``boft_s`` (out, 1), at
+convolutions (1, out). Factor i is a block-diagonal rotation between two permutations, which take the halves of the
+blocks of size b in every run of b 2^i, even ones first; for factor 0 they change nothing. Q = F_(m-1) ... F_1 F_0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from adaptc.errors import ConfigError, TargetError
+from adaptc.methods._base import TargetedConfig
+from adaptc.methods._rotation import Rotation, cayley, divisors, keep_some, solvable
+from adaptc.passes._kinds import Op, cast
+from adaptc.passes._method import Initial, Scale, Slot, Slots
+
+
+@dataclass
+class BOFTConfig(TargetedConfig):
+    """PEFT's ``BOFTConfig``: same names, same defaults. Either ``boft_block_size`` or ``boft_block_num`` is 0.
+
+    ``boft_n_butterfly_factor`` is honoured everywhere (PEFT takes 1 where it cannot compile its CUDA extension).
+    """
+
+    peft_type: ClassVar[str] = "BOFT"
+
+    boft_block_size: int = 4
+    boft_block_num: int = 0
+    boft_n_butterfly_factor: int = 1
+    boft_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size, num = self.boft_block_size, self.boft_block_num
+        if size < 0 or num < 0 or (size == 0) == (num == 0):
+            raise ConfigError(
+                "BOFTConfig needs one of boft_block_size and boft_block_num to be positive and the other 0, since the "
+                f"width of a layer is their product; got boft_block_size={size} and boft_block_num={num}"
+            )
+        if self.boft_n_butterfly_factor < 1:
+            raise ConfigError(
+                f"BOFTConfig.boft_n_butterfly_factor must be 1 or more, got {self.boft_n_butterfly_factor}"
+            )
+        if self.bias not in ("none", "all", "boft_only"):
+            raise ConfigError(f"BOFTConfig.bias must be 'none', 'all' or 'boft_only', got {self.bias!r}")
+        if not 0.0 <= self.boft_dropout <= 1.0:
+            raise ConfigError(f"BOFTConfig.boft_dropout must lie in [0, 1], got {self.boft_dropout!r}")
+        if not isinstance(self.init_weights, bool):
+            raise ConfigError(f"BOFTConfig.init_weights must be True or False, got {self.init_weights!r}")
+
+    def method(self, name: str, kind: str) -> Boft:
+        return Boft(
+            size=self.boft_block_size,
+            number=self.boft_block_num,
+            factors=self.boft_n_butterfly_factor,
+            dropout=self.boft_dropout,
+            scheme=self.init_weights,
+        )
+
+
+@dataclass(frozen=True)
+class Boft(Rotation):
+    """BOFT at one site. ``dropout`` is the share of the blocks of one factor that is the identity while training."""
+
+    name: ClassVar[str] = "boft"
+    swappable: ClassVar[frozenset[str]] = frozenset({"dropout", "scheme", "training"})
+
+    size: int = 4
+    number: int = 0
+    factors: int = 1
+    dropout: float = 0.0
+    scheme: bool = True
+    training: bool = False
+
+    def block(self, op: Op) -> int:
+        """The size of a block. Raises TargetError if blocks and butterflies do not go into the width."""
+        n, m = self.width(op), self.factors
+        field, asked = ("boft_block_size", self.size) if self.size else ("boft_block_num", self.number)
+
+        def fits(d: int) -> bool:
+            b = d if self.size else n // d
+            return m == 1 or (b % 2 == 0 and (n // b) % 2 ** (m - 1) == 0)
+
+        if n % asked or not fits(asked):
+            good = [d for d in divisors(n) if fits(d)]
+            butterflies = "" if m == 1 else f" with boft_n_butterfly_factor={m}"
+            way = f"one of {good} fits" if good else "none fits: use fewer factors"
+            raise TargetError(f"BOFT cannot cut the width {n} by {field}={asked}{butterflies}; {way}")
+        return asked if self.size else n // asked
+
+    def slots(self, op: Op) -> dict[str, Slot]:
+        b = self.block(op)
+        return {
+            "boft_R": Slot((self.factors, self.width(op) // b, b, b)),
+            "boft_s": Slot((1, op.out_features) if op.is_conv else (op.out_features, 1), fill=1.0),
+        }
+
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+        if self.scheme:
+            return super().init(op, W, dtype, generator)
+        specs = self.slots(op).items()
+        values = {n: torch.empty(s.shape).normal_(s.fill, 0.1, generator=generator) for n, s in specs}
+        return Initial({n: t.to(dtype) for n, t in values.items()})
+
+    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Without its CUDA extension PEFT has one factor, whatever the config says; the others are the identity."""
+        R = found.get("boft_R")
+        if R is None or R.ndim != 4 or R.shape[0] != 1 or self.factors == 1:
+            return dict(found)
+        more = R.new_zeros(self.factors - 1, *R.shape[1:])
+        return {**found, "boft_R": torch.cat([R, more])}
+
+    def has_apply(self, op: Op) -> bool:
+        return op.kind == "embedding" or self.has_input(op)
+
+    def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
+        s = slots["boft_s"].flatten()
+        wide = torch.promote_types(W.dtype, s.dtype)
+        turned = super().weight(op, cast(W, wide), slots, scale)
+        return cast(turned * s.reshape(-1, *[1] * (W.ndim - 1)), W.dtype)
+
+    def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
+        s = slots["boft_s"].flatten()
+        out = super().apply(op, x, cast(y, torch.promote_types(y.dtype, s.dtype)), W, b, slots, scale)
+        if b is None:
+            return cast(out * op.along_out(s, y), y.dtype)
+        b = op.along_out(b, y)
+        return cast((out - b) * op.along_out(s, y) + b, y.dtype)
+
+    def turn(self, op: Op, v: Tensor, slots: Slots, back: bool = False) -> Tensor:
+        b = self.block(op)
+        R = solvable(slots["boft_R"])
+        Q = cayley((R - R.mT) / 2)
+        if self.training and self.dropout:
+            Q = keep_some(Q, self.dropout / self.factors)
+        Q = cast(Q, v.dtype)
+        order = range(self.factors) if back else reversed(range(self.factors))
+        for i in order:
+            factor = Q[i].mT if back else Q[i]
+            v = _halves(v, b, i, apart=False)
+            v = torch.einsum("...kb,kbc->...kc", v.unflatten(-1, (-1, b)), factor).flatten(-2)
+            v = _halves(v, b, i, apart=True)
+        return v
+
+
+def _halves(v: Tensor, b: int, i: int, apart: bool) -> Tensor:
+    """Permute the halves of blocks of ``b`` in runs of b 2^i: (pair, side) to (side, pair), going ``apart``."""
+    if i == 0:
+        return v
+    inner = (2**i, 2) if apart else (2, 2**i)
+    return v.unflatten(-1, (-1, *inner, b // 2)).transpose(-3, -2).flatten(-4)

@@ -1,0 +1,199 @@
+"""OFT: x' = x R with R orthogonal and block-diagonal (Qiu et al., arXiv 2306.07280; Liu et al., 2506.19847).
+
+Slots, in PEFT's shapes: ``oft_R.weight`` (n/b, b(b-1)/2), at embeddings ``oft_embedding_R.weight``; one row if the
+blocks share theirs. A row is the upper triangle of a skew matrix Q, and its block is (I - Q)(I + Q)^-1, or without an
+inverse a polynomial near (I + Q)(I - Q)^-1. These turn in opposite senses: which it is, is part of what a file means.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod, sqrt
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from adaptc.errors import AdaptcWarning, ConfigError
+from adaptc.methods._base import TargetedConfig
+from adaptc.methods._rotation import Rotation, cayley, divisors, keep_some, solvable
+from adaptc.passes._kinds import Op, cast
+from adaptc.passes._method import Initial, Scale, Slot, Slots
+
+
+@dataclass
+class OFTConfig(TargetedConfig):
+    """PEFT's ``OFTConfig``: same names, same defaults. Either ``r`` (blocks per layer) or ``oft_block_size`` is 0.
+
+    ``module_dropout`` replaces blocks by the identity while training (PEFT reads it and does nothing).
+    """
+
+    peft_type: ClassVar[str] = "OFT"
+
+    r: int = 0
+    oft_block_size: int = 32
+    module_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    init_weights: bool = True
+    coft: bool = False
+    eps: float = 6e-5
+    block_share: bool = False
+    use_cayley_neumann: bool = True
+    num_cayley_neumann_terms: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r < 0 or self.oft_block_size < 0 or (self.r == 0) == (self.oft_block_size == 0):
+            raise ConfigError(
+                f"OFTConfig needs one of r and oft_block_size to be positive and the other 0, since the width of a "
+                f"layer is their product; got r={self.r} and oft_block_size={self.oft_block_size}"
+            )
+        if self.bias not in ("none", "all", "oft_only"):
+            raise ConfigError(f"OFTConfig.bias must be 'none', 'all' or 'oft_only', got {self.bias!r}")
+        if not 0.0 <= self.module_dropout <= 1.0:
+            raise ConfigError(f"OFTConfig.module_dropout must lie in [0, 1], got {self.module_dropout!r}")
+        if not isinstance(self.init_weights, bool):
+            raise ConfigError(f"OFTConfig.init_weights must be True or False, got {self.init_weights!r}")
+        if self.coft and not self.eps > 0:
+            raise ConfigError(f"OFTConfig.eps, the radius that coft keeps to, must be positive, got {self.eps!r}")
+        if self.use_cayley_neumann and self.num_cayley_neumann_terms < 2:
+            raise ConfigError(
+                "OFTConfig.num_cayley_neumann_terms must be 2 or more, or no rotation would ever differ from the "
+                f"identity; got {self.num_cayley_neumann_terms}"
+            )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        if "oft_block_size" not in data:
+            raise ConfigError(
+                "this OFT config has no oft_block_size: it is of PEFT 0.13 or older, whose OFT computed something "
+                "else. Train the adapter again with a newer release."
+            )
+        version = re.match(r"(\d+)\.(\d+)", str(data.get("peft_version", "0.0")))
+        if data.get("use_cayley_neumann") and version and tuple(map(int, version.groups())) < (0, 18):
+            warnings.warn(
+                "this OFT adapter was written by PEFT before 0.18, whose Cayley-Neumann series was another one: its "
+                "outputs will differ from those it was trained with",
+                AdaptcWarning,
+                stacklevel=2,
+            )
+        return super().from_dict(data)
+
+    def method(self, name: str, kind: str) -> Oft:
+        return Oft(
+            blocks=self.r,
+            size=self.oft_block_size,
+            radius=self.eps if self.coft else 0.0,
+            share=self.block_share,
+            terms=self.num_cayley_neumann_terms if self.use_cayley_neumann else 0,
+            dropout=self.module_dropout,
+            scheme=self.init_weights,
+        )
+
+
+@dataclass(frozen=True)
+class Oft(Rotation):
+    """OFT at one site. ``terms`` 0 stands for the exact Cayley transform, ``radius`` 0 for no constraint."""
+
+    name: ClassVar[str] = "oft"
+    swappable: ClassVar[frozenset[str]] = frozenset({"dropout", "scheme", "training"})
+
+    blocks: int = 0
+    size: int = 32
+    radius: float = 0.0
+    share: bool = False
+    terms: int = 5
+    dropout: float = 0.0
+    scheme: bool = True
+    training: bool = False
+
+    def width(self, op: Op) -> int:
+        # All groups of a convolution: in PEFT, blocks go over the channels of the input.
+        n = super().width(op)
+        return n if op.kind == "embedding" else op.in_features * prod(op.kernel)
+
+    def block(self, op: Op) -> int:
+        """The size of a block: the divisor of the width nearest to what was asked for."""
+        n, asked = self.width(op), self.size or self.blocks
+        fits = asked if n % asked == 0 else min(divisors(n), key=lambda d: abs(d - asked))
+        return fits if self.size else n // fits
+
+    def slots(self, op: Op) -> dict[str, Slot]:
+        b = self.block(op)
+        name = "oft_embedding_R.weight" if op.kind == "embedding" else "oft_R.weight"
+        return {name: Slot((1 if self.share else self.width(op) // b, b * (b - 1) // 2))}
+
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+        n, b = self.width(op), self.block(op)
+        field, asked, used = ("oft_block_size", self.size, b) if self.size else ("r", self.blocks, n // b)
+        if asked != used:
+            empty = "; blocks of size 1 have nothing to train" if b == 1 else ""
+            warnings.warn(
+                f"OFTConfig.{field}={asked} does not divide the width {n} of a layer, which gets {field}={used}{empty}",
+                AdaptcWarning,
+                stacklevel=2,
+            )
+        if self.scheme:
+            return super().init(op, W, dtype, generator)
+        values = {n: torch.empty(s.shape).normal_(0.0, 0.1, generator=generator) for n, s in self.slots(op).items()}
+        return Initial({n: t.to(dtype) for n, t in values.items()})
+
+    def turns_input(self, op: Op) -> bool:
+        return op.pointwise or (op.is_conv and all(k == 1 for k in op.kernel))
+
+    def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
+        if op.groups == 1:
+            return super().weight(op, W, slots, scale)
+        if op.matrix_shape[1] % self.block(op):
+            return super().weight(op, op.dense(W), slots, scale)
+        # No block reaches over two groups: one row of every group, side by side, is a row of the full width.
+        rows = W.reshape(op.groups, -1, op.matrix_shape[1]).transpose(0, 1)
+        turned = super().weight(op, rows, slots, scale)
+        return turned.transpose(0, 1).reshape(W.shape)
+
+    def turn(self, op: Op, v: Tensor, slots: Slots, back: bool = False) -> Tensor:
+        b = self.block(op)
+        R = cast(self.rotations(b, next(iter(slots.values()))), v.dtype)
+        R = R.mT if back else R
+        parts = v.reshape(*v.shape[:-1], self.width(op) // b, b)
+        parts = parts @ R[0] if self.share else torch.einsum("...kb,kbc->...kc", parts, R)
+        return parts.reshape(v.shape)
+
+    def rotations(self, b: int, rows: Tensor) -> Tensor:
+        """The blocks (rows, b, b) of R."""
+        Q = self._inside(_skew(solvable(rows), b))
+        R = _neumann(Q, self.terms) if self.terms else cayley(Q)
+        return keep_some(R, self.dropout) if self.training and self.dropout and not self.share else R
+
+    def _inside(self, Q: Tensor) -> Tensor:
+        """``Q`` with each block inside the radius. The gradient is that at the point where it landed, as if the
+        parameter had been moved there, which is what PEFT does."""
+        if not self.radius:
+            return Q
+        q, radius = Q.detach(), self.radius / sqrt(Q.shape[0])
+        norm = torch.linalg.matrix_norm(q, keepdim=True)
+        return Q + (torch.where(norm <= radius, q, q * (radius / norm)) - q)
+
+
+def _skew(rows: Tensor, b: int) -> Tensor:
+    """Upper triangles (k, b(b-1)/2) -> skew matrices (k, b, b)."""
+    i = torch.triu_indices(b, b, 1, device=rows.device)
+    upper = torch.zeros_like(rows[:, :1]).expand(-1, b * b).index_copy(1, i[0] * b + i[1], rows).reshape(-1, b, b)
+    return upper - upper.mT
+
+
+def _neumann(Q: Tensor, terms: int) -> Tensor:
+    """I + 2Q + 2Q^2 + ... + Q^(terms - 1), the last power once; three terms are four, as PEFT counts."""
+    R = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device) + 2 * Q
+    if terms == 2:
+        return R
+    power = Q @ Q
+    R = R + 2 * power
+    for _ in range(terms - 4):
+        power = power @ Q
+        R = R + 2 * power
+    return R + power @ Q
