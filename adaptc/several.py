@@ -25,7 +25,7 @@ def union(plans: Sequence[Plan], training: bool, backend: str, form: str = "auto
     out: list[Attachment] = []
     for p in plans:
         for a in p.attachments:
-            rivals = [o for o in out if o.fqn == a.fqn and o.method.name == a.method.name]
+            rivals = [o for o in out if o.fqn == a.fqn and o.method.akin(a.method)]
             if any(o.method.structure() == a.method.structure() for o in rivals):
                 continue
             if rivals:

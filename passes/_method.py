@@ -71,8 +71,13 @@ class Method:
     swappable: ClassVar[frozenset[str]] = frozenset({"r", "alpha", "dropout", "scheme", "training"})
 
     def structure(self) -> dict[str, Any]:
-        """The options the code of a region depends on: adapters that differ here need regions of their own."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.swappable}
+        """What the code of a region depends on: adapters that differ here need regions of their own."""
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.swappable}
+        return {"method": self.name, **options}
+
+    def akin(self, other: object) -> bool:
+        """Whether ``other`` is this method or a variant of it: then the two have names of slots in common."""
+        return isinstance(other, Method) and _root(type(other)) is _root(type(self))
 
     def options(self) -> dict[str, Any]:
         """The fields as plain JSON values, for the tags of a program's regions."""
@@ -113,7 +118,11 @@ class Method:
         """The method that another adapter's ``config`` has at this site; itself if the config is of another method."""
         make = getattr(config, "method", None)
         new: Any = None if make is None else make(attachment.name or attachment.module, attachment.kind)
-        return new if type(new) is type(self) else self
+        return new if self.akin(new) else self
+
+    def at(self, op: Op) -> Method:
+        """This method at a site: fields filled in that follow from its sizes and are part of :meth:`structure`."""
+        return self
 
     @classmethod
     def jointly(cls, sites: Sequence[tuple[Method, Op]]) -> list[Method]:
@@ -194,6 +203,11 @@ class Method:
         return ".".join(p for p in (place, head, adapter, tail) if p)
 
 
+def _root(method: type) -> type:
+    """The class that is derived from :class:`Method` itself."""
+    return [c for c in method.__mro__ if issubclass(c, Method)][-2]
+
+
 def _from_json(value: Any) -> Any:
     if isinstance(value, str) and value.startswith("torch."):
         return getattr(torch, value.removeprefix("torch."))
@@ -224,6 +238,7 @@ class Attachment:
     name: str = ""
     tied: bool = False
     variant: int = 0
+    why: str = ""
 
     @property
     def fqn(self) -> str:

@@ -22,7 +22,6 @@ REFUSED: dict[str, Any] = {
     "eva_config": {"init_lora_weights": "eva", "eva_config": peft.EvaConfig()},
     "lora_ga_config": {"init_lora_weights": "lora_ga", "lora_ga_config": peft.LoraGAConfig()},
     "megatron_config": {"megatron_config": {"tensor_model_parallel_size": 1}},
-    "use_dora": {"use_dora": True},
     "velora_config": {"velora_config": peft.VeloraConfig()},
     "alora_invocation_tokens": {"alora_invocation_tokens": [5, 6]},
     "use_qalora": {"use_qalora": True},

@@ -25,6 +25,18 @@ from adaptc.rules import pattern_value
 
 NOT_YET = "this LoRA variant is not implemented"
 
+#: fields that each ask for another computation than LoRA's
+VARIANTS = (
+    "use_dora",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "velora_config",
+    "monteclora_config",
+    "arrow_config",
+    "kasa_config",
+)
+
 
 @dataclass
 class LoraConfig(TargetedConfig):
@@ -38,7 +50,6 @@ class LoraConfig(TargetedConfig):
         "corda_config": "initialisation from activations is not implemented",
         "lora_ga_config": "initialisation from gradients is not implemented",
         "megatron_config": "programs are captured from plain modules, not from Megatron's parallel layers",
-        "use_dora": NOT_YET,
         "velora_config": NOT_YET,
         "alora_invocation_tokens": NOT_YET,
         "use_qalora": "it needs GPTQ layers, which torch.export does not capture",
@@ -92,12 +103,19 @@ class LoraConfig(TargetedConfig):
             raise ConfigError(f"LoraConfig.bias must be 'none', 'all' or 'lora_only', got {self.bias!r}")
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):
             raise ConfigError(f"lora_bias=True needs init_lora_weights True or False, got {self.init_lora_weights!r}")
+        if self.lora_bias and self.use_dora:
+            raise ConfigError(
+                "lora_bias=True has no meaning for DoRA, which scales weights alone; unset one of the two"
+            )
+        variants = [name for name in VARIANTS if getattr(self, name)]
+        if len(variants) > 1:
+            raise ConfigError(f"{' and '.join(variants)} are variants of LoRA that do not combine; keep one of them")
 
     def pattern_entries(self) -> dict[str, Mapping[str, Any]]:
         return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
 
     def method(self, name: str, kind: str) -> Lora:
-        return Lora(
+        return self._variant()(
             r=pattern_value(self.rank_pattern, name, self.r),
             alpha=pattern_value(self.alpha_pattern, name, self.lora_alpha),
             rslora=self.use_rslora,
@@ -105,6 +123,13 @@ class LoraConfig(TargetedConfig):
             with_bias=self.lora_bias,
             scheme=self.init_lora_weights,
         )
+
+    def _variant(self) -> type[Lora]:
+        if self.use_dora:
+            from adaptc.methods.dora import Dora
+
+            return Dora
+        return Lora
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,99 @@
+"""DoRA: the rows of W + s B A, turned by LoRA, with lengths trained apart (Liu et al., arXiv 2402.09353).
+
+W' = g (W + s B A) row by row, g = m / |W + s B A|; the gradient takes the length in the denominator for a constant.
+
+Slots: LoRA's, and ``lora_magnitude_vector``, the lengths m: (out,), of embeddings (width,), of convolutions
+(1, out, 1...), of stacked experts (experts, out). A row of a convolution is all that makes one output channel. Rows of
+length zero have g = 1, so that they compute what LoRA would until they have a direction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from adaptc.methods.lora import Lora
+from adaptc.passes._kinds import Op, cast
+from adaptc.passes._method import Initial, Scale, Slot, Slots
+
+MAGNITUDE = "lora_magnitude_vector"
+
+
+@dataclass(frozen=True)
+class Dora(Lora):
+    """DoRA at one site. ``dropout`` acts on the input of all that is added to the layer's own output."""
+
+    name: ClassVar[str] = "dora"
+
+    def slots(self, op: Op) -> dict[str, Slot]:
+        shape = (op.experts,) if op.experts else (1,) if op.is_conv else ()
+        ones = (1,) * len(op.kernel) if op.is_conv else ()
+        return {**super().slots(op), MAGNITUDE: Slot((*shape, op.out_features, *ones))}
+
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+        plain = Lora(**{f.name: getattr(self, f.name) for f in fields(Lora)})
+        first = plain.init(op, W, dtype, generator)
+        return Initial(self._with_lengths(op, W if first.base is None else first.base, first.slots), first.base)
+
+    def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        return self._with_lengths(op, W, super().identity(op, W, dtype))
+
+    def absent(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        # Other adapters may have changed the weight, so no length is right: an infinite one stands for any.
+        values = super().identity(op, W, dtype)
+        return {**values, MAGNITUDE: torch.full_like(values[MAGNITUDE], torch.inf)}
+
+    def nested(self) -> Dora:
+        return self  # PEFT has no DoRA in MultiheadAttention, and so no files in which it is applied twice
+
+    def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
+        full = self._turned(op, W, slots, scale)
+        gain = self._gain(slots, _lengths(op, full.detach()))
+        return cast(full * gain.reshape(*gain.shape, *[1] * (full.ndim - gain.ndim)), W.dtype)
+
+    def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
+        A, B = self._factors(op, slots)
+        x = op.as_input(x, A.dtype)
+        if self.training and self.dropout and op.kind != "embedding":
+            x = F.dropout(x, self.dropout, training=True)
+            base = op(x, cast(W, x.dtype))
+        else:
+            base = y if b is None else y - op.along_out(b, y)
+        constant = {n: t.detach() for n, t in slots.items()}
+        lengths = _lengths(op, self._turned(op, W.detach(), constant, scale))
+        gain = op.along_out(self._gain(slots, lengths), y)
+        return cast(y + (gain - 1) * base + gain * (op.down_up(x, A, B) * scale), y.dtype)
+
+    def fqn(self, place: str, slot: str, adapter: str) -> str:
+        # PEFT holds the vector in a module of its own, and leaves that out of its files.
+        return super().fqn(place, f"{slot}.weight" if slot == MAGNITUDE else slot, adapter)
+
+    def _turned(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
+        """W + s B A, in the wider dtype of the two, dense where a convolution has groups."""
+        A, B = self._factors(op, slots)
+        wide = torch.promote_types(W.dtype, A.dtype)
+        return cast(op.dense(W), wide) + op.product(cast(A, wide), cast(B, wide)) * scale
+
+    def _gain(self, slots: Slots, lengths: Tensor) -> Tensor:
+        # Rounded as the magnitudes are, lengths that did not change give exactly one.
+        magnitude = slots[MAGNITUDE].reshape(lengths.shape)
+        lengths = cast(cast(lengths, magnitude.dtype), lengths.dtype)
+        none = lengths == 0
+        gain = cast(magnitude, lengths.dtype) / lengths.masked_fill(none, 1)
+        return gain.masked_fill(none | magnitude.isinf(), 1)
+
+    def _with_lengths(self, op: Op, W: Tensor, slots: dict[str, Tensor]) -> dict[str, Tensor]:
+        spec = self.slots(op)[MAGNITUDE]
+        dtype = next(iter(slots.values())).dtype
+        lengths = _lengths(op, self._turned(op, W.detach(), slots, self.scale(op)))
+        return {**slots, MAGNITUDE: lengths.to(dtype).reshape(spec.shape)}
+
+
+def _lengths(op: Op, full: Tensor) -> Tensor:
+    """The length of each row, in float32 or better: (out,), or (experts, out)."""
+    high = torch.promote_types(full.dtype, torch.float32)
+    return torch.linalg.vector_norm(full, dim=tuple(range(2 if op.experts else 1, full.ndim)), dtype=high)
