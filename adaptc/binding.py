@@ -145,7 +145,8 @@ def _present(
     out: list[_Found] = []
     shared: set[str] = set()
     for a in slate.attachments:
-        op, method = slate.ops[a.id], a.method.rebind(config, a)
+        op = slate.ops[a.id]
+        method = a.method.rebind(config, a).at(op)
         if method.structure() != a.method.structure():
             continue
         specs = a.method.slots(op)

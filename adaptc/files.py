@@ -121,7 +121,7 @@ def _binding(lifted: Lifted, found: list[Attachment], stored: dict[str, Any], so
         if a.scale is not None:
             values[a.scale] = lifted.tensor(a.scale)
         if a.id in present:
-            methods[a.id] = a.method.rebind(config, a).fit(op, slots)
+            methods[a.id] = a.method.rebind(config, a).at(op).fit(op, slots)
             ops[a.id] = op
         for name, spec in a.method.slots(op).items():
             if spec.trainable and a.id in present and train:

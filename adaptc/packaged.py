@@ -79,8 +79,9 @@ class PackagedProgram:
     def _first_binding(self) -> Binding:
         header, present = self._manifest.header, set(self._manifest.header["present"])
         config = from_dict(header["config"])
-        methods = {a.id: a.method.rebind(config, a) for a in self.adaptation.attachments if a.id in present}
         ops = {s.attachment.id: s.op for s in self._manifest.sites}
+        found = [a for a in self.adaptation.attachments if a.id in present]
+        methods = {a.id: a.method.rebind(config, a).at(ops[a.id]) for a in found}
         return Binding({}, joined(methods, ops), config, source=str(self.path))
 
     @property

@@ -175,10 +175,11 @@ class _Planner:
         )
         op = op_of(kind, self.lifted.tensor(site.fqn), self.lifted.nodes[site.consumers[0]])
         try:
+            method = method.at(op)
             method.slots(op)
         except (TargetError, ConfigError) as error:
             raise type(error)(f"site {site.fqn!r} ({site.module_type or kind}): {error}") from error
-        return a
+        return replace(a, method=method)
 
     def _defaults(self) -> list[str]:
         from adaptc.passes.find_attention import default_targets

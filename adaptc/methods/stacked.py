@@ -84,6 +84,9 @@ class Stacked(Method):
     def rebind(self, config: Any, attachment: Attachment) -> Method:
         return replace(self, inner=self.inner.rebind(config, attachment))
 
+    def at(self, op: Op) -> Method:
+        return replace(self, inner=self.inner.at(self.each(op)))
+
     @classmethod
     def jointly(cls, sites: Sequence[tuple[Method, Op]]) -> list[Method]:
         inner: list[tuple[Method, Op]] = [(m.inner, cls.each(op)) for m, op in sites if isinstance(m, Stacked)]
