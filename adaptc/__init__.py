@@ -41,8 +41,13 @@ if TYPE_CHECKING:
     from adaptc.methods._registry import register_method
     from adaptc.methods.boft import BOFTConfig
     from adaptc.methods.hra import HRAConfig
+    from adaptc.methods.ia3 import IA3Config
+    from adaptc.methods.loha import LoHaConfig
+    from adaptc.methods.lokr import LoKrConfig
     from adaptc.methods.lora import LoraConfig
+    from adaptc.methods.miss import MissConfig
     from adaptc.methods.oft import OFTConfig
+    from adaptc.methods.road import RoadConfig
     from adaptc.passes._kinds import Op
     from adaptc.passes._method import Initial, Method, Slot
     from adaptc.program import AdaptedProgram
@@ -71,6 +76,11 @@ __all__ = [
     "OFTConfig",
     "BOFTConfig",
     "HRAConfig",
+    "LoHaConfig",
+    "LoKrConfig",
+    "IA3Config",
+    "RoadConfig",
+    "MissConfig",
     # what a method of one's own is made of
     "register_method",
     "TargetedConfig",
@@ -112,6 +122,11 @@ _HOME = {
     "OFTConfig": "adaptc.methods.oft",
     "BOFTConfig": "adaptc.methods.boft",
     "HRAConfig": "adaptc.methods.hra",
+    "LoHaConfig": "adaptc.methods.loha",
+    "LoKrConfig": "adaptc.methods.lokr",
+    "IA3Config": "adaptc.methods.ia3",
+    "RoadConfig": "adaptc.methods.road",
+    "MissConfig": "adaptc.methods.miss",
     "register_method": "adaptc.methods._registry",
     "TargetedConfig": "adaptc.methods._base",
     "Method": "adaptc.passes._method",

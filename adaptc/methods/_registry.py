@@ -16,6 +16,13 @@ CONFIGS: dict[str, str] = {
     "OFT": "adaptc.methods.oft:OFTConfig",
     "BOFT": "adaptc.methods.boft:BOFTConfig",
     "HRA": "adaptc.methods.hra:HRAConfig",
+    "LOHA": "adaptc.methods.loha:LoHaConfig",
+    "LOKR": "adaptc.methods.lokr:LoKrConfig",
+    "IA3": "adaptc.methods.ia3:IA3Config",
+    "ROAD": "adaptc.methods.road:RoadConfig",
+    "MISS": "adaptc.methods.miss:MissConfig",
+    # An older name of the same method, which new files do not have.
+    "BONE": "adaptc.methods.miss:MissConfig",
 }
 
 #: method name in region tags -> "module:Class"
@@ -25,6 +32,11 @@ METHODS: dict[str, str] = {
     "oft": "adaptc.methods.oft:Oft",
     "boft": "adaptc.methods.boft:Boft",
     "hra": "adaptc.methods.hra:Hra",
+    "loha": "adaptc.methods.loha:LoHa",
+    "lokr": "adaptc.methods.lokr:LoKr",
+    "ia3": "adaptc.methods.ia3:IA3",
+    "road": "adaptc.methods.road:Road",
+    "miss": "adaptc.methods.miss:Miss",
     "stacked": "adaptc.methods.stacked:Stacked",
     "whole": "adaptc.methods.whole:Whole",
     "trainable_tokens": "adaptc.methods.whole:TokenRows",
