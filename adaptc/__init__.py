@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     )
     from adaptc.methods._base import TargetedConfig
     from adaptc.methods._registry import register_method
+    from adaptc.methods.adalora import AdaLoraConfig
     from adaptc.methods.boft import BOFTConfig
     from adaptc.methods.hra import HRAConfig
     from adaptc.methods.ia3 import IA3Config
@@ -47,7 +48,10 @@ if TYPE_CHECKING:
     from adaptc.methods.lora import LoraConfig
     from adaptc.methods.miss import MissConfig
     from adaptc.methods.oft import OFTConfig
+    from adaptc.methods.randlora import RandLoraConfig
     from adaptc.methods.road import RoadConfig
+    from adaptc.methods.vblora import VBLoRAConfig
+    from adaptc.methods.vera import VeraConfig
     from adaptc.passes._kinds import Op
     from adaptc.passes._method import Initial, Method, Slot
     from adaptc.program import AdaptedProgram
@@ -73,9 +77,13 @@ __all__ = [
     # what one holds
     "AdaptedProgram",
     "LoraConfig",
+    "AdaLoraConfig",
     "OFTConfig",
     "BOFTConfig",
     "HRAConfig",
+    "VeraConfig",
+    "RandLoraConfig",
+    "VBLoRAConfig",
     "LoHaConfig",
     "LoKrConfig",
     "IA3Config",
@@ -119,9 +127,13 @@ _HOME = {
     "assert_no_recompiles": "adaptc.runtime",
     "AdaptedProgram": "adaptc.program",
     "LoraConfig": "adaptc.methods.lora",
+    "AdaLoraConfig": "adaptc.methods.adalora",
     "OFTConfig": "adaptc.methods.oft",
     "BOFTConfig": "adaptc.methods.boft",
     "HRAConfig": "adaptc.methods.hra",
+    "VeraConfig": "adaptc.methods.vera",
+    "RandLoraConfig": "adaptc.methods.randlora",
+    "VBLoRAConfig": "adaptc.methods.vblora",
     "LoHaConfig": "adaptc.methods.loha",
     "LoKrConfig": "adaptc.methods.lokr",
     "IA3Config": "adaptc.methods.ia3",

@@ -13,9 +13,13 @@ from adaptc.passes._method import Method
 #: peft_type -> "module:ConfigClass"
 CONFIGS: dict[str, str] = {
     "LORA": "adaptc.methods.lora:LoraConfig",
+    "ADALORA": "adaptc.methods.adalora:AdaLoraConfig",
     "OFT": "adaptc.methods.oft:OFTConfig",
     "BOFT": "adaptc.methods.boft:BOFTConfig",
     "HRA": "adaptc.methods.hra:HRAConfig",
+    "VERA": "adaptc.methods.vera:VeraConfig",
+    "RANDLORA": "adaptc.methods.randlora:RandLoraConfig",
+    "VBLORA": "adaptc.methods.vblora:VBLoRAConfig",
     "LOHA": "adaptc.methods.loha:LoHaConfig",
     "LOKR": "adaptc.methods.lokr:LoKrConfig",
     "IA3": "adaptc.methods.ia3:IA3Config",
@@ -29,9 +33,13 @@ CONFIGS: dict[str, str] = {
 METHODS: dict[str, str] = {
     "lora": "adaptc.methods.lora:Lora",
     "dora": "adaptc.methods.dora:Dora",
+    "adalora": "adaptc.methods.adalora:AdaLora",
     "oft": "adaptc.methods.oft:Oft",
     "boft": "adaptc.methods.boft:Boft",
     "hra": "adaptc.methods.hra:Hra",
+    "vera": "adaptc.methods.vera:Vera",
+    "randlora": "adaptc.methods.randlora:RandLora",
+    "vblora": "adaptc.methods.vblora:VBLoRA",
     "loha": "adaptc.methods.loha:LoHa",
     "lokr": "adaptc.methods.lokr:LoKr",
     "ia3": "adaptc.methods.ia3:IA3",

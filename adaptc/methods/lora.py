@@ -97,10 +97,7 @@ class LoraConfig(TargetedConfig):
         for name, r in ranks.items():
             if not isinstance(r, int) or isinstance(r, bool) or r <= 0:
                 raise ConfigError(f"LoraConfig.{name} must be a positive integer, got {r!r}")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ConfigError(f"LoraConfig.lora_dropout must lie in [0, 1), got {self.lora_dropout!r}")
-        if self.bias not in ("none", "all", "lora_only"):
-            raise ConfigError(f"LoraConfig.bias must be 'none', 'all' or 'lora_only', got {self.bias!r}")
+        self._check_common()
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):
             raise ConfigError(f"lora_bias=True needs init_lora_weights True or False, got {self.init_lora_weights!r}")
         if self.lora_bias and self.use_dora:
@@ -110,6 +107,13 @@ class LoraConfig(TargetedConfig):
         variants = [name for name in VARIANTS if getattr(self, name)]
         if len(variants) > 1:
             raise ConfigError(f"{' and '.join(variants)} are variants of LoRA that do not combine; keep one of them")
+
+    def _check_common(self) -> None:
+        me = type(self).__name__
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ConfigError(f"{me}.lora_dropout must lie in [0, 1), got {self.lora_dropout!r}")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ConfigError(f"{me}.bias must be 'none', 'all' or 'lora_only', got {self.bias!r}")
 
     def pattern_entries(self) -> dict[str, Mapping[str, Any]]:
         return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
