@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         TargetError,
     )
     from adaptc.methods._base import TargetedConfig
+    from adaptc.methods._rank_allocator import RankAllocator, orthogonal_loss
     from adaptc.methods._registry import register_method
     from adaptc.methods.adalora import AdaLoraConfig
     from adaptc.methods.boft import BOFTConfig
@@ -74,6 +75,8 @@ __all__ = [
     "report",
     "verify",
     "assert_no_recompiles",
+    "RankAllocator",
+    "orthogonal_loss",
     # what one holds
     "AdaptedProgram",
     "LoraConfig",
@@ -125,6 +128,8 @@ _HOME = {
     "report": "adaptc.api",
     "verify": "adaptc.api",
     "assert_no_recompiles": "adaptc.runtime",
+    "RankAllocator": "adaptc.methods._rank_allocator",
+    "orthogonal_loss": "adaptc.methods._rank_allocator",
     "AdaptedProgram": "adaptc.program",
     "LoraConfig": "adaptc.methods.lora",
     "AdaLoraConfig": "adaptc.methods.adalora",
