@@ -149,9 +149,9 @@ def _present(
         method = a.method.rebind(config, a).at(op)
         if method.structure() != a.method.structure():
             continue
-        specs = a.method.slots(op)
+        specs = {**a.method.slots(op), **method.slots(op)}
         keys = {n: a.file_key(n, s) for n, s in specs.items() if s.saved}
-        keys |= {n: a.file_key(n, Slot(())) for n in method.keys(op)}
+        keys |= {n: a.file_key(n, specs.get(n, Slot(()))) for n in method.keys(op)}
         found = {n: tensors[k] for n, k in keys.items() if k in tensors}
         common = {n for n, s in specs.items() if s.shared}
         if keys and not found.keys() - common:
@@ -169,14 +169,21 @@ def _present(
 def joined(methods: Mapping[str, Method], ops: Mapping[str, Op]) -> dict[str, Method]:
     """The methods of one adapter, by attachment id, each knowing of the others what :meth:`Method.jointly` tells."""
     out: dict[str, Method] = dict(methods)
-    for kind in dict.fromkeys(type(m) for m in methods.values()):
-        ids = [i for i, m in methods.items() if type(m) is kind]
-        out |= zip(ids, kind.jointly([(methods[i], ops[i]) for i in ids]), strict=True)
+    parts = {i: m.inside(ops[i]) for i, m in methods.items()}
+    for kind in dict.fromkeys(type(m) for m, _ in parts.values()):
+        ids = [i for i, (m, _) in parts.items() if type(m) is kind]
+        new = kind.jointly([parts[i] for i in ids])
+        out |= {i: methods[i].around(m) for i, m in zip(ids, new, strict=True)}
     return out
 
 
 def second_name(slate: Slate, key: str) -> str | None:
-    """The key of a tensor trained whole that ``key`` is another name of: BERT's head has its bias under two."""
+    """The key of the tensor that ``key`` is another name of: one trained whole, as BERT's head has its bias under two,
+    or one that all sites share and files repeat under each."""
+    place, _, name = key.rpartition(".")
+    for a in slate.attachments:
+        if a.key == place and (slot := a.method.slots(slate.ops[a.id]).get(name)) is not None and slot.repeated:
+            return name
     if key not in slate.weights:
         return None
     tensor = storage_key(slate.weights[key])
@@ -314,13 +321,18 @@ class _Builder:
 
     def identities(self, present: Mapping[str, Method]) -> None:
         """Values for all sites the adapter does not have. Where they share a slot, it has the others' sizes."""
-        kinds = {(type(m), a.variant): m for a in self.slate.attachments if (m := present.get(a.id)) is not None}
+        kinds: dict[Any, Method] = {}
+        for a in self.slate.attachments:
+            if (m := present.get(a.id)) is not None:
+                inner = m.inside(self.slate.ops[a.id])[0]
+                kinds[type(inner), a.variant] = inner
         for a in self.slate.attachments:
             if a.id in present:
                 continue
             op = self.slate.ops[a.id]
             shares = any(s.shared for s in a.method.slots(op).values())
-            method = kinds.get((type(a.method), a.variant), a.method) if shares else a.method
+            kin = kinds.get((type(a.method.inside(op)[0]), a.variant)) if shares else None
+            method = a.method if kin is None else a.method.around(kin)
             values = method.absent(op, self.slate.canonical(a), self.slate.dtype(a))
             self._set(a, values, a.method.scale(op), False)
 
@@ -329,7 +341,8 @@ class _Builder:
         for name, slot in a.method.slots(self.slate.ops[a.id]).items():
             fqn = a.slots.get(name) or a.slot_fqn(name, slot)
             if fqn not in self.values:
-                value = _roomy(tensors[name], slot).to(device=device, dtype=slot.dtype or dtype)
+                # What several sites share may belong to several programs too, and is nobody's to write to.
+                value = _roomy(tensors[name], slot).to(device, slot.dtype or dtype, copy=slot.shared)
                 self.values[fqn] = self.slate.wrap(value, slot.trainable, present)
         if scale is not None:
             # float32 scale is exact enough for every dtype below float64 and keeps half precision half.
@@ -357,6 +370,7 @@ def file_tensors(slate: Slate, binding: Binding) -> dict[str, Tensor]:
         written = method.write(op, {n: t for n, t in values.items() if method.slots(op)[n].saved})
         specs = method.slots(op)
         out |= {a.file_key(n, specs.get(n, Slot(()))): t for n, t in written.items()}
+        out |= {a.file_key(n, Slot(())): t for n, t in written.items() if n in specs and specs[n].repeated}
     return {**out, **{k: out.get(second_name(slate, k) or "", t) for k, t in binding.carried.items()}}
 
 

@@ -36,7 +36,8 @@ class Slot:
     axes whose size an adapter may choose (the rank); all others must match on a swap. ``saved`` is False for slots that
     follow from the config and are not in files. ``shared``: one tensor for all sites of the model (VeRA's projections),
     whose key in files has no module path. ``roomy``: axes of a shared slot that are as long as the largest site needs;
-    an adapter with other sites has another length there, of which its sites read the beginning.
+    an adapter with other sites has another length there, of which its sites read the beginning. ``repeated``: files
+    have the shared slot once more under each site.
     """
 
     shape: tuple[int, ...]
@@ -47,6 +48,7 @@ class Slot:
     saved: bool = True
     shared: bool = False
     roomy: tuple[int, ...] = ()
+    repeated: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,14 @@ class Method:
         """This method at a site: fields filled in that follow from its sizes and are part of :meth:`structure`."""
         return self
 
+    def inside(self, op: Op) -> tuple[Method, Op]:
+        """The method that this one applies to parts of the weight, and the op of a part; itself if there is none."""
+        return self, op
+
+    def around(self, inner: Method) -> Method:
+        """This method with another one :meth:`inside`."""
+        return inner
+
     @classmethod
     def jointly(cls, sites: Sequence[tuple[Method, Op]]) -> list[Method]:
         """The methods of one adapter's sites, each knowing what the others need of a shared slot (its size)."""
@@ -146,6 +156,12 @@ class Method:
         if not getattr(self, "training", False):
             return self
         return dataclasses.replace(self, training=False)  # type: ignore[call-arg]
+
+    def trained(self) -> Self:
+        """This method as it is in training, with its dropout if it has one."""
+        if not hasattr(self, "training"):
+            return self
+        return dataclasses.replace(self, training=True)  # type: ignore[call-arg]
 
     def nested(self) -> Method:
         """This method at a layer that PEFT adapts inside another adapted one (MultiheadAttention's ``out_proj``)."""

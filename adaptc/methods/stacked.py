@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from adaptc.errors import CheckpointError
 from adaptc.passes._kinds import Op
 from adaptc.passes._method import Attachment, Initial, Method, Scale, Slot, Slots
 
@@ -87,10 +88,28 @@ class Stacked(Method):
     def at(self, op: Op) -> Method:
         return replace(self, inner=self.inner.at(self.each(op)))
 
-    @classmethod
-    def jointly(cls, sites: Sequence[tuple[Method, Op]]) -> list[Method]:
-        inner: list[tuple[Method, Op]] = [(m.inner, cls.each(op)) for m, op in sites if isinstance(m, Stacked)]
-        return [cls(m) for m in inner[0][0].jointly(inner)]
+    def inside(self, op: Op) -> tuple[Method, Op]:
+        return self.inner, self.each(op)
+
+    def around(self, inner: Method) -> Method:
+        return replace(self, inner=inner)
+
+    def keys(self, op: Op) -> list[str]:
+        return self.inner.keys(self.each(op))
+
+    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        each = self.each(op)
+        shared = {n for n, s in self.inner.slots(each).items() if s.shared}
+        if type(self.inner).read is Method.read:
+            return dict(found)
+        for name, t in found.items():
+            if name not in shared and t.shape[:1] != (op.experts,):
+                raise CheckpointError(f"{name!r} has shape {tuple(t.shape)}; the first must be {op.experts} experts")
+        return self._stacked(op, [self.inner.read(each, self._part(op, found, i)) for i in range(op.experts)])
+
+    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
+        each = self.each(op)
+        return self._stacked(op, [self.inner.write(each, self._part(op, slots, i)) for i in range(op.experts)])
 
     def fit(self, op: Op, slots: Slots) -> Method:
         return replace(self, inner=self.inner.fit(self.each(op), self._part(op, slots, 0)))
@@ -100,6 +119,9 @@ class Stacked(Method):
 
     def evaluated(self) -> Self:
         return replace(self, inner=self.inner.evaluated())
+
+    def trained(self) -> Self:
+        return replace(self, inner=self.inner.trained())
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         each = self.each(op)

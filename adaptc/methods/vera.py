@@ -1,0 +1,168 @@
+"""VeRA: W' = W + diag(b) B diag(d) A, with one frozen random pair A, B for all sites (Kopiczko et al., 2310.11454).
+
+Slots, in PEFT's shapes: ``vera_lambda_b`` (out,) and ``vera_lambda_d`` (r,) of each site; ``vera_A`` (r, most inputs of
+any site) and ``vera_B`` (most outputs, r) of the model, of which a site reads the first columns and rows. They are in
+files with ``save_projection``, and else follow from ``projection_prng_key``, bit for bit as PEFT draws them. Beyond
+PEFT's linear layers, W is the weight as a matrix, kernels in its columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adaptc.errors import ConfigError, TargetError
+from adaptc.methods._base import TargetedConfig
+from adaptc.passes._kinds import Op, cast
+from adaptc.passes._method import Initial, Method, Scale, Slot, Slots
+
+
+@dataclass
+class VeraConfig(TargetedConfig):
+    """PEFT's ``VeraConfig``: same names, same defaults. Raises ConfigError for values without a meaning."""
+
+    peft_type: ClassVar[str] = "VERA"
+    dropout_field: ClassVar[str] = "vera_dropout"
+
+    r: int = 256
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    vera_dropout: float = 0.0
+    d_initial: float = 0.1
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r <= 0:
+            raise ConfigError(f"VeraConfig.r must be a positive integer, got {self.r!r}")
+        check_key("VeraConfig", self.projection_prng_key)
+        if not 0.0 <= self.vera_dropout < 1.0:
+            raise ConfigError(f"VeraConfig.vera_dropout must lie in [0, 1), got {self.vera_dropout!r}")
+
+    def method(self, name: str, kind: str) -> Vera:
+        return Vera(
+            r=self.r,
+            key=self.projection_prng_key,
+            saved=self.save_projection,
+            dropout=self.vera_dropout,
+            d_initial=self.d_initial,
+            scheme=self.init_weights,
+        )
+
+
+def check_key(config: str, key: Any) -> None:
+    """Raise ConfigError unless ``key`` can seed the generator that shared projections are drawn with."""
+    if not isinstance(key, int) or isinstance(key, bool) or not -(2**63) <= key < 2**64:
+        raise ConfigError(f"{config}.projection_prng_key must be an integer of 64 bits, got {key!r}")
+
+
+@lru_cache(maxsize=4)
+def projections(key: int, r: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
+    """A (r, inputs) and B (outputs, r) as PEFT draws them, float32 on the CPU; to be copied, never written to."""
+    with torch.inference_mode(False), torch.no_grad():
+        generator = torch.Generator(device="cpu").manual_seed(key)
+        shapes = ((r, inputs), (outputs, r))
+        a, b = (torch.empty(s, dtype=torch.float32, device="cpu") for s in shapes)
+        return nn.init.kaiming_uniform_(a, generator=generator), nn.init.kaiming_uniform_(b, generator=generator)
+
+
+@dataclass(frozen=True)
+class Vera(Method):
+    """VeRA at one site. ``inputs`` and ``outputs``: sizes of the largest site of the adapter, 0 for this site's own.
+
+    ``dropout`` acts on the input of the adapter, while training only. ``saved``: whether the projections are in files.
+    """
+
+    name: ClassVar[str] = "vera"
+    swappable: ClassVar[frozenset[str]] = Method.swappable | {"key", "saved", "d_initial", "inputs", "outputs"}
+
+    r: int = 256
+    key: int = 0
+    saved: bool = True
+    dropout: float = 0.0
+    d_initial: float = 0.1
+    scheme: bool = True
+    training: bool = False
+    inputs: int = 0
+    outputs: int = 0
+
+    def slots(self, op: Op) -> dict[str, Slot]:
+        if len(op.shape) < 2:
+            raise TargetError(f"VeRA needs a weight with two axes or more, and this one has shape {op.shape}")
+        rows, columns = op.matrix_shape
+        a, b = (self.r, max(self.inputs, columns)), (max(self.outputs, rows), self.r)
+        return {
+            "vera_lambda_b": Slot((rows,)),
+            "vera_lambda_d": Slot((self.r,), free=(0,)),
+            "vera_A": Slot(a, free=(0,), roomy=(1,), trainable=False, saved=self.saved, shared=True),
+            "vera_B": Slot(b, free=(1,), roomy=(0,), trainable=False, saved=self.saved, shared=True),
+        }
+
+    @classmethod
+    def jointly(cls, sites: Sequence[tuple[Method, Op]]) -> list[Method]:
+        sizes = [op.matrix_shape for _, op in sites]
+        most = {"inputs": max(c for _, c in sizes), "outputs": max(r for r, _ in sizes)}
+        return [replace(method, **most) for method, _ in sites]  # type: ignore[arg-type]
+
+    def minimal(self, op: Op) -> Vera:
+        return replace(self, r=2)
+
+    def keys(self, op: Op) -> list[str]:
+        return ["vera_A", "vera_B"]  # a file may hold what could be drawn again
+
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+        rows = op.matrix_shape[0]
+        if self.scheme:
+            b, d = torch.zeros(rows, dtype=dtype), torch.full((self.r,), self.d_initial, dtype=dtype)
+        else:
+            b, d = torch.ones(rows, dtype=dtype), torch.randn(self.r, generator=generator).to(dtype)
+        return Initial({"vera_lambda_b": b, "vera_lambda_d": d, **self._drawn(op, W, dtype)})
+
+    def _drawn(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        specs = self.slots(op)
+        a, b = projections(self.key, self.r, specs["vera_A"].shape[1], specs["vera_B"].shape[0])
+        # PEFT keeps them in the dtype of the base first.
+        return {"vera_A": a.to(W.dtype).to(dtype), "vera_B": b.to(W.dtype).to(dtype)}
+
+    def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        # Not smaller than this method: other sites may read the shared slots too.
+        return {n: torch.zeros(s.shape, dtype=dtype, device=W.device) for n, s in self.slots(op).items()}
+
+    def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
+        return {**self.identity(op, W, dtype), **self._drawn(op, W, dtype)}
+
+    def fit(self, op: Op, slots: Slots) -> Vera:
+        d = slots.get("vera_lambda_d")
+        return self if d is None or not d.ndim else replace(self, r=d.shape[-1])
+
+    def _parts(self, op: Op, slots: Slots) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows, columns = op.matrix_shape
+        b, d = slots["vera_lambda_b"], slots["vera_lambda_d"]
+        A, B = slots["vera_A"].narrow(1, 0, columns), slots["vera_B"].narrow(0, 0, rows)
+        return b, cast(B, b.dtype), d, cast(A, d.dtype)
+
+    def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
+        b, B, d, A = self._parts(op, slots)
+        delta = (b.unsqueeze(-1) * B) @ (d.unsqueeze(-1) * A)
+        return cast(W + op.unmatrix(delta), W.dtype)
+
+    def has_apply(self, op: Op) -> bool:
+        return op.callable and op.groups == 1
+
+    def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
+        # The vectors scale activations: scaled projections would be as large as the weight, once per site.
+        out, B, d, A = self._parts(op, slots)
+        x = op.as_input(x, d.dtype)
+        if self.training and self.dropout and op.kind != "embedding":
+            x = F.dropout(x, self.dropout, training=True)
+        h = op(x, A.reshape(-1, *op.shape[1:]))
+        h = op.up(h * op.along_out(d, h), B)
+        return cast(y + h * op.along_out(out, h), y.dtype)
