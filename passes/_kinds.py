@@ -138,7 +138,9 @@ class Op:
 
     def up(self, h: Tensor, b: Tensor) -> Tensor:
         """A matrix (out, channels) on the channels of ``h``, what this op gives with a weight of that many rows."""
-        return self._pointwise(h, b.reshape(*b.shape, *([1] * len(self.kernel)))) if self.is_conv else F.linear(h, b)
+        for _ in self.kernel:
+            b = b.unsqueeze(-1)
+        return self._pointwise(h, b) if self.is_conv else F.linear(h, b)
 
     def _pointwise(self, h: Tensor, b: Tensor) -> Tensor:
         conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(self.kernel)]
