@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+import tests.block_diagonal  # noqa: F401  # for BOFT with several factors
 from tests.custom_models import One
 
 #: words that ids of embedding layers are drawn from
@@ -113,6 +114,18 @@ class Entry:
 
 
 CONVS = ("conv1d", "conv1d_same", "conv2d", "conv2d_1x1", "conv2d_odd", "conv2d_circular", "conv2d_groups", "conv3d")
+#: where methods for matrices alone are PEFT's
+MATRICES = ("linear", "linear_nobias", "addmm")
+#: where LoHa and LoKr are PEFT's
+FLAT = (
+    *("linear", "linear_nobias", "conv1d", "conv1d_same"),
+    *("conv2d", "conv2d_1x1", "conv2d_odd", "conv2d_groups"),
+)
+#: where IA3 is PEFT's
+SCALED = (
+    *("linear", "linear_nobias", "addmm"),
+    *("conv2d", "conv2d_1x1", "conv2d_odd", "conv2d_circular", "conv2d_groups", "conv3d"),
+)
 
 ENTRIES: list[Entry] = [
     Entry(
@@ -121,6 +134,145 @@ ENTRIES: list[Entry] = [
         {"r": 6, "lora_alpha": 5},
         peft=("linear", "linear_nobias", "addmm", "embedding", "conv1d", "conv2d", "conv2d_1x1", "conv3d"),
         other={"r": 3, "lora_alpha": 7, "use_rslora": True},
+    ),
+    Entry(
+        "dora",
+        "LoraConfig",
+        {"r": 6, "lora_alpha": 5, "use_dora": True},
+        peft=("linear", "linear_nobias", "addmm", "embedding", "conv1d", "conv2d", "conv2d_1x1", "conv3d"),
+        other={"r": 3, "lora_alpha": 7, "use_rslora": True},
+    ),
+    Entry(
+        "adalora",
+        "AdaLoraConfig",
+        {"init_r": 6, "lora_alpha": 5, "total_step": 10},
+        peft=("linear", "linear_nobias", "addmm", "conv2d", "conv2d_1x1", "conv2d_odd"),
+        other={"init_r": 3, "lora_alpha": 0},
+    ),
+    Entry(
+        "oft",
+        "OFTConfig",
+        {"oft_block_size": 3},
+        peft=("linear", "linear_nobias", "embedding", "conv2d_1x1"),
+        other={"module_dropout": 0.1, "init_weights": False},
+    ),
+    Entry(
+        "oft_cayley",
+        "OFTConfig",
+        {"r": 3, "oft_block_size": 0, "use_cayley_neumann": False},
+        peft=("linear", "embedding", "conv2d_1x1"),
+    ),
+    Entry(
+        "oft_shared",
+        "OFTConfig",
+        {"oft_block_size": 3, "block_share": True, "num_cayley_neumann_terms": 7},
+        peft=("linear", "embedding", "conv2d_1x1"),
+    ),
+    Entry(
+        "oft_constrained",
+        "OFTConfig",
+        {"oft_block_size": 3, "coft": True, "eps": 0.25},
+        peft=("linear", "embedding", "conv2d_1x1"),
+        tolerance=1e-7,  # PEFT rounds the radius to float32
+    ),
+    Entry(
+        "boft",
+        "BOFTConfig",
+        {"boft_block_size": 3},
+        peft=("linear", "linear_nobias", "conv2d", "conv2d_1x1"),
+        other={"boft_dropout": 0.1, "init_weights": False},
+    ),
+    Entry(
+        "boft_butterfly",
+        "BOFTConfig",
+        {"boft_block_size": 0, "boft_block_num": 6, "boft_n_butterfly_factor": 2},
+        peft=("linear", "conv2d", "conv2d_1x1"),
+        widths=(24, 36),
+    ),
+    Entry(
+        "hra",
+        "HRAConfig",
+        {"r": 4},
+        peft=("linear", "linear_nobias", "conv2d", "conv2d_1x1"),
+        other={"r": 6},
+    ),
+    Entry(
+        "hra_gs",
+        "HRAConfig",
+        {"r": 4, "apply_GS": True, "init_weights": False},
+        peft=("linear", "conv2d", "conv2d_1x1"),
+        other={"r": 3},
+        neutral=False,
+    ),
+    # PEFT rounds LoHa's alpha / r to float32, and ignores the padding mode of convolutions.
+    Entry("loha", "LoHaConfig", {"r": 4, "alpha": 6}, peft=FLAT, other={"r": 3, "alpha": 7, "rank_dropout": 0.2}),
+    Entry(
+        "loha_kernel",
+        "LoHaConfig",
+        {"r": 4, "alpha": 6, "use_effective_conv2d": True},
+        peft=FLAT,
+        other={"r": 3, "init_weights": False},
+    ),
+    Entry("lokr", "LoKrConfig", {"r": 2, "alpha": 5}, peft=FLAT, other={"r": 3, "alpha": 7, "module_dropout": 0.2}),
+    Entry("lokr_whole", "LoKrConfig", {"r": 4, "alpha": 7}, peft=FLAT, other={"r": 9, "init_weights": "lycoris"}),
+    Entry(
+        "lokr_both",
+        "LoKrConfig",
+        {"r": 2, "alpha": 5, "decompose_both": True, "decompose_factor": 5},
+        peft=FLAT,
+        other={"r": 1, "init_weights": False, "rank_dropout": 0.2, "rank_dropout_scale": True},
+    ),
+    Entry(
+        "lokr_kernel",
+        "LoKrConfig",
+        {"r": 2, "alpha": 5, "use_effective_conv2d": True, "init_weights": "lycoris"},
+        peft=FLAT,
+        other={"r": 3, "init_weights": True},
+    ),
+    Entry("ia3", "IA3Config", {"feedforward_modules": []}, peft=SCALED, other={"init_ia3_weights": False}),
+    Entry("ia3_inputs", "IA3Config", {"feedforward_modules": "layer.*"}, peft=SCALED),
+    Entry("road", "RoadConfig", {"group_size": 14}, widths=(15, 42), other={"init_weights": False}),
+    Entry("road_2", "RoadConfig", {"variant": "road_2", "group_size": 6}, widths=(15, 42)),
+    Entry(
+        "road_4",
+        "RoadConfig",
+        {"variant": "road_4", "group_size": 2, "init_weights": False},
+        widths=(15, 42),
+        neutral=False,
+    ),
+    Entry("miss", "MissConfig", {"r": 4}, other={"r": 7, "init_weights": False, "miss_dropout": 0.1}),
+    Entry("miss_mini", "MissConfig", {"r": 5, "init_weights": "mini", "mini_r": 7}, other={"r": 2}),
+    Entry("miss_bat", "MissConfig", {"r": 3, "init_weights": "bat"}),
+    Entry(
+        "vera",
+        "VeraConfig",
+        {"r": 6},
+        peft=MATRICES,
+        other={"r": 3, "projection_prng_key": 7, "save_projection": False, "d_initial": 0.3},
+    ),
+    Entry("vera_drawn", "VeraConfig", {"r": 4, "save_projection": False}, peft=MATRICES, other={"init_weights": False}),
+    Entry(
+        "randlora",
+        "RandLoraConfig",
+        {"r": 4, "randlora_alpha": 5},
+        peft=MATRICES,
+        other={"randlora_alpha": 7, "projection_prng_key": 3, "very_sparse": True},
+    ),
+    Entry(
+        "randlora_drawn",
+        "RandLoraConfig",
+        {"r": 7, "randlora_alpha": 3, "sparse": True, "save_projection": False},
+        peft=MATRICES,
+        widths=(21, 15),
+        other={"save_projection": True, "init_weights": False},
+    ),
+    Entry(
+        "vblora",
+        "VBLoRAConfig",
+        {"r": 4, "num_vectors": 11, "vector_length": 3, "topk": 2},
+        peft=MATRICES,
+        other={"r": 3, "init_logits_std": 0.7, "save_only_topk_weights": True},
+        neutral=False,
     ),
 ]
 
