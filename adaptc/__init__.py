@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from adaptc.methods.ia3 import IA3Config
     from adaptc.methods.loha import LoHaConfig
     from adaptc.methods.lokr import LoKrConfig
+    from adaptc.methods.ln_tuning import LNTuningConfig
     from adaptc.methods.lora import LoraConfig
     from adaptc.methods.miss import MissConfig
     from adaptc.methods.oft import OFTConfig
@@ -97,6 +98,12 @@ __all__ = [
     "TargetedConfig",
     "Method",
     "Slot",
+    "FourierFTConfig",
+    "WaveFTConfig",
+    "C3AConfig",
+    "ShiraConfig",
+    "LNTuningConfig",
+    "TrainableTokensConfig",
     "Initial",
     "Op",
     # what can go wrong
@@ -149,6 +156,12 @@ _HOME = {
     "Method": "adaptc.passes._method",
     "Slot": "adaptc.passes._method",
     "Initial": "adaptc.passes._method",
+    "FourierFTConfig": "adaptc.methods.fourierft",
+    "WaveFTConfig": "adaptc.methods.waveft",
+    "C3AConfig": "adaptc.methods.c3a",
+    "ShiraConfig": "adaptc.methods.shira",
+    "LNTuningConfig": "adaptc.methods.ln_tuning",
+    "TrainableTokensConfig": "adaptc.methods.trainable_tokens",
     "Op": "adaptc.passes._kinds",
     "AdaptcError": "adaptc.errors",
     "AdaptcWarning": "adaptc.errors",

@@ -81,6 +81,7 @@ def compile(
     captured = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, training=training)
     facts = ModelFacts(
         captured.module_types,
+        captured.model_type,
         captured.output_embedding,
         captured.input_embedding,
         _transposed(model),
@@ -89,6 +90,7 @@ def compile(
     base = Lifted(captured.program, edit=False)
     parsed = [fitted(c, f, base.state_dict) for c, f in parsed]
     plans = [plan(_targeted(c), captured.program, facts, adapter_name, base) for c, _ in parsed]
+    parsed = [(p.config, f) for p, (_, f) in zip(plans, parsed, strict=True)]
     attachments = union(plans, training, backend, form)
     slate = _slate(base, attachments, autocast_adapter_dtype, _trainable(parsed[0], training), plans)
     slate = joint_slate(slate)
@@ -149,8 +151,8 @@ def _slate(
     base: Lifted, attachments: Sequence[Attachment], autocast: bool, trainable: bool, plans: Sequence[Plan]
 ) -> Slate:
     ops = {a.id: op_of(a.kind, base.tensor(a.fqn), base.nodes[a.consumers[0]]) for a in attachments}
-    unread = dict.fromkeys(f for p in plans for f in p.unread)
-    return Slate(attachments, ops, base.state_dict, autocast, trainable, list(unread))
+    unread = {key: fqn for p in plans for key, fqn in p.unread.items()}
+    return Slate(attachments, ops, base.state_dict, autocast, trainable, unread)
 
 
 def _first_binding(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptc._other_names import base_name, keys_of, second_name
 from adaptc.checkpoint import check_finite
 from adaptc.errors import CheckpointError, ConfigError, SwapError, nearest
 from adaptc.methods._base import AdapterConfig
@@ -47,7 +48,7 @@ class Binding:
 class Slate:
     """What a binding must fill: attachments, their ops and base weights, and the dtype rule for adapter tensors.
 
-    ``weights`` holds all base tensors; ``unread`` are FQNs of those that files of whole modules hold unread.
+    ``weights`` holds all base tensors; ``unread``: key -> FQN of those that files of whole modules hold unread.
     """
 
     attachments: Sequence[Attachment]
@@ -55,7 +56,7 @@ class Slate:
     weights: Mapping[str, Tensor]
     autocast: bool = True
     trainable: bool = False
-    unread: Sequence[str] = ()
+    unread: Mapping[str, str] = field(default_factory=dict)
 
     def dtype(self, a: Attachment) -> torch.dtype:
         """Adapter dtype at a site: with autocast, float32 above half-precision bases (as in PEFT); else the base's."""
@@ -92,7 +93,7 @@ def first_values(
             slots = {**a.method.identity(op, slate.canonical(a), slate.dtype(a)), **slots}
         builder.put(a, method, slots, init.base)
     builder.identities({a.id: a.method if only is None else only[a.id] for a in present})
-    builder.carried = {f: slate.weights[f].detach() for f in slate.unread}
+    builder.carried = {key: slate.weights[fqn].detach() for key, fqn in slate.unread.items()}
     return builder.done("first values")
 
 
@@ -177,33 +178,9 @@ def joined(methods: Mapping[str, Method], ops: Mapping[str, Op]) -> dict[str, Me
     return out
 
 
-def second_name(slate: Slate, key: str) -> str | None:
-    """The key of the tensor that ``key`` is another name of: one trained whole, as BERT's head has its bias under two,
-    or one that all sites share and files repeat under each."""
-    place, _, name = key.rpartition(".")
-    for a in slate.attachments:
-        if a.key == place and (slot := a.method.slots(slate.ops[a.id]).get(name)) is not None and slot.repeated:
-            return name
-    if key not in slate.weights:
-        return None
-    tensor = storage_key(slate.weights[key])
-    for a in slate.attachments:
-        # Beyond the module that is trained, a copy of it is tied to nothing.
-        inside = key.startswith(f"{a.key}.") or a.param == "bias"
-        whole = a.method.name == "whole" and a.fqn != key
-        if whole and inside and storage_key(slate.weights[a.fqn]) == tensor:
-            return next(f"{a.key}.{slot}" for slot in a.method.slots(slate.ops[a.id]))
-    return None
-
-
 def changes_base(method: Method) -> bool:
     scheme = getattr(method, "scheme", True)
     return isinstance(scheme, str) and scheme.lower().startswith(("pissa", "olora"))
-
-
-def base_name(key: str) -> str:
-    """The FQN of a base weight, from its key in a file, where PEFT's wrappers are part of the path."""
-    return key.replace(".base_layer.", ".")
 
 
 def _derived(a: Attachment, op: Op, method: Method, slate: Slate, found: Slots) -> dict[str, Tensor]:
@@ -296,7 +273,7 @@ class _Builder:
         """
         if WRAPPED.search(key):  # with bias="all" PEFT also writes the insides of its wrappers, copies of other keys
             return True
-        fqn = base_name(key)
+        fqn = self.slate.unread.get(key) or base_name(key)
         inside = key != fqn and key.endswith(".weight")  # a bias in a wrapper is one the adapter has trained
         if fqn not in self.slate.weights or not (inside or key in self.slate.unread or self._embeds(key)):
             return False
@@ -369,8 +346,7 @@ def file_tensors(slate: Slate, binding: Binding) -> dict[str, Tensor]:
             values[slot] = _roomy(value, spec)
         written = method.write(op, {n: t for n, t in values.items() if method.slots(op)[n].saved})
         specs = method.slots(op)
-        out |= {a.file_key(n, specs.get(n, Slot(()))): t for n, t in written.items()}
-        out |= {a.file_key(n, Slot(())): t for n, t in written.items() if n in specs and specs[n].repeated}
+        out |= {key: t for n, t in written.items() for key in keys_of(a, n, specs.get(n, Slot(())))}
     return {**out, **{k: out.get(second_name(slate, k) or "", t) for k, t in binding.carried.items()}}
 
 

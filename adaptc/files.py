@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from adaptc._other_names import base_name
 from adaptc.adapters import from_dict
-from adaptc.binding import Binding, base_name, joined
+from adaptc.binding import Binding, joined
 from adaptc.errors import CheckpointError
 from adaptc.inductor import compilable
 from adaptc.methods._registry import method_of
@@ -126,6 +127,7 @@ def _binding(lifted: Lifted, found: list[Attachment], stored: dict[str, Any], so
         for name, spec in a.method.slots(op).items():
             if spec.trainable and a.id in present and train:
                 slots[name].requires_grad_(slots[name].is_floating_point())
-    carried = {k: lifted.tensor(base_name(k)).detach() for k in (*stored["unread"], *stored["carried"])}
+    beside = {**stored["unread"], **{k: base_name(k) for k in stored["carried"]}}
+    carried = {key: lifted.tensor(fqn).detach() for key, fqn in beside.items()}
     methods = joined(methods, ops)
     return Binding(values, methods, config, name=found[0].adapter, source=source, carried=carried)

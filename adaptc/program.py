@@ -41,8 +41,8 @@ class Adaptation:
     autocast: bool = True
     #: base parameters of which only the adapter's own version is known (a PiSSA program loaded from a file)
     residual: Sequence[str] = ()
-    #: tensors of modules trained as a whole that the program does not read, but files hold
-    unread: Sequence[str] = ()
+    #: key -> FQN of tensors of modules trained as a whole that the program does not read, but files hold
+    unread: Mapping[str, str] = field(default_factory=dict)
 
     def header(self, binding: Binding) -> dict[str, Any]:
         return {
@@ -55,7 +55,7 @@ class Adaptation:
             "fills": {k: list(v) for k, v in self.fills.items()},
             "training": self.training,
             "autocast": self.autocast,
-            "unread": list(self.unread),
+            "unread": dict(self.unread),
             "carried": [k for k in binding.carried if k not in self.unread],
         }
 

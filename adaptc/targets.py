@@ -7,22 +7,25 @@ wrote has bound to at least one site, or a TargetError that names what exists in
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from adaptc._trained import Trained, outermost
 from adaptc.errors import ConfigError, TargetError, nearest
 from adaptc.methods._base import TargetedConfig
+from adaptc.methods._default_targets import OTHER_MEANING
 from adaptc.methods.stacked import Stacked
 from adaptc.methods.whole import TokenRows, Whole
 from adaptc.passes._kinds import op_of
 from adaptc.passes._lifted import Lifted
 from adaptc.passes._method import Attachment
-from adaptc.passes.find_sites import Site, consumers, find_sites
-from adaptc.rules import Candidate, Selection, check_patterns, select, select_to_save
+from adaptc.passes.find_sites import Site, find_sites
+from adaptc.rules import NO_TARGETS, Candidate, Selection, check_patterns, select, select_to_save
 from adaptc.stacked_experts import refuse_old_targets
 
 MATRIX_KINDS = ("linear", "addmm", "conv1d", "conv2d", "conv3d", "embedding")
@@ -33,6 +36,8 @@ class ModelFacts:
     """What is known of the model beyond its graph; all of it may be missing for a bare exported program."""
 
     types: Mapping[str, str] = field(default_factory=dict)
+    #: ``config.model_type`` of a transformers model
+    model_type: str | None = None
     output_embedding: str | None = None
     input_embedding: str | None = None
     transposed: frozenset[str] = frozenset()
@@ -42,15 +47,18 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Plan:
-    """``attachments`` in injection order; ``matches`` per target entry; ``left_out`` (module, why).
+    """``config`` is the one planned, with all it left to the model filled in; ``attachments`` in injection order;
+    ``matches`` per target entry; ``left_out`` (module, why).
 
-    ``unread``: tensors of modules trained as a whole that the program does not read, which files hold all the same.
+    ``unread``: key in files -> FQN of tensors of modules trained as a whole that the program does not read, which files
+    hold all the same.
     """
 
+    config: TargetedConfig
     attachments: tuple[Attachment, ...]
     matches: Mapping[str, tuple[str, ...]]
     left_out: tuple[tuple[str, str], ...]
-    unread: tuple[str, ...] = ()
+    unread: Mapping[str, str] = field(default_factory=dict)
 
 
 def plan(
@@ -69,10 +77,11 @@ class _Planner:
     def __init__(
         self, config: TargetedConfig, program: ExportedProgram, facts: ModelFacts, adapter: str, lifted: Lifted
     ) -> None:
-        self.config, self.program, self.facts, self.adapter = config, program, facts, adapter
-        self.lifted = lifted
+        # A copy: what is found in the graph is written to it.
+        self.config = copy.copy(config.resolved(facts))
+        self.program, self.facts, self.adapter, self.lifted = program, facts, adapter, lifted
         self.sites = find_sites(program, dict(facts.types), lifted)
-        self.buffers = find_sites(program, dict(facts.types), lifted, InputKind.BUFFER)
+        buffers = find_sites(program, dict(facts.types), lifted, InputKind.BUFFER)
         self.by_module: dict[str, list[Site]] = {}
         for site in self.sites:
             self.by_module.setdefault(site.module, []).append(site)
@@ -81,26 +90,39 @@ class _Planner:
             parts = module.split(".")
             for i in range(1, len(parts)):
                 self.names.setdefault(".".join(parts[:i]), "")
+        self.trained = Trained(lifted, self.sites, buffers, facts.input_embedding, adapter)
         self.head = facts.output_embedding or self._guess_head()
 
     def run(self) -> Plan:
-        saved = _outermost(select_to_save(self.names, self.config.modules_to_save, self.config.task_type))
-        parameters = getattr(self.config, "target_parameters", None)
+        saved = outermost(select_to_save(self.names, self.config.modules_to_save, self.config.task_type))
+        parameters = self.config.target_parameters
         tokens = getattr(self.config, "trainable_token_indices", None)
         targets = self.config.target_modules
         if targets is None:
             targets = [] if parameters or tokens else self._defaults()
+        # A list that is empty is an error to PEFT, even where something else is trained.
+        self.config.target_modules = targets or ([] if parameters else NO_TARGETS)
         modules = self._candidates()
         refuse_old_targets(targets, self.names, self.lifted.state_dict)
         selection = self._select(modules, targets)
-        main = [a for name in selection.names for a in self._module(name, modules[name], selection)]
+        whole = [(m, Whole("")) for m in saved]
+        main: list[Attachment] = []
+        rows: list[Attachment] = []
+        if self.config.unit == "modules":
+            whole += [(m, cast(Whole, self.config.method(m, "weight"))) for m in outermost(selection.names)]
+        elif self.config.unit == "rows":
+            rows = self.trained.rows([(m, "", cast(TokenRows, self.config.method(m, ""))) for m in selection.names])
+        else:
+            main = [a for name in selection.names for a in self._module(name, modules[name], selection)]
         check_names = [*selection.names]
         extra = self._parameters(parameters, check_names)
         for option, pattern in self.config.pattern_entries().items():
             check_patterns(option, pattern, check_names)
         self._check_dropout([*main, *extra])
-        whole, rows = self._whole(saved), self._tokens(tokens)
-        attachments = [*self._biases({a.id for a in whole}, main), *whole, *main, *extra, *rows]
+        replaced = [a for m, like in whole for a in self.trained.whole(m, like)]
+        rows += self.trained.tokens(tokens)
+        biases = self.trained.biases(getattr(self.config, "bias", "none"), {a.id for a in replaced}, main)
+        attachments = [*biases, *replaced, *main, *extra, *rows]
         if not attachments:
             raise TargetError(
                 "the config adapts nothing: target_modules, target_parameters, modules_to_save and "
@@ -111,14 +133,17 @@ class _Planner:
         matches = dict(selection.matches)
         for a in extra:
             matches[a.entry] = (*matches.get(a.entry, ()), a.fqn)
-        read = {a.fqn for a in attachments}
-        inside = [f for f in self.lifted.state_dict if any(f.startswith(f"{m}.") for m in saved)]
-        return Plan(tuple(attachments), matches, selection.left_out, tuple(f for f in inside if f not in read))
+        unread = self.trained.unread(whole, {a.fqn for a in attachments})
+        return Plan(self.config, tuple(attachments), matches, selection.left_out, unread)
 
     # -- modules ---------------------------------------------------------------------------------------------------
 
     def _candidates(self) -> dict[str, list[Site]]:
         """Module path -> the sites that adapting this module means."""
+        if self.config.unit == "modules":
+            return self.trained.modules(self.names)
+        if self.config.unit == "rows":
+            return self.trained.tables()
         out: dict[str, list[Site]] = {}
         for module, sites in self.by_module.items():
             main = [s for s in sites if s.param == "weight" and s.kind in MATRIX_KINDS]
@@ -184,6 +209,13 @@ class _Planner:
     def _defaults(self) -> list[str]:
         from adaptc.passes.find_attention import default_targets
 
+        if self.config.unit == "rows" and (only := self.trained.only_embedding()) is not None:
+            return [only]
+        if self.config.peft_type in OTHER_MEANING:
+            raise TargetError(
+                f"target_modules is None, and {self.config.peft_type} has no default for model type "
+                f"{self.facts.model_type!r}. Name the modules; candidates: {self._some(self._candidates())}."
+            )
         found = default_targets(self.program)
         if not found:
             raise TargetError(
@@ -198,11 +230,11 @@ class _Planner:
             return None
         vocab = {s.shape[0] for s in self.sites if s.kind == "embedding"}
         linear = [s for s in self.sites if s.kind == "linear" and s.shape[0] in vocab and s.param == "weight"]
-        tied = [s for s in linear if any(t.kind == "embedding" for t in self._tied_to(s))]
+        tied = [s for s in linear if any(t.kind == "embedding" for t in self.trained.tied_to(s))]
         heads = tied or linear
         return heads[0].module if len(heads) == 1 else None
 
-    # -- parameters, biases, whole modules, tokens --------------------------------------------------------------------
+    # -- parameters ---------------------------------------------------------------------------------------------------
 
     def _parameters(self, entries: Sequence[str] | None, names: list[str]) -> list[Attachment]:
         if not entries:
@@ -240,85 +272,6 @@ class _Planner:
             raise TargetError(f"target_parameters: {site.fqn!r} has shape {site.shape}; two or three axes are needed")
         return "linear" if site.kind == "linear" else "weight"
 
-    def _biases(self, trained: Collection[str], main: Sequence[Attachment]) -> list[Attachment]:
-        wanted = getattr(self.config, "bias", "none")
-        if wanted == "none":
-            return []
-        keys = {a.module: f"{a.key}.base_layer" for a in main}
-        sites = [s for s in self.sites if s.param == "bias" and (wanted == "all" or s.module in keys)]
-        found = [self._whole_site(s, keys.get(s.module, s.module), "bias", "trained_bias") for s in sites]
-        return [a for a in found if a.id not in trained]
-
-    def _whole(self, modules: Sequence[str]) -> list[Attachment]:
-        out: list[Attachment] = []
-        for module in modules:
-            inside = [s for s in (*self.sites, *self.buffers) if f"{s.module}.".startswith(f"{module}.")]
-            if not inside:
-                raise TargetError(f"modules_to_save: {module!r} holds no parameter that the program reads")
-            out += [self._whole_site(s, module, s.fqn.removeprefix(f"{module}."), "modules_to_save") for s in inside]
-        return out
-
-    def _whole_site(self, site: Site, key: str, slot: str, place: str) -> Attachment:
-        dtype = self.lifted.tensor(site.fqn).dtype
-        method = Whole(slot, site.shape, dtype, place, trainable=site not in self.buffers)
-        names = (*site.consumers, *self._unclaimed(site))
-        return Attachment(key, site.module, site.param, "weight", method, self.adapter, "weight", names)
-
-    def _unclaimed(self, site: Site) -> list[str]:
-        """Consumers in no site of their own: a parent that reads the weight sees what the module trains."""
-        node = self.lifted.placeholders[site.fqn]
-        same = [s for s in (*self.sites, *self.buffers) if self.lifted.placeholders[s.fqn] is node]
-        claimed = {c for s in same for c in s.consumers}
-        return [n.name for n, _ in consumers(node) if n.name not in claimed]
-
-    def _tokens(self, tokens: Any) -> list[Attachment]:
-        if not tokens:
-            return []
-        embeddings = [s.module for s in self.sites if s.kind == "embedding"]
-        if not isinstance(tokens, Mapping):
-            name = self.facts.input_embedding or (embeddings[0] if len(embeddings) == 1 else None)
-            if name is None:
-                raise TargetError(
-                    f"trainable_token_indices: say for which embedding, as a dict; it may be {embeddings}"
-                )
-            tokens = {name: tokens}
-        named = {e: self._token_modules(e, embeddings) for e in tokens}
-        indices = {s.fqn: tuple(tokens[e]) for e, sites in named.items() for s in sites}
-        out: dict[str, Attachment] = {}
-        for entry, sites in named.items():
-            for site in sites:
-                if site.fqn in out:  # shares the rows of the weight it is tied to
-                    continue
-                out[site.fqn] = replace(self._token_site(site, site.module, indices[site.fqn]), entry=entry)
-                # A head follows the embedding it is tied to, and not the other way round.
-                for other in self._tied_to(site) if site.kind == "embedding" else ():
-                    if indices.get(other.fqn, indices[site.fqn]) == indices[site.fqn]:
-                        out[other.fqn] = self._token_site(other, site.module, indices[site.fqn])
-        return list(out.values())
-
-    def _token_modules(self, entry: str, embeddings: Sequence[str]) -> list[Site]:
-        """Like PEFT any name that ends with the entry; whole dotted parts are preferred."""
-        found = [m for m in self.by_module if m == entry or m.endswith(f".{entry}")]
-        found = found or [m for m in self.by_module if m.endswith(entry)]
-        sites = [s for m in found for s in self.by_module[m] if s.param == "weight" and len(s.shape) == 2]
-        if not sites:
-            raise TargetError(
-                f"trainable_token_indices: {entry!r} is no module with rows to train; "
-                f"nearest: {nearest(entry, self.by_module)}, embeddings: {list(embeddings)}"
-            )
-        return sites
-
-    def _token_site(self, site: Site, key: str, indices: tuple[int, ...]) -> Attachment:
-        method = TokenRows(indices=indices)
-        method.slots(op_of(site.kind, self.lifted.tensor(site.fqn), self.lifted.nodes[site.consumers[0]]))
-        more = self._unclaimed(site)
-        names, form = (*site.consumers, *more), "weight" if more else "auto"
-        return Attachment(key, site.module, site.param, site.kind, method, self.adapter, form, names)
-
-    def _tied_to(self, site: Site) -> list[Site]:
-        node = self.lifted.placeholders[site.fqn]
-        return [s for s in self.sites if s.fqn != site.fqn and self.lifted.placeholders[s.fqn] is node]
-
     # -- checks ------------------------------------------------------------------------------------------------------
 
     def _check_dropout(self, attachments: Sequence[Attachment]) -> None:
@@ -335,11 +288,6 @@ class _Planner:
     def _some(self, modules: Iterable[str], n: int = 12) -> str:
         tails = list(dict.fromkeys(m.rpartition(".")[2] for m in modules))
         return ", ".join(tails[:n]) + (", ..." if len(tails) > n else "")
-
-
-def _outermost(modules: Sequence[str]) -> list[str]:
-    """Without the modules inside another one of them: that one holds them already."""
-    return [m for m in modules if not any(m.startswith(f"{other}.") for other in modules)]
 
 
 def _check_once(attachments: Sequence[Attachment]) -> None:

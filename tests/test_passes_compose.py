@@ -63,7 +63,7 @@ def test_adapters_of_one_weight_in_two_passes() -> None:
     merged = Merge([*done, *second.data], values | more)(second.program).program
     torch.testing.assert_close(second.program.module()(*args), merged.module()(*args), rtol=2e-2, atol=2e-2)
     rows = merged.state_dict["embed.weight"]
-    assert torch.equal(rows[2], more[second.data[0].slots[TokenRows.DELTA]][0].bfloat16())
+    assert torch.equal(rows[2], more[second.data[0].slots[TokenRows().DELTA]][0].bfloat16())
 
 
 def test_an_apply_form_that_cannot_be() -> None:

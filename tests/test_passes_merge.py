@@ -180,7 +180,7 @@ def test_several_adapters_of_one_weight_are_rounded_once() -> None:
     (row,) = result.data
     A, B, scale = factors(done[0], values)
     exact = program.state_dict["weight"].detach().float() + (B @ A).T * scale
-    exact[[2, 28]] = values[done[1].slots[TokenRows.DELTA]]
+    exact[[2, 28]] = values[done[1].slots[TokenRows().DELTA]]
     assert torch.equal(result.program.state_dict["weight"], exact.bfloat16())
     assert row.error == float((exact.bfloat16().float() - exact).abs().max())
 

@@ -6,14 +6,18 @@ default; a field that is set and not supported is refused by name when the confi
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptc.errors import AdaptcWarning, ConfigError, nearest
 from adaptc.passes._method import Method
+
+if TYPE_CHECKING:
+    from adaptc.targets import ModelFacts
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
@@ -89,11 +93,14 @@ def default_of(f: dataclasses.Field[Any]) -> Any:
 
 @dataclass
 class TargetedConfig(AdapterConfig):
-    """Fields of configs that choose layers. ``target_parameters`` is PEFT's for LoRA, and any method may have it here;
-    where it is PEFT's alone to LoRA, files have it only when it is set."""
+    """Fields of configs that choose layers. Every method may have all of them here. In PEFT most methods lack one or
+    another (``target_parameters`` is LoRA's alone), and a file that has it makes PEFT warn: but for LoRA, files have
+    the optional ones only when they are set."""
 
     #: the field with the probability that an input of the adapter is dropped, for methods that have one
     dropout_field: ClassVar[str] = ""
+    #: what ``target_modules`` names: "matrices" to adapt, "modules" to train as a whole, or tables to train "rows" of
+    unit: ClassVar[str] = "matrices"
 
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
@@ -116,9 +123,37 @@ class TargetedConfig(AdapterConfig):
             raise ConfigError(
                 f"{type(self).__name__}.target_parameters must be a list of parameter names, not a string"
             )
+        bias = getattr(self, "bias", "none")
+        if not isinstance(bias, str) or not (bias in ("none", "all") or bias.endswith("_only")):
+            own = f"{self.peft_type.lower()}_only"
+            raise ConfigError(f"{type(self).__name__}.bias must be 'none', 'all' or {own!r}, got {bias!r}")
+
+    def resolved(self, facts: ModelFacts) -> Self:
+        """This config with the fields it leaves to the model filled in from what is known of it, as in PEFT's files.
+
+        Called before the config is planned, and what is planned is what gets saved. What stays None is found in the
+        graph, if it can be. A method whose defaults are not in ``_default_targets`` overrides it.
+        """
+        from adaptc.methods._default_targets import defaults
+
+        named = self.target_modules is None and (
+            self.target_parameters or getattr(self, "trainable_token_indices", None)
+        )
+        found = defaults(self.peft_type, facts.model_type, facts.types)
+        return self.completed({k: v for k, v in found.items() if not (named and k == "target_modules")})
+
+    def completed(self, values: Mapping[str, Any]) -> Self:
+        """This config with ``values`` in those of the fields that are None. What the user wrote is not checked again:
+        defaults need not fit it in the way the user's own words must."""
+        new = copy.copy(self)
+        for name, value in values.items():
+            if getattr(self, name) is None:
+                setattr(new, name, value)
+        return new
 
     def to_dict(self) -> dict[str, Any]:
         out = super().to_dict()
-        if self.target_parameters is None and self.peft_type != "LORA":
-            del out["target_parameters"]
-        return out
+        if self.peft_type == "LORA":
+            return out
+        optional = [f.name for f in fields(TargetedConfig)[len(fields(AdapterConfig)) :] if f.name != "target_modules"]
+        return {k: v for k, v in out.items() if v is not None or k not in optional}

@@ -25,6 +25,12 @@ CONFIGS: dict[str, str] = {
     "IA3": "adaptc.methods.ia3:IA3Config",
     "ROAD": "adaptc.methods.road:RoadConfig",
     "MISS": "adaptc.methods.miss:MissConfig",
+    "FOURIERFT": "adaptc.methods.fourierft:FourierFTConfig",
+    "WAVEFT": "adaptc.methods.waveft:WaveFTConfig",
+    "C3A": "adaptc.methods.c3a:C3AConfig",
+    "SHIRA": "adaptc.methods.shira:ShiraConfig",
+    "LN_TUNING": "adaptc.methods.ln_tuning:LNTuningConfig",
+    "TRAINABLE_TOKENS": "adaptc.methods.trainable_tokens:TrainableTokensConfig",
     # An older name of the same method, which new files do not have.
     "BONE": "adaptc.methods.miss:MissConfig",
 }

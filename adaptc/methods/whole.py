@@ -7,7 +7,7 @@ W' = slot for a whole parameter; its identity is the base itself. W'[i] = slot r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,12 +15,13 @@ from torch import Tensor
 
 from adaptc.errors import ConfigError
 from adaptc.passes._kinds import Op, cast
-from adaptc.passes._method import Attachment, Method, Scale, Slot, Slots
+from adaptc.passes._method import Attachment, Initial, Method, Scale, Slot, Slots
 
 
 @dataclass(frozen=True)
 class Whole(Method):
-    """The parameter itself is trained. ``slot`` is its name in the file, ``place`` the module the program keeps it in.
+    """The parameter itself is trained. ``slot`` is its name in the file, ``place`` the module the program keeps it in,
+    which may be the first part of ``slot``.
 
     Buffers of a trained module (running statistics) are slots too, changed by the program but not by an optimizer.
     """
@@ -45,24 +46,32 @@ class Whole(Method):
         return cast(op.canonical(slots[self.slot]), W.dtype)
 
     def fqn(self, place: str, slot: str, adapter: str) -> str:
-        return ".".join(p for p in (place, self.place, adapter, slot) if p)
+        return ".".join(p for p in (place, self.place, adapter, slot.removeprefix(f"{self.place}.")) if p)
 
 
 @dataclass(frozen=True)
 class TokenRows(Method):
     """Rows of an embedding, or of a head tied to one, replaced by trained ones. Canonical W is (width, vocab).
 
-    The index slot holds each index plus one, so that zeros, which the runtime pads with, stand for no row.
+    The index slot holds each index plus one, so that zeros, which the runtime pads with, stand for no row. ``within``
+    is the module of a wrapper that PEFT's keys name, if any. ``scheme`` False: random first values.
     """
 
     name: ClassVar[str] = "trainable_tokens"
 
-    swappable: ClassVar[frozenset[str]] = frozenset({"indices"})
+    swappable: ClassVar[frozenset[str]] = frozenset({"indices", "scheme"})
 
     indices: tuple[int, ...] = ()
+    within: str = "token_adapter"
+    scheme: bool = True
 
-    DELTA: ClassVar[str] = "token_adapter.trainable_tokens_delta"
-    INDEX: ClassVar[str] = "token_adapter.indices"
+    @property
+    def DELTA(self) -> str:
+        return f"{self.within}.trainable_tokens_delta".removeprefix(".")
+
+    @property
+    def INDEX(self) -> str:
+        return f"{self.within}.token_indices".removeprefix(".")
 
     def slots(self, op: Op) -> dict[str, Slot]:
         width, vocab = self._size(op)
@@ -71,10 +80,10 @@ class TokenRows(Method):
         if bad or double:
             what = f"{bad} are not" if bad else f"{double} are named twice"
             raise ConfigError(
-                f"trainable_token_indices must be distinct integers from 0 to {vocab - 1}, rows of this weight; {what}"
+                f"trainable tokens must be distinct integers from 0 to {vocab - 1}, rows of this weight; {what}"
             )
         return {
-            self.DELTA: Slot((len(self.indices), width), free=(0,)),
+            self.DELTA: Slot((len(self.indices), width), free=(0,), repeated=not self.within),
             self.INDEX: Slot((len(self.indices),), free=(0,), dtype=torch.int64, trainable=False, saved=False),
         }
 
@@ -83,14 +92,23 @@ class TokenRows(Method):
         return (op.out_features, op.in_features) if rows else (op.in_features, op.out_features)
 
     def minimal(self, op: Op) -> Method:
-        return TokenRows((0, 1))
+        return replace(self, indices=(0, 1))
 
     def rebind(self, config: Any, attachment: Attachment) -> Method:
+        if (own := super().rebind(config, attachment)) is not self:
+            return own
         tokens = getattr(config, "trainable_token_indices", None)
         if isinstance(tokens, Mapping):
             names = (attachment.key, attachment.entry)
             tokens = next((v for k, v in tokens.items() if any(n == k or n.endswith(f".{k}") for n in names)), None)
-        return self if tokens is None else TokenRows(tuple(tokens))
+        return self if tokens is None else replace(self, indices=tuple(tokens))
+
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+        values = self.identity(op, W, dtype)
+        if not self.scheme:
+            size = (len(self.indices), self._size(op)[0])
+            values[self.DELTA] = torch.randn(size, dtype=W.dtype, generator=generator).to(dtype)
+        return Initial(values)
 
     def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         index = torch.tensor(self.indices, dtype=torch.int64, device=W.device)

@@ -1,0 +1,44 @@
+"""LN tuning: modules are trained as whole copies, by default the LayerNorms (Zhao et al., arXiv 2312.11420).
+
+The method is ``Whole`` at every parameter of a targeted module, whatever its type, with PEFT's keys
+``<module>.ln_tuning_layers.<parameter>``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from adaptc.methods._base import TargetedConfig
+from adaptc.methods.whole import Whole
+
+if TYPE_CHECKING:
+    from adaptc.targets import ModelFacts
+
+PLACE = "ln_tuning_layers"
+_NORM = re.compile(r"(Layer|RMS)_?Norm\w*$", re.IGNORECASE)
+
+
+@dataclass
+class LNTuningConfig(TargetedConfig):
+    """PEFT's ``LNTuningConfig``: same names, same defaults. ``target_modules`` may name modules of any type; by default
+    those of PEFT's table, or for an architecture it does not know every LayerNorm and RMSNorm."""
+
+    peft_type: ClassVar[str] = "LN_TUNING"
+    unit: ClassVar[str] = "modules"
+    refused: ClassVar[Mapping[str, str]] = {
+        "target_parameters": "modules are trained as a whole; name the module in target_modules",
+    }
+
+    def resolved(self, facts: ModelFacts) -> Self:
+        new = super().resolved(facts)
+        paths = [path for path, cls in facts.types.items() if path and _NORM.search(cls)]
+        names = {path.rpartition(".")[2] for path in paths}
+        others = [path for path in facts.types if path.rpartition(".")[2] in names and path not in paths]
+        found = paths if others else list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+        return new.completed({"target_modules": found}) if found else new
+
+    def method(self, name: str, kind: str) -> Whole:
+        return Whole(f"{PLACE}.", place=PLACE)
