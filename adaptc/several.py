@@ -30,8 +30,8 @@ def union(plans: Sequence[Plan], training: bool, backend: str, form: str = "auto
                 continue
             if rivals:
                 a = replace(a, variant=len(rivals), adapter=f"{a.adapter}_{len(rivals)}")
-            if training and hasattr(a.method, "training"):
-                a = replace(a, method=replace(a.method, training=True))  # type: ignore[call-arg]
+            if training:
+                a = replace(a, method=a.method.trained())
             if a.form == "auto":
                 a = replace(a, form=form)
             out.append(compilable(a, backend))

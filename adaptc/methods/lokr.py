@@ -1,0 +1,205 @@
+"""LoKr: W' = W + (alpha / r) kron(W1, W2) (Yeh et al., arXiv 2309.14859; Edalati et al., arXiv 2212.10650).
+
+The output and input sizes are split as out = l k and in = m n (of one group). Slots, in PEFT's shapes: ``lokr_w1``
+(l, m), or with ``decompose_both`` and a small rank ``lokr_w1_a`` (l, r) and ``lokr_w1_b`` (r, m); ``lokr_w2``
+(k, n[, *kernel]), or with a rank below half of k or n ``lokr_w2_a`` (k, r) and ``lokr_w2_b`` (r, n[*kernel]). With
+``use_effective_conv2d`` and a kernel of more than one position the latter are ``lokr_t2`` (r, r, *kernel), with 1 as a
+second size of one-dimensional kernels, ``lokr_w2_a`` (r, k) and ``lokr_w2_b`` (r, n).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cache
+from math import isqrt, prod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from adaptc.errors import ConfigError
+from adaptc.methods._lycoris import Lycoris, LycorisConfig, can_look_up, he, kernel_down, padded, zeros
+from adaptc.passes._kinds import Op, cast
+from adaptc.passes._method import Initial, Scale, Slot, Slots
+
+
+@dataclass
+class LoKrConfig(LycorisConfig):
+    """PEFT's ``LoKrConfig``: same names, same defaults. Raises ConfigError for illegal values."""
+
+    peft_type: ClassVar[str] = "LOKR"
+    schemes: ClassVar[tuple[Any, ...]] = (True, False, "lycoris")
+
+    decompose_both: bool = False
+    decompose_factor: int = -1
+    rank_dropout_scale: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        factor = self.decompose_factor
+        if not isinstance(factor, int) or isinstance(factor, bool) or not (factor == -1 or factor > 0):
+            raise ConfigError(
+                f"LoKrConfig.decompose_factor must be a positive integer, or -1 for factors close to each other; "
+                f"got {factor!r}"
+            )
+
+    def method(self, name: str, kind: str) -> LoKr:
+        return LoKr(
+            **self.options(name),
+            decompose_both=self.decompose_both,
+            factor=self.decompose_factor,
+            centred=self.rank_dropout_scale,
+        )
+
+
+@dataclass(frozen=True)
+class LoKr(Lycoris):
+    """LoKr at one site, of any kind with a weight of two axes or more.
+
+    ``whole`` tells of W1 and W2 whether they are one tensor each; None where the rank and the sizes of the site are to
+    decide, as they do in :meth:`at`.
+    """
+
+    name: ClassVar[str] = "lokr"
+    swappable: ClassVar[frozenset[str]] = Lycoris.swappable | {"centred"}
+
+    decompose_both: bool = False
+    factor: int = -1
+    centred: bool = False
+    whole: tuple[bool, bool] | None = None
+
+    def split(self, op: Op) -> tuple[tuple[int, int], tuple[int, int]]:
+        """((l, k), (m, n)) of the weight's first two sizes."""
+        return factors(op.shape[0], self.factor), factors(op.shape[1], self.factor)
+
+    def at(self, op: Op) -> LoKr:
+        if self.whole is not None or len(op.shape) < 2:
+            return self
+        (l, k), (m, n) = self.split(op)  # noqa: E741  # the paper's names
+        return dataclasses.replace(
+            self, whole=(not self.decompose_both or 2 * self.r >= max(l, m), 2 * self.r >= max(k, n))
+        )
+
+    def slots(self, op: Op) -> dict[str, Slot]:
+        self.check(op)
+        (l, k), (m, n) = self.split(op)  # noqa: E741
+        r = self.r
+        first, second = self.at(op).whole or (True, True)
+        slots: dict[str, Slot] = {}
+        if first:
+            slots["lokr_w1"] = Slot((l, m))
+        else:
+            slots |= {"lokr_w1_a": Slot((l, r), free=(1,)), "lokr_w1_b": Slot((r, m), free=(0,))}
+        if second:
+            slots["lokr_w2"] = Slot((k, n, *op.kernel))
+        elif self.has_factored_kernel(op):
+            slots["lokr_w2_a"] = Slot((r, k), free=(0,))
+            slots["lokr_w2_b"] = Slot((r, n), free=(0,))
+            slots["lokr_t2"] = Slot((r, r, *self.kernel_shape(op)), free=(0, 1))
+        else:
+            slots["lokr_w2_a"] = Slot((k, r), free=(1,))
+            slots["lokr_w2_b"] = Slot((r, n * prod(op.kernel)), free=(0,))
+        return slots
+
+    def minimal(self, op: Op) -> LoKr:
+        return dataclasses.replace(self.at(op), r=2)
+
+    def fit(self, op: Op, slots: Slots) -> LoKr:
+        b = next((slots[n] for n in ("lokr_w2_b", "lokr_w1_b") if n in slots), None)
+        return self if b is None or not b.ndim else dataclasses.replace(self, r=b.shape[0])
+
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+        has, names = (
+            self.slots(op),
+            ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+        )
+        zero = () if self.scheme is False else ("lokr_w1", "lokr_w1_a")
+        if self.scheme == "lycoris":
+            zero = ("lokr_w2", "lokr_w2_b")
+        how = {n: zeros if n in zero else he for n in names if n in has}
+        return self.drawn(op, how, W, dtype, generator)
+
+    def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
+        first, (b, a) = self._first(slots), self._second(op, slots)
+        (_, k), (_, n) = self.split(op)
+        second = (b if a is None else a @ b.flatten(1)).reshape(k, n, *op.kernel)
+        if not self._misplaced(op):
+            first = first.reshape(*first.shape, *(1 for _ in op.kernel))
+        delta = torch.kron(first, second).reshape(op.shape) * scale
+        rows = self.kept(op, delta, self.centred)
+        if rows is not None:
+            delta = delta * rows.reshape(-1, *(1 for _ in op.shape[1:]))
+        return cast(W + delta, W.dtype)
+
+    def has_apply(self, op: Op) -> bool:
+        if op.is_conv:
+            return op.groups == 1 and not self._misplaced(op)
+        return op.kind in ("linear", "addmm") or can_look_up(op)
+
+    def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
+        first, (down, up) = self._first(slots), self._second(op, slots)
+        x = op.as_input(x, first.dtype)
+        if op.kind == "embedding":
+            delta = padded(op, x, self._rows(op, x, first, down, up))
+        elif op.is_conv:
+            delta = self._channels(op, x, first, down, up)
+        else:
+            _, (m, n) = self.split(op)
+            delta = _up(F.linear(x.unflatten(-1, (m, n)), down), up)
+            delta = F.linear(delta.transpose(-1, -2), first).transpose(-1, -2).flatten(-2)
+        rows = self.kept(op, delta, self.centred)
+        if rows is not None:
+            delta = delta * op.along_out(rows, delta)
+        return cast(y + delta * scale, y.dtype)
+
+    def _rows(self, op: Op, x: Tensor, first: Tensor, down: Tensor, up: Tensor | None) -> Tensor:
+        """Column v of a Kronecker product is that of column v // n of one factor with column v % n of the other."""
+        _, (_, n) = self.split(op)
+        left, right = F.embedding(x // n, first.t()), _up(F.embedding(x % n, down.t()), up)
+        return (left.unsqueeze(-1) * right.unsqueeze(-2)).flatten(-2)
+
+    def _channels(self, op: Op, x: Tensor, first: Tensor, down: Tensor, up: Tensor | None) -> Tensor:
+        """Each of the m parts of the channels through the second factor, and the parts mixed by the first."""
+        _, (m, n) = self.split(op)
+        axis = x.ndim - len(op.kernel) - 1  # 0 without a batch
+        parts = x.unflatten(axis, (m, n)).flatten(0, axis)
+        h = _up(op(parts, down).movedim(1, -1), up).unflatten(0, (-1, m)).movedim(1, -1)
+        mixed = F.linear(h, first).transpose(-1, -2).flatten(-2).movedim(-1, 1)
+        return mixed if axis else mixed.squeeze(0)
+
+    def _misplaced(self, op: Op) -> bool:
+        """Whether files mean another product: PEFT's of a whole W2 with one kernel axis puts l at n, m at the kernel.
+
+        Adapters are trained with it, so it is what their tensors mean.
+        """
+        return op.kind == "conv1d" and (self.at(op).whole or (True, True))[1]
+
+    def _first(self, slots: Slots) -> Tensor:
+        return slots["lokr_w1"] if "lokr_w1" in slots else slots["lokr_w1_a"] @ slots["lokr_w1_b"]
+
+    def _second(self, op: Op, slots: Slots) -> tuple[Tensor, Tensor | None]:
+        """(B, A) of W2 = A B: B (r, n[, *kernel]) and A (k, r); or (W2, None) where it is one tensor."""
+        if "lokr_w2" in slots:
+            return slots["lokr_w2"], None
+        _, (_, n) = self.split(op)
+        a, b = slots["lokr_w2_a"], slots["lokr_w2_b"]
+        if self.has_factored_kernel(op):
+            a, b = a.t(), kernel_down(slots["lokr_t2"], b)
+        return b.reshape(-1, n, *op.kernel), a
+
+
+def _up(h: Tensor, a: Tensor | None) -> Tensor:
+    return h if a is None else F.linear(h, a)
+
+
+@cache
+def factors(size: int, factor: int = -1) -> tuple[int, int]:
+    """``size`` as a product: ``factor`` and the rest where that divides it, else the pair of divisors closest to each
+    other, smaller first, whose smaller one is at most ``factor`` (-1: any)."""
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    limit = isqrt(size) if factor < 0 else min(isqrt(size), factor)
+    small = next(d for d in range(limit, 0, -1) if size % d == 0)
+    return small, size // small
