@@ -85,12 +85,14 @@ def fake_of(graph: fx.Graph) -> Callable[[Tensor], Tensor]:
 
 @contextmanager
 def sizes_stay_free(fakes: Iterable[Any]) -> Iterator[None]:
-    """Keep what runs on ``fakes`` from narrowing the program's symbolic sizes.
+    """Keep what runs on ``fakes`` from narrowing the program's symbolic sizes, and what it creates among them.
 
     A fake convolution asks for the batch size to choose its kernel, and the answer would become part of the program.
     """
-    env = getattr(detect_fake_mode(list(fakes)), "shape_env", None)
-    with nullcontext() if env is None else env.suppress_guards():
+    mode = detect_fake_mode(list(fakes))
+    env = getattr(mode, "shape_env", None)
+    # In the mode, so that an arange is a fake of the same program and not a tensor.
+    with nullcontext() if mode is None else mode, nullcontext() if env is None else env.suppress_guards():
         yield
 
 
