@@ -240,7 +240,7 @@ ENTRIES: list[Entry] = [
         widths=(15, 42),
         neutral=False,
     ),
-    Entry("miss", "MissConfig", {"r": 4}, other={"r": 7, "init_weights": False, "miss_dropout": 0.1}),
+    Entry("miss", "MissConfig", {"r": 4}, other={"r": 7, "init_weights": False}),
     Entry("miss_mini", "MissConfig", {"r": 5, "init_weights": "mini", "mini_r": 7}, other={"r": 2}),
     Entry("miss_bat", "MissConfig", {"r": 3, "init_weights": "bat"}),
     Entry(

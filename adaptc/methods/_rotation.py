@@ -8,7 +8,7 @@ Half-precision tensors are turned by rotations made in float32, for which alone 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ def keep_some(R: Tensor, p: float) -> Tensor:
     return kept * R + (1 - kept) * torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def divisors(n: int) -> tuple[int, ...]:
     small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
     return tuple(sorted({*small, *(n // d for d in small)}))
