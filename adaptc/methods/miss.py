@@ -5,8 +5,8 @@
     W'[o]    = W[o] + W[o] M[o] + M[o], in blocks of r by r                 init_weights="bat", o a block of rows
 
 W is the weight as a matrix: kernels in its columns, embeddings (width, vocabulary). Slot ``miss_block``: (r, out), mini
-(r, mini_r), bat (out/r, r, r). ``fold`` (r, columns), which is in no file, has a one where a column takes a row of M, so
-that no rank is part of the code: W' = W + (M^T fold), and the layer adds M^T (fold x). PEFT's older Bone is the same
+(r, mini_r), bat (out/r, r, r). ``fold`` (r, columns), which is in no file, has a one where a column takes a row of M,
+so that no rank is part of the code: W' = W + M^T fold, and the layer adds M^T (fold x). PEFT's older Bone is the same
 method with ``bone_block`` for ``miss_block``; its files are read, and written as MiSS.
 """
 
