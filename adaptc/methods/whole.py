@@ -45,6 +45,9 @@ class Whole(Method):
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         return cast(op.canonical(slots[self.slot]), W.dtype)
 
+    def rebind(self, config: Any, attachment: Attachment) -> Method:
+        return self
+
     def fqn(self, place: str, slot: str, adapter: str) -> str:
         return ".".join(p for p in (place, self.place, adapter, slot.removeprefix(f"{self.place}.")) if p)
 
