@@ -114,7 +114,7 @@ class Subject:
         with torch.no_grad():
             for name, p in model.named_parameters():
                 # PEFT may train what no file of its holds (AdaLoRA's number of ranks above a float64 base).
-                p.requires_grad_(p.requires_grad and not saved.isdisjoint(_names(name)))
+                p.requires_grad_(p.requires_grad and not saved.isdisjoint(keys_of(short(name))))
                 if p.requires_grad:
                     p.copy_(self.entry.fill(name, p))
         return model.eval()
@@ -206,15 +206,13 @@ def short(name: str) -> str:
     return ".".join(parts)
 
 
-def _names(name: str) -> set[str]:
-    """The keys a file may have for a parameter of PEFT's model."""
-    return {short(name), short(name).removesuffix(".weight")}
+def keys_of(name: str) -> tuple[str, ...]:
+    """PEFT drops ``weight`` from some keys of its files, and the site from those of tensors that all sites share."""
+    return (name, name.removesuffix(".weight"), name.rpartition(".")[2])
 
 
 def key_of(found: dict[str, Tensor], name: str) -> str:
-    """PEFT drops ``weight`` from some keys of its files, and the site from those of tensors that all sites share."""
-    names = (name, name.removesuffix(".weight"), name.rpartition(".")[2])
-    return next((n for n in names if n in found), name)
+    return next((n for n in keys_of(name) if n in found), name)
 
 
 def randomized(s: Subject, config: Any, path: Path, seed: int = 5) -> Path:
