@@ -89,7 +89,8 @@ class Entry:
     layer with the weight that the method's ``weight`` makes. ``other``: fields in which another adapter differs that
     must run through the same code. ``widths``: inputs and outputs of the layers. ``neutral``: whether a fresh adapter
     leaves the layer as it is. ``values``: legal random values of a tensor by its key, where normal ones are not.
-    ``tolerance``: for methods that PEFT computes in float32 whatever the dtype.
+    ``tolerance``: for methods that PEFT computes in float32 whatever the dtype. ``only``: layers enough for a variant
+    of a method that another entry has on all of them.
     """
 
     name: str
@@ -102,9 +103,10 @@ class Entry:
     neutral: bool = True
     values: Callable[[str, Tensor], Tensor] | None = None
     tolerance: float = 1e-9
+    only: tuple[str, ...] = tuple(LAYERS)
 
     def layers(self) -> list[str]:
-        return [n for n in LAYERS if n not in self.refused]
+        return [n for n in self.only if n not in self.refused]
 
     def fill(self, key: str, like: Tensor) -> Tensor:
         """Random values for a tensor of the adapter, in float64."""
@@ -126,6 +128,9 @@ SCALED = (
     *("linear", "linear_nobias", "addmm"),
     *("conv2d", "conv2d_1x1", "conv2d_odd", "conv2d_circular", "conv2d_groups", "conv3d"),
 )
+
+#: layers whose inputs, outputs and weights are turned
+ROTATED = ("linear", "embedding", "conv2d_1x1", "conv2d_groups", "experts")
 
 ENTRIES: list[Entry] = [
     Entry(
@@ -161,26 +166,30 @@ ENTRIES: list[Entry] = [
         "OFTConfig",
         {"r": 3, "oft_block_size": 0, "use_cayley_neumann": False},
         peft=("linear", "embedding", "conv2d_1x1"),
+        only=ROTATED,
     ),
     Entry(
         "oft_shared",
         "OFTConfig",
         {"oft_block_size": 3, "block_share": True, "num_cayley_neumann_terms": 7},
         peft=("linear", "embedding", "conv2d_1x1"),
+        only=ROTATED,
     ),
     Entry(
         "oft_constrained",
         "OFTConfig",
         {"oft_block_size": 3, "coft": True, "eps": 0.25},
         peft=("linear", "embedding", "conv2d_1x1"),
+        only=ROTATED,
         tolerance=1e-7,  # PEFT rounds the radius to float32
     ),
     Entry(
         "boft",
         "BOFTConfig",
         {"boft_block_size": 3},
-        peft=("linear", "linear_nobias", "conv2d", "conv2d_1x1"),
+        peft=("linear", "conv2d_1x1"),
         other={"boft_dropout": 0.1, "init_weights": False},
+        only=ROTATED,
     ),
     Entry(
         "boft_butterfly",
@@ -200,7 +209,8 @@ ENTRIES: list[Entry] = [
         "hra_gs",
         "HRAConfig",
         {"r": 4, "apply_GS": True, "init_weights": False},
-        peft=("linear", "conv2d", "conv2d_1x1"),
+        peft=("linear", "conv2d_1x1"),
+        only=ROTATED,
         other={"r": 3},
         neutral=False,
     ),
@@ -273,6 +283,15 @@ ENTRIES: list[Entry] = [
         peft=MATRICES,
         other={"r": 3, "init_logits_std": 0.7, "save_only_topk_weights": True},
         neutral=False,
+    ),
+    # PEFT forgets the bias of a linear layer whose rows are trained.
+    Entry(
+        "trainable_tokens",
+        "TrainableTokensConfig",
+        {"token_indices": [2, 5, 11]},
+        peft=("linear_nobias", "embedding"),
+        refused=(*CONVS, "conv_transpose", "experts"),
+        other={"token_indices": [1, 5], "init_weights": False},
     ),
 ]
 
