@@ -105,7 +105,9 @@ def compile(
         autocast=autocast_adapter_dtype,
         unread=slate.unread,
     )
-    injected = Inject(attachments, binding.values, adaptation.header(binding), make=AdaptedProgram)(captured.program)
+    header = adaptation.header(binding)
+    inject = Inject(attachments, binding.values, header, captured.training, AdaptedProgram)
+    injected = inject(captured.program)
     adaptation = replace(adaptation, attachments=injected.data)
     return AdaptedProgram.adopt(injected.program, adaptation, binding, backend)
 

@@ -28,7 +28,7 @@ class SiteCoverage:
 
     ``slots``: name in PEFT's files -> (shape, dtype), as the current adapter has them. ``params``: how many elements
     the trainable ones have; a slot that several sites share counts at the first. ``present``: False when the current
-    adapter leaves this site at the base. ``rank`` None: the method has none.
+    adapter leaves this site at the base. ``rank`` None: the method has none. ``why``: what decided the form.
     """
 
     fqn: str
@@ -39,6 +39,7 @@ class SiteCoverage:
     slots: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
     params: int
     present: bool = True
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class CoverageReport:
         return join(
             head,
             self._sites(width),
+            self._forms(width),
             self._entries(width),
             self._omitted(width),
             self.parameters_line(),
@@ -115,6 +117,18 @@ class CoverageReport:
         numbers = [Column(name, right=True, keep=True) for name in ("rank", "params")]
         kept = [Column(name, keep=True) for name in ("kind", "form", "method", "tensors")]
         return table(["site", *kept[:3], numbers[0], kept[3], numbers[1]], rows, width=width)
+
+    def _forms(self, width: int) -> str:
+        """Why sites have the form they have, one row for each reason that was weighed."""
+        groups: dict[tuple[str, str, str], list[str]] = {}
+        for s in self.sites:
+            if s.why:
+                groups.setdefault((s.form, s.method, s.why), []).append(s.fqn.removesuffix(".weight"))
+        rows = [
+            (form, method, why, shortened([t for t, _ in collapse(names)], sep="\n"))
+            for (form, method, why), names in groups.items()
+        ]
+        return table([Column("form", keep=True), Column("method", keep=True), "why", "sites"], rows, width=width)
 
     def _entries(self, width: int) -> str:
         """How many modules each entry selected, of those that are the same layer of another block."""
@@ -150,6 +164,7 @@ def _site(program: AdaptedProgram, binding: Binding, a: Attachment, seen: set[st
         slots={n: (tuple(t.shape), t.dtype) for n, t in slots.items()},
         params=sum(t.numel() for t in fresh.values()),
         present=method is not None,
+        why=a.why,
     )
 
 

@@ -67,6 +67,7 @@ def attachments(graph: fx.Graph, method_of: Callable[[Mapping[str, Any]], Method
                 name=tag["name"],
                 tied=tag["tied"],
                 variant=tag.get("variant", 0),
+                why=tag.get("why", ""),
             )
     return list(found.values())
 

@@ -8,7 +8,6 @@ parameters require no grad. With slots at their identity values the program comp
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -24,18 +23,21 @@ from adaptc.passes._method import Attachment
 from adaptc.passes._pass import Pass, PassResult
 from adaptc.passes._regions import region_tag
 from adaptc.passes._trace import inline, region_of, signature_of
+from adaptc.passes.choose_forms import Choice, Work, cheaper, choose_forms, example_sizes, node_work, work
 from adaptc.passes.find_sites import consumers, readers
 
 
 @dataclass(frozen=True)
 class Inject(Pass):
-    """``values`` maps the FQNs of slots and scales to tensors; ``header`` is kept in the first region's tag."""
+    """``values`` maps the FQNs of slots and scales to tensors; ``header`` is kept in the first region's tag;
+    ``training`` says for what the form of a site should be cheap."""
 
     name: ClassVar[str] = "inject"
 
     attachments: Sequence[Attachment] = field(repr=False)
     values: Mapping[str, Tensor] = field(repr=False)
     header: Mapping[str, Any] | None = field(default=None, repr=False)
+    training: bool = False
     make: Callable[..., ExportedProgram] = field(default=ExportedProgram, repr=False)
 
     def apply(self, program: ExportedProgram) -> PassResult:
@@ -44,8 +46,9 @@ class Inject(Pass):
         ready = [self._lift(lifted, a) for a in self.attachments]
         latest = {_place(tag): n for n in lifted.graph.nodes if (tag := region_tag(n))}
         traces: dict[Any, fx.Graph] = {}
-        jobs = [_Injector(lifted, a, traces, latest, None if i else self.header) for i, a in enumerate(ready)]
-        _choose_forms(jobs)
+        costs = _Costs(example_sizes(program), self.training)
+        jobs = [_Injector(lifted, a, traces, latest, costs, None if i else self.header) for i, a in enumerate(ready)]
+        choose_forms(jobs)
         done = [job.run() for job in jobs]
         return PassResult(lifted.finish(self.make), len(done), data=tuple(done))
 
@@ -89,30 +92,19 @@ def _place(tag: Mapping[str, Any]) -> tuple[str, ...]:
     return (tag["node"], "input") if tag["form"] == "input" else (tag["base"],)
 
 
-def _choose_forms(jobs: Sequence[_Injector]) -> None:
-    """Which attachments take the cheaper apply form: not those on whose change of the weight another one builds."""
-    by_id = {job.a.id: job for job in jobs}
-    if len(by_id) != len(jobs):
-        raise PassError(f"a site is given twice: {[j.a.id for j in jobs if by_id[j.a.id] is not j]}")
-    count = Counter(job.a.fqn for job in jobs)
-    needed: set[str] = set()
-    for job in reversed(jobs):
-        a = job.a
-        cheap = a.form in ("auto", "apply") and a.method.has_outside(job.op) and a.fqn not in needed
-        # What turns the input turns it for all that is added behind.
-        cheap = cheap and not (a.method.has_input(job.op) and count[a.fqn] > 1)
-        if a.form == "apply" and not cheap:
-            why = f"{a.method.name} has none for kind {a.kind!r}, or a later one builds on the weight it makes"
-            raise PassError(f"site {a.id!r} cannot take the apply form: {why}. Use form='auto' or 'weight'.")
-        job.form = "apply" if cheap else "weight"
-        if count[a.fqn] > 1 and (job.form == "weight" or job.reads_weight()):
-            needed.add(a.fqn)
-
-
 def behind_inputs(node: fx.Node, y: fx.Node) -> tuple[str, list[fx.Node]]:
     """The form a region behind ``node`` has, and what it reads beside the slots; ``y`` is the output so far."""
     x, w, b = operands(node)
     return ("apply", [x, y, w]) if b is None else ("apply_bias", [x, y, w, b])
+
+
+@dataclass
+class _Costs:
+    """For whom forms are chosen, and what was chosen for equal sites."""
+
+    sizes: Mapping[str, int]
+    training: bool
+    known: dict[Any, Choice] = field(default_factory=dict)
 
 
 @dataclass
@@ -123,8 +115,10 @@ class _Injector:
     a: Attachment
     traces: dict[Any, fx.Graph]
     latest: dict[tuple[str, ...], fx.Node]
+    costs: _Costs
     header: Mapping[str, Any] | None
     form: str = ""
+    why: str = ""
 
     def __post_init__(self) -> None:
         self.op = site_op(self.lifted, self.a)
@@ -147,7 +141,25 @@ class _Injector:
             self.in_front(self._weight(), nodes)
             for node in nodes if self.a.method.has_bias() else ():
                 self.beside(node)
-        return replace(self.a, form=self.form)
+        return replace(self.a, form=self.form, why=self.why)
+
+    def choice(self) -> Choice:
+        """The cheaper form, by the work of the regions either one would add."""
+        nodes = [self.lifted.nodes[c] for c in self.a.consumers]
+        weight = [self._weight(), *self.slot_nodes]
+        key = (self.a.method, self.op, len(nodes), signature_of([n.meta["val"] for n in [*nodes, *weight]]))
+        if key not in self.costs.known:
+            outside, base = Work(), Work()
+            for node in nodes:
+                op, base = self.op.at(node), base + Work(node_work(node))
+                if self.a.method.has_input(op):
+                    outside += work(self.region("input", op, [operands(node)[0], *self.slot_nodes]), 1)
+                if self.a.method.has_apply(op):
+                    form, inputs = behind_inputs(node, node)
+                    outside += work(self.region(form, op, [*inputs, *self.slot_nodes]), 2)
+            inside = work(self.region("weight", self.op, weight), 0)
+            self.costs.known[key] = cheaper(outside, inside, base, self.costs.sizes, self.costs.training)
+        return self.costs.known[key]
 
     def reads_weight(self) -> bool:
         """Whether the apply form computes with the weight, not only with the layer's input and output."""
@@ -239,7 +251,7 @@ class _Injector:
                     "tied": a.tied,
                     "options": a.method.options(),
                 }
-                t |= {"consumers": list(a.consumers), "node": consumer.name, "variant": a.variant}
+                t |= {"consumers": list(a.consumers), "node": consumer.name, "variant": a.variant, "why": self.why}
                 if header is not None:
                     t["header"] = dict(header)
             return t
