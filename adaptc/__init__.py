@@ -42,18 +42,23 @@ if TYPE_CHECKING:
     from adaptc.methods._registry import register_method
     from adaptc.methods.adalora import AdaLoraConfig
     from adaptc.methods.boft import BOFTConfig
+    from adaptc.methods.c3a import C3AConfig
+    from adaptc.methods.fourierft import FourierFTConfig
     from adaptc.methods.hra import HRAConfig
     from adaptc.methods.ia3 import IA3Config
+    from adaptc.methods.ln_tuning import LNTuningConfig
     from adaptc.methods.loha import LoHaConfig
     from adaptc.methods.lokr import LoKrConfig
-    from adaptc.methods.ln_tuning import LNTuningConfig
     from adaptc.methods.lora import LoraConfig
     from adaptc.methods.miss import MissConfig
     from adaptc.methods.oft import OFTConfig
     from adaptc.methods.randlora import RandLoraConfig
     from adaptc.methods.road import RoadConfig
+    from adaptc.methods.shira import ShiraConfig
+    from adaptc.methods.trainable_tokens import TrainableTokensConfig
     from adaptc.methods.vblora import VBLoRAConfig
     from adaptc.methods.vera import VeraConfig
+    from adaptc.methods.waveft import WaveFTConfig
     from adaptc.passes._kinds import Op
     from adaptc.passes._method import Initial, Method, Slot
     from adaptc.program import AdaptedProgram
@@ -93,17 +98,17 @@ __all__ = [
     "IA3Config",
     "RoadConfig",
     "MissConfig",
-    # what a method of one's own is made of
-    "register_method",
-    "TargetedConfig",
-    "Method",
-    "Slot",
     "FourierFTConfig",
     "WaveFTConfig",
     "C3AConfig",
     "ShiraConfig",
     "LNTuningConfig",
     "TrainableTokensConfig",
+    # what a method of one's own is made of
+    "register_method",
+    "TargetedConfig",
+    "Method",
+    "Slot",
     "Initial",
     "Op",
     # what can go wrong
@@ -151,17 +156,17 @@ _HOME = {
     "IA3Config": "adaptc.methods.ia3",
     "RoadConfig": "adaptc.methods.road",
     "MissConfig": "adaptc.methods.miss",
-    "register_method": "adaptc.methods._registry",
-    "TargetedConfig": "adaptc.methods._base",
-    "Method": "adaptc.passes._method",
-    "Slot": "adaptc.passes._method",
-    "Initial": "adaptc.passes._method",
     "FourierFTConfig": "adaptc.methods.fourierft",
     "WaveFTConfig": "adaptc.methods.waveft",
     "C3AConfig": "adaptc.methods.c3a",
     "ShiraConfig": "adaptc.methods.shira",
     "LNTuningConfig": "adaptc.methods.ln_tuning",
     "TrainableTokensConfig": "adaptc.methods.trainable_tokens",
+    "register_method": "adaptc.methods._registry",
+    "TargetedConfig": "adaptc.methods._base",
+    "Method": "adaptc.passes._method",
+    "Slot": "adaptc.passes._method",
+    "Initial": "adaptc.passes._method",
     "Op": "adaptc.passes._kinds",
     "AdaptcError": "adaptc.errors",
     "AdaptcWarning": "adaptc.errors",

@@ -1,0 +1,135 @@
+"""What methods share that change a matrix by few coefficients at fixed places: the places, and a dense matrix of them.
+
+Places are drawn as PEFT draws them, so that a seed means the same places. A dense matrix is made by adding: room at the
+end of a slot, which holds zeros and the place zero, changes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from adaptc.errors import ConfigError, TargetError
+from adaptc.passes._kinds import Op
+from adaptc.passes._method import Initial, Method, Slot, Slots
+
+
+@lru_cache(maxsize=64)
+def _drawn(total: int, seed: int | None, count: int) -> Tensor:
+    generator = torch.Generator()
+    if seed is not None:
+        generator.manual_seed(seed)
+    return torch.randperm(total, generator=generator)[:count].clone()
+
+
+def drawn(total: int, seed: int | None, count: int) -> Tensor:
+    """``count`` distinct numbers below ``total``, int64 on the CPU, from a generator of their own.
+
+    Layers of one size have the same, and drawing them for a large one takes a while, so they are drawn once.
+    """
+    return _drawn(total, seed, count).clone()
+
+
+def scattered(shape: tuple[int, int], places: Tensor, values: Tensor) -> Tensor:
+    """A dense matrix with ``values`` added at the flat ``places``."""
+    rows, columns = shape
+    flat = torch.zeros(rows * columns, dtype=values.dtype, device=values.device)
+    return flat.index_add(0, places, values).reshape(rows, columns)
+
+
+def at_least_float32(*tensors: Tensor) -> torch.dtype:
+    """The widest dtype of ``tensors``, and wide enough for transforms that have no half-precision form."""
+    dtype = torch.float32
+    for t in tensors:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return dtype
+
+
+def check_counts(config: Any, option: str) -> None:
+    """Raises ConfigError where an option, or its table of patterns, holds anything but a positive integer."""
+    pattern = getattr(config, f"{option}_pattern") or {}
+    counts = {option: getattr(config, option), **{f"{option}_pattern[{k!r}]": v for k, v in pattern.items()}}
+    for name, n in counts.items():
+        if not isinstance(n, int) or isinstance(n, bool) or n <= 0:
+            raise ConfigError(f"{type(config).__name__}.{name} must be a positive integer, got {n!r}")
+
+
+def check_seed(config: Any) -> None:
+    """Raises ConfigError where ``random_loc_seed`` cannot seed a generator: without one, no file could be read back."""
+    seed = config.random_loc_seed
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ConfigError(
+            f"{type(config).__name__}.random_loc_seed must be an integer, got {seed!r}: the places of the coefficients "
+            "are not in the file and are drawn again from it"
+        )
+
+
+@dataclass(frozen=True)
+class Spectrum(Method):
+    """``r`` coefficients of a transform of the matrix, at places drawn with ``seed``."""
+
+    prefix: ClassVar[str] = ""
+    swappable: ClassVar[frozenset[str]] = Method.swappable | {"scaling", "seed", "zeros"}
+
+    r: int = 1000
+    scaling: float = 1.0
+    seed: int = 777
+    zeros: bool = True
+
+    @property
+    def spectrum(self) -> str:
+        return f"{self.prefix}_spectrum"
+
+    @property
+    def places(self) -> str:
+        return f"{self.prefix}_indices"
+
+    def slots(self, op: Op) -> dict[str, Slot]:
+        if len(op.shape) < 2:
+            raise TargetError(f"{self.name} needs a weight with two axes or more, and this one has shape {op.shape}")
+        self.check_size(op, 2 * op.groups)
+        return {
+            self.spectrum: Slot((self.r,), free=(0,)),
+            self.places: Slot((self.r,), free=(0,), dtype=torch.int64, trainable=False, saved=False),
+        }
+
+    def check_size(self, op: Op, least: int = 0) -> None:
+        """Raises ConfigError for more coefficients than the matrix has entries; but the identity may have ``least``."""
+        total = prod(op.matrix_shape)
+        if self.r > max(total, least):
+            raise ConfigError(
+                f"n_frequency={self.r} is more than the {total} entries of a matrix of shape {op.matrix_shape}; "
+                "n_frequency_pattern gives this layer another number"
+            )
+
+    def minimal(self, op: Op) -> Self:
+        return dataclasses.replace(self, r=2 * op.groups)
+
+    def fit(self, op: Op, slots: Slots) -> Self:
+        found = slots.get(self.spectrum)
+        return self if found is None else dataclasses.replace(self, r=found.shape[0])
+
+    def scale(self, op: Op) -> float:
+        return self.scaling
+
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+        values = self.first(generator).to(W.device, dtype)
+        return Initial({self.spectrum: values, **self.derived(op, W, dtype, {})})
+
+    def first(self, generator: torch.Generator | None) -> Tensor:
+        """First coefficients, drawn in float32."""
+        raise AssertionError(f"{type(self).__name__} must define first()")
+
+    def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
+        return {self.places: self.drawn(op).to(W.device)}
+
+    def drawn(self, op: Op) -> Tensor:
+        """The flat places of the coefficients in the matrix."""
+        self.check_size(op)
+        return drawn(prod(op.matrix_shape), self.seed, self.r)

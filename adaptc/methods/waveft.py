@@ -1,0 +1,189 @@
+"""WaveFT: W' = W + s IDWT2(C) with few wavelet coefficients C, or W + s C (Bilican et al., arXiv 2505.12532).
+
+Slot ``waveft_spectrum`` (n,), float. Where its coefficients are is drawn from ``random_loc_seed``, and the filters of
+the wavelet are PyWavelets' own: neither is in files. The transform has one level and is that of the weight as one
+matrix, with room for the filters around it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from adaptc.errors import AdaptcWarning, ConfigError, nearest
+from adaptc.methods._base import TargetedConfig
+from adaptc.methods._sparse import Spectrum, at_least_float32, check_counts, check_seed, scattered
+from adaptc.passes._kinds import Op, cast
+from adaptc.passes._method import Method, Scale, Slot, Slots
+from adaptc.rules import pattern_value
+
+#: the families PEFT's config takes; of most of them its layers have no filters
+FAMILIES = (
+    *(f"db{n}" for n in range(1, 39)),
+    *(f"sym{n}" for n in range(2, 21)),
+    *(f"coif{n}" for n in range(1, 18)),
+)
+FILTERS = "waveft_filters"
+
+
+@dataclass
+class WaveFTConfig(TargetedConfig):
+    """PEFT's ``WaveFTConfig``: same names, same defaults. ``fan_in_fan_out`` follows from the layer.
+
+    With ``proportional_parameters`` the layers share ``n_frequency`` times their number by size, and
+    ``n_frequency_pattern`` has no say. Raises ConfigError for an unknown wavelet, numbers of frequencies that are not
+    positive integers, a seed that is none, and where PyWavelets is missing.
+    """
+
+    peft_type: ClassVar[str] = "WAVEFT"
+
+    n_frequency: int = 2592
+    scaling: float = 25.0
+    wavelet_family: str = "db1"
+    use_idwt: bool = True
+    random_loc_seed: int = 777
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    n_frequency_pattern: dict[str, int] | None = field(default_factory=dict)
+    proportional_parameters: bool = False
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "n_frequency")
+        check_seed(self)
+        if self.wavelet_family not in FAMILIES:
+            near = nearest(str(self.wavelet_family), FAMILIES)
+            raise ConfigError(
+                f"WaveFTConfig.wavelet_family={self.wavelet_family!r} is not one of db1 to db38, sym2 to sym20 and "
+                f"coif1 to coif17; nearest are {', '.join(near) or 'none'}"
+            )
+        if self.use_idwt:
+            wavelet(self.wavelet_family)
+        if self.use_idwt and self.wavelet_family == "coif4":
+            warnings.warn(
+                "wavelet_family='coif4': PEFT 0.21.2 has wrong filters for it, so that an adapter it trained computes "
+                "something else here, and the other way round; coif3 and sym10, say, are the same in both.",
+                AdaptcWarning,
+                stacklevel=3,
+            )
+
+    def pattern_entries(self) -> dict[str, Mapping[str, Any]]:
+        return {"n_frequency_pattern": self.n_frequency_pattern or {}}
+
+    def method(self, name: str, kind: str) -> WaveFT:
+        own = None if self.proportional_parameters else self.n_frequency_pattern
+        return WaveFT(
+            r=pattern_value(own, name, self.n_frequency),
+            scaling=self.scaling,
+            seed=self.random_loc_seed,
+            zeros=self.init_weights,
+            family=self.wavelet_family,
+            taps=wavelet(self.wavelet_family).rec_len // 2 if self.use_idwt else 0,
+            proportional=self.proportional_parameters,
+        )
+
+
+def wavelet(family: str) -> Any:
+    """PyWavelets' wavelet. Raises ConfigError without PyWavelets."""
+    try:
+        pywt: Any = importlib.import_module("pywt")
+    except ImportError:
+        raise ConfigError(
+            "WaveFT takes the filters of its wavelets from PyWavelets, which is not installed: "
+            "pip install 'adaptc[wavelets]', or use_idwt=False, which needs no wavelet"
+        ) from None
+    return pywt.Wavelet(family)
+
+
+@dataclass(frozen=True)
+class WaveFT(Spectrum):
+    """See the module docstring. ``taps``: half the length of the filters, on which the code depends, or 0 without any.
+
+    ``proportional``: ``r`` is the mean over all layers, of which :meth:`jointly` gives each its share.
+    """
+
+    name: ClassVar[str] = "waveft"
+    prefix: ClassVar[str] = "waveft"
+    swappable: ClassVar[frozenset[str]] = Spectrum.swappable | {"family", "proportional"}
+
+    family: str = "db1"
+    taps: int = 1
+    proportional: bool = False
+
+    def slots(self, op: Op) -> dict[str, Slot]:
+        slots = super().slots(op)
+        if self.taps:  # for each of two phases, what both bands put into it
+            slots[FILTERS] = Slot((2, 2, self.taps), trainable=False, saved=False)
+        return slots
+
+    def check_size(self, op: Op, least: int = 0) -> None:
+        if not self.proportional:  # a mean: no layer has it
+            super().check_size(op, least)
+
+    def fit(self, op: Op, slots: Slots) -> WaveFT:
+        return dataclasses.replace(super().fit(op, slots), proportional=False)
+
+    @classmethod
+    def jointly(cls, sites: Sequence[tuple[Method, Op]]) -> list[Method]:
+        sizes = [prod(op.matrix_shape) for _, op in sites]
+
+        def share(m: Any, size: int) -> Method:
+            if not m.proportional:
+                return m
+            return dataclasses.replace(m, r=max(1, round(size / sum(sizes) * (m.r * len(sizes)))), proportional=False)
+
+        return [share(m, size) for (m, _), size in zip(sites, sizes, strict=True)]
+
+    def first(self, generator: torch.Generator | None) -> Tensor:
+        return torch.zeros(self.r) if self.zeros else torch.randn(self.r, generator=generator) * 0.01
+
+    def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
+        if not self.taps:
+            return super().derived(op, W, dtype, found)
+        at, columns = self.drawn(op), op.matrix_shape[1]
+        height, width = self._bands(op)
+        # A matrix with room around it is cut into four quarters. PEFT takes the upper right one for what its filters
+        # call horizontal, which is high along the columns: so the band along one axis is the half along the other.
+        row, column = (i + self.taps - 1 for i in (at // columns, at % columns))
+        low, right = row >= height, column >= width
+        at = right * height + row % height
+        at = at * 2 * width + low * width + column % width
+        lo, hi = (torch.tensor(f, dtype=dtype).unflatten(0, (-1, 2)) for f in self._filters())
+        filters = torch.stack([lo, hi], 1).flip(0).transpose(0, 2).contiguous()
+        return {self.places: at.to(W.device), FILTERS: filters.to(W.device)}
+
+    def _filters(self) -> tuple[Sequence[float], Sequence[float]]:
+        w = wavelet(self.family)
+        return w.rec_lo, w.rec_hi
+
+    def _bands(self, op: Op) -> tuple[int, int]:
+        """How many coefficients each band has along the rows and the columns."""
+        rows, columns = op.matrix_shape
+        return (rows + 1) // 2 + self.taps - 1, (columns + 1) // 2 + self.taps - 1
+
+    def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
+        wide = at_least_float32(W, slots[self.spectrum])
+        values = cast(slots[self.spectrum], wide) * cast(scale, wide)
+        rows, columns = op.matrix_shape
+        if not self.taps:
+            return cast(W + op.unmatrix(scattered((rows, columns), slots[self.places], values)), W.dtype)
+        height, width = self._bands(op)
+        change = scattered((2 * height, 2 * width), slots[self.places], values)
+        for _ in range(2):  # along the columns, then along the rows
+            change = _synthesised(change, cast(slots[FILTERS], wide)).t()
+        return cast(W + op.unmatrix(change[:rows, :columns]), W.dtype)
+
+
+def _synthesised(bands: Tensor, filters: Tensor) -> Tensor:
+    """Both bands of each row, one after the other, to what they are bands of: every other entry comes of one phase."""
+    return F.conv1d(bands.unflatten(1, (2, -1)), filters).transpose(1, 2).flatten(1)
