@@ -113,6 +113,15 @@ def show(
 
 @app.command()
 @plain_errors
+def methods() -> None:
+    """The methods there are, what each means, and which layers it takes: around them, or on their weights."""
+    from adaptc.methods.overview import render
+
+    typer.echo(render(shutil.get_terminal_size((120, 24)).columns))
+
+
+@app.command()
+@plain_errors
 def merge(
     program: Program,
     out: Out,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -97,6 +97,8 @@ class TargetedConfig(AdapterConfig):
     another (``target_parameters`` is LoRA's alone), and a file that has it makes PEFT warn: but for LoRA, files have
     the optional ones only when they are set."""
 
+    #: fields of an example of each method the config stands for: those that have no default, or choose the method
+    samples: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
     #: the field with the probability that an input of the adapter is dropped, for methods that have one
     dropout_field: ClassVar[str] = ""
     #: what ``target_modules`` names: "matrices" to adapt, "modules" to train as a whole, or tables to train "rows" of

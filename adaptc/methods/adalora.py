@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar
@@ -36,6 +36,7 @@ class AdaLoraConfig(LoraConfig):
     """PEFT's ``AdaLoraConfig``: same names, same defaults. ``total_step`` is required; ``r`` has no meaning here."""
 
     peft_type: ClassVar[str] = "ADALORA"
+    samples: ClassVar[Sequence[Mapping[str, Any]]] = ({"total_step": 100},)
     refused: ClassVar[Mapping[str, str]] = {
         **LoraConfig.refused,
         "use_rslora": _IGNORED,
@@ -71,9 +72,7 @@ class AdaLoraConfig(LoraConfig):
         for name in ("tinit", "tfinal"):
             _whole(name, getattr(self, name), 0)
         if self.total_step is None:
-            raise ConfigError(
-                "AdaLoraConfig.total_step is required: the number of training steps"
-            )
+            raise ConfigError("AdaLoraConfig.total_step is required: the number of training steps")
         _whole("total_step", self.total_step, 1)
         if self.tinit >= self.total_step - self.tfinal:
             raise ConfigError(

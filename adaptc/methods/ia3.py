@@ -9,8 +9,9 @@ grouped convolution are those of all groups. Embeddings scale their columns, as 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class IA3Config(TargetedConfig):
     """
 
     peft_type: ClassVar[str] = "IA3"
+    samples: ClassVar[Sequence[Mapping[str, Any]]] = ({"feedforward_modules": []},)
 
     feedforward_modules: list[str] | set[str] | str | None = None
     fan_in_fan_out: bool = False

@@ -8,7 +8,7 @@ Slots, in PEFT's shapes: ``lora_A.weight`` (r, in[, *kernel]) and ``lora_B.weigh
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod, sqrt
 from typing import Any, ClassVar
@@ -43,6 +43,7 @@ class LoraConfig(TargetedConfig):
     """PEFT's ``LoraConfig``: same names, same defaults. Unsupported fields raise ConfigError when set."""
 
     peft_type: ClassVar[str] = "LORA"
+    samples: ClassVar[Sequence[Mapping[str, Any]]] = ({}, {"use_dora": True})
     dropout_field: ClassVar[str] = "lora_dropout"
     refused: ClassVar[Mapping[str, str]] = {
         "loftq_config": "LoftQ quantises the base, and programs hold unquantised weights",

@@ -1,0 +1,24 @@
+"""``python -m adaptc.methods [README.md]``: the table of methods in Markdown, printed or put between its markers."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from adaptc.methods.overview import markdown
+
+BLOCK = re.compile(r"(<!-- methods:[^\n]*-->\n).*?(<!-- /methods -->)", re.DOTALL)
+
+
+def filled(text: str) -> str:
+    """``text`` with the table between the markers."""
+    return BLOCK.sub(lambda m: f"{m[1]}{markdown()}\n{m[2]}", text)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        readme = Path(sys.argv[1])
+        readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        print(markdown())

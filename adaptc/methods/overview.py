@@ -1,0 +1,124 @@
+"""What each method supports, found out by asking the methods: the table of the README and of ``adaptc methods``.
+
+Nothing here is written by hand but the sample layers. After: one row per config class, from the registry.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from adaptc._tables import table
+from adaptc.errors import AdaptcError
+from adaptc.methods import whole
+from adaptc.methods._base import TargetedConfig
+from adaptc.methods._registry import CONFIGS, config_class
+from adaptc.methods.stacked import Stacked
+from adaptc.passes._kinds import Op
+from adaptc.passes._method import Method
+
+aten = torch.ops.aten
+
+#: heading -> sample ops, of sizes that every default block size divides
+KINDS: dict[str, tuple[Op, ...]] = {
+    "linear": (Op("linear", (512, 768), aten.linear.default), Op("addmm", (512, 768), aten.addmm.default)),
+    "embedding": (Op("embedding", (512, 768), aten.embedding.default, (-1, False, False)),),
+    "conv": (
+        Op("conv1d", (512, 768, 3), aten.conv1d.default, ((1,), (0,), (1,), 1)),
+        Op("conv2d", (512, 256, 3, 3), aten.conv2d.default, ((1, 1), (0, 0), (1, 1), 1)),
+        Op("conv3d", (512, 256, 3, 1, 1), aten.conv3d.default, ((1, 1, 1), (0, 0, 0), (1, 1, 1), 1)),
+    ),
+    "grouped conv": (Op("conv2d", (512, 256, 3, 3), aten.conv2d.default, ((1, 1), (0, 0), (1, 1), 2)),),
+    "any other": (Op("weight", (512, 768)), Op("conv_transpose", (512, 768, 3))),
+    "experts": (Op("experts", (2, 512, 768)),),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method. ``kinds``: heading -> "around" (the layer), "weight" (in front of it) or "" where it is refused;
+    ``rank``: whether a swap may change a size; ``meaning`` and ``source`` from its file's first line."""
+
+    config: str
+    method: str
+    meaning: str
+    source: str
+    kinds: dict[str, str]
+    rank: bool
+    shared: bool
+
+
+def overview() -> list[Row]:
+    """A row for each registered config, in the order of the registry."""
+    classes = [c for c in dict.fromkeys(map(config_class, CONFIGS)) if issubclass(c, TargetedConfig)]
+    return [_row(c, sample) for c in classes for sample in c.samples]
+
+
+def _row(cls: type[TargetedConfig], sample: Mapping[str, Any]) -> Row:
+    config = cls(target_modules=["layer"], **sample)
+    home = type(config.method("layer", "linear")).__module__
+    title, meaning, source = _first_line(cls.__module__ if home == whole.__name__ else home)
+    kinds: dict[str, str] = {}
+    free = shared = False
+    for heading, ops in KINDS.items():
+        forms: list[str] = []
+        if config.unit == "rows":
+            ops = tuple(op for op in ops if len(op.shape) == 2)
+        for op in ops:
+            method = _method_at(config, op)
+            if method is None:
+                break
+            slots = method.slots(op).values()
+            free, shared = free or any(s.free for s in slots), shared or any(s.shared for s in slots)
+            forms.append("around" if method.has_outside(op) else "weight")
+        kinds[heading] = "" if not ops or len(forms) < len(ops) else "/".join(dict.fromkeys(forms))
+    name = f"{cls.__name__}({', '.join(f'{k}={v!r}' for k, v in sample.items())})" if sample else cls.__name__
+    return Row(name, title, meaning, source, kinds, free, shared)
+
+
+def _method_at(config: TargetedConfig, op: Op) -> Method | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            method = config.method("layer", op.kind)
+            if op.experts and not method.stacks:
+                method = Stacked.of(method)
+            method = method.at(op)
+            method = method.jointly([(method, op)])[0]
+            method.slots(op)
+    except AdaptcError:
+        return None
+    return method
+
+
+def _first_line(module: str) -> tuple[str, str, str]:
+    """Name, meaning and source, from ``Name: meaning (source).``"""
+    text = " ".join((inspect.getdoc(importlib.import_module(module)) or "").split("\n\n")[0].split())
+    title, _, rest = text.partition(": ")
+    found = re.search(r"(?:arXiv )?(\d{4}\.\d{5})", rest)
+    meaning = re.sub(r"\s*\([^()]*(\([^()]*\)[^()]*)*\)\.?$", "", rest).rstrip(".")
+    return title, meaning, found.group(1) if found else ""
+
+
+def markdown() -> str:
+    """The overview as a Markdown table."""
+    heads = ["method", "config", "meaning", *KINDS, "other sizes by swap", "paper"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for r in overview():
+        link = f"[{r.source}](https://arxiv.org/abs/{r.source})" if r.source else ""
+        cells = [r.method, f"`{r.config}`", r.meaning.replace("|", "\\|"), *(v or "-" for v in r.kinds.values())]
+        lines.append("| " + " | ".join([*cells, "yes" if r.rank else "no", link]) + " |")
+    return "\n".join(lines)
+
+
+def render(width: int) -> str:
+    """The overview as text."""
+    rows = [(r.config, r.meaning, *(v or "-" for v in r.kinds.values()), "yes" if r.rank else "no") for r in overview()]
+    return table(["config", "meaning", *KINDS, "other sizes"], rows, width=width)
