@@ -132,6 +132,14 @@ SCALED = (
 #: layers whose inputs, outputs and weights are turned
 ROTATED = ("linear", "embedding", "conv2d_1x1", "conv2d_groups", "experts")
 
+
+def apart(key: str, like: Tensor) -> Tensor:
+    """Logits that rounding keeps in their order, since another order is another choice of vectors."""
+    if "logits" not in key:
+        return torch.randn(like.shape, dtype=torch.float64) * 0.5
+    return torch.rand(like.shape).argsort(-1).double() * 0.25
+
+
 ENTRIES: list[Entry] = [
     Entry(
         "lora",
@@ -283,6 +291,7 @@ ENTRIES: list[Entry] = [
         peft=MATRICES,
         other={"r": 3, "init_logits_std": 0.7, "save_only_topk_weights": True},
         neutral=False,
+        values=apart,
     ),
     # PEFT forgets the bias of a linear layer whose rows are trained.
     Entry(
