@@ -123,6 +123,8 @@ FLAT = (
     *("linear", "linear_nobias", "conv1d", "conv1d_same"),
     *("conv2d", "conv2d_1x1", "conv2d_odd", "conv2d_groups"),
 )
+#: convolutions whose kernels may have factors of their own
+KERNELS = ("conv1d", "conv2d_odd", "conv2d_groups", "conv3d", "conv_transpose")
 #: where IA3 is PEFT's
 SCALED = (
     *("linear", "linear_nobias", "addmm"),
@@ -139,6 +141,8 @@ def apart(key: str, like: Tensor) -> Tensor:
         return torch.randn(like.shape, dtype=torch.float64) * 0.5
     return torch.rand(like.shape).argsort(-1).double() * 0.25
 
+#: enough for methods that see of a layer but the matrix its weight is
+FLATTENED = ("linear", "addmm", "embedding", "conv2d_odd", "conv2d_groups", "conv_transpose", "functional", "experts")
 
 ENTRIES: list[Entry] = [
     Entry(
@@ -228,17 +232,26 @@ ENTRIES: list[Entry] = [
         "loha_kernel",
         "LoHaConfig",
         {"r": 4, "alpha": 6, "use_effective_conv2d": True},
-        peft=FLAT,
+        peft=(),  # where PEFT's gradients of hada_w1_a and hada_w2_a are those of other tensors
         other={"r": 3, "init_weights": False},
+        only=KERNELS,
     ),
     Entry("lokr", "LoKrConfig", {"r": 2, "alpha": 5}, peft=FLAT, other={"r": 3, "alpha": 7, "module_dropout": 0.2}),
-    Entry("lokr_whole", "LoKrConfig", {"r": 4, "alpha": 7}, peft=FLAT, other={"r": 9, "init_weights": "lycoris"}),
+    Entry(
+        "lokr_whole",
+        "LoKrConfig",
+        {"r": 4, "alpha": 7},
+        peft=FLAT,
+        other={"r": 9, "init_weights": "lycoris"},
+        only=("linear", "embedding", "conv2d", *KERNELS),
+    ),
     Entry(
         "lokr_both",
         "LoKrConfig",
         {"r": 2, "alpha": 5, "decompose_both": True, "decompose_factor": 5},
         peft=FLAT,
         other={"r": 1, "init_weights": False, "rank_dropout": 0.2, "rank_dropout_scale": True},
+        only=("linear", "embedding", "conv2d", "experts"),
     ),
     Entry(
         "lokr_kernel",
@@ -246,6 +259,7 @@ ENTRIES: list[Entry] = [
         {"r": 2, "alpha": 5, "use_effective_conv2d": True, "init_weights": "lycoris"},
         peft=FLAT,
         other={"r": 3, "init_weights": True},
+        only=KERNELS,
     ),
     Entry("ia3", "IA3Config", {"feedforward_modules": []}, peft=SCALED, other={"init_ia3_weights": False}),
     Entry("ia3_inputs", "IA3Config", {"feedforward_modules": "layer.*"}, peft=SCALED),
@@ -292,6 +306,56 @@ ENTRIES: list[Entry] = [
         other={"r": 3, "init_logits_std": 0.7, "save_only_topk_weights": True},
         neutral=False,
         values=apart,
+    ),
+    Entry(
+        "fourierft",
+        "FourierFTConfig",
+        {"n_frequency": 40},
+        peft=MATRICES,
+        other={"n_frequency": 23, "scaling": 7.0, "random_loc_seed": 5, "init_weights": True},
+        neutral=False,
+        tolerance=1e-5,
+        only=FLATTENED,
+    ),
+    Entry(
+        "waveft",
+        "WaveFTConfig",
+        {"n_frequency": 40},
+        peft=MATRICES,
+        other={"n_frequency": 23, "scaling": 7.0, "random_loc_seed": 5, "init_weights": False},
+        only=FLATTENED,
+    ),
+    Entry(
+        "waveft_sym4",
+        "WaveFTConfig",
+        {"n_frequency": 40, "wavelet_family": "sym4"},
+        peft=MATRICES,
+        other={"n_frequency": 50, "wavelet_family": "db4"},
+        only=("linear", "conv2d_odd"),
+    ),
+    Entry(
+        "waveft_sparse",
+        "WaveFTConfig",
+        {"n_frequency": 40, "use_idwt": False},
+        peft=MATRICES,
+        other={"n_frequency": 50, "wavelet_family": "db4"},
+        only=("linear", "conv2d_odd"),
+    ),
+    Entry(
+        "c3a",
+        "C3AConfig",
+        {"block_size": 3},
+        other={"init_weights": True},
+        neutral=False,
+        tolerance=1e-5,
+        only=(*FLATTENED, "linear_nobias"),
+    ),
+    Entry(
+        "shira",
+        "ShiraConfig",
+        {"r": 3, "random_seed": 4},
+        other={"r": 2, "random_seed": 9, "init_weights": False},
+        only=FLATTENED,
     ),
     # PEFT forgets the bias of a linear layer whose rows are trained.
     Entry(

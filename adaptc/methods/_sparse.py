@@ -93,20 +93,19 @@ class Spectrum(Method):
     def slots(self, op: Op) -> dict[str, Slot]:
         if len(op.shape) < 2:
             raise TargetError(f"{self.name} needs a weight with two axes or more, and this one has shape {op.shape}")
-        self.check_size(op, 2 * op.groups)
         return {
             self.spectrum: Slot((self.r,), free=(0,)),
             self.places: Slot((self.r,), free=(0,), dtype=torch.int64, trainable=False, saved=False),
         }
 
-    def check_size(self, op: Op, least: int = 0) -> None:
-        """Raises ConfigError for more coefficients than the matrix has entries; but the identity may have ``least``."""
+    def at(self, op: Op) -> Self:
         total = prod(op.matrix_shape)
-        if self.r > max(total, least):
+        if self.r > total:
             raise ConfigError(
                 f"n_frequency={self.r} is more than the {total} entries of a matrix of shape {op.matrix_shape}; "
                 "n_frequency_pattern gives this layer another number"
             )
+        return self
 
     def minimal(self, op: Op) -> Self:
         return dataclasses.replace(self, r=2 * op.groups)
@@ -131,5 +130,4 @@ class Spectrum(Method):
 
     def drawn(self, op: Op) -> Tensor:
         """The flat places of the coefficients in the matrix."""
-        self.check_size(op)
         return drawn(prod(op.matrix_shape), self.seed, self.r)

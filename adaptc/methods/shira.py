@@ -87,23 +87,22 @@ class Shira(Method):
     def slots(self, op: Op) -> dict[str, Slot]:
         if len(op.shape) < 2:
             raise TargetError(f"SHiRA needs a weight with two axes or more, and this one has shape {op.shape}")
-        total, n = prod(op.matrix_shape), self.r * sum(op.matrix_shape)
-        # The smallest size there is must exist at every layer: the identity is made of it.
-        if n > total and self.r > 2 * op.groups:
-            raise self._too_many(op)
+        n = self.r * sum(op.matrix_shape)
         return {
             WEIGHT: Slot((n,), free=(0,)),
             INDICES: Slot((2, n), free=(1,), dtype=torch.int32, trainable=False),
         }
 
-    def _too_many(self, op: Op) -> ConfigError:
+    def at(self, op: Op) -> Shira:
         rows, columns = op.matrix_shape
         most = rows * columns // (rows + columns)
-        fits = f"r={most} is the most that fits" if most else "no r fits: leave this layer out"
-        return ConfigError(
-            f"r={self.r} means {self.r * (rows + columns)} entries, more than the {rows * columns} of a matrix of "
-            f"shape {op.matrix_shape}; {fits}"
-        )
+        if self.r > most:
+            fits = f"r={most} is the most that fits" if most else "no r fits: leave this layer out"
+            raise ConfigError(
+                f"r={self.r} means {self.r * (rows + columns)} entries, more than the {rows * columns} of a matrix of "
+                f"shape {op.matrix_shape}; {fits}"
+            )
+        return self
 
     def minimal(self, op: Op) -> Shira:
         return dataclasses.replace(self, r=2 * op.groups)
@@ -115,8 +114,6 @@ class Shira(Method):
     def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
         rows, columns = op.matrix_shape
         n = self.r * (rows + columns)
-        if n > rows * columns:
-            raise self._too_many(op)
         # The mask comes first, as in PEFT: one of the user's own may read the global generator.
         at = self._mask(op, W, n)
         values = torch.zeros(n) if self.zeros else torch.randn(n, generator=generator)

@@ -126,9 +126,8 @@ class WaveFT(Spectrum):
             slots[FILTERS] = Slot((2, 2, self.taps), trainable=False, saved=False)
         return slots
 
-    def check_size(self, op: Op, least: int = 0) -> None:
-        if not self.proportional:  # a mean: no layer has it
-            super().check_size(op, least)
+    def at(self, op: Op) -> WaveFT:
+        return self if self.proportional else super().at(op)  # a mean, which no layer has
 
     def fit(self, op: Op, slots: Slots) -> WaveFT:
         return dataclasses.replace(super().fit(op, slots), proportional=False)
@@ -137,12 +136,13 @@ class WaveFT(Spectrum):
     def jointly(cls, sites: Sequence[tuple[Method, Op]]) -> list[Method]:
         sizes = [prod(op.matrix_shape) for _, op in sites]
 
-        def share(m: Any, size: int) -> Method:
+        def share(m: Any, op: Op, size: int) -> Method:
             if not m.proportional:
                 return m
-            return dataclasses.replace(m, r=max(1, round(size / sum(sizes) * (m.r * len(sizes)))), proportional=False)
+            r = max(1, round(size / sum(sizes) * (m.r * len(sizes))))
+            return dataclasses.replace(m, r=r, proportional=False).at(op)
 
-        return [share(m, size) for (m, _), size in zip(sites, sizes, strict=True)]
+        return [share(m, op, size) for (m, op), size in zip(sites, sizes, strict=True)]
 
     def first(self, generator: torch.Generator | None) -> Tensor:
         return torch.zeros(self.r) if self.zeros else torch.randn(self.r, generator=generator) * 0.01
