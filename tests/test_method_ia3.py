@@ -9,10 +9,12 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.ia3 import IA3Layer
 from torch import Tensor, nn
 
 import adaptc
 from adaptc.passes._kinds import Op
+from tests.families import FAMILIES
 
 
 class Net(nn.Module):
@@ -127,8 +129,23 @@ def test_refusals():
         adaptc.IA3Config(target_modules=BOTH, feedforward_modules=["dwn_proj"])
     with pytest.raises(adaptc.ConfigError, match="not a valid regular expression"):
         adaptc.IA3Config(target_modules=BOTH, feedforward_modules="(")
+    with pytest.raises(adaptc.TargetError, match=r"'dwn_proj' ends no name of a module; nearest: \['down_proj'"):
+        compile(adaptc.IA3Config(target_modules="all-linear", feedforward_modules=["dwn_proj"]))
     with pytest.raises(adaptc.ConfigError, match=r"feedforward_modules is None.* or say \[\] for none"):
         compile(adaptc.IA3Config(target_modules=BOTH))
+
+
+@pytest.mark.parametrize("targets", [None, ["q_proj"], ["down_proj"], ["layers.0.mlp.down_proj", "k_proj"], ".*_proj"])
+def test_defaults_of_a_model_are_those_of_peft(targets, tmp_path):
+    family = FAMILIES["llama"]
+    model, inputs = family.build().eval(), family.inputs(2, 5)
+    program = adaptc.compile(model, adaptc.IA3Config(target_modules=targets), example_inputs=inputs)
+    found = {a.module: a.method.feedforward for a in program.adaptation.attachments}
+    modules = peft.get_peft_model(model, peft.IA3Config(target_modules=targets)).base_model.model.named_modules()
+    assert found == {n: m.is_feedforward for n, m in modules if isinstance(m, IA3Layer)}
+    again = adaptc.compile(family.build(), adaptc.save_adapter(program, tmp_path), example_inputs=inputs)
+    assert {a.module: a.method.feedforward for a in again.adaptation.attachments} == found
+    peft.IA3Config.from_pretrained(str(tmp_path))
 
 
 def test_config_has_the_fields_of_peft(tmp_path):

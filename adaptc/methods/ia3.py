@@ -11,7 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from types import NoneType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from adaptc.errors import ConfigError, TargetError, nearest
 from adaptc.methods._base import TargetedConfig
 from adaptc.passes._kinds import Op, cast
 from adaptc.passes._method import Initial, Method, Scale, Slot, Slots
+
+if TYPE_CHECKING:
+    from adaptc.targets import ModelFacts
 
 SLOT = "ia3_l"
 
@@ -56,6 +60,21 @@ class IA3Config(TargetedConfig):
                     f"IA3Config.feedforward_modules must be entries of target_modules={sorted(targets)}; {strange} are "
                     f"not (nearest: {nearest(strange[0], targets) or 'none'}). Add them there, or leave them out here."
                 )
+
+    def resolved(self, facts: ModelFacts) -> IA3Config:
+        new = super().resolved(facts)
+        inner, targets = new.feedforward_modules, new.target_modules
+        if inner is None or isinstance(inner, str):
+            return new
+        if self.feedforward_modules is None and not isinstance(targets, (str, NoneType)) and set(inner) - set(targets):
+            # The model's own names need not be among the targets the user chose; as an expression they may be in files.
+            return new.replace(feedforward_modules=f".*({'|'.join(map(re.escape, inner))})")
+        lost = [e for e in sorted(inner) if facts.types and not any(name.endswith(e) for name in facts.types)]
+        if lost and self.feedforward_modules is not None:
+            raise TargetError(
+                f"feedforward_modules: {lost[0]!r} ends no name of a module; nearest: {nearest(lost[0], facts.types)}"
+            )
+        return new
 
     def method(self, name: str, kind: str) -> IA3:
         inner = self.feedforward_modules
