@@ -110,7 +110,7 @@ def test_no_pass_is_the_program_itself(program: ExportedProgram) -> None:
 
 
 def test_passes_show_their_options() -> None:
-    assert str(Inject([], {})) == "inject()"
+    assert str(Inject([], {})) == "inject(training=False)"
     assert str(Merge([], {})) == "merge(safe=True)"
     assert str(Unload()) == "unload()"
     assert str(Unmerge(None)) == "unmerge()"

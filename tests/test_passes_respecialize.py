@@ -99,7 +99,7 @@ class Sequenced(nn.Module):
         return self.head(torch.tanh(self.conv(self.embed(ids).mT).mT))
 
 
-@pytest.mark.parametrize("forms", ["auto", "weight"])
+@pytest.mark.parametrize("forms", ["apply", "weight"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["", "dynamic"])
 @pytest.mark.parametrize("ranks", [(3, 5), (5, 3), (1, 7), (7, 1), (1, 2)], ids=str)
 def test_as_if_injected_with_that_rank(ranks: tuple[int, int], dynamic: bool, forms: str) -> None:

@@ -124,6 +124,7 @@ class Sequences(RuleBasedStateMachine):
         if trainable:
             optimizer = torch.optim.SGD(trainable, lr=0.05)
             module(torch.randint(0, 13, (2, 5))).square().mean().backward()
+            torch.nn.utils.clip_grad_norm_(trainable, 1.0)  # many steps must not diverge
             optimizer.step()
             self.tensors = {k: v.clone() for k, v in self.current().items()}
 

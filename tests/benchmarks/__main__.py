@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 
-from tests.benchmarks import against_peft, rewriting
+from tests.benchmarks import against_peft, methods, rewriting
 from tests.benchmarks.harness import machine, markdown
 
 
@@ -16,7 +16,9 @@ def main() -> None:
     print("## Rewriting\n")
     print(rewriting.run(full=not quick), "\n")
     print("## Against PEFT: SmolLM2-135M, float32, rank 16 on all linear layers\n")
-    print(markdown(against_peft.run(5 if quick else 15)))
+    print(markdown(against_peft.run(5 if quick else 15)), "\n")
+    print("## Methods: SmolLM2-135M, float32, on query and value projections\n")
+    print(methods.markdown(methods.run(5 if quick else 15)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,114 @@
+"""Each method next to PEFT's on the same sites: forward time over the base's, and the size of the adapter file.
+
+SmolLM2's query and value projections (60 sites), one interleaved run per method. A binding is warm when it is timed, as
+PEFT's wrapped model is: what depends on frozen tensors alone has been computed.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+
+import adaptc
+from tests.benchmarks.harness import interleave
+from tests.benchmarks.model import smollm2, tokens
+
+TARGETS = ["q_proj", "v_proj"]
+
+#: method -> PEFT's config and its options: PEFT's defaults wherever they fit widths of 576 and 192
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "LoRA": ("LoraConfig", {"r": 16}),
+    "DoRA": ("LoraConfig", {"r": 16, "use_dora": True}),
+    "AdaLoRA": ("AdaLoraConfig", {"init_r": 12, "total_step": 10}),
+    "IA3": ("IA3Config", {"feedforward_modules": []}),
+    "LoHa": ("LoHaConfig", {"r": 8}),
+    "LoKr": ("LoKrConfig", {"r": 8}),
+    "OFT": ("OFTConfig", {}),
+    "BOFT": ("BOFTConfig", {"boft_block_size": 4}),
+    "HRA": ("HRAConfig", {"r": 8}),
+    "VeRA": ("VeraConfig", {"r": 256}),
+    "RandLoRA": ("RandLoraConfig", {"r": 32}),
+    "VB-LoRA": ("VBLoRAConfig", {"r": 4, "vector_length": 64}),
+    "FourierFT": ("FourierFTConfig", {}),
+    "WaveFT": ("WaveFTConfig", {}),
+    "C3A": ("C3AConfig", {"block_size": 64}),
+    "MiSS": ("MissConfig", {"r": 64}),
+    "SHiRA": ("ShiraConfig", {"r": 16}),
+    "RoAd": ("RoadConfig", {}),
+    "LN tuning": ("LNTuningConfig", {"target_modules": ["input_layernorm"]}),
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """Times are medians in milliseconds; ``size`` of the adapter file in bytes."""
+
+    method: str
+    work: str
+    base: float
+    peft: float
+    adaptc: float
+    size: int
+
+    def __str__(self) -> str:
+        ratios = f"{self.peft / self.base:.2f} | {self.adaptc / self.base:.2f} | {self.peft / self.adaptc:.2f}"
+        return f"| {self.method} | {self.work} | {self.base:.1f} | {ratios} | {self.size / 1e6:.2f} |"
+
+
+def run(rounds: int = 9, only: list[str] | None = None) -> list[Line]:
+    warnings.filterwarnings("ignore")
+    base = smollm2()
+    plain = adaptc.unload(adaptc.compile(base, adaptc.LoraConfig(r=2, target_modules=TARGETS)))
+    lines: list[Line] = []
+    for method, (name, options) in METHODS.items():
+        if only and method not in only:
+            continue
+        config = getattr(peft, name)(**{"target_modules": TARGETS, **options})
+        theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in theirs.parameters():
+                if p.requires_grad:
+                    p.add_(torch.randn(p.shape, generator=generator) * 0.02)
+        for p in theirs.parameters():
+            p.requires_grad_(False)
+        with tempfile.TemporaryDirectory() as folder:
+            theirs.save_pretrained(folder)
+            size = (Path(folder) / "adapter_model.safetensors").stat().st_size
+            ours = adaptc.compile(plain, folder)
+        check(theirs, ours, method)
+        for work, inputs in (("decode 1x1", tokens(1, 1)), ("prefill 1x64", tokens(1, 64))):
+            sides = {"base": plain, "PEFT": theirs, "adaptc": ours}
+            rows = interleave(work, {k: no_grad(f, inputs) for k, f in sides.items()}, "base", rounds)
+            lines.append(Line(method, work, *(r.milliseconds for r in rows), size))
+    return lines
+
+
+def no_grad(fn: Callable[..., object], inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
+    def call() -> None:
+        with torch.no_grad():
+            fn(**inputs)
+
+    return call
+
+
+def check(theirs: Any, ours: Any, method: str) -> None:
+    """Both compute the same, or their times mean nothing."""
+    with torch.no_grad():
+        a, b = ours(**tokens(2, 9)).logits, theirs(**tokens(2, 9)).logits
+    worst = float((a - b).abs().max() / b.abs().max())
+    if worst > 1e-3:
+        raise AssertionError(f"{method}: outputs differ by {worst:.1e} of the largest")
+
+
+def markdown(lines: list[Line]) -> str:
+    heads = "| method | work | base ms | PEFT / base | adaptc / base | PEFT / adaptc | file MB |"
+    return "\n".join([heads, "|---|---|---:|---:|---:|---:|---:|", *map(str, lines)])
