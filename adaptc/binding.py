@@ -302,13 +302,12 @@ class _Builder:
         for a in self.slate.attachments:
             if (m := present.get(a.id)) is not None:
                 inner = m.inside(self.slate.ops[a.id])[0]
-                kinds[type(inner), a.variant] = inner
+                kinds[type(inner), a.adapter] = inner
         for a in self.slate.attachments:
             if a.id in present:
                 continue
             op = self.slate.ops[a.id]
-            shares = any(s.shared for s in a.method.slots(op).values())
-            kin = kinds.get((type(a.method.inside(op)[0]), a.variant)) if shares else None
+            kin = kinds.get((type(a.method.inside(op)[0]), a.adapter)) if a.method.shares() else None
             method = a.method if kin is None else a.method.around(kin)
             values = method.absent(op, self.slate.canonical(a), self.slate.dtype(a))
             self._set(a, values, a.method.scale(op), False)

@@ -28,8 +28,9 @@ def union(plans: Sequence[Plan], training: bool, backend: str, form: str = "auto
             rivals = [o for o in out if o.fqn == a.fqn and o.method.akin(a.method)]
             if any(o.method.structure() == a.method.structure() for o in rivals):
                 continue
-            if rivals:
-                a = replace(a, variant=len(rivals), adapter=f"{a.adapter}_{len(rivals)}")
+            a = replace(a, variant=len(rivals))
+            if number := _number(a, out):
+                a = replace(a, adapter=f"{a.adapter}_{number}")
             if training:
                 a = replace(a, method=a.method.trained())
             if a.form == "auto":
@@ -38,12 +39,21 @@ def union(plans: Sequence[Plan], training: bool, backend: str, form: str = "auto
     return sorted(out, key=lambda a: not a.method.replaces)
 
 
+def _number(a: Attachment, others: Sequence[Attachment]) -> int:
+    """Which of the adapters its slots belong to: the variant; but sites that share a slot must be of one structure."""
+    if not a.method.shares():
+        return a.variant
+    known = [s for o in others if (s := o.method.structure())["method"] == a.method.structure()["method"]]
+    distinct = [s for i, s in enumerate(known) if s not in known[:i]]
+    return distinct.index(a.method.structure()) if a.method.structure() in distinct else len(distinct)
+
+
 def joint_slate(slate: Slate) -> Slate:
     """The slate with methods that know of each other, over all plans: shared slots are large enough for every site."""
-    by_variant: dict[int, list[Attachment]] = {}
+    by_adapter: dict[str, list[Attachment]] = {}
     for a in slate.attachments:
-        by_variant.setdefault(a.variant, []).append(a)
+        by_adapter.setdefault(a.adapter, []).append(a)
     methods = {}
-    for group in by_variant.values():
+    for group in by_adapter.values():
         methods |= joined({a.id: a.method for a in group}, slate.ops)
     return replace(slate, attachments=[replace(a, method=methods[a.id]) for a in slate.attachments])

@@ -126,6 +126,10 @@ class Method:
         """This method at a site: fields filled in that follow from its sizes and are part of :meth:`structure`."""
         return self
 
+    def shares(self) -> bool:
+        """Whether it has slots that are shared by all sites."""
+        return False
+
     def inside(self, op: Op) -> tuple[Method, Op]:
         """The method that this one applies to parts of the weight, and the op of a part; itself if there is none."""
         return self, op

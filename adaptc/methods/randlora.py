@@ -138,6 +138,9 @@ class RandLora(Method):
         rows, columns = op.matrix_shape
         return max(self.outputs, rows), max(self.inputs, columns)
 
+    def shares(self) -> bool:
+        return True
+
     @classmethod
     def jointly(cls, sites: Sequence[tuple[Method, Op]]) -> list[Method]:
         sizes = [op.matrix_shape for _, op in sites]

@@ -88,6 +88,9 @@ class Stacked(Method):
     def at(self, op: Op) -> Method:
         return replace(self, inner=self.inner.at(self.each(op)))
 
+    def shares(self) -> bool:
+        return self.inner.shares()
+
     def inside(self, op: Op) -> tuple[Method, Op]:
         return self.inner, self.each(op)
 

@@ -115,6 +115,9 @@ class VBLoRA(Method):
             RANKS: Slot((self.r,), free=(0,), trainable=False, saved=False),
         }
 
+    def shares(self) -> bool:
+        return True
+
     def minimal(self, op: Op) -> VBLoRA:
         return replace(self, r=2)
 

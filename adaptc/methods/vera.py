@@ -106,6 +106,9 @@ class Vera(Method):
             "vera_B": Slot(b, free=(1,), roomy=(0,), trainable=False, saved=self.saved, shared=True),
         }
 
+    def shares(self) -> bool:
+        return True
+
     @classmethod
     def jointly(cls, sites: Sequence[tuple[Method, Op]]) -> list[Method]:
         sizes = [op.matrix_shape for _, op in sites]
