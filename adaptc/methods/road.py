@@ -84,7 +84,9 @@ class Road(Method):
         return Initial(values)
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
-        return op.unmatrix(self._turn(op.matrix(W), 0, slots))
+        # Rows of one group of a convolution stay among themselves, or the weight has to read all inputs.
+        apart = op.out_features // op.groups % self.group_size == 0
+        return self._turn(W if apart else op.dense(W), 0, slots)
 
     def bias(self, op: Op, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor | None:
         return None if b is None else self._turn(b, 0, slots)
