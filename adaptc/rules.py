@@ -165,20 +165,30 @@ def pattern_value(pattern: Mapping[str, T] | None, name: str, default: T) -> T:
     :class:`ConfigError` when it is not a valid one.
     """
     for key, value in (pattern or {}).items():
-        if _matches_pattern(key, name):
+        if matches_pattern(key, name):
             return value
     return default
 
 
-def unused_patterns(pattern: Mapping[str, object] | None, names: Iterable[str]) -> list[str]:
+def unused_patterns(
+    pattern: Mapping[str, object] | None, names: Iterable[str], matches: Callable[[str, str], bool] | None = None
+) -> list[str]:
     """The keys of ``rank_pattern`` or ``alpha_pattern`` that match none of ``names``, in order."""
-    names = list(names)
-    return [key for key in pattern or {} if not any(_matches_pattern(key, n) for n in names)]
+    names, matches = list(names), matches or matches_pattern
+    return [key for key in pattern or {} if not any(matches(key, n) for n in names)]
 
 
-def check_patterns(option: str, pattern: Mapping[str, object] | None, names: Sequence[str]) -> None:
-    """Raises :class:`TargetError` when a key of ``pattern`` (the option named ``option``) matches no adapted module."""
-    unused = unused_patterns(pattern, names)
+def check_patterns(
+    option: str,
+    pattern: Mapping[str, object] | None,
+    names: Sequence[str],
+    matches: Callable[[str, str], bool] | None = None,
+) -> None:
+    """Raises :class:`TargetError` when a key of ``pattern`` (the option named ``option``) matches no adapted module.
+
+    ``matches(key, name)`` is the rule of the option, where it has one of its own.
+    """
+    unused = unused_patterns(pattern, names, matches)
     if unused:
         hints = [f"{key!r} matches no adapted module{_did_you_mean(key, names)}" for key in unused[:_NAMED_AT_ONCE]]
         raise TargetError(f"{option}: " + "; ".join(hints) + _more(unused))
@@ -318,7 +328,8 @@ def _pattern_rule(key: str) -> tuple[str, re.Pattern[str]]:
     return ending, _compile("rank_pattern or alpha_pattern", rf"(.*\.)?({key})$", key)
 
 
-def _matches_pattern(key: str, name: str) -> bool:
+def matches_pattern(key: str, name: str) -> bool:
+    """Whether a key of ``rank_pattern`` or ``alpha_pattern`` is for the module ``name``."""
     ending, regex = _pattern_rule(key)
     return name.endswith(ending) and regex.match(name) is not None
 

@@ -117,7 +117,7 @@ class _Planner:
         check_names = [*selection.names]
         extra = self._parameters(parameters, check_names)
         for option, pattern in self.config.pattern_entries().items():
-            check_patterns(option, pattern, check_names)
+            check_patterns(option, pattern, check_names, self.config.pattern_matches)
         self._check_dropout([*main, *extra])
         replaced = [a for m, like in whole for a in self.trained.whole(m, like)]
         rows += self.trained.tokens(tokens)

@@ -141,6 +141,7 @@ def apart(key: str, like: Tensor) -> Tensor:
         return torch.randn(like.shape, dtype=torch.float64) * 0.5
     return torch.rand(like.shape).argsort(-1).double() * 0.25
 
+
 #: enough for methods that see of a layer but the matrix its weight is
 FLATTENED = ("linear", "addmm", "embedding", "conv2d_odd", "conv2d_groups", "conv_transpose", "functional", "experts")
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from adaptc.errors import AdaptcWarning, ConfigError, nearest
 from adaptc.passes._method import Method
+from adaptc.rules import matches_pattern
 
 if TYPE_CHECKING:
     from adaptc.targets import ModelFacts
@@ -58,6 +59,10 @@ class AdapterConfig:
     def pattern_entries(self) -> dict[str, Mapping[str, Any]]:
         """Per-module option tables, by field name: each key must match a targeted module."""
         return {}
+
+    def pattern_matches(self, key: str, name: str) -> bool:
+        """Whether a key of these tables is for the module ``name``: PEFT has one rule for LoRA, and others."""
+        return matches_pattern(key, name)
 
     def to_dict(self) -> dict[str, Any]:
         """As ``adapter_config.json`` has it: plain JSON types, sets as sorted lists."""

@@ -23,6 +23,11 @@ def dotted_value(pattern: Mapping[str, T] | None, name: str, default: T) -> T:
     return pattern.get(key, default)
 
 
+def dotted_match(key: str, name: str) -> bool:
+    """Whether a key of such a table is for the module ``name``."""
+    return key == name or _rule(key).match(name) is not None
+
+
 @lru_cache(maxsize=4096)
 def _rule(key: str) -> re.Pattern[str]:
     try:

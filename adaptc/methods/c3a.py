@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adaptc.errors import ConfigError, TargetError
 from adaptc.methods._base import TargetedConfig
-from adaptc.methods._patterns import dotted_value
+from adaptc.methods._patterns import dotted_match, dotted_value
 from adaptc.methods._sparse import at_least_float32, check_counts
 from adaptc.passes._kinds import Op, cast
 from adaptc.passes._method import Initial, Method, Scale, Slot, Slots
@@ -52,6 +52,9 @@ class C3AConfig(TargetedConfig):
 
     def pattern_entries(self) -> dict[str, Mapping[str, Any]]:
         return {"block_size_pattern": self.block_size_pattern or {}}
+
+    def pattern_matches(self, key: str, name: str) -> bool:
+        return dotted_match(key, name)
 
     def method(self, name: str, kind: str) -> C3A:
         assert self.init_weights is not None

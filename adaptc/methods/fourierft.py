@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adaptc.methods._base import TargetedConfig
-from adaptc.methods._patterns import dotted_value
+from adaptc.methods._patterns import dotted_match, dotted_value
 from adaptc.methods._sparse import Spectrum, at_least_float32, check_counts, check_seed, scattered
 from adaptc.passes._kinds import Op, cast
 from adaptc.passes._method import Scale, Slots
@@ -45,6 +45,9 @@ class FourierFTConfig(TargetedConfig):
 
     def pattern_entries(self) -> dict[str, Mapping[str, Any]]:
         return {"n_frequency_pattern": self.n_frequency_pattern or {}}
+
+    def pattern_matches(self, key: str, name: str) -> bool:
+        return dotted_match(key, name)
 
     def method(self, name: str, kind: str) -> FourierFT:
         assert self.random_loc_seed is not None
