@@ -48,7 +48,8 @@ def _same_tensor(slate: Slate, a: Attachment, key: str) -> bool:
     method: Any = a.method
     # Beyond the module that is trained, a copy of it is tied to nothing.
     inside = key.startswith(f"{a.key}.")
-    fqn = key.replace(f"{a.key}.{method.place}.", f"{a.key}.", 1) if inside else key
+    path = key.removeprefix(f"{a.key}.").removeprefix(f"{method.place}.").removeprefix(method.nested)
+    fqn = f"{a.key}.{path}" if inside else key
     if fqn == a.fqn or fqn not in slate.weights or not (inside or a.param == "bias"):
         return False
     return storage_key(slate.weights[a.fqn]) == storage_key(slate.weights[fqn])

@@ -52,7 +52,7 @@ class Trained:
         out: dict[str, str] = {}
         for module, like in whole:
             inside = [f for f in self.lifted.state_dict if f.startswith(f"{module}.") and f not in read]
-            out |= {f"{module}.{like.slot}{f.removeprefix(f'{module}.')}": f for f in inside}
+            out |= {f"{module}.{like.at_path(f.removeprefix(f'{module}.'))}": f for f in inside}
         return out
 
     def biases(self, wanted: str, taken: Collection[str], main: Sequence[Attachment]) -> list[Attachment]:
@@ -67,7 +67,7 @@ class Trained:
     def _whole(self, site: Site, key: str, inside: str, like: Whole) -> Attachment:
         method = replace(
             like,
-            slot=f"{like.slot}{inside}",
+            slot=like.at_path(inside),
             shape=site.shape,
             dtype=self.lifted.tensor(site.fqn).dtype,
             trainable=site not in self.buffers,

@@ -113,7 +113,7 @@ def defaults(peft_type: str, model_type: str | None, modules: Iterable[str] = ()
     paths = list(modules)
     out: dict[str, Any] = {}
     for name, table in TABLES.get(peft_type, {}).items():
-        if model_type in table:
+        if model_type is not None and model_type in table:
             entries = table[model_type].split()
             out[name] = [e for e in entries if not paths or any(p == e or p.endswith(f".{e}") for p in paths)]
     if "target_modules" in out and not out["target_modules"]:

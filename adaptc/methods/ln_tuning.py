@@ -1,7 +1,8 @@
 """LN tuning: modules are trained as whole copies, by default the LayerNorms (Zhao et al., arXiv 2312.11420).
 
 The method is ``Whole`` at every parameter of a targeted module, whatever its type, with PEFT's keys
-``<module>.ln_tuning_layers.<parameter>``.
+``<module>.ln_tuning_layers.<parameter>``. At a module of modules PEFT leaves the name of the adapter in them,
+``<module>.ln_tuning_layers.default.<path>``, and finds no others.
 """
 
 from __future__ import annotations
@@ -41,4 +42,4 @@ class LNTuningConfig(TargetedConfig):
         return new.completed({"target_modules": found}) if found else new
 
     def method(self, name: str, kind: str) -> Whole:
-        return Whole(f"{PLACE}.", place=PLACE)
+        return Whole(f"{PLACE}.", place=PLACE, nested="default.")

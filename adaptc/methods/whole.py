@@ -21,7 +21,7 @@ from adaptc.passes._method import Attachment, Initial, Method, Scale, Slot, Slot
 @dataclass(frozen=True)
 class Whole(Method):
     """The parameter itself is trained. ``slot`` is its name in the file, ``place`` the module the program keeps it in,
-    which may be the first part of ``slot``.
+    which may be the first part of ``slot``; ``nested`` is what keys have in front of a path inside a module's modules.
 
     Buffers of a trained module (running statistics) are slots too, changed by the program but not by an optimizer.
     """
@@ -35,6 +35,11 @@ class Whole(Method):
     dtype: torch.dtype = torch.float32
     place: str = "modules_to_save"
     trainable: bool = True
+    nested: str = ""
+
+    def at_path(self, path: str) -> str:
+        """The slot of the parameter at ``path`` in a module, for a method whose ``slot`` is how they all begin."""
+        return f"{self.slot}{self.nested if '.' in path else ''}{path}"
 
     def slots(self, op: Op) -> dict[str, Slot]:
         return {self.slot: Slot(self.shape, dtype=self.dtype, trainable=self.trainable)}
@@ -49,7 +54,8 @@ class Whole(Method):
         return self
 
     def fqn(self, place: str, slot: str, adapter: str) -> str:
-        return ".".join(p for p in (place, self.place, adapter, slot.removeprefix(f"{self.place}.")) if p)
+        path = slot.removeprefix(f"{self.place}.").removeprefix(self.nested)
+        return ".".join(p for p in (place, self.place, adapter, path) if p)
 
 
 @dataclass(frozen=True)
