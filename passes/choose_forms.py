@@ -91,6 +91,11 @@ def node_work(node: fx.Node) -> Any:
     return out
 
 
+def drops(region: fx.Graph) -> bool:
+    """Whether a region has dropout, which no other form can stand in for."""
+    return any(node.target == aten.dropout.default for node in region.nodes)
+
+
 def _is_view(target: Any) -> bool:
     returns = getattr(getattr(target, "_schema", None), "returns", ())
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)

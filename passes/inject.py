@@ -23,7 +23,7 @@ from adaptc.passes._method import Attachment
 from adaptc.passes._pass import Pass, PassResult
 from adaptc.passes._regions import region_tag
 from adaptc.passes._trace import inline, region_of, signature_of
-from adaptc.passes.choose_forms import Choice, Work, cheaper, choose_forms, example_sizes, node_work, work
+from adaptc.passes.choose_forms import Choice, Work, cheaper, choose_forms, drops, example_sizes, node_work, work
 from adaptc.passes.find_sites import consumers, readers
 
 
@@ -150,15 +150,22 @@ class _Injector:
         key = (self.a.method, self.op, len(nodes), signature_of([n.meta["val"] for n in [*nodes, *weight]]))
         if key not in self.costs.known:
             outside, base = Work(), Work()
+            around: list[fx.Graph] = []
             for node in nodes:
                 op, base = self.op.at(node), base + Work(node_work(node))
                 if self.a.method.has_input(op):
-                    outside += work(self.region("input", op, [operands(node)[0], *self.slot_nodes]), 1)
+                    around.append(self.region("input", op, [operands(node)[0], *self.slot_nodes]))
+                    outside += work(around[-1], 1)
                 if self.a.method.has_apply(op):
                     form, inputs = behind_inputs(node, node)
-                    outside += work(self.region(form, op, [*inputs, *self.slot_nodes]), 2)
-            inside = work(self.region("weight", self.op, weight), 0)
-            self.costs.known[key] = cheaper(outside, inside, base, self.costs.sizes, self.costs.training)
+                    around.append(self.region(form, op, [*inputs, *self.slot_nodes]))
+                    outside += work(around[-1], 2)
+            inside = self.region("weight", self.op, weight)
+            if any(map(drops, around)) and not drops(inside):
+                self.costs.known[key] = Choice("apply", "its dropout acts on what the layer reads")
+            else:
+                cost = work(inside, 0)
+                self.costs.known[key] = cheaper(outside, cost, base, self.costs.sizes, self.costs.training)
         return self.costs.known[key]
 
     def reads_weight(self) -> bool:
