@@ -75,7 +75,12 @@ def solvable(t: Tensor) -> Tensor:
 def cayley(K: Tensor) -> Tensor:
     """(I - K)(I + K)^-1 of skew matrices (..., b, b): rotations."""
     eye = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
-    return torch.linalg.solve(eye + K, eye - K, left=False)
+    return solve(eye + K, eye - K, left=False)
+
+
+def solve(A: Tensor, B: Tensor, left: bool = True) -> Tensor:
+    """A X = B, or X A = B, for matrices that cannot be singular: so nobody waits for a GPU to say that they are not."""
+    return torch.linalg.solve_ex(A, B, left=left).result
 
 
 def keep_some(R: Tensor, p: float) -> Tensor:

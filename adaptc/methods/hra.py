@@ -18,7 +18,7 @@ from torch import Tensor
 
 from adaptc.errors import AdaptcWarning, ConfigError, TargetError
 from adaptc.methods._base import TargetedConfig
-from adaptc.methods._rotation import Rotation, solvable
+from adaptc.methods._rotation import Rotation, solvable, solve
 from adaptc.passes._kinds import Op, cast
 from adaptc.passes._method import Initial, Slot, Slots
 
@@ -99,6 +99,6 @@ class Hra(Rotation):
         if self.orthogonal:
             # The diagonal keeps vectors that are zero, or depend on others, from making this singular.
             ridge = torch.where(used, 4 * torch.finfo(u.dtype).eps, 1.0).to(u.dtype)
-            return U, 2 * torch.linalg.solve(gram + torch.diag_embed(ridge), U, left=False)
+            return U, 2 * solve(gram + torch.diag_embed(ridge), U, left=False)
         # T^-1 is the part of U^T U above the diagonal, and one half on it.
         return U, 2 * torch.linalg.solve_triangular(2 * gram, U, upper=True, left=False, unitriangular=True)

@@ -181,9 +181,14 @@ class Oft(Rotation):
 
 def _skew(rows: Tensor, b: int) -> Tensor:
     """Upper triangles (k, b(b-1)/2) -> skew matrices (k, b, b)."""
-    i = torch.triu_indices(b, b, 1, device=rows.device)
-    upper = torch.zeros_like(rows[:, :1]).expand(-1, b * b).index_copy(1, i[0] * b + i[1], rows).reshape(-1, b, b)
-    return upper - upper.mT
+    if b == 1:
+        return rows.sum(1).reshape(-1, 1, 1)
+    # Where each entry of a matrix stands in its row.
+    at = torch.arange(b, device=rows.device)
+    i, j = at.unsqueeze(1), at
+    low = torch.minimum(i, j)
+    where = (low * (2 * b - 1 - low) // 2 + torch.maximum(i, j) - low - 1).clamp(min=0)
+    return rows[:, where.flatten()].reshape(-1, b, b) * (j - i).sign()
 
 
 def _neumann(Q: Tensor, terms: int) -> Tensor:
