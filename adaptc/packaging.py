@@ -139,7 +139,7 @@ class _Packer:
         op, own = self.program.ops[a.id], self.binding.methods.get(a.id)
         current = {n: tuple(self.binding.values[f].shape) for n, f in a.slots.items()}
         ranks = [r for m in (own, a.method) if (r := getattr(m, "r", None)) is not None]
-        if not ranks:
+        if not ranks or not any(s.free for s in a.method.slots(op).values()):
             return current
         if self.max_rank is not None and own is not None and getattr(own, "r", 0) > self.max_rank:
             raise ConfigError(
