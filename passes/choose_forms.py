@@ -172,6 +172,8 @@ class Job(Protocol):
 
     def choice(self) -> Choice: ...
 
+    def drops_outside(self) -> bool: ...
+
 
 def choose_forms(jobs: Sequence[Job]) -> None:
     """Set ``form`` and ``why`` of every job. An attachment on whose change of the weight another one builds, or whose
@@ -199,5 +201,10 @@ def choose_forms(jobs: Sequence[Job]) -> None:
         else:
             choice = job.choice()
             job.form, job.why = choice.form, choice.why
+        if job.form == "weight" and method.has_outside(job.op) and job.drops_outside():
+            raise PassError(
+                f"site {a.id!r} would lose its dropout, which acts on what the layer reads, in the weight form "
+                f"({job.why}). Set the dropout to 0, or leave out what needs this form."
+            )
         if count[a.fqn] > 1 and (job.form == "weight" or job.reads_weight()):
             needed.add(a.fqn)

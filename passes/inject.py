@@ -8,7 +8,7 @@ parameters require no grad. With slots at their identity values the program comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -150,23 +150,33 @@ class _Injector:
         key = (self.a.method, self.op, len(nodes), signature_of([n.meta["val"] for n in [*nodes, *weight]]))
         if key not in self.costs.known:
             outside, base = Work(), Work()
-            around: list[fx.Graph] = []
             for node in nodes:
-                op, base = self.op.at(node), base + Work(node_work(node))
-                if self.a.method.has_input(op):
-                    around.append(self.region("input", op, [operands(node)[0], *self.slot_nodes]))
-                    outside += work(around[-1], 1)
-                if self.a.method.has_apply(op):
-                    form, inputs = behind_inputs(node, node)
-                    around.append(self.region(form, op, [*inputs, *self.slot_nodes]))
-                    outside += work(around[-1], 2)
+                base += Work(node_work(node))
+                for moving, region in self._around(node):
+                    outside += work(region, moving)
             inside = self.region("weight", self.op, weight)
-            if any(map(drops, around)) and not drops(inside):
+            if self.drops_outside():
                 self.costs.known[key] = Choice("apply", "its dropout acts on what the layer reads")
             else:
                 cost = work(inside, 0)
                 self.costs.known[key] = cheaper(outside, cost, base, self.costs.sizes, self.costs.training)
         return self.costs.known[key]
+
+    def _around(self, node: fx.Node) -> Iterator[tuple[int, fx.Graph]]:
+        """The regions of the apply form at a consumer, each with how many of its inputs differ from call to call."""
+        op = self.op.at(node)
+        if self.a.method.has_input(op):
+            yield 1, self.region("input", op, [operands(node)[0], *self.slot_nodes])
+        if self.a.method.has_apply(op):
+            form, inputs = behind_inputs(node, node)
+            yield 2, self.region(form, op, [*inputs, *self.slot_nodes])
+
+    def drops_outside(self) -> bool:
+        """Whether the apply form has dropout that the weight form lacks."""
+        nodes = [self.lifted.nodes[c] for c in self.a.consumers] if getattr(self.a.method, "training", False) else []
+        if not any(drops(region) for node in nodes for _, region in self._around(node)):
+            return False
+        return not drops(self.region("weight", self.op, [self._weight(), *self.slot_nodes]))
 
     def reads_weight(self) -> bool:
         """Whether the apply form computes with the weight, not only with the layer's input and output."""
