@@ -83,6 +83,12 @@ def solve(A: Tensor, B: Tensor, left: bool = True) -> Tensor:
     return torch.linalg.solve_ex(A, B, left=left).result
 
 
+def blockwise(v: Tensor, R: Tensor) -> Tensor:
+    """Rows v (..., k b) times the block-diagonal matrix of ``R`` (k, b, b)."""
+    k, b, _ = R.shape
+    return torch.bmm(v.reshape(-1, k, b).transpose(0, 1), R).transpose(0, 1).reshape(v.shape)
+
+
 def keep_some(R: Tensor, p: float) -> Tensor:
     """Matrices (..., b, b), each replaced by the identity with probability ``p``."""
     kept = torch.nn.functional.dropout(torch.ones_like(R[..., :1, :1]), p, training=True).sign()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adaptc.errors import ConfigError, TargetError
 from adaptc.methods._base import TargetedConfig
-from adaptc.methods._rotation import Rotation, cayley, divisors, keep_some, solvable
+from adaptc.methods._rotation import Rotation, blockwise, cayley, divisors, keep_some, solvable
 from adaptc.passes._kinds import Op, cast
 from adaptc.passes._method import Initial, Scale, Slot, Slots
 
@@ -145,9 +145,7 @@ class Boft(Rotation):
         Q = cast(Q, v.dtype)
         order = range(self.factors) if back else reversed(range(self.factors))
         for i in order:
-            factor = Q[i].mT if back else Q[i]
-            v = _halves(v, b, i, apart=False)
-            v = torch.einsum("...kb,kbc->...kc", v.unflatten(-1, (-1, b)), factor).flatten(-2)
+            v = blockwise(_halves(v, b, i, apart=False), Q[i].mT if back else Q[i])
             v = _halves(v, b, i, apart=True)
         return v
 

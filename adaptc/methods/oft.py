@@ -19,7 +19,7 @@ from torch import Tensor
 
 from adaptc.errors import AdaptcWarning, ConfigError
 from adaptc.methods._base import TargetedConfig
-from adaptc.methods._rotation import Rotation, cayley, divisors, keep_some, solvable
+from adaptc.methods._rotation import Rotation, blockwise, cayley, divisors, keep_some, solvable
 from adaptc.passes._kinds import Op, cast
 from adaptc.passes._method import Initial, Scale, Slot, Slots
 
@@ -159,9 +159,7 @@ class Oft(Rotation):
         b = self.block(op)
         R = cast(self.rotations(b, next(iter(slots.values()))), v.dtype)
         R = R.mT if back else R
-        parts = v.reshape(*v.shape[:-1], self.width(op) // b, b)
-        parts = parts @ R[0] if self.share else torch.einsum("...kb,kbc->...kc", parts, R)
-        return parts.reshape(v.shape)
+        return (v.unflatten(-1, (-1, b)) @ R[0]).flatten(-2) if self.share else blockwise(v, R)
 
     def rotations(self, b: int, rows: Tensor) -> Tensor:
         """The blocks (rows, b, b) of R."""
