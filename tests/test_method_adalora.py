@@ -381,3 +381,26 @@ def test_experts_are_cut_one_by_one(tmp_path: Path):
     assert tensors_in(file)["base_model.model.layer.lora_A"].shape == (3, 2, 7)
     again = adaptc.compile(Model(), file, example_inputs=x)
     torch.testing.assert_close(again(x), program(x))
+
+
+def test_both_weights_of_multihead_attention_have_ranks_of_their_own(tmp_path: Path):
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(5)
+            self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    config = AdaLoraConfig(target_modules=["attention"], init_r=2, target_r=1, total_step=2, init_lora_weights=False)
+    program = adaptc.compile(Attending(), config, example_inputs=torch.randn(3, 4, 6), training=True)
+    sites = {"attention": [3.0, 2.0], "attention.base_layer.out_proj": [0.0, 1e-6]}
+    fill, allocator = importance_only(program, sites), adaptc.RankAllocator(program)
+    for step in (1, 2):
+        fill()
+        allocator.update_and_allocate(step)
+    assert allocator.rank_pattern == {f"{k}.lora_E": [v[0] > 0, v[1] > 1] for k, v in sites.items()}
+    x = torch.randn(2, 5, 6)
+    again = adaptc.compile(Attending(), adaptc.save_adapter(program, tmp_path), example_inputs=x)
+    torch.testing.assert_close(again(x), program(x))
