@@ -69,7 +69,10 @@ def from_peft(config: Any) -> AdapterConfig:
     if getattr(config, "runtime_config", None) is not None:
         offload = getattr(config.runtime_config, "ephemeral_gpu_offload", False)
         data["runtime_config"] = {"ephemeral_gpu_offload": True} if offload else None
-    return from_dict(data)
+    new = from_dict(data)
+    for name in new.unsaved:
+        setattr(new, name, getattr(config, name, None))
+    return new
 
 
 def as_binding(

@@ -83,6 +83,8 @@ def test_masks_of_ones_own(tmp_path):
     torch.manual_seed(4)
     program = compiled(copy.copy(ours).replace(base_model_name_or_path="there"))
     torch.testing.assert_close(program(x), theirs(x), rtol=1e-6, atol=1e-6)
+    torch.manual_seed(4)
+    assert torch.equal(compiled(config)(x), program(x))
     adaptc.save_adapter(program, tmp_path)
     assert "mask_fn" not in json.loads((tmp_path / "adapter_config.json").read_text())
     for again in (compiled(tmp_path), adaptc.load(adaptc.save(program, tmp_path / "program.pt2"))):

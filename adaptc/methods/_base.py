@@ -31,6 +31,8 @@ class AdapterConfig:
     peft_type: ClassVar[str] = ""
     #: fields PEFT has and adaptc does not support yet: refused when set to anything but the default
     refused: ClassVar[Mapping[str, str]] = {}
+    #: attributes beside the fields, which no file can have: functions
+    unsaved: ClassVar[tuple[str, ...]] = ()
 
     task_type: str | None = None
     auto_mapping: dict[str, Any] | None = None
@@ -89,7 +91,10 @@ class AdapterConfig:
         return cls(**{k: v for k, v in data.items() if k in known})
 
     def replace(self, **changes: Any) -> Self:
-        return dataclasses.replace(self, **changes)
+        new = dataclasses.replace(self, **changes)
+        for name in self.unsaved:
+            setattr(new, name, getattr(self, name))
+        return new
 
 
 def default_of(f: dataclasses.Field[Any]) -> Any:

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class ShiraConfig(TargetedConfig):
     """
 
     peft_type: ClassVar[str] = "SHIRA"
+    unsaved: ClassVar[tuple[str, ...]] = ("mask_fn",)
 
     r: int = 32
     mask_type: str = "random"
@@ -47,18 +48,12 @@ class ShiraConfig(TargetedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        #: not a field: it cannot be written to a file
         self.mask_fn: Callable[..., Tensor] | None = None
         if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r <= 0:
             raise ConfigError(f"ShiraConfig.r must be a positive integer, got {self.r!r}")
         seed = self.random_seed
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
             raise ConfigError(f"ShiraConfig.random_seed must be an integer or None, got {seed!r}")
-
-    def replace(self, **changes: Any) -> Self:
-        new = super().replace(**changes)
-        new.mask_fn = self.mask_fn
-        return new
 
     def method(self, name: str, kind: str) -> Shira:
         return Shira(self.r, self.random_seed, self.mask_type, self.init_weights, self.mask_fn)
