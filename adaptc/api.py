@@ -30,7 +30,7 @@ from adaptc.passes.merge import Merge
 from adaptc.passes.set_mode import SetMode
 from adaptc.passes.unload import Unload
 from adaptc.passes.unmerge import Unmerge
-from adaptc.program import Adaptation, AdaptedProgram
+from adaptc.program import Adaptation, AdaptedProgram, check_limit
 from adaptc.runtime import check_backend
 from adaptc.several import FORMS, joint_slate, union
 from adaptc.targets import ModelFacts, Plan, plan
@@ -52,6 +52,7 @@ def compile(
     autocast_adapter_dtype: bool = True,
     key_mapping: Mapping[str, str] | None = None,
     generator: torch.Generator | None = None,
+    hoist_limit: int | None = None,
 ) -> AdaptedProgram:
     """Capture ``model`` and adapt it.
 
@@ -63,7 +64,8 @@ def compile(
     in front of their weights, "auto" chooses per site what costs less (``report`` says why).
     ``autocast_adapter_dtype``: adapters of half-precision bases are float32. ``key_mapping``: regular expression ->
     replacement, applied to the keys of adapter directories (PEFT's rule). ``generator`` draws first values; by default
-    torch's global generator.
+    torch's global generator. ``hoist_limit``: bytes of memory for what calls of the program, in inference, compute once
+    per adapter instead of every time; None for any number (see :attr:`AdaptedProgram.hoist_limit`).
 
     The model is not modified, and its parameters are shared, not copied. Raises CaptureError, ConfigError, TargetError,
     CheckpointError or BackendError.
@@ -71,6 +73,7 @@ def compile(
     from adaptc.capture import capture
 
     check_backend(backend)
+    check_limit(hoist_limit)
     if form not in FORMS:
         raise ConfigError(f"form={form!r} is not one of {', '.join(FORMS)}")
     several = list(config) if isinstance(config, (list, tuple)) else [config]
@@ -109,7 +112,9 @@ def compile(
     inject = Inject(attachments, binding.values, header, captured.training, AdaptedProgram)
     injected = inject(captured.program)
     adaptation = replace(adaptation, attachments=injected.data)
-    return AdaptedProgram.adopt(injected.program, adaptation, binding, backend)
+    adapted = AdaptedProgram.adopt(injected.program, adaptation, binding, backend)
+    adapted.hoist_limit = hoist_limit
+    return adapted
 
 
 def _targeted(config: AdapterConfig) -> TargetedConfig:
@@ -225,6 +230,7 @@ def merge(
     if program.adaptation.training:
         result = SetMode(training=False)(result).program
     new = AdaptedProgram.adopt(result, _bare(program), None, program.backend)
+    new.hoist_limit = program.hoist_limit
     new._origin = origin
     new.merge_report = MergeReport(merged.data, source)
     return new
@@ -254,7 +260,9 @@ def unload(program: AdaptedProgram) -> AdaptedProgram:
     result = Unload({k: originals[k] for k in program._originals}, AdaptedProgram)(program).program
     if a.training:
         result = SetMode(training=False)(result).program
-    return AdaptedProgram.adopt(result, _bare(program), None, program.backend)
+    new = AdaptedProgram.adopt(result, _bare(program), None, program.backend)
+    new.hoist_limit = program.hoist_limit
+    return new
 
 
 def save(program: ExportedProgram, path: str | os.PathLike[str]) -> Path:
@@ -268,11 +276,17 @@ def save(program: ExportedProgram, path: str | os.PathLike[str]) -> Path:
     return save_program(program, Path(path))
 
 
-def load(path: str | os.PathLike[str], *, backend: str = "eager") -> AdaptedProgram:
-    """Read a ``.pt2`` written by :func:`save` or ``torch.export.save``; adapters are known again from the graph."""
+def load(path: str | os.PathLike[str], *, backend: str = "eager", hoist_limit: int | None = None) -> AdaptedProgram:
+    """Read a ``.pt2`` written by :func:`save` or ``torch.export.save``; adapters are known again from the graph.
+
+    ``hoist_limit`` as for :func:`compile`.
+    """
     from adaptc.files import load_program
 
-    return load_program(Path(path), backend)
+    check_limit(hoist_limit)
+    program = load_program(Path(path), backend)
+    program.hoist_limit = hoist_limit
+    return program
 
 
 def save_adapter(

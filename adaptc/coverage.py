@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptc._tables import WIDTH, Column, collapse, join, pattern, shape_text, shortened, table, times
+from adaptc.hoisting import Held
 from adaptc.passes._lifted import storage_key
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ class SiteCoverage:
 @dataclass(frozen=True)
 class CoverageReport:
     """``matches``: target entry -> the modules it selected. ``left_out``: (module, why). ``trainable`` and ``total``:
-    numbers of parameters, as PEFT counts them. ``adapter`` '' and no sites: the program has no adapter."""
+    numbers of parameters, as PEFT counts them. ``adapter`` '' and no sites: the program has no adapter. ``held``: what
+    calls of the program compute once; nothing before the first call."""
 
     sites: tuple[SiteCoverage, ...]
     matches: Mapping[str, Sequence[str]]
@@ -56,6 +58,7 @@ class CoverageReport:
     peft_type: str = ""
     source: str = ""
     merged: str = field(default="", repr=False)
+    held: Held = field(default=Held(), repr=False)
 
     @classmethod
     def of(cls, program: AdaptedProgram) -> CoverageReport:
@@ -69,7 +72,10 @@ class CoverageReport:
         adapted = {x.module for x in a.attachments}
         left_out = tuple((name, why) for name, why in a.left_out if name not in adapted)
         trainable, total = count_parameters(program)
-        return cls(sites, a.matches, left_out, trainable, total, binding.name, binding.config.peft_type, binding.source)
+        config, held = binding.config, program.held
+        return cls(
+            sites, a.matches, left_out, trainable, total, binding.name, config.peft_type, binding.source, held=held
+        )
 
     @property
     def percentage(self) -> float:
@@ -98,6 +104,7 @@ class CoverageReport:
             self._forms(width),
             self._entries(width),
             self._omitted(width),
+            str(self.held),
             self.parameters_line(),
         )
 

@@ -7,6 +7,8 @@ to compile again.
 Private torch use, with the public route that was tried:
 - ``torch._inductor.standalone_compile``: ``torch.compile`` gives equal code, but keeps guards on each of hundreds of
   inputs, evaluates them in every call, and compiles again when a rank equals a batch size (duck shaping).
+- ``enable_python_dispatcher``: ops that are made of others need it on symbolic sizes. Public: ``make_fx``, which has it
+  on, and makes a graph that nobody needs here.
 - ``ShapeEnv.create_symbol`` and ``FakeTensorMode``: ranks get one symbol per site in an environment of their own.
   ``torch.export.Dim`` cannot name dims of parameters, and the environment of a program read from a file is not one that
   inductor can work in.
@@ -22,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from adaptc._capacity import Padding, paddings
 from adaptc.errors import BackendError
+from adaptc.hoisting import Code
 from adaptc.passes._kinds import Op
-from adaptc.passes._lifted import Lifted
 from adaptc.passes._method import Attachment
 
 HINT = 16
@@ -44,10 +47,47 @@ def compilable(a: Attachment, backend: str) -> Attachment:
     return replace(a, form="weight")
 
 
+def with_room(
+    values: list[Any],
+    *,
+    names: Sequence[str | None],
+    attachments: Sequence[Attachment],
+    ops: Mapping[str, Op],
+    training: bool,
+) -> list[Any]:
+    """Lifted inputs with ranks of one made two: compiled code is specialised on sizes 0 and 1.
+
+    Raises BackendError where the program trains: a padded copy would not follow what training writes to the slots.
+    """
+    index = {n: i for i, n in enumerate(names)}
+    for a in attachments:
+        op = ops[a.id]
+        wanted: dict[str, tuple[int, ...]] = {}
+        for slot, spec in a.method.minimal(op).slots(op).items():
+            have = values[index[a.slots[slot]]].shape
+            wanted[slot] = tuple(max(h, spec.shape[i]) if i in spec.free else h for i, h in enumerate(have))
+        short = {s: shape for s, shape in wanted.items() if shape != tuple(values[index[a.slots[s]]].shape)}
+        if short and training:
+            raise BackendError(
+                f"site {a.fqn!r}: inductor needs a rank of two or more in a program that trains; compile with r=2 "
+                "or more, or with backend='eager'"
+            )
+        how = (paddings(a.method, op, a.form) or {}) if short else {}
+        for slot, shape in short.items():
+            i = index[a.slots[slot]]
+            values[i] = how.get(slot, Padding())(values[i], shape)
+    return values
+
+
 def compile_lifted(
-    module: fx.GraphModule, lifted: Lifted, attachments: Sequence[Attachment], ops: Mapping[str, Op]
+    module: fx.GraphModule,
+    code: Code,
+    targets: Mapping[str, str | None],
+    attachments: Sequence[Attachment],
+    ops: Mapping[str, Op],
 ) -> Callable[..., Any]:
-    """``module`` over ``lifted.graph``, which must be the caller's own: its fake values are replaced.
+    """``code.main``, which was split from ``module``; the fake values of both are replaced. ``targets``: the FQNs of
+    lifted placeholders.
 
     Raises BackendError with inductor's reason in a line.
     """
@@ -55,23 +95,26 @@ def compile_lifted(
 
     symbols = _Symbols()
     free = _free_axes(attachments, ops)
-    fakes: list[Any] = []
-    for node in lifted.graph.find_nodes(op="placeholder"):
+    lifted, users = [], []
+    for node in module.graph.find_nodes(op="placeholder"):
         value = node.meta["val"]
         if isinstance(value, Tensor):
-            value = symbols.fake(value, free.get(lifted.specs[node.name].target or "", {}))
+            value = symbols.fake(value, free.get(targets.get(node.name) or "", {}))
+        (lifted if node.name in targets else users).append(value)
+    main = code.main
+    fakes = [*symbols.inputs(code, lifted), *users]
+    for node, value in zip(main.graph.find_nodes(op="placeholder"), fakes, strict=True):
         node.meta["val"] = value
-        fakes.append(value)
-    for node in lifted.graph.nodes:
+    for node in main.graph.nodes:
         if node.op == "call_function":
             node.meta.pop("val", None)  # values of another environment; tracing makes new ones
-    for node in lifted.graph.output_node().args[0]:  # type: ignore[union-attr]
+    for node in main.graph.output_node().args[0]:  # type: ignore[union-attr]
         if isinstance(node, fx.Node):
             # Where standalone_compile looks for the fake mode, and with it the symbols, to use.
             node.meta["example_value"] = next(f for f in fakes if isinstance(f, Tensor))
     try:
         with torch.no_grad():
-            return standalone_compile(module, fakes, dynamic_shapes="from_graph")
+            return standalone_compile(main, fakes, dynamic_shapes="from_graph")
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BackendError(f"inductor could not compile the program: {first}. Use backend='eager'.") from error
@@ -133,6 +176,14 @@ class _Symbols:
                 return torch.empty(shape, dtype=old.dtype, device=old.device)
             shape, stride = ([self._convert(s) for s in sizes] for sizes in (old.shape, old.stride()))
             return torch.empty_strided(shape, stride, dtype=old.dtype, device=old.device)
+
+    def inputs(self, code: Code, lifted: Sequence[Any]) -> list[Any]:
+        """Fakes of the main graph's inputs: what hoisting makes of the lifted ones has sizes made of theirs."""
+        from torch._dispatch.python import enable_python_dispatcher
+
+        # Ops in a prologue run on real sizes, so what they ask about a rank here says nothing about other ranks.
+        with self.mode, self.env.suppress_guards(), enable_python_dispatcher(), torch.no_grad():
+            return code.inputs(lifted)
 
     def _convert(self, size: Any) -> Any:
         if isinstance(size, int):

@@ -17,7 +17,8 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from adaptc.binding import Binding, Slate
-from adaptc.errors import AdaptcError
+from adaptc.errors import AdaptcError, ConfigError
+from adaptc.hoisting import Held, Prefix
 from adaptc.methods._base import AdapterConfig
 from adaptc.passes._kinds import Op
 from adaptc.passes._lifted import Lifted, copy_graph, fake_of
@@ -67,6 +68,7 @@ class AdaptedProgram(ExportedProgram):
     _stale = False
     _given_up = False
     _shared = False
+    _hoist_limit: int | None = None
 
     @classmethod
     def adopt(
@@ -127,7 +129,7 @@ class AdaptedProgram(ExportedProgram):
     _traces: dict[Any, fx.Graph]
     _binding: Binding | None
     _executor: Executor | None
-    _prefix: tuple[Any, ...] | None
+    _prefix: Prefix | None
     backend: str
     merge_report: Any
 
@@ -150,8 +152,9 @@ class AdaptedProgram(ExportedProgram):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the current binding; same output type as the captured model. Safe while other threads swap."""
-        executor = self.executor()
-        prefix = self._prefix if self._prefix is not None else self._make_prefix(executor)
+        executor, prefix = self.executor(), self._prefix
+        if prefix is None or prefix.code is not executor.code:
+            prefix = self._make_prefix(executor)
         return executor(prefix, args, kwargs)
 
     def bind(self, adapter: Any, **options: Any) -> Bound:
@@ -162,6 +165,29 @@ class AdaptedProgram(ExportedProgram):
         from adaptc.adapters import as_binding
 
         return Bound(self, as_binding(self, adapter, **options))
+
+    @property
+    def hoist_limit(self) -> int | None:
+        """Bytes that values computed once per binding may hold; None for any number, 0 to compute all in every call.
+
+        Over the limit, values that save least work for their bytes are computed in every call. It is kept for slots
+        of the size they have when the program is first called. Setting it makes the code anew (inductor compiles).
+        Raises ConfigError for anything but None and numbers from 0.
+        """
+        return self._hoist_limit
+
+    @hoist_limit.setter
+    def hoist_limit(self, value: int | None) -> None:
+        if value != self._hoist_limit:
+            check_limit(value)
+            with self._lock:
+                self._hoist_limit, self._executor, self._prefix = value, None, None
+
+    @property
+    def held(self) -> Held:
+        """What is computed once for the current binding; nothing before its first call."""
+        prefix = self._prefix
+        return Held() if prefix is None else prefix.held
 
     def module(self, check_guards: bool = True) -> fx.GraphModule:
         """An ``nn.Module`` to train: its parameters are the program's own; only adapter parameters require grad.
@@ -186,15 +212,23 @@ class AdaptedProgram(ExportedProgram):
                     a = self._adaptation
                     self._refresh()
                     self._executor = Executor(
-                        self, a.attachments, self._ops, self.backend, a.fills, a.training, self._originals
+                        self,
+                        a.attachments,
+                        self._ops,
+                        self.backend,
+                        a.fills,
+                        a.training,
+                        self._originals,
+                        self._hoist_limit,
                     )
         return self._executor
 
-    def _make_prefix(self, executor: Executor) -> tuple[Any, ...]:
+    def _make_prefix(self, executor: Executor) -> Prefix:
         with self._lock:
-            if self._prefix is None:
-                self._prefix = executor.prefix(self._binding or _no_binding())
-            return self._prefix
+            prefix = self._prefix
+            if prefix is None or prefix.code is not executor.code:
+                prefix = self._prefix = executor.prefix(self._binding or _no_binding())
+            return prefix
 
     def _set(self, binding: Binding) -> None:
         """Make ``binding`` the current one; the caller has checked that it fits."""
@@ -297,8 +331,19 @@ class Bound:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._executor(self._prefix, args, kwargs)
 
+    @property
+    def held(self) -> Held:
+        """What is computed once for this binding; nothing before its first call."""
+        return self._prefix.held
+
     def __repr__(self) -> str:
         return f"Bound({self.binding.source!r}, {len(self.binding.methods)} sites)"
+
+
+def check_limit(value: int | None) -> None:
+    """Raises ConfigError for what is no ``hoist_limit``."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        raise ConfigError(f"hoist_limit={value!r} is no number of bytes; give None for no limit, or 0 to hoist nothing")
 
 
 def _no_binding() -> Binding:

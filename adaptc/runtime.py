@@ -2,7 +2,7 @@
 
 Slots are inputs of the graph, so a swap is a change of arguments: nothing is copied, nothing is compiled again, and a
 call that has begun keeps the binding it began with. An :class:`Executor` holds the code of one program; it has no state
-that a call changes.
+that a call changes, but for values that are computed once per binding (see ``hoisting``).
 
 Private torch use, with the public route that was tried:
 - ``torch.utils._pytree``: the exported program's input and output specs are its TreeSpecs; no public module reads them.
@@ -15,6 +15,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,11 +26,11 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from adaptc._capacity import Padding, paddings
 from adaptc.binding import Binding
 from adaptc.errors import AdaptcError, BackendError, RecompileError
+from adaptc.hoisting import Code, Prefix, Shared
 from adaptc.passes._kinds import Op
-from adaptc.passes._lifted import Lifted
+from adaptc.passes._lifted import Lifted, storage_key
 from adaptc.passes._method import Attachment
 from adaptc.passes.set_mode import set_mode
 
@@ -54,6 +55,7 @@ class Executor:
         fills: Mapping[str, Sequence[str]] | None = None,
         training: bool = False,
         originals: Mapping[str, Tensor] | None = None,
+        hoist_limit: int | None = None,
     ) -> None:
         check_backend(backend)
         self.backend, self.attachments, self.ops = backend, attachments, ops
@@ -79,75 +81,80 @@ class Executor:
             if s.kind in (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
         ]
         self._user_outs = [i for i, s in enumerate(outs) if s.kind == OutputKind.USER_OUTPUT]
-        self._code: Callable[..., Any] | None = self.module if backend == "eager" else None
-        self._lock = threading.Lock()
+        self._names = [s.arg.name for s in signature.input_specs if s.kind != InputKind.USER_INPUT]
+        self._compiling, self._binding = threading.Lock(), threading.Lock()
         self._training = training
-        self._prefixes: WeakKeyDictionary[Binding, tuple[Any, ...]] = WeakKeyDictionary()
+        self._split(hoist_limit)
+        self._compiled: Callable[..., Any] | None = None
+        self._prefixes: WeakKeyDictionary[Binding, Prefix] = WeakKeyDictionary()
 
-    def prefix(self, binding: Binding) -> tuple[Any, ...]:
-        """All lifted inputs of the graph for one binding, in order; made once per binding."""
-        made = self._prefixes.get(binding)
-        if made is None:
-            made = self._prefixes[binding] = self._make_prefix(binding)
-        return made
+    def _split(self, limit: int | None) -> None:
+        """Take out of the graph what is computed once: of the base for all bindings, of the slots for one that is not
+        trained. A program that trains holds nothing of its slots."""
+        mutated = {storage_key(self._base[n]) for _, n in self._mutated if n is not None}
+        index = dict(zip(self._lifted_names, self._names, strict=True))
+        slots = {f for a in self.attachments for f in (*a.slots.values(), a.scale)}
+        base = {
+            index[n]
+            for n, t in self._base.items()
+            if n not in slots
+            and isinstance(t, Tensor)
+            and storage_key(t) not in mutated
+            and not (self.differentiable and t.requires_grad)
+        }
+        frozen = set() if self._training else {index[f] for f in slots if f in index}
+        self.code = Code(self.module, self._names, base, frozen, limit, self.backend == "inductor")
+        self._shared = Shared(self.code.stages[0]) if self.code.stages else None
 
-    def _make_prefix(self, binding: Binding) -> tuple[Any, ...]:
+    def prefix(self, binding: Binding) -> Prefix:
+        """The inputs of the graph for one binding, but for the user's; made once per binding."""
+        with self._binding:
+            made = self._prefixes.get(binding)
+            if made is None:
+                made = self._prefixes[binding] = self._make_prefix(binding)
+            return made
+
+    def _make_prefix(self, binding: Binding) -> Prefix:
         values: list[Any] = []
         for name in self._lifted_names:
             value = binding.values.get(name, binding.base.get(name, self._base.get(name)))  # type: ignore[arg-type]
-            if isinstance(value, Tensor) and not self.differentiable:
-                value = value.detach()
             values.append(value)
-        return tuple(self._padded(values) if self.backend == "inductor" else values)
-
-    def _padded(self, values: list[Any]) -> list[Any]:
-        """Ranks of one become two: compiled code is specialised on sizes 0 and 1."""
-        index = {n: i for i, n in enumerate(self._lifted_names)}
-        for a in self.attachments:
-            op = self.ops[a.id]
-            wanted: dict[str, tuple[int, ...]] = {}
-            for slot, spec in a.method.minimal(op).slots(op).items():
-                have = values[index[a.slots[slot]]].shape
-                wanted[slot] = tuple(max(h, spec.shape[i]) if i in spec.free else h for i, h in enumerate(have))
-            short = {s: shape for s, shape in wanted.items() if shape != tuple(values[index[a.slots[s]]].shape)}
-            if short and self._training:  # a padded copy would not follow what training writes to the slots
-                raise BackendError(
-                    f"site {a.fqn!r}: inductor needs a rank of two or more in a program that trains; compile with r=2 "
-                    "or more, or with backend='eager'"
-                )
-            how = (paddings(a.method, op, a.form) or {}) if short else {}
-            for slot, shape in short.items():
-                i = index[a.slots[slot]]
-                values[i] = how.get(slot, Padding())(values[i], shape)
-        return values
-
-    def __call__(self, prefix: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        flat = self._inputs(args, kwargs)
-        code = self._code or self._compiled(prefix)
+        moving = any(values[i].requires_grad for i in self.code.slot_inputs)
+        if not self.differentiable:
+            values = [v.detach() if isinstance(v, Tensor) else v for v in values]
+        lay: Callable[[list[Any]], list[Any]] = list
         if self.backend == "inductor":
+            from adaptc.inductor import with_room
+
+            names, training = self._lifted_names, self._training
+            lay = partial(with_room, names=names, attachments=self.attachments, ops=self.ops, training=training)
+        own = any(self._lifted_names[i] in binding.base for i in self.code.base_inputs)
+        return Prefix(self.code, values, lay, moving, None if own else self._shared)
+
+    def __call__(self, prefix: Prefix, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        flat = self._inputs(args, kwargs)
+        if self.backend == "inductor":
+            code = self._compiled or self.compile()
             with torch.no_grad():
-                out = code(*prefix, *flat)
+                out = code(*prefix.values(), *flat)
+        elif self.code.autocast():
+            out = self.module(*prefix.lifted, *flat)
         else:
-            out = code(*prefix, *flat)
+            out = self.code.main(*prefix.values(), *flat)
         for i, name in self._mutated:
             with torch.no_grad():
                 self._base[name].copy_(out[i])  # type: ignore[index]
         return pytree.tree_unflatten([out[i] for i in self._user_outs], self._out_spec)
 
-    def _compiled(self, prefix: Sequence[Any]) -> Callable[..., Any]:
-        with self._lock:
-            if self._code is None:
-                self._code = self._compile()
-            return self._code
-
-    def compile(self) -> None:
+    def compile(self) -> Callable[..., Any]:
         """Compile now instead of at the first call."""
-        self._compiled(())
+        with self._compiling:
+            if self._compiled is None:
+                from adaptc.inductor import compile_lifted
 
-    def _compile(self) -> Callable[..., Any]:
-        from adaptc.inductor import compile_lifted
-
-        return compile_lifted(self.module, self.lifted, self.attachments, self.ops)
+                targets = dict(zip(self._names, self._lifted_names, strict=True))
+                self._compiled = compile_lifted(self.module, self.code, targets, self.attachments, self.ops)
+            return self._compiled
 
 
 @dataclass(frozen=True)
