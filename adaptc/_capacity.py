@@ -55,8 +55,12 @@ class Padding:
 
 
 def with_rank(method: Method, rank: int, op: Op) -> Method | None:
-    """``method`` with at least ``rank`` (grouped convolutions round up); None for methods without a rank."""
-    if not has_option(method, "r"):
+    """``method`` with at least ``rank`` (grouped convolutions round up); None where there is no rank to choose."""
+    inner, part = method.inside(op)
+    if inner is not method:
+        new = with_rank(inner, rank, part)
+        return None if new is None else method.around(new)
+    if not has_option(method, "r") or "r" not in method.swappable:
         return None
     return dataclasses.replace(method, r=-(-rank // op.groups) * op.groups)  # type: ignore[call-arg]
 
