@@ -122,7 +122,7 @@ class _Packer:
                 continue
             value, padding, shape = self.binding.values[fqn].detach(), self._padding(a, name), shapes[name]
             constant = _uniform(identity[name], spec)
-            if a.id not in self.binding.methods and constant is not None:
+            if a.id not in self.binding.methods and constant is not None and not spec.shared:
                 value = value.new_full(shape, constant)  # a site at the base, whatever its capacity
             self.values[fqn] = _padded(a, name, value, padding, shape)
             self.rooms[fqn] = Room(shape, value.dtype, padding, constant)
@@ -138,7 +138,9 @@ class _Packer:
         assert self.binding is not None
         op, own = self.program.ops[a.id], self.binding.methods.get(a.id)
         current = {n: tuple(self.binding.values[f].shape) for n, f in a.slots.items()}
-        ranks = [r for m in (own, a.method) if (r := getattr(m, "r", None)) is not None]
+        near = [b for b in self.attachments if b is a or set(b.slots.values()) & set(a.slots.values())]  # share slots
+        methods = [m for b in near for m in (self.binding.methods.get(b.id), b.method)]
+        ranks = [r for m in methods if (r := getattr(m, "r", None)) is not None]
         if not ranks or not any(s.free for s in a.method.slots(op).values()):
             return current
         if self.max_rank is not None and own is not None and getattr(own, "r", 0) > self.max_rank:
