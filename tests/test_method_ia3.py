@@ -13,6 +13,7 @@ from peft.tuners.ia3 import IA3Layer
 from torch import Tensor, nn
 
 import adaptc
+from adaptc.adapters import as_config
 from adaptc.passes._kinds import Op
 from tests.families import FAMILIES
 
@@ -135,7 +136,7 @@ def test_refusals():
         compile(adaptc.IA3Config(target_modules=BOTH))
 
 
-@pytest.mark.parametrize("targets", [None, ["q_proj"], ["down_proj"], ["layers.0.mlp.down_proj", "k_proj"], ".*_proj"])
+@pytest.mark.parametrize("targets", [None, ["q_proj"], ["layers.0.mlp.down_proj", "k_proj"], ".*_proj"])
 def test_defaults_of_a_model_are_those_of_peft(targets, tmp_path):
     family = FAMILIES["llama"]
     model, inputs = family.build().eval(), family.inputs(2, 5)
@@ -143,8 +144,8 @@ def test_defaults_of_a_model_are_those_of_peft(targets, tmp_path):
     found = {a.module: a.method.feedforward for a in program.adaptation.attachments}
     modules = peft.get_peft_model(model, peft.IA3Config(target_modules=targets)).base_model.model.named_modules()
     assert found == {n: m.is_feedforward for n, m in modules if isinstance(m, IA3Layer)}
-    again = adaptc.compile(family.build(), adaptc.save_adapter(program, tmp_path), example_inputs=inputs)
-    assert {a.module: a.method.feedforward for a in again.adaptation.attachments} == found
+    written, _ = as_config(adaptc.save_adapter(program, tmp_path))
+    assert {n: written.method(n, "linear").feedforward for n in found} == found
     peft.IA3Config.from_pretrained(str(tmp_path))
 
 
