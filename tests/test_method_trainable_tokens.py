@@ -17,9 +17,9 @@ from tests.site_checks import close, sound
 TOKENS = [5, 9, 20, 60]
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma", "gpt2", "t5", "bart", "whisper"])
+@pytest.mark.parametrize("name", ["llama", "gemma", "t5"])
 def test_families(name, tmp_path):
-    """Heads that are tied or not, embeddings that scale (gemma, bart), one that lends its weight to three (t5)."""
+    """Heads that are tied or not, embeddings that scale (gemma), one that lends its weight to three (t5)."""
     oracle = Oracle.of(name, peft.TrainableTokensConfig(token_indices=TOKENS), tmp_path / "peft")
     assert_differs(oracle(3, 7), oracle.base_output(3, 7))
     program = adaptc.compile(FAMILIES[name].build(), TrainableTokensConfig(token_indices=TOKENS))
@@ -31,7 +31,7 @@ def test_families(name, tmp_path):
     assert_same(run(loaded, oracle.family, 3, 7), oracle(3, 7))
 
 
-@pytest.mark.parametrize("name", ["bert", "mpnet"])
+@pytest.mark.parametrize("name", ["bert"])
 def test_heads_keep_their_bias(name, tmp_path):
     """PEFT forgets the bias of a tied head in forward, and has it again once merged."""
     oracle = Oracle.of(name, peft.TrainableTokensConfig(token_indices=TOKENS), tmp_path)
@@ -44,9 +44,8 @@ def test_heads_keep_their_bias(name, tmp_path):
 @pytest.mark.parametrize(
     ("name", "targets"),
     [
-        ("gemma", ["embed_tokens"]),
-        ("gemma", ["lm_head"]),
         ("gemma", r".*embed_tokens"),
+        ("gemma", ["lm_head"]),
         ("gpt2", ["wpe"]),
         ("t5", ["encoder.embed_tokens"]),
         ("t5", ["embed_tokens"]),
