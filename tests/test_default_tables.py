@@ -12,6 +12,7 @@ import torch
 from peft.utils import constants
 
 import adaptc
+from adaptc.checkpoint import read_config
 from adaptc.errors import ConfigError, TargetError
 from adaptc.methods._default_targets import OTHER_MEANING, TABLES, default_feedforward, defaults
 from adaptc.methods._registry import CONFIGS, config_class
@@ -123,6 +124,15 @@ def test_unknown_types_are_asked_for(kind):
     model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 7))
     with pytest.raises(TargetError, match=r"target_modules is None.*candidates"):
         adaptc.compile(model, config_class(kind)(**extra), example_inputs=torch.randn(2, 3))
+
+
+def test_what_the_graph_answers_is_saved_too(tmp_path):
+    program = adaptc.compile(FAMILIES["phi"].build(), given := adaptc.LoraConfig(r=2))
+    assert given.target_modules is None
+    assert read_config(adaptc.save_adapter(program, tmp_path))["target_modules"] == ["q_proj", "v_proj"]
+    experts = adaptc.LoraConfig(r=2, target_parameters=["experts.down_proj"])
+    program = adaptc.compile(FAMILIES["mixtral"].build(), experts)
+    assert program.binding.config.target_modules == []
 
 
 def test_ia3_by_default(tmp_path):
