@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from adaptc.binding import Binding, bind
+from adaptc.binding import Binding, Slate, bind, first_values
 from adaptc.checkpoint import AdapterFile, bare_key, read_adapter
 from adaptc.errors import AdaptcError, ConfigError, SwapError
 from adaptc.methods._base import AdapterConfig
 from adaptc.methods._registry import config_class
+from adaptc.several import part_of, together
 from adaptc.stacked_experts import restack
 
 if TYPE_CHECKING:
@@ -100,20 +101,52 @@ def as_binding(
                 "the binding belongs to a program with other sites; bind the adapter to this one: prog.bind(...)"
             )
         return adapter
+    if program.binding.parts:
+        return _together(program, adapter, trainable, key_mapping)
     if lost := list(program.adaptation.residual):
         raise SwapError(
             f"the file this program came from holds only its own adapter's version of {lost[:3]} (its initialisation "
             "changed the base), so no other adapter can be bound to it. Compile the original model instead."
         )
+    return _bound(program, program.slate(trainable), adapter, config, adapter_name, key_mapping)
+
+
+def _together(program: AdaptedProgram, adapter: Any, trainable: bool, key_mapping: Mapping[str, str] | None) -> Binding:
+    """Adapters by name for a program in which several act together; those not named stay, None turns one off."""
+    parts = dict(program.binding.parts)
+    if not isinstance(adapter, Mapping) or not adapter or not parts.keys() >= adapter.keys():
+        raise SwapError(
+            f"the program has several adapters that act together; name the one to change, for example "
+            f"swap(prog, {{{next(iter(parts))!r}: adapter}}), of {list(parts)}"
+        )
     slate = program.slate(trainable)
+    for name, new in adapter.items():
+        own = part_of(slate, name)
+        if new is None:
+            parts[name] = first_values(own, parts[name].config, only={})
+        else:
+            parts[name] = _bound(program, own, new, None, None, key_mapping, parts[name].config)
+    return together(parts)
+
+
+def _bound(
+    program: AdaptedProgram,
+    slate: Slate,
+    adapter: Any,
+    config: Any,
+    adapter_name: str | None,
+    key_mapping: Mapping[str, str] | None,
+    current: AdapterConfig | None = None,
+) -> Binding:
     if isinstance(adapter, (str, os.PathLike)):
         file = read_adapter(Path(adapter), adapter_name=adapter_name, key_mapping=key_mapping)
         file = restack(file, slate.weights)
         own = as_config(config)[0] if config is not None else of_file(file)
         return bind(slate, own, file.tensors, str(adapter), fit=False)
     if isinstance(adapter, Mapping):
-        tensors = bare(adapter, program)
-        own = as_config(config)[0] if config is not None else program.binding.config
+        theirs = current or program.binding.config
+        tensors = bare(adapter, theirs.peft_type)
+        own = as_config(config)[0] if config is not None else theirs
         return bind(slate, own, tensors, "state dict", fit=config is None)
     if isinstance(adapter, AdapterFile):
         file = restack(adapter, slate.weights)
@@ -121,8 +154,7 @@ def as_binding(
     raise AdaptcError(f"an adapter is a directory, a state dict or a binding; got {type(adapter).__name__}")
 
 
-def bare(tensors: Mapping[str, Tensor], program: AdaptedProgram) -> dict[str, Tensor]:
-    kind = program.binding.config.peft_type
+def bare(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for key, value in tensors.items():
         out[bare_key(key, kind) or key] = value

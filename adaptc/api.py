@@ -32,7 +32,7 @@ from adaptc.passes.unload import Unload
 from adaptc.passes.unmerge import Unmerge
 from adaptc.program import Adaptation, AdaptedProgram, check_limit
 from adaptc.runtime import check_backend
-from adaptc.several import FORMS, joint_slate, union
+from adaptc.several import FORMS, joint_slate, named, part_of, together, union
 from adaptc.targets import ModelFacts, Plan, plan
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ def compile(
     ``model``: an nn.Module (with ``example_inputs``: a tensor, a tuple, or a dict of keywords), a transformers model,
     an ExportedProgram, or what ``transformers.exporters`` returns. ``config``: a config, a ``peft`` config, a PEFT
     adapter directory (its weights are loaded too), or a list of these: then the program gets the union of their sites
-    and is bound to the first. ``training=True`` captures the training behaviour (dropout, and the loss of a
+    and is bound to the first. A dict of these by name makes adapters that act together, each on what the ones before it
+    made of the weights. ``training=True`` captures the training behaviour (dropout, and the loss of a
     transformers model). ``backend``: "eager" or "inductor". ``form``: "apply" puts adapters around the layers, "weight"
     in front of their weights, "auto" chooses per site what costs less (``report`` says why).
     ``autocast_adapter_dtype``: adapters of half-precision bases are float32. ``key_mapping``: regular expression ->
@@ -76,7 +77,9 @@ def compile(
     check_limit(hoist_limit)
     if form not in FORMS:
         raise ConfigError(f"form={form!r} is not one of {', '.join(FORMS)}")
+    by_name = named(config)
     several = list(config) if isinstance(config, (list, tuple)) else [config]
+    several = several if by_name is None else list(by_name.values())
     if not several:
         raise ConfigError("config is an empty list: give a config, an adapter directory, or a list of them")
     parsed = [as_config(c, key_mapping) for c in several]
@@ -92,13 +95,18 @@ def compile(
     )
     base = Lifted(captured.program, edit=False)
     parsed = [fitted(c, f, base.state_dict) for c, f in parsed]
-    plans = [plan(_targeted(c), captured.program, facts, adapter_name, base) for c, _ in parsed]
+    names = [adapter_name] * len(parsed) if by_name is None else list(by_name)
+    plans = [plan(_targeted(c), captured.program, facts, n, base) for n, (c, _) in zip(names, parsed, strict=True)]
     parsed = [(p.config, f) for p, (_, f) in zip(plans, parsed, strict=True)]
-    attachments = union(plans, training, backend, form)
+    attachments = union(plans, training, backend, form, apart=by_name is not None)
     slate = _slate(base, attachments, autocast_adapter_dtype, _trainable(parsed[0], training), plans)
     slate = joint_slate(slate)
     attachments = list(slate.attachments)
-    binding = _first_binding(slate, plans[0], parsed[0], generator)
+    if by_name is None:
+        binding = _first_binding(slate, plans[0], parsed[0], generator)
+    else:
+        own = zip(names, parsed, strict=True)
+        binding = together({n: _first_binding(part_of(slate, n), None, c, generator) for n, c in own})
     adaptation = Adaptation(
         attachments,
         matches={k: v for p in plans for k, v in p.matches.items()},
@@ -163,11 +171,17 @@ def _slate(
 
 
 def _first_binding(
-    slate: Slate, first: Plan, parsed: tuple[AdapterConfig, AdapterFile | None], generator: torch.Generator | None
+    slate: Slate,
+    first: Plan | None,
+    parsed: tuple[AdapterConfig, AdapterFile | None],
+    generator: torch.Generator | None,
 ) -> Binding:
+    """What an adapter starts with; ``first`` is its plan, None when the slate is its own."""
     config, file = parsed
     if file is not None:
         return bind(slate, config, file.tensors, str(file.path), fit=False)
+    if first is None:
+        return first_values(slate, config, generator)
     own = joined({a.id: a.method for a in first.attachments}, slate.ops)
     return first_values(slate, config, generator, only=own)
 
@@ -300,14 +314,22 @@ def save_adapter(
 ) -> Path:
     """Write the current adapter as a PEFT adapter directory; returns the directory that holds it.
 
+    Of adapters that act together the one called ``adapter_name`` is written, under its name as PEFT does.
     ``peft.PeftModel.from_pretrained(model, path)`` loads it. ``base_model`` is recorded as base_model_name_or_path.
     ``save_embedding_layers`` adds the base weights of ``embed_tokens`` and ``lm_head``, which an adapter needs whose
     vocabulary was resized (PEFT also adds them whenever one of the two is targeted).
     """
-    binding = program.binding
-    tensors: dict[str, Tensor] = file_tensors(program.slate(), binding)
+    binding, slate = program.binding, program.slate()
+    if binding.parts:
+        if adapter_name not in binding.parts:
+            raise ConfigError(
+                f"the program has no adapter called {adapter_name!r}; say which of {list(binding.parts)} to write with "
+                "adapter_name"
+            )
+        binding, slate = binding.parts[adapter_name], part_of(slate, adapter_name)
+    tensors: dict[str, Tensor] = file_tensors(slate, binding)
     if save_embedding_layers:
-        found = embedding_tensors(program.slate(), binding)
+        found = embedding_tensors(slate, binding)
         if not found:
             raise ConfigError(
                 "save_embedding_layers=True, but the program has no module called embed_tokens or lm_head"

@@ -33,7 +33,8 @@ EMBEDDINGS = ("embed_tokens", "lm_head")
 class Binding:
     """``values``: slot and scale FQN -> tensor. ``base``: base parameters this adapter replaces (PiSSA's residual).
     ``methods``: attachment id -> the method with this adapter's own options; only sites the adapter has are in it.
-    ``carried``: by key, what its file holds beside slots: tensors the program does not read, changed base weights."""
+    ``carried``: by key, what its file holds beside slots: tensors the program does not read, changed base weights.
+    ``parts``: where several adapters act together, each by its name; their values are in ``values``."""
 
     values: Mapping[str, Tensor]
     methods: Mapping[str, Method]
@@ -42,6 +43,7 @@ class Binding:
     name: str = "default"
     source: str = ""
     carried: Mapping[str, Tensor] = field(default_factory=dict)
+    parts: Mapping[str, Binding] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -72,10 +72,11 @@ class CoverageReport:
         adapted = {x.module for x in a.attachments}
         left_out = tuple((name, why) for name, why in a.left_out if name not in adapted)
         trainable, total = count_parameters(program)
-        config, held = binding.config, program.held
-        return cls(
-            sites, a.matches, left_out, trainable, total, binding.name, config.peft_type, binding.source, held=held
-        )
+        parts = binding.parts or {binding.name: binding}
+        kinds = " + ".join(dict.fromkeys(p.config.peft_type for p in parts.values()))
+        names = ", ".join(parts)
+        held = program.held
+        return cls(sites, a.matches, left_out, trainable, total, names, kinds, binding.source, held=held)
 
     @property
     def percentage(self) -> float:

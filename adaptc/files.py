@@ -27,6 +27,7 @@ from adaptc.passes.inject import Inject, site_op
 from adaptc.passes.unload import Unload
 from adaptc.program import Adaptation, AdaptedProgram
 from adaptc.runtime import check_backend
+from adaptc.several import together
 
 # How torch.export writes the output type of a transformers model; a file cannot name any other module to import.
 _OUTPUT_TYPE = re.compile(rb'\\"type\\": \\"(transformers\.(?:modeling_outputs|models\.\w+\.modeling_\w+))\.\w+\\"')
@@ -110,6 +111,17 @@ def _compilable(
 
 
 def _binding(lifted: Lifted, found: list[Attachment], stored: dict[str, Any], source: str) -> Binding:
+    if not stored["parts"]:
+        return _one_binding(lifted, found, stored, source)
+    parts: dict[str, Binding] = {}
+    for name, part in stored["parts"].items():
+        beside = {} if parts else {k: stored[k] for k in ("unread", "carried")}
+        own = {**stored, "unread": {}, "carried": [], **beside, **part}
+        parts[name] = _one_binding(lifted, [a for a in found if a.adapter == name], own, source)
+    return together(parts)
+
+
+def _one_binding(lifted: Lifted, found: list[Attachment], stored: dict[str, Any], source: str) -> Binding:
     config = from_dict(stored["config"])
     present = set(stored["present"])
     values: dict[str, torch.Tensor] = {}

@@ -63,6 +63,11 @@ def package_program(program: AdaptedProgram, path: Path, *, max_rank: int | None
         raise CheckpointError(f"cannot package to {path}: the name must end in .pt2 and its directory must exist")
     if max_rank is not None and (not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < 1):
         raise ConfigError(f"max_rank must be a positive integer, got {max_rank!r}")
+    if program._binding is not None and program.binding.parts:
+        raise ConfigError(
+            f"a package holds one adapter at a time, and here {list(program.binding.parts)} act together; merge() the "
+            "program to package them for good, or compile it for one of them"
+        )
     if program.example_inputs is None:
         raise BackendError("the program has no example inputs, which compiling needs; capture it with torch.export")
     frozen, manifest, tensors = _Packer(program, max_rank).run()

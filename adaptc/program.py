@@ -58,6 +58,7 @@ class Adaptation:
             "autocast": self.autocast,
             "unread": dict(self.unread),
             "carried": [k for k in binding.carried if k not in self.unread],
+            "parts": {n: {"config": p.config.to_dict(), "present": list(p.methods)} for n, p in binding.parts.items()},
         }
 
 

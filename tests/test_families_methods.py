@@ -45,6 +45,9 @@ TARGETS: dict[str, tuple[list[str], list[str], tuple[str, ...]]] = {
     "resnet": (["convolution"], ["normalization"], ("dora", "adalora", "ia3", "loha", "lokr", "ln_tuning")),
 }
 
+#: of the largest output: the whole model in float32, with sums (RandLoRA's over its bases) in another order than PEFT's
+TOLERANCE = 5e-5
+
 CASES = [(f, m) for f, (_, _, methods) in TARGETS.items() for m in methods]
 
 
@@ -64,15 +67,15 @@ def test_as_peft(family: str, method: str, tmp_path: Path):
     assert_differs(expected, untouched, 1e-3)
     program = adaptc.compile(base(family), tmp_path / "peft")
     assert {a.key for a in program.adaptation.attachments} == oracle.modules()
-    assert_same(run(program, oracle.family, 3, 7), expected, 2e-5)
+    assert_same(run(program, oracle.family, 3, 7), expected, TOLERANCE)
     merged = adaptc.merge(program)
-    assert_same(run(merged, oracle.family, 3, 7), expected, 2e-5)
+    assert_same(run(merged, oracle.family, 3, 7), expected, TOLERANCE)
     assert_same(run(adaptc.unload(program), oracle.family, 3, 7), untouched, 0)
     saved = adaptc.save_adapter(program, tmp_path / "adaptc")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded = load_peft(FAMILIES[family].build(), saved)
-        assert_same(run(loaded, oracle.family, 3, 7), expected, 2e-5)
+        assert_same(run(loaded, oracle.family, 3, 7), expected, TOLERANCE)
 
 
 @pytest.mark.parametrize("method", list(METHODS))
@@ -80,11 +83,11 @@ def test_a_fresh_adapter_swaps_for_peft_s(method: str, tmp_path: Path):
     """A program compiled from a config takes the file of PEFT, and what it reports names the method."""
     name = METHODS[method][0]
     program = adaptc.compile(base("llama"), getattr(adaptc, name)(**options("llama", method)))
-    assert name.removesuffix("Config").lower()[:3] in str(adaptc.report(program)).lower()
+    assert str(adaptc.report(program)).startswith(f"{getattr(adaptc, name).peft_type} adapter 'default'")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(1)
         oracle = Oracle.of("llama", getattr(peft, name)(**options("llama", method)), tmp_path / "peft")
         expected = oracle(3, 7)
     adaptc.swap(program, tmp_path / "peft")
-    assert_same(run(program, oracle.family, 3, 7), expected, 2e-5)
+    assert_same(run(program, oracle.family, 3, 7), expected, TOLERANCE)

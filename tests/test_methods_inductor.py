@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 
 import pytest
-import torch
 
 import adaptc
 from tests.method_checks import close, randomized, sound, subject
@@ -31,4 +30,4 @@ def test_compiled_once(entry: str, layer: str, tmp_path):
         adaptc.swap(program, other)
         close(program(*args), eager(*args), 1e-8)
     sound(program)
-    assert torch.equal(adaptc.unload(program)(*args), adaptc.unload(s.program)(*args)) or layer != "linear"
+    close(adaptc.unload(program)(*args), s.base(*args))
