@@ -127,7 +127,7 @@ def bind(slate: Slate, config: AdapterConfig, tensors: Mapping[str, Tensor], sou
         if twin in tensors or builder.beside(key, tensors[key], source):
             del left[key]
     if left:
-        raise _unbound(slate, list(left), source)
+        raise _unbound(slate, config, list(left), source)
     if not builder.methods:
         raise SwapError(
             f"{source} holds no tensor for any site of the program, so it would do nothing; unload() gives the base"
@@ -221,16 +221,27 @@ def _check_shapes(a: Attachment, op: Op, method: Method, found: Mapping[str, Ten
             )
 
 
-def _unbound(slate: Slate, keys: list[str], source: str) -> SwapError:
+def _unbound(slate: Slate, config: AdapterConfig, keys: list[str], source: str) -> SwapError:
     known = [a.file_key(n, s) for a in slate.attachments for n, s in a.method.slots(slate.ops[a.id]).items()]
     shown = "; ".join(f"{k!r} (nearest: {', '.join(nearest(k, known, 2)) or 'none'})" for k in keys[:3])
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-    sites = sorted({_site_of(k) for k in keys})[:3]
+    why = _other_code(slate, config, keys)
+    why = why or f"The program was compiled without the sites {sorted({_site_of(k) for k in keys})[:3]}"
     return SwapError(
-        f"{source}: {len(keys)} of its tensors have no slot in the program: {shown}{more}. The program was compiled "
-        f"without the sites {sites}; to have them, compile for this adapter, or for several at once: "
-        "compile(model, [adapter, another])."
+        f"{source}: {len(keys)} of its tensors have no slot in the program: {shown}{more}. {why}; to have them, "
+        "compile for this adapter, or for several at once: compile(model, [adapter, another])."
     )
+
+
+def _other_code(slate: Slate, config: AdapterConfig, keys: list[str]) -> str:
+    """In which options the adapter differs from the code of a site that these keys are of, if that is why."""
+    for a in slate.attachments:
+        here, own = a.method.structure(), a.method.rebind(config, a).at(slate.ops[a.id]).structure()
+        if here != own and any(k.startswith(f"{a.key}.") for k in keys):
+            names = [n for n in own if own[n] != here.get(n)]
+            at, has = (", ".join(f"{n}={d.get(n)!r}" for n in names) for d in (here, own))
+            return f"The code at {a.key!r} was compiled for {at}, and the adapter has {has}"
+    return ""
 
 
 def _site_of(key: str) -> str:
