@@ -66,6 +66,15 @@ def adapter_parameters(program: adaptc.AdaptedProgram) -> dict[str, Tensor]:
     return out
 
 
+@cache
+def captured(layer: str, widths: tuple[int, int], dtype: torch.dtype) -> tuple[nn.Module, adaptc.AdaptedProgram]:
+    """A model of one layer, and its program without an adapter: captured once for all methods."""
+    model = LAYERS[layer].model(widths).to(dtype)
+    args = tuple(a.to(dtype) if a.is_floating_point() else a for a in LAYERS[layer].args(widths, 3))
+    config = adaptc.LoraConfig(r=3, **targets(layer))
+    return model, adaptc.unload(adaptc.compile(model, config, example_inputs=args))
+
+
 @dataclass(eq=False)
 class Subject:
     """One entry at one layer: a model, an adapter with random tensors on disk, and what they compute together."""
@@ -88,9 +97,9 @@ class Subject:
     def args(self, batch: int) -> tuple[Tensor, ...]:
         return self.kind.args(self.entry.widths, batch)
 
-    @cached_property
+    @property
     def base(self) -> nn.Module:
-        return self.kind.model(self.entry.widths)
+        return captured(self.layer, self.entry.widths, torch.float64)[0]
 
     def config(self, **changes: Any) -> Any:
         cls = getattr(adaptc, self.entry.cls)
@@ -98,7 +107,7 @@ class Subject:
 
     def compile(self, adapter: Any = None, **options: Any) -> adaptc.AdaptedProgram:
         adapter = self.directory if adapter is None else adapter
-        return adaptc.compile(self.base, adapter, example_inputs=self.args(3), **options)
+        return adaptc.compile(captured(self.layer, self.entry.widths, torch.float64)[1], adapter, **options)
 
     @cached_property
     def wrapped(self) -> Any:
@@ -218,7 +227,7 @@ def key_of(found: dict[str, Tensor], name: str) -> str:
 def randomized(s: Subject, config: Any, path: Path, seed: int = 5) -> Path:
     """An adapter of this config with random tensors, written by adaptc."""
     torch.manual_seed(seed)
-    program = adaptc.compile(s.base, config, example_inputs=s.args(3))
+    program = s.compile(config)
     with torch.no_grad():
         for key, p in adapter_parameters(program).items():
             if p.is_floating_point():
@@ -390,10 +399,9 @@ def check_dtypes(s: Subject, tmp_path: Path) -> None:
     """Above a half-precision base, slots are float32 and outputs have the base's dtype and its rounding."""
     exact, scale = s.expected(5), 1.0
     for dtype, autocast in ((torch.bfloat16, True), (torch.float32, True), (torch.bfloat16, False)):
-        model = s.kind.model(s.entry.widths).to(dtype)
+        plain = captured(s.layer, s.entry.widths, dtype)[1]
         args = tuple(a.to(dtype) if a.is_floating_point() else a for a in s.args(5))
-        example = tuple(a.to(dtype) if a.is_floating_point() else a for a in s.args(3))
-        program = adaptc.compile(model, s.directory, example_inputs=example, autocast_adapter_dtype=autocast)
+        program = adaptc.compile(plain, s.directory, autocast_adapter_dtype=autocast)
         sound(program)
         slot = torch.float32 if autocast else dtype
         for key, p in adapter_parameters(program).items():

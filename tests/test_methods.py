@@ -9,8 +9,8 @@ from tests.method_checks import CHECKS, Subject, cases, refusals, subject
 from tests.method_table import BY_NAME
 
 
-@pytest.mark.parametrize(("entry", "layer"), cases())
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__.removeprefix("check_"))
+@pytest.mark.parametrize(("entry", "layer"), cases())
 def test_method(check, entry, layer, tmp_path):
     check(subject(entry, layer), tmp_path)
 
