@@ -85,7 +85,7 @@ class Stage:
         versions = {i: originals[i]._version for i in read if not originals[i].is_inference()}
         out = self.run([*lifted, *before])
         inputs = {_storage(lifted[i]) for i in read}
-        own = [n for n, t in enumerate(out) if _storage(t) not in inputs or not _storage(t)]
+        own = [n for n, t in enumerate(out) if _storage(t) not in inputs]
         watch = sorted({i for n in own for i in self.sources[n]} & versions.keys())
         memory = {_storage(out[n]): out[n].untyped_storage().nbytes() for n in own}
         watched = tuple(originals[i] for i in watch)
@@ -246,7 +246,7 @@ def _contiguous(graph: fx.Graph) -> None:
 
 
 def _storage(tensor: Tensor) -> int:
-    """Where a tensor's memory is; 0 for one that has none."""
+    """Where a tensor's memory is."""
     return tensor.untyped_storage().data_ptr()
 
 

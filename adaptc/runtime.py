@@ -97,10 +97,7 @@ class Executor:
         base = {
             index[n]
             for n, t in self._base.items()
-            if n not in slots
-            and isinstance(t, Tensor)
-            and storage_key(t) not in mutated
-            and not (self.differentiable and t.requires_grad)
+            if n not in slots and isinstance(t, Tensor) and storage_key(t) not in mutated
         }
         frozen = set() if self._training else {index[f] for f in slots if f in index}
         self.code = Code(self.module, self._names, base, frozen, limit, self.backend == "inductor")

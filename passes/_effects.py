@@ -112,12 +112,18 @@ def is_view(node: fx.Node) -> bool:
     old, new = (n.meta.get("val") for n in (node.args[0], node))
     if not isinstance(old, Tensor) or not isinstance(new, Tensor):
         return isinstance(old, (tuple, list)) or isinstance(new, (tuple, list))
-    if (old.dtype, old.device) != (new.dtype, new.device) or bool(node.kwargs.get("copy")):
+    if (old.dtype, old.device) != (new.dtype, new.device) or _copies(node):
         return False
     packet = getattr(node.target, "overloadpacket", None)
     if packet is aten.contiguous:
         return old.stride() == new.stride()
     return packet not in (aten.reshape, aten.flatten) or old.is_contiguous()
+
+
+def _copies(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    names = [] if schema is None else [a.name for a in schema.arguments]
+    return "copy" in names and bool(argument(node, names.index("copy")))
 
 
 def _nodes(arguments: Iterable[Any]) -> list[fx.Node]:

@@ -104,6 +104,7 @@ FIRES: dict[str, tuple[Callable[[Any, Tensor], Any], list[str]]] = {
     "pieces": (lambda m, x: x[:, :1] * (m.w * 2).chunk(3, 0)[1].sum(), ["sum_1"]),
     "grid": (lambda m, x: x + torch.meshgrid(m.v[:3] * 2, m.v * 3, indexing="ij")[0], ["getitem"]),
     "gather": (table, ["sum_1"]),
+    "einsum": (lambda m, x: torch.einsum("ij,j->i", m.w * 2, m.v)[:5] * x, ["slice_1"]),
     "slice": (lambda m, x: x + m.w[:3] * 2, ["mul"]),
     "constant": (lambda m, x: x + torch.arange(5), ["arange"]),
     "quiet dropout": (lambda m, x: x + F.dropout(m.v * 2, 0.5, False), ["dropout"]),
@@ -136,6 +137,8 @@ STAYS: dict[str, tuple[Callable[[Any, Tensor], Any], list[str]]] = {
     "written": (lambda m, x: (m.v * 2).add_(x.sum()), []),
     "written through a view": (lambda m, x: ((m.w * 2).t().add_(x.sum()), x)[1], []),
     "written through dropout": (in_dropout, []),
+    "written through a cast": (lambda m, x: ((m.v * 2).type_as(x).add_(x.sum()), x)[1], []),
+    "written through einsum": (lambda m, x: (torch.einsum("ij->ji", m.w * 2).add_(x.sum()), x)[1], []),
     "written in part": (lambda m, x: torch.zeros(5, 5).index_put_((torch.arange(3),), x), ["arange"]),
     "returned": (lambda m, x: (x + 1, m.v.exp()), []),
     "returned as a view": (lambda m, x: (x + 1, m.w.exp().t()), []),
@@ -151,6 +154,7 @@ STAYS: dict[str, tuple[Callable[[Any, Tensor], Any], list[str]]] = {
     "uninitialised": (lambda m, x: x + torch.empty_like(m.v).isnan() * 0, []),
     "large constant": (lambda m, x: x + torch.arange(CONSTANT_BYTES // 8 + 1)[-1], []),
     "unpacked": (lambda m, x: F.linear(x, m.packed.float() * 0.5), []),
+    "size from data": (lambda m, x: x + m.index.nonzero().sum(), []),
     "scalar": (lambda m, x: x * m.index[0, 0].item(), []),
 }
 
@@ -195,13 +199,14 @@ def test_sizes_of_inputs_are_inputs() -> None:
 
 def test_blocks_without_gradients_stay_where_they_are() -> None:
     def body(m: Any, x: Tensor) -> Tensor:
+        made = m.w * 2
         with torch.no_grad():
-            inner = m.w * 2 + 1
+            inner = made + 1
         return F.linear(x, inner) + (m.v * 3).sum()
 
     p = export(Frozen(body), X)
     h = split(p)
-    assert "sum_1" in hoisted(h)
+    assert hoisted(h) == ["mul", "sum_1"]
     assert any(n.op == "get_attr" for n in h.main.nodes)
     same(p, h)
 
@@ -238,6 +243,30 @@ def test_views_and_constants_are_for_interpreters() -> None:
     assert hoisted(compiled) == ["mul"]
     same(p, both)
     same(p, compiled)
+
+
+@pytest.mark.parametrize(
+    ("body", "nbytes"),
+    [
+        (lambda m, x: x @ m.w.t().contiguous(), 7 * 5 * 4),
+        (lambda m, x: F.linear(x, m.w.contiguous()), 0),
+        (lambda m, x: F.linear(x, m.w.to(torch.float32, copy=True)), 7 * 5 * 4),
+        (lambda m, x: F.linear(x, m.w.to(torch.float32)), 0),
+        (lambda m, x: x * m.w.t().reshape(7, 5)[:1], 7 * 5 * 4),
+        (lambda m, x: x * m.w.reshape(5, 7)[:1, :5], 0),
+        (
+            lambda m, x: F.linear(x, (m.w * 2).t().t())[:, :5] + (m.w * 3).chunk(7)[1] + (m.v * 2).expand(3, 5),
+            85 * 4 - 40,
+        ),
+    ],
+)
+def test_memory_is_counted_once_and_views_not_at_all(body: Callable[[Any, Tensor], Any], nbytes: int) -> None:
+    p = program(body)
+    h = split(p)
+    assert h.nbytes == nbytes
+    same(p, h)
+    assert split(p, limit=nbytes).count == h.count
+    assert not nbytes or split(p, limit=nbytes - 1).nbytes < nbytes
 
 
 def test_later_stages_build_on_earlier_ones() -> None:
@@ -286,6 +315,20 @@ def test_a_limit_leaves_out_what_saves_least_per_byte() -> None:
         same(p, h)
     assert "sum_1" in hoisted(split(p, limit=4))
     assert "matmul_3" in hoisted(split(p, limit=matrix + 4))
+
+
+def test_a_cast_saves_work_and_work_that_two_values_share_is_saved_once() -> None:
+    matrix = 7 * 5 * 4
+    cast = program(lambda m, x: F.linear(x, m.w * 2) + F.linear(x, m.w.double().float()))
+    assert hoisted(split(cast, limit=matrix)) == ["to_1"]
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        product, alone = m.w @ m.w.t() @ m.w, m.w
+        for _ in range(20):
+            alone = alone.sin()
+        return F.linear(x, product * 2) + F.linear(x, product * 3) + F.linear(x, alone)
+
+    assert hoisted(split(program(body), limit=matrix, views=False)) == ["matmul_1"]
 
 
 def test_over_the_limit_the_part_that_is_small_is_still_hoisted() -> None:
