@@ -64,6 +64,8 @@ class Method:
     """Base class of all methods; see the module docstring for what a subclass defines."""
 
     name: ClassVar[str] = ""
+    #: a name that methods of several classes share whose slots have names in common; empty for those of one base class
+    kin: ClassVar[str] = ""
     #: what does not read the weight it changes comes first, so that nothing before it is lost
     replaces: ClassVar[bool] = False
     #: whether it gives weights with a leading axis of experts a meaning of its own; if not, it is done per expert
@@ -79,7 +81,7 @@ class Method:
 
     def akin(self, other: object) -> bool:
         """Whether ``other`` is this method or a variant of it: then the two have names of slots in common."""
-        return isinstance(other, Method) and _root(type(other)) is _root(type(self))
+        return isinstance(other, Method) and _kin(type(other)) == _kin(type(self))
 
     def options(self) -> dict[str, Any]:
         """The fields as plain JSON values, for the tags of a program's regions."""
@@ -223,9 +225,9 @@ class Method:
         return ".".join(p for p in (place, head, adapter, tail) if p)
 
 
-def _root(method: type) -> type:
-    """The class that is derived from :class:`Method` itself."""
-    return [c for c in method.__mro__ if issubclass(c, Method)][-2]
+def _kin(method: type[Method]) -> Any:
+    """Equal for methods whose slots may have one name: the class derived from :class:`Method` itself, or its word."""
+    return method.kin or [c for c in method.__mro__ if issubclass(c, Method)][-2]
 
 
 def _from_json(value: Any) -> Any:
@@ -281,7 +283,8 @@ class Attachment:
 
     @property
     def scale_fqn(self) -> str:
-        return self.method.fqn(self.place, "scaling", self.adapter)
+        # Adapters of several methods at one weight each have a scale of their own.
+        return self.method.fqn(self.place, f"{self.method.name}_scaling", self.adapter)
 
     def file_key(self, name: str, slot: Slot) -> str:
         """The bare key of a slot in files."""

@@ -67,7 +67,7 @@ def random_values(program: ExportedProgram, attachments: Iterable[Attachment], s
             out[a.method.fqn(a.place, name, a.adapter)] = value
         scale = a.method.scale(op)
         if scale is not None:
-            out[a.method.fqn(a.place, "scaling", a.adapter)] = torch.tensor(scale, dtype=dtype)
+            out[a.scale_fqn] = torch.tensor(scale, dtype=dtype)
     return out
 
 

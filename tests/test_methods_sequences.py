@@ -6,6 +6,7 @@ alone, whose equality with PEFT is tested elsewhere; here it is that no sequence
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import warnings
 from functools import cache
@@ -29,6 +30,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("LoraConfig", {"r": 3, "target_modules": BOTH}),
     "lora_small": ("LoraConfig", {"r": 1, "target_modules": DOWN, "use_rslora": True}),
     "dora": ("LoraConfig", {"r": 2, "use_dora": True, "target_modules": UP}),
+    "adalora": ("AdaLoraConfig", {"init_r": 4, "total_step": 10, "target_modules": UP}),
     "hra": ("HRAConfig", {"r": 4, "target_modules": BOTH}),
     "oft": ("OFTConfig", {"oft_block_size": 3, "target_modules": BOTH}),
     "oft_wide": ("OFTConfig", {"oft_block_size": 5, "target_modules": UP}),
@@ -77,13 +79,18 @@ def config(name: str) -> Any:
     return getattr(adaptc, cls)(**fields)
 
 
-@cache
 def adapter(name: str, seed: int = 0) -> tuple[Path, Tensor]:
+    return made(name, seed)
+
+
+@cache
+def made(name: str, seed: int) -> tuple[Path, Tensor]:
     """An adapter on disk, and what the model computes with it."""
     path = Path(home().name) / f"{name}-{seed}"
+    torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = adaptc.compile(model(), config(name), example_inputs=IDS)
+        program = adaptc.compile(captured(), config(name))
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for t in adapter_parameters(program).values():
@@ -94,10 +101,15 @@ def adapter(name: str, seed: int = 0) -> tuple[Path, Tensor]:
 
 
 @cache
+def captured() -> adaptc.AdaptedProgram:
+    return adaptc.unload(adaptc.compile(model(), config("lora"), example_inputs=IDS))
+
+
+@cache
 def compiled() -> adaptc.AdaptedProgram:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return adaptc.compile(model(), [config(n) for n in ADAPTERS], example_inputs=IDS)
+        return adaptc.compile(captured(), [config(n) for n in ADAPTERS])
 
 
 names = st.sampled_from(sorted(ADAPTERS))
@@ -172,6 +184,19 @@ def test_every_adapter_says_something():
     plain = model()(IDS)
     for name in ADAPTERS:
         assert not torch.allclose(adapter(name)[1], plain, rtol=1e-3, atol=1e-3), name
+
+
+def test_any_two_methods_share_a_program():
+    """Names of slots do not clash, and what the one does not have leaves alone what the other makes."""
+    for one, two in itertools.combinations(["lora", "dora", "adalora", "hra", "ia3_out", "loha", "vera", "fourier"], 2):
+        program = adaptc.compile(captured(), [config(one), config(two)])
+        for name in (one, two):
+            path, expected = adapter(name)
+            adaptc.swap(program, path)
+            torch.testing.assert_close(
+                program(IDS), expected, rtol=1e-9, atol=1e-9, msg=lambda m, n=(one, two, name): f"{n}: {m}"
+            )
+            torch.testing.assert_close(program.module()(IDS), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_unload_gives_the_base_whatever_was_compiled():

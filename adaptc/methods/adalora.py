@@ -136,6 +136,7 @@ class AdaLora(Method):
     """AdaLoRA at one site. ``kept`` are the terms that a file of this adapter holds, of the first ``init_r``."""
 
     name: ClassVar[str] = "adalora"
+    kin: ClassVar[str] = "lora"
     stacks: ClassVar[bool] = True
     swappable: ClassVar[frozenset[str]] = Method.swappable | {"init_r", "kept"}
 
@@ -175,9 +176,9 @@ class AdaLora(Method):
     def rebind(self, config: Any, attachment: Attachment) -> Method:
         new = super().rebind(config, attachment)
         kept = config.kept(attachment.key) if isinstance(config, AdaLoraConfig) else None
-        if new is self or kept is None:
+        if new is self or kept is None or not isinstance(new, AdaLora):
             return new
-        return dataclasses.replace(new, kept=kept, r=_terms(kept) or 2)  # type: ignore[call-arg]
+        return dataclasses.replace(new, kept=kept, r=_terms(kept) or 2)
 
     def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.kept is None or _terms(self.kept):

@@ -146,6 +146,7 @@ class Lora(Method):
     """
 
     name: ClassVar[str] = "lora"
+    kin: ClassVar[str] = "lora"
     stacks: ClassVar[bool] = True
     swappable: ClassVar[frozenset[str]] = Method.swappable | {"rslora", "with_bias", "repeat"}
 
@@ -212,7 +213,7 @@ class Lora(Method):
 
     def rebind(self, config: Any, attachment: Attachment) -> Method:
         new = super().rebind(config, attachment)
-        return new if new is self else dataclasses.replace(new, repeat=self.repeat)  # type: ignore[call-arg]
+        return dataclasses.replace(new, repeat=self.repeat) if isinstance(new, Lora) else new
 
     def nested(self) -> Lora:
         if self.with_bias:
