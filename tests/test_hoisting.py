@@ -358,7 +358,10 @@ def test_the_report_says_what_is_held() -> None:
 
 @dataclass(frozen=True)
 class Squared(Method):
-    """y + B cos(S A' A) x, S being A smoothed: what follows from the slots alone has the rank in its shape, and is no row-major matrix."""
+    """y + B cos(S A' A) x, S being A smoothed.
+
+    What follows from the slots alone has the rank in its shape, and is no row-major matrix.
+    """
 
     name: ClassVar[str] = "squared"
 

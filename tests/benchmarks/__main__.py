@@ -17,7 +17,7 @@ def main() -> None:
     print(rewriting.run(full=not quick), "\n")
     print("## Against PEFT: SmolLM2-135M, float32, rank 16 on all linear layers\n")
     print(markdown(against_peft.run(5 if quick else 15)), "\n")
-    print("## Methods: SmolLM2-135M, float32, on query and value projections\n")
+    print("## Methods: SmolLM2-135M, float32, on all linear layers\n")
     print(methods.markdown(methods.run(5 if quick else 15)))
 
 

@@ -1,6 +1,6 @@
 """Each method next to PEFT's on the same sites: forward time over the base's, and the size of the adapter file.
 
-SmolLM2's query and value projections (60 sites), one interleaved run per method. A binding is warm when it is timed, as
+All 210 linear layers of SmolLM2's blocks, one interleaved run per method. A binding is warm when it is timed, as
 PEFT's wrapped model is: what depends on frozen tensors alone has been computed.
 """
 
@@ -21,9 +21,9 @@ import adaptc
 from tests.benchmarks.harness import interleave
 from tests.benchmarks.model import smollm2, tokens
 
-TARGETS = ["q_proj", "v_proj"]
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-#: method -> PEFT's config and its options: PEFT's defaults wherever they fit widths of 576 and 192
+#: method -> PEFT's config and its options: PEFT's defaults wherever they fit widths of 576, 192 and 1536
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "LoRA": ("LoraConfig", {"r": 16}),
     "DoRA": ("LoraConfig", {"r": 16, "use_dora": True}),
