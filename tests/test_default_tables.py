@@ -118,7 +118,7 @@ def test_completed_configs(kind, name):
     assert config.target_modules is None
 
 
-@pytest.mark.parametrize("kind", [k for k in OTHER_MEANING if k in CONFIGS])
+@pytest.mark.parametrize("kind", sorted(k for k in OTHER_MEANING if k in CONFIGS))
 def test_unknown_types_are_asked_for(kind):
     extra = {"token_indices": [1]} if kind == "TRAINABLE_TOKENS" else {}
     model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 7))
