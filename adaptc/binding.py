@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adaptc._other_names import base_name, keys_of, second_name
 from adaptc.checkpoint import check_finite
-from adaptc.errors import CheckpointError, ConfigError, SwapError, nearest
+from adaptc.errors import CheckpointError, ConfigError, SwapError, TargetError, nearest
 from adaptc.methods._base import AdapterConfig
 from adaptc.passes._kinds import Op
 from adaptc.passes._lifted import storage_key
@@ -152,7 +152,7 @@ def _present(
         method = a.method.rebind(config, a).at(op)
         if method.structure() != a.method.structure():
             continue
-        specs = {**a.method.slots(op), **method.slots(op)}
+        specs = {**a.method.slots(op), **_slots_if_any(method, op)}
         keys = {n: a.file_key(n, s) for n, s in specs.items() if s.saved}
         keys |= {n: a.file_key(n, specs.get(n, Slot(()))) for n in method.keys(op)}
         found = {n: tensors[k] for n, k in keys.items() if k in tensors}
@@ -167,6 +167,14 @@ def _present(
         left.pop(key, None)
     methods = joined({a.id: method for a, method, _ in out}, slate.ops)
     return [(a, methods[a.id], found) for a, _, found in out]
+
+
+def _slots_if_any(method: Method, op: Op) -> Mapping[str, Slot]:
+    """The slots a method has at a site; none where its options have no meaning there and it may have no tensors."""
+    try:
+        return method.slots(op)
+    except (TargetError, ConfigError):
+        return {}
 
 
 def joined(methods: Mapping[str, Method], ops: Mapping[str, Op]) -> dict[str, Method]:

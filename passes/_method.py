@@ -193,6 +193,10 @@ class Method:
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         raise AssertionError(f"{type(self).__name__} has no apply()")
 
+    def has_weight(self) -> bool:
+        """Whether the method means something for a weight; if not, it can only stand around a layer."""
+        return type(self).weight is not Method.weight
+
     def has_input(self, op: Op) -> bool:
         """Whether :meth:`input` is defined at this site."""
         return op.callable and type(self).input is not Method.input
@@ -284,7 +288,7 @@ class Attachment:
     @property
     def scale_fqn(self) -> str:
         # Adapters of several methods at one weight each have a scale of their own.
-        return self.method.fqn(self.place, f"{self.method.name}_scaling", self.adapter)
+        return self.method.fqn(self.place, f"scaling.{self.method.name}", self.adapter)
 
     def file_key(self, name: str, slot: Slot) -> str:
         """The bare key of a slot in files."""

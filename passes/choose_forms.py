@@ -198,6 +198,8 @@ def choose_forms(jobs: Sequence[Job]) -> None:
             job.form, job.why = a.form, a.why or "asked for"
         elif missing:
             job.form, job.why = "weight", missing
+        elif not method.has_weight():
+            job.form, job.why = "apply", f"{method.name} has no form on the weight"
         else:
             choice = job.choice()
             job.form, job.why = choice.form, choice.why

@@ -147,6 +147,8 @@ class _Injector:
         """The cheaper form, by the work of the regions either one would add."""
         nodes = [self.lifted.nodes[c] for c in self.a.consumers]
         weight = [self._weight(), *self.slot_nodes]
+        if weight[0].meta["val"].dtype.itemsize < 4:
+            return Choice("apply", "a weight in half precision would round the change")
         key = (self.a.method, self.op, len(nodes), signature_of([n.meta["val"] for n in [*nodes, *weight]]))
         if key not in self.costs.known:
             outside, base = Work(), Work()

@@ -54,6 +54,17 @@ def test_the_gradient_of_a_whole_weight_counts_in_training():
     assert cheaper(outside, weight, base, {}, training=True).form == "weight"
 
 
+def test_half_precision_weights_are_not_rounded_anew():
+    """However much cheaper it were: a small change of a weight is lost in its rounding."""
+    program = adaptc.compile(
+        Net().eval().bfloat16(),
+        adaptc.LoraConfig(r=40, target_modules=["up"]),
+        example_inputs=torch.randn(700, 5, 24).bfloat16(),
+    )
+    (a,) = program.adaptation.attachments
+    assert (a.form, a.why) == ("apply", "a weight in half precision would round the change")
+
+
 def test_what_is_asked_for_is_done():
     assert {f for f, _ in forms(3, form="weight").values()} == {"weight"}
     assert {why for _, why in forms(700, r=40, form="apply").values()} == {"asked for"}

@@ -91,7 +91,7 @@ def test_coverage_after_a_swap_is_of_the_current_adapter(partial: adaptc.Adapted
     program = adaptc.compile(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     config = LoraConfig(r=11, target_modules=["v_proj"], init_lora_weights=False)
     other = adaptc.compile(model, config)
-    tensors = {k.replace(".default", ""): v for k, v in other.binding.values.items() if "lora" in k}
+    tensors = {k.replace(".default", ""): v for k, v in other.binding.values.items() if "lora_" in k}
     swapped = adaptc.swap(program, tensors, config=config)
     assert (swapped.sites, swapped.ranks) == (2, (11,))
     assert swapped.identity == tuple(f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2))

@@ -75,7 +75,8 @@ def test_any_shape_rank_and_scale(sizes, r, alpha, rslora, dtype, autocast, lead
     options = {"r": r, "lora_alpha": alpha, "use_rslora": rslora}
     model, wrapped, tensors, config = pair(lambda: nn.Linear(inner, out), dtype, autocast, **options)
     x = torch.randn(4, *lead, inner).to(dtype)
-    program = adaptc.compile(model, config, example_inputs=x, autocast_adapter_dtype=autocast, dynamic_shapes=None)
+    options = {"autocast_adapter_dtype": autocast, "dynamic_shapes": None, "form": "apply"}
+    program = adaptc.compile(model, config, example_inputs=x, **options)
     adaptc.swap(program, tensors)
     assert torch.equal(program(x), wrapped(x))
     merged = adaptc.merge(program)
