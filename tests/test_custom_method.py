@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +17,8 @@ from torch import nn
 import adaptc
 from adaptc.methods import _registry
 from tests.custom_models import One
+from tests.method_checks import CHECKS, Subject
+from tests.method_table import Entry
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "custom_method.py"
 
@@ -75,6 +78,22 @@ def test_its_forms_agree(example: ModuleType, layer: nn.Module, x: torch.Tensor,
         torch.testing.assert_close(other(x), program(x))
         torch.testing.assert_close(adaptc.merge(other)(x), program(x))
     assert not torch.allclose(program(x), net(x))
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__.removeprefix("check_"))
+@pytest.mark.parametrize("layer", ["linear", "embedding", "conv2d_groups", "conv_transpose", "experts"])
+def test_it_passes_the_generic_checks(
+    example: ModuleType, check: Callable[..., None], layer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the built-in methods must do, a method of one's own does as well: all it takes is an entry."""
+    adaptc.register_method(example.GainConfig, example.Gain)
+    monkeypatch.setattr(adaptc, "GainConfig", example.GainConfig, raising=False)
+    subject = Subject(Entry("gain", "GainConfig", {"r": 4}, peft=(), other={"r": 3}), layer)
+    assert subject.directory.is_dir()
+    try:
+        check(subject, tmp_path)
+    finally:
+        subject._temporary.cleanup()
 
 
 def test_names_that_are_taken(example: ModuleType) -> None:
