@@ -10,6 +10,8 @@ import os
 # Before transformers and huggingface_hub are imported: both read these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Equal computations are compared bit for bit, and MKL's products otherwise depend on where in memory a tensor lies.
+os.environ.setdefault("MKL_CBWR", "AUTO")
 # inductor would start a pool of compiler processes in each of the test processes.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
