@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import peft
 import pytest
 import torch
@@ -138,7 +140,8 @@ def test_combined_as_in_peft(name, tmp_path):
         merged = adaptc.merge(program)
         sound(merged)
         close(merged(*x), program(*x), 1e-9)
-        assert torch.equal(adaptc.unload(program)(*x), model(*x))
+        # Weights that want gradients take other kernels.
+        assert torch.equal(adaptc.unload(program)(*x), copy.deepcopy(model).requires_grad_(False)(*x))
         adaptc.save_adapter(program, tmp_path / "b")
         fresh = build().double().eval()
         fresh.load_state_dict(model.state_dict())
