@@ -24,10 +24,10 @@ from torch import Tensor
 
 from adaptc._capacity import Padding
 from adaptc.errors import BackendError, CheckpointError
+from adaptc.inputs import TensorInput
 from adaptc.methods._registry import method_of
 from adaptc.passes._kinds import TABLE, Op
 from adaptc.passes._method import Attachment
-from adaptc.runtime import TensorInput
 
 FORMAT = 1
 MANIFEST = "data/extra/adaptc.json"

@@ -22,6 +22,7 @@ from adaptc.binding import Binding, Slate, bind, embedding_tensors, file_tensors
 from adaptc.checkpoint import AdapterFile, write_adapter
 from adaptc.errors import AdaptcError, ConfigError, MergeError
 from adaptc.methods._base import AdapterConfig, TargetedConfig
+from adaptc.packing import alias
 from adaptc.passes._kinds import op_of
 from adaptc.passes._lifted import Lifted
 from adaptc.passes._method import Attachment
@@ -122,6 +123,7 @@ def compile(
     adaptation = replace(adaptation, attachments=injected.data)
     adapted = AdaptedProgram.adopt(injected.program, adaptation, binding, backend)
     adapted.hoist_limit = hoist_limit
+    alias([*captured.program.state_dict.values(), *injected.program.state_dict.values()])
     return adapted
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ aten = torch.ops.aten
 
 _version = attrgetter("_version")
 #: device types whose autocast a caller may have on
-_DEVICES = ("cpu", "cuda", "xpu", "mps")
+DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,9 @@ class Held:
     nbytes: int = 0
     shared: int = 0
     shared_nbytes: int = 0
+
+    def __add__(self, other: Held) -> Held:
+        return Held(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def __str__(self) -> str:
         """One line; '' where nothing is held."""
@@ -108,10 +111,8 @@ class Code:
         limit: int | None,
         compiled: bool,
     ) -> None:
-        self.main, self.stages, self.kept = module, [], list(range(len(names)))
+        self.module, self.main, self.stages, self.kept = module, module, [], list(range(len(names)))
         placeholders = module.graph.find_nodes(op="placeholder")
-        values = (n.meta.get("val") for n in placeholders)
-        self.devices = tuple({v.device.type for v in values if isinstance(v, Tensor)} & set(_DEVICES))
         if limit == 0:
             return
         from adaptc.passes.hoist import hoist
@@ -139,10 +140,6 @@ class Code:
 
     def _sources(self, stage: int) -> set[int]:
         return {i for names in self.stages[stage].sources for i in names} if self.stages else set()
-
-    def autocast(self) -> bool:
-        """Whether the caller has casts of its own on, which the values of a prologue are made without."""
-        return bool(self.stages) and any(map(torch.is_autocast_enabled, self.devices))
 
     def inputs(self, lifted: Sequence[Any]) -> list[Any]:
         """The main graph's lifted and hoisted inputs, made now and not kept: fake inputs give fakes."""
@@ -256,7 +253,7 @@ def _plain() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        for device in _DEVICES:
+        for device in DEVICES:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield

@@ -27,10 +27,10 @@ from adaptc.adapters import as_binding, as_config, from_dict
 from adaptc.binding import Binding, Slate, changes_base, joined
 from adaptc.checkpoint import AdapterFile, read_config
 from adaptc.errors import AdaptcError, BackendError, CheckpointError, SwapError
+from adaptc.inputs import Inputs
 from adaptc.methods._base import AdapterConfig
 from adaptc.program import Adaptation
 from adaptc.reports import SwapReport
-from adaptc.runtime import Inputs
 
 
 class PackagedProgram:

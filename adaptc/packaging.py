@@ -27,13 +27,13 @@ from adaptc._capacity import Padding, paddings, with_rank
 from adaptc._package_file import Input, Manifest, Room, Site
 from adaptc.binding import Binding
 from adaptc.errors import BackendError, CheckpointError, ConfigError
+from adaptc.inputs import Inputs
 from adaptc.packaged import PackagedProgram
 from adaptc.passes._lifted import Lifted
 from adaptc.passes._method import Attachment, Slot
 from adaptc.passes.respecialize import respecialize
 from adaptc.passes.set_mode import SetMode
 from adaptc.program import AdaptedProgram
-from adaptc.runtime import Inputs
 
 __all__ = ["PackagedProgram", "package_program"]
 

@@ -18,7 +18,8 @@ from torch.export import ExportedProgram
 
 from adaptc.binding import Binding, Slate
 from adaptc.errors import AdaptcError, ConfigError
-from adaptc.hoisting import Held, Prefix
+from adaptc.fusing import Fusion
+from adaptc.hoisting import Held
 from adaptc.methods._base import AdapterConfig
 from adaptc.passes._kinds import Op
 from adaptc.passes._lifted import Lifted, copy_graph, fake_of
@@ -27,7 +28,7 @@ from adaptc.passes._regions import set_header
 from adaptc.passes.inject import site_op
 from adaptc.passes.respecialize import respecialize
 from adaptc.passes.set_mode import set_mode
-from adaptc.runtime import Executor
+from adaptc.runtime import Arguments, Executor
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +97,7 @@ class AdaptedProgram(ExportedProgram):
         new._binding = binding
         new.backend = backend
         new._executor = None
-        new._prefix = None
+        new._arguments = None
         new._ready = True
         if binding is not None:
             new._set(binding)
@@ -130,7 +131,7 @@ class AdaptedProgram(ExportedProgram):
     _traces: dict[Any, fx.Graph]
     _binding: Binding | None
     _executor: Executor | None
-    _prefix: Prefix | None
+    _arguments: Arguments | None
     backend: str
     merge_report: Any
 
@@ -153,10 +154,10 @@ class AdaptedProgram(ExportedProgram):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the current binding; same output type as the captured model. Safe while other threads swap."""
-        executor, prefix = self.executor(), self._prefix
-        if prefix is None or prefix.code is not executor.code:
-            prefix = self._make_prefix(executor)
-        return executor(prefix, args, kwargs)
+        executor, arguments = self.executor(), self._arguments
+        if arguments is None or arguments.executor is not executor:
+            arguments = self._make_arguments(executor)
+        return executor(arguments, args, kwargs)
 
     def bind(self, adapter: Any, **options: Any) -> Bound:
         """A callable that keeps this adapter, shares the program's code, and can be used from any thread.
@@ -182,13 +183,19 @@ class AdaptedProgram(ExportedProgram):
         if value != self._hoist_limit:
             check_limit(value)
             with self._lock:
-                self._hoist_limit, self._executor, self._prefix = value, None, None
+                self._hoist_limit, self._executor, self._arguments = value, None, None
 
     @property
     def held(self) -> Held:
         """What is computed once for the current binding; nothing before its first call."""
-        prefix = self._prefix
-        return Held() if prefix is None else prefix.held
+        arguments = self._arguments
+        return Held() if arguments is None else arguments.held
+
+    @property
+    def fusion(self) -> Fusion:
+        """Which layers that read one tensor share a product; nothing before the first call."""
+        executor = self._executor
+        return Fusion() if executor is None else executor.fusion
 
     def module(self, check_guards: bool = True) -> fx.GraphModule:
         """An ``nn.Module`` to train: its parameters are the program's own; only adapter parameters require grad.
@@ -224,18 +231,18 @@ class AdaptedProgram(ExportedProgram):
                     )
         return self._executor
 
-    def _make_prefix(self, executor: Executor) -> Prefix:
+    def _make_arguments(self, executor: Executor) -> Arguments:
         with self._lock:
-            prefix = self._prefix
-            if prefix is None or prefix.code is not executor.code:
-                prefix = self._prefix = executor.prefix(self._binding or _no_binding())
-            return prefix
+            arguments = self._arguments
+            if arguments is None or arguments.executor is not executor:
+                arguments = self._arguments = executor.arguments(self._binding or _no_binding())
+            return arguments
 
     def _set(self, binding: Binding) -> None:
         """Make ``binding`` the current one; the caller has checked that it fits."""
         with self._lock:
-            prefix = None if self._executor is None else self._executor.prefix(binding)
-            self._binding, self._prefix, self._stale = binding, prefix, True
+            arguments = None if self._executor is None else self._executor.arguments(binding)
+            self._binding, self._arguments, self._stale = binding, arguments, True
 
     def _slot_tensors(self) -> Mapping[str, Tensor]:
         return {} if self._binding is None else self._binding.values
@@ -273,7 +280,7 @@ class AdaptedProgram(ExportedProgram):
         if self._binding is not None and fqn in self._binding.base:
             base = {k: v for k, v in self._binding.base.items() if k != fqn}
             self._binding = replace(self._binding, base=base)
-        self._executor = self._prefix = None
+        self._executor = self._arguments = None
 
     def _check_whole(self) -> None:
         if self._given_up:
@@ -327,15 +334,15 @@ class Bound:
     def __init__(self, program: AdaptedProgram, binding: Binding) -> None:
         self.program, self.binding = program, binding
         self._executor = program.executor()
-        self._prefix = self._executor.prefix(binding)
+        self._arguments = self._executor.arguments(binding)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._executor(self._prefix, args, kwargs)
+        return self._executor(self._arguments, args, kwargs)
 
     @property
     def held(self) -> Held:
         """What is computed once for this binding; nothing before its first call."""
-        return self._prefix.held
+        return self._arguments.held
 
     def __repr__(self) -> str:
         return f"Bound({self.binding.source!r}, {len(self.binding.methods)} sites)"

@@ -85,7 +85,7 @@ def node_work(node: fx.Node) -> Any:
     packet = getattr(node.target, "overloadpacket", None)
     if packet in _SUMS:
         operand = node.args[_SUMS[packet]].meta["val"]  # type: ignore[union-attr, index]
-        return 2 * out * _size(operand.shape[-1])
+        return 2 * out * size_expression(operand.shape[-1])
     if packet in _CONVOLUTIONS:
         return 2 * out * _product(node.args[1].meta["val"].shape[1:])  # type: ignore[union-attr]
     return out
@@ -102,10 +102,11 @@ def _is_view(target: Any) -> bool:
 
 
 def _product(shape: Sequence[Any]) -> Any:
-    return sympy.Mul(*(_size(s) for s in shape))
+    return sympy.Mul(*(size_expression(s) for s in shape))
 
 
-def _size(size: Any) -> Any:
+def size_expression(size: Any) -> Any:
+    """A size, a number or symbolic, as a sympy expression of positive integers."""
     return sympy.Integer(size) if isinstance(size, int) else _parsed(str(size))
 
 

@@ -81,6 +81,11 @@ def hoist(
     return _split(sweep, passable, inputs)
 
 
+def stages_of(graph: fx.Graph, stages: Sequence[Collection[str]]) -> Mapping[fx.Node, int]:
+    """The nodes that depend on frozen placeholders alone -> the stage that could compute them."""
+    return _Sweep(graph, stages).stage_of
+
+
 class _Sweep:
     """What one look at a graph finds out. ``stage_of``: movable node -> the stage that can compute it."""
 

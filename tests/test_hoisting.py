@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 import adaptc
 from adaptc import ConfigError, LoraConfig
-from adaptc.hoisting import Held, Stage
+from adaptc.fusing import PLAIN
+from adaptc.hoisting import Held, Prefix, Stage
 from adaptc.methods._base import TargetedConfig
 from adaptc.passes._kinds import Op
 from adaptc.passes._method import Method, Slot
@@ -69,6 +70,13 @@ def adapter(rank: int, seed: int) -> dict[str, Tensor]:
         for m, ab in shapes.items()
         for x, s in zip("AB", ab, strict=True)
     }
+
+
+def prefix_of(program: adaptc.AdaptedProgram) -> Prefix:
+    """What the current binding gives to the one code that was called."""
+    assert program._arguments is not None
+    (prefix,) = program._arguments._prefixes.values()
+    return prefix
 
 
 def without(program: adaptc.AdaptedProgram) -> adaptc.AdaptedProgram:
@@ -129,7 +137,7 @@ def test_the_prologue_runs_once_for_an_adapter_and_once_for_the_base(monkeypatch
     program = compiled()
     bound = program.bind(adapter(2, 1))
     assert runs == []
-    base, slots = program.executor().code.stages
+    base, slots = program.executor()._codes.get(PLAIN).code.stages
     answers: list[Tensor] = []
     threads = [threading.Thread(target=lambda: answers.append(bound(IDS))) for _ in range(6)]
     for t in threads:
@@ -149,11 +157,10 @@ def test_the_prologue_runs_once_for_an_adapter_and_once_for_the_base(monkeypatch
 def test_values_go_with_their_binding() -> None:
     program = compiled()
     program(IDS)
-    prefix = program._prefix
-    assert prefix is not None
-    assert prefix._state is not None
-    value = weakref.ref(prefix._state.slots.values[0])
-    del prefix
+    state = prefix_of(program)._state
+    assert state is not None
+    value = weakref.ref(state.slots.values[0])
+    del state
     adaptc.swap(program, adapter(3, 8))
     gc.collect()
     assert value() is None
@@ -251,10 +258,10 @@ def test_views_are_neither_counted_nor_watched() -> None:
     config = LoraConfig(r=2, target_modules=["up"], inference_mode=True)
     program = adaptc.compile(net(Viewing), config, example_inputs=IDS, form="apply")
     before = program(IDS)
-    assert program.held == Held(shared=1)
-    assert program._prefix is not None
-    assert program._prefix._state is not None
-    assert program._prefix._state.base.watched == ()
+    assert program.held == Held(1, 11 * 2 * 4, shared=1)  # what is held of the adapter is its scaled B
+    state = prefix_of(program)._state
+    assert state is not None
+    assert state.base.watched == ()
     with torch.no_grad():
         program.state_dict["down.weight"].mul_(2)
     assert torch.equal(program(IDS), before * 2)
@@ -310,9 +317,9 @@ def test_the_limit_holds_and_changes_no_output() -> None:
 def test_a_call_never_mixes_code_and_values_of_two_limits() -> None:
     program = compiled()
     expected = program(IDS)
-    old = program._prefix
+    old = program._arguments
     program.hoist_limit = 0
-    program._prefix = old  # as a call in another thread may have left it
+    program._arguments = old  # as a call in another thread may have left it
     assert torch.equal(program(IDS), expected)
 
 
@@ -419,9 +426,9 @@ def test_compiled_code_takes_values_of_any_rank() -> None:
                 fast(IDS)
         check()
         assert fast.held.nbytes == 7 * max(rank, 2) * 4
-        assert fast._prefix is not None
-        assert fast._prefix._state is not None
-        assert all(t.is_contiguous() for t in fast._prefix._state.slots.values)
+        state = prefix_of(fast)._state
+        assert state is not None
+        assert all(t.is_contiguous() for t in state.slots.values)
         for slot in (
             "up.a.default",
             "up.b.default",

@@ -227,9 +227,9 @@ def test_the_guard_sees_a_recompilation_of_the_same_function():
 def test_a_prepared_binding_is_laid_out_once(program):
     binding = program.bind(adapter(3, TARGETS, 5)).binding
     executor = program.executor()
-    assert executor.prefix(binding) is executor.prefix(binding)
+    assert executor.arguments(binding) is executor.arguments(binding)
     adaptc.swap(program, binding)
-    assert program._prefix is executor.prefix(binding)
+    assert program._arguments is executor.arguments(binding)
 
 
 def test_training_with_rank_one_is_refused_by_inductor(model):
