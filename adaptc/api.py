@@ -54,6 +54,7 @@ def compile(
     key_mapping: Mapping[str, str] | None = None,
     generator: torch.Generator | None = None,
     hoist_limit: int | None = None,
+    fuse: bool = True,
 ) -> AdaptedProgram:
     """Capture ``model`` and adapt it.
 
@@ -67,10 +68,12 @@ def compile(
     ``autocast_adapter_dtype``: adapters of half-precision bases are float32. ``key_mapping``: regular expression ->
     replacement, applied to the keys of adapter directories (PEFT's rule). ``generator`` draws first values; by default
     torch's global generator. ``hoist_limit``: bytes of memory for what calls of the program, in inference, compute once
-    per adapter instead of every time; None for any number (see :attr:`AdaptedProgram.hoist_limit`).
+    per adapter instead of every time; None for any number (see :attr:`AdaptedProgram.hoist_limit`). ``fuse``: layers
+    that read one tensor share a product in calls of the program (see :attr:`AdaptedProgram.fuse`).
 
-    The model is not modified, and its parameters are shared, not copied. Raises CaptureError, ConfigError, TargetError,
-    CheckpointError or BackendError.
+    The values of the model are not modified, and its parameters are shared, not copied; at the first call of a program
+    that fuses, the memory of sibling weights moves into one buffer, so let no other thread run the model then.
+    Raises CaptureError, ConfigError, TargetError, CheckpointError or BackendError.
     """
     from adaptc.capture import capture
 
@@ -122,7 +125,7 @@ def compile(
     injected = inject(captured.program)
     adaptation = replace(adaptation, attachments=injected.data)
     adapted = AdaptedProgram.adopt(injected.program, adaptation, binding, backend)
-    adapted.hoist_limit = hoist_limit
+    adapted.hoist_limit, adapted.fuse = hoist_limit, fuse
     alias([*captured.program.state_dict.values(), *injected.program.state_dict.values()])
     return adapted
 
@@ -292,16 +295,18 @@ def save(program: ExportedProgram, path: str | os.PathLike[str]) -> Path:
     return save_program(program, Path(path))
 
 
-def load(path: str | os.PathLike[str], *, backend: str = "eager", hoist_limit: int | None = None) -> AdaptedProgram:
+def load(
+    path: str | os.PathLike[str], *, backend: str = "eager", hoist_limit: int | None = None, fuse: bool = True
+) -> AdaptedProgram:
     """Read a ``.pt2`` written by :func:`save` or ``torch.export.save``; adapters are known again from the graph.
 
-    ``hoist_limit`` as for :func:`compile`.
+    ``hoist_limit`` and ``fuse`` as for :func:`compile`; a program without adapters is never fused unasked.
     """
     from adaptc.files import load_program
 
     check_limit(hoist_limit)
     program = load_program(Path(path), backend)
-    program.hoist_limit = hoist_limit
+    program.hoist_limit, program.fuse = hoist_limit, program.fuse and fuse
     return program
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptc._tables import WIDTH, Column, collapse, join, pattern, shape_text, shortened, table, times
+from adaptc.fusing import Fusion
 from adaptc.hoisting import Held
 from adaptc.passes._lifted import storage_key
 
@@ -47,7 +48,7 @@ class SiteCoverage:
 class CoverageReport:
     """``matches``: target entry -> the modules it selected. ``left_out``: (module, why). ``trainable`` and ``total``:
     numbers of parameters, as PEFT counts them. ``adapter`` '' and no sites: the program has no adapter. ``held``: what
-    calls of the program compute once; nothing before the first call."""
+    calls of the program compute once, and ``fusion``: which layers share a product; nothing before the first call."""
 
     sites: tuple[SiteCoverage, ...]
     matches: Mapping[str, Sequence[str]]
@@ -59,6 +60,7 @@ class CoverageReport:
     source: str = ""
     merged: str = field(default="", repr=False)
     held: Held = field(default=Held(), repr=False)
+    fusion: Fusion = field(default=Fusion(), repr=False)
 
     @classmethod
     def of(cls, program: AdaptedProgram) -> CoverageReport:
@@ -75,8 +77,8 @@ class CoverageReport:
         parts = binding.parts or {binding.name: binding}
         kinds = " + ".join(dict.fromkeys(p.config.peft_type for p in parts.values()))
         names = ", ".join(parts)
-        held = program.held
-        return cls(sites, a.matches, left_out, trainable, total, names, kinds, binding.source, held=held)
+        made = {"held": program.held, "fusion": program.fusion}
+        return cls(sites, a.matches, left_out, trainable, total, names, kinds, binding.source, **made)
 
     @property
     def percentage(self) -> float:
@@ -106,6 +108,7 @@ class CoverageReport:
             self._entries(width),
             self._omitted(width),
             str(self.held),
+            str(self.fusion),
             self.parameters_line(),
         )
 

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import isfinite
 from typing import Any
 
 from torch import Tensor, fx
@@ -45,10 +46,9 @@ class Fusion:
     def __str__(self) -> str:
         if not self.groups:
             return ""
-        return (
-            f"fused: {self.layers} layers in {self.groups} products, {self.adapted} with an adapter (stacked for up to "
-            f"{self.rows:.0f} rows)"
-        )
+        adapters = f", {self.adapted} with an adapter" if self.adapted else ""
+        until = f" (stacked for up to {self.rows:.0f} rows)" if adapters and isfinite(self.rows) else ""
+        return f"fused: {self.layers} layers in {self.groups} products{adapters}{until}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,8 @@ class Variant:
 
 class Codes:
     """The codes of one lifted graph. ``names``: its lifted placeholders; ``base`` and ``slots``: those of them that are
-    frozen; ``packable``: those whose tensors may be packed; ``fuse`` False: plain code alone."""
+    frozen; ``packable``: those whose tensors may be packed; ``fuse`` False: plain code alone; ``differentiable``:
+    gradients flow through it."""
 
     def __init__(
         self,
@@ -75,10 +76,11 @@ class Codes:
         limit: int | None,
         compiled: bool,
         fuse: bool,
+        differentiable: bool,
     ) -> None:
         self.module, self.names, self.base, self.slots = module, list(names), set(base), set(slots)
         self.packable, self.limit, self.compiled = packable, limit, compiled
-        self.fuses = fuse and bool(slots)
+        self.fuses, self.differentiable = fuse, differentiable
         placeholders = module.graph.find_nodes(op="placeholder")
         self.users = [n.name for n in placeholders if n.name not in set(names)]
         values = (n.meta.get("val") for n in placeholders)
@@ -120,7 +122,7 @@ class Codes:
     @cached_property
     def _clean(self) -> fx.Graph:
         graph = copy_graph(self.module.graph)
-        canonicalize(graph, self.users)
+        canonicalize(graph, self.users, self.differentiable)
         return graph
 
     def _grouped(self) -> tuple[fx.Graph, list[Group]]:

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from adaptc.binding import Binding, Slate
+from adaptc.bound import Bound
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.fusing import Fusion
 from adaptc.hoisting import Held
@@ -71,6 +72,8 @@ class AdaptedProgram(ExportedProgram):
     _given_up = False
     _shared = False
     _hoist_limit: int | None = None
+    _fuse: bool | frozenset[str] = True
+    _base_program: AdaptedProgram | None = None
 
     @classmethod
     def adopt(
@@ -99,6 +102,8 @@ class AdaptedProgram(ExportedProgram):
         new._executor = None
         new._arguments = None
         new._ready = True
+        # Without adapters a program computes what its graph says, to the bit.
+        new._fuse = bool(adaptation.attachments)
         if binding is not None:
             new._set(binding)
         return new
@@ -159,14 +164,49 @@ class AdaptedProgram(ExportedProgram):
             arguments = self._make_arguments(executor)
         return executor(arguments, args, kwargs)
 
-    def bind(self, adapter: Any, **options: Any) -> Bound:
-        """A callable that keeps this adapter, shares the program's code, and can be used from any thread.
+    def bind(self, adapter: Any, *, form: str = "apply", memory_limit: int | None = None, **options: Any) -> Bound:
+        """A callable that keeps this adapter and can be used from any thread.
 
         ``adapter``: a PEFT adapter directory, a state dict, or a :class:`Binding`; errors as for ``adaptc.swap``.
+        ``form``: "apply" shares the program's code and base; "weight" runs the base's graph on weights of its own, as
+        fast as the base, for the memory of the adapted weights (``held`` says how much); "auto" decides by the work
+        that the adapter adds to a call and by ``memory_limit``, in bytes, None for any (``why`` gives the reason).
+        In the weight form later writes to base tensors are not followed. Raises MergeError where a method has none.
         """
         from adaptc.adapters import as_binding
 
-        return Bound(self, as_binding(self, adapter, **options))
+        return Bound(self, as_binding(self, adapter, **options), form, memory_limit)
+
+    @property
+    def base(self) -> AdaptedProgram:
+        """The program without adapters, for requests that want none: it shares the weights, and pays for nothing else.
+
+        Equal to the unadapted model up to rounding, since siblings share a product here too; ``adaptc.unload`` gives
+        the one that is equal to the bit. Raises MergeError as ``adaptc.unload`` does.
+        """
+        from adaptc.api import unload
+
+        with self._lock:
+            if self._base_program is None:
+                new = unload(self)
+                new.fuse = self.fuse
+                self._base_program = new
+            return self._base_program
+
+    @property
+    def fuse(self) -> bool | frozenset[str]:
+        """Whether layers that read one tensor share a product; False computes every layer on its own.
+
+        Fused weights lie in one buffer, of which the parameters are views: nothing is held twice. A set names the
+        weights that may be moved. Setting it makes the code anew.
+        """
+        return self._fuse
+
+    @fuse.setter
+    def fuse(self, value: bool | frozenset[str]) -> None:
+        if value != self._fuse:
+            with self._lock:
+                self._fuse, self._executor, self._arguments = value, None, None
 
     @property
     def hoist_limit(self) -> int | None:
@@ -228,6 +268,7 @@ class AdaptedProgram(ExportedProgram):
                         a.training,
                         self._originals,
                         self._hoist_limit,
+                        self._fuse,
                     )
         return self._executor
 
@@ -280,7 +321,7 @@ class AdaptedProgram(ExportedProgram):
         if self._binding is not None and fqn in self._binding.base:
             base = {k: v for k, v in self._binding.base.items() if k != fqn}
             self._binding = replace(self._binding, base=base)
-        self._executor = self._arguments = None
+        self._executor = self._arguments = self._base_program = None
 
     def _check_whole(self) -> None:
         if self._given_up:
@@ -292,9 +333,12 @@ class AdaptedProgram(ExportedProgram):
     @property
     def base_tensors(self) -> Mapping[str, Tensor]:
         """FQN -> base parameter as it was before any adapter changed it (PiSSA and OLoRA do)."""
-        state = self.state_dict
-        slots = self._slot_tensors()
-        return {k: v for k, v in {**state, **self._originals}.items() if k not in slots}
+        self._check_whole()
+        # Whether state and originals follow the current binding makes no difference: its slots are left out, and for
+        # what it changes of the base the originals count.
+        with self._lock:
+            slots, state = self._slot_tensors(), {**self._state_dict, **self._originals}
+        return {k: v for k, v in state.items() if k not in slots}
 
     def slate(self, trainable: bool = False) -> Slate:
         a = self._adaptation
@@ -328,30 +372,10 @@ class AdaptedProgram(ExportedProgram):
         raise AttributeError("use adaptc.swap to change adapter tensors; base tensors are fixed")
 
 
-class Bound:
-    """One adapter bound to a program: call it like the program."""
-
-    def __init__(self, program: AdaptedProgram, binding: Binding) -> None:
-        self.program, self.binding = program, binding
-        self._executor = program.executor()
-        self._arguments = self._executor.arguments(binding)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._executor(self._arguments, args, kwargs)
-
-    @property
-    def held(self) -> Held:
-        """What is computed once for this binding; nothing before its first call."""
-        return self._arguments.held
-
-    def __repr__(self) -> str:
-        return f"Bound({self.binding.source!r}, {len(self.binding.methods)} sites)"
-
-
-def check_limit(value: int | None) -> None:
-    """Raises ConfigError for what is no ``hoist_limit``."""
+def check_limit(value: int | None, name: str = "hoist_limit") -> None:
+    """Raises ConfigError for what is no limit."""
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-        raise ConfigError(f"hoist_limit={value!r} is no number of bytes; give None for no limit, or 0 to hoist nothing")
+        raise ConfigError(f"{name}={value!r} is no number of bytes; give None for no limit, or 0 for no memory at all")
 
 
 def _no_binding() -> Binding:

@@ -58,7 +58,7 @@ class Executor:
         training: bool = False,
         originals: Mapping[str, Tensor] | None = None,
         hoist_limit: int | None = None,
-        fuse: bool = True,
+        fuse: bool | Collection[str] = True,
     ) -> None:
         check_backend(backend)
         self.backend, self.attachments, self.ops = backend, attachments, ops
@@ -93,7 +93,7 @@ class Executor:
         self._compiled: Callable[..., Any] | None = None
         self._arguments: WeakKeyDictionary[Binding, Arguments] = WeakKeyDictionary()
 
-    def _split(self, limit: int | None, fuse: bool) -> Codes:
+    def _split(self, limit: int | None, fuse: bool | Collection[str]) -> Codes:
         """What is frozen: of the base for all bindings, of the slots for one that is not trained. A program that trains
         holds nothing of its slots."""
         mutated = {storage_key(self._base[n]) for _, n in self._mutated if n is not None}
@@ -101,9 +101,11 @@ class Executor:
         slots = {f for a in self.attachments for f in (*a.slots.values(), a.scale)}
         tensors = {n: t for n, t in self._base.items() if n not in slots and isinstance(t, Tensor)}
         base = {index[n] for n, t in tensors.items() if storage_key(t) not in mutated}
-        free = {index[n] for n, t in tensors.items() if packable(t)} & base
+        names = tensors if isinstance(fuse, bool) else fuse
+        free = {index[n] for n, t in tensors.items() if n in names and packable(t)} & base
         frozen = set() if self._training else {index[f] for f in slots if f in index}
-        return Codes(self.module, self._names, base, frozen, free, limit, self.backend == "inductor", fuse)
+        compiled = self.backend == "inductor"
+        return Codes(self.module, self._names, base, frozen, free, limit, compiled, bool(fuse), self._training)
 
     @property
     def fusion(self) -> Fusion:

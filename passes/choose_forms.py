@@ -144,8 +144,8 @@ def cheaper(outside: Work, weight: Work, base: Work, sizes: Mapping[str, int], t
     """The cheaper of two forms for one call; ``base`` is the work of the layer itself."""
     t = sympy.Symbol("t", positive=True)
     passes = 3 if training else 1
-    apply_cost = passes * (_at(outside.moving, sizes) * t + _at(outside.fixed, sizes))
-    weight_cost = passes * _at(weight.fixed, sizes) + _at(base.moving, sizes) * t
+    apply_cost = passes * (at_sizes(outside.moving, sizes) * t + at_sizes(outside.fixed, sizes))
+    weight_cost = passes * at_sizes(weight.fixed, sizes) + at_sizes(base.moving, sizes) * t
     here = [float(e.subs(t, 1)) for e in (apply_cost, weight_cost)]
     form = "apply" if here[0] <= here[1] else "weight"
     text = f"{here[0]:.2g} operations per call around the layer, {here[1]:.2g} on the weight"
@@ -156,7 +156,8 @@ def cheaper(outside: Work, weight: Work, base: Work, sizes: Mapping[str, int], t
     return Choice(form, text)
 
 
-def _at(expression: Any, sizes: Mapping[str, int]) -> Any:
+def at_sizes(expression: Any, sizes: Mapping[str, int]) -> Any:
+    """An expression in free sizes at their values."""
     # A size that is not an input's own (what a program computes from its data) counts as one.
     return expression.subs({s: sizes.get(str(s), 1) for s in expression.free_symbols})
 
