@@ -56,7 +56,7 @@ def canonicalize(graph: fx.Graph, inputs: Collection[str], differentiable: bool 
 def sweep(graph: fx.Graph) -> None:
     """Erase what nothing reads and nobody would miss."""
     for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and not node.users and pure(node):
+        if node.op == "call_function" and not node.users and pure(node) and not check(node):
             graph.erase_node(node)
 
 
