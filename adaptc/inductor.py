@@ -183,7 +183,17 @@ class _Symbols:
 
         # Ops in a prologue run on real sizes, so what they ask about a rank here says nothing about other ranks.
         with self.mode, self.env.suppress_guards(), enable_python_dispatcher(), torch.no_grad():
-            return code.inputs(lifted)
+            return [self._simple(v) if isinstance(v, Tensor) else v for v in code.inputs(lifted)]
+
+    def _simple(self, value: Tensor) -> Tensor:
+        """Sums of ranks as sizes of their own: inductor reads every symbol off an input that has it alone."""
+        sums = [not isinstance(s, int) and len(s.node.expr.free_symbols) > 1 for s in value.shape]
+        if not any(sums):
+            return value
+        shape = [
+            self.size(f"({s.node.expr})", s.node.hint) if many else s for s, many in zip(value.shape, sums, strict=True)
+        ]
+        return torch.empty(shape, dtype=value.dtype, device=value.device)
 
     def _convert(self, size: Any) -> Any:
         if isinstance(size, int):

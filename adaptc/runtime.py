@@ -177,8 +177,10 @@ class Executor:
             if self._compiled is None:
                 from adaptc.inductor import compile_lifted
 
-                targets = dict(zip(self._names, self._lifted_names, strict=True))
-                code = self._codes.get(self.fixed_kind).code
+                variant = self._codes.get(self.fixed_kind)
+                targets: dict[str, str | None] = {p.name: None for p in variant.packs}
+                targets.update(zip(self._names, self._lifted_names, strict=True))
+                code = variant.code
                 self._compiled = compile_lifted(code.module, code, targets, self.attachments, self.ops)
             return self._compiled
 
