@@ -230,8 +230,8 @@ def merge(
 
     Changes are computed in float32 (float64 for float64 weights) and rounded once. ``safe`` refuses results that are
     not finite. With ``keep_base`` the result keeps a reference to what it replaced and ``unmerge`` gives it back bit
-    for bit; without it, each old weight is freed before the next new one is made and ``program`` must not be used any
-    more.
+    for bit; without it, each old weight is freed before the next new one is made (fused siblings, which have one
+    memory, with the last of them) and ``program`` must not be used any more.
     Raises MergeError, with ``program`` unchanged.
     """
     from adaptc.reports import MergeReport, bar

@@ -187,13 +187,11 @@ class _Symbols:
 
     def _simple(self, value: Tensor) -> Tensor:
         """Sums of ranks as sizes of their own: inductor reads every symbol off an input that has it alone."""
-        sums = [not isinstance(s, int) and len(s.node.expr.free_symbols) > 1 for s in value.shape]
-        if not any(sums):
-            return value
-        shape = [
-            self.size(f"({s.node.expr})", s.node.hint) if many else s for s, many in zip(value.shape, sums, strict=True)
-        ]
-        return torch.empty(shape, dtype=value.dtype, device=value.device)
+        sizes: list[Any] = list(value.shape)
+        sums = [i for i, s in enumerate(sizes) if not isinstance(s, int) and len(s.node.expr.free_symbols) > 1]
+        for i in sums:
+            sizes[i] = self.size(f"({sizes[i].node.expr})", sizes[i].node.hint)
+        return torch.empty(sizes, dtype=value.dtype, device=value.device) if sums else value
 
     def _convert(self, size: Any) -> Any:
         if isinstance(size, int):

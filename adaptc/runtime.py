@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, fx
@@ -189,7 +189,8 @@ class Arguments:
     """What one binding gives to each code of a program, made when that code is first called with it."""
 
     def __init__(self, executor: Executor, binding: Binding) -> None:
-        self.executor = executor
+        # Weak: the executor knows it too, and what gives up a base must not wait for a garbage collection.
+        self._executor = ref(executor)
         self._own = frozenset(binding.base)
         known: Mapping[Any, Any] = {**executor._base, **binding.base, **binding.values}
         self._values = [known[n] for n in executor._lifted_names]
@@ -198,6 +199,11 @@ class Arguments:
         #: whether adapter tensors may change at any time
         self.moving = any(v.requires_grad for v in binding.values.values())
 
+    @property
+    def executor(self) -> Executor | None:
+        """The one it was made for; whoever calls with it holds that."""
+        return self._executor()
+
     def get(self, kind: str) -> Prefix:
         """The prefix for one kind of code."""
         found = self._prefixes.get(kind)
@@ -205,13 +211,18 @@ class Arguments:
             with self._lock:
                 found = self._prefixes.get(kind)
                 if found is None:
-                    found = self._prefixes[kind] = self.executor.prefix(self._values, self._own, kind)
+                    found = self._prefixes[kind] = self._owner().prefix(self._values, self._own, kind)
         return found
 
     @property
     def lifted(self) -> list[Any]:
         """The inputs of the graph as it was captured."""
-        return self.executor.detached(self._values)
+        return self._owner().detached(self._values)
+
+    def _owner(self) -> Executor:
+        executor = self._executor()
+        assert executor is not None
+        return executor
 
     @property
     def held(self) -> Held:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import adaptc
 from adaptc import LoraConfig
@@ -105,6 +106,18 @@ def test_every_weight_is_held_once() -> None:
     with torch.no_grad():
         model.k.weight.mul_(2)
     close(program(rows(2)), program.module()(rows(2)))
+
+
+def test_the_buffer_is_given_up_with_the_base() -> None:
+    program = compiled()
+    expected = program(rows(2))
+    assert program._arguments is not None
+    prefix = program._arguments.get("stacked")
+    buffer = StorageWeakRef(next(t for t in prefix.originals if t.shape == (20, 7)).untyped_storage())
+    del prefix
+    merged = adaptc.merge(program, keep_base=False)
+    assert buffer.expired()
+    close(merged(rows(2)), expected)
 
 
 def test_two_programs_of_one_model_share_the_buffer() -> None:

@@ -48,7 +48,9 @@ def test_as_peft_to_the_last_bit(name, dtype, autocast):
     torch.manual_seed(5)
     options = {"fan_in_fan_out": True} if name == "addmm" else {}
     model, wrapped, tensors, config = pair(layer, dtype, autocast, r=3, lora_alpha=7, **options)
-    program = adaptc.compile(model, config, example_inputs=inputs(shape, 3, dtype), autocast_adapter_dtype=autocast)
+    program = adaptc.compile(
+        model, config, example_inputs=inputs(shape, 3, dtype), autocast_adapter_dtype=autocast, fuse=False
+    )
     sound(program)
     adaptc.swap(program, tensors)
     slots = adapter_parameters(program)
@@ -75,10 +77,15 @@ def test_any_shape_rank_and_scale(sizes, r, alpha, rslora, dtype, autocast, lead
     options = {"r": r, "lora_alpha": alpha, "use_rslora": rslora}
     model, wrapped, tensors, config = pair(lambda: nn.Linear(inner, out), dtype, autocast, **options)
     x = torch.randn(4, *lead, inner).to(dtype)
-    options = {"autocast_adapter_dtype": autocast, "dynamic_shapes": None, "form": "apply"}
+    # Fusing folds the scale into B, which rounds in another order.
+    options = {"autocast_adapter_dtype": autocast, "dynamic_shapes": None, "form": "apply", "fuse": False}
     program = adaptc.compile(model, config, example_inputs=x, **options)
     adaptc.swap(program, tensors)
-    assert torch.equal(program(x), wrapped(x))
+    expected = wrapped(x)
+    assert torch.equal(program(x), expected)
+    program.fuse = True
+    rounding = 40 * torch.finfo(dtype).eps * max(1, expected.abs().max().item())
+    torch.testing.assert_close(program(x), expected, rtol=0, atol=rounding)
     merged = adaptc.merge(program)
     A, B = (tensors[f"layer.lora_{k}.weight"].double() for k in "AB")
     exact = model.layer.weight.double() + B @ A * (alpha / (r**0.5 if rslora else r))

@@ -25,7 +25,9 @@ def test_transformers_models_verify(family: str) -> None:
     report = adaptc.verify(program, model)
     assert report.ok, report
     assert [c.passed for c in report.checks] == [True] * 4
-    assert report[BASE].error == report[IDENTITY].error == report[UNMERGE].error == 0
+    assert report[BASE].error == report[UNMERGE].error == 0
+    # Layers that read one tensor are one product in the adapted program.
+    assert report[IDENTITY].error <= (report[IDENTITY].limit / 4 if program.fusion.groups else 0)
     assert 0 < report[MERGED].error <= report[MERGED].limit
     assert ", run " in report[MERGED].where
     assert len(set(report.runs)) > 1
