@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from adaptc._recipes import Recipes, recipes_of, structure
 from adaptc.binding import Binding, Slate, bind, first_values
-from adaptc.checkpoint import AdapterFile, bare_key, read_adapter
+from adaptc.checkpoint import AdapterFile, all_finite, bare_key, read_adapter
 from adaptc.errors import AdaptcError, ConfigError, SwapError
 from adaptc.methods._base import AdapterConfig
 from adaptc.methods._registry import config_class
@@ -94,9 +95,7 @@ def as_binding(
     if program._binding is None:
         raise SwapError("the program has no adapter sites; it was merged or unloaded")
     if isinstance(adapter, Binding):
-        attachments = program.adaptation.attachments
-        needed = {f for a in attachments for f in (*a.slots.values(), a.scale) if f is not None}
-        if adapter.values.keys() != needed:
+        if adapter.values.keys() != recipes_of(program).needed:
             raise SwapError(
                 "the binding belongs to a program with other sites; bind the adapter to this one: prog.bind(...)"
             )
@@ -138,20 +137,48 @@ def _bound(
     key_mapping: Mapping[str, str] | None,
     current: AdapterConfig | None = None,
 ) -> Binding:
+    # A part of a program has a slate of its own, which the program's recipes are not for.
+    recipes = recipes_of(program) if current is None else None
     if isinstance(adapter, (str, os.PathLike)):
         file = read_adapter(Path(adapter), adapter_name=adapter_name, key_mapping=key_mapping)
-        file = restack(file, slate.weights)
-        own = as_config(config)[0] if config is not None else of_file(file)
-        return bind(slate, own, file.tensors, str(adapter), fit=False)
+        return _of_file(recipes, slate, file, str(adapter), config)
     if isinstance(adapter, Mapping):
-        theirs = current or program.binding.config
-        tensors = bare(adapter, theirs.peft_type)
-        own = as_config(config)[0] if config is not None else theirs
-        return bind(slate, own, tensors, "state dict", fit=config is None)
+        return _of_mapping(recipes, slate, adapter, current or program.binding.config, config)
     if isinstance(adapter, AdapterFile):
-        file = restack(adapter, slate.weights)
-        return bind(slate, of_file(file), file.tensors, str(file.path), fit=False)
+        return _of_file(recipes, slate, adapter, str(adapter.path), None)
     raise AdaptcError(f"an adapter is a directory, a state dict or a binding; got {type(adapter).__name__}")
+
+
+def _of_file(recipes: Recipes | None, slate: Slate, file: AdapterFile, source: str, config: Any) -> Binding:
+    """A file's tensors, with ``config`` instead of the file's own unless it is None."""
+    kind = None if recipes is None or config is not None else structure(slate, file.config, file.tensors)
+    recipe = None if recipes is None or kind is None else recipes.find(kind)
+    if recipe is not None:
+        own = of_file(file)
+        if type(own) is recipe.kind and all_finite(file.runs or file.tensors.values()):
+            return recipe(own, file.tensors, source)
+    stacked = restack(file, slate.weights)
+    own = as_config(config)[0] if config is not None else of_file(stacked)
+    binding = bind(slate, own, stacked.tensors, source, fit=False)
+    if recipes is not None and stacked is file:
+        recipes.learn(kind, slate, binding, file.tensors, fit=False)
+    return binding
+
+
+def _of_mapping(
+    recipes: Recipes | None, slate: Slate, adapter: Mapping[str, Tensor], theirs: AdapterConfig, config: Any
+) -> Binding:
+    """A state dict, with ``config`` or, if that is None, with ``theirs`` and the rank of the tensors."""
+    tensors, fit = bare(adapter, theirs.peft_type), config is None
+    own = theirs if config is None else as_config(config)[0]
+    kind = None if recipes is None else structure(slate, own, tensors, fit)
+    recipe = None if recipes is None or kind is None else recipes.find(kind)
+    if recipe is not None and all_finite(tensors.values()):
+        return recipe(own, tensors, "state dict")
+    binding = bind(slate, own, tensors, "state dict", fit=fit)
+    if recipes is not None:
+        recipes.learn(kind, slate, binding, tensors, fit=fit)
+    return binding
 
 
 def bare(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:

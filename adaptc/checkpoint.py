@@ -17,7 +17,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _safefile
+from . import _mapped, _safefile
 from ._adapterdir import config_in, listing, locate, plain_name
 from ._peftformat import (
     BIN_NAME,
@@ -63,6 +63,8 @@ class AdapterFile:
     path: Path
     """The directory that holds the files (the sub-directory, for a named adapter)."""
     weights: str = SAFE_NAME
+    runs: Sequence[Tensor] = field(default=(), repr=False)
+    """All floating data of the file in as few tensors as possible, where that is known."""
 
     @property
     def nbytes(self) -> int:
@@ -110,7 +112,7 @@ def read_adapter(
     if name is None:
         raise CheckpointError(f"{where} has {CONFIG_NAME} but neither {SAFE_NAME} nor {BIN_NAME}. {listing(where)}")
     file = where / name
-    raw = _safefile.load_safetensors(file) if name == SAFE_NAME else _safefile.load_pickle(file)
+    raw, runs = _mapped.load(file) if name == SAFE_NAME else (_safefile.load_pickle(file), ())
     if not raw:
         raise CheckpointError(f"{file} holds no tensors at all. Was it saved before the weights were gathered?")
 
@@ -133,10 +135,10 @@ def read_adapter(
         tensors[bare] = raw[key]
     if to.type != "cpu":
         try:
-            tensors = {k: t.to(to) for k, t in tensors.items()}
+            tensors, runs = {k: t.to(to) for k, t in tensors.items()}, ()
         except (RuntimeError, AssertionError, NotImplementedError) as exc:
             raise ConfigError(f"cannot move the tensors of {file} to device {str(device)!r}: {exc}") from exc
-    return AdapterFile(config, MappingProxyType(tensors), where, name)
+    return AdapterFile(config, MappingProxyType(tensors), where, name, runs)
 
 
 def write_adapter(
@@ -195,6 +197,8 @@ def write_adapter(
 
 def check_finite(tensors: Mapping[str, Tensor], source: str | os.PathLike[str] = "the adapter") -> None:
     """Raise CheckpointError, naming the first key, when a floating tensor holds NaN or infinity. Reads all data."""
+    if all_finite(tensors.values()):
+        return
     for key, t in tensors.items():
         if not (t.is_floating_point() or t.is_complex()):
             continue
@@ -205,6 +209,22 @@ def check_finite(tensors: Mapping[str, Tensor], source: str | os.PathLike[str] =
                 f"{os.fspath(source)}: {key!r} {tuple(t.shape)} holds {count} values that are NaN or infinite, first "
                 f"at {first}. The training run diverged or the file is damaged; use an earlier checkpoint."
             )
+
+
+@torch.no_grad()
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no floating tensor holds NaN or infinity, in one pass and with one wait per device and dtype.
+
+    Either makes the sum of its tensor NaN or infinite. So does an overflow of finite values: False means not known.
+    """
+    sums: dict[Any, list[Tensor]] = {}
+    for t in tensors:
+        if not (t.is_floating_point() or t.is_complex()):
+            continue
+        if t.itemsize == 1 or t.layout is not torch.strided or t.is_meta:
+            return False
+        sums.setdefault((t.device, t.dtype), []).append(t.sum())
+    return all(bool(torch.stack(s).isfinite().all()) for s in sums.values())
 
 
 def split_config(config: Mapping[str, Any], known_fields: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import isnan, nan
 from typing import TYPE_CHECKING, Any
 
@@ -44,10 +44,27 @@ class SwapReport:
 
     @classmethod
     def of(cls, program: AdaptedProgram, binding: Binding, seconds: float = nan) -> SwapReport:
-        attachments = program.adaptation.attachments
-        ranks = {r for m in binding.methods.values() if (r := getattr(m, "r", None)) is not None}
-        missing = tuple(a.fqn for a in attachments if a.id not in binding.methods)
-        return cls(binding.source, len(attachments) - len(missing), missing, tuple(sorted(ranks)), seconds)
+        """The report of a swap. What has to be counted is, when it is first asked for: most reports are not read."""
+        new = object.__new__(cls)
+        new.__dict__.update(
+            source=binding.source,
+            seconds=seconds,
+            _of=(program.adaptation.attachments, binding.methods),
+        )
+        return new
+
+    def __getattr__(self, name: str) -> Any:
+        made = self.__dict__.get("_of")
+        if made is None or name not in ("sites", "identity", "ranks"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        attachments, methods = made
+        missing = tuple(a.fqn for a in attachments if a.id not in methods)
+        ranks = {r for m in methods.values() if (r := getattr(m, "r", None)) is not None}
+        self.__dict__.update(sites=len(attachments) - len(missing), identity=missing, ranks=tuple(sorted(ranks)))
+        return self.__dict__[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def __str__(self) -> str:
         total = self.sites + len(self.identity)
