@@ -1,0 +1,125 @@
+"""Compiling kernels ahead of time, for a GPU that need not be present, and what the result would cost there.
+
+Each kernel module lists what is worth checking in ``AHEAD``: one :class:`Ahead` per kernel and set of types.
+:func:`compile_ahead` takes one to a binary and reads off registers, spills and shared memory.
+
+A launch passes more than types to the compiler: which pointers and integers are multiples of 16. Wide loads and
+asynchronous copies, and with them the shared memory of the pipeline's stages, exist only for those, so the aligned
+kernel is another one than the unaligned, and both occur.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from adaptc.errors import BackendError
+
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """One kernel with the types it is launched with.
+
+    ``signature`` has every argument in any order: a pointer ``*bf16``, a number ``i32``, ``i64`` or ``fp32``, or
+    ``constexpr``, whose value stands in ``constexprs``. A stride that is always 1 in a launch is a constexpr there.
+    """
+
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    mma: bool = True
+    """Whether matrix instructions must appear: exact float32 products have none."""
+    name: str = ""
+
+    def __str__(self) -> str:
+        return self.name or self.kernel.__name__
+
+    @classmethod
+    def of(
+        cls,
+        kernel: Any,
+        name: str,
+        pointers: Mapping[str, str],
+        ones: Collection[str],
+        mma: bool,
+        num_warps: int = 4,
+        **constexprs: Any,
+    ) -> Ahead:
+        """A record from types of elements by pointer; ``ones`` are strides that are 1, all other arguments i32."""
+        fixed = dict.fromkeys(ones, 1) | constexprs
+        kinds = {n: f"*{t}" for n, t in pointers.items()} | dict.fromkeys(fixed, "constexpr")
+        signature = {n: kinds.get(n, "i32") for n in kernel.arg_names}
+        return cls(kernel, signature, fixed, num_warps=num_warps, mma=mma, name=name)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one kernel takes on the GPU it was compiled for."""
+
+    n_spills: int
+    """Bytes of local memory of each thread. Kernels have no arrays there, so all of it is spilled registers."""
+    n_regs: int
+    shared: int
+    """Bytes of shared memory of each program."""
+    ptx: str
+
+
+def compile_ahead(a: Ahead, capability: int, *, aligned: bool = True) -> Compiled:
+    """Compile ``a`` for compute capability ``capability`` (80, 90), with ``aligned`` arguments or any.
+
+    Raises BackendError if the record does not fit its kernel, or triton interprets kernels in this process.
+    """
+    if not isinstance(a.kernel, JITFunction):
+        raise BackendError(
+            f"{a}: expected a triton kernel, found {type(a.kernel).__name__}. Kernels that are interpreted cannot be "
+            "compiled: unset TRITON_INTERPRET before triton is imported."
+        )
+    names = a.kernel.arg_names
+    fixed = {n for n, kind in a.signature.items() if kind == "constexpr"}
+    if set(a.signature) != set(names) or set(a.constexprs) != fixed:
+        raise BackendError(
+            f"{a}: the signature has {sorted(a.signature)} and values for {sorted(a.constexprs)}; expected the "
+            f"kernel's arguments {names}, and a value for each that is a constexpr."
+        )
+    # In the kernel's order: triton matches types to arguments by position.
+    signature = {n: a.signature[n] for n in names}
+    attrs: dict[Any, Any] = {}
+    if aligned:
+        hinted = [i for i, n in enumerate(names) if signature[n].startswith("*") or signature[n] in ("i32", "i64")]
+        attrs = {(i,): [["tt.divisibility", 16]] for i in hinted}
+    source = ASTSource(fn=a.kernel, signature=signature, constexprs=dict(a.constexprs), attrs=attrs)
+    # Fused multiply-adds are triton's default at a launch; saying so silences a warning that the default may change.
+    options = {"num_warps": a.num_warps, "num_stages": a.num_stages, "enable_fp_fusion": True}
+    compiled: Any = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    registers, local = _usage(compiled.asm["cubin"], str(a))
+    return Compiled(local, registers, compiled.metadata.shared, compiled.asm["ptx"])
+
+
+def _usage(cubin: bytes, name: str) -> tuple[int, int]:
+    """Registers and bytes of local memory of each thread."""
+    tool: Any = knobs.nvidia.cuobjdump
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+        command = [tool.path, "--dump-resource-usage", str(file)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = _USAGE.findall(text)
+    if len(found) != 1:
+        raise BackendError(f"{name}: expected the resources of one kernel from {tool.path}, found: {text}")
+    registers, stack, local = map(int, found[0])
+    return registers, stack + local

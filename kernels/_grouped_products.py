@@ -1,0 +1,269 @@
+"""The kernels of :mod:`adaptc.kernels.grouped_lora`: products of rows with the matrices of each row's own adapter.
+
+Rows come in chunks (:mod:`adaptc.kernels._grouping`); a program takes one chunk and one block of columns. Sums are
+float32. Nothing is added up by atomics: each element of a result has one program that writes it.
+
+Before: the chunks are cut to at most BLOCK_M rows, and ``starts`` ascends within the bank. The elements of a row are
+side by side, and the rows of x, y, h and v may be anywhere; the bank and the results are contiguous.
+After: of a row of h only the columns below the rank of its adapter are written or read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from adaptc.kernels._ahead import Ahead
+from adaptc.kernels._grouping import Chunks, adapter_begins
+from adaptc.kernels._launch import INTERPRETED, on_device_of, wrap_triton
+
+# A kernel sees only constants of its own module.
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def _dot(left, right, acc):
+    """acc + left @ right, exact up to float32 rounding where the types differ."""
+    # The interpreter multiplies the bits of bfloat16 as integers.
+    if _INTERPRETED or left.dtype != right.dtype:
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+    return tl.dot(left, right, acc, input_precision="ieee")
+
+
+@triton.jit
+def _dot_sums(left, right, acc):
+    """acc + left @ right for ``left`` in float32, with the matrix instructions of ``right``'s type if it has any."""
+    if right.dtype == tl.bfloat16:
+        high = left.to(tl.bfloat16)
+        low = (left - high.to(tl.float32)).to(tl.bfloat16)
+        return _dot(high, right, _dot(low, right, acc))
+    elif right.dtype == tl.float16:
+        # Not in two parts of float16, whose range h may exceed.
+        return tl.dot(left, right.to(tl.float32), acc, input_precision="tf32x3")
+    else:
+        return tl.dot(left, right, acc, input_precision="ieee")
+
+
+@triton.jit
+def _adapter(starts_ptr, adapter, n_adapters, R):
+    """The first row of an adapter in the bank, its rank (0 if there is no such adapter), and if that is at most R."""
+    known = (adapter >= 0) & (adapter < n_adapters)
+    first = tl.load(starts_ptr + adapter, mask=known, other=0)
+    rank = tl.load(starts_ptr + adapter + 1, mask=known, other=0) - first
+    return first.to(tl.int64), tl.minimum(rank, R), (adapter < n_adapters) & (rank <= R)
+
+
+# Numbers that change from batch to batch: not to compile one more kernel where one is a multiple of 16.
+@triton.jit(do_not_specialize=["T", "n_adapters"])
+def _shrink_kernel(
+    x_ptr, bank_ptr, h_ptr, starts_ptr, order_ptr, adapter_ptr, start_ptr, length_ptr,
+    T, K, R, n_adapters, x_row, span,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """h[s, p, r]: the part of h[p, r] from the s-th ``span`` of k, for one chunk and one tile of ranks."""
+    c = tl.program_id(0)
+    part = tl.program_id(2)
+    first, rank, _ = _adapter(starts_ptr, tl.load(adapter_ptr + c), n_adapters, R)
+    length = tl.load(length_ptr + c)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    if (length > 0) & (tl.program_id(1) * BLOCK_R < rank):
+        m = tl.arange(0, BLOCK_M)
+        p = (tl.load(start_ptr + c) + m).to(tl.int64)
+        rows = tl.load(order_ptr + p, mask=m < length, other=0).to(tl.int64)
+        x_rows = x_ptr + rows[:, None] * x_row
+        a_rows = bank_ptr + (first + r)[None, :] * K
+        acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        for k0 in range(part * span, tl.minimum(part * span + span, K), BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            x = tl.load(x_rows + k[None, :], mask=(m < length)[:, None] & (k < K)[None, :], other=0.0)
+            a = tl.load(a_rows + k[:, None], mask=(r < rank)[None, :] & (k < K)[:, None], other=0.0)
+            acc = _dot(x, a, acc)
+        out = h_ptr + (part.to(tl.int64) * T + p)[:, None] * R + r[None, :]
+        tl.store(out, acc, mask=(m < length)[:, None] & (r < rank)[None, :])
+
+
+@triton.jit(do_not_specialize=["n_adapters"])
+def _expand_kernel(
+    y_ptr, h_ptr, bank_ptr, out_ptr, starts_ptr, scales_ptr, order_ptr, adapter_ptr, start_ptr, length_ptr,
+    N, R, n_adapters, y_row, h_row,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out for the rows of one chunk and one block of columns; rows without an adapter are copied."""
+    c = tl.program_id(0)
+    length = tl.load(length_ptr + c)
+    if length > 0:
+        adapter = tl.load(adapter_ptr + c)
+        first, rank, fits = _adapter(starts_ptr, adapter, n_adapters, R)
+        n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        m = tl.arange(0, BLOCK_M)
+        p = (tl.load(start_ptr + c) + m).to(tl.int64)
+        rows = tl.load(order_ptr + p, mask=m < length, other=0).to(tl.int64)
+        ok = (m < length)[:, None] & (n < N)[None, :]
+        # Before the product, which then hides the wait for memory.
+        y = tl.load(y_ptr + rows[:, None] * y_row + n[None, :], mask=ok, other=0.0)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for r0 in range(0, rank, BLOCK_R):
+            r = r0 + tl.arange(0, BLOCK_R)
+            own = r < rank
+            h = tl.load(h_ptr + p[:, None] * h_row + r[None, :], mask=(m < length)[:, None] & own[None, :], other=0.0)
+            b_mask = own[:, None] & (n < N)[None, :]
+            b = tl.load(bank_ptr + (first + r)[:, None] * N + n[None, :], mask=b_mask, other=0.0)
+            acc = _dot_sums(h, b, acc)
+        scale = tl.load(scales_ptr + adapter, mask=(adapter >= 0) & (adapter < n_adapters), other=0.0)
+        sums = (y.to(tl.float32) + scale * acc).to(y.dtype)
+        # Not y + 0, which is not y where that is -0.
+        sums = tl.where(rank > 0, sums, y)
+        sums = tl.where(fits, sums, float("nan"))
+        tl.store(out_ptr + rows[:, None] * N + n[None, :], sums.to(y.dtype), mask=ok)
+
+
+@triton.jit(do_not_specialize=["n_adapters"])
+def _outer_kernel(
+    h_ptr, v_ptr, out_ptr, starts_ptr, begins_ptr, order_ptr, W, R, n_adapters, h_row, v_row,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One tile of one adapter: sums over all of its rows, in their order."""
+    adapter = tl.program_id(0)
+    first, rank, _ = _adapter(starts_ptr, adapter, n_adapters, R)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    if tl.program_id(1) * BLOCK_R < rank:
+        n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+        end = tl.load(begins_ptr + adapter + 1)
+        acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+        for p0 in range(tl.load(begins_ptr + adapter), end, BLOCK_M):
+            p = p0 + tl.arange(0, BLOCK_M)
+            rows = tl.load(order_ptr + p, mask=p < end, other=0).to(tl.int64)
+            h_mask = (r < rank)[:, None] & (p < end)[None, :]
+            h = tl.load(h_ptr + p.to(tl.int64)[None, :] * h_row + r[:, None], mask=h_mask, other=0.0)
+            v_mask = (p < end)[:, None] & (n < W)[None, :]
+            v = tl.load(v_ptr + rows[:, None] * v_row + n[None, :], mask=v_mask, other=0.0)
+            acc = _dot_sums(h, v, acc)
+        mask = (r < rank)[:, None] & (n < W)[None, :]
+        tl.store(out_ptr + (first + r)[:, None] * W + n[None, :], acc, mask=mask)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """``t`` with the elements of a row side by side; rows may be anywhere, also one row for all."""
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+def _empty(*sizes: Any) -> bool:
+    """Whether a grid over these sizes has no program, which a GPU refuses. Symbolic sizes count as positive."""
+    return any(statically_known_true(s == 0) for s in sizes)
+
+
+def _shrink_blocks(chunk: int, R: Any, exact: bool) -> dict[str, int]:
+    """``exact``: products of float32 are made without matrix instructions, from registers, which hold small tiles."""
+    rows = max(16, triton.next_power_of_2(chunk))
+    return {"BLOCK_M": rows, "BLOCK_R": _rank_block(R, exact), "BLOCK_K": 32 if exact else 128 if rows < 64 else 64}
+
+
+def _expand_blocks(chunk: int, exact: bool) -> dict[str, int]:
+    """The tile of sums, of y and of out are in registers together, so that it is the same size for all chunks."""
+    rows = max(16, triton.next_power_of_2(chunk))
+    return {"BLOCK_M": rows, "BLOCK_R": 16, "BLOCK_N": min(64, 2048 // rows) if exact else min(128, 4096 // rows)}
+
+
+def _outer_blocks(R: Any, exact: bool) -> dict[str, int]:
+    return {"BLOCK_M": 32, "BLOCK_R": _rank_block(R, exact), "BLOCK_N": 64}
+
+
+def _rank_block(R: Any, exact: bool) -> int:
+    return 16 if exact or not isinstance(R, int) or R <= 16 else 32
+
+
+def _parts(T: Any, K: Any, rank_tiles: Any, chunk: int, block_k: int) -> int:
+    """Into how many parts the sum over K is split, to fill a GPU of about 130 processors twice if T is small.
+
+    A symbolic T may be large as well as small, and then each part is a result to be added up.
+    """
+    most = min(256 // max(triton.cdiv(T, chunk) * rank_tiles, 1), 16) if isinstance(T, int) else 4
+    return max(min(most, K // (4 * block_k)) if isinstance(K, int) else most, 1)
+
+
+def launch_shrink(x: Tensor, bank: Tensor, starts: Tensor, table: Chunks, chunk: int, R: int) -> Tensor:
+    (T, K), n = x.shape, starts.shape[0] - 1
+    exact = x.dtype != bank.dtype or x.dtype == torch.float32
+    blocks = _shrink_blocks(chunk, R, exact)
+    tiles = triton.cdiv(R, blocks["BLOCK_R"])
+    parts = _parts(T, K, tiles, chunk, blocks["BLOCK_K"])
+    span = triton.cdiv(triton.cdiv(K, parts), blocks["BLOCK_K"]) * blocks["BLOCK_K"]
+    h = x.new_empty((parts, T, R), dtype=torch.float32)
+    if not _empty(T, R):
+        x = _rows(x)
+        with on_device_of(x):
+            wrap_triton(_shrink_kernel)[(table.adapter.shape[0], tiles, parts)](
+                x, bank.contiguous(), h, starts, *table, T, K, R, n, x.stride(0), span, **blocks
+            )
+    return h.squeeze(0) if parts == 1 else h.sum(0)
+
+
+def launch_expand(
+    y: Tensor, h: Tensor, bank: Tensor, starts: Tensor, scales: Tensor, table: Chunks, chunk: int
+) -> Tensor:
+    (T, N), R, n = y.shape, h.shape[1], starts.shape[0] - 1
+    out = y.new_empty((T, N))
+    if not _empty(T, N):
+        y, h = _rows(y), _rows(h)
+        exact = bank.dtype == torch.float32
+        blocks = _expand_blocks(chunk, exact)
+        with on_device_of(y):
+            wrap_triton(_expand_kernel)[(table.adapter.shape[0], triton.cdiv(N, blocks["BLOCK_N"]))](
+                y, h, bank.contiguous(), out, starts, scales.contiguous(), *table, N, R, n, y.stride(0), h.stride(0),
+                **blocks, num_stages=2,
+            )  # fmt: skip
+    return out
+
+
+def launch_outer(h: Tensor, v: Tensor, starts: Tensor, table: Chunks, n_rows: int) -> Tensor:
+    R, W, n = h.shape[1], v.shape[1], starts.shape[0] - 1
+    # Rows of the bank that belong to no adapter are not visited.
+    out = v.new_zeros((n_rows, W), dtype=torch.float32)
+    if not _empty(n, R, W):
+        h, v = _rows(h), _rows(v)
+        blocks = _outer_blocks(R, v.dtype == torch.float32)
+        begins = adapter_begins(table, n)
+        with on_device_of(v):
+            wrap_triton(_outer_kernel)[(n, triton.cdiv(R, blocks["BLOCK_R"]), triton.cdiv(W, blocks["BLOCK_N"]))](
+                h, v, out, starts, begins, table.order, W, R, n, h.stride(0), v.stride(0), **blocks
+            )
+    return out
+
+
+def _ahead() -> list[Ahead]:
+    """Each kernel with the blocks of few rows and of many."""
+    indices = dict.fromkeys(["starts_ptr", "order_ptr", "adapter_ptr", "start_ptr", "length_ptr", "begins_ptr"], "*i32")
+    sizes = dict.fromkeys(["T", "K", "N", "W", "R", "n_adapters", "span", "x_row", "y_row", "h_row", "v_row"], "i32")
+    sums = {"h_ptr": "*fp32", "scales_ptr": "*fp32"}
+
+    def record(kernel: Any, name: str, blocks: dict[str, int], mma: bool, **types: str) -> Ahead:
+        known = {**indices, **sizes, **sums, **types, **dict.fromkeys(blocks, "constexpr")}
+        stages = 2 if kernel is _expand_kernel else 3
+        signature = {n: known[n] for n in kernel.arg_names}
+        return Ahead(kernel, signature, blocks, num_stages=stages, mma=mma, name=name)
+
+    found = []
+    for rows, bank in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32")):
+        exact = bank == "fp32"
+        row, matrix = f"*{rows}", f"*{bank}"
+        for chunk, R in ((16, 16), (64, 128)):
+            name = f"{rows} rows {bank} bank chunk {chunk} rank {R}"
+            blocks = _shrink_blocks(chunk, R, exact)
+            found.append(record(_shrink_kernel, f"shrink {name}", blocks, not exact, x_ptr=row, bank_ptr=matrix))
+            blocks = _expand_blocks(chunk, exact)
+            found.append(
+                record(_expand_kernel, f"expand {name}", blocks, not exact, y_ptr=row, bank_ptr=matrix, out_ptr=row)
+            )
+        if rows == bank:
+            blocks = _outer_blocks(128, exact)
+            found.append(record(_outer_kernel, f"outer {rows}", blocks, not exact, v_ptr=row, out_ptr="*fp32"))
+    return found
+
+
+AHEAD = _ahead()

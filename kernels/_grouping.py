@@ -1,0 +1,164 @@
+"""Rows of one batch that belong to different adapters, cut into chunks that each belong to one; and products on them.
+
+A kernel program works on one chunk, so its rows share the adapter's matrices, and a group of any length is spread over
+many programs (the segments of Punica, arXiv:2310.18547, and S-LoRA, arXiv:2311.03285, cut evenly). Everything here is
+torch operations on whole tensors, with shapes that follow from shapes alone: nothing waits for the device, and a
+captured CUDA graph can be replayed with another assignment of rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adaptc.errors import BackendError
+
+
+class Chunks(NamedTuple):
+    """The chunks of a batch of T rows, in ascending order of adapters; all int32."""
+
+    order: Tensor
+    """(T,): the row at each position once rows are sorted by adapter; equal adapters keep their order."""
+    adapter: Tensor
+    """(C,): the adapter of each chunk, ascending: -1 for rows of the base, n for rows of adapters that do not exist."""
+    start: Tensor
+    """(C,): the position each chunk starts at."""
+    length: Tensor
+    """(C,): the rows of each chunk. Chunks that are not needed come last, with length 0, adapter n and start T."""
+
+
+def chunk_count(n_rows: int, n_adapters: int, chunk: int) -> int:
+    """C: as many chunks as any assignment of rows can need.
+
+    Cutting T rows of G groups needs at most ceil(T / chunk) + G - 1 chunks. The groups are the adapters, the rows of
+    the base, and the rows whose adapter does not exist.
+    """
+    return -(-n_rows // chunk) + n_adapters + 1
+
+
+def rows_per_chunk(n_rows: int) -> int:
+    """The size of chunks that a batch is cut into: small for few rows, so that there are programs enough.
+
+    A number that is a symbol gets one size, since another number of rows is no reason to compile anew.
+    """
+    # A symbol is an int to torch.compile.
+    if torch.compiler.is_compiling() or not isinstance(n_rows, int):
+        return 32
+    return 16 if n_rows <= 512 else 32 if n_rows <= 2048 else 64
+
+
+def chunks(index: Tensor, n_adapters: int, chunk: int) -> Chunks:
+    """Cut the rows into chunks of one adapter and at most ``chunk`` rows each.
+
+    ``index`` is (T,), int32 or int64: the adapter of each row, or -1. Other numbers that are no adapter's stand for one
+    that does not exist. Raises BackendError for another shape or dtype.
+    """
+    if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
+        raise BackendError(f"index: expected (rows,) of int32 or int64, found {tuple(index.shape)} of {index.dtype}.")
+    if chunk < 1:
+        raise BackendError(f"chunk: expected at least 1 row, found {chunk}.")
+    n_rows, device = index.shape[0], index.device
+    known = (index >= -1) & (index < n_adapters)
+    ordered, order = torch.sort(torch.where(known, index, n_adapters), stable=True)
+
+    def numbers(start: int, end: int) -> Tensor:
+        return torch.arange(start, end, device=device, dtype=index.dtype)
+
+    # The last edge begins a group of no rows, which the chunks that nobody needs fall into.
+    begins = torch.searchsorted(ordered, numbers(-1, n_adapters + 2))
+    counts = torch.diff(begins, append=begins[-1:])
+    used = (counts + (chunk - 1)) // chunk
+    ends = used.cumsum(0)
+    number = torch.arange(chunk_count(n_rows, n_adapters, chunk), device=device)
+    group = torch.searchsorted(ends, number, right=True).clamp(max=n_adapters + 2)
+    offset = (number - (ends - used)[group]) * chunk
+    spare = counts[group] == 0
+    start = torch.where(spare, n_rows, begins[group] + offset)
+    length = torch.where(spare, 0, (counts[group] - offset).clamp(max=chunk))
+    adapter = (group - 1).clamp(max=n_adapters)
+    return Chunks(order.int(), adapter.int(), start.int(), length.int())
+
+
+def adapter_begins(table: Chunks, n_adapters: int) -> Tensor:
+    """(n + 1,) int32: the position at which the rows of each adapter begin, and at last where those of the last end."""
+    wanted = torch.arange(n_adapters + 1, device=table.adapter.device, dtype=torch.int32)
+    starts = torch.cat([table.start, table.start.new_full((1,), table.order.shape[0])])
+    return starts[torch.searchsorted(table.adapter, wanted)]
+
+
+def adapter_at(table: Chunks) -> Tensor:
+    """(T,) int32: the adapter of the row at each position."""
+    position = torch.arange(table.order.shape[0], device=table.order.device, dtype=torch.int32)
+    return table.adapter[torch.searchsorted(table.start, position, right=True) - 1]
+
+
+def per_adapter(values: Tensor, adapter: Tensor) -> Tensor:
+    """``values`` (n,) of each of ``adapter`` (any shape), 0 for the base and for adapters that do not exist."""
+    n = values.shape[0]
+    known = (adapter >= 0) & (adapter < n)
+    return torch.cat([values, values.new_zeros(1)])[torch.where(known, adapter, n)]
+
+
+def sum_type(*tensors: Tensor) -> torch.dtype:
+    """What products of these are summed in."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _places(table: Chunks, chunk: int) -> tuple[Tensor, Tensor]:
+    """(C, chunk): the positions of each chunk, and which of them there are; the others stand at T, after the last."""
+    within = torch.arange(chunk, device=table.start.device)
+    there = within < table.length[:, None]
+    return torch.where(there, table.start[:, None] + within, table.order.shape[0]), there
+
+
+def _own(starts: Tensor, table: Chunks, R: int, n_rows: int) -> tuple[Tensor, Tensor]:
+    """(C, R): the bank's rows of each chunk's adapter, and which of them there are; the others are past the last."""
+    first, rank = (per_adapter(v, table.adapter)[:, None] for v in (starts[:-1], torch.diff(starts)))
+    column = torch.arange(R, device=starts.device)
+    own = column < rank
+    return torch.where(own, first + column, n_rows), own
+
+
+def _take(t: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """t[rows] in ``dtype``, and zeros for the row past the last."""
+    return torch.cat([t.to(dtype), t.new_zeros(1, t.shape[1], dtype=dtype)])[rows]
+
+
+def reference_grouped_shrink(x: Tensor, bank: Tensor, starts: Tensor, table: Chunks, chunk: int, R: int) -> Tensor:
+    """h, (T, R) float32 (float64 for float64), zero beyond the own rank."""
+    dtype, T = sum_type(x, bank), x.shape[0]
+    at, _ = _places(table, chunk)
+    rows, _ = _own(starts, table, R, bank.shape[0])
+    order = torch.cat([table.order, table.order.new_full((1,), T)])
+    h = _take(x, order[at], dtype) @ _take(bank, rows, dtype).mT
+    return h.new_zeros(T + 1, R).index_put((at,), h)[:T]
+
+
+def reference_grouped_expand(
+    y: Tensor, h: Tensor, bank: Tensor, starts: Tensor, scales: Tensor, table: Chunks, chunk: int
+) -> Tensor:
+    """out, (T, N) of y's type: summed in float32 (float64 for float64), rounded once."""
+    dtype, (T, N), n = sum_type(y, h, bank), y.shape, starts.shape[0] - 1
+    at, _ = _places(table, chunk)
+    rows, own = _own(starts, table, h.shape[1], bank.shape[0])
+    order = torch.cat([table.order, table.order.new_full((1,), T)])
+    before = _take(y, order[at], y.dtype)
+    product = torch.where(own[:, None], _take(h, at, dtype), 0) @ _take(bank, rows, dtype)
+    after = (before.to(dtype) + per_adapter(scales, table.adapter)[:, None, None].to(dtype) * product).to(y.dtype)
+    rank = per_adapter(torch.diff(starts), table.adapter)
+    fits = (table.adapter < n) & (rank <= h.shape[1])
+    after = torch.where((rank > 0)[:, None, None], after, before)
+    after = torch.where(fits[:, None, None], after, torch.nan)
+    return y.new_zeros(T + 1, N).index_put((order[at],), after)[:T]
+
+
+def reference_grouped_outer(h: Tensor, v: Tensor, starts: Tensor, table: Chunks, chunk: int, n_rows: int) -> Tensor:
+    """(n_rows, W) float32 (float64 for float64), zero for rows of the bank that belong to no adapter."""
+    dtype, T, W = sum_type(h, v), h.shape[0], v.shape[1]
+    at, _ = _places(table, chunk)
+    rows, own = _own(starts, table, h.shape[1], n_rows)
+    order = torch.cat([table.order, table.order.new_full((1,), T)])
+    sums = torch.where(own[:, None], _take(h, at, dtype), 0).mT @ _take(v, order[at], dtype)
+    return sums.new_zeros(n_rows + 1, W).index_add(0, rows.flatten(), sums.flatten(0, 1))[:n_rows]

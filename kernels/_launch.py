@@ -1,0 +1,63 @@
+"""What every op needs around its launch: where kernels run, on which device, and what a scale may be."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import wrap_triton as _wrap_triton
+from triton import knobs
+from triton.runtime.jit import JITFunction
+
+from adaptc.errors import BackendError
+
+#: Whether triton interprets kernels on the CPU. It decides when a kernel is defined, so for a whole process.
+INTERPRETED: bool = bool(knobs.runtime.interpret)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """torch's ``wrap_triton``, for interpreted kernels too: torch before 2.13 refuses them.
+
+    It has torch's name because ``triton_op`` reads in the source which kernels an op wraps.
+    """
+    return _wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
+
+
+def runs_kernels(x: Tensor) -> bool:
+    """Whether an op on ``x`` launches its kernel; elsewhere it computes its reference."""
+    return x.is_cuda or (INTERPRETED and x.device.type == "cpu")
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Make the device of ``x`` the current one: triton launches there, wherever the tensors are."""
+    return torch.cuda.device(x.device) if x.is_cuda and torch.cuda.is_initialized() else nullcontext()
+
+
+def as_scale(scale: float | Tensor, like: Tensor) -> Tensor:
+    """A 0-d tensor beside ``like``. A tensor, so that another scale is neither a wait for the GPU nor a new kernel.
+
+    Raises BackendError for a tensor of more than one number.
+    """
+    if isinstance(scale, Tensor):
+        check("scale", scale.ndim == 0, "a number or a 0-d tensor", f"a tensor of shape {tuple(scale.shape)}")
+        return scale.to(like.device)
+    return like.new_full((), scale, dtype=torch.promote_types(like.dtype, torch.float32))
+
+
+def check(op: str, ok: bool, expected: str, found: object) -> None:
+    """Raise BackendError unless ``ok``."""
+    if not ok:
+        raise BackendError(f"{op}: expected {expected}, found {found}.")
+
+
+def check_floats(op: str, **tensors: Tensor) -> None:
+    """Raise BackendError unless every tensor is on one device and, where a kernel runs, of a type it can load."""
+    first = next(iter(tensors.values()))
+    for name, t in tensors.items():
+        check(op, t.device == first.device, f"{name} on {first.device}, where the other tensors are", t.device)
+        known = t.dtype in DTYPES if runs_kernels(t) else t.is_floating_point()
+        check(op, known, f"{name} in float32, bfloat16 or float16 (convert it first)", t.dtype)

@@ -1,0 +1,287 @@
+"""DoRA's two costs beside LoRA (Liu et al., arXiv 2402.09353): lengths of rows of W + s B A, and a gain on the output.
+
+    dora_norm(W, A, B, scale)                  n = |W + s B A| row by row, float32, (out,)
+    dora_epilogue(y0, h, B, g, scale, b)       y = g (y0 + s h B^T) + b
+
+W: (out, in); A: (r, in); B: (out, r); h = x A^T: (..., r); y0 = x W^T without bias: (..., out); g = m / n and the
+optional bias b: (out,); all with any strides; scale: a number or a 0-d tensor. Each tensor is float32, bfloat16 or
+float16 on its own; other devices than a GPU take float64 too. Sums are made in float32, and results rounded once.
+
+Lengths. |w|^2 + 2 s <w, v> + s^2 |v|^2, with v the row of B A, needs no more than W A^T and A A^T. But its terms cancel
+where s v is near -w: their rounding, of the order of eps |w|^2, may then exceed the length, or turn the sum negative.
+So each tile of B A is made in registers, added to the tile of W, and squared after the sum: squares do not cancel, so
+the only error beyond a few eps is that of the sum W + s B A itself, as if it were made in float32 and stored. W is read
+once; one number per row and tile is written, and summed up in an order that no scheduling changes.
+
+Gradients. DoRA takes the length for a constant, so dora_norm has none; dora_epilogue has those of all its tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op
+
+from adaptc.kernels._ahead import Ahead
+from adaptc.kernels._launch import as_scale, check, check_floats, on_device_of, runs_kernels, wrap_triton
+from adaptc.kernels._tile import TYPES, ahead, blocks, check_factors, low_rank_tile, tile_of, tiles
+
+
+@triton.jit
+def _squares_kernel(
+    w_ptr,
+    a_ptr,
+    b_ptr,
+    scale_ptr,
+    sums_ptr,
+    n_rows,
+    n_cols,
+    rank,
+    w_row,
+    w_col,
+    a_rank,
+    a_col,
+    b_row,
+    b_rank,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    rows, cols = tile_of(n_cols, BLOCK_M, BLOCK_N)
+    mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
+    # Before the product, which then hides the wait for memory.
+    w = tl.load(w_ptr + rows[:, None] * w_row + cols[None, :] * w_col, mask=mask, other=0.0)
+    scale = tl.load(scale_ptr).to(tl.float32)
+    update = low_rank_tile(
+        b_ptr, a_ptr, rows, cols, n_rows, n_cols, rank, b_row, b_rank, a_rank, a_col, BLOCK_M, BLOCK_N, BLOCK_R
+    )
+    turned = w.to(tl.float32) + scale * update
+    tile = tl.program_id(0) % tl.cdiv(n_cols, BLOCK_N)
+    tl.store(sums_ptr + tile.to(tl.int64) * n_rows + rows, tl.sum(turned * turned, axis=1), mask=rows < n_rows)
+
+
+@triton.jit
+def _epilogue_kernel(
+    base_ptr,
+    h_ptr,
+    b_ptr,
+    gain_ptr,
+    scale_ptr,
+    bias_ptr,
+    out_ptr,
+    n_rows,
+    n_cols,
+    rank,
+    base_row,
+    base_col,
+    h_row,
+    h_rank,
+    b_row,
+    b_rank,
+    gain_col,
+    bias_col,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    rows, cols = tile_of(n_cols, BLOCK_M, BLOCK_N)
+    mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
+    base = tl.load(base_ptr + rows[:, None] * base_row + cols[None, :] * base_col, mask=mask, other=0.0)
+    gain = tl.load(gain_ptr + cols * gain_col, mask=cols < n_cols, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr).to(tl.float32)
+    update = low_rank_tile(
+        h_ptr, b_ptr, rows, cols, n_rows, n_cols, rank, h_row, h_rank, b_rank, b_row, BLOCK_M, BLOCK_N, BLOCK_R
+    )
+    y = gain[None, :] * (base.to(tl.float32) + scale * update)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + cols * bias_col, mask=cols < n_cols, other=0.0).to(tl.float32)[None, :]
+    tl.store(out_ptr + rows[:, None] * n_cols + cols[None, :], y.to(base.dtype), mask=mask)
+
+
+def _launch_squares(W: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
+    """Sums of squares by tile of columns: (tiles, out)."""
+    (n_rows, n_cols), t = W.shape, blocks(B.dtype, A.dtype)
+    sums = W.new_empty((triton.cdiv(n_cols, t.BLOCK_N), n_rows), dtype=torch.float32)
+    if sums.numel() == 0:
+        return sums
+    with on_device_of(W):
+        wrap_triton(_squares_kernel)[tiles(n_rows, n_cols, t)](
+            W,
+            A,
+            B,
+            scale,
+            sums,
+            n_rows,
+            n_cols,
+            A.shape[0],
+            *W.stride(),
+            *A.stride(),
+            *B.stride(),
+            **t._asdict(),
+        )
+    return sums
+
+
+def _launch_epilogue(y0: Tensor, h: Tensor, B: Tensor, g: Tensor, scale: Tensor, b: Tensor | None) -> Tensor:
+    out = torch.empty_like(y0, memory_format=torch.contiguous_format)
+    if y0.numel() == 0:
+        return out
+    base, h, t = y0.flatten(0, -2), h.flatten(0, -2), blocks(h.dtype, B.dtype)
+    n_rows, n_cols = base.shape
+    with on_device_of(y0):
+        wrap_triton(_epilogue_kernel)[tiles(n_rows, n_cols, t)](
+            base,
+            h,
+            B,
+            g,
+            scale,
+            g if b is None else b,
+            out,
+            n_rows,
+            n_cols,
+            h.shape[1],
+            *base.stride(),
+            *h.stride(),
+            *B.stride(),
+            g.stride(0),
+            0 if b is None else b.stride(0),
+            HAS_BIAS=b is not None,
+            **t._asdict(),
+        )
+    return out
+
+
+def reference_dora_norm(W: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
+    """Lengths of the rows of W + scale * B A, in float32 (float64 for float64): (out,)."""
+    high = torch.promote_types(W.dtype, torch.float32)
+    turned = W.to(high) + scale.to(high) * (B.to(high) @ A.to(high))
+    return turned.square().sum(1).sqrt()
+
+
+def reference_dora_epilogue(
+    y0: Tensor, h: Tensor, B: Tensor, g: Tensor, scale: Tensor, b: Tensor | None = None
+) -> Tensor:
+    """g * (y0 + scale * h B^T) + b, in float32 (float64 for float64), rounded once to the type of y0."""
+    high = torch.promote_types(y0.dtype, torch.float32)
+    y = g.to(high) * (y0.to(high) + scale.to(high) * (h.to(high) @ B.to(high).T))
+    return (y if b is None else y + b.to(high)).to(y0.dtype)
+
+
+@triton_op("adaptc::dora_norm", mutates_args=())
+def _norm_op(W: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
+    if runs_kernels(W):
+        return _launch_squares(W, A, B, scale).sum(0).sqrt()
+    return reference_dora_norm(W, A, B, scale)
+
+
+@_norm_op.register_fake
+def _(W: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
+    return W.new_empty(W.shape[0], dtype=torch.promote_types(W.dtype, torch.float32))
+
+
+def _no_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.mark_non_differentiable(output)
+
+
+def _none(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+    return None, None, None, None
+
+
+_norm_op.register_autograd(_none, setup_context=_no_gradient)
+
+
+# No default for the bias: torch leaves arguments that have theirs out of what the gradient is told of.
+@triton_op("adaptc::dora_epilogue", mutates_args=())
+def _epilogue_op(y0: Tensor, h: Tensor, B: Tensor, g: Tensor, scale: Tensor, b: Tensor | None) -> Tensor:
+    if runs_kernels(y0):
+        return _launch_epilogue(y0, h, B, g, scale, b)
+    return reference_dora_epilogue(y0, h, B, g, scale, b)
+
+
+@_epilogue_op.register_fake
+def _(y0: Tensor, h: Tensor, B: Tensor, g: Tensor, scale: Tensor, b: Tensor | None) -> Tensor:
+    return torch.empty_like(y0, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    y0, h, B, g, scale, b = inputs
+    # The largest of them, and needed for the gradient of the gain alone.
+    ctx.save_for_backward(y0 if ctx.needs_input_grad[3] else None, h, B, g, scale)
+    ctx.bias_dtype = None if b is None else b.dtype
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    y0, h, B, g, scale = ctx.saved_tensors
+    needs_y0, needs_h, needs_B, needs_g, needs_scale, needs_b = ctx.needs_input_grad
+    d_y0 = d_h = d_B = d_g = d_scale = d_b = None
+    # Products in the type a plain product of these tensors would have, all else in float32.
+    low = torch.promote_types(dy.dtype, torch.promote_types(h.dtype, B.dtype))
+    high = torch.promote_types(dy.dtype, torch.float32)
+    gain, s, wide = g.to(high), scale.to(high), dy.to(high)
+    if needs_y0:
+        d_y0 = (wide * gain).to(dy.dtype)
+    if needs_h:
+        d_h = ((wide * (gain * s)).to(low) @ B.to(low)).to(h.dtype)
+    if needs_B or needs_g or needs_scale:
+        # dy^T h serves all three, so that h B^T is not made again.
+        crossed = (dy.flatten(0, -2).T.to(low) @ h.flatten(0, -2).to(low)).to(high)
+        d_B = (crossed * (gain * s)[:, None]).to(B.dtype)
+        along = (crossed * B.to(high)).sum(1)
+        d_scale = (gain * along).sum().to(scale.dtype)
+        if needs_g:
+            d_g = ((wide * y0.to(high)).flatten(0, -2).sum(0) + s * along).to(g.dtype)
+    if needs_b:
+        d_b = wide.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+    return d_y0, d_h, d_B, d_g, d_scale, d_b
+
+
+_epilogue_op.register_autograd(_backward, setup_context=_save)
+
+
+def dora_norm(W: Tensor, A: Tensor, B: Tensor, scale: float | Tensor) -> Tensor:
+    """Lengths of the rows of W + scale * B A: (out,), float32, a constant to autograd.
+
+    Raises BackendError for shapes, types or devices it is not defined for.
+    """
+    check_factors("dora_norm", W, A, B)
+    return _norm_op(W, A, B, as_scale(scale, W))
+
+
+def dora_epilogue(
+    y0: Tensor, h: Tensor, B: Tensor, g: Tensor, scale: float | Tensor, b: Tensor | None = None
+) -> Tensor:
+    """g * (y0 + scale * h B^T) + b: (..., out), contiguous, of the type of y0.
+
+    Raises BackendError for shapes, types or devices it is not defined for.
+    """
+    op = "dora_epilogue"
+    check(op, y0.ndim >= 2, "y0 of shape (..., out)", tuple(y0.shape))
+    check(op, B.ndim == 2 and B.shape[0] == y0.shape[-1], f"B of shape ({y0.shape[-1]}, r)", tuple(B.shape))
+    down = (*y0.shape[:-1], B.shape[1])
+    check(op, tuple(h.shape) == down, f"h of shape {down}", tuple(h.shape))
+    for name, t in [("g", g)] if b is None else [("g", g), ("b", b)]:
+        check(op, tuple(t.shape) == (y0.shape[-1],), f"{name} of shape ({y0.shape[-1]},)", tuple(t.shape))
+    check_floats(op, y0=y0, h=h, B=B, g=g, **({} if b is None else {"b": b}))
+    return _epilogue_op(y0, h, B, g, as_scale(scale, y0), b)
+
+
+def _squares_ahead(weight: str, factor: str) -> Ahead:
+    pointers = {"w_ptr": weight, "a_ptr": factor, "b_ptr": factor, "scale_ptr": "fp32", "sums_ptr": "fp32"}
+    return ahead(_squares_kernel, f"squares-{weight}-{factor}", pointers, ("w_col", "a_col", "b_rank"), factor)
+
+
+def _epilogue_ahead(base: str, factor: str, bias: bool) -> Ahead:
+    pointers = {"h_ptr": factor, "b_ptr": factor, "gain_ptr": "fp32", "scale_ptr": "fp32"}
+    pointers |= dict.fromkeys(("base_ptr", "bias_ptr", "out_ptr"), base)
+    name = f"epilogue{'_bias' if bias else ''}-{base}-{factor}"
+    ones = ("base_col", "h_rank", "b_rank", "gain_col", "bias_col")
+    return ahead(_epilogue_kernel, name, pointers, ones, factor, HAS_BIAS=bias)
+
+
+AHEAD = [_squares_ahead(*types) for types in TYPES] + [_epilogue_ahead(*types, bias=True) for types in TYPES]
+AHEAD += [_epilogue_ahead("bf16", "bf16", bias=False)]

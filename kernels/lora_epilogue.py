@@ -1,0 +1,288 @@
+"""LoRA's two projections beside a product that cuBLAS computes (Hu et al., arXiv 2106.09685).
+
+    lora_down(x, A, scale)         h = scale * x A^T, or x A^T without a scale
+    lora_up_add(y, h, B, scale)    y' = y + scale * h B^T
+
+x (M, K), A (R, K), y (M, N), h (M, R), B (N, R), of any strides; scale a 0-d tensor, read on the device. Each tensor is
+float32, bfloat16 or float16 on its own; other devices than a GPU take float64 too. h has A's type and x is cast to it,
+as PEFT does where it keeps adapters in float32 beside a base in half precision; y' has y's type.
+
+The two have opposite shapes (as in Punica, arXiv 2310.18547, and S-LoRA, arXiv 2311.03285). Down reads long rows for a
+few numbers, and fills a GPU only if the sum over K is split over programs; for sites that share x, their A stacked to
+(sum of ranks, K) make one call. Up reads a few numbers for each of many outputs: what it costs is y, read once and
+written once.
+
+Sums are float32, and what leaves is rounded once; products of float32 are exact float32 (no TF32). No atomics: the same
+inputs give the same bits. All tensors but the scale have gradients, without a kernel for them: each is a down
+projection of other matrices, where the larger is cast as it is read and not copied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.library import triton_op
+
+from adaptc.kernels._ahead import Ahead
+from adaptc.kernels._launch import INTERPRETED, check, check_floats, on_device_of, runs_kernels, wrap_triton
+from adaptc.kernels._tile import NAMES, TYPES, low_rank_tile, tile_of
+
+# A kernel sees only constants of its own module.
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+#: columns that a program of the up projection writes, for all types, since tables of siblings are made of such blocks
+UP_BLOCK_N = 64
+
+#: programs that fill a GPU of about 130 multiprocessors twice
+PROGRAMS = 256
+
+
+@triton.jit
+def dot_as(left, right, acc):
+    """acc + left @ right with ``left`` rounded to the type of ``right``."""
+    left = left.to(right.dtype)
+    # The interpreter multiplies the bits of bfloat16 as integers.
+    if _INTERPRETED:
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+    return tl.dot(left, right, acc, input_precision="ieee")
+
+
+@triton.jit
+def _down_kernel(
+    x_ptr, a_ptr, scale_ptr, h_ptr, n_rows, K, rank, span, x_row, x_col, a_rank, a_col,
+    HAS_SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """h[s, m, r]: the part of h[m, r] from the s-th ``span`` of k, a multiple of BLOCK_K."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ranks = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    part = tl.program_id(2)
+    row_ok = (rows < n_rows)[:, None]
+    rank_ok = (ranks < rank)[None, :]
+    x_rows = x_ptr + rows[:, None] * x_row
+    a_ranks = a_ptr + ranks[None, :] * a_rank
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for start in range(part * span, tl.minimum(part * span + span, K), BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        x = tl.load(x_rows + k.to(tl.int64)[None, :] * x_col, mask=row_ok & (k < K)[None, :], other=0.0)
+        a = tl.load(a_ranks + k.to(tl.int64)[:, None] * a_col, mask=(k < K)[:, None] & rank_ok, other=0.0)
+        acc = dot_as(x, a, acc)
+    if HAS_SCALE:
+        acc *= tl.load(scale_ptr).to(tl.float32)
+    place = h_ptr + (part.to(tl.int64) * n_rows + rows)[:, None] * rank + ranks[None, :]
+    tl.store(place, acc.to(h_ptr.dtype.element_ty), mask=row_ok & rank_ok)
+
+
+@triton.jit
+def _up_add_kernel(
+    y_ptr, h_ptr, b_ptr, scale_ptr, out_ptr, n_rows, n_cols, rank,
+    y_row, y_col, h_row, h_rank, b_row, b_rank, out_row, out_col,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    rows, cols = tile_of(n_cols, BLOCK_M, BLOCK_N)
+    mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
+    # Before the product, which then hides the wait for memory.
+    y = tl.load(y_ptr + rows[:, None] * y_row + cols[None, :] * y_col, mask=mask, other=0.0)
+    scale = tl.load(scale_ptr).to(tl.float32)
+    update = low_rank_tile(
+        h_ptr, b_ptr, rows, cols, n_rows, n_cols, rank, h_row, h_rank, b_rank, b_row, BLOCK_M, BLOCK_N, BLOCK_R
+    )
+    out = y.to(tl.float32) + scale * update
+    tl.store(out_ptr + rows[:, None] * out_row + cols[None, :] * out_col, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def empty(*sizes: Any) -> bool:
+    """Whether a grid over these sizes has no program, which a GPU refuses. Symbolic sizes count as positive."""
+    return any(statically_known_true(size == 0) for size in sizes)
+
+
+def down_blocks(dtype: torch.dtype, rank: Any) -> tuple[dict[str, int], int]:
+    """Blocks and warps. A symbolic rank gets the smallest blocks: it must not become a constant of compiled code."""
+    # Exact float32 products are not made by tensor cores and hold their operands in registers: small tiles.
+    if dtype == torch.float32:
+        return {"BLOCK_M": 32, "BLOCK_R": 16, "BLOCK_K": 32}, 4
+    # The largest tiles whose registers do not spill where no stride is known to be a multiple of 16.
+    if not isinstance(rank, int) or rank <= 16:
+        return {"BLOCK_M": 32, "BLOCK_R": 16, "BLOCK_K": 128}, 4
+    if rank <= 32:
+        return {"BLOCK_M": 32, "BLOCK_R": 32, "BLOCK_K": 64}, 4
+    return {"BLOCK_M": 32, "BLOCK_R": 64, "BLOCK_K": 128}, 8
+
+
+def up_blocks(left: torch.dtype, right: torch.dtype) -> dict[str, int]:
+    half = left == right != torch.float32
+    return {"BLOCK_M": 64 if half else 32, "BLOCK_N": UP_BLOCK_N, "BLOCK_R": 32 if half else 16}
+
+
+def _parts(n_rows: Any, K: Any, rank: Any, t: dict[str, int]) -> int:
+    """Into how many parts the sum over K is split. With a symbolic size, as for few rows, where it matters most."""
+    parts = 16
+    if isinstance(n_rows, int) and isinstance(rank, int):
+        parts = min(parts, PROGRAMS // (triton.cdiv(n_rows, t["BLOCK_M"]) * triton.cdiv(rank, t["BLOCK_R"])))
+    if isinstance(K, int):
+        parts = min(parts, K // (4 * t["BLOCK_K"]))
+    return max(parts, 1)
+
+
+def launch_down(x: Tensor, A: Tensor, scale: Tensor | None) -> Tensor:
+    (n_rows, K), rank = x.shape, A.shape[0]
+    t, warps = down_blocks(A.dtype, rank)
+    if empty(n_rows, rank):
+        return x.new_empty((n_rows, rank), dtype=A.dtype)
+    parts = _parts(n_rows, K, rank, t)
+    h = x.new_empty((parts, n_rows, rank), dtype=A.dtype if parts == 1 else torch.float32)
+    span = triton.cdiv(triton.cdiv(K, parts), t["BLOCK_K"]) * t["BLOCK_K"]
+    grid = (triton.cdiv(n_rows, t["BLOCK_M"]), triton.cdiv(rank, t["BLOCK_R"]), parts)
+    with on_device_of(x):
+        wrap_triton(_down_kernel)[grid](
+            x, A, A if scale is None else scale, h, n_rows, K, rank, span, *x.stride(), *A.stride(),
+            HAS_SCALE=scale is not None, **t, num_warps=warps,
+        )  # fmt: skip
+    return h.view(n_rows, rank) if parts == 1 else h.sum(0).to(A.dtype)
+
+
+def launch_up_add(y: Tensor, h: Tensor, B: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+    """Write to ``out``, which may be ``y`` itself: a program reads its tile before it writes it."""
+    (n_rows, n_cols), t = y.shape, up_blocks(h.dtype, B.dtype)
+    if not empty(n_rows, n_cols):
+        with on_device_of(y):
+            wrap_triton(_up_add_kernel)[(triton.cdiv(n_rows, t["BLOCK_M"]) * triton.cdiv(n_cols, t["BLOCK_N"]),)](
+                y, h, B, scale, out, n_rows, n_cols, B.shape[1],
+                *y.stride(), *h.stride(), *B.stride(), *out.stride(), **t,
+            )  # fmt: skip
+    return out
+
+
+def new_like(y: Tensor) -> Tensor:
+    return y.new_empty(y.shape)
+
+
+@triton_op("adaptc::lora_down", mutates_args=())
+def lora_down(x: Tensor, A: Tensor, scale: Tensor | None = None) -> Tensor:
+    """scale * x A^T, or x A^T: x (M, K), A (R, K), scale () -> (M, R) of A's type."""
+    _check_down(x, A, scale)
+    return launch_down(x, A, scale) if runs_kernels(x) else reference_lora_down(x, A, scale)
+
+
+@triton_op("adaptc::lora_up_add", mutates_args=())
+def lora_up_add(y: Tensor, h: Tensor, B: Tensor, scale: Tensor) -> Tensor:
+    """y + scale * h B^T: y (M, N), h (M, R), B (N, R), scale () -> (M, N) of y's type."""
+    _check_up_add(y, h, B, scale)
+    return launch_up_add(y, h, B, scale, new_like(y)) if runs_kernels(y) else reference_lora_up_add(y, h, B, scale)
+
+
+@lora_down.register_fake
+def _(x: Tensor, A: Tensor, scale: Tensor | None = None) -> Tensor:
+    _check_down(x, A, scale)
+    return x.new_empty((x.shape[0], A.shape[0]), dtype=A.dtype)
+
+
+@lora_up_add.register_fake
+def _(y: Tensor, h: Tensor, B: Tensor, scale: Tensor) -> Tensor:
+    _check_up_add(y, h, B, scale)
+    return new_like(y)
+
+
+def check_scale(op: str, scale: Tensor | None, like: Tensor, shape: tuple[int, ...] = ()) -> None:
+    """Raise BackendError unless ``scale`` is None, or a tensor of that shape beside ``like``."""
+    if scale is not None:
+        check(op, tuple(scale.shape) == shape, f"a scale of shape {shape}", tuple(scale.shape))
+        check(op, scale.device == like.device, f"a scale on {like.device}, where the other tensors are", scale.device)
+
+
+def _check_down(x: Tensor, A: Tensor, scale: Tensor | None) -> None:
+    check("lora_down", x.ndim == 2, "x of shape (M, K)", tuple(x.shape))
+    check("lora_down", A.ndim == 2 and A.shape[1] == x.shape[1], f"A of shape (R, {x.shape[1]})", tuple(A.shape))
+    check_floats("lora_down", x=x, A=A)
+    check_scale("lora_down", scale, x)
+
+
+def _check_up_add(y: Tensor, h: Tensor, B: Tensor, scale: Tensor) -> None:
+    check("lora_up_add", y.ndim == 2, "y of shape (M, N)", tuple(y.shape))
+    check("lora_up_add", B.ndim == 2 and B.shape[0] == y.shape[1], f"B of shape ({y.shape[1]}, R)", tuple(B.shape))
+    low = y.shape[0], B.shape[1]
+    check("lora_up_add", tuple(h.shape) == low, f"h of shape {low}", tuple(h.shape))
+    check_floats("lora_up_add", y=y, h=h, B=B)
+    check_scale("lora_up_add", scale, y)
+
+
+def _save_down(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _down_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    x, A, scale = ctx.saved_tensors
+    need_x, need_A, *_ = ctx.needs_input_grad
+    return (
+        lora_down(g, A.t(), scale).to(x.dtype) if need_x else None,
+        lora_down(x.t(), g.t(), scale).t() if need_A else None,
+        None,
+    )
+
+
+def _save_up_add(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])  # y, the largest, has no part in any gradient
+
+
+def _up_add_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    h, B, scale = ctx.saved_tensors
+    need_y, need_h, need_B, _ = ctx.needs_input_grad
+    return (
+        g if need_y else None,
+        lora_down(g, B.t(), scale).to(h.dtype) if need_h else None,
+        lora_down(g.t(), h.t(), scale).to(B.dtype) if need_B else None,
+        None,
+    )
+
+
+lora_down.register_autograd(_down_backward, setup_context=_save_down)
+lora_up_add.register_autograd(_up_add_backward, setup_context=_save_up_add)
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right^T in float32, the type that kernels sum in; in float64 if one of them is."""
+    high = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
+    return left.to(high) @ right.to(high).t()
+
+
+def reference_lora_down(x: Tensor, A: Tensor, scale: Tensor | None = None) -> Tensor:
+    h = product(x.to(A.dtype), A)
+    return (h if scale is None else scale * h).to(A.dtype)
+
+
+def reference_lora_up_add(y: Tensor, h: Tensor, B: Tensor, scale: Tensor) -> Tensor:
+    return (y + scale * product(h, B)).to(y.dtype).contiguous()
+
+
+def _ahead_down(base: str, adapter: str, rank: int, of_gradient: bool) -> Ahead:
+    """``of_gradient``: with the strides and the scale of a gradient for B."""
+    pointers = {"x_ptr": base, "a_ptr": adapter, "scale_ptr": "fp32", "h_ptr": adapter}
+    name = f"lora_down-{base}-{adapter}-rank{rank}{'-gradient' if of_gradient else ''}"
+    ones = ("x_row", "a_rank") if of_gradient else ("x_col", "a_col")
+    t, warps = down_blocks(NAMES[adapter], rank)
+    a = Ahead.of(_down_kernel, name, pointers, ones, adapter != "fp32", HAS_SCALE=of_gradient, **t)
+    return replace(a, num_warps=warps)
+
+
+def _ahead_up_add(base: str, adapter: str) -> Ahead:
+    pointers = {"y_ptr": base, "h_ptr": adapter, "b_ptr": adapter, "scale_ptr": "fp32", "out_ptr": base}
+    ones = ("y_col", "h_rank", "b_rank", "out_col")
+    t = up_blocks(NAMES[adapter], NAMES[adapter])
+    return Ahead.of(_up_add_kernel, f"lora_up_add-{base}-{adapter}", pointers, ones, adapter != "fp32", **t)
+
+
+AHEAD = [
+    *(
+        _ahead_down(*types, rank, gradient)
+        for types in TYPES
+        for rank, gradient in ((16, False), (16, True), (64, True))
+    ),
+    *(_ahead_down(*types, rank, False) for types in TYPES if types[1] != "fp32" for rank in (32, 64)),
+    *(_ahead_up_add(*types) for types in TYPES),
+]

@@ -1,0 +1,106 @@
+"""Every kernel compiles for the GPUs it is for, keeps to their registers and shared memory, and multiplies as said."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+import pytest
+import triton
+import triton.language as tl
+
+from adaptc import kernels
+from adaptc.errors import BackendError
+from adaptc.kernels._ahead import Ahead, Compiled, compile_ahead
+
+#: Bytes of shared memory that one program may have, by compute capability.
+SHARED = {80: 163 * 1024, 90: 227 * 1024}
+
+
+def _launched(module: ModuleType) -> list[str]:
+    """Kernels with a launch of their own that a module defines; other jit functions are parts of them."""
+    return [n for n, f in vars(module).items() if n.endswith("_kernel") and f.__module__ == module.__name__]
+
+
+MODULES = {m.name: importlib.import_module(f"adaptc.kernels.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)}
+#: Modules with kernels, or with records of them.
+FAMILIES = {n: m for n, m in MODULES.items() if hasattr(m, "AHEAD") or _launched(m)}
+#: Each record once: a module may hand on those of another.
+RECORDS = list({id(a): a for m in FAMILIES.values() for a in getattr(m, "AHEAD", ())}.values())
+#: One of each kernel with matrix instructions, and one without.
+FIRST = list({(a.kernel, a.mma): a for a in reversed(RECORDS)}.values())
+
+
+def _within_limits(a: Ahead, capability: int, *, aligned: bool) -> None:
+    c = compile_ahead(a, capability, aligned=aligned)
+    assert not c.n_spills, f"{c.n_spills} bytes spilled with {c.n_regs} registers"
+    assert c.shared <= SHARED[capability]
+    # One of float32 factors would round them to ten bits, where exact products were promised.
+    assert _multiplies(c) == a.mma
+
+
+def _multiplies(c: Compiled) -> bool:
+    """Whether there are matrix instructions."""
+    return "mma.sync" in c.ptx or "wgmma.mma_async" in c.ptx
+
+
+def test_there_are_families() -> None:
+    assert {"dora", "merge"} <= set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_kernel_has_a_record(name) -> None:
+    records = FAMILIES[name].AHEAD
+    assert records
+    missing = set(_launched(FAMILIES[name])) - {a.kernel.__name__ for a in records}
+    assert not missing
+    assert len({str(a) for a in records}) == len(records), "two records have one name"
+
+
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("a", RECORDS, ids=str)
+def test_compiles_within_limits(a, capability) -> None:
+    _within_limits(a, capability, aligned=True)
+
+
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("a", FIRST, ids=str)
+def test_compiles_within_limits_where_nothing_is_aligned(a, capability) -> None:
+    _within_limits(a, capability, aligned=False)
+
+
+@triton.jit
+def _square(x_ptr, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i[:, None] * n + i[None, :])
+    tl.store(x_ptr + i[:, None] * n + i[None, :], tl.dot(x, x))
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_what_breaks_a_limit_is_seen(capability) -> None:
+    # A tile that is too large for the registers of one warp, and factors that are rounded to tf32.
+    c = compile_ahead(Ahead.of(_square, "square", {"x_ptr": "fp32"}, (), True, num_warps=1, BLOCK=64), capability)
+    assert c.n_spills > 0
+    assert c.n_regs > 200
+    assert c.shared >= 64 * 64 * 4
+    assert _multiplies(c)
+
+
+@pytest.mark.parametrize(
+    ("signature", "values"),
+    [
+        ({"x_ptr": "*fp32", "n": "i32"}, {}),
+        ({"x_ptr": "*fp32", "n": "i32", "BLOCK": "constexpr"}, {}),
+        ({"x_ptr": "*fp32", "n": "i32", "BLOCK": "constexpr", "M": "i32"}, {"BLOCK": 16}),
+        ({"x_ptr": "*fp32", "n": "i32", "BLOCK": "constexpr"}, {"BLOCK": 16, "n": 1}),
+    ],
+)
+def test_a_record_that_does_not_fit_its_kernel_is_refused(signature, values) -> None:
+    with pytest.raises(BackendError, match=r"odd: the signature has .*expected the kernel's arguments \['x_ptr'"):
+        compile_ahead(Ahead(_square, signature, values, name="odd"), 90)
+
+
+def test_what_is_no_kernel_is_refused() -> None:
+    with pytest.raises(BackendError, match=r"expected a triton kernel, found function.*unset TRITON_INTERPRET"):
+        compile_ahead(Ahead(lambda x: x, {}, {}, name="odd"), 90)
