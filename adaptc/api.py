@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from adaptc import merging
 from adaptc.adapters import as_binding, as_config, fitted
 from adaptc.binding import Binding, Slate, bind, embedding_tensors, file_tensors, first_values, joined
 from adaptc.checkpoint import AdapterFile, write_adapter
@@ -244,14 +245,10 @@ def merge(
     attachments = [a for a in program.adaptation.attachments if a.id in ids]
     rest = tuple(a.id for a in program.adaptation.attachments if a.id not in ids)
     fold = Merge(attachments, values, safe, release, bar("merging", progress), rest, AdaptedProgram)
-    merged = fold(program)
-    result = merged.program
-    if program.adaptation.training:
-        result = SetMode(training=False)(result).program
-    new = AdaptedProgram.adopt(result, _bare(program), None, program.backend)
+    new, rows = merging.merge(program, fold)
     new.hoist_limit = program.hoist_limit
     new._origin = origin
-    new.merge_report = MergeReport(merged.data, source)
+    new.merge_report = MergeReport(rows, source)
     return new
 
 

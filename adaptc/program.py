@@ -96,6 +96,7 @@ class AdaptedProgram(ExportedProgram):
         new._originals = dict(originals or {})
         new._origin = None
         new._traces = {}
+        new._merged = {}
         new.merge_report = None
         new._binding = binding
         new.backend = backend
@@ -134,6 +135,7 @@ class AdaptedProgram(ExportedProgram):
     _originals: dict[str, Tensor]
     _origin: Any
     _traces: dict[Any, fx.Graph]
+    _merged: dict[Any, Any]
     _binding: Binding | None
     _executor: Executor | None
     _arguments: Arguments | None

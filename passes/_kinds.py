@@ -155,6 +155,14 @@ class Op:
             up = _block_diagonal(up, self.groups)
         return (up @ a.flatten(1)).reshape(self.out_features, self.in_features, *self.kernel)
 
+    def plus(self, canonical: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        """dense(canonical) + scale * product(a, b); one product that adds to the weight, where one op can."""
+        weight = self.dense(canonical)
+        exact = weight.dtype in (torch.float32, torch.float64)  # the scale must not be rounded with B
+        if exact and weight.ndim == a.ndim == b.ndim == 2 and weight.dtype == a.dtype == b.dtype:
+            return torch.addmm(weight, b * scale, a)
+        return weight + self.product(a, b) * scale
+
     def dense(self, canonical: Tensor) -> Tensor:
         """The same map as a weight that reads every input channel: a grouped convolution as an ungrouped one."""
         return _block_diagonal(canonical, self.groups) if self.groups > 1 else canonical

@@ -149,6 +149,8 @@ class _Injector:
         weight = [self._weight(), *self.slot_nodes]
         if weight[0].meta["val"].dtype.itemsize < 4:
             return Choice("apply", "a weight in half precision would round the change")
+        if self.op.kind == "embedding" and self.op.rest and self.op.rest[0] >= 0:
+            return Choice("apply", "the padding row of a weight takes no gradient, and that of the up projection does")
         key = (self.a.method, self.op, len(nodes), signature_of([n.meta["val"] for n in [*nodes, *weight]]))
         if key not in self.costs.known:
             outside, base = Work(), Work()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import isfinite, nan
+from math import nan
 from typing import Any, ClassVar
 
 import torch
@@ -30,16 +30,45 @@ from adaptc.passes.inject import site_op
 _Bias = tuple[fx.Node | None, list[fx.Node], Tensor]
 
 
+class Sizes:
+    """How far a merge moved a weight and how far rounding did, measured when first asked: most reports are not read.
+
+    NaN if the weight, before or after, was written to in between. What is measured is held until then.
+    """
+
+    def __init__(self, exact: Callable[[], Tensor], stored: Tensor, rounded: Tensor) -> None:
+        self._of: Any = exact, stored, rounded
+        self._versions = _versions(stored, rounded)
+        self._found = nan, nan
+
+    def __call__(self) -> tuple[float, float]:
+        if self._of is not None:
+            exact, stored, rounded = self._of
+            self._of = None
+            if _versions(stored, rounded) == self._versions:
+                value = rounded if rounded.dtype in (torch.float32, torch.float64) else exact()
+                error = 0.0 if rounded.dtype == value.dtype else _largest(value, rounded)
+                self._found = _largest(value, stored), error
+        return self._found
+
+
 @dataclass(frozen=True)
 class SiteMerge:
     """One merged weight. ``delta`` is the largest change of an element, ``error`` the largest rounding of one."""
 
     site: str
     fqn: str
-    delta: float
-    error: float
     dtype: torch.dtype
+    sizes: Callable[[], tuple[float, float]] = field(repr=False, compare=False)
     untied: bool = False
+
+    @property
+    def delta(self) -> float:
+        return self.sizes()[0]
+
+    @property
+    def error(self) -> float:
+        return self.sizes()[1]
 
 
 @dataclass(frozen=True)
@@ -67,16 +96,27 @@ class Merge(Pass):
             reason = a.method.check_merge(site_op(lifted, a))
             if reason is not None:
                 raise MergeError(f"site {a.id!r} cannot be merged: {reason}. Keep it as an adapter, or unload() it.")
-        ops = {a.id: site_op(lifted, a) for a in self.attachments}
+        ops, groups = self._groups(lifted)
+        remove_regions(lifted, [*self.drop, *(a.id for a in self.attachments)])
+        if self.release is not None:  # What is given up cannot come back, so nothing may fail later than here.
+            for group in groups:
+                self._evaluate(lifted, group, ops)
+        rows = [self._site(lifted, group, ops) for group in self.progress(groups)]
+        return PassResult(lifted.finish(self.make), len(rows), data=tuple(rows))
+
+    def weights(self, program: ExportedProgram) -> tuple[list[Tensor], list[SiteMerge]]:
+        """The weights this merge puts in a program, in the order of its rows, and the rows; the program stays."""
+        lifted = Lifted(program, edit=False)
+        ops, groups = self._groups(lifted)
+        made = [(g[0].fqn, self._evaluate(lifted, g, ops)) for g in self.progress(groups)]
+        return [_stored(lifted, fqn, value) for fqn, (value, _, _) in made], [row for _, (_, _, row) in made]
+
+    def _groups(self, lifted: Lifted) -> tuple[dict[str, Op], list[list[Attachment]]]:
+        """The op of each attachment, and the attachments by their weights."""
         groups: dict[str, list[Attachment]] = {}
         for a in self.attachments:
             groups.setdefault(a.fqn, []).append(a)
-        remove_regions(lifted, [*self.drop, *(a.id for a in self.attachments)])
-        if self.release is not None:  # What is given up cannot come back, so nothing may fail later than here.
-            for group in groups.values():
-                self._evaluate(lifted, group, ops)
-        rows = [self._site(lifted, group, ops) for group in self.progress(list(groups.values()))]
-        return PassResult(lifted.finish(self.make), len(rows), data=tuple(rows))
+        return {a.id: site_op(lifted, a) for a in self.attachments}, list(groups.values())
 
     def _site(self, lifted: Lifted, group: list[Attachment], ops: Mapping[str, Op]) -> SiteMerge:
         first = group[0]
@@ -99,27 +139,34 @@ class Merge(Pass):
         first = group[0]
         stored = lifted.tensor(first.fqn)
         high = stored.dtype if stored.dtype == torch.float64 else torch.float32
-        exact = stored.to(high) if stored.is_floating_point() else stored
-        arguments: dict[str, tuple[dict[str, Tensor], Tensor | None]] = {}
-        for a in group:
-            slots = {n: _high(self.values[f], high) for n, f in a.slots.items()}
-            scale = None if a.scale is None else self.values[a.scale].to(high)
-            arguments[a.id] = slots, scale
-            op = ops[a.id]
-            exact = op.stored(a.method.evaluated().weight(op, op.canonical(exact), slots, scale))
-        rounded = _like(stored, exact.to(stored.dtype))
+        arguments = {a.id: self._arguments(a, high) for a in group}
+
+        @torch.no_grad()
+        def exact() -> Tensor:
+            value = stored.to(high) if stored.is_floating_point() else stored
+            for a in group:
+                op = ops[a.id]
+                value = op.stored(a.method.evaluated().weight(op, op.canonical(value), *arguments[a.id]))
+            return value
+
+        rounded = _like(stored, exact().to(stored.dtype))
         if any(_memory(rounded) == _memory(self.values[f]) for a in group for f in a.slots.values()):
             rounded = rounded.clone()  # a slot that is the weight may be trained on
-        delta, error = _largest(exact, stored), 0.0 if rounded.dtype == exact.dtype else _largest(exact, rounded)
-        # Finite differences from a finite weight say that the result is finite, without a pass of its own over it.
-        if not (isfinite(delta) and isfinite(error)):
-            self._check_finite(first, first.fqn, rounded)
+        self._check_finite(first, first.fqn, rounded)
+        sizes = Sizes(exact, stored, rounded)
+        if self.release is not None:
+            sizes()  # what it is of goes
         changing = [a for a in group if a.method.has_bias()]
         biases = list(self._biases(lifted, changing, ops, arguments, high)) if changing else []
-        return rounded, biases, SiteMerge(first.id, first.fqn, delta, error, stored.dtype)
+        return rounded, biases, SiteMerge(first.id, first.fqn, stored.dtype, sizes)
+
+    def _arguments(self, a: Attachment, high: torch.dtype) -> tuple[dict[str, Tensor], Tensor | None]:
+        slots = {n: _high(self.values[f], high) for n, f in a.slots.items()}
+        return slots, None if a.scale is None else self.values[a.scale].to(high)
 
     def _check_finite(self, a: Attachment, what: str, value: Tensor) -> None:
-        if self.safe and not bool(torch.isfinite(value).all()):
+        # NaN and infinity show in the sum, which takes no memory; so does an overflow of finite values.
+        if self.safe and not bool(value.sum().isfinite()) and not bool(torch.isfinite(value).all()):
             raise MergeError(
                 f"merging {a.id!r} gives values in {what!r} that are not finite in {value.dtype}. The "
                 "adapter holds NaN or infinite values, or the sum overflows the dtype; load a sound adapter, merge "
@@ -130,8 +177,7 @@ class Merge(Pass):
         node = lifted.placeholders[a.fqn]
         read = {n for n, _ in consumers(node)}
         mine = {n for n in read if n.name in a.consumers}
-        parameter = lifted.specs[node.name].kind == InputKind.PARAMETER
-        new = torch.nn.Parameter(value, requires_grad=False) if parameter else value
+        new = _stored(lifted, a.fqn, value)
         if value.shape != lifted.tensor(a.fqn).shape:
             for n in mine:
                 make_dense(n, remember=False)
@@ -200,6 +246,12 @@ class Merge(Pass):
             lifted.split(target, readers(lifted.graph, source, nodes), value)
 
 
+def _stored(lifted: Lifted, fqn: str, value: Tensor) -> Tensor:
+    """``value`` as what it is put in place of: a parameter, or another tensor."""
+    parameter = lifted.specs[lifted.placeholders[fqn].name].kind == InputKind.PARAMETER
+    return torch.nn.Parameter(value, requires_grad=False) if parameter else value
+
+
 def _parameter(node: fx.Node | None) -> fx.Node | None:
     """The placeholder a bias comes from, through casts; None when it is computed."""
     while node is not None and node.op != "placeholder":
@@ -216,6 +268,10 @@ def _like(stored: Tensor, value: Tensor) -> Tensor:
 
 def _memory(t: Tensor) -> int:
     return t.untyped_storage().data_ptr()
+
+
+def _versions(*tensors: Tensor) -> list[int]:
+    return [0 if t.is_inference() else t._version for t in tensors]
 
 
 def _largest(a: Tensor, b: Tensor) -> float:

@@ -194,18 +194,20 @@ def test_merge_report_tells_untied_weights() -> None:
     assert ", 1 untied" in str(report)
 
 
+def site_merge(n: int, delta: float, error: float) -> SiteMerge:
+    return SiteMerge(f"s{n}|lora", f"layers.{n}.weight", torch.float16, lambda: (delta, error))
+
+
 def test_merge_report_puts_the_worst_first_and_counts_the_rest() -> None:
-    sites = [
-        SiteMerge(f"s{i}|lora", f"layers.{i}.weight", 0.5, (i * 37 % 101) / 1000, torch.float16) for i in range(97)
-    ]
-    report = MergeReport([*sites, SiteMerge("g|lora", "grouped.weight", nan, 0.5, torch.float16)], "x")
+    sites = [site_merge(i, 0.5, (i * 37 % 101) / 1000) for i in range(97)]
+    report = MergeReport([*sites, site_merge(97, nan, 0.5)], "x")
     worst = report.worst()
-    assert worst[0].fqn == "grouped.weight"
+    assert worst[0].fqn == "layers.97.weight"
     assert [s.error for s in worst] == sorted((s.error for s in report.sites), reverse=True)
     text = str(report)
     rows = [line for line in text.splitlines() if ".weight" in line]
     assert len(rows) == 20
-    assert "grouped.weight" in rows[0]
+    assert "layers.97.weight" in rows[0]
     assert f"and 78 more, each with a rounding error of at most {worst[20].error:.2e}" in text
     assert (report.max_delta, report.max_error) == (0.5, 0.5)
 

@@ -188,7 +188,7 @@ class Sequences(RuleBasedStateMachine):
             torch.testing.assert_close(bound(ids).double(), expected(tensors, scale, ids), **close)
         self.program.graph.lint()
         self.program.validate()
-        torch.testing.assert_close(self.program.module()(ids), self.program(ids), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(self.program.module()(ids), self.program(ids), **close)
         for name, value in self.base.items():
             assert torch.equal(base_model().state_dict()[name], value)
 

@@ -229,7 +229,10 @@ class Lora(Method):
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         A, B = self._factors(op, slots)
-        return cast(op.dense(W) + op.product(A, B) * scale, W.dtype)
+        return cast(op.plus(W, A, B, scale), W.dtype)
+
+    def has_bias(self) -> bool:
+        return self.with_bias
 
     def bias(self, op: Op, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor | None:
         if not self.with_bias:
