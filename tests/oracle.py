@@ -278,4 +278,5 @@ class Oracle:
             got = ours.state_dict[name]
             assert got.dtype == want.dtype, name
             torch.testing.assert_close(got, want, rtol=tol, atol=tol, msg=lambda m, n=name: f"{n}: {m}")
-        assert_same(run(ours, self.family, 3, 7), run(theirs, self.family, 3, 7))
+        # The weights may differ in their last bit: the scale is in B here, and on the product there.
+        assert_same(run(ours, self.family, 3, 7), run(theirs, self.family, 3, 7), 1e-5)

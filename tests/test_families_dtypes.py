@@ -122,7 +122,8 @@ def test_merged_weights_are_rounded_once(case: tuple[Oracle, Family, torch.dtype
         adapted += 1
         ours_off, theirs_off = (got.double() - exact[key]).abs(), (want.double() - exact[key]).abs()
         assert bool((ours_off <= exact[key].abs() * torch.finfo(dtype).eps * 0.501 + 1e-7).all()), key
-        assert float(ours_off.mean()) <= float(theirs_off.mean()), key
+        # Where both round the same sum, its last bit in float32 decides.
+        assert float(ours_off.mean()) <= float(theirs_off.mean()) * (1 + 1e-5), key
     assert adapted == len(oracle.modules())
     out = run(merged, family, 3, 7)
     assert {k: v.dtype for k, v in tensors_of(out).items()} == {

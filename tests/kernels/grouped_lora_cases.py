@@ -170,6 +170,8 @@ def test_all_types(x: torch.dtype, bank: torch.dtype) -> None:
 
 @given(cases(), st.randoms())
 def test_rows_in_another_order(c: Case, random: object) -> None:
+    # Exact sums: the interpreter's own products depend on where in a tile a row lies, the hardware's do not.
+    c = numbers(c, Tensor.sign)
     order = list(range(len(c.index)))
     random.shuffle(order)
     moved = replace(c, x=c.x[order], y=c.y[order], index=c.index[order])
