@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -115,6 +116,7 @@ def test_the_buffer_is_given_up_with_the_base() -> None:
     prefix = program._arguments.get("stacked")
     buffer = StorageWeakRef(next(t for t in prefix.originals if t.shape == (20, 7)).untyped_storage())
     del prefix
+    gc.collect()  # what is left of capturing the model
     merged = adaptc.merge(program, keep_base=False)
     assert buffer.expired()
     close(merged(rows(2)), expected)
