@@ -208,7 +208,7 @@ class AdaptedProgram(ExportedProgram):
     def fuse(self, value: bool | frozenset[str]) -> None:
         if value != self._fuse:
             with self._lock:
-                self._fuse, self._executor, self._arguments = value, None, None
+                self._fuse, self._executor, self._arguments, self._base_program = value, None, None, None
 
     @property
     def hoist_limit(self) -> int | None:
@@ -323,7 +323,9 @@ class AdaptedProgram(ExportedProgram):
         if self._binding is not None and fqn in self._binding.base:
             base = {k: v for k, v in self._binding.base.items() if k != fqn}
             self._binding = replace(self._binding, base=base)
+        # What was remembered of merges at other sites holds base tensors too.
         self._executor = self._arguments = self._base_program = None
+        self._merged = {}
 
     def _check_whole(self) -> None:
         if self._given_up:

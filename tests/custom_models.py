@@ -273,3 +273,14 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.down(torch.tanh(self.norm(self.up(self.embed(x)))))
         return self.classifier(torch.tanh(self.batch(x.mean(1))))
+
+
+class UpDown(nn.Module):
+    """Two linear layers, one on the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(7, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).tanh())

@@ -63,7 +63,7 @@ def compiled(
 
 
 def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-14)
 
 
 def test_a_fused_program_computes_what_its_graph_says() -> None:
@@ -267,6 +267,12 @@ class TestBase:
         buffers = [{t.data_ptr() for t in tensors if t.shape == (20, 7)} for tensors in lists]
         assert buffers[0] == buffers[1]
         assert len(buffers[0]) == 1
+
+    def test_is_fused_as_its_program_is(self) -> None:
+        program = compiled()
+        assert program.base.fuse is True
+        program.fuse = False
+        assert program.base.fuse is False
 
     def test_what_has_no_base_says_so(self, tmp_path: Any) -> None:
         config = LoraConfig(r=2, target_modules=["q"], init_lora_weights="pissa")

@@ -8,30 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import adaptc
 from adaptc import LoraConfig
 from adaptc.passes.merge import Merge
-from tests.custom_models import Tied
+from tests.custom_models import Tied, UpDown
 
 X = torch.randn(3, 4, 7, generator=torch.Generator().manual_seed(3))
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(7, 5), nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.up(x).tanh())
 
 
 def compiled(**options: Any) -> adaptc.AdaptedProgram:
     torch.manual_seed(1)
     training = options.pop("training", False)
     config = LoraConfig(**{"r": 2, "target_modules": ["up", "down"], "init_lora_weights": False, **options})
-    return adaptc.compile(Net(), config, example_inputs=X, training=training)
+    return adaptc.compile(UpDown(), config, example_inputs=X, training=training)
 
 
 def state(seed: int, *sites: str) -> dict[str, Tensor]:
@@ -155,6 +147,17 @@ def test_tied_weights() -> None:
     same(second, first, ids)
     assert first.merge_report.untied == second.merge_report.untied == ("embed.weight",)
     assert torch.equal(second.state_dict["head.weight"], model.head.weight)
+
+
+def test_what_is_remembered_holds_no_base_that_is_given_up() -> None:
+    program = compiled()
+    adaptc.swap(program, state(2, "up"))
+    adaptc.merge(program)  # a graph with the base's own down.weight
+    adaptc.swap(program, state(2))
+    old = StorageWeakRef(program.base_tensors["down.weight"].untyped_storage())
+    gc.collect()  # what is left of capturing the model
+    adaptc.merge(program, keep_base=False)
+    assert old.expired()
 
 
 def test_giving_up_the_base_after_a_merge(passes: list[Any]) -> None:

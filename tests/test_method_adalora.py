@@ -200,7 +200,7 @@ def test_twenty_steps_are_pefts(tmp_path: Path):
         x, y = batch(step)
         loss = nn.functional.mse_loss(module(x), y) + adaptc.orthogonal_loss(program)
         expected = wrapped.base_model(x, y).loss  # a PeftModel without a task forgets the penalty
-        torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+        torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
         loss.backward()
         expected.backward()
         grads = {n: p.grad for n, p in theirs(wrapped).items()}

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import adaptc
 from adaptc import LoraConfig, _mapped
 from adaptc._recipes import MOST, recipes_of
 from adaptc.adapters import as_binding
 from adaptc.errors import CheckpointError, SwapError
+from tests.custom_models import UpDown
 from tests.method_checks import FILE, randomized, subject
 from tests.method_table import ENTRIES
 
@@ -54,22 +55,13 @@ def test_every_method(entry: str, tmp_path: Path) -> None:
         state = dict(load_file(path / FILE))
         same(as_binding(program, state), as_binding(other, state))
     adaptc.swap(program, paths[2])
-    torch.testing.assert_close(program(*s.args(5)), s.compile(paths[2])(*s.args(5)), rtol=1e-10, atol=1e-10)
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(7, 5), nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.up(x).tanh())
+    torch.testing.assert_close(program(*s.args(5)), s.compile(paths[2])(*s.args(5)), rtol=1e-13, atol=1e-14)
 
 
 def compiled(dtype: torch.dtype = torch.float32, **options: Any) -> adaptc.AdaptedProgram:
     torch.manual_seed(1)
     config = LoraConfig(**{"r": 2, "target_modules": ["up", "down"], "init_lora_weights": False, **options})
-    return adaptc.compile(Net().to(dtype), config, example_inputs=torch.randn(3, 7, dtype=dtype))
+    return adaptc.compile(UpDown().to(dtype), config, example_inputs=torch.randn(3, 7, dtype=dtype))
 
 
 def written(path: Path, seed: int = 0, **options: Any) -> Path:
