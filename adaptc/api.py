@@ -281,6 +281,19 @@ def unload(program: AdaptedProgram) -> AdaptedProgram:
     return new
 
 
+def lower(program: AdaptedProgram) -> AdaptedProgram:
+    """The program with its adapters as fused Triton kernels in its graph, for files and artifacts that run on a GPU.
+
+    Calls need no lowering: those of a program on a GPU run kernels anyhow (:attr:`AdaptedProgram.kernels`). Where a
+    site has no kernels its region stays ATen, and ``report`` says why. The result swaps, merges, unloads and saves as
+    ``program`` does; ``program`` stays plain ATen. Loading it needs adaptc, triton and a GPU.
+    Raises BackendError where the base is not on a GPU, or triton is not installed.
+    """
+    from adaptc.lowering import lowered
+
+    return lowered(program)
+
+
 def save(program: ExportedProgram, path: str | os.PathLike[str]) -> Path:
     """Write a program as ``.pt2`` (torch.export's format), aside first and then moved into place.
 
@@ -383,6 +396,7 @@ __all__ = [
     "compile",
     "load",
     "load_package",
+    "lower",
     "merge",
     "package",
     "report",

@@ -17,8 +17,9 @@ from torch.export import ExportedProgram
 from adaptc._other_names import base_name
 from adaptc.adapters import from_dict
 from adaptc.binding import Binding, joined
-from adaptc.errors import CheckpointError
+from adaptc.errors import BackendError, CheckpointError
 from adaptc.inductor import compilable
+from adaptc.lowering import register_kernels
 from adaptc.methods._registry import method_of
 from adaptc.passes._lifted import Lifted
 from adaptc.passes._method import Attachment
@@ -31,6 +32,9 @@ from adaptc.several import together
 
 # How torch.export writes the output type of a transformers model; a file cannot name any other module to import.
 _OUTPUT_TYPE = re.compile(rb'\\"type\\": \\"(transformers\.(?:modeling_outputs|models\.\w+\.modeling_\w+))\.\w+\\"')
+
+# How it writes an op of adaptc.kernels.
+_KERNEL = b'"torch.ops.adaptc.'
 
 
 def save_program(program: ExportedProgram, path: Path) -> Path:
@@ -49,25 +53,32 @@ def save_program(program: ExportedProgram, path: Path) -> Path:
 
 
 def load_program(path: Path, backend: str = "eager") -> AdaptedProgram:
-    """Raises CheckpointError when the file is missing, damaged or not a program."""
+    """Raises CheckpointError when the file is missing, damaged or not a program, BackendError when it holds kernels
+    that cannot run here."""
     check_backend(backend)
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
     try:
-        _import_output_types(path)
+        _import_what_it_names(path)
         program = torch.export.load(path)
+    except BackendError:
+        raise
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} cannot be read as an exported program: {first}") from error
     return from_program(program, backend, str(path))
 
 
-def _import_output_types(path: Path) -> None:
-    """Import the classes of a program's outputs: torch.export.load knows only those that are imported already."""
+def _import_what_it_names(path: Path) -> None:
+    """Import the classes of a program's outputs and the ops of its kernels: torch.export.load knows only what is
+    imported already."""
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
             if name.endswith(".json") and "/models/" in name:
-                for module in set(_OUTPUT_TYPE.findall(archive.read(name))):
+                text = archive.read(name)
+                if _KERNEL in text:
+                    register_kernels(str(path))
+                for module in set(_OUTPUT_TYPE.findall(text)):
                     importlib.import_module(module.decode())
 
 

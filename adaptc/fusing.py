@@ -13,8 +13,9 @@ call. Where the limit on hoisted memory leaves no room for what fusing stacks, t
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import isfinite
 from typing import Any
@@ -36,19 +37,29 @@ PLAIN, STACKED, APART = "plain", "stacked", "apart"
 @dataclass(frozen=True)
 class Fusion:
     """What was fused: ``layers`` in ``groups`` that read one tensor each, ``adapted`` of them with an adapter; ``rows``
-    up to which the adapters of a group are stacked."""
+    up to which the adapters of a group are stacked. On a GPU ``kernels``: regions that run as fused kernels, ``others``
+    why those of other sites do not, and ``rows`` up to which layers are not grouped."""
 
     groups: int = 0
     layers: int = 0
     adapted: int = 0
     rows: float = 0.0
+    kernels: int = 0
+    others: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        if not self.groups:
-            return ""
-        adapters = f", {self.adapted} with an adapter" if self.adapted else ""
-        until = f" (stacked for up to {self.rows:.0f} rows)" if adapters and isfinite(self.rows) else ""
-        return f"fused: {self.layers} layers in {self.groups} products{adapters}{until}"
+        lines = []
+        if self.groups:
+            adapters = f", {self.adapted} with an adapter" if self.adapted else ""
+            until = f" (stacked for up to {self.rows:.0f} rows)" if adapters and isfinite(self.rows) else ""
+            if self.kernels:
+                until = f" (above {self.rows:.0f} rows)"
+            lines.append(f"fused: {self.layers} layers in {self.groups} products{adapters}{until}")
+        if self.kernels:
+            lines.append(f"fused kernels: {self.kernels} regions")
+        reasons = Counter(self.others.values())
+        lines += [f"no fused kernel for {count}: {why}" for why, count in reasons.most_common()]
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,35 +121,37 @@ class Codes:
         """For the report."""
         if not self.fuses:
             return Fusion()
-        _, groups = self._grouped()
+        _, groups = self.grouped()
         _, rows = stacked_is_cheaper(groups)
         layers = sum(len(g.members) for g in groups)
         return Fusion(len(groups), layers, sum(len(g.updates) for g in groups), rows)
 
     @cached_property
     def _stacked(self) -> Callable[[Mapping[str, int]], bool]:
-        return stacked_is_cheaper(self._grouped()[1])[0]
+        return stacked_is_cheaper(self.grouped()[1])[0]
 
     @cached_property
-    def _clean(self) -> fx.Graph:
+    def clean(self) -> fx.Graph:
+        """The graph all codes are made from."""
         graph = copy_graph(self.module.graph)
         canonicalize(graph, self.users, self.differentiable)
         return graph
 
-    def _grouped(self) -> tuple[fx.Graph, list[Group]]:
-        graph = copy_graph(self._clean)
+    def grouped(self) -> tuple[fx.Graph, list[Group]]:
+        """A copy of the clean graph, and what can be fused in it."""
+        graph = copy_graph(self.clean)
         stages = [self.base, self.slots]
         fold_scales(graph, stages_of(graph, stages))
         return graph, find_groups(graph, self.packable, stages_of(graph, stages), updates=True)
 
     def _make(self, kind: str) -> Variant:
         if kind == PLAIN:
-            return self._variant(copy_graph(self._clean), ())
-        graph, groups = self._grouped()
+            return self._variant(copy_graph(self.clean), ())
+        graph, groups = self.grouped()
         if not groups:
             return self.get(PLAIN)
         before = {n.name for n in graph.nodes}
-        packs = tuple(fuse(graph, groups, self.users, stacked=kind == STACKED))
+        packs = tuple(self.write(graph, groups, kind))
         made = self._variant(graph, packs)
         if self.limit is not None:
             stages = stages_of(graph, [self.base | {p.name for p in packs}, self.slots])
@@ -146,6 +159,10 @@ class Codes:
             if new & {n.name for n in made.code.main.graph.nodes}:
                 return self.get(PLAIN)
         return made
+
+    def write(self, graph: fx.Graph, groups: Sequence[Group], kind: str) -> Sequence[Pack]:
+        """Fuse the groups of a graph."""
+        return fuse(graph, groups, self.users, stacked=kind == STACKED)
 
     def _variant(self, graph: fx.Graph, packs: tuple[Pack, ...]) -> Variant:
         names = [p.name for p in packs]

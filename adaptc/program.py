@@ -73,6 +73,7 @@ class AdaptedProgram(ExportedProgram):
     _shared = False
     _hoist_limit: int | None = None
     _fuse: bool | frozenset[str] = True
+    _kernels: bool | None = None
     _base_program: AdaptedProgram | None = None
 
     @classmethod
@@ -211,6 +212,21 @@ class AdaptedProgram(ExportedProgram):
                 self._fuse, self._executor, self._arguments, self._base_program = value, None, None, None
 
     @property
+    def kernels(self) -> bool | None:
+        """Whether calls run adapters as fused Triton kernels (``adaptc.kernels``), where their methods have them.
+
+        None: where the base is on a GPU. True elsewhere computes what the kernels would, with torch alone. ``report``
+        says which sites have none, and why. Setting it makes the code anew.
+        """
+        return self._kernels
+
+    @kernels.setter
+    def kernels(self, value: bool | None) -> None:
+        if value != self._kernels:
+            with self._lock:
+                self._kernels, self._executor, self._arguments = value, None, None
+
+    @property
     def hoist_limit(self) -> int | None:
         """Bytes that values computed once per binding may hold; None for any number, 0 to compute all in every call.
 
@@ -271,6 +287,7 @@ class AdaptedProgram(ExportedProgram):
                         self._originals,
                         self._hoist_limit,
                         self._fuse,
+                        self._kernels,
                     )
         return self._executor
 

@@ -29,6 +29,7 @@ from adaptc.errors import AdaptcError, BackendError, RecompileError
 from adaptc.fusing import PLAIN, Codes, Fusion, sizes_of
 from adaptc.hoisting import Held, Prefix
 from adaptc.inputs import Inputs
+from adaptc.lowering import LoweredCodes, runs_on_gpu
 from adaptc.packing import pack, packable
 from adaptc.passes._kinds import Op
 from adaptc.passes._lifted import Lifted, storage_key
@@ -59,6 +60,7 @@ class Executor:
         originals: Mapping[str, Tensor] | None = None,
         hoist_limit: int | None = None,
         fuse: bool | Collection[str] = True,
+        kernels: bool | None = None,
     ) -> None:
         check_backend(backend)
         self.backend, self.attachments, self.ops = backend, attachments, ops
@@ -87,13 +89,13 @@ class Executor:
         self._names = [s.arg.name for s in signature.input_specs if s.kind != InputKind.USER_INPUT]
         self._compiling, self._binding = threading.Lock(), threading.Lock()
         self._training = training
-        self._codes = self._split(hoist_limit, fuse)
+        self._codes = self._split(hoist_limit, fuse, kernels)
         self._where = self._inputs.where()
         self.fixed_kind = PLAIN if training else self._codes.kind(example_sizes(program))
         self._compiled: Callable[..., Any] | None = None
         self._arguments: WeakKeyDictionary[Binding, Arguments] = WeakKeyDictionary()
 
-    def _split(self, limit: int | None, fuse: bool | Collection[str]) -> Codes:
+    def _split(self, limit: int | None, fuse: bool | Collection[str], kernels: bool | None) -> Codes:
         """What is frozen: of the base for all bindings, of the slots for one that is not trained. A program that trains
         holds nothing of its slots."""
         mutated = {storage_key(self._base[n]) for _, n in self._mutated if n is not None}
@@ -105,7 +107,11 @@ class Executor:
         free = {index[n] for n, t in tensors.items() if n in names and packable(t)} & base
         frozen = set() if self._training else {index[f] for f in slots if f in index}
         compiled = self.backend == "inductor"
-        return Codes(self.module, self._names, base, frozen, free, limit, compiled, bool(fuse), self._training)
+        made = (self.module, self._names, base, frozen, free, limit, compiled, bool(fuse), self._training)
+        wanted = runs_on_gpu(tensors.values()) if kernels is None else kernels
+        if not wanted or not self.attachments:
+            return Codes(*made)
+        return LoweredCodes(*made, attachments=self.attachments, ops=self.ops, placeholders=index)
 
     @property
     def fusion(self) -> Fusion:

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op
+from torch.library import custom_op, triton_op
 
 from adaptc.kernels._ahead import Ahead
 from adaptc.kernels._launch import check, check_floats, on_device_of, runs_kernels, wrap_triton
@@ -120,6 +120,21 @@ def sibling_table(widths: Sequence[int], ranks: Sequence[int], device: torch.dev
         ]
         column, h_column, begin = column + width, h_column + rank, begin + width * rank
     return torch.tensor(rows, dtype=torch.int64, device=device).reshape(-1, FIELDS)
+
+
+@custom_op("adaptc::sibling_table", mutates_args=())
+def _table_op(matrices: Sequence[Tensor]) -> Tensor:
+    widths, ranks = zip(*(B.shape for B in matrices), strict=True)
+    return sibling_table(widths, ranks, matrices[0].device)
+
+
+@_table_op.register_fake
+def _(matrices: Sequence[Tensor]) -> Tensor:
+    return matrices[0].new_empty((sum(-(-B.shape[0] // UP_BLOCK_N) for B in matrices), FIELDS), dtype=torch.int64)
+
+
+#: the table for up projections, each (width, rank), as an op: a graph that has it holds for every rank
+sibling_table_of = torch.ops.adaptc.sibling_table.default
 
 
 def _check(y: Tensor, h: Tensor, B: Tensor, table: Tensor, scales: Tensor, widths: Sequence[int]) -> None:

@@ -6,6 +6,7 @@ A method states its meaning once, as a pure function on the canonical weight (se
     input(op, x, slots, scale) -> x'             optional and cheaper: together they must equal op(x, weight(W)), with
     apply(op, x', y, W, b, slots, scale) -> y'   y = op(x', W, b); a method may have either, both or none
     bias(op, b, slots, scale) -> b'              only for methods that change the bias
+    fused(op, x, W, b, slots, scale) -> y'       optional: apply and input by kernels for a GPU
 
 Injection, merge, unmerge, save, load, swap and every layer kind follow from these. Methods are frozen dataclasses of
 the options that shape them, so that equal methods on equal shapes share one trace.
@@ -216,6 +217,18 @@ class Method:
         y = op(x, W, b)
         return self.apply(op, x, y, W, b, slots, scale) if self.has_apply(op) else y
 
+    def fused(self, op: Op, x: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
+        """What :meth:`outside` computes, up to rounding, with kernels made for a GPU; optional."""
+        raise AssertionError(f"{type(self).__name__} has no fused()")
+
+    def unfused(self, op: Op) -> str:
+        """Why :meth:`fused` is not defined at this site; '' where it is. Not in a class that changes the other forms of
+        one that has it."""
+        owner = _owner(type(self), "fused")
+        if owner is not Method and all(issubclass(owner, _owner(type(self), n)) for n in ("apply", "input", "bias")):
+            return ""
+        return f"{self.name} has no kernels"
+
     def has_bias(self) -> bool:
         return type(self).bias is not Method.bias
 
@@ -227,6 +240,11 @@ class Method:
         """Where a slot lives in the program's state dict (PEFT's name in a wrapped model)."""
         head, _, tail = slot.partition(".")
         return ".".join(p for p in (place, head, adapter, tail) if p)
+
+
+def _owner(method: type[Method], name: str) -> type:
+    """The class that defines a function of the protocol."""
+    return next(c for c in method.__mro__ if name in vars(c))
 
 
 def _kin(method: type[Method]) -> Any:

@@ -36,8 +36,9 @@ def region_of(
     method: Method, op: Op, form: str, names: Sequence[str], scaled: bool, fakes: Sequence[Tensor]
 ) -> fx.Graph:
     """A method's region at a site. Inputs: x for "input", x, y, W and, for "apply_bias", the bias for the apply form, W
-    for the weight form, y and the bias for "bias", y for "new_bias"; then the slots called ``names``, then the scale if
-    ``scaled``. Equal arguments give graphs that are equal node by node."""
+    for the weight form, y and the bias for "bias", y for "new_bias", x, W and, for "fused_bias", the bias for the fused
+    form; then the slots called ``names``, then the scale if ``scaled``. Equal arguments give graphs that are equal node
+    by node."""
 
     def split(tensors: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
         return dict(zip(names, tensors, strict=False)), tensors[-1] if scaled else None
@@ -50,6 +51,12 @@ def region_of(
 
     def behind_biased(x: Tensor, y: Tensor, w: Tensor, b: Tensor, *slots: Tensor) -> Tensor:
         return method.apply(op, x, y, op.canonical(w), b, *split(slots))
+
+    def fused(x: Tensor, w: Tensor, *slots: Tensor) -> Tensor:
+        return method.fused(op, x, op.canonical(w), None, *split(slots))
+
+    def fused_biased(x: Tensor, w: Tensor, b: Tensor, *slots: Tensor) -> Tensor:
+        return method.fused(op, x, op.canonical(w), b, *split(slots))
 
     def in_front(w: Tensor, *slots: Tensor) -> Tensor:
         return op.stored(method.weight(op, op.canonical(w), *split(slots)))
@@ -66,6 +73,8 @@ def region_of(
         "input": before,
         "apply": behind,
         "apply_bias": behind_biased,
+        "fused": fused,
+        "fused_bias": fused_biased,
         "weight": in_front,
         "bias": changed,
         "new_bias": added,

@@ -16,7 +16,7 @@ strides are left alone. The ranks are in no node, so that every adapter runs thr
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,7 +110,7 @@ def find_groups(graph: fx.Graph, base: Collection[str], frozen: Collection[fx.No
         member = _with_update(node, frozen) if updates else Member(node)
         if member.result in kept:
             member = Member(node)
-        if node in kept or not _takes_slices(member.result, kept):
+        if node in kept or not takes_slices(member.result, kept):
             continue
         x: fx.Node = node.args[0]  # type: ignore[assignment]
         key = (x, member.weight.meta["val"].dtype, member.bias is None)
@@ -167,7 +167,7 @@ def _projection(node: Any, frozen: Collection[fx.Node]) -> fx.Node | None:
     return node if fits else None
 
 
-def _takes_slices(value: fx.Node, kept: Collection[fx.Node]) -> bool:
+def takes_slices(value: fx.Node, kept: Collection[fx.Node]) -> bool:
     """Whether all that reads ``value`` works on memory that is not contiguous, once its views are reshapes."""
     todo, seen = [value], {value}
     while todo:
@@ -183,9 +183,16 @@ def _takes_slices(value: fx.Node, kept: Collection[fx.Node]) -> bool:
     return True
 
 
-def fuse(graph: fx.Graph, groups: Sequence[Group], inputs: Collection[str], stacked: bool) -> list[Pack]:
+def fuse(
+    graph: fx.Graph,
+    groups: Sequence[Group],
+    inputs: Collection[str],
+    stacked: bool,
+    fuser: Callable[..., Fuser] | None = None,
+) -> list[Pack]:
     """Rewrite ``groups`` in place. ``inputs``: the user's placeholders; ``stacked``: with blocks of zeros, for few
-    rows. Returns the inputs that are new, in order behind the lifted ones."""
+    rows; ``fuser``: what writes a group. Returns the inputs that are new, in order behind the lifted ones."""
+    fuser = fuser or Fuser
     packs: dict[tuple[str, ...], Pack] = {}
     taken: dict[str, tuple[str, ...]] = {}
     for group in groups:
@@ -194,13 +201,15 @@ def fuse(graph: fx.Graph, groups: Sequence[Group], inputs: Collection[str], stac
             continue  # one of them is in the buffer of another group already
         if len(names) > 1:
             taken |= dict.fromkeys(names, names)
-        _Fuser(graph, group, inputs, packs, stacked).run()
+        fuser(graph, group, inputs, packs, stacked).run()
     sweep(graph)
     return list(packs.values())
 
 
 @dataclass
-class _Fuser:
+class Fuser:
+    """Writes one group. ``packs``: those of the groups before it, which it adds to."""
+
     graph: fx.Graph
     group: Group
     inputs: Collection[str]
@@ -213,82 +222,87 @@ class _Fuser:
         self.end = lifted[-1].next
 
     def run(self) -> None:
-        group, graph, first = self.group, self.graph, self.first
-        frozen = [m.bias for m in group.members if m.bias is not None]
-        frozen += [n for u in group.updates for n in (u.low, u.down, u.up)]
-        for node in frozen:
-            above(first, node)
-        with graph.inserting_before(first):
-            self._write()
+        for node in self.read():
+            above(self.first, node)
+        with self.graph.inserting_before(self.first):
+            self.write()
 
-    def _write(self) -> None:
+    def read(self) -> list[fx.Node]:
+        """What the group reads beside its input and its weights."""
+        found = [m.bias for m in self.group.members if m.bias is not None]
+        return found + [n for u in self.group.updates for n in (u.low, u.down, u.up)]
+
+    def write(self) -> None:
         group, members = self.group, self.group.members
         widths = [m.width for m in members]
         x = self._rows(group.x)
-        bias = None if members[0].bias is None else self._cat([m.bias for m in members])  # type: ignore[misc]
-        y = self._call(aten.linear.default, x, self._weights(), *([] if bias is None else [bias]))
+        bias = None if members[0].bias is None else self.cat([m.bias for m in members])  # type: ignore[misc]
+        y = self.call(aten.linear.default, x, self.weights(), *([] if bias is None else [bias]))
         if group.updates:
             low = group.updates[0].low
             low = x if low is group.x else self._rows(low)
             y = self._stacked(y, low, widths) if self.stacked or len(members) == 1 else self._apart(y, low, widths)
-        y = self._unrows(y, group.x, sum(widths))
-        for member, piece in zip(members, self._pieces(y, widths), strict=True):
+        self.deal(self._unrows(y, group.x, sum(widths)), widths)
+
+    def deal(self, y: fx.Node, widths: Sequence[int]) -> None:
+        """Give each layer's readers its columns of y."""
+        for member, piece in zip(self.group.members, self._pieces(y, widths), strict=True):
             piece.meta["val"] = member.linear.meta["val"]
-            if len(members) > 1:
+            if len(widths) > 1:
                 _reshaped(member.result)
             member.result.replace_all_uses_with(piece)
 
     def _stacked(self, y: fx.Node, low: fx.Node, widths: Sequence[int]) -> fx.Node:
-        down = self._cat([u.down for u in self.group.updates])
+        down = self.cat([u.down for u in self.group.updates])
         ups = [self._up(m, w) for m, w in zip(self.group.members, widths, strict=True)]
-        up = ups[0] if len(ups) == 1 else self._frozen(aten.block_diag.default, ups)
-        wide = self._add(self._wide(y), self._call(aten.linear.default, low, down), up)
+        up = ups[0] if len(ups) == 1 else self.frozen(aten.block_diag.default, ups)
+        wide = self._add(self._wide(y), self.call(aten.linear.default, low, down), up)
         return self._narrow(wide)
 
     def _up(self, member: Member, width: int) -> fx.Node:
         if member.update is not None:
             return member.update.up
-        return self._frozen(aten.new_zeros.default, self.group.updates[0].up, [width, 0])
+        return self.frozen(aten.new_zeros.default, self.group.updates[0].up, [width, 0])
 
     def _apart(self, y: fx.Node, low: fx.Node, widths: Sequence[int]) -> fx.Node:
         start = 0
         wide = self._wide(y)
         for member, width in zip(self.group.members, widths, strict=True):
             if member.update is not None:
-                part = self._call(aten.slice.Tensor, wide, 1, start, start + width)
-                h = self._call(aten.linear.default, low, member.update.down)
+                part = self.call(aten.slice.Tensor, wide, 1, start, start + width)
+                h = self.call(aten.linear.default, low, member.update.down)
                 self._add(part, h, member.update.up)
             start += width
         return self._narrow(wide)
 
     def _add(self, y: fx.Node, h: fx.Node, up: fx.Node) -> fx.Node:
-        return self._call(aten.addmm_.default, y, h, self._frozen(aten.t.default, up))
+        return self.call(aten.addmm_.default, y, h, self.frozen(aten.t.default, up))
 
     # -- nodes ---------------------------------------------------------------------------------------------------------
 
-    def _call(self, target: Any, *args: Any) -> fx.Node:
+    def call(self, target: Any, *args: Any) -> fx.Node:
         return self.graph.call_function(target, args)
 
-    def _frozen(self, target: Any, *args: Any) -> fx.Node:
+    def frozen(self, target: Any, *args: Any) -> fx.Node:
         """A node that hoisting is to find, which needs its value."""
-        node = self._call(target, *args)
+        node = self.call(target, *args)
         values = fx.map_arg(args, lambda n: n.meta["val"])
         with torch.no_grad():
             node.meta["val"] = target(*values)
         return node
 
-    def _cat(self, nodes: Sequence[fx.Node]) -> fx.Node:
-        return nodes[0] if len(nodes) == 1 else self._frozen(aten.cat.default, list(nodes))
+    def cat(self, nodes: Sequence[fx.Node]) -> fx.Node:
+        return nodes[0] if len(nodes) == 1 else self.frozen(aten.cat.default, list(nodes))
 
     def _rows(self, x: fx.Node) -> fx.Node:
         value = x.meta["val"]
-        return x if value.ndim == 2 else self._call(aten.reshape.default, x, [-1, int(value.shape[-1])])
+        return x if value.ndim == 2 else self.call(aten.reshape.default, x, [-1, int(value.shape[-1])])
 
     def _unrows(self, y: fx.Node, x: fx.Node, width: int) -> fx.Node:
         value = x.meta["val"]
         if value.ndim == 2:
             return y
-        return self._call(aten.view.default, y, [*(self._size(x, i) for i in range(value.ndim - 1)), width])
+        return self.call(aten.view.default, y, [*(self._size(x, i) for i in range(value.ndim - 1)), width])
 
     def _size(self, x: fx.Node, axis: int) -> Any:
         """A size as a number, or as the node that computes it; one is made where there is none."""
@@ -298,11 +312,11 @@ class _Fuser:
         for node in self.graph.find_nodes(op="call_function", target=aten.sym_size.int):
             if str(node.meta.get("val")) == str(size) and node < self.first:
                 return node
-        node = self._call(aten.sym_size.int, x, axis)
+        node = self.call(aten.sym_size.int, x, axis)
         node.meta["val"] = size
         return node
 
-    def _weights(self) -> fx.Node:
+    def weights(self) -> fx.Node:
         members = self.group.members
         names = tuple(m.weight.name for m in members)
         if len(names) == 1:
@@ -321,16 +335,16 @@ class _Fuser:
     def _pieces(self, y: fx.Node, widths: Sequence[int]) -> list[fx.Node]:
         if len(widths) == 1:
             return [y]
-        parts = self._call(aten.split_with_sizes.default, y, list(widths), -1)
-        return [self._call(operator.getitem, parts, i) for i in range(len(widths))]
+        parts = self.call(aten.split_with_sizes.default, y, list(widths), -1)
+        return [self.call(operator.getitem, parts, i) for i in range(len(widths))]
 
     def _wide(self, y: fx.Node) -> fx.Node:
         """``y`` in the dtype of the adapters."""
         dtype = self.dtypes[1]
-        return y if dtype == self.dtypes[0] else self._call(aten.to.dtype, y, dtype)
+        return y if dtype == self.dtypes[0] else self.call(aten.to.dtype, y, dtype)
 
     def _narrow(self, y: fx.Node) -> fx.Node:
-        return y if self.dtypes[1] == self.dtypes[0] else self._call(aten.to.dtype, y, self.dtypes[0])
+        return y if self.dtypes[1] == self.dtypes[0] else self.call(aten.to.dtype, y, self.dtypes[0])
 
     @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:

@@ -18,6 +18,7 @@ from adaptc.passes._method import Attachment
 from adaptc.passes._regions import node_tag
 from adaptc.passes._trace import region_of, signature_of
 from adaptc.passes.inject import behind_inputs
+from adaptc.passes.lower import fused_inputs
 
 
 def respecialize(
@@ -68,20 +69,23 @@ def _update(
     traces: dict[Any, fx.Graph],
 ) -> None:
     base, consumer = names[tag["base"]], names[tag["node"]]
-    inputs = [base]
-    if tag["form"] == "input":
+    inputs, form = [base], tag["form"]
+    if tag.get("fused"):
+        form, inputs = fused_inputs(consumer)
         op = op.at(consumer)
-    elif tag["form"].startswith("apply"):
+    elif form == "input":
+        op = op.at(consumer)
+    elif form.startswith("apply"):
         inputs, op = behind_inputs(consumer, base)[1], op.at(consumer)
-    elif tag["form"] == "bias":
+    elif form == "bias":
         inputs.append(operands(consumer)[2])
     inputs += [placeholders[f] for f in a.slots.values()]
     if a.scale is not None:
         inputs.append(placeholders[a.scale])
     fakes = [n.meta["val"] for n in inputs]
-    key = (a.method, tag["form"], op, signature_of(fakes))
+    key = (a.method, form, op, signature_of(fakes))
     if key not in traces:
-        traces[key] = region_of(a.method, op, tag["form"], list(a.slots), a.scale is not None, fakes)
+        traces[key] = region_of(a.method, op, form, list(a.slots), a.scale is not None, fakes)
     traced = [n for n in traces[key].nodes if n.op == "call_function"]
     if not traced:  # the region is an alias of one of its inputs
         nodes[-1].meta["val"] = nodes[-1].args[0].meta["val"]  # type: ignore[union-attr]

@@ -38,12 +38,18 @@ def stacked_is_cheaper(groups: Sequence[Group]) -> tuple[Callable[[Mapping[str, 
     slope = float(alike.coeff(rows, 1))
     limit = float(-alike.coeff(rows, 0)) / slope if slope else inf
     difference = sympy.Add(*(costs(g, size_expression(g.rows)) for g in groups))
-    symbols = sorted(difference.free_symbols, key=str)
+    return at_most(difference, 0), limit
+
+
+def at_most(expression: Any, limit: int) -> Callable[[Mapping[str, int]], bool]:
+    """Whether an expression in the free sizes is at most ``limit``, as a function of these sizes."""
+    symbols = sorted(expression.free_symbols, key=str)
     names = [str(s) for s in symbols]
-    value = sympy.lambdify(symbols, difference)
+    value = sympy.lambdify(symbols, expression)
+    # A size that is not an input's own counts as many.
+    return lambda sizes: bool(value(*(sizes.get(n, 2**20) for n in names)) <= limit)
 
-    def decide(sizes: Mapping[str, int]) -> bool:
-        # A size that is not an input's own counts as many.
-        return bool(value(*(sizes.get(n, 2**20) for n in names)) <= 0)
 
-    return decide, limit
+def most_rows(groups: Sequence[Group]) -> Any:
+    """The rows of the group that has most, as an expression in the free sizes."""
+    return sympy.Max(*(size_expression(g.rows) for g in groups))

@@ -68,6 +68,16 @@ class Dora(Lora):
         gain = op.along_out(self._gain(slots, lengths), y)
         return cast(y + (gain - 1) * base + gain * (op.down_up(x, A, B) * scale), y.dtype)
 
+    def fused(self, op: Op, x: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
+        from adaptc.kernels.dora import dora_epilogue, dora_norm
+        from adaptc.kernels.lora_epilogue import lora_down
+
+        A, B, _ = slots.values()
+        gain = self._gain(slots, dora_norm(W, A, B, scale))
+        rows = x.reshape(-1, x.shape[-1])
+        y = dora_epilogue(F.linear(rows, W), lora_down(rows, A), B, gain, scale, b)
+        return y.reshape(*x.shape[:-1], -1)
+
     def fqn(self, place: str, slot: str, adapter: str) -> str:
         # PEFT holds the vector in a module of its own, and leaves that out of its files.
         return super().fqn(place, f"{slot}.weight" if slot == MAGNITUDE else slot, adapter)

@@ -250,6 +250,19 @@ class Lora(Method):
             delta = delta + op.along_out(slots["lora_B.bias"], delta)
         return cast(y + delta * scale, y.dtype)
 
+    def unfused(self, op: Op) -> str:
+        if op.kind not in ("linear", "addmm") or not op.callable:
+            return f"there are no kernels for a consumer of kind {op.kind!r}"
+        if self.training and self.dropout:
+            return "its dropout acts between the layer's input and the adapter"
+        return "its adapter has a bias" if self.with_bias else super().unfused(op)
+
+    def fused(self, op: Op, x: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
+        from adaptc.kernels.lora_linear import lora_linear
+
+        A, B = slots.values()
+        return lora_linear(x, W, b, A, B, scale)
+
     def _factors(self, op: Op, slots: Slots) -> tuple[Tensor, Tensor]:
         A, B, *_ = slots.values()
         if op.experts:
