@@ -258,12 +258,18 @@ class AdaptedProgram(ExportedProgram):
     def module(self, check_guards: bool = True) -> fx.GraphModule:
         """An ``nn.Module`` to train: its parameters are the program's own; only adapter parameters require grad.
 
-        ``train()`` and ``eval()`` switch dropout and batch norm, for programs compiled with ``training=True``.
+        ``train()`` and ``eval()`` switch dropout and batch norm, for programs compiled with ``training=True``. Where
+        there is something to train and :attr:`fuse` is on, layers with LoRA, gated activations and the cross entropy of
+        a head run as one step each, with backwards of their own: equal gradients, of first order alone.
         """
         module = super().module(check_guards=check_guards)
         trainable = {id(t) for t in self._slot_tensors().values() if t.requires_grad}
         for p in module.parameters():
             p.requires_grad_(id(p) in trainable)
+        if trainable and self._fuse:
+            from adaptc.training import fuse_training
+
+            fuse_training(module)
         _allow_modes(module, self._adaptation.training)
         return module
 

@@ -224,3 +224,47 @@ def test_set_mode_is_a_pass_that_counts_and_undoes_itself(dropping):
 def test_inference_mode_freezes_the_adapter(llama):
     program = adaptc.compile(llama, LoraConfig(r=2, target_modules=["q_proj"], inference_mode=True), training=True)
     assert not any(p.requires_grad for p in program.module().parameters())
+
+
+def names(module: nn.Module) -> list[str]:
+    return [getattr(n.target, "__name__", "") for n in module.graph.nodes if n.op == "call_function"]  # type: ignore[union-attr]
+
+
+def test_a_module_that_trains_takes_layers_gates_and_the_loss_in_one_step_each(llama, trained):
+    module = randomised(trained, 5).module()
+    layers = len(trained.adaptation.attachments)
+    # q_proj and v_proj read one tensor, down_proj another; a gate per block, and one loss.
+    blocks = layers // 3
+    assert names(module).count("layers_with_lora") == 2 * blocks
+    assert names(module).count("gated") == blocks
+    assert names(module).count("loss_of_layer") == 1
+    assert "layers_with_lora" not in names(trained)
+    plain = adaptc.compile(llama, LoraConfig(**KW, task_type="CAUSAL_LM"), training=True, fuse=False)
+    adaptc.swap(plain, adapter_of(trained))
+    other = plain.module()
+    assert not {"layers_with_lora", "gated", "loss_of_layer"} & set(names(other))
+    found = []
+    for m in (module, other):
+        m.zero_grad()
+        m(**batch(2)).loss.backward()
+        found.append({n: p.grad for n, p in m.named_parameters() if p.grad is not None})
+    assert len(found[0]) == 2 * layers
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)
+
+
+def test_a_module_with_nothing_to_train_is_left_as_it_is(llama):
+    frozen = adaptc.compile(llama, LoraConfig(**KW, inference_mode=True), training=True).module()
+    assert "layers_with_lora" not in names(frozen)
+
+
+def test_weights_that_are_made_trainable_later_get_their_gradients(llama, trained):
+    found = []
+    for fuse in (True, False):
+        program = adaptc.compile(llama, LoraConfig(**KW, task_type="CAUSAL_LM"), training=True, fuse=fuse)
+        module = randomised(program, 5).module()
+        for p in module.parameters():
+            p.requires_grad_()
+        module(**batch(3)).loss.backward()
+        found.append({n: p.grad for n, p in module.named_parameters()})
+    assert all(g is not None for g in found[0].values())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
