@@ -1,0 +1,237 @@
+"""The benchmarks of the kernels: which sizes, and for each the candidates that compute the same.
+
+Beside our ops stand the base alone, PEFT's formula as PEFT's layers write it, and that formula under torch.compile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from adaptc.kernels.dora import dora_norm
+from adaptc.kernels.grouped_lora import chunks, grouped_lora, rows_per_chunk
+from adaptc.kernels.lora_epilogue import lora_down
+from adaptc.kernels.lora_linear import lora_linear
+from adaptc.kernels.lora_siblings import lora_up_add_siblings, sibling_factors, sibling_table
+from adaptc.kernels.merge import merge_
+from tests.gpu.roofline import Work, adapter_work, length_work, linear_work, lora_work, merge_work, norm_work
+
+Output = Tensor | Sequence[Tensor]
+Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
+SCALE = 0.5
+BASE, OURS, PEFT, COMPILED = "base alone", "adaptc", "PEFT's formula", "PEFT's formula, compiled"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """``whole``: it computes the adapter too, and so the same as the others."""
+
+    name: str
+    run: Callable[[], Output]
+    work: Work
+    whole: bool = True
+
+
+@dataclass(frozen=True)
+class Case:
+    kernel: str
+    shape: str
+    build: Callable[[], list[Candidate]]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """``fewer_rows``: for the cases of more than one adapter, which take longer to compile."""
+
+    dtype: torch.dtype
+    K: int
+    rows: tuple[int, ...]
+    fewer_rows: tuple[int, ...]
+    ranks: tuple[int, ...]
+    widths: tuple[int, ...]
+    siblings: dict[str, tuple[int, ...]]
+    grouped: int
+    adapters: int
+    weights: tuple[tuple[int, int], ...]
+
+
+#: the layers of Llama-3-8B
+FULL = Sizes(
+    dtype=torch.bfloat16,
+    K=4096,
+    rows=(1, 8, 16, 512, 4096),
+    fewer_rows=(1, 16, 512, 4096),
+    ranks=(16, 64),
+    widths=(1024, 4096, 14336),
+    siblings={"q, k, v": (4096, 1024, 1024), "gate, up": (14336, 14336)},
+    grouped=4096,
+    adapters=32,
+    weights=((4096, 4096), (14336, 4096)),
+)
+
+#: the same cases, small enough for a CPU, and exact enough to tell a wrong factor
+TINY = Sizes(
+    dtype=torch.float32,
+    K=48,
+    rows=(1, 3, 20),
+    fewer_rows=(1, 20),
+    ranks=(2, 8),
+    widths=(16, 67),
+    siblings={"q, k, v": (64, 16, 16), "gate, up": (67, 67)},
+    grouped=40,
+    adapters=4,
+    weights=((24, 48),),
+)
+
+
+def peft_layer(x: Tensor, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    return F.linear(x, W) + F.linear(F.linear(x, A), B) * SCALE
+
+
+def peft_siblings(x: Tensor, layers: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
+    return [peft_layer(x, *layer) for layer in layers]
+
+
+def peft_grouped(x: Tensor, W: Tensor, groups: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    y = F.linear(x, W)
+    for rows, A, B in groups:
+        y[rows] += F.linear(F.linear(x[rows], A), B) * SCALE
+    return y
+
+
+def peft_norm(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    return torch.linalg.norm(W + SCALE * (B @ A), dim=1)
+
+
+def peft_merge(W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    W += (B @ A) * SCALE
+    return W
+
+
+class Maker:
+    """Makes the cases of some sizes on a device; ``compiled`` is how PEFT's formula is compiled."""
+
+    def __init__(self, sizes: Sizes, device: torch.device, compiled: Compile) -> None:
+        self.sizes, self.device, self.compiled = sizes, device, compiled
+        self.bytes = sizes.dtype.itemsize
+        self.generator = torch.Generator(device).manual_seed(0)
+        self.scale = torch.tensor(SCALE, device=device)
+
+    def random(self, rows: int, cols: int) -> Tensor:
+        """Such that a product over ``cols`` is of the size of its other factor."""
+        values = torch.randn(rows, cols, generator=self.generator, device=self.device) / cols**0.5
+        return values.to(self.sizes.dtype)
+
+    def layer(self, rows: int, N: int, rank: int) -> list[Candidate]:
+        K = self.sizes.K
+        x, W, A, B = (self.random(*shape) for shape in ((rows, K), (N, K), (rank, K), (N, rank)))
+        work = lora_work(rows, K, [N], rank, self.bytes)
+        compiled = self.compiled(peft_layer)
+        return [
+            self._base(x, W),
+            Candidate(OURS, lambda: lora_linear(x, W, None, A, B, self.scale), work),
+            Candidate(PEFT, lambda: peft_layer(x, W, A, B), work),
+            Candidate(COMPILED, lambda: compiled(x, W, A, B), work),
+        ]
+
+    def siblings(self, rows: int, widths: tuple[int, ...], rank: int) -> list[Candidate]:
+        K = self.sizes.K
+        x, W, A = self.random(rows, K), self.random(sum(widths), K), self.random(rank * len(widths), K)
+        Bs = [self.random(N, rank) for N in widths]
+        layers = list(zip(W.split(widths), A.split(rank), Bs, strict=True))
+        ranks = [rank] * len(widths)
+        factors, table = sibling_factors(Bs), sibling_table(widths, ranks, self.device)
+        scales = torch.full((len(widths),), SCALE, device=self.device)
+        work = lora_work(rows, K, widths, rank, self.bytes)
+        compiled = self.compiled(peft_siblings)
+
+        def ours() -> Output:
+            y = lora_up_add_siblings(F.linear(x, W), lora_down(x, A, None), factors, table, scales, widths)
+            return y.split(widths, 1)
+
+        return [
+            self._base(x, W),
+            Candidate(OURS, ours, work),
+            Candidate(PEFT, lambda: peft_siblings(x, layers), work),
+            Candidate(COMPILED, lambda: compiled(x, layers), work),
+        ]
+
+    def grouped(self, rows: int, rank: int) -> list[Candidate]:
+        K, N, n = self.sizes.K, self.sizes.grouped, self.sizes.adapters
+        x, W, A, B = self.random(rows, K), self.random(N, K), self.random(n * rank, K), self.random(n * rank, N)
+        index = torch.arange(rows, device=self.device) * 7 % n
+        starts = torch.arange(n + 1, device=self.device, dtype=torch.int32) * rank
+        chunk, scales = rows_per_chunk(rows), torch.full((n,), SCALE, device=self.device)
+        # Layers of one batch share it.
+        table = chunks(index, n, chunk)
+        own = [slice(i * rank, (i + 1) * rank) for i in range(n)]
+        used = sorted(set(index.tolist()))
+        groups = [((index == i).nonzero()[:, 0], A[own[i]], B[own[i]].T.contiguous()) for i in used]
+        work = linear_work(rows, K, N, self.bytes) + adapter_work(rows, K, N, rank, self.bytes, len(used))
+
+        def ours() -> Output:
+            return grouped_lora(x, F.linear(x, W), A, B, starts, scales, table, max_rank=rank, chunk=chunk)
+
+        peft = Candidate(PEFT, lambda: peft_grouped(x, W, groups), work)
+        found = [self._base(x, W), Candidate(OURS, ours, work), peft]
+        if rank == self.sizes.ranks[0]:
+            # For one rank only: a loop over the adapters takes long to compile.
+            compiled = self.compiled(peft_grouped)
+            found.append(Candidate(COMPILED, lambda: compiled(x, W, groups), work))
+        return found
+
+    def norm(self, N: int, K: int, rank: int) -> list[Candidate]:
+        W, A, B = self.random(N, K), self.random(rank, K), self.random(N, rank)
+        work = norm_work(N, K, rank, self.bytes)
+        lengths = length_work(N, K, self.bytes)
+        compiled = self.compiled(peft_norm)
+        return [
+            Candidate(BASE, lambda: torch.linalg.vector_norm(W, dim=1, dtype=torch.float32), lengths, whole=False),
+            Candidate(OURS, lambda: dora_norm(W, A, B, self.scale), work),
+            Candidate(PEFT, lambda: peft_norm(W, A, B), work),
+            Candidate(COMPILED, lambda: compiled(W, A, B), work),
+        ]
+
+    def merge(self, N: int, K: int, rank: int) -> list[Candidate]:
+        W, A, B = self.random(N, K), self.random(rank, K), self.random(N, rank)
+        # Each changes a weight of its own, and so begins with the same.
+        own = [W.clone() for _ in range(4)]
+        work = merge_work(N, K, rank, self.bytes)
+        compiled = self.compiled(peft_merge)
+
+        def ours() -> Tensor:
+            merge_(own[1], A, B, self.scale)
+            return own[1]
+
+        return [
+            Candidate("addmm_", lambda: own[0].addmm_(B, A, alpha=SCALE), work),
+            Candidate(OURS, ours, work),
+            Candidate(PEFT, lambda: peft_merge(own[2], A, B), work),
+            Candidate(COMPILED, lambda: compiled(own[3], A, B), work),
+        ]
+
+    def _base(self, x: Tensor, W: Tensor) -> Candidate:
+        work = linear_work(x.shape[0], W.shape[1], W.shape[0], self.bytes)
+        return Candidate(BASE, lambda: F.linear(x, W), work, whole=False)
+
+    def cases(self) -> Iterator[Case]:
+        s = self.sizes
+        for N in s.widths:
+            for M, r in product(s.rows, s.ranks):
+                yield Case("lora_linear", f"M={M} K={s.K} N={N} r={r}", lambda M=M, N=N, r=r: self.layer(M, N, r))
+        for name, widths in s.siblings.items():
+            for M, r in product(s.fewer_rows, s.ranks):
+                shape = f"{name}: M={M} K={s.K} N={'+'.join(map(str, widths))} r={r}"
+                yield Case("siblings", shape, lambda M=M, r=r, widths=widths: self.siblings(M, widths, r))
+        for M, r in product(s.fewer_rows, s.ranks):
+            shape = f"{s.adapters} adapters: M={M} K={s.K} N={s.grouped} r={r}"
+            yield Case("grouped_lora", shape, lambda M=M, r=r: self.grouped(M, r))
+        for kernel, build in (("dora_norm", self.norm), ("merge_", self.merge)):
+            for (N, K), r in product(s.weights, s.ranks):
+                yield Case(kernel, f"{N}x{K} r={r}", lambda b=build, N=N, K=K, r=r: b(N, K, r))
