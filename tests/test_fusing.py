@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -90,7 +90,8 @@ def test_two_programs_of_one_model_share_the_buffer() -> None:
         close(p(rows(4)), p.module()(rows(4)))
 
 
-@settings(max_examples=8)
+# Without shrinking, which compiles anew for every smaller example.
+@settings(max_examples=8, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(
     ranks=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     layers=st.sets(st.sampled_from(LAYERS), min_size=1).map(lambda s: tuple(sorted(s))),

@@ -55,7 +55,8 @@ class Net(nn.Module):
 def module_of(body: Callable[[Any, Tensor], Any], **options: Any) -> fx.GraphModule:
     dtype = options.get("dtype", torch.float64)
     rows = torch.export.Dim("rows", min=2, max=50)
-    module = export(Net(body, **options), inputs(4, dtype), dynamic_shapes=(({0: rows}),)).module()
+    shapes = ({0: rows} if options.pop("free", True) else None,)
+    module = export(Net(body, **options), inputs(4, dtype), dynamic_shapes=shapes).module()
     trained = {n for n, _ in module.named_parameters() if n.split(".")[0] in "ab"}
     for name, p in module.named_parameters():
         p.requires_grad_(name in trained)
@@ -265,9 +266,10 @@ NOT_LOSSES = {
 
 @pytest.mark.parametrize("case", NOT_LOSSES)
 def test_other_losses_stay(case: str) -> None:
-    plain, fused, count = both(NOT_LOSSES[case], train_loss)
+    # Some torch releases capture a cross entropy with probabilities for one size only.
+    plain, fused, count = both(NOT_LOSSES[case], train_loss, free=False)
     assert (count, calls(fused, loss_of_layer)) == (0, 0)
-    same(gradients(fused, inputs(3)), gradients(plain, inputs(3)))
+    same(gradients(fused, inputs(4)), gradients(plain, inputs(4)))
 
 
 def gate_read_twice(m: Any, x: Tensor) -> Any:

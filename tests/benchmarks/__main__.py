@@ -1,24 +1,35 @@
-"""``python -m tests.benchmarks [--quick]``: all tables, in Markdown, on standard output."""
+"""``python -m tests.benchmarks [--quick]``: all tables, in Markdown, on standard output.
+
+``--quick`` takes fewer rounds, and leaves out what has to be compiled first, some ten minutes.
+"""
 
 from __future__ import annotations
 
 import sys
+import tempfile
 import warnings
+from pathlib import Path
 
-from tests.benchmarks import against_peft, methods, rewriting
+from tests.benchmarks import against_peft, compiled, methods, rewriting
 from tests.benchmarks.harness import machine, markdown
 
 
 def main() -> None:
     warnings.filterwarnings("ignore")  # of other libraries, about versions and devices
     quick = "--quick" in sys.argv
+    rounds = 5 if quick else 15
     print(f"Measured on {machine()}.\n")
     print("## Rewriting\n")
     print(rewriting.run(full=not quick), "\n")
     print("## Against PEFT: SmolLM2-135M, float32, rank 16 on all linear layers\n")
-    print(markdown(against_peft.run(5 if quick else 15)), "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        sides = against_peft.Sides(Path(folder))
+        print(markdown([*against_peft.run(sides, rounds), *compiled.call_path(sides, rounds)]), "\n")
+        if not quick:
+            print(markdown(compiled.forward(sides, Path(folder), rounds)), "\n")
+        del sides
     print("## Methods: SmolLM2-135M, float32, on all linear layers\n")
-    print(methods.markdown(methods.run(5 if quick else 15)))
+    print(methods.markdown(methods.run(rounds)))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -167,8 +166,6 @@ def training(sides: Sides, rounds: int) -> list[Row]:
     return rows
 
 
-def run(rounds: int = 15) -> list[Row]:
-    with tempfile.TemporaryDirectory() as folder:
-        sides = Sides(Path(folder))
-        sides.check()
-        return [*forward(sides, rounds), *swapping(sides, rounds), *merging(sides, rounds), *training(sides, rounds)]
+def run(sides: Sides, rounds: int = 15) -> list[Row]:
+    sides.check()
+    return [*forward(sides, rounds), *swapping(sides, rounds), *merging(sides, rounds), *training(sides, rounds)]

@@ -38,9 +38,18 @@ def _loop_over_numbers(interpreter: Any) -> None:
     interpreter._patch_lang_tensor = patched
 
 
+def _constants_of_bfloat16(builder: Any) -> None:
+    """Before 3.9 it has none but zero."""
+    import triton.language as tl
+
+    if not hasattr(builder, "get_bf16"):
+        builder.get_bf16 = lambda self, value: self.cast_impl(self.get_fp32(value), tl.bfloat16)
+
+
 # The process that runs all other tests comes here too, to look for tests.
 if os.environ.get("TRITON_INTERPRET") == "1":
     from triton.runtime import interpreter
 
     _round_to_nearest(interpreter.InterpreterBuilder)
     _loop_over_numbers(interpreter)
+    _constants_of_bfloat16(interpreter.InterpreterBuilder)
