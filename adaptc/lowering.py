@@ -95,6 +95,9 @@ class LoweredCodes(Codes):
         self.ops, self.placeholders = ops, placeholders
         self.regions, self.others = 0, {}
 
+    def may_fuse(self, compiled: bool) -> bool:
+        return True
+
     @cached_property
     def clean(self) -> fx.Graph:
         graph = copy_graph(self.module.graph)

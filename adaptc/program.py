@@ -200,6 +200,8 @@ class AdaptedProgram(ExportedProgram):
     def fuse(self) -> bool | frozenset[str]:
         """Whether layers that read one tensor share a product; False computes every layer on its own.
 
+        It is for the eager backend, fused kernels, and :meth:`module`; code for a compiler on the CPU is never fused.
+
         Fused weights lie in one buffer, of which the parameters are views: nothing is held twice. A set names the
         weights that may be moved. Setting it makes the code anew.
         """

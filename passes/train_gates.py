@@ -57,7 +57,9 @@ def _alike(a: Any, b: fx.Node) -> bool:
 
 
 def gated(a: Tensor, b: Tensor, act: Any, options: dict[str, Any]) -> Tensor:
-    """act(a) * b, for a and b of one shape and type. Gradients for both, once."""
+    """act(a) * b, for a and b of one shape and type. Gradients for both, once. Under autocast as it was written."""
+    if torch.is_autocast_enabled(a.device.type):
+        return act(a, **options) * b
     return _Gated.apply(a, b, act, options)
 
 

@@ -125,7 +125,13 @@ def layers_with_lora(
     scales: Sequence[Tensor],
 ) -> Sequence[Tensor]:
     """All y_i, see the module docstring. x (..., K), low the same or None for x; W_i (N_i, K), A_i (R_i, K), B_i
-    (N_i, R_i), s_i 0-d. Gradients for all of them, once: they cannot be differentiated again."""
+    (N_i, R_i), s_i 0-d. Gradients for all of them, once: they cannot be differentiated again. Where autocast is on,
+    which casts each product on its own, the layers are computed as they were written."""
+    if torch.is_autocast_enabled(x.device.type):
+        into = x if low is None else low
+        deltas = [F.linear(F.linear(into, a), b) * s for a, b, s in zip(downs, ups, scales, strict=True)]
+        plain = [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
+        return [y + d if y.dtype == d.dtype else (y + d).to(y.dtype) for y, d in zip(plain, deltas, strict=True)]
     return _Layers.apply(len(weights), x, low, *weights, *biases, *downs, *ups, *scales)[:-1]
 
 

@@ -76,8 +76,14 @@ def loss_of_layer(
 ) -> tuple[Tensor, Tensor]:
     """(logits (..., V) in ``dtype``, their cross entropy): x (..., K), w (V, K), b (V,), labels (rows of x,) int64.
 
-    The mean or the sum over the rows whose label is not ``ignored``. Gradients for x, w and b, once.
+    The mean or the sum over the rows whose label is not ``ignored``. Gradients for x, w and b, once. Where autocast is
+    on, both are computed as they were written.
     """
+    if torch.is_autocast_enabled(x.device.type):
+        logits = F.linear(x, w, b)
+        logits = logits if w.dtype == dtype else logits.to(dtype)
+        flat, reduction = logits.reshape(-1, logits.shape[-1]), "mean" if mean else "sum"
+        return logits, F.cross_entropy(flat, labels, ignore_index=ignored, reduction=reduction)
     return _Loss.apply(x, w, b, labels, dtype, mean, ignored)[:2]
 
 

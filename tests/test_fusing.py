@@ -31,6 +31,13 @@ def test_a_fused_program_computes_what_its_graph_says() -> None:
     assert "3 layers in 1 products, 3 with an adapter" in str(adaptc.report(program))
 
 
+def test_compiled_code_is_plain() -> None:
+    program = compiled(backend="inductor")
+    close(program(rows(3)), program.module()(rows(3)))
+    assert program.fusion.groups == 0
+    assert set(program.executor()._codes._variants) == {"plain"}
+
+
 def test_both_ways_of_fusing_run(monkeypatch: pytest.MonkeyPatch) -> None:
     from adaptc.passes import sibling_cost
 

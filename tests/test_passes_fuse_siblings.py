@@ -97,7 +97,7 @@ def check(model: Layers, x: Tensor, stacked: bool) -> Fused:
     fused = Fused(model, x, stacked)
     with torch.no_grad():
         for batch in (x, torch.cat([x, x + 1])):
-            tolerance = 1e-10 if x.dtype == torch.float64 else {torch.float32: 1e-5}.get(x.dtype, 3e-2)
+            tolerance = 1e-12 if x.dtype == torch.float64 else {torch.float32: 1e-5}.get(x.dtype, 3e-2)
             torch.testing.assert_close(fused(batch)[0], model(batch), rtol=tolerance, atol=tolerance)
     return fused
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from adaptc.errors import AdaptcError
 from adaptc.passes.canonicalize import canonicalize
 from adaptc.passes.train_gates import gated, train_gates
 from adaptc.passes.train_layers import layers_with_lora, train_layers
@@ -42,11 +43,13 @@ class Net(nn.Module):
         self.body = body
 
     def delta(self, i: int, low: Tensor) -> Tensor:
-        return F.linear(F.linear(low.to(self.a[i].dtype), self.a[i]), self.b[i]) * getattr(self, f"s{i}")
+        low = low if low.dtype == self.a[i].dtype else low.to(self.a[i].dtype)
+        return F.linear(F.linear(low, self.a[i]), self.b[i]) * getattr(self, f"s{i}")
 
     def y(self, i: int, x: Tensor, low: Tensor | None = None) -> Tensor:
         out = self.layers[i](x)
-        return (out + self.delta(i, x if low is None else low)).to(out.dtype)
+        total = out + self.delta(i, x if low is None else low)
+        return total if total.dtype == out.dtype else total.to(out.dtype)
 
     def forward(self, x: Tensor) -> Any:
         return self.body(self, x)
@@ -335,3 +338,29 @@ def test_less_is_kept_for_the_backward() -> None:
     assert [done[n] for n in ("layers", "losses", "gates")] == [2, 1, 1]
     # The activation of the gate, and the log softmax of eleven columns but for its sums, of 150 rows each.
     assert before - kept() >= 150 * (5 + 11 - 1)
+
+
+def gate_and_loss(m: Any, x: Tensor) -> Any:
+    y = F.silu(m.y(0, x)) * m.y(0, x.cos()) + m.layers[1](x)[..., :1]
+    logits = m.head(y @ m.a[0].new_ones(5, 7))
+    return F.cross_entropy(logits.view(-1, 11), x[..., 0].argsort(-1).view(-1)), logits
+
+
+def test_autocast_casts_what_it_casts_in_the_plain_module() -> None:
+    plain, fused = (module_of(gate_and_loss, dtype=torch.float32) for _ in range(2))
+    done = fuse_training(fused)
+    assert [done[n] for n in ("layers", "losses", "gates")] == [2, 1, 1]
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = (gradients(m, inputs(5, torch.float32)) for m in (fused, plain))
+    assert found[0][1].dtype == torch.bfloat16
+    same(found[0], expected[0], 0)
+    # Terms of one gradient, each rounded to bfloat16, are summed in another order.
+    torch.testing.assert_close(found[1:], expected[1:], rtol=2**-6, atol=2**-4)
+
+
+def test_autocast_is_refused_where_the_module_casts_itself() -> None:
+    module = module_of(lambda m, x: m.y(0, x).to(torch.float32).sin(), dtype=torch.float32)
+    fuse_training(module)
+    module(inputs(3, torch.float32))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(AdaptcError, match="autocast has no meaning for it"):
+        module(inputs(3, torch.float32))
