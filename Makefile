@@ -47,7 +47,7 @@ demo: $(VENV)/.demo.stamp
 lint: $(VENV)/.test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyright --project pyproject.toml --pythonpath $(BIN)/python
 
 format: $(VENV)/.test.stamp
 	$(BIN)/ruff check --fix .
