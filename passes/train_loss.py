@@ -128,11 +128,12 @@ class _Loss(torch.autograd.Function):
         if g_loss is not None:
             weight = (g_loss / kept.sum() if ctx.mean else g_loss.expand(len(lse))).where(kept, 0)
         given = None if g_logits is None else g_logits.reshape(flat.shape)
-        rows = torch.arange(len(lse), device=lse.device)
         for part in _pieces(flat):
             piece = (flat[:, part] - lse[:, None]).exp_()
+            # A sum, and no choice of rows, for which a GPU would have to be waited for.
             here = (labels >= part.start) & (labels < part.stop)
-            piece[rows[here], labels[here] - part.start] -= 1
+            at = (labels - part.start).clamp(0, piece.shape[1] - 1)
+            piece.scatter_add_(1, at[:, None], -here.to(piece.dtype)[:, None])
             piece *= weight[:, None]
             if given is not None:
                 piece += given[:, part]

@@ -143,6 +143,18 @@ def test_gradients_of_a_program_that_trains(dora: bool) -> None:
         close(a, b)
 
 
+def test_calls_of_a_program_that_trains_with_dropout_take_kernels() -> None:
+    found = []
+    for kernels in (False, True):
+        config = LoraConfig(r=3, target_modules=list(LAYERS), init_lora_weights=False, lora_dropout=0.4)
+        torch.manual_seed(2)
+        program = adaptc.compile(block(), config, example_inputs=rows(4), form="apply", training=True, fuse=kernels)
+        program.kernels = kernels or None
+        found.append(program(rows(7)))
+    close(found[1], found[0])
+    assert ops(program, "plain") == ["lora_linear"] * 4
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
 def test_families(family: str) -> None:
     f = FAMILIES[family]
