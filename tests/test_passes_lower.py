@@ -263,6 +263,21 @@ def test_siblings_share_a_product_and_a_kernel(bias: bool) -> None:
         same(run(*(known[n.name] for n in graph.find_nodes(op="placeholder"))), q.module()(x))
 
 
+def test_of_siblings_those_with_a_bias_and_those_without_are_groups_of_their_own() -> None:
+    model = Siblings(True)
+    model.c, model.e = nn.Linear(5, 2, False).double(), nn.Linear(5, 4, False).double()
+    model.forward = lambda x: (model.a(x).cos(), model.b(x).sin(), model.c(x).exp(), model.e(x).cos())  # type: ignore[method-assign]
+    base = export(model, torch.randn(3, 4, 5, dtype=torch.float64))
+    p, attachments, _ = inject_all(base, [attach(base, f"{n}.weight", Lora(r=2), form="apply") for n in "abce"])
+    graph, slots = opened(p)
+    lower(graph, attachments, ops_of(p, attachments), slots)
+    canonicalize(graph, {"x"})
+    weights = {slots[f"{n}.weight"].name for n in "abce"}
+    groups = find_lowered(graph, weights, stages_of(graph, [{n.name for n in slots.values()}]))
+    found = [[m.weight.name for m in g.members] for g in groups]
+    assert found == [["p_a_weight", "p_b_weight"], ["p_c_weight", "p_e_weight"]]
+
+
 def test_siblings_with_adapters_that_move_stay_apart() -> None:
     base = export(Siblings(False), torch.randn(3, 4, 5, dtype=torch.float64))
     p, attachments, _ = inject_all(base, [attach(base, f"{n}.weight", Lora(r=2), form="apply") for n in "abc"])
