@@ -28,6 +28,12 @@ def region_tag(node: fx.Node) -> dict[str, Any] | None:
     return tag if tag is not None and tag.get("role") == "out" else None
 
 
+def slot_nodes(a: Attachment, placeholders: Mapping[str, fx.Node]) -> list[fx.Node]:
+    """What every region of a site reads last: its slots, then its scale if it has one."""
+    names = [*a.slots.values(), *([] if a.scale is None else [a.scale])]
+    return [placeholders[f] for f in names]
+
+
 def header(graph: fx.Graph) -> dict[str, Any] | None:
     """What the program as a whole remembers (its configs), kept in the first region's tag."""
     for node in graph.nodes:

@@ -102,10 +102,11 @@ class Group:
 
 def find_groups(graph: fx.Graph, base: Collection[str], frozen: Collection[fx.Node], updates: bool) -> list[Group]:
     """The groups of ``graph`` that can be fused; ``updates``: with what adapters add."""
-    _, kept = touched(graph)
+    dirty, kept = touched(graph)
     groups: dict[Any, Group] = {}
     for node in graph.nodes:
-        if not _is_layer(node, base, frozen):
+        # An input that is written to, through a view of it too, may be another one for the next layer.
+        if not _is_layer(node, base, frozen) or node.args[0] in dirty:
             continue
         member = _with_update(node, frozen) if updates else Member(node)
         if member.result in kept:

@@ -21,7 +21,7 @@ from adaptc.passes._kinds import TABLE, Op, make_dense, op_of, operands, set_arg
 from adaptc.passes._lifted import Lifted
 from adaptc.passes._method import Attachment
 from adaptc.passes._pass import Pass, PassResult
-from adaptc.passes._regions import region_tag
+from adaptc.passes._regions import region_tag, slot_nodes
 from adaptc.passes._trace import inline, region_of, signature_of
 from adaptc.passes.choose_forms import Choice, Work, cheaper, choose_forms, drops, example_sizes, node_work, work
 from adaptc.passes.find_sites import consumers, readers
@@ -122,9 +122,7 @@ class _Injector:
 
     def __post_init__(self) -> None:
         self.op = site_op(self.lifted, self.a)
-        self.slot_nodes = [self.lifted.placeholders[f] for f in self.a.slots.values()]
-        if self.a.scale is not None:
-            self.slot_nodes.append(self.lifted.placeholders[self.a.scale])
+        self.slot_nodes = slot_nodes(self.a, self.lifted.placeholders)
         reading = {n.name for n, _ in consumers(self._weight())}
         if not self.a.consumers or not reading.issuperset(self.a.consumers):
             raise PassError(f"site {self.a.id!r}: consumers {self.a.consumers} do not read {self.a.fqn!r}")

@@ -20,7 +20,7 @@ from adaptc.passes._kinds import Op, operands
 from adaptc.passes._lifted import Lifted
 from adaptc.passes._method import Attachment
 from adaptc.passes._pass import Pass, PassResult
-from adaptc.passes._regions import node_tag, region_tag
+from adaptc.passes._regions import node_tag, region_tag, slot_nodes
 from adaptc.passes._trace import inline, region_of, signature_of
 
 
@@ -108,9 +108,7 @@ def _lower(
         return "the output of the layer is read without the adapter too"
     op = op.at(consumer)
     form, inputs = fused_inputs(consumer)
-    inputs += [placeholders[f] for f in a.slots.values()]
-    if a.scale is not None:
-        inputs.append(placeholders[a.scale])
+    inputs += slot_nodes(a, placeholders)
     fakes = [n.meta["val"] for n in inputs]
     key = (a.method, form, op, signature_of(fakes))
     if key not in traces:

@@ -28,11 +28,11 @@ aten, ours = torch.ops.aten, torch.ops.adaptc
 
 def find_lowered(graph: fx.Graph, base: Collection[str], frozen: Collection[fx.Node]) -> list[Group]:
     """The groups of layers with LoRA in ``graph`` that read one tensor; ``base``: placeholders that may be packed."""
-    _, kept = touched(graph)
+    dirty, kept = touched(graph)
     groups: dict[Any, Group] = {}
     for node in graph.find_nodes(op="call_function", target=ours.lora_linear.default):
         x, weight, bias, A, B, scale = node.args
-        if weight.name not in base or not weight.meta["val"].is_contiguous() or node in kept:
+        if weight.name not in base or not weight.meta["val"].is_contiguous() or node in kept or x in dirty:
             continue
         if not {n for n in (bias, A, B, scale) if n is not None} <= set(frozen) or not takes_slices(node, kept):
             continue

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from adaptc.errors import PassError
 from adaptc.passes._kinds import Op, operands
 from adaptc.passes._method import Attachment
-from adaptc.passes._regions import node_tag
+from adaptc.passes._regions import node_tag, slot_nodes
 from adaptc.passes._trace import region_of, signature_of
 from adaptc.passes.inject import behind_inputs
 from adaptc.passes.lower import fused_inputs
@@ -79,9 +79,7 @@ def _update(
         inputs, op = behind_inputs(consumer, base)[1], op.at(consumer)
     elif form == "bias":
         inputs.append(operands(consumer)[2])
-    inputs += [placeholders[f] for f in a.slots.values()]
-    if a.scale is not None:
-        inputs.append(placeholders[a.scale])
+    inputs += slot_nodes(a, placeholders)
     fakes = [n.meta["val"] for n in inputs]
     key = (a.method, form, op, signature_of(fakes))
     if key not in traces:

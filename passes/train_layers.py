@@ -50,7 +50,7 @@ def train_layers(graph: fx.Graph) -> int:
     groups: dict[Any, list[Layer]] = {}
     for node in graph.find_nodes(op="call_function", target=aten.linear.default):
         layer = _layer(node)
-        if layer is not None and dirty.isdisjoint((layer.x, layer.low, node)):
+        if layer is not None and dirty.isdisjoint((layer.x, layer.low, layer.weight, layer.bias, node)):
             groups.setdefault((layer.x, layer.low, layer.down.meta["val"].dtype), []).append(layer)
     for layers in groups.values():
         _write(graph, layers)

@@ -36,11 +36,14 @@ def train_loss(graph: fx.Graph) -> int:
     count = 0
     for node in graph.find_nodes(op="call_function", target=aten.cross_entropy_loss.default):
         found = _match(node)
-        if found is None or found[0] in dirty:
+        if found is None:
             continue
         logits, linear = found
         reduction, ignored = argument(node, 3), argument(node, 4)
         x, w, b = (argument(linear, i) for i in range(3))
+        # The layer is computed where the loss stands: nothing it reads may be written to in between.
+        if not dirty.isdisjoint((logits, linear, x, w, b)):
+            continue
         with graph.inserting_before(node):
             labels = node.args[1]
             made = graph.call_function(

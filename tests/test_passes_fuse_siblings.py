@@ -194,3 +194,17 @@ def test_the_cost_has_one_crossing() -> None:
     assert not decide({})
     alone = Fused(Layers(lambda m, x: m.y(0, x).sin()), torch.randn(4, 5, dtype=torch.float64), True).groups
     assert stacked_is_cheaper(alone)[0]({})
+
+
+def written_through_a_view(m: Any, x: Tensor) -> Tensor:
+    h = x + 1
+    view = h.view(-1)
+    first = m.y(0, h).sin().sum(-1)
+    view.mul_(2)
+    return first + m.y(1, h).sin().sum(-1)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_layers_of_an_input_that_is_written_to_in_between_stay(stacked: bool) -> None:
+    fused = check(Layers(written_through_a_view), torch.randn(2, 3, 5, dtype=torch.float64), stacked)
+    assert not fused.groups

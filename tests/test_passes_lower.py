@@ -278,6 +278,25 @@ def test_of_siblings_those_with_a_bias_and_those_without_are_groups_of_their_own
     assert found == [["p_a_weight", "p_b_weight"], ["p_c_weight", "p_e_weight"]]
 
 
+def test_siblings_of_an_input_that_is_written_to_in_between_stay_apart() -> None:
+    class Net(Siblings):
+        def forward(self, x: Tensor) -> Tensor:
+            h = x + 1
+            view = h.view(-1)
+            first = self.a(h).sum(-1).cos()
+            view.mul_(2)
+            return first + self.b(h).sum(-1).cos()
+
+    x = torch.randn(4, 5, dtype=torch.float64)
+    base = export(Net(False), x)
+    p, attachments, _ = inject_all(base, [attach(base, f"{n}.weight", Lora(r=2), form="apply") for n in "ab"])
+    graph, slots = opened(p)
+    assert lower(graph, attachments, ops_of(p, attachments), slots)[0] == 2
+    frozen = stages_of(graph, [{n.name for n in slots.values()}])
+    assert not find_lowered(graph, {slots[f"{n}.weight"].name for n in "ab"}, frozen)
+    same(lowered(p, attachments)[0].module()(x), p.module()(x))
+
+
 def test_siblings_with_adapters_that_move_stay_apart() -> None:
     base = export(Siblings(False), torch.randn(3, 4, 5, dtype=torch.float64))
     p, attachments, _ = inject_all(base, [attach(base, f"{n}.weight", Lora(r=2), form="apply") for n in "abc"])

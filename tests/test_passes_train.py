@@ -120,6 +120,13 @@ def written(m: Any, x: Tensor) -> Any:
     return m.y(0, y)
 
 
+def written_in_between(m: Any, x: Tensor) -> Any:
+    h = x.detach() + 1
+    first = m.layers[0](h)
+    h.view(-1).mul_(2)
+    return first + m.delta(0, h), m.layers[1](h)
+
+
 LAYERS: dict[str, tuple[Callable[[Any, Tensor], Any], int, int]] = {
     "siblings": (lambda m, x: tuple(m.y(i, x).tanh() for i in range(3)), 3, 1),
     "one behind another": (lambda m, x: (m.y(0, x), m.y(1, x.cos())), 2, 2),
@@ -159,6 +166,7 @@ NOT_LAYERS: dict[str, Callable[[Any, Tensor], Any]] = {
     "a weighted sum": lambda m, x: torch.add(m.layers[0](x), m.delta(0, x), alpha=2),
     "a weight that is computed": lambda m, x: F.linear(x, m.layers[0].weight * 2) + m.delta(0, x),
     "an input that is written to": written,
+    "an input that is written to in between": written_in_between,
     "an input of other rows": lambda m, x: m.layers[0](x) + m.delta(0, x[:1]),
 }
 
@@ -258,7 +266,15 @@ def test_a_loss_of_a_head_that_trains_and_of_no_label_at_all() -> None:
         loss_of_layer(x, w, b, labels + 5, torch.float64, True, 2)
 
 
+def head_of_what_changes(m: Any, x: Tensor) -> Any:
+    h = x.sin() + 1
+    logits = m.head(h)
+    h.view(-1).mul_(2)
+    return F.cross_entropy(logits.view(-1, 11), labels_of(x)), logits, h
+
+
 NOT_LOSSES = {
+    "an input that is written to": head_of_what_changes,
     "smoothing": head(label_smoothing=0.1),
     "no reduction": head(reduction="none"),
     "weights": lambda m, x: F.cross_entropy(m.head(x).view(-1, 11), labels_of(x), m.b[0].new_ones(11)),

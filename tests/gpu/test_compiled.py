@@ -17,6 +17,7 @@ from adaptc.kernels.lora_linear import lora_linear
 from adaptc.kernels.lora_siblings import lora_up_add_siblings, sibling_factors, sibling_table
 from adaptc.kernels.merge import merge_saving_, unmerge_
 from tests.gpu.cases import BF16, DEVICE, F32, SCALE, TYPES, bits, matrix, number, type_name, vector
+from tests.gpu.timing import captured
 
 WIDTHS = (64, 48, 131)
 
@@ -124,22 +125,7 @@ def test_gradients_compiled() -> None:
         _check_near(found, expected)
 
 
-def _captured(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """The call as a CUDA graph, and the tensor that a replay writes its result to."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        # Kernels are compiled and loaded before the capture, in which that is not allowed.
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
-    return graph, out
-
-
-needs_graphs = pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs")
+needs_graphs = pytest.mark.skipif(DEVICE.type != "cuda", reason="a CUDA graph can be captured on a CUDA GPU alone")
 
 
 @needs_graphs
@@ -147,7 +133,7 @@ needs_graphs = pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs")
 @pytest.mark.parametrize("rows", [1, 16, 67, 512])
 def test_a_layer_in_a_cuda_graph(rows, types) -> None:
     args = _operands(rows, 16, types)
-    graph, out = _captured(lambda: _layer(*args))
+    graph, out = captured(lambda: _layer(*args))
     for seed in (7, 8):
         # Other inputs, another adapter and another scale, in the same memory.
         for i, t in enumerate(args[:4]):
@@ -161,7 +147,7 @@ def test_a_layer_in_a_cuda_graph(rows, types) -> None:
 @needs_graphs
 def test_groups_in_a_cuda_graph_with_other_rows_for_each_adapter() -> None:
     args = _grouped(67)
-    graph, out = _captured(lambda: _run_grouped(*args))
+    graph, out = captured(lambda: _run_grouped(*args))
     for seed in (1, 2):
         args[-1].copy_(_grouped(67, seed)[-1])
         out.fill_(torch.nan)

@@ -8,30 +8,38 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 from tests.gpu.roofline import Peaks
 
+T = TypeVar("T")
 ROUNDS = 40
 #: more than any GPU's L2 cache
 FLUSHED = 256 * 2**20
 
 
-def device_microseconds(run: Callable[[], object]) -> float:
-    """The median over replays of one run as a CUDA graph: without what Python and the launches take."""
+def captured(run: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A call as a CUDA graph, and the result that a replay writes to."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        # What is compiled, loaded or allocated once is none of a graph's business.
+        # What is compiled, loaded or allocated once is none of a graph's business, nor allowed in a capture.
         for _ in range(3):
             run()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        # Held until the end, as its memory is the graph's.
         out = run()
+    return graph, out
+
+
+def device_microseconds(run: Callable[[], object]) -> float:
+    """The median over replays of one run as a CUDA graph: without what Python and the launches take."""
+    # The result is held until the end, as its memory is the graph's.
+    graph, out = captured(run)
     flushed = torch.empty(FLUSHED, dtype=torch.int8, device="cuda")
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(ROUNDS)]
     for _ in range(3):
