@@ -16,13 +16,13 @@ GPU_ARGS ?=
 BIN := $(VENV)/bin
 RUN_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-# Links that give passes/ and kernels/ the names they are imported by, as an install would. Safe path: the folder that
-# python is started in must not come first, where adaptc/ lacks both.
-GPU_PATH := $(CURDIR)/build/gpu
-GPU_ENV = PYTHONSAFEPATH=1 PYTHONPATH="$(GPU_PATH)$${PYTHONPATH:+:$$PYTHONPATH}" OMP_NUM_THREADS=1 \
+# Links that give passes/ and kernels/ the names they are imported by, as an install would.
+TREE := $(CURDIR)/build/tree
+# Safe path: the folder that python is started in must not come first, where adaptc/ lacks both.
+GPU_ENV = PYTHONSAFEPATH=1 PYTHONPATH="$(TREE)$${PYTHONPATH:+:$$PYTHONPATH}" OMP_NUM_THREADS=1 \
 	TOKENIZERS_PARALLELISM=false TORCHINDUCTOR_COMPILE_THREADS=$(GPU_WORKERS)
 
-.PHONY: test demo lint format bench gpu gpu-path gpu-test gpu-bench clean
+.PHONY: test demo lint format bench tree gpu gpu-test gpu-bench clean
 .DEFAULT_GOAL := test
 
 $(BIN)/python:
@@ -44,10 +44,11 @@ test: lint
 demo: $(VENV)/.demo.stamp
 	$(BIN)/python examples/quickstart.py
 
-lint: $(VENV)/.test.stamp
+lint: $(VENV)/.test.stamp tree
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --project pyproject.toml --pythonpath $(BIN)/python
+	cd $(TREE) && $(abspath $(BIN))/lint-imports --config $(CURDIR)/pyproject.toml --no-cache
 
 format: $(VENV)/.test.stamp
 	$(BIN)/ruff check --fix .
@@ -59,17 +60,17 @@ bench: $(VENV)/.test.stamp
 # Tests, then benchmarks; `make -k gpu` measures even if a test fails.
 gpu: gpu-test gpu-bench
 
-gpu-path:
-	rm -rf $(GPU_PATH)
-	mkdir -p $(GPU_PATH)/adaptc
-	ln -s $(CURDIR)/adaptc/*.py $(CURDIR)/adaptc/methods $(CURDIR)/passes $(CURDIR)/kernels $(GPU_PATH)/adaptc/
-	ln -s $(CURDIR)/tests $(GPU_PATH)/tests
+tree:
+	rm -rf $(TREE)
+	mkdir -p $(TREE)/adaptc
+	ln -s $(CURDIR)/adaptc/* $(CURDIR)/passes $(CURDIR)/kernels $(TREE)/adaptc/
+	ln -s $(CURDIR)/tests $(TREE)/tests
 
 # Another torch has other warnings: shown, not errors.
-gpu-test: gpu-path
+gpu-test: tree
 	$(GPU_ENV) $(GPU_PYTHON) -m pytest -n $(GPU_WORKERS) -W default -o pythonpath= $(PYTEST_ARGS) tests/gpu
 
-gpu-bench: gpu-path
+gpu-bench: tree
 	$(GPU_ENV) $(GPU_PYTHON) -m tests.gpu $(GPU_ARGS)
 
 clean:

@@ -1,14 +1,16 @@
 """adaptc: fine-tuning adapters as a compiler pass over ``torch.export`` programs.
 
-Re-exports only. Names are looked up when first used (PEP 562), so that ``import adaptc`` loads nothing heavy: neither
-torch nor transformers nor triton.
+Re-exports only, from one table. Names are looked up when first used (PEP 562), so that ``import adaptc`` loads nothing
+heavy: neither torch nor transformers nor triton. Whatever is exported here says that it lives here.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
+# Type checkers follow imports, not tables; the tests hold the two against each other.
 if TYPE_CHECKING:
     from adaptc.api import (
         compile,
@@ -33,14 +35,13 @@ if TYPE_CHECKING:
         CheckpointError,
         ConfigError,
         MergeError,
+        MethodError,
         PassError,
         RecompileError,
         SwapError,
         TargetError,
     )
-    from adaptc.methods._base import TargetedConfig
-    from adaptc.methods._rank_allocator import RankAllocator, orthogonal_loss
-    from adaptc.methods._registry import register_method
+    from adaptc.methods import TargetedConfig, register_method
     from adaptc.methods.adalora import AdaLoraConfig
     from adaptc.methods.boft import BOFTConfig
     from adaptc.methods.c3a import C3AConfig
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from adaptc.methods.ln_tuning import LNTuningConfig
     from adaptc.methods.loha import LoHaConfig
     from adaptc.methods.lokr import LoKrConfig
-    from adaptc.methods.lora import LoraConfig
+    from adaptc.methods.lora_config import LoraConfig
     from adaptc.methods.miss import MissConfig
     from adaptc.methods.oft import OFTConfig
     from adaptc.methods.randlora import RandLoraConfig
@@ -60,75 +61,18 @@ if TYPE_CHECKING:
     from adaptc.methods.vblora import VBLoRAConfig
     from adaptc.methods.vera import VeraConfig
     from adaptc.methods.waveft import WaveFTConfig
-    from adaptc.passes._kinds import Op
-    from adaptc.passes._method import Initial, Method, Slot
-    from adaptc.program import AdaptedProgram
-    from adaptc.runtime import assert_no_recompiles
+    from adaptc.passes.ir.method import Initial, Method, Slot
+    from adaptc.passes.ir.ops import Op
+    from adaptc.program.adapted import AdaptedProgram
+    from adaptc.program.rank_allocator import RankAllocator, orthogonal_loss
+    from adaptc.runtime.recompiles import assert_no_recompiles
+    from adaptc.verify.check_method import check_method
 
 __version__ = "0.1.0"
 
-__all__ = [
+#: public name -> the module it is defined in
+PUBLIC = {
     # what one does
-    "compile",
-    "swap",
-    "merge",
-    "unmerge",
-    "unload",
-    "lower",
-    "save",
-    "load",
-    "save_adapter",
-    "package",
-    "load_package",
-    "report",
-    "verify",
-    "assert_no_recompiles",
-    "RankAllocator",
-    "orthogonal_loss",
-    # what one holds
-    "AdaptedProgram",
-    "LoraConfig",
-    "AdaLoraConfig",
-    "OFTConfig",
-    "BOFTConfig",
-    "HRAConfig",
-    "VeraConfig",
-    "RandLoraConfig",
-    "VBLoRAConfig",
-    "LoHaConfig",
-    "LoKrConfig",
-    "IA3Config",
-    "RoadConfig",
-    "MissConfig",
-    "FourierFTConfig",
-    "WaveFTConfig",
-    "C3AConfig",
-    "ShiraConfig",
-    "LNTuningConfig",
-    "TrainableTokensConfig",
-    # what a method of one's own is made of
-    "register_method",
-    "TargetedConfig",
-    "Method",
-    "Slot",
-    "Initial",
-    "Op",
-    # what can go wrong
-    "AdaptcError",
-    "AdaptcWarning",
-    "BackendError",
-    "CaptureError",
-    "CheckpointError",
-    "ConfigError",
-    "MergeError",
-    "PassError",
-    "RecompileError",
-    "SwapError",
-    "TargetError",
-    "__version__",
-]
-
-_HOME = {
     "compile": "adaptc.api",
     "swap": "adaptc.api",
     "merge": "adaptc.api",
@@ -142,11 +86,12 @@ _HOME = {
     "load_package": "adaptc.api",
     "report": "adaptc.api",
     "verify": "adaptc.api",
-    "assert_no_recompiles": "adaptc.runtime",
-    "RankAllocator": "adaptc.methods._rank_allocator",
-    "orthogonal_loss": "adaptc.methods._rank_allocator",
-    "AdaptedProgram": "adaptc.program",
-    "LoraConfig": "adaptc.methods.lora",
+    "assert_no_recompiles": "adaptc.runtime.recompiles",
+    "RankAllocator": "adaptc.program.rank_allocator",
+    "orthogonal_loss": "adaptc.program.rank_allocator",
+    # what one holds
+    "AdaptedProgram": "adaptc.program.adapted",
+    "LoraConfig": "adaptc.methods.lora_config",
     "AdaLoraConfig": "adaptc.methods.adalora",
     "OFTConfig": "adaptc.methods.oft",
     "BOFTConfig": "adaptc.methods.boft",
@@ -165,12 +110,15 @@ _HOME = {
     "ShiraConfig": "adaptc.methods.shira",
     "LNTuningConfig": "adaptc.methods.ln_tuning",
     "TrainableTokensConfig": "adaptc.methods.trainable_tokens",
-    "register_method": "adaptc.methods._registry",
-    "TargetedConfig": "adaptc.methods._base",
-    "Method": "adaptc.passes._method",
-    "Slot": "adaptc.passes._method",
-    "Initial": "adaptc.passes._method",
-    "Op": "adaptc.passes._kinds",
+    # what a method of one's own is made of
+    "register_method": "adaptc.methods",
+    "check_method": "adaptc.verify.check_method",
+    "TargetedConfig": "adaptc.methods",
+    "Method": "adaptc.passes.ir.method",
+    "Slot": "adaptc.passes.ir.method",
+    "Initial": "adaptc.passes.ir.method",
+    "Op": "adaptc.passes.ir.ops",
+    # what can go wrong
     "AdaptcError": "adaptc.errors",
     "AdaptcWarning": "adaptc.errors",
     "BackendError": "adaptc.errors",
@@ -178,21 +126,30 @@ _HOME = {
     "CheckpointError": "adaptc.errors",
     "ConfigError": "adaptc.errors",
     "MergeError": "adaptc.errors",
+    "MethodError": "adaptc.errors",
     "PassError": "adaptc.errors",
     "RecompileError": "adaptc.errors",
     "SwapError": "adaptc.errors",
     "TargetError": "adaptc.errors",
 }
 
+__all__ = [*PUBLIC, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+
 
 def __getattr__(name: str) -> Any:
-    home = _HOME.get(name)
+    home = PUBLIC.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(home), name)
-    globals()[name] = value
-    return value
+    importlib.import_module(home)
+    # What came along with it is named as well: a program is made by a function, and its class never asked for.
+    for public, where in PUBLIC.items():
+        module = sys.modules.get(where)
+        value = None if module is None else vars(module).get(public)
+        if value is not None:
+            value.__module__ = __name__
+            globals()[public] = value
+    return globals()[name]
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(_HOME))
+    return sorted({*globals(), *PUBLIC})

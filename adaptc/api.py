@@ -8,37 +8,32 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from adaptc import merging
-from adaptc.adapters import as_binding, as_config, fitted
-from adaptc.binding import Binding, Slate, bind, embedding_tensors, file_tensors, first_values, joined
-from adaptc.checkpoint import AdapterFile, write_adapter
-from adaptc.errors import AdaptcError, ConfigError, MergeError
-from adaptc.methods._base import AdapterConfig, TargetedConfig
-from adaptc.packing import alias
-from adaptc.passes._kinds import op_of
-from adaptc.passes._lifted import Lifted
-from adaptc.passes._method import Attachment
-from adaptc.passes.inject import Inject
-from adaptc.passes.merge import Merge
-from adaptc.passes.set_mode import SetMode
-from adaptc.passes.unload import Unload
-from adaptc.passes.unmerge import Unmerge
-from adaptc.program import Adaptation, AdaptedProgram, check_limit
-from adaptc.runtime import check_backend
-from adaptc.several import FORMS, joint_slate, named, part_of, together, union
-from adaptc.targets import ModelFacts, Plan, plan
-
-if TYPE_CHECKING:
-    from adaptc.reports import CoverageReport, SwapReport, VerifyReport
+from adaptc.binding.bind import embedding_tensors, file_tensors
+from adaptc.binding.combine import part_of
+from adaptc.binding.source import as_binding
+from adaptc.errors import ConfigError, MergeError
+from adaptc.packages.run import PackagedProgram
+from adaptc.packages.write import package_program
+from adaptc.peft_files.directory import write_adapter
+from adaptc.program.adapted import AdaptedProgram
+from adaptc.program.compile import compiled
+from adaptc.program.files import load_program, save_program
+from adaptc.program.lower import lowered
+from adaptc.program.merge import merged, unmerged
+from adaptc.program.unload import unloaded
+from adaptc.reports.coverage import CoverageReport
+from adaptc.reports.results import MergeReport, SwapReport, bar
+from adaptc.runtime.options import RunOptions
+from adaptc.verify.report import VerifyReport
+from adaptc.verify.verify import verify_program
 
 
 def compile(
@@ -76,120 +71,19 @@ def compile(
     that fuses, the memory of sibling weights moves into one buffer, so let no other thread run the model then.
     Raises CaptureError, ConfigError, TargetError, CheckpointError or BackendError.
     """
-    from adaptc.capture import capture
-
-    check_backend(backend)
-    check_limit(hoist_limit)
-    if form not in FORMS:
-        raise ConfigError(f"form={form!r} is not one of {', '.join(FORMS)}")
-    by_name = named(config)
-    several = list(config) if isinstance(config, (list, tuple)) else [config]
-    several = several if by_name is None else list(by_name.values())
-    if not several:
-        raise ConfigError("config is an empty list: give a config, an adapter directory, or a list of them")
-    parsed = [as_config(c, key_mapping) for c in several]
-    model = _replicated(model, [c for c, _ in parsed])
-    captured = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, training=training)
-    facts = ModelFacts(
-        captured.module_types,
-        captured.model_type,
-        captured.output_embedding,
-        captured.input_embedding,
-        _transposed(model),
-        bare=not isinstance(model, nn.Module),
-    )
-    base = Lifted(captured.program, edit=False)
-    parsed = [fitted(c, f, base.state_dict) for c, f in parsed]
-    names = [adapter_name] * len(parsed) if by_name is None else list(by_name)
-    plans = [plan(_targeted(c), captured.program, facts, n, base) for n, (c, _) in zip(names, parsed, strict=True)]
-    parsed = [(p.config, f) for p, (_, f) in zip(plans, parsed, strict=True)]
-    attachments = union(plans, training, backend, form, apart=by_name is not None)
-    slate = _slate(base, attachments, autocast_adapter_dtype, _trainable(parsed[0], training), plans)
-    slate = joint_slate(slate)
-    attachments = list(slate.attachments)
-    if by_name is None:
-        binding = _first_binding(slate, plans[0], parsed[0], generator)
-    else:
-        own = zip(names, parsed, strict=True)
-        binding = together({n: _first_binding(part_of(slate, n), None, c, generator) for n, c in own})
-    adaptation = Adaptation(
-        attachments,
-        matches={k: v for p in plans for k, v in p.matches.items()},
-        left_out=plans[0].left_out,
-        fills=captured.fills,
-        training=captured.training,
+    return compiled(
+        model,
+        config,
+        RunOptions(backend, hoist_limit, fuse),
+        example_inputs=example_inputs,
+        dynamic_shapes=dynamic_shapes,
+        adapter_name=adapter_name,
+        training=training,
+        form=form,
         autocast=autocast_adapter_dtype,
-        unread=slate.unread,
+        key_mapping=key_mapping,
+        generator=generator,
     )
-    header = adaptation.header(binding)
-    inject = Inject(attachments, binding.values, header, captured.training, AdaptedProgram)
-    injected = inject(captured.program)
-    adaptation = replace(adaptation, attachments=injected.data)
-    adapted = AdaptedProgram.adopt(injected.program, adaptation, binding, backend)
-    adapted.hoist_limit, adapted.fuse = hoist_limit, fuse
-    alias([*captured.program.state_dict.values(), *injected.program.state_dict.values()])
-    return adapted
-
-
-def _targeted(config: AdapterConfig) -> TargetedConfig:
-    if not isinstance(config, TargetedConfig):
-        raise ConfigError(f"{type(config).__name__} does not choose layers, so it cannot be compiled into a program")
-    return config
-
-
-def _replicated(model: Any, configs: Sequence[AdapterConfig]) -> Any:
-    wanted = {str(getattr(c, "layer_replication", None)) for c in configs}
-    ranges = getattr(configs[0], "layer_replication", None)
-    if wanted == {"None"}:
-        return model
-    if len(wanted) > 1:
-        raise ConfigError(
-            f"layer_replication differs between the adapters: {sorted(wanted)}; they need programs of their own"
-        )
-    if not isinstance(model, nn.Module):
-        raise ConfigError(
-            "layer_replication restacks the model's layers, so it needs the nn.Module, not a program of it"
-        )
-    from adaptc.replicate import replicate_layers
-
-    return replicate_layers(model, [(int(a), int(b)) for a, b in ranges])  # type: ignore[union-attr]
-
-
-def _transposed(model: Any) -> frozenset[str]:
-    """Modules that store stacked experts as (experts, in, out), by transformers' own flag."""
-    if not isinstance(model, nn.Module):
-        return frozenset()
-    return frozenset(n for n, m in model.named_modules() if getattr(m, "is_transposed", False))
-
-
-def _trainable(parsed: tuple[AdapterConfig, AdapterFile | None], training: bool) -> bool:
-    """Files always say inference_mode; what says whether their adapter is to be trained is the program's purpose."""
-    config, file = parsed
-    return not config.inference_mode if file is None else training
-
-
-def _slate(
-    base: Lifted, attachments: Sequence[Attachment], autocast: bool, trainable: bool, plans: Sequence[Plan]
-) -> Slate:
-    ops = {a.id: op_of(a.kind, base.tensor(a.fqn), base.nodes[a.consumers[0]]) for a in attachments}
-    unread = {key: fqn for p in plans for key, fqn in p.unread.items()}
-    return Slate(attachments, ops, base.state_dict, autocast, trainable, unread)
-
-
-def _first_binding(
-    slate: Slate,
-    first: Plan | None,
-    parsed: tuple[AdapterConfig, AdapterFile | None],
-    generator: torch.Generator | None,
-) -> Binding:
-    """What an adapter starts with; ``first`` is its plan, None when the slate is its own."""
-    config, file = parsed
-    if file is not None:
-        return bind(slate, config, file.tensors, str(file.path), fit=False)
-    if first is None:
-        return first_values(slate, config, generator)
-    own = joined({a.id: a.method for a in first.attachments}, slate.ops)
-    return first_values(slate, config, generator, only=own)
 
 
 def swap(
@@ -209,8 +103,6 @@ def swap(
     Raises SwapError (naming the site) when the adapter needs a site the program was not compiled for, CheckpointError
     for damaged files, wrong shapes, missing keys or NaN; the program is then unchanged.
     """
-    from adaptc.reports import SwapReport
-
     start = time.perf_counter()
     binding = as_binding(
         program,
@@ -220,8 +112,8 @@ def swap(
         key_mapping=key_mapping,
         trainable=program.adaptation.training,
     )
-    program._set(binding)
-    return SwapReport.of(program, binding, time.perf_counter() - start)
+    program.install(binding)
+    return SwapReport.of(program.adaptation.attachments, binding, time.perf_counter() - start)
 
 
 def merge(
@@ -235,50 +127,32 @@ def merge(
     memory, with the last of them) and ``program`` must not be used any more.
     Raises MergeError, with ``program`` unchanged.
     """
-    from adaptc.reports import MergeReport, bar
-
-    binding = program.binding
-    ids, values, source = set(binding.methods), dict(binding.values), binding.source
-    origin = (program, binding) if keep_base else None
-    release = None if keep_base else program._release
-    del binding  # it may hold base tensors
-    attachments = [a for a in program.adaptation.attachments if a.id in ids]
-    rest = tuple(a.id for a in program.adaptation.attachments if a.id not in ids)
-    fold = Merge(attachments, values, safe, release, bar("merging", progress), rest, AdaptedProgram)
-    new, rows = merging.merge(program, fold)
-    new.hoist_limit = program.hoist_limit
-    new._origin = origin
+    source = program.binding.source
+    new, rows = merged(program, safe=safe, keep_base=keep_base, progress=bar("merging", progress))
     new.merge_report = MergeReport(rows, source)
     return new
 
 
-def _bare(program: AdaptedProgram) -> Adaptation:
-    return Adaptation(fills=program.adaptation.fills)
-
-
 def unmerge(program: AdaptedProgram) -> AdaptedProgram:
-    """The adapted program ``program`` was merged from, with the adapter it had then: every bit as it was."""
-    origin = program._origin if isinstance(program, AdaptedProgram) else None
-    result = Unmerge(None if origin is None else origin[0].clone(origin[1])).apply(program).program
-    assert isinstance(result, AdaptedProgram)
-    return result
+    """The adapted program ``program`` was merged from, with the adapter it had then: every bit as it was.
+
+    Raises MergeError where it was merged with ``keep_base=False``, loaded from a file, or never merged.
+    """
+    if not isinstance(program, AdaptedProgram):
+        raise MergeError(
+            f"a {type(program).__name__} does not know what it was merged from; unmerge takes what adaptc.merge gives"
+        )
+    back = unmerged(program)
+    assert isinstance(back, AdaptedProgram)
+    return back
 
 
 def unload(program: AdaptedProgram) -> AdaptedProgram:
-    """The base: no adapter, every base tensor the object it was before compile."""
-    a = program.adaptation
-    if a.residual:
-        raise MergeError(
-            f"the file this program came from holds only the adapter's own version of {list(a.residual)[:3]} (its "
-            "initialisation changed the base), so the base cannot be given back. Compile the original model instead."
-        )
-    originals = dict(program.base_tensors)
-    result = Unload({k: originals[k] for k in program._originals}, AdaptedProgram)(program).program
-    if a.training:
-        result = SetMode(training=False)(result).program
-    new = AdaptedProgram.adopt(result, _bare(program), None, program.backend)
-    new.hoist_limit = program.hoist_limit
-    return new
+    """The base: no adapter, every base tensor the object it was before compile.
+
+    Raises MergeError for a program whose file held only an adapter's own version of the base.
+    """
+    return unloaded(program)
 
 
 def lower(program: AdaptedProgram) -> AdaptedProgram:
@@ -289,8 +163,6 @@ def lower(program: AdaptedProgram) -> AdaptedProgram:
     ``program`` does; ``program`` stays plain ATen. Loading it needs adaptc, triton and a GPU.
     Raises BackendError where the base is not on a GPU, or triton is not installed.
     """
-    from adaptc.lowering import lowered
-
     return lowered(program)
 
 
@@ -300,24 +172,25 @@ def save(program: ExportedProgram, path: str | os.PathLike[str]) -> Path:
     An adapted program carries its sites, slots and config in its graph; a merged or unloaded one is plain ATen and
     needs no adaptc to run.
     """
-    from adaptc.files import save_program
-
     return save_program(program, Path(path))
 
 
 def load(
-    path: str | os.PathLike[str], *, backend: str = "eager", hoist_limit: int | None = None, fuse: bool = True
+    path: str | os.PathLike[str],
+    *,
+    backend: str = "eager",
+    hoist_limit: int | None = None,
+    fuse: bool = True,
+    device: torch.device | str | None = None,
 ) -> AdaptedProgram:
     """Read a ``.pt2`` written by :func:`save` or ``torch.export.save``; adapters are known again from the graph.
 
-    ``hoist_limit`` and ``fuse`` as for :func:`compile`; a program without adapters is never fused unasked.
+    ``backend``, ``hoist_limit`` and ``fuse`` as for :func:`compile`; a program without adapters is never fused unasked.
+    ``device``: where its tensors and its adapter go; None leaves them where they were.
+    Raises CheckpointError for files that are missing, damaged, or of another format, BackendError for one whose kernels
+    cannot run here.
     """
-    from adaptc.files import load_program
-
-    check_limit(hoist_limit)
-    program = load_program(Path(path), backend)
-    program.hoist_limit, program.fuse = hoist_limit, program.fuse and fuse
-    return program
+    return load_program(Path(path), RunOptions(backend, hoist_limit, fuse), device)
 
 
 def save_adapter(
@@ -336,17 +209,17 @@ def save_adapter(
     ``save_embedding_layers`` adds the base weights of ``embed_tokens`` and ``lm_head``, which an adapter needs whose
     vocabulary was resized (PEFT also adds them whenever one of the two is targeted).
     """
-    binding, slate = program.binding, program.slate()
+    binding, spec = program.binding, program.spec()
     if binding.parts:
         if adapter_name not in binding.parts:
             raise ConfigError(
                 f"the program has no adapter called {adapter_name!r}; say which of {list(binding.parts)} to write with "
                 "adapter_name"
             )
-        binding, slate = binding.parts[adapter_name], part_of(slate, adapter_name)
-    tensors: dict[str, Tensor] = file_tensors(slate, binding)
+        binding, spec = binding.parts[adapter_name], part_of(spec, adapter_name)
+    tensors: dict[str, Tensor] = file_tensors(spec, binding)
     if save_embedding_layers:
-        found = embedding_tensors(slate, binding)
+        found = embedding_tensors(spec, binding)
         if not found:
             raise ConfigError(
                 "save_embedding_layers=True, but the program has no module called embed_tokens or lm_head"
@@ -365,45 +238,20 @@ def save_adapter(
 
 def report(program: AdaptedProgram) -> CoverageReport:
     """What was adapted and what was left out; prints as a table."""
-    from adaptc.reports import CoverageReport
-
     return CoverageReport.of(program)
 
 
 def verify(program: AdaptedProgram, model: nn.Module | None = None, **options: Any) -> VerifyReport:
-    """Run the program against the model it came from on random inputs of several shapes; see ``adaptc.verifying``."""
-    from adaptc.verifying import verify_program
-
+    """Run the program against the model it came from on random inputs of several shapes; see
+    :func:`adaptc.verify.verify.verify_program` for ``options``."""
     return verify_program(program, model, **options)
 
 
 def package(program: AdaptedProgram, path: str | os.PathLike[str], *, max_rank: int | None = None) -> Path:
-    """Compile ahead of time with AOTInductor into one file with swappable adapters; see ``adaptc.packaging``."""
-    from adaptc.packaging import package_program
-
+    """Compile ahead of time with AOTInductor into one file with swappable adapters; see ``adaptc.packages.write``."""
     return package_program(program, Path(path), max_rank=max_rank)
 
 
-def load_package(path: str | os.PathLike[str]) -> Any:
+def load_package(path: str | os.PathLike[str]) -> PackagedProgram:
     """A runner for a file written by :func:`package`: call it, and ``swap`` adapters on it."""
-    from adaptc.packaging import PackagedProgram
-
     return PackagedProgram(Path(path))
-
-
-__all__ = [
-    "AdaptcError",
-    "compile",
-    "load",
-    "load_package",
-    "lower",
-    "merge",
-    "package",
-    "report",
-    "save",
-    "save_adapter",
-    "swap",
-    "unload",
-    "unmerge",
-    "verify",
-]

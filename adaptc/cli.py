@@ -7,6 +7,7 @@ exit code 1; a verification that fails exits with 1, too. Only typer is imported
 from __future__ import annotations
 
 import functools
+import importlib.util
 import shutil
 import sys
 import warnings
@@ -84,13 +85,34 @@ def _version(show: bool) -> None:
         raise typer.Exit
 
 
+def _import(files: list[Path] | None) -> None:
+    """Run Python files, as importing them would: they register methods."""
+    for file in files or []:
+        name = f"imported_by_adaptc.{file.stem}"  # its own name may be that of a library
+        spec = importlib.util.spec_from_file_location(name, file)
+        if spec is None or spec.loader is None or not file.is_file():
+            _say("error", f"--import {file}: there is no such Python file", "red")
+            raise typer.Exit(1)
+        sys.path.insert(0, str(file.parent))  # files beside it can be imported, as in `python FILE.py`
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            _say("error", f"--import {file}: {type(error).__name__}: {error}", "red")
+            raise typer.Exit(1) from None
+
+
 @app.callback()
 def options(
+    imported: Annotated[
+        list[Path] | None,
+        typer.Option("--import", metavar="FILE.py", help="Run this file first: it registers a method of your own."),
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    _import(imported)
 
 
 @app.command()
@@ -102,7 +124,7 @@ def show(
 ) -> None:
     """What a program adapts and with which tensors, or what an adapter directory holds."""
     if path.is_dir():
-        from adaptc.adapter_report import AdapterReport
+        from adaptc.reports.adapter import AdapterReport
 
         _print(AdapterReport.of(path))
         return

@@ -7,7 +7,7 @@ things: every failure of adaptc is an :class:`AdaptcError`, and a call that rais
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 
 
 class AdaptcError(Exception):
@@ -20,6 +20,10 @@ class CaptureError(AdaptcError):
 
 class ConfigError(AdaptcError, ValueError):
     """A config holds a value, or a combination of values, that cannot be honoured."""
+
+
+class MethodError(AdaptcError):
+    """A method of a user's own does not keep what the protocol promises (see examples/writing_methods.md)."""
 
 
 class TargetError(AdaptcError, ValueError):
@@ -65,3 +69,25 @@ def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
     for t in difflib.get_close_matches(tail, list(tails), n=n, cutoff=0.5):
         close.extend(tails[t][:1] if "." in name else [t])
     return list(dict.fromkeys(close))[:n]
+
+
+#: how many wrong entries a message names before it counts the others
+SHOWN = 3
+
+
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """ "; nearest are ...", for the end of a message; '' when nothing is near."""
+    close = nearest(name, candidates)
+    return f"; nearest are {listing(map(repr, close))}" if close else ""
+
+
+def listing(items: Iterable[object], most: int = 8) -> str:
+    """The first ``most`` items, and how many there are when these are not all."""
+    shown = [str(i) for i in items]
+    return ", ".join(shown[:most]) + (f", ... ({len(shown)} in all)" if len(shown) > most else "")
+
+
+def and_more(items: Sized) -> str:
+    """ "; and 4 more" where a message has named the first ``SHOWN`` of ``items``; '' where that was all."""
+    rest = len(items) - SHOWN
+    return f"; and {rest} more" if rest > 0 else ""

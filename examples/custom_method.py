@@ -59,10 +59,12 @@ class Gain(adaptc.Method):
         return (slots["gain_factor"] * (y + low)).to(y.dtype)
 
 
+adaptc.register_method(GainConfig, Gain)
+
+
 def main() -> int:
     """Returns the exit status: 0 when every program says what it should."""
     torch.manual_seed(0)
-    adaptc.register_method(GainConfig, Gain)
     net = nn.Sequential(nn.Conv1d(3, 5, 2), nn.Tanh(), nn.Flatten(), nn.Linear(20, 7)).eval()
     x, wanted = torch.randn(64, 3, 5), torch.randn(64, 7)
     config = GainConfig(r=6, target_modules=["0", "3"])

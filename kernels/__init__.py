@@ -1,4 +1,32 @@
 """Triton kernels, one family per file: jit kernels, launcher, op with a fake, and a torch reference.
 
-Imported as ``adaptc.kernels``. Importing this package does not import triton; the modules inside it do.
+Imported as ``adaptc.kernels``, which needs triton and makes torch know the ops. This is the list of them; what runs on
+which device is decided inside each: on a GPU its kernels, elsewhere its reference.
 """
+
+from adaptc.kernels._launch import INTERPRETED
+from adaptc.kernels.dora import dora_epilogue, dora_norm
+from adaptc.kernels.grouped_lora import grouped_expand, grouped_lora, grouped_outer, grouped_shrink
+from adaptc.kernels.lora_epilogue import lora_down, lora_up_add
+from adaptc.kernels.lora_linear import FEW_ROWS, lora_linear
+from adaptc.kernels.lora_siblings import lora_up_add_siblings, sibling_table_of
+from adaptc.kernels.merge import merge_, merge_saving_, unmerge_
+
+__all__ = [
+    "FEW_ROWS",
+    "INTERPRETED",
+    "dora_epilogue",
+    "dora_norm",
+    "grouped_expand",
+    "grouped_lora",
+    "grouped_outer",
+    "grouped_shrink",
+    "lora_down",
+    "lora_linear",
+    "lora_up_add",
+    "lora_up_add_siblings",
+    "merge_",
+    "merge_saving_",
+    "sibling_table_of",
+    "unmerge_",
+]

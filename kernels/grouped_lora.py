@@ -1,5 +1,7 @@
 """LoRA for a batch whose rows belong to different adapters, each of its own rank.
 
+No program uses these yet: a bank of adapters, which mixes them row by row, is what they are for.
+
     out[t] = y[t] + scales[i] * (x[t] A_i^T) B_i        with i = index[t]; out[t] = y[t] where index[t] is -1
 
 x (T, K) and y (T, N) are rows of the input and of the output of a layer. A *bank* has the matrices of n adapters, the

@@ -1,5 +1,7 @@
 """Merging a low-rank update into a weight in place, one tile at a time.
 
+No program uses these yet: a bank of adapters will, to fold the one in use into the weights and take it out again.
+
     merge_(W, A, B, scale)               W <- round(W + scale * B A)
     merge_saving_(W, A, B, scale)        the same, and the old W as a new tensor, in one pass over W
     unmerge_(W, saved)                   W <- saved, bit by bit

@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import adaptc
-from adaptc.methods._registry import config_class
-from adaptc.passes._method import Attachment
+from adaptc.methods import config_class
+from adaptc.passes.ir.attachment import Attachment
 from tests.method_table import BY_NAME, ENTRIES, LAYERS, Entry, Layer
 
 FILE = "adapter_model.safetensors"
@@ -159,7 +159,7 @@ class Subject:
             n: slots.get(n, values[f].double() if values[f].is_floating_point() else values[f])
             for n, f in a.slots.items()
         }
-        scale = None if a.scale is None else values[a.scale].double()
+        scale = None if a.scale_slot is None else values[a.scale_slot].double()
         layer = self.base.layer
         weight = getattr(layer, a.param)
         out = {a.param: op.stored(method.weight(op, op.canonical(weight.detach()), named, scale))}
@@ -285,14 +285,14 @@ def check_first_values(s: Subject, tmp_path: Path) -> None:
 
 def check_absent(s: Subject, tmp_path: Path) -> None:
     """The method's identity values leave the layer as it is, exactly up to rounding, and have finite gradients."""
-    from adaptc.binding import first_values
+    from adaptc.binding.bind import first_values
 
     program = s.compile(s.config())
-    identity = first_values(program.slate(trainable=True), s.config(), only={})
+    identity = first_values(program.spec(trainable=True), s.config(), only={})
     assert not identity.methods
     module = adaptc.AdaptedProgram.bind(program, identity)
     close(module(*s.args(5)), s.base(*s.args(5)), 1e-9)
-    program._set(identity)
+    adaptc.swap(program, identity)
     sound(program)
 
 
@@ -316,7 +316,7 @@ def check_swap(s: Subject, tmp_path: Path) -> None:
 def check_forms(s: Subject, tmp_path: Path) -> None:
     """What a method does to the weight is what its cheaper form does around the layer, in values and gradients."""
     a, op = s.attachment, s.program.ops[s.attachment.id]
-    outside = a.method.has_outside(op)
+    outside = a.method.has_apply_form(op)
     programs = [s.compile(form=f, training=True) for f in (("apply", "weight") if outside else ("auto", "weight"))]
     assert [p.adaptation.attachments[0].form for p in programs] == ["apply" if outside else "weight", "weight"]
     grads = []

@@ -9,10 +9,10 @@ from typing import ClassVar
 import pytest
 from torch import Tensor
 
-from adaptc.methods import _registry
-from adaptc.methods._base import TargetedConfig
-from adaptc.passes._kinds import Op
-from adaptc.passes._method import Method, Slot
+import adaptc
+from adaptc.methods import TargetedConfig, _registry
+from adaptc.passes.ir.method import Method, Slot
+from adaptc.passes.ir.ops import Op
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,13 @@ class SoftmaxedConfig(TargetedConfig):
         return Softmaxed(self.r)
 
 
+def registered(monkeypatch: pytest.MonkeyPatch, config: type[TargetedConfig], method: type[Method]) -> None:
+    """Make a method known for one test."""
+    for table in (_registry.CONFIGS, _registry.METHODS, _registry._registered):
+        monkeypatch.setattr(_registry, next(n for n, v in vars(_registry).items() if v is table), dict(table))
+    adaptc.register_method(config, method)
+
+
 def register(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make files and regions with these methods readable."""
     for config, method in ((ShiftConfig, Shift), (SoftmaxedConfig, Softmaxed)):
-        monkeypatch.setitem(_registry.CONFIGS, config.peft_type, f"{__name__}:{config.__name__}")
-        monkeypatch.setitem(_registry.METHODS, method.name, f"{__name__}:{method.__name__}")
+        registered(monkeypatch, config, method)

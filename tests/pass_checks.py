@@ -16,11 +16,12 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from adaptc.methods.lora import Lora
-from adaptc.passes._lifted import Lifted
-from adaptc.passes._method import Attachment, Method
-from adaptc.passes._regions import node_tag
-from adaptc.passes.find_sites import Site, find_sites
-from adaptc.passes.inject import Inject, site_op
+from adaptc.passes.adapt.inject import Inject
+from adaptc.passes.analysis.sites import Site, find_sites
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.method import Method
+from adaptc.passes.ir.regions import node_tag, site_op
 
 
 def export(model: nn.Module, *args: Any, strict: bool = False, **options: Any) -> ExportedProgram:
@@ -90,8 +91,8 @@ def inject_all(
 def factors(a: Attachment, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float]:
     """(A, B, scale) of a LoRA, A and B as matrices."""
     A, B = (values[f] for n, f in a.slots.items() if not n.endswith("bias"))
-    assert a.scale is not None
-    return A.flatten(1), B.flatten(1), float(values[a.scale])
+    assert a.scale_slot is not None
+    return A.flatten(1), B.flatten(1), float(values[a.scale_slot])
 
 
 def describe(node: fx.Node) -> tuple[Any, ...]:

@@ -24,12 +24,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import adaptc
-from adaptc.binding import Slate, first_values
-from adaptc.passes._kinds import op_of
-from adaptc.passes._lifted import Lifted
-from adaptc.passes.inject import Inject
-from adaptc.program import Adaptation
-from adaptc.targets import ModelFacts, plan
+from adaptc.binding.bind import first_values
+from adaptc.binding.binding import BindingSpec
+from adaptc.methods import ModelFacts
+from adaptc.passes.adapt.inject import Inject
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.ops import op_of
+from adaptc.program.adaptation import Adaptation
+from adaptc.targets.plan import plan
 from tests.site_cases import CASES, Case
 
 PREFIX = "base_model.model."
@@ -316,11 +318,11 @@ def check_weight_form(s: Subject, tmp_path: Path) -> None:
     attachments = [replace(a, form="weight") for a in planned.attachments]
     lifted = Lifted(base)
     ops = {a.id: op_of(a.kind, lifted.tensor(a.fqn), lifted.nodes[a.consumers[0]]) for a in attachments}
-    binding = first_values(Slate(attachments, ops, base.state_dict, unread=planned.unread), config)
+    binding = first_values(BindingSpec(attachments, ops, base.state_dict, unread=planned.unread), config)
     adaptation = Adaptation(attachments, unread=planned.unread)
     injected = Inject(attachments, binding.values, adaptation.header(binding))(base)
     adaptation = replace(adaptation, attachments=injected.data)
-    program = adaptc.AdaptedProgram.adopt(injected.program, adaptation, binding, "eager")
+    program = adaptc.AdaptedProgram(injected.program, adaptation, binding)
     assert {a.form for a in program.adaptation.attachments} == {"weight"}
     adaptc.swap(program, s.directory)
     sound(program)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from adaptc.capture import capture
+from adaptc.capture.capture import capture
 from adaptc.errors import AdaptcWarning, CaptureError
 from tests.families import FAMILIES
 
@@ -274,7 +274,8 @@ def test_compiled_module_keeps_its_own_names() -> None:
 
 def test_transformers_is_not_imported_for_other_models() -> None:
     code = (
-        "import sys, torch; from adaptc.capture import capture; capture(torch.nn.Linear(3, 5), torch.randn(2, 3));"
+        "import sys, torch; from adaptc.capture.capture import capture;"
+        "capture(torch.nn.Linear(3, 5), torch.randn(2, 3));"
         "sys.exit('transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from adaptc.capture import capture
+from adaptc.capture.capture import capture
 from adaptc.errors import AdaptcWarning
 from tests.families import FAMILIES
 

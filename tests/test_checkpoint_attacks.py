@@ -19,14 +19,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import nn
 
-from adaptc.checkpoint import (
-    check_finite,
-    file_key,
-    read_adapter,
-    read_config,
-    write_adapter,
-)
 from adaptc.errors import CheckpointError
+from adaptc.peft_files.directory import check_finite, file_key, read_adapter, read_config, write_adapter
 from tests.adapter_files import BIN, CONFIG, LORA, SAFE, same, some_tensors
 
 # --- damage and attacks -----------------------------------------------------------------------------------------------
@@ -220,7 +214,7 @@ def test_reading_copies_nothing(name: str, tmp_path: Path) -> None:
     code = f"""
 import sys
 sys.path.insert(0, {os.getcwd()!r})
-from adaptc.checkpoint import read_adapter, torch
+from adaptc.peft_files.directory import read_adapter, torch
 def now(): return int(open("/proc/self/statm").read().split()[1]) * 4096
 before = now()
 a = read_adapter({str(tmp_path)!r})

@@ -15,15 +15,8 @@ from hypothesis import given, settings
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from adaptc.checkpoint import (
-    bare_key,
-    file_key,
-    read_adapter,
-    read_config,
-    split_config,
-    write_adapter,
-)
 from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError
+from adaptc.peft_files.directory import bare_key, file_key, read_adapter, read_config, split_config, write_adapter
 from tests.adapter_files import BIN, CONFIG, LORA, SAFE, same, some_tensors, tree
 
 
@@ -196,7 +189,7 @@ def test_model_level_keys_are_pefts() -> None:
         top = {k.split(".")[1] for k in state(model) if not k.startswith("base_model.model.")}
         if top:
             found[kind] = top
-    from adaptc._peftformat import MODEL_LEVEL
+    from adaptc.peft_files.format import MODEL_LEVEL
 
     assert found == {k: set(MODEL_LEVEL[k]) for k in ("VERA", "VBLORA", "TINYLORA", "RANDLORA")}
 

@@ -17,13 +17,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
-from adaptc import _safefile
-from adaptc.checkpoint import (
-    read_adapter,
-    read_config,
-    write_adapter,
-)
 from adaptc.errors import AdaptcWarning, CheckpointError
+from adaptc.peft_files import safe_io as _safefile
+from adaptc.peft_files.directory import read_adapter, read_config, write_adapter
 from tests.adapter_files import BIN, CONFIG, LORA, SAFE, same, some_tensors, tree
 
 # --- round trips ------------------------------------------------------------------------------------------------------
@@ -211,7 +207,7 @@ def test_failing_rename_changes_nothing(
 KILLED = """
 import os, sys, torch
 sys.path.insert(0, {root!r})
-from adaptc.checkpoint import write_adapter
+from adaptc.peft_files.directory import write_adapter
 real = os.replace
 for at in range(5):
     if os.fork() == 0:
@@ -257,7 +253,7 @@ def test_a_really_full_disk(tmp_path: Path) -> None:
     code = f"""
 import resource, signal, sys, torch
 sys.path.insert(0, {os.getcwd()!r})
-from adaptc.checkpoint import write_adapter
+from adaptc.peft_files.directory import write_adapter
 from adaptc.errors import CheckpointError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

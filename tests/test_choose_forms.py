@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import adaptc
-from adaptc.passes.choose_forms import Work, cheaper, node_work, work
+from adaptc.passes.adapt.choose_forms import cheaper
+from adaptc.passes.ir.costs import Work, node_work, work
 
 
 class Net(nn.Module):

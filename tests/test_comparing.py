@@ -7,7 +7,7 @@ from math import inf, nan
 import pytest
 import torch
 
-from adaptc.comparing import compare, difference, digests, leaves
+from adaptc.verify.compare import compare, difference, digests, leaves
 
 
 def test_differences() -> None:

@@ -12,10 +12,10 @@ import torch
 from peft.utils import constants
 
 import adaptc
-from adaptc.checkpoint import read_config
 from adaptc.errors import ConfigError, TargetError
 from adaptc.methods._default_targets import OTHER_MEANING, TABLES, default_feedforward, defaults
 from adaptc.methods._registry import CONFIGS, config_class
+from adaptc.peft_files.directory import read_config
 from tests.families import FAMILIES
 from tests.oracle import Oracle, assert_same, file_tensors, load_peft, run
 
@@ -97,7 +97,8 @@ def base(name: str) -> adaptc.AdaptedProgram:
 @pytest.mark.parametrize("kind", [k for k in TABLES if k in CONFIGS])
 def test_completed_configs(kind, name):
     """What is planned, and saved, has the names that PEFT fills in."""
-    from adaptc.targets import ModelFacts, plan
+    from adaptc.methods import ModelFacts
+    from adaptc.targets.plan import plan
 
     model = FAMILIES[name].build()
     types = {n: f"{type(m).__module__}.{type(m).__qualname__}" for n, m in model.named_modules()}

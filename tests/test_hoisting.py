@@ -16,12 +16,13 @@ from torch.nn import functional as F
 
 import adaptc
 from adaptc import ConfigError, LoraConfig
-from adaptc.fusing import PLAIN
-from adaptc.hoisting import Held, Prefix, Stage
-from adaptc.methods._base import TargetedConfig
-from adaptc.passes._kinds import Op
-from adaptc.passes._method import Method, Slot
+from adaptc.methods import TargetedConfig
+from adaptc.passes.ir.method import Method, Slot
+from adaptc.passes.ir.ops import Op
+from adaptc.runtime.held_values import Held, Prefix, Stage
+from adaptc.runtime.variants import PLAIN
 from tests.families import FAMILIES
+from tests.odd_methods import registered
 
 IDS = torch.randint(0, 13, (3, 6), generator=torch.Generator().manual_seed(4))
 
@@ -74,14 +75,14 @@ def adapter(rank: int, seed: int) -> dict[str, Tensor]:
 
 def prefix_of(program: adaptc.AdaptedProgram) -> Prefix:
     """What the current binding gives to the one code that was called."""
-    assert program._arguments is not None
-    (prefix,) = program._arguments._prefixes.values()
+    assert program.running[1] is not None
+    (prefix,) = program.running[1].prefixes.values()
     return prefix
 
 
 def without(program: adaptc.AdaptedProgram) -> adaptc.AdaptedProgram:
     """The same program with everything computed in every call."""
-    twin = program.clone(program.binding)
+    twin = program.with_binding(program.binding)
     twin.hoist_limit = 0
     return twin
 
@@ -120,7 +121,7 @@ def test_a_swap_takes_the_values_along(rank: int) -> None:
     assert equal(program(IDS), without(program)(IDS))
     bound = program.bind(adapter(rank + 1, 7))
     assert bound.held == Held()
-    assert equal(bound(IDS), without(program.clone(bound.binding))(IDS))
+    assert equal(bound(IDS), without(program.with_binding(bound.binding))(IDS))
     assert bound.held.nbytes == (11 * 7 + 5 * 11) * 4
     assert bound.held.shared_nbytes == (7 + 5) * 4
 
@@ -137,7 +138,7 @@ def test_the_prologue_runs_once_for_an_adapter_and_once_for_the_base(monkeypatch
     program = compiled()
     bound = program.bind(adapter(2, 1))
     assert runs == []
-    base, slots = program.executor()._codes.get(PLAIN).code.stages
+    base, slots = program.executor().variants.get(PLAIN).code.stages
     answers: list[Tensor] = []
     threads = [threading.Thread(target=lambda: answers.append(bound(IDS))) for _ in range(6)]
     for t in threads:
@@ -157,7 +158,7 @@ def test_the_prologue_runs_once_for_an_adapter_and_once_for_the_base(monkeypatch
 def test_values_go_with_their_binding() -> None:
     program = compiled()
     program(IDS)
-    state = prefix_of(program)._state
+    state = prefix_of(program).state
     assert state is not None
     value = weakref.ref(state.slots.values[0])
     del state
@@ -190,7 +191,7 @@ def test_a_bound_adapter_sees_writes_too() -> None:
     before = bound(IDS)
     bound.binding.values["down.lora_A.default.weight"].zero_()
     assert not torch.equal(bound(IDS), before)
-    assert torch.equal(bound(IDS), without(program.clone(bound.binding))(IDS))
+    assert torch.equal(bound(IDS), without(program.with_binding(bound.binding))(IDS))
 
 
 def test_slots_that_require_grad_are_never_held() -> None:
@@ -233,7 +234,7 @@ def test_a_base_of_its_own_has_values_of_its_own() -> None:
     embedding = torch.randn(13, 7, generator=torch.Generator().manual_seed(9))
     other = program.bind({**adapter(3, 6), "emb.base_layer.weight": embedding})
     assert "emb.weight" in other.binding.base
-    assert equal(other(IDS), without(program.clone(other.binding))(IDS))
+    assert equal(other(IDS), without(program.with_binding(other.binding))(IDS))
     assert (other.held.count, other.held.shared) == (4, 0)
     assert torch.equal(program(IDS), expected)
     assert (program.held.count, program.held.shared) == (2, 2)
@@ -259,7 +260,7 @@ def test_views_are_neither_counted_nor_watched() -> None:
     program = adaptc.compile(net(Viewing), config, example_inputs=IDS, form="apply")
     before = program(IDS)
     assert program.held == Held(1, 11 * 2 * 4, shared=1)  # what is held of the adapter is its scaled B
-    state = prefix_of(program)._state
+    state = prefix_of(program).state
     assert state is not None
     assert state.base.watched == ()
     with torch.no_grad():
@@ -317,9 +318,9 @@ def test_the_limit_holds_and_changes_no_output() -> None:
 def test_a_call_never_mixes_code_and_values_of_two_limits() -> None:
     program = compiled()
     expected = program(IDS)
-    old = program._arguments
+    old = program.running[1]
     program.hoist_limit = 0
-    program._arguments = old  # as a call in another thread may have left it
+    program._run.arguments = old  # as a call in another thread may have left it
     assert torch.equal(program(IDS), expected)
 
 
@@ -359,7 +360,7 @@ def test_the_report_says_what_is_held() -> None:
     program = compiled()
     assert "computed once" not in str(adaptc.report(program))
     program(IDS)
-    said = "computed once: 2 values for this adapter (528 bytes), 2 values for all adapters (48 bytes)"
+    said = "computed once: 2 values for this adapter (528 B), 2 values for all adapters (48 B)"
     assert said in str(adaptc.report(program))
 
 
@@ -380,7 +381,7 @@ class Squared(Method):
     def slots(self, op: Op) -> dict[str, Slot]:
         return {"a": Slot((self.r, op.in_features), free=(0,)), "b": Slot((op.out_features, self.r), free=(1,))}
 
-    def fit(self, op: Op, slots: Any) -> Method:
+    def with_sizes_of(self, op: Op, slots: Any) -> Method:
         return Squared(slots["a"].shape[0])
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Any, slots: Any, scale: Any) -> Tensor:
@@ -399,11 +400,17 @@ class SquaredConfig(TargetedConfig):
         return Squared(self.r)
 
 
+@pytest.fixture
+def squared(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered(monkeypatch, SquaredConfig, Squared)
+
+
 def squares(rank: int) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(rank)
     return {"up.a": torch.randn(rank, 7, generator=g) / rank, "up.b": torch.randn(11, rank, generator=g)}
 
 
+@pytest.mark.usefixtures("squared")
 def test_compiled_code_takes_values_of_any_rank() -> None:
     config = SquaredConfig(r=5, target_modules=["up"], inference_mode=True)
     options: dict[str, Any] = {"example_inputs": IDS, "form": "apply"}
@@ -426,7 +433,7 @@ def test_compiled_code_takes_values_of_any_rank() -> None:
                 fast(IDS)
         check()
         assert fast.held.nbytes == 7 * max(rank, 2) * 4
-        state = prefix_of(fast)._state
+        state = prefix_of(fast).state
         assert state is not None
         assert all(t.is_contiguous() for t in state.slots.values)
         for slot in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -16,11 +17,14 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptc.errors import BackendError
-from adaptc.kernels import lora_epilogue, lora_linear, lora_siblings
+from adaptc.kernels import lora_epilogue, lora_siblings
 from adaptc.kernels.lora_epilogue import lora_down, lora_up_add, reference_lora_down, reference_lora_up_add
 from adaptc.kernels.lora_siblings import lora_up_add_siblings, sibling_factors, sibling_table
 from tests.kernels import run_cases
 from tests.kernels.matrices import DTYPES, matrix
+
+#: the module: the package's own name is the op's
+lora_linear = import_module("adaptc.kernels.lora_linear")
 
 HALF = torch.tensor(0.5)
 WIDTHS, RANKS = [70, 0, 5, 3], [2, 4, 0, 3]

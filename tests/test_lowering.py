@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import adaptc
 from adaptc import LoraConfig
 from adaptc.errors import BackendError
-from adaptc.lowering import runs_on_gpu, with_kernels
+from adaptc.program.lower import with_kernels
+from adaptc.runtime.gpu_variants import runs_on_gpu
 from tests.families import FAMILIES
 from tests.kernels import run_cases
 from tests.sibling_nets import LAYERS, adapter, block, close, rows
@@ -57,7 +58,7 @@ def state(rank: int, dora: bool, seed: int = 3) -> dict[str, Tensor]:
 
 def ops(program: adaptc.AdaptedProgram, kind: str) -> list[str]:
     """The kernels in one kind of code."""
-    names = [str(n.target) for n in program.executor()._codes.get(kind).code.main.graph.nodes]
+    names = [str(n.target) for n in program.executor().variants.get(kind).code.main.graph.nodes]
     return [n.split(".")[1] for n in names if n.startswith("adaptc.")]
 
 
@@ -73,13 +74,13 @@ def test_every_adapter_and_size(pair: Pair, n: int, rank: int, seed: int, layers
 
 def test_few_rows_take_a_kernel_per_layer_and_many_share_one(pair: Pair) -> None:
     plain, fused = pair
-    fused = fused.clone(fused.binding)
+    fused = fused.with_binding(fused.binding)
     fused.kernels = None
     fused.kernels = True
     kinds = []
     for n in (5, 6):  # 15 and 18 rows
         close(fused(rows(n)), plain(rows(n)))
-        kinds.append(list(fused.executor()._codes._variants))
+        kinds.append(list(fused.executor().variants.trails))
     assert kinds == [["plain"], ["plain", "apart"]]
     assert ops(fused, "plain") == ["lora_linear"] * 4
     assert ops(fused, "apart") == ["lora_down", "lora_up_add_siblings", "lora_linear"]
@@ -179,7 +180,7 @@ def test_kernels_are_the_default_on_a_gpu_alone() -> None:
 
 def test_without_triton_they_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     program = compiled(block(), False)
-    monkeypatch.setattr("adaptc.lowering.find_spec", lambda name: None)
+    monkeypatch.setattr("adaptc.runtime.gpu_variants.find_spec", lambda name: None)
     program.kernels = True
     with pytest.raises(BackendError, match="need triton, which is not installed"):
         program(rows(2))

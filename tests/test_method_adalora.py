@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import AdaLoraConfig, AdaptcError, ConfigError
+from adaptc.binding.bind import file_tensors
 from adaptc.methods.adalora import AdaLora
-from adaptc.passes._kinds import Op
+from adaptc.passes.ir.ops import Op
 from tests.method_table import Experts
 
 TARGETS = ["up", "conv", "down"]
@@ -116,14 +117,14 @@ def test_the_fields_and_defaults_are_pefts():
     ("options", "message"),
     [
         ({}, "total_step is required"),
-        ({"total_step": 0}, "total_step must be an integer of at least 1"),
+        ({"total_step": 0}, "total_step must be a positive integer"),
         ({"total_step": 9, "tinit": 5, "tfinal": 4}, "tinit=5 must be less than total_step - tfinal = 5"),
         ({"total_step": 9, "orth_reg_weight": -0.1}, "orth_reg_weight must not be negative"),
         ({"total_step": 9, "beta1": 1.0}, "beta1 must lie between 0 and 1"),
         ({"total_step": 9, "beta2": 0}, "beta2 must lie between 0 and 1"),
-        ({"total_step": 9, "deltaT": 0}, "deltaT must be an integer of at least 1"),
-        ({"total_step": 9, "init_r": 0}, "init_r must be an integer of at least 1"),
-        ({"total_step": 9, "target_r": True}, "target_r must be an integer"),
+        ({"total_step": 9, "deltaT": 0}, "deltaT must be a positive integer"),
+        ({"total_step": 9, "init_r": 0}, "init_r must be a positive integer"),
+        ({"total_step": 9, "target_r": True}, "target_r must be a positive integer"),
         ({"total_step": 9, "lora_dropout": 1.0}, r"AdaLoraConfig.lora_dropout must lie in \[0, 1\)"),
         ({"total_step": 9, "bias": "some"}, "AdaLoraConfig.bias must be"),
         ({"total_step": 9, "init_lora_weights": "gaussian"}, "'gaussian' does not exist"),
@@ -310,7 +311,7 @@ def test_the_allocator_says_what_it_needs():
         allocator.update_and_allocate(15)
     with pytest.raises(AdaptcError, match="after the last in which ranks are cut, and none were"):
         allocator.update_and_allocate(16)
-    adaptc.swap(program, adaptc.binding.file_tensors(program.slate(), program.binding))
+    adaptc.swap(program, file_tensors(program.spec(), program.binding))
     with pytest.raises(AdaptcError, match="swapped since the allocator was made"):
         allocator.update_and_allocate(1)
     with pytest.raises(ConfigError, match="target_r=8 is greater than init_r=3"):
@@ -324,7 +325,7 @@ def test_the_allocator_says_what_it_needs():
 
 def test_what_was_cut_is_not_cut_again(tmp_path: Path):
     program = compiled(**SCHEDULE, init_lora_weights=False)
-    program._set(program.binding)
+    program.install(program.binding)
     adaptc.RankAllocator(program)._note({f"{m}.lora_E": [True, False, True, False, False] for m in TARGETS})
     directory = adaptc.save_adapter(program, tmp_path)
     again = adaptc.compile(net(), directory, example_inputs=torch.zeros(3, 7).double(), training=True)

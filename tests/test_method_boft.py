@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import adaptc
 import tests.block_diagonal  # noqa: F401  # PEFT has several factors only with its extension
 from adaptc.methods.boft import Boft
-from adaptc.passes._kinds import Op
+from adaptc.passes.ir.ops import Op
 from tests.custom_models import One
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
@@ -95,7 +95,7 @@ def test_butterflies_are_pefts(runs, half, factors, by_count, seed):
     assert {k: s.shape for k, s in method.slots(op).items()} == {k: tuple(t.shape) for k, t in slots.items()}
     expected = wrapped(x)
     W, bias = linear.weight.detach(), linear.bias.detach()
-    outside = method.outside(op, x, W, bias, slots, None)
+    outside = method.call_adapted(op, x, W, bias, slots, None)
     torch.testing.assert_close(outside, expected, rtol=1e-10, atol=1e-10)
     turned = method.weight(op, W, slots, None)
     torch.testing.assert_close(nn.functional.linear(x, turned, bias), expected, rtol=1e-10, atol=1e-10)

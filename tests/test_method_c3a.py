@@ -12,9 +12,9 @@ from torch import nn
 import adaptc
 from adaptc.errors import ConfigError, TargetError
 from adaptc.methods.c3a import C3A
-from adaptc.passes._kinds import Op
-from adaptc.passes.inject import Inject
-from adaptc.passes.merge import Merge
+from adaptc.passes.adapt.inject import Inject
+from adaptc.passes.adapt.merge import Merge
+from adaptc.passes.ir.ops import Op
 from tests.pass_checks import attach, export, random_values
 from tests.spectral import mismatches
 

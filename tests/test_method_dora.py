@@ -21,7 +21,7 @@ import adaptc
 from adaptc import ConfigError, LoraConfig
 from adaptc.methods.dora import MAGNITUDE, Dora
 from adaptc.methods.lora import Lora
-from adaptc.passes._kinds import Op
+from adaptc.passes.ir.ops import Op
 from tests.oracle import Oracle, base
 
 TARGETS = ["emb", "up", "conv", "mix", "down"]

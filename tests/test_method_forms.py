@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import adaptc
-from adaptc.methods._base import TargetedConfig
-from adaptc.passes._kinds import Op
-from adaptc.passes._method import Method
+from adaptc.methods import TargetedConfig
+from adaptc.passes.ir.method import Method
+from adaptc.passes.ir.ops import Op
 from tests.method_table import ENTRIES, Entry
 
 aten = torch.ops.aten
@@ -43,7 +43,7 @@ def method_at(entry: Entry, op: Op) -> Method:
     config: Any = getattr(adaptc, entry.cls)(**{**entry.config, "target_modules": ["layer"]})
     assert isinstance(config, TargetedConfig)
     method = config.method("layer", op.kind).at(op)
-    return method.jointly([(method, op)])[0]
+    return method.settle_shared_sizes([(method, op)])[0]
 
 
 def values(entry: Entry, method: Method, op: Op, W: Tensor) -> dict[str, Tensor]:
@@ -61,7 +61,7 @@ def both(method: Method, op: Op, x: Tensor, W: Tensor, b: Tensor | None, slots: 
     number = method.scale(op)
     scale = None if number is None else torch.tensor(number, dtype=torch.promote_types(W.dtype, torch.float32))
     bias = method.bias(op, b, slots, scale) if method.has_bias() else b
-    return op(x, method.weight(op, W, slots, scale), bias), method.outside(op, x, W, b, slots, scale)
+    return op(x, method.weight(op, W, slots, scale), bias), method.call_adapted(op, x, W, b, slots, scale)
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e.name)
@@ -81,7 +81,7 @@ def test_forms_agree(entry: Entry, kind: str, times: tuple[int, int], biased: bo
         method.slots(op)
     except (adaptc.TargetError, adaptc.ConfigError):
         return
-    if not method.has_outside(op):
+    if not method.has_apply_form(op):
         return
     W = torch.randn(op.shape, dtype=torch.float64) / op.in_features**0.5
     b = torch.randn(op.out_features, dtype=torch.float64) if biased and kind != "embedding" else None

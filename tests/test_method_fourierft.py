@@ -12,7 +12,7 @@ import torch
 import adaptc
 from adaptc.errors import ConfigError, TargetError
 from adaptc.methods.fourierft import FourierFT
-from adaptc.passes._kinds import Op
+from adaptc.passes.ir.ops import Op
 from tests.spectral import blocks, compiled, mismatches, wrapped
 
 BAD = [

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc.methods.hra import Hra
-from adaptc.passes._kinds import Op
+from adaptc.passes.ir.ops import Op
 from tests.custom_models import One
 
 X = torch.linspace(-2, 3, 45).reshape(3, 15)
@@ -90,7 +90,7 @@ def test_the_product_in_one_piece_is_the_product(n, r, seed, zeros):
     expected = W @ reflections(u)
     turned = method.weight(op, W, slots, None)
     torch.testing.assert_close(turned, expected, rtol=1e-9, atol=1e-9)
-    outside = method.outside(op, x, W, None, slots, None)
+    outside = method.call_adapted(op, x, W, None, slots, None)
     torch.testing.assert_close(outside, x @ expected.T, rtol=1e-9, atol=1e-9)
     weights = torch.randn_like(turned)
     (found,) = torch.autograd.grad((turned * weights).sum(), u)

@@ -13,8 +13,8 @@ from peft.tuners.ia3 import IA3Layer
 from torch import Tensor, nn
 
 import adaptc
-from adaptc.adapters import as_config
-from adaptc.passes._kinds import Op
+from adaptc.binding.source import as_config
+from adaptc.passes.ir.ops import Op
 from tests.families import FAMILIES
 
 

@@ -12,7 +12,7 @@ from torch import nn
 import adaptc
 from adaptc.errors import ConfigError, PassError, SwapError
 from adaptc.methods.lokr import LoKr, factors
-from adaptc.passes._kinds import Op
+from adaptc.passes.ir.ops import Op
 from tests.lycoris import close, named, normal, randomize, saved, slots
 
 

@@ -13,7 +13,7 @@ import adaptc
 from adaptc.errors import ConfigError, PassError, TargetError
 from adaptc.methods.loha import LoHa
 from adaptc.methods.lokr import LoKr
-from adaptc.passes._kinds import Op
+from adaptc.passes.ir.ops import Op
 from tests.lycoris import CONFIGS, close, named, normal, randomize, saved, slots, wrapped
 from tests.method_table import Experts
 
@@ -132,7 +132,7 @@ def test_patterns(cls, tmp_path):
     theirs = saved(model, cls, tmp_path, **options)
     program = adaptc.compile(model, tmp_path, example_inputs=x[:3])
     assert [a.method.r for a in program.adaptation.attachments] == [2, 1]
-    assert [float(program.binding.values[a.scale]) for a in program.adaptation.attachments] == [0.5, 3]
+    assert [float(program.binding.values[a.scale_slot]) for a in program.adaptation.attachments] == [0.5, 3]
     close(program(x), theirs(x))
     with pytest.raises(TargetError, match="rank_pattern"):
         adaptc.compile(model, config(cls, rank_pattern={"c": 4}), example_inputs=x[:3])

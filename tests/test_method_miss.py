@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import adaptc
-from adaptc._capacity import paddings
+from adaptc.runtime.rank_padding import paddings
 from tests.custom_models import One
 
 X = torch.linspace(-2, 3, 5 * 15).reshape(5, 15)

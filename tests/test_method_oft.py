@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc.methods.oft import Oft
-from adaptc.passes._kinds import Op
-from adaptc.passes.inject import Inject
-from adaptc.passes.merge import Merge
+from adaptc.passes.adapt.inject import Inject
+from adaptc.passes.adapt.merge import Merge
+from adaptc.passes.ir.ops import Op
 from tests.custom_models import One
 from tests.pass_checks import attach, export, random_values
 

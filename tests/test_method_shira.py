@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import adaptc
 from adaptc.errors import CheckpointError, ConfigError, SwapError, TargetError
 from adaptc.methods.shira import Shira
-from adaptc.passes._kinds import Op
+from adaptc.passes.ir.ops import Op
 from tests.spectral import blocks, compiled, mismatches, wrapped
 
 FILE = "adapter_model.safetensors"

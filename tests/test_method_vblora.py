@@ -10,9 +10,9 @@ from torch import nn
 
 import adaptc
 from adaptc import CheckpointError, ConfigError, TargetError, VBLoRAConfig
-from adaptc._capacity import paddings
 from adaptc.methods.vblora import VBLoRA
-from adaptc.passes._kinds import Op
+from adaptc.passes.ir.ops import Op
+from adaptc.runtime.rank_padding import paddings
 from tests.chain import (
     FILE,
     TARGETS,

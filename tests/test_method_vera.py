@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import CheckpointError, ConfigError, VeraConfig
-from adaptc._capacity import paddings
 from adaptc.methods.vera import Vera
-from adaptc.passes._kinds import Op
+from adaptc.passes.ir.ops import Op
+from adaptc.runtime.rank_padding import paddings
 from tests.chain import (
     FILE,
     TARGETS,

@@ -21,7 +21,7 @@ from torch import nn
 import adaptc
 from adaptc.errors import AdaptcWarning, ConfigError, SwapError
 from adaptc.methods.waveft import FAMILIES, WaveFT
-from adaptc.passes._kinds import Op
+from adaptc.passes.ir.ops import Op
 from tests.spectral import blocks, compiled, mismatches, wrapped
 
 BAD = [

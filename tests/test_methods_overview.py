@@ -1,4 +1,4 @@
-"""The table of methods: what the README says is what the methods say."""
+"""The table of methods: what the guide says is what the methods say."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from adaptc.methods._registry import CONFIGS, config_class
 from adaptc.methods.overview import KINDS, markdown, overview
 from tests.method_table import ENTRIES
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "examples" / "methods.md"
 
 
-def test_the_readme_has_the_table_of_the_registry():
-    text = README.read_text(encoding="utf-8")
-    assert markdown() in text, "run: python -m adaptc.methods README.md"
+def test_the_guide_has_the_table_of_the_registry():
+    text = PAGE.read_text(encoding="utf-8")
+    assert markdown() in text, "run: python -m adaptc.methods examples/methods.md"
     assert filled(text) == text
 
 

@@ -122,7 +122,7 @@ class Sequences(RuleBasedStateMachine):
         self.folder = tempfile.TemporaryDirectory()
         self.count = 0
         path, self.expected = adapter(name)
-        self.program = compiled().clone(compiled().bind(path).binding)
+        self.program = compiled().with_binding(compiled().bind(path).binding)
         self.bound: list[tuple[Any, Tensor]] = []
 
     def teardown(self) -> None:
@@ -200,5 +200,5 @@ def test_any_two_methods_share_a_program():
 
 
 def test_unload_gives_the_base_whatever_was_compiled():
-    program = compiled().clone(compiled().bind(adapter("hra")[0]).binding)
+    program = compiled().with_binding(compiled().bind(adapter("hra")[0]).binding)
     assert torch.equal(adaptc.unload(program)(IDS), torch.export.export(model(), (IDS,)).module()(IDS))

@@ -14,9 +14,9 @@ from torch import nn
 
 import adaptc
 from adaptc import ConfigError, LoraConfig, SwapError
-from adaptc._capacity import Padding, paddings, with_rank
 from adaptc.methods.lora import Lora
-from adaptc.passes._kinds import Op
+from adaptc.passes.ir.ops import Op
+from adaptc.runtime.rank_padding import Padding, paddings
 from tests import odd_methods
 from tests.families import FAMILIES
 from tests.packaged_nets import Packaged, adapter
@@ -166,8 +166,8 @@ OPS = {
 @given(st.sampled_from(sorted(OPS)), st.integers(1, 4), st.integers(0, 5), st.booleans())
 def test_padding_leaves_lora_unchanged(kind: str, rank: int, more: int, with_bias: bool) -> None:
     op = OPS[kind]
-    method = with_rank(Lora(alpha=7, with_bias=with_bias and kind == "linear"), rank, op)
-    large = with_rank(method, rank + more, op)
+    method = Lora(alpha=7, with_bias=with_bias and kind == "linear").with_rank(op, rank)
+    large = method.with_rank(op, rank + more)
     found = paddings(method, op, "apply" if method.has_apply(op) else "weight")
     W = torch.randn(op.shape, dtype=torch.float64)
     slots = {n: torch.randn(s.shape, dtype=torch.float64) for n, s in method.slots(op).items()}

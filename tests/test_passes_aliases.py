@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import LoraConfig, TargetError
-from adaptc.capture import capture
-from adaptc.passes.find_sites import find_sites
+from adaptc.capture.capture import capture
+from adaptc.passes.analysis.sites import find_sites
 
 
 class Block(nn.Module):

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import LoraConfig
-from adaptc.passes.merge import Merge
-from adaptc.passes.unload import Unload
+from adaptc.passes.adapt.merge import Merge
+from adaptc.passes.adapt.unload import Unload
 from tests.pass_checks import attach, export, inject_all, random_values
 
 #: imports fail for adaptc; then every program is run on its inputs, and what it returns is saved

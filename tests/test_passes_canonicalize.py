@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from adaptc.passes._lifted import copy_graph
-from adaptc.passes.bind_calls import TABLE, bind_calls
-from adaptc.passes.canonicalize import canonicalize
+from adaptc.passes.ir.lifted import copy_graph
+from adaptc.passes.optimize.bind_calls import TABLE, BindCalls
+from adaptc.passes.optimize.canonicalize import Canonicalize
 from tests.families import FAMILIES
 from tests.pass_checks import export
 
@@ -35,7 +35,7 @@ def cleaned(body: Callable[[Any, Tensor], Any], **options: Any) -> tuple[fx.Grap
     """(the graph, the clean graph, what the lifted inputs are before x)."""
     program = export(Body(body).eval(), X)
     clean = copy_graph(program.graph)
-    canonicalize(clean, {"x"}, **options)
+    Canonicalize({"x"}, **options)(clean)
     clean.lint()
     specs = [s for s in program.graph_signature.input_specs if s.target is not None]
     held = {**program.state_dict, **program.constants}
@@ -137,15 +137,15 @@ def test_families_compute_the_same_bits_with_fewer_operators(name: str) -> None:
     program = adaptc.unload(adaptc.compile(family.build(), adaptc.LoraConfig(r=2, target_modules="all-linear")))
     executor = program.executor()
     graph = copy_graph(executor.module.graph)
-    users = [n.name for n in graph.find_nodes(op="placeholder") if n.name not in executor._names]
+    users = [n.name for n in graph.find_nodes(op="placeholder") if n.name not in executor.names]
     before = len(graph.nodes)
-    assert canonicalize(graph, users) == before - len(graph.nodes)
+    assert Canonicalize(users)(graph).count == before - len(graph.nodes)
     assert len(graph.nodes) < before or name == "resnet"  # which has nothing to clean
     bound = copy_graph(graph)
-    assert bind_calls(bound) > 20
+    assert BindCalls()(bound).count > 20
     x = family.inputs(2, 5)
-    flat = executor._inputs((), x)
-    state = [executor._base[n] for n in executor._lifted_names]
+    flat = executor.inputs((), x)
+    state = [executor.base[n] for n in executor.lifted_names]
     with torch.no_grad():
         expected = executor.module(*state, *flat)
         for g in (graph, bound):

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from adaptc.errors import PassError
-from adaptc.methods.whole import TokenRows, Whole
-from adaptc.passes._method import Attachment, Method
-from adaptc.passes.inject import Inject
-from adaptc.passes.merge import Merge
-from adaptc.passes.unload import Unload
+from adaptc.methods import TokenRows, Whole
+from adaptc.passes.adapt.inject import Inject
+from adaptc.passes.adapt.merge import Merge
+from adaptc.passes.adapt.unload import Unload
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.method import Method
 from tests.custom_models import Tied
 from tests.pass_checks import attach, export, inject_all, random_values
 

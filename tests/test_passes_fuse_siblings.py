@@ -11,12 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from adaptc.passes._lifted import copy_graph
-from adaptc.passes.canonicalize import canonicalize
-from adaptc.passes.fold_scales import fold_scales
-from adaptc.passes.fuse_siblings import Pack, find_groups, fuse
-from adaptc.passes.hoist import stages_of
-from adaptc.passes.sibling_cost import stacked_is_cheaper
+from adaptc.passes.ir.lifted import copy_graph
+from adaptc.passes.optimize.canonicalize import Canonicalize
+from adaptc.passes.optimize.fold_scales import FoldScales
+from adaptc.passes.optimize.fuse_siblings import FuseSiblings, Pack
+from adaptc.passes.optimize.sibling_cost import stacked_is_cheaper
 from tests.pass_checks import export
 
 LOW = 3
@@ -61,19 +60,19 @@ class Layers(nn.Module):
 class Fused:
     """A program of ``Layers``, its graph, and the graph fused in one way."""
 
-    def __init__(self, model: Layers, x: Tensor, stacked: bool, updates: bool = True) -> None:
+    def __init__(self, model: Layers, x: Tensor, stacked: bool) -> None:
         self.program = export(
             model.eval(), x, dynamic_shapes=(dict.fromkeys(range(x.ndim - 1), torch.export.Dim.AUTO),)
         )
         self.graph = copy_graph(self.program.graph)
-        canonicalize(self.graph, {"x"})
+        Canonicalize({"x"})(self.graph)
         specs = [s for s in self.program.graph_signature.input_specs if s.target is not None]
         slots = {s.arg.name for s in specs if str(s.target).startswith("slots.")}
         base = {s.arg.name for s in specs} - slots
-        fold_scales(self.graph, stages_of(self.graph, [base, slots]))
-        self.groups = find_groups(self.graph, base, stages_of(self.graph, [base, slots]), updates)
-        self.packs: list[Pack] = fuse(self.graph, self.groups, {"x"}, stacked)
-        self.graph.lint()
+        FoldScales([base, slots])(self.graph)
+        fuse = FuseSiblings(base, [base, slots], {"x"}, stacked)
+        self.groups = fuse.groups(self.graph)
+        self.packs: tuple[Pack, ...] = fuse(self.graph).data
         self.values: dict[str, Tensor] = {s.arg.name: self.program.state_dict[s.target] for s in specs}  # type: ignore[index]
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -151,7 +150,7 @@ UNFUSED: dict[str, Callable[[Any, Tensor], Any]] = {
 
 @pytest.mark.parametrize("case", UNFUSED, ids=str)
 def test_left_alone(case: str) -> None:
-    fused = Fused(Layers(UNFUSED[case], adapted=()), torch.randn(4, 5, dtype=torch.float64), True, updates=False)
+    fused = Fused(Layers(UNFUSED[case], adapted=()), torch.randn(4, 5, dtype=torch.float64), True)
     assert not fused.groups
     assert not fused.packs
 

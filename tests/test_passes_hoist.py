@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
-from adaptc.passes.hoist import CONSTANT_BYTES, Hoisting, hoist
+from adaptc.passes.optimize.hoist import CONSTANT_BYTES, Hoist, Hoisting
 from tests.pass_checks import Snapshot, export
 
 X = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
@@ -49,7 +49,7 @@ def placeholders(p: ExportedProgram) -> tuple[list[str], list[str]]:
 
 def split(p: ExportedProgram, slots: Collection[str] = (), **options: Any) -> Hoisting:
     lifted, users = placeholders(p)
-    return hoist(p.graph, [set(lifted) - set(slots), set(slots)], set(users), **options)
+    return Hoist([set(lifted) - set(slots), set(slots)], set(users), **options)(p.graph).data
 
 
 def run(p: ExportedProgram, h: Hoisting, x: Tensor) -> Any:

@@ -13,11 +13,11 @@ from torch.export.graph_signature import InputKind
 from transformers.pytorch_utils import Conv1D
 
 from adaptc.methods.lora import Lora
-from adaptc.passes._lifted import Lifted
-from adaptc.passes._regions import node_tag, region_tag
-from adaptc.passes.inject import Inject, site_op
-from adaptc.passes.merge import Merge
-from adaptc.passes.unload import Unload
+from adaptc.passes.adapt.inject import Inject
+from adaptc.passes.adapt.merge import Merge
+from adaptc.passes.adapt.unload import Unload
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.regions import node_tag, region_tag, site_op
 from tests.custom_models import Bilinear, Recurrent, Strides, Tied, Twice
 from tests.pass_checks import Snapshot, attach, export, inject_all, outside, random_values, reloaded, sound
 
@@ -63,7 +63,7 @@ def test_regions(name: str) -> None:
     before.check(program)
     assert result.count == len(attachments)
     assert [a.form for a in result.data] == list(forms.values())
-    added = [f for a in result.data for f in [*a.slots.values(), a.scale]]
+    added = [f for a in result.data for f in [*a.slots.values(), a.scale_slot]]
     assert set(result.program.state_dict) == {*program.state_dict, *added}
     assert outside(result.program, added) == before.nodes
 
@@ -102,8 +102,8 @@ def test_lifted_slots(name: str) -> None:
             assert specs[fqn].kind == InputKind.PARAMETER
             assert adapted.state_dict[fqn].requires_grad
             assert torch.equal(adapted.state_dict[fqn], values[fqn])
-        assert a.scale is not None
-        assert (specs[a.scale].kind, specs[a.scale].persistent) == (InputKind.BUFFER, True)
+        assert a.scale_slot is not None
+        assert (specs[a.scale_slot].kind, specs[a.scale_slot].persistent) == (InputKind.BUFFER, True)
     for fqn, value in program.state_dict.items():
         assert adapted.state_dict[fqn].data_ptr() == value.data_ptr()
         assert not adapted.state_dict[fqn].requires_grad

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from adaptc.errors import PassError
-from adaptc.passes._lifted import Lifted
+from adaptc.passes.ir.lifted import Lifted
 from tests.pass_checks import Snapshot, export, reloaded, sound
 
 

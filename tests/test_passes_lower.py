@@ -14,17 +14,18 @@ from transformers.pytorch_utils import Conv1D
 from adaptc.methods.dora import Dora
 from adaptc.methods.ia3 import IA3
 from adaptc.methods.lora import Lora
-from adaptc.passes._kinds import Op
-from adaptc.passes._lifted import Lifted, copy_graph, fake_of
-from adaptc.passes._method import Attachment, Method
-from adaptc.passes.canonicalize import canonicalize
-from adaptc.passes.fuse_siblings import fuse
-from adaptc.passes.hoist import stages_of
-from adaptc.passes.inject import site_op
-from adaptc.passes.lower import Lower, lower
-from adaptc.passes.lower_siblings import LoweredFuser, find_lowered
-from adaptc.passes.respecialize import respecialize
-from adaptc.passes.unload import Unload
+from adaptc.passes.adapt.respecialize import Respecialize
+from adaptc.passes.adapt.unload import Unload
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.lifted import Lifted, copy_graph
+from adaptc.passes.ir.method import Method
+from adaptc.passes.ir.ops import Op
+from adaptc.passes.ir.pass_infra import PassResult
+from adaptc.passes.ir.regions import site_op
+from adaptc.passes.lower.lower_regions import Lower, LowerGraph
+from adaptc.passes.lower.lower_siblings import LowerSiblings, find_lowered
+from adaptc.passes.optimize.canonicalize import Canonicalize
+from adaptc.passes.optimize.hoist import stages_of
 from tests.pass_checks import Snapshot, attach, export, inject_all, random_values, sound
 
 ROWS = torch.export.Dim("rows", min=2, max=99)
@@ -71,6 +72,12 @@ def lowered(p: ExportedProgram, attachments: list[Attachment]) -> tuple[Exported
     before.check(p)
     sound(result.program)
     return result.program, dict(n.split(": ", 1) for n in result.notes)  # type: ignore[misc]
+
+
+def lower(graph: fx.Graph, p: ExportedProgram, attachments: list[Attachment]) -> PassResult[fx.Graph]:
+    """Lower a copy of the program's graph in place."""
+    names = {fqn: n.name for fqn, n in Lifted(p, edit=False).placeholders.items()}
+    return LowerGraph(attachments, ops_of(p, attachments), names)(graph)
 
 
 def opened(p: ExportedProgram) -> tuple[fx.Graph, dict[str, fx.Node]]:
@@ -194,9 +201,9 @@ def test_types_that_no_kernel_takes_are_named() -> None:
     graph, slots = opened(p)
     b = slots[attachments[0].slots["lora_B.weight"]]
     b.meta["val"] = b.meta["val"].to(torch.bfloat16)
-    count, notes = lower(graph, attachments, ops_of(p, attachments), slots)
-    assert count == 0
-    assert "B of A's type" in notes[attachments[0].id]
+    done = lower(graph, p, attachments)
+    assert done.count == 0
+    assert "B of A's type" in done.data.others[attachments[0].id]
 
 
 def test_unload_gives_the_base_back() -> None:
@@ -212,7 +219,8 @@ def test_fake_values_follow_another_rank(method: Lora) -> None:
     graph, slots = opened(new)
     other = [dataclasses.replace(a, method=dataclasses.replace(method, r=6)) for a in attachments]
     tensors = {k: v for k, v in random_values(p, other).items() if "scaling" not in k}
-    assert respecialize(graph, attachments, ops_of(p, attachments), slots, tensors, fake_of(graph)) == len(LINEAR)
+    names = {fqn: n.name for fqn, n in slots.items()}
+    assert Respecialize(attachments, ops_of(p, attachments), names, tensors)(graph).count == len(LINEAR)
     low = [n.meta["val"].shape[-1] for n in graph.nodes if str(n.target) == "adaptc.lora_down.default"]
     assert low == [6] * (len(LINEAR) if type(method) is Dora else 0)
     assert {n.meta["val"].shape[0] for f, n in slots.items() if "lora_A" in f} == {6}
@@ -243,14 +251,13 @@ def test_siblings_share_a_product_and_a_kernel(bias: bool) -> None:
         base, [attach(base, f"{n}.weight", Lora(r=r), form="apply") for n, r in ranks.items()]
     )
     graph, slots = opened(p)
-    lower(graph, attachments, ops_of(p, attachments), slots)
-    canonicalize(graph, {"x"})
+    lower(graph, p, attachments)
+    Canonicalize({"x"})(graph)
     weights = {slots[f"{n}.weight"].name for n in ranks}
     groups = find_lowered(graph, weights, stages_of(graph, [{n.name for n in slots.values()}]))
     three = ("p_a_weight", "p_b_weight", "p_c_weight")
     assert [tuple(m.weight.name for m in g.members) for g in groups] == [three]
-    packs = fuse(graph, groups, {"x"}, stacked=False, fuser=LoweredFuser)
-    graph.lint()
+    packs = LowerSiblings(weights, [{n.name for n in slots.values()}], {"x"})(graph).data
     assert [p.members for p in packs] == [three]
     assert kernels(graph) == ["lora_down", "sibling_table", "lora_up_add_siblings", "lora_linear", "lora_linear"]
     run = fx.GraphModule(p.graph_module, graph)
@@ -270,8 +277,8 @@ def test_of_siblings_those_with_a_bias_and_those_without_are_groups_of_their_own
     base = export(model, torch.randn(3, 4, 5, dtype=torch.float64))
     p, attachments, _ = inject_all(base, [attach(base, f"{n}.weight", Lora(r=2), form="apply") for n in "abce"])
     graph, slots = opened(p)
-    lower(graph, attachments, ops_of(p, attachments), slots)
-    canonicalize(graph, {"x"})
+    lower(graph, p, attachments)
+    Canonicalize({"x"})(graph)
     weights = {slots[f"{n}.weight"].name for n in "abce"}
     groups = find_lowered(graph, weights, stages_of(graph, [{n.name for n in slots.values()}]))
     found = [[m.weight.name for m in g.members] for g in groups]
@@ -291,7 +298,7 @@ def test_siblings_of_an_input_that_is_written_to_in_between_stay_apart() -> None
     base = export(Net(False), x)
     p, attachments, _ = inject_all(base, [attach(base, f"{n}.weight", Lora(r=2), form="apply") for n in "ab"])
     graph, slots = opened(p)
-    assert lower(graph, attachments, ops_of(p, attachments), slots)[0] == 2
+    assert lower(graph, p, attachments).count == 2
     # As if both ops read the tensor itself, and not each a view of its own.
     (h,) = graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)[:1]
     for node in graph.find_nodes(op="call_function", target=torch.ops.adaptc.lora_linear.default):
@@ -305,8 +312,8 @@ def test_siblings_with_adapters_that_move_stay_apart() -> None:
     base = export(Siblings(False), torch.randn(3, 4, 5, dtype=torch.float64))
     p, attachments, _ = inject_all(base, [attach(base, f"{n}.weight", Lora(r=2), form="apply") for n in "abc"])
     graph, slots = opened(p)
-    lower(graph, attachments, ops_of(p, attachments), slots)
-    canonicalize(graph, {"x"})
+    lower(graph, p, attachments)
+    Canonicalize({"x"})(graph)
     weights = {slots[f"{n}.weight"].name for n in "abc"}
     assert not find_lowered(graph, weights, stages_of(graph, [weights]))
     frozen = stages_of(graph, [{n.name for n in slots.values()}])

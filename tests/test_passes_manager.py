@@ -12,13 +12,12 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from adaptc.errors import MergeError, PassError
-from adaptc.passes._lifted import Lifted
-from adaptc.passes._pass import Pass, PassManager, PassResult
-from adaptc.passes.inject import Inject
-from adaptc.passes.merge import Merge
-from adaptc.passes.set_mode import SetMode
-from adaptc.passes.unload import Unload
-from adaptc.passes.unmerge import Unmerge
+from adaptc.passes.adapt.inject import Inject
+from adaptc.passes.adapt.merge import Merge
+from adaptc.passes.adapt.unload import Unload
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.pass_infra import Pass, PassManager, PassResult
+from adaptc.passes.train.set_mode import SetMode
 from tests.pass_checks import Snapshot, attach, export, inject, random_values
 
 X = torch.randn(3, 7)
@@ -106,14 +105,13 @@ def test_results_add_up(program: ExportedProgram) -> None:
 
 
 def test_no_pass_is_the_program_itself(program: ExportedProgram) -> None:
-    assert PassManager([])(program) == PassResult(program, 0)
+    assert PassManager([])(program) == PassResult(program, 0, data=())
 
 
 def test_passes_show_their_options() -> None:
     assert str(Inject([], {})) == "inject(training=False)"
     assert str(Merge([], {})) == "merge(safe=True)"
     assert str(Unload()) == "unload()"
-    assert str(Unmerge(None)) == "unmerge()"
     with pytest.raises(dataclasses.FrozenInstanceError):
         Unload().name = "x"  # type: ignore[misc]
 

@@ -14,10 +14,10 @@ from torch.export import ExportedProgram
 from torch.nn import functional as F
 
 from adaptc.errors import MergeError
+from adaptc.methods import TokenRows, Whole
 from adaptc.methods.lora import Lora
-from adaptc.methods.whole import TokenRows, Whole
-from adaptc.passes._regions import node_tag
-from adaptc.passes.merge import Merge
+from adaptc.passes.adapt.merge import Merge
+from adaptc.passes.ir.regions import node_tag
 from tests.custom_models import Shared, Tied
 from tests.pass_checks import Snapshot, attach, export, factors, inject, inject_all
 
@@ -46,10 +46,10 @@ def test_rounded_once(dtype: torch.dtype, n: int, m: int, rank: int, alpha: floa
     high = torch.float64 if dtype == torch.float64 else torch.float32
     A, B, _ = factors(a, values)
     base = program.state_dict["weight"].detach()
-    exact = base.to(high).addmm(B.to(high) * values[a.scale].to(high), A.to(high))
+    exact = base.to(high).addmm(B.to(high) * values[a.scale_slot].to(high), A.to(high))
     merged = result.program.state_dict["weight"]
-    terms = base.double().abs() + values[a.scale].double() * (B.double().abs() @ A.double().abs())
-    true = base.double() + values[a.scale].double() * (B.double() @ A.double())
+    terms = base.double().abs() + values[a.scale_slot].double() * (B.double().abs() @ A.double().abs())
+    true = base.double() + values[a.scale_slot].double() * (B.double() @ A.double())
     assert bool(((exact.double() - true).abs() <= (rank + 3) * torch.finfo(high).eps * terms).all())
     assert merged.dtype == dtype
     assert torch.equal(merged, exact.to(dtype))
@@ -133,7 +133,7 @@ def test_lora_bias(bias: bool) -> None:
     x = torch.randn(3, 7).bfloat16()
     adapted, (a,), values = inject(program, "weight", method=Lora(r=3, alpha=5, with_bias=True))
     merged = merge(adapted, [a], values).program
-    delta = values[a.slots["lora_B.bias"]] * values[a.scale]
+    delta = values[a.slots["lora_B.bias"]] * values[a.scale_slot]
     base = program.state_dict["bias"].float() if bias else 0
     assert set(merged.state_dict) == {"weight", "bias"}
     assert isinstance(merged.state_dict["bias"], nn.Parameter)

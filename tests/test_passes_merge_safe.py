@@ -12,9 +12,9 @@ from torch.export import ExportedProgram
 
 from adaptc.errors import MergeError
 from adaptc.methods.lora import Lora
-from adaptc.passes._method import Attachment
-from adaptc.passes.inject import Inject
-from adaptc.passes.merge import Merge
+from adaptc.passes.adapt.inject import Inject
+from adaptc.passes.adapt.merge import Merge
+from adaptc.passes.ir.attachment import Attachment
 from tests.pass_checks import Snapshot, attach, export, inject, random_values
 
 NAN, INF = float("nan"), float("inf")

@@ -14,11 +14,11 @@ from torch.export import Dim, ExportedProgram
 import adaptc
 from adaptc import LoraConfig
 from adaptc.methods.lora import Lora
-from adaptc.passes._kinds import Op
-from adaptc.passes._lifted import Lifted, sizes_stay_free
-from adaptc.passes._regions import node_tag
-from adaptc.passes.inject import Inject, site_op
-from adaptc.passes.respecialize import respecialize
+from adaptc.passes.adapt.inject import Inject
+from adaptc.passes.adapt.respecialize import Respecialize
+from adaptc.passes.ir.lifted import Lifted, sizes_stay_free
+from adaptc.passes.ir.ops import Op
+from adaptc.passes.ir.regions import node_tag, site_op
 from tests.pass_checks import Snapshot, attach, describe, export, random_values, reloaded, sound
 from tests.site_cases import CASES
 
@@ -48,6 +48,10 @@ def propagate(program: ExportedProgram) -> int:
     with Lifted(program).fake_mode, sizes_stay_free(fakes), enable_python_dispatcher():
         interpreter.run(*fakes, enable_io_processing=False)
     return interpreter.compared
+
+
+def names_of(lifted: Lifted) -> dict[str, str]:
+    return {fqn: node.name for fqn, node in lifted.placeholders.items()}
 
 
 NAMES = [
@@ -121,7 +125,7 @@ def test_as_if_injected_with_that_rank(ranks: tuple[int, int], dynamic: bool, fo
     ops = {a.id: site_op(lifted, a) for a in done}
     for fqn in values:
         lifted.state_dict[fqn] = second.state_dict[fqn]
-    count = respecialize(lifted.graph, done, ops, lifted.placeholders, second.state_dict, lifted.fake)
+    count = Respecialize(done, ops, names_of(lifted), second.state_dict)(lifted.graph).count
     assert count == 3
     changed = lifted.finish()
     sound(changed)
@@ -138,7 +142,7 @@ def test_nothing_to_do_when_shapes_stay() -> None:
     lifted = Lifted(result.program)
     ops: dict[str, Op] = {b.id: site_op(lifted, b) for b in result.data}
     other = random_values(program, [a], seed=1)
-    assert respecialize(lifted.graph, result.data, ops, lifted.placeholders, other, lifted.fake) == 0
+    assert Respecialize(result.data, ops, names_of(lifted), other)(lifted.graph).count == 0
     Snapshot.of(result.program).check(lifted.finish())
 
 
@@ -151,12 +155,12 @@ def test_only_the_sites_that_change() -> None:
     wider = [dataclasses.replace(attachments[1], method=Lora(r=6, alpha=5))]
     other = random_values(program, wider)
     traces: dict[Any, Any] = {}
-    changed = [respecialize(lifted.graph, result.data, ops, lifted.placeholders, other, lifted.fake, traces)]
+    changed = [Respecialize(result.data, ops, names_of(lifted), other, traces)(lifted.graph).count]
     shapes = {n.name: tuple(n.meta["val"].shape) for n in lifted.graph.nodes if (node_tag(n) or {}).get("role") == "0"}
     assert set(shapes.values()) == {(3, 3), (3, 6)}
     back = random_values(program, attachments)
-    changed.append(respecialize(lifted.graph, result.data, ops, lifted.placeholders, back, lifted.fake, traces))
+    changed.append(Respecialize(result.data, ops, names_of(lifted), back, traces)(lifted.graph).count)
     assert len(traces) == 2
-    changed.append(respecialize(lifted.graph, result.data, ops, lifted.placeholders, other, lifted.fake, traces))
+    changed.append(Respecialize(result.data, ops, names_of(lifted), other, traces)(lifted.graph).count)
     assert len(traces) == 2
     assert changed == [1, 1, 1]

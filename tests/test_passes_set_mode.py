@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import adaptc
 from adaptc import LoraConfig
-from adaptc.passes.set_mode import SetMode
+from adaptc.passes.train.set_mode import SetMode
 from tests.pass_checks import Snapshot, export, reloaded, sound
 
 

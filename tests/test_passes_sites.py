@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from adaptc.passes.find_sites import Site, find_sites
+from adaptc.passes.analysis.sites import Site, find_sites
 from tests.custom_models import Shared, Tied
 from tests.pass_checks import export, reloaded, sound
 from tests.site_cases import CASES
@@ -63,12 +63,11 @@ def test_one_layer(name: str) -> None:
         shape=tuple(layer.get_parameter("weight").shape),
         consumers=(node,),
         module_type=f"{type(layer).__module__}.{type(layer).__qualname__}",
-        has_bias=getattr(layer, "bias", None) is not None,
     )
     found = sites(layer, *args)
     assert found["weight"] == weight
     assert set(found) == {k for k, _ in layer.named_parameters()}
-    if weight.has_bias:
+    if getattr(layer, "bias", None) is not None:
         shape = tuple(layer.get_parameter("bias").shape)
         assert found["bias"] == dataclasses.replace(weight, param="bias", kind="weight", shape=shape)
 

@@ -16,13 +16,13 @@ import adaptc
 from adaptc import LoraConfig
 from adaptc.errors import AdaptcError, PassError
 from adaptc.methods.lora import Lora
-from adaptc.passes import _trace
-from adaptc.passes._kinds import Op
-from adaptc.passes._lifted import Lifted
-from adaptc.passes._method import Method, Slot, Slots
-from adaptc.passes._regions import node_tag
-from adaptc.passes.inject import Inject, site_op
-from adaptc.passes.respecialize import respecialize
+from adaptc.passes.adapt.inject import Inject
+from adaptc.passes.adapt.respecialize import Respecialize
+from adaptc.passes.ir import trace as _trace
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.method import Method, Slot, Slots
+from adaptc.passes.ir.ops import Op
+from adaptc.passes.ir.regions import node_tag, site_op
 from tests.pass_checks import Snapshot, attach, export, inject_all, random_values
 
 
@@ -173,7 +173,7 @@ def test_regions_may_not_depend_on_the_rank(how: str) -> None:
     ops = {a.id: site_op(lifted, a)}
     larger = {a.slots["v"]: nn.Parameter(torch.randn(5, 7))}
     with pytest.raises(PassError, match=rf"region of '{a.fqn}\|toy' depends on the rank"):
-        respecialize(lifted.graph, [a], ops, lifted.placeholders, larger, lifted.fake)
+        Respecialize([a], ops, {f: n.name for f, n in lifted.placeholders.items()}, larger)(lifted.graph)
 
 
 def wrong(change: dict[str, Any]) -> Callable[[ExportedProgram], list[Any]]:

@@ -13,11 +13,12 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from adaptc.errors import AdaptcError
-from adaptc.passes.canonicalize import canonicalize
-from adaptc.passes.train_gates import gated, train_gates
-from adaptc.passes.train_layers import layers_with_lora, train_layers
-from adaptc.passes.train_loss import loss_of_layer, train_loss
-from adaptc.training import fuse_training
+from adaptc.passes.ir.pass_infra import GraphPass
+from adaptc.passes.optimize.canonicalize import Canonicalize
+from adaptc.passes.train.fuse_training import fuse_training
+from adaptc.passes.train.gates import TrainGates, gated
+from adaptc.passes.train.layers import TrainLayers, layers_with_lora
+from adaptc.passes.train.loss import TrainLoss, loss_of_layer
 from tests.pass_checks import export
 
 WIDTHS = (5, 3, 2)
@@ -87,15 +88,13 @@ def gradients(module: nn.Module, x: Tensor, seed: int = 0) -> list[Any]:
     return [out, x.grad, {n: p.grad for n, p in module.named_parameters() if p.grad is not None}]
 
 
-Rewrite = Callable[[fx.Graph], int]
-
-
-def both(body: Callable[[Any, Tensor], Any], rewrite: Rewrite, **options: Any) -> tuple[nn.Module, fx.GraphModule, int]:
+def both(
+    body: Callable[[Any, Tensor], Any], rewrite: GraphPass, **options: Any
+) -> tuple[nn.Module, fx.GraphModule, int]:
     """(the module as exported, the same rewritten, how much was)."""
     module = module_of(body, **options)
-    canonicalize(module.graph, ["x"], differentiable=True)
-    count = rewrite(module.graph)
-    module.graph.lint()
+    Canonicalize(["x"], differentiable=True)(module.graph)
+    count = rewrite(module.graph).count
     module.recompile()
     return module_of(body, **options), module, count
 
@@ -141,7 +140,7 @@ LAYERS: dict[str, tuple[Callable[[Any, Tensor], Any], int, int]] = {
 @pytest.mark.parametrize("case", LAYERS)
 def test_layers_are_one_step(case: str, bias: bool) -> None:
     body, layers, steps = LAYERS[case]
-    plain, fused, count = both(body, train_layers, bias=bias)
+    plain, fused, count = both(body, TrainLayers(), bias=bias)
     assert (count, calls(fused, layers_with_lora)) == (layers, steps)
     for n in (2, 5):
         same(gradients(fused, inputs(n)), gradients(plain, inputs(n)))
@@ -150,7 +149,7 @@ def test_layers_are_one_step(case: str, bias: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_layers_in_half_precision_have_adapters_in_float32(dtype: torch.dtype) -> None:
     body = LAYERS["siblings"][0]
-    plain, fused, count = both(body, train_layers, dtype=dtype)
+    plain, fused, count = both(body, TrainLayers(), dtype=dtype)
     assert count == 3
     eps = torch.finfo(dtype).eps
     for found, expected in zip(gradients(fused, inputs(5, dtype)), gradients(plain, inputs(5, dtype)), strict=True):
@@ -173,7 +172,7 @@ NOT_LAYERS: dict[str, Callable[[Any, Tensor], Any]] = {
 
 @pytest.mark.parametrize("case", NOT_LAYERS)
 def test_other_layers_stay(case: str) -> None:
-    plain, fused, count = both(NOT_LAYERS[case], train_layers)
+    plain, fused, count = both(NOT_LAYERS[case], TrainLayers())
     assert (count, calls(fused, layers_with_lora)) == (0, 0)
     same(gradients(fused, inputs(3)), gradients(plain, inputs(3)))
 
@@ -206,7 +205,7 @@ def test_whatever_requires_grad_gets_it(wanted: set[str], apart: bool, unused: i
 
 
 def test_steps_are_of_first_order_and_say_so() -> None:
-    _, fused, _ = both(LAYERS["siblings"][0], train_layers)
+    _, fused, _ = both(LAYERS["siblings"][0], TrainLayers())
     x = inputs(2).requires_grad_()
     (first,) = torch.autograd.grad(weighed(fused(x)), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -232,16 +231,16 @@ def head(reduction: str = "mean", ignored: int = -100, **options: Any) -> Callab
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("ignored", [-100, 4])
 def test_a_cross_entropy_is_one_step(reduction: str, ignored: int, piece: int, monkeypatch: Any) -> None:
-    monkeypatch.setattr("adaptc.passes.train_loss.PIECE", piece)
-    monkeypatch.setattr("adaptc.passes.train_loss.LEAST", 4)
-    plain, fused, count = both(head(reduction, ignored), train_loss)
+    monkeypatch.setattr("adaptc.passes.train.loss.PIECE", piece)
+    monkeypatch.setattr("adaptc.passes.train.loss.LEAST", 4)
+    plain, fused, count = both(head(reduction, ignored), TrainLoss())
     assert (count, calls(fused, loss_of_layer)) == (1, 1)
     for n in (2, 5):
         same(gradients(fused, inputs(n)), gradients(plain, inputs(n)))
 
 
 def test_the_gradients_of_loss_and_logits_each_alone() -> None:
-    plain, fused, _ = both(head(), train_loss)
+    plain, fused, _ = both(head(), TrainLoss())
     for i in (0, 1):
         found = []
         for m in (fused, plain):
@@ -286,7 +285,7 @@ NOT_LOSSES = {
 @pytest.mark.parametrize("case", NOT_LOSSES)
 def test_other_losses_stay(case: str) -> None:
     # Some torch releases capture a cross entropy with probabilities for one size only.
-    plain, fused, count = both(NOT_LOSSES[case], train_loss, free=False)
+    plain, fused, count = both(NOT_LOSSES[case], TrainLoss(), free=False)
     assert (count, calls(fused, loss_of_layer)) == (0, 0)
     same(gradients(fused, inputs(4)), gradients(plain, inputs(4)))
 
@@ -324,7 +323,7 @@ GATES: dict[str, tuple[Callable[[Any, Tensor], Any], int]] = {
 @pytest.mark.parametrize("case", GATES)
 def test_gates(case: str) -> None:
     body, count = GATES[case]
-    plain, fused, found = both(body, train_gates)
+    plain, fused, found = both(body, TrainGates())
     assert (found, calls(fused, gated)) == (count, count)
     same(gradients(fused, inputs(3)), gradients(plain, inputs(3)))
 
@@ -351,7 +350,7 @@ def test_less_is_kept_for_the_backward() -> None:
     module = module_of(body)
     before = kept()
     done = fuse_training(module)
-    assert [done[n] for n in ("layers", "losses", "gates")] == [2, 1, 1]
+    assert [dict(done.trail)[n] for n in ("train_layers", "train_loss", "train_gates")] == [2, 1, 1]
     # The activation of the gate, and the log softmax of eleven columns but for its sums, of 150 rows each.
     assert before - kept() >= 150 * (5 + 11 - 1)
 
@@ -365,7 +364,7 @@ def gate_and_loss(m: Any, x: Tensor) -> Any:
 def test_autocast_casts_what_it_casts_in_the_plain_module() -> None:
     plain, fused = (module_of(gate_and_loss, dtype=torch.float32) for _ in range(2))
     done = fuse_training(fused)
-    assert [done[n] for n in ("layers", "losses", "gates")] == [2, 1, 1]
+    assert [dict(done.trail)[n] for n in ("train_layers", "train_loss", "train_gates")] == [2, 1, 1]
     with torch.autocast("cpu", torch.bfloat16):
         found, expected = (gradients(m, inputs(5, torch.float32)) for m in (fused, plain))
     assert found[0][1].dtype == torch.bfloat16

@@ -13,7 +13,7 @@ from torch.export import Dim, ExportedProgram, export
 from torch.nn import functional as F
 
 from adaptc import AdaptcError
-from adaptc.random_inputs import draw
+from adaptc.verify.random_inputs import draw
 from tests.families import FAMILIES
 
 
@@ -127,7 +127,7 @@ def test_equal_seeds_give_equal_inputs_and_leave_torch_alone() -> None:
 
 @pytest.mark.parametrize("family", ["roberta", "bart", "whisper"])
 def test_families_take_what_is_drawn(family: str) -> None:
-    from adaptc.capture import capture
+    from adaptc.capture.capture import capture
 
     model = FAMILIES[family].build()
     program = capture(model).program

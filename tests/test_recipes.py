@@ -15,15 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adaptc
-from adaptc import LoraConfig, _mapped
-from adaptc._recipes import MOST, recipes_of
-from adaptc.adapters import as_binding
+from adaptc import LoraConfig
+from adaptc.binding.recipes import MOST
+from adaptc.binding.source import as_binding
 from adaptc.errors import CheckpointError, SwapError
+from adaptc.peft_files import mapped as _mapped
 from tests.custom_models import UpDown
 from tests.method_checks import FILE, randomized, subject
 from tests.method_table import ENTRIES
 
-LONG = "adaptc.adapters.bind"
+LONG = "adaptc.binding.source.bind"
 
 
 def same(found: Any, expected: Any) -> None:
@@ -185,7 +186,7 @@ def test_few_are_kept() -> None:
     program = compiled()
     for rank in range(1, MOST + 4):
         adaptc.swap(program, state(1, rank))
-    known = recipes_of(program)._known
+    known = program.recipes.known
     assert len(known) == MOST
     assert all(known.values())
 

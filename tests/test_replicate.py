@@ -9,9 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from adaptc.capture import capture
+from adaptc.capture.capture import capture
+from adaptc.capture.replicate_layers import replicate_layers
 from adaptc.errors import ConfigError
-from adaptc.replicate import replicate_layers
 from tests.families import FAMILIES
 
 RANGES = [(0, 2), (1, 2), (0, 1), (0, 2)]

@@ -12,8 +12,9 @@ import torch
 
 import adaptc
 from adaptc import LoraConfig
-from adaptc.passes.merge import SiteMerge
-from adaptc.reports import CoverageReport, MergeReport, SiteCoverage, SwapReport
+from adaptc.passes.adapt.merge import SiteMerge
+from adaptc.reports.coverage import CoverageReport, SiteCoverage
+from adaptc.reports.results import MergeReport, SwapReport
 from tests.families import FAMILIES
 
 # -- parameters ------------------------------------------------------------------------------------------------------
@@ -217,4 +218,4 @@ def test_merge_report_of_nothing_prints() -> None:
 
 
 def test_swap_report_without_ranks_or_time() -> None:
-    assert str(SwapReport("dir", 3, (), ())) == "dir: 3 of 3 sites"
+    assert str(SwapReport("dir", (), {})) == "dir: 0 of 0 sites"

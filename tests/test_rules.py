@@ -20,14 +20,8 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from transformers.pytorch_utils import Conv1D
 
 from adaptc.errors import TargetError
-from adaptc.rules import (
-    Candidate,
-    check_patterns,
-    pattern_value,
-    select,
-    select_to_save,
-    unused_patterns,
-)
+from adaptc.methods._name_patterns import check_patterns, pattern_value, unused_patterns
+from adaptc.targets.name_rules import Candidate, select, select_to_save
 
 # No word ends another one: modules_to_save compares whole words in one place and endings in another.
 WORDS = ("model", "layers", "h", "experts", "attn", "q_proj", "v_proj", "fc1", "gate", "lm_head", "norm")

@@ -8,7 +8,8 @@ import peft
 import pytest
 
 from adaptc.errors import AdaptcError, ConfigError, TargetError
-from adaptc.rules import Candidate, pattern_value, select, select_to_save, unused_patterns
+from adaptc.methods._name_patterns import pattern_value, unused_patterns
+from adaptc.targets.name_rules import Candidate, select, select_to_save
 
 MODEL = {
     "model": "Body",

@@ -98,9 +98,9 @@ class Sequences(RuleBasedStateMachine):
         self.merged: list[tuple[adaptc.AdaptedProgram, dict[str, Tensor], float]] = []
 
     def current(self) -> dict[str, Tensor]:
-        from adaptc.binding import file_tensors
+        from adaptc.binding.bind import file_tensors
 
-        return file_tensors(self.program.slate(), self.program.binding)
+        return file_tensors(self.program.spec(), self.program.binding)
 
     def config(self, rank: int, alpha: int, sites: list[str], rslora: bool = False) -> LoraConfig:
         return LoraConfig(r=rank, lora_alpha=alpha, target_modules=sites, use_rslora=rslora)

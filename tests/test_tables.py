@@ -8,7 +8,7 @@ from itertools import product
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptc._tables import Column, collapse, size, table
+from adaptc.tables import Column, collapse, size, table
 
 
 def expand(text: str) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import AdaptcError, LoraConfig
-from adaptc.passes.set_mode import SetMode
+from adaptc.passes.train.set_mode import SetMode
 from tests.families import FAMILIES
 
 KW = {"r": 5, "lora_alpha": 11, "target_modules": ["q_proj", "v_proj", "down_proj"]}
@@ -177,9 +177,9 @@ def test_train_and_eval_switch_every_dropout_and_batch_norm(dropping):
 
 
 def adapter_of(program: adaptc.AdaptedProgram) -> dict[str, Tensor]:
-    from adaptc.binding import file_tensors
+    from adaptc.binding.bind import file_tensors
 
-    return file_tensors(program.slate(), program.binding)
+    return file_tensors(program.spec(), program.binding)
 
 
 def test_a_training_program_answers_calls_without_dropout_and_merges_without_it(dropping):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import AdaptcError, LoraConfig
-from adaptc.comparing import digests
+from adaptc.verify.compare import digests
 from tests.families import FAMILIES
 from tests.verify_nets import BASE, IDENTITY, MERGED, UNMERGE, compiled, failed, net
 

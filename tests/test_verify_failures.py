@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import adaptc
-from adaptc import AdaptcError, api
+from adaptc import AdaptcError
 from adaptc.methods.lora import Lora
+from adaptc.verify import verify
 from tests.verify_nets import BASE, IDENTITY, MERGED, UNMERGE, compiled, failed, net
 
 
@@ -54,24 +55,24 @@ def test_a_wrong_identity_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_merge_that_writes_to_the_base_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     model = net()
     program = compiled(model)
-    right = api.merge
+    right = verify.merged
 
-    def wrong(program: adaptc.AdaptedProgram, **options: Any) -> adaptc.AdaptedProgram:
-        merged = right(program, **options)
+    def wrong(program: adaptc.AdaptedProgram, **options: Any) -> Any:
+        result = right(program, **options)
         with torch.no_grad():
             program.state_dict["embed.weight"][22, 5] = torch.nextafter(
                 program.state_dict["embed.weight"][22, 5], torch.tensor(inf)
             )
-        return merged
+        return result
 
-    monkeypatch.setattr(api, "merge", wrong)
+    monkeypatch.setattr(verify, "merged", wrong)
     report = adaptc.verify(program)
     assert failed(report) == [UNMERGE]
     assert "embed.weight" in report[UNMERGE].note
 
 
 def test_an_unmerge_that_loses_a_tensor_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "unmerge", api.unload)
+    monkeypatch.setattr(verify, "unmerged", verify.unloaded)
     program = compiled(net())
     report = adaptc.verify(program)
     assert failed(report) == [UNMERGE]

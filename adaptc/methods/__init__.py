@@ -1,1 +1,30 @@
-"""Adapter methods, one file each: a config, the slots, their init, and what the method means as a function."""
+"""Adapter methods, one file each: a config, the slots, their init, and what the method means as a function.
+
+What other packages use of them is here; the modules with a leading underscore are this package's own.
+"""
+
+from adaptc.methods._config import AdapterConfig, TargetedConfig
+from adaptc.methods._default_targets import OTHER_MEANING
+from adaptc.methods._model_facts import ModelFacts
+from adaptc.methods._name_patterns import check_patterns, compiled, pattern_value
+from adaptc.methods._registry import check_registered, config_class, is_own, method_of, register_method
+from adaptc.methods._stacked import Stacked
+from adaptc.methods._whole import TokenRows, Whole
+
+__all__ = [
+    "OTHER_MEANING",
+    "AdapterConfig",
+    "ModelFacts",
+    "Stacked",
+    "TargetedConfig",
+    "TokenRows",
+    "Whole",
+    "check_patterns",
+    "check_registered",
+    "compiled",
+    "config_class",
+    "is_own",
+    "method_of",
+    "pattern_value",
+    "register_method",
+]

@@ -1,4 +1,4 @@
-"""``python -m adaptc.methods [README.md]``: the table of methods in Markdown, printed or put between its markers."""
+"""``python -m adaptc.methods [PAGE.md]``: the table of methods in Markdown, printed or put between a page's markers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def filled(text: str) -> str:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        readme = Path(sys.argv[1])
-        readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")
+        page = Path(sys.argv[1])
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
     else:
         print(markdown())

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptc.errors import ConfigError, TargetError
-from adaptc.methods._base import TargetedConfig
-from adaptc.passes._kinds import Op
-from adaptc.passes._method import Initial, Method
-from adaptc.rules import pattern_value
+from adaptc.errors import ConfigError
+from adaptc.methods._checks import check_matrix, check_probability, check_ranks
+from adaptc.methods._config import TargetedConfig
+from adaptc.methods._name_patterns import pattern_value
+from adaptc.passes.ir.method import Initial, Method
+from adaptc.passes.ir.ops import Op
 
 #: fills a tensor with first values
 Fill = Callable[[Tensor, torch.Generator | None], None]
@@ -44,13 +45,8 @@ class LycorisConfig(TargetedConfig):
         super().__post_init__()
         name = type(self).__name__
         self.rank_pattern, self.alpha_pattern = dict(self.rank_pattern or {}), dict(self.alpha_pattern or {})
-        ranks = {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}
-        for option, r in ranks.items():
-            if not isinstance(r, int) or isinstance(r, bool) or r <= 0:
-                raise ConfigError(f"{name}.{option} must be a positive integer, got {r!r}")
-        for option in ("rank_dropout", "module_dropout"):
-            if not 0.0 <= getattr(self, option) < 1.0:
-                raise ConfigError(f"{name}.{option} must lie in [0, 1), got {getattr(self, option)!r}")
+        check_ranks(self)
+        check_probability(self, "rank_dropout", "module_dropout")
         if not any(self.init_weights is s or (isinstance(s, str) and self.init_weights == s) for s in self.schemes):
             known = ", ".join(repr(s) for s in self.schemes)
             raise ConfigError(f"{name}.init_weights must be one of {known}, got {self.init_weights!r}")
@@ -98,10 +94,7 @@ class Lycoris(Method):
         return op.kernel if len(op.kernel) > 1 else (*op.kernel, 1)
 
     def check(self, op: Op) -> None:
-        if len(op.shape) < 2:
-            raise TargetError(
-                f"{type(self).__name__} needs a weight with two axes or more, and this one has shape {op.shape}"
-            )
+        check_matrix(type(self).__name__, op)
 
     def kept(self, op: Op, like: Tensor, centred: bool) -> Tensor | None:
         """What training leaves of each row of the delta: (out,) factors, or None when nothing is ever dropped.

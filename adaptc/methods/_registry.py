@@ -1,18 +1,23 @@
-"""The table of methods: PEFT's type name -> where its config and method live. Classes are imported when first used."""
+"""The table of methods: PEFT's type name -> where its config and method live. Classes are imported when first used.
+
+Methods of other distributions are found through the entry points of the group ``adaptc.methods``, which are loaded when
+a name is looked up that is not in the table; each is a module, or a function, that calls :func:`register_method`.
+"""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import importlib.metadata
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from adaptc.errors import ConfigError
-from adaptc.methods._base import AdapterConfig
-from adaptc.passes._method import Method
+from adaptc.errors import ConfigError, nearest
+from adaptc.methods._config import AdapterConfig
+from adaptc.passes.ir.method import Method
 
 #: peft_type -> "module:ConfigClass"
 CONFIGS: dict[str, str] = {
-    "LORA": "adaptc.methods.lora:LoraConfig",
+    "LORA": "adaptc.methods.lora_config:LoraConfig",
     "ADALORA": "adaptc.methods.adalora:AdaLoraConfig",
     "OFT": "adaptc.methods.oft:OFTConfig",
     "BOFT": "adaptc.methods.boft:BOFTConfig",
@@ -55,19 +60,31 @@ METHODS: dict[str, str] = {
     "waveft": "adaptc.methods.waveft:WaveFT",
     "c3a": "adaptc.methods.c3a:C3A",
     "shira": "adaptc.methods.shira:Shira",
-    "stacked": "adaptc.methods.stacked:Stacked",
-    "whole": "adaptc.methods.whole:Whole",
-    "trainable_tokens": "adaptc.methods.whole:TokenRows",
+    "stacked": "adaptc.methods._stacked:Stacked",
+    "whole": "adaptc.methods._whole:Whole",
+    "trainable_tokens": "adaptc.methods._whole:TokenRows",
 }
+
+#: of other distributions that want to add to these tables
+GROUP = "adaptc.methods"
+
+#: registered classes, which need not be importable by name (they may be local to a script)
+_registered: dict[str, Any] = {}
+#: whether entry points were loaded
+_searched: list[bool] = []
 
 
 def register_method(config: type[AdapterConfig], method: type[Method]) -> None:
     """Make a method of your own known to ``compile``, ``load`` and adapter files, under ``config.peft_type``.
 
     ``config`` is a dataclass derived from ``TargetedConfig`` whose ``method(name, kind)`` returns instances of
-    ``method``, a frozen dataclass derived from ``Method`` with a ``name`` of its own. Registering a pair twice
-    is fine. Raises ConfigError for a name that is taken or missing.
+    ``method``, a frozen dataclass derived from ``Method`` with a ``name`` of its own. A pair that is registered again,
+    as it is when its module is reloaded or its notebook cell runs once more, takes the place of the older one.
+
+    Raises ConfigError for a name that is taken or missing, and for a method that lacks ``slots``, or has neither
+    ``weight`` nor a form around a layer. :func:`adaptc.check_method` tries what a method computes.
     """
+    _check_defined(config, method)
     kind, name = config.peft_type, method.name
     if not kind or kind != kind.upper() or not name:
         raise ConfigError(
@@ -75,34 +92,99 @@ def register_method(config: type[AdapterConfig], method: type[Method]) -> None:
             f"found {kind!r} and {name!r}"
         )
     for table, key, cls in ((CONFIGS, kind, config), (METHODS, name, method)):
-        if key in table and _load(table[key]) is not cls:
+        if key in table and table[key] != _path(cls):
             raise ConfigError(f"{key!r} is the name of {table[key]!r} already; choose another")
     for table, key, cls in ((CONFIGS, kind, config), (METHODS, name, method)):
-        table[key] = f"{cls.__module__}:{cls.__qualname__}"
-        _CLASSES[table[key]] = cls
+        table[key] = _path(cls)
+        _registered[table[key]] = cls
 
 
-#: registered classes, which need not be importable by name (they may be local to a script)
-_CLASSES: dict[str, Any] = {}
+def _check_defined(config: type[AdapterConfig], method: type[Method]) -> None:
+    needs = (
+        (config, AdapterConfig, "TargetedConfig", "@dataclass"),
+        (method, Method, "Method", "@dataclass(frozen=True)"),
+    )
+    for cls, base, name, decorator in needs:
+        if not issubclass(cls, base) or "__dataclass_fields__" not in vars(cls):
+            raise ConfigError(f"{cls.__name__} must be derived from adaptc.{name} and decorated with {decorator}")
+
+    def has(name: str) -> bool:
+        return getattr(method, name) is not getattr(Method, name)
+
+    if not has("slots"):
+        raise ConfigError(f"{method.__name__} must define slots(op), its tensors at a site")
+    if not (has("weight") or has("apply") or has("input")):
+        raise ConfigError(
+            f"{method.__name__} must define weight(op, W, slots, scale), what it makes of a weight; or, if it means "
+            "something for activations alone, apply() or input()"
+        )
 
 
-def _load(path: str) -> Any:
-    if path in _CLASSES:
-        return _CLASSES[path]
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
+def check_registered(method: Method) -> None:
+    """Raises ConfigError for a method that no table knows: a program of it could be saved, and never be loaded."""
+    inner = method.options().get("method") if method.name == "stacked" else method.name
+    if _find(METHODS, str(inner)) is None or _find(METHODS, method.name) is None:
+        raise ConfigError(
+            f"the method {inner!r} ({type(method).__name__}) is not registered, so nothing that is saved with it could "
+            "be loaded: call adaptc.register_method(YourConfig, YourMethod) first"
+        )
+    if _load(METHODS[method.name]) is not type(method):
+        raise ConfigError(
+            f"{method.name!r} is the name of {METHODS[method.name]!r}, and this is another class of that name: "
+            "register it, or give it a name of its own"
+        )
+
+
+def is_own(method: Method) -> bool:
+    """Whether a method is one of adaptc's, which its tests try at every kind of layer."""
+    path = _path(type(method))
+    return METHODS.get(method.name) == path and path not in _registered
 
 
 def config_class(peft_type: str) -> type[AdapterConfig]:
     """The config class for a ``peft_type`` as files have it."""
     kind = peft_type.rpartition(".")[2].upper()
-    if kind not in CONFIGS:
-        raise ConfigError(f"peft_type {peft_type!r} is not supported; supported are {', '.join(sorted(CONFIGS))}")
-    return _load(CONFIGS[kind])
+    path = _find(CONFIGS, kind)
+    if path is None:
+        raise ConfigError(
+            f"peft_type {peft_type!r} is not supported; supported are {', '.join(sorted(CONFIGS))}. A method of your "
+            "own is known once its module was imported and called adaptc.register_method"
+        )
+    return _load(path)
 
 
-def method_of(tag: Mapping[str, Any]) -> Method:
-    """The method of a region, from its tag."""
-    if tag["method"] not in METHODS:
-        raise ConfigError(f"the program holds regions of an unknown method {tag['method']!r}; known: {sorted(METHODS)}")
-    return _load(METHODS[tag["method"]]).from_options(tag["options"])
+def method_of(data: Mapping[str, Any]) -> Method:
+    """The method that files call ``data["method"]``, with ``data["options"]``."""
+    path = _find(METHODS, data["method"])
+    if path is None:
+        close = nearest(data["method"], METHODS, 1)
+        raise ConfigError(
+            f"the program holds regions of the method {data['method']!r}, which is not known here"
+            + (f" (nearest: {close[0]!r})" if close else "")
+            + ". Import the module that calls adaptc.register_method for it first; on the command line: --import FILE"
+        )
+    return _load(path).from_options(data["options"])
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _find(table: Mapping[str, str], key: str) -> str | None:
+    if key not in table and not _searched:
+        _searched.append(True)
+        for point in importlib.metadata.entry_points(group=GROUP):
+            found = point.load()
+            if isinstance(found, Callable):
+                found()
+    return table.get(key)
+
+
+def _load(path: str) -> Any:
+    if path in _registered:
+        return _registered[path]
+    module, _, name = path.partition(":")
+    found = getattr(importlib.import_module(module), name)
+    if path in CONFIGS.values():
+        found.__module__ = "adaptc"  # where users import it from, whoever was first to load it
+    return found

@@ -13,9 +13,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from adaptc.errors import TargetError
-from adaptc.passes._kinds import Op, cast
-from adaptc.passes._method import Method, Scale, Slots
+from adaptc.methods._checks import check_matrix
+from adaptc.passes.ir.method import Method, Scale, Slots
+from adaptc.passes.ir.ops import Op, cast
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class Rotation(Method):
 
     def width(self, op: Op) -> int:
         """Length of the vectors that are turned: those of an embedding, else the rows of the weight as a matrix."""
-        if len(op.shape) < 2:
-            raise TargetError(
-                f"{self.name.upper()} needs a weight with two axes or more, and this one has shape {op.shape}"
-            )
+        check_matrix(self.name.upper(), op)
         return op.out_features if op.kind == "embedding" else op.matrix_shape[1]
+
+    def drops_input(self) -> bool:
+        return False  # what is dropped is blocks of the rotation, in either form
 
     def turn(self, op: Op, v: Tensor, slots: Slots, back: bool = False) -> Tensor:
         raise AssertionError(f"{type(self).__name__} must define turn()")

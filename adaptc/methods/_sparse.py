@@ -15,9 +15,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from adaptc.errors import ConfigError, TargetError
-from adaptc.passes._kinds import Op
-from adaptc.passes._method import Initial, Method, Slot, Slots
+from adaptc.errors import ConfigError
+from adaptc.methods._checks import check_integers, check_matrix
+from adaptc.passes.ir.method import Initial, Method, Slot, Slots
+from adaptc.passes.ir.ops import Op
 
 
 @lru_cache(maxsize=64)
@@ -54,10 +55,8 @@ def at_least_float32(*tensors: Tensor) -> torch.dtype:
 def check_counts(config: Any, option: str) -> None:
     """Raises ConfigError where an option, or its table of patterns, holds anything but a positive integer."""
     pattern = getattr(config, f"{option}_pattern") or {}
-    counts = {option: getattr(config, option), **{f"{option}_pattern[{k!r}]": v for k, v in pattern.items()}}
-    for name, n in counts.items():
-        if not isinstance(n, int) or isinstance(n, bool) or n <= 0:
-            raise ConfigError(f"{type(config).__name__}.{name} must be a positive integer, got {n!r}")
+    patterns = {f"{option}_pattern[{k!r}]": v for k, v in pattern.items()}
+    check_integers(config, {option: getattr(config, option), **patterns})
 
 
 def check_seed(config: Any) -> None:
@@ -91,8 +90,7 @@ class Spectrum(Method):
         return f"{self.prefix}_indices"
 
     def slots(self, op: Op) -> dict[str, Slot]:
-        if len(op.shape) < 2:
-            raise TargetError(f"{self.name} needs a weight with two axes or more, and this one has shape {op.shape}")
+        check_matrix(self.name, op)
         return {
             self.spectrum: Slot((self.r,), free=(0,)),
             self.places: Slot((self.r,), free=(0,), dtype=torch.int64, trainable=False, saved=False),
@@ -110,7 +108,7 @@ class Spectrum(Method):
     def minimal(self, op: Op) -> Self:
         return dataclasses.replace(self, r=2 * op.groups)
 
-    def fit(self, op: Op, slots: Slots) -> Self:
+    def with_sizes_of(self, op: Op, slots: Slots) -> Self:
         found = slots.get(self.spectrum)
         return self if found is None else dataclasses.replace(self, r=found.shape[0])
 

@@ -19,13 +19,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from adaptc.errors import AdaptcWarning, ConfigError, TargetError
-from adaptc.methods._base import TargetedConfig
-from adaptc.methods.lora import LoraConfig
-from adaptc.passes._kinds import Op, cast
-from adaptc.passes._method import Attachment, Initial, Method, Scale, Slot, Slots
+from adaptc.errors import AdaptcWarning, ConfigError
+from adaptc.methods._checks import adapter_input, check_integers, check_matrix
+from adaptc.methods._config import TargetedConfig
+from adaptc.methods.lora_config import LoraConfig
+from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots
+from adaptc.passes.ir.method_hooks import Place
+from adaptc.passes.ir.ops import Op, cast
 
 _IGNORED = "PEFT ignores it for AdaLoRA"
 _LORAS = "it is a variant of LoRA, not of AdaLoRA"
@@ -36,6 +37,7 @@ class AdaLoraConfig(LoraConfig):
     """PEFT's ``AdaLoraConfig``: same names, same defaults. ``total_step`` is required; ``r`` has no meaning here."""
 
     peft_type: ClassVar[str] = "ADALORA"
+    writes_all: ClassVar[bool] = False
     samples: ClassVar[Sequence[Mapping[str, Any]]] = ({"total_step": 100},)
     refused: ClassVar[Mapping[str, str]] = {
         **LoraConfig.refused,
@@ -67,13 +69,11 @@ class AdaLoraConfig(LoraConfig):
         TargetedConfig.__post_init__(self)
         if self.r != 8:
             warnings.warn(f"AdaLoraConfig.r={self.r} has no effect; init_r is the rank", AdaptcWarning, stacklevel=3)
-        for name in ("init_r", "target_r", "deltaT"):
-            _whole(name, getattr(self, name), 1)
-        for name in ("tinit", "tfinal"):
-            _whole(name, getattr(self, name), 0)
+        check_integers(self, {n: getattr(self, n) for n in ("init_r", "target_r", "deltaT")})
+        check_integers(self, {n: getattr(self, n) for n in ("tinit", "tfinal")}, least=0)
         if self.total_step is None:
             raise ConfigError("AdaLoraConfig.total_step is required: the number of training steps")
-        _whole("total_step", self.total_step, 1)
+        check_integers(self, {"total_step": self.total_step})
         if self.tinit >= self.total_step - self.tfinal:
             raise ConfigError(
                 f"AdaLoraConfig leaves no steps in which ranks can fall: tinit={self.tinit} must be less than "
@@ -89,7 +89,7 @@ class AdaLoraConfig(LoraConfig):
                 f"AdaLoraConfig.init_lora_weights={self.init_lora_weights!r} does not exist: AdaLoRA begins with E = 0 "
                 "(True, which is what PEFT takes any string for) or at random (False)"
             )
-        self._check_common()
+        self.check_common()
         if self.rank_pattern is not None:
             self.rank_pattern = {k: self._plain(k, v) for k, v in self.rank_pattern.items()}
 
@@ -149,8 +149,7 @@ class AdaLora(Method):
     training: bool = False
 
     def slots(self, op: Op) -> dict[str, Slot]:
-        if len(op.shape) < 2:
-            raise TargetError(f"AdaLoRA needs a weight with two axes or more, and this one has shape {op.shape}")
+        check_matrix("AdaLoRA", op)
         stack, rows = ((op.experts,), op.out_features) if op.experts else ((), op.shape[0])
         columns, n = prod(op.shape[1 + len(stack) :]), len(stack)
         return {
@@ -173,9 +172,9 @@ class AdaLora(Method):
                 values[name].normal_(std=0.02, generator=generator)
         return Initial({n: t.to(device=W.device, dtype=dtype) for n, t in values.items()})
 
-    def rebind(self, config: Any, attachment: Attachment) -> Method:
-        new = super().rebind(config, attachment)
-        kept = config.kept(attachment.key) if isinstance(config, AdaLoraConfig) else None
+    def rebind(self, config: Any, place: Place) -> Method:
+        new = super().rebind(config, place)
+        kept = config.kept(place.key) if isinstance(config, AdaLoraConfig) else None
         if new is self or kept is None or not isinstance(new, AdaLora):
             return new
         return dataclasses.replace(new, kept=kept, r=_terms(kept) or 2)
@@ -196,7 +195,7 @@ class AdaLora(Method):
                 out[name] = out[name].index_select(axis, index)
         return out
 
-    def fit(self, op: Op, slots: Slots) -> AdaLora:
+    def with_sizes_of(self, op: Op, slots: Slots) -> AdaLora:
         A = slots.get("lora_A")
         return self if A is None or A.ndim < 2 or not A.shape[-2] else dataclasses.replace(self, r=A.shape[-2])
 
@@ -208,9 +207,7 @@ class AdaLora(Method):
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         A, B = slots["lora_A"] * slots["lora_E"], slots["lora_B"]
-        x = op.as_input(x, A.dtype)
-        if self.training and self.dropout and op.kind != "embedding":
-            x = F.dropout(x, self.dropout, training=True)
+        x = adapter_input(self, op, x, A.dtype)
         if op.groups > 1:  # each group reads the inputs of its own through the same A
             delta = op(x, self._delta(op, slots))
         elif op.is_conv:
@@ -222,11 +219,6 @@ class AdaLora(Method):
 
     def _delta(self, op: Op, slots: Slots) -> Tensor:
         return op.unmatrix(slots["lora_B"] @ (slots["lora_A"] * slots["lora_E"]))
-
-
-def _whole(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"AdaLoraConfig.{name} must be an integer of at least {least}, got {value!r}")
 
 
 def _site(key: str) -> str | None:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import ConfigError, TargetError
-from adaptc.methods._base import TargetedConfig
+from adaptc.methods._checks import check_bias, check_bool, check_probability
+from adaptc.methods._config import TargetedConfig
 from adaptc.methods._rotation import Rotation, blockwise, cayley, divisors, keep_some, solvable
-from adaptc.passes._kinds import Op, cast
-from adaptc.passes._method import Initial, Scale, Slot, Slots
+from adaptc.passes.ir.method import Initial, Scale, Slot, Slots
+from adaptc.passes.ir.ops import Op, cast
 
 
 @dataclass
@@ -50,12 +51,9 @@ class BOFTConfig(TargetedConfig):
             raise ConfigError(
                 f"BOFTConfig.boft_n_butterfly_factor must be 1 or more, got {self.boft_n_butterfly_factor}"
             )
-        if self.bias not in ("none", "all", "boft_only"):
-            raise ConfigError(f"BOFTConfig.bias must be 'none', 'all' or 'boft_only', got {self.bias!r}")
-        if not 0.0 <= self.boft_dropout <= 1.0:
-            raise ConfigError(f"BOFTConfig.boft_dropout must lie in [0, 1], got {self.boft_dropout!r}")
-        if not isinstance(self.init_weights, bool):
-            raise ConfigError(f"BOFTConfig.init_weights must be True or False, got {self.init_weights!r}")
+        check_bias(self, "boft_only")
+        check_probability(self, "boft_dropout", certain=True)
+        check_bool(self, "init_weights")
 
     def method(self, name: str, kind: str) -> Boft:
         return Boft(

@@ -15,12 +15,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from adaptc.errors import ConfigError, TargetError
-from adaptc.methods._base import TargetedConfig
-from adaptc.methods._patterns import dotted_match, dotted_value
+from adaptc.errors import ConfigError
+from adaptc.methods._checks import check_matrix
+from adaptc.methods._config import TargetedConfig
+from adaptc.methods._name_patterns import dotted_match, dotted_value
 from adaptc.methods._sparse import at_least_float32, check_counts
-from adaptc.passes._kinds import Op, cast
-from adaptc.passes._method import Initial, Method, Scale, Slot, Slots
+from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots
+from adaptc.passes.ir.ops import Op, cast
 
 KERNEL = "c3a_kernel"
 RANDOM = ("xavier_uniform", "gaussian", "kaiming_uniform")
@@ -71,8 +72,7 @@ class C3A(Method):
     scheme: bool | str = "xavier_uniform"
 
     def slots(self, op: Op) -> dict[str, Slot]:
-        if len(op.shape) < 2:
-            raise TargetError(f"C3A needs a weight with two axes or more, and this one has shape {op.shape}")
+        check_matrix("C3A", op)
         rows, columns = op.matrix_shape
         if rows % self.block or columns % self.block:
             raise ConfigError(

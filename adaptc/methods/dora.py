@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from adaptc.methods._checks import adapter_input, drops
 from adaptc.methods.lora import Lora
-from adaptc.passes._kinds import Op, cast
-from adaptc.passes._method import Initial, Scale, Slot, Slots
+from adaptc.passes.ir.method import Initial, Scale, Slot, Slots
+from adaptc.passes.ir.ops import Op, cast
 
 MAGNITUDE = "lora_magnitude_vector"
 
@@ -57,9 +58,8 @@ class Dora(Lora):
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         A, B = self._factors(op, slots)
-        x = op.as_input(x, A.dtype)
-        if self.training and self.dropout and op.kind != "embedding":
-            x = F.dropout(x, self.dropout, training=True)
+        x = adapter_input(self, op, x, A.dtype)
+        if drops(self, op):
             base = op(x, cast(W, x.dtype))
         else:
             base = y if b is None else y - op.along_out(b, y)
@@ -69,8 +69,7 @@ class Dora(Lora):
         return cast(y + (gain - 1) * base + gain * (op.down_up(x, A, B) * scale), y.dtype)
 
     def fused(self, op: Op, x: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
-        from adaptc.kernels.dora import dora_epilogue, dora_norm
-        from adaptc.kernels.lora_epilogue import lora_down
+        from adaptc.kernels import dora_epilogue, dora_norm, lora_down
 
         A, B, _ = slots.values()
         gain = self._gain(slots, dora_norm(W, A, B, scale))

@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from adaptc.methods._base import TargetedConfig
-from adaptc.methods._patterns import dotted_match, dotted_value
+from adaptc.methods._config import TargetedConfig
+from adaptc.methods._name_patterns import dotted_match, dotted_value
 from adaptc.methods._sparse import Spectrum, at_least_float32, check_counts, check_seed, scattered
-from adaptc.passes._kinds import Op, cast
-from adaptc.passes._method import Scale, Slots
+from adaptc.passes.ir.method import Scale, Slots
+from adaptc.passes.ir.ops import Op, cast
 
 
 @dataclass

@@ -16,11 +16,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from adaptc.errors import AdaptcWarning, ConfigError, TargetError
-from adaptc.methods._base import TargetedConfig
+from adaptc.errors import AdaptcWarning, TargetError
+from adaptc.methods._checks import check_bias, check_integers
+from adaptc.methods._config import TargetedConfig
 from adaptc.methods._rotation import Rotation, solvable, solve
-from adaptc.passes._kinds import Op, cast
-from adaptc.passes._method import Initial, Slot, Slots
+from adaptc.passes.ir.method import Initial, Slot, Slots
+from adaptc.passes.ir.ops import Op, cast
 
 
 @dataclass
@@ -36,10 +37,8 @@ class HRAConfig(TargetedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r <= 0:
-            raise ConfigError(f"HRAConfig.r must be a positive integer, got {self.r!r}")
-        if self.bias not in ("none", "all", "hra_only"):
-            raise ConfigError(f"HRAConfig.bias must be 'none', 'all' or 'hra_only', got {self.bias!r}")
+        check_integers(self, {"r": self.r})
+        check_bias(self, "hra_only")
 
     def method(self, name: str, kind: str) -> Hra:
         return Hra(self.r, self.apply_GS, self.init_weights)
@@ -67,7 +66,7 @@ class Hra(Rotation):
     def minimal(self, op: Op) -> Hra:
         return dataclasses.replace(self, r=2)
 
-    def fit(self, op: Op, slots: Slots) -> Hra:
+    def with_sizes_of(self, op: Op, slots: Slots) -> Hra:
         return dataclasses.replace(self, r=slots["hra_u"].shape[1]) if "hra_u" in slots else self
 
     def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:

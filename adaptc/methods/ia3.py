@@ -12,18 +12,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from adaptc.errors import ConfigError, TargetError, nearest
-from adaptc.methods._base import TargetedConfig
-from adaptc.passes._kinds import Op, cast
-from adaptc.passes._method import Initial, Method, Scale, Slot, Slots
-
-if TYPE_CHECKING:
-    from adaptc.targets import ModelFacts
+from adaptc.methods._checks import check_matrix
+from adaptc.methods._config import TargetedConfig
+from adaptc.methods._model_facts import ModelFacts
+from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots
+from adaptc.passes.ir.ops import Op, cast
 
 SLOT = "ia3_l"
 
@@ -100,8 +99,7 @@ class IA3(Method):
     scheme: bool = True
 
     def slots(self, op: Op) -> dict[str, Slot]:
-        if len(op.shape) < 2:
-            raise TargetError(f"IA3 needs a weight with two axes or more, and this one has shape {op.shape}")
+        check_matrix("IA3", op)
         n = op.in_features if self.feedforward else op.out_features
         if op.kernel:
             return {SLOT: Slot((1, n, *(1 for _ in op.kernel)), fill=1.0)}

@@ -10,13 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
-from adaptc.methods._base import TargetedConfig
-from adaptc.methods.whole import Whole
-
-if TYPE_CHECKING:
-    from adaptc.targets import ModelFacts
+from adaptc.methods._config import TargetedConfig
+from adaptc.methods._model_facts import ModelFacts
+from adaptc.methods._whole import Whole
 
 PLACE = "ln_tuning_layers"
 _NORM = re.compile(r"(Layer|RMS)_?Norm\w*$", re.IGNORECASE)
@@ -42,4 +40,4 @@ class LNTuningConfig(TargetedConfig):
         return new.completed({"target_modules": found}) if found else new
 
     def method(self, name: str, kind: str) -> Whole:
-        return Whole(f"{PLACE}.", place=PLACE, nested="default.")
+        return Whole(f"{PLACE}.", place=PLACE, submodules="default.")

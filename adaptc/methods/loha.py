@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaptc.methods._lycoris import Lycoris, LycorisConfig, can_look_up, he, kernel_down, padded, zeros
-from adaptc.passes._kinds import Op, cast
-from adaptc.passes._method import Initial, Scale, Slot, Slots
+from adaptc.passes.ir.method import Initial, Scale, Slot, Slots
+from adaptc.passes.ir.ops import Op, cast
 
 
 @dataclass
@@ -54,7 +54,7 @@ class LoHa(Lycoris):
     def minimal(self, op: Op) -> LoHa:
         return dataclasses.replace(self, r=2)
 
-    def fit(self, op: Op, slots: Slots) -> LoHa:
+    def with_sizes_of(self, op: Op, slots: Slots) -> LoHa:
         b = slots.get("hada_w1_b")
         return self if b is None or not b.ndim else dataclasses.replace(self, r=b.shape[0])
 

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from adaptc.errors import ConfigError
 from adaptc.methods._lycoris import Lycoris, LycorisConfig, can_look_up, he, kernel_down, padded, zeros
-from adaptc.passes._kinds import Op, cast
-from adaptc.passes._method import Initial, Scale, Slot, Slots
+from adaptc.passes.ir.method import Initial, Scale, Slot, Slots
+from adaptc.passes.ir.ops import Op, cast
 
 
 @dataclass
@@ -106,7 +106,7 @@ class LoKr(Lycoris):
     def minimal(self, op: Op) -> LoKr:
         return dataclasses.replace(self.at(op), r=2)
 
-    def fit(self, op: Op, slots: Slots) -> LoKr:
+    def with_sizes_of(self, op: Op, slots: Slots) -> LoKr:
         b = next((slots[n] for n in ("lokr_w2_b", "lokr_w1_b") if n in slots), None)
         return self if b is None or not b.ndim else dataclasses.replace(self, r=b.shape[0])
 

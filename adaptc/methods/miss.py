@@ -21,12 +21,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from adaptc.errors import CheckpointError, ConfigError, TargetError
-from adaptc.methods._base import TargetedConfig
-from adaptc.passes._kinds import Op, cast
-from adaptc.passes._method import Initial, Method, Scale, Slot, Slots
+from adaptc.methods._checks import adapter_input, check_integers, check_matrix, check_probability, drops
+from adaptc.methods._config import TargetedConfig
+from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots
+from adaptc.passes.ir.ops import Op, cast
 
 BLOCK, FOLD, BONE = "miss_block", "fold", "bone_block"
 MODES = (True, False, "bat", "mini")
@@ -47,12 +47,8 @@ class MissConfig(TargetedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("r", "mini_r"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise ConfigError(f"MissConfig.{name} must be a positive integer, got {value!r}")
-        if not 0.0 <= self.miss_dropout < 1.0:
-            raise ConfigError(f"MissConfig.miss_dropout must lie in [0, 1), got {self.miss_dropout!r}")
+        check_integers(self, {"r": self.r, "mini_r": self.mini_r})
+        check_probability(self, "miss_dropout")
         if self.init_weights not in MODES:
             raise ConfigError(
                 f"MissConfig.init_weights must be True, False, 'bat' or 'mini', got {self.init_weights!r}"
@@ -83,8 +79,7 @@ class Miss(Method):
         return super().structure() | sizes.get(self.mode, {})
 
     def slots(self, op: Op) -> dict[str, Slot]:
-        if len(op.shape) < 2:
-            raise TargetError(f"MiSS needs a weight with two axes or more, and this one has shape {op.shape}")
+        check_matrix("MiSS", op)
         (rows, columns), r = op.matrix_shape, self.r
         if self.mode == "bat":
             if rows % r or columns % r:
@@ -128,7 +123,7 @@ class Miss(Method):
         row = torch.arange(op.matrix_shape[1], device=W.device) % self.r
         return {FOLD: (row == torch.arange(self.r, device=W.device).unsqueeze(1)).to(dtype)}
 
-    def fit(self, op: Op, slots: Slots) -> Miss:
+    def with_sizes_of(self, op: Op, slots: Slots) -> Miss:
         block = slots.get(BLOCK, slots.get(BONE))
         if block is None or block.ndim != (3 if self.mode == "bat" else 2):
             return self
@@ -146,12 +141,10 @@ class Miss(Method):
         return cast(W + self._change(op, W, slots), W.dtype)
 
     def has_apply(self, op: Op) -> bool:
-        return op.callable and (self._cheap(op) or self._drops(op))
+        return op.callable and (self._cheap(op) or drops(self, op))
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
-        x = op.as_input(x, slots[BLOCK].dtype)
-        if self._drops(op):
-            x = F.dropout(x, self.dropout, training=True)
+        x = adapter_input(self, op, x, slots[BLOCK].dtype)
         if not self._cheap(op):
             return cast(y + op(x, cast(self._change(op, W, slots), x.dtype)), y.dtype)
         up, down = self._block(op, slots).t(), slots[FOLD]
@@ -162,9 +155,6 @@ class Miss(Method):
     def _cheap(self, op: Op) -> bool:
         """Whether the change factors through the rank."""
         return self.mode != "bat" and op.groups == 1
-
-    def _drops(self, op: Op) -> bool:
-        return self.training and self.dropout > 0 and op.kind != "embedding"
 
     def _block(self, op: Op, slots: Slots) -> Tensor:
         """M with a column for every output."""

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import AdaptcWarning, ConfigError
-from adaptc.methods._base import TargetedConfig
+from adaptc.methods._checks import check_bias, check_bool, check_probability
+from adaptc.methods._config import TargetedConfig
 from adaptc.methods._rotation import Rotation, blockwise, cayley, divisors, keep_some, solvable
-from adaptc.passes._kinds import Op, cast
-from adaptc.passes._method import Initial, Scale, Slot, Slots
+from adaptc.passes.ir.method import Initial, Scale, Slot, Slots
+from adaptc.passes.ir.ops import Op, cast
 
 
 @dataclass
@@ -52,12 +53,9 @@ class OFTConfig(TargetedConfig):
                 f"OFTConfig needs one of r and oft_block_size to be positive and the other 0, since the width of a "
                 f"layer is their product; got r={self.r} and oft_block_size={self.oft_block_size}"
             )
-        if self.bias not in ("none", "all", "oft_only"):
-            raise ConfigError(f"OFTConfig.bias must be 'none', 'all' or 'oft_only', got {self.bias!r}")
-        if not 0.0 <= self.module_dropout <= 1.0:
-            raise ConfigError(f"OFTConfig.module_dropout must lie in [0, 1], got {self.module_dropout!r}")
-        if not isinstance(self.init_weights, bool):
-            raise ConfigError(f"OFTConfig.init_weights must be True or False, got {self.init_weights!r}")
+        check_bias(self, "oft_only")
+        check_probability(self, "module_dropout", certain=True)
+        check_bool(self, "init_weights")
         if self.coft and not self.eps > 0:
             raise ConfigError(f"OFTConfig.eps, the radius that coft keeps to, must be positive, got {self.eps!r}")
         if self.use_cayley_neumann and self.num_cayley_neumann_terms < 2:

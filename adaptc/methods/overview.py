@@ -1,4 +1,4 @@
-"""What each method supports, found out by asking the methods: the table of the README and of ``adaptc methods``.
+"""What each method supports, found out by asking the methods: the table of the guide and of ``adaptc methods``.
 
 Nothing here is written by hand but the sample layers. After: one row per config class, from the registry.
 """
@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from adaptc._tables import table
 from adaptc.errors import AdaptcError
-from adaptc.methods import whole
-from adaptc.methods._base import TargetedConfig
+from adaptc.methods._config import TargetedConfig
 from adaptc.methods._registry import CONFIGS, config_class
-from adaptc.methods.stacked import Stacked
-from adaptc.passes._kinds import Op
-from adaptc.passes._method import Method
+from adaptc.methods._stacked import Stacked
+from adaptc.methods._whole import TokenRows, Whole
+from adaptc.passes.ir.method import Method
+from adaptc.passes.ir.ops import Op
+from adaptc.tables import table
 
 aten = torch.ops.aten
 
@@ -63,8 +63,10 @@ def overview() -> list[Row]:
 
 def _row(cls: type[TargetedConfig], sample: Mapping[str, Any]) -> Row:
     config = cls(target_modules=["layer"], **sample)
-    home = type(config.method("layer", "linear")).__module__
-    title, meaning, source = _first_line(cls.__module__ if home == whole.__name__ else home)
+    method = type(config.method("layer", "linear"))
+    # Methods that several configs share are explained where each config is.
+    home = CONFIGS[config.peft_type].partition(":")[0] if issubclass(method, (Whole, TokenRows)) else method.__module__
+    title, meaning, source = _first_line(home)
     kinds: dict[str, str] = {}
     free = shared = False
     for heading, ops in KINDS.items():
@@ -77,7 +79,7 @@ def _row(cls: type[TargetedConfig], sample: Mapping[str, Any]) -> Row:
                 break
             slots = method.slots(op).values()
             free, shared = free or any(s.free for s in slots), shared or any(s.shared for s in slots)
-            forms.append("around" if method.has_outside(op) else "weight")
+            forms.append("around" if method.has_apply_form(op) else "weight")
         kinds[heading] = "" if not ops or len(forms) < len(ops) else "/".join(dict.fromkeys(forms))
     name = f"{cls.__name__}({', '.join(f'{k}={v!r}' for k, v in sample.items())})" if sample else cls.__name__
     return Row(name, title, meaning, source, kinds, free, shared)
@@ -91,7 +93,7 @@ def _method_at(config: TargetedConfig, op: Op) -> Method | None:
             if op.experts and not method.stacks:
                 method = Stacked.of(method)
             method = method.at(op)
-            method = method.jointly([(method, op)])[0]
+            method = method.settle_shared_sizes([(method, op)])[0]
             method.slots(op)
     except AdaptcError:
         return None

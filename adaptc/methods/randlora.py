@@ -14,17 +14,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import sqrt
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from adaptc.errors import ConfigError, TargetError
-from adaptc.methods._base import TargetedConfig
+from adaptc.errors import ConfigError
+from adaptc.methods._checks import adapter_input, check_integers, check_matrix, check_probability
+from adaptc.methods._config import TargetedConfig
 from adaptc.methods.vera import check_key
-from adaptc.passes._kinds import Op, cast
-from adaptc.passes._method import Initial, Method, Scale, Slot, Slots
+from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots
+from adaptc.passes.ir.ops import Op, cast
 
 
 @dataclass
@@ -47,11 +47,9 @@ class RandLoraConfig(TargetedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r <= 0:
-            raise ConfigError(f"RandLoraConfig.r must be a positive integer, got {self.r!r}")
+        check_integers(self, {"r": self.r})
         check_key("RandLoraConfig", self.projection_prng_key)
-        if not 0.0 <= self.randlora_dropout < 1.0:
-            raise ConfigError(f"RandLoraConfig.randlora_dropout must lie in [0, 1), got {self.randlora_dropout!r}")
+        check_probability(self, "randlora_dropout")
 
     def method(self, name: str, kind: str) -> RandLora:
         return RandLora(
@@ -118,16 +116,16 @@ class RandLora(Method):
     outputs: int = 0
 
     def slots(self, op: Op) -> dict[str, Slot]:
-        if len(op.shape) < 2:
-            raise TargetError(f"RandLoRA needs a weight with two axes or more, and this one has shape {op.shape}")
+        check_matrix("RandLoRA", op)
         small, n = min(op.matrix_shape), self._count(min(op.matrix_shape))
         most = self._most(op)
         a, b = (self.r, 1, min(most)), (max(most), self._count(min(most)), self.r)
+        common: Any = {"trainable": False, "saved": self.saved, "shared": True, "repeated": True}
         return {
             "randlora_lambda": Slot((self.r, n)),
             "randlora_gamma": Slot((n, small)),
-            "randlora_A": Slot(a, roomy=(2,), trainable=False, saved=self.saved, shared=True, repeated=True),
-            "randlora_B": Slot(b, roomy=(0, 1), trainable=False, saved=self.saved, shared=True, repeated=True),
+            "randlora_A": Slot(a, shared_axes_cut=(2,), **common),
+            "randlora_B": Slot(b, shared_axes_cut=(0, 1), **common),
         }
 
     def _count(self, small: int) -> int:
@@ -142,7 +140,7 @@ class RandLora(Method):
         return True
 
     @classmethod
-    def jointly(cls, sites: Sequence[tuple[Method, Op]]) -> list[Method]:
+    def settle_shared_sizes(cls, sites: Sequence[tuple[Method, Op]]) -> list[Method]:
         sizes = [op.matrix_shape for _, op in sites]
         most = {"inputs": max(c for _, c in sizes), "outputs": max(r for r, _ in sizes)}
         return [replace(method, **most) for method, _ in sites]  # type: ignore[arg-type]
@@ -193,8 +191,6 @@ class RandLora(Method):
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         down, up = self._factors(op, slots)
-        x = op.as_input(x, down.dtype)
-        if self.training and self.dropout and op.kind != "embedding":
-            x = F.dropout(x, self.dropout, training=True)
+        x = adapter_input(self, op, x, down.dtype)
         delta = op.up(op(x, down.reshape(-1, *op.shape[1:])), up)
         return cast(y + delta * scale, y.dtype)

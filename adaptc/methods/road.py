@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import ConfigError, TargetError
-from adaptc.methods._base import TargetedConfig
-from adaptc.passes._kinds import Op, cast
-from adaptc.passes._method import Initial, Method, Scale, Slot, Slots
+from adaptc.methods._checks import check_matrix
+from adaptc.methods._config import TargetedConfig
+from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots
+from adaptc.passes.ir.ops import Op, cast
 
 THETA, ALPHA = "road_theta", "road_alpha"
 #: variant -> parameters per row, times two
@@ -61,8 +62,7 @@ class Road(Method):
     scheme: bool = True
 
     def slots(self, op: Op) -> dict[str, Slot]:
-        if len(op.shape) < 2:
-            raise TargetError(f"RoAd needs a weight with two axes or more, and this one has shape {op.shape}")
+        check_matrix("RoAd", op)
         rows = op.shape[0]
         if rows % self.group_size:
             fitting = [n for n in range(2, min(rows, 2 * self.group_size) + 1, 2) if rows % n == 0]

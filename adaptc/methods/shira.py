@@ -17,11 +17,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from adaptc.errors import CheckpointError, ConfigError, TargetError
-from adaptc.methods._base import TargetedConfig
+from adaptc.errors import CheckpointError, ConfigError
+from adaptc.methods._checks import check_integers, check_matrix
+from adaptc.methods._config import TargetedConfig
 from adaptc.methods._sparse import drawn
-from adaptc.passes._kinds import Op, cast
-from adaptc.passes._method import Attachment, Initial, Method, Scale, Slot, Slots
+from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots
+from adaptc.passes.ir.method_hooks import Place
+from adaptc.passes.ir.ops import Op, cast
 
 WEIGHT, INDICES = "shira_weight", "shira_indices"
 
@@ -49,8 +51,7 @@ class ShiraConfig(TargetedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.mask_fn: Callable[..., Tensor] | None = None
-        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r <= 0:
-            raise ConfigError(f"ShiraConfig.r must be a positive integer, got {self.r!r}")
+        check_integers(self, {"r": self.r})
         seed = self.random_seed
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
             raise ConfigError(f"ShiraConfig.random_seed must be an integer or None, got {seed!r}")
@@ -75,13 +76,12 @@ class Shira(Method):
     def options(self) -> dict[str, Any]:
         return {k: v for k, v in super().options().items() if k != "mask_fn"}
 
-    def rebind(self, config: Any, attachment: Attachment) -> Method:
-        new = super().rebind(config, attachment)
+    def rebind(self, config: Any, place: Place) -> Method:
+        new = super().rebind(config, place)
         return self if new == self and new is not self else new
 
     def slots(self, op: Op) -> dict[str, Slot]:
-        if len(op.shape) < 2:
-            raise TargetError(f"SHiRA needs a weight with two axes or more, and this one has shape {op.shape}")
+        check_matrix("SHiRA", op)
         n = self.r * sum(op.matrix_shape)
         return {
             WEIGHT: Slot((n,), free=(0,)),
@@ -102,7 +102,7 @@ class Shira(Method):
     def minimal(self, op: Op) -> Shira:
         return dataclasses.replace(self, r=2 * op.groups)
 
-    def fit(self, op: Op, slots: Slots) -> Shira:
+    def with_sizes_of(self, op: Op, slots: Slots) -> Shira:
         found = slots.get(WEIGHT)
         return self if found is None else dataclasses.replace(self, r=found.shape[0] // sum(op.matrix_shape))
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
 from adaptc.errors import ConfigError
-from adaptc.methods._base import TargetedConfig
-from adaptc.methods.whole import TokenRows
-
-if TYPE_CHECKING:
-    from adaptc.targets import ModelFacts
+from adaptc.methods._checks import check_bool
+from adaptc.methods._config import TargetedConfig
+from adaptc.methods._model_facts import ModelFacts
+from adaptc.methods._whole import TokenRows
 
 
 @dataclass
@@ -34,8 +33,7 @@ class TrainableTokensConfig(TargetedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.init_weights, bool):
-            raise ConfigError(f"TrainableTokensConfig.init_weights must be True or False, got {self.init_weights!r}")
+        check_bool(self, "init_weights")
 
     def resolved(self, facts: ModelFacts) -> Self:
         if not self.token_indices:

@@ -21,9 +21,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaptc.errors import CheckpointError, ConfigError, TargetError
-from adaptc.methods._base import TargetedConfig
-from adaptc.passes._kinds import Op, cast
-from adaptc.passes._method import Attachment, Initial, Method, Scale, Slot, Slots
+from adaptc.methods._checks import adapter_input, check_integers, check_matrix, check_probability
+from adaptc.methods._config import TargetedConfig
+from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots
+from adaptc.passes.ir.method_hooks import Place
+from adaptc.passes.ir.ops import Op, cast
 
 A, B, BANK = "vblora_logits_A", "vblora_logits_B", "vblora_vector_bank"
 RANKS = "vblora_ranks"
@@ -52,16 +54,12 @@ class VBLoRAConfig(TargetedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("r", "num_vectors", "vector_length", "topk"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise ConfigError(f"VBLoRAConfig.{name} must be a positive integer, got {value!r}")
+        check_integers(self, {n: getattr(self, n) for n in ("r", "num_vectors", "vector_length", "topk")})
         if self.topk > self.num_vectors:
             raise ConfigError(
                 f"VBLoRAConfig.topk={self.topk} vectors cannot be chosen out of num_vectors={self.num_vectors}"
             )
-        if not 0.0 <= self.vblora_dropout < 1.0:
-            raise ConfigError(f"VBLoRAConfig.vblora_dropout must lie in [0, 1), got {self.vblora_dropout!r}")
+        check_probability(self, "vblora_dropout")
 
     def method(self, name: str, kind: str) -> VBLoRA:
         return VBLoRA(
@@ -97,8 +95,7 @@ class VBLoRA(Method):
     training: bool = False
 
     def slots(self, op: Op) -> dict[str, Slot]:
-        if len(op.shape) < 2:
-            raise TargetError(f"VB-LoRA needs a weight with two axes or more, and this one has shape {op.shape}")
+        check_matrix("VB-LoRA", op)
         rows, columns = op.matrix_shape
         if rows % self.length or columns % self.length:
             common = gcd(rows, columns)
@@ -121,8 +118,8 @@ class VBLoRA(Method):
     def minimal(self, op: Op) -> VBLoRA:
         return replace(self, r=2)
 
-    def rebind(self, config: Any, attachment: Attachment) -> Method:
-        new = super().rebind(config, attachment)
+    def rebind(self, config: Any, place: Place) -> Method:
+        new = super().rebind(config, place)
         return replace(new, training=self.training) if isinstance(new, VBLoRA) else new
 
     def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
@@ -134,7 +131,7 @@ class VBLoRA(Method):
     def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
         return {RANKS: torch.ones(self.r, dtype=dtype, device=W.device)}
 
-    def fit(self, op: Op, slots: Slots) -> VBLoRA:
+    def with_sizes_of(self, op: Op, slots: Slots) -> VBLoRA:
         a = slots.get(A, slots.get(A + INDICES))
         return self if a is None or a.ndim != 3 else replace(self, r=a.shape[0])
 
@@ -212,8 +209,6 @@ class VBLoRA(Method):
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         down, up = self._factors(op, slots)
-        x = op.as_input(x, down.dtype)
-        if self.training and self.dropout and op.kind != "embedding":
-            x = F.dropout(x, self.dropout, training=True)
+        x = adapter_input(self, op, x, down.dtype)
         delta = op.up(op(x, down.reshape(-1, *op.shape[1:])), up)
         return cast(y + delta, y.dtype)

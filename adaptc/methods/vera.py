@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from adaptc.errors import ConfigError, TargetError
-from adaptc.methods._base import TargetedConfig
-from adaptc.passes._kinds import Op, cast
-from adaptc.passes._method import Initial, Method, Scale, Slot, Slots
+from adaptc.errors import ConfigError
+from adaptc.methods._checks import adapter_input, check_integers, check_matrix, check_probability
+from adaptc.methods._config import TargetedConfig
+from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots
+from adaptc.passes.ir.ops import Op, cast
 
 
 @dataclass
@@ -41,11 +41,9 @@ class VeraConfig(TargetedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r <= 0:
-            raise ConfigError(f"VeraConfig.r must be a positive integer, got {self.r!r}")
+        check_integers(self, {"r": self.r})
         check_key("VeraConfig", self.projection_prng_key)
-        if not 0.0 <= self.vera_dropout < 1.0:
-            raise ConfigError(f"VeraConfig.vera_dropout must lie in [0, 1), got {self.vera_dropout!r}")
+        check_probability(self, "vera_dropout")
 
     def method(self, name: str, kind: str) -> Vera:
         return Vera(
@@ -95,22 +93,21 @@ class Vera(Method):
     outputs: int = 0
 
     def slots(self, op: Op) -> dict[str, Slot]:
-        if len(op.shape) < 2:
-            raise TargetError(f"VeRA needs a weight with two axes or more, and this one has shape {op.shape}")
+        check_matrix("VeRA", op)
         rows, columns = op.matrix_shape
         a, b = (self.r, max(self.inputs, columns)), (max(self.outputs, rows), self.r)
         return {
             "vera_lambda_b": Slot((rows,)),
             "vera_lambda_d": Slot((self.r,), free=(0,)),
-            "vera_A": Slot(a, free=(0,), roomy=(1,), trainable=False, saved=self.saved, shared=True),
-            "vera_B": Slot(b, free=(1,), roomy=(0,), trainable=False, saved=self.saved, shared=True),
+            "vera_A": Slot(a, free=(0,), shared_axes_cut=(1,), trainable=False, saved=self.saved, shared=True),
+            "vera_B": Slot(b, free=(1,), shared_axes_cut=(0,), trainable=False, saved=self.saved, shared=True),
         }
 
     def shares(self) -> bool:
         return True
 
     @classmethod
-    def jointly(cls, sites: Sequence[tuple[Method, Op]]) -> list[Method]:
+    def settle_shared_sizes(cls, sites: Sequence[tuple[Method, Op]]) -> list[Method]:
         sizes = [op.matrix_shape for _, op in sites]
         most = {"inputs": max(c for _, c in sizes), "outputs": max(r for r, _ in sizes)}
         return [replace(method, **most) for method, _ in sites]  # type: ignore[arg-type]
@@ -142,7 +139,7 @@ class Vera(Method):
     def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
         return {**self.identity(op, W, dtype), **self._drawn(op, W, dtype)}
 
-    def fit(self, op: Op, slots: Slots) -> Vera:
+    def with_sizes_of(self, op: Op, slots: Slots) -> Vera:
         d = slots.get("vera_lambda_d")
         return self if d is None or not d.ndim else replace(self, r=d.shape[-1])
 
@@ -163,9 +160,7 @@ class Vera(Method):
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         # The vectors scale activations: scaled projections would be as large as the weight, once per site.
         out, B, d, A = self._parts(op, slots)
-        x = op.as_input(x, d.dtype)
-        if self.training and self.dropout and op.kind != "embedding":
-            x = F.dropout(x, self.dropout, training=True)
+        x = adapter_input(self, op, x, d.dtype)
         h = op(x, A.reshape(-1, *op.shape[1:]))
         h = op.up(h * op.along_out(d, h), B)
         return cast(y + h * op.along_out(out, h), y.dtype)

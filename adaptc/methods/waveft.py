@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaptc.errors import AdaptcWarning, ConfigError, nearest
-from adaptc.methods._base import TargetedConfig
+from adaptc.methods._config import TargetedConfig
+from adaptc.methods._name_patterns import pattern_value
 from adaptc.methods._sparse import Spectrum, at_least_float32, check_counts, check_seed, scattered
-from adaptc.passes._kinds import Op, cast
-from adaptc.passes._method import Method, Scale, Slot, Slots
-from adaptc.rules import pattern_value
+from adaptc.passes.ir.method import Method, Scale, Slot, Slots
+from adaptc.passes.ir.ops import Op, cast
 
 #: the families PEFT's config takes; of most of them its layers have no filters
 FAMILIES = (
@@ -109,7 +109,7 @@ def wavelet(family: str) -> Any:
 class WaveFT(Spectrum):
     """See the module docstring. ``taps``: half the length of the filters, on which the code depends, or 0 without any.
 
-    ``proportional``: ``r`` is the mean over all layers, of which :meth:`jointly` gives each its share.
+    ``proportional``: ``r`` is the mean over all layers, of which :meth:`settle_shared_sizes` gives each its share.
     """
 
     name: ClassVar[str] = "waveft"
@@ -129,11 +129,11 @@ class WaveFT(Spectrum):
     def at(self, op: Op) -> WaveFT:
         return self if self.proportional else super().at(op)  # a mean, which no layer has
 
-    def fit(self, op: Op, slots: Slots) -> WaveFT:
-        return dataclasses.replace(super().fit(op, slots), proportional=False)
+    def with_sizes_of(self, op: Op, slots: Slots) -> WaveFT:
+        return dataclasses.replace(super().with_sizes_of(op, slots), proportional=False)
 
     @classmethod
-    def jointly(cls, sites: Sequence[tuple[Method, Op]]) -> list[Method]:
+    def settle_shared_sizes(cls, sites: Sequence[tuple[Method, Op]]) -> list[Method]:
         sizes = [prod(op.matrix_shape) for _, op in sites]
 
         def share(m: Any, op: Op, size: int) -> Method:

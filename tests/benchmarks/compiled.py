@@ -67,11 +67,11 @@ def call_path(sides: Sides, rounds: int) -> list[Row]:
     program, inputs = sides.program, tokens(1, 1)
     with torch.no_grad():
         program(**inputs)
-        codes = program.executor()._codes
+        codes = program.executor().variants
         variants, kept = dict(codes._variants), {}
-        flat = program.executor()._inputs((), inputs)
+        flat = program.executor().inputs((), inputs)
         for kind, variant in variants.items():
-            prefix = program._arguments.get(kind)  # type: ignore[union-attr]
+            prefix = program.running[1].get(kind)  # type: ignore[union-attr]
             out = variant.call(*prefix.values(), *flat)
             kept[kind] = variant.call
             object.__setattr__(variant, "call", lambda *_, out=out: out)

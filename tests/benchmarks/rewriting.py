@@ -11,7 +11,7 @@ from torch import nn
 
 import adaptc
 from adaptc import LoraConfig
-from adaptc.capture import capture
+from adaptc.capture.capture import capture
 from tests.benchmarks.model import RANK, smollm2
 
 

@@ -9,7 +9,7 @@ import torch
 
 import adaptc
 from adaptc import LoraConfig
-from adaptc.lowering import with_kernels
+from adaptc.program.lower import with_kernels
 from tests.sibling_nets import LAYERS, adapter, block, rows
 
 
@@ -33,7 +33,7 @@ def test_every_code_of_a_program(dora: bool) -> None:
     p.kernels, p.fuse = True, True
     for n, e in zip((2, 9), expected, strict=True):
         close(p(rows(n, torch.float32)), e)
-    assert set(p.executor()._codes._variants) == ({"plain"} if dora else {"plain", "apart"})
+    assert set(p.executor().variants.trails) == ({"plain"} if dora else {"plain", "apart"})
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])

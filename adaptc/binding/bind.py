@@ -1,0 +1,289 @@
+"""From tensors to a binding, and back.
+
+Before: tensors by their names in PEFT's files, or nothing (first values, identity values). After: a :class:`Binding`
+that has a value for every slot of the spec, or an error and nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptc.binding.binding import Binding, BindingSpec
+from adaptc.binding.file_keys import base_name, keys_of, second_name
+from adaptc.binding.misfits import check_shapes, unbound
+from adaptc.errors import CheckpointError, ConfigError, SwapError, TargetError
+from adaptc.methods import AdapterConfig
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.method import Method, Slot, Slots
+from adaptc.passes.ir.ops import Op
+from adaptc.passes.ir.storage import storage_key
+from adaptc.peft_files.directory import check_finite
+
+#: where PEFT's models keep a module that is trained as a whole, and what it was
+WRAPPED = re.compile(r"\.(original_module|modules_to_save\.[^.]+)\.(.*\.)?bias$")
+#: names of layers whose base weights PEFT may write to a file
+EMBEDDINGS = ("embed_tokens", "lm_head")
+
+
+def first_values(
+    spec: BindingSpec,
+    config: AdapterConfig,
+    generator: torch.Generator | None = None,
+    only: Mapping[str, Method] | None = None,
+) -> Binding:
+    """Each method's own initial values; with ``only``, at these attachments with these methods of the adapter's own,
+    and identity values at the others."""
+    builder = _Builder(spec, config)
+    present = [a for a in spec.attachments if only is None or a.id in only]
+    for a in present:
+        method = a.method if only is None else only[a.id]
+        init = method.init(spec.ops[a.id], spec.canonical(a), spec.dtype(a), generator)
+        op, slots = spec.ops[a.id], init.slots
+        if any(n not in slots for n in a.method.slots(op)):  # the program has slots this adapter's options do without
+            slots = {**a.method.identity(op, spec.canonical(a), spec.dtype(a)), **slots}
+        builder.put(a, method, slots, init.base)
+    builder.identities({a.id: a.method if only is None else only[a.id] for a in present})
+    builder.carried = {key: spec.weights[fqn].detach() for key, fqn in spec.unread.items()}
+    return builder.done("first values")
+
+
+def bind(spec: BindingSpec, config: AdapterConfig, tensors: Mapping[str, Tensor], source: str, *, fit: bool) -> Binding:
+    """Bind file tensors to the slots.
+
+    ``config`` is the adapter's own. With ``fit`` ranks are read off the tensors (a bare state dict); without it the
+    config rules and a shape that disagrees is an error. Sites of which the adapter has no tensor take identity values.
+
+    Raises CheckpointError for missing keys, wrong shapes and non-finite values, SwapError for keys of sites the program
+    does not have.
+    """
+    check_finite(tensors, source)
+    builder = _Builder(spec, config)
+    left = dict.fromkeys(tensors)
+    present = _present(spec, config, tensors, left, fit=fit)
+    for a, method, found in present:
+        op = spec.ops[a.id]
+        found = method.read(op, found)
+        check_shapes(a, op, method, found, source)
+        init = method.init(op, spec.canonical(a), spec.dtype(a)) if method.moves_base() else None
+        full = {**_derived(a, op, method, spec, found), **found}
+        builder.put(a, method, full, None if init is None else init.base)
+    builder.identities({a.id: method for a, method, _ in present})
+    for key in list(left):
+        twin = second_name(spec, key)
+        if twin is not None and twin in tensors and not torch.equal(tensors[key], tensors[twin]):
+            raise CheckpointError(f"{source}: {key!r} and {twin!r} are one tensor in the model, and differ in the file")
+        if twin in tensors or builder.beside(key, tensors[key], source):
+            del left[key]
+    if left:
+        raise unbound(spec, config, list(left), source)
+    if not builder.methods:
+        raise SwapError(
+            f"{source} holds no tensor for any site of the program, so it would do nothing; unload() gives the base"
+        )
+    return builder.done(source)
+
+
+_Found = tuple[Attachment, Method, dict[str, Tensor]]
+
+
+def _present(
+    spec: BindingSpec, config: AdapterConfig, tensors: Mapping[str, Tensor], left: dict[str, None], *, fit: bool
+) -> list[_Found]:
+    """The attachments an adapter has, each with its own method and tensors; what they take is dropped from ``left``.
+
+    An adapter whose options need other code than an attachment's does not have that attachment.
+    """
+    out: list[_Found] = []
+    shared: set[str] = set()
+    for a in spec.attachments:
+        op = spec.ops[a.id]
+        method = a.method.rebind(config, a).at(op)
+        if method.structure() != a.method.structure():
+            continue
+        specs = {**a.method.slots(op), **_slots_if_any(method, op)}
+        keys = {n: a.file_key(n, s) for n, s in specs.items() if s.saved}
+        keys |= {n: a.file_key(n, specs.get(n, Slot(()))) for n in method.keys(op)}
+        found = {n: tensors[k] for n, k in keys.items() if k in tensors}
+        common = {n for n, s in specs.items() if s.shared}
+        if keys and not found.keys() - common:
+            continue
+        shared |= {keys[n] for n in found.keys() & common}
+        for name in found.keys() - common:
+            left.pop(keys[name], None)
+        out.append((a, method.with_sizes_of(op, found) if fit else method, found))
+    for key in shared:
+        left.pop(key, None)
+    methods = joined({a.id: method for a, method, _ in out}, spec.ops)
+    return [(a, methods[a.id], found) for a, _, found in out]
+
+
+def _slots_if_any(method: Method, op: Op) -> Mapping[str, Slot]:
+    """The slots a method has at a site; none where its options have no meaning there and it may have no tensors."""
+    try:
+        return method.slots(op)
+    except (TargetError, ConfigError):
+        return {}
+
+
+def joined(methods: Mapping[str, Method], ops: Mapping[str, Op]) -> dict[str, Method]:
+    """The methods of one adapter, by attachment id, each knowing what ``settle_shared_sizes`` tells."""
+    out: dict[str, Method] = dict(methods)
+    parts = {i: m.unwrap(ops[i]) for i, m in methods.items()}
+    for kind in dict.fromkeys(type(m) for m, _ in parts.values()):
+        ids = [i for i, (m, _) in parts.items() if type(m) is kind]
+        new = kind.settle_shared_sizes([parts[i] for i in ids])
+        out |= {i: methods[i].rewrap(m) for i, m in zip(ids, new, strict=True)}
+    return out
+
+
+def _derived(a: Attachment, op: Op, method: Method, spec: BindingSpec, found: Slots) -> dict[str, Tensor]:
+    """Slots that are in no file: they follow from the config, or the adapter's own method does not have them."""
+    own = method.slots(op)
+    missing = [n for n in a.method.slots(op) if n not in found]
+    if not missing:
+        return {}
+    derived = method.derived(op, spec.canonical(a), spec.dtype(a), found)
+    if any(n not in own for n in missing):
+        derived = {**a.method.identity(op, spec.canonical(a), spec.dtype(a)), **derived}
+    return {n: derived[n] for n in missing}
+
+
+class _Builder:
+    """Collects values slot by slot."""
+
+    def __init__(self, spec: BindingSpec, config: AdapterConfig) -> None:
+        self.spec, self.config = spec, config
+        self.values: dict[str, Tensor] = {}
+        self.methods: dict[str, Method] = {}
+        self.base: dict[str, Tensor] = {}
+        self.carried: dict[str, Tensor] = {}
+
+    def put(self, a: Attachment, method: Method, tensors: Mapping[str, Tensor], base: Tensor | None) -> None:
+        op = self.spec.ops[a.id]
+        self._set(a, tensors, method.scale(op), True)
+        self.methods[a.id] = method
+        if base is not None:
+            if a.tied:
+                raise ConfigError(
+                    f"the first values of {method} change the base weight {a.fqn!r}, which other layers read too. Use "
+                    "a scheme that leaves the base alone (init_lora_weights=True, 'gaussian', 'orthogonal'), or untie "
+                    "the weight in the model."
+                )
+            self._replace(a.fqn, op.stored(base).contiguous())
+
+    def _replace(self, fqn: str, value: Tensor) -> None:
+        """Another base weight, under every name it has."""
+        new, old = torch.nn.Parameter(value.detach(), requires_grad=False), storage_key(self.spec.weights[fqn])
+        self.base |= {f: new for f, t in self.spec.weights.items() if f == fqn or storage_key(t) == old}
+
+    def beside(self, key: str, value: Tensor, source: str) -> bool:
+        """Take a tensor that no slot is for: one the program does not read, or a base weight.
+
+        PEFT writes the weights of adapted or resized embeddings to the file and loads them into the base.
+        """
+        if WRAPPED.search(key):  # with bias="all" PEFT also writes the insides of its wrappers, copies of other keys
+            return True
+        fqn = self.spec.unread.get(key) or base_name(key)
+        inside = key != fqn and key.endswith(".weight")  # a bias in a wrapper is one the adapter has trained
+        if fqn not in self.spec.weights or not (inside or key in self.spec.unread or self._embeds(key)):
+            return False
+        base = self.spec.weights[fqn]
+        if base.shape != value.shape:
+            raise CheckpointError(
+                f"{source}: {key!r} has shape {tuple(value.shape)}, and the model has {tuple(base.shape)}. The "
+                "adapter was made for another model, or for one with a resized vocabulary: resize this one first."
+            )
+        if key in self.spec.unread:
+            self.carried[key] = value
+        elif not torch.equal(base, value.to(base)):
+            self._replace(fqn, value.to(base))
+            self.carried[key] = value.to(base)  # or saving the adapter again would lose it
+        return True
+
+    def _embeds(self, key: str) -> bool:
+        """Whether ``key`` is a weight that is, by PEFT's names, an embedding or an output head."""
+        module = key.removesuffix(".weight")
+        saved = self.config.modules_to_save or ()
+        return module.rpartition(".")[2] in EMBEDDINGS and not any(module.endswith(m) for m in saved)
+
+    def identities(self, present: Mapping[str, Method]) -> None:
+        """Values for all sites the adapter does not have. Where they share a slot, it has the others' sizes."""
+        kinds: dict[Any, Method] = {}
+        for a in self.spec.attachments:
+            if (m := present.get(a.id)) is not None:
+                inner = m.unwrap(self.spec.ops[a.id])[0]
+                kinds[type(inner), a.adapter] = inner
+        for a in self.spec.attachments:
+            if a.id in present:
+                continue
+            op = self.spec.ops[a.id]
+            kin = kinds.get((type(a.method.unwrap(op)[0]), a.adapter)) if a.method.shares() else None
+            method = a.method if kin is None else a.method.rewrap(kin)
+            values = method.absent(op, self.spec.canonical(a), self.spec.dtype(a))
+            self._set(a, values, a.method.scale(op), False)
+
+    def _set(self, a: Attachment, tensors: Mapping[str, Tensor], scale: float | None, present: bool) -> None:
+        dtype, device = self.spec.dtype(a), self.spec.weights[a.fqn].device
+        for name, slot in a.method.slots(self.spec.ops[a.id]).items():
+            fqn = a.slots.get(name) or a.slot_fqn(name, slot)
+            if fqn not in self.values:
+                # What several sites share may belong to several programs too, and is nobody's to write to.
+                value = _cut_or_filled(tensors[name], slot).to(device, slot.dtype or dtype, copy=slot.shared)
+                self.values[fqn] = self.spec.wrap(value, slot.trainable, present)
+        if scale is not None:
+            # float32 scale is exact enough for every dtype below float64 and keeps half precision half.
+            kind = torch.float64 if dtype == torch.float64 else torch.float32
+            fqn = a.scale_slot or a.scale_fqn
+            self.values[fqn] = torch.tensor(scale, dtype=kind, device=device)
+
+    def done(self, source: str) -> Binding:
+        name = self.spec.attachments[0].adapter if self.spec.attachments else "default"
+        return Binding(self.values, self.methods, self.config, self.base, name, source, self.carried)
+
+
+def file_tensors(spec: BindingSpec, binding: Binding) -> dict[str, Tensor]:
+    """A binding as PEFT's files have it: bare key -> tensor, only for sites the adapter has."""
+    out: dict[str, Tensor] = {}
+    for a in spec.attachments:
+        method: Any = binding.methods.get(a.id)
+        if method is None:
+            continue
+        op = spec.ops[a.id]
+        slots = method.slots(op)
+        values: dict[str, Tensor] = {}
+        for name, slot in slots.items():
+            value = binding.values[a.slots.get(name) or a.slot_fqn(name, slot)].detach()
+            values[name] = _cut_or_filled(value, slot)
+        written = method.write(op, {n: t for n, t in values.items() if slots[n].saved})
+        out |= {key: t for n, t in written.items() for key in keys_of(a, n, slots.get(n, Slot(())))}
+    return {**out, **{k: out.get(second_name(spec, k) or "", t) for k, t in binding.carried.items()}}
+
+
+def _cut_or_filled(value: Tensor, slot: Slot) -> Tensor:
+    """``value`` with the length ``slot`` has along the axes that are cut: cut, or filled up with zeros that nobody
+    reads."""
+    for axis in slot.shared_axes_cut:
+        have, want = value.shape[axis], slot.shape[axis]
+        if have > want:
+            value = value.narrow(axis, 0, want)
+        elif have < want:
+            room = [want - have if i == axis else n for i, n in enumerate(value.shape)]
+            value = torch.cat([value, value.new_zeros(room)], axis)
+    return value
+
+
+def embedding_tensors(spec: BindingSpec, binding: Binding) -> dict[str, Tensor]:
+    """The base weights of embeddings and output heads, under PEFT's keys: inside the wrapper where one is adapted."""
+    wrapped = {a.module for a in spec.attachments if a.id in binding.methods and not a.method.replaces}
+    out: dict[str, Tensor] = {}
+    for fqn, base in spec.weights.items():
+        module, _, param = fqn.rpartition(".")
+        if module.rpartition(".")[2] in EMBEDDINGS and param == "weight":
+            key = f"{module}.base_layer.weight" if module in wrapped else fqn
+            out[key] = binding.base.get(fqn, base).detach()
+    return out

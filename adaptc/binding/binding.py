@@ -1,0 +1,101 @@
+"""Bindings, and what they must fill.
+
+A :class:`Binding` is one full set of slot values for the sites of a program: immutable, with a value of the right dtype
+and a legal shape for every slot. It never writes to the program; the runtime passes it along with each call. A
+:class:`BindingSpec` is what a program, or a package of one, asks of a binding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from adaptc.methods import AdapterConfig
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.method import Method
+from adaptc.passes.ir.ops import Op
+
+
+@dataclass(frozen=True, eq=False)
+class Binding:
+    """``values``: slot and scale FQN -> tensor. ``base``: base parameters this adapter replaces (PiSSA's residual).
+    ``methods``: attachment id -> the method with this adapter's own options; only sites the adapter has are in it.
+    ``carried``: by key, what its file holds beside slots: tensors the program does not read, changed base weights.
+    ``parts``: where several adapters act together, each by its name; their values are in ``values``."""
+
+    values: Mapping[str, Tensor]
+    methods: Mapping[str, Method]
+    config: AdapterConfig
+    base: Mapping[str, Tensor] = field(default_factory=dict)
+    name: str = "default"
+    source: str = ""
+    carried: Mapping[str, Tensor] = field(default_factory=dict)
+    parts: Mapping[str, Binding] = field(default_factory=dict)
+
+    @classmethod
+    def none(cls) -> Binding:
+        """That of a program without adapters."""
+        return cls({}, {}, AdapterConfig())
+
+    def to(self, device: torch.device | str) -> Binding:
+        """The same values on a device; a tensor that several names share stays one."""
+        device = torch.device(device)
+        moved: dict[int, Tensor] = {}
+
+        def move(t: Tensor) -> Tensor:
+            if t.device == device:
+                return t
+            if id(t) not in moved:
+                new = t.detach().to(device)
+                moved[id(t)] = nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
+            return moved[id(t)]
+
+        def all_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: move(t) for name, t in tensors.items()}
+
+        parts = {
+            name: Binding(
+                all_of(p.values), p.methods, p.config, all_of(p.base), p.name, p.source, all_of(p.carried), p.parts
+            )
+            for name, p in self.parts.items()
+        }
+        values, base, carried = all_of(self.values), all_of(self.base), all_of(self.carried)
+        return Binding(values, self.methods, self.config, base, self.name, self.source, carried, parts)
+
+
+@dataclass(frozen=True, eq=False)
+class BindingSpec:
+    """What a binding must fill: attachments, their ops and base weights, and the dtype rule for adapter tensors.
+
+    ``weights`` holds all base tensors; ``unread``: key -> FQN of those that files of whole modules hold unread;
+    ``residual``: those of which only the adapter's own version is known (a PiSSA program that was loaded from a file).
+    """
+
+    attachments: Sequence[Attachment]
+    ops: Mapping[str, Op]
+    weights: Mapping[str, Tensor]
+    autocast: bool = True
+    trainable: bool = False
+    unread: Mapping[str, str] = field(default_factory=dict)
+    residual: Sequence[str] = ()
+
+    def dtype(self, a: Attachment) -> torch.dtype:
+        """Adapter dtype at a site: with autocast, float32 above half-precision bases (as in PEFT); else the base's."""
+        base = self.weights[a.fqn].dtype
+        return torch.float32 if self.autocast and base in (torch.float16, torch.bfloat16) else base
+
+    def canonical(self, a: Attachment) -> Tensor:
+        """The base weight of a site in the layout that methods see."""
+        weight = self.weights[a.fqn].detach()
+        return self.ops[a.id].canonical(weight) if weight.ndim > 1 else weight
+
+    def wrap(self, value: Tensor, trainable: bool, present: bool) -> Tensor:
+        """``value`` as the program holds it: a parameter if it is ``trainable``."""
+        # Training writes to parameters and running statistics, and must not write to the caller's tensors.
+        value = value.detach().clone() if self.trainable else value.detach()
+        if not trainable:
+            return value
+        return nn.Parameter(value, requires_grad=self.trainable and present and value.is_floating_point())

@@ -1,0 +1,60 @@
+"""Several adapters in one program: those that act together, each by its name, and methods that know of each other.
+
+Adapters with names have their own attachments, one composed on the other in the order given. Before: the spec of the
+program, and a binding of each to its own part of it. After: one binding of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from adaptc.binding.bind import joined
+from adaptc.binding.binding import Binding, BindingSpec
+from adaptc.errors import ConfigError
+from adaptc.passes.ir.attachment import Attachment
+
+
+def part_of(spec: BindingSpec, name: str) -> BindingSpec:
+    """The spec of one of several adapters that act together."""
+    return replace(spec, attachments=[a for a in spec.attachments if a.adapter == name])
+
+
+def together(parts: Mapping[str, Binding]) -> Binding:
+    """One binding of several adapters that act together. Raises ConfigError where two of them change a base weight."""
+    first = next(iter(parts.values()))
+    out = replace(first, values={}, methods={}, base={}, carried={}, parts=dict(parts))
+    changed: dict[str, str] = {}
+    for name, part in parts.items():
+        for fqn in part.base:
+            if changed.setdefault(fqn, name) != name:
+                raise ConfigError(
+                    f"the adapters {changed[fqn]!r} and {name!r} both change the base weight {fqn!r} (PiSSA and OLoRA "
+                    "initialisations do), so they cannot act together; merge one of them first"
+                )
+        for mine, theirs in ((out.values, part.values), (out.methods, part.methods), (out.base, part.base)):
+            mine.update(theirs)  # type: ignore[attr-defined]  # made here
+        out.carried.update(part.carried)  # type: ignore[attr-defined]
+    return replace(out, source=" + ".join(p.source for p in parts.values()))
+
+
+def named(config: Any) -> dict[str, Any] | None:
+    """``config`` as adapters by name, if that is what it is, and not the content of one config."""
+    if not isinstance(config, Mapping) or "peft_type" in config or not config:
+        return None
+    bad = [n for n in config if not isinstance(n, str) or not n or "." in n]
+    if bad:
+        raise ConfigError(f"names of adapters must be texts without dots, which are parts of names; found {bad[0]!r}")
+    return dict(config)
+
+
+def joint_spec(spec: BindingSpec) -> BindingSpec:
+    """The spec with methods that know of each other, over all plans: shared slots are large enough for every site."""
+    by_adapter: dict[str, list[Attachment]] = {}
+    for a in spec.attachments:
+        by_adapter.setdefault(a.adapter, []).append(a)
+    methods = {}
+    for group in by_adapter.values():
+        methods |= joined({a.id: a.method for a in group}, spec.ops)
+    return replace(spec, attachments=[replace(a, method=methods[a.id]) for a in spec.attachments])

@@ -1,0 +1,218 @@
+"""What a user may hand over as an adapter, turned into a config or a binding.
+
+A config object of adaptc or peft, a PEFT adapter directory, a state dict with PEFT's keys, or a ready Binding.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from adaptc.binding.bind import bind, first_values
+from adaptc.binding.binding import Binding, BindingSpec
+from adaptc.binding.combine import part_of, together
+from adaptc.binding.old_experts import restack
+from adaptc.binding.recipes import Recipes, structure
+from adaptc.errors import AdaptcError, ConfigError, SwapError
+from adaptc.methods import AdapterConfig, config_class
+from adaptc.peft_files.directory import AdapterFile, all_finite, bare_key, read_adapter
+
+
+def as_config(config: Any, key_mapping: Mapping[str, str] | None = None) -> tuple[AdapterConfig, AdapterFile | None]:
+    """A config, and the adapter's file when ``config`` is a directory. Raises ConfigError or CheckpointError."""
+    if isinstance(config, AdapterConfig):
+        return config, None
+    if isinstance(config, (str, os.PathLike)):
+        file = read_adapter(Path(config), key_mapping=key_mapping)
+        return of_file(file), file
+    if isinstance(config, Mapping):
+        return from_dict(config), None
+    if hasattr(config, "to_dict") and hasattr(config, "peft_type"):
+        return from_peft(config), None
+    raise ConfigError(
+        f"expected a config such as LoraConfig, a peft config, or an adapter directory; got {type(config).__name__}"
+    )
+
+
+def from_dict(data: Mapping[str, Any]) -> AdapterConfig:
+    """From the content of ``adapter_config.json``."""
+    cls = config_class(str(data.get("peft_type")))
+    return cls.from_dict(data)
+
+
+def of_file(file: AdapterFile) -> AdapterConfig:
+    """The config of a file. How EVA chose the first values is of no matter any more: it leaves the base as it was."""
+    data = dict(file.config)
+    if data.get("init_lora_weights") == "eva":
+        data |= {"init_lora_weights": True, "eva_config": None}
+    return from_dict(data)
+
+
+def fitted(
+    config: AdapterConfig, file: AdapterFile | None, weights: Mapping[str, Tensor]
+) -> tuple[AdapterConfig, AdapterFile | None]:
+    """Both for a model with these weights, where the file was made for an older layout of it."""
+    new = None if file is None else restack(file, weights)
+    return (config, file) if new is None or new is file else (of_file(new), new)
+
+
+def from_peft(config: Any) -> AdapterConfig:
+    """From a config object of the peft library, which need not be importable here."""
+    data = dict(config.to_dict())
+    data["peft_type"] = getattr(data.get("peft_type"), "value", data.get("peft_type"))
+    data["task_type"] = getattr(data.get("task_type"), "value", data.get("task_type"))
+    if getattr(config, "runtime_config", None) is not None:
+        offload = getattr(config.runtime_config, "ephemeral_gpu_offload", False)
+        data["runtime_config"] = {"ephemeral_gpu_offload": True} if offload else None
+    new = from_dict(data)
+    for name in new.unsaved:
+        setattr(new, name, getattr(config, name, None))
+    return new
+
+
+class Bindable(Protocol):
+    """What an adapter can be bound to: a program, or a package of one."""
+
+    @property
+    def current(self) -> Binding | None:
+        """The binding in use; None where there are no sites."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where its first site is."""
+        ...
+
+    @property
+    def recipes(self) -> Recipes: ...
+
+    def spec(self, trainable: bool = False) -> BindingSpec: ...
+
+
+def as_binding(
+    target: Bindable,
+    adapter: Any,
+    *,
+    config: Any = None,
+    adapter_name: str | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    trainable: bool = False,
+) -> Binding:
+    """``adapter`` bound to the slots of ``target``, of which nothing changes.
+
+    ``key_mapping``: regular expression -> replacement, for directories whose keys were written for other module names.
+    A state dict has PEFT's keys, with or without ``base_model.model.``; its scale comes from ``config``, or else from
+    the current adapter's config, with the rank of the tensors. Raises SwapError or CheckpointError.
+    """
+    current = target.current
+    if current is None:
+        raise SwapError("the program has no adapter sites; it was merged or unloaded")
+    if isinstance(adapter, Binding):
+        return _checked(target, adapter)
+    if current.parts:
+        return _together(target, current, adapter, trainable, key_mapping)
+    spec = target.spec(trainable)
+    if lost := list(spec.residual):
+        raise SwapError(
+            f"the file this program came from holds only its own adapter's version of {lost[:3]} (its initialisation "
+            "changed the base), so no other adapter can be bound to it. Compile the original model instead."
+        )
+    return _bound(spec, adapter, config, adapter_name, key_mapping, current.config, target.recipes)
+
+
+def _checked(target: Bindable, binding: Binding) -> Binding:
+    if binding.values.keys() != target.recipes.needed:
+        raise SwapError(
+            "the binding belongs to a program with other sites; bind the adapter to this one: prog.bind(...)"
+        )
+    name, value = next(iter(binding.values.items()))
+    if value.device != target.device:
+        raise SwapError(
+            f"the binding has {name!r} on {value.device}, and the program is on {target.device}; bind the adapter to "
+            f"this program, or move the binding there: binding.to({str(target.device)!r})"
+        )
+    return binding
+
+
+def _together(
+    target: Bindable, current: Binding, adapter: Any, trainable: bool, key_mapping: Mapping[str, str] | None
+) -> Binding:
+    """Adapters by name for a program in which several act together; those not named stay, None turns one off."""
+    parts = dict(current.parts)
+    if not isinstance(adapter, Mapping) or not adapter or not parts.keys() >= adapter.keys():
+        raise SwapError(
+            f"the program has several adapters that act together; name the one to change, for example "
+            f"swap(prog, {{{next(iter(parts))!r}: adapter}}), of {list(parts)}"
+        )
+    spec = target.spec(trainable)
+    for name, new in adapter.items():
+        own = part_of(spec, name)
+        if new is None:
+            parts[name] = first_values(own, parts[name].config, only={})
+        else:
+            # A part has a spec of its own, which the program's recipes are not for.
+            parts[name] = _bound(own, new, None, None, key_mapping, parts[name].config, None)
+    return together(parts)
+
+
+def _bound(
+    spec: BindingSpec,
+    adapter: Any,
+    config: Any,
+    adapter_name: str | None,
+    key_mapping: Mapping[str, str] | None,
+    current: AdapterConfig,
+    recipes: Recipes | None,
+) -> Binding:
+    if isinstance(adapter, (str, os.PathLike)):
+        file = read_adapter(Path(adapter), adapter_name=adapter_name, key_mapping=key_mapping)
+        return _of_file(recipes, spec, file, str(adapter), config)
+    if isinstance(adapter, Mapping):
+        return _of_mapping(recipes, spec, adapter, current, config)
+    if isinstance(adapter, AdapterFile):
+        return _of_file(recipes, spec, adapter, str(adapter.path), None)
+    raise AdaptcError(f"an adapter is a directory, a state dict or a binding; got {type(adapter).__name__}")
+
+
+def _of_file(recipes: Recipes | None, spec: BindingSpec, file: AdapterFile, source: str, config: Any) -> Binding:
+    """A file's tensors, with ``config`` instead of the file's own unless it is None."""
+    kind = None if recipes is None or config is not None else structure(spec, file.config, file.tensors)
+    recipe = None if recipes is None or kind is None else recipes.find(kind)
+    if recipe is not None:
+        own = of_file(file)
+        if type(own) is recipe.kind and all_finite(file.runs or file.tensors.values()):
+            return recipe(own, file.tensors, source)
+    stacked = restack(file, spec.weights)
+    own = as_config(config)[0] if config is not None else of_file(stacked)
+    binding = bind(spec, own, stacked.tensors, source, fit=False)
+    if recipes is not None and stacked is file:
+        recipes.learn(kind, spec, binding, file.tensors, fit=False)
+    return binding
+
+
+def _of_mapping(
+    recipes: Recipes | None, spec: BindingSpec, adapter: Mapping[str, Tensor], theirs: AdapterConfig, config: Any
+) -> Binding:
+    """A state dict, with ``config`` or, if that is None, with ``theirs`` and the rank of the tensors."""
+    tensors, fit = bare(adapter, theirs.peft_type), config is None
+    own = theirs if config is None else as_config(config)[0]
+    kind = None if recipes is None else structure(spec, own, tensors, fit)
+    recipe = None if recipes is None or kind is None else recipes.find(kind)
+    if recipe is not None and all_finite(tensors.values()):
+        return recipe(own, tensors, "state dict")
+    binding = bind(spec, own, tensors, "state dict", fit=fit)
+    if recipes is not None:
+        recipes.learn(kind, spec, binding, tensors, fit=fit)
+    return binding
+
+
+def bare(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        out[bare_key(key, kind) or key] = value
+    return out

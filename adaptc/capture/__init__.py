@@ -1,0 +1,1 @@
+"""Any model as an exported program, and what its graph does not say of it."""

@@ -1,0 +1,302 @@
+"""Capture: any model becomes a ``torch.export`` program in the training dialect, with what adapters need to know of it.
+
+Before: an ``nn.Module``, a transformers ``PreTrainedModel``, an ``ExportedProgram``, or what
+``transformers.exporters`` returns. After: a program whose outputs equal the model's for every size of the dimensions
+that were kept free, and a model that is exactly as it was (parameters, flags, training mode, config), whether or not
+the capture succeeded. transformers is never imported from here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree  # there is no public pytree that knows what torch.export has registered
+
+from adaptc.capture.example_inputs import BATCH, example_for, is_pretrained_model
+from adaptc.capture.free_sizes import Free, export, export_free
+from adaptc.errors import AdaptcWarning, CaptureError
+from adaptc.passes.analysis.program_facts import (
+    all_module_types,
+    call_by_first_name,
+    fills_of,
+    is_training,
+    keyword_inputs,
+    qualified,
+)
+
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured program, and facts of the model that its graph does not hold.
+
+    ``training``: the graph holds the behaviour of train mode (for an ``ExportedProgram``: as its nodes say, and as
+    asked for when none depends on the mode). ``output_embedding`` and ``input_embedding``: module paths, None when
+    unknown. ``module_types``: module path -> qualified class name such as ``torch.nn.modules.linear.Linear``; the root
+    has path "". ``fills``: keyword inputs a caller may leave out -> (how, of which input): "ones_like"; "ignore_like",
+    int64 of the same shape holding -100; "ignore_rows", int64 of its first dimension only, holding -100. Losses ignore
+    -100: the loss of such a call is not a number, and every other output is as without labels.
+    """
+
+    program: ExportedProgram
+    training: bool
+    model_type: str | None = None
+    output_embedding: str | None = None
+    input_embedding: str | None = None
+    module_types: dict[str, str] = field(default_factory=dict)
+    fills: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+
+def capture(
+    model: object, example_inputs: Any = None, *, dynamic_shapes: Any = "auto", training: bool = False
+) -> Captured:
+    """Capture ``model`` as an exported program.
+
+    ``example_inputs``: a tensor, a tuple of positional inputs, or a dict of keyword inputs; not needed for a
+    transformers model whose config tells what it takes. ``dynamic_shapes``: "auto" keeps dimension 0 of every tensor
+    free, and every other dimension the model lets be free (an :class:`AdaptcWarning` names what had to be fixed);
+    anything else goes to ``torch.export.export`` as it is. ``training``: capture train mode, and for a transformers
+    model without ``example_inputs`` the loss, too. Otherwise eval mode is captured, whatever mode the model is in.
+
+    An ``ExportedProgram`` is taken as it is, not copied, and keeps the mode it was exported in.
+
+    Raises :class:`CaptureError` with torch's reason in a line; the original error is its cause.
+    """
+    program = _as_program(model)
+    if program is not None:
+        if example_inputs is not None or dynamic_shapes != "auto":
+            raise CaptureError(
+                "an exported program already has its inputs and shapes: leave out example_inputs and dynamic_shapes, "
+                "or give the module it was exported from"
+            )
+        return _captured_program(program, getattr(model, "config", None), training)
+    if not isinstance(model, nn.Module):
+        raise CaptureError(
+            f"cannot capture a {type(model).__name__}: give an nn.Module, a transformers model, an ExportedProgram, or "
+            "what transformers.exporters returns"
+        )
+    # A module from torch.compile would put `_orig_mod.` in front of every name.
+    if type(model).__name__ == "OptimizedModule" and isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        model = model.get_submodule("_orig_mod")
+    with _prepared(model, training):
+        program = _export_module(model, example_inputs, dynamic_shapes, training)
+    call_by_first_name(program, model)
+    config = getattr(model, "config", None)
+    pretrained = is_pretrained_model(model)
+    return Captured(
+        program=program,
+        training=training,
+        model_type=getattr(config, "model_type", None),
+        output_embedding=_path_of(model, "get_output_embeddings"),
+        input_embedding=_path_of(model, "get_input_embeddings"),
+        module_types={name: qualified(type(module)) for name, module in model.named_modules(remove_duplicate=False)},
+        fills=fills_of(program, bool(getattr(config, "is_encoder_decoder", False))) if pretrained else {},
+    )
+
+
+def _as_program(model: object) -> ExportedProgram | None:
+    """The one program in ``model``, or None when it is not an export at all."""
+    if isinstance(model, ExportedProgram):
+        return model
+    components = model if isinstance(model, Mapping) else getattr(model, "components", None)
+    if isinstance(model, nn.Module) or not isinstance(components, Mapping) or not components:
+        return None
+    programs = {name: getattr(c, "program", c) for name, c in components.items()}
+    wrong = next((p for p in programs.values() if not isinstance(p, ExportedProgram)), None)
+    if wrong is not None:
+        raise CaptureError(
+            f"this export holds a {type(wrong).__name__}, not a torch.export program: export it with "
+            "transformers.exporters' DynamoExporter"
+        )
+    if len(programs) != 1:
+        raise CaptureError(
+            f"this export holds the programs {', '.join(map(repr, programs))}, and one is captured at a time: "
+            "pass the program of one of them"
+        )
+    return next(iter(programs.values()))
+
+
+def _captured_program(program: ExportedProgram, config: Any, training: bool) -> Captured:
+    return Captured(
+        program=program,
+        training=is_training(program, default=training),
+        model_type=getattr(config, "model_type", None),
+        module_types=all_module_types(program),
+        fills=fills_of(program, encoder_decoder="decoder_input_ids" in keyword_inputs(program)),
+    )
+
+
+@contextlib.contextmanager
+def _prepared(model: nn.Module, training: bool) -> Iterator[None]:
+    """Train or eval mode, no key-value cache in the outputs, gradients on; everything as before afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    configs = {
+        id(config): (config, dict(vars(config)))
+        for module in model.modules()
+        if type(config := getattr(module, "config", None)).__module__.startswith("transformers.")
+    }
+    if training and any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
+        warnings.warn(
+            "gradient checkpointing is not part of a captured graph: the program keeps every activation",
+            AdaptcWarning,
+            stacklevel=4,
+        )
+    try:
+        model.train(training)
+        for config, _ in configs.values():
+            if getattr(config, "use_cache", False):
+                vars(config)["use_cache"] = False
+        # The model's own no_grad blocks are then kept as such, and the caller's mode leaves no trace in the graph.
+        with torch.enable_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        # Models also write to their config while they run, such as the problem type they infer from the labels.
+        for config, before in configs.values():
+            vars(config).clear()
+            vars(config).update(before)
+
+
+@contextlib.contextmanager
+def _flat_forward(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Name every keyword of ``kwargs`` in ``forward``: no shape can be stated for what lands in its ``**kwargs``."""
+    parameters = inspect.signature(model.forward).parameters
+    if all(name in parameters for name in kwargs):
+        yield
+        return
+    own, original = vars(model).get("forward", _MISSING), model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    keep = [p for p in parameters.values() if p.kind is not p.VAR_KEYWORD]
+    extra = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in kwargs if n not in parameters]
+    vars(forward)["__signature__"] = inspect.Signature(keep + extra)
+    vars(model)["forward"] = forward
+    try:
+        yield
+    finally:
+        if own is _MISSING:
+            del vars(model)["forward"]
+        else:
+            vars(model)["forward"] = own
+
+
+def _export_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any, training: bool) -> ExportedProgram:
+    if example_inputs is None:
+        if not is_pretrained_model(model):
+            raise CaptureError(
+                f"{type(model).__name__} is not a transformers model, so its inputs cannot be made up: pass "
+                "example_inputs, a tensor, a tuple of positional inputs or a dict of keyword inputs"
+            )
+        example = example_for(model, training=training)
+        args, kwargs = (), example.kwargs
+        free: Free = {tensor: example.dims[name] for name, tensor in example.kwargs.items()}.__getitem__
+    else:
+        args, kwargs = _arguments(model, example_inputs)
+        free = _free_of((args, kwargs))
+
+    with _flat_forward(model, kwargs):
+        if not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
+            return export(model, args, kwargs, dynamic_shapes)
+        if example_inputs is not None and _is_single(args, kwargs):
+            args2, kwargs2 = pytree.tree_map_only(Tensor, _doubled, (args, kwargs))
+            with contextlib.suppress(CaptureError):
+                program, fixed = export_free(model, args2, kwargs2, _free_of((args2, kwargs2)))
+                if not fixed and _same_outputs(model, program, args, kwargs, training):
+                    return program
+        program, fixed = export_free(model, args, kwargs, free)
+    if fixed:
+        warnings.warn(
+            f"{type(model).__name__} was captured for fewer sizes than asked: {'; '.join(fixed)}. Calls with other "
+            "sizes fail. Other example_inputs (no dimension of size 1) or explicit dynamic_shapes may help",
+            AdaptcWarning,
+            stacklevel=3,
+        )
+    return program
+
+
+def _arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
+    if isinstance(example_inputs, Tensor):
+        args, kwargs = (example_inputs,), {}
+    elif isinstance(example_inputs, tuple):
+        args, kwargs = example_inputs, {}
+    elif isinstance(example_inputs, Mapping):
+        args, kwargs = (), dict(example_inputs)
+    else:
+        raise CaptureError(
+            f"example_inputs is a {type(example_inputs).__name__}: give a tensor, a tuple of positional inputs or a "
+            "dict of keyword inputs"
+        )
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        names = ", ".join(inspect.signature(model.forward).parameters)
+        raise CaptureError(f"example_inputs do not fit {type(model).__name__}.forward({names}): {error}") from error
+    return args, kwargs
+
+
+def _free_of(inputs: tuple[tuple, Mapping[str, Any]]) -> Free:
+    """Every dimension; those that are 0th and as large as the first input's are one batch."""
+    batch = next((t.shape[0] for t in _tensors(inputs)), None)
+
+    def free(tensor: Tensor) -> dict[int, str | None]:
+        return {i: BATCH if i == 0 and size == batch else None for i, size in enumerate(tensor.shape)}
+
+    return free
+
+
+def _tensors(inputs: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim > 0]
+
+
+def _is_single(args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    tensors = _tensors((args, kwargs))
+    return bool(tensors) and all(t.shape[0] == 1 for t in tensors)
+
+
+def _doubled(tensor: Tensor) -> Tensor:
+    """A batch of two: torch takes a dimension of size 1 in the example for a constant."""
+    return torch.cat([tensor, tensor]) if tensor.ndim else tensor
+
+
+def _same_outputs(
+    model: nn.Module, program: ExportedProgram, args: tuple, kwargs: Mapping[str, Any], training: bool
+) -> bool:
+    """Whether a program traced on two rows does on the one row of the user's example what the model does.
+
+    A model that branches on a size of 1 is traced on its other branch, with no guard that says so.
+    """
+    tensors = _tensors((args, kwargs, list(model.parameters())))
+    if training or any(t.device.type == "meta" for t in tensors):
+        return True
+    with torch.no_grad():
+        expected, expected_tree = pytree.tree_flatten(model(*args, **kwargs))
+        found, found_tree = pytree.tree_flatten(program.module()(*args, **kwargs))
+    return expected_tree == found_tree and all(
+        e.shape == f.shape and torch.allclose(e, f, rtol=1e-2, atol=1e-3, equal_nan=True)
+        if isinstance(e, Tensor)
+        else e == f
+        for e, f in zip(expected, found, strict=True)
+    )
+
+
+def _path_of(model: nn.Module, getter: str) -> str | None:
+    """The path of the module that ``model.getter()`` returns, when there is such a method and it knows."""
+    try:
+        found = getattr(model, getter)()
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+    return (
+        next((name for name, module in model.named_modules() if module is found), None) if found is not None else None
+    )

@@ -1,0 +1,184 @@
+"""Export with as many free dimensions as the model lets be free, and say which ones it does not.
+
+Before: a module, inputs, and for every tensor the dimensions that should be free. After: a program, and one line for
+each dimension that was wanted and is fixed. Dimensions are first given by name, which also states which of them are
+equal and leaves sizes 0 and 1 in range; then as hints, which torch relates and bounds by itself; then dimension 0
+alone; then none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
+from torch.fx.experimental.symbolic_shapes import free_symbols
+from torch.utils import _pytree as pytree  # there is no public pytree that knows what torch.export has registered
+
+from adaptc.errors import CaptureError
+from adaptc.passes.ir.lifted import user_inputs
+
+_UNKNOWN_OUTPUT = "not a known type"
+
+Free = Callable[[Tensor], dict[int, str | None]]
+"""The free dimensions of an input: index -> name (equal names are equal sizes), or None when torch is to find out."""
+
+
+def export(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], shapes: Any, **options: Any) -> ExportedProgram:
+    """``torch.export.export`` in non-strict mode, failing with a :class:`CaptureError` that says why."""
+    printed, graph = io.StringIO(), ""
+    try:
+        with contextlib.redirect_stderr(printed):
+            return torch.export.export(model, args, dict(kwargs), dynamic_shapes=shapes, strict=False, **options)
+    except Exception as error:
+        graph = str(getattr(error, "partial_fx_graph", ""))
+        raise CaptureError(explain(model, error)) from error
+    finally:
+        # On a data-dependent branch torch prints the graph so far: thousands of lines, before an error of one.
+        sys.stderr.write(printed.getvalue().replace(graph, "").strip("\n"))
+
+
+def export_free(
+    model: nn.Module, args: tuple, kwargs: Mapping[str, Any], free: Free
+) -> tuple[ExportedProgram, list[str]]:
+    """The program with the most free dimensions, and a line for each that was wanted and is fixed."""
+    failures: list[Exception] = []
+    last: CaptureError | None = None
+    for shapes, options in _attempts(model, args, kwargs, free, failures):
+        try:
+            program = export(model, args, kwargs, shapes, **options)
+        except CaptureError as error:
+            last, cause = error, error.__cause__
+            failures.append(cause if isinstance(cause, Exception) else error)
+            # A branch on a tensor's value fails whatever the shapes are, and so does an output torch cannot take apart.
+            if type(cause).__name__ == "GuardOnDataDependentSymNode" or _UNKNOWN_OUTPUT in str(cause):
+                break
+        else:
+            return program, _fixed(model, program, args, kwargs, free, failures)
+    assert last is not None
+    raise last
+
+
+def _attempts(
+    model: nn.Module, args: tuple, kwargs: Mapping[str, Any], free: Free, failures: list[Exception]
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    dims: dict[str, Any] = {}
+
+    def spec(make: Callable[[dict[int, str | None]], dict]) -> dict[str, Any]:
+        stated = [_spec(value, lambda t: make(free(t)) or None) for value in (args, dict(kwargs))]
+        return inspect.signature(model.forward).bind(*stated[0], **stated[1]).arguments
+
+    def named(wanted: dict[int, str | None]) -> dict:
+        return {i: dims.setdefault(name, Dim(name)) if name else Dim.AUTO for i, name in wanted.items()}
+
+    shapes, options = spec(named), {}
+    for _ in range(3 if dims else 0):
+        yield shapes, options
+        refined = _refined(str(failures[-1]), shapes)
+        if refined is not None:
+            shapes = refined
+        elif "Constraints violated" in (text := str(failures[-1])) and "Suggested fixes" not in text and not options:
+            # A guard that always holds, but that torch cannot prove (grouped-query attention on torch 2.11).
+            options = {"prefer_deferred_runtime_asserts_over_guards": True}
+        else:
+            break
+    yield spec(lambda wanted: dict.fromkeys(wanted, Dim.AUTO)), {}
+    if any(set(free(t)) - {0} for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
+        yield spec(lambda wanted: {0: Dim.AUTO} if 0 in wanted else {}), {}
+    yield None, {}
+
+
+def _refined(message: str, shapes: dict[str, Any]) -> Any:
+    """``shapes`` with the bounds torch suggests, or None when it suggests none, or to fix a dimension."""
+    # torch reads its suggestions from its message, and stumbles over the paragraph that follows them.
+    suggestions = message.split("\n\nThe error above")[0]
+    try:
+        refined = refine_dynamic_shapes_from_suggested_fixes(suggestions, shapes)
+    except Exception:  # they are prose, and not all of them can be read
+        return None
+    fixes_one = any(isinstance(leaf, int) for leaf in pytree.tree_leaves(refined))
+    return None if fixes_one else refined
+
+
+def _spec(value: Any, make: Callable[[Tensor], Any]) -> Any:
+    """``value`` with every tensor replaced by its shape spec, in the containers torch.export compares against."""
+    if isinstance(value, Tensor):
+        return make(value)
+    if type(value) in (list, tuple):
+        return type(value)(_spec(v, make) for v in value)
+    if type(value) is dict:
+        return {k: _spec(v, make) for k, v in value.items()}
+    leaves, tree = pytree.tree_flatten(value, is_leaf=lambda v: v is not value)
+    return None if tree.is_leaf() else [_spec(v, make) for v in leaves]
+
+
+def _fixed(
+    model: nn.Module,
+    program: ExportedProgram,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    free: Free,
+    failures: list[Exception],
+) -> list[str]:
+    names = list(inspect.signature(model.forward).parameters)
+    reason = f" ({reason_of(failures[0])})" if failures else ""
+    lines: list[str] = []
+    given = pytree.tree_leaves_with_path((args, dict(kwargs)))
+    for (path, value), traced in zip(given, user_inputs(program).values(), strict=True):
+        if not isinstance(value, Tensor):
+            continue
+        step = path[1]
+        name = names[min(step.idx, len(names) - 1)] if isinstance(step, pytree.SequenceKey) else step.key  # type: ignore
+        for i, wanted in free(value).items():
+            if wanted is not None and isinstance(traced, Tensor) and not free_symbols(traced.shape[i]):
+                where = f"{name}{pytree.keystr(path[2:])}"
+                lines.append(f"dimension {i} ({wanted}) of input {where!r} is fixed at {value.shape[i]}{reason}")
+    return lines
+
+
+def reason_of(error: BaseException) -> str:
+    """What torch found, in a line: the root error's first line, or the first violated constraint if it is about one."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    if text.startswith("Constraints violated") and len(lines) > 1:
+        text = lines[1].removeprefix("- ")
+    text = text.split(". If you're using mark_dynamic")[0]
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def explain(model: nn.Module, error: BaseException) -> str:
+    """Why ``model`` could not be exported, where, and what to try."""
+    reason, kind = reason_of(error), type(error).__name__
+    outside = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "/torch/" not in Path(frame.filename).as_posix() and Path(frame.filename).parent != Path(__file__).parent
+    ]
+    where = ""
+    if outside and kind != "UserError":
+        where = f", at {outside[-1].filename}:{outside[-1].lineno} `{outside[-1].line}`"
+    if kind == "GuardOnDataDependentSymNode":
+        advice = (
+            "the model takes a branch or a shape from a tensor's value: use torch.where, torch.cond or torch._check"
+        )
+    elif _UNKNOWN_OUTPUT in reason:
+        advice = "the outputs must be tensors in registered containers: pass use_cache=False, or register the class"
+    elif kind == "UserError":
+        advice = "pass dynamic_shapes that leave those dimensions out or bound them, or dynamic_shapes=None"
+    else:
+        advice = "check example_inputs against the model's forward"
+    return (
+        f"{type(model).__name__} could not be captured: {kind}: {reason}{where}. What to try: {advice}; or export it "
+        "yourself (torch.export.export with strict=True, or transformers.exporters) and pass the program"
+    )

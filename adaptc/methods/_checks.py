@@ -1,0 +1,72 @@
+"""What many methods check, or do to their inputs, in one place each.
+
+Of configs: integers, probabilities, truth values. Of sites: that the weight is a matrix. And the input of an adapter
+beside a layer, with its dropout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from adaptc.errors import ConfigError, TargetError
+from adaptc.passes.ir.method import Method
+from adaptc.passes.ir.ops import Op
+
+
+def check_integers(config: Any, values: Mapping[str, Any], least: int = 1) -> None:
+    """Raises ConfigError where one of ``values`` (option -> value) is no integer, or less than ``least``."""
+    what = "a positive integer" if least == 1 else f"an integer of at least {least}"
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"{type(config).__name__}.{name} must be {what}, got {value!r}")
+
+
+def check_ranks(config: Any) -> None:
+    """Raises ConfigError where ``r``, or a rank in ``rank_pattern``, is no positive integer."""
+    patterns = {f"rank_pattern[{k!r}]": v for k, v in config.rank_pattern.items()}
+    check_integers(config, {"r": config.r, **patterns})
+
+
+def check_probability(config: Any, *options: str, certain: bool = False) -> None:
+    """Raises ConfigError where an option is no probability; ``certain``: whether it may be 1."""
+    for option in options:
+        value = getattr(config, option)
+        if not 0.0 <= value <= 1.0 or (value == 1.0 and not certain):
+            raise ConfigError(
+                f"{type(config).__name__}.{option} must lie in {'[0, 1]' if certain else '[0, 1)'}, got {value!r}"
+            )
+
+
+def check_bool(config: Any, option: str) -> None:
+    """Raises ConfigError where an option is neither True nor False."""
+    value = getattr(config, option)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{type(config).__name__}.{option} must be True or False, got {value!r}")
+
+
+def check_bias(config: Any, only: str) -> None:
+    """Raises ConfigError where ``bias`` is not one of "none", "all" and ``only``."""
+    if config.bias not in ("none", "all", only):
+        raise ConfigError(f"{type(config).__name__}.bias must be 'none', 'all' or {only!r}, got {config.bias!r}")
+
+
+def check_matrix(method: str, op: Op) -> None:
+    """Raises TargetError at a weight with fewer than two axes."""
+    if len(op.shape) < 2:
+        raise TargetError(f"{method} needs a weight with two axes or more, and this one has shape {op.shape}")
+
+
+def drops(method: Method, op: Op) -> bool:
+    """Whether a method drops some of its input at this site. Indices are never dropped."""
+    return method.drops_input() and op.kind != "embedding"
+
+
+def adapter_input(method: Method, op: Op, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What an adapter beside a layer reads: the layer's input in the adapter's dtype, in training with dropout."""
+    x = op.as_input(x, dtype)
+    return F.dropout(x, method.dropout, training=True) if drops(method, op) else x

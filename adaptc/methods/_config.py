@@ -1,0 +1,176 @@
+"""Configs: PEFT's names, fields and defaults, and the three ways one comes to be (written, from peft, from a file).
+
+Before: any mapping or object with PEFT's fields. After: a config whose every field is either honoured or at its
+default; a field that is set and not supported is refused by name when the config is made.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self, cast
+
+from adaptc.errors import AdaptcWarning, ConfigError, nearest
+from adaptc.methods._default_targets import defaults
+from adaptc.methods._model_facts import ModelFacts
+from adaptc.methods._name_patterns import matches_pattern
+from adaptc.passes.ir.method import Method
+
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+
+@dataclass
+class AdapterConfig:
+    """Fields common to all PEFT configs (file format: ``adapter_config.json``)."""
+
+    #: PEFT's name of the method in files
+    peft_type: ClassVar[str] = ""
+    #: fields PEFT has and adaptc does not support yet: refused when set to anything but the default
+    refused: ClassVar[Mapping[str, str]] = {}
+    #: attributes beside the fields, which no file can have: functions
+    unsaved: ClassVar[tuple[str, ...]] = ()
+
+    # An option of configs that choose layers, which make a field of it.
+    modules_to_save = cast("Any", None)
+
+    task_type: str | None = None
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    def __post_init__(self) -> None:
+        if self.task_type is not None:
+            self.task_type = str(getattr(self.task_type, "value", self.task_type))
+            if self.task_type not in TASK_TYPES:
+                raise ConfigError(f"task_type={self.task_type!r} is not one of {', '.join(TASK_TYPES)}")
+        for f in fields(self):
+            why = self.refused.get(f.name)
+            if why is not None and getattr(self, f.name) != default_of(f):
+                raise ConfigError(
+                    f"{type(self).__name__}.{f.name}={getattr(self, f.name)!r} is not supported: {why}. "
+                    f"Leave {f.name} at its default ({default_of(f)!r})."
+                )
+
+    def method(self, name: str, kind: str) -> Method:
+        """The method with the options it has at module ``name`` (rank and alpha patterns resolved)."""
+        raise AssertionError(f"{type(self).__name__} must define method()")
+
+    def pattern_entries(self) -> dict[str, Mapping[str, Any]]:
+        """Per-module option tables, by field name: each key must match a targeted module."""
+        return {}
+
+    def pattern_matches(self, key: str, name: str) -> bool:
+        """Whether a key of these tables is for the module ``name``: PEFT has one rule for LoRA, and others."""
+        return matches_pattern(key, name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``adapter_config.json`` has it: plain JSON types, sets as sorted lists."""
+        out: dict[str, Any] = {"peft_type": self.peft_type}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            out[f.name] = sorted(value) if isinstance(value, (set, frozenset)) else value
+        return out
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """From ``adapter_config.json``. Keys PEFT has never had are dropped with a warning that names them."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(k for k in data if k not in known and k != "peft_type")
+        if unknown:
+            hints = {k: near[0] for k in unknown if (near := nearest(k, known, 1))}
+            warnings.warn(
+                f"adapter config: dropping unknown {unknown} (written by a newer PEFT, or misspelled"
+                + (f"; nearest known: {hints}" if hints else "")
+                + ")",
+                AdaptcWarning,
+                stacklevel=3,
+            )
+        return cls(**{k: v for k, v in data.items() if k in known})
+
+    def replace(self, **changes: Any) -> Self:
+        new = dataclasses.replace(self, **changes)
+        for name in self.unsaved:
+            setattr(new, name, getattr(self, name))
+        return new
+
+
+def default_of(f: dataclasses.Field[Any]) -> Any:
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+
+
+@dataclass
+class TargetedConfig(AdapterConfig):
+    """Fields of configs that choose layers. Every method may have all of them here. In PEFT most methods lack one or
+    another (``target_parameters`` is LoRA's alone), and a file that has it makes PEFT warn: but for LoRA, files have
+    the optional ones only when they are set."""
+
+    #: fields of an example of each method the config stands for: those that have no default, or choose the method
+    samples: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
+    #: the field with the probability that an input of the adapter is dropped, for methods that have one
+    dropout_field: ClassVar[str] = ""
+    #: whether files have the optional fields of this class even where they are not set
+    writes_all: ClassVar[bool] = False
+    #: what ``target_modules`` names: "matrices" to adapt, "modules" to train as a whole, or tables to train "rows" of
+    unit: ClassVar[str] = "matrices"
+
+    # Options of some methods, which make fields of them. Not annotated: they would get a place among the fields.
+    bias = cast("Any", "none")
+    trainable_token_indices = cast("Any", None)
+    layer_replication = cast("Any", None)
+
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    target_parameters: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ConfigError(
+                "layers_to_transform needs target_modules as a list; put the layers into the regex instead"
+            )
+        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
+            raise ConfigError("layers_pattern needs target_modules as a list; put the layers into the regex instead")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError("layers_pattern needs layers_to_transform, the indices to pick")
+        if isinstance(self.target_parameters, str):
+            raise ConfigError(
+                f"{type(self).__name__}.target_parameters must be a list of parameter names, not a string"
+            )
+        bias = self.bias
+        if not isinstance(bias, str) or not (bias in ("none", "all") or bias.endswith("_only")):
+            own = f"{self.peft_type.lower()}_only"
+            raise ConfigError(f"{type(self).__name__}.bias must be 'none', 'all' or {own!r}, got {bias!r}")
+
+    def resolved(self, facts: ModelFacts) -> Self:
+        """This config with the fields it leaves to the model filled in from what is known of it, as in PEFT's files.
+
+        Called before the config is planned, and what is planned is what gets saved. What stays None is found in the
+        graph, if it can be. A method whose defaults are not in ``_default_targets`` overrides it.
+        """
+        named = self.target_modules is None and (self.target_parameters or self.trainable_token_indices)
+        found = defaults(self.peft_type, facts.model_type, facts.types)
+        return self.completed({k: v for k, v in found.items() if not (named and k == "target_modules")})
+
+    def completed(self, values: Mapping[str, Any]) -> Self:
+        """This config with ``values`` in those of the fields that are None. What the user wrote is not checked again:
+        defaults need not fit it in the way the user's own words must."""
+        new = copy.copy(self)
+        for name, value in values.items():
+            if getattr(self, name) is None:
+                setattr(new, name, value)
+        return new
+
+    def to_dict(self) -> dict[str, Any]:
+        out = super().to_dict()
+        if self.writes_all:
+            return out
+        optional = [f.name for f in fields(TargetedConfig)[len(fields(AdapterConfig)) :] if f.name != "target_modules"]
+        return {k: v for k, v in out.items() if v is not None or k not in optional}

@@ -1,0 +1,97 @@
+"""Options by module: PEFT's two rules for tables whose keys are regular expressions for names.
+
+``rank_pattern`` and its like: a key is an expression for the end of a name, starting at a dot or at the front.
+``n_frequency_pattern`` of FourierFT and ``block_size_pattern`` of C3A (``dotted_*``): a key is an expression for what
+follows a dot, an alternation in it is not kept together, and the whole name counts only where no expression matches.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import TypeVar
+
+from adaptc.errors import SHOWN, ConfigError, TargetError, and_more, did_you_mean
+
+T = TypeVar("T")
+
+_PLAIN = re.compile(r"[\w.]+")
+
+
+def pattern_value(pattern: Mapping[str, T] | None, name: str, default: T) -> T:
+    """The value ``rank_pattern`` or ``alpha_pattern`` gives the module ``name``: the first key that matches wins.
+
+    A key is a regular expression for the end of the name, starting at a dot or at the front. Raises
+    :class:`ConfigError` when it is not a valid one.
+    """
+    for key, value in (pattern or {}).items():
+        if matches_pattern(key, name):
+            return value
+    return default
+
+
+def unused_patterns(
+    pattern: Mapping[str, object] | None, names: Iterable[str], matches: Callable[[str, str], bool] | None = None
+) -> list[str]:
+    """The keys of ``rank_pattern`` or ``alpha_pattern`` that match none of ``names``, in order."""
+    names, matches = list(names), matches or matches_pattern
+    return [key for key in pattern or {} if not any(matches(key, n) for n in names)]
+
+
+def check_patterns(
+    option: str,
+    pattern: Mapping[str, object] | None,
+    names: Sequence[str],
+    matches: Callable[[str, str], bool] | None = None,
+) -> None:
+    """Raises :class:`TargetError` when a key of ``pattern`` (the option named ``option``) matches no adapted module.
+
+    ``matches(key, name)`` is the rule of the option, where it has one of its own.
+    """
+    unused = unused_patterns(pattern, names, matches)
+    if unused:
+        hints = [f"{key!r} matches no adapted module{did_you_mean(key, names)}" for key in unused[:SHOWN]]
+        raise TargetError(f"{option}: " + "; ".join(hints) + and_more(unused))
+
+
+@lru_cache(maxsize=65536)
+def _pattern_rule(key: str) -> tuple[str, re.Pattern[str]]:
+    """The regular expression of a key, and a literal ending that rules out most names before it is tried."""
+    ending = key.rpartition(".")[2] if _PLAIN.fullmatch(key) else ""
+    return ending, compiled("rank_pattern or alpha_pattern", rf"(.*\.)?({key})$", key)
+
+
+def matches_pattern(key: str, name: str) -> bool:
+    """Whether a key of ``rank_pattern`` or ``alpha_pattern`` is for the module ``name``."""
+    ending, regex = _pattern_rule(key)
+    return name.endswith(ending) and regex.match(name) is not None
+
+
+def compiled(option: str, regex: str, written: str | None = None) -> re.Pattern[str]:
+    """Raises ConfigError, naming the option and the expression as it was ``written``, for one that is not valid."""
+    try:
+        return re.compile(regex)
+    except re.error as e:
+        shown = regex if written is None else written
+        raise ConfigError(f"{option}: {shown!r} is not a valid regular expression ({e})") from None
+
+
+def dotted_value(pattern: Mapping[str, T] | None, name: str, default: T) -> T:
+    """The value of the first key that matches the module ``name``. Raises ConfigError for a bad expression."""
+    pattern = pattern or {}
+    key = next((k for k in pattern if _rule(k).match(name)), name)
+    return pattern.get(key, default)
+
+
+def dotted_match(key: str, name: str) -> bool:
+    """Whether a key of such a table is for the module ``name``."""
+    return key == name or _rule(key).match(name) is not None
+
+
+@lru_cache(maxsize=4096)
+def _rule(key: str) -> re.Pattern[str]:
+    try:
+        return re.compile(rf".*\.{key}$")
+    except re.error as e:
+        raise ConfigError(f"{key!r} is not a valid regular expression ({e})") from None

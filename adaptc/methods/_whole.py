@@ -1,0 +1,162 @@
+"""Whole parameters as slots: ``modules_to_save`` and trainable biases, and single rows: trainable tokens.
+
+W' = slot for a whole parameter; its identity is the base itself. W'[i] = slot row for the chosen token indices i
+(PEFT's trainable tokens); all other rows are the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from adaptc.errors import ConfigError
+from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots
+from adaptc.passes.ir.method_hooks import Place
+from adaptc.passes.ir.ops import Op, cast
+
+
+@dataclass(frozen=True)
+class Whole(Method):
+    """The parameter itself is trained. ``slot`` is its name in the file, ``place`` the module the program keeps it in,
+    which may be the first part of ``slot``; ``submodules`` is what keys have in front of a path inside its submodules.
+
+    Buffers of a trained module (running statistics) are slots too, changed by the program but not by an optimizer.
+    """
+
+    name: ClassVar[str] = "whole"
+    replaces: ClassVar[bool] = True
+    stacks: ClassVar[bool] = True
+
+    slot: str = "weight"
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
+    place: str = "modules_to_save"
+    trainable: bool = True
+    submodules: str = ""
+
+    def at_path(self, path: str) -> str:
+        """The slot of the parameter at ``path`` in a module, for a method whose ``slot`` is how they all begin."""
+        return f"{self.slot}{self.submodules if '.' in path else ''}{path}"
+
+    def slots(self, op: Op) -> dict[str, Slot]:
+        return {self.slot: Slot(self.shape, dtype=self.dtype, trainable=self.trainable)}
+
+    def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {self.slot: op.stored(W).detach().clone()}
+
+    def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
+        return cast(op.canonical(slots[self.slot]), W.dtype)
+
+    def rebind(self, config: Any, place: Place) -> Method:
+        return self
+
+    def inner_path(self, rest: str) -> str:
+        return rest.removeprefix(f"{self.place}.").removeprefix(self.submodules)
+
+    def in_place(self) -> bool:
+        # PEFT trains biases where they are; only modules_to_save keep a frozen original beside them.
+        return self.place != "modules_to_save"
+
+    def fqn(self, place: str, slot: str, adapter: str) -> str:
+        path = slot.removeprefix(f"{self.place}.").removeprefix(self.submodules)
+        return ".".join(p for p in (place, self.place, adapter, path) if p)
+
+
+@dataclass(frozen=True)
+class TokenRows(Method):
+    """Rows of an embedding, or of a head tied to one, replaced by trained ones. Canonical W is (width, vocab).
+
+    The index slot holds each index plus one, so that zeros, which the runtime pads with, stand for no row. ``within``
+    is the module of a wrapper that PEFT's keys name, if any. ``scheme`` False: random first values.
+    """
+
+    name: ClassVar[str] = "trainable_tokens"
+
+    swappable: ClassVar[frozenset[str]] = frozenset({"indices", "scheme"})
+
+    indices: tuple[int, ...] = ()
+    within: str = "token_adapter"
+    scheme: bool = True
+
+    @property
+    def DELTA(self) -> str:
+        return f"{self.within}.trainable_tokens_delta".removeprefix(".")
+
+    @property
+    def INDEX(self) -> str:
+        return f"{self.within}.token_indices".removeprefix(".")
+
+    def slots(self, op: Op) -> dict[str, Slot]:
+        width, vocab = self._size(op)
+        bad = [i for i in self.indices if not isinstance(i, int) or not 0 <= i < vocab]
+        double = sorted({i for i in self.indices if self.indices.count(i) > 1})
+        if bad or double:
+            what = f"{bad} are not" if bad else f"{double} are named twice"
+            raise ConfigError(
+                f"trainable tokens must be distinct integers from 0 to {vocab - 1}, rows of this weight; {what}"
+            )
+        return {
+            self.DELTA: Slot((len(self.indices), width), free=(0,), repeated=not self.within),
+            self.INDEX: Slot((len(self.indices),), free=(0,), dtype=torch.int64, trainable=False, saved=False),
+        }
+
+    def _size(self, op: Op) -> tuple[int, int]:
+        rows = op.kind == "embedding"
+        return (op.out_features, op.in_features) if rows else (op.in_features, op.out_features)
+
+    def minimal(self, op: Op) -> Method:
+        return replace(self, indices=(0, 1))
+
+    def rebind(self, config: Any, place: Place) -> Method:
+        if (own := super().rebind(config, place)) is not self:
+            return own
+        tokens = getattr(config, "trainable_token_indices", None)
+        if isinstance(tokens, Mapping):
+            names = (place.key, place.entry)
+            tokens = next((v for k, v in tokens.items() if any(n == k or n.endswith(f".{k}") for n in names)), None)
+        return self if tokens is None else replace(self, indices=tuple(tokens))
+
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+        values = self.identity(op, W, dtype)
+        if not self.scheme:
+            size = (len(self.indices), self._size(op)[0])
+            values[self.DELTA] = torch.randn(size, dtype=W.dtype, generator=generator).to(dtype)
+        return Initial(values)
+
+    def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        index = torch.tensor(self.indices, dtype=torch.int64, device=W.device)
+        rows = W.t() if op.kind == "embedding" else W
+        return {self.DELTA: rows.detach()[index].to(dtype), self.INDEX: index + 1}
+
+    def absent(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        n, width = max(len(self.indices), 2), self._size(op)[0]
+        index = torch.zeros(n, dtype=torch.int64, device=W.device)
+        return {self.DELTA: torch.zeros(n, width, dtype=dtype, device=W.device), self.INDEX: index}
+
+    def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
+        delta, index = cast(slots[self.DELTA], W.dtype), slots[self.INDEX]
+        rows = W.t() if op.kind == "embedding" else W
+        # Unused entries write to a row in front of the others.
+        rows = torch.index_copy(torch.cat([rows[:1], rows]), 0, index, delta)[1:]
+        return rows.t() if op.kind == "embedding" else rows
+
+    def has_apply(self, op: Op) -> bool:
+        return op.kind in ("embedding", "linear", "addmm")
+
+    def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
+        delta, index = cast(slots[self.DELTA], W.dtype), slots[self.INDEX]
+        if op.kind == "embedding":
+            match = x.unsqueeze(-1) + 1 == index
+            row = delta[match.to(torch.int64).argmax(-1)]
+            padding = op.rest[0] if op.rest else -1
+            if padding >= 0:  # embedding gives this row no gradient
+                row = torch.where((x == padding).unsqueeze(-1), row.detach(), row)
+            return torch.where(match.any(-1, keepdim=True), row, y)
+        # What the replaced rows add to their logits; a bias of the layer stays as it is.
+        at, used = (index - 1).clamp(min=0), (index > 0).unsqueeze(-1)
+        change = torch.nn.functional.linear(x, (delta - W[at]) * used)
+        return torch.index_add(y, -1, at, change)

@@ -1,0 +1,116 @@
+"""``LoraConfig``: the options of LoRA and its variants, under PEFT's names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from adaptc.errors import ConfigError
+from adaptc.methods._checks import check_bias, check_probability, check_ranks
+from adaptc.methods._config import TargetedConfig
+from adaptc.methods._name_patterns import pattern_value
+from adaptc.methods.dora import Dora
+from adaptc.methods.lora import Lora
+
+NOT_YET = "this LoRA variant is not implemented"
+
+#: fields that each ask for another computation than LoRA's
+VARIANTS = (
+    "use_dora",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "velora_config",
+    "monteclora_config",
+    "arrow_config",
+    "kasa_config",
+)
+
+
+@dataclass
+class LoraConfig(TargetedConfig):
+    """PEFT's ``LoraConfig``: same names, same defaults. Unsupported fields raise ConfigError when set."""
+
+    peft_type: ClassVar[str] = "LORA"
+    samples: ClassVar[Sequence[Mapping[str, Any]]] = ({}, {"use_dora": True})
+    dropout_field: ClassVar[str] = "lora_dropout"
+    writes_all: ClassVar[bool] = True
+    refused: ClassVar[Mapping[str, str]] = {
+        "loftq_config": "LoftQ quantises the base, and programs hold unquantised weights",
+        "eva_config": "initialisation from activations is not implemented",
+        "corda_config": "initialisation from activations is not implemented",
+        "lora_ga_config": "initialisation from gradients is not implemented",
+        "megatron_config": "programs are captured from plain modules, not from Megatron's parallel layers",
+        "velora_config": NOT_YET,
+        "alora_invocation_tokens": NOT_YET,
+        "use_qalora": "it needs GPTQ layers, which torch.export does not capture",
+        "monteclora_config": NOT_YET,
+        "use_bdlora": NOT_YET,
+        "arrow_config": NOT_YET,
+        "kasa_config": NOT_YET,
+        "ensure_weight_tying": "adapters of tied layers stay separate, so that one cannot change the other",
+        "runtime_config": "there is no ephemeral offload: frozen weights stay where the program has them",
+    }
+
+    r: int = 8
+    lora_alpha: int | float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, int | float] = field(default_factory=dict)
+    megatron_config: dict[str, Any] | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: dict[str, Any] = field(default_factory=dict)
+    eva_config: dict[str, Any] | None = None
+    corda_config: dict[str, Any] | None = None
+    lora_ga_config: dict[str, Any] | None = None
+    use_dora: bool = False
+    velora_config: dict[str, Any] | None = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: dict[str, Any] | None = None
+    layer_replication: list[tuple[int, int]] | None = None
+    runtime_config: dict[str, Any] | None = None
+    lora_bias: bool = False
+    use_bdlora: dict[str, Any] | None = None
+    arrow_config: dict[str, Any] | None = None
+    kasa_config: dict[str, Any] | None = None
+    ensure_weight_tying: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranks(self)
+        self.check_common()
+        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
+            raise ConfigError(f"lora_bias=True needs init_lora_weights True or False, got {self.init_lora_weights!r}")
+        if self.lora_bias and self.use_dora:
+            raise ConfigError(
+                "lora_bias=True has no meaning for DoRA, which scales weights alone; unset one of the two"
+            )
+        variants = [name for name in VARIANTS if getattr(self, name)]
+        if len(variants) > 1:
+            raise ConfigError(f"{' and '.join(variants)} are variants of LoRA that do not combine; keep one of them")
+
+    def check_common(self) -> None:
+        """What AdaLoRA's config checks too."""
+        check_probability(self, "lora_dropout")
+        check_bias(self, "lora_only")
+
+    def pattern_entries(self) -> dict[str, Mapping[str, Any]]:
+        return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+
+    def method(self, name: str, kind: str) -> Lora:
+        return (Dora if self.use_dora else Lora)(
+            r=pattern_value(self.rank_pattern, name, self.r),
+            alpha=pattern_value(self.alpha_pattern, name, self.lora_alpha),
+            rslora=self.use_rslora,
+            dropout=self.lora_dropout,
+            with_bias=self.lora_bias,
+            scheme=self.init_lora_weights,
+        )

@@ -1,0 +1,1 @@
+"""Programs compiled ahead of time with AOTInductor, whose adapters can still be swapped."""

@@ -1,0 +1,274 @@
+"""Run a packaged program, and swap its adapters.
+
+Before: a file that ``adaptc.package`` wrote. After a swap: every slot of the compiled code holds the new adapter's
+values, padded to its shape, or, when the adapter was refused, nothing has changed. The compiled code checks no shapes
+itself and would read past the end of a tensor, so all is checked before it sees anything.
+
+Private torch use, with the public route that was tried:
+- ``loader`` of the loaded package: calling the package itself parses its tree specs anew each time.
+- ``torch.utils._pytree``: the package's input and output specs are its TreeSpecs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from adaptc.binding.bind import joined
+from adaptc.binding.binding import Binding, BindingSpec
+from adaptc.binding.recipes import Recipes
+from adaptc.binding.source import as_binding, as_config, from_dict
+from adaptc.errors import AdaptcError, BackendError, CheckpointError, SwapError
+from adaptc.methods import AdapterConfig
+from adaptc.packages import manifest as _package_file
+from adaptc.packages.manifest import Input, Room, Site
+from adaptc.peft_files.directory import AdapterFile, read_config
+from adaptc.program.adaptation import Adaptation
+from adaptc.reports.results import SwapReport
+from adaptc.runtime.call_inputs import Inputs
+
+
+class PackagedProgram:
+    """A file written by ``adaptc.package``: call it like the program it was made from, and ``swap`` adapters on it.
+
+    Swap while no call is running: the code reads the tensors that a swap writes to.
+
+    Raises CheckpointError when the file is missing, damaged or of another kind, BackendError when it was packaged
+    without adaptc or its code does not run on this machine.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._manifest, tensors = _package_file.read(self.path)
+        m = self._manifest
+        self._model = self._load()
+        missing = sorted({*m.rooms, *m.bases} - set(self._model.get_constant_fqns()))
+        if missing:
+            raise BackendError(f"{self.path}: the compiled code has no constant {missing[0]!r}; package it again")
+        self.device = torch.device(m.device)
+        self._stored = {k: t.to(self.device) for k, t in tensors.items()}
+        self._buffers: dict[str, Tensor] = {}
+        specs = self._model.loader.get_call_spec()
+        _import_types(specs)
+        expected = [(i.name, i.constant if i.tensor is None else i.tensor) for i in m.inputs]
+        self._inputs = Inputs(pytree.treespec_loads(specs[0]), m.header["fills"], expected, m.ranges)
+        self._out_spec = pytree.treespec_loads(specs[1])
+        # Where only an adapter's own version of the base was known, no other adapter may be bound to it.
+        residual = [fqn for fqn in m.header.get("residual", ()) if fqn not in m.bases]
+        self.adaptation = Adaptation([s.attachment for s in m.sites], fills=m.header["fills"], residual=residual)
+        self.ops = {s.attachment.id: s.op for s in m.sites}
+        self.recipes = Recipes(self.adaptation.attachments, self.ops)
+        self.current = self._first_binding() if m.sites else None
+
+    def _load(self) -> Any:
+        from torch._inductor import aoti_load_package
+
+        try:
+            return aoti_load_package(str(self.path))
+        except Exception as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise BackendError(
+                f"{self.path} does not load here: {first}. It was compiled by torch {self._manifest.torch} for "
+                f"{self._manifest.device}, and this is torch {torch.__version__}; package the program again on a "
+                "machine like this one."
+            ) from error
+
+    def _first_binding(self) -> Binding:
+        header, present = self._manifest.header, set(self._manifest.header["present"])
+        config = from_dict(header["config"])
+        ops = self.ops
+        found = [a for a in self.adaptation.attachments if a.id in present]
+        methods = {a.id: a.method.rebind(config, a).at(ops[a.id]) for a in found}
+        return Binding({}, joined(methods, ops), config, source=str(self.path))
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The largest rank an adapter may have at each site that has one, by the FQN of the site's parameter."""
+        out: dict[str, int] = {}
+        for s in self._manifest.sites:
+            shapes = {
+                n: torch.empty(self._manifest.rooms[f].shape, device="meta") for n, f in s.attachment.slots.items()
+            }
+            rank = s.attachment.method.with_sizes_of(s.op, shapes).rank()
+            if rank is not None:
+                out[s.attachment.fqn] = rank
+        return out
+
+    @property
+    def binding(self) -> Binding:
+        """The current adapter's config and methods; its values are in the compiled code."""
+        if self.current is None:
+            raise AdaptcError(f"{self.path} has no adapter; it was packaged from a merged or unloaded program")
+        return self.current
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the current adapter; inputs and output type are those of the program that was packaged."""
+        flat = self._inputs(args, kwargs)
+        tensors = [
+            self._arranged(v, i) for v, i in zip(flat, self._manifest.inputs, strict=True) if i.tensor is not None
+        ]
+        with torch.no_grad():
+            out = self._model.loader.boxed_run(tensors)
+        return pytree.tree_unflatten(out, self._out_spec)
+
+    def _arranged(self, value: Tensor, want: Input) -> Tensor:
+        """In the memory layout of the example inputs, which the code takes for granted."""
+        if value.device.type != self.device.type:
+            raise AdaptcError(f"input {want.name!r} is on {value.device}, and the package runs on {self.device}")
+        order = want.order
+        if order == tuple(range(len(order))):
+            return value.contiguous()
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return value.permute(order).contiguous().permute(back)
+
+    def swap(self, adapter: Any, *, config: Any = None, adapter_name: str | None = None) -> SwapReport:
+        """Make ``adapter`` the current one; arguments and report are those of ``adaptc.swap``.
+
+        Sites of which the adapter has no tensors become the base. Raises SwapError for an adapter of too large a rank,
+        for one that needs other sites, and for one that changes the base weights (PiSSA, OLoRA), and CheckpointError
+        for damaged files, wrong shapes and values that are not finite; the current adapter then stays.
+        """
+        if self.current is None:
+            raise SwapError(
+                f"{self.path} has no adapter sites; it was packaged from a merged or unloaded program. Package the "
+                "adapted program itself to swap."
+            )
+        self._check_base(adapter, config, adapter_name)
+        options = {} if isinstance(adapter, Binding) else {"config": config, "adapter_name": adapter_name}
+        binding = as_binding(self, adapter, **options)
+        self._install(self._fitted(binding))
+        self.current = Binding({}, binding.methods, binding.config, name=binding.name, source=binding.source)
+        return SwapReport.of(self.adaptation.attachments, binding)
+
+    def spec(self, trainable: bool = False) -> BindingSpec:
+        """What ``adaptc.binding`` fills. Base weights that are not in the file are NaN, and so is all made of them."""
+        weights: dict[str, Tensor] = {}
+        for s in self._manifest.sites:
+            fqn = s.attachment.fqn
+            nothing = torch.tensor(float("nan") if s.dtype.is_floating_point else 0, device=self.device).to(s.dtype)
+            weights[fqn] = self._stored.get(f"base.{fqn}", nothing.expand(s.shape))
+        a = self.adaptation
+        autocast = self._manifest.header["autocast"]
+        return BindingSpec(a.attachments, self.ops, weights, autocast, trainable, residual=a.residual)
+
+    def _check_base(self, adapter: Any, config: Any, adapter_name: str | None) -> None:
+        """Refuse adapters whose slots go with a changed base, unless the base is in the file."""
+        own: AdapterConfig
+        if isinstance(adapter, Binding):
+            return
+        if config is not None:
+            own = as_config(config)[0]
+        elif isinstance(adapter, Mapping):
+            own = self.binding.config
+        elif isinstance(adapter, AdapterFile):
+            own = from_dict(adapter.config)
+        else:
+            own = from_dict(read_config(adapter, adapter_name=adapter_name))
+        for a in self.adaptation.attachments:
+            if a.method.rebind(own, a).moves_base() and a.fqn not in self._manifest.bases:
+                raise SwapError(
+                    f"an adapter of this {type(own).__name__} changes the base weight {a.fqn!r} by its first values, "
+                    "and the package does not hold the base. Package the program with such an adapter as its current "
+                    "one, or convert the adapter to plain LoRA with PEFT's "
+                    "save_pretrained(path_initial_model_for_weight_conversion=...)."
+                )
+
+    def _fitted(self, binding: Binding) -> dict[str, Tensor]:
+        """A value of exactly the right shape and dtype for every constant that a swap sets."""
+        out: dict[str, Tensor] = {}
+        # Sites that the adapter has come first: a slot they share with one it has not is theirs.
+        for s in sorted(self._manifest.sites, key=lambda s: s.attachment.id not in binding.methods):
+            a = s.attachment
+            own = binding.methods.get(a.id)
+            specs = {} if own is None else own.slots(s.op)
+            for name, fqn in a.slots.items():
+                if fqn not in out:
+                    given = binding.values.get(fqn)
+                    out[fqn] = self._value(s, name, given if name in specs else None, binding)
+            if a.scale_slot is not None:
+                if a.scale_slot not in binding.values:
+                    raise SwapError(
+                        f"{binding.source}: the binding has no value for {a.scale_slot!r}; bind to this program"
+                    )
+                out[a.scale_slot] = binding.values[a.scale_slot].to(self._manifest.rooms[a.scale_slot].dtype)
+        strange = sorted(set(binding.base) - set(self._manifest.bases))
+        if strange:
+            raise SwapError(f"{binding.source}: the adapter changes {strange[0]!r}, which is fixed in the package")
+        for fqn in self._manifest.bases:
+            out[fqn] = binding.base.get(fqn, self._stored[f"base.{fqn}"]).detach()
+        return {k: v.to(self.device).contiguous() for k, v in out.items()}
+
+    def _value(self, s: Site, slot: str, given: Tensor | None, binding: Binding) -> Tensor:
+        fqn = s.attachment.slots[slot]
+        room = self._manifest.rooms[fqn]
+        if given is not None:
+            value = self._padded(s, slot, given.detach().to(room.dtype), room, binding)
+            if not value.is_floating_point() or bool(torch.isfinite(value).all()):
+                return value
+            if s.attachment.method.slots(s.op)[slot].saved:
+                raise CheckpointError(
+                    f"{binding.source}: {slot!r} at {s.attachment.fqn!r} is not finite in {room.dtype}, the dtype of "
+                    "the package; package with a wider adapter dtype"
+                )
+        if room.identity is not None:
+            return torch.full(room.shape, room.identity, dtype=room.dtype, device=self.device)
+        if f"identity.{fqn}" not in self._stored:
+            raise SwapError(
+                f"{binding.source}: the adapter has nothing at {s.attachment.fqn!r}, and the package does not know "
+                f"which {slot!r} leaves that site at the base"
+            )
+        return self._stored[f"identity.{fqn}"]
+
+    def _padded(self, s: Site, slot: str, value: Tensor, room: Room, binding: Binding) -> Tensor:
+        shape = tuple(value.shape)
+        if shape == room.shape:
+            return value
+        if room.padding is not None and room.padding.fits(shape, room.shape):
+            return room.padding(value, room.shape)
+        fqn = s.attachment.fqn
+        rank, room_rank = binding.methods[s.attachment.id].rank(), self.ranks.get(fqn)
+        if rank is not None and room_rank is not None and rank > room_rank:
+            raise SwapError(
+                f"{binding.source}: site {fqn!r}: the adapter has rank {rank}, and the package has room for "
+                f"{room_rank}; package again with max_rank={rank}"
+            )
+        raise SwapError(
+            f"{binding.source}: site {fqn!r}: slot {slot!r} has shape {shape}, and the compiled code takes "
+            f"{room.shape} alone; package the program with this adapter"
+        )
+
+    def _install(self, values: Mapping[str, Tensor]) -> None:
+        """The code gets tensors of ours to read once, and later swaps write to them: torch keeps what
+        ``load_constants(user_managed=True)`` replaces alive for ever, so a fresh set per swap would leak."""
+        if self._buffers:
+            for fqn, value in values.items():
+                self._buffers[fqn].copy_(value)
+            return
+        buffers = {fqn: value.clone(memory_format=torch.contiguous_format) for fqn, value in values.items()}
+        self._model.load_constants(buffers, check_full_update=False, user_managed=True)
+        self._buffers = buffers
+
+    def __repr__(self) -> str:
+        adapter = "no adapter sites" if self.current is None else f"adapter {self.current.source!r}"
+        return f"PackagedProgram({str(self.path)!r}, {len(self._manifest.sites)} sites, {adapter})"
+
+
+def _import_types(specs: list[str]) -> None:
+    """Import the modules that define the containers in a package's tree specs, which registers them."""
+    for name in re.findall(r'"type": "([\w.]+)"', " ".join(specs)):
+        module = name.rpartition(".")[0]
+        if module in ("", "builtins"):
+            continue
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise BackendError(
+                f"the package takes or returns a {name}, and {module} cannot be imported: {error}"
+            ) from None

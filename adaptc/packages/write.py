@@ -1,0 +1,247 @@
+"""Programs compiled ahead of time into one file whose adapters can still be swapped.
+
+:func:`package_program` compiles with AOTInductor and keeps every slot as a named constant of a fixed shape. Slots are
+padded to a capacity, so that adapters of any rank up to it fit. The file needs neither the model nor adaptc to run with
+the adapter it was packaged with (``torch._inductor.aoti_load_package``); ``packages.run`` runs it and swaps.
+
+Private torch use, with the public route that was tried: ``torch._inductor.aot_compile`` and ``package_aoti`` are the
+two halves of ``aoti_compile_and_package``, which as a whole leaves a copy of all weights in the user's compiler cache,
+under a name that programs of equal code share.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from adaptc.binding.binding import Binding
+from adaptc.errors import BackendError, CheckpointError, ConfigError
+from adaptc.packages import manifest as _package_file
+from adaptc.packages.manifest import Input, Manifest, Room, Site
+from adaptc.packages.run import PackagedProgram
+from adaptc.passes.adapt.respecialize import Respecialize
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.method import Slot
+from adaptc.passes.train.set_mode import SetMode
+from adaptc.program.adapted import AdaptedProgram
+from adaptc.runtime.call_inputs import Inputs
+from adaptc.runtime.rank_padding import Padding, paddings
+
+__all__ = ["PackagedProgram", "package_program"]
+
+OPTIONS: Mapping[str, Any] = {
+    "aot_inductor.package": True,
+    # Without these two, small slots become literals in the code, and slots that hold one value are computed with.
+    "always_keep_tensor_constants": True,
+    "joint_graph_constant_folding": False,
+    # As many threads as where the file runs, not as where it was compiled.
+    "cpp.dynamic_threads": True,
+}
+
+
+def package_program(program: AdaptedProgram, path: Path, *, max_rank: int | None = None) -> Path:
+    """Compile ``program``, with its current adapter, into the file ``path`` (``.pt2``); returns ``path``.
+
+    ``max_rank`` is the largest rank that later swaps may have, at every site; by default each site keeps the larger of
+    its current rank and the one it was compiled with. Larger slots cost memory and time in each call. ``program`` is
+    not changed. A merged or unloaded program gives a package without slots.
+
+    Raises ConfigError for a ``max_rank`` that is too small or cannot be had, BackendError when the program cannot be
+    compiled (no C++ compiler, for one), CheckpointError when the file cannot be written; ``path`` is then as it was.
+    """
+    if not isinstance(program, AdaptedProgram):
+        raise ConfigError(f"package takes what adaptc.compile or adaptc.load gives, not a {type(program).__name__}")
+    if path.suffix != ".pt2" or not path.parent.is_dir():
+        raise CheckpointError(f"cannot package to {path}: the name must end in .pt2 and its directory must exist")
+    if max_rank is not None and (not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < 1):
+        raise ConfigError(f"max_rank must be a positive integer, got {max_rank!r}")
+    if program.current is not None and program.current.parts:
+        raise ConfigError(
+            f"a package holds one adapter at a time, and here {list(program.current.parts)} act together; merge() the "
+            "program to package them for good, or compile it for one of them"
+        )
+    if program.example_inputs is None:
+        raise BackendError("the program has no example inputs, which compiling needs; capture it with torch.export")
+    frozen, manifest, tensors = _Packer(program, max_rank).run()
+    try:
+        # Beside the target: there must be room for it here anyway, and a rename is atomic.
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+            made = _compiled(frozen, Path(scratch), path.name)
+            _package_file.write(made, manifest, tensors)
+            os.replace(made, path)
+    except OSError as error:
+        raise CheckpointError(f"could not write {path}: {error}") from error
+    return path
+
+
+class _Packer:
+    """What goes into one package: a program with padded slots, its manifest, and tensors made of base weights."""
+
+    def __init__(self, program: AdaptedProgram, max_rank: int | None) -> None:
+        self.program, self.max_rank = program, max_rank
+        self.binding: Binding | None = program.current
+        self.attachments = program.adaptation.attachments if self.binding is not None else ()
+        self.spec = program.spec()
+        self.rooms: dict[str, Room] = {}
+        self.values: dict[str, Tensor] = {}
+        self.tensors: dict[str, Tensor] = {}
+        self._paddings: dict[Any, dict[str, Padding] | None] = {}
+
+    def run(self) -> tuple[ExportedProgram, Manifest, dict[str, Tensor]]:
+        for a in self.attachments:
+            self._site(a)
+        if self.max_rank is not None and not any(r.padding for r in self.rooms.values()):
+            raise ConfigError(f"max_rank={self.max_rank} was given, but no site of the program has a rank to pad")
+        binding, program, adaptation = self.binding, self.program, self.program.adaptation
+        bases = [] if binding is None else list(binding.base)
+        self.tensors |= {f"base.{fqn}": self.program.base_tensors[fqn] for fqn in bases}
+        inputs = Inputs.of(program, adaptation.fills)
+        header = {"fills": dict(adaptation.fills)} if binding is None else adaptation.header(binding)
+        sites = [Site(a, program.ops[a.id], tuple(w.shape), w.dtype) for a in self.attachments for w in [self._base(a)]]
+        manifest = Manifest(self._device(), header, self._inputs(inputs), dict(inputs.ranges), sites, self.rooms, bases)
+        return self._frozen(), manifest, self.tensors
+
+    def _base(self, a: Attachment) -> Tensor:
+        return self.spec.weights[a.fqn]
+
+    def _device(self) -> str:
+        tensors = (t for t in self.program.state_dict.values() if isinstance(t, Tensor))
+        return next((t.device.type for t in tensors), "cpu")
+
+    def _site(self, a: Attachment) -> None:
+        assert self.binding is not None
+        op = self.program.ops[a.id]
+        identity = a.method.identity(op, self.spec.canonical(a), self.spec.dtype(a))
+        shapes = self._capacity(a)
+        for name, spec in a.method.slots(op).items():
+            fqn = a.slots[name]
+            if fqn in self.rooms:  # shared with a site that has been
+                continue
+            value, padding, shape = self.binding.values[fqn].detach(), self._padding(a, name), shapes[name]
+            constant = _uniform(identity[name], spec)
+            if a.id not in self.binding.methods and constant is not None and not spec.shared:
+                value = value.new_full(shape, constant)  # a site at the base, whatever its capacity
+            self.values[fqn] = _padded(a, name, value, padding, shape)
+            self.rooms[fqn] = Room(shape, value.dtype, padding, constant)
+            if constant is None and _fits(identity[name], padding, shape):
+                self.tensors[f"identity.{fqn}"] = _padded(a, name, identity[name], padding, shape)
+        if a.scale_slot is not None:
+            value = self.binding.values[a.scale_slot].detach()
+            self.values[a.scale_slot] = value.clone()
+            self.rooms[a.scale_slot] = Room(tuple(value.shape), value.dtype)
+
+    def _capacity(self, a: Attachment) -> dict[str, tuple[int, ...]]:
+        """The shape each slot of a site gets."""
+        assert self.binding is not None
+        op, own = self.program.ops[a.id], self.binding.methods.get(a.id)
+        current = {n: tuple(self.binding.values[f].shape) for n, f in a.slots.items()}
+        near = [b for b in self.attachments if b is a or set(b.slots.values()) & set(a.slots.values())]  # share slots
+        methods = [m for b in near for m in (self.binding.methods.get(b.id), b.method)]
+        ranks = [r for m in methods if m is not None and (r := m.rank()) is not None]
+        if not ranks or not any(s.free for s in a.method.slots(op).values()):
+            return current
+        rank = 0 if own is None else own.rank() or 0
+        if self.max_rank is not None and rank > self.max_rank:
+            raise ConfigError(
+                f"site {a.fqn!r} has rank {rank} now, more than max_rank={self.max_rank}; package with "
+                f"max_rank={rank} or more, or swap in a smaller adapter first"
+            )
+        large = a.method.with_rank(op, max(ranks) if self.max_rank is None else self.max_rank)
+        assert large is not None
+        wanted = {n: s.shape for n, s in large.slots(op).items()}
+        if wanted == current or all(self._padding(a, n) for n, s in a.method.slots(op).items() if s.free):
+            return wanted
+        if self.max_rank is None:
+            return current
+        raise ConfigError(
+            f"site {a.fqn!r}: adapters of method {a.method.name!r} cannot be padded to rank {self.max_rank}; package "
+            "without max_rank, and swap adapters of this very rank"
+        )
+
+    def _padding(self, a: Attachment, slot: str) -> Padding | None:
+        op = self.program.ops[a.id]
+        if not a.method.slots(op)[slot].free:
+            return None
+        key = (a.method, op, a.form)
+        if key not in self._paddings:
+            self._paddings[key] = paddings(a.method, op, a.form)
+        return (self._paddings[key] or {}).get(slot)
+
+    def _inputs(self, inputs: Inputs) -> list[Input]:
+        args, kwargs = self.program.example_inputs  # type: ignore[misc]  # checked by the caller
+        out = []
+        for value, (name, want) in zip(inputs(args, kwargs), inputs.expected, strict=True):
+            if isinstance(value, Tensor):
+                order = range(value.ndim) if value.is_contiguous() else value.dim_order()
+                out.append(Input(name, want, None, tuple(order)))
+            else:
+                out.append(Input(name, None, want))
+        return out
+
+    def _frozen(self) -> ExportedProgram:
+        """The program as it is compiled: in inference mode, with padded slots; it shares base tensors with the old."""
+        training = self.program.adaptation.training
+        lifted = Lifted(SetMode(training=False)(self.program).program if training else self.program)
+        names = {fqn: node.name for fqn, node in lifted.placeholders.items()}
+        Respecialize(self.attachments, self.program.ops, names, self.values)(lifted.graph)
+        for fqn, value in self.values.items():
+            is_param = isinstance(lifted.state_dict[fqn], nn.Parameter)
+            lifted.state_dict[fqn] = nn.Parameter(value, requires_grad=False) if is_param else value
+        for node in lifted.graph.nodes:
+            if "custom" in node.meta:  # the compiler writes into it, and copies of a graph share it
+                node.meta["custom"] = dict(node.meta["custom"])
+        return lifted.finish()
+
+
+def _padded(a: Attachment, slot: str, value: Tensor, padding: Padding | None, shape: tuple[int, ...]) -> Tensor:
+    """A copy with memory of its own: constants that share memory would be one constant."""
+    if not _fits(value, padding, shape):
+        raise ConfigError(f"site {a.fqn!r}: slot {slot!r} of shape {tuple(value.shape)} cannot be padded to {shape}")
+    return (value if padding is None else padding(value, shape)).clone(memory_format=torch.contiguous_format)
+
+
+def _fits(value: Tensor, padding: Padding | None, shape: tuple[int, ...]) -> bool:
+    return tuple(value.shape) == shape or (padding is not None and padding.fits(tuple(value.shape), shape))
+
+
+def _uniform(value: Tensor, spec: Slot) -> float | None:
+    return spec.fill if bool((value == spec.fill).all()) else None
+
+
+def _compiled(program: ExportedProgram, scratch: Path, name: str) -> Path:
+    """An AOTInductor archive called ``name``, with everything the compiler leaves behind in ``scratch`` too."""
+    from torch._inductor import aot_compile
+    from torch._inductor.package.package import package_aoti
+
+    args, kwargs = program.example_inputs  # type: ignore[misc]  # checked by the caller
+    code = scratch / "code"
+    code.mkdir()
+    try:
+        with torch.no_grad():
+            module = program.module(check_guards=False)
+            files = aot_compile(module, args, kwargs, options={**OPTIONS, "aot_inductor.output_path": str(code)})
+            package_aoti(str(scratch / name), files)  # type: ignore[arg-type]  # a list, as asked for
+    except Exception as error:
+        raise BackendError(_reason(error)) from error
+    return scratch / name
+
+
+def _reason(error: BaseException) -> str:
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    if any(type(e).__name__ == "InvalidCxxCompiler" for e in chain):
+        return (
+            "packaging needs a C++ compiler, and none works here. Install g++ or clang++, or name one in the "
+            "environment variable CXX; adaptc.save writes a file that needs none."
+        )
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"AOTInductor could not compile the program: {first}. adaptc.save writes a file that is not compiled."

@@ -1,0 +1,1 @@
+"""PEFT adapter directories as bytes and keys; no graph, no model."""

@@ -1,0 +1,251 @@
+"""PEFT adapter directories as files: config and tensors in, config and tensors out. No model is involved.
+
+Format (PEFT 0.21): ``adapter_config.json``, ``adapter_model.safetensors`` or ``adapter_model.bin``, ``README.md``. The
+adapter ``default`` lives at the root of the directory, any other in a sub-directory of its name; the model card is
+always at the root.
+
+Keys here are *bare*: without the ``base_model.model.`` of the file, which is put back exactly on the way out
+(``format`` has the rule). A file in which no key has a prefix is taken as bare already; a file that mixes the two is
+refused.
+
+Before :func:`write_adapter`: bare keys. After it: the new adapter complete, or the directory as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError, nearest
+from adaptc.peft_files import mapped as _mapped
+from adaptc.peft_files import safe_io as _safefile
+from adaptc.peft_files.format import (
+    BIN_NAME,
+    CARD_NAME,
+    CONFIG_NAME,
+    SAFE_NAME,
+    bare_key,
+    bare_keys,
+    file_key,
+    jsonable,
+    stored_config,
+    write_card,
+)
+from adaptc.peft_files.locate import config_in, listing, locate, plain_name
+
+__all__ = [
+    "AdapterFile",
+    "bare_key",
+    "check_finite",
+    "file_key",
+    "read_adapter",
+    "read_config",
+    "split_config",
+    "write_adapter",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterFile:
+    """One adapter as found on disk. ``tensors`` maps bare keys to memory-mapped tensors in the file's own dtypes."""
+
+    config: dict[str, Any]
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    path: Path
+    """The directory that holds the files (the sub-directory, for a named adapter)."""
+    weights: str = SAFE_NAME
+    runs: Sequence[Tensor] = field(default=(), repr=False)
+    """All floating data of the file in as few tensors as possible, where that is known."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data; with ``device="cpu"`` they stay on disk until they are used."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+
+def read_config(
+    path: str | os.PathLike[str], *, adapter_name: str | None = None, subfolder: str | None = None
+) -> dict[str, Any]:
+    """``adapter_config.json`` of one adapter, as read; ``path`` and the rest as in :func:`read_adapter`.
+
+    A ``runtime_config`` is dropped with a warning, as PEFT does: it is not part of an adapter.
+    Raises CheckpointError when there is no config, it is no JSON object, or it has no ``peft_type``.
+    """
+    return config_in(locate(path, adapter_name, subfolder))
+
+
+def read_adapter(
+    path: str | os.PathLike[str],
+    *,
+    adapter_name: str | None = None,
+    subfolder: str | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    device: str | torch.device = "cpu",
+) -> AdapterFile:
+    """Read a PEFT adapter directory without copying its tensors.
+
+    ``path`` is the directory PEFT saved to, or the sub-directory of a named adapter. ``adapter_name`` picks one of
+    several; None takes the one at the root, or the only one there is. ``key_mapping`` maps regular expressions to
+    replacements: on each bare key the first expression that matches anywhere is substituted, and no other is tried
+    (PEFT's ``load_peft_weights``). safetensors is preferred to ``.bin``. Any ``device`` but the CPU gets a copy.
+
+    Raises CheckpointError for missing, damaged or unsafe files, unknown key prefixes, and keys that coincide after the
+    mapping; ConfigError for a bad expression or device. Values are not looked at: see :func:`check_finite`.
+    """
+    where = locate(path, adapter_name, subfolder)
+    try:
+        rules = [(re.compile(pattern), new) for pattern, new in (key_mapping or {}).items()]
+        to = torch.device(device)
+    except (re.error, TypeError, RuntimeError) as exc:
+        raise ConfigError(f"cannot read {where}: bad key_mapping or device: {exc}") from exc
+    config = config_in(where)
+    name = next((n for n in (SAFE_NAME, BIN_NAME) if (where / n).is_file()), None)
+    if name is None:
+        raise CheckpointError(f"{where} has {CONFIG_NAME} but neither {SAFE_NAME} nor {BIN_NAME}. {listing(where)}")
+    file = where / name
+    raw, runs = _mapped.load(file) if name == SAFE_NAME else (_safefile.load_pickle(file), ())
+    if not raw:
+        raise CheckpointError(f"{file} holds no tensors at all. Was it saved before the weights were gathered?")
+
+    origin: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
+    for key, bare in bare_keys(file, list(raw), config["peft_type"]).items():
+        for pattern, new in rules:
+            try:
+                bare, hits = pattern.subn(new, bare)
+            except (re.error, IndexError) as exc:
+                raise ConfigError(f"key_mapping: {new!r} does not fit {pattern.pattern!r}: {exc}") from exc
+            if hits:
+                break
+        if bare in origin:
+            raise CheckpointError(
+                f"{file}: keys {origin[bare]!r} and {key!r} both become {bare!r}. "
+                f"{'Make the key_mapping tell them apart.' if rules else 'The file names one tensor twice.'}"
+            )
+        origin[bare] = key
+        tensors[bare] = raw[key]
+    if to.type != "cpu":
+        try:
+            tensors, runs = {k: t.to(to) for k, t in tensors.items()}, ()
+        except (RuntimeError, AssertionError, NotImplementedError) as exc:
+            raise ConfigError(f"cannot move the tensors of {file} to device {str(device)!r}: {exc}") from exc
+    return AdapterFile(config, MappingProxyType(tensors), where, name, runs)
+
+
+def write_adapter(
+    path: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    adapter_name: str = "default",
+    safe_serialization: bool = True,
+    base_model: str | None = None,
+) -> Path:
+    """Write an adapter that PEFT loads; returns the directory that holds it.
+
+    ``config`` needs ``peft_type``; it is stored as PEFT does (``inference_mode`` true, no ``runtime_config``, sets as
+    lists, sorted keys, ``peft_version`` filled in). ``tensors`` has bare keys, any shapes, dtypes and strides; shared
+    and strided tensors are copied. ``base_model`` fills in ``base_model_name_or_path``. An existing model card keeps
+    its body and its own metadata. Weights of the other format, which PEFT might prefer, are removed.
+
+    Everything is written aside and renamed into place. Raises CheckpointError, with the directory as it was.
+    """
+    root = Path(path)
+    out = root if adapter_name == "default" else root / plain_name(adapter_name, "adapter_name")
+    for p in (root, out):
+        if p.exists() and not p.is_dir():
+            raise CheckpointError(f"cannot write an adapter to {p}: it is a file. Choose a directory.")
+    stored = stored_config(config, base_model)
+    if not tensors:
+        raise CheckpointError(f"cannot write an adapter to {out}: it has no tensors, so it would do nothing.")
+    body, stale = (SAFE_NAME, BIN_NAME) if safe_serialization else (BIN_NAME, SAFE_NAME)
+    try:
+        # Sorted for readers, but not inside: of several keys of rank_pattern that match a module the first one rules.
+        text = json.dumps(dict(sorted(stored.items())), indent=2, default=jsonable)
+    except (TypeError, ValueError) as exc:
+        raise CheckpointError(f"cannot write {out / CONFIG_NAME}: {exc}. Config values must fit in JSON.") from exc
+    try:
+        data = _safefile.dense({file_key(k, stored["peft_type"]): t for k, t in tensors.items()})
+        with _safefile.staging(out) as stage:
+            (stage / CONFIG_NAME).write_text(text, encoding="utf-8")
+            _safefile.save_tensors(data, stage / body, safe=safe_serialization)
+            card = write_card(root / CARD_NAME, stage / CARD_NAME, stored)
+            for file in stage.iterdir():
+                _safefile.sync(file)
+            _safefile.commit(stage, out, body=body, head=CONFIG_NAME, stale=stale)
+            if card:  # last and alone: no adapter depends on what it says
+                try:
+                    os.replace(stage / CARD_NAME, root / CARD_NAME)
+                except OSError as exc:
+                    warnings.warn(f"{root / CARD_NAME} could not be updated: {exc}", AdaptcWarning, stacklevel=2)
+    except CheckpointError:
+        raise
+    except Exception as exc:  # safetensors, torch and the OS each have their own types for a full disk
+        reason = f"{type(exc).__name__}: {exc}"
+        raise CheckpointError(f"could not write {out / body} ({reason}). What was there before is unchanged.") from exc
+    return out
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: str | os.PathLike[str] = "the adapter") -> None:
+    """Raise CheckpointError, naming the first key, when a floating tensor holds NaN or infinity. Reads all data."""
+    if all_finite(tensors.values()):
+        return
+    for key, t in tensors.items():
+        if not (t.is_floating_point() or t.is_complex()):
+            continue
+        bad = ~torch.isfinite(t.float() if t.is_floating_point() and t.itemsize == 1 else t)
+        if count := int(bad.sum()):
+            first = tuple(bad.nonzero()[0].tolist())
+            raise CheckpointError(
+                f"{os.fspath(source)}: {key!r} {tuple(t.shape)} holds {count} values that are NaN or infinite, first "
+                f"at {first}. The training run diverged or the file is damaged; use an earlier checkpoint."
+            )
+
+
+@torch.no_grad()
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no floating tensor holds NaN or infinity, in one pass and with one wait per device and dtype.
+
+    Either makes the sum of its tensor NaN or infinite. So does an overflow of finite values: False means not known.
+    """
+    sums: dict[Any, list[Tensor]] = {}
+    for t in tensors:
+        if not (t.is_floating_point() or t.is_complex()):
+            continue
+        if t.itemsize == 1 or t.layout is not torch.strided or t.is_meta:
+            return False
+        sums.setdefault((t.device, t.dtype), []).append(t.sum())
+    return all(bool(torch.stack(s).isfinite().all()) for s in sums.values())
+
+
+def split_config(config: Mapping[str, Any], known_fields: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``config`` in two: the fields a config class knows, and the rest, which is named in one AdaptcWarning.
+
+    PEFT's rule: unknown fields come from a newer release and are dropped, on the assumption that their defaults mean
+    what there was before. The warning shows their values so that the assumption can be checked.
+    """
+    known = {k: v for k, v in config.items() if k in known_fields}
+    unknown = {k: v for k, v in config.items() if k not in known_fields}
+    if unknown:
+        each = []
+        for k, v in sorted(unknown.items()):
+            close = nearest(k, known_fields, 1)
+            each.append(f"{k}={v!r}" + (f" (close to {close[0]!r})" if close else ""))
+        warnings.warn(
+            f"{config.get('peft_type', 'adapter')} config: ignoring unknown fields {', '.join(each)}. They probably "
+            f"come from a newer release (peft_version {config.get('peft_version')}); if they change the method, "
+            f"the outputs will differ.",
+            AdaptcWarning,
+            stacklevel=2,
+        )
+    return known, unknown

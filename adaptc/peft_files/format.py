@@ -1,0 +1,131 @@
+"""The conventions of PEFT adapter directories: file names, key prefixes, the stored form of a config, the model card.
+
+Keys are *bare* everywhere in adaptc. In a file they carry a prefix that depends on the method:
+
+- ``base_model.model.<module path>.<slot>``: of one module, bare ``<module path>.<slot>``;
+- ``base_model.<name>``: of the whole model (``base_model.vera_A``), bare ``<name>``; the names are :data:`MODEL_LEVEL`;
+- prompt methods: ``prompt_embeddings`` and its like have no prefix, modules saved beside them have ``base_model.``.
+
+What must hold: ``bare_key(file_key(k, t), t) == k`` for every key and method, so nothing is guessed on the way back.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from adaptc.errors import AdaptcWarning, CheckpointError
+
+CONFIG_NAME = "adapter_config.json"
+SAFE_NAME = "adapter_model.safetensors"
+BIN_NAME = "adapter_model.bin"
+CARD_NAME = "README.md"
+PEFT_VERSION = "0.21.2"
+"""The PEFT release whose file format is written; recorded as ``peft_version`` in configs that name none."""
+
+MODEL_LEVEL: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "VERA": frozenset({"vera_A", "vera_B"}),
+        "PVERA": frozenset({"pvera_A", "pvera_B"}),
+        "RANDLORA": frozenset({"randlora_A", "randlora_B"}),
+        "FROD": frozenset({"frod_V", "frod_s_indices", "frod_s_size"}),
+        "TINYLORA": frozenset({"tinylora_v"}),
+        "UNILORA": frozenset({"unilora_theta_d"}),
+        "VBLORA": frozenset({"vblora_vector_bank"}),
+        "XLORA": frozenset({"internal_xlora_classifier"}),
+        "SHADOW": frozenset({"shadow_backbone", "shadow_projection", "shadow_head"}),
+    }
+)
+"""First key component of the tensors that belong to a whole model, by ``peft_type``."""
+
+_PROMPT_TYPES = frozenset({"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE", "CPT"})
+_PROMPT_KEYS = frozenset({"prompt_embeddings", "prefix_task_cols", "prefix_task_rows"})
+_MODULE, _MODEL = "base_model.model.", "base_model."
+
+
+def file_key(key: str, peft_type: str) -> str:
+    """The key a bare ``key`` has in a file of method ``peft_type``. Inverse of :func:`bare_key`."""
+    if peft_type in _PROMPT_TYPES:
+        return key if key in _PROMPT_KEYS else _MODEL + key
+    return (_MODEL if key.split(".", 1)[0] in MODEL_LEVEL.get(peft_type, ()) else _MODULE) + key
+
+
+def bare_key(key: str, peft_type: str) -> str | None:
+    """``key`` of a file without its prefix, or None when it has none that ``peft_type`` knows."""
+    if peft_type in _PROMPT_TYPES:
+        return key if key in _PROMPT_KEYS else key[len(_MODEL) :] if key.startswith(_MODEL) else None
+    if key.startswith(_MODULE):
+        return key[len(_MODULE) :]
+    rest = key.removeprefix(_MODEL)
+    return rest if rest != key and rest.split(".", 1)[0] in MODEL_LEVEL.get(peft_type, ()) else None
+
+
+def bare_keys(file: Path, keys: list[str], peft_type: str) -> dict[str, str]:
+    """Each of ``keys`` with its bare form. Raises CheckpointError when some have a known prefix and others do not."""
+    bare = {k: bare_key(k, peft_type) for k in keys}
+    if not any(k.startswith(_MODEL) for k in keys):
+        return {k: k for k in keys}
+    if odd := [k for k, b in bare.items() if not b]:
+        raise CheckpointError(
+            f"{file}: {len(odd)} of {len(keys)} keys do not have the prefix a {peft_type} file uses ('{_MODULE}', or "
+            f"'{_MODEL}' for {sorted(MODEL_LEVEL.get(peft_type, ())) or 'nothing else'}): {odd[:3]}. Rename them, or "
+            f"drop the prefix from all keys."
+        )
+    return {k: b for k, b in bare.items() if b}
+
+
+def stored_config(config: Mapping[str, Any], base_model: str | None) -> dict[str, Any]:
+    """``config`` as PEFT stores it. Raises CheckpointError when it names no method."""
+    stored = {k: v for k, v in config.items() if k != "runtime_config"}
+    kind = stored.get("peft_type")
+    kind = kind.value if isinstance(kind, Enum) else kind
+    if not isinstance(kind, str) or not kind:
+        raise CheckpointError(f"cannot write {CONFIG_NAME}: 'peft_type' must name the method, found {kind!r}.")
+    stored |= {"peft_type": kind, "inference_mode": True}
+    stored["peft_version"] = stored.get("peft_version") or PEFT_VERSION
+    if base_model is not None:
+        stored["base_model_name_or_path"] = base_model
+    return stored
+
+
+def jsonable(value: Any) -> Any:
+    """``json.dumps`` default: sets become sorted lists (PEFT's order follows the hash seed), enums their value."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=lambda v: (str(type(v)), v))
+    if isinstance(value, Enum):
+        return value.value
+    raise TypeError(f"{value!r} is a {type(value).__name__}")
+
+
+def write_card(existing: Path, new: Path, config: Mapping[str, Any]) -> bool:
+    """Write the model card ``new``, from ``existing`` if there is one. False when that one cannot be understood."""
+    from huggingface_hub import metadata_load, metadata_save
+
+    base = config.get("base_model_name_or_path")
+    try:
+        text = existing.read_text(encoding="utf-8") if existing.is_file() else ""
+        meta = dict(metadata_load(existing) or {}) if text else {}
+        tags = set(meta.get("tags") or [])
+    except Exception as exc:  # YAML by hand: any parser error means the same
+        warnings.warn(f"{existing} left as it is: its metadata cannot be read ({exc})", AdaptcWarning, stacklevel=3)
+        return False
+    if base:
+        meta.setdefault("base_model", base)
+        tags.add(f"base_model:adapter:{base}")
+    meta["library_name"] = "peft"
+    if config["peft_type"] == "LORA":
+        tags.add("lora")
+    if config.get("task_type") == "CAUSAL_LM":
+        meta.setdefault("pipeline_tag", "text-generation")
+    meta["tags"] = sorted(tags)
+    of = f" for {base}" if base else ""
+    new.write_text(
+        text or f"\n# {config['peft_type']} adapter{of}\n\n### Framework versions\n\n- PEFT {config['peft_version']}\n",
+        encoding="utf-8",
+    )
+    metadata_save(new, meta)
+    return True

@@ -1,0 +1,105 @@
+"""Find one adapter among the files of a directory, and read its config.
+
+Before: whatever path and names the caller has. After: the directory that holds exactly one adapter's files, or a
+CheckpointError that lists what is there. Names cannot lead out of the directory; hidden directories are never adapters.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from adaptc.errors import AdaptcWarning, CheckpointError, nearest
+from adaptc.peft_files import safe_io as _safefile
+from adaptc.peft_files.format import BIN_NAME, CONFIG_NAME, SAFE_NAME
+
+
+def locate(path: str | os.PathLike[str], adapter_name: str | None, subfolder: str | None) -> Path:
+    """The directory with the files of one adapter; arguments as in :func:`adaptc.peft_files.directory.read_adapter`."""
+    try:
+        return _locate(path, adapter_name, subfolder)
+    except OSError as exc:
+        raise CheckpointError(
+            f"cannot look for an adapter in {os.fspath(path)}: {exc}. Check its permissions."
+        ) from exc
+
+
+def _locate(path: str | os.PathLike[str], adapter_name: str | None, subfolder: str | None) -> Path:
+    root = Path(path)
+    if subfolder is not None:
+        root = root.joinpath(*(plain_name(part, "subfolder") for part in Path(subfolder).parts))
+    if root.is_file():
+        raise CheckpointError(f"{root} is a file; give the directory that holds it: {root.parent}.")
+    if not root.is_dir():
+        near = next((p for p in root.parents if p.is_dir()), Path("."))
+        raise CheckpointError(
+            f"no adapter directory {root}. {listing(near, root.name)} Adapters are read from local directories only; "
+            f"huggingface_hub.snapshot_download fetches one."
+        )
+
+    def holds(d: Path) -> bool:
+        return any((d / n).is_file() for n in (CONFIG_NAME, SAFE_NAME, BIN_NAME))
+
+    named = [d.name for d in sorted(root.iterdir()) if not d.name.startswith(".") and d.is_dir() and holds(d)]
+    if adapter_name not in (None, "default"):
+        if plain_name(adapter_name, "adapter_name") in named:
+            return root / adapter_name
+        if holds(root) and Path(os.path.abspath(root)).name == adapter_name:
+            return root
+        have = ", ".join((["'default' (at the root)"] if holds(root) else []) + [repr(n) for n in named]) or "none"
+        raise CheckpointError(f"{root} has no adapter {adapter_name!r}. Adapters there: {have}. {listing(root)}")
+    if holds(root):
+        return root
+    if hint := _interrupted(root):  # the adapter wanted may be the one that is gone: take no other in its place
+        raise CheckpointError(f"{root} holds no adapter.{hint} {listing(root)}")
+    if (len(named) == 1 and adapter_name is None) or "default" in named:
+        return root / ("default" if "default" in named else named[0])
+    if named:
+        raise CheckpointError(
+            f"{root} holds no adapter at its root but these in it: {named}. Choose with adapter_name, or give the "
+            f"directory of one: {root / named[0]}."
+        )
+    raise CheckpointError(f"{root} holds no adapter: {CONFIG_NAME} and {SAFE_NAME} are missing. {listing(root)}")
+
+
+def plain_name(name: str, what: str) -> str:
+    """``name``, if it can only mean an entry of the directory it is joined to."""
+    if not name or name.startswith(".") or set(name) & set("/\\\0"):
+        raise CheckpointError(f"{what} {name!r} must be a plain name: no path separators, no leading dot.")
+    return name
+
+
+def listing(where: Path, wanted: str = "") -> str:
+    """A sentence for an error: the entries of ``where``, or those close to ``wanted`` when there are any."""
+    names = sorted(p.name + ("/" if p.is_dir() else "") for p in where.iterdir())
+    if close := nearest(wanted, [n.rstrip("/") for n in names]) if wanted else []:
+        return f"Close names in {where}: {', '.join(close)}."
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    return f"{where} contains: {', '.join(names[:12]) or 'nothing'}{more}."
+
+
+def config_in(where: Path) -> dict[str, Any]:
+    """The config of the adapter in ``where``; has a ``peft_type`` string and no ``runtime_config``."""
+    file = where / CONFIG_NAME
+    if not file.is_file():
+        raise CheckpointError(
+            f"{where} has no {CONFIG_NAME}, so its method is unknown.{_interrupted(where)} {listing(where)}"
+        )
+    config = _safefile.read_json_object(file)
+    if not isinstance(config.get("peft_type"), str):
+        close = nearest("peft_type", config, 1)
+        raise CheckpointError(
+            f"{file}: 'peft_type' must name the method (such as \"LORA\"), found {config.get('peft_type')!r}."
+            + (f" Is {close[0]!r} a misspelling of it?" if close else " Is it an adapter config?")
+        )
+    if config.pop("runtime_config", None) is not None:
+        warnings.warn(f"{file}: ignoring runtime_config, which is not part of an adapter", AdaptcWarning, stacklevel=3)
+    return config
+
+
+def _interrupted(where: Path) -> str:
+    if any(p.name.startswith(_safefile.STAGE_PREFIX) for p in where.iterdir()):
+        return f" A write was interrupted: the old files are in {_safefile.STAGE_PREFIX}*/old."
+    return ""

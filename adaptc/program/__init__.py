@@ -1,0 +1,1 @@
+"""The program users hold, and what makes another one of it."""

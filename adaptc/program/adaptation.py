@@ -1,0 +1,75 @@
+"""What a program remembers of how it was adapted, and the header by which files remember it.
+
+The header is the part that does not follow from the regions in the graph. It is written and read here alone; its format
+has a number, and a file of another format is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from adaptc.binding.binding import Binding
+from adaptc.errors import CheckpointError
+from adaptc.passes.ir.attachment import Attachment
+
+#: of the header and of region tags
+FORMAT = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Adaptation:
+    """``matches``: target entry -> the modules it selected; ``left_out``: (module, why). ``fills``: how keyword inputs
+    that a caller leaves out are made. ``training``: captured for training. ``autocast``: adapters of half-precision
+    bases are float32. ``trail``: the passes the program went through, with their counts."""
+
+    attachments: Sequence[Attachment] = ()
+    matches: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    left_out: Sequence[Sequence[str]] = ()
+    fills: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    training: bool = False
+    autocast: bool = True
+    #: base parameters of which only the adapter's own version is known (a PiSSA program loaded from a file)
+    residual: Sequence[str] = ()
+    #: key -> FQN of tensors of modules trained as a whole that the program does not read, but files hold
+    unread: Mapping[str, str] = field(default_factory=dict)
+    trail: Sequence[tuple[str, int]] = ()
+
+    def header(self, binding: Binding) -> dict[str, Any]:
+        """Plain JSON values: all but the attachments, and what of ``binding`` the program's tensors do not say."""
+        return {
+            "format": FORMAT,
+            "config": binding.config.to_dict(),
+            "present": list(binding.methods),
+            "residual": list({**dict.fromkeys(self.residual), **binding.base}),
+            "matches": {k: list(v) for k, v in self.matches.items()},
+            "left_out": [list(x) for x in self.left_out],
+            "fills": {k: list(v) for k, v in self.fills.items()},
+            "training": self.training,
+            "autocast": self.autocast,
+            "unread": dict(self.unread),
+            "carried": [k for k in binding.carried if k not in self.unread],
+            "parts": {n: {"config": p.config.to_dict(), "present": list(p.methods)} for n, p in binding.parts.items()},
+            "trail": [list(step) for step in self.trail],
+        }
+
+    @classmethod
+    def from_header(cls, stored: Mapping[str, Any], attachments: Sequence[Attachment]) -> Adaptation:
+        """Inverse of :meth:`header`, for these attachments."""
+        kept = ("matches", "left_out", "fills", "training", "autocast", "residual", "unread", "trail")
+        return cls(attachments, **{name: stored[name] for name in kept})
+
+    def bare(self) -> Adaptation:
+        """That of the program without its adapters."""
+        return Adaptation(fills=self.fills, trail=self.trail)
+
+
+def check_format(stored: Mapping[str, Any], source: str) -> None:
+    """Raises CheckpointError for a header that this adaptc does not read."""
+    found = stored.get("format")
+    if found != FORMAT:
+        raise CheckpointError(
+            f"{source} was saved by another version of adaptc: its format is {found!r}, and this one reads {FORMAT}. "
+            "Save the program again from the model and its adapter"
+        )

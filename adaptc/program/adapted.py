@@ -1,0 +1,167 @@
+"""AdaptedProgram: the program users hold. An exported program that knows its adapters.
+
+It *is* a ``torch.export.ExportedProgram``: everything that takes one takes it. On top it is callable, can be swapped,
+bound, trained and moved; its state, and how it keeps itself consistent, is in ``core``.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+from torch import fx
+
+from adaptc.binding.source import as_binding
+from adaptc.errors import AdaptcError
+from adaptc.passes.ir.pass_infra import Trail
+from adaptc.passes.train.fuse_training import fuse_training
+from adaptc.passes.train.set_mode import set_mode
+from adaptc.program.bound import Bound
+from adaptc.program.core import ProgramCore
+from adaptc.program.unload import unloaded
+from adaptc.runtime.held_values import Held
+from adaptc.runtime.variants import Fusion
+
+
+class AdaptedProgram(ProgramCore):
+    """A program with adapters. Made by ``adaptc.compile`` and ``adaptc.load``, not by hand."""
+
+    def bind(self, adapter: Any, *, form: str = "apply", memory_limit: int | None = None, **options: Any) -> Bound:
+        """A callable that keeps this adapter and can be used from any thread.
+
+        ``adapter``: a PEFT adapter directory, a state dict, or a :class:`Binding`; errors as for ``adaptc.swap``.
+        ``form``: "apply" shares the program's code and base; "weight" runs the base's graph on weights of its own, as
+        fast as the base, for the memory of the adapted weights (``held`` says how much); "auto" decides by the work
+        that the adapter adds to a call and by ``memory_limit``, in bytes, None for any (``why`` gives the reason).
+        In the weight form later writes to base tensors are not followed. Raises MergeError where a method has none.
+        """
+        return Bound(self, as_binding(self, adapter, **options), form, memory_limit)
+
+    @property
+    def base(self) -> AdaptedProgram:
+        """The program without adapters, for requests that want none: it shares the weights, and pays for nothing else.
+
+        Equal to the unadapted model up to rounding, since siblings share a product here too; ``adaptc.unload`` gives
+        the one that is equal to the bit. Raises MergeError as ``adaptc.unload`` does.
+        """
+        return self.remembered_base(lambda: unloaded(self).with_options(fuse=self.fuse))
+
+    # -- options -------------------------------------------------------------------------------------------------------
+
+    @property
+    def backend(self) -> str:
+        """What runs the graph: "eager" or "inductor". Setting it makes the code anew. Raises BackendError for any other
+        value, and where the program was made for another backend."""
+        return self.options.backend
+
+    @backend.setter
+    def backend(self, value: str) -> None:
+        self.set_options(backend=value)
+
+    @property
+    def fuse(self) -> bool | frozenset[str]:
+        """Whether layers that read one tensor share a product; False computes every layer on its own.
+
+        It is for the eager backend, fused kernels, and :meth:`module`; code for a compiler on the CPU is never fused.
+
+        Fused weights lie in one buffer, of which the parameters are views: nothing is held twice. A set names the
+        weights that may be moved. Setting it makes the code anew. Raises ConfigError for any other value.
+        """
+        return self.options.fuse
+
+    @fuse.setter
+    def fuse(self, value: bool | frozenset[str]) -> None:
+        self.set_options(fuse=value)
+
+    @property
+    def kernels(self) -> bool | None:
+        """Whether calls run adapters as fused Triton kernels (``adaptc.kernels``), where their methods have them.
+
+        None: where the base is on a GPU. True elsewhere computes what the kernels would, with torch alone. ``report``
+        says which sites have none, and why. Setting it makes the code anew. Raises ConfigError for any other value.
+        """
+        return self.options.kernels
+
+    @kernels.setter
+    def kernels(self, value: bool | None) -> None:
+        self.set_options(kernels=value)
+
+    @property
+    def hoist_limit(self) -> int | None:
+        """Bytes that values computed once per binding may hold; None for any number, 0 to compute all in every call.
+
+        Over the limit, values that save least work for their bytes are computed in every call. It is kept for slots
+        of the size they have when the program is first called. Setting it makes the code anew (inductor compiles).
+        Raises ConfigError for anything but None and numbers from 0.
+        """
+        return self.options.hoist_limit
+
+    @hoist_limit.setter
+    def hoist_limit(self, value: int | None) -> None:
+        self.set_options(hoist_limit=value)
+
+    # -- what calls do -------------------------------------------------------------------------------------------------
+
+    @property
+    def held(self) -> Held:
+        """What is computed once for the current binding; nothing before its first call."""
+        arguments = self.running[1]
+        return Held() if arguments is None else arguments.held
+
+    @property
+    def fusion(self) -> Fusion:
+        """Which layers that read one tensor share a product; nothing before the first call."""
+        executor = self.running[0]
+        return Fusion() if executor is None else executor.fusion
+
+    @property
+    def passes(self) -> dict[str, Trail]:
+        """The passes it went through, with how much each changed: "program" for its graph, and for each kind of code
+        that calls have made so far those which that code went through."""
+        executor = self.running[0]
+        return {
+            "program": tuple((n, c) for n, c in self.adaptation.trail),
+            **({} if executor is None else executor.trails),
+        }
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def module(self, check_guards: bool = True) -> fx.GraphModule:
+        """An ``nn.Module`` to train: its parameters are the program's own; only adapter parameters require grad.
+
+        ``train()`` and ``eval()`` switch dropout and batch norm, for programs compiled with ``training=True``. Where
+        there is something to train and :attr:`fuse` is on, layers with LoRA, gated activations and the cross entropy of
+        a head run as one step each, with backwards of their own: equal gradients, of first order alone.
+        """
+        module = super().module(check_guards=check_guards)
+        values = {} if self.current is None else self.current.values
+        trainable = {id(t) for t in values.values() if t.requires_grad}
+        for p in module.parameters():
+            p.requires_grad_(id(p) in trainable)
+        if trainable and self.fuse:
+            fuse_training(module)
+        _allow_modes(module, self.adaptation.training)
+        return module
+
+
+def _allow_modes(module: fx.GraphModule, captured_for_training: bool) -> None:
+    """Give an exported module the ``train`` and ``eval`` it refuses: they rewrite the flags in its graph."""
+
+    def train(self: fx.GraphModule, mode: bool = True) -> fx.GraphModule:
+        if mode and not captured_for_training:
+            raise AdaptcError(
+                "the program was captured for inference, without its dropout; compile(model, config, training=True) to "
+                "train with train() and eval(). Training without dropout needs no train() call."
+            )
+        set_mode(self, mode)
+        for m in self.modules():
+            m.training = mode
+        return self
+
+    def eval_(self: fx.GraphModule) -> fx.GraphModule:
+        return train(self, False)
+
+    module.train = types.MethodType(train, module)  # type: ignore[method-assign]
+    module.eval = types.MethodType(eval_, module)  # type: ignore[method-assign]
+    for m in module.modules():
+        m.training = captured_for_training

@@ -1,0 +1,112 @@
+"""One adapter bound to a program: a callable that keeps it, whatever the program is swapped to.
+
+It stands in one of two forms, which compute the same up to rounding:
+
+    apply    the program's own code with this adapter's tensors: no memory but theirs
+    weight   the base's graph on weights of its own, W' = weight(W) made once: as fast as the base, and as large, over
+             the adapted weights
+
+``auto`` takes the weight form where the adapter would cost a call more than a twentieth of the adapted layers' own work
+(symbolic, at the sizes of the example inputs), the weights fit a memory limit, and are not in half precision, where
+rounding W' once is not what the program does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptc.binding.binding import Binding
+from adaptc.errors import ConfigError
+from adaptc.passes.ir.costs import at_sizes, example_sizes, node_work
+from adaptc.passes.ir.regions import node_tag
+from adaptc.passes.ir.storage import storage_key
+from adaptc.passes.optimize.sibling_cost import DISPATCH
+from adaptc.program.core import ProgramCore
+from adaptc.program.merge import merged
+from adaptc.runtime.held_values import Held
+from adaptc.runtime.options import check_limit
+from adaptc.tables import size
+
+FORMS = ("apply", "weight", "auto")
+#: the part of the adapted layers' work above which an adapter is worth weights of its own
+SHARE = 0.05
+
+
+class Bound:
+    """Made by ``AdaptedProgram.bind``. ``form`` is what it stands in, ``why`` the reason."""
+
+    def __init__(
+        self, program: ProgramCore, binding: Binding, form: str = "apply", memory_limit: int | None = None
+    ) -> None:
+        self.program, self.binding = program, binding
+        self.form, self.why = choose(program, binding, form, memory_limit)
+        self._weights: tuple[Tensor, ...] = ()
+        if self.form == "weight":
+            runs, self._weights = own_weights(program, binding)
+            self._executor = runs.executor()
+            self._arguments = runs.arguments()
+        else:
+            self._executor = program.executor()
+            self._arguments = self._executor.arguments(binding)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._executor(self._arguments, args, kwargs)
+
+    @property
+    def held(self) -> Held:
+        """What is computed once for this binding: in the weight form its weights, else nothing before its first
+        call."""
+        own = Held(len(self._weights), sum(t.nbytes for t in self._weights))
+        return own + self._arguments.held
+
+    def __repr__(self) -> str:
+        memory = f", {size(self.held.nbytes)} of weights" if self._weights else ""
+        return f"Bound({self.binding.source!r}, {len(self.binding.methods)} sites, {self.form} form{memory})"
+
+
+def own_weights(program: ProgramCore, binding: Binding) -> tuple[ProgramCore, tuple[Tensor, ...]]:
+    """The base's program on the weights that ``binding`` makes, and those weights; all others are shared."""
+    made, _ = merged(program.with_binding(binding))
+    shared = {storage_key(t) for t in program.base_tensors.values() if isinstance(t, Tensor)}
+    new = {f: t for f, t in made.state_dict.items() if isinstance(t, Tensor) and storage_key(t) not in shared}
+    # Of siblings, only weights that are this binding's own may move into one buffer.
+    made.set_options(fuse=frozenset(new))
+    return made, tuple({storage_key(t): t for t in new.values()}.values())
+
+
+def choose(program: ProgramCore, binding: Binding, form: str, limit: int | None) -> tuple[str, str]:
+    """(form, why). Raises ConfigError for a form that does not exist, and for a limit that is no number of bytes."""
+    if form not in FORMS:
+        raise ConfigError(f"form={form!r} is not one of {', '.join(FORMS)}")
+    check_limit(limit, "memory_limit")
+    if form != "auto":
+        return form, "asked for"
+    adapted = [a for a in program.adaptation.attachments if a.id in binding.methods]
+    weights = {a.fqn: program.base_tensors[a.fqn] for a in adapted}
+    if any(a.method.check_merge(program.ops[a.id]) for a in adapted):
+        return "apply", "a method of the adapter has no form on the weight"
+    if any(t.is_floating_point() and t.itemsize < 4 for t in weights.values()):
+        return "apply", "weights in half precision would round the change"
+    needed = sum(t.nbytes for t in weights.values())
+    if limit is not None and needed > limit:
+        return "apply", f"its own weights would take {needed:,} bytes, over the limit of {limit:,}"
+    share = overhead(program)
+    if share <= SHARE:
+        return "apply", f"the adapter costs {share:.1%} of the adapted layers' own work"
+    return "weight", f"the adapter would cost {share:.1%} of the adapted layers' own work in every call"
+
+
+@torch.no_grad()
+def overhead(program: ProgramCore) -> float:
+    """The work of a program's regions over that of the layers they stand at, for one call at the example sizes."""
+    graph, sizes = program.graph, example_sizes(program)
+    layers = {name for a in program.adaptation.attachments for name in a.consumers}
+    regions, base = [], []
+    for node in graph.nodes:
+        if node.op == "call_function":
+            (regions if node_tag(node) else base if node.name in layers else []).append(node)
+    work = [sum(at_sizes(node_work(n), sizes) for n in nodes) + DISPATCH * len(nodes) for nodes in (regions, base)]
+    return float(work[0] / work[1]) if base else 0.0

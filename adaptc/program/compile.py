@@ -1,0 +1,210 @@
+"""From a model and configs to a program: capture, plan, first values, inject.
+
+Before: whatever a user hands to ``adaptc.compile``. After: a program with a region at every site that any of the
+adapters asks for, bound to the first of them; or an error, and the model as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from adaptc.binding.bind import bind, first_values, joined
+from adaptc.binding.binding import Binding, BindingSpec
+from adaptc.binding.combine import joint_spec, named, part_of, together
+from adaptc.binding.source import as_config, fitted
+from adaptc.capture.capture import Captured, capture
+from adaptc.capture.replicate_layers import replicate_layers
+from adaptc.errors import ConfigError
+from adaptc.methods import AdapterConfig, ModelFacts, TargetedConfig, check_registered, is_own
+from adaptc.passes.adapt.choose_forms import FORMS
+from adaptc.passes.adapt.inject import Inject
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.method import Method
+from adaptc.passes.ir.method_checks import check_promises
+from adaptc.passes.ir.ops import Op, op_of
+from adaptc.passes.ir.pass_infra import PassManager
+from adaptc.peft_files.directory import AdapterFile
+from adaptc.program.adaptation import Adaptation
+from adaptc.program.adapted import AdaptedProgram
+from adaptc.runtime.options import RunOptions
+from adaptc.runtime.weight_buffers import alias
+from adaptc.targets.plan import Plan, plan
+from adaptc.targets.union import union
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What the user wants at the sites of one adapter: its config, its file if it came as one, and its name."""
+
+    name: str
+    config: TargetedConfig
+    file: AdapterFile | None = None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A captured model, and what is to become of it: the sites of all adapters, and what they are bound with."""
+
+    captured: Captured
+    adapters: Sequence[Adapter]
+    plans: Sequence[Plan]
+    spec: BindingSpec
+
+
+def planned(
+    model: Any,
+    config: Any,
+    options: RunOptions,
+    *,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = "auto",
+    adapter_name: str = "default",
+    training: bool = False,
+    form: str = "auto",
+    autocast: bool = True,
+    key_mapping: Mapping[str, str] | None = None,
+) -> Planned:
+    """The first half of ``adaptc.compile``: all that is known before there are values."""
+    if form not in FORMS:
+        raise ConfigError(f"form={form!r} is not one of {', '.join(FORMS)}")
+    by_name = named(config)
+    adapters = _adapters(config, by_name, adapter_name, key_mapping)
+    model = _replicated(model, [a.config for a in adapters])
+    captured = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, training=training)
+    facts = ModelFacts(
+        captured.module_types,
+        captured.model_type,
+        captured.output_embedding,
+        captured.input_embedding,
+        _transposed(model),
+        bare=not isinstance(model, nn.Module),
+    )
+    base = Lifted(captured.program, edit=False)
+    adapters = [_fitted(a, base) for a in adapters]
+    plans = [plan(a.config, captured.program, facts, a.name, base) for a in adapters]
+    adapters = [replace(a, config=p.config) for a, p in zip(adapters, plans, strict=True)]
+    attachments = union(plans, training, options.backend, form, apart=by_name is not None)
+    spec = _spec(base, attachments, autocast, _trainable(adapters[0], training), plans)
+    return Planned(captured, adapters, plans, spec)
+
+
+def compiled(
+    model: Any, config: Any, options: RunOptions, *, generator: torch.Generator | None = None, **planning: Any
+) -> AdaptedProgram:
+    """See ``adaptc.compile``; ``planning`` as for :func:`planned`."""
+    p = planned(model, config, options, **planning)
+    spec, captured = p.spec, p.captured
+    _check_methods(spec)
+    if named(config) is None:
+        binding = _first_binding(spec, p.plans[0], p.adapters[0], generator)
+    else:
+        binding = together({a.name: _first_binding(part_of(spec, a.name), None, a, generator) for a in p.adapters})
+    adaptation = Adaptation(
+        spec.attachments,
+        matches={k: v for one in p.plans for k, v in one.matches.items()},
+        left_out=p.plans[0].left_out,
+        fills=captured.fills,
+        training=captured.training,
+        autocast=spec.autocast,
+        unread=spec.unread,
+    )
+    inject = Inject(spec.attachments, binding.values, adaptation.header(binding), captured.training)
+    done = PassManager([inject])(captured.program)
+    adaptation = replace(adaptation, attachments=done.data[0], trail=done.trail)
+    alias([*captured.program.state_dict.values(), *done.output.state_dict.values()])
+    return AdaptedProgram(done.output, adaptation, binding, options)
+
+
+def _check_methods(spec: BindingSpec) -> None:
+    """Methods that are not adaptc's own are held to their promises before there is a program that relies on them. The
+    promises about values are tried where the weight is smallest, since they take as long as the weight is large."""
+    foreign: dict[type[Method], dict[tuple[Method, Op, bool], None]] = {}
+    for a in spec.attachments:
+        check_registered(a.method)
+        method, op = a.method.evaluated().unwrap(spec.ops[a.id])
+        if not is_own(method):
+            half = spec.weights[a.fqn].dtype.itemsize < 4
+            foreign.setdefault(type(method), {})[(method, op, half)] = None
+    for sites in foreign.values():
+        smallest = min(sites, key=lambda site: prod(site[1].shape))
+        for site in sites:
+            check_promises(*site, values=site == smallest)
+
+
+def _adapters(
+    config: Any, by_name: Mapping[str, Any] | None, name: str, key_mapping: Mapping[str, str] | None
+) -> list[Adapter]:
+    if by_name is not None:
+        given = list(by_name.items())
+    else:
+        given = [(name, c) for c in (config if isinstance(config, (list, tuple)) else [config])]
+    if not given:
+        raise ConfigError("config is an empty list: give a config, an adapter directory, or a list of them")
+    parsed = [(n, *as_config(c, key_mapping)) for n, c in given]
+    return [Adapter(n, _targeted(c), file) for n, c, file in parsed]
+
+
+def _targeted(config: AdapterConfig) -> TargetedConfig:
+    if not isinstance(config, TargetedConfig):
+        raise ConfigError(f"{type(config).__name__} does not choose layers, so it cannot be compiled into a program")
+    return config
+
+
+def _fitted(adapter: Adapter, base: Lifted) -> Adapter:
+    config, file = fitted(adapter.config, adapter.file, base.state_dict)
+    return replace(adapter, config=_targeted(config), file=file)
+
+
+def _replicated(model: Any, configs: Sequence[TargetedConfig]) -> Any:
+    wanted = {str(c.layer_replication) for c in configs}
+    ranges = configs[0].layer_replication
+    if wanted == {"None"}:
+        return model
+    if len(wanted) > 1 or ranges is None:
+        raise ConfigError(
+            f"layer_replication differs between the adapters: {sorted(wanted)}; they need programs of their own"
+        )
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            "layer_replication restacks the model's layers, so it needs the nn.Module, not a program of it"
+        )
+    return replicate_layers(model, [(int(a), int(b)) for a, b in ranges])
+
+
+def _transposed(model: Any) -> frozenset[str]:
+    """Modules that store stacked experts as (experts, in, out), by transformers' own flag."""
+    if not isinstance(model, nn.Module):
+        return frozenset()
+    return frozenset(n for n, m in model.named_modules() if getattr(m, "is_transposed", False))
+
+
+def _trainable(adapter: Adapter, training: bool) -> bool:
+    """Files always say inference_mode; what says whether their adapter is to be trained is the program's purpose."""
+    return not adapter.config.inference_mode if adapter.file is None else training
+
+
+def _spec(
+    base: Lifted, attachments: Sequence[Attachment], autocast: bool, trainable: bool, plans: Sequence[Plan]
+) -> BindingSpec:
+    ops = {a.id: op_of(a.kind, base.tensor(a.fqn), base.nodes[a.consumers[0]]) for a in attachments}
+    unread = {key: fqn for p in plans for key, fqn in p.unread.items()}
+    return joint_spec(BindingSpec(attachments, ops, base.state_dict, autocast, trainable, unread))
+
+
+def _first_binding(
+    spec: BindingSpec, first: Plan | None, adapter: Adapter, generator: torch.Generator | None
+) -> Binding:
+    """What an adapter starts with; ``first`` is its plan, None when the spec is its own."""
+    if adapter.file is not None:
+        return bind(spec, adapter.config, adapter.file.tensors, str(adapter.file.path), fit=False)
+    if first is None:
+        return first_values(spec, adapter.config, generator)
+    own = joined({a.id: a.method for a in first.attachments}, spec.ops)
+    return first_values(spec, adapter.config, generator, only=own)

@@ -1,0 +1,32 @@
+"""Lower: a program with its adapters as fused kernels in its graph, for files and artifacts that run on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TypeVar
+
+from adaptc.errors import BackendError
+from adaptc.passes.lower.lower_regions import Lower
+from adaptc.program.core import ProgramCore
+from adaptc.runtime.gpu_variants import check_triton, runs_on_gpu
+
+P = TypeVar("P", bound=ProgramCore)
+
+
+def lowered(program: P) -> P:
+    """See ``adaptc.lower``. Raises BackendError where the base is not on a GPU, or triton is not installed."""
+    check_triton()
+    if not runs_on_gpu(program.base_tensors.values()):
+        raise BackendError(
+            "the program's weights are not on a GPU, where its kernels would run: move the model there (model.cuda()) "
+            "before adaptc.compile, or the program: prog.to('cuda')"
+        )
+    return with_kernels(program)
+
+
+def with_kernels(program: P) -> P:
+    """``program`` with kernels in its graph, wherever it is."""
+    a = program.adaptation
+    done = Lower(a.attachments, program.ops)(program)
+    adaptation = replace(a, trail=(*a.trail, *done.trail))
+    return type(program)(done.output, adaptation, program.binding, program.options, program.originals)

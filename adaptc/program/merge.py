@@ -1,0 +1,104 @@
+"""Merge and unmerge: from one program to another.
+
+Before: a program with adapters. After a merge: a plain program with the adapter folded into its weights, that knows
+where it came from. The graph of a merged program does not depend on an adapter's values, so it is made once: where the
+same sites were merged before, the new program has that graph and the weights this merge makes, which takes no more than
+making them. The graph is remembered without its weights, and only where a merge changes nothing but weights of one
+shape: not where biases are merged, grouped convolutions become dense, or the base is given up.
+
+Unmerge gives the program back that a merge came from, by reference: nothing is subtracted, so nothing can drift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from adaptc.errors import MergeError
+from adaptc.passes.adapt.merge import Merge, SiteMerge
+from adaptc.passes.ir.pass_infra import Pass, PassManager
+from adaptc.passes.train.set_mode import SetMode
+from adaptc.program.core import Origin, ProgramCore
+
+P = TypeVar("P", bound=ProgramCore)
+
+
+@dataclass(frozen=True, eq=False)
+class Remembered:
+    """A merged program without the weights that were merged. ``names``: under which it has each of them; ``order``: all
+    names of its state dict; ``untied``: of each weight."""
+
+    program: ProgramCore
+    names: Sequence[Sequence[str]]
+    order: Sequence[str]
+    untied: Sequence[bool]
+
+    @classmethod
+    def of(cls, merged: ProgramCore, rows: Sequence[SiteMerge]) -> Remembered:
+        state = merged.state_dict
+        names = [[n for n, t in state.items() if t is state[r.fqn]] for r in rows]
+        gone = {n for group in names for n in group}
+        kept = merged.with_tensors({n: t for n, t in state.items() if n not in gone})
+        return cls(kept, names, list(state), [r.untied for r in rows])
+
+    def again(self, weights: Sequence[Tensor]) -> ProgramCore:
+        """One of its own, with these weights."""
+        own = {n: w for names, w in zip(self.names, weights, strict=True) for n in names}
+        state = self.program.state_dict
+        return self.program.with_tensors({n: own[n] if n in own else state[n] for n in self.order})
+
+
+def merged(
+    program: P,
+    *,
+    safe: bool = True,
+    keep_base: bool = True,
+    progress: Callable[[Sequence[Any]], Any] = iter,
+) -> tuple[P, Sequence[SiteMerge]]:
+    """The merged program, and a row per weight for the report; see ``adaptc.merge``. ``progress`` wraps the sequence of
+    weights. Raises MergeError, with ``program`` unchanged."""
+    binding = program.binding
+    present = [a for a in program.adaptation.attachments if a.id in binding.methods]
+    rest = tuple(a.id for a in program.adaptation.attachments if a.id not in binding.methods)
+    release = None if keep_base else program.release
+    fold = Merge(present, dict(binding.values), safe, release, progress, rest)
+    origin = Origin(program, binding) if keep_base else None
+    del binding  # it may hold base tensors
+    key = tuple(a.id for a in present)
+    plain = keep_base and not any(a.method.has_bias() for a in present)
+    shapes = {k: t.shape for k, t in program.base_tensors.items() if isinstance(t, Tensor)}
+    memo = program.memos()[0]
+    known: Remembered | None = memo.get(key) if plain else None
+    if known is not None:
+        weights, rows = fold.weights(program)
+        if all(w.shape == shapes[r.fqn] for w, r in zip(weights, rows, strict=True)):
+            made = known.again(weights)
+            rows = [replace(r, untied=u) for r, u in zip(rows, known.untied, strict=True)]
+            return _of(program, made, made.adaptation, origin), rows
+    passes: list[Pass] = [fold, *([SetMode(training=False)] if program.adaptation.training else [])]
+    done = PassManager(passes)(program)
+    rows = done.data[0]
+    bare = program.adaptation.bare()
+    new = _of(program, done.output, replace(bare, trail=(*bare.trail, *done.trail)), origin)
+    if plain and all(new.state_dict[r.fqn].shape == shapes[r.fqn] for r in rows):
+        memo[key] = Remembered.of(new, rows)
+    return new, rows
+
+
+def _of(program: P, made: Any, adaptation: Any, origin: Origin | None) -> P:
+    return type(program)(made, adaptation, options=replace(program.options, fuse=False), origin=origin)
+
+
+def unmerged(program: ProgramCore) -> ProgramCore:
+    """The program that ``program`` was merged from, with the binding it had then. Raises MergeError where it was given
+    up (``keep_base=False``) or never known."""
+    origin = program.origin
+    if origin is None:
+        raise MergeError(
+            "this program cannot be unmerged: it was merged with keep_base=False, loaded from a file, or never merged. "
+            "Compile the base again, or keep the adapted program: save() it before merging."
+        )
+    return origin.program.with_binding(origin.binding).to(program.device)

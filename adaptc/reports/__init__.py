@@ -1,0 +1,1 @@
+"""What was adapted, swapped, merged: numbers that print as tables."""

@@ -1,0 +1,215 @@
+"""Coverage: what of a program is adapted, by which entry, with which tensors, and what was left out and why.
+
+Parameter counts follow PEFT's ``get_nb_trainable_parameters`` on the same model and config: a weight with two names
+counts once, a module in ``modules_to_save`` counts twice (the frozen original stays), a trained bias once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptc.binding.binding import Binding
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.pass_infra import Trail
+from adaptc.passes.ir.storage import storage_key
+from adaptc.program.adapted import AdaptedProgram
+from adaptc.runtime.held_values import Held
+from adaptc.runtime.variants import Fusion
+from adaptc.tables import WIDTH, Column, collapse, join, pattern, shape_text, shortened, table, times
+
+
+@dataclass(frozen=True)
+class SiteCoverage:
+    """One adapted parameter.
+
+    ``slots``: name in PEFT's files -> (shape, dtype), as the current adapter has them. ``params``: how many elements
+    the trainable ones have; a slot that several sites share counts at the first. ``present``: False when the current
+    adapter leaves this site at the base. ``rank`` None: the method has none. ``why``: what decided the form.
+    """
+
+    fqn: str
+    kind: str
+    form: str
+    method: str
+    rank: int | None
+    slots: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    params: int
+    present: bool = True
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class CoverageReport:
+    """``matches``: target entry -> the modules it selected. ``left_out``: (module, why). ``trainable`` and ``total``:
+    numbers of parameters, as PEFT counts them. ``adapter`` '' and no sites: the program has no adapter. ``held``: what
+    calls of the program compute once, and ``fusion``: which layers share a product; nothing before the first call.
+    ``passes``: those the program went through, with how much each changed, and those of the code of its calls."""
+
+    sites: tuple[SiteCoverage, ...]
+    matches: Mapping[str, Sequence[str]]
+    left_out: Sequence[Sequence[str]]
+    trainable: int
+    total: int
+    adapter: str = ""
+    peft_type: str = ""
+    source: str = ""
+    merged: str = field(default="", repr=False)
+    held: Held = field(default=Held(), repr=False)
+    fusion: Fusion = field(default=Fusion(), repr=False)
+    passes: Mapping[str, Trail] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, program: AdaptedProgram) -> CoverageReport:
+        a = program.adaptation
+        if not a.attachments:
+            report = program.merge_report
+            source = report.source if report else ""
+            return cls((), {}, (), 0, base_parameters(program, ()), merged=source, passes=program.passes)
+        binding = program.binding
+        seen: set[str] = set()
+        sites = tuple(_site(program, binding, x, seen) for x in a.attachments)
+        adapted = {x.module for x in a.attachments}
+        left_out = tuple((name, why) for name, why in a.left_out if name not in adapted)
+        trainable, total = count_parameters(program)
+        parts = binding.parts or {binding.name: binding}
+        kinds = " + ".join(dict.fromkeys(p.config.peft_type for p in parts.values()))
+        names = ", ".join(parts)
+        made: dict[str, Any] = {"held": program.held, "fusion": program.fusion, "passes": program.passes}
+        return cls(sites, a.matches, left_out, trainable, total, names, kinds, binding.source, **made)
+
+    @property
+    def percentage(self) -> float:
+        return 100 * self.trainable / self.total if self.total else 0.0
+
+    def parameters_line(self) -> str:
+        """As PEFT's ``print_trainable_parameters`` writes it."""
+        return (
+            f"trainable params: {self.trainable:,d} || all params: {self.total:,d} || trainable%: {self.percentage:.4f}"
+        )
+
+    def __str__(self) -> str:
+        return self.render()
+
+    def render(self, width: int = WIDTH) -> str:
+        """The report as text. Layers that differ in their number alone share a row."""
+        if not self.sites:
+            how = f"it is plain, merged from {self.merged}" if self.merged else "it is a plain program"
+            return f"The program has no adapter: {how}.\n{self.parameters_line()}{self._passes()}"
+        absent = sum(not s.present for s in self.sites)
+        head = f"{self.peft_type} adapter {self.adapter!r} ({self.source}): {len(self.sites)} sites"
+        head += f", {absent} of them left at the base" if absent else ""
+        return join(
+            head,
+            self._sites(width),
+            self._forms(width),
+            self._entries(width),
+            self._omitted(width),
+            str(self.held),
+            str(self.fusion),
+            self.parameters_line() + self._passes(),
+        )
+
+    def _passes(self) -> str:
+        steps = {where: [f"{name} ({count})" for name, count in trail] for where, trail in self.passes.items()}
+        return "".join(f"\npasses, {where}: {', '.join(names)}" for where, names in steps.items() if names)
+
+    def _sites(self, width: int) -> str:
+        groups: dict[Any, list[SiteCoverage]] = {}
+        for s in self.sites:
+            slots = (
+                "\n".join(f"{n} {shape_text(*v)}" for n, v in s.slots.items()) if s.present else "(left at the base)"
+            )
+            how = (s.kind, s.form, s.method, s.rank or "-", slots)
+            groups.setdefault((how, s.params), []).append(s)
+        rows = [
+            (times(text, n), *how, f"{params * n:,d}")
+            for (how, params), members in groups.items()
+            for text, n in collapse(s.fqn.removesuffix(".weight") for s in members)
+        ]
+        numbers = [Column(name, right=True, keep=True) for name in ("rank", "params")]
+        kept = [Column(name, keep=True) for name in ("kind", "form", "method", "tensors")]
+        return table(["site", *kept[:3], numbers[0], kept[3], numbers[1]], rows, width=width)
+
+    def _forms(self, width: int) -> str:
+        """Why sites have the form they have, one row for each reason that was weighed."""
+        groups: dict[tuple[str, str, str], list[str]] = {}
+        for s in self.sites:
+            if s.why:
+                groups.setdefault((s.form, s.method, s.why), []).append(s.fqn.removesuffix(".weight"))
+        rows = [
+            (form, method, why, shortened([t for t, _ in collapse(names)], sep="\n"))
+            for (form, method, why), names in groups.items()
+        ]
+        return table([Column("form", keep=True), Column("method", keep=True), "why", "sites"], rows, width=width)
+
+    def _entries(self, width: int) -> str:
+        """How many modules each entry selected, of those that are the same layer of another block."""
+        rows = []
+        for entry, modules in self.matches.items():
+            forms = {pattern(m) for m in modules}
+            missed = [name for name, _ in self.left_out if pattern(name) in forms]
+            of = f"{len(modules)} of {len(modules) + len(missed)}"
+            rows.append((entry, of, shortened(modules, sep="\n"), shortened(missed, sep="\n") or "-"))
+        return table(["target entry", Column("matches", right=True, keep=True), "modules", "not in"], rows, width=width)
+
+    def _omitted(self, width: int) -> str:
+        """One row for a reason and a last path component."""
+        groups: dict[tuple[str, str], list[str]] = {}
+        for name, why in self.left_out:
+            groups.setdefault((name.rpartition(".")[2], why), []).append(name)
+        rows = [(times(tail, len(names)), why, shortened(names, sep="\n")) for (tail, why), names in groups.items()]
+        return table(["left out", "why", "modules"], rows, width=width)
+
+
+def _site(program: AdaptedProgram, binding: Binding, a: Attachment, seen: set[str]) -> SiteCoverage:
+    method = binding.methods.get(a.id)
+    specs = (method or a.method).slots(program.ops[a.id])
+    slots = {n: binding.values[f] for n, f in a.slots.items() if n in specs}
+    fresh = {a.slots[n]: t for n, t in slots.items() if method and specs[n].trainable and a.slots[n] not in seen}
+    seen.update(fresh)
+    return SiteCoverage(
+        fqn=a.fqn,
+        kind=a.kind,
+        form=a.form,
+        method=a.method.name,
+        rank=None if method is None else method.rank(),
+        slots={n: (tuple(t.shape), t.dtype) for n, t in slots.items()},
+        params=sum(t.numel() for t in fresh.values()),
+        present=method is not None,
+        why=a.why,
+    )
+
+
+def count_parameters(program: AdaptedProgram) -> tuple[int, int]:
+    """(trainable, all) parameters of the program with its current adapter. Sites the adapter lacks do not count."""
+    binding = program.binding
+    own: dict[str, Tensor] = {}
+    in_place: set[str] = set()
+    for a in program.adaptation.attachments:
+        method = binding.methods.get(a.id)
+        if method is None:
+            continue
+        for name, slot in method.slots(program.ops[a.id]).items():
+            if slot.trainable:
+                own[a.slots[name]] = binding.values[a.slots[name]]
+                if method.in_place():
+                    in_place.add(a.slots[name])
+    trainable = sum(t.numel() for t in own.values() if t.requires_grad)
+    added = sum(t.numel() for f, t in own.items() if f not in in_place)
+    return trainable, added + base_parameters(program, binding.values)
+
+
+def base_parameters(program: AdaptedProgram, slots: Iterable[str]) -> int:
+    """Elements of the base's parameters; a weight that has several names counts once."""
+    skip = set(slots)
+    found = {
+        storage_key(t): t.numel()
+        for fqn, t in program.state_dict.items()
+        if fqn not in skip and isinstance(t, nn.Parameter)
+    }
+    return sum(found.values())

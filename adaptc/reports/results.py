@@ -1,0 +1,129 @@
+"""Reports: what was adapted, swapped, merged, verified. Dataclasses with the numbers, which print as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import isnan, nan
+from typing import Any
+
+from adaptc.binding.binding import Binding
+from adaptc.passes.adapt.merge import SiteMerge
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.method import Method
+from adaptc.tables import WIDTH, Column, dtype_name, join, number, shortened, small, table
+
+
+def bar(what: str, show: bool) -> Callable[[Sequence[Any]], Any]:
+    """A progress bar on stderr around a sequence, or the sequence itself."""
+    if not show:
+        return iter
+
+    def track(items: Sequence[Any]) -> Any:
+        from rich.console import Console
+        from rich.progress import track as rich_track
+
+        return rich_track(items, description=what, console=Console(stderr=True))
+
+    return track
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """``sites`` the adapter has, ``identity`` sites of the program it leaves at the base, ``seconds`` it took.
+
+    What has to be counted is, when it is first asked for: most reports are not read.
+    """
+
+    source: str
+    attachments: Sequence[Attachment] = field(repr=False)
+    methods: Mapping[str, Method] = field(repr=False)
+    seconds: float = nan
+
+    @classmethod
+    def of(cls, attachments: Sequence[Attachment], binding: Binding, seconds: float = nan) -> SwapReport:
+        """The report of a swap to ``binding`` in a program with these attachments."""
+        return cls(binding.source, attachments, binding.methods, seconds)
+
+    @cached_property
+    def identity(self) -> tuple[str, ...]:
+        return tuple(a.fqn for a in self.attachments if a.id not in self.methods)
+
+    @property
+    def sites(self) -> int:
+        return len(self.attachments) - len(self.identity)
+
+    @cached_property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(sorted({r for m in self.methods.values() if (r := m.rank()) is not None}))
+
+    def __str__(self) -> str:
+        total = self.sites + len(self.identity)
+        rank = f", rank {', '.join(map(str, self.ranks))}" if self.ranks else ""
+        took = "" if isnan(self.seconds) else f", {1000 * self.seconds:.1f} ms"
+        rest = f"\nleft at the base: {shortened(self.identity)}" if self.identity else ""
+        return f"{self.source}: {self.sites} of {total} sites{rank}{took}{rest}"
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """One :class:`SiteMerge` per merged weight, and where the adapter came from.
+
+    A site's ``delta`` is the largest change of an element, its ``error`` the largest rounding of one to the weight's
+    dtype; their quotient tells how much of the change rounding may hide.
+    """
+
+    sites: Sequence[SiteMerge]
+    source: str
+
+    @property
+    def max_error(self) -> float:
+        return max((s.error for s in self.sites), default=0.0)
+
+    @property
+    def max_delta(self) -> float:
+        """0 where no site changed; sites whose weight changed its shape have no delta and do not count."""
+        return max((s.delta for s in self.sites if not isnan(s.delta)), default=0.0)
+
+    @property
+    def untied(self) -> tuple[str, ...]:
+        """Weights that were tied to another name and are weights of their own now."""
+        return tuple(s.fqn for s in self.sites if s.untied)
+
+    def worst(self) -> list[SiteMerge]:
+        """The sites, largest error first."""
+        return sorted(self.sites, key=lambda s: (s.error, _relative(s)), reverse=True)
+
+    def __str__(self) -> str:
+        return self.render()
+
+    def render(self, width: int = WIDTH, most: int = 20) -> str:
+        """The report as text, with the ``most`` sites of largest error."""
+        dtypes = ", ".join(sorted({dtype_name(s.dtype) for s in self.sites})) or "nothing"
+        untied = f", {len(self.untied)} untied" if self.untied else ""
+        head = (
+            f"merged {len(self.sites)} weights ({dtypes}) from {self.source}{untied}: "
+            f"largest change {small(self.max_delta)}, largest rounding error {small(self.max_error)}"
+        )
+        ordered = self.worst()
+        rows = [
+            (s.fqn, dtype_name(s.dtype), number(s.delta), number(s.error), _percent(s), "yes" if s.untied else "-")
+            for s in ordered[:most]
+        ]
+        numbers = [Column(n, right=True, keep=True) for n in ("largest change", "rounding error", "relative")]
+        rest = len(ordered) - len(rows)
+        more = (
+            f"and {rest} more, each with a rounding error of at most {small(ordered[most].error)}" if rest > 0 else ""
+        )
+        body = table(["weight", "dtype", *numbers, "untied"], rows, width=width)
+        return join(head, f"{body}\n{more}" if more else body)
+
+
+def _relative(s: SiteMerge) -> float:
+    """Rounding error relative to the change; not a number where there is no change to compare with."""
+    return s.error / s.delta if s.delta and not isnan(s.delta) else nan
+
+
+def _percent(s: SiteMerge) -> str:
+    return "-" if isnan(_relative(s)) else f"{100 * _relative(s):.3g}%"

@@ -1,0 +1,1 @@
+"""Running programs: options, arguments, the code of calls, and what is held between them."""

@@ -1,0 +1,238 @@
+"""The runtime: calls the lifted graph with base tensors, one binding's tensors and the user's inputs.
+
+Slots are inputs of the graph, so a swap is a change of arguments: nothing is copied, nothing is compiled again, and a
+call that has begun keeps the binding it began with. An :class:`Executor` holds the code of one program; it has no state
+that a call changes, but for values that are computed once per binding (see ``held_values``).
+
+Private torch use, with the public route that was tried:
+- ``torch.utils._pytree``: the exported program's output spec is a TreeSpec of it; no public module reads them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
+
+from adaptc.binding.binding import Binding
+from adaptc.errors import AdaptcError
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.costs import example_sizes
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.ops import Op
+from adaptc.passes.ir.pass_infra import Trail
+from adaptc.passes.ir.storage import storage_key
+from adaptc.passes.train.set_mode import set_mode
+from adaptc.runtime.call_inputs import Inputs
+from adaptc.runtime.gpu_variants import GpuVariants, runs_on_gpu
+from adaptc.runtime.held_values import Held, Prefix
+from adaptc.runtime.inductor import compile_lifted, with_room
+from adaptc.runtime.options import RunOptions
+from adaptc.runtime.variants import PLAIN, Fusion, GraphVariants, LiftedCode, sizes_of
+from adaptc.runtime.weight_buffers import pack, packable
+
+
+class Executor:
+    """The callable code of a program. ``fills`` says how keyword inputs that were left out are made; ``training``: it
+    was captured for training; ``originals``: base tensors as they were before an adapter changed them."""
+
+    def __init__(
+        self,
+        program: ExportedProgram,
+        attachments: Sequence[Attachment],
+        ops: Mapping[str, Op],
+        options: RunOptions,
+        fills: Mapping[str, Sequence[str]] | None = None,
+        training: bool = False,
+        originals: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.options, self.attachments, self.ops = options, attachments, ops
+        self.fills = dict(fills or {})
+        self.lifted = Lifted(program)
+        self.module = fx.GraphModule(program.graph_module, self.lifted.graph)
+        if training:
+            set_mode(self.module, False)
+        self.compiles = options.backend == "inductor"
+        self.differentiable = training and not self.compiles
+        signature = program.graph_signature
+        lifted = [s for s in signature.input_specs if s.kind != InputKind.USER_INPUT]
+        self.lifted_names = [s.target for s in lifted]
+        # The state holds what the current adapter made of the base; other bindings start from the base itself.
+        self.base = {n: self.lifted.tensor(n) for n in self.lifted_names if n is not None} | dict(originals or {})
+        self.inputs = Inputs.of(program, self.fills)
+        spec = program.call_spec.out_spec
+        if spec is None:
+            raise AdaptcError("the program has no output spec; export it with torch.export.export")
+        self._out_spec = spec
+        outs = signature.output_specs
+        self._mutated = [
+            (i, s.target)
+            for i, s in enumerate(outs)
+            if s.kind in (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
+        ]
+        self._user_outs = [i for i, s in enumerate(outs) if s.kind == OutputKind.USER_OUTPUT]
+        self.names = [s.arg.name for s in lifted]
+        self._compiling, self._binding = threading.Lock(), threading.Lock()
+        self._training = training
+        self.variants = self._split()
+        self._where = self.inputs.where()
+        self.fixed_kind = PLAIN if training else self.variants.kind(example_sizes(program))
+        self._compiled: Callable[..., Any] | None = None
+        self._arguments: WeakKeyDictionary[Binding, Arguments] = WeakKeyDictionary()
+
+    def _split(self) -> GraphVariants:
+        """What is frozen: of the base for all bindings, of the slots for one that is not trained. A program that trains
+        holds nothing of its slots."""
+        mutated = {storage_key(self.base[n]) for _, n in self._mutated if n is not None}
+        index = dict(zip(self.lifted_names, self.names, strict=True))
+        slots = {f for a in self.attachments for f in a.tensor_names}
+        tensors = {n: t for n, t in self.base.items() if n not in slots and isinstance(t, Tensor)}
+        base = {index[n] for n, t in tensors.items() if storage_key(t) not in mutated}
+        fuse, kernels = self.options.fuse, self.options.kernels
+        names = tensors if isinstance(fuse, bool) else fuse
+        source = LiftedCode(
+            self.module,
+            self.names,
+            base,
+            slots=set() if self._training else {index[f] for f in slots if f in index},
+            packable={index[n] for n, t in tensors.items() if n in names and packable(t)} & base,
+            limit=self.options.hoist_limit,
+            compiled=self.compiles,
+            fuse=bool(fuse),
+            differentiable=self._training,
+        )
+        wanted = runs_on_gpu(tensors.values()) if kernels is None else kernels
+        if not wanted or not self.attachments:
+            return GraphVariants(source)
+        return GpuVariants(source, self.attachments, self.ops, index)
+
+    @property
+    def trails(self) -> dict[str, Trail]:
+        """The passes that the code of calls went through, by kind of code."""
+        return self.variants.trails
+
+    @property
+    def fusion(self) -> Fusion:
+        """Which layers share a product."""
+        return self.variants.fusion
+
+    def arguments(self, binding: Binding) -> Arguments:
+        """The inputs of the graph for one binding, but for the user's; made once per binding."""
+        with self._binding:
+            made = self._arguments.get(binding)
+            if made is None:
+                made = self._arguments[binding] = Arguments(self, binding)
+            return made
+
+    def prefix(self, values: Sequence[Any], own: Collection[str], kind: str) -> Prefix:
+        """What one kind of code takes for ``values`` of the lifted inputs, of which those called ``own`` are of a base
+        that only this binding has."""
+        variant, names = self.variants.get(kind), self.names
+        at = {n: i for i, n in enumerate(names)}
+        differ = {i for i, n in enumerate(self.lifted_names) if n in own}
+        packed = []
+        for p in variant.packs:
+            members = [at[m] for m in p.members]
+            if differ.isdisjoint(members):
+                packed.append(pack([self.base[self.lifted_names[i]] for i in members]))  # type: ignore[index]
+            else:
+                packed.append(torch.cat([values[i].detach() for i in members]))
+                differ.add(len(names) + len(packed) - 1)
+        values = [*values, *packed]
+        moving = any(values[i].requires_grad for i in variant.code.slot_inputs)
+        values = self.detached(values)
+        lay: Callable[[list[Any]], list[Any]] = list
+        if self.compiles:
+            everything = [*self.lifted_names, *(p.name for p in variant.packs)]
+            lay = partial(
+                with_room, names=everything, attachments=self.attachments, ops=self.ops, training=self._training
+            )
+        shared = variant.shared if differ.isdisjoint(variant.code.base_inputs) else None
+        return Prefix(variant.code, values, lay, moving, shared)
+
+    def detached(self, values: Sequence[Any]) -> list[Any]:
+        if self.differentiable:
+            return list(values)
+        # A tensor that wants no gradient stays the object it is: where its memory moves, so must what a call reads.
+        return [v.detach() if isinstance(v, Tensor) and v.requires_grad else v for v in values]
+
+    def __call__(self, arguments: Arguments, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        flat = self.inputs(args, kwargs)
+        if self.compiles:
+            code = self._compiled or self.compile()
+            with torch.no_grad():
+                out = code(*arguments.get(self.fixed_kind).values(), *flat)
+        elif any(map(torch.is_autocast_enabled, self.variants.devices)):
+            # The caller has casts of its own on, which nothing was fused or held with.
+            out = self.module(*arguments.lifted, *flat)
+        else:
+            kind = PLAIN if arguments.moving else self.variants.kind(sizes_of(flat, self._where))
+            out = self.variants.get(kind).call(*arguments.get(kind).values(), *flat)
+        for i, name in self._mutated:
+            with torch.no_grad():
+                self.base[name].copy_(out[i])  # type: ignore[index]
+        return pytree.tree_unflatten([out[i] for i in self._user_outs], self._out_spec)
+
+    def compile(self) -> Callable[..., Any]:
+        """Compile now instead of at the first call."""
+        with self._compiling:
+            if self._compiled is None:
+                variant = self.variants.get(self.fixed_kind)
+                targets: dict[str, str | None] = {p.name: None for p in variant.packs}
+                targets.update(zip(self.names, self.lifted_names, strict=True))
+                code = variant.code
+                self._compiled = compile_lifted(code.module, code, targets, self.attachments, self.ops)
+            return self._compiled
+
+
+class Arguments:
+    """What one binding gives to each code of a program, made when that code is first called with it."""
+
+    def __init__(self, executor: Executor, binding: Binding) -> None:
+        # Weak: the executor knows it too, and what gives up a base must not wait for a garbage collection.
+        self._executor = ref(executor)
+        self._own = frozenset(binding.base)
+        known: Mapping[Any, Any] = {**executor.base, **binding.base, **binding.values}
+        self._values = [known[n] for n in executor.lifted_names]
+        self.prefixes: dict[str, Prefix] = {}
+        self._lock = threading.Lock()
+        #: whether adapter tensors may change at any time
+        self.moving = any(v.requires_grad for v in binding.values.values())
+
+    @property
+    def executor(self) -> Executor | None:
+        """The one it was made for; whoever calls with it holds that."""
+        return self._executor()
+
+    def get(self, kind: str) -> Prefix:
+        """The prefix for one kind of code."""
+        found = self.prefixes.get(kind)
+        if found is None:
+            with self._lock:
+                found = self.prefixes.get(kind)
+                if found is None:
+                    found = self.prefixes[kind] = self._owner().prefix(self._values, self._own, kind)
+        return found
+
+    @property
+    def lifted(self) -> list[Any]:
+        """The inputs of the graph as it was captured."""
+        return self._owner().detached(self._values)
+
+    def _owner(self) -> Executor:
+        executor = self._executor()
+        assert executor is not None
+        return executor
+
+    @property
+    def held(self) -> Held:
+        """What is computed once for the binding, for all codes it was called with."""
+        return sum((p.held for p in self.prefixes.values()), Held())

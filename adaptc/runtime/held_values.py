@@ -1,0 +1,253 @@
+"""Hoisted values at run time: made once for a binding, and again when a tensor they were made from has changed.
+
+Before: a lifted graph split by ``Hoist``, and all lifted inputs of one binding. After: a :class:`Prefix`, which
+gives the arguments of the main graph for every call. What follows from the base alone is shared by all bindings.
+
+Every tensor counts the writes to it (``_version``; there is no other public or private sign of one), so a write through
+torch is seen by the next call. Not seen are writes past that count: through ``tensor.data``, NumPy or a custom kernel.
+That is why slots that still require grad, which optimizers write to in ways of their own, are never held: for them the
+prologue is part of every call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import astuple, dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from adaptc.passes.ir.modes import AUTOCAST_DEVICES
+from adaptc.passes.ir.pass_infra import Trail
+from adaptc.passes.ir.storage import memory_of
+from adaptc.passes.optimize.hoist import Hoist, Hoisting, Prologue
+from adaptc.tables import size
+
+aten = torch.ops.aten
+
+_version = attrgetter("_version")
+
+
+@dataclass(frozen=True)
+class Held:
+    """Memory of values that are computed once: ``nbytes`` in ``count`` values for one binding, and ``shared_nbytes`` in
+    ``shared`` values for all bindings together. Views of other tensors count, and hold no bytes of their own."""
+
+    count: int = 0
+    nbytes: int = 0
+    shared: int = 0
+    shared_nbytes: int = 0
+
+    def __add__(self, other: Held) -> Held:
+        return Held(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __str__(self) -> str:
+        """One line; '' where nothing is held."""
+        of = [(self.count, self.nbytes, "for this adapter"), (self.shared, self.shared_nbytes, "for all adapters")]
+        shown = [f"{count} values {whom} ({size(nbytes)})" for count, nbytes, whom in of if count]
+        return f"computed once: {', '.join(shown)}" if shown else ""
+
+
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """Values, and the versions of the tensors they would be stale without."""
+
+    values: tuple[Any, ...] = ()
+    watched: tuple[Tensor, ...] = ()
+    versions: tuple[int, ...] = ()
+    nbytes: int = 0
+
+    def fresh(self) -> bool:
+        return tuple(map(_version, self.watched)) == self.versions
+
+
+class Stage:
+    """A prologue as code. ``inputs`` and ``sources`` count lifted inputs first, then the values of earlier stages."""
+
+    def __init__(self, prologue: Prologue, index: dict[str, int], contiguous: bool) -> None:
+        if contiguous:
+            _contiguous(prologue.graph)
+        self.module = fx.GraphModule({}, prologue.graph)
+        self.inputs = [index[n] for n in prologue.inputs]
+        self.sources = [[index[n] for n in names] for names in prologue.sources]
+        self.count = len(prologue.outputs)
+
+    def run(self, values: Sequence[Any]) -> tuple[Any, ...]:
+        with _plain():
+            return self.module(*(values[i] for i in self.inputs))
+
+    def make(self, lifted: Sequence[Any], before: Sequence[Any], originals: Sequence[Any]) -> _Made:
+        """Run, and note what to watch. ``originals``: what ``lifted`` was made from, where the two differ."""
+        read = sorted({i for s in self.sources for i in s})
+        # Read before the values are made: a write in between makes them stale.
+        versions = {i: originals[i]._version for i in read if not originals[i].is_inference()}
+        out = self.run([*lifted, *before])
+        inputs = {memory_of(lifted[i]) for i in read}
+        own = [n for n, t in enumerate(out) if memory_of(t) not in inputs]
+        watch = sorted({i for n in own for i in self.sources[n]} & versions.keys())
+        memory = {memory_of(out[n]): out[n].untyped_storage().nbytes() for n in own}
+        watched = tuple(originals[i] for i in watch)
+        return _Made(out, watched, tuple(versions[i] for i in watch), sum(memory.values()))
+
+
+class Code:
+    """A program's graph with what its frozen inputs allow taken out.
+
+    ``names``: the placeholders of lifted inputs, in order. ``base`` and ``slots``: those that are frozen, for all
+    bindings or in each. ``limit``: bytes the hoisted values of one binding may hold, None for any, 0 to hoist nothing.
+    """
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        names: Sequence[str],
+        base: Collection[str],
+        slots: Collection[str],
+        limit: int | None,
+        compiled: bool,
+    ) -> None:
+        self.module, self.main, self.stages, self.kept = module, module, [], list(range(len(names)))
+        #: the pass it went through, if it did
+        self.trail: Trail = ()
+        if limit == 0:
+            return
+        users = {n.name for n in module.graph.find_nodes(op="placeholder")}.difference(names)
+        done = Hoist([base, slots], users, limit, views=not compiled, constants=not compiled)(module.graph)
+        self.trail = done.trail
+        if done.count:
+            self._take(module, names, done.data, compiled)
+
+    def _take(self, module: fx.GraphModule, names: Sequence[str], split: Hoisting, contiguous: bool) -> None:
+        index = {n: i for i, n in enumerate([*names, *(n for p in split.stages for n in p.outputs)])}
+        self.main = fx.GraphModule(module, split.main)
+        self.stages = [Stage(p, index, contiguous) for p in split.stages]
+        self.kept = [index[n] for n in split.kept]
+
+    @property
+    def base_inputs(self) -> set[int]:
+        """Positions of the lifted inputs that values for all bindings are made from."""
+        return self._sources(0)
+
+    @property
+    def slot_inputs(self) -> set[int]:
+        """Positions of the lifted inputs that values of one binding are made from, the base's among them."""
+        return self._sources(1)
+
+    def _sources(self, stage: int) -> set[int]:
+        return {i for names in self.stages[stage].sources for i in names} if self.stages else set()
+
+    def inputs(self, lifted: Sequence[Any]) -> list[Any]:
+        """The main graph's lifted and hoisted inputs, made now and not kept: fake inputs give fakes."""
+        values = list(lifted)
+        for stage in self.stages:
+            values += stage.module(*(values[i] for i in stage.inputs))
+        return [*(lifted[i] for i in self.kept), *values[len(lifted) :]]
+
+
+class Shared:
+    """What follows from the base alone, for all bindings that leave the base as it is."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self._lock = threading.Lock()
+        self._made: _Made | None = None
+
+    def made(self, lifted: Sequence[Any]) -> _Made:
+        with self._lock:
+            if self._made is None or not self._made.fresh():
+                self._made = self.stage.make(lifted, (), lifted)
+            return self._made
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """All that a prefix has made, replaced as a whole: ``inputs`` of the main graph, of the ``lifted`` inputs."""
+
+    lifted: tuple[Any, ...]
+    inputs: tuple[Any, ...]
+    base: _Made = _Made()
+    slots: _Made = _Made()
+    fresh: Callable[[], bool] = _Made().fresh
+
+
+class Prefix:
+    """The inputs of the main graph for one binding, but for the user's.
+
+    ``originals``: its lifted tensors; ``lay``: what the graph takes for them. ``moving``: the slots may change at any
+    time. ``shared`` None: the binding has another base than others.
+    """
+
+    def __init__(
+        self,
+        code: Code,
+        originals: Sequence[Any],
+        lay: Callable[[list[Any]], list[Any]],
+        moving: bool,
+        shared: Shared | None,
+    ) -> None:
+        self.code, self.originals, self.lay, self.moving = code, tuple(originals), lay, moving
+        self.shared = shared
+        self._lock = threading.Lock()
+        self.lifted = tuple(lay(list(originals)))
+        self.state: _State | None = None if code.stages else _State(self.lifted, self.lifted)
+
+    def values(self) -> tuple[Any, ...]:
+        """Lifted and hoisted inputs; what is stale is made anew, by one thread."""
+        state = self.state
+        if state is None or not state.fresh():
+            with self._lock:
+                state = self.state
+                if state is None or not state.fresh():
+                    state = self.state = self._make()
+        if self.moving:
+            return (*state.inputs, *self.code.stages[1].run([*state.lifted, *state.base.values]))
+        return state.inputs
+
+    def _make(self) -> _State:
+        """Raises whatever an op of the prologue raises."""
+        counting = [t for t in self.originals if isinstance(t, Tensor) and not t.is_inference()]
+        versions = {id(t): t._version for t in counting}
+        lifted = tuple(self.lay(list(self.originals)))
+        laid = [o for o, t in zip(self.originals, lifted, strict=True) if o is not t and id(o) in versions]
+        first, second = self.code.stages
+        base = (self.shared or Shared(first)).made(lifted)
+        slots = _Made() if self.moving else second.make(lifted, base.values, self.originals)
+        watched = (*base.watched, *slots.watched, *laid)
+        versions = (*base.versions, *slots.versions, *(versions[id(o)] for o in laid))
+        inputs = (*(lifted[i] for i in self.code.kept), *base.values, *slots.values)
+        return _State(lifted, inputs, base, slots, _Made((), watched, versions).fresh)
+
+    @property
+    def held(self) -> Held:
+        """What is held now; nothing before the first call."""
+        state = self.state
+        if state is None:
+            return Held()
+        base, slots = state.base, state.slots
+        if self.shared is None:
+            return Held(len(base.values) + len(slots.values), base.nbytes + slots.nbytes)
+        return Held(len(slots.values), slots.nbytes, len(base.values), base.nbytes)
+
+
+def _contiguous(graph: fx.Graph) -> None:
+    """Make a graph's results contiguous, so that code compiled for them need not know how they were made."""
+    output = graph.output_node()
+    with graph.inserting_before(output):
+        results = [graph.call_function(aten.contiguous.default, (n,)) for n in output.args[0]]  # type: ignore[union-attr]
+    output.args = (tuple(results),)
+
+
+@contextlib.contextmanager
+def _plain() -> Iterator[None]:
+    """Values that are kept must not depend on the state of the call that happens to make them."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for device in AUTOCAST_DEVICES:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield

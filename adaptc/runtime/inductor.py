@@ -1,0 +1,185 @@
+"""Compiles a lifted graph with inductor, once for every batch size, sequence length and rank.
+
+Before: a lifted graph whose user inputs have symbolic sizes and whose slots have the sizes of one adapter. After: one
+compiled callable of the same flat arguments that takes every size of either; there is nothing in it that could decide
+to compile again.
+
+Private torch use, with the public route that was tried:
+- ``torch._inductor.standalone_compile``: ``torch.compile`` gives equal code, but keeps guards on each of hundreds of
+  inputs, evaluates them in every call, and compiles again when a rank equals a batch size (duck shaping).
+- ``enable_python_dispatcher``: ops that are made of others need it on symbolic sizes. Public: ``make_fx``, which has it
+  on, and makes a graph that nobody needs here.
+- ``ShapeEnv.create_symbol`` and ``FakeTensorMode``: ranks get one symbol per site in an environment of their own.
+  ``torch.export.Dim`` cannot name dims of parameters, and the environment of a program read from a file is not one that
+  inductor can work in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from adaptc.errors import BackendError
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.ops import Op
+from adaptc.runtime.held_values import Code
+from adaptc.runtime.rank_padding import Padding, paddings
+
+HINT = 16
+
+
+def with_room(
+    values: list[Any],
+    *,
+    names: Sequence[str | None],
+    attachments: Sequence[Attachment],
+    ops: Mapping[str, Op],
+    training: bool,
+) -> list[Any]:
+    """Lifted inputs with ranks of one made two: compiled code is specialised on sizes 0 and 1.
+
+    Raises BackendError where the program trains: a padded copy would not follow what training writes to the slots.
+    """
+    index = {n: i for i, n in enumerate(names)}
+    for a in attachments:
+        op = ops[a.id]
+        wanted: dict[str, tuple[int, ...]] = {}
+        for slot, spec in a.method.minimal(op).slots(op).items():
+            have = values[index[a.slots[slot]]].shape
+            wanted[slot] = tuple(max(h, spec.shape[i]) if i in spec.free else h for i, h in enumerate(have))
+        short = {s: shape for s, shape in wanted.items() if shape != tuple(values[index[a.slots[s]]].shape)}
+        if short and training:
+            raise BackendError(
+                f"site {a.fqn!r}: inductor needs a rank of two or more in a program that trains; compile with r=2 "
+                "or more, or with backend='eager'"
+            )
+        how = (paddings(a.method, op, a.form) or {}) if short else {}
+        for slot, shape in short.items():
+            i = index[a.slots[slot]]
+            values[i] = how.get(slot, Padding())(values[i], shape)
+    return values
+
+
+def compile_lifted(
+    module: fx.GraphModule,
+    code: Code,
+    targets: Mapping[str, str | None],
+    attachments: Sequence[Attachment],
+    ops: Mapping[str, Op],
+) -> Callable[..., Any]:
+    """``code.main``, which was split from ``module``; the fake values of both are replaced. ``targets``: the FQNs of
+    lifted placeholders.
+
+    Raises BackendError with inductor's reason in a line.
+    """
+    from torch._inductor import standalone_compile
+
+    symbols = _Symbols()
+    free = _free_axes(attachments, ops)
+    lifted, users = [], []
+    for node in module.graph.find_nodes(op="placeholder"):
+        value = node.meta["val"]
+        if isinstance(value, Tensor):
+            value = symbols.fake(value, free.get(targets.get(node.name) or "", {}))
+        (lifted if node.name in targets else users).append(value)
+    main = code.main
+    fakes = [*symbols.inputs(code, lifted), *users]
+    for node, value in zip(main.graph.find_nodes(op="placeholder"), fakes, strict=True):
+        node.meta["val"] = value
+    for node in main.graph.nodes:
+        if node.op == "call_function":
+            node.meta.pop("val", None)  # values of another environment; tracing makes new ones
+    for node in main.graph.output_node().args[0]:  # type: ignore[union-attr]
+        if isinstance(node, fx.Node):
+            # Where standalone_compile looks for the fake mode, and with it the symbols, to use.
+            node.meta["example_value"] = next(f for f in fakes if isinstance(f, Tensor))
+    try:
+        with torch.no_grad():
+            return standalone_compile(main, fakes, dynamic_shapes="from_graph")
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BackendError(f"inductor could not compile the program: {first}. Use backend='eager'.") from error
+
+
+@dataclass(frozen=True)
+class _Free:
+    """An axis whose size is ``times`` a size that may change, called ``name``; that size is a multiple of ``unit``."""
+
+    name: str
+    times: int
+    unit: int = 1
+
+
+def _free_axes(attachments: Sequence[Attachment], ops: Mapping[str, Op]) -> dict[str, dict[int, _Free]]:
+    """Slot FQN -> axis -> what its size is made of."""
+    out: dict[str, dict[int, _Free]] = {}
+    for n, a in enumerate(attachments):
+        op = ops[a.id]
+        small = a.method.minimal(op)
+        ranked = small != a.method or (small.minimal(op) == small and small.rank() is not None)
+        # The smallest method has rank two, times the groups or experts that share an axis.
+        times = {s: {i: spec.shape[i] // 2 if ranked else 1 for i in spec.free} for s, spec in small.slots(op).items()}
+        # Code reads a size off an axis that is the size itself. Stacked experts have none: there their product is it.
+        unit = gcd(*(t for axes in times.values() for t in axes.values())) or 1
+        for slot, axes in times.items():
+            out.setdefault(a.slots[slot], {i: _Free(f"rank_{n}", t // unit, unit) for i, t in axes.items()})
+    return out
+
+
+class _Symbols:
+    """A shape environment with a symbol for each size that was symbolic, or is free."""
+
+    def __init__(self) -> None:
+        self.env = ShapeEnv(duck_shape=False)
+        self.mode = FakeTensorMode(shape_env=self.env)
+        self.sizes: dict[str, Any] = {}
+
+    def size(self, name: str, hint: int = HINT) -> Any:
+        """The size called ``name``, made on first use."""
+        from torch._dynamo.source import ConstantSource
+
+        if name not in self.sizes:
+            source = ConstantSource(f"adaptc_{name}")
+            symbol = self.env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+            self.sizes[name] = self.env.create_symintnode(symbol, hint=hint, source=source)
+        return self.sizes[name]
+
+    def fake(self, old: Tensor, free: Mapping[int, _Free]) -> Tensor:
+        """``old`` with its symbols replaced by this environment's, contiguous where an axis is free."""
+        with self.mode:
+            if free:
+                sizes = {i: self.size(f.name, HINT * f.unit) * f.times for i, f in free.items()}
+                shape = [sizes[i] if i in sizes else int(s) for i, s in enumerate(old.shape)]
+                return torch.empty(shape, dtype=old.dtype, device=old.device)
+            shape, stride = ([self._convert(s) for s in sizes] for sizes in (old.shape, old.stride()))
+            return torch.empty_strided(shape, stride, dtype=old.dtype, device=old.device)
+
+    def inputs(self, code: Code, lifted: Sequence[Any]) -> list[Any]:
+        """Fakes of the main graph's inputs: what hoisting makes of the lifted ones has sizes made of theirs."""
+        # Ops in a prologue run on real sizes, so what they ask about a rank here says nothing about other ranks.
+        with self.mode, self.env.suppress_guards(), enable_python_dispatcher(), torch.no_grad():
+            return [self._simple(v) if isinstance(v, Tensor) else v for v in code.inputs(lifted)]
+
+    def _simple(self, value: Tensor) -> Tensor:
+        """Sums of ranks as sizes of their own: inductor reads every symbol off an input that has it alone."""
+        sizes: list[Any] = list(value.shape)
+        sums = [i for i, s in enumerate(sizes) if not isinstance(s, int) and len(s.node.expr.free_symbols) > 1]
+        for i in sums:
+            sizes[i] = self.size(f"({sizes[i].node.expr})", sizes[i].node.hint)
+        return torch.empty(sizes, dtype=value.dtype, device=value.device) if sums else value
+
+    def _convert(self, size: Any) -> Any:
+        if isinstance(size, int):
+            return size
+        expression = size.node.expr
+        names = sorted(expression.free_symbols, key=str)
+        return sympy.lambdify(names, expression)(*(self.size(str(s)) for s in names)) if names else int(expression)

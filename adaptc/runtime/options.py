@@ -1,0 +1,40 @@
+"""How a program runs: options that change no value beyond rounding. They are checked whenever they are set."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from adaptc.errors import BackendError, ConfigError
+
+BACKENDS = ("eager", "inductor")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """See the properties of ``AdaptedProgram`` for what they mean. Raises BackendError for a backend that does not
+    exist, ConfigError for any other value without a meaning."""
+
+    backend: str = "eager"
+    hoist_limit: int | None = None
+    #: a set names the weights that may be moved
+    fuse: bool | frozenset[str] = True
+    kernels: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise BackendError(f"unknown backend {self.backend!r}; choose one of {', '.join(BACKENDS)}")
+        check_limit(self.hoist_limit)
+        if not isinstance(self.fuse, bool):
+            if isinstance(self.fuse, str) or not isinstance(self.fuse, Collection):
+                raise ConfigError(f"fuse={self.fuse!r} is neither True nor False, nor a set of names of weights")
+            object.__setattr__(self, "fuse", frozenset(self.fuse))
+        if self.kernels is not None and not isinstance(self.kernels, bool):
+            raise ConfigError(f"kernels={self.kernels!r} must be True, False or None (where the base is on a GPU)")
+
+
+def check_limit(value: Any, name: str = "hoist_limit") -> None:
+    """Raises ConfigError for what is no limit."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        raise ConfigError(f"{name}={value!r} is no number of bytes; give None for no limit, or 0 for no memory at all")

@@ -1,0 +1,117 @@
+"""Room for larger adapters: slots padded to a capacity without changing what their site computes.
+
+Compiled code has fixed shapes, so a package holds slots for one rank, and smaller adapters are padded up to it. Which
+padding leaves a site unchanged depends on how a method lays its tensors out (stacked experts keep one block of ranks
+per expert). No method is asked: the few ways there are get tried on random values, and one that leaves the method's
+own result unchanged is taken.
+
+Before: a method at a site and a larger rank. After: one :class:`Padding` per slot, or None where no way was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptc.errors import AdaptcError
+from adaptc.passes.ir.method import Method
+from adaptc.passes.ir.ops import Op
+
+#: Sums of padded tensors are taken in another order; a wrong layout is off by the size of the values themselves.
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Each free axis is ``blocks`` blocks of equal size, and every block gets ``fill`` at its end."""
+
+    blocks: int = 1
+    fill: float = 0.0
+
+    def fits(self, have: tuple[int, ...], want: tuple[int, ...]) -> bool:
+        """Whether no axis shrinks, and every axis that grows is made of blocks."""
+        pairs = zip(have, want, strict=False)
+        grows = [h == w or (h < w and not h % self.blocks and not w % self.blocks) for h, w in pairs]
+        return len(have) == len(want) and all(grows)
+
+    def __call__(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """``tensor`` padded to ``shape``. Raises ValueError where it does not fit."""
+        if not self.fits(tuple(tensor.shape), shape):
+            raise ValueError(f"{tuple(tensor.shape)} cannot be padded to {shape}")
+        for axis, (have, want) in enumerate(zip(tensor.shape, shape, strict=True)):
+            if have == want:
+                continue
+            apart = tensor.unflatten(axis, (self.blocks, have // self.blocks))
+            room = list(apart.shape)
+            room[axis + 1] = (want - have) // self.blocks
+            tensor = torch.cat([apart, apart.new_full(room, self.fill)], axis + 1).flatten(axis, axis + 1)
+        return tensor
+
+
+def paddings(method: Method, op: Op, form: str) -> dict[str, Padding] | None:
+    """How to pad each slot of ``method`` that has a free axis from one rank to a larger one.
+
+    ``form`` is the form the site was injected in, "apply" or "weight". None: the method has no rank, or no way works.
+    """
+    method = method.evaluated()  # dropout would differ from one try to the next
+    small, large = (method.with_rank(op, n * op.groups) for n in (2, 5))
+    if small is None or large is None:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    try:
+        specs, shapes = small.slots(op), {n: s.shape for n, s in large.slots(op).items()}
+    except AdaptcError:
+        return None
+    free = [n for n, s in specs.items() if s.free]
+    W = torch.randn(op.shape, generator=generator)
+    values = small.identity(op, W, torch.float32)
+    values |= {n: _like(t, generator) for n, t in values.items() if t.is_floating_point()}
+    values = {n: _sized(values[n], s.shape, generator) for n, s in specs.items()}
+    scale = None if small.scale(op) is None else torch.tensor(0.7)
+    x = _input(op, generator)
+
+    def result(m: Method, slots: Mapping[str, Tensor]) -> Tensor:
+        if form == "apply":
+            return m.call_adapted(op, x, W, None, slots, scale)
+        return m.weight(op, W, slots, scale)
+
+    with torch.no_grad():
+        expected = result(small, values)
+        for choice in _choices(op, [specs[n].fill for n in free]):
+            by_slot = dict(zip(free, choice, strict=True))
+            try:
+                padded = {n: by_slot[n](t, shapes[n]) if n in by_slot else t for n, t in values.items()}
+                found = result(small, padded)
+            except (ValueError, RuntimeError):  # this layout does not even fit the method's reshapes
+                continue
+            if found.shape == expected.shape and torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE):
+                return by_slot
+    return None
+
+
+def _choices(op: Op, fills: list[float]) -> Iterator[tuple[Padding, ...]]:
+    blocks = list(dict.fromkeys([1, max(op.experts, 1), op.groups]))
+    return product(*([Padding(b, f) for f in dict.fromkeys([0.0, fill]) for b in blocks] for fill in fills))
+
+
+def _like(t: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(t.shape, generator=generator)
+
+
+def _sized(t: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return t if tuple(t.shape) == shape or not t.is_floating_point() else torch.randn(shape, generator=generator)
+
+
+def _input(op: Op, generator: torch.Generator) -> Any:
+    if not op.callable:
+        return None
+    if op.kind == "embedding":
+        return torch.randint(0, op.in_features, (7,), generator=generator)
+    dilation = op.rest[2] if op.is_conv else ()
+    size = [d * (k - 1) + 3 for k, d in zip(op.kernel, dilation, strict=True)]
+    return torch.randn(2, op.in_features, *size, generator=generator)

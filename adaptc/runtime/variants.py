@@ -1,0 +1,213 @@
+"""Which code the calls of a program run through: its graph cleaned, its siblings fused, its frozen work taken out.
+
+A program has one graph and up to three codes made of it, each on first use, all equal up to rounding:
+
+    plain     canonicalize, hoist                           where adapter tensors are trained, or nothing can be fused
+    stacked   and one product per group of siblings         for few rows: the fewest operators
+    apart     and adapters of siblings each on their own    for many rows: the fewest operations
+
+Which of the last two costs less is a symbolic expression in the program's own sizes, evaluated for the sizes of each
+call. Code for a compiler is plain; so is all code where the limit on hoisted memory leaves no room for what fusing
+stacks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import isfinite
+from typing import Any
+
+from torch import Tensor, fx
+
+from adaptc.passes.ir.lifted import copy_graph
+from adaptc.passes.ir.modes import AUTOCAST_DEVICES
+from adaptc.passes.ir.pass_infra import GraphPass, PassManager, PassResult, Trail
+from adaptc.passes.optimize.bind_calls import BindCalls
+from adaptc.passes.optimize.canonicalize import Canonicalize
+from adaptc.passes.optimize.fold_scales import FoldScales
+from adaptc.passes.optimize.fuse_siblings import FuseSiblings, Group, Pack
+from adaptc.passes.optimize.hoist import stages_of
+from adaptc.passes.optimize.sibling_cost import stacked_is_cheaper
+from adaptc.runtime.held_values import Code, Shared
+
+PLAIN, STACKED, APART = "plain", "stacked", "apart"
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What was fused: ``layers`` in ``groups`` that read one tensor each, ``adapted`` of them with an adapter; ``rows``
+    up to which the adapters of a group are stacked. On a GPU ``kernels``: regions that run as fused kernels, ``others``
+    why those of other sites do not, and ``rows`` up to which layers are not grouped."""
+
+    groups: int = 0
+    layers: int = 0
+    adapted: int = 0
+    rows: float = 0.0
+    kernels: int = 0
+    others: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = []
+        if self.groups:
+            adapters = f", {self.adapted} with an adapter" if self.adapted else ""
+            until = f" (stacked for up to {self.rows:.0f} rows)" if adapters and isfinite(self.rows) else ""
+            if self.kernels:
+                until = f" (above {self.rows:.0f} rows)"
+            lines.append(f"fused: {self.layers} layers in {self.groups} products{adapters}{until}")
+        if self.kernels:
+            lines.append(f"fused kernels: {self.kernels} regions")
+        reasons = Counter(self.others.values())
+        lines += [f"no fused kernel for {count}: {why}" for why, count in reasons.most_common()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, eq=False)
+class LiftedCode:
+    """A lifted graph that is about to be called, and what is frozen of its inputs.
+
+    ``names``: its lifted placeholders, in order; ``base`` and ``slots``: those of them that are frozen, for all
+    bindings or in each; ``packable``: those whose tensors may be moved into a buffer. ``limit``: bytes of memory for
+    what is computed once. ``compiled``: a compiler gets it, and not an interpreter. ``fuse``: siblings may share
+    products. ``differentiable``: gradients flow through it.
+    """
+
+    module: fx.GraphModule
+    names: Sequence[str]
+    base: Collection[str]
+    slots: Collection[str]
+    packable: Collection[str]
+    limit: int | None = None
+    compiled: bool = False
+    fuse: bool = True
+    differentiable: bool = False
+
+    @cached_property
+    def users(self) -> list[str]:
+        """The user's placeholders."""
+        lifted = set(self.names)
+        return [n.name for n in self.module.graph.find_nodes(op="placeholder") if n.name not in lifted]
+
+    @property
+    def stages(self) -> list[Collection[str]]:
+        return [self.base, self.slots]
+
+
+@dataclass(frozen=True, eq=False)
+class GraphVariant:
+    """A code, the inputs that packing adds to it, its callable, what it shares between bindings, and the passes it went
+    through."""
+
+    code: Code
+    packs: tuple[Pack, ...]
+    call: Callable[..., Any]
+    shared: Shared | None
+    trail: Trail
+
+
+class GraphVariants:
+    """The variants of one lifted graph, each made when it is first asked for."""
+
+    def __init__(self, source: LiftedCode) -> None:
+        self.source = source
+        self.fuses = source.fuse and self.may_fuse(source.compiled)
+        values = (n.meta.get("val") for n in source.module.graph.find_nodes(op="placeholder"))
+        #: types of devices whose autocast would change what the graph computes
+        self.devices = tuple({v.device.type for v in values if isinstance(v, Tensor)} & set(AUTOCAST_DEVICES))
+        self._variants: dict[str, GraphVariant] = {}
+        self._lock = threading.RLock()
+
+    def may_fuse(self, compiled: bool) -> bool:
+        """Not for a compiler on the CPU: it fuses additions into what reads them, and pieces of one product, which are
+        strided, cost it more than the larger product saves (measured: prefill 1.16 of the base, and 1.06 without)."""
+        return not compiled
+
+    def get(self, kind: str) -> GraphVariant:
+        """The code of a kind, made now if it was not."""
+        found = self._variants.get(kind)
+        if found is None:
+            with self._lock:
+                found = self._variants.get(kind)
+                if found is None:
+                    found = self._variants[kind] = self._make(kind)
+        return found
+
+    def kind(self, sizes: Mapping[str, int]) -> str:
+        """The kind of code that costs least in a call with these sizes."""
+        if not self.fuses:
+            return PLAIN
+        return STACKED if self._stacked(sizes) else APART
+
+    @property
+    def trails(self) -> dict[str, Trail]:
+        """The passes that each variant went through, by kind, of those that were made."""
+        return {kind: v.trail for kind, v in self._variants.items()}
+
+    @cached_property
+    def fusion(self) -> Fusion:
+        """For the report."""
+        if not self.fuses:
+            return Fusion()
+        groups = self.groups
+        _, rows = stacked_is_cheaper(groups)
+        layers = sum(len(g.members) for g in groups)
+        return Fusion(len(groups), layers, sum(len(g.updates) for g in groups), rows)
+
+    @cached_property
+    def _stacked(self) -> Callable[[Mapping[str, int]], bool]:
+        return stacked_is_cheaper(self.groups)[0]
+
+    def cleaning(self) -> list[GraphPass]:
+        """The passes that make of the graph what all variants are made from."""
+        return [Canonicalize(self.source.users, self.source.differentiable)]
+
+    def fusing(self, kind: str) -> list[GraphPass]:
+        """The passes that make a fused variant of a cleaned graph. The last one fuses."""
+        s = self.source
+        return [FoldScales(s.stages), FuseSiblings(s.packable, s.stages, s.users, kind == STACKED)]
+
+    @cached_property
+    def cleaned(self) -> PassResult[fx.Graph]:
+        return PassManager(self.cleaning())(copy_graph(self.source.module.graph))
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """What can be fused, in a graph of its own."""
+        *before, last = self.fusing(APART)
+        assert isinstance(last, FuseSiblings)
+        return last.groups(PassManager(before)(copy_graph(self.cleaned.output)).output)
+
+    def _make(self, kind: str) -> GraphVariant:
+        graph = copy_graph(self.cleaned.output)
+        if kind == PLAIN:
+            return self._variant(graph, (), ())
+        if not self.groups:
+            return self.get(PLAIN)
+        before = {n.name for n in graph.nodes}
+        done = PassManager(self.fusing(kind))(graph)
+        packs: tuple[Pack, ...] = done.data[-1]
+        made = self._variant(done.output, packs, done.trail)
+        if self.source.limit is not None:
+            stages = stages_of(done.output, [{*self.source.base, *(p.name for p in packs)}, self.source.slots])
+            new = {n.name for n in stages if n.op == "call_function" and n.name not in before}
+            if new & {n.name for n in made.code.main.graph.nodes}:
+                return self.get(PLAIN)
+        return made
+
+    def _variant(self, graph: fx.Graph, packs: tuple[Pack, ...], trail: Trail) -> GraphVariant:
+        s, names = self.source, [p.name for p in packs]
+        module = fx.GraphModule(s.module, graph)
+        code = Code(module, [*s.names, *names], {*s.base, *names}, s.slots, s.limit, s.compiled)
+        call, trail = code.main, (*self.cleaned.trail, *trail, *code.trail)
+        if not s.compiled:
+            bound = BindCalls()(copy_graph(code.main.graph))
+            call, trail = fx.GraphModule(code.main, bound.output), (*trail, *bound.trail)
+        return GraphVariant(code, packs, call, Shared(code.stages[0]) if code.stages else None, trail)
+
+
+def sizes_of(flat: Sequence[Any], where: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """Free size -> its value in a call; ``where`` says which axis of which flat input has it."""
+    return {name: flat[i].shape[axis] for name, (i, axis) in where.items() if isinstance(flat[i], Tensor)}

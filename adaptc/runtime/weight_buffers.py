@@ -1,0 +1,97 @@
+"""Weights of sibling layers in one buffer, so that one product reads them all and none is held twice.
+
+Before: tensors of equal width. After: one tensor of their rows below each other, in whose memory each of them lies;
+their values, and the identity of every ``nn.Parameter``, are what they were. A model shares its parameters with the
+programs made of it, so all that are known to share a tensor's memory follow (``alias``), or the old memory would live
+on. Each tensor has a storage of its own over its part of the memory (DLPack makes it): writers of files look at
+storages, and would take a slice for the whole.
+
+A model must not run in another thread while its weights are packed: the memory that a running op reads is given up.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from adaptc.passes.ir.storage import storage_key
+
+_lock = threading.Lock()
+#: where memory begins -> tensors that were made to share it; entries are checked when used, for memory is given back
+_aliases: dict[int, list[weakref.ref[Tensor]]] = {}
+#: where the memory of a buffer begins -> the buffer, while somebody holds it
+_buffers: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+
+
+def alias(tensors: Iterable[Tensor]) -> None:
+    """Remember that these may share memory with others of the same values, under other objects."""
+    with _lock:
+        for t in tensors:
+            if packable(t):
+                known = _aliases.setdefault(_start(t), [])
+                known[:] = [r for r in known if (o := r()) is not None and o is not t and _start(o) == _start(t)]
+                known.append(weakref.ref(t))
+
+
+def packable(t: Tensor) -> bool:
+    """Whether a tensor may be moved: a plain matrix in memory of this process's own."""
+    return (
+        type(t) in (Tensor, nn.Parameter)
+        and t.ndim == 2
+        and t.numel() > 0
+        and t.is_floating_point()
+        and t.itemsize > 1
+        and t.layout == torch.strided
+        and t.device.type in ("cpu", "cuda")
+        and t.is_contiguous()
+        and not t.is_inference()
+        and not t.is_shared()
+    )
+
+
+def pack(tensors: Sequence[Tensor]) -> Tensor:
+    """The buffer, (sum of rows, columns). The tensors move into it, unless they lie there already."""
+    with _lock, torch.no_grad():
+        found = _packed(tensors)
+        if found is not None:
+            return found
+        everyone = [_known(t) for t in tensors]
+        buffer = torch.cat([t.detach() for t in tensors])
+        start = 0
+        for t, others in zip(tensors, everyone, strict=True):
+            rows = t.shape[0]
+            for o in others:
+                o.data = torch.from_dlpack(buffer[start : start + rows])
+            _aliases.setdefault(_start(t), []).extend(map(weakref.ref, others))
+            start += rows
+        _buffers[_start(buffer)] = buffer
+        return buffer
+
+
+def _packed(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The buffer they lie in, one below the other and nothing else."""
+    buffer = _buffers.get(_start(tensors[0]))
+    end = _start(tensors[0])
+    for t in tensors:
+        if _start(t) != end:
+            return None
+        end += t.nbytes
+    return buffer if buffer is not None and end == _start(buffer) + buffer.nbytes else None
+
+
+def _known(t: Tensor) -> list[Tensor]:
+    key = storage_key(t)
+    found = {id(t): t}
+    for ref in _aliases.get(_start(t), ()):
+        o = ref()
+        if o is not None and packable(o) and storage_key(o) == key:
+            found[id(o)] = o
+    return list(found.values())
+
+
+def _start(t: Tensor) -> int:
+    return t.data_ptr()

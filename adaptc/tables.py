@@ -1,0 +1,149 @@
+"""Text tables for reports, and the short form of many module paths.
+
+Everything here makes strings; nothing looks at a program. Output is plain ASCII but for what the user's own names hold,
+so that it can be printed anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from math import isnan, prod
+from typing import Any
+
+WIDTH = 120
+#: below this, columns would have to be dropped
+NARROWEST = 100
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading; ``right`` aligns numbers, ``keep`` never wraps."""
+
+    name: str
+    right: bool = False
+    keep: bool = False
+
+
+def table(
+    columns: Sequence[Column | str], rows: Iterable[Sequence[Any]], *, title: str = "", width: int = WIDTH
+) -> str:
+    """A table as text, without trailing blanks; '' when there is no row. Cells are cut into lines, never left out, so
+    it takes ``NARROWEST`` columns at least."""
+    cells = [[str(c) for c in row] for row in rows]
+    if not cells:
+        return ""
+    from rich.box import Box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    plain = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+    drawn = Table(box=plain, pad_edge=False, padding=(0, 1))
+    for c in (c if isinstance(c, Column) else Column(c) for c in columns):
+        side = "right" if c.right else "left"
+        drawn.add_column(c.name, justify=side, no_wrap=c.keep, overflow="fold", min_width=len(c.name))
+    for row in cells:
+        drawn.add_row(*(Text(c) for c in row))
+    out = StringIO()
+    Console(file=out, width=max(width, NARROWEST), color_system=None, legacy_windows=False).print(drawn)
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    return "\n".join(line for line in lines if line)
+
+
+def join(*parts: str) -> str:
+    """Sections with a blank line between them; empty ones are dropped."""
+    return "\n\n".join(p for p in parts if p)
+
+
+def pattern(path: str) -> tuple[str | None, ...]:
+    """A module path with None for every number in it: equal for the same layer of every block."""
+    return tuple(None if _is_number(part) else part for part in path.split("."))
+
+
+def _is_number(part: str) -> bool:
+    return part.isdecimal() and str(int(part)) == part
+
+
+def collapse(paths: Iterable[str]) -> list[tuple[str, int]]:
+    """(short form, how many paths it stands for), exactly covering ``paths``: ``layers.{0..29}.q_proj``, 30.
+
+    Numbers that vary together are never written as a product that has more members than there are paths.
+    """
+    groups: dict[tuple[str | None, ...], set[tuple[int, ...]]] = {}
+    for path in paths:
+        numbers = tuple(int(part) for part in path.split(".") if _is_number(part))
+        groups.setdefault(pattern(path), set()).add(numbers)
+    out: list[tuple[str, int]] = []
+    for form, indices in groups.items():
+        for cover in _covers(indices):
+            values = iter(cover)
+            text = ".".join(_set(next(values)) if part is None else part for part in form)
+            out.append((text, prod(map(len, cover))))
+    return out
+
+
+def _covers(indices: set[tuple[int, ...]]) -> list[tuple[tuple[int, ...], ...]]:
+    """Products of sets that together are exactly ``indices``."""
+    if () in indices:
+        return [()]
+    rests: dict[int, set[tuple[int, ...]]] = {}
+    for first, *rest in sorted(indices):
+        rests.setdefault(first, set()).add(tuple(rest))
+    firsts: dict[frozenset[tuple[int, ...]], list[int]] = {}
+    for first, rest in rests.items():
+        firsts.setdefault(frozenset(rest), []).append(first)
+    return [(tuple(same), *tail) for rest, same in firsts.items() for tail in _covers(set(rest))]
+
+
+def _set(values: Sequence[int]) -> str:
+    runs: list[list[int]] = []
+    for v in sorted(values):
+        if runs and v == runs[-1][1] + 1:
+            runs[-1][1] = v
+        else:
+            runs.append([v, v])
+    text = ",".join(f"{a}" if a == b else f"{a}..{b}" if b > a + 1 else f"{a},{b}" for a, b in runs)
+    return text if len(values) == 1 else f"{{{text}}}"
+
+
+def times(text: str, count: int) -> str:
+    return text if count == 1 else f"{text} x{count}"
+
+
+def shortened(paths: Iterable[str], most: int = 4, sep: str = ", ") -> str:
+    """The collapsed paths, the first ``most`` of them, and how many paths the others stand for."""
+    forms = collapse(paths)
+    rest = sum(n for _, n in forms[most:])
+    return sep.join([*(text for text, _ in forms[:most]), *([f"and {rest} more"] if rest else [])])
+
+
+def small(value: float) -> str:
+    """An error or a difference: three digits, and a plain 0 when there is none."""
+    return "0" if value == 0 else f"{value:.2e}"
+
+
+def number(value: float) -> str:
+    """The same, and a dash for what is not a number."""
+    return "-" if isnan(value) else small(value)
+
+
+def size(nbytes: int) -> str:
+    """An amount of memory, in units of 1024: the one way in which bytes are printed."""
+    amount = float(nbytes)
+    for unit in ("B", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:.1f} GiB"
+
+
+def dtype_name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def shape_text(shape: Sequence[Any], dtype: Any) -> str:
+    """``4x64``, and the dtype when it is not float32."""
+    name = dtype_name(dtype)
+    return " ".join(p for p in ("x".join(map(str, shape)), "" if name == "float32" else name) if p)

@@ -1,0 +1,1 @@
+"""From a config to attachments: which sites of a program get which method."""

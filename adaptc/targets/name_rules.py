@@ -1,0 +1,324 @@
+"""Which module names a config selects: PEFT's target rules, as functions over names.
+
+Nothing here sees a module or a graph. Before: the caller has listed what could be adapted (one :class:`Candidate` per
+module path) and filled in a default for ``target_modules``. After: every candidate is either selected or left out for
+a stated reason, and every entry the user wrote has matched something, or a :class:`TargetError` says what it could
+have meant. The rules are those of PEFT 0.21.2; what PEFT ignores in silence is an error here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from adaptc.errors import SHOWN, ConfigError, TargetError, and_more, did_you_mean, listing
+from adaptc.methods import compiled
+
+ALL_LINEAR = "all-linear"
+# PEFT writes this into files whose adapter targets no module at all (trained tokens only, for example).
+NO_TARGETS = "dummy-target-modules"
+TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+# "weight": a linear class that multiplies by its weight in its own way, as falcon's does
+_LINEAR_KINDS = ("linear", "addmm", "weight")
+_LINEAR_CLASS = re.compile(r"(Linear(\d\w*)?|\bConv1D)$")
+_ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A module that could be adapted.
+
+    ``name`` is its path in the model, ``type`` its qualified class name, ``kind`` how its weight is consumed
+    ("linear", "addmm", "embedding", "conv2d", "weight", ...).
+    """
+
+    name: str
+    type: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the rules decided.
+
+    ``names``: selected module paths, in candidate order. ``matches``: for each target entry (each item of a list, or
+    the regular expression or "all-linear" itself) the selected names it accounts for. ``left_out``: (name, why) for
+    every other candidate, and for modules that an entry names but that cannot be adapted.
+    """
+
+    names: tuple[str, ...]
+    matches: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    left_out: tuple[tuple[str, str], ...] = ()
+
+
+def select(
+    candidates: Sequence[Candidate],
+    *,
+    target_modules: str | Iterable[str] | None,
+    exclude_modules: str | Iterable[str] | None = None,
+    layers_to_transform: int | Iterable[int] | None = None,
+    layers_pattern: str | Iterable[str] | None = None,
+    modules_to_save: Iterable[str] | None = None,
+    output_embedding: str | None = None,
+    task_type: str | None = None,
+    all_names: Sequence[str] | Mapping[str, str] = (),
+) -> Selection:
+    """The candidates that ``target_modules`` selects.
+
+    A list or set holds full names or dotted suffixes; a string is a regular expression for the whole name, or
+    "all-linear" (every linear layer but ``output_embedding``). ``exclude_modules`` is read the same way.
+    ``layers_to_transform`` keeps the given layer indices among suffix matches; full names are not filtered by it.
+    Everything at or below a name in ``modules_to_save``, or below the head that ``task_type`` trains, is left out.
+    ``all_names`` are all module names of the model, best as a mapping to class names; they only improve messages.
+
+    Raises :class:`TargetError` when an entry matches nothing or nothing is selected (an empty list does select
+    nothing), :class:`ConfigError` for options that do not go together or are not valid regular expressions.
+    """
+    if target_modules is None:
+        raise ConfigError("target_modules is None and no default was filled in: name the modules to adapt")
+    if isinstance(target_modules, str):
+        for option, value in (("layers_to_transform", layers_to_transform), ("layers_pattern", layers_pattern)):
+            if value is not None:
+                raise ConfigError(
+                    f"{option}={value!r} cannot be combined with the string target_modules={target_modules!r}: "
+                    "write the layer indices into the regular expression, or give target_modules as a list"
+                )
+    known = dict(all_names) if isinstance(all_names, Mapping) else dict.fromkeys(all_names, "")
+    names = list(dict.fromkeys(c.name for c in candidates))
+    adaptable = set(names)
+    model = _Model(names, {n: t for n, t in known.items() if n and n not in adaptable})
+
+    excluded = _Entries("exclude_modules", exclude_modules or ())
+    _require_used(excluded, model)
+    saved = _saved_rule(_save_entries(modules_to_save, task_type))
+    if isinstance(target_modules, str) and target_modules == NO_TARGETS:
+        return Selection((), {}, tuple((n, "the adapter targets no module") for n in names))
+    targets = _Entries("target_modules", target_modules)
+    if not targets.keys:
+        return Selection((), {}, tuple((n, "target_modules is empty") for n in names))
+    layers = _Layers(layers_to_transform, layers_pattern)
+    linear = None
+    if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
+        linear = {c.name for c in candidates if c.kind in _LINEAR_KINDS and _LINEAR_CLASS.search(c.type)}
+
+    matches: dict[str, list[str]] = {key: [] for key in targets.keys}
+    hit: set[str] = set()
+    seen_layers: set[int] = set()
+    left_out: list[tuple[str, str]] = []
+    chosen: list[str] = []
+    for name in names:
+        if linear is None:
+            keys, unmatched = targets.matching(name), "no entry names it"
+        elif name == output_embedding:
+            keys, unmatched = [], "the output head"
+        else:
+            keys, unmatched = list(targets.keys) if name in linear else [], "not a linear layer"
+        hit.update(keys)
+        if keys and layers.wanted is not None:
+            seen_layers.update(i for i in [layers.index(name)] if i is not None)
+        why = _first(excluded.matching(name), "excluded by {!r}") or saved(name)
+        why = why or (None if keys else unmatched)
+        if why is None and not (linear is None and name in targets.lookup):
+            why = layers.refuses(name)
+        if why is not None:
+            left_out.append((name, why))
+            continue
+        chosen.append(name)
+        for key in keys:
+            matches[key].append(name)
+
+    missing = [key for key in targets.keys if key not in hit]
+    if missing:
+        raise TargetError(_explain_missing(targets, missing, model))
+    lost = [] if layers.wanted is None else sorted(layers.wanted - seen_layers)
+    if lost:
+        raise TargetError(
+            f"layers_to_transform: no targeted module lies in layer {listing(lost)}; layers with targeted modules "
+            f"are {listing(sorted(seen_layers)) or 'none'}" + layers.hint()
+        )
+    if not chosen:
+        raise TargetError(_explain_nothing(targets, left_out))
+    if linear is None:
+        for name, type_ in model.others.items():
+            keys = targets.matching(name)
+            if keys and not (targets.regex and name in model.parents) and not (excluded.matching(name) or saved(name)):
+                left_out.append((name, f"named by {keys[0]!r} but not adaptable{_of_type(type_)}"))
+    return Selection(tuple(chosen), {k: tuple(v) for k, v in matches.items()}, tuple(left_out))
+
+
+def select_to_save(
+    names: Iterable[str], modules_to_save: Iterable[str] | None = None, task_type: str | None = None
+) -> list[str]:
+    """The modules to train and save whole: every name that ends with an entry, in the order of ``names``.
+
+    The head of a classification or question answering task is added. Raises :class:`TargetError` for an entry that
+    ends no name. A list that holds every usual head of the task is what PEFT writes to disk, so one of them is enough.
+    """
+    names = [n for n in names if n]
+    entries = _save_entries(modules_to_save, task_type)
+    wanted = _as_list("modules_to_save", modules_to_save)
+    present = {e for e in entries if any(n.endswith(e) for n in names)}
+    heads = set(TASK_HEADS.get(_task(task_type), ()))
+    optional = heads if heads <= set(wanted) and heads & present else set()
+    missing = [e for e in wanted if e not in present and e not in optional]
+    if missing:
+        hints = [f"{e!r} ends no module name{did_you_mean(e, names)}" for e in missing[:SHOWN]]
+        raise TargetError("modules_to_save: " + "; ".join(hints) + and_more(missing))
+    return [n for n in names if any(n.endswith(e) for e in present)]
+
+
+class _Model:
+    """The module names there are: adaptable ones, others with their class, and which of them hold modules."""
+
+    def __init__(self, names: list[str], others: dict[str, str]):
+        self.names, self.others = names, others
+        self.parents = {n.rpartition(".")[0] for n in (*names, *others)}
+
+
+class _Entries:
+    """The entries of one option. A list is looked up by the dotted suffixes of a name, so its length costs nothing."""
+
+    def __init__(self, option: str, value: str | Iterable[str]):
+        self.option = option
+        self.regex = isinstance(value, str)
+        self.keys: tuple[str, ...] = (value,) if isinstance(value, str) else tuple(_as_list(option, value))
+        self.lookup = frozenset(() if self.regex else self.keys)
+        is_regex = self.regex and self.keys[0].lower() != ALL_LINEAR
+        self._full = compiled(option, self.keys[0]).fullmatch if is_regex else None
+
+    def matching(self, name: str) -> list[str]:
+        if self.regex:
+            return [self.keys[0]] if self._full and self._full(name) else []
+        return [s for s in _suffixes(name) if s in self.lookup] if self.lookup else []
+
+
+class _Layers:
+    """``layers_to_transform`` and ``layers_pattern``: which layer a name lies in, and whether that layer is wanted."""
+
+    def __init__(self, wanted: int | Iterable[int] | None, pattern: str | Iterable[str] | None):
+        patterns = [pattern] if isinstance(pattern, str) else list(pattern or ())
+        self.patterns = [p for p in patterns if p]
+        if self.patterns and wanted is None:
+            raise ConfigError(f"layers_pattern={pattern!r} needs layers_to_transform: say which layers")
+        indices = {wanted} if isinstance(wanted, int) else set(wanted or ())
+        self.wanted = indices or None
+        self._regexes = [compiled("layers_pattern", rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\.", p) for p in self.patterns]
+
+    def index(self, name: str) -> int | None:
+        for regex in self._regexes or [_ANY_LAYER]:
+            match = regex.match(name)
+            if match:
+                return int(match["idx"])
+        return None
+
+    def refuses(self, name: str) -> str | None:
+        if self.wanted is None:
+            return None
+        index = self.index(name)
+        if index is None:
+            return "in no numbered layer" + self.hint()
+        return None if index in self.wanted else f"layer {index} not in layers_to_transform"
+
+    def hint(self) -> str:
+        return f" (layers_pattern={self.patterns})" if self.patterns else ""
+
+
+def _saved_rule(entries: Sequence[str]) -> Callable[[str], str | None]:
+    """Why a name is off limits because it, or a module above it, is trained whole."""
+    # The entry is a regular expression between dots here, but a plain ending in select_to_save: that is PEFT's rule.
+    # A module that only the second one picks must not be adapted either, so both apply.
+    rules = [(e, compiled("modules_to_save", rf"(^|.*\.){e}($|\..*)", e), f"{e}.") for e in entries]
+
+    def why(name: str) -> str | None:
+        for entry, regex, inside in rules:
+            if regex.match(name) or name.endswith(entry) or inside in name:
+                return f"under modules_to_save ({entry!r})"
+        return None
+
+    return why
+
+
+def _save_entries(modules_to_save: Iterable[str] | None, task_type: str | None) -> list[str]:
+    return list(dict.fromkeys((*_as_list("modules_to_save", modules_to_save), *TASK_HEADS.get(_task(task_type), ()))))
+
+
+def _task(task_type: object) -> str:
+    return str(getattr(task_type, "value", task_type))
+
+
+def _as_list(option: str, value: str | Iterable[str] | None) -> list[str]:
+    if value is None:
+        return []
+    items = [value] if isinstance(value, str) else list(value)
+    wrong = [i for i in items if not isinstance(i, str) or not i]
+    if wrong:
+        raise ConfigError(f"{option}: entries must be non-empty strings, found {wrong[0]!r}")
+    # A set has no order of its own, and messages and reports must not depend on hash seeds.
+    return sorted(items) if isinstance(value, (set, frozenset)) else list(dict.fromkeys(items))
+
+
+def _suffixes(name: str) -> Iterable[str]:
+    yield name
+    dot = name.find(".")
+    while dot >= 0:
+        yield name[dot + 1 :]
+        dot = name.find(".", dot + 1)
+
+
+def _require_used(excluded: _Entries, model: _Model) -> None:
+    """An exclusion must name a module that could be adapted, or one that holds no other module."""
+    # Excluding a container by name leaves its children adapted, which nobody means.
+    leaves = (n for n in model.others if n not in model.parents)
+    used = {key for name in (*model.names, *leaves) for key in excluded.matching(name)}
+    missing = [key for key in excluded.keys if key not in used]
+    if missing:
+        raise TargetError(_explain_missing(excluded, missing, model))
+
+
+def _explain_missing(entries: _Entries, missing: Sequence[str], model: _Model) -> str:
+    lines = [f"{entry!r} {_why_missing(entries, entry, model)}" for entry in missing[:SHOWN]]
+    return f"{entries.option}: " + "; ".join(lines) + and_more(missing)
+
+
+def _why_missing(entries: _Entries, entry: str, model: _Model) -> str:
+    if entries.regex:
+        if entry.lower() == ALL_LINEAR:
+            return "finds no linear layer to adapt"
+        tail = next((n for n in model.names if entry in _suffixes(n)), None)
+        if tail is not None:
+            return f"is a regular expression for whole names; to match endings such as {tail!r} write [{entry!r}]"
+        part = next((n for n in model.names if compiled(entries.option, entry).search(n)), None)
+        if part is not None:
+            return f"is a regular expression for whole names and matches only a part of {part!r}"
+    named = [n for n in model.others if entry in entries.matching(n)]
+    if named:
+        what = f"exists but is not adaptable: {named[0]!r}{_of_type(model.others[named[0]])}"
+        inside = [n for n in model.names if n.startswith(named[0] + ".")]
+        if inside and entries.option == "exclude_modules":
+            below = "(.*\\.)?" + re.escape(entry) + "\\..*"
+            return f"{what} is a container, and what it holds stays adapted; to exclude all of it write {below!r}"
+        return what + (f"; it holds {listing(map(repr, inside))}" if inside else "")
+    if not entries.regex and re.search(r"[*\\|()\[\]^$+?]", entry):
+        return "matches nothing: list items are names, not regular expressions; pass one string instead of a list"
+    return "matches no module" + did_you_mean(entry, model.names)
+
+
+def _explain_nothing(entries: _Entries, left_out: Sequence[tuple[str, str]]) -> str:
+    reasons = Counter(why for _, why in left_out if why != "no entry names it")
+    listed = "; ".join(f"{n} {why}" for why, n in reasons.most_common(8))
+    return f"{entries.option}: everything that {listing(map(repr, entries.keys))} matches was left out: {listed}"
+
+
+def _first(keys: Sequence[str], text: str) -> str | None:
+    return text.format(keys[0]) if keys else None
+
+
+def _of_type(type_: str) -> str:
+    return f" ({type_.rpartition('.')[2]})" if type_ else ""

@@ -1,0 +1,31 @@
+"""Target entries for layers of single experts, in models that stack all experts in one parameter.
+
+transformers 5 keeps the experts of a mixture in two 3-D parameters, ``experts.gate_up_proj`` and
+``experts.down_proj``; until then each expert had linear layers ``w1``, ``w3``, ``w2`` (Mixtral) or ``gate_proj``,
+``up_proj``, ``down_proj``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from adaptc.errors import TargetError
+
+#: layer of one expert -> its part of a stacked parameter
+PARTS = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+#: stacked parameter -> its parts, in the order of its rows; the order is also that in which modules register them
+STACKED = {"experts.gate_up_proj": ("gate", "up"), "experts.down_proj": ("down",)}
+
+
+def refuse_old_targets(targets: Any, modules: Collection[str], weights: Iterable[str]) -> None:
+    """Raises TargetError for target entries that name layers of single experts where there are none any more."""
+    if targets is None or isinstance(targets, str):
+        return
+    lost = [t for t in targets if t.rpartition(".")[2] in PARTS and not any(f".{m}".endswith(f".{t}") for m in modules)]
+    stacked = [n for n in STACKED if any(w.endswith(f".{n}") for w in weights)]
+    if lost and stacked:
+        raise TargetError(
+            f"target_modules: {lost} are layers of single experts, and this model stacks its experts in parameters. "
+            f"Name those instead: target_parameters={stacked}."
+        )

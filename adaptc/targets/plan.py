@@ -1,0 +1,284 @@
+"""From a config to attachments: which sites of a program get which method, and under which key in files.
+
+Before: a program and the facts capture knows about the model. After: a :class:`Plan` in which every entry the user
+wrote has bound to at least one site, or a TargetError that names what exists instead. The rules on names are in
+``rules``; here they meet the sites of the graph.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from adaptc.errors import ConfigError, TargetError, nearest
+from adaptc.methods import OTHER_MEANING, ModelFacts, Stacked, TargetedConfig, TokenRows, Whole, check_patterns
+from adaptc.passes.analysis.attention import default_targets
+from adaptc.passes.analysis.sites import Site, find_sites
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.ops import op_of
+from adaptc.targets.name_rules import NO_TARGETS, Candidate, Selection, select, select_to_save
+from adaptc.targets.old_experts import refuse_old_targets
+from adaptc.targets.whole_and_rows import Trained, outermost
+
+MATRIX_KINDS = ("linear", "addmm", "conv1d", "conv2d", "conv3d", "embedding")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``config`` is the one planned, with all it left to the model filled in; ``attachments`` in injection order;
+    ``matches`` per target entry; ``left_out`` (module, why).
+
+    ``unread``: key in files -> FQN of tensors of modules trained as a whole that the program does not read, which files
+    hold all the same.
+    """
+
+    config: TargetedConfig
+    attachments: tuple[Attachment, ...]
+    matches: Mapping[str, tuple[str, ...]]
+    left_out: tuple[tuple[str, str], ...]
+    unread: Mapping[str, str] = field(default_factory=dict)
+
+
+def plan(
+    config: TargetedConfig,
+    program: ExportedProgram,
+    facts: ModelFacts,
+    adapter: str = "default",
+    lifted: Lifted | None = None,
+) -> Plan:
+    """All attachments ``config`` asks for. Raises TargetError for entries that bind to nothing, ConfigError for
+    options that have no meaning at a selected site. ``lifted``: the program opened, when the caller has it open."""
+    return _Planner(config, program, facts, adapter, lifted or Lifted(program, edit=False)).run()
+
+
+class _Planner:
+    def __init__(
+        self, config: TargetedConfig, program: ExportedProgram, facts: ModelFacts, adapter: str, lifted: Lifted
+    ) -> None:
+        # A copy: what is found in the graph is written to it.
+        self.config = copy.copy(config.resolved(facts))
+        self.program, self.facts, self.adapter, self.lifted = program, facts, adapter, lifted
+        self.sites = find_sites(program, dict(facts.types), lifted)
+        buffers = find_sites(program, dict(facts.types), lifted, InputKind.BUFFER)
+        self.by_module: dict[str, list[Site]] = {}
+        for site in self.sites:
+            self.by_module.setdefault(site.module, []).append(site)
+        self.names = {**dict.fromkeys(self.by_module, ""), **facts.types}
+        for module in list(self.by_module):  # containers a bare program does not list
+            parts = module.split(".")
+            for i in range(1, len(parts)):
+                self.names.setdefault(".".join(parts[:i]), "")
+        self.trained = Trained(lifted, self.sites, buffers, facts.input_embedding, adapter)
+        self.head = facts.output_embedding or self._guess_head()
+
+    def run(self) -> Plan:
+        saved = outermost(select_to_save(self.names, self.config.modules_to_save, self.config.task_type))
+        parameters = self.config.target_parameters
+        tokens = self.config.trainable_token_indices
+        targets = self.config.target_modules
+        if targets is None:
+            targets = [] if parameters or tokens else self._defaults()
+        # A list that is empty is an error to PEFT, even where something else is trained.
+        self.config.target_modules = targets or ([] if parameters else NO_TARGETS)
+        modules = self._candidates()
+        refuse_old_targets(targets, self.names, self.lifted.state_dict)
+        selection = self._select(modules, targets)
+        whole = [(m, Whole("")) for m in saved]
+        main: list[Attachment] = []
+        rows: list[Attachment] = []
+        if self.config.unit == "modules":
+            whole += [(m, cast(Whole, self.config.method(m, "weight"))) for m in outermost(selection.names)]
+        elif self.config.unit == "rows":
+            rows = self.trained.rows([(m, "", cast(TokenRows, self.config.method(m, ""))) for m in selection.names])
+        else:
+            main = [a for name in selection.names for a in self._module(name, modules[name], selection)]
+        check_names = [*selection.names]
+        extra = self._parameters(parameters, check_names)
+        for option, pattern in self.config.pattern_entries().items():
+            check_patterns(option, pattern, check_names, self.config.pattern_matches)
+        self._check_dropout([*main, *extra])
+        replaced = [a for m, like in whole for a in self.trained.whole(m, like)]
+        rows += self.trained.tokens(tokens)
+        biases = self.trained.biases(self.config.bias, {a.id for a in replaced}, main)
+        attachments = [*biases, *replaced, *main, *extra, *rows]
+        if not attachments:
+            raise TargetError(
+                "the config adapts nothing: target_modules, target_parameters, modules_to_save and "
+                "trainable_token_indices are all empty. Name at least one module; the program has "
+                f"{self._some(modules)}."
+            )
+        _check_once(attachments)
+        matches = dict(selection.matches)
+        for a in extra:
+            matches[a.entry] = (*matches.get(a.entry, ()), a.fqn)
+        unread = self.trained.unread(whole, {a.fqn for a in attachments})
+        return Plan(self.config, tuple(attachments), matches, selection.left_out, unread)
+
+    # -- modules ---------------------------------------------------------------------------------------------------
+
+    def _candidates(self) -> dict[str, list[Site]]:
+        """Module path -> the sites that adapting this module means."""
+        if self.config.unit == "modules":
+            return self.trained.modules(self.names)
+        if self.config.unit == "rows":
+            return self.trained.tables()
+        out: dict[str, list[Site]] = {}
+        for module, sites in self.by_module.items():
+            main = [s for s in sites if s.param == "weight" and s.kind in MATRIX_KINDS]
+            rest = [s for s in sites if len(s.shape) > 1 and s.param.rpartition(".")[2] != "bias"]
+            if main or rest:
+                out[module] = main or rest
+            if sites[0].module_type.endswith("MultiheadAttention") and module in out:
+                outer = self.by_module.get(f"{module}.out_proj", [])
+                out[module] = [*out[module], *(s for s in outer if s.param == "weight")]
+        return out
+
+    def _select(self, modules: Mapping[str, list[Site]], targets: Any) -> Selection:
+        c = self.config
+        return select(
+            [Candidate(name, self.names.get(name, ""), sites[0].kind) for name, sites in modules.items()],
+            target_modules=targets,
+            exclude_modules=c.exclude_modules,
+            layers_to_transform=c.layers_to_transform,
+            layers_pattern=c.layers_pattern,
+            modules_to_save=c.modules_to_save,
+            output_embedding=self.head,
+            task_type=c.task_type,
+            all_names=self.names,
+        )
+
+    def _module(self, name: str, sites: Sequence[Site], selection: Selection) -> Iterable[Attachment]:
+        entry = next((e for e, names in selection.matches.items() if name in names), "")
+        alone = sum(s.module == name for s in sites) == 1
+        for site in sites:
+            key = name if alone or site.param == "weight" else f"{name}.{site.param}"
+            if site.module != name:
+                # PEFT wraps MultiheadAttention as a whole, so its out_proj sits below the wrapper.
+                key = f"{name}.base_layer{site.module.removeprefix(name)}"
+            a = self._attach(site, key, name, entry)
+            yield a if site.module == name else replace(a, method=a.method.nested())
+
+    def _attach(self, site: Site, key: str, name: str, entry: str, kind: str | None = None) -> Attachment:
+        kind = kind or site.kind
+        method = self.config.method(name, kind)
+        if kind.startswith("experts") and not method.stacks:
+            method = Stacked.of(method)
+        a = Attachment(
+            key,
+            site.module,
+            site.param,
+            kind,
+            method,
+            self.adapter,
+            "auto",
+            site.consumers,
+            entry=entry,
+            name=name,
+            tied=site.tied,
+        )
+        op = op_of(kind, self.lifted.tensor(site.fqn), self.lifted.nodes[site.consumers[0]])
+        try:
+            method = method.at(op)
+            method.slots(op)
+        except (TargetError, ConfigError) as error:
+            raise type(error)(f"site {site.fqn!r} ({site.module_type or kind}): {error}") from error
+        return replace(a, method=method)
+
+    def _defaults(self) -> list[str]:
+        if self.config.unit == "rows" and (only := self.trained.only_embedding()) is not None:
+            return [only]
+        if self.config.peft_type in OTHER_MEANING:
+            raise TargetError(
+                f"target_modules is None, and {self.config.peft_type} has no default for model type "
+                f"{self.facts.model_type!r}. Name the modules; candidates: {self._some(self._candidates())}."
+            )
+        found = default_targets(self.program)
+        if not found:
+            raise TargetError(
+                "target_modules is None and no attention was found in the graph to take query and value projections "
+                f"from. Name the modules to adapt; candidates: {self._some(self._candidates())}; or use 'all-linear'."
+            )
+        return found
+
+    def _guess_head(self) -> str | None:
+        """For a bare program: the linear tied to an embedding, or else the one with as many outputs as one has rows."""
+        if not self.facts.bare:
+            return None
+        vocab = {s.shape[0] for s in self.sites if s.kind == "embedding"}
+        linear = [s for s in self.sites if s.kind == "linear" and s.shape[0] in vocab and s.param == "weight"]
+        tied = [s for s in linear if any(t.kind == "embedding" for t in self.trained.tied_to(s))]
+        heads = tied or linear
+        return heads[0].module if len(heads) == 1 else None
+
+    # -- parameters ---------------------------------------------------------------------------------------------------
+
+    def _parameters(self, entries: Sequence[str] | None, names: list[str]) -> list[Attachment]:
+        if not entries:
+            return []
+        by_fqn = {s.fqn: s for s in self.sites}
+        hits = {e: [f for f in by_fqn if f == e or f.endswith(f".{e}")] for e in entries}
+        for entry, found in hits.items():
+            if not found:
+                near = nearest(entry, by_fqn)
+                raise TargetError(f"target_parameters: {entry!r} matches no parameter; did you mean one of {near}?")
+        chosen = {f: e for e, found in hits.items() for f in found}
+        per_module: dict[str, list[str]] = {}
+        for fqn in by_fqn:
+            if fqn in chosen:
+                per_module.setdefault(by_fqn[fqn].module, []).append(fqn)
+        out: list[Attachment] = []
+        for module, fqns in per_module.items():
+            order = self._parameter_order(module, fqns)
+            for i, fqn in enumerate(order):
+                # PEFT nests one wrapper per parameter, the last one outermost.
+                key = module + ".base_layer" * (len(order) - 1 - i)
+                names.append(fqn)
+                out.append(self._attach(by_fqn[fqn], key, fqn, chosen[fqn], self._parameter_kind(by_fqn[fqn])))
+        return out
+
+    def _parameter_order(self, module: str, fqns: list[str]) -> list[str]:
+        """As the module registered them, which is their order in the state dict."""
+        order = {f: i for i, f in enumerate(self.lifted.state_dict)}
+        return sorted(fqns, key=lambda f: order.get(f, len(order)))
+
+    def _parameter_kind(self, site: Site) -> str:
+        if len(site.shape) == 3 and site.kind == "weight":
+            return "experts_t" if site.module in self.facts.transposed else "experts"
+        if len(site.shape) != 2:
+            raise TargetError(f"target_parameters: {site.fqn!r} has shape {site.shape}; two or three axes are needed")
+        return "linear" if site.kind == "linear" else "weight"
+
+    # -- checks ------------------------------------------------------------------------------------------------------
+
+    def _check_dropout(self, attachments: Sequence[Attachment]) -> None:
+        option = self.config.dropout_field
+        if not option or not getattr(self.config, option):
+            return
+        for a in attachments:
+            if a.kind not in MATRIX_KINDS:
+                raise ConfigError(
+                    f"{option} has no meaning at {a.fqn!r}: its consumer ({a.kind}) reads the changed weight, so "
+                    f"there is no input to drop. Set {option}=0.0 or leave the module out."
+                )
+
+    def _some(self, modules: Iterable[str], n: int = 12) -> str:
+        tails = list(dict.fromkeys(m.rpartition(".")[2] for m in modules))
+        return ", ".join(tails[:n]) + (", ..." if len(tails) > n else "")
+
+
+def _check_once(attachments: Sequence[Attachment]) -> None:
+    seen: dict[str, Attachment] = {}
+    for a in attachments:
+        first = seen.setdefault(a.fqn, a)
+        if first is not a:
+            raise TargetError(
+                f"{a.fqn!r} is adapted twice, as {first.key or first.fqn!r} ({first.method.name}) and as "
+                f"{a.key or a.fqn!r} ({a.method.name}). Take it out of one of target_modules, target_parameters, "
+                "modules_to_save and trainable_token_indices."
+            )

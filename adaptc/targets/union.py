@@ -1,0 +1,47 @@
+"""One program for several adapters: the union of what their configs ask for.
+
+Before: one plan per config. After: one list of attachments in which every plan finds all of its own. Two plans share an
+attachment where their methods differ only in what a swap may change; where the structure differs (DoRA beside LoRA,
+another block size), each gets a variant of its own, and an adapter leaves the other's at its identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from adaptc.passes.adapt.choose_forms import compilable
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.targets.plan import Plan
+
+
+def union(
+    plans: Sequence[Plan], training: bool, backend: str, form: str = "auto", *, apart: bool = False
+) -> list[Attachment]:
+    """All attachments, what replaces whole weights first; the first plan's own keep their ids. ``form`` is for those
+    that do not need a certain one. ``apart``: no two plans share one, since their adapters, of different names, are to
+    act together."""
+    out: list[Attachment] = []
+    for p in plans:
+        for a in p.attachments:
+            rivals = [o for o in out if o.fqn == a.fqn and o.method.akin(a.method)]
+            if not apart and any(o.method.structure() == a.method.structure() for o in rivals):
+                continue
+            a = replace(a, variant=len(rivals))
+            if not apart and (number := _number(a, out)):
+                a = replace(a, adapter=f"{a.adapter}_{number}")
+            if training:
+                a = replace(a, method=a.method.trained())
+            if a.form == "auto":
+                a = replace(a, form=form)
+            out.append(compilable(a, backend))
+    return sorted(out, key=lambda a: not a.method.replaces)
+
+
+def _number(a: Attachment, others: Sequence[Attachment]) -> int:
+    """Which of the adapters its slots belong to: the variant; but sites that share a slot must be of one structure."""
+    if not a.method.shares():
+        return a.variant
+    known = [s for o in others if (s := o.method.structure())["method"] == a.method.structure()["method"]]
+    distinct = [s for i, s in enumerate(known) if s not in known[:i]]
+    return distinct.index(a.method.structure()) if a.method.structure() in distinct else len(distinct)

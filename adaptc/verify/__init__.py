@@ -1,0 +1,1 @@
+"""What adaptc promises of a program, tried on random inputs."""

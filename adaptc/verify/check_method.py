@@ -1,0 +1,281 @@
+"""A method of one's own, tried on small layers of every kind: what it promises, and what becomes of it in programs.
+
+The promises are those of ``passes.ir.method_checks``, which ``compile`` holds every foreign method to. Here they are
+followed by what a user does with an adapter: compile, train, merge, write files, swap, save. Layers that the method
+refuses with a TargetError are refused, which is no fault, as long as some layer is left.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptc.binding.bind import file_tensors
+from adaptc.binding.source import as_binding
+from adaptc.errors import AdaptcError, ConfigError, MethodError, TargetError
+from adaptc.methods import TargetedConfig, check_registered
+from adaptc.passes.ir.method_checks import PROMISES_OF_CODE, PROMISES_OF_VALUES
+from adaptc.peft_files.directory import write_adapter
+from adaptc.program.adapted import AdaptedProgram
+from adaptc.program.compile import compiled, planned
+from adaptc.program.files import load_program, save_program
+from adaptc.reports.results import bar
+from adaptc.runtime.options import RunOptions
+from adaptc.tables import WIDTH, Column, join, table
+from adaptc.verify.verify import verify_program
+
+#: what rounding in float64 may cost, relative to the largest output
+CLOSE = 1e-9
+BATCH = 3
+
+
+class _Parameter(nn.Module):
+    """Parameters that no layer reads: a matrix, or with ``experts`` one for each of them."""
+
+    def __init__(self, inputs: int, outputs: int, experts: int = 0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(*([experts] if experts else []), outputs, inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,...oi->b...o", x, torch.sin(self.weight) if self.weight.ndim == 2 else self.weight)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A kind of layer: how it is made for sizes (inputs, outputs), and the shape of one sample of its input."""
+
+    build: Callable[[int, int], nn.Module]
+    sample: Callable[[int], tuple[int, ...]]
+    parameter: bool = False
+
+    def args(self, inputs: int) -> tuple[Tensor]:
+        shape = (BATCH, *self.sample(inputs))
+        if isinstance(self.build(inputs, 1 if self.parameter else inputs), nn.Embedding):
+            return (torch.randint(inputs, shape),)
+        return (torch.randn(shape, dtype=torch.float64),)
+
+
+LAYERS: dict[str, Layer] = {
+    "linear": Layer(nn.Linear, lambda i: (4, i)),
+    "embedding": Layer(nn.Embedding, lambda i: (4,)),
+    "conv1d": Layer(lambda i, o: nn.Conv1d(i, o, 3, stride=2, padding=1), lambda i: (i, 7)),
+    "conv2d": Layer(lambda i, o: nn.Conv2d(i, o, (3, 1), bias=False), lambda i: (i, 5, 3)),
+    "groups": Layer(lambda i, o: nn.Conv2d(i, o, 3, groups=2, padding=1), lambda i: (i, 4, 3)),
+    "transposed": Layer(lambda i, o: nn.ConvTranspose1d(i, o, 3, stride=2), lambda i: (i, 5)),
+    "parameter": Layer(_Parameter, lambda i: (i,), parameter=True),
+    "experts": Layer(lambda i, o: _Parameter(i, o, 3), lambda i: (i,), parameter=True),
+}
+
+
+@dataclass(frozen=True)
+class MethodCheck:
+    """One check at one layer. ``passed`` None: there was nothing to check, and ``note`` says why."""
+
+    name: str
+    layer: str
+    passed: bool | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class MethodReport:
+    """What :func:`check_method` found. ``refused``: layer -> why the method does not take it."""
+
+    method: str
+    checks: tuple[MethodCheck, ...]
+    refused: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """No check failed, and at least one was run."""
+        ran = [c.passed for c in self.checks if c.passed is not None]
+        return bool(ran) and all(ran)
+
+    @property
+    def failed(self) -> list[MethodCheck]:
+        return [c for c in self.checks if c.passed is False]
+
+    def __str__(self) -> str:
+        return self.render()
+
+    def render(self, width: int = WIDTH) -> str:
+        cells = {(c.name, c.layer): {True: "pass", False: "FAIL", None: "-"}[c.passed] for c in self.checks}
+        layers = [n for n in LAYERS if n not in self.refused]
+        rows = [
+            [name, *(cells.get((name, n), "-") for n in layers)] for name in dict.fromkeys(c.name for c in self.checks)
+        ]
+        grid = table([Column("check", keep=True), *(Column(n, keep=True) for n in layers)], rows, width=width)
+        failed = []
+        for name in dict.fromkeys(c.name for c in self.failed):  # most faults show at every layer
+            (first, *rest) = (c for c in self.failed if c.name == name)
+            failed.append(f"{name}, at {first.layer}" + (f" and {len(rest)} more" if rest else "") + f": {first.note}")
+        refused = [f"{n}: refused. {why}" for n, why in self.refused.items()]
+        verdict = "keeps its promises" if self.ok else "does NOT keep its promises" if failed else "could not be tried"
+        return join(f"{self.method} {verdict}", grid, "\n".join(failed), "\n".join(refused))
+
+
+def check_method(
+    config: TargetedConfig,
+    *,
+    sizes: tuple[int, int] = (24, 36),
+    progress: bool = False,
+    raise_on_failure: bool = False,
+) -> MethodReport:
+    """Try the method of ``config`` on small layers of every kind, print what was found, and return it.
+
+    ``config``: one of your method, registered with :func:`adaptc.register_method`; its targets are not looked at.
+    ``sizes``: inputs and outputs of the layers, for methods that need sizes of a kind (both even; different, or an
+    axis taken for the other would not be noticed). ``progress`` shows a bar on stderr.
+
+    Takes about half a minute. Raises ConfigError for what is no config and for sizes that cannot be used, and with
+    ``raise_on_failure`` MethodError when a check failed.
+    """
+    if not isinstance(config, TargetedConfig):
+        raise ConfigError(f"check_method takes a config, such as LoraConfig(r=4), not a {type(config).__name__}")
+    if len(sizes) != 2 or sizes[0] == sizes[1] or any(s < 2 or s % 2 for s in sizes):
+        raise ConfigError(f"sizes={sizes!r} must be two different even numbers, the inputs and outputs of layers")
+    checks: list[MethodCheck] = []
+    refused: dict[str, str] = {}
+    with torch.random.fork_rng(devices=[]):
+        for name in bar("checking", progress)(list(LAYERS)):
+            torch.manual_seed(0)
+            try:
+                checks += _Trial(config, name, sizes).run()
+            except TargetError as error:
+                refused[name] = _first_line(error)
+    report = MethodReport(type(config).__name__, tuple(checks), refused)
+    if raise_on_failure and not report.ok:
+        raise MethodError(str(report))
+    print(report)
+    return report
+
+
+class _Trial:
+    """A method at one layer."""
+
+    def __init__(self, config: TargetedConfig, layer: str, sizes: tuple[int, int]) -> None:
+        kind = LAYERS[layer]
+        targets: dict[str, Any] = {"target_modules": None, "target_parameters": None, "exclude_modules": None}
+        targets |= {"target_parameters": ["layer.weight"]} if kind.parameter else {"target_modules": ["layer"]}
+        self.config, self.layer, self.args = config.replace(**targets), layer, kind.args(sizes[0])
+        self.model = nn.Sequential(OrderedDict(layer=kind.build(*sizes), tanh=nn.Tanh())).double().eval()
+
+    def run(self) -> Iterator[MethodCheck]:
+        """Raises TargetError where the method does not take the layer."""
+        spec = planned(self.model, self.config, RunOptions(), example_inputs=self.args).spec
+        (a,) = spec.attachments
+        method, op = a.method.evaluated().unwrap(spec.ops[a.id])
+        promises = [self._try("registered", lambda: check_registered(method))]
+        promises += [
+            self._try(promise.__name__.replace("_", " "), partial(promise, method, op))
+            for promise in (*PROMISES_OF_CODE, *PROMISES_OF_VALUES)
+        ]
+        yield from promises
+        kept = all(c.passed for c in promises)
+        for name, check in (
+            ("trains", self._trains),
+            ("merges and unmerges", self._merges),
+            ("adapter files", self._files),
+            ("swaps to other sizes", self._swaps),
+            ("program files", self._saved),
+        ):
+            # What breaks a promise is not compiled, and would say the same five times more.
+            yield self._try(name, check) if kept else MethodCheck(name, self.layer, None, "a promise is broken")
+
+    def _try(self, name: str, check: Callable[[], str | None]) -> MethodCheck:
+        try:
+            note = check()
+        except Exception as error:  # whatever goes wrong inside a method is what the report is for
+            kind = "" if isinstance(error, AdaptcError) else f"{type(error).__name__}: "
+            return MethodCheck(name, self.layer, False, kind + _first_line(error))
+        return MethodCheck(name, self.layer, None if note else True, note or "")
+
+    # -- what a user does with an adapter ------------------------------------------------------------------------------
+
+    def _compiled(self, adapter: Any, training: bool = False) -> AdaptedProgram:
+        return compiled(self.model, adapter, RunOptions(), example_inputs=self.args, training=training)
+
+    @cached_property
+    def program(self) -> AdaptedProgram:
+        """With an adapter that changes what the layer computes: the first values, and noise on what is trained."""
+        program = self._compiled(self.config)
+        (a,) = program.adaptation.attachments
+        with torch.no_grad():
+            for name, slot in a.method.slots(program.ops[a.id]).items():
+                value = program.binding.values[a.slots[name]]
+                if slot.trainable and value.is_floating_point():
+                    value.add_(torch.randn_like(value), alpha=0.05)
+        return program
+
+    def _output(self, program: Callable[..., Any]) -> Tensor:
+        with torch.no_grad():
+            return program(*self.args)
+
+    def _agree(self, what: str, found: Tensor) -> None:
+        expected = self._output(self.program)
+        error = float((found - expected).abs().max() / expected.abs().max().clamp(min=1.0))
+        if not error <= CLOSE:
+            raise MethodError(f"{what} differs from the program by {error:.2e}")
+
+    def _trains(self) -> str | None:
+        module = self._compiled(self.config, training=True).module()
+        trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        if not trained:
+            return "nothing is trainable"
+        out = module(*self.args)
+        (out * torch.randn(out.shape, dtype=out.dtype)).sum().backward()
+        if not any(p.grad is not None and p.grad.any() for p in trained.values()):
+            raise MethodError(f"no gradient reaches {', '.join(trained)}")
+        return None
+
+    def _merges(self) -> str | None:
+        report = verify_program(self.program, self.model)
+        if not report.ok:
+            raise MethodError(
+                "; ".join(f"{c.name}: {c.note or f'error {c.error:.2e}'}" for c in report.checks if c.passed is False)
+            )
+        notes = [c.note for c in report.checks if c.passed is None]
+        return notes[0] if notes else None
+
+    def _written(self, folder: str) -> Path:
+        binding = self.program.binding
+        return write_adapter(folder, binding.config.to_dict(), file_tensors(self.program.spec(), binding))
+
+    def _files(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            self._agree(
+                "a program compiled from the adapter's file", self._output(self._compiled(self._written(folder)))
+            )
+
+    def _swaps(self) -> str | None:
+        (a,) = self.program.adaptation.attachments
+        inner = a.method.unwrap(self.program.ops[a.id])[0]
+        fields = {f.name for f in dataclasses.fields(self.config)} & inner.swappable
+        numbers = {
+            n: v for n in sorted(fields) if isinstance(v := getattr(self.config, n), int) and not isinstance(v, bool)
+        }
+        if not numbers:
+            return "adapters have no size to choose"
+        other = self._compiled(self.config.replace(**{n: 2 * v for n, v in numbers.items()}))
+        with tempfile.TemporaryDirectory() as folder:
+            other.install(as_binding(other, self._written(folder)))
+            self._agree(f"a program compiled with twice {', '.join(numbers)} and swapped", self._output(other))
+        return None
+
+    def _saved(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            loaded = load_program(save_program(self.program, Path(folder, "program.pt2")), RunOptions())
+            self._agree("the program read from its file", self._output(loaded))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

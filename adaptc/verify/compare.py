@@ -1,0 +1,102 @@
+"""Differences between outputs and between states: the measurements of a verification.
+
+Nothing here knows of adapters. Outputs of any structure become a flat dict; two of them are compared leaf by leaf, in
+float64, with NaN and infinities equal to themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree  # there is no public pytree that knows what torch.export has registered
+
+from adaptc.passes.ir.storage import storage_key
+from adaptc.verify.report import Check
+
+Leaves = dict[str, Any]
+
+
+def leaves(output: Any) -> Leaves:
+    """Tensors and numbers of an output, by their path in it, copied so that a later call cannot write to them."""
+    named = {_name(pytree.keystr(path)): v for path, v in pytree.tree_leaves_with_path(output)}
+    return {k: copied(v) for k, v in named.items() if isinstance(v, (Tensor, int, float, bool))}
+
+
+def _name(path: str) -> str:
+    """``['pair'][1]`` as ``pair[1]``."""
+    name = re.sub(r"\['([^']*)'\]", r".\1", path).strip(".")
+    return f"output{name}" if not name or name[0] == "[" else name
+
+
+def copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def copied_tree(value: Any) -> Any:
+    """Inputs for one call, since a model may write to what it is given."""
+    return pytree.tree_map(copied, value)
+
+
+def difference(want: Any, got: Any) -> tuple[float, float]:
+    """(largest absolute difference, largest finite magnitude of ``want``). Equal infinities and NaN in both are no
+    difference; another shape, NaN in one, or another value of a thing that is no tensor is an infinite one."""
+    if not isinstance(want, Tensor) or not isinstance(got, Tensor):
+        return (0.0 if want == got else inf), 1.0
+    if want.shape != got.shape or want.is_floating_point() != got.is_floating_point():
+        return inf, 1.0
+    if want.numel() == 0:
+        return 0.0, 0.0
+    high = torch.complex128 if want.is_complex() or got.is_complex() else torch.float64
+    a, b = want.to(high), got.to(high)
+    same = (a == b) | (a.isnan() & b.isnan())
+    gap = torch.where(same, 0.0, (a - b).abs())
+    error = float(torch.where(gap.isnan(), inf, gap).max())
+    finite = a[a.isfinite()].abs()
+    return error, float(finite.max()) if finite.numel() else 0.0
+
+
+def compare(
+    name: str, expected: Sequence[Leaves], found: Sequence[Leaves], tolerance: float, atol: float | None = None
+) -> Check:
+    """The largest difference over all runs and outputs, judged by how much of what is allowed it takes.
+
+    Allowed are ``atol``, or else ``tolerance`` times the largest magnitude of the output. ``expected`` may have more
+    outputs (a model's cache); everything in ``found`` must be there.
+    """
+    most, worst = -1.0, Check(name, False, note="there are no outputs to compare")
+    for i, (want, got) in enumerate(zip(expected, found, strict=True), 1):
+        if missing := sorted(got.keys() - want.keys()):
+            return Check(name, False, note=f"outputs differ in structure: {', '.join(missing[:3])}")
+        for key in got:
+            error, scale = difference(want[key], got[key])
+            limit = tolerance * scale if atol is None else atol
+            used = error / limit if limit else (inf if error else 0.0)
+            if used > most:
+                most, where = used, f"{key}, run {i}" if error else ""
+                worst = Check(name, error <= limit, error, error / scale if scale else error, limit, where)
+    return worst
+
+
+def differ(a: Leaves, b: Leaves) -> bool:
+    """Whether anything at all differs."""
+    return a.keys() != b.keys() or any(difference(a[k], b[k])[0] for k in a)
+
+
+def digests(state: Mapping[str, Any]) -> dict[str, bytes]:
+    """A checksum of every tensor's bytes: a change in place shows, too, and no copy is kept."""
+    done: dict[Any, bytes] = {}
+    out: dict[str, bytes] = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            key = storage_key(value)
+            if key not in done:
+                data: Any = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                done[key] = hashlib.blake2b(data, digest_size=16).digest()
+            out[name] = done[key]
+    return out

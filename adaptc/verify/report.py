@@ -1,0 +1,66 @@
+"""What a verification found: one row per claim, which prints as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import nan
+
+from adaptc.tables import WIDTH, Column, join, number, table
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claim about a program. ``passed`` None: it was not run, and ``note`` says why.
+
+    ``error`` is the largest absolute difference of an output element, ``relative`` the same over the output's largest
+    magnitude, ``limit`` what was allowed, ``where`` the output and the inputs it happened at.
+    """
+
+    name: str
+    passed: bool | None
+    error: float = nan
+    relative: float = nan
+    limit: float = nan
+    where: str = ""
+    note: str = ""
+
+    @property
+    def verdict(self) -> str:
+        return "not run" if self.passed is None else "pass" if self.passed else "FAIL"
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """``checks`` of :func:`adaptc.verify`, and the input shapes (``runs``) and ``seed`` they were made with."""
+
+    checks: tuple[Check, ...]
+    runs: tuple[str, ...]
+    seed: int
+
+    @property
+    def ok(self) -> bool:
+        """No check failed, and at least one was run."""
+        ran = [c.passed for c in self.checks if c.passed is not None]
+        return bool(ran) and all(ran)
+
+    def __getitem__(self, name: str) -> Check:
+        """The check of this name; KeyError when there is none."""
+        for check in self.checks:
+            if check.name == name:
+                return check
+        raise KeyError(name)
+
+    def __str__(self) -> str:
+        return self.render()
+
+    def render(self, width: int = WIDTH) -> str:
+        rows = [
+            (c.name, c.verdict, number(c.error), number(c.relative), number(c.limit), c.where or "-", c.note or "-")
+            for c in self.checks
+        ]
+        numbers = [Column(n, right=True, keep=True) for n in ("error", "relative", "allowed")]
+        columns = [Column("check", keep=True), Column("result", keep=True), *numbers, "where", "note"]
+        failed = [c.name for c in self.checks if c.passed is False]
+        head = "verified" if self.ok else f"NOT verified: {', '.join(failed) or 'nothing could be checked'}"
+        runs = "\n".join(f"run {i}: {text}" for i, text in enumerate(self.runs, 1))
+        return join(f"{head} (seed {self.seed})\n{runs}", table(columns, rows, width=width))

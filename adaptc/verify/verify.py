@@ -1,0 +1,193 @@
+"""Verification: what adaptc promises of a program, tried on fresh random inputs of several shapes.
+
+Four claims, each measured and each able to fail: the base taken out of the program is the model; with identity values
+in every slot the program is the base; merging changes nothing but rounding; unmerging gives back every bit. Nothing is
+changed: neither the program and its current adapter, nor the model, its buffers and its train and eval flags, nor
+torch's random state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from adaptc.binding.bind import first_values
+from adaptc.errors import AdaptcError
+from adaptc.program.adapted import AdaptedProgram
+from adaptc.program.merge import merged, unmerged
+from adaptc.program.unload import unloaded
+from adaptc.verify import random_inputs
+from adaptc.verify.compare import Leaves, compare, copied_tree, differ, digests, leaves
+from adaptc.verify.preserve_state import Buffers, evaluating
+from adaptc.verify.random_inputs import Run
+from adaptc.verify.report import Check, VerifyReport
+
+#: largest difference allowed, relative to the largest magnitude of an output, by the coarsest dtype of the weights
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+
+NO_ADAPTER = "the program has no adapter"
+NO_BASE = "the program does not hold the base, only this adapter's version of it"
+
+
+def verify_program(
+    program: AdaptedProgram,
+    model: Any = None,
+    *,
+    shapes: int | Sequence[Mapping[str, Sequence[int]]] | None = None,
+    seed: int = 0,
+    atol: float | None = None,
+    inputs: Any = None,
+    raise_on_failure: bool = False,
+) -> VerifyReport:
+    """Check ``program`` against ``model``, the base it was made from, and against itself.
+
+    ``model``: an nn.Module, an ExportedProgram or any callable; without it the first check is not run. ``shapes``: how
+    many input shapes to draw, or a list of {input name: shape}. ``inputs``: your own instead, a dict of keyword inputs
+    or a tuple of positional ones, or a list of these. ``atol``: the largest absolute difference allowed; by default a
+    share of the largest output that fits the coarsest dtype of the weights (``TOLERANCE``).
+
+    A check that fails, or raises, is reported with the largest difference and where it was; ``report.ok`` sums up.
+    Raises AdaptcError for inputs the program cannot take, or with ``raise_on_failure`` when a check failed.
+    """
+    if not isinstance(program, AdaptedProgram):
+        raise AdaptcError(f"verify takes a program of adaptc.compile or adaptc.load, not a {type(program).__name__}")
+    if inputs is not None:
+        runs = random_inputs.given(inputs)
+    else:
+        wanted = 3 if shapes is None else shapes
+        runs = random_inputs.draw(program, shapes=wanted, seed=seed, vocabulary=_vocabulary(model))
+    with torch.no_grad(), evaluating(model), Buffers(program, model) as buffers:
+        checks = _Verifier(program, model, runs, atol, seed, buffers).checks()
+    report = VerifyReport(tuple(checks), tuple(r.text for r in runs), seed)
+    if raise_on_failure and not report.ok:
+        raise AdaptcError(str(report))
+    return report
+
+
+class _Verifier:
+    def __init__(
+        self, program: AdaptedProgram, model: Any, runs: list[Run], atol: float | None, seed: int, buffers: Buffers
+    ) -> None:
+        self.program, self.model, self.runs, self.atol, self.seed = program, model, runs, atol, seed
+        self.buffers = buffers
+        self.adapted = bool(program.adaptation.attachments)
+        self._base: list[Leaves] | None = None
+
+    def checks(self) -> list[Check]:
+        return [
+            self._try("base equals model", self._base_equals_model),
+            self._try("identity equals base", self._identity_equals_base),
+            self._try("merged equals adapted", self._merged_equals_adapted),
+            self._try("unmerge is bitwise", self._unmerge_is_bitwise),
+        ]
+
+    def _try(self, name: str, check: Callable[[str], Check]) -> Check:
+        try:
+            return check(name)
+        except Exception as error:  # whatever goes wrong inside is what the report is for
+            first = (str(error).strip() or "no message").splitlines()[0]
+            return Check(name, False, note=f"{type(error).__name__}: {first}")
+
+    # -- the four claims -------------------------------------------------------------------------------------------
+
+    def _base_equals_model(self, name: str) -> Check:
+        if self.model is None:
+            return Check(name, None, note="no model was given")
+        if self.program.adaptation.residual:
+            return Check(name, None, note=NO_BASE)
+        call = self.model.module() if isinstance(self.model, ExportedProgram) else self.model
+        return self._compare(name, self._outputs(call), self.base())
+
+    def _identity_equals_base(self, name: str) -> Check:
+        if not self.adapted:
+            return Check(name, None, note=NO_ADAPTER)
+        if self.program.adaptation.residual:
+            return Check(name, None, note=NO_BASE)
+        identity = first_values(self.program.spec(), self.program.binding.config, only={})
+        return self._compare(name, self.base(), self._outputs(self.program.bind(identity)))
+
+    def _merged_equals_adapted(self, name: str) -> Check:
+        if reason := self._not_mergeable():
+            return Check(name, None, note=reason)
+        program, adapted, note = self.program, self._outputs(self.program), ""
+        if not self.program.adaptation.residual and not any(map(differ, self.base(), adapted)):
+            # Nothing to fold in would be a claim that cannot fail.
+            program, note = self._shaken(), "with random values, since the current adapter changes nothing"
+            adapted = self._outputs(program)
+        check = self._compare(name, adapted, self._outputs(_eager(merged(program, safe=False)[0])))
+        return replace(check, note=check.note or note)
+
+    def _shaken(self) -> AdaptedProgram:
+        """A copy of the program whose adapter is the current one plus noise."""
+        p, old = self.program, self.program.binding
+        trained = {
+            a.slots[n]
+            for a in p.adaptation.attachments
+            if a.id in old.methods
+            for n, slot in old.methods[a.id].slots(p.ops[a.id]).items()
+            if slot.trainable
+        }
+        generator = torch.Generator().manual_seed(self.seed)
+        values = dict(old.values)
+        for fqn in sorted(trained):
+            noise = torch.randn(values[fqn].shape, generator=generator) * 0.05
+            values[fqn] = nn.Parameter(values[fqn].detach() + noise.to(values[fqn]), requires_grad=False)
+        return _eager(p.with_binding(replace(old, values=values)))
+
+    def _unmerge_is_bitwise(self, name: str) -> Check:
+        if reason := self._not_mergeable():
+            return Check(name, None, note=reason)
+        before = digests(self.program.state_dict)
+        back = unmerged(merged(self.program, safe=False)[0])
+        after = digests(back.state_dict)
+        changed = [k for k in before | after if before.get(k) != after.get(k)]
+        if changed:
+            return Check(name, False, note=f"{len(changed)} tensors are not what they were: {', '.join(changed[:3])}")
+        check = compare(name, self._outputs(self.program), self._outputs(back), 0.0)
+        return replace(check, note=f"{len(before)} tensors equal bit for bit") if check.passed else check
+
+    # -- outputs ---------------------------------------------------------------------------------------------------
+
+    def base(self) -> list[Leaves]:
+        if self._base is None:
+            self._base = self._outputs(_eager(unloaded(self.program)))
+        return self._base
+
+    def _not_mergeable(self) -> str:
+        if not self.adapted:
+            return NO_ADAPTER
+        for a in self.program.adaptation.attachments:
+            if a.id in self.program.binding.methods and (reason := a.method.check_merge(self.program.ops[a.id])):
+                return f"{a.fqn} cannot be merged: {reason}"
+        return ""
+
+    def _outputs(self, call: Callable[..., Any]) -> list[Leaves]:
+        found = []
+        for run in self.runs:
+            found.append(leaves(call(*copied_tree(run.args), **copied_tree(run.kwargs))))
+            self.buffers.restore()
+        return found
+
+    def _compare(self, name: str, expected: list[Leaves], found: list[Leaves]) -> Check:
+        return compare(name, expected, found, TOLERANCE[self._coarsest()], self.atol)
+
+    def _coarsest(self) -> torch.dtype:
+        held = [t.dtype for t in self.program.state_dict.values() if isinstance(t, nn.Parameter)]
+        known = [d for d in held if d in TOLERANCE]
+        return max(known, key=TOLERANCE.__getitem__, default=torch.float32)
+
+
+def _eager(program: AdaptedProgram) -> AdaptedProgram:
+    """The checks are about graphs: what is only needed here is not compiled."""
+    return program.with_options(backend="eager")
+
+
+def _vocabulary(model: Any) -> int | None:
+    config = getattr(model, "config", None)
+    get = getattr(config, "get_text_config", None)
+    return getattr(config if get is None else get(), "vocab_size", None)

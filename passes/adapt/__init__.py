@@ -1,0 +1,1 @@
+"""Adapters into a program and out of it: inject, respecialize, merge, unload."""

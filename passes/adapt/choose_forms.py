@@ -1,0 +1,118 @@
+"""Choose per site where an adapter stands: around the layer ("apply") or in front of its weight ("weight").
+
+Both give the same outputs, so the choice is one of cost, and the cost is symbolic: sympy expressions in the program's
+own free sizes (batch, sequence) with the layer's widths and the adapter's rank as numbers, read off the traced regions.
+Before: jobs whose regions can be traced. After: every job has a form and a reason; a form somebody asked for is never
+changed, only refused where it does not exist.
+
+The measure is one call at the sizes of the example inputs. The apply form pays for every token, the weight form for the
+weight; in training either pays three times, for the forward and for the backward of both operands. On top, the weight
+form is charged one pass of the layer itself: in training that is the gradient of the whole weight, which a frozen
+weight does without, and in inference it is what a second weight must save to be worth its memory, slower swaps and the
+rounding of a small change in a half-precision weight.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import sympy
+
+from adaptc.errors import BackendError, PassError
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.costs import Work, at_sizes
+from adaptc.passes.ir.ops import Op
+
+#: where a region may stand; "auto" until it was chosen
+FORMS = ("auto", "apply", "weight")
+
+
+@dataclass(frozen=True)
+class Choice:
+    form: str
+    why: str
+
+
+def cheaper(outside: Work, weight: Work, base: Work, sizes: Mapping[str, int], training: bool) -> Choice:
+    """The cheaper of two forms for one call; ``base`` is the work of the layer itself."""
+    t = sympy.Symbol("t", positive=True)
+    passes = 3 if training else 1
+    apply_cost = passes * (at_sizes(outside.moving, sizes) * t + at_sizes(outside.fixed, sizes))
+    weight_cost = passes * at_sizes(weight.fixed, sizes) + at_sizes(base.moving, sizes) * t
+    here = [float(e.subs(t, 1)) for e in (apply_cost, weight_cost)]
+    form = "apply" if here[0] <= here[1] else "weight"
+    text = f"{here[0]:.2g} operations per call around the layer, {here[1]:.2g} on the weight"
+    text += " at the sizes of the example inputs" if sizes else ""
+    equal = [float(r) for r in sympy.solve(apply_cost - weight_cost, t) if r.is_positive]
+    if equal:
+        text += f"; equal at {equal[0]:.2g} times that"
+    return Choice(form, text)
+
+
+class Job(Protocol):
+    """What is asked of an attachment that is about to be injected."""
+
+    a: Attachment
+    op: Op
+    form: str
+    why: str
+
+    def reads_weight(self) -> bool: ...
+
+    def choice(self) -> Choice: ...
+
+    def drops_outside(self) -> bool: ...
+
+
+def choose_forms(jobs: Sequence[Job]) -> None:
+    """Set ``form`` and ``why`` of every job. An attachment on whose change of the weight another one builds, or whose
+    inputs another one turns, has the weight form. Raises PassError where a form asked for does not exist."""
+    by_id = {job.a.id: job for job in jobs}
+    if len(by_id) != len(jobs):
+        raise PassError(f"a site is given twice: {[j.a.id for j in jobs if by_id[j.a.id] is not j]}")
+    count = Counter(job.a.fqn for job in jobs)
+    needed: set[str] = set()
+    for job in reversed(jobs):
+        a, method = job.a, job.a.method
+        missing = ""
+        if not method.has_apply_form(job.op):
+            missing = f"{method.name} has no form around a consumer of kind {a.kind!r}"
+        elif a.fqn in needed:
+            missing = "a later adapter of this weight builds on the weight it makes"
+        elif method.has_input(job.op) and count[a.fqn] > 1:
+            missing = "it would turn the inputs of the other adapters of this weight"
+        if a.form == "apply" and missing:
+            raise PassError(f"site {a.id!r} cannot take the apply form: {missing}. Use form='auto' or 'weight'.")
+        if a.form != "auto":
+            job.form, job.why = a.form, a.why or "asked for"
+        elif missing:
+            job.form, job.why = "weight", missing
+        elif not method.has_weight():
+            job.form, job.why = "apply", f"{method.name} has no form on the weight"
+        else:
+            choice = job.choice()
+            job.form, job.why = choice.form, choice.why
+        if job.form == "weight" and method.has_apply_form(job.op) and job.drops_outside():
+            raise PassError(
+                f"site {a.id!r} would lose its dropout, which acts on what the layer reads, in the weight form "
+                f"({job.why}). Set the dropout to 0, or leave out what needs this form."
+            )
+        if count[a.fqn] > 1 and (job.form == "weight" or job.reads_weight()):
+            needed.add(a.fqn)
+
+
+def compilable(a: Attachment, backend: str) -> Attachment:
+    """The attachment in the form its backend needs: inductor fixes the channel counts of convolutions when it compiles,
+    and in the apply form of a convolution the rank is one of them. Raises BackendError when that form has no meaning.
+    """
+    if backend != "inductor" or not a.kind.startswith("conv"):
+        return a
+    if a.method.drops_input():
+        raise BackendError(
+            f"dropout on the adapter input of the convolution {a.fqn!r} cannot be compiled by inductor for every rank; "
+            "train with backend='eager'"
+        )
+    return replace(a, form="weight")

@@ -1,0 +1,248 @@
+"""Inject adapters: rewrite the consumers of targeted parameters into adapter regions.
+
+Before: a program, and for each site an Attachment with its slot tensors. After: for every attachment, lifted slots
+(trainable ones parameters, the scale and frozen ones buffers) and, per consumer, a tagged region of pure ATen; base
+parameters require no grad. With slots at their identity values the program computes exactly what it did. Each distinct
+(method, op, shapes, dtypes) is traced once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+from adaptc.errors import PassError
+from adaptc.passes.adapt.choose_forms import Choice, cheaper, choose_forms
+from adaptc.passes.analysis.sites import consumers, readers
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.costs import Work, example_sizes, node_work, work
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.modes import drops
+from adaptc.passes.ir.ops import TABLE, Op, make_dense, operands, set_argument
+from adaptc.passes.ir.pass_infra import Pass, PassResult
+from adaptc.passes.ir.regions import place_of, region_tag, site_op, slot_nodes
+from adaptc.passes.ir.trace import behind_inputs, inline, region_of, signature_of
+
+
+@dataclass(frozen=True)
+class Inject(Pass):
+    """``values`` maps the FQNs of slots and scales to tensors; ``header`` is kept in the first region's tag;
+    ``training`` says for what the form of a site should be cheap."""
+
+    name: ClassVar[str] = "inject"
+
+    attachments: Sequence[Attachment] = field(repr=False)
+    values: Mapping[str, Tensor] = field(repr=False)
+    header: Mapping[str, Any] | None = field(default=None, repr=False)
+    training: bool = False
+
+    def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
+        lifted = Lifted(subject)
+        lifted.freeze()
+        ready = [self._lift(lifted, a) for a in self.attachments]
+        latest = {place_of(tag): n for n in lifted.graph.nodes if (tag := region_tag(n))}
+        traces: dict[Any, fx.Graph] = {}
+        costs = _Costs(example_sizes(subject), self.training)
+        jobs = [_Injector(lifted, a, traces, latest, costs, None if i else self.header) for i, a in enumerate(ready)]
+        choose_forms(jobs)
+        done = [job.run() for job in jobs]
+        return PassResult(lifted.finish(), len(done), data=tuple(done))
+
+    def _lift(self, lifted: Lifted, a: Attachment) -> Attachment:
+        if a.fqn not in lifted.placeholders:
+            raise PassError(f"the program has no parameter {a.fqn!r}")
+        op = site_op(lifted, a)
+        slots: dict[str, str] = {}
+        for name, slot in a.method.slots(op).items():
+            fqn = a.slot_fqn(name, slot)
+            if fqn not in lifted.placeholders:  # else another site shares it
+                lifted.add(fqn, as_lifted(self._value(a, fqn), slot.trainable))
+            slots[name] = fqn
+        scale_fqn = None if a.method.scale(op) is None else a.scale_fqn
+        if scale_fqn is not None and scale_fqn not in lifted.placeholders:
+            lifted.add(scale_fqn, self._value(a, scale_fqn))
+        return replace(a, slots=slots, scale_slot=scale_fqn)
+
+    def _value(self, a: Attachment, fqn: str) -> Tensor:
+        if fqn not in self.values:
+            raise PassError(f"site {a.id!r}: there is no value for {fqn!r}")
+        return self.values[fqn]
+
+
+def as_lifted(value: Tensor, trainable: bool) -> Tensor:
+    if trainable and not isinstance(value, torch.nn.Parameter):
+        return torch.nn.Parameter(value.detach(), requires_grad=value.is_floating_point())
+    return value if trainable else value.detach()
+
+
+@dataclass
+class _Costs:
+    """For whom forms are chosen, and what was chosen for equal sites."""
+
+    sizes: Mapping[str, int]
+    training: bool
+    known: dict[Any, Choice] = field(default_factory=dict)
+
+
+@dataclass
+class _Injector:
+    """One attachment being injected. ``latest``: what the attachments injected before made of nodes and parameters."""
+
+    lifted: Lifted
+    a: Attachment
+    traces: dict[Any, fx.Graph]
+    latest: dict[tuple[str, ...], fx.Node]
+    costs: _Costs
+    header: Mapping[str, Any] | None
+    form: str = ""
+    why: str = ""
+
+    def __post_init__(self) -> None:
+        self.op = site_op(self.lifted, self.a)
+        self.slot_nodes = slot_nodes(self.a, self.lifted.placeholders)
+        reading = {n.name for n, _ in consumers(self._weight())}
+        if not self.a.consumers or not reading.issuperset(self.a.consumers):
+            raise PassError(f"site {self.a.id!r}: consumers {self.a.consumers} do not read {self.a.fqn!r}")
+
+    def run(self) -> Attachment:
+        nodes = [self.lifted.nodes[c] for c in self.a.consumers]
+        if self.form == "apply":
+            for node in nodes:
+                if self.a.method.has_input(self.op):
+                    self.before(node)
+                if self.a.method.has_apply(self.op):
+                    self.behind(node)
+        else:
+            self.in_front(self._weight(), nodes)
+            for node in nodes if self.a.method.has_bias() else ():
+                self.beside(node)
+        return replace(self.a, form=self.form, why=self.why)
+
+    def choice(self) -> Choice:
+        """The cheaper form, by the work of the regions either one would add."""
+        nodes = [self.lifted.nodes[c] for c in self.a.consumers]
+        weight = [self._weight(), *self.slot_nodes]
+        if weight[0].meta["val"].dtype.itemsize < 4:
+            return Choice("apply", "a weight in half precision would round the change")
+        if self.op.kind == "embedding" and self.op.rest and self.op.rest[0] >= 0:
+            return Choice("apply", "the padding row of a weight takes no gradient, and that of the up projection does")
+        key = (self.a.method, self.op, len(nodes), signature_of([n.meta["val"] for n in [*nodes, *weight]]))
+        if key not in self.costs.known:
+            outside, base = Work(), Work()
+            for node in nodes:
+                base += Work(node_work(node))
+                for moving, region in self._around(node):
+                    outside += work(region, moving)
+            inside = self.region("weight", self.op, weight)
+            if self.drops_outside():
+                self.costs.known[key] = Choice("apply", "its dropout acts on what the layer reads")
+            else:
+                cost = work(inside, 0)
+                self.costs.known[key] = cheaper(outside, cost, base, self.costs.sizes, self.costs.training)
+        return self.costs.known[key]
+
+    def _around(self, node: fx.Node) -> Iterator[tuple[int, fx.Graph]]:
+        """The regions of the apply form at a consumer, each with how many of its inputs differ from call to call."""
+        op = self.op.at(node)
+        if self.a.method.has_input(op):
+            yield 1, self.region("input", op, [operands(node)[0], *self.slot_nodes])
+        if self.a.method.has_apply(op):
+            kind, inputs = behind_inputs(node, node)
+            yield 2, self.region(kind, op, [*inputs, *self.slot_nodes])
+
+    def drops_outside(self) -> bool:
+        """Whether the apply form has dropout that the weight form lacks."""
+        nodes = [self.lifted.nodes[c] for c in self.a.consumers] if self.a.method.training else []
+        if not any(drops(region) for node in nodes for _, region in self._around(node)):
+            return False
+        return not drops(self.region("weight", self.op, [self._weight(), *self.slot_nodes]))
+
+    def reads_weight(self) -> bool:
+        """Whether the apply form computes with the weight, not only with the layer's input and output."""
+        if not self.a.method.has_apply(self.op):
+            return False
+        node = self.lifted.nodes[self.a.consumers[0]]
+        kind, inputs = behind_inputs(node, node)
+        region = self.region(kind, self.op.at(node), [*inputs, *self.slot_nodes])
+        return bool(region.find_nodes(op="placeholder")[2].users)
+
+    def _weight(self) -> fx.Node:
+        return self._latest(self.lifted.placeholders[self.a.fqn], self.a.module, self.a.param)
+
+    def _latest(self, node: fx.Node, *site: str) -> fx.Node:
+        """A node's value, or a parameter as this site reads it, after the attachments injected before this one."""
+        while (node.name, *site) in self.latest:
+            node = self.latest[(node.name, *site)]
+        return node
+
+    def region(self, kind: str, op: Op, inputs: Sequence[fx.Node]) -> fx.Graph:
+        fakes = [n.meta["val"] for n in inputs]
+        key = (self.a.method, kind, op, signature_of(fakes))
+        if key not in self.traces:
+            scaled = self.a.scale_slot is not None
+            self.traces[key] = region_of(self.a.method, op, kind, list(self.a.slots), scaled, fakes)
+        return self.traces[key]
+
+    def before(self, node: fx.Node) -> None:
+        """One half of the apply form: x -> input(x) for the input of one consumer."""
+        x = operands(node)[0]
+        inputs = [x, *self.slot_nodes]
+        region = self.region("input", self.op.at(node), inputs)
+        out = inline(self.lifted.graph, region, inputs, node, node, self._tag(x, "input", node))
+        set_argument(node, TABLE[node.target][1], out)
+
+    def behind(self, node: fx.Node) -> None:
+        """The other half: y -> apply(x, y, W, b) for the outputs of one consumer."""
+        y = self._latest(node)
+        kind, inputs = behind_inputs(node, y)
+        self._behind(node, y, kind, [*inputs, *self.slot_nodes])
+
+    def beside(self, node: fx.Node) -> None:
+        """What the weight form leaves out: y -> y + (bias(b) - b) for the outputs of one consumer."""
+        if node.target not in TABLE or TABLE[node.target][3] is None:
+            return
+        y, b = self._latest(node), operands(node)[2]
+        kind, biases = ("new_bias", []) if b is None else ("bias", [b])
+        self._behind(node, y, kind, [y, *biases, *self.slot_nodes])
+
+    def _behind(self, node: fx.Node, y: fx.Node, kind: str, inputs: Sequence[fx.Node]) -> None:
+        region = self.region(kind, self.op.at(node), inputs)
+        if not kind.startswith("apply") and not any(n.op == "call_function" for n in region.nodes):
+            return
+        users = list(y.users)
+        out = inline(self.lifted.graph, region, inputs, y.next, node, self._tag(y, kind, node))
+        for user in users:
+            user.replace_input_with(y, out)
+        self.latest[(y.name,)] = out
+
+    def in_front(self, source: fx.Node, nodes: Sequence[fx.Node]) -> None:
+        """The weight form: the consumers read weight(W) instead of W."""
+        graph = self.lifted.graph
+        found = readers(graph, source, set(nodes))
+        order = {n: i for i, n in enumerate(graph.nodes)}
+        first = min(found, key=order.__getitem__)
+        inputs = [source, *self.slot_nodes]
+        region = self.region("weight", self.op, inputs)
+        out = inline(graph, region, inputs, first, first, self._tag(source, "weight", first))
+        for user in found:
+            user.replace_input_with(source, out)
+        if self.op.groups > 1 and out.meta["val"].shape != source.meta["val"].shape:
+            for node in nodes:
+                make_dense(node, remember=True)
+        self.latest[(source.name, self.a.module, self.a.param)] = out
+
+    def _tag(self, base: fx.Node, kind: str, consumer: fx.Node) -> Callable[[str], dict[str, Any]]:
+        a = replace(self.a, form=self.form, why=self.why)
+        more = {"region": kind, "base": base.name, "node": consumer.name, "attachment": a.to_dict()}
+        if self.header is not None:
+            more["header"] = dict(self.header)
+
+        def tag(role: str) -> dict[str, Any]:
+            return {**a.tag(role), **(more if role == "out" else {})}
+
+        return tag

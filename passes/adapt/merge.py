@@ -1,0 +1,283 @@
+"""Merge: evaluate each adapter's ``weight`` once and put the result in place of the parameter (constant folding).
+
+After: a plain ATen program with no region and no slot that computes what the adapted program did, up to one rounding
+of each weight to its dtype. The arithmetic runs in float32 (float64 for float64 weights), whatever the weight's dtype.
+A weight that other consumers read too is untied first, so that they keep the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import nan
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from adaptc.errors import MergeError
+from adaptc.passes.analysis.sites import consumers, readers
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.ops import CASTS, TABLE, Op, argument, make_dense, operands
+from adaptc.passes.ir.pass_infra import Pass, PassResult
+from adaptc.passes.ir.regions import remove_regions, site_op
+from adaptc.passes.ir.storage import memory_of
+
+#: a bias placeholder (None where there is none yet), the nodes that add it, and its new value
+_Bias = tuple[fx.Node | None, list[fx.Node], Tensor]
+
+
+class MergeErrors:
+    """How far a merge moved a weight and how far rounding did, measured when first asked: most reports are not read.
+
+    NaN if the weight, before or after, was written to in between. What is measured is held until then.
+    """
+
+    def __init__(self, exact: Callable[[], Tensor], stored: Tensor, rounded: Tensor) -> None:
+        self._of: Any = exact, stored, rounded
+        self._versions = _versions(stored, rounded)
+        self._found = nan, nan
+
+    def __call__(self) -> tuple[float, float]:
+        if self._of is not None:
+            exact, stored, rounded = self._of
+            self._of = None
+            if _versions(stored, rounded) == self._versions:
+                value = rounded if rounded.dtype in (torch.float32, torch.float64) else exact()
+                error = 0.0 if rounded.dtype == value.dtype else _largest(value, rounded)
+                self._found = _largest(value, stored), error
+        return self._found
+
+
+@dataclass(frozen=True)
+class SiteMerge:
+    """One merged weight. ``delta`` is the largest change of an element, ``error`` the largest rounding of one."""
+
+    site: str
+    fqn: str
+    dtype: torch.dtype
+    errors: Callable[[], tuple[float, float]] = field(repr=False, compare=False)
+    untied: bool = False
+
+    @property
+    def delta(self) -> float:
+        return self.errors()[0]
+
+    @property
+    def error(self) -> float:
+        return self.errors()[1]
+
+
+@dataclass(frozen=True)
+class Merge(Pass):
+    """``values`` maps slot and scale FQNs to tensors. ``safe`` refuses results that are not finite.
+
+    ``release(fqn)`` is called right after a weight was replaced, so that a caller who gives up the base can free it
+    before the next one is made. ``progress`` wraps the sequence of attachments. ``drop``: ids of attachments to remove
+    without merging, since the adapter does not have them.
+    """
+
+    name: ClassVar[str] = "merge"
+
+    attachments: Sequence[Attachment] = field(repr=False)
+    values: Mapping[str, Tensor] = field(repr=False)
+    safe: bool = True
+    release: Callable[[str], None] | None = field(default=None, repr=False)
+    progress: Callable[[Sequence[Any]], Any] = field(default=iter, repr=False)
+    drop: Sequence[str] = field(default=(), repr=False)
+
+    def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
+        lifted = Lifted(subject)
+        for a in self.attachments:
+            reason = a.method.check_merge(site_op(lifted, a))
+            if reason is not None:
+                raise MergeError(f"site {a.id!r} cannot be merged: {reason}. Keep it as an adapter, or unload() it.")
+        ops, groups = self._groups(lifted)
+        remove_regions(lifted, [*self.drop, *(a.id for a in self.attachments)])
+        if self.release is not None:  # What is given up cannot come back, so nothing may fail later than here.
+            for group in groups:
+                self._evaluate(lifted, group, ops)
+        rows = [self._site(lifted, group, ops) for group in self.progress(groups)]
+        return PassResult(lifted.finish(), len(rows), data=tuple(rows))
+
+    def weights(self, program: ExportedProgram) -> tuple[list[Tensor], list[SiteMerge]]:
+        """The weights this merge puts in a program, in the order of its rows, and the rows; the program stays."""
+        lifted = Lifted(program, edit=False)
+        ops, groups = self._groups(lifted)
+        made = [(g[0].fqn, self._evaluate(lifted, g, ops)) for g in self.progress(groups)]
+        return [_stored(lifted, fqn, value) for fqn, (value, _, _) in made], [row for _, (_, _, row) in made]
+
+    def _groups(self, lifted: Lifted) -> tuple[dict[str, Op], list[list[Attachment]]]:
+        """The op of each attachment, and the attachments by their weights."""
+        groups: dict[str, list[Attachment]] = {}
+        for a in self.attachments:
+            groups.setdefault(a.fqn, []).append(a)
+        return {a.id: site_op(lifted, a) for a in self.attachments}, list(groups.values())
+
+    def _site(self, lifted: Lifted, group: list[Attachment], ops: Mapping[str, Op]) -> SiteMerge:
+        first = group[0]
+        value, biases, row = self._evaluate(lifted, group, ops)
+        for old, nodes, bias in biases:
+            self._set_bias(lifted, first, old, nodes, bias)
+        before = {f: lifted.tensor(f) for f in lifted.fqns(lifted.placeholders[first.fqn])}
+        untied = self._replace(lifted, first, value)
+        if self.release is not None:
+            for fqn, old in before.items():
+                if lifted.tensor(fqn) is not old:
+                    self.release(fqn)
+        return replace(row, untied=untied)
+
+    @torch.no_grad()
+    def _evaluate(
+        self, lifted: Lifted, group: list[Attachment], ops: Mapping[str, Op]
+    ) -> tuple[Tensor, list[_Bias], SiteMerge]:
+        """The weight these attachments make, the biases, and the row for the report; nothing is changed."""
+        first = group[0]
+        stored = lifted.tensor(first.fqn)
+        high = stored.dtype if stored.dtype == torch.float64 else torch.float32
+        arguments = {a.id: self._arguments(a, high) for a in group}
+
+        @torch.no_grad()
+        def exact() -> Tensor:
+            value = stored.to(high) if stored.is_floating_point() else stored
+            for a in group:
+                op = ops[a.id]
+                value = op.stored(a.method.evaluated().weight(op, op.canonical(value), *arguments[a.id]))
+            return value
+
+        rounded = _like(stored, exact().to(stored.dtype))
+        if any(memory_of(rounded) == memory_of(self.values[f]) for a in group for f in a.slots.values()):
+            rounded = rounded.clone()  # a slot that is the weight may be trained on
+        self._check_finite(first, first.fqn, rounded)
+        errors = MergeErrors(exact, stored, rounded)
+        if self.release is not None:
+            errors()  # what it is of goes
+        changing = [a for a in group if a.method.has_bias()]
+        biases = list(self._biases(lifted, changing, ops, arguments, high)) if changing else []
+        return rounded, biases, SiteMerge(first.id, first.fqn, stored.dtype, errors)
+
+    def _arguments(self, a: Attachment, high: torch.dtype) -> tuple[dict[str, Tensor], Tensor | None]:
+        slots = {n: _high(self.values[f], high) for n, f in a.slots.items()}
+        return slots, None if a.scale_slot is None else self.values[a.scale_slot].to(high)
+
+    def _check_finite(self, a: Attachment, what: str, value: Tensor) -> None:
+        # NaN and infinity show in the sum, which takes no memory; so does an overflow of finite values.
+        if self.safe and not bool(value.sum().isfinite()) and not bool(torch.isfinite(value).all()):
+            raise MergeError(
+                f"merging {a.id!r} gives values in {what!r} that are not finite in {value.dtype}. The "
+                "adapter holds NaN or infinite values, or the sum overflows the dtype; load a sound adapter, merge "
+                "into a float32 base, or pass safe=False to keep the values."
+            )
+
+    def _replace(self, lifted: Lifted, a: Attachment, value: Tensor) -> bool:
+        node = lifted.placeholders[a.fqn]
+        read = {n for n, _ in consumers(node)}
+        mine = {n for n in read if n.name in a.consumers}
+        new = _stored(lifted, a.fqn, value)
+        if value.shape != lifted.tensor(a.fqn).shape:
+            for n in mine:
+                make_dense(n, remember=False)
+        if len(mine) == len(read):
+            lifted.set(a.fqn, new)
+            return False
+        lifted.split(a.fqn, readers(lifted.graph, node, mine), new)
+        return True
+
+    def _biases(
+        self,
+        lifted: Lifted,
+        changing: Sequence[Attachment],
+        ops: Mapping[str, Op],
+        arguments: Mapping[str, tuple[dict[str, Tensor], Tensor | None]],
+        high: torch.dtype,
+    ) -> Iterator[_Bias]:
+        """The same for the biases that the weight's consumers add, one for each that some of them share."""
+        first, shared = changing[0], dict[fx.Node | None, list[fx.Node]]()
+        for node in (lifted.nodes[c] for c in first.consumers):
+            takes = node.target in TABLE and TABLE[node.target][3] is not None
+            shared.setdefault(operands(node)[2] if takes else None, []).append(node)
+        for old, nodes in shared.items():
+            source = _parameter(old)
+            target = None if source is None else lifted.specs[source.name].target
+            start = None if target is None else lifted.tensor(target).to(high)
+            if old is not None and start is None:  # a computed bias: only seen whether it would change
+                start = torch.zeros(ops[first.id].out_features, dtype=high, device=lifted.tensor(first.fqn).device)
+            new = start
+            for a in changing:
+                new = a.method.bias(ops[a.id], new, *arguments[a.id])
+            if new is None or new is start:
+                continue
+            if old is not None and target is None:
+                raise MergeError(
+                    f"site {first.id!r}: the bias is computed by {old.name!r}, so nothing can be merged into it"
+                )
+            if nodes[0].target not in TABLE or TABLE[nodes[0].target][3] is None:
+                raise MergeError(
+                    f"site {first.id!r}: an op of kind {first.kind!r} takes no bias, and the adapter has one"
+                )
+            value = new.to((nodes[0] if source is None else source).meta["val"].dtype).contiguous()
+            self._check_finite(first, f"{first.module}.bias".removeprefix("."), value)
+            yield source, nodes, torch.nn.Parameter(value, requires_grad=False)
+
+    def _set_bias(
+        self, lifted: Lifted, a: Attachment, source: fx.Node | None, nodes: list[fx.Node], value: Tensor
+    ) -> None:
+        """Put it in place; a bias that other consumers read too is untied, one that is missing is added."""
+        if source is None:
+            fqn = f"{a.module}.bias".removeprefix(".")
+            while fqn in lifted.state_dict:
+                fqn += "_merged"
+            node = lifted.add(fqn, value)
+            at = TABLE[nodes[0].target][3]
+            assert at is not None
+            for n in nodes:
+                n.args = tuple(node if i == at else argument(n, i) for i in range(max(len(n.args), at + 1)))
+            return
+        fqn = f"{a.module}.bias".removeprefix(".")
+        target = fqn if lifted.placeholders.get(fqn) is source else lifted.specs[source.name].target
+        assert target is not None
+        if {n for n, _ in consumers(source)} <= set(nodes):
+            lifted.set(target, value)
+        else:
+            lifted.split(target, readers(lifted.graph, source, nodes), value)
+
+
+def _stored(lifted: Lifted, fqn: str, value: Tensor) -> Tensor:
+    """``value`` as what it is put in place of: a parameter, or another tensor."""
+    parameter = lifted.specs[lifted.placeholders[fqn].name].kind == InputKind.PARAMETER
+    return torch.nn.Parameter(value, requires_grad=False) if parameter else value
+
+
+def _parameter(node: fx.Node | None) -> fx.Node | None:
+    """The placeholder a bias comes from, through casts; None when it is computed."""
+    while node is not None and node.op != "placeholder":
+        node = node.args[0] if node.target in CASTS and isinstance(node.args[0], fx.Node) else None
+    return node
+
+
+def _like(stored: Tensor, value: Tensor) -> Tensor:
+    """``value`` laid out in memory as ``stored``: outputs follow the layout of a weight, and views rely on theirs."""
+    if value.shape != stored.shape:
+        return value.contiguous()
+    return value if value.stride() == stored.stride() else torch.empty_like(stored).copy_(value)
+
+
+def _versions(*tensors: Tensor) -> list[int]:
+    return [0 if t.is_inference() else t._version for t in tensors]
+
+
+def _largest(a: Tensor, b: Tensor) -> float:
+    """The largest difference of two elements; NaN when there is none to speak of."""
+    if a.shape != b.shape or not a.is_floating_point():
+        return nan
+    if not a.numel():
+        return 0.0
+    low, high = torch.aminmax(a - b)
+    return max(abs(float(low)), abs(float(high)))
+
+
+def _high(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t.detach().to(dtype) if t.is_floating_point() else t.detach()

@@ -1,0 +1,43 @@
+"""Move: a program on another device, its tensors and the devices written into its graph.
+
+After: what ``torch.export.passes.move_to_device_pass`` makes of a copy; the program given stays where it was. Weights
+that were tied are tied still.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.passes import move_to_device_pass
+
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.pass_infra import Pass, PassResult
+from adaptc.passes.ir.storage import storage_key
+
+
+@dataclass(frozen=True)
+class Move(Pass):
+    """The count is that of the tensors that were moved."""
+
+    name: ClassVar[str] = "move"
+
+    device: torch.device
+
+    def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
+        lifted = Lifted(subject)
+        moved: dict[Any, Tensor] = {}
+        for tensors in (lifted.state_dict, lifted.constants):
+            for name, t in tensors.items():
+                if isinstance(t, Tensor):
+                    key = storage_key(t)
+                    moved[key] = tensors[name] = moved[key] if key in moved else self._moved(t)
+        # The pass changes what it is given: the example inputs too, which the program given shares until here.
+        return PassResult(move_to_device_pass(lifted.finish(), self.device), len(moved))
+
+    def _moved(self, t: Tensor) -> Tensor:
+        new = t.detach().to(self.device)
+        return nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new

@@ -1,0 +1,94 @@
+"""Make a program's fake values fit slots whose shapes changed (a swap to another rank).
+
+Before: a program with injected regions and, for some slots, tensors of another size along their free axes. After: every
+placeholder and region node carries the value it has with the new tensors, so that the program validates, saves and
+compiles as if it had been injected with them. The code does not change: regions are the same for every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, fx
+
+from adaptc.errors import PassError
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.lifted import fake_of
+from adaptc.passes.ir.ops import Op, operands
+from adaptc.passes.ir.pass_infra import GraphPass, PassResult
+from adaptc.passes.ir.regions import node_tag, slot_nodes
+from adaptc.passes.ir.trace import behind_inputs, fused_inputs, region_of, signature_of
+
+
+@dataclass(frozen=True)
+class Respecialize(GraphPass):
+    """``tensors``: the new ones, by FQN; ``placeholders``: FQN -> the name of its placeholder. ``traces`` keeps what
+    was traced, for another call with fakes of the same mode. The count is that of the regions that changed."""
+
+    name: ClassVar[str] = "respecialize"
+
+    attachments: Sequence[Attachment] = field(repr=False)
+    ops: Mapping[str, Op] = field(repr=False)
+    placeholders: Mapping[str, str] = field(repr=False)
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    traces: dict[Any, fx.Graph] = field(default_factory=dict, repr=False)
+
+    def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
+        names = {n.name: n for n in subject.nodes}
+        inputs = {fqn: names[name] for fqn, name in self.placeholders.items()}
+        fake, stale = fake_of(subject), set()
+        for fqn, tensor in self.tensors.items():
+            node = inputs[fqn]
+            if tuple(node.meta["val"].shape) != tuple(tensor.shape):
+                node.meta["val"] = fake(tensor)
+                stale.add(fqn)
+        by_id = {a.id: a for a in self.attachments if not stale.isdisjoint(a.slots.values())}
+        pending: dict[str, list[fx.Node]] = {}
+        count = 0
+        for node in subject.nodes if by_id else ():
+            tag = node_tag(node)
+            if tag is None or tag["site"] not in by_id:
+                continue
+            # Regions of one site do not interleave: each is complete when its "out" node comes.
+            nodes = pending.setdefault(tag["site"], [])
+            nodes.append(node)
+            if tag["role"] == "out":
+                self._update(by_id[tag["site"]], tag, nodes, names, inputs)
+                nodes.clear()
+                count += 1
+        return PassResult(subject, count)
+
+    def _update(
+        self,
+        a: Attachment,
+        tag: Mapping[str, Any],
+        nodes: Sequence[fx.Node],
+        names: Mapping[str, fx.Node],
+        placeholders: Mapping[str, fx.Node],
+    ) -> None:
+        op, base, consumer = self.ops[a.id], names[tag["base"]], names[tag["node"]]
+        inputs, kind = [base], tag["region"]
+        if tag.get("fused"):
+            kind, inputs = fused_inputs(consumer)
+            op = op.at(consumer)
+        elif kind == "input":
+            op = op.at(consumer)
+        elif kind.startswith("apply"):
+            inputs, op = behind_inputs(consumer, base)[1], op.at(consumer)
+        elif kind == "bias":
+            inputs.append(operands(consumer)[2])
+        inputs += slot_nodes(a, placeholders)
+        fakes = [n.meta["val"] for n in inputs]
+        key = (a.method, kind, op, signature_of(fakes))
+        if key not in self.traces:
+            self.traces[key] = region_of(a.method, op, kind, list(a.slots), a.scale_slot is not None, fakes)
+        traced = [n for n in self.traces[key].nodes if n.op == "call_function"]
+        if not traced:  # the region is an alias of one of its inputs
+            nodes[-1].meta["val"] = nodes[-1].args[0].meta["val"]  # type: ignore[union-attr]
+            return
+        if [n.target for n in traced] != [n.target for n in nodes]:
+            raise PassError(f"region of {a.id!r} depends on the rank: {[str(n.target) for n in traced]}")
+        for old, new in zip(nodes, traced, strict=True):
+            old.meta["val"] = new.meta["val"]

@@ -1,0 +1,34 @@
+"""Unload: take every adapter out of a program again.
+
+After: no region, no slot; the graph computes the base and every base tensor is the object it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.pass_infra import Pass, PassResult
+from adaptc.passes.ir.regions import region_tag, remove_regions
+
+
+@dataclass(frozen=True)
+class Unload(Pass):
+    """``originals``: base parameters to put back, for adapters that came with their own version of them."""
+
+    name: ClassVar[str] = "unload"
+
+    originals: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
+        lifted = Lifted(subject)
+        tags = [t for n in lifted.graph.nodes if (t := region_tag(n))]
+        count = remove_regions(lifted, [t["site"] for t in tags])
+        for fqn, tensor in self.originals.items():
+            lifted.set(fqn, tensor)
+        return PassResult(lifted.finish(), count)

@@ -1,0 +1,1 @@
+"""Questions about programs that change nothing: sites, attention, facts of the model."""

@@ -1,0 +1,99 @@
+"""Facts read off an exported program: the types of its modules, its mode, and which inputs can be filled in.
+
+Before: any valid ``ExportedProgram`` in the training dialect, loaded from a file or not. After: it is unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree  # there is no public pytree that knows what torch.export has registered
+
+from adaptc.passes.ir.lifted import user_inputs
+from adaptc.passes.ir.modes import mode_of
+from adaptc.passes.ir.module_paths import clean_path, owners_of
+
+
+def qualified(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def call_by_first_name(program: ExportedProgram, model: nn.Module) -> None:
+    """Where a module is held under several names, call the modules inside it by the first one, in ``program``'s nodes.
+
+    They are one module with one adapter, whichever name a call goes by; that is how PEFT, too, finds and replaces them.
+    """
+    first: dict[int, str] = {}
+    names: dict[str, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        parent, _, attribute = name.rpartition(".")
+        holder = first.get(id(model.get_submodule(parent)), parent)
+        first.setdefault(id(module), name)
+        if name and holder != parent:
+            names[name] = f"{holder}.{attribute}".removeprefix(".")
+    if not names:
+        return
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    for node in all_nodes(program):
+        stack = node.meta.get("nn_module_stack")
+        if stack:
+            renamed = {k: (names.get(clean_path(path, known), path), cls) for k, (path, cls) in stack.items()}
+            node.meta["nn_module_stack"] = renamed
+
+
+def module_types(program: ExportedProgram) -> dict[str, str]:
+    """Module path -> qualified class name, of the modules that ran, as the nodes of all its graphs say."""
+    known = owners_of(program)
+    types: dict[str, str] = {}
+    for node in all_nodes(program):
+        for path, cls in (node.meta.get("nn_module_stack") or {}).values():
+            types.setdefault(clean_path(path, known), cls if isinstance(cls, str) else qualified(cls))
+    return types
+
+
+def all_module_types(program: ExportedProgram) -> dict[str, str]:
+    """The same, and the modules that hold its tensors but did not run, as plain modules."""
+    holders = dict.fromkeys(["", *owners_of(program)], "torch.nn.modules.module.Module")
+    return {**holders, **module_types(program)}
+
+
+def is_training(program: ExportedProgram, default: bool) -> bool:
+    """Train or eval mode, as the nodes that depend on it say; ``default`` when there is none."""
+    modes = [m for m in map(mode_of, all_nodes(program)) if m is not None]
+    return any(modes) if modes else default
+
+
+def all_nodes(program: ExportedProgram) -> Iterator[fx.Node]:
+    """The nodes of a program's graph, and of the graphs of its autocast, no_grad and control flow blocks."""
+    for module in program.graph_module.modules():
+        if isinstance(module, fx.GraphModule):
+            yield from module.graph.nodes
+
+
+def keyword_inputs(program: ExportedProgram) -> dict[str, Any]:
+    """Keyword inputs by name, as traced."""
+    spec = program.call_spec.in_spec
+    inputs = list(user_inputs(program).values())
+    _, kwargs = pytree.tree_unflatten(inputs, spec) if spec is not None else ((), {})
+    return dict(kwargs)
+
+
+def fills_of(program: ExportedProgram, encoder_decoder: bool) -> dict[str, tuple[str, str]]:
+    """What transformers models take for absent keyword inputs: no padding, and no labels."""
+    inputs = {name: value for name, value in keyword_inputs(program).items() if isinstance(value, Tensor)}
+    fills: dict[str, tuple[str, str]] = {}
+    for mask, ids in (("attention_mask", "input_ids"), ("decoder_attention_mask", "decoder_input_ids")):
+        if mask in inputs and ids in inputs and inputs[mask].ndim == inputs[ids].ndim:
+            fills[mask] = ("ones_like", ids)
+    labels = inputs.get("labels")
+    main = next((name for name in ("input_ids", "pixel_values", "input_features") if name in inputs), None)
+    if labels is not None and main is not None and labels.dtype == torch.int64:
+        if labels.ndim == 1:
+            fills["labels"] = ("ignore_rows", main)
+        elif main == "input_ids" and labels.ndim == inputs[main].ndim and not encoder_decoder:
+            fills["labels"] = ("ignore_like", main)
+    return fills

@@ -1,0 +1,143 @@
+"""Find every site of a program: where a parameter is consumed, and by which kind of op.
+
+A site belongs to a module path and a parameter name, also when the weight is tied to another module's: the consumers of
+one placeholder are told apart by the module they were traced in. Nothing is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from adaptc.passes.analysis.program_facts import module_types
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.module_paths import module_path, owners
+from adaptc.passes.ir.ops import CASTS, TABLE, TRANSPOSED, argument
+
+
+@dataclass(frozen=True)
+class Site:
+    """One consumed parameter. ``kind`` is 'weight' when no table entry fits and only the weight form is defined.
+
+    ``tied`` tells that other consumers read the same placeholder and are not part of this site. ``module_type`` is the
+    qualified class name of the owning module, '' when the program does not say.
+    """
+
+    module: str
+    param: str
+    kind: str
+    shape: tuple[int, ...]
+    consumers: tuple[str, ...]
+    tied: bool = False
+    module_type: str = ""
+
+    @property
+    def fqn(self) -> str:
+        return f"{self.module}.{self.param}" if self.module else self.param
+
+
+def consumers(placeholder: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """(consumer, the node it reads): users of a parameter, seen through casts."""
+    stack = [placeholder]
+    while stack:
+        source = stack.pop()
+        for user in source.users:
+            if is_cast(user, source):
+                stack.append(user)
+            elif user.op != "output" and "_assert" not in str(user.target):
+                yield user, source
+
+
+def is_cast(user: fx.Node, source: fx.Node) -> bool:
+    """Whether ``user`` only casts ``source``, so that its own users are the consumers."""
+    return user.target in CASTS and bool(user.args) and user.args[0] is source
+
+
+def readers(graph: fx.Graph, source: fx.Node, wanted: Collection[fx.Node]) -> list[fx.Node]:
+    """Direct users of ``source`` that lead to the ``wanted`` consumers and to no others; shared casts are doubled."""
+    found: list[fx.Node] = []
+    for user in list(source.users):
+        if user in wanted:
+            found.append(user)
+        elif is_cast(user, source):
+            below = {n for n, _ in consumers(user)}
+            if below.isdisjoint(wanted):
+                continue
+            if not below.issubset(wanted):
+                inner = readers(graph, user, wanted)
+                with graph.inserting_after(user):
+                    twin = graph.node_copy(user, lambda n: n)
+                for reader in inner:
+                    reader.replace_input_with(user, twin)
+                user = twin
+            found.append(user)
+    return found
+
+
+def kind_of(node: fx.Node, source: fx.Node, ndim: int) -> str:
+    """The kind by which ``node`` consumes ``source`` as its weight; 'weight' when it does not, or not as a whole."""
+    if node.target in TABLE:
+        kind, xi, wi, bi, _ = TABLE[node.target]
+        read = [argument(node, i) for i in (xi, wi, bi) if i is not None]
+        plain = kind != "addmm" or all(argument(node, i) == 1 for i in (3, 4))
+        if argument(node, wi) is source and read.count(source) == 1 and plain and ndim >= 2:
+            return kind
+    if node.target in TRANSPOSED and argument(node, 1) is source:
+        return "conv_transpose"
+    return "weight"
+
+
+def find_sites(
+    program: ExportedProgram,
+    types: Mapping[str, str] | None = None,
+    lifted: Lifted | None = None,
+    kind: InputKind = InputKind.PARAMETER,
+) -> list[Site]:
+    """All sites in graph order of the placeholders, aliases included.
+
+    ``types`` (module path -> class name) overrides what the graph's own module stacks say. ``lifted`` is the program
+    opened, if the caller has it open; it is only read. ``kind``: BUFFER for persistent buffers instead of parameters.
+    """
+    lifted = lifted or Lifted(program, edit=False)
+    types = {**module_types(program), **(types or {})}
+    known = owners([*lifted.state_dict, *lifted.constants])
+    found: list[Site] = []
+    by_node: dict[fx.Node, list[str]] = {}
+    for fqn, node in lifted.placeholders.items():
+        by_node.setdefault(node, []).append(fqn)
+    for node in lifted.graph.find_nodes(op="placeholder"):
+        if lifted.specs[node.name].kind == kind:
+            fqns = [f for f in by_node.get(node, []) if f in lifted.state_dict]
+            found.extend(_sites_of(lifted, node, fqns, types, known))
+    return found
+
+
+def _sites_of(
+    lifted: Lifted, node: fx.Node, fqns: list[str], types: Mapping[str, str], known: Collection[str]
+) -> Iterator[Site]:
+    used = list(consumers(node))
+    owned: dict[str, list[tuple[fx.Node, fx.Node]]] = {}
+    for fqn in fqns:
+        owner = fqn.rpartition(".")[0]
+        owned[fqn] = [(n, s) for n, s in used if module_path(n, known) == owner]
+    claimed = {n for pairs in owned.values() for n, _ in pairs}
+    for fqn in fqns:
+        # A parameter its own module never reads is read on its behalf elsewhere (MultiheadAttention's out_proj).
+        mine = owned[fqn] or ([] if claimed else used)
+        value = lifted.state_dict[fqn]
+        if mine and isinstance(value, Tensor):
+            module, _, param = fqn.rpartition(".")
+            kinds = {kind_of(n, s, value.ndim) for n, s in mine}
+            yield Site(
+                module=module,
+                param=param,
+                kind=kinds.pop() if len(kinds) == 1 else "weight",
+                shape=tuple(value.shape),
+                consumers=tuple(n.name for n, _ in mine),
+                tied=len({n for n, _ in mine}) != len({n for n, _ in used}),
+                module_type=types.get(module, ""),
+            )

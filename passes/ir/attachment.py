@@ -1,0 +1,94 @@
+"""An attachment: a method at one site of a program, and the one form in which files have it.
+
+Region tags, and the manifests of packages, hold what :meth:`Attachment.to_dict` gives; :meth:`Attachment.from_dict` is
+its inverse, after a trip through JSON too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from adaptc.passes.ir.method import Method, Slot
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """A method at a site of a program: everything needed to inject, merge, save and describe it.
+
+    ``key`` is the site's path in PEFT's files, ``module``/``param`` its path in the model, ``consumers`` the names of
+    the nodes that read the weight, ``slots`` and ``scale_slot`` the FQNs of its tensors once injected. ``form`` is
+    "apply" or "weight", or "auto" until it was chosen, ``why`` the reason. ``entry`` is the target entry that chose the
+    site, ``name`` what per-module patterns (rank_pattern) are matched against. ``tied``: other consumers read the
+    weight too. ``variant`` counts the attachments of related methods at one weight.
+    """
+
+    key: str
+    module: str
+    param: str
+    kind: str
+    method: Method
+    adapter: str = "default"
+    form: str = "auto"
+    consumers: tuple[str, ...] = ()
+    slots: Mapping[str, str] = field(default_factory=dict)
+    scale_slot: str | None = None
+    entry: str = ""
+    name: str = ""
+    tied: bool = False
+    variant: int = 0
+    why: str = ""
+
+    @property
+    def fqn(self) -> str:
+        """FQN of the base parameter."""
+        return f"{self.module}.{self.param}" if self.module else self.param
+
+    @property
+    def place(self) -> str:
+        """Where the slots live in the program: ``key``, unless that is the name of the parameter itself."""
+        return self.key if self.key != self.fqn else f"{self.module}.adapted_{self.param}".removeprefix(".")
+
+    @property
+    def id(self) -> str:
+        """Unique in a program: what region tags point to."""
+        return f"{self.fqn}|{self.method.name}" + (f".{self.variant}" if self.variant else "")
+
+    def slot_fqn(self, name: str, slot: Slot) -> str:
+        """Where a slot lives in the program's state dict."""
+        return self.method.fqn("" if slot.shared else self.place, name, self.adapter)
+
+    @property
+    def scale_fqn(self) -> str:
+        """Where the scale lives. Adapters of several methods at one weight each have a scale of their own."""
+        return self.method.fqn(self.place, f"scaling.{self.method.name}", self.adapter)
+
+    @property
+    def tensor_names(self) -> list[str]:
+        """The FQNs of its tensors once injected: its slots, then its scale if it has one."""
+        return [*self.slots.values(), *([] if self.scale_slot is None else [self.scale_slot])]
+
+    def file_key(self, name: str, slot: Slot) -> str:
+        """The bare key of a slot in files."""
+        return name if slot.shared or not self.key else f"{self.key}.{name}"
+
+    def tag(self, role: str) -> dict[str, Any]:
+        """What every node of its regions carries; ``role`` is "out" for the result."""
+        return {"method": self.method.name, "adapter": self.adapter, "site": self.id, "role": role}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values: all fields, with the method as its name and its options."""
+        out = {f.name: getattr(self, f.name) for f in fields(self)}
+        return out | {
+            "method": self.method.name,
+            "options": self.method.options(),
+            "consumers": list(self.consumers),
+            "slots": dict(self.slots),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], method_of: Callable[[Mapping[str, Any]], Method]) -> Attachment:
+        """Inverse of :meth:`to_dict`; ``method_of`` makes a method of the name and the options that ``data`` has."""
+        plain = {f.name: data[f.name] for f in fields(cls)}
+        return cls(**{**plain, "method": method_of(data), "consumers": tuple(data["consumers"])})

@@ -1,0 +1,116 @@
+"""What code costs: operations of nodes and regions, as sympy expressions in a program's own free sizes.
+
+Before: nodes with fake values. After: expressions of positive integers, with the widths of layers and the ranks of
+adapters as numbers. Nothing here decides; what is cheaper is up to whoever asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree  # there is no public pytree that knows what torch.export has registered
+
+from adaptc.passes.ir.effects import has_view_schema
+from adaptc.passes.ir.lifted import user_inputs
+
+aten = torch.ops.aten
+
+#: op -> position of the operand whose last axis is summed over
+_SUMS = {
+    aten.linear: 0,
+    aten.matmul: 0,
+    aten.mm: 0,
+    aten.bmm: 0,
+    aten.mv: 0,
+    aten.addmm: 1,
+    aten.baddbmm: 1,
+    aten.linalg_solve_triangular: 0,
+    aten.linalg_solve: 0,
+    aten.linalg_inv: 0,
+}
+_CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.conv3d)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations of a piece of code: ``moving`` those done for every call's inputs, ``fixed`` those on weights and
+    slots alone. sympy expressions in the free sizes of the program."""
+
+    moving: Any = sympy.S.Zero
+    fixed: Any = sympy.S.Zero
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.moving + other.moving, self.fixed + other.fixed)
+
+
+def work(region: fx.Graph, moving: int) -> Work:
+    """Of a region whose first ``moving`` inputs differ from call to call."""
+    depends: set[fx.Node] = set()
+    sums: list[Any] = [sympy.S.Zero, sympy.S.Zero]
+    inputs = region.find_nodes(op="placeholder")
+    depends.update(inputs[:moving])
+    for node in region.nodes:
+        if node.op != "call_function":
+            continue
+        if any(n in depends for n in node.all_input_nodes):
+            depends.add(node)
+        sums[node not in depends] += node_work(node)
+    return Work(*sums)
+
+
+def node_work(node: fx.Node) -> Any:
+    """Operations of one node: two for each product that is summed, one for each element otherwise, none for a view."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or has_view_schema(node.target):
+        return sympy.S.Zero
+    out = _product(value.shape)
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet in _SUMS:
+        operand = node.args[_SUMS[packet]].meta["val"]  # type: ignore[union-attr, index]
+        return 2 * out * size_expression(operand.shape[-1])
+    if packet in _CONVOLUTIONS:
+        return 2 * out * _product(node.args[1].meta["val"].shape[1:])  # type: ignore[union-attr]
+    return out
+
+
+def _product(shape: Sequence[Any]) -> Any:
+    return sympy.Mul(*(size_expression(s) for s in shape))
+
+
+def size_expression(size: Any) -> Any:
+    """A size, a number or symbolic, as a sympy expression of positive integers."""
+    return sympy.Integer(size) if isinstance(size, int) else _parsed(str(size))
+
+
+@cache
+def _parsed(text: str) -> Any:
+    """A symbolic size as an expression of positive integers."""
+    parsed: Any = sympy.sympify(text)
+    return parsed.subs({s: sympy.Symbol(str(s), integer=True, positive=True) for s in parsed.free_symbols})
+
+
+def example_sizes(program: ExportedProgram) -> dict[str, int]:
+    """Free size -> its value in the example inputs; empty where a program was saved without them."""
+    if program.example_inputs is None:
+        return {}
+    values, wanted = pytree.tree_leaves(program.example_inputs), user_inputs(program)
+    if len(values) != len(wanted):
+        return {}
+    out: dict[str, int] = {}
+    for value, fake in zip(values, wanted.values(), strict=True):
+        if isinstance(value, Tensor) and isinstance(fake, Tensor):
+            out |= {str(s): int(n) for s, n in zip(fake.shape, value.shape, strict=True) if not isinstance(s, int)}
+    return out
+
+
+def at_sizes(expression: Any, sizes: Mapping[str, int]) -> Any:
+    """An expression in free sizes at their values."""
+    # A size that is not an input's own (what a program computes from its data) counts as one.
+    return expression.subs({s: sizes.get(str(s), 1) for s in expression.free_symbols})

@@ -1,0 +1,171 @@
+"""What a node of an exported graph does beside computing its value: randomness, writes, and memory it shares.
+
+Op schemas say most of it. Where they are silent (an op that hands its input on in some cases, the running statistics
+that batch norm writes to in training), the tables below do; whatever is unknown counts as the worst.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from networkx.utils import UnionFind
+from torch import Tensor, fx
+from torch._ops import HigherOrderOperator, OpOverload
+
+from adaptc.passes.ir.modes import FLAGS, SDPA, WRITES_STATISTICS, mode_of
+from adaptc.passes.ir.ops import argument
+
+aten = torch.ops.aten
+
+#: ops that may hand an input on, though their schema does not say so and no tag does
+_HANDS_ON = {
+    aten.type_as,
+    aten.broadcast_tensors,
+    aten.meshgrid,
+    aten.unsafe_split,
+    aten.unsafe_split_with_sizes,
+    aten.sum_to_size,
+    aten.to_dense,
+    aten.chalf,
+    aten.float_power,
+    aten.pad,
+    aten.cartesian_prod,
+}
+#: results whose contents are whatever was in memory
+_UNFILLED = ("empty", "new_empty", "resize")
+#: namespaces whose schemas can be trusted to name what an op writes to and whether it draws random numbers
+_TRUSTED = ("aten", "prims", "adaptc")
+
+
+def static_tensors(node: fx.Node) -> bool:
+    """Whether the value is a tensor, or a tuple of tensors, of sizes that are numbers."""
+    value = node.meta.get("val")
+    parts = value if isinstance(value, (tuple, list)) else [value]
+    return bool(parts) and all(isinstance(v, Tensor) and all(isinstance(s, int) for s in v.shape) for v in parts)
+
+
+def pure(node: fx.Node) -> bool:
+    """Whether the value follows from the arguments alone, and nothing else happens."""
+    target = node.target
+    if node.op != "call_function":
+        return False
+    if target is operator.getitem or target is aten.detach_.default:
+        return True
+    if not isinstance(target, OpOverload) or target.namespace not in _TRUSTED or target._schema.is_mutable:
+        return False
+    if target in FLAGS or target is SDPA:
+        return not mode_of(node)
+    name = target.overloadpacket.__name__
+    return torch.Tag.nondeterministic_seeded not in target.tags and not name.startswith(_UNFILLED)
+
+
+def is_metadata_assert(node: fx.Node) -> bool:
+    """Whether the node has no value and only looks at its arguments (``torch.export`` writes them before casts)."""
+    return node.target is aten._assert_tensor_metadata.default
+
+
+def written(node: fx.Node) -> Iterable[fx.Node]:
+    """The arguments whose memory the node may write to."""
+    target = node.target
+    if node.op != "call_function" or target is aten.detach_.default:
+        return ()
+    if isinstance(target, HigherOrderOperator):
+        bodies = _bodies(node)
+        harmless = bodies and all(not _writes(body) for body in bodies)
+        return () if harmless else node.all_input_nodes
+    if not isinstance(target, OpOverload):
+        return ()
+    found = [argument(node, i) for i in WRITES_STATISTICS.get(target, ()) if mode_of(node)]
+    for i, a in enumerate(target._schema.arguments):
+        if a.alias_info is not None and a.alias_info.is_write:
+            found.append(argument(node, i))
+    return _nodes(found)
+
+
+def shared(node: fx.Node) -> Iterable[fx.Node]:
+    """The arguments whose memory the value may share."""
+    target = node.target
+    if node.op != "call_function":
+        return ()
+    if isinstance(target, OpOverload):
+        if any(r.alias_info is not None for r in target._schema.returns):
+            arguments = enumerate(target._schema.arguments)
+            return _nodes(argument(node, i) for i, a in arguments if a.alias_info is not None)
+        if target is aten.einsum.default:  # of one operand it is a transposition
+            operands = _nodes([argument(node, 1)])
+            return operands if len(operands) == 1 else ()
+        tagged = torch.Tag.maybe_aliasing_or_mutating in target.tags and target not in WRITES_STATISTICS
+        return node.all_input_nodes if tagged or target.overloadpacket in _HANDS_ON else ()
+    return node.all_input_nodes
+
+
+def has_view_schema(target: Any) -> bool:
+    """Whether an op's schema says that its results are the memory of its arguments, which it does not write to. Casts
+    say so too, and copy in most cases: see :func:`is_view`."""
+    returns = getattr(getattr(target, "_schema", None), "returns", ())
+    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the value surely is its first argument's memory, as far as dtypes, devices and strides tell."""
+    if not node.args or not isinstance(node.args[0], fx.Node) or node.args[0] not in shared(node):
+        return False
+    old, new = (n.meta.get("val") for n in (node.args[0], node))
+    if not isinstance(old, Tensor) or not isinstance(new, Tensor):
+        return isinstance(old, (tuple, list)) or isinstance(new, (tuple, list))
+    if (old.dtype, old.device) != (new.dtype, new.device) or _copies(node):
+        return False
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet is aten.contiguous:
+        return old.stride() == new.stride()
+    return packet not in (aten.reshape, aten.flatten) or old.is_contiguous()
+
+
+def touched(graph: fx.Graph) -> tuple[set[fx.Node], set[fx.Node]]:
+    """(nodes whose memory is written to; these and the nodes whose memory is handed out)."""
+    memory = memory_groups(graph)
+    written_to = {memory[n] for node in graph.nodes for n in written(node)}
+    returned = {memory[n] for n in graph.output_node().all_input_nodes}
+    dirty = {n for n in graph.nodes if memory[n] in written_to}
+    return dirty, dirty | {n for n in graph.nodes if memory[n] in returned}
+
+
+def memory_groups(graph: fx.Graph) -> UnionFind:
+    """The nodes of a graph in groups that may share memory."""
+    groups = UnionFind(graph.nodes)
+    for node in graph.nodes:
+        groups.union(node, *shared(node))
+    return groups
+
+
+def sweep(graph: fx.Graph) -> None:
+    """Erase what nothing reads and nobody would miss."""
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and not node.users and pure(node) and not is_metadata_assert(node):
+            graph.erase_node(node)
+
+
+def _copies(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    names = [] if schema is None else [a.name for a in schema.arguments]
+    return "copy" in names and bool(argument(node, names.index("copy")))
+
+
+def _nodes(arguments: Iterable[Any]) -> list[fx.Node]:
+    out: list[fx.Node] = []
+    fx.map_arg(list(arguments), out.append)
+    return out
+
+
+def _bodies(node: fx.Node) -> list[fx.GraphModule]:
+    owner = node.graph.owning_module
+    named = [n for n in node.all_input_nodes if n.op == "get_attr"]
+    found = [getattr(owner, str(n.target), None) for n in named]
+    return [m for m in found if isinstance(m, fx.GraphModule)] if all(f is not None for f in found) else []
+
+
+def _writes(body: fx.GraphModule) -> bool:
+    return any(list(written(n)) for n in body.graph.nodes)

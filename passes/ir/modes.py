@@ -1,0 +1,90 @@
+"""Training and inference, as a graph has them: the one table of ops that a module's ``train()`` and ``eval()`` change.
+
+``torch.export`` bakes the mode into arguments of these ops. Whatever asks in which mode a program is, or changes it,
+or has to know whether an op draws random numbers, asks here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from adaptc.passes.ir.ops import argument
+
+aten = torch.ops.aten
+
+#: device types whose autocast a caller may have on
+AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
+
+SDPA = aten.scaled_dot_product_attention.default
+#: where the dropout probability of attention stands among its arguments
+SDPA_DROPOUT = 4
+#: under which name a node keeps that probability while it is off
+KEPT = "adaptc_dropout_p"
+#: the buffer in which batch norm counts its training batches
+COUNTER = "num_batches_tracked"
+
+
+@dataclass(frozen=True)
+class Flag:
+    """Positions of arguments: the flag itself, a probability without which it changes nothing, and running statistics
+    without which it changes nothing."""
+
+    position: int
+    probability: int | None = None
+    statistics: int | None = None
+
+
+_DROPOUT = Flag(2, probability=1)
+_NORM = Flag(5, statistics=3)
+_RNNS = (aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu)
+
+FLAGS: dict[Any, Flag] = {
+    aten.dropout.default: _DROPOUT,
+    aten.dropout_.default: _DROPOUT,
+    aten.native_dropout.default: _DROPOUT,
+    aten.feature_dropout.default: _DROPOUT,
+    aten.feature_dropout_.default: _DROPOUT,
+    aten.alpha_dropout.default: _DROPOUT,
+    aten.alpha_dropout_.default: _DROPOUT,
+    aten.feature_alpha_dropout.default: _DROPOUT,
+    aten.feature_alpha_dropout_.default: _DROPOUT,
+    aten.batch_norm.default: _NORM,
+    aten.instance_norm.default: _NORM,
+    aten.native_batch_norm.default: _NORM,
+    aten._native_batch_norm_legit.default: _NORM,
+    aten._native_batch_norm_legit_functional.default: _NORM,
+    aten.rrelu.default: Flag(3),
+    aten.rrelu_.default: Flag(3),
+    aten.rrelu_with_noise.default: Flag(4),
+    aten.rrelu_with_noise_functional.default: Flag(4),
+    **{rnn.input: Flag(6, probability=5) for rnn in _RNNS},
+    # of packed sequences
+    **{rnn.data: Flag(7, probability=6) for rnn in _RNNS},
+}
+#: op -> positions of running statistics it writes to in training, which its schema does not tell
+_SILENT = (aten.batch_norm.default, aten.instance_norm.default, aten.native_batch_norm.default)
+WRITES_STATISTICS = dict.fromkeys(_SILENT, (3, 4))
+
+
+def mode_of(node: fx.Node) -> bool | None:
+    """Whether the node is set to training; None where it computes the same in either mode."""
+    if node.target is SDPA:
+        kept = (node.meta.get("custom") or {}).get(KEPT)
+        return True if argument(node, SDPA_DROPOUT) else False if kept else None
+    flag = FLAGS.get(node.target)
+    if flag is None:
+        return None
+    if flag.probability is not None and not argument(node, flag.probability):
+        return None
+    if flag.statistics is not None and argument(node, flag.statistics) is None:
+        return None
+    return bool(argument(node, flag.position))
+
+
+def drops(region: fx.Graph) -> bool:
+    """Whether a region has dropout, which no other form of it can stand in for."""
+    return any(node.target is aten.dropout.default for node in region.nodes)

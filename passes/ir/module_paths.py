@@ -1,0 +1,50 @@
+"""Module paths, as ``torch.export`` writes them into nodes, and as the model has them.
+
+A further call of a module is marked: ``layers.0.proj@1``. The mark is dropped here, so that all calls of a module are
+its own; but a module may be called ``proj@1`` itself, which only the names of the program's tensors tell.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+
+from torch import fx
+from torch.export import ExportedProgram
+
+_CALLED_AGAIN = re.compile(r"@\d+$")
+_ROOT = "L['self']"
+
+
+def owners(fqns: Iterable[str]) -> frozenset[str]:
+    """The paths of all modules that hold any of these tensors, at any depth."""
+    found: set[str] = set()
+    for fqn in fqns:
+        path = fqn.rpartition(".")[0]
+        while path and path not in found:
+            found.add(path)
+            path = path.rpartition(".")[0]
+    return frozenset(found)
+
+
+def owners_of(program: ExportedProgram) -> frozenset[str]:
+    """The same of a program's parameters, buffers and constants."""
+    return owners([*program.state_dict, *program.constants])
+
+
+def clean_path(path: str, known: Collection[str]) -> str:
+    """A path without the marks of further calls; ``known`` are paths that have an "@" of their own."""
+    path = path.removeprefix(_ROOT).strip(".")
+    if "@" not in path:
+        return path
+    done = ""
+    for part in path.split("."):
+        whole = f"{done}.{part}" if done else part
+        done = whole if whole in known else _CALLED_AGAIN.sub("", whole)
+    return done
+
+
+def module_path(node: fx.Node, known: Collection[str]) -> str:
+    """Path of the innermost module a node was traced in; '' for the root."""
+    stack = node.meta.get("nn_module_stack")
+    return clean_path(next(reversed(stack.values()))[0], known) if stack else ""

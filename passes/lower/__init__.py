@@ -1,0 +1,1 @@
+"""Regions of adapters as kernels for a GPU."""

@@ -1,0 +1,149 @@
+"""Lower: regions of adapters become the fused kernels their methods have, for a GPU.
+
+Before: a program with tagged regions of pure ATen. After: where a method has kernels for a site, its region computes
+the layer and what the adapter adds to it in one, by ops of ``adaptc.kernels``; equal up to rounding, and on other
+devices the ops compute their references. The tags stay, so that swap, merge, unload, save and load go on as before. The
+layer's own node stays too, read by nothing: unload puts it back, and whatever compiles or cleans the graph drops it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import fx
+from torch.export import ExportedProgram
+
+from adaptc.errors import BackendError
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.ops import Op
+from adaptc.passes.ir.pass_infra import GraphPass, Pass, PassResult
+from adaptc.passes.ir.regions import node_tag, region_tag, slot_nodes
+from adaptc.passes.ir.trace import fused_inputs, inline, region_of, signature_of
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """``regions`` that are kernels now, and by site why the ``others`` are not."""
+
+    regions: int
+    others: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Lower(Pass):
+    """``attachments``, ``ops``: those of the program, and the op at each. The notes say which regions stay and why, and
+    ``data`` is a :class:`Lowered`."""
+
+    name: ClassVar[str] = "lower"
+
+    attachments: Sequence[Attachment] = field(repr=False)
+    ops: Mapping[str, Op] = field(repr=False)
+
+    def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
+        lifted = Lifted(subject)
+        names = {fqn: node.name for fqn, node in lifted.placeholders.items()}
+        done = LowerGraph(self.attachments, self.ops, names)(lifted.graph)
+        return PassResult(lifted.finish(), done.count, done.notes, done.data)
+
+
+@dataclass(frozen=True)
+class LowerGraph(GraphPass):
+    """The same on a lifted graph. ``placeholders``: FQN of each slot and scale -> the name of its placeholder. The
+    count is that of the regions that are kernels now."""
+
+    name: ClassVar[str] = "lower"
+
+    attachments: Sequence[Attachment] = field(repr=False)
+    ops: Mapping[str, Op] = field(repr=False)
+    placeholders: Mapping[str, str] = field(repr=False)
+
+    def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
+        by_id = {a.id: a for a in self.attachments}
+        regions: dict[fx.Node, list[fx.Node]] = {}
+        pending: dict[str, list[fx.Node]] = {}
+        names = {n.name: n for n in subject.nodes}
+        inputs = {fqn: names[name] for fqn, name in self.placeholders.items()}
+        for node in subject.nodes:
+            tag = node_tag(node)
+            if tag is not None:
+                nodes = pending.setdefault(tag["site"], [])
+                nodes.append(node)
+                if tag["role"] == "out":
+                    regions[node] = pending.pop(tag["site"])
+        traces: dict[Any, fx.Graph | str] = {}
+        notes: dict[str, str] = {}
+        renamed: dict[str, str] = {}
+        count = 0
+        for out, nodes in regions.items():
+            tag = node_tag(out)
+            assert tag is not None
+            a, why = by_id[tag["site"]], ""
+            if not tag.get("fused"):
+                why = _lower(subject, a, self.ops[a.id], nodes, names, inputs, traces, renamed)
+            if why:
+                notes[a.id] = why
+            count += not why
+        # Other adapters may stand behind a region that has another result now.
+        for out in subject.nodes:
+            tag = region_tag(out)
+            if tag is not None and tag["base"] in renamed:
+                out.meta["custom"] = {**out.meta["custom"], "adaptc": {**tag, "base": renamed[tag["base"]]}}
+        return PassResult(subject, count, tuple(f"{site}: {why}" for site, why in notes.items()), Lowered(count, notes))
+
+
+def _lower(
+    graph: fx.Graph,
+    a: Attachment,
+    op: Op,
+    nodes: Sequence[fx.Node],
+    names: Mapping[str, fx.Node],
+    placeholders: Mapping[str, fx.Node],
+    traces: dict[Any, fx.Graph | str],
+    renamed: dict[str, str],
+) -> str:
+    """Rewrite one region; returns why not, or ''."""
+    out = nodes[-1]
+    tag = node_tag(out)
+    assert tag is not None
+    consumer = names[tag["node"]]
+    if tag["region"] == "input" or (tag["region"].startswith("apply") and a.method.has_input(op)):
+        return "it changes the layer's input in a region of its own"
+    if not tag["region"].startswith("apply"):
+        return "its region stands in front of the weight"
+    if tag["base"] != tag["node"]:
+        return "another adapter changes the output of the layer before it"
+    if not set(consumer.users) <= set(nodes):
+        return "the output of the layer is read without the adapter too"
+    op = op.at(consumer)
+    kind, inputs = fused_inputs(consumer)
+    inputs += slot_nodes(a, placeholders)
+    fakes = [n.meta["val"] for n in inputs]
+    key = (a.method, kind, op, signature_of(fakes))
+    if key not in traces:
+        traces[key] = _region(a, op, kind, fakes)
+    region = traces[key]
+    if isinstance(region, str):
+        return region
+
+    def tagged(role: str) -> dict[str, Any]:
+        return {**(tag if role == "out" else a.tag(role)), "fused": True}
+
+    new = inline(graph, region, inputs, out.next, consumer, tagged)
+    out.replace_all_uses_with(new)
+    for node in reversed(nodes):
+        graph.erase_node(node)
+    renamed[out.name] = new.name
+    return ""
+
+
+def _region(a: Attachment, op: Op, kind: str, fakes: Sequence[Any]) -> fx.Graph | str:
+    why = a.method.unfused(op)
+    if why:
+        return why
+    try:
+        return region_of(a.method, op, kind, list(a.slots), a.scale_slot is not None, fakes)
+    except BackendError as error:
+        return str(error)

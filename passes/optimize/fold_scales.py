@@ -1,0 +1,90 @@
+"""Fold a frozen scale into the weight it follows: linear(h, B) * s -> linear(h, B * s).
+
+Before: a lifted graph, and which of its nodes are frozen. After: the same values up to the rounding of one product;
+what was a multiplication of every output in every call is one of a weight that ``hoist`` takes out of the call. Not
+done where it would cost memory or accuracy: weights that several sites share stay shared, and weights in half precision
+are not rounded twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from adaptc.passes.ir.ops import argument
+from adaptc.passes.ir.pass_infra import GraphPass, PassResult
+from adaptc.passes.optimize.hoist import stages_of
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class FoldScales(GraphPass):
+    """``stages``: the frozen placeholders, as :class:`~adaptc.passes.optimize.hoist.Hoist` takes them. ``data`` are the
+    new weights."""
+
+    name: ClassVar[str] = "fold_scales"
+
+    stages: Sequence[Collection[str]] = field(repr=False)
+
+    def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
+        made = _fold(subject, stages_of(subject, self.stages))
+        return PassResult(subject, len(made), data=tuple(made))
+
+
+def _fold(graph: fx.Graph, frozen: Collection[fx.Node]) -> list[fx.Node]:
+    """``frozen``: the nodes that depend on frozen inputs alone."""
+    made: list[fx.Node] = []
+    for node in list(graph.nodes):
+        found = _match(node, frozen)
+        if found is None:
+            continue
+        linear, scale = found
+        weight: fx.Node = argument(linear, 1)
+        above(linear, scale)
+        with graph.inserting_before(linear):
+            column = scale
+            if scale.meta["val"].ndim:
+                column = graph.call_function(aten.unsqueeze.default, (scale, 1))
+                column.meta["val"] = scale.meta["val"].unsqueeze(1)
+            scaled = graph.call_function(aten.mul.Tensor, (weight, column))
+            scaled.meta["val"] = torch.empty_like(weight.meta["val"], requires_grad=False)
+        linear.update_arg(1, scaled)
+        node.replace_all_uses_with(linear)
+        graph.erase_node(node)
+        made.append(scaled)
+    return made
+
+
+def _match(node: fx.Node, frozen: Collection[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
+    """(linear without bias, frozen scale) of a product that can be folded."""
+    if node.target is not aten.mul.Tensor or not all(isinstance(a, fx.Node) for a in node.args[:2]):
+        return None
+    for linear, scale in (node.args[:2], node.args[1::-1]):
+        assert isinstance(linear, fx.Node)
+        assert isinstance(scale, fx.Node)
+        if linear.target is aten.linear.default and len(linear.users) == 1 and _folds(linear, scale, frozen):
+            return linear, scale
+    return None
+
+
+def _folds(linear: fx.Node, scale: fx.Node, frozen: Collection[fx.Node]) -> bool:
+    weight, bias = argument(linear, 1), argument(linear, 2)
+    if bias is not None or weight not in frozen or scale not in frozen or len(weight.users) > 1:
+        return False
+    w, s = (n.meta["val"] for n in (weight, scale))
+    if not isinstance(w, Tensor) or not isinstance(s, Tensor) or w.dtype.itemsize < 4 or not w.is_floating_point():
+        return False
+    return s.dtype == w.dtype and (s.ndim == 0 or tuple(s.shape) == (w.shape[0],))
+
+
+def above(anchor: fx.Node, node: fx.Node) -> None:
+    """Move a frozen node, and what it is made from, in front of ``anchor`` if they stand behind it."""
+    if node.op != "placeholder" and node > anchor:
+        for source in node.all_input_nodes:
+            above(anchor, source)
+        anchor.prepend(node)

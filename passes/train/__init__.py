@@ -1,0 +1,1 @@
+"""The module that trains: modes, and steps with backwards of their own."""

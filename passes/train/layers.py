@@ -1,0 +1,212 @@
+"""Layers with LoRA that read one tensor as one step of a training graph, with a backward of its own.
+
+Before: the graph of a module to train, its lifted inputs ``get_attr`` nodes with fake values. After: for layers
+y_i = linear(x, W_i, b_i) + s_i linear(linear(low, A_i), B_i), with low the input x, or what dropout and a cast make of
+it, one call that gives all y_i; outputs and gradients are equal up to the order of sums. Forward and backward,
+
+    h = low [A_1; A_2; ...]^T                  y_i = x W_i^T + b_i + (s_i h_i) B_i^T
+    dh_i = s_i g_i B_i                         dx = sum g_i W_i + dh [A_1; A_2; ...]
+    [dA_1; dA_2; ...] = dh^T low               dB_i = g_i^T (s_i h_i)
+
+no output is scaled or added in a pass of its own: products add to the memory of others. Kept for the backward are low
+and h, which has ranks for columns. Frozen tensors take no work; those that train after all get their gradients.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from adaptc.passes.ir.effects import sweep, touched
+from adaptc.passes.ir.ops import argument
+from adaptc.passes.ir.pass_infra import GraphPass, PassResult
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Layer:
+    """``out`` = linear(x, weight, bias) + scale * linear(linear(low, down), up)."""
+
+    x: fx.Node
+    low: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    down: fx.Node
+    up: fx.Node
+    scale: fx.Node
+    out: fx.Node
+
+
+@dataclass(frozen=True)
+class TrainLayers(GraphPass):
+    """The count is that of the layers."""
+
+    name: ClassVar[str] = "train_layers"
+
+    def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
+        dirty, _ = touched(subject)
+        groups: dict[Any, list[Layer]] = {}
+        for node in subject.find_nodes(op="call_function", target=aten.linear.default):
+            layer = _layer(node)
+            if layer is not None and dirty.isdisjoint((layer.x, layer.low, layer.weight, layer.bias, node)):
+                groups.setdefault((layer.x, layer.low, layer.down.meta["val"].dtype), []).append(layer)
+        for layers in groups.values():
+            _write(subject, layers)
+        sweep(subject)
+        return PassResult(subject, sum(map(len, groups.values())))
+
+
+def _layer(node: Any) -> Layer | None:
+    x, weight, bias = (argument(node, i) for i in range(3))
+    if not _input(weight) or not (bias is None or _input(bias)) or len(node.users) != 1:
+        return None
+    if x.meta["val"].ndim < 2:
+        return None
+    (total,) = node.users
+    if total.target is not aten.add.Tensor or argument(total, 2) != 1:
+        return None
+    scaled = total.args[1] if total.args[0] is node else total.args[0]
+    if not _alone(scaled, aten.mul.Tensor):
+        return None
+    up, scale = scaled.args
+    if not _alone(up, aten.linear.default) or not _input(scale, ()):
+        return None
+    down = up.args[0]
+    if not _alone(down, aten.linear.default) or argument(up, 2) is not None or argument(down, 2) is not None:
+        return None
+    A, B, low = argument(down, 1), argument(up, 1), down.args[0]
+    if not _input(A) or not _input(B) or not _same(x, low):
+        return None
+    out, dtype = total, node.meta["val"].dtype
+    if total.meta["val"].dtype != dtype:
+        casts = [u for u in total.users if u.target is aten.to.dtype and u.args[1] == dtype]
+        if len(total.users) != 1 or not casts:
+            return None
+        out = casts[0]
+    return Layer(x, low, weight, bias, A, B, scale, out)
+
+
+def _alone(node: Any, target: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target is target and len(node.users) == 1
+
+
+def _input(node: Any, shape: tuple[int, ...] | None = None) -> bool:
+    """Whether the node is a lifted input, of that shape."""
+    return isinstance(node, fx.Node) and node.op == "get_attr" and shape in (None, tuple(node.meta["val"].shape))
+
+
+def _same(x: fx.Node, low: Any) -> bool:
+    """Whether ``low`` has a row for each row of x."""
+    return isinstance(low, fx.Node) and str(low.meta["val"].shape) == str(x.meta["val"].shape)
+
+
+def _write(graph: fx.Graph, layers: Sequence[Layer]) -> None:
+    first = layers[0]
+    low = None if first.low is first.x else first.low
+    lists = [[getattr(layer, n) for layer in layers] for n in ("weight", "bias", "down", "up", "scale")]
+    # In front of the first result: all that the layers read is there, and nothing reads any of them yet.
+    with graph.inserting_before(min(layer.out for layer in layers)):
+        made = graph.call_function(layers_with_lora, (first.x, low, *lists))
+        pieces = [graph.call_function(operator.getitem, (made, i)) for i in range(len(layers))]
+    for layer, piece in zip(layers, pieces, strict=True):
+        piece.meta = dict(layer.out.meta)
+        layer.out.replace_all_uses_with(piece)
+
+
+def layers_with_lora(
+    x: Tensor,
+    low: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    scales: Sequence[Tensor],
+) -> Sequence[Tensor]:
+    """All y_i, see the module docstring. x (..., K), low the same or None for x; W_i (N_i, K), A_i (R_i, K), B_i
+    (N_i, R_i), s_i 0-d. Gradients for all of them, once: they cannot be differentiated again. Where autocast is on,
+    which casts each product on its own, the layers are computed as they were written."""
+    if torch.is_autocast_enabled(x.device.type):
+        into = x if low is None else low
+        deltas = [F.linear(F.linear(into, a), b) * s for a, b, s in zip(downs, ups, scales, strict=True)]
+        plain = [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
+        return [y + d if y.dtype == d.dtype else (y + d).to(y.dtype) for y, d in zip(plain, deltas, strict=True)]
+    return _Layers.apply(len(weights), x, low, *weights, *biases, *downs, *ups, *scales)[:-1]
+
+
+class _Layers(torch.autograd.Function):
+    """The results are y_i and, to be kept, h."""
+
+    @staticmethod
+    def forward(n: int, x: Tensor, low: Tensor | None, *tensors: Any) -> tuple[Tensor, ...]:
+        weights, biases, downs, ups, scales = (tensors[i * n : (i + 1) * n] for i in range(5))
+        rows = x.reshape(-1, x.shape[-1])
+        h = (rows if low is None else low.reshape(rows.shape)) @ _stacked(downs).t()
+        out = []
+        for w, b, up, s, part in zip(weights, biases, ups, scales, _split(h, downs), strict=True):
+            y = F.linear(rows, w, b)
+            wide = y.to(h.dtype).addmm_(part * s, up.t()).to(y.dtype)
+            out.append(wide.reshape(*x.shape[:-1], -1))
+        return (*out, h)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        n, x, low, *tensors = inputs
+        ctx.n, ctx.shape, ctx.own = n, x.shape, low is not None
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[-1])
+        both = ctx.own and any(ctx.needs_input_grad[3 : 3 + n])
+        # Weights and factors belong to the module, so keeping them costs nothing.
+        kept = (x if low is None else low, x if both else None, output[-1])
+        ctx.save_for_backward(*kept, *tensors[:n], *tensors[2 * n :])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gs: Tensor | None) -> tuple[Tensor | None, ...]:
+        n = ctx.n
+        low, x, h, *tensors = ctx.saved_tensors
+        weights, downs, ups, scales = (tensors[i * n : (i + 1) * n] for i in range(4))
+        needs_x, needs_low, *needs = ctx.needs_input_grad[1:]
+        need_w, need_b, need_down, need_up, need_scale = (needs[i * n : (i + 1) * n] for i in range(5))
+        low = low.reshape(-1, low.shape[-1])
+        rows = low if x is None else x.reshape(low.shape)
+        d_w, d_b, d_up, d_scale = ([None] * n for _ in range(4))
+        d_x: Any = None
+        d_h = torch.zeros_like(h) if any(g is None for g in gs[:n]) else torch.empty_like(h)
+        for i, (g, part, d_part) in enumerate(zip(gs, _split(h, downs), _split(d_h, downs), strict=False)):
+            if g is None:
+                continue
+            g = g.reshape(-1, g.shape[-1])
+            if needs_x:
+                d_x = g @ weights[i] if d_x is None else d_x.addmm_(g, weights[i])
+            d_w[i] = g.t() @ rows if need_w[i] else None
+            d_b[i] = g.sum(0) if need_b[i] else None
+            g = g.to(h.dtype)
+            torch.mm(g, ups[i], out=d_part)
+            d_scale[i] = (d_part * part).sum() if need_scale[i] else None
+            d_part.mul_(scales[i])
+            d_up[i] = g.t() @ (part * scales[i]) if need_up[i] else None
+        d_down = (d_h.t() @ low).split([a.shape[0] for a in downs]) if any(need_down) else [None] * n
+        d_low = None
+        if ctx.own:
+            d_low = (d_h @ _stacked(downs)).reshape(ctx.shape) if needs_low else None
+        elif d_x is not None:
+            d_x = d_x.to(h.dtype).addmm_(d_h, _stacked(downs)).to(d_x.dtype)
+        d_x = None if d_x is None else d_x.reshape(ctx.shape)
+        return None, d_x, d_low, *d_w, *d_b, *d_down, *d_up, *d_scale
+
+
+def _stacked(downs: Sequence[Tensor]) -> Tensor:
+    return downs[0] if len(downs) == 1 else torch.cat(list(downs))
+
+
+def _split(h: Tensor, downs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The columns of each layer."""
+    return h.split([a.shape[0] for a in downs], dim=1)

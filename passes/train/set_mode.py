@@ -1,0 +1,88 @@
+"""Switch a program between training and inference: the flags a module's ``train()`` and ``eval()`` would have set.
+
+``torch.export`` bakes each flag into an op's arguments (``ir.modes`` has the table). These passes rewrite them, and the
+dropout probability of scaled_dot_product_attention, which is remembered in the node's custom meta while it is off.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from adaptc.passes.ir.lifted import Lifted, copy_graph
+from adaptc.passes.ir.modes import COUNTER, FLAGS, KEPT, SDPA, SDPA_DROPOUT, mode_of
+from adaptc.passes.ir.ops import argument, set_argument
+from adaptc.passes.ir.pass_infra import GraphPass, Pass, PassResult
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class SetMode(Pass):
+    """The count is that of the ops that changed."""
+
+    name: ClassVar[str] = "set_mode"
+
+    training: bool = False
+
+    def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
+        new = Lifted(subject).finish()
+        return PassResult(new, set_mode(new.graph_module, self.training))
+
+
+@dataclass(frozen=True)
+class SetGraphMode(GraphPass):
+    """The same in place, on the graph of a module.
+
+    The graphs of autocast and no_grad blocks are submodules, which several programs may share: they are copied first.
+    """
+
+    name: ClassVar[str] = "set_mode"
+
+    training: bool = False
+
+    def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
+        module, count = subject.owning_module, 0
+        for node in subject.nodes:
+            inner = getattr(module, node.target, None) if node.op == "get_attr" else None
+            if isinstance(inner, fx.GraphModule):
+                copied = fx.GraphModule(inner, copy_graph(inner.graph))
+                changed = set_mode(copied, self.training)
+                if changed:
+                    setattr(module, node.target, copied)
+                count += changed
+            elif node.target is SDPA:
+                count += self._attention(node)
+            elif mode_of(node) is not None:
+                count += _set(node, FLAGS[node.target].position, self.training)
+            elif node.target is aten.add_.Tensor and str(getattr(node.args[0], "target", "")).endswith(COUNTER):
+                count += _set(node, 1, int(self.training))
+        return PassResult(subject, count)
+
+    def _attention(self, node: fx.Node) -> bool:
+        p, custom = argument(node, SDPA_DROPOUT), dict(node.meta.get("custom") or {})
+        if self.training and not p and custom.get(KEPT):
+            return _set(node, SDPA_DROPOUT, custom[KEPT])
+        if not self.training and p:
+            node.meta["custom"] = {**custom, KEPT: p}
+            return _set(node, SDPA_DROPOUT, 0.0)
+        return False
+
+
+def set_mode(module: fx.GraphModule, training: bool) -> int:
+    """Set the mode of a module in place; returns how many ops changed."""
+    count = SetGraphMode(training)(module.graph).count
+    if count:
+        module.recompile()
+    return count
+
+
+def _set(node: fx.Node, position: int, value: Any) -> bool:
+    if argument(node, position) == value:
+        return False
+    set_argument(node, position, value)
+    return True
