@@ -93,7 +93,7 @@ def _import(files: list[Path] | None) -> None:
         if spec is None or spec.loader is None or not file.is_file():
             _say("error", f"--import {file}: there is no such Python file", "red")
             raise typer.Exit(1)
-        sys.path.insert(0, str(file.parent))  # files beside it can be imported, as in `python FILE.py`
+        sys.path.append(str(file.parent))  # files beside it can be imported, but none in the place of a library
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)

@@ -41,7 +41,7 @@ class Gain(adaptc.Method):
         return replace(self, r=2)
 
     def init(self, op: adaptc.Op, W: Tensor, dtype: torch.dtype, generator: Any = None) -> adaptc.Initial:
-        values = {n: torch.full(s.shape, s.fill, dtype=dtype, device=W.device) for n, s in self.slots(op).items()}
+        values = self.filled(op, W, dtype)
         return adaptc.Initial(values | {"gain_down": values["gain_down"].normal_(std=0.1, generator=generator)})
 
     def weight(self, op: adaptc.Op, W: Tensor, slots: Any, scale: Any) -> Tensor:

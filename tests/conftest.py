@@ -12,6 +12,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Equal computations are compared bit for bit, and MKL's products otherwise depend on where in memory a tensor lies.
 os.environ.setdefault("MKL_CBWR", "AUTO")
+# Processes that tests start compute as they do themselves: with one thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # inductor would start a pool of compiler processes in each of the test processes.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree  # there is no public pytree that knows what torch.export has registered
 
 from adaptc.capture.example_inputs import BATCH, example_for, is_pretrained_model
 from adaptc.capture.free_sizes import Free, export, export_free
@@ -31,6 +30,7 @@ from adaptc.passes.analysis.program_facts import (
     keyword_inputs,
     qualified,
 )
+from adaptc.passes.ir.trees import pytree
 
 _MISSING = object()
 

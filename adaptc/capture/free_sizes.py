@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 from torch.fx.experimental.symbolic_shapes import free_symbols
-from torch.utils import _pytree as pytree  # there is no public pytree that knows what torch.export has registered
 
 from adaptc.errors import CaptureError
 from adaptc.passes.ir.lifted import user_inputs
+from adaptc.passes.ir.trees import pytree
 
 _UNKNOWN_OUTPUT = "not a known type"
 

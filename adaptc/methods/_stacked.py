@@ -44,6 +44,25 @@ class Stacked(Method):
     def moves_base(self) -> bool:
         return self.inner.moves_base()
 
+    @property
+    def replaces(self) -> bool:  # type: ignore[override]  # a class has one answer, this one has its method's
+        return self.inner.replaces
+
+    def family(self) -> Any:
+        return self.inner.family()
+
+    def has_weight(self) -> bool:
+        return self.inner.has_weight()
+
+    def check_merge(self, op: Op) -> str | None:
+        return self.inner.check_merge(self.each(op))
+
+    def in_place(self) -> bool:
+        return self.inner.in_place()
+
+    def inner_path(self, rest: str) -> str | None:
+        return self.inner.inner_path(rest)
+
     def options(self) -> dict[str, Any]:
         return {"method": self.inner.name, "options": self.inner.options()}
 

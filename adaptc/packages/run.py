@@ -6,7 +6,6 @@ itself and would read past the end of a tensor, so all is checked before it sees
 
 Private torch use, with the public route that was tried:
 - ``loader`` of the loaded package: calling the package itself parses its tree specs anew each time.
-- ``torch.utils._pytree``: the package's input and output specs are its TreeSpecs.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from adaptc.binding.bind import joined
 from adaptc.binding.binding import Binding, BindingSpec
@@ -29,6 +27,7 @@ from adaptc.errors import AdaptcError, BackendError, CheckpointError, SwapError
 from adaptc.methods import AdapterConfig
 from adaptc.packages import manifest as _package_file
 from adaptc.packages.manifest import Input, Room, Site
+from adaptc.passes.ir.trees import pytree
 from adaptc.peft_files.directory import AdapterFile, read_config
 from adaptc.program.adaptation import Adaptation
 from adaptc.reports.results import SwapReport

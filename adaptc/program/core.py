@@ -182,8 +182,9 @@ class ProgramCore(ExportedProgram):
         """A program on that device, its current adapter included; this one, and what is bound to it, stay.
 
         A binding made for this program is refused by the other: bind the adapter there, or move it, ``binding.to``.
+        Raises BackendError for a device that there is not.
         """
-        target = torch.empty(0, device=device).device  # with its number, where devices have one
+        target = usable(device)
         if target == self.device:
             return self
         moved = Move(target)(self).program
@@ -397,6 +398,15 @@ class ProgramCore(ExportedProgram):
     @state_dict.setter
     def state_dict(self, value: Mapping[str, Any]) -> None:
         raise AttributeError("use adaptc.swap to change adapter tensors; base tensors are fixed")
+
+
+def usable(device: torch.device | str) -> torch.device:
+    """A device with its number, where it has one. Raises BackendError where it cannot be used."""
+    try:
+        return torch.empty(0, device=device).device
+    except Exception as error:  # torch has several
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BackendError(f"device {str(device)!r} cannot be used here: {first}") from error
 
 
 def _mapped(t: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:

@@ -31,6 +31,7 @@ from adaptc.passes.ir.pass_infra import PassManager
 from adaptc.passes.ir.regions import attachments, header, site_op
 from adaptc.program.adaptation import Adaptation, check_format
 from adaptc.program.adapted import AdaptedProgram
+from adaptc.program.core import usable
 from adaptc.runtime.gpu_variants import register_kernels
 from adaptc.runtime.options import RunOptions
 
@@ -58,9 +59,11 @@ def save_program(program: ExportedProgram, path: Path) -> Path:
 
 def load_program(path: Path, options: RunOptions, device: torch.device | str | None = None) -> AdaptedProgram:
     """Raises CheckpointError when the file is missing, damaged or not a program, BackendError when it holds kernels
-    that cannot run here. ``device``: where to, with all its tensors; None leaves them where they were saved from."""
+    that cannot run here, or there is no such device. ``device``: where to, with all its tensors; None leaves them where
+    they were saved from."""
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
+    target = None if device is None else usable(device)
     try:
         _import_what_it_names(path)
         program = torch.export.load(path)
@@ -70,7 +73,7 @@ def load_program(path: Path, options: RunOptions, device: torch.device | str | N
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} cannot be read as an exported program: {first}") from error
     loaded = from_program(program, options, str(path))
-    return loaded if device is None else loaded.to(device)
+    return loaded if target is None else loaded.to(target)
 
 
 def _import_what_it_names(path: Path) -> None:

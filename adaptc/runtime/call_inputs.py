@@ -2,9 +2,6 @@
 
 Before: what a user passes. After: a flat list that the graph takes, or an error that says which input is wrong and what
 would fit. What was checked once is not checked again: the work of a call does not grow with what is known to be right.
-
-Private torch use, with the public route that was tried:
-- ``torch.utils._pytree``: the exported program's input spec is a TreeSpec of it; no public module reads it.
 """
 
 from __future__ import annotations
@@ -17,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from adaptc.errors import AdaptcError
 from adaptc.passes.ir.lifted import user_inputs
+from adaptc.passes.ir.trees import pytree
 
 
 @dataclass(frozen=True)

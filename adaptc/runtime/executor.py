@@ -3,9 +3,6 @@
 Slots are inputs of the graph, so a swap is a change of arguments: nothing is copied, nothing is compiled again, and a
 call that has begun keeps the binding it began with. An :class:`Executor` holds the code of one program; it has no state
 that a call changes, but for values that are computed once per binding (see ``held_values``).
-
-Private torch use, with the public route that was tried:
-- ``torch.utils._pytree``: the exported program's output spec is a TreeSpec of it; no public module reads them.
 """
 
 from __future__ import annotations
@@ -20,7 +17,6 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.utils import _pytree as pytree
 
 from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError
@@ -30,6 +26,7 @@ from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.ops import Op
 from adaptc.passes.ir.pass_infra import Trail
 from adaptc.passes.ir.storage import storage_key
+from adaptc.passes.ir.trees import pytree
 from adaptc.passes.train.set_mode import set_mode
 from adaptc.runtime.call_inputs import Inputs
 from adaptc.runtime.gpu_variants import GpuVariants, runs_on_gpu

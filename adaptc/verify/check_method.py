@@ -274,6 +274,8 @@ class _Trial:
     def _saved(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             loaded = load_program(save_program(self.program, Path(folder, "program.pt2")), RunOptions())
+            if list(loaded.adaptation.attachments) != list(self.program.adaptation.attachments):
+                raise MethodError("its options are not what they were: options() and from_options() must be inverse")
             self._agree("the program read from its file", self._output(loaded))
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree  # there is no public pytree that knows what torch.export has registered
 
 from adaptc.passes.ir.storage import storage_key
+from adaptc.passes.ir.trees import pytree
 from adaptc.verify.report import Check
 
 Leaves = dict[str, Any]

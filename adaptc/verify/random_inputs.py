@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree  # there is no public pytree that knows what torch.export has registered
 
 from adaptc.errors import AdaptcError
 from adaptc.passes.ir.lifted import user_inputs
+from adaptc.passes.ir.trees import pytree
 from adaptc.verify.random_sizes import Sizes, SizeSampler, shape_of
 
 aten = torch.ops.aten

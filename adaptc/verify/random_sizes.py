@@ -13,9 +13,9 @@ import sympy
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree  # there is no public pytree that knows what torch.export has registered
 
 from adaptc.errors import AdaptcError, nearest
+from adaptc.passes.ir.trees import pytree
 
 Sizes = Mapping[Any, int]
 """Size symbol -> value."""

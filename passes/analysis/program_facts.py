@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree  # there is no public pytree that knows what torch.export has registered
 
 from adaptc.passes.ir.lifted import user_inputs
 from adaptc.passes.ir.modes import mode_of
 from adaptc.passes.ir.module_paths import clean_path, owners_of
+from adaptc.passes.ir.trees import pytree
 
 
 def qualified(cls: type) -> str:

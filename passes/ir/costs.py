@@ -15,10 +15,10 @@ import sympy
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree  # there is no public pytree that knows what torch.export has registered
 
 from adaptc.passes.ir.effects import has_view_schema
 from adaptc.passes.ir.lifted import user_inputs
+from adaptc.passes.ir.trees import pytree
 
 aten = torch.ops.aten
 

@@ -2,6 +2,9 @@
 
 Op schemas say most of it. Where they are silent (an op that hands its input on in some cases, the running statistics
 that batch norm writes to in training), the tables below do; whatever is unknown counts as the worst.
+
+Private torch use, with the public route that was tried: ``OpOverload`` and ``HigherOrderOperator`` of ``torch._ops``
+tell the ops of a graph from Python functions. Public: none; ``torch.ops`` has the ops and not their classes.
 """
 
 from __future__ import annotations

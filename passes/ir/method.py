@@ -49,7 +49,7 @@ class Method(Hooks):
 
     def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
         """First values, all slots in ``dtype`` unless their Slot says otherwise; ``W`` canonical, never modified."""
-        return Initial(self.identity(op, W, dtype))
+        return Initial((self.identity if self.defines("identity") else self.filled)(op, W, dtype))
 
     def scale(self, op: Op) -> float | None:
         """The factor on the change of the weight, a slot of its own; None for methods without one."""

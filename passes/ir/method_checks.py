@@ -27,6 +27,7 @@ from adaptc.passes.ir.trace import difference, region_of
 
 #: sizes that examples of a layer's input have where the layer leaves them free
 FREE = (3, 5)
+OUTSIDE = "uses a tensor that is none of its arguments: make it a slot"
 #: what rounding may cost in float64, relative to 1
 CLOSE = 1e-7
 
@@ -130,7 +131,7 @@ def first_values_learn(method: Method, op: Op) -> None:
         raise MethodError(
             f"{_name(method)}.init() gives first values at {_site(op)} from which nothing can be learned: the gradient "
             f"of {', '.join(map(repr, trained))} is zero"
-            + (f", since {' and '.join(map(repr, zero))} start at zero" if zero else "")
+            + (f" (zero at the start: {', '.join(map(repr, zero))})" if zero else "")
             + ". Start one factor of a product at random values; define init() for that"
         )
 
@@ -178,7 +179,7 @@ class _Region:
         try:
             graph = region_of(method, self.op, self.kind, self.names, self.scaled, self.inputs)
         except PassError as error:
-            raise MethodError(f"{what} uses a tensor that is none of its arguments: make it a slot. {error}") from error
+            raise MethodError(f"{what} {OUTSIDE} (at {_site(self.op)}). {error}") from error
         except AdaptcError:
             raise
         except Exception as error:  # whatever torch or the method itself has to say
@@ -199,6 +200,8 @@ def _why(error: Exception) -> str:
     kind, text = type(error).__name__, (str(error).strip() or "no message").splitlines()[0]
     if kind.startswith(("DataDependent", "GuardOnDataDependent", "UserError")):
         return "chooses by values, and a graph has one way only: use torch.where, or options instead of tensors"
+    if "convert all Tensors to FakeTensors" in text:
+        return OUTSIDE
     return f"cannot be traced: {kind}: {text}"
 
 

@@ -93,7 +93,11 @@ class Hooks:
 
     def akin(self, other: object) -> bool:
         """Whether ``other`` is this method or a variant of it: then the two have names of slots in common."""
-        return isinstance(other, Hooks) and _kin(type(other)) == _kin(type(self))
+        return isinstance(other, Hooks) and other.family() == self.family()
+
+    def family(self) -> Any:
+        """Equal for methods whose slots may have one name: ``kin``, or the class derived from ``Method`` itself."""
+        return self.kin or [c for c in type(self).__mro__ if issubclass(c, Hooks)][-3]
 
     def options(self) -> dict[str, Any]:
         """The fields as plain JSON values, for the tags of a program's regions."""
@@ -133,8 +137,12 @@ class Hooks:
 
     def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Values for which the site computes exactly the base, as small as the free axes allow."""
-        small = self.minimal(op).slots(op).items()
-        return {n: torch.full(s.shape, s.fill, dtype=s.dtype or dtype, device=W.device) for n, s in small}
+        return self.minimal(op).filled(op, W, dtype)
+
+    def filled(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Every slot at its fill, in the size it has with these options."""
+        slots = self.slots(op).items()
+        return {n: torch.full(s.shape, s.fill, dtype=s.dtype or dtype, device=W.device) for n, s in slots}
 
     def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
         """Values of the slots that are not in an adapter's file (``found``: those that are); they follow from it."""
@@ -225,11 +233,6 @@ class Hooks:
     def rewrap(self, inner: Any) -> Any:
         """Inverse of :meth:`unwrap`: this method around another inner one."""
         return inner
-
-
-def _kin(method: type[Hooks]) -> Any:
-    """Equal for methods whose slots may have one name: the class derived from ``Method`` itself, or its word."""
-    return method.kin or [c for c in method.__mro__ if issubclass(c, Hooks)][-3]
 
 
 def _from_json(value: Any) -> Any:

@@ -60,6 +60,7 @@ FLAGS: dict[Any, Flag] = {
     aten.rrelu.default: Flag(3),
     aten.rrelu_.default: Flag(3),
     aten.rrelu_with_noise.default: Flag(4),
+    aten.rrelu_with_noise_.default: Flag(4),
     aten.rrelu_with_noise_functional.default: Flag(4),
     **{rnn.input: Flag(6, probability=5) for rnn in _RNNS},
     # of packed sequences

@@ -33,8 +33,11 @@ def owners_of(program: ExportedProgram) -> frozenset[str]:
 
 
 def clean_path(path: str, known: Collection[str]) -> str:
-    """A path without the marks of further calls; ``known`` are paths that have an "@" of their own."""
-    path = path.removeprefix(_ROOT).strip(".")
+    """A path without the root's name in strict captures, and without the marks of further calls. ``known``: the paths
+    of all modules, some of which may be called like either."""
+    head, _, rest = path.partition(".")
+    if head == _ROOT and head not in known:
+        path = rest
     if "@" not in path:
         return path
     done = ""

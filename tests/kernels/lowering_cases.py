@@ -10,7 +10,7 @@ import torch
 import adaptc
 from adaptc import LoraConfig
 from adaptc.program.lower import with_kernels
-from tests.sibling_nets import LAYERS, adapter, block, rows
+from tests.support.sibling_nets import LAYERS, adapter, block, rows
 
 
 def program(dora: bool) -> adaptc.AdaptedProgram:

@@ -1,0 +1,1 @@
+"""Adapters as tensors for the slots of a program."""

@@ -1,0 +1,1 @@
+"""The examples as scripts, and the snippets of the guides."""

@@ -1,0 +1,119 @@
+"""The guide: every snippet runs as it stands, every link leads somewhere, every hook of the protocol has its line."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import adaptc
+from adaptc.passes.ir.method import Method
+from adaptc.passes.ir.method_hooks import Hooks
+from tests.support.guides import DOCUMENTS, PAGES, ROOT, blocks, run
+
+LINK = re.compile(r"\[[^\]]+\]\(([^)#\s]+)(#[\w-]+)?\)")
+#: how files of the project are written in the text
+PATH = re.compile(r"`((?:adaptc|passes|kernels|tests|examples)/[\w/]+(?:\.\w+)?)`")
+WRITING = ROOT / "examples" / "writing_methods.md"
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p != WRITING], ids=lambda p: p.stem)
+def test_the_snippets_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    assert blocks(page, "python")
+    run(page, {})
+
+
+def test_the_snippet_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a model and an adapter that the reader is taken to have."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4)
+    model, ids = transformers.LlamaForCausalLM(config).eval(), torch.randint(97, (2, 7))
+    other = adaptc.LoraConfig(r=5, target_modules=["q_proj"], init_lora_weights=False)
+    adaptc.save_adapter(adaptc.compile(model, other), "another-adapter")
+    ((_, text),) = blocks(ROOT / "README.md", "python")
+    assert len(text.strip().splitlines()) <= 17
+    space = {"model": model, "ids": ids}
+    exec(compile(text, "README.md", "exec"), space)
+    assert Path("model.pt2").is_file()
+    torch.testing.assert_close(space["prog"](input_ids=ids).logits, space["merged"](input_ids=ids).logits)
+
+
+def test_a_strangers_method_passes_outside_the_repository(tmp_path: Path) -> None:
+    """The page alone, typed into a file elsewhere: the method it builds passes every check, and the command line knows
+    it by that file."""
+    text = "".join(text for _, text in blocks(WRITING, "python"))
+    (tmp_path / "whole_page.py").write_text(text, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-I", "whole_page.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "GainedConfig keeps its promises" in done.stdout
+    (tmp_path / "gained.py").write_text(blocks(WRITING, "python")[0][1], encoding="utf-8")
+    command = [Path(sys.executable).parent / "adaptc", "--import", "gained.py", "show", "gained.pt2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "gained_A" in done.stdout
+
+
+def names_in_tables(page: Path) -> set[str]:
+    """What stands in code marks in the first column of a table, without arguments."""
+    rows = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    cells = [row.split("|")[1] for row in rows]
+    return {name.partition("(")[0] for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+
+
+def test_every_function_of_the_protocol_has_a_line_on_the_page() -> None:
+    public = {n for c in (Hooks, Method) for n in vars(c) if not n.startswith("_")}
+    follow = {"name", "training", "dropout", "defines", "has_weight", "has_apply_form", "unfused", "call_adapted"}
+    assert follow < public
+    assert names_in_tables(WRITING) == public - follow
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_and_paths_lead_somewhere(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    links = [m for m in LINK.findall(text) if not m[0].startswith(("http", "mailto"))]
+    for target, anchor in links:
+        there = (document.parent / target).resolve()
+        assert there.exists(), target
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor[1:] in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in heads}, anchor
+    for path in PATH.findall(text):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for page in PAGES:
+        assert f"(examples/{page.name})" in text, page.name
+
+
+def test_the_private_names_of_torch_are_in_the_files_that_contributing_lists() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = set(
+        re.findall(
+            r"`((?:passes|adaptc)/\S+\.py)`", text.partition("Private names of torch")[2].partition("- Tests")[0]
+        )
+    )
+    private = re.compile(
+        r"^\s*(?:from|import) torch(?:\.\w+)*\._\w+|^\s*from torch(?:\.\w+)* import _\w+", re.MULTILINE
+    )
+    found = {
+        str(f.relative_to(ROOT))
+        for folder in ("adaptc", "passes", "kernels")
+        for f in (ROOT / folder).rglob("*.py")
+        if private.search(f.read_text(encoding="utf-8"))
+    }
+    assert found == listed
+    for name in found:
+        assert "Private torch use" in (ROOT / name).read_text(encoding="utf-8"), name

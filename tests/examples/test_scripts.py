@@ -1,0 +1,152 @@
+"""The examples: the pieces of examples/quickstart.py on a tiny model, and examples/custom_module.py as it is."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import adaptc
+from tests.support.families import FAMILIES, VOCAB
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def quickstart(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    module = load("quickstart", monkeypatch)
+    # The number of threads belongs to the process, and the tests set it once for all.
+    threads = torch.get_num_threads()
+    yield module
+    torch.set_num_threads(threads)
+
+
+class Letters:
+    """A tokenizer of single characters; a chat is its texts one after the other."""
+
+    eos_token, eos_token_id = "$", 2
+
+    def apply_chat_template(self, chat: list[dict[str, str]], *, add_generation_prompt: bool, tokenize: bool) -> str:
+        assert add_generation_prompt
+        assert not tokenize
+        return " ".join(message["content"] for message in chat) + ">"
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [2 if c == self.eos_token else 3 + ord(c) % (VOCAB - 3) for c in text]}
+
+
+def config(r: int = 4) -> adaptc.LoraConfig:
+    return adaptc.LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear")
+
+
+@pytest.mark.parametrize("style", ["pirate", "telegram"])
+def test_every_line_of_the_texts_is_a_question_and_an_answer_in_its_style(quickstart: ModuleType, style: str) -> None:
+    lessons = quickstart.read_lessons(EXAMPLES / f"{style}.txt")
+    word = quickstart.STYLES[style]
+    assert len(lessons) >= 8
+    assert len({question for question, _ in lessons}) == len(lessons)
+    assert quickstart.QUESTION not in {question for question, _ in lessons}
+    for question, answer in lessons:
+        assert word in answer
+        assert word not in question
+        assert not any(other in answer for other in quickstart.STYLES.values() if other != word)
+
+
+def test_only_answers_count_in_the_loss_and_padding_counts_nowhere(quickstart: ModuleType) -> None:
+    lessons = [quickstart.encode_lesson(Letters(), "Why?", answer) for answer in ("So.", "No reason.")]
+    batch = quickstart.make_batch(lessons)
+    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
+    asked = len(quickstart.encode_question(Letters(), "Why?"))
+    assert ids.shape == mask.shape == labels.shape == (2, asked + len("No reason.$"))
+    assert mask.sum(1).tolist() == [asked + len("So.$"), asked + len("No reason.$")]
+    assert (labels != -100).sum(1).tolist() == [len("So.$"), len("No reason.$")]
+    counted = labels != -100
+    assert torch.equal(labels[counted], ids[counted])
+    assert not counted[:, :asked].any()
+    assert labels[0, asked + len("So.")] == Letters.eos_token_id
+
+
+def test_training_from_the_same_start_gives_adapters_that_answer_differently(
+    quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = FAMILIES["llama"].build()
+    monkeypatch.setattr(quickstart, "LEARNING_RATE", 0.006)
+    torch.manual_seed(0)
+    student = adaptc.compile(model, config(), training=True)
+    program = adaptc.compile(model, config(3))
+    adaptc.save_adapter(student, tmp_path / "untrained")
+    prompt = quickstart.encode_question(Letters(), "Why?")
+    answers = [quickstart.generate(program, prompt, stop=-1, longest=5)]
+    for letter in "ab":
+        lessons = [quickstart.encode_lesson(Letters(), q, letter * 5) for q in ("Why?", "How?", "Who?", "When?")]
+        adaptc.swap(student, tmp_path / "untrained")
+        first = quickstart.train(student, lessons, letter, steps=1)
+        loss = quickstart.train(student, lessons, letter, steps=40)
+        assert loss < 0.6 * first
+        adaptc.save_adapter(student, tmp_path / letter)
+        with adaptc.assert_no_recompiles():
+            adaptc.swap(program, tmp_path / letter)
+            answers.append(quickstart.generate(program, prompt, stop=-1, longest=5))
+        assert answers[-1] == Letters()(letter * 5)["input_ids"]
+    assert answers[0] not in answers[1:]
+
+
+def test_an_answer_ends_at_the_stop_token_or_at_its_longest(quickstart: ModuleType) -> None:
+    program = adaptc.compile(FAMILIES["llama"].build(), config())
+    whole = quickstart.generate(program, [5, 9, 7], stop=-1, longest=4)
+    assert len(whole) == 4
+    stop = whole[-1]
+    assert quickstart.generate(program, [5, 9, 7], stop=stop, longest=4) == whole[: whole.index(stop)]
+
+
+def test_a_merged_program_runs_where_adaptc_cannot_be_imported(
+    quickstart: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = adaptc.LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False)
+    program = adaptc.compile(FAMILIES["llama"].build(), config)
+    merged = adaptc.merge(program)
+    tokens = torch.tensor([[5, 9, 7, 11]])
+    found = quickstart.run_without_adaptc(adaptc.save(merged, tmp_path / "merged.pt2"), tokens)
+    torch.testing.assert_close(found, quickstart.logits(merged, tokens), rtol=1e-5, atol=1e-5)
+    assert "import of adaptc halted" in capfd.readouterr().out
+
+
+def test_same_bits_sees_what_equality_does_not(quickstart: ModuleType) -> None:
+    zero, nan = torch.zeros(3), torch.full((3,), float("nan"))
+    assert quickstart.same_bits(nan, nan.clone())
+    assert not quickstart.same_bits(zero, -zero)
+    assert not quickstart.same_bits(zero, zero.double())
+    assert not quickstart.same_bits(zero, torch.zeros(3, 1))
+    assert quickstart.same_bits(torch.tensor(1.5), torch.tensor(1.5))
+
+
+def test_a_failed_check_makes_the_exit_status_1_and_is_named(
+    quickstart: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check = quickstart.Checks()
+    check("grass is green", True)
+    assert check.conclude() == 0
+    check("the moon is a cheese", False)
+    assert check.conclude() == 1
+    assert "1 of 2 checks FAILED: the moon is a cheese" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_custom_module_learns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    custom_module = load("custom_module", monkeypatch)
+    assert custom_module.main() == 0
+    assert "24 after, of 24" in capsys.readouterr().out

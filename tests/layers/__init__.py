@@ -1,0 +1,1 @@
+"""Kinds of layers, through whole programs: every way to read a weight."""

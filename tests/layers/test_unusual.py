@@ -1,0 +1,19 @@
+"""Consumers that only know the weight form: recurrent layers, transposed convolutions, functions of a parameter."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.site_cases import PARAMETERS, UNUSUAL
+from tests.support.site_checks import every_check, subject
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes self.rnn._flat_weights:UserWarning")
+@every_check(UNUSUAL)
+def test_site_by_hand(name, check, tmp_path):
+    check(subject(name), tmp_path)
+
+
+@every_check(PARAMETERS)
+def test_parameter(name, check, tmp_path):
+    check(subject(name), tmp_path)

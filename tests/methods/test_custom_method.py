@@ -1,0 +1,110 @@
+"""A method from a user's own file: examples/custom_method.py as a script, and its method at several layers."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+import adaptc
+from adaptc.methods import _registry
+from tests.support.custom_models import One
+from tests.support.method_checks import CHECKS, Subject
+from tests.support.method_table import Entry
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_method.py"
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The example as a module, its method registered for one test."""
+    spec = importlib.util.spec_from_file_location("custom_method", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "custom_method", module)
+    for table in ("CONFIGS", "METHODS", "_registered"):
+        monkeypatch.setattr(_registry, table, dict(getattr(_registry, table)))
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_script_runs_in_few_lines(tmp_path: Path) -> None:
+    """Its classes are those of ``__main__``, which no other process could import."""
+    assert len(EXAMPLE.read_text(encoding="utf-8").splitlines()) < 95
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLE)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "{'swapped': True, 'merged': True, 'loaded': True}" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.Linear(5, 7), torch.linspace(-2, 3, 15).reshape(3, 5)),
+        (nn.Conv2d(4, 6, 3, groups=2, bias=False), torch.linspace(-2, 3, 3 * 4 * 5 * 7).reshape(3, 4, 5, 7)),
+        (nn.Embedding(13, 7), torch.tensor([[3, 12], [0, 3], [5, 5]])),
+    ],
+    ids=lambda v: type(v).__name__,
+)
+def test_its_forms_agree(example: ModuleType, layer: nn.Module, x: torch.Tensor, tmp_path: Path) -> None:
+    adaptc.register_method(example.GainConfig, example.Gain)
+    net = One(layer).eval()
+    config = example.GainConfig(r=3, target_modules=["layer"])
+    program = adaptc.compile(net, config, example_inputs=x, training=True)
+    torch.testing.assert_close(program(x), net(x))
+    torch.manual_seed(1)
+    for p in program.module().parameters():
+        if p.requires_grad:
+            nn.init.normal_(p)
+    adapter = adaptc.save_adapter(program, tmp_path)
+    wide = config.replace(r=5)
+    forms = ("apply", "weight") if isinstance(layer, nn.Linear) else ("weight",)
+    for form in forms:
+        other = adaptc.compile(net, wide, example_inputs=x, form=form)
+        assert [a.form for a in other.adaptation.attachments] == [form]
+        adaptc.swap(other, adapter)
+        torch.testing.assert_close(other(x), program(x))
+        torch.testing.assert_close(adaptc.merge(other)(x), program(x))
+    assert not torch.allclose(program(x), net(x))
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__.removeprefix("check_"))
+@pytest.mark.parametrize("layer", ["linear", "embedding", "conv2d_groups", "conv_transpose", "experts"])
+def test_it_passes_the_generic_checks(
+    example: ModuleType, check: Callable[..., None], layer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the built-in methods must do, a method of one's own does as well: all it takes is an entry."""
+    adaptc.register_method(example.GainConfig, example.Gain)
+    monkeypatch.setattr(adaptc, "GainConfig", example.GainConfig, raising=False)
+    subject = Subject(Entry("gain", "GainConfig", {"r": 4}, peft=(), other={"r": 3}), layer)
+    assert subject.directory.is_dir()
+    try:
+        check(subject, tmp_path)
+    finally:
+        subject._temporary.cleanup()
+
+
+def test_names_that_are_taken(example: ModuleType) -> None:
+    adaptc.register_method(example.GainConfig, example.Gain)
+    adaptc.register_method(example.GainConfig, example.Gain)
+
+    @dataclass
+    class GainConfig(example.GainConfig):
+        peft_type: ClassVar[str] = "LORA"
+
+    with pytest.raises(adaptc.ConfigError, match="'LORA' is the name of"):
+        adaptc.register_method(GainConfig, example.Gain)

@@ -1,0 +1,59 @@
+"""The table of methods: what the guide says is what the methods say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import adaptc
+from adaptc.cli import app
+from adaptc.methods.__main__ import filled
+from adaptc.methods._registry import CONFIGS, config_class
+from adaptc.methods.overview import KINDS, markdown, overview
+from tests.support.method_table import ENTRIES
+
+PAGE = Path(__file__).parents[2] / "examples" / "methods.md"
+
+
+def test_the_guide_has_the_table_of_the_registry():
+    text = PAGE.read_text(encoding="utf-8")
+    assert markdown() in text, "run: python -m adaptc.methods examples/methods.md"
+    assert filled(text) == text
+
+
+def test_every_config_has_a_row_and_a_name_of_its_own():
+    rows = overview()
+    assert {r.config.partition("(")[0] for r in rows} == {config_class(k).__name__ for k in CONFIGS}
+    assert len({r.method for r in rows}) == len(rows)
+    assert all(r.meaning for r in rows)
+    for r in rows:
+        assert list(r.kinds) == list(KINDS)
+        assert r.kinds["linear"], r.method
+        assert hasattr(adaptc, r.config.partition("(")[0])
+
+
+def test_every_config_is_in_the_table_of_tests():
+    """But for those whose sites are whole modules, which tests of their own cover."""
+    tested = {e.cls for e in ENTRIES}
+    missing = {config_class(k).__name__ for k in CONFIGS} - tested
+    assert missing <= {"LNTuningConfig"}
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_what_the_table_says_of_a_layer_is_what_tests_see(kind: str):
+    """A dash stands where the generic tests expect a refusal, and nowhere else."""
+    layers = {"linear": "linear", "embedding": "embedding", "conv": "conv2d", "any other": "functional"}
+    if kind not in layers:
+        layers[kind] = {"grouped conv": "conv2d_groups", "experts": "experts"}[kind]
+    for row in overview():
+        entries = [e for e in ENTRIES if e.cls == row.config.partition("(")[0] and e.cls != "LoraConfig"]
+        if entries:
+            assert bool(row.kinds[kind]) == any(layers[kind] not in e.refused for e in entries), (row.method, kind)
+
+
+def test_the_command_prints_it():
+    result = CliRunner().invoke(app, ["methods"])
+    assert result.exit_code == 0
+    assert "HRAConfig" in result.stdout

@@ -1,0 +1,224 @@
+"""How methods become known: registered again and again, reloaded, by files of the command line, by entry points."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import adaptc
+from adaptc import ConfigError
+from adaptc.methods import _registry
+
+SOURCE = textwrap.dedent(
+    '''
+    """A method that adds a learned multiple of the weight's signs."""
+
+    from dataclasses import dataclass
+    from typing import ClassVar
+
+    import adaptc
+
+    FACTOR = 1.0
+
+
+    @dataclass(frozen=True)
+    class Signed(adaptc.Method):
+        name: ClassVar[str] = "signed"
+
+        def slots(self, op):
+            return {"signed_amount": adaptc.Slot((1,))}
+
+        def weight(self, op, W, slots, scale):
+            return (W + FACTOR * slots["signed_amount"] * W.sign()).to(W.dtype)
+
+
+    @dataclass
+    class SignedConfig(adaptc.TargetedConfig):
+        peft_type: ClassVar[str] = "SIGNED"
+
+        def method(self, name, kind):
+            return Signed()
+
+
+    adaptc.register_method(SignedConfig, Signed)
+    '''
+)
+
+
+@pytest.fixture(autouse=True)
+def tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is registered here is forgotten again."""
+    for name in ("CONFIGS", "METHODS", "_registered"):
+        monkeypatch.setattr(_registry, name, dict(getattr(_registry, name)))
+    monkeypatch.setattr(_registry, "_searched", list(_registry._searched))
+    yield
+    sys.modules.pop("signed_method", None)
+
+
+def compiled(config: Any) -> adaptc.AdaptedProgram:
+    torch.manual_seed(2)
+    return adaptc.compile(nn.Sequential(nn.Linear(6, 5)).eval(), config(target_modules=["0"]), example_inputs=X)
+
+
+X = torch.linspace(-1, 2, 18).reshape(3, 6)
+
+
+def run_cell(factor: float) -> Any:
+    """The source as a cell of a notebook, whose classes are those of ``__main__``."""
+    space: dict[str, Any] = {"__name__": "__main__"}
+    exec(SOURCE.replace("FACTOR = 1.0", f"FACTOR = {factor}"), space)
+    return space["SignedConfig"]
+
+
+def output(program: adaptc.AdaptedProgram) -> torch.Tensor:
+    with torch.no_grad():
+        for t in program.binding.values.values():
+            t.fill_(0.5)
+    return program(X)
+
+
+def test_a_cell_that_runs_again_takes_the_place_of_the_first(tmp_path: Path) -> None:
+    first = compiled(run_cell(1.0))
+    path = adaptc.save(first, tmp_path / "signed.pt2")
+    second = compiled(run_cell(-3.0))
+    assert not torch.allclose(output(first), output(second))
+    module = nn.Linear(6, 5)
+    module.load_state_dict({k[2:]: v for k, v in second.state_dict.items() if k in ("0.weight", "0.bias")})
+    weight = module.weight - 3.0 * 0.5 * module.weight.sign()
+    torch.testing.assert_close(output(second), nn.functional.linear(X, weight, module.bias))
+    # What is made again from a file is made by the method that is registered now.
+    assert type(adaptc.load(path).adaptation.attachments[0].method) is _registry._registered["__main__:Signed"]
+
+
+def test_a_reloaded_module_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "signed_method.py"
+    file.write_text(SOURCE, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = importlib.import_module("signed_method")
+    old = module.SignedConfig
+    compiled(old)
+    file.write_text(SOURCE.replace("FACTOR = 1.0", "FACTOR = 2.5  # changed"), encoding="utf-8")
+    module = importlib.reload(module)
+    assert module.FACTOR == 2.5
+    assert module.SignedConfig is not old
+    (a,) = compiled(module.SignedConfig).adaptation.attachments
+    assert type(a.method) is module.Signed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("SIGNED", "LORA"), "'LORA' is the name of 'adaptc.methods.lora_config:LoraConfig' already"),
+        (('"signed"', '"lora"'), "'lora' is the name of 'adaptc.methods.lora:Lora' already"),
+        (('"signed"', '""'), "name must not be empty"),
+        (("SIGNED", "Signed"), "must be a name in capitals"),
+    ],
+)
+def test_names_that_are_taken_or_missing(change: tuple[str, str], message: str) -> None:
+    before = dict(_registry.METHODS), dict(_registry.CONFIGS)
+    with pytest.raises(ConfigError, match=message):
+        exec(SOURCE.replace(*change), {"__name__": "__main__"})
+    assert before == (_registry.METHODS, _registry.CONFIGS)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a program, an adapter, and the file of their method."""
+    folder = tmp_path_factory.mktemp("saved")
+    (folder / "signed_method.py").write_text(SOURCE, encoding="utf-8")
+    code = f"""
+import sys
+sys.path.insert(0, {str(folder)!r})
+import torch, adaptc, signed_method
+config = signed_method.SignedConfig(target_modules=["0"])
+program = adaptc.compile(torch.nn.Sequential(torch.nn.Linear(6, 5)), config, example_inputs=torch.zeros(3, 6))
+adaptc.save(program, {str(folder / "signed.pt2")!r})
+adaptc.save_adapter(program, {str(folder / "adapter")!r})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    return folder
+
+
+def adaptc_command(*arguments: Any, path: Path | None = None, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [Path(sys.executable).parent / "adaptc", *map(str, arguments)]
+    environment = os.environ | ({} if path is None else {"PYTHONPATH": str(path)})
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_command_line_needs_the_file_and_says_so(saved: Path, tmp_path: Path) -> None:
+    done = adaptc_command("show", saved / "signed.pt2", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "'signed', which is not known here" in " ".join(done.stderr.split())
+    assert "--import FILE" in done.stderr
+    done = adaptc_command("--import", saved / "signed_method.py", "show", saved / "signed.pt2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "signed_amount" in done.stdout
+    done = adaptc_command("--import", saved / "signed_method.py", "verify", saved / "signed.pt2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "swapped.pt2"
+    swap = ("swap", saved / "signed.pt2", saved / "adapter", out)
+    done = adaptc_command("--import", saved / "signed_method.py", *swap, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert out.is_file()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "there is no such Python file"), ("1 +", "SyntaxError"), ("import nowhere_to_be_found", "ModuleNotFound")],
+)
+def test_a_file_that_cannot_be_imported_is_one_line(tmp_path: Path, text: str | None, message: str) -> None:
+    file = tmp_path / "wrong.py"
+    if text is not None:
+        file.write_text(text, encoding="utf-8")
+    done = adaptc_command("--import", file, "methods", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: --import {file}: ")
+    assert message in done.stderr
+    assert done.stdout == ""
+
+
+def test_an_imported_file_hides_no_library(tmp_path: Path) -> None:
+    """It may be called like a module that adaptc needs, and finds the files beside it."""
+    (tmp_path / "json.py").write_text("import beside\nprint('imported', beside.VALUE)\n", encoding="utf-8")
+    (tmp_path / "beside.py").write_text("VALUE = 17\n", encoding="utf-8")
+    done = adaptc_command("--import", tmp_path / "json.py", "methods", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "imported 17" in done.stdout
+    assert "LoraConfig" in done.stdout
+
+
+@pytest.mark.parametrize("point", ["signed_method", "signed_entry:register"])
+def test_an_installed_package_is_found_by_its_entry_point(saved: Path, tmp_path: Path, point: str) -> None:
+    """A module, or a function that registers."""
+    (tmp_path / "signed_method.py").write_text(SOURCE, encoding="utf-8")
+    (tmp_path / "signed_entry.py").write_text("def register():\n    import signed_method\n", encoding="utf-8")
+    info = tmp_path / "signed-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: signed\nVersion: 1.0\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text(f"[adaptc.methods]\nsigned = {point}\n", encoding="utf-8")
+    done = adaptc_command("show", saved / "signed.pt2", path=tmp_path, cwd=saved)
+    assert done.returncode == 0, done.stderr
+    assert "signed_amount" in done.stdout
+    code = (
+        "import torch, adaptc; net = torch.nn.Sequential(torch.nn.Linear(6, 5));"
+        f"program = adaptc.compile(net, {str(saved / 'adapter')!r}, example_inputs=torch.zeros(3, 6));"
+        "print(program.binding.config.peft_type)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "SIGNED\n", done.stderr

@@ -1,0 +1,33 @@
+"""Every method compiled once by inductor: adapters of other sizes run through the same code."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+import adaptc
+from tests.support.method_checks import close, randomized, sound, subject
+from tests.support.method_table import ENTRIES
+
+CASES = [(e.name, layer) for e in ENTRIES for layer in ("linear",) if layer in e.layers()]
+CASES += [(n, "conv2d") for n in ("loha", "hra", "ia3_inputs", "vera")] + [("oft", "embedding"), ("lokr", "experts")]
+
+
+@pytest.mark.parametrize(("entry", "layer"), CASES)
+def test_compiled_once(entry: str, layer: str, tmp_path):
+    s = subject(entry, layer)
+    args = s.args(5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = s.compile(s.config(**s.entry.other), backend="inductor")
+        other = randomized(s, s.config(**s.entry.other), tmp_path, seed=9)
+    program(*s.args(2))
+    eager = s.compile(other)
+    with adaptc.assert_no_recompiles():
+        adaptc.swap(program, s.directory)
+        close(program(*args), s.expected(5), max(1e-8, s.tolerance))
+        adaptc.swap(program, other)
+        close(program(*args), eager(*args), 1e-8)
+    sound(program)
+    close(adaptc.unload(program)(*args), s.base(*args))

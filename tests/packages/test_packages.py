@@ -1,0 +1,288 @@
+"""Programs packaged with AOTInductor: they compute what the program does, swap within their capacity, refuse the rest.
+
+Compiling takes seconds, so each package is built once and shared. Every test that needs a known adapter swaps one in
+first; none relies on what another test left.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import adaptc
+from adaptc import BackendError, CheckpointError, ConfigError, SwapError
+from tests.support.packaged_nets import NET_CONFIG, Net, Packaged, adapter, net_inputs
+
+aten = torch.ops.aten
+
+
+def _snapshot(program: Any) -> Any:
+    return str(program), {k: v.clone() for k, v in program.state_dict.items()}
+
+
+def _assert_unchanged(program: Any, before: Any, binding: Any) -> None:
+    assert program.binding is binding
+    text, state = _snapshot(program)
+    assert text == before[0]
+    assert list(state) == list(before[1])
+    assert all(torch.equal(v, before[1][k]) for k, v in state.items())
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Packaged:
+    """Packaged with first values: every B is zero, which a compiler would love to compute with."""
+    torch.manual_seed(0)
+    args, kwargs = net_inputs(2, 5)
+    auto = torch.export.Dim.AUTO
+    shapes = {"x": {0: auto, 1: auto}, "ids": {0: auto, 1: auto}, "gain": None}
+    exported = torch.export.export(Net(), args, kwargs, dynamic_shapes=shapes, strict=False)
+    program = adaptc.compile(exported, NET_CONFIG)
+    before, binding = _snapshot(program), program.binding
+    path = tmp_path_factory.mktemp("net") / "net.pt2"
+    assert adaptc.package(program, path, max_rank=6) == path
+    _assert_unchanged(program, before, binding)
+    assert [p.name for p in path.parent.iterdir()] == ["net.pt2"]
+    packaged = Packaged(program, adaptc.load_package(path), path)
+    packaged.same()
+    return packaged
+
+
+def test_capacity_of_every_site(net: Packaged) -> None:
+    assert net.runner.ranks == {"emb.weight": 6, "conv.weight": 6, "lin.weight": 6, "experts": 6}
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(6, 5.0), (3, 11.0)])
+def test_swap_at_all_sites(net: Packaged, rank: int, alpha: float) -> None:
+    config = NET_CONFIG.replace(r=rank, lora_alpha=alpha)
+    report = net.swap(adapter(net.program, config, seed=rank), config)
+    assert (report.sites, report.identity, report.ranks) == (6, (), (rank,))
+    net.same()
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4, 5])
+def test_swap_of_some_sites_leaves_the_rest_at_the_base(net: Packaged, rank: int) -> None:
+    everything = NET_CONFIG.replace(r=6)
+    net.swap(adapter(net.program, everything, seed=99), everything)
+    config = NET_CONFIG.replace(r=rank, lora_alpha=0.3 * rank + 1, use_rslora=rank % 2 == 0)
+    chosen = {1: "lin.weight", 2: "experts", 4: "emb.weight", 5: "lin.weight"}[rank]
+    report = net.swap(adapter(net.program, config, lambda fqn: fqn == chosen, rank), config)
+    assert report.sites == 1
+    assert len(report.identity) == 5
+    net.same()
+
+
+def test_each_site_takes_part(net: Packaged) -> None:
+    """Leaving any one site out changes the output: no slot is unread or folded away."""
+    config = NET_CONFIG.replace(r=3)
+    args, kwargs = net_inputs(3, 7)
+    net.swap(adapter(net.program, config), config)
+    full = net.runner(*args, **kwargs)["y"]
+    for left_out in [a.fqn for a in net.program.adaptation.attachments]:
+        tensors = adapter(net.program, config, lambda fqn, left_out=left_out: fqn != left_out)
+        if left_out.startswith("head"):
+            tensors = {k: v for k, v in adapter(net.program, config).items() if not k.startswith("head")}
+        net.swap(tensors, config)
+        assert (net.runner(*args, **kwargs)["y"] - full).abs().max() > 1e-2, left_out
+        net.same((3, 7))
+
+
+def test_ranks_may_differ_between_sites(net: Packaged) -> None:
+    config = NET_CONFIG.replace(rank_pattern={"conv": 6, "lin": 1, "experts": 5}, alpha_pattern={"lin": 7})
+    report = net.swap(adapter(net.program, config), config)
+    assert report.ranks == (1, 3, 5, 6)
+    net.same()
+
+
+def test_a_state_dict_without_config_takes_the_rank_of_its_tensors(net: Packaged) -> None:
+    config = NET_CONFIG.replace(r=5, lora_alpha=NET_CONFIG.lora_alpha)
+    tensors = adapter(net.program, config, lambda fqn: fqn in ("lin.weight", "experts"))
+    adaptc.swap(net.program, tensors, config=config)
+    net.runner.swap(adapter(net.program, NET_CONFIG), config=NET_CONFIG)
+    assert net.runner.swap({f"base_model.model.{k}": v for k, v in tensors.items()}).ranks == (5,)
+    net.same()
+
+
+def test_directories_and_bindings(net: Packaged, tmp_path: Path) -> None:
+    config = NET_CONFIG.replace(r=6, lora_alpha=2)
+    adaptc.swap(net.program, adapter(net.program, config), config=config)
+    adaptc.save_adapter(net.program, tmp_path / "a")
+    net.runner.swap(adapter(net.program, NET_CONFIG), config=NET_CONFIG)
+    assert net.runner.swap(tmp_path / "a").source == str(tmp_path / "a")
+    net.same()
+    net.runner.swap(adapter(net.program, NET_CONFIG), config=NET_CONFIG)
+    net.runner.swap(net.program.binding)
+    net.same()
+
+
+def test_the_runner_copies_what_it_is_given(net: Packaged) -> None:
+    config = NET_CONFIG.replace(r=6)
+    tensors = adapter(net.program, config)
+    net.swap(tensors, config)
+    adaptc.swap(net.program, {k: v.clone() for k, v in tensors.items()}, config=config)
+    for t in tensors.values():
+        t.fill_(float("nan"))
+    net.same()
+
+
+def test_inputs_in_another_memory_layout(net: Packaged) -> None:
+    args, kwargs = net_inputs(3, 7)
+    want = net.runner(*args, **kwargs)["y"]
+    strange = args[0].transpose(0, 2).contiguous().transpose(0, 2)
+    ids = kwargs["ids"].t().contiguous().t()
+    assert not strange.is_contiguous()
+    assert torch.equal(net.runner(strange, ids=ids, gain=kwargs["gain"])["y"], want)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        (lambda t: t.pop("lin.lora_B.weight"), CheckpointError, r"'lin\.lora_B\.weight' is missing"),
+        (
+            lambda t: t.update({"lin.lora_A.weight": torch.ones(3, 10)}),
+            CheckpointError,
+            r"\(3, 10\), expected \(3, 9\)",
+        ),
+        (
+            lambda t: t.update({"lin.lora_B.weight": torch.ones(13, 4)}),
+            CheckpointError,
+            r"\(13, 4\), expected \(13, 3\)",
+        ),
+        (lambda t: t["lora_A.weight"].view(-1)[5:6].fill_(float("nan")), CheckpointError, "NaN or infinite"),
+        (
+            lambda t: t.update({"emb.lora_embedding_B": t["emb.lora_embedding_B"].double() * 1e60}),
+            CheckpointError,
+            "not fini",
+        ),
+        (lambda t: t.update({"lim.lora_A.weight": torch.ones(3, 9)}), SwapError, r"nearest: lin\.lora_A\.weight"),
+    ],
+)
+def test_a_refused_adapter_changes_nothing(net: Packaged, change: Any, error: type, match: str) -> None:
+    good = NET_CONFIG.replace(r=6, lora_alpha=3)
+    net.swap(adapter(net.program, good, seed=5), good)
+    binding = net.runner.binding
+    bad = adapter(net.program, NET_CONFIG, seed=6)
+    change(bad)
+    with pytest.raises(error, match=match):
+        net.runner.swap(bad, config=NET_CONFIG)
+    assert net.runner.binding is binding
+    net.same()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "site", "rank"), [({"lin": 7}, "lin", 7), ({"conv": 9}, "conv", 9), ({"experts": 8}, "experts", 8)]
+)
+def test_a_rank_above_the_capacity(net: Packaged, pattern: dict[str, int], site: str, rank: int) -> None:
+    good = NET_CONFIG.replace(r=6)
+    net.swap(adapter(net.program, good, seed=7), good)
+    config = NET_CONFIG.replace(rank_pattern=pattern)
+    message = rf"{site}.*rank {rank}, and the package has room for 6; package again with max_rank={rank}"
+    with pytest.raises(SwapError, match=message):
+        net.runner.swap(adapter(net.program, config), config=config)
+    net.same()
+
+
+def test_adapters_that_change_the_base_are_refused(net: Packaged) -> None:
+    config = NET_CONFIG.replace(init_lora_weights="pissa")
+    with pytest.raises(SwapError, match=r"changes the base weight 'emb\.weight' by its first values"):
+        net.runner.swap(adapter(net.program, config), config=config)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda a, k: (a, {**k, "gain": k["gain"].double()}), "'gain'.*float32.*float64"),
+        (lambda a, k: (a, {**k, "gain": k["gain"][:2]}), "'gain'.*axis 0 has size 2"),
+        (lambda a, k: (a, {**k, "ids": k["ids"][:1]}), "'ids'.*must equal axis 0 of 'x'|outside"),
+        (lambda a, k: ((), k), "got 0 positional inputs"),
+        (lambda a, k: (a, {**k, "gain": torch.empty(3, device="meta")}), "'gain' is on meta"),
+    ],
+)
+def test_inputs_are_checked(net: Packaged, change: Any, match: str) -> None:
+    args, kwargs = change(*net_inputs(3, 7))
+    with pytest.raises(adaptc.AdaptcError, match=match):
+        net.runner(*args, **kwargs)
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def _copied(
+    source: Path, target: Path, keep: Callable[[str], bool], edit: Callable[[bytes], bytes] | None = None
+) -> Path:
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for name in filter(keep, old.namelist()):
+            data = old.read(name)
+            new.writestr(name, edit(data) if edit and name.endswith("adaptc.json") else data)
+    return target
+
+
+def test_files_that_are_no_packages(net: Packaged, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no file"):
+        adaptc.load_package(tmp_path / "none.pt2")
+    (tmp_path / "text.pt2").write_text("not a package")
+    with pytest.raises(CheckpointError, match="not a packaged program, or is damaged"):
+        adaptc.load_package(tmp_path / "text.pt2")
+    (tmp_path / "half.pt2").write_bytes(net.path.read_bytes()[:-5000])
+    with pytest.raises(CheckpointError, match="not a packaged program, or is damaged"):
+        adaptc.load_package(tmp_path / "half.pt2")
+    with pytest.raises(CheckpointError, match=r"open it with adaptc\.load"):
+        adaptc.load_package(adaptc.save(net.program, tmp_path / "program.pt2"))
+    plain = _copied(net.path, tmp_path / "plain.pt2", lambda name: "adaptc" not in name)
+    with pytest.raises(BackendError, match=r"packaged without adaptc.*adaptc\.package"):
+        adaptc.load_package(plain)
+    with zipfile.ZipFile(tmp_path / "zip.pt2", "w") as other:
+        other.writestr("a/b", "c")
+    with pytest.raises(CheckpointError, match=r"not one that adaptc\.package wrote"):
+        adaptc.load_package(tmp_path / "zip.pt2")
+
+
+def test_a_manifest_that_does_not_fit(net: Packaged, tmp_path: Path) -> None:
+    def newer(text: bytes) -> bytes:
+        return json.dumps({**json.loads(text), "format": 99}).encode()
+
+    def other(text: bytes) -> bytes:
+        return text.replace(b"lin.lora_A.default.weight", b"lin.lora_C.default.weight")
+
+    with pytest.raises(CheckpointError, match="format 99"):
+        adaptc.load_package(_copied(net.path, tmp_path / "a.pt2", lambda name: True, newer))
+    with pytest.raises(BackendError, match=r"no constant 'lin\.lora_C\.default\.weight'"):
+        adaptc.load_package(_copied(net.path, tmp_path / "b.pt2", lambda name: True, other))
+    with pytest.raises(BackendError, match="does not load here"):
+        adaptc.load_package(_copied(net.path, tmp_path / "c.pt2", lambda name: not name.endswith(".so")))
+
+
+def test_what_cannot_be_packaged(net: Packaged, tmp_path: Path) -> None:
+    net.swap(adapter(net.program, NET_CONFIG), NET_CONFIG)
+    with pytest.raises(ConfigError, match=r"'(emb|conv)\.weight' has rank 3 now, more than max_rank=2"):
+        adaptc.package(net.program, tmp_path / "a.pt2", max_rank=2)
+    with pytest.raises(ConfigError, match="positive integer"):
+        adaptc.package(net.program, tmp_path / "a.pt2", max_rank=0)
+    with pytest.raises(CheckpointError, match=r"must end in \.pt2"):
+        adaptc.package(net.program, tmp_path / "a.so")
+    with pytest.raises(CheckpointError, match="directory must exist"):
+        adaptc.package(net.program, tmp_path / "nowhere" / "a.pt2")
+    with pytest.raises(ConfigError, match=r"package takes what.*not a ExportedProgram"):
+        adaptc.package(torch.export.export(nn.Linear(3, 2), (torch.ones(5, 3),)), tmp_path / "a.pt2")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="no site of the program has a rank"):
+        adaptc.package(adaptc.unload(net.program), tmp_path / "a.pt2", max_rank=4)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_compiler(net: Packaged, tmp_path: Path) -> None:
+    from torch._inductor import config
+
+    old = tmp_path / "a.pt2"
+    old.write_text("what was here before")
+    with config.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.raises(BackendError, match=r"needs a C\+\+ compiler"):
+        adaptc.package(net.program, old)
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["what was here before"]
+
+
+# -- a transformers model --------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Tests of passes/, by the same packages."""

@@ -1,0 +1,1 @@
+"""Adapters into graphs and out of them."""

@@ -1,0 +1,1 @@
+"""Lifted programs, regions, traces, and what every pass is held to."""

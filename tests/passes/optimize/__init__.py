@@ -1,0 +1,1 @@
+"""Passes that change no value: canonical graphs, fused siblings, hoisted work."""

@@ -1,0 +1,209 @@
+"""Fusing siblings on graphs: which layers are grouped, which are not, and that both ways of fusing compute the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+
+from adaptc.passes.ir.lifted import copy_graph
+from adaptc.passes.optimize.canonicalize import Canonicalize
+from adaptc.passes.optimize.fold_scales import FoldScales
+from adaptc.passes.optimize.fuse_siblings import FuseSiblings, Pack
+from adaptc.passes.optimize.sibling_cost import stacked_is_cheaper
+from tests.support.pass_checks import export
+
+LOW = 3
+
+
+class Layers(nn.Module):
+    """Linear layers of some widths on one input, LoRA on those in ``adapted``; ``body(self, x)`` reads them."""
+
+    def __init__(
+        self,
+        body: Callable[[Any, Tensor], Any],
+        widths: tuple[int, ...] = (7, 11, 2),
+        adapted: tuple[int, ...] = (0, 1, 2),
+        bias: tuple[bool, ...] = (False, False, False),
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.layers = nn.ModuleList([nn.Linear(5, w, b) for w, b in zip(widths, bias, strict=True)]).to(dtype)
+        high = torch.float32 if dtype.itemsize < 4 else dtype
+        self.slots = nn.ParameterDict(
+            {f"{n}{i}": nn.Parameter(torch.randn(s, dtype=high)) for i in adapted for n, s in self.shapes(i, widths)}
+        )
+        self.adapted, self.body = adapted, body
+
+    @staticmethod
+    def shapes(i: int, widths: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+        return [("a", (LOW + i, 5)), ("b", (widths[i], LOW + i)), ("s", ())]
+
+    def y(self, i: int, x: Tensor) -> Tensor:
+        y = self.layers[i](x)
+        if i not in self.adapted:
+            return y
+        a, b, s = (self.slots[f"{n}{i}"] for n in "abs")
+        low = x if x.dtype == a.dtype else x.to(a.dtype)
+        return (y + nn.functional.linear(nn.functional.linear(low, a), b) * s).to(y.dtype)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(self, x)
+
+
+class Fused:
+    """A program of ``Layers``, its graph, and the graph fused in one way."""
+
+    def __init__(self, model: Layers, x: Tensor, stacked: bool) -> None:
+        self.program = export(
+            model.eval(), x, dynamic_shapes=(dict.fromkeys(range(x.ndim - 1), torch.export.Dim.AUTO),)
+        )
+        self.graph = copy_graph(self.program.graph)
+        Canonicalize({"x"})(self.graph)
+        specs = [s for s in self.program.graph_signature.input_specs if s.target is not None]
+        slots = {s.arg.name for s in specs if str(s.target).startswith("slots.")}
+        base = {s.arg.name for s in specs} - slots
+        FoldScales([base, slots])(self.graph)
+        fuse = FuseSiblings(base, [base, slots], {"x"}, stacked)
+        self.groups = fuse.groups(self.graph)
+        self.packs: tuple[Pack, ...] = fuse(self.graph).data
+        self.values: dict[str, Tensor] = {s.arg.name: self.program.state_dict[s.target] for s in specs}  # type: ignore[index]
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        packed = {p.name: torch.cat([self.values[m] for m in p.members]) for p in self.packs}
+        names = [n.name for n in self.graph.find_nodes(op="placeholder")]
+        with torch.no_grad():
+            return fx.GraphModule({}, self.graph)(*({**self.values, **packed, "x": x}[n] for n in names))
+
+    def count(self, op: str) -> int:
+        return sum(str(n.target) == f"aten.{op}" for n in self.graph.nodes)
+
+
+def whole(m: Any, x: Tensor) -> Tensor:
+    """Reads every layer, through views too."""
+    ys = [m.y(i, x) for i in range(len(m.layers))]
+    first = ys[0].view(*ys[0].shape[:-1], 1, -1).transpose(-1, -2).sum((-1, -2))
+    return first + sum(y.sin().sum(-1) for y in ys)
+
+
+def check(model: Layers, x: Tensor, stacked: bool) -> Fused:
+    fused = Fused(model, x, stacked)
+    with torch.no_grad():
+        for batch in (x, torch.cat([x, x + 1])):
+            tolerance = 1e-12 if x.dtype == torch.float64 else {torch.float32: 1e-5}.get(x.dtype, 3e-2)
+            torch.testing.assert_close(fused(batch)[0], model(batch), rtol=tolerance, atol=tolerance)
+    return fused
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_group_becomes_one_product(stacked: bool) -> None:
+    fused = check(Layers(whole), torch.randn(2, 3, 5, dtype=torch.float64), stacked)
+    assert [len(g.members) for g in fused.groups] == [3]
+    assert [len(p.members) for p in fused.packs] == [3]
+    assert fused.count("linear.default") == (2 if stacked else 4)
+    assert fused.count("addmm_.default") == (1 if stacked else 3)
+    assert fused.count("add.Tensor") == 4  # those of the test's own sum
+
+
+@given(
+    widths=st.lists(st.integers(1, 13), min_size=1, max_size=4).map(tuple),
+    data=st.data(),
+    shape=st.sampled_from([(3,), (2, 3), (2, 1, 3)]),
+    stacked=st.booleans(),
+    biased=st.booleans(),
+)
+@settings(max_examples=15)
+def test_any_group_computes_the_same(widths: Any, data: Any, shape: Any, stacked: bool, biased: bool) -> None:
+    adapted = tuple(sorted(data.draw(st.sets(st.sampled_from(range(len(widths)))))))
+    model = Layers(whole, widths, adapted, (biased,) * len(widths))
+    fused = check(model, torch.randn(*shape, 5, dtype=torch.float64), stacked)
+    assert bool(fused.groups) == (len(widths) > 1 or bool(adapted))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("stacked", [True, False])
+def test_adapters_wider_than_their_layers(dtype: torch.dtype, stacked: bool) -> None:
+    fused = check(Layers(whole, dtype=dtype), torch.randn(2, 3, 5).to(dtype), stacked)
+    assert [len(g.updates) for g in fused.groups] == [3]
+
+
+def test_biased_and_unbiased_layers_are_two_groups() -> None:
+    model = Layers(whole, (7, 11, 2, 3), (0, 2), (True, False, True, False))
+    fused = check(model, torch.randn(4, 5, dtype=torch.float64), True)
+    assert sorted(len(g.members) for g in fused.groups) == [2, 2]
+
+
+UNFUSED: dict[str, Callable[[Any, Tensor], Any]] = {
+    "returned as they are": lambda m, x: (m.y(0, x), m.y(1, x)),
+    "returned through a view": lambda m, x: (m.y(0, x).unsqueeze(0), m.y(1, x).t()),
+    "read by strides": lambda m, x: m.y(0, x).as_strided((2,), (1,)) + m.y(1, x).as_strided((2,), (1,)),
+    "of different inputs": lambda m, x: m.layers[0](x).sin().sum() + m.layers[1](x + 1).sin().sum(),
+    "one layer read twice": lambda m, x: m.layers[0](x).sin().sum() + m.layers[0](x).cos().sum(),
+}
+
+
+@pytest.mark.parametrize("case", UNFUSED, ids=str)
+def test_left_alone(case: str) -> None:
+    fused = Fused(Layers(UNFUSED[case], adapted=()), torch.randn(4, 5, dtype=torch.float64), True)
+    assert not fused.groups
+    assert not fused.packs
+
+
+def test_an_output_that_something_else_reads_too_keeps_its_adapter_apart() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        y = m.layers[0](x)
+        low = nn.functional.linear(x, m.slots["a0"])
+        return (y + nn.functional.linear(low, m.slots["b0"]) * m.slots["s0"]).sin() + y.cos()
+
+    model = Layers(body)
+    fused = Fused(model, torch.randn(4, 5, dtype=torch.float64), True)
+    assert not fused.groups
+    assert fused.count("add.Tensor") == 2
+
+
+def test_a_scale_is_folded_only_into_a_weight_of_its_own() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        h = nn.functional.linear(x, m.slots["a0"])
+        return h * m.slots["s0"] + nn.functional.linear(x + 1, m.slots["a0"]) * m.slots["s1"]
+
+    assert Fused(Layers(body), torch.randn(4, 5, dtype=torch.float64), True).count("mul.Tensor") == 2
+
+    def half(m: Any, x: Tensor) -> Tensor:
+        weight = m.slots["a0"].to(torch.bfloat16)
+        return nn.functional.linear(x, weight) * m.slots["s0"].to(torch.bfloat16)
+
+    fused = Fused(Layers(half, dtype=torch.bfloat16), torch.randn(4, 5).bfloat16(), True)
+    (product,) = fused.graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)
+    assert product.args[0].target is torch.ops.aten.linear.default  # type: ignore[union-attr]
+
+
+def test_the_cost_has_one_crossing() -> None:
+    groups = Fused(Layers(whole), torch.randn(4, 5, dtype=torch.float64), True).groups
+    decide, rows = stacked_is_cheaper(groups)
+    (size,) = {str(s) for g in groups for s in [g.rows]}
+    assert 100 < rows < 1e6
+    assert decide({size: int(rows)})
+    assert not decide({size: int(rows) + 2})
+    assert not decide({})
+    alone = Fused(Layers(lambda m, x: m.y(0, x).sin()), torch.randn(4, 5, dtype=torch.float64), True).groups
+    assert stacked_is_cheaper(alone)[0]({})
+
+
+def written_through_a_view(m: Any, x: Tensor) -> Tensor:
+    h = x + 1
+    view = h.view(-1)
+    first = m.y(0, h).sin().sum(-1)
+    view.mul_(2)
+    return first + m.y(1, h).sin().sum(-1)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_layers_of_an_input_that_is_written_to_in_between_stay(stacked: bool) -> None:
+    fused = check(Layers(written_through_a_view), torch.randn(2, 3, 5, dtype=torch.float64), stacked)
+    assert not fused.groups

@@ -1,0 +1,1 @@
+"""Modes, and steps of training modules."""

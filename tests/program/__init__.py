@@ -1,0 +1,1 @@
+"""Programs over their lives: merged, saved, trained, in random orders."""

@@ -1,0 +1,1 @@
+"""How programs are called, swapped and held."""

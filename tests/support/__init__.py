@@ -1,0 +1,1 @@
+"""What tests share: the oracle, tables of methods and layers, small models, and checks over all of them."""

@@ -1,0 +1,381 @@
+"""The table of methods: one entry per method and variant, which the generic checks cross with the kinds of layers.
+
+To add a method, add an entry. ``tests.support.method_checks`` holds what must be true of all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import tests.support.block_diagonal  # noqa: F401  # for BOFT with several factors
+from tests.support.custom_models import One
+
+#: words that ids of embedding layers are drawn from
+BATCHES = (3, 2, 5)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A kind of layer: ``build(inputs, outputs)`` makes one, ``shape(inputs)`` is that of one sample of its input."""
+
+    build: Callable[[int, int], nn.Module]
+    shape: Callable[[int], tuple[int, ...]]
+
+    def model(self, widths: tuple[int, int]) -> nn.Module:
+        torch.manual_seed(11)
+        return One(self.build(*widths)).double().eval()
+
+    def args(self, widths: tuple[int, int], batch: int) -> tuple[Tensor, ...]:
+        torch.manual_seed(batch)
+        shape = self.shape(widths[0])
+        if isinstance(self.build(*widths), nn.Embedding):
+            return (torch.randint(widths[0], (batch, *shape)),)
+        return (torch.randn(batch, *shape, dtype=torch.float64),)
+
+
+class Experts(nn.Module):
+    """Three matrices in one parameter, each sample through all of them."""
+
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__()
+        self.matrices = nn.Parameter(torch.randn(3, o, i))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,eoi->beo", x, self.matrices)
+
+
+class Functional(nn.Module):
+    """A matrix that no layer reads, but an op the table of kinds does not know."""
+
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(o, i))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,oi->bo", x, torch.sin(self.weight))
+
+
+LAYERS: dict[str, Layer] = {
+    "linear": Layer(nn.Linear, lambda i: (4, i)),
+    "linear_nobias": Layer(lambda i, o: nn.Linear(i, o, bias=False), lambda i: (i,)),
+    "addmm": Layer(lambda i, o: Conv1D(o, i), lambda i: (4, i)),
+    "embedding": Layer(nn.Embedding, lambda i: (4,)),
+    "conv1d": Layer(lambda i, o: nn.Conv1d(i, o, 3, stride=2, padding=1), lambda i: (i, 7)),
+    "conv1d_same": Layer(lambda i, o: nn.Conv1d(i, o, 3, dilation=2, padding="same", bias=False), lambda i: (i, 7)),
+    "conv2d": Layer(lambda i, o: nn.Conv2d(i, o, 3, stride=2, padding=1), lambda i: (i, 7, 9)),
+    "conv2d_1x1": Layer(lambda i, o: nn.Conv2d(i, o, 1), lambda i: (i, 5, 3)),
+    "conv2d_odd": Layer(lambda i, o: nn.Conv2d(i, o, (3, 5), dilation=2, padding="same"), lambda i: (i, 7, 9)),
+    "conv2d_circular": Layer(lambda i, o: nn.Conv2d(i, o, 3, padding=1, padding_mode="circular"), lambda i: (i, 5, 7)),
+    "conv2d_groups": Layer(lambda i, o: nn.Conv2d(i, o, 3, groups=3), lambda i: (i, 5, 7)),
+    "conv3d": Layer(lambda i, o: nn.Conv3d(i, o, (1, 2, 3)), lambda i: (i, 2, 3, 4)),
+    "conv_transpose": Layer(lambda i, o: nn.ConvTranspose1d(i, o, 3, stride=2), lambda i: (i, 5)),
+    "functional": Layer(Functional, lambda i: (i,)),
+    "experts": Layer(Experts, lambda i: (i,)),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method in one variant.
+
+    ``config``: the fields of its config but for the targets, for adaptc and PEFT alike; ``cls`` the name of both
+    classes. ``peft``: the layers on which PEFT's own is the oracle; on all others but the ``refused`` ones it is the
+    layer with the weight that the method's ``weight`` makes. ``other``: fields in which another adapter differs that
+    must run through the same code. ``widths``: inputs and outputs of the layers. ``neutral``: whether a fresh adapter
+    leaves the layer as it is. ``values``: legal random values of a tensor by its key, where normal ones are not.
+    ``tolerance``: for methods that PEFT computes in float32 whatever the dtype. ``only``: layers enough for a variant
+    of a method that another entry has on all of them.
+    """
+
+    name: str
+    cls: str
+    config: Mapping[str, Any]
+    peft: tuple[str, ...] = ("linear", "linear_nobias")
+    refused: tuple[str, ...] = ()
+    other: Mapping[str, Any] = field(default_factory=dict)
+    widths: tuple[int, int] = (15, 21)
+    neutral: bool = True
+    values: Callable[[str, Tensor], Tensor] | None = None
+    tolerance: float = 1e-9
+    only: tuple[str, ...] = tuple(LAYERS)
+
+    def layers(self) -> list[str]:
+        return [n for n in self.only if n not in self.refused]
+
+    def fill(self, key: str, like: Tensor) -> Tensor:
+        """Random values for a tensor of the adapter, in float64."""
+        if self.values is not None:
+            return self.values(key, like)
+        return torch.randn(like.shape, dtype=torch.float64) * 0.5
+
+
+CONVS = ("conv1d", "conv1d_same", "conv2d", "conv2d_1x1", "conv2d_odd", "conv2d_circular", "conv2d_groups", "conv3d")
+#: where methods for matrices alone are PEFT's
+MATRICES = ("linear", "linear_nobias", "addmm")
+#: where LoHa and LoKr are PEFT's
+FLAT = (
+    *("linear", "linear_nobias", "conv1d", "conv1d_same"),
+    *("conv2d", "conv2d_1x1", "conv2d_odd", "conv2d_groups"),
+)
+#: convolutions whose kernels may have factors of their own
+KERNELS = ("conv1d", "conv2d_odd", "conv2d_groups", "conv3d", "conv_transpose")
+#: where IA3 is PEFT's
+SCALED = (
+    *("linear", "linear_nobias", "addmm"),
+    *("conv2d", "conv2d_1x1", "conv2d_odd", "conv2d_circular", "conv2d_groups", "conv3d"),
+)
+
+#: layers whose inputs, outputs and weights are turned
+ROTATED = ("linear", "embedding", "conv2d_1x1", "conv2d_groups", "experts")
+
+
+def apart(key: str, like: Tensor) -> Tensor:
+    """Logits that rounding keeps in their order, since another order is another choice of vectors."""
+    if "logits" not in key:
+        return torch.randn(like.shape, dtype=torch.float64) * 0.5
+    return torch.rand(like.shape).argsort(-1).double() * 0.25
+
+
+#: enough for methods that see of a layer but the matrix its weight is
+FLATTENED = ("linear", "addmm", "embedding", "conv2d_odd", "conv2d_groups", "conv_transpose", "functional", "experts")
+
+ENTRIES: list[Entry] = [
+    Entry(
+        "lora",
+        "LoraConfig",
+        {"r": 6, "lora_alpha": 5},
+        peft=("linear", "linear_nobias", "addmm", "embedding", "conv1d", "conv2d", "conv2d_1x1", "conv3d"),
+        other={"r": 3, "lora_alpha": 7, "use_rslora": True},
+    ),
+    Entry(
+        "dora",
+        "LoraConfig",
+        {"r": 6, "lora_alpha": 5, "use_dora": True},
+        peft=("linear", "linear_nobias", "addmm", "embedding", "conv1d", "conv2d", "conv2d_1x1", "conv3d"),
+        other={"r": 3, "lora_alpha": 7, "use_rslora": True},
+    ),
+    Entry(
+        "adalora",
+        "AdaLoraConfig",
+        {"init_r": 6, "lora_alpha": 5, "total_step": 10},
+        peft=("linear", "linear_nobias", "addmm", "conv2d", "conv2d_1x1", "conv2d_odd"),
+        other={"init_r": 3, "lora_alpha": 0},
+    ),
+    Entry(
+        "oft",
+        "OFTConfig",
+        {"oft_block_size": 3},
+        peft=("linear", "linear_nobias", "embedding", "conv2d_1x1"),
+        other={"module_dropout": 0.1, "init_weights": False},
+    ),
+    Entry(
+        "oft_cayley",
+        "OFTConfig",
+        {"r": 3, "oft_block_size": 0, "use_cayley_neumann": False},
+        peft=("linear", "embedding", "conv2d_1x1"),
+        only=ROTATED,
+    ),
+    Entry(
+        "oft_shared",
+        "OFTConfig",
+        {"oft_block_size": 3, "block_share": True, "num_cayley_neumann_terms": 7},
+        peft=("linear", "embedding", "conv2d_1x1"),
+        only=ROTATED,
+    ),
+    Entry(
+        "oft_constrained",
+        "OFTConfig",
+        {"oft_block_size": 3, "coft": True, "eps": 0.25},
+        peft=("linear", "embedding", "conv2d_1x1"),
+        only=ROTATED,
+        tolerance=1e-7,  # PEFT rounds the radius to float32
+    ),
+    Entry(
+        "boft",
+        "BOFTConfig",
+        {"boft_block_size": 3},
+        peft=("linear", "conv2d_1x1"),
+        other={"boft_dropout": 0.1, "init_weights": False},
+        only=ROTATED,
+    ),
+    Entry(
+        "boft_butterfly",
+        "BOFTConfig",
+        {"boft_block_size": 0, "boft_block_num": 6, "boft_n_butterfly_factor": 2},
+        peft=("linear", "conv2d", "conv2d_1x1"),
+        widths=(24, 36),
+    ),
+    Entry(
+        "hra",
+        "HRAConfig",
+        {"r": 4},
+        peft=("linear", "linear_nobias", "conv2d", "conv2d_1x1"),
+        other={"r": 6},
+    ),
+    Entry(
+        "hra_gs",
+        "HRAConfig",
+        {"r": 4, "apply_GS": True, "init_weights": False},
+        peft=("linear", "conv2d_1x1"),
+        only=ROTATED,
+        other={"r": 3},
+        neutral=False,
+    ),
+    # PEFT rounds LoHa's alpha / r to float32, and ignores the padding mode of convolutions.
+    Entry("loha", "LoHaConfig", {"r": 4, "alpha": 6}, peft=FLAT, other={"r": 3, "alpha": 7, "rank_dropout": 0.2}),
+    Entry(
+        "loha_kernel",
+        "LoHaConfig",
+        {"r": 4, "alpha": 6, "use_effective_conv2d": True},
+        peft=(),  # where PEFT's gradients of hada_w1_a and hada_w2_a are those of other tensors
+        other={"r": 3, "init_weights": False},
+        only=KERNELS,
+    ),
+    Entry("lokr", "LoKrConfig", {"r": 2, "alpha": 5}, peft=FLAT, other={"r": 3, "alpha": 7, "module_dropout": 0.2}),
+    Entry(
+        "lokr_whole",
+        "LoKrConfig",
+        {"r": 4, "alpha": 7},
+        peft=FLAT,
+        other={"r": 9, "init_weights": "lycoris"},
+        only=("linear", "embedding", "conv2d", *KERNELS),
+    ),
+    Entry(
+        "lokr_both",
+        "LoKrConfig",
+        {"r": 2, "alpha": 5, "decompose_both": True, "decompose_factor": 5},
+        peft=FLAT,
+        other={"r": 1, "init_weights": False, "rank_dropout": 0.2, "rank_dropout_scale": True},
+        only=("linear", "embedding", "conv2d", "experts"),
+    ),
+    Entry(
+        "lokr_kernel",
+        "LoKrConfig",
+        {"r": 2, "alpha": 5, "use_effective_conv2d": True, "init_weights": "lycoris"},
+        peft=FLAT,
+        other={"r": 3, "init_weights": True},
+        only=KERNELS,
+    ),
+    Entry("ia3", "IA3Config", {"feedforward_modules": []}, peft=SCALED, other={"init_ia3_weights": False}),
+    Entry("ia3_inputs", "IA3Config", {"feedforward_modules": "layer.*"}, peft=SCALED),
+    Entry("road", "RoadConfig", {"group_size": 14}, widths=(15, 42), other={"init_weights": False}),
+    Entry("road_2", "RoadConfig", {"variant": "road_2", "group_size": 6}, widths=(15, 42), only=FLATTENED),
+    Entry(
+        "road_4",
+        "RoadConfig",
+        {"variant": "road_4", "group_size": 2, "init_weights": False},
+        widths=(15, 42),
+        only=FLATTENED,
+        neutral=False,
+    ),
+    Entry("miss", "MissConfig", {"r": 4}, other={"r": 7, "init_weights": False}),
+    Entry("miss_mini", "MissConfig", {"r": 5, "init_weights": "mini", "mini_r": 7}, other={"r": 2}, only=FLATTENED),
+    Entry("miss_bat", "MissConfig", {"r": 3, "init_weights": "bat"}, only=FLATTENED),
+    Entry(
+        "vera",
+        "VeraConfig",
+        {"r": 6},
+        peft=MATRICES,
+        other={"r": 3, "projection_prng_key": 7, "save_projection": False, "d_initial": 0.3},
+    ),
+    Entry(
+        "vera_drawn",
+        "VeraConfig",
+        {"r": 4, "save_projection": False},
+        peft=MATRICES,
+        other={"init_weights": False},
+        only=FLATTENED,
+    ),
+    Entry(
+        "randlora",
+        "RandLoraConfig",
+        {"r": 4, "randlora_alpha": 5},
+        peft=MATRICES,
+        other={"randlora_alpha": 7, "projection_prng_key": 3, "very_sparse": True},
+    ),
+    Entry(
+        "randlora_drawn",
+        "RandLoraConfig",
+        {"r": 7, "randlora_alpha": 3, "sparse": True, "save_projection": False},
+        peft=MATRICES,
+        widths=(21, 15),
+        other={"save_projection": True, "init_weights": False},
+        only=FLATTENED,
+    ),
+    Entry(
+        "vblora",
+        "VBLoRAConfig",
+        {"r": 4, "num_vectors": 11, "vector_length": 3, "topk": 2},
+        peft=MATRICES,
+        other={"r": 3, "init_logits_std": 0.7, "save_only_topk_weights": True},
+        neutral=False,
+        values=apart,
+    ),
+    Entry(
+        "fourierft",
+        "FourierFTConfig",
+        {"n_frequency": 40},
+        peft=MATRICES,
+        other={"n_frequency": 23, "scaling": 7.0, "random_loc_seed": 5, "init_weights": True},
+        neutral=False,
+        tolerance=1e-5,
+        only=FLATTENED,
+    ),
+    Entry(
+        "waveft",
+        "WaveFTConfig",
+        {"n_frequency": 40},
+        peft=MATRICES,
+        other={"n_frequency": 23, "scaling": 7.0, "random_loc_seed": 5, "init_weights": False},
+        only=FLATTENED,
+    ),
+    Entry(
+        "waveft_sym4",
+        "WaveFTConfig",
+        {"n_frequency": 40, "wavelet_family": "sym4"},
+        peft=MATRICES,
+        other={"n_frequency": 50, "wavelet_family": "db4"},
+        only=("linear", "conv2d_odd"),
+    ),
+    Entry(
+        "waveft_sparse",
+        "WaveFTConfig",
+        {"n_frequency": 40, "use_idwt": False},
+        peft=MATRICES,
+        other={"n_frequency": 50, "wavelet_family": "db4"},
+        only=("linear", "conv2d_odd"),
+    ),
+    Entry(
+        "c3a",
+        "C3AConfig",
+        {"block_size": 3},
+        other={"init_weights": True},
+        neutral=False,
+        tolerance=1e-5,
+        only=(*FLATTENED, "linear_nobias"),
+    ),
+    Entry(
+        "shira",
+        "ShiraConfig",
+        {"r": 3, "random_seed": 4},
+        other={"r": 2, "random_seed": 9, "init_weights": False},
+        only=FLATTENED,
+    ),
+    # PEFT forgets the bias of a linear layer whose rows are trained.
+    Entry(
+        "trainable_tokens",
+        "TrainableTokensConfig",
+        {"token_indices": [2, 5, 11]},
+        peft=("linear_nobias", "embedding"),
+        refused=(*CONVS, "conv_transpose", "experts"),
+        other={"token_indices": [1, 5], "init_weights": False},
+    ),
+]
+
+BY_NAME = {e.name: e for e in ENTRIES}

@@ -1,0 +1,1 @@
+"""Which sites a config means."""

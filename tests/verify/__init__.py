@@ -1,0 +1,1 @@
+"""Verification, and that it can fail."""
