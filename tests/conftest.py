@@ -1,6 +1,7 @@
-"""Settings that every test runs under: one thread per process, no network, and small hypothesis runs.
+"""Settings that every test runs under: one thread per process, no network, and which of the tests run.
 
-Nothing here is about adaptc itself, so that a test can be read without it.
+``--full`` runs all of them with more examples of each property; without it ``tests.support.cover`` chooses. Nothing
+here is about adaptc itself, so that a test can be read without it.
 """
 
 from __future__ import annotations
@@ -17,19 +18,39 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # inductor would start a pool of compiler processes in each of the test processes.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from tests.support.cover import EXAMPLES, cover
 
 # Tests run in several processes, so more threads in each only get in one another's way.
 torch.set_num_threads(1)
 
 # Tracing and exporting take seconds when first called, so a deadline or the slow-input check would fail at random.
 settings.register_profile(
-    "default",
-    max_examples=20,
+    "full",
+    max_examples=EXAMPLES,
     deadline=None,
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=300)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+settings.register_profile("quick", parent=settings.get_profile("full"), max_examples=EXAMPLES * 2 // 5)
+settings.register_profile("thorough", parent=settings.get_profile("full"), max_examples=EXAMPLES * 15)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="every combination of parameters, and the slow lanes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    default = "full" if config.getoption("--full") else "quick"
+    settings.load_profile(os.environ.setdefault("HYPOTHESIS_PROFILE", default))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--full") or any("::" in str(a) for a in config.args):
+        return
+    keep = cover(items)
+    config.hook.pytest_deselected(items=[i for i, kept in zip(items, keep, strict=True) if not kept])
+    items[:] = [i for i, kept in zip(items, keep, strict=True) if kept]

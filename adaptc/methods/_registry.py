@@ -6,6 +6,7 @@ a name is looked up that is not in the table; each is a module, or a function, t
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.metadata
 from collections.abc import Callable, Mapping
@@ -107,6 +108,12 @@ def _check_defined(config: type[AdapterConfig], method: type[Method]) -> None:
     for cls, base, name, decorator in needs:
         if not issubclass(cls, base) or "__dataclass_fields__" not in vars(cls):
             raise ConfigError(f"{cls.__name__} must be derived from adaptc.{name} and decorated with {decorator}")
+
+    for f in dataclasses.fields(method):
+        if callable(getattr(Method, f.name, None)):
+            raise ConfigError(
+                f"{method.__name__}.{f.name} is a function of the protocol: call the field something else"
+            )
 
     def has(name: str) -> bool:
         return getattr(method, name) is not getattr(Method, name)

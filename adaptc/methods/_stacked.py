@@ -48,8 +48,8 @@ class Stacked(Method):
     def replaces(self) -> bool:  # type: ignore[override]  # a class has one answer, this one has its method's
         return self.inner.replaces
 
-    def family(self) -> Any:
-        return self.inner.family()
+    def lineage(self) -> Any:
+        return self.inner.lineage()
 
     def has_weight(self) -> bool:
         return self.inner.has_weight()

@@ -93,9 +93,9 @@ class Hooks:
 
     def akin(self, other: object) -> bool:
         """Whether ``other`` is this method or a variant of it: then the two have names of slots in common."""
-        return isinstance(other, Hooks) and other.family() == self.family()
+        return isinstance(other, Hooks) and other.lineage() == self.lineage()
 
-    def family(self) -> Any:
+    def lineage(self) -> Any:
         """Equal for methods whose slots may have one name: ``kin``, or the class derived from ``Method`` itself."""
         return self.kin or [c for c in type(self).__mro__ if issubclass(c, Hooks)][-3]
 

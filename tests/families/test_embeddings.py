@@ -14,6 +14,8 @@ import adaptc
 from tests.support.families import FAMILIES
 from tests.support.oracle import Oracle, assert_differs, assert_same, base, file_tensors, load_peft, quiet, run
 
+pytestmark = pytest.mark.few(4)
+
 #: gemma2 scales its embedding and ties its head to it, opt projects it, t5 shares it between two stacks and the head.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", {"target_modules": ["embed_tokens", "q_proj"]}),

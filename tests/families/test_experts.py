@@ -15,6 +15,8 @@ import adaptc
 from tests.support.families import FAMILIES
 from tests.support.oracle import Oracle, assert_differs, assert_same, base, file_tensors, load_peft, run
 
+pytestmark = pytest.mark.few(3)
+
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 #: Two adapted parameters of one module are wrapped twice by PEFT, and the inner one has another key.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -17,6 +17,8 @@ import adaptc
 from tests.support.families import FAMILIES
 from tests.support.oracle import Oracle, assert_differs, assert_same, base, file_tensors, load_peft, run, with_head
 
+pytestmark = pytest.mark.few(5)
+
 
 @dataclass(frozen=True)
 class Task:

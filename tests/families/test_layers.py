@@ -12,6 +12,8 @@ import adaptc
 from tests.support.families import FAMILIES
 from tests.support.oracle import Oracle, assert_differs, assert_same, base, load_peft, run
 
+pytestmark = pytest.mark.few(4)
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ranks and alphas": (
         "llama",
@@ -80,6 +82,7 @@ def test_the_first_pattern_that_matches_rules_in_files_too(tmp_path: Path):
         adaptc.compile(base("gpt2"), oracle.path)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_replicated_layers(name: str, tmp_path: Path):
     """Layers repeated over shared weights, each with an adapter of its own. PEFT merges all of one into one weight."""

@@ -12,6 +12,8 @@ import adaptc
 from tests.support.families import FAMILIES
 from tests.support.oracle import TARGETS, Oracle, assert_differs, assert_same, base, first, quiet, run
 
+pytestmark = pytest.mark.few(5)
+
 NAMES = ["llama", "qwen3", "gemma2", "gpt2", "opt", "gpt_neox", "bert", "deberta_v2", "t5", "vit", "resnet", "mixtral"]
 SIZES = [(2, 5), (3, 7), (1, 11)]
 

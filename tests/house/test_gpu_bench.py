@@ -105,6 +105,7 @@ def test_every_case_appears_in_a_dry_run(capsys) -> None:
     assert all(re.fullmatch(r"\d+%", cells[7]) for cells in rows)
 
 
+@pytest.mark.slow
 def test_a_whole_model_appears_in_a_dry_run(capsys) -> None:
     assert command.main(["--dry", "--only", "model"]) == 0
     out = capsys.readouterr().out
@@ -161,6 +162,7 @@ def test_without_a_gpu_nothing_is_measured(monkeypatch, capsys) -> None:
     assert "no CUDA GPU" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_tests_for_a_gpu_hold_of_the_references() -> None:
     """In a process of its own, as they set what torch does everywhere."""
     files = [f"tests/gpu/test_{name}.py" for name in ("lora", "grouped", "dora_merge")]

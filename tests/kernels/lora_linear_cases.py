@@ -16,6 +16,7 @@ from adaptc.kernels._launch import INTERPRETED
 from adaptc.kernels.lora_epilogue import lora_down, lora_up_add
 from adaptc.kernels.lora_siblings import lora_up_add_siblings, sibling_factors, sibling_table
 from tests.kernels.matrices import DTYPES, LAYOUTS, RANKS, SCALES, SIZES, matrix, product_error, rounding, whole
+from tests.support.cover import examples
 
 #: the module: the package's own name is the op's
 lora_linear = import_module("adaptc.kernels.lora_linear")
@@ -60,7 +61,7 @@ def test_down_is_one_rounding_from_the_exact_sum(rows, length, rank, types, layo
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=6)
+@settings(max_examples=examples(6))
 @given(rows=st.integers(1, 40), length=st.integers(1024, 2500), rank=st.integers(1, 20))
 def test_down_adds_every_part_of_a_split_sum_once(dtype, rows, length, rank) -> None:
     x, A = whole(rows, length, dtype, seed=1), whole(rank, length, dtype, seed=2)
@@ -96,7 +97,7 @@ def _exact_up(y: Tensor, h: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Te
     return exact, s.abs() * product_error(h, B.T) + EPS * (exact.abs() + y.double().abs())
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(
     rows=ROWS, cols=SIZES, length=LENGTHS, rank=RANKS, types=TYPES, layouts=LAYOUT4, scale=SCALES, bias=st.booleans()
 )
@@ -120,7 +121,7 @@ def test_a_layer_is_exact_but_for_its_roundings(rows, cols, length, rank, types,
 
 
 @pytest.mark.parametrize("types", [(base, adapter) for base in DTYPES for adapter in DTYPES])
-@settings(max_examples=8)
+@settings(max_examples=examples(8))
 @given(rows=st.integers(1, 40), cols=SIZES, length=st.integers(1, 300), rank=RANKS)
 def test_a_layer_equals_the_reference_bit_by_bit_where_sums_are_exact(types, rows, cols, length, rank) -> None:
     base, adapter = types
@@ -196,7 +197,7 @@ def _check_gradients(call: Call, reference: Call, tensors: Sequence[Tensor], g: 
         assert (excess <= 0).all(), f"gradient {i}: beyond what rounding allows by {excess.max()} of {t.max()}"
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(rows=ROWS, cols=SIZES, length=LENGTHS, rank=RANKS, types=TYPES, has_bias=st.booleans())
 def test_gradients_of_a_layer(rows, cols, length, rank, types, has_bias) -> None:
     base, adapter = types

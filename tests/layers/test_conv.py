@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import adaptc
+from tests.support.cover import examples
 from tests.support.custom_models import One
 from tests.support.site_cases import CONV, CONV_BY_HAND
 from tests.support.site_checks import close, every_check, subject
@@ -58,7 +59,7 @@ def test_a_grouped_convolution_is_merged_into_a_dense_one(name):
     mode=st.sampled_from(["zeros", "circular", "replicate"]),
     bias=st.booleans(),
 )
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 def test_any_convolution_is_its_merged_weight(axes, groups, channels, r, kernel, stride, dilation, padding, mode, bias):
     options = {"kernel_size": kernel[:axes], "dilation": dilation[:axes], "padding_mode": mode, "bias": bias}
     options["padding"] = padding if isinstance(padding, str) else padding[:axes]

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import adaptc
+from tests.support.cover import examples
 from tests.support.custom_models import Autocast, CastLinear, One
 from tests.support.site_checks import adapter_parameters, bare, sound
 
@@ -71,7 +72,7 @@ def test_as_peft_to_the_last_bit(name, dtype, autocast):
     autocast=st.booleans(),
     lead=st.lists(st.integers(1, 4), max_size=2),
 )
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 def test_any_shape_rank_and_scale(sizes, r, alpha, rslora, dtype, autocast, lead):
     inner, out = sizes
     options = {"r": r, "lora_alpha": alpha, "use_rslora": rslora}

@@ -23,6 +23,7 @@ from adaptc import AdaLoraConfig, AdaptcError, ConfigError
 from adaptc.binding.bind import file_tensors
 from adaptc.methods.adalora import AdaLora
 from adaptc.passes.ir.ops import Op
+from tests.support.cover import examples
 from tests.support.method_table import Experts
 
 TARGETS = ["up", "conv", "down"]
@@ -161,7 +162,7 @@ def test_without_alpha_the_scale_is_the_rank_it_began_with(alpha):
     assert method.scale(Op("linear", (3, 5))) == pytest.approx(1, abs=1e-5)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(out=st.integers(2, 11), inner=st.integers(2, 13), r=st.integers(1, 7), groups=st.sampled_from([1, 2, 3]))
 def test_zero_terms_and_groups(out, inner, r, groups):
     """Rows of zeros beside the others mean nothing, and each group has its own rows of B, over one A."""

@@ -15,6 +15,7 @@ from adaptc.methods.c3a import C3A
 from adaptc.passes.adapt.inject import Inject
 from adaptc.passes.adapt.merge import Merge
 from adaptc.passes.ir.ops import Op
+from tests.support.cover import examples
 from tests.support.pass_checks import attach, export, random_values
 from tests.support.spectral import mismatches
 
@@ -95,7 +96,7 @@ def test_patterns_are_read_as_peft_reads_them(pattern):
     assert set(found.values()) != {3}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 7), st.sampled_from(["linear", "addmm", "weight"]))
 def test_blocks_are_circulant(rows, columns, block, kind):
     """Each row of a block is the one above it, turned by one; the apply form is the same map."""

@@ -82,6 +82,7 @@ def test_its_forms_agree(example: ModuleType, layer: nn.Module, x: torch.Tensor,
     assert not torch.allclose(program(x), net(x))
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__.removeprefix("check_"))
 @pytest.mark.parametrize("layer", ["linear", "embedding", "conv2d_groups", "conv_transpose", "experts"])
 def test_it_passes_the_generic_checks(

@@ -22,6 +22,7 @@ from adaptc import ConfigError, LoraConfig
 from adaptc.methods.dora import MAGNITUDE, Dora
 from adaptc.methods.lora import Lora
 from adaptc.passes.ir.ops import Op
+from tests.support.cover import examples
 from tests.support.oracle import Oracle, base
 
 TARGETS = ["emb", "up", "conv", "mix", "down"]
@@ -151,7 +152,7 @@ def test_gradients_and_files_of_a_language_model(tmp_path: Path):
 # -- the mathematics ---------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(out=st.integers(1, 11), inner=st.integers(1, 13), r=st.integers(1, 5), dead=st.booleans())
 def test_rows_have_the_lengths_they_are_given(out, inner, r, dead):
     op, method = Op("linear", (out, inner), torch.ops.aten.linear.default), Dora(r=r)
@@ -271,6 +272,7 @@ def test_steps_of_training_with_dropout_are_pefts():
 # -- other adapters at the same weight ---------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("form", ["auto", "weight"])
 def test_lora_and_dora_in_one_program(form, tmp_path: Path):
     """Each is a variant with regions of its own, and the one that is not in use leaves the other's weight alone."""

@@ -18,6 +18,7 @@ import adaptc
 from adaptc.methods import TargetedConfig
 from adaptc.passes.ir.method import Method
 from adaptc.passes.ir.ops import Op
+from tests.support.cover import examples
 from tests.support.method_table import ENTRIES, Entry
 
 aten = torch.ops.aten
@@ -65,7 +66,7 @@ def both(method: Method, op: Op, x: Tensor, W: Tensor, b: Tensor | None, slots: 
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e.name)
-@settings(max_examples=12)
+@settings(max_examples=examples(12))
 @given(
     kind=st.sampled_from(sorted(OPS)),
     times=st.sampled_from([(1, 2), (2, 1), (1, 1), (3, 1), (1, 3)]),

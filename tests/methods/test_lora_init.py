@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adaptc.errors import ConfigError
 from adaptc.methods._lora_init import init_lora
+from tests.support.cover import examples
 
 MATRIX = ["orthogonal", "pissa", "pissa_niter_3", "olora"]
 RANDOM = [True, False, "gaussian"]
@@ -101,7 +102,7 @@ def test_one_seed_gives_what_peft_gives(name, scheme, dtype):
         torch.testing.assert_close(rest, peft_W, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(
     scheme=st.sampled_from(["pissa", "olora", "pissa_niter_2"]),
     out=st.sampled_from([3, 5, 11, 17]),

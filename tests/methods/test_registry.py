@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import subprocess
 import sys
 import textwrap
@@ -14,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner, Result
 
 import adaptc
 from adaptc import ConfigError
+from adaptc.cli import app
 from adaptc.methods import _registry
 
 SOURCE = textwrap.dedent(
@@ -122,6 +123,7 @@ def test_a_reloaded_module_takes_its_place(tmp_path: Path, monkeypatch: pytest.M
         (('"signed"', '"lora"'), "'lora' is the name of 'adaptc.methods.lora:Lora' already"),
         (('"signed"', '""'), "name must not be empty"),
         (("SIGNED", "Signed"), "must be a name in capitals"),
+        (("    def slots", "    rank: int = 2\n\n    def slots"), "Signed.rank is a function of the protocol"),
     ],
 )
 def test_names_that_are_taken_or_missing(change: tuple[str, str], message: str) -> None:
@@ -149,26 +151,24 @@ adaptc.save_adapter(program, {str(folder / "adapter")!r})
     return folder
 
 
-def adaptc_command(*arguments: Any, path: Path | None = None, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [Path(sys.executable).parent / "adaptc", *map(str, arguments)]
-    environment = os.environ | ({} if path is None else {"PYTHONPATH": str(path)})
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+def command(*arguments: Any) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def test_the_command_line_needs_the_file_and_says_so(saved: Path, tmp_path: Path) -> None:
-    done = adaptc_command("show", saved / "signed.pt2", cwd=tmp_path)
-    assert done.returncode == 1
-    assert "'signed', which is not known here" in " ".join(done.stderr.split())
-    assert "--import FILE" in done.stderr
-    done = adaptc_command("--import", saved / "signed_method.py", "show", saved / "signed.pt2", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = command("show", saved / "signed.pt2")
+    assert done.exit_code == 1
+    assert "'signed', which is not known here" in done.stderr
+    assert "on the command line: --import FILE" in done.stderr
+    given = ("--import", saved / "signed_method.py")
+    done = command(*given, "show", saved / "signed.pt2")
+    assert done.exit_code == 0, done.output
     assert "signed_amount" in done.stdout
-    done = adaptc_command("--import", saved / "signed_method.py", "verify", saved / "signed.pt2", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = command(*given, "verify", saved / "signed.pt2")
+    assert done.exit_code == 0, done.output
     out = tmp_path / "swapped.pt2"
-    swap = ("swap", saved / "signed.pt2", saved / "adapter", out)
-    done = adaptc_command("--import", saved / "signed_method.py", *swap, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = command(*given, "swap", saved / "signed.pt2", saved / "adapter", out)
+    assert done.exit_code == 0, done.output
     assert out.is_file()
 
 
@@ -180,8 +180,8 @@ def test_a_file_that_cannot_be_imported_is_one_line(tmp_path: Path, text: str | 
     file = tmp_path / "wrong.py"
     if text is not None:
         file.write_text(text, encoding="utf-8")
-    done = adaptc_command("--import", file, "methods", cwd=tmp_path)
-    assert done.returncode == 1
+    done = command("--import", file, "methods")
+    assert done.exit_code == 1
     assert done.stderr.startswith(f"error: --import {file}: ")
     assert message in done.stderr
     assert done.stdout == ""
@@ -191,34 +191,32 @@ def test_an_imported_file_hides_no_library(tmp_path: Path) -> None:
     """It may be called like a module that adaptc needs, and finds the files beside it."""
     (tmp_path / "json.py").write_text("import beside\nprint('imported', beside.VALUE)\n", encoding="utf-8")
     (tmp_path / "beside.py").write_text("VALUE = 17\n", encoding="utf-8")
-    done = adaptc_command("--import", tmp_path / "json.py", "methods", cwd=tmp_path)
+    program = [Path(sys.executable).parent / "adaptc", "--import", tmp_path / "json.py", "methods"]
+    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "imported 17" in done.stdout
     assert "LoraConfig" in done.stdout
 
 
 @pytest.mark.parametrize("point", ["signed_method", "signed_entry:register"])
-def test_an_installed_package_is_found_by_its_entry_point(saved: Path, tmp_path: Path, point: str) -> None:
-    """A module, or a function that registers."""
+def test_an_installed_package_is_found_by_its_entry_point(
+    saved: Path, tmp_path: Path, point: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module, or a function that registers; it is looked for where a name is not known."""
+    monkeypatch.setattr(_registry, "_searched", [])
     (tmp_path / "signed_method.py").write_text(SOURCE, encoding="utf-8")
     (tmp_path / "signed_entry.py").write_text("def register():\n    import signed_method\n", encoding="utf-8")
     info = tmp_path / "signed-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: signed\nVersion: 1.0\n", encoding="utf-8")
     (info / "entry_points.txt").write_text(f"[adaptc.methods]\nsigned = {point}\n", encoding="utf-8")
-    done = adaptc_command("show", saved / "signed.pt2", path=tmp_path, cwd=saved)
-    assert done.returncode == 0, done.stderr
-    assert "signed_amount" in done.stdout
-    code = (
-        "import torch, adaptc; net = torch.nn.Sequential(torch.nn.Linear(6, 5));"
-        f"program = adaptc.compile(net, {str(saved / 'adapter')!r}, example_inputs=torch.zeros(3, 6));"
-        "print(program.binding.config.peft_type)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout == "SIGNED\n", done.stderr
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "signed_method" not in sys.modules
+    if point == "signed_method":
+        program = adaptc.load(saved / "signed.pt2")
+    else:
+        net = nn.Sequential(nn.Linear(6, 5))
+        program = adaptc.compile(net, saved / "adapter", example_inputs=torch.zeros(3, 6))
+    assert program.binding.config.peft_type == "SIGNED"
+    assert "signed_method" in sys.modules
+    sys.modules.pop("signed_entry", None)

@@ -21,6 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor, nn
 
 import adaptc
+from tests.support.cover import examples
 from tests.support.method_checks import adapter_parameters
 
 UP, DOWN, BOTH = ["up"], ["down"], ["up", "down"]
@@ -177,7 +178,7 @@ class Sequences(RuleBasedStateMachine):
 
 
 TestSequences = Sequences.TestCase
-TestSequences.settings = settings(max_examples=15, stateful_step_count=8, deadline=None)
+TestSequences.settings = settings(max_examples=examples(15), stateful_step_count=8, deadline=None)
 
 
 def test_every_adapter_says_something():

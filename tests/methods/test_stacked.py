@@ -18,7 +18,7 @@ from tests.support.method_table import Experts
 #: nothing nested; it is wrapped anew by those who settle sizes; the rest follows from what it does say
 OWN = {
     *("akin", "defines", "drops_input", "nested", "settle_shared_sizes", "name", "kin", "swappable", "training"),
-    *("dropout",),
+    *("dropout", "filled"),
 }
 
 

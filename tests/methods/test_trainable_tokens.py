@@ -17,6 +17,7 @@ from tests.support.site_checks import close, sound
 TOKENS = [5, 9, 20, 60]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["llama", "gemma", "t5"])
 def test_families(name, tmp_path):
     """Heads that are tied or not, embeddings that scale (gemma), one that lends its weight to three (t5)."""
@@ -41,6 +42,7 @@ def test_heads_keep_their_bias(name, tmp_path):
     assert_differs(oracle(3, 7), run(merged, oracle.family, 3, 7))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("name", "targets"),
     [

@@ -22,6 +22,7 @@ import adaptc
 from adaptc.errors import AdaptcWarning, ConfigError, SwapError
 from adaptc.methods.waveft import FAMILIES, WaveFT
 from adaptc.passes.ir.ops import Op
+from tests.support.cover import examples
 from tests.support.spectral import blocks, compiled, mismatches, wrapped
 
 BAD = [
@@ -88,7 +89,7 @@ def test_a_family_that_peft_has_wrong_is_warned_of():
         adaptc.WaveFTConfig(wavelet_family="coif4", use_idwt=False)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(st.sampled_from(FAMILIES), st.integers(1, 14), st.integers(1, 14), st.integers(0, 99), st.data())
 def test_transform_is_pefts(family, rows, columns, seed, data):
     """PEFT's layer, given the filters it lacks: the same places, quarters, room and cuts for all sizes."""

@@ -35,6 +35,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Packaged:
     return Packaged(program, adaptc.load_package(path), path)
 
 
+@pytest.mark.slow
 def test_llama(llama: Packaged) -> None:
     for batch, seq in [(1, 1), (1, 9), (3, 7), (5, 2)]:
         inputs = FAMILIES["llama"].inputs(batch, seq)
@@ -101,6 +102,7 @@ def _two_layers() -> nn.Module:
     return nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, 3))
 
 
+@pytest.mark.slow
 def test_pissa_training_program(tmp_path: Path) -> None:
     """A package whose own adapter changes base weights holds them, so it swaps to others like it, and to plain ones."""
     x = torch.randn(4, 7)
@@ -119,6 +121,7 @@ def test_pissa_training_program(tmp_path: Path) -> None:
     assert (runner(x) - _two_layers().eval()(x)).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_methods_with_one_number_and_with_no_padding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A slot of one element times a scale is a number to a compiler; a rank that cannot be padded stays what it is."""
     odd_methods.register(monkeypatch)

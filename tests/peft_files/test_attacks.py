@@ -22,6 +22,7 @@ from torch import nn
 from adaptc.errors import CheckpointError
 from adaptc.peft_files.directory import check_finite, file_key, read_adapter, read_config, write_adapter
 from tests.support.adapter_files import BIN, CONFIG, LORA, SAFE, same, some_tensors
+from tests.support.cover import examples
 
 # --- damage and attacks -----------------------------------------------------------------------------------------------
 
@@ -76,7 +77,7 @@ def test_truncation_anywhere(good: Path) -> None:
             read_adapter(good)
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(100), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), safe=st.booleans())
 def test_flipped_bytes_never_escape(data: st.DataObject, safe: bool, tmp_path: Path) -> None:
     """Whatever byte flips do to a file, the answer is tensors or a CheckpointError, nothing else."""

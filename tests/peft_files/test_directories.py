@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError
 from adaptc.peft_files.directory import bare_key, file_key, read_adapter, read_config, split_config, write_adapter
 from tests.support.adapter_files import BIN, CONFIG, LORA, SAFE, same, some_tensors, tree
+from tests.support.cover import examples
 
 
 class Net(nn.Module):
@@ -165,7 +166,7 @@ def test_which_adapter_is_meant(tmp_path: Path) -> None:
 # --- keys -------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(
     st.sampled_from(["LORA", "VERA", "FROD", "PROMPT_TUNING"]),
     st.lists(

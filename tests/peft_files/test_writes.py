@@ -21,6 +21,7 @@ from adaptc.errors import AdaptcWarning, CheckpointError
 from adaptc.peft_files import safe_io as _safefile
 from adaptc.peft_files.directory import read_adapter, read_config, write_adapter
 from tests.support.adapter_files import BIN, CONFIG, LORA, SAFE, same, some_tensors, tree
+from tests.support.cover import examples
 
 # --- round trips ------------------------------------------------------------------------------------------------------
 
@@ -51,7 +52,7 @@ def tensor_dicts(draw: st.DrawFn) -> dict[str, Tensor]:
     return out
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tensors=tensor_dicts(), safe=st.booleans(), kind=st.sampled_from(["LORA", "VERA", "OFT"]))
 def test_any_tensors_round_trip(tensors: dict[str, Tensor], safe: bool, kind: str, tmp_path: Path) -> None:
     before = {k: t.clone() for k, t in tensors.items()}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import LoraConfig
+from tests.support.cover import examples
 
 SITES = {"emb": (7, 13), "up": (11, 7), "conv": (5, 11, 3), "down": (3, 5)}
 CAPTURED: dict[str, Any] = {}
@@ -195,5 +196,5 @@ class Sequences(RuleBasedStateMachine):
 
 # A failing sequence is reported as found: shrinking one takes minutes, and every rule's arguments are short anyway.
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
-Sequences.TestCase.settings = settings(max_examples=20, stateful_step_count=10, deadline=None, phases=PHASES)
+Sequences.TestCase.settings = settings(max_examples=examples(20), stateful_step_count=10, deadline=None, phases=PHASES)
 TestSequences = Sequences.TestCase

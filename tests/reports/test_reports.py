@@ -40,6 +40,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("family", "options"), CASES)
 @pytest.mark.filterwarnings("ignore::UserWarning:peft")
 def test_parameter_counts_are_pefts(family: str, options: dict[str, Any]) -> None:

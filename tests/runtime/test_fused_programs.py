@@ -17,6 +17,7 @@ import adaptc
 from adaptc import LoraConfig
 from adaptc.errors import ConfigError, MergeError
 from adaptc.runtime.weight_buffers import alias, pack, packable
+from tests.support.cover import examples
 from tests.support.families import FAMILIES
 from tests.support.sibling_nets import LAYERS, adapter, block, close, compiled, rows
 
@@ -98,7 +99,7 @@ def test_two_programs_of_one_model_share_the_buffer() -> None:
 
 
 # Without shrinking, which compiles anew for every smaller example.
-@settings(max_examples=8, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@settings(max_examples=examples(8), phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(
     ranks=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     layers=st.sets(st.sampled_from(LAYERS), min_size=1).map(lambda s: tuple(sorted(s))),
@@ -161,6 +162,7 @@ def test_under_autocast_nothing_is_fused() -> None:
         assert torch.equal(program(x), program.module()(x))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["llama", "bert", "t5"])
 def test_families(name: str) -> None:
     family = FAMILIES[name]

@@ -22,6 +22,7 @@ from adaptc.errors import BackendError
 from adaptc.program.lower import with_kernels
 from adaptc.runtime.gpu_variants import runs_on_gpu
 from tests.kernels import run_cases
+from tests.support.cover import examples
 from tests.support.families import FAMILIES
 from tests.support.sibling_nets import LAYERS, adapter, block, close, rows
 
@@ -62,7 +63,7 @@ def ops(program: adaptc.AdaptedProgram, kind: str) -> list[str]:
     return [n.split(".")[1] for n in names if n.startswith("adaptc.")]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(st.integers(2, 9), st.integers(1, 7), st.integers(0, 99), st.sets(st.sampled_from(LAYERS), min_size=1))
 def test_every_adapter_and_size(pair: Pair, n: int, rank: int, seed: int, layers: set[str]) -> None:
     plain, fused = pair

@@ -98,6 +98,7 @@ def equal(found: Any, expected: Any) -> bool:
     return bool(pairs) and all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["gemma2", "falcon", "deberta_v2", "resnet"])
 def test_families_compute_the_same_bit_for_bit(name: str) -> None:
     family = FAMILIES[name]

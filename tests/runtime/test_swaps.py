@@ -13,6 +13,7 @@ from torch import nn
 import adaptc
 from adaptc import AdaptcError, LoraConfig, RecompileError, SwapError
 from adaptc.runtime.recompiles import compile_count
+from tests.support.cover import examples
 
 TARGETS = ["emb", "up", "conv", "down"]
 KEYS = {
@@ -76,7 +77,7 @@ def program(request: pytest.FixtureRequest, model: nn.Module) -> adaptc.AdaptedP
     batch=st.integers(2, 6),
     length=st.sampled_from([3, 16, 17]),
 )
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 def test_swap_to_any_rank_alpha_and_subset_compiles_nothing(program, model, rank, sites, alpha, rslora, batch, length):
     tensors = adapter(rank, sorted(sites), rank * 7 + batch)
     ids = torch.randint(0, 13, (batch, length))

@@ -71,6 +71,7 @@ def check(name: str, model: nn.Module, inputs: dict[str, Tensor]) -> None:
         assert (found == entry) != (model_type in DIFFERS), entry
 
 
+@pytest.mark.few(15)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families(name: str) -> None:
     family = FAMILIES[name]

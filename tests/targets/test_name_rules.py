@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import peft
 import pytest
-from hypothesis import assume, event, example, given, settings
+from hypothesis import HealthCheck, assume, event, example, given, settings
 from hypothesis import strategies as st
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from adaptc.errors import TargetError
 from adaptc.methods._name_patterns import check_patterns, pattern_value, unused_patterns
 from adaptc.targets.name_rules import Candidate, select, select_to_save
+from tests.support.cover import examples
 
 # No word ends another one: modules_to_save compares whole words in one place and endings in another.
 WORDS = ("model", "layers", "h", "experts", "attn", "q_proj", "v_proj", "fc1", "gate", "lm_head", "norm")
@@ -158,7 +159,7 @@ def must_refuse(adaptable, leaves, options):
     return not any(oracle(n, **options) for n in adaptable)
 
 
-@settings(max_examples=250)
+@settings(max_examples=examples(250))
 @given(problems())
 def test_selection_equals_peft(problem):
     tree, options = problem
@@ -180,7 +181,7 @@ def test_selection_equals_peft(problem):
         assert got.matches[entry] == tuple(n for n in got.names if oracle(n, target_modules=one(entry)))
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60), suppress_health_check=[HealthCheck.filter_too_much])
 @given(problems(suffix_lists_only=True))
 def test_selection_equals_injection(problem):
     tree, options = problem
@@ -195,7 +196,7 @@ def test_selection_equals_injection(problem):
     assert got.names == adapted_by_peft(model, **options)
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(trees(), st.sampled_from(["all-linear", "All-Linear"]), st.data())
 def test_all_linear_equals_injection(tree, word, data):
     linear = {n for n, k in tree.items() if k in ("linear", "addmm")}
@@ -253,7 +254,7 @@ def test_token_classification_head_is_not_adapted_and_saved_at_once():
     assert select(linear, target_modules="all-linear", task_type="TOKEN_CLS").names == ("layer.0.query",)
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(trees(), st.lists(st.sampled_from([*WORDS, "proj", "1", "d"]), min_size=1, max_size=3))
 def test_saved_modules_equal_peft(tree, entries):
     model = build(tree)
@@ -296,7 +297,7 @@ pattern_keys = st.one_of(
 )
 
 
-@settings(max_examples=250)
+@settings(max_examples=examples(250))
 @given(st.lists(pattern_keys, max_size=5, unique=True), st.lists(st.sampled_from(SEGMENTS), min_size=1).map(".".join))
 @example(["q.proj", "q_proj"], "a.q_proj")
 @example(["0.gate"], "layers.0xgate")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import LoraConfig
+from tests.support.cover import examples
 
 #: what module names may hold that means something elsewhere: marks of calls, roots, places of lists, patterns
 PARTS = ["@", "@1", "@2", "a", "0", "-", "_", " ", "L['self']", "*", "$", "self", "é", "x@y", "weight", "(", "lora_A"]
@@ -35,7 +36,7 @@ class Chain(nn.Module):
         return x
 
 
-@settings(max_examples=12)
+@settings(max_examples=examples(12))
 @given(NAMES, st.lists(NAMES, min_size=1, max_size=3, unique=True))
 def test_program_and_module_have_the_same_sites(outer: str, names: list[str]) -> None:
     net, x = Chain(outer, names).eval(), torch.randn(3, 5)

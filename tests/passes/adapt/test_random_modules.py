@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import LoraConfig
+from tests.support import cover
 from tests.support.pass_checks import sound
 
 VOCABULARY = 13
@@ -169,13 +170,13 @@ def check(e: Example, tolerance: float) -> None:
     assert all(unloaded.state_dict[k].data_ptr() == v.data_ptr() for k, v in e.model.state_dict().items())
 
 
-@settings(max_examples=25)
+@settings(max_examples=cover.examples(25))
 @given(examples(st.just(torch.float64)))
 def test_random_models(e: Example) -> None:
     check(e, 1e-11)
 
 
-@settings(max_examples=8)
+@settings(max_examples=cover.examples(8))
 @given(examples(st.just(torch.float32)))
 def test_random_models_in_float32(e: Example) -> None:
     check(e, 2e-5)

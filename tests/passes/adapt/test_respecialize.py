@@ -72,6 +72,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.few(6)
 @pytest.mark.filterwarnings("ignore:The tensor attributes self.rnn._flat_weights")
 @pytest.mark.parametrize("name", NAMES)
 def test_swaps_of_rank(name: str) -> None:
@@ -103,6 +104,7 @@ class Sequenced(nn.Module):
         return self.head(torch.tanh(self.conv(self.embed(ids).mT).mT))
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("forms", ["apply", "weight"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["", "dynamic"])
 @pytest.mark.parametrize("ranks", [(3, 5), (5, 3), (1, 7), (7, 1), (1, 2)], ids=str)

@@ -32,6 +32,7 @@ from tests.support.attention_nets import (
     rotate,
     sdpa,
 )
+from tests.support.cover import examples
 
 # -- the ways to write one attention -----------------------------------------------------------------------------------
 
@@ -171,7 +172,7 @@ STEPS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 
 
 @example(sorted(STEPS), True)
-@settings(max_examples=8)
+@settings(max_examples=examples(8))
 @given(st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=4), st.booleans())
 def test_steps_between(steps: list[str], by_hand: bool) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:

@@ -228,6 +228,7 @@ def by_fqn(found: list[Site]) -> list[Site]:
     return sorted(found, key=lambda s: s.fqn)
 
 
+@pytest.mark.few(25)
 @pytest.mark.filterwarnings("ignore:The tensor attributes self.rnn._flat_weights")
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("name", list(CASES))

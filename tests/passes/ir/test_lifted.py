@@ -115,6 +115,7 @@ def same(a: Any, b: Any) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
 @pytest.mark.parametrize("name", list(PROGRAMS))
 def test_there_and_back(name: str, strict: bool) -> None:

@@ -16,6 +16,7 @@ from adaptc.passes.optimize.canonicalize import Canonicalize
 from adaptc.passes.optimize.fold_scales import FoldScales
 from adaptc.passes.optimize.fuse_siblings import FuseSiblings, Pack
 from adaptc.passes.optimize.sibling_cost import stacked_is_cheaper
+from tests.support.cover import examples
 from tests.support.pass_checks import export
 
 LOW = 3
@@ -118,7 +119,7 @@ def test_a_group_becomes_one_product(stacked: bool) -> None:
     stacked=st.booleans(),
     biased=st.booleans(),
 )
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 def test_any_group_computes_the_same(widths: Any, data: Any, shape: Any, stacked: bool, biased: bool) -> None:
     adapted = tuple(sorted(data.draw(st.sets(st.sampled_from(range(len(widths)))))))
     model = Layers(whole, widths, adapted, (biased,) * len(widths))

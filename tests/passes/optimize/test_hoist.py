@@ -14,6 +14,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
 from adaptc.passes.optimize.hoist import CONSTANT_BYTES, Hoist, Hoisting
+from tests.support.cover import examples
 from tests.support.pass_checks import Snapshot, export
 
 X = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
@@ -354,7 +355,7 @@ STEPS: list[Callable[[Any, Tensor, Tensor], Tensor]] = [
 ]
 
 
-@settings(max_examples=12)
+@settings(max_examples=examples(12))
 @given(
     plan=st.lists(st.tuples(st.integers(0, len(STEPS) - 1), st.integers(0, 20), st.integers(0, 20)), min_size=3),
     limit=st.sampled_from([None, 0, 50, 150]),

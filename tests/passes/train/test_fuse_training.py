@@ -19,6 +19,7 @@ from adaptc.passes.train.fuse_training import fuse_training
 from adaptc.passes.train.gates import TrainGates, gated
 from adaptc.passes.train.layers import TrainLayers, layers_with_lora
 from adaptc.passes.train.loss import TrainLoss, loss_of_layer
+from tests.support.cover import examples
 from tests.support.pass_checks import export
 
 WIDTHS = (5, 3, 2)
@@ -177,7 +178,7 @@ def test_other_layers_stay(case: str) -> None:
     same(gradients(fused, inputs(3)), gradients(plain, inputs(3)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(st.sets(st.sampled_from(["x", "low", "layers", "a", "b", "s"])), st.booleans(), st.integers(0, 2))
 def test_whatever_requires_grad_gets_it(wanted: set[str], apart: bool, unused: int) -> None:
     """Of the function itself: every subset of inputs, and outputs that take no part in the loss."""
