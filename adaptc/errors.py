@@ -59,15 +59,17 @@ class AdaptcWarning(UserWarning):
 
 
 def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
-    """The candidates a user most likely meant by ``name``: by last components first, then by spelling."""
+    """The candidates a user most likely meant by ``name``: by spelling, of all of it, or of as many of a candidate's
+    last components, or of the last one."""
     pool = list(dict.fromkeys(candidates))
-    tail = name.rsplit(".", 1)[-1]
-    tails: dict[str, list[str]] = {}
-    for c in pool:
-        tails.setdefault(c.rsplit(".", 1)[-1], []).append(c)
     close = difflib.get_close_matches(name, pool, n=n, cutoff=0.75)
-    for t in difflib.get_close_matches(tail, list(tails), n=n, cutoff=0.5):
-        close.extend(tails[t][:1] if "." in name else [t])
+    for parts, cutoff in ((name.count(".") + 1, 0.75), (1, 0.5)):
+        ends: dict[str, str] = {}
+        for c in pool:
+            ends.setdefault(".".join(c.split(".")[-parts:]), c)
+        wanted = ".".join(name.split(".")[-parts:])
+        found = difflib.get_close_matches(wanted, list(ends), n=n, cutoff=cutoff)
+        close.extend(ends[f] if "." in name else f for f in found)
     return list(dict.fromkeys(close))[:n]
 
 

@@ -49,6 +49,7 @@ def unbound(spec: BindingSpec, config: AdapterConfig, keys: list[str], source: s
     shown = "; ".join(f"{k!r} (nearest: {', '.join(nearest(k, known, 2)) or 'none'})" for k in keys[:3])
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
     why = _other_code(spec, config, keys)
+    why = why or _other_method(spec, config, keys)
     why = why or f"The program was compiled without the sites {sorted({_site_of(k) for k in keys})[:3]}"
     return SwapError(
         f"{source}: {len(keys)} of its tensors have no slot in the program: {shown}{more}. {why}; to have them, "
@@ -64,6 +65,15 @@ def _other_code(spec: BindingSpec, config: AdapterConfig, keys: list[str]) -> st
             names = [n for n in own if own[n] != here.get(n)]
             at, has = (", ".join(f"{n}={d.get(n)!r}" for n in names) for d in (here, own))
             return f"The code at {a.key!r} was compiled for {at}, and the adapter has {has}"
+    return ""
+
+
+def _other_method(spec: BindingSpec, config: AdapterConfig, keys: list[str]) -> str:
+    """Where the program has an adapter of another method, if that is why."""
+    sites = {_site_of(k) for k in keys}
+    for a in spec.attachments:
+        if a.key in sites:
+            return f"At {a.key!r} the program has the method {a.method.name!r}, and the adapter is {config.peft_type}"
     return ""
 
 
