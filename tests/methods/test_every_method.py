@@ -41,6 +41,7 @@ def test_reports_and_verification(entry, tmp_path):
     assert verified.ok, str(verified)
 
 
+@pytest.mark.few(14)
 @pytest.mark.parametrize("entry", [e.name for e in ENTRIES])
 def test_a_subset_of_the_sites(entry, tmp_path):
     """A program for two layers takes an adapter of one of them: the other computes the base."""
