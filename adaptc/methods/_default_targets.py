@@ -1,6 +1,6 @@
 """Fields a config may leave to the type of the model, where the graph does not answer: names per architecture.
 
-Most methods adapt the query and value projections, and those are found in the graph (``passes.find_attention``),
+Most methods adapt the query and value projections, and those are found in the graph (``passes.analysis.attention``),
 whatever the architecture calls them: such methods need no names here. The tables hold where PEFT 0.21.2 means something
 else, since an adapter made there with defaults must come out the same here. They are facts about architectures, keyed
 by ``config.model_type`` of transformers.
@@ -119,8 +119,3 @@ def defaults(peft_type: str, model_type: str | None, modules: Iterable[str] = ()
     if "target_modules" in out and not out["target_modules"]:
         del out["target_modules"]
     return out
-
-
-def default_feedforward(model_type: str | None, modules: Iterable[str] = ()) -> list[str] | None:
-    """IA3's default ``feedforward_modules``, or None for a type that has none."""
-    return defaults("IA3", model_type, modules).get("feedforward_modules")

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError, nearest
+from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError
 from adaptc.peft_files import mapped as _mapped
 from adaptc.peft_files import safe_io as _safefile
 from adaptc.peft_files.format import (
@@ -50,7 +50,6 @@ __all__ = [
     "file_key",
     "read_adapter",
     "read_config",
-    "split_config",
     "write_adapter",
 ]
 
@@ -226,26 +225,3 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
             return False
         sums.setdefault((t.device, t.dtype), []).append(t.sum())
     return all(bool(torch.stack(s).isfinite().all()) for s in sums.values())
-
-
-def split_config(config: Mapping[str, Any], known_fields: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``config`` in two: the fields a config class knows, and the rest, which is named in one AdaptcWarning.
-
-    PEFT's rule: unknown fields come from a newer release and are dropped, on the assumption that their defaults mean
-    what there was before. The warning shows their values so that the assumption can be checked.
-    """
-    known = {k: v for k, v in config.items() if k in known_fields}
-    unknown = {k: v for k, v in config.items() if k not in known_fields}
-    if unknown:
-        each = []
-        for k, v in sorted(unknown.items()):
-            close = nearest(k, known_fields, 1)
-            each.append(f"{k}={v!r}" + (f" (close to {close[0]!r})" if close else ""))
-        warnings.warn(
-            f"{config.get('peft_type', 'adapter')} config: ignoring unknown fields {', '.join(each)}. They probably "
-            f"come from a newer release (peft_version {config.get('peft_version')}); if they change the method, "
-            f"the outputs will differ.",
-            AdaptcWarning,
-            stacklevel=2,
-        )
-    return known, unknown

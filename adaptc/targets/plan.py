@@ -2,7 +2,7 @@
 
 Before: a program and the facts capture knows about the model. After: a :class:`Plan` in which every entry the user
 wrote has bound to at least one site, or a TargetError that names what exists instead. The rules on names are in
-``rules``; here they meet the sites of the graph.
+``name_rules``; here they meet the sites of the graph.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ so a model type that nobody has listed in a table is served too.
 
 Before: a valid ``ExportedProgram``, in the training dialect or decomposed. After: nothing is changed.
 
-One forward sweep (see ``_attention_flow``) tells what is near each node. Two rules then decide:
+One forward sweep (see ``attention_flow``) tells what is near each node. Two rules then decide:
 - an op that declares arguments called query, key and value is attention (SDPA and its fused kernels);
 - so is a softmax over a product of two activations whose result enters another product. A router or a classifier takes
   its softmax over a projection, or multiplies nothing with it, so it never qualifies.

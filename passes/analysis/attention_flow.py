@@ -1,4 +1,4 @@
-"""What is near each node of a program, for ``find_attention``: projections, candidate scores, attention weights.
+"""What is near each node of a program, for ``attention``: projections, candidate scores, attention weights.
 
 One sweep in graph order carries, for every node,
 - the nearest *projections* behind it: products of an activation with a parameter, and convolutions;

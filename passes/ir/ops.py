@@ -175,10 +175,6 @@ class Op:
         """A vector of size (in,) shaped to broadcast over this op's input ``x``."""
         return self.along_out(v, x)
 
-    def matrix_size(self) -> tuple[int, int]:
-        """(rows, columns) of the weight as one matrix, grouped convolutions taken as dense."""
-        return self.out_features, self.in_features * prod(self.kernel)
-
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """(rows, columns) of the canonical weight as it is: kernels, and the inputs of one group, in the columns."""

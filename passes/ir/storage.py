@@ -20,8 +20,3 @@ def storage_key(t: Tensor) -> Any:
 def memory_of(t: Tensor) -> int:
     """Where the memory begins that a tensor, and every view of it, lies in."""
     return t.untyped_storage().data_ptr()
-
-
-def is_on(t: Tensor, device_type: str) -> bool:
-    """Whether a tensor lies on a device of this type."""
-    return t.device.type == device_type

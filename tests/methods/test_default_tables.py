@@ -13,7 +13,7 @@ from peft.utils import constants
 
 import adaptc
 from adaptc.errors import ConfigError, TargetError
-from adaptc.methods._default_targets import OTHER_MEANING, TABLES, default_feedforward, defaults
+from adaptc.methods._default_targets import OTHER_MEANING, TABLES, defaults
 from adaptc.methods._registry import CONFIGS, config_class
 from adaptc.peft_files.directory import read_config
 from tests.support.families import FAMILIES
@@ -70,10 +70,10 @@ def test_names_a_variant_lacks_are_left_out():
     paths = ["encoder.block.0.layer.0.SelfAttention.q", "encoder.block.0.layer.1.DenseReluDense.wi_0", "x.kwi"]
     assert defaults("ADALORA", "t5", paths) == {"target_modules": ["q"]}
     assert defaults("ADALORA", "t5", ["nothing"]) == {}
-    assert default_feedforward("llama", ["model.layers.0.mlp.down_proj"]) == ["down_proj"]
-    assert default_feedforward("mt5") == []
-    assert default_feedforward("smollm3") is None
-    assert default_feedforward(None) is None
+    assert defaults("IA3", "llama", ["model.layers.0.mlp.down_proj"]).get("feedforward_modules") == ["down_proj"]
+    assert defaults("IA3", "mt5").get("feedforward_modules") == []
+    assert defaults("IA3", "smollm3").get("feedforward_modules") is None
+    assert defaults("IA3", None).get("feedforward_modules") is None
 
 
 #: what a method's config needs beside its defaults to be planned for a family

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError
-from adaptc.peft_files.directory import bare_key, file_key, read_adapter, read_config, split_config, write_adapter
+from adaptc.peft_files.directory import bare_key, file_key, read_adapter, read_config, write_adapter
 from tests.support.adapter_files import BIN, CONFIG, LORA, SAFE, same, some_tensors, tree
 from tests.support.cover import examples
 
@@ -244,13 +244,3 @@ def test_runtime_config_is_dropped(tmp_path: Path) -> None:
     (tmp_path / CONFIG).write_text(json.dumps(LORA | {"runtime_config": {"ephemeral_gpu_offload": True}}))
     with pytest.warns(AdaptcWarning, match="runtime_config"):
         assert read_config(tmp_path) == LORA
-
-
-def test_unknown_fields_are_named() -> None:
-    config = LORA | {"lora_alhpa": 4, "zeta": [1]}
-    with pytest.warns(AdaptcWarning, match=r"LORA.*lora_alhpa=4 \(close to 'lora_alpha'\), zeta=\[1\]\."):
-        known, unknown = split_config(config, {"peft_type", "r", "target_modules", "lora_alpha"})
-    assert (known, unknown) == (LORA, {"lora_alhpa": 4, "zeta": [1]})
-    with pytest.warns(UserWarning, match=r"\['lora_alhpa', 'zeta'\]"):
-        assert peft.PeftConfig.from_peft_type(**config).r == known["r"]
-    assert split_config(LORA, set(LORA)) == (LORA, {})
