@@ -122,7 +122,7 @@ class WaveFT(Spectrum):
 
     def slots(self, op: Op) -> dict[str, Slot]:
         slots = super().slots(op)
-        if self.taps:  # for each of two phases, what both bands put into it
+        if self.taps:  # of even and odd entries of the result: the taps on coefficients of low and of high frequency
             slots[FILTERS] = Slot((2, 2, self.taps), trainable=False, saved=False)
         return slots
 
@@ -151,9 +151,9 @@ class WaveFT(Spectrum):
         if not self.taps:
             return super().derived(op, W, dtype, found)
         at, columns = self.drawn(op), op.matrix_shape[1]
-        height, width = self._bands(op)
-        # A matrix with room around it is cut into four quarters. PEFT takes the upper right one for what its filters
-        # call horizontal, which is high along the columns: so the band along one axis is the half along the other.
+        height, width = self._half(op)
+        # The coefficients are four quarters: low and high frequencies along the rows, times low and high along the
+        # columns. PEFT lays them out with the upper right and the lower left one exchanged.
         row, column = (i + self.taps - 1 for i in (at // columns, at % columns))
         low, right = row >= height, column >= width
         at = right * height + row % height
@@ -166,8 +166,8 @@ class WaveFT(Spectrum):
         w = wavelet(self.family)
         return w.rec_lo, w.rec_hi
 
-    def _bands(self, op: Op) -> tuple[int, int]:
-        """How many coefficients each band has along the rows and the columns."""
+    def _half(self, op: Op) -> tuple[int, int]:
+        """Rows and columns of one quarter of the coefficients, with room for the filters at the edges."""
         rows, columns = op.matrix_shape
         return (rows + 1) // 2 + self.taps - 1, (columns + 1) // 2 + self.taps - 1
 
@@ -177,13 +177,13 @@ class WaveFT(Spectrum):
         rows, columns = op.matrix_shape
         if not self.taps:
             return cast(W + op.unmatrix(scattered((rows, columns), slots[self.places], values)), W.dtype)
-        height, width = self._bands(op)
+        height, width = self._half(op)
         change = scattered((2 * height, 2 * width), slots[self.places], values)
         for _ in range(2):  # along the columns, then along the rows
             change = _synthesised(change, cast(slots[FILTERS], wide)).t()
         return cast(W + op.unmatrix(change[:rows, :columns]), W.dtype)
 
 
-def _synthesised(bands: Tensor, filters: Tensor) -> Tensor:
-    """Both bands of each row, one after the other, to what they are bands of: every other entry comes of one phase."""
-    return F.conv1d(bands.unflatten(1, (2, -1)), filters).transpose(1, 2).flatten(1)
+def _synthesised(rows: Tensor, filters: Tensor) -> Tensor:
+    """Each row of coefficients, those of low frequencies before those of high ones, as the row that it stands for."""
+    return F.conv1d(rows.unflatten(1, (2, -1)), filters).transpose(1, 2).flatten(1)

@@ -116,8 +116,8 @@ class AdaptedProgram(ProgramCore):
 
     @property
     def passes(self) -> dict[str, Trail]:
-        """The passes it went through, with how much each changed: "program" for its graph, and for each kind of code
-        that calls have made so far those which that code went through."""
+        """The passes it went through, with how much each changed: "program" for its graph, and those of
+        each variant of it that calls have made so far."""
         executor = self.running[0]
         return {
             "program": tuple((n, c) for n, c in self.adaptation.trail),

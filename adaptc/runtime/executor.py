@@ -33,7 +33,7 @@ from adaptc.runtime.gpu_variants import GpuVariants, runs_on_gpu
 from adaptc.runtime.held_values import Held, Prefix
 from adaptc.runtime.inductor import compile_lifted, with_room
 from adaptc.runtime.options import RunOptions
-from adaptc.runtime.variants import PLAIN, Fusion, GraphVariants, LiftedCode, sizes_of
+from adaptc.runtime.variants import PLAIN, Fusion, GraphVariants, LiftedGraph, sizes_of
 from adaptc.runtime.weight_buffers import pack, packable
 
 
@@ -95,7 +95,7 @@ class Executor:
         base = {index[n] for n, t in tensors.items() if storage_key(t) not in mutated}
         fuse, kernels = self.options.fuse, self.options.kernels
         names = tensors if isinstance(fuse, bool) else fuse
-        source = LiftedCode(
+        source = LiftedGraph(
             self.module,
             self.names,
             base,
@@ -113,7 +113,7 @@ class Executor:
 
     @property
     def trails(self) -> dict[str, Trail]:
-        """The passes that the code of calls went through, by kind of code."""
+        """The passes that the code of calls went through, by variant."""
         return self.variants.trails
 
     @property
@@ -130,7 +130,7 @@ class Executor:
             return made
 
     def prefix(self, values: Sequence[Any], own: Collection[str], kind: str) -> Prefix:
-        """What one kind of code takes for ``values`` of the lifted inputs, of which those called ``own`` are of a base
+        """What one variant takes for ``values`` of the lifted inputs, of which those called ``own`` are of a base
         that only this binding has."""
         variant, names = self.variants.get(kind), self.names
         at = {n: i for i, n in enumerate(names)}
@@ -144,7 +144,7 @@ class Executor:
                 packed.append(torch.cat([values[i].detach() for i in members]))
                 differ.add(len(names) + len(packed) - 1)
         values = [*values, *packed]
-        moving = any(values[i].requires_grad for i in variant.code.slot_inputs)
+        moving = any(values[i].requires_grad for i in variant.split.slot_inputs)
         values = self.detached(values)
         lay: Callable[[list[Any]], list[Any]] = list
         if self.compiles:
@@ -152,8 +152,8 @@ class Executor:
             lay = partial(
                 with_room, names=everything, attachments=self.attachments, ops=self.ops, training=self._training
             )
-        shared = variant.shared if differ.isdisjoint(variant.code.base_inputs) else None
-        return Prefix(variant.code, values, lay, moving, shared)
+        shared = variant.shared if differ.isdisjoint(variant.split.base_inputs) else None
+        return Prefix(variant.split, values, lay, moving, shared)
 
     def detached(self, values: Sequence[Any]) -> list[Any]:
         if self.differentiable:
@@ -185,13 +185,13 @@ class Executor:
                 variant = self.variants.get(self.fixed_kind)
                 targets: dict[str, str | None] = {p.name: None for p in variant.packs}
                 targets.update(zip(self.names, self.lifted_names, strict=True))
-                code = variant.code
-                self._compiled = compile_lifted(code.module, code, targets, self.attachments, self.ops)
+                split = variant.split
+                self._compiled = compile_lifted(split.module, split, targets, self.attachments, self.ops)
             return self._compiled
 
 
 class Arguments:
-    """What one binding gives to each code of a program, made when that code is first called with it."""
+    """What one binding gives to each variant of a program, made when that variant is first called with it."""
 
     def __init__(self, executor: Executor, binding: Binding) -> None:
         # Weak: the executor knows it too, and what gives up a base must not wait for a garbage collection.
@@ -210,7 +210,7 @@ class Arguments:
         return self._executor()
 
     def get(self, kind: str) -> Prefix:
-        """The prefix for one kind of code."""
+        """The prefix for one variant."""
         found = self.prefixes.get(kind)
         if found is None:
             with self._lock:
@@ -231,5 +231,5 @@ class Arguments:
 
     @property
     def held(self) -> Held:
-        """What is computed once for the binding, for all codes it was called with."""
+        """What is computed once for the binding, for all variants it was called with."""
         return sum((p.held for p in self.prefixes.values()), Held())

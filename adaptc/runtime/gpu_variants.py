@@ -1,4 +1,4 @@
-"""The codes of a program on a GPU: its adapters as fused kernels.
+"""The variants of a program's graph on a GPU: its adapters as fused kernels.
 
     plain    every region whose method has kernels          for few rows, and where adapter tensors are trained
     apart    and siblings in one product and one kernel     for many rows
@@ -25,7 +25,7 @@ from adaptc.passes.ir.pass_infra import GraphPass
 from adaptc.passes.lower.lower_regions import Lowered, LowerGraph
 from adaptc.passes.lower.lower_siblings import LowerSiblings
 from adaptc.passes.optimize.sibling_cost import at_most, most_rows
-from adaptc.runtime.variants import APART, PLAIN, Fusion, GraphVariants, LiftedCode
+from adaptc.runtime.variants import APART, PLAIN, Fusion, GraphVariants, LiftedGraph
 
 
 def runs_on_gpu(tensors: Iterable[Any]) -> bool:
@@ -57,7 +57,7 @@ class GpuVariants(GraphVariants):
 
     def __init__(
         self,
-        source: LiftedCode,
+        source: LiftedGraph,
         attachments: Sequence[Attachment],
         ops: Mapping[str, Op],
         placeholders: Mapping[Any, str],

@@ -94,7 +94,7 @@ class Stage:
         return _Made(out, watched, tuple(versions[i] for i in watch), sum(memory.values()))
 
 
-class Code:
+class SplitGraph:
     """A program's graph with what its frozen inputs allow taken out.
 
     ``names``: the placeholders of lifted inputs, in order. ``base`` and ``slots``: those that are frozen, for all
@@ -183,7 +183,7 @@ class Prefix:
 
     def __init__(
         self,
-        code: Code,
+        code: SplitGraph,
         originals: Sequence[Any],
         lay: Callable[[list[Any]], list[Any]],
         moving: bool,

@@ -31,7 +31,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from adaptc.errors import BackendError
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.ops import Op
-from adaptc.runtime.held_values import Code
+from adaptc.runtime.held_values import SplitGraph
 from adaptc.runtime.rank_padding import Padding, paddings
 
 HINT = 16
@@ -71,7 +71,7 @@ def with_room(
 
 def compile_lifted(
     module: fx.GraphModule,
-    code: Code,
+    code: SplitGraph,
     targets: Mapping[str, str | None],
     attachments: Sequence[Attachment],
     ops: Mapping[str, Op],
@@ -163,7 +163,7 @@ class _Symbols:
             shape, stride = ([self._convert(s) for s in sizes] for sizes in (old.shape, old.stride()))
             return torch.empty_strided(shape, stride, dtype=old.dtype, device=old.device)
 
-    def inputs(self, code: Code, lifted: Sequence[Any]) -> list[Any]:
+    def inputs(self, code: SplitGraph, lifted: Sequence[Any]) -> list[Any]:
         """Fakes of the main graph's inputs: what hoisting makes of the lifted ones has sizes made of theirs."""
         # Ops in a prologue run on real sizes, so what they ask about a rank here says nothing about other ranks.
         with self.mode, self.env.suppress_guards(), enable_python_dispatcher(), torch.no_grad():

@@ -1,14 +1,14 @@
-"""Which code the calls of a program run through: its graph cleaned, its siblings fused, its frozen work taken out.
+"""Which form of its graph the calls of a program run: cleaned, with siblings fused, with frozen work taken out.
 
-A program has one graph and up to three codes made of it, each on first use, all equal up to rounding:
+A program has one graph. Up to three variants are made of it, each when it is first used, all equal up to rounding:
 
     plain     canonicalize, hoist                           where adapter tensors are trained, or nothing can be fused
     stacked   and one product per group of siblings         for few rows: the fewest operators
     apart     and adapters of siblings each on their own    for many rows: the fewest operations
 
 Which of the last two costs less is a symbolic expression in the program's own sizes, evaluated for the sizes of each
-call. Code for a compiler is plain; so is all code where the limit on hoisted memory leaves no room for what fusing
-stacks.
+call. A compiler gets the plain one; so does everybody where the limit on hoisted memory leaves no room for what
+fusing stacks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from adaptc.passes.optimize.fold_scales import FoldScales
 from adaptc.passes.optimize.fuse_siblings import FuseSiblings, Group, Pack
 from adaptc.passes.optimize.hoist import stages_of
 from adaptc.passes.optimize.sibling_cost import stacked_is_cheaper
-from adaptc.runtime.held_values import Code, Shared
+from adaptc.runtime.held_values import Shared, SplitGraph
 
 PLAIN, STACKED, APART = "plain", "stacked", "apart"
 
@@ -66,7 +66,7 @@ class Fusion:
 
 
 @dataclass(frozen=True, eq=False)
-class LiftedCode:
+class LiftedGraph:
     """A lifted graph that is about to be called, and what is frozen of its inputs.
 
     ``names``: its lifted placeholders, in order; ``base`` and ``slots``: those of them that are frozen, for all
@@ -98,10 +98,10 @@ class LiftedCode:
 
 @dataclass(frozen=True, eq=False)
 class GraphVariant:
-    """A code, the inputs that packing adds to it, its callable, what it shares between bindings, and the passes it went
-    through."""
+    """A graph and what was hoisted out of it, the inputs that packing adds, the callable, what it shares between
+    bindings, and the passes it went through."""
 
-    code: Code
+    split: SplitGraph
     packs: tuple[Pack, ...]
     call: Callable[..., Any]
     shared: Shared | None
@@ -111,7 +111,7 @@ class GraphVariant:
 class GraphVariants:
     """The variants of one lifted graph, each made when it is first asked for."""
 
-    def __init__(self, source: LiftedCode) -> None:
+    def __init__(self, source: LiftedGraph) -> None:
         self.source = source
         self.fuses = source.fuse and self.may_fuse(source.compiled)
         values = (n.meta.get("val") for n in source.module.graph.find_nodes(op="placeholder"))
@@ -126,7 +126,7 @@ class GraphVariants:
         return not compiled
 
     def get(self, kind: str) -> GraphVariant:
-        """The code of a kind, made now if it was not."""
+        """The variant of a kind, made now if it was not."""
         found = self._variants.get(kind)
         if found is None:
             with self._lock:
@@ -136,7 +136,7 @@ class GraphVariants:
         return found
 
     def kind(self, sizes: Mapping[str, int]) -> str:
-        """The kind of code that costs least in a call with these sizes."""
+        """The variant that costs least in a call with these sizes."""
         if not self.fuses:
             return PLAIN
         return STACKED if self._stacked(sizes) else APART
@@ -193,19 +193,19 @@ class GraphVariants:
         if self.source.limit is not None:
             stages = stages_of(done.output, [{*self.source.base, *(p.name for p in packs)}, self.source.slots])
             new = {n.name for n in stages if n.op == "call_function" and n.name not in before}
-            if new & {n.name for n in made.code.main.graph.nodes}:
+            if new & {n.name for n in made.split.main.graph.nodes}:
                 return self.get(PLAIN)
         return made
 
     def _variant(self, graph: fx.Graph, packs: tuple[Pack, ...], trail: Trail) -> GraphVariant:
         s, names = self.source, [p.name for p in packs]
         module = fx.GraphModule(s.module, graph)
-        code = Code(module, [*s.names, *names], {*s.base, *names}, s.slots, s.limit, s.compiled)
-        call, trail = code.main, (*self.cleaned.trail, *trail, *code.trail)
+        split = SplitGraph(module, [*s.names, *names], {*s.base, *names}, s.slots, s.limit, s.compiled)
+        call, trail = split.main, (*self.cleaned.trail, *trail, *split.trail)
         if not s.compiled:
-            bound = BindCalls()(copy_graph(code.main.graph))
-            call, trail = fx.GraphModule(code.main, bound.output), (*trail, *bound.trail)
-        return GraphVariant(code, packs, call, Shared(code.stages[0]) if code.stages else None, trail)
+            bound = BindCalls()(copy_graph(split.main.graph))
+            call, trail = fx.GraphModule(split.main, bound.output), (*trail, *bound.trail)
+        return GraphVariant(split, packs, call, Shared(split.stages[0]) if split.stages else None, trail)
 
 
 def sizes_of(flat: Sequence[Any], where: Mapping[str, tuple[int, int]]) -> dict[str, int]:

@@ -111,7 +111,7 @@ def signature_of(fakes: Sequence[Tensor | None]) -> tuple[Any, ...]:
 
 
 def difference(one: fx.Graph, other: fx.Graph) -> tuple[str, str] | None:
-    """What two regions do where they first differ, as text; None for regions that are one code. Sizes of values are
+    """What two regions do where they first differ, as text; None for regions that are equal. Sizes of values are
     not compared: they are what may differ."""
     number: dict[fx.Node, int] = {}
     for a, b in zip_longest(one.nodes, other.nodes):

@@ -59,7 +59,7 @@ def state(rank: int, dora: bool, seed: int = 3) -> dict[str, Tensor]:
 
 def ops(program: adaptc.AdaptedProgram, kind: str) -> list[str]:
     """The kernels in one kind of code."""
-    names = [str(n.target) for n in program.executor().variants.get(kind).code.main.graph.nodes]
+    names = [str(n.target) for n in program.executor().variants.get(kind).split.main.graph.nodes]
     return [n.split(".")[1] for n in names if n.startswith("adaptc.")]
 
 

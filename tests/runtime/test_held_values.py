@@ -139,7 +139,7 @@ def test_the_prologue_runs_once_for_an_adapter_and_once_for_the_base(monkeypatch
     program = compiled()
     bound = program.bind(adapter(2, 1))
     assert runs == []
-    base, slots = program.executor().variants.get(PLAIN).code.stages
+    base, slots = program.executor().variants.get(PLAIN).split.stages
     answers: list[Tensor] = []
     threads = [threading.Thread(target=lambda: answers.append(bound(IDS))) for _ in range(6)]
     for t in threads:
