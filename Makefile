@@ -72,7 +72,7 @@ tree:
 
 # Another torch has other warnings: shown, not errors.
 gpu-test: tree
-	$(GPU_ENV) $(GPU_PYTHON) -m pytest -n $(GPU_WORKERS) -W default -o pythonpath= $(PYTEST_ARGS) tests/gpu
+	$(GPU_ENV) $(GPU_PYTHON) -m pytest --full -n $(GPU_WORKERS) -W default -o pythonpath= $(PYTEST_ARGS) tests/gpu
 
 gpu-bench: tree
 	$(GPU_ENV) $(GPU_PYTHON) -m tests.gpu $(GPU_ARGS)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptc.methods import AdapterConfig
+from adaptc.passes.adapt.move import usable
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.method import Method
 from adaptc.passes.ir.ops import Op
@@ -41,8 +42,9 @@ class Binding:
         return cls({}, {}, AdapterConfig())
 
     def to(self, device: torch.device | str) -> Binding:
-        """The same values on a device; a tensor that several names share stays one."""
-        device = torch.device(device)
+        """The same values on a device; a tensor that several names share stays one. Raises BackendError where there is
+        no such device."""
+        device = usable(device)
         moved: dict[int, Tensor] = {}
 
         def move(t: Tensor) -> Tensor:

@@ -66,6 +66,12 @@ class PackagedProgram:
         self.recipes = Recipes(self.adaptation.attachments, self.ops)
         self.current = self._first_binding() if m.sites else None
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise AdaptcError(
+            f"a package that is loaded can be neither copied nor pickled: load {self.path} once more, with "
+            "adaptc.load_package"
+        )
+
     def _load(self) -> Any:
         from torch._inductor import aoti_load_package
 

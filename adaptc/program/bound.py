@@ -13,13 +13,14 @@ rounding W' once is not what the program does.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adaptc.binding.binding import Binding
-from adaptc.errors import ConfigError
+from adaptc.errors import AdaptcError, ConfigError
 from adaptc.passes.ir.costs import at_sizes, example_sizes, node_work
 from adaptc.passes.ir.regions import node_tag
 from adaptc.passes.ir.storage import storage_key
@@ -61,6 +62,18 @@ class Bound:
         call."""
         own = Held(len(self._weights), sum(t.nbytes for t in self._weights))
         return own + self._arguments.held
+
+    def __copy__(self) -> Bound:
+        return Bound(self.program, self.binding, self.form)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Bound:
+        return Bound(copy.deepcopy(self.program, memo), copy.deepcopy(self.binding, memo), self.form)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise AdaptcError(
+            "what is bound to a program cannot be pickled: write the program with adaptc.save and the adapter with "
+            "adaptc.save_adapter, and bind it again where they are read"
+        )
 
     def __repr__(self) -> str:
         memory = f", {size(self.held.nbytes)} of weights" if self._weights else ""

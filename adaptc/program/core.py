@@ -24,7 +24,7 @@ from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.recipes import Recipes
 from adaptc.errors import AdaptcError, BackendError
 from adaptc.passes.adapt.choose_forms import compilable
-from adaptc.passes.adapt.move import Move
+from adaptc.passes.adapt.move import Move, usable
 from adaptc.passes.adapt.respecialize import Respecialize
 from adaptc.passes.ir.lifted import Lifted, copy_graph
 from adaptc.passes.ir.ops import Op
@@ -398,15 +398,6 @@ class ProgramCore(ExportedProgram):
     @state_dict.setter
     def state_dict(self, value: Mapping[str, Any]) -> None:
         raise AttributeError("use adaptc.swap to change adapter tensors; base tensors are fixed")
-
-
-def usable(device: torch.device | str) -> torch.device:
-    """A device with its number, where it has one. Raises BackendError where it cannot be used."""
-    try:
-        return torch.empty(0, device=device).device
-    except Exception as error:  # torch has several
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BackendError(f"device {str(device)!r} cannot be used here: {first}") from error
 
 
 def _mapped(t: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:

@@ -24,6 +24,7 @@ from adaptc.errors import BackendError, CheckpointError
 from adaptc.methods import method_of
 from adaptc.passes.adapt.choose_forms import compilable
 from adaptc.passes.adapt.inject import Inject
+from adaptc.passes.adapt.move import usable
 from adaptc.passes.adapt.unload import Unload
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.lifted import Lifted
@@ -31,7 +32,6 @@ from adaptc.passes.ir.pass_infra import PassManager
 from adaptc.passes.ir.regions import attachments, header, site_op
 from adaptc.program.adaptation import Adaptation, check_format
 from adaptc.program.adapted import AdaptedProgram
-from adaptc.program.core import usable
 from adaptc.runtime.gpu_variants import register_kernels
 from adaptc.runtime.options import RunOptions
 

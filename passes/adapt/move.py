@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
+from adaptc.errors import BackendError
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.pass_infra import Pass, PassResult
 from adaptc.passes.ir.storage import storage_key
@@ -41,3 +42,12 @@ class Move(Pass):
     def _moved(self, t: Tensor) -> Tensor:
         new = t.detach().to(self.device)
         return nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
+
+
+def usable(device: torch.device | str) -> torch.device:
+    """A device with its number, where it has one. Raises BackendError where it cannot be used."""
+    try:
+        return torch.empty(0, device=device).device
+    except Exception as error:  # torch has several
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BackendError(f"device {str(device)!r} cannot be used here: {first}") from error

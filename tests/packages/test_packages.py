@@ -6,7 +6,9 @@ first; none relies on what another test left.
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,7 @@ import torch
 from torch import nn
 
 import adaptc
-from adaptc import BackendError, CheckpointError, ConfigError, SwapError
+from adaptc import AdaptcError, BackendError, CheckpointError, ConfigError, SwapError
 from tests.support.packaged_nets import NET_CONFIG, Net, Packaged, adapter, net_inputs
 
 aten = torch.ops.aten
@@ -129,6 +131,12 @@ def test_the_runner_copies_what_it_is_given(net: Packaged) -> None:
     for t in tensors.values():
         t.fill_(float("nan"))
     net.same()
+
+
+def test_a_loaded_package_is_neither_copied_nor_pickled(net: Packaged) -> None:
+    for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(AdaptcError, match=r"load .*\.pt2 once more, with adaptc\.load_package"):
+            attempt(net.runner)
 
 
 def test_inputs_in_another_memory_layout(net: Packaged) -> None:

@@ -178,6 +178,23 @@ def test_pickle_says_what_to_do_instead(program: adaptc.AdaptedProgram, how: str
     assert same(program(IDS), expected)
 
 
+@pytest.mark.parametrize("form", ["apply", "weight"])
+def test_what_is_bound_is_copied_and_not_pickled(program: adaptc.AdaptedProgram, form: str) -> None:
+    bound = program.bind(program.binding, form=form)
+    expected = bound(IDS)
+    twin, shared = copy.deepcopy(bound), copy.copy(bound)
+    assert (twin.form, shared.form) == (form, form)
+    assert same(twin(IDS), expected)
+    with torch.no_grad():
+        twin.program.state_dict["q.weight"].add_(1.0)
+        for t in twin.binding.values.values():
+            t.mul_(2.0)
+    assert same(bound(IDS), expected)
+    assert same(shared(IDS), expected)
+    with pytest.raises(AdaptcError, match=r"cannot be pickled: .*adaptc\.save_adapter"):
+        pickle.dumps(bound)
+
+
 # -- devices -----------------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +237,8 @@ def test_what_is_bound_stays_where_it_was(program: adaptc.AdaptedProgram) -> Non
             use(program.binding)
     adaptc.swap(there, program.binding.to("meta"))
     assert devices(there) == {"meta"}
+    with pytest.raises(BackendError, match="device 'nowhere' cannot be used here"):
+        program.binding.to("nowhere")
 
 
 def test_load_to_a_device(program: adaptc.AdaptedProgram, tmp_path: Path) -> None:
