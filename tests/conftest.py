@@ -39,12 +39,23 @@ settings.register_profile("quick", parent=settings.get_profile("full"), max_exam
 settings.register_profile("thorough", parent=settings.get_profile("full"), max_examples=EXAMPLES * 15)
 
 
+#: tells pytest in processes that tests start
+FULL = "ADAPTC_FULL_TESTS"
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="every combination of parameters, and the slow lanes")
+    parser.addoption(
+        "--full",
+        action="store_true",
+        default=os.environ.get(FULL) == "1",
+        help="every combination of parameters, and the slow lanes",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    default = "full" if config.getoption("--full") else "quick"
+    default = "quick"
+    if config.getoption("--full"):
+        default, os.environ[FULL] = "full", "1"
     settings.load_profile(os.environ.setdefault("HYPOTHESIS_PROFILE", default))
 
 

@@ -38,7 +38,16 @@ def check_promises(method: Method, op: Op, half: bool = True, values: bool = Tru
     half precision, ``values=False`` what cannot be told without tensors."""
     code = [p for p in PROMISES_OF_CODE if half or p is not code_keeps_dtypes]
     for promise in (*code, *(PROMISES_OF_VALUES if values else ())):
-        promise(method, op)
+        try:
+            promise(method, op)
+        except AdaptcError:
+            raise
+        except Exception as error:  # what the method's own code raises
+            what = promise.__name__.replace("_", " ")
+            raise MethodError(
+                f"{_name(method)} failed where it was tried whether {what}, at {_site(op)}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
 
 def code_has_right_sizes(method: Method, op: Op) -> None:
@@ -74,7 +83,14 @@ def first_values_fit(method: Method, op: Op) -> None:
     with torch.random.fork_rng(devices=[]):
         W = _weight(op)
         before = W.clone()
-        _check_slots(method, op, "init", slots, _initial(method, op, W).slots)
+        first = _initial(method, op, W).slots
+        _check_slots(method, op, "init", slots, first)
+        wrong = {n: t.dtype for n, t in first.items() if t.dtype != (slots[n].dtype or W.dtype)}
+        if wrong:
+            raise MethodError(
+                f"{_name(method)}.init() was asked for values of {W.dtype} and gave {wrong}: pass its dtype on to what "
+                "makes them"
+            )
         # The runtime needs identity values of one size only, whatever the rank.
         _check_slots(method, op, "identity", slots, method.identity(op, W, W.dtype), any_size=True)
         if not torch.equal(W, before):

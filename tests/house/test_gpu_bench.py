@@ -168,7 +168,7 @@ def test_the_tests_for_a_gpu_hold_of_the_references() -> None:
     files = [f"tests/gpu/test_{name}.py" for name in ("lora", "grouped", "dora_merge")]
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     env |= {"ADAPTC_GPU_TESTS_ON": "cpu", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "pytest", "-q", "--full", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout
     assert re.search(r"\d{3} passed", done.stdout)

@@ -157,6 +157,18 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"init": lambda self, op, W, dtype, generator=None: Initial({"B": torch.ones(3, 3)})},
         r"init\(\) must give the slots \['plain_A', 'plain_B'\], got \['B'\]",
     ),
+    "a dtype of its own": (
+        {
+            "init": lambda self, op, W, dtype, generator=None: Initial(
+                {n: torch.ones(s.shape) for n, s in self.slots(op).items()}
+            )
+        },
+        r"init\(\) was asked for values of torch.float64 and gave .*'plain_A': torch.float32",
+    ),
+    "an exception with values": (
+        {"init": lambda self, op, W, dtype, generator=None: [][0]},
+        r"Wrong failed where it was tried whether first values fit, at a linear .*IndexError: list index out of range",
+    ),
     "a weight that is written to": (
         {"init": lambda self, op, W, *rest: (W.add_(1), Plain.init(self, op, W, *rest))[1]},
         r"init\(\) changed the weight it was given",
