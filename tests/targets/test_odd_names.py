@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -36,6 +36,8 @@ class Chain(nn.Module):
         return x
 
 
+@example("a@1", ["b@2", "b"])
+@example("L['self']", ["x@y", "0"])
 @settings(max_examples=examples(12))
 @given(NAMES, st.lists(NAMES, min_size=1, max_size=3, unique=True))
 def test_program_and_module_have_the_same_sites(outer: str, names: list[str]) -> None:
