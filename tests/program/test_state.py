@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import adaptc
-from adaptc import AdaptcError, BackendError, ConfigError, LoraConfig, SwapError
+from adaptc import AdaptcError, BackendError, CheckpointError, ConfigError, LoraConfig, SwapError
 from adaptc.passes.ir.storage import storage_key
 from adaptc.program.core import ProgramCore
 from adaptc.runtime.options import RunOptions
@@ -279,3 +279,17 @@ def test_who_looks_while_another_thread_follows_a_swap_sees_all_of_it(
         threading.Timer(0.2, go_on.set).start()
         assert second.result(20)["q.lora_A.default.weight"].shape == (11, 6)
         assert first.result(20)["q.lora_A.default.weight"].shape == (11, 6)
+
+
+# -- files of other versions -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [None, 1, 3, "2"])
+def test_a_file_of_another_format_is_refused_by_its_number(
+    program: adaptc.AdaptedProgram, number: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as other:
+        other.setattr("adaptc.program.adaptation.FORMAT", number)
+        path = adaptc.save(program, tmp_path / "other.pt2")
+    with pytest.raises(CheckpointError, match=f"its format is {number!r}, and this one reads 2.*Save the"):
+        adaptc.load(path)
