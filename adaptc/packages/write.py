@@ -28,6 +28,7 @@ from adaptc.packages.manifest import Input, Manifest, Room, Site
 from adaptc.packages.run import PackagedProgram
 from adaptc.passes.adapt.respecialize import Respecialize
 from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.method import Slot
 from adaptc.passes.train.set_mode import SetMode
@@ -47,6 +48,7 @@ OPTIONS: Mapping[str, Any] = {
 }
 
 
+@exclusive
 def package_program(program: AdaptedProgram, path: Path, *, max_rank: int | None = None) -> Path:
     """Compile ``program``, with its current adapter, into the file ``path`` (``.pt2``); returns ``path``.
 
@@ -59,6 +61,7 @@ def package_program(program: AdaptedProgram, path: Path, *, max_rank: int | None
     """
     if not isinstance(program, AdaptedProgram):
         raise ConfigError(f"package takes what adaptc.compile or adaptc.load gives, not a {type(program).__name__}")
+    program = program.snapshot()
     if path.suffix != ".pt2" or not path.parent.is_dir():
         raise CheckpointError(f"cannot package to {path}: the name must end in .pt2 and its directory must exist")
     if max_rank is not None and (not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < 1):

@@ -10,9 +10,11 @@ import types
 from typing import Any
 
 from torch import fx
+from torch.export import ExportedProgram
 
 from adaptc.binding.source import as_binding
 from adaptc.errors import AdaptcError
+from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.passes.ir.pass_infra import Trail
 from adaptc.passes.train.fuse_training import fuse_training
 from adaptc.passes.train.set_mode import set_mode
@@ -44,7 +46,8 @@ class AdaptedProgram(ProgramCore):
         Equal to the unadapted model up to rounding, since siblings share a product here too; ``adaptc.unload`` gives
         the one that is equal to the bit. Raises MergeError as ``adaptc.unload`` does.
         """
-        return self.remembered_base(lambda: unloaded(self).with_options(fuse=self.fuse))
+        fuse = self.fuse
+        return self.remembered_base(lambda: unloaded(self).with_options(fuse=fuse))
 
     # -- options -------------------------------------------------------------------------------------------------------
 
@@ -105,20 +108,20 @@ class AdaptedProgram(ProgramCore):
     @property
     def held(self) -> Held:
         """What is computed once for the current binding; nothing before its first call."""
-        arguments = self.running[1]
+        arguments = self.running.arguments
         return Held() if arguments is None else arguments.held
 
     @property
     def fusion(self) -> Fusion:
         """Which layers that read one tensor share a product; nothing before the first call."""
-        executor = self.running[0]
+        executor = self.running.executor
         return Fusion() if executor is None else executor.fusion
 
     @property
     def passes(self) -> dict[str, Trail]:
         """The passes it went through, with how much each changed: "program" for its graph, and those of
         each variant of it that calls have made so far."""
-        executor = self.running[0]
+        executor = self.running.executor
         return {
             "program": tuple((n, c) for n, c in self.adaptation.trail),
             **({} if executor is None else executor.trails),
@@ -133,15 +136,17 @@ class AdaptedProgram(ProgramCore):
         there is something to train and :attr:`fuse` is on, layers with LoRA, gated activations and the cross entropy of
         a head run as one step each, with backwards of their own: equal gradients, of first order alone.
         """
-        module = super().module(check_guards=check_guards)
-        values = {} if self.current is None else self.current.values
-        trainable = {id(t) for t in values.values() if t.requires_grad}
-        for p in module.parameters():
-            p.requires_grad_(id(p) in trainable)
-        if trainable and self.fuse:
-            fuse_training(module)
-        _allow_modes(module, self.adaptation.training)
-        return module
+        with GRAPHS:
+            still = self.snapshot()
+            module = ExportedProgram.module(still, check_guards=check_guards)
+            values = {} if still.current is None else still.current.values
+            trainable = {id(t) for t in values.values() if t.requires_grad}
+            for p in module.parameters():
+                p.requires_grad_(id(p) in trainable)
+            if trainable and still.fuse:
+                fuse_training(module)
+            _allow_modes(module, self.adaptation.training)
+            return module
 
 
 def _allow_modes(module: fx.GraphModule, captured_for_training: bool) -> None:

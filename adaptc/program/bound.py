@@ -22,6 +22,7 @@ from torch import Tensor
 from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.passes.ir.costs import at_sizes, example_sizes, node_work
+from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.regions import node_tag
 from adaptc.passes.ir.storage import storage_key
 from adaptc.passes.optimize.sibling_cost import DISPATCH
@@ -47,8 +48,8 @@ class Bound:
         self._weights: tuple[Tensor, ...] = ()
         if self.form == "weight":
             runs, self._weights = own_weights(program, binding)
-            self._executor = runs.executor()
-            self._arguments = runs.arguments()
+            now = runs.ready()
+            self._executor, self._arguments = now.executor, now.arguments
         else:
             self._executor = program.executor()
             self._arguments = self._executor.arguments(binding)
@@ -80,6 +81,7 @@ class Bound:
         return f"Bound({self.binding.source!r}, {len(self.binding.methods)} sites, {self.form} form{memory})"
 
 
+@exclusive
 def own_weights(program: ProgramCore, binding: Binding) -> tuple[ProgramCore, tuple[Tensor, ...]]:
     """The base's program on the weights that ``binding`` makes, and those weights; all others are shared."""
     made, _ = merged(program.with_binding(binding))
@@ -112,9 +114,11 @@ def choose(program: ProgramCore, binding: Binding, form: str, limit: int | None)
     return "weight", f"the adapter would cost {share:.1%} of the adapted layers' own work in every call"
 
 
+@exclusive
 @torch.no_grad()
 def overhead(program: ProgramCore) -> float:
     """The work of a program's regions over that of the layers they stand at, for one call at the example sizes."""
+    program = program.snapshot()
     graph, sizes = program.graph, example_sizes(program)
     layers = {name for a in program.adaptation.attachments for name in a.consumers}
     regions, base = [], []

@@ -25,6 +25,7 @@ from adaptc.methods import AdapterConfig, ModelFacts, TargetedConfig, check_regi
 from adaptc.passes.adapt.choose_forms import FORMS
 from adaptc.passes.adapt.inject import Inject
 from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.method import Method
 from adaptc.passes.ir.method_checks import check_promises
@@ -58,6 +59,7 @@ class Planned:
     spec: BindingSpec
 
 
+@exclusive
 def planned(
     model: Any,
     config: Any,
@@ -95,6 +97,7 @@ def planned(
     return Planned(captured, adapters, plans, spec)
 
 
+@exclusive
 def compiled(
     model: Any, config: Any, options: RunOptions, *, generator: torch.Generator | None = None, **planning: Any
 ) -> AdaptedProgram:

@@ -6,6 +6,10 @@
 It *is* a ``torch.export.ExportedProgram``: everything that takes one takes it. A swap only replaces the binding; the
 state dict and the graph's fake values follow when somebody looks at them. There is one constructor, and copies by
 ``with_binding`` and ``with_options`` share code and base until one of them changes.
+
+Any thread may do anything at any time. What a call reads is one value, :class:`Running`, and what the exported program
+shows is another, :class:`Exported`; both are made aside, frozen, and put in place by one assignment, so whatever is
+interrupted has changed nothing. Who needs more than one look takes a ``snapshot()`` first, which nobody else swaps.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from adaptc.errors import AdaptcError, BackendError
 from adaptc.passes.adapt.choose_forms import compilable
 from adaptc.passes.adapt.move import Move, usable
 from adaptc.passes.adapt.respecialize import Respecialize
+from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.passes.ir.lifted import Lifted, copy_graph
 from adaptc.passes.ir.ops import Op
 from adaptc.passes.ir.regions import set_header, site_op
@@ -43,24 +48,37 @@ class Origin:
     binding: Binding
 
 
-@dataclass(eq=False)
-class RunState:
-    """What a program remembers while it runs. ``stale``: state dict and graph do not follow the binding yet.
-    ``owns_graph``: no other program shares the graph. ``traces``, ``merged``: what was traced and merged before.
-    ``base``: the program without adapters, once somebody asked for it."""
+@dataclass(frozen=True, eq=False)
+class Running:
+    """What a call reads: the binding, how the program runs, and, once they were made, the code for both and the base's
+    program."""
 
-    stale: bool = True
-    owns_graph: bool = False
+    binding: Binding | None
+    options: RunOptions
     executor: Executor | None = None
     arguments: Arguments | None = None
     base: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Exported:
+    """What an exported program shows, graph and tensors, and the binding they are those of; None at first."""
+
+    module: fx.GraphModule
+    tensors: dict[str, Any]
+    binding: Binding | None = None
+
+
+@dataclass(eq=False)
+class RunState:
+    """What a program remembers while it runs. ``traces``, ``merged``: what was traced and merged before. The lock is
+    for assignments that follow from what was there; it is never held for long."""
+
+    now: Running
+    exported: Exported
     traces: dict[Any, fx.Graph] = field(default_factory=dict)
     merged: dict[Any, Any] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)
-
-    def forget_code(self) -> None:
-        """Calls that follow make their code anew."""
-        self.executor = self.arguments = self.base = None
 
 
 class ProgramCore(ExportedProgram):
@@ -76,30 +94,34 @@ class ProgramCore(ExportedProgram):
         originals: Mapping[str, Tensor] | None = None,
         origin: Origin | None = None,
     ) -> None:
-        shared = isinstance(program, ProgramCore)
+        # Without adapters a program computes what its graph says, to the bit.
+        options = RunOptions(fuse=bool(adaptation.attachments)) if options is None else options
         # torch's constructor would compile the graph's code and validate it once more, a tenth of a second for a small
         # language model, and there is no other public way from one program object to another.
         vars(self).update(vars(program))
-        self._state_dict: dict[str, Any] = dict(self._state_dict)
-        self._adaptation, self._binding = adaptation, binding
-        # Without adapters a program computes what its graph says, to the bit.
-        self._options = RunOptions(fuse=bool(adaptation.attachments)) if options is None else options
-        self._originals, self._origin = dict(originals or {}), origin
+        self._adaptation, self._origin = adaptation, origin
         #: whether a merge took its base tensors away
-        self.given_up = shared and program.given_up
+        self.given_up = False
         #: the report of the merge that made it
         self.merge_report: Any = None
-        self._run = RunState(stale=not (shared and program.follows(binding)), owns_graph=not shared)
-        if shared:
-            program.share_graph()
-        if shared and program.adaptation is adaptation:
-            self._ops, self._recipes = program.ops, program.recipes
-            self._run.merged, self._run.traces = program.memos()
+        now = Running(binding, options)
+        if isinstance(program, ProgramCore) and program.adaptation is adaptation:
+            same, known = program.running, program.memory
+            if same.options == options:
+                now = same if same.binding is binding else replace(now, executor=same.executor)
+            self._run = RunState(now, known.exported, known.traces, known.merged)
+            self._ops, self._recipes, self._base = program.ops, program.recipes, program.bare_state()
+            self.given_up = program.given_up
         else:
+            state = dict(program.state_dict)
+            self._run = RunState(now, Exported(program.graph_module, state))
             lifted = Lifted(program, edit=False)
             self._ops = {a.id: site_op(lifted, a) for a in adaptation.attachments}
             self._recipes = Recipes(adaptation.attachments, self._ops)
-        self._check_forms(self._options)
+            slots = self._recipes.needed
+            self._base = {k: t for k, t in state.items() if k not in slots} | dict(originals or {})
+        self._show(self._run.exported)
+        self._check_forms(options)
 
     # -- what it is ----------------------------------------------------------------------------------------------------
 
@@ -115,24 +137,26 @@ class ProgramCore(ExportedProgram):
     @property
     def current(self) -> Binding | None:
         """The current binding; None where the program has no adapters."""
-        return self._binding
+        return self._run.now.binding
 
     @property
     def binding(self) -> Binding:
         """The current binding. Raises AdaptcError where the program has no adapters."""
-        if self._binding is None:
+        binding = self._run.now.binding
+        if binding is None:
             raise AdaptcError("the program has no adapter; it was merged or unloaded")
-        return self._binding
+        return binding
 
     @property
     def options(self) -> RunOptions:
         """How it runs."""
-        return self._options
+        return self._run.now.options
 
     @property
     def originals(self) -> Mapping[str, Tensor]:
-        """Base parameters that the current adapter, or one before it, has its own version of, as they were."""
-        return self._originals
+        """Base parameters of which the state dict has the current adapter's own version, as they were."""
+        state = self.state_dict
+        return {k: t for k, t in self.bare_state().items() if k in state and state[k] is not t}
 
     @property
     def origin(self) -> Origin | None:
@@ -156,27 +180,35 @@ class ProgramCore(ExportedProgram):
 
     def with_binding(self, binding: Binding | None) -> Self:
         """A program of its own with another current binding; code and base are shared until one of them changes."""
-        return self._sharing(binding, self._options)
+        return self._sharing(binding, self.options)
 
     def with_options(self, **changes: Any) -> Self:
         """The same with other options (see :class:`RunOptions`)."""
-        return self._sharing(self._binding, replace(self._options, **changes))
+        now = self._run.now
+        return self._sharing(now.binding, replace(now.options, **changes))
+
+    def snapshot(self) -> Self:
+        """The same as it is now, for whoever looks at it more than once: no other thread swaps or sets this one."""
+        now = self._run.now
+        return self._sharing(now.binding, now.options)
 
     def with_tensors(self, tensors: Mapping[str, Any]) -> Self:
         """The same on other tensors of the same shapes, all those of its state dict; for programs without adapters."""
-        new = self._sharing(None, self._options)
+        new = self._sharing(None, self.options)
         new.replace_tensors(tensors)
         return new
 
     def replace_tensors(self, tensors: Mapping[str, Any]) -> None:
         """Its state dict, as a whole: before it runs for the first time."""
-        self._state_dict = dict(tensors)
+        run = self._run
+        self._base = dict(tensors)
+        run.now = Running(None, run.now.options)
+        self._show(Exported(run.exported.module, self._base))
 
     def _sharing(self, binding: Binding | None, options: RunOptions) -> Self:
-        with self._run.lock:
-            new = type(self)(self, self._adaptation, binding, options, self._originals, self._origin)
-            new.merge_report = self.merge_report
-            return new
+        new = type(self)(self, self._adaptation, binding, options, origin=self._origin)
+        new.merge_report = self.merge_report
+        return new
 
     def to(self, device: torch.device | str) -> Self:
         """A program on that device, its current adapter included; this one, and what is bound to it, stay.
@@ -187,37 +219,43 @@ class ProgramCore(ExportedProgram):
         target = usable(device)
         if target == self.device:
             return self
-        moved = Move(target)(self).program
-        return self._like(moved, lambda t: t.to(target), lambda b: b.to(target))
+        with GRAPHS:
+            still = self.snapshot()
+            moved = Move(target)(still).program
+            return still.like(moved, lambda t: t.to(target), lambda b: b.to(target))
 
-    def _like(
+    def like(
         self,
         program: ExportedProgram,
         tensor: Callable[[Tensor], Tensor],
         binding: Callable[[Binding], Binding],
         origin: Origin | None = None,
     ) -> Self:
-        own = None if self._binding is None else binding(self._binding)
-        originals = {k: _mapped(t, tensor) for k, t in self._originals.items()}
+        """One of ``program``, which has copies of this one's tensors: ``tensor`` and ``binding`` copy the rest."""
+        now = self._run.now
+        own = None if now.binding is None else binding(now.binding)
+        originals = {k: _mapped(t, tensor) for k, t in self.originals.items()}
         origin = self._origin if origin is None else origin
-        new = type(self)(program, self._adaptation, own, self._options, originals, origin)
+        new = type(self)(program, self._adaptation, own, now.options, originals, origin)
         new.merge_report = self.merge_report
         return new
 
     def __copy__(self) -> Self:
-        return self.with_binding(self._binding)
+        return self.snapshot()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        lifted = Lifted(self)
-        for tensors in (lifted.state_dict, lifted.constants):
-            clones: dict[Any, Any] = {}
-            for name, t in tensors.items():
-                if isinstance(t, Tensor):
-                    key = storage_key(t)
-                    clones[key] = tensors[name] = clones.get(key, memo.get(id(t), _mapped(t, Tensor.clone)))
-                    memo[id(t)] = clones[key]
-        origin = copy.deepcopy(self._origin, memo)
-        return self._like(lifted.finish(), Tensor.clone, lambda b: copy.deepcopy(b, memo), origin)
+        with GRAPHS:
+            still = self.snapshot()
+            lifted = Lifted(still)
+            for tensors in (lifted.state_dict, lifted.constants):
+                clones: dict[Any, Any] = {}
+                for name, t in tensors.items():
+                    if isinstance(t, Tensor):
+                        key = storage_key(t)
+                        clones[key] = tensors[name] = clones.get(key, memo.get(id(t), _mapped(t, Tensor.clone)))
+                        memo[id(t)] = clones[key]
+            origin = copy.deepcopy(self._origin, memo)
+            return still.like(lifted.finish(), Tensor.clone, lambda b: copy.deepcopy(b, memo), origin)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise AdaptcError(
@@ -229,54 +267,62 @@ class ProgramCore(ExportedProgram):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the current binding; same output type as the captured model. Safe while other threads swap."""
-        executor, arguments = self.executor(), self._run.arguments
-        if arguments is None or arguments.executor is not executor:
-            arguments = self.arguments()
-        return executor(arguments, args, kwargs)
+        now = self._run.now
+        if now.arguments is None:
+            now = self.ready()
+        return now.executor(now.arguments, args, kwargs)  # type: ignore[misc]
+
+    @property
+    def running(self) -> Running:
+        """What calls read, with their code as far as they have made it."""
+        return self._run.now
 
     def executor(self) -> Executor:
         """The code of calls, made on first use."""
-        self._check_whole()
-        made = self._run.executor
-        if made is None:
-            with self._run.lock:
-                made = self._run.executor
-                if made is None:
-                    a = self._adaptation
-                    self._refresh()
-                    made = self._run.executor = Executor(
-                        self, a.attachments, self._ops, self._options, a.fills, a.training, self._originals
-                    )
+        made = self.ready().executor
+        assert made is not None
         return made
 
-    def arguments(self) -> Arguments:
-        """What the current binding gives to that code."""
-        with self._run.lock:
-            executor, arguments = self.executor(), self._run.arguments
-            if arguments is None or arguments.executor is not executor:
-                arguments = self._run.arguments = executor.arguments(self._binding or Binding.none())
-            return arguments
+    def ready(self) -> Running:
+        """What calls read, with their code, which is made now if it was not. Raises AdaptcError for a program that a
+        merge took the base from."""
+        run = self._run
+        while True:
+            self._check_whole()
+            now = run.now
+            executor = now.executor or self._code(now.options)
+            with run.lock:
+                if run.now.options is now.options:
+                    arguments = executor.arguments(run.now.binding or Binding.none())
+                    run.now = replace(run.now, executor=executor, arguments=arguments)
+                    return run.now
 
-    @property
-    def running(self) -> tuple[Executor | None, Arguments | None]:
-        """The code of calls and what the current binding gives to it, as far as calls have made them."""
-        return self._run.executor, self._run.arguments
+    def _code(self, options: RunOptions) -> Executor:
+        with GRAPHS:
+            now = self._run.now
+            if now.executor is not None and now.options is options:  # another thread was first
+                return now.executor
+            self._check_whole()
+            a, still = self._adaptation, self._sharing(now.binding, options)
+            return Executor(still, a.attachments, self._ops, options, a.fills, a.training, self.bare_state())
 
     def install(self, binding: Binding) -> None:
         """Make ``binding`` the current one; the caller has checked that it fits."""
         run = self._run
         with run.lock:
-            arguments = None if run.executor is None else run.executor.arguments(binding)
-            self._binding, run.arguments, run.stale = binding, arguments, True
+            self._check_whole()
+            now = run.now
+            arguments = None if now.executor is None else now.executor.arguments(binding)
+            run.now = replace(now, binding=binding, arguments=arguments)
 
     def set_options(self, **changes: Any) -> None:
         """Change how it runs. Raises as :class:`RunOptions` does, and has then changed nothing."""
-        options = replace(self._options, **changes)
-        if options != self._options:
-            self._check_forms(options)
-            with self._run.lock:
-                self._options = options
-                self._run.forget_code()
+        options = replace(self.options, **changes)
+        self._check_forms(options)
+        with self._run.lock:
+            now = self._run.now
+            if options != now.options:
+                self._run.now = Running(now.binding, options)
 
     def _check_forms(self, options: RunOptions) -> None:
         for a in self._adaptation.attachments:
@@ -289,66 +335,64 @@ class ProgramCore(ExportedProgram):
 
     # -- the exported program follows ----------------------------------------------------------------------------------
 
-    def follows(self, binding: Binding | None) -> bool:
-        """Whether graph and state dict are those of ``binding`` already."""
-        return self._binding is binding and not self._run.stale
-
-    def share_graph(self) -> None:
-        """Another program uses the graph from now on: whoever has to change it copies it first."""
-        self._run.owns_graph = False
-
-    def memos(self) -> tuple[dict[Any, Any], dict[Any, fx.Graph]]:
-        """What was merged and traced before, which programs that share the graph share, too."""
-        return self._run.merged, self._run.traces
+    @property
+    def memory(self) -> RunState:
+        """What programs that share the graph share, too."""
+        return self._run
 
     def remembered_base(self, make: Callable[[], Any]) -> Any:
         """The program without adapters: the one made before, or one made now."""
-        with self._run.lock:
-            if self._run.base is None:
-                self._run.base = make()
-            return self._run.base
+        while (now := self._run.now).base is None:
+            with GRAPHS:
+                made = self._run.now.base or make()
+            with self._run.lock:
+                if self._run.now.options is now.options:
+                    self._run.now = replace(self._run.now, base=made)
+        return now.base
 
-    def _own_graph(self) -> fx.Graph:
-        if not self._run.owns_graph:
-            self._graph_module = fx.GraphModule(self._graph_module, copy_graph(self._graph_module.graph))
-            self._run.owns_graph = True
-        return self._graph_module.graph
-
-    def _refresh(self) -> None:
-        """Bring state dict and fake values in line with the current binding."""
+    def _exported(self) -> Exported:
+        """What there is to see of the current binding, made now if nobody has looked since it came."""
         run = self._run
-        if not run.stale:
-            return
-        with run.lock:
-            binding = self._binding
-            if binding is not None and run.stale:
-                self._follow(binding)
-            run.stale = False  # and not before: other threads do not wait for what is up to date
+        found, binding = run.exported, run.now.binding
+        if binding is None or found.binding is binding:
+            return found
+        with GRAPHS:
+            found, binding = run.exported, run.now.binding
+            if binding is not None and found.binding is not binding:
+                found = self._follow(found, binding)
+                self._show(found)
+            return found
 
-    def _follow(self, binding: Binding) -> None:
-        graph, state = self._own_graph(), self._state_dict
+    def _follow(self, old: Exported, binding: Binding) -> Exported:
+        a, graph = self._adaptation, copy_graph(old.module.graph)
         names = {s.target: s.arg.name for s in self._graph_signature.input_specs if s.target is not None}
-        a = self._adaptation
         Respecialize(a.attachments, self._ops, names, binding.values, self._run.traces)(graph)
         set_header(graph, a.header(binding))
-        state.update(binding.values)
-        for fqn, tensor in self._originals.items():
-            state[fqn] = tensor
-        for fqn, tensor in binding.base.items():
-            self._originals.setdefault(fqn, state[fqn])
-            state[fqn] = tensor
+        new = {**self.bare_state(), **binding.values, **binding.base}
+        return Exported(fx.GraphModule(old.module, graph), {k: new.get(k, t) for k, t in old.tensors.items()}, binding)
+
+    def _show(self, exported: Exported) -> None:
+        """As torch's own methods see it."""
+        self._run.exported = exported
+        self._graph_module, self._state_dict = exported.module, exported.tensors
 
     def release(self, fqn: str) -> None:
         """Give up a base tensor, and what an adapter made of it (a merge that does not keep the base)."""
-        self.given_up = True
-        self._state_dict.pop(fqn, None)
-        self._originals.pop(fqn, None)
-        if self._binding is not None and fqn in self._binding.base:
-            base = {k: v for k, v in self._binding.base.items() if k != fqn}
-            self._binding = replace(self._binding, base=base)
-        # What was remembered of merges at other sites holds base tensors too.
-        self._run.forget_code()
-        self._run.merged = {}
+        run = self._run
+        with run.lock:
+            self.given_up = True
+            binding = run.now.binding
+            if binding is not None and fqn in binding.base:
+                binding = replace(binding, base={k: v for k, v in binding.base.items() if k != fqn})
+            # What was remembered of merges at other sites holds base tensors too.
+            run.now, run.merged = Running(binding, run.now.options), {}
+            self._base = {k: t for k, t in self._base.items() if k != fqn}
+            shown = {k: t for k, t in run.exported.tensors.items() if k != fqn}
+            self._show(Exported(run.exported.module, shown, binding))
+
+    def held_still(self) -> Any:
+        """A context in which nobody swaps it, for a merge that gives up its base."""
+        return self._run.lock
 
     def _check_whole(self) -> None:
         if self.given_up:
@@ -361,11 +405,11 @@ class ProgramCore(ExportedProgram):
     def base_tensors(self) -> Mapping[str, Tensor]:
         """FQN -> base parameter as it was before any adapter changed it (PiSSA and OLoRA do)."""
         self._check_whole()
-        # Whether state and originals follow the current binding makes no difference: its slots are left out, and for
-        # what it changes of the base the originals count.
-        with self._run.lock:
-            slots = {} if self._binding is None else self._binding.values
-            return {k: v for k, v in {**self._state_dict, **self._originals}.items() if k not in slots}
+        return self._base
+
+    def bare_state(self) -> dict[str, Tensor]:
+        """The same of a program that may have given them up."""
+        return self._base
 
     def spec(self, trainable: bool = False) -> BindingSpec:
         """What a binding must fill."""
@@ -374,8 +418,7 @@ class ProgramCore(ExportedProgram):
 
     @property
     def graph_module(self) -> fx.GraphModule:
-        self._refresh()
-        return self._graph_module
+        return self._exported().module
 
     @graph_module.setter
     def graph_module(self, value: fx.GraphModule) -> None:
@@ -392,8 +435,7 @@ class ProgramCore(ExportedProgram):
     @property
     def state_dict(self) -> dict[str, Any]:
         self._check_whole()
-        self._refresh()
-        return self._state_dict
+        return self._exported().tensors
 
     @state_dict.setter
     def state_dict(self, value: Mapping[str, Any]) -> None:

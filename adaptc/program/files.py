@@ -27,6 +27,7 @@ from adaptc.passes.adapt.inject import Inject
 from adaptc.passes.adapt.move import usable
 from adaptc.passes.adapt.unload import Unload
 from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.pass_infra import PassManager
 from adaptc.passes.ir.regions import attachments, header, site_op
@@ -42,8 +43,10 @@ _OUTPUT_TYPE = re.compile(rb'\\"type\\": \\"(transformers\.(?:modeling_outputs|m
 _KERNEL = b'"torch.ops.adaptc.'
 
 
+@exclusive
 def save_program(program: ExportedProgram, path: Path) -> Path:
     """Raises CheckpointError when the file cannot be written; what was at ``path`` is then unchanged."""
+    program = program.snapshot() if isinstance(program, AdaptedProgram) else program
     if not path.parent.is_dir():
         raise CheckpointError(f"cannot save to {path}: the directory {path.parent} does not exist")
     try:
@@ -57,6 +60,7 @@ def save_program(program: ExportedProgram, path: Path) -> Path:
     return path
 
 
+@exclusive
 def load_program(path: Path, options: RunOptions, device: torch.device | str | None = None) -> AdaptedProgram:
     """Raises CheckpointError when the file is missing, damaged or not a program, BackendError when it holds kernels
     that cannot run here, or there is no such device. ``device``: where to, with all its tensors; None leaves them where
@@ -89,6 +93,7 @@ def _import_what_it_names(path: Path) -> None:
                     importlib.import_module(module.decode())
 
 
+@exclusive
 def from_program(
     program: ExportedProgram, options: RunOptions | None = None, source: str = "program"
 ) -> AdaptedProgram:

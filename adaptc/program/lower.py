@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from adaptc.errors import BackendError
+from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.lower.lower_regions import Lower
 from adaptc.program.core import ProgramCore
 from adaptc.runtime.gpu_variants import check_triton, runs_on_gpu
@@ -24,9 +25,11 @@ def lowered(program: P) -> P:
     return with_kernels(program)
 
 
+@exclusive
 def with_kernels(program: P) -> P:
     """``program`` with kernels in its graph, wherever it is."""
+    program = program.snapshot()
     a = program.adaptation
     done = Lower(a.attachments, program.ops)(program)
     adaptation = replace(a, trail=(*a.trail, *done.trail))
-    return type(program)(done.output, adaptation, program.binding, program.options, program.originals)
+    return type(program)(done.output, adaptation, program.current, program.options, program.originals)

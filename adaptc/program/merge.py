@@ -19,6 +19,7 @@ from torch import Tensor
 
 from adaptc.errors import MergeError
 from adaptc.passes.adapt.merge import Merge, SiteMerge
+from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.passes.ir.pass_infra import Pass, PassManager
 from adaptc.passes.train.set_mode import SetMode
 from adaptc.program.core import Origin, ProgramCore
@@ -60,17 +61,31 @@ def merged(
 ) -> tuple[P, Sequence[SiteMerge]]:
     """The merged program, and a row per weight for the report; see ``adaptc.merge``. ``progress`` wraps the sequence of
     weights. Raises MergeError, with ``program`` unchanged."""
+    with GRAPHS:
+        if keep_base:
+            binding = program.binding
+            still = program.with_binding(binding)
+            return _merged(still, Origin(program, binding), None, safe, progress)
+        with program.held_still():
+            return _merged(program, None, program.release, safe, progress)
+
+
+def _merged(
+    program: P,
+    origin: Origin | None,
+    release: Callable[[str], None] | None,
+    safe: bool,
+    progress: Callable[[Sequence[Any]], Any],
+) -> tuple[P, Sequence[SiteMerge]]:
     binding = program.binding
     present = [a for a in program.adaptation.attachments if a.id in binding.methods]
     rest = tuple(a.id for a in program.adaptation.attachments if a.id not in binding.methods)
-    release = None if keep_base else program.release
     fold = Merge(present, dict(binding.values), safe, release, progress, rest)
-    origin = Origin(program, binding) if keep_base else None
     del binding  # it may hold base tensors
     key = tuple(a.id for a in present)
-    plain = keep_base and not any(a.method.has_bias() for a in present)
+    plain = release is None and not any(a.method.has_bias() for a in present)
     shapes = {k: t.shape for k, t in program.base_tensors.items() if isinstance(t, Tensor)}
-    memo = program.memos()[0]
+    memo = program.memory.merged
     known: Remembered | None = memo.get(key) if plain else None
     if known is not None:
         weights, rows = fold.weights(program)

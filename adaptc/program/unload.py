@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from adaptc.errors import MergeError
 from adaptc.passes.adapt.unload import Unload
+from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.pass_infra import Pass, PassManager
 from adaptc.passes.train.set_mode import SetMode
 from adaptc.program.core import ProgramCore
@@ -14,8 +15,10 @@ from adaptc.program.core import ProgramCore
 P = TypeVar("P", bound=ProgramCore)
 
 
+@exclusive
 def unloaded(program: P) -> P:
     """See ``adaptc.unload``. Raises MergeError where the base is not known."""
+    program = program.snapshot()
     a = program.adaptation
     if a.residual:
         raise MergeError(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from adaptc.binding.binding import Binding
 from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.pass_infra import Trail
 from adaptc.passes.ir.storage import storage_key
 from adaptc.program.adapted import AdaptedProgram
@@ -64,7 +65,9 @@ class CoverageReport:
     passes: Mapping[str, Trail] = field(default_factory=dict, repr=False)
 
     @classmethod
+    @exclusive
     def of(cls, program: AdaptedProgram) -> CoverageReport:
+        program = program.snapshot()
         a = program.adaptation
         if not a.attachments:
             report = program.merge_report

@@ -22,6 +22,7 @@ from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.costs import example_sizes
+from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.ops import Op
 from adaptc.passes.ir.pass_infra import Trail
@@ -34,12 +35,12 @@ from adaptc.runtime.held_values import Held, Prefix
 from adaptc.runtime.inductor import compile_lifted, with_room
 from adaptc.runtime.options import RunOptions
 from adaptc.runtime.variants import PLAIN, Fusion, GraphVariants, LiftedGraph, sizes_of
-from adaptc.runtime.weight_buffers import pack, packable
+from adaptc.runtime.weight_buffers import begin_reading, end_reading, pack, packable, packed
 
 
 class Executor:
     """The callable code of a program. ``fills`` says how keyword inputs that were left out are made; ``training``: it
-    was captured for training; ``originals``: base tensors as they were before an adapter changed them."""
+    was captured for training; ``base``: base tensors as they were before an adapter changed them, by FQN."""
 
     def __init__(
         self,
@@ -49,7 +50,7 @@ class Executor:
         options: RunOptions,
         fills: Mapping[str, Sequence[str]] | None = None,
         training: bool = False,
-        originals: Mapping[str, Tensor] | None = None,
+        base: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.options, self.attachments, self.ops = options, attachments, ops
         self.fills = dict(fills or {})
@@ -62,8 +63,12 @@ class Executor:
         signature = program.graph_signature
         lifted = [s for s in signature.input_specs if s.kind != InputKind.USER_INPUT]
         self.lifted_names = [s.target for s in lifted]
-        # The state holds what the current adapter made of the base; other bindings start from the base itself.
-        self.base = {n: self.lifted.tensor(n) for n in self.lifted_names if n is not None} | dict(originals or {})
+        # The state holds what the current adapter made of the base; other bindings start from the base itself. Slots
+        # are no part of it: the code outlives the binding it was made with.
+        known = base or {}
+        slots = {f for a in attachments for f in a.tensor_names}
+        names = [n for n in self.lifted_names if n is not None and n not in slots]
+        self.base = {n: known[n] if n in known else self.lifted.tensor(n) for n in names}
         self.inputs = Inputs.of(program, self.fills)
         spec = program.call_spec.out_spec
         if spec is None:
@@ -77,7 +82,7 @@ class Executor:
         ]
         self._user_outs = [i for i, s in enumerate(outs) if s.kind == OutputKind.USER_OUTPUT]
         self.names = [s.arg.name for s in lifted]
-        self._compiling, self._binding = threading.Lock(), threading.Lock()
+        self._binding = threading.Lock()
         self._training = training
         self.variants = self._split()
         self._where = self.inputs.where()
@@ -91,7 +96,7 @@ class Executor:
         mutated = {storage_key(self.base[n]) for _, n in self._mutated if n is not None}
         index = dict(zip(self.lifted_names, self.names, strict=True))
         slots = {f for a in self.attachments for f in a.tensor_names}
-        tensors = {n: t for n, t in self.base.items() if n not in slots and isinstance(t, Tensor)}
+        tensors = {n: t for n, t in self.base.items() if isinstance(t, Tensor)}
         base = {index[n] for n, t in tensors.items() if storage_key(t) not in mutated}
         fuse, kernels = self.options.fuse, self.options.kernels
         names = tensors if isinstance(fuse, bool) else fuse
@@ -129,21 +134,38 @@ class Executor:
                 made = self._arguments[binding] = Arguments(self, binding)
             return made
 
-    def prefix(self, values: Sequence[Any], own: Collection[str], kind: str) -> Prefix:
+    def buffers(self, kind: str, own: Collection[str]) -> list[Tensor | None]:
+        """The buffers that one variant reads siblings from, which lie there from now on; None where some of them are
+        called ``own``: of a base that only one binding has."""
+        variant, names = self.variants.get(kind), dict(zip(self.names, self.lifted_names, strict=True))
+        out: list[Tensor | None] = []
+        for p in variant.packs:
+            members = [str(names[m]) for m in p.members]
+            if not set(own).isdisjoint(members):
+                out.append(None)
+                continue
+            tensors = [self.base[m] for m in members]
+            found = packed(tensors)
+            if found is None:
+                with GRAPHS:  # whoever else reads weights for long holds it
+                    found = pack(tensors)
+            out.append(found)
+        return out
+
+    def prefix(
+        self, values: Sequence[Any], own: Collection[str], kind: str, buffers: Sequence[Tensor | None]
+    ) -> Prefix:
         """What one variant takes for ``values`` of the lifted inputs, of which those called ``own`` are of a base
-        that only this binding has."""
+        that only this binding has; ``buffers`` as :meth:`buffers` gave them."""
         variant, names = self.variants.get(kind), self.names
         at = {n: i for i, n in enumerate(names)}
         differ = {i for i, n in enumerate(self.lifted_names) if n in own}
-        packed = []
-        for p in variant.packs:
-            members = [at[m] for m in p.members]
-            if differ.isdisjoint(members):
-                packed.append(pack([self.base[self.lifted_names[i]] for i in members]))  # type: ignore[index]
-            else:
-                packed.append(torch.cat([values[i].detach() for i in members]))
-                differ.add(len(names) + len(packed) - 1)
-        values = [*values, *packed]
+        values = list(values)
+        for p, buffer in zip(variant.packs, buffers, strict=True):
+            if buffer is None:
+                buffer = torch.cat([values[at[m]].detach() for m in p.members])
+                differ.add(len(values))
+            values.append(buffer)
         moving = any(values[i].requires_grad for i in variant.split.slot_inputs)
         values = self.detached(values)
         lay: Callable[[list[Any]], list[Any]] = list
@@ -163,13 +185,21 @@ class Executor:
 
     def __call__(self, arguments: Arguments, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         flat = self.inputs(args, kwargs)
+        outermost = begin_reading()
+        try:
+            return self._run(arguments, flat)
+        finally:
+            if outermost:
+                end_reading()
+
+    def _run(self, arguments: Arguments, flat: Sequence[Any]) -> Any:
         if self.compiles:
             code = self._compiled or self.compile()
             with torch.no_grad():
                 out = code(*arguments.get(self.fixed_kind).values(), *flat)
         elif any(map(torch.is_autocast_enabled, self.variants.devices)):
             # The caller has casts of its own on, which nothing was fused or held with.
-            out = self.module(*arguments.lifted, *flat)
+            out = self.module.forward(*arguments.lifted, *flat)
         else:
             kind = PLAIN if arguments.moving else self.variants.kind(sizes_of(flat, self._where))
             out = self.variants.get(kind).call(*arguments.get(kind).values(), *flat)
@@ -180,7 +210,7 @@ class Executor:
 
     def compile(self) -> Callable[..., Any]:
         """Compile now instead of at the first call."""
-        with self._compiling:
+        with GRAPHS:
             if self._compiled is None:
                 variant = self.variants.get(self.fixed_kind)
                 targets: dict[str, str | None] = {p.name: None for p in variant.packs}
@@ -213,10 +243,12 @@ class Arguments:
         """The prefix for one variant."""
         found = self.prefixes.get(kind)
         if found is None:
+            owner = self._owner()
+            buffers = owner.buffers(kind, self._own)  # which may have to wait, and so holds no lock
             with self._lock:
                 found = self.prefixes.get(kind)
                 if found is None:
-                    found = self.prefixes[kind] = self._owner().prefix(self._values, self._own, kind)
+                    found = self.prefixes[kind] = owner.prefix(self._values, self._own, kind, buffers)
         return found
 
     @property

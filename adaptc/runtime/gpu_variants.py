@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from adaptc.errors import BackendError
 from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.exclusive import exclusive_property
 from adaptc.passes.ir.ops import Op
 from adaptc.passes.ir.pass_infra import GraphPass
 from adaptc.passes.lower.lower_regions import Lowered, LowerGraph
@@ -81,13 +81,13 @@ class GpuVariants(GraphVariants):
     def kind(self, sizes: Mapping[str, int]) -> str:
         return PLAIN if not self.fuses or self._few(sizes) else APART
 
-    @cached_property
+    @exclusive_property
     def _few(self) -> Callable[[Mapping[str, int]], bool]:
         from adaptc.kernels import FEW_ROWS
 
         return at_most(most_rows(self.groups), FEW_ROWS) if self.groups else lambda sizes: True
 
-    @cached_property
+    @exclusive_property
     def fusion(self) -> Fusion:
         from adaptc.kernels import FEW_ROWS
 

@@ -78,7 +78,8 @@ class Stage:
 
     def run(self, values: Sequence[Any]) -> tuple[Any, ...]:
         with _plain():
-            return self.module(*(values[i] for i in self.inputs))
+            # Not the module itself: while any thread traces, torch.fx has what calls modules patched for all of them.
+            return self.module.forward(*(values[i] for i in self.inputs))
 
     def make(self, lifted: Sequence[Any], before: Sequence[Any], originals: Sequence[Any]) -> _Made:
         """Run, and note what to watch. ``originals``: what ``lifted`` was made from, where the two differ."""

@@ -13,7 +13,6 @@ fusing stacks.
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from adaptc.passes.ir.exclusive import GRAPHS, exclusive_property
 from adaptc.passes.ir.lifted import copy_graph
 from adaptc.passes.ir.modes import AUTOCAST_DEVICES
 from adaptc.passes.ir.pass_infra import GraphPass, PassManager, PassResult, Trail
@@ -118,7 +118,6 @@ class GraphVariants:
         #: types of devices whose autocast would change what the graph computes
         self.devices = tuple({v.device.type for v in values if isinstance(v, Tensor)} & set(AUTOCAST_DEVICES))
         self._variants: dict[str, GraphVariant] = {}
-        self._lock = threading.RLock()
 
     def may_fuse(self, compiled: bool) -> bool:
         """Not for a compiler on the CPU: it fuses additions into what reads them, and pieces of one product, which are
@@ -129,7 +128,7 @@ class GraphVariants:
         """The variant of a kind, made now if it was not."""
         found = self._variants.get(kind)
         if found is None:
-            with self._lock:
+            with GRAPHS:
                 found = self._variants.get(kind)
                 if found is None:
                     found = self._variants[kind] = self._make(kind)
@@ -146,7 +145,7 @@ class GraphVariants:
         """The passes that each variant went through, by kind, of those that were made."""
         return {kind: v.trail for kind, v in self._variants.items()}
 
-    @cached_property
+    @exclusive_property
     def fusion(self) -> Fusion:
         """For the report."""
         if not self.fuses:
@@ -156,7 +155,7 @@ class GraphVariants:
         layers = sum(len(g.members) for g in groups)
         return Fusion(len(groups), layers, sum(len(g.updates) for g in groups), rows)
 
-    @cached_property
+    @exclusive_property
     def _stacked(self) -> Callable[[Mapping[str, int]], bool]:
         return stacked_is_cheaper(self.groups)[0]
 
@@ -169,11 +168,11 @@ class GraphVariants:
         s = self.source
         return [FoldScales(s.stages), FuseSiblings(s.packable, s.stages, s.users, kind == STACKED)]
 
-    @cached_property
+    @exclusive_property
     def cleaned(self) -> PassResult[fx.Graph]:
         return PassManager(self.cleaning())(copy_graph(self.source.module.graph))
 
-    @cached_property
+    @exclusive_property
     def groups(self) -> list[Group]:
         """What can be fused, in a graph of its own."""
         *before, last = self.fusing(APART)
@@ -201,11 +200,12 @@ class GraphVariants:
         s, names = self.source, [p.name for p in packs]
         module = fx.GraphModule(s.module, graph)
         split = SplitGraph(module, [*s.names, *names], {*s.base, *names}, s.slots, s.limit, s.compiled)
-        call, trail = split.main, (*self.cleaned.trail, *trail, *split.trail)
+        run, trail = split.main, (*self.cleaned.trail, *trail, *split.trail)
         if not s.compiled:
             bound = BindCalls()(copy_graph(split.main.graph))
-            call, trail = fx.GraphModule(split.main, bound.output), (*trail, *bound.trail)
-        return GraphVariant(split, packs, call, Shared(split.stages[0]) if split.stages else None, trail)
+            run, trail = fx.GraphModule(split.main, bound.output), (*trail, *bound.trail)
+        # Not the module itself: while any thread traces, torch.fx has what calls modules patched for all of them.
+        return GraphVariant(split, packs, run.forward, Shared(split.stages[0]) if split.stages else None, trail)
 
 
 def sizes_of(flat: Sequence[Any], where: Mapping[str, tuple[int, int]]) -> dict[str, int]:

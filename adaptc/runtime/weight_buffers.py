@@ -6,14 +6,18 @@ programs made of it, so all that are known to share a tensor's memory follow (``
 on. Each tensor has a storage of its own over its part of the memory (DLPack makes it): writers of files look at
 storages, and would take a slice for the whole.
 
-A model must not run in another thread while its weights are packed: the memory that a running op reads is given up.
+What another thread reads must not go while it reads: a program's calls say when they begin and end, and memory that
+was given up stays until all calls that had begun by then have ended. A model that runs in another thread by itself says
+nothing; it must not run while a program of it is called for the first time.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
+from threading import get_ident
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +29,42 @@ _lock = threading.Lock()
 _aliases: dict[int, list[weakref.ref[Tensor]]] = {}
 #: where the memory of a buffer begins -> the buffer, while somebody holds it
 _buffers: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+
+
+class _Readers:
+    """``calls``: thread -> how many moves there had been when its call began. ``old``: (which move it was, the memory
+    given up by it), while somebody may read it."""
+
+    def __init__(self) -> None:
+        self.calls: dict[int, int] = {}
+        self.moves = 0
+        self.old: list[tuple[int, list[Tensor]]] = []
+
+
+_readers = _Readers()
+
+
+def begin_reading() -> bool:
+    """This thread reads weights until :func:`end_reading`; False where it does already."""
+    me = get_ident()
+    if me in _readers.calls:
+        return False
+    _readers.calls[me] = _readers.moves
+    return True
+
+
+def end_reading() -> None:
+    del _readers.calls[get_ident()]
+    if _readers.old:
+        with _lock:
+            _give_back()
+
+
+def _give_back() -> None:
+    """Drop memory that nobody can be reading: each call reads what lay there when it began, or later."""
+    me = get_ident()
+    first = min((n for thread, n in list(_readers.calls.items()) if thread != me), default=math.inf)
+    _readers.old = [(n, memory) for n, memory in _readers.old if n >= first]
 
 
 def alias(tensors: Iterable[Tensor]) -> None:
@@ -59,17 +99,29 @@ def pack(tensors: Sequence[Tensor]) -> Tensor:
         found = _packed(tensors)
         if found is not None:
             return found
+        old: list[Tensor] = []
         everyone = [_known(t) for t in tensors]
         buffer = torch.cat([t.detach() for t in tensors])
         start = 0
         for t, others in zip(tensors, everyone, strict=True):
             rows = t.shape[0]
             for o in others:
+                old.append(o.detach())
                 o.data = torch.from_dlpack(buffer[start : start + rows])
             _aliases.setdefault(_start(t), []).extend(map(weakref.ref, others))
             start += rows
         _buffers[_start(buffer)] = buffer
+        _readers.old.append((_readers.moves, old))
+        _readers.moves += 1
+        del old
+        _give_back()
         return buffer
+
+
+def packed(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The buffer they lie in already, if they do."""
+    with _lock:
+        return _packed(tensors)
 
 
 def _packed(tensors: Sequence[Tensor]) -> Tensor | None:

@@ -16,6 +16,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from adaptc.errors import AdaptcError, PassError
+from adaptc.passes.ir.exclusive import exclusive
 
 T = TypeVar("T")
 #: names of passes, and how much each changed
@@ -53,6 +54,7 @@ class PassBase(Generic[T]):
     def apply(self, subject: T) -> PassResult[T]:
         raise AssertionError(f"{type(self).__name__} must define apply()")
 
+    @exclusive
     def __call__(self, subject: T) -> PassResult[T]:
         known = self.before(subject)
         result = self.apply(subject)
@@ -127,6 +129,7 @@ class PassManager(Generic[T]):
     observe: Callable[[PassBase[T], PassResult[T]], None] | None = None
     results: list[PassResult[T]] = field(default_factory=list)
 
+    @exclusive
     def __call__(self, subject: T) -> PassResult[T]:
         self.results = []
         done: list[str] = []

@@ -16,11 +16,13 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from adaptc.errors import PassError
+from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.lifted import sizes_stay_free
 from adaptc.passes.ir.method import Method
 from adaptc.passes.ir.ops import Op, cast, operands
 
 
+@exclusive
 def trace(fn: Callable[..., Tensor], fakes: Sequence[Tensor]) -> fx.Graph:
     """``fn`` as a graph whose placeholders are ``fakes``, in the training dialect (composite ops kept)."""
     # Gradients are on so that the region records what training needs, whatever mode the caller is in.

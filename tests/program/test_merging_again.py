@@ -70,7 +70,7 @@ def test_the_graph_is_made_once(passes: list[Any], training: bool) -> None:
         same(merged, adaptc.merge(fresh))
         back = adaptc.unmerge(merged)
         assert torch.equal(back(X), program(X))
-    assert sum(p is program for p in passes) == 1
+    assert sum(p.adaptation is program.adaptation for p in passes) == 1
 
 
 def test_other_sites_are_another_graph(passes: list[Any]) -> None:
@@ -81,7 +81,7 @@ def test_other_sites_are_another_graph(passes: list[Any]) -> None:
             fresh = compiled()
             adaptc.swap(fresh, state(2, *sites))
             same(adaptc.merge(program), adaptc.merge(fresh))
-    assert sum(p is program for p in passes) == 3
+    assert sum(p.adaptation is program.adaptation for p in passes) == 3
 
 
 def test_each_result_is_a_program_of_its_own() -> None:

@@ -55,7 +55,7 @@ def test_every_weight_is_held_once() -> None:
     before = copy.deepcopy(model.state_dict())
     program = compiled(model)
     program(rows(2))
-    arguments = program.running[1]
+    arguments = program.running.arguments
     assert arguments is not None
     prefix = arguments.get("stacked")
     packed = [t for t in prefix.originals if t.ndim == 2 and t.shape == (20, 7)]
@@ -75,8 +75,8 @@ def test_every_weight_is_held_once() -> None:
 def test_the_buffer_is_given_up_with_the_base() -> None:
     program = compiled()
     expected = program(rows(2))
-    assert program.running[1] is not None
-    prefix = program.running[1].get("stacked")
+    assert program.running.arguments is not None
+    prefix = program.running.arguments.get("stacked")
     buffer = StorageWeakRef(next(t for t in prefix.originals if t.shape == (20, 7)).untyped_storage())
     del prefix
     gc.collect()  # what is left of capturing the model
@@ -228,7 +228,9 @@ class TestBase:
         assert all(own[k].data_ptr() == state[k].data_ptr() for k in own)
         assert set(own) == set(model.state_dict())
         # The weights are packed already: the base reads the same buffer.
-        lists = [p.running[1].get("stacked").originals for p in (program, base) if p.running[1] is not None]
+        lists = [
+            p.running.arguments.get("stacked").originals for p in (program, base) if p.running.arguments is not None
+        ]
         buffers = [{t.data_ptr() for t in tensors if t.shape == (20, 7)} for tensors in lists]
         assert buffers[0] == buffers[1]
         assert len(buffers[0]) == 1

@@ -75,8 +75,8 @@ def adapter(rank: int, seed: int) -> dict[str, Tensor]:
 
 def prefix_of(program: adaptc.AdaptedProgram) -> Prefix:
     """What the current binding gives to the one code that was called."""
-    assert program.running[1] is not None
-    (prefix,) = program.running[1].prefixes.values()
+    assert program.running.arguments is not None
+    (prefix,) = program.running.arguments.prefixes.values()
     return prefix
 
 
@@ -319,7 +319,7 @@ def test_the_limit_holds_and_changes_no_output() -> None:
 def test_a_call_never_mixes_code_and_values_of_two_limits() -> None:
     program = compiled()
     expected = program(IDS)
-    old = program.running[1]
+    old = program.running.arguments
     program.hoist_limit = 0
     program._run.arguments = old  # as a call in another thread may have left it
     assert torch.equal(program(IDS), expected)
