@@ -15,6 +15,7 @@ from torch import Tensor
 
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.file_keys import base_name, keys_of, second_name
+from adaptc.binding.fits import fingerprint
 from adaptc.binding.misfits import check_shapes, unbound
 from adaptc.errors import CheckpointError, ConfigError, SwapError, TargetError
 from adaptc.methods import AdapterConfig
@@ -243,7 +244,8 @@ class _Builder:
 
     def done(self, source: str) -> Binding:
         name = self.spec.attachments[0].adapter if self.spec.attachments else "default"
-        return Binding(self.values, self.methods, self.config, self.base, name, source, self.carried)
+        bases = {fqn: fingerprint(self.spec.weights[fqn]) for fqn in self.base}
+        return Binding(self.values, self.methods, self.config, self.base, name, source, self.carried, bases=bases)
 
 
 def file_tensors(spec: BindingSpec, binding: Binding) -> dict[str, Tensor]:

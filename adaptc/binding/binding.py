@@ -8,7 +8,7 @@ and a legal shape for every slot. It never writes to the program; the runtime pa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,8 @@ class Binding:
     """``values``: slot and scale FQN -> tensor. ``base``: base parameters this adapter replaces (PiSSA's residual).
     ``methods``: attachment id -> the method with this adapter's own options; only sites the adapter has are in it.
     ``carried``: by key, what its file holds beside slots: tensors the program does not read, changed base weights.
-    ``parts``: where several adapters act together, each by its name; their values are in ``values``."""
+    ``parts``: where several adapters act together, each by its name; their values are in ``values``.
+    ``bases``: of the base parameters in ``base``, what they were, as :func:`~adaptc.binding.fits.fingerprint` tells."""
 
     values: Mapping[str, Tensor]
     methods: Mapping[str, Method]
@@ -35,6 +36,7 @@ class Binding:
     source: str = ""
     carried: Mapping[str, Tensor] = field(default_factory=dict)
     parts: Mapping[str, Binding] = field(default_factory=dict)
+    bases: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def none(cls) -> Binding:
@@ -58,14 +60,11 @@ class Binding:
         def all_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: move(t) for name, t in tensors.items()}
 
-        parts = {
-            name: Binding(
-                all_of(p.values), p.methods, p.config, all_of(p.base), p.name, p.source, all_of(p.carried), p.parts
-            )
-            for name, p in self.parts.items()
-        }
-        values, base, carried = all_of(self.values), all_of(self.base), all_of(self.carried)
-        return Binding(values, self.methods, self.config, base, self.name, self.source, carried, parts)
+        def whole(b: Binding) -> Binding:
+            parts = {name: whole(p) for name, p in b.parts.items()}
+            return replace(b, values=all_of(b.values), base=all_of(b.base), carried=all_of(b.carried), parts=parts)
+
+        return whole(self)
 
 
 @dataclass(frozen=True, eq=False)

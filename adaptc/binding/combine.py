@@ -24,7 +24,7 @@ def part_of(spec: BindingSpec, name: str) -> BindingSpec:
 def together(parts: Mapping[str, Binding]) -> Binding:
     """One binding of several adapters that act together. Raises ConfigError where two of them change a base weight."""
     first = next(iter(parts.values()))
-    out = replace(first, values={}, methods={}, base={}, carried={}, parts=dict(parts))
+    out = replace(first, values={}, methods={}, base={}, carried={}, bases={}, parts=dict(parts))
     changed: dict[str, str] = {}
     for name, part in parts.items():
         for fqn in part.base:
@@ -36,6 +36,7 @@ def together(parts: Mapping[str, Binding]) -> Binding:
         for mine, theirs in ((out.values, part.values), (out.methods, part.methods), (out.base, part.base)):
             mine.update(theirs)  # type: ignore[attr-defined]  # made here
         out.carried.update(part.carried)  # type: ignore[attr-defined]
+        out.bases.update(part.bases)  # type: ignore[attr-defined]
     return replace(out, source=" + ".join(p.source for p in parts.values()))
 
 

@@ -19,6 +19,7 @@ What depends on values is checked for every adapter: the caller looks for NaN an
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,6 +96,18 @@ class Recipes:
         self.needed = frozenset(f for a in attachments for f in a.tensor_names)
         self._lock = threading.Lock()
         self.known: OrderedDict[Hashable, Recipe | None] = OrderedDict()
+        self._fitting: weakref.WeakSet[Binding] = weakref.WeakSet()
+
+    def fit(self, binding: Binding) -> bool:
+        """Whether the binding is known to fit the program."""
+        with self._lock:
+            return binding in self._fitting
+
+    def note(self, binding: Binding) -> Binding:
+        """Remember that the binding fits, as it was made for the program or has been checked."""
+        with self._lock:
+            self._fitting.add(binding)
+        return binding
 
     def find(self, structure: Hashable) -> Recipe | None:
         with self._lock:

@@ -16,6 +16,7 @@ from torch import Tensor
 from adaptc.binding.bind import bind, first_values
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.combine import part_of, together
+from adaptc.binding.fits import check_fits
 from adaptc.binding.old_experts import restack
 from adaptc.binding.recipes import Recipes, structure
 from adaptc.errors import AdaptcError, ConfigError, SwapError
@@ -115,14 +116,15 @@ def as_binding(
     if isinstance(adapter, Binding):
         return _checked(target, adapter)
     if current.parts:
-        return _together(target, current, adapter, trainable, key_mapping)
+        return target.recipes.note(_together(target, current, adapter, trainable, key_mapping))
     spec = target.spec(trainable)
     if lost := list(spec.residual):
         raise SwapError(
             f"the file this program came from holds only its own adapter's version of {lost[:3]} (its initialisation "
             "changed the base), so no other adapter can be bound to it. Compile the original model instead."
         )
-    return _bound(spec, adapter, config, adapter_name, key_mapping, current.config, target.recipes)
+    recipes = target.recipes
+    return recipes.note(_bound(spec, adapter, config, adapter_name, key_mapping, current.config, recipes))
 
 
 def _checked(target: Bindable, binding: Binding) -> Binding:
@@ -136,7 +138,9 @@ def _checked(target: Bindable, binding: Binding) -> Binding:
             f"the binding has {name!r} on {value.device}, and the program is on {target.device}; bind the adapter to "
             f"this program, or move the binding there: binding.to({str(target.device)!r})"
         )
-    return binding
+    if not target.recipes.fit(binding):
+        check_fits(target.spec(), binding)
+    return target.recipes.note(binding)
 
 
 def _together(

@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from adaptc.binding.source import as_binding
 from adaptc.errors import AdaptcError
 from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.passes.ir.forgetting import forget_code
 from adaptc.passes.ir.pass_infra import Trail
 from adaptc.passes.train.fuse_training import fuse_training
 from adaptc.passes.train.set_mode import set_mode
@@ -146,6 +147,7 @@ class AdaptedProgram(ProgramCore):
             if trainable and still.fuse:
                 fuse_training(module)
             _allow_modes(module, self.adaptation.training)
+            forget_code()
             return module
 
 

@@ -26,6 +26,7 @@ from adaptc.passes.adapt.choose_forms import FORMS
 from adaptc.passes.adapt.inject import Inject
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.exclusive import exclusive
+from adaptc.passes.ir.forgetting import forget_code, forget_sizes
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.method import Method
 from adaptc.passes.ir.method_checks import check_promises
@@ -122,6 +123,8 @@ def compiled(
     done = PassManager([inject])(captured.program)
     adaptation = replace(adaptation, attachments=done.data[0], trail=done.trail)
     alias([*captured.program.state_dict.values(), *done.output.state_dict.values()])
+    forget_code()
+    forget_sizes(done.output.graph, captured=isinstance(model, nn.Module))
     return AdaptedProgram(done.output, adaptation, binding, options)
 
 

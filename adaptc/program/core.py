@@ -31,6 +31,7 @@ from adaptc.passes.adapt.choose_forms import compilable
 from adaptc.passes.adapt.move import Move, usable
 from adaptc.passes.adapt.respecialize import Respecialize
 from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.passes.ir.forgetting import forget_code
 from adaptc.passes.ir.lifted import Lifted, copy_graph
 from adaptc.passes.ir.ops import Op
 from adaptc.passes.ir.regions import set_header, site_op
@@ -120,6 +121,8 @@ class ProgramCore(ExportedProgram):
             self._recipes = Recipes(adaptation.attachments, self._ops)
             slots = self._recipes.needed
             self._base = {k: t for k, t in state.items() if k not in slots} | dict(originals or {})
+            if binding is not None:
+                self._recipes.note(binding)
         self._show(self._run.exported)
         self._check_forms(options)
 
@@ -303,6 +306,7 @@ class ProgramCore(ExportedProgram):
             if now.executor is not None and now.options is options:  # another thread was first
                 return now.executor
             self._check_whole()
+            forget_code()
             a, still = self._adaptation, self._sharing(now.binding, options)
             return Executor(still, a.attachments, self._ops, options, a.fills, a.training, self.bare_state())
 
@@ -369,6 +373,7 @@ class ProgramCore(ExportedProgram):
         Respecialize(a.attachments, self._ops, names, binding.values, self._run.traces)(graph)
         set_header(graph, a.header(binding))
         new = {**self.bare_state(), **binding.values, **binding.base}
+        forget_code()
         return Exported(fx.GraphModule(old.module, graph), {k: new.get(k, t) for k, t in old.tensors.items()}, binding)
 
     def _show(self, exported: Exported) -> None:

@@ -19,6 +19,7 @@ from adaptc.binding.bind import joined
 from adaptc.binding.binding import Binding
 from adaptc.binding.combine import together
 from adaptc.binding.file_keys import base_name
+from adaptc.binding.fits import fingerprint
 from adaptc.binding.source import from_dict
 from adaptc.errors import BackendError, CheckpointError
 from adaptc.methods import method_of
@@ -28,6 +29,7 @@ from adaptc.passes.adapt.move import usable
 from adaptc.passes.adapt.unload import Unload
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.exclusive import exclusive
+from adaptc.passes.ir.forgetting import forget_code, forget_sizes
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.pass_infra import PassManager
 from adaptc.passes.ir.regions import attachments, header, site_op
@@ -77,6 +79,8 @@ def load_program(path: Path, options: RunOptions, device: torch.device | str | N
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} cannot be read as an exported program: {first}") from error
     loaded = from_program(program, options, str(path))
+    forget_code()
+    forget_sizes(loaded.graph, captured=True)
     return loaded if target is None else loaded.to(target)
 
 
@@ -153,4 +157,6 @@ def _one_binding(lifted: Lifted, found: Sequence[Attachment], stored: dict[str, 
     beside = {**stored["unread"], **{k: base_name(k) for k in stored["carried"]}}
     carried = {key: lifted.tensor(fqn).detach() for key, fqn in beside.items()}
     methods = joined(methods, ops)
-    return Binding(values, methods, config, name=found[0].adapter, source=source, carried=carried)
+    # What the base was is not known, so a binding of this program fits where its own version of the base is.
+    bases = {fqn: fingerprint(lifted.tensor(fqn)) for fqn in stored["residual"] if fqn in lifted.state_dict}
+    return Binding(values, methods, config, name=found[0].adapter, source=source, carried=carried, bases=bases)

@@ -27,6 +27,9 @@ from adaptc.passes.ir.storage import storage_key
 _lock = threading.Lock()
 #: where memory begins -> tensors that were made to share it; entries are checked when used, for memory is given back
 _aliases: dict[int, list[weakref.ref[Tensor]]] = {}
+#: entries from which on those of tensors that are gone are looked for
+MOST = 1024
+_bound = [MOST]
 #: where the memory of a buffer begins -> the buffer, while somebody holds it
 _buffers: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
@@ -75,6 +78,24 @@ def alias(tensors: Iterable[Tensor]) -> None:
                 known = _aliases.setdefault(_start(t), [])
                 known[:] = [r for r in known if (o := r()) is not None and o is not t and _start(o) == _start(t)]
                 known.append(weakref.ref(t))
+        _forget_dead()
+
+
+def _forget_dead(*, now: bool = False) -> None:
+    """Drop the entries of tensors that are gone, if many have come since this was last done."""
+    if now or len(_aliases) > _bound[0]:
+        for start, refs in list(_aliases.items()):
+            refs[:] = [r for r in refs if r() is not None]
+            if not refs:
+                del _aliases[start]
+        _bound[0] = max(MOST, 2 * len(_aliases))
+
+
+def tidy() -> int:
+    """Drop the entries of tensors that are gone now; how many are left."""
+    with _lock:
+        _forget_dead(now=True)
+        return len(_aliases)
 
 
 def packable(t: Tensor) -> bool:
@@ -115,6 +136,7 @@ def pack(tensors: Sequence[Tensor]) -> Tensor:
         _readers.moves += 1
         del old
         _give_back()
+        _forget_dead()
         return buffer
 
 

@@ -21,6 +21,9 @@ from adaptc.passes.ir.pass_infra import GraphPass, PassResult
 from adaptc.passes.ir.regions import node_tag, slot_nodes
 from adaptc.passes.ir.trace import behind_inputs, fused_inputs, region_of, signature_of
 
+#: traces that are kept; the oldest goes first
+MOST = 256
+
 
 @dataclass(frozen=True)
 class Respecialize(GraphPass):
@@ -83,6 +86,8 @@ class Respecialize(GraphPass):
         fakes = [n.meta["val"] for n in inputs]
         key = (a.method, kind, op, signature_of(fakes))
         if key not in self.traces:
+            while len(self.traces) >= MOST:
+                del self.traces[next(iter(self.traces))]
             self.traces[key] = region_of(a.method, op, kind, list(a.slots), a.scale_slot is not None, fakes)
         traced = [n for n in self.traces[key].nodes if n.op == "call_function"]
         if not traced:  # the region is an alias of one of its inputs

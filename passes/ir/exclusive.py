@@ -32,8 +32,8 @@ def exclusive(function: Callable[P, R]) -> Callable[P, R]:
 
 
 class exclusive_property(Generic[R]):
-    """A value worked out once per object, by one thread at a time: a ``functools.cached_property``, which in Python 3.11
-    would hold a lock of its own besides."""
+    """A value worked out once per object, by one thread at a time: as ``functools.cached_property`` does, which in
+    Python 3.11 would hold a lock of its own besides."""
 
     def __init__(self, function: Callable[[Any], R]) -> None:
         self.function, self.__doc__ = function, function.__doc__

@@ -142,9 +142,12 @@ def copies(s: Stage, rng: random.Random) -> None:
 
 def looks(s: Stage, rng: random.Random) -> None:
     assert "LORA" in str(adaptc.report(s.program))
-    assert repr(s.program) and len(s.program.state_dict) == 6 + 3 * 3
+    assert "AdaptedProgram" in repr(s.program) or "ExportedProgram" in repr(s.program)
+    assert len(s.program.state_dict) == 6 + 3 * 3
     s.program.graph.lint()
-    assert s.program.held.count >= 0 and s.program.fusion.groups >= 0 and s.program.passes["program"]
+    assert s.program.held.count >= 0
+    assert s.program.fusion.groups in (0, 1)
+    assert s.program.passes["program"]
 
 
 def sets_options(s: Stage, rng: random.Random) -> None:
@@ -218,7 +221,8 @@ def everything_at_once(stage: Stage, seconds: float, threads: int, deeds: dict[D
 def test_threads_see_whole_adapters(tmp_path: Path) -> None:
     stage = Stage.of(tmp_path, "eager")
     everything_at_once(stage, 15, 6, DEEDS, seed=1)
-    assert stage.done["calls"] > 10 and sum(stage.done.values()) > 30
+    assert stage.done["calls"] > 10
+    assert sum(stage.done.values()) > 30
 
 
 def test_threads_that_only_call_and_swap(tmp_path: Path) -> None:

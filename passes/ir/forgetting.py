@@ -1,0 +1,55 @@
+"""What torch keeps of graphs that are gone, given back.
+
+After: a process that compiles, loads, merges and swaps for weeks holds no more than the programs that it still has.
+Nothing here changes what a program computes.
+
+Private torch use, with the public route that was tried:
+- ``ShapeEnv.tracked_fakes`` and the caches of its class. Public: none, nor is there a public way to the environment.
+- ``torch.fx.graph_module._loader``, which keeps the text of all code that ``fx.GraphModule`` ever made, for tracebacks.
+  Public: none; ``linecache.clearcache`` empties its own table alone, and that of all other modules with it.
+"""
+
+from __future__ import annotations
+
+import gc
+import linecache
+import types
+
+from torch import fx
+from torch.fx.graph_module import _loader
+
+from adaptc.passes.ir.lifted import fake_mode_of
+
+#: texts, and letters in them, from which on those of dead code are looked for
+MOST, LONGEST = 256, 1 << 25
+_next: list[tuple[int, int]] = [(MOST, LONGEST)]
+
+
+def forget_sizes(graph: fx.Graph, *, captured: bool) -> None:
+    """Make torch let go of a graph's shape environment once nobody has the graph any more: caches of its class hold
+    every environment for good, and so does a circle through C++, from it to the fake inputs it checks its guards with
+    and back, which no garbage collection sees. ``captured``: the graph was just captured, and its guards are made."""
+    env = getattr(fake_mode_of(graph), "shape_env", None)
+    for function in vars(type(env)).values():
+        clear = getattr(function, "cache_clear", None)
+        if clear is not None:
+            clear()
+    if captured and env is not None and env.tracked_fakes:
+        env.tracked_fakes.clear()
+
+
+def forget_code(*, now: bool = False) -> None:
+    """Drop the texts of code that is gone, if many have come since this was last done. The caller holds ``GRAPHS``."""
+    texts = _loader.eval_cache
+    most, longest = _next[0]
+    if not now and len(texts) <= most and sum(map(len, list(texts.values()))) <= longest:
+        return
+    gc.collect()
+    known = list(texts)
+    alive = {o.__code__.co_filename for o in gc.get_objects() if type(o) is types.FunctionType}
+    for name in known:
+        if name not in alive:
+            texts.pop(name, None)
+            linecache.cache.pop(name, None)
+    left = list(texts.values())
+    _next[0] = max(MOST, 2 * len(left)), max(LONGEST, 2 * sum(map(len, left)))

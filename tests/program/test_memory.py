@@ -1,0 +1,145 @@
+"""Nothing is left behind: what is done again and again leaves a process as large as it was."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import linecache
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adaptc
+from adaptc import LoraConfig
+from adaptc.passes.ir.forgetting import forget_code
+from adaptc.runtime import weight_buffers
+
+X = torch.randn(3, 5, generator=torch.Generator().manual_seed(2))
+SITES = {"up": (7, 5), "side": (7, 5), "down": (3, 7)}
+CONFIG = LoraConfig(r=3, target_modules=list(SITES), init_lora_weights=False)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.side, self.down = nn.Linear(5, 7), nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(x)) * self.side(x))
+
+
+def state(rank: int) -> dict[str, Tensor]:
+    a = {f"{n}.lora_A.weight": torch.randn(rank, i) for n, (_, i) in SITES.items()}
+    return a | {f"{n}.lora_B.weight": torch.randn(o, rank) for n, (o, _) in SITES.items()}
+
+
+def objects() -> Counter[str]:
+    """All that the garbage collector knows, by type, and the texts of generated code."""
+    forget_code(now=True)
+    weight_buffers.tidy()
+    gc.collect()
+    found = Counter(type(o).__name__ for o in gc.get_objects())
+    return found | Counter(texts=sum(name.startswith("<eval_with_key>") for name in linecache.cache))
+
+
+class Deeds:
+    """What a process may do for weeks, to one program."""
+
+    def __init__(self, folder: Path) -> None:
+        self.net, self.count = Net().eval(), 0
+        self.program = adaptc.compile(self.net, CONFIG, example_inputs=torch.randn(2, 5))
+        self.file = adaptc.save(self.program, folder / "p.pt2")
+        self.adapter = adaptc.save_adapter(self.program, folder / "adapter")
+
+    def compiling(self) -> None:
+        adaptc.compile(self.net, CONFIG, example_inputs=torch.randn(2, 5))(X)
+
+    def loading(self) -> None:
+        adaptc.load(self.file)(X)
+
+    def saving(self) -> None:
+        adaptc.save(self.program, self.file)
+        adaptc.save_adapter(self.program, self.adapter)
+
+    def swapping_files(self) -> None:
+        adaptc.swap(self.program, self.adapter)
+        self.program(X)
+
+    def swapping_ranks(self) -> None:
+        self.count += 1
+        adaptc.swap(self.program, state(1 + self.count % 40))
+        self.program(X)
+        self.program.validate()
+
+    def binding(self) -> None:
+        for form in ("apply", "weight", "auto"):
+            self.program.bind(self.adapter, form=form)(X)
+
+    def merging(self) -> None:
+        adaptc.unmerge(adaptc.merge(self.program))(X)
+
+    def unloading(self) -> None:
+        adaptc.unload(self.program)(X)
+
+    def copying(self) -> None:
+        copy.deepcopy(self.program)(X)
+
+    def training(self) -> None:
+        self.program.module()(X)
+
+    def setting_options(self) -> None:
+        self.program.fuse = not self.program.fuse
+        self.program(X)
+
+    def reporting(self) -> None:
+        str(adaptc.report(self.program))
+
+
+DEEDS = [n for n in vars(Deeds) if not n.startswith("_")]
+#: sympy, which decides between forms and bounds its own memory, keeps a few objects of each of a thousand compiles
+SYMPY = 25
+
+
+def grown(do: Callable[[], None], first: int, then: int) -> Counter[str]:
+    for _ in range(first):
+        do()
+    before = objects()
+    for _ in range(then):
+        do()
+    return objects() - before
+
+
+@pytest.mark.parametrize("deed", DEEDS)
+def test_nothing_is_left_behind(deed: str, tmp_path: Path) -> None:
+    cycles = 6
+    more = grown(getattr(Deeds(tmp_path), deed), 45 if deed == "swapping_ranks" else 4, cycles)
+    for kind in ("ShapeEnv", "FakeTensorMode", "FakeTensor", "GraphModule", "Tensor", "Parameter", "Binding", "texts"):
+        assert more[kind] == 0, f"{kind} are left"
+    most = SYMPY if deed == "compiling" else 1
+    assert more.total() <= most * cycles, more.most_common(8)
+
+
+@pytest.mark.slow
+def test_a_thousand_cycles_are_flat(tmp_path: Path) -> None:
+    deeds = Deeds(tmp_path)
+
+    def all_of_them() -> None:
+        for deed in DEEDS:
+            getattr(deeds, deed)()
+
+    more = grown(all_of_them, 120, 1000 // len(DEEDS) + 1)
+    assert more.total() < 3000, more.most_common(8)
+
+
+def test_addresses_of_tensors_that_are_gone_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_buffers, "MOST", 8)
+    before = weight_buffers.tidy()
+    kept = [torch.randn(3, 5) for _ in range(4)]
+    for n in range(300):
+        gone = [torch.randn(3, 5 + n) for _ in range(6)]
+        weight_buffers.alias([*kept, *gone])
+    assert weight_buffers.tidy() <= before + len(kept) + len(gone)
