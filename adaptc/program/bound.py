@@ -48,8 +48,7 @@ class Bound:
         self._weights: tuple[Tensor, ...] = ()
         if self.form == "weight":
             runs, self._weights = own_weights(program, binding)
-            now = runs.ready()
-            self._executor, self._arguments = now.executor, now.arguments
+            self._executor, self._arguments = runs.executor(), runs.arguments()
         else:
             self._executor = program.executor()
             self._arguments = self._executor.arguments(binding)

@@ -286,6 +286,12 @@ class ProgramCore(ExportedProgram):
         assert made is not None
         return made
 
+    def arguments(self) -> Arguments:
+        """What the current binding gives to that code."""
+        made = self.ready().arguments
+        assert made is not None
+        return made
+
     def ready(self) -> Running:
         """What calls read, with their code, which is made now if it was not. Raises AdaptcError for a program that a
         merge took the base from."""
