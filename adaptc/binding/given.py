@@ -31,8 +31,8 @@ def given(tensors: Mapping[Any, Any], source: str, peft_type: str | None = None)
         bare = key if peft_type is None else bare_key(key, peft_type) or key
         if bare in spelled:
             raise CheckpointError(
-                f"{source}: {spelled[bare]!r} and {key!r} are two spellings of one key, and which tensor is meant is not "
-                "known; drop one of them"
+                f"{source}: {spelled[bare]!r} and {key!r} are two spellings of one key, and which tensor is meant is "
+                "not known; drop one of them"
             )
         spelled[bare], out[bare] = key, value
     return out

@@ -71,8 +71,8 @@ def check_kind(key: str, t: Tensor, wanted: torch.dtype, source: str) -> None:
     have = _kind(t.dtype)
     if have != _kind(wanted) and (have, _kind(wanted)) != ("real", "complex"):
         raise CheckpointError(
-            f"{source}: {key!r} holds {have} numbers ({t.dtype}), and its slot {_kind(wanted)} ones ({wanted}). The adapter "
-            "was made for another model, or its tensors are not the adapter's values; convert them if they are."
+            f"{source}: {key!r} holds {have} numbers ({t.dtype}), and its slot {_kind(wanted)} ones ({wanted}). The "
+            "adapter was made for another model, or its tensors are not the adapter's values; convert them if they are."
         )
 
 

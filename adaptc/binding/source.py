@@ -1,7 +1,7 @@
 """What a user may hand over as an adapter, turned into a config or a binding.
 
-A config object of adaptc or peft, a PEFT adapter directory, a state dict with PEFT's keys, or a ready Binding. A binding
-owns its values: those of a directory are read into memory of their own, those of a caller's tensors are copied, once.
+A config object of adaptc or peft, a PEFT adapter directory, a state dict with PEFT's keys, or a ready Binding. A
+binding owns its values: a directory is read into memory of its own, and tensors of a caller are copied, once.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 from adaptc.binding.bind import bind, first_values
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.combine import part_of, together
-from adaptc.binding.old_experts import restack
 from adaptc.binding.given import given
+from adaptc.binding.old_experts import restack
 from adaptc.binding.recipes import Recipes, structure
 from adaptc.errors import AdaptcError, ConfigError, SwapError
 from adaptc.methods import AdapterConfig, config_class

@@ -202,8 +202,8 @@ def write_adapter(
     and strided tensors are copied. ``base_model`` fills in ``base_model_name_or_path``. An existing model card keeps
     its body and its own metadata. Weights of the other format, which PEFT might prefer, are removed.
 
-    Everything is written aside and renamed into place; links stay links, and existing files keep their permissions. What
-    killed writes have left in the directory is removed. Raises CheckpointError, with the directory as it was.
+    Everything is written aside and renamed into place; links stay links, and existing files keep their permissions.
+    What killed writes have left in the directory is removed. Raises CheckpointError, with the directory as it was.
     """
     root = Path(path)
     out = root if adapter_name == "default" else root / plain_name(adapter_name, "adapter_name")

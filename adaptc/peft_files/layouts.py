@@ -150,7 +150,9 @@ def _layout(header: bytes, size: int) -> Layout | None:
     return Layout(tuple(found[key] for key in entries), _runs(list(found.values())))
 
 
-def _runs(tensors: list[tuple[str, torch.dtype, tuple[int, ...], int, int]]) -> tuple[tuple[torch.dtype, int, int], ...]:
+def _runs(
+    tensors: list[tuple[str, torch.dtype, tuple[int, ...], int, int]],
+) -> tuple[tuple[torch.dtype, int, int], ...]:
     """Floating tensors in the order of their bytes, those of one dtype that follow each other as one."""
     runs: list[tuple[torch.dtype, int, int]] = []
     for _, own, _, at, elements in tensors:

@@ -112,7 +112,9 @@ def _interrupted(where: Path) -> str:
     """What to say of the stages in ``where``. Raises Unsettled while one has a writer."""
     left = stages(where)
     if any(not abandoned(s) for s in left):
-        raise Unsettled(f"{where} is being written to, and has no complete adapter now. Read it again when that is done.")
+        raise Unsettled(
+            f"{where} is being written to, and has no complete adapter now. Read it again when that is done."
+        )
     if old := [s / OLD for s in left if (s / OLD).is_dir()]:
         return f" A write was interrupted: the old files are in {old[0]}."
     return ""

@@ -1,7 +1,8 @@
 """Files from strangers in, files that survive a crash out: the byte level under :mod:`adaptc.peft_files.directory`.
 
 Before: a path somebody gave us; its content may be cut short, forged or hostile.
-After reading: tensors in memory of our own, or a :class:`CheckpointError` that names the file, and nothing was executed.
+After reading: tensors in memory of our own, or a :class:`CheckpointError` that names the file, and nothing was
+executed.
 After writing: the file, complete, in the stage (``staging``) it is made in.
 """
 

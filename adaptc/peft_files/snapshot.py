@@ -17,7 +17,7 @@ import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from adaptc.errors import CheckpointError
 
@@ -75,7 +75,7 @@ class Opened:
             os.close(self.fd)
             raise
 
-    def __enter__(self) -> Opened:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
