@@ -145,6 +145,8 @@ def test_no_method_takes_numbers_of_another_kind(entry: str, tmp_path: Path) -> 
         kinds = [torch.bool, torch.complex64] + ([torch.int32] if t.is_floating_point() else [torch.float64])
         if "shira_indices" in key or "randlora_" in key:  # PEFT writes these as floats, or the method only compares them
             kinds = kinds[:2]
+        if key.startswith("base_model.model.layer.randlora_") and key[-1] in "AB":  # another name of a tensor, equal to it
+            kinds = kinds[:1]
         for dtype in kinds:
             save_file({**tensors, key: t.to(dtype)}, tmp_path / FILE)
             with pytest.raises(AdaptcError, match="numbers|same|differ"):
