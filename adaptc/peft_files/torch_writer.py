@@ -15,15 +15,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[io.RawIOBase]:
+def writing(path: Path) -> Iterator[IO[bytes]]:
     """A new file to hand to torch. Raises what the disk raised, when the block is done."""
     file = _Unraising(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666))
     try:
-        yield file
+        yield cast(IO[bytes], file)
     except BaseException as exc:
         if file.error is not None:  # the cause of what torch says
             raise file.error from exc

@@ -76,7 +76,7 @@ def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
     call = f"adaptc.save(program, {str(tmp_path)!r} + ['/a.pt2', '/new.pt2'][attempt])"
     run(FULL.format(warm="", limits=[0, 30, 4_000, 100_000, 360_000], call=call), seed=1)
     assert content(tmp_path) == before
-    assert list(os.walk(tmp_path))[0][1] == []
+    assert next(iter(os.walk(tmp_path)))[1] == []
 
 
 @pytest.mark.slow
