@@ -55,8 +55,9 @@ def _fault(value: Any) -> str:
         return "a nested tensor"
     if value.layout is not torch.strided:
         return f"a tensor of layout {value.layout}; to_dense() gives its values"
-    # One element many times over needs no memory, so what an expanded tensor may not exceed is what it is a view of.
-    reach = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True)) if value.numel() else 0
+    reach = value.numel()
+    if not value.is_contiguous():  # then it reaches farther than its elements, or, where it is expanded, less far
+        reach = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
     if (value.storage_offset() + reach) * value.itemsize > value.untyped_storage().nbytes():
         return "a tensor whose memory was given up"
     return ""

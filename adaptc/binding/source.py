@@ -221,7 +221,8 @@ def _of_mapping(
     recipe = None if recipes is None or kind is None else recipes.find(kind)
     if recipe is not None:
         made = recipe(own, tensors, "state dict", copy=copy)
-        if made is not None and all_finite(made.values.values() if copy else tensors.values()):
+        # Of copies, what was copied counts. Scales, which have no axes, are the config's.
+        if made is not None and all_finite([v for v in made.values.values() if v.ndim] if copy else tensors.values()):
             return made
     binding = bind(spec, own, tensors, "state dict", fit=fit, copy=copy)
     if recipes is not None:

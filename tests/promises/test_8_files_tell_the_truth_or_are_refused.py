@@ -269,7 +269,8 @@ def fuzz(folder: Path, seed: int, cases: int, kinds: list[str]) -> None:
         else:
             accepted += 1
             said = honest(w.where, w.model)
-            if said is not None:
+            # Above, whether a product overflows depends on the order of the factors.
+            if said is not None and said.abs().max() < 1e30:
                 compared += 1
                 torch.testing.assert_close(
                     w.program(X), said, rtol=2e-4, atol=2e-4, msg=f"{kind}, case {i}, seed {seed}"
