@@ -261,6 +261,8 @@ def _disk_error(error: BaseException) -> OSError | None:
         if isinstance(e, OSError) and e.errno in _DISK:
             return e
     text = " ".join(map(str, _chain(error)))
+    if "File size limit exceeded" in text:  # the signal that ended a compiler
+        return OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     return next((OSError(n, os.strerror(n)) for n in _DISK if os.strerror(n) in text), None)
 
 
