@@ -7,7 +7,7 @@ that has a value for every slot of the spec, or an error and nothing else.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,13 +16,13 @@ from torch import Tensor
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.file_keys import base_name, keys_of, second_name
 from adaptc.binding.fits import fingerprint
-from adaptc.binding.misfits import check_shapes, unbound
+from adaptc.binding.misfits import Cast, check_casts, check_kind, check_kinds, check_scale, check_shapes, unbound
 from adaptc.errors import CheckpointError, ConfigError, SwapError, TargetError
 from adaptc.methods import AdapterConfig
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.method import Method, Slot, Slots
 from adaptc.passes.ir.ops import Op
-from adaptc.passes.ir.storage import storage_key
+from adaptc.passes.ir.storage import memory_of, storage_key
 from adaptc.peft_files.directory import check_finite
 
 #: where PEFT's models keep a module that is trained as a whole, and what it was
@@ -53,23 +53,34 @@ def first_values(
     return builder.done("first values")
 
 
-def bind(spec: BindingSpec, config: AdapterConfig, tensors: Mapping[str, Tensor], source: str, *, fit: bool) -> Binding:
+def bind(
+    spec: BindingSpec,
+    config: AdapterConfig,
+    tensors: Mapping[str, Tensor],
+    source: str,
+    *,
+    fit: bool,
+    copy: bool = False,
+) -> Binding:
     """Bind file tensors to the slots.
 
     ``config`` is the adapter's own. With ``fit`` ranks are read off the tensors (a bare state dict); without it the
     config rules and a shape that disagrees is an error. Sites of which the adapter has no tensor take identity values.
+    ``copy``: the tensors are the caller's, and no value may lie in their memory.
 
-    Raises CheckpointError for missing keys, wrong shapes and non-finite values, SwapError for keys of sites the program
-    does not have.
+    Raises CheckpointError for missing keys, wrong shapes, dtypes of another kind and values that are not finite, in the
+    tensors or in the dtype of their slot, SwapError for keys of sites the program does not have.
     """
     check_finite(tensors, source)
-    builder = _Builder(spec, config)
+    builder = _Builder(spec, config, tensors.values() if copy else ())
     left = dict.fromkeys(tensors)
     present = _present(spec, config, tensors, left, fit=fit)
     for a, method, found in present:
         op = spec.ops[a.id]
+        check_kinds(a, op, method, found, spec.dtype(a), source, read=False)
         found = method.read(op, found)
         check_shapes(a, op, method, found, source)
+        check_kinds(a, op, method, found, spec.dtype(a), source, read=True)
         init = method.init(op, spec.canonical(a), spec.dtype(a)) if method.moves_base() else None
         full = {**_derived(a, op, method, spec, found), **found}
         builder.put(a, method, full, None if init is None else init.base)
@@ -157,8 +168,11 @@ def _derived(a: Attachment, op: Op, method: Method, spec: BindingSpec, found: Sl
 class _Builder:
     """Collects values slot by slot."""
 
-    def __init__(self, spec: BindingSpec, config: AdapterConfig) -> None:
+    def __init__(self, spec: BindingSpec, config: AdapterConfig, theirs: Iterable[Tensor] = ()) -> None:
+        """``theirs``: tensors whose memory no value may lie in."""
         self.spec, self.config = spec, config
+        self.theirs = frozenset(memory_of(t) for t in theirs if t.numel())
+        self.casts: list[Cast] = []
         self.values: dict[str, Tensor] = {}
         self.methods: dict[str, Method] = {}
         self.base: dict[str, Tensor] = {}
@@ -200,11 +214,20 @@ class _Builder:
                 "adapter was made for another model, or for one with a resized vocabulary: resize this one first."
             )
         if key in self.spec.unread:
-            self.carried[key] = value
-        elif not torch.equal(base, value.to(base)):
-            self._replace(fqn, value.to(base))
-            self.carried[key] = value.to(base)  # or saving the adapter again would lose it
+            self.carried[key] = self._own(value)
+            return True
+        check_kind(key, value, base.dtype, source)
+        new = value.to(base)
+        self.casts.append(Cast(key, fqn, value, new))
+        if not torch.equal(base, new):
+            new = self._own(new)
+            self._replace(fqn, new)
+            self.carried[key] = new  # or saving the adapter again would lose it
         return True
+
+    def _own(self, value: Tensor) -> Tensor:
+        """``value`` in memory that is not the caller's: it is copied only if it is not so already."""
+        return value.detach().clone() if memory_of(value) in self.theirs else value
 
     def _embeds(self, key: str) -> bool:
         """Whether ``key`` is a weight that is, by PEFT's names, an embedding or an output head."""
@@ -234,15 +257,22 @@ class _Builder:
             fqn = a.slots.get(name) or a.slot_fqn(name, slot)
             if fqn not in self.values:
                 # What several sites share may belong to several programs too, and is nobody's to write to.
-                value = _cut_or_filled(tensors[name], slot).to(device, slot.dtype or dtype, copy=slot.shared)
+                given = _cut_or_filled(tensors[name], slot)
+                value = given.to(device, slot.dtype or dtype, copy=slot.shared)
+                if present:
+                    self.casts.append(Cast(a.file_key(name, slot), a.fqn, given, value))
+                if not self.spec.trainable:  # or else it is copied anyhow
+                    value = self._own(value)
                 self.values[fqn] = self.spec.wrap(value, slot.trainable, present)
         if scale is not None:
             # float32 scale is exact enough for every dtype below float64 and keeps half precision half.
             kind = torch.float64 if dtype == torch.float64 else torch.float32
             fqn = a.scale_slot or a.scale_fqn
+            check_scale(a, scale, kind)
             self.values[fqn] = torch.tensor(scale, dtype=kind, device=device)
 
     def done(self, source: str) -> Binding:
+        check_casts(self.casts, source)
         name = self.spec.attachments[0].adapter if self.spec.attachments else "default"
         bases = {fqn: fingerprint(self.spec.weights[fqn]) for fqn in self.base}
         return Binding(self.values, self.methods, self.config, self.base, name, source, self.carried, bases=bases)

@@ -6,16 +6,20 @@ was expected there, and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
 
+import torch
 from torch import Tensor
 
 from adaptc.binding.binding import BindingSpec
-from adaptc.errors import CheckpointError, SwapError, nearest
+from adaptc.errors import CheckpointError, ConfigError, SwapError, nearest
 from adaptc.methods import AdapterConfig
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.method import Method
 from adaptc.passes.ir.ops import Op
+from adaptc.peft_files.directory import all_finite
 
 
 def check_shapes(a: Attachment, op: Op, method: Method, found: Mapping[str, Tensor], source: str) -> None:
@@ -41,6 +45,82 @@ def check_shapes(a: Attachment, op: Op, method: Method, found: Mapping[str, Tens
                 f"{source}: {key!r} has shape {tuple(found[slot].shape)}, expected {spec.shape} at site "
                 f"{a.fqn!r}. The adapter was made for another model, or its config does not belong to its weights."
             )
+
+
+def check_kinds(
+    a: Attachment,
+    op: Op,
+    method: Method,
+    found: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    source: str,
+    *,
+    read: bool,
+) -> None:
+    """Raises CheckpointError for tensors of a kind of numbers that their slots do not hold. ``dtype``: that of slots
+    which name none. Before the method has ``read`` them, a tensor need not be of the kind its slot is."""
+    slots = method.slots(op)
+    for name, t in found.items():
+        wanted = (slots[name].dtype if name in slots else None) or dtype
+        if read or t.dtype is torch.bool or (t.is_complex() and not dtype.is_complex):
+            check_kind(a.file_key(name, slots[name]) if name in slots else name, t, wanted, source)
+
+
+def check_kind(key: str, t: Tensor, wanted: torch.dtype, source: str) -> None:
+    """Raises CheckpointError where a cast to ``wanted`` would drop a part of what the numbers are."""
+    have = _kind(t.dtype)
+    if have != _kind(wanted) and (have, _kind(wanted)) != ("real", "complex"):
+        raise CheckpointError(
+            f"{source}: {key!r} holds {have} numbers ({t.dtype}), and its slot {_kind(wanted)} ones ({wanted}). The "
+            "adapter was made for another model, or its tensors are not the adapter's values; convert them if they are."
+        )
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype is torch.bool:
+        return "boolean"
+    return "complex" if dtype.is_complex else "real" if dtype.is_floating_point else "integer"
+
+
+@dataclass(frozen=True, eq=False)
+class Cast:
+    """A tensor of an adapter, and what it became in a slot or base weight called ``fqn``."""
+
+    key: str
+    fqn: str
+    given: Tensor
+    made: Tensor
+
+
+@torch.no_grad()
+def check_casts(casts: Sequence[Cast], source: str) -> None:
+    """Raises CheckpointError where values do not fit into the dtype of their slot."""
+    changed = [c for c in casts if c.given.dtype != c.made.dtype]
+    real = [c for c in changed if c.made.is_floating_point() or c.made.is_complex()]
+    lost: list[Cast] = []
+    if not all_finite(c.made for c in real):
+        lost = [c for c in real if bool((~_finite(c.made).to(c.given.device) & _finite(c.given)).any())]
+    whole = [c for c in changed if _kind(c.made.dtype) == _kind(c.given.dtype) == "integer"]
+    lost += [c for c in whole if not torch.equal(c.made.to(c.given), c.given)]
+    for c in lost:
+        raise CheckpointError(
+            f"{source}: {c.key!r} holds values too large for {c.made.dtype}, the dtype of its slot at {c.fqn!r} (the "
+            f"largest is {c.given.abs().max().item():.6g}). Compile with slots of a wider dtype "
+            "(autocast_adapter_dtype=True gives float32 above half-precision weights), or check the file."
+        )
+
+
+def _finite(t: Tensor) -> Tensor:
+    return torch.isfinite(t.float() if t.is_floating_point() and t.itemsize == 1 else t)
+
+
+def check_scale(a: Attachment, scale: float, dtype: torch.dtype) -> None:
+    """Raises ConfigError for a scale that is not a number in ``dtype``."""
+    if not isfinite(scale) or abs(scale) > torch.finfo(dtype).max:
+        raise ConfigError(
+            f"the config gives the adapter at {a.fqn!r} the scale {scale}, which is not finite in {dtype}; check its "
+            "alpha and rank"
+        )
 
 
 def unbound(spec: BindingSpec, config: AdapterConfig, keys: list[str], source: str) -> SwapError:

@@ -13,7 +13,8 @@ only where all of this is so, and every other adapter goes the long way:
   fills; a method that makes them of the weight (DoRA) has a recipe where it needs none;
 - where ranks are read off the tensors, the method reads the same ones off tensors without values.
 
-What depends on values is checked for every adapter: the caller looks for NaN and infinity first.
+What depends on values is checked for every adapter: the caller looks for NaN and infinity, and a recipe looks whether
+what it casts fits the slot's dtype.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from adaptc.methods import AdapterConfig
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.method import Method, Slot
 from adaptc.passes.ir.ops import Op
+from adaptc.peft_files.directory import all_finite
 
 #: recipes, and structures that have none, kept per program; the one not used for longest goes first
 MOST = 16
@@ -74,13 +76,24 @@ class Recipe:
         self._others = [t for t in taken if t.to is not None or not t.parameter]
         self._filled = filled
 
-    def __call__(self, config: AdapterConfig, tensors: Mapping[str, Tensor], source: str) -> Binding:
+    def __call__(
+        self, config: AdapterConfig, tensors: Mapping[str, Tensor], source: str, *, copy: bool
+    ) -> Binding | None:
+        """``copy``: values that would lie in ``tensors`` are copied. None where a cast does not keep values finite."""
         values: dict[str, Any] = dict.fromkeys(self._order)
         for fqn, key in self._parameters:
-            values[fqn] = Parameter(tensors[key], requires_grad=False)
+            values[fqn] = Parameter(tensors[key].detach().clone() if copy else tensors[key], requires_grad=False)
+        cast: list[Tensor] = []
         for t in self._others:
-            value = tensors[t.key] if t.to is None else tensors[t.key].to(*t.to)
-            values[t.fqn] = Parameter(value, requires_grad=False) if t.parameter else value.detach()
+            value = tensors[t.key].detach()
+            if t.to is not None:
+                value = value.to(*t.to)
+                cast.append(value)
+            elif copy:
+                value = value.clone()
+            values[t.fqn] = Parameter(value, requires_grad=False) if t.parameter else value
+        if not all_finite(cast):
+            return None
         for f in self._filled:
             values[f.fqn] = f()
         return Binding(values, dict(self._methods), config, name=self._name, source=source)
@@ -240,11 +253,10 @@ def _sized_by_shapes(a: Attachment, op: Op, config: AdapterConfig, tensors: Mapp
 
 
 def _is(t: _Taken, tensor: Tensor, value: Tensor) -> bool:
-    """Whether ``value`` is what the recipe makes of ``tensor``."""
+    """Whether ``value`` is what the recipe makes of ``tensor``, or a copy of it."""
     if t.to is not None:
         return _same(tensor.detach().to(*t.to), value)
-    where = (value.data_ptr(), value.stride()) == (tensor.data_ptr(), tensor.stride())
-    return where and (value.shape, value.dtype, value.device) == (tensor.shape, tensor.dtype, tensor.device)
+    return value.stride() == tensor.detach().clone().stride() and _same(tensor.detach(), value)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """What a user may hand over as an adapter, turned into a config or a binding.
 
-A config object of adaptc or peft, a PEFT adapter directory, a state dict with PEFT's keys, or a ready Binding.
+A config object of adaptc or peft, a PEFT adapter directory, a state dict with PEFT's keys, or a ready Binding. A
+binding owns its values: a directory is read into memory of its own, and tensors of a caller are copied, once.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from adaptc.binding.bind import bind, first_values
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.combine import part_of, together
 from adaptc.binding.fits import check_fits
+from adaptc.binding.given import given
 from adaptc.binding.old_experts import restack
 from adaptc.binding.recipes import Recipes, structure
 from adaptc.errors import AdaptcError, ConfigError, SwapError
 from adaptc.methods import AdapterConfig, config_class
-from adaptc.peft_files.directory import AdapterFile, all_finite, bare_key, read_adapter
+from adaptc.peft_files.directory import AdapterFile, all_finite, read_adapter
 
 
 def as_config(config: Any, key_mapping: Mapping[str, str] | None = None) -> tuple[AdapterConfig, AdapterFile | None]:
@@ -103,12 +105,14 @@ def as_binding(
     adapter_name: str | None = None,
     key_mapping: Mapping[str, str] | None = None,
     trainable: bool = False,
+    own: bool = True,
 ) -> Binding:
     """``adapter`` bound to the slots of ``target``, of which nothing changes.
 
     ``key_mapping``: regular expression -> replacement, for directories whose keys were written for other module names.
     A state dict has PEFT's keys, with or without ``base_model.model.``; its scale comes from ``config``, or else from
-    the current adapter's config, with the rank of the tensors. Raises SwapError or CheckpointError.
+    the current adapter's config, with the rank of the tensors. Without ``own`` values may lie in the caller's tensors:
+    for one who copies them before anybody else can write there. Raises SwapError or CheckpointError.
     """
     current = target.current
     if current is None:
@@ -124,7 +128,7 @@ def as_binding(
             "changed the base), so no other adapter can be bound to it. Compile the original model instead."
         )
     recipes = target.recipes
-    return recipes.note(_bound(spec, adapter, config, adapter_name, key_mapping, current.config, recipes))
+    return recipes.note(_bound(spec, adapter, config, adapter_name, key_mapping, current.config, recipes, own))
 
 
 def _checked(target: Bindable, binding: Binding) -> Binding:
@@ -160,7 +164,7 @@ def _together(
             parts[name] = first_values(own, parts[name].config, only={})
         else:
             # A part has a spec of its own, which the program's recipes are not for.
-            parts[name] = _bound(own, new, None, None, key_mapping, parts[name].config, None)
+            parts[name] = _bound(own, new, None, None, key_mapping, parts[name].config, None, True)
     return together(parts)
 
 
@@ -172,51 +176,59 @@ def _bound(
     key_mapping: Mapping[str, str] | None,
     current: AdapterConfig,
     recipes: Recipes | None,
+    own: bool,
 ) -> Binding:
     if isinstance(adapter, (str, os.PathLike)):
         file = read_adapter(Path(adapter), adapter_name=adapter_name, key_mapping=key_mapping)
-        return _of_file(recipes, spec, file, str(adapter), config)
+        return _of_file(recipes, spec, file, str(adapter), config, copy=False)
     if isinstance(adapter, Mapping):
-        return _of_mapping(recipes, spec, adapter, current, config)
+        return _of_mapping(recipes, spec, adapter, current, config, copy=own)
     if isinstance(adapter, AdapterFile):
-        return _of_file(recipes, spec, adapter, str(adapter.path), None)
+        given(adapter.tensors, str(adapter.path))
+        return _of_file(recipes, spec, adapter, str(adapter.path), config, copy=own)
     raise AdaptcError(f"an adapter is a directory, a state dict or a binding; got {type(adapter).__name__}")
 
 
-def _of_file(recipes: Recipes | None, spec: BindingSpec, file: AdapterFile, source: str, config: Any) -> Binding:
+def _of_file(
+    recipes: Recipes | None, spec: BindingSpec, file: AdapterFile, source: str, config: Any, *, copy: bool
+) -> Binding:
     """A file's tensors, with ``config`` instead of the file's own unless it is None."""
     kind = None if recipes is None or config is not None else structure(spec, file.config, file.tensors)
     recipe = None if recipes is None or kind is None else recipes.find(kind)
     if recipe is not None:
         own = of_file(file)
         if type(own) is recipe.kind and all_finite(file.runs or file.tensors.values()):
-            return recipe(own, file.tensors, source)
+            made = recipe(own, file.tensors, source, copy=copy)
+            if made is not None:
+                return made
     stacked = restack(file, spec.weights)
     own = as_config(config)[0] if config is not None else of_file(stacked)
-    binding = bind(spec, own, stacked.tensors, source, fit=False)
+    binding = bind(spec, own, stacked.tensors, source, fit=False, copy=copy)
     if recipes is not None and stacked is file:
         recipes.learn(kind, spec, binding, file.tensors, fit=False)
     return binding
 
 
 def _of_mapping(
-    recipes: Recipes | None, spec: BindingSpec, adapter: Mapping[str, Tensor], theirs: AdapterConfig, config: Any
+    recipes: Recipes | None,
+    spec: BindingSpec,
+    adapter: Mapping[str, Tensor],
+    theirs: AdapterConfig,
+    config: Any,
+    *,
+    copy: bool,
 ) -> Binding:
     """A state dict, with ``config`` or, if that is None, with ``theirs`` and the rank of the tensors."""
-    tensors, fit = bare(adapter, theirs.peft_type), config is None
+    tensors, fit = given(adapter, "state dict", theirs.peft_type), config is None
     own = theirs if config is None else as_config(config)[0]
     kind = None if recipes is None else structure(spec, own, tensors, fit)
     recipe = None if recipes is None or kind is None else recipes.find(kind)
-    if recipe is not None and all_finite(tensors.values()):
-        return recipe(own, tensors, "state dict")
-    binding = bind(spec, own, tensors, "state dict", fit=fit)
+    if recipe is not None:
+        made = recipe(own, tensors, "state dict", copy=copy)
+        # Of copies, what was copied counts. Scales, which have no axes, are the config's.
+        if made is not None and all_finite([v for v in made.values.values() if v.ndim] if copy else tensors.values()):
+            return made
+    binding = bind(spec, own, tensors, "state dict", fit=fit, copy=copy)
     if recipes is not None:
         recipes.learn(kind, spec, binding, tensors, fit=fit)
     return binding
-
-
-def bare(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
-    out: dict[str, Tensor] = {}
-    for key, value in tensors.items():
-        out[bare_key(key, kind) or key] = value
-    return out

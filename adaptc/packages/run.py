@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from adaptc.methods import AdapterConfig
 from adaptc.packages import manifest as _package_file
 from adaptc.packages.manifest import Input, Room, Site
 from adaptc.passes.ir.trees import pytree
-from adaptc.peft_files.directory import AdapterFile, read_config
+from adaptc.peft_files.directory import AdapterFile, read_adapter
 from adaptc.program.adaptation import Adaptation
 from adaptc.reports.results import SwapReport
 from adaptc.runtime.call_inputs import Inputs
@@ -145,9 +146,11 @@ class PackagedProgram:
                 f"{self.path} has no adapter sites; it was packaged from a merged or unloaded program. Package the "
                 "adapted program itself to swap."
             )
-        self._check_base(adapter, config, adapter_name)
-        options = {} if isinstance(adapter, Binding) else {"config": config, "adapter_name": adapter_name}
-        binding = as_binding(self, adapter, **options)
+        if isinstance(adapter, (str, PathLike)):  # once, so that what is checked is what is bound
+            adapter = read_adapter(adapter, adapter_name=adapter_name)
+        self._check_base(adapter, config)
+        options = {} if isinstance(adapter, Binding) else {"config": config}
+        binding = as_binding(self, adapter, own=False, **options)  # what is installed is copied
         self._install(self._fitted(binding))
         self.current = Binding({}, binding.methods, binding.config, name=binding.name, source=binding.source)
         return SwapReport.of(self.adaptation.attachments, binding)
@@ -163,7 +166,7 @@ class PackagedProgram:
         autocast = self._manifest.header["autocast"]
         return BindingSpec(a.attachments, self.ops, weights, autocast, trainable, residual=a.residual)
 
-    def _check_base(self, adapter: Any, config: Any, adapter_name: str | None) -> None:
+    def _check_base(self, adapter: Any, config: Any) -> None:
         """Refuse adapters whose slots go with a changed base, unless the base is in the file."""
         own: AdapterConfig
         if isinstance(adapter, Binding):
@@ -175,7 +178,7 @@ class PackagedProgram:
         elif isinstance(adapter, AdapterFile):
             own = from_dict(adapter.config)
         else:
-            own = from_dict(read_config(adapter, adapter_name=adapter_name))
+            return  # it is no adapter, which binding it says
         for a in self.adaptation.attachments:
             if a.method.rebind(own, a).moves_base() and a.fqn not in self._manifest.bases:
                 raise SwapError(

@@ -11,9 +11,11 @@ under a name that programs of equal code share.
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.method import Slot
 from adaptc.passes.train.set_mode import SetMode
+from adaptc.peft_files.staging import replacing
+from adaptc.peft_files.torch_writer import writing
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.runtime.call_inputs import Inputs
 from adaptc.runtime.rank_padding import Padding, paddings
@@ -75,14 +79,26 @@ def package_program(program: AdaptedProgram, path: Path, *, max_rank: int | None
         raise BackendError("the program has no example inputs, which compiling needs; capture it with torch.export")
     frozen, manifest, tensors = _Packer(program, max_rank).run()
     try:
-        # Beside the target: there must be room for it here anyway, and a rename is atomic.
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
-            made = _compiled(frozen, Path(scratch), path.name)
-            _package_file.write(made, manifest, tensors)
-            os.replace(made, path)
+        # Beside the target: there must be room for it here anyway.
+        with replacing(path, "new.pt2") as new, _code_folder(new) as code:
+            _compiled(frozen, code, new)
+            _package_file.write(new, manifest, tensors)
     except OSError as error:
-        raise CheckpointError(f"could not write {path}: {error}") from error
+        raise CheckpointError(f"could not write {path}: {error}. What was there before is unchanged.") from error
     return path
+
+
+@contextmanager
+def _code_folder(new: Path) -> Iterator[Path]:
+    """Where the compiler works: beside the new file, or elsewhere if it could not read such a path. It is gone before
+    the file is."""
+    try:
+        str(new).encode()
+        near = new.parent
+    except UnicodeEncodeError:
+        near = None
+    with tempfile.TemporaryDirectory(prefix="code-", dir=near) as folder:
+        yield Path(folder)
 
 
 class _Packer:
@@ -219,29 +235,48 @@ def _uniform(value: Tensor, spec: Slot) -> float | None:
     return spec.fill if bool((value == spec.fill).all()) else None
 
 
-def _compiled(program: ExportedProgram, scratch: Path, name: str) -> Path:
-    """An AOTInductor archive called ``name``, with everything the compiler leaves behind in ``scratch`` too."""
+def _compiled(program: ExportedProgram, code: Path, file: Path) -> None:
+    """An AOTInductor archive, with everything the compiler leaves behind in ``code``. Raises OSError where the disk is
+    at fault."""
     from torch._inductor import aot_compile
     from torch._inductor.package.package import package_aoti
 
     args, kwargs = program.example_inputs  # type: ignore[misc]  # checked by the caller
-    code = scratch / "code"
-    code.mkdir()
     try:
         with torch.no_grad():
             module = program.module(check_guards=False)
             files = aot_compile(module, args, kwargs, options={**OPTIONS, "aot_inductor.output_path": str(code)})
-            package_aoti(str(scratch / name), files)  # type: ignore[arg-type]  # a list, as asked for
+            with writing(file) as archive:
+                package_aoti(archive, files)  # type: ignore[arg-type]  # a list, as asked for
     except Exception as error:
+        if (full := _disk_error(error)) is not None:
+            raise full from error
         raise BackendError(_reason(error)) from error
-    return scratch / name
 
 
-def _reason(error: BaseException) -> str:
+_DISK = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS)
+
+
+def _disk_error(error: BaseException) -> OSError | None:
+    """What the disk said, if that is why compiling failed; compilers say it in texts of their own."""
+    for e in _chain(error):
+        if isinstance(e, OSError) and e.errno in _DISK:
+            return e
+    text = " ".join(map(str, _chain(error)))
+    if "File size limit exceeded" in text:  # the signal that ended a compiler
+        return OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    return next((OSError(n, os.strerror(n)) for n in _DISK if os.strerror(n) in text), None)
+
+
+def _chain(error: BaseException) -> list[BaseException]:
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
-    if any(type(e).__name__ == "InvalidCxxCompiler" for e in chain):
+    return chain
+
+
+def _reason(error: BaseException) -> str:
+    if any(type(e).__name__ == "InvalidCxxCompiler" for e in _chain(error)):
         return (
             "packaging needs a C++ compiler, and none works here. Install g++ or clang++, or name one in the "
             "environment variable CXX; adaptc.save writes a file that needs none."

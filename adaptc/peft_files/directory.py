@@ -17,18 +17,19 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError
-from adaptc.peft_files import mapped as _mapped
+from adaptc.peft_files import layouts as _layouts
 from adaptc.peft_files import safe_io as _safefile
+from adaptc.peft_files import staging as _staging
 from adaptc.peft_files.format import (
     BIN_NAME,
     CARD_NAME,
@@ -41,7 +42,8 @@ from adaptc.peft_files.format import (
     stored_config,
     write_card,
 )
-from adaptc.peft_files.locate import config_in, listing, locate, plain_name
+from adaptc.peft_files.locate import config_in, listing, locate, open_config, plain_name
+from adaptc.peft_files.snapshot import Opened, Unsettled, settled
 
 __all__ = [
     "AdapterFile",
@@ -54,9 +56,13 @@ __all__ = [
 ]
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True, eq=False)
 class AdapterFile:
-    """One adapter as found on disk. ``tensors`` maps bare keys to memory-mapped tensors in the file's own dtypes."""
+    """One adapter as it was on disk at one moment. ``tensors`` maps bare keys to tensors in the file's own dtypes, in
+    memory of their own: whatever becomes of the file does not reach them."""
 
     config: dict[str, Any]
     tensors: Mapping[str, Tensor] = field(repr=False)
@@ -68,7 +74,7 @@ class AdapterFile:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of tensor data; with ``device="cpu"`` they stay on disk until they are used."""
+        """Bytes of tensor data."""
         return sum(t.nbytes for t in self.tensors.values())
 
 
@@ -80,7 +86,12 @@ def read_config(
     A ``runtime_config`` is dropped with a warning, as PEFT does: it is not part of an adapter.
     Raises CheckpointError when there is no config, it is no JSON object, or it has no ``peft_type``.
     """
-    return config_in(locate(path, adapter_name, subfolder))
+
+    def read() -> dict[str, Any]:
+        with open_config(locate(path, adapter_name, subfolder)) as file:
+            return _checked(config_in, file)
+
+    return settled(read)
 
 
 def read_adapter(
@@ -91,28 +102,28 @@ def read_adapter(
     key_mapping: Mapping[str, str] | None = None,
     device: str | torch.device = "cpu",
 ) -> AdapterFile:
-    """Read a PEFT adapter directory without copying its tensors.
+    """Read a PEFT adapter directory into memory, in one pass over its bytes.
 
     ``path`` is the directory PEFT saved to, or the sub-directory of a named adapter. ``adapter_name`` picks one of
     several; None takes the one at the root, or the only one there is. ``key_mapping`` maps regular expressions to
     replacements: on each bare key the first expression that matches anywhere is substituted, and no other is tried
-    (PEFT's ``load_peft_weights``). safetensors is preferred to ``.bin``. Any ``device`` but the CPU gets a copy.
+    (PEFT's ``load_peft_weights``). safetensors is preferred to ``.bin``. Nothing of the file stays mapped or open.
 
-    Raises CheckpointError for missing, damaged or unsafe files, unknown key prefixes, and keys that coincide after the
-    mapping; ConfigError for a bad expression or device. Values are not looked at: see :func:`check_finite`.
+    Config and weights are of one moment: while :func:`write_adapter` replaces them the read waits, for half a second at
+    most, and where a file changes under the read it starts again (``snapshot`` has what programs that write in place
+    can still do).
+
+    Raises CheckpointError for missing, damaged or unsafe files, unknown key prefixes, files that kept changing, and
+    keys that coincide after the mapping; ConfigError for a bad expression or device. Values are not looked at: see
+    :func:`check_finite`.
     """
-    where = locate(path, adapter_name, subfolder)
     try:
         rules = [(re.compile(pattern), new) for pattern, new in (key_mapping or {}).items()]
         to = torch.device(device)
     except (re.error, TypeError, RuntimeError) as exc:
-        raise ConfigError(f"cannot read {where}: bad key_mapping or device: {exc}") from exc
-    config = config_in(where)
-    name = next((n for n in (SAFE_NAME, BIN_NAME) if (where / n).is_file()), None)
-    if name is None:
-        raise CheckpointError(f"{where} has {CONFIG_NAME} but neither {SAFE_NAME} nor {BIN_NAME}. {listing(where)}")
+        raise ConfigError(f"cannot read {os.fspath(path)}: bad key_mapping or device: {exc}") from exc
+    config, where, name, raw, runs = settled(lambda: _read(path, adapter_name, subfolder))
     file = where / name
-    raw, runs = _mapped.load(file) if name == SAFE_NAME else (_safefile.load_pickle(file), ())
     if not raw:
         raise CheckpointError(f"{file} holds no tensors at all. Was it saved before the weights were gathered?")
 
@@ -141,6 +152,40 @@ def read_adapter(
     return AdapterFile(config, MappingProxyType(tensors), where, name, runs)
 
 
+def _read(
+    path: str | os.PathLike[str], adapter_name: str | None, subfolder: str | None
+) -> tuple[dict[str, Any], Path, str, dict[str, Tensor], Sequence[Tensor]]:
+    """Config, directory, name of the weights, tensors and runs, or Unsettled where they may not belong together."""
+    where = locate(path, adapter_name, subfolder)
+    with open_config(where) as head:
+        config = _checked(config_in, head)
+        name = next((n for n in (SAFE_NAME, BIN_NAME) if (where / n).is_file()), None)
+        if name is None:
+            head.check()
+            raise Unsettled(
+                f"{where} has {CONFIG_NAME} but neither {SAFE_NAME} nor {BIN_NAME}. {listing(where)}", False
+            )
+        with Opened(where / name) as body:
+            if name == SAFE_NAME:
+                raw, runs = _checked(_layouts.load, body)
+            else:
+                raw, runs = _checked(_safefile.load_pickle, body), ()
+            body.check()
+        head.check()
+    if locate(path, adapter_name, subfolder) != where:  # the one that was wanted had been hidden by a write
+        raise Unsettled(f"{os.fspath(path)} kept changing while it was read. Read it again when that is done.")
+    return config, where, name, raw, runs
+
+
+def _checked(read: Callable[[Opened], T], file: Opened) -> T:
+    """What ``read`` makes of a file. What it says against one that is changing is not said."""
+    try:
+        return read(file)
+    except CheckpointError:
+        file.check()
+        raise
+
+
 def write_adapter(
     path: str | os.PathLike[str],
     config: Mapping[str, Any],
@@ -157,7 +202,8 @@ def write_adapter(
     and strided tensors are copied. ``base_model`` fills in ``base_model_name_or_path``. An existing model card keeps
     its body and its own metadata. Weights of the other format, which PEFT might prefer, are removed.
 
-    Everything is written aside and renamed into place. Raises CheckpointError, with the directory as it was.
+    Everything is written aside and renamed into place; links stay links, and existing files keep their permissions.
+    What killed writes have left in the directory is removed. Raises CheckpointError, with the directory as it was.
     """
     root = Path(path)
     out = root if adapter_name == "default" else root / plain_name(adapter_name, "adapter_name")
@@ -175,18 +221,19 @@ def write_adapter(
         raise CheckpointError(f"cannot write {out / CONFIG_NAME}: {exc}. Config values must fit in JSON.") from exc
     try:
         data = _safefile.dense({file_key(k, stored["peft_type"]): t for k, t in tensors.items()})
-        with _safefile.staging(out) as stage:
+        with _staging.staging(out) as stage:
             (stage / CONFIG_NAME).write_text(text, encoding="utf-8")
             _safefile.save_tensors(data, stage / body, safe=safe_serialization)
             card = write_card(root / CARD_NAME, stage / CARD_NAME, stored)
             for file in stage.iterdir():
-                _safefile.sync(file)
-            _safefile.commit(stage, out, body=body, head=CONFIG_NAME, stale=stale)
+                _staging.sync(file)
+            _staging.commit(stage, out, body=body, head=CONFIG_NAME, stale=stale)
             if card:  # last and alone: no adapter depends on what it says
                 try:
-                    os.replace(stage / CARD_NAME, root / CARD_NAME)
+                    _staging.place(stage / CARD_NAME, root / CARD_NAME)
                 except OSError as exc:
                     warnings.warn(f"{root / CARD_NAME} could not be updated: {exc}", AdaptcWarning, stacklevel=2)
+        _staging.remove_abandoned(out, with_old_files=True)
     except CheckpointError:
         raise
     except Exception as exc:  # safetensors, torch and the OS each have their own types for a full disk

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from adaptc.errors import AdaptcWarning, CheckpointError, nearest
-from adaptc.peft_files import safe_io as _safefile
 from adaptc.peft_files.format import BIN_NAME, CONFIG_NAME, SAFE_NAME
+from adaptc.peft_files.safe_io import read_json_object
+from adaptc.peft_files.snapshot import Opened, Unsettled
+from adaptc.peft_files.staging import OLD, abandoned, stages
 
 
 def locate(path: str | os.PathLike[str], adapter_name: str | None, subfolder: str | None) -> Path:
@@ -49,11 +51,14 @@ def _locate(path: str | os.PathLike[str], adapter_name: str | None, subfolder: s
         if holds(root) and Path(os.path.abspath(root)).name == adapter_name:
             return root
         have = ", ".join((["'default' (at the root)"] if holds(root) else []) + [repr(n) for n in named]) or "none"
-        raise CheckpointError(f"{root} has no adapter {adapter_name!r}. Adapters there: {have}. {listing(root)}")
+        raise Unsettled(f"{root} has no adapter {adapter_name!r}. Adapters there: {have}. {listing(root)}", False)
     if holds(root):
         return root
-    if hint := _interrupted(root):  # the adapter wanted may be the one that is gone: take no other in its place
+    # The adapter wanted may be the one that is gone: take no other in its place.
+    if hint := _interrupted(root):
         raise CheckpointError(f"{root} holds no adapter.{hint} {listing(root)}")
+    if holds(root):  # a write that hid it is done by now
+        return root
     if (len(named) == 1 and adapter_name is None) or "default" in named:
         return root / ("default" if "default" in named else named[0])
     if named:
@@ -61,7 +66,7 @@ def _locate(path: str | os.PathLike[str], adapter_name: str | None, subfolder: s
             f"{root} holds no adapter at its root but these in it: {named}. Choose with adapter_name, or give the "
             f"directory of one: {root / named[0]}."
         )
-    raise CheckpointError(f"{root} holds no adapter: {CONFIG_NAME} and {SAFE_NAME} are missing. {listing(root)}")
+    raise Unsettled(f"{root} holds no adapter: {CONFIG_NAME} and {SAFE_NAME} are missing. {listing(root)}", False)
 
 
 def plain_name(name: str, what: str) -> str:
@@ -80,14 +85,18 @@ def listing(where: Path, wanted: str = "") -> str:
     return f"{where} contains: {', '.join(names[:12]) or 'nothing'}{more}."
 
 
-def config_in(where: Path) -> dict[str, Any]:
-    """The config of the adapter in ``where``; has a ``peft_type`` string and no ``runtime_config``."""
-    file = where / CONFIG_NAME
-    if not file.is_file():
-        raise CheckpointError(
-            f"{where} has no {CONFIG_NAME}, so its method is unknown.{_interrupted(where)} {listing(where)}"
-        )
-    config = _safefile.read_json_object(file)
+def open_config(where: Path) -> Opened:
+    """The open config file of the adapter in ``where``. Raises as :func:`config_in`."""
+    if not (where / CONFIG_NAME).is_file():
+        hint = _interrupted(where)
+        raise Unsettled(f"{where} has no {CONFIG_NAME}, so its method is unknown.{hint} {listing(where)}", False)
+    return Opened(where / CONFIG_NAME)
+
+
+def config_in(opened: Opened) -> dict[str, Any]:
+    """The config in a file; has a ``peft_type`` string and no ``runtime_config``."""
+    file = opened.path
+    config = read_json_object(opened)
     if not isinstance(config.get("peft_type"), str):
         close = nearest("peft_type", config, 1)
         raise CheckpointError(
@@ -100,6 +109,12 @@ def config_in(where: Path) -> dict[str, Any]:
 
 
 def _interrupted(where: Path) -> str:
-    if any(p.name.startswith(_safefile.STAGE_PREFIX) for p in where.iterdir()):
-        return f" A write was interrupted: the old files are in {_safefile.STAGE_PREFIX}*/old."
+    """What to say of the stages in ``where``. Raises Unsettled while one has a writer."""
+    left = stages(where)
+    if any(not abandoned(s) for s in left):
+        raise Unsettled(
+            f"{where} is being written to, and has no complete adapter now. Read it again when that is done."
+        )
+    if old := [s / OLD for s in left if (s / OLD).is_dir()]:
+        return f" A write was interrupted: the old files are in {old[0]}."
     return ""

@@ -1,43 +1,42 @@
 """Files from strangers in, files that survive a crash out: the byte level under :mod:`adaptc.peft_files.directory`.
 
 Before: a path somebody gave us; its content may be cut short, forged or hostile.
-After reading: tensors whose data is still on disk (memory-mapped, private, so writing to one never reaches the file),
-or a :class:`CheckpointError` that names the file, and nothing was executed.
-After writing: the new files, or the old ones untouched. :func:`commit` is the only function that changes a directory.
+After reading: tensors in memory of our own, or a :class:`CheckpointError` that names the file, and nothing was
+executed.
+After writing: the file, complete, in the stage (``staging``) it is made in.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import uuid
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from adaptc.errors import CheckpointError
+from adaptc.peft_files.snapshot import Opened
+from adaptc.peft_files.torch_writer import writing
 
-STAGE_PREFIX = ".adaptc-write-"
 _MAX_JSON = 16 << 20  # the largest real adapter configs are a few hundred KiB
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``. Raises CheckpointError when it is unreadable, no JSON, or no object."""
+def read_json_object(file: Opened) -> dict[str, Any]:
+    """The JSON object in ``file``. Raises CheckpointError when it is unreadable, no JSON, or no object."""
+    path = file.path
+    if file.size > _MAX_JSON:
+        raise CheckpointError(f"{path} is {file.size} bytes long; a config is never that large. Was it overwritten?")
+    data = file.bytes()
     try:
-        if (size := path.stat().st_size) > _MAX_JSON:
-            raise CheckpointError(f"{path} is {size} bytes long; a config is never that large. Was it overwritten?")
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as exc:
-        lfs = _lfs_hint(path)
+        value = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as exc:
+        lfs = _lfs_hint(data)
         reason = f"{type(exc).__name__}: {exc}"
         raise CheckpointError(f"{path} is not valid JSON ({reason}).{lfs} Save or download it again.") from exc
     if not isinstance(value, dict):
@@ -45,32 +44,37 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def load_safetensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of ``path``, memory-mapped on the CPU. Raises CheckpointError for a damaged file."""
+def load_safetensors(path: Path, whole: Any) -> dict[str, Tensor]:
+    """Every tensor in ``whole``, the bytes of ``path`` as an array. Raises CheckpointError for a damaged file."""
     try:
-        with safe_open(path, framework="pt", device="cpu") as f:
-            return {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (not iterable itself)
+        return load(whole.tobytes())
     except Exception as exc:  # the parser and torch raise many types on forged input; all mean the same here
+        head = whole[:40].tobytes()
         raise CheckpointError(
-            f"{path} is not a readable safetensors file: {_header_fault(path) or exc}.{_lfs_hint(path)} "
+            f"{path} is not a readable safetensors file: {_header_fault(head, whole.size) or exc}.{_lfs_hint(head)} "
             f"Download or save it again."
         ) from exc
 
 
-def load_pickle(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a ``torch.save`` file, loaded with ``weights_only=True`` and mapped when the format allows it.
+def load_pickle(file: Opened) -> dict[str, Tensor]:
+    """Every tensor of a ``torch.save`` file, loaded with ``weights_only=True`` into memory of its own.
 
     Raises CheckpointError for a file that would run code, is damaged, is compressed (``torch.save`` never does that,
     so it can only be a decompression bomb), or holds anything but a flat dict of dense tensors.
     """
     way_out = "Ask for adapter_model.safetensors, or convert the file in a sandbox if you trust its author."
-    zipped = zipfile.is_zipfile(path)
+    path = file.path
     try:
-        if zipped:
-            with zipfile.ZipFile(path) as z:
-                if any(i.compress_type != zipfile.ZIP_STORED for i in z.infolist()):
-                    raise CheckpointError(f"{path} is a compressed archive, which torch.save never writes. {way_out}")
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with open(file.fd, "rb", closefd=False) as f:
+            if zipfile.is_zipfile(f):
+                with zipfile.ZipFile(f) as z:
+                    if any(i.compress_type != zipfile.ZIP_STORED for i in z.infolist()):
+                        raise CheckpointError(
+                            f"{path} is a compressed archive, which torch.save never writes. {way_out}"
+                        )
+            f.seek(0)
+            # Not mapped: a file that is cut short while it is read is then an error, and what it becomes is no matter.
+            value = torch.load(f, map_location="cpu", weights_only=True, mmap=False)
     except CheckpointError:
         raise
     except Exception as exc:  # unpickling forged bytes raises anything
@@ -79,7 +83,7 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
         why = f"it would call {call[1]}" if call else f"it is damaged or no file of tensors ({type(exc).__name__})"
         raise CheckpointError(
             f"{path} was refused: {why}. A .bin file is a pickle, which can run code when loaded; only tensors are "
-            f"accepted.{_lfs_hint(path)} {way_out}"
+            f"accepted.{_lfs_hint(_start(file))} {way_out}"
         ) from exc
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a dict of tensors, but holds a {type(value).__name__}. {way_out}")
@@ -87,7 +91,8 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
         if not isinstance(key, str) or not isinstance(t, Tensor):
             found = f"{type(key).__name__} -> {type(t).__name__}"
             raise CheckpointError(f"{path}: entry {key!r} is {found}, expected a name and a tensor. {way_out}")
-        if t.layout != torch.strided or t.is_quantized or t.nbytes > t.untyped_storage().nbytes():
+        odd = t.layout != torch.strided or t.is_quantized or t.is_nested or t.is_meta
+        if odd or t.nbytes > t.untyped_storage().nbytes():
             # an expanded tensor costs nothing here and terabytes at the first clone
             raise CheckpointError(f"{path}: {key!r} {tuple(t.shape)} is not a plain dense tensor. {way_out}")
     return {key: t.detach() for key, t in value.items()}
@@ -120,92 +125,27 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, safe: bool) -> No
         path.chmod(umask_probe.stat().st_mode & 0o777)
         umask_probe.unlink()
     else:
-        torch.save(dict(tensors), path)
+        with writing(path) as f:
+            torch.save(dict(tensors), f)
 
 
-@contextmanager
-def staging(near: Path) -> Iterator[Path]:
-    """A hidden directory inside ``near`` (so renames out of it stay on one filesystem), gone afterwards.
-
-    ``near`` itself is used, not its parent: an adapter directory may be a mount point. Missing directories down to
-    ``near`` are made, and removed again when the block raises.
-    """
-    made: list[Path] = []
-    stage = near / f"{STAGE_PREFIX}{uuid.uuid4().hex}"
-    try:
-        for p in reversed([near, *near.parents]):
-            if not p.exists():
-                p.mkdir(exist_ok=True)
-                made.append(p)
-        stage.mkdir()
-        yield stage
-    except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
-        for p in reversed(made):
-            with suppress(OSError):
-                p.rmdir()
-        raise
-    shutil.rmtree(stage, ignore_errors=True)
+def _start(file: Opened) -> bytes:
+    start = bytearray(min(file.size, 40))
+    with suppress(CheckpointError):
+        file.into(start)
+    return bytes(start)
 
 
-def sync(path: Path) -> None:
-    """Push a file's or directory's content to the disk, so a rename never becomes durable before what it renames."""
-    if path.is_dir() and os.name != "posix":
-        return
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def commit(stage: Path, target: Path, *, body: str, head: str, stale: str) -> None:
-    """Move ``stage/body`` (weights) and ``stage/head`` (config) into ``target`` as one change; drop ``target/stale``.
-
-    ``head`` makes the directory readable, so a head and a body of different writes must never be seen together. When
-    the head does not change and nothing is stale the whole change is one rename. Otherwise the old head leaves first
-    and the new one arrives last: an exception puts everything back, and a process killed in between leaves a directory
-    without a head, which every reader refuses.
-    """
-    new_head, old_head = stage / head, target / head
-    same = old_head.is_file() and old_head.read_bytes() == new_head.read_bytes()
-    if same and not (target / stale).exists():
-        os.replace(stage / body, target / body)
-    else:
-        old = stage / "old"
-        old.mkdir()
-        hidden: list[str] = []
-        placed: list[str] = []
-        try:
-            for name in (head, body, stale):
-                if (target / name).exists():
-                    os.replace(target / name, old / name)
-                    hidden.append(name)
-            for name in (body, head):
-                os.replace(stage / name, target / name)
-                placed.append(name)
-        except BaseException:
-            for name in reversed(placed):
-                os.replace(target / name, stage / name)
-            for name in reversed(hidden):
-                os.replace(old / name, target / name)
-            raise
-    sync(target)
-
-
-def _lfs_hint(path: Path) -> str:
-    with suppress(OSError), path.open("rb") as f:
-        if f.read(40).startswith(b"version https://git-lfs"):
-            return " It is a Git LFS pointer, not the file itself: run `git lfs pull`."
+def _lfs_hint(start: bytes) -> str:
+    if start.startswith(b"version https://git-lfs"):
+        return " It is a Git LFS pointer, not the file itself: run `git lfs pull`."
     return ""
 
 
-def _header_fault(path: Path) -> str:
+def _header_fault(start: bytes, size: int) -> str:
     """What is wrong with a safetensors header length, in words; empty when that is not the fault."""
-    with suppress(OSError), path.open("rb") as f:
-        size, head = path.stat().st_size, f.read(8)
-        if len(head) < 8:
-            return f"it is {size} bytes long, too short to hold a header"
-        if (n := int.from_bytes(head, "little")) > size - 8:
-            return f"its header claims {n} bytes but the file has {size}; it was cut short or is another format"
+    if size < 8:
+        return f"it is {size} bytes long, too short to hold a header"
+    if (n := int.from_bytes(start[:8], "little")) > size - 8:
+        return f"its header claims {n} bytes but the file has {size}; it was cut short or is another format"
     return ""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,6 +31,8 @@ from adaptc.passes.ir.forgetting import forget_code, forget_sizes
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.pass_infra import PassManager
 from adaptc.passes.ir.regions import attachments, header, site_op
+from adaptc.peft_files.staging import replacing
+from adaptc.peft_files.torch_writer import writing
 from adaptc.program.adaptation import Adaptation, check_format
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.runtime.gpu_variants import register_kernels
@@ -47,16 +47,14 @@ _KERNEL = b'"torch.ops.adaptc.'
 
 @exclusive
 def save_program(program: ExportedProgram, path: Path) -> Path:
-    """Raises CheckpointError when the file cannot be written; what was at ``path`` is then unchanged."""
+    """Raises CheckpointError when the file cannot be written; what was at ``path`` is then unchanged. A symbolic link
+    stays one, and an existing file keeps its permissions."""
     program = program.snapshot() if isinstance(program, AdaptedProgram) else program
-    if not path.parent.is_dir():
-        raise CheckpointError(f"cannot save to {path}: the directory {path.parent} does not exist")
     try:
-        # A directory of its own, since a file from mkstemp is for its owner alone, and torch writes its name inside.
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as aside:
-            file = Path(aside, f"{path.stem}.pt2")
+        with replacing(path) as new, writing(new) as file:
             torch.export.save(program, file)
-            os.replace(file, path)
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(f"could not save {path}: {type(error).__name__}: {error}") from error
     return path

@@ -209,22 +209,21 @@ def test_prefers_safetensors(good: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [SAFE, BIN])
-def test_reading_copies_nothing(name: str, tmp_path: Path) -> None:
-    """In a fresh process, whose peak memory is only this read's: 200 MB appear, and a tenth of it is not resident."""
+def test_a_read_copies_once_and_maps_nothing(name: str, tmp_path: Path) -> None:
+    """In a fresh process, whose peak memory is only this read's: 200 MB of tensors take little more than that."""
     write_adapter(tmp_path, LORA, {"l1.lora_A.weight": torch.ones(50, 1_000_003)}, safe_serialization=name == SAFE)
     code = f"""
-import sys
+import os, sys
 sys.path.insert(0, {os.getcwd()!r})
 from adaptc.peft_files.directory import read_adapter, torch
-def now(): return int(open("/proc/self/statm").read().split()[1]) * 4096
-before = now()
+def peak(): return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) * 1024
+torch.ones(2, 3).sum()
+before = peak()
 a = read_adapter({str(tmp_path)!r})
-grown = now() - before
-assert a.nbytes == 200_000_600 and grown < 20_000_000, grown
+assert a.nbytes == 200_000_600 and peak() - before < 240_000_000, peak() - before
 assert a.tensors["l1.lora_A.weight"][49, 1_000_002] == 1
-p = a.tensors["l1.lora_A.weight"].data_ptr()
-spans = [l.split() for l in open("/proc/self/maps") if l.rstrip().endswith({name!r})]
-assert any(int(s[0].split("-")[0], 16) <= p < int(s[0].split("-")[1], 16) for s in spans), spans
+assert {str(tmp_path)!r} not in open("/proc/self/maps").read()
+assert not [f for f in os.listdir("/proc/self/fd") if {str(tmp_path)!r} in os.path.realpath("/proc/self/fd/" + f)]
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
 import peft
@@ -157,8 +158,11 @@ def test_full_disk_changes_nothing(safe: bool, exists: bool, tmp_path: Path, mon
         (tmp_path / "deep" / "er" / "mine.txt").write_text("keep")
     before = tree(tmp_path)
 
-    def full(tensors: object, path: Path, *args: object, **kw: object) -> None:
-        Path(path).write_bytes(b"half a file")
+    def full(tensors: object, place: Any, *args: object, **kw: object) -> None:
+        if isinstance(place, Path):
+            place.write_bytes(b"half a file")
+        else:
+            place.write(b"half a file")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(_safefile, "save_file", full)

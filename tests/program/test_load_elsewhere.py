@@ -50,5 +50,5 @@ def test_a_saved_program_has_the_usual_permissions_and_no_trace_of_where_it_was_
         os.umask(umask)
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
     with zipfile.ZipFile(path) as archive:
-        assert {name.split("/")[0] for name in archive.namelist()} == {"small"}
+        assert {name.split("/")[0] for name in archive.namelist()} == {"archive"}
     assert [p.name for p in tmp_path.iterdir()] == ["small.pt2"]

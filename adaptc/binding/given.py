@@ -1,0 +1,63 @@
+"""Tensors as a caller gave them, before anything relies on them.
+
+Before: any mapping. After: bare keys, each with one plain dense tensor that has its values in memory, or a
+CheckpointError that names the key and what was found there. Values are not looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from adaptc.errors import CheckpointError
+from adaptc.peft_files.directory import bare_key
+
+_EXPECTED = "expected a dense torch.Tensor that holds its values"
+
+
+def given(tensors: Mapping[Any, Any], source: str, peft_type: str | None = None) -> dict[str, Tensor]:
+    """``tensors`` with bare keys; without a ``peft_type`` they are so already."""
+    out: dict[str, Tensor] = {}
+    spelled: dict[str, str] = {}
+    for key, value in tensors.items():
+        if not isinstance(key, str):
+            raise CheckpointError(f"{source}: key {key!r} is a {type(key).__name__}; keys are the names PEFT gives")
+        if fault := _fault(value):
+            raise CheckpointError(f"{source}: {key!r} is {fault}; {_EXPECTED}")
+        bare = key if peft_type is None else bare_key(key, peft_type) or key
+        if bare in spelled:
+            raise CheckpointError(
+                f"{source}: {spelled[bare]!r} and {key!r} are two spellings of one key, and which tensor is meant is "
+                "not known; drop one of them"
+            )
+        spelled[bare], out[bare] = key, value
+    return out
+
+
+def _fault(value: Any) -> str:
+    """What keeps a value from being a tensor to bind; nothing for one that can be bound."""
+    if not isinstance(value, Tensor):
+        kind = type(value).__name__
+        return {"NoneType": "None", "ndarray": "a NumPy array (torch.from_numpy makes a tensor of it)"}.get(
+            kind, f"a {kind}"
+        )
+    if type(value) not in (Tensor, Parameter):
+        return f"a {type(value).__name__}, whose values only its own class knows; give it as a plain tensor"
+    if value.is_meta:
+        return "a tensor on the device meta, which has no values"
+    if value.is_quantized:
+        return f"quantised ({value.dtype}); dequantize() gives its values"
+    if value.is_nested:
+        return "a nested tensor"
+    if value.layout is not torch.strided:
+        return f"a tensor of layout {value.layout}; to_dense() gives its values"
+    reach = value.numel()
+    if not value.is_contiguous():  # then it reaches farther than its elements, or, where it is expanded, less far
+        reach = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+    if (value.storage_offset() + reach) * value.itemsize > value.untyped_storage().nbytes():
+        return "a tensor whose memory was given up"
+    return ""

@@ -1,0 +1,221 @@
+"""Writes that end with the new files or the old ones: made in a stage beside their place, then renamed into it.
+
+Before: a place to write to. After: all of the new, or an exception and the place as it was, with nothing left behind.
+A killed process leaves its stage, which the next write to the place removes.
+
+A stage is a hidden directory with a lock (``flock``) that its writer holds. The lock ends with the process, so a stage
+whose lock can be had belongs to nobody. Locks of other machines may be invisible here, and a stage's name begins with
+the boot it is from: one of another boot is taken for dead when nothing in it has changed for a day.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+
+from adaptc.errors import CheckpointError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where stages are removed after a day alone
+    fcntl = None
+
+STAGE_PREFIX = ".adaptc-write-"
+#: what a stage is called until it is locked
+_UNLOCKED = ".adaptc-begin-"
+#: in a stage: where a commit puts the files that it replaces
+OLD = "old"
+_DAY = 24 * 3600.0
+
+
+class Stranded(CheckpointError):
+    """A commit failed and so did putting the old files back: they are still in the stage, which stays."""
+
+
+@contextmanager
+def staging(near: Path) -> Iterator[Path]:
+    """A stage inside ``near`` (so renames out of it stay on one filesystem), gone afterwards.
+
+    ``near`` itself is used, not its parent: an adapter directory may be a mount point. Missing directories down to
+    ``near`` are made, and removed again when the block raises.
+    """
+    made: list[Path] = []
+    stage, lock = near / f"{STAGE_PREFIX}{_boot()}-{uuid.uuid4().hex}", -1
+    try:
+        for p in reversed([near, *near.parents]):
+            if not p.exists():
+                made.append(p)
+                p.mkdir(exist_ok=True)
+        remove_abandoned(near)
+        lock = _begin(stage)
+        yield stage
+    except Stranded:
+        raise
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        for p in reversed(made):
+            with suppress(OSError):
+                p.rmdir()
+        raise
+    else:
+        shutil.rmtree(stage, ignore_errors=True)
+    finally:
+        if lock >= 0:
+            os.close(lock)
+
+
+def _begin(stage: Path) -> int:
+    """Make a stage; returns its lock, -1 where there are none. It has its name only once it is locked."""
+    begun = stage.with_name(_UNLOCKED + stage.name.removeprefix(STAGE_PREFIX))
+    begun.mkdir()
+    lock = -1
+    try:
+        if fcntl is not None:
+            lock = os.open(begun, os.O_RDONLY)
+            with suppress(OSError):  # some network filesystems have no locks, for those who clean up neither
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.rename(begun, stage)
+    except BaseException:
+        if lock >= 0:
+            os.close(lock)
+        with suppress(OSError):
+            begun.rmdir()
+        raise
+    return lock
+
+
+@contextmanager
+def replacing(path: Path, name: str = "new") -> Iterator[Path]:
+    """Where to write what becomes the file ``path``, called ``name`` until then.
+
+    A symbolic link stays one, and its target is written. An existing file's permissions are kept; a new one follows
+    the umask. Raises CheckpointError where ``path`` is no place for a file; of the block and the OS lets all through.
+    """
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise CheckpointError(f"cannot save to {path}: the directory {target.parent} does not exist")
+    if target.exists() and not target.is_file():
+        raise CheckpointError(f"cannot save to {path}: it is not a file. Choose another name.")
+    with staging(target.parent) as stage:
+        new = stage / name
+        yield new
+        sync(new)
+        place(new, target)
+        sync_names(target.parent)
+
+
+def commit(stage: Path, target: Path, *, body: str, head: str, stale: str) -> None:
+    """Move ``stage/body`` (weights) and ``stage/head`` (config) into ``target`` as one change; drop ``target/stale``.
+
+    ``head`` makes the directory readable, so a head and a body of different writes must never be seen together. When
+    the head does not change and nothing is stale the whole change is one rename. Otherwise the old head leaves first
+    and the new one arrives last: an exception puts everything back, and a process killed in between leaves a directory
+    without a head, which every reader refuses. Files that are links stay links.
+    """
+    old = stage / OLD
+    # The target of a link is moved, and not the link, except where it is to go.
+    place = {n: Path(os.path.realpath(target / n)) for n in (head, body)} | {stale: target / stale}
+    for name in (head, body):
+        keep_mode(place[name], stage / name)
+    same = place[head].is_file() and place[head].read_bytes() == (stage / head).read_bytes()
+    if same and not os.path.lexists(place[stale]):
+        os.replace(stage / body, place[body])
+    else:
+        old.mkdir()
+        try:
+            for name in (head, body, stale):
+                if os.path.lexists(place[name]):
+                    os.replace(place[name], old / name)
+            for name in (body, head):
+                os.replace(stage / name, place[name])
+        except BaseException as exc:
+            try:
+                # The new head first: with the old body it must not be seen.
+                for name in (head, body):
+                    if not (stage / name).exists():
+                        os.replace(place[name], stage / name)
+                for name in (body, stale, head):
+                    if os.path.lexists(old / name):
+                        os.replace(old / name, place[name])
+            except OSError as again:
+                raise Stranded(
+                    f"could not write to {target} ({exc}), nor put the old files back ({again}): they are in {old}."
+                ) from exc
+            raise
+    sync_names(target)
+
+
+def remove_abandoned(near: Path, *, with_old_files: bool = False) -> None:
+    """Remove stages in ``near`` whose writers are dead. Those of an interrupted commit hold the only copy of the files
+    that it was to replace, so they stay until these have a successor (``with_old_files``)."""
+    with suppress(OSError):
+        for stage in stages(near):
+            if abandoned(stage) and (with_old_files or not (stage / OLD).is_dir()):
+                shutil.rmtree(stage, ignore_errors=True)
+        for begun in near.glob(_UNLOCKED + "*"):
+            if time.time() - begun.stat().st_mtime > _DAY:
+                begun.rmdir()
+
+
+def stages(near: Path) -> list[Path]:
+    return [p for p in near.iterdir() if p.name.startswith(STAGE_PREFIX)]
+
+
+def abandoned(stage: Path) -> bool:
+    """Whether the writer of a stage is surely dead."""
+    try:
+        if fcntl is None or stage.name.removeprefix(STAGE_PREFIX).partition("-")[0] != _boot():
+            newest = max(p.lstat().st_mtime for p in (stage, *stage.rglob("*")))
+            return time.time() - newest > _DAY
+        lock = os.open(stage, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            os.close(lock)
+    except OSError:
+        return False
+    return True
+
+
+@cache
+def _boot() -> str:
+    """What tells the running system from every other, and from itself before it was started."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")[:12]
+    return f"{uuid.getnode():012x}"
+
+
+def place(new: Path, target: Path) -> None:
+    """Rename a staged file to ``target``, or to what that links to, with the permissions of what was there."""
+    target = Path(os.path.realpath(target))
+    keep_mode(target, new)
+    os.replace(new, target)
+
+
+def keep_mode(old: Path, new: Path) -> None:
+    """The permissions of ``old``, where there is one, for the file that replaces it."""
+    with suppress(FileNotFoundError):
+        new.chmod(stat.S_IMODE(old.stat().st_mode) & 0o777)
+
+
+def sync(path: Path) -> None:
+    """Push a file's content to the disk, so a rename never becomes durable before what it renames."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_names(directory: Path) -> None:
+    """Push renames to the disk. They have happened, so what the disk says of it now is no failure of the write."""
+    if os.name == "posix":
+        with suppress(OSError):
+            sync(directory)
