@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import AdaptcWarning, ConfigError
-from adaptc.methods._checks import check_bias, check_bool, check_probability
+from adaptc.methods._checks import check_bias, check_probability
 from adaptc.methods._config import TargetedConfig
 from adaptc.methods._rotation import Rotation, blockwise, cayley, divisors, keep_some, solvable
 from adaptc.passes.ir.method import Initial, Scale, Slot, Slots
@@ -55,7 +55,6 @@ class OFTConfig(TargetedConfig):
             )
         check_bias(self, "oft_only")
         check_probability(self, "module_dropout", certain=True)
-        check_bool(self, "init_weights")
         if self.coft and not self.eps > 0:
             raise ConfigError(f"OFTConfig.eps, the radius that coft keeps to, must be positive, got {self.eps!r}")
         if self.use_cayley_neumann and self.num_cayley_neumann_terms < 2:
