@@ -6,6 +6,7 @@ that has a value for every slot of the spec, or an error and nothing else.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -16,8 +17,8 @@ from torch import Tensor
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.file_keys import base_name, keys_of, second_name
 from adaptc.binding.misfits import check_shapes, unbound
-from adaptc.errors import CheckpointError, ConfigError, SwapError, TargetError
-from adaptc.methods import AdapterConfig
+from adaptc.errors import CheckpointError, ConfigError, SwapError, TargetError, shown
+from adaptc.methods import AdapterConfig, check_sizes
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.method import Method, Slot, Slots
 from adaptc.passes.ir.ops import Op
@@ -28,6 +29,8 @@ from adaptc.peft_files.directory import check_finite
 WRAPPED = re.compile(r"\.(original_module|modules_to_save\.[^.]+)\.(.*\.)?bias$")
 #: names of layers whose base weights PEFT may write to a file
 EMBEDDINGS = ("embed_tokens", "lm_head")
+#: what a scale may be, either way
+LARGEST = torch.finfo(torch.float32).max
 
 
 def first_values(
@@ -119,6 +122,7 @@ def _present(
     for key in shared:
         left.pop(key, None)
     methods = joined({a.id: method for a, method, _ in out}, spec.ops)
+    check_sizes(config, [(a, methods[a.id], spec.ops[a.id]) for a, _, _ in out])
     return [(a, methods[a.id], found) for a, _, found in out]
 
 
@@ -236,6 +240,7 @@ class _Builder:
                 value = _cut_or_filled(tensors[name], slot).to(device, slot.dtype or dtype, copy=slot.shared)
                 self.values[fqn] = self.spec.wrap(value, slot.trainable, present)
         if scale is not None:
+            scale = _finite(scale, a, self.config)
             # float32 scale is exact enough for every dtype below float64 and keeps half precision half.
             kind = torch.float64 if dtype == torch.float64 else torch.float32
             fqn = a.scale_slot or a.scale_fqn
@@ -244,6 +249,20 @@ class _Builder:
     def done(self, source: str) -> Binding:
         name = self.spec.attachments[0].adapter if self.spec.attachments else "default"
         return Binding(self.values, self.methods, self.config, self.base, name, source, self.carried)
+
+
+def _finite(scale: Any, a: Attachment, config: AdapterConfig) -> float:
+    """A method's scale, which is a number that float32 can hold. Raises ConfigError for anything else."""
+    try:
+        found = float(scale)
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+    if not abs(found) <= LARGEST:
+        raise ConfigError(
+            f"the scale of {a.method.name!r} at {a.key or a.fqn!r} must be a number that is finite in float32, got "
+            f"{shown(scale)}; it follows from the alpha, the rank and their like of {type(config).__name__}"
+        )
+    return found
 
 
 def file_tensors(spec: BindingSpec, binding: Binding) -> dict[str, Tensor]:

@@ -129,7 +129,7 @@ def _int(value: Any) -> int:
         raise Misfit("an integer", value)
     if not -(2**63) <= value < 2**64:
         raise Misfit("an integer of 64 bits", value, near=True)
-    return value if type(value) is int else int(value)
+    return int(value)
 
 
 def _float(value: Any) -> float | int:
@@ -137,7 +137,9 @@ def _float(value: Any) -> float | int:
         raise Misfit("a number", value)
     if not -_LARGEST <= value <= _LARGEST:  # false for NaN, too
         raise Misfit("a number that is finite in float32", value, near=True)
-    return value if type(value) in (int, float) else int(value) if isinstance(value, (int, np.integer)) else float(value)
+    if isinstance(value, (int, np.integer)):
+        return int(value)
+    return value if type(value) is float else float(value)
 
 
 def _str(value: Any) -> str:

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TypeVar
 
-from adaptc.errors import SHOWN, ConfigError, TargetError, and_more, did_you_mean
+from adaptc.errors import SHOWN, TargetError, and_more, did_you_mean
+from adaptc.patterns import Pattern, compiled
 
 T = TypeVar("T")
 
-_PLAIN = re.compile(r"[\w.]+")
+_PLAIN = re.compile(r"(?:[\w.]|\\\.)+")
 
 
 def pattern_value(pattern: Mapping[str, T] | None, name: str, default: T) -> T:
@@ -56,7 +57,7 @@ def check_patterns(
 
 
 @lru_cache(maxsize=65536)
-def _pattern_rule(key: str) -> tuple[str, re.Pattern[str]]:
+def _pattern_rule(key: str) -> tuple[str, Pattern | re.Pattern[str]]:
     """The regular expression of a key, and a literal ending that rules out most names before it is tried."""
     ending = key.rpartition(".")[2] if _PLAIN.fullmatch(key) else ""
     return ending, compiled("rank_pattern or alpha_pattern", rf"(.*\.)?({key})$", key)
@@ -66,15 +67,6 @@ def matches_pattern(key: str, name: str) -> bool:
     """Whether a key of ``rank_pattern`` or ``alpha_pattern`` is for the module ``name``."""
     ending, regex = _pattern_rule(key)
     return name.endswith(ending) and regex.match(name) is not None
-
-
-def compiled(option: str, regex: str, written: str | None = None) -> re.Pattern[str]:
-    """Raises ConfigError, naming the option and the expression as it was ``written``, for one that is not valid."""
-    try:
-        return re.compile(regex)
-    except re.error as e:
-        shown = regex if written is None else written
-        raise ConfigError(f"{option}: {shown!r} is not a valid regular expression ({e})") from None
 
 
 def dotted_value(pattern: Mapping[str, T] | None, name: str, default: T) -> T:
@@ -90,8 +82,5 @@ def dotted_match(key: str, name: str) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _rule(key: str) -> re.Pattern[str]:
-    try:
-        return re.compile(rf".*\.{key}$")
-    except re.error as e:
-        raise ConfigError(f"{key!r} is not a valid regular expression ({e})") from None
+def _rule(key: str) -> Pattern | re.Pattern[str]:
+    return compiled("n_frequency_pattern or block_size_pattern", rf".*\.{key}$", key)

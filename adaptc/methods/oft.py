@@ -24,6 +24,9 @@ from adaptc.methods._rotation import Rotation, blockwise, cayley, divisors, keep
 from adaptc.passes.ir.method import Initial, Scale, Slot, Slots
 from adaptc.passes.ir.ops import Op, cast
 
+#: of the Cayley-Neumann series; it has converged long before
+MOST_TERMS = 256
+
 
 @dataclass
 class OFTConfig(TargetedConfig):
@@ -57,10 +60,11 @@ class OFTConfig(TargetedConfig):
         check_probability(self, "module_dropout", certain=True)
         if self.coft and not self.eps > 0:
             raise ConfigError(f"OFTConfig.eps, the radius that coft keeps to, must be positive, got {self.eps!r}")
-        if self.use_cayley_neumann and self.num_cayley_neumann_terms < 2:
+        if self.use_cayley_neumann and not 2 <= self.num_cayley_neumann_terms <= MOST_TERMS:
             raise ConfigError(
                 "OFTConfig.num_cayley_neumann_terms must be 2 or more, or no rotation would ever differ from the "
-                f"identity; got {self.num_cayley_neumann_terms}"
+                f"identity, and at most {MOST_TERMS}, since each is a product in the program; "
+                f"got {self.num_cayley_neumann_terms}. use_cayley_neumann=False is the sum of all terms."
             )
 
     @classmethod
@@ -70,7 +74,8 @@ class OFTConfig(TargetedConfig):
                 "this OFT config has no oft_block_size: it is of PEFT 0.13 or older, whose OFT computed something "
                 "else. Train the adapter again with a newer release."
             )
-        version = re.match(r"(\d+)\.(\d+)", str(data.get("peft_version", "0.0")))
+        written = data.get("peft_version", "0.0")
+        version = re.match(r"(\d{1,9})\.(\d{1,9})", written) if isinstance(written, str) else None
         if data.get("use_cayley_neumann") and version and tuple(map(int, version.groups())) < (0, 18):
             warnings.warn(
                 "this OFT adapter was written by PEFT before 0.18, whose Cayley-Neumann series was another one: its "

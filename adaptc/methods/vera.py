@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from adaptc.errors import ConfigError
 from adaptc.methods._checks import adapter_input, check_integers, check_matrix, check_probability
 from adaptc.methods._config import TargetedConfig
 from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError
+from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError, shown
+from adaptc.patterns import compiled
 from adaptc.peft_files import mapped as _mapped
 from adaptc.peft_files import safe_io as _safefile
 from adaptc.peft_files.format import (
@@ -103,9 +104,9 @@ def read_adapter(
     """
     where = locate(path, adapter_name, subfolder)
     try:
-        rules = [(re.compile(pattern), new) for pattern, new in (key_mapping or {}).items()]
+        rules = [(compiled("key_mapping", pattern), new) for pattern, new in (key_mapping or {}).items()]
         to = torch.device(device)
-    except (re.error, TypeError, RuntimeError) as exc:
+    except (AttributeError, TypeError, RuntimeError) as exc:
         raise ConfigError(f"cannot read {where}: bad key_mapping or device: {exc}") from exc
     config = config_in(where)
     name = next((n for n in (SAFE_NAME, BIN_NAME) if (where / n).is_file()), None)
@@ -122,8 +123,8 @@ def read_adapter(
         for pattern, new in rules:
             try:
                 bare, hits = pattern.subn(new, bare)
-            except (re.error, IndexError) as exc:
-                raise ConfigError(f"key_mapping: {new!r} does not fit {pattern.pattern!r}: {exc}") from exc
+            except (re.error, IndexError, TypeError) as exc:
+                raise ConfigError(f"key_mapping: {shown(new)} does not fit {pattern.pattern!r}: {exc}") from exc
             if hits:
                 break
         if bare in origin:
