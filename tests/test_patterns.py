@@ -16,7 +16,24 @@ from adaptc import patterns
 from adaptc.errors import ConfigError
 from adaptc.patterns import LONGEST, compiled, limited
 
-NAMES = ("a", "ab", "b", "a.b", "q_proj", "layers.0.q_proj", "x{e}", "a{", "[", ":", "a]", "a-b", "a&b", "é", "ba\n", "A")
+NAMES = (
+    "a",
+    "ab",
+    "b",
+    "a.b",
+    "q_proj",
+    "layers.0.q_proj",
+    "x{e}",
+    "a{",
+    "[",
+    ":",
+    "a]",
+    "a-b",
+    "a&b",
+    "é",
+    "ba\n",
+    "A",
+)
 #: as in PEFT's tests and documentation, and in adapters that people share
 REAL = (
     r".*\.q_proj",
@@ -81,7 +98,7 @@ def test_written_at_random_they_mean_what_they_mean_to_re(seed):
             try:
                 re.compile(text)
             except re.error:
-                with pytest.raises(ConfigError, match="an option: .* is not a valid regular expression"):
+                with pytest.raises(ConfigError, match=r"an option: .* is not a valid regular expression"):
                     compiled("an option", text)
                 continue
             agree(text, NAMES)

@@ -22,6 +22,7 @@ from adaptc.errors import AdaptcError, ConfigError, SwapError, shown
 from adaptc.methods import AdapterConfig, config_class
 from adaptc.patterns import limited
 from adaptc.peft_files.directory import AdapterFile, all_finite, bare_key, read_adapter
+from adaptc.value_types import checked
 
 
 def as_config(config: Any, key_mapping: Mapping[str, str] | None = None) -> tuple[AdapterConfig, AdapterFile | None]:
@@ -100,6 +101,7 @@ class Bindable(Protocol):
     def spec(self, trainable: bool = False) -> BindingSpec: ...
 
 
+@checked("adapter_name", "key_mapping")
 @limited()
 def as_binding(
     target: Bindable,

@@ -15,10 +15,10 @@ from typing import Any, ClassVar, Self, cast
 
 from adaptc.errors import SHOWN, AdaptcWarning, ConfigError, nearest, shown
 from adaptc.methods._default_targets import defaults
-from adaptc.methods._field_types import Misfit, table
 from adaptc.methods._model_facts import ModelFacts
 from adaptc.methods._name_patterns import matches_pattern
 from adaptc.passes.ir.method import Method
+from adaptc.value_types import fitting, table
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
@@ -58,16 +58,10 @@ class AdapterConfig:
             raise ConfigError(f"task_type={shown(self.task_type)} is not one of {', '.join(TASK_TYPES)}")
 
     def check_types(self) -> None:
-        """Raises ConfigError where a field holds what its annotation does not allow; see ``_field_types``."""
+        """Raises ConfigError where a field holds what its annotation does not allow; see ``adaptc.value_types``."""
         for name, rule in table(type(self)).items():
             value = getattr(self, name)
-            try:
-                new = rule.check(value)
-            except Misfit as m:
-                what = m.wanted if m.path else rule.wanted if not m.near else m.wanted
-                raise ConfigError(
-                    f"{type(self).__name__}.{name}{m.path} must be {what}, got {shown(m.value)}"
-                ) from None
+            new = fitting(f"{type(self).__name__}.{name}", rule, value)
             if new is not value:
                 setattr(self, name, new)
 

@@ -74,8 +74,8 @@ def planned(
     key_mapping: Mapping[str, str] | None = None,
 ) -> Planned:
     """The first half of ``adaptc.compile``: all that is known before there are values."""
-    if form not in FORMS:
-        raise ConfigError(f"form={form!r} is not one of {', '.join(FORMS)}")
+    if not isinstance(form, str) or form not in FORMS:
+        raise ConfigError(f"form={shown(form)} is not one of {', '.join(FORMS)}")
     by_name = named(config)
     adapters = _adapters(config, by_name, adapter_name, key_mapping)
     model = _replicated(model, [a.config for a in adapters])

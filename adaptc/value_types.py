@@ -1,24 +1,30 @@
-"""What a field of a config may hold: rules read off the annotations of its dataclass, one table for files and objects.
+"""What an option may hold, read off its annotation: one table for the fields of configs, whether they come from files
+or from objects, and for the options of functions.
 
-Before: any value. After: :func:`fitting` gives the value as plain Python types, or raises :class:`Misfit` that says
-where in it something else was found. Numbers are of 64 bits and finite in float32, which is what they become; truth
+Before: any value. After: a rule gives the value as plain Python types, or raises :class:`Misfit` that says where in it
+something else was found. Numbers are of 64 bits and finite in float32, which is what they become; truth
 values are no numbers; strings can be written as UTF-8. An annotation that is not understood here is left unchecked, and
 so are objects where it says ``Any``.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
-from typing import Any, Literal, Union
+from typing import Any, Literal, TypeVar, Union
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+
+from adaptc.errors import ConfigError, shown
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 #: how deep lists and dicts may lie in one another where an annotation says nothing of them
 DEEPEST = 32
@@ -55,6 +61,33 @@ def table(config: type) -> Mapping[str, Rule]:
         found = {f.name: rule_of(hint) for f in fields(config) if (hint := _hint(config, f.name)) is not None}
         _tables[config] = {name: rule for name, rule in found.items() if rule is not None}
     return _tables[config]
+
+
+def checked(*options: str) -> Callable[[F], F]:
+    """A decorator: calls whose ``options`` do not hold what their annotations say raise ConfigError."""
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for name in rules.keys() & kwargs.keys():
+                kwargs[name] = fitting(name, rules[name], kwargs[name])
+            return function(*args, **kwargs)
+
+        hints = typing.get_type_hints(function)
+        rules = {name: rule for name in options if (rule := rule_of(hints[name])) is not None}
+        assert len(rules) == len(options)
+        return typing.cast("F", call)
+
+    return decorate
+
+
+def fitting(option: str, rule: Rule, value: Any) -> Any:
+    """``value``, as the rule has it. Raises ConfigError that names the option and the place in it that is wrong."""
+    try:
+        return rule.check(value)
+    except Misfit as m:
+        wanted = m.wanted if m.near else rule.wanted
+        raise ConfigError(f"{option}{m.path} must be {wanted}, got {shown(m.value)}") from None
 
 
 def _hint(config: type, name: str) -> Any:
@@ -142,6 +175,12 @@ def _float(value: Any) -> float | int:
     return value if type(value) is float else float(value)
 
 
+def _generator(value: Any) -> torch.Generator:
+    if not isinstance(value, torch.Generator):
+        raise Misfit("a torch.Generator", value)
+    return value
+
+
 def _str(value: Any) -> str:
     if isinstance(value, Enum):  # PEFT's own kinds of strings
         value = value.value
@@ -226,4 +265,5 @@ _LEAVES: dict[Any, Rule] = {
     int: Rule("an integer", _int),
     float: Rule("a number", _float),
     str: Rule("a string", _str),
+    torch.Generator: Rule("a torch.Generator", _generator),
 }
