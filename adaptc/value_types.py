@@ -10,6 +10,7 @@ so are objects where it says ``Any``.
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 import types
 import typing
@@ -225,16 +226,25 @@ def _items(item: Rule, value: Any) -> Any:
         value = list(value[: 2**20])
     if not isinstance(value, _LISTS):
         raise Misfit("a list", value)
-    new = [_at(i, item, v) for i, v in enumerate(value)]
-    same = all(n is v for n, v in zip(new, value, strict=True))
-    return value if same else new
+    try:  # in one go, since there may be millions
+        new = list(map(item.check, value))
+    except Misfit:
+        for i, v in enumerate(value):
+            _at(i, item, v)
+        raise
+    return value if all(map(operator.is_, new, value)) else new
 
 
 def _fixed(wanted: str, rules: Sequence[Rule], value: Any) -> Any:
     if not isinstance(value, (list, tuple)) or len(value) != len(rules):
         raise Misfit(wanted, value)
-    new = [_at(i, rule, v) for i, (rule, v) in enumerate(zip(rules, value, strict=True))]
-    return value if all(n is v for n, v in zip(new, value, strict=True)) else type(value)(new)
+    try:
+        new = [rule.check(v) for rule, v in zip(rules, value, strict=True)]
+    except Misfit:
+        for i, (rule, v) in enumerate(zip(rules, value, strict=True)):
+            _at(i, rule, v)
+        raise
+    return value if all(map(operator.is_, new, value)) else type(value)(new)
 
 
 def _entries(key: Rule, value: Rule, found: Any) -> Any:

@@ -1,7 +1,7 @@
 """What many methods check, or do to their inputs, in one place each.
 
-Of configs: ranges of integers and probabilities, whose types ``adaptc.value_types`` has checked. Of sites: that the weight is
-a matrix. And the input of an adapter beside a layer, with its dropout.
+Of configs: ranges of integers and probabilities, whose types ``adaptc.value_types`` has checked. Of sites: that the
+weight is a matrix. And the input of an adapter beside a layer, with its dropout.
 """
 
 from __future__ import annotations

@@ -60,7 +60,8 @@ def _options(config: Any, op: Op) -> str:
         for key, v in entries.items():
             if isinstance(v, int) and not isinstance(v, bool) and v > 1:
                 found[f"{name}[{key!r}]" if key else name] = v
-    large = {n: v for n, v in found.items() if v > max(op.shape, default=0)} or found
+    least = max(max(op.shape, default=0), max(found.values(), default=0) // 1000)
+    large = {n: v for n, v in found.items() if v > least} or found
     listed = ", ".join(f"{n}={shown(v)}" for n, v in list(large.items())[:8])
     return f"{type(config).__name__} with {listed}" if listed else type(config).__name__
 

@@ -108,7 +108,7 @@ def select(
     if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
         linear = {c.name for c in candidates if c.kind in _LINEAR_KINDS and _LINEAR_CLASS.search(c.type)}
 
-    matches: dict[str, list[str]] = {key: [] for key in targets.keys}
+    matches: dict[str, list[str]] = {}
     hit: set[str] = set()
     seen_layers: set[int] = set()
     left_out: list[tuple[str, str]] = []
@@ -132,7 +132,7 @@ def select(
             continue
         chosen.append(name)
         for key in keys:
-            matches[key].append(name)
+            matches.setdefault(key, []).append(name)
 
     missing = [key for key in targets.keys if key not in hit]
     if missing:
@@ -150,7 +150,7 @@ def select(
             keys = targets.matching(name)
             if keys and not (targets.regex and name in model.parents) and not (excluded.matching(name) or saved(name)):
                 left_out.append((name, f"named by {keys[0]!r} but not adaptable{_of_type(type_)}"))
-    return Selection(tuple(chosen), {k: tuple(v) for k, v in matches.items()}, tuple(left_out))
+    return Selection(tuple(chosen), {k: tuple(matches.get(k, ())) for k in targets.keys}, tuple(left_out))
 
 
 def select_to_save(
