@@ -30,8 +30,10 @@ def check_sizes(config: Any, sites: Iterable[tuple[Place, Method, Op]]) -> None:
 
     Sizes are in float32, what first values are drawn in. A shared slot counts once."""
     total, limit, shared = 0, SMALL, set()
+    known: dict[tuple[Method, Op], Mapping[str, Slot]] = {}  # most layers of a model are alike
     for place, method, op in sites:
-        for name, slot in method.slots(op).items():
+        slots = known.get((method, op)) or known.setdefault((method, op), method.slots(op))
+        for name, slot in slots.items():
             if any(n < 0 for n in slot.shape):
                 raise ConfigError(f"{_options(config, op)}: {name!r} of {place.key!r} would have shape {slot.shape}")
             if slot.shared and (name, slot.shape) in shared:

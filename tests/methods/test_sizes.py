@@ -217,7 +217,7 @@ def test_scales_are_checked_where_a_binding_is_made(scale):
     assert binding._finite(sympy.Integer(2), Place(), adaptc.LoraConfig()) == 2.0  # type: ignore[arg-type]
 
 
-# -- what a user chooses is never a fault of a pass ---------------------------------------------------------------------
+# -- what a user chooses is never a fault of a pass ------------------------------------------------------------------
 
 
 def test_a_form_that_does_not_exist_is_a_config_error(exported):
