@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self, cast
 from adaptc.errors import SHOWN, AdaptcWarning, ConfigError, nearest, shown
 from adaptc.methods._default_targets import defaults
 from adaptc.methods._model_facts import ModelFacts
-from adaptc.methods._name_patterns import matches_pattern
+from adaptc.methods._name_patterns import MANY, matches_pattern
 from adaptc.passes.ir.method import Method
 from adaptc.value_types import fitting, table
 
@@ -152,6 +152,12 @@ class TargetedConfig(AdapterConfig):
             raise ConfigError("layers_pattern needs target_modules as a list; put the layers into the regex instead")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern needs layers_to_transform, the indices to pick")
+        for option, entries in self.pattern_entries().items():
+            if len(entries) > MANY:
+                raise ConfigError(
+                    f"{type(self).__name__}.{option} has {len(entries)} entries, and {MANY} are the most: one "
+                    "expression can be for many modules"
+                )
         bias = self.bias
         if not isinstance(bias, str) or not (bias in ("none", "all") or bias.endswith("_only")):
             own = f"{self.peft_type.lower()}_only"

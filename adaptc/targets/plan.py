@@ -100,8 +100,9 @@ class _Planner:
             main = [a for name in selection.names for a in self._module(name, modules[name], selection)]
         check_names = [*selection.names]
         extra = self._parameters(parameters, check_names)
+        own = type(self.config).pattern_matches is not TargetedConfig.pattern_matches
         for option, pattern in self.config.pattern_entries().items():
-            check_patterns(option, pattern, check_names, self.config.pattern_matches)
+            check_patterns(option, pattern, check_names, self.config.pattern_matches if own else None)
         self._check_dropout([*main, *extra])
         replaced = [a for m, like in whole for a in self.trained.whole(m, like)]
         rows += self.trained.tokens(tokens)

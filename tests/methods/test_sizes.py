@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from typing import Any, ClassVar
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import adaptc
 from adaptc.errors import AdaptcError, ConfigError, MergeError, TargetError
 from adaptc.methods import check_sizes
+from adaptc.methods._name_patterns import pattern_value, unused_patterns
 from adaptc.passes.ir.method import Method, Scale, Slot, Slots
 from adaptc.passes.ir.ops import Op
 
@@ -271,3 +273,26 @@ def test_what_cannot_be_merged_is_a_merge_error(exported):
 
 def test_no_sites_have_no_sizes():
     check_sizes(adaptc.LoraConfig(), [])
+
+
+def test_tables_of_many_patterns(exported):
+    """The first key that matches rules, however many there are, and all that match nothing are found."""
+    with pytest.raises(ConfigError, match=r"rank_pattern has 1000000 entries, and 100000 are the most"):
+        adaptc.LoraConfig(target_modules=["up"], rank_pattern={f"block.{i}": 3 for i in range(10**6)})
+    many: dict[str, int] = {f"block.{i}": 3 for i in range(50_000)}
+    with pytest.raises(TargetError, match=r"rank_pattern: 'block.0' matches no adapted module.*and 49997 more"):
+        adaptc.compile(exported, adaptc.LoraConfig(target_modules=["up"], rank_pattern=many))
+    names = [f"layers.{i}.{n}" for i in range(40) for n in ("up", "q_proj")]
+    patterns = {n: i for i, n in enumerate(names)}
+    for table in (
+        patterns,
+        {"q_proj": -1, **patterns},
+        {**patterns, "proj": 3, r".*\.up": 5},
+        {r"layers\.\d\.up": 4, **patterns, "layers.1.": 7, "l.yers.3.up": 2},
+        {n.replace(".", r"\."): i for n, i in patterns.items()},
+    ):
+        for name in (*names, "layers.99.up", "up", "model.layers.3.up", "xup"):
+            slowly = next((v for k, v in table.items() if re.match(rf"(.*\.)?({k})$", name)), 8)
+            assert pattern_value(table, name, 8) == slowly
+        unused = [k for k in table if not any(re.match(rf"(.*\.)?({k})$", n) for n in names[:50])]
+        assert unused_patterns(table, names[:50]) == unused
