@@ -76,14 +76,20 @@ class OFTConfig(TargetedConfig):
             )
         written = data.get("peft_version", "0.0")
         version = re.match(r"(\d{1,9})\.(\d{1,9})", written) if isinstance(written, str) else None
-        if data.get("use_cayley_neumann") and version and tuple(map(int, version.groups())) < (0, 18):
+        new = super().from_dict(data)
+        if (
+            "use_cayley_neumann" in data
+            and new.use_cayley_neumann
+            and version
+            and tuple(map(int, version.groups())) < (0, 18)
+        ):
             warnings.warn(
                 "this OFT adapter was written by PEFT before 0.18, whose Cayley-Neumann series was another one: its "
                 "outputs will differ from those it was trained with",
                 AdaptcWarning,
                 stacklevel=2,
             )
-        return super().from_dict(data)
+        return new
 
     def method(self, name: str, kind: str) -> Oft:
         return Oft(
