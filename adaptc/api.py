@@ -32,10 +32,12 @@ from adaptc.program.unload import unloaded
 from adaptc.reports.coverage import CoverageReport
 from adaptc.reports.results import MergeReport, SwapReport, bar
 from adaptc.runtime.options import RunOptions
+from adaptc.value_types import checked
 from adaptc.verify.report import VerifyReport
 from adaptc.verify.verify import verify_program
 
 
+@checked("adapter_name", "training", "form", "autocast_adapter_dtype", "key_mapping", "generator")
 def compile(
     model: nn.Module | ExportedProgram | Any,
     config: Any,
@@ -116,6 +118,7 @@ def swap(
     return SwapReport.of(program.adaptation.attachments, binding, time.perf_counter() - start)
 
 
+@checked("safe", "keep_base", "progress")
 def merge(
     program: AdaptedProgram, *, safe: bool = True, keep_base: bool = True, progress: bool = False
 ) -> AdaptedProgram:
@@ -193,6 +196,7 @@ def load(
     return load_program(Path(path), RunOptions(backend, hoist_limit, fuse), device)
 
 
+@checked("adapter_name", "safe_serialization", "base_model", "save_embedding_layers")
 def save_adapter(
     program: AdaptedProgram,
     path: str | os.PathLike[str],

@@ -64,17 +64,22 @@ def plain_errors(command: C) -> C:
 
 
 def _say(what: str, text: str, colour: str) -> None:
-    typer.secho(f"{what}: {' '.join(text.split())}", fg=colour, err=True)
+    typer.secho(_printable(f"{what}: {' '.join(text.split())}"), fg=colour, err=True)
+
+
+def _printable(text: str) -> str:
+    """With escapes for what no terminal can show: file names and configs may hold bytes that are no text."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _print(report: Any) -> None:
-    typer.echo(report.render(shutil.get_terminal_size((120, 24)).columns))
+    typer.echo(_printable(report.render(shutil.get_terminal_size((120, 24)).columns)))
 
 
 def _write(program: Any, out: Path) -> None:
     from adaptc.api import save
 
-    typer.echo(f"wrote {save(program, out)}")
+    typer.echo(_printable(f"wrote {save(program, out)}"))
 
 
 def _version(show: bool) -> None:
@@ -170,7 +175,7 @@ def swap(program: Program, adapter: Adapter, out: Out) -> None:
     import adaptc
 
     adapted = adaptc.load(program)
-    typer.echo(str(adaptc.swap(adapted, adapter)))
+    typer.echo(_printable(str(adaptc.swap(adapted, adapter))))
     _write(adapted, out)
 
 
@@ -193,15 +198,16 @@ def export_adapter(
     """Write the program's adapter as a PEFT adapter directory."""
     import adaptc
 
-    typer.echo(f"wrote {adaptc.save_adapter(adaptc.load(program), directory, base_model=base_model)}")
+    written = adaptc.save_adapter(adaptc.load(program), directory, base_model=base_model)
+    typer.echo(_printable(f"wrote {written}"))
 
 
 @app.command()
 @plain_errors
 def verify(
     program: Program,
-    seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
-    runs: Annotated[int, typer.Option(min=1, help="How many input shapes to try.")] = 3,
+    seed: Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Seed of the random inputs.")] = 0,
+    runs: Annotated[int, typer.Option(min=1, max=10_000, help="How many input shapes to try.")] = 3,
     atol: Annotated[
         float | None, typer.Option(help="Largest difference allowed; by default it follows from the weights' dtype.")
     ] = None,

@@ -7,7 +7,9 @@ things: every failure of adaptc is an :class:`AdaptcError`, and a call that rais
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Sized
+from itertools import islice
 
 
 class AdaptcError(Exception):
@@ -58,10 +60,15 @@ class AdaptcWarning(UserWarning):
     """Something worth knowing that does not change the meaning of a program."""
 
 
+#: how many candidates a misspelled name is compared with, and how much of it: comparing takes long
+SEARCHED, LONGEST = 20_000, 300
+
+
 def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
     """The candidates a user most likely meant by ``name``: by spelling, of all of it, or of as many of a candidate's
     last components, or of the last one."""
-    pool = list(dict.fromkeys(candidates))
+    pool = list(dict.fromkeys(islice(candidates, SEARCHED)))
+    name = name[:LONGEST]
     close = difflib.get_close_matches(name, pool, n=n, cutoff=0.75)
     for parts, cutoff in ((name.count(".") + 1, 0.75), (1, 0.5)):
         ends: dict[str, str] = {}
@@ -93,3 +100,19 @@ def and_more(items: Sized) -> str:
     """ "; and 4 more" where a message has named the first ``SHOWN`` of ``items``; '' where that was all."""
     rest = len(items) - SHOWN
     return f"; and {rest} more" if rest > 0 else ""
+
+
+class _Short(reprlib.Repr):
+    """``repr`` of anything, from any depth, of any length, and of objects that cannot say what they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = 200
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write down numbers of thousands of digits.
+        return super().repr_int(x, level) if x.bit_length() < 512 else f"an integer of {x.bit_length()} bits"
+
+
+#: ``repr`` for messages: short for every value, and never an error
+shown = _Short().repr

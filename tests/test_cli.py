@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -166,8 +170,6 @@ def test_errors_are_one_line(files: Files, tmp_path: Path) -> None:
 
 
 def test_warnings_are_one_line_too(files: Files, tmp_path: Path) -> None:
-    import json
-
     directory = tmp_path / "newer"
     directory.mkdir()
     for file in files.adapter.iterdir():
@@ -208,3 +210,25 @@ def test_console_script_and_lazy_imports(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error: there is no file")
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_faults_of_users_are_no_tracebacks(files: Files, tmp_path: Path) -> None:
+    for option, bad in (("--seed", 2**64), ("--seed", -(10**30)), ("--runs", 10**30), ("--runs", 0), ("--atol", "x")):
+        call("verify", files.program, option, bad, code=2)
+    # A name that is no text, and a config with one: shown with escapes.
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    assert r"\udcff" in call("export-adapter", files.program, odd).stdout
+    copy = tmp_path / "a"
+    shutil.copytree(files.adapter, copy)
+    file = copy / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "\udc80"}))
+    assert "LORA" in call("show", copy).stdout
+    refused("swap", files.program, copy, tmp_path / "o.pt2", said="can be written as UTF-8")
+
+
+@pytest.mark.parametrize("change", [{"r": "3"}, {"r": 10**15}, {"lora_alpha": math.inf}, {"rank_pattern": {"x": None}}])
+def test_faults_of_configs_are_one_line(files: Files, tmp_path: Path, change: dict[str, Any]) -> None:
+    shutil.copytree(files.adapter, tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    refused("swap", files.program, tmp_path / "a", tmp_path / "o.pt2", said=next(iter(change)))

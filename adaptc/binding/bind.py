@@ -16,9 +16,9 @@ from torch import Tensor
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.file_keys import base_name, keys_of, second_name
 from adaptc.binding.fits import fingerprint
-from adaptc.binding.misfits import Cast, check_casts, check_kind, check_kinds, check_scale, check_shapes, unbound
+from adaptc.binding.misfits import Cast, check_casts, check_kind, check_kinds, check_shapes, finite_scale, unbound
 from adaptc.errors import CheckpointError, ConfigError, SwapError, TargetError
-from adaptc.methods import AdapterConfig
+from adaptc.methods import AdapterConfig, check_sizes
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.method import Method, Slot, Slots
 from adaptc.passes.ir.ops import Op
@@ -131,6 +131,7 @@ def _present(
     for key in shared:
         left.pop(key, None)
     methods = joined({a.id: method for a, method, _ in out}, spec.ops)
+    check_sizes(config, [(a, methods[a.id], spec.ops[a.id]) for a, _, _ in out])
     return [(a, methods[a.id], found) for a, _, found in out]
 
 
@@ -265,10 +266,10 @@ class _Builder:
                     value = self._own(value)
                 self.values[fqn] = self.spec.wrap(value, slot.trainable, present)
         if scale is not None:
+            scale = finite_scale(scale, a, self.config)
             # float32 scale is exact enough for every dtype below float64 and keeps half precision half.
             kind = torch.float64 if dtype == torch.float64 else torch.float32
             fqn = a.scale_slot or a.scale_fqn
-            check_scale(a, scale, kind)
             self.values[fqn] = torch.tensor(scale, dtype=kind, device=device)
 
     def done(self, source: str) -> Binding:

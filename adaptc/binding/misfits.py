@@ -8,18 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import nan
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from adaptc.binding.binding import BindingSpec
-from adaptc.errors import CheckpointError, ConfigError, SwapError, nearest
+from adaptc.errors import CheckpointError, ConfigError, SwapError, nearest, shown
 from adaptc.methods import AdapterConfig
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.method import Method
 from adaptc.passes.ir.ops import Op
 from adaptc.peft_files.directory import all_finite
+
+#: what a scale may be, either way
+LARGEST = torch.finfo(torch.float32).max
 
 
 def check_shapes(a: Attachment, op: Op, method: Method, found: Mapping[str, Tensor], source: str) -> None:
@@ -114,25 +118,30 @@ def _finite(t: Tensor) -> Tensor:
     return torch.isfinite(t.float() if t.is_floating_point() and t.itemsize == 1 else t)
 
 
-def check_scale(a: Attachment, scale: float, dtype: torch.dtype) -> None:
-    """Raises ConfigError for a scale that is not a number in ``dtype``."""
-    if not isfinite(scale) or abs(scale) > torch.finfo(dtype).max:
+def finite_scale(scale: Any, a: Attachment, config: AdapterConfig) -> float:
+    """A method's scale, which is a number that float32 can hold. Raises ConfigError for anything else."""
+    try:
+        found = float(scale)
+    except (TypeError, ValueError, OverflowError):
+        found = nan
+    if not abs(found) <= LARGEST:
         raise ConfigError(
-            f"the config gives the adapter at {a.fqn!r} the scale {scale}, which is not finite in {dtype}; check its "
-            "alpha and rank"
+            f"the scale of {a.method.name!r} at {a.key or a.fqn!r} must be a number that is finite in float32, got "
+            f"{shown(scale)}; it follows from the alpha, the rank and their like of {type(config).__name__}"
         )
+    return found
 
 
 def unbound(spec: BindingSpec, config: AdapterConfig, keys: list[str], source: str) -> SwapError:
     """The error for keys that no slot has taken."""
     known = [a.file_key(n, s) for a in spec.attachments for n, s in a.method.slots(spec.ops[a.id]).items()]
-    shown = "; ".join(f"{k!r} (nearest: {', '.join(nearest(k, known, 2)) or 'none'})" for k in keys[:3])
+    few = "; ".join(f"{k!r} (nearest: {', '.join(nearest(k, known, 2)) or 'none'})" for k in keys[:3])
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
     why = _other_code(spec, config, keys)
     why = why or _other_method(spec, config, keys)
     why = why or f"The program was compiled without the sites {sorted({_site_of(k) for k in keys})[:3]}"
     return SwapError(
-        f"{source}: {len(keys)} of its tensors have no slot in the program: {shown}{more}. {why}; to have them, "
+        f"{source}: {len(keys)} of its tensors have no slot in the program: {few}{more}. {why}; to have them, "
         "compile for this adapter, or for several at once: compile(model, [adapter, another])."
     )
 

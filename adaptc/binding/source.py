@@ -21,14 +21,17 @@ from adaptc.binding.fits import check_fits
 from adaptc.binding.given import given
 from adaptc.binding.old_experts import restack
 from adaptc.binding.recipes import Recipes, structure
-from adaptc.errors import AdaptcError, ConfigError, SwapError
+from adaptc.errors import AdaptcError, ConfigError, SwapError, shown
 from adaptc.methods import AdapterConfig, config_class
+from adaptc.patterns import limited
 from adaptc.peft_files.directory import AdapterFile, all_finite, read_adapter
+from adaptc.value_types import checked
 
 
 def as_config(config: Any, key_mapping: Mapping[str, str] | None = None) -> tuple[AdapterConfig, AdapterFile | None]:
     """A config, and the adapter's file when ``config`` is a directory. Raises ConfigError or CheckpointError."""
     if isinstance(config, AdapterConfig):
+        config.check_types()  # of what was set since it was made
         return config, None
     if isinstance(config, (str, os.PathLike)):
         file = read_adapter(Path(config), key_mapping=key_mapping)
@@ -44,7 +47,8 @@ def as_config(config: Any, key_mapping: Mapping[str, str] | None = None) -> tupl
 
 def from_dict(data: Mapping[str, Any]) -> AdapterConfig:
     """From the content of ``adapter_config.json``."""
-    cls = config_class(str(data.get("peft_type")))
+    kind = data.get("peft_type")
+    cls = config_class(kind if isinstance(kind, str) else shown(kind))
     return cls.from_dict(data)
 
 
@@ -66,7 +70,10 @@ def fitted(
 
 def from_peft(config: Any) -> AdapterConfig:
     """From a config object of the peft library, which need not be importable here."""
-    data = dict(config.to_dict())
+    try:
+        data = dict(config.to_dict())
+    except Exception as error:  # whatever an object that is no config of peft's has to say
+        raise ConfigError(f"{type(config).__name__}.to_dict() gives no config: {shown(error)}") from error
     data["peft_type"] = getattr(data.get("peft_type"), "value", data.get("peft_type"))
     data["task_type"] = getattr(data.get("task_type"), "value", data.get("task_type"))
     if getattr(config, "runtime_config", None) is not None:
@@ -97,6 +104,8 @@ class Bindable(Protocol):
     def spec(self, trainable: bool = False) -> BindingSpec: ...
 
 
+@checked("adapter_name", "key_mapping")
+@limited()
 def as_binding(
     target: Bindable,
     adapter: Any,

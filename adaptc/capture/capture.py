@@ -73,7 +73,7 @@ def capture(
     """
     program = _as_program(model)
     if program is not None:
-        if example_inputs is not None or dynamic_shapes != "auto":
+        if example_inputs is not None or not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
             raise CaptureError(
                 "an exported program already has its inputs and shapes: leave out example_inputs and dynamic_shapes, "
                 "or give the module it was exported from"

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adaptc.errors import ConfigError
+from adaptc.errors import ConfigError, shown
 
 # Where the list lies, seen from the innermost backbone.
 _LISTS = ("layers", "h", "encoder.layer", "decoder.layers")
@@ -22,6 +22,10 @@ _LISTS = ("layers", "h", "encoder.layer", "decoder.layers")
 
 # How a layer's modules say which one they belong to, counted from 0 or 1: where they keep their keys and values.
 _INDEX = {"layer_idx", "layer_id", "layer_number", "layer_num", "layer_index", "block_idx", "block_id", "block_index"}
+
+
+#: layers that a replicated model may have, whatever it began with
+MOST = 1024
 
 
 def replicate_layers(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> nn.Module:
@@ -88,14 +92,20 @@ def _find(model: nn.Module) -> tuple[str, str]:
 
 def _indices(ranges: Sequence[tuple[int, int]], count: int, where: str) -> list[int]:
     indices: list[int] = []
+    most = max(MOST, 16 * count)
     for item in ranges:
         pair = tuple(item) if isinstance(item, (list, tuple)) else ()
         if len(pair) != 2 or not all(type(v) is int for v in pair) or not 0 <= pair[0] < pair[1] <= count:
             raise ConfigError(
-                f"layer_replication: {item!r} is not a range (start, end) with 0 <= start < end <= {count}, "
+                f"layer_replication: {shown(item)} is not a range (start, end) with 0 <= start < end <= {count}, "
                 f"the number of layers in {where}"
             )
         indices.extend(range(*pair))
+        if len(indices) > most:
+            raise ConfigError(
+                f"layer_replication: {len(ranges)} ranges ask for more than {most} layers, of a model with {count}; "
+                "each is a module of its own, which programs are not captured of in any useful time. Give fewer ranges."
+            )
     if not indices:
         raise ConfigError("layer_replication: no range is given, so no layer would be left")
     return indices

@@ -6,8 +6,9 @@ What other packages use of them is here; the modules with a leading underscore a
 from adaptc.methods._config import AdapterConfig, TargetedConfig
 from adaptc.methods._default_targets import OTHER_MEANING
 from adaptc.methods._model_facts import ModelFacts
-from adaptc.methods._name_patterns import check_patterns, compiled, pattern_value
+from adaptc.methods._name_patterns import check_patterns, pattern_value
 from adaptc.methods._registry import check_registered, config_class, is_own, method_of, register_method
+from adaptc.methods._sizes import check_sizes
 from adaptc.methods._stacked import Stacked
 from adaptc.methods._whole import TokenRows, Whole
 
@@ -21,7 +22,7 @@ __all__ = [
     "Whole",
     "check_patterns",
     "check_registered",
-    "compiled",
+    "check_sizes",
     "config_class",
     "is_own",
     "method_of",

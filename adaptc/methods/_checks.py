@@ -1,7 +1,7 @@
 """What many methods check, or do to their inputs, in one place each.
 
-Of configs: integers, probabilities, truth values. Of sites: that the weight is a matrix. And the input of an adapter
-beside a layer, with its dropout.
+Of configs: ranges of integers and probabilities, whose types ``adaptc.value_types`` has checked. Of sites: that the
+weight is a matrix. And the input of an adapter beside a layer, with its dropout.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from adaptc.passes.ir.ops import Op
 
 
 def check_integers(config: Any, values: Mapping[str, Any], least: int = 1) -> None:
-    """Raises ConfigError where one of ``values`` (option -> value) is no integer, or less than ``least``."""
+    """Raises ConfigError where one of ``values`` (option -> integer) is less than ``least``."""
     what = "a positive integer" if least == 1 else f"an integer of at least {least}"
     for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        if value < least:
             raise ConfigError(f"{type(config).__name__}.{name} must be {what}, got {value!r}")
 
 
 def check_ranks(config: Any) -> None:
-    """Raises ConfigError where ``r``, or a rank in ``rank_pattern``, is no positive integer."""
-    patterns = {f"rank_pattern[{k!r}]": v for k, v in config.rank_pattern.items()}
+    """Raises ConfigError where ``r``, or a rank in ``rank_pattern``, is not positive."""
+    patterns = {f"rank_pattern[{k!r}]": v for k, v in (config.rank_pattern or {}).items()}
     check_integers(config, {"r": config.r, **patterns})
 
 
@@ -40,13 +40,6 @@ def check_probability(config: Any, *options: str, certain: bool = False) -> None
             raise ConfigError(
                 f"{type(config).__name__}.{option} must lie in {'[0, 1]' if certain else '[0, 1)'}, got {value!r}"
             )
-
-
-def check_bool(config: Any, option: str) -> None:
-    """Raises ConfigError where an option is neither True nor False."""
-    value = getattr(config, option)
-    if not isinstance(value, bool):
-        raise ConfigError(f"{type(config).__name__}.{option} must be True or False, got {value!r}")
 
 
 def check_bias(config: Any, only: str) -> None:

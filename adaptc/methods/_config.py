@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self, cast
 
-from adaptc.errors import AdaptcWarning, ConfigError, nearest
+from adaptc.errors import SHOWN, AdaptcWarning, ConfigError, nearest, shown
 from adaptc.methods._default_targets import defaults
 from adaptc.methods._model_facts import ModelFacts
-from adaptc.methods._name_patterns import matches_pattern
+from adaptc.methods._name_patterns import MANY, matches_pattern
 from adaptc.passes.ir.method import Method
+from adaptc.value_types import fitting, table
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
@@ -44,17 +45,25 @@ class AdapterConfig:
     inference_mode: bool = False
 
     def __post_init__(self) -> None:
-        if self.task_type is not None:
-            self.task_type = str(getattr(self.task_type, "value", self.task_type))
-            if self.task_type not in TASK_TYPES:
-                raise ConfigError(f"task_type={self.task_type!r} is not one of {', '.join(TASK_TYPES)}")
         for f in fields(self):
-            why = self.refused.get(f.name)
-            if why is not None and getattr(self, f.name) != default_of(f):
-                raise ConfigError(
-                    f"{type(self).__name__}.{f.name}={getattr(self, f.name)!r} is not supported: {why}. "
-                    f"Leave {f.name} at its default ({default_of(f)!r})."
-                )
+            value, why = getattr(self, f.name), self.refused.get(f.name)
+            if why is None or value is None or (type(value) is type(default_of(f)) and value == default_of(f)):
+                continue
+            raise ConfigError(
+                f"{type(self).__name__}.{f.name}={shown(value)} is not supported: {why}. "
+                f"Leave {f.name} at its default ({default_of(f)!r})."
+            )
+        self.check_types()
+        if self.task_type is not None and self.task_type not in TASK_TYPES:
+            raise ConfigError(f"task_type={shown(self.task_type)} is not one of {', '.join(TASK_TYPES)}")
+
+    def check_types(self) -> None:
+        """Raises ConfigError where a field holds what its annotation does not allow; see ``adaptc.value_types``."""
+        for name, rule in table(type(self)).items():
+            value = getattr(self, name)
+            new = fitting(f"{type(self).__name__}.{name}", rule, value)
+            if new is not value:
+                setattr(self, name, new)
 
     def method(self, name: str, kind: str) -> Method:
         """The method with the options it has at module ``name`` (rank and alpha patterns resolved)."""
@@ -80,11 +89,14 @@ class AdapterConfig:
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """From ``adapter_config.json``. Keys PEFT has never had are dropped with a warning that names them."""
         known = {f.name for f in fields(cls)}
+        odd = next((k for k in data if not isinstance(k, str)), None)
+        if odd is not None:
+            raise ConfigError(f"{cls.__name__}: the names of options are strings, got {shown(odd)}")
         unknown = sorted(k for k in data if k not in known and k != "peft_type")
         if unknown:
-            hints = {k: near[0] for k in unknown if (near := nearest(k, known, 1))}
+            hints = {k: near[0] for k in unknown[:SHOWN] if (near := nearest(k, known, 1))}
             warnings.warn(
-                f"adapter config: dropping unknown {unknown} (written by a newer PEFT, or misspelled"
+                f"adapter config: dropping unknown {shown(unknown)} (written by a newer PEFT, or misspelled"
                 + (f"; nearest known: {hints}" if hints else "")
                 + ")",
                 AdaptcWarning,
@@ -140,10 +152,12 @@ class TargetedConfig(AdapterConfig):
             raise ConfigError("layers_pattern needs target_modules as a list; put the layers into the regex instead")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern needs layers_to_transform, the indices to pick")
-        if isinstance(self.target_parameters, str):
-            raise ConfigError(
-                f"{type(self).__name__}.target_parameters must be a list of parameter names, not a string"
-            )
+        for option, entries in self.pattern_entries().items():
+            if len(entries) > MANY:
+                raise ConfigError(
+                    f"{type(self).__name__}.{option} has {len(entries)} entries, and {MANY} are the most: one "
+                    "expression can be for many modules"
+                )
         bias = self.bias
         if not isinstance(bias, str) or not (bias in ("none", "all") or bias.endswith("_only")):
             own = f"{self.peft_type.lower()}_only"

@@ -20,7 +20,7 @@ from adaptc.errors import ConfigError
 
 SCHEMES = (True, False, "gaussian", "orthogonal", "pissa", "olora")
 
-_NITER = re.compile(r"pissa_niter_(\d+)")
+_NITER = re.compile(r"pissa_niter_([0-9]{1,4})")
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def init_lora(
     name = scheme.lower() if isinstance(scheme, str) else scheme
     niter = _NITER.fullmatch(name) if isinstance(name, str) else None
     if not (isinstance(name, bool) or (isinstance(name, str) and name in SCHEMES) or niter):
-        listed = ", ".join(repr(s) for s in (*SCHEMES, "pissa_niter_[number of iterations]"))
+        listed = ", ".join(repr(s) for s in (*SCHEMES, "pissa_niter_[number of iterations, up to 9999]"))
         raise ConfigError(f"init_lora_weights={scheme!r} is not a known scheme; known are {listed}")
     if r < 1:
         raise ConfigError(f"r must be at least 1, found {r}")

@@ -38,13 +38,12 @@ class LycorisConfig(TargetedConfig):
     module_dropout: float = 0.0
     use_effective_conv2d: bool = False
     init_weights: bool | str = True
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, int | float] = field(default_factory=dict)
+    rank_pattern: dict[str, int] | None = field(default_factory=dict)
+    alpha_pattern: dict[str, int | float] | None = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         name = type(self).__name__
-        self.rank_pattern, self.alpha_pattern = dict(self.rank_pattern or {}), dict(self.alpha_pattern or {})
         check_ranks(self)
         check_probability(self, "rank_dropout", "module_dropout")
         if not any(self.init_weights is s or (isinstance(s, str) and self.init_weights == s) for s in self.schemes):
@@ -52,7 +51,7 @@ class LycorisConfig(TargetedConfig):
             raise ConfigError(f"{name}.init_weights must be one of {known}, got {self.init_weights!r}")
 
     def pattern_entries(self) -> dict[str, Mapping[str, Any]]:
-        return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        return {"rank_pattern": self.rank_pattern or {}, "alpha_pattern": self.alpha_pattern or {}}
 
     def options(self, name: str) -> dict[str, Any]:
         """The fields of a :class:`Lycoris` method at module ``name``."""

@@ -12,11 +12,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TypeVar
 
-from adaptc.errors import SHOWN, ConfigError, TargetError, and_more, did_you_mean
+from adaptc.errors import SHOWN, TargetError, and_more, did_you_mean
+from adaptc.patterns import Pattern, compiled
 
 T = TypeVar("T")
 
-_PLAIN = re.compile(r"[\w.]+")
+#: keys of a table that are tried one by one; and the most there may be, which no model has modules for
+FEW, MANY = 64, 100_000
+
+_PLAIN = re.compile(r"(?:[\w.]|\\\.)+")
 
 
 def pattern_value(pattern: Mapping[str, T] | None, name: str, default: T) -> T:
@@ -25,18 +29,41 @@ def pattern_value(pattern: Mapping[str, T] | None, name: str, default: T) -> T:
     A key is a regular expression for the end of the name, starting at a dot or at the front. Raises
     :class:`ConfigError` when it is not a valid one.
     """
-    for key, value in (pattern or {}).items():
-        if matches_pattern(key, name):
-            return value
-    return default
+    if not pattern:
+        return default
+    keys = pattern if len(pattern) < FEW else _likely(tuple(pattern), name)
+    return next((pattern[key] for key in keys if matches_pattern(key, name)), default)
+
+
+@lru_cache(maxsize=8)
+def _by_ending(keys: tuple[str, ...]) -> Mapping[str, Sequence[int]]:
+    """The places of the keys, by the literal ending a name must have for them."""
+    out: dict[str, list[int]] = {}
+    for i, key in enumerate(keys):
+        out.setdefault(_ending(key), []).append(i)
+    return out
+
+
+def _likely(keys: tuple[str, ...], name: str) -> list[str]:
+    """Those of many keys that may be for ``name``, in order: one table for all the layers of a model has thousands."""
+    places = _by_ending(keys)
+    return [keys[i] for i in sorted(i for start in range(len(name) + 1) for i in places.get(name[start:], ()))]
 
 
 def unused_patterns(
     pattern: Mapping[str, object] | None, names: Iterable[str], matches: Callable[[str, str], bool] | None = None
 ) -> list[str]:
     """The keys of ``rank_pattern`` or ``alpha_pattern`` that match none of ``names``, in order."""
-    names, matches = list(names), matches or matches_pattern
-    return [key for key in pattern or {} if not any(matches(key, n) for n in names)]
+    names = list(names)
+    if matches is not None or len(pattern or {}) < FEW:
+        return [key for key in pattern or {} if not any((matches or matches_pattern)(key, n) for n in names)]
+    keys = tuple(pattern or {})
+    left = dict.fromkeys(keys)
+    for name in names:
+        for key in _likely(keys, name):
+            if key in left and matches_pattern(key, name):
+                del left[key]
+    return list(left)
 
 
 def check_patterns(
@@ -55,26 +82,20 @@ def check_patterns(
         raise TargetError(f"{option}: " + "; ".join(hints) + and_more(unused))
 
 
+def _ending(key: str) -> str:
+    return key.rpartition(".")[2] if _PLAIN.fullmatch(key) else ""
+
+
 @lru_cache(maxsize=65536)
-def _pattern_rule(key: str) -> tuple[str, re.Pattern[str]]:
+def _pattern_rule(key: str) -> tuple[str, Pattern | re.Pattern[str]]:
     """The regular expression of a key, and a literal ending that rules out most names before it is tried."""
-    ending = key.rpartition(".")[2] if _PLAIN.fullmatch(key) else ""
-    return ending, compiled("rank_pattern or alpha_pattern", rf"(.*\.)?({key})$", key)
+    return _ending(key), compiled("rank_pattern or alpha_pattern", rf"(.*\.)?({key})$", key)
 
 
 def matches_pattern(key: str, name: str) -> bool:
     """Whether a key of ``rank_pattern`` or ``alpha_pattern`` is for the module ``name``."""
     ending, regex = _pattern_rule(key)
     return name.endswith(ending) and regex.match(name) is not None
-
-
-def compiled(option: str, regex: str, written: str | None = None) -> re.Pattern[str]:
-    """Raises ConfigError, naming the option and the expression as it was ``written``, for one that is not valid."""
-    try:
-        return re.compile(regex)
-    except re.error as e:
-        shown = regex if written is None else written
-        raise ConfigError(f"{option}: {shown!r} is not a valid regular expression ({e})") from None
 
 
 def dotted_value(pattern: Mapping[str, T] | None, name: str, default: T) -> T:
@@ -90,8 +111,5 @@ def dotted_match(key: str, name: str) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _rule(key: str) -> re.Pattern[str]:
-    try:
-        return re.compile(rf".*\.{key}$")
-    except re.error as e:
-        raise ConfigError(f"{key!r} is not a valid regular expression ({e})") from None
+def _rule(key: str) -> Pattern | re.Pattern[str]:
+    return compiled("n_frequency_pattern or block_size_pattern", rf".*\.{key}$", key)

@@ -53,18 +53,17 @@ def at_least_float32(*tensors: Tensor) -> torch.dtype:
 
 
 def check_counts(config: Any, option: str) -> None:
-    """Raises ConfigError where an option, or its table of patterns, holds anything but a positive integer."""
+    """Raises ConfigError where an option, or its table of patterns, holds an integer that is not positive."""
     pattern = getattr(config, f"{option}_pattern") or {}
     patterns = {f"{option}_pattern[{k!r}]": v for k, v in pattern.items()}
     check_integers(config, {option: getattr(config, option), **patterns})
 
 
 def check_seed(config: Any) -> None:
-    """Raises ConfigError where ``random_loc_seed`` cannot seed a generator: without one, no file could be read back."""
-    seed = config.random_loc_seed
-    if not isinstance(seed, int) or isinstance(seed, bool):
+    """Raises ConfigError where ``random_loc_seed`` is None: without a seed, no file could be read back."""
+    if config.random_loc_seed is None:
         raise ConfigError(
-            f"{type(config).__name__}.random_loc_seed must be an integer, got {seed!r}: the places of the coefficients "
+            f"{type(config).__name__}.random_loc_seed must be an integer, got None: the places of the coefficients "
             "are not in the file and are drawn again from it"
         )
 

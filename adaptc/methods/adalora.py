@@ -111,7 +111,10 @@ class AdaLoraConfig(LoraConfig):
     def pattern_entries(self) -> dict[str, Mapping[str, Any]]:
         # The modules in the keys of sites: PEFT's wrappers and what a module calls its parameters are no part of them.
         sites = {(_site(k) or "").partition(".base_layer")[0]: v for k, v in (self.rank_pattern or {}).items()}
-        return {"rank_pattern": {rf"{re.escape(s)}(\..*)?" if s else ".*": v for s, v in sites.items()}}
+        return {"rank_pattern": sites}
+
+    def pattern_matches(self, key: str, name: str) -> bool:
+        return not key or f".{key}." in f".{name}."
 
     def method(self, name: str, kind: str) -> AdaLora:
         return AdaLora(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import ConfigError, TargetError
-from adaptc.methods._checks import check_bias, check_bool, check_probability
+from adaptc.methods._checks import check_bias, check_probability
 from adaptc.methods._config import TargetedConfig
 from adaptc.methods._rotation import Rotation, blockwise, cayley, divisors, keep_some, solvable
 from adaptc.passes.ir.method import Initial, Scale, Slot, Slots
@@ -53,7 +53,6 @@ class BOFTConfig(TargetedConfig):
             )
         check_bias(self, "boft_only")
         check_probability(self, "boft_dropout", certain=True)
-        check_bool(self, "init_weights")
 
     def method(self, name: str, kind: str) -> Boft:
         return Boft(
@@ -86,7 +85,8 @@ class Boft(Rotation):
 
         def fits(d: int) -> bool:
             b = d if self.size else n // d
-            return m == 1 or (b % 2 == 0 and (n // b) % 2 ** (m - 1) == 0)
+            # The blocks must halve m - 1 times; of a larger m, 2 ** (m - 1) would be more than memory holds.
+            return m == 1 or (b % 2 == 0 and m <= (n // b).bit_length() and (n // b) % 2 ** (m - 1) == 0)
 
         if n % asked or not fits(asked):
             good = [d for d in divisors(n) if fits(d)]

@@ -23,6 +23,7 @@ from adaptc.methods._config import TargetedConfig
 from adaptc.methods._model_facts import ModelFacts
 from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots
 from adaptc.passes.ir.ops import Op, cast
+from adaptc.patterns import compiled
 
 SLOT = "ia3_l"
 
@@ -46,12 +47,7 @@ class IA3Config(TargetedConfig):
         super().__post_init__()
         targets, inner = self.target_modules, self.feedforward_modules
         if isinstance(inner, str):
-            try:
-                re.compile(inner)
-            except re.error as error:
-                raise ConfigError(
-                    f"IA3Config.feedforward_modules: {inner!r} is not a valid regular expression ({error})"
-                ) from None
+            compiled("IA3Config.feedforward_modules", inner)
         elif inner is not None and isinstance(targets, (list, set, frozenset)):
             strange = sorted(set(inner) - set(targets))
             if strange:
@@ -83,7 +79,7 @@ class IA3Config(TargetedConfig):
                 "inputs are to be scaled (the second layers of feed-forward blocks), or say [] for none"
             )
         if isinstance(inner, str):
-            feedforward = re.fullmatch(inner, name) is not None
+            feedforward = compiled("IA3Config.feedforward_modules", inner).fullmatch(name) is not None
         else:
             feedforward = name.endswith(tuple(inner))
         return IA3(feedforward, self.init_ia3_weights)

@@ -31,6 +31,13 @@ class LNTuningConfig(TargetedConfig):
         "target_parameters": "modules are trained as a whole; name the module in target_modules",
     }
 
+    modules_to_save: list[str] | str | None = None  # PEFT takes one name as well
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.modules_to_save, str):
+            self.modules_to_save = [self.modules_to_save]
+
     def resolved(self, facts: ModelFacts) -> Self:
         new = super().resolved(facts)
         paths = [path for path, cls in facts.types.items() if path and _NORM.search(cls)]

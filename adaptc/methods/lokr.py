@@ -39,7 +39,7 @@ class LoKrConfig(LycorisConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         factor = self.decompose_factor
-        if not isinstance(factor, int) or isinstance(factor, bool) or not (factor == -1 or factor > 0):
+        if factor < 1 and factor != -1:
             raise ConfigError(
                 f"LoKrConfig.decompose_factor must be a positive integer, or -1 for factors close to each other; "
                 f"got {factor!r}"

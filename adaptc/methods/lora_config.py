@@ -60,8 +60,8 @@ class LoraConfig(TargetedConfig):
     bias: str = "none"
     use_rslora: bool = False
     init_lora_weights: bool | str = True
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, int | float] = field(default_factory=dict)
+    rank_pattern: dict[str, int] | None = field(default_factory=dict)
+    alpha_pattern: dict[str, int | float] | None = field(default_factory=dict)
     megatron_config: dict[str, Any] | None = None
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
@@ -103,7 +103,7 @@ class LoraConfig(TargetedConfig):
         check_bias(self, "lora_only")
 
     def pattern_entries(self) -> dict[str, Mapping[str, Any]]:
-        return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        return {"rank_pattern": self.rank_pattern or {}, "alpha_pattern": self.alpha_pattern or {}}
 
     def method(self, name: str, kind: str) -> Lora:
         return (Dora if self.use_dora else Lora)(

@@ -18,11 +18,14 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import AdaptcWarning, ConfigError
-from adaptc.methods._checks import check_bias, check_bool, check_probability
+from adaptc.methods._checks import check_bias, check_probability
 from adaptc.methods._config import TargetedConfig
 from adaptc.methods._rotation import Rotation, blockwise, cayley, divisors, keep_some, solvable
 from adaptc.passes.ir.method import Initial, Scale, Slot, Slots
 from adaptc.passes.ir.ops import Op, cast
+
+#: of the Cayley-Neumann series; it has converged long before
+MOST_TERMS = 256
 
 
 @dataclass
@@ -55,13 +58,13 @@ class OFTConfig(TargetedConfig):
             )
         check_bias(self, "oft_only")
         check_probability(self, "module_dropout", certain=True)
-        check_bool(self, "init_weights")
         if self.coft and not self.eps > 0:
             raise ConfigError(f"OFTConfig.eps, the radius that coft keeps to, must be positive, got {self.eps!r}")
-        if self.use_cayley_neumann and self.num_cayley_neumann_terms < 2:
+        if self.use_cayley_neumann and not 2 <= self.num_cayley_neumann_terms <= MOST_TERMS:
             raise ConfigError(
                 "OFTConfig.num_cayley_neumann_terms must be 2 or more, or no rotation would ever differ from the "
-                f"identity; got {self.num_cayley_neumann_terms}"
+                f"identity, and at most {MOST_TERMS}, since each is a product in the program; "
+                f"got {self.num_cayley_neumann_terms}. use_cayley_neumann=False is the sum of all terms."
             )
 
     @classmethod
@@ -71,15 +74,22 @@ class OFTConfig(TargetedConfig):
                 "this OFT config has no oft_block_size: it is of PEFT 0.13 or older, whose OFT computed something "
                 "else. Train the adapter again with a newer release."
             )
-        version = re.match(r"(\d+)\.(\d+)", str(data.get("peft_version", "0.0")))
-        if data.get("use_cayley_neumann") and version and tuple(map(int, version.groups())) < (0, 18):
+        written = data.get("peft_version", "0.0")
+        version = re.match(r"(\d{1,9})\.(\d{1,9})", written) if isinstance(written, str) else None
+        new = super().from_dict(data)
+        if (
+            "use_cayley_neumann" in data
+            and new.use_cayley_neumann
+            and version
+            and tuple(map(int, version.groups())) < (0, 18)
+        ):
             warnings.warn(
                 "this OFT adapter was written by PEFT before 0.18, whose Cayley-Neumann series was another one: its "
                 "outputs will differ from those it was trained with",
                 AdaptcWarning,
                 stacklevel=2,
             )
-        return super().from_dict(data)
+        return new
 
     def method(self, name: str, kind: str) -> Oft:
         return Oft(

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from adaptc.errors import ConfigError
 from adaptc.methods._checks import adapter_input, check_integers, check_matrix, check_probability
 from adaptc.methods._config import TargetedConfig
-from adaptc.methods.vera import check_key
 from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots
 from adaptc.passes.ir.ops import Op, cast
 
@@ -48,7 +47,6 @@ class RandLoraConfig(TargetedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_integers(self, {"r": self.r})
-        check_key("RandLoraConfig", self.projection_prng_key)
         check_probability(self, "randlora_dropout")
 
     def method(self, name: str, kind: str) -> RandLora:

@@ -44,7 +44,7 @@ class RoadConfig(TargetedConfig):
         if self.variant not in SIZES:
             raise ConfigError(f"RoadConfig.variant must be one of {', '.join(SIZES)}, got {self.variant!r}")
         size = self.group_size
-        if not isinstance(size, int) or isinstance(size, bool) or size <= 0 or size % 2:
+        if size <= 0 or size % 2:
             raise ConfigError(f"RoadConfig.group_size must be a positive even number, got {size!r}")
 
     def method(self, name: str, kind: str) -> Road:

@@ -52,9 +52,6 @@ class ShiraConfig(TargetedConfig):
         super().__post_init__()
         self.mask_fn: Callable[..., Tensor] | None = None
         check_integers(self, {"r": self.r})
-        seed = self.random_seed
-        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
-            raise ConfigError(f"ShiraConfig.random_seed must be an integer or None, got {seed!r}")
 
     def method(self, name: str, kind: str) -> Shira:
         return Shira(self.r, self.random_seed, self.mask_type, self.init_weights, self.mask_fn)

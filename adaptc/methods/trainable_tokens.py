@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
 from adaptc.errors import ConfigError
-from adaptc.methods._checks import check_bool
 from adaptc.methods._config import TargetedConfig
 from adaptc.methods._model_facts import ModelFacts
 from adaptc.methods._whole import TokenRows
@@ -30,10 +29,6 @@ class TrainableTokensConfig(TargetedConfig):
 
     token_indices: list[int] = field(default_factory=list)
     init_weights: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_bool(self, "init_weights")
 
     def resolved(self, facts: ModelFacts) -> Self:
         if not self.token_indices:

@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from adaptc.errors import ConfigError
 from adaptc.methods._checks import adapter_input, check_integers, check_matrix, check_probability
 from adaptc.methods._config import TargetedConfig
 from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots
@@ -42,7 +41,6 @@ class VeraConfig(TargetedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_integers(self, {"r": self.r})
-        check_key("VeraConfig", self.projection_prng_key)
         check_probability(self, "vera_dropout")
 
     def method(self, name: str, kind: str) -> Vera:
@@ -54,12 +52,6 @@ class VeraConfig(TargetedConfig):
             d_initial=self.d_initial,
             scheme=self.init_weights,
         )
-
-
-def check_key(config: str, key: Any) -> None:
-    """Raise ConfigError unless ``key`` can seed the generator that shared projections are drawn with."""
-    if not isinstance(key, int) or isinstance(key, bool) or not -(2**63) <= key < 2**64:
-        raise ConfigError(f"{config}.projection_prng_key must be an integer of 64 bits, got {key!r}")
 
 
 @lru_cache(maxsize=4)

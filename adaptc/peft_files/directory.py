@@ -26,7 +26,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError
+from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError, shown
+from adaptc.patterns import compiled
 from adaptc.peft_files import layouts as _layouts
 from adaptc.peft_files import safe_io as _safefile
 from adaptc.peft_files import staging as _staging
@@ -118,10 +119,10 @@ def read_adapter(
     :func:`check_finite`.
     """
     try:
-        rules = [(re.compile(pattern), new) for pattern, new in (key_mapping or {}).items()]
+        rules = [(compiled("key_mapping", pattern), new) for pattern, new in (key_mapping or {}).items()]
         to = torch.device(device)
-    except (re.error, TypeError, RuntimeError) as exc:
-        raise ConfigError(f"cannot read {os.fspath(path)}: bad key_mapping or device: {exc}") from exc
+    except (AttributeError, TypeError, RuntimeError) as exc:
+        raise ConfigError(f"cannot read {shown(path)}: bad key_mapping or device: {exc}") from exc
     config, where, name, raw, runs = settled(lambda: _read(path, adapter_name, subfolder))
     file = where / name
     if not raw:
@@ -133,8 +134,8 @@ def read_adapter(
         for pattern, new in rules:
             try:
                 bare, hits = pattern.subn(new, bare)
-            except (re.error, IndexError) as exc:
-                raise ConfigError(f"key_mapping: {new!r} does not fit {pattern.pattern!r}: {exc}") from exc
+            except (re.error, IndexError, TypeError) as exc:
+                raise ConfigError(f"key_mapping: {shown(new)} does not fit {pattern.pattern!r}: {exc}") from exc
             if hits:
                 break
         if bare in origin:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from adaptc.binding.binding import Binding
-from adaptc.errors import AdaptcError, ConfigError
+from adaptc.errors import AdaptcError, ConfigError, shown
 from adaptc.passes.ir.costs import at_sizes, example_sizes, node_work
 from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.regions import node_tag
@@ -93,8 +93,8 @@ def own_weights(program: ProgramCore, binding: Binding) -> tuple[ProgramCore, tu
 
 def choose(program: ProgramCore, binding: Binding, form: str, limit: int | None) -> tuple[str, str]:
     """(form, why). Raises ConfigError for a form that does not exist, and for a limit that is no number of bytes."""
-    if form not in FORMS:
-        raise ConfigError(f"form={form!r} is not one of {', '.join(FORMS)}")
+    if not isinstance(form, str) or form not in FORMS:
+        raise ConfigError(f"form={shown(form)} is not one of {', '.join(FORMS)}")
     check_limit(limit, "memory_limit")
     if form != "auto":
         return form, "asked for"

@@ -20,8 +20,8 @@ from adaptc.binding.combine import joint_spec, named, part_of, together
 from adaptc.binding.source import as_config, fitted
 from adaptc.capture.capture import Captured, capture
 from adaptc.capture.replicate_layers import replicate_layers
-from adaptc.errors import ConfigError
-from adaptc.methods import AdapterConfig, ModelFacts, TargetedConfig, check_registered, is_own
+from adaptc.errors import ConfigError, shown
+from adaptc.methods import AdapterConfig, ModelFacts, TargetedConfig, check_registered, check_sizes, is_own
 from adaptc.passes.adapt.choose_forms import FORMS
 from adaptc.passes.adapt.inject import Inject
 from adaptc.passes.ir.attachment import Attachment
@@ -32,6 +32,7 @@ from adaptc.passes.ir.method import Method
 from adaptc.passes.ir.method_checks import check_promises
 from adaptc.passes.ir.ops import Op, op_of
 from adaptc.passes.ir.pass_infra import PassManager
+from adaptc.patterns import limited
 from adaptc.peft_files.directory import AdapterFile
 from adaptc.program.adaptation import Adaptation
 from adaptc.program.adapted import AdaptedProgram
@@ -60,6 +61,7 @@ class Planned:
     spec: BindingSpec
 
 
+@limited()
 @exclusive
 def planned(
     model: Any,
@@ -75,8 +77,8 @@ def planned(
     key_mapping: Mapping[str, str] | None = None,
 ) -> Planned:
     """The first half of ``adaptc.compile``: all that is known before there are values."""
-    if form not in FORMS:
-        raise ConfigError(f"form={form!r} is not one of {', '.join(FORMS)}")
+    if not isinstance(form, str) or form not in FORMS:
+        raise ConfigError(f"form={shown(form)} is not one of {', '.join(FORMS)}")
     by_name = named(config)
     adapters = _adapters(config, by_name, adapter_name, key_mapping)
     model = _replicated(model, [a.config for a in adapters])
@@ -95,6 +97,10 @@ def planned(
     adapters = [replace(a, config=p.config) for a, p in zip(adapters, plans, strict=True)]
     attachments = union(plans, training, options.backend, form, apart=by_name is not None)
     spec = _spec(base, attachments, autocast, _trainable(adapters[0], training), plans)
+    for p in plans:
+        ops = {**_ops(base, [a for a in p.attachments if a.id not in spec.ops]), **spec.ops}
+        methods = joined({a.id: a.method for a in p.attachments}, ops)
+        check_sizes(p.config, [(a, methods[a.id], ops[a.id]) for a in p.attachments])
     return Planned(captured, adapters, plans, spec)
 
 
@@ -175,13 +181,13 @@ def _replicated(model: Any, configs: Sequence[TargetedConfig]) -> Any:
         return model
     if len(wanted) > 1 or ranges is None:
         raise ConfigError(
-            f"layer_replication differs between the adapters: {sorted(wanted)}; they need programs of their own"
+            f"layer_replication differs between the adapters: {shown(sorted(wanted))}; they need programs of their own"
         )
     if not isinstance(model, nn.Module):
         raise ConfigError(
             "layer_replication restacks the model's layers, so it needs the nn.Module, not a program of it"
         )
-    return replicate_layers(model, [(int(a), int(b)) for a, b in ranges])
+    return replicate_layers(model, ranges)
 
 
 def _transposed(model: Any) -> frozenset[str]:
@@ -199,9 +205,13 @@ def _trainable(adapter: Adapter, training: bool) -> bool:
 def _spec(
     base: Lifted, attachments: Sequence[Attachment], autocast: bool, trainable: bool, plans: Sequence[Plan]
 ) -> BindingSpec:
-    ops = {a.id: op_of(a.kind, base.tensor(a.fqn), base.nodes[a.consumers[0]]) for a in attachments}
+    ops = _ops(base, attachments)
     unread = {key: fqn for p in plans for key, fqn in p.unread.items()}
     return joint_spec(BindingSpec(attachments, ops, base.state_dict, autocast, trainable, unread))
+
+
+def _ops(base: Lifted, attachments: Sequence[Attachment]) -> dict[str, Op]:
+    return {a.id: op_of(a.kind, base.tensor(a.fqn), base.nodes[a.consumers[0]]) for a in attachments}
 
 
 def _first_binding(

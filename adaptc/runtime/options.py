@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from adaptc.errors import BackendError, ConfigError
+from adaptc.errors import BackendError, ConfigError, shown
 
 BACKENDS = ("eager", "inductor")
 
@@ -23,18 +23,21 @@ class RunOptions:
     kernels: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.backend not in BACKENDS:
-            raise BackendError(f"unknown backend {self.backend!r}; choose one of {', '.join(BACKENDS)}")
+        if not isinstance(self.backend, str) or self.backend not in BACKENDS:
+            raise BackendError(f"unknown backend {shown(self.backend)}; choose one of {', '.join(BACKENDS)}")
         check_limit(self.hoist_limit)
         if not isinstance(self.fuse, bool):
-            if isinstance(self.fuse, str) or not isinstance(self.fuse, Collection):
-                raise ConfigError(f"fuse={self.fuse!r} is neither True nor False, nor a set of names of weights")
+            names = self.fuse if isinstance(self.fuse, Collection) and not isinstance(self.fuse, str) else [None]
+            if not all(isinstance(n, str) for n in names):
+                raise ConfigError(f"fuse={shown(self.fuse)} is neither True nor False, nor a set of names of weights")
             object.__setattr__(self, "fuse", frozenset(self.fuse))
         if self.kernels is not None and not isinstance(self.kernels, bool):
-            raise ConfigError(f"kernels={self.kernels!r} must be True, False or None (where the base is on a GPU)")
+            raise ConfigError(f"kernels={shown(self.kernels)} must be True, False or None (where the base is on a GPU)")
 
 
 def check_limit(value: Any, name: str = "hoist_limit") -> None:
     """Raises ConfigError for what is no limit."""
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-        raise ConfigError(f"{name}={value!r} is no number of bytes; give None for no limit, or 0 for no memory at all")
+        raise ConfigError(
+            f"{name}={shown(value)} is no number of bytes; give None for no limit, or 0 for no memory at all"
+        )

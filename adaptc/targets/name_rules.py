@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from adaptc.errors import SHOWN, ConfigError, TargetError, and_more, did_you_mean, listing
-from adaptc.methods import compiled
+from adaptc.patterns import compiled
 
 ALL_LINEAR = "all-linear"
 # PEFT writes this into files whose adapter targets no module at all (trained tokens only, for example).
@@ -108,7 +108,7 @@ def select(
     if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
         linear = {c.name for c in candidates if c.kind in _LINEAR_KINDS and _LINEAR_CLASS.search(c.type)}
 
-    matches: dict[str, list[str]] = {key: [] for key in targets.keys}
+    matches: dict[str, list[str]] = {}
     hit: set[str] = set()
     seen_layers: set[int] = set()
     left_out: list[tuple[str, str]] = []
@@ -132,7 +132,7 @@ def select(
             continue
         chosen.append(name)
         for key in keys:
-            matches[key].append(name)
+            matches.setdefault(key, []).append(name)
 
     missing = [key for key in targets.keys if key not in hit]
     if missing:
@@ -150,7 +150,7 @@ def select(
             keys = targets.matching(name)
             if keys and not (targets.regex and name in model.parents) and not (excluded.matching(name) or saved(name)):
                 left_out.append((name, f"named by {keys[0]!r} but not adaptable{_of_type(type_)}"))
-    return Selection(tuple(chosen), {k: tuple(v) for k, v in matches.items()}, tuple(left_out))
+    return Selection(tuple(chosen), {k: tuple(matches.get(k, ())) for k in targets.keys}, tuple(left_out))
 
 
 def select_to_save(
@@ -164,14 +164,15 @@ def select_to_save(
     names = [n for n in names if n]
     entries = _save_entries(modules_to_save, task_type)
     wanted = _as_list("modules_to_save", modules_to_save)
-    present = {e for e in entries if any(n.endswith(e) for n in names)}
+    endings = {n[i:] for n in names for i in range(len(n))}
+    present = {e for e in entries if e in endings}
     heads = set(TASK_HEADS.get(_task(task_type), ()))
     optional = heads if heads <= set(wanted) and heads & present else set()
     missing = [e for e in wanted if e not in present and e not in optional]
     if missing:
         hints = [f"{e!r} ends no module name{did_you_mean(e, names)}" for e in missing[:SHOWN]]
         raise TargetError("modules_to_save: " + "; ".join(hints) + and_more(missing))
-    return [n for n in names if any(n.endswith(e) for e in present)]
+    return [n for n in names if n.endswith(tuple(present))]
 
 
 class _Model:
@@ -196,7 +197,7 @@ class _Entries:
     def matching(self, name: str) -> list[str]:
         if self.regex:
             return [self.keys[0]] if self._full and self._full(name) else []
-        return [s for s in _suffixes(name) if s in self.lookup] if self.lookup else []
+        return [s for s in suffixes(name) if s in self.lookup] if self.lookup else []
 
 
 class _Layers:
@@ -264,7 +265,8 @@ def _as_list(option: str, value: str | Iterable[str] | None) -> list[str]:
     return sorted(items) if isinstance(value, (set, frozenset)) else list(dict.fromkeys(items))
 
 
-def _suffixes(name: str) -> Iterable[str]:
+def suffixes(name: str) -> Iterable[str]:
+    """A name and what follows each of its dots."""
     yield name
     dot = name.find(".")
     while dot >= 0:
@@ -291,7 +293,7 @@ def _why_missing(entries: _Entries, entry: str, model: _Model) -> str:
     if entries.regex:
         if entry.lower() == ALL_LINEAR:
             return "finds no linear layer to adapt"
-        tail = next((n for n in model.names if entry in _suffixes(n)), None)
+        tail = next((n for n in model.names if entry in suffixes(n)), None)
         if tail is not None:
             return f"is a regular expression for whole names; to match endings such as {tail!r} write [{entry!r}]"
         part = next((n for n in model.names if compiled(entries.option, entry).search(n)), None)

@@ -22,7 +22,7 @@ from adaptc.passes.analysis.sites import Site, find_sites
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.ops import op_of
-from adaptc.targets.name_rules import NO_TARGETS, Candidate, Selection, select, select_to_save
+from adaptc.targets.name_rules import NO_TARGETS, Candidate, Selection, select, select_to_save, suffixes
 from adaptc.targets.old_experts import refuse_old_targets
 from adaptc.targets.whole_and_rows import Trained, outermost
 
@@ -100,8 +100,9 @@ class _Planner:
             main = [a for name in selection.names for a in self._module(name, modules[name], selection)]
         check_names = [*selection.names]
         extra = self._parameters(parameters, check_names)
+        own = type(self.config).pattern_matches is not TargetedConfig.pattern_matches
         for option, pattern in self.config.pattern_entries().items():
-            check_patterns(option, pattern, check_names, self.config.pattern_matches)
+            check_patterns(option, pattern, check_names, self.config.pattern_matches if own else None)
         self._check_dropout([*main, *extra])
         replaced = [a for m, like in whole for a in self.trained.whole(m, like)]
         rows += self.trained.tokens(tokens)
@@ -222,7 +223,11 @@ class _Planner:
         if not entries:
             return []
         by_fqn = {s.fqn: s for s in self.sites}
-        hits = {e: [f for f in by_fqn if f == e or f.endswith(f".{e}")] for e in entries}
+        ending: dict[str, list[str]] = {}
+        for f in by_fqn:
+            for e in suffixes(f):
+                ending.setdefault(e, []).append(f)
+        hits = {e: ending.get(e, []) for e in entries}
         for entry, found in hits.items():
             if not found:
                 near = nearest(entry, by_fqn)

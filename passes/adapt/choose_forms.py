@@ -21,7 +21,7 @@ from typing import Protocol
 
 import sympy
 
-from adaptc.errors import BackendError, PassError
+from adaptc.errors import BackendError, ConfigError, PassError
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.costs import Work, at_sizes
 from adaptc.passes.ir.ops import Op
@@ -69,7 +69,7 @@ class Job(Protocol):
 
 def choose_forms(jobs: Sequence[Job]) -> None:
     """Set ``form`` and ``why`` of every job. An attachment on whose change of the weight another one builds, or whose
-    inputs another one turns, has the weight form. Raises PassError where a form asked for does not exist."""
+    inputs another one turns, has the weight form. Raises ConfigError where a form asked for does not exist."""
     by_id = {job.a.id: job for job in jobs}
     if len(by_id) != len(jobs):
         raise PassError(f"a site is given twice: {[j.a.id for j in jobs if by_id[j.a.id] is not j]}")
@@ -85,7 +85,12 @@ def choose_forms(jobs: Sequence[Job]) -> None:
         elif method.has_input(job.op) and count[a.fqn] > 1:
             missing = "it would turn the inputs of the other adapters of this weight"
         if a.form == "apply" and missing:
-            raise PassError(f"site {a.id!r} cannot take the apply form: {missing}. Use form='auto' or 'weight'.")
+            raise ConfigError(f"site {a.id!r} cannot take the apply form: {missing}. Use form='auto' or 'weight'.")
+        if a.form == "weight" and not method.has_weight():
+            raise ConfigError(
+                f"site {a.id!r} cannot take the weight form: {method.name} has no form on the weight. Use form='auto' "
+                "or 'apply'."
+            )
         if a.form != "auto":
             job.form, job.why = a.form, a.why or "asked for"
         elif missing:
@@ -96,7 +101,7 @@ def choose_forms(jobs: Sequence[Job]) -> None:
             choice = job.choice()
             job.form, job.why = choice.form, choice.why
         if job.form == "weight" and method.has_apply_form(job.op) and job.drops_outside():
-            raise PassError(
+            raise ConfigError(
                 f"site {a.id!r} would lose its dropout, which acts on what the layer reads, in the weight form "
                 f"({job.why}). Set the dropout to 0, or leave out what needs this form."
             )

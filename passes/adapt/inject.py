@@ -44,7 +44,8 @@ class Inject(Pass):
     def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
         lifted = Lifted(subject)
         lifted.freeze()
-        ready = [self._lift(lifted, a) for a in self.attachments]
+        added: set[str] = set()
+        ready = [self._lift(lifted, a, added) for a in self.attachments]
         latest = {place_of(tag): n for n in lifted.graph.nodes if (tag := region_tag(n))}
         traces: dict[Any, fx.Graph] = {}
         costs = _Costs(example_sizes(subject), self.training)
@@ -53,19 +54,22 @@ class Inject(Pass):
         done = [job.run() for job in jobs]
         return PassResult(lifted.finish(), len(done), data=tuple(done))
 
-    def _lift(self, lifted: Lifted, a: Attachment) -> Attachment:
+    def _lift(self, lifted: Lifted, a: Attachment, added: set[str]) -> Attachment:
         if a.fqn not in lifted.placeholders:
             raise PassError(f"the program has no parameter {a.fqn!r}")
         op = site_op(lifted, a)
         slots: dict[str, str] = {}
         for name, slot in a.method.slots(op).items():
             fqn = a.slot_fqn(name, slot)
-            if fqn not in lifted.placeholders:  # else another site shares it
+            # Other sites share what has been added. A tensor of the model's own by that name is refused.
+            if fqn not in added and not (slot.shared and fqn in lifted.placeholders):
                 lifted.add(fqn, as_lifted(self._value(a, fqn), slot.trainable))
+            added.add(fqn)
             slots[name] = fqn
         scale_fqn = None if a.method.scale(op) is None else a.scale_fqn
-        if scale_fqn is not None and scale_fqn not in lifted.placeholders:
+        if scale_fqn is not None and scale_fqn not in added:
             lifted.add(scale_fqn, self._value(a, scale_fqn))
+            added.add(scale_fqn)
         return replace(a, slots=slots, scale_slot=scale_fqn)
 
     def _value(self, a: Attachment, fqn: str) -> Tensor:

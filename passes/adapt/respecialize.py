@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, fx
 
-from adaptc.errors import PassError
+from adaptc.errors import MethodError
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.lifted import fake_of
 from adaptc.passes.ir.ops import Op, operands
@@ -94,6 +94,6 @@ class Respecialize(GraphPass):
             nodes[-1].meta["val"] = nodes[-1].args[0].meta["val"]  # type: ignore[union-attr]
             return
         if [n.target for n in traced] != [n.target for n in nodes]:
-            raise PassError(f"region of {a.id!r} depends on the rank: {[str(n.target) for n in traced]}")
+            raise MethodError(f"region of {a.id!r} depends on the rank: {[str(n.target) for n in traced]}")
         for old, new in zip(nodes, traced, strict=True):
             old.meta["val"] = new.meta["val"]

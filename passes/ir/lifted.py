@@ -35,7 +35,7 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 
-from adaptc.errors import PassError
+from adaptc.errors import CaptureError, ConfigError, PassError
 from adaptc.passes.ir.storage import storage_key
 
 
@@ -96,7 +96,7 @@ def sizes_stay_free(fakes: Iterable[Any]) -> Iterator[None]:
 
 def _fake(mode: Any, tensor: Tensor) -> Tensor:
     if mode is None:
-        raise PassError("the graph has no fake values; capture it with torch.export.export")
+        raise CaptureError("the graph has no fake values; capture it with torch.export.export")
     # Ten times cheaper than mode.from_tensor, which describes the tensor's storage first; slots are plain tensors.
     meta = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device="meta")
     fake = FakeTensor(mode, meta, tensor.device)
@@ -161,7 +161,10 @@ class Lifted:
     def add(self, fqn: str, tensor: Tensor) -> fx.Node:
         """A new lifted input: a parameter if ``tensor`` is an ``nn.Parameter``, else a persistent buffer."""
         if fqn in self.state_dict or fqn in self.constants:
-            raise PassError(f"the program already has a tensor named {fqn!r}")
+            raise ConfigError(
+                f"the program already has a tensor named {fqn!r}: another adapter's, or the model's own. Give this "
+                "adapter another adapter_name, or rename the module."
+            )
         return self._placeholder(fqn, tensor)
 
     def _placeholder(self, fqn: str, tensor: Tensor) -> fx.Node:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from adaptc.errors import AdaptcError, MethodError, PassError
+from adaptc.errors import AdaptcError, MethodError
 from adaptc.passes.ir.lifted import fake_tensors
 from adaptc.passes.ir.method import Initial, Method
 from adaptc.passes.ir.method_hooks import Slot
@@ -194,7 +194,7 @@ class _Region:
         what = f"{_name(method)}.{self.function}()"
         try:
             graph = region_of(method, self.op, self.kind, self.names, self.scaled, self.inputs)
-        except PassError as error:
+        except MethodError as error:
             raise MethodError(f"{what} {OUTSIDE} (at {_site(self.op)}). {error}") from error
         except AdaptcError:
             raise

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from adaptc.errors import PassError
+from adaptc.errors import MethodError
 from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.lifted import sizes_stay_free
 from adaptc.passes.ir.method import Method
@@ -31,7 +31,7 @@ def trace(fn: Callable[..., Tensor], fakes: Sequence[Tensor]) -> fx.Graph:
     graph.eliminate_dead_code()
     for node in graph.nodes:
         if node.op not in ("placeholder", "call_function", "output"):
-            raise PassError(f"a method may only use its arguments, but {fn} reads {node.target!r} from outside")
+            raise MethodError(f"a method may only use its arguments, but {fn} reads {node.target!r} from outside")
     return graph
 
 

@@ -125,7 +125,7 @@ def test_the_fields_and_defaults_are_pefts():
         ({"total_step": 9, "beta2": 0}, "beta2 must lie between 0 and 1"),
         ({"total_step": 9, "deltaT": 0}, "deltaT must be a positive integer"),
         ({"total_step": 9, "init_r": 0}, "init_r must be a positive integer"),
-        ({"total_step": 9, "target_r": True}, "target_r must be a positive integer"),
+        ({"total_step": 9, "target_r": True}, "target_r must be an integer"),
         ({"total_step": 9, "lora_dropout": 1.0}, r"AdaLoraConfig.lora_dropout must lie in \[0, 1\)"),
         ({"total_step": 9, "bias": "some"}, "AdaLoraConfig.bias must be"),
         ({"total_step": 9, "init_lora_weights": "gaussian"}, "'gaussian' does not exist"),

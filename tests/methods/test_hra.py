@@ -162,7 +162,7 @@ def test_another_rank_runs_through_the_same_code(orthogonal):
     ("changes", "message"),
     [
         ({"r": 0}, "r must be a positive integer"),
-        ({"r": 2.0}, "positive integer"),
+        ({"r": 2.0}, "r must be an integer, got 2.0"),
         ({"bias": "oft_only"}, "'hra_only'"),
     ],
 )

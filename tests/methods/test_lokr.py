@@ -10,7 +10,7 @@ from peft.tuners.lokr.layer import factorization
 from torch import nn
 
 import adaptc
-from adaptc.errors import ConfigError, PassError, SwapError
+from adaptc.errors import ConfigError, SwapError
 from adaptc.methods.lokr import LoKr, factors
 from adaptc.passes.ir.ops import Op
 from tests.support.lycoris import close, named, normal, randomize, saved, slots
@@ -91,7 +91,7 @@ def test_pefts_product_with_one_kernel_axis_stands_in_front_of_the_weight():
     """A whole W2 (k, n, kernel) of a one-dimensional convolution is multiplied as (1, l, m) by PEFT."""
     model = named(nn.Conv1d(15, 22, 3))
     config = adaptc.LoKrConfig(r=8, target_modules=["a"])
-    with pytest.raises(PassError, match="apply form"):
+    with pytest.raises(ConfigError, match="apply form"):
         adaptc.compile(model, config, example_inputs=normal(3, 15, 7), form="apply")
     program = adaptc.compile(model, config.replace(r=2), example_inputs=normal(3, 15, 7), form="apply")
     assert program.adaptation.attachments[0].form == "apply"

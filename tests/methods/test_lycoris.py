@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import adaptc
-from adaptc.errors import ConfigError, PassError, TargetError
+from adaptc.errors import ConfigError, TargetError
 from adaptc.methods.loha import LoHa
 from adaptc.methods.lokr import LoKr
 from adaptc.passes.ir.ops import Op
@@ -230,6 +230,6 @@ def test_tables_of_embeddings(cls, tmp_path):
 @pytest.mark.parametrize("cls", CONFIGS)
 def test_tables_with_gradients_by_frequency_have_the_weight_form(cls):
     model, ids = named(nn.Embedding(15, 22, scale_grad_by_freq=True)), torch.tensor([[3, 14, 3]])
-    with pytest.raises(PassError, match="apply form"):
+    with pytest.raises(ConfigError, match="apply form"):
         adaptc.compile(model, config(cls, r=2), example_inputs=ids, form="apply")
     assert adaptc.compile(model, config(cls, r=2), example_inputs=ids).adaptation.attachments[0].form == "weight"

@@ -160,7 +160,7 @@ def test_packages_may_pad_the_rank():
 def test_refusals():
     for options, why in (
         ({"r": 0}, "r must be a positive integer"),
-        ({"mini_r": True}, "mini_r must be a positive integer"),
+        ({"mini_r": True}, "mini_r must be an integer"),
         ({"miss_dropout": 1.0}, "must lie in"),
         ({"init_weights": "batt"}, "True, False, 'bat' or 'mini', got 'batt'"),
         ({"bias": "some"}, "bias must be"),

@@ -176,7 +176,7 @@ def test_lengths_that_do_not_divide_are_refused_with_those_that_do():
     [
         ({"r": 0}, "r must be a positive integer, got 0"),
         ({"topk": 0}, "topk must be a positive integer"),
-        ({"vector_length": 2.0}, "vector_length must be a positive integer"),
+        ({"vector_length": 2.0}, "vector_length must be an integer"),
         ({"topk": 9, "num_vectors": 8}, "topk=9 vectors cannot be chosen out of num_vectors=8"),
         ({"vblora_dropout": 1.0}, r"vblora_dropout must lie in \[0, 1\)"),
         ({"bias": "some"}, "'vblora_only'"),

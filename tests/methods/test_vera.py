@@ -161,7 +161,7 @@ def test_experts_share_the_projections_of_the_other_layers(tmp_path):
     ("options", "match"),
     [
         ({"r": 0}, "r must be a positive integer, got 0"),
-        ({"r": True}, "r must be a positive integer"),
+        ({"r": True}, "r must be an integer, got True"),
         ({"vera_dropout": 1.0}, r"vera_dropout must lie in \[0, 1\)"),
         ({"projection_prng_key": 1.5}, "projection_prng_key must be an integer"),
         ({"bias": "some"}, "'vera_only'"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from adaptc.errors import PassError
+from adaptc.errors import ConfigError
 from adaptc.methods import TokenRows, Whole
 from adaptc.passes.adapt.inject import Inject
 from adaptc.passes.adapt.merge import Merge
@@ -72,7 +72,7 @@ def test_an_apply_form_that_cannot_be() -> None:
     _, program = tied(torch.float64)
     attachments = [attach(program, "head.weight", form="apply"), attach(program, "head.weight", TokenRows((2, 5)))]
     values = random_values(program, attachments)
-    with pytest.raises(PassError, match=r"head.weight\|lora.* cannot take the apply form"):
+    with pytest.raises(ConfigError, match=r"head.weight\|lora.* cannot take the apply form"):
         Inject(attachments, values)(program)
     alone = Inject(attachments[:1], values)(program)
     assert [a.form for a in alone.data] == ["apply"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from adaptc.errors import PassError
+from adaptc.errors import ConfigError, PassError
 from adaptc.passes.ir.lifted import Lifted
 from tests.support.pass_checks import Snapshot, export, reloaded, sound
 
@@ -220,7 +220,7 @@ PROGRAM = torch.export.export(Every(), (torch.randn(3, 7),))
 @pytest.mark.parametrize("fqn", ["lin.weight", "kept", "lost", "constant"])
 def test_a_name_is_given_once(fqn: str) -> None:
     lifted = Lifted(PROGRAM)
-    with pytest.raises(PassError, match=fqn):
+    with pytest.raises(ConfigError, match=fqn):
         lifted.add(fqn, nn.Parameter(torch.randn(5)))
     Snapshot.of(PROGRAM).check(lifted.finish())
 
@@ -228,7 +228,7 @@ def test_a_name_is_given_once(fqn: str) -> None:
 def test_a_new_name_is_given_once() -> None:
     lifted = Lifted(PROGRAM)
     lifted.add("extra", torch.randn(3))
-    with pytest.raises(PassError, match="extra"):
+    with pytest.raises(ConfigError, match="extra"):
         lifted.add("extra", torch.randn(3))
     assert len(lifted.finish().graph.nodes) == len(PROGRAM.graph.nodes) + 1
 

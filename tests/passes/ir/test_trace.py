@@ -14,7 +14,7 @@ from torch.export import Dim, ExportedProgram
 
 import adaptc
 from adaptc import LoraConfig
-from adaptc.errors import AdaptcError, PassError
+from adaptc.errors import AdaptcError, MethodError, PassError
 from adaptc.methods.lora import Lora
 from adaptc.passes.adapt.inject import Inject
 from adaptc.passes.adapt.respecialize import Respecialize
@@ -149,7 +149,7 @@ def test_methods_may_only_use_their_arguments(how: str) -> None:
     p = program()
     before = Snapshot.of(p)
     attachments = [attach(p, "0.weight", Toy(how=how))]
-    with pytest.raises(PassError, match="may only use its arguments"):
+    with pytest.raises(MethodError, match="may only use its arguments"):
         Inject(attachments, random_values(p, attachments))(p)
     before.check(p)
 
@@ -172,7 +172,7 @@ def test_regions_may_not_depend_on_the_rank(how: str) -> None:
     lifted = Lifted(adapted)
     ops = {a.id: site_op(lifted, a)}
     larger = {a.slots["v"]: nn.Parameter(torch.randn(5, 7))}
-    with pytest.raises(PassError, match=rf"region of '{a.fqn}\|toy' depends on the rank"):
+    with pytest.raises(MethodError, match=rf"region of '{a.fqn}\|toy' depends on the rank"):
         Respecialize([a], ops, {f: n.name for f, n in lifted.placeholders.items()}, larger)(lifted.graph)
 
 
