@@ -112,6 +112,7 @@ class ProgramCore(ExportedProgram):
                 now = same if same.binding is binding else replace(now, executor=same.executor)
             self._run = RunState(now, known.exported, known.traces, known.merged)
             self._ops, self._recipes, self._base = program.ops, program.recipes, program.bare_state()
+            self._meant = program.meant
             self.given_up = program.given_up
         else:
             state = dict(program.state_dict)
@@ -123,6 +124,8 @@ class ProgramCore(ExportedProgram):
             self._base = {k: t for k, t in state.items() if k not in slots} | dict(originals or {})
             if binding is not None:
                 self._recipes.note(binding)
+            tensors = {k: t for k, t in self._base.items() if isinstance(t, Tensor)}
+            self._meant = {k: (t.shape, t.dtype, t.device) for k, t in tensors.items()}
         self._show(self._run.exported)
         self._check_forms(options)
 
@@ -204,7 +207,7 @@ class ProgramCore(ExportedProgram):
     def replace_tensors(self, tensors: Mapping[str, Any]) -> None:
         """Its state dict, as a whole: before it runs for the first time."""
         run = self._run
-        self._base = dict(tensors)
+        self._base, self._meant = dict(tensors), {}
         run.now = Running(None, run.now.options)
         self._show(Exported(run.exported.module, self._base))
 
@@ -325,6 +328,30 @@ class ProgramCore(ExportedProgram):
             arguments = None if now.executor is None else now.executor.arguments(binding)
             run.now = replace(now, binding=binding, arguments=arguments)
 
+    def follow(self) -> None:
+        """Follow base tensors of :attr:`state_dict` that were given other memory in a way that torch does not count:
+        ``param.data = tensor``, ``param.set_(tensor)``, ``torch.utils.swap_tensors``. Calls then read what is there.
+        (The model's own parameters are other objects, which share their memory until they are given another.)
+
+        ``swap``, ``bind``, ``merge`` and ``save`` do so of themselves; what is bound already stays as it is. Raises
+        AdaptcError for a tensor whose shape, dtype or device is another one now, which the program was not made for.
+        """
+        self.check_base()
+        with self._run.lock:
+            now = self._run.now
+            self._run.now = Running(now.binding, now.options)
+
+    def check_base(self) -> None:
+        """Raises AdaptcError where a base tensor is no longer what the program was made for."""
+        for fqn, meant in self._meant.items():
+            t = self._base.get(fqn)
+            if t is not None and (t.shape, t.dtype, t.device) != meant:
+                raise AdaptcError(
+                    f"{fqn!r} was replaced by a tensor {tuple(t.shape)} of {t.dtype} on {t.device}, and the program "
+                    f"was made for {tuple(meant[0])} of {meant[1]} on {meant[2]}. Give it back, or compile the model "
+                    "again"
+                )
+
     def set_options(self, **changes: Any) -> None:
         """Change how it runs. Raises as :class:`RunOptions` does, and has then changed nothing."""
         options = replace(self.options, **changes)
@@ -418,12 +445,18 @@ class ProgramCore(ExportedProgram):
         self._check_whole()
         return self._base
 
+    @property
+    def meant(self) -> Mapping[str, Any]:
+        """Shape, dtype and device of its base tensors when it was made."""
+        return self._meant
+
     def bare_state(self) -> dict[str, Tensor]:
         """The same of a program that may have given them up."""
         return self._base
 
     def spec(self, trainable: bool = False) -> BindingSpec:
-        """What a binding must fill."""
+        """What a binding must fill. Raises AdaptcError where a base tensor is no longer what it was made for."""
+        self.check_base()
         a = self._adaptation
         return BindingSpec(a.attachments, self._ops, self.base_tensors, a.autocast, trainable, a.unread, a.residual)
 

@@ -49,7 +49,9 @@ _KERNEL = b'"torch.ops.adaptc.'
 def save_program(program: ExportedProgram, path: Path) -> Path:
     """Raises CheckpointError when the file cannot be written; what was at ``path`` is then unchanged. A symbolic link
     stays one, and an existing file keeps its permissions."""
-    program = program.snapshot() if isinstance(program, AdaptedProgram) else program
+    if isinstance(program, AdaptedProgram):
+        program.check_base()
+        program = program.snapshot()
     try:
         with replacing(path) as new, writing(new) as file:
             torch.export.save(program, file)

@@ -77,6 +77,7 @@ def _merged(
     safe: bool,
     progress: Callable[[Sequence[Any]], Any],
 ) -> tuple[P, Sequence[SiteMerge]]:
+    program.check_base()
     binding = program.binding
     present = [a for a in program.adaptation.attachments if a.id in binding.methods]
     rest = tuple(a.id for a in program.adaptation.attachments if a.id not in binding.methods)

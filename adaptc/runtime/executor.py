@@ -83,6 +83,7 @@ class Executor:
         self._user_outs = [i for i, s in enumerate(outs) if s.kind == OutputKind.USER_OUTPUT]
         self.names = [s.arg.name for s in lifted]
         self._binding = threading.Lock()
+        self._packs: dict[str, list[list[str]]] = {}
         self._training = training
         self.variants = self._split()
         self._where = self.inputs.where()
@@ -127,20 +128,19 @@ class Executor:
         return self.variants.fusion
 
     def arguments(self, binding: Binding) -> Arguments:
-        """The inputs of the graph for one binding, but for the user's; made once per binding."""
+        """The inputs of the graph for one binding, but for the user's; made once per binding, and again where base
+        tensors were given other memory since."""
         with self._binding:
             made = self._arguments.get(binding)
-            if made is None:
+            if made is None or not made.settled():
                 made = self._arguments[binding] = Arguments(self, binding)
             return made
 
     def buffers(self, kind: str, own: Collection[str]) -> list[Tensor | None]:
         """The buffers that one variant reads siblings from, which lie there from now on; None where some of them are
         called ``own``: of a base that only one binding has."""
-        variant, names = self.variants.get(kind), dict(zip(self.names, self.lifted_names, strict=True))
         out: list[Tensor | None] = []
-        for p in variant.packs:
-            members = [str(names[m]) for m in p.members]
+        for members in self._siblings(kind):
             if not set(own).isdisjoint(members):
                 out.append(None)
                 continue
@@ -151,6 +151,19 @@ class Executor:
                     found = pack(tensors)
             out.append(found)
         return out
+
+    def lie_in(self, kind: str, buffers: Sequence[Tensor | None]) -> bool:
+        """Whether the siblings of a variant that was called lie in these buffers still."""
+        pairs = zip(self._siblings(kind), buffers, strict=True)
+        return all(b is None or packed([self.base[m] for m in members]) is b for members, b in pairs)
+
+    def _siblings(self, kind: str) -> list[list[str]]:
+        """For each buffer of a variant the names of those that lie in it."""
+        known = self._packs.get(kind)
+        if known is None:
+            names = dict(zip(self.names, self.lifted_names, strict=True))
+            known = self._packs[kind] = [[str(names[m]) for m in p.members] for p in self.variants.get(kind).packs]
+        return known
 
     def prefix(
         self, values: Sequence[Any], own: Collection[str], kind: str, buffers: Sequence[Tensor | None]
@@ -230,6 +243,7 @@ class Arguments:
         known: Mapping[Any, Any] = {**executor.base, **binding.base, **binding.values}
         self._values = [known[n] for n in executor.lifted_names]
         self.prefixes: dict[str, Prefix] = {}
+        self._buffers: dict[str, Sequence[Tensor | None]] = {}
         self._lock = threading.Lock()
         #: whether adapter tensors may change at any time
         self.moving = any(v.requires_grad for v in binding.values.values())
@@ -248,8 +262,14 @@ class Arguments:
             with self._lock:
                 found = self.prefixes.get(kind)
                 if found is None:
+                    self._buffers[kind] = buffers
                     found = self.prefixes[kind] = owner.prefix(self._values, self._own, kind, buffers)
         return found
+
+    def settled(self) -> bool:
+        """Whether all that it gives is of tensors that lie where they lay."""
+        owner, made = self._owner(), list(self.prefixes.items())
+        return all(p.settled() and owner.lie_in(kind, self._buffers[kind]) for kind, p in made)
 
     @property
     def lifted(self) -> list[Any]:

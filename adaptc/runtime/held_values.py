@@ -5,8 +5,9 @@ gives the arguments of the main graph for every call. What follows from the base
 
 Every tensor counts the writes to it (``_version``; there is no other public or private sign of one), so a write through
 torch is seen by the next call. Not seen are writes past that count: through ``tensor.data``, NumPy or a custom kernel.
-That is why slots that still require grad, which optimizers write to in ways of their own, are never held: for them the
-prologue is part of every call.
+That a tensor was given other memory (``tensor.data = ...``) is seen when somebody asks: ``settled``. That is why slots
+that still require grad, which optimizers write to in ways of their own, are never held: for them the prologue is part
+of every call.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import astuple, dataclass
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from adaptc.tables import size
 
 aten = torch.ops.aten
 
-_version = attrgetter("_version")
+_version, _place = attrgetter("_version"), methodcaller("data_ptr")
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,20 @@ class Held:
 
 @dataclass(frozen=True, eq=False)
 class _Made:
-    """Values, and the versions of the tensors they would be stale without."""
+    """Values, the versions of tensors they would be stale without, and where the tensors they were made from lay."""
 
     values: tuple[Any, ...] = ()
     watched: tuple[Tensor, ...] = ()
     versions: tuple[int, ...] = ()
     nbytes: int = 0
+    sources: tuple[Tensor, ...] = ()
+    places: tuple[int, ...] = ()
 
     def fresh(self) -> bool:
         return tuple(map(_version, self.watched)) == self.versions
+
+    def settled(self) -> bool:
+        return tuple(map(_place, self.sources)) == self.places
 
 
 class Stage:
@@ -92,7 +98,9 @@ class Stage:
         watch = sorted({i for n in own for i in self.sources[n]} & versions.keys())
         memory = {memory_of(out[n]): out[n].untyped_storage().nbytes() for n in own}
         watched = tuple(originals[i] for i in watch)
-        return _Made(out, watched, tuple(versions[i] for i in watch), sum(memory.values()))
+        sources = tuple(originals[i] for i in read)
+        count = tuple(versions[i] for i in watch)
+        return _Made(out, watched, count, sum(memory.values()), sources, tuple(map(_place, sources)))
 
 
 class SplitGraph:
@@ -159,7 +167,7 @@ class Shared:
 
     def made(self, lifted: Sequence[Any]) -> _Made:
         with self._lock:
-            if self._made is None or not self._made.fresh():
+            if self._made is None or not (self._made.fresh() and self._made.settled()):
                 self._made = self.stage.make(lifted, (), lifted)
             return self._made
 
@@ -221,6 +229,11 @@ class Prefix:
         versions = (*base.versions, *slots.versions, *(versions[id(o)] for o in laid))
         inputs = (*(lifted[i] for i in self.code.kept), *base.values, *slots.values)
         return _State(lifted, inputs, base, slots, _Made((), watched, versions).fresh)
+
+    def settled(self) -> bool:
+        """Whether all that values were made from lies where it lay."""
+        state = self.state
+        return state is None or (state.base.settled() and state.slots.settled())
 
     @property
     def held(self) -> Held:
