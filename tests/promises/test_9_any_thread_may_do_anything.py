@@ -1,4 +1,4 @@
-"""Promise 8: any thread may do anything at any time, and what it sees is all of one adapter, never a part of two.
+"""Promise 9: any thread may do anything at any time, and what it sees is all of one adapter, never a part of two.
 
 Threads take turns at random with everything that there is to do to one program. Each result is compared with those of
 the adapters by themselves; these are far apart, so what is of two adapters is near to none of them.

@@ -1,0 +1,177 @@
+"""Promise 6 at every line: an operation that is interrupted anywhere has happened, or has not, and can be done again.
+
+A trace function raises KeyboardInterrupt at the n-th line of adaptc that runs, for many n. Afterwards the program is
+one of the two it may be: calls, graph, tensors and files agree on which. Then the operation is done again, and works.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adaptc
+from adaptc import LoraConfig
+
+PACKAGES = ("/adaptc/", "/passes/", "/kernels/")
+X = torch.randn(3, 5, generator=torch.Generator().manual_seed(2))
+SITES = {"up": (7, 5), "side": (7, 5), "down": (3, 7)}
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.side, self.down = nn.Linear(5, 7), nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(x)) * self.side(x))
+
+
+def state(rank: int) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(rank)
+    a = {f"{n}.lora_A.weight": torch.randn(rank, i, generator=g) for n, (_, i) in SITES.items()}
+    return a | {f"{n}.lora_B.weight": torch.randn(o, rank, generator=g) for n, (o, _) in SITES.items()}
+
+
+def ours(frame: FrameType) -> bool:
+    return any(p in frame.f_code.co_filename for p in PACKAGES) and "/tests/" not in frame.f_code.co_filename
+
+
+class Lines:
+    """Counts the lines of adaptc that run in a block, and stops it at one of them."""
+
+    def __init__(self, stop: int | None = None) -> None:
+        self.count, self.stop = 0, stop
+
+    def __enter__(self) -> Lines:
+        self.old = sys.gettrace()
+        sys.settrace(self._call)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        sys.settrace(self.old)
+
+    def _call(self, frame: FrameType, event: str, arg: Any) -> Any:
+        return self._line if ours(frame) else None
+
+    def _line(self, frame: FrameType, event: str, arg: Any) -> Any:
+        if event == "line":
+            self.count += 1
+            if self.count == self.stop:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self._line
+
+
+def made() -> adaptc.AdaptedProgram:
+    torch.manual_seed(3)
+    config = LoraConfig(r=2, target_modules=list(SITES), init_lora_weights=False)
+    program = adaptc.compile(Net().eval(), config, example_inputs=torch.randn(2, 5))
+    adaptc.swap(program, state(2))
+    return program
+
+
+def swapping(p: adaptc.AdaptedProgram, folder: Path) -> None:
+    adaptc.swap(p, state(5))
+
+
+def following(p: adaptc.AdaptedProgram, folder: Path) -> None:
+    adaptc.swap(p, state(5))
+    p.validate()
+
+
+def calling(p: adaptc.AdaptedProgram, folder: Path) -> None:
+    adaptc.swap(p, state(5))
+    p(X)
+
+
+def merging(p: adaptc.AdaptedProgram, folder: Path) -> None:
+    adaptc.unmerge(adaptc.merge(p))(X)
+
+
+def binding(p: adaptc.AdaptedProgram, folder: Path) -> None:
+    p.bind(state(5), form="weight")(X)
+
+
+def saving(p: adaptc.AdaptedProgram, folder: Path) -> None:
+    adaptc.save(p, folder / "p.pt2")
+    adaptc.save_adapter(p, folder / "adapter")
+
+
+def training(p: adaptc.AdaptedProgram, folder: Path) -> None:
+    p.module()(X)
+
+
+def setting(p: adaptc.AdaptedProgram, folder: Path) -> None:
+    p.fuse = False
+    p(X)
+
+
+def copying(p: adaptc.AdaptedProgram, folder: Path) -> None:
+    copy.deepcopy(p)(X)
+    str(adaptc.report(p))
+    p.base(X)
+
+
+DEEDS = [swapping, following, calling, merging, binding, saving, training, setting, copying]
+
+
+def rank_of(tensors: dict[str, Tensor]) -> set[int]:
+    return {t.shape[0] for name, t in tensors.items() if "lora_A" in name}
+
+
+def check(program: adaptc.AdaptedProgram, outputs: dict[int, Tensor], folder: Path) -> None:
+    """It is all of one adapter, whatever shows it."""
+    (rank,) = rank_of(dict(program.binding.values))
+    torch.testing.assert_close(program(X), outputs[rank], rtol=1e-4, atol=1e-3)
+    assert rank_of(program.state_dict) == {rank}
+    program.validate()
+    (fake,) = {n.meta["val"].shape[0] for n in program.graph.find_nodes(op="placeholder") if "lora_A" in n.name}
+    assert fake == rank
+    # Merged weights are rounded once more; the adapters are apart by more than one.
+    torch.testing.assert_close(adaptc.merge(program)(X), outputs[rank], rtol=1e-4, atol=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(X), outputs[rank], rtol=1e-4, atol=1e-3)
+
+
+def interrupted(deed: Callable[..., None], points: int, folder: Path, first: int = 0) -> int:
+    """Interrupt at ``points`` lines, spread over all; how many interrupts came."""
+    program = made()
+    outputs = {2: program(X), 5: program.bind(state(5))(X)}
+    with Lines() as lines:
+        deed(copy.copy(program), folder)
+    came = 0
+    for n in range(1 + first, lines.count + 1, max(1, lines.count // points)):
+        fresh = made() if deed is merging or deed is calling else copy.deepcopy(program)
+        if n % 2:
+            fresh(X)
+        try:
+            with Lines(n):
+                deed(fresh, folder)
+        except KeyboardInterrupt:
+            came += 1
+        check(fresh, outputs, folder)
+        deed(fresh, folder)
+        check(fresh, outputs, folder)
+    assert not list(folder.glob(".*")), "something was left behind"
+    return came
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("deed", DEEDS, ids=lambda d: d.__name__)
+def test_an_interrupt_leaves_one_adapter(deed: Callable[..., None], tmp_path: Path) -> None:
+    assert interrupted(deed, 3, tmp_path) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("deed", DEEDS, ids=lambda d: d.__name__)
+def test_an_interrupt_anywhere_leaves_one_adapter(deed: Callable[..., None], tmp_path: Path) -> None:
+    assert interrupted(deed, 150, tmp_path, first=1) >= 100
