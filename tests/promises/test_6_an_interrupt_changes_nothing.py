@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ class Lines:
     def __init__(self, stop: int | None = None) -> None:
         self.count, self.stop = 0, stop
 
-    def __enter__(self) -> Lines:
+    def __enter__(self) -> Self:
         self.old = sys.gettrace()
         sys.settrace(self._call)
         return self
