@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import re
 import tempfile
-import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,14 +29,11 @@ from adaptc.passes.ir.pass_infra import PassManager
 from adaptc.passes.ir.regions import attachments, header, site_op
 from adaptc.program.adaptation import Adaptation, check_format
 from adaptc.program.adapted import AdaptedProgram
+from adaptc.pt2_files.program import read
+from adaptc.pt2_files.refusal import reason
+from adaptc.pt2_files.torch_lock import TORCH
 from adaptc.runtime.gpu_variants import register_kernels
 from adaptc.runtime.options import RunOptions
-
-# How torch.export writes the output type of a transformers model; a file cannot name any other module to import.
-_OUTPUT_TYPE = re.compile(rb'\\"type\\": \\"(transformers\.(?:modeling_outputs|models\.\w+\.modeling_\w+))\.\w+\\"')
-
-# How it writes an op of adaptc.kernels.
-_KERNEL = b'"torch.ops.adaptc.'
 
 
 def save_program(program: ExportedProgram, path: Path) -> Path:
@@ -50,7 +44,8 @@ def save_program(program: ExportedProgram, path: Path) -> Path:
         # A directory of its own, since a file from mkstemp is for its owner alone, and torch writes its name inside.
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as aside:
             file = Path(aside, f"{path.stem}.pt2")
-            torch.export.save(program, file)
+            with TORCH:
+                torch.export.save(program, file)
             os.replace(file, path)
     except Exception as error:
         raise CheckpointError(f"could not save {path}: {type(error).__name__}: {error}") from error
@@ -64,29 +59,20 @@ def load_program(path: Path, options: RunOptions, device: torch.device | str | N
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
     target = None if device is None else usable(device)
+    saved = read(path)
+    if saved.uses("adaptc"):
+        register_kernels(str(path))
+    program = saved.program()
     try:
-        _import_what_it_names(path)
-        program = torch.export.load(path)
-    except BackendError:
+        loaded = from_program(program, options, str(path))
+    except (CheckpointError, BackendError):
         raise
-    except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} cannot be read as an exported program: {first}") from error
-    loaded = from_program(program, options, str(path))
+    except Exception as error:  # a forged header can break any of its readers
+        raise CheckpointError(
+            f"{path} cannot be read as an exported program: what it says of its adapter is not what adaptc.save writes "
+            f"({reason(error)}). Save it again from the model and its adapter"
+        ) from error
     return loaded if target is None else loaded.to(target)
-
-
-def _import_what_it_names(path: Path) -> None:
-    """Import the classes of a program's outputs and the ops of its kernels: torch.export.load knows only what is
-    imported already."""
-    with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            if name.endswith(".json") and "/models/" in name:
-                text = archive.read(name)
-                if _KERNEL in text:
-                    register_kernels(str(path))
-                for module in set(_OUTPUT_TYPE.findall(text)):
-                    importlib.import_module(module.decode())
 
 
 def from_program(
