@@ -23,7 +23,7 @@ from adaptc.pt2_files.refusal import Refused, shown
 
 _MOST_RECORDS = 200_000
 _MOST_DIRECTORY = 64 << 20
-_CHUNK = 4 << 20  # read and summed while it is in the cache
+_CHUNK = 1 << 18  # read and summed while it is in the cache
 _NAME = re.compile(r"[^/\\\x00-\x1f\x7f:]+(/[^/\\\x00-\x1f\x7f:]+)+")
 
 

@@ -10,8 +10,10 @@ dtypes in a file, which no public module has.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from adaptc.pt2_files.refusal import Refused
 # written out is a bomb.
 _MOST_EXPANDED = 1 << 30
 _THREADS = 4
+_LARGE = 4 << 20
 
 
 def read_tensors(archive: Archive, folder: str, table: schema.PayloadConfig) -> dict[str, Tensor]:
@@ -47,9 +50,20 @@ def _each(name: str, make: Callable[[], Any]) -> Any:
 
 def _memory(archive: Archive, record: str) -> Tensor:
     found = archive.records[record]
-    out = torch.empty(found.size, dtype=torch.uint8)
+    out = _empty(found.size)
     archive.fill(found, memoryview(out.numpy()))
     return out
+
+
+def _empty(size: int) -> Tensor:
+    """Bytes of the process's own. Large ones in large pages where the system has them, which pays for the checksums:
+    most of the time that reading takes is that of the first touch of each page."""
+    if size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 class _Shape:
