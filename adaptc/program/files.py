@@ -31,6 +31,7 @@ from adaptc.program.adaptation import Adaptation, check_format
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.pt2_files.program import read
 from adaptc.pt2_files.refusal import reason
+from adaptc.pt2_files.seal import seal
 from adaptc.pt2_files.torch_lock import TORCH
 from adaptc.runtime.gpu_variants import register_kernels
 from adaptc.runtime.options import RunOptions
@@ -46,6 +47,7 @@ def save_program(program: ExportedProgram, path: Path) -> Path:
             file = Path(aside, f"{path.stem}.pt2")
             with TORCH:
                 torch.export.save(program, file)
+            seal(file)
             os.replace(file, path)
     except Exception as error:
         raise CheckpointError(f"could not save {path}: {type(error).__name__}: {error}") from error

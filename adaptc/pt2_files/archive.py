@@ -7,12 +7,13 @@ name each, all in one folder. Bytes that are read have the checksum that the arc
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,8 @@ class Archive:
                 entries, start = found.infolist(), found.start_dir
         except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, EOFError) as error:
             raise Refused(f"it is not a zip archive, or is cut short or damaged ({error})") from error
-        self.records: Mapping[str, Record] = _inside(self._records(entries, start))
+        #: ``root``: the folder that all records are in
+        self.root, self.records = _inside(self._records(entries, start))
 
     def _check_directory(self) -> None:
         """Refuse a directory too long to be parsed, before it is."""
@@ -118,14 +120,30 @@ class Archive:
 
     def fill(self, record: Record, view: memoryview) -> None:
         """Read a record into memory of exactly its size."""
+        self._through(record, lambda start, size: view[start : start + size])
+
+    def _through(
+        self,
+        record: Record,
+        room: Callable[[int, int], memoryview],
+        each: Callable[[memoryview], object] = lambda part: None,
+    ) -> None:
+        """Read a record part by part, each into what ``room`` gives for its start and size."""
         checksum = 0
         for start in range(0, record.size, _CHUNK):
-            part = view[start : start + _CHUNK]
+            part = room(start, min(_CHUNK, record.size - start))
             if self._read_into(part, record.offset + start) != len(part):
                 raise Refused("the file became shorter while it was read", f"record {record.name!r}")
             checksum = zlib.crc32(part, checksum)
+            each(part)
         if checksum != record.checksum:
             raise Refused("its bytes do not have the checksum of the archive: it is damaged", f"record {record.name!r}")
+
+    def sha256(self, name: str) -> str:
+        """Of a record's bytes, which are never in memory as a whole."""
+        record, out = self.records[name], hashlib.sha256()
+        self._through(record, lambda start, size: memoryview(bytearray(size)), out.update)
+        return out.hexdigest()
 
     def read(self, name: str, most: int) -> bytes:
         """All bytes of a record that may have ``most``."""
@@ -152,8 +170,8 @@ def _with_next(entries: list[zipfile.ZipInfo], end: int) -> Iterator[tuple[zipfi
     return zip(entries, starts, strict=True)
 
 
-def _inside(records: Iterator[Record]) -> dict[str, Record]:
-    """By the name inside the one folder that all are in."""
+def _inside(records: Iterator[Record]) -> tuple[str, Mapping[str, Record]]:
+    """The one folder that all are in, and the records by their names inside it."""
     out: dict[str, Record] = {}
     roots: set[str] = set()
     for r in records:
@@ -164,4 +182,4 @@ def _inside(records: Iterator[Record]) -> dict[str, Record]:
         out[name] = Record(name, r.offset, r.size, r.checksum)
     if len(roots) > 1:
         raise Refused(f"its records lie in {len(roots)} folders, {shown(min(roots))} and others; torch makes one")
-    return out
+    return min(roots, default=""), out

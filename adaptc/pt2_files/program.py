@@ -32,6 +32,7 @@ from adaptc.pt2_files.names import loads
 from adaptc.pt2_files.refusal import Refused, reason, shown_path
 from adaptc.pt2_files.samples import read_samples
 from adaptc.pt2_files.schema import Builder
+from adaptc.pt2_files.seal import check_seal
 from adaptc.pt2_files.tensors import read_tensors
 from adaptc.pt2_files.torch_lock import TORCH
 
@@ -78,6 +79,7 @@ def read(path: Path) -> SavedProgram:
     """
     with _refusals(path), opened(path) as archive:
         records.check_program(archive)
+        check_seal(archive)
         with _at(records.MODEL):
             data = loads(archive.read(records.MODEL, _MOST_JSON))
             parts = Builder(lenient=_is_later(data)).build(schema.ExportedProgram, data)
