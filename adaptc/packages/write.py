@@ -32,6 +32,7 @@ from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.method import Slot
 from adaptc.passes.train.set_mode import SetMode
 from adaptc.program.adapted import AdaptedProgram
+from adaptc.pt2_files.torch_lock import TORCH
 from adaptc.runtime.call_inputs import Inputs
 from adaptc.runtime.rank_padding import Padding, paddings
 
@@ -52,7 +53,8 @@ def package_program(program: AdaptedProgram, path: Path, *, max_rank: int | None
 
     ``max_rank`` is the largest rank that later swaps may have, at every site; by default each site keeps the larger of
     its current rank and the one it was compiled with. Larger slots cost memory and time in each call. ``program`` is
-    not changed. A merged or unloaded program gives a package without slots.
+    not changed. A merged or unloaded program gives a package without slots. The file is machine code, which runs when
+    somebody loads it: it is for those who trust you.
 
     Raises ConfigError for a ``max_rank`` that is too small or cannot be had, BackendError when the program cannot be
     compiled (no C++ compiler, for one), CheckpointError when the file cannot be written; ``path`` is then as it was.
@@ -225,7 +227,7 @@ def _compiled(program: ExportedProgram, scratch: Path, name: str) -> Path:
     code = scratch / "code"
     code.mkdir()
     try:
-        with torch.no_grad():
+        with TORCH, torch.no_grad():
             module = program.module(check_guards=False)
             files = aot_compile(module, args, kwargs, options={**OPTIONS, "aot_inductor.output_path": str(code)})
             package_aoti(str(scratch / name), files)  # type: ignore[arg-type]  # a list, as asked for

@@ -65,13 +65,13 @@ def is_symbol(text: str) -> bool:
     return _SYMBOL.fullmatch(text) is not None
 
 
-def _parsed(text: str) -> ast.expr:
+def _parsed(text: str, what: str = "an expression over sizes") -> ast.expr:
     if len(text) > _LONGEST:
-        raise Refused(f"expected an expression, found one of {len(text)} characters")
+        raise Refused(f"expected {what}, found one of {len(text)} characters")
     try:
         return ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise Refused(f"expected an expression over sizes, found {shown(text)}") from error
+        raise Refused(f"expected {what}, found {shown(text)}") from error
 
 
 def _sum(costs: Sequence[_Cost]) -> _Cost:
@@ -211,7 +211,7 @@ def guard(text: str) -> str:
     """Refuse what is no condition on the sizes and values of inputs."""
     if not _GUARD.fullmatch(text):
         raise Refused(f"expected a condition on inputs, found {shown(text)}")
-    _guard(_parsed(text), 0)
+    _guard(_parsed(text, "a condition on inputs"), 0)
     return text
 
 

@@ -48,10 +48,11 @@ def lines(text: str) -> str:
     return _BREAKS.sub(" ", text)
 
 
-def loads(text: str | bytes, what: str = "JSON") -> Any:
-    """JSON as its standard has it; a NaN is none, and neither are numbers of thousands of digits."""
+def loads(text: str | bytes, what: str = "JSON", *, infinite: bool = False) -> Any:
+    """JSON as its standard has it: a NaN is none unless ``infinite``, and neither is a number of thousands of digits."""
+    constant = {} if infinite else {"parse_constant": _no_constant}
     try:
-        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
+        return json.loads(text, object_pairs_hook=_no_duplicates, **constant)
     except RecursionError as error:
         raise Refused(f"expected {what}, found lists and objects nested too deeply") from error
     except (ValueError, UnicodeDecodeError) as error:

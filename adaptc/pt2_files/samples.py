@@ -37,7 +37,7 @@ def read_samples(data: bytes) -> Any:
     except (pickle.UnpicklingError, AttributeError) as error:
         call = re.search(r"GLOBAL ([\w.]+)", str(error))
         why = f"it would call {call[1]}" if call else f"it is no pickle of plain values ({reason(error)})"
-        raise Refused(f"{why}; a pickle can run code, and {_WAY_OUT}") from error
+        raise Refused(f"{why}. A pickle can run code: {_WAY_OUT}") from error
     except Exception as error:  # unpickling forged bytes raises anything
         raise Refused(reason(error)) from error
     args_kwargs = isinstance(value, tuple) and len(value) == 2
