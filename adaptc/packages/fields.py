@@ -1,50 +1,25 @@
-"""What the fields of a package's manifest must be: types all the way down, so that nothing that reads them can stumble."""
+"""What the fields of a package's manifest must be."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from adaptc.pt2_files.refusal import Refused, shown
-
-
-class Each:
-    """An object whose keys are names, and whose values are all of one form."""
-
-    def __init__(self, form: Any) -> None:
-        self.form = form
-
-
-class Maybe(Each):
-    """Null, or a value of this form."""
-
-
-class Length:
-    """A size, or the number of an axis."""
-
-
-_ATTACHMENT = {
-    **dict.fromkeys("key module param kind method adapter form entry name why".split(), str),
-    "consumers": [str],
-    "slots": Each(str),
-    "scale_slot": Maybe(str),
-    "tied": bool,
-    "variant": Length,
-    "options": dict,
-}
+from adaptc.program.adaptation import ATTACHMENT
+from adaptc.pt2_files.forms import Each, Length, Maybe
 
 #: a type, or a list of one form, or an object of exactly these fields
 FORM: dict[str, Any] = {
     "format": Length,
     "device": str,
     "torch": str,
-    "header": dict,
+    "header": dict,  # see adaptc.program.adaptation
     "inputs": [
         {"name": str, "tensor": Maybe({"dtype": str, "shape": [(Length, str)]}), "constant": object, "order": [Length]}
     ],
     "ranges": Each([Maybe(int)]),
     "sites": [
         {
-            "attachment": _ATTACHMENT,
+            "attachment": ATTACHMENT,
             "op": {"kind": str, "shape": [Length], "target": Maybe(str), "rest": list},
             "shape": [Length],
             "dtype": str,
@@ -54,55 +29,10 @@ FORM: dict[str, Any] = {
         {
             "shape": [Length],
             "dtype": str,
-            "padding": Maybe({"blocks": Length, "fill": float}),
-            "identity": Maybe((int, float)),
+            "padding": Maybe({"blocks": Length, "fill": (int, float)}),
+            "identity": Maybe((int, float, bool)),
         }
     ),
     "bases": [str],
     "hashes": Each(str),
 }
-
-
-def check(value: Any, form: Any = FORM) -> None:
-    """Raises Refused, with the place, where ``value`` is not of this form."""
-    if isinstance(form, Maybe):
-        if value is not None:
-            check(value, form.form)
-    elif isinstance(form, Each):
-        if not isinstance(value, dict):
-            raise Refused(f"expected an object, found {shown(value)}")
-        for key, v in value.items():
-            _inside(f"[{shown(key)}]", v, form.form)
-    elif isinstance(form, list):
-        if not isinstance(value, list):
-            raise Refused(f"expected a list, found {shown(value)}")
-        for at, v in enumerate(value):
-            _inside(f"[{at}]", v, form[0])
-    elif isinstance(form, dict):
-        if not isinstance(value, dict) or value.keys() != form.keys():
-            raise Refused(f"expected an object of {', '.join(form)}, found {shown(value)}")
-        for key, inner in form.items():
-            _inside(f".{key}", value[key], inner)
-    elif isinstance(form, tuple):
-        if not any(_is(value, f) for f in form):
-            raise Refused(f"expected {' or '.join(_name(f) for f in form)}, found {shown(value)}")
-    elif not _is(value, form):
-        raise Refused(f"expected {_name(form)}, found {shown(value)}")
-
-
-def _inside(step: str, value: Any, form: Any) -> None:
-    try:
-        check(value, form)
-    except Refused as error:
-        raise error.inside(step) from None
-
-
-def _is(value: Any, form: type) -> bool:
-    if form is Length:
-        return type(value) is int and 0 <= value < 2**63
-    return form is object or type(value) is form
-
-
-def _name(form: type) -> str:
-    names = {Length: "a size", int: "an integer", float: "a number with a point", str: "a text", bool: "true or false"}
-    return names.get(form, f"a {form.__name__}")

@@ -26,10 +26,12 @@ from torch import Tensor
 
 from adaptc.errors import BackendError, CheckpointError
 from adaptc.methods import method_of
-from adaptc.packages.fields import check
+from adaptc.packages.fields import FORM
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.ops import TABLE, Op
+from adaptc.program.adaptation import check_header
 from adaptc.pt2_files.archive import Archive, opened
+from adaptc.pt2_files.forms import Each, check
 from adaptc.pt2_files.names import loads
 from adaptc.pt2_files.refusal import Refused, reason, shown, shown_path
 from adaptc.runtime.call_inputs import TensorInput
@@ -144,14 +146,23 @@ def _read(path: Path, archive: Archive) -> tuple[Manifest, dict[str, Tensor]]:
         )
     digest = data.pop("sha256", None)
     try:
-        check(data)
+        check(data, FORM)
     except Refused as error:
         raise error.inside(f"record {MANIFEST!r}, ") from None
     if digest != _digest(data):
         raise Refused(f"record {MANIFEST!r} does not have the hash that it says: it was changed or is damaged")
     _check_records(archive, data.pop("hashes"))
     tensors = load(archive.read(TENSORS, archive.size)) if TENSORS in archive.records else {}
-    return _manifest(data), tensors
+    manifest = _manifest(data)
+    _check_header(manifest)
+    return manifest, tensors
+
+
+def _check_header(manifest: Manifest) -> None:
+    if manifest.sites:
+        check_header(manifest.header, [s.attachment.id for s in manifest.sites])
+    else:  # of a merged or unloaded program
+        check(manifest.header, {"fills": Each([str])})
 
 
 def _check_records(archive: Archive, hashes: Mapping[str, str]) -> None:

@@ -27,10 +27,10 @@ from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.pass_infra import PassManager
 from adaptc.passes.ir.regions import attachments, header, site_op
-from adaptc.program.adaptation import Adaptation, check_format
+from adaptc.program.adaptation import Adaptation, check_format, check_header, check_tags
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.pt2_files.program import read
-from adaptc.pt2_files.refusal import reason
+from adaptc.pt2_files.refusal import Refused, reason
 from adaptc.pt2_files.seal import seal
 from adaptc.pt2_files.torch_lock import TORCH
 from adaptc.runtime.gpu_variants import register_kernels
@@ -70,9 +70,10 @@ def load_program(path: Path, options: RunOptions, device: torch.device | str | N
     except (CheckpointError, BackendError):
         raise
     except Exception as error:  # a forged header can break any of its readers
+        why = str(error) if isinstance(error, Refused) else reason(error)
         raise CheckpointError(
             f"{path} cannot be read as an exported program: what it says of its adapter is not what adaptc.save writes "
-            f"({reason(error)}). Save it again from the model and its adapter"
+            f"({why}). Save it again from the model and its adapter"
         ) from error
     return loaded if target is None else loaded.to(target)
 
@@ -90,10 +91,14 @@ def from_program(
         if isinstance(tensor, torch.nn.Parameter):
             lifted.state_dict[fqn] = tensor.requires_grad_(False)
     stored = header(lifted.graph)
+    if stored is not None:
+        check_format(stored, source)
+    check_tags(lifted.graph)
     if stored is None:
         return AdaptedProgram(lifted.finish(), Adaptation(), options=replace(options, fuse=False))
-    check_format(stored, source)
-    adaptation = Adaptation.from_header(stored, attachments(lifted.graph, method_of))
+    found = attachments(lifted.graph, method_of)
+    check_header(stored, {a.id for a in found})
+    adaptation = Adaptation.from_header(stored, found)
     binding = _binding(lifted, adaptation.attachments, stored, source)
     made = lifted.finish()
     wanted = [compilable(a, options.backend) for a in adaptation.attachments]

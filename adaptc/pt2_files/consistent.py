@@ -18,9 +18,10 @@ _SYMS = (schema.SymIntArgument, schema.SymFloatArgument, schema.SymBoolArgument)
 
 @dataclasses.dataclass
 class Uses:
-    """What a program asks of the process that loads it: operators, and types of its inputs and outputs."""
+    """What a program asks of the process that loads it: operators, with the names of their arguments, and types of its
+    inputs and outputs."""
 
-    targets: set[str] = dataclasses.field(default_factory=set)
+    targets: dict[str, set[str]] = dataclasses.field(default_factory=dict)
     types: set[str] = dataclasses.field(default_factory=set)
 
 
@@ -76,7 +77,7 @@ def _subgraphs(value: Any, uses: Uses) -> Iterator[schema.GraphArgument]:
         if value.type == "as_graph":
             yield value.value
         elif value.type == "as_operator":
-            uses.targets.add(value.value)
+            uses.targets.setdefault(value.value, set())
         else:
             yield from _subgraphs(value.value, uses)
 
@@ -86,7 +87,10 @@ def _graph(graph: schema.Graph, uses: Uses) -> None:
     described = graph.tensor_values.keys() | graph.sym_int_values.keys()
     described |= graph.sym_bool_values.keys() | graph.sym_float_values.keys()
     for at, node in enumerate(graph.nodes):
-        uses.targets.add(node.target)
+        names = [i.name for i in node.inputs if i.name]
+        if len(set(names)) != len(names):
+            raise Refused("it has two arguments of one name", f".nodes[{at}].inputs")
+        uses.targets.setdefault(node.target, set()).update(names)
         for argument in node.inputs:
             _defined(_names(argument.arg), known, f".nodes[{at}].inputs")
             for inner in _subgraphs(argument.arg, uses):

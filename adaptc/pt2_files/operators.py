@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
@@ -61,8 +61,9 @@ def syntax(target: str) -> str:
     raise Refused(f"expected the name of an operator, found {shown(target)}")
 
 
-def check_exists(target: str) -> None:
-    """Refuse a target (of :func:`syntax`) that torch would not find here, or not as an operator."""
+def check_exists(target: str, names: Set[str]) -> None:
+    """Refuse a target (of :func:`syntax`) that torch would not find here, or not as an operator, or not with arguments
+    of these names: torch leaves out those that it does not know."""
     if target in _on_sizes():
         return
     if match := _VMAP.fullmatch(target):
@@ -82,6 +83,8 @@ def check_exists(target: str) -> None:
         raise Refused(f"there is no operator {shown(target)} here; import the library that registers it, then load")
     if parts[0] == "aten" and not _in_dispatcher(parts[0], parts[1], parts[2]):
         raise Refused(f"expected an operator on tensors, found {shown(target)}, which is one of TorchScript alone")
+    if unknown := names - {a.name for a in found._schema.arguments}:
+        raise Refused(f"{target} has no argument {shown(min(unknown))}")
 
 
 @functools.cache

@@ -12,7 +12,7 @@ leave that out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,15 +43,16 @@ _MOST_SAMPLES = 4 << 30
 
 @dataclass(frozen=True)
 class SavedProgram:
-    """What a file holds, checked. ``targets``: the operators of its nodes; ``types``: of inputs and outputs."""
+    """What a file holds, checked. ``targets``: the operators of its nodes, with the names of their arguments; ``types``:
+    of inputs and outputs."""
 
     path: Path
     parts: schema.ExportedProgram
     weights: dict[str, Tensor]
     constants: dict[str, Tensor]
     samples: Any
-    targets: frozenset[str]
-    types: frozenset[str]
+    targets: Mapping[str, Set[str]]
+    types: Set[str]
 
     def uses(self, space: str) -> bool:
         """Whether it calls operators of this namespace of ``torch.ops``."""
@@ -61,8 +62,8 @@ class SavedProgram:
         """Raises CheckpointError for operators and types that are not known here, and where the graph is not one."""
         with _refusals(self.path):
             check_registered(set(self.types))
-            for target in sorted(self.targets):
-                operators.check_exists(target)
+            for target, names in sorted(self.targets.items()):
+                operators.check_exists(target, names)
             with TORCH:
                 return ExportedProgramDeserializer().deserialize(
                     self.parts,
@@ -96,7 +97,7 @@ def read(path: Path) -> SavedProgram:
             weights = read_tensors(archive, records.WEIGHTS_FOLDER, tables[records.WEIGHTS])
         with _at(records.CONSTANTS):
             constants = read_tensors(archive, records.CONSTANTS_FOLDER, tables[records.CONSTANTS])
-        return SavedProgram(path, parts, weights, constants, samples, frozenset(uses.targets), frozenset(uses.types))
+        return SavedProgram(path, parts, weights, constants, samples, uses.targets, uses.types)
 
 
 def _is_later(data: Any) -> bool:
@@ -112,7 +113,7 @@ def _at(record: str) -> Iterator[None]:
     try:
         yield
     except Refused as error:
-        raise error.inside(f"record {record!r}, ") from None
+        raise (error if error.place.startswith("record ") else error.inside(f"record {record!r}, ")) from None
 
 
 @contextmanager

@@ -192,7 +192,7 @@ def test_a_size_that_the_file_has_not(good: Path, tmp_path: Path) -> None:
 def test_records_that_overlap(good: Path, tmp_path: Path) -> None:
     path = write_records(tmp_path / "overlap.pt2", read_records(good))
     data = bytearray(path.read_bytes())
-    first = data.find(b"PK\1\2")
+    first = struct.unpack("<I", data[-6:-2])[0]
     size = struct.unpack("<I", data[first + 20 : first + 24])[0] + 60
     data[first + 20 : first + 28] = struct.pack("<II", size, size)
     path.write_bytes(data)
@@ -225,7 +225,7 @@ def test_a_directory_without_end(tmp_path: Path) -> None:
 def test_cut_short(good: Path, tmp_path: Path, kept: float) -> None:
     data = good.read_bytes()
     (tmp_path / "short.pt2").write_bytes(data[: int(len(data) * kept)])
-    refused(tmp_path / "short.pt2", "not a zip archive|cut short|damaged")
+    refused(tmp_path / "short.pt2", "not a zip archive, or is cut short")
 
 
 def test_other_files(tmp_path: Path) -> None:
@@ -308,8 +308,8 @@ def _argument(depth: int) -> Any:
 GRAPHS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "graphs in graphs": (_graph(lambda g: g["nodes"].insert(0, _nested(30))), "at most 6 graphs inside one another"),
     "arguments in arguments": (
-        _graph(lambda g: g["nodes"][1]["inputs"].append({"name": "a", "arg": _argument(200), "kind": 2})),
-        "nested too deeply|RecursionError|unexpected|cannot be read",
+        _graph(lambda g: g["nodes"][1]["inputs"].append({"name": "a", "arg": _argument(400), "kind": 2})),
+        "nested too deeply",
     ),
     "a value from nowhere": (
         _graph(lambda g: g["nodes"][-1]["inputs"][0].update(arg={"as_tensor": {"name": "nowhere"}})),
@@ -318,6 +318,14 @@ GRAPHS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a result from nowhere": (
         _graph(lambda g: g["outputs"].__setitem__(0, {"as_tensor": {"name": "nowhere"}})),
         "outputs: it reads 'nowhere'",
+    ),
+    "an argument that the operator has not": (
+        _graph(lambda g: g["nodes"][1]["inputs"][0].update(name="bios")),
+        "has no argument 'bios'",
+    ),
+    "an argument twice": (
+        _graph(lambda g: g["nodes"][0]["inputs"].append(g["nodes"][0]["inputs"][0])),
+        "two arguments of one name",
     ),
     "a value without a shape": (_graph(lambda g: g["tensor_values"].pop("x")), "'x', and nothing says of what shape"),
     "an operator that is not here": (
