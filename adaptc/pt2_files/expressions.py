@@ -17,6 +17,7 @@ from adaptc.pt2_files.names import plain
 from adaptc.pt2_files.refusal import Refused, shown
 
 _LONGEST = 8_000
+_PRINTED = re.compile(r"[\x20-\x7e]+")
 _SYMBOL = re.compile(r"(s|u|zf|zuf|ps|z|i)\d{1,5}")
 _FLOAT = re.compile(r"-?\d{1,60}(\.\d{0,60})?([eE][+-]?\d{1,3})?")
 _ASSUMPTIONS = frozenset(
@@ -66,8 +67,13 @@ def is_symbol(text: str) -> bool:
 
 
 def _parsed(text: str, what: str = "an expression over sizes") -> ast.expr:
-    if len(text) > _LONGEST:
-        raise Refused(f"expected {what}, found one of {len(text)} characters")
+    if len(text) > _LONGEST or not _PRINTED.fullmatch(text):
+        raise Refused(f"expected {what}, found {shown(text)} of {len(text)} characters")
+    depth = 0
+    for sign in text:
+        depth += (sign == "(") - (sign == ")")
+        if depth > _MOST_DEPTH:
+            raise Refused(f"expected {what}, found one nested too deeply")
     try:
         return ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
