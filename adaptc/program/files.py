@@ -30,7 +30,7 @@ from adaptc.passes.ir.regions import attachments, header, site_op
 from adaptc.program.adaptation import Adaptation, check_format, check_header, check_tags
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.pt2_files.program import read
-from adaptc.pt2_files.refusal import Refused, reason
+from adaptc.pt2_files.refusal import Refused, reason, shown_path
 from adaptc.pt2_files.seal import seal
 from adaptc.pt2_files.torch_lock import TORCH
 from adaptc.runtime.gpu_variants import register_kernels
@@ -59,7 +59,7 @@ def load_program(path: Path, options: RunOptions, device: torch.device | str | N
     that cannot run here, or there is no such device. ``device``: where to, with all its tensors; None leaves them where
     they were saved from."""
     if not path.is_file():
-        raise CheckpointError(f"there is no file {path}")
+        raise CheckpointError(f"there is no file {shown_path(path)}")
     target = None if device is None else usable(device)
     saved = read(path)
     if saved.uses("adaptc"):
@@ -72,7 +72,7 @@ def load_program(path: Path, options: RunOptions, device: torch.device | str | N
     except Exception as error:  # a forged header can break any of its readers
         why = str(error) if isinstance(error, Refused) else reason(error)
         raise CheckpointError(
-            f"{path} cannot be read as an exported program: what it says of its adapter is not what adaptc.save writes "
+            f"{shown_path(path)} cannot be read as an exported program: what it says of its adapter is not what adaptc.save writes "
             f"({why}). Save it again from the model and its adapter"
         ) from error
     return loaded if target is None else loaded.to(target)
