@@ -261,8 +261,8 @@ def package(program: AdaptedProgram, path: str | os.PathLike[str], *, max_rank: 
 def load_package(path: str | os.PathLike[str]) -> PackagedProgram:
     """A runner for a file written by :func:`package`: call it, and ``swap`` adapters on it.
 
-    A package is machine code, which runs as it is loaded: load only those whose author you trust. Hashes in the file tell
-    damage; they are no signature. Raises CheckpointError for files that are missing, damaged or changed, before any of
-    their code is loaded, BackendError for one that was packaged without adaptc or does not run on this machine.
+    A package is machine code, which runs as it is loaded: load only those whose author you trust. Hashes in the file
+    tell damage; they are no signature. Raises CheckpointError for files that are missing, damaged or changed, before
+    any of their code is loaded, BackendError for one that was packaged without adaptc or does not run on this machine.
     """
     return PackagedProgram(Path(path))

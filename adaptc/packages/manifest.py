@@ -14,7 +14,8 @@ import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import inf, isinf
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from adaptc.errors import BackendError, CheckpointError
+from adaptc.errors import AdaptcError, BackendError, CheckpointError
 from adaptc.methods import method_of
 from adaptc.packages.fields import FORM
 from adaptc.passes.ir.attachment import Attachment
@@ -121,13 +122,19 @@ def read(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
     kind, BackendError for a package that holds compiled code but no manifest."""
     if not path.is_file():
         raise CheckpointError(f"there is no file {shown_path(path)}")
+    with refusing(path), opened(path) as archive:
+        return _read(path, archive)
+
+
+@contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """Whatever goes wrong with a file is a CheckpointError that names it."""
     try:
-        with opened(path) as archive:
-            return _read(path, archive)
+        yield
     except (CheckpointError, BackendError):
         raise
     except Exception as error:  # a forged file can break any reader of its fields
-        why = str(error) if isinstance(error, Refused) else reason(error)
+        why = str(error) if isinstance(error, (Refused, AdaptcError)) else reason(error)
         raise CheckpointError(
             f"{shown_path(path)} is not a packaged program, or is damaged: {why}. Package or download it again"
         ) from error
@@ -154,11 +161,19 @@ def _read(path: Path, archive: Archive) -> tuple[Manifest, dict[str, Tensor]]:
     _check_records(archive, data.pop("hashes"))
     tensors = load(archive.read(TENSORS, archive.size)) if TENSORS in archive.records else {}
     manifest = _manifest(data)
-    _check_header(manifest)
+    _check_sites(manifest)
     return manifest, tensors
 
 
-def _check_header(manifest: Manifest) -> None:
+def _check_sites(manifest: Manifest) -> None:
+    """The parts fit one another: options that are no numbers give slots without sizes, and each slot has its room."""
+    for s in manifest.sites:
+        a = s.attachment
+        slots = a.method.slots(s.op)
+        if slots.keys() != a.slots.keys() or any(type(n) is not int for v in slots.values() for n in v.shape):
+            raise Refused(f"the options of the site {a.fqn!r} do not give its slots")
+        if missing := [fqn for fqn in a.tensor_names if fqn not in manifest.rooms]:
+            raise Refused(f"the site {a.fqn!r} has no room for {missing[0]!r}")
     if manifest.sites:
         check_header(manifest.header, [s.attachment.id for s in manifest.sites])
     else:  # of a merged or unloaded program

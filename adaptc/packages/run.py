@@ -41,8 +41,8 @@ class PackagedProgram:
 
     Swap while no call is running: the code reads the tensors that a swap writes to.
 
-    A package is machine code, which runs as it is loaded: load only those whose author you trust. What is checked first,
-    by the hashes in its manifest, is that the file is as it was written.
+    A package is machine code, which runs as it is loaded: load only those whose author you trust. What is checked
+    first, by the hashes in its manifest, is that the file is as it was written.
 
     Raises CheckpointError when the file is missing, damaged, changed or of another kind, BackendError when it was
     packaged without adaptc or its code does not run on this machine.
@@ -52,11 +52,18 @@ class PackagedProgram:
         self.path = Path(path)
         self._manifest, tensors = _package_file.read(self.path)
         m = self._manifest
+        # Where only an adapter's own version of the base was known, no other adapter may be bound to it.
+        residual = [fqn for fqn in m.header.get("residual", ()) if fqn not in m.bases]
+        with _package_file.refusing(self.path):  # all that the manifest says, before any code is loaded
+            self.device = torch.device(m.device)
+            self.adaptation = Adaptation([s.attachment for s in m.sites], fills=m.header["fills"], residual=residual)
+            self.ops = {s.attachment.id: s.op for s in m.sites}
+            self.recipes = Recipes(self.adaptation.attachments, self.ops)
+            self.current = self._first_binding() if m.sites else None
         self._model = self._load()
         missing = sorted({*m.rooms, *m.bases} - set(self._model.get_constant_fqns()))
         if missing:
             raise BackendError(f"{self.path}: the compiled code has no constant {missing[0]!r}; package it again")
-        self.device = torch.device(m.device)
         self._stored = {k: t.to(self.device) for k, t in tensors.items()}
         self._buffers: dict[str, Tensor] = {}
         specs = self._model.loader.get_call_spec()
@@ -64,12 +71,6 @@ class PackagedProgram:
         expected = [(i.name, i.constant if i.tensor is None else i.tensor) for i in m.inputs]
         self._inputs = Inputs(pytree.treespec_loads(specs[0]), m.header["fills"], expected, m.ranges)
         self._out_spec = pytree.treespec_loads(specs[1])
-        # Where only an adapter's own version of the base was known, no other adapter may be bound to it.
-        residual = [fqn for fqn in m.header.get("residual", ()) if fqn not in m.bases]
-        self.adaptation = Adaptation([s.attachment for s in m.sites], fills=m.header["fills"], residual=residual)
-        self.ops = {s.attachment.id: s.op for s in m.sites}
-        self.recipes = Recipes(self.adaptation.attachments, self.ops)
-        self.current = self._first_binding() if m.sites else None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise AdaptcError(

@@ -24,7 +24,7 @@ FORMAT = 2
 
 #: what Attachment.to_dict gives
 ATTACHMENT: dict[str, Any] = {
-    **dict.fromkeys("key module param kind method adapter form entry name why".split(), str),
+    **dict.fromkeys(["key", "module", "param", "kind", "method", "adapter", "form", "entry", "name", "why"], str),
     "consumers": [str],
     "slots": Each(str),
     "scale_slot": Maybe(str),
@@ -46,7 +46,7 @@ _HEADER: dict[str, Any] = _PART | {
     "parts": Each(_PART),
     "trail": [[(str, int)]],
 }
-_TAG: dict[str, Any] = dict.fromkeys("method adapter site role".split(), str) | {"fused": Option(bool)}
+_TAG: dict[str, Any] = dict.fromkeys(["method", "adapter", "site", "role"], str) | {"fused": Option(bool)}
 _OUT = _TAG | {"region": str, "base": str, "node": str, "attachment": ATTACHMENT, "header": Option(dict)}
 
 
@@ -108,8 +108,8 @@ def check_format(stored: Mapping[str, Any], source: str) -> None:
 
 
 def check_header(stored: Any, sites: Collection[str]) -> None:
-    """Raises Refused where a header is not of the form that :meth:`Adaptation.header` gives, or speaks of sites that are
-    not among these (ids of attachments)."""
+    """Raises Refused where a header is not of the form that :meth:`Adaptation.header` gives, or speaks of sites that
+    are not among these (ids of attachments)."""
     check(stored, _HEADER)
     for part in (stored, *stored["parts"].values()):
         if strange := [site for site in part["present"] if site not in sites]:

@@ -17,7 +17,7 @@ from adaptc.binding.binding import Binding
 from adaptc.binding.combine import together
 from adaptc.binding.file_keys import base_name
 from adaptc.binding.source import from_dict
-from adaptc.errors import BackendError, CheckpointError
+from adaptc.errors import AdaptcError, BackendError, CheckpointError
 from adaptc.methods import method_of
 from adaptc.passes.adapt.choose_forms import compilable
 from adaptc.passes.adapt.inject import Inject
@@ -70,10 +70,10 @@ def load_program(path: Path, options: RunOptions, device: torch.device | str | N
     except (CheckpointError, BackendError):
         raise
     except Exception as error:  # a forged header can break any of its readers
-        why = str(error) if isinstance(error, Refused) else reason(error)
+        why = str(error) if isinstance(error, (AdaptcError, Refused)) else reason(error)
         raise CheckpointError(
-            f"{shown_path(path)} cannot be read as an exported program: what it says of its adapter is not what adaptc.save writes "
-            f"({why}). Save it again from the model and its adapter"
+            f"{shown_path(path)} cannot be read as an exported program, for what it says of its adapter: {why}. Save "
+            "it again from the model and its adapter"
         ) from error
     return loaded if target is None else loaded.to(target)
 

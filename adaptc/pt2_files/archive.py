@@ -25,6 +25,7 @@ from adaptc.pt2_files.refusal import Refused, shown
 _MOST_RECORDS = 200_000
 _MOST_DIRECTORY = 64 << 20
 _CHUNK = 1 << 18  # read and summed while it is in the cache
+_FLAGS = 0x808  # sizes after the data, names in UTF-8
 _NAME = re.compile(r"[^/\\\x00-\x1f\x7f:]+(/[^/\\\x00-\x1f\x7f:]+)+")
 
 
@@ -86,8 +87,8 @@ class Archive:
                     f"record {shown(name)} is compressed ({entry.compress_size} bytes for {entry.file_size}); torch "
                     "never compresses, so it can only be a decompression bomb"
                 )
-            if entry.flag_bits & 0x1:
-                raise Refused(f"record {shown(name)} is encrypted")
+            if entry.flag_bits & ~_FLAGS:
+                raise Refused(f"record {shown(name)} is encrypted, or of a kind that torch does not write")
             start = entry.header_offset
             head = self.read_at(start, 30) if 0 <= start <= self.size - 30 else b""
             if not head.startswith(b"PK\3\4"):

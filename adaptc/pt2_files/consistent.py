@@ -25,7 +25,9 @@ class Uses:
     types: set[str] = dataclasses.field(default_factory=set)
 
 
-def check_consistent(parts: schema.ExportedProgram, weights: schema.PayloadConfig, constants: schema.PayloadConfig) -> Uses:
+def check_consistent(
+    parts: schema.ExportedProgram, weights: schema.PayloadConfig, constants: schema.PayloadConfig
+) -> Uses:
     """Raises Refused, with the place in the program's JSON."""
     uses = Uses()
     module = parts.graph_module

@@ -16,12 +16,8 @@ from adaptc.passes.ir.trees import pytree
 from adaptc.pt2_files.names import identifier, loads, plain
 from adaptc.pt2_files.refusal import Refused, shown
 
-_LISTS = frozenset(
-    ["builtins.tuple", "builtins.list", "torch.Size", "torch.fx.immutable_collections.immutable_list"]
-)
-_DICTS = frozenset(
-    ["builtins.dict", "collections.OrderedDict", "torch.fx.immutable_collections.immutable_dict"]
-)
+_LISTS = frozenset(["builtins.tuple", "builtins.list", "torch.Size", "torch.fx.immutable_collections.immutable_list"])
+_DICTS = frozenset(["builtins.dict", "collections.OrderedDict", "torch.fx.immutable_collections.immutable_dict"])
 _FACTORIES = frozenset(
     [("collections", "OrderedDict")]
     + [("builtins", n) for n in ("list", "dict", "set", "tuple", "int", "float", "str", "bool")]

@@ -13,28 +13,27 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from adaptc.pt2_files.names import plain
+from adaptc.pt2_files.names import plain, words
 from adaptc.pt2_files.refusal import Refused, shown
 
 _LONGEST = 8_000
 _PRINTED = re.compile(r"[\x20-\x7e]+")
 _SYMBOL = re.compile(r"(s|u|zf|zuf|ps|z|i)\d{1,5}")
 _FLOAT = re.compile(r"-?\d{1,60}(\.\d{0,60})?([eE][+-]?\d{1,3})?")
-_ASSUMPTIONS = frozenset(
-    "integer positive negative nonnegative nonpositive nonzero zero real rational finite extended_real".split()
+_ASSUMPTIONS = words(
+    "integer positive negative nonnegative nonpositive nonzero zero real rational finite extended_real"
 )
 _CONSTANTS = frozenset(["oo", "int_oo", "true", "false", "nan", "zoo"])
 # torch.utils._sympy.functions, and what of sympy torch writes for sizes.
-_FUNCTIONS = frozenset(
+_FUNCTIONS = words(
     """
     FloorDiv ModularIndexing Where PythonMod Mod CleanDiv CeilToInt FloorToInt CeilDiv Max Min PowByNatural FloatPow
     FloatTrueDiv IntTrueDiv IsNonOverlappingAndDenseIndicator TruncToFloat TruncToInt RoundToInt RoundDecimal ToFloat
     Identity Eq Ne Lt Le Gt Ge Equality Unequality StrictLessThan LessThan StrictGreaterThan GreaterThan And Or Not Xor
     Abs floor ceiling Piecewise ExprCondPair
     BitwiseFn_bitwise_and BitwiseFn_bitwise_or BitwiseFn_bitwise_xor
-    """.split()
-    + [f"OpaqueUnaryFn_{n}" for n in "sqrt cos cosh sin sinh tan tanh asin acos atan exp log asinh log2".split()]
-)
+    """
+) | {f"OpaqueUnaryFn_{n}" for n in words("sqrt cos cosh sin sinh tan tanh asin acos atan exp log asinh log2")}
 _SHIFTS = frozenset(["LShift", "RShift"])
 _MOST_POWER = 16
 _MOST_TERMS = 512  # of an expression, multiplied out
@@ -204,12 +203,12 @@ def _is_small(node: ast.expr) -> bool:
 # No sign that ends a line, a string or a statement: torch pastes guards into the source of a function.
 _GUARD = re.compile(r"[\w .,()\[\]'<>=!+\-*/%&|^~]+")
 _METHODS = frozenset(["size", "stride", "storage_offset", "dim", "numel"])
-_CALLS = frozenset(["IsNonOverlappingAndDenseIndicator", "cast_symbool_to_symint_guardless", "max", "min", "abs", "int"])
+_CALLS = frozenset(
+    ["IsNonOverlappingAndDenseIndicator", "cast_symbool_to_symint_guardless", "max", "min", "abs", "int"]
+)
 _MODULES = {
-    "math": frozenset("ceil floor trunc sqrt isnan isinf pow fmod inf log2".split()),
-    "torch": frozenset(
-        "sym_float sym_int sym_max sym_min sym_not sym_ite _sym_sqrt sym_sqrt _sym_log2 _sym_cos _sym_sin".split()
-    ),
+    "math": words("ceil floor trunc sqrt isnan isinf pow fmod log2"),
+    "torch": words("sym_float sym_int sym_max sym_min sym_not sym_ite _sym_sqrt sym_sqrt _sym_log2"),
 }
 
 

@@ -27,8 +27,8 @@ class Length:
 
 
 def check(value: Any, form: Any) -> None:
-    """Raises Refused, with the place, where ``value`` is not of this form: a type, a tuple of types, a list with the form
-    of its items, or a dict with the forms of exactly these fields."""
+    """Raises Refused, with the place, where ``value`` is not of this form: a type, a tuple of types, a list with the
+    form of its items, or a dict with the forms of exactly these fields."""
     if isinstance(form, Maybe):
         if value is not None:
             check(value, form.form)

@@ -19,6 +19,11 @@ _BREAKS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 _LONGEST = 4_096
 
 
+def words(text: str) -> frozenset[str]:
+    """A table of names."""
+    return frozenset(text.split())
+
+
 def identifier(text: str) -> str:
     if not text.isidentifier() or len(text) > _LONGEST:
         raise Refused(f"expected a name of letters, digits and underscores, found {shown(text)}")
@@ -49,7 +54,7 @@ def lines(text: str) -> str:
 
 
 def loads(text: str | bytes, what: str = "JSON", *, infinite: bool = False) -> Any:
-    """JSON as its standard has it: a NaN is none unless ``infinite``, and neither is a number of thousands of digits."""
+    """JSON as its standard has it: a NaN is none unless ``infinite``, nor is a number of thousands of digits."""
     constant = {} if infinite else {"parse_constant": _no_constant}
     try:
         return json.loads(text, object_pairs_hook=_no_duplicates, **constant)

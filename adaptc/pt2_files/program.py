@@ -12,7 +12,8 @@ leave that out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,16 +44,16 @@ _MOST_SAMPLES = 4 << 30
 
 @dataclass(frozen=True)
 class SavedProgram:
-    """What a file holds, checked. ``targets``: the operators of its nodes, with the names of their arguments; ``types``:
-    of inputs and outputs."""
+    """What a file holds, checked. ``targets``: the operators of its nodes, with the names of their arguments;
+    ``types``: of inputs and outputs."""
 
     path: Path
     parts: schema.ExportedProgram
     weights: dict[str, Tensor]
     constants: dict[str, Tensor]
     samples: Any
-    targets: Mapping[str, Set[str]]
-    types: Set[str]
+    targets: Mapping[str, AbstractSet[str]]
+    types: AbstractSet[str]
 
     def uses(self, space: str) -> bool:
         """Whether it calls operators of this namespace of ``torch.ops``."""

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+_LONGEST = 400  # of a place, in a message
+
 
 class Refused(Exception):
     """``why`` says what was expected and found. Whoever reads an outer part of the file puts the place before it, with
@@ -21,6 +23,8 @@ class Refused(Exception):
 
     def __str__(self) -> str:
         place = self.place.lstrip(".").replace(", .", ", ").removesuffix(", ")
+        if len(place) > _LONGEST:
+            place = f"{place[: _LONGEST // 2]} ... {place[-_LONGEST // 2 :]}"
         return f"{place}: {self.why}" if place else self.why
 
 

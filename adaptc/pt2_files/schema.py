@@ -25,6 +25,7 @@ from adaptc.pt2_files.refusal import Refused, shown
 
 _FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 _MOST_GRAPHS = 6  # inside one another: torch repeats the text of each in the errors of all around it
+_MOST_INSIDE = 50  # unions inside one another
 
 Build = Callable[[Any], Any]
 Class = typing.TypeVar("Class")
@@ -35,7 +36,7 @@ class Builder:
 
     def __init__(self, lenient: bool = False) -> None:
         self._lenient = lenient
-        self._depth = 0
+        self._depth = self._inside = 0
         self._known: dict[Any, Build] = {}
 
     def build(self, cls: type[Class], data: Any) -> Class:
@@ -80,7 +81,7 @@ class Builder:
         return lambda key: one
 
     def _union(self, cls: Any) -> Build:
-        hints = typing.get_type_hints(cls, globalns=vars(schema), include_extras=True)
+        hints = typing.get_type_hints(cls, globalns=dict(vars(schema)), include_extras=True)
         builds = {f.name: self._of_hint(hints[f.name], cls.__name__, f.name) for f in dataclasses.fields(cls)}
         blank, tags = dict.fromkeys(builds), {kind: _UnionTag.create(kind, cls) for kind in builds}
 
@@ -90,10 +91,14 @@ class Builder:
             ((kind, value),) = data.items()
             if kind not in builds:
                 raise Refused(f"expected a kind of {cls.__name__}, found {shown(kind)}")
+            self._inside += 1
+            if self._inside > _MOST_INSIDE:
+                raise Refused("expected a program, found values nested too deeply")
             try:
                 built = builds[kind](value)
             except Refused as error:
                 raise error.inside(f".{kind}") from None
+            self._inside -= 1
             # What cls.create does, ten times as fast: it lists the fields of the class four times.
             out = object.__new__(cls)
             vars(out).update(blank)
@@ -103,7 +108,7 @@ class Builder:
         return make
 
     def _record(self, cls: Any) -> Build:
-        hints = typing.get_type_hints(cls, globalns=vars(schema), include_extras=True)
+        hints = typing.get_type_hints(cls, globalns=dict(vars(schema)), include_extras=True)
         fields = dataclasses.fields(cls)
         builds = {f.name: self._of_hint(hints[f.name], cls.__name__, f.name) for f in fields}
         needed = {

@@ -4,8 +4,8 @@ Before: a table that has the types of torch's schema (``PayloadConfig``).
 After: tensors that own their memory, alias one another where the table says so, and lie inside what their records hold;
 the bytes were read once, straight into that memory.
 
-Private torch use, with the public route that was tried: ``_SERIALIZE_TO_TORCH_DTYPE`` is torch's table of the numbers of
-dtypes in a file, which no public module has.
+Private torch use, with the public route that was tried: ``_SERIALIZE_TO_TORCH_DTYPE`` is torch's table of the numbers
+of dtypes in a file, which no public module has.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._export.serde import schema
-from torch._export.serde import serialize as _serde
+from torch._export.serde.serialize import _SERIALIZE_TO_TORCH_DTYPE
 
 from adaptc.pt2_files.archive import Archive
 from adaptc.pt2_files.refusal import Refused
@@ -51,7 +51,7 @@ def _each(name: str, make: Callable[[], Any]) -> Any:
 def _memory(archive: Archive, record: str) -> Tensor:
     found = archive.records[record]
     out = _empty(found.size)
-    archive.fill(found, memoryview(out.numpy()))
+    archive.fill(found, out.numpy().data)
     return out
 
 
@@ -123,7 +123,7 @@ class _Shape:
 
 
 def _dtype(meta: schema.TensorMeta) -> torch.dtype:
-    found = _serde._SERIALIZE_TO_TORCH_DTYPE.get(meta.dtype)
+    found = _SERIALIZE_TO_TORCH_DTYPE.get(meta.dtype)
     if found is None:
         raise Refused(f"this torch has no dtype of number {meta.dtype}")
     return found

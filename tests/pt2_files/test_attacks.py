@@ -34,8 +34,7 @@ def marker(tmp_path: Path) -> Path:
 
 def refused(path: Path, marker: Path, said: str) -> None:
     with pytest.raises(CheckpointError, match=said) as info:
-        loaded = adaptc.load(path)
-        loaded.module()  # more texts become source here
+        adaptc.load(path).module()  # where more texts become source
     assert not marker.exists(), "the file's code ran"
     assert str(path) in str(info.value)
     assert not marker.exists()

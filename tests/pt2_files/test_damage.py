@@ -1,4 +1,4 @@
-"""Files that are cut short, forged, or of other kinds: a CheckpointError that names record, place, expected and found."""
+"""Files that are cut short, forged, or of other kinds: the error names record, place, what was expected and found."""
 
 from __future__ import annotations
 
@@ -101,7 +101,10 @@ TABLES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "no device": (_tensor(lambda t: t.update(device={"type": "nowhere", "index": None})), "there is no device nowhere"),
     "no values": (lambda d: d["config"]["first.weight"].update(tensor_meta=None), "it has no dtype, sizes and strides"),
     "gone": (lambda d: d["config"].pop("first.weight"), "no tensor called 'first.weight'"),
-    "a path": (lambda d: d["config"]["first.weight"].update(path_name="../weight_0"), "expected the record of a tensor"),
+    "a path": (
+        lambda d: d["config"]["first.weight"].update(path_name="../weight_0"),
+        "expected the record of a tensor",
+    ),
     "a list": (lambda d: d.update(config=[]), r"config: expected an object, found a list of 0"),
     "a bool as text": (lambda d: d["config"]["first.weight"].update(is_param="yes"), "expected true or false"),
     "a field too many": (lambda d: d["config"]["first.weight"].update(more=1), "has no 'more'"),
@@ -384,7 +387,9 @@ def test_what_a_program_of_a_later_torch_has_more_is_left_out(good: Path, tmp_pa
 
 
 def _tags(data: Any) -> list[dict[str, Any]]:
-    return [n["metadata"] for n in data["graph_module"]["graph"]["nodes"] if "header" in n["metadata"].get("custom", "")]
+    return [
+        n["metadata"] for n in data["graph_module"]["graph"]["nodes"] if "header" in n["metadata"].get("custom", "")
+    ]
 
 
 @pytest.mark.parametrize("field", ["config", "present", "parts", "unread", "carried", "training", "matches", "format"])
