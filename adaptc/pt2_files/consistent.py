@@ -7,11 +7,10 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from torch._export.serde import schema
-
 from adaptc.pt2_files.containers import read_tree
 from adaptc.pt2_files.names import identifier, plain
 from adaptc.pt2_files.refusal import Refused
+from adaptc.pt2_files.schema import schema
 
 _SYMS = (schema.SymIntArgument, schema.SymFloatArgument, schema.SymBoolArgument)
 

@@ -55,9 +55,9 @@ def lines(text: str) -> str:
 
 def loads(text: str | bytes, what: str = "JSON", *, infinite: bool = False) -> Any:
     """JSON as its standard has it: a NaN is none unless ``infinite``, nor is a number of thousands of digits."""
-    constant = {} if infinite else {"parse_constant": _no_constant}
+    constant = float if infinite else _no_constant
     try:
-        return json.loads(text, object_pairs_hook=_no_duplicates, **constant)
+        return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=constant)
     except RecursionError as error:
         raise Refused(f"expected {what}, found lists and objects nested too deeply") from error
     except (ValueError, UnicodeDecodeError) as error:

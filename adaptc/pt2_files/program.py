@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch._export.serde import schema
 from torch._export.serde.serialize import ExportedProgramDeserializer
 from torch.export import ExportedProgram
 
@@ -32,7 +31,7 @@ from adaptc.pt2_files.containers import check_registered
 from adaptc.pt2_files.names import loads
 from adaptc.pt2_files.refusal import Refused, reason, shown_path
 from adaptc.pt2_files.samples import read_samples
-from adaptc.pt2_files.schema import Builder
+from adaptc.pt2_files.schema import Builder, schema
 from adaptc.pt2_files.seal import check_seal
 from adaptc.pt2_files.tensors import read_tensors
 from adaptc.pt2_files.torch_lock import TORCH

@@ -4,7 +4,8 @@ torch's own reader takes any value for any field, leaves out fields it does not 
 every object. Here the hints are looked up once, and every text passes the table of :mod:`adaptc.pt2_files.texts`.
 
 Private torch use, with the public route that was tried: ``torch._export.serde.schema`` is the format of a ``.pt2``
-file; no public module describes it.
+file, ``_Union`` what its unions are made as, ``_SERIALIZE_TO_TORCH_DTYPE`` its table of the numbers of dtypes; no public
+module has any of them.
 """
 
 from __future__ import annotations
@@ -13,15 +14,22 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import IntEnum
 from typing import Annotated, Any
 
+import torch
 from torch._export.serde import schema
+from torch._export.serde.serialize import _SERIALIZE_TO_TORCH_DTYPE
 from torch._export.serde.union import _Union, _UnionTag
 
 from adaptc.pt2_files import texts
 from adaptc.pt2_files.refusal import Refused, shown
+
+__all__ = ["DTYPES", "Builder", "schema"]
+
+#: number in a file -> dtype
+DTYPES: Mapping[int, torch.dtype] = _SERIALIZE_TO_TORCH_DTYPE
 
 _FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 _MOST_GRAPHS = 6  # inside one another: torch repeats the text of each in the errors of all around it

@@ -3,9 +3,6 @@
 Before: a table that has the types of torch's schema (``PayloadConfig``).
 After: tensors that own their memory, alias one another where the table says so, and lie inside what their records hold;
 the bytes were read once, straight into that memory.
-
-Private torch use, with the public route that was tried: ``_SERIALIZE_TO_TORCH_DTYPE`` is torch's table of the numbers
-of dtypes in a file, which no public module has.
 """
 
 from __future__ import annotations
@@ -18,11 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._export.serde import schema
-from torch._export.serde.serialize import _SERIALIZE_TO_TORCH_DTYPE
 
 from adaptc.pt2_files.archive import Archive
 from adaptc.pt2_files.refusal import Refused
+from adaptc.pt2_files.schema import DTYPES, schema
 
 # A tensor may read elements several times over (expanded weights); one that would take this much more when it is
 # written out is a bomb.
@@ -123,7 +119,7 @@ class _Shape:
 
 
 def _dtype(meta: schema.TensorMeta) -> torch.dtype:
-    found = _SERIALIZE_TO_TORCH_DTYPE.get(meta.dtype)
+    found = DTYPES.get(meta.dtype)
     if found is None:
         raise Refused(f"this torch has no dtype of number {meta.dtype}")
     return found
