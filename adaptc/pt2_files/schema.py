@@ -4,8 +4,8 @@ torch's own reader takes any value for any field, leaves out fields it does not 
 every object. Here the hints are looked up once, and every text passes the table of :mod:`adaptc.pt2_files.texts`.
 
 Private torch use, with the public route that was tried: ``torch._export.serde.schema`` is the format of a ``.pt2``
-file, ``_Union`` what its unions are made as, ``_SERIALIZE_TO_TORCH_DTYPE`` its table of the numbers of dtypes; no public
-module has any of them.
+file, ``_Union`` what its unions are made as, ``_SERIALIZE_TO_TORCH_DTYPE`` its table of the numbers of dtypes; no
+public module has any of them.
 """
 
 from __future__ import annotations

@@ -287,6 +287,7 @@ def test_texts_of_the_graph(good: Path, marker: Path, tmp_path: Path, route: str
     refused(edited(good, MODEL, lambda d: change(d, marker), tmp_path / "bad.pt2"), marker, said)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_a_cache_of_transformers_names_no_other_class(good: Path, marker: Path, tmp_path: Path) -> None:
     from transformers.cache_utils import DynamicCache
     from transformers.exporters.exporter_dynamo import register_pytree_node
