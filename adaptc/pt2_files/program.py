@@ -43,14 +43,14 @@ _MOST_SAMPLES = 4 << 30
 
 @dataclass(frozen=True)
 class SavedProgram:
-    """What a file holds, checked. ``targets``: the operators of its nodes, with the names of their arguments;
-    ``types``: of inputs and outputs."""
+    """What a file holds, checked but for its example inputs, whose types may have to be imported. ``targets``: the
+    operators of its nodes, with the names of their arguments; ``types``: of inputs and outputs."""
 
     path: Path
     parts: schema.ExportedProgram
     weights: dict[str, Tensor]
     constants: dict[str, Tensor]
-    samples: Any
+    samples: bytes
     targets: Mapping[str, AbstractSet[str]]
     types: AbstractSet[str]
 
@@ -65,11 +65,13 @@ class SavedProgram:
             for target, names in sorted(self.targets.items()):
                 operators.check_exists(target, names)
             with TORCH:
+                with _at(records.SAMPLES):
+                    samples = read_samples(self.samples)
                 return ExportedProgramDeserializer().deserialize(
                     self.parts,
                     self.weights,
                     self.constants,  # type: ignore[arg-type]
-                    self.samples,
+                    samples,
                 )
 
 
@@ -92,7 +94,7 @@ def read(path: Path) -> SavedProgram:
         with _at(records.MODEL):
             uses = check_consistent(parts, tables[records.WEIGHTS], tables[records.CONSTANTS])
         with _at(records.SAMPLES):
-            samples = read_samples(archive.read(records.SAMPLES, _MOST_SAMPLES))
+            samples = archive.read(records.SAMPLES, _MOST_SAMPLES)
         with _at(records.WEIGHTS):
             weights = read_tensors(archive, records.WEIGHTS_FOLDER, tables[records.WEIGHTS])
         with _at(records.CONSTANTS):

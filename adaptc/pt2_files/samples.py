@@ -1,15 +1,18 @@
-"""The example inputs of a program: a pickle in the file, of which only tensors and plain values are read."""
+"""The example inputs of a program: a pickle in the file, of which only tensors and plain values are read, in containers
+that torch knows (see :mod:`adaptc.pt2_files.containers`)."""
 
 from __future__ import annotations
 
 import io
 import pickle
 import re
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adaptc.passes.ir.trees import pytree
 from adaptc.pt2_files.archive import Archive
 from adaptc.pt2_files.names import plain
 from adaptc.pt2_files.refusal import Refused, reason, shown
@@ -24,7 +27,8 @@ _WAY_OUT = "save the program again with example inputs that are tensors, numbers
 def read_samples(data: bytes) -> Any:
     """(positional inputs, keyword inputs), or None where the record is empty.
 
-    Raises Refused for what could run code, for anything but tensors and plain values, and for bombs."""
+    Raises Refused for what could run code, for anything but tensors and plain values, and for bombs. Changes a global
+    table of torch while it runs: hold the lock of :mod:`adaptc.pt2_files.torch_lock`."""
     if not data:
         return None
     inner = Archive(io.BytesIO(data))
@@ -33,7 +37,8 @@ def read_samples(data: bytes) -> Any:
             raise Refused(f"its pickle has {record.size} bytes; those of example inputs have a few hundred")
         inner.read(name, record.size)  # compares the checksum
     try:
-        value = torch.load(io.BytesIO(data), weights_only=True)
+        with torch.serialization.safe_globals(list(_classes())):
+            value = torch.load(io.BytesIO(data), weights_only=True)
     except (pickle.UnpicklingError, AttributeError) as error:
         call = re.search(r"GLOBAL ([\w.]+)", str(error))
         why = f"it would call {call[1]}" if call else f"it is no pickle of plain values ({reason(error)})"
@@ -47,11 +52,23 @@ def read_samples(data: bytes) -> Any:
     return value
 
 
+def _classes() -> set[type]:
+    """Of inputs that are containers of tensors: what somebody registered with torch in this process, and the layers of
+    transformers' caches."""
+    found = {cls for cls in pytree.SUPPORTED_SERIALIZED_TYPES if isinstance(cls, type) and cls.__module__ != "builtins"}
+    caches: Any = sys.modules.get("transformers.cache_utils")
+    if caches is not None:
+        kinds = (caches.Cache, caches.CacheLayerMixin)
+        found |= {c for c in vars(caches).values() if isinstance(c, type) and issubclass(c, kinds)}
+    return found
+
+
 class _Walk:
     """Through containers that a pickle may have nested, or used in many places, without end."""
 
     def __init__(self) -> None:
         self.seen = 0
+        self.classes = _classes()
 
     def check(self, value: Any, depth: int) -> None:
         self.seen += 1
@@ -68,6 +85,10 @@ class _Walk:
                 self.check(v, depth + 1)
         elif isinstance(value, str):
             plain(value)
+        elif type(value) in self.classes:
+            self.check(vars(value), depth + 1)
+        elif isinstance(value, type) and value in self.classes:
+            pass
         elif not isinstance(value, (type(None), bool, int, float, complex, torch.dtype, torch.device, torch.layout)):
             raise Refused(f"it holds a {type(value).__name__}; {_WAY_OUT}")
 

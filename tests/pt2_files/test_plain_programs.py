@@ -119,6 +119,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], dict[str, Any],
         lambda: Does(lambda s, x, *, f=1.0, g=True, h=None, mode="a": s.lin(x) * f),
         (X,), {"f": 2.5, "g": False, "h": None, "mode": "b"}, None,
     ),
+    "a dataclass as input": (lambda: Does(lambda s, b: s.lin(b.a) + b.b), (Both(X, X[:, :1]),), {}, None),
+    "a named tuple as input": (lambda: Does(lambda s, b: s.lin(b.a) + b.b), (Pair(X, X[:, :1]),), {}, None),
     "an ordered dict": (lambda: Does(lambda s, x: OrderedDict(a=s.lin(x), b=None)), (X,), {}, None),
     "a default dict": (lambda: Does(lambda s, x: defaultdict(list, a=s.lin(x))), (X,), {}, None),
     "keys that are numbers": (lambda: Does(lambda s, x: {1: s.lin(x), "b": 3, None: 2.5, 2.5: x}), (X,), {}, None),
@@ -180,6 +182,23 @@ def test_loads_and_computes_the_same(tmp_path: Path, case: str) -> None:
     # and once more, from what adaptc makes of it
     again = adaptc.load(adaptc.save(loaded, tmp_path / "again.pt2"))
     assert list(again.state_dict) == list(loaded.state_dict)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_a_cache_of_transformers_goes_in_and_out(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
+
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 3}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=31, num_key_value_heads=3, **sizes)).eval()
+    register_cache_pytrees_for_model(model)
+    inputs: dict[str, Any] = {"input_ids": torch.tensor([[1, 2, 3, 5]]), "use_cache": True}
+    for name in ("first", "next"):
+        exported = torch.export.export(model, (), inputs, strict=False)
+        torch.export.save(exported, tmp_path / f"{name}.pt2")
+        out = adaptc.load(tmp_path / f"{name}.pt2")(**inputs)
+        assert torch.equal(out.logits, exported.module()(**inputs).logits)
+        inputs = {"input_ids": torch.tensor([[7]]), "past_key_values": out.past_key_values, "use_cache": True}
 
 
 def test_weights_alias_and_own_their_memory(tmp_path: Path) -> None:
