@@ -190,7 +190,10 @@ def load(
 
     ``backend``, ``hoist_limit`` and ``fuse`` as for :func:`compile`; a program without adapters is never fused unasked.
     ``device``: where its tensors and its adapter go; None leaves them where they were.
-    Raises CheckpointError for files that are missing, damaged, or of another format, BackendError for one whose kernels
+
+    Nothing in the file is run, and its tensors own their memory. Raises CheckpointError for files that are missing,
+    damaged, of another format, or hold what could run code: pickled weights and objects, example inputs that are not
+    tensors and plain values, operators that reach beyond the program, compiled code. BackendError for one whose kernels
     cannot run here.
     """
     return load_program(Path(path), RunOptions(backend, hoist_limit, fuse), device)
@@ -252,10 +255,18 @@ def verify(program: AdaptedProgram, model: nn.Module | None = None, **options: A
 
 
 def package(program: AdaptedProgram, path: str | os.PathLike[str], *, max_rank: int | None = None) -> Path:
-    """Compile ahead of time with AOTInductor into one file with swappable adapters; see ``adaptc.packages.write``."""
+    """Compile ahead of time with AOTInductor into one file with swappable adapters; see ``adaptc.packages.write``.
+
+    The file is machine code, which runs when it is loaded.
+    """
     return package_program(program, Path(path), max_rank=max_rank)
 
 
 def load_package(path: str | os.PathLike[str]) -> PackagedProgram:
-    """A runner for a file written by :func:`package`: call it, and ``swap`` adapters on it."""
+    """A runner for a file written by :func:`package`: call it, and ``swap`` adapters on it.
+
+    A package is machine code, which runs as it is loaded: load only those whose author you trust. Hashes in the file
+    tell damage; they are no signature. Raises CheckpointError for files that are missing, damaged or changed, before
+    any of their code is loaded, BackendError for one that was packaged without adaptc or does not run on this machine.
+    """
     return PackagedProgram(Path(path))

@@ -3,35 +3,52 @@
 Format: two records added to the archive AOTInductor writes. ``data/extra/adaptc.json`` is the :class:`Manifest`;
 ``data/adaptc/tensors.safetensors`` holds tensors that follow from the base weights, which cannot be read back from
 compiled code (torch's loader reads everything under ``data/extra`` as text, so they lie outside). torch's own loader
-ignores both.
+ignores both. The manifest has the sha256 of every other record, and one of itself: a package that was damaged or edited
+is refused before its code is loaded. That is no signature: who forges a package can forge them, and its code runs.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import inf, isinf
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from adaptc.errors import BackendError, CheckpointError
+from adaptc.errors import AdaptcError, BackendError, CheckpointError
 from adaptc.methods import method_of
+from adaptc.packages.fields import FORM
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.ops import TABLE, Op
+from adaptc.program.adaptation import check_header
+from adaptc.pt2_files.archive import Archive, opened
+from adaptc.pt2_files.forms import Each, check
+from adaptc.pt2_files.names import loads
+from adaptc.pt2_files.refusal import Refused, reason, shown, shown_path
 from adaptc.runtime.call_inputs import TensorInput
 from adaptc.runtime.rank_padding import Padding
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "data/extra/adaptc.json"
 TENSORS = "data/adaptc/tensors.safetensors"
+
+_MOST_JSON = 64 << 20
+# What torch reads of the rest is code alone: programs and weights beside it would be unpickled.
+_KNOWN = re.compile(
+    r"archive_format|archive_version|byteorder|version|\.data/[\w.]+|\.format_version|\.storage_alignment"
+    r"|data/aotinductor/model/[\w.\-]+|data/adaptc/tensors\.safetensors",
+    re.ASCII,
+)
 
 
 @dataclass(frozen=True)
@@ -84,47 +101,105 @@ class Manifest:
 
 
 def write(path: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
-    """Add the two records to an archive."""
-    with zipfile.ZipFile(path, "a") as archive:
-        root = archive.namelist()[0].partition("/")[0]
-        archive.writestr(f"{root}/{MANIFEST}", json.dumps(_data(manifest)))
+    """Add the two records to an archive that AOTInductor wrote."""
+    with opened(path) as archive:
+        root, hashes = archive.root, {name: archive.sha256(name) for name in archive.records}
+    with zipfile.ZipFile(path, "a") as writer:
         if tensors:
-            archive.writestr(f"{root}/{TENSORS}", save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}))
+            data = save({k: t.detach().cpu().contiguous() for k, t in tensors.items()})
+            hashes[TENSORS] = hashlib.sha256(data).hexdigest()
+            writer.writestr(f"{root}/{TENSORS}", data)
+        plain = _data(manifest) | {"hashes": hashes}
+        writer.writestr(f"{root}/{MANIFEST}", json.dumps(plain | {"sha256": _digest(plain)}))
+
+
+def _digest(plain: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def read(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
-    """Raises CheckpointError for files that are missing, damaged or of another kind, BackendError for a package that
-    holds compiled code but no manifest."""
+    """Every record was compared with its hash. Raises CheckpointError for files that are missing, damaged or of another
+    kind, BackendError for a package that holds compiled code but no manifest."""
     if not path.is_file():
-        raise CheckpointError(f"there is no file {path}")
+        raise CheckpointError(f"there is no file {shown_path(path)}")
+    with refusing(path), opened(path) as archive:
+        return _read(path, archive)
+
+
+@contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """Whatever goes wrong with a file is a CheckpointError that names it."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            root = names[0].partition("/")[0] if names else ""
-            if f"{root}/{MANIFEST}" not in names:
-                raise _no_manifest(path, names)
-            text = archive.read(f"{root}/{MANIFEST}").decode()
-            tensors = load(archive.read(f"{root}/{TENSORS}")) if f"{root}/{TENSORS}" in names else {}
-        data = json.loads(text)
-        if data["format"] != FORMAT:
-            raise CheckpointError(
-                f"{path} has package format {data['format']}, and this adaptc reads {FORMAT}; package the program again"
-            )
-        return _manifest(data), tensors
-    except (zipfile.BadZipFile, OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} is not a packaged program, or is damaged: {first}") from error
+        yield
+    except (CheckpointError, BackendError):
+        raise
+    except Exception as error:  # a forged file can break any reader of its fields
+        why = str(error) if isinstance(error, (Refused, AdaptcError)) else reason(error)
+        raise CheckpointError(
+            f"{shown_path(path)} is not a packaged program, or is damaged: {why}. Package or download it again"
+        ) from error
+
+
+def _read(path: Path, archive: Archive) -> tuple[Manifest, dict[str, Tensor]]:
+    if MANIFEST not in archive.records:
+        raise _no_manifest(path, list(archive.records))
+    data = loads(archive.read(MANIFEST, _MOST_JSON), infinite=True)  # inputs that are constants may be
+    if not isinstance(data, dict) or "format" not in data:
+        raise Refused("its manifest has no format number")
+    if data["format"] != FORMAT:
+        raise CheckpointError(
+            f"{shown_path(path)} has package format {shown(data['format'])}, and this adaptc reads {FORMAT}; package "
+            "the program again"
+        )
+    digest = data.pop("sha256", None)
+    try:
+        check(data, FORM)
+    except Refused as error:
+        raise error.inside(f"record {MANIFEST!r}, ") from None
+    if digest != _digest(data):
+        raise Refused(f"record {MANIFEST!r} does not have the hash that it says: it was changed or is damaged")
+    _check_records(archive, data.pop("hashes"))
+    tensors = load(archive.read(TENSORS, archive.size)) if TENSORS in archive.records else {}
+    manifest = _manifest(data)
+    _check_sites(manifest)
+    return manifest, tensors
+
+
+def _check_sites(manifest: Manifest) -> None:
+    """The parts fit one another: options that are no numbers give slots without sizes, and each slot has its room."""
+    for s in manifest.sites:
+        a = s.attachment
+        slots = a.method.slots(s.op)
+        if slots.keys() != a.slots.keys() or any(type(n) is not int for v in slots.values() for n in v.shape):
+            raise Refused(f"the options of the site {a.fqn!r} do not give its slots")
+        if missing := [fqn for fqn in a.tensor_names if fqn not in manifest.rooms]:
+            raise Refused(f"the site {a.fqn!r} has no room for {missing[0]!r}")
+    if manifest.sites:
+        check_header(manifest.header, [s.attachment.id for s in manifest.sites])
+    else:  # of a merged or unloaded program
+        check(manifest.header, {"fills": Each([str])})
+
+
+def _check_records(archive: Archive, hashes: Mapping[str, str]) -> None:
+    others = archive.records.keys() - {MANIFEST}
+    for name in sorted(others ^ hashes.keys()):
+        raise Refused(f"record {name!r} is {'not in its manifest' if name in others else 'missing'}")
+    for name in sorted(others):
+        if not _KNOWN.fullmatch(name):
+            raise Refused(f"record {name!r} is none that a package has")
+        if archive.sha256(name) != hashes[name]:
+            raise Refused(f"record {name!r} does not have the hash of the manifest: it was changed or is damaged")
 
 
 def _no_manifest(path: Path, names: Sequence[str]) -> BackendError | CheckpointError:
-    if any("/data/aotinductor/" in n for n in names):
+    if any(n.startswith("data/aotinductor/") for n in names):
         return BackendError(
-            f"{path} was packaged without adaptc, so nothing in it says where adapters go. Run it with "
+            f"{shown_path(path)} was packaged without adaptc, so nothing in it says where adapters go. Run it with "
             "torch._inductor.aoti_load_package, or package the adapted program with adaptc.package."
         )
-    if any("/models/" in n for n in names):
-        return CheckpointError(f"{path} is an exported program, not a package; open it with adaptc.load")
-    return CheckpointError(f"{path} is an archive, but not one that adaptc.package wrote")
+    if any(n.startswith("models/") for n in names):
+        return CheckpointError(f"{shown_path(path)} is an exported program, not a package; open it with adaptc.load")
+    return CheckpointError(f"{shown_path(path)} is an archive, but not one that adaptc.package wrote")
 
 
 def _data(m: Manifest) -> dict[str, Any]:

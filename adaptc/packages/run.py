@@ -10,8 +10,7 @@ Private torch use, with the public route that was tried:
 
 from __future__ import annotations
 
-import importlib
-import re
+import tempfile
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -28,9 +27,12 @@ from adaptc.errors import AdaptcError, BackendError, CheckpointError, SwapError
 from adaptc.methods import AdapterConfig
 from adaptc.packages import manifest as _package_file
 from adaptc.packages.manifest import Input, Room, Site
+from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.passes.ir.trees import pytree
 from adaptc.peft_files.directory import AdapterFile, read_adapter
 from adaptc.program.adaptation import Adaptation
+from adaptc.pt2_files.containers import check_registered, read_tree
+from adaptc.pt2_files.refusal import Refused, shown_path
 from adaptc.reports.results import SwapReport
 from adaptc.runtime.call_inputs import Inputs
 
@@ -40,32 +42,36 @@ class PackagedProgram:
 
     Swap while no call is running: the code reads the tensors that a swap writes to.
 
-    Raises CheckpointError when the file is missing, damaged or of another kind, BackendError when it was packaged
-    without adaptc or its code does not run on this machine.
+    A package is machine code, which runs as it is loaded: load only those whose author you trust. What is checked
+    first, by the hashes in its manifest, is that the file is as it was written.
+
+    Raises CheckpointError when the file is missing, damaged, changed or of another kind, BackendError when it was
+    packaged without adaptc or its code does not run on this machine.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self._manifest, tensors = _package_file.read(self.path)
         m = self._manifest
+        # Where only an adapter's own version of the base was known, no other adapter may be bound to it.
+        residual = [fqn for fqn in m.header.get("residual", ()) if fqn not in m.bases]
+        with _package_file.refusing(self.path):  # all that the manifest says, before any code is loaded
+            self.device = torch.device(m.device)
+            self.adaptation = Adaptation([s.attachment for s in m.sites], fills=m.header["fills"], residual=residual)
+            self.ops = {s.attachment.id: s.op for s in m.sites}
+            self.recipes = Recipes(self.adaptation.attachments, self.ops)
+            self.current = self._first_binding() if m.sites else None
         self._model = self._load()
         missing = sorted({*m.rooms, *m.bases} - set(self._model.get_constant_fqns()))
         if missing:
             raise BackendError(f"{self.path}: the compiled code has no constant {missing[0]!r}; package it again")
-        self.device = torch.device(m.device)
         self._stored = {k: t.to(self.device) for k, t in tensors.items()}
         self._buffers: dict[str, Tensor] = {}
         specs = self._model.loader.get_call_spec()
-        _import_types(specs)
+        _check_specs(self.path, specs)
         expected = [(i.name, i.constant if i.tensor is None else i.tensor) for i in m.inputs]
         self._inputs = Inputs(pytree.treespec_loads(specs[0]), m.header["fills"], expected, m.ranges)
         self._out_spec = pytree.treespec_loads(specs[1])
-        # Where only an adapter's own version of the base was known, no other adapter may be bound to it.
-        residual = [fqn for fqn in m.header.get("residual", ()) if fqn not in m.bases]
-        self.adaptation = Adaptation([s.attachment for s in m.sites], fills=m.header["fills"], residual=residual)
-        self.ops = {s.attachment.id: s.op for s in m.sites}
-        self.recipes = Recipes(self.adaptation.attachments, self.ops)
-        self.current = self._first_binding() if m.sites else None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise AdaptcError(
@@ -77,7 +83,11 @@ class PackagedProgram:
         from torch._inductor import aoti_load_package
 
         try:
-            return aoti_load_package(str(self.path))
+            with GRAPHS, tempfile.TemporaryDirectory() as folder:
+                # torch takes a name of UTF-8 alone, which a folder above the file may not have.
+                link = Path(folder, "package.pt2")
+                link.symlink_to(self.path.absolute())
+                return aoti_load_package(str(link))
         except Exception as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise BackendError(
@@ -268,15 +278,9 @@ class PackagedProgram:
         return f"PackagedProgram({str(self.path)!r}, {len(self._manifest.sites)} sites, {adapter})"
 
 
-def _import_types(specs: list[str]) -> None:
-    """Import the modules that define the containers in a package's tree specs, which registers them."""
-    for name in re.findall(r'"type": "([\w.]+)"', " ".join(specs)):
-        module = name.rpartition(".")[0]
-        if module in ("", "builtins"):
-            continue
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise BackendError(
-                f"the package takes or returns a {name}, and {module} cannot be imported: {error}"
-            ) from None
+def _check_specs(path: Path, specs: list[str]) -> None:
+    """Check the trees of inputs and outputs, and import the types of transformers in them, which registers them."""
+    try:
+        check_registered({name for spec in specs for name in read_tree(spec).types})
+    except Refused as error:
+        raise BackendError(f"{shown_path(path)}: {error}") from error

@@ -30,7 +30,7 @@ from adaptc.packages.manifest import Input, Manifest, Room, Site
 from adaptc.packages.run import PackagedProgram
 from adaptc.passes.adapt.respecialize import Respecialize
 from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.exclusive import exclusive
+from adaptc.passes.ir.exclusive import GRAPHS, exclusive
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.method import Slot
 from adaptc.passes.train.set_mode import SetMode
@@ -58,7 +58,8 @@ def package_program(program: AdaptedProgram, path: Path, *, max_rank: int | None
 
     ``max_rank`` is the largest rank that later swaps may have, at every site; by default each site keeps the larger of
     its current rank and the one it was compiled with. Larger slots cost memory and time in each call. ``program`` is
-    not changed. A merged or unloaded program gives a package without slots.
+    not changed. A merged or unloaded program gives a package without slots. The file is machine code, which runs when
+    somebody loads it: it is for those who trust you.
 
     Raises ConfigError for a ``max_rank`` that is too small or cannot be had, BackendError when the program cannot be
     compiled (no C++ compiler, for one), CheckpointError when the file cannot be written; ``path`` is then as it was.
@@ -243,7 +244,7 @@ def _compiled(program: ExportedProgram, code: Path, file: Path) -> None:
 
     args, kwargs = program.example_inputs  # type: ignore[misc]  # checked by the caller
     try:
-        with torch.no_grad():
+        with GRAPHS, torch.no_grad():
             module = program.module(check_guards=False)
             files = aot_compile(module, args, kwargs, options={**OPTIONS, "aot_inductor.output_path": str(code)})
             with writing(file) as archive:

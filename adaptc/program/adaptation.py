@@ -6,16 +6,48 @@ has a number, and a file of another format is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import fx
 
 from adaptc.binding.binding import Binding
 from adaptc.errors import CheckpointError
 from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.regions import node_tag
+from adaptc.pt2_files.forms import Each, Length, Maybe, Option, check
+from adaptc.pt2_files.refusal import Refused, shown
 
 #: of the header and of region tags
 FORMAT = 2
+
+#: what Attachment.to_dict gives
+ATTACHMENT: dict[str, Any] = {
+    **dict.fromkeys(["key", "module", "param", "kind", "method", "adapter", "form", "entry", "name", "why"], str),
+    "consumers": [str],
+    "slots": Each(str),
+    "scale_slot": Maybe(str),
+    "tied": bool,
+    "variant": Length,
+    "options": dict,
+}
+_PART = {"config": dict, "present": [str]}
+_HEADER: dict[str, Any] = _PART | {
+    "format": Length,
+    "residual": [str],
+    "matches": Each([str]),
+    "left_out": [[str]],
+    "fills": Each([str]),
+    "training": bool,
+    "autocast": bool,
+    "unread": Each(str),
+    "carried": [str],
+    "parts": Each(_PART),
+    "trail": [[(str, int)]],
+}
+_TAG: dict[str, Any] = dict.fromkeys(["method", "adapter", "site", "role"], str) | {"fused": Option(bool)}
+_OUT = _TAG | {"region": str, "base": str, "node": str, "attachment": ATTACHMENT, "header": Option(dict)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,3 +105,29 @@ def check_format(stored: Mapping[str, Any], source: str) -> None:
             f"{source} was saved by another version of adaptc: its format is {found!r}, and this one reads {FORMAT}. "
             "Save the program again from the model and its adapter"
         )
+
+
+def check_header(stored: Any, sites: Collection[str]) -> None:
+    """Raises Refused where a header is not of the form that :meth:`Adaptation.header` gives, or speaks of sites that
+    are not among these (ids of attachments)."""
+    check(stored, _HEADER)
+    for part in (stored, *stored["parts"].values()):
+        if strange := [site for site in part["present"] if site not in sites]:
+            raise Refused(f"the header speaks of the site {shown(strange[0])}, which the program has not")
+
+
+def check_tags(graph: fx.Graph) -> None:
+    """Raises Refused where the tags of regions, which files alone can have changed, are not of the form that injection
+    gives, or name nodes that are not there."""
+    names = {node.name for node in graph.nodes}
+    for node in graph.nodes:
+        tag = node_tag(node)
+        if tag is None:
+            continue
+        try:
+            out = isinstance(tag, dict) and tag.get("role") == "out"
+            check(tag, _OUT if out else _TAG)
+            if strange := [n for n in ((tag["base"], tag["node"]) if out else ()) if n not in names]:
+                raise Refused(f"it stands in for the node {shown(strange[0])}, which the program has not")
+        except Refused as error:
+            raise error.inside(f"the tag of node {node.name!r}, ") from None

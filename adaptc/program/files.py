@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import re
-import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +16,7 @@ from adaptc.binding.combine import together
 from adaptc.binding.file_keys import base_name
 from adaptc.binding.fits import fingerprint
 from adaptc.binding.source import from_dict
-from adaptc.errors import BackendError, CheckpointError
+from adaptc.errors import AdaptcError, BackendError, CheckpointError
 from adaptc.methods import method_of
 from adaptc.passes.adapt.choose_forms import compilable
 from adaptc.passes.adapt.inject import Inject
@@ -33,16 +30,13 @@ from adaptc.passes.ir.pass_infra import PassManager
 from adaptc.passes.ir.regions import attachments, header, site_op
 from adaptc.peft_files.staging import replacing
 from adaptc.peft_files.torch_writer import writing
-from adaptc.program.adaptation import Adaptation, check_format
+from adaptc.program.adaptation import Adaptation, check_format, check_header, check_tags
 from adaptc.program.adapted import AdaptedProgram
+from adaptc.pt2_files.program import read
+from adaptc.pt2_files.refusal import Refused, reason, shown_path
+from adaptc.pt2_files.seal import seal
 from adaptc.runtime.gpu_variants import register_kernels
 from adaptc.runtime.options import RunOptions
-
-# How torch.export writes the output type of a transformers model; a file cannot name any other module to import.
-_OUTPUT_TYPE = re.compile(rb'\\"type\\": \\"(transformers\.(?:modeling_outputs|models\.\w+\.modeling_\w+))\.\w+\\"')
-
-# How it writes an op of adaptc.kernels.
-_KERNEL = b'"torch.ops.adaptc.'
 
 
 @exclusive
@@ -53,8 +47,10 @@ def save_program(program: ExportedProgram, path: Path) -> Path:
         program.check_base()
         program = program.snapshot()
     try:
-        with replacing(path) as new, writing(new) as file:
-            torch.export.save(program, file)
+        with replacing(path, "new.pt2") as new:
+            with writing(new) as file:
+                torch.export.save(program, file)
+            seal(new)
     except CheckpointError:
         raise
     except Exception as error:
@@ -68,33 +64,25 @@ def load_program(path: Path, options: RunOptions, device: torch.device | str | N
     that cannot run here, or there is no such device. ``device``: where to, with all its tensors; None leaves them where
     they were saved from."""
     if not path.is_file():
-        raise CheckpointError(f"there is no file {path}")
+        raise CheckpointError(f"there is no file {shown_path(path)}")
     target = None if device is None else usable(device)
+    saved = read(path)
+    if saved.uses("adaptc"):
+        register_kernels(str(path))
+    program = saved.program()
     try:
-        _import_what_it_names(path)
-        program = torch.export.load(path)
-    except BackendError:
+        loaded = from_program(program, options, str(path))
+    except (CheckpointError, BackendError):
         raise
-    except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} cannot be read as an exported program: {first}") from error
-    loaded = from_program(program, options, str(path))
+    except Exception as error:  # a forged header can break any of its readers
+        why = str(error) if isinstance(error, (AdaptcError, Refused)) else reason(error)
+        raise CheckpointError(
+            f"{shown_path(path)} cannot be read as an exported program, for what it says of its adapter: {why}. Save "
+            "it again from the model and its adapter"
+        ) from error
     forget_code()
     forget_sizes(loaded.graph, captured=True)
     return loaded if target is None else loaded.to(target)
-
-
-def _import_what_it_names(path: Path) -> None:
-    """Import the classes of a program's outputs and the ops of its kernels: torch.export.load knows only what is
-    imported already."""
-    with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            if name.endswith(".json") and "/models/" in name:
-                text = archive.read(name)
-                if _KERNEL in text:
-                    register_kernels(str(path))
-                for module in set(_OUTPUT_TYPE.findall(text)):
-                    importlib.import_module(module.decode())
 
 
 @exclusive
@@ -111,10 +99,14 @@ def from_program(
         if isinstance(tensor, torch.nn.Parameter):
             lifted.state_dict[fqn] = tensor.requires_grad_(False)
     stored = header(lifted.graph)
+    if stored is not None:
+        check_format(stored, source)
+    check_tags(lifted.graph)
     if stored is None:
         return AdaptedProgram(lifted.finish(), Adaptation(), options=replace(options, fuse=False))
-    check_format(stored, source)
-    adaptation = Adaptation.from_header(stored, attachments(lifted.graph, method_of))
+    found = attachments(lifted.graph, method_of)
+    check_header(stored, {a.id for a in found})
+    adaptation = Adaptation.from_header(stored, found)
     binding = _binding(lifted, adaptation.attachments, stored, source)
     made = lifted.finish()
     wanted = [compilable(a, options.backend) for a in adaptation.attachments]

@@ -55,7 +55,7 @@ class Lines:
         sys.settrace(self._call)
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         sys.settrace(self.old)
 
     def _call(self, frame: FrameType, event: str, arg: Any) -> Any:

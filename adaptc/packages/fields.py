@@ -1,0 +1,38 @@
+"""What the fields of a package's manifest must be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from adaptc.program.adaptation import ATTACHMENT
+from adaptc.pt2_files.forms import Each, Length, Maybe
+
+#: a type, or a list of one form, or an object of exactly these fields
+FORM: dict[str, Any] = {
+    "format": Length,
+    "device": str,
+    "torch": str,
+    "header": dict,  # see adaptc.program.adaptation
+    "inputs": [
+        {"name": str, "tensor": Maybe({"dtype": str, "shape": [(Length, str)]}), "constant": object, "order": [Length]}
+    ],
+    "ranges": Each([Maybe(int)]),
+    "sites": [
+        {
+            "attachment": ATTACHMENT,
+            "op": {"kind": str, "shape": [Length], "target": Maybe(str), "rest": list},
+            "shape": [Length],
+            "dtype": str,
+        }
+    ],
+    "rooms": Each(
+        {
+            "shape": [Length],
+            "dtype": str,
+            "padding": Maybe({"blocks": Length, "fill": (int, float)}),
+            "identity": Maybe((int, float, bool)),
+        }
+    ),
+    "bases": [str],
+    "hashes": Each(str),
+}

@@ -1,0 +1,189 @@
+"""A zip archive as torch writes it, opened once: which records it has, and the bytes of each.
+
+Before: an open file; its content may be cut short, forged or hostile.
+After: records that are stored as they are (torch never compresses), lie inside the file, do not overlap, and have one
+name each, all in one folder. Bytes that are read have the checksum that the archive gives, or are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import BinaryIO
+
+from adaptc.pt2_files.refusal import Refused, shown
+
+_MOST_RECORDS = 200_000
+_MOST_DIRECTORY = 64 << 20
+_CHUNK = 1 << 18  # read and summed while it is in the cache
+_FLAGS = 0x808  # sizes after the data, names in UTF-8
+_NAME = re.compile(r"[^/\\\x00-\x1f\x7f:]+(/[^/\\\x00-\x1f\x7f:]+)+")
+
+
+@dataclass(frozen=True)
+class Record:
+    """Where a record lies. ``name`` is without the folder that all records are in."""
+
+    name: str
+    offset: int
+    size: int
+    checksum: int
+
+
+class Archive:
+    """The records of an open file. Reading is safe from several threads at once."""
+
+    def __init__(self, file: BinaryIO, *, on_disk: bool = False) -> None:
+        self._file = file
+        self._number = file.fileno() if on_disk and hasattr(os, "preadv") else None
+        self._lock = Lock()
+        self.size = file.seek(0, os.SEEK_END)
+        self._check_directory()
+        try:
+            with zipfile.ZipFile(file) as found:
+                entries, start = found.infolist(), found.start_dir
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, EOFError) as error:
+            raise Refused(f"it is not a zip archive, or is cut short or damaged ({error})") from error
+        #: ``root``: the folder that all records are in
+        self.root, self.records = _inside(self._records(entries, start))
+
+    def _check_directory(self) -> None:
+        """Refuse a directory too long to be parsed, before it is."""
+        tail = self.read_at(max(0, self.size - 42), min(self.size, 42))
+        # torch writes no comment after the end. A zip inside this one, whose end a reader would find where this file
+        # is cut short, does not count.
+        if tail[-22:-18] != b"PK\5\6":
+            raise Refused("it is not a zip archive, or is cut short")
+        count, length = struct.unpack("<HL", tail[-12:-6])
+        if tail.startswith(b"PK\6\7"):
+            where = int.from_bytes(tail[8:16], "little")
+            head = self.read_at(where, 56) if 0 <= where <= self.size - 56 else b""
+            if not head.startswith(b"PK\6\6"):
+                raise Refused("its directory is damaged")
+            count, length = struct.unpack("<QQ", head[32:48])
+        if count > _MOST_RECORDS or length > _MOST_DIRECTORY:
+            raise Refused(f"its directory claims {count} records in {length} bytes; no program has that many")
+
+    def _records(self, entries: list[zipfile.ZipInfo], end: int) -> Iterator[Record]:
+        if len(entries) > _MOST_RECORDS:
+            raise Refused(f"it has {len(entries)} records; no program has that many")
+        if entries and min(e.header_offset for e in entries):
+            raise Refused("its first record is not at its beginning: something was put in front, or cut off")
+        for entry, after in _with_next(sorted(entries, key=lambda e: e.header_offset), end):
+            name = entry.orig_filename
+            if not _NAME.fullmatch(name) or any(part in (".", "..") for part in name.split("/")):
+                raise Refused(f"a record is called {shown(name)}, which is no name that torch gives")
+            if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+                raise Refused(
+                    f"record {shown(name)} is compressed ({entry.compress_size} bytes for {entry.file_size}); torch "
+                    "never compresses, so it can only be a decompression bomb"
+                )
+            if entry.flag_bits & ~_FLAGS:
+                raise Refused(f"record {shown(name)} is encrypted, or of a kind that torch does not write")
+            start = entry.header_offset
+            head = self.read_at(start, 30) if 0 <= start <= self.size - 30 else b""
+            if not head.startswith(b"PK\3\4"):
+                raise Refused(f"record {shown(name)} is not where the directory says it is")
+            long_name, extra = struct.unpack("<HH", head[26:30])
+            offset = start + 30 + long_name + extra
+            if offset + entry.file_size > after:
+                raise Refused(
+                    f"record {shown(name)} claims {entry.file_size} bytes and there is room for "
+                    f"{max(after - offset, 0)}: it overlaps another, or the file was cut short"
+                )
+            if self.read_at(start + 30, long_name) != name.encode("utf-8" if entry.flag_bits & 0x800 else "cp437"):
+                raise Refused(f"record {shown(name)} has another name in front of its data")
+            yield Record(name, offset, entry.file_size, entry.CRC)
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """These bytes of the file; fewer where it ends."""
+        out = bytearray(size)
+        return bytes(out[: self._read_into(memoryview(out), offset)])
+
+    def _read_into(self, view: memoryview, offset: int) -> int:
+        done = 0
+        while done < len(view) and (got := self._read_once(view[done:], offset + done)):
+            done += got
+        return done
+
+    def _read_once(self, view: memoryview, offset: int) -> int:
+        if self._number is not None:  # several threads at once
+            return os.preadv(self._number, [view], offset)
+        with self._lock:
+            self._file.seek(offset)
+            return self._file.readinto(view)  # type: ignore[attr-defined]  # of every binary file
+
+    def fill(self, record: Record, view: memoryview) -> None:
+        """Read a record into memory of exactly its size."""
+        self._through(record, lambda start, size: view[start : start + size])
+
+    def _through(
+        self,
+        record: Record,
+        room: Callable[[int, int], memoryview],
+        each: Callable[[memoryview], object] = lambda part: None,
+    ) -> None:
+        """Read a record part by part, each into what ``room`` gives for its start and size."""
+        checksum = 0
+        for start in range(0, record.size, _CHUNK):
+            part = room(start, min(_CHUNK, record.size - start))
+            if self._read_into(part, record.offset + start) != len(part):
+                raise Refused("the file became shorter while it was read", f"record {record.name!r}")
+            checksum = zlib.crc32(part, checksum)
+            each(part)
+        if checksum != record.checksum:
+            raise Refused("its bytes do not have the checksum of the archive: it is damaged", f"record {record.name!r}")
+
+    def sha256(self, name: str) -> str:
+        """Of a record's bytes, which are never in memory as a whole."""
+        record, out = self.records[name], hashlib.sha256()
+        self._through(record, lambda start, size: memoryview(bytearray(size)), out.update)
+        return out.hexdigest()
+
+    def read(self, name: str, most: int) -> bytes:
+        """All bytes of a record that may have ``most``."""
+        record = self.records.get(name)
+        if record is None:
+            raise Refused(f"there is no record {name!r}")
+        if record.size > most:
+            raise Refused(f"it has {record.size} bytes, more than the {most} that adaptc reads", f"record {name!r}")
+        out = bytearray(record.size)
+        self.fill(record, memoryview(out))
+        return bytes(out)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Archive]:
+    """The archive at ``path``: what is checked and what is read are the bytes of one open file."""
+    with path.open("rb", buffering=0) as file:
+        yield Archive(file, on_disk=True)  # type: ignore[arg-type]  # a FileIO is as good
+
+
+def _with_next(entries: list[zipfile.ZipInfo], end: int) -> Iterator[tuple[zipfile.ZipInfo, int]]:
+    """Each entry, and where the next one begins."""
+    starts = [e.header_offset for e in entries[1:]] + [end]
+    return zip(entries, starts, strict=True)
+
+
+def _inside(records: Iterator[Record]) -> tuple[str, Mapping[str, Record]]:
+    """The one folder that all are in, and the records by their names inside it."""
+    out: dict[str, Record] = {}
+    roots: set[str] = set()
+    for r in records:
+        root, _, name = r.name.partition("/")
+        if name in out:
+            raise Refused(f"it has two records called {shown(name)}")
+        roots.add(root)
+        out[name] = Record(name, r.offset, r.size, r.checksum)
+    if len(roots) > 1:
+        raise Refused(f"its records lie in {len(roots)} folders, {shown(min(roots))} and others; torch makes one")
+    return min(roots, default=""), out

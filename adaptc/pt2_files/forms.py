@@ -1,0 +1,74 @@
+"""The form of JSON data: types all the way down, so that nothing that reads it can stumble."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from adaptc.pt2_files.refusal import Refused, shown
+
+
+class Each:
+    """An object whose keys are names, and whose values are all of one form."""
+
+    def __init__(self, form: Any) -> None:
+        self.form = form
+
+
+class Maybe(Each):
+    """Null, or a value of this form."""
+
+
+class Option(Each):
+    """A field that may be left out."""
+
+
+class Length:
+    """A size, or the number of an axis."""
+
+
+def check(value: Any, form: Any) -> None:
+    """Raises Refused, with the place, where ``value`` is not of this form: a type, a tuple of types, a list with the
+    form of its items, or a dict with the forms of exactly these fields."""
+    if isinstance(form, Maybe):
+        if value is not None:
+            check(value, form.form)
+    elif isinstance(form, Each):
+        if not isinstance(value, dict):
+            raise Refused(f"expected an object, found {shown(value)}")
+        for key, v in value.items():
+            _inside(f"[{shown(key)}]", v, form.form)
+    elif isinstance(form, list):
+        if not isinstance(value, list):
+            raise Refused(f"expected a list, found {shown(value)}")
+        for at, v in enumerate(value):
+            _inside(f"[{at}]", v, form[0])
+    elif isinstance(form, dict):
+        needed = {key for key, inner in form.items() if not isinstance(inner, Option)}
+        if not isinstance(value, dict) or not needed <= value.keys() <= form.keys():
+            raise Refused(f"expected an object of {', '.join(form)}, found {shown(value)}")
+        for key, v in value.items():
+            inner = form[key]
+            _inside(f".{key}", v, inner.form if isinstance(inner, Option) else inner)
+    elif isinstance(form, tuple):
+        if not any(_is(value, f) for f in form):
+            raise Refused(f"expected {' or '.join(_name(f) for f in form)}, found {shown(value)}")
+    elif not _is(value, form):
+        raise Refused(f"expected {_name(form)}, found {shown(value)}")
+
+
+def _inside(step: str, value: Any, form: Any) -> None:
+    try:
+        check(value, form)
+    except Refused as error:
+        raise error.inside(step) from None
+
+
+def _is(value: Any, form: type) -> bool:
+    if form is Length:
+        return type(value) is int and 0 <= value < 2**63
+    return form is object or type(value) is form
+
+
+def _name(form: type) -> str:
+    names = {Length: "a size", int: "an integer", float: "a number with a point", str: "a text", bool: "true or false"}
+    return names.get(form, f"a {form.__name__}")

@@ -1,0 +1,132 @@
+"""A ``.pt2`` file as an exported program, without anything in it being run.
+
+Before: a path that somebody gave us.
+After :func:`read`: a :class:`SavedProgram`, all of which was checked, or a CheckpointError that names the file, the
+record, the place in it, what was expected and what was found. Nothing was imported and no operator looked up yet.
+After :meth:`SavedProgram.program`: the program, or a CheckpointError.
+
+Private torch use, with the public route that was tried: ``ExportedProgramDeserializer`` is what ``torch.export.load``
+calls in the end; before that, it unpickles, loads compiled code and opens the file a second time, and has no option to
+leave that out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch._export.serde.serialize import ExportedProgramDeserializer
+from torch.export import ExportedProgram
+
+from adaptc.errors import CheckpointError
+from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.pt2_files import operators, records
+from adaptc.pt2_files.archive import opened
+from adaptc.pt2_files.consistent import check_consistent
+from adaptc.pt2_files.containers import check_registered
+from adaptc.pt2_files.names import loads
+from adaptc.pt2_files.refusal import Refused, reason, shown_path
+from adaptc.pt2_files.samples import read_samples
+from adaptc.pt2_files.schema import Builder, schema
+from adaptc.pt2_files.seal import check_seal
+from adaptc.pt2_files.tensors import read_tensors
+
+_WAY_OUT = "Save or download it again"
+_MOST_JSON = 128 << 20  # SmolLM2's is 5 MB
+_MOST_SAMPLES = 4 << 30
+
+
+@dataclass(frozen=True)
+class SavedProgram:
+    """What a file holds, checked but for its example inputs, whose types may have to be imported. ``targets``: the
+    operators of its nodes, with the names of their arguments; ``types``: of inputs and outputs."""
+
+    path: Path
+    parts: schema.ExportedProgram
+    weights: dict[str, Tensor]
+    constants: dict[str, Tensor]
+    samples: bytes
+    targets: Mapping[str, AbstractSet[str]]
+    types: AbstractSet[str]
+
+    def uses(self, space: str) -> bool:
+        """Whether it calls operators of this namespace of ``torch.ops``."""
+        return any(t.startswith(f"torch.ops.{space}.") for t in self.targets)
+
+    def program(self) -> ExportedProgram:
+        """Raises CheckpointError for operators and types that are not known here, and where the graph is not one."""
+        with _refusals(self.path):
+            check_registered(set(self.types))
+            for target, names in sorted(self.targets.items()):
+                operators.check_exists(target, names)
+            with GRAPHS:
+                with _at(records.SAMPLES):
+                    samples = read_samples(self.samples)
+                return ExportedProgramDeserializer().deserialize(
+                    self.parts,
+                    self.weights,
+                    self.constants,  # type: ignore[arg-type]
+                    samples,
+                )
+
+
+def read(path: Path) -> SavedProgram:
+    """Read and check everything in a file that ``adaptc.save`` or ``torch.export.save`` wrote.
+
+    Raises CheckpointError for a file that is missing, damaged, could run code, or is not a program.
+    """
+    with _refusals(path), opened(path) as archive:
+        records.check_program(archive)
+        check_seal(archive)
+        with _at(records.MODEL):
+            data = loads(archive.read(records.MODEL, _MOST_JSON))
+            parts = Builder(lenient=_is_later(data)).build(schema.ExportedProgram, data)
+        tables = {}
+        for name in (records.WEIGHTS, records.CONSTANTS):
+            with _at(name):
+                build = Builder(lenient=_is_later(data))
+                tables[name] = build.build(schema.PayloadConfig, loads(archive.read(name, _MOST_JSON)))
+        with _at(records.MODEL):
+            uses = check_consistent(parts, tables[records.WEIGHTS], tables[records.CONSTANTS])
+        with _at(records.SAMPLES):
+            samples = archive.read(records.SAMPLES, _MOST_SAMPLES)
+        with _at(records.WEIGHTS):
+            weights = read_tensors(archive, records.WEIGHTS_FOLDER, tables[records.WEIGHTS])
+        with _at(records.CONSTANTS):
+            constants = read_tensors(archive, records.CONSTANTS_FOLDER, tables[records.CONSTANTS])
+        return SavedProgram(path, parts, weights, constants, samples, uses.targets, uses.types)
+
+
+def _is_later(data: Any) -> bool:
+    """Whether a torch newer than this one wrote the file, whose new fields torch means older ones to leave out."""
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    minor = version.get("minor") if isinstance(version, dict) else None
+    return type(minor) is int and minor > schema.SCHEMA_VERSION[1]
+
+
+@contextmanager
+def _at(record: str) -> Iterator[None]:
+    """Names the record in what is refused inside."""
+    try:
+        yield
+    except Refused as error:
+        raise (error if error.place.startswith("record ") else error.inside(f"record {record!r}, ")) from None
+
+
+@contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """Whatever goes wrong with a file is a CheckpointError that names it."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise CheckpointError(f"there is no file {shown_path(path)}") from error
+    except Exception as error:  # what torch raises on a forged graph can be anything
+        why = str(error) if isinstance(error, Refused) else reason(error)
+        raise CheckpointError(f"{shown_path(path)} cannot be read as an exported program: {why}. {_WAY_OUT}") from error

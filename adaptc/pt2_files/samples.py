@@ -1,0 +1,108 @@
+"""The example inputs of a program: a pickle in the file, of which only tensors and plain values are read, in containers
+that torch knows (see :mod:`adaptc.pt2_files.containers`)."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptc.passes.ir.trees import pytree
+from adaptc.pt2_files.archive import Archive
+from adaptc.pt2_files.names import plain
+from adaptc.pt2_files.refusal import Refused, reason, shown
+
+_MOST_VALUES = 100_000
+_MOST_DEPTH = 100
+_MOST_PICKLE = 16 << 20
+_MOST_EXPANDED = 1 << 30
+_WAY_OUT = "save the program again with example inputs that are tensors, numbers and texts"
+
+
+def read_samples(data: bytes) -> Any:
+    """(positional inputs, keyword inputs), or None where the record is empty.
+
+    Raises Refused for what could run code, for anything but tensors and plain values, and for bombs. Changes a global
+    table of torch while it runs: hold :data:`~adaptc.passes.ir.exclusive.GRAPHS`."""
+    if not data:
+        return None
+    inner = Archive(io.BytesIO(data))
+    for name, record in inner.records.items():
+        if name.endswith(".pkl") and record.size > _MOST_PICKLE:
+            raise Refused(f"its pickle has {record.size} bytes; those of example inputs have a few hundred")
+        inner.read(name, record.size)  # compares the checksum
+    try:
+        with torch.serialization.safe_globals(list(_classes())):
+            value = torch.load(io.BytesIO(data), weights_only=True)
+    except (pickle.UnpicklingError, AttributeError) as error:
+        call = re.search(r"GLOBAL ([\w.]+)", str(error))
+        why = f"it would call {call[1]}" if call else f"it is no pickle of plain values ({reason(error)})"
+        raise Refused(f"{why}. A pickle can run code: {_WAY_OUT}") from error
+    except Exception as error:  # unpickling forged bytes raises anything
+        raise Refused(reason(error)) from error
+    args_kwargs = isinstance(value, tuple) and len(value) == 2
+    if not args_kwargs or not isinstance(value[0], tuple) or not isinstance(value[1], dict):
+        raise Refused(f"expected positional and keyword inputs, found a {type(value).__name__}")
+    _Walk().check(value, 0)
+    return value
+
+
+def _classes() -> set[type]:
+    """Of inputs that are containers of tensors: what somebody registered with torch in this process, and the layers of
+    transformers' caches."""
+    found = {cls for cls in pytree.SUPPORTED_SERIALIZED_TYPES if isinstance(cls, type) and cls.__module__ != "builtins"}
+    caches: Any = sys.modules.get("transformers.cache_utils")
+    if caches is not None:
+        kinds = (caches.Cache, caches.CacheLayerMixin)
+        found |= {c for c in vars(caches).values() if isinstance(c, type) and issubclass(c, kinds)}
+    return found
+
+
+class _Walk:
+    """Through containers that a pickle may have nested, or used in many places, without end."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self.classes = _classes()
+
+    def check(self, value: Any, depth: int) -> None:
+        self.seen += 1
+        if self.seen > _MOST_VALUES or depth > _MOST_DEPTH:
+            raise Refused(f"it holds more than {_MOST_VALUES} values, or {_MOST_DEPTH} containers inside one another")
+        if isinstance(value, Tensor):
+            _tensor(value)
+        elif isinstance(value, dict):
+            for key, v in value.items():
+                self._key(key)
+                self.check(v, depth + 1)
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            for v in value:
+                self.check(v, depth + 1)
+        elif isinstance(value, str):
+            plain(value)
+        elif type(value) in self.classes:
+            self.check(vars(value), depth + 1)
+        elif isinstance(value, type) and value in self.classes:
+            pass
+        elif not isinstance(value, (type(None), bool, int, float, complex, torch.dtype, torch.device, torch.layout)):
+            raise Refused(f"it holds a {type(value).__name__}; {_WAY_OUT}")
+
+    @staticmethod
+    def _key(key: Any) -> None:
+        # torch prints these into the source of the guards of a module.
+        if isinstance(key, str):
+            plain(key)
+        elif not isinstance(key, (type(None), bool, int, float)):
+            raise Refused(f"expected keys that are texts or numbers, found {shown(key)}")
+
+
+def _tensor(t: Tensor) -> None:
+    if type(t) not in (Tensor, nn.Parameter):
+        raise Refused(f"it holds a {type(t).__name__}; {_WAY_OUT}")
+    if t.layout == torch.strided and not t.is_meta and t.nbytes > t.untyped_storage().nbytes() + _MOST_EXPANDED:
+        raise Refused(f"it holds a tensor of sizes {list(t.shape)} that has {t.untyped_storage().nbytes()} bytes")
