@@ -18,7 +18,7 @@ from torch.export.graph_signature import InputKind
 from adaptc.errors import ConfigError, TargetError, nearest
 from adaptc.methods import OTHER_MEANING, ModelFacts, Stacked, TargetedConfig, TokenRows, Whole, check_patterns
 from adaptc.passes.analysis.attention import default_targets
-from adaptc.passes.analysis.sites import Site, find_sites
+from adaptc.passes.analysis.sites import Site, find_sites, rivals
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.ops import op_of
@@ -182,6 +182,13 @@ class _Planner:
             name=name,
             tied=site.tied,
         )
+        unknown = {f for c in site.consumers for f in rivals(self.lifted.nodes[c])}
+        if unknown:
+            raise TargetError(
+                f"site {site.fqn!r}: inside a block of control flow (cond, map, ...) nothing tells which of the tied "
+                f"{sorted(unknown)} is meant. Untie them, export the model with strict=True and pass the program, or "
+                "leave them out of the targets."
+            )
         op = op_of(kind, self.lifted.tensor(site.fqn), self.lifted.nodes[site.consumers[0]])
         try:
             method = method.at(op)

@@ -127,7 +127,7 @@ def _sites_of(
     owned: dict[str, list[tuple[fx.Node, fx.Node]]] = {}
     for fqn in fqns:
         owner = fqn.rpartition(".")[0]
-        owned[fqn] = [(n, s) for n, s in used if _caller(n, known) == owner]
+        owned[fqn] = [(n, s) for n, s in used if fqn in rivals(n) or _caller(n, known) == owner]
     claimed = {n for pairs in owned.values() for n, _ in pairs}
     for fqn in fqns:
         # A parameter its own module never reads is read on its behalf elsewhere (MultiheadAttention's out_proj).
@@ -145,6 +145,12 @@ def _sites_of(
                 tied=len({n for n, _ in mine}) != len({n for n, _ in used}),
                 module_type=types.get(module, ""),
             )
+
+
+def rivals(node: fx.Node) -> tuple[str, ...]:
+    """FQNs of one tied parameter of which any may be what a layer inside a block reads; () where it is known."""
+    through = inside(node)
+    return () if through is None else through.rivals
 
 
 def _caller(node: fx.Node, known: Collection[str]) -> str | None:
