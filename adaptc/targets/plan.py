@@ -193,6 +193,11 @@ class _Planner:
         try:
             method = method.at(op)
             method.slots(op)
+            if self.lifted.tensor(site.fqn).is_complex() and not method.unwrap(op)[0].takes_complex:
+                raise TargetError(
+                    f"{method.name} is defined for real weights, and this one is {self.lifted.tensor(site.fqn).dtype}; "
+                    "leave it out, or use another method (LoRA, IA3, LoHa, LoKr, ...)"
+                )
         except (TargetError, ConfigError) as error:
             raise type(error)(f"site {site.fqn!r} ({site.module_type or kind}): {error}") from error
         return replace(a, method=method)

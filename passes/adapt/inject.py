@@ -77,7 +77,7 @@ class Inject(Pass):
 
 def as_lifted(value: Tensor, trainable: bool) -> Tensor:
     if trainable and not isinstance(value, torch.nn.Parameter):
-        return torch.nn.Parameter(value.detach(), requires_grad=value.is_floating_point())
+        return torch.nn.Parameter(value.detach(), requires_grad=value.is_floating_point() or value.is_complex())
     return value if trainable else value.detach()
 
 
