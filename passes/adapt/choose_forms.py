@@ -83,7 +83,9 @@ def choose_forms(jobs: Sequence[Job]) -> None:
         if not method.has_apply_form(job.op):
             missing = f"{method.name} has no form around a consumer of kind {a.kind!r}"
         elif job.enclosed():
-            missing = "the layer is called inside a block (no_grad, autocast, cond, map, ...), where no adapter can stand"
+            missing = (
+                "the layer is called inside a block (no_grad, autocast, cond, map, ...), where no adapter can stand"
+            )
         elif a.fqn in needed:
             missing = "a later adapter of this weight builds on the weight it makes"
         elif method.has_input(job.op) and count[a.fqn] > 1:

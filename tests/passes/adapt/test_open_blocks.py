@@ -76,8 +76,7 @@ def twice(m: Any, x: Tensor) -> Tensor:
 def nested(m: Any, x: Tensor) -> Tensor:
     with torch.no_grad():
         x = m.first(x)
-        x = torch.cond(x.sum() > 0, lambda t: m.first(t) + m.third(t), lambda t: m.second(t) + m.first.bias, (x,))
-    return x
+        return torch.cond(x.sum() > 0, lambda t: m.first(t) + m.third(t), lambda t: m.second(t) + m.first.bias, (x,))
 
 
 def mapped(m: Any, x: Tensor) -> Tensor:
