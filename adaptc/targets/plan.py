@@ -203,9 +203,9 @@ class _Planner:
         writers = [n for n in (self.lifted.nodes[c] for c in site.consumers) if writes(n)]
         if writers:
             raise TargetError(
-                f"site {site.fqn!r} is written to by {writers[0].target} in every call (an embedding with max_norm "
-                "does so), and PEFT does the same to the adapter's own tensors. Take max_norm away, or leave the module "
-                "out of the targets."
+                f"site {site.fqn!r} is written to by {writers[0].target} in every call, as an embedding with max_norm "
+                "is, and PEFT does the same to the adapter's own tensors. Take max_norm away, or leave the module out "
+                "of the targets."
             )
         unknown = {f for c in site.consumers for f in rivals(self.lifted.nodes[c])}
         if unknown:

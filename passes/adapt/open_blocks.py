@@ -131,7 +131,7 @@ class _Opener:
         node, traced = leaf.node, called_in(leaf.node, self.known)
         _, w, b = operands(node) if node.target in TABLE else (None, None, None)
         weight = self._origin(w, leaf.path)
-        if b is leaf.read and weight is not None and self._kind(node, w, weight) != "weight":
+        if w is not None and b is leaf.read and weight is not None and self._kind(node, w, weight) != "weight":
             return replace(self._key(_Leaf(node, w, leaf.path), weight), role="bias", partner=weight.name)
         kind = self._kind(node, leaf.read, source)
         if kind == "weight":
@@ -245,7 +245,9 @@ def _hand_in(call: Call, at: int, value: fx.Node, mine: set[fx.Node]) -> None:
             reader.replace_input_with(old, twin)
         for user, read in pairs:
             inner = Call.of(user, body)
-            for i, handed, fixed in list(inner.operands()) if inner is not None else ():
+            if inner is None:
+                continue
+            for i, handed, fixed in list(inner.operands()):
                 if handed is read and fixed and {x.node for b in inner.bodies() for x in _inner(b, i)} & mine:
                     _hand_in(inner, i, twin if read is old else _cast_like(read, old, twin), mine)
         body.recompile()

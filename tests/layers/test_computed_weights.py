@@ -34,7 +34,9 @@ class Net(nn.Module):
         self.second = nn.ModuleDict({"layer": nn.Linear(5, 3)})
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.first["layer"](x).mean() + self.second["layer"](x[..., :5].float() if x.is_floating_point() else OWN)
+        return self.first["layer"](x).mean() + self.second["layer"](
+            x[..., :5].float() if x.is_floating_point() else OWN
+        )
 
 
 OWN = torch.linspace(-1, 1, 10).reshape(2, 5)
@@ -124,7 +126,9 @@ def test_a_weight_that_calls_write_to_is_refused(kind):
         adaptc.LoraConfig(r=2, target_modules=["first.layer"]),
         adaptc.LoHaConfig(r=2, target_modules=["first.layer"]),
     ):
-        with pytest.raises(adaptc.TargetError, match=r"first\.layer\.weight' is written to by aten\.embedding_renorm_.*max_norm"):
+        with pytest.raises(
+            adaptc.TargetError, match=r"first\.layer\.weight' is written to by aten\.embedding_renorm_.*max_norm"
+        ):
             adaptc.compile(model, config, example_inputs=IDS)
 
 
@@ -138,7 +142,9 @@ class Attention(nn.Module):
 
 
 @pytest.mark.parametrize("bias", ["none", "all"])
-@pytest.mark.parametrize("options", [{"add_bias_kv": True}, {"add_zero_attn": True}, {"add_bias_kv": True, "bias": False}])
+@pytest.mark.parametrize(
+    "options", [{"add_bias_kv": True}, {"add_zero_attn": True}, {"add_bias_kv": True, "bias": False}]
+)
 def test_attention_with_added_keys_and_values(options, bias, tmp_path):
     torch.manual_seed(1)
     x = torch.randn(2, 5, 15)

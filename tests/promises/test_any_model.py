@@ -23,7 +23,9 @@ from tests.support.method_table import ENTRIES, Entry
 from tests.support.random_models import RandomModel, blocks_of, nested
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning", "ignore::adaptc.AdaptcWarning"
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+    "ignore:Complex modules are a new feature:UserWarning",
+    "ignore::adaptc.AdaptcWarning",
 )
 
 DTYPES = (torch.float64, torch.float64, torch.float32, torch.bfloat16, torch.complex64)
@@ -73,6 +75,13 @@ def close(found: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> Non
     assert error < BOUNDS[dtype], f"{what}: {error}"
 
 
+def compiled(model: RandomModel, config: Any) -> adaptc.AdaptedProgram | adaptc.AdaptcError:
+    try:
+        return adaptc.compile(model, config, example_inputs=model.inputs(3, 5))
+    except adaptc.AdaptcError as error:
+        return error
+
+
 def check(seed: int, branches: bool) -> str:
     """One random model and method; returns what became of it."""
     draw = Random(seed)
@@ -83,13 +92,12 @@ def check(seed: int, branches: bool) -> str:
     cls = getattr(adaptc, entry.cls)
     config = cls(**{**entry.config, "target_modules": targets})
     before = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    try:
-        program = adaptc.compile(model, config, example_inputs=model.inputs(3, 5))
-    except adaptc.CaptureError:
+    program = compiled(model, config)
+    if isinstance(program, adaptc.CaptureError):
         return "uncaptured"  # torch cannot, whoever asks: branches in branches, and views that leave one
-    except adaptc.AdaptcError as error:
-        assert not isinstance(error, adaptc.PassError), str(error)
-        assert any(n in str(error) for n in targets) or isinstance(error, adaptc.ConfigError), str(error)
+    if isinstance(program, adaptc.AdaptcError):
+        assert not isinstance(program, adaptc.PassError), str(program)
+        assert any(n in str(program) for n in targets), str(program)
         return "refused"
     sound(program)
     assert {a.module for a in program.adaptation.attachments} == set(targets)
@@ -120,7 +128,8 @@ def check(seed: int, branches: bool) -> str:
             assert torch.equal(program(*args), out)
             if draw.random() < 0.2 and not nested(model.steps):
                 loaded = adaptc.load(adaptc.save(program, Path(folder) / "program.pt2"))
-                assert torch.equal(loaded(*args), out)
+                # Up to rounding: kernels depend on how a file's tensors lie in memory.
+                torch.testing.assert_close(loaded(*args), out)
                 close(adaptc.merge(loaded)(*args), expected, loose, "merged after loading")
             unloaded = adaptc.unload(program)
             close(unloaded(*args), model.reference({})(*widened), loose, "unloaded")

@@ -197,7 +197,7 @@ def nested(steps: list[Step], inside: bool = False) -> bool:
     """Whether a block stands inside another one. torch writes such programs to files, and cannot read them."""
     for step in steps:
         block = step[0] in (*FAST, *BRANCHES)
-        if block and inside or any(nested(p, inside or block) for p in step[1:] if isinstance(p, list)):
+        if (block and inside) or any(nested(p, inside or block) for p in step[1:] if isinstance(p, list)):
             return True
     return False
 
