@@ -40,6 +40,7 @@ def values(parameters: dict[str, Tensor]) -> None:
                 p.copy_(torch.randn_like(p) * 0.5)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("name", KEPT)
 def test_as_peft(name, tmp_path):
     entry, base = BY_NAME[name], model(name)
@@ -68,6 +69,7 @@ def test_as_peft(name, tmp_path):
     assert site.delta > 1e-2
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", REAL)
 def test_refused_by_name(name):
     entry = BY_NAME[name]

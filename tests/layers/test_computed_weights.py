@@ -68,6 +68,7 @@ COMPUTED: dict[str, tuple[Callable[[], nn.Module], Tensor, str, str]] = {
 }
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("name", COMPUTED)
 def test_a_computed_weight_is_refused(name):
     """By its name, by an ending that another layer has too, and among all linear layers, whatever the method."""

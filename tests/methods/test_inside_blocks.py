@@ -68,7 +68,7 @@ def dense(s: Subject) -> bool:
 CASES = [(e.name, n, BLOCKS[(i + j) % len(BLOCKS)]) for i, e in enumerate(ENTRIES) for j, n in enumerate(e.layers())]
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("entry", "layer", "block"), CASES)
 def test_as_outside(entry, layer, block, tmp_path):
     s = subject(entry, layer)

@@ -122,7 +122,7 @@ def peft_of(body: Callable[[Any, Tensor], Tensor], targets: list[str]) -> tuple[
     return model, wrapped, {k: v.detach().clone() for k, v in values.items()}
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("body", BODIES, ids=lambda b: b.__name__)
 def test_as_peft(body, tmp_path):
     names = ["first", "second", "third", "plain"]
