@@ -24,7 +24,7 @@ from adaptc.errors import ConfigError
 from adaptc.methods import AdapterConfig, ModelFacts, TargetedConfig, check_registered, is_own
 from adaptc.passes.adapt.choose_forms import FORMS
 from adaptc.passes.adapt.inject import Inject
-from adaptc.passes.adapt.open_blocks import OpenBlocks
+from adaptc.passes.adapt.open_blocks import OpenBlocks, has_closed_blocks
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.method import Method
@@ -79,8 +79,8 @@ def planned(
     adapters = _adapters(config, by_name, adapter_name, key_mapping)
     model = _replicated(model, [a.config for a in adapters])
     captured = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, training=training)
-    opened = OpenBlocks(captured.module_types)(captured.program)
-    captured = replace(captured, program=opened.output)
+    if has_closed_blocks(captured.program):
+        captured = replace(captured, program=OpenBlocks(captured.module_types)(captured.program).output)
     facts = ModelFacts(
         captured.module_types,
         captured.model_type,

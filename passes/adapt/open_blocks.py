@@ -49,16 +49,25 @@ class OpenBlocks(Pass):
     types: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
-        specs = subject.graph_signature.input_specs
-        wanted = {s.arg.name: s.target for s in specs if s.kind == InputKind.PARAMETER and s.target is not None}
-        sources = [n for n in subject.graph.find_nodes(op="placeholder") if n.name in wanted]
-        if not any(_calls(consumers(n), subject.graph_module) for n in sources):
+        if not has_closed_blocks(subject):
             return PassResult(subject, 0)
+        sources = _parameters(subject)
         lifted = Lifted(subject)
         types = {**module_types(subject), **self.types}
         opener = _Opener(lifted, owners_of(subject), types)
         count = opener.run([lifted.nodes[n.name] for n in sources])
         return PassResult(lifted.finish(opener.module), count)
+
+
+def has_closed_blocks(program: ExportedProgram) -> bool:
+    """Whether a parameter goes into a block otherwise than through a doorway."""
+    return any(_calls(consumers(n), program.graph_module) for n in _parameters(program))
+
+
+def _parameters(program: ExportedProgram) -> list[fx.Node]:
+    specs = program.graph_signature.input_specs
+    names = {s.arg.name for s in specs if s.kind == InputKind.PARAMETER}
+    return [n for n in program.graph.find_nodes(op="placeholder") if n.name in names]
 
 
 def _calls(found: Any, module: fx.GraphModule) -> list[Call]:
