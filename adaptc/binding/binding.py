@@ -99,4 +99,6 @@ class BindingSpec:
         value = value.detach().clone() if self.trainable else value.detach()
         if not trainable:
             return value
-        return nn.Parameter(value, requires_grad=self.trainable and present and value.is_floating_point())
+        return nn.Parameter(
+            value, requires_grad=self.trainable and present and (value.is_floating_point() or value.is_complex())
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from adaptc.passes.ir.ops import Op, cast
 @dataclass(frozen=True)
 class Rotation(Method):
     """``turn`` is the method: rows v (..., n) -> v R, or v R^T going ``back``; n is ``width(op)``."""
+
+    takes_complex: ClassVar[bool] = False
 
     def width(self, op: Op) -> int:
         """Length of the vectors that are turned: those of an embedding, else the rows of the weight as a matrix."""

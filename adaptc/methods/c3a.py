@@ -67,6 +67,7 @@ class C3A(Method):
     """See the module docstring."""
 
     name: ClassVar[str] = "c3a"
+    takes_complex: ClassVar[bool] = False
 
     block: int = 256
     scheme: bool | str = "xavier_uniform"

@@ -29,6 +29,7 @@ class Dora(Lora):
     """DoRA at one site. ``dropout`` acts on the input of all that is added to the layer's own output."""
 
     name: ClassVar[str] = "dora"
+    takes_complex: ClassVar[bool] = False
 
     def slots(self, op: Op) -> dict[str, Slot]:
         shape = (op.experts,) if op.experts else (1,) if op.is_conv else ()

@@ -64,6 +64,7 @@ class FourierFT(Spectrum):
     """See the module docstring. ``r`` is the number of entries, a size that adapters choose."""
 
     name: ClassVar[str] = "fourierft"
+    takes_complex: ClassVar[bool] = False
     prefix: ClassVar[str] = "fourierft"
 
     def first(self, generator: torch.Generator | None) -> Tensor:

@@ -82,6 +82,7 @@ class VBLoRA(Method):
     """
 
     name: ClassVar[str] = "vblora"
+    takes_complex: ClassVar[bool] = False
     swappable: ClassVar[frozenset[str]] = Method.swappable | {"only_topk", "bound", "std"}
 
     r: int = 4

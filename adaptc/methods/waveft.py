@@ -113,6 +113,7 @@ class WaveFT(Spectrum):
     """
 
     name: ClassVar[str] = "waveft"
+    takes_complex: ClassVar[bool] = False
     prefix: ClassVar[str] = "waveft"
     swappable: ClassVar[frozenset[str]] = Spectrum.swappable | {"family", "proportional"}
 

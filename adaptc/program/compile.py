@@ -24,6 +24,7 @@ from adaptc.errors import ConfigError, shown
 from adaptc.methods import AdapterConfig, ModelFacts, TargetedConfig, check_registered, check_sizes, is_own
 from adaptc.passes.adapt.choose_forms import FORMS
 from adaptc.passes.adapt.inject import Inject
+from adaptc.passes.adapt.open_blocks import OpenBlocks, has_closed_blocks
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.forgetting import forget_code, forget_sizes
@@ -83,6 +84,8 @@ def planned(
     adapters = _adapters(config, by_name, adapter_name, key_mapping)
     model = _replicated(model, [a.config for a in adapters])
     captured = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, training=training)
+    if has_closed_blocks(captured.program):
+        captured = replace(captured, program=OpenBlocks(captured.module_types)(captured.program).output)
     facts = ModelFacts(
         captured.module_types,
         captured.model_type,

@@ -145,7 +145,7 @@ def _one_binding(lifted: Lifted, found: Sequence[Attachment], stored: dict[str, 
             ops[a.id] = op
         for name, spec in a.method.slots(op).items():
             if spec.trainable and a.id in present and train:
-                slots[name].requires_grad_(slots[name].is_floating_point())
+                slots[name].requires_grad_(slots[name].is_floating_point() or slots[name].is_complex())
     beside = {**stored["unread"], **{k: base_name(k) for k in stored["carried"]}}
     carried = {key: lifted.tensor(fqn).detach() for key, fqn in beside.items()}
     methods = joined(methods, ops)

@@ -18,14 +18,18 @@ from torch.export.graph_signature import InputKind
 from adaptc.errors import ConfigError, TargetError, nearest
 from adaptc.methods import OTHER_MEANING, ModelFacts, Stacked, TargetedConfig, TokenRows, Whole, check_patterns
 from adaptc.passes.analysis.attention import default_targets
-from adaptc.passes.analysis.sites import Site, find_sites
+from adaptc.passes.analysis.sites import Site, find_sites, rivals
 from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.effects import writes
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.ops import op_of
+from adaptc.targets.computed_weights import computed_weights
 from adaptc.targets.name_rules import NO_TARGETS, Candidate, Selection, select, select_to_save, suffixes
 from adaptc.targets.old_experts import refuse_old_targets
 from adaptc.targets.whole_and_rows import Trained, outermost
 
+#: parameters that are added to something, which no method means
+ADDED = ("bias", "bias_k", "bias_v")
 MATRIX_KINDS = ("linear", "addmm", "conv1d", "conv2d", "conv3d", "embedding")
 
 
@@ -69,6 +73,10 @@ class _Planner:
         self.by_module: dict[str, list[Site]] = {}
         for site in self.sites:
             self.by_module.setdefault(site.module, []).append(site)
+        # What is computed beside a weight that is a parameter, such as a bias, is nobody's target.
+        plain = {s.module for s in self.sites if s.param == "weight"}
+        computed = computed_weights(lifted.state_dict)
+        self.computed = {m: c for m, c in computed.items() if m not in plain}
         self.names = {**dict.fromkeys(self.by_module, ""), **facts.types}
         for module in list(self.by_module):  # containers a bare program does not list
             parts = module.split(".")
@@ -131,8 +139,12 @@ class _Planner:
             return self.trained.tables()
         out: dict[str, list[Site]] = {}
         for module, sites in self.by_module.items():
+            owner, _, inner = module.rpartition("parametrizations.")
+            if inner and owner.removesuffix(".") in self.computed:
+                out.setdefault(owner.removesuffix("."), sites)
+                continue
             main = [s for s in sites if s.param == "weight" and s.kind in MATRIX_KINDS]
-            rest = [s for s in sites if len(s.shape) > 1 and s.param.rpartition(".")[2] != "bias"]
+            rest = [s for s in sites if len(s.shape) > 1 and s.param.rpartition(".")[2] not in ADDED]
             if main or rest:
                 out[module] = main or rest
             if sites[0].module_type.endswith("MultiheadAttention") and module in out:
@@ -143,7 +155,7 @@ class _Planner:
     def _select(self, modules: Mapping[str, list[Site]], targets: Any) -> Selection:
         c = self.config
         return select(
-            [Candidate(name, self.names.get(name, ""), sites[0].kind) for name, sites in modules.items()],
+            [self._candidate(name, sites[0].kind) for name, sites in modules.items()],
             target_modules=targets,
             exclude_modules=c.exclude_modules,
             layers_to_transform=c.layers_to_transform,
@@ -154,7 +166,13 @@ class _Planner:
             all_names=self.names,
         )
 
+    def _candidate(self, name: str, kind: str) -> Candidate:
+        type_ = self.names.get(name, "")
+        return Candidate(name, type_, "linear" if name in self.computed and type_.endswith("Linear") else kind)
+
     def _module(self, name: str, sites: Sequence[Site], selection: Selection) -> Iterable[Attachment]:
+        if name in self.computed:
+            raise self.computed[name].refusal()
         entry = next((e for e, names in selection.matches.items() if name in names), "")
         alone = sum(s.module == name for s in sites) == 1
         for site in sites:
@@ -183,10 +201,29 @@ class _Planner:
             name=name,
             tied=site.tied,
         )
+        writers = [n for n in (self.lifted.nodes[c] for c in site.consumers) if writes(n)]
+        if writers:
+            raise TargetError(
+                f"site {site.fqn!r} is written to by {writers[0].target} in every call, as an embedding with max_norm "
+                "is, and PEFT does the same to the adapter's own tensors. Take max_norm away, or leave the module out "
+                "of the targets."
+            )
+        unknown = {f for c in site.consumers for f in rivals(self.lifted.nodes[c])}
+        if unknown:
+            raise TargetError(
+                f"site {site.fqn!r}: inside a block of control flow (cond, map, ...) nothing tells which of the tied "
+                f"{sorted(unknown)} is meant. Untie them, export the model with strict=True and pass the program, or "
+                "leave them out of the targets."
+            )
         op = op_of(kind, self.lifted.tensor(site.fqn), self.lifted.nodes[site.consumers[0]])
         try:
             method = method.at(op)
             method.slots(op)
+            if self.lifted.tensor(site.fqn).is_complex() and not method.unwrap(op)[0].takes_complex:
+                raise TargetError(
+                    f"{method.name} is defined for real weights, and this one is {self.lifted.tensor(site.fqn).dtype}; "
+                    "leave it out, or use another method (LoRA, IA3, LoHa, LoKr, ...)"
+                )
         except (TargetError, ConfigError) as error:
             raise type(error)(f"site {site.fqn!r} ({site.module_type or kind}): {error}") from error
         return replace(a, method=method)

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from adaptc.errors import TargetError, nearest
+from adaptc.errors import ConfigError, TargetError, nearest
 from adaptc.methods import TokenRows, Whole
 from adaptc.passes.analysis.sites import Site, consumers
 from adaptc.passes.ir.attachment import Attachment
@@ -111,24 +111,25 @@ class Trained:
                 )
             tokens = {name: tokens}
         chosen = [(m, e, TokenRows(tuple(tokens[e]))) for e in tokens for m in self._named(e, tables)]
-        return self.rows(chosen)
+        return self.rows(chosen, seen=True)
 
-    def rows(self, chosen: Sequence[tuple[str, str, TokenRows]]) -> list[Attachment]:
+    def rows(self, chosen: Sequence[tuple[str, str, TokenRows]], *, seen: bool = False) -> list[Attachment]:
         """Rows of modules (their path, the entry that named them, the method); whoever is tied to the input embedding
-        follows it, unless other rows of it are trained."""
+        follows it, unless other rows of it are trained. ``seen``: so does whoever reads the weight itself, which PEFT's
+        wrapper for ``trainable_token_indices`` shows changed, and its layer of the method on its own does not."""
         tables, own = self.tables(), {m: like for m, _, like in chosen}
         out: dict[str, Attachment] = {}
         for module, entry, like in chosen:
             mine = [s for s in tables[module] if s.module == module]
             for site in mine:
                 if site.fqn not in out:
-                    out[site.fqn] = replace(self._rows(site, module, like), entry=entry)
+                    out[site.fqn] = replace(self._rows(site, module, like, seen), entry=entry)
             # A head follows the embedding it is tied to, and not the other way round.
             leads = self.embedding in (None, module) and (not mine or mine[0].kind == "embedding")
             followers = self.tied_to(mine[0]) if mine and leads else [] if mine else tables[module]
             for site in followers:
                 if own.get(site.module, like).indices == like.indices:
-                    out[site.fqn] = replace(self._rows(site, module, like), entry=entry if not mine else "")
+                    out[site.fqn] = replace(self._rows(site, module, like, seen), entry=entry if not mine else "")
         return list(out.values())
 
     def only_embedding(self) -> str | None:
@@ -150,9 +151,12 @@ class Trained:
             )
         return found
 
-    def _rows(self, site: Site, key: str, method: TokenRows) -> Attachment:
-        method.slots(op_of(site.kind, self.lifted.tensor(site.fqn), self.lifted.nodes[site.consumers[0]]))
-        more = self._unclaimed(site)
+    def _rows(self, site: Site, key: str, method: TokenRows, seen: bool) -> Attachment:
+        try:
+            method.slots(op_of(site.kind, self.lifted.tensor(site.fqn), self.lifted.nodes[site.consumers[0]]))
+        except (TargetError, ConfigError) as error:
+            raise type(error)(f"site {site.fqn!r} ({site.module_type or site.kind}): {error}") from error
+        more = self._unclaimed(site) if seen else []
         names, form = (*site.consumers, *more), "weight" if more else "auto"
         return Attachment(key, site.module, site.param, site.kind, method, self.adapter, form, names)
 

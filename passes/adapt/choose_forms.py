@@ -21,7 +21,7 @@ from typing import Protocol
 
 import sympy
 
-from adaptc.errors import BackendError, ConfigError, PassError
+from adaptc.errors import BackendError, ConfigError, PassError, TargetError
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.costs import Work, at_sizes
 from adaptc.passes.ir.ops import Op
@@ -60,6 +60,8 @@ class Job(Protocol):
     form: str
     why: str
 
+    def enclosed(self) -> bool: ...
+
     def reads_weight(self) -> bool: ...
 
     def choice(self) -> Choice: ...
@@ -80,6 +82,10 @@ def choose_forms(jobs: Sequence[Job]) -> None:
         missing = ""
         if not method.has_apply_form(job.op):
             missing = f"{method.name} has no form around a consumer of kind {a.kind!r}"
+        elif job.enclosed():
+            missing = (
+                "the layer is called inside a block (no_grad, autocast, cond, map, ...), where no adapter can stand"
+            )
         elif a.fqn in needed:
             missing = "a later adapter of this weight builds on the weight it makes"
         elif method.has_input(job.op) and count[a.fqn] > 1:
@@ -93,6 +99,11 @@ def choose_forms(jobs: Sequence[Job]) -> None:
             )
         if a.form != "auto":
             job.form, job.why = a.form, a.why or "asked for"
+        elif missing and not method.has_weight():
+            raise TargetError(
+                f"site {a.id!r} cannot be adapted by {method.name}, which has no form on the weight: {missing}. Leave "
+                "the module out, or call it outside of the block."
+            )
         elif missing:
             job.form, job.why = "weight", missing
         elif not method.has_weight():

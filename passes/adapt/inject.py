@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from adaptc.errors import PassError
+from adaptc.errors import PassError, TargetError
 from adaptc.passes.adapt.choose_forms import Choice, cheaper, choose_forms
 from adaptc.passes.analysis.sites import consumers, readers
 from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.blocks import bias_of, inside, takes_bias
 from adaptc.passes.ir.costs import Work, example_sizes, node_work, work
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.modes import drops
@@ -80,8 +81,12 @@ class Inject(Pass):
 
 def as_lifted(value: Tensor, trainable: bool) -> Tensor:
     if trainable and not isinstance(value, torch.nn.Parameter):
-        return torch.nn.Parameter(value.detach(), requires_grad=value.is_floating_point())
+        return torch.nn.Parameter(value.detach(), requires_grad=value.is_floating_point() or value.is_complex())
     return value if trainable else value.detach()
+
+
+def _fakes(nodes: Sequence[fx.Node]) -> list[Any]:
+    return [n.meta["val"] for n in nodes]
 
 
 @dataclass
@@ -159,8 +164,14 @@ class _Injector:
             kind, inputs = behind_inputs(node, node)
             yield 2, self.region(kind, op, [*inputs, *self.slot_nodes])
 
+    def enclosed(self) -> bool:
+        """Whether a consumer is inside a block, where only its weight and its bias can be changed."""
+        return any(inside(self.lifted.nodes[c]) is not None for c in self.a.consumers)
+
     def drops_outside(self) -> bool:
         """Whether the apply form has dropout that the weight form lacks."""
+        if self.enclosed():
+            return self.a.method.drops_input()
         nodes = [self.lifted.nodes[c] for c in self.a.consumers] if self.a.method.training else []
         if not any(drops(region) for node in nodes for _, region in self._around(node)):
             return False
@@ -168,7 +179,7 @@ class _Injector:
 
     def reads_weight(self) -> bool:
         """Whether the apply form computes with the weight, not only with the layer's input and output."""
-        if not self.a.method.has_apply(self.op):
+        if not self.a.method.has_apply(self.op) or self.enclosed():
             return False
         node = self.lifted.nodes[self.a.consumers[0]]
         kind, inputs = behind_inputs(node, node)
@@ -185,7 +196,9 @@ class _Injector:
         return node
 
     def region(self, kind: str, op: Op, inputs: Sequence[fx.Node]) -> fx.Graph:
-        fakes = [n.meta["val"] for n in inputs]
+        return self.region_on(kind, op, _fakes(inputs))
+
+    def region_on(self, kind: str, op: Op, fakes: Sequence[Any]) -> fx.Graph:
         key = (self.a.method, kind, op, signature_of(fakes))
         if key not in self.traces:
             scaled = self.a.scale_slot is not None
@@ -207,12 +220,40 @@ class _Injector:
         self._behind(node, y, kind, [*inputs, *self.slot_nodes])
 
     def beside(self, node: fx.Node) -> None:
-        """What the weight form leaves out: y -> y + (bias(b) - b) for the outputs of one consumer."""
-        if node.target not in TABLE or TABLE[node.target][3] is None:
+        """What the weight form leaves out: y -> y + (bias(b) - b) for the outputs of one consumer, and b -> bias(b) in
+        front of a block."""
+        if not takes_bias(node):
+            return
+        if inside(node) is not None:
+            self._in_front_of_bias(node)
             return
         y, b = self._latest(node), operands(node)[2]
         kind, biases = ("new_bias", []) if b is None else ("bias", [b])
         self._behind(node, y, kind, [y, *biases, *self.slot_nodes])
+
+    def _in_front_of_bias(self, node: fx.Node) -> None:
+        op, through = self.op.at(node), inside(node)
+        b, door = bias_of(self.lifted.nodes, node)
+        if b is None:
+            w = self._weight().meta["val"]
+            like = self.lifted.fake(torch.empty(op.out_features, dtype=w.dtype, device=w.device))
+            # y is added to, so that a tensor of its last axis alone shows what there is to add.
+            none = through is not None and through.bias == ""
+            found = self.region_on("new_bias" if none else "bias_value", op, [like, *_fakes(self.slot_nodes)])
+            if any(n.op == "call_function" for n in found.nodes):
+                what = "has no bias" if none else "computes its bias there"
+                raise TargetError(
+                    f"site {self.a.id!r}: {self.a.method.name} changes the bias of {self.a.module!r}, which is called "
+                    f"inside a block (no_grad, autocast, cond, map, ...) and {what}, so the change has no place. Call "
+                    "it outside of the block, give it a bias, or leave it out of the targets."
+                )
+            return
+        inputs = [b, *self.slot_nodes]
+        region = self.region("bias_value", op, inputs)
+        if any(n.op == "call_function" for n in region.nodes):
+            out = inline(self.lifted.graph, region, inputs, door, door, self._tag(b, "bias_value", node))
+            door.replace_input_with(b, out)
+            self.latest[(b.name, self.a.module, "bias")] = out
 
     def _behind(self, node: fx.Node, y: fx.Node, kind: str, inputs: Sequence[fx.Node]) -> None:
         region = self.region(kind, self.op.at(node), inputs)
@@ -236,6 +277,12 @@ class _Injector:
         for user in found:
             user.replace_input_with(source, out)
         if self.op.groups > 1 and out.meta["val"].shape != source.meta["val"].shape:
+            if self.enclosed():
+                raise TargetError(
+                    f"site {self.a.id!r}: {self.a.method.name} makes a convolution of {self.op.groups} groups read all "
+                    "channels, and it is called inside a block (no_grad, autocast, cond, map, ...), where its groups "
+                    "are fixed. Call it outside of the block, or leave it out of the targets."
+                )
             for node in nodes:
                 make_dense(node, remember=True)
         self.latest[(source.name, self.a.module, self.a.param)] = out

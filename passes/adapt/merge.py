@@ -20,8 +20,9 @@ from torch.export.graph_signature import InputKind
 from adaptc.errors import MergeError
 from adaptc.passes.analysis.sites import consumers, readers
 from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.blocks import bias_of, inside, takes_bias
 from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.ops import CASTS, TABLE, Op, argument, make_dense, operands
+from adaptc.passes.ir.ops import CASTS, TABLE, Op, argument, make_dense
 from adaptc.passes.ir.pass_infra import Pass, PassResult
 from adaptc.passes.ir.regions import remove_regions, site_op
 from adaptc.passes.ir.storage import memory_of
@@ -46,7 +47,7 @@ class MergeErrors:
             exact, stored, rounded = self._of
             self._of = None
             if _versions(stored, rounded) == self._versions:
-                value = rounded if rounded.dtype in (torch.float32, torch.float64) else exact()
+                value = rounded if rounded.dtype.to_real() in (torch.float32, torch.float64) else exact()
                 error = 0.0 if rounded.dtype == value.dtype else _largest(value, rounded)
                 self._found = _largest(value, stored), error
         return self._found
@@ -137,12 +138,12 @@ class Merge(Pass):
         """The weight these attachments make, the biases, and the row for the report; nothing is changed."""
         first = group[0]
         stored = lifted.tensor(first.fqn)
-        high = stored.dtype if stored.dtype == torch.float64 else torch.float32
+        high = torch.float64 if stored.dtype in (torch.float64, torch.complex128) else torch.float32
         arguments = {a.id: self._arguments(a, high) for a in group}
 
         @torch.no_grad()
         def exact() -> Tensor:
-            value = stored.to(high) if stored.is_floating_point() else stored
+            value = _high(stored, high)
             for a in group:
                 op = ops[a.id]
                 value = op.stored(a.method.evaluated().weight(op, op.canonical(value), *arguments[a.id]))
@@ -161,7 +162,7 @@ class Merge(Pass):
 
     def _arguments(self, a: Attachment, high: torch.dtype) -> tuple[dict[str, Tensor], Tensor | None]:
         slots = {n: _high(self.values[f], high) for n, f in a.slots.items()}
-        return slots, None if a.scale_slot is None else self.values[a.scale_slot].to(high)
+        return slots, None if a.scale_slot is None else _high(self.values[a.scale_slot], high)
 
     def _check_finite(self, a: Attachment, what: str, value: Tensor) -> None:
         # NaN and infinity show in the sum, which takes no memory; so does an overflow of finite values.
@@ -197,12 +198,12 @@ class Merge(Pass):
         """The same for the biases that the weight's consumers add, one for each that some of them share."""
         first, shared = changing[0], dict[fx.Node | None, list[fx.Node]]()
         for node in (lifted.nodes[c] for c in first.consumers):
-            takes = node.target in TABLE and TABLE[node.target][3] is not None
-            shared.setdefault(operands(node)[2] if takes else None, []).append(node)
+            b, reader = bias_of(lifted.nodes, node) if takes_bias(node) else (None, node)
+            shared.setdefault(b, []).append(reader)
         for old, nodes in shared.items():
             source = _parameter(old)
             target = None if source is None else lifted.specs[source.name].target
-            start = None if target is None else lifted.tensor(target).to(high)
+            start = None if target is None else _high(lifted.tensor(target), high)
             if old is not None and start is None:  # a computed bias: only seen whether it would change
                 start = torch.zeros(ops[first.id].out_features, dtype=high, device=lifted.tensor(first.fqn).device)
             new = start
@@ -214,7 +215,7 @@ class Merge(Pass):
                 raise MergeError(
                     f"site {first.id!r}: the bias is computed by {old.name!r}, so nothing can be merged into it"
                 )
-            if nodes[0].target not in TABLE or TABLE[nodes[0].target][3] is None:
+            if old is None and not (takes_bias(nodes[0]) and inside(nodes[0]) is None):
                 raise MergeError(
                     f"site {first.id!r}: an op of kind {first.kind!r} takes no bias, and the adapter has one"
                 )
@@ -271,13 +272,18 @@ def _versions(*tensors: Tensor) -> list[int]:
 
 def _largest(a: Tensor, b: Tensor) -> float:
     """The largest difference of two elements; NaN when there is none to speak of."""
-    if a.shape != b.shape or not a.is_floating_point():
+    if a.shape != b.shape or not (a.is_floating_point() or a.is_complex()):
         return nan
     if not a.numel():
         return 0.0
+    if a.is_complex():
+        return float((a - b).abs().max())
     low, high = torch.aminmax(a - b)
     return max(abs(float(low)), abs(float(high)))
 
 
 def _high(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t`` in the dtype a merge computes in, complex where ``t`` is; whole numbers stay as they are."""
+    if t.is_complex():
+        return t.detach().to(dtype.to_complex())
     return t.detach().to(dtype) if t.is_floating_point() else t.detach()

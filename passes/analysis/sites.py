@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from adaptc.passes.analysis.program_facts import module_types
+from adaptc.passes.ir.blocks import inside
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.module_paths import module_path, owners
 from adaptc.passes.ir.ops import CASTS, TABLE, TRANSPOSED, argument
@@ -54,7 +55,7 @@ def consumers(placeholder: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
 
 def is_cast(user: fx.Node, source: fx.Node) -> bool:
     """Whether ``user`` only casts ``source``, so that its own users are the consumers."""
-    return user.target in CASTS and bool(user.args) and user.args[0] is source
+    return user.target in CASTS and bool(user.args) and user.args[0] is source and inside(user) is None
 
 
 def readers(graph: fx.Graph, source: fx.Node, wanted: Collection[fx.Node]) -> list[fx.Node]:
@@ -80,6 +81,9 @@ def readers(graph: fx.Graph, source: fx.Node, wanted: Collection[fx.Node]) -> li
 
 def kind_of(node: fx.Node, source: fx.Node, ndim: int) -> str:
     """The kind by which ``node`` consumes ``source`` as its weight; 'weight' when it does not, or not as a whole."""
+    through = inside(node)
+    if through is not None:
+        return through.kind
     if node.target in TABLE:
         kind, xi, wi, bi, _ = TABLE[node.target]
         read = [argument(node, i) for i in (xi, wi, bi) if i is not None]
@@ -123,7 +127,7 @@ def _sites_of(
     owned: dict[str, list[tuple[fx.Node, fx.Node]]] = {}
     for fqn in fqns:
         owner = fqn.rpartition(".")[0]
-        owned[fqn] = [(n, s) for n, s in used if module_path(n, known) == owner]
+        owned[fqn] = [(n, s) for n, s in used if fqn in rivals(n) or _caller(n, known) == owner]
     claimed = {n for pairs in owned.values() for n, _ in pairs}
     for fqn in fqns:
         # A parameter its own module never reads is read on its behalf elsewhere (MultiheadAttention's out_proj).
@@ -141,3 +145,15 @@ def _sites_of(
                 tied=len({n for n, _ in mine}) != len({n for n, _ in used}),
                 module_type=types.get(module, ""),
             )
+
+
+def rivals(node: fx.Node) -> tuple[str, ...]:
+    """FQNs of one tied parameter of which any may be what a layer inside a block reads; () where it is known."""
+    through = inside(node)
+    return () if through is None else through.rivals
+
+
+def _caller(node: fx.Node, known: Collection[str]) -> str | None:
+    """Path of the module a consumer was traced in, also inside a block."""
+    through = inside(node)
+    return module_path(node, known) if through is None else through.owner

@@ -88,6 +88,11 @@ def written(node: fx.Node) -> Iterable[fx.Node]:
     return _nodes(found)
 
 
+def writes(node: fx.Node) -> bool:
+    """Whether the node is an op that writes to an argument by its schema."""
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
 def shared(node: fx.Node) -> Iterable[fx.Node]:
     """The arguments whose memory the value may share."""
     target = node.target

@@ -241,11 +241,12 @@ class Lifted:
             outputs.append(replace(spec, arg=replace(spec.arg, name=value.name)) if renamed else spec)
         return ExportGraphSignature(inputs, outputs)
 
-    def finish(self) -> ExportedProgram:
-        """The edited program, which its constructor validates."""
+    def finish(self, root: fx.GraphModule | None = None) -> ExportedProgram:
+        """The edited program, which its constructor validates. ``root``: what has the graphs of its blocks, if not the
+        program that was opened."""
         old = self.program
         return ExportedProgram(
-            root=old.graph_module,
+            root=old.graph_module if root is None else root,
             graph=self.graph,
             graph_signature=self.signature(),
             state_dict=self.state_dict,

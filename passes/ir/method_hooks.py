@@ -71,6 +71,8 @@ class Hooks:
     replaces: ClassVar[bool] = False
     #: whether it gives weights with a leading axis of experts a meaning of its own; if not, it is done per expert
     stacks: ClassVar[bool] = False
+    #: whether its formula means something for complex weights: lengths, orders, real transforms and rotations do not
+    takes_complex: ClassVar[bool] = True
     #: fields in which an adapter may differ from the method a program was compiled with: sizes along free axes, what
     #: goes into the scale or into slots that are not saved, what acts on first values or in training only
     swappable: ClassVar[frozenset[str]] = frozenset({"r", "alpha", "dropout", "scheme", "training"})

@@ -52,6 +52,9 @@ CASTS = (
 
 #: where a convolution made dense keeps its number of groups, which is the last argument of all of them
 GROUPS = "adaptc_groups"
+#: custom meta of a node that stands for a layer inside a block (see ``blocks``)
+INSIDE = "adaptc_inside"
+_BY_NAME = {str(target): target for target in TABLE}
 
 
 @dataclass(frozen=True)
@@ -235,9 +238,16 @@ def op_of(kind: str, weight: Tensor, consumer: fx.Node | None) -> Op:
     """The :class:`Op` of a site: ``weight`` as stored (a fake tensor will do), ``consumer`` one of its nodes."""
     probe = Op(kind, tuple(weight.shape))
     shape = tuple(int(s) for s in probe.canonical(weight).shape) if weight.ndim > 1 else tuple(weight.shape)
-    if consumer is None or consumer.target not in TABLE or TABLE[consumer.target][0] != kind:
-        return Op(kind, shape)
-    return Op(kind, shape, consumer.target, _rest(consumer))
+    target, rest = (None, ()) if consumer is None else called(consumer)
+    return Op(kind, shape, target, rest) if target in TABLE and TABLE[target][0] == kind else Op(kind, shape)
+
+
+def called(consumer: fx.Node) -> tuple[Any, tuple[Any, ...]]:
+    """The op by which a consumer reads a weight, and its remaining arguments; (None, ()) for what no table knows."""
+    meta = (consumer.meta.get("custom") or {}).get(INSIDE)
+    if meta is not None:
+        return (None, ()) if meta["op"] is None else (_BY_NAME[meta["op"][0]], _frozen(meta["op"][1]))
+    return (consumer.target, _rest(consumer)) if consumer.target in TABLE else (None, ())
 
 
 def _rest(consumer: fx.Node) -> tuple[Any, ...]:
@@ -266,4 +276,4 @@ def make_grouped(consumer: fx.Node) -> None:
 
 
 def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, (list, tuple)) else value
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value

@@ -52,6 +52,8 @@ def place_of(tag: Mapping[str, Any]) -> tuple[str, ...]:
     """What a region stands in for: the output of a node, a parameter as one site reads it, or a consumer's input."""
     if tag["region"] == "weight":
         return (tag["base"], tag["attachment"]["module"], tag["attachment"]["param"])
+    if tag["region"] == "bias_value":
+        return (tag["base"], tag["attachment"]["module"], "bias")
     return (tag["node"], "input") if tag["region"] == "input" else (tag["base"],)
 
 

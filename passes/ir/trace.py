@@ -44,6 +44,7 @@ def region_of(
         apply, apply_bias      x, y, W[, b]    the layer's output is changed
         weight                 W               the weight is changed
         bias, new_bias         y[, b]          what a changed weight leaves out: the change of the bias
+        bias_value             b               the same as the bias itself
         fused, fused_bias      x, W[, b]       the layer and its adapter in one
 
     then the slots called ``names``, then the scale if ``scaled``. Equal arguments give graphs that are equal node by
@@ -79,6 +80,10 @@ def region_of(
         new = method.bias(op, None, *split(slots))
         return y if new is None else cast(y + op.along_out(new, y), y.dtype)
 
+    def instead(b: Tensor, *slots: Tensor) -> Tensor:
+        new = method.bias(op, b, *split(slots))
+        return b if new is None else cast(new, b.dtype)
+
     functions = {
         "input": before,
         "apply": behind,
@@ -88,6 +93,7 @@ def region_of(
         "weight": in_front,
         "bias": changed,
         "new_bias": added,
+        "bias_value": instead,
     }
     return trace(functions[kind], fakes)
 

@@ -9,7 +9,7 @@ import torch
 import adaptc
 from adaptc import LoraConfig, TrainableTokensConfig
 from adaptc.errors import ConfigError, TargetError
-from tests.support.custom_models import Net
+from tests.support.custom_models import FunctionalHead, Net
 from tests.support.families import FAMILIES
 from tests.support.oracle import Oracle, assert_differs, assert_same, file_tensors, run
 from tests.support.site_checks import close, sound
@@ -176,3 +176,19 @@ def test_rows_beside_a_lora_on_other_layers_are_saved_for_peft(tmp_path):
     assert_same(run(program, FAMILIES["gemma"]), run(theirs, FAMILIES["gemma"]))
     again = adaptc.compile(FAMILIES["gemma"].build(), saved)
     assert_same(run(again, FAMILIES["gemma"]), run(theirs, FAMILIES["gemma"]))
+
+
+def test_a_functional_head_reads_the_base_beside_the_method_on_its_own(tmp_path):
+    """Of ``trainable_token_indices`` it reads the trained rows: tests/layers/test_linear.py."""
+    torch.manual_seed(0)
+    model, twin = FunctionalHead().eval(), FunctionalHead().eval()
+    twin.load_state_dict(model.state_dict())
+    ids = torch.tensor([[3, 1, 28, 7]])
+    wrapped = peft.get_peft_model(
+        twin, peft.TrainableTokensConfig(target_modules=["embed"], token_indices=[3, 28], init_weights=False)
+    ).eval()
+    wrapped.save_pretrained(str(tmp_path))
+    expected = wrapped(ids).detach()
+    program = adaptc.compile(model, tmp_path, example_inputs=ids.repeat(2, 1))
+    torch.testing.assert_close(program(ids), expected)
+    torch.testing.assert_close(adaptc.merge(program)(ids), expected)

@@ -1,0 +1,174 @@
+"""Calls inside blocks: what ``torch.no_grad``, autocast, ``torch.cond``, ``map``, ``while_loop`` and ``scan`` enclose.
+
+A captured block is a graph of its own, called by a higher-order op that is handed all the block reads, parameters too.
+Layers are called inside, so the op itself says nothing of how a parameter is used. A *doorway* does: an ``aten.alias``
+in front of the op, through which one layer's weight, or its bias, goes into one block and to nothing else. Its custom
+meta holds what the layer inside does with it, so that a doorway stands for the layer's node wherever a pass looks for
+the consumer of a parameter. ``adapt.open_blocks`` makes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from adaptc.passes.ir.module_paths import module_path
+from adaptc.passes.ir.ops import INSIDE, TABLE, called, operands
+
+#: how strict captures name the root inside a block
+_ROOT = "_export_root"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a higher-order op is called. ``bodies``: positions of its graphs; ``lists``: those of the lists of what they
+    read, in order, of which ``fixed`` stay the same from call to call of a body; ``rest``: where the same begins among
+    the arguments, for an op that has no list of it."""
+
+    bodies: tuple[int, ...]
+    lists: tuple[int, ...] = ()
+    fixed: int = 0
+    rest: int = 0
+
+
+_HIGHER = torch.ops.higher_order
+LAYOUTS: dict[Any, Layout] = {
+    _HIGHER.wrap_with_set_grad_enabled: Layout((1,), rest=2),
+    _HIGHER.wrap_with_autocast: Layout((4,), rest=5),
+    _HIGHER.cond: Layout((1, 2), (3,), fixed=3),
+    _HIGHER.map_impl: Layout((0,), (1, 2), fixed=2),
+    _HIGHER.while_loop: Layout((0, 1), (2, 3), fixed=3),
+    _HIGHER.scan: Layout((0,), (1, 2, 3), fixed=3),
+}
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What a doorway leads to. ``owner``: the module called inside, None where nothing tells. ``rivals``: FQNs of
+    which either may be meant. ``bias``: the doorway of the layer's bias; "" where there is none, None where what is
+    added is computed inside. ``op``: the name and the remaining arguments of the layer's op, None where it is no layer.
+    """
+
+    owner: str | None
+    kind: str
+    op: tuple[str, tuple[Any, ...]] | None = None
+    bias: str | None = ""
+    rivals: tuple[str, ...] = ()
+
+    def to_meta(self) -> dict[str, Any]:
+        """Plain JSON values, which ``ops.called`` reads too."""
+        op = None if self.op is None else [self.op[0], _plain(self.op[1])]
+        return {**vars(self), "op": op, "rivals": list(self.rivals)}
+
+
+def inside(node: fx.Node) -> Inside | None:
+    """What a doorway leads to; None for all other nodes."""
+    custom = node.meta.get("custom")
+    meta: Mapping[str, Any] | None = custom.get(INSIDE) if isinstance(custom, dict) else None
+    if meta is None:
+        return None
+    target, rest = called(node)
+    op = None if target is None else (str(target), rest)
+    return Inside(meta["owner"], meta["kind"], op, meta["bias"], tuple(meta["rivals"]))
+
+
+def takes_bias(node: fx.Node) -> bool:
+    """Whether the op by which a node, or a layer behind a doorway, reads its weight can add a bias."""
+    target, _ = called(node)
+    return target is not None and TABLE[target][3] is not None
+
+
+def bias_of(nodes: Mapping[str, fx.Node], node: fx.Node) -> tuple[fx.Node | None, fx.Node]:
+    """What is added as the bias at a node with :func:`takes_bias`, None for none, and the node that reads it.
+
+    Of a layer inside a block it must not be computed there: see :attr:`Inside.bias`."""
+    through = inside(node)
+    if through is None:
+        return operands(node)[2], node
+    if not through.bias:
+        return None, node
+    door = nodes[through.bias]
+    return door.args[0], door  # type: ignore[return-value]  # an alias reads a node
+
+
+def called_in(node: fx.Node, known: Collection[str]) -> str | None:
+    """The module a node inside a block was traced in; None where the capture does not say."""
+    if not node.meta.get("nn_module_stack"):
+        return None
+    path = module_path(node, known)
+    head, _, rest = path.partition(".")
+    return rest if head == _ROOT and head not in known else path
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a higher-order op of a known layout, in the graph of ``module``."""
+
+    node: fx.Node
+    module: fx.GraphModule
+    layout: Layout
+
+    @classmethod
+    def of(cls, node: fx.Node, module: fx.GraphModule) -> Call | None:
+        layout = LAYOUTS.get(node.target) if node.op == "call_function" else None
+        return None if layout is None or node.kwargs else cls(node, module, layout)
+
+    def bodies(self) -> list[fx.GraphModule]:
+        return [getattr(self.module, str(b.target)) for b in self._body_nodes()]
+
+    def own_bodies(self, copy: Any) -> None:
+        """Give this call copies of its bodies, made by ``copy``, under names that nothing else in its module has."""
+        for i, node in zip(self.layout.bodies, self._body_nodes(), strict=True):
+            name, body = str(node.target), copy(getattr(self.module, str(node.target)))
+            others = [n for n in node.graph.find_nodes(op="get_attr") if n.target == name]
+            if len(others) > 1 or len(node.users) > 1 or self._body_nodes().count(node) > 1:
+                name = next(n for k in range(10**6) if not hasattr(self.module, n := f"{name}_{k}"))
+                with node.graph.inserting_before(self.node):
+                    twin = node.graph.node_copy(node)
+                twin.target = name
+                self.node.update_arg(i, twin)
+            setattr(self.module, name, body)
+
+    def operands(self) -> Iterator[tuple[int, fx.Node, bool]]:
+        """(position among what the bodies read, the node, whether the bodies read it as it is) of all that are nodes"""
+        at = 0
+        for position in self.layout.lists or (None,):
+            values = self.node.args[self.layout.rest :] if position is None else self.node.args[position]
+            for value in values:  # type: ignore[union-attr]
+                if isinstance(value, fx.Node):
+                    yield at, value, position is None or position == self.layout.fixed
+                at += 1
+
+    def set(self, at: int, value: fx.Node) -> None:
+        """Hand in another value at a position; one after the last is appended, and the bodies do not read it yet."""
+        if not self.layout.lists:
+            kept = self.node.args[: self.layout.rest]
+            self.node.args = (*kept, *_put(self.node.args[self.layout.rest :], at, value))
+            return
+        for position in self.layout.lists:
+            values: Any = self.node.args[position]
+            if at < len(values) or (position == self.layout.fixed and at == len(values)):
+                self.node.update_arg(position, type(values)(_put(values, at, value)))
+                return
+            at -= len(values)
+
+    def count(self) -> int:
+        """How many values the bodies read."""
+        if not self.layout.lists:
+            return len(self.node.args) - self.layout.rest
+        return sum(len(self.node.args[p]) for p in self.layout.lists)  # type: ignore[arg-type]
+
+    def _body_nodes(self) -> list[fx.Node]:
+        return [self.node.args[i] for i in self.layout.bodies]  # type: ignore[misc]
+
+
+def _put(values: Any, at: int, value: fx.Node) -> list[Any]:
+    return [*values[:at], value, *values[at + 1 :]]
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
