@@ -15,9 +15,8 @@ interrupted has changed nothing. Who needs more than one look takes a ``snapshot
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -37,6 +36,7 @@ from adaptc.passes.ir.ops import Op
 from adaptc.passes.ir.regions import set_header, site_op
 from adaptc.passes.ir.storage import storage_key
 from adaptc.program.adaptation import Adaptation
+from adaptc.program.running import Exported, Running, RunState
 from adaptc.runtime.executor import Arguments, Executor
 from adaptc.runtime.options import RunOptions
 
@@ -47,39 +47,6 @@ class Origin:
 
     program: ProgramCore
     binding: Binding
-
-
-@dataclass(frozen=True, eq=False)
-class Running:
-    """What a call reads: the binding, how the program runs, and, once they were made, the code for both and the base's
-    program."""
-
-    binding: Binding | None
-    options: RunOptions
-    executor: Executor | None = None
-    arguments: Arguments | None = None
-    base: Any = None
-
-
-@dataclass(frozen=True, eq=False)
-class Exported:
-    """What an exported program shows, graph and tensors, and the binding they are those of; None at first."""
-
-    module: fx.GraphModule
-    tensors: dict[str, Any]
-    binding: Binding | None = None
-
-
-@dataclass(eq=False)
-class RunState:
-    """What a program remembers while it runs. ``traces``, ``merged``: what was traced and merged before. The lock is
-    for assignments that follow from what was there; it is never held for long."""
-
-    now: Running
-    exported: Exported
-    traces: dict[Any, fx.Graph] = field(default_factory=dict)
-    merged: dict[Any, Any] = field(default_factory=dict)
-    lock: threading.RLock = field(default_factory=threading.RLock)
 
 
 class ProgramCore(ExportedProgram):

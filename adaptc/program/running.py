@@ -1,0 +1,49 @@
+"""The values by which a program runs and shows itself, each replaced as a whole.
+
+Before an assignment of one of them: the new value is complete. After: whoever reads it has all of it, in any thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from adaptc.binding.binding import Binding
+from adaptc.runtime.executor import Arguments, Executor
+from adaptc.runtime.options import RunOptions
+
+
+@dataclass(frozen=True, eq=False)
+class Running:
+    """What a call reads: the binding, how the program runs, and, once they were made, the code for both and the base's
+    program."""
+
+    binding: Binding | None
+    options: RunOptions
+    executor: Executor | None = None
+    arguments: Arguments | None = None
+    base: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Exported:
+    """What an exported program shows, graph and tensors, and the binding they are those of; None at first."""
+
+    module: fx.GraphModule
+    tensors: dict[str, Any]
+    binding: Binding | None = None
+
+
+@dataclass(eq=False)
+class RunState:
+    """What a program remembers while it runs. ``traces``, ``merged``: what was traced and merged before. The lock is
+    for assignments that follow from what was there; it is never held for long."""
+
+    now: Running
+    exported: Exported
+    traces: dict[Any, fx.Graph] = field(default_factory=dict)
+    merged: dict[Any, Any] = field(default_factory=dict)
+    lock: threading.RLock = field(default_factory=threading.RLock)
