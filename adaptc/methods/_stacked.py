@@ -48,6 +48,10 @@ class Stacked(Method):
     def replaces(self) -> bool:  # type: ignore[override]  # a class has one answer, this one has its method's
         return self.inner.replaces
 
+    @property
+    def takes_complex(self) -> bool:  # type: ignore[override]
+        return self.inner.takes_complex
+
     def lineage(self) -> Any:
         return self.inner.lineage()
 

@@ -219,7 +219,7 @@ class _Planner:
         try:
             method = method.at(op)
             method.slots(op)
-            if self.lifted.tensor(site.fqn).is_complex() and not method.unwrap(op)[0].takes_complex:
+            if self.lifted.tensor(site.fqn).is_complex() and not method.takes_complex:
                 raise TargetError(
                     f"{method.name} is defined for real weights, and this one is {self.lifted.tensor(site.fqn).dtype}; "
                     "leave it out, or use another method (LoRA, IA3, LoHa, LoKr, ...)"

@@ -136,7 +136,9 @@ def check(seed: int, branches: bool) -> str:
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
         if has_peft(entry, model, targets, dtype):
             with quiet(), torch.no_grad():
-                theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(first)).eval()
+                twin = copy.deepcopy(model)
+                twin.plain = True
+                theirs = peft.PeftModel.from_pretrained(twin, str(first)).eval()
                 close(out, theirs(*args).to(expected.dtype), loose, "PEFT")
             return "as PEFT"
     return "right"

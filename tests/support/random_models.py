@@ -24,7 +24,8 @@ FAST, BRANCHES = ("no_grad", "autocast"), ("cond", "map")
 
 
 class RandomModel(nn.Module):
-    """``made``: layer -> parameters its calls use instead of its own."""
+    """``made``: layer -> parameters its calls use instead of its own. ``plain``: branches are Python's own, since torch
+    compiles its blocks to run them, and cannot for whatever a layer is wrapped in."""
 
     def __init__(self, seed: int, dtype: torch.dtype, branches: bool) -> None:
         super().__init__()
@@ -32,6 +33,7 @@ class RandomModel(nn.Module):
         self.draw, self.count, self.kinds = Random(seed), 0, dict[str, str]()
         self.blocks = (*FAST, *(BRANCHES if branches else ()))
         self.made: dict[str, dict[str, Tensor]] = {}
+        self.plain = False
         self.ids = not dtype.is_complex and self.draw.random() < 0.4
         width = self.draw.choice(WIDTHS)
         self.first, self.complex = width, dtype.is_complex
@@ -154,8 +156,12 @@ class RandomModel(nn.Module):
             with torch.autocast("cpu", torch.bfloat16):
                 y = self.run(step[1], x)
             return y.to(x.dtype)
+        if kind == "map" and self.plain:
+            return torch.cat([self.run(step[1], row) for row in x.split(1)])
         if kind == "map":
             return map_rows(lambda row: self.run(step[1], row.unsqueeze(0)).squeeze(0), x)
+        if self.plain:
+            return self.run(step[1] if step[3] else step[2], x)
         taken = x.sum() > -(10**6) if step[3] else x.sum() > 10**6
         return torch.cond(taken, lambda t: self.run(step[1], t), lambda t: self.run(step[2], t), (x,))
 
@@ -177,6 +183,7 @@ class RandomModel(nn.Module):
         """This model in the widest dtype, whose calls use other weights; what is read beside calls stays the base's."""
         twin = copy.deepcopy(self).to(torch.complex128 if self.complex else torch.float64)
         twin.made = {n: made.get(n, {}) for n in self.kinds}
+        twin.plain = True
         return twin
 
 
