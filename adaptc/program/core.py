@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from adaptc.binding.binding import Binding, BindingSpec
@@ -34,8 +34,8 @@ from adaptc.passes.ir.forgetting import forget_code
 from adaptc.passes.ir.lifted import Lifted, copy_graph
 from adaptc.passes.ir.ops import Op
 from adaptc.passes.ir.regions import set_header, site_op
-from adaptc.passes.ir.storage import storage_key
 from adaptc.program.adaptation import Adaptation
+from adaptc.program.copies import clone_tensors, mapped
 from adaptc.program.running import Exported, Running, RunState
 from adaptc.runtime.executor import Arguments, Executor
 from adaptc.runtime.options import RunOptions
@@ -207,7 +207,7 @@ class ProgramCore(ExportedProgram):
         """One of ``program``, which has copies of this one's tensors: ``tensor`` and ``binding`` copy the rest."""
         now = self._run.now
         own = None if now.binding is None else binding(now.binding)
-        originals = {k: _mapped(t, tensor) for k, t in self.originals.items()}
+        originals = {k: mapped(t, tensor) for k, t in self.originals.items()}
         origin = self._origin if origin is None else origin
         new = type(self)(program, self._adaptation, own, now.options, originals, origin)
         new.merge_report = self.merge_report
@@ -220,13 +220,7 @@ class ProgramCore(ExportedProgram):
         with GRAPHS:
             still = self.snapshot()
             lifted = Lifted(still)
-            for tensors in (lifted.state_dict, lifted.constants):
-                clones: dict[Any, Any] = {}
-                for name, t in tensors.items():
-                    if isinstance(t, Tensor):
-                        key = storage_key(t)
-                        clones[key] = tensors[name] = clones.get(key, memo.get(id(t), _mapped(t, Tensor.clone)))
-                        memo[id(t)] = clones[key]
+            clone_tensors(lifted, memo)
             origin = copy.deepcopy(self._origin, memo)
             return still.like(lifted.finish(), Tensor.clone, lambda b: copy.deepcopy(b, memo), origin)
 
@@ -451,9 +445,3 @@ class ProgramCore(ExportedProgram):
     @state_dict.setter
     def state_dict(self, value: Mapping[str, Any]) -> None:
         raise AttributeError("use adaptc.swap to change adapter tensors; base tensors are fixed")
-
-
-def _mapped(t: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """``function`` of a tensor, as a parameter if it is one."""
-    new = function(t.detach())
-    return nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new

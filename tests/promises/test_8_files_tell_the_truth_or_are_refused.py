@@ -291,11 +291,6 @@ def test_weights(seed: int, tmp_path: Path) -> None:
     fuzz(tmp_path, seed, 150, FILES)
 
 
-#: until config values are validated by the types of their fields
-foreign = pytest.mark.xfail(reason="some values of a config raise what is no AdaptcError", strict=False)
-
-
-@foreign
 @pytest.mark.parametrize("seed", range(2))
 def test_configs(seed: int, tmp_path: Path) -> None:
     fuzz(tmp_path, seed, 100, CONFIGS)
@@ -307,7 +302,6 @@ def test_many_weights(seed: int, tmp_path: Path) -> None:
     fuzz(tmp_path, seed, 1000, FILES)
 
 
-@foreign
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20, 23))
 def test_many_configs(seed: int, tmp_path: Path) -> None:
