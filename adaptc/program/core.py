@@ -15,6 +15,7 @@ interrupted has changed nothing. Who needs more than one look takes a ``snapshot
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -352,11 +353,11 @@ class ProgramCore(ExportedProgram):
         """What there is to see of the current binding, made now if nobody has looked since it came."""
         run = self._run
         found, binding = run.exported, run.now.binding
-        if binding is None or found.binding is binding:
+        if binding is None or found.shows(binding):
             return found
         with GRAPHS:
             found, binding = run.exported, run.now.binding
-            if binding is not None and found.binding is not binding:
+            if binding is not None and not found.shows(binding):
                 found = self._follow(found, binding)
                 self._show(found)
             return found
@@ -368,7 +369,8 @@ class ProgramCore(ExportedProgram):
         set_header(graph, a.header(binding))
         new = {**self.bare_state(), **binding.values, **binding.base}
         forget_code()
-        return Exported(fx.GraphModule(old.module, graph), {k: new.get(k, t) for k, t in old.tensors.items()}, binding)
+        tensors = {k: new.get(k, t) for k, t in old.tensors.items()}
+        return Exported(fx.GraphModule(old.module, graph), tensors, weakref.ref(binding))
 
     def _show(self, exported: Exported) -> None:
         """As torch's own methods see it."""
@@ -387,7 +389,7 @@ class ProgramCore(ExportedProgram):
             run.now, run.merged = Running(binding, run.now.options), {}
             self._base = {k: t for k, t in self._base.items() if k != fqn}
             shown = {k: t for k, t in run.exported.tensors.items() if k != fqn}
-            self._show(Exported(run.exported.module, shown, binding))
+            self._show(Exported(run.exported.module, shown, None if binding is None else weakref.ref(binding)))
 
     def held_still(self) -> Any:
         """A context in which nobody swaps it, for a merge that gives up its base."""

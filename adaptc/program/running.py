@@ -6,6 +6,7 @@ Before an assignment of one of them: the new value is complete. After: whoever r
 from __future__ import annotations
 
 import threading
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,11 +31,15 @@ class Running:
 
 @dataclass(frozen=True, eq=False)
 class Exported:
-    """What an exported program shows, graph and tensors, and the binding they are those of; None at first."""
+    """What an exported program shows, graph and tensors, and the binding they are those of; None at first. It is held
+    weakly: when it is current no more, what was computed for it may go."""
 
     module: fx.GraphModule
     tensors: dict[str, Any]
-    binding: Binding | None = None
+    binding: weakref.ref[Binding] | None = None
+
+    def shows(self, binding: Binding) -> bool:
+        return self.binding is not None and self.binding() is binding
 
 
 @dataclass(eq=False)

@@ -265,10 +265,10 @@ def test_who_looks_while_another_thread_follows_a_swap_sees_all_of_it(
     adaptc.swap(program, other.binding)
     begun, go_on, follow = threading.Event(), threading.Event(), ProgramCore._follow
 
-    def slow(self: ProgramCore, binding: Any) -> None:
+    def slow(self: ProgramCore, old: Any, binding: Any) -> Any:
         begun.set()
         assert go_on.wait(20)
-        follow(self, binding)
+        return follow(self, old, binding)
 
     monkeypatch.setattr(ProgramCore, "_follow", slow)
     with ThreadPoolExecutor(2) as pool:

@@ -217,7 +217,7 @@ class TestRefusals:
 
     def test_dropout_has_no_place_inside(self):
         config = adaptc.LoraConfig(target_modules=["first"], lora_dropout=0.5)
-        with pytest.raises(adaptc.TargetError, match=r"first\.weight.*dropout.*block"):
+        with pytest.raises(adaptc.ConfigError, match=r"first\.weight.*dropout.*block"):
             adaptc.compile(Net(two_branches), config, example_inputs=torch.randn(3, 5), training=True)
 
     def test_tied_layers_in_a_branch_cannot_be_told_apart(self):
