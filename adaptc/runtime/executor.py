@@ -54,8 +54,8 @@ class Executor:
     ) -> None:
         self.options, self.attachments, self.ops = options, attachments, ops
         self.fills = dict(fills or {})
-        self.lifted = Lifted(program)
-        self.module = fx.GraphModule(program.graph_module, self.lifted.graph)
+        opened = Lifted(program)  # not kept: it knows the program, and that its binding
+        self.module = fx.GraphModule(program.graph_module, opened.graph)
         if training:
             set_mode(self.module, False)
         self.compiles = options.backend == "inductor"
@@ -68,7 +68,7 @@ class Executor:
         known = base or {}
         slots = {f for a in attachments for f in a.tensor_names}
         names = [n for n in self.lifted_names if n is not None and n not in slots]
-        self.base = {n: known[n] if n in known else self.lifted.tensor(n) for n in names}
+        self.base = {n: known[n] if n in known else opened.tensor(n) for n in names}
         self.inputs = Inputs.of(program, self.fills)
         spec = program.call_spec.out_spec
         if spec is None:

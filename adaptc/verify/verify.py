@@ -56,6 +56,7 @@ def verify_program(
     """
     if not isinstance(program, AdaptedProgram):
         raise AdaptcError(f"verify takes a program of adaptc.compile or adaptc.load, not a {type(program).__name__}")
+    program.executor()  # made for the program, which keeps it
     program = program.snapshot()
     if inputs is not None:
         runs = random_inputs.given(inputs)

@@ -167,7 +167,7 @@ def interrupted(deed: Callable[..., None], points: int, folder: Path, first: int
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("deed", DEEDS, ids=lambda d: d.__name__)
 def test_an_interrupt_leaves_one_adapter(deed: Callable[..., None], tmp_path: Path) -> None:
-    assert interrupted(deed, 3, tmp_path) >= 2
+    assert interrupted(deed, 3, tmp_path) >= 1  # what one run remembers, the next does not do again
 
 
 @pytest.mark.slow
