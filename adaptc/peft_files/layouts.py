@@ -98,11 +98,13 @@ def _read(file: Opened) -> Any:
     if file.size >= 8:
         file.into(first)
     length = int.from_bytes(first, "little")
-    lead = -(8 + length) % _ALIGNED
     try:
-        whole = torch.empty(lead + file.size, dtype=torch.uint8).numpy()[lead:]
-    except (RuntimeError, MemoryError) as exc:
+        # Not torch.empty: its memory is aligned, and so mostly new to the process, which takes longer than the reading.
+        room = torch.frombuffer(bytearray(_ALIGNED + file.size), dtype=torch.uint8)
+    except (RuntimeError, MemoryError, OverflowError) as exc:
         raise CheckpointError(f"{file.path} has {file.size} bytes, for which there is no memory here") from exc
+    lead = -(room.data_ptr() + 8 + length) % _ALIGNED
+    whole = room.numpy()[lead : lead + file.size]
     file.into(whole)
     return whole
 

@@ -163,6 +163,7 @@ class ProgramCore(ExportedProgram):
 
     def snapshot(self) -> Self:
         """The same as it is now, for whoever looks at it more than once: no other thread swaps or sets this one."""
+        self._exported()  # made once for all snapshots
         now = self._run.now
         return self._sharing(now.binding, now.options)
 
@@ -278,6 +279,7 @@ class ProgramCore(ExportedProgram):
                 return now.executor
             self._check_whole()
             forget_code()
+            self._exported()
             a, still = self._adaptation, self._sharing(now.binding, options)
             return Executor(still, a.attachments, self._ops, options, a.fills, a.training, self.bare_state())
 
@@ -392,7 +394,7 @@ class ProgramCore(ExportedProgram):
             self._show(Exported(run.exported.module, shown, None if binding is None else weakref.ref(binding)))
 
     def held_still(self) -> Any:
-        """A context in which nobody swaps it, for a merge that gives up its base."""
+        """A context in which nobody swaps it."""
         return self._run.lock
 
     def _check_whole(self) -> None:

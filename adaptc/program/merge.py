@@ -63,9 +63,8 @@ def merged(
     weights. Raises MergeError, with ``program`` unchanged."""
     with GRAPHS:
         if keep_base:
-            binding = program.binding
-            still = program.with_binding(binding)
-            return _merged(still, Origin(program, binding), None, safe, progress)
+            still = program.snapshot()
+            return _merged(still, Origin(program, still.binding), None, safe, progress)
         with program.held_still():
             return _merged(program, None, program.release, safe, progress)
 
