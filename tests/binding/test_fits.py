@@ -1,0 +1,74 @@
+"""A ready binding is only taken by a program that it fits: shapes, dtypes, code and the base it was made for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adaptc
+from adaptc import LoraConfig, SwapError
+
+X = torch.randn(3, 5, generator=torch.Generator().manual_seed(2))
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 7) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(5, width), nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+def compiled(seed: int = 3, width: int = 7, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+    torch.manual_seed(seed)
+    config = {"r": 2, "target_modules": ["up", "down"], "init_lora_weights": False, **config}
+    net = Net(width).eval().to(dtype)
+    return adaptc.compile(net, LoraConfig(**config), example_inputs=torch.randn(2, 5, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"width": 11}, r"'up.lora_B.default.weight' has shape \(11, 2\), expected \(7, 2\) at 'up.weight'"),
+        ({"dtype": torch.float64}, "is torch.float64, expected torch.float32"),
+        ({"use_dora": True}, "other sites"),
+    ],
+    ids=["shape", "dtype", "method"],
+)
+def test_a_binding_of_another_program_is_refused(options: dict[str, Any], says: str) -> None:
+    program, other = compiled(), compiled(4, **options)
+    before, bound = program(X), program.binding
+    for take in (adaptc.swap, adaptc.AdaptedProgram.bind):
+        with pytest.raises(SwapError, match=says):
+            take(program, other.binding)
+    assert program.binding is bound
+    assert torch.equal(program(X), before)
+
+
+def test_a_binding_that_fits_is_taken_from_any_program() -> None:
+    program, other = compiled(), compiled(4, r=5)
+    adaptc.swap(program, other.binding)
+    tensors = {k.replace(".default", ""): v for k, v in other.binding.values.items() if "lora_" in k}
+    fresh = compiled()
+    adaptc.swap(fresh, tensors, config=LoraConfig(r=5, target_modules=["up", "down"]))
+    assert torch.equal(program(X), fresh(X))
+
+
+def test_pissa_goes_with_its_base(tmp_path: Path) -> None:
+    pissa = compiled(3, init_lora_weights="pissa")
+    same, other = compiled(3, init_lora_weights="pissa"), compiled(4, init_lora_weights="pissa")
+    adaptc.swap(same, pissa.binding)
+    assert torch.equal(same(X), pissa(X))
+    with pytest.raises(SwapError, match="changed the base weight 'up.weight', and here that weight is another one"):
+        adaptc.swap(other, pissa.binding)
+    loaded = adaptc.load(adaptc.save(pissa, tmp_path / "p.pt2"))
+    with pytest.raises(SwapError, match="only its own adapter's version"):
+        adaptc.swap(loaded, compiled(3).binding)
+    own = loaded.binding
+    adaptc.swap(loaded, own)
+    torch.testing.assert_close(loaded(X), pissa(X))
