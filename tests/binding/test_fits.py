@@ -56,7 +56,7 @@ def test_a_binding_that_fits_is_taken_from_any_program() -> None:
     tensors = {k.replace(".default", ""): v for k, v in other.binding.values.items() if "lora_" in k}
     fresh = compiled()
     adaptc.swap(fresh, tensors, config=LoraConfig(r=5, target_modules=["up", "down"]))
-    assert torch.equal(program(X), fresh(X))
+    torch.testing.assert_close(program(X), fresh(X), rtol=1e-6, atol=1e-6)  # tensors lie elsewhere in memory
 
 
 def test_pissa_goes_with_its_base(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_pissa_goes_with_its_base(tmp_path: Path) -> None:
     same, other = compiled(3, init_lora_weights="pissa"), compiled(4, init_lora_weights="pissa")
     adaptc.swap(same, pissa.binding)
     assert torch.equal(same(X), pissa(X))
-    with pytest.raises(SwapError, match="changed the base weight 'up.weight', and here that weight is another one"):
+    with pytest.raises(SwapError, match=r"changed the base weight 'up\.weight', and here that weight is another one"):
         adaptc.swap(other, pissa.binding)
     loaded = adaptc.load(adaptc.save(pissa, tmp_path / "p.pt2"))
     with pytest.raises(SwapError, match="only its own adapter's version"):
