@@ -11,30 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 import adaptc
-from adaptc import LoraConfig
 from adaptc.passes.ir.forgetting import forget_code
 from adaptc.runtime import weight_buffers
+from tests.support.gated_net import X, compiled, config, net, state
 
-X = torch.randn(3, 5, generator=torch.Generator().manual_seed(2))
-SITES = {"up": (7, 5), "side": (7, 5), "down": (3, 7)}
-CONFIG = LoraConfig(r=3, target_modules=list(SITES), init_lora_weights=False)
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.side, self.down = nn.Linear(5, 7), nn.Linear(5, 7), nn.Linear(7, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.tanh(self.up(x)) * self.side(x))
-
-
-def state(rank: int) -> dict[str, Tensor]:
-    a = {f"{n}.lora_A.weight": torch.randn(rank, i) for n, (_, i) in SITES.items()}
-    return a | {f"{n}.lora_B.weight": torch.randn(o, rank) for n, (o, _) in SITES.items()}
+CONFIG = config(3, init_lora_weights=False)
 
 
 def objects() -> Counter[str]:
@@ -50,8 +33,8 @@ class Deeds:
     """What a process may do for weeks, to one program."""
 
     def __init__(self, folder: Path) -> None:
-        self.net, self.count = Net().eval(), 0
-        self.program = adaptc.compile(self.net, CONFIG, example_inputs=torch.randn(2, 5))
+        self.net, self.count = net(), 0
+        self.program = compiled(3)
         self.file = adaptc.save(self.program, folder / "p.pt2")
         self.adapter = adaptc.save_adapter(self.program, folder / "adapter")
 

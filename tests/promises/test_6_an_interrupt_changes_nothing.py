@@ -15,35 +15,22 @@ from typing import Any, Self
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import adaptc
-from adaptc import LoraConfig
+import adaptc.kernels
+import adaptc.passes
+from adaptc.peft_files import torch_writer
+from tests.support.gated_net import X, compiled, state
 
-PACKAGES = ("/adaptc/", "/passes/", "/kernels/")
-X = torch.randn(3, 5, generator=torch.Generator().manual_seed(2))
-SITES = {"up": (7, 5), "side": (7, 5), "down": (3, 7)}
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.side, self.down = nn.Linear(5, 7), nn.Linear(5, 7), nn.Linear(7, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.tanh(self.up(x)) * self.side(x))
-
-
-def state(rank: int) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(rank)
-    a = {f"{n}.lora_A.weight": torch.randn(rank, i, generator=g) for n, (_, i) in SITES.items()}
-    return a | {f"{n}.lora_B.weight": torch.randn(o, rank, generator=g) for n, (o, _) in SITES.items()}
+#: folders of the code that is interrupted
+OURS = tuple(str(Path(str(m.__file__)).parent) + "/" for m in (adaptc, adaptc.passes, adaptc.kernels))
 
 
 def ours(frame: FrameType) -> bool:
-    if "torch_writer" in frame.f_code.co_filename:  # called by C++, which ends the process for what is raised there
-        return False
-    return any(p in frame.f_code.co_filename for p in PACKAGES) and "/tests/" not in frame.f_code.co_filename
+    name = frame.f_code.co_filename
+    # C++ calls the writer, and ends the process for what is raised there.
+    return name.startswith(OURS) and name != torch_writer.__file__
 
 
 class Lines:
@@ -70,14 +57,6 @@ class Lines:
                 sys.settrace(None)
                 raise KeyboardInterrupt
         return self._line
-
-
-def made() -> adaptc.AdaptedProgram:
-    torch.manual_seed(3)
-    config = LoraConfig(r=2, target_modules=list(SITES), init_lora_weights=False)
-    program = adaptc.compile(Net().eval(), config, example_inputs=torch.randn(2, 5))
-    adaptc.swap(program, state(2))
-    return program
 
 
 def swapping(p: adaptc.AdaptedProgram, folder: Path) -> None:
@@ -145,13 +124,13 @@ def check(program: adaptc.AdaptedProgram, outputs: dict[int, Tensor], folder: Pa
 
 def interrupted(deed: Callable[..., None], points: int, folder: Path, first: int = 0) -> int:
     """Interrupt at ``points`` lines, spread over all; how many interrupts came."""
-    program = made()
+    program = compiled()
     outputs = {2: program(X), 5: program.bind(state(5))(X)}
     with Lines() as lines:
         deed(copy.copy(program), folder)
     came = 0
     for n in range(1 + first, lines.count + 1, max(1, lines.count // points)):
-        fresh = made() if deed is merging or deed is calling else copy.deepcopy(program)
+        fresh = compiled() if deed is merging or deed is calling else copy.deepcopy(program)
         if n % 2:
             fresh(X)
         try:

@@ -21,36 +21,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import adaptc
 from adaptc import LoraConfig
+from adaptc.passes.ir.exclusive import GRAPHS
+from tests.support.gated_net import X, compiled, config, net, state
 
-X = torch.randn(3, 5, generator=torch.Generator().manual_seed(2))
-SIZES = {"up": (11, 5), "side": (11, 5), "down": (3, 11)}
 RANKS = (2, 7, 3)
-
-
-class Net(nn.Module):
-    """Two siblings, which share a product, and a layer that reads both."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.side, self.down = nn.Linear(5, 11), nn.Linear(5, 11), nn.Linear(11, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.tanh(self.up(x)) * self.side(x))
-
-
-def net() -> Net:
-    torch.manual_seed(3)
-    return Net().eval()
-
-
-def state(rank: int) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(rank)
-    a = {f"{n}.lora_A.weight": torch.randn(rank, i, generator=g) * 3 for n, (_, i) in SIZES.items()}
-    return a | {f"{n}.lora_B.weight": torch.randn(o, rank, generator=g) * 3 for n, (o, _) in SIZES.items()}
+#: of adapter values: so large that the outputs are far apart
+SIZE = 3.0
 
 
 @dataclass
@@ -67,11 +47,10 @@ class Stage:
 
     @classmethod
     def of(cls, scratch: Path, backend: str) -> Stage:
-        config = LoraConfig(r=4, target_modules=list(SIZES), lora_alpha=8)
-        program = adaptc.compile(net(), config, example_inputs=torch.randn(2, 5), backend=backend)
+        program = compiled(4, backend=backend)
         bindings, folders, outputs = [], [], []
         for rank in RANKS:
-            adaptc.swap(program, state(rank), config=LoraConfig(r=rank, target_modules=list(SIZES), lora_alpha=8))
+            adaptc.swap(program, state(rank, SIZE), config=config(rank))
             bindings.append(program.binding)
             folders.append(adaptc.save_adapter(program, scratch / f"rank{rank}"))
             outputs.append(program(X))
@@ -240,3 +219,25 @@ def test_threads_see_whole_adapters_for_long(backend: str, seed: int, tmp_path: 
     stage = Stage.of(tmp_path, backend)
     deeds = {d: n for d, n in DEEDS.items() if backend == "eager" or d is not sets_options}
     everything_at_once(stage, 150, 6, deeds, seed)
+
+
+def test_calls_and_swaps_do_not_wait_for_work_on_graphs(tmp_path: Path) -> None:
+    """While a thread compiles, or saves, for minutes, others go on: with adapters of any rank, in any form."""
+    stage = Stage.of(tmp_path, "eager")
+    stage.program(X)
+    tensors = state(5, SIZE)  # of a rank that the program has not had
+    done: list[int] = []
+
+    def serve() -> None:
+        for adapter in (*stage.bindings, *stage.folders, tensors, {k: t.clone() for k, t in tensors.items()}):
+            adaptc.swap(stage.program, adapter)
+            stage.program(X)
+            stage.program.bind(adapter)(X)
+            done.append(1)
+
+    with GRAPHS:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        thread.join(60)
+        assert not thread.is_alive(), f"it waits, after {len(done)} adapters"
+    assert len(done) == 2 * len(RANKS) + 2

@@ -131,7 +131,7 @@ def assert_same(got: Any, expected: Any, tol: float = 5e-6) -> None:
 def assert_differs(a: Any, b: Any, at_least: float = 1e-2) -> None:
     """Some output differs clearly, so that an adapter without effect cannot pass a comparison."""
     a, b = tensors_of(a), tensors_of(b)
-    assert max(float((a[k] - b[k]).abs().max()) for k in a) > at_least
+    assert max(float((a[k] - b[k]).detach().abs().max()) for k in a) > at_least
 
 
 def run(call: Callable[..., Any], family: Family, batch: int = 2, seq: int = 5) -> Any:
