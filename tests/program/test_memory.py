@@ -83,6 +83,8 @@ class Deeds:
 
 
 DEEDS = [n for n in vars(Deeds) if not n.startswith("_")]
+#: those that between them do what all others do
+OFTEN = {"compiling", "loading", "swapping_ranks", "merging"}
 #: sympy, which decides between forms and bounds its own memory, keeps a few objects of each of a thousand compiles
 SYMPY = 25
 
@@ -96,7 +98,7 @@ def grown(do: Callable[[], None], first: int, then: int) -> Counter[str]:
     return objects() - before
 
 
-@pytest.mark.parametrize("deed", DEEDS)
+@pytest.mark.parametrize("deed", [d if d in OFTEN else pytest.param(d, marks=pytest.mark.slow) for d in DEEDS])
 def test_nothing_is_left_behind(deed: str, tmp_path: Path) -> None:
     cycles = 6
     more = grown(getattr(Deeds(tmp_path), deed), 45 if deed == "swapping_ranks" else 4, cycles)

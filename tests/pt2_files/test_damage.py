@@ -28,12 +28,13 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refused(path: Path, said: str) -> None:
-    start = time.perf_counter()
+    start = time.thread_time()
     with pytest.raises(CheckpointError, match=said) as info:
         adaptc.load(path)
     assert str(path) in str(info.value)
     assert len(str(info.value)) < 1_500
-    assert time.perf_counter() - start < 20, "it hangs"  # generous: a bomb would take hours
+    # No measure of speed: a bomb takes hours of a processor, and everything else a fraction of a second.
+    assert time.thread_time() - start < 20, "it hangs"
 
 
 def test_the_forger_of_these_tests_changes_nothing(good: Path, tmp_path: Path) -> None:
