@@ -124,7 +124,7 @@ def assert_same(got: Any, expected: Any, tol: float = 5e-6) -> None:
     assert sorted(got) == sorted(expected)
     for name, want in expected.items():
         assert got[name].dtype == want.dtype, name
-        atol = tol * float(want.abs().max())
+        atol = tol * float(want.detach().abs().max())
         torch.testing.assert_close(got[name], want, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
