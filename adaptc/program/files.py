@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx
 from torch.export import ExportedProgram
 
 from adaptc.binding.bind import joined
@@ -23,6 +24,7 @@ from adaptc.passes.adapt.inject import Inject
 from adaptc.passes.adapt.move import usable
 from adaptc.passes.adapt.unload import Unload
 from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.blocks import calls
 from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.forgetting import forget_code, forget_sizes
 from adaptc.passes.ir.lifted import Lifted
@@ -46,6 +48,7 @@ def save_program(program: ExportedProgram, path: Path) -> Path:
     if isinstance(program, AdaptedProgram):
         program.check_base()
         program = program.snapshot()
+    program = _readable(program, path)
     try:
         with replacing(path, "new.pt2") as new:
             with writing(new) as file:
@@ -56,6 +59,26 @@ def save_program(program: ExportedProgram, path: Path) -> Path:
     except Exception as error:
         raise CheckpointError(f"could not save {path}: {type(error).__name__}: {error}") from error
     return path
+
+
+def _readable(program: ExportedProgram, path: Path) -> ExportedProgram:
+    """What computes the same, without the empty blocks that torch writes and then cannot read."""
+    root = program.graph_module
+    empty = [c.node.name for c in calls(root) if c.is_empty()]
+    for name, module in root.named_modules():
+        found = calls(module) if isinstance(module, fx.GraphModule) else []
+        if any(c.gives_nothing() for c in found if name or c.node.name not in empty):
+            raise CheckpointError(
+                f"cannot save {path}: torch.export writes blocks that give no value, and cannot read them. The program "
+                f"has one{f' in {name}' if name else ''}: compute there only what is used outside, or take the "
+                "torch.no_grad, torch.enable_grad, autocast or torch.cond around it away"
+            )
+    if not empty:
+        return program
+    lifted = Lifted(program)
+    for name in empty:
+        lifted.graph.erase_node(lifted.nodes[name])
+    return lifted.finish()
 
 
 @exclusive

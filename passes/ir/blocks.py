@@ -120,6 +120,16 @@ class Call:
     def bodies(self) -> list[fx.GraphModule]:
         return [getattr(self.module, str(b.target)) for b in self._body_nodes()]
 
+    def gives_nothing(self) -> bool:
+        """Whether no value comes out: what was computed inside was not used, and a capture left the block."""
+        return not any(b.graph.output_node().args[0] for b in self.bodies())
+
+    def is_empty(self) -> bool:
+        """Whether nothing happens inside either."""
+        return self.gives_nothing() and all(
+            n.op in ("placeholder", "output") for b in self.bodies() for n in b.graph.nodes
+        )
+
     def own_bodies(self, copy: Any) -> None:
         """Give this call copies of its bodies, made by ``copy``, under names that nothing else in its module has."""
         for i, node in zip(self.layout.bodies, self._body_nodes(), strict=True):
@@ -164,6 +174,11 @@ class Call:
 
     def _body_nodes(self) -> list[fx.Node]:
         return [self.node.args[i] for i in self.layout.bodies]  # type: ignore[misc]
+
+
+def calls(module: fx.GraphModule) -> list[Call]:
+    """Those in the graph of a module itself, not in its blocks."""
+    return [c for n in module.graph.nodes if (c := Call.of(n, module)) is not None]
 
 
 def _put(values: Any, at: int, value: fx.Node) -> list[Any]:

@@ -47,11 +47,12 @@ def content(folder: Path) -> dict[str, Any]:
     }
 
 
-def run(code: str, seed: int = 0) -> None:
+def run(code: str, seed: int = 0) -> str:
     done = subprocess.run(
         [sys.executable, "-c", NET.format(root=os.getcwd(), seed=seed) + code], capture_output=True, text=True
     )
     assert done.returncode == 0, (done.returncode, done.stdout, done.stderr[-2000:])
+    return done.stdout
 
 
 FULL = """
@@ -113,6 +114,60 @@ def test_what_a_write_raises_comes_after_torch_is_done(
             adaptc.save(net(1), tmp_path / "a.pt2")
         monkeypatch.undo()
         assert content(tmp_path) == before
+
+
+SIGNALS = """
+import itertools, signal
+from adaptc.peft_files import torch_writer
+folder = {folder!r}
+path = os.path.join(folder, "a.pt2")
+old = open(path, "rb").read()
+raised = []
+for stop in itertools.count({first}, {step}):
+    left = stop
+
+    def trace(frame, event, arg):
+        return line if frame.f_code.co_filename == torch_writer.__file__ else None
+
+    def line(frame, event, arg):
+        global left
+        left -= event == "line"
+        if event == "line" and left == 0:
+            signal.raise_signal(signal.{signal})
+        return line
+
+    sys.settrace(trace)
+    try:
+        adaptc.save(program, path)
+    except KeyboardInterrupt:
+        raised.append(stop)
+    finally:
+        sys.settrace(None)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, stop
+    assert os.listdir(folder) == ["a.pt2"], stop
+    if left > 0:
+        break
+    assert (open(path, "rb").read() == old) == (raised[-1:] == [stop]), stop
+print(len(raised))
+"""
+
+
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 23], ids=str)
+def test_signals_wait_until_torch_is_done(step: int, tmp_path: Path) -> None:
+    adaptc.save(net(), tmp_path / "a.pt2")
+    done = run(SIGNALS.format(folder=str(tmp_path), first=1, step=step, signal="SIGINT"), seed=1)
+    assert int(done) > 400 // step
+
+
+def test_handlers_that_do_not_raise_let_a_save_end(tmp_path: Path) -> None:
+    adaptc.save(net(), tmp_path / "a.pt2")
+    code = "import signal\ncame = []\nsignal.signal(signal.SIGTERM, lambda n, f: came.append(n))\n"
+    code += SIGNALS.format(folder=str(tmp_path), first=5, step=41, signal="SIGTERM").replace(
+        "old = ", "old = b'no' or "
+    )
+    done = run(code + "print(len(came)); adaptc.load(path)", seed=1)
+    raised, came = map(int, done.split())
+    assert raised == 0 and came > 8
 
 
 STEPS: list[tuple[Any, str]] = [
