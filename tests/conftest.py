@@ -6,6 +6,7 @@ here is about adaptc itself, so that a test can be read without it.
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before transformers and huggingface_hub are imported: both read these once.
@@ -65,3 +66,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     keep = cover(items)
     config.hook.pytest_deselected(items=[i for i, kept in zip(items, keep, strict=True) if not kept])
     items[:] = [i for i, kept in zip(items, keep, strict=True) if kept]
+
+
+def pytest_collection_finish() -> None:
+    # A full collection takes most of a second to look through what torch and the tests are made of, for nothing.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(5_000, 20, 20)
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()

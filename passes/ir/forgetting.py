@@ -21,7 +21,7 @@ from torch.fx.graph_module import _loader
 from adaptc.passes.ir.lifted import fake_mode_of
 
 #: texts, and letters in them, from which on those of dead code are looked for
-MOST, LONGEST = 256, 1 << 25
+MOST, LONGEST = 1024, 1 << 25
 _next: list[tuple[int, int]] = [(MOST, LONGEST)]
 
 

@@ -27,7 +27,7 @@ def assert_same_outputs(found, expected) -> None:
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.few(11)
+@pytest.mark.few(7)
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_program_equals_model_at_other_sizes(name: str) -> None:
     family = FAMILIES[name]

@@ -17,7 +17,7 @@ import adaptc
 from tests.support.families import FAMILIES
 from tests.support.oracle import Oracle, assert_differs, assert_same, base, file_tensors, load_peft, run, with_head
 
-pytestmark = pytest.mark.few(5)
+pytestmark = pytest.mark.few(3)
 
 
 @dataclass(frozen=True)

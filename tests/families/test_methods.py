@@ -56,7 +56,7 @@ def options(family: str, method: str) -> dict[str, Any]:
     return {"target_modules": norms if method == "ln_tuning" else targets, **METHODS[method][1]}
 
 
-@pytest.mark.few(26)
+@pytest.mark.few(15)
 @pytest.mark.parametrize(("family", "method"), CASES)
 def test_as_peft(family: str, method: str, tmp_path: Path):
     name = METHODS[method][0]
@@ -79,7 +79,7 @@ def test_as_peft(family: str, method: str, tmp_path: Path):
         assert_same(run(loaded, oracle.family, 3, 7), expected, TOLERANCE)
 
 
-@pytest.mark.few(9)
+@pytest.mark.few(6)
 @pytest.mark.parametrize("method", list(METHODS))
 def test_a_fresh_adapter_swaps_for_peft_s(method: str, tmp_path: Path):
     """A program compiled from a config takes the file of PEFT, and what it reports names the method."""

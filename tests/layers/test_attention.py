@@ -11,6 +11,7 @@ from tests.support.site_cases import ATTENTION, floats
 from tests.support.site_checks import close, every_check, sound, subject
 
 
+@pytest.mark.few(9)
 @every_check(ATTENTION)
 def test_site(name, check, tmp_path):
     check(subject(name), tmp_path)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.support.site_cases import BIASES
 from tests.support.site_checks import every_check, subject
 
 
+@pytest.mark.few(12)
 @every_check(BIASES)
 def test_site(name, check, tmp_path):
     check(subject(name), tmp_path)

@@ -15,11 +15,13 @@ from tests.support.site_cases import CONV, CONV_BY_HAND
 from tests.support.site_checks import close, every_check, subject
 
 
+@pytest.mark.few(12)
 @every_check(CONV)
 def test_site(name, check, tmp_path):
     check(subject(name), tmp_path)
 
 
+@pytest.mark.few(12)
 @every_check(CONV_BY_HAND)
 def test_site_by_hand(name, check, tmp_path):
     check(subject(name), tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -12,6 +13,7 @@ from tests.support.site_cases import LINEAR, LORA
 from tests.support.site_checks import close, every_check, sound, subject
 
 
+@pytest.mark.few(22)
 @every_check(LINEAR)
 def test_site(name, check, tmp_path):
     check(subject(name), tmp_path)

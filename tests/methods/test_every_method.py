@@ -10,6 +10,7 @@ from tests.support.method_checks import CHECKS, Subject, adapter_parameters, cas
 from tests.support.method_table import BY_NAME, ENTRIES
 
 
+@pytest.mark.few(230)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__.removeprefix("check_"))
 @pytest.mark.parametrize(("entry", "layer"), cases())
 def test_method(check, entry, layer, tmp_path):

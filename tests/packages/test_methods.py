@@ -8,7 +8,7 @@ import adaptc
 from tests.support.method_checks import close, randomized, subject
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("entry", ["loha", "hra", "ia3", "vera"])
 def test_packaged(entry: str, tmp_path):
     s = subject(entry, "linear")

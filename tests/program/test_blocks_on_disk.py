@@ -1,4 +1,4 @@
-"""Programs with blocks (``torch.no_grad``, ``torch.cond``, ...) in blocks: what is saved is read back, or is refused."""
+"""Programs with blocks (``torch.no_grad``, ``torch.cond``, ...) in blocks: what is saved is read back, or refused."""
 
 from __future__ import annotations
 

@@ -83,8 +83,8 @@ class Deeds:
 
 
 DEEDS = [n for n in vars(Deeds) if not n.startswith("_")]
-#: those that between them do what all others do
-OFTEN = {"compiling", "loading", "swapping_ranks", "merging"}
+#: those that between them do most of what the others do
+OFTEN = {"compiling", "swapping_ranks"}
 #: sympy, which decides between forms and bounds its own memory, keeps a few objects of each of a thousand compiles
 SYMPY = 25
 

@@ -18,6 +18,7 @@ from adaptc.errors import AdaptcError
 from adaptc.methods.lora import Lora
 from adaptc.passes.adapt.merge import Merge
 from adaptc.program.adapted import AdaptedProgram
+from tests.support.cover import examples
 from tests.support.pass_checks import Snapshot, export, inject
 
 LORA = {"r": 3, "lora_alpha": 5, "init_lora_weights": False}
@@ -73,7 +74,7 @@ def test_a_thousand_cycles(dtype: torch.dtype) -> None:
     assert not equal(merged_states[0], merged_states[1])
     gc.collect()
     alive = sum(type(o) is AdaptedProgram for o in gc.get_objects())
-    for i in range(1000):
+    for i in range(examples(1000)):
         which = i % 2
         adaptc.swap(program, bindings[which])
         merged = adaptc.merge(program)

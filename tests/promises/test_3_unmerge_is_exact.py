@@ -17,6 +17,7 @@ def bits(t: torch.Tensor) -> torch.Tensor:
     return t.detach().contiguous().view(torch.uint8) if t.ndim else t.detach().reshape(1).view(torch.uint8)
 
 
+@pytest.mark.few(16)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("layer", ["linear", "embedding", "conv2d_odd", "conv2d_groups"])
 @pytest.mark.parametrize("method", METHODS)

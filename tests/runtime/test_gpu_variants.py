@@ -112,6 +112,7 @@ def test_without_fuse_each_layer_keeps_a_kernel_of_its_own() -> None:
     assert (program.fusion.kernels, program.fusion.groups) == (4, 0)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_inductor_compiles_kernels_once_for_all_ranks(dora: bool) -> None:
     model = block()
@@ -157,6 +158,7 @@ def test_calls_of_a_program_that_trains_with_dropout_take_kernels() -> None:
     assert ops(program, "plain") == ["lora_linear"] * 4
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
 def test_families(family: str) -> None:
     f = FAMILIES[family]
