@@ -36,7 +36,7 @@ settings.register_profile(
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-settings.register_profile("quick", parent=settings.get_profile("full"), max_examples=EXAMPLES * 2 // 5)
+settings.register_profile("quick", parent=settings.get_profile("full"), max_examples=EXAMPLES * 3 // 10)
 settings.register_profile("thorough", parent=settings.get_profile("full"), max_examples=EXAMPLES * 15)
 
 

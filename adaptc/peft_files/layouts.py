@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, deserialize
 from torch import Tensor
@@ -100,11 +101,11 @@ def _read(file: Opened) -> Any:
     length = int.from_bytes(first, "little")
     try:
         # Not torch.empty: its memory is aligned, and so mostly new to the process, which takes longer than the reading.
-        room = torch.frombuffer(bytearray(_ALIGNED + file.size), dtype=torch.uint8)
-    except (RuntimeError, MemoryError, OverflowError) as exc:
+        room = np.empty(_ALIGNED + file.size, np.uint8)
+    except (ValueError, MemoryError) as exc:
         raise CheckpointError(f"{file.path} has {file.size} bytes, for which there is no memory here") from exc
-    lead = -(room.data_ptr() + 8 + length) % _ALIGNED
-    whole = room.numpy()[lead : lead + file.size]
+    lead = -(room.ctypes.data + 8 + length) % _ALIGNED
+    whole = room[lead : lead + file.size]
     file.into(whole)
     return whole
 

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import nn
 
 import adaptc
@@ -116,6 +116,7 @@ def swapping(sides: Sides, rounds: int) -> list[Row]:
         "swap from disk",
         {
             "safetensors load_file alone": lambda: load_file(file),
+            "the same into memory of its own": lambda: load(Path(file).read_bytes()),
             "PEFT hotswap_adapter": lambda: hotswap_adapter(sides.peft, next_dir(), adapter_name="default"),
             "PEFT load_adapter + delete_adapter": load_adapter,
             "adaptc swap(directory)": lambda: adaptc.swap(sides.program, next_dir()),

@@ -27,7 +27,7 @@ from tests.support.oracle import (
     tensors_of,
 )
 
-pytestmark = pytest.mark.few(4)
+pytestmark = pytest.mark.few(3)
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = ["llama", "gemma2", "gpt2", "bert", "t5", "resnet"]

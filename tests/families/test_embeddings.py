@@ -14,7 +14,7 @@ import adaptc
 from tests.support.families import FAMILIES
 from tests.support.oracle import Oracle, assert_differs, assert_same, base, file_tensors, load_peft, quiet, run
 
-pytestmark = pytest.mark.few(4)
+pytestmark = pytest.mark.few(3)
 
 #: gemma2 scales its embedding and ties its head to it, opt projects it, t5 shares it between two stacks and the head.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -93,7 +93,7 @@ def base(name: str) -> adaptc.AdaptedProgram:
     return adaptc.unload(adaptc.compile(model, adaptc.LoraConfig(target_modules="all-linear")))
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", ["gpt2", "t5", "llama"])
 @pytest.mark.parametrize("kind", [k for k in TABLES if k in CONFIGS])
 def test_completed_configs(kind, name):

@@ -10,7 +10,7 @@ from tests.support.method_checks import CHECKS, Subject, adapter_parameters, cas
 from tests.support.method_table import BY_NAME, ENTRIES
 
 
-@pytest.mark.few(230)
+@pytest.mark.few(160)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__.removeprefix("check_"))
 @pytest.mark.parametrize(("entry", "layer"), cases())
 def test_method(check, entry, layer, tmp_path):
@@ -42,7 +42,7 @@ def test_reports_and_verification(entry, tmp_path):
     assert verified.ok, str(verified)
 
 
-@pytest.mark.few(14)
+@pytest.mark.few(8)
 @pytest.mark.parametrize("entry", [e.name for e in ENTRIES])
 def test_a_subset_of_the_sites(entry, tmp_path):
     """A program for two layers takes an adapter of one of them: the other computes the base."""

@@ -27,7 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
 TARGETS = {"llama": ["q_proj", "o_proj"], "bert": ["query", "output.dense"], "t5": ["q", "o"]}
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("method", list(METHODS))
 def test_both_ways(method: str, model: str, tmp_path: Path) -> None:

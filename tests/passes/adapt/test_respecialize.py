@@ -72,7 +72,7 @@ NAMES = [
 ]
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(4)
 @pytest.mark.filterwarnings("ignore:The tensor attributes self.rnn._flat_weights")
 @pytest.mark.parametrize("name", NAMES)
 def test_swaps_of_rank(name: str) -> None:
@@ -104,7 +104,7 @@ class Sequenced(nn.Module):
         return self.head(torch.tanh(self.conv(self.embed(ids).mT).mT))
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("forms", ["apply", "weight"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["", "dynamic"])
 @pytest.mark.parametrize("ranks", [(3, 5), (5, 3), (1, 7), (7, 1), (1, 2)], ids=str)

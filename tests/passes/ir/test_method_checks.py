@@ -350,7 +350,7 @@ def test_a_class_that_is_no_method_is_refused_when_registered() -> None:
 # -- adaptc's own ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(24)
+@pytest.mark.few(16)
 @pytest.mark.parametrize("layer", ["linear", "embedding", "conv2d_groups", "conv_transpose", "experts"])
 @pytest.mark.parametrize("entry", [e.name for e in ENTRIES])
 def test_the_methods_of_the_table_keep_every_promise(entry: str, layer: str) -> None:
