@@ -7,7 +7,7 @@ that has a value for every slot of the spec, or an error and nothing else.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from adaptc.binding.file_keys import base_name, keys_of, second_name
 from adaptc.binding.fits import fingerprint
 from adaptc.binding.misfits import Cast, check_casts, check_kind, check_kinds, check_shapes, finite_scale, unbound
 from adaptc.errors import CheckpointError, ConfigError, SwapError, TargetError
-from adaptc.methods import AdapterConfig, check_sizes
+from adaptc.methods import AdapterConfig, TargetedConfig, check_sizes
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.method import Method, Slot, Slots
 from adaptc.passes.ir.ops import Op
@@ -75,6 +75,8 @@ def bind(
     builder = _Builder(spec, config, tensors.values() if copy else ())
     left = dict.fromkeys(tensors)
     present = _present(spec, config, tensors, left, fit=fit)
+    if fit:
+        builder.config = _as_found(config, spec, [(a, method) for a, method, _ in present])
     for a, method, found in present:
         op = spec.ops[a.id]
         check_kinds(a, op, method, found, spec.dtype(a), source, read=False)
@@ -98,6 +100,17 @@ def bind(
             f"{source} holds no tensor for any site of the program, so it would do nothing; unload() gives the base"
         )
     return builder.done(source)
+
+
+def _as_found(config: AdapterConfig, spec: BindingSpec, methods: Sequence[tuple[Attachment, Method]]) -> AdapterConfig:
+    """``config`` with the ranks that tensors turned out to have, so that what is written of it can be read; as it is
+    where it has no words for them."""
+    if not isinstance(config, TargetedConfig):
+        return config
+    ranks = {a.name or a.module: rank for a, method in methods if (rank := method.rank()) is not None}
+    new = config.with_ranks(ranks)
+    told = all(a.method.rebind(new, a).at(spec.ops[a.id]).rank() == method.rank() for a, method in methods)
+    return new if told else config
 
 
 _Found = tuple[Attachment, Method, dict[str, Tensor]]

@@ -69,8 +69,10 @@ class _Filled:
 class Recipe:
     """Made of one binding; call it with the tensors of another adapter of the same structure."""
 
-    def __init__(self, binding: Binding, taken: list[_Taken], filled: list[_Filled]) -> None:
+    def __init__(self, binding: Binding, taken: list[_Taken], filled: list[_Filled], fit: bool) -> None:
         self.kind = type(binding.config)
+        # With the ranks of its tensors, which the next ones have too.
+        self._config = binding.config if fit else None
         self._order, self._methods, self._name = tuple(binding.values), dict(binding.methods), binding.name
         self._parameters = [(t.fqn, t.key) for t in taken if t.to is None and t.parameter]
         self._others = [t for t in taken if t.to is not None or not t.parameter]
@@ -96,7 +98,7 @@ class Recipe:
             return None
         for f in self._filled:
             values[f.fqn] = f()
-        return Binding(values, dict(self._methods), config, name=self._name, source=source)
+        return Binding(values, dict(self._methods), self._config or config, name=self._name, source=source)
 
 
 class Recipes:
@@ -223,7 +225,7 @@ def _recipe(spec: BindingSpec, binding: Binding, tensors: Mapping[str, Tensor], 
     if any(isinstance(values[t.fqn], Parameter) is not t.parameter for t in (*taken, *filled)):
         return None
     known = all(_is(t, tensors[t.key], values[t.fqn]) for t in taken)
-    return Recipe(binding, taken, filled) if known and all(_same(f(), values[f.fqn]) for f in filled) else None
+    return Recipe(binding, taken, filled, fit) if known and all(_same(f(), values[f.fqn]) for f in filled) else None
 
 
 def _passes_through(method: Method, op: Op) -> bool:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self, cast
@@ -180,6 +182,23 @@ class TargetedConfig(AdapterConfig):
         for name, value in values.items():
             if getattr(self, name) is None:
                 setattr(new, name, value)
+        return new
+
+    def with_ranks(self, ranks: Mapping[str, int]) -> Self:
+        """This config for an adapter whose modules have these ranks, by the names that :meth:`method` is asked with;
+        itself where it has no rank, or one for all where there are several."""
+        own = {f.name for f in fields(self)}
+        if "r" not in own or not ranks:
+            return self
+        (r, _), *_ = Counter(ranks.values()).most_common(1)
+        values: dict[str, Any] = {"r": r}
+        if "rank_pattern" in own:
+            # The first key that matches the end of a name rules, so longer names come first.
+            others = sorted((n for n in ranks if ranks[n] != r), key=len, reverse=True)
+            values["rank_pattern"] = {re.escape(n): ranks[n] for n in others}
+        new = copy.copy(self)
+        for name, value in values.items():
+            setattr(new, name, value)
         return new
 
     def to_dict(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -107,6 +107,9 @@ class AdaLoraConfig(LoraConfig):
                 f"{self.init_r} bools, as adaptc.RankAllocator makes them. To choose ranks by hand use LoraConfig."
             )
         return table.tolist()
+
+    def with_ranks(self, ranks: Mapping[str, int]) -> Self:
+        return self  # its ranks are masks
 
     def pattern_entries(self) -> dict[str, Mapping[str, Any]]:
         # The modules in the keys of sites: PEFT's wrappers and what a module calls its parameters are no part of them.

@@ -7,6 +7,7 @@ the adapters by themselves; these are far apart, so what is of two adapters is n
 from __future__ import annotations
 
 import copy
+import faulthandler
 import random
 import sys
 import threading
@@ -139,7 +140,8 @@ def compiles(s: Stage, rng: random.Random) -> None:
 
 
 def verifies(s: Stage, rng: random.Random) -> None:
-    assert adaptc.verify(s.program, net()).ok
+    report = adaptc.verify(s.program, net())
+    assert report.ok, str(report)
 
 
 Deed = Callable[[Stage, random.Random], None]
@@ -194,7 +196,9 @@ def everything_at_once(stage: Stage, seconds: float, threads: int, deeds: dict[D
         for t in pool:
             t.join(seconds + 120)
     assert not faults, faults[0]
-    assert not any(t.is_alive() for t in pool), "threads wait for each other"
+    if any(t.is_alive() for t in pool):
+        faulthandler.dump_traceback(sys.__stderr__)
+        raise AssertionError("threads wait for each other")
 
 
 def test_threads_see_whole_adapters(tmp_path: Path) -> None:
