@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from adaptc.errors import AdaptcError
+from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.lifted import user_inputs
 from adaptc.passes.ir.trees import pytree
 from adaptc.verify.random_sizes import Sizes, SizeSampler, shape_of
@@ -64,6 +65,7 @@ def given(inputs: Any) -> list[Run]:
     return runs
 
 
+@exclusive  # fake tensors say "meta" of their device while another thread computes with them
 def draw(
     program: ExportedProgram,
     *,
