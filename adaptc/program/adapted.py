@@ -6,22 +6,22 @@ bound, trained and moved; its state, and how it keeps itself consistent, is in `
 
 from __future__ import annotations
 
-import types
+from functools import partial
 from typing import Any
 
-from torch import fx
 from torch.export import ExportedProgram
 
 from adaptc.binding.source import as_binding
-from adaptc.errors import AdaptcError
 from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.passes.ir.forgetting import forget_code
 from adaptc.passes.ir.pass_infra import Trail
 from adaptc.passes.train.fuse_training import fuse_training
-from adaptc.passes.train.set_mode import set_mode
 from adaptc.program.bound import Bound
 from adaptc.program.core import ProgramCore
+from adaptc.program.pretrained_module import pretrained
+from adaptc.program.program_module import ProgramModule, plain
 from adaptc.program.unload import unloaded
+from adaptc.runtime.call_inputs import Inputs
 from adaptc.runtime.held_values import Held
 from adaptc.runtime.variants import Fusion
 
@@ -130,8 +130,11 @@ class AdaptedProgram(ProgramCore):
 
     # -- training ------------------------------------------------------------------------------------------------------
 
-    def module(self, check_guards: bool = True) -> fx.GraphModule:
+    def module(self, check_guards: bool = True) -> ProgramModule:
         """An ``nn.Module`` to train: its parameters are the program's own; only adapter parameters require grad.
+
+        Its ``state_dict`` is the adapter in PEFT's keys. Of a program that was captured from a transformers model it is
+        a ``PreTrainedModel``, which trainers take as they take PEFT's.
 
         ``train()`` and ``eval()`` switch dropout and batch norm, for programs compiled with ``training=True``. Where
         there is something to train and :attr:`fuse` is on, layers with LoRA, gated activations and the cross entropy of
@@ -139,36 +142,22 @@ class AdaptedProgram(ProgramCore):
         """
         with GRAPHS:
             still = self.snapshot()
-            module = ExportedProgram.module(still, check_guards=check_guards)
+            graph = ExportedProgram.module(still, check_guards=check_guards)
             values = {} if still.current is None else still.current.values
             trainable = {id(t) for t in values.values() if t.requires_grad}
-            for p in module.parameters():
+            for p in graph.parameters():
                 p.requires_grad_(id(p) in trainable)
             if trainable and still.fuse:
-                fuse_training(module)
-            _allow_modes(module, self.adaptation.training)
+                fuse_training(graph)
             forget_code()
-            return module
+            return _kind_of_module(still)(still, graph, partial(_module_of, check_guards=check_guards))
 
 
-def _allow_modes(module: fx.GraphModule, captured_for_training: bool) -> None:
-    """Give an exported module the ``train`` and ``eval`` it refuses: they rewrite the flags in its graph."""
+def _module_of(program: Any, **how: Any) -> ProgramModule:
+    return program.module(**how)
 
-    def train(self: fx.GraphModule, mode: bool = True) -> fx.GraphModule:
-        if mode and not captured_for_training:
-            raise AdaptcError(
-                "the program was captured for inference, without its dropout; compile(model, config, training=True) to "
-                "train with train() and eval(). Training without dropout needs no train() call."
-            )
-        set_mode(self, mode)
-        for m in self.modules():
-            m.training = mode
-        return self
 
-    def eval_(self: fx.GraphModule) -> fx.GraphModule:
-        return train(self, False)
-
-    module.train = types.MethodType(train, module)  # type: ignore[method-assign]
-    module.eval = types.MethodType(eval_, module)  # type: ignore[method-assign]
-    for m in module.modules():
-        m.training = captured_for_training
+def _kind_of_module(program: AdaptedProgram) -> type[ProgramModule]:
+    source, inputs = program.adaptation.source, Inputs.of(program, program.adaptation.fills)
+    takes = inputs.n_args, tuple(inputs.names), frozenset(inputs.fills)
+    return plain(*takes) if source is None else pretrained(source.kind, *takes)
