@@ -40,8 +40,8 @@ _MISSING = object()
 class Source:
     """What a program remembers of the transformers model it was captured from, for those who ask its module.
 
-    ``config``: a copy. ``inputs``: the names that ``forward`` takes, in order. ``input_embedding``: module path, None
-    when unknown.
+    ``config``: a copy. ``inputs``: the names that ``forward`` takes, in order. ``input_embedding`` and
+    ``output_embedding``: module paths, None when unknown.
     """
 
     kind: type
@@ -49,6 +49,7 @@ class Source:
     generation_config: Any
     inputs: tuple[str, ...]
     input_embedding: str | None
+    output_embedding: str | None
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ def _source(model: nn.Module) -> Source:
         copy.deepcopy(getattr(model, "generation_config", None)),
         tuple(inspect.signature(model.forward).parameters),
         _path_of(model, "get_input_embeddings"),
+        _path_of(model, "get_output_embeddings"),
     )
 
 

@@ -6,15 +6,19 @@ bound, trained and moved; its state, and how it keeps itself consistent, is in `
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
+from torch import fx
 from torch.export import ExportedProgram
 
 from adaptc.binding.source import as_binding
+from adaptc.errors import AdaptcError
 from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.passes.ir.forgetting import forget_code
+from adaptc.passes.ir.module_paths import owners_of
 from adaptc.passes.ir.pass_infra import Trail
+from adaptc.passes.train.backbone import cut_at_head
 from adaptc.passes.train.fuse_training import fuse_training
 from adaptc.program.bound import Bound
 from adaptc.program.core import ProgramCore
@@ -142,22 +146,32 @@ class AdaptedProgram(ProgramCore):
         """
         with GRAPHS:
             still = self.snapshot()
-            graph = ExportedProgram.module(still, check_guards=check_guards)
-            values = {} if still.current is None else still.current.values
-            trainable = {id(t) for t in values.values() if t.requires_grad}
-            for p in graph.parameters():
-                p.requires_grad_(id(p) in trainable)
-            if trainable and still.fuse:
-                fuse_training(graph)
+            made = ModuleOf(check_guards)(still)
             forget_code()
-            return _kind_of_module(still)(still, graph, partial(_module_of, check_guards=check_guards))
+            return made
 
 
-def _module_of(program: Any, **how: Any) -> ProgramModule:
-    return program.module(**how)
+@dataclass(frozen=True)
+class ModuleOf:
+    """How :meth:`AdaptedProgram.module` was asked to make a module."""
 
+    check_guards: bool
 
-def _kind_of_module(program: AdaptedProgram) -> type[ProgramModule]:
-    source, inputs = program.adaptation.source, Inputs.of(program, program.adaptation.fills)
-    takes = inputs.n_args, tuple(inputs.names), frozenset(inputs.fills)
-    return plain(*takes) if source is None else pretrained(source.kind, *takes)
+    def __call__(self, program: ProgramCore) -> ProgramModule:
+        source, inputs = program.adaptation.source, Inputs.of(program, program.adaptation.fills)
+        takes = inputs.n_args, tuple(inputs.names), frozenset(inputs.fills)
+        kind = plain(*takes) if source is None else pretrained(source.kind, *takes)
+        return kind(program, self.graph(program), self)
+
+    def graph(self, program: ProgramCore, head: str | None = None) -> fx.GraphModule:
+        """See :class:`Making`."""
+        graph = ExportedProgram.module(program, check_guards=self.check_guards)
+        values = {} if program.current is None else program.current.values
+        trainable = {id(t) for t in values.values() if t.requires_grad}
+        for p in graph.parameters():
+            p.requires_grad_(id(p) in trainable)
+        if head is not None and not cut_at_head(graph, head, owners_of(program)):
+            raise AdaptcError(f"the program does not end in one linear layer {head!r}, so it has no part before it")
+        if trainable and program.options.fuse:
+            fuse_training(graph)
+        return graph

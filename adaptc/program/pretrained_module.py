@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,10 @@ from adaptc.binding.source import as_binding
 from adaptc.capture.capture import Source
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.passes.ir.module_paths import module_path, owners_of
+from adaptc.passes.train.set_mode import set_mode
 from adaptc.program.adapter_files import link_for_trainer, write_current
 from adaptc.program.core import ProgramCore
-from adaptc.program.program_module import ProgramModule, forward_taking
+from adaptc.program.program_module import Making, ProgramModule, forward_taking, tables_of
 
 #: keywords of ``forward`` that say how a model is to answer -> what a program does
 _ANSWERS: dict[str, tuple[Any, ...]] = {
@@ -39,18 +39,22 @@ _MEANS = {"ForCausalLM": 1}
 _IGNORED = -100
 
 
-class EmbeddingPort(nn.Module):
-    """Where the input embeddings leave their layer: hooks on it see and change what it gives. ``weight`` is the
-    program's own, (V, K)."""
+class Tensors(nn.Module):
+    """The ``weight`` and ``bias`` of a layer of a program, as they are now; hooks on it see and change what the layer
+    gives. ``bias`` is None for a layer without one."""
 
-    def __init__(self, holder: nn.Module, name: str) -> None:
+    def __init__(self, holder: nn.Module, weight: str) -> None:
         super().__init__()
-        vars(self)["_where"] = holder, name
+        vars(self)["_where"] = holder, weight
 
     @property
     def weight(self) -> Tensor:
         holder, name = vars(self)["_where"]
         return getattr(holder, name)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(vars(self)["_where"][0], "bias", None)
 
     @property
     def num_embeddings(self) -> int:
@@ -64,14 +68,33 @@ class EmbeddingPort(nn.Module):
         return y
 
 
+class Backbone(nn.Module):
+    """A program without its head. Takes what the module ``whole`` takes; ``last_hidden_state`` is what the head reads.
+
+    ``graph``: made by ``cut_at_head``; it reads the tensors of ``whole``.
+    """
+
+    def __init__(self, whole: PretrainedModule, graph: fx.GraphModule) -> None:
+        super().__init__()
+        vars(self).update(tables_of(whole), whole=whole, graph_module=graph)
+        vars(graph).update(tables_of(whole))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutput
+
+        whole: PretrainedModule = vars(self)["whole"]
+        graph: fx.GraphModule = vars(self)["graph_module"]
+        set_mode(graph, whole.training)
+        kwargs = whole.inputs.complete((), whole.by_name(args, kwargs))
+        return BaseModelOutput(last_hidden_state=graph(**kwargs))
+
+
 class PretrainedModule(ProgramModule):
     """See the module docstring; made by :func:`pretrained`."""
 
-    def __init__(
-        self, program: ProgramCore, graph: fx.GraphModule, again: Callable[[ProgramCore], ProgramModule]
-    ) -> None:
+    def __init__(self, program: ProgramCore, graph: fx.GraphModule, making: Making) -> None:
         port = _open_port(graph, program)
-        super().__init__(program, graph, again)
+        super().__init__(program, graph, making)
         source = self.source
         self.config = copy.deepcopy(source.config)
         self.generation_config = copy.deepcopy(source.generation_config)
@@ -80,7 +103,7 @@ class PretrainedModule(ProgramModule):
         #: what TRL notes on models, so as to warn once
         self.warnings_issued: dict[str, bool] = {}
         self.all_tied_weights_keys: dict[str, str] = {}
-        vars(self)["port"] = port
+        vars(self).update(port=port, backbone=None)
 
     @property
     def source(self) -> Source:
@@ -99,7 +122,7 @@ class PretrainedModule(ProgramModule):
 
     def forward(self, *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
         """What the model's own ``forward`` takes. Raises AdaptcError for what the program was not captured for."""
-        kwargs = self._by_name(args, kwargs)
+        kwargs = self.by_name(args, kwargs)
         labels = kwargs.get("labels")
         out = super().forward(**kwargs)
         if labels is None or not hasattr(out, "loss"):
@@ -112,7 +135,8 @@ class PretrainedModule(ProgramModule):
             out.loss = torch.where(count > 0, out.loss * (count / num_items_in_batch), 0.0)
         return out
 
-    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Inputs of the model's ``forward`` as those of the program. Left out is what asks for what it does anyhow."""
         known = self.source.inputs
         if args and not self.inputs.n_args:
             if len(args) > len(known):
@@ -132,14 +156,35 @@ class PretrainedModule(ProgramModule):
 
     # -- what transformers asks of a model -----------------------------------------------------------------------------
 
-    def get_input_embeddings(self) -> EmbeddingPort:
+    def get_input_embeddings(self) -> Tensors:
         """Hooks on it act on the embeddings (NEFTune). Raises AdaptcError where the program has none that it knows."""
         if vars(self)["port"] is None:
             raise AdaptcError("the program does not know its input embeddings")
         return vars(self)["port"]
 
-    def get_output_embeddings(self) -> None:
-        return None
+    def get_output_embeddings(self) -> Tensors:
+        """Weight and bias of the output layer. Raises AdaptcError for one that has an adapter, whose weight says only
+        half of what it computes, and where the program has none that it knows."""
+        path = self.source.output_embedding
+        if path is None or not hasattr(self.get_submodule(path), "weight"):
+            raise AdaptcError("the program does not know its output layer")
+        if any(a.module == path for a in self.program.adaptation.attachments):
+            raise AdaptcError(
+                f"the output layer {path!r} has an adapter, so its weight alone is not what it computes; leave it out "
+                "of target_modules and modules_to_save, or train without what asks for it"
+            )
+        return Tensors(self.get_submodule(path), "weight")
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The program without its head: trainers that compute their own loss call it. Raises AdaptcError as
+        :meth:`get_output_embeddings` does."""
+        self.get_output_embeddings()
+        if vars(self)["backbone"] is None:
+            graph = self.making.graph(self.program, self.source.output_embedding)
+            _open_port(graph, self.program, vars(self)["port"])
+            vars(self)["backbone"] = Backbone(self, graph)
+        return vars(self)["backbone"]
 
     def tie_weights(self, *_: Any, **__: Any) -> None:
         """The program's weights are tied as the model's were."""
@@ -212,8 +257,8 @@ def _without_loss(out: Any) -> Any:
     return type(out)(**{k: v for k, v in out.items() if k != "loss"})
 
 
-def _open_port(graph: fx.GraphModule, program: ProgramCore) -> EmbeddingPort | None:
-    """Lead what the input embeddings give through a module that can have hooks."""
+def _open_port(graph: fx.GraphModule, program: ProgramCore, port: Tensors | None = None) -> Tensors | None:
+    """Lead what the input embeddings give through a module that can have hooks, a new one or ``port``."""
     source = program.adaptation.source
     path = None if source is None else source.input_embedding
     known = owners_of(program)
@@ -221,7 +266,7 @@ def _open_port(graph: fx.GraphModule, program: ProgramCore) -> EmbeddingPort | N
         weight = node.args[0]
         if path and module_path(node, known) == path and weight.op == "get_attr":
             holder, _, name = str(weight.target).rpartition(".")
-            port = EmbeddingPort(graph.get_submodule(holder), name)
+            port = port or Tensors(graph.get_submodule(holder), name)
             target = next(n for i in range(10**6) if not hasattr(graph, n := f"input_embeddings{i or ''}"))
             graph.add_submodule(target, port)
             with graph.graph.inserting_after(node):

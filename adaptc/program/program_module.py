@@ -19,7 +19,7 @@ import inspect
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -36,21 +36,34 @@ from adaptc.runtime.call_inputs import Inputs
 _TABLES = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 
 
+class Making(Protocol):
+    """How modules are made of programs."""
+
+    def __call__(self, program: ProgramCore) -> ProgramModule: ...
+
+    def graph(self, program: ProgramCore, head: str | None = None) -> fx.GraphModule:
+        """What the module runs; with ``head``, only as far as the layer of that path. Raises AdaptcError where that is
+        not possible."""
+        ...
+
+
+def tables_of(module: nn.Module) -> dict[str, Any]:
+    """The tables of a module, for one that is to share them: whoever replaces a parameter does it for both."""
+    return {name: vars(module)[name] for name in _TABLES}
+
+
 class ProgramModule(nn.Module):
-    """Made by :meth:`AdaptedProgram.module`. ``program``: a snapshot, which nobody swaps; ``again`` makes of another
-    program what this one is of its own."""
+    """Made by :meth:`AdaptedProgram.module`. ``program``: a snapshot, which nobody swaps."""
 
     graph_module: fx.GraphModule
     #: of a module: a function and its arguments, by which ``pickle`` makes it again; set by who writes programs
     pickled: ClassVar[Callable[[ProgramModule], tuple[Any, ...]]]
 
-    def __init__(
-        self, program: ProgramCore, graph: fx.GraphModule, again: Callable[[ProgramCore], ProgramModule]
-    ) -> None:
+    def __init__(self, program: ProgramCore, graph: fx.GraphModule, making: Making) -> None:
         nn.Module.__init__(self)
         # The graph is no attribute that torch sees, or it would be a child.
-        vars(self).update({name: vars(graph)[name] for name in _TABLES}, graph_module=graph)
-        self.program, self.again = program, again
+        vars(self).update(tables_of(graph), graph_module=graph)
+        self.program, self.making = program, making
         self.inputs = Inputs.of(program, program.adaptation.fills)
         self._whole = False
         self._set_flags(program.adaptation.training)
@@ -131,7 +144,7 @@ class ProgramModule(nn.Module):
         return self._whole
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProgramModule:
-        return self.like_this(self.again(copy.deepcopy(self.program, memo)))
+        return self.like_this(self.making(copy.deepcopy(self.program, memo)))
 
     def like_this(self, new: ProgramModule) -> ProgramModule:
         """``new``, a module of a copy of the program, in the mode of this one and with what trains here."""
