@@ -143,14 +143,14 @@ def from_program(
     return AdaptedProgram(made, adaptation, binding, options)
 
 
-def unpickled_module(data: bytes, source: Source | None, training: bool) -> ProgramModule:
+def unpickled_module(data: bytes, source: Source | None, options: RunOptions, training: bool) -> ProgramModule:
     """What :func:`_pickled` took apart."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "module.pt2"
         path.write_bytes(data)
-        loaded = load_program(path, RunOptions())
+        loaded = load_program(path, options)
     adaptation = replace(loaded.adaptation, source=source)
-    module = AdaptedProgram(loaded, adaptation, loaded.current, RunOptions()).module()
+    module = AdaptedProgram(loaded, adaptation, loaded.current, options).module()
     return module.train(training)
 
 
@@ -158,7 +158,7 @@ def _pickled(module: ProgramModule) -> tuple[Any, ...]:
     program = module.program
     with tempfile.TemporaryDirectory() as folder:
         path = save_program(program, Path(folder) / "module.pt2")
-        return unpickled_module, (path.read_bytes(), program.adaptation.source, module.training)
+        return unpickled_module, (path.read_bytes(), program.adaptation.source, program.options, module.training)
 
 
 ProgramModule.pickled = staticmethod(_pickled)
