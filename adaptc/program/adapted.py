@@ -146,7 +146,7 @@ class AdaptedProgram(ProgramCore):
         """
         with GRAPHS:
             still = self.snapshot()
-            made = ModuleOf(check_guards)(still)
+            made = ModuleOf(check_guards)(still, self)
             forget_code()
             return made
 
@@ -157,11 +157,11 @@ class ModuleOf:
 
     check_guards: bool
 
-    def __call__(self, program: ProgramCore) -> ProgramModule:
+    def __call__(self, program: ProgramCore, owner: ProgramCore) -> ProgramModule:
         source, inputs = program.adaptation.source, Inputs.of(program, program.adaptation.fills)
         takes = inputs.n_args, tuple(inputs.names), frozenset(inputs.fills)
         kind = plain(*takes) if source is None else pretrained(source.kind, *takes)
-        return kind(program, self.graph(program), self)
+        return kind(program, owner, self.graph(program), self)
 
     def graph(self, program: ProgramCore, head: str | None = None) -> fx.GraphModule:
         """See :class:`Making`."""

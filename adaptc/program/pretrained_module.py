@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -92,9 +93,9 @@ class Backbone(nn.Module):
 class PretrainedModule(ProgramModule):
     """See the module docstring; made by :func:`pretrained`."""
 
-    def __init__(self, program: ProgramCore, graph: fx.GraphModule, making: Making) -> None:
+    def __init__(self, program: ProgramCore, owner: ProgramCore, graph: fx.GraphModule, making: Making) -> None:
         port = _open_port(graph, program)
-        super().__init__(program, graph, making)
+        super().__init__(program, owner, graph, making)
         source = self.source
         self.config = copy.deepcopy(source.config)
         self.generation_config = copy.deepcopy(source.generation_config)
@@ -103,6 +104,8 @@ class PretrainedModule(ProgramModule):
         #: what TRL notes on models, so as to warn once
         self.warnings_issued: dict[str, bool] = {}
         self.all_tied_weights_keys: dict[str, str] = {}
+        #: what is added to a loss, where something is
+        self.penalty: Callable[[], Tensor] | None = None
         vars(self).update(port=port, backbone=None)
 
     @property
@@ -133,6 +136,8 @@ class PretrainedModule(ProgramModule):
             count = (labels[..., _MEANS[str(self.loss_type)] :] != _IGNORED).sum()
             # A batch without labels that count has no loss, and adds nothing.
             out.loss = torch.where(count > 0, out.loss * (count / num_items_in_batch), 0.0)
+        if self.penalty is not None:
+            out.loss = out.loss + self.penalty()
         return out
 
     def by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

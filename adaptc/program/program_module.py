@@ -39,7 +39,7 @@ _TABLES = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 class Making(Protocol):
     """How modules are made of programs."""
 
-    def __call__(self, program: ProgramCore) -> ProgramModule: ...
+    def __call__(self, program: ProgramCore, owner: ProgramCore) -> ProgramModule: ...
 
     def graph(self, program: ProgramCore, head: str | None = None) -> fx.GraphModule:
         """What the module runs; with ``head``, only as far as the layer of that path. Raises AdaptcError where that is
@@ -53,17 +53,17 @@ def tables_of(module: nn.Module) -> dict[str, Any]:
 
 
 class ProgramModule(nn.Module):
-    """Made by :meth:`AdaptedProgram.module`. ``program``: a snapshot, which nobody swaps."""
+    """Made by :meth:`AdaptedProgram.module`. ``program``: a snapshot, which nobody swaps, of ``owner``."""
 
     graph_module: fx.GraphModule
     #: of a module: a function and its arguments, by which ``pickle`` makes it again; set by who writes programs
     pickled: ClassVar[Callable[[ProgramModule], tuple[Any, ...]]]
 
-    def __init__(self, program: ProgramCore, graph: fx.GraphModule, making: Making) -> None:
+    def __init__(self, program: ProgramCore, owner: ProgramCore, graph: fx.GraphModule, making: Making) -> None:
         nn.Module.__init__(self)
         # The graph is no attribute that torch sees, or it would be a child.
         vars(self).update(tables_of(graph), graph_module=graph)
-        self.program, self.making = program, making
+        self.program, self.owner, self.making = program, owner, making
         self.inputs = Inputs.of(program, program.adaptation.fills)
         self._whole = False
         self._set_flags(program.adaptation.training)
@@ -116,8 +116,12 @@ class ProgramModule(nn.Module):
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def binding(self) -> Binding:
-        """The program's, with the tensors that the module has now. Raises AdaptcError for one without an adapter."""
-        own, binding = _tensors(self), self.program.binding
+        """The program's, with the tensors that the module has now. Raises AdaptcError for one without an adapter.
+
+        What is trained may be known better by now: AdaLoRA's ranks, as long as nobody swaps."""
+        own, binding, now = _tensors(self), self.program.binding, self.owner.current
+        if now is not None and all(now.values.get(k) is t for k, t in binding.values.items()):
+            binding = now
         return replace(binding, values={k: own.get(k, t) for k, t in binding.values.items()})
 
     def adapter_state(self) -> dict[str, Tensor]:
@@ -144,7 +148,8 @@ class ProgramModule(nn.Module):
         return self._whole
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProgramModule:
-        return self.like_this(self.making(copy.deepcopy(self.program, memo)))
+        program = copy.deepcopy(self.program, memo)
+        return self.like_this(self.making(program, program))
 
     def like_this(self, new: ProgramModule) -> ProgramModule:
         """``new``, a module of a copy of the program, in the mode of this one and with what trains here."""
