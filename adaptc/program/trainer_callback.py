@@ -1,8 +1,8 @@
 """What happens between the steps of a training: gradients are looked at, and ranks are cut.
 
 Before: a program that trains through ``program.module()``. After each step: an adapter of finite values, and for
-AdaLoRA the ranks that its config wants. For loops of one's own there are :func:`check_gradients` and ``RankAllocator``; for
-transformers' Trainer :func:`trainer_callback` calls both.
+AdaLoRA the ranks that its config wants. For loops of one's own there are :func:`check_gradients` and ``RankAllocator``;
+for transformers' Trainer :func:`trainer_callback` calls both.
 """
 
 from __future__ import annotations
