@@ -17,6 +17,7 @@ from adaptc.errors import AdaptcError
 from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.passes.ir.forgetting import forget_code
 from adaptc.passes.ir.pass_infra import Trail
+from adaptc.passes.train.checkpoint import checkpoint
 from adaptc.passes.train.fuse_training import fuse_training
 from adaptc.passes.train.set_mode import set_mode
 from adaptc.program.bound import Bound
@@ -130,13 +131,23 @@ class AdaptedProgram(ProgramCore):
 
     # -- training ------------------------------------------------------------------------------------------------------
 
-    def module(self, check_guards: bool = True) -> fx.GraphModule:
+    def module(self, check_guards: bool = True, gradient_checkpointing: bool | int = False) -> fx.GraphModule:
         """An ``nn.Module`` to train: its parameters are the program's own; only adapter parameters require grad.
 
         ``train()`` and ``eval()`` switch dropout and batch norm, for programs compiled with ``training=True``. Where
         there is something to train and :attr:`fuse` is on, layers with LoRA, gated activations and the cross entropy of
         a head run as one step each, with backwards of their own: equal gradients, of first order alone.
+
+        ``gradient_checkpointing``: True to compute each repeated block again in the backward, for less memory, a number
+        for as many blocks at a time; in training mode, and with equal gradients. Raises ConfigError for any other
+        value, and AdaptcError for programs captured for inference, which are never in training mode, and where no block
+        is repeated or can be computed twice. An AdaptcWarning tells of blocks that cannot.
         """
+        if gradient_checkpointing is not False and not self.adaptation.training:
+            raise AdaptcError(
+                "gradient_checkpointing works in training mode, and the program was captured for inference: "
+                "compile(model, config, training=True)"
+            )
         with GRAPHS:
             still = self.snapshot()
             module = ExportedProgram.module(still, check_guards=check_guards)
@@ -146,6 +157,8 @@ class AdaptedProgram(ProgramCore):
                 p.requires_grad_(id(p) in trainable)
             if trainable and still.fuse:
                 fuse_training(module)
+            if gradient_checkpointing is not False:
+                checkpoint(module, "auto" if gradient_checkpointing is True else gradient_checkpointing)
             _allow_modes(module, self.adaptation.training)
             forget_code()
             return module

@@ -3,14 +3,14 @@
 For: gradient checkpointing. Before: the graph of a module to train, as ``ExportedProgram.module()`` gives it, fused or
 not; values have fakes in their meta, as far as they come from a capture. After: nothing is changed.
 
-Two proposals, each verified on the graph, and the one that covers more of it is taken:
+Two proposals, each verified on the graph; of those that cover about as much of it, the one of more blocks is taken:
 - structure: the longest stretch of nodes that repeats itself, cut where least is handed on (``repeats``); names are not
   needed. A first or last block may do more than the others, as the one of T5 that makes the position bias does.
 - names: modules that are counted (``layers.0``, ``layers.1``, ...), for blocks that differ, such as those of which only
   some are adapted.
 
-What holds no gradient and comes from no parameter (masks, rotary angles, sizes) is outside of all blocks: such nodes may
-run before any block that reads them, wherever they were written.
+What holds no gradient and comes from no parameter (masks, rotary angles, sizes) is outside of all blocks: such nodes
+may run before any block that reads them, wherever they were written.
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise, zip_longest
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from adaptc.passes.analysis.repeats import repeats
-from adaptc.passes.ir.effects import is_metadata_assert, pure
+from adaptc.passes.ir.effects import is_metadata_assert, memory_groups, pure, written
 from adaptc.passes.ir.module_paths import clean_path, owners
 from adaptc.passes.ir.regions import node_tag
 
 #: stands for a size that is free, where only the order of magnitude matters
 FREE = 64
+#: the part of the best coverage with which a proposal is as good
+NEARLY = 0.9
 #: how many periods are tried for a stretch of the graph, those that cover most of it first
 TRIED = 12
 _COUNTED = re.compile(r"^(?:(.*)\.)?\d+$")
@@ -45,26 +48,27 @@ class Chain:
 
     blocks: tuple[Block, ...]
 
-    @property
-    def size(self) -> int:
-        return sum(map(len, self.blocks))
+
+def find_chains(module: fx.GraphModule, fresh: Collection[Any] = ()) -> list[Chain]:
+    """The chains of a module's graph, in order; none where nothing is repeated. ``fresh``: functions that are no ops,
+    and whose values are memory of their own."""
+    stream = _Stream(module, context(module, fresh))
+    proposed = [list(_by_structure(stream, 0, len(stream.nodes))), _by_names(stream)]
+    covered = [sum(bounds[-1] - bounds[0] for bounds in chains) for chains in proposed]
+    good = [chains for chains, n in zip(proposed, covered, strict=True) if n >= NEARLY * max(covered)]
+    found = max(good, key=lambda chains: sum(map(len, chains)))
+    return [Chain(tuple(tuple(stream.nodes[a:b]) for a, b in pairwise(bounds))) for bounds in sorted(found)]
 
 
-def find_chains(module: fx.GraphModule) -> list[Chain]:
-    """The chains of a module's graph, in order; none where nothing is repeated."""
-    stream = _Stream(module)
-    found = max(
-        (list(_by_structure(stream, 0, len(stream.nodes))), _by_names(stream)),
-        key=lambda chains: sum(bounds[-1] - bounds[0] for bounds in chains),
-    )
-    return [Chain(tuple(tuple(stream.nodes[a:b]) for a, b in _pairs(bounds))) for bounds in sorted(found)]
-
-
-def context(module: fx.GraphModule) -> set[fx.Node]:
-    """Nodes that follow from integers, sizes and buffers alone: no gradient flows through them, and they may move to
-    the front of the graph."""
+def context(module: fx.GraphModule, fresh: Collection[Any] = ()) -> set[fx.Node]:
+    """Nodes that follow from integers, sizes and buffers alone, in memory that nothing writes to: no gradient flows
+    through them, and they may move to the front of the graph."""
     found: set[fx.Node] = set()
+    memory = memory_groups(module.graph, fresh)
+    dirty = {memory[n] for node in module.graph.nodes for n in written(node)}
     for node in module.graph.nodes:
+        if memory[node] in dirty:
+            continue
         if node.op == "placeholder":
             value = node.meta.get("val")
             fixed = not isinstance(value, Tensor) or not value.is_floating_point()
@@ -84,8 +88,7 @@ def is_parameter(module: fx.GraphModule, node: fx.Node) -> bool:
 class _Stream:
     """The nodes that blocks are made of, and what is known of each by its position."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        outside = context(module)
+    def __init__(self, module: fx.GraphModule, outside: Collection[fx.Node]) -> None:
         ops = ("call_function", "call_method")
         self.nodes: list[fx.Node] = [n for n in module.graph.nodes if n.op in ops and n not in outside]
         self.at = {n: i for i, n in enumerate(self.nodes)}
@@ -125,14 +128,14 @@ class _Stream:
         if len(bounds) < 3:
             return False
         links: set[Any] | None = None
-        for block, behind in zip(_pairs(bounds), [*_pairs(bounds)][1:] + [None], strict=True):
+        for block, behind in zip_longest(pairwise(bounds), pairwise(bounds[1:])):
             if not any(n in self.parameters for i in range(*block) for n in self.nodes[i].all_input_nodes):
                 return False
             if behind is None:
                 break
-            read = [i for i in self.handed_on(*block) if any(behind[0] <= self.at.get(u, -1) < behind[1]
-                    for u in self.nodes[i].users)]  # fmt: skip
-            types = {_type(self.nodes[i]) for i in read}
+            handed = [self.nodes[i] for i in self.handed_on(*block)]
+            readers = set(self.nodes[slice(*behind)])
+            types = {_type(n) for n in handed if not readers.isdisjoint(n.users)}
             links = types if links is None else links & types
             made = sum(_elements(self.nodes[i]) for i in range(*block))
             if not links or 2 * self.cost(*block)[1] > made:
@@ -152,7 +155,7 @@ def _by_structure(stream: _Stream, start: int, end: int) -> Iterator[list[int]]:
 
 
 def _cut(stream: _Stream, first: int, period: int, last: int, start: int, end: int) -> list[int] | None:
-    """Bounds of the blocks in a stretch that repeats itself: where least is handed on, and then as many as there are."""
+    """Bounds of the blocks in a stretch that repeats itself: where least is handed on, and as many as can be."""
     phases: dict[tuple[int, int], list[list[int]]] = defaultdict(list)
     for phase in range(period):
         bounds = list(range(first + phase, last + 1, period))
@@ -202,7 +205,7 @@ def _by_names(stream: _Stream) -> list[list[int]]:
     proposed = []
     for blocks in spans.values():
         ordered = sorted(blocks.values())
-        if all(a[1] <= b[0] for a, b in zip(ordered, ordered[1:], strict=False)):
+        if all(a[1] <= b[0] for a, b in pairwise(ordered)):
             bounds = [*(a for a, _ in ordered), ordered[-1][1]]
             if stream.holds(bounds):
                 proposed.append(bounds)
@@ -216,10 +219,6 @@ def _by_names(stream: _Stream) -> list[list[int]]:
 def _paths(node: fx.Node, known: Collection[str]) -> list[str]:
     stack = node.meta.get("nn_module_stack") or {}
     return [clean_path(entry[0], known) for entry in stack.values()]
-
-
-def _pairs(bounds: Sequence[int]) -> list[tuple[int, int]]:
-    return list(zip(bounds, bounds[1:], strict=False))
 
 
 def _type(node: fx.Node) -> Any:

@@ -14,13 +14,14 @@ Not used, of torch: ``fx.passes.split_module`` moves parameters into the submodu
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import fx
 
-from adaptc.errors import AdaptcError, ConfigError, and_more, shown
+from adaptc.errors import SHOWN, AdaptcError, AdaptcWarning, ConfigError, and_more, shown
 from adaptc.passes.analysis.block_chains import Block, Chain, context, find_chains
 from adaptc.passes.ir.effects import memory_groups, written
 from adaptc.passes.ir.modes import WRITES_STATISTICS
@@ -44,13 +45,20 @@ def checkpoint(module: fx.GraphModule, every: int | Literal["auto"] = "auto") ->
     forward and backward, and more within the backward of a segment. The count is that of the segments, ``notes`` say
     which blocks were left as they are, ``data`` has the names of each segment's nodes. It is on from then; see
     :func:`set_checkpointing`. Raises ConfigError for any other value of ``every``, and AdaptcError where no block is
-    repeated, where none can be computed twice, or where the module has segments already; it is unchanged then.
+    repeated, where none can be computed twice, or where the module has segments already; it is unchanged then. An
+    AdaptcWarning tells of the notes.
     """
     if every != "auto" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
         raise ConfigError(f'every={shown(every)} is neither "auto" nor a number of blocks from 1')
     result = Checkpoint(1 if every == "auto" else every)(module.graph)
     module.recompile()
+    if result.notes:
+        warnings.warn(f"in gradient checkpointing {_first(result.notes)}", AdaptcWarning, stacklevel=2)
     return result
+
+
+def _first(notes: Sequence[str]) -> str:
+    return "; ".join(notes[:SHOWN]) + and_more(notes)
 
 
 def set_checkpointing(module: fx.GraphModule, on: bool) -> int:
@@ -74,7 +82,7 @@ class Checkpoint(GraphPass):
         module = subject.owning_module
         if any(isinstance(m, Recomputed) for m in module.modules()):
             raise AdaptcError("the module has checkpoints already: turn them on and off, or make a new module")
-        chains = find_chains(module)
+        chains = find_chains(module, FRESH)
         if not chains:
             raise AdaptcError(
                 "gradient checkpointing found no repeated block: no part of the graph with parameters repeats itself "
@@ -83,8 +91,8 @@ class Checkpoint(GraphPass):
             )
         segments, notes = self._segments(subject, chains)
         if not segments:
-            raise AdaptcError(f"gradient checkpointing can compute no block twice: {notes[0]}{and_more(notes[2:])}")
-        movable = context(module)
+            raise AdaptcError(f"gradient checkpointing can compute no block twice: {_first(notes)}")
+        movable = context(module, FRESH)
         names = [tuple(n.name for n in segment) for segment in segments]
         for i, segment in enumerate(segments):
             _outline(module, segment, movable, f"{NAME}_{i}")
@@ -123,7 +131,7 @@ class _Writes:
 
     def __call__(self, block: Block) -> str | None:
         inside = set(block)
-        start, end = self.order[block[0]], self.order[block[-1]]
+        end = self.order[block[-1]]
         for node in block:
             statistics = [argument(node, i) for i in WRITES_STATISTICS.get(node.target, ())]
             if any(isinstance(s, fx.Node) for s in statistics):
@@ -132,7 +140,7 @@ class _Writes:
         for group in touched & self.writers.keys():
             for writer in self.writers[group]:
                 if writer in inside:
-                    old = [n for n in self.members[group] if n not in inside and self.order[n] < start]
+                    old = [n for n in self.members[group] if n not in inside and self.order[n] < end]
                     if old:
                         return f"{writer.name} writes to {old[0].name}, which is not of the block"
                 elif self.order[writer] > end:
