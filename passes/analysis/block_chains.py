@@ -90,6 +90,7 @@ class _Stream:
 
     def __init__(self, module: fx.GraphModule, outside: Collection[fx.Node]) -> None:
         ops = ("call_function", "call_method")
+        self.outside = outside
         self.nodes: list[fx.Node] = [n for n in module.graph.nodes if n.op in ops and n not in outside]
         self.at = {n: i for i, n in enumerate(self.nodes)}
         self.parameters = {n for n in module.graph.find_nodes(op="get_attr") if is_parameter(module, n)}
@@ -108,7 +109,7 @@ class _Stream:
 
     def _kinds(self, value: Any) -> Any:
         if isinstance(value, fx.Node):
-            return "parameter" if value in self.parameters else "value" if value in self.at else "context"
+            return "parameter" if value in self.parameters else "context" if value in self.outside else "value"
         if isinstance(value, (list, tuple)):
             return tuple(map(self._kinds, value))
         return type(value)
