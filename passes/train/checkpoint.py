@@ -79,7 +79,7 @@ class Checkpoint(GraphPass):
     every: int = 1
 
     def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
-        module = subject.owning_module
+        module: Any = subject.owning_module
         if any(isinstance(m, Recomputed) for m in module.modules()):
             raise AdaptcError("the module has checkpoints already: turn them on and off, or make a new module")
         chains = find_chains(module, FRESH)
@@ -133,7 +133,7 @@ class _Writes:
         inside = set(block)
         end = self.order[block[-1]]
         for node in block:
-            statistics = [argument(node, i) for i in WRITES_STATISTICS.get(node.target, ())]
+            statistics = [argument(node, i) for i in _statistics(node.target)]
             if any(isinstance(s, fx.Node) for s in statistics):
                 return f"{node.name} writes to running statistics in training"
         touched = {self.memory[n] for node in block for n in (node, *node.all_input_nodes)}
@@ -146,6 +146,10 @@ class _Writes:
                 elif self.order[writer] > end:
                     return f"{writer.name} writes to what the block reads or makes, after it"
         return None
+
+
+def _statistics(target: Any) -> Sequence[int]:
+    return WRITES_STATISTICS.get(target, ())
 
 
 def _outline(module: fx.GraphModule, segment: Block, movable: set[fx.Node], name: str) -> None:

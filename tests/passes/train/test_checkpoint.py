@@ -80,9 +80,12 @@ def program() -> adaptc.AdaptedProgram:
     return randomised(adaptc.compile(chained(), lora(), **KW))
 
 
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "t5", "mixtral")]
+
+
 @pytest.mark.few(2)
 @pytest.mark.parametrize("fuse", [True, False])
-@pytest.mark.parametrize("name", ["vit", "llama", "gemma2", "bert", "t5", "mixtral"])
+@pytest.mark.parametrize("name", ["vit", "llama", "bert", *SLOW])
 def test_a_step_of_a_transformer_is_equal_to_the_bit_and_keeps_less(name: str, fuse: bool) -> None:
     family = deep(name)
     config = lora(target_modules="all-linear")
@@ -115,6 +118,7 @@ METHODS: dict[str, Any] = {
 }
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method(method: str, fuse: bool) -> None:
@@ -212,6 +216,7 @@ def test_copies_are_modules_of_their_own(program: adaptc.AdaptedProgram) -> None
     assert runs_of(module, given())[1] == 10
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_compiled_module_has_one_graph_and_equal_gradients(dropout: float) -> None:
     program = randomised(adaptc.compile(chained(count=2), lora(lora_dropout=dropout), **KW))
@@ -273,8 +278,9 @@ BODIES = {f.__name__: f for f in (shared_outputs, in_no_grad, in_autocast, in_co
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.few(5)
 @pytest.mark.parametrize("fuse", [True, False])
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("body", [pytest.param(b, marks=pytest.mark.slow) if b == "in_cond" else b for b in BODIES])
 def test_what_blocks_may_hold(body: str, fuse: bool) -> None:
     config = lora(target_modules=["down"] if body == "in_no_grad" else ADAPTED)
     program = randomised(adaptc.compile(chained(lambda: Once(BODIES[body])), config, **KW))
