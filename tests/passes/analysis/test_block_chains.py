@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from adaptc.passes.analysis.block_chains import Chain, context, find_chains
-from tests.support.pass_checks import export
+from tests.support.pass_checks import export, reloaded
 from tests.support.repeated_nets import Block, Chained, chained, forget_names, given
 
 
@@ -48,6 +48,12 @@ def test_equal_blocks(count: int, names: bool) -> None:
     for block, behind in zip(chains[0].blocks, chains[0].blocks[1:], strict=False):
         handed = {n for b in behind for n in b.all_input_nodes} & set(block)
         assert handed == {block[-1]}
+
+
+def test_programs_from_files() -> None:
+    module: fx.GraphModule = reloaded(export(chained().eval(), given())).module()  # type: ignore[assignment]
+    forget_names(module)
+    assert lengths(find_chains(module)) == [[6] * 5]
 
 
 class First(Block):

@@ -259,6 +259,10 @@ def in_autocast(block: Any, h: Tensor) -> Tensor:
     return y.float().tanh()
 
 
+def attention(block: Any, h: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(h, h.sin(), h, dropout_p=0.1 if block.training else 0.0)
+
+
 def in_cond(block: Any, h: Tensor) -> Tensor:
     return torch.cond(h.sum() > 0, lambda h: h.sin(), lambda h: h.cos(), (h,))
 
@@ -274,11 +278,12 @@ def in_place_of_context(block: Any, h: Tensor) -> Tensor:
     return h.tanh() * steps.clamp(max=7)
 
 
-BODIES = {f.__name__: f for f in (shared_outputs, in_no_grad, in_autocast, in_cond, in_place, in_place_of_context)}
+HELD = (shared_outputs, in_no_grad, in_autocast, attention, in_cond, in_place, in_place_of_context)
+BODIES = {f.__name__: f for f in HELD}
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.few(5)
+@pytest.mark.few(6)
 @pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("body", [pytest.param(b, marks=pytest.mark.slow) if b == "in_cond" else b for b in BODIES])
 def test_what_blocks_may_hold(body: str, fuse: bool) -> None:
