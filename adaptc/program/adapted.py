@@ -134,7 +134,7 @@ class AdaptedProgram(ProgramCore):
 
     # -- training ------------------------------------------------------------------------------------------------------
 
-    def module(self, check_guards: bool = True) -> ProgramModule:
+    def module(self, check_guards: bool = True, gradient_checkpointing: bool | int = False) -> ProgramModule:
         """An ``nn.Module`` to train: its parameters are the program's own; only adapter parameters require grad.
 
         Its ``state_dict`` is the adapter in PEFT's keys. Of a program that was captured from a transformers model it is
@@ -143,10 +143,17 @@ class AdaptedProgram(ProgramCore):
         ``train()`` and ``eval()`` switch dropout and batch norm, for programs compiled with ``training=True``. Where
         there is something to train and :attr:`fuse` is on, layers with LoRA, gated activations and the cross entropy of
         a head run as one step each, with backwards of their own: equal gradients, of first order alone.
+
+        ``gradient_checkpointing``: True to compute each repeated block again in the backward, for less memory, a number
+        for as many blocks at a time; in training mode, and with equal gradients. Raises ConfigError for any other
+        value, and AdaptcError for programs captured for inference, which are never in training mode, and where no block
+        is repeated or can be computed twice. An AdaptcWarning tells of blocks that cannot.
         """
         with GRAPHS:
             still = self.snapshot()
             made = ModuleOf(check_guards)(still, self)
+            if gradient_checkpointing is not False:
+                made.checkpoint("auto" if gradient_checkpointing is True else gradient_checkpointing)
             forget_code()
             return made
 

@@ -143,7 +143,9 @@ def from_program(
     return AdaptedProgram(made, adaptation, binding, options)
 
 
-def unpickled_module(data: bytes, source: Source | None, options: RunOptions, training: bool) -> ProgramModule:
+def unpickled_module(
+    data: bytes, source: Source | None, options: RunOptions, training: bool, every: Any
+) -> ProgramModule:
     """What :func:`_pickled` took apart."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "module.pt2"
@@ -151,14 +153,17 @@ def unpickled_module(data: bytes, source: Source | None, options: RunOptions, tr
         loaded = load_program(path, options)
     adaptation = replace(loaded.adaptation, source=source)
     module = AdaptedProgram(loaded, adaptation, loaded.current, options).module()
+    if every is not None:
+        module.checkpoint(every)
     return module.train(training)
 
 
 def _pickled(module: ProgramModule) -> tuple[Any, ...]:
     program = module.program
     with tempfile.TemporaryDirectory() as folder:
-        path = save_program(program, Path(folder) / "module.pt2")
-        return unpickled_module, (path.read_bytes(), program.adaptation.source, program.options, module.training)
+        data = save_program(program, Path(folder) / "module.pt2").read_bytes()
+    how = program.adaptation.source, program.options, module.training, module.checkpointed
+    return unpickled_module, (data, *how)
 
 
 ProgramModule.pickled = staticmethod(_pickled)

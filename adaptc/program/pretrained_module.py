@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from adaptc.binding.source import as_binding
 from adaptc.capture.capture import Source
-from adaptc.errors import AdaptcError, ConfigError
+from adaptc.errors import AdaptcError, ConfigError, shown
 from adaptc.passes.ir.module_paths import module_path, owners_of
 from adaptc.passes.train.set_mode import set_mode
 from adaptc.program.adapter_files import link_for_trainer, write_current
@@ -189,7 +189,43 @@ class PretrainedModule(ProgramModule):
             graph = self.making.graph(self.program, self.source.output_embedding)
             _open_port(graph, self.program, vars(self)["port"])
             vars(self)["backbone"] = Backbone(self, graph)
+            if self.checkpointed is not None:
+                self.checkpoint(self.checkpointed)
         return vars(self)["backbone"]
+
+    def graph_modules(self) -> Sequence[fx.GraphModule]:
+        backbone = vars(self)["backbone"]
+        return [self.graph_module] if backbone is None else [self.graph_module, backbone.graph_module]
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Any = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """Compute repeated blocks again in the backward. Raises ConfigError for what torch's checkpoint is not asked
+        for here: reentrant ones, layers left out, memory elsewhere."""
+        asked = {"every_n_layers": every_n_layers, "offload": offload, **(activation_checkpointing_kwargs or {})}
+        known = {"every_n_layers": (1,), "offload": (False,), "use_reentrant": (False, None)}
+        known["preserve_rng_state"] = (True,)
+        if odd := {k: v for k, v in asked.items() if v not in known.get(k, ())}:
+            raise ConfigError(
+                f"gradient checkpointing of a program takes no {shown(odd)}: every repeated block is computed again, "
+                "without re-entering autograd (use_reentrant=False)"
+            )
+        self.checkpoint()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **more: Any) -> None:
+        """The same under its older name."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **more)
+
+    def activation_checkpointing_disable(self) -> None:
+        self.keep_activations()
+
+    gradient_checkpointing_disable = activation_checkpointing_disable
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        return self.checkpointed is not None
+
+    is_gradient_checkpointing = is_activation_checkpointing
 
     def tie_weights(self, *_: Any, **__: Any) -> None:
         """The program's weights are tied as the model's were."""

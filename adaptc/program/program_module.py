@@ -19,7 +19,7 @@ import inspect
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,6 +28,7 @@ from adaptc.binding.bind import file_tensors
 from adaptc.binding.binding import Binding
 from adaptc.binding.source import as_binding
 from adaptc.errors import AdaptcError
+from adaptc.passes.train.checkpoint import checkpoint, set_checkpointing
 from adaptc.passes.train.set_mode import set_mode
 from adaptc.peft_files.format import bare_key, file_key
 from adaptc.program.core import ProgramCore
@@ -66,6 +67,8 @@ class ProgramModule(nn.Module):
         self.program, self.owner, self.making = program, owner, making
         self.inputs = Inputs.of(program, program.adaptation.fills)
         self._whole = False
+        #: how many repeated blocks are computed again at a time, None where all is kept
+        self.checkpointed: int | Literal["auto"] | None = None
         self._set_flags(program.adaptation.training)
         self.register_state_dict_post_hook(_keep_adapter)
         self.register_load_state_dict_pre_hook(_take_adapter)
@@ -113,6 +116,30 @@ class ProgramModule(nn.Module):
         for m in self.modules():
             m.training = mode
 
+    def checkpoint(self, every: int | Literal["auto"] = "auto") -> None:
+        """Compute repeated blocks of the graph again in the backward, ``every`` so many at a time, "auto" one; or turn
+        that on again. Raises ConfigError and AdaptcError as ``AdaptedProgram.module`` says."""
+        if not self.program.adaptation.training:
+            raise AdaptcError(
+                "gradient_checkpointing works in training mode, and the program was captured for inference: "
+                "compile(model, config, training=True)"
+            )
+        for graph in self.graph_modules():
+            if not set_checkpointing(graph, True):
+                checkpoint(graph, every)
+        self._set_flags(self.training)
+        self.checkpointed = every
+
+    def keep_activations(self) -> None:
+        """Turn off what :meth:`checkpoint` turned on."""
+        for graph in self.graph_modules():
+            set_checkpointing(graph, False)
+        self.checkpointed = None
+
+    def graph_modules(self) -> Sequence[fx.GraphModule]:
+        """All that calls may run."""
+        return [self.graph_module]
+
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def binding(self) -> Binding:
@@ -155,6 +182,8 @@ class ProgramModule(nn.Module):
         """``new``, a module of a copy of the program, in the mode of this one and with what trains here."""
         for p, own in zip(new.parameters(), self.parameters(), strict=True):
             p.requires_grad_(own.requires_grad)
+        if self.checkpointed is not None:
+            new.checkpoint(self.checkpointed)
         return new.train(self.training)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

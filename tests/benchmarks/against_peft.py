@@ -163,8 +163,37 @@ def training(sides: Sides, rounds: int) -> list[Row]:
         max(5, rounds // 3),
         warmup=1,
     )
+    sides.peft.gradient_checkpointing_enable({"use_reentrant": False})
+    again = {"PEFT": sides.peft, "adaptc": program.module(gradient_checkpointing=True)}
+    work = "training step 4x64, gradient checkpointing"
+    rows += interleave(
+        work,
+        {f"{name}, {kept(model, batch) / 2**20:.0f} MB kept": step(model) for name, model in again.items()},
+        f"PEFT, {kept(sides.peft, batch) / 2**20:.0f} MB kept",
+        max(5, rounds // 3),
+        warmup=1,
+    )
+    sides.peft.gradient_checkpointing_disable()
     sides.peft.eval()
     return rows
+
+
+def kept(model: nn.Module, batch: dict[str, torch.Tensor]) -> int:
+    """Bytes that autograd keeps from a forward to its backward, without parameters and buffers."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model(**batch).loss
+    size = sum(storage.nbytes() for storage in storages.values())
+    del loss
+    return size
 
 
 def run(sides: Sides, rounds: int = 15) -> list[Row]:
