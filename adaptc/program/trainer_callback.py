@@ -7,11 +7,12 @@ for transformers' Trainer :func:`trainer_callback` calls both.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from adaptc.errors import AdaptcError, shown
 from adaptc.methods.adalora import AdaLoraConfig
@@ -20,20 +21,27 @@ from adaptc.program.rank_allocator import RankAllocator, orthogonal_loss
 
 
 def check_gradients(module: nn.Module) -> None:
-    """Raises AdaptcError that names the parameters whose gradients are not finite; to be called after ``backward()``
-    and before the optimizer's step, which would spoil them for good. Takes one pass over the adapter's gradients."""
-    named = [(n, p.grad) for n, p in module.named_parameters() if p.grad is not None]
-    if not named:
-        return
-    sums = torch.stack([g.detach().abs().sum().float().cpu() for _, g in named])
-    if not sums.sum().isfinite():
-        wrong = [n for (n, g), s in zip(named, sums, strict=True) if not s.isfinite() and not g.isfinite().all()]
-        if wrong:
-            raise AdaptcError(
-                f"the gradients of {len(wrong)} of {len(named)} parameters are not finite: {shown(wrong[:4])}. The "
-                "step was not taken, so the adapter is as it was; a smaller learning rate, clipped gradients or "
-                "float32 may help"
-            )
+    """Raises AdaptcError that names the parameters whose gradients are not finite; to be called after ``backward()``,
+    before gradients are clipped, which spreads what is wrong to all, and before the optimizer's step, which would spoil
+    the adapter for good. Takes one pass over the adapter's gradients."""
+    named = {n: p.grad.detach().abs().sum() for n, p in module.named_parameters() if p.grad is not None}
+    if wrong := _not_finite(named):
+        wrong = [n for n in wrong if not module.get_parameter(n).grad.isfinite().all()]  # type: ignore[union-attr]
+    _refuse(wrong, len(named))
+
+
+def _not_finite(sums: Mapping[str, Tensor]) -> list[str]:
+    if not sums or torch.stack([s.float().cpu() for s in sums.values()]).isfinite().all():
+        return []
+    return [n for n, s in sums.items() if not s.isfinite()]
+
+
+def _refuse(wrong: Sequence[str], count: int) -> None:
+    if wrong:
+        raise AdaptcError(
+            f"the gradients of {len(wrong)} of {count} parameters are not finite: {shown(list(wrong[:4]))}. The step "
+            "was not taken, so the adapter is as it was; a smaller learning rate, clipped gradients or float32 may help"
+        )
 
 
 def trainer_callback(program: ProgramCore) -> Any:
@@ -50,15 +58,34 @@ class _Between:
     def __init__(self, program: ProgramCore) -> None:
         self.program = program
         self.allocator: RankAllocator | None = None
+        self.sums: dict[str, Tensor] = {}
+        self.hooks: list[Any] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if isinstance(self.program.binding.config, AdaLoraConfig):
             self.allocator = RankAllocator(self.program)
             kwargs["model"].penalty = partial(orthogonal_loss, self.program)
+        # Trainer clips gradients before it asks, so what each of them was is looked at when it is made.
+        self.forget()
+        if not args.fp16:
+            for name, p in kwargs["model"].named_parameters():
+                if p.requires_grad:
+                    self.hooks.append(p.register_post_accumulate_grad_hook(partial(self.note, name)))
+
+    def note(self, name: str, p: Tensor) -> None:
+        if p.grad is not None:
+            self.sums[name] = p.grad.detach().abs().sum()
+
+    def forget(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks, self.sums = [], {}
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.forget()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not args.fp16:
-            check_gradients(kwargs["model"])
+        _refuse(_not_finite(self.sums), len(self.sums))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.allocator is not None:

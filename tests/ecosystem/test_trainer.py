@@ -25,6 +25,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "label smoothing": {"label_smoothing_factor": 0.1},
     "noise on the embeddings": {"neftune_noise_alpha": 5.0},
     "evaluation": {"eval_strategy": "steps", "eval_steps": 2},
+    "gradient checkpointing": {"gradient_checkpointing": True},
     "clipped gradients": {"max_grad_norm": 0.05},
     "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 2},
 }

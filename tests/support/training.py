@@ -87,7 +87,9 @@ def batch(rows: int = 3) -> dict[str, Tensor]:
     return {k: torch.stack([data[i][k] for i in range(rows)]) for k in data[0]}
 
 
-def train(trained: nn.Module, folder: Path, *, resume: Any = None, **options: Any) -> tuple[list[float], Any]:
+def train(
+    trained: nn.Module, folder: Path, *, resume: Any = None, callbacks: Any = None, **options: Any
+) -> tuple[list[float], Any]:
     """The losses of each step that transformers' Trainer takes, and the trainer."""
     arguments = {
         "max_steps": 6,
@@ -101,7 +103,8 @@ def train(trained: nn.Module, folder: Path, *, resume: Any = None, **options: An
         "seed": 3,
     }
     args = transformers.TrainingArguments(output_dir=str(folder), **{**arguments, **options})
-    trainer = transformers.Trainer(model=trained, args=args, train_dataset=Data(), eval_dataset=Data(7))
+    data = {"train_dataset": Data(), "eval_dataset": Data(7)}
+    trainer = transformers.Trainer(model=trained, args=args, callbacks=callbacks, **data)
     trainer.train(resume_from_checkpoint=resume)
     return losses(trainer), trainer
 
