@@ -21,6 +21,8 @@ from adaptc.binding.source import as_binding
 from adaptc.capture.capture import Source
 from adaptc.errors import AdaptcError, ConfigError, shown
 from adaptc.passes.ir.module_paths import module_path, owners_of
+from adaptc.passes.train.checkpoint import checkpoint
+from adaptc.passes.train.recomputed import Recomputed
 from adaptc.passes.train.set_mode import set_mode
 from adaptc.program.adapter_files import link_for_trainer, write_current
 from adaptc.program.core import ProgramCore
@@ -77,17 +79,23 @@ class Backbone(nn.Module):
 
     def __init__(self, whole: PretrainedModule, graph: fx.GraphModule) -> None:
         super().__init__()
-        vars(self).update(tables_of(whole), whole=whole, graph_module=graph)
-        vars(graph).update(tables_of(whole))
+        share(whole, graph)
+        vars(self).update(tables_of(graph), whole=whole, graph_module=graph)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutput
 
         whole: PretrainedModule = vars(self)["whole"]
-        graph: fx.GraphModule = vars(self)["graph_module"]
-        set_mode(graph, whole.training)
         kwargs = whole.inputs.complete((), whole.by_name(args, kwargs))
-        return BaseModelOutput(last_hidden_state=graph(**kwargs))
+        return BaseModelOutput(last_hidden_state=vars(self)["graph_module"](**kwargs))
+
+
+def share(whole: nn.Module, graph: fx.GraphModule) -> None:
+    """Let a graph read the tensors of ``whole``, but run what it has of its own: blocks, and segments of them."""
+    own = {n: m for n, m in graph.named_children() if isinstance(m, (fx.GraphModule, Recomputed))}
+    vars(graph).update(tables_of(whole))
+    theirs = dict(whole.named_children())
+    vars(graph)["_modules"] = {n: m for n, m in theirs.items() if not isinstance(m, (fx.GraphModule, Recomputed))} | own
 
 
 class PretrainedModule(ProgramModule):
@@ -188,13 +196,15 @@ class PretrainedModule(ProgramModule):
         if vars(self)["backbone"] is None:
             graph = self.making.graph(self.program, self.source.output_embedding)
             _open_port(graph, self.program, vars(self)["port"])
-            vars(self)["backbone"] = Backbone(self, graph)
             if self.checkpointed is not None:
-                self.checkpoint(self.checkpointed)
+                checkpoint(graph, self.checkpointed)
+            vars(self)["backbone"] = Backbone(self, graph)
+            set_mode(graph, self.training)
+            self._set_flags(self.training)
         return vars(self)["backbone"]
 
     def graph_modules(self) -> Sequence[fx.GraphModule]:
-        backbone = vars(self)["backbone"]
+        backbone = vars(self).get("backbone")
         return [self.graph_module] if backbone is None else [self.graph_module, backbone.graph_module]
 
     def activation_checkpointing_enable(

@@ -107,14 +107,16 @@ class ProgramModule(nn.Module):
                 "train with train() and eval(). Training without dropout needs no train() call."
             )
         if mode != self.training:
-            set_mode(self.graph_module, mode)
+            for graph in self.graph_modules():
+                set_mode(graph, mode)
         self._set_flags(mode)
         return self
 
     def _set_flags(self, mode: bool) -> None:
-        self.graph_module.training = mode
-        for m in self.modules():
-            m.training = mode
+        self.training = mode
+        for graph in self.graph_modules():
+            for m in graph.modules():
+                m.training = mode
 
     def checkpoint(self, every: int | Literal["auto"] = "auto") -> None:
         """Compute repeated blocks of the graph again in the backward, ``every`` so many at a time, "auto" one; or turn

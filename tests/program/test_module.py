@@ -253,3 +253,79 @@ def test_inputs_that_do_not_fit_are_named() -> None:
         trained(torch.randn(3, 5))
     with pytest.raises(AdaptcError, match="input 'x' is on meta, and the module on cpu"):
         trained(x=torch.randn(3, 5, device="meta"), shift=torch.randn(3, 3))
+
+
+# -- memory for work ---------------------------------------------------------------------------------------------------
+
+
+def kept(loss_of: Any) -> tuple[int, Tensor]:
+    """Bytes that a loss keeps for its backward, but for parameters; and the loss."""
+    seen: dict[int, int] = {}
+
+    def note(t: Tensor) -> Tensor:
+        if not isinstance(t, nn.Parameter):
+            seen[t.data_ptr()] = t.nbytes
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        loss = loss_of()
+    return sum(seen.values()), loss
+
+
+def test_checkpoints_are_turned_on_and_off_by_trainers() -> None:
+    trained = module()
+    rows = batch(5)
+
+    def gradients(loss_of: Any) -> tuple[int, list[Tensor]]:
+        trained.zero_grad()
+        size, loss = kept(loss_of)
+        loss.backward()
+        return size, [p.grad.clone() for p in trainable(trained)]  # type: ignore[union-attr]
+
+    ways = (
+        lambda: trained(**rows).loss,
+        lambda: trained.base_model(input_ids=rows["input_ids"], use_cache=False).last_hidden_state.square().sum(),
+    )
+    plain = [gradients(way) for way in ways]
+    for _ in range(2):
+        trained.gradient_checkpointing_enable({"use_reentrant": False})
+        assert trained.is_gradient_checkpointing
+        for way, (size, grads) in zip(ways, plain, strict=True):
+            less, again = gradients(way)
+            assert less < 0.7 * size
+            assert all(torch.equal(a, b) for a, b in zip(again, grads, strict=True))
+        trained.gradient_checkpointing_disable()
+        assert not trained.is_gradient_checkpointing
+        assert [gradients(way)[0] for way in ways] == [size for size, _ in plain]
+    trained.activation_checkpointing_enable()
+    twin = copy.deepcopy(trained)
+    assert twin.is_activation_checkpointing
+    assert kept(lambda: twin(**rows).loss)[0] < 0.7 * plain[0][0]
+    assert kept(lambda: twin.base_model(rows["input_ids"]).last_hidden_state)[0] < 0.7 * plain[1][0]
+    with pytest.raises(adaptc.ConfigError, match="use_reentrant"):
+        trained.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(adaptc.ConfigError, match="offload"):
+        trained.activation_checkpointing_enable(offload=True)
+
+
+def test_the_part_before_the_head_is_in_the_mode_of_the_whole() -> None:
+    prog = adaptc.compile(model(), LoraConfig(**CONFIG, lora_dropout=0.5), training=True)
+    trained = prog.module()
+    trained.load_state_dict(first_values())
+    ids = batch()["input_ids"]
+
+    def hidden() -> Tensor:
+        return trained.base_model(input_ids=ids).last_hidden_state
+
+    assert not torch.equal(hidden(), hidden())
+    trained.eval()
+    assert torch.equal(hidden(), hidden())
+    logits = nn.functional.linear(hidden(), trained.get_output_embeddings().weight)
+    torch.testing.assert_close(logits, trained(ids).logits, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        trained.get_parameter("model.layers.1.mlp.down_proj.lora_B.default.weight").mul_(2)
+    changed = nn.functional.linear(hidden(), trained.get_output_embeddings().weight)
+    assert (changed - logits).abs().max() > 1e-3
+    torch.testing.assert_close(changed, trained(ids).logits, rtol=1e-5, atol=1e-6)
+    trained.train()
+    assert not torch.equal(hidden(), hidden())
