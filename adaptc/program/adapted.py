@@ -130,12 +130,17 @@ class AdaptedProgram(ProgramCore):
 
     # -- training ------------------------------------------------------------------------------------------------------
 
-    def module(self, check_guards: bool = True) -> fx.GraphModule:
+    def module(self, check_guards: bool = True, logits: str = "all") -> fx.GraphModule:
         """An ``nn.Module`` to train: its parameters are the program's own; only adapter parameters require grad.
 
         ``train()`` and ``eval()`` switch dropout and batch norm, for programs compiled with ``training=True``. Where
         there is something to train and :attr:`fuse` is on, layers with LoRA, gated activations and the cross entropy of
-        a head run as one step each, with backwards of their own: equal gradients, of first order alone.
+        a head run as one step each, with backwards of their own: equal gradients, of first order alone. Under
+        ``torch.autocast`` it computes what the model would, and adapters keep float32 gradients.
+
+        ``logits``: "labelled" leaves the rows whose label is the ignored index out of the head: loss and gradients are
+        equal, and these rows are zero in the logits it returns. Raises ConfigError for values other than "all" and
+        "labelled", and for the latter where the program's loss does not allow it or nothing is fused.
         """
         with GRAPHS:
             still = self.snapshot()
@@ -144,8 +149,7 @@ class AdaptedProgram(ProgramCore):
             trainable = {id(t) for t in values.values() if t.requires_grad}
             for p in module.parameters():
                 p.requires_grad_(id(p) in trainable)
-            if trainable and still.fuse:
-                fuse_training(module)
+            fuse_training(module, fuse=bool(trainable and still.fuse), logits=logits)
             _allow_modes(module, self.adaptation.training)
             forget_code()
             return module
