@@ -24,6 +24,7 @@ from torch import Tensor, fx
 from adaptc.errors import AdaptcError
 from adaptc.passes.ir.effects import is_metadata_assert, touched
 from adaptc.passes.ir.lifted import copy_graph
+from adaptc.passes.ir.module_paths import module_path
 from adaptc.passes.ir.ops import argument
 from adaptc.passes.ir.pass_infra import GraphPass, PassResult
 
@@ -35,8 +36,8 @@ _FILLS = {aten.masked_fill.Scalar: 2, aten.masked_fill_.Scalar: 2}
 
 @dataclass(frozen=True)
 class FollowAutocast(GraphPass):
-    """``inputs`` are the names of the user's placeholders, whose checks stay. The count is that of the checks that went,
-    and of the numbers that follow their tensors' types."""
+    """``inputs`` are the names of the user's placeholders, whose checks stay. The count is that of the checks that
+    went, and of the numbers that follow their tensors' types."""
 
     name: ClassVar[str] = "follow_autocast"
 
@@ -90,9 +91,8 @@ def _follow(node: fx.Node) -> bool:
 
 
 def _place(node: fx.Node) -> str:
-    """The innermost module of the model that a node was written in, by name."""
-    stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-    return stack[-1] if stack and stack[-1] else node.name
+    """The innermost module that a node was written in, by name, and the tensor it reads."""
+    return f"{module_path(node, ()) or 'the model'} ({node.args[0]})"
 
 
 def extreme(x: Tensor, greatest: bool) -> float:
@@ -105,8 +105,8 @@ def same_type(x: Tensor, dtype: torch.dtype, place: str) -> None:
     """Raises AdaptcError where x is not of the type it had at capture and the graph would compute something else."""
     if x.dtype != dtype:
         raise AdaptcError(
-            f"{place}: writes to memory of a tensor that was {dtype} when the model was captured and is {x.dtype} now, "
-            "so that a cast, which did nothing then, would copy it. Train outside of torch.autocast, with "
+            f"{place}: the model writes to a tensor, or reads its bits, that was {dtype} when it was captured and is "
+            f"{x.dtype} under autocast, where it would do something else. Train outside of torch.autocast, with "
             "model.to(torch.bfloat16) before adaptc.compile for half precision"
         )
 

@@ -39,8 +39,8 @@ def fuse_training(module: fx.GraphModule, *, fuse: bool = True, logits: str = "a
     result = PassManager(passes)(graph)
     if loss.labelled and not dict(result.trail)[loss.name]:
         raise ConfigError(
-            "logits='labelled' needs a cross entropy (mean or sum, no weights, no smoothing) right behind a linear head "
-            "whose logits nothing but the caller reads, and the program has none; use logits='all'"
+            "logits='labelled' needs a cross entropy (mean or sum, no weights, no smoothing) right behind a linear "
+            "head whose logits nothing but the caller reads, and the program has none; use logits='all'"
         )
     module.recompile()
     return result

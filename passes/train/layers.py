@@ -59,7 +59,7 @@ class TrainLayers(GraphPass):
         groups: dict[Any, list[Layer]] = {}
         for node in subject.find_nodes(op="call_function", target=aten.linear.default):
             layer = _layer(node)
-            if layer is not None and dirty.isdisjoint((layer.x, layer.low, layer.weight, layer.bias, node)):
+            if layer is not None and dirty.isdisjoint((layer.x, layer.low, layer.weight, layer.bias, node, layer.out)):
                 groups.setdefault((layer.x, layer.low, layer.down.meta["val"].dtype), []).append(layer)
         for layers in groups.values():
             _write(subject, layers)
