@@ -31,8 +31,8 @@ _END = 2**63 - 1
 @dataclass(frozen=True)
 class Canonicalize(GraphPass):
     """``inputs`` are the names of the user's placeholders. ``differentiable``: gradients flow through the graph, so
-    that a ``detach`` means something. ``autocast``: the graph may run under it, so that a cast of what it computes means
-    something, whatever type that had at capture. The count is that of the nodes that went."""
+    that a ``detach`` means something. ``autocast``: the graph may run under it, so that a cast of what it computes
+    means something, whatever type that had at capture. The count is that of the nodes that went."""
 
     name: ClassVar[str] = "canonicalize"
 
@@ -138,7 +138,8 @@ def _off(node: fx.Node) -> bool:
 
 def _casts(node: fx.Node) -> bool:
     """Whether the node names the type of its value."""
-    return node.target in _CASTS and argument(node, _CASTS[node.target]) is not None
+    position = _CASTS.get(node.target)
+    return position is not None and argument(node, position) is not None
 
 
 def _computed(node: fx.Node) -> bool:
@@ -147,7 +148,7 @@ def _computed(node: fx.Node) -> bool:
 
 
 #: op -> where the type stands among its arguments
-_CASTS = {aten.to.dtype: 1, aten.to.dtype_layout: 1, aten.to.device: 2}
+_CASTS: dict[Any, int] = {aten.to.dtype: 1, aten.to.dtype_layout: 1, aten.to.device: 2}
 _MOVES = {aten.to.dtype_layout, aten.to.device}
 #: op -> when it hands its first argument on, given that sizes, dtype and device stay
 _RULES: dict[Any, Callable[[fx.Node], bool]] = {

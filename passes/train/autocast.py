@@ -31,7 +31,7 @@ from adaptc.passes.ir.pass_infra import GraphPass, PassResult
 aten = torch.ops.aten
 
 #: op -> where its number stands among its arguments
-_FILLS = {aten.masked_fill.Scalar: 2, aten.masked_fill_.Scalar: 2}
+_FILLS: dict[Any, int] = {aten.masked_fill.Scalar: 2, aten.masked_fill_.Scalar: 2}
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ class _Loss(torch.autograd.Function):
             piece = piece.to(w.dtype)
             if d_x is not None:
                 d_x = d_x.addmm_(piece, w[part]) if d_x.dtype == w.dtype else d_x.add_(piece @ w[part])
-            if d_w is not None:
+            if d_w is not None and x is not None:
                 d_w[part] = piece.t() @ x
             if d_b is not None:
                 d_b[part] = piece.sum(0)

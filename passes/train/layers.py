@@ -150,8 +150,8 @@ class _Layers(torch.autograd.Function):
         tensors = (*(cast(t, dtype) for t in tensors[: 4 * n]), *tensors[4 * n :])
         weights, biases, downs, ups, scales = (tensors[i * n : (i + 1) * n] for i in range(5))
         rows = cast(x, dtype).reshape(-1, x.shape[-1])
-        low = rows if low is None else cast(low, dtype).reshape(rows.shape)
-        h = low @ _stacked(downs).t()
+        into = rows if low is None else cast(low, dtype).reshape(rows.shape)
+        h = into @ _stacked(downs).t()
         out = []
         for w, b, up, s, part in zip(weights, biases, ups, scales, _split(h, downs), strict=True):
             y = F.linear(rows, w, b)
@@ -160,7 +160,7 @@ class _Layers(torch.autograd.Function):
         both = ctx.own and any(ctx.needs_input_grad[4 : 4 + n])
         # Weights and factors belong to the module, so keeping them costs nothing; autograd keeps what autocast made
         # of them, too.
-        ctx.save_for_backward(low, rows if both else None, h, *weights, *downs, *ups, *scales)
+        ctx.save_for_backward(into, rows if both else None, h, *weights, *downs, *ups, *scales)
         return tuple(out)
 
     @staticmethod

@@ -92,6 +92,6 @@ def _unviewed(flat: fx.Node) -> Any:
 
 def _returned_alone(node: fx.Node, logits: fx.Node, linear: fx.Node) -> bool:
     """Whether nothing but this loss, and the caller, reads the logits: zeros would change it."""
-    chain = {node, node.args[0], logits, linear}
-    others = {user for n in chain - {node} for user in n.users} - chain
+    chain = {argument(node, 0), logits, linear}
+    others = {user for n in chain for user in n.users} - {node, *chain}
     return all(user.op == "output" for user in others)
