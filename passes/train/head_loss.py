@@ -51,8 +51,9 @@ def loss_of_layer(
     if labels.dtype not in INDICES or labels.numel() * x.shape[-1] != x.numel():
         # Torch says what is wrong with these labels.
         F.cross_entropy(F.linear(x, w, b).reshape(-1, w.shape[0]), labels, ignore_index=ignored)
-    options = (autocast_dtype(x), returned, high, mean, ignored, labelled)
-    return _Loss.apply(x, w, b, labels.long(), *options)
+    # Outside of the step, where a compiler can stop for it.
+    at = _chosen(labels != ignored, 0) if labelled else None
+    return _Loss.apply(x, w, b, labels.long(), at, autocast_dtype(x), returned, high, mean, ignored)
 
 
 class _Loss(torch.autograd.Function):
@@ -65,27 +66,25 @@ class _Loss(torch.autograd.Function):
         w: Tensor,
         b: Tensor | None,
         labels: Tensor,
+        at: Tensor | None,
         dtype: torch.dtype | None,
         returned: torch.dtype | None,
         high: torch.dtype | None,
         mean: bool,
         ignored: int,
-        labelled: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.dtypes = [None if t is None else t.dtype for t in (x, w, b)]
         ctx.shape, ctx.mean, ctx.ignored = x.shape, mean, ignored
         rows, kept = x.reshape(-1, x.shape[-1]), labels != ignored
-        at = _chosen(kept, 0) if labelled else None
-        if at is not None:
-            rows, kept = rows[at], kept[at]
+        rows, kept = _rows(rows, at), _rows(kept, at)
         rows, w, b = cast(rows, dtype), cast(w, dtype), cast(b, dtype)
         flat = cast(F.linear(rows, w, b), returned)
         entropy = flat.dtype if high is None else high
         wide = torch.promote_types(entropy, torch.float32)
         top = flat.amax(-1).to(wide)
         total = torch.zeros_like(top)
-        for part in _pieces(flat, flat.shape[1]):
+        for part in _pieces(len(flat), flat.shape[1]):
             total += (flat[:, part] - top[:, None]).exp_().sum(-1)
         lse = top + total.log()
         picked = flat.gather(1, _rows(labels, at).where(kept, 0)[:, None])[:, 0]
@@ -117,7 +116,7 @@ class _Loss(torch.autograd.Function):
         weight = torch.zeros_like(lse)
         if g_loss is not None:
             weight = (g_loss / kept.sum() if ctx.mean else g_loss.expand(len(lse))).where(kept, 0)
-        for part in _pieces(lse, flat.shape[1]):
+        for part in _pieces(len(lse), flat.shape[1]):
             piece = (_rows(flat[:, part], at) - lse[:, None]).exp_()
             # A sum, and no choice of rows, for which a GPU would have to be waited for.
             here = (labels >= part.start) & (labels < part.stop)
@@ -155,8 +154,8 @@ def _rows(t: Tensor, at: Tensor | None) -> Tensor:
     return t if at is None else t[at]
 
 
-def _pieces(rows: Tensor, columns: int) -> Iterator[slice]:
-    """The columns of the logits of these rows, some at a time."""
-    width = max(LEAST, PIECE // max(len(rows), 1))
+def _pieces(rows: int, columns: int) -> Iterator[slice]:
+    """The columns of the logits of so many rows, some at a time."""
+    width = max(LEAST, PIECE // max(rows, 1))
     for start in range(0, columns, width):
         yield slice(start, min(start + width, columns))

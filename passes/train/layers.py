@@ -175,9 +175,10 @@ class _Layers(torch.autograd.Function):
         rows = low if x is None else x
         d_w, d_b, d_up, d_scale = ([None] * n for _ in range(4))
         d_x: Any = None
-        d_h = torch.zeros_like(h) if any(g is None for g in gs) else torch.empty_like(h)
-        for i, (g, part, d_part) in enumerate(zip(gs, _split(h, downs), _split(d_h, downs), strict=True)):
+        d_parts: list[Tensor] = []
+        for i, (g, part) in enumerate(zip(gs, _split(h, downs), strict=True)):
             if g is None:
+                d_parts.append(torch.zeros_like(part))
                 continue
             g = g.reshape(-1, g.shape[-1])
             if needs_x:
@@ -185,10 +186,11 @@ class _Layers(torch.autograd.Function):
             d_w[i] = g.t() @ rows if need_w[i] else None
             d_b[i] = g.sum(0) if need_b[i] else None
             g = g.to(h.dtype)
-            torch.mm(g, ups[i], out=d_part)
+            d_part = g @ ups[i]
             d_scale[i] = (d_part * part).sum() if need_scale[i] else None
-            d_part.mul_(scales[i])
+            d_parts.append(d_part.mul_(scales[i]))
             d_up[i] = g.t() @ (part * scales[i]) if need_up[i] else None
+        d_h = d_parts[0] if n == 1 else torch.cat(d_parts, 1)
         d_down = (d_h.t() @ low).split([a.shape[0] for a in downs]) if any(need_down) else [None] * n
         d_low = None
         if ctx.own:

@@ -328,7 +328,7 @@ def slopes(model: nn.Module, inputs: dict[str, Tensor], dtype: torch.dtype | Non
     return grads
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", RECIPES)
 def test_mixed_precision_trains_as_in_peft(family: str, dtype: torch.dtype) -> None:

@@ -254,3 +254,22 @@ def test_a_head_in_half_precision_is_multiplied_once() -> None:
     assert calls(module, torch.ops.aten.linear.default) == 0
     _, logits = module(inputs(3, torch.bfloat16))
     assert logits.dtype == torch.bfloat16
+
+
+# Dynamo instantiates functions that it traces.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_compiler_takes_the_fused_steps_whole(autocast: bool) -> None:
+    _, module, fused = pair(gate_and_loss)
+    assert all(fused[n] for n in ("train_layers", "train_loss", "train_gates"))
+    torch.compiler.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    x, found = inputs(5, torch.float32), []
+    for m in (compiled, module):
+        module.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss, _ = m(x)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in module.parameters() if p.grad is not None)])
+    assert len(found[0]) > 1
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
