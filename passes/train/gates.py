@@ -75,7 +75,9 @@ def gated(a: Tensor, b: Tensor, act: Any, options: dict[str, Any]) -> Tensor:
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(a: Tensor, b: Tensor, act: Any, options: dict[str, Any]) -> Tensor:
-        return act(a, **options).mul_(b)
+        made = act(a, **options)
+        # The compiler of torch 2.11 loses the gradients of what is written to here.
+        return made * b if torch.compiler.is_compiling() else made.mul_(b)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
