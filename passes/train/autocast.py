@@ -121,7 +121,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def cast(x: Any, dtype: torch.dtype | None) -> Any:
     """x in ``dtype``; as it is for no type, and no tensor."""
-    return x if x is None or dtype is None else x.to(dtype)
+    # The compiler of torch 2.11 loses the gradients of results that an operator handed on as they were.
+    return x if x is None or dtype is None or x.dtype == dtype else x.to(dtype)
 
 
 def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -76,7 +76,7 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(a: Tensor, b: Tensor, act: Any, options: dict[str, Any]) -> Tensor:
         made = act(a, **options)
-        # The compiler of torch 2.11 loses the gradients of what is written to here.
+        # The compiler of torch 2.11 loses the gradients of results that were written to.
         return made * b if torch.compiler.is_compiling() else made.mul_(b)
 
     @staticmethod
