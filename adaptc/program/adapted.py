@@ -134,7 +134,9 @@ class AdaptedProgram(ProgramCore):
 
     # -- training ------------------------------------------------------------------------------------------------------
 
-    def module(self, check_guards: bool = True, gradient_checkpointing: bool | int = False) -> ProgramModule:
+    def module(
+        self, check_guards: bool = True, gradient_checkpointing: bool | int = False, logits: str = "all"
+    ) -> ProgramModule:
         """An ``nn.Module`` to train: its parameters are the program's own; only adapter parameters require grad.
 
         Its ``state_dict`` is the adapter in PEFT's keys. Of a program that was captured from a transformers model it is
@@ -142,16 +144,21 @@ class AdaptedProgram(ProgramCore):
 
         ``train()`` and ``eval()`` switch dropout and batch norm, for programs compiled with ``training=True``. Where
         there is something to train and :attr:`fuse` is on, layers with LoRA, gated activations and the cross entropy of
-        a head run as one step each, with backwards of their own: equal gradients, of first order alone.
+        a head run as one step each, with backwards of their own: equal gradients, of first order alone. Under
+        ``torch.autocast`` it computes what the model would, and adapters keep float32 gradients.
 
         ``gradient_checkpointing``: True to compute each repeated block again in the backward, for less memory, a number
         for as many blocks at a time; in training mode, and with equal gradients. Raises ConfigError for any other
         value, and AdaptcError for programs captured for inference, which are never in training mode, and where no block
         is repeated or can be computed twice. An AdaptcWarning tells of blocks that cannot.
+
+        ``logits``: "labelled" leaves the rows whose label is the ignored index out of the head: loss and gradients are
+        equal, and these rows are zero in the logits it returns. Raises ConfigError for values other than "all" and
+        "labelled", and for the latter where the program's loss does not allow it or nothing is fused.
         """
         with GRAPHS:
             still = self.snapshot()
-            made = ModuleOf(check_guards)(still, self)
+            made = ModuleOf(check_guards, logits)(still, self)
             if gradient_checkpointing is not False:
                 made.checkpoint("auto" if gradient_checkpointing is True else gradient_checkpointing)
             forget_code()
@@ -163,6 +170,7 @@ class ModuleOf:
     """How :meth:`AdaptedProgram.module` was asked to make a module."""
 
     check_guards: bool
+    logits: str
 
     def __call__(self, program: ProgramCore, owner: ProgramCore) -> ProgramModule:
         source, inputs = program.adaptation.source, Inputs.of(program, program.adaptation.fills)
@@ -179,6 +187,7 @@ class ModuleOf:
             p.requires_grad_(id(p) in trainable)
         if head is not None and not cut_at_head(graph, head, owners_of(program)):
             raise AdaptcError(f"the program does not end in one linear layer {head!r}, so it has no part before it")
-        if trainable and program.options.fuse:
-            fuse_training(graph)
+        fuse_training(
+            graph, fuse=bool(trainable and program.options.fuse), logits=self.logits if head is None else "all"
+        )
         return graph

@@ -144,7 +144,7 @@ def from_program(
 
 
 def unpickled_module(
-    data: bytes, source: Source | None, options: RunOptions, training: bool, every: Any
+    data: bytes, source: Source | None, options: RunOptions, logits: str, training: bool, every: Any
 ) -> ProgramModule:
     """What :func:`_pickled` took apart."""
     with tempfile.TemporaryDirectory() as folder:
@@ -152,7 +152,7 @@ def unpickled_module(
         path.write_bytes(data)
         loaded = load_program(path, options)
     adaptation = replace(loaded.adaptation, source=source)
-    module = AdaptedProgram(loaded, adaptation, loaded.current, options).module()
+    module = AdaptedProgram(loaded, adaptation, loaded.current, options).module(logits=logits)
     if every is not None:
         module.checkpoint(every)
     return module.train(training)
@@ -162,7 +162,7 @@ def _pickled(module: ProgramModule) -> tuple[Any, ...]:
     program = module.program
     with tempfile.TemporaryDirectory() as folder:
         data = save_program(program, Path(folder) / "module.pt2").read_bytes()
-    how = program.adaptation.source, program.options, module.training, module.checkpointed
+    how = program.adaptation.source, program.options, module.making.logits, module.training, module.checkpointed
     return unpickled_module, (data, *how)
 
 

@@ -38,7 +38,10 @@ _TABLES = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 
 
 class Making(Protocol):
-    """How modules are made of programs."""
+    """How modules are made of programs. ``logits``: see ``AdaptedProgram.module``."""
+
+    @property
+    def logits(self) -> str: ...
 
     def __call__(self, program: ProgramCore, owner: ProgramCore) -> ProgramModule: ...
 

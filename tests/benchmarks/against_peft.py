@@ -144,31 +144,41 @@ def merging(sides: Sides, rounds: int) -> list[Row]:
 def training(sides: Sides, rounds: int) -> list[Row]:
     program = adaptc.compile(sides.base, LoraConfig(**CONFIG), training=True)
     batch = {**tokens(4, 64), "labels": tokens(4, 64)["input_ids"]}
+    half = {**batch, "labels": batch["labels"].clone()}
+    half["labels"][:, :32] = -100  # prompts, as long as what answers them
 
-    def step(model: nn.Module) -> Callable[[], None]:
+    def step(model: nn.Module, batch: dict[str, torch.Tensor], autocast: bool = False) -> Callable[[], None]:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
         def run() -> None:
-            model(**batch).loss.backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = model(**batch).loss
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 
         return run
 
     sides.peft.train()
-    rows = interleave(
-        "training step 4x64",
-        {"PEFT": step(sides.peft), "adaptc": step(program.module())},
-        "PEFT",
-        max(5, rounds // 3),
-        warmup=1,
-    )
+    module, labelled = program.module(), program.module(logits="labelled")
+    rows: list[Row] = []
+    for work, sided in (
+        ("training step 4x64", {"PEFT": step(sides.peft, batch), "adaptc": step(module, batch)}),
+        (
+            "the same, half of the labels ignored",
+            {"PEFT": step(sides.peft, half), "adaptc, logits='labelled'": step(labelled, half)},
+        ),
+        (
+            "the same in bfloat16 autocast",
+            {"PEFT": step(sides.peft, batch, True), "adaptc": step(module, batch, True)},
+        ),
+    ):
+        rows += interleave(work, sided, "PEFT", max(5, rounds // 3), warmup=1)
     sides.peft.gradient_checkpointing_enable({"use_reentrant": False})
     again = {"PEFT": sides.peft, "adaptc": program.module(gradient_checkpointing=True)}
-    work = "training step 4x64, gradient checkpointing"
     rows += interleave(
-        work,
-        {f"{name}, {kept(model, batch) / 2**20:.0f} MB kept": step(model) for name, model in again.items()},
+        "the same with gradient checkpointing",
+        {f"{name}, {kept(model, batch) / 2**20:.0f} MB kept": step(model, batch) for name, model in again.items()},
         f"PEFT, {kept(sides.peft, batch) / 2**20:.0f} MB kept",
         max(5, rounds // 3),
         warmup=1,
