@@ -40,6 +40,16 @@ def test_losses_are_pefts(recipe: str, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True}], ids=["", "checkpoints"])
+def test_losses_in_bfloat16_are_pefts(more: dict[str, Any], tmp_path: Path) -> None:
+    """A logit is off by at most a rounding of bfloat16, 2**-9; a loss is a mean over twenty and more of them."""
+    ours, _ = train(module(), tmp_path / "ours", bf16=True, **more)
+    theirs, _ = train(peft_model(), tmp_path / "theirs", bf16=True)
+    plain, _ = train(module(), tmp_path / "plain")
+    assert ours != plain
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=2**-11, atol=0)
+
+
 def test_checkpoints_are_adapters_and_training_goes_on_from_them(tmp_path: Path) -> None:
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
     whole, trainer = train(module(), tmp_path / "ours", **options)
