@@ -47,6 +47,7 @@ test-all: lint
 
 demo: $(VENV)/.demo.stamp
 	$(BIN)/python examples/quickstart.py
+	$(BIN)/python examples/train_trainer.py
 
 lint: $(VENV)/.test.stamp tree
 	$(BIN)/ruff check .

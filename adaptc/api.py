@@ -13,17 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 
-from adaptc.binding.bind import embedding_tensors, file_tensors
-from adaptc.binding.combine import part_of
 from adaptc.binding.source import as_binding
-from adaptc.errors import ConfigError, MergeError
+from adaptc.errors import MergeError
 from adaptc.packages.run import PackagedProgram
 from adaptc.packages.write import package_program
-from adaptc.peft_files.directory import write_adapter
 from adaptc.program.adapted import AdaptedProgram
+from adaptc.program.adapter_files import write_current
 from adaptc.program.compile import compiled
 from adaptc.program.files import load_program, save_program
 from adaptc.program.lower import lowered
@@ -216,30 +214,13 @@ def save_adapter(
     ``save_embedding_layers`` adds the base weights of ``embed_tokens`` and ``lm_head``, which an adapter needs whose
     vocabulary was resized (PEFT also adds them whenever one of the two is targeted).
     """
-    binding, spec = program.binding, program.spec()
-    if binding.parts:
-        if adapter_name not in binding.parts:
-            raise ConfigError(
-                f"the program has no adapter called {adapter_name!r}; say which of {list(binding.parts)} to write with "
-                "adapter_name"
-            )
-        binding, spec = binding.parts[adapter_name], part_of(spec, adapter_name)
-    tensors: dict[str, Tensor] = file_tensors(spec, binding)
-    if save_embedding_layers:
-        found = embedding_tensors(spec, binding)
-        if not found:
-            raise ConfigError(
-                "save_embedding_layers=True, but the program has no module called embed_tokens or lm_head"
-            )
-        tensors = {**found, **tensors}
-    config: Mapping[str, Any] = binding.config.to_dict()
-    return write_adapter(
+    return write_current(
+        program,
         path,
-        config,
-        tensors,
         adapter_name=adapter_name,
         safe_serialization=safe_serialization,
         base_model=base_model,
+        save_embedding_layers=save_embedding_layers,
     )
 
 

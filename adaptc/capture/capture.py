@@ -9,6 +9,7 @@ the capture succeeded. transformers is never imported from here.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping
@@ -35,6 +36,22 @@ from adaptc.passes.ir.trees import pytree
 _MISSING = object()
 
 
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What a program remembers of the transformers model it was captured from, for those who ask its module.
+
+    ``config``: a copy. ``inputs``: the names that ``forward`` takes, in order. ``input_embedding`` and
+    ``output_embedding``: module paths, None when unknown.
+    """
+
+    kind: type
+    config: Any
+    generation_config: Any
+    inputs: tuple[str, ...]
+    input_embedding: str | None
+    output_embedding: str | None
+
+
 @dataclass(frozen=True)
 class Captured:
     """A captured program, and facts of the model that its graph does not hold.
@@ -54,6 +71,7 @@ class Captured:
     input_embedding: str | None = None
     module_types: dict[str, str] = field(default_factory=dict)
     fills: dict[str, tuple[str, str]] = field(default_factory=dict)
+    source: Source | None = None
 
 
 def capture(
@@ -100,6 +118,18 @@ def capture(
         input_embedding=_path_of(model, "get_input_embeddings"),
         module_types={name: qualified(type(module)) for name, module in model.named_modules(remove_duplicate=False)},
         fills=fills_of(program, bool(getattr(config, "is_encoder_decoder", False))) if pretrained else {},
+        source=_source(model) if pretrained else None,
+    )
+
+
+def _source(model: nn.Module) -> Source:
+    return Source(
+        type(model),
+        copy.deepcopy(getattr(model, "config", None)),
+        copy.deepcopy(getattr(model, "generation_config", None)),
+        tuple(inspect.signature(model.forward).parameters),
+        _path_of(model, "get_input_embeddings"),
+        _path_of(model, "get_output_embeddings"),
     )
 
 

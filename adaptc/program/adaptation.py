@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx
 
 from adaptc.binding.binding import Binding
+from adaptc.capture.capture import Source
 from adaptc.errors import CheckpointError
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.regions import node_tag
@@ -67,6 +68,8 @@ class Adaptation:
     #: key -> FQN of tensors of modules trained as a whole that the program does not read, but files hold
     unread: Mapping[str, str] = field(default_factory=dict)
     trail: Sequence[tuple[str, int]] = ()
+    #: the model it was captured from; files do not say
+    source: Source | None = None
 
     def header(self, binding: Binding) -> dict[str, Any]:
         """Plain JSON values: all but the attachments, and what of ``binding`` the program's tensors do not say."""
@@ -94,7 +97,7 @@ class Adaptation:
 
     def bare(self) -> Adaptation:
         """That of the program without its adapters."""
-        return Adaptation(fills=self.fills, trail=self.trail)
+        return Adaptation(fills=self.fills, trail=self.trail, source=self.source)
 
 
 def check_format(stored: Mapping[str, Any], source: str) -> None:

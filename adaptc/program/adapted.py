@@ -6,7 +6,7 @@ bound, trained and moved; its state, and how it keeps itself consistent, is in `
 
 from __future__ import annotations
 
-import types
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
@@ -16,12 +16,16 @@ from adaptc.binding.source import as_binding
 from adaptc.errors import AdaptcError
 from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.passes.ir.forgetting import forget_code
+from adaptc.passes.ir.module_paths import owners_of
 from adaptc.passes.ir.pass_infra import Trail
+from adaptc.passes.train.backbone import cut_at_head
 from adaptc.passes.train.fuse_training import fuse_training
-from adaptc.passes.train.set_mode import set_mode
 from adaptc.program.bound import Bound
 from adaptc.program.core import ProgramCore
+from adaptc.program.pretrained_module import pretrained
+from adaptc.program.program_module import ProgramModule, plain
 from adaptc.program.unload import unloaded
+from adaptc.runtime.call_inputs import Inputs
 from adaptc.runtime.held_values import Held
 from adaptc.runtime.variants import Fusion
 
@@ -130,45 +134,60 @@ class AdaptedProgram(ProgramCore):
 
     # -- training ------------------------------------------------------------------------------------------------------
 
-    def module(self, check_guards: bool = True) -> fx.GraphModule:
+    def module(
+        self, check_guards: bool = True, gradient_checkpointing: bool | int = False, logits: str = "all"
+    ) -> ProgramModule:
         """An ``nn.Module`` to train: its parameters are the program's own; only adapter parameters require grad.
+
+        Its ``state_dict`` is the adapter in PEFT's keys. Of a program that was captured from a transformers model it is
+        a ``PreTrainedModel``, which trainers take as they take PEFT's.
 
         ``train()`` and ``eval()`` switch dropout and batch norm, for programs compiled with ``training=True``. Where
         there is something to train and :attr:`fuse` is on, layers with LoRA, gated activations and the cross entropy of
-        a head run as one step each, with backwards of their own: equal gradients, of first order alone.
+        a head run as one step each, with backwards of their own: equal gradients, of first order alone. Under
+        ``torch.autocast`` it computes what the model would, and adapters keep float32 gradients.
+
+        ``gradient_checkpointing``: True to compute each repeated block again in the backward, for less memory, a number
+        for as many blocks at a time; in training mode, and with equal gradients. Raises ConfigError for any other
+        value, and AdaptcError for programs captured for inference, which are never in training mode, and where no block
+        is repeated or can be computed twice. An AdaptcWarning tells of blocks that cannot.
+
+        ``logits``: "labelled" leaves the rows whose label is the ignored index out of the head: loss and gradients are
+        equal, and these rows are zero in the logits it returns. Raises ConfigError for values other than "all" and
+        "labelled", and for the latter where the program's loss does not allow it or nothing is fused.
         """
         with GRAPHS:
             still = self.snapshot()
-            module = ExportedProgram.module(still, check_guards=check_guards)
-            values = {} if still.current is None else still.current.values
-            trainable = {id(t) for t in values.values() if t.requires_grad}
-            for p in module.parameters():
-                p.requires_grad_(id(p) in trainable)
-            if trainable and still.fuse:
-                fuse_training(module)
-            _allow_modes(module, self.adaptation.training)
+            made = ModuleOf(check_guards, logits)(still, self)
+            if gradient_checkpointing is not False:
+                made.checkpoint("auto" if gradient_checkpointing is True else gradient_checkpointing)
             forget_code()
-            return module
+            return made
 
 
-def _allow_modes(module: fx.GraphModule, captured_for_training: bool) -> None:
-    """Give an exported module the ``train`` and ``eval`` it refuses: they rewrite the flags in its graph."""
+@dataclass(frozen=True)
+class ModuleOf:
+    """How :meth:`AdaptedProgram.module` was asked to make a module."""
 
-    def train(self: fx.GraphModule, mode: bool = True) -> fx.GraphModule:
-        if mode and not captured_for_training:
-            raise AdaptcError(
-                "the program was captured for inference, without its dropout; compile(model, config, training=True) to "
-                "train with train() and eval(). Training without dropout needs no train() call."
-            )
-        set_mode(self, mode)
-        for m in self.modules():
-            m.training = mode
-        return self
+    check_guards: bool
+    logits: str
 
-    def eval_(self: fx.GraphModule) -> fx.GraphModule:
-        return train(self, False)
+    def __call__(self, program: ProgramCore, owner: ProgramCore) -> ProgramModule:
+        source, inputs = program.adaptation.source, Inputs.of(program, program.adaptation.fills)
+        takes = inputs.n_args, tuple(inputs.names), frozenset(inputs.fills)
+        kind = plain(*takes) if source is None else pretrained(source.kind, *takes)
+        return kind(program, owner, self.graph(program), self)
 
-    module.train = types.MethodType(train, module)  # type: ignore[method-assign]
-    module.eval = types.MethodType(eval_, module)  # type: ignore[method-assign]
-    for m in module.modules():
-        m.training = captured_for_training
+    def graph(self, program: ProgramCore, head: str | None = None) -> fx.GraphModule:
+        """See :class:`Making`."""
+        graph = ExportedProgram.module(program, check_guards=self.check_guards)
+        values = {} if program.current is None else program.current.values
+        trainable = {id(t) for t in values.values() if t.requires_grad}
+        for p in graph.parameters():
+            p.requires_grad_(id(p) in trainable)
+        if head is not None and not cut_at_head(graph, head, owners_of(program)):
+            raise AdaptcError(f"the program does not end in one linear layer {head!r}, so it has no part before it")
+        fuse_training(
+            graph, fuse=bool(trainable and program.options.fuse), logits=self.logits if head is None else "all"
+        )
+        return graph

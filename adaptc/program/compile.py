@@ -127,6 +127,7 @@ def compiled(
         training=captured.training,
         autocast=spec.autocast,
         unread=spec.unread,
+        source=captured.source,
     )
     inject = Inject(spec.attachments, binding.values, adaptation.header(binding), captured.training)
     done = PassManager([inject])(captured.program)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from adaptc.binding.combine import together
 from adaptc.binding.file_keys import base_name
 from adaptc.binding.fits import fingerprint
 from adaptc.binding.source import from_dict
+from adaptc.capture.capture import Source
 from adaptc.errors import AdaptcError, BackendError, CheckpointError
 from adaptc.methods import method_of
 from adaptc.passes.adapt.choose_forms import compilable
@@ -34,6 +36,7 @@ from adaptc.peft_files.staging import replacing
 from adaptc.peft_files.torch_writer import writing
 from adaptc.program.adaptation import Adaptation, check_format, check_header, check_tags
 from adaptc.program.adapted import AdaptedProgram
+from adaptc.program.program_module import ProgramModule
 from adaptc.pt2_files.program import read
 from adaptc.pt2_files.refusal import Refused, reason, shown_path
 from adaptc.pt2_files.seal import seal
@@ -138,6 +141,32 @@ def from_program(
         done = PassManager([Unload(), Inject(wanted, binding.values, stored)])(made)
         made, adaptation = done.output, replace(adaptation, attachments=done.data[1])
     return AdaptedProgram(made, adaptation, binding, options)
+
+
+def unpickled_module(
+    data: bytes, source: Source | None, options: RunOptions, logits: str, training: bool, every: Any
+) -> ProgramModule:
+    """What :func:`_pickled` took apart."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "module.pt2"
+        path.write_bytes(data)
+        loaded = load_program(path, options)
+    adaptation = replace(loaded.adaptation, source=source)
+    module = AdaptedProgram(loaded, adaptation, loaded.current, options).module(logits=logits)
+    if every is not None:
+        module.checkpoint(every)
+    return module.train(training)
+
+
+def _pickled(module: ProgramModule) -> tuple[Any, ...]:
+    program = module.program
+    with tempfile.TemporaryDirectory() as folder:
+        data = save_program(program, Path(folder) / "module.pt2").read_bytes()
+    how = program.adaptation.source, program.options, module.making.logits, module.training, module.checkpointed
+    return unpickled_module, (data, *how)
+
+
+ProgramModule.pickled = staticmethod(_pickled)
 
 
 def _binding(lifted: Lifted, found: Sequence[Attachment], stored: dict[str, Any], source: str) -> Binding:

@@ -65,7 +65,7 @@ class Inputs:
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         if len(kwargs) != len(self.names) or len(args) != self.n_args:
-            kwargs = self._complete(args, kwargs)
+            kwargs = self.complete(args, kwargs)
         try:
             ordered = {n: kwargs[n] for n in self.names}
         except KeyError as missing:
@@ -86,7 +86,8 @@ class Inputs:
             out |= {n: (i, axis) for axis, n in enumerate(sizes) if isinstance(n, str)}
         return out
 
-    def _complete(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def complete(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """``kwargs`` with what was left out. Raises AdaptcError for inputs that the program has not."""
         extra = [n for n in kwargs if n not in self.names]
         if extra or len(args) != self.n_args:
             raise AdaptcError(self._usage(f"got {len(args)} positional inputs and {sorted(kwargs)}"))

@@ -10,7 +10,7 @@ tell the ops of a graph from Python functions. Public: none; ``torch.ops`` has t
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -141,11 +141,12 @@ def touched(graph: fx.Graph) -> tuple[set[fx.Node], set[fx.Node]]:
     return dirty, dirty | {n for n in graph.nodes if memory[n] in returned}
 
 
-def memory_groups(graph: fx.Graph) -> UnionFind:
-    """The nodes of a graph in groups that may share memory."""
+def memory_groups(graph: fx.Graph, fresh: Collection[Any] = ()) -> UnionFind:
+    """The nodes of a graph in groups that may share memory. ``fresh``: functions that are no ops, and whose values
+    are memory of their own."""
     groups = UnionFind(graph.nodes)
     for node in graph.nodes:
-        groups.union(node, *shared(node))
+        groups.union(node, *(() if node.target in fresh else shared(node)))
     return groups
 
 

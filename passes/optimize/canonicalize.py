@@ -31,12 +31,14 @@ _END = 2**63 - 1
 @dataclass(frozen=True)
 class Canonicalize(GraphPass):
     """``inputs`` are the names of the user's placeholders. ``differentiable``: gradients flow through the graph, so
-    that a ``detach`` means something. The count is that of the nodes that went."""
+    that a ``detach`` means something. ``autocast``: the graph may run under it, so that a cast of what it computes
+    means something, whatever type that had at capture. The count is that of the nodes that went."""
 
     name: ClassVar[str] = "canonicalize"
 
     inputs: Collection[str] = field(repr=False)
     differentiable: bool = False
+    autocast: bool = False
 
     def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
         before = len(subject.nodes)
@@ -52,6 +54,8 @@ class Canonicalize(GraphPass):
             if node in kept:
                 continue
             source = _nothing(node, self.inputs, self.differentiable)
+            if source is not None and self.autocast and _casts(node) and _computed(source):
+                source = None
             if source is None and dirty.isdisjoint(node.all_input_nodes):
                 source = _seen(node, known)
             if source is not None and source not in kept:
@@ -132,6 +136,19 @@ def _off(node: fx.Node) -> bool:
     return not mode_of(node)
 
 
+def _casts(node: fx.Node) -> bool:
+    """Whether the node names the type of its value."""
+    position = _CASTS.get(node.target)
+    return position is not None and argument(node, position) is not None
+
+
+def _computed(node: fx.Node) -> bool:
+    """Whether autocast may change the type of a value."""
+    return node.op == "call_function" and not _casts(node) and node.meta["val"].is_floating_point()
+
+
+#: op -> where the type stands among its arguments
+_CASTS: dict[Any, int] = {aten.to.dtype: 1, aten.to.dtype_layout: 1, aten.to.device: 2}
 _MOVES = {aten.to.dtype_layout, aten.to.device}
 #: op -> when it hands its first argument on, given that sizes, dtype and device stay
 _RULES: dict[Any, Callable[[fx.Node], bool]] = {

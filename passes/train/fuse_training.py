@@ -6,58 +6,41 @@ outputs and gradients up to the order of sums, from fewer operators, and less ke
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
 from torch import fx
 
-from adaptc.errors import AdaptcError
-from adaptc.passes.ir.effects import is_metadata_assert
-from adaptc.passes.ir.modes import AUTOCAST_DEVICES
+from adaptc.errors import ConfigError
 from adaptc.passes.ir.pass_infra import GraphPass, PassManager, PassResult
 from adaptc.passes.optimize.canonicalize import Canonicalize
+from adaptc.passes.train.autocast import FollowAutocast
 from adaptc.passes.train.gates import TrainGates
 from adaptc.passes.train.layers import TrainLayers
 from adaptc.passes.train.loss import TrainLoss
 
+#: which rows of the head are computed
+LOGITS = ("all", "labelled")
 
-def fuse_training(module: fx.GraphModule) -> PassResult[fx.Graph]:
-    """Rewrite ``module`` in place; the result's trail says how often, by pass."""
+
+def fuse_training(module: fx.GraphModule, *, fuse: bool = True, logits: str = "all") -> PassResult[fx.Graph]:
+    """Rewrite ``module`` in place; the result's trail says how often, by pass.
+
+    ``fuse``: False only lets it run under autocast. ``logits``: "labelled" leaves rows without a label out of the head,
+    so that they are zero in the logits that are returned. Raises ConfigError where no loss allows it.
+    """
+    if logits not in LOGITS:
+        raise ConfigError(f"logits must be one of {', '.join(map(repr, LOGITS))}, and is {logits!r}")
+    if logits == "labelled" and not fuse:
+        raise ConfigError("logits='labelled' needs a program with something to train, and fuse=True; or logits='all'")
     graph = module.graph
     inputs = [n.name for n in graph.find_nodes(op="placeholder")]
-    checks = sum(map(is_metadata_assert, graph.nodes))
-    passes = [Canonicalize(inputs, differentiable=True), TrainLayers(), TrainLoss(), TrainGates(), KeepChecks(checks)]
+    loss = TrainLoss(logits == "labelled")
+    passes: list[GraphPass] = [FollowAutocast(inputs)]
+    if fuse:
+        passes += [Canonicalize(inputs, True, autocast=True), TrainLayers(), loss, TrainGates()]
     result = PassManager(passes)(graph)
+    if loss.labelled and not dict(result.trail)[loss.name]:
+        raise ConfigError(
+            "logits='labelled' needs a cross entropy (mean or sum, no weights, no smoothing) right behind a linear "
+            "head whose logits nothing but the caller reads, and the program has none; use logits='all'"
+        )
     module.recompile()
     return result
-
-
-@dataclass(frozen=True)
-class KeepChecks(GraphPass):
-    """Where ``checks`` that a graph made of its types were removed, since they always hold, one is left that says so
-    where they would not: under autocast."""
-
-    name: ClassVar[str] = "keep_checks"
-
-    checks: int
-
-    def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
-        gone = self.checks - sum(map(is_metadata_assert, subject.nodes))
-        if gone:
-            first = next(n for n in subject.nodes if n.op not in ("placeholder", "get_attr"))
-            with subject.inserting_before(first):
-                subject.call_function(refuse_autocast)
-        return PassResult(subject, int(gone > 0))
-
-
-def refuse_autocast() -> None:
-    """Stands where a module's own checks of its types were removed: they hold for the types it was captured with.
-
-    Raises AdaptcError if the caller has autocast on.
-    """
-    if any(map(torch.is_autocast_enabled, AUTOCAST_DEVICES)):
-        raise AdaptcError(
-            "the model casts tensors itself, and was captured with these casts, so autocast has no meaning for it: "
-            "train outside of torch.autocast, with model.to(torch.bfloat16) before adaptc.compile for half precision"
-        )

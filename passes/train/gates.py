@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from adaptc.passes.ir.effects import sweep, touched
 from adaptc.passes.ir.pass_infra import GraphPass, PassResult
+from adaptc.passes.train.autocast import without_autocast
 
 aten = torch.ops.aten
 
@@ -64,8 +65,9 @@ def _alike(a: Any, b: fx.Node) -> bool:
 
 
 def gated(a: Tensor, b: Tensor, act: Any, options: dict[str, Any]) -> Tensor:
-    """act(a) * b, for a and b of one shape and type. Gradients for both, once. Under autocast as it was written."""
-    if torch.is_autocast_enabled(a.device.type):
+    """act(a) * b, for a and b of one shape and type. Gradients for both, once. Where autocast made them of two
+    types, as it was written."""
+    if a.dtype != b.dtype:
         return act(a, **options) * b
     return _Gated.apply(a, b, act, options)
 
@@ -73,7 +75,9 @@ def gated(a: Tensor, b: Tensor, act: Any, options: dict[str, Any]) -> Tensor:
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(a: Tensor, b: Tensor, act: Any, options: dict[str, Any]) -> Tensor:
-        return act(a, **options).mul_(b)
+        made = act(a, **options)
+        # The compiler of torch 2.11 loses the gradients of results that were written to.
+        return made * b if torch.compiler.is_compiling() else made.mul_(b)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -82,6 +86,7 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
         d_a = BACKWARD[ctx.act](g * b, a, **ctx.options) if ctx.needs_input_grad[0] else None

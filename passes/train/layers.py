@@ -10,6 +10,8 @@ it, one call that gives all y_i; outputs and gradients are equal up to the order
 
 no output is scaled or added in a pass of its own: products add to the memory of others. Kept for the backward are low
 and h, which has ranks for columns. Frozen tensors take no work; those that train after all get their gradients.
+Under autocast all products are in its type, each tensor cast once and kept as it was cast; gradients have the types of
+the tensors, so those of adapters are float32.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch.nn import functional as F
 from adaptc.passes.ir.effects import sweep, touched
 from adaptc.passes.ir.ops import argument
 from adaptc.passes.ir.pass_infra import GraphPass, PassResult
+from adaptc.passes.train.autocast import autocast_dtype, cast, without_autocast
 
 aten = torch.ops.aten
 
@@ -56,7 +59,7 @@ class TrainLayers(GraphPass):
         groups: dict[Any, list[Layer]] = {}
         for node in subject.find_nodes(op="call_function", target=aten.linear.default):
             layer = _layer(node)
-            if layer is not None and dirty.isdisjoint((layer.x, layer.low, layer.weight, layer.bias, node)):
+            if layer is not None and dirty.isdisjoint((layer.x, layer.low, layer.weight, layer.bias, node, layer.out)):
                 groups.setdefault((layer.x, layer.low, layer.down.meta["val"].dtype), []).append(layer)
         for layers in groups.values():
             _write(subject, layers)
@@ -131,57 +134,51 @@ def layers_with_lora(
     scales: Sequence[Tensor],
 ) -> Sequence[Tensor]:
     """All y_i, see the module docstring. x (..., K), low the same or None for x; W_i (N_i, K), A_i (R_i, K), B_i
-    (N_i, R_i), s_i 0-d. Gradients for all of them, once: they cannot be differentiated again. Where autocast is on,
-    which casts each product on its own, the layers are computed as they were written."""
-    if torch.is_autocast_enabled(x.device.type):
-        into = x if low is None else low
-        deltas = [F.linear(F.linear(into, a), b) * s for a, b, s in zip(downs, ups, scales, strict=True)]
-        plain = [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
-        return [y + d if y.dtype == d.dtype else (y + d).to(y.dtype) for y, d in zip(plain, deltas, strict=True)]
-    return _Layers.apply(len(weights), x, low, *weights, *biases, *downs, *ups, *scales)[:-1]
+    (N_i, R_i), s_i 0-d. Gradients for all of them, once: they cannot be differentiated again. Under autocast y_i are of
+    its type."""
+    return _Layers.apply(len(weights), autocast_dtype(x), x, low, *weights, *biases, *downs, *ups, *scales)
 
 
 class _Layers(torch.autograd.Function):
-    """The results are y_i and, to be kept, h."""
-
     @staticmethod
-    def forward(n: int, x: Tensor, low: Tensor | None, *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, n: int, dtype: torch.dtype | None, x: Tensor, low: Tensor | None, *tensors: Any
+    ) -> tuple[Tensor, ...]:
+        ctx.n, ctx.shape, ctx.own = n, x.shape, low is not None
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, low, *tensors)]
+        ctx.set_materialize_grads(False)
+        tensors = (*(cast(t, dtype) for t in tensors[: 4 * n]), *tensors[4 * n :])
         weights, biases, downs, ups, scales = (tensors[i * n : (i + 1) * n] for i in range(5))
-        rows = x.reshape(-1, x.shape[-1])
-        h = (rows if low is None else low.reshape(rows.shape)) @ _stacked(downs).t()
+        rows = cast(x, dtype).reshape(-1, x.shape[-1])
+        into = rows if low is None else cast(low, dtype).reshape(rows.shape)
+        h = into @ _stacked(downs).t()
         out = []
         for w, b, up, s, part in zip(weights, biases, ups, scales, _split(h, downs), strict=True):
             y = F.linear(rows, w, b)
             wide = y.to(h.dtype).addmm_(part * s, up.t()).to(y.dtype)
             out.append(wide.reshape(*x.shape[:-1], -1))
-        return (*out, h)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        n, x, low, *tensors = inputs
-        ctx.n, ctx.shape, ctx.own = n, x.shape, low is not None
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[-1])
-        both = ctx.own and any(ctx.needs_input_grad[3 : 3 + n])
-        # Weights and factors belong to the module, so keeping them costs nothing.
-        kept = (x if low is None else low, x if both else None, output[-1])
-        ctx.save_for_backward(*kept, *tensors[:n], *tensors[2 * n :])
+        both = ctx.own and any(ctx.needs_input_grad[4 : 4 + n])
+        # Weights and factors belong to the module, so keeping them costs nothing; autograd keeps what autocast made
+        # of them, too.
+        ctx.save_for_backward(into, rows if both else None, h, *weights, *downs, *ups, *scales)
+        return tuple(out)
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, *gs: Tensor | None) -> tuple[Tensor | None, ...]:
         n = ctx.n
         low, x, h, *tensors = ctx.saved_tensors
         weights, downs, ups, scales = (tensors[i * n : (i + 1) * n] for i in range(4))
-        needs_x, needs_low, *needs = ctx.needs_input_grad[1:]
+        needs_x, needs_low, *needs = ctx.needs_input_grad[2:]
         need_w, need_b, need_down, need_up, need_scale = (needs[i * n : (i + 1) * n] for i in range(5))
-        low = low.reshape(-1, low.shape[-1])
-        rows = low if x is None else x.reshape(low.shape)
+        rows = low if x is None else x
         d_w, d_b, d_up, d_scale = ([None] * n for _ in range(4))
         d_x: Any = None
-        d_h = torch.zeros_like(h) if any(g is None for g in gs[:n]) else torch.empty_like(h)
-        for i, (g, part, d_part) in enumerate(zip(gs, _split(h, downs), _split(d_h, downs), strict=False)):
+        d_parts: list[Tensor] = []
+        for i, (g, part) in enumerate(zip(gs, _split(h, downs), strict=True)):
             if g is None:
+                d_parts.append(torch.zeros_like(part))
                 continue
             g = g.reshape(-1, g.shape[-1])
             if needs_x:
@@ -189,10 +186,11 @@ class _Layers(torch.autograd.Function):
             d_w[i] = g.t() @ rows if need_w[i] else None
             d_b[i] = g.sum(0) if need_b[i] else None
             g = g.to(h.dtype)
-            torch.mm(g, ups[i], out=d_part)
+            d_part = g @ ups[i]
             d_scale[i] = (d_part * part).sum() if need_scale[i] else None
-            d_part.mul_(scales[i])
+            d_parts.append(d_part.mul_(scales[i]))
             d_up[i] = g.t() @ (part * scales[i]) if need_up[i] else None
+        d_h = d_parts[0] if n == 1 else torch.cat(d_parts, 1)
         d_down = (d_h.t() @ low).split([a.shape[0] for a in downs]) if any(need_down) else [None] * n
         d_low = None
         if ctx.own:
@@ -200,7 +198,8 @@ class _Layers(torch.autograd.Function):
         elif d_x is not None:
             d_x = d_x.to(h.dtype).addmm_(d_h, _stacked(downs)).to(d_x.dtype)
         d_x = None if d_x is None else d_x.reshape(ctx.shape)
-        return None, d_x, d_low, *d_w, *d_b, *d_down, *d_up, *d_scale
+        found = (d_x, d_low, *d_w, *d_b, *d_down, *d_up, *d_scale)
+        return None, None, *map(cast, found, ctx.dtypes)
 
 
 def _stacked(downs: Sequence[Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ from adaptc.passes.ir.lifted import Lifted, copy_graph
 from adaptc.passes.ir.modes import COUNTER, FLAGS, KEPT, SDPA, SDPA_DROPOUT, mode_of
 from adaptc.passes.ir.ops import argument, set_argument
 from adaptc.passes.ir.pass_infra import GraphPass, Pass, PassResult
+from adaptc.passes.train.recomputed import Recomputed
 
 aten = torch.ops.aten
 
@@ -39,6 +40,7 @@ class SetGraphMode(GraphPass):
     """The same in place, on the graph of a module.
 
     The graphs of autocast and no_grad blocks are submodules, which several programs may share: they are copied first.
+    So are those of recomputed segments, which a backward that is still to come runs as they were in its forward.
     """
 
     name: ClassVar[str] = "set_mode"
@@ -48,12 +50,14 @@ class SetGraphMode(GraphPass):
     def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
         module, count = subject.owning_module, 0
         for node in subject.nodes:
-            inner = getattr(module, node.target, None) if node.op == "get_attr" else None
-            if isinstance(inner, fx.GraphModule):
-                copied = fx.GraphModule(inner, copy_graph(inner.graph))
+            inner = getattr(module, node.target, None) if node.op in ("get_attr", "call_module") else None
+            holder, name = (inner, "body") if isinstance(inner, Recomputed) else (module, node.target)
+            body = getattr(holder, name, None) if inner is not None else None
+            if isinstance(body, fx.GraphModule):
+                copied = fx.GraphModule(body, copy_graph(body.graph))
                 changed = set_mode(copied, self.training)
                 if changed:
-                    setattr(module, node.target, copied)
+                    setattr(holder, name, copied)
                 count += changed
             elif node.target is SDPA:
                 count += self._attention(node)

@@ -144,27 +144,66 @@ def merging(sides: Sides, rounds: int) -> list[Row]:
 def training(sides: Sides, rounds: int) -> list[Row]:
     program = adaptc.compile(sides.base, LoraConfig(**CONFIG), training=True)
     batch = {**tokens(4, 64), "labels": tokens(4, 64)["input_ids"]}
+    half = {**batch, "labels": batch["labels"].clone()}
+    half["labels"][:, :32] = -100  # prompts, as long as what answers them
 
-    def step(model: nn.Module) -> Callable[[], None]:
+    def step(model: nn.Module, batch: dict[str, torch.Tensor], autocast: bool = False) -> Callable[[], None]:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
         def run() -> None:
-            model(**batch).loss.backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = model(**batch).loss
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 
         return run
 
     sides.peft.train()
-    rows = interleave(
-        "training step 4x64",
-        {"PEFT": step(sides.peft), "adaptc": step(program.module())},
-        "PEFT",
+    module, labelled = program.module(), program.module(logits="labelled")
+    rows: list[Row] = []
+    for work, sided in (
+        ("training step 4x64", {"PEFT": step(sides.peft, batch), "adaptc": step(module, batch)}),
+        (
+            "the same, half of the labels ignored",
+            {"PEFT": step(sides.peft, half), "adaptc, logits='labelled'": step(labelled, half)},
+        ),
+        (
+            "the same in bfloat16 autocast",
+            {"PEFT": step(sides.peft, batch, True), "adaptc": step(module, batch, True)},
+        ),
+    ):
+        rows += interleave(work, sided, "PEFT", max(5, rounds // 3), warmup=1)
+    sides.peft.gradient_checkpointing_enable({"use_reentrant": False})
+    again = {"PEFT": sides.peft, "adaptc": program.module(gradient_checkpointing=True)}
+    rows += interleave(
+        "the same with gradient checkpointing",
+        {f"{name}, {kept(model, batch) / 2**20:.0f} MB kept": step(model, batch) for name, model in again.items()},
+        f"PEFT, {kept(sides.peft, batch) / 2**20:.0f} MB kept",
         max(5, rounds // 3),
         warmup=1,
     )
+    sides.peft.gradient_checkpointing_disable()
     sides.peft.eval()
     return rows
+
+
+def kept(model: nn.Module, batch: dict[str, torch.Tensor]) -> int:
+    """Bytes that autograd keeps from a forward to its backward, without parameters and buffers."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model(**batch).loss
+    size = sum(storage.nbytes() for storage in storages.values())
+    del loss
+    return size
 
 
 def run(sides: Sides, rounds: int = 15) -> list[Row]:

@@ -12,7 +12,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 import adaptc
-from adaptc import AdaptcError, LoraConfig
+from adaptc import AdaptcError, ConfigError, LoraConfig
 from adaptc.passes.train.set_mode import SetMode
 from tests.support.families import FAMILIES
 
@@ -268,3 +268,127 @@ def test_weights_that_are_made_trainable_later_get_their_gradients(llama, traine
         found.append({n: p.grad for n, p in module.named_parameters()})
     assert all(g is not None for g in found[0].values())
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
+RECIPES = {
+    "llama": {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj", "gate_proj", "down_proj"]},
+    "gemma2": {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "o_proj", "up_proj"]},
+    "bert": {"target_modules": ["query", "value", "dense"]},
+    "t5": {"task_type": "SEQ_2_SEQ_LM", "target_modules": ["q", "v", "wo"]},
+}
+
+
+def twins(family: str) -> tuple[adaptc.AdaptedProgram, nn.Module, dict[str, Tensor]]:
+    """A program, PEFT's model with the same adapter, and a batch with labels of which some are ignored."""
+    kw = {"r": 5, "lora_alpha": 11, **RECIPES[family]}
+    model, inputs = FAMILIES[family].build(), FAMILIES[family].inputs(3, 9)
+    inputs["labels"] = inputs.get("decoder_input_ids", inputs["input_ids"]).clone()
+    inputs["labels"][:, ::3] = -100
+    peft_model = get_peft_model(copy.deepcopy(model), PeftLoraConfig(**kw)).eval()
+    program = adaptc.compile(model, LoraConfig(**kw), example_inputs=inputs, training=True)
+    g = torch.Generator().manual_seed(7)
+    slots = dict(program.module().named_parameters())
+    with torch.no_grad():
+        for name, p in peft_model.named_parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn(p.shape, generator=g) * 0.1)
+                slots[name.removeprefix("base_model.model.")].copy_(p)
+    return program, peft_model, inputs
+
+
+def curve(model: nn.Module, inputs: dict[str, Tensor], dtype: torch.dtype | None, count: int) -> list[float]:
+    """Losses, after which the adapter is as it was."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in params]
+    optimizer = torch.optim.AdamW(params, lr=3e-3)
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16, init_scale=2.0**10)
+    losses = []
+    for _ in range(count):
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            loss = model(**inputs).loss
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    assert not scaler.is_enabled() or scaler.get_scale() == 2.0**10  # no step was left out
+    with torch.no_grad():
+        for p, value in zip(params, before, strict=True):
+            p.copy_(value)
+    return losses
+
+
+def slopes(model: nn.Module, inputs: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    model.zero_grad()
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        loss = model(**inputs).loss
+    loss.backward()
+    grads = {n.removeprefix("base_model.model."): p.grad for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    return grads
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", RECIPES)
+def test_mixed_precision_trains_as_in_peft(family: str, dtype: torch.dtype) -> None:
+    program, peft_model, inputs = twins(family)
+    module = program.module().eval()
+    program.fuse = False
+    plain = program.module().eval()
+    exact = slopes(peft_model, inputs, None)
+    found, theirs, unfused = (slopes(m, inputs, dtype) for m in (module, peft_model, plain))
+    assert found.keys() == exact.keys()
+    # Roundings fall in other places, so a gradient is compared with the exact one, from which PEFT's is away by the
+    # same roundings: a relative norm of a few eps for each of the layers that the gradient went through.
+    eps = torch.finfo(dtype).eps
+    for grads in (found, unfused):
+        away = {n: [float((g[n] - e).norm() / e.norm()) for g in (grads, theirs)] for n, e in exact.items()}
+        assert all(g.dtype == torch.float32 for g in grads.values())
+        assert all(ours <= 2 * peft + 8 * eps for ours, peft in away.values())
+        assert sum(ours for ours, _ in away.values()) <= 1.5 * sum(peft for _, peft in away.values()) + eps
+    ours, unfused, theirs, exact = (
+        torch.tensor(curve(m, inputs, d, 20))
+        for m, d in ((module, dtype), (plain, dtype), (peft_model, dtype), (peft_model, None))
+    )
+    assert exact[-1] < exact[0] * 0.95
+    # Each logit is rounded to half an eps of itself, and so is what it was made of; a loss is a mean of differences of
+    # logits, in float32.
+    for other in (unfused, theirs, exact):
+        torch.testing.assert_close(ours, other, rtol=eps, atol=0)
+
+
+def test_labelled_logits_train_the_same_on_rows_that_have_a_label(llama):
+    program, peft_model, inputs = twins("llama")
+    inputs["labels"][0] = -100
+    module, every = program.module(logits="labelled").eval(), program.module().eval()
+    out, whole = module(**inputs), every(**inputs)
+    # Labels are one further than the logits that are for them.
+    kept = (nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:] != -100)[..., None]
+    assert torch.equal(out.logits, out.logits * kept)
+    torch.testing.assert_close(out.logits, whole.logits * kept, rtol=1e-5, atol=1e-6)
+    for other in (every, peft_model):
+        torch.testing.assert_close(slopes(module, inputs, None), slopes(other, inputs, None), rtol=1e-4, atol=1e-6)
+        found, expected = (torch.tensor(curve(m, inputs, None, 5)) for m in (module, other))
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=0)
+        found, expected = (torch.tensor(curve(m, inputs, torch.bfloat16, 5)) for m in (module, other))
+        torch.testing.assert_close(found, expected, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
+    inputs["labels"][:] = -100
+    assert module(**inputs).loss.isnan()
+
+
+def test_which_logits_are_computed_is_all_or_labelled(llama, trained):
+    with pytest.raises(ConfigError, match=r"'all', 'labelled'.*'some'"):
+        trained.module(logits="some")
+    frozen = adaptc.compile(llama, LoraConfig(**KW, inference_mode=True), training=True)
+    with pytest.raises(ConfigError, match=r"'all', 'labelled'.*None"):
+        frozen.module(logits=None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="something to train"):
+        frozen.module(logits="labelled")
+
+
+def test_a_frozen_module_runs_under_autocast(llama):
+    module = adaptc.compile(llama, LoraConfig(**KW, inference_mode=True), training=True).module().eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = module(**batch(4)), llama(**batch(4))
+    torch.testing.assert_close(found.loss, expected.loss, rtol=torch.finfo(torch.bfloat16).eps, atol=0)

@@ -50,6 +50,24 @@ def ops(graph: fx.Graph) -> list[str]:
     return [str(n.target).removeprefix("aten.") for n in graph.nodes if n.op == "call_function"]
 
 
+CASTS: dict[str, tuple[Callable[[Any, Tensor], Any], bool]] = {
+    "of what is computed": (lambda m, x: (x.sin() @ m.w).to(torch.float32).cos(), True),
+    "to a device as well": (lambda m, x: (x.sin() @ m.w).to("cpu", torch.float32).cos(), True),
+    # torch.export writes the type into it.
+    "to a device alone": (lambda m, x: (x.sin() @ m.w).to("cpu").cos(), True),
+    "of a parameter": (lambda m, x: x.sin() @ m.w.to(torch.float32), False),
+    "of a cast": (lambda m, x: x.sin().double().to(torch.float64).cos(), False),
+    "of an integer": (lambda m, x: x.argsort().to(torch.int64) * x, False),
+}
+
+
+@pytest.mark.parametrize("case", CASTS)
+def test_casts_that_autocast_gives_a_meaning_stay(case: str) -> None:
+    body, stays = CASTS[case]
+    count = [sum(o.startswith("to.") for o in ops(cleaned(body, autocast=on)[1])) for on in (False, True)]
+    assert count[1] - count[0] == stays
+
+
 GONE: dict[str, tuple[Callable[[Any, Tensor], Any], list[str]]] = {
     "a cast to its own dtype": (lambda m, x: x.sin().to(torch.float32).cos(), ["sin.default", "cos.default"]),
     "a whole slice": (lambda m, x: x.sin()[:, :].cos(), ["sin.default", "cos.default"]),

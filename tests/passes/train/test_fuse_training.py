@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from adaptc.errors import AdaptcError
 from adaptc.passes.ir.pass_infra import GraphPass
 from adaptc.passes.optimize.canonicalize import Canonicalize
 from adaptc.passes.train.fuse_training import fuse_training
 from adaptc.passes.train.gates import TrainGates, gated
+from adaptc.passes.train.head_loss import loss_of_layer
 from adaptc.passes.train.layers import TrainLayers, layers_with_lora
-from adaptc.passes.train.loss import TrainLoss, loss_of_layer
+from adaptc.passes.train.loss import TrainLoss
 from tests.support.cover import examples
 from tests.support.pass_checks import export
 
@@ -158,6 +158,11 @@ def test_layers_in_half_precision_have_adapters_in_float32(dtype: torch.dtype) -
         torch.testing.assert_close(found, expected, rtol=4 * eps, atol=8 * eps)
 
 
+def result_is_written_to(m: Any, x: Tensor) -> Any:
+    y = m.y(0, x)
+    return F.relu(y, inplace=True)
+
+
 NOT_LAYERS: dict[str, Callable[[Any, Tensor], Any]] = {
     "no adapter": lambda m, x: m.layers[0](x),
     "the layer's output is read too": read_twice,
@@ -167,6 +172,7 @@ NOT_LAYERS: dict[str, Callable[[Any, Tensor], Any]] = {
     "a weight that is computed": lambda m, x: F.linear(x, m.layers[0].weight * 2) + m.delta(0, x),
     "an input that is written to": written,
     "an input that is written to in between": written_in_between,
+    "a result that is written to": result_is_written_to,
     "an input of other rows": lambda m, x: m.layers[0](x) + m.delta(0, x[:1]),
 }
 
@@ -232,8 +238,8 @@ def head(reduction: str = "mean", ignored: int = -100, **options: Any) -> Callab
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("ignored", [-100, 4])
 def test_a_cross_entropy_is_one_step(reduction: str, ignored: int, piece: int, monkeypatch: Any) -> None:
-    monkeypatch.setattr("adaptc.passes.train.loss.PIECE", piece)
-    monkeypatch.setattr("adaptc.passes.train.loss.LEAST", 4)
+    monkeypatch.setattr("adaptc.passes.train.head_loss.PIECE", piece)
+    monkeypatch.setattr("adaptc.passes.train.head_loss.LEAST", 4)
     plain, fused, count = both(head(reduction, ignored), TrainLoss())
     assert (count, calls(fused, loss_of_layer)) == (1, 1)
     for n in (2, 5):
@@ -250,20 +256,6 @@ def test_the_gradients_of_loss_and_logits_each_alone() -> None:
             found.append([p.grad.clone() for p in m.parameters() if p.grad is not None])
         assert found[0]
         same(found[0], found[1])
-
-
-def test_a_loss_of_a_head_that_trains_and_of_no_label_at_all() -> None:
-    w, b, x = torch.randn(11, 7).double(), torch.randn(11).double(), inputs(3).reshape(-1, 7)
-    labels = torch.arange(len(x)).remainder(11)
-    used = [t.requires_grad_() for t in (x, w, b)]
-    _, loss = loss_of_layer(x, w, b, labels, torch.float64, True, 2)
-    expected = F.cross_entropy(F.linear(x, w, b), labels, ignore_index=2)
-    same(loss, expected)
-    same(torch.autograd.grad(loss, used), torch.autograd.grad(expected, used))
-    _, nothing = loss_of_layer(x, w, b, torch.full_like(labels, 2), torch.float64, True, 2)
-    assert nothing.isnan()
-    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
-        loss_of_layer(x, w, b, labels + 5, torch.float64, True, 2)
 
 
 def head_of_what_changes(m: Any, x: Tensor) -> Any:
@@ -354,29 +346,3 @@ def test_less_is_kept_for_the_backward() -> None:
     assert [dict(done.trail)[n] for n in ("train_layers", "train_loss", "train_gates")] == [2, 1, 1]
     # The activation of the gate, and the log softmax of eleven columns but for its sums, of 150 rows each.
     assert before - kept() >= 150 * (5 + 11 - 1)
-
-
-def gate_and_loss(m: Any, x: Tensor) -> Any:
-    y = F.silu(m.y(0, x)) * m.y(0, x.cos()) + m.layers[1](x)[..., :1]
-    logits = m.head(y @ m.a[0].new_ones(5, 7))
-    return F.cross_entropy(logits.view(-1, 11), x[..., 0].argsort(-1).view(-1)), logits
-
-
-def test_autocast_casts_what_it_casts_in_the_plain_module() -> None:
-    plain, fused = (module_of(gate_and_loss, dtype=torch.float32) for _ in range(2))
-    done = fuse_training(fused)
-    assert [dict(done.trail)[n] for n in ("train_layers", "train_loss", "train_gates")] == [2, 1, 1]
-    with torch.autocast("cpu", torch.bfloat16):
-        found, expected = (gradients(m, inputs(5, torch.float32)) for m in (fused, plain))
-    assert found[0][1].dtype == torch.bfloat16
-    same(found[0], expected[0], 0)
-    # Terms of one gradient, each rounded to bfloat16, are summed in another order.
-    torch.testing.assert_close(found[1:], expected[1:], rtol=2**-6, atol=2**-4)
-
-
-def test_autocast_is_refused_where_the_module_casts_itself() -> None:
-    module = module_of(lambda m, x: m.y(0, x).to(torch.float32).sin(), dtype=torch.float32)
-    fuse_training(module)
-    module(inputs(3, torch.float32))
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(AdaptcError, match="autocast has no meaning for it"):
-        module(inputs(3, torch.float32))

@@ -1,0 +1,260 @@
+"""The ``nn.Module`` of a program: what trainers, optimizers and hooks are written for.
+
+Before: a program, and the graph module that ``torch.export`` makes of it, rewritten for training. After: one module
+with the program's own parameters under the program's own names, which
+
+- takes what ``prog()`` takes, fills what it fills, and says which input is wrong;
+- is saved as the adapter alone, in PEFT's keys, and loaded from them: ``state_dict(base=True)`` has everything;
+- switches dropout and batch norm in its graph with ``train()`` and ``eval()``;
+- is copied by ``copy.deepcopy`` (base and all, as modules are), and pickled as the program's file.
+
+The graph module is no child of it: the two share their tables of parameters, buffers and children, so that whoever
+replaces a parameter (``to``, FSDP) does it for both, and no name has a prefix.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any, ClassVar, Literal, Protocol, Self
+
+import torch
+from torch import Tensor, fx, nn
+
+from adaptc.binding.bind import file_tensors
+from adaptc.binding.binding import Binding
+from adaptc.binding.source import as_binding
+from adaptc.errors import AdaptcError
+from adaptc.passes.train.checkpoint import checkpoint, set_checkpointing
+from adaptc.passes.train.set_mode import set_mode
+from adaptc.peft_files.format import bare_key, file_key
+from adaptc.program.core import ProgramCore
+from adaptc.runtime.call_inputs import Inputs
+
+_TABLES = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
+
+
+class Making(Protocol):
+    """How modules are made of programs. ``logits``: see ``AdaptedProgram.module``."""
+
+    @property
+    def logits(self) -> str: ...
+
+    def __call__(self, program: ProgramCore, owner: ProgramCore) -> ProgramModule: ...
+
+    def graph(self, program: ProgramCore, head: str | None = None) -> fx.GraphModule:
+        """What the module runs; with ``head``, only as far as the layer of that path. Raises AdaptcError where that is
+        not possible."""
+        ...
+
+
+def tables_of(module: nn.Module) -> dict[str, Any]:
+    """The tables of a module, for one that is to share them: whoever replaces a parameter does it for both."""
+    return {name: vars(module)[name] for name in _TABLES}
+
+
+class ProgramModule(nn.Module):
+    """Made by :meth:`AdaptedProgram.module`. ``program``: a snapshot, which nobody swaps, of ``owner``."""
+
+    graph_module: fx.GraphModule
+    #: of a module: a function and its arguments, by which ``pickle`` makes it again; set by who writes programs
+    pickled: ClassVar[Callable[[ProgramModule], tuple[Any, ...]]]
+
+    def __init__(self, program: ProgramCore, owner: ProgramCore, graph: fx.GraphModule, making: Making) -> None:
+        nn.Module.__init__(self)
+        # The graph is no attribute that torch sees, or it would be a child.
+        vars(self).update(tables_of(graph), graph_module=graph)
+        self.program, self.owner, self.making = program, owner, making
+        self.inputs = Inputs.of(program, program.adaptation.fills)
+        self._whole = False
+        #: how many repeated blocks are computed again at a time, None where all is kept
+        self.checkpointed: int | Literal["auto"] | None = None
+        self._set_flags(program.adaptation.training)
+        self.register_state_dict_post_hook(_keep_adapter)
+        self.register_load_state_dict_pre_hook(_take_adapter)
+        self.register_load_state_dict_post_hook(_miss_no_base)
+
+    @property
+    def graph(self) -> fx.Graph:
+        """What it computes."""
+        return self.graph_module.graph
+
+    # -- calls ---------------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The inputs the program was captured with; those that it fills may be left out.
+
+        Raises AdaptcError that names the input which is missing, too many, on another device or of another size.
+        """
+        kwargs = self.inputs.complete(args, kwargs)
+        if not torch.compiler.is_compiling():
+            self._check(self.inputs(args, kwargs))
+        return self.graph_module(*args, **kwargs)
+
+    def _check(self, flat: Sequence[Any]) -> None:
+        here = next((t.device for t in self.parameters()), None)
+        for (name, _), value in zip(self.inputs.expected, flat, strict=True):
+            if isinstance(value, Tensor) and here is not None and value.device != here:
+                raise AdaptcError(f"input {name!r} is on {value.device}, and the module on {here}; move one of the two")
+
+    # -- modes ---------------------------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> Self:
+        """Raises AdaptcError for a program that was captured for inference, when ``mode`` is true."""
+        if mode and not self.program.adaptation.training:
+            raise AdaptcError(
+                "the program was captured for inference, without its dropout; compile(model, config, training=True) to "
+                "train with train() and eval(). Training without dropout needs no train() call."
+            )
+        if mode != self.training:
+            for graph in self.graph_modules():
+                set_mode(graph, mode)
+        self._set_flags(mode)
+        return self
+
+    def _set_flags(self, mode: bool) -> None:
+        self.training = mode
+        for graph in self.graph_modules():
+            for m in graph.modules():
+                m.training = mode
+
+    def checkpoint(self, every: int | Literal["auto"] = "auto") -> None:
+        """Compute repeated blocks of the graph again in the backward, ``every`` so many at a time, "auto" one; or turn
+        that on again. Raises ConfigError and AdaptcError as ``AdaptedProgram.module`` says."""
+        if not self.program.adaptation.training:
+            raise AdaptcError(
+                "gradient_checkpointing works in training mode, and the program was captured for inference: "
+                "compile(model, config, training=True)"
+            )
+        for graph in self.graph_modules():
+            if not set_checkpointing(graph, True):
+                checkpoint(graph, every)
+        self._set_flags(self.training)
+        self.checkpointed = every
+
+    def keep_activations(self) -> None:
+        """Turn off what :meth:`checkpoint` turned on."""
+        for graph in self.graph_modules():
+            set_checkpointing(graph, False)
+        self.checkpointed = None
+
+    def graph_modules(self) -> Sequence[fx.GraphModule]:
+        """All that calls may run."""
+        return [self.graph_module]
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def binding(self) -> Binding:
+        """The program's, with the tensors that the module has now. Raises AdaptcError for one without an adapter.
+
+        What is trained may be known better by now: AdaLoRA's ranks, as long as nobody swaps."""
+        own, binding, now = _tensors(self), self.program.binding, self.owner.current
+        if now is not None and all(now.values.get(k) is t for k, t in binding.values.items()):
+            binding = now
+        return replace(binding, values={k: own.get(k, t) for k, t in binding.values.items()})
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """The adapter as it is now, in the keys of PEFT's files. Of adapters that act together, their slots by FQN."""
+        program = self.program
+        if program.current is None:
+            return {}
+        binding = self.binding()
+        if binding.parts:
+            return {k: t.detach() for k, t in binding.values.items()}
+        return {file_key(k, binding.config.peft_type): t for k, t in file_tensors(program.spec(), binding).items()}
+
+    def state_dict(self, *args: Any, base: bool = False, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The adapter in PEFT's keys, otherwise as torch has it; with ``base`` all tensors by FQN."""
+        self._whole = base
+        try:
+            return super().state_dict(*args, **kwargs)
+        finally:
+            self._whole = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether the state that is being made has the base as well."""
+        return self._whole
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ProgramModule:
+        program = copy.deepcopy(self.program, memo)
+        return self.like_this(self.making(program, program))
+
+    def like_this(self, new: ProgramModule) -> ProgramModule:
+        """``new``, a module of a copy of the program, in the mode of this one and with what trains here."""
+        for p, own in zip(new.parameters(), self.parameters(), strict=True):
+            p.requires_grad_(own.requires_grad)
+        if self.checkpointed is not None:
+            new.checkpoint(self.checkpointed)
+        return new.train(self.training)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return type(self).pickled(self)
+
+
+def forward_taking(kind: type, n_args: int, names: Sequence[str], optional: Collection[str]) -> Callable[..., Any]:
+    """``kind.forward`` that says what it takes, which trainers ask it."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return kind.forward(self, *args, **kwargs)
+
+    own = inspect.Parameter
+    parameters = [own("self", own.POSITIONAL_ONLY)]
+    parameters += [own(f"input_{i}", own.POSITIONAL_ONLY) for i in range(n_args)]
+    parameters += [own(n, own.KEYWORD_ONLY, **({"default": None} if n in optional else {})) for n in names]
+    vars(forward)["__signature__"] = inspect.Signature(parameters)
+    forward.__doc__ = kind.forward.__doc__
+    return forward
+
+
+@cache
+def plain(n_args: int, names: tuple[str, ...], optional: frozenset[str]) -> type[ProgramModule]:
+    """The class of modules of programs that take these inputs."""
+    own = {"forward": forward_taking(ProgramModule, n_args, names, optional), "__module__": __name__}
+    return type("ProgramModule", (ProgramModule,), own)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+
+
+def _keep_adapter(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+    if module.whole:
+        return
+    for name in _tensors(module):
+        state.pop(prefix + name, None)
+    state.update({prefix + key: t for key, t in module.adapter_state().items()})
+
+
+def _take_adapter(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Tensors under PEFT's keys become those of the slots they are for. Raises as ``adaptc.swap`` does."""
+    program = module.program
+    if program.current is None or program.binding.parts:
+        return
+    own, kind = _tensors(module), program.binding.config.peft_type
+    theirs = {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
+    adapter = {k: t for k, t in theirs.items() if k not in own and bare_key(k, kind) is not None}
+    if not adapter:
+        return
+    values = as_binding(program, adapter, own=False).values
+    for key in adapter:
+        del state[prefix + key]
+    state.update({prefix + fqn: t for fqn, t in values.items()})
+
+
+def _miss_no_base(module: Any, found: Any) -> None:
+    """The base stays what it is: nobody need bring it."""
+    current = module.program.current
+    slots = set() if current is None else set(current.values)
+    base = _tensors(module).keys() - slots
+    missing: list[str] = found.missing_keys
+    missing[:] = [k for k in missing if not _one_of(k, base) or _one_of(k, slots)]
+
+
+def _one_of(key: str, names: Any) -> bool:
+    """Whether a key is one of the names, or one with a prefix."""
+    parts = key.split(".")
+    return any(".".join(parts[i:]) in names for i in range(len(parts)))

@@ -1,0 +1,99 @@
+"""What happens between the steps of a training: gradients are looked at, and ranks are cut.
+
+Before: a program that trains through ``program.module()``. After each step: an adapter of finite values, and for
+AdaLoRA the ranks that its config wants. For loops of one's own there are :func:`check_gradients` and ``RankAllocator``;
+for transformers' Trainer :func:`trainer_callback` calls both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptc.errors import AdaptcError, shown
+from adaptc.methods.adalora import AdaLoraConfig
+from adaptc.program.core import ProgramCore
+from adaptc.program.rank_allocator import RankAllocator, orthogonal_loss
+
+
+def check_gradients(module: nn.Module) -> None:
+    """Raises AdaptcError that names the parameters whose gradients are not finite; to be called after ``backward()``,
+    before gradients are clipped, which spreads what is wrong to all, and before the optimizer's step, which would spoil
+    the adapter for good. Takes one pass over the adapter's gradients."""
+    named = {n: p.grad.detach().abs().sum() for n, p in module.named_parameters() if p.grad is not None}
+    if wrong := _not_finite(named):
+        wrong = [n for n in wrong if not module.get_parameter(n).grad.isfinite().all()]  # type: ignore[union-attr]
+    _refuse(wrong, len(named))
+
+
+def _not_finite(sums: Mapping[str, Tensor]) -> list[str]:
+    if not sums or torch.stack([s.float().cpu() for s in sums.values()]).isfinite().all():
+        return []
+    return [n for n, s in sums.items() if not s.isfinite()]
+
+
+def _refuse(wrong: Sequence[str], count: int) -> None:
+    if wrong:
+        raise AdaptcError(
+            f"the gradients of {len(wrong)} of {count} parameters are not finite: {shown(list(wrong[:4]))}. The step "
+            "was not taken, so the adapter is as it was; a smaller learning rate, clipped gradients or float32 may help"
+        )
+
+
+def trainer_callback(program: ProgramCore) -> Any:
+    """A ``transformers.TrainerCallback`` for a Trainer whose model is ``program.module()``.
+
+    Before each step it looks for gradients that are not finite (but for fp16, where the scaler skips such steps), and
+    raises AdaptcError with their names. For AdaLoRA it adds ``orthogonal_loss`` to the loss, as PEFT's model does, and
+    cuts ranks after each step as :class:`RankAllocator` says; raises as that does when training begins.
+    """
+    return _kind()(program)
+
+
+class _Between:
+    def __init__(self, program: ProgramCore) -> None:
+        self.program = program
+        self.allocator: RankAllocator | None = None
+        self.sums: dict[str, Tensor] = {}
+        self.hooks: list[Any] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if isinstance(self.program.binding.config, AdaLoraConfig):
+            self.allocator = RankAllocator(self.program)
+            kwargs["model"].penalty = partial(orthogonal_loss, self.program)
+        # Trainer clips gradients before it asks, so what each of them was is looked at when it is made.
+        self.forget()
+        if not args.fp16:
+            for name, p in kwargs["model"].named_parameters():
+                if p.requires_grad:
+                    self.hooks.append(p.register_post_accumulate_grad_hook(partial(self.note, name)))
+
+    def note(self, name: str, p: Tensor) -> None:
+        if p.grad is not None:
+            self.sums[name] = p.grad.detach().abs().sum()
+
+    def forget(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks, self.sums = [], {}
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.forget()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        _refuse(_not_finite(self.sums), len(self.sums))
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.allocator is not None:
+            self.allocator.update_and_allocate(state.global_step)
+
+
+@cache
+def _kind() -> type:
+    from transformers import TrainerCallback
+
+    return type("AdapterCallback", (_Between, TrainerCallback), {"__module__": __name__})

@@ -1,0 +1,141 @@
+"""Mixed precision of a training graph: what ``torch.autocast`` would do to the model, it does to the graph.
+
+Before: the graph of a module, captured without autocast. ``torch.export`` writes a check of the type in front of each
+cast, and casts that did nothing at capture are there still. After: casts stay and act, the checks of what flows between
+operators go, since under autocast it has other types than at capture. A check is left, by name, where a cast that
+copies is not the same as one that hands its argument on: where that memory is written to.
+
+What a model read from a tensor's type at capture (``x.to(y.dtype)``) is that type still, so values are cast to float32
+where the model might have them in half precision: more digits, never fewer. The most negative number of a type, which
+masks are filled with, is taken from the type that the values turn out to have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from adaptc.errors import AdaptcError
+from adaptc.passes.ir.effects import is_metadata_assert, touched
+from adaptc.passes.ir.lifted import copy_graph
+from adaptc.passes.ir.module_paths import module_path
+from adaptc.passes.ir.ops import argument
+from adaptc.passes.ir.pass_infra import GraphPass, PassResult
+
+aten = torch.ops.aten
+
+#: op -> where its number stands among its arguments
+_FILLS: dict[Any, int] = {aten.masked_fill.Scalar: 2, aten.masked_fill_.Scalar: 2}
+
+
+@dataclass(frozen=True)
+class FollowAutocast(GraphPass):
+    """``inputs`` are the names of the user's placeholders, whose checks stay. The count is that of the checks that
+    went, and of the numbers that follow their tensors' types."""
+
+    name: ClassVar[str] = "follow_autocast"
+
+    inputs: Collection[str] = field(default=(), repr=False)
+
+    def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
+        dirty, _ = touched(subject)
+        module, count = subject.owning_module, 0
+        for node in list(subject.nodes):
+            inner = getattr(module, node.target, None) if node.op == "get_attr" else None
+            if isinstance(inner, fx.GraphModule):
+                count += _inside(module, node.target, inner)
+            elif is_metadata_assert(node):
+                source, dtype = node.args[0], argument(node, 3)
+                if source.name in self.inputs or dtype is None or not dtype.is_floating_point:  # type: ignore[union-attr]
+                    continue
+                if source in dirty:
+                    with subject.inserting_before(node):
+                        subject.call_function(same_type, (source, dtype, _place(node)))
+                subject.erase_node(node)
+                count += 1
+            elif node.target is aten.view.dtype:
+                with subject.inserting_before(node):
+                    subject.call_function(same_type, (node.args[0], node.args[0].meta["val"].dtype, _place(node)))
+            elif node.target in _FILLS:
+                count += _follow(node)
+        return PassResult(subject, count)
+
+
+def _inside(module: Any, name: str, inner: fx.GraphModule) -> int:
+    """The same in the graph of a block, which several programs may share."""
+    copied = fx.GraphModule(inner, copy_graph(inner.graph))
+    count = FollowAutocast()(copied.graph).count
+    if count:
+        copied.recompile()
+        setattr(module, name, copied)
+    return count
+
+
+def _follow(node: fx.Node) -> bool:
+    """Let a fill with the least or greatest number of its type be one with that of the type it has when it runs."""
+    value, number = node.args[0].meta.get("val"), argument(node, _FILLS[node.target])  # type: ignore[union-attr]
+    if not isinstance(value, Tensor) or not value.is_floating_point() or not isinstance(number, float):
+        return False
+    if abs(number) != torch.finfo(value.dtype).max:
+        return False
+    with node.graph.inserting_before(node):
+        bound = node.graph.call_function(extreme, (node.args[0], number > 0))
+    node.update_arg(_FILLS[node.target], bound)
+    return True
+
+
+def _place(node: fx.Node) -> str:
+    """The innermost module that a node was written in, by name, and the tensor it reads."""
+    return f"{module_path(node, ()) or 'the model'} ({node.args[0]})"
+
+
+def extreme(x: Tensor, greatest: bool) -> float:
+    """The greatest or the least number of the type of x."""
+    info = torch.finfo(x.dtype)
+    return info.max if greatest else info.min
+
+
+def same_type(x: Tensor, dtype: torch.dtype, place: str) -> None:
+    """Raises AdaptcError where x is not of the type it had at capture and the graph would compute something else."""
+    if x.dtype != dtype:
+        raise AdaptcError(
+            f"{place}: the model writes to a tensor, or reads its bits, that was {dtype} when it was captured and is "
+            f"{x.dtype} under autocast, where it would do something else. Train outside of torch.autocast, with "
+            "model.to(torch.bfloat16) before adaptc.compile for half precision"
+        )
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The type that autocast takes a product with x in; None where it is off, or leaves x as it is."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def cast(x: Any, dtype: torch.dtype | None) -> Any:
+    """x in ``dtype``; as it is for no type, and no tensor."""
+    # The compiler of torch 2.11 loses the gradients of results that an operator handed on as they were.
+    return x if x is None or dtype is None or x.dtype == dtype else x.to(dtype)
+
+
+def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward that computes in the types of its tensors, also for callers who left autocast on."""
+
+    @wraps(backward)
+    def run(ctx: Any, *gs: Tensor | None) -> Any:
+        kinds = {g.device.type for g in gs if g is not None}
+        with _off(next(iter(kinds), "cpu")):
+            return backward(ctx, *gs)
+
+    return run
+
+
+def _off(kind: str) -> AbstractContextManager[Any]:
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

@@ -1,0 +1,40 @@
+"""A model without its head: what goes into the output layer, as the result of a graph of its own.
+
+Before: the module that ``torch.export`` makes of a program. After: the same module with the same inputs, whose one
+result is what the output layer reads; nothing behind it is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import fx
+
+from adaptc.passes.ir.effects import sweep
+from adaptc.passes.ir.module_paths import module_path
+from adaptc.passes.ir.trees import pytree
+
+
+def cut_at_head(module: fx.GraphModule, head: str, known: Collection[str]) -> bool:
+    """Rewrite ``module`` in place; False where no one linear layer was called by the module ``head``. ``known``: the
+    paths of all modules."""
+    graph = module.graph
+    found = graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    heads = {n.args[0] for n in found if module_path(n, known) == head}
+    if len(heads) != 1:
+        return False
+    (hidden,) = heads
+    output = graph.output_node()
+    output.args = ((hidden,),)
+    info = graph._codegen.pytree_info  # type: ignore[attr-defined]  # the one place that says what a graph returns
+    leaf = pytree.tree_structure(0)
+    graph._codegen.pytree_info = type(info)(info.orig_args, info.in_spec, leaf)  # type: ignore[attr-defined]
+    for node in reversed(graph.nodes):  # also checks of what comes behind
+        if node is hidden:
+            break
+        if node.op in ("call_function", "get_attr") and not node.users:
+            graph.erase_node(node)
+    sweep(graph)
+    module.recompile()
+    return True

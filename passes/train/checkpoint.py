@@ -1,0 +1,205 @@
+"""Gradient checkpointing: repeated blocks of a training graph as segments that the backward computes again.
+
+Before: the module that ``ExportedProgram.module()`` makes, fused or not. After: the same module, parameters, buffers,
+outputs and gradients; each segment is one call of a :class:`Recomputed` submodule, which is handed the parameters it
+reads. Between forward and backward only what flows from segment to segment is kept.
+
+Blocks are those of ``analysis.block_chains``. A block that writes to memory it did not make itself (the running
+statistics of batch norm) would write twice: it is left as it is, and a note says why.
+
+Not used, of torch: ``fx.passes.split_module`` moves parameters into the submodules, under other names;
+``fuser_utils.fuse_by_partitions`` sorts the graph anew, which changes the order in which dropout draws its masks.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import fx
+
+from adaptc.errors import SHOWN, AdaptcError, AdaptcWarning, ConfigError, and_more, shown
+from adaptc.passes.analysis.block_chains import Block, Chain, context, find_chains
+from adaptc.passes.ir.effects import memory_groups, written
+from adaptc.passes.ir.modes import WRITES_STATISTICS
+from adaptc.passes.ir.ops import argument
+from adaptc.passes.ir.pass_infra import GraphPass, PassResult
+from adaptc.passes.train.gates import gated
+from adaptc.passes.train.layers import layers_with_lora
+from adaptc.passes.train.loss import loss_of_layer
+from adaptc.passes.train.recomputed import Recomputed
+
+#: steps whose results are memory of their own
+FRESH = (layers_with_lora, gated, loss_of_layer)
+#: the names that the submodules get, numbered
+NAME = "recomputed"
+
+
+def checkpoint(module: fx.GraphModule, every: int | Literal["auto"] = "auto") -> PassResult[fx.Graph]:
+    """Rewrite ``module`` in place, so that its backward computes repeated blocks again.
+
+    ``every``: how many blocks, one behind the other, are a segment; "auto" for one. More of them keep less between
+    forward and backward, and more within the backward of a segment. The count is that of the segments, ``notes`` say
+    which blocks were left as they are, ``data`` has the names of each segment's nodes. It is on from then; see
+    :func:`set_checkpointing`. Raises ConfigError for any other value of ``every``, and AdaptcError where no block is
+    repeated, where none can be computed twice, or where the module has segments already; it is unchanged then. An
+    AdaptcWarning tells of the notes.
+    """
+    if every != "auto" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+        raise ConfigError(f'every={shown(every)} is neither "auto" nor a number of blocks from 1')
+    result = Checkpoint(1 if every == "auto" else every)(module.graph)
+    module.recompile()
+    if result.notes:
+        warnings.warn(f"in gradient checkpointing {_first(result.notes)}", AdaptcWarning, stacklevel=2)
+    return result
+
+
+def _first(notes: Sequence[str]) -> str:
+    return "; ".join(notes[:SHOWN]) + and_more(notes)
+
+
+def set_checkpointing(module: fx.GraphModule, on: bool) -> int:
+    """Turn the segments of a module on or off, which takes no time; returns how many it has, 0 before
+    :func:`checkpoint`."""
+    segments = [m for m in module.modules() if isinstance(m, Recomputed)]
+    for segment in segments:
+        segment.on = on
+    return len(segments)
+
+
+@dataclass(frozen=True)
+class Checkpoint(GraphPass):
+    """See :func:`checkpoint`."""
+
+    name: ClassVar[str] = "checkpoint"
+
+    every: int = 1
+
+    def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
+        module: Any = subject.owning_module
+        if any(isinstance(m, Recomputed) for m in module.modules()):
+            raise AdaptcError("the module has checkpoints already: turn them on and off, or make a new module")
+        chains = find_chains(module, FRESH)
+        if not chains:
+            raise AdaptcError(
+                "gradient checkpointing found no repeated block: no part of the graph with parameters repeats itself "
+                "in a chain, and no counted modules do (layers.0, layers.1, ...). Train without it, or wrap parts of "
+                "the model in torch.utils.checkpoint around its module"
+            )
+        segments, notes = self._segments(subject, chains)
+        if not segments:
+            raise AdaptcError(f"gradient checkpointing can compute no block twice: {_first(notes)}")
+        movable = context(module, FRESH)
+        names = [tuple(n.name for n in segment) for segment in segments]
+        for i, segment in enumerate(segments):
+            _outline(module, segment, movable, f"{NAME}_{i}")
+        return PassResult(subject, len(segments), notes, names)
+
+    def _segments(self, graph: fx.Graph, chains: Sequence[Chain]) -> tuple[list[Block], tuple[str, ...]]:
+        why_not = _Writes(graph)
+        segments: list[Block] = []
+        notes: list[str] = []
+        for chain in chains:
+            run: list[Block] = []
+            for block in chain.blocks:
+                reason = why_not(block)
+                if reason is None:
+                    run.append(block)
+                else:
+                    notes.append(f"the block from {block[0].name} to {block[-1].name} is left as it is: {reason}")
+                if run and (len(run) == self.every or reason is not None or block is chain.blocks[-1]):
+                    segments.append(tuple(n for b in run for n in b))
+                    run = []
+        return segments, tuple(notes)
+
+
+class _Writes:
+    """Says why a block must not run twice; None where it may."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.order = {n: i for i, n in enumerate(graph.nodes)}
+        self.memory = memory_groups(graph, FRESH)
+        self.members: dict[fx.Node, list[fx.Node]] = {}
+        self.writers: dict[fx.Node, list[fx.Node]] = {}
+        for node in graph.nodes:
+            self.members.setdefault(self.memory[node], []).append(node)
+            for target in written(node):
+                self.writers.setdefault(self.memory[target], []).append(node)
+
+    def __call__(self, block: Block) -> str | None:
+        inside = set(block)
+        end = self.order[block[-1]]
+        for node in block:
+            statistics = [argument(node, i) for i in _statistics(node.target)]
+            if any(isinstance(s, fx.Node) for s in statistics):
+                return f"{node.name} writes to running statistics in training"
+        touched = {self.memory[n] for node in block for n in (node, *node.all_input_nodes)}
+        for group in touched & self.writers.keys():
+            for writer in self.writers[group]:
+                if writer in inside:
+                    old = [n for n in self.members[group] if n not in inside and self.order[n] < end]
+                    if old:
+                        return f"{writer.name} writes to {old[0].name}, which is not of the block"
+                elif self.order[writer] > end:
+                    return f"{writer.name} writes to what the block reads or makes, after it"
+        return None
+
+
+def _statistics(target: Any) -> Sequence[int]:
+    return WRITES_STATISTICS.get(target, ())
+
+
+def _outline(module: fx.GraphModule, segment: Block, movable: set[fx.Node], name: str) -> None:
+    """Put one call in the place of the segment's nodes. What they read and that is computed among them moves in
+    front."""
+    graph, inside = module.graph, set(segment)
+    _move_to_front(segment, inside, movable)
+    outside = dict.fromkeys(n for node in segment for n in node.all_input_nodes if n not in inside)
+    blocks = [n for n in outside if n.op == "get_attr" and isinstance(_attribute(module, n), fx.GraphModule)]
+    inputs = [n for n in outside if n not in set(blocks)]
+    outputs = [n for n in segment if any(u not in inside for u in n.users)]
+
+    body = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        copies[node] = body.placeholder(node.name)
+        copies[node].meta = dict(node.meta)
+    for node in (*blocks, *segment):
+        copies[node] = body.node_copy(node, copies.__getitem__)
+    body.output(tuple(copies[n] for n in outputs))
+    body.lint()
+    made = Recomputed(fx.GraphModule({str(n.target): _attribute(module, n) for n in blocks}, body, "Segment"))
+    made.train(module.training)
+    module.add_submodule(name, made)
+
+    with graph.inserting_before(segment[0]):
+        call = graph.call_module(name, tuple(inputs))
+        pieces = [graph.call_function(operator.getitem, (call, i)) for i in range(len(outputs))]
+    call.meta = {"val": tuple(n.meta.get("val") for n in outputs)}
+    for node, piece in zip(outputs, pieces, strict=True):
+        piece.meta = dict(node.meta)
+        node.replace_all_uses_with(piece)
+    for node in reversed(segment):
+        graph.erase_node(node)
+    for node in blocks:
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _move_to_front(segment: Block, inside: set[fx.Node], movable: set[fx.Node]) -> None:
+    """Everything between the segment's nodes that is not of it, in its order; such nodes read nothing of it."""
+    node, last = segment[0], segment[-1]
+    while node is not last:
+        behind = node.next
+        if node not in inside:
+            if node not in movable and node.op != "get_attr":
+                raise AssertionError(f"{node.name} lies in a segment, and is not of it")
+            segment[0].prepend(node)
+        node = behind
+
+
+def _attribute(module: fx.GraphModule, node: fx.Node) -> Any:
+    return operator.attrgetter(str(node.target))(module)

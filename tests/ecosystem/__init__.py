@@ -1,0 +1,1 @@
+"""Training with the packages that people train with."""

@@ -1,0 +1,162 @@
+"""Loops of one's own: accelerate, PEFT's optimizers, AdaLoRA's steps, gradients that are not finite."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from accelerate import Accelerator
+from peft.optimizers import create_loraplus_optimizer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import adaptc
+from adaptc import AdaptcError
+from tests.support.training import Data, batch, first_values, model, module, peft_model, steps, train, trainable
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+def accelerated(trained: Any, folder: Path | None = None, *, count: int = 4, resume: bool = False) -> list[float]:
+    accelerator = Accelerator(cpu=True)
+    optimizer = torch.optim.AdamW(trainable(trained), lr=1e-2)
+    trained, optimizer, loader = accelerator.prepare(trained, optimizer, DataLoader(Data(16), batch_size=4))
+    if resume:
+        accelerator.load_state(str(folder))
+    found = []
+    for rows in list(loader)[:count]:
+        with accelerator.accumulate(trained):
+            loss = trained(**rows).loss
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(trainable(trained), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+    if folder is not None and not resume:
+        accelerator.save_state(str(folder))
+    return found
+
+
+def test_accelerate_trains_it_and_goes_on_from_what_it_saved(tmp_path: Path) -> None:
+    torch.testing.assert_close(
+        torch.tensor(accelerated(module())), torch.tensor(accelerated(peft_model())), rtol=1e-5, atol=0
+    )
+    first, second = module(), module()
+    accelerated(first, tmp_path, count=2)
+    assert (tmp_path / "model.safetensors").stat().st_size < 40_000, "the base was saved"
+    before = {k: t.clone() for k, t in first.state_dict().items()}
+    accelerated(second, tmp_path, count=0, resume=True)
+    assert all(torch.equal(t, before[k]) for k, t in second.state_dict().items())
+    assert not torch.equal(next(iter(before.values())), next(iter(first_values().values())))
+
+
+def test_an_optimizer_of_peft_takes_it() -> None:
+    """LoRA+ has a learning rate of its own for the factors that its names tell."""
+
+    def found(trained: Any) -> list[float]:
+        kind = torch.optim.AdamW
+        optimizer = create_loraplus_optimizer(model=trained, optimizer_cls=kind, lr=1e-2, loraplus_lr_ratio=4)
+        losses = []
+        for _ in range(4):
+            loss = trained(**batch()).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    ours, theirs = found(module()), found(peft_model())
+    assert len(set(ours)) == 4
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-5, atol=0)
+
+
+ADALORA: dict[str, Any] = {
+    "init_r": 6,
+    "target_r": 3,
+    "lora_alpha": 7,
+    "tinit": 1,
+    "tfinal": 2,
+    "deltaT": 1,
+    "total_step": 8,
+    "target_modules": ["q_proj", "v_proj"],
+}
+
+
+def test_adalora_in_a_trainer_is_pefts(tmp_path: Path) -> None:
+    """PEFT's model adds the penalty, and its users call update_and_allocate in a callback of their own."""
+    import transformers
+
+    prog = adaptc.compile(model(), adaptc.AdaLoraConfig(**ADALORA), training=True)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for t in prog.binding.values.values():
+            if t.requires_grad:
+                t.copy_(torch.randn_like(t) * 0.1)
+    adaptc.save_adapter(prog, tmp_path / "a")
+    theirs = peft.get_peft_model(copy.deepcopy(model()), peft.AdaLoraConfig(**ADALORA, task_type="CAUSAL_LM"))
+    trained = prog.module()
+    peft.set_peft_model_state_dict(theirs, dict(trained.state_dict()))
+
+    class Allocating(transformers.TrainerCallback):
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            theirs.base_model.update_and_allocate(state.global_step)
+
+    def run(one: Any, callback: Any) -> Tensor:
+        args = transformers.TrainingArguments(
+            output_dir=str(tmp_path), max_steps=8, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1,
+            report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True, seed=3,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model=one, args=args, train_dataset=Data(), callbacks=[callback])
+        trainer.train()
+        return torch.tensor([e["loss"] for e in trainer.state.log_history if "loss" in e])
+
+    ours = run(trained, adaptc.trainer_callback(prog))
+    torch.testing.assert_close(ours, run(theirs, Allocating()), rtol=1e-4, atol=0)
+    pattern = prog.binding.config.rank_pattern  # type: ignore[attr-defined]
+    by_peft = theirs.peft_config["default"].rank_pattern
+    assert pattern == {k.removesuffix(".default"): mask for k, mask in by_peft.items()}
+    assert 0 < sum(sum(mask) for mask in pattern.values()) < 6 * len(pattern)
+    trained.save_pretrained(tmp_path / "b")
+    loaded = adaptc.compile(model(), tmp_path / "b")
+    rows = {k: t for k, t in batch().items() if k != "labels"}
+    torch.testing.assert_close(loaded(**rows).logits, trained.eval()(**rows).logits, rtol=1e-4, atol=1e-5)
+    assert any(len(t) < 6 for t in trained.state_dict().values()), "cut ranks are in the file"
+
+
+def spoiled(at: int) -> Any:
+    """A module one of whose gradients is not a number from the ``at``-th step on."""
+    trained, count = module(), [0]
+
+    def spoil(g: Tensor) -> Tensor:
+        count[0] += 1
+        return g * float("nan") if count[0] > at else g
+
+    trained.get_parameter("model.layers.1.mlp.down_proj.lora_B.default.weight").register_hook(spoil)
+    return trained
+
+
+def test_gradients_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    trained = spoiled(0)
+    before = {k: t.clone() for k, t in trained.state_dict().items()}
+    trained(**batch()).loss.backward()
+    with pytest.raises(AdaptcError, match=r"1 of 12 parameters.*layers\.1\.mlp\.down_proj\.lora_B"):
+        adaptc.check_gradients(trained)
+    adaptc.check_gradients(module())  # has none
+    trained, callback = spoiled(2), None
+    callback = adaptc.trainer_callback(trained.owner)
+    with pytest.raises(AdaptcError, match=r"layers\.1\.mlp\.down_proj\.lora_B.*not taken"):
+        train(trained, tmp_path, callbacks=[callback], save_strategy="steps", save_steps=1)
+    assert all(t.isfinite().all() for t in trained.state_dict().values())
+    assert any(not torch.equal(t, before[k]) for k, t in trained.state_dict().items())
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2"}
+
+
+def test_steps_of_a_loop_are_seen_by_the_program() -> None:
+    trained = module()
+    steps(lambda: trained(**batch()).loss, trainable(trained), 2)
+    rows = {k: t for k, t in batch().items() if k != "labels"}
+    torch.testing.assert_close(trained.owner(**rows).logits, trained.eval()(**rows).logits, rtol=1e-5, atol=1e-6)
