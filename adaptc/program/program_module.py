@@ -10,6 +10,9 @@ with the program's own parameters under the program's own names, which
 
 The graph module is no child of it: the two share their tables of parameters, buffers and children, so that whoever
 replaces a parameter (``to``, FSDP) does it for both, and no name has a prefix.
+
+Private torch use, with the public route that was tried: the tables of ``nn.Module`` (``_parameters`` and its like).
+Public: ``register_parameter`` on both, which does not follow what replaces a parameter of one of them.
 """
 
 from __future__ import annotations

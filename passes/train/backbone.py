@@ -2,6 +2,9 @@
 
 Before: the module that ``torch.export`` makes of a program. After: the same module with the same inputs, whose one
 result is what the output layer reads; nothing behind it is computed.
+
+Private torch use, with the public route that was tried: ``graph._codegen.pytree_info`` says how results are nested.
+Public: ``fx.Graph.set_codegen`` takes a new one, whose class is private as well.
 """
 
 from __future__ import annotations
