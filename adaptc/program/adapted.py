@@ -16,6 +16,7 @@ from adaptc.binding.source import as_binding
 from adaptc.errors import AdaptcError
 from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.passes.ir.forgetting import forget_code
+from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.module_paths import owners_of
 from adaptc.passes.ir.pass_infra import Trail
 from adaptc.passes.train.backbone import cut_at_head
@@ -134,9 +135,9 @@ class AdaptedProgram(ProgramCore):
 
     # -- training ------------------------------------------------------------------------------------------------------
 
-    def module(
+    def module(  # type: ignore[override]  # torch's is a GraphModule, of which this has all
         self, check_guards: bool = True, gradient_checkpointing: bool | int = False, logits: str = "all"
-    ) -> ProgramModule:
+    ) -> Any:
         """An ``nn.Module`` to train: its parameters are the program's own; only adapter parameters require grad.
 
         Its ``state_dict`` is the adapter in PEFT's keys. Of a program that was captured from a transformers model it is
@@ -155,14 +156,24 @@ class AdaptedProgram(ProgramCore):
         ``logits``: "labelled" leaves the rows whose label is the ignored index out of the head: loss and gradients are
         equal, and these rows are zero in the logits it returns. Raises ConfigError for values other than "all" and
         "labelled", and for the latter where the program's loss does not allow it or nothing is fused.
+
+        With ``check_guards=False``, as torch's compilers ask, it is the plain ``fx.GraphModule`` that they work on, and
+        else a :class:`ProgramModule`.
         """
         with GRAPHS:
             still = self.snapshot()
+            if not check_guards:
+                return ModuleOf(False, logits).graph(still)
             made = ModuleOf(check_guards, logits)(still, self)
             if gradient_checkpointing is not False:
                 made.checkpoint("auto" if gradient_checkpointing is True else gradient_checkpointing)
             forget_code()
             return made
+
+    def run_decompositions(self, *args: Any, **kwargs: Any) -> ExportedProgram:
+        """As torch's: a plain program in other operators."""
+        with GRAPHS:
+            return Lifted(self.snapshot()).finish().run_decompositions(*args, **kwargs)
 
 
 @dataclass(frozen=True)

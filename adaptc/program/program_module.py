@@ -80,10 +80,15 @@ class ProgramModule(nn.Module):
         self.register_load_state_dict_pre_hook(_take_adapter)
         self.register_load_state_dict_post_hook(_miss_no_base)
 
-    @property
-    def graph(self) -> fx.Graph:
-        """What it computes."""
-        return self.graph_module.graph
+    def __getattr__(self, name: str) -> Any:
+        """What a module has, or else what a graph module has: ``graph``, ``code``, ``recompile``, ..."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            graph = vars(self).get("graph_module")
+            if graph is None or name not in {*vars(graph), *dir(type(graph))}:
+                raise
+            return getattr(graph, name)
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 

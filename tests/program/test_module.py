@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -330,3 +331,20 @@ def test_the_part_before_the_head_is_in_the_mode_of_the_whole() -> None:
     torch.testing.assert_close(changed, trained(ids).logits, rtol=1e-5, atol=1e-6)
     trained.train()
     assert not torch.equal(hidden(), hidden())
+
+
+def test_what_torch_makes_of_programs_finds_what_it_expects() -> None:
+    """Its compilers ask for a module without guards, its decompositions for one that is a graph module."""
+    trained = net()
+    program = trained.owner
+    assert type(program.module(check_guards=False)).__mro__[1].__name__ == "GraphModule"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        core = program.run_decompositions()
+    g = torch.Generator().manual_seed(3)
+    inputs = {"x": torch.randn(6, 5, generator=g), "shift": torch.randn(6, 3, generator=g)}
+    assert core.module()(**inputs).shape == (6, 3)
+    assert trained.graph is trained.graph_module.graph
+    assert "def forward" in trained.code
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        _ = trained.nothing_like_it

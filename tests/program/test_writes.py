@@ -119,6 +119,7 @@ def test_what_a_write_raises_comes_after_torch_is_done(
 SIGNALS = """
 import itertools, signal
 from adaptc.peft_files import torch_writer
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have background processes ignore it
 folder = {folder!r}
 path = os.path.join(folder, "a.pt2")
 old = open(path, "rb").read()
