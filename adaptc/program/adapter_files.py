@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from adaptc.binding.bind import embedding_tensors, file_tensors
 from adaptc.binding.binding import Binding
 from adaptc.binding.combine import part_of
-from adaptc.errors import ConfigError
+from adaptc.errors import CheckpointError, ConfigError
 from adaptc.peft_files.directory import write_adapter
 from adaptc.peft_files.format import SAFE_NAME
 from adaptc.program.core import ProgramCore
@@ -61,15 +62,26 @@ def write_current(
     )
 
 
-def link_for_trainer(directory: Path) -> None:
-    """Give the weights of an adapter directory a second name, under which Trainer finds them: the same file, or a copy
-    of it where the filesystem has no links."""
+@contextmanager
+def linked_for_trainer(directory: Path) -> Iterator[None]:
+    """Writes of an adapter into ``directory`` after which its weights have a second name there, under which Trainer
+    finds them: the same file, or a copy of it where the filesystem has no links.
+
+    Raises CheckpointError, before anything is written, where that name is something else's, such as a whole model's.
+    """
     weights, name = directory / SAFE_NAME, directory / TRAINER_NAME
-    aside = directory / f".{TRAINER_NAME}.new"
-    with suppress(FileNotFoundError):
-        aside.unlink()
+    if os.path.lexists(name):
+        if not (weights.is_file() and name.is_file() and cmp(weights, name, shallow=False)):
+            raise CheckpointError(
+                f"{name} is there, and not this adapter's: it would be lost, or Trainer would resume from it. Choose "
+                "another directory"
+            )
+        name.unlink()  # so that it is never of an older adapter than its neighbour
     try:
-        os.link(weights, aside)
-    except OSError:
-        shutil.copyfile(weights, aside)
-    os.replace(aside, name)
+        yield
+    finally:
+        if weights.is_file():
+            try:
+                os.link(weights, name)
+            except OSError:
+                shutil.copyfile(weights, name)

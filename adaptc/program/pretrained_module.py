@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from adaptc.passes.ir.module_paths import module_path, owners_of
 from adaptc.passes.train.checkpoint import checkpoint
 from adaptc.passes.train.recomputed import Recomputed
 from adaptc.passes.train.set_mode import set_mode
-from adaptc.program.adapter_files import link_for_trainer, write_current
+from adaptc.program.adapter_files import linked_for_trainer, write_current
 from adaptc.program.core import ProgramCore
 from adaptc.program.program_module import Making, ProgramModule, forward_taking, tables_of
 
@@ -257,29 +258,33 @@ class PretrainedModule(ProgramModule):
         state_dict: dict[str, Tensor] | None = None,
         push_to_hub: bool = False,
         safe_serialization: bool = True,
+        save_embedding_layers: bool = False,
         **options: Any,
     ) -> None:
         """Write the adapter as a PEFT directory. ``state_dict``: tensors in PEFT's keys, to be written instead.
 
         ``model.safetensors`` in it is a second name of the adapter's weights, which Trainer looks for when it resumes.
+        Raises ConfigError for other options, and CheckpointError as ``adaptc.save_adapter`` does, and where the
+        directory has a ``model.safetensors`` that is something else.
         """
         if push_to_hub:
             raise ConfigError("push_to_hub=True: write the directory, and push it with huggingface_hub")
+        if odd := sorted(k for k, v in options.items() if v is not None):
+            raise ConfigError(f"save_pretrained of a program writes its adapter, and takes no {', '.join(odd)}")
         if not is_main_process:
             return
         program, binding = self.program, self.binding()
         if state_dict is not None:
             binding = as_binding(program, state_dict)
-        out = write_current(
-            program,
-            save_directory,
-            binding,
-            safe_serialization=safe_serialization,
-            base_model=self.name_or_path or None,
-            save_embedding_layers=options.get("save_embedding_layers") is True,
-        )
-        if safe_serialization:
-            link_for_trainer(Path(out))
+        with linked_for_trainer(Path(save_directory)) if safe_serialization else nullcontext():
+            write_current(
+                program,
+                save_directory,
+                binding,
+                safe_serialization=safe_serialization,
+                base_model=self.name_or_path or None,
+                save_embedding_layers=save_embedding_layers,
+            )
 
 
 @cache

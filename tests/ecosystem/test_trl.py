@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from adaptc import AdaptcError, LoraConfig, compile
-from tests.support.training import CONFIG, VOCABULARY, losses, model, module, peft_model
+from tests.support.training import CONFIG, VOCABULARY, arguments, losses, model, module, peft_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -34,20 +34,7 @@ def text(rng: random.Random, words: int) -> str:
 
 
 def options(folder: Path) -> dict[str, Any]:
-    return {
-        "output_dir": str(folder),
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "seed": 3,
-    }
+    return arguments(folder, max_steps=4, bf16=False, gradient_checkpointing=False)
 
 
 def test_supervised_losses_are_pefts(tokenizer: Any, tmp_path: Path) -> None:

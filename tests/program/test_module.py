@@ -348,3 +348,36 @@ def test_what_torch_makes_of_programs_finds_what_it_expects() -> None:
     assert "def forward" in trained.code
     with pytest.raises(AttributeError, match="nothing_like_it"):
         _ = trained.nothing_like_it
+
+
+# -- directories -------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_beside_the_adapter_is_not_lost(tmp_path: Path) -> None:
+    """A directory may hold a whole model under the name that Trainer looks for."""
+    trained = module()
+    whole = tmp_path / "model.safetensors"
+    whole.write_bytes(b"a whole model")
+    with pytest.raises(CheckpointError, match="not this adapter's"):
+        trained.save_pretrained(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+    assert whole.read_bytes() == b"a whole model"
+
+
+def test_the_second_name_is_of_the_last_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = module()
+    for copies in (False, True):  # of filesystems without links
+        if copies:
+            monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError("no links")))
+        for _ in range(2):
+            with torch.no_grad():
+                trainable(trained)[0].add_(1)
+            trained.save_pretrained(tmp_path)
+            found = load_file(tmp_path / "model.safetensors")
+            assert all(torch.equal(found[k], t) for k, t in trained.state_dict().items())
+
+
+def test_options_of_save_pretrained_are_taken_or_refused(tmp_path: Path) -> None:
+    with pytest.raises(adaptc.ConfigError, match="max_shard_size, variant"):
+        module().save_pretrained(tmp_path / "a", max_shard_size="1GB", variant="fp16")
+    assert not (tmp_path / "a").exists()

@@ -87,11 +87,10 @@ def batch(rows: int = 3) -> dict[str, Tensor]:
     return {k: torch.stack([data[i][k] for i in range(rows)]) for k in data[0]}
 
 
-def train(
-    trained: nn.Module, folder: Path, *, resume: Any = None, callbacks: Any = None, **options: Any
-) -> tuple[list[float], Any]:
-    """The losses of each step that transformers' Trainer takes, and the trainer."""
-    arguments = {
+def arguments(folder: Path, **more: Any) -> dict[str, Any]:
+    """What trainers are told."""
+    return {
+        "output_dir": str(folder),
         "max_steps": 6,
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-2,
@@ -101,8 +100,15 @@ def train(
         "use_cpu": True,
         "disable_tqdm": True,
         "seed": 3,
+        **more,
     }
-    args = transformers.TrainingArguments(output_dir=str(folder), **{**arguments, **options})
+
+
+def train(
+    trained: nn.Module, folder: Path, *, resume: Any = None, callbacks: Any = None, **options: Any
+) -> tuple[list[float], Any]:
+    """The losses of each step that transformers' Trainer takes, and the trainer."""
+    args = transformers.TrainingArguments(**arguments(folder, **options))
     data = {"train_dataset": Data(), "eval_dataset": Data(7)}
     trainer = transformers.Trainer(model=trained, args=args, callbacks=callbacks, **data)
     trainer.train(resume_from_checkpoint=resume)
