@@ -10,14 +10,14 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.export import ExportedProgram
 
 from adaptc.binding.source import as_binding
-from adaptc.errors import MergeError
+from adaptc.errors import ConfigError, MergeError, shown
 from adaptc.packages.run import PackagedProgram
 from adaptc.packages.write import package_program
 from adaptc.program.adapted import AdaptedProgram
@@ -51,6 +51,7 @@ def compile(
     generator: torch.Generator | None = None,
     hoist_limit: int | None = None,
     fuse: bool = True,
+    checkpoint: int | Literal["auto"] | None = None,
 ) -> AdaptedProgram:
     """Capture ``model`` and adapt it.
 
@@ -65,16 +66,24 @@ def compile(
     replacement, applied to the keys of adapter directories (PEFT's rule). ``generator`` draws first values; by default
     torch's global generator. ``hoist_limit``: bytes of memory for what calls of the program, in inference, compute once
     per adapter instead of every time; None for any number (see :attr:`AdaptedProgram.hoist_limit`). ``fuse``: layers
-    that read one tensor share a product in calls of the program (see :attr:`AdaptedProgram.fuse`).
+    that read one tensor share a product in calls of the program (see :attr:`AdaptedProgram.fuse`). ``checkpoint``: how
+    many repeated blocks its modules compute again at a time in the backward, "auto" for one, for less memory; None
+    keeps all (see :attr:`AdaptedProgram.checkpoint`).
 
     The values of the model are not modified, and its parameters are shared, not copied; at the first call of a program
     that fuses, the memory of sibling weights moves into one buffer, so let no other thread run the model then.
     Raises CaptureError, ConfigError, TargetError, CheckpointError or BackendError.
     """
+    options = RunOptions(backend, hoist_limit, fuse, checkpoint=checkpoint)
+    if options.checkpoint is not None and not training:
+        raise ConfigError(
+            f"checkpoint={shown(checkpoint)} is for training, and the program is captured for inference: "
+            "compile(model, config, training=True)"
+        )
     return compiled(
         model,
         config,
-        RunOptions(backend, hoist_limit, fuse),
+        options,
         example_inputs=example_inputs,
         dynamic_shapes=dynamic_shapes,
         adapter_name=adapter_name,
@@ -224,9 +233,14 @@ def save_adapter(
     )
 
 
-def report(program: AdaptedProgram) -> CoverageReport:
-    """What was adapted and what was left out; prints as a table."""
-    return CoverageReport.of(program)
+@checked("changes")
+def report(program: AdaptedProgram, *, changes: bool = False) -> CoverageReport:
+    """What was adapted and what was left out, and the norms of the adapter's tensors; prints as tables.
+
+    ``changes``: also how much the adapter changes each weight, as a part of the weight's own norm, which computes every
+    adapted weight once, one at a time.
+    """
+    return CoverageReport.of(program, changes)
 
 
 def verify(program: AdaptedProgram, model: nn.Module | None = None, **options: Any) -> VerifyReport:

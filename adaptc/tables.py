@@ -62,6 +62,11 @@ def pattern(path: str) -> tuple[str | None, ...]:
     return tuple(None if _is_number(part) else part for part in path.split("."))
 
 
+def numbers_of(path: str) -> str:
+    """The numbers in a module path, which tell a layer from the same one of another block: ``3``, ``0.5``."""
+    return ".".join(part for part in path.split(".") if _is_number(part))
+
+
 def _is_number(part: str) -> bool:
     return part.isdecimal() and str(int(part)) == part
 

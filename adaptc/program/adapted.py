@@ -7,7 +7,7 @@ bound, trained and moved; its state, and how it keeps itself consistent, is in `
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx
 from torch.export import ExportedProgram
@@ -28,6 +28,7 @@ from adaptc.program.program_module import ProgramModule, plain
 from adaptc.program.unload import unloaded
 from adaptc.runtime.call_inputs import Inputs
 from adaptc.runtime.held_values import Held
+from adaptc.runtime.options import blocks_at_a_time
 from adaptc.runtime.variants import Fusion
 
 
@@ -109,6 +110,16 @@ class AdaptedProgram(ProgramCore):
     def hoist_limit(self, value: int | None) -> None:
         self.set_options(hoist_limit=value)
 
+    @property
+    def checkpoint(self) -> int | Literal["auto"] | None:
+        """How many repeated blocks the modules that :meth:`module` makes compute again at a time, "auto" for one; None
+        where they keep all for the backward. Raises ConfigError for any other value."""
+        return self.options.checkpoint
+
+    @checkpoint.setter
+    def checkpoint(self, value: int | Literal["auto"] | None) -> None:
+        self.set_options(checkpoint=value)
+
     # -- what calls do -------------------------------------------------------------------------------------------------
 
     @property
@@ -136,7 +147,10 @@ class AdaptedProgram(ProgramCore):
     # -- training ------------------------------------------------------------------------------------------------------
 
     def module(  # type: ignore[override]  # torch's is a GraphModule, of which this has all
-        self, check_guards: bool = True, gradient_checkpointing: bool | int = False, logits: str = "all"
+        self,
+        check_guards: bool = True,
+        gradient_checkpointing: bool | int | Literal["auto"] | None = None,
+        logits: str = "all",
     ) -> Any:
         """An ``nn.Module`` to train: its parameters are the program's own; only adapter parameters require grad.
 
@@ -149,9 +163,10 @@ class AdaptedProgram(ProgramCore):
         ``torch.autocast`` it computes what the model would, and adapters keep float32 gradients.
 
         ``gradient_checkpointing``: True to compute each repeated block again in the backward, for less memory, a number
-        for as many blocks at a time; in training mode, and with equal gradients. Raises ConfigError for any other
-        value, and AdaptcError for programs captured for inference, which are never in training mode, and where no block
-        is repeated or can be computed twice. An AdaptcWarning tells of blocks that cannot.
+        for as many blocks at a time; in training mode, and with equal gradients; None as :attr:`checkpoint` says.
+        Raises ConfigError for any other value, and AdaptcError for programs captured for inference, which are never in
+        training mode, and where no block is repeated or can be computed twice. An AdaptcWarning tells of blocks that
+        cannot.
 
         ``logits``: "labelled" leaves the rows whose label is the ignored index out of the head: loss and gradients are
         equal, and these rows are zero in the logits it returns. Raises ConfigError for values other than "all" and
@@ -164,9 +179,12 @@ class AdaptedProgram(ProgramCore):
             still = self.snapshot()
             if not check_guards:
                 return ModuleOf(False, logits).graph(still)
+            again = still.options.checkpoint
+            if gradient_checkpointing is not None:
+                again = blocks_at_a_time(gradient_checkpointing, "gradient_checkpointing")
             made = ModuleOf(check_guards, logits)(still, self)
-            if gradient_checkpointing is not False:
-                made.checkpoint("auto" if gradient_checkpointing is True else gradient_checkpointing)
+            if again is not None:
+                made.checkpoint(again)
             forget_code()
             return made
 

@@ -19,6 +19,7 @@ from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.pass_infra import Trail
 from adaptc.passes.ir.storage import storage_key
 from adaptc.program.adapted import AdaptedProgram
+from adaptc.reports.norms import Norms
 from adaptc.runtime.held_values import Held
 from adaptc.runtime.variants import Fusion
 from adaptc.tables import WIDTH, Column, collapse, join, pattern, shape_text, shortened, table, times
@@ -49,7 +50,8 @@ class CoverageReport:
     """``matches``: target entry -> the modules it selected. ``left_out``: (module, why). ``trainable`` and ``total``:
     numbers of parameters, as PEFT counts them. ``adapter`` '' and no sites: the program has no adapter. ``held``: what
     calls of the program compute once, and ``fusion``: which layers share a product; nothing before the first call.
-    ``passes``: those the program went through, with how much each changed, and those of the code of its calls."""
+    ``passes``: those the program went through, with how much each changed, and those of the code of its calls.
+    ``norms``: of the adapter's tensors at each site, as they were when the report was made."""
 
     sites: tuple[SiteCoverage, ...]
     matches: Mapping[str, Sequence[str]]
@@ -63,10 +65,11 @@ class CoverageReport:
     held: Held = field(default=Held(), repr=False)
     fusion: Fusion = field(default=Fusion(), repr=False)
     passes: Mapping[str, Trail] = field(default_factory=dict, repr=False)
+    norms: Norms = field(default=Norms(), repr=False)
 
     @classmethod
     @exclusive
-    def of(cls, program: AdaptedProgram) -> CoverageReport:
+    def of(cls, program: AdaptedProgram, changes: bool = False) -> CoverageReport:
         program = program.snapshot()
         a = program.adaptation
         if not a.attachments:
@@ -83,6 +86,7 @@ class CoverageReport:
         kinds = " + ".join(dict.fromkeys(p.config.peft_type for p in parts.values()))
         names = ", ".join(parts)
         made: dict[str, Any] = {"held": program.held, "fusion": program.fusion, "passes": program.passes}
+        made["norms"] = Norms.of(program, changes)
         return cls(sites, a.matches, left_out, trainable, total, names, kinds, binding.source, **made)
 
     @property
@@ -112,6 +116,7 @@ class CoverageReport:
             self._forms(width),
             self._entries(width),
             self._omitted(width),
+            self.norms.render(width),
             str(self.held),
             str(self.fusion),
             self.parameters_line() + self._passes(),

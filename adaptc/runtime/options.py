@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from adaptc.errors import BackendError, ConfigError, shown
 
@@ -21,6 +21,8 @@ class RunOptions:
     #: a set names the weights that may be moved
     fuse: bool | frozenset[str] = True
     kernels: bool | None = None
+    #: of modules to train
+    checkpoint: int | Literal["auto"] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.backend, str) or self.backend not in BACKENDS:
@@ -33,6 +35,21 @@ class RunOptions:
             object.__setattr__(self, "fuse", frozenset(self.fuse))
         if self.kernels is not None and not isinstance(self.kernels, bool):
             raise ConfigError(f"kernels={shown(self.kernels)} must be True, False or None (where the base is on a GPU)")
+        object.__setattr__(self, "checkpoint", blocks_at_a_time(self.checkpoint))
+
+
+def blocks_at_a_time(value: Any, name: str = "checkpoint") -> int | Literal["auto"] | None:
+    """How many repeated blocks are computed again at a time: "auto" for True, None for False. Raises ConfigError for
+    what is neither of these nor a number from 1."""
+    if value is None or value is False:
+        return None
+    if value is True or (isinstance(value, str) and value == "auto"):
+        return "auto"
+    if isinstance(value, int) and value > 0:
+        return value
+    raise ConfigError(
+        f'{name}={shown(value)} is no number of blocks from 1; give "auto" for one at a time, or None to keep all'
+    )
 
 
 def check_limit(value: Any, name: str = "hoist_limit") -> None:

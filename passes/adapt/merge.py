@@ -111,6 +111,20 @@ class Merge(Pass):
         made = [(g[0].fqn, self._evaluate(lifted, g, ops)) for g in self.progress(groups)]
         return [_stored(lifted, fqn, value) for fqn, (value, _, _) in made], [row for _, (_, _, row) in made]
 
+    def changes(self, program: ExportedProgram) -> Iterator[tuple[str, tuple[float, float]]]:
+        """FQN of each weight, with the Frobenius norms of its change and of itself before; the program stays. What is
+        no floating point number, or gets another shape, is left out."""
+        lifted = Lifted(program, edit=False)
+        ops, groups = self._groups(lifted)
+        for group in groups:
+            fqn = group[0].fqn
+            stored, high = lifted.tensor(fqn), _precision(lifted.tensor(fqn))
+            made = self._exact(lifted, group, ops, high)()
+            if made.shape == stored.shape and (made.is_floating_point() or made.is_complex()):
+                before = _high(stored, high)
+                with torch.no_grad():
+                    yield fqn, (float(torch.linalg.vector_norm(made - before)), float(torch.linalg.vector_norm(before)))
+
     def _groups(self, lifted: Lifted) -> tuple[dict[str, Op], list[list[Attachment]]]:
         """The op of each attachment, and the attachments by their weights."""
         groups: dict[str, list[Attachment]] = {}
@@ -137,18 +151,9 @@ class Merge(Pass):
     ) -> tuple[Tensor, list[_Bias], SiteMerge]:
         """The weight these attachments make, the biases, and the row for the report; nothing is changed."""
         first = group[0]
-        stored = lifted.tensor(first.fqn)
-        high = torch.float64 if stored.dtype in (torch.float64, torch.complex128) else torch.float32
+        stored, high = lifted.tensor(first.fqn), _precision(lifted.tensor(first.fqn))
         arguments = {a.id: self._arguments(a, high) for a in group}
-
-        @torch.no_grad()
-        def exact() -> Tensor:
-            value = _high(stored, high)
-            for a in group:
-                op = ops[a.id]
-                value = op.stored(a.method.evaluated().weight(op, op.canonical(value), *arguments[a.id]))
-            return value
-
+        exact = self._exact(lifted, group, ops, high, arguments)
         rounded = _like(stored, exact().to(stored.dtype))
         if any(memory_of(rounded) == memory_of(self.values[f]) for a in group for f in a.slots.values()):
             rounded = rounded.clone()  # a slot that is the weight may be trained on
@@ -159,6 +164,28 @@ class Merge(Pass):
         changing = [a for a in group if a.method.has_bias()]
         biases = list(self._biases(lifted, changing, ops, arguments, high)) if changing else []
         return rounded, biases, SiteMerge(first.id, first.fqn, stored.dtype, errors)
+
+    def _exact(
+        self,
+        lifted: Lifted,
+        group: Sequence[Attachment],
+        ops: Mapping[str, Op],
+        high: torch.dtype,
+        arguments: Mapping[str, tuple[dict[str, Tensor], Tensor | None]] | None = None,
+    ) -> Callable[[], Tensor]:
+        """What computes the weight that these attachments make, before it is rounded."""
+        stored = lifted.tensor(group[0].fqn)
+        given = {a.id: self._arguments(a, high) for a in group} if arguments is None else arguments
+
+        @torch.no_grad()
+        def exact() -> Tensor:
+            value = _high(stored, high)
+            for a in group:
+                op = ops[a.id]
+                value = op.stored(a.method.evaluated().weight(op, op.canonical(value), *given[a.id]))
+            return value
+
+        return exact
 
     def _arguments(self, a: Attachment, high: torch.dtype) -> tuple[dict[str, Tensor], Tensor | None]:
         slots = {n: _high(self.values[f], high) for n, f in a.slots.items()}
@@ -280,6 +307,11 @@ def _largest(a: Tensor, b: Tensor) -> float:
         return float((a - b).abs().max())
     low, high = torch.aminmax(a - b)
     return max(abs(float(low)), abs(float(high)))
+
+
+def _precision(stored: Tensor) -> torch.dtype:
+    """What a weight is merged in."""
+    return torch.float64 if stored.dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 def _high(t: Tensor, dtype: torch.dtype) -> Tensor:

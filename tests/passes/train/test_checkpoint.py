@@ -140,6 +140,34 @@ def test_several_blocks_are_one_segment(program: adaptc.AdaptedProgram, every: i
     assert runs == 2 * len(segments(module))
 
 
+def test_a_program_says_what_its_modules_do() -> None:
+    program = randomised(adaptc.compile(chained(), lora(), checkpoint=2, **KW))
+    assert program.checkpoint == 2
+    found, runs = runs_of(program.module(), given())
+    same_step(found, step(program.module(gradient_checkpointing=False), given()))
+    assert runs == 2 * 3
+    assert len(segments(copy.deepcopy(program).module())) == 3
+    assert len(segments(program.module(gradient_checkpointing=True))) == 5
+    program.checkpoint = "auto"
+    assert len(segments(program.module())) == 5
+    program.checkpoint = None
+    assert not segments(program.module())
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.0, "two", [1]])
+def test_what_is_no_number_of_blocks_is_refused(program: adaptc.AdaptedProgram, value: Any) -> None:
+    with pytest.raises(ConfigError, match="no number of blocks"):
+        program.checkpoint = value
+    with pytest.raises(ConfigError, match=r"checkpoint=.*no number of blocks"):
+        adaptc.compile(chained(), lora(), checkpoint=value, **KW)
+    assert program.checkpoint is None
+
+
+def test_a_program_for_inference_has_nothing_to_compute_again() -> None:
+    with pytest.raises(ConfigError, match="training=True"):
+        adaptc.compile(chained(), lora(), **{**KW, "training": False}, checkpoint="auto")
+
+
 def test_names_are_not_needed(program: adaptc.AdaptedProgram) -> None:
     module = program.module()
     forget_names(module)
@@ -357,7 +385,7 @@ def test_a_sequence_of_equal_blocks() -> None:
 
 
 def test_requests_that_cannot_be_met_are_refused_and_change_nothing(program: adaptc.AdaptedProgram) -> None:
-    for wrong in (0, -1, 1.5, "all", None):
+    for wrong in (0, -1, 1.5, "all"):
         with pytest.raises(ConfigError, match="number of blocks from 1"):
             program.module(gradient_checkpointing=wrong)  # type: ignore[arg-type]
     single = adaptc.compile(chained(count=1), lora(), **KW)

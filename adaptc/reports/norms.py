@@ -1,0 +1,124 @@
+"""Norms of an adapter's tensors, and of what it makes of each weight: what training did, and where it did nothing.
+
+Before: a program with an adapter. After: numbers, taken when they were asked for; the program may be trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptc.binding.binding import Binding
+from adaptc.passes.adapt.merge import Merge
+from adaptc.program.adapted import AdaptedProgram
+from adaptc.tables import WIDTH, Column, collapse, numbers_of, pattern, small, table, times
+
+#: how the change of a weight is called among the tensors of its site
+CHANGE = "change / weight"
+
+
+@dataclass(frozen=True)
+class SiteNorms:
+    """Frobenius norms at one site. ``slots``: of each of the adapter's tensors there, by its name in PEFT's files.
+    ``change`` of what the adapter adds to the weight, ``weight`` of the base's: None where it was not asked for, or the
+    method has no weight; adapters that act together share them."""
+
+    fqn: str
+    slots: Mapping[str, float]
+    change: float | None = None
+    weight: float | None = None
+
+    @property
+    def relative(self) -> float | None:
+        """The change over the weight; None where there is none to tell."""
+        return self.change / self.weight if self.change is not None and self.weight else None
+
+    def values(self) -> dict[str, float]:
+        """All that a table shows of it."""
+        change = self.relative
+        return {**self.slots, **({} if change is None else {CHANGE: change})}
+
+
+@dataclass(frozen=True)
+class Norms:
+    """One :class:`SiteNorms` for each site that the adapter has, in the order of the program's sites."""
+
+    sites: Sequence[SiteNorms] = field(default=(), repr=False)
+
+    @classmethod
+    def of(cls, program: AdaptedProgram, changes: bool) -> Norms:
+        """Of a program that nobody swaps meanwhile. ``changes``: every adapted weight is computed, one at a time."""
+        binding = program.binding
+        made = dict(_changes(program, binding)) if changes else {}
+        known: dict[str, float] = {}
+        sites = []
+        for a in program.adaptation.attachments:
+            method = binding.methods.get(a.id)
+            if method is not None:
+                specs, values = method.slots(program.ops[a.id]), binding.values
+                names = [n for n, f in a.slots.items() if n in specs and _real(values[f])]
+                slots = {n: _norm(a.slots[n], values, known) for n in names}
+                sites.append(SiteNorms(a.fqn, slots, *made.get(a.fqn, (None, None))))
+        return cls(tuple(sites))
+
+    def __str__(self) -> str:
+        return self.render()
+
+    def render(self, width: int = WIDTH) -> str:
+        """As a table: a row for a tensor of layers that differ in their number alone, and in which of them it is
+        smallest and largest; '' where there is none."""
+        rows = [row for members in _alike(self.sites) for row in _rows(members)]
+        columns = [Column(n, right=True, keep=True) for n in ("median", "smallest", "in", "largest", "in")]
+        return table(["site", Column("norm of", keep=True), *columns], rows, width=width)
+
+
+def _alike(sites: Iterable[SiteNorms]) -> list[list[SiteNorms]]:
+    """The sites that are one layer of several blocks, with the same tensors."""
+
+    def key(site: SiteNorms) -> Any:
+        return pattern(site.fqn), tuple(site.values())
+
+    order: dict[Any, int] = {}
+    ranked = sorted(sites, key=lambda s: order.setdefault(key(s), len(order)))
+    return [list(members) for _, members in groupby(ranked, key)]
+
+
+def _rows(members: Sequence[SiteNorms]) -> Iterable[tuple[str, ...]]:
+    names = [s.fqn.removesuffix(".weight") for s in members]
+    site = "\n".join(times(text, n) for text, n in collapse(names))
+    for i, tensor in enumerate(members[0].values()):
+        found = [s.values()[tensor] for s in members]
+        least, most = found.index(min(found)), found.index(max(found))
+        where = [numbers_of(names[at]) if len(found) > 1 else "" for at in (least, most)]
+        low, high = small(found[least]), small(found[most])
+        yield "" if i else site, tensor, small(median(found)), low, where[0], high, where[1]
+
+
+def _norm(fqn: str, values: Mapping[str, Tensor], known: dict[str, float]) -> float:
+    """A slot that several sites share is read once."""
+    if fqn not in known:
+        known[fqn] = float(torch.linalg.vector_norm(values[fqn].detach(), dtype=_wide(values[fqn])))
+    return known[fqn]
+
+
+def _real(t: Tensor) -> bool:
+    """Positions and the like have no norm."""
+    return t.is_floating_point() or t.is_complex()
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    if t.is_complex():
+        return torch.complex128 if t.dtype == torch.complex128 else torch.complex64
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def _changes(program: AdaptedProgram, binding: Binding) -> Iterable[tuple[str, tuple[float, float]]]:
+    attachments = [a for a in program.adaptation.attachments if a.id in binding.methods]
+    mergeable = [a for a in attachments if a.method.check_merge(program.ops[a.id]) is None]
+    return Merge(mergeable, binding.values).changes(program)

@@ -1,0 +1,78 @@
+"""Norms in the report: those of the tensors that a file holds, and of what a merge would add to each weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import adaptc
+from adaptc import LoraConfig
+from adaptc.reports.norms import CHANGE, Norms, SiteNorms
+from tests.support.custom_models import UpDown
+from tests.support.method_checks import subject
+from tests.support.method_table import BY_NAME
+from tests.support.training import CONFIG, VOCABULARY, model
+
+
+@pytest.mark.few(10)
+@pytest.mark.parametrize("layer", ["linear", "conv2d_odd", "embedding"])
+@pytest.mark.parametrize("name", sorted(BY_NAME))
+def test_norms_are_those_of_tensors_and_of_changes(name: str, layer: str) -> None:
+    prog = subject(name, layer if layer in BY_NAME[name].layers() else "linear").program
+    before = {fqn: t.clone() for fqn, t in prog.state_dict.items()}
+    (site,) = adaptc.report(prog, changes=True).norms.sites
+    current = prog.state_dict
+    slots = {n: current[f] for a in prog.adaptation.attachments for n, f in a.slots.items()}
+    real = {n: float(t.double().norm()) for n, t in slots.items() if t.is_floating_point()}
+    assert dict(site.slots) == pytest.approx(real, rel=1e-5)
+    old, merged = prog.base_tensors[site.fqn], adaptc.merge(prog).state_dict[site.fqn]
+    if merged.shape == old.shape:
+        assert site.change == pytest.approx(float((merged - old).norm()), rel=1e-9)
+        assert site.weight == pytest.approx(float(old.norm()), rel=1e-9)
+        assert site.change
+    assert all(torch.equal(current[fqn], t) for fqn, t in before.items()), "nothing is changed"
+
+
+def test_sites_that_were_not_trained_show() -> None:
+    prog = adaptc.compile(model(), LoraConfig(**CONFIG), training=True)
+    assert all(s.slots["lora_B.weight"] == 0 and s.relative == 0 for s in adaptc.report(prog, changes=True).norms.sites)
+    module = prog.module()
+    optimizer = torch.optim.SGD([p for n, p in module.named_parameters() if p.requires_grad and "q_proj" in n], lr=1.0)
+    ids = torch.randint(VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(1))
+    module(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    report = adaptc.report(prog, changes=True)
+    trained = {s.fqn: s.slots["lora_B.weight"] > 0 and (s.relative or 0) > 0 for s in report.norms.sites}
+    assert trained == {fqn: "q_proj" in fqn for fqn in trained}
+    assert any(trained.values())
+    assert all(s.change is None for s in adaptc.report(prog).norms.sites), "not computed unasked"
+
+
+def test_the_table_tells_the_layer_of_the_smallest_and_the_largest() -> None:
+    sites = [
+        SiteNorms(f"h.{i}.q.weight", {"lora_A.weight": 1.0 + i, "lora_B.weight": 5.0 - i}, 2.0, 4.0) for i in (0, 1, 2)
+    ]
+    rows = [line.split() for line in str(Norms(tuple(sites))).splitlines()[2:]]
+    assert rows == [
+        ["h.{0..2}.q", "x3", "lora_A.weight", "2.00e+00", "1.00e+00", "0", "3.00e+00", "2"],
+        ["lora_B.weight", "4.00e+00", "3.00e+00", "2", "5.00e+00", "0"],
+        [*CHANGE.split(), "5.00e-01", "5.00e-01", "0", "5.00e-01", "0"],
+    ]
+    assert str(Norms()) == ""
+
+
+def test_the_report_shows_them(capsys: pytest.CaptureFixture[str]) -> None:
+    prog = adaptc.compile(UpDown(), LoraConfig(r=3, target_modules=["up"]), example_inputs=torch.randn(2, 3, 7))
+    text = str(adaptc.report(prog))
+    assert "norm of" in text
+    assert CHANGE not in text
+    assert CHANGE in str(adaptc.report(prog, changes=True))
+
+
+@pytest.mark.parametrize("value", [1, "yes", None])
+def test_changes_is_a_flag(value: Any) -> None:
+    prog = adaptc.compile(UpDown(), LoraConfig(r=3, target_modules=["up"]), example_inputs=torch.randn(2, 3, 7))
+    with pytest.raises(adaptc.ConfigError, match="changes"):
+        adaptc.report(prog, changes=value)
