@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 
 from adaptc.capture.example_inputs import BATCH, example_for, is_pretrained_model
 from adaptc.capture.free_sizes import Free, export, export_free
+from adaptc.capture.model_loss import loss_type, means_over_next_labels
 from adaptc.errors import AdaptcWarning, CaptureError
 from adaptc.passes.analysis.program_facts import (
     all_module_types,
@@ -41,7 +42,8 @@ class Source:
     """What a program remembers of the transformers model it was captured from, for those who ask its module.
 
     ``config``: a copy. ``inputs``: the names that ``forward`` takes, in order. ``input_embedding`` and
-    ``output_embedding``: module paths, None when unknown.
+    ``output_embedding``: module paths, None when unknown. ``loss_type`` and ``means_over_next_labels``: see
+    ``model_loss``.
     """
 
     kind: type
@@ -50,6 +52,8 @@ class Source:
     inputs: tuple[str, ...]
     input_embedding: str | None
     output_embedding: str | None
+    loss_type: str | None
+    means_over_next_labels: bool
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,8 @@ def _source(model: nn.Module) -> Source:
         tuple(inspect.signature(model.forward).parameters),
         _path_of(model, "get_input_embeddings"),
         _path_of(model, "get_output_embeddings"),
+        loss_type(model),
+        means_over_next_labels(model),
     )
 
 

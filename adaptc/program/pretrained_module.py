@@ -38,8 +38,6 @@ _ANSWERS: dict[str, tuple[Any, ...]] = {
     "output_router_logits": (None, False),
     "logits_to_keep": (None, 0),
 }
-#: losses that are a mean over the labels that count, and how many labels at the front do not
-_MEANS = {"ForCausalLM": 1}
 _IGNORED = -100
 
 
@@ -109,7 +107,7 @@ class PretrainedModule(ProgramModule):
         self.config = copy.deepcopy(source.config)
         self.generation_config = copy.deepcopy(source.generation_config)
         self.name_or_path = str(getattr(source.config, "name_or_path", "") or "")
-        self.loss_type = getattr(source.config, "loss_type", None) or _loss_type(source.kind)
+        self.loss_type = source.loss_type
         #: what TRL notes on models, so as to warn once
         self.warnings_issued: dict[str, bool] = {}
         self.all_tied_weights_keys: dict[str, str] = {}
@@ -130,7 +128,7 @@ class PretrainedModule(ProgramModule):
         """Whether calls take ``num_items_in_batch``: the labels that count in all batches of one step, by which the
         sum of the losses is then divided."""
         aux = bool(getattr(self.config, "output_router_logits", False))
-        return self.loss_type in _MEANS and "labels" in self.inputs.names and not aux
+        return self.source.means_over_next_labels and "labels" in self.inputs.names and not aux
 
     def forward(self, *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
         """What the model's own ``forward`` takes. Raises AdaptcError for what the program was not captured for."""
@@ -142,7 +140,7 @@ class PretrainedModule(ProgramModule):
         if num_items_in_batch is not None:
             if not self.accepts_loss_kwargs:
                 raise AdaptcError("num_items_in_batch has no meaning for this program: its loss is no mean over labels")
-            count = (labels[..., _MEANS[str(self.loss_type)] :] != _IGNORED).sum()
+            count = (labels[..., 1:] != _IGNORED).sum()
             # A batch without labels that count has no loss, and adds nothing.
             out.loss = torch.where(count > 0, out.loss * (count / num_items_in_batch), 0.0)
         if self.penalty is not None:
@@ -299,11 +297,6 @@ def pretrained(kind: type, n_args: int, names: tuple[str, ...], optional: frozen
         "__module__": __name__,
     }
     return type(kind.__name__, (PretrainedModule, PreTrainedModel), own)
-
-
-def _loss_type(kind: type) -> str | None:
-    """transformers' name of the loss, which ends the name of the class."""
-    return next((n for n in _MEANS if kind.__name__.endswith(n)), None)
 
 
 def _without_loss(out: Any) -> Any:
