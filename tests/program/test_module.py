@@ -13,6 +13,7 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import checkpoint
 
 import adaptc
@@ -192,6 +193,9 @@ def test_a_checkpoint_around_it_changes_no_gradient() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
+@pytest.mark.skipif(
+    TorchVersion(torch.__version__) < (2, 12), reason="the compiler of torch 2.11 takes no sym_min of plain numbers"
+)
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, in its compiler
 def test_torch_compile_takes_it_in_one_graph() -> None:
     trained = module()
