@@ -39,14 +39,15 @@ def mappings_for(keys: Sequence[str], sites: Iterable[str], tails: Iterable[str]
     left = [k for k in keys if k not in known]
     found: list[_Pair] = []
     while left:
-        pairs = next((p for k in left if (p := _pairs(k, ends, tails))), None)
-        if pairs is None or len(found) == MOST:
+        pairs = next((p for k in left if (p := _pairs(k, ends, tails))), {})
+        if not pairs or len(found) == MOST:
             return []
         fits = {pair: {k for k in left if _exchanged(k, *pair) in known} for pair in pairs}
         if not found and (all_of := [p for p in pairs if len(fits[p]) == len(left)]):
             most = max(pairs[p] for p in all_of)
             return [m for p in all_of if pairs[p] == most and (m := _mapping([p], keys, known))]
-        found.append(best := max(pairs, key=lambda pair: (len(fits[pair]), pairs[pair])))
+        best = max((len(fits[pair]), same, pair) for pair, same in pairs.items())[2]
+        found.append(best)
         left = [k for k in left if k not in fits[best]]
     mapping = _mapping(found, keys, known) if found else None
     return [mapping] if mapping else []

@@ -28,7 +28,7 @@ aten = torch.ops.aten
 
 
 def _snapshot(program: Any) -> Any:
-    return str(program), {k: v.clone() for k, v in program.state_dict.items()}
+    return program.graph_view(), {k: v.clone() for k, v in program.state_dict.items()}
 
 
 def _assert_unchanged(program: Any, before: Any, binding: Any) -> None:
