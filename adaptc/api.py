@@ -63,12 +63,12 @@ def compile(
     transformers model). ``backend``: "eager" or "inductor". ``form``: "apply" puts adapters around the layers, "weight"
     in front of their weights, "auto" chooses per site what costs less (``report`` says why).
     ``autocast_adapter_dtype``: adapters of half-precision bases are float32. ``key_mapping``: regular expression ->
-    replacement, applied to the keys of adapter directories (PEFT's rule). ``generator`` draws first values; by default
-    torch's global generator. ``hoist_limit``: bytes of memory for what calls of the program, in inference, compute once
-    per adapter instead of every time; None for any number (see :attr:`AdaptedProgram.hoist_limit`). ``fuse``: layers
-    that read one tensor share a product in calls of the program (see :attr:`AdaptedProgram.fuse`). ``checkpoint``: how
-    many repeated blocks its modules compute again at a time in the backward, "auto" for one, for less memory; None
-    keeps all (see :attr:`AdaptedProgram.checkpoint`).
+    replacement, applied to the keys of adapter directories (PEFT's rule); refused where ``config`` names none.
+    ``generator`` draws first values; by default torch's global generator. ``hoist_limit``: bytes of memory for what
+    calls of the program, in inference, compute once per adapter instead of every time; None for any number (see
+    :attr:`AdaptedProgram.hoist_limit`). ``fuse``: layers that read one tensor share a product in calls of the program
+    (see :attr:`AdaptedProgram.fuse`). ``checkpoint``: how many repeated blocks its modules compute again at a time in
+    the backward, "auto" for one, for less memory; None keeps all (see :attr:`AdaptedProgram.checkpoint`).
 
     The values of the model are not modified, and its parameters are shared, not copied; at the first call of a program
     that fuses, the memory of sibling weights moves into one buffer, so let no other thread run the model then.
@@ -107,7 +107,10 @@ def swap(
 
     Any rank, alpha, and any subset of the program's sites (the others take identity values); nothing is compiled or
     copied but the adapter's own tensors. For a bare state dict the scale follows ``config`` if given, else the
-    program's alpha and the tensors' ranks. Atomic: calls that have begun finish with the adapter they began with.
+    program's alpha and the tensors' ranks. ``key_mapping``: regular expression -> replacement, applied to the keys of
+    the directory or state dict (PEFT's rule), without their ``base_model.model.``; where all keys differ from the
+    program's by what they begin with, the error has the mapping that fits. Atomic: calls that have begun finish with
+    the adapter they began with.
 
     Raises SwapError (naming the site) when the adapter needs a site the program was not compiled for, CheckpointError
     for damaged files, wrong shapes, missing keys or NaN; the program is then unchanged.

@@ -1,15 +1,16 @@
-"""Text tables for reports, and the short form of many module paths.
+"""Tables for reports, as text, as HTML and as plain data, and the short form of many module paths.
 
-Everything here makes strings; nothing looks at a program. Output is plain ASCII but for what the user's own names hold,
-so that it can be printed anywhere.
+Everything here makes strings; nothing looks at a program. Text is plain ASCII but for what the user's own names hold,
+so that it can be printed anywhere; in HTML those names are escaped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from io import StringIO
-from math import isnan, prod
+from math import isfinite, isnan, prod
 from typing import Any
 
 WIDTH = 120
@@ -26,11 +27,85 @@ class Column:
     keep: bool = False
 
 
-def table(
-    columns: Sequence[Column | str], rows: Iterable[Sequence[Any]], *, title: str = "", width: int = WIDTH
-) -> str:
-    """A table as text, without trailing blanks; '' when there is no row. Cells are cut into lines, never left out, so
-    it takes ``NARROWEST`` columns at least."""
+@dataclass(frozen=True)
+class Table:
+    """Headings, and rows of as many cells. As text and as HTML it is '' when there is no row."""
+
+    columns: Sequence[Column | str]
+    rows: Sequence[Sequence[Any]]
+
+    def text(self, width: int = WIDTH) -> str:
+        """Without trailing blanks. Cells are cut into lines, never left out, so it takes ``NARROWEST`` columns at
+        least."""
+        return table(self.columns, self.rows, width=width)
+
+    def html(self) -> str:
+        if not self.rows:
+            return ""
+        columns = [c if isinstance(c, Column) else Column(c) for c in self.columns]
+        head = "".join(_cell("th", c.name, c.right) for c in columns)
+        rows = ("".join(_cell("td", cell, c.right) for cell, c in zip(row, columns, strict=True)) for row in self.rows)
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cell(tag: str, value: Any, right: bool) -> str:
+    lines = "<br>".join(escape(line) for line in str(value).split("\n"))
+    return f'<{tag} style="text-align: {"right" if right else "left"}">{lines}</{tag}>'
+
+
+def paragraph(text: str) -> str:
+    """Lines of text as HTML."""
+    return f"<p>{'<br>'.join(escape(line) for line in text.splitlines())}</p>" if text else ""
+
+
+class Report:
+    """What was found or done: ``print`` gives tables, a notebook shows them, ``repr`` is the first line, and ``data()``
+    has the numbers as JSON does."""
+
+    def parts(self) -> Iterable[str | Table]:
+        """Sections of text, and tables; empty ones are left out."""
+        raise NotImplementedError
+
+    def data(self) -> dict[str, Any]:
+        """The same as dicts, lists, strings and numbers; what is no number is None."""
+        raise NotImplementedError
+
+    def render(self, width: int = WIDTH) -> str:
+        """The report as text."""
+        return as_text(self.parts(), width)
+
+    def __str__(self) -> str:
+        return self.render()
+
+    def __repr__(self) -> str:
+        first = next((p for p in self.parts() if isinstance(p, str) and p), "")
+        return f"<{type(self).__name__}: {first.partition(chr(10))[0]}>"
+
+    def _repr_html_(self) -> str:
+        return "".join(paragraph(p) if isinstance(p, str) else p.html() for p in self.parts())
+
+
+def as_text(parts: Iterable[str | Table], width: int = WIDTH) -> str:
+    """Sections as text, each at ``width``."""
+    return join(*(p if isinstance(p, str) else p.text(width) for p in parts))
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: numbers that are not finite are None, and what JSON has no word for is its ``str``."""
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(v) for v in value]
+    return str(value)
+
+
+def table(columns: Sequence[Column | str], rows: Iterable[Sequence[Any]], *, width: int = WIDTH) -> str:
+    """:meth:`Table.text` of these."""
     cells = [[str(c) for c in row] for row in rows]
     if not cells:
         return ""

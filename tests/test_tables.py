@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from itertools import product
+from math import inf, nan
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptc.tables import Column, collapse, size, table
+from adaptc.tables import Column, Table, collapse, paragraph, plain, size, table
 
 
 def expand(text: str) -> list[str]:
@@ -51,3 +52,16 @@ def test_tables_cut_long_cells_into_lines() -> None:
 
 def test_sizes() -> None:
     assert [size(n) for n in (7, 2048, 5 * 2**20, 3 * 2**30)] == ["7 B", "2.0 KiB", "5.0 MiB", "3.0 GiB"]
+
+
+def test_tables_as_html_lose_nothing_and_escape_everything() -> None:
+    html = Table(["name", Column("n", right=True)], [("a<b\nc", 3), ("[red]", 1234)]).html()
+    assert "a&lt;b<br>c" in html
+    assert '<td style="text-align: right">1234</td>' in html
+    assert html.count("<tr>") == 3
+    assert Table(["a"], []).html() == Table(["a"], []).text() == paragraph("") == ""
+
+
+def test_numbers_that_are_none_are_none() -> None:
+    found = plain({"a": nan, 2: (1.5, inf), "c": complex(1)})
+    assert found == {"a": None, "2": [1.5, None], "c": "(1+0j)"}

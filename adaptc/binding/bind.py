@@ -94,7 +94,7 @@ def bind(
         if twin in tensors or builder.beside(key, tensors[key], source):
             del left[key]
     if left:
-        raise unbound(spec, config, list(left), source)
+        raise unbound(spec, config, list(left), source, tensors)
     if not builder.methods:
         raise SwapError(
             f"{source} holds no tensor for any site of the program, so it would do nothing; unload() gives the base"

@@ -38,6 +38,19 @@ class Binding:
     parts: Mapping[str, Binding] = field(default_factory=dict)
     bases: Mapping[str, str] = field(default_factory=dict)
 
+    def summary(self, there: int = 0) -> str:
+        """Its methods, where it comes from, its ranks and how many sites it has, of ``there`` that a program has."""
+        parts = self.parts or {self.name: self}
+        kinds = " + ".join(dict.fromkeys(p.config.peft_type or "no" for p in parts.values()))
+        ranks = sorted({r for m in self.methods.values() if (r := m.rank()) is not None})
+        rank = f", rank {', '.join(map(str, ranks))}" if ranks else ""
+        source = f" from {self.source!r}" if self.source else ""
+        of = f" of {there}" if there > len(self.methods) else ""
+        return f"{kinds} adapter {', '.join(map(repr, parts))}{source}{rank}, at {len(self.methods)}{of} sites"
+
+    def __repr__(self) -> str:
+        return f"<Binding: {self.summary()}>"
+
     @classmethod
     def none(cls) -> Binding:
         """That of a program without adapters."""
@@ -82,6 +95,9 @@ class BindingSpec:
     trainable: bool = False
     unread: Mapping[str, str] = field(default_factory=dict)
     residual: Sequence[str] = ()
+
+    def __repr__(self) -> str:
+        return f"<BindingSpec: {len(self.attachments)} sites of a program with {len(self.weights)} base tensors>"
 
     def dtype(self, a: Attachment) -> torch.dtype:
         """Adapter dtype at a site: with autocast, float32 above half-precision bases (as in PEFT); else the base's."""

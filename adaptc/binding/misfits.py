@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from adaptc.binding.binding import BindingSpec
+from adaptc.binding.suggest_mapping import mappings_for
 from adaptc.errors import CheckpointError, ConfigError, SwapError, nearest, shown
 from adaptc.methods import AdapterConfig
 from adaptc.passes.ir.attachment import Attachment
@@ -132,18 +133,46 @@ def finite_scale(scale: Any, a: Attachment, config: AdapterConfig) -> float:
     return found
 
 
-def unbound(spec: BindingSpec, config: AdapterConfig, keys: list[str], source: str) -> SwapError:
-    """The error for keys that no slot has taken."""
-    known = [a.file_key(n, s) for a in spec.attachments for n, s in a.method.slots(spec.ops[a.id]).items()]
+def unbound(
+    spec: BindingSpec, config: AdapterConfig, keys: list[str], source: str, tensors: Mapping[str, Tensor]
+) -> SwapError:
+    """The error for keys that no slot has taken, of all of an adapter's ``tensors``."""
+    named = [(a, a.file_key(n, s)) for a in spec.attachments for n, s in a.method.slots(spec.ops[a.id]).items()]
+    known = [key for _, key in named]
     few = "; ".join(f"{k!r} (nearest: {', '.join(nearest(k, known, 2)) or 'none'})" for k in keys[:3])
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    head = f"{source}: {len(keys)} of its tensors have no slot in the program: {few}{more}."
+    tails = {key.removeprefix(f"{a.key}.") for a, key in named}
+    given = list(tensors)
+    if fits := mappings_for(given, [a.key for a in spec.attachments], tails):
+        return SwapError(f"{head} They fit under other names: pass {_either(fits)}.")
     why = _other_code(spec, config, keys)
     why = why or _other_method(spec, config, keys)
     why = why or f"The program was compiled without the sites {sorted({_site_of(k) for k in keys})[:3]}"
+    modules = {fqn.rpartition(".")[0] for fqn in spec.weights}
+    if fits := mappings_for(given, modules, tails):
+        return SwapError(
+            f"{head} The model has all of its modules under other names, and the program was compiled without some of "
+            f"them; to have them, compile for this adapter: compile(model, adapter, {_either(fits)})."
+        )
     return SwapError(
-        f"{source}: {len(keys)} of its tensors have no slot in the program: {few}{more}. {why}; to have them, "
-        "compile for this adapter, or for several at once: compile(model, [adapter, another])."
+        f"{head} {why}; to have them, compile for this adapter, or for several at once: "
+        "compile(model, [adapter, another])."
     )
+
+
+def _either(mappings: Sequence[Mapping[str, str]]) -> str:
+    """Mappings as the argument they are."""
+    return " or ".join(f"key_mapping={{{_pairs(m)}}}" for m in mappings[:3])
+
+
+def _pairs(mapping: Mapping[str, str]) -> str:
+    return ", ".join(f"{_raw(old)}: {_raw(new)}" for old, new in mapping.items())
+
+
+def _raw(text: str) -> str:
+    """A string as one writes expressions."""
+    return f'r"{text}"' if "\\" in text and '"' not in text and text.isprintable() else repr(text)
 
 
 def _other_code(spec: BindingSpec, config: AdapterConfig, keys: list[str]) -> str:

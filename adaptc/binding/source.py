@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from adaptc.errors import AdaptcError, ConfigError, SwapError, shown
 from adaptc.methods import AdapterConfig, config_class
 from adaptc.patterns import limited
 from adaptc.peft_files.directory import AdapterFile, all_finite, read_adapter
+from adaptc.peft_files.key_mapping import renamed, rules_of
 from adaptc.value_types import checked
 
 
@@ -118,15 +120,20 @@ def as_binding(
 ) -> Binding:
     """``adapter`` bound to the slots of ``target``, of which nothing changes.
 
-    ``key_mapping``: regular expression -> replacement, for directories whose keys were written for other module names.
-    A state dict has PEFT's keys, with or without ``base_model.model.``; its scale comes from ``config``, or else from
-    the current adapter's config, with the rank of the tensors. Without ``own`` values may lie in the caller's tensors:
-    for one who copies them before anybody else can write there. Raises SwapError or CheckpointError.
+    ``key_mapping``: regular expression -> replacement, for adapters whose keys were written for other module names; a
+    binding has none, and is refused with one. A state dict has PEFT's keys, with or without ``base_model.model.``; its
+    scale comes from ``config``, or else from the current adapter's config, with the rank of the tensors. Without
+    ``own`` values may lie in the caller's tensors: for one who copies them before anybody else can write there. Raises
+    SwapError or CheckpointError.
     """
     current = target.current
     if current is None:
         raise SwapError("the program has no adapter sites; it was merged or unloaded")
     if isinstance(adapter, Binding):
+        if key_mapping:
+            raise ConfigError(
+                "key_mapping renames the keys of files and state dicts, and a binding has none: leave it out"
+            )
         return _checked(target, adapter)
     if current.parts:
         return target.recipes.note(_together(target, current, adapter, trainable, key_mapping))
@@ -191,11 +198,18 @@ def _bound(
         file = read_adapter(Path(adapter), adapter_name=adapter_name, key_mapping=key_mapping)
         return _of_file(recipes, spec, file, str(adapter), config, copy=False)
     if isinstance(adapter, Mapping):
-        return _of_mapping(recipes, spec, adapter, current, config, copy=own)
+        return _of_mapping(recipes, spec, adapter, current, config, key_mapping, copy=own)
     if isinstance(adapter, AdapterFile):
         given(adapter.tensors, str(adapter.path))
+        if key_mapping:
+            adapter = replace(adapter, tensors=_renamed(adapter.tensors, key_mapping, str(adapter.path)))
         return _of_file(recipes, spec, adapter, str(adapter.path), config, copy=own)
     raise AdaptcError(f"an adapter is a directory, a state dict or a binding; got {type(adapter).__name__}")
+
+
+def _renamed(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str], source: str) -> dict[str, Tensor]:
+    names = renamed({key: key for key in tensors}, rules_of(key_mapping), source)
+    return {bare: tensors[key] for bare, key in names.items()}
 
 
 def _of_file(
@@ -224,11 +238,14 @@ def _of_mapping(
     adapter: Mapping[str, Tensor],
     theirs: AdapterConfig,
     config: Any,
+    key_mapping: Mapping[str, str] | None,
     *,
     copy: bool,
 ) -> Binding:
     """A state dict, with ``config`` or, if that is None, with ``theirs`` and the rank of the tensors."""
     tensors, fit = given(adapter, "state dict", theirs.peft_type), config is None
+    if key_mapping:
+        tensors = _renamed(tensors, key_mapping, "state dict")
     own = theirs if config is None else as_config(config)[0]
     kind = None if recipes is None else structure(spec, own, tensors, fit)
     recipe = None if recipes is None or kind is None else recipes.find(kind)

@@ -29,12 +29,14 @@ from adaptc.packages import manifest as _package_file
 from adaptc.packages.manifest import Input, Room, Site
 from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.passes.ir.trees import pytree
+from adaptc.patterns import limited
 from adaptc.peft_files.directory import AdapterFile, read_adapter
 from adaptc.program.adaptation import Adaptation
 from adaptc.pt2_files.containers import check_registered, read_tree
 from adaptc.pt2_files.refusal import Refused, shown_path
 from adaptc.reports.results import SwapReport
 from adaptc.runtime.call_inputs import Inputs
+from adaptc.value_types import checked
 
 
 class PackagedProgram:
@@ -144,7 +146,16 @@ class PackagedProgram:
         back = sorted(range(len(order)), key=order.__getitem__)
         return value.permute(order).contiguous().permute(back)
 
-    def swap(self, adapter: Any, *, config: Any = None, adapter_name: str | None = None) -> SwapReport:
+    @checked("adapter_name", "key_mapping")
+    @limited()
+    def swap(
+        self,
+        adapter: Any,
+        *,
+        config: Any = None,
+        adapter_name: str | None = None,
+        key_mapping: Mapping[str, str] | None = None,
+    ) -> SwapReport:
         """Make ``adapter`` the current one; arguments and report are those of ``adaptc.swap``.
 
         Sites of which the adapter has no tensors become the base. Raises SwapError for an adapter of too large a rank,
@@ -157,9 +168,10 @@ class PackagedProgram:
                 "adapted program itself to swap."
             )
         if isinstance(adapter, (str, PathLike)):  # once, so that what is checked is what is bound
-            adapter = read_adapter(adapter, adapter_name=adapter_name)
+            adapter, key_mapping = read_adapter(adapter, adapter_name=adapter_name, key_mapping=key_mapping), None
         self._check_base(adapter, config)
-        options = {} if isinstance(adapter, Binding) else {"config": config}
+        options: dict[str, Any] = {"key_mapping": key_mapping}
+        options |= {} if isinstance(adapter, Binding) else {"config": config}
         binding = as_binding(self, adapter, own=False, **options)  # what is installed is copied
         self._install(self._fitted(binding))
         self.current = Binding({}, binding.methods, binding.config, name=binding.name, source=binding.source)

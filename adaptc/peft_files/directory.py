@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +26,6 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError, shown
-from adaptc.patterns import compiled
 from adaptc.peft_files import layouts as _layouts
 from adaptc.peft_files import safe_io as _safefile
 from adaptc.peft_files import staging as _staging
@@ -43,6 +41,7 @@ from adaptc.peft_files.format import (
     stored_config,
     write_card,
 )
+from adaptc.peft_files.key_mapping import renamed, rules_of
 from adaptc.peft_files.locate import config_in, listing, locate, open_config, plain_name
 from adaptc.peft_files.snapshot import Opened, Unsettled, settled
 
@@ -107,8 +106,8 @@ def read_adapter(
 
     ``path`` is the directory PEFT saved to, or the sub-directory of a named adapter. ``adapter_name`` picks one of
     several; None takes the one at the root, or the only one there is. ``key_mapping`` maps regular expressions to
-    replacements: on each bare key the first expression that matches anywhere is substituted, and no other is tried
-    (PEFT's ``load_peft_weights``). safetensors is preferred to ``.bin``. Nothing of the file stays mapped or open.
+    replacements (``key_mapping`` has the rule). safetensors is preferred to ``.bin``. Nothing of the file stays mapped
+    or open.
 
     Config and weights are of one moment: while :func:`write_adapter` replaces them the read waits, for half a second at
     most, and where a file changes under the read it starts again (``snapshot`` has what programs that write in place
@@ -118,33 +117,18 @@ def read_adapter(
     keys that coincide after the mapping; ConfigError for a bad expression or device. Values are not looked at: see
     :func:`check_finite`.
     """
+    rules = rules_of(key_mapping)
     try:
-        rules = [(compiled("key_mapping", pattern), new) for pattern, new in (key_mapping or {}).items()]
         to = torch.device(device)
-    except (AttributeError, TypeError, RuntimeError) as exc:
-        raise ConfigError(f"cannot read {shown(path)}: bad key_mapping or device: {exc}") from exc
+    except (TypeError, RuntimeError) as exc:
+        raise ConfigError(f"cannot read {shown(path)}: bad device: {exc}") from exc
     config, where, name, raw, runs = settled(lambda: _read(path, adapter_name, subfolder))
     file = where / name
     if not raw:
         raise CheckpointError(f"{file} holds no tensors at all. Was it saved before the weights were gathered?")
 
-    origin: dict[str, str] = {}
-    tensors: dict[str, Tensor] = {}
-    for key, bare in bare_keys(file, list(raw), config["peft_type"]).items():
-        for pattern, new in rules:
-            try:
-                bare, hits = pattern.subn(new, bare)
-            except (re.error, IndexError, TypeError) as exc:
-                raise ConfigError(f"key_mapping: {shown(new)} does not fit {pattern.pattern!r}: {exc}") from exc
-            if hits:
-                break
-        if bare in origin:
-            raise CheckpointError(
-                f"{file}: keys {origin[bare]!r} and {key!r} both become {bare!r}. "
-                f"{'Make the key_mapping tell them apart.' if rules else 'The file names one tensor twice.'}"
-            )
-        origin[bare] = key
-        tensors[bare] = raw[key]
+    names = renamed(bare_keys(file, list(raw), config["peft_type"]), rules, file)
+    tensors = {bare: raw[key] for bare, key in names.items()}
     if to.type != "cpu":
         try:
             tensors, runs = {k: t.to(to) for k, t in tensors.items()}, ()

@@ -14,15 +14,17 @@ from torch.export import ExportedProgram
 
 from adaptc.binding.source import as_binding
 from adaptc.errors import AdaptcError
+from adaptc.passes.analysis.graph_view import graph_view
 from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.passes.ir.forgetting import forget_code
-from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.lifted import Lifted, lifted_names
 from adaptc.passes.ir.module_paths import owners_of
 from adaptc.passes.ir.pass_infra import Trail
 from adaptc.passes.train.backbone import cut_at_head
 from adaptc.passes.train.fuse_training import fuse_training
 from adaptc.program.bound import Bound
 from adaptc.program.core import ProgramCore
+from adaptc.program.describe import described, sites_at, table_of
 from adaptc.program.pretrained_module import pretrained
 from adaptc.program.program_module import ProgramModule, plain
 from adaptc.program.unload import unloaded
@@ -38,13 +40,37 @@ class AdaptedProgram(ProgramCore):
     def bind(self, adapter: Any, *, form: str = "apply", memory_limit: int | None = None, **options: Any) -> Bound:
         """A callable that keeps this adapter and can be used from any thread.
 
-        ``adapter``: a PEFT adapter directory, a state dict, or a :class:`Binding`; errors as for ``adaptc.swap``.
+        ``adapter``: a PEFT adapter directory, a state dict, or a :class:`Binding`; ``config``, ``adapter_name``,
+        ``key_mapping`` and errors as for ``adaptc.swap``.
         ``form``: "apply" shares the program's code and base; "weight" runs the base's graph on weights of its own, as
         fast as the base, for the memory of the adapted weights (``held`` says how much); "auto" decides by the work
         that the adapter adds to a call and by ``memory_limit``, in bytes, None for any (``why`` gives the reason).
         In the weight form later writes to base tensors are not followed. Raises MergeError where a method has none.
         """
         return Bound(self, as_binding(self, adapter, **options), form, memory_limit)
+
+    # -- how it shows itself -------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        """Three lines: the adapter, the inputs, and the size and options; ``adaptc.report`` says more."""
+        return described(self)
+
+    def __str__(self) -> str:
+        """The same: torch's dump of the graph is ``print(program.graph_view())``, with the adapters marked."""
+        return described(self)
+
+    def _repr_html_(self) -> str:
+        return table_of(self).html()
+
+    def graph_view(self, site: str | None = None) -> str:
+        """The graph as text, a line for each node, with what adapters added in a frame that names the site.
+
+        ``site``: the parameter of one, or its module; then it is only what stands there. Raises ConfigError where
+        there is no such site.
+        """
+        with GRAPHS:
+            still = self.snapshot()
+            return graph_view(still.graph_module, lifted_names(still.graph_signature), sites_at(still, site))
 
     @property
     def base(self) -> AdaptedProgram:

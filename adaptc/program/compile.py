@@ -164,6 +164,11 @@ def _adapters(
     if not given:
         raise ConfigError("config is an empty list: give a config, an adapter directory, or a list of them")
     parsed = [(n, *as_config(c, key_mapping)) for n, c in given]
+    if key_mapping and all(file is None for _, _, file in parsed):
+        raise ConfigError(
+            "key_mapping renames the keys of adapter directories, and config names none: leave it out, or give it to "
+            "swap or bind with the adapter"
+        )
     return [Adapter(n, _targeted(c), file) for n, c, file in parsed]
 
 

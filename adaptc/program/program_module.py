@@ -35,6 +35,7 @@ from adaptc.passes.train.checkpoint import checkpoint, set_checkpointing
 from adaptc.passes.train.set_mode import set_mode
 from adaptc.peft_files.format import bare_key, file_key
 from adaptc.program.core import ProgramCore
+from adaptc.program.describe import described_module
 from adaptc.runtime.call_inputs import Inputs
 
 _TABLES = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
@@ -89,6 +90,10 @@ class ProgramModule(nn.Module):
             if graph is None or name not in {*vars(graph), *dir(type(graph))}:
                 raise
             return getattr(graph, name)
+
+    def __repr__(self) -> str:
+        """Three lines. The modules in it hold tensors alone: ``named_modules()`` has them, ``graph`` what is done."""
+        return described_module(self, self.program)
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 

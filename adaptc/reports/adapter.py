@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from adaptc.peft_files.directory import read_adapter
-from adaptc.tables import WIDTH, Column, collapse, dtype_name, join, size, table, times
+from adaptc.tables import Column, Report, Table, collapse, dtype_name, plain, size, times
 
 
-@dataclass(frozen=True)
-class AdapterReport:
+@dataclass(frozen=True, repr=False)
+class AdapterReport(Report):
     """``tensors``: key without PEFT's prefix -> (shape, dtype). ``config``: the fields that are set to anything."""
 
     path: Path
@@ -36,22 +36,30 @@ class AdapterReport:
     def params(self) -> int:
         return sum(prod(shape) for shape, _ in self.tensors.values())
 
-    def __str__(self) -> str:
-        return self.render()
-
-    def render(self, width: int = WIDTH) -> str:
-        """The report as text. Tensors that differ in a layer's number alone share a row."""
+    def parts(self) -> list[str | Table]:
+        """Tensors that differ in a layer's number alone share a row."""
         groups: dict[tuple[str, str], list[str]] = {}
         for key, (shape, dtype) in self.tensors.items():
             groups.setdefault(("x".join(map(str, shape)), dtype_name(dtype)), []).append(key)
         rows = [(times(text, n), *how) for how, keys in groups.items() for text, n in collapse(keys)]
         kind = self.config.get("peft_type", "unknown")
         head = f"{kind} adapter in {self.path}: {len(self.tensors)} tensors, {self.params:,d} parameters"
-        return join(
+        return [
             f"{head}, {size(self.nbytes)}",
-            table(["field", "value"], [(k, _text(v)) for k, v in self.config.items()], width=width),
-            table(["tensor", Column("shape", keep=True), Column("dtype", keep=True)], rows, width=width),
-        )
+            Table(["field", "value"], [(k, _text(v)) for k, v in self.config.items()]),
+            Table(["tensor", Column("shape", keep=True), Column("dtype", keep=True)], rows),
+        ]
+
+    def data(self) -> dict[str, Any]:
+        """``path``, ``config``, ``tensors`` (key -> shape and dtype), ``parameters``, ``bytes``."""
+        tensors = {k: {"shape": list(shape), "dtype": dtype_name(d)} for k, (shape, d) in self.tensors.items()}
+        return {
+            "path": str(self.path),
+            "config": plain(self.config),
+            "tensors": tensors,
+            "parameters": self.params,
+            "bytes": self.nbytes,
+        }
 
 
 def _text(value: Any) -> str:

@@ -22,7 +22,18 @@ from adaptc.program.adapted import AdaptedProgram
 from adaptc.reports.norms import Norms
 from adaptc.runtime.held_values import Held
 from adaptc.runtime.variants import Fusion
-from adaptc.tables import WIDTH, Column, collapse, join, pattern, shape_text, shortened, table, times
+from adaptc.tables import (
+    Column,
+    Report,
+    Table,
+    collapse,
+    dtype_name,
+    pattern,
+    plain,
+    shape_text,
+    shortened,
+    times,
+)
 
 
 @dataclass(frozen=True)
@@ -45,8 +56,8 @@ class SiteCoverage:
     why: str = ""
 
 
-@dataclass(frozen=True)
-class CoverageReport:
+@dataclass(frozen=True, repr=False)
+class CoverageReport(Report):
     """``matches``: target entry -> the modules it selected. ``left_out``: (module, why). ``trainable`` and ``total``:
     numbers of parameters, as PEFT counts them. ``adapter`` '' and no sites: the program has no adapter. ``held``: what
     calls of the program compute once, and ``fusion``: which layers share a product; nothing before the first call.
@@ -99,34 +110,39 @@ class CoverageReport:
             f"trainable params: {self.trainable:,d} || all params: {self.total:,d} || trainable%: {self.percentage:.4f}"
         )
 
-    def __str__(self) -> str:
-        return self.render()
-
-    def render(self, width: int = WIDTH) -> str:
-        """The report as text. Layers that differ in their number alone share a row."""
+    def parts(self) -> list[str | Table]:
+        """Layers that differ in their number alone share a row."""
         if not self.sites:
             how = f"it is plain, merged from {self.merged}" if self.merged else "it is a plain program"
-            return f"The program has no adapter: {how}.\n{self.parameters_line()}{self._passes()}"
+            return [f"The program has no adapter: {how}.\n{self.parameters_line()}{self._passes()}"]
         absent = sum(not s.present for s in self.sites)
         head = f"{self.peft_type} adapter {self.adapter!r} ({self.source}): {len(self.sites)} sites"
         head += f", {absent} of them left at the base" if absent else ""
-        return join(
-            head,
-            self._sites(width),
-            self._forms(width),
-            self._entries(width),
-            self._omitted(width),
-            self.norms.render(width),
-            str(self.held),
-            str(self.fusion),
-            self.parameters_line() + self._passes(),
-        )
+        tables = [self._sites(), self._forms(), self._entries(), self._omitted(), *self.norms.parts()]
+        return [head, *tables, str(self.held), str(self.fusion), self.parameters_line() + self._passes()]
+
+    def data(self) -> dict[str, Any]:
+        """``adapter``, ``peft_type`` and ``source``, ``merged`` (from what), ``sites`` (one dict each), ``matches``
+        (target entry -> modules), ``left_out`` (module, why), ``trainable``, ``total``, ``passes`` and ``norms``."""
+        return {
+            "adapter": self.adapter,
+            "peft_type": self.peft_type,
+            "source": self.source,
+            "merged": self.merged,
+            "sites": [_site_data(s) for s in self.sites],
+            "matches": plain(self.matches),
+            "left_out": [{"module": name, "why": why} for name, why in self.left_out],
+            "trainable": self.trainable,
+            "total": self.total,
+            "passes": {where: [[name, count] for name, count in trail] for where, trail in self.passes.items()},
+            "norms": self.norms.data(),
+        }
 
     def _passes(self) -> str:
         steps = {where: [f"{name} ({count})" for name, count in trail] for where, trail in self.passes.items()}
         return "".join(f"\npasses, {where}: {', '.join(names)}" for where, names in steps.items() if names)
 
-    def _sites(self, width: int) -> str:
+    def _sites(self) -> Table:
         groups: dict[Any, list[SiteCoverage]] = {}
         for s in self.sites:
             slots = (
@@ -141,9 +157,9 @@ class CoverageReport:
         ]
         numbers = [Column(name, right=True, keep=True) for name in ("rank", "params")]
         kept = [Column(name, keep=True) for name in ("kind", "form", "method", "tensors")]
-        return table(["site", *kept[:3], numbers[0], kept[3], numbers[1]], rows, width=width)
+        return Table(["site", *kept[:3], numbers[0], kept[3], numbers[1]], rows)
 
-    def _forms(self, width: int) -> str:
+    def _forms(self) -> Table:
         """Why sites have the form they have, one row for each reason that was weighed."""
         groups: dict[tuple[str, str, str], list[str]] = {}
         for s in self.sites:
@@ -153,9 +169,9 @@ class CoverageReport:
             (form, method, why, shortened([t for t, _ in collapse(names)], sep="\n"))
             for (form, method, why), names in groups.items()
         ]
-        return table([Column("form", keep=True), Column("method", keep=True), "why", "sites"], rows, width=width)
+        return Table([Column("form", keep=True), Column("method", keep=True), "why", "sites"], rows)
 
-    def _entries(self, width: int) -> str:
+    def _entries(self) -> Table:
         """How many modules each entry selected, of those that are the same layer of another block."""
         rows = []
         for entry, modules in self.matches.items():
@@ -163,15 +179,20 @@ class CoverageReport:
             missed = [name for name, _ in self.left_out if pattern(name) in forms]
             of = f"{len(modules)} of {len(modules) + len(missed)}"
             rows.append((entry, of, shortened(modules, sep="\n"), shortened(missed, sep="\n") or "-"))
-        return table(["target entry", Column("matches", right=True, keep=True), "modules", "not in"], rows, width=width)
+        return Table(["target entry", Column("matches", right=True, keep=True), "modules", "not in"], rows)
 
-    def _omitted(self, width: int) -> str:
+    def _omitted(self) -> Table:
         """One row for a reason and a last path component."""
         groups: dict[tuple[str, str], list[str]] = {}
         for name, why in self.left_out:
             groups.setdefault((name.rpartition(".")[2], why), []).append(name)
         rows = [(times(tail, len(names)), why, shortened(names, sep="\n")) for (tail, why), names in groups.items()]
-        return table(["left out", "why", "modules"], rows, width=width)
+        return Table(["left out", "why", "modules"], rows)
+
+
+def _site_data(s: SiteCoverage) -> dict[str, Any]:
+    slots = {n: {"shape": list(shape), "dtype": dtype_name(dtype)} for n, (shape, dtype) in s.slots.items()}
+    return {**vars(s), "slots": slots}
 
 
 def _site(program: AdaptedProgram, binding: Binding, a: Attachment, seen: set[str]) -> SiteCoverage:

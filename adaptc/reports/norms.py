@@ -6,7 +6,7 @@ Before: a program with an adapter. After: numbers, taken when they were asked fo
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from statistics import median
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from adaptc.binding.binding import Binding
 from adaptc.passes.adapt.merge import Merge
 from adaptc.program.adapted import AdaptedProgram
-from adaptc.tables import WIDTH, Column, collapse, numbers_of, pattern, small, table, times
+from adaptc.tables import Column, Report, Table, collapse, numbers_of, pattern, plain, small, times
 
 #: how the change of a weight is called among the tensors of its site
 CHANGE = "change / weight"
@@ -45,11 +45,11 @@ class SiteNorms:
         return {**self.slots, **({} if change is None else {CHANGE: change})}
 
 
-@dataclass(frozen=True)
-class Norms:
+@dataclass(frozen=True, repr=False)
+class Norms(Report):
     """One :class:`SiteNorms` for each site that the adapter has, in the order of the program's sites."""
 
-    sites: Sequence[SiteNorms] = field(default=(), repr=False)
+    sites: Sequence[SiteNorms] = ()
 
     @classmethod
     def of(cls, program: AdaptedProgram, changes: bool) -> Norms:
@@ -67,15 +67,16 @@ class Norms:
                 sites.append(SiteNorms(a.fqn, slots, *made.get(a.fqn, (None, None))))
         return cls(tuple(sites))
 
-    def __str__(self) -> str:
-        return self.render()
-
-    def render(self, width: int = WIDTH) -> str:
-        """As a table: a row for a tensor of layers that differ in their number alone, and in which of them it is
-        smallest and largest; '' where there is none."""
+    def parts(self) -> list[Table]:
+        """A row for a tensor of layers that differ in their number alone, and in which of them it is smallest and
+        largest."""
         rows = [row for members in _alike(self.sites) for row in _rows(members)]
         columns = [Column(n, right=True, keep=True) for n in ("median", "smallest", "in", "largest", "in")]
-        return table(["site", Column("norm of", keep=True), *columns], rows, width=width)
+        return [Table(["site", Column("norm of", keep=True), *columns], rows)]
+
+    def data(self) -> dict[str, Any]:
+        """By the site's parameter: ``slots`` (name -> norm), ``change`` and ``weight``."""
+        return {s.fqn: {"slots": plain(s.slots), "change": s.change, "weight": s.weight} for s in self.sites}
 
 
 def _alike(sites: Iterable[SiteNorms]) -> list[list[SiteNorms]]:

@@ -12,7 +12,7 @@ from adaptc.binding.binding import Binding
 from adaptc.passes.adapt.merge import SiteMerge
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.method import Method
-from adaptc.tables import WIDTH, Column, dtype_name, join, number, shortened, small, table
+from adaptc.tables import WIDTH, Column, Report, Table, as_text, dtype_name, number, plain, shortened, small
 
 
 def bar(what: str, show: bool) -> Callable[[Sequence[Any]], Any]:
@@ -29,8 +29,8 @@ def bar(what: str, show: bool) -> Callable[[Sequence[Any]], Any]:
     return track
 
 
-@dataclass(frozen=True)
-class SwapReport:
+@dataclass(frozen=True, repr=False)
+class SwapReport(Report):
     """``sites`` the adapter has, ``identity`` sites of the program it leaves at the base, ``seconds`` it took.
 
     What has to be counted is, when it is first asked for: most reports are not read.
@@ -58,16 +58,26 @@ class SwapReport:
     def ranks(self) -> tuple[int, ...]:
         return tuple(sorted({r for m in self.methods.values() if (r := m.rank()) is not None}))
 
-    def __str__(self) -> str:
+    def parts(self) -> list[str | Table]:
         total = self.sites + len(self.identity)
         rank = f", rank {', '.join(map(str, self.ranks))}" if self.ranks else ""
         took = "" if isnan(self.seconds) else f", {1000 * self.seconds:.1f} ms"
         rest = f"\nleft at the base: {shortened(self.identity)}" if self.identity else ""
-        return f"{self.source}: {self.sites} of {total} sites{rank}{took}{rest}"
+        return [f"{self.source}: {self.sites} of {total} sites{rank}{took}{rest}"]
+
+    def data(self) -> dict[str, Any]:
+        """``source``, ``sites`` (how many), ``left_at_the_base`` (FQNs), ``ranks``, ``seconds``."""
+        return {
+            "source": self.source,
+            "sites": self.sites,
+            "left_at_the_base": list(self.identity),
+            "ranks": list(self.ranks),
+            "seconds": plain(self.seconds),
+        }
 
 
-@dataclass(frozen=True)
-class MergeReport:
+@dataclass(frozen=True, repr=False)
+class MergeReport(Report):
     """One :class:`SiteMerge` per merged weight, and where the adapter came from.
 
     A site's ``delta`` is the largest change of an element, its ``error`` the largest rounding of one to the weight's
@@ -95,11 +105,11 @@ class MergeReport:
         """The sites, largest error first."""
         return sorted(self.sites, key=lambda s: (s.error, _relative(s)), reverse=True)
 
-    def __str__(self) -> str:
-        return self.render()
-
     def render(self, width: int = WIDTH, most: int = 20) -> str:
         """The report as text, with the ``most`` sites of largest error."""
+        return as_text(self.parts(most), width)
+
+    def parts(self, most: int = 20) -> list[str | Table]:
         dtypes = ", ".join(sorted({dtype_name(s.dtype) for s in self.sites})) or "nothing"
         untied = f", {len(self.untied)} untied" if self.untied else ""
         head = (
@@ -116,8 +126,20 @@ class MergeReport:
         more = (
             f"and {rest} more, each with a rounding error of at most {small(ordered[most].error)}" if rest > 0 else ""
         )
-        body = table(["weight", "dtype", *numbers, "untied"], rows, width=width)
-        return join(head, f"{body}\n{more}" if more else body)
+        return [head, Table(["weight", "dtype", *numbers, "untied"], rows), more]
+
+    def data(self) -> dict[str, Any]:
+        """``source``, ``largest_change``, ``largest_error``, ``untied`` (FQNs), ``weights`` (one dict each)."""
+        return {
+            "source": self.source,
+            "largest_change": plain(self.max_delta),
+            "largest_error": plain(self.max_error),
+            "untied": list(self.untied),
+            "weights": [
+                {"weight": s.fqn, "dtype": dtype_name(s.dtype), "change": plain(s.delta), "error": plain(s.error)}
+                for s in self.sites
+            ],
+        }
 
 
 def _relative(s: SiteMerge) -> float:

@@ -30,7 +30,7 @@ from adaptc.program.compile import compiled, planned
 from adaptc.program.files import load_program, save_program
 from adaptc.reports.results import bar
 from adaptc.runtime.options import RunOptions
-from adaptc.tables import WIDTH, Column, join, table
+from adaptc.tables import Column, Report, Table, plain
 from adaptc.verify.verify import verify_program
 
 #: what rounding in float64 may cost, relative to the largest output
@@ -86,8 +86,8 @@ class MethodCheck:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class MethodReport:
+@dataclass(frozen=True, repr=False)
+class MethodReport(Report):
     """What :func:`check_method` found. ``refused``: layer -> why the method does not take it."""
 
     method: str
@@ -104,23 +104,25 @@ class MethodReport:
     def failed(self) -> list[MethodCheck]:
         return [c for c in self.checks if c.passed is False]
 
-    def __str__(self) -> str:
-        return self.render()
-
-    def render(self, width: int = WIDTH) -> str:
+    def parts(self) -> list[str | Table]:
         cells = {(c.name, c.layer): {True: "pass", False: "FAIL", None: "-"}[c.passed] for c in self.checks}
         layers = [n for n in LAYERS if n not in self.refused]
         rows = [
             [name, *(cells.get((name, n), "-") for n in layers)] for name in dict.fromkeys(c.name for c in self.checks)
         ]
-        grid = table([Column("check", keep=True), *(Column(n, keep=True) for n in layers)], rows, width=width)
+        grid = Table([Column("check", keep=True), *(Column(n, keep=True) for n in layers)], rows)
         failed = []
         for name in dict.fromkeys(c.name for c in self.failed):  # most faults show at every layer
             (first, *rest) = (c for c in self.failed if c.name == name)
             failed.append(f"{name}, at {first.layer}" + (f" and {len(rest)} more" if rest else "") + f": {first.note}")
         refused = [f"{n}: refused. {why}" for n, why in self.refused.items()]
         verdict = "keeps its promises" if self.ok else "does NOT keep its promises" if failed else "could not be tried"
-        return join(f"{self.method} {verdict}", grid, "\n".join(failed), "\n".join(refused))
+        return [f"{self.method} {verdict}", grid, "\n".join(failed), "\n".join(refused)]
+
+    def data(self) -> dict[str, Any]:
+        """``method``, ``ok``, ``checks`` (one dict each) and ``refused`` (layer -> why)."""
+        checks = [plain(vars(c)) for c in self.checks]
+        return {"method": self.method, "ok": self.ok, "checks": checks, "refused": dict(self.refused)}
 
 
 def check_method(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import nan
+from typing import Any
 
-from adaptc.tables import WIDTH, Column, join, number, table
+from adaptc.tables import Column, Report, Table, number, plain
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Check:
         return "not run" if self.passed is None else "pass" if self.passed else "FAIL"
 
 
-@dataclass(frozen=True)
-class VerifyReport:
+@dataclass(frozen=True, repr=False)
+class VerifyReport(Report):
     """``checks`` of :func:`adaptc.verify`, and the input shapes (``runs``) and ``seed`` they were made with."""
 
     checks: tuple[Check, ...]
@@ -50,10 +51,7 @@ class VerifyReport:
                 return check
         raise KeyError(name)
 
-    def __str__(self) -> str:
-        return self.render()
-
-    def render(self, width: int = WIDTH) -> str:
+    def parts(self) -> list[str | Table]:
         rows = [
             (c.name, c.verdict, number(c.error), number(c.relative), number(c.limit), c.where or "-", c.note or "-")
             for c in self.checks
@@ -63,4 +61,13 @@ class VerifyReport:
         failed = [c.name for c in self.checks if c.passed is False]
         head = "verified" if self.ok else f"NOT verified: {', '.join(failed) or 'nothing could be checked'}"
         runs = "\n".join(f"run {i}: {text}" for i, text in enumerate(self.runs, 1))
-        return join(f"{head} (seed {self.seed})\n{runs}", table(columns, rows, width=width))
+        return [f"{head} (seed {self.seed})\n{runs}", Table(columns, rows)]
+
+    def data(self) -> dict[str, Any]:
+        """``ok``, ``seed``, ``runs`` and ``checks``: ``passed`` is None for one that was not run."""
+        return {
+            "ok": self.ok,
+            "seed": self.seed,
+            "runs": list(self.runs),
+            "checks": [plain(vars(c)) for c in self.checks],
+        }

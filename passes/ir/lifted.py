@@ -60,9 +60,19 @@ def empty_like(graph: fx.Graph) -> fx.Graph:
 
 def user_inputs(program: ExportedProgram) -> dict[str, Any]:
     """Name -> what the graph has for each of the user's flat inputs, in order: a fake tensor, a size, or a constant."""
-    nodes = {n.name: n for n in program.graph.find_nodes(op="placeholder")}
-    args = [s.arg for s in program.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
+    return inputs_of(program.graph, program.graph_signature)
+
+
+def inputs_of(graph: fx.Graph, signature: ExportGraphSignature) -> dict[str, Any]:
+    """The same of a graph and its signature."""
+    nodes = {n.name: n for n in graph.find_nodes(op="placeholder")}
+    args = [s.arg for s in signature.input_specs if s.kind == InputKind.USER_INPUT]
     return {a.name: a.value if isinstance(a, ConstantArgument) else nodes[a.name].meta.get("val") for a in args}
+
+
+def lifted_names(signature: ExportGraphSignature) -> dict[str, str]:
+    """Placeholder -> the name of the parameter, buffer or constant that it stands for."""
+    return {s.arg.name: s.target for s in signature.input_specs if s.target is not None}  # type: ignore[union-attr]
 
 
 def fake_mode_of(graph: fx.Graph) -> Any:

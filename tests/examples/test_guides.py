@@ -19,6 +19,7 @@ from tests.support.guides import DOCUMENTS, PAGES, ROOT, blocks, run
 LINK = re.compile(r"\[[^\]]+\]\(([^)#\s]+)(#[\w-]+)?\)")
 #: how files of the project are written in the text
 PATH = re.compile(r"`((?:adaptc|passes|kernels|tests|examples)/[\w/]+(?:\.\w+)?)`")
+DEPLOYING = ROOT / "examples" / "deploying.md"
 WRITING = ROOT / "examples" / "writing_methods.md"
 
 
@@ -69,6 +70,22 @@ def names_in_tables(page: Path) -> set[str]:
     rows = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
     cells = [row.split("|")[1] for row in rows]
     return {name.partition("(")[0] for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+
+
+def test_the_tags_of_regions_are_on_the_page() -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 5))
+    config = adaptc.LoraConfig(r=3, target_modules=["0", "1"], use_dora=True)
+    graph = adaptc.compile(net, config, example_inputs=torch.randn(3, 5)).graph
+    tags = [tag for n in graph.nodes if (tag := n.meta.get("custom", {}).get("adaptc"))]
+    rows = [
+        line.split("|")[1:3] for line in DEPLOYING.read_text(encoding="utf-8").splitlines() if line.startswith('| `"')
+    ]
+    where = {name.strip(' `"'): at.strip() for name, at in rows}
+    everywhere = {k for k, at in where.items() if at == "every node"}
+    assert everywhere == set.intersection(*(set(t) for t in tags))
+    results = [t for t in tags if t["role"] == "out"]
+    assert everywhere | {k for k, at in where.items() if at == "the result"} == set.intersection(*map(set, results))
+    assert set(where) == set().union(*tags) - {"fused"}
 
 
 def test_every_function_of_the_protocol_has_a_line_on_the_page() -> None:

@@ -20,6 +20,7 @@ from torch import nn
 
 import adaptc
 from adaptc import AdaptcError, BackendError, CheckpointError, ConfigError, SwapError
+from adaptc.peft_files.directory import write_adapter
 from tests.support.archives import MANIFEST, read_records, with_hashes, write_records
 from tests.support.packaged_nets import NET_CONFIG, Net, Packaged, adapter, net_inputs
 
@@ -27,7 +28,7 @@ aten = torch.ops.aten
 
 
 def _snapshot(program: Any) -> Any:
-    return str(program), {k: v.clone() for k, v in program.state_dict.items()}
+    return program.graph_view(), {k: v.clone() for k, v in program.state_dict.items()}
 
 
 def _assert_unchanged(program: Any, before: Any, binding: Any) -> None:
@@ -67,6 +68,25 @@ def test_swap_at_all_sites(net: Packaged, rank: int, alpha: float) -> None:
     report = net.swap(adapter(net.program, config, seed=rank), config)
     assert (report.sites, report.identity, report.ranks) == (6, (), (rank,))
     net.same()
+
+
+def test_a_swap_renames_keys(net: Packaged, tmp_path: Path) -> None:
+    config = NET_CONFIG.replace(r=3)
+    tensors = adapter(net.program, config, seed=8)
+    net.swap(tensors, config)
+    args, kwargs = net_inputs(3, 7)
+    want = net.runner(*args, **kwargs)["y"]
+    inner = {f"net.{k}": t for k, t in tensors.items()}
+    before = net.runner.binding
+    with pytest.raises(SwapError, match=r"key_mapping=\{r.\^net"):
+        net.runner.swap(inner, config=config)
+    with pytest.raises(ConfigError, match="a binding has none"):
+        net.runner.swap(net.program.binding, key_mapping={r"^net\.": ""})
+    assert net.runner.binding is before
+    for given in (inner, write_adapter(tmp_path, config.to_dict(), inner)):
+        net.swap(adapter(net.program, config, seed=9), config)
+        assert net.runner.swap(given, config=config, key_mapping={r"^net\.": ""}).sites == 6
+        torch.testing.assert_close(net.runner(*args, **kwargs)["y"], want, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4, 5])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+from html import escape
 from math import nan
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -13,6 +16,7 @@ import torch
 import adaptc
 from adaptc import LoraConfig
 from adaptc.passes.adapt.merge import SiteMerge
+from adaptc.reports.adapter import AdapterReport
 from adaptc.reports.coverage import CoverageReport, SiteCoverage
 from adaptc.reports.results import MergeReport, SwapReport
 from tests.support.families import FAMILIES
@@ -166,6 +170,33 @@ def test_hundreds_of_sites_stay_readable() -> None:
 def test_narrow_reports_lose_nothing() -> None:
     wide, narrow = (re.sub(r"[\s-]", "", _large().render(w)) for w in (140, 80))
     assert sorted(wide) == sorted(narrow)
+
+
+@pytest.mark.parametrize("what", ["coverage", "plain", "swap", "merge", "verify", "adapter"])
+def test_the_data_of_every_report_is_json(partial: adaptc.AdaptedProgram, what: str, tmp_path: Path) -> None:
+    merged = adaptc.merge(partial)
+    report: Any = {
+        "coverage": lambda: adaptc.report(partial),
+        "plain": lambda: adaptc.report(merged),
+        "swap": lambda: adaptc.swap(partial, partial.binding),
+        "merge": lambda: merged.merge_report,
+        "verify": lambda: adaptc.verify(partial, shapes=1),
+        "adapter": lambda: AdapterReport.of(adaptc.save_adapter(partial, tmp_path)),
+    }[what]()
+    data = json.loads(json.dumps(report.data(), allow_nan=False))
+    expected = {
+        "coverage": ("trainable", report.trainable if what == "coverage" else 0),
+        "plain": ("merged", "first values"),
+        "swap": ("sites", 3),
+        "merge": ("largest_error", merged.merge_report.max_error),
+        "verify": ("ok", True),
+        "adapter": ("parameters", adaptc.report(partial).trainable),
+    }[what]
+    assert data[expected[0]] == expected[1]
+    assert repr(report).startswith(f"<{type(report).__name__}: ")
+    first = str(report).splitlines()[0]
+    assert repr(report) == f"<{type(report).__name__}: {first}>"
+    assert escape(first) in report._repr_html_()
 
 
 # -- merge -------------------------------------------------------------------------------------------------------------

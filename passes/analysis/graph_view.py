@@ -1,0 +1,87 @@
+"""A graph as text, one line for each node, with the nodes that adapters added marked by site.
+
+Before: the graph module of any program, with adapters or without. After: it is unchanged. A line is
+
+    name: dtype[sizes] = op(arguments)
+
+and regions stand in a frame, whose heading has the site, the method and the adapter, as the tags of the nodes say
+(``passes.ir.regions``). Blocks that are graphs of their own follow under their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, fx
+
+from adaptc.passes.ir.regions import node_tag, region_tag
+
+BAR, TOP, END = "| ", "+ ", "+"
+
+
+def graph_view(module: fx.GraphModule, names: Mapping[str, str], only: Iterable[str] | None = None) -> str:
+    """The graph as text. ``names``: placeholder -> the parameter it stands for. ``only``: ids of sites; the regions of
+    these alone, without the nodes between them."""
+    wanted = None if only is None else set(only)
+    blocks = [_lines(module.graph, names, wanted)]
+    for name, inner in module.named_modules():
+        if name and isinstance(inner, fx.GraphModule):
+            found = _lines(inner.graph, {}, wanted)
+            blocks.append([f"block {name}:", *(f"  {line}" for line in found)] if found else [])
+    return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+def _lines(graph: fx.Graph, names: Mapping[str, str], wanted: set[str] | None) -> list[str]:
+    out: list[str] = []
+    open_site: str | None = None
+    for node in graph.nodes:
+        tag = node_tag(node)
+        site = None if tag is None else tag["site"]
+        if open_site is not None and site != open_site:
+            out.append(END)
+        if tag is not None and (wanted is None or site in wanted):
+            if site != open_site:
+                out.append(TOP + heading(tag))
+            open_site = site
+            out.append(BAR + line(node, names))
+            if region := region_tag(node):
+                out[-1] += f"  # stands for {region['base']}"
+        else:
+            open_site = None
+            if wanted is None:
+                out.append(line(node, names))
+    return out
+
+
+def heading(tag: Mapping[str, Any]) -> str:
+    """What the tag of a node says of its site: `model.layers.0.self_attn.q_proj.weight: lora, adapter 'default'`."""
+    fqn, _, _ = tag["site"].rpartition("|")
+    return f"{fqn}: {tag['method']}, adapter {tag['adapter']!r}"
+
+
+def line(node: fx.Node, names: Mapping[str, str]) -> str:
+    """One node."""
+    arguments = ", ".join([*map(repr, node.args), *(f"{k}={v!r}" for k, v in node.kwargs.items())])
+    if node.op == "output":
+        return f"return {arguments}"
+    if node.op == "placeholder":
+        what = f"  # {names[node.name]}" if node.name in names else "  # input"
+        return f"{node.name}{_kind(node)}{what}"
+    return f"{node.name}{_kind(node)} = {_target(node)}({arguments})"
+
+
+def _target(node: fx.Node) -> str:
+    target = node.target
+    if isinstance(target, str):
+        return f"{node.op} {target}"
+    # Operators of torch have a short name of their own, functions of Python theirs.
+    return str(target) if hasattr(target, "overloadpacket") else getattr(target, "__name__", str(target))
+
+
+def _kind(node: fx.Node) -> str:
+    """Dtype and sizes of a value; '' for one that is not known, or not one tensor."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return ""
+    return f": {str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
