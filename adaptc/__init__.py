@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 # Type checkers follow imports, not tables; the tests hold the two against each other.
 if TYPE_CHECKING:
     from adaptc.api import (
+        bind,
         compile,
         load,
         load_package,
@@ -76,6 +77,7 @@ PUBLIC = {
     # what one does
     "compile": "adaptc.api",
     "swap": "adaptc.api",
+    "bind": "adaptc.api",
     "merge": "adaptc.api",
     "unmerge": "adaptc.api",
     "unload": "adaptc.api",

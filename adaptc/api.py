@@ -22,6 +22,7 @@ from adaptc.packages.run import PackagedProgram
 from adaptc.packages.write import package_program
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.adapter_files import write_current
+from adaptc.program.bound import Bound
 from adaptc.program.compile import compiled
 from adaptc.program.files import load_program, save_program
 from adaptc.program.lower import lowered
@@ -103,7 +104,8 @@ def swap(
     adapter_name: str | None = None,
     key_mapping: Mapping[str, str] | None = None,
 ) -> SwapReport:
-    """Make ``adapter`` the current one: a PEFT adapter directory, a state dict with PEFT's keys, or a binding.
+    """Make ``adapter`` the current one: a PEFT adapter directory, a state dict with PEFT's keys, a binding, or
+    what ``prog.bind`` returned.
 
     Any rank, alpha, and any subset of the program's sites (the others take identity values); nothing is compiled or
     copied but the adapter's own tensors. For a bare state dict the scale follows ``config`` if given, else the
@@ -126,6 +128,14 @@ def swap(
     )
     program.install(binding)
     return SwapReport.of(program.adaptation.attachments, binding, time.perf_counter() - start)
+
+
+def bind(program: AdaptedProgram, adapter: Any, **options: Any) -> Bound:
+    """A callable that keeps ``adapter`` whatever ``program`` is swapped to, for any thread; None gives the base.
+
+    ``options`` and errors: :meth:`AdaptedProgram.bind`, which it is.
+    """
+    return program.bind(adapter, **options)
 
 
 @checked("safe", "keep_base", "progress")

@@ -123,18 +123,23 @@ def as_binding(
     ``key_mapping``: regular expression -> replacement, for adapters whose keys were written for other module names; a
     binding has none, and is refused with one. A state dict has PEFT's keys, with or without ``base_model.model.``; its
     scale comes from ``config``, or else from the current adapter's config, with the rank of the tensors. Without
-    ``own`` values may lie in the caller's tensors: for one who copies them before anybody else can write there. Raises
-    SwapError or CheckpointError.
+    ``own`` values may lie in the caller's tensors: for one who copies them before anybody else can write there. What is
+    bound to a program stands for its adapter. Raises SwapError or CheckpointError.
     """
     current = target.current
     if current is None:
         raise SwapError("the program has no adapter sites; it was merged or unloaded")
-    if isinstance(adapter, Binding):
+    if adapter is None:
+        raise SwapError(
+            "None is no adapter. prog.bind(None) gives a callable of the base, and adaptc.unload the base itself"
+        )
+    kept = getattr(adapter, "binding", None)  # what is bound to a program, or a program: its adapter
+    if isinstance(adapter, Binding) or isinstance(kept, Binding):
         if key_mapping:
             raise ConfigError(
                 "key_mapping renames the keys of files and state dicts, and a binding has none: leave it out"
             )
-        return _checked(target, adapter)
+        return _checked(target, adapter if isinstance(adapter, Binding) else kept)
     if current.parts:
         return target.recipes.note(_together(target, current, adapter, trainable, key_mapping))
     spec = target.spec(trainable)
@@ -204,7 +209,9 @@ def _bound(
         if key_mapping:
             adapter = replace(adapter, tensors=_renamed(adapter.tensors, key_mapping, str(adapter.path)))
         return _of_file(recipes, spec, adapter, str(adapter.path), config, copy=own)
-    raise AdaptcError(f"an adapter is a directory, a state dict or a binding; got {type(adapter).__name__}")
+    raise AdaptcError(
+        f"an adapter is a directory, a state dict, a binding, or what prog.bind returned; got {type(adapter).__name__}"
+    )
 
 
 def _renamed(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str], source: str) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from torch.export import ExportedProgram
 from adaptc.capture.example_inputs import BATCH, example_for, is_pretrained_model
 from adaptc.capture.free_sizes import Free, export, export_free
 from adaptc.capture.model_loss import loss_type, means_over_next_labels
+from adaptc.capture.single_sizes import differing
 from adaptc.errors import AdaptcWarning, CaptureError
 from adaptc.passes.analysis.program_facts import (
     all_module_types,
@@ -75,6 +77,8 @@ class Captured:
     input_embedding: str | None = None
     module_types: dict[str, str] = field(default_factory=dict)
     fills: dict[str, tuple[str, str]] = field(default_factory=dict)
+    #: what the model's ``forward`` takes, in order; empty where that is not known
+    takes: tuple[str, ...] = ()
     source: Source | None = None
 
 
@@ -122,8 +126,16 @@ def capture(
         input_embedding=_path_of(model, "get_input_embeddings"),
         module_types={name: qualified(type(module)) for name, module in model.named_modules(remove_duplicate=False)},
         fills=fills_of(program, bool(getattr(config, "is_encoder_decoder", False))) if pretrained else {},
+        takes=_takes(model),
         source=_source(model) if pretrained else None,
     )
+
+
+def _takes(model: nn.Module) -> tuple[str, ...]:
+    """The names that ``forward`` takes, up to where it takes any number of positional inputs."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = itertools.takewhile(lambda p: p.kind is not p.VAR_POSITIONAL, parameters)
+    return tuple(p.name for p in named if p.kind is not p.VAR_KEYWORD)
 
 
 def _source(model: nn.Module) -> Source:
@@ -244,7 +256,8 @@ def _export_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any, t
 
     with _flat_forward(model, kwargs):
         if not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
-            return export(model, args, kwargs, dynamic_shapes)
+            program = export(model, args, kwargs, dynamic_shapes)
+            return _guarded(model, program, args, kwargs, dynamic_shapes, training)
         if example_inputs is not None and _is_single(args, kwargs):
             args2, kwargs2 = pytree.tree_map_only(Tensor, _doubled, (args, kwargs))
             with contextlib.suppress(CaptureError):
@@ -252,6 +265,7 @@ def _export_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any, t
                 if not fixed and _same_outputs(model, program, args, kwargs, training):
                     return program
         program, fixed = export_free(model, args, kwargs, free)
+        program = _guarded(model, program, args, kwargs, free, training)
     if fixed:
         warnings.warn(
             f"{type(model).__name__} was captured for fewer sizes than asked: {'; '.join(fixed)}. Calls with other "
@@ -259,6 +273,32 @@ def _export_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any, t
             AdaptcWarning,
             stacklevel=3,
         )
+    return program
+
+
+def _guarded(
+    model: nn.Module, program: ExportedProgram, args: tuple, kwargs: Mapping[str, Any], shapes: Any, training: bool
+) -> ExportedProgram:
+    """``program``, or one that refuses the sizes of one for which it is not what ``model`` is. ``shapes``: which are
+    free."""
+    where = [] if training else differing(model, program, args, kwargs)
+    if not where:
+        return program
+    guarded = None
+    with contextlib.suppress(CaptureError):
+        if callable(shapes):
+            guarded, _ = export_free(model, args, kwargs, shapes, guarded=True)
+        else:
+            guarded = export(model, args, kwargs, shapes, guarded=True)
+    if guarded is not None and not differing(model, guarded, args, kwargs):
+        return guarded
+    warnings.warn(
+        f"{type(model).__name__} computes something else for {', '.join(where)} than for larger sizes, and torch could "
+        "not tell why: calls of this size compute what those of larger ones do. Capture it for such sizes alone, with "
+        "example_inputs of this size and dynamic_shapes=None",
+        AdaptcWarning,
+        stacklevel=4,
+    )
     return program
 
 

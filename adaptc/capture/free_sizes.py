@@ -4,6 +4,11 @@ Before: a module, inputs, and for every tensor the dimensions that should be fre
 each dimension that was wanted and is fixed. Dimensions are first given by name, which also states which of them are
 equal and leaves sizes 0 and 1 in range; then as hints, which torch relates and bounds by itself; then dimension 0
 alone; then none.
+
+Private torch use, with the public route that was tried:
+- ``torch.fx.experimental._config.backed_size_oblivious``: sizes of 0 and 1 are traced as all others. Public: named
+  ``Dim``s, for which the tracer still assumes two and more, and takes one branch of ``if x.shape[0] == 1`` unseen;
+  ``torch.export.dynamic_shapes`` with unbacked sizes refuses such a branch instead of guarding it.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
+from torch.fx.experimental import _config
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from adaptc.errors import CaptureError
@@ -33,11 +39,14 @@ Free = Callable[[Tensor], dict[int, str | None]]
 """The free dimensions of an input: index -> name (equal names are equal sizes), or None when torch is to find out."""
 
 
-def export(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], shapes: Any, **options: Any) -> ExportedProgram:
-    """``torch.export.export`` in non-strict mode, failing with a :class:`CaptureError` that says why."""
+def export(
+    model: nn.Module, args: tuple, kwargs: Mapping[str, Any], shapes: Any, guarded: bool = False, **options: Any
+) -> ExportedProgram:
+    """``torch.export.export`` in non-strict mode, failing with a :class:`CaptureError` that says why. ``guarded``: what
+    the model asks of sizes being 0 or 1 becomes a guard."""
     printed, graph = io.StringIO(), ""
     try:
-        with contextlib.redirect_stderr(printed):
+        with contextlib.redirect_stderr(printed), _config.patch(backed_size_oblivious=guarded):
             return torch.export.export(model, args, dict(kwargs), dynamic_shapes=shapes, strict=False, **options)
     except Exception as error:
         graph = str(getattr(error, "partial_fx_graph", ""))
@@ -48,14 +57,16 @@ def export(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], shapes: Any
 
 
 def export_free(
-    model: nn.Module, args: tuple, kwargs: Mapping[str, Any], free: Free
+    model: nn.Module, args: tuple, kwargs: Mapping[str, Any], free: Free, guarded: bool = False
 ) -> tuple[ExportedProgram, list[str]]:
-    """The program with the most free dimensions, and a line for each that was wanted and is fixed."""
+    """The program with the most free dimensions, and a line for each that was wanted and is fixed. ``guarded``: see
+    :func:`export`; dimensions are hints then, since names are promises for all sizes."""
     failures: list[Exception] = []
     last: CaptureError | None = None
-    for shapes, options in _attempts(model, args, kwargs, free, failures):
+    wanted: Free = (lambda t: dict.fromkeys(free(t))) if guarded else free
+    for shapes, options in _attempts(model, args, kwargs, wanted, failures):
         try:
-            program = export(model, args, kwargs, shapes, **options)
+            program = export(model, args, kwargs, shapes, guarded, **options)
         except CaptureError as error:
             last, cause = error, error.__cause__
             failures.append(cause if isinstance(cause, Exception) else error)

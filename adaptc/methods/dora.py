@@ -76,7 +76,7 @@ class Dora(Lora):
         gain = self._gain(slots, dora_norm(W, A, B, scale))
         rows = x.reshape(-1, x.shape[-1])
         y = dora_epilogue(F.linear(rows, W), lora_down(rows, A), B, gain, scale, b)
-        return y.reshape(*x.shape[:-1], -1)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def fqn(self, place: str, slot: str, adapter: str) -> str:
         # PEFT holds the vector in a module of its own, and leaves that out of its files.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from adaptc.program.adaptation import ATTACHMENT
-from adaptc.pt2_files.forms import Each, Length, Maybe
+from adaptc.pt2_files.forms import Each, Length, Maybe, Option
 
 #: a type, or a list of one form, or an object of exactly these fields
 FORM: dict[str, Any] = {
@@ -34,5 +34,6 @@ FORM: dict[str, Any] = {
         }
     ),
     "bases": [str],
+    "guards": Option([str]),
     "hashes": Each(str),
 }

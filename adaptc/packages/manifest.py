@@ -32,7 +32,7 @@ from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.ops import TABLE, Op
 from adaptc.program.adaptation import check_header
 from adaptc.pt2_files.archive import Archive, opened
-from adaptc.pt2_files.forms import Each, check
+from adaptc.pt2_files.forms import Each, Option, check
 from adaptc.pt2_files.names import loads
 from adaptc.pt2_files.refusal import Refused, reason, shown, shown_path
 from adaptc.runtime.call_inputs import TensorInput
@@ -96,6 +96,8 @@ class Manifest:
     sites: Sequence[Site] = ()
     rooms: Mapping[str, Room] = field(default_factory=dict)
     bases: Sequence[str] = ()
+    #: what else than ``ranges`` the compiled code takes for granted of sizes
+    guards: Sequence[str] = ()
     torch: str = torch.__version__
     format: int = FORMAT
 
@@ -177,7 +179,7 @@ def _check_sites(manifest: Manifest) -> None:
     if manifest.sites:
         check_header(manifest.header, [s.attachment.id for s in manifest.sites])
     else:  # of a merged or unloaded program
-        check(manifest.header, {"fills": Each([str])})
+        check(manifest.header, {"fills": Each([str]), "takes": Option([str])})
 
 
 def _check_records(archive: Archive, hashes: Mapping[str, str]) -> None:
@@ -241,6 +243,7 @@ def _manifest(data: Mapping[str, Any]) -> Manifest:
         sites=[_site(s) for s in data["sites"]],
         rooms={k: _room(r) for k, r in data["rooms"].items()},
         bases=data["bases"],
+        guards=data.get("guards", ()),
         torch=data["torch"],
     )
 

@@ -36,6 +36,7 @@ from adaptc.pt2_files.containers import check_registered, read_tree
 from adaptc.pt2_files.refusal import Refused, shown_path
 from adaptc.reports.results import SwapReport
 from adaptc.runtime.call_inputs import Inputs
+from adaptc.runtime.layouts import laid
 from adaptc.value_types import checked
 
 
@@ -72,7 +73,8 @@ class PackagedProgram:
         specs = self._model.loader.get_call_spec()
         _check_specs(self.path, specs)
         expected = [(i.name, i.constant if i.tensor is None else i.tensor) for i in m.inputs]
-        self._inputs = Inputs(pytree.treespec_loads(specs[0]), m.header["fills"], expected, m.ranges)
+        spec, takes = pytree.treespec_loads(specs[0]), m.header.get("takes", ())
+        self._inputs = Inputs(spec, m.header["fills"], expected, m.ranges, m.guards, takes)
         self._out_spec = pytree.treespec_loads(specs[1])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -140,11 +142,7 @@ class PackagedProgram:
         """In the memory layout of the example inputs, which the code takes for granted."""
         if value.device.type != self.device.type:
             raise AdaptcError(f"input {want.name!r} is on {value.device}, and the package runs on {self.device}")
-        order = want.order
-        if order == tuple(range(len(order))):
-            return value.contiguous()
-        back = sorted(range(len(order)), key=order.__getitem__)
-        return value.permute(order).contiguous().permute(back)
+        return laid(value, want.order)
 
     @checked("adapter_name", "key_mapping")
     @limited()

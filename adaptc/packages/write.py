@@ -123,10 +123,14 @@ class _Packer:
         binding, program, adaptation = self.binding, self.program, self.program.adaptation
         bases = [] if binding is None else list(binding.base)
         self.tensors |= {f"base.{fqn}": self.program.base_tensors[fqn] for fqn in bases}
-        inputs = Inputs.of(program, adaptation.fills)
-        header = {"fills": dict(adaptation.fills)} if binding is None else adaptation.header(binding)
+        inputs = Inputs.of(program, adaptation.fills, adaptation.takes)
+        if binding is None:
+            header = {"fills": dict(adaptation.fills), "takes": list(inputs.takes)}
+        else:
+            header = adaptation.header(binding)
         sites = [Site(a, program.ops[a.id], tuple(w.shape), w.dtype) for a in self.attachments for w in [self._base(a)]]
-        manifest = Manifest(self._device(), header, self._inputs(inputs), dict(inputs.ranges), sites, self.rooms, bases)
+        flat, ranges, guards = self._inputs(inputs), dict(inputs.ranges), list(inputs.guards)
+        manifest = Manifest(self._device(), header, flat, ranges, sites, self.rooms, bases, guards)
         return self._frozen(), manifest, self.tensors
 
     def _base(self, a: Attachment) -> Tensor:

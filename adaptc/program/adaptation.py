@@ -40,6 +40,7 @@ _HEADER: dict[str, Any] = _PART | {
     "matches": Each([str]),
     "left_out": [[str]],
     "fills": Each([str]),
+    "takes": Option([str]),
     "training": bool,
     "autocast": bool,
     "unread": Each(str),
@@ -61,6 +62,8 @@ class Adaptation:
     matches: Mapping[str, Sequence[str]] = field(default_factory=dict)
     left_out: Sequence[Sequence[str]] = ()
     fills: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    #: what the model's ``forward`` takes, in order; empty where that is not known
+    takes: Sequence[str] = ()
     training: bool = False
     autocast: bool = True
     #: base parameters of which only the adapter's own version is known (a PiSSA program loaded from a file)
@@ -81,6 +84,7 @@ class Adaptation:
             "matches": {k: list(v) for k, v in self.matches.items()},
             "left_out": [list(x) for x in self.left_out],
             "fills": {k: list(v) for k, v in self.fills.items()},
+            "takes": list(self.takes),
             "training": self.training,
             "autocast": self.autocast,
             "unread": dict(self.unread),
@@ -93,11 +97,11 @@ class Adaptation:
     def from_header(cls, stored: Mapping[str, Any], attachments: Sequence[Attachment]) -> Adaptation:
         """Inverse of :meth:`header`, for these attachments."""
         kept = ("matches", "left_out", "fills", "training", "autocast", "residual", "unread", "trail")
-        return cls(attachments, **{name: stored[name] for name in kept})
+        return cls(attachments, **{name: stored[name] for name in kept}, takes=stored.get("takes", ()))
 
     def bare(self) -> Adaptation:
         """That of the program without its adapters."""
-        return Adaptation(fills=self.fills, trail=self.trail, source=self.source)
+        return Adaptation(fills=self.fills, takes=self.takes, trail=self.trail, source=self.source)
 
 
 def check_format(stored: Mapping[str, Any], source: str) -> None:

@@ -13,7 +13,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from adaptc.binding.source import as_binding
-from adaptc.errors import AdaptcError
+from adaptc.errors import AdaptcError, ConfigError
 from adaptc.passes.analysis.graph_view import graph_view
 from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.passes.ir.forgetting import forget_code
@@ -41,12 +41,21 @@ class AdaptedProgram(ProgramCore):
         """A callable that keeps this adapter and can be used from any thread.
 
         ``adapter``: a PEFT adapter directory, a state dict, or a :class:`Binding`; ``config``, ``adapter_name``,
-        ``key_mapping`` and errors as for ``adaptc.swap``.
+        ``key_mapping`` and errors as for ``adaptc.swap``. None gives the base, as :attr:`base` has it.
         ``form``: "apply" shares the program's code and base; "weight" runs the base's graph on weights of its own, as
         fast as the base, for the memory of the adapted weights (``held`` says how much); "auto" decides by the work
         that the adapter adds to a call and by ``memory_limit``, in bytes, None for any (``why`` gives the reason).
         In the weight form later writes to base tensors are not followed. Raises MergeError where a method has none.
+
+        Buffers that calls write to (a cache, a counter) are copied now and belong to the callable: neither the program
+        nor anything else that is bound sees what its calls write there.
         """
+        if adapter is None:
+            if options:
+                raise ConfigError(
+                    f"the base has no {next(iter(options))}: prog.bind(None) takes no options of adapters"
+                )
+            return Bound(self.base, None, form, memory_limit)
         return Bound(self, as_binding(self, adapter, **options), form, memory_limit)
 
     # -- how it shows itself -------------------------------------------------------------------------------------------
@@ -228,7 +237,8 @@ class ModuleOf:
     logits: str
 
     def __call__(self, program: ProgramCore, owner: ProgramCore) -> ProgramModule:
-        source, inputs = program.adaptation.source, Inputs.of(program, program.adaptation.fills)
+        a = program.adaptation
+        source, inputs = a.source, Inputs.of(program, a.fills, a.takes)
         takes = inputs.n_args, tuple(inputs.names), frozenset(inputs.fills)
         kind = plain(*takes) if source is None else pretrained(source.kind, *takes)
         return kind(program, owner, self.graph(program), self)

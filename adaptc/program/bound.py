@@ -14,6 +14,7 @@ rounding W' once is not what the program does.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,8 +29,10 @@ from adaptc.passes.ir.storage import storage_key
 from adaptc.passes.optimize.sibling_cost import DISPATCH
 from adaptc.program.core import ProgramCore
 from adaptc.program.merge import merged
+from adaptc.runtime.executor import Executor
 from adaptc.runtime.held_values import Held
 from adaptc.runtime.options import check_limit
+from adaptc.runtime.outside_compilers import outside
 from adaptc.tables import size
 
 FORMS = ("apply", "weight", "auto")
@@ -41,20 +44,23 @@ class Bound:
     """Made by ``AdaptedProgram.bind``. ``form`` is what it stands in, ``why`` the reason."""
 
     def __init__(
-        self, program: ProgramCore, binding: Binding, form: str = "apply", memory_limit: int | None = None
+        self, program: ProgramCore, adapter: Binding | None, form: str = "apply", memory_limit: int | None = None
     ) -> None:
+        binding = adapter or replace(Binding.none(), source="the base")
         self.program, self.binding = program, binding
         self.form, self.why = choose(program, binding, form, memory_limit)
         self._weights: tuple[Tensor, ...] = ()
         if self.form == "weight":
             runs, self._weights = own_weights(program, binding)
-            self._executor, self._arguments = runs.executor(), runs.arguments()
+            self._executor = runs.executor()
+            self._arguments = self._executor.own_arguments(runs.current or Binding.none())
         else:
             self._executor = program.executor()
-            self._arguments = self._executor.arguments(binding)
+            self._arguments = self._executor.own_arguments(binding)
+        self._called = outside(Executor.__call__)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._executor(self._arguments, args, kwargs)
+        return self._called(self._executor, self._arguments, args, kwargs)
 
     @property
     def held(self) -> Held:
@@ -64,10 +70,14 @@ class Bound:
         return own + self._arguments.held
 
     def __copy__(self) -> Bound:
-        return Bound(self.program, self.binding, self.form)
+        return Bound(self.program, self._adapter, self.form)
+
+    @property
+    def _adapter(self) -> Binding | None:
+        return self.binding if self.binding.methods or self.binding.values else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Bound:
-        return Bound(copy.deepcopy(self.program, memo), copy.deepcopy(self.binding, memo), self.form)
+        return Bound(copy.deepcopy(self.program, memo), copy.deepcopy(self._adapter, memo), self.form)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise AdaptcError(
@@ -96,6 +106,8 @@ def choose(program: ProgramCore, binding: Binding, form: str, limit: int | None)
     if not isinstance(form, str) or form not in FORMS:
         raise ConfigError(f"form={shown(form)} is not one of {', '.join(FORMS)}")
     check_limit(limit, "memory_limit")
+    if not program.adaptation.attachments:
+        return "apply", "the base has no adapter"
     if form != "auto":
         return form, "asked for"
     adapted = [a for a in program.adaptation.attachments if a.id in binding.methods]

@@ -124,6 +124,7 @@ def compiled(
         matches={k: v for one in p.plans for k, v in one.matches.items()},
         left_out=p.plans[0].left_out,
         fills=captured.fills,
+        takes=captured.takes,
         training=captured.training,
         autocast=spec.autocast,
         unread=spec.unread,

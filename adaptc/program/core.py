@@ -38,8 +38,17 @@ from adaptc.passes.ir.regions import set_header, site_op
 from adaptc.program.adaptation import Adaptation
 from adaptc.program.copies import clone_tensors, mapped
 from adaptc.program.running import Exported, Running, RunState
+from adaptc.runtime.call_inputs import Inputs
 from adaptc.runtime.executor import Arguments, Executor
 from adaptc.runtime.options import RunOptions
+from adaptc.runtime.outside_compilers import outside
+
+
+def _called(program: ProgramCore, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    now = program.running
+    if now.arguments is None:
+        now = program.ready()
+    return now.executor(now.arguments, args, kwargs)  # type: ignore[misc]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +80,7 @@ class ProgramCore(ExportedProgram):
         self._adaptation, self._origin = adaptation, origin
         #: whether a merge took its base tensors away
         self.given_up = False
+        self._called = outside(_called)
         #: the report of the merge that made it
         self.merge_report: Any = None
         now = Running(binding, options)
@@ -235,11 +245,13 @@ class ProgramCore(ExportedProgram):
     # -- running -------------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the current binding; same output type as the captured model. Safe while other threads swap."""
-        now = self._run.now
-        if now.arguments is None:
-            now = self.ready()
-        return now.executor(now.arguments, args, kwargs)  # type: ignore[misc]
+        """Run the current binding; same output type as the captured model. Safe while other threads swap.
+
+        Inputs may have any strides and any size of free dimensions. Buffers that the model writes to, such as caches,
+        are the program's: each call sees what calls before it wrote, whatever was swapped in between.
+        ``torch.compile`` leaves it as it is. Raises AdaptcError that names the input which does not fit.
+        """
+        return self._called(self, args, kwargs)
 
     @property
     def running(self) -> Running:
@@ -281,7 +293,8 @@ class ProgramCore(ExportedProgram):
             forget_code()
             self._exported()
             a, still = self._adaptation, self._sharing(now.binding, options)
-            return Executor(still, a.attachments, self._ops, options, a.fills, a.training, self.bare_state())
+            inputs = Inputs.of(still, a.fills, a.takes)
+            return Executor(still, a.attachments, self._ops, options, inputs, a.training, self.bare_state())
 
     def install(self, binding: Binding) -> None:
         """Make ``binding`` the current one; the caller has checked that it fits."""

@@ -29,15 +29,6 @@ from adaptc.program.adapter_files import linked_for_trainer, write_current
 from adaptc.program.core import ProgramCore
 from adaptc.program.program_module import Making, ProgramModule, forward_taking, tables_of
 
-#: keywords of ``forward`` that say how a model is to answer -> what a program does
-_ANSWERS: dict[str, tuple[Any, ...]] = {
-    "use_cache": (None, False),
-    "return_dict": (None, True),
-    "output_attentions": (None, False),
-    "output_hidden_states": (None, False),
-    "output_router_logits": (None, False),
-    "logits_to_keep": (None, 0),
-}
 _IGNORED = -100
 
 
@@ -85,8 +76,8 @@ class Backbone(nn.Module):
         from transformers.modeling_outputs import BaseModelOutput
 
         whole: PretrainedModule = vars(self)["whole"]
-        kwargs = whole.inputs.complete((), whole.by_name(args, kwargs))
-        return BaseModelOutput(last_hidden_state=vars(self)["graph_module"](**kwargs))
+        args, kwargs = whole.inputs.complete(args, kwargs)
+        return BaseModelOutput(last_hidden_state=vars(self)["graph_module"](*args, **kwargs))
 
 
 def share(whole: nn.Module, graph: fx.GraphModule) -> None:
@@ -132,9 +123,9 @@ class PretrainedModule(ProgramModule):
 
     def forward(self, *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
         """What the model's own ``forward`` takes. Raises AdaptcError for what the program was not captured for."""
-        kwargs = self.by_name(args, kwargs)
+        args, kwargs = self.inputs.calls.arranged(args, kwargs)
         labels = kwargs.get("labels")
-        out = super().forward(**kwargs)
+        out = super().forward(*args, **kwargs)
         if labels is None or not hasattr(out, "loss"):
             return _without_loss(out) if "labels" in self.inputs.fills else out
         if num_items_in_batch is not None:
@@ -146,25 +137,6 @@ class PretrainedModule(ProgramModule):
         if self.penalty is not None:
             out.loss = out.loss + self.penalty()
         return out
-
-    def by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Inputs of the model's ``forward`` as those of the program. Left out is what asks for what it does anyhow."""
-        known = self.source.inputs
-        if args and not self.inputs.n_args:
-            if len(args) > len(known):
-                raise AdaptcError(f"{len(args)} positional inputs are more than forward takes: {list(known)}")
-            kwargs = {**dict(zip(known, args, strict=False)), **kwargs}
-        kept: dict[str, Any] = {}
-        for name, value in kwargs.items():
-            if name in self.inputs.names and value is not None:
-                kept[name] = value
-            elif name in self.inputs.names or value is None:
-                continue  # left out
-            elif name in _ANSWERS and any(value is same or value == same for same in _ANSWERS[name]):
-                continue
-            else:
-                kept[name] = value  # refused by name below
-        return kept
 
     # -- what transformers asks of a model -----------------------------------------------------------------------------
 

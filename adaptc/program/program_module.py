@@ -72,7 +72,7 @@ class ProgramModule(nn.Module):
         # The graph is no attribute that torch sees, or it would be a child.
         vars(self).update(tables_of(graph), graph_module=graph)
         self.program, self.owner, self.making = program, owner, making
-        self.inputs = Inputs.of(program, program.adaptation.fills)
+        self.inputs = Inputs.of(program, program.adaptation.fills, program.adaptation.takes)
         self._whole = False
         #: how many repeated blocks are computed again at a time, None where all is kept
         self.checkpointed: int | Literal["auto"] | None = None
@@ -102,7 +102,7 @@ class ProgramModule(nn.Module):
 
         Raises AdaptcError that names the input which is missing, too many, on another device or of another size.
         """
-        kwargs = self.inputs.complete(args, kwargs)
+        args, kwargs = self.inputs.complete(args, kwargs)
         if not torch.compiler.is_compiling():
             self._check(self.inputs(args, kwargs))
         return self.graph_module(*args, **kwargs)

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from adaptc.errors import AdaptcError
-from adaptc.passes.ir.lifted import user_inputs
+from adaptc.errors import AdaptcError, listing
+from adaptc.passes.ir.lifted import guards_of, user_inputs
 from adaptc.passes.ir.trees import pytree
+from adaptc.runtime.call_names import CallNames
+from adaptc.runtime.size_conditions import condition, expression, solved, symbols
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Inputs:
     """Flattens and checks the arguments of a call.
 
     ``expected`` has a :class:`TensorInput` or a constant for every flat input, by name; ``ranges`` the least and the
-    greatest size of each symbol.
+    greatest size of each symbol; ``guards`` what else torch assumed of sizes when it captured the program. ``takes``:
+    see :class:`CallNames`.
     """
 
     def __init__(
@@ -41,16 +44,28 @@ class Inputs:
         fills: Mapping[str, Sequence[str]],
         expected: Sequence[tuple[str, Any]],
         ranges: Mapping[str, tuple[float, float]],
+        guards: Sequence[str] = (),
+        takes: Sequence[str] = (),
     ) -> None:
         self.spec, self.fills, self.expected, self.ranges = spec, fills, expected, ranges
+        self.guards, self.takes = tuple(guards), tuple(takes)
         args_spec, kwargs_spec = spec.children()
         self.n_args = len(args_spec.children())
         self.names: list[str] = list(kwargs_spec.context or ())
-        self.plain = all(c.is_leaf() for c in (*args_spec.children(), *kwargs_spec.children()))
+        children = (*args_spec.children(), *kwargs_spec.children())
+        self.plain = all(c.is_leaf() for c in children)
+        flat = [name for name, _ in expected]
+        constants = {n: want for n, want in expected if not isinstance(want, TensorInput)} if self.plain else {}
+        none = {n for n, want in constants.items() if want is None}
+        positional = [*self.takes[: self.n_args], *(f"input_{i}" for i in range(len(self.takes), self.n_args))]
+        self.calls = CallNames(positional, self.names, self.takes, fills, none)
+        self._conditions = [c for g in self.guards if (c := condition(g, flat)) is not None]
         self._seen: set[Any] = set()
 
     @classmethod
-    def of(cls, program: ExportedProgram, fills: Mapping[str, Sequence[str]]) -> Inputs:
+    def of(
+        cls, program: ExportedProgram, fills: Mapping[str, Sequence[str]], takes: Sequence[str] | None = None
+    ) -> Inputs:
         """The inputs a program was captured with."""
         spec = program.call_spec.in_spec
         if spec is None:
@@ -61,15 +76,12 @@ class Inputs:
                 value = TensorInput(value.dtype, tuple(n if isinstance(n, int) else str(n) for n in value.shape))
             expected.append((name, value))
         ranges = {str(k): (float(v.lower), float(v.upper)) for k, v in program.range_constraints.items()}
-        return cls(spec, fills, expected, ranges)
+        return cls(spec, fills, expected, ranges, guards_of(program), takes or first_names(program))
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        if len(kwargs) != len(self.names) or len(args) != self.n_args:
-            kwargs = self.complete(args, kwargs)
-        try:
-            ordered = {n: kwargs[n] for n in self.names}
-        except KeyError as missing:
-            raise AdaptcError(self._usage(f"input {missing} is missing")) from None
+        if len(kwargs) != len(self.names) or len(args) != self.n_args or not self.calls.as_captured(kwargs):
+            args, kwargs = self.complete(args, kwargs)
+        ordered = {n: kwargs[n] for n in self.names}
         flat = [*args, *ordered.values()] if self.plain else self._flatten(args, ordered)
         key = tuple((v.shape, v.dtype) if isinstance(v, Tensor) else v for v in flat)
         if key not in self._seen:
@@ -83,20 +95,20 @@ class Inputs:
         out: dict[str, tuple[int, int]] = {}
         for i, (_, want) in enumerate(self.expected):
             sizes = want.shape if isinstance(want, TensorInput) else ()
-            out |= {n: (i, axis) for axis, n in enumerate(sizes) if isinstance(n, str)}
+            out |= {n: (i, axis) for axis, n in enumerate(sizes) if isinstance(n, str) and n.isidentifier()}
         return out
 
-    def complete(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """``kwargs`` with what was left out. Raises AdaptcError for inputs that the program has not."""
-        extra = [n for n in kwargs if n not in self.names]
-        if extra or len(args) != self.n_args:
-            raise AdaptcError(self._usage(f"got {len(args)} positional inputs and {sorted(kwargs)}"))
-        done = dict(kwargs)
+    def complete(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The inputs as the program was captured, with what was left out. Raises AdaptcError for one that it has not,
+        and one that is missing."""
+        args, done = self.calls.arranged(args, kwargs)
         for name in self.names:
-            if name not in done and name in self.fills and self.fills[name][1] in done:
+            if name not in done:
                 how, like = self.fills[name]
+                if like not in done:
+                    raise AdaptcError(self._usage(f"input {like!r} is missing"))
                 done[name] = fill(how, done[like])
-        return done
+        return args, done
 
     def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         flat, spec = pytree.tree_flatten((args, kwargs))
@@ -105,16 +117,12 @@ class Inputs:
         return flat
 
     def _usage(self, what: str) -> str:
-        optional = [n for n in self.names if n in self.fills]
-        return (
-            f"{what}. The program takes {self.n_args} positional inputs and the keywords {self.names}"
-            + (f" ({optional} may be left out)" if optional else "")
-            + ", as it was captured; capture with other example_inputs to change that."
-        )
+        return f"{what}. {self.calls.usage()}"
 
     def _check(self, flat: Sequence[Any]) -> None:
         """Sizes and dtypes the graph was specialised on; anything else would compute nonsense or fail far inside."""
         sizes: dict[str, tuple[int, str]] = {}
+        made: list[tuple[str, int, int, str]] = []
         if len(flat) != len(self.expected):
             raise AdaptcError(self._usage(f"got {len(flat)} inputs, expected {len(self.expected)}"))
         for value, (name, want) in zip(flat, self.expected, strict=True):
@@ -130,7 +138,13 @@ class Inputs:
                 wanted = f"{want.dtype} with {len(want.shape)} axes"
                 raise AdaptcError(f"input {name!r}: expected {wanted}, got {value.dtype} with {value.ndim}")
             for axis, (got, size) in enumerate(zip(value.shape, want.shape, strict=True)):
-                self._check_size(name, axis, got, size, sizes)
+                if isinstance(size, int) or size.isidentifier():
+                    self._check_size(name, axis, got, size, sizes)
+                else:
+                    made.append((name, axis, got, size))
+        for name, axis, got, size in made:
+            self._check_made(name, axis, got, size, sizes)
+        self._check_conditions(flat)
 
     def _check_size(self, name: str, axis: int, got: int, size: int | str, sizes: dict[str, tuple[int, str]]) -> None:
         if isinstance(size, int):
@@ -144,9 +158,56 @@ class Inputs:
         if size in sizes and sizes[size][0] != got:
             raise AdaptcError(f"{where} has size {got}, but must equal {sizes[size][1]}, which has {sizes[size][0]}")
         sizes.setdefault(size, (got, where))
+        self._check_range(where, got, size)
+
+    def _check_made(self, name: str, axis: int, got: int, size: str, sizes: dict[str, tuple[int, str]]) -> None:
+        """A size that is an expression, such as twice another one."""
+        where, function = f"axis {axis} of {name!r}", expression(size)
+        unknown = [s for s in symbols(size) if s not in sizes]
+        if function is None or len(unknown) > 1:
+            return  # the graph says whether it fits
+        known = {s: n for s, (n, _) in sizes.items()}
+        if unknown:
+            found = solved(size, known, unknown[0], got)
+            if found is None:
+                raise AdaptcError(f"{where} has size {got}, but must be {size} for some number {unknown[0]}")
+            sizes[unknown[0]] = found, f"{unknown[0]}, by which {where} is {size}"
+            self._check_range(sizes[unknown[0]][1], found, unknown[0])
+        elif function(known) != got:
+            others = ", ".join(f"{s} is {sizes[s][0]}, the size of {sizes[s][1]}" for s in symbols(size))
+            raise AdaptcError(f"{where} has size {got}, but must be {size} = {function(known)} ({others})")
+        self._check_range(where, got, size)
+
+    def _check_range(self, where: str, got: int, size: str) -> None:
         low, high = self.ranges.get(size, (0, inf))
+        # torch's tracer writes 2 where it has not looked at 0 and 1; what they would break is among the guards.
+        low = 0 if low <= 2 else low
         if not low <= got <= high:
             raise AdaptcError(f"{where} has size {got}, outside the captured range [{low:g}, {high:g}]")
+
+    def shapes(self, flat: Sequence[Any]) -> str:
+        """Those of a call's tensors, by name, for messages."""
+        named = zip(flat, self.expected, strict=True)
+        return listing(f"{name!r}: {tuple(v.shape)}" for v, (name, _) in named if isinstance(v, Tensor))
+
+    def _check_conditions(self, flat: Sequence[Any]) -> None:
+        shapes = [v.shape if isinstance(v, Tensor) else () for v in flat]
+        for c in self._conditions:
+            if c.broken(shapes):
+                found = {self.expected[i][0]: tuple(shapes[i]) for i, _ in c.reads}
+                raise AdaptcError(
+                    f"the program was captured where {c.text}, which these inputs break: "
+                    + ", ".join(f"{n!r} has shape {s}" for n, s in found.items())
+                    + ". Capture the model once more with example_inputs of such sizes, for a program of its own"
+                )
+
+
+def first_names(program: ExportedProgram) -> tuple[str, ...]:
+    """What is known of the names of a program's positional inputs."""
+    spec, signature = program.call_spec.in_spec, program.module_call_graph[0].signature
+    names = None if signature is None else signature.forward_arg_names
+    count = 0 if spec is None else len(spec.children()[0].children())
+    return tuple(names[:count]) if names is not None else ()
 
 
 def fill(how: str, like: Tensor) -> Tensor:

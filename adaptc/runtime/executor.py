@@ -30,17 +30,19 @@ from adaptc.passes.ir.storage import storage_key
 from adaptc.passes.ir.trees import pytree
 from adaptc.passes.train.set_mode import set_mode
 from adaptc.runtime.call_inputs import Inputs
+from adaptc.runtime.compiled_layouts import Layouts
 from adaptc.runtime.gpu_variants import GpuVariants, runs_on_gpu
 from adaptc.runtime.held_values import Held, Prefix
 from adaptc.runtime.inductor import compile_lifted, with_room
 from adaptc.runtime.options import RunOptions
+from adaptc.runtime.state import own_copies, written_to
 from adaptc.runtime.variants import PLAIN, Fusion, GraphVariants, LiftedGraph, sizes_of
 from adaptc.runtime.weight_buffers import begin_reading, end_reading, pack, packable, packed
 
 
 class Executor:
-    """The callable code of a program. ``fills`` says how keyword inputs that were left out are made; ``training``: it
-    was captured for training; ``base``: base tensors as they were before an adapter changed them, by FQN."""
+    """The callable code of a program. ``inputs``: how calls of it are read; ``training``: it was captured for
+    training; ``base``: base tensors as they were before an adapter changed them, by FQN."""
 
     def __init__(
         self,
@@ -48,12 +50,11 @@ class Executor:
         attachments: Sequence[Attachment],
         ops: Mapping[str, Op],
         options: RunOptions,
-        fills: Mapping[str, Sequence[str]] | None = None,
+        inputs: Inputs | None = None,
         training: bool = False,
         base: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.options, self.attachments, self.ops = options, attachments, ops
-        self.fills = dict(fills or {})
         opened = Lifted(program)  # not kept: it knows the program, and that its binding
         self.module = fx.GraphModule(program.graph_module, opened.graph)
         if training:
@@ -69,19 +70,25 @@ class Executor:
         slots = {f for a in attachments for f in a.tensor_names}
         names = [n for n in self.lifted_names if n is not None and n not in slots]
         self.base = {n: known[n] if n in known else opened.tensor(n) for n in names}
-        self.inputs = Inputs.of(program, self.fills)
+        self.inputs = Inputs.of(program, {}) if inputs is None else inputs
         spec = program.call_spec.out_spec
         if spec is None:
             raise AdaptcError("the program has no output spec; export it with torch.export.export")
         self._out_spec = spec
         outs = signature.output_specs
         self._mutated = [
-            (i, s.target)
+            (i, str(s.target))
             for i, s in enumerate(outs)
             if s.kind in (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
         ]
         self._user_outs = [i for i, s in enumerate(outs) if s.kind == OutputKind.USER_OUTPUT]
         self.names = [s.arg.name for s in lifted]
+        written = written_to(self.module.graph)
+        found = {n for n, name in zip(self.lifted_names, self.names, strict=True) if n is not None and name in written}
+        #: base tensors that calls write to
+        self.state = frozenset((found | {n for _, n in self._mutated}) & self.base.keys())
+        small = {name for n, name in zip(self.lifted_names, self.names, strict=True) if n in slots}
+        self._layouts = Layouts(self.module.graph, set(self.names), small, written) if self.compiles else None
         self._binding = threading.Lock()
         self._packs: dict[str, list[list[str]]] = {}
         self._training = training
@@ -94,7 +101,7 @@ class Executor:
     def _split(self) -> GraphVariants:
         """What is frozen: of the base for all bindings, of the slots for one that is not trained. A program that trains
         holds nothing of its slots."""
-        mutated = {storage_key(self.base[n]) for _, n in self._mutated if n is not None}
+        mutated = {storage_key(self.base[n]) for n in self.state}
         index = dict(zip(self.lifted_names, self.names, strict=True))
         slots = {f for a in self.attachments for f in a.tensor_names}
         tensors = {n: t for n, t in self.base.items() if isinstance(t, Tensor)}
@@ -135,6 +142,13 @@ class Executor:
             if made is None or not made.settled():
                 made = self._arguments[binding] = Arguments(self, binding)
             return made
+
+    def own_arguments(self, binding: Binding) -> Arguments:
+        """Those of a callable of its own: with copies of what calls write to, as it is now."""
+        if not self.state:
+            return self.arguments(binding)
+        known = {n: t for n, t in {**self.base, **binding.base}.items() if isinstance(t, Tensor)}
+        return Arguments(self, binding, own_copies(known, self.state))
 
     def buffers(self, kind: str, own: Collection[str]) -> list[Tensor | None]:
         """The buffers that one variant reads siblings from, which lie there from now on; None where some of them are
@@ -184,11 +198,15 @@ class Executor:
         lay: Callable[[list[Any]], list[Any]] = list
         if self.compiles:
             everything = [*self.lifted_names, *(p.name for p in variant.packs)]
-            lay = partial(
-                with_room, names=everything, attachments=self.attachments, ops=self.ops, training=self._training
-            )
+            lay = partial(self._lay, names=everything)
         shared = variant.shared if differ.isdisjoint(variant.split.base_inputs) else None
         return Prefix(variant.split, values, lay, moving, shared)
+
+    def _lay(self, values: list[Any], names: Sequence[str | None]) -> list[Any]:
+        """As compiled code takes them."""
+        assert self._layouts is not None
+        roomy = with_room(values, names=names, attachments=self.attachments, ops=self.ops, training=self._training)
+        return self._layouts.lifted([*self.names, *(str(n) for n in names[len(self.names) :])], roomy)
 
     def detached(self, values: Sequence[Any]) -> list[Any]:
         if self.differentiable:
@@ -201,15 +219,26 @@ class Executor:
         outermost = begin_reading()
         try:
             return self._run(arguments, flat)
+        except RuntimeError as error:
+            if not str(error).startswith("Runtime assertion failed"):
+                raise
+            first = str(error).splitlines()[0]
+            raise AdaptcError(
+                f"these inputs break what the model, or its capture, holds them to: {first}. The shapes are "
+                f"{self.inputs.shapes(flat)}"
+            ) from error
         finally:
             if outermost:
                 end_reading()
 
     def _run(self, arguments: Arguments, flat: Sequence[Any]) -> Any:
         if self.compiles:
-            code = self._compiled or self.compile()
+            code, layouts = self._compiled or self.compile(), self._layouts
+            assert layouts is not None
             with torch.no_grad():
-                out = code(*arguments.get(self.fixed_kind).values(), *flat)
+                taken = layouts.users(flat)
+                out = code(*arguments.get(self.fixed_kind).values(), *taken)
+                layouts.write_back(flat, taken)
         elif any(map(torch.is_autocast_enabled, self.variants.devices)):
             # The caller has casts of its own on, which nothing was fused or held with.
             out = self.module.forward(*arguments.lifted, *flat)
@@ -218,7 +247,7 @@ class Executor:
             out = self.variants.get(kind).call(*arguments.get(kind).values(), *flat)
         for i, name in self._mutated:
             with torch.no_grad():
-                self.base[name].copy_(out[i])  # type: ignore[index]
+                arguments.tensor(name).copy_(out[i])
         return pytree.tree_unflatten([out[i] for i in self._user_outs], self._out_spec)
 
     def compile(self) -> Callable[..., Any]:
@@ -236,11 +265,12 @@ class Executor:
 class Arguments:
     """What one binding gives to each variant of a program, made when that variant is first called with it."""
 
-    def __init__(self, executor: Executor, binding: Binding) -> None:
+    def __init__(self, executor: Executor, binding: Binding, state: Mapping[str, Tensor] | None = None) -> None:
         # Weak: the executor knows it too, and what gives up a base must not wait for a garbage collection.
         self._executor = ref(executor)
-        self._own = frozenset(binding.base)
-        known: Mapping[Any, Any] = {**executor.base, **binding.base, **binding.values}
+        own = {**binding.base, **(state or {})}
+        self._own = frozenset(own)
+        known: Mapping[Any, Any] = {**executor.base, **own, **binding.values}
         self._values = [known[n] for n in executor.lifted_names]
         self.prefixes: dict[str, Prefix] = {}
         self._buffers: dict[str, Sequence[Tensor | None]] = {}
@@ -270,6 +300,10 @@ class Arguments:
         """Whether all that it gives is of tensors that lie where they lay."""
         owner, made = self._owner(), list(self.prefixes.items())
         return all(p.settled() and owner.lie_in(kind, self._buffers[kind]) for kind, p in made)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor that calls take for a lifted input."""
+        return self._values[self._owner().lifted_names.index(name)]
 
     @property
     def lifted(self) -> list[Any]:

@@ -202,7 +202,8 @@ class Prefix:
         self.shared = shared
         self._lock = threading.Lock()
         self.lifted = tuple(lay(list(originals)))
-        self.state: _State | None = None if code.stages else _State(self.lifted, self.lifted)
+        same = all(new is old for new, old in zip(self.lifted, self.originals, strict=True))
+        self.state: _State | None = None if code.stages or not same else _State(self.lifted, self.lifted)
 
     def values(self) -> tuple[Any, ...]:
         """Lifted and hoisted inputs; what is stale is made anew, by one thread."""
@@ -222,9 +223,11 @@ class Prefix:
         versions = {id(t): t._version for t in counting}
         lifted = tuple(self.lay(list(self.originals)))
         laid = [o for o, t in zip(self.originals, lifted, strict=True) if o is not t and id(o) in versions]
-        first, second = self.code.stages
-        base = (self.shared or Shared(first)).made(lifted)
-        slots = _Made() if self.moving else second.make(lifted, base.values, self.originals)
+        base = slots = _Made()
+        if self.code.stages:
+            first, second = self.code.stages
+            base = (self.shared or Shared(first)).made(lifted)
+            slots = _Made() if self.moving else second.make(lifted, base.values, self.originals)
         watched = (*base.watched, *slots.watched, *laid)
         versions = (*base.versions, *slots.versions, *(versions[id(o)] for o in laid))
         inputs = (*(lifted[i] for i in self.code.kept), *base.values, *slots.values)

@@ -32,6 +32,7 @@ from adaptc.errors import BackendError
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.ops import Op
 from adaptc.runtime.held_values import SplitGraph
+from adaptc.runtime.layouts import empty_in, order_of
 from adaptc.runtime.rank_padding import Padding, paddings
 
 HINT = 16
@@ -85,11 +86,13 @@ def compile_lifted(
 
     symbols = _Symbols()
     free = _free_axes(attachments, ops)
+    slots = {f for a in attachments for f in a.tensor_names}
     lifted, users = [], []
     for node in module.graph.find_nodes(op="placeholder"):
         value = node.meta["val"]
         if isinstance(value, Tensor):
-            value = symbols.fake(value, free.get(targets.get(node.name) or "", {}))
+            name = targets.get(node.name) or ""
+            value = symbols.fake(value, free.get(name, {}), range(value.ndim) if name in slots else order_of(value))
         (lifted if node.name in targets else users).append(value)
     main = code.main
     fakes = [*symbols.inputs(code, lifted), *users]
@@ -153,15 +156,14 @@ class _Symbols:
             self.sizes[name] = self.env.create_symintnode(symbol, hint=hint, source=source)
         return self.sizes[name]
 
-    def fake(self, old: Tensor, free: Mapping[int, _Free]) -> Tensor:
-        """``old`` with its symbols replaced by this environment's, contiguous where an axis is free."""
+    def fake(self, old: Tensor, free: Mapping[int, _Free], order: Sequence[int]) -> Tensor:
+        """``old`` with its symbols replaced by this environment's, in an order; contiguous where an axis is free."""
         with self.mode:
             if free:
                 sizes = {i: self.size(f.name, HINT * f.unit) * f.times for i, f in free.items()}
                 shape = [sizes[i] if i in sizes else int(s) for i, s in enumerate(old.shape)]
                 return torch.empty(shape, dtype=old.dtype, device=old.device)
-            shape, stride = ([self._convert(s) for s in sizes] for sizes in (old.shape, old.stride()))
-            return torch.empty_strided(shape, stride, dtype=old.dtype, device=old.device)
+            return empty_in(order, [self._convert(s) for s in old.shape], old)
 
     def inputs(self, code: SplitGraph, lifted: Sequence[Any]) -> list[Any]:
         """Fakes of the main graph's inputs: what hoisting makes of the lifted ones has sizes made of theirs."""

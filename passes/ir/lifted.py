@@ -10,6 +10,8 @@ Private torch use, with the public route that was tried:
   private.
 - ``FakeTensor`` and ``FakeTensorMode``: a fake of a known mode, and a mode without a program. Public: none.
 - ``ShapeEnv.suppress_guards``. Public: none, nor is there a public way from a fake value to its environment.
+- ``ExportedProgram._guards_code``: the conditions on sizes. Public: none; ``program.module()`` has them as a function,
+  which needs example inputs, and raises an AssertionError that names no sizes.
 - the ``ExportedProgram`` constructor. Public: rewriting ``program.module()`` and exporting again, which costs a full
   capture and loses ``nn_module_stack`` (the site paths).
 """
@@ -73,6 +75,12 @@ def inputs_of(graph: fx.Graph, signature: ExportGraphSignature) -> dict[str, Any
 def lifted_names(signature: ExportGraphSignature) -> dict[str, str]:
     """Placeholder -> the name of the parameter, buffer or constant that it stands for."""
     return {s.arg.name: s.target for s in signature.input_specs if s.target is not None}  # type: ignore[union-attr]
+
+
+def guards_of(program: ExportedProgram) -> list[str]:
+    """What torch assumed of input sizes when it captured the program, as conditions such as
+    ``L['x'].size()[0] != 1``."""
+    return list(getattr(program, "_guards_code", ()))
 
 
 def fake_mode_of(graph: fx.Graph) -> Any:
@@ -255,7 +263,7 @@ class Lifted:
         """The edited program, which its constructor validates. ``root``: what has the graphs of its blocks, if not the
         program that was opened."""
         old = self.program
-        return ExportedProgram(
+        new = ExportedProgram(
             root=old.graph_module if root is None else root,
             graph=self.graph,
             graph_signature=self.signature(),
@@ -266,3 +274,7 @@ class Lifted:
             constants=self.constants,
             verifiers=old.verifiers,
         )
+        # Of a program that was read from a file the graph's own sizes do not know them.
+        known = dict.fromkeys([*guards_of(old), *guards_of(new)])
+        vars(new)["_guards_code"] = list(known)
+        return new

@@ -156,7 +156,7 @@ class _Layers(torch.autograd.Function):
         for w, b, up, s, part in zip(weights, biases, ups, scales, _split(h, downs), strict=True):
             y = F.linear(rows, w, b)
             wide = y.to(h.dtype).addmm_(part * s, up.t()).to(y.dtype)
-            out.append(wide.reshape(*x.shape[:-1], -1))
+            out.append(wide.reshape(*x.shape[:-1], wide.shape[-1]))
         both = ctx.own and any(ctx.needs_input_grad[4 : 4 + n])
         # Weights and factors belong to the module, so keeping them costs nothing; autograd keeps what autocast made
         # of them, too.

@@ -1,0 +1,107 @@
+"""Whether a program does for sizes of one what its model does.
+
+torch's tracer takes free sizes for two or more. A model that branches on a size of one is traced on its other branch,
+with no guard that says so. Whether such a branch matters only values can tell: most of them (no causal mask for one
+token) change nothing.
+
+Before: a model and the program captured of it, with the example inputs. After: the free sizes for which the two differ,
+each cut to one; the model's buffers and torch's random numbers are as they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from adaptc.passes.ir.lifted import user_inputs
+from adaptc.passes.ir.trees import pytree
+
+#: a model of more bytes is not run to find out
+LARGEST = 4 << 30
+
+
+def differing(model: nn.Module, program: ExportedProgram, args: tuple, kwargs: Mapping[str, Any]) -> list[str]:
+    """Where the two differ: one line for each input and axis."""
+    tensors = [*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, dict(kwargs)))]
+    tensors = [t for t in tensors if isinstance(t, Tensor)]
+    if any(t.device.type == "meta" for t in tensors) or sum(t.nbytes for t in tensors) > LARGEST:
+        return []
+    axes = _free_axes(program)
+    if not axes:
+        return []
+    module, out = program.module(), []
+    for symbol, where in axes.items():
+        with _left_alone(model):
+            if not _same(model, module, *_cut(args, kwargs, where)):
+                names = list(user_inputs(program))
+                out += [f"size 1 of axis {axis} of input {names[i]!r}" for i, axis in where]
+    if not out and len(axes) > 1:
+        with _left_alone(model):
+            if not _same(model, module, *_cut(args, kwargs, [w for where in axes.values() for w in where])):
+                out.append("sizes of 1 alone")
+    return out
+
+
+def _free_axes(program: ExportedProgram) -> dict[str, list[tuple[int, int]]]:
+    """Free size -> the (flat input, axis) that have it; without those that others are computed from."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    bound: set[str] = set()
+    for i, value in enumerate(user_inputs(program).values()):
+        for axis, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
+            if not isinstance(size, int):
+                text = str(size)
+                if text.isidentifier():
+                    found.setdefault(text, []).append((i, axis))
+                else:
+                    bound |= {str(s) for s in size.node.expr.free_symbols}
+    return {s: where for s, where in found.items() if s not in bound}
+
+
+def _cut(args: tuple, kwargs: Mapping[str, Any], where: list[tuple[int, int]]) -> tuple[tuple, dict[str, Any]]:
+    flat, spec = pytree.tree_flatten((args, dict(kwargs)))
+    for i, axis in where:
+        flat[i] = flat[i].narrow(axis, 0, 1)
+    flat = [v.clone() if isinstance(v, Tensor) else v for v in flat]
+    return pytree.tree_unflatten(flat, spec)
+
+
+@contextlib.contextmanager
+def _left_alone(model: nn.Module) -> Iterator[None]:
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
+    with torch.random.fork_rng(sorted(d.index or 0 for d in devices)), torch.no_grad():
+        yield
+        for b, before in buffers:
+            if not torch.equal(b, before):
+                b.copy_(before)
+
+
+def _same(model: nn.Module, module: Any, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Whether both compute the same; a size that one of them refuses is no difference."""
+    state = torch.get_rng_state()
+    copies = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+    try:
+        expected, expected_tree = pytree.tree_flatten(model(*args, **kwargs))
+        torch.set_rng_state(state)
+        found, found_tree = pytree.tree_flatten(module(*copies[0], **copies[1]))
+    except Exception:  # whatever a model has to say to such sizes
+        return True
+    return expected_tree == found_tree and all(map(_close, expected, found))
+
+
+def _close(expected: Any, found: Any) -> bool:
+    if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
+        return type(expected) is type(found)
+    if expected.shape != found.shape:
+        return False
+    if not expected.is_floating_point() or not expected.numel():
+        return True
+    size = float(expected.abs().nan_to_num().max())
+    # Both compute with the same kernels, and a branch that matters shows in the first digits.
+    tolerance = 1e-3 if expected.itemsize >= 4 else 5e-2
+    return torch.allclose(expected.float(), found.float(), rtol=0, atol=tolerance * max(size, 1e-3), equal_nan=True)

@@ -1,0 +1,60 @@
+"""How tensors lie in memory, where code was compiled for one way.
+
+Before: a tensor of any strides: transposed, expanded, a slice. After: the same values in the order that the code takes,
+which is the tensor itself where it lies so already; only others are copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def order_of(value: Tensor) -> tuple[int, ...]:
+    """Axes from the outermost to the innermost, for a tensor without gaps in any order; else as they are numbered.
+
+    Sizes may be symbolic: then those of the example inputs count.
+    """
+    shape, stride = ([_number(n) for n in sizes] for sizes in (value.shape, value.stride()))
+    plain = tuple(range(len(shape)))
+    if any(n is None for n in (*shape, *stride)) or _is_dense(shape, stride, plain):
+        return plain
+    order = tuple(sorted(plain, key=lambda i: (-stride[i], -shape[i], i)))
+    return order if _is_dense(shape, stride, order) else plain
+
+
+def _number(size: Any) -> Any:
+    return size if isinstance(size, int) else size.node.hint
+
+
+def _is_dense(shape: Sequence[int], stride: Sequence[int], order: Sequence[int]) -> bool:
+    step = 1
+    for i in reversed(order):
+        if shape[i] != 1 and stride[i] != step:
+            return False
+        step *= max(shape[i], 1)
+    return True
+
+
+def empty_in(order: Sequence[int], shape: Sequence[Any], like: Tensor) -> Tensor:
+    """A tensor of these sizes without values that lies in an order, with the dtype and device of ``like``."""
+    made = torch.empty([shape[i] for i in order], dtype=like.dtype, device=like.device)
+    return made.permute(_back(order))
+
+
+def laid(value: Tensor, order: Sequence[int]) -> Tensor:
+    """``value`` in an order: itself, or a copy."""
+    if value.is_contiguous() and _counts(order):
+        return value
+    return value.permute(order).contiguous().permute(_back(order))
+
+
+def _back(order: Sequence[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+def _counts(order: Sequence[int]) -> bool:
+    return tuple(order) == tuple(range(len(order)))

@@ -1,0 +1,160 @@
+"""Conditions on sizes, as ``torch.export`` writes them: ``L['x'].size()[0] != 1``, ``2*s7``.
+
+Before: texts, which may come from a stranger's file. After: functions of known sizes. They are read as Python's syntax
+tree and put together from the few operators that sizes are made with; nothing is evaluated as code, and what is not
+understood gives None: the graph itself is then what says whether the sizes fit.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+Sizes = Mapping[Any, int]
+Function = Callable[[Sizes], Any]
+
+_BINARY: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
+_COMPARED: dict[type, Callable[[Any, Any], bool]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
+_CALLS: dict[str, Callable[..., Any]] = {
+    "max": max,
+    "min": min,
+    "Max": max,
+    "Min": min,
+    "Mod": operator.mod,
+    "PythonMod": operator.mod,
+    "FloorDiv": operator.floordiv,
+}
+_LONGEST, _DEEPEST = 4_000, 40
+_SIZE = re.compile(r"L((?:\[[^\[\]]+\])+)\.size\(\)\[(\d+)\]")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """``text`` in terms of the inputs' names. ``reads``: the (flat input, axis) it asks for."""
+
+    text: str
+    reads: Sequence[tuple[int, int]]
+    test: Function
+
+    def broken(self, shapes: Sequence[Any]) -> bool:
+        """Whether a call with inputs of these shapes breaks it."""
+        try:
+            return not self.test({(i, axis): shapes[i][axis] for i, axis in self.reads})
+        except ZeroDivisionError:  # it says nothing about a size of zero
+            return False
+
+
+def condition(text: str, names: Sequence[str]) -> Condition | None:
+    """A guard of an exported program whose flat inputs have these names; None where it is about anything but sizes."""
+    reads: dict[tuple[int, int], str] = {}
+
+    def name(match: re.Match[str]) -> str:
+        at = _input(match[1], names)
+        if at is None:
+            return "_unknown"
+        return reads.setdefault((at, int(match[2])), f"v{len(reads)}")
+
+    function = expression(_SIZE.sub(name, text))
+    if function is None or not reads or "L[" in (shown := _SIZE.sub(lambda m: f"{_plain(m[1])}.shape[{m[2]}]", text)):
+        return None
+    variables = {v: where for where, v in reads.items()}
+    try:
+        function(dict.fromkeys(variables, 2))
+    except ZeroDivisionError:
+        pass
+    except KeyError:
+        return None
+    return Condition(shown, list(reads), lambda sizes: function({v: sizes[w] for v, w in variables.items()}))
+
+
+@lru_cache(1024)
+def expression(text: str) -> Function | None:
+    """A function of the sizes named in ``text``; None for what is no expression over sizes."""
+    if len(text) > _LONGEST:
+        return None
+    try:
+        return _function(ast.parse(text, mode="eval").body, 0)
+    except (_StrangeError, SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def solved(text: str, sizes: Sizes, symbol: str, value: int) -> int | None:
+    """The ``symbol`` for which ``text``, which grows evenly with it, is ``value``; None where no integer is."""
+    function = expression(text)
+    assert function is not None
+    zero, one = (function({**sizes, symbol: n}) for n in (0, 1))
+    if one == zero or (value - zero) % (one - zero):
+        return None
+    found = (value - zero) // (one - zero)
+    return found if function({**sizes, symbol: found}) == value else None
+
+
+def symbols(text: str) -> list[str]:
+    """The names in an expression."""
+    return sorted({n for n in re.findall(r"[A-Za-z_]\w*", text) if n not in _CALLS})
+
+
+class _StrangeError(Exception):
+    pass
+
+
+def _function(node: ast.expr, depth: int) -> Function:
+    if depth > _DEEPEST:
+        raise _StrangeError
+    match node:
+        case ast.Constant(value=int() as value):
+            return lambda sizes: value
+        case ast.Name(id=name):
+            return lambda sizes: sizes[name]
+        case ast.UnaryOp(op=ast.USub(), operand=inner):
+            minus = _function(inner, depth + 1)
+            return lambda sizes: -minus(sizes)
+        case ast.UnaryOp(op=ast.Not(), operand=inner):
+            negated = _function(inner, depth + 1)
+            return lambda sizes: not negated(sizes)
+        case ast.BinOp(left=a, op=op, right=b) if type(op) in _BINARY:
+            of, left, right = _BINARY[type(op)], _function(a, depth + 1), _function(b, depth + 1)
+            return lambda sizes: of(left(sizes), right(sizes))
+        case ast.BoolOp(op=op, values=values):
+            every, parts = all if isinstance(op, ast.And) else any, [_function(v, depth + 1) for v in values]
+            return lambda sizes: every(p(sizes) for p in parts)
+        case ast.Compare(left=a, ops=[op], comparators=[b]) if type(op) in _COMPARED:
+            compare, low, high = _COMPARED[type(op)], _function(a, depth + 1), _function(b, depth + 1)
+            return lambda sizes: compare(low(sizes), high(sizes))
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _CALLS and len(args) == 2:
+            call, parts = _CALLS[name], [_function(a, depth + 1) for a in args]
+            return lambda sizes: call(*(p(sizes) for p in parts))
+    raise _StrangeError
+
+
+def _plain(path: str) -> str:
+    """``['cache'][0]`` as ``cache[0]``."""
+    first, rest = path[1:].split("]", 1)
+    return first.strip("'\"") + rest
+
+
+def _input(path: str, names: Sequence[str]) -> int | None:
+    """Which flat input a path such as ``['cache'][0]`` means, by the rule that torch names placeholders by."""
+    keys = [k.strip("'\"") for k in re.findall(r"\[([^\[\]]+)\]", path)]
+    if keys[0] == "flat_args" and len(keys) == 2 and keys[1].isdecimal():
+        return int(keys[1]) if int(keys[1]) < len(names) else None
+    name = re.sub(r"[^a-zA-Z0-9]", "_", "_".join(keys)).lower()
+    return names.index(name) if name in names else None

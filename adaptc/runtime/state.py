@@ -1,0 +1,43 @@
+"""What a program writes to while it runs: caches and counters in buffers.
+
+As in a model of PyTorch, calls of one program see what earlier calls of it wrote. What is bound to a program has state
+of its own, which begins as the program's is at that moment: requests that are served side by side do not meet in a
+buffer.
+
+Before: the graph of a program, and tensors of its lifted inputs. After: copies of those that the graph writes to, which
+share memory with each other as the tensors did, and with nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, fx
+
+from adaptc.passes.ir.effects import memory_groups, written
+from adaptc.passes.ir.storage import memory_of
+
+
+def written_to(graph: fx.Graph) -> set[str]:
+    """The placeholders whose memory a graph writes to."""
+    memory = memory_groups(graph)
+    dirty = {memory[n] for node in graph.nodes for n in written(node)}
+    return {n.name for n in graph.find_nodes(op="placeholder") if memory[n] in dirty}
+
+
+@torch.no_grad()
+def own_copies(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """A copy of each of the named tensors, and of whatever shares memory with one of them."""
+    memory = {memory_of(tensors[n]) for n in names}
+    copies: dict[int, torch.UntypedStorage] = {}
+    out: dict[str, Tensor] = {}
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor) or memory_of(t) not in memory:
+            continue
+        storage = copies.get(memory_of(t))
+        if storage is None:
+            storage = copies[memory_of(t)] = t.untyped_storage().clone()
+        made = torch.empty(0, dtype=t.dtype, device=t.device)
+        out[name] = made.set_(storage, t.storage_offset(), t.shape, t.stride())  # type: ignore[arg-type]
+    return out
