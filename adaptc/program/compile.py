@@ -123,7 +123,8 @@ def compiled(
     if named(config) is None:
         binding = _first_binding(spec, p.plans[0], p.adapters[0], generator)
     else:
-        binding = together({a.name: _first_binding(part_of(spec, a.name), None, a, generator) for a in p.adapters})
+        parts = {a.name: _first_binding(part_of(spec, a.name), None, a, generator) for a in p.adapters}
+        binding = together(parts, spec.attachments)
     adaptation = Adaptation(
         spec.attachments,
         matches={k: v for one in p.plans for k, v in one.matches.items()},

@@ -215,6 +215,11 @@ class Hooks:
         """Why this site cannot be merged, or None when it can."""
         return None
 
+    def clash(self, other: Any) -> str:
+        """What this method sets at a weight that ``other`` sets too, if they are of two adapters that act together:
+        only the later of the two would count. '' where both do."""
+        return ""
+
     # -- sharing -------------------------------------------------------------------------------------------------------
 
     def shares(self) -> bool:
