@@ -123,7 +123,7 @@ class Boft(Rotation):
         if self.factors == 1:
             return dict(slots)
         R = slots["boft_R"]
-        turns = (R != R.mT).flatten(1).any(1).tolist()
+        turns = (R.mT != R).flatten(1).any(1).tolist()
         return {**slots, "boft_R": R[:1]} if turns[0] and not any(turns[1:]) else dict(slots)
 
     def has_apply(self, op: Op) -> bool:

@@ -88,6 +88,7 @@ class Backbone(nn.Module):
 
         whole: PretrainedModule = vars(self)["whole"]
         kwargs = whole.inputs.complete((), whole.by_name(args, kwargs))
+        whole.constraints.hold(whole)
         return BaseModelOutput(last_hidden_state=vars(self)["graph_module"](**kwargs))
 
 

@@ -199,6 +199,10 @@ class Hooks:
         has = any(f.name == "training" for f in dataclasses.fields(self))
         return dataclasses.replace(self, training=True) if has else self  # type: ignore[call-arg]
 
+    def constrained(self, op: Op, slots: Slots) -> dict[str, Tensor]:
+        """Of the slots of a site, those that training has to keep within bounds, moved there; {} for none."""
+        return {}
+
     def drops_input(self) -> bool:
         """Whether the form around a layer has dropout on what the adapter reads."""
         return bool(self.training and self.dropout)
