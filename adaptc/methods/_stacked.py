@@ -155,6 +155,9 @@ class Stacked(Method):
     def trained(self) -> Self:
         return replace(self, inner=self.inner.trained())
 
+    def clash(self, other: Any) -> str:
+        return self.inner.clash(other.inner if isinstance(other, Stacked) else other)
+
     def constrained(self, op: Op, slots: Slots) -> dict[str, Tensor]:
         each = self.each(op)
         return self._stacked(op, [self.inner.constrained(each, self._part(op, slots, i)) for i in range(op.experts)])
