@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from adaptc.passes.ir.method import Initial, Method, Slot
     from adaptc.passes.ir.ops import Op
     from adaptc.program.adapted import AdaptedProgram
+    from adaptc.program.lorafa import lorafa_optimizer
     from adaptc.program.rank_allocator import RankAllocator, orthogonal_loss
     from adaptc.program.trainer_callback import check_gradients, trainer_callback
     from adaptc.runtime.recompiles import assert_no_recompiles
@@ -92,6 +93,7 @@ PUBLIC = {
     "assert_no_recompiles": "adaptc.runtime.recompiles",
     "RankAllocator": "adaptc.program.rank_allocator",
     "orthogonal_loss": "adaptc.program.rank_allocator",
+    "lorafa_optimizer": "adaptc.program.lorafa",
     "trainer_callback": "adaptc.program.trainer_callback",
     "check_gradients": "adaptc.program.trainer_callback",
     # what one holds

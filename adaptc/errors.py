@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable, Sized
+import warnings
+from collections.abc import Callable, Iterable, Sized
 from itertools import islice
 
 
@@ -58,6 +59,20 @@ class RecompileError(AdaptcError, AssertionError):
 
 class AdaptcWarning(UserWarning):
     """Something worth knowing that does not change the meaning of a program."""
+
+
+#: what is told that an entry of a config binds to nothing
+Tell = Callable[[str], None]
+
+
+def refuse_entry(message: str) -> None:
+    """Of a config that is being written: it is misspelled. Raises TargetError."""
+    raise TargetError(message)
+
+
+def warn_of_entry(message: str) -> None:
+    """Of the config of a file: the adapter is what its tensors are, and each of those is bound all the same."""
+    warnings.warn(f"the adapter's config has what binds to nothing here: {message}", AdaptcWarning, stacklevel=3)
 
 
 #: how many candidates a misspelled name is compared with, and how much of it: comparing takes long

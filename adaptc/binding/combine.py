@@ -6,7 +6,7 @@ program, and a binding of each to its own part of it. After: one binding of all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from adaptc.binding.bind import joined
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.errors import ConfigError
 from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.method import Method
 
 
 def part_of(spec: BindingSpec, name: str) -> BindingSpec:
@@ -21,8 +22,10 @@ def part_of(spec: BindingSpec, name: str) -> BindingSpec:
     return replace(spec, attachments=[a for a in spec.attachments if a.adapter == name])
 
 
-def together(parts: Mapping[str, Binding]) -> Binding:
-    """One binding of several adapters that act together. Raises ConfigError where two of them change a base weight."""
+def together(parts: Mapping[str, Binding], attachments: Sequence[Attachment]) -> Binding:
+    """One binding of several adapters that act together. Raises ConfigError where two of them change a base weight, or
+    set what only one of them can."""
+    _check_clashes(parts, attachments)
     first = next(iter(parts.values()))
     out = replace(first, values={}, methods={}, base={}, carried={}, bases={}, parts=dict(parts))
     changed: dict[str, str] = {}
@@ -38,6 +41,23 @@ def together(parts: Mapping[str, Binding]) -> Binding:
         out.carried.update(part.carried)  # type: ignore[attr-defined]
         out.bases.update(part.bases)  # type: ignore[attr-defined]
     return replace(out, source=" + ".join(p.source for p in parts.values()))
+
+
+def _check_clashes(parts: Mapping[str, Binding], attachments: Sequence[Attachment]) -> None:
+    setting: dict[str, list[tuple[str, Method]]] = {}
+    for name, part in parts.items():
+        for a in attachments:
+            method = part.methods.get(a.id)
+            if method is None:
+                continue
+            for first, other in setting.setdefault(a.fqn, []):
+                if what := method.clash(other):
+                    raise ConfigError(
+                        f"the adapters {first!r} and {name!r} both train {what} in {a.fqn!r} (modules_to_save, biases "
+                        "and trainable tokens take the place of what was there), so they cannot act together: only one "
+                        "of the two would count. Train it in one of them"
+                    )
+            setting[a.fqn].append((name, method))
 
 
 def named(config: Any) -> dict[str, Any] | None:

@@ -186,7 +186,7 @@ def _together(
         else:
             # A part has a spec of its own, which the program's recipes are not for.
             parts[name] = _bound(own, new, None, None, key_mapping, parts[name].config, None, True)
-    return together(parts)
+    return together(parts, spec.attachments)
 
 
 def _bound(

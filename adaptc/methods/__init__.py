@@ -4,7 +4,7 @@ What other packages use of them is here; the modules with a leading underscore a
 """
 
 from adaptc.methods._config import AdapterConfig, TargetedConfig
-from adaptc.methods._default_targets import OTHER_MEANING
+from adaptc.methods._default_targets import OTHER_MEANING, adapts_defaults
 from adaptc.methods._model_facts import ModelFacts
 from adaptc.methods._name_patterns import check_patterns, pattern_value
 from adaptc.methods._registry import check_registered, config_class, is_own, method_of, register_method
@@ -20,6 +20,7 @@ __all__ = [
     "TargetedConfig",
     "TokenRows",
     "Whole",
+    "adapts_defaults",
     "check_patterns",
     "check_registered",
     "check_sizes",

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self, cast
 
 from adaptc.errors import SHOWN, AdaptcWarning, ConfigError, nearest, shown
-from adaptc.methods._default_targets import defaults
+from adaptc.methods._default_targets import adapts_defaults, defaults
 from adaptc.methods._model_facts import ModelFacts
 from adaptc.methods._name_patterns import MANY, matches_pattern
 from adaptc.passes.ir.method import Method
@@ -171,7 +171,7 @@ class TargetedConfig(AdapterConfig):
         Called before the config is planned, and what is planned is what gets saved. What stays None is found in the
         graph, if it can be. A method whose defaults are not in ``_default_targets`` overrides it.
         """
-        named = self.target_modules is None and (self.target_parameters or self.trainable_token_indices)
+        named = self.target_parameters and not adapts_defaults(facts.model_type)
         found = defaults(self.peft_type, facts.model_type, facts.types)
         return self.completed({k: v for k, v in found.items() if not (named and k == "target_modules")})
 

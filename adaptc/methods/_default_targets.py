@@ -103,6 +103,19 @@ TABLES: Mapping[str, Mapping[str, Names]] = MappingProxyType(
 #: methods that mean other layers than query and value: the graph cannot stand in for an unknown type
 OTHER_MEANING = frozenset({"IA3", "LN_TUNING", "BEFT", "OSF", "TRAINABLE_TOKENS"})
 
+#: types whose default layers PEFT adapts even where ``target_parameters`` name others: those of its table
+_BESIDE_PARAMETERS = frozenset(
+    {"bart", "bert", "blip-2", "bloom", "btlm", "chatglm", "codegen", "deberta", "deberta-v2", "electra", "falcon"}
+    | {"gemma", "gemma2", "gemma3_text", "gemma4", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "layoutlm"}
+    | {"llama", "llama4", "mistral", "mixtral", "mpt", "mt5", "nemotron_h", "opt", "phi", "qwen2", "qwen3", "t5"}
+    | {"RefinedWeb", "RefinedWebModel", "roberta", "rwkv", "rwkv7", "stablelm", "xlm-roberta"}
+)
+
+
+def adapts_defaults(model_type: str | None) -> bool:
+    """Whether a config that names parameters, and no modules, has its default modules adapted as well."""
+    return model_type in _BESIDE_PARAMETERS
+
 
 def defaults(peft_type: str, model_type: str | None, modules: Iterable[str] = ()) -> dict[str, Any]:
     """Field -> names that a method's config has by default for a type of model; fields without a default are left out.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TypeVar
 
-from adaptc.errors import SHOWN, TargetError, and_more, did_you_mean
+from adaptc.errors import SHOWN, Tell, and_more, did_you_mean, refuse_entry
 from adaptc.patterns import Pattern, compiled
 
 T = TypeVar("T")
@@ -71,15 +71,17 @@ def check_patterns(
     pattern: Mapping[str, object] | None,
     names: Sequence[str],
     matches: Callable[[str, str], bool] | None = None,
+    tell: Tell = refuse_entry,
 ) -> None:
-    """Raises :class:`TargetError` when a key of ``pattern`` (the option named ``option``) matches no adapted module.
+    """Tells when a key of ``pattern`` (the option named ``option``) matches no adapted module; by default, raises
+    :class:`TargetError`.
 
     ``matches(key, name)`` is the rule of the option, where it has one of its own.
     """
     unused = unused_patterns(pattern, names, matches)
     if unused:
         hints = [f"{key!r} matches no adapted module{did_you_mean(key, names)}" for key in unused[:SHOWN]]
-        raise TargetError(f"{option}: " + "; ".join(hints) + and_more(unused))
+        tell(f"{option}: " + "; ".join(hints) + and_more(unused))
 
 
 def _ending(key: str) -> str:

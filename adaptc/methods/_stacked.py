@@ -155,9 +155,25 @@ class Stacked(Method):
     def trained(self) -> Self:
         return replace(self, inner=self.inner.trained())
 
+    def clash(self, other: Any) -> str:
+        return self.inner.clash(other.inner if isinstance(other, Stacked) else other)
+
+    def constrained(self, op: Op, slots: Slots) -> dict[str, Tensor]:
+        each = self.each(op)
+        return self._stacked(op, [self.inner.constrained(each, self._part(op, slots, i)) for i in range(op.experts)])
+
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         each = self.each(op)
         return torch.stack([self.inner.weight(each, W[i], self._part(op, slots, i), scale) for i in range(op.experts)])
+
+    def looks_at_base(self) -> bool:
+        return self.inner.looks_at_base()
+
+    def weight_over(self, op: Op, base: Tensor, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
+        each = self.each(op)
+        parts = [self._part(op, slots, i) for i in range(op.experts)]
+        changed = (self.inner.weight_over(each, base[i], W[i], part, scale) for i, part in enumerate(parts))
+        return torch.stack(list(changed))
 
     def _part(self, op: Op, slots: Slots, i: int) -> dict[str, Tensor]:
         specs = self.inner.slots(self.each(op))

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from adaptc.errors import ConfigError
+from adaptc.errors import ConfigError, listing
 from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots
 from adaptc.passes.ir.method_hooks import Place
 from adaptc.passes.ir.ops import Op, cast
@@ -56,6 +56,9 @@ class Whole(Method):
 
     def inner_path(self, rest: str) -> str:
         return rest.removeprefix(f"{self.place}.").removeprefix(self.submodules)
+
+    def clash(self, other: Any) -> str:
+        return "all of it" if isinstance(other, (Whole, TokenRows)) else ""
 
     def in_place(self) -> bool:
         # PEFT trains biases where they are; only modules_to_save keep a frozen original beside them.
@@ -136,6 +139,12 @@ class TokenRows(Method):
         n, width = max(len(self.indices), 2), self._size(op)[0]
         index = torch.zeros(n, dtype=torch.int64, device=W.device)
         return {self.DELTA: torch.zeros(n, width, dtype=dtype, device=W.device), self.INDEX: index}
+
+    def clash(self, other: Any) -> str:
+        if isinstance(other, Whole):
+            return other.clash(self)
+        both = sorted({*self.indices} & {*other.indices}) if isinstance(other, TokenRows) else []
+        return f"the rows {listing(both)}" if both else ""
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         delta, index = cast(slots[self.DELTA], W.dtype), slots[self.INDEX]

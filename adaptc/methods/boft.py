@@ -117,6 +117,15 @@ class Boft(Rotation):
         more = R.new_zeros(self.factors - 1, *R.shape[1:])
         return {**found, "boft_R": torch.cat([R, more])}
 
+    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
+        """Inverse of :meth:`read`: one factor where all but the first are the identity, which no training leaves them.
+        Where the first is the identity too, nothing was trained, and the config says how many there are."""
+        if self.factors == 1:
+            return dict(slots)
+        R = slots["boft_R"]
+        turns = (R.mT != R).flatten(1).any(1).tolist()
+        return {**slots, "boft_R": R[:1]} if turns[0] and not any(turns[1:]) else dict(slots)
+
     def has_apply(self, op: Op) -> bool:
         return op.kind == "embedding" or self.has_input(op)
 

@@ -1,6 +1,7 @@
 """DoRA: the rows of W + s B A, turned by LoRA, with lengths trained apart (Liu et al., arXiv 2402.09353).
 
 W' = g (W + s B A) row by row, g = m / |W + s B A|; the gradient takes the length in the denominator for a constant.
+Where other adapters changed W before, the length is that with the model's own weight in its place, as in PEFT.
 
 Slots: LoRA's, and ``lora_magnitude_vector``, the lengths m: (out,), of embeddings (width,), of convolutions
 (1, out, 1...), of stacked experts (experts, out). A row of a convolution is all that makes one output channel. Rows of
@@ -54,7 +55,15 @@ class Dora(Lora):
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         full = self._turned(op, W, slots, scale)
-        gain = self._gain(slots, _lengths(op, full.detach()))
+        return self._with_gain(full, W, slots, full.detach(), op)
+
+    def weight_over(self, op: Op, base: Tensor, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
+        constant = {n: t.detach() for n, t in slots.items()}
+        measured = self._turned(op, base.detach(), constant, scale)
+        return self._with_gain(self._turned(op, W, slots, scale), W, slots, measured, op)
+
+    def _with_gain(self, full: Tensor, W: Tensor, slots: Slots, measured: Tensor, op: Op) -> Tensor:
+        gain = self._gain(slots, _lengths(op, measured))
         return cast(full * gain.reshape(*gain.shape, *[1] * (full.ndim - gain.ndim)), W.dtype)
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:

@@ -180,9 +180,20 @@ class Oft(Rotation):
         parameter had been moved there, which is what PEFT does."""
         if not self.radius:
             return Q
-        q, radius = Q.detach(), self.radius / sqrt(Q.shape[0])
-        norm = torch.linalg.matrix_norm(q, keepdim=True)
-        return Q + (torch.where(norm <= radius, q, q * (radius / norm)) - q)
+        q = Q.detach()
+        return Q + (self._shortened(q, torch.linalg.matrix_norm(q, keepdim=True)) - q)
+
+    def _shortened(self, blocks: Tensor, norm: Tensor) -> Tensor:
+        radius = self.radius / sqrt(blocks.shape[0])
+        return torch.where(norm <= radius, blocks, blocks * (radius / norm))
+
+    def constrained(self, op: Op, slots: Slots) -> dict[str, Tensor]:
+        """Rows whose blocks are inside the radius: a block has each number of its row twice."""
+        if not self.radius:
+            return {}
+        return {
+            n: self._shortened(t, torch.linalg.vector_norm(t, dim=-1, keepdim=True) * sqrt(2)) for n, t in slots.items()
+        }
 
 
 def _skew(rows: Tensor, b: int) -> Tensor:

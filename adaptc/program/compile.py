@@ -20,7 +20,7 @@ from adaptc.binding.combine import joint_spec, named, part_of, together
 from adaptc.binding.source import as_config, fitted
 from adaptc.capture.capture import Captured, capture
 from adaptc.capture.replicate_layers import replicate_layers
-from adaptc.errors import ConfigError, shown
+from adaptc.errors import ConfigError, Tell, refuse_entry, shown, warn_of_entry
 from adaptc.methods import AdapterConfig, ModelFacts, TargetedConfig, check_registered, check_sizes, is_own
 from adaptc.passes.adapt.choose_forms import FORMS
 from adaptc.passes.adapt.inject import Inject
@@ -50,6 +50,11 @@ class Adapter:
     name: str
     config: TargetedConfig
     file: AdapterFile | None = None
+
+    @property
+    def tell(self) -> Tell:
+        """What is called for an entry of the config that binds to nothing."""
+        return refuse_entry if self.file is None else warn_of_entry
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ def planned(
     )
     base = Lifted(captured.program, edit=False)
     adapters = [_fitted(a, base) for a in adapters]
-    plans = [plan(a.config, captured.program, facts, a.name, base) for a in adapters]
+    plans = [plan(a.config, captured.program, facts, a.name, base, a.tell) for a in adapters]
     adapters = [replace(a, config=p.config) for a, p in zip(adapters, plans, strict=True)]
     attachments = union(plans, training, options.backend, form, apart=by_name is not None)
     spec = _spec(base, attachments, autocast, _trainable(adapters[0], training), plans)
@@ -118,7 +123,8 @@ def compiled(
     if named(config) is None:
         binding = _first_binding(spec, p.plans[0], p.adapters[0], generator)
     else:
-        binding = together({a.name: _first_binding(part_of(spec, a.name), None, a, generator) for a in p.adapters})
+        parts = {a.name: _first_binding(part_of(spec, a.name), None, a, generator) for a in p.adapters}
+        binding = together(parts, spec.attachments)
     adaptation = Adaptation(
         spec.attachments,
         matches={k: v for one in p.plans for k, v in one.matches.items()},

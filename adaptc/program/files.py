@@ -177,7 +177,7 @@ def _binding(lifted: Lifted, found: Sequence[Attachment], stored: dict[str, Any]
         beside = {} if parts else {k: stored[k] for k in ("unread", "carried")}
         own = {**stored, "unread": {}, "carried": [], **beside, **part}
         parts[name] = _one_binding(lifted, [a for a in found if a.adapter == name], own, source)
-    return together(parts)
+    return together(parts, found)
 
 
 def _one_binding(lifted: Lifted, found: Sequence[Attachment], stored: dict[str, Any], source: str) -> Binding:

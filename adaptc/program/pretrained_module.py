@@ -77,6 +77,7 @@ class Backbone(nn.Module):
 
         whole: PretrainedModule = vars(self)["whole"]
         args, kwargs = whole.inputs.complete(args, kwargs)
+        whole.constraints.hold(whole)
         return BaseModelOutput(last_hidden_state=vars(self)["graph_module"](*args, **kwargs))
 
 

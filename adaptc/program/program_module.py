@@ -34,6 +34,7 @@ from adaptc.errors import AdaptcError
 from adaptc.passes.train.checkpoint import checkpoint, set_checkpointing
 from adaptc.passes.train.set_mode import set_mode
 from adaptc.peft_files.format import bare_key, file_key
+from adaptc.program.constraints import Constraints
 from adaptc.program.core import ProgramCore
 from adaptc.program.describe import described_module
 from adaptc.runtime.call_inputs import Inputs
@@ -77,6 +78,7 @@ class ProgramModule(nn.Module):
         #: how many repeated blocks are computed again at a time, None where all is kept
         self.checkpointed: int | Literal["auto"] | None = None
         self._set_flags(program.adaptation.training)
+        self.constraints = Constraints(program)
         self.register_state_dict_post_hook(_keep_adapter)
         self.register_load_state_dict_pre_hook(_take_adapter)
         self.register_load_state_dict_post_hook(_miss_no_base)
@@ -105,6 +107,7 @@ class ProgramModule(nn.Module):
         args, kwargs = self.inputs.complete(args, kwargs)
         if not torch.compiler.is_compiling():
             self._check(self.inputs(args, kwargs))
+        self.constraints.hold(self)
         return self.graph_module(*args, **kwargs)
 
     def _check(self, flat: Sequence[Any]) -> None:

@@ -3,7 +3,8 @@
 Nothing here sees a module or a graph. Before: the caller has listed what could be adapted (one :class:`Candidate` per
 module path) and filled in a default for ``target_modules``. After: every candidate is either selected or left out for
 a stated reason, and every entry the user wrote has matched something, or a :class:`TargetError` says what it could
-have meant. The rules are those of PEFT 0.21.2; what PEFT ignores in silence is an error here.
+have meant. The rules are those of PEFT 0.21.2; what PEFT ignores in silence is an error here, and of a file's config,
+whose tensors say what there is, a warning.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from adaptc.errors import SHOWN, ConfigError, TargetError, and_more, did_you_mean, listing
+from adaptc.errors import SHOWN, ConfigError, Tell, and_more, did_you_mean, listing, refuse_entry
 from adaptc.patterns import compiled
 
 ALL_LINEAR = "all-linear"
@@ -69,6 +70,7 @@ def select(
     output_embedding: str | None = None,
     task_type: str | None = None,
     all_names: Sequence[str] | Mapping[str, str] = (),
+    tell: Tell = refuse_entry,
 ) -> Selection:
     """The candidates that ``target_modules`` selects.
 
@@ -78,8 +80,9 @@ def select(
     Everything at or below a name in ``modules_to_save``, or below the head that ``task_type`` trains, is left out.
     ``all_names`` are all module names of the model, best as a mapping to class names; they only improve messages.
 
-    Raises :class:`TargetError` when an entry matches nothing or nothing is selected (an empty list does select
-    nothing), :class:`ConfigError` for options that do not go together or are not valid regular expressions.
+    ``tell`` is called when an entry matches nothing or nothing is selected (an empty list does select nothing); by
+    default, it raises TargetError. Raises :class:`ConfigError` for options that do not go together or are not valid
+    regular expressions.
     """
     if target_modules is None:
         raise ConfigError("target_modules is None and no default was filled in: name the modules to adapt")
@@ -96,7 +99,7 @@ def select(
     model = _Model(names, {n: t for n, t in known.items() if n and n not in adaptable})
 
     excluded = _Entries("exclude_modules", exclude_modules or ())
-    _require_used(excluded, model)
+    _require_used(excluded, model, tell)
     saved = _saved_rule(_save_entries(modules_to_save, task_type))
     if isinstance(target_modules, str) and target_modules == NO_TARGETS:
         return Selection((), {}, tuple((n, "the adapter targets no module") for n in names))
@@ -136,15 +139,15 @@ def select(
 
     missing = [key for key in targets.keys if key not in hit]
     if missing:
-        raise TargetError(_explain_missing(targets, missing, model))
+        tell(_explain_missing(targets, missing, model))
     lost = [] if layers.wanted is None else sorted(layers.wanted - seen_layers)
     if lost:
-        raise TargetError(
+        tell(
             f"layers_to_transform: no targeted module lies in layer {listing(lost)}; layers with targeted modules "
             f"are {listing(sorted(seen_layers)) or 'none'}" + layers.hint()
         )
     if not chosen:
-        raise TargetError(_explain_nothing(targets, left_out))
+        tell(_explain_nothing(targets, left_out))
     if linear is None:
         for name, type_ in model.others.items():
             keys = targets.matching(name)
@@ -154,12 +157,16 @@ def select(
 
 
 def select_to_save(
-    names: Iterable[str], modules_to_save: Iterable[str] | None = None, task_type: str | None = None
+    names: Iterable[str],
+    modules_to_save: Iterable[str] | None = None,
+    task_type: str | None = None,
+    tell: Tell = refuse_entry,
 ) -> list[str]:
     """The modules to train and save whole: every name that ends with an entry, in the order of ``names``.
 
-    The head of a classification or question answering task is added. Raises :class:`TargetError` for an entry that
-    ends no name. A list that holds every usual head of the task is what PEFT writes to disk, so one of them is enough.
+    The head of a classification or question answering task is added. ``tell`` is called for an entry that ends no name;
+    by default, it raises TargetError. A list that holds every usual head of the task is what PEFT writes to disk, so
+    one of them is enough.
     """
     names = [n for n in names if n]
     entries = _save_entries(modules_to_save, task_type)
@@ -171,7 +178,7 @@ def select_to_save(
     missing = [e for e in wanted if e not in present and e not in optional]
     if missing:
         hints = [f"{e!r} ends no module name{did_you_mean(e, names)}" for e in missing[:SHOWN]]
-        raise TargetError("modules_to_save: " + "; ".join(hints) + and_more(missing))
+        tell("modules_to_save: " + "; ".join(hints) + and_more(missing))
     return [n for n in names if n.endswith(tuple(present))]
 
 
@@ -274,14 +281,14 @@ def suffixes(name: str) -> Iterable[str]:
         dot = name.find(".", dot + 1)
 
 
-def _require_used(excluded: _Entries, model: _Model) -> None:
+def _require_used(excluded: _Entries, model: _Model, tell: Tell) -> None:
     """An exclusion must name a module that could be adapted, or one that holds no other module."""
     # Excluding a container by name leaves its children adapted, which nobody means.
     leaves = (n for n in model.others if n not in model.parents)
     used = {key for name in (*model.names, *leaves) for key in excluded.matching(name)}
     missing = [key for key in excluded.keys if key not in used]
     if missing:
-        raise TargetError(_explain_missing(excluded, missing, model))
+        tell(_explain_missing(excluded, missing, model))
 
 
 def _explain_missing(entries: _Entries, missing: Sequence[str], model: _Model) -> str:

@@ -15,8 +15,17 @@ from typing import Any, cast
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from adaptc.errors import ConfigError, TargetError, nearest
-from adaptc.methods import OTHER_MEANING, ModelFacts, Stacked, TargetedConfig, TokenRows, Whole, check_patterns
+from adaptc.errors import ConfigError, TargetError, Tell, nearest, refuse_entry
+from adaptc.methods import (
+    OTHER_MEANING,
+    ModelFacts,
+    Stacked,
+    TargetedConfig,
+    TokenRows,
+    Whole,
+    adapts_defaults,
+    check_patterns,
+)
 from adaptc.passes.analysis.attention import default_targets
 from adaptc.passes.analysis.sites import Site, find_sites, rivals
 from adaptc.passes.ir.attachment import Attachment
@@ -55,19 +64,27 @@ def plan(
     facts: ModelFacts,
     adapter: str = "default",
     lifted: Lifted | None = None,
+    tell: Tell = refuse_entry,
 ) -> Plan:
-    """All attachments ``config`` asks for. Raises TargetError for entries that bind to nothing, ConfigError for
-    options that have no meaning at a selected site. ``lifted``: the program opened, when the caller has it open."""
-    return _Planner(config, program, facts, adapter, lifted or Lifted(program, edit=False)).run()
+    """All attachments ``config`` asks for. Raises TargetError where there are none, ConfigError for options without a
+    meaning at a selected site. ``lifted``: the program opened, when the caller has it open. ``tell`` is called for
+    entries that bind to nothing; by default, it raises TargetError."""
+    return _Planner(config, program, facts, adapter, lifted or Lifted(program, edit=False), tell).run()
 
 
 class _Planner:
     def __init__(
-        self, config: TargetedConfig, program: ExportedProgram, facts: ModelFacts, adapter: str, lifted: Lifted
+        self,
+        config: TargetedConfig,
+        program: ExportedProgram,
+        facts: ModelFacts,
+        adapter: str,
+        lifted: Lifted,
+        tell: Tell,
     ) -> None:
         # A copy: what is found in the graph is written to it.
         self.config = copy.copy(config.resolved(facts))
-        self.program, self.facts, self.adapter, self.lifted = program, facts, adapter, lifted
+        self.program, self.facts, self.adapter, self.lifted, self.tell = program, facts, adapter, lifted, tell
         self.sites = find_sites(program, dict(facts.types), lifted)
         buffers = find_sites(program, dict(facts.types), lifted, InputKind.BUFFER)
         self.by_module: dict[str, list[Site]] = {}
@@ -86,12 +103,12 @@ class _Planner:
         self.head = facts.output_embedding or self._guess_head()
 
     def run(self) -> Plan:
-        saved = outermost(select_to_save(self.names, self.config.modules_to_save, self.config.task_type))
+        saved = outermost(select_to_save(self.names, self.config.modules_to_save, self.config.task_type, self.tell))
         parameters = self.config.target_parameters
         tokens = self.config.trainable_token_indices
         targets = self.config.target_modules
         if targets is None:
-            targets = [] if parameters or tokens else self._defaults()
+            targets = [] if parameters and not adapts_defaults(self.facts.model_type) else self._defaults()
         # A list that is empty is an error to PEFT, even where something else is trained.
         self.config.target_modules = targets or ([] if parameters else NO_TARGETS)
         modules = self._candidates()
@@ -110,7 +127,7 @@ class _Planner:
         extra = self._parameters(parameters, check_names)
         own = type(self.config).pattern_matches is not TargetedConfig.pattern_matches
         for option, pattern in self.config.pattern_entries().items():
-            check_patterns(option, pattern, check_names, self.config.pattern_matches if own else None)
+            check_patterns(option, pattern, check_names, self.config.pattern_matches if own else None, self.tell)
         self._check_dropout([*main, *extra])
         replaced = [a for m, like in whole for a in self.trained.whole(m, like)]
         rows += self.trained.tokens(tokens)
@@ -164,6 +181,7 @@ class _Planner:
             output_embedding=self.head,
             task_type=c.task_type,
             all_names=self.names,
+            tell=self.tell,
         )
 
     def _candidate(self, name: str, kind: str) -> Candidate:
@@ -240,7 +258,8 @@ class _Planner:
         if not found:
             raise TargetError(
                 "target_modules is None and no attention was found in the graph to take query and value projections "
-                f"from. Name the modules to adapt; candidates: {self._some(self._candidates())}; or use 'all-linear'."
+                f"from. Name the modules to adapt; candidates: {self._some(self._candidates())}; or use 'all-linear', "
+                "or [] for none beside what else is trained."
             )
         return found
 
@@ -268,7 +287,7 @@ class _Planner:
         for entry, found in hits.items():
             if not found:
                 near = nearest(entry, by_fqn)
-                raise TargetError(f"target_parameters: {entry!r} matches no parameter; did you mean one of {near}?")
+                self.tell(f"target_parameters: {entry!r} matches no parameter; did you mean one of {near}?")
         chosen = {f: e for e, found in hits.items() for f in found}
         per_module: dict[str, list[str]] = {}
         for fqn in by_fqn:

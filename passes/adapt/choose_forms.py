@@ -71,25 +71,24 @@ class Job(Protocol):
 
 def choose_forms(jobs: Sequence[Job]) -> None:
     """Set ``form`` and ``why`` of every job. An attachment on whose change of the weight another one builds, or whose
-    inputs another one turns, has the weight form. Raises ConfigError where a form asked for does not exist."""
+    inputs another one turns, has the weight form; one whose layer a later one has to find with the base's weight, the
+    apply form. Raises ConfigError where a form asked for does not exist."""
     by_id = {job.a.id: job for job in jobs}
     if len(by_id) != len(jobs):
         raise PassError(f"a site is given twice: {[j.a.id for j in jobs if by_id[j.a.id] is not j]}")
     count = Counter(job.a.fqn for job in jobs)
     needed: set[str] = set()
-    for job in reversed(jobs):
+    around: set[str] = set()
+    for i, job in reversed(list(enumerate(jobs))):
         a, method = job.a, job.a.method
-        missing = ""
-        if not method.has_apply_form(job.op):
-            missing = f"{method.name} has no form around a consumer of kind {a.kind!r}"
-        elif job.enclosed():
-            missing = (
-                "the layer is called inside a block (no_grad, autocast, cond, map, ...), where no adapter can stand"
-            )
-        elif a.fqn in needed:
+        missing = _why_not_around(job, count[a.fqn])
+        if not missing and a.fqn in needed:
             missing = "a later adapter of this weight builds on the weight it makes"
-        elif method.has_input(job.op) and count[a.fqn] > 1:
-            missing = "it would turn the inputs of the other adapters of this weight"
+        # Around its layer, such a method takes the weight that the layer reads for the base's.
+        before = [o for o in jobs[:i] if o.a.fqn == a.fqn]
+        over = method.looks_at_base() and bool(before)
+        if not missing and over and any(_in_front(o, k, count[a.fqn]) for k, o in enumerate(before)):
+            missing = "it looks at the base's weight, and an adapter before it changes the weight that the layer reads"
         if a.form == "apply" and missing:
             raise ConfigError(f"site {a.id!r} cannot take the apply form: {missing}. Use form='auto' or 'weight'.")
         if a.form == "weight" and not method.has_weight():
@@ -108,6 +107,11 @@ def choose_forms(jobs: Sequence[Job]) -> None:
             job.form, job.why = "weight", missing
         elif not method.has_weight():
             job.form, job.why = "apply", f"{method.name} has no form on the weight"
+        elif over or a.fqn in around:
+            job.form, job.why = (
+                "apply",
+                "the last adapter of this weight that looks at the base's finds it at the layer",
+            )
         else:
             choice = job.choice()
             job.form, job.why = choice.form, choice.why
@@ -116,8 +120,29 @@ def choose_forms(jobs: Sequence[Job]) -> None:
                 f"site {a.id!r} would lose its dropout, which acts on what the layer reads, in the weight form "
                 f"({job.why}). Set the dropout to 0, or leave out what needs this form."
             )
-        if count[a.fqn] > 1 and (job.form == "weight" or job.reads_weight()):
+        if over and job.form == "apply":
+            around.add(a.fqn)
+        elif count[a.fqn] > 1 and (job.form == "weight" or job.reads_weight()):
             needed.add(a.fqn)
+
+
+def _why_not_around(job: Job, count: int) -> str:
+    """Why an attachment, one of ``count`` at its weight, has no apply form, whatever the others have; '' if it has."""
+    a, method = job.a, job.a.method
+    if not method.has_apply_form(job.op):
+        return f"{method.name} has no form around a consumer of kind {a.kind!r}"
+    if job.enclosed():
+        return "the layer is called inside a block (no_grad, autocast, cond, map, ...), where no adapter can stand"
+    if method.has_input(job.op) and count > 1:
+        return "it would turn the inputs of the other adapters of this weight"
+    return ""
+
+
+def _in_front(job: Job, place: int, count: int) -> bool:
+    """Whether an attachment changes the weight that the layer reads, or has those before it do so."""
+    if job.a.form == "weight" or _why_not_around(job, count):
+        return True
+    return place > 0 and job.reads_weight() and not job.a.method.looks_at_base()
 
 
 def compilable(a: Attachment, backend: str) -> Attachment:

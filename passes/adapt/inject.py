@@ -271,9 +271,12 @@ class _Injector:
         found = readers(graph, source, set(nodes))
         order = {n: i for i, n in enumerate(graph.nodes)}
         first = min(found, key=order.__getitem__)
-        inputs = [source, *self.slot_nodes]
-        region = self.region("weight", self.op, inputs)
-        out = inline(graph, region, inputs, first, first, self._tag(source, "weight", first))
+        base = self.lifted.placeholders[self.a.fqn]
+        over = source is not base and self.a.method.looks_at_base()
+        kind, inputs = ("weight_over", [base, source]) if over else ("weight", [source])
+        inputs += self.slot_nodes
+        region = self.region(kind, self.op, inputs)
+        out = inline(graph, region, inputs, first, first, self._tag(source, kind, first))
         for user in found:
             user.replace_input_with(source, out)
         if self.op.groups > 1 and out.meta["val"].shape != source.meta["val"].shape:

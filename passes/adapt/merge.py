@@ -179,10 +179,10 @@ class Merge(Pass):
 
         @torch.no_grad()
         def exact() -> Tensor:
-            value = _high(stored, high)
+            base = value = _high(stored, high)
             for a in group:
-                op = ops[a.id]
-                value = op.stored(a.method.evaluated().weight(op, op.canonical(value), *given[a.id]))
+                op, method = ops[a.id], a.method.evaluated()
+                value = op.stored(method.weight_over(op, op.canonical(base), op.canonical(value), *given[a.id]))
             return value
 
         return exact

@@ -80,6 +80,8 @@ class Respecialize(GraphPass):
             op = op.at(consumer)
         elif kind.startswith("apply"):
             inputs, op = behind_inputs(consumer, base)[1], op.at(consumer)
+        elif kind == "weight_over":
+            inputs = [placeholders[a.fqn], base]
         elif kind == "bias":
             inputs.append(operands(consumer)[2])
         inputs += slot_nodes(a, placeholders)

@@ -5,6 +5,7 @@ A method states its meaning once, as a pure function on the canonical weight (se
     weight(op, W, slots, scale) -> W'            the definition
     input(op, x, slots, scale) -> x'             optional and cheaper: together they must equal op(x, weight(W)), with
     apply(op, x', y, W, b, slots, scale) -> y'   y = op(x', W, b); a method may have either, both or none
+    weight_over(op, W0, W, slots, scale) -> W'   only for methods that look at the base where other adapters changed it
     bias(op, b, slots, scale) -> b'              only for methods that change the bias
     fused(op, x, W, b, slots, scale) -> y'       optional: apply and input by kernels for a GPU
 
@@ -59,6 +60,12 @@ class Method(Hooks):
         """W', of the shape of W, or dense where ``op`` has groups."""
         raise AssertionError(f"{type(self).__name__} must define weight()")
 
+    def weight_over(self, op: Op, base: Tensor, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
+        """W' where adapters before this one made W of the model's own weight, ``base``. Equal to :meth:`weight` where
+        they are one. A method with a form of its own around the layer has the base there as its W, and in y what the
+        others added."""
+        return self.weight(op, W, slots, scale)
+
     def bias(self, op: Op, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor | None:
         """b', (out,); None for no bias."""
         return b
@@ -84,6 +91,10 @@ class Method(Hooks):
     def has_weight(self) -> bool:
         """Whether the method means something for a weight; if not, it can only stand around a layer."""
         return self.defines("weight")
+
+    def looks_at_base(self) -> bool:
+        """Whether :meth:`weight_over` is another one than :meth:`weight`."""
+        return self.defines("weight_over")
 
     def has_input(self, op: Op) -> bool:
         """Whether :meth:`input` is defined at this site."""

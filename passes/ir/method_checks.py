@@ -154,7 +154,7 @@ def first_values_learn(method: Method, op: Op) -> None:
 
 def forms_agree(method: Method, op: Op) -> None:
     """The form around the layer is the layer with the changed weight and bias, for values of every kind."""
-    if not method.has_weight() or not method.has_apply_form(op):
+    if not method.has_weight() or not (method.has_apply_form(op) or method.looks_at_base()):
         return
     with torch.random.fork_rng(devices=[]):
         W = _weight(op)
@@ -162,12 +162,17 @@ def forms_agree(method: Method, op: Op) -> None:
         base = W if first.base is None else first.base.to(W.dtype)
         moved = {n for n, s in method.slots(op).items() if s.trainable and first.slots[n].is_floating_point()}
         slots = {n: t + 0.1 * torch.randn_like(t) if n in moved else t for n, t in first.slots.items()}
-        scale, x = _scale(method, op), _input(op, torch.float64)
+        scale = _scale(method, op)
+        changed = method.weight(op, base, slots, scale)
+        _same(method, op, "weight_over", "weight", method.weight_over(op, base, base, slots, scale), changed)
+        if not method.has_apply_form(op):
+            return
+        x = _input(op, torch.float64)
         takes_bias = TABLE[op.target][3] is not None
         b = torch.randn(op.out_features, dtype=torch.float64) if takes_bias else None
         new = method.bias(op, b, slots, scale) if takes_bias else None
         around = method.call_adapted(op, x, base, b, slots, scale)
-        _same(method, op, "apply", "output", around, op(x, method.weight(op, base, slots, scale), new))
+        _same(method, op, "apply", "output", around, op(x, changed, new))
 
 
 PROMISES_OF_CODE = (code_has_right_sizes, code_keeps_dtypes, code_serves_all_sizes)
@@ -240,6 +245,8 @@ def _regions(method: Method, op: Op, dtype: torch.dtype) -> Iterator[_Region]:
     if method.has_weight():
         dense = op.stored(op.dense(torch.empty(op.shape, device="meta")))
         yield region("weight", [W], W, *([dense] if op.groups > 1 else []))
+        if method.looks_at_base():
+            yield region("weight_over", [W, W], W, *([dense] if op.groups > 1 else []))
     if method.has_input(op):
         yield region("input", [x], x)
     if method.has_apply(op):

@@ -199,6 +199,10 @@ class Hooks:
         has = any(f.name == "training" for f in dataclasses.fields(self))
         return dataclasses.replace(self, training=True) if has else self  # type: ignore[call-arg]
 
+    def constrained(self, op: Op, slots: Slots) -> dict[str, Tensor]:
+        """Of the slots of a site, those that training has to keep within bounds, moved there; {} for none."""
+        return {}
+
     def drops_input(self) -> bool:
         """Whether the form around a layer has dropout on what the adapter reads."""
         return bool(self.training and self.dropout)
@@ -214,6 +218,11 @@ class Hooks:
     def check_merge(self, op: Op) -> str | None:
         """Why this site cannot be merged, or None when it can."""
         return None
+
+    def clash(self, other: Any) -> str:
+        """What this method sets at a weight that ``other`` sets too, if they are of two adapters that act together:
+        only the later of the two would count. '' where both do."""
+        return ""
 
     # -- sharing -------------------------------------------------------------------------------------------------------
 

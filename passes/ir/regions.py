@@ -50,7 +50,7 @@ def site_op(lifted: Lifted, a: Attachment) -> Op:
 
 def place_of(tag: Mapping[str, Any]) -> tuple[str, ...]:
     """What a region stands in for: the output of a node, a parameter as one site reads it, or a consumer's input."""
-    if tag["region"] == "weight":
+    if tag["region"] in ("weight", "weight_over"):
         return (tag["base"], tag["attachment"]["module"], tag["attachment"]["param"])
     if tag["region"] == "bias_value":
         return (tag["base"], tag["attachment"]["module"], "bias")

@@ -43,6 +43,7 @@ def region_of(
         input                  x               the layer's input is changed
         apply, apply_bias      x, y, W[, b]    the layer's output is changed
         weight                 W               the weight is changed
+        weight_over            W0, W           the same, where other adapters made W of the base W0
         bias, new_bias         y[, b]          what a changed weight leaves out: the change of the bias
         bias_value             b               the same as the bias itself
         fused, fused_bias      x, W[, b]       the layer and its adapter in one
@@ -72,6 +73,9 @@ def region_of(
     def in_front(w: Tensor, *slots: Tensor) -> Tensor:
         return op.stored(method.weight(op, op.canonical(w), *split(slots)))
 
+    def over(base: Tensor, w: Tensor, *slots: Tensor) -> Tensor:
+        return op.stored(method.weight_over(op, op.canonical(base), op.canonical(w), *split(slots)))
+
     def changed(y: Tensor, b: Tensor, *slots: Tensor) -> Tensor:
         new = method.bias(op, b, *split(slots))
         return y if new is b or new is None else cast(y + op.along_out(new - b, y), y.dtype)
@@ -91,6 +95,7 @@ def region_of(
         "fused": fused,
         "fused_bias": fused_biased,
         "weight": in_front,
+        "weight_over": over,
         "bias": changed,
         "new_bias": added,
         "bias_value": instead,

@@ -8,6 +8,9 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 import adaptc
@@ -169,6 +172,83 @@ def test_training_reaches_all_of_them(model: nn.Module):
     named = {n: p for n, p in module.named_parameters() if p.requires_grad}
     assert len(named) == 4
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in named.values())
+
+
+class Tied(Net):
+    """Two layers, and a table that a head shares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(29, 15)
+        self.head = nn.Linear(9, 15)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(super().forward(self.embed(x)))
+
+
+IDS = torch.tensor([[3, 17, 5, 3, 0], [1, 28, 5, 17, 2]])
+TRAINED: dict[str, Any] = {
+    "whole": {"target_modules": ["up"], "modules_to_save": ["head"]},
+    "rows": {"target_modules": ["up"], "trainable_token_indices": {"embed": [3, 17]}},
+    "some of them": {"target_modules": ["up"], "trainable_token_indices": {"embed": [5, 17, 3]}},
+    "others": {"target_modules": ["down"], "trainable_token_indices": {"embed": [0, 5]}},
+    "the table": {"target_modules": ["down"], "modules_to_save": ["embed"]},
+    "biases": {"target_modules": ["up"], "bias": "all"},
+    "its biases": {"target_modules": ["up"], "bias": "lora_only"},
+}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "what"),
+    [
+        ("whole", "whole", r"all of it in 'head\.(weight|bias)'"),
+        ("whole", "biases", r"all of it in 'head\.bias'"),
+        ("biases", "its biases", r"all of it in 'up\.bias'"),
+        ("rows", "some of them", r"the rows 3, 17 in 'embed\.weight'"),
+        ("some of them", "others", r"the rows 5 in 'embed\.weight'"),
+        ("rows", "the table", r"all of it in 'embed\.weight'"),
+        ("the table", "rows", r"all of it in 'embed\.weight'"),
+        ("rows", "others", ""),
+        ("whole", "rows", ""),
+    ],
+)
+def test_what_only_one_of_them_can_train_is_refused(first: str, second: str, what: str, tmp_path: Path):
+    """As PEFT refuses it: the later one would count alone, in silence."""
+    torch.manual_seed(5)
+    net = Tied().double().eval()
+    configs = {"one": adaptc.LoraConfig(r=2, **TRAINED[first]), "two": adaptc.LoraConfig(r=3, **TRAINED[second])}
+    if what:
+        with pytest.raises(adaptc.ConfigError, match=f"'one' and 'two' both train {what}"):
+            adaptc.compile(net, configs, example_inputs=IDS)
+        return
+    program = adaptc.compile(net, configs, example_inputs=IDS, training=True)
+    randomized(program)
+    for name in configs:
+        adaptc.save_adapter(program, tmp_path, adapter_name=name)
+    theirs = peft.PeftModel.from_pretrained(net, str(tmp_path / "one"), adapter_name="one")
+    theirs.load_adapter(str(tmp_path / "two"), adapter_name="two")
+    for module in theirs.modules():  # one by one, since wrappers of whole modules and tables take one adapter alone
+        if isinstance(module, LoraLayer):
+            module.set_adapter([n for n in ("one", "two") if n in module.lora_A])
+        elif isinstance(module, TrainableTokensLayer):
+            module.set_adapter(list(module.trainable_tokens_delta))
+        elif isinstance(module, ModulesToSaveWrapper):
+            module.set_adapter("one")
+    close(program(IDS), theirs(IDS), 1e-9)
+
+
+def test_a_swap_to_what_the_other_trains_is_refused(tmp_path: Path):
+    torch.manual_seed(5)
+    net = Tied().double().eval()
+    rows, some, others = (adaptc.LoraConfig(r=2, **TRAINED[n]) for n in ("rows", "some of them", "others"))
+    for name, config in (("some", some.replace(target_modules=["down"])), ("others", others)):
+        adaptc.save_adapter(adaptc.compile(net, config, example_inputs=IDS), tmp_path / name)
+    program = adaptc.compile(net, {"one": rows, "two": others}, example_inputs=IDS)
+    before = program(IDS)
+    with pytest.raises(adaptc.ConfigError, match=r"'one' and 'two' both train the rows 3, 17"):
+        adaptc.swap(program, {"two": tmp_path / "some"})
+    assert torch.equal(program(IDS), before)
+    adaptc.swap(program, {"one": None, "two": tmp_path / "others"})
 
 
 def test_refusals(model: nn.Module, tmp_path: Path):

@@ -98,7 +98,7 @@ def test_rows_that_cannot_be(tokens, says):
 
 def test_rows_alone_in_bfloat16():
     model = Net().bfloat16().eval()
-    config = LoraConfig(trainable_token_indices=[3, 17])
+    config = LoraConfig(target_modules=[], trainable_token_indices=[3, 17])
     program = adaptc.compile(model, config, example_inputs=ids(5, 29)(3))
     (delta,) = adapter_parameters(program).values()
     assert delta.dtype == torch.float32

@@ -114,15 +114,34 @@ def test_scaled_without_its_bias(tmp_path):
         torch.testing.assert_close(compiled(tmp_path, form=form)(x), wrapped(x), rtol=1e-4, atol=1e-5)
 
 
-def test_a_file_with_one_factor_where_the_config_says_three(tmp_path):
-    """What PEFT writes where its extension does not compile: the factors there are mean what they mean."""
-    wrapped = by_peft(tmp_path, boft_n_butterfly_factor=1)
-    config = tmp_path / "adapter_config.json"
-    config.write_text(config.read_text().replace('"boft_n_butterfly_factor": 1', '"boft_n_butterfly_factor": 2'))
-    x, program = LAYERS["linear"][1], compiled(tmp_path)
-    torch.testing.assert_close(program(x), wrapped(x), rtol=1e-4, atol=1e-5)
-    written = load_file(adaptc.save_adapter(program, tmp_path / "again") / "adapter_model.safetensors")
-    assert written["base_model.model.layer.boft_R"].shape == (2, 6, 4, 4)
+def test_a_file_with_one_factor_where_the_config_says_two(tmp_path, monkeypatch):
+    """What PEFT writes and reads where its extension does not compile: the factors there are mean what they mean."""
+    monkeypatch.setattr(peft.tuners.boft.layer, "get_fbd_cuda", lambda: None)
+    wrapped = by_peft(tmp_path, boft_n_butterfly_factor=2)
+    assert wrapped.base_model.model.layer.boft_R["default"].shape == (1, 6, 4, 4)
+    x, key = LAYERS["linear"][1], "base_model.model.layer.boft_R"
+    program = compiled(adaptc.BOFTConfig(boft_n_butterfly_factor=2, target_modules=["layer"]))
+    as_made = load_file(adaptc.save_adapter(program, tmp_path / "as made") / "adapter_model.safetensors")
+    assert as_made[key].shape == (2, 6, 4, 4)
+    adaptc.swap(program, tmp_path)
+    reread = adaptc.load(adaptc.save(program, tmp_path / "p.pt2"))
+    for i, own in enumerate((program, compiled(tmp_path), reread)):
+        torch.testing.assert_close(own(x), wrapped(x), rtol=1e-4, atol=1e-5)
+        again = adaptc.save_adapter(own, tmp_path / str(i))
+        assert load_file(again / "adapter_model.safetensors")[key].shape == (1, 6, 4, 4)
+        theirs = peft.PeftModel.from_pretrained(model(), str(again)).eval()
+        torch.testing.assert_close(theirs(x), wrapped(x))
+
+    trained = compiled(tmp_path, training=True)
+    module = trained.module()
+    module(x).square().sum().backward()
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.requires_grad:
+                p.sub_(p.grad * 0.1)
+    written = load_file(adaptc.save_adapter(trained, tmp_path / "trained") / "adapter_model.safetensors")
+    assert written[key].shape == (2, 6, 4, 4)  # the second one turns now
+    torch.testing.assert_close(compiled(tmp_path / "trained")(x), trained(x))
     two = {k: torch.cat([t, t, t]) if "boft_R" in k else t for k, t in written.items()}
     save_file(two, tmp_path / "adapter_model.safetensors")
     with pytest.raises(adaptc.CheckpointError, match=r"boft_R.*expected \(2, 6, 4, 4\)"):

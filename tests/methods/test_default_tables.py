@@ -13,7 +13,7 @@ from peft.utils import constants
 
 import adaptc
 from adaptc.errors import ConfigError, TargetError
-from adaptc.methods._default_targets import OTHER_MEANING, TABLES, defaults
+from adaptc.methods._default_targets import OTHER_MEANING, TABLES, adapts_defaults, defaults
 from adaptc.methods._registry import CONFIGS, config_class
 from adaptc.peft_files.directory import read_config
 from tests.support.families import FAMILIES
@@ -132,9 +132,37 @@ def test_what_the_graph_answers_is_saved_too(tmp_path):
     program = adaptc.compile(FAMILIES["phi"].build(), given := adaptc.LoraConfig(r=2))
     assert given.target_modules is None
     assert read_config(adaptc.save_adapter(program, tmp_path))["target_modules"] == ["q_proj", "v_proj"]
-    experts = adaptc.LoraConfig(r=2, target_parameters=["experts.down_proj"])
-    program = adaptc.compile(FAMILIES["mixtral"].build(), experts)
-    assert program.binding.config.target_modules == []
+
+
+TOKENS: dict[str, Any] = {"trainable_token_indices": [1, 2, 3]}
+#: a family, and what is trained beside the default layers
+BESIDE = [
+    *((name, TOKENS) for name in ("llama", "gpt2", "t5", "opt", "gpt_neox", "smollm3")),
+    ("llama", {"modules_to_save": ["lm_head"]}),
+    ("mixtral", {"target_parameters": ["experts.down_proj"]}),
+    ("llama", {"target_parameters": ["up_proj.weight"], **TOKENS}),
+    ("qwen3_moe", {"target_parameters": ["experts.down_proj"]}),
+]
+
+
+@pytest.mark.few(5)
+@pytest.mark.parametrize(("name", "options"), [b for b in BESIDE if b[0] in FAMILIES], ids=str)
+def test_default_layers_are_adapted_beside_tokens_modules_and_parameters(name, options, tmp_path):
+    """As in PEFT, whose only exception are parameters of a model it has no defaults for."""
+    given = {"r": 2, **options}
+    program = adaptc.compile(FAMILIES[name].build(), adaptc.LoraConfig(**given))
+    known = name != "smollm3"
+    targets = {} if known else {"target_modules": program.binding.config.target_modules}
+    oracle = Oracle.of(name, peft.LoraConfig(**given, **targets), tmp_path / "peft")
+    adaptc.swap(program, tmp_path / "peft")
+    assert_same(run(program, oracle.family), oracle())
+    adaptc.save_adapter(program, tmp_path / "ours")
+    assert file_tensors(tmp_path / "ours").keys() == file_tensors(tmp_path / "peft").keys()
+
+
+def test_the_types_with_defaults_beside_parameters_are_those_of_peft_s_table():
+    assert {t for t in {*LORA, *TABLES["IA3"]["target_modules"], "gpt_oss"} if adapts_defaults(t)} == set(LORA)
+    assert not adapts_defaults(None)
 
 
 def test_ia3_by_default(tmp_path):

@@ -164,8 +164,8 @@ def test_refusals(config, says):
 
 
 def test_rows_beside_a_lora_on_other_layers_are_saved_for_peft(tmp_path):
-    """Without target_modules PEFT would adapt its default layers; what is saved says that none is."""
-    program = adaptc.compile(FAMILIES["gemma"].build(), LoraConfig(trainable_token_indices=[5, 9]))
+    """Without target_modules the default layers are adapted; where none is to be, what is saved says so."""
+    program = adaptc.compile(FAMILIES["gemma"].build(), LoraConfig(target_modules=[], trainable_token_indices=[5, 9]))
     assert program.binding.config.target_modules == "dummy-target-modules"
     with torch.no_grad():
         for p in program.module().parameters():

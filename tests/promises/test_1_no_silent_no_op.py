@@ -1,8 +1,9 @@
 """Promise 1: every entry of a config and every key of a file binds to a site, or the call raises and names what is
-near. What was left out is told."""
+near. Of a file's config, where the keys decide, it warns. What was left out is told."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import adaptc
-from adaptc import AdaptcError, LoraConfig
+from adaptc import AdaptcError, AdaptcWarning, C3AConfig, FourierFTConfig, LoraConfig, TargetedConfig
 from tests.support.families import FAMILIES
 
+LORA = LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False)
 #: an entry that names nothing, and what the message says instead
 MISSES: dict[str, tuple[dict[str, Any], str]] = {
     "target_modules": ({"target_modules": ["q_proj", "v_prj"]}, "'v_prj'.*v_proj"),
@@ -45,6 +47,51 @@ def test_an_entry_that_names_nothing_raises_and_names_what_is_near(
     options, message = MISSES[field]
     with pytest.raises(AdaptcError, match=f"(?s){message}"):
         adaptc.compile(base, LoraConfig(r=3, **options))
+
+
+#: a config, and what the config of its file says instead that binds to nothing
+OF_FILES: dict[str, tuple[TargetedConfig, dict[str, Any], str]] = {
+    "target_modules": (LORA, {"target_modules": ["q_proj", "v_prj"]}, "v_prj"),
+    "exclude_modules": (LORA, {"exclude_modules": ["o_porj"]}, "o_porj"),
+    "rank_pattern": (LORA, {"rank_pattern": {"q_prj": 7}}, "q_prj"),
+    "alpha_pattern": (LORA, {"alpha_pattern": {"v_proj": 7}}, "v_proj"),
+    "layers_to_transform": (LORA, {"layers_to_transform": [0, 1, 7]}, "layers_to_transform.*7"),
+    "modules_to_save": (LORA, {"modules_to_save": ["lm_haed"]}, "lm_haed"),
+    "target_parameters": (LORA, {"target_parameters": ["mlp.gate_prj.weight"]}, "gate_prj"),
+    "n_frequency_pattern": (
+        FourierFTConfig(n_frequency=9, target_modules=["q_proj"], init_weights=True),
+        {"n_frequency_pattern": {"q_prj": 7}},
+        "q_prj",
+    ),
+    "block_size_pattern": (
+        C3AConfig(block_size=8, target_modules=["q_proj"]),
+        {"block_size_pattern": {"v_proj": 4}},
+        "v_proj",
+    ),
+}
+
+
+@pytest.mark.parametrize("field", list(OF_FILES))
+def test_an_entry_of_a_file_that_names_nothing_is_told(
+    field: str, base: torch.export.ExportedProgram, tmp_path: Path
+) -> None:
+    """What a file adapts is what it has tensors for, and those are all bound: ``swap`` takes such a file too."""
+    config, edits, named = OF_FILES[field]
+    program = adaptc.compile(base, config)
+    with torch.no_grad():
+        for p in program.module().parameters():
+            p.add_(p.requires_grad * torch.randn_like(p) / 8)
+    adaptc.save_adapter(program, tmp_path)
+    told = tmp_path / "adapter_config.json"
+    told.write_text(json.dumps(json.loads(told.read_text()) | edits))
+    with pytest.warns(AdaptcWarning, match=f"(?s)binds to nothing.*{named}"):
+        again = adaptc.compile(base, tmp_path)
+    ids = torch.tensor([[3, 9, 1], [4, 4, 7]])
+    want = program(input_ids=ids).logits
+    torch.testing.assert_close(again(input_ids=ids).logits, want, atol=1e-5, rtol=0)
+    assert not torch.allclose(want, program.base(input_ids=ids).logits, atol=1e-3)
+    adaptc.swap(program, tmp_path)
+    torch.testing.assert_close(program(input_ids=ids).logits, want, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("how", ["compile", "swap", "bind"])

@@ -123,8 +123,8 @@ def trainable(trained: nn.Module) -> list[nn.Parameter]:
     return [p for p in trained.parameters() if p.requires_grad]
 
 
-def steps(loss_of: Callable[[], Tensor], parameters: list[nn.Parameter], count: int) -> list[float]:
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+def steps(loss_of: Callable[[], Tensor], parameters: list[nn.Parameter], count: int, lr: float = 1e-2) -> list[float]:
+    optimizer = torch.optim.AdamW(parameters, lr=lr)
     found = []
     for _ in range(count):
         loss = loss_of()

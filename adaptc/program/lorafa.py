@@ -1,0 +1,159 @@
+"""LoRA-FA: LoRA with its down projections frozen, and an optimizer that follows the gradient of the whole weight.
+
+Zhang et al., arXiv 2308.03303; step by step what PEFT's ``create_lorafa_optimizer`` does. Before: a program with LoRA
+that is trained through ``program.module()``. After: A no longer requires grad, and each step moves B by what comes
+nearest to a step of the weight itself: its gradient times (A A^T)^-1 / s^2, in Adam's averages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptc.binding.binding import Binding
+from adaptc.errors import AdaptcError, ConfigError
+from adaptc.methods import TokenRows, Whole
+from adaptc.methods.lora import Lora
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.program.core import ProgramCore
+from adaptc.program.program_module import ProgramModule
+
+#: added to the diagonal of A A^T, as PEFT does
+_DAMPING = 1e-8
+
+
+def lorafa_optimizer(
+    program: ProgramCore | ProgramModule,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-6,
+    correct_bias: bool = True,
+) -> torch.optim.Optimizer:
+    """An optimizer for the LoRA adapter of a program, or of a module of one, whose A it freezes.
+
+    It is used like any other, in a loop or as ``Trainer(..., optimizers=(optimizer, None))``. Rank and scale are those
+    of each layer. What else the adapter trains (whole modules, biases, trainable tokens) gets Adam's steps, with
+    ``weight_decay`` apart from them. The products are in float32 at least; PEFT rounds them to bfloat16.
+
+    Raises AdaptcError where the adapter is not LoRA, has DoRA or is not trainable, ConfigError for values that are not
+    possible.
+    """
+    wrong = {
+        "lr": lr < 0,
+        "weight_decay": weight_decay < 0,
+        "eps": eps < 0,
+        "betas": any(not 0 <= b < 1 for b in betas),
+    }
+    given = {"lr": lr, "weight_decay": weight_decay, "eps": eps, "betas": betas}
+    if bad := next((n for n, is_wrong in wrong.items() if is_wrong), None):
+        raise ConfigError(
+            f"lorafa_optimizer: {bad}={given[bad]!r} is not possible; betas lie in [0, 1), others from 0 on"
+        )
+    core = program.program if isinstance(program, ProgramModule) else program
+    binding = program.binding() if isinstance(program, ProgramModule) else program.binding
+    pairs, others = _trained(core, binding)
+    for pair in pairs:
+        pair.down.requires_grad_(False)
+    return LoraFA(pairs, others, {**given, "correct_bias": correct_bias})
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The factors of one layer. ``experts``: how many they are stacked for, 0 for none."""
+
+    down: Tensor
+    up: Tensor
+    scale: Tensor
+    experts: int
+
+    def projected(self) -> Tensor:
+        """The gradient of B that moves the weight along its own."""
+        grad = self.up.grad
+        assert grad is not None
+        high = torch.promote_types(grad.dtype, torch.float32)
+        A, g = self.down.detach().to(high).flatten(1), grad.to(high).flatten(1)
+        n = max(self.experts, 1)
+        A = A.reshape(n, -1, A.shape[-1])  # one expert after the other
+        g = g.reshape(g.shape[0], -1, n).movedim(-1, 0)  # one rank after the other
+        damped = A @ A.mT + _DAMPING * torch.eye(A.shape[1], dtype=high, device=A.device)
+        new = g @ torch.linalg.pinv(damped, hermitian=True) / self.scale.to(g) ** 2
+        return new.movedim(0, -1).reshape(grad.shape).to(grad.dtype)
+
+
+class LoraFA(torch.optim.Optimizer):
+    """Made by :func:`lorafa_optimizer`. Its state is two averages and a count for each parameter that is trained."""
+
+    def __init__(self, pairs: Iterable[Pair], others: Iterable[Tensor], options: dict[str, Any]) -> None:
+        self._pairs = {id(p.up): p for p in pairs}
+        super().__init__([*(p.up for p in self._pairs.values()), *others], options)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    pair = self._pairs.get(id(p))
+                    self._move(p, p.grad if pair is None else pair.projected(), group)
+        return loss
+
+    def _move(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        state, (one, two) = self.state[p], group["betas"]
+        if not state:
+            state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        state["step"] += 1
+        mean, square, count = state["exp_avg"], state["exp_avg_sq"], int(state["step"])
+        mean.mul_(one).add_(grad, alpha=1 - one)
+        square.mul_(two).addcmul_(grad, grad, value=1 - two)
+        size = group["lr"]
+        if group["correct_bias"]:
+            size *= sqrt(1 - two**count) / (1 - one**count)
+        p.addcdiv_(mean, square.sqrt().add_(group["eps"]), value=-size)
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+
+
+def _trained(program: ProgramCore, binding: Binding) -> tuple[list[Pair], list[Tensor]]:
+    """The pairs of A and B, and all else that is trained."""
+    for part in binding.parts.values() or [binding]:
+        if part.config.peft_type != "LORA":
+            raise AdaptcError(
+                f"lorafa_optimizer is for LoRA, and the program's adapter is of type {part.config.peft_type or 'none'}:"
+                " use an optimizer of torch's"
+            )
+    pairs: list[Pair] = []
+    others: dict[int, Tensor] = {}
+    for a in program.adaptation.attachments:
+        method = binding.methods.get(a.id)
+        if type(method) is Lora:
+            pairs.append(_pair(program, binding, a))
+        elif method is not None and not isinstance(method, (Whole, TokenRows)):
+            raise AdaptcError(f"lorafa_optimizer is for LoRA, and the adapter at {a.fqn!r} is {method.name}")
+        if method is not None:
+            others |= {id(t): t for t in _values(binding, a) if t.requires_grad}
+    factors = {id(t) for p in pairs for t in (p.down, p.up)}
+    return pairs, [t for i, t in others.items() if i not in factors]
+
+
+def _pair(program: ProgramCore, binding: Binding, a: Attachment) -> Pair:
+    down, up, *_ = _values(binding, a)
+    if not up.requires_grad:
+        raise AdaptcError(f"the adapter at {a.key!r} is not trainable: compile it with inference_mode=False")
+    op = program.ops[a.id]
+    if op.groups > 1:
+        raise AdaptcError(f"lorafa_optimizer has no meaning at {a.fqn!r}, a convolution of {op.groups} groups")
+    assert a.scale_slot is not None
+    return Pair(down, up, binding.values[a.scale_slot], op.experts)
+
+
+def _values(binding: Binding, a: Attachment) -> Iterator[Tensor]:
+    return (binding.values[f] for f in a.slots.values())
