@@ -1,13 +1,15 @@
-"""The ``adaptc`` command: look at programs and adapters, and merge, swap, unload, export and verify them.
+"""The ``adaptc`` command: make programs of models and adapters, look at them, and swap, merge, write and verify them.
 
-Every command reads files and writes files; none changes what it reads. An error of adaptc is one line on stderr and
-exit code 1; a verification that fails exits with 1, too. Only typer is imported before a command runs.
+Every command reads files and writes one; none changes what it reads, and none replaces what is there unless it is told
+to. Exit codes: 0 done, 1 an error of adaptc (one line on stderr) or a verification that failed, 2 wrong usage. What a
+command found goes to stdout, as tables or as JSON. Only typer is imported before a command runs.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import shutil
 import sys
 import warnings
@@ -20,15 +22,32 @@ import typer
 C = TypeVar("C", bound=Callable[..., None])
 
 app = typer.Typer(
-    help="Fine-tuning adapters as a compiler pass over torch.export programs.",
+    help="Fine-tuning adapters (LoRA and PEFT's other methods) as a compiler pass over torch.export programs.",
+    epilog="Start with: adaptc compile MODEL_DIR ADAPTER_DIR -o adapted.pt2. Then adaptc COMMAND --help.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 Program = Annotated[Path, typer.Argument(metavar="PROG.pt2", help="A program with an adapter.", show_default=False)]
-Out = Annotated[Path, typer.Argument(metavar="OUT.pt2", help="Where to write the result.", show_default=False)]
 Adapter = Annotated[Path, typer.Argument(metavar="DIR", help="A PEFT adapter directory.", show_default=False)]
+Out = Annotated[
+    Path | None, typer.Argument(metavar="OUT", help="Where to write the result, as --output.", show_default=False)
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="OUT", help="Where to write the result.", show_default=False)
+]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Replace the output if it is there already.")]
+Json = Annotated[bool, typer.Option("--json", help="Print what was found as one JSON object.")]
+KeyMapping = Annotated[
+    str | None,
+    typer.Option(
+        metavar="JSON",
+        help="Rename the adapter's keys: a JSON object of regular expressions and what to put in their place. An error "
+        "about keys that do not fit says which would.",
+        show_default=False,
+    ),
+]
 
 
 def main() -> None:
@@ -76,10 +95,42 @@ def _print(report: Any) -> None:
     typer.echo(_printable(report.render(shutil.get_terminal_size((120, 24)).columns)))
 
 
-def _write(program: Any, out: Path) -> None:
-    from adaptc.api import save
+def _tell(as_json: bool, report: Any = None, wrote: Path | None = None) -> None:
+    """What a command found and wrote, as text or as one JSON object."""
+    if as_json:
+        found = {} if report is None else report.data()
+        typer.echo(json.dumps(found if wrote is None else {**found, "wrote": _printable(str(wrote))}))
+        return
+    if report is not None:
+        _print(report)
+    if wrote is not None:
+        typer.echo(_printable(f"wrote {wrote}"))
 
-    typer.echo(_printable(f"wrote {save(program, out)}"))
+
+def _place(argument: Path | None, option: Path | None, force: bool) -> Path:
+    """Where to write, known before any work is done. Raises AdaptcError for what is there already."""
+    from adaptc.errors import CheckpointError
+
+    if (argument is None) == (option is None):
+        raise typer.BadParameter("give the output once, as -o OUT or as the last argument", param_hint="'--output'")
+    out = argument or option
+    assert out is not None
+    full = any(out.iterdir()) if out.is_dir() else out.exists()
+    if full and not force:
+        raise CheckpointError(f"{out} is there already; --force replaces it")
+    return out
+
+
+def _mapping(text: str | None) -> dict[str, str] | None:
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is no JSON: {error}", param_hint="'--key-mapping'") from None
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f"{text!r} is no JSON object", param_hint="'--key-mapping'")
+    return found
 
 
 def _version(show: bool) -> None:
@@ -126,80 +177,192 @@ def show(
     path: Annotated[
         Path, typer.Argument(metavar="FILE.pt2|DIR", help="A program, or an adapter directory.", show_default=False)
     ],
+    as_json: Json = False,
 ) -> None:
     """What a program adapts and with which tensors, or what an adapter directory holds."""
     if path.is_dir():
         from adaptc.reports.adapter import AdapterReport
 
-        _print(AdapterReport.of(path))
+        _tell(as_json, AdapterReport.of(path))
         return
     import adaptc
 
-    _print(adaptc.report(adaptc.load(path)))
+    _tell(as_json, adaptc.report(adaptc.load(path)))
 
 
 @app.command()
 @plain_errors
-def methods() -> None:
+def methods(as_json: Json = False) -> None:
     """The methods there are, what each means, and which layers it takes: around them, or on their weights."""
-    from adaptc.methods.overview import render
+    from adaptc.methods.overview import overview, render
 
-    typer.echo(render(shutil.get_terminal_size((120, 24)).columns))
+    if as_json:
+        typer.echo(json.dumps([dict(vars(row)) for row in overview()]))
+    else:
+        typer.echo(render(shutil.get_terminal_size((120, 24)).columns))
+
+
+@app.command("compile")
+@plain_errors
+def compile_(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="A transformers model directory, or a program (.pt2).", show_default=False
+        ),
+    ],
+    adapter: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR|FILE.json",
+            help="A PEFT adapter directory, or the JSON file of a config (adapter_config.json), for a fresh adapter.",
+            show_default=False,
+        ),
+    ],
+    out: Out = None,
+    output: Output = None,
+    force: Force = False,
+    training: Annotated[bool, typer.Option("--training", help="Capture train mode: dropout, and the loss.")] = False,
+    key_mapping: KeyMapping = None,
+    as_json: Json = False,
+) -> None:
+    """Capture a model and adapt it: an adapted program.
+
+    The model's inputs are made from its config. For other models export a program in Python (torch.export.save) and
+    give that.
+    """
+    import adaptc
+    from adaptc.binding.source import config_of
+    from adaptc.capture.model_files import read_model
+
+    path = _place(out, output, force)
+    config = str(adapter) if adapter.is_dir() else config_of(adapter)
+    options: dict[str, Any] = {"training": training, "key_mapping": _mapping(key_mapping)}
+    program = adaptc.compile(adaptc.load(model) if model.is_file() else read_model(model), config, **options)
+    _tell(as_json, adaptc.report(program), adaptc.save(program, path))
 
 
 @app.command()
 @plain_errors
 def merge(
     program: Program,
-    out: Out,
+    out: Out = None,
+    output: Output = None,
+    force: Force = False,
     adapter: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Merge this PEFT adapter instead of the program's own.")
     ] = None,
+    key_mapping: KeyMapping = None,
     safe: Annotated[bool, typer.Option(help="Refuse weights that are not finite.")] = True,
+    as_json: Json = False,
 ) -> None:
-    """Fold the adapter into the weights: a plain program, and how much rounding each weight took."""
+    """Fold the adapter into the weights: a plain program, and how much rounding each weight took.
+
+    The result runs with torch.export.load, without adaptc.
+    """
     import adaptc
 
+    path = _place(out, output, force)
+    if key_mapping is not None and adapter is None:
+        raise typer.BadParameter("it is for the adapter that --adapter names", param_hint="'--key-mapping'")
     adapted = adaptc.load(program)
     if adapter is not None:
-        adaptc.swap(adapted, adapter)
+        adaptc.swap(adapted, adapter, key_mapping=_mapping(key_mapping))
     merged = adaptc.merge(adapted, safe=safe, keep_base=False, progress=sys.stderr.isatty())
-    _print(merged.merge_report)
-    _write(merged, out)
+    _tell(as_json, merged.merge_report, adaptc.save(merged, path))
 
 
 @app.command()
 @plain_errors
-def swap(program: Program, adapter: Adapter, out: Out) -> None:
-    """Give a program another adapter."""
+def swap(
+    program: Program,
+    adapter: Adapter,
+    out: Out = None,
+    output: Output = None,
+    force: Force = False,
+    key_mapping: KeyMapping = None,
+    as_json: Json = False,
+) -> None:
+    """Give a program another adapter, of any rank, at any of its sites."""
     import adaptc
 
+    path = _place(out, output, force)
     adapted = adaptc.load(program)
-    typer.echo(_printable(str(adaptc.swap(adapted, adapter))))
-    _write(adapted, out)
+    report = adaptc.swap(adapted, adapter, key_mapping=_mapping(key_mapping))
+    _tell(as_json, report, adaptc.save(adapted, path))
 
 
 @app.command()
 @plain_errors
-def unload(program: Program, out: Out) -> None:
+def unload(
+    program: Program, out: Out = None, output: Output = None, force: Force = False, as_json: Json = False
+) -> None:
     """Take the adapter out: the base as a plain program."""
     import adaptc
 
-    _write(adaptc.unload(adaptc.load(program)), out)
+    path = _place(out, output, force)
+    _tell(as_json, wrote=adaptc.save(adaptc.unload(adaptc.load(program)), path))
+
+
+@app.command()
+@plain_errors
+def lower(
+    program: Program,
+    out: Out = None,
+    output: Output = None,
+    force: Force = False,
+    device: Annotated[
+        str | None, typer.Option(help="Move the program there first, such as cuda; by default it stays where it was.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Put fused GPU kernels into the graph, in the place of the adapters' own nodes. Needs a GPU and triton."""
+    import adaptc
+
+    path = _place(out, output, force)
+    lowered = adaptc.lower(adaptc.load(program, device=device))
+    _tell(as_json, adaptc.report(lowered), adaptc.save(lowered, path))
+
+
+@app.command()
+@plain_errors
+def package(
+    program: Program,
+    out: Out = None,
+    output: Output = None,
+    force: Force = False,
+    max_rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="The largest rank later swaps may have; by default the ranks there are now."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compile a program ahead of time with AOTInductor: one file of machine code, whose adapters can be swapped.
+
+    It runs with adaptc.load_package, on machines like this one. A package runs as it is loaded: load only those you
+    trust.
+    """
+    import adaptc
+
+    path = _place(out, output, force)
+    _tell(as_json, wrote=adaptc.package(adaptc.load(program), path, max_rank=max_rank))
 
 
 @app.command("export-adapter")
 @plain_errors
 def export_adapter(
     program: Program,
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write the adapter.", show_default=False)],
+    out: Out = None,
+    output: Output = None,
+    force: Force = False,
     base_model: Annotated[str | None, typer.Option(help="Recorded as base_model_name_or_path.")] = None,
+    as_json: Json = False,
 ) -> None:
-    """Write the program's adapter as a PEFT adapter directory."""
+    """Write the program's adapter as a PEFT adapter directory, which peft.PeftModel.from_pretrained loads."""
     import adaptc
 
-    written = adaptc.save_adapter(adaptc.load(program), directory, base_model=base_model)
-    typer.echo(_printable(f"wrote {written}"))
+    path = _place(out, output, force)
+    _tell(as_json, wrote=adaptc.save_adapter(adaptc.load(program), path, base_model=base_model))
 
 
 @app.command()
@@ -211,12 +374,13 @@ def verify(
     atol: Annotated[
         float | None, typer.Option(help="Largest difference allowed; by default it follows from the weights' dtype.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Check on random inputs that merging and unloading a program do what they promise."""
+    """Check on random inputs that merging and unloading a program do what they promise. Exits with 1 if not."""
     import adaptc
 
     report = adaptc.verify(adaptc.load(program), shapes=runs, seed=seed, atol=atol)
-    _print(report)
+    _tell(as_json, report)
     if not report.ok:
         raise typer.Exit(1)
 

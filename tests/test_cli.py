@@ -14,12 +14,18 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
 import adaptc
 from adaptc import LoraConfig
 from adaptc.cli import app
+from adaptc.peft_files.directory import read_adapter, write_adapter
+from tests.support.families import FAMILIES
+
+WRITERS = ("compile", "merge", "swap", "unload", "lower", "package", "export-adapter")
+COMMANDS = ("show", "methods", "verify", *WRITERS)
 
 
 class Net(nn.Module):
@@ -43,6 +49,7 @@ class Files:
         config = LoraConfig(r=3, target_modules=["layers.0", "layers.1", "layers.2"], init_lora_weights=False)
         self.own = adaptc.compile(self.model, config, example_inputs=self.x)
         self.program = adaptc.save(self.own, root / "program.pt2")
+        self.base = adaptc.save(adaptc.unload(self.own), root / "base.pt2")
         config = LoraConfig(r=5, lora_alpha=20, target_modules=["layers.1"], init_lora_weights=False)
         self.other = adaptc.compile(self.model, config, example_inputs=self.x)
         self.adapter = adaptc.save_adapter(self.other, root / "adapter")
@@ -136,7 +143,8 @@ def test_unload(files: Files, tmp_path: Path) -> None:
 def test_unload_onto_itself(files: Files, tmp_path: Path) -> None:
     path = tmp_path / "p.pt2"
     path.write_bytes(files.program.read_bytes())
-    call("unload", path, path)
+    refused("unload", path, path, said="is there already; --force")
+    call("unload", path, "-o", path, "--force")
     assert torch.equal(output(path, files.x), files.model(files.x))
 
 
@@ -198,7 +206,7 @@ def test_console_script_and_lazy_imports(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for command in ("show", "merge", "swap", "unload", "export-adapter", "verify"):
+    for command in COMMANDS:
         assert re.search(rf"\b{command}\b", done.stdout)
     assert done.stdout.strip().endswith("False")
     done = subprocess.run(
@@ -232,3 +240,175 @@ def test_faults_of_configs_are_one_line(files: Files, tmp_path: Path, change: di
     file = tmp_path / "a" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     refused("swap", files.program, tmp_path / "a", tmp_path / "o.pt2", said=next(iter(change)))
+
+
+# -- what commands that write have in common ---------------------------------------------------------------------------
+
+
+def words(command: str, files: Files) -> list[Any]:
+    """The arguments of a command that writes, without where to."""
+    more = {"swap": [files.adapter], "compile": [files.adapter]}.get(command, [])
+    return [command, files.base if command == "compile" else files.program, *more]
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_what_is_there_is_not_replaced(files: Files, tmp_path: Path, command: str) -> None:
+    out = tmp_path / "out"
+    (out.mkdir() if command == "export-adapter" else out.touch())
+    if command == "export-adapter":
+        (out / "adapter_config.json").touch()
+    before = out.stat()
+    for place in ([out], ["-o", out], ["--output", out]):
+        refused(*words(command, files), *place, said="is there already; --force replaces it")
+    assert out.stat() == before
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_the_output_is_given_once(files: Files, tmp_path: Path, command: str) -> None:
+    for place in ([], [tmp_path / "a", "-o", tmp_path / "b"]):
+        assert "give the output once" in call(*words(command, files), *place, code=2).stderr
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["compile", "merge", "swap", "unload", "export-adapter"])
+def test_json_is_all_there_is_on_stdout(files: Files, tmp_path: Path, command: str) -> None:
+    out = tmp_path / "out"
+    for force in ([], ["--force"]):
+        found = json.loads(call(*words(command, files), "-o", out, "--json", *force).stdout)
+        assert found["wrote"] == str(out)
+    expected = {
+        "merge": ("source", lambda v: v),
+        "swap": ("sites", lambda v: v == 1),
+        "compile": ("trainable", lambda v: v == 0 or v == 60),
+    }
+    if command in expected:
+        key, good = expected[command]
+        assert good(found[key]), found
+
+
+def test_json_of_what_is_looked_at(files: Files) -> None:
+    found = json.loads(call("show", files.program, "--json").stdout)
+    assert [s["fqn"] for s in found["sites"]] == [f"layers.{i}.weight" for i in range(3)]
+    assert json.loads(call("show", files.adapter, "--json").stdout)["config"]["lora_alpha"] == 20
+    assert json.loads(call("verify", files.program, "--json").stdout)["ok"] is True
+    assert json.loads(call("verify", files.program, "--json", "--atol", "1e-30", code=1).stdout)["ok"] is False
+    assert "LoraConfig" in [m["config"] for m in json.loads(call("methods", "--json").stdout)]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_says_what_it_is_for(command: str) -> None:
+    click = typer.main.get_command(app)
+    found = click.commands[command]  # type: ignore[attr-defined]
+    assert found.help
+    for parameter in found.params:
+        assert parameter.help, parameter.name
+    options = {opt for p in found.params for opt in p.opts}
+    assert "--json" in options
+    assert (command in WRITERS) == ({"--output", "-o", "--force"} <= options)
+
+
+# -- compile, package, lower -------------------------------------------------------------------------------------------
+
+
+def test_compile_a_program(files: Files, tmp_path: Path) -> None:
+    out = call("compile", files.base, files.adapter, "-o", tmp_path / "a.pt2").stdout
+    assert re.search(r"layers\.1 +linear +apply +lora +5", out)
+    assert torch.equal(adaptc.load(tmp_path / "a.pt2")(files.x), files.other(files.x))
+
+
+def test_compile_a_config(files: Files, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"peft_type": "LORA", "r": 7, "target_modules": ["head"]}))
+    call("compile", files.base, config, "-o", tmp_path / "a.pt2")
+    program = adaptc.load(tmp_path / "a.pt2")
+    assert adaptc.report(program).sites[0].rank == 7
+    torch.testing.assert_close(program(files.x), files.model(files.x))
+    for text, said in (("{", "JSON"), ("[]", "peft_type"), ('{"peft_type": "NONE"}', "NONE")):
+        config.write_text(text)
+        refused("compile", files.base, config, "-o", tmp_path / "b.pt2", said=said)
+    refused("compile", files.base, tmp_path / "none", "-o", tmp_path / "b.pt2", said="there is no file")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    model = FAMILIES["llama"].build()
+    model.save_pretrained(tmp_path_factory.mktemp("llama") / "model")
+    return model, tmp_path_factory.getbasetemp() / "llama0" / "model"
+
+
+def test_compile_a_model_directory(llama: tuple[Any, Path], files: Files, tmp_path: Path) -> None:
+    model, folder = llama
+    config = LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False)
+    own = adaptc.compile(model, config)
+    adapter = adaptc.save_adapter(own, tmp_path / "adapter")
+    call("compile", folder, adapter, "-o", tmp_path / "a.pt2")
+    ids = torch.arange(15).reshape(3, 5)
+    out = adaptc.load(tmp_path / "a.pt2")(input_ids=ids)
+    torch.testing.assert_close(out.logits, own(input_ids=ids).logits)
+    call("compile", folder, adapter, "-o", tmp_path / "t.pt2", "--training")
+    assert adaptc.load(tmp_path / "t.pt2").module().train().training
+
+
+def test_a_directory_without_a_model_says_so(llama: tuple[Any, Path], files: Files, tmp_path: Path) -> None:
+    def compiled(said: str) -> None:
+        refused("compile", tmp_path / "m", files.adapter, "-o", tmp_path / "a.pt2", said=said)
+
+    compiled("there is no model in .*transformers model directory")
+    shutil.copytree(llama[1], tmp_path / "m")
+    file = tmp_path / "m" / "config.json"
+    good = json.loads(file.read_text())
+    for names in (None, [], ["Nothing"], ["LlamaModel", "LlamaForCausalLM"], ["AutoTokenizer"], "LlamaForCausalLM"):
+        file.write_text(json.dumps({**good, "architectures": names}))
+        compiled("architectures")
+    file.write_text("{")
+    compiled("cannot be read")
+    file.write_text(json.dumps(good))
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"")
+    compiled("cannot load LlamaForCausalLM")
+
+
+def test_keys_are_renamed(files: Files, tmp_path: Path) -> None:
+    tensors = {f"net.{k}": t for k, t in read_adapter(files.adapter).tensors.items()}
+    inner = write_adapter(tmp_path / "inner", files.other.binding.config.to_dict(), tensors)
+    out, mapping = tmp_path / "o.pt2", json.dumps({r"^net\.": ""})
+    refused("swap", files.program, inner, "-o", out, said=r"key_mapping=\{r\"\^net")
+    for text in ("{", "[]"):
+        assert "JSON" in call("swap", files.program, inner, "-o", out, "--key-mapping", text, code=2).stderr
+    assert "--adapter" in call("merge", files.program, "-o", out, "--key-mapping", mapping, code=2).stderr
+    refused("swap", files.program, inner, "-o", out, "--key-mapping", '{"(": ""}', said="key_mapping")
+    refused("swap", files.program, inner, "-o", out, "--key-mapping", '{"a": 1}', said="key_mapping")
+    call("swap", files.program, inner, "-o", out, "--key-mapping", mapping)
+    assert torch.equal(adaptc.load(out)(files.x), files.other(files.x))
+    call("merge", files.program, "-f", "-o", out, "--adapter", inner, "--key-mapping", mapping)
+    torch.testing.assert_close(output(out, files.x), files.other(files.x), rtol=1e-5, atol=1e-6)
+
+
+def test_package(files: Files, tmp_path: Path) -> None:
+    call("package", files.program, "-o", tmp_path / "p.pt2", "--max-rank", 5)
+    runner = adaptc.load_package(tmp_path / "p.pt2")
+    torch.testing.assert_close(runner(files.x), files.own(files.x))
+    runner.swap(files.adapter)
+    torch.testing.assert_close(runner(files.x), files.other(files.x))
+
+
+def test_lower_needs_a_gpu(files: Files, tmp_path: Path) -> None:
+    refused("lower", files.program, "-o", tmp_path / "l.pt2", said="GPU")
+    refused("lower", files.program, "-o", tmp_path / "l.pt2", "--device", "nowhere", said="nowhere")
+
+
+def test_a_process_of_its_own(files: Files, tmp_path: Path) -> None:
+    """Tables and JSON on stdout, errors on stderr, and the exit codes."""
+
+    def run(*args: Any) -> Any:
+        command = [sys.executable, "-m", "adaptc.cli", *map(str, args)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    done = run("swap", files.program, files.adapter, "-o", tmp_path / "s.pt2", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["wrote"] == str(tmp_path / "s.pt2")
+    assert done.stderr == ""
+    done = run("swap", files.program, files.adapter, "-o", tmp_path / "s.pt2")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == f"error: {tmp_path / 's.pt2'} is there already; --force replaces it\n"
+    assert run("swap", files.program).returncode == 2

@@ -6,6 +6,7 @@ binding owns its values: a directory is read into memory of its own, and tensors
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,7 +23,7 @@ from adaptc.binding.fits import check_fits
 from adaptc.binding.given import given
 from adaptc.binding.old_experts import restack
 from adaptc.binding.recipes import Recipes, structure
-from adaptc.errors import AdaptcError, ConfigError, SwapError, shown
+from adaptc.errors import AdaptcError, CheckpointError, ConfigError, SwapError, shown
 from adaptc.methods import AdapterConfig, config_class
 from adaptc.patterns import limited
 from adaptc.peft_files.directory import AdapterFile, all_finite, read_adapter
@@ -52,6 +53,21 @@ def from_dict(data: Mapping[str, Any]) -> AdapterConfig:
     kind = data.get("peft_type")
     cls = config_class(kind if isinstance(kind, str) else shown(kind))
     return cls.from_dict(data)
+
+
+def config_of(path: Path) -> AdapterConfig:
+    """From a JSON file with the content of ``adapter_config.json``. Raises CheckpointError for anything else."""
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"there is no file {path}; expected an adapter directory, or the JSON of a config"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as the JSON of a config: {shown(str(error))}") from error
+    if not isinstance(data, dict) or "peft_type" not in data:
+        raise CheckpointError(f"{path} is no config of an adapter: expected a JSON object with a 'peft_type'")
+    return from_dict(data)
 
 
 def of_file(file: AdapterFile) -> AdapterConfig:
