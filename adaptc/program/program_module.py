@@ -35,7 +35,6 @@ from adaptc.passes.train.checkpoint import checkpoint, set_checkpointing
 from adaptc.passes.train.set_mode import set_mode
 from adaptc.peft_files.format import bare_key, file_key
 from adaptc.program.core import ProgramCore
-from adaptc.runtime.call_inputs import Inputs
 
 _TABLES = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 
@@ -71,7 +70,7 @@ class ProgramModule(nn.Module):
         # The graph is no attribute that torch sees, or it would be a child.
         vars(self).update(tables_of(graph), graph_module=graph)
         self.program, self.owner, self.making = program, owner, making
-        self.inputs = Inputs.of(program, program.adaptation.fills, program.adaptation.takes)
+        self.inputs = program.adaptation.inputs(program)
         self._whole = False
         #: how many repeated blocks are computed again at a time, None where all is kept
         self.checkpointed: int | Literal["auto"] | None = None
