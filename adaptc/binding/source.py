@@ -149,13 +149,14 @@ def as_binding(
         raise SwapError(
             "None is no adapter. prog.bind(None) gives a callable of the base, and adaptc.unload the base itself"
         )
-    kept = getattr(adapter, "binding", None)  # what is bound to a program, or a program: its adapter
-    if isinstance(adapter, Binding) or isinstance(kept, Binding):
+    # What is bound to a program, or a program, stands for its adapter.
+    binding = adapter if isinstance(adapter, Binding) else getattr(adapter, "binding", None)
+    if isinstance(binding, Binding):
         if key_mapping:
             raise ConfigError(
                 "key_mapping renames the keys of files and state dicts, and a binding has none: leave it out"
             )
-        return _checked(target, adapter if isinstance(adapter, Binding) else kept)
+        return _checked(target, binding)
     if current.parts:
         return target.recipes.note(_together(target, current, adapter, trainable, key_mapping))
     spec = target.spec(trainable)

@@ -13,8 +13,9 @@ import copy
 import inspect
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -257,15 +258,17 @@ def _export_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any, t
     with _flat_forward(model, kwargs):
         if not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
             program = export(model, args, kwargs, dynamic_shapes)
-            return _guarded(model, program, args, kwargs, dynamic_shapes, training)
-        if example_inputs is not None and _is_single(args, kwargs):
-            args2, kwargs2 = pytree.tree_map_only(Tensor, _doubled, (args, kwargs))
+            again = partial(export, model, args, kwargs, dynamic_shapes, guarded=True)
+            return _guarded(model, program, args, kwargs, again, training)
+        for args2, kwargs2 in _grown(args, kwargs) if example_inputs is not None else ():
             with contextlib.suppress(CaptureError):
                 program, fixed = export_free(model, args2, kwargs2, _free_of((args2, kwargs2)))
                 if not fixed and _same_outputs(model, program, args, kwargs, training):
-                    return program
+                    again = partial(_export_guarded, model, args2, kwargs2, _free_of((args2, kwargs2)))
+                    return _guarded(model, program, args2, kwargs2, again, training)
         program, fixed = export_free(model, args, kwargs, free)
-        program = _guarded(model, program, args, kwargs, free, training)
+        again = partial(_export_guarded, model, args, kwargs, free)
+        program = _guarded(model, program, args, kwargs, again, training)
     if fixed:
         warnings.warn(
             f"{type(model).__name__} was captured for fewer sizes than asked: {'; '.join(fixed)}. Calls with other "
@@ -276,20 +279,26 @@ def _export_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any, t
     return program
 
 
+def _export_guarded(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], free: Free) -> ExportedProgram:
+    return export_free(model, args, kwargs, free, guarded=True)[0]
+
+
 def _guarded(
-    model: nn.Module, program: ExportedProgram, args: tuple, kwargs: Mapping[str, Any], shapes: Any, training: bool
+    model: nn.Module,
+    program: ExportedProgram,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    again: Callable[[], ExportedProgram],
+    training: bool,
 ) -> ExportedProgram:
-    """``program``, or one that refuses the sizes of one for which it is not what ``model`` is. ``shapes``: which are
-    free."""
+    """``program``, or one that refuses the sizes of one for which it is not what ``model`` is; ``again`` exports the
+    model so."""
     where = [] if training else differing(model, program, args, kwargs)
     if not where:
         return program
     guarded = None
     with contextlib.suppress(CaptureError):
-        if callable(shapes):
-            guarded, _ = export_free(model, args, kwargs, shapes, guarded=True)
-        else:
-            guarded = export(model, args, kwargs, shapes, guarded=True)
+        guarded = again()
     if guarded is not None and not differing(model, guarded, args, kwargs):
         return guarded
     warnings.warn(
@@ -336,14 +345,22 @@ def _tensors(inputs: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim > 0]
 
 
-def _is_single(args: tuple, kwargs: Mapping[str, Any]) -> bool:
+def _grown(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[tuple[tuple, dict[str, Any]]]:
+    """The inputs with more of what they have one of: torch takes a dimension of size 1 in the example for a constant.
+    First all such dimensions, then the batch alone."""
     tensors = _tensors((args, kwargs))
-    return bool(tensors) and all(t.shape[0] == 1 for t in tensors)
+    single = bool(tensors) and all(t.shape[0] == 1 for t in tensors)
+    inner = any(size == 1 for t in tensors for size in t.shape[1:])
+    for axes in ([True] if inner else []) + ([False] if single else []):
 
+        def grow(t: Tensor, inside: bool = axes) -> Tensor:
+            for i, size in enumerate(t.shape):
+                # Other sizes than the batch's two, or they would be taken for the batch.
+                times = (2 if single else 1) if i == 0 else 3 if inside and size == 1 else 1
+                t = torch.cat([t] * times, i)
+            return t
 
-def _doubled(tensor: Tensor) -> Tensor:
-    """A batch of two: torch takes a dimension of size 1 in the example for a constant."""
-    return torch.cat([tensor, tensor]) if tensor.ndim else tensor
+        yield pytree.tree_map_only(Tensor, grow, (args, dict(kwargs)))
 
 
 def _same_outputs(
@@ -358,7 +375,10 @@ def _same_outputs(
         return True
     with torch.no_grad():
         expected, expected_tree = pytree.tree_flatten(model(*args, **kwargs))
-        found, found_tree = pytree.tree_flatten(program.module()(*args, **kwargs))
+        try:
+            found, found_tree = pytree.tree_flatten(program.module()(*args, **kwargs))
+        except Exception:  # guards of a branch that the example does not take
+            return False
     return expected_tree == found_tree and all(
         e.shape == f.shape and torch.allclose(e, f, rtol=1e-2, atol=1e-3, equal_nan=True)
         if isinstance(e, Tensor)

@@ -46,7 +46,8 @@ def export(
     the model asks of sizes being 0 or 1 becomes a guard."""
     printed, graph = io.StringIO(), ""
     try:
-        with contextlib.redirect_stderr(printed), _config.patch(backed_size_oblivious=guarded):
+        patched = _config.patch(backed_size_oblivious=guarded)  # type: ignore[attr-defined]  # made when it is loaded
+        with contextlib.redirect_stderr(printed), patched:
             return torch.export.export(model, args, dict(kwargs), dynamic_shapes=shapes, strict=False, **options)
     except Exception as error:
         graph = str(getattr(error, "partial_fx_graph", ""))

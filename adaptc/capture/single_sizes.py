@@ -35,15 +35,13 @@ def differing(model: nn.Module, program: ExportedProgram, args: tuple, kwargs: M
     if not axes:
         return []
     module, out = program.module(), []
-    for symbol, where in axes.items():
-        with _left_alone(model):
-            if not _same(model, module, *_cut(args, kwargs, where)):
-                names = list(user_inputs(program))
-                out += [f"size 1 of axis {axis} of input {names[i]!r}" for i, axis in where]
-    if not out and len(axes) > 1:
-        with _left_alone(model):
-            if not _same(model, module, *_cut(args, kwargs, [w for where in axes.values() for w in where])):
-                out.append("sizes of 1 alone")
+    names = list(user_inputs(program))
+    for where in axes.values():
+        if not _same(model, module, *_cut(args, kwargs, where)):
+            out += [f"size 1 of axis {axis} of input {names[i]!r}" for i, axis in where]
+    everywhere = [w for where in axes.values() for w in where]
+    if not out and len(axes) > 1 and not _same(model, module, *_cut(args, kwargs, everywhere)):
+        out.append("sizes of 1 alone")
     return out
 
 
@@ -52,7 +50,8 @@ def _free_axes(program: ExportedProgram) -> dict[str, list[tuple[int, int]]]:
     found: dict[str, list[tuple[int, int]]] = {}
     bound: set[str] = set()
     for i, value in enumerate(user_inputs(program).values()):
-        for axis, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
+        sizes: Any = value.shape if isinstance(value, Tensor) else ()
+        for axis, size in enumerate(sizes):
             if not isinstance(size, int):
                 text = str(size)
                 if text.isidentifier():
@@ -75,23 +74,31 @@ def _left_alone(model: nn.Module) -> Iterator[None]:
     buffers = [(b, b.clone()) for b in model.buffers()]
     devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
     with torch.random.fork_rng(sorted(d.index or 0 for d in devices)), torch.no_grad():
-        yield
-        for b, before in buffers:
-            if not torch.equal(b, before):
-                b.copy_(before)
+        try:
+            yield
+        finally:
+            for b, before in buffers:
+                if not torch.equal(b, before):
+                    b.copy_(before)
 
 
 def _same(model: nn.Module, module: Any, args: tuple, kwargs: Mapping[str, Any]) -> bool:
     """Whether both compute the same; a size that one of them refuses is no difference."""
-    state = torch.get_rng_state()
     copies = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
     try:
-        expected, expected_tree = pytree.tree_flatten(model(*args, **kwargs))
-        torch.set_rng_state(state)
-        found, found_tree = pytree.tree_flatten(module(*copies[0], **copies[1]))
+        with _left_alone(model):
+            expected, expected_tree = _results(model(*args, **kwargs))
+        with _left_alone(model):
+            found, found_tree = _results(module(*copies[0], **copies[1]))
     except Exception:  # whatever a model has to say to such sizes
         return True
     return expected_tree == found_tree and all(map(_close, expected, found))
+
+
+def _results(value: Any) -> tuple[list[Any], Any]:
+    """Copies: a result may be part of a buffer."""
+    flat, tree = pytree.tree_flatten(value)
+    return [v.clone() if isinstance(v, Tensor) else v for v in flat], tree
 
 
 def _close(expected: Any, found: Any) -> bool:

@@ -123,7 +123,7 @@ class _Packer:
         binding, program, adaptation = self.binding, self.program, self.program.adaptation
         bases = [] if binding is None else list(binding.base)
         self.tensors |= {f"base.{fqn}": self.program.base_tensors[fqn] for fqn in bases}
-        inputs = Inputs.of(program, adaptation.fills, adaptation.takes)
+        inputs = adaptation.inputs(program)
         if binding is None:
             header = {"fills": dict(adaptation.fills), "takes": list(inputs.takes)}
         else:

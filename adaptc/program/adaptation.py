@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
+from torch.export import ExportedProgram
 
 from adaptc.binding.binding import Binding
 from adaptc.capture.capture import Source
@@ -19,6 +20,7 @@ from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.regions import node_tag
 from adaptc.pt2_files.forms import Each, Length, Maybe, Option, check
 from adaptc.pt2_files.refusal import Refused, shown
+from adaptc.runtime.call_inputs import Inputs
 
 #: of the header and of region tags
 FORMAT = 2
@@ -98,6 +100,10 @@ class Adaptation:
         """Inverse of :meth:`header`, for these attachments."""
         kept = ("matches", "left_out", "fills", "training", "autocast", "residual", "unread", "trail")
         return cls(attachments, **{name: stored[name] for name in kept}, takes=stored.get("takes", ()))
+
+    def inputs(self, program: ExportedProgram) -> Inputs:
+        """How calls of ``program``, which has this adaptation, are read."""
+        return Inputs.of(program, self.fills, self.takes)
 
     def bare(self) -> Adaptation:
         """That of the program without its adapters."""

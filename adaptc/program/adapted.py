@@ -28,7 +28,6 @@ from adaptc.program.describe import described, sites_at, table_of
 from adaptc.program.pretrained_module import pretrained
 from adaptc.program.program_module import ProgramModule, plain
 from adaptc.program.unload import unloaded
-from adaptc.runtime.call_inputs import Inputs
 from adaptc.runtime.held_values import Held
 from adaptc.runtime.options import blocks_at_a_time
 from adaptc.runtime.variants import Fusion
@@ -237,8 +236,7 @@ class ModuleOf:
     logits: str
 
     def __call__(self, program: ProgramCore, owner: ProgramCore) -> ProgramModule:
-        a = program.adaptation
-        source, inputs = a.source, Inputs.of(program, a.fills, a.takes)
+        source, inputs = program.adaptation.source, program.adaptation.inputs(program)
         takes = inputs.n_args, tuple(inputs.names), frozenset(inputs.fills)
         kind = plain(*takes) if source is None else pretrained(source.kind, *takes)
         return kind(program, owner, self.graph(program), self)

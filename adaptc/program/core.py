@@ -37,18 +37,10 @@ from adaptc.passes.ir.ops import Op
 from adaptc.passes.ir.regions import set_header, site_op
 from adaptc.program.adaptation import Adaptation
 from adaptc.program.copies import clone_tensors, mapped
-from adaptc.program.running import Exported, Running, RunState
-from adaptc.runtime.call_inputs import Inputs
+from adaptc.program.running import Exported, Running, RunState, called, check_replaced
 from adaptc.runtime.executor import Arguments, Executor
 from adaptc.runtime.options import RunOptions
 from adaptc.runtime.outside_compilers import outside
-
-
-def _called(program: ProgramCore, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    now = program.running
-    if now.arguments is None:
-        now = program.ready()
-    return now.executor(now.arguments, args, kwargs)  # type: ignore[misc]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +72,7 @@ class ProgramCore(ExportedProgram):
         self._adaptation, self._origin = adaptation, origin
         #: whether a merge took its base tensors away
         self.given_up = False
-        self._called = outside(_called)
+        self._called = outside(called)
         #: the report of the merge that made it
         self.merge_report: Any = None
         now = Running(binding, options)
@@ -293,8 +285,7 @@ class ProgramCore(ExportedProgram):
             forget_code()
             self._exported()
             a, still = self._adaptation, self._sharing(now.binding, options)
-            inputs = Inputs.of(still, a.fills, a.takes)
-            return Executor(still, a.attachments, self._ops, options, inputs, a.training, self.bare_state())
+            return Executor(still, a.attachments, self._ops, options, a.inputs(still), a.training, self.bare_state())
 
     def install(self, binding: Binding) -> None:
         """Make ``binding`` the current one; the caller has checked that it fits."""
@@ -320,14 +311,7 @@ class ProgramCore(ExportedProgram):
 
     def check_base(self) -> None:
         """Raises AdaptcError where a base tensor is no longer what the program was made for."""
-        for fqn, meant in self._meant.items():
-            t = self._base.get(fqn)
-            if t is not None and (t.shape, t.dtype, t.device) != meant:
-                raise AdaptcError(
-                    f"{fqn!r} was replaced by a tensor {tuple(t.shape)} of {t.dtype} on {t.device}, and the program "
-                    f"was made for {tuple(meant[0])} of {meant[1]} on {meant[2]}. Give it back, or compile the model "
-                    "again"
-                )
+        check_replaced(self._base, self._meant)
 
     def set_options(self, **changes: Any) -> None:
         """Change how it runs. Raises as :class:`RunOptions` does, and has then changed nothing."""

@@ -37,7 +37,6 @@ from adaptc.peft_files.format import bare_key, file_key
 from adaptc.program.constraints import Constraints
 from adaptc.program.core import ProgramCore
 from adaptc.program.describe import described_module
-from adaptc.runtime.call_inputs import Inputs
 
 _TABLES = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 
@@ -73,7 +72,7 @@ class ProgramModule(nn.Module):
         # The graph is no attribute that torch sees, or it would be a child.
         vars(self).update(tables_of(graph), graph_module=graph)
         self.program, self.owner, self.making = program, owner, making
-        self.inputs = Inputs.of(program, program.adaptation.fills, program.adaptation.takes)
+        self.inputs = program.adaptation.inputs(program)
         self._whole = False
         #: how many repeated blocks are computed again at a time, None where all is kept
         self.checkpointed: int | Literal["auto"] | None = None

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
 from adaptc.binding.binding import Binding
+from adaptc.errors import AdaptcError
 from adaptc.runtime.executor import Arguments, Executor
 from adaptc.runtime.options import RunOptions
 
@@ -40,6 +42,25 @@ class Exported:
 
     def shows(self, binding: Binding) -> bool:
         return self.binding is not None and self.binding() is binding
+
+
+def called(program: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call of ``program``, with the binding it has when the call begins."""
+    now = program.running
+    if now.arguments is None:
+        now = program.ready()
+    return now.executor(now.arguments, args, kwargs)
+
+
+def check_replaced(base: Mapping[str, Any], meant: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raises AdaptcError where a base tensor is not of the shape, dtype and device that was meant."""
+    for fqn, (shape, dtype, device) in meant.items():
+        t = base.get(fqn)
+        if t is not None and (t.shape, t.dtype, t.device) != (shape, dtype, device):
+            raise AdaptcError(
+                f"{fqn!r} was replaced by a tensor {tuple(t.shape)} of {t.dtype} on {t.device}, and the program was "
+                f"made for {tuple(shape)} of {dtype} on {device}. Give it back, or compile the model again"
+            )
 
 
 @dataclass(eq=False)

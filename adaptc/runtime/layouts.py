@@ -49,7 +49,7 @@ def laid(value: Tensor, order: Sequence[int]) -> Tensor:
     """``value`` in an order: itself, or a copy."""
     if value.is_contiguous() and _counts(order):
         return value
-    return value.permute(order).contiguous().permute(_back(order))
+    return value.permute(tuple(order)).contiguous().permute(_back(order))
 
 
 def _back(order: Sequence[int]) -> list[int]:
