@@ -7,7 +7,7 @@ that has a value for every slot of the spec, or an error and nothing else.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,6 +73,7 @@ def bind(
     """
     check_finite(tensors, source)
     builder = _Builder(spec, config, tensors.values() if copy else ())
+    builder.of_file = True
     left = dict.fromkeys(tensors)
     present = _present(spec, config, tensors, left, fit=fit)
     if fit:
@@ -141,11 +142,25 @@ def _present(
         for name in found.keys() - common:
             left.pop(keys[name], None)
         out.append((a, method.with_sizes_of(op, found) if fit else method, found))
+    _check_followers(spec, {a.id for a, _, _ in out})
     for key in shared:
         left.pop(key, None)
     methods = joined({a.id: method for a, method, _ in out}, spec.ops)
     check_sizes(config, [(a, methods[a.id], spec.ops[a.id]) for a, _, _ in out])
     return [(a, methods[a.id], found) for a, _, found in out]
+
+
+def _check_followers(spec: BindingSpec, present: Collection[str]) -> None:
+    """Raises SwapError for an adapter that has only some of the sites whose slots are one tensor (tied layers)."""
+    first: dict[str, Attachment] = {}
+    for a in spec.attachments:
+        for name, slot in a.method.slots(spec.ops[a.id]).items():
+            other = first.setdefault(a.slots.get(name) or a.slot_fqn(name, slot), a)
+            if not slot.shared and (other.id in present) != (a.id in present):
+                raise SwapError(
+                    f"the program adapts {other.fqn!r} and {a.fqn!r} as one (ensure_weight_tying), and the adapter has "
+                    "tensors for one of them alone; compile a program for this adapter"
+                )
 
 
 def _slots_if_any(method: Method, op: Op) -> Mapping[str, Slot]:
@@ -188,6 +203,8 @@ class _Builder:
         self.theirs = frozenset(memory_of(t) for t in theirs if t.numel())
         self.casts: list[Cast] = []
         self.values: dict[str, Tensor] = {}
+        self.given: dict[str, Tensor] = {}
+        self.of_file = False
         self.methods: dict[str, Method] = {}
         self.base: dict[str, Tensor] = {}
         self.carried: dict[str, Tensor] = {}
@@ -269,7 +286,9 @@ class _Builder:
         dtype, device = self.spec.dtype(a), self.spec.weights[a.fqn].device
         for name, slot in a.method.slots(self.spec.ops[a.id]).items():
             fqn = a.slots.get(name) or a.slot_fqn(name, slot)
-            if fqn not in self.values:
+            if fqn in self.values:
+                self._check_one(a, name, slot, fqn, tensors[name])
+            else:
                 # What several sites share may belong to several programs too, and is nobody's to write to.
                 given = _cut_or_filled(tensors[name], slot)
                 value = given.to(device, slot.dtype or dtype, copy=slot.shared)
@@ -278,12 +297,23 @@ class _Builder:
                 if not self.spec.trainable:  # or else it is copied anyhow
                     value = self._own(value)
                 self.values[fqn] = self.spec.wrap(value, slot.trainable, present)
+                if present and not slot.shared:
+                    self.given[fqn] = given
         if scale is not None:
             scale = finite_scale(scale, a, self.config)
             # float32 scale is exact enough for every dtype below float64 and keeps half precision half.
             kind = torch.float64 if dtype == torch.float64 else torch.float32
             fqn = a.scale_slot or a.scale_fqn
             self.values[fqn] = torch.tensor(scale, dtype=kind, device=device)
+
+    def _check_one(self, a: Attachment, name: str, slot: Slot, fqn: str, value: Tensor) -> None:
+        """Raises CheckpointError where a slot that several sites have is given values that differ."""
+        first = self.given.get(fqn)
+        if self.of_file and first is not None and first is not value and not torch.equal(first, value.to(first)):
+            raise CheckpointError(
+                f"{a.file_key(name, slot)!r} of {a.fqn!r} and that of a layer it is tied to (ensure_weight_tying) are "
+                "one tensor, and differ in the file"
+            )
 
     def done(self, source: str) -> Binding:
         check_casts(self.casts, source)

@@ -136,6 +136,7 @@ class TargetedConfig(AdapterConfig):
     bias = cast("Any", "none")
     trainable_token_indices = cast("Any", None)
     layer_replication = cast("Any", None)
+    ensure_weight_tying = cast("Any", False)
 
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None

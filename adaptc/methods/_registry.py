@@ -44,6 +44,7 @@ CONFIGS: dict[str, str] = {
 #: method name in region tags -> "module:Class"
 METHODS: dict[str, str] = {
     "lora": "adaptc.methods.lora:Lora",
+    "lora_tied": "adaptc.methods.lora:LoraTied",
     "dora": "adaptc.methods.dora:Dora",
     "adalora": "adaptc.methods.adalora:AdaLora",
     "oft": "adaptc.methods.oft:Oft",

@@ -117,6 +117,9 @@ class Stacked(Method):
     def at(self, op: Op) -> Method:
         return replace(self, inner=self.inner.at(self.each(op)))
 
+    def following(self, home: str) -> Method | None:
+        return None  # experts are tied to no embedding
+
     def shares(self) -> bool:
         return self.inner.shares()
 

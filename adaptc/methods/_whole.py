@@ -37,6 +37,8 @@ class Whole(Method):
     place: str = "modules_to_save"
     trainable: bool = True
     submodules: str = ""
+    #: the module whose tensor it is, where that is another one
+    home: str = ""
 
     def at_path(self, path: str) -> str:
         """The slot of the parameter at ``path`` in a module, for a method whose ``slot`` is how they all begin."""
@@ -66,7 +68,10 @@ class Whole(Method):
 
     def fqn(self, place: str, slot: str, adapter: str) -> str:
         path = slot.removeprefix(f"{self.place}.").removeprefix(self.submodules)
-        return ".".join(p for p in (place, self.place, adapter, path) if p)
+        return ".".join(p for p in (self.home or place, self.place, adapter, path) if p)
+
+    def following(self, home: str) -> Whole:
+        return replace(self, home=home)
 
 
 @dataclass(frozen=True)

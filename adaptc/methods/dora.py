@@ -50,6 +50,9 @@ class Dora(Lora):
         values = super().identity(op, W, dtype)
         return {**values, MAGNITUDE: torch.full_like(values[MAGNITUDE], torch.inf)}
 
+    def following(self, home: str) -> None:
+        return None  # its lengths are those of rows, and the rows of the two layers are not the same
+
     def nested(self) -> Dora:
         return self  # PEFT has no DoRA in MultiheadAttention, and so no files in which it is applied twice
 

@@ -8,6 +8,7 @@ Slots, in PEFT's shapes: ``lora_A.weight`` (r, in[, *kernel]) and ``lora_B.weigh
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod, sqrt
 from typing import Any, ClassVar
@@ -106,6 +107,9 @@ class Lora(Method):
             raise TargetError("lora_bias=True has no meaning in MultiheadAttention, whose weights alone are adapted")
         return dataclasses.replace(self, repeat=2)
 
+    def following(self, home: str) -> Method | None:
+        return LoraTied(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, home=home)
+
     def with_sizes_of(self, op: Op, slots: Slots) -> Lora:
         A = next((t for n, t in slots.items() if n.startswith(("lora_A", "lora_embedding_A"))), None)
         return self if A is None or not A.ndim else dataclasses.replace(self, r=A.shape[0] // max(op.experts, 1))
@@ -153,3 +157,52 @@ class Lora(Method):
             A = A.reshape(op.experts, -1, A.shape[-1])
             B = B.reshape(B.shape[0], -1, op.experts).permute(2, 0, 1)
         return A, B
+
+
+@dataclass(frozen=True)
+class LoraTied(Lora):
+    """LoRA at a linear layer that is tied to the embedding ``home`` and changes with it: A is the embedding's B turned,
+    and B its A. Files have them once more as any linear layer has."""
+
+    name: ClassVar[str] = "lora_tied"
+
+    home: str = ""
+
+    def slots(self, op: Op) -> dict[str, Slot]:
+        return {
+            "lora_embedding_A": Slot((self.r, op.out_features), free=(0,)),
+            "lora_embedding_B": Slot((op.in_features, self.r), free=(1,)),
+        }
+
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+        plain = Lora(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Lora)})
+        first = plain.init(op, W, dtype, generator)
+        return Initial(self.read(op, first.slots), first.base)
+
+    def rebind(self, config: Any, place: Place) -> Method:
+        new = super().rebind(config, place)
+        tied = type(new) is Lora and config.ensure_weight_tying
+        return new.following(self.home) if tied else new  # type: ignore[return-value]
+
+    def keys(self, op: Op) -> list[str]:
+        return ["lora_A.weight", "lora_B.weight"]
+
+    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        names = {"lora_embedding_A": "lora_B.weight", "lora_embedding_B": "lora_A.weight"}
+        return {n: found[k].mT.contiguous() for n, k in names.items() if k in found and found[k].ndim == 2}
+
+    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
+        names = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A"}
+        return {k: slots[n].mT.contiguous() for k, n in names.items()}
+
+    def fqn(self, place: str, slot: str, adapter: str) -> str:
+        return super().fqn(self.home, slot, adapter)
+
+    def following(self, home: str) -> Method | None:
+        return dataclasses.replace(self, home=home)
+
+    def unfused(self, op: Op) -> str:
+        return "there are no kernels for a layer that changes with an embedding"
+
+    def _factors(self, op: Op, slots: Slots) -> tuple[Tensor, Tensor]:
+        return slots["lora_embedding_B"].mT, slots["lora_embedding_A"].mT

@@ -30,7 +30,11 @@ VARIANTS = (
 
 @dataclass
 class LoraConfig(TargetedConfig):
-    """PEFT's ``LoraConfig``: same names, same defaults. Unsupported fields raise ConfigError when set."""
+    """PEFT's ``LoraConfig``: same names, same defaults. Unsupported fields raise ConfigError when set.
+
+    ``ensure_weight_tying``: layers tied to the input embedding change with it, whichever of them is named. PEFT has two
+    parameters on one memory for that, and here it is one, whose gradient is the sum.
+    """
 
     peft_type: ClassVar[str] = "LORA"
     samples: ClassVar[Sequence[Mapping[str, Any]]] = ({}, {"use_dora": True})
@@ -49,7 +53,6 @@ class LoraConfig(TargetedConfig):
         "use_bdlora": NOT_YET,
         "arrow_config": NOT_YET,
         "kasa_config": NOT_YET,
-        "ensure_weight_tying": "adapters of tied layers stay separate, so that one cannot change the other",
         "runtime_config": "there is no ephemeral offload: frozen weights stay where the program has them",
     }
 
@@ -93,6 +96,11 @@ class LoraConfig(TargetedConfig):
             raise ConfigError(
                 "lora_bias=True has no meaning for DoRA, which scales weights alone; unset one of the two"
             )
+        for option in ("use_dora", "lora_bias"):
+            if self.ensure_weight_tying and getattr(self, option):
+                raise ConfigError(
+                    f"ensure_weight_tying=True has no meaning with {option}=True, which tied layers have apart"
+                )
         variants = [name for name in VARIANTS if getattr(self, name)]
         if len(variants) > 1:
             raise ConfigError(f"{' and '.join(variants)} are variants of LoRA that do not combine; keep one of them")

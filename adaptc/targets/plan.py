@@ -35,6 +35,7 @@ from adaptc.passes.ir.ops import op_of
 from adaptc.targets.computed_weights import computed_weights
 from adaptc.targets.name_rules import NO_TARGETS, Candidate, Selection, select, select_to_save, suffixes
 from adaptc.targets.old_experts import refuse_old_targets
+from adaptc.targets.tied import Ties
 from adaptc.targets.whole_and_rows import Trained, outermost
 
 #: parameters that are added to something, which no method means
@@ -103,6 +104,7 @@ class _Planner:
         self.head = facts.output_embedding or self._guess_head()
 
     def run(self) -> Plan:
+        ties = Ties.of(self.config, self.trained)
         saved = outermost(select_to_save(self.names, self.config.modules_to_save, self.config.task_type, self.tell))
         parameters = self.config.target_parameters
         tokens = self.config.trainable_token_indices
@@ -114,6 +116,13 @@ class _Planner:
         modules = self._candidates()
         refuse_old_targets(targets, self.names, self.lifted.state_dict)
         selection = self._select(modules, targets)
+        saved, saves = ties.led(saved)
+        names, adapts = ties.led(selection.names)
+        ties.check_used(bool(saves or adapts or tokens))
+        if adapts:
+            self.config.target_modules = ties.named(self.config.target_modules)
+        if saves:
+            self.config.modules_to_save = ties.named(self.config.modules_to_save)
         whole = [(m, Whole("")) for m in saved]
         main: list[Attachment] = []
         rows: list[Attachment] = []
@@ -122,7 +131,9 @@ class _Planner:
         elif self.config.unit == "rows":
             rows = self.trained.rows([(m, "", cast(TokenRows, self.config.method(m, ""))) for m in selection.names])
         else:
-            main = [a for name in selection.names for a in self._module(name, modules[name], selection)]
+            # Who follows draws the first values, as in PEFT.
+            main = [self._attach(s, s.module, ties.home, "", home=ties.home) for s in ties.followers if adapts]
+            main += [a for name in names for a in self._module(name, modules[name], selection)]
         check_names = [*selection.names]
         extra = self._parameters(parameters, check_names)
         own = type(self.config).pattern_matches is not TargetedConfig.pattern_matches
@@ -130,6 +141,9 @@ class _Planner:
             check_patterns(option, pattern, check_names, self.config.pattern_matches if own else None, self.tell)
         self._check_dropout([*main, *extra])
         replaced = [a for m, like in whole for a in self.trained.whole(m, like)]
+        replaced += [self.trained.follower(s, ties.home) for s in ties.followers if saves]
+        if isinstance(tokens, Mapping):
+            ties.check_tokens(tokens)
         rows += self.trained.tokens(tokens)
         biases = self.trained.biases(self.config.bias, {a.id for a in replaced}, main)
         attachments = [*biases, *replaced, *main, *extra, *rows]
@@ -201,9 +215,13 @@ class _Planner:
             a = self._attach(site, key, name, entry)
             yield a if site.module == name else replace(a, method=a.method.nested())
 
-    def _attach(self, site: Site, key: str, name: str, entry: str, kind: str | None = None) -> Attachment:
+    def _attach(
+        self, site: Site, key: str, name: str, entry: str, kind: str | None = None, home: str = ""
+    ) -> Attachment:
         kind = kind or site.kind
         method = self.config.method(name, kind)
+        if home and (method := method.following(home)) is None:
+            raise TargetError(f"ensure_weight_tying=True: {self.config.peft_type} has no form at {site.fqn!r}")
         if kind.startswith("experts") and not method.stacks:
             method = Stacked.of(method)
         a = Attachment(

@@ -47,6 +47,11 @@ class Trained:
             raise TargetError(f"modules_to_save: {module!r} holds no parameter that the program reads")
         return [self._whole(s, module, s.fqn.removeprefix(f"{module}."), like) for s in inside]
 
+    def follower(self, site: Site, home: str) -> Attachment:
+        """The weight of a site that is the one of ``home``, which is trained whole."""
+        a = self._whole(site, site.module, site.param, Whole("").following(home))
+        return replace(a, consumers=site.consumers)  # the other readers are those of the leader
+
     def unread(self, whole: Iterable[tuple[str, Whole]], read: Collection[str]) -> dict[str, str]:
         """Key in files -> FQN of all else that these modules hold, of which ``read`` are taken care of."""
         out: dict[str, str] = {}

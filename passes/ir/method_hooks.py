@@ -211,6 +211,11 @@ class Hooks:
         """This method at a layer that PEFT adapts inside another adapted one (MultiheadAttention's ``out_proj``)."""
         return self
 
+    def following(self, home: str) -> Any:
+        """This method at a linear layer that is tied to the embedding ``home`` (a module), with the slots it has there:
+        the two change one weight. None where it has no such form."""
+        return None
+
     def moves_base(self) -> bool:
         """Whether its first values come with a base weight of their own (PiSSA), which its adapters then go with."""
         return False

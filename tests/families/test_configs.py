@@ -29,7 +29,6 @@ REFUSED: dict[str, Any] = {
     "use_bdlora": {"use_bdlora": peft.BdLoraConfig(target_modules_bd_a=["q_proj"], nblocks=2)},
     "arrow_config": {"arrow_config": peft.ArrowConfig()},
     "kasa_config": {"kasa_config": peft.KasaConfig()},
-    "ensure_weight_tying": {"ensure_weight_tying": True},
     "runtime_config": {"runtime_config": CPU_OFFLOAD},
 }
 

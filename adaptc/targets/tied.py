@@ -1,0 +1,82 @@
+"""Layers that share the weight of the input embedding, where a config wants them adapted as one (ensure_weight_tying).
+
+Before: the modules that a config selects. After: of those that are tied, the embedding alone, and the others follow it:
+they read its slots, and files have them under each name, as PEFT's have.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from adaptc.errors import AdaptcWarning, ConfigError, TargetError
+from adaptc.methods import TargetedConfig
+from adaptc.passes.analysis.sites import Site
+from adaptc.targets.whole_and_rows import Trained
+
+
+@dataclass(frozen=True)
+class Ties:
+    """``home``: the module of the input embedding, '' where nothing is to be tied; ``followers``: who reads its weight
+    under another name."""
+
+    home: str = ""
+    followers: tuple[Site, ...] = ()
+
+    @classmethod
+    def of(cls, config: TargetedConfig, trained: Trained) -> Ties:
+        """Raises TargetError where the embedding is not known, or is tied to what cannot follow it."""
+        if not config.ensure_weight_tying:
+            return cls()
+        home = trained.embedding or trained.only_embedding()
+        site = next((s for s in trained.sites if s.module == home and s.param == "weight"), None)
+        if home is None or site is None or site.kind != "embedding":
+            raise TargetError(
+                f"ensure_weight_tying=True: the program has no one input embedding (found {home!r}); set it to False"
+            )
+        followers = tuple(trained.tied_to(site))
+        if not followers:
+            warnings.warn(
+                f"ensure_weight_tying=True has no effect: nothing is tied to the input embedding {home!r}",
+                AdaptcWarning,
+                stacklevel=2,
+            )
+            return cls()
+        for f in followers:
+            if f.kind != "linear":
+                raise TargetError(
+                    f"ensure_weight_tying=True: {f.fqn!r} is tied to {home!r} and is no linear layer ({f.kind}), which "
+                    "alone can follow an embedding; set it to False"
+                )
+        return cls(home, followers)
+
+    def led(self, names: Sequence[str]) -> tuple[list[str], bool]:
+        """``names`` with the embedding in the place of all that are tied, and whether there were any."""
+        tied = {self.home, *(f.module for f in self.followers)} if self.home else set()
+        if tied.isdisjoint(names):
+            return list(names), False
+        return [self.home, *(n for n in names if n not in tied)], True
+
+    def named(self, entries: Any) -> Any:
+        """A list of target entries with the followers in it, by which PEFT, too, knows that they are to be tied."""
+        if not isinstance(entries, (list, set)):
+            return entries
+        return [*entries, *(f.module for f in self.followers if f.module.rpartition(".")[2] not in entries)]
+
+    def check_used(self, used: bool) -> None:
+        if self.home and not used:
+            tied = [self.home, *(f.module for f in self.followers)]
+            warnings.warn(
+                f"ensure_weight_tying=True has no effect: the config trains none of {tied}", AdaptcWarning, stacklevel=2
+            )
+
+    def check_tokens(self, tokens: Mapping[str, Collection[int]]) -> None:
+        """Raises ConfigError where tied modules are to have different rows."""
+        tied = {self.home, *(f.module for f in self.followers)} if self.home else set()
+        found = {e: list(rows) for e, rows in tokens.items() if any(m == e or m.endswith(f".{e}") for m in tied)}
+        if len({tuple(rows) for rows in found.values()}) > 1:
+            raise ConfigError(
+                f"ensure_weight_tying=True, and trainable_token_indices has other rows for tied layers: {found}"
+            )
