@@ -59,7 +59,9 @@ def check_followed(program: ProgramCore) -> None:
     now = program.current.values
     for module in list(program.memory.modules):
         own = module.tensors()
-        known = [k for k, t in module.program.binding.values.items() if now.get(k) is t and k in own]
+        # Scales are buffers, of which torch makes new ones whenever a module is moved.
+        trained = {k: t for k, t in module.program.binding.values.items() if t.requires_grad and k in own}
+        known = [k for k, t in trained.items() if now.get(k) is t]
         lost = [k for k in known if own[k] is not now[k]]
         if lost:
             parts = mesh_of(own[lost[0]]) is not None

@@ -83,6 +83,7 @@ class ProgramModule(nn.Module):
         # The graph is no attribute that torch sees, or it would be a child.
         vars(self).update(tables_of(graph), graph_module=graph)
         self.program, self.owner, self.making = program, owner, making
+        self.made_on = self._device()
         owner.memory.modules.add(self)
         self.inputs = Inputs.of(program, program.adaptation.fills)
         self._whole = False
@@ -121,6 +122,9 @@ class ProgramModule(nn.Module):
                 raise AdaptcError(wrong) from error
             raise
 
+    def _device(self) -> torch.device | None:
+        return next((t.device for t in self.parameters()), None)
+
     def why_wrong(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         """What may be wrong with a call that a layer refused, as far as one can tell."""
         meant = {fqn: dtype for fqn, (_, dtype, _) in self.program.meant.items()}
@@ -134,7 +138,12 @@ class ProgramModule(nn.Module):
         return ""
 
     def _check(self, flat: Sequence[Any]) -> None:
-        here = next((t.device for t in self.parameters()), None)
+        here = self._device()
+        if here != self.made_on:
+            raise AdaptcError(
+                f"the module was moved from {self.made_on} to {here}, and what it learns there could not be written, "
+                f"for its program was made for {self.made_on}: move that, program.to({str(here)!r}).module()"
+            )
         for (name, _), value in zip(self.inputs.expected, flat, strict=True):
             if isinstance(value, Tensor) and here is not None and value.device != here:
                 raise AdaptcError(f"input {name!r} is on {value.device}, and the module on {here}; move one of the two")

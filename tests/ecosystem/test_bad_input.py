@@ -67,6 +67,13 @@ def test_a_batch_on_another_device(name: str) -> None:
         module()(**{**rows, name: rows[name].to("meta")})
 
 
+def test_a_module_on_another_device_than_its_program() -> None:
+    """Its state could not be made there, so it is not trained for nothing."""
+    rows = {k: t.to("meta") for k, t in batch().items()}
+    with pytest.raises(AdaptcError, match=r"moved from cpu to meta.*program.to\('meta'\).module\(\)"):
+        module().to("meta")(**rows)
+
+
 def test_no_rows_at_all(tmp_path: Path) -> None:
     """torch says it."""
     trained = module()
