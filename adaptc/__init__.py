@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from adaptc.passes.ir.method import Initial, Method, Slot
     from adaptc.passes.ir.ops import Op
     from adaptc.program.adapted import AdaptedProgram
+    from adaptc.program.checkpoints import last_checkpoint
     from adaptc.program.lorafa import lorafa_optimizer
     from adaptc.program.rank_allocator import RankAllocator, orthogonal_loss
     from adaptc.program.trainer_callback import check_gradients, trainer_callback
@@ -96,6 +97,7 @@ PUBLIC = {
     "lorafa_optimizer": "adaptc.program.lorafa",
     "trainer_callback": "adaptc.program.trainer_callback",
     "check_gradients": "adaptc.program.trainer_callback",
+    "last_checkpoint": "adaptc.program.checkpoints",
     # what one holds
     "AdaptedProgram": "adaptc.program.adapted",
     "LoraConfig": "adaptc.methods.lora_config",

@@ -17,7 +17,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from adaptc.binding.source import as_binding
-from adaptc.errors import ConfigError, MergeError, shown
+from adaptc.errors import AdaptcError, ConfigError, MergeError, shown
 from adaptc.packages.run import PackagedProgram
 from adaptc.packages.write import package_program
 from adaptc.program.adapted import AdaptedProgram
@@ -27,6 +27,8 @@ from adaptc.program.compile import compiled
 from adaptc.program.files import load_program, save_program
 from adaptc.program.lower import lowered
 from adaptc.program.merge import merged, unmerged
+from adaptc.program.module_files import check_followed, write_module
+from adaptc.program.program_module import ProgramModule
 from adaptc.program.unload import unloaded
 from adaptc.reports.coverage import CoverageReport
 from adaptc.reports.results import MergeReport, SwapReport, bar
@@ -148,8 +150,9 @@ def merge(
     not finite. With ``keep_base`` the result keeps a reference to what it replaced and ``unmerge`` gives it back bit
     for bit; without it, each old weight is freed before the next new one is made (fused siblings, which have one
     memory, with the last of them) and ``program`` must not be used any more.
-    Raises MergeError, with ``program`` unchanged.
+    Raises MergeError, with ``program`` unchanged, and AdaptcError where its module trains other tensors than it has.
     """
+    check_followed(program)
     source = program.binding.source
     new, rows = merged(program, safe=safe, keep_base=keep_base, progress=bar("merging", progress))
     new.merge_report = MergeReport(rows, source)
@@ -193,8 +196,10 @@ def save(program: ExportedProgram, path: str | os.PathLike[str]) -> Path:
     """Write a program as ``.pt2`` (torch.export's format), aside first and then moved into place.
 
     An adapted program carries its sites, slots and config in its graph; a merged or unloaded one is plain ATen and
-    needs no adaptc to run.
+    needs no adaptc to run. Raises AdaptcError for a program whose module trains other tensors than the program has.
     """
+    if isinstance(program, AdaptedProgram):
+        check_followed(program)
     return save_program(program, Path(path))
 
 
@@ -221,7 +226,7 @@ def load(
 
 @checked("adapter_name", "safe_serialization", "base_model", "save_embedding_layers")
 def save_adapter(
-    program: AdaptedProgram,
+    program: AdaptedProgram | nn.Module,
     path: str | os.PathLike[str],
     *,
     adapter_name: str = "default",
@@ -235,15 +240,26 @@ def save_adapter(
     ``peft.PeftModel.from_pretrained(model, path)`` loads it. ``base_model`` is recorded as base_model_name_or_path.
     ``save_embedding_layers`` adds the base weights of ``embed_tokens`` and ``lm_head``, which an adapter needs whose
     vocabulary was resized (PEFT also adds them whenever one of the two is targeted).
+
+    ``program`` may be a module that ``program.module()`` made. It must be one that FSDP2 holds in parts: then every
+    process makes the call, the first one writes, and all return when it has. Raises AdaptcError for a program whose
+    module trains other tensors than the program has, and CheckpointError where the directory cannot be written.
     """
-    return write_current(
-        program,
-        path,
-        adapter_name=adapter_name,
-        safe_serialization=safe_serialization,
-        base_model=base_model,
-        save_embedding_layers=save_embedding_layers,
-    )
+    options: dict[str, Any] = {
+        "adapter_name": adapter_name,
+        "safe_serialization": safe_serialization,
+        "base_model": base_model,
+        "save_embedding_layers": save_embedding_layers,
+    }
+    if isinstance(program, ProgramModule):
+        return write_module(program, path, **options)
+    if not isinstance(program, AdaptedProgram):
+        raise AdaptcError(
+            f"save_adapter takes what adaptc.compile or program.module() gives, not a {type(program).__name__}; of "
+            "what wraps a module, such as DistributedDataParallel, give what is inside"
+        )
+    check_followed(program)
+    return write_current(program, path, **options)
 
 
 @checked("changes")
@@ -267,6 +283,8 @@ def package(program: AdaptedProgram, path: str | os.PathLike[str], *, max_rank: 
 
     The file is machine code, which runs when it is loaded.
     """
+    if isinstance(program, AdaptedProgram):
+        check_followed(program)
     return package_program(program, Path(path), max_rank=max_rank)
 
 

@@ -18,6 +18,7 @@ from adaptc.binding.combine import part_of
 from adaptc.errors import CheckpointError, ConfigError
 from adaptc.peft_files.directory import write_adapter
 from adaptc.peft_files.format import SAFE_NAME
+from adaptc.peft_files.staging import replacing
 from adaptc.program.core import ProgramCore
 
 #: where transformers' Trainer looks for weights when it goes on from a checkpoint
@@ -84,4 +85,5 @@ def linked_for_trainer(directory: Path) -> Iterator[None]:
             try:
                 os.link(weights, name)
             except OSError:
-                shutil.copyfile(weights, name)
+                with replacing(name) as copied:
+                    shutil.copyfile(weights, copied)

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +23,8 @@ from adaptc.passes.ir.module_paths import module_path, owners_of
 from adaptc.passes.train.checkpoint import checkpoint
 from adaptc.passes.train.recomputed import Recomputed
 from adaptc.passes.train.set_mode import set_mode
-from adaptc.program.adapter_files import linked_for_trainer, write_current
 from adaptc.program.core import ProgramCore
+from adaptc.program.module_files import write_module
 from adaptc.program.program_module import Making, ProgramModule, forward_taking, tables_of
 
 _IGNORED = -100
@@ -139,6 +137,27 @@ class PretrainedModule(ProgramModule):
             out.loss = out.loss + self.penalty()
         return out
 
+    def why_wrong(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+        """Also tokens and labels that the vocabulary does not have."""
+        if found := super().why_wrong(args, kwargs):
+            return found
+        port = vars(self)["port"]
+        sizes = {"input_ids": None if port is None else port.num_embeddings, "labels": self._classes()}
+        for name, size in sizes.items():
+            t = kwargs.get(name)
+            if size is None or not isinstance(t, Tensor) or t.is_floating_point() or t.is_meta:
+                continue
+            out = t[(t < 0) | (t >= size)]
+            out = out[out != _IGNORED] if name == "labels" else out
+            if len(out):
+                also = f", or {_IGNORED} where there is none" if name == "labels" else ""
+                return f"input {name!r} holds {out[0].item()}; expected numbers from 0 to {size - 1}{also}"
+        return ""
+
+    def _classes(self) -> int | None:
+        """How many there are to choose from in the loss, where that is a word each."""
+        return getattr(self.config, "vocab_size", None) if self.source.means_over_next_labels else None
+
     # -- what transformers asks of a model -----------------------------------------------------------------------------
 
     def get_input_embeddings(self) -> Tensors:
@@ -222,6 +241,11 @@ class PretrainedModule(ProgramModule):
             "a program has no cache to generate with: save the adapter (adaptc.save_adapter) and load it into the model"
         )
 
+    def push_to_hub(self, *_: Any, **__: Any) -> Any:
+        raise AdaptcError(
+            "a program is not pushed: write the adapter with save_pretrained, and push that with huggingface_hub"
+        )
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
@@ -232,7 +256,8 @@ class PretrainedModule(ProgramModule):
         save_embedding_layers: bool = False,
         **options: Any,
     ) -> None:
-        """Write the adapter as a PEFT directory. ``state_dict``: tensors in PEFT's keys, to be written instead.
+        """Write the adapter as a PEFT directory, where ``is_main_process``. ``state_dict``: tensors in PEFT's keys, to
+        be written instead. Of a module that FSDP2 holds in parts all processes call it, and the first writes.
 
         ``model.safetensors`` in it is a second name of the adapter's weights, which Trainer looks for when it resumes.
         Raises ConfigError for other options, and CheckpointError as ``adaptc.save_adapter`` does, and where the
@@ -242,20 +267,16 @@ class PretrainedModule(ProgramModule):
             raise ConfigError("push_to_hub=True: write the directory, and push it with huggingface_hub")
         if odd := sorted(k for k, v in options.items() if v is not None):
             raise ConfigError(f"save_pretrained of a program writes its adapter, and takes no {', '.join(odd)}")
-        if not is_main_process:
-            return
-        program, binding = self.program, self.binding()
-        if state_dict is not None:
-            binding = as_binding(program, state_dict)
-        with linked_for_trainer(Path(save_directory)) if safe_serialization else nullcontext():
-            write_current(
-                program,
-                save_directory,
-                binding,
-                safe_serialization=safe_serialization,
-                base_model=self.name_or_path or None,
-                save_embedding_layers=save_embedding_layers,
-            )
+        write_module(
+            self,
+            save_directory,
+            None if state_dict is None else as_binding(self.program, state_dict),
+            here=is_main_process,
+            for_trainer=safe_serialization,
+            safe_serialization=safe_serialization,
+            base_model=self.name_or_path or None,
+            save_embedding_layers=save_embedding_layers,
+        )
 
 
 @cache

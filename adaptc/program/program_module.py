@@ -12,14 +12,16 @@ The graph module is no child of it: the two share their tables of parameters, bu
 replaces a parameter (``to``, FSDP) does it for both, and no name has a prefix.
 
 Private torch use, with the public route that was tried: the tables of ``nn.Module`` (``_parameters`` and its like).
-Public: ``register_parameter`` on both, which does not follow what replaces a parameter of one of them.
+Public: ``register_parameter`` on both, which does not follow what replaces a parameter of one of them. And
+``_fqn_modifiers``, where ``torch.distributed.checkpoint`` asks what a state's keys are called as attributes: there is
+no public name for it, and without it ``get_model_state_dict`` fails on keys that are no attributes.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, ClassVar, Literal, Protocol, Self
@@ -37,6 +39,7 @@ from adaptc.peft_files.format import bare_key, file_key
 from adaptc.program.constraints import Constraints
 from adaptc.program.core import ProgramCore
 from adaptc.program.describe import described_module
+from adaptc.program.in_parts import as_held, whole
 
 _TABLES = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 
@@ -60,6 +63,15 @@ def tables_of(module: nn.Module) -> dict[str, Any]:
     return {name: vars(module)[name] for name in _TABLES}
 
 
+class AnyKey:
+    """Has itself under every name, for who only wants to know whether a key is there."""
+
+    def __getattr__(self, name: str) -> AnyKey:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self
+
+
 class ProgramModule(nn.Module):
     """Made by :meth:`AdaptedProgram.module`. ``program``: a snapshot, which nobody swaps, of ``owner``."""
 
@@ -72,6 +84,8 @@ class ProgramModule(nn.Module):
         # The graph is no attribute that torch sees, or it would be a child.
         vars(self).update(tables_of(graph), graph_module=graph)
         self.program, self.owner, self.making = program, owner, making
+        self.made_on = self._device()
+        owner.memory.modules.add(self)
         self.inputs = program.adaptation.inputs(program)
         self._whole = False
         #: how many repeated blocks are computed again at a time, None where all is kept
@@ -104,13 +118,40 @@ class ProgramModule(nn.Module):
         Raises AdaptcError that names the input which is missing, too many, on another device or of another size.
         """
         args, kwargs = self.inputs.complete(args, kwargs)
-        if not torch.compiler.is_compiling():
-            self._check(self.inputs(args, kwargs))
+        if torch.compiler.is_compiling():
+            self.constraints.hold(self)
+            return self.graph_module(*args, **kwargs)
+        self._check(self.inputs(args, kwargs))
         self.constraints.hold(self)
-        return self.graph_module(*args, **kwargs)
+        try:
+            return self.graph_module(*args, **kwargs)
+        except (IndexError, RuntimeError) as error:
+            if wrong := self.why_wrong(args, kwargs):
+                raise AdaptcError(wrong) from error
+            raise
+
+    def _device(self) -> torch.device | None:
+        return next((t.device for t in self.parameters()), None)
+
+    def why_wrong(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+        """What may be wrong with a call that a layer refused, as far as one can tell."""
+        meant = {fqn: dtype for fqn, (_, dtype, _) in self.program.meant.items()}
+        for fqn, t in self.tensors().items():
+            if t.dtype != meant.get(fqn, t.dtype):
+                return (
+                    f"{fqn!r} was converted from {meant[fqn]} to {t.dtype}, which does not fit dtypes that the "
+                    "program's graph has written into it. Convert the model and compile it again, or run it under "
+                    "torch.autocast (of trainers fp16=True or bf16=True, not fp16_full_eval or bf16_full_eval)"
+                )
+        return ""
 
     def _check(self, flat: Sequence[Any]) -> None:
-        here = next((t.device for t in self.parameters()), None)
+        here = self._device()
+        if here != self.made_on:
+            raise AdaptcError(
+                f"the module was moved from {self.made_on} to {here}, and what it learns there could not be written, "
+                f"for its program was made for {self.made_on}: move that, program.to({str(here)!r}).module()"
+            )
         for (name, _), value in zip(self.inputs.expected, flat, strict=True):
             if isinstance(value, Tensor) and here is not None and value.device != here:
                 raise AdaptcError(f"input {name!r} is on {value.device}, and the module on {here}; move one of the two")
@@ -166,10 +207,15 @@ class ProgramModule(nn.Module):
         """The program's, with the tensors that the module has now. Raises AdaptcError for one without an adapter.
 
         What is trained may be known better by now: AdaLoRA's ranks, as long as nobody swaps."""
-        own, binding, now = _tensors(self), self.program.binding, self.owner.current
+        own, binding, now = self.tensors(), self.program.binding, self.owner.current
         if now is not None and all(now.values.get(k) is t for k, t in binding.values.items()):
             binding = now
         return replace(binding, values={k: own.get(k, t) for k, t in binding.values.items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All parameters and buffers by FQN, tied ones under each of their names."""
+        parameters = self.named_parameters(remove_duplicate=False)
+        return dict(parameters) | dict(self.named_buffers(remove_duplicate=False))
 
     def adapter_state(self) -> dict[str, Tensor]:
         """The adapter as it is now, in the keys of PEFT's files. Of adapters that act together, their slots by FQN."""
@@ -193,6 +239,15 @@ class ProgramModule(nn.Module):
     def whole(self) -> bool:
         """Whether the state that is being made has the base as well."""
         return self._whole
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """First part of a key -> the attribute under which torch is to look for the rest."""
+        return {"base_model": "adapter_keys"}
+
+    @property
+    def adapter_keys(self) -> AnyKey:
+        """Has PEFT's keys as attributes."""
+        return AnyKey()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProgramModule:
         program = copy.deepcopy(self.program, memo)
@@ -232,14 +287,10 @@ def plain(n_args: int, names: tuple[str, ...], optional: frozenset[str]) -> type
     return type("ProgramModule", (ProgramModule,), own)
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
-
-
 def _keep_adapter(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
     if module.whole:
         return
-    for name in _tensors(module):
+    for name in module.tensors():
         state.pop(prefix + name, None)
     state.update({prefix + key: t for key, t in module.adapter_state().items()})
 
@@ -249,22 +300,22 @@ def _take_adapter(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> N
     program = module.program
     if program.current is None or program.binding.parts:
         return
-    own, kind = _tensors(module), program.binding.config.peft_type
+    own, kind = module.tensors(), program.binding.config.peft_type
     theirs = {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
     adapter = {k: t for k, t in theirs.items() if k not in own and bare_key(k, kind) is not None}
     if not adapter:
         return
-    values = as_binding(program, adapter, own=False).values
+    values = as_binding(program, {k: whole(t) for k, t in adapter.items()}, own=False).values
     for key in adapter:
         del state[prefix + key]
-    state.update({prefix + fqn: t for fqn, t in values.items()})
+    state.update({prefix + fqn: as_held(t, own[fqn]) for fqn, t in values.items()})
 
 
 def _miss_no_base(module: Any, found: Any) -> None:
     """The base stays what it is: nobody need bring it."""
     current = module.program.current
     slots = set() if current is None else set(current.values)
-    base = _tensors(module).keys() - slots
+    base = module.tensors().keys() - slots
     missing: list[str] = found.missing_keys
     missing[:] = [k for k in missing if not _one_of(k, base) or _one_of(k, slots)]
 

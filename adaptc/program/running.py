@@ -65,11 +65,13 @@ def check_replaced(base: Mapping[str, Any], meant: Mapping[str, tuple[Any, ...]]
 
 @dataclass(eq=False)
 class RunState:
-    """What a program remembers while it runs. ``traces``, ``merged``: what was traced and merged before. The lock is
-    for assignments that follow from what was there; it is never held for long."""
+    """What a program remembers while it runs. ``traces``, ``merged``: what was traced and merged before. ``modules``:
+    those made of it that still are. The lock is for assignments that follow from what was there; it is never held for
+    long."""
 
     now: Running
     exported: Exported
     traces: dict[Any, fx.Graph] = field(default_factory=dict)
     merged: dict[Any, Any] = field(default_factory=dict)
+    modules: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
     lock: threading.RLock = field(default_factory=threading.RLock)

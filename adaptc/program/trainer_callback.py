@@ -14,20 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptc.errors import AdaptcError, shown
+from adaptc.errors import AdaptcError, ConfigError, shown
 from adaptc.methods.adalora import AdaLoraConfig
 from adaptc.program.core import ProgramCore
 from adaptc.program.rank_allocator import RankAllocator, orthogonal_loss
 
 
-def check_gradients(module: nn.Module) -> None:
+def check_gradients(module: nn.Module, scaler: Any = None) -> None:
     """Raises AdaptcError that names the parameters whose gradients are not finite; to be called after ``backward()``,
     before gradients are clipped, which spreads what is wrong to all, and before the optimizer's step, which would spoil
-    the adapter for good. Takes one pass over the adapter's gradients."""
+    the adapter for good. Takes one pass over the adapter's gradients.
+
+    ``scaler``: the ``torch.amp.GradScaler`` of a loop in float16. It leaves out steps whose gradients are not finite,
+    and makes its scale smaller, so those are no error until the scale is at most 1, where no smaller one can help.
+    """
     named = {n: p.grad.detach().abs().sum() for n, p in module.named_parameters() if p.grad is not None}
     if wrong := _not_finite(named):
         wrong = [n for n in wrong if not module.get_parameter(n).grad.isfinite().all()]  # type: ignore[union-attr]
-    _refuse(wrong, len(named))
+    _refuse(wrong, len(named), scaler)
 
 
 def _not_finite(sums: Mapping[str, Tensor]) -> list[str]:
@@ -36,8 +40,8 @@ def _not_finite(sums: Mapping[str, Tensor]) -> list[str]:
     return [n for n, s in sums.items() if not s.isfinite()]
 
 
-def _refuse(wrong: Sequence[str], count: int) -> None:
-    if wrong:
+def _refuse(wrong: Sequence[str], count: int, scaler: Any) -> None:
+    if wrong and (scaler is None or not scaler.is_enabled() or scaler.get_scale() <= 1):
         raise AdaptcError(
             f"the gradients of {len(wrong)} of {count} parameters are not finite: {shown(list(wrong[:4]))}. The step "
             "was not taken, so the adapter is as it was; a smaller learning rate, clipped gradients or float32 may help"
@@ -47,9 +51,10 @@ def _refuse(wrong: Sequence[str], count: int) -> None:
 def trainer_callback(program: ProgramCore) -> Any:
     """A ``transformers.TrainerCallback`` for a Trainer whose model is ``program.module()``.
 
-    Before each step it looks for gradients that are not finite (but for fp16, where the scaler skips such steps), and
-    raises AdaptcError with their names. For AdaLoRA it adds ``orthogonal_loss`` to the loss, as PEFT's model does, and
-    cuts ranks after each step as :class:`RankAllocator` says; raises as that does when training begins.
+    Before each step it looks for gradients that are not finite, and raises AdaptcError with their names; where a scaler
+    leaves such steps out (fp16), as :func:`check_gradients` says. For AdaLoRA it adds ``orthogonal_loss`` to the loss,
+    as PEFT's model does, and cuts ranks after each step as :class:`RankAllocator` says; raises as that does when
+    training begins, and ConfigError for options of the trainer that a program cannot serve.
     """
     return _kind()(program)
 
@@ -62,15 +67,19 @@ class _Between:
         self.hooks: list[Any] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if getattr(args, "predict_with_generate", False):
+            raise ConfigError(
+                "predict_with_generate=True: a program has no cache to generate with. Leave it out, and generate with "
+                "the model that the adapter is loaded into"
+            )
         if isinstance(self.program.binding.config, AdaLoraConfig):
             self.allocator = RankAllocator(self.program)
             kwargs["model"].penalty = partial(orthogonal_loss, self.program)
         # Trainer clips gradients before it asks, so what each of them was is looked at when it is made.
         self.forget()
-        if not args.fp16:
-            for name, p in kwargs["model"].named_parameters():
-                if p.requires_grad:
-                    self.hooks.append(p.register_post_accumulate_grad_hook(partial(self.note, name)))
+        for name, p in kwargs["model"].named_parameters():
+            if p.requires_grad:
+                self.hooks.append(p.register_post_accumulate_grad_hook(partial(self.note, name)))
 
     def note(self, name: str, p: Tensor) -> None:
         if p.grad is not None:
@@ -85,7 +94,7 @@ class _Between:
         self.forget()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        _refuse(_not_finite(self.sums), len(self.sums))
+        _refuse(_not_finite(self.sums), len(self.sums), getattr(kwargs.get("optimizer"), "scaler", None))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.allocator is not None:

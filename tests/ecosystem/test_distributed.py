@@ -1,28 +1,23 @@
-"""Two processes train what one would train on the same rows, with DistributedDataParallel and with FSDP2."""
+"""Two processes train what one would train on the same rows, with DistributedDataParallel, FSDP2 and Trainer, and go on
+from what they saved."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import copy
 from pathlib import Path
+from typing import Any
 
-import pytest
+import peft
 import torch
+from safetensors.torch import load_file
 
-from tests.support.training import batch, module, steps, trainable
+import adaptc
+from tests.ecosystem.two_processes import together
+from tests.support.training import batch, model, module, optimizer_of, steps, train, trainable
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_two_processes_are_as_one(how: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "tests.ecosystem.two_processes", how, str(tmp_path)]
-    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = torch.load(tmp_path / "found.pt")
+def alone() -> tuple[list[float], Any]:
+    """The losses of four steps of one process, and its module."""
 
     def loss() -> torch.Tensor:
         """The mean over processes is that of their means."""
@@ -31,8 +26,53 @@ def test_two_processes_are_as_one(how: str, tmp_path: Path) -> None:
         return (halves[0] + halves[1]) / 2
 
     one = module()
-    expected = steps(loss, trainable(one), 4)
+    expected = steps(loss, trainable(one), 4, optimizer_of(one))
     assert len(set(expected)) == 4
-    torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(expected), rtol=1e-5, atol=0)
-    torch.testing.assert_close(found["state"], one.state_dict(), rtol=1e-4, atol=1e-6)
-    assert found["frozen"] == 0, "frozen parameters have gradients"
+    return expected, one
+
+
+def same(found: list[float], expected: list[float]) -> None:
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=0)
+
+
+def logits(one: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return one(**{k: t for k, t in batch().items() if k != "labels"}).logits
+
+
+def test_two_processes_are_as_one(tmp_path: Path) -> None:
+    jobs = together(tmp_path, "ddp", "fsdp", "fsdp_begins", "fsdp_goes_on")
+    expected, one = alone()
+    for how in ("ddp", "fsdp"):
+        found = jobs[how]
+        same(found["losses"], expected)
+        torch.testing.assert_close(found["state"], one.state_dict(), rtol=1e-4, atol=1e-6)
+        assert found["frozen"] == 0, "frozen parameters have gradients"
+    assert jobs["ddp"]["bytes"] == 4 * sum(p.nbytes for p in trainable(one)), "more than the adapter's gradients"
+
+    begun, rest = jobs["fsdp_begins"], jobs["fsdp_goes_on"]
+    assert begun["losses"] + rest["losses"] == jobs["fsdp"]["losses"], "to the bit"
+    files = {
+        n: load_file(tmp_path / n / "adapter_model.safetensors") for n in ("adapter", "resumed", "four", "swapped")
+    }
+    assert begun["state"].keys() == files["adapter"].keys() == one.state_dict().keys()
+    for key, value in files["adapter"].items():
+        assert torch.equal(begun["state"][key], value)
+        assert torch.equal(rest["loaded"][key], value)
+        assert torch.equal(files["resumed"][key], files["four"][key])
+        assert torch.equal(files["swapped"][key], files["four"][key])
+    assert not (tmp_path / "stale").exists()
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model()), str(tmp_path / "four")).eval()
+    torch.testing.assert_close(logits(loaded), logits(one.eval()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_trainer_in_two_processes_is_as_in_one(tmp_path: Path) -> None:
+    jobs = together(tmp_path, "trainer", "trainer_goes_on")
+    expected, one = train(module(), tmp_path / "one", max_steps=4, save_strategy="steps", save_steps=2)
+    same(jobs["trainer"]["losses"], expected)
+    assert jobs["trainer_goes_on"]["losses"] == jobs["trainer"]["losses"], "to the bit"
+    own, theirs = ({p.name for p in (tmp_path / n / "checkpoint-2").iterdir()} for n in ("one", "trainer"))
+    assert theirs - {"rng_state_0.pth", "rng_state_1.pth"} == own - {"rng_state.pth"}
+    torch.testing.assert_close(jobs["trainer_goes_on"]["state"], one.model.state_dict(), rtol=1e-4, atol=1e-6)
+    loaded = adaptc.compile(model(), tmp_path / "trainer/checkpoint-4")
+    torch.testing.assert_close(logits(loaded), logits(one.model.eval()), rtol=1e-4, atol=1e-5)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor
@@ -16,7 +18,19 @@ from torch.utils.data import DataLoader
 
 import adaptc
 from adaptc import AdaptcError
-from tests.support.training import Data, batch, first_values, model, module, peft_model, steps, train, trainable
+from tests.support.training import (
+    Data,
+    arguments,
+    batch,
+    first_values,
+    losses,
+    model,
+    module,
+    peft_model,
+    steps,
+    train,
+    trainable,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -88,8 +102,6 @@ ADALORA: dict[str, Any] = {
 
 def test_adalora_in_a_trainer_is_pefts(tmp_path: Path) -> None:
     """PEFT's model adds the penalty, and its users call update_and_allocate in a callback of their own."""
-    import transformers
-
     prog = adaptc.compile(model(), adaptc.AdaLoraConfig(**ADALORA), training=True)
     torch.manual_seed(5)
     with torch.no_grad():
@@ -153,6 +165,76 @@ def test_gradients_that_are_not_finite_are_named(tmp_path: Path) -> None:
     assert all(t.isfinite().all() for t in trained.state_dict().values())
     assert any(not torch.equal(t, before[k]) for k, t in trained.state_dict().items())
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2"}
+
+
+def in_float16(trained: Any, scale: float, check: Callable[[Any], None]) -> tuple[list[float], int]:
+    """The losses of 20 steps, and how many steps the scaler left out."""
+    optimizer = torch.optim.AdamW(trainable(trained), lr=1e-2)
+    scaler, found, left_out = torch.amp.GradScaler("cpu", init_scale=scale), [], 0
+    for _ in range(20):
+        with torch.autocast("cpu", torch.float16):
+            loss = trained(**batch()).loss
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        check(scaler)
+        before = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        left_out += scaler.get_scale() < before
+        found.append(loss.item())
+    return found, left_out
+
+
+def test_losses_in_float16_are_pefts() -> None:
+    """Logits are rounded to float16, and so is some of what they are made of."""
+    ours, theirs = (in_float16(m, 2.0**12, lambda _: None) for m in (module(), peft_model()))
+    assert ours[1] == theirs[1] == 0
+    torch.testing.assert_close(torch.tensor(ours[0]), torch.tensor(theirs[0]), rtol=2**-11, atol=0)
+
+
+def test_a_scaler_may_leave_steps_out() -> None:
+    """Adapters' gradients are float32, so fewer of ours are too large than of PEFT's."""
+    trained = module()
+    found, left_out = in_float16(trained, 2.0**24, lambda scaler: adaptc.check_gradients(trained, scaler))
+    assert 0 < left_out <= in_float16(peft_model(), 2.0**24, lambda _: None)[1] < 10
+    assert found[-1] < found[0] - 0.1
+    with pytest.raises(AdaptcError, match="12 of 12 parameters are not finite"):
+        in_float16(trained, 2.0**24, lambda _: adaptc.check_gradients(trained))
+    wrong = spoiled(0)
+    with pytest.raises(AdaptcError, match="1 of 12 parameters are not finite"):
+        in_float16(wrong, 8.0, lambda scaler: adaptc.check_gradients(wrong, scaler))
+
+
+def scaled(trained: Any, folder: Path, scale: float) -> tuple[list[float], float]:
+    """The losses of Trainer as it trains in float16 on a GPU, and the scale at the end. It takes no scaler on a CPU."""
+    args = transformers.TrainingArguments(**arguments(folder, fp16=True, max_steps=12))
+    callbacks = [adaptc.trainer_callback(trained.owner)] if hasattr(trained, "owner") else None
+    trainer = transformers.Trainer(model=trained, args=args, train_dataset=Data(), callbacks=callbacks)
+    trainer.accelerator.scaler, trainer.accelerator.native_amp = torch.amp.GradScaler("cpu", init_scale=scale), True
+    trainer.train()
+    return losses(trainer), trainer.accelerator.scaler.get_scale()
+
+
+def test_trainer_goes_on_where_a_scaler_leaves_steps_out(tmp_path: Path) -> None:
+    ours, theirs = (scaled(m, tmp_path, 2.0**12) for m in (module(), peft_model()))
+    assert ours[1] == theirs[1] == 2.0**12
+    torch.testing.assert_close(torch.tensor(ours[0]), torch.tensor(theirs[0]), rtol=2**-11, atol=0)
+    found, scale = scaled(module(), tmp_path, 2.0**22)
+    assert scale < 2.0**22
+    assert found[4:] != ours[0][4:], "no step was left out"
+    trained = spoiled(0)
+    with pytest.raises(AdaptcError, match=r"parameters are not finite: .*layers\.1\.mlp\.down_proj\.lora_B"):
+        scaled(trained, tmp_path, 8.0)
+    assert all(torch.equal(t, first_values()[k]) for k, t in trained.state_dict().items())
+
+
+def test_fp16_without_a_scaler_is_looked_at(tmp_path: Path) -> None:
+    """On a CPU Trainer takes fp16=True, and trains in float32."""
+    trained = spoiled(2)
+    with pytest.raises(AdaptcError, match="1 of 12 parameters are not finite"):
+        train(trained, tmp_path, callbacks=[adaptc.trainer_callback(trained.owner)], fp16=True)
+    ours, theirs = (train(m, tmp_path, fp16=True)[0] for m in (module(), peft_model()))
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-5, atol=0)
 
 
 def test_steps_of_a_loop_are_seen_by_the_program() -> None:

@@ -13,9 +13,9 @@ import torch
 import transformers
 
 import adaptc
-from adaptc import AdaptcError, LoraConfig
+from adaptc import LoraConfig
 from tests.support.families import FAMILIES
-from tests.support.training import CONFIG, batch, model, module, peft_model, train
+from tests.support.training import batch, model, module, peft_model, train
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -142,16 +142,3 @@ def fit(trained: Any, rows: Rows, folder: Path) -> torch.Tensor:
     trainer = transformers.Trainer(model=trained, args=args, train_dataset=rows)
     trainer.train()
     return torch.tensor([e["loss"] for e in trainer.state.log_history if "loss" in e])
-
-
-def test_what_cannot_be_trained_is_refused_before_the_first_step(tmp_path: Path) -> None:
-    frozen = adaptc.compile(model(), LoraConfig(**CONFIG)).module()
-    with pytest.raises(AdaptcError, match="captured for inference"):
-        train(frozen, tmp_path)
-    trained = module()
-    with pytest.raises(AdaptcError, match="axis 1 of 'labels' has size 4, but must equal"):
-        trained(**{**batch(), "labels": batch()["labels"][:, :4]})
-    with pytest.raises(AdaptcError, match="no cache to generate with"):
-        trained.generate(batch()["input_ids"])
-    with pytest.raises(AdaptcError, match="compile it again"):
-        trained.resize_token_embeddings(12)

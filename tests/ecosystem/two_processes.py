@@ -1,39 +1,99 @@
-"""One of two processes that train together; started by ``test_distributed``. Arguments: how, and a folder."""
+"""Functions that two processes run together, as ``torchrun`` would start them.
+
+:func:`together`, in a test, starts this file as one process. It imports once what all need, and makes of itself, one
+function after the other, the two processes of a new group: what one function left behind is on disk alone.
+"""
 
 from __future__ import annotations
 
+import importlib
+import os
+import signal
+import socket
+import subprocess
 import sys
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from tests.support.training import batch, module, steps, trainable
+from tests.support.training import first_values
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULE = "tests.ecosystem.two_processes"
+JOBS = "tests.ecosystem.distributed_jobs"
+#: seconds that one function may take, of which a process that hangs is killed
+LIMIT = 120
 
 
-def main(how: str, folder: Path) -> None:
+def together(folder: Path, *names: str) -> dict[str, Any]:
+    """What each function of ``distributed_jobs`` gives in the first process. They are called with ``folder``."""
+    command = [sys.executable, "-W", "ignore", "-m", MODULE, str(folder), *names]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return {name: torch.load(folder / f"{name}.pt") for name in names}
+
+
+def main(folder: Path, names: list[str]) -> int:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    trained = module()
-    whole = trained
-    if how == "ddp":
-        trained = torch.nn.parallel.DistributedDataParallel(whole)
-    else:
-        from torch.distributed.fsdp import fully_shard
+    jobs = importlib.import_module(JOBS)
+    first_values()
+    return int(any(_pair(getattr(jobs, name), folder) for name in names))
 
-        fully_shard(whole)
-    rows = {k: t[rank * 2 : rank * 2 + 2] for k, t in batch(4).items()}
-    found = torch.tensor(steps(lambda: trained(**rows).loss, trainable(trained), 4))
-    dist.all_reduce(found)
-    frozen = sum(p.grad is not None for p in trained.parameters() if not p.requires_grad)
-    state = {k: t.full_tensor() if hasattr(t, "full_tensor") else t for k, t in whole.state_dict().items()}
-    if how == "ddp":
-        assert trained.load_state_dict(trained.state_dict()).missing_keys == []
-    if rank == 0:
-        torch.save({"losses": (found / 2).tolist(), "state": state, "frozen": frozen}, folder / "found.pt")
-    dist.destroy_process_group()
+
+def _pair(job: Callable[[Path], Any], folder: Path) -> int:
+    """Run a function in two new processes; returns 0 where both end well."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    started: list[int] = []
+    for rank in range(2):
+        pid = os.fork()
+        if pid == 0:
+            _one(job, folder, rank, port)
+        started.append(pid)
+    left, bad, end = set(started), 0, time.monotonic() + LIMIT
+    while left:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        left.discard(pid)
+        bad |= status
+        if (bad or time.monotonic() > end) and left:
+            # A process whose neighbour is gone waits for it.
+            time.sleep(0.5)
+            for other in left:
+                os.kill(other, signal.SIGKILL)
+            end = float("inf")
+        time.sleep(0.01)
+    return int(bad != 0)
+
+
+def _one(job: Callable[[Path], Any], folder: Path, rank: int, port: int) -> None:
+    code = 1
+    try:
+        here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in here.items()}}
+        dist.init_process_group("gloo", timeout=timedelta(seconds=LIMIT))
+        found = job(folder)
+        if rank == 0:
+            torch.save(found, folder / f"{job.__name__}.pt")
+        dist.barrier()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not the usual way out: a group that is thrown away waits, with the interpreter's lock, for a thread of its own
+        # that may be waiting for that lock.
+        os._exit(code)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    # As the module that others import, so that there is one of it.
+    sys.exit(importlib.import_module(MODULE).main(Path(sys.argv[1]), sys.argv[2:]))

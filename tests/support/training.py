@@ -105,11 +105,11 @@ def arguments(folder: Path, **more: Any) -> dict[str, Any]:
 
 
 def train(
-    trained: nn.Module, folder: Path, *, resume: Any = None, callbacks: Any = None, **options: Any
+    trained: nn.Module, folder: Path, *, resume: Any = None, callbacks: Any = None, rows: Any = None, **options: Any
 ) -> tuple[list[float], Any]:
     """The losses of each step that transformers' Trainer takes, and the trainer."""
     args = transformers.TrainingArguments(**arguments(folder, **options))
-    data = {"train_dataset": Data(), "eval_dataset": Data(7)}
+    data = {"train_dataset": Data() if rows is None else rows, "eval_dataset": Data(7)}
     trainer = transformers.Trainer(model=trained, args=args, callbacks=callbacks, **data)
     trainer.train(resume_from_checkpoint=resume)
     return losses(trainer), trainer
@@ -123,8 +123,18 @@ def trainable(trained: nn.Module) -> list[nn.Parameter]:
     return [p for p in trained.parameters() if p.requires_grad]
 
 
-def steps(loss_of: Callable[[], Tensor], parameters: list[nn.Parameter], count: int, lr: float = 1e-2) -> list[float]:
-    optimizer = torch.optim.AdamW(parameters, lr=lr)
+def optimizer_of(trained: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(trainable(trained), lr=1e-2)
+
+
+def steps(
+    loss_of: Callable[[], Tensor],
+    parameters: list[nn.Parameter],
+    count: int,
+    optimizer: torch.optim.Optimizer | None = None,
+    lr: float = 1e-2,
+) -> list[float]:
+    optimizer = optimizer or torch.optim.AdamW(parameters, lr=lr)
     found = []
     for _ in range(count):
         loss = loss_of()

@@ -1,0 +1,73 @@
+"""The adapter that a module has now, as a directory; and who may not write that of its program instead.
+
+Before: a module made of a program, whose parameters somebody may have replaced since: FSDP2 by parts of them. After: a
+directory with what was trained, written once; or an error for whoever would write what the program still has.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from adaptc.binding.binding import Binding
+from adaptc.errors import AdaptcError, shown
+from adaptc.program.adapter_files import linked_for_trainer, write_current
+from adaptc.program.core import ProgramCore
+from adaptc.program.in_parts import first_of, mesh_of, whole
+from adaptc.program.program_module import ProgramModule
+
+
+def write_module(
+    module: ProgramModule,
+    path: str | os.PathLike[str],
+    binding: Binding | None = None,
+    *,
+    here: bool = True,
+    for_trainer: bool = False,
+    **options: Any,
+) -> Path:
+    """Write the adapter of ``module``; returns the directory. ``binding``: what to write instead. ``here``: whether
+    this process writes, where it has all. ``for_trainer``: under the name, too, that Trainer looks for. ``options``:
+    those of :func:`write_current`.
+
+    Where the module is held in parts all processes call it. The first of them writes, and all return when it has.
+    Raises as :func:`write_current` does, and CheckpointError where another process could not write.
+    """
+    mesh = None
+    if binding is None:
+        # FSDP takes its tensors apart again before a state is made of them.
+        module.state_dict()
+        binding = module.binding()
+        mesh = next((m for t in binding.values.values() if (m := mesh_of(t)) is not None), None)
+        binding = replace(binding, values={k: whole(t) for k, t in binding.values.items()})
+    written = Path(path)
+    with first_of(mesh) as first:
+        if first and (here or mesh is not None):
+            with linked_for_trainer(written) if for_trainer else nullcontext():
+                written = write_current(module.program, path, binding, **options)
+    return written
+
+
+def check_followed(program: ProgramCore) -> None:
+    """Raises AdaptcError where a module of the program trains other tensors than the program has: what they learn is
+    not in it, and what is made of it would be of the adapter as it was before."""
+    if program.current is None:
+        return
+    now = program.current.values
+    for module in list(program.memory.modules):
+        own = module.tensors()
+        # Scales are buffers, of which torch makes new ones whenever a module is moved.
+        trained = {k: t for k, t in module.program.binding.values.items() if t.requires_grad and k in own}
+        known = [k for k, t in trained.items() if now.get(k) is t]
+        lost = [k for k in known if own[k] is not now[k]]
+        if lost:
+            parts = mesh_of(own[lost[0]]) is not None
+            how = "parts of them, in several processes" if parts else "others in their place"
+            raise AdaptcError(
+                f"the program does not have what was trained: it was made with {shown(lost[0])} and {len(lost) - 1} "
+                f"more tensors, and its module has {how}. Write the adapter with adaptc.save_adapter(module, path)"
+                f"{', called in every process' if parts else ''}; adaptc.swap(program, path) then gives the program it"
+            )
