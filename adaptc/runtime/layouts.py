@@ -7,6 +7,7 @@ which is the tensor itself where it lies so already; only others are copied.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ def order_of(value: Tensor) -> tuple[int, ...]:
     Sizes may be symbolic: then those of the example inputs count.
     """
     shape, stride = ([_number(n) for n in sizes] for sizes in (value.shape, value.stride()))
-    plain = tuple(range(len(shape)))
+    plain = _plain(len(shape))
     if any(n is None for n in (*shape, *stride)) or _is_dense(shape, stride, plain):
         return plain
     order = tuple(sorted(plain, key=lambda i: (-stride[i], -shape[i], i)))
@@ -47,7 +48,7 @@ def empty_in(order: Sequence[int], shape: Sequence[Any], like: Tensor) -> Tensor
 
 def laid(value: Tensor, order: Sequence[int]) -> Tensor:
     """``value`` in an order: itself, or a copy."""
-    if value.is_contiguous() and _counts(order):
+    if value.is_contiguous() and tuple(order) == _plain(len(order)):
         return value
     return value.permute(tuple(order)).contiguous().permute(_back(order))
 
@@ -56,5 +57,6 @@ def _back(order: Sequence[int]) -> list[int]:
     return sorted(range(len(order)), key=order.__getitem__)
 
 
-def _counts(order: Sequence[int]) -> bool:
-    return tuple(order) == tuple(range(len(order)))
+@cache
+def _plain(ndim: int) -> tuple[int, ...]:
+    return tuple(range(ndim))

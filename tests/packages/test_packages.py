@@ -239,6 +239,17 @@ def test_inputs_are_checked(net: Packaged, change: Any, match: str) -> None:
         net.runner(*args, **kwargs)
 
 
+@pytest.mark.parametrize("sizes", [(0, 5), (1, 1), (1, 5), (3, 1)])
+def test_any_sizes_and_strides(net: Packaged, sizes: tuple[int, int]) -> None:
+    (x,), kwargs = net_inputs(*sizes)
+    expected = net.program(x, **kwargs)
+    for y in (x, x.transpose(0, 1).contiguous().transpose(0, 1), torch.stack([x, x], -1)[..., 0]):
+        torch.testing.assert_close(net.runner(y, **kwargs), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        net.runner(x[..., :1].expand(x.shape), **kwargs), net.program(x[..., :1].expand(x.shape), **kwargs)
+    )
+
+
 # -- files -----------------------------------------------------------------------------------------------------------
 
 

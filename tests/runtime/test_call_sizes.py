@@ -137,6 +137,42 @@ def test_language_models_take_one_token(name: str) -> None:
         )
 
 
+class Step(nn.Module):
+    """Some tokens, after those whose keys and values are in a cache of nested tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor, cache: dict[str, list[Tensor]]) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        h = self.up(x)
+        keys, values = (torch.cat([cache[n][0], h], 1) for n in ("Key", "v"))
+        mask = torch.ones(h.shape[1], keys.shape[1], dtype=torch.bool, device=h.device).tril(keys.shape[1] - h.shape[1])
+        out = nn.functional.scaled_dot_product_attention(h, keys, values, attn_mask=mask)
+        return self.down(out), {"Key": [keys], "v": [values]}
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_decode_steps_of_a_program_of_somebody_else(backend: str) -> None:
+    def filled(batch: int, n: int) -> dict[str, list[Tensor]]:
+        return {"Key": [torch.randn(batch, n, 7)], "v": [torch.randn(batch, n, 7)]}
+
+    free = {0: Dim.AUTO, 1: Dim.AUTO}
+    model, example = Step().eval(), (torch.randn(2, 3, 5), filled(2, 4))
+    ep = torch.export.export(model, example, dynamic_shapes=(free, {"Key": [free], "v": [free]}), strict=False)
+    prog = adaptc.compile(ep, CONFIG, backend=backend)
+    adaptc.swap(prog, {k: 0 * t for k, t in tensors(2, 0).items()})
+    cache = filled(1, 0)
+    for step in range(4):
+        x = torch.randn(1, 1, 5)
+        found, expected = prog(x, cache), model(x, cache)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        cache = found[1]
+        assert cache["Key"][0].shape == (1, step + 1, 7)
+    with pytest.raises(AdaptcError, match=r"cache|must equal"):
+        prog(torch.randn(2, 1, 5), filled(3, 4))
+
+
 # -- what a graph was held to ----------------------------------------------------------------------------------------
 
 
