@@ -11,7 +11,7 @@ import dataclasses
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self, cast
 
@@ -70,6 +70,10 @@ class AdapterConfig:
     def method(self, name: str, kind: str) -> Method:
         """The method with the options it has at module ``name`` (rank and alpha patterns resolved)."""
         raise AssertionError(f"{type(self).__name__} must define method()")
+
+    def name_endings(self) -> dict[str, Collection[str]]:
+        """Further lists of endings of module names, by field name: each must end one."""
+        return {}
 
     def pattern_entries(self) -> dict[str, Mapping[str, Any]]:
         """Per-module option tables, by field name: each key must match a targeted module."""

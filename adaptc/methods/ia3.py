@@ -9,7 +9,7 @@ grouped convolution are those of all groups. Embeddings scale their columns, as 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from adaptc.errors import ConfigError, TargetError, nearest
+from adaptc.errors import ConfigError, nearest
 from adaptc.methods._checks import check_matrix
 from adaptc.methods._config import TargetedConfig
 from adaptc.methods._model_facts import ModelFacts
@@ -64,12 +64,11 @@ class IA3Config(TargetedConfig):
         if self.feedforward_modules is None and not isinstance(targets, (str, NoneType)) and set(inner) - set(targets):
             # The model's own names need not be among the targets the user chose; as an expression they may be in files.
             return new.replace(feedforward_modules=f".*({'|'.join(map(re.escape, inner))})")
-        lost = [e for e in sorted(inner) if facts.types and not any(name.endswith(e) for name in facts.types)]
-        if lost and self.feedforward_modules is not None:
-            raise TargetError(
-                f"feedforward_modules: {lost[0]!r} ends no name of a module; nearest: {nearest(lost[0], facts.types)}"
-            )
         return new
+
+    def name_endings(self) -> dict[str, Collection[str]]:
+        inner = self.feedforward_modules
+        return {} if inner is None or isinstance(inner, str) else {"feedforward_modules": inner}
 
     def method(self, name: str, kind: str) -> IA3:
         inner = self.feedforward_modules

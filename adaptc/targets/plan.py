@@ -134,8 +134,12 @@ class _Planner:
             # Who follows draws the first values, as in PEFT.
             main = [self._attach(s, s.module, ties.home, "", home=ties.home) for s in ties.followers if adapts]
             main += [a for name in names for a in self._module(name, modules[name], selection)]
-        check_names = [*selection.names]
+        check_names = list(dict.fromkeys((*selection.names, *names)))
         extra = self._parameters(parameters, check_names)
+        for option, endings in self.config.name_endings().items():
+            lost = [e for e in sorted(endings) if not any(name.endswith(e) for name in self.names)]
+            if lost:
+                self.tell(f"{option}: {lost[0]!r} ends no name of a module; nearest: {nearest(lost[0], self.names)}")
         own = type(self.config).pattern_matches is not TargetedConfig.pattern_matches
         for option, pattern in self.config.pattern_entries().items():
             check_patterns(option, pattern, check_names, self.config.pattern_matches if own else None, self.tell)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import adaptc
-from adaptc import AdaptcError, AdaptcWarning, C3AConfig, FourierFTConfig, LoraConfig, TargetedConfig
+from adaptc import AdaptcError, AdaptcWarning, C3AConfig, FourierFTConfig, IA3Config, LoraConfig, TargetedConfig
 from tests.support.families import FAMILIES
 
 LORA = LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False)
@@ -62,6 +62,11 @@ OF_FILES: dict[str, tuple[TargetedConfig, dict[str, Any], str]] = {
         FourierFTConfig(n_frequency=9, target_modules=["q_proj"], init_weights=True),
         {"n_frequency_pattern": {"q_prj": 7}},
         "q_prj",
+    ),
+    "feedforward_modules": (
+        IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+        {"target_modules": ["q_proj", "down_prj"], "feedforward_modules": ["down_prj"]},
+        "feedforward_modules.*down_prj|down_prj",
     ),
     "block_size_pattern": (
         C3AConfig(block_size=8, target_modules=["q_proj"]),
