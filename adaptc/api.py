@@ -58,8 +58,9 @@ def compile(
 ) -> AdaptedProgram:
     """Capture ``model`` and adapt it.
 
-    ``model``: an nn.Module (with ``example_inputs``: a tensor, a tuple, or a dict of keywords), a transformers model,
-    an ExportedProgram, or what ``transformers.exporters`` returns. ``config``: a config, a ``peft`` config, a PEFT
+    ``model``: an nn.Module (with ``example_inputs``: a tensor, a tuple, or a dict of keywords), a transformers model or
+    a UNet or Flux denoiser of diffusers (``example_inputs`` are made from its config where none are given), an
+    ExportedProgram, or what ``transformers.exporters`` returns. ``config``: a config, a ``peft`` config, a PEFT
     adapter directory (its weights are loaded too), or a list of these: then the program gets the union of their sites
     and is bound to the first. A dict of these by name makes adapters that act together, each on what the ones before it
     made of the weights. ``training=True`` captures the training behaviour (dropout, and the loss of a

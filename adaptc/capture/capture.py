@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from adaptc.capture.example_inputs import BATCH, example_for, is_pretrained_model
+from adaptc.capture.example_inputs import BATCH, is_pretrained_model
+from adaptc.capture.failures import in_terms_of
 from adaptc.capture.free_sizes import Free, export, export_free
+from adaptc.capture.made_inputs import example_of
 from adaptc.capture.model_loss import loss_type, means_over_next_labels
 from adaptc.capture.single_sizes import differing
 from adaptc.errors import AdaptcWarning, CaptureError
@@ -89,10 +91,11 @@ def capture(
     """Capture ``model`` as an exported program.
 
     ``example_inputs``: a tensor, a tuple of positional inputs, or a dict of keyword inputs; not needed for a
-    transformers model whose config tells what it takes. ``dynamic_shapes``: "auto" keeps dimension 0 of every tensor
-    free, and every other dimension the model lets be free (an :class:`AdaptcWarning` names what had to be fixed);
-    anything else goes to ``torch.export.export`` as it is. ``training``: capture train mode, and for a transformers
-    model without ``example_inputs`` the loss, too. Otherwise eval mode is captured, whatever mode the model is in.
+    transformers model, or a denoiser of diffusers, whose config tells what it takes. ``dynamic_shapes``: "auto" keeps
+    dimension 0 of every tensor free, and every other dimension the model lets be free (an :class:`AdaptcWarning` names
+    what had to be fixed); anything else goes to ``torch.export.export`` as it is. ``training``: capture train mode, and
+    for a transformers model without ``example_inputs`` the loss, too. Otherwise eval mode is captured, whatever mode
+    the model is in.
 
     An ``ExportedProgram`` is taken as it is, not copied, and keeps the mode it was exported in.
 
@@ -243,19 +246,14 @@ def _flat_forward(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]
 
 def _export_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any, training: bool) -> ExportedProgram:
     if example_inputs is None:
-        if not is_pretrained_model(model):
-            raise CaptureError(
-                f"{type(model).__name__} is not a transformers model, so its inputs cannot be made up: pass "
-                "example_inputs, a tensor, a tuple of positional inputs or a dict of keyword inputs"
-            )
-        example = example_for(model, training=training)
+        example = example_of(model, training=training)
         args, kwargs = (), example.kwargs
-        free: Free = {tensor: example.dims[name] for name, tensor in example.kwargs.items()}.__getitem__
+        free: Free = example.free
     else:
         args, kwargs = _arguments(model, example_inputs)
         free = _free_of((args, kwargs))
 
-    with _flat_forward(model, kwargs):
+    with _flat_forward(model, kwargs), in_terms_of(model, args, kwargs, made=example_inputs is None):
         if not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
             program = export(model, args, kwargs, dynamic_shapes)
             again = partial(export, model, args, kwargs, dynamic_shapes, guarded=True)

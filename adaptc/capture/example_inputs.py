@@ -17,8 +17,8 @@ from torch import Tensor
 
 from adaptc.errors import AdaptcWarning, CaptureError
 
-BATCH, SEQUENCE, DECODER_SEQUENCE = "batch", "sequence", "decoder_sequence"
-_SIZES = {BATCH: 3, SEQUENCE: 7, DECODER_SEQUENCE: 11}
+BATCH, SEQUENCE, DECODER_SEQUENCE, IMAGES = "batch", "sequence", "decoder_sequence", "images"
+_SIZES = {BATCH: 3, SEQUENCE: 7, DECODER_SEQUENCE: 11, IMAGES: 5}
 
 _ROW_LABELS = ("SequenceClassification", "ImageClassification", "AudioClassification", "VideoClassification")
 _TOKEN_LABELS = ("CausalLM", "LMHeadModel", "MaskedLM", "ConditionalGeneration")
@@ -26,10 +26,22 @@ _TOKEN_LABELS = ("CausalLM", "LMHeadModel", "MaskedLM", "ConditionalGeneration")
 
 @dataclass(frozen=True)
 class Example:
-    """``dims[name][i]`` names the free dimension ``i`` of input ``name``; None leaves its constraints to torch."""
+    """``dims[name][i]`` names the free dimension ``i`` of input ``name``; None leaves its constraints to torch. The
+    tensors of an input that is a dict are called ``name.key``."""
 
-    kwargs: dict[str, Tensor]
+    kwargs: dict[str, Any]
     dims: dict[str, dict[int, str | None]]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors, by the names that ``dims`` has."""
+        out: dict[str, Tensor] = {}
+        for name, value in self.kwargs.items():
+            out |= {f"{name}.{k}": t for k, t in value.items()} if isinstance(value, dict) else {name: value}
+        return out
+
+    def free(self, tensor: Tensor) -> dict[int, str | None]:
+        """The free dimensions of one of them."""
+        return next(self.dims.get(name, {}) for name, t in self.tensors().items() if t is tensor)
 
 
 def is_pretrained_model(model: object) -> bool:
@@ -57,6 +69,8 @@ def example_for(model: Any, *, training: bool) -> Example:
     kwargs: dict[str, Tensor] = {}
     dims: dict[str, dict[int, str | None]] = {}
     builders[main](model, parameters, kwargs, dims)
+    if main == "input_ids" and "pixel_values" in parameters and _is_dual_encoder(model):
+        _vision(model, parameters, kwargs, dims, IMAGES)
     if training:
         _labels(model, parameters, kwargs, dims)
     # Given such labels the model shifts them into the decoder's inputs itself, as a trainer expects.
@@ -64,6 +78,12 @@ def example_for(model: Any, *, training: bool) -> Example:
     if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters and not shifted:
         _put(kwargs, dims, "decoder_input_ids", _ids(model, BATCH, DECODER_SEQUENCE), (BATCH, DECODER_SEQUENCE))
     return Example(kwargs, dims)
+
+
+def _is_dual_encoder(model: Any) -> bool:
+    """Whether texts and images are encoded apart and compared (CLIP, SigLIP): its forward needs both, any number of
+    each. Where images are part of the text (LLaVA), there is no encoder of texts."""
+    return all(hasattr(model, f"get_{kind}_features") for kind in ("text", "image"))
 
 
 def _put(kwargs: dict, dims: dict, name: str, value: Tensor, names: tuple[str, ...]) -> None:
@@ -91,17 +111,17 @@ def _text(model: Any, parameters: Any, kwargs: dict, dims: dict) -> None:
         _put(kwargs, dims, "attention_mask", torch.ones_like(ids), (BATCH, SEQUENCE))
 
 
-def _vision(model: Any, parameters: Any, kwargs: dict, dims: dict) -> None:
+def _vision(model: Any, parameters: Any, kwargs: dict, dims: dict, batch: str = BATCH) -> None:
     config = getattr(model.config, "vision_config", None) or model.config
     size = getattr(config, "image_size", None)
     # Without an image size the architecture is convolutional and takes any: two sizes, so that they stay two.
     height, width = (size if isinstance(size, (list, tuple)) else (size, size)) if size else (64, 96)
     channels = getattr(config, "num_channels", None) or 3
-    shape = (_SIZES[BATCH], int(channels), int(height), int(width))
+    shape = (_SIZES[batch], int(channels), int(height), int(width))
     kwargs["pixel_values"] = (
         torch.linspace(-1, 1, torch.Size(shape).numel()).reshape(shape).to(model.device, model.dtype)
     )
-    dims["pixel_values"] = {0: BATCH} if size else {0: BATCH, 2: None, 3: None}
+    dims["pixel_values"] = {0: batch} if size else {0: batch, 2: None, 3: None}
 
 
 def _audio(model: Any, parameters: Any, kwargs: dict, dims: dict) -> None:
@@ -125,6 +145,13 @@ def _labels(model: Any, parameters: Any, kwargs: dict, dims: dict) -> None:
         return any(task in name for task in tasks for name in classes)
 
     if "labels" not in parameters:
+        if "return_loss" in parameters:
+            warnings.warn(
+                f"{type(model).__name__} computes its loss when return_loss=True is passed with as many texts as "
+                "images, so the captured program has no loss: pass example_inputs with all of these to capture it",
+                AdaptcWarning,
+                stacklevel=4,
+            )
         if {"start_positions", "end_positions"} <= set(parameters):
             for name in ("start_positions", "end_positions"):
                 _put(kwargs, dims, name, rows.clone(), (BATCH,))

@@ -29,6 +29,7 @@ from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fix
 from torch.fx.experimental import _config
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
+from adaptc.capture.known_limits import known_limits
 from adaptc.errors import CaptureError
 from adaptc.passes.ir.lifted import user_inputs
 from adaptc.passes.ir.trees import pytree
@@ -84,13 +85,14 @@ def _attempts(
     model: nn.Module, args: tuple, kwargs: Mapping[str, Any], free: Free, failures: list[Exception]
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
     dims: dict[str, Any] = {}
+    limits = {name: {"max": most} for name, most in known_limits(model).items()}
 
     def spec(make: Callable[[dict[int, str | None]], dict]) -> dict[str, Any]:
         stated = [_spec(value, lambda t: make(free(t)) or None) for value in (args, dict(kwargs))]
         return inspect.signature(model.forward).bind(*stated[0], **stated[1]).arguments
 
     def named(wanted: dict[int, str | None]) -> dict:
-        return {i: dims.setdefault(name, Dim(name)) if name else Dim.AUTO for i, name in wanted.items()}
+        return {i: dims.setdefault(n, Dim(n, **limits.get(n, {}))) if n else Dim.AUTO for i, n in wanted.items()}
 
     shapes, options = spec(named), {}
     for _ in range(3 if dims else 0):
@@ -113,10 +115,15 @@ def _refined(message: str, shapes: dict[str, Any]) -> Any:
     """``shapes`` with the bounds torch suggests, or None when it suggests none, or to fix a dimension."""
     # torch reads its suggestions from its message, and stumbles over the paragraph that follows them.
     suggestions = message.split("\n\nThe error above")[0]
+    leaves, tree = pytree.tree_flatten(shapes)
+    # torch cannot refine shapes with hints among them, of which its suggestions are not.
+    bare = pytree.tree_unflatten([None if isinstance(v, type(Dim.AUTO)) else v for v in leaves], tree)
     try:
-        refined = refine_dynamic_shapes_from_suggested_fixes(suggestions, shapes)
+        refined = refine_dynamic_shapes_from_suggested_fixes(suggestions, bare)
     except Exception:  # they are prose, and not all of them can be read
         return None
+    both = zip(leaves, pytree.tree_leaves(refined), strict=True)
+    refined = pytree.tree_unflatten([v if isinstance(v, type(Dim.AUTO)) else new for v, new in both], tree)
     fixes_one = any(isinstance(leaf, int) for leaf in pytree.tree_leaves(refined))
     return None if fixes_one else refined
 
@@ -172,14 +179,6 @@ def reason_of(error: BaseException) -> str:
 def explain(model: nn.Module, error: BaseException) -> str:
     """Why ``model`` could not be exported, where, and what to try."""
     reason, kind = reason_of(error), type(error).__name__
-    outside = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if "/torch/" not in Path(frame.filename).as_posix() and Path(frame.filename).parent != Path(__file__).parent
-    ]
-    where = ""
-    if outside and kind != "UserError":
-        where = f", at {outside[-1].filename}:{outside[-1].lineno} `{outside[-1].line}`"
     if kind == "GuardOnDataDependentSymNode":
         advice = (
             "the model takes a branch or a shape from a tensor's value: use torch.where, torch.cond or torch._check"
@@ -191,6 +190,19 @@ def explain(model: nn.Module, error: BaseException) -> str:
     else:
         advice = "check example_inputs against the model's forward"
     return (
-        f"{type(model).__name__} could not be captured: {kind}: {reason}{where}. What to try: {advice}; or export it "
-        "yourself (torch.export.export with strict=True, or transformers.exporters) and pass the program"
+        f"{what_failed(model, error)}. What to try: {advice}; or export it yourself (torch.export.export with "
+        "strict=True, or transformers.exporters) and pass the program"
     )
+
+
+def what_failed(model: nn.Module, error: BaseException) -> str:
+    """That ``model`` could not be captured, torch's reason, and where it came up."""
+    outside = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "/torch/" not in Path(frame.filename).as_posix() and Path(frame.filename).parent != Path(__file__).parent
+    ]
+    kind, where = type(error).__name__, ""
+    if outside and kind != "UserError":
+        where = f", at {outside[-1].filename}:{outside[-1].lineno} `{outside[-1].line}`"
+    return f"{type(model).__name__} could not be captured: {kind}: {reason_of(error)}{where}"

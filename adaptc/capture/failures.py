@@ -1,0 +1,97 @@
+"""What a failed capture says, in terms of what the user gave.
+
+Before: an error of ``torch.export`` with torch's advice. After: the same error, which names the input that torch cannot
+take, or, where the inputs were made from the model's config, says what they were and asks for others: nobody is told to
+check inputs that they did not give.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from adaptc.capture.free_sizes import what_failed
+from adaptc.errors import CaptureError, listing
+from adaptc.passes.ir.trees import pytree
+from adaptc.tables import dtype_name
+
+_UNSUPPORTED = re.compile(r"Unsupported input type <class '([\w.<>]+)'>")
+#: errors that are about the model's code as torch reads it, whatever the inputs are
+_OF_TORCH = ("UserError", "GuardOnDataDependentSymNode", "Unsupported", "ConstraintViolationError")
+_OUTPUT = "not a known type"
+
+
+@contextlib.contextmanager
+def in_terms_of(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], *, made: bool) -> Iterator[None]:
+    """A block in which ``model`` is captured with these inputs; ``made``: by adaptc, since none were given."""
+    try:
+        yield
+    except CaptureError as error:
+        cause = error.__cause__
+        text = None if cause is None else _told(model, args, kwargs, cause, made)
+        if text is None:
+            raise
+        raise CaptureError(text) from cause
+
+
+def _told(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], cause: BaseException, made: bool) -> str | None:
+    """Another text for the error, where there is a better one."""
+    if found := _UNSUPPORTED.search(str(cause)):
+        return _unsupported(model, args, kwargs, found[1])
+    if not made or type(cause).__name__ in _OF_TORCH or _OUTPUT in str(cause):
+        return None
+    takes = ", ".join(inspect.signature(model.forward).parameters)
+    return (
+        f"{what_failed(model, cause)}. No example_inputs were given, and the inputs made from its config do not suit "
+        f"it: {listing(_inputs(model, args, kwargs).values())}. Pass example_inputs, a dict of keyword inputs (its "
+        f"forward takes {takes})"
+    )
+
+
+def _unsupported(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], kind: str) -> str:
+    odd = [name for name, value in _leaves(model, args, kwargs).items() if _name(type(value)) == kind]
+    short = kind.rpartition(".")[2]
+    where = f"input {odd[0]!r}" if odd else "an input"
+    if "Cache" in short:
+        advice = (
+            "Leave it out of example_inputs: the program then computes whole sequences, without a cache. To generate "
+            "with one, export the model with transformers.exporters, whose programs take a cache, and pass the program"
+        )
+    else:
+        advice = (
+            "Give its tensors as inputs of their own, or make it known: torch.utils._pytree.register_pytree_node for a "
+            "container, torch.export.register_dataclass for a dataclass"
+        )
+    return (
+        f"{type(model).__name__} could not be captured: {where} is a {short}, and torch.export takes tensors, numbers, "
+        f"strings, None, and lists and dicts of these. {advice}"
+    )
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _leaves(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Every leaf of the inputs, by the name that ``forward`` has for it and the path in it."""
+    names = list(inspect.signature(model.forward).parameters)
+    out: dict[str, Any] = {}
+    for i, value in enumerate(args):
+        name = names[min(i, len(names) - 1)]
+        out |= {f"{name}{pytree.keystr(path)}": leaf for path, leaf in pytree.tree_leaves_with_path(value)}
+    for name, value in kwargs.items():
+        out |= {f"{name}{pytree.keystr(path)}": leaf for path, leaf in pytree.tree_leaves_with_path(value)}
+    return out
+
+
+def _inputs(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, str]:
+    """The same as text."""
+    return {
+        name: f"{name} {dtype_name(v.dtype)}{list(v.shape)}" if isinstance(v, Tensor) else f"{name}={v!r}"
+        for name, v in _leaves(model, args, kwargs).items()
+    }

@@ -1,0 +1,25 @@
+"""Inputs for a model that came without any: who can make them, by the library that the model is of.
+
+Before: any module. After: inputs that its ``forward`` accepts, with their free dimensions, or a CaptureError that says
+what to pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from adaptc.capture.diffusion_inputs import example_for_diffusion, is_diffusion_model
+from adaptc.capture.example_inputs import Example, example_for, is_pretrained_model
+from adaptc.errors import CaptureError
+
+
+def example_of(model: Any, *, training: bool) -> Example:
+    """Raises CaptureError where the model's config does not tell what it takes, or it has none."""
+    if is_pretrained_model(model):
+        return example_for(model, training=training)
+    if is_diffusion_model(model):
+        return example_for_diffusion(model, training=training)
+    raise CaptureError(
+        f"{type(model).__name__} is not a transformers model, so its inputs cannot be made up: pass "
+        "example_inputs, a tensor, a tuple of positional inputs or a dict of keyword inputs"
+    )
