@@ -28,7 +28,15 @@ app = typer.Typer(
 
 Program = Annotated[Path, typer.Argument(metavar="PROG.pt2", help="A program with an adapter.", show_default=False)]
 Out = Annotated[Path, typer.Argument(metavar="OUT.pt2", help="Where to write the result.", show_default=False)]
-Adapter = Annotated[Path, typer.Argument(metavar="DIR", help="A PEFT adapter directory.", show_default=False)]
+Adapter = Annotated[
+    Path,
+    typer.Argument(
+        metavar="ADAPTER", help="A PEFT directory, or a file of diffusers, kohya or torchtune.", show_default=False
+    ),
+]
+Component = Annotated[
+    str | None, typer.Option(help="Which component of a file that has several, such as unet or text_encoder.")
+]
 
 
 def main() -> None:
@@ -124,11 +132,14 @@ def options(
 @plain_errors
 def show(
     path: Annotated[
-        Path, typer.Argument(metavar="FILE.pt2|DIR", help="A program, or an adapter directory.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="FILE.pt2|ADAPTER", help="A program, or an adapter: a directory or a file.", show_default=False
+        ),
     ],
 ) -> None:
-    """What a program adapts and with which tensors, or what an adapter directory holds."""
-    if path.is_dir():
+    """What a program adapts and with which tensors, or what an adapter holds."""
+    if path.is_dir() or path.suffix in (".safetensors", ".bin"):
         from adaptc.reports.adapter import AdapterReport
 
         _print(AdapterReport.of(path))
@@ -153,8 +164,9 @@ def merge(
     program: Program,
     out: Out,
     adapter: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Merge this PEFT adapter instead of the program's own.")
+        Path | None, typer.Option(metavar="ADAPTER", help="Merge this adapter instead of the program's own.")
     ] = None,
+    component: Component = None,
     safe: Annotated[bool, typer.Option(help="Refuse weights that are not finite.")] = True,
 ) -> None:
     """Fold the adapter into the weights: a plain program, and how much rounding each weight took."""
@@ -162,7 +174,7 @@ def merge(
 
     adapted = adaptc.load(program)
     if adapter is not None:
-        adaptc.swap(adapted, adapter)
+        adaptc.swap(adapted, adapter, component=component)
     merged = adaptc.merge(adapted, safe=safe, keep_base=False, progress=sys.stderr.isatty())
     _print(merged.merge_report)
     _write(merged, out)
@@ -170,12 +182,12 @@ def merge(
 
 @app.command()
 @plain_errors
-def swap(program: Program, adapter: Adapter, out: Out) -> None:
+def swap(program: Program, adapter: Adapter, out: Out, component: Component = None) -> None:
     """Give a program another adapter."""
     import adaptc
 
     adapted = adaptc.load(program)
-    typer.echo(_printable(str(adaptc.swap(adapted, adapter))))
+    typer.echo(_printable(str(adaptc.swap(adapted, adapter, component=component))))
     _write(adapted, out)
 
 
@@ -194,11 +206,15 @@ def export_adapter(
     program: Program,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write the adapter.", show_default=False)],
     base_model: Annotated[str | None, typer.Option(help="Recorded as base_model_name_or_path.")] = None,
+    form: Annotated[str, typer.Option("--format", help="peft, diffusers or kohya.")] = "peft",
+    component: Annotated[str | None, typer.Option(help="Of a pipeline, such as unet: for diffusers and kohya.")] = None,
 ) -> None:
-    """Write the program's adapter as a PEFT adapter directory."""
+    """Write the program's adapter as a PEFT adapter directory, or as a file of diffusers or kohya."""
     import adaptc
 
-    written = adaptc.save_adapter(adaptc.load(program), directory, base_model=base_model)
+    written = adaptc.save_adapter(
+        adaptc.load(program), directory, base_model=base_model, format=form, component=component
+    )
     typer.echo(_printable(f"wrote {written}"))
 
 

@@ -12,8 +12,10 @@ from typing import Any
 
 from adaptc.binding.bind import joined
 from adaptc.binding.binding import Binding, BindingSpec
+from adaptc.binding.given import is_state_dict
 from adaptc.errors import ConfigError
 from adaptc.passes.ir.attachment import Attachment
+from adaptc.peft_files.origin import PEFT
 
 
 def part_of(spec: BindingSpec, name: str) -> BindingSpec:
@@ -24,7 +26,7 @@ def part_of(spec: BindingSpec, name: str) -> BindingSpec:
 def together(parts: Mapping[str, Binding]) -> Binding:
     """One binding of several adapters that act together. Raises ConfigError where two of them change a base weight."""
     first = next(iter(parts.values()))
-    out = replace(first, values={}, methods={}, base={}, carried={}, bases={}, parts=dict(parts))
+    out = replace(first, values={}, methods={}, base={}, carried={}, bases={}, parts=dict(parts), origin=PEFT)
     changed: dict[str, str] = {}
     for name, part in parts.items():
         for fqn in part.base:
@@ -42,7 +44,7 @@ def together(parts: Mapping[str, Binding]) -> Binding:
 
 def named(config: Any) -> dict[str, Any] | None:
     """``config`` as adapters by name, if that is what it is, and not the content of one config."""
-    if not isinstance(config, Mapping) or "peft_type" in config or not config:
+    if not isinstance(config, Mapping) or "peft_type" in config or not config or is_state_dict(config):
         return None
     bad = [n for n in config if not isinstance(n, str) or not n or "." in n]
     if bad:

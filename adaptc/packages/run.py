@@ -21,6 +21,7 @@ from torch import Tensor
 
 from adaptc.binding.bind import joined
 from adaptc.binding.binding import Binding, BindingSpec
+from adaptc.binding.foreign import translated
 from adaptc.binding.recipes import Recipes
 from adaptc.binding.source import as_binding, as_config, from_dict
 from adaptc.errors import AdaptcError, BackendError, CheckpointError, SwapError
@@ -29,12 +30,14 @@ from adaptc.packages import manifest as _package_file
 from adaptc.packages.manifest import Input, Room, Site
 from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.passes.ir.trees import pytree
-from adaptc.peft_files.directory import AdapterFile, read_adapter
+from adaptc.peft_files.directory import AdapterFile
+from adaptc.peft_files.raw import RawFile, read_any
 from adaptc.program.adaptation import Adaptation
 from adaptc.pt2_files.containers import check_registered, read_tree
 from adaptc.pt2_files.refusal import Refused, shown_path
 from adaptc.reports.results import SwapReport
 from adaptc.runtime.call_inputs import Inputs
+from adaptc.value_types import checked
 
 
 class PackagedProgram:
@@ -144,8 +147,19 @@ class PackagedProgram:
         back = sorted(range(len(order)), key=order.__getitem__)
         return value.permute(order).contiguous().permute(back)
 
-    def swap(self, adapter: Any, *, config: Any = None, adapter_name: str | None = None) -> SwapReport:
+    @checked("adapter_name", "key_mapping", "component")
+    def swap(
+        self,
+        adapter: Any,
+        *,
+        config: Any = None,
+        adapter_name: str | None = None,
+        key_mapping: Mapping[str, str] | None = None,
+        component: str | None = None,
+    ) -> SwapReport:
         """Make ``adapter`` the current one; arguments and report are those of ``adaptc.swap``.
+
+        The names of modules that a package knows are those of its sites.
 
         Sites of which the adapter has no tensors become the base. Raises SwapError for an adapter of too large a rank,
         for one that needs other sites, and for one that changes the base weights (PiSSA, OLoRA), and CheckpointError
@@ -157,12 +171,18 @@ class PackagedProgram:
                 "adapted program itself to swap."
             )
         if isinstance(adapter, (str, PathLike)):  # once, so that what is checked is what is bound
-            adapter = read_adapter(adapter, adapter_name=adapter_name)
+            adapter = read_any(adapter, adapter_name=adapter_name, key_mapping=key_mapping)
+        if isinstance(adapter, RawFile):
+            theirs = None if config is None else as_config(config)
+            adapter = translated(adapter, self.spec().weights, component=component, config=theirs)
+            component = config = None
         self._check_base(adapter, config)
-        options = {} if isinstance(adapter, Binding) else {"config": config}
+        options = {} if isinstance(adapter, Binding) else {"config": config, "component": component}
         binding = as_binding(self, adapter, own=False, **options)  # what is installed is copied
         self._install(self._fitted(binding))
-        self.current = Binding({}, binding.methods, binding.config, name=binding.name, source=binding.source)
+        self.current = Binding(
+            {}, binding.methods, binding.config, name=binding.name, source=binding.source, origin=binding.origin
+        )
         return SwapReport.of(self.adaptation.attachments, binding)
 
     def spec(self, trainable: bool = False) -> BindingSpec:
@@ -182,7 +202,7 @@ class PackagedProgram:
         if isinstance(adapter, Binding):
             return
         if config is not None:
-            own = as_config(config)[0]
+            own = as_config(config)
         elif isinstance(adapter, Mapping):
             own = self.binding.config
         elif isinstance(adapter, AdapterFile):

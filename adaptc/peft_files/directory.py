@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError, shown
-from adaptc.patterns import compiled
+from adaptc.patterns import Pattern, compiled
 from adaptc.peft_files import layouts as _layouts
 from adaptc.peft_files import safe_io as _safefile
 from adaptc.peft_files import staging as _staging
@@ -44,20 +44,26 @@ from adaptc.peft_files.format import (
     write_card,
 )
 from adaptc.peft_files.locate import config_in, listing, locate, open_config, plain_name
+from adaptc.peft_files.origin import PEFT, Origin
 from adaptc.peft_files.snapshot import Opened, Unsettled, settled
 
 __all__ = [
     "AdapterFile",
     "bare_key",
     "check_finite",
+    "checked",
     "file_key",
+    "key_rules",
     "read_adapter",
     "read_config",
+    "renamed",
     "write_adapter",
 ]
 
 
 T = TypeVar("T")
+#: a regular expression of a key_mapping, and what it becomes
+Rule = tuple[Pattern | re.Pattern[str], str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +78,8 @@ class AdapterFile:
     weights: str = SAFE_NAME
     runs: Sequence[Tensor] = field(default=(), repr=False)
     """All floating data of the file in as few tensors as possible, where that is known."""
+    origin: Origin = PEFT
+    """What the file was before it was this."""
 
     @property
     def nbytes(self) -> int:
@@ -90,7 +98,7 @@ def read_config(
 
     def read() -> dict[str, Any]:
         with open_config(locate(path, adapter_name, subfolder)) as file:
-            return _checked(config_in, file)
+            return checked(config_in, file)
 
     return settled(read)
 
@@ -118,19 +126,41 @@ def read_adapter(
     keys that coincide after the mapping; ConfigError for a bad expression or device. Values are not looked at: see
     :func:`check_finite`.
     """
+    rules = key_rules(path, key_mapping)
     try:
-        rules = [(compiled("key_mapping", pattern), new) for pattern, new in (key_mapping or {}).items()]
         to = torch.device(device)
-    except (AttributeError, TypeError, RuntimeError) as exc:
-        raise ConfigError(f"cannot read {shown(path)}: bad key_mapping or device: {exc}") from exc
+    except (TypeError, RuntimeError) as exc:
+        raise ConfigError(f"cannot read {shown(path)}: bad device: {exc}") from exc
     config, where, name, raw, runs = settled(lambda: _read(path, adapter_name, subfolder))
     file = where / name
     if not raw:
         raise CheckpointError(f"{file} holds no tensors at all. Was it saved before the weights were gathered?")
 
+    tensors = renamed(file, bare_keys(file, list(raw), config["peft_type"]), raw, rules)
+    if to.type != "cpu":
+        try:
+            tensors, runs = {k: t.to(to) for k, t in tensors.items()}, ()
+        except (RuntimeError, AssertionError, NotImplementedError) as exc:
+            raise ConfigError(f"cannot move the tensors of {file} to device {str(device)!r}: {exc}") from exc
+    return AdapterFile(config, MappingProxyType(tensors), where, name, runs)
+
+
+def key_rules(path: Any, key_mapping: Mapping[str, str] | None) -> list[Rule]:
+    """The rules of a ``key_mapping``. Raises ConfigError for an expression that is none."""
+    try:
+        return [(compiled("key_mapping", pattern), new) for pattern, new in (key_mapping or {}).items()]
+    except (AttributeError, TypeError, RuntimeError) as exc:
+        raise ConfigError(f"cannot read {shown(path)}: bad key_mapping: {exc}") from exc
+
+
+def renamed(
+    file: Path, names: Mapping[str, str], raw: Mapping[str, Tensor], rules: Sequence[Rule]
+) -> dict[str, Tensor]:
+    """``raw`` by the names its keys have, after the first of the rules that matches. Raises CheckpointError where two
+    keys coincide, ConfigError for a replacement that does not fit its expression."""
     origin: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
-    for key, bare in bare_keys(file, list(raw), config["peft_type"]).items():
+    for key, bare in names.items():
         for pattern, new in rules:
             try:
                 bare, hits = pattern.subn(new, bare)
@@ -145,12 +175,7 @@ def read_adapter(
             )
         origin[bare] = key
         tensors[bare] = raw[key]
-    if to.type != "cpu":
-        try:
-            tensors, runs = {k: t.to(to) for k, t in tensors.items()}, ()
-        except (RuntimeError, AssertionError, NotImplementedError) as exc:
-            raise ConfigError(f"cannot move the tensors of {file} to device {str(device)!r}: {exc}") from exc
-    return AdapterFile(config, MappingProxyType(tensors), where, name, runs)
+    return tensors
 
 
 def _read(
@@ -159,7 +184,7 @@ def _read(
     """Config, directory, name of the weights, tensors and runs, or Unsettled where they may not belong together."""
     where = locate(path, adapter_name, subfolder)
     with open_config(where) as head:
-        config = _checked(config_in, head)
+        config = checked(config_in, head)
         name = next((n for n in (SAFE_NAME, BIN_NAME) if (where / n).is_file()), None)
         if name is None:
             head.check()
@@ -168,9 +193,9 @@ def _read(
             )
         with Opened(where / name) as body:
             if name == SAFE_NAME:
-                raw, runs = _checked(_layouts.load, body)
+                raw, runs = checked(_layouts.load, body)
             else:
-                raw, runs = _checked(_safefile.load_pickle, body), ()
+                raw, runs = checked(_safefile.load_pickle, body), ()
             body.check()
         head.check()
     if locate(path, adapter_name, subfolder) != where:  # the one that was wanted had been hidden by a write
@@ -178,7 +203,7 @@ def _read(
     return config, where, name, raw, runs
 
 
-def _checked(read: Callable[[Opened], T], file: Opened) -> T:
+def checked(read: Callable[[Opened], T], file: Opened) -> T:
     """What ``read`` makes of a file. What it says against one that is changing is not said."""
     try:
         return read(file)
@@ -195,13 +220,15 @@ def write_adapter(
     adapter_name: str = "default",
     safe_serialization: bool = True,
     base_model: str | None = None,
+    tags: Sequence[str] = (),
 ) -> Path:
     """Write an adapter that PEFT loads; returns the directory that holds it.
 
     ``config`` needs ``peft_type``; it is stored as PEFT does (``inference_mode`` true, no ``runtime_config``, sets as
     lists, sorted keys, ``peft_version`` filled in). ``tensors`` has bare keys, any shapes, dtypes and strides; shared
-    and strided tensors are copied. ``base_model`` fills in ``base_model_name_or_path``. An existing model card keeps
-    its body and its own metadata. Weights of the other format, which PEFT might prefer, are removed.
+    and strided tensors are copied. ``base_model`` fills in ``base_model_name_or_path``; ``tags`` are more tags for the
+    model card. An existing model card keeps its body and its own metadata. Weights of the other format, which PEFT
+    might prefer, are removed.
 
     Everything is written aside and renamed into place; links stay links, and existing files keep their permissions.
     What killed writes have left in the directory is removed. Raises CheckpointError, with the directory as it was.
@@ -225,7 +252,7 @@ def write_adapter(
         with _staging.staging(out) as stage:
             (stage / CONFIG_NAME).write_text(text, encoding="utf-8")
             _safefile.save_tensors(data, stage / body, safe=safe_serialization)
-            card = write_card(root / CARD_NAME, stage / CARD_NAME, stored)
+            card = write_card(root / CARD_NAME, stage / CARD_NAME, stored, tags)
             for file in stage.iterdir():
                 _staging.sync(file)
             _staging.commit(stage, out, body=body, head=CONFIG_NAME, stale=stale)

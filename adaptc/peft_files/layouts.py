@@ -93,6 +93,19 @@ def load(file: Opened) -> tuple[dict[str, Tensor], list[Tensor]]:
     return _views(layout, whole[len(header) :])
 
 
+def header_texts(file: Opened) -> dict[str, str]:
+    """What the header of a file that :func:`load` has read says beside its tensors."""
+    first = bytearray(8)
+    file.into(first)
+    start = bytearray(8 + min(int.from_bytes(first, "little"), file.size - 8))
+    file.into(start)
+    try:
+        texts = json.loads(start[8:], object_pairs_hook=_once).get("__metadata__", {})
+    except (ValueError, RecursionError) as exc:
+        raise CheckpointError(f"{file.path} has a header that cannot be read ({exc}). Download it again.") from exc
+    return {k: v for k, v in texts.items() if isinstance(v, str)} if isinstance(texts, dict) else {}
+
+
 def _read(file: Opened) -> Any:
     """The bytes of a file, as an array whose part behind the header is aligned."""
     first = bytearray(8)

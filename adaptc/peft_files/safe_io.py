@@ -115,10 +115,13 @@ def dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, safe: bool) -> None:
-    """Write ``tensors`` (from :func:`dense`) to ``path``. Lets the library's own exceptions through."""
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, *, safe: bool, header: Mapping[str, str] | None = None
+) -> None:
+    """Write ``tensors`` (from :func:`dense`) to ``path``, with more texts in the ``header`` of a safetensors file. Lets
+    the library's own exceptions through."""
     if safe:
-        save_file(dict(tensors), path, metadata={"format": "pt"})
+        save_file(dict(tensors), path, metadata={"format": "pt", **(header or {})})
         # safetensors creates its file for the owner alone; a shared adapter follows the umask like any other file
         umask_probe = path.with_name(f"{path.name}.mode")
         umask_probe.touch()

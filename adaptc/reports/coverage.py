@@ -18,6 +18,7 @@ from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.pass_infra import Trail
 from adaptc.passes.ir.storage import storage_key
+from adaptc.peft_files.origin import PEFT, Origin
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.runtime.held_values import Held
 from adaptc.runtime.variants import Fusion
@@ -63,6 +64,8 @@ class CoverageReport:
     held: Held = field(default=Held(), repr=False)
     fusion: Fusion = field(default=Fusion(), repr=False)
     passes: Mapping[str, Trail] = field(default_factory=dict, repr=False)
+    #: adapter -> what its file was
+    origins: Mapping[str, Origin] = field(default_factory=dict)
 
     @classmethod
     @exclusive
@@ -83,6 +86,7 @@ class CoverageReport:
         kinds = " + ".join(dict.fromkeys(p.config.peft_type for p in parts.values()))
         names = ", ".join(parts)
         made: dict[str, Any] = {"held": program.held, "fusion": program.fusion, "passes": program.passes}
+        made["origins"] = {n: p.origin for n, p in parts.items()}
         return cls(sites, a.matches, left_out, trainable, total, names, kinds, binding.source, **made)
 
     @property
@@ -106,6 +110,9 @@ class CoverageReport:
         absent = sum(not s.present for s in self.sites)
         head = f"{self.peft_type} adapter {self.adapter!r} ({self.source}): {len(self.sites)} sites"
         head += f", {absent} of them left at the base" if absent else ""
+        for o in self.origins.values():
+            head += "" if o == PEFT else f"\nfrom a file in the format {o}"
+            head += f"; not of this program: {o.left}" if o.others else ""
         return join(
             head,
             self._sites(width),
