@@ -27,7 +27,7 @@ from safetensors import SafetensorError, deserialize
 from torch import Tensor
 
 from adaptc.errors import CheckpointError
-from adaptc.peft_files.safe_io import load_safetensors
+from adaptc.peft_files.safe_io import MAX_JSON, load_safetensors
 from adaptc.peft_files.snapshot import Opened
 
 #: layouts kept; the one not used for longest goes first
@@ -97,7 +97,10 @@ def header_texts(file: Opened) -> dict[str, str]:
     """What the header of a file that :func:`load` has read says beside its tensors."""
     first = bytearray(8)
     file.into(first)
-    start = bytearray(8 + min(int.from_bytes(first, "little"), file.size - 8))
+    length = min(int.from_bytes(first, "little"), file.size - 8)
+    if length > MAX_JSON:
+        raise CheckpointError(f"{file.path} has a header of {length} bytes; that of an adapter is never that large.")
+    start = bytearray(8 + length)
     file.into(start)
     try:
         texts = json.loads(start[8:], object_pairs_hook=_once).get("__metadata__", {})

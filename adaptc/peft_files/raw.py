@@ -23,9 +23,7 @@ from adaptc.peft_files.directory import AdapterFile, checked, key_rules, read_ad
 from adaptc.peft_files.format import BIN_NAME, CONFIG_NAME, SAFE_NAME
 from adaptc.peft_files.formats import diffusers
 from adaptc.peft_files.snapshot import Opened, settled
-
-#: longest configs in a header that are read, as for files of configs
-_LONGEST = 16 << 20
+from adaptc.peft_files.staging import abandoned, stages
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +77,8 @@ def _raw_path(path: Path, adapter_name: str | None) -> Path | None:
             return None
         if any((path / n).is_file() for n in (CONFIG_NAME, SAFE_NAME, BIN_NAME)):
             return None
+        if any(not abandoned(s) for s in stages(path)):  # what is there now is not what will be
+            return None
         entries = sorted(path.iterdir())
         if any(not d.name.startswith(".") and (d / CONFIG_NAME).is_file() for d in entries if d.is_dir()):
             return None
@@ -125,8 +125,6 @@ def _configs(file: Opened) -> dict[str, Any] | None:
     if text is None:
         return None
     try:
-        if len(text) > _LONGEST:
-            raise ValueError(f"it is {len(text)} characters long")
         value = json.loads(text)
         if not isinstance(value, dict):
             raise ValueError(f"it is a {type(value).__name__}")

@@ -24,13 +24,13 @@ from adaptc.errors import CheckpointError
 from adaptc.peft_files.snapshot import Opened
 from adaptc.peft_files.torch_writer import writing
 
-_MAX_JSON = 16 << 20  # the largest real adapter configs are a few hundred KiB
+MAX_JSON = 16 << 20  # the largest real adapter configs are a few hundred KiB
 
 
 def read_json_object(file: Opened) -> dict[str, Any]:
     """The JSON object in ``file``. Raises CheckpointError when it is unreadable, no JSON, or no object."""
     path = file.path
-    if file.size > _MAX_JSON:
+    if file.size > MAX_JSON:
         raise CheckpointError(f"{path} is {file.size} bytes long; a config is never that large. Was it overwritten?")
     data = file.bytes()
     try:

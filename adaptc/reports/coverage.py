@@ -24,6 +24,9 @@ from adaptc.runtime.held_values import Held
 from adaptc.runtime.variants import Fusion
 from adaptc.tables import WIDTH, Column, collapse, join, pattern, shape_text, shortened, table, times
 
+#: target entries that are the full name of a module, of which so many have a row each
+FEW = 12
+
 
 @dataclass(frozen=True)
 class SiteCoverage:
@@ -160,7 +163,12 @@ class CoverageReport:
     def _entries(self, width: int) -> str:
         """How many modules each entry selected, of those that are the same layer of another block."""
         rows = []
+        full = [entry for entry, modules in self.matches.items() if list(modules) == [entry]]
+        if len(full) > FEW:  # files of other formats name every module
+            rows.append((f"({len(full)} full names)", f"{len(full)} of {len(full)}", shortened(full, sep="\n"), "-"))
         for entry, modules in self.matches.items():
+            if len(full) > FEW and list(modules) == [entry]:
+                continue
             forms = {pattern(m) for m in modules}
             missed = [name for name, _ in self.left_out if pattern(name) in forms]
             of = f"{len(modules)} of {len(modules) + len(missed)}"

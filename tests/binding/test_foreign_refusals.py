@@ -15,6 +15,7 @@ from torch import nn
 import adaptc
 from adaptc import AdaptcError
 from tests.support.component_nets import (
+    CONV,
     LINEAR,
     TO_Q,
     flat,
@@ -64,6 +65,17 @@ BROKEN = {
         "both lora_A.weight of|both alpha of",
     ),
     "two methods": (kohya(modules={LINEAR: 0}) | prefixed(TO_Q, loha(TO_Q, 2)[0]), "LORA and LOHA|LOHA and LORA"),
+    "rank beyond need": (
+        prefixed(
+            CONV,
+            {
+                "lora_down.weight": torch.ones(1, 7, 1, 1),
+                "lora_mid.weight": torch.ones(64, 1, 3, 3),
+                "lora_up.weight": torch.ones(10, 64, 1, 1),
+            },
+        ),
+        "has the rank 64, and no change .* above 63",
+    ),
     "half a LoHa": ({f"{flat(TO_Q)}.hada_w1_a": torch.ones(12, 2)}, "no hada_w1_b"),
     "flat LoKr": (
         {f"{flat(TO_Q)}.lokr_w1": torch.ones(12), f"{flat(TO_Q)}.lokr_w2": torch.ones(6)},

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, prod
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ def _lora(where: str, found: dict[str, Tensor], shape: Sequence[int]) -> tuple[d
     _complete(where, found, ("lora_A.weight", "lora_B.weight"))
     a, b = found["lora_A.weight"], found["lora_B.weight"]
     if MID in found:
-        a = _two_of_three(where, found.pop(MID), a)
+        a = _two_of_three(where, found.pop(MID), a, shape)
     # One position of a kernel is no kernel: files of models with linear layers and with convolutions are exchanged.
     a, b = (_with_axes(t, len(shape)) for t in (a, b))
     found |= {"lora_A.weight": a, "lora_B.weight": b}
@@ -87,13 +87,21 @@ def _lokr(where: str, found: Mapping[str, Tensor], alpha: float | None) -> tuple
     return rank, rank
 
 
-def _two_of_three(where: str, mid: Tensor, down: Tensor) -> Tensor:
-    """The first two of three factors as one: the middle one (r, i, *kernel) on the lower one (i, in, 1...)."""
-    if mid.ndim < 3 or down.ndim < 2 or mid.shape[1] != down.shape[0] or any(n != 1 for n in down.shape[2:]):
+def _two_of_three(where: str, mid: Tensor, down: Tensor, shape: Sequence[int]) -> Tensor:
+    """The first two of three factors as one: the middle one (r, i, *kernel) on the lower one (i, in, 1...).
+
+    Their product is larger than they are, so a rank that no weight of this shape needs is refused before it is made.
+    """
+    whole = mid.ndim >= 3 and down.ndim >= 2 and all(n == 1 for n in down.shape[2:])
+    if not whole or mid.shape[1] != down.shape[0] or (down.shape[1], *mid.shape[2:]) != tuple(shape[1:]):
         raise CheckpointError(
-            f"{where}: lora_mid {tuple(mid.shape)} does not go with lora_down {tuple(down.shape)}; expected (r, i, "
-            f"*kernel) "
-            "and (i, in, 1...)"
+            f"{where}: lora_mid {tuple(mid.shape)} does not go with lora_down {tuple(down.shape)} at a weight of shape "
+            f"{tuple(shape)}; expected (r, i, *kernel) and (i, in, 1...)"
+        )
+    if mid.shape[0] > (most := max(shape[0], prod(shape[1:]))):
+        raise CheckpointError(
+            f"{where}: lora_mid has the rank {mid.shape[0]}, and no change of a weight of shape {tuple(shape)} has one "
+            f"above {most}"
         )
     return torch.einsum("ri...,ij->rj...", mid.float(), down.flatten(1).float()).contiguous()
 
