@@ -42,7 +42,7 @@ def foreign(key: str) -> bool:
     return (
         first in COMPONENTS
         or key.startswith(tuple(PREFIXES))
-        or key.endswith((".alpha", ".lora_a.weight", ".lora_b.weight"))
+        or key.endswith((".alpha", ".lora_a.weight", ".lora_b.weight", ".magnitude"))
         or any(mark in key for mark in _FOREIGN)
     )
 
