@@ -38,11 +38,12 @@ from adaptc.verify.report import VerifyReport
 from adaptc.verify.verify import verify_program
 
 
-@checked("adapter_name", "training", "form", "autocast_adapter_dtype", "key_mapping", "generator")
+@checked("adapter_name", "training", "form", "autocast_adapter_dtype", "key_mapping", "component", "generator")
 def compile(
     model: nn.Module | ExportedProgram | Any,
-    config: Any,
+    adapter: Any = None,
     *,
+    config: Any = None,
     example_inputs: Any = None,
     dynamic_shapes: Any = "auto",
     adapter_name: str = "default",
@@ -51,6 +52,7 @@ def compile(
     form: str = "auto",
     autocast_adapter_dtype: bool = True,
     key_mapping: Mapping[str, str] | None = None,
+    component: str | None = None,
     generator: torch.Generator | None = None,
     hoist_limit: int | None = None,
     fuse: bool = True,
@@ -60,16 +62,19 @@ def compile(
 
     ``model``: an nn.Module (with ``example_inputs``: a tensor, a tuple, or a dict of keywords), a transformers model or
     a UNet or Flux denoiser of diffusers (``example_inputs`` are made from its config where none are given), an
-    ExportedProgram, or what ``transformers.exporters`` returns. ``config``: a config, a ``peft`` config, a PEFT
-    adapter directory (its weights are loaded too), or a list of these: then the program gets the union of their sites
-    and is bound to the first. A dict of these by name makes adapters that act together, each on what the ones before it
-    made of the weights. ``training=True`` captures the training behaviour (dropout, and the loss of a
-    transformers model). ``backend``: "eager" or "inductor". ``form``: "apply" puts adapters around the layers, "weight"
-    in front of their weights, "auto" chooses per site what costs less (``report`` says why).
+    ExportedProgram, or what ``transformers.exporters`` returns. ``adapter``: a config, a ``peft`` config, an adapter
+    with its weights (a PEFT directory, a file of diffusers, kohya, LyCORIS or torchtune, or a state dict with such
+    keys), or a list of these: then the program gets the union of their sites and is bound to the first. A dict of these
+    by name makes adapters that act together, each on what the ones before it made of the weights. ``config``: of one
+    adapter with weights, instead of what its file says; where it has no ``target_modules``, those are the modules that
+    the keys name. Alone it is the adapter. ``component``: which one to take of a file that has several (a UNet's and a
+    text encoder's), where the names of modules do not tell. ``training=True`` captures the training behaviour (dropout,
+    and the loss of a transformers model). ``backend``: "eager" or "inductor". ``form``: "apply" puts adapters around
+    the layers, "weight" in front of their weights, "auto" chooses per site what costs less (``report`` says why).
     ``autocast_adapter_dtype``: adapters of half-precision bases are float32. ``key_mapping``: regular expression ->
-    replacement, applied to the keys of adapter directories (PEFT's rule); refused where ``config`` names none.
-    ``generator`` draws first values; by default torch's global generator. ``hoist_limit``: bytes of memory for what
-    calls of the program, in inference, compute once per adapter instead of every time; None for any number (see
+    replacement, applied to the keys of adapter files (PEFT's rule); refused where ``adapter`` is none. ``generator``
+    draws first values; by default torch's global generator. ``hoist_limit``: bytes of memory for what calls of the
+    program, in inference, compute once per adapter instead of every time; None for any number (see
     :attr:`AdaptedProgram.hoist_limit`). ``fuse``: layers that read one tensor share a product in calls of the program
     (see :attr:`AdaptedProgram.fuse`). ``checkpoint``: how many repeated blocks its modules compute again at a time in
     the backward, "auto" for one, for less memory; None keeps all (see :attr:`AdaptedProgram.checkpoint`).
@@ -84,9 +89,11 @@ def compile(
             f"checkpoint={shown(checkpoint)} is for training, and the program is captured for inference: "
             "compile(model, config, training=True)"
         )
+    if adapter is None:
+        adapter, config = config, None
     return compiled(
         model,
-        config,
+        adapter,
         options,
         example_inputs=example_inputs,
         dynamic_shapes=dynamic_shapes,
@@ -95,6 +102,8 @@ def compile(
         form=form,
         autocast=autocast_adapter_dtype,
         key_mapping=key_mapping,
+        component=component,
+        override=config,
         generator=generator,
     )
 
@@ -106,9 +115,11 @@ def swap(
     config: Any = None,
     adapter_name: str | None = None,
     key_mapping: Mapping[str, str] | None = None,
+    component: str | None = None,
 ) -> SwapReport:
-    """Make ``adapter`` the current one: a PEFT adapter directory, a state dict with PEFT's keys, a binding, or
-    what ``prog.bind`` returned.
+    """Make ``adapter`` the current one: a PEFT directory, a file or a state dict of any format that :func:`compile`
+    takes, a binding, or what ``prog.bind`` returned. ``component``, ``key_mapping`` and ``config`` as there; the report
+    says what was found.
 
     Any rank, alpha, and any subset of the program's sites (the others take identity values); nothing is compiled or
     copied but the adapter's own tensors. For a bare state dict the scale follows ``config`` if given, else the
@@ -127,6 +138,7 @@ def swap(
         config=config,
         adapter_name=adapter_name,
         key_mapping=key_mapping,
+        component=component,
         trainable=program.adaptation.training,
     )
     program.install(binding)
@@ -225,7 +237,7 @@ def load(
     return load_program(Path(path), RunOptions(backend, hoist_limit, fuse), device)
 
 
-@checked("adapter_name", "safe_serialization", "base_model", "save_embedding_layers")
+@checked("adapter_name", "safe_serialization", "base_model", "save_embedding_layers", "format", "component")
 def save_adapter(
     program: AdaptedProgram | nn.Module,
     path: str | os.PathLike[str],
@@ -234,8 +246,15 @@ def save_adapter(
     safe_serialization: bool = True,
     base_model: str | None = None,
     save_embedding_layers: bool = False,
+    format: str = "peft",
+    component: str | None = None,
 ) -> Path:
     """Write the current adapter as a PEFT adapter directory; returns the directory that holds it.
+
+    ``format="diffusers"``: a ``pytorch_lora_weights.safetensors`` in the directory ``path``, or the file ``path``
+    itself; ``component`` ("unet", "transformer", "text_encoder", ...) is put in front of its keys, as pipelines want
+    it. ``format="kohya"``: the file ``path``, of ``component``, which it needs. Both return the file. They hold LoRA,
+    DoRA and LoKr, kohya also LoHa; what one cannot hold raises CheckpointError, as do disks that are full.
 
     Of adapters that act together the one called ``adapter_name`` is written, under its name as PEFT does.
     ``peft.PeftModel.from_pretrained(model, path)`` loads it. ``base_model`` is recorded as base_model_name_or_path.
@@ -251,6 +270,8 @@ def save_adapter(
         "safe_serialization": safe_serialization,
         "base_model": base_model,
         "save_embedding_layers": save_embedding_layers,
+        "format": format,
+        "component": component,
     }
     if isinstance(program, ProgramModule):
         return write_module(program, path, **options)

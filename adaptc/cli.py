@@ -30,7 +30,15 @@ app = typer.Typer(
 )
 
 Program = Annotated[Path, typer.Argument(metavar="PROG.pt2", help="A program with an adapter.", show_default=False)]
-Adapter = Annotated[Path, typer.Argument(metavar="DIR", help="A PEFT adapter directory.", show_default=False)]
+Adapter = Annotated[
+    Path,
+    typer.Argument(
+        metavar="ADAPTER", help="A PEFT directory, or a file of diffusers, kohya or torchtune.", show_default=False
+    ),
+]
+Component = Annotated[
+    str | None, typer.Option(help="Which component of a file that has several, such as unet or text_encoder.")
+]
 Out = Annotated[
     Path | None, typer.Argument(metavar="OUT", help="Where to write the result, as --output.", show_default=False)
 ]
@@ -175,12 +183,15 @@ def options(
 @plain_errors
 def show(
     path: Annotated[
-        Path, typer.Argument(metavar="FILE.pt2|DIR", help="A program, or an adapter directory.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="FILE.pt2|ADAPTER", help="A program, or an adapter: a directory or a file.", show_default=False
+        ),
     ],
     as_json: Json = False,
 ) -> None:
-    """What a program adapts and with which tensors, or what an adapter directory holds."""
-    if path.is_dir():
+    """What a program adapts and with which tensors, or what an adapter holds."""
+    if path.is_dir() or path.suffix in (".safetensors", ".bin"):
         from adaptc.reports.adapter import AdapterReport
 
         _tell(as_json, AdapterReport.of(path))
@@ -250,9 +261,10 @@ def merge(
     output: Output = None,
     force: Force = False,
     adapter: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Merge this PEFT adapter instead of the program's own.")
+        Path | None, typer.Option(metavar="ADAPTER", help="Merge this adapter instead of the program's own.")
     ] = None,
     key_mapping: KeyMapping = None,
+    component: Component = None,
     safe: Annotated[bool, typer.Option(help="Refuse weights that are not finite.")] = True,
     as_json: Json = False,
 ) -> None:
@@ -267,7 +279,7 @@ def merge(
         raise typer.BadParameter("it is for the adapter that --adapter names", param_hint="'--key-mapping'")
     adapted = adaptc.load(program)
     if adapter is not None:
-        adaptc.swap(adapted, adapter, key_mapping=_mapping(key_mapping))
+        adaptc.swap(adapted, adapter, key_mapping=_mapping(key_mapping), component=component)
     merged = adaptc.merge(adapted, safe=safe, keep_base=False, progress=sys.stderr.isatty())
     _tell(as_json, merged.merge_report, adaptc.save(merged, path))
 
@@ -281,6 +293,7 @@ def swap(
     output: Output = None,
     force: Force = False,
     key_mapping: KeyMapping = None,
+    component: Component = None,
     as_json: Json = False,
 ) -> None:
     """Give a program another adapter, of any rank, at any of its sites."""
@@ -288,7 +301,7 @@ def swap(
 
     path = _place(out, output, force)
     adapted = adaptc.load(program)
-    report = adaptc.swap(adapted, adapter, key_mapping=_mapping(key_mapping))
+    report = adaptc.swap(adapted, adapter, key_mapping=_mapping(key_mapping), component=component)
     _tell(as_json, report, adaptc.save(adapted, path))
 
 
@@ -356,13 +369,17 @@ def export_adapter(
     output: Output = None,
     force: Force = False,
     base_model: Annotated[str | None, typer.Option(help="Recorded as base_model_name_or_path.")] = None,
+    form: Annotated[str, typer.Option("--format", help="peft, diffusers or kohya.")] = "peft",
+    component: Annotated[str | None, typer.Option(help="Of a pipeline, such as unet: for diffusers and kohya.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the program's adapter as a PEFT adapter directory, which peft.PeftModel.from_pretrained loads."""
+    """Write the program's adapter as a PEFT adapter directory, which peft.PeftModel.from_pretrained loads, or as a file
+    of diffusers or kohya."""
     import adaptc
 
     path = _place(out, output, force)
-    _tell(as_json, wrote=adaptc.save_adapter(adaptc.load(program), path, base_model=base_model))
+    written = adaptc.save_adapter(adaptc.load(program), path, base_model=base_model, format=form, component=component)
+    _tell(as_json, wrote=written)
 
 
 @app.command()

@@ -250,10 +250,12 @@ class _Builder:
         check_kind(key, value, base.dtype, source)
         new = value.to(base)
         self.casts.append(Cast(key, fqn, value, new))
-        if not torch.equal(base, new):
+        if torch.equal(base, new):
+            new = base.detach()
+        else:
             new = self._own(new)
             self._replace(fqn, new)
-            self.carried[key] = new  # or saving the adapter again would lose it
+        self.carried[key] = new  # or saving the adapter again would lose it
         return True
 
     def _own(self, value: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from adaptc.passes.adapt.move import usable
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.method import Method
 from adaptc.passes.ir.ops import Op
+from adaptc.peft_files.origin import PEFT, Origin
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,8 @@ class Binding:
     ``methods``: attachment id -> the method with this adapter's own options; only sites the adapter has are in it.
     ``carried``: by key, what its file holds beside slots: tensors the program does not read, changed base weights.
     ``parts``: where several adapters act together, each by its name; their values are in ``values``.
-    ``bases``: of the base parameters in ``base``, what they were, as :func:`~adaptc.binding.fits.fingerprint` tells."""
+    ``bases``: of the base parameters in ``base``, what they were, as :func:`~adaptc.binding.fits.fingerprint` tells.
+    ``origin``: the format of the file it was made of, and what of that file is not in it."""
 
     values: Mapping[str, Tensor]
     methods: Mapping[str, Method]
@@ -37,6 +39,7 @@ class Binding:
     carried: Mapping[str, Tensor] = field(default_factory=dict)
     parts: Mapping[str, Binding] = field(default_factory=dict)
     bases: Mapping[str, str] = field(default_factory=dict)
+    origin: Origin = PEFT
 
     def summary(self, there: int = 0) -> str:
         """Its methods, where it comes from, its ranks and how many sites it has, of ``there`` that a program has."""

@@ -12,9 +12,11 @@ from typing import Any
 
 from adaptc.binding.bind import joined
 from adaptc.binding.binding import Binding, BindingSpec
+from adaptc.binding.given import is_state_dict
 from adaptc.errors import ConfigError
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.method import Method
+from adaptc.peft_files.origin import PEFT
 
 
 def part_of(spec: BindingSpec, name: str) -> BindingSpec:
@@ -27,7 +29,7 @@ def together(parts: Mapping[str, Binding], attachments: Sequence[Attachment]) ->
     set what only one of them can."""
     _check_clashes(parts, attachments)
     first = next(iter(parts.values()))
-    out = replace(first, values={}, methods={}, base={}, carried={}, bases={}, parts=dict(parts))
+    out = replace(first, values={}, methods={}, base={}, carried={}, bases={}, parts=dict(parts), origin=PEFT)
     changed: dict[str, str] = {}
     for name, part in parts.items():
         for fqn in part.base:
@@ -62,7 +64,7 @@ def _check_clashes(parts: Mapping[str, Binding], attachments: Sequence[Attachmen
 
 def named(config: Any) -> dict[str, Any] | None:
     """``config`` as adapters by name, if that is what it is, and not the content of one config."""
-    if not isinstance(config, Mapping) or "peft_type" in config or not config:
+    if not isinstance(config, Mapping) or "peft_type" in config or not config or is_state_dict(config):
         return None
     bad = [n for n in config if not isinstance(n, str) or not n or "." in n]
     if bad:

@@ -19,6 +19,11 @@ from adaptc.peft_files.directory import bare_key
 _EXPECTED = "expected a dense torch.Tensor that holds its values"
 
 
+def is_state_dict(value: Any) -> bool:
+    """Whether a value is tensors by name."""
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(t, Tensor) for t in value.values())
+
+
 def given(tensors: Mapping[Any, Any], source: str, peft_type: str | None = None) -> dict[str, Tensor]:
     """``tensors`` with bare keys; without a ``peft_type`` they are so already."""
     out: dict[str, Tensor] = {}

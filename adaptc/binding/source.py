@@ -1,7 +1,7 @@
 """What a user may hand over as an adapter, turned into a config or a binding.
 
-A config object of adaptc or peft, a PEFT adapter directory, a state dict with PEFT's keys, or a ready Binding. A
-binding owns its values: a directory is read into memory of its own, and tensors of a caller are copied, once.
+A config object of adaptc or peft, a PEFT adapter directory, a file of another format, a state dict, or a ready Binding.
+A binding owns its values: a directory is read into memory of its own, and tensors of a caller are copied, once.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,29 +20,44 @@ from adaptc.binding.bind import bind, first_values
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.combine import part_of, together
 from adaptc.binding.fits import check_fits
-from adaptc.binding.given import given
+from adaptc.binding.foreign import in_memory, translated
+from adaptc.binding.given import given, is_state_dict
 from adaptc.binding.old_experts import restack
 from adaptc.binding.recipes import Recipes, structure
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError, SwapError, shown
 from adaptc.methods import AdapterConfig, config_class
 from adaptc.patterns import limited
-from adaptc.peft_files.directory import AdapterFile, all_finite, read_adapter
+from adaptc.peft_files.directory import AdapterFile, all_finite, read_config
+from adaptc.peft_files.formats.detect import foreign
 from adaptc.peft_files.key_mapping import renamed, rules_of
+from adaptc.peft_files.raw import RawFile, read_any
 from adaptc.value_types import checked
 
 
-def as_config(config: Any, key_mapping: Mapping[str, str] | None = None) -> tuple[AdapterConfig, AdapterFile | None]:
-    """A config, and the adapter's file when ``config`` is a directory. Raises ConfigError or CheckpointError."""
+def as_adapter(
+    adapter: Any, key_mapping: Mapping[str, str] | None = None
+) -> tuple[AdapterConfig | None, AdapterFile | RawFile | None]:
+    """A config, and the adapter's file when it is one; of a file of another format, and of a state dict, the config is
+    known once the model is. Raises ConfigError or CheckpointError."""
+    if is_state_dict(adapter):
+        return None, in_memory({k: t.detach().clone() for k, t in given(adapter, "state dict").items()})
+    if isinstance(adapter, (str, os.PathLike)):
+        file = read_any(adapter, key_mapping=key_mapping)
+        return (of_file(file) if isinstance(file, AdapterFile) else None), file
+    return as_config(adapter), None
+
+
+def as_config(config: Any) -> AdapterConfig:
+    """A config from whatever says one, a directory included. Raises ConfigError or CheckpointError."""
     if isinstance(config, AdapterConfig):
         config.check_types()  # of what was set since it was made
-        return config, None
+        return config
     if isinstance(config, (str, os.PathLike)):
-        file = read_adapter(Path(config), key_mapping=key_mapping)
-        return of_file(file), file
+        return from_dict(read_config(config))
     if isinstance(config, Mapping):
-        return from_dict(config), None
+        return from_dict(config)
     if hasattr(config, "to_dict") and hasattr(config, "peft_type"):
-        return from_peft(config), None
+        return from_peft(config)
     raise ConfigError(
         f"expected a config such as LoraConfig, a peft config, or an adapter directory; got {type(config).__name__}"
     )
@@ -79,11 +94,20 @@ def of_file(file: AdapterFile) -> AdapterConfig:
 
 
 def fitted(
-    config: AdapterConfig, file: AdapterFile | None, weights: Mapping[str, Tensor]
+    config: AdapterConfig | None,
+    file: AdapterFile | RawFile | None,
+    weights: Mapping[str, Tensor],
+    component: str | None = None,
 ) -> tuple[AdapterConfig, AdapterFile | None]:
-    """Both for a model with these weights, where the file was made for an older layout of it."""
-    new = None if file is None else restack(file, weights)
-    return (config, file) if new is None or new is file else (of_file(new), new)
+    """Both for a model with these weights, where the file is of another format, or was made for an older layout of it.
+    ``config`` is that of a PEFT directory, or the caller's own."""
+    if isinstance(file, RawFile):
+        file, config = translated(file, weights, component=component, config=config), None
+    if file is None:
+        assert config is not None
+        return config, None
+    new = restack(file, weights)
+    return (config, file) if new is file and config is not None else (of_file(new), new)
 
 
 def from_peft(config: Any) -> AdapterConfig:
@@ -122,7 +146,16 @@ class Bindable(Protocol):
     def spec(self, trainable: bool = False) -> BindingSpec: ...
 
 
-@checked("adapter_name", "key_mapping")
+@dataclass(frozen=True)
+class Reading:
+    """How a file is read: which adapter of a directory, which renaming of keys, which component."""
+
+    adapter_name: str | None = None
+    key_mapping: Mapping[str, str] | None = None
+    component: str | None = None
+
+
+@checked("adapter_name", "key_mapping", "component")
 @limited()
 def as_binding(
     target: Bindable,
@@ -131,16 +164,19 @@ def as_binding(
     config: Any = None,
     adapter_name: str | None = None,
     key_mapping: Mapping[str, str] | None = None,
+    component: str | None = None,
     trainable: bool = False,
     own: bool = True,
 ) -> Binding:
     """``adapter`` bound to the slots of ``target``, of which nothing changes.
 
     ``key_mapping``: regular expression -> replacement, for adapters whose keys were written for other module names; a
-    binding has none, and is refused with one. A state dict has PEFT's keys, with or without ``base_model.model.``; its
-    scale comes from ``config``, or else from the current adapter's config, with the rank of the tensors. Without
-    ``own`` values may lie in the caller's tensors: for one who copies them before anybody else can write there. What is
-    bound to a program stands for its adapter. Raises SwapError or CheckpointError.
+    binding has none, and is refused with one. ``component``: which one to take of a file that has several, where the
+    names of modules do not tell. A state dict has PEFT's keys, with or without ``base_model.model.``; its scale comes
+    from ``config``, or else from the current adapter's config, with the rank of the tensors. One with the keys of
+    another format is read as a file of it. Without ``own`` values may lie in the caller's tensors: for one who copies
+    them before anybody else can write there. What is bound to a program stands for its adapter. Raises SwapError or
+    CheckpointError.
     """
     current = target.current
     if current is None:
@@ -157,8 +193,9 @@ def as_binding(
                 "key_mapping renames the keys of files and state dicts, and a binding has none: leave it out"
             )
         return _checked(target, binding)
+    reading = Reading(adapter_name, key_mapping, component)
     if current.parts:
-        return target.recipes.note(_together(target, current, adapter, trainable, key_mapping))
+        return target.recipes.note(_together(target, current, adapter, trainable, replace(reading, adapter_name=None)))
     spec = target.spec(trainable)
     if lost := list(spec.residual):
         raise SwapError(
@@ -166,7 +203,7 @@ def as_binding(
             "changed the base), so no other adapter can be bound to it. Compile the original model instead."
         )
     recipes = target.recipes
-    return recipes.note(_bound(spec, adapter, config, adapter_name, key_mapping, current.config, recipes, own))
+    return recipes.note(_bound(spec, adapter, config, reading, current.config, recipes, own))
 
 
 def _checked(target: Bindable, binding: Binding) -> Binding:
@@ -185,9 +222,7 @@ def _checked(target: Bindable, binding: Binding) -> Binding:
     return target.recipes.note(binding)
 
 
-def _together(
-    target: Bindable, current: Binding, adapter: Any, trainable: bool, key_mapping: Mapping[str, str] | None
-) -> Binding:
+def _together(target: Bindable, current: Binding, adapter: Any, trainable: bool, reading: Reading) -> Binding:
     """Adapters by name for a program in which several act together; those not named stay, None turns one off."""
     parts = dict(current.parts)
     if not isinstance(adapter, Mapping) or not adapter or not parts.keys() >= adapter.keys():
@@ -202,7 +237,7 @@ def _together(
             parts[name] = first_values(own, parts[name].config, only={})
         else:
             # A part has a spec of its own, which the program's recipes are not for.
-            parts[name] = _bound(own, new, None, None, key_mapping, parts[name].config, None, True)
+            parts[name] = _bound(own, new, None, reading, parts[name].config, None, True)
     return together(parts, spec.attachments)
 
 
@@ -210,30 +245,51 @@ def _bound(
     spec: BindingSpec,
     adapter: Any,
     config: Any,
-    adapter_name: str | None,
-    key_mapping: Mapping[str, str] | None,
+    reading: Reading,
     current: AdapterConfig,
     recipes: Recipes | None,
     own: bool,
 ) -> Binding:
+    source, copy = str(adapter) if isinstance(adapter, (str, os.PathLike)) else "state dict", own
     if isinstance(adapter, (str, os.PathLike)):
-        file = read_adapter(Path(adapter), adapter_name=adapter_name, key_mapping=key_mapping)
-        return _of_file(recipes, spec, file, str(adapter), config, copy=False)
-    if isinstance(adapter, Mapping):
-        return _of_mapping(recipes, spec, adapter, current, config, key_mapping, copy=own)
-    if isinstance(adapter, AdapterFile):
-        given(adapter.tensors, str(adapter.path))
-        if key_mapping:
-            adapter = replace(adapter, tensors=_renamed(adapter.tensors, key_mapping, str(adapter.path)))
-        return _of_file(recipes, spec, adapter, str(adapter.path), config, copy=own)
-    raise AdaptcError(
-        f"an adapter is a directory, a state dict, a binding, or what prog.bind returned; got {type(adapter).__name__}"
-    )
+        adapter = read_any(adapter, adapter_name=reading.adapter_name, key_mapping=reading.key_mapping)
+        copy = False
+    elif isinstance(adapter, Mapping):
+        if not (adapter and isinstance(first := next(iter(adapter)), str) and foreign(first)):
+            _nothing_to_choose(reading.component, source)
+            return _of_mapping(recipes, spec, adapter, current, config, reading.key_mapping, copy=own)
+        adapter = in_memory(_renamed(given(adapter, source), reading.key_mapping, source))
+    elif isinstance(adapter, AdapterFile):
+        source = str(adapter.path)
+        given(adapter.tensors, source)
+        adapter = replace(adapter, tensors=_renamed(adapter.tensors, reading.key_mapping, source))
+    if isinstance(adapter, RawFile):
+        theirs = None if config is None else as_config(config)
+        adapter = translated(adapter, spec.weights, component=reading.component, config=theirs)
+        config = None  # it is the file's now
+    elif isinstance(adapter, AdapterFile):
+        _nothing_to_choose(reading.component, source)
+    else:
+        raise AdaptcError(
+            f"an adapter is a directory, a file, a state dict, a binding, or what prog.bind returned; got "
+            f"{type(adapter).__name__}"
+        )
+    return replace(_of_file(recipes, spec, adapter, source, config, copy=copy), origin=adapter.origin)
 
 
-def _renamed(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str], source: str) -> dict[str, Tensor]:
+def _renamed(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None, source: str) -> Mapping[str, Tensor]:
+    if not key_mapping:
+        return tensors
     names = renamed({key: key for key in tensors}, rules_of(key_mapping), source)
     return {bare: tensors[key] for bare, key in names.items()}
+
+
+def _nothing_to_choose(component: str | None, source: str) -> None:
+    if component is not None:
+        raise ConfigError(
+            f"component={component!r}: {source} has PEFT's keys, which are of one model and name no component; leave "
+            "it out"
+        )
 
 
 def _of_file(
@@ -249,7 +305,7 @@ def _of_file(
             if made is not None:
                 return made
     stacked = restack(file, spec.weights)
-    own = as_config(config)[0] if config is not None else of_file(stacked)
+    own = as_config(config) if config is not None else of_file(stacked)
     binding = bind(spec, own, stacked.tensors, source, fit=False, copy=copy)
     if recipes is not None and stacked is file:
         recipes.learn(kind, spec, binding, file.tensors, fit=False)
@@ -268,9 +324,8 @@ def _of_mapping(
 ) -> Binding:
     """A state dict, with ``config`` or, if that is None, with ``theirs`` and the rank of the tensors."""
     tensors, fit = given(adapter, "state dict", theirs.peft_type), config is None
-    if key_mapping:
-        tensors = _renamed(tensors, key_mapping, "state dict")
-    own = theirs if config is None else as_config(config)[0]
+    tensors = _renamed(tensors, key_mapping, "state dict")
+    own = theirs if config is None else as_config(config)
     kind = None if recipes is None else structure(spec, own, tensors, fit)
     recipe = None if recipes is None or kind is None else recipes.find(kind)
     if recipe is not None:

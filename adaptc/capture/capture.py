@@ -62,6 +62,21 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Base:
+    """What adapters call the model they are of: where its weights are from, None when it does not say, and its
+    class."""
+
+    name: str | None
+    class_name: str
+    library: str
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Base:
+        name = vars(model).get("name_or_path")
+        return cls(name if isinstance(name, str) and name else None, type(model).__name__, type(model).__module__)
+
+
+@dataclass(frozen=True)
 class Captured:
     """A captured program, and facts of the model that its graph does not hold.
 
@@ -70,7 +85,8 @@ class Captured:
     unknown. ``module_types``: module path -> qualified class name such as ``torch.nn.modules.linear.Linear``; the root
     has path "". ``fills``: keyword inputs a caller may leave out -> (how, of which input): "ones_like"; "ignore_like",
     int64 of the same shape holding -100; "ignore_rows", int64 of its first dimension only, holding -100. Losses ignore
-    -100: the loss of such a call is not a number, and every other output is as without labels.
+    -100: the loss of such a call is not a number, and every other output is as without labels. ``base``: what the model
+    is called, of modules alone.
     """
 
     program: ExportedProgram
@@ -83,6 +99,7 @@ class Captured:
     #: what the model's ``forward`` takes, in order; empty where that is not known
     takes: tuple[str, ...] = ()
     source: Source | None = None
+    base: Base | None = None
 
 
 def capture(
@@ -132,6 +149,7 @@ def capture(
         fills=fills_of(program, bool(getattr(config, "is_encoder_decoder", False))) if pretrained else {},
         takes=_takes(model),
         source=_source(model) if pretrained else None,
+        base=Base.of(model),
     )
 
 

@@ -15,6 +15,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self, cast
 
+from torch import Tensor
+
 from adaptc.errors import SHOWN, AdaptcWarning, ConfigError, nearest, shown
 from adaptc.methods._default_targets import adapts_defaults, defaults
 from adaptc.methods._model_facts import ModelFacts
@@ -35,6 +37,8 @@ class AdapterConfig:
     refused: ClassVar[Mapping[str, str]] = {}
     #: attributes beside the fields, which no file can have: functions
     unsaved: ClassVar[tuple[str, ...]] = ()
+    #: the field with the scale of a module times its rank; '' for methods that files of other formats have not
+    alpha_field: ClassVar[str] = ""
 
     # An option of configs that choose layers, which make a field of it.
     modules_to_save = cast("Any", None)
@@ -91,6 +95,11 @@ class AdapterConfig:
             out[f.name] = sorted(value) if isinstance(value, (set, frozenset)) else value
         return out
 
+    def said(self) -> dict[str, Any]:
+        """:meth:`to_dict` without what is at its default, for files in which that goes without saying."""
+        usual = {f.name: default_of(f) for f in fields(self)}
+        return {k: v for k, v in self.to_dict().items() if k not in usual or v != usual[k]}
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """From ``adapter_config.json``. Keys PEFT has never had are dropped with a warning that names them."""
@@ -109,6 +118,12 @@ class AdapterConfig:
                 stacklevel=3,
             )
         return cls(**{k: v for k, v in data.items() if k in known})
+
+    @classmethod
+    def options_of(cls, modules: Sequence[Mapping[str, Tensor]], shapes: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """The options, beside ranks and alphas, that an adapter has whose modules have these tensors by slot, at
+        weights of these shapes. For files without a config. Raises ConfigError where no options give all of them."""
+        return {}
 
     def replace(self, **changes: Any) -> Self:
         new = dataclasses.replace(self, **changes)

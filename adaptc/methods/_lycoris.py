@@ -6,7 +6,7 @@ Source of the kernel: FedPara (Hyeon-Woo et al., arXiv 2108.06098), proposition 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -29,6 +29,7 @@ Fill = Callable[[Tensor, torch.Generator | None], None]
 class LycorisConfig(TargetedConfig):
     """The fields LoHa's and LoKr's configs have in common, as PEFT has them. Raises ConfigError for illegal values."""
 
+    alpha_field: ClassVar[str] = "alpha"
     #: what ``init_weights`` may be
     schemes: ClassVar[tuple[Any, ...]] = (True, False)
 
@@ -49,6 +50,10 @@ class LycorisConfig(TargetedConfig):
         if not any(self.init_weights is s or (isinstance(s, str) and self.init_weights == s) for s in self.schemes):
             known = ", ".join(repr(s) for s in self.schemes)
             raise ConfigError(f"{name}.init_weights must be one of {known}, got {self.init_weights!r}")
+
+    @classmethod
+    def options_of(cls, modules: Sequence[Mapping[str, Tensor]], shapes: Sequence[Sequence[int]]) -> dict[str, Any]:
+        return {"use_effective_conv2d": True} if any(n in m for m in modules for n in ("hada_t1", "lokr_t2")) else {}
 
     def pattern_entries(self) -> dict[str, Mapping[str, Any]]:
         return {"rank_pattern": self.rank_pattern or {}, "alpha_pattern": self.alpha_pattern or {}}

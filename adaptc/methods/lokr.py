@@ -10,6 +10,7 @@ second size of one-dimensional kernels, ``lokr_w2_a`` (r, k) and ``lokr_w2_b`` (
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import isqrt, prod
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptc.errors import ConfigError
+from adaptc.errors import ConfigError, shown
 from adaptc.methods._lycoris import Lycoris, LycorisConfig, can_look_up, he, kernel_down, padded, zeros
 from adaptc.passes.ir.method import Initial, Scale, Slot, Slots
 from adaptc.passes.ir.ops import Op, cast
@@ -44,6 +45,26 @@ class LoKrConfig(LycorisConfig):
                 f"LoKrConfig.decompose_factor must be a positive integer, or -1 for factors close to each other; "
                 f"got {factor!r}"
             )
+
+    @classmethod
+    def options_of(cls, modules: Sequence[Mapping[str, Tensor]], shapes: Sequence[Sequence[int]]) -> dict[str, Any]:
+        # Sizes split as (l, k) and (m, n) under the factor; a factor shows as the smaller part of what it divides.
+        splits: list[tuple[int, int]] = []
+        for m, shape in zip(modules, shapes, strict=True):
+            (l, n1), (k, n2) = _sizes(m, "lokr_w1"), _sizes(m, "lokr_w2", prod(shape[2:]))  # noqa: E741  # the paper's
+            splits += [(l, k), (n1, n2)]
+        known = (
+            f for f in (-1, *sorted({a for a, _ in splits})) if all(factors(a * b, f) == (a, b) for a, b in splits)
+        )
+        factor = next(known, None)
+        if factor is None:
+            raise ConfigError(
+                f"no decompose_factor splits the layers as this LoKr has them: {shown(sorted(set(splits))[:3])}; "
+                f"compile "
+                "for its layers one group at a time"
+            )
+        both = any("lokr_w1_a" in m for m in modules)
+        return {**super().options_of(modules, shapes), "decompose_factor": factor, "decompose_both": both}
 
     def method(self, name: str, kind: str) -> LoKr:
         return LoKr(
@@ -188,6 +209,16 @@ class LoKr(Lycoris):
         if self.has_factored_kernel(op):
             a, b = a.t(), kernel_down(slots["lokr_t2"], b)
         return b.reshape(-1, n, *op.kernel), a
+
+
+def _sizes(tensors: Mapping[str, Tensor], name: str, positions: int = 1) -> tuple[int, int]:
+    """(rows, columns) of one of the two factors, by the tensors it has; a kernel has ``positions``."""
+    if name in tensors:
+        return tuple(tensors[name].shape[:2])  # type: ignore[return-value]
+    a, b = tensors[f"{name}_a"], tensors[f"{name}_b"]
+    if "lokr_t2" in tensors and name == "lokr_w2":
+        return a.shape[1], b.shape[1]
+    return a.shape[0], b.shape[1] // positions
 
 
 def _up(h: Tensor, a: Tensor | None) -> Tensor:

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from adaptc.errors import ConfigError
 from adaptc.methods._checks import check_bias, check_probability, check_ranks
 from adaptc.methods._config import TargetedConfig
 from adaptc.methods._name_patterns import pattern_value
-from adaptc.methods.dora import Dora
+from adaptc.methods.dora import MAGNITUDE, Dora
 from adaptc.methods.lora import Lora
 
 NOT_YET = "this LoRA variant is not implemented"
@@ -40,6 +42,7 @@ class LoraConfig(TargetedConfig):
     samples: ClassVar[Sequence[Mapping[str, Any]]] = ({}, {"use_dora": True})
     dropout_field: ClassVar[str] = "lora_dropout"
     writes_all: ClassVar[bool] = True
+    alpha_field: ClassVar[str] = "lora_alpha"
     refused: ClassVar[Mapping[str, str]] = {
         "loftq_config": "LoftQ quantises the base, and programs hold unquantised weights",
         "eva_config": "initialisation from activations is not implemented",
@@ -109,6 +112,18 @@ class LoraConfig(TargetedConfig):
         """What AdaLoRA's config checks too."""
         check_probability(self, "lora_dropout")
         check_bias(self, "lora_only")
+
+    @classmethod
+    def options_of(cls, modules: Sequence[Mapping[str, Tensor]], shapes: Sequence[Sequence[int]]) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for option, slot in (("use_dora", MAGNITUDE), ("lora_bias", "lora_B.bias")):
+            have = sum(slot in m for m in modules)
+            if have and have != len(modules):
+                raise ConfigError(
+                    f"{have} of {len(modules)} modules have {slot!r}, and one adapter has it at all or none"
+                )
+            out |= {option: True} if have else {}
+        return out
 
     def pattern_entries(self) -> dict[str, Mapping[str, Any]]:
         return {"rank_pattern": self.rank_pattern or {}, "alpha_pattern": self.alpha_pattern or {}}

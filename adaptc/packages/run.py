@@ -21,6 +21,7 @@ from torch import Tensor
 
 from adaptc.binding.bind import joined
 from adaptc.binding.binding import Binding, BindingSpec
+from adaptc.binding.foreign import translated
 from adaptc.binding.recipes import Recipes
 from adaptc.binding.source import as_binding, as_config, from_dict
 from adaptc.errors import AdaptcError, BackendError, CheckpointError, SwapError
@@ -30,7 +31,8 @@ from adaptc.packages.manifest import Input, Room, Site
 from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.passes.ir.trees import pytree
 from adaptc.patterns import limited
-from adaptc.peft_files.directory import AdapterFile, read_adapter
+from adaptc.peft_files.directory import AdapterFile
+from adaptc.peft_files.raw import RawFile, read_any
 from adaptc.program.adaptation import Adaptation
 from adaptc.pt2_files.containers import check_registered, read_tree
 from adaptc.pt2_files.refusal import Refused, shown_path
@@ -144,7 +146,7 @@ class PackagedProgram:
             raise AdaptcError(f"input {want.name!r} is on {value.device}, and the package runs on {self.device}")
         return laid(value, want.order)
 
-    @checked("adapter_name", "key_mapping")
+    @checked("adapter_name", "key_mapping", "component")
     @limited()
     def swap(
         self,
@@ -153,8 +155,11 @@ class PackagedProgram:
         config: Any = None,
         adapter_name: str | None = None,
         key_mapping: Mapping[str, str] | None = None,
+        component: str | None = None,
     ) -> SwapReport:
         """Make ``adapter`` the current one; arguments and report are those of ``adaptc.swap``.
+
+        The names of modules that a package knows are those of its sites.
 
         Sites of which the adapter has no tensors become the base. Raises SwapError for an adapter of too large a rank,
         for one that needs other sites, and for one that changes the base weights (PiSSA, OLoRA), and CheckpointError
@@ -166,13 +171,20 @@ class PackagedProgram:
                 "adapted program itself to swap."
             )
         if isinstance(adapter, (str, PathLike)):  # once, so that what is checked is what is bound
-            adapter, key_mapping = read_adapter(adapter, adapter_name=adapter_name, key_mapping=key_mapping), None
+            adapter = read_any(adapter, adapter_name=adapter_name, key_mapping=key_mapping)
+            key_mapping = None
+        if isinstance(adapter, RawFile):
+            theirs = None if config is None else as_config(config)
+            adapter = translated(adapter, self.spec().weights, component=component, config=theirs)
+            component = config = None
         self._check_base(adapter, config)
-        options: dict[str, Any] = {"key_mapping": key_mapping}
+        options: dict[str, Any] = {"key_mapping": key_mapping, "component": component}
         options |= {} if isinstance(adapter, Binding) else {"config": config}
         binding = as_binding(self, adapter, own=False, **options)  # what is installed is copied
         self._install(self._fitted(binding))
-        self.current = Binding({}, binding.methods, binding.config, name=binding.name, source=binding.source)
+        self.current = Binding(
+            {}, binding.methods, binding.config, name=binding.name, source=binding.source, origin=binding.origin
+        )
         return SwapReport.of(self.adaptation.attachments, binding)
 
     def spec(self, trainable: bool = False) -> BindingSpec:
@@ -192,7 +204,7 @@ class PackagedProgram:
         if isinstance(adapter, Binding):
             return
         if config is not None:
-            own = as_config(config)[0]
+            own = as_config(config)
         elif isinstance(adapter, Mapping):
             own = self.binding.config
         elif isinstance(adapter, AdapterFile):

@@ -43,12 +43,14 @@ from adaptc.peft_files.format import (
 )
 from adaptc.peft_files.key_mapping import renamed, rules_of
 from adaptc.peft_files.locate import config_in, listing, locate, open_config, plain_name
+from adaptc.peft_files.origin import PEFT, Origin
 from adaptc.peft_files.snapshot import Opened, Unsettled, settled
 
 __all__ = [
     "AdapterFile",
     "bare_key",
     "check_finite",
+    "checked",
     "file_key",
     "read_adapter",
     "read_config",
@@ -71,6 +73,8 @@ class AdapterFile:
     weights: str = SAFE_NAME
     runs: Sequence[Tensor] = field(default=(), repr=False)
     """All floating data of the file in as few tensors as possible, where that is known."""
+    origin: Origin = PEFT
+    """What the file was before it was this."""
 
     @property
     def nbytes(self) -> int:
@@ -89,7 +93,7 @@ def read_config(
 
     def read() -> dict[str, Any]:
         with open_config(locate(path, adapter_name, subfolder)) as file:
-            return _checked(config_in, file)
+            return checked(config_in, file)
 
     return settled(read)
 
@@ -143,7 +147,7 @@ def _read(
     """Config, directory, name of the weights, tensors and runs, or Unsettled where they may not belong together."""
     where = locate(path, adapter_name, subfolder)
     with open_config(where) as head:
-        config = _checked(config_in, head)
+        config = checked(config_in, head)
         name = next((n for n in (SAFE_NAME, BIN_NAME) if (where / n).is_file()), None)
         if name is None:
             head.check()
@@ -152,9 +156,9 @@ def _read(
             )
         with Opened(where / name) as body:
             if name == SAFE_NAME:
-                raw, runs = _checked(_layouts.load, body)
+                raw, runs = checked(_layouts.load, body)
             else:
-                raw, runs = _checked(_safefile.load_pickle, body), ()
+                raw, runs = checked(_safefile.load_pickle, body), ()
             body.check()
         head.check()
     if locate(path, adapter_name, subfolder) != where:  # the one that was wanted had been hidden by a write
@@ -162,7 +166,7 @@ def _read(
     return config, where, name, raw, runs
 
 
-def _checked(read: Callable[[Opened], T], file: Opened) -> T:
+def checked(read: Callable[[Opened], T], file: Opened) -> T:
     """What ``read`` makes of a file. What it says against one that is changing is not said."""
     try:
         return read(file)
@@ -179,13 +183,15 @@ def write_adapter(
     adapter_name: str = "default",
     safe_serialization: bool = True,
     base_model: str | None = None,
+    tags: Sequence[str] = (),
 ) -> Path:
     """Write an adapter that PEFT loads; returns the directory that holds it.
 
     ``config`` needs ``peft_type``; it is stored as PEFT does (``inference_mode`` true, no ``runtime_config``, sets as
     lists, sorted keys, ``peft_version`` filled in). ``tensors`` has bare keys, any shapes, dtypes and strides; shared
-    and strided tensors are copied. ``base_model`` fills in ``base_model_name_or_path``. An existing model card keeps
-    its body and its own metadata. Weights of the other format, which PEFT might prefer, are removed.
+    and strided tensors are copied. ``base_model`` fills in ``base_model_name_or_path``; ``tags`` are more tags for the
+    model card. An existing model card keeps its body and its own metadata. Weights of the other format, which PEFT
+    might prefer, are removed.
 
     Everything is written aside and renamed into place; links stay links, and existing files keep their permissions.
     What killed writes have left in the directory is removed. Raises CheckpointError, with the directory as it was.
@@ -209,7 +215,7 @@ def write_adapter(
         with _staging.staging(out) as stage:
             (stage / CONFIG_NAME).write_text(text, encoding="utf-8")
             _safefile.save_tensors(data, stage / body, safe=safe_serialization)
-            card = write_card(root / CARD_NAME, stage / CARD_NAME, stored)
+            card = write_card(root / CARD_NAME, stage / CARD_NAME, stored, tags)
             for file in stage.iterdir():
                 _staging.sync(file)
             _staging.commit(stage, out, body=body, head=CONFIG_NAME, stale=stale)

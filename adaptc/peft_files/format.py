@@ -12,7 +12,7 @@ What must hold: ``bare_key(file_key(k, t), t) == k`` for every key and method, s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
@@ -101,7 +101,7 @@ def jsonable(value: Any) -> Any:
     raise TypeError(f"{value!r} is a {type(value).__name__}")
 
 
-def write_card(existing: Path, new: Path, config: Mapping[str, Any]) -> bool:
+def write_card(existing: Path, new: Path, config: Mapping[str, Any], more_tags: Sequence[str] = ()) -> bool:
     """Write the model card ``new``, from ``existing`` if there is one. False when that one cannot be understood."""
     from huggingface_hub import metadata_load, metadata_save
 
@@ -109,7 +109,7 @@ def write_card(existing: Path, new: Path, config: Mapping[str, Any]) -> bool:
     try:
         text = existing.read_text(encoding="utf-8") if existing.is_file() else ""
         meta = dict(metadata_load(existing) or {}) if text else {}
-        tags = set(meta.get("tags") or [])
+        tags = {*(meta.get("tags") or []), *more_tags}
     except Exception as exc:  # YAML by hand: any parser error means the same
         warnings.warn(f"{existing} left as it is: its metadata cannot be read ({exc})", AdaptcWarning, stacklevel=3)
         return False

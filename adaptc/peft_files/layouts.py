@@ -27,7 +27,7 @@ from safetensors import SafetensorError, deserialize
 from torch import Tensor
 
 from adaptc.errors import CheckpointError
-from adaptc.peft_files.safe_io import load_safetensors
+from adaptc.peft_files.safe_io import MAX_JSON, load_safetensors
 from adaptc.peft_files.snapshot import Opened
 
 #: layouts kept; the one not used for longest goes first
@@ -91,6 +91,22 @@ def load(file: Opened) -> tuple[dict[str, Tensor], list[Tensor]]:
             while len(_known) > MOST:
                 _known.popitem(last=False)
     return _views(layout, whole[len(header) :])
+
+
+def header_texts(file: Opened) -> dict[str, str]:
+    """What the header of a file that :func:`load` has read says beside its tensors."""
+    first = bytearray(8)
+    file.into(first)
+    length = min(int.from_bytes(first, "little"), file.size - 8)
+    if length > MAX_JSON:
+        raise CheckpointError(f"{file.path} has a header of {length} bytes; that of an adapter is never that large.")
+    start = bytearray(8 + length)
+    file.into(start)
+    try:
+        texts = json.loads(start[8:], object_pairs_hook=_once).get("__metadata__", {})
+    except (ValueError, RecursionError) as exc:
+        raise CheckpointError(f"{file.path} has a header that cannot be read ({exc}). Download it again.") from exc
+    return {k: v for k, v in texts.items() if isinstance(v, str)} if isinstance(texts, dict) else {}
 
 
 def _read(file: Opened) -> Any:

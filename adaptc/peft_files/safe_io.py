@@ -24,13 +24,13 @@ from adaptc.errors import CheckpointError
 from adaptc.peft_files.snapshot import Opened
 from adaptc.peft_files.torch_writer import writing
 
-_MAX_JSON = 16 << 20  # the largest real adapter configs are a few hundred KiB
+MAX_JSON = 16 << 20  # the largest real adapter configs are a few hundred KiB
 
 
 def read_json_object(file: Opened) -> dict[str, Any]:
     """The JSON object in ``file``. Raises CheckpointError when it is unreadable, no JSON, or no object."""
     path = file.path
-    if file.size > _MAX_JSON:
+    if file.size > MAX_JSON:
         raise CheckpointError(f"{path} is {file.size} bytes long; a config is never that large. Was it overwritten?")
     data = file.bytes()
     try:
@@ -115,10 +115,13 @@ def dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, safe: bool) -> None:
-    """Write ``tensors`` (from :func:`dense`) to ``path``. Lets the library's own exceptions through."""
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, *, safe: bool, header: Mapping[str, str] | None = None
+) -> None:
+    """Write ``tensors`` (from :func:`dense`) to ``path``, with more texts in the ``header`` of a safetensors file. Lets
+    the library's own exceptions through."""
     if safe:
-        save_file(dict(tensors), path, metadata={"format": "pt"})
+        save_file(dict(tensors), path, metadata={"format": "pt", **(header or {})})
         # safetensors creates its file for the owner alone; a shared adapter follows the umask like any other file
         umask_probe = path.with_name(f"{path.name}.mode")
         umask_probe.touch()

@@ -39,8 +39,8 @@ class AdaptedProgram(ProgramCore):
     def bind(self, adapter: Any, *, form: str = "apply", memory_limit: int | None = None, **options: Any) -> Bound:
         """A callable that keeps this adapter and can be used from any thread.
 
-        ``adapter``: a PEFT adapter directory, a state dict, or a :class:`Binding`; ``config``, ``adapter_name``,
-        ``key_mapping`` and errors as for ``adaptc.swap``. None gives the base, as :attr:`base` has it.
+        ``adapter``: a directory, a file or a state dict as ``adaptc.swap`` takes them, or a :class:`Binding`; errors
+        and ``options`` as there. None gives the base, as :attr:`base` has it.
         ``form``: "apply" shares the program's code and base; "weight" runs the base's graph on weights of its own, as
         fast as the base, for the memory of the adapted weights (``held`` says how much); "auto" decides by the work
         that the adapter adds to a call and by ``memory_limit``, in bytes, None for any (``why`` gives the reason).

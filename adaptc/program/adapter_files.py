@@ -1,4 +1,4 @@
-"""The current adapter of a program as a directory that PEFT reads."""
+"""The current adapter of a program as a directory that PEFT reads, or as a file of another format."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from typing import Any
 from torch import Tensor
 
 from adaptc.binding.bind import embedding_tensors, file_tensors
-from adaptc.binding.binding import Binding
+from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.combine import part_of
 from adaptc.errors import CheckpointError, ConfigError
 from adaptc.peft_files.directory import write_adapter
 from adaptc.peft_files.format import SAFE_NAME
+from adaptc.peft_files.formats.detect import WRITERS
+from adaptc.peft_files.formats.writing import Adapted, write_file
 from adaptc.peft_files.staging import replacing
 from adaptc.program.core import ProgramCore
 
@@ -34,6 +36,8 @@ def write_current(
     safe_serialization: bool = True,
     base_model: str | None = None,
     save_embedding_layers: bool = False,
+    format: str = "peft",
+    component: str | None = None,
 ) -> Path:
     """See ``adaptc.save_adapter``. ``binding``: what to write, None for the program's current one."""
     binding, spec = program.binding if binding is None else binding, program.spec()
@@ -44,6 +48,14 @@ def write_current(
                 "adapter_name"
             )
         binding, spec = binding.parts[adapter_name], part_of(spec, adapter_name)
+    if format != "peft":
+        asked = {"safe_serialization": not safe_serialization, "save_embedding_layers": save_embedding_layers}
+        asked["base_model"] = base_model is not None
+        if said := [n for n, given in asked.items() if given]:
+            raise ConfigError(f"{said[0]}: only files in PEFT's format have that; leave it out with format={format!r}")
+        return write_as(path, spec, binding, format, component)
+    if component is not None:
+        raise ConfigError(f"component={component!r}: files in PEFT's format name no component; leave it out")
     tensors: dict[str, Tensor] = file_tensors(spec, binding)
     if save_embedding_layers:
         found = embedding_tensors(spec, binding)
@@ -53,6 +65,8 @@ def write_current(
             )
         tensors = {**found, **tensors}
     config: Mapping[str, Any] = binding.config.to_dict()
+    library = str((binding.config.auto_mapping or {}).get("parent_library", ""))
+    of_transformers = program.adaptation.source is not None or library.partition(".")[0] == "transformers"
     return write_adapter(
         path,
         config,
@@ -60,7 +74,46 @@ def write_current(
         adapter_name=adapter_name,
         safe_serialization=safe_serialization,
         base_model=base_model,
+        tags=("transformers",) if of_transformers else (),
     )
+
+
+def write_as(
+    path: str | os.PathLike[str], spec: BindingSpec, binding: Binding, format: str, component: str | None
+) -> Path:
+    """Write ``binding`` in a format of others. Raises ConfigError for a format that is none, CheckpointError for what
+    it cannot hold."""
+    writer = WRITERS.get(format)
+    if writer is None:
+        raise ConfigError(f"format={format!r} is not one of peft, {', '.join(WRITERS)}")
+    left = file_tensors(spec, binding)
+    modules: list[Adapted] = []
+    for a in spec.attachments:
+        method, op = binding.methods.get(a.id), spec.ops[a.id]
+        if method is None:
+            continue
+        keys = {n: a.file_key(n, slot) for n, slot in method.slots(op).items() if slot.saved}
+        own = {n: left.pop(k) for n, k in keys.items() if k == f"{a.key}.{n}" and k in left}
+        scale, rank = method.scale(op), method.rank()
+        if own and scale is not None and rank is not None:
+            modules.append(Adapted(a.key, own, scale, rank))
+        else:
+            left |= {keys[n]: t for n, t in own.items()}
+    if left:
+        raise CheckpointError(
+            f"the format {format} cannot hold {next(iter(left))!r}"
+            + (f" and {len(left) - 1} more of the adapter's tensors" if len(left) > 1 else "")
+            + f", which {binding.config.peft_type} has in PEFT's files. Write it as format='peft'."
+        )
+    if binding.base:
+        raise CheckpointError(
+            f"the format {format} cannot hold an adapter that changed the base ({next(iter(binding.base))!r}): its "
+            f"reader "
+            "would add it to the unchanged one. Write it as format='peft'."
+        )
+    names = [fqn.removesuffix(".weight") for fqn in spec.weights if fqn.endswith(".weight")]
+    content = writer.content(modules, component, binding.config.said(), names)
+    return write_file(writer.file(Path(path)), content)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import nn
 from adaptc.binding.bind import bind, first_values, joined
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.combine import joint_spec, named, part_of, together
-from adaptc.binding.source import as_config, fitted
+from adaptc.binding.source import as_adapter, as_config, fitted
 from adaptc.capture.capture import Captured, capture
 from adaptc.capture.replicate_layers import replicate_layers
 from adaptc.errors import ConfigError, Tell, refuse_entry, shown, warn_of_entry
@@ -35,6 +35,7 @@ from adaptc.passes.ir.ops import Op, op_of
 from adaptc.passes.ir.pass_infra import PassManager
 from adaptc.patterns import limited
 from adaptc.peft_files.directory import AdapterFile
+from adaptc.peft_files.raw import RawFile
 from adaptc.program.adaptation import Adaptation
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.runtime.options import RunOptions
@@ -55,6 +56,20 @@ class Adapter:
     def tell(self) -> Tell:
         """What is called for an entry of the config that binds to nothing."""
         return refuse_entry if self.file is None else warn_of_entry
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An adapter before the model is known, of which files of other formats make their config."""
+
+    name: str
+    config: TargetedConfig | None
+    file: AdapterFile | RawFile | None
+    component: str | None = None
+
+    def at(self, base: Lifted) -> Adapter:
+        config, file = fitted(self.config, self.file, base.state_dict, self.component)
+        return Adapter(self.name, _targeted(config), file)
 
 
 @dataclass(frozen=True)
@@ -81,13 +96,15 @@ def planned(
     form: str = "auto",
     autocast: bool = True,
     key_mapping: Mapping[str, str] | None = None,
+    component: str | None = None,
+    override: Any = None,
 ) -> Planned:
     """The first half of ``adaptc.compile``: all that is known before there are values."""
     if not isinstance(form, str) or form not in FORMS:
         raise ConfigError(f"form={shown(form)} is not one of {', '.join(FORMS)}")
     by_name = named(config)
-    adapters = _adapters(config, by_name, adapter_name, key_mapping)
-    model = _replicated(model, [a.config for a in adapters])
+    asked = _asked(config, by_name, adapter_name, key_mapping, component, override)
+    model = _replicated(model, [a.config for a in asked if a.config is not None])
     captured = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, training=training)
     if has_closed_blocks(captured.program):
         captured = replace(captured, program=OpenBlocks(captured.module_types)(captured.program).output)
@@ -100,9 +117,9 @@ def planned(
         bare=not isinstance(model, nn.Module),
     )
     base = Lifted(captured.program, edit=False)
-    adapters = [_fitted(a, base) for a in adapters]
+    adapters = [a.at(base) for a in asked]
     plans = [plan(a.config, captured.program, facts, a.name, base, a.tell) for a in adapters]
-    adapters = [replace(a, config=p.config) for a, p in zip(adapters, plans, strict=True)]
+    adapters = [_of_base(replace(a, config=p.config), captured) for a, p in zip(adapters, plans, strict=True)]
     attachments = union(plans, training, options.backend, form, apart=by_name is not None)
     spec = _spec(base, attachments, autocast, _trainable(adapters[0], training), plans)
     for p in plans:
@@ -161,22 +178,39 @@ def _check_methods(spec: BindingSpec) -> None:
             check_promises(*site, values=site == smallest)
 
 
-def _adapters(
-    config: Any, by_name: Mapping[str, Any] | None, name: str, key_mapping: Mapping[str, str] | None
-) -> list[Adapter]:
+def _asked(
+    config: Any,
+    by_name: Mapping[str, Any] | None,
+    name: str,
+    key_mapping: Mapping[str, str] | None,
+    component: str | None,
+    override: Any,
+) -> list[Asked]:
     if by_name is not None:
         given = list(by_name.items())
     else:
         given = [(name, c) for c in (config if isinstance(config, (list, tuple)) else [config])]
     if not given:
         raise ConfigError("config is an empty list: give a config, an adapter directory, or a list of them")
-    parsed = [(n, *as_config(c, key_mapping)) for n, c in given]
+    parsed = [(n, *as_adapter(c, key_mapping)) for n, c in given]
     if key_mapping and all(file is None for _, _, file in parsed):
         raise ConfigError(
             "key_mapping renames the keys of adapter directories, and config names none: leave it out, or give it to "
             "swap or bind with the adapter"
         )
-    return [Adapter(n, _targeted(c), file) for n, c, file in parsed]
+    if override is not None:
+        if len(parsed) > 1 or parsed[0][2] is None:
+            raise ConfigError(
+                "config= says what the config of one adapter's tensors is, and goes with one directory, file or "
+                "state dict; give configs themselves in the first place"
+            )
+        parsed = [(n, as_config(override), file) for n, _, file in parsed]
+    if component is not None and not any(isinstance(file, RawFile) for _, _, file in parsed):
+        raise ConfigError(
+            f"component={component!r} chooses from a file of another format than PEFT's, and there is none; leave it "
+            "out"
+        )
+    return [Asked(n, None if c is None else _targeted(c), file, component) for n, c, file in parsed]
 
 
 def _targeted(config: AdapterConfig) -> TargetedConfig:
@@ -185,15 +219,21 @@ def _targeted(config: AdapterConfig) -> TargetedConfig:
     return config
 
 
-def _fitted(adapter: Adapter, base: Lifted) -> Adapter:
-    config, file = fitted(adapter.config, adapter.file, base.state_dict)
-    return replace(adapter, config=_targeted(config), file=file)
+def _of_base(adapter: Adapter, captured: Captured) -> Adapter:
+    """A new adapter, which names the model it is for as PEFT's do; one from a file says what its file says."""
+    if adapter.file is not None or captured.base is None:
+        return adapter
+    base = captured.base
+    values: dict[str, Any] = {"base_model_name_or_path": base.name}
+    if adapter.config.task_type is None:
+        values["auto_mapping"] = {"base_model_class": base.class_name, "parent_library": base.library}
+    return replace(adapter, config=adapter.config.completed(values))
 
 
 def _replicated(model: Any, configs: Sequence[TargetedConfig]) -> Any:
     wanted = {str(c.layer_replication) for c in configs}
-    ranges = configs[0].layer_replication
-    if wanted == {"None"}:
+    ranges = configs[0].layer_replication if configs else None
+    if wanted <= {"None"}:
         return model
     if len(wanted) > 1 or ranges is None:
         raise ConfigError(
@@ -235,7 +275,8 @@ def _first_binding(
 ) -> Binding:
     """What an adapter starts with; ``first`` is its plan, None when the spec is its own."""
     if adapter.file is not None:
-        return bind(spec, adapter.config, adapter.file.tensors, str(adapter.file.path), fit=False)
+        own = bind(spec, adapter.config, adapter.file.tensors, str(adapter.file.path), fit=False)
+        return replace(own, origin=adapter.file.origin)
     if first is None:
         return first_values(spec, adapter.config, generator)
     own = joined({a.id: a.method for a in first.attachments}, spec.ops)

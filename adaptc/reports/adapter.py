@@ -1,8 +1,9 @@
-"""What a PEFT adapter directory holds, without a model: its config and its tensors."""
+"""What an adapter directory or file holds, without a model: its config and its tensors."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -11,7 +12,8 @@ from typing import Any
 
 import torch
 
-from adaptc.peft_files.directory import read_adapter
+from adaptc.peft_files.formats.detect import detect
+from adaptc.peft_files.raw import RawFile, of_peft, read_any
 from adaptc.tables import Column, Report, Table, collapse, dtype_name, plain, size, times
 
 
@@ -26,9 +28,25 @@ class AdapterReport(Report):
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> AdapterReport:
-        """Raises CheckpointError as :func:`adaptc.peft_files.directory.read_adapter` does."""
-        file = read_adapter(path)
+        """Raises CheckpointError as :func:`adaptc.peft_files.raw.read_any` does."""
+        file = read_any(path)
+        if isinstance(file, RawFile):
+            return cls.of_raw(file)
         config = {k: v for k, v in sorted(file.config.items()) if v not in (None, False, {}, [], "")}
+        tensors = {k: (tuple(t.shape), t.dtype) for k, t in file.tensors.items()}
+        return cls(file.path, config, tensors, file.nbytes)
+
+    @classmethod
+    def of_raw(cls, file: RawFile) -> AdapterReport:
+        """Of a file in another format, whose config is known only with a model: its format, and tensors by
+        component."""
+        if any(map(of_peft, file.tensors)):
+            form, components = "PEFT, without its config", Counter[str]()
+        else:
+            found, parts = detect(file.tensors, str(file.path))
+            form, components = found.name, Counter(p.component for p in parts)
+        config = {"format": form} | {f"tensors of {name}": n for name, n in components.items() if name}
+        config |= dict(file.configs or {})
         tensors = {k: (tuple(t.shape), t.dtype) for k, t in file.tensors.items()}
         return cls(file.path, config, tensors, file.nbytes)
 
@@ -42,7 +60,7 @@ class AdapterReport(Report):
         for key, (shape, dtype) in self.tensors.items():
             groups.setdefault(("x".join(map(str, shape)), dtype_name(dtype)), []).append(key)
         rows = [(times(text, n), *how) for how, keys in groups.items() for text, n in collapse(keys)]
-        kind = self.config.get("peft_type", "unknown")
+        kind = self.config.get("peft_type") or self.config.get("format", "unknown")
         head = f"{kind} adapter in {self.path}: {len(self.tensors)} tensors, {self.params:,d} parameters"
         return [
             f"{head}, {size(self.nbytes)}",

@@ -18,6 +18,7 @@ from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.pass_infra import Trail
 from adaptc.passes.ir.storage import storage_key
+from adaptc.peft_files.origin import PEFT, Origin
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.reports.norms import Norms
 from adaptc.runtime.held_values import Held
@@ -34,6 +35,9 @@ from adaptc.tables import (
     shortened,
     times,
 )
+
+#: target entries that are the full name of a module, of which so many have a row each
+FEW = 12
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class CoverageReport(Report):
     fusion: Fusion = field(default=Fusion(), repr=False)
     passes: Mapping[str, Trail] = field(default_factory=dict, repr=False)
     norms: Norms = field(default=Norms(), repr=False)
+    #: adapter -> what its file was
+    origins: Mapping[str, Origin] = field(default_factory=dict)
 
     @classmethod
     @exclusive
@@ -98,6 +104,7 @@ class CoverageReport(Report):
         names = ", ".join(parts)
         made: dict[str, Any] = {"held": program.held, "fusion": program.fusion, "passes": program.passes}
         made["norms"] = Norms.of(program, changes)
+        made["origins"] = {n: p.origin for n, p in parts.items()}
         return cls(sites, a.matches, left_out, trainable, total, names, kinds, binding.source, **made)
 
     @property
@@ -118,16 +125,21 @@ class CoverageReport(Report):
         absent = sum(not s.present for s in self.sites)
         head = f"{self.peft_type} adapter {self.adapter!r} ({self.source}): {len(self.sites)} sites"
         head += f", {absent} of them left at the base" if absent else ""
+        for o in self.origins.values():
+            head += "" if o == PEFT else f"\nfrom a file in the format {o}"
+            head += f"; not of this program: {o.left}" if o.others else ""
         tables = [self._sites(), self._forms(), self._entries(), self._omitted(), *self.norms.parts()]
         return [head, *tables, str(self.held), str(self.fusion), self.parameters_line() + self._passes()]
 
     def data(self) -> dict[str, Any]:
-        """``adapter``, ``peft_type`` and ``source``, ``merged`` (from what), ``sites`` (one dict each), ``matches``
-        (target entry -> modules), ``left_out`` (module, why), ``trainable``, ``total``, ``passes`` and ``norms``."""
+        """``adapter``, ``peft_type`` and ``source``, ``formats`` (adapter -> that of its file), ``merged`` (from what),
+        ``sites`` (one dict each), ``matches`` (target entry -> modules), ``left_out`` (module, why), ``trainable``,
+        ``total``, ``passes`` and ``norms``."""
         return {
             "adapter": self.adapter,
             "peft_type": self.peft_type,
             "source": self.source,
+            "formats": {name: str(o) for name, o in self.origins.items()},
             "merged": self.merged,
             "sites": [_site_data(s) for s in self.sites],
             "matches": plain(self.matches),
@@ -174,7 +186,12 @@ class CoverageReport(Report):
     def _entries(self) -> Table:
         """How many modules each entry selected, of those that are the same layer of another block."""
         rows = []
+        full = [entry for entry, modules in self.matches.items() if list(modules) == [entry]]
+        if len(full) > FEW:  # files of other formats name every module
+            rows.append((f"({len(full)} full names)", f"{len(full)} of {len(full)}", shortened(full, sep="\n"), "-"))
         for entry, modules in self.matches.items():
+            if len(full) > FEW and list(modules) == [entry]:
+                continue
             forms = {pattern(m) for m in modules}
             missed = [name for name, _ in self.left_out if pattern(name) in forms]
             of = f"{len(modules)} of {len(modules) + len(missed)}"

@@ -12,6 +12,7 @@ from adaptc.binding.binding import Binding
 from adaptc.passes.adapt.merge import SiteMerge
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.method import Method
+from adaptc.peft_files.origin import PEFT, Origin
 from adaptc.tables import WIDTH, Column, Report, Table, as_text, dtype_name, number, plain, shortened, small
 
 
@@ -32,6 +33,8 @@ def bar(what: str, show: bool) -> Callable[[Sequence[Any]], Any]:
 @dataclass(frozen=True, repr=False)
 class SwapReport(Report):
     """``sites`` the adapter has, ``identity`` sites of the program it leaves at the base, ``seconds`` it took.
+    ``origin``: the format of its file, the component it is of, and the others that the file has and the program does
+    not.
 
     What has to be counted is, when it is first asked for: most reports are not read.
     """
@@ -40,11 +43,12 @@ class SwapReport(Report):
     attachments: Sequence[Attachment] = field(repr=False)
     methods: Mapping[str, Method] = field(repr=False)
     seconds: float = nan
+    origin: Origin = PEFT
 
     @classmethod
     def of(cls, attachments: Sequence[Attachment], binding: Binding, seconds: float = nan) -> SwapReport:
         """The report of a swap to ``binding`` in a program with these attachments."""
-        return cls(binding.source, attachments, binding.methods, seconds)
+        return cls(binding.source, attachments, binding.methods, seconds, binding.origin)
 
     @cached_property
     def identity(self) -> tuple[str, ...]:
@@ -63,12 +67,15 @@ class SwapReport(Report):
         rank = f", rank {', '.join(map(str, self.ranks))}" if self.ranks else ""
         took = "" if isnan(self.seconds) else f", {1000 * self.seconds:.1f} ms"
         rest = f"\nleft at the base: {shortened(self.identity)}" if self.identity else ""
-        return [f"{self.source}: {self.sites} of {total} sites{rank}{took}{rest}"]
+        rest += f"\nnot of this program: {self.origin.left}" if self.origin.others else ""
+        form = "" if self.origin == PEFT else f" [{self.origin}]"
+        return [f"{self.source}{form}: {self.sites} of {total} sites{rank}{took}{rest}"]
 
     def data(self) -> dict[str, Any]:
-        """``source``, ``sites`` (how many), ``left_at_the_base`` (FQNs), ``ranks``, ``seconds``."""
+        """``source``, ``format``, ``sites`` (how many), ``left_at_the_base`` (FQNs), ``ranks``, ``seconds``."""
         return {
             "source": self.source,
+            "format": str(self.origin),
             "sites": self.sites,
             "left_at_the_base": list(self.identity),
             "ranks": list(self.ranks),

@@ -1,0 +1,114 @@
+"""Which component of a file is a model's: adapters of pipelines hold those of a UNet and of text encoders together.
+
+A component is the model's where all its keys name modules that the model has, of the right sizes. Before: what the keys
+of a file say. After: the parts of one component, each with its module; what is left of the file by component; or a
+CheckpointError. Nothing is left out unsaid: the others are in the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from torch import Tensor
+
+from adaptc.binding.module_names import ModuleNames
+from adaptc.errors import SHOWN, CheckpointError, and_more, shown
+from adaptc.peft_files.formats.parts import Format, Part, component_of
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """``modules``: of each part of ``component`` the module of the model. ``others``: component -> number of
+    tensors."""
+
+    component: str
+    modules: Sequence[tuple[Part, str]]
+    others: Mapping[str, int]
+
+
+def choose(
+    form: Format,
+    parts: Sequence[Part],
+    tensors: Mapping[str, Tensor],
+    names: ModuleNames,
+    component: str | None,
+    source: str,
+) -> Chosen:
+    """The component of a model with these names; ``component`` says which where the caller knows it.
+
+    Raises CheckpointError where none fits, several do, or a key of the one that does names no module.
+    """
+    whole = [] if component else [(p, names.find(p, "", source)) for p in parts if not p.flat]
+    if whole and len(whole) == len(parts) and all(m is not None for _, m in whole):
+        # Names of the model that begin as a component's do.
+        return Chosen("", [(p, m) for p, m in whole if m is not None], {})
+    groups: dict[str, list[Part]] = {}
+    for p in parts:
+        groups.setdefault(p.component, []).append(p)
+    found = {c: [(p, names.find(p, c, source)) for p in group] for c, group in groups.items()}
+    one = _named(component, groups, source) if component is not None else _fitting(found, tensors, names, source)
+    if lost := [p for p, m in found[one] if m is None]:
+        raise _unknown(form, lost, found[one], names, source)
+    others = {c: len(group) for c, group in groups.items() if c != one}
+    return Chosen(one, [(p, m) for p, m in found[one] if m is not None], others)
+
+
+_Found = Mapping[str, Sequence[tuple[Part, str | None]]]
+
+
+def _named(component: str, groups: Mapping[str, Sequence[Part]], source: str) -> str:
+    if component not in groups:
+        raise CheckpointError(
+            f"{source} has no component {component!r}; it has {', '.join(repr(c) for c in groups)}"
+            + (". Its keys name none: leave component out." if list(groups) == [""] else ".")
+        )
+    return component
+
+
+def _fitting(found: _Found, tensors: Mapping[str, Tensor], names: ModuleNames, source: str) -> str:
+    if len(found) == 1:
+        return next(iter(found))
+    known = {c: sum(m is not None for _, m in group) for c, group in found.items()}
+    full = [c for c, group in found.items() if known[c] == len(group)]
+    sized = [c for c in full if all(m is None or _sized(p, tensors[p.key], names.shapes[m]) for p, m in found[c])]
+    some = sized or full or [c for c, n in known.items() if n]
+    if len(some) == 1:
+        return some[0]
+    counts = ", ".join(
+        f"{c or 'no name'!s} ({known[c]} of {len(group)} keys name a module)" for c, group in found.items()
+    )
+    what = "which of them the model is cannot be told" if some else "the model is none of them"
+    raise CheckpointError(
+        f"{source} has several components, and {what}: {counts}. Say component= to choose one, or give the model it "
+        f"is for."
+    )
+
+
+def _sized(part: Part, t: Tensor, shape: Sequence[int]) -> bool:
+    """Whether a factor has the size of the weight on its side, which layers store either way round."""
+    if len(shape) < 2 or t.ndim < 2:
+        return True
+    if part.slot in ("lora_A.weight", "hada_w1_b"):
+        return t.shape[1] in shape[:2] or t[0].numel() == prod(shape[1:])
+    return part.slot not in ("lora_B.weight", "hada_w1_a") or t.shape[0] in shape[:2]
+
+
+def _unknown(
+    form: Format, lost: Sequence[Part], all_of: Sequence[tuple[Part, str | None]], names: ModuleNames, source: str
+) -> CheckpointError:
+    few = "; ".join(
+        f"{p.key!r}" + (f" (nearest: {', '.join(near)})" if (near := names.near(p)) else "") for p in lost[:SHOWN]
+    )
+    name = component_of(lost[0].modules[0])[1]
+    way = form.way_out(name) or "The adapter is for another model, or its keys need a key_mapping."
+    return CheckpointError(
+        f"{source} ({form.name}): {len(lost)} of its {len(all_of)} keys name no module of the model: {few}"
+        f"{and_more(lost)}. {way}{_of(lost)}"
+    )
+
+
+def _of(lost: Sequence[Part]) -> str:
+    components = sorted({p.component for p in lost} - {""})
+    return f" They are of the component {shown(components[0])}." if components else ""

@@ -1,0 +1,199 @@
+"""Adapters of other formats than PEFT's, for a model: its component, its modules, and the config that PEFT would have.
+
+Before: tensors under the keys of a file, what its header says, and the weights of the model. After: an
+:class:`AdapterFile` with bare keys and a config whose targets are the modules the keys name, exactly; or an error, and
+nothing else. What a file does not say is never made up: the caller has to.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from adaptc.binding.components import Chosen, choose
+from adaptc.binding.module_names import ModuleNames
+from adaptc.errors import CheckpointError, shown
+from adaptc.methods import AdapterConfig, TargetedConfig, config_class
+from adaptc.peft_files.directory import AdapterFile, bare_key
+from adaptc.peft_files.formats.detect import detect, foreign
+from adaptc.peft_files.formats.diffusers import BIN, SAFE
+from adaptc.peft_files.formats.layers import Layer, layer
+from adaptc.peft_files.formats.parts import ALPHA, Part, component_of
+from adaptc.peft_files.origin import Origin
+from adaptc.peft_files.raw import RawFile, of_peft
+
+V = TypeVar("V")
+#: fields of a config that choose modules, which the keys of a file do
+_CHOOSING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
+
+
+def translated(
+    raw: RawFile,
+    weights: Mapping[str, Tensor],
+    *,
+    component: str | None = None,
+    config: AdapterConfig | None = None,
+) -> AdapterFile:
+    """``raw`` as PEFT's keys and config, for a model with these weights.
+
+    ``config``: the caller's, instead of what the file says; the targets it leaves open are those of the keys. Raises
+    CheckpointError, and ConfigError where no config says what the tensors are.
+    """
+    source = str(raw.path)
+    first = next(iter(raw.tensors))
+    if any(map(of_peft, raw.tensors)) or (config is not None and not foreign(first)):
+        return _of_peft(raw, weights, config, source)
+    form, parts = detect(raw.tensors, source)
+    names = ModuleNames(weights)
+    chosen = choose(form, parts, raw.tensors, names, component, source)
+    layers = _layers(chosen, raw.tensors, names, source)
+    targets = _targets(list(layers), names)
+    tensors = {f"{module}.{slot}": t for module, made in layers.items() for slot, t in made.tensors.items()}
+    kinds = dict.fromkeys(made.kind for made in layers.values())
+    if len(kinds) > 1:
+        raise CheckpointError(
+            f"{source} has modules with {' and '.join(kinds)}: these are several adapters, and a file of PEFT's, or "
+            f"a config, "
+            "is of one method. Split the file by method and compile for a list of them."
+        )
+    kind, *_ = kinds
+    shapes = [names.shapes[m] for m in layers]
+    options = config_class(kind).options_of([made.tensors for made in layers.values()], shapes)
+    if config is not None:
+        stored = _completed(config, targets).to_dict()
+    elif (stated := _stated(raw, chosen, kind)) is not None:
+        stored = (
+            (options if raw.configs is None else {}) | {k: v for k, v in stated.items() if k not in _CHOOSING} | targets
+        )
+        if any(p.slot == ALPHA for p, _ in chosen.modules):
+            stored |= _patterns(kind, layers)
+    else:
+        if not (form.scale_is_one and (chosen.component or _says(raw, parts))):
+            raise CheckpointError(
+                f"{source} ({form.name}) does not say its alpha, so its scale is unknown. Say it with config=, such as "
+                "config=LoraConfig(r=8, lora_alpha=16)."
+            )
+        stored = {"peft_type": kind} | targets | options | _patterns(kind, layers)
+    origin = Origin(form.name, chosen.component, MappingProxyType(dict(chosen.others)))
+    return AdapterFile(stored, MappingProxyType(tensors), raw.path, raw.path.name, origin=origin)
+
+
+def with_targets(
+    config: TargetedConfig, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+) -> TargetedConfig:
+    """``config`` with the modules that PEFT's keys name as its targets, if it names none: those with a tensor of an
+    adapter, not the modules that are in a file as a whole."""
+    if config.target_modules is not None:
+        return config
+    names, found = ModuleNames(weights), {}
+    for key in tensors:
+        if key in weights:
+            continue
+        pieces = key.split(".")
+        module = next((m for n in range(len(pieces) - 1, 0, -1) if (m := ".".join(pieces[:n])) in names.shapes), None)
+        if module is not None:
+            found[module] = None
+    if not found:
+        raise CheckpointError(
+            f"no key of the adapter names a module of the model: {shown(list(tensors)[:3])}. Is it for another model? "
+            "target_modules of the config says which are meant."
+        )
+    return config.completed(_targets(list(found), names))
+
+
+def _of_peft(raw: RawFile, weights: Mapping[str, Tensor], config: AdapterConfig | None, source: str) -> AdapterFile:
+    """A file of PEFT's without its directory."""
+    stored = raw.beside if config is None else config.to_dict()
+    if stored is None:
+        raise CheckpointError(
+            f"{source} has PEFT's keys, and there is no adapter_config.json beside it: give the directory that has "
+            f"both, or "
+            "say the config with config=."
+        )
+    kind = str(stored.get("peft_type"))
+    tensors = {bare_key(k, kind) or k: t for k, t in raw.tensors.items()}
+    if len(tensors) != len(raw.tensors):
+        raise CheckpointError(f"{source} names a tensor twice, with and without PEFT's prefix")
+    if isinstance(config, TargetedConfig):
+        stored = with_targets(config, tensors, weights).to_dict()
+    return AdapterFile(dict(stored), MappingProxyType(tensors), raw.path, raw.path.name)
+
+
+def _layers(chosen: Chosen, tensors: Mapping[str, Tensor], names: ModuleNames, source: str) -> dict[str, Layer]:
+    found: dict[str, dict[str, Tensor]] = {}
+    spelled: dict[tuple[str, str], str] = {}
+    for part, module in chosen.modules:
+        if (module, part.slot) in spelled:
+            raise CheckpointError(
+                f"{source}: {spelled[module, part.slot]!r} and {part.key!r} are both {part.slot} of {module!r}; drop "
+                f"one"
+            )
+        spelled[module, part.slot] = part.key
+        found.setdefault(module, {})[part.slot] = tensors[part.key]
+    return {m: layer(m, slots, names.shapes[m], source) for m, slots in found.items()}
+
+
+def _targets(modules: Sequence[str], names: ModuleNames) -> dict[str, Any]:
+    """Fields that choose exactly these modules. A name in PEFT's list also stands for every module that ends with
+    it."""
+    wanted = frozenset(modules)
+    more = [m for m in names.shapes if m not in wanted and any(end in wanted for end in _ends(m))]
+    out: dict[str, Any] = {"target_modules": list(modules)}
+    return out | ({"exclude_modules": "|".join(map(re.escape, more))} if more else {})
+
+
+def _ends(module: str) -> list[str]:
+    pieces = module.split(".")
+    return [".".join(pieces[i:]) for i in range(1, len(pieces))]
+
+
+def _completed(config: AdapterConfig, targets: Mapping[str, Any]) -> AdapterConfig:
+    if not isinstance(config, TargetedConfig) or config.target_modules is not None:
+        return config
+    return config.completed(targets)
+
+
+def _stated(raw: RawFile, chosen: Chosen, kind: str) -> dict[str, Any] | None:
+    """The config that a file has for a component; None where it has none."""
+    if raw.configs is not None:
+        prefix = f"{chosen.component}." if chosen.component else ""
+        # A component's fields have its name in front where there is one.
+        fields = {k: v for k, v in raw.configs.items() if component_of(k)[0] == chosen.component}
+        if fields:
+            return {"peft_type": kind} | {k.removeprefix(prefix): v for k, v in fields.items()}
+    if raw.beside is not None and not chosen.component:
+        return {"peft_type": kind} | dict(raw.beside)
+    return None
+
+
+def _says(raw: RawFile, parts: Sequence[Part]) -> bool:
+    """Whether a file whose keys name no component tells what its scales are: by an alpha, by names that PEFT has not,
+    or by where diffusers keeps its files."""
+    return any(p.slot == ALPHA or p.flat or not p.key.endswith(p.slot) for p in parts) or raw.path.name in (SAFE, BIN)
+
+
+def _patterns(kind: str, layers: Mapping[str, Layer]) -> dict[str, Any]:
+    """Ranks and alphas of all modules as the fields of a config."""
+    r, ranks = _table({m: made.rank for m, made in layers.items()})
+    alpha, alphas = _table({m: made.rank if made.alpha is None else made.alpha for m, made in layers.items()})
+    return {"r": r, "rank_pattern": ranks, config_class(kind).alpha_field: alpha, "alpha_pattern": alphas}
+
+
+def _table(values: Mapping[str, V]) -> tuple[V, dict[str, V]]:
+    """The most frequent value, and PEFT's table of the others. Its first key that matches the end of a name rules, so
+    longer names come first, and one that ends as another's is there even with the frequent value."""
+    (most, _), *_ = Counter(values.values()).most_common(1)
+    others = {m for m, v in values.items() if v != most}
+    keys = sorted((m for m in values if m in others or any(end in others for end in _ends(m))), key=len, reverse=True)
+    return most, {re.escape(m): values[m] for m in keys}
+
+
+def in_memory(tensors: Mapping[str, Tensor]) -> RawFile:
+    """A state dict of a caller as a file."""
+    return RawFile(tensors, Path("state dict"))

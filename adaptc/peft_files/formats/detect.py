@@ -1,0 +1,75 @@
+"""Which format a file has, by its keys.
+
+Before: the keys of a file that is not PEFT's. After: the format, and what each key says in it; or a CheckpointError
+that names the keys which no format has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+
+from adaptc.errors import CheckpointError, shown
+from adaptc.peft_files.formats.diffusers import Diffusers
+from adaptc.peft_files.formats.kohya import PREFIXES, Kohya
+from adaptc.peft_files.formats.parts import COMPONENTS, Format, Part
+from adaptc.peft_files.formats.torchtune import Torchtune
+from adaptc.peft_files.formats.writing import Writer
+
+#: of two that know equally many keys, the first
+FORMATS: Sequence[Format] = (Kohya(), Diffusers(), Torchtune())
+#: those that are written, by the name users say
+WRITERS: Mapping[str, Writer] = MappingProxyType({w.name: w for w in (Kohya(), Diffusers())})
+#: what no key of PEFT's has in it
+_FOREIGN = (".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.", "_lora.down.", "_lora.up.", ".lora_linear_layer.")
+#: what files have that no method here can hold
+_KNOWN_BUT_REFUSED = {
+    "diff": "whole differences of weights",
+    "diff_b": "whole differences of biases",
+    "on_input": "IA3 of LyCORIS",
+    "oft_blocks": "OFT of kohya",
+    "oft_diag": "Diag-OFT of LyCORIS",
+    "a1": "GLoRA",
+    "w_norm": "trained norms of LyCORIS",
+}
+
+
+def foreign(key: str) -> bool:
+    """Whether a key, the first of a state dict, may be of one of these formats: PEFT has none that looks so."""
+    if key.startswith("base_model."):
+        return False
+    first = key.partition(".")[0]
+    return (
+        first in COMPONENTS
+        or key.startswith(tuple(PREFIXES))
+        or key.endswith((".alpha", ".lora_a.weight", ".lora_b.weight", ".magnitude"))
+        or any(mark in key for mark in _FOREIGN)
+    )
+
+
+def detect(keys: Iterable[str], source: str) -> tuple[Format, list[Part]]:
+    """The format that knows most of the keys, and all of them as it reads them.
+
+    Raises CheckpointError where it does not know all of them.
+    """
+    keys = list(keys)
+    read = {f.name: [f.part(k) for k in keys] for f in FORMATS}
+    best = max(FORMATS, key=lambda f: sum(p is not None for p in read[f.name]))
+    parts = [p for p in read[best.name] if p is not None]
+    if not parts:
+        raise CheckpointError(
+            f"{source}: its keys are those of no format that is known ({', '.join(f.name for f in FORMATS)}, PEFT): "
+            f"{shown(keys[:3])}. Is it an adapter?{_refused(keys)}"
+        )
+    if odd := [k for k, p in zip(keys, read[best.name], strict=True) if p is None]:
+        raise CheckpointError(
+            f"{source}: {len(odd)} of {len(keys)} keys are not known in the format {best.name}: {shown(odd[:3])}."
+            f"{_refused(odd)} Drop them if they do not matter."
+        )
+    return best, parts
+
+
+def _refused(keys: Sequence[str]) -> str:
+    """What keys are of, where it has a name."""
+    found = dict.fromkeys(w for k in keys for piece in k.split(".")[1:] if (w := _KNOWN_BUT_REFUSED.get(piece)))
+    return f" These are {', '.join(found)}, which adaptc does not hold." if found else ""

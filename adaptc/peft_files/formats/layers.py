@@ -1,0 +1,143 @@
+"""The tensors of one module as PEFT has them: shapes, three factors made two, what the alpha and the rank are.
+
+Before: the tensors a file has for a module, by slot, and the shape of the module's weight. After: a :class:`Layer`; or
+a CheckpointError that names the module and what is missing or odd. Values are as in the file, except where a
+convolution has three factors: the product of two of them is computed in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite, prod
+
+import torch
+from torch import Tensor
+
+from adaptc.errors import CheckpointError
+from adaptc.peft_files.formats.parts import ALPHA, DORA_SCALE, MAGNITUDE, MID
+
+
+@dataclass(frozen=True)
+class Layer:
+    """``kind``: PEFT's name of the method. ``alpha`` None where the file has none for this module."""
+
+    kind: str
+    tensors: Mapping[str, Tensor]
+    rank: int
+    alpha: float | None
+
+
+def layer(module: str, tensors: Mapping[str, Tensor], shape: Sequence[int], source: str) -> Layer:
+    """What ``tensors``, by slot, are at a weight of ``shape``. Raises CheckpointError."""
+    found = dict(tensors)
+    alpha = _number(found.pop(ALPHA), f"{source}: the alpha of {module!r}") if ALPHA in found else None
+    where = f"{source}: module {module!r}"
+    families = dict.fromkeys(n.partition("_")[0] for n in found if n != DORA_SCALE and n != MAGNITUDE)
+    if len(families) > 1:
+        raise CheckpointError(f"{where} has tensors of several methods: {', '.join(found)}; drop those of all but one")
+    if "lora" in families:
+        return Layer("LORA", *_lora(where, found, shape), alpha)
+    if DORA_SCALE in found or MAGNITUDE in found:
+        raise CheckpointError(
+            f"{where} has dora_scale, lengths of rows, beside LoHa or LoKr; PEFT has these for LoRA alone, and so "
+            f"has adaptc"
+        )
+    if "hada" in families:
+        need = (
+            "hada_w1_a",
+            "hada_w1_b",
+            "hada_w2_a",
+            "hada_w2_b",
+            *(("hada_t1", "hada_t2") if "hada_t1" in found else ()),
+        )
+        _complete(where, found, need)
+        return Layer("LOHA", found, _size(where, found, "hada_w1_b", 0), alpha)
+    if not found:
+        raise CheckpointError(f"{where} has an alpha and nothing else; drop it, or complete the file")
+    return Layer("LOKR", found, *_lokr(where, found, alpha))
+
+
+def _lora(where: str, found: dict[str, Tensor], shape: Sequence[int]) -> tuple[dict[str, Tensor], int]:
+    _complete(where, found, ("lora_A.weight", "lora_B.weight"))
+    a, b = found["lora_A.weight"], found["lora_B.weight"]
+    if MID in found:
+        a = _two_of_three(where, found.pop(MID), a, shape)
+    # One position of a kernel is no kernel: files of models with linear layers and with convolutions are exchanged.
+    a, b = (_with_axes(t, len(shape)) for t in (a, b))
+    found |= {"lora_A.weight": a, "lora_B.weight": b}
+    if DORA_SCALE in found:
+        found[MAGNITUDE] = _lengths(where, found.pop(DORA_SCALE), b.shape[0] if b.ndim else 0, len(shape))
+    return found, _size(where, found, "lora_A.weight", 0)
+
+
+def _lokr(where: str, found: Mapping[str, Tensor], alpha: float | None) -> tuple[int, float | None]:
+    """(rank, alpha). Where both factors are whole LyCORIS scales by one, whatever the alpha; PEFT has them whole where
+    the rank is large."""
+    for i in ("1", "2"):
+        if f"lokr_w{i}" not in found:
+            _complete(where, found, (f"lokr_w{i}_a", f"lokr_w{i}_b"))
+    for n, t in found.items():
+        if t.ndim < 2:
+            raise CheckpointError(f"{where}: {n!r} has shape {tuple(t.shape)}, expected a matrix")
+    ranked = next((n for n in ("lokr_w2_b", "lokr_w1_b") if n in found), None)
+    if ranked is not None:
+        return found[ranked].shape[0], alpha
+    rank = max(found["lokr_w2"].shape[:2])
+    return rank, rank
+
+
+def _two_of_three(where: str, mid: Tensor, down: Tensor, shape: Sequence[int]) -> Tensor:
+    """The first two of three factors as one: the middle one (r, i, *kernel) on the lower one (i, in, 1...).
+
+    Their product is larger than they are, so a rank that no weight of this shape needs is refused before it is made.
+    """
+    whole = mid.ndim >= 3 and down.ndim >= 2 and all(n == 1 for n in down.shape[2:])
+    if not whole or mid.shape[1] != down.shape[0] or (down.shape[1], *mid.shape[2:]) != tuple(shape[1:]):
+        raise CheckpointError(
+            f"{where}: lora_mid {tuple(mid.shape)} does not go with lora_down {tuple(down.shape)} at a weight of shape "
+            f"{tuple(shape)}; expected (r, i, *kernel) and (i, in, 1...)"
+        )
+    if mid.shape[0] > (most := max(shape[0], prod(shape[1:]))):
+        raise CheckpointError(
+            f"{where}: lora_mid has the rank {mid.shape[0]}, and no change of a weight of shape {tuple(shape)} has one "
+            f"above {most}"
+        )
+    return torch.einsum("ri...,ij->rj...", mid.float(), down.flatten(1).float()).contiguous()
+
+
+def _with_axes(t: Tensor, axes: int) -> Tensor:
+    while t.ndim > axes and t.ndim > 2 and t.shape[-1] == 1:
+        t = t.squeeze(-1)
+    return t.reshape(*t.shape, *[1] * (axes - t.ndim)) if 2 <= t.ndim < axes else t
+
+
+def _lengths(where: str, t: Tensor, rows: int, axes: int) -> Tensor:
+    """A length for each row of the weight, (rows, 1...), as PEFT has them: (rows,), of a convolution (1, rows,
+    1...)."""
+    if t.shape[:1] != (rows,) or t.numel() != rows:
+        raise CheckpointError(
+            f"{where}: dora_scale has shape {tuple(t.shape)}, expected one length for each of {rows} rows. LyCORIS has "
+            "lengths of columns too (wd_on_output=False), which are another method than DoRA, and adaptc does not "
+            "have it."
+        )
+    return t.reshape(1, rows, *[1] * (axes - 2)) if axes > 2 else t.reshape(rows)
+
+
+def _complete(where: str, found: Mapping[str, Tensor], names: Sequence[str]) -> None:
+    if missing := [n for n in names if n not in found]:
+        raise CheckpointError(f"{where} has {', '.join(found)} and no {', '.join(missing)}; the file is not complete")
+
+
+def _size(where: str, found: Mapping[str, Tensor], name: str, axis: int) -> int:
+    if found[name].ndim < 2:
+        raise CheckpointError(f"{where}: {name!r} has shape {tuple(found[name].shape)}, expected a matrix")
+    return found[name].shape[axis]
+
+
+def _number(t: Tensor, what: str) -> float:
+    """The number a tensor holds; an int where it is whole."""
+    value = t.item() if t.numel() == 1 and not t.is_complex() and t.dtype is not torch.bool else None
+    if value is None or not isfinite(value):
+        raise CheckpointError(f"{what} is no finite number, but a tensor {tuple(t.shape)} of {t.dtype}: {value}")
+    return int(value) if float(value).is_integer() else float(value)

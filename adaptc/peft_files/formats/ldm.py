@@ -1,0 +1,66 @@
+"""The names that UNets of Stable Diffusion have in their original code, of the names they have in diffusers.
+
+The original numbers its blocks through: ``input_blocks.4.1`` is the attention of one of them, ``middle_block`` and
+``output_blocks`` follow. How many layers a block has is read off the names there are. kohya writes files by these
+names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+_PLAIN = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+_RESNET = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+_BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
+_MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
+
+
+def original_names(modules: Collection[str]) -> dict[str, str]:
+    """Original name -> diffusers' name, of those modules that have one; empty for what is no such UNet."""
+    layers = {"down": _layers(modules, "down"), "up": _layers(modules, "up")}
+    if not all(layers.values()):
+        return {}
+    attended = {
+        int(m[2]) for name in modules if (m := _BLOCK.fullmatch(name)) and m[1] == "up" and m[3] == "attentions"
+    }
+    out: dict[str, str] = {}
+    for name in modules:
+        if name in _PLAIN:
+            out[_PLAIN[name]] = name
+        elif m := _MIDDLE.fullmatch(name):
+            place = 2 * int(m[2]) + (m[1] == "attentions")
+            out[f"middle_block.{place}.{_inside(m[1], m[3])}"] = name
+        elif m := _BLOCK.fullmatch(name):
+            way, block, kind, layer = m[1], int(m[2]), m[3], int(m[4])
+            # A block's sampler is a block of its own going down, and the last thing of the last one going up.
+            first = 1 + block * (layers["down"] + 1) if way == "down" else block * layers["up"]
+            if kind == "downsamplers":
+                out[f"input_blocks.{first + layers['down']}.0.op"] = name
+            elif kind == "upsamplers":
+                out[f"output_blocks.{first + layers['up'] - 1}.{1 + (block in attended)}.{m[5]}"] = name
+            else:
+                side = "input" if way == "down" else "output"
+                out[f"{side}_blocks.{first + layer}.{int(kind == 'attentions')}.{_inside(kind, m[5])}"] = name
+    return out
+
+
+def _inside(kind: str, rest: str) -> str:
+    return _RESNET.get(rest, rest) if kind == "resnets" else rest
+
+
+def _layers(modules: Collection[str], way: str) -> int:
+    found = (m for name in modules if (m := _BLOCK.fullmatch(name)) and m[1] == way and m[3] == "resnets")
+    return max((int(m[4]) + 1 for m in found), default=0)

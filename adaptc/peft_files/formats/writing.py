@@ -1,0 +1,83 @@
+"""An adapter as a file of another format: what is asked of a format, and the file.
+
+Before: the tensors of each module by PEFT's slots, with the scale and the rank. After: the file, complete, or the one
+that was there; or a CheckpointError that names what the format cannot hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from adaptc.errors import CheckpointError
+from adaptc.peft_files import safe_io, staging
+
+
+@dataclass(frozen=True, eq=False)
+class Adapted:
+    """A module with an adapter. ``tensors``: by PEFT's slots. ``scale`` is what the adapter's product is times."""
+
+    module: str
+    tensors: Mapping[str, Tensor]
+    scale: float
+    rank: int
+
+
+@dataclass(frozen=True, eq=False)
+class Content:
+    """What a file holds: tensors by key, and the texts of its header."""
+
+    tensors: Mapping[str, Tensor]
+    header: Mapping[str, str]
+
+
+class Writer(Protocol):
+    """A format that can be written."""
+
+    @property
+    def name(self) -> str: ...
+
+    def file(self, path: Path) -> Path:
+        """The file that ``path`` means. Raises CheckpointError for a path that means none."""
+        ...
+
+    def content(
+        self, modules: Sequence[Adapted], component: str | None, config: Mapping[str, Any], names: Sequence[str]
+    ) -> Content:
+        """``config``: as PEFT stores it. ``names``: all modules of the model. Raises CheckpointError."""
+        ...
+
+
+def slot_names(form: str, names: Mapping[str, str], one: Adapted) -> dict[str, Tensor]:
+    """The tensors of a module under the names of a format. Raises CheckpointError for one it has none for."""
+    if odd := [n for n in one.tensors if n not in names]:
+        raise CheckpointError(
+            f"the format {form} cannot hold {odd[0]!r} of {one.module!r}: it has no name for it. Write it as "
+            f"format='peft'."
+        )
+    return {names[n]: t for n, t in one.tensors.items()}
+
+
+def write_file(path: Path, content: Content) -> Path:
+    """Write a safetensors file aside and move it into place. Raises CheckpointError, with what was there as it was."""
+    try:
+        data = safe_io.dense(content.tensors)
+        made = [p for p in (path.parent, *path.parent.parents) if not p.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with staging.replacing(path, "new.safetensors") as new:
+                safe_io.save_tensors(data, new, safe=True, header=content.header)
+        except BaseException:
+            for p in made:
+                p.rmdir()
+            raise
+    except CheckpointError:
+        raise
+    except Exception as exc:  # safetensors, torch and the OS each have their own types for a full disk
+        reason = f"{type(exc).__name__}: {exc}"
+        raise CheckpointError(f"could not write {path} ({reason}). What was there before is unchanged.") from exc
+    return path

@@ -1,0 +1,137 @@
+"""Adapter files that are not PEFT directories: one file of tensors, with what its header says.
+
+Before: a path that somebody gave us, of a file, or of a directory that is not PEFT's. After: its tensors under the keys
+they have there, in memory of their own, and the header's texts; or a CheckpointError. Bounds and refusals are those of
+PEFT's files (``safe_io``, ``layouts``, ``snapshot``): nothing is run, and what changes under the read is read again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from adaptc.errors import CheckpointError, shown
+from adaptc.peft_files import layouts, safe_io
+from adaptc.peft_files.directory import AdapterFile, checked, read_adapter
+from adaptc.peft_files.format import BIN_NAME, CONFIG_NAME, SAFE_NAME
+from adaptc.peft_files.formats import diffusers
+from adaptc.peft_files.key_mapping import renamed, rules_of
+from adaptc.peft_files.snapshot import Opened, settled
+from adaptc.peft_files.staging import abandoned, stages
+
+
+@dataclass(frozen=True, eq=False)
+class RawFile:
+    """``tensors`` under the keys of the file. ``configs``: what its header says of the adapters in it, as JSON has it,
+    None where it says nothing. ``beside``: the config that lies beside a file which has none in it."""
+
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    path: Path
+    configs: Mapping[str, Any] | None = None
+    beside: Mapping[str, Any] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+
+def read_any(
+    path: str | os.PathLike[str], *, adapter_name: str | None = None, key_mapping: Mapping[str, str] | None = None
+) -> AdapterFile | RawFile:
+    """A PEFT directory as :func:`read_adapter` reads it, any other file as it is.
+
+    ``path``: a PEFT directory, one of PEFT's files of weights beside its config, a directory with diffusers'
+    ``pytorch_lora_weights`` or with a single ``.safetensors`` file, or a file: ``.safetensors``, or of ``torch.save``.
+    ``key_mapping`` is applied to the keys of a raw file as they are there. Raises CheckpointError and ConfigError.
+    """
+    file = _raw_path(Path(path), adapter_name)
+    if file is None:
+        return read_adapter(path, adapter_name=adapter_name, key_mapping=key_mapping)
+    if file.name in (SAFE_NAME, BIN_NAME) and (file.parent / CONFIG_NAME).is_file():
+        return read_adapter(file.parent, key_mapping=key_mapping)
+    rules = rules_of(key_mapping)
+    tensors, configs, beside = settled(lambda: _read(file))
+    if not tensors:
+        raise CheckpointError(f"{file} holds no tensors at all.")
+    names = renamed({k: k for k in tensors}, rules, file)
+    return RawFile(MappingProxyType({new: tensors[k] for new, k in names.items()}), file, configs, beside)
+
+
+def _raw_path(path: Path, adapter_name: str | None) -> Path | None:
+    """The file to read by itself; None where PEFT's rules find the adapter, or say why there is none."""
+    try:
+        if path.is_file():
+            if adapter_name not in (None, "default"):
+                raise CheckpointError(
+                    f"{path} is a file, which has no adapter {adapter_name!r} in it; leave out the name"
+                )
+            return path
+        if not path.is_dir() or adapter_name not in (None, "default"):
+            return None
+        if any((path / n).is_file() for n in (CONFIG_NAME, SAFE_NAME, BIN_NAME)):
+            return None
+        if any(not abandoned(s) for s in stages(path)):  # what is there now is not what will be
+            return None
+        entries = sorted(path.iterdir())
+        if any(not d.name.startswith(".") and (d / CONFIG_NAME).is_file() for d in entries if d.is_dir()):
+            return None
+    except OSError as exc:
+        raise CheckpointError(f"cannot look for an adapter in {path}: {exc}. Check its permissions.") from exc
+    for name in (diffusers.SAFE, diffusers.BIN):
+        if (path / name).is_file():
+            return path / name
+    found = [f for f in entries if f.suffix == ".safetensors" and not f.name.startswith(".") and f.is_file()]
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{path} holds several files of tensors, {shown([f.name for f in found])}, and no {CONFIG_NAME}. Give "
+            f"the path "
+            "of the one that is the adapter."
+        )
+    return found[0] if found else None
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None, dict[str, Any] | None]:
+    configs = beside = None
+    with Opened(file) as body:
+        # By what it is, and not by its name: many are called .ckpt and .pt.
+        if file.suffix == ".safetensors":
+            tensors, _ = checked(layouts.load, body)
+            configs = checked(_configs, body)
+        else:
+            tensors = checked(safe_io.load_pickle, body)
+        if (file.parent / CONFIG_NAME).is_file() and (file.suffix != ".safetensors" or any(map(of_peft, tensors))):
+            with Opened(file.parent / CONFIG_NAME) as head:
+                beside = checked(safe_io.read_json_object, head)
+                head.check()
+        body.check()
+    return tensors, configs, beside
+
+
+def of_peft(key: str) -> bool:
+    """Whether a key has the prefix of PEFT's files."""
+    return key.startswith("base_model.")
+
+
+def _configs(file: Opened) -> dict[str, Any] | None:
+    """The configs that diffusers writes into a header. Raises CheckpointError where they are no JSON object."""
+    text = layouts.header_texts(file).get(diffusers.METADATA)
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+        if not isinstance(value, dict):
+            raise ValueError(f"it is a {type(value).__name__}")
+    except (ValueError, RecursionError) as exc:
+        raise CheckpointError(
+            f"{file.path}: {diffusers.METADATA} in its header is not a JSON object of config fields ({exc}). Save or "
+            "download it again."
+        ) from exc
+    return value
