@@ -20,7 +20,7 @@ from adaptc.errors import CaptureError
 TEXT, IMAGE = "text", "image"
 _SIZES = {BATCH: 3, TEXT: 7, IMAGE: 13}
 #: height and width in units of what the model halves them to
-_HEIGHT, _WIDTH = 2, 3
+_HEIGHT, _WIDTH = 3, 5
 
 
 def is_diffusion_model(model: object) -> bool:
@@ -85,9 +85,10 @@ class _Maker:
 
     def image(self) -> None:
         """``sample``, of sizes that the model can halve as often as it does; its height and width are free."""
-        unit = 2 ** (len(self.get("block_out_channels") or ()) or 1)
+        unit = 2 ** max(len(self.get("block_out_channels") or ()) - 1, 0)
         self.put("sample", BATCH, self.need("in_channels"), unit * _HEIGHT, unit * _WIDTH)
-        self.dims["sample"] |= {2: None, 3: None}
+        times = f"{unit}*" if unit > 1 else ""
+        self.dims["sample"] |= {2: f"{times}height", 3: f"{times}width"}
 
 
 def _unet(m: _Maker, training: bool) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from adaptc.capture.free_sizes import what_failed
 from adaptc.errors import CaptureError, listing
-from adaptc.passes.ir.trees import pytree
+from adaptc.passes.ir.trees import named_leaves
 from adaptc.tables import dtype_name
 
 _UNSUPPORTED = re.compile(r"Unsupported input type <class '([\w.<>]+)'>")
@@ -83,9 +83,9 @@ def _leaves(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[st
     out: dict[str, Any] = {}
     for i, value in enumerate(args):
         name = names[min(i, len(names) - 1)]
-        out |= {f"{name}{pytree.keystr(path)}": leaf for path, leaf in pytree.tree_leaves_with_path(value)}
+        out |= {f"{name}{path}": leaf for path, leaf in named_leaves(value)}
     for name, value in kwargs.items():
-        out |= {f"{name}{pytree.keystr(path)}": leaf for path, leaf in pytree.tree_leaves_with_path(value)}
+        out |= {f"{name}{path}": leaf for path, leaf in named_leaves(value)}
     return out
 
 

@@ -37,7 +37,8 @@ from adaptc.passes.ir.trees import pytree
 _UNKNOWN_OUTPUT = "not a known type"
 
 Free = Callable[[Tensor], dict[int, str | None]]
-"""The free dimensions of an input: index -> name (equal names are equal sizes), or None when torch is to find out."""
+"""The free dimensions of an input: index -> name (equal names are equal sizes, ``4*name`` is four times one), or None
+when torch is to find out."""
 
 
 def export(
@@ -92,7 +93,7 @@ def _attempts(
         return inspect.signature(model.forward).bind(*stated[0], **stated[1]).arguments
 
     def named(wanted: dict[int, str | None]) -> dict:
-        return {i: dims.setdefault(n, Dim(n, **limits.get(n, {}))) if n else Dim.AUTO for i, n in wanted.items()}
+        return {i: _dim(n, dims, limits) if n else Dim.AUTO for i, n in wanted.items()}
 
     shapes, options = spec(named), {}
     for _ in range(3 if dims else 0):
@@ -109,6 +110,13 @@ def _attempts(
     if any(set(free(t)) - {0} for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
         yield spec(lambda wanted: {0: Dim.AUTO} if 0 in wanted else {}), {}
     yield None, {}
+
+
+def _dim(name: str, dims: dict[str, Any], limits: Mapping[str, Mapping[str, int]]) -> Any:
+    """The dimension called ``name``, which ``dims`` keeps; ``4*name`` is four times as large."""
+    factor, _, base = name.rpartition("*")
+    found = dims.setdefault(base, Dim(base, **limits.get(base, {})))
+    return int(factor) * found if factor else found
 
 
 def _refined(message: str, shapes: dict[str, Any]) -> Any:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from adaptc.passes.ir.storage import storage_key
-from adaptc.passes.ir.trees import pytree
+from adaptc.passes.ir.trees import named_leaves, pytree
 from adaptc.verify.report import Check
 
 Leaves = dict[str, Any]
@@ -24,7 +24,7 @@ Leaves = dict[str, Any]
 
 def leaves(output: Any) -> Leaves:
     """Tensors and numbers of an output, by their path in it, copied so that a later call cannot write to them."""
-    named = {_name(pytree.keystr(path)): v for path, v in pytree.tree_leaves_with_path(output)}
+    named = {_name(path): v for path, v in named_leaves(output)}
     return {k: copied(v) for k, v in named.items() if isinstance(v, (Tensor, int, float, bool))}
 
 

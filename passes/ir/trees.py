@@ -6,6 +6,17 @@ registered, and a program's specs of inputs and outputs are TreeSpecs of it. No 
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.utils import _pytree as pytree
 
-__all__ = ["pytree"]
+__all__ = ["named_leaves", "pytree"]
+
+
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """The leaves of a tree with their paths, as Python writes them: ``['pair'][1]``. Where a container was registered
+    without names for its parts (outputs of diffusers), all leaves are numbered."""
+    try:
+        return [(pytree.keystr(path), leaf) for path, leaf in pytree.tree_leaves_with_path(tree)]
+    except ValueError:
+        return [(f"[{i}]", leaf) for i, leaf in enumerate(pytree.tree_leaves(tree))]

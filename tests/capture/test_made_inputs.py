@@ -60,6 +60,8 @@ def test_a_known_limit_is_that_of_the_model() -> None:
     program = capture(MODELS["unet"].build(), training=True).program
     (batch,) = {str(v): v for v in program.range_constraints.values() if v.upper == 63}.values()
     assert batch.lower == 0
+    height = next(n for n in program.graph.nodes if n.name == "sample").meta["val"].shape[2]
+    assert str(height).startswith("2*")  # what it halves, it must be able to double
     steps = next(n for n in program.graph.nodes if n.name == "timestep").meta["val"]
     assert steps.ndim == 1  # one for each row
 

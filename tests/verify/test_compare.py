@@ -6,6 +6,7 @@ from math import inf, nan
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from adaptc.verify.compare import compare, difference, digests, leaves
 
@@ -48,3 +49,15 @@ def test_digests_see_one_bit_and_one_storage() -> None:
     assert "n" not in out
     t.view(torch.int16)[4, 2] ^= 1
     assert digests(state)["a"] != out["b"]
+
+
+def test_outputs_whose_parts_have_no_names_are_numbered() -> None:
+    """As those of diffusers, which are registered with torch without names for their parts."""
+
+    class Pair:
+        def __init__(self, *parts: torch.Tensor) -> None:
+            self.parts = parts
+
+    pytree.register_pytree_node(Pair, lambda p: (list(p.parts), None), lambda parts, _: Pair(*parts))
+    found = leaves({"a": Pair(torch.ones(3), torch.zeros(2))})
+    assert [(k, v.shape[0]) for k, v in found.items()] == [("output[0]", 3), ("output[1]", 2)]
