@@ -124,14 +124,24 @@ def options(
 @plain_errors
 def show(
     path: Annotated[
-        Path, typer.Argument(metavar="FILE.pt2|DIR", help="A program, or an adapter directory.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="FILE.pt2|DIR", help="A program, a package, or an adapter directory.", show_default=False
+        ),
     ],
 ) -> None:
-    """What a program adapts and with which tensors, or what an adapter directory holds."""
+    """What a program adapts and with which tensors, what a package takes, or what an adapter directory holds."""
     if path.is_dir():
         from adaptc.reports.adapter import AdapterReport
 
         _print(AdapterReport.of(path))
+        return
+    from adaptc.packages.manifest import is_package
+
+    if is_package(path):
+        from adaptc.packages.report import PackageReport
+
+        _print(PackageReport.read(path))  # its code stays in the file
         return
     import adaptc
 
