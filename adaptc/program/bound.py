@@ -14,6 +14,7 @@ rounding W' once is not what the program does.
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,8 +29,9 @@ from adaptc.passes.ir.storage import storage_key
 from adaptc.passes.optimize.sibling_cost import DISPATCH
 from adaptc.program.core import ProgramCore
 from adaptc.program.merge import merged
+from adaptc.runtime.executor import Arguments, Executor
 from adaptc.runtime.held_values import Held
-from adaptc.runtime.options import check_limit
+from adaptc.runtime.options import RunOptions, check_limit
 from adaptc.tables import size
 
 FORMS = ("apply", "weight", "auto")
@@ -37,8 +39,21 @@ FORMS = ("apply", "weight", "auto")
 SHARE = 0.05
 
 
+@dataclass(frozen=True, eq=False)
+class _Now:
+    """What a call in the apply form reads, replaced as a whole; no code and arguments before the first call."""
+
+    options: RunOptions
+    executor: Executor | None = None
+    arguments: Arguments | None = None
+
+
 class Bound:
-    """Made by ``AdaptedProgram.bind``. ``form`` is what it stands in, ``why`` the reason."""
+    """Made by ``AdaptedProgram.bind``. ``form`` is what it stands in, ``why`` the reason.
+
+    It runs with the options that the program had when it was bound, but for the limit on what is computed once
+    (:attr:`AdaptedProgram.hoist_limit`), which it follows.
+    """
 
     def __init__(
         self, program: ProgramCore, binding: Binding, form: str = "apply", memory_limit: int | None = None
@@ -46,22 +61,54 @@ class Bound:
         self.program, self.binding = program, binding
         self.form, self.why = choose(program, binding, form, memory_limit)
         self._weights: tuple[Tensor, ...] = ()
+        self._own: ProgramCore | None = None
         if self.form == "weight":
-            runs, self._weights = own_weights(program, binding)
-            self._executor, self._arguments = runs.executor(), runs.arguments()
-        else:
-            self._executor = program.executor()
-            self._arguments = self._executor.arguments(binding)
+            self._own, self._weights = own_weights(program, binding)
+            self._own.executor()
+        ready = program.ready()
+        arguments = None if ready.executor is None else ready.executor.arguments(binding)
+        self._now = _Now(ready.options, ready.executor, arguments)
+        program.memory.join(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._executor(self._arguments, args, kwargs)
+        if self._own is not None:
+            return self._own(*args, **kwargs)
+        now = self._now
+        if now.arguments is None:
+            now = self._ready()
+        return now.executor(now.arguments, args, kwargs)  # type: ignore[misc]
+
+    def _ready(self) -> _Now:
+        while True:
+            now = self._now
+            executor = self._code(now.options)
+            made = _Now(now.options, executor, executor.arguments(self.binding))
+            with self.program.held_still():
+                if self._now.options is now.options:
+                    self._now = made
+                    return made
+
+    def _code(self, options: RunOptions) -> Executor:
+        if options == self.program.options:
+            return self.program.executor()
+        twin = self.program.with_options(**vars(options))
+        return self.program.memory.code(options, twin.executor)
+
+    def limit(self, nbytes: int | None) -> None:
+        """What it holds that is computed once may take so many bytes from now on; where they were others, what was held
+        is freed. Called by its program."""
+        if self._own is not None:
+            self._own.set_options(hoist_limit=nbytes)
+        elif nbytes != self._now.options.hoist_limit:
+            self._now = _Now(replace(self._now.options, hoist_limit=nbytes))
 
     @property
     def held(self) -> Held:
         """What is computed once for this binding: in the weight form its weights, else nothing before its first
-        call."""
+        call, and nothing again when :attr:`AdaptedProgram.hoist_limit` was set until the next one."""
         own = Held(len(self._weights), sum(t.nbytes for t in self._weights))
-        return own + self._arguments.held
+        arguments = self._now.arguments if self._own is None else self._own.running.arguments
+        return own if arguments is None else own + arguments.held
 
     def __copy__(self) -> Bound:
         return Bound(self.program, self.binding, self.form)
