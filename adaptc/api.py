@@ -290,7 +290,7 @@ def package(program: AdaptedProgram, path: str | os.PathLike[str], *, max_rank: 
 
 
 def load_package(path: str | os.PathLike[str]) -> PackagedProgram:
-    """A runner for a file written by :func:`package`: call it, and ``swap`` adapters on it.
+    """A runner for a file written by :func:`package`: call it, ``swap`` its adapter, ``bind`` others beside it.
 
     A package is machine code, which runs as it is loaded: load only those whose author you trust. Hashes in the file
     tell damage; they are no signature. Raises CheckpointError for files that are missing, damaged or changed, before

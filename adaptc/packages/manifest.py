@@ -257,7 +257,9 @@ def _manifest(data: Mapping[str, Any]) -> Manifest:
 
 def _input(data: Mapping[str, Any]) -> Input:
     t = data["tensor"]
-    tensor = None if t is None else TensorInput(_dtype(t["dtype"]), tuple(t["shape"]))
+    # torch has some numbers as expressions, too: of a size that turned out to be fixed.
+    shape = [] if t is None else [int(n) if isinstance(n, str) and n.isdecimal() else n for n in t["shape"]]
+    tensor = None if t is None else TensorInput(_dtype(t["dtype"]), tuple(shape))
     return Input(data["name"], tensor, data["constant"], tuple(data["order"]))
 
 
