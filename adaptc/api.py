@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import nn
@@ -18,7 +18,8 @@ from torch.export import ExportedProgram
 
 from adaptc.binding.source import as_binding
 from adaptc.errors import AdaptcError, ConfigError, MergeError, shown
-from adaptc.packages.run import PackagedProgram
+from adaptc.packages.report import PackageReport
+from adaptc.packages.run import BoundPackage, PackagedProgram
 from adaptc.packages.write import package_program
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.adapter_files import write_current
@@ -34,6 +35,7 @@ from adaptc.reports.coverage import CoverageReport
 from adaptc.reports.results import MergeReport, SwapReport, bar
 from adaptc.runtime.options import RunOptions
 from adaptc.value_types import checked
+from adaptc.verify.package import verify_package
 from adaptc.verify.report import VerifyReport
 from adaptc.verify.verify import verify_program
 
@@ -109,7 +111,7 @@ def compile(
 
 
 def swap(
-    program: AdaptedProgram,
+    program: AdaptedProgram | PackagedProgram,
     adapter: Any,
     *,
     config: Any = None,
@@ -130,7 +132,14 @@ def swap(
 
     Raises SwapError (naming the site) when the adapter needs a site the program was not compiled for, CheckpointError
     for damaged files, wrong shapes, missing keys or NaN; the program is then unchanged.
+
+    ``program`` may be a package, of :func:`load_package`: then ranks have a limit, and adapters that change base
+    weights need a package that holds these (see :meth:`PackagedProgram.swap`).
     """
+    if isinstance(program, PackagedProgram):
+        return program.swap(
+            adapter, config=config, adapter_name=adapter_name, key_mapping=key_mapping, component=component
+        )
     start = time.perf_counter()
     binding = as_binding(
         program,
@@ -145,10 +154,10 @@ def swap(
     return SwapReport.of(program.adaptation.attachments, binding, time.perf_counter() - start)
 
 
-def bind(program: AdaptedProgram, adapter: Any, **options: Any) -> Bound:
+def bind(program: AdaptedProgram | PackagedProgram, adapter: Any, **options: Any) -> Bound | BoundPackage:
     """A callable that keeps ``adapter`` whatever ``program`` is swapped to, for any thread; None gives the base.
 
-    ``options`` and errors: :meth:`AdaptedProgram.bind`, which it is.
+    ``options`` and errors: :meth:`AdaptedProgram.bind`, and for packages :meth:`PackagedProgram.bind`, which it is.
     """
     return program.bind(adapter, **options)
 
@@ -284,19 +293,44 @@ def save_adapter(
     return write_current(program, path, **options)
 
 
+@overload
+def report(program: AdaptedProgram, *, changes: bool = False) -> CoverageReport: ...
+
+
+@overload
+def report(program: PackagedProgram, *, changes: bool = False) -> PackageReport: ...
+
+
 @checked("changes")
-def report(program: AdaptedProgram, *, changes: bool = False) -> CoverageReport:
+def report(program: AdaptedProgram | PackagedProgram, *, changes: bool = False) -> CoverageReport | PackageReport:
     """What was adapted and what was left out, and the norms of the adapter's tensors; prints as tables.
 
     ``changes``: also how much the adapter changes each weight, as a part of the weight's own norm, which computes every
-    adapted weight once, one at a time.
+    adapted weight once, one at a time. Of a package: its file, its adapter, the room for others and its inputs, as a
+    :class:`~adaptc.packages.report.PackageReport`; its weights are in compiled code, so with ``changes`` it raises
+    AdaptcError.
     """
+    if isinstance(program, PackagedProgram):
+        if changes:
+            raise AdaptcError(
+                "changes=True compares with the base weights, which a package has in its compiled code alone; ask the "
+                "program that it was made from"
+            )
+        return PackageReport.of(program)
     return CoverageReport.of(program, changes)
 
 
-def verify(program: AdaptedProgram, model: nn.Module | None = None, **options: Any) -> VerifyReport:
+def verify(
+    program: AdaptedProgram | PackagedProgram, model: nn.Module | AdaptedProgram | None = None, **options: Any
+) -> VerifyReport:
     """Run the program against the model it came from on random inputs of several shapes; see
-    :func:`adaptc.verify.verify.verify_program` for ``options``."""
+    :func:`adaptc.verify.verify.verify_program` for ``options``.
+
+    A package is run against the program it was made from, or against the model; the options are the same (see
+    :func:`adaptc.verify.package.verify_package`).
+    """
+    if isinstance(program, PackagedProgram):
+        return verify_package(program, model, **options)
     return verify_program(program, model, **options)
 
 
@@ -311,7 +345,7 @@ def package(program: AdaptedProgram, path: str | os.PathLike[str], *, max_rank: 
 
 
 def load_package(path: str | os.PathLike[str]) -> PackagedProgram:
-    """A runner for a file written by :func:`package`: call it, and ``swap`` adapters on it.
+    """A runner for a file written by :func:`package`: call it, ``swap`` its adapter, ``bind`` others beside it.
 
     A package is machine code, which runs as it is loaded: load only those whose author you trust. Hashes in the file
     tell damage; they are no signature. Raises CheckpointError for files that are missing, damaged or changed, before

@@ -185,16 +185,25 @@ def show(
     path: Annotated[
         Path,
         typer.Argument(
-            metavar="FILE.pt2|ADAPTER", help="A program, or an adapter: a directory or a file.", show_default=False
+            metavar="FILE.pt2|ADAPTER",
+            help="A program, a package, or an adapter: a directory or a file.",
+            show_default=False,
         ),
     ],
     as_json: Json = False,
 ) -> None:
-    """What a program adapts and with which tensors, or what an adapter holds."""
+    """What a program adapts and with which tensors, what a package takes, or what an adapter holds."""
     if path.is_dir() or path.suffix in (".safetensors", ".bin"):
         from adaptc.reports.adapter import AdapterReport
 
         _tell(as_json, AdapterReport.of(path))
+        return
+    from adaptc.packages.manifest import is_package
+
+    if is_package(path):
+        from adaptc.packages.report import PackageReport
+
+        _tell(as_json, PackageReport.read(path))  # its code stays in the file
         return
     import adaptc
 

@@ -193,7 +193,7 @@ def _recipe(spec: BindingSpec, binding: Binding, tensors: Mapping[str, Tensor], 
     filled: list[_Filled] = []
     for a in spec.attachments:
         op, own = spec.ops[a.id], binding.methods.get(a.id)
-        if not _passes_through(a.method, op) or not (own is None or _passes_through(own, op)):
+        if not passes_through(a.method, op) or not (own is None or passes_through(own, op)):
             return None
         if fit and own is not None and not _sized_by_shapes(a, op, binding.config, tensors):
             return None
@@ -228,7 +228,7 @@ def _recipe(spec: BindingSpec, binding: Binding, tensors: Mapping[str, Tensor], 
     return Recipe(binding, taken, filled, fit) if known and all(_same(f(), values[f.fqn]) for f in filled) else None
 
 
-def _passes_through(method: Method, op: Op) -> bool:
+def passes_through(method: Method, op: Op) -> bool:
     """Whether the method gives slots the tensors of a file as they are, and each site its own."""
     plain = not method.defines("read", "derived", "unwrap")
     return plain and not method.shares() and not method.keys(op) and not method.moves_base()

@@ -1,10 +1,11 @@
 """What a packaged program knows of itself: the manifest inside the ``.pt2`` file, next to the compiled code.
 
 Format: two records added to the archive AOTInductor writes. ``data/extra/adaptc.json`` is the :class:`Manifest`;
-``data/adaptc/tensors.safetensors`` holds tensors that follow from the base weights, which cannot be read back from
-compiled code (torch's loader reads everything under ``data/extra`` as text, so they lie outside). torch's own loader
-ignores both. The manifest has the sha256 of every other record, and one of itself: a package that was damaged or edited
-is refused before its code is loaded. That is no signature: who forges a package can forge them, and its code runs.
+``data/adaptc/tensors.safetensors`` holds tensors that cannot be read back from compiled code: the adapter it was made
+with, and what follows from the base weights (torch's loader reads everything under ``data/extra`` as text, so they lie
+outside). torch's own loader ignores both. The manifest has the sha256 of every other record, and one of itself: a
+package that was damaged or edited is refused before its code is loaded. That is no signature: who forges a package can
+forge them, and its code runs.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from adaptc.pt2_files.refusal import Refused, reason, shown, shown_path
 from adaptc.runtime.call_inputs import TensorInput
 from adaptc.runtime.rank_padding import Padding
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "data/extra/adaptc.json"
 TENSORS = "data/adaptc/tensors.safetensors"
 
@@ -126,6 +127,15 @@ def read(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
         raise CheckpointError(f"there is no file {shown_path(path)}")
     with refusing(path), opened(path) as archive:
         return _read(path, archive)
+
+
+def is_package(path: Path) -> bool:
+    """Whether a file has compiled code in it, as far as its table of contents tells: no promise that it is whole."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any("/data/aotinductor/" in name for name in archive.namelist())
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
 
 
 @contextmanager
@@ -250,7 +260,9 @@ def _manifest(data: Mapping[str, Any]) -> Manifest:
 
 def _input(data: Mapping[str, Any]) -> Input:
     t = data["tensor"]
-    tensor = None if t is None else TensorInput(_dtype(t["dtype"]), tuple(t["shape"]))
+    # torch has some numbers as expressions, too: of a size that turned out to be fixed.
+    shape = [] if t is None else [int(n) if isinstance(n, str) and n.isdecimal() else n for n in t["shape"]]
+    tensor = None if t is None else TensorInput(_dtype(t["dtype"]), tuple(shape))
     return Input(data["name"], tensor, data["constant"], tuple(data["order"]))
 
 

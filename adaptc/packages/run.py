@@ -1,8 +1,7 @@
-"""Run a packaged program, and swap its adapters.
+"""Run a packaged program, swap its adapter, and bind others beside it.
 
-Before: a file that ``adaptc.package`` wrote. After a swap: every slot of the compiled code holds the new adapter's
-values, padded to its shape, or, when the adapter was refused, nothing has changed. The compiled code checks no shapes
-itself and would read past the end of a tensor, so all is checked before it sees anything.
+Before: a file that ``adaptc.package`` wrote. After a swap: calls compute the new adapter, padded to the slots of the
+compiled code, or, when the adapter was refused, nothing has changed. What calls read is one value, replaced as a whole.
 
 Private torch use, with the public route that was tried:
 - ``loader`` of the loaded package: calling the package itself parses its tree specs anew each time.
@@ -11,6 +10,7 @@ Private torch use, with the public route that was tried:
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.binding.bind import joined
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.foreign import translated
 from adaptc.binding.recipes import Recipes
 from adaptc.binding.source import as_binding, as_config, from_dict
-from adaptc.errors import AdaptcError, BackendError, CheckpointError, SwapError
-from adaptc.methods import AdapterConfig
+from adaptc.errors import AdaptcError, BackendError, ConfigError, SwapError, shown
 from adaptc.packages import manifest as _package_file
-from adaptc.packages.manifest import Input, Room, Site
+from adaptc.packages.constants import Constants, Fitted
+from adaptc.packages.fit import Fit
+from adaptc.packages.manifest import Input
 from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.passes.ir.trees import pytree
 from adaptc.patterns import limited
@@ -38,14 +38,47 @@ from adaptc.pt2_files.containers import check_registered, read_tree
 from adaptc.pt2_files.refusal import Refused, shown_path
 from adaptc.reports.results import SwapReport
 from adaptc.runtime.call_inputs import Inputs
+from adaptc.runtime.held_values import Held
 from adaptc.runtime.layouts import laid
+from adaptc.runtime.options import check_limit
 from adaptc.value_types import checked
 
 
-class PackagedProgram:
-    """A file written by ``adaptc.package``: call it like the program it was made from, and ``swap`` adapters on it.
+class BoundPackage:
+    """One adapter bound to a package, made by :meth:`PackagedProgram.bind`: it keeps it, whatever is swapped."""
 
-    Swap while no call is running: the code reads the tensors that a swap writes to.
+    form, why = "apply", "the form that the package was compiled in"
+
+    def __init__(self, package: PackagedProgram, binding: Fitted) -> None:
+        self.package, self.binding = package, binding
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run this adapter; inputs and output type are those of the package."""
+        return self.package.run(self.binding, args, kwargs)
+
+    @property
+    def held(self) -> Held:
+        """The memory of its values."""
+        return Held(len(self.binding.constants), self.binding.nbytes)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise AdaptcError(
+            f"what is bound to a package can be neither copied nor pickled: load {self.package.path} where it is "
+            "needed, and bind the adapter there"
+        )
+
+    def __repr__(self) -> str:
+        total = len(self.package.manifest.sites)
+        return f"BoundPackage({self.binding.source!r}, {len(self.binding.methods)} of {total} sites)"
+
+
+class PackagedProgram:
+    """A file written by ``adaptc.package``: call it like the program it was made from, ``swap`` its adapter, ``bind``
+    others beside it.
+
+    Any thread may call, swap and bind at any time, and each result is all of one adapter. Calls take turns, since the
+    code has one set of constants. A call whose adapter is not the one that ran last first copies it into the code:
+    padded to the room there is for ranks, one pass over its bytes.
 
     A package is machine code, which runs as it is loaded: load only those whose author you trust. What is checked
     first, by the hashes in its manifest, is that the file is as it was written.
@@ -56,8 +89,8 @@ class PackagedProgram:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self._manifest, tensors = _package_file.read(self.path)
-        m = self._manifest
+        m, tensors = _package_file.read(self.path)
+        self.manifest = m
         # Where only an adapter's own version of the base was known, no other adapter may be bound to it.
         residual = [fqn for fqn in m.header.get("residual", ()) if fqn not in m.bases]
         with _package_file.refusing(self.path):  # all that the manifest says, before any code is loaded
@@ -65,18 +98,19 @@ class PackagedProgram:
             self.adaptation = Adaptation([s.attachment for s in m.sites], fills=m.header["fills"], residual=residual)
             self.ops = {s.attachment.id: s.op for s in m.sites}
             self.recipes = Recipes(self.adaptation.attachments, self.ops)
-            self.current = self._first_binding() if m.sites else None
-        self._model = self._load()
-        missing = sorted({*m.rooms, *m.bases} - set(self._model.get_constant_fqns()))
+            self._fit = Fit(m, tensors, self.device, self.path)
+            self._owner = object()
+            self._now = self._fit.first(self._owner) if m.sites else None
+        loader = self._load().loader
+        missing = sorted({*m.rooms, *m.bases} - set(loader.get_constant_fqns()))
         if missing:
             raise BackendError(f"{self.path}: the compiled code has no constant {missing[0]!r}; package it again")
-        self._stored = {k: t.to(self.device) for k, t in tensors.items()}
-        self._buffers: dict[str, Tensor] = {}
-        specs = self._model.loader.get_call_spec()
+        self._constants = Constants(loader, self._fit.shapes, self.device, self._now)
+        specs = loader.get_call_spec()
         _check_specs(self.path, specs)
         expected = [(i.name, i.constant if i.tensor is None else i.tensor) for i in m.inputs]
         spec, takes = pytree.treespec_loads(specs[0]), m.header.get("takes", ())
-        self._inputs = Inputs(spec, m.header["fills"], expected, m.ranges, m.guards, takes)
+        self.inputs = Inputs(spec, m.header["fills"], expected, m.ranges, m.guards, takes)
         self._out_spec = pytree.treespec_loads(specs[1])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -97,48 +131,41 @@ class PackagedProgram:
         except Exception as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise BackendError(
-                f"{self.path} does not load here: {first}. It was compiled by torch {self._manifest.torch} for "
-                f"{self._manifest.device}, and this is torch {torch.__version__}; package the program again on a "
+                f"{self.path} does not load here: {first}. It was compiled by torch {self.manifest.torch} for "
+                f"{self.manifest.device}, and this is torch {torch.__version__}; package the program again on a "
                 "machine like this one."
             ) from error
-
-    def _first_binding(self) -> Binding:
-        header, present = self._manifest.header, set(self._manifest.header["present"])
-        config = from_dict(header["config"])
-        ops = self.ops
-        found = [a for a in self.adaptation.attachments if a.id in present]
-        methods = {a.id: a.method.rebind(config, a).at(ops[a.id]) for a in found}
-        return Binding({}, joined(methods, ops), config, source=str(self.path))
 
     @property
     def ranks(self) -> dict[str, int]:
         """The largest rank an adapter may have at each site that has one, by the FQN of the site's parameter."""
-        out: dict[str, int] = {}
-        for s in self._manifest.sites:
-            shapes = {
-                n: torch.empty(self._manifest.rooms[f].shape, device="meta") for n, f in s.attachment.slots.items()
-            }
-            rank = s.attachment.method.with_sizes_of(s.op, shapes).rank()
-            if rank is not None:
-                out[s.attachment.fqn] = rank
-        return out
+        return self._fit.ranks()
 
     @property
-    def binding(self) -> Binding:
-        """The current adapter's config and methods; its values are in the compiled code."""
-        if self.current is None:
+    def current(self) -> Fitted | None:
+        """The current adapter; None where there are no sites."""
+        return self._now
+
+    @property
+    def binding(self) -> Fitted:
+        """The current adapter, which ``swap`` and ``bind`` of this package take back. Its config and methods can be
+        read; its values are in the form that the compiled code takes."""
+        now = self._now
+        if now is None:
             raise AdaptcError(f"{self.path} has no adapter; it was packaged from a merged or unloaded program")
-        return self.current
+        return now
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the current adapter; inputs and output type are those of the program that was packaged."""
-        flat = self._inputs(args, kwargs)
+        return self.run(self._now, args, kwargs)
+
+    def run(self, adapter: Fitted | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The same with an adapter of this package."""
+        flat = self.inputs(args, kwargs)
         tensors = [
-            self._arranged(v, i) for v, i in zip(flat, self._manifest.inputs, strict=True) if i.tensor is not None
+            self._arranged(v, i) for v, i in zip(flat, self.manifest.inputs, strict=True) if i.tensor is not None
         ]
-        with torch.no_grad():
-            out = self._model.loader.boxed_run(tensors)
-        return pytree.tree_unflatten(out, self._out_spec)
+        return pytree.tree_unflatten(self._constants.run(adapter, tensors), self._out_spec)
 
     def _arranged(self, value: Tensor, want: Input) -> Tensor:
         """In the memory layout of the example inputs, which the code takes for granted."""
@@ -147,7 +174,6 @@ class PackagedProgram:
         return laid(value, want.order)
 
     @checked("adapter_name", "key_mapping", "component")
-    @limited()
     def swap(
         self,
         adapter: Any,
@@ -157,147 +183,124 @@ class PackagedProgram:
         key_mapping: Mapping[str, str] | None = None,
         component: str | None = None,
     ) -> SwapReport:
-        """Make ``adapter`` the current one; arguments and report are those of ``adaptc.swap``.
+        """Make ``adapter`` the current one; arguments and report are those of ``adaptc.swap``. The names of modules
+        that a package knows are those of its sites.
 
-        The names of modules that a package knows are those of its sites.
-
-        Sites of which the adapter has no tensors become the base. Raises SwapError for an adapter of too large a rank,
-        for one that needs other sites, and for one that changes the base weights (PiSSA, OLoRA), and CheckpointError
-        for damaged files, wrong shapes and values that are not finite; the current adapter then stays.
+        Sites of which the adapter has no tensors become the base. Nothing waits for it, and calls that have begun
+        finish with the adapter they began with. Raises SwapError for an adapter of too large a rank, for one that needs
+        other sites, and for one that changes the base weights (PiSSA, OLoRA), and CheckpointError for damaged files,
+        wrong shapes and values that are not finite; the current adapter then stays.
         """
-        if self.current is None:
-            raise SwapError(
-                f"{self.path} has no adapter sites; it was packaged from a merged or unloaded program. Package the "
-                "adapted program itself to swap."
+        start = time.perf_counter()
+        new = self._fitted(adapter, config, adapter_name, key_mapping, component)
+        self._now = new
+        return SwapReport.of(self.adaptation.attachments, new, time.perf_counter() - start)
+
+    @checked("adapter_name", "key_mapping", "component")
+    def bind(
+        self,
+        adapter: Any,
+        *,
+        config: Any = None,
+        adapter_name: str | None = None,
+        key_mapping: Mapping[str, str] | None = None,
+        component: str | None = None,
+        form: str = "apply",
+        memory_limit: int | None = None,
+    ) -> BoundPackage:
+        """A callable that keeps this adapter, whatever the package is swapped to, and can be used from any thread.
+
+        Arguments and errors are those of :meth:`swap`; None gives the base, as :attr:`base` has it. It holds the
+        adapter's values, padded to the room there is, and shares the code and the base. ``form`` and ``memory_limit``
+        are for programs: compiled code has the one form that it was packaged in, which "apply" and "auto" give;
+        ConfigError for "weight".
+        """
+        check_limit(memory_limit, "memory_limit")
+        if form not in ("apply", "auto"):
+            raise ConfigError(
+                f"form={shown(form)}: a package computes in the form it was compiled in, and takes 'apply' and 'auto' "
+                "alone; for weights of its own package the merged program"
             )
+        if adapter is None:
+            return self.base
+        return BoundPackage(self, self._fitted(adapter, config, adapter_name, key_mapping, component))
+
+    @property
+    def base(self) -> BoundPackage:
+        """The package with no adapter at any site, beside the current one. Raises SwapError where it holds the base as
+        its own adapter changed it alone, and where it has no sites."""
+        now = self._adapted()
+        if lost := list(self.adaptation.residual):
+            raise SwapError(
+                f"{self.path} holds only its own adapter's version of {lost[:3]} (its initialisation changed the "
+                "base); package the original model for one without an adapter"
+            )
+        return BoundPackage(self, self._fit.fitted(self._fit.nothing(now), self._owner))
+
+    @limited()
+    def _fitted(
+        self,
+        adapter: Any,
+        config: Any,
+        adapter_name: str | None,
+        key_mapping: Mapping[str, str] | None,
+        component: str | None,
+    ) -> Fitted:
+        now = self._adapted()
+        if isinstance(adapter, (BoundPackage, PackagedProgram)):
+            adapter = adapter.binding  # which stands for its adapter
+        if isinstance(adapter, Fitted):
+            if adapter.owner is not self._owner:
+                raise SwapError(
+                    f"the binding of {adapter.source!r} belongs to another package; bind the adapter's own files here"
+                )
+            return adapter
         if isinstance(adapter, (str, PathLike)):  # once, so that what is checked is what is bound
             adapter = read_any(adapter, adapter_name=adapter_name, key_mapping=key_mapping)
-            key_mapping = None
+            adapter_name = key_mapping = None
         if isinstance(adapter, RawFile):
             theirs = None if config is None else as_config(config)
             adapter = translated(adapter, self.spec().weights, component=component, config=theirs)
             component = config = None
-        self._check_base(adapter, config)
-        options: dict[str, Any] = {"key_mapping": key_mapping, "component": component}
-        options |= {} if isinstance(adapter, Binding) else {"config": config}
-        binding = as_binding(self, adapter, own=False, **options)  # what is installed is copied
-        self._install(self._fitted(binding))
-        self.current = Binding(
-            {}, binding.methods, binding.config, name=binding.name, source=binding.source, origin=binding.origin
-        )
-        return SwapReport.of(self.adaptation.attachments, binding)
+        if not isinstance(adapter, Binding):
+            self._check_base(adapter, config, now)
+        options: dict[str, Any] = {"config": config, "adapter_name": adapter_name, "key_mapping": key_mapping}
+        options["component"] = component
+        binding = as_binding(self, adapter, own=False, **options)  # what is fitted is copied
+        return self._fit.fitted(binding, self._owner)
+
+    def _adapted(self) -> Fitted:
+        now = self._now
+        if now is None:
+            raise SwapError(
+                f"{self.path} has no adapter sites; it was packaged from a merged or unloaded program. Package the "
+                "adapted program itself to swap."
+            )
+        return now
+
+    def _check_base(self, adapter: Any, config: Any, now: Fitted) -> None:
+        if config is not None:
+            self._fit.check_base(as_config(config))
+        elif isinstance(adapter, Mapping):
+            self._fit.check_base(now.config)
+        elif isinstance(adapter, AdapterFile):
+            self._fit.check_base(from_dict(adapter.config))
+        # else it is no adapter, which binding it says
 
     def spec(self, trainable: bool = False) -> BindingSpec:
         """What ``adaptc.binding`` fills. Base weights that are not in the file are NaN, and so is all made of them."""
         weights: dict[str, Tensor] = {}
-        for s in self._manifest.sites:
+        for s in self.manifest.sites:
             fqn = s.attachment.fqn
             nothing = torch.tensor(float("nan") if s.dtype.is_floating_point else 0, device=self.device).to(s.dtype)
-            weights[fqn] = self._stored.get(f"base.{fqn}", nothing.expand(s.shape))
+            weights[fqn] = self._fit.stored.get(f"base.{fqn}", nothing.expand(s.shape))
         a = self.adaptation
-        autocast = self._manifest.header["autocast"]
+        autocast = self.manifest.header["autocast"]
         return BindingSpec(a.attachments, self.ops, weights, autocast, trainable, residual=a.residual)
-
-    def _check_base(self, adapter: Any, config: Any) -> None:
-        """Refuse adapters whose slots go with a changed base, unless the base is in the file."""
-        own: AdapterConfig
-        if isinstance(adapter, Binding):
-            return
-        if config is not None:
-            own = as_config(config)
-        elif isinstance(adapter, Mapping):
-            own = self.binding.config
-        elif isinstance(adapter, AdapterFile):
-            own = from_dict(adapter.config)
-        else:
-            return  # it is no adapter, which binding it says
-        for a in self.adaptation.attachments:
-            if a.method.rebind(own, a).moves_base() and a.fqn not in self._manifest.bases:
-                raise SwapError(
-                    f"an adapter of this {type(own).__name__} changes the base weight {a.fqn!r} by its first values, "
-                    "and the package does not hold the base. Package the program with such an adapter as its current "
-                    "one, or convert the adapter to plain LoRA with PEFT's "
-                    "save_pretrained(path_initial_model_for_weight_conversion=...)."
-                )
-
-    def _fitted(self, binding: Binding) -> dict[str, Tensor]:
-        """A value of exactly the right shape and dtype for every constant that a swap sets."""
-        out: dict[str, Tensor] = {}
-        # Sites that the adapter has come first: a slot they share with one it has not is theirs.
-        for s in sorted(self._manifest.sites, key=lambda s: s.attachment.id not in binding.methods):
-            a = s.attachment
-            own = binding.methods.get(a.id)
-            specs = {} if own is None else own.slots(s.op)
-            for name, fqn in a.slots.items():
-                if fqn not in out:
-                    given = binding.values.get(fqn)
-                    out[fqn] = self._value(s, name, given if name in specs else None, binding)
-            if a.scale_slot is not None:
-                if a.scale_slot not in binding.values:
-                    raise SwapError(
-                        f"{binding.source}: the binding has no value for {a.scale_slot!r}; bind to this program"
-                    )
-                out[a.scale_slot] = binding.values[a.scale_slot].to(self._manifest.rooms[a.scale_slot].dtype)
-        strange = sorted(set(binding.base) - set(self._manifest.bases))
-        if strange:
-            raise SwapError(f"{binding.source}: the adapter changes {strange[0]!r}, which is fixed in the package")
-        for fqn in self._manifest.bases:
-            out[fqn] = binding.base.get(fqn, self._stored[f"base.{fqn}"]).detach()
-        return {k: v.to(self.device).contiguous() for k, v in out.items()}
-
-    def _value(self, s: Site, slot: str, given: Tensor | None, binding: Binding) -> Tensor:
-        fqn = s.attachment.slots[slot]
-        room = self._manifest.rooms[fqn]
-        if given is not None:
-            value = self._padded(s, slot, given.detach().to(room.dtype), room, binding)
-            if not value.is_floating_point() or bool(torch.isfinite(value).all()):
-                return value
-            if s.attachment.method.slots(s.op)[slot].saved:
-                raise CheckpointError(
-                    f"{binding.source}: {slot!r} at {s.attachment.fqn!r} is not finite in {room.dtype}, the dtype of "
-                    "the package; package with a wider adapter dtype"
-                )
-        if room.identity is not None:
-            return torch.full(room.shape, room.identity, dtype=room.dtype, device=self.device)
-        if f"identity.{fqn}" not in self._stored:
-            raise SwapError(
-                f"{binding.source}: the adapter has nothing at {s.attachment.fqn!r}, and the package does not know "
-                f"which {slot!r} leaves that site at the base"
-            )
-        return self._stored[f"identity.{fqn}"]
-
-    def _padded(self, s: Site, slot: str, value: Tensor, room: Room, binding: Binding) -> Tensor:
-        shape = tuple(value.shape)
-        if shape == room.shape:
-            return value
-        if room.padding is not None and room.padding.fits(shape, room.shape):
-            return room.padding(value, room.shape)
-        fqn = s.attachment.fqn
-        rank, room_rank = binding.methods[s.attachment.id].rank(), self.ranks.get(fqn)
-        if rank is not None and room_rank is not None and rank > room_rank:
-            raise SwapError(
-                f"{binding.source}: site {fqn!r}: the adapter has rank {rank}, and the package has room for "
-                f"{room_rank}; package again with max_rank={rank}"
-            )
-        raise SwapError(
-            f"{binding.source}: site {fqn!r}: slot {slot!r} has shape {shape}, and the compiled code takes "
-            f"{room.shape} alone; package the program with this adapter"
-        )
-
-    def _install(self, values: Mapping[str, Tensor]) -> None:
-        """The code gets tensors of ours to read once, and later swaps write to them: torch keeps what
-        ``load_constants(user_managed=True)`` replaces alive for ever, so a fresh set per swap would leak."""
-        if self._buffers:
-            for fqn, value in values.items():
-                self._buffers[fqn].copy_(value)
-            return
-        buffers = {fqn: value.clone(memory_format=torch.contiguous_format) for fqn, value in values.items()}
-        self._model.load_constants(buffers, check_full_update=False, user_managed=True)
-        self._buffers = buffers
 
     def __repr__(self) -> str:
         adapter = "no adapter sites" if self.current is None else f"adapter {self.current.source!r}"
-        return f"PackagedProgram({str(self.path)!r}, {len(self._manifest.sites)} sites, {adapter})"
+        return f"PackagedProgram({str(self.path)!r}, {len(self.manifest.sites)} sites, {adapter})"
 
 
 def _check_specs(path: Path, specs: list[str]) -> None:

@@ -28,6 +28,7 @@ from adaptc.errors import BackendError, CheckpointError, ConfigError
 from adaptc.packages import manifest as _package_file
 from adaptc.packages.manifest import Input, Manifest, Room, Site
 from adaptc.packages.run import PackagedProgram
+from adaptc.packages.slot_table import ENTRY, slot_table
 from adaptc.passes.adapt.respecialize import Respecialize
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.exclusive import GRAPHS, exclusive
@@ -82,7 +83,7 @@ def package_program(program: AdaptedProgram, path: Path, *, max_rank: int | None
     try:
         # Beside the target: there must be room for it here anyway.
         with replacing(path, "new.pt2") as new, _code_folder(new) as code:
-            _compiled(frozen, code, new)
+            _compiled(frozen, code, new, {ENTRY: slot_table(manifest)})
             _package_file.write(new, manifest, tensors)
     except OSError as error:
         raise CheckpointError(f"could not write {path}: {error}. What was there before is unchanged.") from error
@@ -123,6 +124,9 @@ class _Packer:
         binding, program, adaptation = self.binding, self.program, self.program.adaptation
         bases = [] if binding is None else list(binding.base)
         self.tensors |= {f"base.{fqn}": self.program.base_tensors[fqn] for fqn in bases}
+        # Calls of other adapters write over it, and it must come back.
+        current = {} if binding is None else {**self.values, **binding.base}
+        self.tensors |= {f"current.{fqn}": value for fqn, value in current.items()}
         inputs = adaptation.inputs(program)
         if binding is None:
             header = {"fills": dict(adaptation.fills), "takes": list(inputs.takes)}
@@ -240,9 +244,9 @@ def _uniform(value: Tensor, spec: Slot) -> float | None:
     return spec.fill if bool((value == spec.fill).all()) else None
 
 
-def _compiled(program: ExportedProgram, code: Path, file: Path) -> None:
-    """An AOTInductor archive, with everything the compiler leaves behind in ``code``. Raises OSError where the disk is
-    at fault."""
+def _compiled(program: ExportedProgram, code: Path, file: Path, metadata: dict[str, str]) -> None:
+    """An AOTInductor archive with these entries in its metadata, and everything the compiler leaves behind in ``code``.
+    Raises OSError where the disk is at fault."""
     from torch._inductor import aot_compile
     from torch._inductor.package.package import package_aoti
 
@@ -250,7 +254,8 @@ def _compiled(program: ExportedProgram, code: Path, file: Path) -> None:
     try:
         with GRAPHS, torch.no_grad():
             module = program.module(check_guards=False)
-            files = aot_compile(module, args, kwargs, options={**OPTIONS, "aot_inductor.output_path": str(code)})
+            options = {"aot_inductor.output_path": str(code), "aot_inductor.metadata": metadata}
+            files = aot_compile(module, args, kwargs, options={**OPTIONS, **options})
             with writing(file) as archive:
                 package_aoti(archive, files)  # type: ignore[arg-type]  # a list, as asked for
     except Exception as error:

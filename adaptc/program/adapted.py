@@ -54,7 +54,9 @@ class AdaptedProgram(ProgramCore):
                 raise ConfigError(
                     f"the base has no {next(iter(options))}: prog.bind(None) takes no options of adapters"
                 )
-            return Bound(self.base, None, form, memory_limit)
+            bare = Bound(self.base, None, form, memory_limit)
+            self.memory.join(bare)
+            return bare
         return Bound(self, as_binding(self, adapter, **options), form, memory_limit)
 
     # -- how it shows itself -------------------------------------------------------------------------------------------
@@ -134,9 +136,11 @@ class AdaptedProgram(ProgramCore):
     def hoist_limit(self) -> int | None:
         """Bytes that values computed once per binding may hold; None for any number, 0 to compute all in every call.
 
-        Over the limit, values that save least work for their bytes are computed in every call. It is kept for slots
-        of the size they have when the program is first called. Setting it makes the code anew (inductor compiles).
-        Raises ConfigError for anything but None and numbers from 0.
+        Over the limit, values that save least work for their bytes are computed in every call. Which these are goes by
+        the sizes of the current adapter when the program is first called; of an adapter with larger slots, whose values
+        do not fit, all are. Setting it makes the code anew (inductor compiles), frees what the program and all that is
+        bound to it hold, and is the limit of each of them from then on; what :meth:`bind` gave in the weight form keeps
+        its weights. Raises ConfigError for anything but None and numbers from 0.
         """
         return self.options.hoist_limit
 

@@ -14,7 +14,7 @@ rounding W' once is not what the program does.
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,9 +29,9 @@ from adaptc.passes.ir.storage import storage_key
 from adaptc.passes.optimize.sibling_cost import DISPATCH
 from adaptc.program.core import ProgramCore
 from adaptc.program.merge import merged
-from adaptc.runtime.executor import Executor
+from adaptc.runtime.executor import Arguments, Executor
 from adaptc.runtime.held_values import Held
-from adaptc.runtime.options import check_limit
+from adaptc.runtime.options import RunOptions, check_limit
 from adaptc.runtime.outside_compilers import outside
 from adaptc.tables import size
 
@@ -40,8 +40,21 @@ FORMS = ("apply", "weight", "auto")
 SHARE = 0.05
 
 
+@dataclass(frozen=True, eq=False)
+class _Now:
+    """What a call in the apply form reads, replaced as a whole; no code and arguments before the first call."""
+
+    options: RunOptions
+    executor: Executor | None = None
+    arguments: Arguments | None = None
+
+
 class Bound:
-    """Made by ``AdaptedProgram.bind``. ``form`` is what it stands in, ``why`` the reason."""
+    """Made by ``AdaptedProgram.bind``. ``form`` is what it stands in, ``why`` the reason.
+
+    It runs with the options that the program had when it was bound, but for the limit on what is computed once
+    (:attr:`AdaptedProgram.hoist_limit`), which it follows.
+    """
 
     def __init__(
         self, program: ProgramCore, adapter: Binding | None, form: str = "apply", memory_limit: int | None = None
@@ -50,24 +63,56 @@ class Bound:
         self.program, self.binding = program, binding
         self.form, self.why = choose(program, binding, form, memory_limit)
         self._weights: tuple[Tensor, ...] = ()
+        self._runs, self._reads = program, binding
         if self.form == "weight":
-            runs, self._weights = own_weights(program, binding)
-            self._executor = runs.executor()
-            self._arguments = self._executor.own_arguments(runs.current or Binding.none())
-        else:
-            self._executor = program.executor()
-            self._arguments = self._executor.own_arguments(binding)
-        self._called = outside(Executor.__call__)
+            self._runs, self._weights = own_weights(program, binding)
+            self._reads = self._runs.current or Binding.none()
+        ready = self._runs.ready()
+        self._state = {} if ready.executor is None else ready.executor.own_state(self._reads)
+        self._now = _Now(ready.options, ready.executor, self._arguments(ready.executor))
+        self._called = outside(_called)
+        program.memory.join(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._called(self._executor, self._arguments, args, kwargs)
+        return self._called(self, args, kwargs)
+
+    def ready(self) -> _Now:
+        """What calls read, with their code, which is made now if it was not."""
+        while True:
+            now = self._now
+            if now.arguments is not None:
+                return now
+            executor = self._code(now.options)
+            made = _Now(now.options, executor, self._arguments(executor))
+            with self._runs.held_still():
+                if self._now.options is now.options:
+                    self._now = made
+                    return made
+
+    def _code(self, options: RunOptions) -> Executor:
+        if options == self._runs.options:
+            return self._runs.executor()
+        twin = self._runs.with_options(**vars(options))
+        return self._runs.memory.code(options, twin.executor)
+
+    def _arguments(self, executor: Executor | None) -> Arguments | None:
+        return None if executor is None else executor.own_arguments(self._reads, self._state)
+
+    def limit(self, nbytes: int | None) -> None:
+        """What it holds that is computed once may take so many bytes from now on; where they were others, what was held
+        is freed. Called by its program."""
+        if nbytes != self._now.options.hoist_limit:
+            self._now = _Now(replace(self._now.options, hoist_limit=nbytes))
+            if self._runs is not self.program:
+                self._runs.set_options(hoist_limit=nbytes)  # which remembers code, too
 
     @property
     def held(self) -> Held:
         """What is computed once for this binding: in the weight form its weights, else nothing before its first
-        call."""
+        call, and nothing again when :attr:`AdaptedProgram.hoist_limit` was set until the next one."""
         own = Held(len(self._weights), sum(t.nbytes for t in self._weights))
-        return own + self._arguments.held
+        arguments = self._now.arguments
+        return own if arguments is None else own + arguments.held
 
     def __copy__(self) -> Bound:
         return Bound(self.program, self._adapter, self.form)
@@ -88,6 +133,11 @@ class Bound:
     def __repr__(self) -> str:
         memory = f", {size(self.held.nbytes)} of weights" if self._weights else ""
         return f"Bound({self.binding.source!r}, {len(self.binding.methods)} sites, {self.form} form{memory})"
+
+
+def _called(bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    now = bound.ready()
+    return now.executor(now.arguments, args, kwargs)  # type: ignore[misc]
 
 
 @exclusive

@@ -307,20 +307,20 @@ class ProgramCore(ExportedProgram):
         self.check_base()
         with self._run.lock:
             now = self._run.now
-            self._run.now = Running(now.binding, now.options)
+            self._run.switch(Running(now.binding, now.options))
 
     def check_base(self) -> None:
         """Raises AdaptcError where a base tensor is no longer what the program was made for."""
         check_replaced(self._base, self._meant)
 
     def set_options(self, **changes: Any) -> None:
-        """Change how it runs. Raises as :class:`RunOptions` does, and has then changed nothing."""
+        """Change how it runs. Raises as :class:`RunOptions` does; then nothing has changed."""
         options = replace(self.options, **changes)
         self._check_forms(options)
         with self._run.lock:
             now = self._run.now
             if options != now.options:
-                self._run.now = Running(now.binding, options)
+                self._run.switch(Running(now.binding, options))
 
     def _check_forms(self, options: RunOptions) -> None:
         for a in self._adaptation.attachments:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import fx
 
 from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError
+from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.runtime.executor import Arguments, Executor
 from adaptc.runtime.options import RunOptions
 
@@ -65,8 +66,9 @@ def check_replaced(base: Mapping[str, Any], meant: Mapping[str, tuple[Any, ...]]
 
 @dataclass(eq=False)
 class RunState:
-    """What a program remembers while it runs. ``traces``, ``merged``: what was traced and merged before. ``modules``:
-    those made of it that still are. The lock is for assignments that follow from what was there; it is never held for
+    """What a program remembers while it runs. ``traces``, ``merged``: what was traced and merged before. ``modules``
+    and ``bound``: the modules and callables made of it that still are, and ``codes`` what the latter run where their
+    options are not the program's. The lock is for assignments that follow from what was there; it is never held for
     long."""
 
     now: Running
@@ -74,4 +76,27 @@ class RunState:
     traces: dict[Any, fx.Graph] = field(default_factory=dict)
     merged: dict[Any, Any] = field(default_factory=dict)
     modules: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+    bound: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+    codes: weakref.WeakValueDictionary[RunOptions, Executor] = field(default_factory=weakref.WeakValueDictionary)
     lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def switch(self, now: Running) -> None:
+        """What calls read from now on, to be made anew; what is bound follows its limit. The caller has the lock."""
+        self.now = now
+        self.codes.clear()
+        for bound in self.bound:
+            bound.limit(now.options.hoist_limit)
+
+    def join(self, bound: Any) -> None:
+        """``bound`` follows the limit on what is computed once, from now on."""
+        with self.lock:
+            self.bound.add(bound)
+            bound.limit(self.now.options.hoist_limit)
+
+    def code(self, options: RunOptions, make: Callable[[], Executor]) -> Executor:
+        """The code for calls with other options than the program's, shared by all who are bound to it."""
+        with GRAPHS:
+            made = self.codes.get(options)
+            if made is None:
+                made = self.codes[options] = make()
+            return made

@@ -33,9 +33,12 @@ def check_program(archive: Archive) -> None:
     """
     found = archive.records
     if any(n.startswith("data/aotinductor/") for n in found):
+        made = (
+            "that adaptc.package wrote" if "data/extra/adaptc.json" in found else "of AOTInductor, made without adaptc"
+        )
         raise Refused(
-            "it holds compiled code, which torch.export.load would run at once. If you trust its author open it with "
-            "adaptc.load_package, else ask for a file of adaptc.save"
+            f"it is a package {made}, and holds compiled code, which torch.export.load would run at once. If you trust "
+            "its author open it with adaptc.load_package, else ask for a file of adaptc.save"
         )
     if "serialized_exported_program.json" in found:
         raise Refused("it was written by torch 2.7 or older; load it there, and save it with a newer torch")

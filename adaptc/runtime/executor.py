@@ -143,12 +143,14 @@ class Executor:
                 made = self._arguments[binding] = Arguments(self, binding)
             return made
 
-    def own_arguments(self, binding: Binding) -> Arguments:
-        """Those of a callable of its own: with copies of what calls write to, as it is now."""
-        if not self.state:
-            return self.arguments(binding)
+    def own_state(self, binding: Binding) -> dict[str, Tensor]:
+        """Copies of what calls write to, as it is now, for a callable of its own."""
         known = {n: t for n, t in {**self.base, **binding.base}.items() if isinstance(t, Tensor)}
-        return Arguments(self, binding, own_copies(known, self.state))
+        return own_copies(known, self.state) if self.state else {}
+
+    def own_arguments(self, binding: Binding, state: Mapping[str, Tensor]) -> Arguments:
+        """Those of a callable with :meth:`own_state`."""
+        return Arguments(self, binding, state) if state else self.arguments(binding)
 
     def buffers(self, kind: str, own: Collection[str]) -> list[Tensor | None]:
         """The buffers that one variant reads siblings from, which lie there from now on; None where some of them are
@@ -180,10 +182,17 @@ class Executor:
         return known
 
     def prefix(
-        self, values: Sequence[Any], own: Collection[str], kind: str, buffers: Sequence[Tensor | None]
+        self,
+        values: Sequence[Any],
+        own: Collection[str],
+        kind: str,
+        buffers: Sequence[Tensor | None],
+        room: Callable[[], int | None],
+        lock: threading.Lock,
     ) -> Prefix:
         """What one variant takes for ``values`` of the lifted inputs, of which those called ``own`` are of a base
-        that only this binding has; ``buffers`` as :meth:`buffers` gave them."""
+        that only this binding has; ``buffers`` as :meth:`buffers` gave them, ``room`` and ``lock`` as for
+        :class:`Prefix`."""
         variant, names = self.variants.get(kind), self.names
         at = {n: i for i, n in enumerate(names)}
         differ = {i for i, n in enumerate(self.lifted_names) if n in own}
@@ -200,7 +209,7 @@ class Executor:
             everything = [*self.lifted_names, *(p.name for p in variant.packs)]
             lay = partial(self._lay, names=everything)
         shared = variant.shared if differ.isdisjoint(variant.split.base_inputs) else None
-        return Prefix(variant.split, values, lay, moving, shared)
+        return Prefix(variant.split, values, lay, moving, shared, room, lock)
 
     def _lay(self, values: list[Any], names: Sequence[str | None]) -> list[Any]:
         """As compiled code takes them."""
@@ -244,6 +253,8 @@ class Executor:
             out = self.module.forward(*arguments.lifted, *flat)
         else:
             kind = PLAIN if arguments.moving else self.variants.kind(sizes_of(flat, self._where))
+            if self.options.hoist_limit is not None:
+                kind = arguments.settle(kind)
             out = self.variants.get(kind).call(*arguments.get(kind).values(), *flat)
         for i, name in self._mutated:
             with torch.no_grad():
@@ -274,7 +285,8 @@ class Arguments:
         self._values = [known[n] for n in executor.lifted_names]
         self.prefixes: dict[str, Prefix] = {}
         self._buffers: dict[str, Sequence[Tensor | None]] = {}
-        self._lock = threading.Lock()
+        self._lock, self._making = threading.Lock(), threading.Lock()
+        self._settled: dict[str, str] = {}
         #: whether adapter tensors may change at any time
         self.moving = any(v.requires_grad for v in binding.values.values())
 
@@ -293,7 +305,23 @@ class Arguments:
                 found = self.prefixes.get(kind)
                 if found is None:
                     self._buffers[kind] = buffers
-                    found = self.prefixes[kind] = owner.prefix(self._values, self._own, kind, buffers)
+                    room = partial(_room, ref(self), kind)  # weak: what is given up is freed at once
+                    found = owner.prefix(self._values, self._own, kind, buffers, room, self._making)
+                    self.prefixes[kind] = found
+        return found
+
+    def settle(self, kind: str) -> str:
+        """The variant that calls take which would take this one: one that they took before, where the limit leaves no
+        room for the values of both."""
+        found = self._settled.get(kind)
+        if found is None:
+            owner = self._owner()
+            limit, needed = owner.options.hoist_limit, owner.variants.get(kind).split.nbytes
+            with self._lock:
+                kept = list(dict.fromkeys(self._settled.values()))
+                used = sum(owner.variants.get(k).split.nbytes for k in kept)
+                full = limit is not None and kept and kind not in kept and used + needed > limit
+                found = self._settled.setdefault(kind, kept[0] if full else kind)
         return found
 
     def settled(self) -> bool:
@@ -319,3 +347,14 @@ class Arguments:
     def held(self) -> Held:
         """What is computed once for the binding, for all variants it was called with."""
         return sum((p.held for p in self.prefixes.values()), Held())
+
+
+def _room(arguments: ref[Arguments], kind: str) -> int | None:
+    """Bytes that one variant may hold, beside what the others of a binding do."""
+    mine = arguments()
+    owner = None if mine is None else mine.executor
+    limit = None if owner is None else owner.options.hoist_limit
+    if mine is None or limit is None:
+        return None
+    held = [p.held for k, p in list(mine.prefixes.items()) if k != kind]
+    return limit - sum(h.nbytes + h.shared_nbytes for h in held)

@@ -122,12 +122,15 @@ class SplitGraph:
         self.module, self.main, self.stages, self.kept = module, module, [], list(range(len(names)))
         #: the pass it went through, if it did
         self.trail: Trail = ()
+        #: bytes of the hoisted values, for slots as large as those that the graph has
+        self.nbytes = 0
         if limit == 0:
             return
         users = {n.name for n in module.graph.find_nodes(op="placeholder")}.difference(names)
         done = Hoist([base, slots], users, limit, views=not compiled, constants=not compiled)(module.graph)
         self.trail = done.trail
         if done.count:
+            self.nbytes = done.data.nbytes
             self._take(module, names, done.data, compiled)
 
     def _take(self, module: fx.GraphModule, names: Sequence[str], split: Hoisting, contiguous: bool) -> None:
@@ -174,20 +177,23 @@ class Shared:
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """All that a prefix has made, replaced as a whole: ``inputs`` of the main graph, of the ``lifted`` inputs."""
+    """All that a prefix has made, replaced as a whole: ``inputs`` of the main graph, of the ``lifted`` inputs.
+    ``moving``: they lack the values of the slots, which are made for each call."""
 
     lifted: tuple[Any, ...]
     inputs: tuple[Any, ...]
     base: _Made = _Made()
     slots: _Made = _Made()
     fresh: Callable[[], bool] = _Made().fresh
+    moving: bool = False
 
 
 class Prefix:
     """The inputs of the main graph for one binding, but for the user's.
 
     ``originals``: its lifted tensors; ``lay``: what the graph takes for them. ``moving``: the slots may change at any
-    time. ``shared`` None: the binding has another base than others.
+    time. ``shared`` None: the binding has another base than others. ``room``: how many bytes may be held now, None for
+    any; values of slots above that are made for each call. ``lock``: of all prefixes that this room is for.
     """
 
     def __init__(
@@ -197,10 +203,12 @@ class Prefix:
         lay: Callable[[list[Any]], list[Any]],
         moving: bool,
         shared: Shared | None,
+        room: Callable[[], int | None] = lambda: None,
+        lock: threading.Lock | None = None,
     ) -> None:
         self.code, self.originals, self.lay, self.moving = code, tuple(originals), lay, moving
-        self.shared = shared
-        self._lock = threading.Lock()
+        self.shared, self.room = shared, room
+        self._lock = threading.Lock() if lock is None else lock
         self.lifted = tuple(lay(list(originals)))
         same = all(new is old for new, old in zip(self.lifted, self.originals, strict=True))
         self.state: _State | None = None if code.stages or not same else _State(self.lifted, self.lifted)
@@ -213,7 +221,7 @@ class Prefix:
                 state = self.state
                 if state is None or not state.fresh():
                     state = self.state = self._make()
-        if self.moving:
+        if state.moving:
             return (*state.inputs, *self.code.stages[1].run([*state.lifted, *state.base.values]))
         return state.inputs
 
@@ -224,14 +232,19 @@ class Prefix:
         lifted = tuple(self.lay(list(self.originals)))
         laid = [o for o, t in zip(self.originals, lifted, strict=True) if o is not t and id(o) in versions]
         base = slots = _Made()
+        moving = False
         if self.code.stages:
             first, second = self.code.stages
             base = (self.shared or Shared(first)).made(lifted)
             slots = _Made() if self.moving else second.make(lifted, base.values, self.originals)
+            room = self.room()
+            moving = self.moving or (room is not None and base.nbytes + slots.nbytes > room)
+            if moving:
+                slots = _Made()
         watched = (*base.watched, *slots.watched, *laid)
         versions = (*base.versions, *slots.versions, *(versions[id(o)] for o in laid))
         inputs = (*(lifted[i] for i in self.code.kept), *base.values, *slots.values)
-        return _State(lifted, inputs, base, slots, _Made((), watched, versions).fresh)
+        return _State(lifted, inputs, base, slots, _Made((), watched, versions).fresh, moving)
 
     def settled(self) -> bool:
         """Whether all that values were made from lies where it lay."""

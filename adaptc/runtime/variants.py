@@ -192,7 +192,8 @@ class GraphVariants:
         if self.source.limit is not None:
             stages = stages_of(done.output, [{*self.source.base, *(p.name for p in packs)}, self.source.slots])
             new = {n.name for n in stages if n.op == "call_function" and n.name not in before}
-            if new & {n.name for n in made.split.main.graph.nodes}:
+            # What was hoisted has its name still, as an input.
+            if new & {n.name for n in made.split.main.graph.nodes if n.op != "placeholder"}:
                 return self.get(PLAIN)
         return made
 

@@ -27,10 +27,12 @@ def evaluating(model: Any) -> Iterator[None]:
 class Buffers:
     """Buffers that calls may write to (caches, statistics): ``restore`` puts them back, and so does the end."""
 
-    def __init__(self, program: ExportedProgram, model: Any) -> None:
-        held = {**program.constants, **program.state_dict}
-        written = program.graph_signature.buffers_to_mutate.values()
-        tensors = [held[f] for f in written if f in held]
+    def __init__(self, program: ExportedProgram | None, model: Any) -> None:
+        tensors: list[torch.Tensor] = []
+        if program is not None:
+            held = {**program.constants, **program.state_dict}
+            written = program.graph_signature.buffers_to_mutate.values()
+            tensors += [held[f] for f in written if f in held]
         tensors += list(model.buffers()) if isinstance(model, nn.Module) else []
         self.kept = [(t, t.detach().clone()) for t in tensors]
 

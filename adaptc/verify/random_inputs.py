@@ -6,7 +6,7 @@ embedding they are looked up in, and masks that pad some rows on the left or rig
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,30 @@ def draw(
     return [sampler.run(one, as_captured=isinstance(shapes, int) and i == 0) for i, one in enumerate(wanted)]
 
 
+def random_value(
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    shape: tuple[int, ...],
+    bound: Callable[[], int],
+    generator: torch.Generator,
+) -> Tensor:
+    """A random tensor for an input, by its name and dtype; integers are below ``bound()``."""
+    if name.endswith("mask") and shape:
+        value = _mask(shape, generator)
+    elif dtype.is_complex:
+        value = torch.randn(shape, generator=generator, dtype=torch.complex64)
+    elif dtype.is_floating_point:
+        value = torch.randn(shape, generator=generator)
+    elif dtype == torch.bool:
+        value = torch.randint(0, 2, shape, generator=generator)
+    elif "position" in name and shape:
+        value = torch.arange(shape[-1]).expand(shape).contiguous()
+    else:
+        value = torch.randint(0, bound(), shape, generator=generator)
+    return value.to(dtype=dtype, device=device)
+
+
 class _Sampler:
     def __init__(self, program: ExportedProgram, generator: torch.Generator, vocabulary: int | None) -> None:
         self.generator, self.vocabulary = generator, vocabulary
@@ -110,20 +134,8 @@ class _Sampler:
             return shape_of(want, sizes)[0]
         if not isinstance(want, Tensor):
             return want
-        shape, generator = shape_of(want, sizes), self.generator
-        if name.endswith("mask") and shape:
-            value = _mask(shape, generator)
-        elif want.dtype.is_complex:
-            value = torch.randn(shape, generator=generator, dtype=torch.complex64)
-        elif want.dtype.is_floating_point:
-            value = torch.randn(shape, generator=generator)
-        elif want.dtype == torch.bool:
-            value = torch.randint(0, 2, shape, generator=generator)
-        elif "position" in name and shape:
-            value = torch.arange(shape[-1]).expand(shape).contiguous()
-        else:
-            value = torch.randint(0, self._bound(name), shape, generator=generator)
-        return value.to(dtype=want.dtype, device=want.device)
+        shape = shape_of(want, sizes)
+        return random_value(name, want.dtype, want.device, shape, lambda: self._bound(name), self.generator)
 
     def _bound(self, name: str) -> int:
         found = [b for b in _bounds(self.nodes[name]) if b > 0]

@@ -8,7 +8,7 @@ torch's random state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,8 @@ from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.merge import merged, unmerged
 from adaptc.program.unload import unloaded
 from adaptc.verify import random_inputs
-from adaptc.verify.compare import Leaves, compare, copied_tree, differ, digests, leaves
+from adaptc.verify.claims import Claims
+from adaptc.verify.compare import Leaves, compare, differ, digests
 from adaptc.verify.preserve_state import Buffers, evaluating
 from adaptc.verify.random_inputs import Run
 from adaptc.verify.report import Check, VerifyReport
@@ -72,29 +73,22 @@ def verify_program(
     return report
 
 
-class _Verifier:
+class _Verifier(Claims):
     def __init__(
         self, program: AdaptedProgram, model: Any, runs: list[Run], atol: float | None, seed: int, buffers: Buffers
     ) -> None:
-        self.program, self.model, self.runs, self.atol, self.seed = program, model, runs, atol, seed
-        self.buffers = buffers
+        super().__init__(runs, atol, seed, buffers)
+        self.program, self.model = program, model
         self.adapted = bool(program.adaptation.attachments)
         self._base: list[Leaves] | None = None
 
     def checks(self) -> list[Check]:
         return [
-            self._try("base equals model", self._base_equals_model),
-            self._try("identity equals base", self._identity_equals_base),
-            self._try("merged equals adapted", self._merged_equals_adapted),
-            self._try("unmerge is bitwise", self._unmerge_is_bitwise),
+            self.tried("base equals model", self._base_equals_model),
+            self.tried("identity equals base", self._identity_equals_base),
+            self.tried("merged equals adapted", self._merged_equals_adapted),
+            self.tried("unmerge is bitwise", self._unmerge_is_bitwise),
         ]
-
-    def _try(self, name: str, check: Callable[[str], Check]) -> Check:
-        try:
-            return check(name)
-        except Exception as error:  # whatever goes wrong inside is what the report is for
-            first = (str(error).strip() or "no message").splitlines()[0]
-            return Check(name, False, note=f"{type(error).__name__}: {first}")
 
     # -- the four claims -------------------------------------------------------------------------------------------
 
@@ -105,7 +99,7 @@ class _Verifier:
             return Check(name, None, note=NO_BASE)
         call = self.model.module() if isinstance(self.model, ExportedProgram) else self.model
         with GRAPHS:  # a capture in another thread has what calls modules patched for all of them
-            expected = self._outputs(call)
+            expected = self.outputs(call)
         return self._compare(name, expected, self.base())
 
     def _identity_equals_base(self, name: str) -> Check:
@@ -114,17 +108,17 @@ class _Verifier:
         if self.program.adaptation.residual:
             return Check(name, None, note=NO_BASE)
         identity = first_values(self.program.spec(), self.program.binding.config, only={})
-        return self._compare(name, self.base(), self._outputs(self.program.bind(identity)))
+        return self._compare(name, self.base(), self.outputs(self.program.bind(identity)))
 
     def _merged_equals_adapted(self, name: str) -> Check:
         if reason := self._not_mergeable():
             return Check(name, None, note=reason)
-        program, adapted, note = self.program, self._outputs(self.program), ""
+        program, adapted, note = self.program, self.outputs(self.program), ""
         if not self.program.adaptation.residual and not any(map(differ, self.base(), adapted)):
             # Nothing to fold in would be a claim that cannot fail.
             program, note = self._shaken(), "with random values, since the current adapter changes nothing"
-            adapted = self._outputs(program)
-        check = self._compare(name, adapted, self._outputs(_eager(merged(program, safe=False)[0])))
+            adapted = self.outputs(program)
+        check = self._compare(name, adapted, self.outputs(_eager(merged(program, safe=False)[0])))
         return replace(check, note=check.note or note)
 
     def _shaken(self) -> AdaptedProgram:
@@ -153,14 +147,14 @@ class _Verifier:
         changed = [k for k in before | after if before.get(k) != after.get(k)]
         if changed:
             return Check(name, False, note=f"{len(changed)} tensors are not what they were: {', '.join(changed[:3])}")
-        check = compare(name, self._outputs(self.program), self._outputs(back), 0.0)
+        check = compare(name, self.outputs(self.program), self.outputs(back), 0.0)
         return replace(check, note=f"{len(before)} tensors equal bit for bit") if check.passed else check
 
     # -- outputs ---------------------------------------------------------------------------------------------------
 
     def base(self) -> list[Leaves]:
         if self._base is None:
-            self._base = self._outputs(_eager(unloaded(self.program)))
+            self._base = self.outputs(_eager(unloaded(self.program)))
         return self._base
 
     def _not_mergeable(self) -> str:
@@ -170,13 +164,6 @@ class _Verifier:
             if a.id in self.program.binding.methods and (reason := a.method.check_merge(self.program.ops[a.id])):
                 return f"{a.fqn} cannot be merged: {reason}"
         return ""
-
-    def _outputs(self, call: Callable[..., Any]) -> list[Leaves]:
-        found = []
-        for run in self.runs:
-            found.append(leaves(call(*copied_tree(run.args), **copied_tree(run.kwargs))))
-            self.buffers.restore()
-        return found
 
     def _compare(self, name: str, expected: list[Leaves], found: list[Leaves]) -> Check:
         return compare(name, expected, found, TOLERANCE[self._coarsest()], self.atol)

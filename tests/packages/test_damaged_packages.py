@@ -88,8 +88,8 @@ def test_compressed_records(package: Path, tmp_path: Path) -> None:
 
 
 FIELDS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "an older format": (lambda d: d.update(format=2), "package format 2, and this adaptc reads 3; package the program"),
-    "a format as text": (lambda d: d.update(format="3"), "package format '3'"),
+    "an older format": (lambda d: d.update(format=3), "package format 3, and this adaptc reads 4; package the program"),
+    "a format as text": (lambda d: d.update(format="4"), "package format '4'"),
     "a list of sites": (lambda d: d.update(sites={}), r"sites: expected a list, found a dict of 0"),
     "a size": (lambda d: d["sites"][0].update(shape=[7, "5"]), r"sites\[0\]\.shape\[1\]: expected a size, found '5'"),
     "a negative size": (lambda d: d["sites"][0].update(shape=[7, -5]), "expected a size, found -5"),
@@ -115,7 +115,7 @@ def test_the_manifest(package: Path, tmp_path: Path, case: str) -> None:
 
 
 @pytest.mark.usefixtures("no_code")
-@pytest.mark.parametrize("text", [b"", b"[]", b"null", b"[" * 200_000, b"{}", b"\xff", b'{"format": 3}'])
+@pytest.mark.parametrize("text", [b"", b"[]", b"null", b"[" * 200_000, b"{}", b"\xff", b'{"format": 4}'])
 def test_a_manifest_that_is_none(package: Path, tmp_path: Path, text: bytes) -> None:
     refused(write_records(tmp_path / "bad.pt2", read_records(package) | {MANIFEST: text}), "damaged")
 

@@ -119,6 +119,17 @@ def test_pissa_training_program(tmp_path: Path) -> None:
         runner.swap(tensors, config=other)
         torch.testing.assert_close(runner(x), program(x), rtol=2e-5, atol=2e-5)
     assert (runner(x) - _two_layers().eval()(x)).abs().max() > 1e-2
+    torch.testing.assert_close(runner.base(x), _two_layers().eval()(x), rtol=2e-5, atol=2e-5)
+    first = adaptc.load_package(runner.path)
+    out, bound = first(x), first.bind(adapter(program, plain), config=plain)
+    torch.testing.assert_close(bound(x), program(x), rtol=2e-5, atol=2e-5)
+    assert torch.equal(first(x), out)  # the changed base comes back with its adapter
+    for model in (program, _two_layers().eval()):
+        report = adaptc.verify(first, model)
+        assert report.ok, report
+    assert not torch.equal(bound(x), out)
+    with pytest.raises(adaptc.AdaptcError, match="captured for exactly 7"):
+        first(torch.randn(4, 6))  # the code would read past its end
 
 
 @pytest.mark.slow

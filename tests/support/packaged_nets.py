@@ -65,6 +65,7 @@ class Packaged:
     program: Any
     runner: PackagedProgram
     path: Path
+    model: Any = None
 
     def same(self, *sizes: tuple[int, int]) -> None:
         """The runner computes what the program does, at several sizes."""

@@ -1,0 +1,166 @@
+"""An adapter as the constants of a package: padded to their shapes, in their dtypes, on the package's device.
+
+Before: a manifest, and the tensors of its file. After :meth:`Fit.fitted`: a value for every constant that adapters
+fill, or an error and nothing has changed. The compiled code checks no shapes itself and would read past the end of a
+tensor, so all is checked here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from adaptc.binding.bind import joined
+from adaptc.binding.binding import Binding
+from adaptc.binding.source import from_dict
+from adaptc.errors import CheckpointError, SwapError
+from adaptc.methods import AdapterConfig
+from adaptc.packages.constants import Fitted
+from adaptc.packages.manifest import Manifest, Room, Site
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.storage import memory_of
+from adaptc.pt2_files.refusal import Refused
+
+Shape = tuple[tuple[int, ...], torch.dtype]
+
+
+class Fit:
+    """How adapters fit one package. ``tensors``: those of its file; ``path``: the file, for messages."""
+
+    def __init__(self, manifest: Manifest, tensors: Mapping[str, Tensor], device: torch.device, path: Path) -> None:
+        self.manifest, self.device, self.path = manifest, device, path
+        self.shapes = _shapes(manifest, tensors)
+        current = {f: tensors.get(f"current.{f}") for f in self.shapes}
+        for fqn, value in current.items():
+            if value is None or (tuple(value.shape), value.dtype) != self.shapes[fqn]:
+                raise Refused(f"the tensor 'current.{fqn}' is missing, or of another shape or dtype")
+        #: the values the code was compiled with
+        self._first = {f: t.to(device) for f, t in current.items() if t is not None}
+        self.stored = {k: t.to(device) for k, t in tensors.items() if not k.startswith("current.")}
+
+    def first(self, owner: object) -> Fitted:
+        """The adapter that the package was made with. Asked for once: it is not kept here."""
+        m = self.manifest
+        present, config = set(m.header["present"]), from_dict(m.header["config"])
+        ops = {s.attachment.id: s.op for s in m.sites}
+        found = [s.attachment for s in m.sites if s.attachment.id in present]
+        methods = joined({a.id: a.method.rebind(config, a).at(ops[a.id]) for a in found}, ops)
+        constants, self._first = self._first, {}
+        return Fitted({}, methods, config, source=str(self.path), constants=constants, owner=owner)
+
+    def ranks(self) -> dict[str, int]:
+        """Room for ranks at each site that has one, by the FQN of its parameter."""
+        found = {s.attachment.fqn: self.room_for_rank(s) for s in self.manifest.sites}
+        return {fqn: rank for fqn, rank in found.items() if rank is not None}
+
+    def room_for_rank(self, s: Site) -> int | None:
+        rooms = self.manifest.rooms
+        shapes = {n: torch.empty(rooms[f].shape, device="meta") for n, f in s.attachment.slots.items()}
+        return s.attachment.method.with_sizes_of(s.op, shapes).rank()
+
+    def check_base(self, own: AdapterConfig) -> None:
+        """Refuse adapters whose slots go with a changed base, unless the base is in the file."""
+        for s in self.manifest.sites:
+            a = s.attachment
+            if a.method.rebind(own, a).moves_base() and a.fqn not in self.manifest.bases:
+                raise SwapError(
+                    f"an adapter of this {type(own).__name__} changes the base weight {a.fqn!r} by its first values, "
+                    "and the package does not hold the base. Package the program with such an adapter as its current "
+                    "one, or convert the adapter to plain LoRA with PEFT's "
+                    "save_pretrained(path_initial_model_for_weight_conversion=...)."
+                )
+
+    def fitted(self, binding: Binding, owner: object) -> Fitted:
+        """``binding`` for the compiled code, in memory of its own. Raises SwapError for a rank above the room there is
+        and for a base that is not the package's, CheckpointError for values that do not fit its dtypes."""
+        out: dict[str, Tensor] = {}
+        # Sites that the adapter has come first: a slot they share with one it has not is theirs.
+        for s in sorted(self.manifest.sites, key=lambda s: s.attachment.id not in binding.methods):
+            a = s.attachment
+            own = binding.methods.get(a.id)
+            specs = {} if own is None else own.slots(s.op)
+            for name, fqn in a.slots.items():
+                if fqn not in out:
+                    given = binding.values.get(fqn)
+                    out[fqn] = self._value(s, name, given if name in specs else None, binding)
+            if a.scale_slot is not None:
+                out[a.scale_slot] = self._scale(a, binding)
+        strange = sorted(set(binding.base) - set(self.manifest.bases))
+        if strange:
+            raise SwapError(f"{binding.source}: the adapter changes {strange[0]!r}, which is fixed in the package")
+        for fqn in self.manifest.bases:
+            out[fqn] = binding.base.get(fqn, self.stored[f"base.{fqn}"]).detach().to(self.shapes[fqn][1])
+        theirs = {memory_of(t) for t in (*binding.values.values(), *binding.base.values())}
+        constants = {}
+        for fqn, value in out.items():
+            own_value = value.to(self.device)
+            constants[fqn] = own_value.clone() if memory_of(own_value) in theirs else own_value
+        bare = Binding(
+            {}, binding.methods, binding.config, name=binding.name, source=binding.source, origin=binding.origin
+        )
+        return Fitted(**vars(bare), constants=constants, owner=owner)
+
+    def nothing(self, like: Binding) -> Binding:
+        """A binding with which every site computes the base."""
+        scales = {s.attachment.scale_slot: s.attachment.method.scale(s.op) for s in self.manifest.sites}
+        values = {f: torch.tensor(float(v or 0)) for f, v in scales.items() if f is not None}
+        return Binding(values, {}, like.config, source="the base")
+
+    def _scale(self, a: Attachment, binding: Binding) -> Tensor:
+        assert a.scale_slot is not None
+        if a.scale_slot not in binding.values:
+            raise SwapError(f"{binding.source}: the binding has no value for {a.scale_slot!r}; bind to this program")
+        return binding.values[a.scale_slot].detach().to(self.manifest.rooms[a.scale_slot].dtype)
+
+    def _value(self, s: Site, slot: str, given: Tensor | None, binding: Binding) -> Tensor:
+        fqn = s.attachment.slots[slot]
+        room = self.manifest.rooms[fqn]
+        if given is not None:
+            value = self._padded(s, slot, given.detach().to(room.dtype), room, binding)
+            if not value.is_floating_point() or bool(torch.isfinite(value).all()):
+                return value
+            if s.attachment.method.slots(s.op)[slot].saved:
+                raise CheckpointError(
+                    f"{binding.source}: {slot!r} at {s.attachment.fqn!r} is not finite in {room.dtype}, the dtype of "
+                    "the package; package with a wider adapter dtype"
+                )
+        if room.identity is not None:  # one element in memory
+            return torch.full((), room.identity, dtype=room.dtype, device=self.device).expand(room.shape)
+        if f"identity.{fqn}" not in self.stored:
+            raise SwapError(
+                f"{binding.source}: the adapter has nothing at {s.attachment.fqn!r}, and the package does not know "
+                f"which {slot!r} leaves that site at the base"
+            )
+        return self.stored[f"identity.{fqn}"]
+
+    def _padded(self, s: Site, slot: str, value: Tensor, room: Room, binding: Binding) -> Tensor:
+        shape = tuple(value.shape)
+        if shape == room.shape:
+            return value
+        if room.padding is not None and room.padding.fits(shape, room.shape):
+            return room.padding(value, room.shape)
+        fqn = s.attachment.fqn
+        rank, room_rank = binding.methods[s.attachment.id].rank(), self.room_for_rank(s)
+        if rank is not None and room_rank is not None and rank > room_rank:
+            raise SwapError(
+                f"{binding.source}: site {fqn!r}: the adapter has rank {rank}, and the package has room for "
+                f"{room_rank}; package again with max_rank={rank}"
+            )
+        raise SwapError(
+            f"{binding.source}: site {fqn!r}: slot {slot!r} has shape {shape}, and the compiled code takes "
+            f"{room.shape} alone; package the program with this adapter"
+        )
+
+
+def _shapes(m: Manifest, tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
+    """Of every constant that adapters fill."""
+    out: dict[str, Shape] = {fqn: (room.shape, room.dtype) for fqn, room in m.rooms.items()}
+    for fqn in m.bases:
+        if f"base.{fqn}" not in tensors:
+            raise Refused(f"the tensor 'base.{fqn}' is missing")
+        base = tensors[f"base.{fqn}"]
+        out[fqn] = tuple(base.shape), base.dtype
+    return out

@@ -1,0 +1,155 @@
+"""What a package is: its file, its adapter and the room for others, and the inputs it takes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adaptc.binding.binding import Binding
+from adaptc.packages import manifest as _package_file
+from adaptc.packages.fit import Fit
+from adaptc.packages.manifest import Manifest
+from adaptc.packages.run import PackagedProgram
+from adaptc.tables import Column, Report, Table, collapse, dtype_name, plain, size, times
+
+
+@dataclass(frozen=True)
+class PackageSite:
+    """A parameter whose adapter can be swapped. ``rank``: of the current adapter, None where its method has none or
+    ``present`` is False: the adapter leaves the site at the base. ``room``: the largest rank another may have."""
+
+    fqn: str
+    kind: str
+    form: str
+    method: str
+    rank: int | None
+    room: int | None
+    present: bool
+
+
+@dataclass(frozen=True)
+class PackageInput:
+    """A flat input. A size that may differ from call to call has a name. ``dtype`` None: it was captured as
+    ``constant``, and must be that."""
+
+    name: str
+    dtype: torch.dtype | None
+    sizes: tuple[int | str, ...] = ()
+    constant: Any = None
+
+
+@dataclass(frozen=True, repr=False)
+class PackageReport(Report):
+    """``nbytes`` of the file; ``torch``: the version that compiled it. ``adapter``: where the current one came from, ''
+    where there are no sites. ``ranges``: name of a size -> the least and the greatest it may be."""
+
+    path: Path
+    device: str
+    torch: str
+    nbytes: int
+    adapter: str
+    peft_type: str
+    sites: tuple[PackageSite, ...]
+    inputs: tuple[PackageInput, ...]
+    ranges: Mapping[str, tuple[float, float]]
+
+    @classmethod
+    def of(cls, package: PackagedProgram) -> PackageReport:
+        """The report of a package as it is now."""
+        return cls._made(package.path, package.manifest, package.current, package.ranks)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> PackageReport:
+        """The report of a file, with the adapter it was packaged with; none of its code is loaded. Raises as
+        ``adaptc.load_package`` does."""
+        file = Path(path)
+        manifest, tensors = _package_file.read(file)
+        with _package_file.refusing(file):
+            fit = Fit(manifest, tensors, torch.device("cpu"), file)
+            return cls._made(file, manifest, fit.first(None) if manifest.sites else None, fit.ranks())
+
+    @classmethod
+    def _made(cls, path: Path, m: Manifest, now: Binding | None, room: Mapping[str, int]) -> PackageReport:
+        methods = {} if now is None else now.methods
+        sites = []
+        for s in m.sites:
+            a, own = s.attachment, methods.get(s.attachment.id)
+            rank = None if own is None else own.rank()
+            sites.append(PackageSite(a.fqn, a.kind, a.form, a.method.name, rank, room.get(a.fqn), own is not None))
+        inputs = tuple(
+            PackageInput(i.name, None, (), i.constant)
+            if i.tensor is None
+            else PackageInput(i.name, i.tensor.dtype, i.tensor.shape)
+            for i in m.inputs
+        )
+        used = {n for i in inputs for n in i.sizes if isinstance(n, str)}
+        return cls(
+            path=path,
+            device=m.device,
+            torch=m.torch,
+            nbytes=path.stat().st_size,
+            adapter="" if now is None else now.source,
+            peft_type="" if now is None else now.config.peft_type,
+            sites=tuple(sites),
+            inputs=inputs,
+            ranges={n: bounds for n, bounds in m.ranges.items() if n in used},
+        )
+
+    def parts(self) -> list[str | Table]:
+        """Layers that differ in their number alone share a row."""
+        head = f"package {self.path}: {size(self.nbytes)}, compiled by torch {self.torch} for {self.device}"
+        if not self.sites:
+            adapter = "no adapter: it was packaged from a merged or unloaded program"
+        else:
+            absent = sum(not s.present for s in self.sites)
+            adapter = f"{self.peft_type} adapter ({self.adapter}): {len(self.sites)} sites"
+            adapter += f", {absent} of them left at the base" if absent else ""
+        return [f"{head}\n{adapter}", self._sites(), self._inputs(), self._ranges()]
+
+    def data(self) -> dict[str, Any]:
+        """``path``, ``device``, ``torch``, ``bytes``, ``adapter``, ``peft_type``, ``sites`` and ``inputs`` (one dict
+        each), ``ranges`` (size -> least and greatest, None for any)."""
+        return {
+            "path": str(self.path),
+            "device": self.device,
+            "torch": self.torch,
+            "bytes": self.nbytes,
+            "adapter": self.adapter,
+            "peft_type": self.peft_type,
+            "sites": [plain(vars(s)) for s in self.sites],
+            "inputs": [
+                {"name": i.name, "dtype": None if i.dtype is None else dtype_name(i.dtype), "sizes": plain(i.sizes)}
+                | ({"constant": plain(i.constant)} if i.dtype is None else {})
+                for i in self.inputs
+            ],
+            "ranges": {n: plain(bounds) for n, bounds in self.ranges.items()},
+        }
+
+    def _sites(self) -> Table:
+        groups: dict[tuple[Any, ...], list[str]] = {}
+        for s in self.sites:
+            rank = (s.rank or "-") if s.present else "base"
+            groups.setdefault((s.kind, s.form, s.method, rank, s.room or "-"), []).append(s.fqn.removesuffix(".weight"))
+        rows = [(times(text, n), *how) for how, names in groups.items() for text, n in collapse(names)]
+        kept = [Column(name, keep=True) for name in ("kind", "form", "method")]
+        ranks = [Column(name, right=True, keep=True) for name in ("rank", "room for")]
+        return Table(["site", *kept, *ranks], rows)
+
+    def _inputs(self) -> Table:
+        rows = [
+            (i.name, "constant", i.constant)
+            if i.dtype is None
+            else (i.name, dtype_name(i.dtype), " x ".join(map(str, i.sizes)) or "one element")
+            for i in self.inputs
+        ]
+        return Table(["input", Column("dtype", keep=True), "sizes"], rows)
+
+    def _ranges(self) -> Table:
+        rows = [(n, f"{low:g}", "any" if up == inf else f"{up:g}") for n, (low, up) in self.ranges.items()]
+        return Table(["size", *(Column(n, right=True, keep=True) for n in ("least", "greatest"))], rows)

@@ -1,0 +1,35 @@
+"""What verifications share: runs whose outputs are compared, and checks that report whatever goes wrong in them.
+
+Before: inputs that were drawn or given. After each run: buffers that it wrote to are as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from adaptc.verify.compare import Leaves, copied_tree, leaves
+from adaptc.verify.preserve_state import Buffers
+from adaptc.verify.random_inputs import Run
+from adaptc.verify.report import Check
+
+
+class Claims:
+    """Base of what checks one thing against others on the same runs."""
+
+    def __init__(self, runs: list[Run], atol: float | None, seed: int, buffers: Buffers) -> None:
+        self.runs, self.atol, self.seed, self.buffers = runs, atol, seed, buffers
+
+    def tried(self, name: str, check: Callable[[str], Check]) -> Check:
+        try:
+            return check(name)
+        except Exception as error:  # whatever goes wrong inside is what the report is for
+            first = (str(error).strip() or "no message").splitlines()[0]
+            return Check(name, False, note=f"{type(error).__name__}: {first}")
+
+    def outputs(self, call: Callable[..., Any]) -> list[Leaves]:
+        found = []
+        for run in self.runs:
+            found.append(leaves(call(*copied_tree(run.args), **copied_tree(run.kwargs))))
+            self.buffers.restore()
+        return found

@@ -1,0 +1,149 @@
+"""Verification of packages: what a file of compiled code promises, tried on fresh random inputs of several shapes.
+
+Three claims, each measured and each able to fail: with a program's adapter the package computes what the program does;
+with identity values in every slot it is the base; another adapter changes its outputs, and swapping back gives every
+bit again. Nothing is changed: neither the package's current adapter, nor the program or model, nor torch's random
+state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from adaptc.errors import AdaptcError
+from adaptc.packages.run import PackagedProgram
+from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.program.adapted import AdaptedProgram
+from adaptc.verify import package_inputs, random_inputs
+from adaptc.verify.claims import Claims
+from adaptc.verify.compare import Leaves, compare, differ
+from adaptc.verify.preserve_state import Buffers, evaluating
+from adaptc.verify.random_inputs import Run
+from adaptc.verify.report import Check, VerifyReport
+from adaptc.verify.verify import NO_BASE, TOLERANCE
+
+NO_SITES = "the package has no adapter"
+
+
+def verify_package(
+    package: PackagedProgram,
+    model: Any = None,
+    *,
+    shapes: int | Sequence[Mapping[str, Sequence[int]]] | None = None,
+    seed: int = 0,
+    atol: float | None = None,
+    inputs: Any = None,
+    raise_on_failure: bool = False,
+) -> VerifyReport:
+    """Check ``package`` against ``model``, and against itself.
+
+    ``model``: the program it was made from, whose current adapter is then compared and whose base is the model; or the
+    base alone, an nn.Module, an ExportedProgram or any callable. The other arguments are those of
+    :func:`adaptc.verify.verify.verify_program`. Where ``model`` is no program, sizes are drawn from the ranges that the
+    package has, and token ids below the rows of the smallest embedding of ``model`` and of the package's sites; two
+    where there is none. Raises AdaptcError for inputs that the package cannot take, and for sizes that depend on
+    others, which need ``inputs``; with ``raise_on_failure`` also when a check failed.
+    """
+    program = None
+    if isinstance(model, AdaptedProgram):
+        model.executor()  # made for the program, which keeps it
+        program = model = model.snapshot()
+    wanted = 3 if shapes is None else shapes
+    if inputs is not None:
+        runs = random_inputs.given(inputs)
+    elif isinstance(model, ExportedProgram):
+        runs = random_inputs.draw(model, shapes=wanted, seed=seed)
+    else:
+        runs = package_inputs.draw(package, wanted, seed, model)
+    exported = model if isinstance(model, ExportedProgram) else None
+    with torch.no_grad(), evaluating(model), Buffers(exported, model) as buffers:
+        claims = _PackageClaims(package, model, program, runs, atol, seed, buffers)
+        checks = [
+            claims.tried("package equals program", claims.package_equals_program),
+            claims.tried("base equals model", claims.base_equals_model),
+            claims.tried("swap and back is bitwise", claims.swap_and_back),
+        ]
+    report = VerifyReport(tuple(checks), tuple(r.text for r in runs), seed)
+    if raise_on_failure and not report.ok:
+        raise AdaptcError(str(report))
+    return report
+
+
+class _PackageClaims(Claims):
+    def __init__(
+        self,
+        package: PackagedProgram,
+        model: Any,
+        program: AdaptedProgram | None,
+        runs: list[Run],
+        atol: float | None,
+        seed: int,
+        buffers: Buffers,
+    ) -> None:
+        super().__init__(runs, atol, seed, buffers)
+        self.package, self.model, self.program = package, model, program
+        self.now = package.current  # whoever swaps it meanwhile does not matter
+
+    def package_equals_program(self, name: str) -> Check:
+        if self.program is None:
+            return Check(name, None, note="no program was given")
+        both = self.now is not None and self.program.current is not None
+        call = self.package.bind(self.program.binding) if both else self._with(self.now)
+        return self._compare(name, self.outputs(self.program), self.outputs(call))
+
+    def base_equals_model(self, name: str) -> Check:
+        if self.model is None:
+            return Check(name, None, note="no model was given")
+        if self.now is None:
+            return Check(name, None, note=NO_SITES)
+        if self.package.adaptation.residual or (self.program and self.program.adaptation.residual):
+            return Check(name, None, note=NO_BASE)
+        call = self.model
+        if self.program is not None:
+            call = self.program.base
+        elif isinstance(call, ExportedProgram):
+            call = call.module()
+        with GRAPHS:  # a capture in another thread has what calls modules patched for all of them
+            expected = self.outputs(call)
+        return self._compare(name, expected, self.outputs(self.package.base))
+
+    def swap_and_back(self, name: str) -> Check:
+        if self.now is None:
+            return Check(name, None, note=NO_SITES)
+        current = self._with(self.now)
+        before, other, after = self.outputs(current), self.outputs(self._shaken()), self.outputs(current)
+        if not any(map(differ, before, other)):
+            return Check(name, False, note="an adapter of other values gives the same outputs: its slots are not read")
+        return compare(name, before, after, 0.0)
+
+    def _with(self, fitted: Any) -> Any:
+        return lambda *args, **kwargs: self.package.run(fitted, args, kwargs)
+
+    def _shaken(self) -> Any:
+        """The package with its current adapter plus noise."""
+        assert self.now is not None
+        generator = torch.Generator().manual_seed(self.seed)
+        values = dict(self.now.constants)
+        for s in self.package.manifest.sites:
+            for slot, spec in s.attachment.method.slots(s.op).items():
+                fqn = s.attachment.slots[slot]
+                value = values[fqn]
+                if spec.trainable and value.is_floating_point():
+                    noise = torch.randn(value.shape, generator=generator) * 0.05
+                    values[fqn] = value + noise.to(value)
+        return self._with(replace(self.now, constants=values))
+
+    def _compare(self, name: str, expected: list[Leaves], found: list[Leaves]) -> Check:
+        held = [s.dtype for s in self.package.manifest.sites]
+        if isinstance(self.model, ExportedProgram):
+            held += [t.dtype for t in self.model.state_dict.values() if isinstance(t, nn.Parameter)]
+        elif isinstance(self.model, nn.Module):
+            held += [p.dtype for p in self.model.parameters()]
+        coarsest = max((d for d in held if d in TOLERANCE), key=TOLERANCE.__getitem__, default=torch.float32)
+        return compare(name, expected, found, TOLERANCE[coarsest], self.atol)

@@ -1,0 +1,93 @@
+"""Random inputs for a package, made from what its manifest says: there is no graph in it to read.
+
+Before: a package, and the model it came from where there is one. After: complete inputs that the package accepts. Sizes
+are near the least that is allowed, and token ids below the rows of every embedding that is known of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from adaptc.errors import AdaptcError, nearest
+from adaptc.packages.manifest import Manifest
+from adaptc.packages.run import PackagedProgram
+from adaptc.passes.ir.trees import pytree
+from adaptc.runtime.call_inputs import TensorInput
+from adaptc.verify.random_inputs import Run, random_value
+
+#: how much larger than the least a size may be
+_SPREAD = 7
+
+
+def draw(
+    package: PackagedProgram, shapes: int | Sequence[Mapping[str, Sequence[int]]], seed: int, model: Any
+) -> list[Run]:
+    """One :class:`Run` per shape: so many, or for each a dict of input name -> shape, whose other sizes are drawn.
+
+    Raises AdaptcError for shapes the package cannot take, and for sizes it has as expressions of others.
+    """
+    wanted: Sequence[Mapping[str, Sequence[int]]] = [{}] * shapes if isinstance(shapes, int) else list(shapes)
+    if not wanted:
+        raise AdaptcError("shapes: at least one is needed")
+    generator = torch.Generator().manual_seed(seed)
+    rows = _rows(package.manifest, model)
+    runs = []
+    for fixed in wanted:
+        sizes = _sizes(package.manifest, fixed, generator)
+        flat = [
+            random_value(
+                i.name, i.tensor.dtype, package.device, _shape(i.tensor, sizes), lambda: min(rows, default=2), generator
+            )
+            if i.tensor is not None
+            else i.constant
+            for i in package.manifest.inputs
+        ]
+        args, kwargs = pytree.tree_unflatten(flat, package.inputs.spec)
+        runs.append(Run.of(args, kwargs))
+    return runs
+
+
+def _rows(m: Manifest, model: Any) -> list[int]:
+    """Of every embedding that is known of."""
+    found = [s.op.in_features for s in m.sites if s.op.kind == "embedding"]
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return found + [e.num_embeddings for e in modules if isinstance(e, (nn.Embedding, nn.EmbeddingBag))]
+
+
+def _sizes(m: Manifest, fixed: Mapping[str, Sequence[int]], generator: torch.Generator) -> dict[str, int]:
+    wants = {i.name: i.tensor for i in m.inputs if i.tensor is not None}
+    sizes: dict[str, int] = {}
+    for name, shape in fixed.items():
+        if name not in wants:
+            near = nearest(name, wants) or list(wants)
+            raise AdaptcError(f"shapes: the package has no tensor input {name!r}; did you mean one of {near}?")
+        if len(shape) != len(wants[name].shape):
+            raise AdaptcError(f"shapes: input {name!r} has {len(wants[name].shape)} axes, got {tuple(shape)}")
+        for size, value in zip(wants[name].shape, shape, strict=True):
+            if size != value and (not isinstance(size, str) or sizes.setdefault(size, int(value)) != value):
+                raise AdaptcError(f"shapes: input {name!r} cannot have shape {tuple(shape)}: {size} is not {value}")
+    for want in wants.values():
+        for size in want.shape:
+            if isinstance(size, str) and size not in sizes:
+                sizes[size] = _drawn(size, m, generator)
+    return sizes
+
+
+def _drawn(size: str, m: Manifest, generator: torch.Generator) -> int:
+    if not size.isidentifier():
+        raise AdaptcError(
+            f"the package takes a size {size}, which depends on others; give complete inputs with inputs=, or verify "
+            "against the program it was made from"
+        )
+    low, high = m.ranges.get(size, (0, float("inf")))
+    least = max(int(low), 1)
+    most = int(min(high, least + _SPREAD))
+    return int(torch.randint(least, max(least, most) + 1, (), generator=generator))
+
+
+def _shape(want: TensorInput, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(n if isinstance(n, int) else sizes[n] for n in want.shape)
