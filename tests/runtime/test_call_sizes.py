@@ -82,7 +82,9 @@ def program(programs: dict[Any, Any], models: Any, kind: str, backend: str, dtyp
 
 
 def same(found: Tensor, expected: Tensor) -> None:
-    tolerance = 1e-1 if expected.dtype == torch.bfloat16 else 1e-4
+    # A few roundings of the largest number that is summed.
+    largest = float(expected.abs().max()) if expected.numel() else 0.0
+    tolerance = max(0.1, 0.03 * largest) if expected.dtype == torch.bfloat16 else 1e-4
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
@@ -208,7 +210,7 @@ UP = LoraConfig(r=2, target_modules=["up"])
 @pytest.mark.parametrize(
     ("model", "sizes", "match"),
     [
-        (Even(), [1, 3, 7], r"\(x.shape\[0\] % 2\) == 0.*'x' has shape \([137], 5\)"),
+        (Even(), [1, 3, 7], r"axis 0 of 'x' has size [137], but must be 2\*"),
         (Long(), [0, 1, 2, 3], r"axis 0 of 'x' has size [0-3], outside the captured range \[4"),
         (One(), [1], r"x.shape\[0\] != 1.*'x' has shape \(1, 5\)"),
         (Harmless(), [], ""),
