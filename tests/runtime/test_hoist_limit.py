@@ -76,7 +76,7 @@ def test_no_binding_holds_more(order: Any) -> None:
     most = max(nbytes(call.held) for call in calls)
     least = min(nbytes(call.held) for call in calls)
     some = set()
-    for limit in (most, most - 1, least, least // 2 + 1, 200, 100, 20, 0):
+    for limit in (most, most - 1, 730, least, least // 2 + 1, 200, 100, 20, 0):
         prog.hoist_limit = limit
         late = prog.bind(gated_net.state(9), config=gated_net.config(9))
         for call, out in zip([*calls, late], [*wanted, wanted[-1]], strict=True):
