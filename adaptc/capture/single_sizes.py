@@ -34,7 +34,10 @@ def differing(model: nn.Module, program: ExportedProgram, args: tuple, kwargs: M
     axes = _free_axes(program)
     if not axes:
         return []
-    module, out = program.module(), []
+    try:
+        module, out = program.module(), []
+    except SyntaxError:  # torch's code of a module in a path such as "in.q", which is no expression of Python
+        return []
     names = list(user_inputs(program))
     for where in axes.values():
         if not _same(model, module, *_cut(args, kwargs, where)):

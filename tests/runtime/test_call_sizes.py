@@ -83,7 +83,7 @@ def program(programs: dict[Any, Any], models: Any, kind: str, backend: str, dtyp
 
 def same(found: Tensor, expected: Tensor) -> None:
     # A few roundings of the largest number that is summed.
-    largest = float(expected.abs().max()) if expected.numel() else 0.0
+    largest = float(expected.detach().abs().max()) if expected.numel() else 0.0
     tolerance = max(0.1, 0.03 * largest) if expected.dtype == torch.bfloat16 else 1e-4
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
