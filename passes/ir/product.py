@@ -3,10 +3,10 @@
     product(x, W, bias, kind, classes)      y = x W^T + bias
 
 "linear" is ``F.linear``. "onednn" is oneDNN on the weight as it lies, without a copy or packing: in float32
-``F.linear`` goes to MKL, which is slow on some processors. It holds for calls whose number of rows is in one of ``classes``,
-and where shapes, types and strides fit; every other call is ``F.linear``, so that a graph with this op computes on every
-machine what the plain graph does, up to rounding. The gradient of x is a product too, by the same choice; those of W
-and bias are plain.
+``F.linear`` goes to MKL, which is slow on some processors. It holds for calls whose number of rows is in one of
+``classes``, and where shapes, types and strides fit; every other call is ``F.linear``, so that a graph with this op
+computes on every machine what the plain graph does, up to rounding. The gradient of x is a product too, by the same
+choice; those of W and bias are plain.
 
 :func:`product` is what code of calls uses: an op of Python costs ten microseconds, and it goes through one only where
 there is a gradient. Transforms of ``torch.func``, forward-mode derivatives and subclasses of tensors get ``F.linear``.
