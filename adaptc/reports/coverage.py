@@ -65,8 +65,8 @@ class SiteCoverage:
 class CoverageReport(Report):
     """``matches``: target entry -> the modules it selected. ``left_out``: (module, why). ``trainable`` and ``total``:
     numbers of parameters, as PEFT counts them. ``adapter`` '' and no sites: the program has no adapter. ``held``: what
-    calls of the program compute once, ``fusion``: which layers share a product, ``products``: what computes those of the
-    base; nothing before the first call. ``passes``: those the program went through, with how much each changed, and
+    calls of the program compute once, ``fusion``: which layers share a product, ``products``: what computes those of
+    the base; nothing before the first call. ``passes``: those the program went through, with how much each changed, and
     those of the code of its calls.
     ``norms``: of the adapter's tensors at each site, as they were when the report was made."""
 
