@@ -18,6 +18,8 @@ os.environ.setdefault("MKL_CBWR", "AUTO")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # inductor would start a pool of compiler processes in each of the test processes.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# Nothing is measured, and what is computed does not depend on the machine.
+os.environ.setdefault("ADAPTC_PRODUCTS", "plain")
 
 import pytest
 import torch

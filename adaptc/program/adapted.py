@@ -20,6 +20,7 @@ from adaptc.passes.ir.forgetting import forget_code
 from adaptc.passes.ir.lifted import Lifted, lifted_names
 from adaptc.passes.ir.module_paths import owners_of
 from adaptc.passes.ir.pass_infra import Trail
+from adaptc.passes.lower.choose_products import Products
 from adaptc.passes.train.backbone import cut_at_head
 from adaptc.passes.train.fuse_training import fuse_training
 from adaptc.program.bound import Bound
@@ -171,6 +172,13 @@ class AdaptedProgram(ProgramCore):
         """Which layers that read one tensor share a product; nothing before the first call."""
         executor = self.running.executor
         return Fusion() if executor is None else executor.fusion
+
+    @property
+    def products(self) -> Products:
+        """What computes the products of the base's linear layers, and why (see ``report``); nothing before the first
+        call, on the inductor backend, and where ``ADAPTC_PRODUCTS=plain`` is set."""
+        executor = self.running.executor
+        return Products() if executor is None else executor.products
 
     @property
     def passes(self) -> dict[str, Trail]:

@@ -18,6 +18,7 @@ from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.pass_infra import Trail
 from adaptc.passes.ir.storage import storage_key
+from adaptc.passes.lower.choose_products import Products
 from adaptc.peft_files.origin import PEFT, Origin
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.reports.norms import Norms
@@ -64,8 +65,9 @@ class SiteCoverage:
 class CoverageReport(Report):
     """``matches``: target entry -> the modules it selected. ``left_out``: (module, why). ``trainable`` and ``total``:
     numbers of parameters, as PEFT counts them. ``adapter`` '' and no sites: the program has no adapter. ``held``: what
-    calls of the program compute once, and ``fusion``: which layers share a product; nothing before the first call.
-    ``passes``: those the program went through, with how much each changed, and those of the code of its calls.
+    calls of the program compute once, ``fusion``: which layers share a product, ``products``: what computes those of
+    the base; nothing before the first call. ``passes``: those the program went through, with how much each changed, and
+    those of the code of its calls.
     ``norms``: of the adapter's tensors at each site, as they were when the report was made."""
 
     sites: tuple[SiteCoverage, ...]
@@ -79,6 +81,7 @@ class CoverageReport(Report):
     merged: str = field(default="", repr=False)
     held: Held = field(default=Held(), repr=False)
     fusion: Fusion = field(default=Fusion(), repr=False)
+    products: Products = field(default=Products(), repr=False)
     passes: Mapping[str, Trail] = field(default_factory=dict, repr=False)
     norms: Norms = field(default=Norms(), repr=False)
     #: adapter -> what its file was
@@ -92,7 +95,8 @@ class CoverageReport(Report):
         if not a.attachments:
             report = program.merge_report
             source = report.source if report else ""
-            return cls((), {}, (), 0, base_parameters(program, ()), merged=source, passes=program.passes)
+            made: dict[str, Any] = {"passes": program.passes, "products": program.products}
+            return cls((), {}, (), 0, base_parameters(program, ()), merged=source, **made)
         binding = program.binding
         seen: set[str] = set()
         sites = tuple(_site(program, binding, x, seen) for x in a.attachments)
@@ -102,7 +106,7 @@ class CoverageReport(Report):
         parts = binding.parts or {binding.name: binding}
         kinds = " + ".join(dict.fromkeys(p.config.peft_type for p in parts.values()))
         names = ", ".join(parts)
-        made: dict[str, Any] = {"held": program.held, "fusion": program.fusion, "passes": program.passes}
+        made = {"held": program.held, "fusion": program.fusion, "passes": program.passes, "products": program.products}
         made["norms"] = Norms.of(program, changes)
         made["origins"] = {n: p.origin for n, p in parts.items()}
         return cls(sites, a.matches, left_out, trainable, total, names, kinds, binding.source, **made)
@@ -121,7 +125,8 @@ class CoverageReport(Report):
         """Layers that differ in their number alone share a row."""
         if not self.sites:
             how = f"it is plain, merged from {self.merged}" if self.merged else "it is a plain program"
-            return [f"The program has no adapter: {how}.\n{self.parameters_line()}{self._passes()}"]
+            products = f"{self.products}\n" if self.products.choices else ""
+            return [f"The program has no adapter: {how}.\n{products}{self.parameters_line()}{self._passes()}"]
         absent = sum(not s.present for s in self.sites)
         head = f"{self.peft_type} adapter {self.adapter!r} ({self.source}): {len(self.sites)} sites"
         head += f", {absent} of them left at the base" if absent else ""
@@ -129,12 +134,13 @@ class CoverageReport(Report):
             head += "" if o == PEFT else f"\nfrom a file in the format {o}"
             head += f"; not of this program: {o.left}" if o.others else ""
         tables = [self._sites(), self._forms(), self._entries(), self._omitted(), *self.norms.parts()]
-        return [head, *tables, str(self.held), str(self.fusion), self.parameters_line() + self._passes()]
+        line = self.parameters_line() + self._passes()
+        return [head, *tables, str(self.held), str(self.fusion), str(self.products), line]
 
     def data(self) -> dict[str, Any]:
         """``adapter``, ``peft_type`` and ``source``, ``formats`` (adapter -> that of its file), ``merged`` (from what),
         ``sites`` (one dict each), ``matches`` (target entry -> modules), ``left_out`` (module, why), ``trainable``,
-        ``total``, ``passes`` and ``norms``."""
+        ``total``, ``products`` (one dict for each line), ``passes`` and ``norms``."""
         return {
             "adapter": self.adapter,
             "peft_type": self.peft_type,
@@ -146,6 +152,7 @@ class CoverageReport(Report):
             "left_out": [{"module": name, "why": why} for name, why in self.left_out],
             "trainable": self.trainable,
             "total": self.total,
+            "products": self.products.data(),
             "passes": {where: [[name, count] for name, count in trail] for where, trail in self.passes.items()},
             "norms": self.norms.data(),
         }

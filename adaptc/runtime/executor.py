@@ -28,6 +28,7 @@ from adaptc.passes.ir.ops import Op
 from adaptc.passes.ir.pass_infra import Trail
 from adaptc.passes.ir.storage import storage_key
 from adaptc.passes.ir.trees import pytree
+from adaptc.passes.lower.choose_products import Products
 from adaptc.passes.train.set_mode import set_mode
 from adaptc.runtime.call_inputs import Inputs
 from adaptc.runtime.compiled_layouts import Layouts
@@ -35,6 +36,7 @@ from adaptc.runtime.gpu_variants import GpuVariants, runs_on_gpu
 from adaptc.runtime.held_values import Held, Prefix
 from adaptc.runtime.inductor import compile_lifted, with_room
 from adaptc.runtime.options import RunOptions
+from adaptc.runtime.product_table import choose, wanted
 from adaptc.runtime.state import own_copies, written_to
 from adaptc.runtime.variants import PLAIN, Fusion, GraphVariants, LiftedGraph, sizes_of
 from adaptc.runtime.weight_buffers import begin_reading, end_reading, pack, packable, packed
@@ -118,9 +120,10 @@ class Executor:
             compiled=self.compiles,
             fuse=bool(fuse),
             differentiable=self._training,
+            choose=None if self._training or self.compiles or not wanted() else choose,
         )
-        wanted = runs_on_gpu(tensors.values()) if kernels is None else kernels
-        if not wanted or not self.attachments:
+        lowered = runs_on_gpu(tensors.values()) if kernels is None else kernels
+        if not lowered or not self.attachments:
             return GraphVariants(source)
         return GpuVariants(source, self.attachments, self.ops, index)
 
@@ -128,6 +131,11 @@ class Executor:
     def trails(self) -> dict[str, Trail]:
         """The passes that the code of calls went through, by variant."""
         return self.variants.trails
+
+    @property
+    def products(self) -> Products:
+        """What computes the base's products in the variant that was made first."""
+        return next(iter(self.variants.products.values()), Products())
 
     @property
     def fusion(self) -> Fusion:

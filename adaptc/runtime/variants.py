@@ -20,12 +20,13 @@ from functools import cached_property
 from math import isfinite
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, dtype, fx
 
 from adaptc.passes.ir.exclusive import GRAPHS, exclusive_property
 from adaptc.passes.ir.lifted import copy_graph
 from adaptc.passes.ir.modes import AUTOCAST_DEVICES
 from adaptc.passes.ir.pass_infra import GraphPass, PassManager, PassResult, Trail
+from adaptc.passes.lower.choose_products import Choice, ChooseProducts, Products
 from adaptc.passes.optimize.bind_calls import BindCalls
 from adaptc.passes.optimize.canonicalize import Canonicalize
 from adaptc.passes.optimize.fold_scales import FoldScales
@@ -84,6 +85,7 @@ class LiftedGraph:
     compiled: bool = False
     fuse: bool = True
     differentiable: bool = False
+    choose: Callable[[int, int, dtype], Choice] | None = None
 
     @cached_property
     def users(self) -> list[str]:
@@ -99,13 +101,14 @@ class LiftedGraph:
 @dataclass(frozen=True, eq=False)
 class GraphVariant:
     """A graph and what was hoisted out of it, the inputs that packing adds, the callable, what it shares between
-    bindings, and the passes it went through."""
+    bindings, the passes it went through, and the products that were chosen for its base."""
 
     split: SplitGraph
     packs: tuple[Pack, ...]
     call: Callable[..., Any]
     shared: Shared | None
     trail: Trail
+    products: Products
 
 
 class GraphVariants:
@@ -144,6 +147,11 @@ class GraphVariants:
     def trails(self) -> dict[str, Trail]:
         """The passes that each variant went through, by kind, of those that were made."""
         return {kind: v.trail for kind, v in self._variants.items()}
+
+    @property
+    def products(self) -> dict[str, Products]:
+        """The products that were chosen in each variant, by kind, of those that were made."""
+        return {kind: v.products for kind, v in self._variants.items()}
 
     @exclusive_property
     def fusion(self) -> Fusion:
@@ -202,11 +210,18 @@ class GraphVariants:
         module = fx.GraphModule(s.module, graph)
         split = SplitGraph(module, [*s.names, *names], {*s.base, *names}, s.slots, s.limit, s.compiled)
         run, trail = split.main, (*self.cleaned.trail, *trail, *split.trail)
+        products = Products()
         if not s.compiled:
-            bound = BindCalls()(copy_graph(split.main.graph))
+            passes: list[GraphPass] = [BindCalls()]
+            if s.choose is not None:
+                passes = [ChooseProducts({*s.base, *names}, s.choose), *passes]
+            bound = PassManager(passes)(copy_graph(split.main.graph))
             run, trail = fx.GraphModule(split.main, bound.output), (*trail, *bound.trail)
+            products = bound.data[0] or products
         # Not the module itself: while any thread traces, torch.fx has what calls modules patched for all of them.
-        return GraphVariant(split, packs, run.forward, Shared(split.stages[0]) if split.stages else None, trail)
+        return GraphVariant(
+            split, packs, run.forward, Shared(split.stages[0]) if split.stages else None, trail, products
+        )
 
 
 def sizes_of(flat: Sequence[Any], where: Mapping[str, tuple[int, int]]) -> dict[str, int]:

@@ -15,6 +15,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from adaptc.passes.ir.pass_infra import GraphPass, PassResult
+from adaptc.passes.ir.product import product
 
 aten = torch.ops.aten
 
@@ -66,6 +67,7 @@ def _table() -> dict[Any, Any]:
     for function, overloads in _FUNCTIONS.items():
         packet = getattr(aten, function.__name__)
         out |= {getattr(packet, o): function for o in overloads}
+    out[torch.ops.adaptc.product.default] = product
     return out
 
 

@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from tests.benchmarks import against_peft, compiled, methods, rewriting
+from tests.benchmarks import against_peft, compiled, methods, products, rewriting
 from tests.benchmarks.harness import machine, markdown
 
 
@@ -24,7 +24,12 @@ def main() -> None:
     print("## Against PEFT: SmolLM2-135M, float32, rank 16 on all linear layers\n")
     with tempfile.TemporaryDirectory() as folder:
         sides = against_peft.Sides(Path(folder))
-        print(markdown([*against_peft.run(sides, rounds), *compiled.call_path(sides, rounds)]), "\n")
+        print(
+            markdown(
+                [*against_peft.run(sides, rounds), *compiled.call_path(sides, rounds), *products.run(sides, rounds)]
+            ),
+            "\n",
+        )
         if not quick:
             print(markdown(compiled.forward(sides, Path(folder), rounds)), "\n")
         del sides

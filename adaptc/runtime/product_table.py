@@ -1,0 +1,177 @@
+"""Which product is faster on this machine: a table that is measured once, and kept as a file.
+
+Before: nothing, a file, or a damaged one. After: :meth:`ProductTable.choice` says for a weight which kind of product to
+ask for, at which classes of rows, and why. It is measured when code for calls is first made that has a use for it, in
+a fraction of a second for each type of numbers, and never again on this processor with this torch and as many threads.
+It lies in the folder ``ADAPTC_CACHE``, or the platform's own for caches. A file that cannot be read, or is of something
+else, is measured anew; where none can be written, each process measures for itself. ``ADAPTC_PRODUCTS=plain`` turns all
+of it off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adaptc.errors import ConfigError, shown
+from adaptc.passes.ir.product import ALL_CLASSES, LINEAR, ONEDNN, takes
+from adaptc.passes.lower.choose_products import Choice
+from adaptc.runtime.product_times import SIZES, Times, complete, measure
+
+SWITCH, FOLDER = "ADAPTC_PRODUCTS", "ADAPTC_CACHE"
+
+#: how much less time a product must take to be worth another one than linear's
+GAIN = 0.05
+#: the least rows and columns of a weight: thinner products have nothing to gain
+THIN = 128
+#: of the file
+FORMAT = 1
+_MOST_BYTES = 1 << 20
+
+
+def wanted() -> bool:
+    """Whether products are chosen at all. Raises ConfigError for a setting without a meaning."""
+    value = os.environ.get(SWITCH, "")
+    if value not in ("", "plain"):
+        raise ConfigError(f"{SWITCH}={shown(value)} in the environment has no meaning: set it to plain, or not at all")
+    return not value
+
+
+def folder() -> Path:
+    """Where tables are kept."""
+    if os.environ.get(FOLDER):
+        return Path(os.environ[FOLDER])
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "adaptc"
+    name = "LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME"
+    return Path(os.environ.get(name) or Path.home() / ".cache") / "adaptc"
+
+
+def identity(dtype: torch.dtype) -> dict[str, Any]:
+    """What times depend on, as the file says it."""
+    return {
+        "format": FORMAT,
+        "torch": torch.__version__,
+        "processor": _processor(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _processor() -> str:
+    with suppress(OSError), open("/proc/cpuinfo") as f:
+        for line in f:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+@dataclass(frozen=True)
+class ProductTable:
+    """``times``: (rows, columns of the weight, class) -> seconds of linear and of oneDNN; empty: nothing is faster."""
+
+    times: Times
+
+    def choice(self, out: int, width: int) -> Choice:
+        """For a weight of (out, width): read off the nearest that was measured, for each class of rows."""
+        if min(out, width) < THIN:
+            return Choice(LINEAR, (), f"fewer than {THIN} rows or columns")
+        ratios = {c: r for c in ALL_CLASSES if (r := self._ratio(out, width, c)) is not None}
+        if not ratios:
+            return Choice(LINEAR, (), "nothing else was measured here")
+        classes = tuple(c for c, r in ratios.items() if r <= 1 - GAIN)
+        if not classes:
+            return Choice(LINEAR, (), "measured: the fastest here")
+        return Choice(ONEDNN, classes, "measured: faster here", tuple(ratios[c] for c in classes))
+
+    def _ratio(self, out: int, width: int, rows: int) -> float | None:
+        def far(size: tuple[int, int, int]) -> float:
+            return abs(math.log(out / size[0])) + abs(math.log(width / size[1]))
+
+        found = [s for s in self.times if s[2] == rows]
+        if not found:
+            return None
+        linear, onednn = self.times[min(found, key=far)]
+        return onednn / linear
+
+
+_lock = threading.Lock()
+_known: dict[str, ProductTable] = {}
+
+
+def product_table(dtype: torch.dtype, measuring: Callable[[torch.dtype], Times] = measure) -> ProductTable:
+    """The table for products of ``dtype``: what this process knows, what a file says, or measured now."""
+    if not takes(dtype):
+        return ProductTable({})
+    what = identity(dtype)
+    name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+    try:
+        path = folder() / f"products-{name}.json"
+    except RuntimeError:  # nobody's home
+        path = None
+    with _lock:
+        key = f"{path}:{name}"
+        if key not in _known:
+            times = None if path is None else read(path, what)
+            if times is None:
+                times = measuring(dtype)
+                if complete(times) and path is not None:  # on a busy machine it may not be
+                    write(path, what, times)
+            _known[key] = ProductTable(times)
+        return _known[key]
+
+
+def choose(out: int, width: int, dtype: torch.dtype) -> Choice:
+    """The product for a weight of (out, width). What needs no times asks for none."""
+    thin = min(out, width) < THIN
+    return (ProductTable({}) if thin else product_table(dtype)).choice(out, width)
+
+
+def read(path: Path, what: Mapping[str, Any]) -> Times | None:
+    """The times in a file, or None where it is no table of ``what``."""
+    try:
+        with path.open("rb") as f:
+            text = f.read(_MOST_BYTES + 1)
+        if len(text) > _MOST_BYTES:
+            return None
+        data = json.loads(text)
+        if {k: data[k] for k in what} != dict(what):
+            return None
+        times: Times = {}
+        for out, width, rows, *pair in data["times"]:
+            if (out, width) not in SIZES or rows not in ALL_CLASSES or len(pair) != 2:
+                return None
+            linear, onednn = map(float, pair)
+            if not (0 < linear < math.inf and 0 < onednn < math.inf):
+                return None
+            times[out, width, rows] = linear, onednn
+        return times if complete(times) else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
+        return None
+
+
+def write(path: Path, what: Mapping[str, Any], times: Times) -> None:
+    """Keep the times, all or nothing; where that is not possible, do nothing."""
+    data = {**what, "times": [[*size, *pair] for size, pair in times.items()]}
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(json.dumps(data))
+        os.replace(aside, path)
+    except OSError:
+        with suppress(OSError):
+            aside.unlink()

@@ -1,0 +1,151 @@
+"""One matrix product of a linear layer, by the library that is told to make it: ``adaptc::product``.
+
+    product(x, W, bias, kind, classes)      y = x W^T + bias
+
+"linear" is ``F.linear``. "onednn" is oneDNN on the weight as it lies, without a copy or packing: in float32
+``F.linear`` goes to MKL, which is slow on some processors. It holds for calls whose number of rows is in one of
+``classes``, and where shapes, types and strides fit; every other call is ``F.linear``, so that a graph with this op
+computes on every machine what the plain graph does, up to rounding. The gradient of x is a product too, by the same
+choice; those of W and bias are plain.
+
+:func:`product` is what code of calls uses: an op of Python costs ten microseconds, and it goes through one only where
+there is a gradient. Transforms of ``torch.func``, forward-mode derivatives and subclasses of tensors get ``F.linear``.
+
+Private torch use, with the public route that was tried:
+- ``torch.ops.mkldnn._linear_pointwise``: oneDNN on a plain weight. Public: ``F.linear`` chooses by itself, and
+  ``torch.utils.mkldnn`` packs a copy of each weight and returns tensors of another layout.
+- ``torch.ops.mkldnn._is_mkldnn_bf16_supported``: without bfloat16 in the processor the op above raises. Public: none.
+- ``torch._C._functorch.maybe_current_level``: whether a transform of ``torch.func`` is on, under which an op without
+  derivatives would give zeros. Public: none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import maybe_current_level
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from adaptc.errors import BackendError, shown
+
+LINEAR, ONEDNN = "linear", "onednn"
+KINDS = (LINEAR, ONEDNN)
+
+#: the most rows of each class of calls but the last, which has no end
+CLASSES = (1, 16, 256)
+ALL_CLASSES = tuple(range(len(CLASSES) + 1))
+
+
+def row_class(rows: int) -> int:
+    """The class of a call with so many rows."""
+    return sum(rows > most for most in CLASSES)
+
+
+def _found() -> Any:
+    """torch's private op, or None where it has none."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    return getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
+
+
+_pointwise = _found()
+
+
+@cache
+def _bfloat16() -> bool:
+    known = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return known is not None and bool(known())
+
+
+def takes(dtype: torch.dtype) -> bool:
+    """Whether oneDNN can make products of this type here."""
+    if _pointwise is None or not torch.backends.mkldnn.enabled:
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and _bfloat16())
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, classes: Sequence[int]) -> Tensor:
+    """x W^T + bias: x (..., K), weight (N, K), bias (N,) or None -> (..., N), of x's type. ``kind``: one of
+    :data:`KINDS`; ``classes``: the classes of rows it holds for.
+
+    Raises BackendError for a kind that does not exist, and whatever ``F.linear`` raises for operands that do not fit.
+    """
+    if not _by_onednn(x, weight, bias, kind, classes) or maybe_current_level() is not None:
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return product_op(x, weight, bias, kind, classes)
+    return _pointwise(x, weight, bias, "none", [], "")
+
+
+@torch.library.custom_op("adaptc::product", mutates_args=())
+def product_op(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, classes: Sequence[int]) -> Tensor:
+    """:func:`product` as an op, for graphs and for gradients."""
+    if _by_onednn(x, weight, bias, kind, classes):
+        return _pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+@product_op.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, classes: Sequence[int]) -> Tensor:
+    _check(kind)
+    return F.linear(x, weight, bias)
+
+
+def _check(kind: str) -> None:
+    if kind not in KINDS:
+        raise BackendError(f"product: unknown kind {shown(kind)}; choose one of {', '.join(KINDS)}")
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, classes: Sequence[int]) -> bool:
+    if kind != ONEDNN:
+        _check(kind)
+        return False
+    # Subclasses have rules for linear, and none for this.
+    if type(x) not in _PLAIN or type(weight) not in _PLAIN or x.device.type != "cpu" or weight.device.type != "cpu":
+        return False
+    dtype = x.dtype
+    if not (dtype == weight.dtype and takes(dtype) and weight.ndim == 2 and x.ndim and x.layout == torch.strided):
+        return False
+    width, count = weight.shape[1], x.numel()
+    if not count or x.shape[-1] != width or row_class(count // width) not in classes:
+        return False
+    if bias is not None and not (
+        type(bias) in _PLAIN and bias.dtype == dtype and bias.shape == weight.shape[:1] and bias.is_contiguous()
+    ):
+        return False
+    if weight.layout != torch.strided or not (weight.is_contiguous() or weight.t().is_contiguous()):
+        return False
+    # Its derivative would be lost without a word.
+    return all(t is None or forward_ad.unpack_dual(t).tangent is None for t in (x, weight, bias))
+
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, ctx.kind, ctx.classes = inputs
+    need_x, need_weight = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
+
+
+def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+    rows = g.reshape(-1, g.shape[-1])
+    return (
+        product(g, weight.t(), None, ctx.kind, ctx.classes) if need_x else None,
+        rows.t() @ x.reshape(-1, x.shape[-1]) if need_weight else None,
+        rows.sum(0) if need_bias else None,
+        None,
+        None,
+    )
+
+
+product_op.register_autograd(_backward, setup_context=_save)

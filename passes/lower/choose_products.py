@@ -1,0 +1,98 @@
+"""Base linear layers become ``adaptc::product``, with the kind that is fastest for each weight.
+
+Before: a graph of calls on a CPU, after fusing and hoisting, and somebody who knows which kind is fastest. After: the
+same values up to rounding. Only products with a weight of the base are looked at: those of adapters are thin. The
+number of rows is in no node; the op reads it off in each call, so that nothing is made anew for another batch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from adaptc.passes.ir.ops import argument
+from adaptc.passes.ir.pass_infra import GraphPass, PassResult
+from adaptc.passes.ir.product import CLASSES, LINEAR
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Choice:
+    """``kind`` of product, at ``classes`` of rows, because of ``why``; ``ratios``: its time over linear's at each."""
+
+    kind: str
+    classes: tuple[int, ...] = ()
+    why: str = ""
+    ratios: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Products:
+    """What was chosen for the base's products, one choice for each of them."""
+
+    choices: tuple[Choice, ...] = ()
+
+    def __str__(self) -> str:
+        """A line for each kind, rows and reason; '' where nothing was chosen."""
+        groups = Counter((c.kind, c.classes, c.why) for c in self.choices)
+        return "\n".join(
+            f"products: {count} by {kind}{_rows(classes)} ({why}{self._times(kind, classes, why)})"
+            for (kind, classes, why), count in groups.most_common()
+        )
+
+    def _times(self, *key: Any) -> str:
+        found = [r for c in self.choices if (c.kind, c.classes, c.why) == key for r in c.ratios]
+        return f", {min(found):.2f} to {max(found):.2f} of linear's time" if found else ""
+
+    def data(self) -> list[dict[str, Any]]:
+        """``kind``, ``rows``, ``why`` and ``count`` of each line."""
+        groups = Counter((c.kind, c.classes, c.why) for c in self.choices)
+        return [
+            {"kind": kind, "rows": _rows(classes).removeprefix(" at "), "why": why, "count": count}
+            for (kind, classes, why), count in groups.most_common()
+        ]
+
+
+def _rows(classes: Collection[int]) -> str:
+    """The calls that a choice holds for, in words."""
+    lows = [1, *(most + 1 for most in CLASSES)]
+    names = [f"{low} to {most}" if low < most else f"{most}" for low, most in zip(lows, CLASSES, strict=False)]
+    names.append(f"more than {CLASSES[-1]}")
+    return f" at {', '.join(names[c] for c in classes)} rows" if classes else ""
+
+
+@dataclass(frozen=True)
+class ChooseProducts(GraphPass):
+    """``base``: the placeholders of weights of the base; ``choose``: (rows, columns, type of a weight) -> its choice.
+    ``data`` are the :class:`Products`, the count that of the products that are not linear's."""
+
+    name: ClassVar[str] = "choose_products"
+
+    base: Collection[str] = field(repr=False)
+    choose: Callable[[int, int, torch.dtype], Choice] = field(repr=False)
+
+    def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
+        choices: list[Choice] = []
+        for node in subject.find_nodes(op="call_function", target=aten.linear.default):
+            x, weight, bias = (argument(node, i) for i in range(3))
+            value = weight.meta.get("val")
+            if weight.op != "placeholder" or weight.name not in self.base or not _is_plain(value):
+                continue
+            choice = self.choose(*map(int, value.shape), value.dtype)
+            choices.append(choice)
+            if choice.kind != LINEAR:
+                node.target, node.kwargs = torch.ops.adaptc.product.default, {}
+                node.args = (x, weight, bias, choice.kind, list(choice.classes))
+        changed = sum(c.kind != LINEAR for c in choices)
+        return PassResult(subject, changed, data=Products(tuple(choices)))
+
+
+def _is_plain(value: Any) -> bool:
+    fits = isinstance(value, Tensor) and value.ndim == 2 and value.device.type == "cpu"
+    return fits and all(isinstance(s, int) for s in value.shape)

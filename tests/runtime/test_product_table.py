@@ -1,0 +1,185 @@
+"""The table of product times: measured once, kept as a file, never trusted blindly, and never in the way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaptc.errors import ConfigError
+from adaptc.passes.ir.product import ALL_CLASSES, LINEAR, ONEDNN
+from adaptc.passes.lower.choose_products import Choice
+from adaptc.runtime import product_table as module
+from adaptc.runtime import product_times
+from adaptc.runtime.product_table import ProductTable, choose, folder, product_table, read, wanted
+from adaptc.runtime.product_times import Times, complete, measure
+
+KEYS = [(*size, rows) for size, rows, _ in product_times._wanted()]
+TIMES: Times = {key: (2.0, 1.0 if key[2] < 2 else 1.95) for key in KEYS}
+
+
+class Measuring:
+    """Stands for a measurement, and counts."""
+
+    def __init__(self, times: Times = TIMES) -> None:
+        self.times, self.count = times, 0
+
+    def __call__(self, dtype: torch.dtype) -> Times:
+        self.count += 1
+        return dict(self.times)
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ADAPTC_CACHE", str(tmp_path / "kept"))
+    monkeypatch.setattr(module, "_known", {})
+    monkeypatch.setattr(module, "takes", lambda dtype: dtype == torch.float32)
+    return tmp_path / "kept"
+
+
+def again() -> None:
+    """As a new process."""
+    module._known.clear()
+
+
+def test_a_choice_is_read_off_the_nearest_weight() -> None:
+    times: Times = {(256, 256, 0): (1.0, 2.0), (2048, 2048, 0): (1.0, 0.5), (2048, 2048, 1): (1.0, 0.94)}
+    table = ProductTable({**times, (256, 256, 3): (1.0, 0.96)})
+    assert table.choice(300, 270) == Choice(ONEDNN, (1,), "measured: faster here", (0.94,))
+    assert table.choice(49152, 576) == Choice(ONEDNN, (0, 1), "measured: faster here", (0.5, 0.94))
+    assert ProductTable({(256, 256, 3): (1.0, 0.96)}).choice(300, 270).kind == LINEAR  # four percent are no gain
+    assert ProductTable({}).choice(300, 270) == Choice(LINEAR, (), "nothing else was measured here")
+
+
+@given(st.integers(1, 10**5), st.integers(1, 127), st.booleans())
+def test_thin_products_are_linear(out: int, thin: int, turned: bool) -> None:
+    shape = (thin, out) if turned else (out, thin)
+    assert ProductTable(TIMES).choice(*shape).kind == LINEAR
+
+
+def test_thin_products_measure_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "product_table", None)
+    assert choose(127, 5000, torch.float32).why == "fewer than 128 rows or columns"
+
+
+def test_it_is_measured_once(place: Path) -> None:
+    first, second = Measuring(), Measuring({})
+    assert product_table(torch.float32, first).times == TIMES
+    assert product_table(torch.float32, first).times == TIMES
+    again()
+    assert product_table(torch.float32, second).times == TIMES
+    assert (first.count, second.count) == (1, 0)
+    (file,) = place.iterdir()  # nothing is left beside it
+    assert json.loads(file.read_text())["torch"] == torch.__version__
+    assert product_table(torch.float16, first) == ProductTable({})
+
+
+def test_another_machine_measures_anew(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
+    measuring = Measuring()
+    product_table(torch.float32, measuring)
+    monkeypatch.setattr(module, "_processor", lambda: "another")
+    product_table(torch.float32, measuring)
+    assert measuring.count == 2
+    assert len(list(place.iterdir())) == 2
+
+
+def _cut(text: str) -> str:
+    return text[: len(text) // 2]
+
+
+def _with(**changes: Any) -> Callable[[str], str]:
+    return lambda text: json.dumps({**json.loads(text), **changes})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _cut,
+        lambda text: "",
+        lambda text: "[" * 100_000,
+        lambda text: "[1]",
+        lambda text: " " * (1 << 20) + text,
+        _with(torch="1.0"),
+        _with(format=0),
+        _with(times=[]),
+        _with(times=None),
+        _with(times=[[*k, 1.0, -1.0] for k in KEYS]),
+        _with(times=[[*k, 1.0, float("nan")] for k in KEYS]),
+        _with(times=[[*k, 1.0, float("inf")] for k in KEYS]),
+        _with(times=[[*k, "a", 1.0] for k in KEYS]),
+        _with(times=[[*k, 1.0] for k in KEYS]),
+        _with(times=[[[1], *k[1:], 1.0, 1.0] for k in KEYS]),
+        _with(times=[[7, 7, 0, 1.0, 1.0]]),
+        _with(times=[[*k, 1.0, 1.0] for k in KEYS[1:]]),
+    ],
+)
+def test_damaged_and_foreign_files_are_made_anew(damage: Callable[[str], str], place: Path) -> None:
+    product_table(torch.float32, Measuring())
+    (file,) = place.iterdir()
+    whole = file.read_text()
+    file.write_text(damage(whole))
+    again()
+    measuring = Measuring()
+    assert product_table(torch.float32, measuring).times == TIMES
+    assert measuring.count == 1
+    assert file.read_text() == whole
+
+
+def test_where_nothing_can_be_written_each_process_measures(place: Path) -> None:
+    place.write_text("a file, and no folder")
+    measuring = Measuring()
+    for _ in range(2):
+        assert product_table(torch.float32, measuring).times == TIMES
+        again()
+    assert measuring.count == 2
+
+
+def test_a_half_measured_table_is_not_kept(place: Path) -> None:
+    half = dict(list(TIMES.items())[:4])
+    assert product_table(torch.float32, Measuring(half)).times == half
+    assert not place.exists()
+
+
+def test_the_folder_is_the_platforms_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("ADAPTC_CACHE")
+    monkeypatch.setattr(module.sys, "platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert folder() == tmp_path / "adaptc"
+
+
+def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not wanted()  # as all tests run
+    monkeypatch.delenv("ADAPTC_PRODUCTS")
+    assert wanted()
+    monkeypatch.setenv("ADAPTC_PRODUCTS", "fast")
+    with pytest.raises(ConfigError, match="ADAPTC_PRODUCTS='fast' in the environment has no meaning"):
+        wanted()
+
+
+def test_measuring_says_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product_times, "SIZES", ((33, 31), (17, 61)))
+    monkeypatch.setattr(product_times, "BUDGET", 60.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        times = measure(torch.float32)
+    assert set(times) == {(o, w, c) for o, w in product_times.SIZES for c in ALL_CLASSES}
+    assert complete(times)
+    assert all(0 < t < 60 for pair in times.values() for t in pair)
+    monkeypatch.setattr(product_times, "BUDGET", 0.0)
+    assert measure(torch.float32) == {}
+
+
+def test_under_fake_tensors_nothing_is_measured() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        assert measure(torch.float32) == {}
+
+
+def test_a_missing_file_is_none(place: Path) -> None:
+    assert read(place / "none.json", {}) is None
