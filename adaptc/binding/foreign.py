@@ -47,7 +47,7 @@ def translated(
     """
     source = str(raw.path)
     first = next(iter(raw.tensors))
-    if any(map(of_peft, raw.tensors)) or (config is not None and not foreign(first)):
+    if any(map(of_peft, raw.tensors)) or (config is not None and not of_other_format(first, weights)):
         return _of_peft(raw, weights, config, source)
     form, parts = detect(raw.tensors, source)
     names = ModuleNames(weights)
@@ -82,6 +82,12 @@ def translated(
         stored = {"peft_type": kind} | targets | options | _patterns(kind, layers)
     origin = Origin(form.name, chosen.component, MappingProxyType(dict(chosen.others)))
     return AdapterFile(stored, MappingProxyType(tensors), raw.path, raw.path.name, origin=origin)
+
+
+def of_other_format(key: str, weights: Mapping[str, Tensor]) -> bool:
+    """Whether a key, the first of a state dict, may be of another format than PEFT's, for a model with these weights:
+    GPT-2 has a module that is called as diffusers call a component, ``transformer``."""
+    return foreign(key) and not any(key.startswith(f"{module}.") for module in ModuleNames(weights).shapes)
 
 
 def with_targets(

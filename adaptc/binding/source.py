@@ -20,7 +20,7 @@ from adaptc.binding.bind import bind, first_values
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.combine import part_of, together
 from adaptc.binding.fits import check_fits
-from adaptc.binding.foreign import in_memory, translated
+from adaptc.binding.foreign import in_memory, of_other_format, translated
 from adaptc.binding.given import given, is_state_dict
 from adaptc.binding.old_experts import restack
 from adaptc.binding.recipes import Recipes, structure
@@ -28,7 +28,6 @@ from adaptc.errors import AdaptcError, CheckpointError, ConfigError, SwapError, 
 from adaptc.methods import AdapterConfig, config_class
 from adaptc.patterns import limited
 from adaptc.peft_files.directory import AdapterFile, all_finite, read_config
-from adaptc.peft_files.formats.detect import foreign
 from adaptc.peft_files.key_mapping import renamed, rules_of
 from adaptc.peft_files.raw import RawFile, read_any
 from adaptc.value_types import checked
@@ -255,7 +254,7 @@ def _bound(
         adapter = read_any(adapter, adapter_name=reading.adapter_name, key_mapping=reading.key_mapping)
         copy = False
     elif isinstance(adapter, Mapping):
-        if not (adapter and isinstance(first := next(iter(adapter)), str) and foreign(first)):
+        if not (adapter and isinstance(first := next(iter(adapter)), str) and of_other_format(first, spec.weights)):
             _nothing_to_choose(reading.component, source)
             return _of_mapping(recipes, spec, adapter, current, config, reading.key_mapping, copy=own)
         adapter = in_memory(_renamed(given(adapter, source), reading.key_mapping, source))

@@ -108,7 +108,8 @@ class _Verifier(Claims):
         if self.program.adaptation.residual:
             return Check(name, None, note=NO_BASE)
         identity = first_values(self.program.spec(), self.program.binding.config, only={})
-        return self._compare(name, self.base(), self.outputs(self.program.bind(identity)))
+        # Not bound: that has buffers of its own, which are not put back between calls.
+        return self._compare(name, self.base(), self.outputs(self.program.with_binding(identity)))
 
     def _merged_equals_adapted(self, name: str) -> Check:
         if reason := self._not_mergeable():

@@ -144,7 +144,7 @@ def test_defaults_of_a_model_are_those_of_peft(targets, tmp_path):
     found = {a.module: a.method.feedforward for a in program.adaptation.attachments}
     modules = peft.get_peft_model(model, peft.IA3Config(target_modules=targets)).base_model.model.named_modules()
     assert found == {n: m.is_feedforward for n, m in modules if isinstance(m, IA3Layer)}
-    written, _ = as_config(adaptc.save_adapter(program, tmp_path))
+    written = as_config(adaptc.save_adapter(program, tmp_path))
     assert {n: written.method(n, "linear").feedforward for n in found} == found
     peft.IA3Config.from_pretrained(str(tmp_path))
 
