@@ -72,12 +72,18 @@ def identity(dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+#: of Linux's description of the first processor; virtual machines give several generations one name
+_DESCRIBES = ("model name", "cpu family", "model", "cache size", "CPU implementer", "CPU part")
+
+
 def _processor() -> str:
+    found: dict[str, str] = {}
     with suppress(OSError), open("/proc/cpuinfo") as f:
         for line in f:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+            name, _, value = line.partition(":")
+            if name.strip() in _DESCRIBES:
+                found.setdefault(name.strip(), value.strip())
+    return ", ".join(found.values()) or platform.processor() or platform.machine()
 
 
 @dataclass(frozen=True)

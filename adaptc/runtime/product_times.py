@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaptc.passes.ir.modes import AUTOCAST_DEVICES
-from adaptc.passes.ir.product import ALL_CLASSES, ONEDNN, product
+from adaptc.passes.ir.product import ALL_CLASSES, ONEDNN, in_transform, product
 
 #: (rows, columns of a weight, class of rows) -> seconds of linear and of oneDNN
 Times = dict[tuple[int, int, int], tuple[float, float]]
@@ -38,6 +38,8 @@ _POOL = 9_000_000
 def measure(dtype: torch.dtype) -> Times:
     """Times of products of ``dtype``, in about :data:`BUDGET` seconds at most; none where a mode is on that makes other
     things of tensors."""
+    if in_transform():
+        return {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         for device in AUTOCAST_DEVICES:

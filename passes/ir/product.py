@@ -69,13 +69,18 @@ def takes(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and _bfloat16())
 
 
+def in_transform() -> bool:
+    """Whether a transform of ``torch.func`` is on."""
+    return maybe_current_level() is not None
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, classes: Sequence[int]) -> Tensor:
     """x W^T + bias: x (..., K), weight (N, K), bias (N,) or None -> (..., N), of x's type. ``kind``: one of
     :data:`KINDS`; ``classes``: the classes of rows it holds for.
 
     Raises BackendError for a kind that does not exist, and whatever ``F.linear`` raises for operands that do not fit.
     """
-    if not _by_onednn(x, weight, bias, kind, classes) or maybe_current_level() is not None:
+    if not _by_onednn(x, weight, bias, kind, classes) or in_transform():
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)

@@ -174,6 +174,12 @@ def test_measuring_says_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measure(torch.float32) == {}
 
 
+def test_in_a_transform_nothing_is_measured() -> None:
+    seen: list[Times] = []
+    torch.func.vmap(lambda x: (seen.append(measure(torch.float32)), x)[1])(torch.zeros(2))
+    assert seen == [{}]
+
+
 def test_under_fake_tensors_nothing_is_measured() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
