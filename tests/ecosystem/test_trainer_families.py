@@ -1,4 +1,4 @@
-"""transformers' Trainer on models of other kinds: classifiers, images, encoder-decoders, and losses without a name."""
+"""transformers' Trainer on models of other kinds: classifiers, images, and losses without a name."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
-    T5Config,
-    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -30,7 +28,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 WORDS = 61
 SIZES: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 24, "intermediate_size": 40}
 SIZES |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
-ENCODER_DECODER = {"d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
 LEFT_OUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
 
 
@@ -65,12 +62,6 @@ CASES: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
         lambda: BertConfig(vocab_size=WORDS, **SIZES),
         lambda i: {**text(i), "labels": i % 3},
         {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"},
-    ),
-    "encoder and decoder": (
-        T5ForConditionalGeneration,
-        lambda: T5Config(vocab_size=WORDS, decoder_start_token_id=0, **ENCODER_DECODER),
-        lambda i: {**text(i), "labels": some_labels(i, 5)},
-        {"target_modules": ["q", "v"], "task_type": "SEQ_2_SEQ_LM"},
     ),
     "images": (
         ViTForImageClassification,
