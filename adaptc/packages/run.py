@@ -172,15 +172,21 @@ class PackagedProgram:
             )
         if isinstance(adapter, (str, PathLike)):  # once, so that what is checked is what is bound
             adapter = read_any(adapter, adapter_name=adapter_name, key_mapping=key_mapping)
-            key_mapping = None
+            key_mapping = adapter_name = None
         if isinstance(adapter, RawFile):
             theirs = None if config is None else as_config(config)
             adapter = translated(adapter, self.spec().weights, component=component, config=theirs)
             component = config = None
         self._check_base(adapter, config)
-        options: dict[str, Any] = {"key_mapping": key_mapping, "component": component}
-        options |= {} if isinstance(adapter, Binding) else {"config": config}
-        binding = as_binding(self, adapter, own=False, **options)  # what is installed is copied
+        binding = as_binding(  # what is installed is copied
+            self,
+            adapter,
+            config=config,
+            adapter_name=adapter_name,
+            key_mapping=key_mapping,
+            component=component,
+            own=False,
+        )
         self._install(self._fitted(binding))
         self.current = Binding(
             {}, binding.methods, binding.config, name=binding.name, source=binding.source, origin=binding.origin

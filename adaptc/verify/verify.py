@@ -114,7 +114,7 @@ class _Verifier:
         if self.program.adaptation.residual:
             return Check(name, None, note=NO_BASE)
         identity = first_values(self.program.spec(), self.program.binding.config, only={})
-        return self._compare(name, self.base(), self._outputs(self.program.bind(identity)))
+        return self._compare(name, self.base(), self._outputs(self.program.with_binding(identity)))
 
     def _merged_equals_adapted(self, name: str) -> Check:
         if reason := self._not_mergeable():

@@ -97,7 +97,7 @@ def test_options_are_checked_when_set(
 
 
 def test_every_option_has_a_property_that_sets_it(program: adaptc.AdaptedProgram) -> None:
-    values = {"backend": "inductor", "hoist_limit": 12, "fuse": False, "kernels": True}
+    values = {"backend": "inductor", "hoist_limit": 12, "fuse": False, "kernels": True, "checkpoint": 2}
     assert set(values) == set(vars(RunOptions()))
     for name, value in values.items():
         setattr(program, name, value)
