@@ -34,7 +34,11 @@ def differing(model: nn.Module, program: ExportedProgram, args: tuple, kwargs: M
     axes = _free_axes(program)
     if not axes:
         return []
-    module, out = program.module(), []
+    try:
+        module = program.module()
+    except SyntaxError:  # a module is called by a word of Python, such as "in", of which torch makes no code
+        return []
+    out = []
     names = list(user_inputs(program))
     for where in axes.values():
         if not _same(model, module, *_cut(args, kwargs, where)):
