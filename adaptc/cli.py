@@ -234,8 +234,9 @@ def compile_(
     adapter: Annotated[
         Path,
         typer.Argument(
-            metavar="DIR|FILE.json",
-            help="A PEFT adapter directory, or the JSON file of a config (adapter_config.json), for a fresh adapter.",
+            metavar="ADAPTER|FILE.json",
+            help="An adapter: a PEFT directory, or a file of diffusers, kohya or torchtune. Or the JSON of a config "
+            "(adapter_config.json), for a fresh one.",
             show_default=False,
         ),
     ],
@@ -244,6 +245,7 @@ def compile_(
     force: Force = False,
     training: Annotated[bool, typer.Option("--training", help="Capture train mode: dropout, and the loss.")] = False,
     key_mapping: KeyMapping = None,
+    component: Component = None,
     as_json: Json = False,
 ) -> None:
     """Capture a model and adapt it: an adapted program.
@@ -256,8 +258,9 @@ def compile_(
     from adaptc.capture.model_files import read_model
 
     path = _place(out, output, force)
-    config = str(adapter) if adapter.is_dir() else config_of(adapter)
-    options: dict[str, Any] = {"training": training, "key_mapping": _mapping(key_mapping)}
+    given = adapter.is_dir() or (adapter.is_file() and adapter.suffix != ".json")
+    config = str(adapter) if given else config_of(adapter)
+    options: dict[str, Any] = {"training": training, "key_mapping": _mapping(key_mapping), "component": component}
     program = adaptc.compile(adaptc.load(model) if model.is_file() else read_model(model), config, **options)
     _tell(as_json, adaptc.report(program), adaptc.save(program, path))
 
@@ -284,8 +287,9 @@ def merge(
     import adaptc
 
     path = _place(out, output, force)
-    if key_mapping is not None and adapter is None:
-        raise typer.BadParameter("it is for the adapter that --adapter names", param_hint="'--key-mapping'")
+    if adapter is None and (key_mapping is not None or component is not None):
+        option = "--component" if key_mapping is None else "--key-mapping"
+        raise typer.BadParameter("it is for the adapter that --adapter names", param_hint=f"'{option}'")
     adapted = adaptc.load(program)
     if adapter is not None:
         adaptc.swap(adapted, adapter, key_mapping=_mapping(key_mapping), component=component)

@@ -316,6 +316,14 @@ def test_compile_a_program(files: Files, tmp_path: Path) -> None:
     assert torch.equal(adaptc.load(tmp_path / "a.pt2")(files.x), files.other(files.x))
 
 
+def test_compile_a_file_of_another_format(files: Files, tmp_path: Path) -> None:
+    file = adaptc.save_adapter(files.other, tmp_path / "k.safetensors", format="kohya", component="unet")
+    call("compile", files.base, file, "-o", tmp_path / "a.pt2", "--component", "unet")
+    assert torch.equal(adaptc.load(tmp_path / "a.pt2")(files.x), files.other(files.x))
+    refused("compile", files.base, file, "-o", tmp_path / "b.pt2", "--component", "vae", said="no component 'vae'")
+    assert call("merge", files.program, "-o", tmp_path / "b.pt2", "--component", "unet", code=2)
+
+
 def test_compile_a_config(files: Files, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"peft_type": "LORA", "r": 7, "target_modules": ["head"]}))

@@ -60,10 +60,9 @@ _Found = Mapping[str, Sequence[tuple[Part, str | None]]]
 
 def _named(component: str, groups: Mapping[str, Sequence[Part]], source: str) -> str:
     if component not in groups:
-        raise CheckpointError(
-            f"{source} has no component {component!r}; it has {', '.join(repr(c) for c in groups)}"
-            + (". Its keys name none: leave component out." if list(groups) == [""] else ".")
-        )
+        there = f"it has {', '.join(repr(c) for c in groups)}"
+        none = "its keys name none: leave component out"
+        raise CheckpointError(f"{source} has no component {component!r}; {none if list(groups) == [''] else there}.")
     return component
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from adaptc.binding.components import Chosen, choose
 from adaptc.binding.module_names import ModuleNames
-from adaptc.errors import CheckpointError, shown
+from adaptc.errors import CheckpointError, ConfigError, shown
 from adaptc.methods import AdapterConfig, TargetedConfig, config_class
 from adaptc.peft_files.directory import AdapterFile, bare_key
 from adaptc.peft_files.formats.detect import detect, foreign
@@ -48,6 +48,7 @@ def translated(
     source = str(raw.path)
     first = next(iter(raw.tensors))
     if any(map(of_peft, raw.tensors)) or (config is not None and not of_other_format(first, weights)):
+        nothing_to_choose(component, source)
         return _of_peft(raw, weights, config, source)
     form, parts = detect(raw.tensors, source)
     names = ModuleNames(weights)
@@ -111,6 +112,15 @@ def with_targets(
             "target_modules of the config says which are meant."
         )
     return config.completed(_targets(list(found), names))
+
+
+def nothing_to_choose(component: str | None, source: str) -> None:
+    """Raises ConfigError where a component is asked for of a file with PEFT's keys."""
+    if component is not None:
+        raise ConfigError(
+            f"component={component!r}: {source} has PEFT's keys, which are of one model and name no component; leave "
+            "it out"
+        )
 
 
 def _of_peft(raw: RawFile, weights: Mapping[str, Tensor], config: AdapterConfig | None, source: str) -> AdapterFile:

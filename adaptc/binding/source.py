@@ -20,16 +20,15 @@ from adaptc.binding.bind import bind, first_values
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.combine import part_of, together
 from adaptc.binding.fits import check_fits
-from adaptc.binding.foreign import in_memory, of_other_format, translated
+from adaptc.binding.foreign import in_memory, nothing_to_choose, of_other_format, translated, with_targets
 from adaptc.binding.given import given, is_state_dict
 from adaptc.binding.old_experts import restack
 from adaptc.binding.recipes import Recipes, structure
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError, SwapError, shown
-from adaptc.methods import AdapterConfig, config_class
+from adaptc.methods import AdapterConfig, TargetedConfig, config_class
 from adaptc.patterns import limited
 from adaptc.peft_files.directory import AdapterFile, all_finite, read_config
-from adaptc.peft_files.key_mapping import renamed, rules_of
-from adaptc.peft_files.raw import RawFile, read_any
+from adaptc.peft_files.raw import RawFile, read_any, rename
 from adaptc.value_types import checked
 
 
@@ -39,7 +38,8 @@ def as_adapter(
     """A config, and the adapter's file when it is one; of a file of another format, and of a state dict, the config is
     known once the model is. Raises ConfigError or CheckpointError."""
     if is_state_dict(adapter):
-        return None, in_memory({k: t.detach().clone() for k, t in given(adapter, "state dict").items()})
+        tensors = rename(given(adapter, "state dict"), key_mapping, "state dict")
+        return None, in_memory({k: t.detach().clone() for k, t in tensors.items()})
     if isinstance(adapter, (str, os.PathLike)):
         file = read_any(adapter, key_mapping=key_mapping)
         return (of_file(file) if isinstance(file, AdapterFile) else None), file
@@ -97,9 +97,16 @@ def fitted(
     file: AdapterFile | RawFile | None,
     weights: Mapping[str, Tensor],
     component: str | None = None,
+    stated: bool = False,
 ) -> tuple[AdapterConfig, AdapterFile | None]:
     """Both for a model with these weights, where the file is of another format, or was made for an older layout of it.
-    ``config`` is that of a PEFT directory, or the caller's own."""
+    ``config`` is that of a PEFT directory or, if it was ``stated``, the caller's: the keys give targets it leaves open.
+    """
+    if stated and isinstance(file, AdapterFile):
+        if isinstance(config, TargetedConfig):
+            config = with_targets(config, file.tensors, weights)
+        assert config is not None
+        file = replace(file, config=config.to_dict())
     if isinstance(file, RawFile):
         file, config = translated(file, weights, component=component, config=config), None
     if file is None:
@@ -187,14 +194,13 @@ def as_binding(
     # What is bound to a program, or a program, stands for its adapter.
     binding = adapter if isinstance(adapter, Binding) else getattr(adapter, "binding", None)
     if isinstance(binding, Binding):
-        if key_mapping:
-            raise ConfigError(
-                "key_mapping renames the keys of files and state dicts, and a binding has none: leave it out"
-            )
+        asked = {"key_mapping": key_mapping or None, "config": config, "adapter_name": adapter_name}
+        if said := [n for n, given in (asked | {"component": component}).items() if given is not None]:
+            raise ConfigError(f"{said[0]} is for files and state dicts, and this is bound already: leave it out")
         return _checked(target, binding)
     reading = Reading(adapter_name, key_mapping, component)
     if current.parts:
-        return target.recipes.note(_together(target, current, adapter, trainable, replace(reading, adapter_name=None)))
+        return target.recipes.note(_together(target, current, adapter, config, trainable, reading))
     spec = target.spec(trainable)
     if lost := list(spec.residual):
         raise SwapError(
@@ -206,6 +212,11 @@ def as_binding(
 
 
 def _checked(target: Bindable, binding: Binding) -> Binding:
+    if not binding.values:
+        raise SwapError(
+            "this is the base, which is no adapter: call prog.base or what prog.bind(None) returned, or take the "
+            "adapter out with adaptc.unload"
+        )
     if binding.values.keys() != target.recipes.needed:
         raise SwapError(
             "the binding belongs to a program with other sites; bind the adapter to this one: prog.bind(...)"
@@ -221,7 +232,9 @@ def _checked(target: Bindable, binding: Binding) -> Binding:
     return target.recipes.note(binding)
 
 
-def _together(target: Bindable, current: Binding, adapter: Any, trainable: bool, reading: Reading) -> Binding:
+def _together(
+    target: Bindable, current: Binding, adapter: Any, config: Any, trainable: bool, reading: Reading
+) -> Binding:
     """Adapters by name for a program in which several act together; those not named stay, None turns one off."""
     parts = dict(current.parts)
     if not isinstance(adapter, Mapping) or not adapter or not parts.keys() >= adapter.keys():
@@ -229,6 +242,8 @@ def _together(target: Bindable, current: Binding, adapter: Any, trainable: bool,
             f"the program has several adapters that act together; name the one to change, for example "
             f"swap(prog, {{{next(iter(parts))!r}: adapter}}), of {list(parts)}"
         )
+    if config is not None and len(adapter) > 1:
+        raise ConfigError(f"config= is of one adapter, and {len(adapter)} are given: swap to one after the other")
     spec = target.spec(trainable)
     for name, new in adapter.items():
         own = part_of(spec, name)
@@ -236,7 +251,7 @@ def _together(target: Bindable, current: Binding, adapter: Any, trainable: bool,
             parts[name] = first_values(own, parts[name].config, only={})
         else:
             # A part has a spec of its own, which the program's recipes are not for.
-            parts[name] = _bound(own, new, None, reading, parts[name].config, None, True)
+            parts[name] = _bound(own, new, config, reading, parts[name].config, None, True)
     return together(parts, spec.attachments)
 
 
@@ -253,42 +268,32 @@ def _bound(
     if isinstance(adapter, (str, os.PathLike)):
         adapter = read_any(adapter, adapter_name=reading.adapter_name, key_mapping=reading.key_mapping)
         copy = False
+    elif reading.adapter_name is not None:
+        raise ConfigError(
+            f"adapter_name={reading.adapter_name!r} chooses from a directory of adapters, and the adapter is a "
+            f"{type(adapter).__name__}: leave it out"
+        )
     elif isinstance(adapter, Mapping):
         if not (adapter and isinstance(first := next(iter(adapter)), str) and of_other_format(first, spec.weights)):
-            _nothing_to_choose(reading.component, source)
+            nothing_to_choose(reading.component, source)
             return _of_mapping(recipes, spec, adapter, current, config, reading.key_mapping, copy=own)
-        adapter = in_memory(_renamed(given(adapter, source), reading.key_mapping, source))
+        adapter = in_memory(rename(given(adapter, source), reading.key_mapping, source))
     elif isinstance(adapter, AdapterFile):
         source = str(adapter.path)
         given(adapter.tensors, source)
-        adapter = replace(adapter, tensors=_renamed(adapter.tensors, reading.key_mapping, source))
+        adapter = replace(adapter, tensors=rename(adapter.tensors, reading.key_mapping, source))
     if isinstance(adapter, RawFile):
         theirs = None if config is None else as_config(config)
         adapter = translated(adapter, spec.weights, component=reading.component, config=theirs)
         config = None  # it is the file's now
     elif isinstance(adapter, AdapterFile):
-        _nothing_to_choose(reading.component, source)
+        nothing_to_choose(reading.component, source)
     else:
         raise AdaptcError(
             f"an adapter is a directory, a file, a state dict, a binding, or what prog.bind returned; got "
             f"{type(adapter).__name__}"
         )
     return replace(_of_file(recipes, spec, adapter, source, config, copy=copy), origin=adapter.origin)
-
-
-def _renamed(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None, source: str) -> Mapping[str, Tensor]:
-    if not key_mapping:
-        return tensors
-    names = renamed({key: key for key in tensors}, rules_of(key_mapping), source)
-    return {bare: tensors[key] for bare, key in names.items()}
-
-
-def _nothing_to_choose(component: str | None, source: str) -> None:
-    if component is not None:
-        raise ConfigError(
-            f"component={component!r}: {source} has PEFT's keys, which are of one model and name no component; leave "
-            "it out"
-        )
 
 
 def _of_file(
@@ -323,7 +328,7 @@ def _of_mapping(
 ) -> Binding:
     """A state dict, with ``config`` or, if that is None, with ``theirs`` and the rank of the tensors."""
     tensors, fit = given(adapter, "state dict", theirs.peft_type), config is None
-    tensors = _renamed(tensors, key_mapping, "state dict")
+    tensors = rename(tensors, key_mapping, "state dict")
     own = theirs if config is None else as_config(config)
     kind = None if recipes is None else structure(spec, own, tensors, fit)
     recipe = None if recipes is None or kind is None else recipes.find(kind)

@@ -44,22 +44,22 @@ MODEL_LEVEL: Mapping[str, frozenset[str]] = MappingProxyType(
 
 _PROMPT_TYPES = frozenset({"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE", "CPT"})
 _PROMPT_KEYS = frozenset({"prompt_embeddings", "prefix_task_cols", "prefix_task_rows"})
-_MODULE, _MODEL = "base_model.model.", "base_model."
+MODULE, _MODEL = "base_model.model.", "base_model."
 
 
 def file_key(key: str, peft_type: str) -> str:
     """The key a bare ``key`` has in a file of method ``peft_type``. Inverse of :func:`bare_key`."""
     if peft_type in _PROMPT_TYPES:
         return key if key in _PROMPT_KEYS else _MODEL + key
-    return (_MODEL if key.split(".", 1)[0] in MODEL_LEVEL.get(peft_type, ()) else _MODULE) + key
+    return (_MODEL if key.split(".", 1)[0] in MODEL_LEVEL.get(peft_type, ()) else MODULE) + key
 
 
 def bare_key(key: str, peft_type: str) -> str | None:
     """``key`` of a file without its prefix, or None when it has none that ``peft_type`` knows."""
     if peft_type in _PROMPT_TYPES:
         return key if key in _PROMPT_KEYS else key[len(_MODEL) :] if key.startswith(_MODEL) else None
-    if key.startswith(_MODULE):
-        return key[len(_MODULE) :]
+    if key.startswith(MODULE):
+        return key[len(MODULE) :]
     rest = key.removeprefix(_MODEL)
     return rest if rest != key and rest.split(".", 1)[0] in MODEL_LEVEL.get(peft_type, ()) else None
 
@@ -71,7 +71,7 @@ def bare_keys(file: Path, keys: list[str], peft_type: str) -> dict[str, str]:
         return {k: k for k in keys}
     if odd := [k for k, b in bare.items() if not b]:
         raise CheckpointError(
-            f"{file}: {len(odd)} of {len(keys)} keys do not have the prefix a {peft_type} file uses ('{_MODULE}', or "
+            f"{file}: {len(odd)} of {len(keys)} keys do not have the prefix a {peft_type} file uses ('{MODULE}', or "
             f"'{_MODEL}' for {sorted(MODEL_LEVEL.get(peft_type, ())) or 'nothing else'}): {odd[:3]}. Rename them, or "
             f"drop the prefix from all keys."
         )

@@ -63,8 +63,8 @@ def _locate(path: str | os.PathLike[str], adapter_name: str | None, subfolder: s
         return root / ("default" if "default" in named else named[0])
     if named:
         raise CheckpointError(
-            f"{root} holds no adapter at its root but these in it: {named}. Choose with adapter_name, or give the "
-            f"directory of one: {root / named[0]}."
+            f"{root} holds no adapter at its root but these in it: {named}. Give the directory of one, "
+            f"{root / named[0]}, or, to swap and bind, its name as adapter_name."
         )
     raise Unsettled(f"{root} holds no adapter: {CONFIG_NAME} and {SAFE_NAME} are missing. {listing(root)}", False)
 

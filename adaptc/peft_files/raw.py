@@ -20,7 +20,7 @@ from torch import Tensor
 from adaptc.errors import CheckpointError, shown
 from adaptc.peft_files import layouts, safe_io
 from adaptc.peft_files.directory import AdapterFile, checked, read_adapter
-from adaptc.peft_files.format import BIN_NAME, CONFIG_NAME, SAFE_NAME
+from adaptc.peft_files.format import BIN_NAME, CONFIG_NAME, MODULE, SAFE_NAME
 from adaptc.peft_files.formats import diffusers
 from adaptc.peft_files.key_mapping import renamed, rules_of
 from adaptc.peft_files.snapshot import Opened, settled
@@ -50,19 +50,30 @@ def read_any(
 
     ``path``: a PEFT directory, one of PEFT's files of weights beside its config, a directory with diffusers'
     ``pytorch_lora_weights`` or with a single ``.safetensors`` file, or a file: ``.safetensors``, or of ``torch.save``.
-    ``key_mapping`` is applied to the keys of a raw file as they are there. Raises CheckpointError and ConfigError.
+    ``key_mapping`` is applied to the keys as :func:`rename` does. Raises CheckpointError and ConfigError.
     """
     file = _raw_path(Path(path), adapter_name)
     if file is None:
         return read_adapter(path, adapter_name=adapter_name, key_mapping=key_mapping)
     if file.name in (SAFE_NAME, BIN_NAME) and (file.parent / CONFIG_NAME).is_file():
         return read_adapter(file.parent, key_mapping=key_mapping)
-    rules = rules_of(key_mapping)
+    rules_of(key_mapping)  # which is told before anything is read
     tensors, configs, beside = settled(lambda: _read(file))
     if not tensors:
         raise CheckpointError(f"{file} holds no tensors at all.")
-    names = renamed({k: k for k in tensors}, rules, file)
-    return RawFile(MappingProxyType({new: tensors[k] for new, k in names.items()}), file, configs, beside)
+    return RawFile(MappingProxyType(rename(tensors, key_mapping, file)), file, configs, beside)
+
+
+def rename(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None, source: object) -> dict[str, Tensor]:
+    """``tensors`` under their new keys: what PEFT puts in front of its own is no part of what is renamed, and stays.
+
+    Raises as :func:`~adaptc.peft_files.key_mapping.renamed` does.
+    """
+    rules = rules_of(key_mapping)
+    if not rules:
+        return dict(tensors)
+    names = renamed({key: key.removeprefix(MODULE) for key in tensors}, rules, source)
+    return {(MODULE if key.startswith(MODULE) else "") + new: tensors[key] for new, key in names.items()}
 
 
 def _raw_path(path: Path, adapter_name: str | None) -> Path | None:

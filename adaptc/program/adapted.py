@@ -51,10 +51,8 @@ class AdaptedProgram(ProgramCore):
         nor anything else that is bound sees what its calls write there.
         """
         if adapter is None:
-            if options:
-                raise ConfigError(
-                    f"the base has no {next(iter(options))}: prog.bind(None) takes no options of adapters"
-                )
+            if said := [name for name, value in options.items() if value is not None]:
+                raise ConfigError(f"the base has no {said[0]}: prog.bind(None) takes no options of adapters")
             bare = Bound(self.base, None, form, memory_limit)
             self.memory.join(bare)
             return bare

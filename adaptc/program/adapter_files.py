@@ -51,6 +51,7 @@ def write_current(
     if format != "peft":
         asked = {"safe_serialization": not safe_serialization, "save_embedding_layers": save_embedding_layers}
         asked["base_model"] = base_model is not None
+        asked["adapter_name"] = adapter_name != "default" and not program.binding.parts
         if said := [n for n, given in asked.items() if given]:
             raise ConfigError(f"{said[0]}: only files in PEFT's format have that; leave it out with format={format!r}")
         return write_as(path, spec, binding, format, component)

@@ -66,9 +66,11 @@ class Asked:
     config: TargetedConfig | None
     file: AdapterFile | RawFile | None
     component: str | None = None
+    #: whether the config is the caller's, and not that of the file
+    stated: bool = False
 
     def at(self, base: Lifted) -> Adapter:
-        config, file = fitted(self.config, self.file, base.state_dict, self.component)
+        config, file = fitted(self.config, self.file, base.state_dict, self.component, self.stated)
         return Adapter(self.name, _targeted(config), file)
 
 
@@ -210,7 +212,9 @@ def _asked(
             f"component={component!r} chooses from a file of another format than PEFT's, and there is none; leave it "
             "out"
         )
-    return [Asked(n, None if c is None else _targeted(c), file, component) for n, c, file in parsed]
+    return [
+        Asked(n, None if c is None else _targeted(c), file, component, override is not None) for n, c, file in parsed
+    ]
 
 
 def _targeted(config: AdapterConfig) -> TargetedConfig:

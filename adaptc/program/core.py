@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from adaptc.binding.binding import Binding, BindingSpec
+from adaptc.binding.binding import Binding
 from adaptc.binding.recipes import Recipes
 from adaptc.errors import AdaptcError, BackendError
 from adaptc.passes.adapt.choose_forms import compilable
@@ -33,11 +33,11 @@ from adaptc.passes.adapt.respecialize import Respecialize
 from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.passes.ir.forgetting import forget_code
 from adaptc.passes.ir.lifted import Lifted, copy_graph
-from adaptc.passes.ir.ops import Op
 from adaptc.passes.ir.regions import set_header, site_op
 from adaptc.program.adaptation import Adaptation
 from adaptc.program.copies import clone_tensors, mapped
-from adaptc.program.running import Exported, Running, RunState, called, check_replaced
+from adaptc.program.running import Exported, Running, RunState, called
+from adaptc.program.values import ProgramValues
 from adaptc.runtime.executor import Arguments, Executor
 from adaptc.runtime.options import RunOptions
 from adaptc.runtime.outside_compilers import outside
@@ -51,7 +51,7 @@ class Origin:
     binding: Binding
 
 
-class ProgramCore(ExportedProgram):
+class ProgramCore(ProgramValues):
     """See the module docstring. ``program`` gives the exported parts: a program that a pass has just made, which then
     belongs to this one, or another program with adapters, with which this one shares them."""
 
@@ -70,7 +70,6 @@ class ProgramCore(ExportedProgram):
         # language model, and there is no other public way from one program object to another.
         vars(self).update(vars(program))
         self._adaptation, self._origin = adaptation, origin
-        #: whether a merge took its base tensors away
         self.given_up = False
         self._called = outside(called)
         #: the report of the merge that made it
@@ -99,58 +98,10 @@ class ProgramCore(ExportedProgram):
         self._show(self._run.exported)
         self._check_forms(options)
 
-    # -- what it is ----------------------------------------------------------------------------------------------------
-
-    @property
-    def adaptation(self) -> Adaptation:
-        return self._adaptation
-
-    @property
-    def ops(self) -> Mapping[str, Op]:
-        """Attachment id -> the op at its site."""
-        return self._ops
-
-    @property
-    def current(self) -> Binding | None:
-        """The current binding; None where the program has no adapters."""
-        return self._run.now.binding
-
-    @property
-    def binding(self) -> Binding:
-        """The current binding. Raises AdaptcError where the program has no adapters."""
-        binding = self._run.now.binding
-        if binding is None:
-            raise AdaptcError("the program has no adapter; it was merged or unloaded")
-        return binding
-
-    @property
-    def options(self) -> RunOptions:
-        """How it runs."""
-        return self._run.now.options
-
-    @property
-    def originals(self) -> Mapping[str, Tensor]:
-        """Base parameters of which the state dict has the current adapter's own version, as they were."""
-        state = self.state_dict
-        return {k: t for k, t in self.bare_state().items() if k in state and state[k] is not t}
-
     @property
     def origin(self) -> Origin | None:
         """What it was merged from, where that was kept."""
         return self._origin
-
-    @property
-    def recipes(self) -> Recipes:
-        """How bindings are made, remembered from one adapter to the next."""
-        return self._recipes
-
-    @property
-    def device(self) -> torch.device:
-        """Where the first site is, or the first parameter."""
-        attachments, state = self._adaptation.attachments, self._state_dict
-        if attachments and attachments[0].fqn in state:
-            return state[attachments[0].fqn].device
-        return next((t.device for t in state.values() if isinstance(t, Tensor)), torch.device("cpu"))
 
     # -- others like it ------------------------------------------------------------------------------------------------
 
@@ -245,11 +196,6 @@ class ProgramCore(ExportedProgram):
         """
         return self._called(self, args, kwargs)
 
-    @property
-    def running(self) -> Running:
-        """What calls read, with their code as far as they have made it."""
-        return self._run.now
-
     def executor(self) -> Executor:
         """The code of calls, made on first use."""
         made = self.ready().executor
@@ -309,10 +255,6 @@ class ProgramCore(ExportedProgram):
             now = self._run.now
             self._run.switch(Running(now.binding, now.options))
 
-    def check_base(self) -> None:
-        """Raises AdaptcError where a base tensor is no longer what the program was made for."""
-        check_replaced(self._base, self._meant)
-
     def set_options(self, **changes: Any) -> None:
         """Change how it runs. Raises as :class:`RunOptions` does; then nothing has changed."""
         options = replace(self.options, **changes)
@@ -332,11 +274,6 @@ class ProgramCore(ExportedProgram):
                 )
 
     # -- the exported program follows ----------------------------------------------------------------------------------
-
-    @property
-    def memory(self) -> RunState:
-        """What programs that share the graph share, too."""
-        return self._run
 
     def remembered_base(self, make: Callable[[], Any]) -> Any:
         """The program without adapters: the one made before, or one made now."""
@@ -393,34 +330,6 @@ class ProgramCore(ExportedProgram):
     def held_still(self) -> Any:
         """A context in which nobody swaps it."""
         return self._run.lock
-
-    def _check_whole(self) -> None:
-        if self.given_up:
-            raise AdaptcError(
-                "this program was merged with keep_base=False, which gave up its base: use the merged program, or "
-                "merge with keep_base=True"
-            )
-
-    @property
-    def base_tensors(self) -> Mapping[str, Tensor]:
-        """FQN -> base parameter as it was before any adapter changed it (PiSSA and OLoRA do)."""
-        self._check_whole()
-        return self._base
-
-    @property
-    def meant(self) -> Mapping[str, Any]:
-        """Shape, dtype and device of its base tensors when it was made."""
-        return self._meant
-
-    def bare_state(self) -> dict[str, Tensor]:
-        """The same of a program that may have given them up."""
-        return self._base
-
-    def spec(self, trainable: bool = False) -> BindingSpec:
-        """What a binding must fill. Raises AdaptcError where a base tensor is no longer what it was made for."""
-        self.check_base()
-        a = self._adaptation
-        return BindingSpec(a.attachments, self._ops, self.base_tensors, a.autocast, trainable, a.unread, a.residual)
 
     @property
     def graph_module(self) -> fx.GraphModule:

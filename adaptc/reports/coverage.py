@@ -48,6 +48,7 @@ class SiteCoverage:
     ``slots``: name in PEFT's files -> (shape, dtype), as the current adapter has them. ``params``: how many elements
     the trainable ones have; a slot that several sites share counts at the first. ``present``: False when the current
     adapter leaves this site at the base. ``rank`` None: the method has none. ``why``: what decided the form.
+    ``adapter``: its name, which tells apart those that act together.
     """
 
     fqn: str
@@ -59,6 +60,7 @@ class SiteCoverage:
     params: int
     present: bool = True
     why: str = ""
+    adapter: str = "default"
 
 
 @dataclass(frozen=True, repr=False)
@@ -162,12 +164,14 @@ class CoverageReport(Report):
         return "".join(f"\npasses, {where}: {', '.join(names)}" for where, names in steps.items() if names)
 
     def _sites(self) -> Table:
+        several = len({s.adapter for s in self.sites}) > 1
         groups: dict[Any, list[SiteCoverage]] = {}
         for s in self.sites:
             slots = (
                 "\n".join(f"{n} {shape_text(*v)}" for n, v in s.slots.items()) if s.present else "(left at the base)"
             )
-            how = (s.kind, s.form, s.method, s.rank or "-", slots)
+            method = f"{s.method} ({s.adapter})" if several else s.method
+            how = (s.kind, s.form, method, s.rank or "-", slots)
             groups.setdefault((how, s.params), []).append(s)
         rows = [
             (times(text, n), *how, f"{params * n:,d}")
@@ -235,6 +239,7 @@ def _site(program: AdaptedProgram, binding: Binding, a: Attachment, seen: set[st
         params=sum(t.numel() for t in fresh.values()),
         present=method is not None,
         why=a.why,
+        adapter=a.adapter,
     )
 
 

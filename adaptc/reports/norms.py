@@ -33,6 +33,8 @@ class SiteNorms:
     slots: Mapping[str, float]
     change: float | None = None
     weight: float | None = None
+    #: its name, where several act together
+    adapter: str = ""
 
     @property
     def relative(self) -> float | None:
@@ -64,7 +66,8 @@ class Norms(Report):
                 specs, values = method.slots(program.ops[a.id]), binding.values
                 names = [n for n, f in a.slots.items() if n in specs and _real(values[f])]
                 slots = {n: _norm(a.slots[n], values, known) for n in names}
-                sites.append(SiteNorms(a.fqn, slots, *made.get(a.fqn, (None, None))))
+                name = a.adapter if binding.parts else ""
+                sites.append(SiteNorms(a.fqn, slots, *made.get(a.fqn, (None, None)), adapter=name))
         return cls(tuple(sites))
 
     def parts(self) -> list[Table]:
@@ -75,15 +78,23 @@ class Norms(Report):
         return [Table(["site", Column("norm of", keep=True), *columns], rows)]
 
     def data(self) -> dict[str, Any]:
-        """By the site's parameter: ``slots`` (name -> norm), ``change`` and ``weight``."""
-        return {s.fqn: {"slots": plain(s.slots), "change": s.change, "weight": s.weight} for s in self.sites}
+        """By the site's parameter, and its adapter where several act together: ``slots`` (name -> norm), ``change`` and
+        ``weight``."""
+        return {
+            _named(s.fqn, s.adapter): {"slots": plain(s.slots), "change": s.change, "weight": s.weight}
+            for s in self.sites
+        }
+
+
+def _named(site: str, adapter: str) -> str:
+    return f"{site} ({adapter})" if adapter else site
 
 
 def _alike(sites: Iterable[SiteNorms]) -> list[list[SiteNorms]]:
     """The sites that are one layer of several blocks, with the same tensors."""
 
     def key(site: SiteNorms) -> Any:
-        return pattern(site.fqn), tuple(site.values())
+        return pattern(site.fqn), site.adapter, tuple(site.values())
 
     order: dict[Any, int] = {}
     ranked = sorted(sites, key=lambda s: order.setdefault(key(s), len(order)))
@@ -92,7 +103,7 @@ def _alike(sites: Iterable[SiteNorms]) -> list[list[SiteNorms]]:
 
 def _rows(members: Sequence[SiteNorms]) -> Iterable[tuple[str, ...]]:
     names = [s.fqn.removesuffix(".weight") for s in members]
-    site = "\n".join(times(text, n) for text, n in collapse(names))
+    site = "\n".join(times(_named(text, members[0].adapter), n) for text, n in collapse(names))
     for i, tensor in enumerate(members[0].values()):
         found = [s.values()[tensor] for s in members]
         least, most = found.index(min(found)), found.index(max(found))

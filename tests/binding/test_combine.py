@@ -144,6 +144,24 @@ def test_one_of_them_swaps_or_goes(model: nn.Module, tmp_path: Path):
     close(program(X), both, 1e-9)
 
 
+def test_options_of_a_swap_are_of_one_of_them(model: nn.Module, tmp_path: Path):
+    config = adaptc.LoraConfig(r=3, target_modules=["up", "down"], init_lora_weights=False)
+    program = adaptc.compile(model, {"a": config, "b": config.replace(r=2)}, example_inputs=X)
+    for name in "ab":
+        adaptc.save_adapter(program, tmp_path, adapter_name=name)
+    both = program(X)
+    adaptc.swap(program, {"b": tmp_path}, adapter_name="b")
+    close(program(X), both, 1e-9)
+    wider = config.replace(r=2, lora_alpha=32)
+    adaptc.swap(program, {"b": tmp_path / "b"}, config=wider)
+    assert program.binding.parts["b"].config.lora_alpha == 32
+    assert not torch.allclose(program(X), both)
+    now = program.binding
+    with pytest.raises(adaptc.ConfigError, match="config= is of one adapter, and 2 are given"):
+        adaptc.swap(program, {"a": tmp_path / "a", "b": tmp_path / "b"}, config=wider)
+    assert program.binding is now
+
+
 def test_read_from_a_file(model: nn.Module, tmp_path: Path):
     configs = {
         "a": adaptc.LoraConfig(r=3, target_modules=["up"]),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import CheckpointError, ConfigError, LoHaConfig, LoraConfig
+from adaptc.peft_files.directory import write_adapter
 from tests.support.component_nets import (
     CONV,
     LINEAR,
@@ -125,6 +126,25 @@ def test_pefts_keys_alone_need_a_scale_and_give_the_targets(
     assert set(made.binding.config.target_modules) == {TO_Q, CONV}
     with pytest.raises(CheckpointError, match=r"config="):
         program(model, given)
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_pefts_keys_name_no_component(
+    as_file: bool, model: nn.Module, wide: adaptc.AdaptedProgram, tmp_path: Path
+) -> None:
+    given: object = saved(tmp_path / "w.safetensors", peft_keys("")) if as_file else peft_keys("")
+    options = {"config": LoraConfig(r=3), "component": "unet"}
+    for call in (lambda: program(model, given, **options), lambda: adaptc.swap(wide, given, **options)):
+        with pytest.raises(ConfigError, match=r"component=.unet.: .*name no component"):
+            call()
+
+
+def test_a_config_for_a_directory_leaves_the_targets_to_the_keys(model: nn.Module, tmp_path: Path) -> None:
+    config = LoraConfig(r=3, lora_alpha=3, target_modules=[TO_Q, CONV])
+    folder = write_adapter(tmp_path / "d", config.to_dict(), peft_keys(""))
+    made = program(model, folder, config=LoraConfig(r=3, lora_alpha=5))
+    check(made, model, {m: lora_change(*lora(m, 3), 5 / 3) for m in (TO_Q, CONV)})
+    assert set(made.binding.config.target_modules) == {TO_Q, CONV}
 
 
 def test_other_methods_take_their_targets_from_keys_too(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import adaptc
@@ -115,6 +116,28 @@ def test_compile_renames_directories(net, program, tmp_path):
     torch.testing.assert_close(made(EXAMPLE), program.bind(tensors)(EXAMPLE), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("form", ["state dict", "bare keys", "weights"])
+@pytest.mark.parametrize("entry", ["compile", "swap", "bind"])
+def test_keys_without_a_config_are_renamed_alike(net, program, form, entry, tmp_path):
+    """What PEFT puts in front of a key is no part of what an expression sees, whoever reads it."""
+    tensors = adapter(program)
+    given: Any = inner(tensors)
+    if form == "bare keys":
+        given = FORMS[form](given, tmp_path)
+    elif form == "weights":
+        save_file({k: t.clone() for k, t in given.items()}, tmp_path / "some.safetensors")
+        given = tmp_path / "some.safetensors"
+    options: dict[str, Any] = {"key_mapping": MAPPING, "config": LoraConfig(r=3)}
+    if entry == "compile":
+        made = adaptc.compile(net, given, example_inputs=EXAMPLE, **options)
+    elif entry == "swap":
+        made = adaptc.compile(program.base, CONFIG)
+        adaptc.swap(made, given, **options)
+    else:
+        made = adaptc.bind(program, given, **options)
+    torch.testing.assert_close(made(EXAMPLE), program.bind(tensors)(EXAMPLE), rtol=0, atol=0)
+
+
 def test_adapters_that_act_together_are_renamed(net, program, tmp_path):
     together = adaptc.compile(net, {"one": CONFIG, "two": CONFIG}, example_inputs=EXAMPLE)
     tensors = adapter(program)
@@ -133,13 +156,35 @@ def test_a_mapping_with_nothing_to_rename_is_refused(net, program):
     before = program.binding
     with pytest.raises(ConfigError, match=r"key_mapping.*directories"):
         adaptc.compile(net, CONFIG, example_inputs=EXAMPLE, key_mapping=MAPPING)
-    with pytest.raises(ConfigError, match="a binding has none"):
-        adaptc.swap(program, program.binding, key_mapping=MAPPING)
     with pytest.raises(CheckpointError, match=r"both become '.*' *\. Make the key_mapping"):
         adaptc.swap(program, adapter(program), key_mapping={r"layers\.\d": "layers.0"})
     with pytest.raises(ConfigError, match="key_mapping"):
         adaptc.swap(program, adapter(program), key_mapping={"(": ""})
     assert program.binding is before
+
+
+@pytest.mark.parametrize(
+    "option", [{"key_mapping": MAPPING}, {"config": CONFIG}, {"component": "unet"}, {"adapter_name": "one"}]
+)
+@pytest.mark.parametrize("what", ["binding", "bound", "program"])
+def test_what_is_bound_takes_no_options_of_files(program, what, option):
+    before = program.binding
+    given = {"binding": program.binding, "bound": program.bind(program), "program": program}[what]
+    with pytest.raises(ConfigError, match=f"{next(iter(option))} is for files and state dicts"):
+        adaptc.swap(program, given, **option)
+    with pytest.raises(ConfigError, match=f"{next(iter(option))} is for files and state dicts"):
+        adaptc.bind(program, given, **option)
+    assert program.binding is before
+
+
+def test_options_of_the_base_and_of_state_dicts(program):
+    with pytest.raises(ConfigError, match="the base has no config"):
+        program.bind(None, config=CONFIG)
+    program.bind(None, config=None, key_mapping=None)
+    with pytest.raises(ConfigError, match="adapter_name='one' chooses from a directory"):
+        program.bind(adapter(program), adapter_name="one")
+    with pytest.raises(SwapError, match=r"this is the base.*prog\.base"):
+        adaptc.swap(program, program.bind(None))
 
 
 @pytest.mark.parametrize(

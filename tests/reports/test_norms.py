@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import adaptc
 from adaptc import LoraConfig
@@ -76,3 +77,20 @@ def test_changes_is_a_flag(value: Any) -> None:
     prog = adaptc.compile(UpDown(), LoraConfig(r=3, target_modules=["up"]), example_inputs=torch.randn(2, 3, 7))
     with pytest.raises(adaptc.ConfigError, match="changes"):
         adaptc.report(prog, changes=value)
+
+
+def test_adapters_that_act_together_are_told_apart() -> None:
+    net = nn.Sequential(nn.Linear(5, 7))
+    config = LoraConfig(r=3, target_modules=["0"], init_lora_weights=False)
+    program = adaptc.compile(net, {"a": config, "b": config.replace(r=2)}, example_inputs=torch.randn(2, 5))
+    report = adaptc.report(program, changes=True)
+    data = report.data()
+    assert [(s["fqn"], s["adapter"], s["rank"]) for s in data["sites"]] == [("0.weight", "a", 3), ("0.weight", "b", 2)]
+    assert list(data["norms"]) == ["0.weight (a)", "0.weight (b)"]
+    for name, norms in data["norms"].items():
+        values = program.binding.parts[name[-2]].values
+        wanted = next(t for k, t in values.items() if "lora_A" in k).detach().norm()
+        assert norms["slots"]["lora_A.weight"] == pytest.approx(float(wanted))
+    text = str(report)
+    assert "lora (a)" in text
+    assert "0 (b)" in text

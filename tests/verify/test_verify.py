@@ -127,6 +127,18 @@ def test_buffers_are_put_back() -> None:
     assert model.norm.training
 
 
+def test_runs_do_not_see_what_the_ones_before_them_wrote() -> None:
+    model = Stateful().eval()
+    config = LoraConfig(target_modules=["lin"], init_lora_weights=False)
+    program = adaptc.compile(model, config, example_inputs=torch.randn(4, 5))
+    model.calls.fill_(2.0)  # so that a run's place among the others shows
+    with torch.no_grad():
+        model.norm.running_mean.fill_(3.0)  # type: ignore[union-attr]
+    report = adaptc.verify(program, model)
+    assert report.ok, report
+    assert model.calls == 2
+
+
 def test_neither_program_nor_model_nor_random_state_change() -> None:
     model = net().train()
     model.drop.eval()
