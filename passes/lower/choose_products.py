@@ -84,7 +84,8 @@ class ChooseProducts(GraphPass):
             value = weight.meta.get("val")
             if weight.op != "placeholder" or weight.name not in self.base or not _is_plain(value):
                 continue
-            choice = self.choose(*map(int, value.shape), value.dtype)
+            out, width = map(int, value.shape)
+            choice = self.choose(out, width, value.dtype)
             choices.append(choice)
             if choice.kind != LINEAR:
                 node.target, node.kwargs = torch.ops.adaptc.product.default, {}
