@@ -21,7 +21,7 @@ from adaptc.binding.module_names import ModuleNames
 from adaptc.errors import CheckpointError, ConfigError, shown
 from adaptc.methods import AdapterConfig, TargetedConfig, config_class
 from adaptc.peft_files.directory import AdapterFile, bare_key
-from adaptc.peft_files.formats.detect import detect, foreign
+from adaptc.peft_files.formats.detect import detect, foreign, of_component
 from adaptc.peft_files.formats.diffusers import BIN, SAFE
 from adaptc.peft_files.formats.layers import Layer, layer
 from adaptc.peft_files.formats.parts import ALPHA, Part, component_of
@@ -88,7 +88,9 @@ def translated(
 def of_other_format(key: str, weights: Mapping[str, Tensor]) -> bool:
     """Whether a key, the first of a state dict, may be of another format than PEFT's, for a model with these weights:
     GPT-2 has a module that is called as diffusers call a component, ``transformer``."""
-    return foreign(key) and not any(key.startswith(f"{module}.") for module in ModuleNames(weights).shapes)
+    if foreign(key) or not of_component(key):
+        return foreign(key)
+    return not any(key.startswith(f"{module}.") for module in ModuleNames(weights).shapes)
 
 
 def with_targets(

@@ -66,7 +66,16 @@ def goes_on(folder: Path) -> dict[str, Any]:
         except Exception as error:
             refused = f"{type(error).__name__}: {error}"
     left = sorted(p.name for p in Path(newest).iterdir()) if newest else []
-    return {"left": left, "last": last, "refused": refused, "losses": losses_of(folder, resume=last)}
+    return {"left": left, "last": last, "refused": refused, "losses": _rest(folder, last)}
+
+
+def _rest(folder: Path, last: str | None) -> list[float]:
+    """The losses of the whole run, the rest of which is done now. One that was done already is left alone: Trainer
+    would take a step more than it is told to."""
+    if last is not None and last.endswith(f"-{RUN['max_steps']}"):
+        history = json.loads((Path(last) / "trainer_state.json").read_text())["log_history"]
+        return [entry["loss"] for entry in history if "loss" in entry]
+    return losses_of(folder, resume=last)
 
 
 def moments(folder: Path, rng: random.Random, seconds: float) -> list[Callable[[float], bool]]:

@@ -36,15 +36,17 @@ _KNOWN_BUT_REFUSED = {
 
 def foreign(key: str) -> bool:
     """Whether a key, the first of a state dict, may be of one of these formats: PEFT has none that looks so."""
-    if key.startswith("base_model."):
-        return False
-    first = key.partition(".")[0]
-    return (
-        first in COMPONENTS
-        or key.startswith(tuple(PREFIXES))
+    return not key.startswith("base_model.") and (
+        key.startswith(tuple(PREFIXES))
         or key.endswith((".alpha", ".lora_a.weight", ".lora_b.weight", ".magnitude"))
         or any(mark in key for mark in _FOREIGN)
     )
+
+
+def of_component(key: str) -> bool:
+    """Whether a key begins with the name of a component, as diffusers' do; so does that of a module which a model
+    calls so itself."""
+    return key.partition(".")[0] in COMPONENTS
 
 
 def detect(keys: Iterable[str], source: str) -> tuple[Format, list[Part]]:

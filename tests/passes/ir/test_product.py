@@ -55,7 +55,7 @@ def close(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None
 
 def strided(kind: str, lead: tuple[int, ...], width: int, dtype: torch.dtype) -> Tensor:
     if kind == "expanded":
-        return of(dtype, 1, width).expand(*lead, width)
+        return of(dtype, width).expand(*lead, width)
     if kind == "columns":
         return of(dtype, *lead, 2 * width)[..., ::2]
     if kind == "transposed":
