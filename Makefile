@@ -22,7 +22,7 @@ TREE := $(CURDIR)/build/tree
 GPU_ENV = PYTHONSAFEPATH=1 PYTHONPATH="$(TREE)$${PYTHONPATH:+:$$PYTHONPATH}" OMP_NUM_THREADS=1 \
 	TOKENIZERS_PARALLELISM=false TORCHINDUCTOR_COMPILE_THREADS=$(GPU_WORKERS)
 
-.PHONY: test test-all demo lint format bench tree gpu gpu-test gpu-bench clean
+.PHONY: test test-all cpp demo lint format bench tree gpu gpu-test gpu-bench clean
 .DEFAULT_GOAL := test
 
 $(BIN)/python:
@@ -44,6 +44,10 @@ test: lint
 
 test-all: lint
 	$(RUN_ENV) $(BIN)/python -m pytest --full -n $(WORKERS) $(PYTEST_ARGS)
+
+# The example in C++, where there is a compiler: built, and run on packages.
+cpp: $(VENV)/.test.stamp
+	$(RUN_ENV) $(BIN)/python -m pytest --full tests/packages/test_cpp.py $(PYTEST_ARGS)
 
 demo: $(VENV)/.demo.stamp
 	$(BIN)/python examples/quickstart.py
