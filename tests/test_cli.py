@@ -340,8 +340,9 @@ def test_compile_a_config(files: Files, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     model = FAMILIES["llama"].build()
-    model.save_pretrained(tmp_path_factory.mktemp("llama") / "model")
-    return model, tmp_path_factory.getbasetemp() / "llama0" / "model"
+    folder = tmp_path_factory.mktemp("llama") / "model"
+    model.save_pretrained(folder)
+    return model, folder
 
 
 def test_compile_a_model_directory(llama: tuple[Any, Path], files: Files, tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def test_none_is_the_base(model: Net) -> None:
         (lambda: prog.bind(None, config=CONFIG), ConfigError, "the base has no config"),
         (lambda: adaptc.swap(prog, None), SwapError, r"prog\.bind\(None\)"),
         (lambda: adaptc.swap(prog, 3), AdaptcError, r"or what prog\.bind returned; got int"),
-        (lambda: adaptc.swap(prog, base), SwapError, "other sites"),
+        (lambda: adaptc.swap(prog, base), SwapError, "this is the base, which is no adapter"),
     ]:
         with pytest.raises(error, match=match):
             wrong()
