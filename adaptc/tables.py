@@ -6,6 +6,7 @@ so that it can be printed anywhere; in HTML those names are escaped.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -59,17 +60,17 @@ def paragraph(text: str) -> str:
     return f"<p>{'<br>'.join(escape(line) for line in text.splitlines())}</p>" if text else ""
 
 
-class Report:
+class Report(ABC):
     """What was found or done: ``print`` gives tables, a notebook shows them, ``repr`` is the first line, and ``data()``
     has the numbers as JSON does."""
 
+    @abstractmethod
     def parts(self) -> Iterable[str | Table]:
         """Sections of text, and tables; empty ones are left out."""
-        raise NotImplementedError
 
+    @abstractmethod
     def data(self) -> dict[str, Any]:
         """The same as dicts, lists, strings and numbers; what is no number is None."""
-        raise NotImplementedError
 
     def render(self, width: int = WIDTH) -> str:
         """The report as text."""

@@ -115,19 +115,17 @@ def _rows(members: Sequence[SiteNorms]) -> Iterable[tuple[str, ...]]:
 def _norm(fqn: str, values: Mapping[str, Tensor], known: dict[str, float]) -> float:
     """A slot that several sites share is read once."""
     if fqn not in known:
-        known[fqn] = float(torch.linalg.vector_norm(values[fqn].detach(), dtype=_wide(values[fqn])))
+        known[fqn] = float(
+            torch.linalg.vector_norm(
+                values[fqn].detach(), dtype=torch.complex128 if values[fqn].is_complex() else torch.float64
+            )
+        )
     return known[fqn]
 
 
 def _real(t: Tensor) -> bool:
     """Positions and the like have no norm."""
     return t.is_floating_point() or t.is_complex()
-
-
-def _wide(t: Tensor) -> torch.dtype:
-    if t.is_complex():
-        return torch.complex128 if t.dtype == torch.complex128 else torch.complex64
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
 def _changes(program: AdaptedProgram, binding: Binding) -> Iterable[tuple[str, tuple[float, float]]]:

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from adaptc.errors import AdaptcError
 from adaptc.packages.run import PackagedProgram
 from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.program.adapted import AdaptedProgram
@@ -69,10 +68,7 @@ def verify_package(
             claims.tried("base equals model", claims.base_equals_model),
             claims.tried("swap and back is bitwise", claims.swap_and_back),
         ]
-    report = VerifyReport(tuple(checks), tuple(r.text for r in runs), seed)
-    if raise_on_failure and not report.ok:
-        raise AdaptcError(str(report))
-    return report
+    return VerifyReport.of(checks, (r.text for r in runs), seed, raise_on_failure)
 
 
 class _PackageClaims(Claims):

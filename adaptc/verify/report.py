@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import nan
 from typing import Any
 
+from adaptc.errors import AdaptcError
 from adaptc.tables import Column, Report, Table, number, plain
 
 
@@ -37,6 +39,14 @@ class VerifyReport(Report):
     checks: tuple[Check, ...]
     runs: tuple[str, ...]
     seed: int
+
+    @classmethod
+    def of(cls, checks: Iterable[Check], runs: Iterable[str], seed: int, raise_on_failure: bool) -> VerifyReport:
+        """The report; with ``raise_on_failure``, AdaptcError where a check failed."""
+        report = cls(tuple(checks), tuple(runs), seed)
+        if raise_on_failure and not report.ok:
+            raise AdaptcError(str(report))
+        return report
 
     @property
     def ok(self) -> bool:

@@ -67,10 +67,7 @@ def verify_program(
         runs = random_inputs.draw(program, shapes=wanted, seed=seed, vocabulary=_vocabulary(model))
     with torch.no_grad(), evaluating(model), Buffers(program, model) as buffers:
         checks = _Verifier(program, model, runs, atol, seed, buffers).checks()
-    report = VerifyReport(tuple(checks), tuple(r.text for r in runs), seed)
-    if raise_on_failure and not report.ok:
-        raise AdaptcError(str(report))
-    return report
+    return VerifyReport.of(checks, (r.text for r in runs), seed, raise_on_failure)
 
 
 class _Verifier(Claims):

@@ -25,24 +25,11 @@ from tests.support.component_nets import (
     kohya_changes,
     lora,
     lora_change,
-    net,
     peft_keys,
     program,
     saved,
-    wide_program,
     with_weights,
 )
-
-
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return net()
-
-
-@pytest.fixture(scope="module")
-def wide() -> adaptc.AdaptedProgram:
-    return wide_program()
-
 
 # --- where a file is taken --------------------------------------------------------------------------------------------
 

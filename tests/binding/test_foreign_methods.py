@@ -34,17 +34,6 @@ from tests.support.component_nets import (
 )
 from tests.support.cover import examples
 
-
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return net()
-
-
-@pytest.fixture(scope="module")
-def wide() -> adaptc.AdaptedProgram:
-    return wide_program()
-
-
 # --- kohya and LyCORIS ------------------------------------------------------------------------------------------------
 
 

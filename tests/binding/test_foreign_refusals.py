@@ -22,7 +22,6 @@ from tests.support.component_nets import (
     image,
     kohya,
     loha,
-    net,
     peft_keys,
     prefixed,
     program,
@@ -30,17 +29,6 @@ from tests.support.component_nets import (
     wide_program,
 )
 from tests.support.cover import examples
-
-
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return net()
-
-
-@pytest.fixture(scope="module")
-def wide() -> adaptc.AdaptedProgram:
-    return wide_program()
-
 
 # --- refused ----------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,19 @@
+"""What the tests of adapter files of other formats share: a small net, and a program with an adapter at every layer."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+import adaptc
+from tests.support.component_nets import net, wide_program
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return net()
+
+
+@pytest.fixture(scope="module")
+def wide() -> adaptc.AdaptedProgram:
+    return wide_program()
