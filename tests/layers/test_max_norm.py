@@ -354,3 +354,16 @@ def test_compiled(tmp_path):
     theirs = wrapped(model, configs("lora"), tmp_path)
     program = adaptc.compile(model, tmp_path, example_inputs=IDS, backend="inductor")
     close(program(EVERY), theirs.float()(EVERY).detach(), 1e-5)
+
+
+@pytest.mark.slow
+def test_packaged(tmp_path):
+    """Sites of a package keep to the same, and so does what is swapped in."""
+    model = Net(norm_type=float("inf")).eval()
+    theirs = wrapped(model, configs("lora"), tmp_path / "peft")
+    program = adaptc.compile(model, configs("lora"), example_inputs=IDS)
+    adaptc.package(program, tmp_path / "x.pt2")
+    package = adaptc.load_package(tmp_path / "x.pt2")
+    assert [op.bound for op in package.ops.values()] == [(1.5, float("inf"))]
+    adaptc.swap(package, tmp_path / "peft")
+    close(package(IDS), theirs(IDS).detach(), 1e-6)
