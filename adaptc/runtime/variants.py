@@ -30,9 +30,11 @@ from adaptc.passes.lower.choose_products import Choice, ChooseProducts, Products
 from adaptc.passes.optimize.bind_calls import BindCalls
 from adaptc.passes.optimize.canonicalize import Canonicalize
 from adaptc.passes.optimize.fold_scales import FoldScales
-from adaptc.passes.optimize.fuse_siblings import FuseSiblings, Group, Pack
+from adaptc.passes.optimize.fuse_siblings import FuseSiblings
 from adaptc.passes.optimize.hoist import stages_of
 from adaptc.passes.optimize.sibling_cost import stacked_is_cheaper
+from adaptc.passes.optimize.sibling_groups import Group
+from adaptc.passes.optimize.write_siblings import Pack
 from adaptc.runtime.held_values import Shared, SplitGraph
 
 PLAIN, STACKED, APART = "plain", "stacked", "apart"

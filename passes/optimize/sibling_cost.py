@@ -14,7 +14,7 @@ from typing import Any
 import sympy
 
 from adaptc.passes.ir.costs import size_expression
-from adaptc.passes.optimize.fuse_siblings import Group
+from adaptc.passes.optimize.sibling_groups import Group
 
 #: operations that the time of one dispatch is worth: some four microseconds at fifty billion operations a second
 DISPATCH = 200_000
