@@ -5,12 +5,16 @@ same values up to the order of a sum, from fewer and larger products. A *group* 
 layers with weights of the base, and what adapters add to them, linear(linear(x, A), B). A group becomes
 
     Y = linear(x, [W1; W2; W3])                 the weights one buffer, of which the parameters are views (``Pack``)
-    H = linear(x, [A1; A2; A3])                 stacked once per binding, by hoisting
-    Y.addmm_(H, blockdiag(B1, B2, B3))          up-projection and add in one step, for few rows
-    Y[:, i].addmm_(linear(x, Ai), Bi)           the same without the blocks of zeros, for many
+    H = mm(x, [A1; A2; A3]^T)                   stacked once per binding, by hoisting
+    Y.addmm_(H, blockdiag(B1, B2, B3)^T)        up-projection and add in one step, for few rows
+    Y[:, i].addmm_(mm(x, Ai^T), Bi^T)           the same without the blocks of zeros, for many
 
 and each layer's output is a slice of Y. Layers whose outputs are returned, written to, or read by an op that asks for
 strides are left alone. The ranks are in no node, so that every adapter runs through the same graph.
+
+Adapters in half precision are added in float32, of copies that hoisting makes, where ``wide`` asks for it or the
+processor does not multiply their type: Y and x are cast, and a scale that was folded is multiplied in after the cast,
+which is exact.
 """
 
 from __future__ import annotations
@@ -32,8 +36,8 @@ from adaptc.passes.optimize.write_siblings import Fuser, Pack
 class FuseSiblings(GraphPass):
     """``packable``: the placeholders whose tensors may be moved into a buffer; ``stages``: the frozen ones, as
     :class:`~adaptc.passes.optimize.hoist.Hoist` takes them; ``inputs``: the user's. ``stacked``: with blocks of zeros,
-    for few rows. ``data`` are the :class:`Pack`s, inputs that are new, in order behind the lifted ones; the count is
-    that of the layers.
+    for few rows; ``wide``: adapters in half precision in float32, for the fewest. ``data`` are the :class:`Pack`s,
+    inputs that are new, in order behind the lifted ones; the count is that of the layers.
     """
 
     name: ClassVar[str] = "fuse_siblings"
@@ -42,6 +46,7 @@ class FuseSiblings(GraphPass):
     stages: Sequence[Collection[str]] = field(repr=False)
     inputs: Collection[str] = field(repr=False)
     stacked: bool = False
+    wide: bool = False
 
     def groups(self, graph: fx.Graph) -> list[Group]:
         """What it would fuse in ``graph``, which stays as it is."""
@@ -49,7 +54,7 @@ class FuseSiblings(GraphPass):
 
     def fuser(self, graph: fx.Graph, group: Group, packs: dict[tuple[str, ...], Pack]) -> Fuser:
         """What writes a group; ``packs``: those of the groups before it, which it adds to."""
-        return Fuser(graph, group, self.inputs, packs, self.stacked)
+        return Fuser(graph, group, self.inputs, packs, self.stacked, self.wide)
 
     def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
         packs: dict[tuple[str, ...], Pack] = {}

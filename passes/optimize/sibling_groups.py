@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from adaptc.passes.ir.effects import is_view, touched
 from adaptc.passes.ir.ops import argument
+from adaptc.passes.ir.product import takes
 
 aten = torch.ops.aten
 
@@ -32,6 +33,10 @@ class Update:
     down: fx.Node
     up: fx.Node
     out: fx.Node
+
+    @property
+    def rank(self) -> int:
+        return int(self.up.meta["val"].shape[1])
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,26 @@ class Group:
         for n in self.x.meta["val"].shape[:-1]:
             out = out * n
         return out
+
+    @property
+    def adapters(self) -> torch.dtype:
+        """The type of what adapters add; that of x where none do."""
+        return self.updates[0].up.meta["val"].dtype if self.updates else self.x.meta["val"].dtype
+
+    @property
+    def narrow(self) -> bool:
+        """Whether adapters in half precision may be computed as they are, and in float32 too: both have their rows on a
+        processor that multiplies their type."""
+        return self._half_on_cpu and takes(self.adapters)
+
+    def computed(self, wide: bool = False) -> torch.dtype:
+        """The type that updates are computed in; ``wide``: in float32 where it may be."""
+        return torch.float32 if self._half_on_cpu and (wide or not takes(self.adapters)) else self.adapters
+
+    @property
+    def _half_on_cpu(self) -> bool:
+        half = bool(self.updates) and self.adapters.itemsize < 4
+        return half and self.x.meta["val"].device.type == "cpu"
 
     def worth(self) -> bool:
         return len(self.members) > 1 or bool(self.updates)

@@ -34,13 +34,15 @@ class Pack:
 
 @dataclass
 class Fuser:
-    """Writes one group. ``packs``: those of the groups before it, which it adds to."""
+    """Writes one group. ``packs``: those of the groups before it, which it adds to. ``wide``: what adapters in half
+    precision add is computed in float32."""
 
     graph: fx.Graph
     group: Group
     inputs: Collection[str]
     packs: dict[tuple[str, ...], Pack]
     stacked: bool
+    wide: bool = False
 
     def __post_init__(self) -> None:
         self.first = min(m.linear for m in self.group.members)
@@ -56,7 +58,7 @@ class Fuser:
     def read(self) -> list[fx.Node]:
         """What the group reads beside its input and its weights."""
         found = [m.bias for m in self.group.members if m.bias is not None]
-        return found + [n for u in self.group.updates for n in (u.low, u.down, u.up)]
+        return found + [n for u in self.group.updates for n in (u.down, u.up)]
 
     def write(self) -> None:
         group, members = self.group, self.group.members
@@ -65,8 +67,8 @@ class Fuser:
         bias = None if members[0].bias is None else self.cat([m.bias for m in members])  # type: ignore[misc]
         y = self.call(aten.linear.default, x, self.weights(), *([] if bias is None else [bias]))
         if group.updates:
-            low = group.updates[0].low
-            low = x if low is group.x else self._rows(low)
+            own, wide = self.dtypes
+            low = x if own == wide else self.call(aten.to.dtype, x, wide)
             y = self._stacked(y, low, widths) if self.stacked or len(members) == 1 else self._apart(y, low, widths)
         self.deal(self._unrows(y, group.x, sum(widths)), widths)
 
@@ -79,16 +81,15 @@ class Fuser:
             member.result.replace_all_uses_with(piece)
 
     def _stacked(self, y: fx.Node, low: fx.Node, widths: Sequence[int]) -> fx.Node:
-        down = self.cat([u.down for u in self.group.updates])
+        down = self.cat([self._widened(u.down) for u in self.group.updates])
         ups = [self._up(m, w) for m, w in zip(self.group.members, widths, strict=True)]
         up = ups[0] if len(ups) == 1 else self.frozen(aten.block_diag.default, ups)
-        wide = self._add(self._wide(y), self.call(aten.linear.default, low, down), up)
-        return self._narrow(wide)
+        return self._narrow(self._add(self._wide(y), low, down, up))
 
     def _up(self, member: Member, width: int) -> fx.Node:
         if member.update is not None:
-            return member.update.up
-        return self.frozen(aten.new_zeros.default, self.group.updates[0].up, [width, 0])
+            return self._widened(member.update.up)
+        return self.frozen(aten.new_zeros.default, self._widened(self.group.updates[0].up), [width, 0])
 
     def _apart(self, y: fx.Node, low: fx.Node, widths: Sequence[int]) -> fx.Node:
         start = 0
@@ -96,25 +97,46 @@ class Fuser:
         for member, width in zip(self.group.members, widths, strict=True):
             if member.update is not None:
                 part = self.call(aten.slice.Tensor, wide, 1, start, start + width)
-                h = self.call(aten.linear.default, low, member.update.down)
-                self._add(part, h, member.update.up)
+                self._add(part, low, self._widened(member.update.down), self._widened(member.update.up))
             start += width
         return self._narrow(wide)
 
-    def _add(self, y: fx.Node, h: fx.Node, up: fx.Node) -> fx.Node:
-        return self.call(aten.addmm_.default, y, h, self.frozen(aten.t.default, up))
+    def _add(self, y: fx.Node, low: fx.Node, down: fx.Node, up: fx.Node) -> fx.Node:
+        """y += low down^T up^T, in place."""
+        h = self.call(aten.mm.default, low, self._turned(down))
+        return self.call(aten.addmm_.default, y, h, self._turned(up))
+
+    def _turned(self, weight: fx.Node) -> fx.Node:
+        """A frozen (N, K) as (K, N), so that a call does nothing but multiply: of a thin product, ``linear`` takes half
+        the time to find out what it was given."""
+        turned = self.frozen(aten.t.default, weight)
+        value = weight.meta["val"]
+        if value.device.type != "cpu" or value.dtype.itemsize < 4:
+            return turned
+        # In memory, too: a row runs through it in order. Products of half precision order it for themselves.
+        return self.frozen(aten.clone.default, turned, memory_format=torch.contiguous_format)
+
+    def _widened(self, node: fx.Node) -> fx.Node:
+        """A frozen value in the type that updates are computed in. A product is made of its factors in that type, so
+        that what was rounded for the narrow one is not."""
+        value, wide = node.meta["val"], self.dtypes[1]
+        if value.dtype == wide:
+            return node
+        if node.target is aten.mul.Tensor and all(isinstance(a, fx.Node) for a in node.args):
+            return self.frozen(aten.mul.Tensor, *(self._widened(a) for a in node.args))  # type: ignore[arg-type]
+        return self.frozen(aten.to.dtype, node, wide)
 
     # -- nodes ---------------------------------------------------------------------------------------------------------
 
     def call(self, target: Any, *args: Any) -> fx.Node:
         return self.graph.call_function(target, args)
 
-    def frozen(self, target: Any, *args: Any) -> fx.Node:
+    def frozen(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A node that hoisting is to find, which needs its value."""
-        node = self.call(target, *args)
+        node = self.graph.call_function(target, args, kwargs)
         values = fx.map_arg(args, lambda n: n.meta["val"])
         with torch.no_grad():
-            node.meta["val"] = target(*values)
+            node.meta["val"] = target(*values, **kwargs)
         return node
 
     def cat(self, nodes: Sequence[fx.Node]) -> fx.Node:
@@ -174,9 +196,8 @@ class Fuser:
 
     @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
-        """Of the layers, and of their adapters."""
-        own, updates = self.group.x.meta["val"].dtype, self.group.updates
-        return own, updates[0].up.meta["val"].dtype if updates else own
+        """Of the layers, and of what is added to them."""
+        return self.group.x.meta["val"].dtype, self.group.computed(self.wide)
 
 
 def _reshaped(value: fx.Node) -> None:
