@@ -38,8 +38,10 @@ class LowerSiblings(FuseSiblings):
     def groups(self, graph: fx.Graph) -> list[Group]:
         return find_lowered(graph, self.packable, stages_of(graph, self.stages))
 
-    def fuser(self, graph: fx.Graph, group: Group, packs: dict[tuple[str, ...], Pack]) -> Fuser:
-        return LoweredFuser(graph, group, self.inputs, packs, stacked=False)
+    def fuser(
+        self, graph: fx.Graph, group: Group, packs: dict[tuple[str, ...], Pack], made: dict[Any, fx.Node]
+    ) -> Fuser:
+        return LoweredFuser(graph, group, self.inputs, packs, stacked=False, made=made)
 
 
 def find_lowered(graph: fx.Graph, base: Collection[str], frozen: Collection[fx.Node]) -> list[Group]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -52,12 +52,15 @@ class FuseSiblings(GraphPass):
         """What it would fuse in ``graph``, which stays as it is."""
         return find_groups(graph, self.packable, stages_of(graph, self.stages))
 
-    def fuser(self, graph: fx.Graph, group: Group, packs: dict[tuple[str, ...], Pack]) -> Fuser:
-        """What writes a group; ``packs``: those of the groups before it, which it adds to."""
-        return Fuser(graph, group, self.inputs, packs, self.stacked, self.wide)
+    def fuser(
+        self, graph: fx.Graph, group: Group, packs: dict[tuple[str, ...], Pack], made: dict[Any, fx.Node]
+    ) -> Fuser:
+        """What writes a group; ``packs`` and ``made``: those of the groups before it, which it adds to."""
+        return Fuser(graph, group, self.inputs, packs, self.stacked, self.wide, made)
 
     def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
         packs: dict[tuple[str, ...], Pack] = {}
+        made: dict[Any, fx.Node] = {}
         taken: dict[str, tuple[str, ...]] = {}
         count = 0
         for group in self.groups(subject):
@@ -66,7 +69,7 @@ class FuseSiblings(GraphPass):
                 continue  # one of them is in the buffer of another group already
             if len(names) > 1:
                 taken |= dict.fromkeys(names, names)
-            self.fuser(subject, group, packs).run()
+            self.fuser(subject, group, packs, made).run()
             count += len(names)
         sweep(subject)
         return PassResult(subject, count, data=tuple(packs.values()))

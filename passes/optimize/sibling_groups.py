@@ -162,6 +162,8 @@ def _with_update(node: fx.Node, frozen: Collection[fx.Node]) -> Member:
     casts = [u for u in total.users if u.target is aten.to.dtype and u.args[1] == y.dtype]
     if low.target is not aten.to.dtype or low.args[0] is not x or len(total.users) != 1 or not casts:
         return plain
+    if total.meta["val"].dtype != up.meta["val"].dtype:  # the sum is taken in a type that is wider than both
+        return plain
     return Member(node, Update(low, down, up, casts[0]))
 
 

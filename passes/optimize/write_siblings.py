@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,8 +34,8 @@ class Pack:
 
 @dataclass
 class Fuser:
-    """Writes one group. ``packs``: those of the groups before it, which it adds to. ``wide``: what adapters in half
-    precision add is computed in float32."""
+    """Writes one group. ``packs`` and ``made``: the buffers and the frozen values of the groups before it, which it
+    adds to. ``wide``: what adapters in half precision add is computed in float32."""
 
     graph: fx.Graph
     group: Group
@@ -43,6 +43,7 @@ class Fuser:
     packs: dict[tuple[str, ...], Pack]
     stacked: bool
     wide: bool = False
+    made: dict[Any, fx.Node] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.first = min(m.linear for m in self.group.members)
@@ -132,8 +133,14 @@ class Fuser:
         return self.graph.call_function(target, args)
 
     def frozen(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A node that hoisting is to find, which needs its value."""
-        node = self.graph.call_function(target, args, kwargs)
+        """A node that hoisting is to find, which needs its value. One that another group made is not made again: sites
+        may share a slot, and would each hold a copy of it."""
+        key = (target, repr(args), repr(kwargs))
+        known = self.made.get(key)
+        if known is not None:
+            above(self.first, known)
+            return known
+        node = self.made[key] = self.graph.call_function(target, args, kwargs)
         values = fx.map_arg(args, lambda n: n.meta["val"])
         with torch.no_grad():
             node.meta["val"] = target(*values, **kwargs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,9 +22,6 @@ FEW, MORE, MANY = 1, 100, 1000
 def a_processor_that_multiplies_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """And small layers, for which a product of any size is as cheap against the work."""
     monkeypatch.setattr(sibling_groups, "takes", lambda dtype: dtype in (FLOAT, BF16))
-    for name in ("FLOAT", "HALF"):
-        known = getattr(sibling_cost, name)
-        monkeypatch.setattr(sibling_cost, name, replace(known, fixed=known.fixed / 50))
     monkeypatch.setattr(sibling_cost, "DISPATCH", sibling_cost.DISPATCH / 50)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from adaptc.passes.ir import product
 from adaptc.passes.optimize import sibling_groups
@@ -139,6 +139,31 @@ def test_a_scale_is_multiplied_in_after_the_cast() -> None:
         assert node.meta["val"].dtype == FLOAT
         assert node.args[0].target is aten.to.dtype  # type: ignore[union-attr]
         assert node.args[0].args[0].op == "placeholder"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("dtype", "slots"), [(FP16, BF16), (BF16, FP16)])
+def test_sums_in_a_type_wider_than_both_are_left_alone(dtype: torch.dtype, slots: torch.dtype) -> None:
+    model = Layers(columns, dtype=dtype, slots=slots)
+    fused = Fused(model, of(dtype, 4, 5), True)
+    assert not any(g.updates for g in fused.groups)
+    found, plain, _ = errors(model, fused, of(dtype, 9, 5))
+    assert found <= 1.1 * plain
+
+
+def test_a_slot_that_sites_share_is_copied_once() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        a, b = m.slots["a0"], m.slots["b0"]
+        inputs = (x, x + 1, x + 2)
+        return torch.cat([m.layers[0](z) + nn.functional.linear(nn.functional.linear(z, a), b) for z in inputs], -1)
+
+    for dtype in (FLOAT, BF16):
+        fused = Fused(Layers(body, dtype=dtype, slots=dtype), of(dtype, 4, 5), True, wide=True)
+        assert [len(g.updates) for g in fused.groups] == [1, 1, 1]
+        assert fused.count("clone.default") == 2
+        assert fused.count("addmm_.default") == 3
+        fused.graph.lint()
+        found, plain, _ = errors(Layers(body, dtype=dtype, slots=dtype), fused, of(dtype, 9, 5))
+        assert found <= 1.1 * plain
 
 
 def test_what_pays_at_how_many_rows() -> None:
