@@ -32,6 +32,7 @@ from adaptc.passes.lower.choose_products import Products
 from adaptc.passes.train.set_mode import set_mode
 from adaptc.runtime.call_inputs import Inputs
 from adaptc.runtime.compiled_layouts import Layouts
+from adaptc.runtime.compiled_products import choose_compiled
 from adaptc.runtime.gpu_variants import GpuVariants, runs_on_gpu
 from adaptc.runtime.held_values import Held, Prefix
 from adaptc.runtime.inductor import compile_lifted, with_room
@@ -120,7 +121,7 @@ class Executor:
             compiled=self.compiles,
             fuse=bool(fuse),
             differentiable=self._training,
-            choose=None if self._training or self.compiles or not wanted() else choose,
+            choose=None if self._training or not wanted() else choose_compiled if self.compiles else choose,
         )
         lowered = runs_on_gpu(tensors.values()) if kernels is None else kernels
         if not lowered or not self.attachments:
@@ -277,7 +278,9 @@ class Executor:
                 targets: dict[str, str | None] = {p.name: None for p in variant.packs}
                 targets.update(zip(self.names, self.lifted_names, strict=True))
                 split = variant.split
-                self._compiled = compile_lifted(split.module, split, targets, self.attachments, self.ops)
+                self._compiled = compile_lifted(
+                    split.module, split, variant.code, targets, self.attachments, self.ops
+                )
             return self._compiled
 
 

@@ -35,6 +35,8 @@ SWITCH, FOLDER = "ADAPTC_PRODUCTS", "ADAPTC_CACHE"
 
 #: how much less time a product must take to be worth another one than linear's
 GAIN = 0.05
+#: how much more time at some rows is taken for noise of the measurement, where it is less at others
+NOISE = 0.1
 #: the least rows and columns of a weight: thinner products have nothing to gain
 THIN = 128
 #: of the file
@@ -96,13 +98,28 @@ class ProductTable:
         """For a weight of (out, width): read off the nearest that was measured, for each class of rows."""
         if min(out, width) < THIN:
             return Choice(LINEAR, (), f"fewer than {THIN} rows or columns")
-        ratios = {c: r for c in ALL_CLASSES if (r := self._ratio(out, width, c)) is not None}
+        ratios = self._ratios(out, width)
         if not ratios:
             return Choice(LINEAR, (), "nothing else was measured here")
         classes = tuple(c for c, r in ratios.items() if r <= 1 - GAIN)
         if not classes:
             return Choice(LINEAR, (), "measured: the fastest here")
         return Choice(ONEDNN, classes, "measured: faster here", tuple(ratios[c] for c in classes))
+
+    def choice_for_all(self, out: int, width: int) -> Choice:
+        """The same, of code that computes calls of any number of rows by one kind: another than linear where it is
+        faster at some and slower at none."""
+        found = self.choice(out, width)
+        if found.kind == LINEAR:
+            return found
+        ratios = self._ratios(out, width)
+        if max(ratios.values()) > 1 + NOISE:
+            return Choice(LINEAR, (), "measured: what is faster at some rows is slower at others")
+        return Choice(found.kind, ALL_CLASSES, "measured: faster here, at no rows slower", tuple(ratios.values()))
+
+    def _ratios(self, out: int, width: int) -> dict[int, float]:
+        """The time of oneDNN over that of linear at each class that was measured."""
+        return {c: r for c in ALL_CLASSES if (r := self._ratio(out, width, c)) is not None}
 
     def _ratio(self, out: int, width: int, rows: int) -> float | None:
         def far(size: tuple[int, int, int]) -> float:
@@ -142,9 +159,18 @@ def product_table(dtype: torch.dtype, measuring: Callable[[torch.dtype], Times] 
 
 
 def choose(out: int, width: int, dtype: torch.dtype) -> Choice:
-    """The product for a weight of (out, width). What needs no times asks for none."""
-    thin = min(out, width) < THIN
-    return (ProductTable({}) if thin else product_table(dtype)).choice(out, width)
+    """The product for a weight of (out, width), for each class of rows."""
+    return _table_for(out, width, dtype).choice(out, width)
+
+
+def choose_for_all(out: int, width: int, dtype: torch.dtype) -> Choice:
+    """The product for a weight of (out, width), for any number of rows."""
+    return _table_for(out, width, dtype).choice_for_all(out, width)
+
+
+def _table_for(out: int, width: int, dtype: torch.dtype) -> ProductTable:
+    """What needs no times asks for none."""
+    return ProductTable({}) if min(out, width) < THIN else product_table(dtype)
 
 
 def read(path: Path, what: Mapping[str, Any]) -> Times | None:

@@ -100,10 +100,12 @@ class LiftedGraph:
 
 @dataclass(frozen=True, eq=False)
 class GraphVariant:
-    """A graph and what was hoisted out of it, the inputs that packing adds, the callable, what it shares between
-    bindings, the passes it went through, and the products that were chosen for its base."""
+    """A graph and what was hoisted out of it, what calls of it run, as a graph and as a callable, the inputs that
+    packing adds, what it shares between bindings, the passes it went through, and the products that were chosen for its
+    base."""
 
     split: SplitGraph
+    code: fx.GraphModule
     packs: tuple[Pack, ...]
     call: Callable[..., Any]
     shared: Shared | None
@@ -211,16 +213,16 @@ class GraphVariants:
         split = SplitGraph(module, [*s.names, *names], {*s.base, *names}, s.slots, s.limit, s.compiled)
         run, trail = split.main, (*self.cleaned.trail, *trail, *split.trail)
         products = Products()
-        if not s.compiled:
-            passes: list[GraphPass] = [BindCalls()]
-            if s.choose is not None:
-                passes = [ChooseProducts({*s.base, *names}, s.choose), *passes]
+        passes: list[GraphPass] = [] if s.compiled else [BindCalls()]
+        if s.choose is not None:
+            passes = [ChooseProducts({*s.base, *names}, s.choose, s.compiled), *passes]
+        if passes:
             bound = PassManager(passes)(copy_graph(split.main.graph))
             run, trail = fx.GraphModule(split.main, bound.output), (*trail, *bound.trail)
             products = bound.data[0] or products
         # Not the module itself: while any thread traces, torch.fx has what calls modules patched for all of them.
         return GraphVariant(
-            split, packs, run.forward, Shared(split.stages[0]) if split.stages else None, trail, products
+            split, run, packs, run.forward, Shared(split.stages[0]) if split.stages else None, trail, products
         )
 
 
