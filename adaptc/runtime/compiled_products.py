@@ -48,6 +48,14 @@ def teach_inductor() -> bool:
     return True
 
 
+def choose_packaged(out: int, width: int, dtype: torch.dtype) -> Choice:
+    """The same for code that may run on another machine than this one: right on all of them, if not the fastest. Where
+    a processor has no bfloat16, oneDNN refuses it."""
+    if dtype.itemsize < 4:
+        return Choice(LINEAR, (), "another machine may have no half precision")
+    return choose_compiled(out, width, dtype)
+
+
 def choose_compiled(out: int, width: int, dtype: torch.dtype) -> Choice:
     """The product for a weight of (out, width) in code that inductor compiles."""
     if not takes(dtype) or teach_inductor():

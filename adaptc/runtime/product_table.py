@@ -136,11 +136,14 @@ _lock = threading.Lock()
 _known: dict[str, ProductTable] = {}
 
 
-def product_table(dtype: torch.dtype, measuring: Callable[[torch.dtype], Times] = measure) -> ProductTable:
-    """The table for products of ``dtype``: what this process knows, what a file says, or measured now."""
+def product_table(
+    dtype: torch.dtype, measuring: Callable[[torch.dtype], Times] = measure, of: str = ""
+) -> ProductTable:
+    """The table for products of ``dtype``: what this process knows, what a file says, or measured now. ``of``: what
+    is measured, where that is not linear and oneDNN."""
     if not takes(dtype):
         return ProductTable({})
-    what = identity(dtype)
+    what = identity(dtype) | ({"of": of} if of else {})
     name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     try:
         path = folder() / f"products-{name}.json"

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from adaptc.passes.ir.product import ALL_CLASSES, ONEDNN, in_transform, product
 
 #: (rows, columns of a weight, class of rows) -> seconds of linear and of oneDNN
 Times = dict[tuple[int, int, int], tuple[float, float]]
+#: (pool, size of a weight, rows, when to end) -> the least time of each of two kinds, None where there is none left
+Pair = Callable[[Tensor, tuple[int, int], int, float], tuple[float, float] | None]
 
 #: weights that are measured
 SIZES = ((256, 256), (576, 576), (1536, 576), (576, 1536), (2048, 2048))
@@ -35,9 +38,9 @@ _ROUNDS, _FEWEST = 6, 3
 _POOL = 9_000_000
 
 
-def measure(dtype: torch.dtype) -> Times:
+def measure(dtype: torch.dtype, pair: Pair | None = None) -> Times:
     """Times of products of ``dtype``, in about :data:`BUDGET` seconds at most; none where a mode is on that makes other
-    things of tensors."""
+    things of tensors. ``pair`` measures two kinds other than linear and oneDNN."""
     if in_transform():
         return {}
     with contextlib.ExitStack() as stack:
@@ -46,7 +49,7 @@ def measure(dtype: torch.dtype) -> Times:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         pool = torch.full((_POOL,), 0.5, dtype=dtype, device="cpu")
-        return _measure(pool) if type(pool) is Tensor else {}
+        return _measure(pool, pair or _pair) if type(pool) is Tensor else {}
 
 
 def complete(times: Times) -> bool:
@@ -60,11 +63,11 @@ def _wanted() -> list[tuple[tuple[int, int], int, int]]:
     return [(s, c, n) for c, n in classes for s in SIZES if 2 * n * s[0] * s[1] <= _MOST_WORK]
 
 
-def _measure(pool: Tensor) -> Times:
+def _measure(pool: Tensor, measured: Pair) -> Times:
     out: Times = {}
     end = time.perf_counter() + BUDGET
     for size, rows, number in _wanted():
-        pair = _pair(pool, size, number, end)
+        pair = measured(pool, size, number, end)
         if pair is None:
             break
         out[(*size, rows)] = pair
@@ -72,21 +75,38 @@ def _measure(pool: Tensor) -> Times:
 
 
 def _pair(pool: Tensor, size: tuple[int, int], rows: int, end: float) -> tuple[float, float] | None:
-    numel, at = size[0] * size[1], 0
+    x, weights = operands(pool, size, rows)
+    best = least([plain(x, weights), by_onednn(x, weights)], end)
+    return None if best is None else (best[0], best[1])
+
+
+def operands(pool: Tensor, size: tuple[int, int], rows: int) -> tuple[Tensor, list[Tensor]]:
+    """What is multiplied, and as many weights as there are."""
+    numel = size[0] * size[1]
     x = pool[: rows * size[1]].view(rows, size[1])
-    kinds: list[Callable[[Tensor], Tensor]] = [
-        lambda w: F.linear(x, w),
-        lambda w: product(x, w, None, ONEDNN, ALL_CLASSES),
-    ]
+    return x, [pool[i * numel : (i + 1) * numel].view(size) for i in range(pool.numel() // numel)]
+
+
+def plain(x: Tensor, weights: Sequence[Tensor]) -> Callable[[int], Tensor]:
+    """Products by linear, each with the weight of a number."""
+    return lambda n: F.linear(x, weights[n % len(weights)])
+
+
+def by_onednn(x: Tensor, weights: Sequence[Tensor]) -> Callable[[int], Tensor]:
+    """Products by oneDNN, each with the weight of a number."""
+    return lambda n: product(x, weights[n % len(weights)], None, ONEDNN, ALL_CLASSES)
+
+
+def least(kinds: Sequence[Callable[[int], Any]], end: float) -> list[float] | None:
+    """The least time of each kind, which take turns, each time with another number; None where there is no time until
+    ``end`` for enough of them."""
     best = [float("inf")] * len(kinds)
     for turn in range(_ROUNDS + 1):
         if time.perf_counter() > end:
-            return (best[0], best[1]) if turn > _FEWEST else None
+            return best if turn > _FEWEST else None
         for i, run in enumerate(kinds):
-            at = 0 if at + 2 * numel > pool.numel() else at + numel
-            weight = pool[at : at + numel].view(size)
             start = time.perf_counter()
-            run(weight)
+            run(turn * len(kinds) + i)
             if turn:  # not the first, which prepares
                 best[i] = min(best[i], time.perf_counter() - start)
-    return best[0], best[1]
+    return best

@@ -27,6 +27,7 @@ from adaptc.passes.ir.lifted import copy_graph
 from adaptc.passes.ir.modes import AUTOCAST_DEVICES
 from adaptc.passes.ir.pass_infra import GraphPass, PassManager, PassResult, Trail
 from adaptc.passes.lower.choose_products import Choice, ChooseProducts, Products
+from adaptc.passes.lower.pack_products import Make, PackProducts
 from adaptc.passes.optimize.bind_calls import BindCalls
 from adaptc.passes.optimize.canonicalize import Canonicalize
 from adaptc.passes.optimize.fold_scales import FoldScales
@@ -73,7 +74,8 @@ class LiftedGraph:
     ``names``: its lifted placeholders, in order; ``base`` and ``slots``: those of them that are frozen, for all
     bindings or in each; ``packable``: those whose tensors may be moved into a buffer. ``limit``: bytes of memory for
     what is computed once. ``compiled``: a compiler gets it, and not an interpreter. ``fuse``: siblings may share
-    products. ``differentiable``: gradients flow through it.
+    products. ``differentiable``: gradients flow through it. ``choose``: see :class:`ChooseProducts`; ``pack``: see
+    :class:`PackProducts`.
     """
 
     module: fx.GraphModule
@@ -86,6 +88,7 @@ class LiftedGraph:
     fuse: bool = True
     differentiable: bool = False
     choose: Callable[[int, int, dtype], Choice] | None = None
+    pack: Make | None = None
 
     @cached_property
     def users(self) -> list[str]:
@@ -214,6 +217,8 @@ class GraphVariants:
         run, trail = split.main, (*self.cleaned.trail, *trail, *split.trail)
         products = Products()
         passes: list[GraphPass] = [] if s.compiled else [BindCalls()]
+        if s.pack is not None:
+            passes = [PackProducts({*s.base, *names}, s.pack), *passes]
         if s.choose is not None:
             passes = [ChooseProducts({*s.base, *names}, s.choose, s.compiled), *passes]
         if passes:

@@ -1,4 +1,4 @@
-"""Chosen products in code that inductor compiles: equal outputs, calls of torch's own op, one compilation, pure files."""
+"""Chosen products in code that inductor compiles: equal outputs, calls of torch's op, one compilation, pure files."""
 
 from __future__ import annotations
 
