@@ -21,8 +21,6 @@ from adaptc.runtime.product_times import Times, by_onednn, least, measure, opera
 PACKED = "packed"
 #: rows that the layout is made for; it is right for any
 ROWS = 128
-#: weights of one size that are packed to be measured
-_MOST = 8
 
 
 _reorder: Any = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
@@ -47,7 +45,6 @@ def measure_packed(dtype: torch.dtype) -> Times:
 
 def _pair(pool: Tensor, size: tuple[int, int], rows: int, end: float) -> tuple[float, float] | None:
     x, weights = operands(pool, size, rows)
-    weights = weights[:_MOST]
     copies = [packed(w) for w in weights]
     best = least([plain(x, weights), by_onednn(x, weights), lambda n: onednn(x, copies[n % len(copies)], None)], end)
     return None if best is None else (min(best[:2]), best[2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ADAPTC_PRODUCTS")
     monkeypatch.setattr(executor, "choose", lambda *_: Choice(LINEAR, (), "for a test"))
     monkeypatch.setattr(packed_weights, "choose_packed", _choose)
+    monkeypatch.setattr(packed_weights, "_known", WeakValueDictionary())  # other tests' programs may live on
 
 
 @pytest.fixture
