@@ -59,6 +59,7 @@ def compile(
     hoist_limit: int | None = None,
     fuse: bool = True,
     checkpoint: int | Literal["auto"] | None = None,
+    pack: str | None = None,
 ) -> AdaptedProgram:
     """Capture ``model`` and adapt it.
 
@@ -80,12 +81,14 @@ def compile(
     :attr:`AdaptedProgram.hoist_limit`). ``fuse``: layers that read one tensor share a product in calls of the program
     (see :attr:`AdaptedProgram.fuse`). ``checkpoint``: how many repeated blocks its modules compute again at a time in
     the backward, "auto" for one, for less memory; None keeps all (see :attr:`AdaptedProgram.checkpoint`).
+    ``pack``: "float32" or "bf16", the type of base weights of which calls on a CPU may hold packed copies, for more
+    memory; None for no copies (see :attr:`AdaptedProgram.pack`).
 
     The values of the model are not modified, and its parameters are shared, not copied; at the first call of a program
     that fuses, the memory of sibling weights moves into one buffer, so let no other thread run the model then.
     Raises CaptureError, ConfigError, TargetError, CheckpointError or BackendError.
     """
-    options = RunOptions(backend, hoist_limit, fuse, checkpoint=checkpoint)
+    options = RunOptions(backend, hoist_limit, fuse, checkpoint=checkpoint, pack=pack)
     if options.checkpoint is not None and not training:
         raise ConfigError(
             f"checkpoint={shown(checkpoint)} is for training, and the program is captured for inference: "
@@ -334,14 +337,17 @@ def verify(
     return verify_program(program, model, **options)
 
 
-def package(program: AdaptedProgram, path: str | os.PathLike[str], *, max_rank: int | None = None) -> Path:
+def package(
+    program: AdaptedProgram, path: str | os.PathLike[str], *, max_rank: int | None = None, products: str = "measured"
+) -> Path:
     """Compile ahead of time with AOTInductor into one file with swappable adapters; see ``adaptc.packages.write``.
 
-    The file is machine code, which runs when it is loaded.
+    The file is machine code, which runs when it is loaded. ``products``: "measured" computes the base's layers by what
+    is fastest on this machine, "plain" by torch alone.
     """
     if isinstance(program, AdaptedProgram):
         check_followed(program)
-    return package_program(program, Path(path), max_rank=max_rank)
+    return package_program(program, Path(path), max_rank=max_rank, products=products)
 
 
 def load_package(path: str | os.PathLike[str]) -> PackagedProgram:

@@ -29,6 +29,7 @@ from adaptc.passes.ir.lifted import copy_graph
 from adaptc.passes.ir.modes import AUTOCAST_DEVICES
 from adaptc.passes.ir.pass_infra import GraphPass, PassManager, PassResult, Trail
 from adaptc.passes.lower.choose_products import Choice, ChooseProducts, Products
+from adaptc.passes.lower.pack_products import Make, PackProducts
 from adaptc.passes.optimize.bind_calls import BindCalls
 from adaptc.passes.optimize.canonicalize import Canonicalize
 from adaptc.passes.optimize.fold_scales import FoldScales
@@ -85,7 +86,8 @@ class LiftedGraph:
     ``names``: its lifted placeholders, in order; ``base`` and ``slots``: those of them that are frozen, for all
     bindings or in each; ``packable``: those whose tensors may be moved into a buffer. ``limit``: bytes of memory for
     what is computed once. ``compiled``: a compiler gets it, and not an interpreter. ``fuse``: siblings may share
-    products. ``differentiable``: gradients flow through it.
+    products. ``differentiable``: gradients flow through it. ``choose``: see :class:`ChooseProducts`; ``pack``: see
+    :class:`PackProducts`.
     """
 
     module: fx.GraphModule
@@ -98,6 +100,7 @@ class LiftedGraph:
     fuse: bool = True
     differentiable: bool = False
     choose: Callable[[int, int, dtype], Choice] | None = None
+    pack: Make | None = None
 
     @cached_property
     def users(self) -> list[str]:
@@ -112,10 +115,12 @@ class LiftedGraph:
 
 @dataclass(frozen=True, eq=False)
 class GraphVariant:
-    """A graph and what was hoisted out of it, the inputs that packing adds, the callable, what it shares between
-    bindings, the passes it went through, and the products that were chosen for its base."""
+    """A graph and what was hoisted out of it, what calls of it run, as a graph and as a callable, the inputs that
+    packing adds, what it shares between bindings, the passes it went through, and the products that were chosen for its
+    base."""
 
     split: SplitGraph
+    code: fx.GraphModule
     packs: tuple[Pack, ...]
     call: Callable[..., Any]
     shared: Shared | None
@@ -238,16 +243,18 @@ class GraphVariants:
         split = SplitGraph(module, [*s.names, *names], {*s.base, *names}, s.slots, s.limit, s.compiled)
         run, trail = split.main, (*self.cleaned.trail, *trail, *split.trail)
         products = Products()
-        if not s.compiled:
-            passes: list[GraphPass] = [BindCalls()]
-            if s.choose is not None:
-                passes = [ChooseProducts({*s.base, *names}, s.choose), *passes]
+        passes: list[GraphPass] = [] if s.compiled else [BindCalls()]
+        if s.pack is not None:
+            passes = [PackProducts({*s.base, *names}, s.pack), *passes]
+        if s.choose is not None:
+            passes = [ChooseProducts({*s.base, *names}, s.choose, s.compiled), *passes]
+        if passes:
             bound = PassManager(passes)(copy_graph(split.main.graph))
             run, trail = fx.GraphModule(split.main, bound.output), (*trail, *bound.trail)
             products = bound.data[0] or products
         # Not the module itself: while any thread traces, torch.fx has what calls modules patched for all of them.
         return GraphVariant(
-            split, packs, run.forward, Shared(split.stages[0]) if split.stages else None, trail, products
+            split, run, packs, run.forward, Shared(split.stages[0]) if split.stages else None, trail, products
         )
 
 

@@ -27,7 +27,7 @@ WORK = (("decode 1x1", tokens(1, 1), 3), ("prefill 1x128", tokens(1, 128), 1))
 
 
 @contextmanager
-def _plain() -> Iterator[None]:
+def plain_products() -> Iterator[None]:
     """Code that is made inside chooses nothing."""
     before = os.environ.get(SWITCH)
     os.environ[SWITCH] = "plain"
@@ -41,7 +41,7 @@ def _plain() -> Iterator[None]:
 
 def run(sides: Sides, rounds: int = 15) -> list[Row]:
     """The bases of both programs are there too, so that a faster base hides nothing of what adapters cost."""
-    with _plain(), torch.no_grad():
+    with plain_products(), torch.no_grad():
         plain = adaptc.compile(sides.base, str(sides.dirs[0]))
         for _, inputs, _ in WORK:
             expected = plain(**inputs).logits
@@ -49,11 +49,13 @@ def run(sides: Sides, rounds: int = 15) -> list[Row]:
     chosen = adaptc.compile(sides.base, str(sides.dirs[0]))
     with torch.no_grad():
         torch.testing.assert_close(chosen(**WORK[-1][1]).logits, expected, rtol=1e-3, atol=1e-3)
+    packed = adaptc.compile(sides.base, str(sides.dirs[0]), pack="float32")
     candidates = {
         "transformers base": sides.base,
         "PEFT": sides.peft,
         "adaptc, plain products": plain,
         "adaptc, chosen products": chosen,
+        "adaptc, chosen products, packed": packed,
         "prog.base, plain products": plain.base,
         "prog.base, chosen products": chosen.base,
     }
@@ -61,7 +63,7 @@ def run(sides: Sides, rounds: int = 15) -> list[Row]:
     for work, inputs, times in WORK:
         calls = {name: _call(fn, inputs) for name, fn in candidates.items()}
         rows += interleave(f"{work}, eager, products", calls, "transformers base", rounds * times)
-    print(chosen.products, "\n", file=sys.stderr)
+    print(chosen.products, packed.packed, "", sep="\n", file=sys.stderr)
     return [*rows, *_over_base(rows, "prog.base, chosen products", ("adaptc, chosen products",))]
 
 
