@@ -193,7 +193,8 @@ class AdaptedProgram(ProgramCore):
     @property
     def products(self) -> Products:
         """What computes the products of the base's linear layers, and why (see ``report``); nothing before the first
-        call, and where ``ADAPTC_PRODUCTS=plain`` is set. Modules to train have their own: ``prog.module().products``."""
+        call, and where ``ADAPTC_PRODUCTS=plain`` is set. Modules to train have their own:
+        ``prog.module().products``."""
         executor = self.running.executor
         return Products() if executor is None else executor.products
 

@@ -15,7 +15,7 @@ Private torch use, with the public route that was tried:
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -40,8 +40,9 @@ def teach_inductor() -> bool:
         if kind != ONEDNN or tuple(classes) != ALL_CLASSES or not takes(x.get_dtype()):
             return plain(x, weight, bias, kind, classes)
         *lead, width = x.get_size()
-        rows = view(x, [-1, width])
-        out = TensorBox.create(LinearUnary.create(rows, weight, bias, "none", [], ""))
+        rows = view(x, cast(Any, [-1, width]))
+        made: Any = LinearUnary.create(rows, weight, bias, "none", [], "")
+        out: Any = TensorBox.create(made)
         return view(out, [*lead, weight.get_size()[0]])
 
     register_lowering(op, type_promotion_kind=None)(lower)

@@ -43,7 +43,9 @@ class PackProducts(GraphPass):
                 continue
             if value.ndim != 2 or value.device.type != "cpu" or not all(isinstance(s, int) for s in value.shape):
                 continue
-            made = self.make(*map(int, value.shape), value.dtype, *kinds[node.target](node))
+            out, width = map(int, value.shape)
+            kind, classes = kinds[node.target](node)
+            made = self.make(out, width, value.dtype, kind, classes)
             if made is not None:
                 node.target, node.args, node.kwargs = made, (x, weight, bias), {}
                 count += 1

@@ -228,7 +228,9 @@ def test_gradients_have_a_table_of_their_own(place: Path) -> None:
 
 def test_the_gradients_product_is_of_the_turned_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     times: Times = {(256, 1024, 2): (1.0, 0.5), (1024, 256, 2): (1.0, 2.0)}
-    monkeypatch.setattr(module, "product_table", lambda dtype, measuring, of: ProductTable(times if of == TURNED else {}))
+    monkeypatch.setattr(
+        module, "product_table", lambda dtype, measuring, of: ProductTable(times if of == TURNED else {})
+    )
     assert choose_for_gradient(1024, 256, torch.float32).classes == (2,)
     assert choose_for_gradient(256, 1024, torch.float32).kind == LINEAR
     assert choose_for_gradient(127, 5000, torch.float32).why == "fewer than 128 rows or columns"
