@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from adaptc.adapters.adapter import Adapter, load_adapter
     from adaptc.adapters.combine import combine
+    from adaptc.adapters.subtract import subtract_adapter
     from adaptc.adapters.to_lora import convert_to_lora
     from adaptc.api import (
         bind,
@@ -97,6 +98,7 @@ PUBLIC = {
     "load_adapter": "adaptc.adapters.adapter",
     "combine": "adaptc.adapters.combine",
     "convert_to_lora": "adaptc.adapters.to_lora",
+    "subtract_adapter": "adaptc.adapters.subtract",
     "assert_no_recompiles": "adaptc.runtime.recompiles",
     "RankAllocator": "adaptc.program.rank_allocator",
     "orthogonal_loss": "adaptc.program.rank_allocator",

@@ -74,6 +74,11 @@ def as_lora(
     if not any(r.change for r in rows) and not any(p.bias is not None for _, _, p in parts.values()):
         raise ConfigError(f"{source} changes no weight, so LoRA of it would do nothing")
     biased = any(p.bias is not None for _, _, p in parts.values())
+    if biased and (bare := [a.fqn for a, op, _ in parts.values() if not op.callable or op.kind == "embedding"]):
+        raise ConfigError(
+            f"{source} changes biases, for which LoRA has lora_bias=True at every layer, and {bare[0]!r} takes none: "
+            "leave it out of the adapter"
+        )
     lora = _config(config, [a for a, _, _ in parts.values()]).of_low_rank(ranks, biased)
     out: dict[str, Tensor] = {}
     for key, (a, op, part) in parts.items():
@@ -89,7 +94,7 @@ def _slots(lora: LoraConfig, a: Attachment, op: Op, part: LowRank, biased: bool)
     like = {n: torch.empty(s.shape, device="meta") for n, s in method.slots(op).items()}
     scale = method.scale(op)
     bias = part.bias
-    if biased and op.callable and op.kind != "embedding":
+    if biased:
         bias = part.up.new_zeros(op.out_features) if bias is None else bias / scale
     new = method.with_low_rank(replace(part, up=part.up / scale, bias=bias), like)
     return {n: t.contiguous() for n, t in new.items()}

@@ -137,7 +137,15 @@ def _products(
             change = replace(change, bias=change.up.new_zeros(blocks * rows))
         tensors = site.method.with_low_rank(change, site.tensors)
         out |= {f"{key}.{n}".removeprefix("."): t.contiguous() for n, t in tensors.items()}
-    return out, {site.name: c.rank * split for site, c, split in made.values()}, biased
+    ranks: dict[str, int] = {}
+    for site, change, split in made.values():
+        for name in site.names:
+            if ranks.setdefault(name, change.rank * split) != change.rank * split:
+                raise ConfigError(
+                    f"{site.key!r} is one of the parameters {', '.join(site.names)}, whose ranks would differ, and "
+                    f"which of them is known with the model alone; choose one svd_rank for all, or {AS_LORA}"
+                )
+    return out, ranks, biased
 
 
 def _same_dtype(parts: Sequence[LowRank]) -> list[LowRank]:
@@ -199,14 +207,14 @@ def _told(t: Tensor | None, shape: bool) -> str:
 def _united(adapters: Sequence[AdapterLike], sites: Sequence[dict[str, Site]]) -> TargetedConfig:
     first = adapters[0].config
     assert isinstance(first, TargetedConfig)
-    return first.united([a.config for a in adapters], [[s.name for s in one.values()] for one in sites])
+    return first.united([a.config for a in adapters], [[s.names[0] for s in one.values() if s.whole] for one in sites])
 
 
 def _check_methods(config: TargetedConfig, parts: dict[str, list[tuple[int, Site]]]) -> None:
     """Options of the adapters are in the result as they were."""
     for key, group in parts.items():
         _, site = group[0]
-        if config.method(site.name, "linear") != site.method:
+        if config.method(site.names[0], "linear") != site.method:
             raise ConfigError(
                 f"{key!r}: the options of the adapters there, {site.method}, cannot be said in one config with those "
                 "of other modules; combine adapters with the same options by module"

@@ -6,7 +6,7 @@ and its tensors by their names; what is left are tensors that were trained whole
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -35,15 +35,14 @@ class AdapterLike(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """``key`` is what the keys of its tensors begin with, ``name`` the module that patterns of the config are for."""
+    """``key`` is what the keys of its tensors begin with. ``names``: of the module, or of the parameters that it may
+    be, for which the config has one method; ``whole`` where it is the module."""
 
     key: str
     method: Method
+    names: Sequence[str]
+    whole: bool
     tensors: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        return module_of(self.key)
 
     def low_rank(self, source: str) -> LowRank | None:
         """What it adds to the weight, as a product. Raises CheckpointError that names the site."""
@@ -81,21 +80,25 @@ def sites_of(adapter: AdapterLike, device: torch.device) -> tuple[dict[str, Site
             continue
         path, name = found
         if path not in sites:
-            if _WRAPPER in path and any(config.pattern_entries().values()):
-                raise ConfigError(
-                    f"{source}: {path!r} is a parameter or a part of a module, and whether it is meant by a pattern of "
-                    f"the config ({', '.join(config.pattern_entries())}) is known with the model alone: give model="
-                )
-            sites[path] = Site(path, config.method(module_of(path), "linear"))
+            sites[path] = _site(path, config, source)
         sites[path].tensors[name] = value
     if not sites and not others:
         raise CheckpointError(f"{source} has no tensors, so there is nothing to combine")
     return sites, others
 
 
-def module_of(key: str) -> str:
-    """The module of a site, as PEFT calls it before it is wrapped."""
-    return key.partition(_WRAPPER)[0]
+def _site(key: str, config: TargetedConfig, source: str) -> Site:
+    module = key.partition(_WRAPPER)[0]  # as PEFT calls it before it is wrapped
+    ends = [(e, f"{module}.{e.rpartition('.')[2]}".removeprefix(".")) for e in config.target_parameters or ()]
+    parameters = [n for e, n in ends if n == e or n.endswith(f".{e}")]
+    methods = {n: config.method(n, "linear") for n in parameters or [module]}
+    first, *others = methods.values()
+    if any(m != first for m in others):
+        raise ConfigError(
+            f"{source}: {key!r} is one of the parameters {', '.join(methods)}, which have different options by the "
+            f"patterns of the config, and which of them is known with the model alone; {AS_LORA}"
+        )
+    return Site(key, first, list(methods), not parameters)
 
 
 def in_full(key: str, tensor: Tensor, source: str) -> Tensor:

@@ -10,7 +10,7 @@ from adaptc.methods._name_patterns import check_patterns, endings, pattern_value
 from adaptc.methods._registry import check_registered, config_class, is_own, method_of, register_method
 from adaptc.methods._sizes import check_sizes
 from adaptc.methods._stacked import Stacked
-from adaptc.methods._united import united
+from adaptc.methods._united import exactly, united
 from adaptc.methods._whole import TokenRows, Whole
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "check_sizes",
     "config_class",
     "endings",
+    "exactly",
     "is_own",
     "method_of",
     "pattern_value",

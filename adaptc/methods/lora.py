@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from adaptc.errors import CheckpointError, TargetError
+from adaptc.errors import CheckpointError, ConfigError, TargetError
 from adaptc.methods._checks import adapter_input, check_matrix
 from adaptc.methods._lora_init import init_lora
 from adaptc.passes.ir.low_rank import LowRank
@@ -145,6 +145,11 @@ class Lora(Method):
     def with_low_rank(self, change: LowRank, like: Slots) -> dict[str, Tensor]:
         (a, A), (b, B) = self._halves(like)
         blocks, rows, _ = change.shape
+        if change.bias is not None and (a != "lora_A.weight" or (A.ndim == 2 and blocks > 1)):
+            raise ConfigError(
+                f"there is a bias in what the adapters do together (lora_bias=True), and the layer with {a!r} "
+                f"{tuple(A.shape)} takes none; combine adapters with a bias apart from those of embeddings and experts"
+            )
         if A.ndim > 2:
             up = change.up.reshape(blocks * rows, change.rank, *B.shape[2:])
         else:
