@@ -26,6 +26,11 @@ from adaptc.methods.lora_config import LoraConfig
 from adaptc.passes.ir.low_rank import LowRank
 from adaptc.peft_files.directory import check_finite
 
+_ZERO = (
+    "the result is zero everywhere, so it would do nothing: the weights are zero, the adapters cancel, or density "
+    "keeps none of their entries"
+)
+
 
 @torch.no_grad()
 def combined(
@@ -52,11 +57,8 @@ def combined(
         tensors = _sums(adapters, weights, options, parts)
         config = _united(adapters, sites)
         _check_methods(config, parts)
-    if not any(bool(t.any()) for t in tensors.values()) and not out:
-        raise ConfigError(
-            "the result is zero everywhere, so it would do nothing: the weights are zero, the adapters cancel, or "
-            "density keeps none of their entries"
-        )
+        if tensors and not any(bool(t.any()) for t in tensors.values()):
+            raise ConfigError(_ZERO)
     check_finite(tensors, "the result of the combination")
     return config, {**tensors, **out}
 
@@ -130,6 +132,8 @@ def _products(
         rank = -(-(options.svd_rank or largest) // split)
         made[key] = site, summed(found, [weights[i] for i, _ in group], options, rank), split
     biased = any(c.bias is not None for _, c, _ in made.values())
+    if not any(bool(c.down.any() and c.up.any()) or c.bias is not None for _, c, _ in made.values()):
+        raise ConfigError(_ZERO)
     out: dict[str, Tensor] = {}
     for key, (site, change, _) in made.items():
         if biased and change.bias is None:

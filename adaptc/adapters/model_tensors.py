@@ -118,7 +118,7 @@ class Layers:
             return None
         if self.modules is None:
             return Op("linear", shape, aten.linear.default) if len(shape) == 2 else None
-        layer = self.modules.get(module)
+        layer: Any = self.modules.get(module)
         if isinstance(layer, nn.Linear):
             return Op("linear", shape, aten.linear.default)
         if isinstance(layer, nn.Embedding):

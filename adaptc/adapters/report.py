@@ -60,5 +60,5 @@ class FitReport(Report):
             "error": self.error,
             "kept": self.kept,
             "whole": list(self.whole),
-            "weights": [vars(s) for s in self.sites],
+            "weights": [{"weight": s.site, **{k: v for k, v in vars(s).items() if k != "site"}} for s in self.sites],
         }
