@@ -62,7 +62,13 @@ def as_lora(
     rows: list[SiteFit] = []
     ranks: dict[str, int] = {}
     for a, change_of in sites:
-        op, change = spec.ops[a.id], change_of()
+        op = spec.ops[a.id]
+        if op.bound is not None:
+            raise ConfigError(
+                f"{a.fqn!r} is an embedding with max_norm, which LoRA's own rows would keep to as well, so that no "
+                "LoRA is near the change; leave it out of the adapter"
+            )
+        change = change_of()
         _check(change, a, source)
         split = change.matrix.shape[0] if not op.experts else 1
         own = cut if cut.rank is None else replace(cut, rank=-(-cut.rank // split))

@@ -122,6 +122,11 @@ class Layers:
         if isinstance(layer, nn.Linear):
             return Op("linear", shape, aten.linear.default)
         if isinstance(layer, nn.Embedding):
+            if layer.max_norm is not None:
+                raise ConfigError(
+                    f"{module!r} is an embedding with max_norm, which LoRA's own rows would keep to as well, so that "
+                    "no LoRA is near the change; leave it out of target_modules"
+                )
             return Op("embedding", (shape[1], shape[0]), aten.embedding.default)
         if type(layer).__name__ == "Conv1D":  # of transformers, a linear layer whose weight is turned
             return Op("addmm", (shape[1], shape[0]), aten.addmm.default)

@@ -138,6 +138,14 @@ def test_what_has_no_lora_is_refused():
         adaptc.convert_to_lora("some-directory", rank=2)
     with pytest.raises(adaptc.ConfigError, match="model goes with an adapter that is no program's"):
         adaptc.convert_to_lora(fresh, net(), rank=2)
+    bounded = torch.nn.Sequential(torch.nn.Embedding(9, 5, max_norm=1.0)).eval()
+    config = adaptc.LoHaConfig(r=2, target_modules=["0"], init_weights=False)
+    prog = adaptc.compile(bounded, config, example_inputs=IDS % 9)
+    with pytest.raises(adaptc.ConfigError, match="an embedding with max_norm"):
+        adaptc.convert_to_lora(prog, rank=2)
+    other = torch.nn.Sequential(torch.nn.Embedding(9, 5, max_norm=1.0))
+    with pytest.raises(adaptc.ConfigError, match="an embedding with max_norm"):
+        adaptc.subtract_adapter(bounded, other, rank=2)
     rows = adaptc.compile(
         net(), adaptc.TrainableTokensConfig(target_modules=["table"], token_indices=[1, 3]), example_inputs=IDS
     )
