@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 # Type checkers follow imports, not tables; the tests hold the two against each other.
 if TYPE_CHECKING:
+    from adaptc.adapters.adapter import Adapter, load_adapter
+    from adaptc.adapters.combine import combine
+    from adaptc.adapters.subtract import subtract_adapter
+    from adaptc.adapters.to_lora import convert_to_lora
     from adaptc.api import (
         bind,
         compile,
@@ -91,6 +95,10 @@ PUBLIC = {
     "load_package": "adaptc.api",
     "report": "adaptc.api",
     "verify": "adaptc.api",
+    "load_adapter": "adaptc.adapters.adapter",
+    "combine": "adaptc.adapters.combine",
+    "convert_to_lora": "adaptc.adapters.to_lora",
+    "subtract_adapter": "adaptc.adapters.subtract",
     "assert_no_recompiles": "adaptc.runtime.recompiles",
     "RankAllocator": "adaptc.program.rank_allocator",
     "orthogonal_loss": "adaptc.program.rank_allocator",
@@ -100,6 +108,7 @@ PUBLIC = {
     "last_checkpoint": "adaptc.program.checkpoints",
     # what one holds
     "AdaptedProgram": "adaptc.program.adapted",
+    "Adapter": "adaptc.adapters.adapter",
     "LoraConfig": "adaptc.methods.lora_config",
     "AdaLoraConfig": "adaptc.methods.adalora",
     "OFTConfig": "adaptc.methods.oft",

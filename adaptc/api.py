@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from adaptc.adapters.adapter import Adapter
 from adaptc.binding.source import as_binding
 from adaptc.errors import AdaptcError, ConfigError, MergeError, shown
 from adaptc.packages.report import PackageReport
@@ -251,7 +252,7 @@ def load(
 
 @checked("adapter_name", "safe_serialization", "base_model", "save_embedding_layers", "format", "component")
 def save_adapter(
-    program: AdaptedProgram | nn.Module,
+    program: AdaptedProgram | nn.Module | Adapter,
     path: str | os.PathLike[str],
     *,
     adapter_name: str = "default",
@@ -276,6 +277,7 @@ def save_adapter(
     ``program`` may be a module that ``program.module()`` made. It must be one that FSDP2 holds in parts: then every
     process makes the call, the first one writes, and all return when it has. Raises AdaptcError for a program whose
     module trains other tensors than the program has, and CheckpointError where the directory cannot be written.
+    An :class:`Adapter` is written as a PEFT directory alone, and has no embeddings to add.
     """
     options: dict[str, Any] = {
         "adapter_name": adapter_name,
@@ -285,6 +287,13 @@ def save_adapter(
         "format": format,
         "component": component,
     }
+    if isinstance(program, Adapter):
+        said = {"save_embedding_layers": save_embedding_layers, "component": component, "format": format != "peft"}
+        if given := [name for name, value in said.items() if value]:
+            raise ConfigError(f"{given[0]} needs the model: bind the adapter to a program of it, and save that")
+        return program.write(
+            path, adapter_name=adapter_name, safe_serialization=safe_serialization, base_model=base_model
+        )
     if isinstance(program, ProgramModule):
         return write_module(program, path, **options)
     if not isinstance(program, AdaptedProgram):

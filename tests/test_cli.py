@@ -25,7 +25,8 @@ from adaptc.peft_files.directory import read_adapter, write_adapter
 from tests.support.families import FAMILIES
 
 WRITERS = ("compile", "merge", "swap", "unload", "lower", "package", "export-adapter")
-COMMANDS = ("show", "methods", "verify", *WRITERS)
+OF_ADAPTERS = ("combine", "to-lora", "extract")  # see test_cli_adapters.py
+COMMANDS = ("show", "methods", "verify", *WRITERS, *OF_ADAPTERS)
 
 
 class Net(nn.Module):
@@ -304,7 +305,7 @@ def test_every_option_says_what_it_is_for(command: str) -> None:
         assert parameter.help, parameter.name
     options = {opt for p in found.params for opt in p.opts}
     assert "--json" in options
-    assert (command in WRITERS) == ({"--output", "-o", "--force"} <= options)
+    assert (command in (*WRITERS, *OF_ADAPTERS)) == ({"--output", "-o", "--force"} <= options)
 
 
 # -- compile, package, lower -------------------------------------------------------------------------------------------

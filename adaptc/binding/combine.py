@@ -12,10 +12,10 @@ from typing import Any
 
 from adaptc.binding.bind import joined
 from adaptc.binding.binding import Binding, BindingSpec
-from adaptc.binding.given import is_state_dict
 from adaptc.errors import ConfigError
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.method import Method
+from adaptc.peft_files.given import is_state_dict
 from adaptc.peft_files.origin import PEFT
 
 

@@ -8,18 +8,17 @@ nothing else. What a file does not say is never made up: the caller has to.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
 from adaptc.binding.components import Chosen, choose
 from adaptc.binding.module_names import ModuleNames
 from adaptc.errors import CheckpointError, ConfigError, shown
-from adaptc.methods import AdapterConfig, TargetedConfig, config_class
+from adaptc.methods import AdapterConfig, TargetedConfig, config_class, endings, value_table
 from adaptc.peft_files.directory import AdapterFile, bare_key
 from adaptc.peft_files.formats.detect import detect, foreign, of_component
 from adaptc.peft_files.formats.diffusers import BIN, SAFE
@@ -28,7 +27,6 @@ from adaptc.peft_files.formats.parts import ALPHA, Part, component_of
 from adaptc.peft_files.origin import Origin
 from adaptc.peft_files.raw import RawFile, of_peft
 
-V = TypeVar("V")
 #: fields of a config that choose modules, which the keys of a file do
 _CHOOSING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
 
@@ -170,14 +168,9 @@ def _targets(modules: Sequence[str], names: ModuleNames) -> dict[str, Any]:
     """Fields that choose exactly these modules. A name in PEFT's list also stands for every module that ends with
     it."""
     wanted = frozenset(modules)
-    more = [m for m in names.shapes if m not in wanted and any(end in wanted for end in _ends(m))]
+    more = [m for m in names.shapes if m not in wanted and any(end in wanted for end in endings(m))]
     out: dict[str, Any] = {"target_modules": list(modules)}
     return out | ({"exclude_modules": "|".join(map(re.escape, more))} if more else {})
-
-
-def _ends(module: str) -> list[str]:
-    pieces = module.split(".")
-    return [".".join(pieces[i:]) for i in range(1, len(pieces))]
 
 
 def _completed(config: AdapterConfig, targets: Mapping[str, Any]) -> AdapterConfig:
@@ -207,18 +200,9 @@ def _says(raw: RawFile, parts: Sequence[Part]) -> bool:
 
 def _patterns(kind: str, layers: Mapping[str, Layer]) -> dict[str, Any]:
     """Ranks and alphas of all modules as the fields of a config."""
-    r, ranks = _table({m: made.rank for m, made in layers.items()})
-    alpha, alphas = _table({m: made.rank if made.alpha is None else made.alpha for m, made in layers.items()})
+    r, ranks = value_table({m: made.rank for m, made in layers.items()})
+    alpha, alphas = value_table({m: made.rank if made.alpha is None else made.alpha for m, made in layers.items()})
     return {"r": r, "rank_pattern": ranks, config_class(kind).alpha_field: alpha, "alpha_pattern": alphas}
-
-
-def _table(values: Mapping[str, V]) -> tuple[V, dict[str, V]]:
-    """The most frequent value, and PEFT's table of the others. Its first key that matches the end of a name rules, so
-    longer names come first, and one that ends as another's is there even with the frequent value."""
-    (most, _), *_ = Counter(values.values()).most_common(1)
-    others = {m for m, v in values.items() if v != most}
-    keys = sorted((m for m in values if m in others or any(end in others for end in _ends(m))), key=len, reverse=True)
-    return most, {re.escape(m): values[m] for m in keys}
 
 
 def in_memory(tensors: Mapping[str, Tensor]) -> RawFile:

@@ -28,13 +28,13 @@ from adaptc.binding.foreign import (
     translated,
     with_targets,
 )
-from adaptc.binding.given import given, is_state_dict
 from adaptc.binding.old_experts import restack
 from adaptc.binding.recipes import Recipes, structure
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError, SwapError, shown
 from adaptc.methods import AdapterConfig, TargetedConfig, config_class
 from adaptc.patterns import limited
 from adaptc.peft_files.directory import AdapterFile, all_finite, read_config
+from adaptc.peft_files.given import given, is_state_dict
 from adaptc.peft_files.raw import RawFile, read_any, rename
 from adaptc.value_types import checked
 
@@ -42,15 +42,23 @@ from adaptc.value_types import checked
 def as_adapter(
     adapter: Any, key_mapping: Mapping[str, str] | None = None
 ) -> tuple[AdapterConfig | None, AdapterFile | RawFile | None]:
-    """A config, and the adapter's file when it is one; of a file of another format, and of a state dict, the config is
-    known once the model is. Raises ConfigError or CheckpointError."""
+    """A config, and the adapter's file when it is one, or an object that can be taken for one (``as_file``); of a file
+    of another format, and of a state dict, the config is known once the model is. Raises ConfigError or
+    CheckpointError."""
     if is_state_dict(adapter):
         tensors = rename(given(adapter, "state dict"), key_mapping, "state dict")
-        return None, in_memory({k: t.detach().clone() for k, t in tensors.items()})
+        return None, in_memory(_copied(tensors))
+    if hasattr(adapter, "as_file"):
+        file = adapter.as_file()
+        return of_file(file), replace(file, tensors=_copied(rename(file.tensors, key_mapping, file.path)))
     if isinstance(adapter, (str, os.PathLike)):
         file = read_any(adapter, key_mapping=key_mapping)
         return (of_file(file) if isinstance(file, AdapterFile) else None), file
     return as_config(adapter), None
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: t.detach().clone() for k, t in tensors.items()}
 
 
 def as_config(config: Any) -> AdapterConfig:
@@ -287,6 +295,8 @@ def _bound(
     recipes: Recipes | None,
     own: bool,
 ) -> Binding:
+    if hasattr(adapter, "as_file"):
+        adapter = adapter.as_file()
     source, copy = str(adapter) if isinstance(adapter, (str, os.PathLike)) else "state dict", own
     if isinstance(adapter, (str, os.PathLike)):
         adapter = read_any(adapter, adapter_name=reading.adapter_name, key_mapping=reading.key_mapping)

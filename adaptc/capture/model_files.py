@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from adaptc.errors import CheckpointError, shown
 
 _EXPECTED = "expected a transformers model directory (config.json and weights), or a program (.pt2)"
@@ -17,6 +19,25 @@ _EXPECTED = "expected a transformers model directory (config.json and weights), 
 
 def read_model(path: Path) -> Any:
     """The model in a directory. Raises CheckpointError where there is none, or where transformers cannot load it."""
+    kind = _class(path)
+    try:
+        return kind.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # transformers, safetensors and torch each have their own types for damaged files
+        raise CheckpointError(f"transformers cannot load {kind.__name__} from {path}: {shown(str(error))}") from error
+
+
+def read_skeleton(path: Path) -> Any:
+    """The same model without its weights (on the device meta), of its config alone."""
+    kind = _class(path)
+    try:
+        with torch.device("meta"):
+            return kind(kind.config_class.from_pretrained(path, local_files_only=True))
+    except Exception as error:
+        raise CheckpointError(f"transformers cannot make {kind.__name__} of {path}: {shown(str(error))}") from error
+
+
+def _class(path: Path) -> Any:
+    """The class of transformers that a directory's config names."""
     try:
         config = json.loads((path / "config.json").read_bytes())
     except FileNotFoundError:
@@ -33,7 +54,4 @@ def read_model(path: Path) -> Any:
             f"{path / 'config.json'} names the architectures {shown(names)}: expected one class of transformers "
             f"{transformers.__version__}. Load the model in Python, and pass it to adaptc.compile"
         )
-    try:
-        return kind.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # transformers, safetensors and torch each have their own types for damaged files
-        raise CheckpointError(f"transformers cannot load {name} from {path}: {shown(str(error))}") from error
+    return kind

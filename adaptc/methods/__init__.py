@@ -6,10 +6,11 @@ What other packages use of them is here; the modules with a leading underscore a
 from adaptc.methods._config import AdapterConfig, TargetedConfig
 from adaptc.methods._default_targets import OTHER_MEANING, adapts_defaults
 from adaptc.methods._model_facts import ModelFacts
-from adaptc.methods._name_patterns import check_patterns, pattern_value
+from adaptc.methods._name_patterns import check_patterns, endings, pattern_value, value_table
 from adaptc.methods._registry import check_registered, config_class, is_own, method_of, register_method
 from adaptc.methods._sizes import check_sizes
 from adaptc.methods._stacked import Stacked
+from adaptc.methods._united import exactly, united
 from adaptc.methods._whole import TokenRows, Whole
 
 __all__ = [
@@ -25,8 +26,12 @@ __all__ = [
     "check_registered",
     "check_sizes",
     "config_class",
+    "endings",
+    "exactly",
     "is_own",
     "method_of",
     "pattern_value",
     "register_method",
+    "united",
+    "value_table",
 ]

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import re
 import warnings
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self, cast
@@ -20,7 +18,8 @@ from torch import Tensor
 from adaptc.errors import SHOWN, AdaptcWarning, ConfigError, nearest, shown
 from adaptc.methods._default_targets import adapts_defaults, defaults
 from adaptc.methods._model_facts import ModelFacts
-from adaptc.methods._name_patterns import MANY, matches_pattern
+from adaptc.methods._name_patterns import MANY, matches_pattern, value_table
+from adaptc.methods._united import united
 from adaptc.passes.ir.method import Method
 from adaptc.value_types import fitting, table
 
@@ -210,14 +209,20 @@ class TargetedConfig(AdapterConfig):
         own = {f.name for f in fields(self)}
         if "r" not in own or not ranks:
             return self
-        (r, _), *_ = Counter(ranks.values()).most_common(1)
+        r, others = value_table(ranks)
         values: dict[str, Any] = {"r": r}
         if "rank_pattern" in own:
-            # The first key that matches the end of a name rules, so longer names come first.
-            others = sorted((n for n in ranks if ranks[n] != r), key=len, reverse=True)
-            values["rank_pattern"] = {re.escape(n): ranks[n] for n in others}
+            values["rank_pattern"] = others
         new = copy.copy(self)
         for name, value in values.items():
+            setattr(new, name, value)
+        return new
+
+    def united(self, configs: Sequence[Any], names: Sequence[Sequence[str]]) -> Self:
+        """This config, the first of ``configs``, with the sites of all of them: the modules called ``names`` of each,
+        and what else its file holds. All are of this class."""
+        new = copy.copy(self)
+        for name, value in united(configs, names).items():
             setattr(new, name, value)
         return new
 

@@ -8,6 +8,7 @@ follows a dot, an alternation in it is not kept together, and the whole name cou
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TypeVar
@@ -16,6 +17,7 @@ from adaptc.errors import SHOWN, Tell, and_more, did_you_mean, refuse_entry
 from adaptc.patterns import Pattern, compiled
 
 T = TypeVar("T")
+V = TypeVar("V")
 
 #: keys of a table that are tried one by one; and the most there may be, which no model has modules for
 FEW, MANY = 64, 100_000
@@ -82,6 +84,22 @@ def check_patterns(
     if unused:
         hints = [f"{key!r} matches no adapted module{did_you_mean(key, names)}" for key in unused[:SHOWN]]
         tell(f"{option}: " + "; ".join(hints) + and_more(unused))
+
+
+def value_table(values: Mapping[str, V]) -> tuple[V, dict[str, V]]:
+    """The most frequent value, and PEFT's table of the others, by names of modules. Its first key that matches the end
+    of a name rules, so longer names come first, and one that ends as another's is there even with the frequent
+    value."""
+    (most, _), *_ = Counter(values.values()).most_common(1)
+    others = {m for m, v in values.items() if v != most}
+    keys = sorted((m for m in values if m in others or any(end in others for end in endings(m))), key=len, reverse=True)
+    return most, {re.escape(m): values[m] for m in keys}
+
+
+def endings(module: str) -> list[str]:
+    """What the name of a module ends with, from dot to dot, without the whole of it."""
+    pieces = module.split(".")
+    return [".".join(pieces[i:]) for i in range(1, len(pieces))]
 
 
 def _ending(key: str) -> str:

@@ -84,6 +84,9 @@ class Spectrum(Method):
     def spectrum(self) -> str:
         return f"{self.prefix}_spectrum"
 
+    def summed(self) -> str:
+        return self.spectrum
+
     @property
     def places(self) -> str:
         return f"{self.prefix}_indices"

@@ -67,6 +67,7 @@ class C3A(Method):
     """See the module docstring."""
 
     name: ClassVar[str] = "c3a"
+    file_names: ClassVar[tuple[str, ...]] = (KERNEL,)
     takes_complex: ClassVar[bool] = False
 
     block: int = 256
@@ -81,6 +82,9 @@ class C3A(Method):
                 f"of {gcd(rows, columns)} do. block_size_pattern gives this layer another one"
             )
         return {KERNEL: Slot((rows // self.block, columns // self.block, self.block))}
+
+    def summed(self) -> str:
+        return KERNEL
 
     def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
         (slot,) = self.slots(op).values()

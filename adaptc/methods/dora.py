@@ -31,6 +31,7 @@ class Dora(Lora):
 
     name: ClassVar[str] = "dora"
     takes_complex: ClassVar[bool] = False
+    file_names: ClassVar[tuple[str, ...]] = (*Lora.file_names, MAGNITUDE)
 
     def slots(self, op: Op) -> dict[str, Slot]:
         shape = (op.experts,) if op.experts else (1,) if op.is_conv else ()
@@ -55,6 +56,9 @@ class Dora(Lora):
 
     def nested(self) -> Dora:
         return self  # PEFT has no DoRA in MultiheadAttention, and so no files in which it is applied twice
+
+    def low_rank(self, found: Slots) -> None:
+        return None  # its lengths are those of the model's weights
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         full = self._turned(op, W, slots, scale)

@@ -66,6 +66,7 @@ class FourierFT(Spectrum):
     name: ClassVar[str] = "fourierft"
     takes_complex: ClassVar[bool] = False
     prefix: ClassVar[str] = "fourierft"
+    file_names: ClassVar[tuple[str, ...]] = ("fourierft_spectrum",)
 
     def first(self, generator: torch.Generator | None) -> Tensor:
         # Drawn even where zeros are asked for, as PEFT does: what is drawn after it stays the same.

@@ -21,6 +21,7 @@ from adaptc.errors import ConfigError, nearest
 from adaptc.methods._checks import check_matrix
 from adaptc.methods._config import TargetedConfig
 from adaptc.methods._model_facts import ModelFacts
+from adaptc.methods._united import exactly
 from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots
 from adaptc.passes.ir.ops import Op, cast
 from adaptc.patterns import compiled
@@ -70,6 +71,21 @@ class IA3Config(TargetedConfig):
         inner = self.feedforward_modules
         return {} if inner is None or isinstance(inner, str) else {"feedforward_modules": inner}
 
+    def united(self, configs: Sequence[Any], names: Sequence[Sequence[str]]) -> IA3Config:
+        new = super().united(configs, names)
+        pairs = [(c.method(n, "linear").feedforward, n) for c, own in zip(configs, names, strict=True) for n in own]
+        inner = [c.feedforward_modules for c in configs]
+        if all(i == inner[0] for i in inner):
+            return new
+        if not any(i is None or isinstance(i, str) for i in inner):
+            new.feedforward_modules = sorted({e for i in inner for e in i})
+            if isinstance(new.target_modules, list) and all(
+                new.method(n, "linear").feedforward is own for own, n in pairs
+            ):
+                return new
+        new.feedforward_modules = exactly([n for own, n in pairs if own]) or []
+        return new
+
     def method(self, name: str, kind: str) -> IA3:
         inner = self.feedforward_modules
         if inner is None:
@@ -89,6 +105,7 @@ class IA3(Method):
     """IA3 at one site: ``feedforward`` scales its inputs. ``scheme`` False draws first values from a normal."""
 
     name: ClassVar[str] = "ia3"
+    file_names: ClassVar[tuple[str, ...]] = (SLOT,)
 
     feedforward: bool = False
     scheme: bool = True
@@ -99,6 +116,9 @@ class IA3(Method):
         if op.kernel:
             return {SLOT: Slot((1, n, *(1 for _ in op.kernel)), fill=1.0)}
         return {SLOT: Slot((1, n) if self.feedforward else (n, 1), fill=1.0)}
+
+    def summed(self) -> str:
+        return SLOT
 
     def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
         source = torch.device("cpu") if generator is None else generator.device

@@ -16,9 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from adaptc.errors import TargetError
+from adaptc.errors import CheckpointError, ConfigError, TargetError
 from adaptc.methods._checks import adapter_input, check_matrix
 from adaptc.methods._lora_init import init_lora
+from adaptc.passes.ir.low_rank import LowRank
 from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots
 from adaptc.passes.ir.method_hooks import Place
 from adaptc.passes.ir.ops import Op, cast
@@ -36,6 +37,13 @@ class Lora(Method):
     kin: ClassVar[str] = "lora"
     stacks: ClassVar[bool] = True
     swappable: ClassVar[frozenset[str]] = Method.swappable | {"rslora", "with_bias", "repeat"}
+    file_names: ClassVar[tuple[str, ...]] = (
+        "lora_A.weight",
+        "lora_B.weight",
+        "lora_embedding_A",
+        "lora_embedding_B",
+        "lora_B.bias",
+    )
 
     r: int = 8
     alpha: float = 8
@@ -116,6 +124,48 @@ class Lora(Method):
 
     def scale(self, op: Op) -> float:
         return self.repeat * self.alpha / (sqrt(self.r) if self.rslora else self.r)
+
+    def low_rank(self, found: Slots) -> LowRank | None:
+        (a, A), (b, B) = self._halves(found)
+        if A.ndim > 2:  # a convolution, whose rank is divided among its groups
+            ranks, each = A.shape[0], B.shape[1]
+            blocks = ranks // each if each else 0
+            fits = blocks > 0 and blocks * each == ranks and B.shape[0] % blocks == 0
+        else:  # or experts, each of the whole rank
+            blocks, each = A.shape[0] // self.r, self.r
+            ranks, fits = each if blocks > 0 and blocks * each == A.shape[0] else A.shape[0], B.shape[1] == A.shape[0]
+        if ranks != self.r:
+            raise CheckpointError(f"{a!r} has shape {tuple(A.shape)}; by the config its rank is {self.r}")
+        if not fits:
+            raise CheckpointError(f"{a!r} {tuple(A.shape)} and {b!r} {tuple(B.shape)} are not of one rank")
+        # Experts are the slowest index of A's rows, and the fastest of B's columns.
+        up = B.reshape(blocks, -1, each) if A.ndim > 2 else B.reshape(B.shape[0], each, blocks).permute(2, 0, 1)
+        return LowRank(A.reshape(blocks, each, -1), up, self.scale(None), found.get("lora_B.bias"))  # type: ignore[arg-type]
+
+    def with_low_rank(self, change: LowRank, like: Slots) -> dict[str, Tensor]:
+        (a, A), (b, B) = self._halves(like)
+        blocks, rows, _ = change.shape
+        if change.bias is not None and (a != "lora_A.weight" or (A.ndim == 2 and blocks > 1)):
+            raise ConfigError(
+                f"there is a bias in what the adapters do together (lora_bias=True), and the layer with {a!r} "
+                f"{tuple(A.shape)} takes none; combine adapters with a bias apart from those of embeddings and experts"
+            )
+        if A.ndim > 2:
+            up = change.up.reshape(blocks * rows, change.rank, *B.shape[2:])
+        else:
+            up = change.up.permute(1, 2, 0).reshape(rows, -1)
+        out = {a: change.down.reshape(-1, *A.shape[1:]), b: up}
+        return out if change.bias is None else {**out, "lora_B.bias": change.bias}
+
+    @staticmethod
+    def _halves(found: Slots) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
+        names = ("lora_A.weight", "lora_B.weight") if "lora_embedding_A" not in found else Lora.file_names[2:4]
+        if missing := [n for n in names if n not in found]:
+            raise CheckpointError(f"there is no {missing[0]!r}, only {sorted(found)}")
+        if flat := next((n for n in names if found[n].ndim < 2), None):
+            raise CheckpointError(f"{flat!r} has shape {tuple(found[flat].shape)}, and is no matrix")
+        a, b = names
+        return (a, found[a]), (b, found[b])
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         A, B = self._factors(op, slots)

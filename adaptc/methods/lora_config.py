@@ -11,7 +11,7 @@ from torch import Tensor
 from adaptc.errors import ConfigError
 from adaptc.methods._checks import check_bias, check_probability, check_ranks
 from adaptc.methods._config import TargetedConfig
-from adaptc.methods._name_patterns import pattern_value
+from adaptc.methods._name_patterns import pattern_value, value_table
 from adaptc.methods.dora import MAGNITUDE, Dora
 from adaptc.methods.lora import Lora
 
@@ -127,6 +127,21 @@ class LoraConfig(TargetedConfig):
 
     def pattern_entries(self) -> dict[str, Mapping[str, Any]]:
         return {"rank_pattern": self.rank_pattern or {}, "alpha_pattern": self.alpha_pattern or {}}
+
+    def of_low_rank(self, ranks: Mapping[str, int], bias: bool) -> LoraConfig:
+        """This config for plain LoRA of these ranks, by the names of modules, that is scaled by one."""
+        r, others = value_table(ranks)
+        return self.replace(
+            r=r,
+            lora_alpha=r,
+            rank_pattern=others,
+            alpha_pattern=dict(others),
+            use_rslora=False,
+            use_dora=False,
+            lora_bias=bias,
+            init_lora_weights=True,
+            ensure_weight_tying=False,
+        )
 
     def method(self, name: str, kind: str) -> Lora:
         return (Dora if self.use_dora else Lora)(

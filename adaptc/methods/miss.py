@@ -65,6 +65,7 @@ class Miss(Method):
     output, while training only. PEFT has none of it in bat."""
 
     name: ClassVar[str] = "miss"
+    file_names: ClassVar[tuple[str, ...]] = (BLOCK,)
     swappable: ClassVar[frozenset[str]] = Method.swappable | {"mini_r"}
 
     r: int = 64
@@ -101,6 +102,9 @@ class Miss(Method):
             BLOCK: Slot((r, self.mini_r if self.mode == "mini" else rows), free=(0,)),
             FOLD: Slot((r, columns), free=(0,), trainable=False, saved=False),
         }
+
+    def summed(self) -> str:
+        return "" if self.mode == "bat" else BLOCK
 
     def minimal(self, op: Op) -> Miss:
         return self if self.mode == "bat" else dataclasses.replace(self, r=2)

@@ -115,6 +115,7 @@ class WaveFT(Spectrum):
     name: ClassVar[str] = "waveft"
     takes_complex: ClassVar[bool] = False
     prefix: ClassVar[str] = "waveft"
+    file_names: ClassVar[tuple[str, ...]] = ("waveft_spectrum",)
     swappable: ClassVar[frozenset[str]] = Spectrum.swappable | {"family", "proportional"}
 
     family: str = "db1"

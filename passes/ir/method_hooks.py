@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor
 
+from adaptc.passes.ir.low_rank import LowRank
 from adaptc.passes.ir.ops import Op
 
 Slots = Mapping[str, Tensor]
@@ -76,6 +77,9 @@ class Hooks:
     #: fields in which an adapter may differ from the method a program was compiled with: sizes along free axes, what
     #: goes into the scale or into slots that are not saved, what acts on first values or in training only
     swappable: ClassVar[frozenset[str]] = frozenset({"r", "alpha", "dropout", "scheme", "training"})
+
+    #: the names that its tensors have in files behind the path of a site, for those who read a file without a model
+    file_names: ClassVar[tuple[str, ...]] = ()
 
     # Methods that have these make fields of them. Not annotated: dataclasses would give them a place among the fields.
     training = False
@@ -181,6 +185,23 @@ class Hooks:
         """Where a slot lives in the program's state dict (PEFT's name in a wrapped model)."""
         head, _, tail = slot.partition(".")
         return ".".join(p for p in (place, head, adapter, tail) if p)
+
+    # -- several adapters made into one ------------------------------------------------------------------------------
+
+    def summed(self) -> str:
+        """The tensor in which the change is linear, by its name in files: adapters that agree in all else are combined
+        by its weighted sum. '' where there is none."""
+        return ""
+
+    def low_rank(self, found: Slots) -> LowRank | None:
+        """What the tensors of a file add at a site, where that is a product of two of them and nothing else; None for
+        all other methods. Raises CheckpointError for tensors that do not go together."""
+        return None
+
+    def with_low_rank(self, change: LowRank, like: Slots) -> dict[str, Tensor]:
+        """Inverse of :meth:`low_rank`: tensors in the shapes of ``like``, those of another adapter of this method at
+        this site, but for the rank. The scale is another one's to keep."""
+        raise AssertionError(f"{type(self).__name__} has no with_low_rank()")
 
     # -- lifecycle -----------------------------------------------------------------------------------------------------
 

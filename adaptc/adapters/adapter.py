@@ -1,0 +1,134 @@
+"""An adapter as an object: its config and its tensors, outside of any program, with the arithmetic of changes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptc.adapters.combined import combined
+from adaptc.adapters.options import Options, weight_of
+from adaptc.binding.source import as_config, of_file
+from adaptc.errors import AdaptcError, CheckpointError, ConfigError
+from adaptc.methods import AdapterConfig
+from adaptc.peft_files.directory import AdapterFile, check_finite, write_adapter
+from adaptc.peft_files.given import given
+from adaptc.peft_files.raw import RawFile, of_peft, read_any
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """What a PEFT directory holds: ``config``, and ``tensors`` by PEFT's keys, with or without ``base_model.model.``.
+
+    ``swap``, ``bind``, ``compile`` and ``combine`` take it like a directory, ``save_adapter`` writes it. ``source``
+    says in messages what it is. ``report``: of one that was made by :func:`adaptc.convert_to_lora` or
+    :func:`adaptc.subtract_adapter`, how near it is to what it was made of.
+
+    ``a + b``, ``a - b``, ``0.5 * a``, ``-a`` and ``a / 2`` are task arithmetic: the changes of the weights are added
+    and scaled, exactly, so that ranks add up (``adaptc.combine`` has other ways). Sums of IA3 are those of its
+    factors, as in PEFT.
+
+    Its tensors are shared with whoever made it, and are not to be written to. Raises CheckpointError for tensors that
+    are none, or not finite, ConfigError for what is no config.
+    """
+
+    config: AdapterConfig
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    source: str = "an adapter"
+    report: Any = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        config = as_config(self.config)
+        if not isinstance(self.tensors, Mapping) or not self.tensors:
+            raise CheckpointError(f"{self.source} has no tensors; expected a dict of them, by PEFT's keys")
+        tensors = given(self.tensors, self.source, config.peft_type)
+        check_finite(tensors, self.source)
+        object.__setattr__(self, "config", config)
+        object.__setattr__(self, "tensors", MappingProxyType({k: t.detach() for k, t in tensors.items()}))
+
+    def __repr__(self) -> str:
+        size = sum(t.numel() for t in self.tensors.values())
+        return f"<Adapter: {self.config.peft_type}, {len(self.tensors)} tensors, {size:,d} parameters: {self.source}>"
+
+    def as_file(self) -> AdapterFile:
+        """As a directory that was read: what binds adapters takes it so."""
+        return AdapterFile(self.config.to_dict(), self.tensors, Path(self.source))
+
+    def write(self, path: str | os.PathLike[str], **options: Any) -> Path:
+        """As a PEFT directory; ``options`` as for :func:`adaptc.peft_files.directory.write_adapter`."""
+        return write_adapter(path, self.config.to_dict(), self.tensors, **options)
+
+    def to(self, device: torch.device | str) -> Adapter:
+        """The same on a device."""
+        return Adapter(self.config, {k: t.to(device) for k, t in self.tensors.items()}, self.source, self.report)
+
+    def __add__(self, other: Any) -> Adapter:
+        return _sum(self, other, 1.0, "+") if isinstance(other, Adapter) else NotImplemented
+
+    def __sub__(self, other: Any) -> Adapter:
+        return _sum(self, other, -1.0, "-") if isinstance(other, Adapter) else NotImplemented
+
+    def __mul__(self, weight: Any) -> Adapter:
+        if isinstance(weight, (Adapter, Tensor)):
+            return NotImplemented
+        number = weight_of(weight, self.source)
+        return _made([self], [number], f"{number:g} * {_term(self)}")
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, weight: Any) -> Adapter:
+        number = weight_of(weight, self.source)
+        if not number:
+            raise ConfigError(f"{self.source} is divided by zero")
+        return self * (1 / number)
+
+    def __neg__(self) -> Adapter:
+        return _made([self], [-1.0], f"-{_term(self)}")
+
+
+def _term(a: Adapter) -> str:
+    return f"({a.source})" if " " in a.source else a.source
+
+
+def _sum(a: Adapter, b: Adapter, sign: float, word: str) -> Adapter:
+    return _made([a, b], [1.0, sign], f"{a.source} {word} {_term(b)}")
+
+
+def _made(adapters: list[Adapter], weights: list[float], source: str) -> Adapter:
+    """The exact sum, in the way that the adapters' method has one."""
+    return Adapter(*combined(adapters, weights, Options(), "cat"), source)
+
+
+def load_adapter(
+    path: str | os.PathLike[str],
+    *,
+    config: Any = None,
+    adapter_name: str | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+) -> Adapter:
+    """An adapter of a PEFT directory as an object, in memory of its own.
+
+    ``adapter_name`` picks one of several in the directory, ``key_mapping`` renames keys, both as for :func:`swap`.
+    ``config`` stands for the file's own, and is needed for weights that have none beside them. Raises CheckpointError
+    and ConfigError; of other formats than PEFT's, whose keys are known with the model alone, it says the way.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise AdaptcError(f"load_adapter takes the path of an adapter, not a {type(path).__name__}")
+    file = read_any(path, adapter_name=adapter_name, key_mapping=key_mapping)
+    if isinstance(file, RawFile):
+        if not any(map(of_peft, file.tensors)) and config is None:
+            raise CheckpointError(
+                f"{file.path} is not in PEFT's format, and which modules its keys mean is known with the model alone: "
+                "compile the model with it, and take prog.bind(path), or save_adapter it as a PEFT directory"
+            )
+        if config is None and file.beside is None:
+            raise CheckpointError(f"{file.path} has no adapter_config.json beside it; say the config with config=")
+        stated = as_config(file.beside if config is None else config)
+        return Adapter(stated, file.tensors, str(path))
+    return Adapter(of_file(file) if config is None else as_config(config), file.tensors, str(path))

@@ -1,0 +1,106 @@
+"""What an adapter of a program changes, weight by weight, by the definition of its method.
+
+A change is ``weight(W) - W`` in float32 (float64 for such weights), of the model's own W, whatever base the adapter was
+trained on. Nothing of the program is changed, and one weight at a time is held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adaptc.binding.bind import file_tensors
+from adaptc.binding.binding import Binding, BindingSpec
+from adaptc.errors import ConfigError
+from adaptc.methods import TargetedConfig
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.ops import Op
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """``matrix`` (blocks, rows, columns) as :class:`~adaptc.passes.ir.low_rank.LowRank` has it; ``bias`` (out,)."""
+
+    matrix: Tensor
+    bias: Tensor | None
+
+
+class Changes:
+    """Of one adapter: the attachments of its method by weight, and the tensors of the others as they are in files."""
+
+    def __init__(self, spec: BindingSpec, binding: Binding) -> None:
+        config = binding.config
+        if not isinstance(config, TargetedConfig) or config.unit != "matrices":
+            raise ConfigError(
+                f"{binding.source}: {config.peft_type} trains tensors of the model as they are, which is no change of "
+                "low rank"
+            )
+        self.spec, self.binding, self.config = spec, binding, config
+        self.sites: dict[str, list[Attachment]] = {}
+        others = {}
+        for a in spec.attachments:
+            if a.id not in binding.methods:
+                continue
+            inner, _ = a.method.unwrap(spec.ops[a.id])
+            if inner.akin(config.method(a.name or a.module, a.kind)):
+                self.sites.setdefault(a.fqn, []).append(a)
+            else:
+                others[a.id] = binding.methods[a.id]
+        rest = Binding(binding.values, others, config, carried=binding.carried)
+        self.others: Mapping[str, Tensor] = file_tensors(spec, rest)
+
+    @torch.no_grad()
+    def at(self, fqn: str) -> Change:
+        """Raises ConfigError where the method changes no weight, or one that is no matrix."""
+        spec, group = self.spec, self.sites[fqn]
+        stored = spec.weights[fqn].detach()
+        if stored.ndim < 2 or not stored.is_floating_point():
+            raise ConfigError(f"{fqn!r} is {stored.dtype} {tuple(stored.shape)}; LoRA is for real matrices")
+        high = torch.float64 if stored.dtype == torch.float64 else torch.float32
+        base = self.binding.base.get(fqn, stored).detach().to(high)
+        value, bias, first_bias = base, None, None
+        for a in group:
+            op, method = spec.ops[a.id], a.method.evaluated()
+            if not method.has_weight():
+                raise ConfigError(f"{fqn!r}: {method.name} acts on activations, and not on the weight as LoRA does")
+            slots = {n: _high(self.binding.values[f], high) for n, f in a.slots.items()}
+            scale = None if a.scale_slot is None else self.binding.values[a.scale_slot].to(high)
+            made = method.weight_over(op, op.canonical(base), op.canonical(_shaped(op, value, base)), slots, scale)
+            value = op.stored(made)
+            if method.has_bias():
+                bias_name = f"{a.module}.{a.param.removesuffix('weight')}bias".removeprefix(".")
+                own = spec.weights.get(bias_name)
+                if bias is None and own is not None:
+                    bias = first_bias = own.detach().to(high)
+                bias = method.bias(op, bias, slots, scale)
+        op = spec.ops[group[0].id]
+        change = _dense(op, op.canonical(value)) - _dense(op, op.canonical(stored.to(high)))
+        moved = bias is not None and (first_bias is None or not torch.equal(bias, first_bias))
+        if moved and (not op.callable or op.kind == "embedding"):
+            raise ConfigError(f"{fqn!r}: {group[0].method.name} changes a bias there, which LoRA has no tensor for")
+        added = None if not moved or bias is None else (bias if first_bias is None else bias - first_bias)
+        return Change(_blocks(op, change), added)
+
+
+def _high(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t.detach().to(dtype) if t.is_floating_point() else t.detach()
+
+
+def _shaped(op: Op, value: Tensor, base: Tensor) -> Tensor:
+    if value.shape != base.shape:
+        raise ConfigError("several adapters at one grouped convolution have no form that another could change")
+    return value
+
+
+def _dense(op: Op, canonical: Tensor) -> Tensor:
+    return op.dense(canonical) if canonical.shape == op.shape else canonical
+
+
+def _blocks(op: Op, canonical: Tensor) -> Tensor:
+    """As LoRA has it: one matrix for each expert, or for each group of outputs, which read all inputs."""
+    if op.experts:
+        return canonical
+    return canonical.reshape(op.groups, canonical.shape[0] // op.groups, -1)

@@ -1,0 +1,112 @@
+"""``combine``: what a user hands over as adapters and weights, and the two ways to one adapter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from adaptc.adapters.adapter import Adapter
+from adaptc.adapters.combined import combined
+from adaptc.adapters.of_program import as_object
+from adaptc.adapters.options import Options, weight_of
+from adaptc.adapters.to_lora import combined_changes
+from adaptc.errors import ConfigError, shown
+from adaptc.value_types import checked
+
+_EXPECTED = 'expected {"directory": 0.5, ...}, or a list of (adapter, weight) pairs'
+
+
+@checked(
+    "method",
+    "density",
+    "majority_sign_method",
+    "svd_rank",
+    "svd_clamp",
+    "svd_full_matrices",
+    "svd_driver",
+    "generator",
+    "key_mapping",
+)
+def combine(
+    adapters: Mapping[Any, float] | Sequence[tuple[Any, float]],
+    *,
+    method: str | None = None,
+    density: float | None = None,
+    majority_sign_method: str = "total",
+    svd_rank: int | None = None,
+    svd_clamp: float | None = None,
+    svd_full_matrices: bool = False,
+    svd_driver: str | None = None,
+    generator: torch.Generator | None = None,
+    config: Any = None,
+    key_mapping: Mapping[str, str] | None = None,
+    model: Any = None,
+    example_inputs: Any = None,
+) -> Adapter:
+    """One adapter of several, each with a weight: an ordinary adapter, as an object that ``swap``, ``bind``,
+    ``compile`` and ``save_adapter`` take.
+
+    ``adapters``: weights by PEFT directory, or pairs of an adapter and its weight; there adapters may also be state
+    dicts (with ``config``), :class:`Adapter` objects, programs, and what ``prog.bind`` returned. Weights may be
+    negative. Ranks, alphas, layers and patterns may differ; each layer is made of the adapters that have it.
+
+    ``method``: PEFT's combination types, with PEFT's numbers. "cat" is the exact sum, whose ranks add up; "svd" (the
+    default for LoRA) is the sum cut to ``svd_rank``, by default the largest rank; "linear", "ties", "dare_linear",
+    "dare_ties" and "magnitude_prune" act on the two factors apart, which is an approximation; with "_svd" behind (but
+    for linear) on the changes of the weights, cut as "svd" is. ``density``: the part of the entries that is kept.
+    ``majority_sign_method``: "total" elects signs by sums, "frequency" by heads. ``svd_clamp``: the quantile of the
+    factors' entries that larger ones are cut down to. ``svd_full_matrices`` and ``svd_driver`` (on a GPU) are torch's,
+    and change how the result is computed alone. ``generator`` draws for dare; by default torch's global one. Methods
+    whose change is linear in one tensor (IA3, C3A, FourierFT, WaveFT, MiSS) have the weighted sum, "linear".
+
+    The result has scale one (alpha = r): rsLoRA, and ``lora_bias``, are taken for what they do. Tensors that are
+    trained whole are averaged, if the weights of the adapters that have them sum to one.
+
+    ``model``: as for :func:`compile`, with ``example_inputs``, or a program. Then what the adapters change of its
+    weights is combined, for adapters of any methods (DoRA, LoHa, PiSSA, ...), into LoRA; the methods are those that
+    end in svd.
+
+    Computed in float32, or float64 where an adapter is. Raises ConfigError for options and adapters that do not go
+    together, CheckpointError for files, shapes, and values that are not finite.
+    """
+    pairs = _pairs(adapters)
+    options = Options(
+        method, density, majority_sign_method, svd_rank, svd_clamp, svd_full_matrices, svd_driver, generator
+    )
+    if model is None and example_inputs is not None:
+        raise ConfigError("example_inputs go with model=, and no model is given: leave them out")
+    source = " + ".join(f"{w:g} * {_named(a)}" for a, w in pairs)
+    weights = [w for _, w in pairs]
+    if model is not None:
+        # Files may be of any format there, whose keys the model tells.
+        given = [a if isinstance(a, (str, os.PathLike)) else as_object(a, config=config) for a, _ in pairs]
+        return combined_changes(given, weights, options, model, example_inputs, key_mapping, source)
+    objects = [as_object(a, config=config, key_mapping=key_mapping) for a, _ in pairs]
+    return Adapter(*combined(objects, weights, options), source)
+
+
+def _pairs(adapters: Any) -> list[tuple[Any, float]]:
+    if isinstance(adapters, Mapping):
+        found = list(adapters.items())
+    elif isinstance(adapters, (list, tuple)):
+        found = list(adapters)
+    else:
+        raise ConfigError(f"{_EXPECTED}; got a {type(adapters).__name__}")
+    for pair in found:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise ConfigError(f"{_EXPECTED}; got {shown(pair)} in the list")
+    if not found:
+        raise ConfigError(f"there are no adapters to combine; {_EXPECTED}")
+    return [(a, weight_of(w, _named(a))) for a, w in found]
+
+
+def _named(adapter: Any) -> str:
+    if isinstance(adapter, Mapping):
+        return "state dict"
+    found = getattr(adapter, "source", None) or getattr(getattr(adapter, "binding", None), "source", None)
+    if isinstance(found, str):
+        return found
+    return str(adapter) if isinstance(adapter, (str, os.PathLike)) else f"a {type(adapter).__name__}"

@@ -1,0 +1,164 @@
+"""Models as tensors by name, one at a time, whatever they are kept in, and what kind of layer each weight is of.
+
+Before: a module, a state dict, or safetensors files. After: tensors that are read when they are asked for, and dropped
+when the caller drops them. Nothing of a model is run, and no code of a directory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from adaptc.capture.model_files import read_skeleton
+from adaptc.errors import CheckpointError, ConfigError, shown
+from adaptc.passes.ir.ops import Op, aten
+
+INDEX = "model.safetensors.index.json"
+_CONVS = {nn.Conv1d: ("conv1d", aten.conv1d.default), nn.Conv2d: ("conv2d", aten.conv2d.default)}
+_CONVS[nn.Conv3d] = ("conv3d", aten.conv3d.default)
+
+
+class ModelTensors(Protocol):
+    """``keys``: the names there are. Asking for one reads it."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def keys(self) -> Mapping[str, Any]: ...
+    def __getitem__(self, key: str) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class _InMemory:
+    source: str
+    keys: Mapping[str, Tensor]
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.keys[key].detach()
+
+
+@dataclass(frozen=True, eq=False)
+class _OnDisk:
+    """``keys``: name -> the file that has it, open."""
+
+    source: str
+    keys: Mapping[str, Any]
+
+    def __getitem__(self, key: str) -> Tensor:
+        try:
+            return self.keys[key].get_tensor(key)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(f"{self.source}: {key!r} cannot be read ({shown(str(error))})") from error
+
+
+@contextmanager
+def tensors_of(model: Any) -> Iterator[ModelTensors]:
+    """Raises CheckpointError for files, ConfigError for what is no model."""
+    if isinstance(model, nn.Module):
+        yield _InMemory(type(model).__name__, _once(model.state_dict(), _tied(model)))
+    elif isinstance(model, Mapping) and model and all(isinstance(t, Tensor) for t in model.values()):
+        yield _InMemory("a state dict", model)
+    elif isinstance(model, (str, os.PathLike)):
+        with ExitStack() as stack:
+            keys: dict[str, Any] = {}
+            for file in _files(Path(model)):
+                try:
+                    opened = stack.enter_context(safe_open(file, "pt"))
+                    keys |= dict.fromkeys(opened.keys(), opened)
+                except (SafetensorError, OSError) as error:
+                    raise CheckpointError(f"{file} is no readable safetensors file ({shown(str(error))})") from error
+            if not keys:
+                raise CheckpointError(f"{model} holds no tensors")
+            yield _OnDisk(str(model), keys)
+    else:
+        raise ConfigError(
+            f"a model is a module, a state dict, a .safetensors file or a directory of them; got {type(model).__name__}"
+        )
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise CheckpointError(f"there is no file or directory {path}")
+    if (path / INDEX).is_file():
+        try:
+            names = set(json.loads((path / INDEX).read_bytes())["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{path / INDEX} cannot be read ({shown(str(error))})") from error
+        # A name with a path in it could lead anywhere.
+        files = [path / n for n in sorted(map(str, names)) if Path(n).name == n]
+        if missing := [f.name for f in files if not f.is_file()]:
+            raise CheckpointError(f"{path} lacks {missing[0]}, which its index names")
+        return files
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{path} holds no .safetensors files; save the model with safe_serialization=True")
+    return files
+
+
+class Layers:
+    """What is known of the layers: their modules, or nothing where ``model`` is None."""
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self.modules = None if model is None else dict(model.named_modules(remove_duplicate=False))
+        self.tied = {} if model is None else _tied(model)
+
+    def op(self, module: str, param: str, shape: tuple[int, ...]) -> Op | None:
+        """The op of a weight that LoRA has a form for; None for all other tensors."""
+        if param != "weight" or len(shape) < 2:
+            return None
+        if self.modules is None:
+            return Op("linear", shape, aten.linear.default) if len(shape) == 2 else None
+        layer: Any = self.modules.get(module)
+        if isinstance(layer, nn.Linear):
+            return Op("linear", shape, aten.linear.default)
+        if isinstance(layer, nn.Embedding):
+            if layer.max_norm is not None:
+                raise ConfigError(
+                    f"{module!r} is an embedding with max_norm, which LoRA's own rows would keep to as well, so that "
+                    "no LoRA is near the change; leave it out of target_modules"
+                )
+            return Op("embedding", (shape[1], shape[0]), aten.embedding.default)
+        if type(layer).__name__ == "Conv1D":  # of transformers, a linear layer whose weight is turned
+            return Op("addmm", (shape[1], shape[0]), aten.addmm.default)
+        for kind, (name, target) in _CONVS.items():
+            if isinstance(layer, kind):
+                return Op(name, shape, target, (layer.stride, layer.padding, layer.dilation, layer.groups))
+        return None
+
+    def twins(self, key: str) -> list[str]:
+        """The modules whose weight is the one called ``key``."""
+        return [n.rpartition(".")[0] for n, first in self.tied.items() if first == key]
+
+
+def layers_of(*models: Any) -> Layers:
+    """Of the first of the models that says what its layers are."""
+    for model in models:
+        if isinstance(model, nn.Module):
+            return Layers(model)
+        if isinstance(model, (str, os.PathLike)) and (Path(model) / "config.json").is_file():
+            return Layers(read_skeleton(Path(model)))
+    return Layers(None)
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Names of parameters that are another one's, by the first."""
+    first: dict[int, str] = {}
+    out = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(p), name) != name:
+            out[name] = first[id(p)]
+    return out
+
+
+def _once(state: Mapping[str, Tensor], tied: Mapping[str, str]) -> dict[str, Tensor]:
+    return {k: t for k, t in state.items() if k not in tied}

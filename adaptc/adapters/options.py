@@ -1,0 +1,116 @@
+"""How adapters are combined: PEFT's combination types and their options, checked before anything is computed.
+
+A type is a rule for the sums, and where it is applied: to the two factors of each adapter, or to what they multiply out
+to, of which the result is cut to a rank by a singular value decomposition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from adaptc.errors import ConfigError, did_you_mean, shown
+
+#: rules -> (which entries are left out first, whether signs are elected)
+RULES: dict[str, tuple[str, bool]] = {
+    "linear": ("", False),
+    "magnitude_prune": ("smallest", False),
+    "ties": ("smallest", True),
+    "dare_linear": ("random", False),
+    "dare_ties": ("random", True),
+}
+METHODS = ("svd", "cat", *RULES, *(f"{rule}_svd" for rule in RULES if rule != "linear"))
+MAJORITIES = ("total", "frequency")
+DRIVERS = ("gesvd", "gesvdj", "gesvda")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of ``adaptc.combine``, under PEFT's names. ``method`` None: what fits the adapters' own method."""
+
+    method: str | None = None
+    density: float | None = None
+    majority_sign_method: str = "total"
+    svd_rank: int | None = None
+    svd_clamp: float | None = None
+    svd_full_matrices: bool = False
+    svd_driver: str | None = None
+    generator: torch.Generator | None = None
+
+    @property
+    def rule(self) -> str:
+        """The rule of the sums."""
+        assert self.method is not None
+        return "linear" if self.method in ("svd", "cat") else self.method.removesuffix("_svd")
+
+    @property
+    def dense(self) -> bool:
+        """Whether it is applied to the changes of the weights, and not to their factors."""
+        assert self.method is not None
+        return self.method.endswith("svd")
+
+    @property
+    def prunes(self) -> str:
+        return RULES[self.rule][0]
+
+    @property
+    def elects(self) -> bool:
+        return RULES[self.rule][1]
+
+    def of(self, default: str) -> Options:
+        """These options with the method that is meant, checked. Raises ConfigError."""
+        new = replace(self, method=default if self.method is None else self.method)
+        if new.method not in METHODS:
+            near = did_you_mean(str(new.method), METHODS)
+            raise ConfigError(f"method={shown(self.method)} is not one of {', '.join(METHODS)}{near}")
+        new.check_density()
+        for name in ("svd_rank", "svd_clamp", "svd_driver"):
+            if getattr(self, name) is not None and not new.dense:
+                raise ConfigError(
+                    f"{name} is for the methods that decompose the sum (svd, ties_svd, ...), and the method is "
+                    f"{new.method!r}: leave it out"
+                )
+        if self.svd_full_matrices and not new.dense:
+            raise ConfigError(f"svd_full_matrices is for the methods that end in svd, and the method is {new.method!r}")
+        if self.svd_rank is not None and self.svd_rank < 1:
+            raise ConfigError(f"svd_rank={self.svd_rank} leaves nothing of the adapters; it must be at least 1")
+        if self.svd_clamp is not None and not 0 < self.svd_clamp <= 1:
+            raise ConfigError(f"svd_clamp={self.svd_clamp} is a quantile, above 0 and at most 1 (usually close to 1)")
+        if self.svd_driver is not None and self.svd_driver not in DRIVERS:
+            raise ConfigError(f"svd_driver={shown(self.svd_driver)} is not one of {', '.join(DRIVERS)}")
+        if self.majority_sign_method not in MAJORITIES:
+            raise ConfigError(
+                f"majority_sign_method={shown(self.majority_sign_method)} is not one of {', '.join(MAJORITIES)}"
+            )
+        if self.majority_sign_method != "total" and not new.elects:
+            raise ConfigError(f"majority_sign_method is for ties and dare_ties, and the method is {new.method!r}")
+        if self.generator is not None and new.prunes != "random":
+            raise ConfigError(f"a generator is for the dare methods, which draw, and the method is {new.method!r}")
+        return new
+
+    def check_density(self) -> None:
+        """Of options whose method is known. Raises ConfigError."""
+        if not self.prunes:
+            if self.density is not None:
+                raise ConfigError(
+                    f"density={self.density} is the part of the entries that ties, dare and magnitude_prune keep, and "
+                    f"the method is {self.method!r}, which keeps all: leave it out"
+                )
+        elif self.density is None:
+            raise ConfigError(
+                f"method={self.method!r} needs density, the part of the entries it keeps, above 0 and at most 1, such "
+                "as density=0.2"
+            )
+        elif not 0 < self.density <= 1:
+            raise ConfigError(f"density={self.density} must be above 0, or nothing is kept, and at most 1")
+
+
+def weight_of(value: Any, source: str) -> float:
+    """A weight as a number. Raises ConfigError for what is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f"the weight of {source} must be a number, got {shown(value)}")
+    if not abs(value) <= torch.finfo(torch.float32).max:
+        raise ConfigError(f"the weight of {source} is {value}; it must be finite")
+    return float(value)

@@ -1,0 +1,118 @@
+"""An adapter taken apart without a model: which of its tensors are at which site, and which are something else.
+
+Before: a config, and tensors by their bare keys. After: for each site the adapter's method there with its own options,
+and its tensors by their names; what is left are tensors that were trained whole, or belong to the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from adaptc.errors import CheckpointError, ConfigError
+from adaptc.methods import AdapterConfig, TargetedConfig
+from adaptc.passes.ir.low_rank import LowRank
+from adaptc.passes.ir.method import Method
+
+#: PEFT's wrapper around an adapted module, which is in the keys of what it has inside
+_WRAPPER = ".base_layer"
+
+
+class AdapterLike(Protocol):
+    """A config and tensors by bare keys; ``source`` says in messages what it is."""
+
+    @property
+    def config(self) -> AdapterConfig: ...
+    @property
+    def tensors(self) -> Mapping[str, Tensor]: ...
+    @property
+    def source(self) -> str: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """``key`` is what the keys of its tensors begin with. ``names``: of the module, or of the parameters that it may
+    be, for which the config has one method; ``whole`` where it is the module."""
+
+    key: str
+    method: Method
+    names: Sequence[str]
+    whole: bool
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def low_rank(self, source: str) -> LowRank | None:
+        """What it adds to the weight, as a product. Raises CheckpointError that names the site."""
+        try:
+            return self.method.low_rank(self.tensors)
+        except CheckpointError as error:
+            raise CheckpointError(f"{source}: {self.key!r}: {error}") from None
+
+
+#: the way out of what tensors alone do not tell
+AS_LORA = (
+    "give model=, the model they are for, and a method that ends in svd: their changes of its weights are then "
+    "combined, into an adapter of LoRA. adaptc.convert_to_lora(adapter, model, rank=...) makes LoRA of one of them"
+)
+
+
+def sites_of(adapter: AdapterLike, device: torch.device) -> tuple[dict[str, Site], dict[str, Tensor]]:
+    """The sites by key, and the other tensors, on a device. Floating tensors are in float32, or float64 where they
+    were. Raises CheckpointError and ConfigError."""
+    config, source = adapter.config, adapter.source
+    if not isinstance(config, TargetedConfig):
+        raise ConfigError(f"{source}: a {type(config).__name__} chooses no layers, so there is nothing to combine")
+    if config.unit == "matrices" and not config.method("", "linear").file_names:
+        raise ConfigError(
+            f"{source}: what {config.peft_type} adapters do together does not follow from their tensors alone; "
+            f"{AS_LORA}"
+        )
+    sites: dict[str, Site] = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in adapter.tensors.items():
+        value = in_full(key, tensor, source).to(device)
+        found = _part(key, config)
+        if found is None:
+            others[key] = value
+            continue
+        path, name = found
+        if path not in sites:
+            sites[path] = _site(path, config, source)
+        sites[path].tensors[name] = value
+    if not sites and not others:
+        raise CheckpointError(f"{source} has no tensors, so there is nothing to combine")
+    return sites, others
+
+
+def _site(key: str, config: TargetedConfig, source: str) -> Site:
+    module = key.partition(_WRAPPER)[0]  # as PEFT calls it before it is wrapped
+    ends = [(e, f"{module}.{e.rpartition('.')[2]}".removeprefix(".")) for e in config.target_parameters or ()]
+    parameters = [n for e, n in ends if n == e or n.endswith(f".{e}")]
+    methods = {n: config.method(n, "linear") for n in parameters or [module]}
+    first, *others = methods.values()
+    if any(m != first for m in others):
+        raise ConfigError(
+            f"{source}: {key!r} is one of the parameters {', '.join(methods)}, which have different options by the "
+            f"patterns of the config, and which of them is known with the model alone; {AS_LORA}"
+        )
+    return Site(key, first, list(methods), not parameters)
+
+
+def in_full(key: str, tensor: Tensor, source: str) -> Tensor:
+    """A tensor in the precision that sums are computed in."""
+    if tensor.is_complex():
+        raise CheckpointError(f"{source}: {key!r} is {tensor.dtype}; complex adapters are not combined")
+    if not tensor.is_floating_point():
+        return tensor.detach()
+    return tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+
+
+def _part(key: str, config: TargetedConfig) -> tuple[str, str] | None:
+    """(site, name) of a key; None where it is not of the adapter's method."""
+    for name in config.method("", "linear").file_names:
+        if key == name or key.endswith(f".{name}"):
+            return key.removesuffix(name).removesuffix("."), name
+    return None

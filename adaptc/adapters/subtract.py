@@ -1,0 +1,181 @@
+"""``subtract_adapter``: what fine-tuning changed, as an adapter: the difference of two models, cut to a rank.
+
+The two are read tensor by tensor, so that there is one weight of each in memory, and the factors. Every tensor that
+differs is told of: matrices become LoRA, biases of such layers LoRA's own, and what is neither (norms, lengths) is
+trained whole.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptc.adapters.adapter import Adapter
+from adaptc.adapters.as_lora import cut_of
+from adaptc.adapters.model_tensors import Layers, ModelTensors, layers_of, tensors_of
+from adaptc.adapters.report import FitReport, SiteFit
+from adaptc.adapters.truncated import Cut, truncated
+from adaptc.errors import CheckpointError, ConfigError, listing
+from adaptc.methods import exactly
+from adaptc.methods.lora_config import LoraConfig
+from adaptc.passes.ir.low_rank import LowRank
+from adaptc.passes.ir.ops import Op
+from adaptc.patterns import compiled
+
+
+@torch.no_grad()
+def subtract_adapter(
+    model_a: nn.Module | Mapping[str, Tensor] | str | os.PathLike[str],
+    model_b: nn.Module | Mapping[str, Tensor] | str | os.PathLike[str],
+    *,
+    rank: float,
+    target_modules: str | list[str] | None = None,
+) -> Adapter:
+    """The adapter that makes ``model_a`` of ``model_b``: LoRA of what a merged or fine-tuned model changed of its base.
+
+    Each is a module, a state dict, a ``.safetensors`` file, or a directory of such files (with
+    ``model.safetensors.index.json`` where there are several) as transformers writes them; files are read one tensor at
+    a time. ``rank``: as for :func:`convert_to_lora`, an integer, or the part of the energy to keep of each weight.
+    ``target_modules``: endings of names, or an expression for whole names, of the modules to take; by default all that
+    changed. Which layers are embeddings or have their weight turned (GPT-2's) is known of modules, and of directories
+    with a ``config.json``; of others every matrix is that of a linear layer.
+
+    ``.report`` of the result tells the error of each weight. Changed tensors that are no matrices (norms) are in the
+    adapter as they are (``modules_to_save``), where ``target_modules`` names none. Raises CheckpointError for files,
+    for tensors that differ in name or shape, or are not finite; ConfigError where nothing changed, and for layers whose
+    change has no form in LoRA.
+    """
+    cut = cut_of(rank)
+    chosen = _chooser(target_modules)
+    layers = layers_of(model_b, model_a)
+    with tensors_of(model_a) as a, tensors_of(model_b) as b:
+        _check_names(a, b)
+        found = _Found(f"{a.source} - {b.source}", layers, cut)
+        for key in b.keys:
+            module, _, param = key.rpartition(".")
+            if chosen(module):
+                found.take(key, module, param, a, b, target_modules is None)
+    return found.adapter()
+
+
+class _Found:
+    """Collects what differs, layer by layer."""
+
+    def __init__(self, source: str, layers: Layers, cut: Cut) -> None:
+        self.source, self.layers, self.cut = source, layers, cut
+        self.parts: dict[str, LowRank] = {}
+        self.ops: dict[str, Op] = {}
+        self.rows: list[SiteFit] = []
+        self.biases: dict[str, Tensor] = {}
+        self.whole: dict[str, Tensor] = {}
+
+    def take(self, key: str, module: str, param: str, a: ModelTensors, b: ModelTensors, all_of_it: bool) -> None:
+        new, old = a[key], b[key]
+        if new.shape != old.shape:
+            raise CheckpointError(
+                f"{key!r} has shape {tuple(new.shape)} in {a.source} and {tuple(old.shape)} in {b.source}: the two are "
+                "not one model trained on (a resized vocabulary has to be cut first)"
+            )
+        if torch.equal(new, old):
+            return
+        for value, source in ((new, a.source), (old, b.source)):
+            if not bool(value.isfinite().all()):
+                raise CheckpointError(f"{source}: {key!r} holds values that are NaN or infinite")
+        if not new.is_floating_point():
+            raise CheckpointError(f"{key!r} is {new.dtype} and differs; LoRA is for real weights")
+        op = self.layers.op(module, param, tuple(old.shape))
+        if op is not None:
+            high = torch.float64 if old.dtype == torch.float64 else torch.float32
+            change = op.canonical(new.to(high)) - op.canonical(old.to(high))
+            matrix = op.dense(change).reshape(op.groups, op.out_features // op.groups, -1)
+            cut = self.cut if self.cut.rank is None else replace(self.cut, rank=-(-self.cut.rank // op.groups))
+            part, error = truncated(matrix, cut)
+            self.parts[module], self.ops[module] = part, op
+            norm = float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
+            self.rows.append(SiteFit(key, part.rank * op.groups, min(matrix.shape[1:]) * op.groups, norm, error))
+            for twin in self.layers.twins(key):
+                self._tied(twin, op, part, tuple(old.shape))
+        elif param == "bias" and self._at_matrix(module, b):
+            self.biases[module] = new - old
+        elif all_of_it:
+            self._whole(key, module, a)
+        else:
+            raise ConfigError(
+                f"{key!r} {tuple(old.shape)} changed, and is no matrix that LoRA has a form for; leave its module out "
+                "of target_modules"
+            )
+
+    def _tied(self, module: str, op: Op, part: LowRank, shape: tuple[int, ...]) -> None:
+        """The same change at another layer that reads the weight: a head reads the rows that an embedding gives."""
+        other = self.layers.op(module, "weight", shape)
+        if other is not None:
+            turned = LowRank(part.up.mT.contiguous(), part.down.mT.contiguous())
+            self.parts[module], self.ops[module] = (part if other.kind == op.kind else turned), other
+
+    def _at_matrix(self, module: str, b: ModelTensors) -> bool:
+        weight = f"{module}.weight".removeprefix(".")
+        return weight in b.keys and self.layers.op(module, "weight", tuple(b[weight].shape)) is not None
+
+    def _whole(self, key: str, module: str, a: ModelTensors) -> None:
+        """All of a module, as PEFT keeps what is trained whole."""
+        inside = [k for k in a.keys if k.startswith(f"{module}.")]
+        if not module or any("." in k.removeprefix(f"{module}.") for k in inside):
+            raise ConfigError(
+                f"{key!r} changed, and is no matrix that LoRA has a form for, nor in a module of its own that could be "
+                "trained whole; name the modules to take in target_modules"
+            )
+        self.whole |= {k: a[k] for k in inside}
+
+    def adapter(self) -> Adapter:
+        if not self.parts:
+            raise ConfigError(
+                f"{self.source}: no weight differs"
+                + (f" but for {listing(self.whole, 3)}" if self.whole else ", so an adapter would do nothing")
+                + ". Are the two the models that were meant, and target_modules those that were trained?"
+            )
+        for module in self.biases.keys() - self.parts.keys():
+            raise ConfigError(
+                f"the bias of {module!r} changed, and its weight did not; LoRA has biases at its own layers alone. "
+                "Name others in target_modules"
+            )
+        biased = bool(self.biases)
+        if biased and (bare := [m for m, op in self.ops.items() if op.kind == "embedding"]):
+            raise ConfigError(f"biases changed (lora_bias=True), which {bare[0]!r} has none of: name target_modules")
+        ranks = {m: p.rank * self.ops[m].groups for m, p in self.parts.items()}
+        saved = sorted({k.rpartition(".")[0] for k in self.whole})
+        turned = any(op.kind == "addmm" for op in self.ops.values())
+        config = LoraConfig(target_modules=exactly(list(self.parts)), modules_to_save=saved or None)
+        config = config.of_low_rank(ranks, biased).replace(fan_in_fan_out=turned)
+        tensors: dict[str, Tensor] = dict(self.whole)
+        for module, part in self.parts.items():
+            op, method = self.ops[module], config.method(module, "linear")
+            bias = self.biases.get(module, part.up.new_zeros(op.out_features)) if biased else None
+            like = {n: torch.empty(s.shape, device="meta") for n, s in method.slots(op).items()}
+            made = method.with_low_rank(replace(part, bias=bias), like)
+            tensors |= {f"{module}.{n}".removeprefix("."): t.contiguous() for n, t in made.items()}
+        return Adapter(config, tensors, self.source, FitReport(self.source, tuple(self.rows), tuple(saved)))
+
+
+def _check_names(a: ModelTensors, b: ModelTensors) -> None:
+    for one, other in ((a, b), (b, a)):
+        if missing := [k for k in one.keys if k not in other.keys]:
+            raise CheckpointError(
+                f"{one.source} has {listing(map(repr, missing), 3)}, and {other.source} has not: the two are not one "
+                "model trained on"
+            )
+
+
+def _chooser(targets: str | list[str] | None) -> Any:
+    if targets is None:
+        return lambda module: True
+    if isinstance(targets, str):
+        pattern = compiled("target_modules", targets)
+        return lambda module: pattern.fullmatch(module) is not None
+    if isinstance(targets, (list, tuple, set)) and all(isinstance(t, str) for t in targets):
+        return lambda module: any(module == t or module.endswith(f".{t}") for t in targets)
+    raise ConfigError(f"target_modules={targets!r} must be a list of endings of names, or a regular expression")

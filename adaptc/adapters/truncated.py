@@ -1,0 +1,87 @@
+"""Matrices cut to a rank: the nearest product of two factors, and how far it is.
+
+Before: (blocks, rows, columns). After: as many factors, the upper ones with the singular values in them, all of one
+rank. The decomposition is torch's exact one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adaptc.errors import AdaptcError, ConfigError
+from adaptc.passes.ir.low_rank import LowRank
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How matrices are cut: to ``rank``, or to the least rank that keeps the part ``energy`` of the sum of the squares
+    of the singular values. ``clamp``: a quantile of the factors' entries that larger ones are cut down to."""
+
+    rank: int | None = None
+    energy: float | None = None
+    clamp: float | None = None
+    full: bool = False
+    driver: str | None = None
+
+
+def truncated(matrix: Tensor, cut: Cut) -> tuple[LowRank, float]:
+    """The factors, and the norm of what they leave out relative to that of the matrix."""
+    return _kept(*_decomposed(matrix, cut), cut)
+
+
+def truncated_sum(parts: Sequence[LowRank], weights: Sequence[float], cut: Cut) -> tuple[LowRank, float]:
+    """The same for a weighted sum of products, which need not be multiplied out."""
+    up = torch.cat([p.up * (w * p.scale) for p, w in zip(parts, weights, strict=True)], 2)
+    down = torch.cat([p.down for p in parts], 1)
+    # Entries are cut down by their signs, too, and those of the factors are as the decomposition has them.
+    if cut.clamp is not None or cut.full or up.shape[2] >= min(up.shape[1], down.shape[2]):
+        return truncated(up @ down, cut)
+    left, upper = torch.linalg.qr(up)
+    right, lower = torch.linalg.qr(down.mT)
+    u, s, vh = _decomposed(upper @ lower.mT, cut)
+    return _kept(left @ u, s, vh @ right.mT, cut)
+
+
+def _decomposed(matrix: Tensor, cut: Cut) -> tuple[Tensor, Tensor, Tensor]:
+    if cut.driver is not None and matrix.device.type != "cuda":
+        raise ConfigError(
+            f"svd_driver={cut.driver!r} chooses an algorithm of a GPU, and the adapters are on "
+            f"{matrix.device.type!r}: leave it out"
+        )
+    try:
+        return torch.linalg.svd(matrix, full_matrices=cut.full, driver=cut.driver)
+    except RuntimeError as error:  # torch's LinAlgError is one
+        raise AdaptcError(f"the singular values of a {tuple(matrix.shape)} matrix were not found: {error}") from error
+
+
+def _kept(u: Tensor, s: Tensor, vh: Tensor, cut: Cut) -> tuple[LowRank, float]:
+    most = s.shape[-1]
+    squares = s.double().square()
+    rank = min(cut.rank or most, most)
+    if cut.energy is not None:
+        # Of the energy of all blocks in the first terms of each, which have one rank.
+        within = squares.sum(0).cumsum(0)
+        rank = min(rank, int(torch.searchsorted(within, cut.energy * within[-1] * (1 - 1e-12))) + 1)
+    total, left = float(squares.sum()), float(squares[:, rank:].sum())
+    up, down = u[:, :, :rank] * s[:, None, :rank], vh[:, :rank]
+    if cut.clamp is not None:
+        most_allowed = _quantile(torch.cat([up.flatten(), down.flatten()]), cut.clamp)
+        if most_allowed <= 0:
+            raise ConfigError(
+                f"svd_clamp={cut.clamp}: entries would be cut down to {most_allowed:.3g}, which leaves nothing of "
+                "them; it must be nearer to 1"
+            )
+        up, down = up.clamp(-most_allowed, most_allowed), down.clamp(-most_allowed, most_allowed)
+    return LowRank(down.contiguous(), up.contiguous()), (left / total) ** 0.5 if total else 0.0
+
+
+def _quantile(values: Tensor, q: float) -> float:
+    """``torch.quantile`` for any number of values, of which it takes some millions only."""
+    place = q * (values.numel() - 1)
+    low = int(place)
+    ordered = values.sort().values[low : low + 2]
+    return float(torch.lerp(ordered[0], ordered[-1], place - low))

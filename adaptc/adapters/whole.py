@@ -1,0 +1,71 @@
+"""Tensors that adapters train whole: of ``modules_to_save``, biases, rows for tokens.
+
+They are no changes but values, W_i, so a weighted sum of changes is sum(w_i W_i) + (1 - sum(w_i)) W. Without a model W
+is not known: the weights of the adapters that have a tensor must sum to one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from adaptc.adapters.sites import AdapterLike
+from adaptc.binding.bind import EMBEDDINGS
+from adaptc.errors import CheckpointError, ConfigError
+
+#: how far from one a sum of weights may be that were rounded
+_ROUNDING = 1e-6
+
+
+def averaged(
+    adapters: Sequence[AdapterLike],
+    weights: Sequence[float],
+    others: Sequence[Mapping[str, Tensor]],
+    base: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """``others``: of each adapter, what is not of its method. ``base``: by the same keys, what there was before, where
+    that is known. Raises ConfigError and CheckpointError."""
+    out: dict[str, Tensor] = {}
+    for key in dict.fromkeys(k for one in others for k in one):
+        has = [i for i, one in enumerate(others) if key in one]
+        first = others[has[0]][key]
+        for i in has[1:]:
+            if others[i][key].shape != first.shape:
+                raise CheckpointError(
+                    f"{key!r} has shape {tuple(first.shape)} in {adapters[has[0]].source} and "
+                    f"{tuple(others[i][key].shape)} in {adapters[i].source}: they are of different models"
+                )
+        _check_tokens(key, [adapters[i] for i in has])
+        same = all(torch.equal(others[i][key], first) for i in has)
+        if same and (_of_base(key) or not first.is_floating_point()):
+            out[key] = first
+            continue
+        total = sum(weights[i] for i in has)
+        before = None if base is None else base.get(key)
+        if not first.is_floating_point() or (abs(total - 1) > _ROUNDING and before is None):
+            raise ConfigError(
+                f"{key!r} is trained whole, and without the model only weights that sum to one say what is between its "
+                f"values; those of {', '.join(adapters[i].source for i in has)} sum to {total:g}. Give such weights, "
+                "or adapters without it (modules_to_save, bias or trainable tokens)"
+            )
+        value = torch.stack([others[i][key] * weights[i] for i in has]).sum(0)
+        out[key] = value if before is None else value + (1 - total) * before.to(value)
+    return out
+
+
+def _of_base(key: str) -> bool:
+    """Whether a key is that of an embedding or a head of the base, which PEFT may write beside an adapter."""
+    module, _, param = key.removesuffix(".base_layer.weight").rpartition(".")
+    return key.endswith(".base_layer.weight") or (param == "weight" and module.rpartition(".")[2] in EMBEDDINGS)
+
+
+def _check_tokens(key: str, adapters: Sequence[AdapterLike]) -> None:
+    """Rows are known by the config alone."""
+    rows = [getattr(a.config, "trainable_token_indices", None) for a in adapters]
+    if "trainable_tokens" in key and any(r != rows[0] for r in rows):
+        raise ConfigError(
+            f"{key!r}: {adapters[0].source} trains the rows {rows[0]}, and another adapter {rows[-1]}; only adapters "
+            "with the same trainable_token_indices can be combined"
+        )

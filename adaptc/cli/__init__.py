@@ -1,0 +1,11 @@
+"""The ``adaptc`` command: programs and adapters as files."""
+
+from adaptc.cli import programs, with_adapters
+from adaptc.cli.app import app
+
+__all__ = ["app", "main", "programs", "with_adapters"]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="adaptc")

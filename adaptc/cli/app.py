@@ -1,0 +1,181 @@
+"""What all commands share: how outputs are named, what is told, and errors in one line.
+
+Every command reads files and writes one; none changes what it reads, and none replaces what is there unless it is told
+to. Exit codes: 0 done, 1 an error of adaptc (one line on stderr) or a verification that failed, 2 wrong usage. What a
+command found goes to stdout, as tables or as JSON. Only typer is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+C = TypeVar("C", bound=Callable[..., None])
+
+app = typer.Typer(
+    help="Fine-tuning adapters (LoRA and PEFT's other methods) as a compiler pass over torch.export programs.",
+    epilog="Start with: adaptc compile MODEL_DIR ADAPTER_DIR -o adapted.pt2. Then adaptc COMMAND --help.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Program = Annotated[Path, typer.Argument(metavar="PROG.pt2", help="A program with an adapter.", show_default=False)]
+Adapter = Annotated[
+    Path,
+    typer.Argument(
+        metavar="ADAPTER", help="A PEFT directory, or a file of diffusers, kohya or torchtune.", show_default=False
+    ),
+]
+Component = Annotated[
+    str | None, typer.Option(help="Which component of a file that has several, such as unet or text_encoder.")
+]
+Out = Annotated[
+    Path | None, typer.Argument(metavar="OUT", help="Where to write the result, as --output.", show_default=False)
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="OUT", help="Where to write the result.", show_default=False)
+]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Replace the output if it is there already.")]
+Json = Annotated[bool, typer.Option("--json", help="Print what was found as one JSON object.")]
+KeyMapping = Annotated[
+    str | None,
+    typer.Option(
+        metavar="JSON",
+        help="Rename the adapter's keys: a JSON object of regular expressions and what to put in their place. An error "
+        "about keys that do not fit says which would.",
+        show_default=False,
+    ),
+]
+
+
+def plain_errors(command: C) -> C:
+    """Errors of adaptc as one red line, warnings as yellow ones."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        from adaptc.errors import AdaptcError, AdaptcWarning
+
+        with warnings.catch_warnings():
+            usual = warnings.showwarning
+            warnings.simplefilter("always", AdaptcWarning)
+
+            def show(message: Any, category: type[Warning], *rest: Any) -> None:
+                if issubclass(category, AdaptcWarning):
+                    say("warning", str(message), "yellow")
+                else:
+                    usual(message, category, *rest)
+
+            warnings.showwarning = show  # type: ignore[assignment]
+            try:
+                command(*args, **kwargs)
+            except AdaptcError as error:
+                say("error", str(error), "red")
+                raise typer.Exit(1) from None
+
+    return run  # type: ignore[return-value]
+
+
+def facade() -> Any:
+    """``adaptc`` itself, imported when a command runs."""
+    import adaptc
+
+    return adaptc
+
+
+def say(what: str, text: str, colour: str) -> None:
+    typer.secho(printable(f"{what}: {' '.join(text.split())}"), fg=colour, err=True)
+
+
+def printable(text: str) -> str:
+    """With escapes for what no terminal can show: file names and configs may hold bytes that are no text."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def print_report(report: Any) -> None:
+    typer.echo(printable(report.render(shutil.get_terminal_size((120, 24)).columns)))
+
+
+def tell(as_json: bool, report: Any = None, wrote: Path | None = None) -> None:
+    """What a command found and wrote, as text or as one JSON object."""
+    if as_json:
+        found = {} if report is None else report.data()
+        typer.echo(json.dumps(found if wrote is None else {**found, "wrote": printable(str(wrote))}))
+        return
+    if report is not None:
+        print_report(report)
+    if wrote is not None:
+        typer.echo(printable(f"wrote {wrote}"))
+
+
+def place(argument: Path | None, option: Path | None, force: bool) -> Path:
+    """Where to write, known before any work is done. Raises AdaptcError for what is there already."""
+    from adaptc.errors import CheckpointError
+
+    if (argument is None) == (option is None):
+        raise typer.BadParameter("give the output once, as -o OUT or as the last argument", param_hint="'--output'")
+    out = argument or option
+    assert out is not None
+    full = any(out.iterdir()) if out.is_dir() else out.exists()
+    if full and not force:
+        raise CheckpointError(f"{out} is there already; --force replaces it")
+    return out
+
+
+def mapping(text: str | None) -> dict[str, str] | None:
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is no JSON: {error}", param_hint="'--key-mapping'") from None
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f"{text!r} is no JSON object", param_hint="'--key-mapping'")
+    return found
+
+
+def _version(show: bool) -> None:
+    if show:
+        from adaptc import __version__
+
+        typer.echo(f"adaptc {__version__}")
+        raise typer.Exit
+
+
+def _import(files: list[Path] | None) -> None:
+    """Run Python files, as importing them would: they register methods."""
+    for file in files or []:
+        name = f"imported_by_adaptc.{file.stem}"  # its own name may be that of a library
+        spec = importlib.util.spec_from_file_location(name, file)
+        if spec is None or spec.loader is None or not file.is_file():
+            say("error", f"--import {file}: there is no such Python file", "red")
+            raise typer.Exit(1)
+        sys.path.append(str(file.parent))  # files beside it can be imported, but none in the place of a library
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            say("error", f"--import {file}: {type(error).__name__}: {error}", "red")
+            raise typer.Exit(1) from None
+
+
+@app.callback()
+def options(
+    imported: Annotated[
+        list[Path] | None,
+        typer.Option("--import", metavar="FILE.py", help="Run this file first: it registers a method of your own."),
+    ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    _import(imported)

@@ -1,0 +1,247 @@
+"""Commands on programs: look at them, make, swap, merge, package and verify them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from adaptc.cli.app import (
+    Adapter,
+    Component,
+    Force,
+    Json,
+    KeyMapping,
+    Out,
+    Output,
+    Program,
+    app,
+    facade,
+    mapping,
+    place,
+    plain_errors,
+    tell,
+)
+
+
+@app.command()
+@plain_errors
+def show(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE.pt2|ADAPTER",
+            help="A program, a package, or an adapter: a directory or a file.",
+            show_default=False,
+        ),
+    ],
+    as_json: Json = False,
+) -> None:
+    """What a program adapts and with which tensors, what a package takes, or what an adapter holds."""
+    if path.is_dir() or path.suffix in (".safetensors", ".bin"):
+        from adaptc.reports.adapter import AdapterReport
+
+        tell(as_json, AdapterReport.of(path))
+        return
+    from adaptc.packages.manifest import is_package
+
+    if is_package(path):
+        from adaptc.packages.report import PackageReport
+
+        tell(as_json, PackageReport.read(path))  # its code stays in the file
+        return
+    adaptc = facade()
+
+    tell(as_json, adaptc.report(adaptc.load(path)))
+
+
+@app.command()
+@plain_errors
+def methods(as_json: Json = False) -> None:
+    """The methods there are, what each means, and which layers it takes: around them, or on their weights."""
+    from adaptc.methods.overview import overview, render
+
+    if as_json:
+        typer.echo(json.dumps([dict(vars(row)) for row in overview()]))
+    else:
+        typer.echo(render(shutil.get_terminal_size((120, 24)).columns))
+
+
+@app.command("compile")
+@plain_errors
+def compile_(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="A transformers model directory, or a program (.pt2).", show_default=False
+        ),
+    ],
+    adapter: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ADAPTER|FILE.json",
+            help="An adapter: a PEFT directory, or a file of diffusers, kohya or torchtune. Or the JSON of a config "
+            "(adapter_config.json), for a fresh one.",
+            show_default=False,
+        ),
+    ],
+    out: Out = None,
+    output: Output = None,
+    force: Force = False,
+    training: Annotated[bool, typer.Option("--training", help="Capture train mode: dropout, and the loss.")] = False,
+    key_mapping: KeyMapping = None,
+    component: Component = None,
+    as_json: Json = False,
+) -> None:
+    """Capture a model and adapt it: an adapted program.
+
+    The model's inputs are made from its config. For other models export a program in Python (torch.export.save) and
+    give that.
+    """
+    from adaptc.binding.source import config_of
+    from adaptc.capture.model_files import read_model
+
+    adaptc = facade()
+
+    path = place(out, output, force)
+    given = adapter.is_dir() or (adapter.is_file() and adapter.suffix != ".json")
+    config = str(adapter) if given else config_of(adapter)
+    options: dict[str, Any] = {"training": training, "key_mapping": mapping(key_mapping), "component": component}
+    program = adaptc.compile(adaptc.load(model) if model.is_file() else read_model(model), config, **options)
+    tell(as_json, adaptc.report(program), adaptc.save(program, path))
+
+
+@app.command()
+@plain_errors
+def merge(
+    program: Program,
+    out: Out = None,
+    output: Output = None,
+    force: Force = False,
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="ADAPTER", help="Merge this adapter instead of the program's own.")
+    ] = None,
+    key_mapping: KeyMapping = None,
+    component: Component = None,
+    safe: Annotated[bool, typer.Option(help="Refuse weights that are not finite.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Fold the adapter into the weights: a plain program, and how much rounding each weight took.
+
+    The result runs with torch.export.load, without adaptc.
+    """
+    adaptc = facade()
+
+    path = place(out, output, force)
+    if adapter is None and (key_mapping is not None or component is not None):
+        option = "--component" if key_mapping is None else "--key-mapping"
+        raise typer.BadParameter("it is for the adapter that --adapter names", param_hint=f"'{option}'")
+    adapted = adaptc.load(program)
+    if adapter is not None:
+        adaptc.swap(adapted, adapter, key_mapping=mapping(key_mapping), component=component)
+    merged = adaptc.merge(adapted, safe=safe, keep_base=False, progress=sys.stderr.isatty())
+    tell(as_json, merged.merge_report, adaptc.save(merged, path))
+
+
+@app.command()
+@plain_errors
+def swap(
+    program: Program,
+    adapter: Adapter,
+    out: Out = None,
+    output: Output = None,
+    force: Force = False,
+    key_mapping: KeyMapping = None,
+    component: Component = None,
+    as_json: Json = False,
+) -> None:
+    """Give a program another adapter, of any rank, at any of its sites."""
+    adaptc = facade()
+
+    path = place(out, output, force)
+    adapted = adaptc.load(program)
+    report = adaptc.swap(adapted, adapter, key_mapping=mapping(key_mapping), component=component)
+    tell(as_json, report, adaptc.save(adapted, path))
+
+
+@app.command()
+@plain_errors
+def unload(
+    program: Program, out: Out = None, output: Output = None, force: Force = False, as_json: Json = False
+) -> None:
+    """Take the adapter out: the base as a plain program."""
+    adaptc = facade()
+
+    path = place(out, output, force)
+    tell(as_json, wrote=adaptc.save(adaptc.unload(adaptc.load(program)), path))
+
+
+@app.command()
+@plain_errors
+def lower(
+    program: Program,
+    out: Out = None,
+    output: Output = None,
+    force: Force = False,
+    device: Annotated[
+        str | None, typer.Option(help="Move the program there first, such as cuda; by default it stays where it was.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Put fused GPU kernels into the graph, in the place of the adapters' own nodes. Needs a GPU and triton."""
+    adaptc = facade()
+
+    path = place(out, output, force)
+    lowered = adaptc.lower(adaptc.load(program, device=device))
+    tell(as_json, adaptc.report(lowered), adaptc.save(lowered, path))
+
+
+@app.command()
+@plain_errors
+def package(
+    program: Program,
+    out: Out = None,
+    output: Output = None,
+    force: Force = False,
+    max_rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="The largest rank later swaps may have; by default the ranks there are now."),
+    ] = None,
+    products: Annotated[
+        str, typer.Option(help="What computes the base's layers: measured (the fastest on this machine) or plain.")
+    ] = "measured",
+    as_json: Json = False,
+) -> None:
+    """Compile a program ahead of time with AOTInductor: one file of machine code, whose adapters can be swapped.
+
+    It runs with adaptc.load_package, on machines like this one. A package runs as it is loaded: load only those you
+    trust.
+    """
+    adaptc = facade()
+
+    path = place(out, output, force)
+    tell(as_json, wrote=adaptc.package(adaptc.load(program), path, max_rank=max_rank, products=products))
+
+
+@app.command()
+@plain_errors
+def verify(
+    program: Program,
+    seed: Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Seed of the random inputs.")] = 0,
+    runs: Annotated[int, typer.Option(min=1, max=10_000, help="How many input shapes to try.")] = 3,
+    atol: Annotated[
+        float | None, typer.Option(help="Largest difference allowed; by default it follows from the weights' dtype.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check on random inputs that merging and unloading a program do what they promise. Exits with 1 if not."""
+    adaptc = facade()
+
+    report = adaptc.verify(adaptc.load(program), shapes=runs, seed=seed, atol=atol)
+    tell(as_json, report)
+    if not report.ok:
+        raise typer.Exit(1)

@@ -1,0 +1,54 @@
+"""The fields of a config that choose modules, for the sites of several adapters of one method.
+
+Before: the configs of adapters, and the modules that each has tensors for. After: fields that choose these modules.
+They are the configs' own lists put together where that says the same, or else an expression for just these names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+#: options that narrow what ``target_modules`` names
+NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def united(configs: Sequence[Any], names: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """``names``: of each config, its modules. Parameters, modules trained whole and biases are put together as well."""
+    out: dict[str, Any] = {}
+    for field in ("target_parameters", "modules_to_save"):
+        lists = [list(v) for c in configs if (v := getattr(c, field)) is not None]
+        out |= {field: list(dict.fromkeys(e for one in lists for e in one))} if lists else {}
+    if len(biases := {c.bias for c in configs} - {"none"}) and (len(biases) > 1 or configs[0].bias == "none"):
+        out["bias"] = "all" if "all" in biases else biases.pop()
+    targets = [c.target_modules for c in configs]
+    alike = all(getattr(c, n) == getattr(configs[0], n) for c in configs for n in NARROWING)
+    if alike and all(_plain(t) == _plain(targets[0]) for t in targets):
+        return out
+    if alike and all(isinstance(t, (list, tuple, set, frozenset)) for t in targets):
+        return out | {"target_modules": sorted({e for t in targets for e in t})}
+    modules = list(dict.fromkeys(n for own in names for n in own))
+    return out | dict.fromkeys(NARROWING) | {"target_modules": exactly(modules)}
+
+
+def exactly(names: Sequence[str]) -> str:
+    """A regular expression for just these names; '' for none. Layers that differ in their number alone share an
+    alternative."""
+    layers: dict[tuple[str, str], list[str]] = {}
+    for name in dict.fromkeys(names):
+        number = _NUMBER.search(name)
+        if number is None:
+            layers[name, ""] = []
+        else:
+            layers.setdefault((name[: number.start()], name[number.end() :]), []).append(number[0])
+    parts = []
+    for (head, tail), numbers in layers.items():
+        middle = f"(?:{'|'.join(numbers)})" if len(numbers) > 1 else "".join(numbers)
+        parts.append(re.escape(head) + middle + re.escape(tail))
+    return "|".join(parts)
+
+
+def _plain(targets: Any) -> Any:
+    return sorted(targets) if isinstance(targets, (list, tuple, set, frozenset)) else targets
