@@ -26,6 +26,7 @@ from adaptc.program.adapter_files import write_current
 from adaptc.program.bound import Bound
 from adaptc.program.compile import compiled
 from adaptc.program.files import load_program, save_program
+from adaptc.program.holder import through_holders
 from adaptc.program.lower import lowered
 from adaptc.program.merge import merged, unmerged
 from adaptc.program.module_files import check_followed, write_module
@@ -110,6 +111,7 @@ def compile(
     )
 
 
+@through_holders
 def swap(
     program: AdaptedProgram | PackagedProgram,
     adapter: Any,
@@ -162,6 +164,7 @@ def bind(program: AdaptedProgram | PackagedProgram, adapter: Any, **options: Any
     return program.bind(adapter, **options)
 
 
+@through_holders
 @checked("safe", "keep_base", "progress")
 def merge(
     program: AdaptedProgram, *, safe: bool = True, keep_base: bool = True, progress: bool = False
@@ -181,6 +184,7 @@ def merge(
     return new
 
 
+@through_holders
 def unmerge(program: AdaptedProgram) -> AdaptedProgram:
     """The adapted program ``program`` was merged from, with the adapter it had then: every bit as it was.
 
@@ -195,6 +199,7 @@ def unmerge(program: AdaptedProgram) -> AdaptedProgram:
     return back
 
 
+@through_holders
 def unload(program: AdaptedProgram) -> AdaptedProgram:
     """The base: no adapter, every base tensor the object it was before compile.
 
@@ -203,6 +208,7 @@ def unload(program: AdaptedProgram) -> AdaptedProgram:
     return unloaded(program)
 
 
+@through_holders
 def lower(program: AdaptedProgram) -> AdaptedProgram:
     """The program with its adapters as fused Triton kernels in its graph, for files and artifacts that run on a GPU.
 
@@ -214,6 +220,7 @@ def lower(program: AdaptedProgram) -> AdaptedProgram:
     return lowered(program)
 
 
+@through_holders
 def save(program: ExportedProgram, path: str | os.PathLike[str]) -> Path:
     """Write a program as ``.pt2`` (torch.export's format), aside first and then moved into place.
 
@@ -246,6 +253,7 @@ def load(
     return load_program(Path(path), RunOptions(backend, hoist_limit, fuse), device)
 
 
+@through_holders
 @checked("adapter_name", "safe_serialization", "base_model", "save_embedding_layers", "format", "component")
 def save_adapter(
     program: AdaptedProgram | nn.Module,
@@ -301,6 +309,7 @@ def report(program: AdaptedProgram, *, changes: bool = False) -> CoverageReport:
 def report(program: PackagedProgram, *, changes: bool = False) -> PackageReport: ...
 
 
+@through_holders
 @checked("changes")
 def report(program: AdaptedProgram | PackagedProgram, *, changes: bool = False) -> CoverageReport | PackageReport:
     """What was adapted and what was left out, and the norms of the adapter's tensors; prints as tables.
@@ -320,6 +329,7 @@ def report(program: AdaptedProgram | PackagedProgram, *, changes: bool = False) 
     return CoverageReport.of(program, changes)
 
 
+@through_holders
 def verify(
     program: AdaptedProgram | PackagedProgram, model: nn.Module | AdaptedProgram | None = None, **options: Any
 ) -> VerifyReport:
@@ -334,6 +344,7 @@ def verify(
     return verify_program(program, model, **options)
 
 
+@through_holders
 def package(program: AdaptedProgram, path: str | os.PathLike[str], *, max_rank: int | None = None) -> Path:
     """Compile ahead of time with AOTInductor into one file with swappable adapters; see ``adaptc.packages.write``.
 

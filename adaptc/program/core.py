@@ -196,6 +196,12 @@ class ProgramCore(ProgramValues):
         """
         return self._called(self, args, kwargs)
 
+    def pinned(self) -> Callable[..., Any]:
+        """A callable that keeps the binding that is current now, for calls that belong together. Made without looking
+        at the graph; it shares the code, and what calls write to, with the program."""
+        now = self.ready()
+        return outside(lambda *args, **kwargs: now.executor(now.arguments, args, kwargs))  # type: ignore[misc]
+
     def executor(self) -> Executor:
         """The code of calls, made on first use."""
         made = self.ready().executor

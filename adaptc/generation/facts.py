@@ -1,0 +1,32 @@
+"""What is known of a step program beside its graph, and what this release of transformers calls things."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from adaptc.generation.layout import CacheLayout
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """``config``, ``generation_config``: copies of the model's. ``max_batch``, ``max_length``: rows and positions that
+    a cache has at most. ``positions``: whether the step takes position ids. ``vocabulary``: how many tokens there are.
+    """
+
+    config: Any
+    generation_config: Any
+    layout: CacheLayout
+    max_batch: int
+    max_length: int
+    positions: bool
+    vocabulary: int
+
+
+@cache
+def past_name() -> str:
+    """What this release of transformers calls a cache."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    return "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"

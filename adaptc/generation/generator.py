@@ -1,0 +1,227 @@
+"""The object that generates: transformers' own generation over a step program, with adapters.
+
+Before: a step program and what it was captured from. After: ``generate`` with everything that transformers' has,
+written by nobody here. A call of ``generate`` takes the adapter when it begins and keeps it to the end, whatever is swapped in
+between; the cache belongs to the call, or to the caller who hands one in.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from adaptc.errors import AdaptcError
+from adaptc.generation import checks
+from adaptc.generation.cache import StepCache, cache_class
+from adaptc.generation.facts import Facts, past_name
+from adaptc.program.adapted import AdaptedProgram
+from adaptc.program.bound import Bound
+from adaptc.program.holder import Holder
+
+
+class Generator(Holder):
+    """Made by ``adaptc.compile_for_generation``. ``config``, ``generation_config``: the model's, copied."""
+
+    main_input_name = "input_ids"
+    base_model_prefix = "model"
+    input_modalities = ("text",)
+    _is_stateful = False
+
+    def __init__(self, runs: AdaptedProgram | Bound, facts: Facts) -> None:
+        self._runs, self.facts = runs, facts
+        self.config, self.generation_config = facts.config, facts.generation_config
+        #: what a step calls, while a generation goes on
+        self.step: Callable[..., Any] | None = None
+        #: positions of its cache that its ``input_ids`` does not begin with
+        self.offset = 0
+
+    # -- the program inside --------------------------------------------------------------------------------------------
+
+    @property
+    def program(self) -> AdaptedProgram:
+        """The step program, which swap, merge, save and the other functions of adaptc work on."""
+        if isinstance(self._runs, Bound):
+            raise AdaptcError(
+                f"this generator keeps {self._runs.binding.source!r}: swap, merge and save the one that it was bound to"
+            )
+        return self._runs
+
+    def holding(self, program: AdaptedProgram) -> Self:
+        """The same for another version of its program."""
+        return type(self)(program, self.facts)
+
+    def bind(self, adapter: Any, **options: Any) -> Self:
+        """One that keeps ``adapter`` whatever this one is swapped to; None gives the base. ``options`` and errors as
+        for :meth:`AdaptedProgram.bind`."""
+        return type(self)(self.program.bind(adapter, **options), self.facts)
+
+    @property
+    def base(self) -> Self:
+        """The model without adapters: it shares the weights, and pays for nothing else."""
+        return type(self)(self.program.base, self.facts)
+
+    @property
+    def device(self) -> torch.device:
+        return (self._runs.program if isinstance(self._runs, Bound) else self._runs).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.facts.layout.dtype
+
+    # -- calls ---------------------------------------------------------------------------------------------------------
+
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        """As transformers' ``generate``, with the adapter that is current when it is called.
+
+        ``past_key_values`` (or ``cache``): what :meth:`prefill` or an earlier call gave, to go on from; ``input_ids``
+        then begins with the tokens that are in it, or, with an ``attention_mask`` for all of them, is what comes after.
+        The cache is written to; ``cache.copy()`` keeps it as it was. Raises AdaptcError, before anything is computed,
+        for what the program cannot do.
+        """
+        kwargs, offset = checks.arguments(self.facts, inputs, kwargs)
+        pinned = self.pinned(offset)
+        with torch.no_grad():
+            return super(Generator, pinned).generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> StepCache:
+        """The cache of a prompt (batch, tokens), to be continued by :meth:`generate`, any number of times from copies
+        of it."""
+        made = self.new_cache()
+        checks.tokens(self.facts, input_ids)
+        with torch.no_grad():
+            self.forward(input_ids, attention_mask=attention_mask, past_key_values=made, logits_to_keep=1)
+        return made
+
+    def new_cache(self) -> StepCache:
+        """One with nothing in it."""
+        return cache_class()(self.facts.layout, self.facts, self.facts.max_length, self.device)
+
+    def pinned(self, offset: int = 0) -> Self:
+        """One that keeps the adapter that is current now, for a generation that does not begin with what is in its
+        cache, ``offset`` positions."""
+        new, runs = copy.copy(self), self._runs
+        if self.step is None:
+            new.step = runs if isinstance(runs, Bound) else runs.pinned()
+        new.offset = offset
+        return new
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        cache: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **others: Any,
+    ) -> Any:
+        """One step: the logits of new tokens (batch, tokens), whose keys and values go into the cache.
+
+        ``attention_mask``: (batch, positions), of those in the cache and the new ones. Without a cache a new one is
+        made, and is in the output.
+        """
+        checks.forward(input_ids, inputs_embeds, use_cache, return_dict, others)
+        assert input_ids is not None
+        past = past_key_values if cache is None else cache
+        past = self.new_cache() if past is None else checks.own_cache(self.facts, past, input_ids.shape[0])
+        rows, tokens = input_ids.shape
+        before, total = past.length, past.length + tokens
+        checks.fits(self.facts, rows, total)
+        checks.check_mask(attention_mask, input_ids, before)
+        step = self.step or self._runs
+        past.reserve(rows, total)
+        if attention_mask is not None:
+            past.mask[:, :total] = attention_mask
+        device = past.device
+        slots = torch.arange(before, total, device=device)
+        inputs = {"input_ids": input_ids.contiguous(), "attention_mask": past.mask}
+        if self.facts.positions:
+            inputs["position_ids"] = _positions(position_ids, slots, rows)
+        if isinstance(logits_to_keep, int):
+            logits_to_keep = torch.arange(tokens - logits_to_keep if logits_to_keep else 0, tokens, device=device)
+        logits = step(
+            **inputs, slots=slots, keep=logits_to_keep, **dict(zip(self.facts.layout.names, past.tensors, strict=True))
+        )
+        past.length = total
+        return _output(logits, past)
+
+    # -- what transformers asks of a model -----------------------------------------------------------------------------
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """What a step takes of the state of a generation: the new tokens, and their positions."""
+        kwargs.pop("is_first_iteration", None)
+        if next_sequence_length is not None:
+            input_ids = input_ids[:, -next_sequence_length:]
+        positions = kwargs.get("position_ids")
+        if positions is not None and positions.shape[-1] != input_ids.shape[1]:
+            kwargs["position_ids"] = positions[:, -input_ids.shape[1] :]
+        return {"input_ids": input_ids, **kwargs}
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        name, offset = past_name(), self.offset
+        past = model_kwargs.get(name)
+        checks.generation(self.facts, generation_config, generation_mode, batch_size, max_cache_length, past, offset)
+        if past is None:
+            past = model_kwargs[name] = self.new_cache()
+        past.expected = max_cache_length + offset
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return True
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return True
+
+    @classmethod
+    def is_remote_code(cls) -> bool:
+        return False
+
+    def get_experts_implementation(self) -> dict[str, str]:
+        return {}
+
+    def __repr__(self) -> str:
+        f = self.facts
+        what = "keeping" if isinstance(self._runs, Bound) else "of"
+        return f"generates with up to {f.max_batch} rows of {f.max_length} positions, {what}\n{self._runs!r}"
+
+
+@cache
+def generator_class() -> type[Generator]:
+    """:class:`Generator` that is a ``transformers.GenerationMixin``."""
+    from transformers import GenerationMixin
+
+    return type("Generator", (Generator, GenerationMixin), {"__module__": __name__})
+
+
+def _output(logits: Tensor, past: StepCache) -> Any:
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    fields: dict[str, Any] = {past_name(): past}
+    return CausalLMOutputWithPast(logits=logits, **fields)  # type: ignore[arg-type]
+
+
+def _positions(given: Tensor | None, slots: Tensor, rows: int) -> Tensor:
+    if given is None:
+        given = slots[None]
+    return given.expand(rows, -1).contiguous()
