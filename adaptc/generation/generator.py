@@ -18,6 +18,7 @@ from torch import Tensor
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation import checks
 from adaptc.generation.cache import StepCache, cache_class
+from adaptc.generation.description import described
 from adaptc.generation.facts import Facts, past_name
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.bound import Bound
@@ -56,6 +57,9 @@ class Generator(Holder):
     def holding(self, program: AdaptedProgram) -> Self:
         """The same for another version of its program."""
         return type(self)(program, self.facts)
+
+    def beside(self) -> dict[str, str]:
+        return described(self.facts)
 
     def bind(self, adapter: Any, **options: Any) -> Self:
         """One that keeps ``adapter`` whatever this one is swapped to; None gives the base. ``options`` and errors as

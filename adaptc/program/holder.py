@@ -28,6 +28,10 @@ class Holder(ABC):
     def holding(self, program: AdaptedProgram) -> Self:
         """The same for another version of its program: merged, unloaded, lowered."""
 
+    @abstractmethod
+    def beside(self) -> dict[str, str]:
+        """Texts by name that are saved in the file of its program, from which it is made again."""
+
 
 def through_holders(function: F) -> F:
     """``function``, whose first argument is a program, for holders, too."""
