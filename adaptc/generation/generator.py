@@ -219,7 +219,8 @@ class Generator(Holder):
         positions = kwargs.get("position_ids")
         if positions is not None and positions.shape[-1] != new.shape[1]:
             kwargs["position_ids"] = positions[:, -new.shape[1] :]
-        return {name: new, **kwargs}
+        # What ways to generate have of their own, such as a tokenizer, comes along; names were checked before.
+        return {name: new, **{n: v for n, v in kwargs.items() if n not in checks.MODE}}
 
     def _prepare_cache_for_generation(
         self,
