@@ -180,7 +180,7 @@ class Generator(Holder):
         if self.facts.positions:
             given = torch.arange(before, total)[None] if position_ids is None else position_ids
             inputs["position_ids"] = given.to(past.device).expand(rows, -1).contiguous()
-        logits = run(step, past, inputs, tokens, logits_to_keep, whole=self._owner.options.backend == "inductor")
+        logits = run(step, past, inputs, tokens, logits_to_keep)
         past.length = total
         self.begun = True
         return _output(logits, past)

@@ -4,8 +4,8 @@ Before: tokens for the positions after those that are filled, and a cache with r
 values are in the cache; the result is the logits of the tokens that were asked for.
 
 A step masks what may not be seen, and computes it nevertheless. In pieces, each of which sees the positions up to its
-end alone, a long prompt needs little more than half of the attention. Compiled code takes caches as they lie in memory,
-of which a part would have to be copied, so there prompts go as a whole.
+end alone, a long prompt needs little more than half of the attention. (Compiled code takes whole tensors, so a part of
+a cache is copied for it, and back, which is little beside that.)
 """
 
 from __future__ import annotations
@@ -28,12 +28,11 @@ def run(
     inputs: Mapping[str, Tensor],
     tokens: int,
     keep: int | Tensor,
-    whole: bool,
 ) -> Tensor:
     """``inputs``: those that have a value for each of the ``tokens``, which stand along axis 1, and those that have no
     such axis. ``keep``: of how many of the last tokens logits are wanted, 0 for all, or of which."""
     before = past.length
-    if whole or not isinstance(keep, int) or not 0 < keep <= PIECE or tokens <= PIECE:
+    if not isinstance(keep, int) or not 0 < keep <= PIECE or tokens <= PIECE:
         index = _last(keep, tokens, past.device) if isinstance(keep, int) else keep.to(past.device)
         return _call(step, past, inputs, (before, before + tokens), past.room, index)
     # The last piece is the one with the logits, and so the largest; those before it are as many as are needed.
