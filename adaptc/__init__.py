@@ -46,6 +46,8 @@ if TYPE_CHECKING:
         SwapError,
         TargetError,
     )
+    from adaptc.generation.compile import compile_for_generation
+    from adaptc.generation.generator import Generator
     from adaptc.methods import TargetedConfig, register_method
     from adaptc.methods.adalora import AdaLoraConfig
     from adaptc.methods.boft import BOFTConfig
@@ -82,6 +84,7 @@ __version__ = "0.1.0"
 PUBLIC = {
     # what one does
     "compile": "adaptc.api",
+    "compile_for_generation": "adaptc.generation.compile",
     "swap": "adaptc.api",
     "bind": "adaptc.api",
     "merge": "adaptc.api",
@@ -109,6 +112,7 @@ PUBLIC = {
     # what one holds
     "AdaptedProgram": "adaptc.program.adapted",
     "Adapter": "adaptc.adapters.adapter",
+    "Generator": "adaptc.generation.generator",
     "LoraConfig": "adaptc.methods.lora_config",
     "AdaLoraConfig": "adaptc.methods.adalora",
     "OFTConfig": "adaptc.methods.oft",

@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 from adaptc.adapters.adapter import Adapter
 from adaptc.binding.source import as_binding
 from adaptc.errors import AdaptcError, ConfigError, MergeError, shown
+from adaptc.generation.files import generator_in
 from adaptc.packages.report import PackageReport
 from adaptc.packages.run import BoundPackage, PackagedProgram
 from adaptc.packages.write import package_program
@@ -27,6 +28,7 @@ from adaptc.program.adapter_files import write_current
 from adaptc.program.bound import Bound
 from adaptc.program.compile import compiled
 from adaptc.program.files import load_program, save_program
+from adaptc.program.holder import Holder, through_holders
 from adaptc.program.lower import lowered
 from adaptc.program.merge import merged, unmerged
 from adaptc.program.module_files import check_followed, write_module
@@ -114,6 +116,7 @@ def compile(
     )
 
 
+@through_holders
 def swap(
     program: AdaptedProgram | PackagedProgram,
     adapter: Any,
@@ -166,6 +169,7 @@ def bind(program: AdaptedProgram | PackagedProgram, adapter: Any, **options: Any
     return program.bind(adapter, **options)
 
 
+@through_holders
 @checked("safe", "keep_base", "progress")
 def merge(
     program: AdaptedProgram, *, safe: bool = True, keep_base: bool = True, progress: bool = False
@@ -185,6 +189,7 @@ def merge(
     return new
 
 
+@through_holders
 def unmerge(program: AdaptedProgram) -> AdaptedProgram:
     """The adapted program ``program`` was merged from, with the adapter it had then: every bit as it was.
 
@@ -199,6 +204,7 @@ def unmerge(program: AdaptedProgram) -> AdaptedProgram:
     return back
 
 
+@through_holders
 def unload(program: AdaptedProgram) -> AdaptedProgram:
     """The base: no adapter, every base tensor the object it was before compile.
 
@@ -207,6 +213,7 @@ def unload(program: AdaptedProgram) -> AdaptedProgram:
     return unloaded(program)
 
 
+@through_holders
 def lower(program: AdaptedProgram) -> AdaptedProgram:
     """The program with its adapters as fused Triton kernels in its graph, for files and artifacts that run on a GPU.
 
@@ -218,15 +225,17 @@ def lower(program: AdaptedProgram) -> AdaptedProgram:
     return lowered(program)
 
 
-def save(program: ExportedProgram, path: str | os.PathLike[str]) -> Path:
+def save(program: ExportedProgram | Holder, path: str | os.PathLike[str]) -> Path:
     """Write a program as ``.pt2`` (torch.export's format), aside first and then moved into place.
 
     An adapted program carries its sites, slots and config in its graph; a merged or unloaded one is plain ATen and
     needs no adaptc to run. Raises AdaptcError for a program whose module trains other tensors than the program has.
     """
+    beside = program.beside() if isinstance(program, Holder) else None
+    program = program.program if isinstance(program, Holder) else program
     if isinstance(program, AdaptedProgram):
         check_followed(program)
-    return save_program(program, Path(path))
+    return save_program(program, Path(path), beside)
 
 
 def load(
@@ -236,8 +245,9 @@ def load(
     hoist_limit: int | None = None,
     fuse: bool = True,
     device: torch.device | str | None = None,
-) -> AdaptedProgram:
-    """Read a ``.pt2`` written by :func:`save` or ``torch.export.save``; adapters are known again from the graph.
+) -> Any:
+    """Read a ``.pt2`` written by :func:`save` or ``torch.export.save``: an :class:`AdaptedProgram`, whose adapters are
+    known again from the graph, or, of what generates, a :class:`Generator` again.
 
     ``backend``, ``hoist_limit`` and ``fuse`` as for :func:`compile`; a program without adapters is never fused unasked.
     ``device``: where its tensors and its adapter go; None leaves them where they were.
@@ -247,9 +257,11 @@ def load(
     tensors and plain values, operators that reach beyond the program, compiled code. BackendError for one whose kernels
     cannot run here.
     """
-    return load_program(Path(path), RunOptions(backend, hoist_limit, fuse), device)
+    program = load_program(Path(path), RunOptions(backend, hoist_limit, fuse), device)
+    return generator_in(Path(path), program) or program
 
 
+@through_holders
 @checked("adapter_name", "safe_serialization", "base_model", "save_embedding_layers", "format", "component")
 def save_adapter(
     program: AdaptedProgram | nn.Module | Adapter,
@@ -313,6 +325,7 @@ def report(program: AdaptedProgram, *, changes: bool = False) -> CoverageReport:
 def report(program: PackagedProgram, *, changes: bool = False) -> PackageReport: ...
 
 
+@through_holders
 @checked("changes")
 def report(program: AdaptedProgram | PackagedProgram, *, changes: bool = False) -> CoverageReport | PackageReport:
     """What was adapted and what was left out, and the norms of the adapter's tensors; prints as tables.
@@ -333,7 +346,7 @@ def report(program: AdaptedProgram | PackagedProgram, *, changes: bool = False) 
 
 
 def verify(
-    program: AdaptedProgram | PackagedProgram, model: nn.Module | AdaptedProgram | None = None, **options: Any
+    program: AdaptedProgram | PackagedProgram | Holder, model: nn.Module | AdaptedProgram | None = None, **options: Any
 ) -> VerifyReport:
     """Run the program against the model it came from on random inputs of several shapes; see
     :func:`adaptc.verify.verify.verify_program` for ``options``.
@@ -343,9 +356,13 @@ def verify(
     """
     if isinstance(program, PackagedProgram):
         return verify_package(program, model, **options)
+    if isinstance(program, Holder):
+        with program.as_program(model) as same:
+            return verify_program(program.program, same, **options)
     return verify_program(program, model, **options)
 
 
+@through_holders
 def package(
     program: AdaptedProgram, path: str | os.PathLike[str], *, max_rank: int | None = None, products: str = "measured"
 ) -> Path:

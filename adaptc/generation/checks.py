@@ -1,0 +1,181 @@
+"""What a generation is refused for, before anything is computed.
+
+Before: what a caller gives. After: what transformers takes, with all that must hold for the step program; or an
+AdaptcError that names what does not, and no cache was written to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptc.errors import AdaptcError, shown
+from adaptc.generation.cache import StepCache
+from adaptc.generation.facts import Facts, past_name
+
+#: arguments that ask for what a step program does not do -> what to do instead; anything but None and False is refused
+_REFUSED = {
+    "output_attentions": "its layers give no attention weights: ask the model itself",
+    "output_hidden_states": "it gives no hidden states: ask the model itself",
+    "cache_implementation": "it has a cache of its own, of the caller's: leave it out",
+    "compile_config": "compile_for_generation(..., backend='inductor') compiles it",
+    "labels": "it gives no loss: compile the model with adaptc.compile(model, config, training=True)",
+    "token_type_ids": "it was captured without it: leave it out",
+}
+
+#: arguments of ways to generate, which transformers hands on to steps
+MODE = frozenset(
+    {
+        "tokenizer",
+        "assistant_tokenizer",
+        "assistant_model",
+        "streamer",
+        "synced_gpus",
+        "inputs_tensor",
+        "trust_remote_code",
+    }
+)
+
+
+def arguments(facts: Facts, inputs: Tensor | None, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """Those of ``generate``, and how many positions are in the cache that ``input_ids`` does not begin with."""
+    kwargs = dict(kwargs)
+    past = kwargs.pop("past_key_values", None)
+    past = kwargs.pop("cache", None) if past is None else past
+    refuse(kwargs)
+    if kwargs.get("use_cache") is False:
+        raise AdaptcError("use_cache=False is not taken: the program was captured with a cache. Leave it out")
+    ids, given = kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("inputs_embeds")
+    if ids is not None:
+        tokens(facts, ids)
+    if given is not None:
+        embeddings(facts, given)
+    mask, prompt = kwargs.get("attention_mask"), ids if given is None else given
+    if past is None:
+        if prompt is not None:
+            check_mask(mask, prompt.shape, 0)
+        return kwargs, 0
+    if prompt is None:
+        raise AdaptcError("a cache is continued by tokens: give input_ids")
+    own_cache(facts, past, None)
+    kwargs[past_name()] = past
+    before, (rows, length, *_) = past.length, prompt.shape
+    if mask is not None and before and given is None and mask.ndim == 2 and mask.shape[1] == before + length:
+        check_mask(mask, prompt.shape, before)
+        return kwargs, before
+    if length < before:
+        raise AdaptcError(
+            f"the cache holds {before} positions and the prompt has {length}: give it from its first token on, or the "
+            f"new tokens with an attention_mask for all {before + length}"
+        )
+    check_mask(mask, prompt.shape, 0)
+    if mask is None and past.padded:
+        kwargs["attention_mask"] = torch.cat([past.mask[:, :before], past.mask.new_ones(rows, length - before)], 1)
+    if before == length:
+        # Its logits are needed, and computing it once more writes what is there.
+        past.crop(-1)
+    return kwargs, 0
+
+
+def refuse(given: Mapping[str, Any]) -> None:
+    """Raises AdaptcError for what the program does not do."""
+    for name, why in _REFUSED.items():
+        value = given.get(name)
+        if value is not None and value is not False:
+            raise AdaptcError(f"{name} is not taken by a program that generates: {why}")
+
+
+def generation(
+    facts: Facts, config: Any, mode: Any, batch: int, length: int, past: StepCache | None, offset: int
+) -> None:
+    """``config``: the generation config as it is used; ``batch`` rows, before beams; ``length``: positions that a cache
+    needs, beside ``offset`` that are in it already."""
+    refuse({name: getattr(config, name, None) for name in _REFUSED})
+    if config.use_cache is False:
+        raise AdaptcError("use_cache=False is not taken: the program was captured with a cache. Leave it out")
+    beams = max(config.num_beams or 1, config.num_return_sequences or 1)
+    rows = batch * beams
+    fits(facts, rows, length + offset, f" ({batch} of {beams} sequences each)" if beams > 1 else "")
+    if past is not None and past.rows and past.rows != rows:
+        raise AdaptcError(
+            f"the cache has {past.rows} rows and this generation {rows}: cache.batch_repeat_interleave(n) makes n of "
+            "each"
+        )
+
+
+def fits(facts: Facts, rows: int, length: int, of: str = "") -> None:
+    """Raises AdaptcError where a cache cannot be so large."""
+    if rows > facts.max_batch:
+        raise AdaptcError(
+            f"{rows} rows{of} are more than max_batch={facts.max_batch}: give fewer at a time, or compile with more"
+        )
+    if length > facts.max_length:
+        raise AdaptcError(
+            f"{length} positions are more than max_length={facts.max_length}: give fewer tokens, ask for fewer "
+            "(max_new_tokens), or compile with more"
+        )
+
+
+def tokens(facts: Facts, ids: Any) -> None:
+    """Raises AdaptcError for what is no (batch, tokens) of the vocabulary."""
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32) or ids.ndim != 2:
+        found = f"{tuple(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
+        raise AdaptcError(f"input_ids must be a tensor (batch, tokens) of int64, got {found}")
+    if ids.shape[0] == 0:
+        raise AdaptcError("input_ids has no rows")
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < facts.vocabulary:
+        raise AdaptcError(
+            f"input_ids has tokens from {int(ids.min())} to {int(ids.max())}, outside the vocabulary of "
+            f"{facts.vocabulary}"
+        )
+
+
+def embeddings(facts: Facts, given: Any) -> None:
+    """Raises AdaptcError for what is no (batch, tokens, width)."""
+    if not facts.embeds:
+        raise AdaptcError("inputs_embeds is not taken: the model takes tokens alone")
+    if not isinstance(given, Tensor) or given.ndim != 3 or given.shape[-1] != facts.width:
+        found = tuple(given.shape) if isinstance(given, Tensor) else f"a {type(given).__name__}"
+        raise AdaptcError(f"inputs_embeds must be a tensor (batch, tokens, {facts.width}), got {found}")
+
+
+def check_mask(mask: Any, shape: Sequence[int], before: int) -> None:
+    """Raises AdaptcError for a mask that is not one number for each position: in the cache, and of a prompt of this
+    shape."""
+    if mask is None:
+        return
+    wanted = (shape[0], before + shape[1])
+    if not isinstance(mask, Tensor) or mask.shape != wanted:
+        found = tuple(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        has = f", {before} of them in the cache" if before else ""
+        raise AdaptcError(f"attention_mask must be a tensor {wanted}, one number for each position{has}; got {found}")
+
+
+def own_cache(facts: Facts, past: Any, rows: int | None) -> StepCache:
+    """``past``, a cache of this program, or of what is bound to it, with so many rows."""
+    if not isinstance(past, StepCache):
+        raise AdaptcError(
+            f"a {type(past).__name__} is no cache of this program: gen.prefill(input_ids) and gen.generate(..., "
+            "return_dict_in_generate=True) give one"
+        )
+    if past.owner is not facts:
+        raise AdaptcError("this cache is of another program: compute the prompt again with gen.prefill(input_ids)")
+    if rows is not None and past.rows and past.rows != rows:
+        raise AdaptcError(f"the cache has {past.rows} rows, and the step {rows}")
+    return past
+
+
+def forward(ids: Any, embeds: Any, use_cache: Any, return_dict: Any, others: Mapping[str, Any]) -> None:
+    """Raises AdaptcError for arguments of a step that mean something else than it does."""
+    refuse(others)
+    if use_cache is False:
+        raise AdaptcError("use_cache=False is not taken: the program was captured with a cache. Leave it out")
+    if return_dict is False:
+        raise AdaptcError("return_dict=False is not taken: a step gives an object with logits and the cache")
+    if strange := [n for n, v in others.items() if n not in _REFUSED and v is not None]:
+        raise AdaptcError(f"{shown(strange[0])} is not an input of the program")
+    if (ids is None) == (embeds is None):
+        raise AdaptcError("a step takes input_ids (batch, tokens), or inputs_embeds (batch, tokens, width) instead")

@@ -1,0 +1,132 @@
+"""From a model and a config to an object that generates.
+
+Before: whatever is handed to ``adaptc.compile_for_generation``. After: a :class:`Generator` over one step program,
+adapted as ``adaptc.compile`` adapts; or an error, and the model as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from adaptc.capture.example_inputs import is_pretrained_model
+from adaptc.errors import CaptureError, ConfigError, shown
+from adaptc.generation.facts import Facts
+from adaptc.generation.generator import Generator, generator_class
+from adaptc.generation.layout import CacheLayout, eval_mode
+from adaptc.generation.prove import prove
+from adaptc.generation.step import stepping
+from adaptc.passes.ir.exclusive import exclusive
+from adaptc.program.compile import compiled
+from adaptc.program.unload import unloaded
+from adaptc.runtime.options import RunOptions
+from adaptc.value_types import checked
+
+
+@checked("adapter_name", "form", "autocast_adapter_dtype", "key_mapping", "component", "generator")
+def compile_for_generation(
+    model: nn.Module,
+    adapter: Any = None,
+    *,
+    config: Any = None,
+    max_batch: int = 8,
+    max_length: int | None = None,
+    adapter_name: str = "default",
+    backend: str = "eager",
+    form: str = "auto",
+    autocast_adapter_dtype: bool = True,
+    key_mapping: Mapping[str, str] | None = None,
+    component: str | None = None,
+    generator: torch.Generator | None = None,
+    hoist_limit: int | None = None,
+    fuse: bool = True,
+) -> Generator:
+    """Capture a causal transformers model as a step with its cache, adapt it, and give what generates with it.
+
+    The result has transformers' own ``generate``: greedy, sampling, beams, streamers, stop strings, logits processors.
+    One program takes prompts and single tokens; its cache is the caller's, made for each call. ``max_batch``: rows of a
+    cache at most, beams counted; ``max_length``: positions at most, None for as many as the model has. All else as for
+    :func:`adaptc.compile`. ``swap``, ``merge``, ``unload``, ``save``, ``save_adapter``, ``report`` and the other
+    functions take it as they take programs (``.program`` is the one inside); ``.bind(adapter)`` has a ``generate`` of
+    its own.
+
+    Raises CaptureError for models whose state is no cache of keys and values, and as :func:`adaptc.compile` does.
+    """
+    if adapter is None:
+        adapter, config = config, None
+    return _compiled(
+        model,
+        adapter,
+        RunOptions(backend, hoist_limit, fuse),
+        max_batch=max_batch,
+        max_length=max_length,
+        adapter_name=adapter_name,
+        form=form,
+        autocast=autocast_adapter_dtype,
+        key_mapping=key_mapping,
+        component=component,
+        override=config,
+        generator=generator,
+    )
+
+
+@exclusive
+def _compiled(
+    model: Any, adapter: Any, options: RunOptions, *, max_batch: int, max_length: int | None, **how: Any
+) -> Generator:
+    """See :func:`compile_for_generation`; ``how`` as for :func:`compiled`."""
+    if not isinstance(model, nn.Module) or not is_pretrained_model(model):
+        raise CaptureError(f"compile_for_generation takes a transformers model, not a {type(model).__name__}")
+    name, config = type(model).__name__, cast(Any, model.config)
+    if not getattr(model, "can_generate", bool)():
+        raise CaptureError(f"{name} does not generate: give a model for causal language modelling")
+    if config.is_encoder_decoder:
+        raise CaptureError(f"{name} has an encoder, and generation is for models that are decoders alone")
+    _at_least_one(max_batch, "max_batch")
+    layout = CacheLayout.of(model)
+    length = _length(max_length, config.get_text_config(decoder=True))
+    with stepping(model, layout) as step:
+        try:
+            program = compiled(
+                model, adapter, options, example_inputs=step.example_inputs, dynamic_shapes=step.dynamic_shapes, **how
+            )
+        except CaptureError as error:
+            raise CaptureError(f"{name} cannot be captured as a step with its cache: {error}") from error
+    embedding = cast(Any, model).get_input_embeddings().weight
+    facts = Facts(
+        copy.deepcopy(config),
+        copy.deepcopy(model.generation_config),
+        layout,
+        max_batch,
+        length,
+        "position_ids" in step.example_inputs,
+        "inputs_embeds" in step.example_inputs,
+        embedding.shape[0],
+        embedding.shape[1],
+        embedding.dtype,
+    )
+    with eval_mode(model):
+        prove(model, unloaded(program).module(check_guards=False), facts)
+    return generator_class()(program, facts)
+
+
+def _length(asked: Any, config: Any) -> int:
+    """Positions of a cache: at most what the model has positions for."""
+    most = getattr(config, "max_position_embeddings", None)
+    if asked is None:
+        if not isinstance(most, int):
+            raise ConfigError("max_length=None takes what the model has positions for, which its config does not say")
+        return most
+    _at_least_one(asked, "max_length")
+    if isinstance(most, int) and asked > most:
+        raise ConfigError(f"max_length={asked} is more than the {most} positions that the model is for")
+    return asked
+
+
+def _at_least_one(value: Any, name: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name}={shown(value)} is not a number of one or more")

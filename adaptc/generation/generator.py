@@ -1,0 +1,277 @@
+"""The object that generates: transformers' own generation over a step program, with adapters.
+
+Before: a step program and what it was captured from. After: ``generate`` with everything that transformers' has,
+written by nobody here. A call of ``generate`` takes the adapter when it begins and keeps it to the end, whatever is
+swapped in between; the cache belongs to the call, or to the caller who hands one in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from adaptc.errors import AdaptcError, ConfigError
+from adaptc.generation import checks
+from adaptc.generation.cache import StepCache, cache_class
+from adaptc.generation.description import described
+from adaptc.generation.facts import Facts, past_name
+from adaptc.generation.pieces import run
+from adaptc.generation.step import stepping
+from adaptc.program.adapted import AdaptedProgram
+from adaptc.program.bound import Bound
+from adaptc.program.core import ProgramCore
+from adaptc.program.holder import Holder
+
+
+class Generator(Holder):
+    """Made by ``adaptc.compile_for_generation``. ``config``, ``generation_config``: the model's, copied."""
+
+    main_input_name = "input_ids"
+    base_model_prefix = "model"
+    input_modalities = ("text",)
+    _is_stateful = False
+
+    def __init__(self, runs: AdaptedProgram | Bound, facts: Facts) -> None:
+        self._runs, self.facts = runs, facts
+        self.config, self.generation_config = facts.config, facts.generation_config
+        #: what a step calls, while a generation goes on
+        self.step: Callable[..., Any] | None = None
+        #: positions of its cache that its ``input_ids`` does not begin with
+        self.offset = 0
+        #: whether a step was computed
+        self.begun = False
+
+    # -- the program inside --------------------------------------------------------------------------------------------
+
+    @property
+    def program(self) -> AdaptedProgram:
+        """The step program, which swap, merge, save and the other functions of adaptc work on."""
+        if isinstance(self._runs, Bound):
+            raise AdaptcError(
+                f"this generator keeps {self._runs.binding.source!r}: swap, merge and save the one that it was bound to"
+            )
+        return self._runs
+
+    def holding(self, program: AdaptedProgram) -> Self:
+        """The same for another version of its program."""
+        return type(self)(program, self.facts)
+
+    def beside(self) -> dict[str, str]:
+        return described(self.facts)
+
+    @contextlib.contextmanager
+    def as_program(self, model: Any) -> Iterator[Any]:
+        if not isinstance(model, nn.Module):
+            yield model.program if isinstance(model, Generator) else model
+            return
+        with stepping(model, self.facts.layout):
+            yield model
+
+    def bind(self, adapter: Any, **options: Any) -> Self:
+        """One that keeps ``adapter`` whatever this one is swapped to; None gives the base. ``options`` and errors as
+        for :meth:`AdaptedProgram.bind`."""
+        return type(self)(self.program.bind(adapter, **options), self.facts)
+
+    @property
+    def base(self) -> Self:
+        """The model without adapters: it shares the weights, and pays for nothing else."""
+        return type(self)(self.program.base, self.facts)
+
+    @property
+    def device(self) -> torch.device:
+        return self._owner.device
+
+    @property
+    def _owner(self) -> ProgramCore:
+        """The program whose code it runs."""
+        return self._runs.program if isinstance(self._runs, Bound) else self._runs
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.facts.layout.dtype
+
+    # -- calls ---------------------------------------------------------------------------------------------------------
+
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        """As transformers' ``generate``, with the adapter that is current when it is called.
+
+        ``past_key_values`` (or ``cache``): what :meth:`prefill` or an earlier call gave, to go on from; ``input_ids``
+        then begins with the tokens that are in it, or, with an ``attention_mask`` for all of them, is what comes after.
+        The cache is written to; ``cache.copy()`` keeps it as it was. Raises AdaptcError, before anything is computed,
+        for what the program cannot do.
+        """
+        kwargs, offset = checks.arguments(self.facts, inputs, kwargs)
+        pinned = self.pinned(offset)
+        try:
+            with torch.no_grad():
+                return super(Generator, pinned).generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
+        except ValueError as error:
+            if pinned.begun or isinstance(error, AdaptcError):
+                raise
+            raise ConfigError(str(error)) from error  # of what transformers refuses, before anything was computed
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> StepCache:
+        """The cache of a prompt (batch, tokens), to be continued by :meth:`generate`, any number of times from copies
+        of it."""
+        made = self.new_cache()
+        checks.tokens(self.facts, input_ids)
+        with torch.no_grad():
+            positions = None
+            if attention_mask is not None:
+                checks.check_mask(attention_mask, input_ids.shape, 0)
+                positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            self.forward(input_ids, attention_mask, positions, made, logits_to_keep=1)
+        return made
+
+    def new_cache(self) -> StepCache:
+        """One with nothing in it."""
+        return cache_class()(self.facts.layout, self.facts, self.facts.max_length, self.device)
+
+    def pinned(self, offset: int = 0) -> Self:
+        """One that keeps the adapter that is current now, for a generation that does not begin with what is in its
+        cache, ``offset`` positions."""
+        new, runs = copy.copy(self), self._runs
+        if self.step is None:
+            new.step = runs if isinstance(runs, Bound) else runs.pinned()
+        new.offset, new.begun = offset, False
+        return new
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        cache: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **others: Any,
+    ) -> Any:
+        """One step: the logits of new tokens (batch, tokens), whose keys and values go into the cache.
+
+        ``attention_mask``: (batch, positions), of those in the cache and the new ones. Without a cache a new one is
+        made, and is in the output.
+        """
+        checks.forward(input_ids, inputs_embeds, use_cache, return_dict, others)
+        if inputs_embeds is not None:
+            checks.embeddings(self.facts, inputs_embeds)
+        rows, tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]  # type: ignore[union-attr]
+        past = past_key_values if cache is None else cache
+        past = self.new_cache() if past is None else checks.own_cache(self.facts, past, rows)
+        before, total = past.length, past.length + tokens
+        checks.fits(self.facts, rows, total)
+        checks.check_mask(attention_mask, (rows, tokens), before)
+        step = self.step or self._runs
+        past.reserve(rows, total)
+        if attention_mask is not None:
+            past.mask[:, :total] = attention_mask
+        inputs = self._tokens(input_ids, inputs_embeds, rows, tokens)
+        if self.facts.positions:
+            given = torch.arange(before, total)[None] if position_ids is None else position_ids
+            inputs["position_ids"] = given.to(past.device).expand(rows, -1).contiguous()
+        logits = run(step, past, inputs, tokens, logits_to_keep)
+        past.length = total
+        self.begun = True
+        return _output(logits, past)
+
+    def _tokens(self, ids: Tensor | None, embeds: Tensor | None, rows: int, tokens: int) -> dict[str, Tensor]:
+        """Tokens, or embeddings instead, as the step takes both."""
+        facts, device = self.facts, self.device
+        if ids is None:
+            ids = torch.zeros(rows, tokens, dtype=torch.int64, device=device)
+        out = {"input_ids": ids.to(device, torch.int64).contiguous()}
+        if facts.embeds:
+            out["embedded"] = torch.tensor(embeds is not None, device=device)
+            if embeds is None:
+                embeds = torch.zeros(1, dtype=facts.embeds_dtype, device=device).expand(rows, tokens, facts.width)
+            out["inputs_embeds"] = embeds.to(device, facts.embeds_dtype)
+        return out
+
+    # -- what transformers asks of a model -----------------------------------------------------------------------------
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """What a step takes of the state of a generation: the new tokens, and their positions."""
+        embedded = inputs_embeds is not None and is_first_iteration
+        name, new = ("inputs_embeds", inputs_embeds) if embedded else ("input_ids", input_ids)
+        assert new is not None
+        if next_sequence_length is not None:
+            new = new[:, -next_sequence_length:]
+        positions = kwargs.get("position_ids")
+        if positions is not None and positions.shape[-1] != new.shape[1]:
+            kwargs["position_ids"] = positions[:, -new.shape[1] :]
+        # What ways to generate have of their own, such as a tokenizer, comes along; names were checked before.
+        return {name: new, **{n: v for n, v in kwargs.items() if n not in checks.MODE}}
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        name, offset = past_name(), self.offset
+        past = model_kwargs.get(name)
+        checks.generation(self.facts, generation_config, generation_mode, batch_size, max_cache_length, past, offset)
+        if past is None:
+            past = model_kwargs[name] = self.new_cache()
+        past.expected = max_cache_length + offset
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: continuous batching runs the layers of a model, with a cache in pages."""
+        raise AdaptcError(
+            "generate_batch needs the layers of a model: give gen.generate rows that are padded on the left"
+        )
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return True
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return True
+
+    @classmethod
+    def is_remote_code(cls) -> bool:
+        return False
+
+    def get_experts_implementation(self) -> dict[str, str]:
+        return {}
+
+    def __repr__(self) -> str:
+        f = self.facts
+        what = "keeping" if isinstance(self._runs, Bound) else "of"
+        return f"generates with up to {f.max_batch} rows of {f.max_length} positions, {what}\n{self._runs!r}"
+
+
+@cache
+def generator_class() -> type[Generator]:
+    """:class:`Generator` that is a ``transformers.GenerationMixin``."""
+    from transformers import GenerationMixin
+
+    return type("Generator", (Generator, GenerationMixin), {"__module__": __name__})
+
+
+def _output(logits: Tensor, past: StepCache) -> Any:
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    fields: dict[str, Any] = {past_name(): past}
+    return CausalLMOutputWithPast(logits=logits, **fields)  # type: ignore[arg-type]

@@ -1,0 +1,170 @@
+"""The step: a causal model's forward with its cache as tensors among its inputs, written in place.
+
+Before: a causal transformers model and the layout of its cache. After, inside :func:`stepping`: the same module, whose
+``forward`` takes plain tensors alone and gives logits, so that it is captured, adapted and compiled as any other. Sizes
+are free: rows, tokens (one, or a whole prompt), positions that the cache has room for, and tokens whose logits are
+wanted.
+
+    input_ids       (batch, tokens)         int64
+    inputs_embeds   (batch, tokens, width)  taken instead of the tokens' embeddings where
+    embedded        ()                      bool says so; both are there where the model takes embeddings
+    attention_mask  (batch, length)         int64: which positions of the cache may be seen; later ones never are
+    position_ids    (batch, tokens)         int64: of each token in its text
+    slots           (tokens,)               int64: where in the cache the tokens go; one after the other
+    keep            (kept,)                 int64: which tokens' logits are wanted
+    keys_i          (batch, heads, length, dim)  and values_i, of each layer
+    -> logits       (batch, kept, vocabulary)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from adaptc.errors import CaptureError
+from adaptc.generation.attention import packed_attention
+from adaptc.generation.layout import CacheLayout
+
+#: sizes of the example: all different, and none of them one, which torch would take for a constant
+_ROWS, _TOKENS, _LENGTH, _KEPT = 3, 5, 11, 2
+
+
+@dataclass(frozen=True)
+class Step:
+    """How a model is captured: ``adaptc.compile(model, ..., example_inputs, dynamic_shapes)`` inside of
+    :func:`stepping`."""
+
+    example_inputs: dict[str, Tensor]
+    dynamic_shapes: dict[str, dict[int, Any]]
+
+
+@contextlib.contextmanager
+def stepping(model: nn.Module, layout: CacheLayout) -> Iterator[Step]:
+    """``model`` as its step; as it was afterwards. Raises CaptureError for a model whose forward takes no cache."""
+    takes = inspect.signature(model.forward).parameters
+    past = next((n for n in ("cache", "past_key_values") if n in takes), None)
+    if past is None:
+        raise CaptureError(f"the forward of {type(model).__name__} takes no cache, so it cannot go on from one")
+    step = _example(model, layout, "position_ids" in takes, "inputs_embeds" in takes)
+    own, original = vars(model).get("forward"), model.forward
+    keeps, names = "logits_to_keep" in takes, layout.names
+
+    def forward(**inputs: Any) -> Tensor:
+        slots, keep = inputs.pop("slots"), inputs.pop("keep")
+        tensors = [inputs.pop(n) for n in names]
+        given = inputs.pop("inputs_embeds", None), inputs.pop("embedded", None)
+        if keeps:
+            inputs["logits_to_keep"] = keep
+        inputs[past] = written_cache(tensors, slots, layout)
+        with _embedding(model, *given):
+            logits = original(**inputs, use_cache=True).logits
+        return logits if keeps else logits[:, keep]
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    vars(forward)["__signature__"] = inspect.Signature([inspect.Parameter(n, keyword) for n in step.example_inputs])
+    vars(model)["forward"] = forward
+    try:
+        with packed_attention():
+            yield step
+    finally:
+        if own is None:
+            del vars(model)["forward"]
+        else:
+            vars(model)["forward"] = own
+
+
+@contextlib.contextmanager
+def _embedding(model: Any, given: Tensor | None, wanted: Tensor | None) -> Iterator[None]:
+    """The input embedding gives ``given`` where ``wanted`` is true."""
+    if given is None or wanted is None:
+        yield
+        return
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda module, args, out: torch.where(wanted, given.to(out.dtype), out)
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _example(model: Any, layout: CacheLayout, with_positions: bool, with_embeds: bool) -> Step:
+    device = next(model.parameters()).device
+    rows, tokens, length, kept = (Dim(n) for n in ("rows", "tokens", "length", "kept"))
+
+    def counted(*shape: int) -> Tensor:
+        return torch.arange(shape[-1], device=device).expand(shape).contiguous()
+
+    inputs = {
+        "input_ids": counted(_ROWS, _TOKENS),
+        "attention_mask": torch.ones(_ROWS, _LENGTH, dtype=torch.int64, device=device),
+        "position_ids": counted(_ROWS, _TOKENS) + 2,
+        "slots": counted(_TOKENS) + 2,
+        "keep": counted(_KEPT) + 1,
+    }
+    shapes: dict[str, dict[int, Any]] = {
+        "input_ids": {0: rows, 1: tokens},
+        "attention_mask": {0: rows, 1: length},
+        "position_ids": {0: rows, 1: tokens},
+        "slots": {0: tokens},
+        "keep": {0: kept},
+    }
+    if not with_positions:
+        del inputs["position_ids"], shapes["position_ids"]
+    if with_embeds:
+        weight = model.get_input_embeddings().weight
+        inputs["inputs_embeds"] = torch.zeros(_ROWS, _TOKENS, weight.shape[1], dtype=weight.dtype, device=device)
+        inputs["embedded"] = torch.zeros((), dtype=torch.bool, device=device)
+        shapes |= {"inputs_embeds": {0: rows, 1: tokens}, "embedded": {}}
+    for name, shape in zip(layout.names, layout.shapes(_ROWS, _LENGTH), strict=True):
+        inputs[name] = torch.zeros(shape, dtype=layout.dtype, device=device)
+        shapes[name] = {0: rows, 2: length}
+    return Step(inputs, shapes)
+
+
+def written_cache(tensors: list[Tensor], slots: Tensor, layout: CacheLayout) -> Any:
+    """A cache of transformers over these tensors, which writes at ``slots`` and shows all positions; models mask those
+    that are not to be seen."""
+    from transformers.cache_utils import Cache
+
+    pairs = zip(layout.layers, tensors[::2], tensors[1::2], strict=True)
+    return Cache(
+        layers=[_layer_class()(keys, values, slots, layer.sliding is not None) for layer, keys, values in pairs]
+    )
+
+
+@cache
+def _layer_class() -> type:
+    from transformers.cache_utils import StaticLayer
+
+    class WrittenLayer(StaticLayer):
+        """A layer of transformers' static cache on tensors of a caller's, at slots that are given."""
+
+        def __init__(self, keys: Tensor, values: Tensor, slots: Tensor, sliding: bool) -> None:
+            super().__init__(keys.shape[2])
+            self.keys, self.values, self.slots = keys, values, slots
+            self.held = keys, values
+            # The window is in the mask; rows of all layers are kept alike, so that any of them can be cut or forked.
+            self.is_sliding = sliding
+            self.cumulative_length = slots[0]
+            self.device, self.is_initialized = keys.device, True
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            keys, values = self.held
+            return keys.index_copy_(2, self.slots, key_states), values.index_copy_(2, self.slots, value_states)
+
+        def get_mask_sizes(self, *args: Any) -> tuple[int, int]:
+            return self.max_cache_len, 0
+
+        def get_seq_length(self) -> Tensor:
+            return self.cumulative_length
+
+    return WrittenLayer
