@@ -1,7 +1,7 @@
 """A conversation: what was said, and the cache of it.
 
-Before: a tokenizer, and a line that somebody typed. After: the answer, and a cache that the next answer goes on from, as
-far as the text begins with the same tokens and the same voice speaks; or an error, and nothing was said.
+Before: a tokenizer, and a line that somebody typed. After: the answer, and a cache that the next answer goes on from,
+as far as the text begins with the same tokens and the same voice speaks; or an error, and nothing was said.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ Before: a terminal, a pipe or a file. After: each line once, without its end; ct
 from __future__ import annotations
 
 import contextlib
+import importlib
+import io
 import os
 import signal
 import sys
@@ -25,9 +27,11 @@ class Screen:
 
     def __init__(self) -> None:
         self._typed = sys.stdin.isatty()
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")
         if self._typed:
             with contextlib.suppress(ImportError):
-                import readline  # noqa: F401  # arrow keys and earlier lines
+                importlib.import_module("readline")  # arrow keys and earlier lines
 
     def lines(self) -> Iterator[str]:
         """What is typed, to the end of the input. Ctrl-C forgets a line that was begun."""
@@ -40,12 +44,10 @@ class Screen:
             except KeyboardInterrupt:
                 self.note("\n/quit or the end of input (ctrl-D) ends the chat")
                 continue
-            except UnicodeDecodeError as error:
-                self.error(f"a line that is no text: {error}")
-                continue
             if not self._typed and not line:
                 return
-            yield line.removesuffix("\n")
+            # Bytes that are no text were taken as lone surrogates, which no tokenizer takes.
+            yield line.removesuffix("\n").encode("utf-8", "replace").decode()
 
     def write(self, text: str) -> None:
         """More of an answer."""
@@ -119,15 +121,19 @@ def interrupts() -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the messages of transformers."""
+    """Without the messages of transformers; its bars are left to terminals."""
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def settle_libraries() -> None:

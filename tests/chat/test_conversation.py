@@ -9,7 +9,7 @@ import pytest
 import adaptc
 from adaptc.chat.conversation import Answer, Choice, Conversation
 from adaptc.chat.voices import Voices
-from tests.support.chats import SIZES, Chats, silent, tokenizer
+from tests.support.chats import Chats, silent, tokenizer
 
 GREEDY = Choice(max_new_tokens=6, greedy=True)
 LINES = ("w9 w12 w41", "w30", "w17 w8")
@@ -106,7 +106,7 @@ def test_a_conversation_that_is_too_long_says_so_and_nothing_was_said(chats: Cha
 
 def test_what_cannot_be_written_is_refused(chats: Chats, voices: Voices) -> None:
     conversation = Conversation(chats.opened.tokenizer)
-    with pytest.raises(adaptc.AdaptcError, match="chat template does not take this.*thirteen is not said"):
+    with pytest.raises(adaptc.AdaptcError, match=r"chat template does not take this.*thirteen is not said"):
         conversation.ask(voices.current, "w13", GREEDY)
     assert conversation.messages == []
     with pytest.raises(adaptc.AdaptcError, match="no tokens"):
@@ -170,7 +170,3 @@ def test_how_tokens_are_chosen(chats: Chats, choice: Choice, expected: dict[str,
 def test_a_choice_that_contradicts_itself() -> None:
     with pytest.raises(adaptc.ConfigError, match="exclude each other"):
         Choice(greedy=True, temperature=0.5)
-
-
-def test_sizes_are_those_of_the_support(chats: Chats) -> None:
-    assert chats.opened.made[0].new_cache().max_length == SIZES["max_length"]
