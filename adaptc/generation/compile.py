@@ -17,10 +17,12 @@ from adaptc.capture.example_inputs import is_pretrained_model
 from adaptc.errors import CaptureError, ConfigError, shown
 from adaptc.generation.facts import Facts
 from adaptc.generation.generator import Generator, generator_class
-from adaptc.generation.layout import CacheLayout
+from adaptc.generation.layout import CacheLayout, eval_mode
+from adaptc.generation.prove import prove
 from adaptc.generation.step import stepping
 from adaptc.passes.ir.exclusive import exclusive
 from adaptc.program.compile import compiled
+from adaptc.program.unload import unloaded
 from adaptc.runtime.options import RunOptions
 from adaptc.value_types import checked
 
@@ -88,9 +90,13 @@ def _compiled(
     _at_least_one(max_batch, "max_batch")
     layout = CacheLayout.of(model)
     with stepping(model, layout) as step:
-        program = compiled(
-            model, adapter, options, example_inputs=step.example_inputs, dynamic_shapes=step.dynamic_shapes, **how
-        )
+        try:
+            program = compiled(
+                model, adapter, options, example_inputs=step.example_inputs, dynamic_shapes=step.dynamic_shapes, **how
+            )
+        except CaptureError as error:
+            raise CaptureError(f"{name} cannot be captured as a step with its cache: {error}") from error
+    embedding = cast(Any, model).get_input_embeddings().weight
     facts = Facts(
         copy.deepcopy(config),
         copy.deepcopy(model.generation_config),
@@ -98,8 +104,12 @@ def _compiled(
         max_batch,
         length,
         "position_ids" in step.example_inputs,
-        cast(Any, model).get_input_embeddings().weight.shape[0],
+        "inputs_embeds" in step.example_inputs,
+        *embedding.shape,
+        embedding.dtype,
     )
+    with eval_mode(model):
+        prove(model, unloaded(program).module(check_guards=False), facts)
     return generator_class()(program, facts)
 
 

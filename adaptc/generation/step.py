@@ -6,6 +6,8 @@ are free: rows, tokens (one, or a whole prompt), positions that the cache has ro
 wanted.
 
     input_ids       (batch, tokens)         int64
+    inputs_embeds   (batch, tokens, width)  taken instead of the tokens' embeddings where
+    embedded        ()                      bool says so; both are there where the model takes embeddings
     attention_mask  (batch, length)         int64: which positions of the cache may be seen; later ones never are
     position_ids    (batch, tokens)         int64: of each token in its text
     slots           (tokens,)               int64: where in the cache the tokens go; one after the other
@@ -51,17 +53,19 @@ def stepping(model: nn.Module, layout: CacheLayout) -> Iterator[Step]:
     past = next((n for n in ("cache", "past_key_values") if n in takes), None)
     if past is None:
         raise CaptureError(f"the forward of {type(model).__name__} takes no cache, so it cannot go on from one")
-    step = _example(model, layout, with_positions="position_ids" in takes)
+    step = _example(model, layout, "position_ids" in takes, "inputs_embeds" in takes)
     own, original = vars(model).get("forward"), model.forward
     keeps, names = "logits_to_keep" in takes, layout.names
 
     def forward(**inputs: Any) -> Tensor:
         slots, keep = inputs.pop("slots"), inputs.pop("keep")
         tensors = [inputs.pop(n) for n in names]
+        given = inputs.pop("inputs_embeds", None), inputs.pop("embedded", None)
         if keeps:
             inputs["logits_to_keep"] = keep
         inputs[past] = written_cache(tensors, slots, layout)
-        logits = original(**inputs, use_cache=True).logits
+        with _embedding(model, *given):
+            logits = original(**inputs, use_cache=True).logits
         return logits if keeps else logits[:, keep]
 
     keyword = inspect.Parameter.KEYWORD_ONLY
@@ -77,7 +81,22 @@ def stepping(model: nn.Module, layout: CacheLayout) -> Iterator[Step]:
             vars(model)["forward"] = own
 
 
-def _example(model: nn.Module, layout: CacheLayout, with_positions: bool) -> Step:
+@contextlib.contextmanager
+def _embedding(model: Any, given: Tensor | None, wanted: Tensor | None) -> Iterator[None]:
+    """The input embedding gives ``given`` where ``wanted`` is true."""
+    if given is None or wanted is None:
+        yield
+        return
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda module, args, out: torch.where(wanted, given.to(out.dtype), out)
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _example(model: Any, layout: CacheLayout, with_positions: bool, with_embeds: bool) -> Step:
     device = next(model.parameters()).device
     rows, tokens, length, kept = (Dim(n) for n in ("rows", "tokens", "length", "kept"))
 
@@ -100,6 +119,11 @@ def _example(model: nn.Module, layout: CacheLayout, with_positions: bool) -> Ste
     }
     if not with_positions:
         del inputs["position_ids"], shapes["position_ids"]
+    if with_embeds:
+        weight = model.get_input_embeddings().weight
+        inputs["inputs_embeds"] = torch.zeros(_ROWS, _TOKENS, weight.shape[1], dtype=weight.dtype, device=device)
+        inputs["embedded"] = torch.zeros((), dtype=torch.bool, device=device)
+        shapes |= {"inputs_embeds": {0: rows, 1: tokens}, "embedded": {}}
     for name, shape in zip(layout.names, layout.shapes(_ROWS, _LENGTH), strict=True):
         inputs[name] = torch.zeros(shape, dtype=layout.dtype, device=device)
         shapes[name] = {0: rows, 2: length}
