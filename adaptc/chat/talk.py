@@ -29,7 +29,7 @@ def talk(model: Path, adapters: Mapping[str, Path], *, system: str | None, choic
     with quiet():
         with screen.working(f"reading {model}"):
             found = opened(model, how)
-        voices = Voices(found, adapters, screen.working)
+        voices = Voices(found, adapters, screen.working, screen.note)
         conversation = Conversation(found.tokenizer, system)
         commands = Commands(voices, conversation, screen)
         if choice.seed is not None:

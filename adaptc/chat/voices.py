@@ -17,7 +17,7 @@ import torch
 
 from adaptc.api import swap
 from adaptc.chat.models import Opened
-from adaptc.errors import CheckpointError, SwapError, did_you_mean
+from adaptc.errors import AdaptcError, CaptureError, CheckpointError, SwapError, did_you_mean, listing
 from adaptc.generation.generator import Generator
 
 #: tells what is being done while it takes long
@@ -34,14 +34,19 @@ class Voice:
 
 
 class Voices:
-    """``adapters``: by name, where each is."""
+    """``adapters``: by name, where each is. ``working`` and ``note`` tell what goes on."""
 
-    def __init__(self, opened: Opened, adapters: Mapping[str, Path], working: Working) -> None:
+    def __init__(
+        self, opened: Opened, adapters: Mapping[str, Path], working: Working, note: Callable[[str], None] = str
+    ) -> None:
+        self._note = note
         self.adapters: dict[str, Any] = {**opened.own, **adapters}
         self._capture, self._made, self._working = opened.capture, list(opened.made), working
         self._plain: Generator | None = None
         self._ran: list[Generator] = []
         first = next(iter([*adapters, *opened.own]), None)
+        if len(adapters) > 1 and self._capture is not None and not self._made:
+            self._together(list(adapters.values()))
         self.current = self._base() if first is None else self._with(first)
 
     def use(self, name: str) -> Voice:
@@ -87,9 +92,21 @@ class Voices:
             self._plain = (self._made[0] if self._made else self._captured(None)).base
         return Voice(self._prepared(self._plain), None)
 
+    def _together(self, paths: list[Path]) -> None:
+        """One program for all, if there can be one; else each gets its own when it is asked for, or says what is wrong
+        with it."""
+        try:
+            self._captured(paths)
+        except CaptureError:
+            raise
+        except AdaptcError as error:
+            self._note(f"no program takes all of these adapters, so the first gets its own: {error}")
+
     def _captured(self, adapter: Any) -> Generator:
         assert self._capture is not None
-        with self._working("capturing the model" if adapter is None else f"capturing the model for {adapter}"):
+        paths = adapter if isinstance(adapter, list) else [adapter]
+        what = "" if adapter is None else f" for {listing(paths, 3)}"
+        with self._working(f"capturing the model{what}"):
             made = self._capture(adapter)
         self._made.append(made)
         return made

@@ -81,7 +81,7 @@ def write_gguf(path: Path) -> torch.Tensor:
         "blk.0.ffn_up": (inner, hidden),
         "blk.0.ffn_down": (hidden, inner),
         **{f"blk.0.attn_{n}": (hidden, hidden) for n in ("q", "k", "v", "output")},
-        **{n: (hidden,) for n in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm")},
+        **dict.fromkeys(("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"), (hidden,)),
     }
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(64)

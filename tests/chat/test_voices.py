@@ -68,11 +68,14 @@ class Captures:
 
     def __init__(self, chats: Chats, own: dict[str, Any] | None = None) -> None:
         self.chats, self.asked, self.told = chats, [], []
+        self.refused: list[Path] = []
         self.opened = Opened(chats.opened.tokenizer, self.capture, (), own or {})
 
     def capture(self, adapter: Any) -> adaptc.Generator:
         self.asked.append(adapter)
-        if adapter is None:
+        if adapter is None or isinstance(adapter, list):
+            if adapter == self.refused:
+                raise adaptc.ConfigError("these do not go together")
             return self.chats.opened.made[0]
         return adaptc.compile_for_generation(self.chats.model, adapter, **SIZES)
 
@@ -102,6 +105,32 @@ def test_a_program_more_for_an_adapter_that_does_not_fit(chats: Chats) -> None:
     assert said(voices.use(str(chats.folder / "ia3"))) == tokens[0, 4:].tolist()
     assert said(voices.base()) == plain
     assert len(captures.asked) == 2
+
+
+def test_one_program_for_all_adapters_that_are_named(chats: Chats) -> None:
+    captures, paths = Captures(chats), list(chats.adapters.values())
+    voices = Voices(captures.opened, chats.adapters, captures.working)
+    assert captures.asked == [paths]
+    assert captures.told == [f"capturing the model for {paths[0]}, {paths[1]}", "preparing"]
+    for name in ("one", "two", "one"):
+        assert said(voices.use(name)) == chats.recomputed(name, IDS[0].tolist())
+    assert len(captures.asked) == 1
+
+
+def test_adapters_that_no_program_takes_together(chats: Chats) -> None:
+    """The first gets one of its own, and so do the others when they are asked for."""
+    adapters = {"ia3": chats.folder / "ia3", "none": chats.folder / "empty"}
+    captures, notes = Captures(chats), []
+    captures.refused = list(adapters.values())
+    voices = Voices(captures.opened, adapters, captures.working, notes.append)
+    assert captures.asked == [captures.refused, adapters["ia3"]]
+    assert voices.current.name == "ia3"
+    (note,) = notes
+    assert note.endswith("these do not go together")
+    before = said(voices.current)
+    with pytest.raises(adaptc.AdaptcError, match="empty"):
+        voices.use("none")
+    assert said(voices.current) == before
 
 
 def test_a_capture_that_fails_leaves_the_voice(chats: Chats) -> None:

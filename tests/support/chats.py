@@ -64,10 +64,16 @@ class Chats:
         return said[len(ids) :]
 
 
-def chats(folder: Path) -> Chats:
+def answering() -> Any:
+    """A model whose answers are words, and end where they are cut."""
     model: Any = FAMILIES["llama"].build()
     with torch.no_grad():
-        model.lm_head.weight[: len(SPECIAL)] = 0  # answers are words, and end where they are cut
+        model.lm_head.weight[: len(SPECIAL)] = 0
+    return model
+
+
+def chats(folder: Path) -> Chats:
+    model = answering()
     model.save_pretrained(folder / "model")
     tokenizer().save_pretrained(folder / "model")
     usual = adaptc.LoraConfig(r=3, target_modules="all-linear")
@@ -77,7 +83,7 @@ def chats(folder: Path) -> Chats:
         "one": adaptc.LoraConfig(r=5, lora_alpha=9, target_modules=["q_proj", "down_proj"], **lora),
         "two": adaptc.LoraConfig(r=2, lora_alpha=7, target_modules=["v_proj"], **lora),
         "head": adaptc.LoraConfig(r=3, lora_alpha=5, target_modules=["lm_head"], **lora),
-        "ia3": adaptc.IA3Config(target_modules=["k_proj"], feedforward_modules=[], init_ia3_weights=False),
+        "ia3": adaptc.IA3Config(target_modules=["v_proj", "o_proj"], feedforward_modules=[], init_ia3_weights=False),
     }.items():
         adaptc.save_adapter(adaptc.compile(model, config), folder / name)
     return Chats(folder, model, Opened(tokenizer(), None, (generator,)), adaptc.compile(model, usual))
