@@ -86,9 +86,9 @@ def _compiled(
         raise CaptureError(f"{name} does not generate: give a model for causal language modelling")
     if config.is_encoder_decoder:
         raise CaptureError(f"{name} has an encoder, and generation is for models that are decoders alone")
-    length = _length(max_length, config.get_text_config(decoder=True))
     _at_least_one(max_batch, "max_batch")
     layout = CacheLayout.of(model)
+    length = _length(max_length, config.get_text_config(decoder=True))
     with stepping(model, layout) as step:
         try:
             program = compiled(
@@ -105,7 +105,8 @@ def _compiled(
         length,
         "position_ids" in step.example_inputs,
         "inputs_embeds" in step.example_inputs,
-        *embedding.shape,
+        embedding.shape[0],
+        embedding.shape[1],
         embedding.dtype,
     )
     with eval_mode(model):

@@ -13,7 +13,8 @@ import torch
 import adaptc
 from adaptc.chat import models
 from adaptc.chat.models import How, opened
-from tests.support.chats import SPECIAL, Chats
+from adaptc.chat.voices import Voices
+from tests.support.chats import SIZES, SPECIAL, Chats, silent
 from tests.support.families import VOCAB
 
 
@@ -121,17 +122,22 @@ def test_a_gguf_file_without_the_package_that_reads_it(tmp_path: Path, monkeypat
         read_gguf(tmp_path / "tiny.gguf")
 
 
-def test_a_program_that_generates(chats: Chats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_that_generates(chats: Chats, tmp_path: Path) -> None:
     generator = chats.opened.made[0]
     adaptc.swap(generator, chats.folder / "one")
-    monkeypatch.setattr(models, "load", lambda path, **options: generator)
-    file = tmp_path / "program.pt2"
-    file.touch()
+    file = adaptc.save(generator, tmp_path / "program.pt2")
     with pytest.raises(adaptc.CheckpointError, match=r"no tokenizer in .* --tokenizer"):
         opened(file, How())
     found = opened(file, How(tokenizer=chats.folder / "model"))
-    assert (found.made, found.capture) == ((generator,), None)
-    assert found.own == {"own": generator.program.binding}
+    (made,) = found.made
+    assert found.capture is None
+    assert list(found.own) == ["own"]
+    own = Voices(found, {}, silent).current
+    assert own.name == "own"
+    ids = torch.tensor([[9, 12, 41, 30]])
+    answer = own.generator.generate(ids, max_new_tokens=6, do_sample=False)
+    assert answer[0, 4:].tolist() == chats.recomputed("one", ids[0].tolist())
+    assert made.new_cache().max_length == SIZES["max_length"]
     for how in (How(max_length=9), How(dtype="float16")):
         with pytest.raises(adaptc.ConfigError, match="is part of a saved program"):
             opened(file, how)
