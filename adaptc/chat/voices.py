@@ -37,7 +37,7 @@ class Voices:
     """``adapters``: by name, where each is. ``working`` and ``note`` tell what goes on."""
 
     def __init__(
-        self, opened: Opened, adapters: Mapping[str, Path], working: Working, note: Callable[[str], None] = str
+        self, opened: Opened, adapters: Mapping[str, Path], working: Working, note: Callable[[str], object] = str
     ) -> None:
         self._note = note
         self.adapters: dict[str, Any] = {**opened.own, **adapters}
