@@ -458,6 +458,9 @@ def chat(
 
     /adapter NAME swaps, /base takes the adapter away, /help lists the other commands. Ctrl-C stops an answer.
     """
+    from adaptc.chat.screen import settle_libraries
+
+    settle_libraries()
     from adaptc.chat.conversation import Choice
     from adaptc.chat.models import How
     from adaptc.chat.talk import talk

@@ -137,7 +137,8 @@ def quiet() -> Iterator[None]:
 
 
 def settle_libraries() -> None:
-    """Before they are imported: nothing is fetched, whatever a file names, and bars are left to terminals."""
+    """Nothing is fetched, whatever a file names, and bars are left to terminals. Before torch and transformers are
+    imported, since this is read then."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")

@@ -14,7 +14,7 @@ import torch
 from adaptc.chat.commands import Commands, Leave, told
 from adaptc.chat.conversation import Choice, Conversation
 from adaptc.chat.models import How, opened
-from adaptc.chat.screen import Screen, interrupts, quiet, settle_libraries
+from adaptc.chat.screen import Screen, interrupts, quiet
 from adaptc.chat.voices import Voices
 from adaptc.errors import AdaptcError, CheckpointError
 
@@ -24,7 +24,6 @@ def talk(model: Path, adapters: Mapping[str, Path], *, system: str | None, choic
     for name, path in adapters.items():
         if not path.exists():
             raise CheckpointError(f"adapter {name}: there is no directory or file {path}")
-    settle_libraries()
     screen = Screen()
     with quiet():
         with screen.working(f"reading {model}"):
