@@ -50,7 +50,8 @@ cpp: $(VENV)/.test.stamp
 	$(RUN_ENV) $(BIN)/python -m pytest --full tests/packages/test_cpp.py $(PYTEST_ARGS)
 
 demo: $(VENV)/.demo.stamp
-	$(BIN)/python examples/quickstart.py
+	$(BIN)/python examples/quickstart.py build/demo
+	$(BIN)/python examples/generate.py build/demo/pirate build/demo/telegram
 	$(BIN)/python examples/train_trainer.py
 
 lint: $(VENV)/.test.stamp tree

@@ -1,42 +1,47 @@
-"""Text from a model whose adapter changes: one program, and transformers' own generate. Takes a few seconds."""
+"""Text from a step with a cache: adapters swapped and bound, a conversation that goes on, a prompt computed once.
+
+`make demo` runs it on the adapters that quickstart.py trained: python examples/generate.py PIRATE TELEGRAM
+"""
 
 from __future__ import annotations
 
 import sys
-import tempfile
-from pathlib import Path
+from typing import Any
 
+import quickstart
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import adaptc
 
 
-def main() -> int:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4)).eval()  # any causal model of transformers
-    folder = Path(tempfile.mkdtemp())
-    for name, rank in (("pirate", 3), ("telegram", 5)):  # adapters of different rank, as PEFT would write them
-        config = adaptc.LoraConfig(r=rank, target_modules="all-linear", init_lora_weights=False)
-        adaptc.save_adapter(adaptc.compile(model, config), folder / name)
+def main(model: Any, tokenizer: Any, pirate: str, telegram: str) -> None:
+    gen = adaptc.compile_for_generation(model, [pirate, telegram], max_batch=4, max_length=512)
+    options = {"max_new_tokens": 32, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
 
-    gen = adaptc.compile_for_generation(model, folder / "pirate", max_batch=4, max_length=128)
-    asked = torch.randint(4, 97, (1, 12))
-    how = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    pirate = gen.generate(asked, **how)
-    telegram = gen.bind(folder / "telegram").generate(asked, **how)  # keeps its adapter, for any thread
-    print(adaptc.swap(gen, folder / "telegram"))  # nothing is compiled again
-    swapped = gen.generate(asked, **how)
+    def ids(question: str) -> torch.Tensor:
+        return torch.tensor([quickstart.encode_question(tokenizer, question)])
 
-    prefix = gen.prefill(asked)  # computed once, and continued in two ways
-    ends = [torch.cat([asked, torch.tensor([[n]])], 1) for n in (7, 9)]
-    forks = [gen.generate(ids, past_key_values=prefix.copy(), **how) for ids in ends]
-    alike = [torch.equal(fork, gen.generate(ids, **how)) for fork, ids in zip(forks, ends, strict=True)]
-    held = torch.equal(swapped, telegram) and not torch.equal(swapped, pirate) and all(alike)
-    print("every answer is as it should be" if held else "an answer is WRONG")
-    return 0 if held else 1
+    def show(title: str, tokens: torch.Tensor) -> None:
+        print(f"{title:11}", *(tokenizer.decode(row[-32:], skip_special_tokens=True) for row in tokens), sep="\n  ")
+
+    prompt = ids(quickstart.QUESTION)
+    show("pirate", gen.generate(prompt, **options))  # all of transformers' generation: beams, sampling, streamers, ...
+    adaptc.swap(gen, telegram)  # between calls, or while one runs: that one keeps the adapter it began with
+    show("telegram", gen.generate(prompt, **options))
+    show("base", gen.base.generate(prompt, **options))
+
+    bound = gen.bind(pirate)  # keeps its adapter, in any thread
+    cache = bound.prefill(prompt)  # the caller's: what is in it is not computed again
+    answer = bound.generate(prompt, past_key_values=cache, **options)
+    again = torch.cat([answer, ids("And without sugar?")], 1)
+    show("goes on", bound.generate(again, past_key_values=cache, **options))
+
+    prefix = gen.prefill(prompt)  # one pass, several texts
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        sampled = {**options, "do_sample": True, "temperature": 0.7}
+        show(f"sample {seed}", gen.generate(prompt, past_key_values=prefix.copy(), **sampled))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(*quickstart.load_model(), *sys.argv[1:])

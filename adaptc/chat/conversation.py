@@ -1,0 +1,152 @@
+"""A conversation: what was said, and the cache of it.
+
+Before: a tokenizer, and a line that somebody typed. After: the answer, and a cache that the next answer goes on from,
+as far as the text begins with the same tokens and the same voice speaks; or an error, and nothing was said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptc.chat.voices import Voice
+from adaptc.errors import AdaptcError, ConfigError, shown
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How tokens are chosen: greedily, or by sampling at a ``temperature``; as the model's own generation config says
+    where neither is given. ``seed``: of a chat's sampling."""
+
+    max_new_tokens: int = 256
+    temperature: float | None = None
+    greedy: bool = False
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.greedy and self.temperature is not None:
+            raise ConfigError("greedy and temperature exclude each other: give one of them")
+
+    def config(self, own: Any, tokenizer: Any, room: int) -> Any:
+        """A generation config: the model's ``own`` with this choice, for ``room`` tokens at most."""
+        ends = own.eos_token_id
+        ends = [ends] if isinstance(ends, int) else list(ends or [])
+        ends += [e for e in [tokenizer.eos_token_id] if e is not None and e not in ends]
+        change: dict[str, Any] = {
+            "max_new_tokens": min(self.max_new_tokens, room),
+            "max_length": None,
+            "eos_token_id": ends or None,
+            "pad_token_id": ends[0] if ends and own.pad_token_id is None else own.pad_token_id,
+        }
+        if self.greedy:
+            change |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        elif self.temperature is not None:
+            change |= {"do_sample": True, "temperature": self.temperature}
+        return type(own).from_dict({**own.to_dict(), **change})
+
+
+@dataclass(frozen=True)
+class Answer:
+    """``cut``: it ended because of its length. ``computed``: tokens that were not in the cache."""
+
+    text: str
+    cut: bool
+    computed: int
+
+
+class Conversation:
+    """``system``: what comes before everything, or None."""
+
+    def __init__(self, tokenizer: Any, system: str | None = None) -> None:
+        self.tokenizer, self._system = tokenizer, system
+        self.messages: list[dict[str, str]] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """As if nothing had been said."""
+        self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
+        self._forget()
+
+    def _forget(self) -> None:
+        self._voice: Voice | None = None
+        self._cache: Any = None
+        #: what is in the cache
+        self._tokens: list[int] = []
+
+    def ask(
+        self, voice: Voice, text: str, choice: Choice, *, streamer: Any = None, stopped: Callable[[], bool] = bool
+    ) -> Answer:
+        """What ``voice`` answers, token by token into ``streamer``, until it is ``stopped``. Raises AdaptcError where
+        the conversation is too long, or cannot be written as the model expects it."""
+        messages = [*self.messages, {"role": "user", "content": text}]
+        ids = self._encoded(messages)
+        generator = voice.generator
+        self._go_on(voice, ids)
+        room = self._cache.max_length - len(ids)
+        if room < 1:
+            raise AdaptcError(
+                f"the conversation has {len(ids)} tokens with this, and the program takes {self._cache.max_length}: "
+                "/reset begins a new one, and --max-length says how long one may be"
+            )
+        config = choice.config(generator.generation_config, self.tokenizer, room)
+        known = self._cache.length
+        try:
+            out = generator.generate(
+                torch.tensor([ids], device=generator.device),
+                config,
+                past_key_values=self._cache,
+                streamer=streamer,
+                stopping_criteria=[_criterion(stopped)],
+            )
+        except BaseException:
+            self._forget()  # who knows how far it came
+            raise
+        said = out[0].tolist()
+        self._tokens = said[: self._cache.length]
+        new = said[len(ids) :]
+        answer = self.tokenizer.decode(new, skip_special_tokens=True)
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
+        ended = bool(new) and new[-1] in (config.eos_token_id or [])
+        return Answer(answer, len(new) == config.max_new_tokens and not ended, self._cache.length - known)
+
+    def _go_on(self, voice: Voice, ids: Sequence[int]) -> None:
+        """Leaves in the cache what ``voice`` has computed of ``ids``."""
+        if voice is not self._voice:
+            # The keys and values of another adapter.
+            self._forget()
+            self._voice, self._cache = voice, voice.generator.new_cache()
+        same = 0
+        for known, wanted in zip(self._tokens, ids, strict=False):
+            if known != wanted:
+                break
+            same += 1
+        if same < self._cache.length:
+            self._cache.crop(same - self._cache.length)
+        self._tokens = self._tokens[:same]
+
+    def _encoded(self, messages: list[dict[str, str]]) -> list[int]:
+        """By the tokenizer's chat template; without one as lines of text."""
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            return self._tokens_of("".join(m["content"] + "\n" for m in messages), special=True)
+        try:
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # the template is a program of the model's author
+            raise AdaptcError(f"the tokenizer's chat template does not take this: {shown(str(error))}") from error
+        return self._tokens_of(text, special=False)
+
+    def _tokens_of(self, text: str, special: bool) -> list[int]:
+        ids = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        if not ids:
+            raise AdaptcError(f"the tokenizer makes no tokens of {shown(text)}: nothing to answer")
+        return ids
+
+
+def _criterion(stopped: Callable[[], bool]) -> Callable[..., Tensor]:
+    def criterion(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.full((input_ids.shape[0],), stopped(), device=input_ids.device)
+
+    return criterion

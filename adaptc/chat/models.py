@@ -1,0 +1,120 @@
+"""What a chat is with: something that generates, a tokenizer, and how to make more programs of the same model.
+
+Before: the path of a transformers directory, a GGUF file, or a saved program that generates. After: an :class:`Opened`,
+read from local files alone; or an error that says what is missing. No code of the files was run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adaptc.api import load
+from adaptc.capture.model_files import is_gguf, read_gguf, read_model
+from adaptc.errors import AdaptcError, CheckpointError, ConfigError, shown
+from adaptc.generation.compile import compile_for_generation
+from adaptc.generation.generator import Generator
+from adaptc.methods.lora_config import LoraConfig
+from adaptc.runtime.options import RunOptions
+
+#: what a model is captured for when nobody has named an adapter: most adapters fit, with any rank
+_USUAL = LoraConfig(r=8, target_modules="all-linear")
+
+
+@dataclass(frozen=True)
+class How:
+    """Options of a chat that its model is opened with; None leaves each to the model."""
+
+    max_length: int | None = None
+    backend: str = "eager"
+    device: str | None = None
+    dtype: str | None = None
+    tokenizer: Path | None = None
+
+    def __post_init__(self) -> None:
+        RunOptions(self.backend, None, True)  # a wrong name is told before a model is read
+        if self.dtype is not None and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ConfigError(f"dtype={shown(self.dtype)} is no dtype of torch: give float32, bfloat16 or float16")
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """``made``: programs that are there already. ``own``: adapters that came with them, by name. ``capture(adapter)``:
+    one more program of the same weights, for an adapter that none of them takes; ``capture(None)`` for most adapters;
+    None where there is no model to capture."""
+
+    tokenizer: Any
+    capture: Callable[[Any], Generator] | None
+    made: tuple[Generator, ...] = ()
+    own: Mapping[str, Any] = field(default_factory=dict)
+
+
+def opened(path: Path, how: How) -> Opened:
+    """See the module docstring. Raises CheckpointError."""
+    if path.is_dir() or is_gguf(path):
+        return _opened_model(path, how)
+    if not path.is_file():
+        raise CheckpointError(
+            f"there is no model at {path}: give a transformers model directory, a GGUF file, or a program (.pt2) of "
+            "adaptc.compile_for_generation"
+        )
+    return _opened_program(path, how)
+
+
+def _opened_model(path: Path, how: How) -> Opened:
+    tokenizer = _tokenizer(how.tokenizer or path)  # the quicker one first
+    model = read_gguf(path, how.dtype) if is_gguf(path) else read_model(path, how.dtype)
+    if how.device is not None:
+        model.to(_device(how.device))
+
+    def capture(adapter: Any) -> Generator:
+        return compile_for_generation(
+            model, _USUAL if adapter is None else adapter, max_batch=1, max_length=how.max_length, backend=how.backend
+        )
+
+    return Opened(tokenizer, capture)
+
+
+def _opened_program(path: Path, how: How) -> Opened:
+    for name in ("max_length", "dtype"):
+        if getattr(how, name) is not None:
+            raise ConfigError(f"{name} is part of a saved program: leave it out, or give the model it was made of")
+    device = None if how.device is None else _device(how.device)
+    generator: Any = load(path, backend=how.backend, device=device)
+    if not isinstance(generator, Generator):
+        raise CheckpointError(
+            f"{path} holds a program that does not generate: give the model's directory, or save one of "
+            "adaptc.compile_for_generation"
+        )
+    binding = generator.program.binding
+    return Opened(_tokenizer(how.tokenizer or path.parent), None, (generator,), {"own": binding} if binding else {})
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={shown(name)} cannot be used here: {shown(str(error))}") from None
+    return device
+
+
+def _tokenizer(path: Path) -> Any:
+    """Of a directory, or inside a GGUF file. Raises CheckpointError."""
+    from transformers import AutoTokenizer
+
+    inside = is_gguf(path)
+    folder, more = (path.parent, {"gguf_file": path.name}) if inside else (path, {})
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **more)
+    except AdaptcError:
+        raise
+    except Exception as error:  # tokenizers, sentencepiece and json each have their own types
+        raise CheckpointError(
+            f"there is no tokenizer in {path} that transformers can load: write one there "
+            f"(tokenizer.save_pretrained(...)), or name its directory with --tokenizer ({shown(str(error))})"
+        ) from error

@@ -1,0 +1,144 @@
+"""What a chat reads and writes: lines in, text out as it comes, what goes on beside it to stderr.
+
+Before: a terminal, a pipe or a file. After: each line once, without its end; ctrl-C during an answer stops the answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import typer
+
+#: control characters but tab and newline: what a model says must not steer the terminal
+_STEERING = {c: None for c in [*range(32), *range(127, 160)] if chr(c) not in "\t\n"}
+
+
+class Screen:
+    """See the module docstring."""
+
+    def __init__(self) -> None:
+        self._typed = sys.stdin.isatty()
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")
+        if self._typed:
+            with contextlib.suppress(ImportError):
+                importlib.import_module("readline")  # arrow keys and earlier lines
+
+    def lines(self) -> Iterator[str]:
+        """What is typed, to the end of the input. Ctrl-C forgets a line that was begun."""
+        while True:
+            try:
+                line = input("> ") if self._typed else sys.stdin.readline()
+            except EOFError:
+                self.write("\n")
+                return
+            except KeyboardInterrupt:
+                self.note("\n/quit or the end of input (ctrl-D) ends the chat")
+                continue
+            if not self._typed and not line:
+                return
+            # Bytes that are no text were taken as lone surrogates, which no tokenizer takes.
+            yield line.removesuffix("\n").encode("utf-8", "replace").decode()
+
+    def write(self, text: str) -> None:
+        """More of an answer."""
+        typer.echo(_printable(text.translate(_STEERING)), nl=False)
+        sys.stdout.flush()
+
+    def line(self, text: str) -> None:
+        """What a command found."""
+        typer.echo(_printable(text))
+
+    def note(self, text: str) -> None:
+        """What goes on."""
+        typer.secho(_printable(text), err=True, dim=True)
+
+    def error(self, text: str) -> None:
+        typer.secho(_printable(f"error: {' '.join(text.split())}"), fg="red", err=True)
+
+    @contextlib.contextmanager
+    def working(self, what: str) -> Iterator[None]:
+        """Says what takes long, and how long it took."""
+        self.note(f"{what} ...")
+        start = time.perf_counter()
+        yield
+        self.note(f"{what}: {time.perf_counter() - start:.1f} s")
+
+    def streamer(self, tokenizer: Any) -> Any:
+        """A streamer of transformers that writes an answer here."""
+        return _streamer_class()(tokenizer, self.write)
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+@cache
+def _streamer_class() -> type:
+    from transformers import TextStreamer
+
+    class Writing(TextStreamer):
+        def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+            super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            self.write = write
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            self.write(text)
+
+    return Writing
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Gives a function that tells whether ctrl-C was pressed. A second time it is a KeyboardInterrupt, for what does
+    not ask. In threads other than the main one nobody presses it."""
+    pressed: list[int] = []
+
+    def press(number: int, frame: Any) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    try:
+        usual = signal.signal(signal.SIGINT, press)
+    except ValueError:
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the messages of transformers; its bars are left to terminals."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def settle_libraries() -> None:
+    """Nothing is fetched, whatever a file names, and bars are left to terminals. Before torch and transformers are
+    imported, since this is read then."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")

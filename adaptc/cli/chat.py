@@ -1,0 +1,75 @@
+"""The command that talks to a model at a prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adaptc.cli.app import app, plain_errors
+
+
+@app.command()
+@plain_errors
+def chat(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            help="A transformers model directory, a GGUF file, or a program (.pt2) that generates.",
+            show_default=False,
+        ),
+    ],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH",
+            help="An adapter to swap to, any number of times; the first one answers first.",
+            show_default=False,
+        ),
+    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="What comes before the conversation.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How long an answer may be.")] = 256,
+    temperature: Annotated[
+        float | None, typer.Option(min=1e-3, help="Sample at this temperature; by default as the model's config says.")
+    ] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token each time.")] = False,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Of sampling.")] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=2, help="How long a conversation may be, in tokens; by default all the model takes."),
+    ] = None,
+    backend: Annotated[str, typer.Option(help="eager or inductor.")] = "eager",
+    device: Annotated[str | None, typer.Option(help="Move the model there first, such as cuda.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the weights, such as bfloat16; by default that of the file, of GGUF float32.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A tokenizer's directory, if it is not with the model.")
+    ] = None,
+) -> None:
+    """Talk to a model, and swap its adapters while the conversation goes on. Works on local files, without a network.
+
+    /adapter NAME swaps, /base takes the adapter away, /help lists the other commands. Ctrl-C stops an answer.
+    """
+    from adaptc.chat.screen import settle_libraries
+
+    settle_libraries()
+    from adaptc.chat.conversation import Choice
+    from adaptc.chat.models import How
+    from adaptc.chat.talk import talk
+
+    choice = Choice(max_new_tokens, temperature, greedy, seed)
+    how = How(max_length, backend, device, dtype, tokenizer)
+    talk(model, _named(adapter or []), system=system, choice=choice, how=how)
+
+
+def _named(pairs: list[str]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for pair in pairs:
+        name, _, path = pair.partition("=")
+        if not name or not path or name in found:
+            raise typer.BadParameter(f"{pair!r}: expected NAME=PATH, each name once", param_hint="'--adapter'")
+        found[name] = Path(path)
+    return found

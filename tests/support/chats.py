@@ -1,0 +1,94 @@
+"""A tiny model that answers, its tokenizer, and adapters that change what it says."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import adaptc
+from adaptc.chat.models import Opened
+from tests.support.families import FAMILIES, VOCAB
+
+#: words of a vocabulary, after those with a meaning; "w17" is token 17
+SPECIAL = ("<pad>", "<bos>", "<eos>", "<user>", "<system>", "<assistant>", "<unk>")
+TEMPLATE = (
+    "<bos>{% for m in messages %}{% if m['content'] == 'w13' %}{{ raise_exception('thirteen is not said') }}{% endif %}"
+    "<{{ m['role'] }}> {{ m['content'] }} {% if m['role'] == 'assistant' %}<eos> {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SIZES: dict[str, Any] = {"max_batch": 1, "max_length": 60}
+
+
+def tokenizer(template: str | None = TEMPLATE, end: str = "<eos>") -> Any:
+    """Of words between spaces; texts end with ``end``."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), VOCAB))]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    more = {"additional_special_tokens": ["<user>", "<system>", "<assistant>"]}
+    special: dict[str, Any] = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": end, "unk_token": "<unk>"}
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special, **more)
+    made.chat_template = template
+    return made
+
+
+@dataclass(frozen=True)
+class Chats:
+    """``opened``: with one program, captured once, for LoRA on all linear layers; ``whole``: the same as
+    ``adaptc.compile`` captures it, which computes whole texts. ``folder`` holds ``model`` and its
+    tokenizer, and the adapters ``one`` and ``two`` (other ranks and layers), ``head`` (LoRA on a layer that the program
+    lacks) and ``ia3``."""
+
+    folder: Path
+    model: Any
+    opened: Opened
+    whole: adaptc.AdaptedProgram
+
+    @property
+    def adapters(self) -> dict[str, Path]:
+        return {name: self.folder / name for name in ("one", "two")}
+
+    def recomputed(self, adapter: str | None, ids: list[int], new: int = 6) -> list[int]:
+        """The greedy answer, the whole text computed for each token."""
+        runs = self.whole.bind(None if adapter is None else self.folder / adapter)
+        said = list(ids)
+        while len(said) < len(ids) + new:
+            said.append(int(runs(input_ids=torch.tensor([said])).logits[0, -1].argmax()))
+        return said[len(ids) :]
+
+
+def answering() -> Any:
+    """A model whose answers are words, and end where they are cut."""
+    model: Any = FAMILIES["llama"].build()
+    with torch.no_grad():
+        model.lm_head.weight[: len(SPECIAL)] = 0
+    return model
+
+
+def chats(folder: Path) -> Chats:
+    model = answering()
+    model.save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    usual = adaptc.LoraConfig(r=3, target_modules="all-linear")
+    generator = adaptc.compile_for_generation(model, usual, **SIZES)
+    lora = {"init_lora_weights": False}
+    for name, config in {
+        "one": adaptc.LoraConfig(r=5, lora_alpha=9, target_modules=["q_proj", "down_proj"], **lora),
+        "two": adaptc.LoraConfig(r=2, lora_alpha=7, target_modules=["v_proj"], **lora),
+        "head": adaptc.LoraConfig(r=3, lora_alpha=5, target_modules=["lm_head"], **lora),
+        "ia3": adaptc.IA3Config(target_modules=["v_proj", "o_proj"], feedforward_modules=[], init_ia3_weights=False),
+    }.items():
+        adaptc.save_adapter(adaptc.compile(model, config), folder / name)
+    return Chats(folder, model, Opened(tokenizer(), None, (generator,)), adaptc.compile(model, usual))
+
+
+@contextlib.contextmanager
+def silent(what: str) -> Iterator[None]:
+    yield
