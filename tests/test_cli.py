@@ -132,7 +132,7 @@ def test_swap(files: Files, tmp_path: Path) -> None:
     assert f"{files.adapter}: 1 of 3 sites, rank 5" in out
     assert "left at the base: layers.{0,2}.weight" in out
     swapped = adaptc.load(tmp_path / "s.pt2")
-    assert torch.equal(swapped(files.x), files.other(files.x))
+    torch.testing.assert_close(swapped(files.x), files.other(files.x))  # fused, and trained: to rounding
     assert files.program.read_bytes() == before
 
 
@@ -314,13 +314,13 @@ def test_every_option_says_what_it_is_for(command: str) -> None:
 def test_compile_a_program(files: Files, tmp_path: Path) -> None:
     out = call("compile", files.base, files.adapter, "-o", tmp_path / "a.pt2").stdout
     assert re.search(r"layers\.1 +linear +apply +lora +5", out)
-    assert torch.equal(adaptc.load(tmp_path / "a.pt2")(files.x), files.other(files.x))
+    torch.testing.assert_close(adaptc.load(tmp_path / "a.pt2")(files.x), files.other(files.x))
 
 
 def test_compile_a_file_of_another_format(files: Files, tmp_path: Path) -> None:
     file = adaptc.save_adapter(files.other, tmp_path / "k.safetensors", format="kohya", component="unet")
     call("compile", files.base, file, "-o", tmp_path / "a.pt2", "--component", "unet")
-    assert torch.equal(adaptc.load(tmp_path / "a.pt2")(files.x), files.other(files.x))
+    torch.testing.assert_close(adaptc.load(tmp_path / "a.pt2")(files.x), files.other(files.x))
     refused("compile", files.base, file, "-o", tmp_path / "b.pt2", "--component", "vae", said="no component 'vae'")
     assert call("merge", files.program, "-o", tmp_path / "b.pt2", "--component", "unet", code=2)
 
@@ -388,7 +388,7 @@ def test_keys_are_renamed(files: Files, tmp_path: Path) -> None:
     refused("swap", files.program, inner, "-o", out, "--key-mapping", '{"(": ""}', said="key_mapping")
     refused("swap", files.program, inner, "-o", out, "--key-mapping", '{"a": 1}', said="key_mapping")
     call("swap", files.program, inner, "-o", out, "--key-mapping", mapping)
-    assert torch.equal(adaptc.load(out)(files.x), files.other(files.x))
+    torch.testing.assert_close(adaptc.load(out)(files.x), files.other(files.x))
     call("merge", files.program, "-f", "-o", out, "--adapter", inner, "--key-mapping", mapping)
     torch.testing.assert_close(output(out, files.x), files.other(files.x), rtol=1e-5, atol=1e-6)
 
