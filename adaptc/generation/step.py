@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -52,8 +52,7 @@ def stepping(model: nn.Module, layout: CacheLayout) -> Iterator[Step]:
     if past is None:
         raise CaptureError(f"the forward of {type(model).__name__} takes no cache, so it cannot go on from one")
     step = _example(model, layout, with_positions="position_ids" in takes)
-    own, original = vars(model).get("forward"), model.forward
-    keeps, names = "logits_to_keep" in takes, layout.names
+    original, keeps, names = model.forward, "logits_to_keep" in takes, layout.names
 
     def forward(**inputs: Any) -> Tensor:
         slots, keep = inputs.pop("slots"), inputs.pop("keep")
@@ -64,12 +63,18 @@ def stepping(model: nn.Module, layout: CacheLayout) -> Iterator[Step]:
         logits = original(**inputs, use_cache=True).logits
         return logits if keeps else logits[:, keep]
 
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    vars(forward)["__signature__"] = inspect.Signature([inspect.Parameter(n, keyword) for n in step.example_inputs])
+    with replaced_forward(model, forward, step.example_inputs), packed_attention():
+        yield step
+
+
+@contextlib.contextmanager
+def replaced_forward(model: nn.Module, forward: Callable[..., Any], names: Iterable[str]) -> Iterator[None]:
+    """``model`` with another forward, which takes keywords of these names."""
+    own, keyword = vars(model).get("forward"), inspect.Parameter.KEYWORD_ONLY
+    vars(forward)["__signature__"] = inspect.Signature([inspect.Parameter(n, keyword) for n in names])
     vars(model)["forward"] = forward
     try:
-        with packed_attention():
-            yield step
+        yield
     finally:
         if own is None:
             del vars(model)["forward"]
@@ -78,7 +83,13 @@ def stepping(model: nn.Module, layout: CacheLayout) -> Iterator[Step]:
 
 
 def _example(model: nn.Module, layout: CacheLayout, with_positions: bool) -> Step:
-    device = next(model.parameters()).device
+    return Step(*step_inputs(layout, next(model.parameters()).device, with_positions))
+
+
+def step_inputs(
+    layout: CacheLayout, device: torch.device, with_positions: bool
+) -> tuple[dict[str, Tensor], dict[str, dict[int, Any]]]:
+    """Examples of a step's inputs, and which of their sizes are free."""
     rows, tokens, length, kept = (Dim(n) for n in ("rows", "tokens", "length", "kept"))
 
     def counted(*shape: int) -> Tensor:
@@ -103,7 +114,7 @@ def _example(model: nn.Module, layout: CacheLayout, with_positions: bool) -> Ste
     for name, shape in zip(layout.names, layout.shapes(_ROWS, _LENGTH), strict=True):
         inputs[name] = torch.zeros(shape, dtype=layout.dtype, device=device)
         shapes[name] = {0: rows, 2: length}
-    return Step(inputs, shapes)
+    return inputs, shapes
 
 
 def written_cache(tensors: list[Tensor], slots: Tensor, layout: CacheLayout) -> Any:

@@ -14,6 +14,7 @@ rounding W' once is not what the program does.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,6 +76,12 @@ class Bound:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._called(self, args, kwargs)
+
+    def pinned_to(self) -> tuple[ProgramCore, Executor, Binding, Mapping[str, Tensor]]:
+        """What calls run: the program, its code, the binding, and state that is not the program's."""
+        now = self.ready()
+        assert now.executor is not None
+        return self._runs, now.executor, self._reads, self._state
 
     def ready(self) -> _Now:
         """What calls read, with their code, which is made now if it was not."""

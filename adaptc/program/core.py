@@ -202,6 +202,12 @@ class ProgramCore(ProgramValues):
         now = self.ready()
         return outside(lambda *args, **kwargs: now.executor(now.arguments, args, kwargs))  # type: ignore[misc]
 
+    def pinned_to(self) -> tuple[Self, Executor, Binding, Mapping[str, Tensor]]:
+        """What calls that begin now run: the program, its code, the binding, and state that is not the program's."""
+        now = self.ready()
+        assert now.executor is not None
+        return self, now.executor, now.binding or Binding.none(), {}
+
     def executor(self) -> Executor:
         """The code of calls, made on first use."""
         made = self.ready().executor
