@@ -48,10 +48,12 @@ class CrossStep:
 @dataclass(frozen=True)
 class Encoded:
     """What a model's encoder reads: ``main``, tokens (batch, length) or ``features`` of a fixed shape (batch, ...).
-    ``own`` and ``cross``: the decoder's caches, of its own positions and of the encoder's."""
+    ``strides``: by which whisper's convolutions shorten them. ``own`` and ``cross``: the decoder's caches, of its own
+    positions and of the encoder's."""
 
     main: str
     features: tuple[int, ...] | None
+    strides: tuple[int, int]
     own: CacheLayout
     cross: CacheLayout
 
@@ -66,20 +68,22 @@ class Encoded:
         cache of keys and values."""
         name, main = type(model).__name__, str(getattr(model, "main_input_name", ""))
         features: tuple[int, ...] | None = None
+        strides = 1, 1
         if main == "input_features" and hasattr(model.config, "num_mel_bins"):
             encoder: Any = model.get_encoder()  # type: ignore[operator]
-            strides = encoder.conv1.stride[0] * encoder.conv2.stride[0]
-            features = model.config.num_mel_bins, strides * model.config.max_source_positions  # type: ignore[union-attr]
+            strides = encoder.conv1.stride[0], encoder.conv2.stride[0]
+            frames = strides[0] * strides[1] * model.config.max_source_positions  # type: ignore[union-attr]
+            features = model.config.num_mel_bins, frames  # type: ignore[union-attr]
         elif main != "input_ids":
             raise CaptureError(f"the encoder of {name} reads {main}, and generation is for tokens and for whisper")
-        bare = cls(main, features, CacheLayout((), torch.float32), CacheLayout((), torch.float32))
+        bare = cls(main, features, strides, CacheLayout((), torch.float32), CacheLayout((), torch.float32))
         first = next(model.parameters())
         with quiet(model), torch.no_grad():
             ids = torch.zeros(1, 2, dtype=torch.int64, device=first.device)
             out = model(**{main: bare.example(1, first.device, first.dtype)}, decoder_input_ids=ids, use_cache=True)
         found = cache_of(out)
         own, cross = (getattr(found, f"{which}_attention_cache", None) for which in ("self", "cross"))
-        return cls(main, features, CacheLayout.of_cache(name, own), CacheLayout.of_cache(name, cross, "cross_"))
+        return cls(main, features, strides, CacheLayout.of_cache(name, own), CacheLayout.of_cache(name, cross, "cross_"))
 
 
 @contextlib.contextmanager
