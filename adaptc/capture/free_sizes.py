@@ -82,6 +82,28 @@ def export_free(
     raise last
 
 
+def export_stated(
+    model: nn.Module, args: tuple, kwargs: Mapping[str, Any], shapes: Any, guarded: bool = False
+) -> ExportedProgram:
+    """The program with exactly these dynamic shapes."""
+    try:
+        return export(model, args, kwargs, shapes, guarded)
+    except CaptureError as error:
+        if not _unproven(error.__cause__):
+            raise
+    return export(model, args, kwargs, shapes, guarded, **_DEFERRED)
+
+
+#: guards become assertions of the graph
+_DEFERRED = {"prefer_deferred_runtime_asserts_over_guards": True}
+
+
+def _unproven(error: BaseException | None) -> bool:
+    """Whether it is a guard that always holds, but that torch cannot prove (grouped-query attention on torch 2.11)."""
+    text = str(error)
+    return "Constraints violated" in text and "Suggested fixes" not in text
+
+
 def _attempts(
     model: nn.Module, args: tuple, kwargs: Mapping[str, Any], free: Free, failures: list[Exception]
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -101,9 +123,8 @@ def _attempts(
         refined = _refined(str(failures[-1]), shapes)
         if refined is not None:
             shapes = refined
-        elif "Constraints violated" in (text := str(failures[-1])) and "Suggested fixes" not in text and not options:
-            # A guard that always holds, but that torch cannot prove (grouped-query attention on torch 2.11).
-            options = {"prefer_deferred_runtime_asserts_over_guards": True}
+        elif _unproven(failures[-1]) and not options:
+            options = _DEFERRED
         else:
             break
     yield spec(lambda wanted: dict.fromkeys(wanted, Dim.AUTO)), {}

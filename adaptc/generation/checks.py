@@ -6,7 +6,7 @@ AdaptcError that names what does not, and no cache was written to.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ _REFUSED = {
     "output_attentions": "its layers give no attention weights: ask the model itself",
     "output_hidden_states": "it gives no hidden states: ask the model itself",
     "cache_implementation": "it has a cache of its own, of the caller's: leave it out",
-    "inputs_embeds": "it takes tokens: give input_ids",
     "labels": "it gives no loss: compile the model with adaptc.compile(model, config, training=True)",
     "token_type_ids": "it was captured without it: leave it out",
 }
@@ -35,32 +34,32 @@ def arguments(facts: Facts, inputs: Tensor | None, kwargs: Mapping[str, Any]) ->
     refuse(kwargs)
     if kwargs.get("use_cache") is False:
         raise AdaptcError("use_cache=False is not taken: the program was captured with a cache. Leave it out")
-    ids = kwargs.get("input_ids") if inputs is None else inputs
+    ids, given = kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("inputs_embeds")
     if ids is not None:
         tokens(facts, ids)
-    mask = kwargs.get("attention_mask")
+    if given is not None:
+        embeddings(facts, given)
+    mask, prompt = kwargs.get("attention_mask"), ids if given is None else given
     if past is None:
-        if ids is not None:
-            check_mask(mask, ids, 0)
+        if prompt is not None:
+            check_mask(mask, prompt.shape, 0)
         return kwargs, 0
-    if ids is None:
+    if prompt is None:
         raise AdaptcError("a cache is continued by tokens: give input_ids")
     own_cache(facts, past, None)
     kwargs[past_name()] = past
-    before, length = past.length, ids.shape[1]
-    if mask is not None and before and mask.ndim == 2 and mask.shape[1] == before + length:
-        check_mask(mask, ids, before)
+    before, (rows, length, *_) = past.length, prompt.shape
+    if mask is not None and before and given is None and mask.ndim == 2 and mask.shape[1] == before + length:
+        check_mask(mask, prompt.shape, before)
         return kwargs, before
     if length < before:
         raise AdaptcError(
-            f"the cache holds {before} positions and input_ids has {length}: give all tokens from the first on, or the "
-            f"new ones with an attention_mask for all {before + length}"
+            f"the cache holds {before} positions and the prompt has {length}: give it from its first token on, or the "
+            f"new tokens with an attention_mask for all {before + length}"
         )
-    check_mask(mask, ids, 0)
+    check_mask(mask, prompt.shape, 0)
     if mask is None and past.padded:
-        kwargs["attention_mask"] = torch.cat(
-            [past.mask[:, :before], past.mask.new_ones(ids.shape[0], length - before)], 1
-        )
+        kwargs["attention_mask"] = torch.cat([past.mask[:, :before], past.mask.new_ones(rows, length - before)], 1)
     if before == length:
         # Its logits are needed, and computing it once more writes what is there.
         past.crop(-1)
@@ -88,7 +87,8 @@ def generation(
     fits(facts, rows, length + offset, f" ({batch} of {beams} sequences each)" if beams > 1 else "")
     if past is not None and past.rows and past.rows != rows:
         raise AdaptcError(
-            f"the cache has {past.rows} rows and this generation {rows}: cache.batch_repeat_interleave(n) makes n of each"
+            f"the cache has {past.rows} rows and this generation {rows}: cache.batch_repeat_interleave(n) makes n of "
+            "each"
         )
 
 
@@ -119,11 +119,21 @@ def tokens(facts: Facts, ids: Any) -> None:
         )
 
 
-def check_mask(mask: Any, ids: Tensor, before: int) -> None:
-    """Raises AdaptcError for a mask that is not one number for each position, in the cache and new."""
+def embeddings(facts: Facts, given: Any) -> None:
+    """Raises AdaptcError for what is no (batch, tokens, width)."""
+    if not facts.embeds:
+        raise AdaptcError("inputs_embeds is not taken: the model takes tokens alone")
+    if not isinstance(given, Tensor) or given.ndim != 3 or given.shape[-1] != facts.width:
+        found = tuple(given.shape) if isinstance(given, Tensor) else f"a {type(given).__name__}"
+        raise AdaptcError(f"inputs_embeds must be a tensor (batch, tokens, {facts.width}), got {found}")
+
+
+def check_mask(mask: Any, shape: Sequence[int], before: int) -> None:
+    """Raises AdaptcError for a mask that is not one number for each position: in the cache, and of a prompt of this
+    shape."""
     if mask is None:
         return
-    wanted = (ids.shape[0], before + ids.shape[1])
+    wanted = (shape[0], before + shape[1])
     if not isinstance(mask, Tensor) or mask.shape != wanted:
         found = tuple(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         has = f", {before} of them in the cache" if before else ""
@@ -146,12 +156,12 @@ def own_cache(facts: Facts, past: Any, rows: int | None) -> StepCache:
 
 def forward(ids: Any, embeds: Any, use_cache: Any, return_dict: Any, others: Mapping[str, Any]) -> None:
     """Raises AdaptcError for arguments of a step that mean something else than it does."""
-    refuse({**others, "inputs_embeds": embeds})
+    refuse(others)
     if use_cache is False:
         raise AdaptcError("use_cache=False is not taken: the program was captured with a cache. Leave it out")
     if return_dict is False:
         raise AdaptcError("return_dict=False is not taken: a step gives an object with logits and the cache")
     if strange := [n for n, v in others.items() if n not in _REFUSED and v is not None]:
         raise AdaptcError(f"{shown(strange[0])} is not an input of the program")
-    if ids is None:
-        raise AdaptcError("a step takes input_ids (batch, tokens)")
+    if (ids is None) == (embeds is None):
+        raise AdaptcError("a step takes input_ids (batch, tokens), or inputs_embeds (batch, tokens, width) instead")

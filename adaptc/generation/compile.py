@@ -16,14 +16,17 @@ from torch import nn
 from adaptc.capture.example_inputs import is_pretrained_model
 from adaptc.errors import CaptureError, ConfigError, shown
 from adaptc.generation.cross_facts import CrossFacts, check_side_by_side, decoder_positions, encoder_positions
+from adaptc.generation.cross_prove import prove_across
 from adaptc.generation.cross_step import STATES, Encoded, stepping_across
 from adaptc.generation.encoder_decoder import EncoderDecoder, encoder_decoder_class
 from adaptc.generation.facts import Facts
 from adaptc.generation.generator import Generator, generator_class
-from adaptc.generation.layout import CacheLayout
+from adaptc.generation.layout import CacheLayout, eval_mode
+from adaptc.generation.prove import prove
 from adaptc.generation.step import stepping
 from adaptc.passes.ir.exclusive import exclusive
 from adaptc.program.compile import compiled
+from adaptc.program.unload import unloaded
 from adaptc.runtime.options import RunOptions
 from adaptc.value_types import checked
 
@@ -92,9 +95,13 @@ def _compiled(
     _at_least_one(max_batch, "max_batch")
     layout = CacheLayout.of(model)
     with stepping(model, layout) as step:
-        program = compiled(
-            model, adapter, options, example_inputs=step.example_inputs, dynamic_shapes=step.dynamic_shapes, **how
-        )
+        try:
+            program = compiled(
+                model, adapter, options, example_inputs=step.example_inputs, dynamic_shapes=step.dynamic_shapes, **how
+            )
+        except CaptureError as error:
+            raise CaptureError(f"{name} cannot be captured as a step with its cache: {error}") from error
+    embedding = cast(Any, model).get_input_embeddings().weight
     facts = Facts(
         copy.deepcopy(config),
         copy.deepcopy(model.generation_config),
@@ -102,8 +109,12 @@ def _compiled(
         max_batch,
         length,
         "position_ids" in step.example_inputs,
-        cast(Any, model).get_input_embeddings().weight.shape[0],
+        "inputs_embeds" in step.example_inputs,
+        *embedding.shape,
+        embedding.dtype,
     )
+    with eval_mode(model):
+        prove(model, unloaded(program).module(check_guards=False), facts)
     return generator_class()(program, facts)
 
 
@@ -111,15 +122,18 @@ def _across(
     model: Any, adapter: Any, options: RunOptions, max_batch: int, max_length: int | None, **how: Any
 ) -> EncoderDecoder:
     """The same of a model with an encoder."""
-    config = model.config
-    check_side_by_side(config, type(model).__name__)
+    name, config = type(model).__name__, model.config
+    check_side_by_side(config, name)
     length = _at_most(max_length, decoder_positions(config))
     _at_least_one(max_batch, "max_batch")
     encoded = Encoded.of(model)
     with stepping_across(model, encoded) as step:
-        program = compiled(
-            model, adapter, options, example_inputs=step.example_inputs, dynamic_shapes=step.dynamic_shapes, **how
-        )
+        try:
+            program = compiled(
+                model, adapter, options, example_inputs=step.example_inputs, dynamic_shapes=step.dynamic_shapes, **how
+            )
+        except CaptureError as error:
+            raise CaptureError(f"{name} cannot be captured as an encoder and a step: {error}") from error
     facts = CrossFacts(
         copy.deepcopy(config),
         copy.deepcopy(model.generation_config),
@@ -127,14 +141,18 @@ def _across(
         max_batch,
         length,
         "decoder_position_ids" in step.example_inputs,
-        model.get_input_embeddings().weight.shape[0],
+        False,
+        *(embedding := model.get_input_embeddings().weight).shape,
+        embedding.dtype,
         main=encoded.main,
         features=encoded.features,
         source=None if encoded.features else encoder_positions(config),
         cross=encoded.cross,
-        width=step.example_inputs[STATES].shape[-1],
+        hidden=step.example_inputs[STATES].shape[-1],
         strides=encoded.strides,
     )
+    with eval_mode(model):
+        prove_across(model, unloaded(program), facts)
     return encoder_decoder_class(encoded.features is not None)(program, facts)
 
 

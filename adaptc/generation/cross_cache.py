@@ -12,7 +12,6 @@ from functools import cache
 from types import SimpleNamespace
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from adaptc.generation.cache import StepCache

@@ -27,6 +27,9 @@ def arguments(facts: CrossFacts, inputs: Tensor | None, kwargs: Mapping[str, Any
         raise AdaptcError(f"{facts.main} is given twice: by its name, and in the first place")
     inputs, past = named if inputs is None else inputs, kwargs.pop("cache", None) if past is None else past
     checks.refuse(kwargs)
+    for name in ("inputs_embeds", "decoder_inputs_embeds"):
+        if kwargs.get(name) is not None:
+            raise AdaptcError(f"{name} is not taken by a program with an encoder: give {facts.main}")
     if kwargs.get("use_cache") is False:
         raise AdaptcError("use_cache=False is not taken: the program was captured with a cache. Leave it out")
     ids, mask = kwargs.get("decoder_input_ids"), kwargs.get("attention_mask")
@@ -60,7 +63,7 @@ def _going_on(facts: CrossFacts, past: CrossCache, inputs: Any, given: Any, kwar
         )
     if ids is not None:
         same_rows(past.rows, ids.shape[0])
-        checks.check_mask(mask, ids, 0)
+        checks.check_mask(mask, ids.shape, 0)
     if past.length and mask is None:
         # Without one transformers would take all tokens for new ones.
         new = past.mask.new_ones(past.rows, ids.shape[1] - past.length)  # type: ignore[union-attr]
@@ -87,7 +90,7 @@ def source(facts: CrossFacts, inputs: Any, mask: Any) -> None:
     """Raises AdaptcError for what is no input of the encoder."""
     if facts.features is None:
         checks.tokens(facts, inputs)
-        checks.check_mask(mask, inputs, 0)
+        checks.check_mask(mask, inputs.shape, 0)
         if facts.source is not None and inputs.shape[1] > facts.source:
             raise AdaptcError(f"{inputs.shape[1]} tokens are more than the {facts.source} that the encoder is for")
         return
@@ -108,14 +111,14 @@ def given_states(outputs: Any) -> Tensor | None:
 def states(facts: CrossFacts, given: Any, mask: Any) -> None:
     """Raises AdaptcError for what no encoder of this model gave."""
     found = tuple(given.shape) if isinstance(given, Tensor) else f"a {type(given).__name__}"
-    if not isinstance(given, Tensor) or given.ndim != 3 or given.shape[2] != facts.width:
-        raise AdaptcError(f"encoder_outputs must hold a tensor (batch, positions, {facts.width}); got {found}")
+    if not isinstance(given, Tensor) or given.ndim != 3 or given.shape[2] != facts.hidden:
+        raise AdaptcError(f"encoder_outputs must hold a tensor (batch, positions, {facts.hidden}); got {found}")
     if given.dtype != facts.cross.dtype:
         raise AdaptcError(f"encoder_outputs are {given.dtype}, and the program takes {facts.cross.dtype}")
     if facts.features is None and mask is not None and tuple(mask.shape) != tuple(given.shape[:2]):
         raise AdaptcError(
-            f"attention_mask must be a tensor {tuple(given.shape[:2])}, one number for each of the encoder's positions; "
-            f"got {tuple(mask.shape)}"
+            f"attention_mask must be a tensor {tuple(given.shape[:2])}, one number for each position of the encoder; got "
+            f"{tuple(mask.shape)}"
         )
 
 

@@ -16,13 +16,13 @@ from adaptc.generation.layout import CacheLayout
 class CrossFacts(Facts):
     """``main``: the name of what the encoder reads, tokens or features of the shape ``features`` (without the batch);
     ``source``: how many tokens at most, None for any. ``cross``: the layout of keys and values of its states, which are
-    ``width`` wide. ``strides``: of whisper's convolutions."""
+    ``hidden`` wide. ``strides``: of whisper's convolutions."""
 
     main: str
     features: tuple[int, ...] | None
     source: int | None
     cross: CacheLayout
-    width: int
+    hidden: int
     strides: tuple[int, int]
 
     @property

@@ -28,7 +28,7 @@ from torch.export import Dim
 
 from adaptc.errors import CaptureError
 from adaptc.generation.attention import packed_attention
-from adaptc.generation.layout import CacheLayout, cache_of, quiet
+from adaptc.generation.layout import CacheLayout, cache_of, eval_mode
 from adaptc.generation.step import replaced_forward, step_inputs, written_cache
 
 STATES, MASK = "states", "states_mask"
@@ -78,12 +78,14 @@ class Encoded:
             raise CaptureError(f"the encoder of {name} reads {main}, and generation is for tokens and for whisper")
         bare = cls(main, features, strides, CacheLayout((), torch.float32), CacheLayout((), torch.float32))
         first = next(model.parameters())
-        with quiet(model), torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             ids = torch.zeros(1, 2, dtype=torch.int64, device=first.device)
             out = model(**{main: bare.example(1, first.device, first.dtype)}, decoder_input_ids=ids, use_cache=True)
         found = cache_of(out)
         own, cross = (getattr(found, f"{which}_attention_cache", None) for which in ("self", "cross"))
-        return cls(main, features, strides, CacheLayout.of_cache(name, own), CacheLayout.of_cache(name, cross, "cross_"))
+        return cls(
+            main, features, strides, CacheLayout.of_cache(name, own), CacheLayout.of_cache(name, cross, "cross_")
+        )
 
 
 @contextlib.contextmanager
@@ -118,10 +120,10 @@ def _example(model: nn.Module, encoded: Encoded, with_positions: bool) -> CrossS
     first = next(model.parameters())
     device, rows = first.device, Dim("rows")
     sources, read, positions = (Dim(n) for n in ("sources", "read", "positions"))
-    inputs, shapes = step_inputs(encoded.own, device, with_positions)
+    decoder = example_step(model, encoded.own, with_positions, False)
     renamed = {"input_ids", "attention_mask", "position_ids"}
-    inputs = {f"decoder_{n}" if n in renamed else n: t for n, t in inputs.items()}
-    shapes = {f"decoder_{n}" if n in renamed else n: s for n, s in shapes.items()}
+    inputs = {f"decoder_{n}" if n in renamed else n: t for n, t in decoder.example_inputs.items()}
+    shapes = {f"decoder_{n}" if n in renamed else n: s for n, s in decoder.dynamic_shapes.items()}
     decoded = inputs["decoder_input_ids"].shape[0]
     inputs[encoded.main] = encoded.example(_SOURCES, device, first.dtype)
     shapes[encoded.main] = {0: sources} if encoded.features else {0: sources, 1: read}
@@ -130,7 +132,7 @@ def _example(model: nn.Module, encoded: Encoded, with_positions: bool) -> CrossS
         shapes["attention_mask"] = {0: sources, 1: read}
         inputs[MASK] = torch.ones(decoded, _POSITIONS, dtype=torch.int64, device=device)
         shapes[MASK] = {0: rows, 1: positions}
-    with quiet(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         width = model.get_encoder()(inputs[encoded.main])[0].shape[-1]  # type: ignore[operator]
     inputs[STATES] = torch.zeros(decoded, _POSITIONS, width, dtype=encoded.cross.dtype, device=device)
     shapes[STATES] = {0: rows, 1: positions}
@@ -138,7 +140,10 @@ def _example(model: nn.Module, encoded: Encoded, with_positions: bool) -> CrossS
         inputs[name] = torch.zeros(shape, dtype=encoded.cross.dtype, device=device)
         shapes[name] = {0: rows, 2: positions}
     # The decoder's sizes are given by name, and so are those here that are the same.
-    return CrossStep(inputs, {n: {a: rows if d.__name__ == "rows" else d for a, d in s.items()} for n, s in shapes.items()})
+    return CrossStep(
+        inputs,
+        {n: {a: rows if d.__name__ == "rows" else d for a, d in s.items()} for n, s in decoder.dynamic_shapes.items()},
+    )
 
 
 def _crossing(tensors: list[Tensor]) -> Any:

@@ -47,12 +47,11 @@ class EncoderDecoder(Generator):
         ``input_ids`` (batch, tokens), or ``input_features`` (batch, mels, frames) of whisper, with an
         ``attention_mask`` for either side's padding; or ``encoder_outputs``, which the encoder gave, with the mask.
         ``decoder_input_ids``: what the answer begins with. ``past_key_values`` (or ``cache``): what :meth:`prefill` or
-        an earlier call gave, to go on from, with the tokens that are in it as ``decoder_input_ids``. Raises AdaptcError,
-        before anything is computed, for what the program cannot do.
+        an earlier call gave, to go on from, with the tokens that are in it as ``decoder_input_ids``. Raises
+        AdaptcError, before anything is computed, for what the program cannot do.
         """
         inputs, kwargs = cross_checks.arguments(self.facts, inputs, kwargs)
-        with torch.no_grad():
-            return super(Generator, self.pinned()).generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
+        return self.pinned().generated(inputs, generation_config, kwargs)
 
     def prefill(self, inputs: Tensor, attention_mask: Tensor | None = None) -> CrossCache:  # type: ignore[override]
         """The cache of what the encoder reads, to be decoded by :meth:`generate`, any number of times from copies of
@@ -68,10 +67,11 @@ class EncoderDecoder(Generator):
     def pinned(self, offset: int = 0) -> Self:
         """One that keeps the adapter that is current now, in all its parts."""
         new = copy.copy(self)
-        new.parts = self._parts()
+        new.parts, new.begun = self.kept_parts(), False
         return new
 
-    def _parts(self) -> Mapping[str, Part]:
+    def kept_parts(self) -> Mapping[str, Part]:
+        """The program's parts, all with one adapter: that of the generation, or of now."""
         return pinned_parts(self._runs, self.facts.parts) if self.parts is None else self.parts
 
     def encode(self, inputs: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -80,14 +80,14 @@ class EncoderDecoder(Generator):
         if attention_mask is None:
             attention_mask = inputs.new_ones(inputs.shape[:2], dtype=torch.int64)
         given = {self.facts.main: inputs.contiguous(), "attention_mask": attention_mask.long().contiguous()}
-        return _run(self._parts()["encode"], given)[STATES]
+        return _run(self.kept_parts()["encode"], given)[STATES]
 
     def begin(self, cache: CrossCache, states: Tensor, mask: Tensor | None) -> None:
         """What ``cache`` holds of ``states``, of which ``mask`` says what may be seen."""
         cross_checks.states(self.facts, states, mask)
         if mask is None or self.facts.features is not None:
             mask = states.new_ones(states.shape[:2], dtype=torch.int64)
-        made = _run(self._parts()["cross"], {STATES: states.contiguous()})
+        made = _run(self.kept_parts()["cross"], {STATES: states.contiguous()})
         cross = [made[name].contiguous() for name in self.facts.cross.names]
         cache.begin(states, mask.long().contiguous(), cross)
 
@@ -120,7 +120,7 @@ class EncoderDecoder(Generator):
         before, total = past.length, past.length + tokens
         checks.fits(self.facts, rows, total)
         checks.tokens(self.facts, decoder_input_ids)
-        checks.check_mask(decoder_attention_mask, decoder_input_ids, before)
+        checks.check_mask(decoder_attention_mask, (rows, tokens), before)
         pinned = self if self.parts is not None else self.pinned()
         if past.states is None:
             states = cross_checks.given_states(encoder_outputs)
@@ -139,7 +139,7 @@ class EncoderDecoder(Generator):
             logits_to_keep = torch.arange(first, tokens, device=past.device)
         positions = slots[None] if decoder_position_ids is None else decoder_position_ids
         given = {
-            "decoder_input_ids": decoder_input_ids.contiguous(),
+            "decoder_input_ids": decoder_input_ids.long().contiguous(),
             "decoder_attention_mask": past.mask,
             "decoder_position_ids": positions.expand(rows, -1).contiguous(),
             "slots": slots,
@@ -148,8 +148,9 @@ class EncoderDecoder(Generator):
             **dict(zip(self.facts.layout.names, past.tensors, strict=True)),
             **dict(zip(self.facts.cross.names, past.cross, strict=True)),
         }
-        logits = _run(pinned._parts()["step"], given)["logits"]
+        logits = _run(pinned.kept_parts()["step"], given)["logits"]
         past.length = total
+        self.begun = True
         return _output(logits, past)
 
     # -- what transformers asks of a model -----------------------------------------------------------------------------

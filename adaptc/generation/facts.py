@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
+
 from adaptc.generation.layout import CacheLayout
 
 
 @dataclass(frozen=True, eq=False)
 class Facts:
     """``config``, ``generation_config``: copies of the model's. ``max_batch``, ``max_length``: rows and positions that
-    a cache has at most. ``positions``: whether the step takes position ids. ``vocabulary``: how many tokens there are.
-    """
+    a cache has at most. ``positions``, ``embeds``: whether the step takes position ids, and embeddings. ``vocabulary``,
+    ``width``: how many tokens there are, and the size of their embeddings."""
 
     config: Any
     generation_config: Any
@@ -21,7 +23,10 @@ class Facts:
     max_batch: int
     max_length: int
     positions: bool
+    embeds: bool
     vocabulary: int
+    width: int
+    embeds_dtype: torch.dtype
 
 
 @cache

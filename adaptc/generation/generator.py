@@ -1,8 +1,8 @@
 """The object that generates: transformers' own generation over a step program, with adapters.
 
 Before: a step program and what it was captured from. After: ``generate`` with everything that transformers' has,
-written by nobody here. A call of ``generate`` takes the adapter when it begins and keeps it to the end, whatever is swapped in
-between; the cache belongs to the call, or to the caller who hands one in.
+written by nobody here. A call of ``generate`` takes the adapter when it begins and keeps it to the end, whatever is
+swapped in between; the cache belongs to the call, or to the caller who hands one in.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from adaptc.errors import AdaptcError
+from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation import checks
 from adaptc.generation.cache import StepCache, cache_class
 from adaptc.generation.facts import Facts, past_name
@@ -39,6 +39,8 @@ class Generator(Holder):
         self.step: Callable[..., Any] | None = None
         #: positions of its cache that its ``input_ids`` does not begin with
         self.offset = 0
+        #: whether a step was computed
+        self.begun = False
 
     # -- the program inside --------------------------------------------------------------------------------------------
 
@@ -84,9 +86,17 @@ class Generator(Holder):
         for what the program cannot do.
         """
         kwargs, offset = checks.arguments(self.facts, inputs, kwargs)
-        pinned = self.pinned(offset)
-        with torch.no_grad():
-            return super(Generator, pinned).generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
+        return self.pinned(offset).generated(inputs, generation_config, kwargs)
+
+    def generated(self, inputs: Tensor | None, generation_config: Any, kwargs: dict[str, Any]) -> Any:
+        """What transformers' ``generate`` gives, of one that is pinned."""
+        try:
+            with torch.no_grad():
+                return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
+        except ValueError as error:
+            if self.begun or isinstance(error, AdaptcError):
+                raise
+            raise ConfigError(str(error)) from error  # of what transformers refuses, before anything was computed
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> StepCache:
         """The cache of a prompt (batch, tokens), to be continued by :meth:`generate`, any number of times from copies
@@ -94,7 +104,11 @@ class Generator(Holder):
         made = self.new_cache()
         checks.tokens(self.facts, input_ids)
         with torch.no_grad():
-            self.forward(input_ids, attention_mask=attention_mask, past_key_values=made, logits_to_keep=1)
+            positions = None
+            if attention_mask is not None:
+                checks.check_mask(attention_mask, input_ids.shape, 0)
+                positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            self.forward(input_ids, attention_mask, positions, made, logits_to_keep=1)
         return made
 
     def new_cache(self) -> StepCache:
@@ -107,7 +121,7 @@ class Generator(Holder):
         new, runs = copy.copy(self), self._runs
         if self.step is None:
             new.step = runs if isinstance(runs, Bound) else runs.pinned()
-        new.offset = offset
+        new.offset, new.begun = offset, False
         return new
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -132,20 +146,21 @@ class Generator(Holder):
         made, and is in the output.
         """
         checks.forward(input_ids, inputs_embeds, use_cache, return_dict, others)
-        assert input_ids is not None
+        if inputs_embeds is not None:
+            checks.embeddings(self.facts, inputs_embeds)
+        rows, tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]  # type: ignore[union-attr]
         past = past_key_values if cache is None else cache
-        past = self.new_cache() if past is None else checks.own_cache(self.facts, past, input_ids.shape[0])
-        rows, tokens = input_ids.shape
+        past = self.new_cache() if past is None else checks.own_cache(self.facts, past, rows)
         before, total = past.length, past.length + tokens
         checks.fits(self.facts, rows, total)
-        checks.check_mask(attention_mask, input_ids, before)
+        checks.check_mask(attention_mask, (rows, tokens), before)
         step = self.step or self._runs
         past.reserve(rows, total)
         if attention_mask is not None:
             past.mask[:, :total] = attention_mask
         device = past.device
         slots = torch.arange(before, total, device=device)
-        inputs = {"input_ids": input_ids.contiguous(), "attention_mask": past.mask}
+        inputs = {"attention_mask": past.mask, **self._tokens(input_ids, inputs_embeds, rows, tokens)}
         if self.facts.positions:
             inputs["position_ids"] = _positions(position_ids, slots, rows)
         if isinstance(logits_to_keep, int):
@@ -154,21 +169,42 @@ class Generator(Holder):
             **inputs, slots=slots, keep=logits_to_keep, **dict(zip(self.facts.layout.names, past.tensors, strict=True))
         )
         past.length = total
+        self.begun = True
         return _output(logits, past)
+
+    def _tokens(self, ids: Tensor | None, embeds: Tensor | None, rows: int, tokens: int) -> dict[str, Tensor]:
+        """Tokens, or embeddings instead, as the step takes both."""
+        facts, device = self.facts, self.device
+        if ids is None:
+            ids = torch.zeros(rows, tokens, dtype=torch.int64, device=device)
+        out = {"input_ids": ids.to(torch.int64).contiguous()}
+        if facts.embeds:
+            out["embedded"] = torch.tensor(embeds is not None, device=device)
+            if embeds is None:
+                embeds = torch.zeros(1, dtype=facts.embeds_dtype, device=device).expand(rows, tokens, facts.width)
+            out["inputs_embeds"] = embeds.to(facts.embeds_dtype)
+        return out
 
     # -- what transformers asks of a model -----------------------------------------------------------------------------
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """What a step takes of the state of a generation: the new tokens, and their positions."""
-        kwargs.pop("is_first_iteration", None)
+        embedded = inputs_embeds is not None and is_first_iteration
+        name, new = ("inputs_embeds", inputs_embeds) if embedded else ("input_ids", input_ids)
+        assert new is not None
         if next_sequence_length is not None:
-            input_ids = input_ids[:, -next_sequence_length:]
+            new = new[:, -next_sequence_length:]
         positions = kwargs.get("position_ids")
-        if positions is not None and positions.shape[-1] != input_ids.shape[1]:
-            kwargs["position_ids"] = positions[:, -input_ids.shape[1] :]
-        return {"input_ids": input_ids, **kwargs}
+        if positions is not None and positions.shape[-1] != new.shape[1]:
+            kwargs["position_ids"] = positions[:, -new.shape[1] :]
+        return {name: new, **kwargs}
 
     def _prepare_cache_for_generation(
         self,

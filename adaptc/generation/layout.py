@@ -56,7 +56,7 @@ class CacheLayout:
     @classmethod
     def of(cls, model: nn.Module) -> CacheLayout:
         """Runs ``model`` on two tokens. Raises CaptureError for a model whose state is something else."""
-        with quiet(model), torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             ids = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
             out = model(input_ids=ids, use_cache=True)
         return cls.of_cache(type(model).__name__, cache_of(out))
@@ -88,7 +88,7 @@ def _layer(name: str, index: int, layer: Any) -> LayerLayout:
 
 
 @contextlib.contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode, and the model's modes as they were afterwards."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()

@@ -6,6 +6,8 @@ are free: rows, tokens (one, or a whole prompt), positions that the cache has ro
 wanted.
 
     input_ids       (batch, tokens)         int64
+    inputs_embeds   (batch, tokens, width)  taken instead of the tokens' embeddings where
+    embedded        ()                      bool says so; both are there where the model takes embeddings
     attention_mask  (batch, length)         int64: which positions of the cache may be seen; later ones never are
     position_ids    (batch, tokens)         int64: of each token in its text
     slots           (tokens,)               int64: where in the cache the tokens go; one after the other
@@ -51,16 +53,18 @@ def stepping(model: nn.Module, layout: CacheLayout) -> Iterator[Step]:
     past = next((n for n in ("cache", "past_key_values") if n in takes), None)
     if past is None:
         raise CaptureError(f"the forward of {type(model).__name__} takes no cache, so it cannot go on from one")
-    step = _example(model, layout, with_positions="position_ids" in takes)
+    step = example_step(model, layout, "position_ids" in takes, "inputs_embeds" in takes)
     original, keeps, names = model.forward, "logits_to_keep" in takes, layout.names
 
     def forward(**inputs: Any) -> Tensor:
         slots, keep = inputs.pop("slots"), inputs.pop("keep")
         tensors = [inputs.pop(n) for n in names]
+        given = inputs.pop("inputs_embeds", None), inputs.pop("embedded", None)
         if keeps:
             inputs["logits_to_keep"] = keep
         inputs[past] = written_cache(tensors, slots, layout)
-        logits = original(**inputs, use_cache=True).logits
+        with _embedding(model, *given):
+            logits = original(**inputs, use_cache=True).logits
         return logits if keeps else logits[:, keep]
 
     with replaced_forward(model, forward, step.example_inputs), packed_attention():
@@ -82,14 +86,24 @@ def replaced_forward(model: nn.Module, forward: Callable[..., Any], names: Itera
             vars(model)["forward"] = own
 
 
-def _example(model: nn.Module, layout: CacheLayout, with_positions: bool) -> Step:
-    return Step(*step_inputs(layout, next(model.parameters()).device, with_positions))
+@contextlib.contextmanager
+def _embedding(model: Any, given: Tensor | None, wanted: Tensor | None) -> Iterator[None]:
+    """The input embedding gives ``given`` where ``wanted`` is true."""
+    if given is None or wanted is None:
+        yield
+        return
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda module, args, out: torch.where(wanted, given.to(out.dtype), out)
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
-def step_inputs(
-    layout: CacheLayout, device: torch.device, with_positions: bool
-) -> tuple[dict[str, Tensor], dict[str, dict[int, Any]]]:
-    """Examples of a step's inputs, and which of their sizes are free."""
+def example_step(model: Any, layout: CacheLayout, with_positions: bool, with_embeds: bool) -> Step:
+    """Inputs of a step of ``model``, and which of their sizes are free."""
+    device = next(model.parameters()).device
     rows, tokens, length, kept = (Dim(n) for n in ("rows", "tokens", "length", "kept"))
 
     def counted(*shape: int) -> Tensor:
@@ -111,10 +125,15 @@ def step_inputs(
     }
     if not with_positions:
         del inputs["position_ids"], shapes["position_ids"]
+    if with_embeds:
+        weight = model.get_input_embeddings().weight
+        inputs["inputs_embeds"] = torch.zeros(_ROWS, _TOKENS, weight.shape[1], dtype=weight.dtype, device=device)
+        inputs["embedded"] = torch.zeros((), dtype=torch.bool, device=device)
+        shapes |= {"inputs_embeds": {0: rows, 1: tokens}, "embedded": {}}
     for name, shape in zip(layout.names, layout.shapes(_ROWS, _LENGTH), strict=True):
         inputs[name] = torch.zeros(shape, dtype=layout.dtype, device=device)
         shapes[name] = {0: rows, 2: length}
-    return inputs, shapes
+    return Step(inputs, shapes)
 
 
 def written_cache(tensors: list[Tensor], slots: Tensor, layout: CacheLayout) -> Any:

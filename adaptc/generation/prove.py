@@ -1,0 +1,70 @@
+"""Whether a step program, with the cache that it writes, says what its model says without one.
+
+Before: a model, and its step program without adapters. After: nothing, where a prompt taken in three pieces (several
+tokens, one, and the rest) gives the model's logits for every token that is no padding; else a CaptureError. Models may
+take paths for caches of other kinds that no guard of the capture knows of; tokens must never be wrong for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptc.errors import CaptureError
+from adaptc.generation.facts import Facts
+
+#: tokens of the prompt, at most; windows that are no longer are passed
+_TOKENS = 24
+_ROWS, _PADDED = 2, 3
+
+
+@torch.no_grad()
+def prove(model: Any, step: Callable[..., Tensor], facts: Facts) -> None:
+    """See the module docstring. ``step``: called with the inputs of the step program."""
+    device = next(model.parameters()).device
+    length = min(_TOKENS, facts.max_length)
+    if device.type == "meta" or length <= _PADDED + 2:
+        return
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, facts.vocabulary, (_ROWS, length), generator=draw).to(device)
+    mask = torch.ones_like(ids)
+    mask[0, :_PADDED] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    given: dict[str, Tensor] = {"position_ids": positions} if facts.positions else {}
+    expected = model(input_ids=ids, attention_mask=mask, use_cache=False, **given).logits
+    found = _in_pieces(step, facts, ids, mask, positions)
+    seen = mask.bool()
+    error = (found[seen].float() - expected[seen].float()).abs().max()
+    size = expected[seen].float().abs().max()
+    # Both compute with the same kernels; a wrong mask or position shows in the first digits.
+    allowed = (1e-3 if facts.layout.dtype.itemsize >= 4 else 0.1) * size
+    if not bool(error <= allowed):
+        raise CaptureError(
+            f"{type(model).__name__} does not say with a cache of fixed room what it says without one (logits differ by "
+            f"{float(error):.3g}), so it cannot be captured as a step"
+        )
+
+
+def _in_pieces(step: Callable[..., Tensor], facts: Facts, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    length, device, room = ids.shape[1], ids.device, ids.shape[1] + 3
+    shapes = facts.layout.shapes(_ROWS, room)
+    cache = {
+        n: torch.zeros(s, dtype=facts.layout.dtype, device=device)
+        for n, s in zip(facts.layout.names, shapes, strict=True)
+    }
+    wide = torch.cat([mask, mask.new_ones(_ROWS, room - length)], 1)
+    out, cuts = [], (0, length // 2, length // 2 + 1, length)
+    for start, end in zip(cuts, cuts[1:], strict=False):
+        inputs = {"input_ids": ids[:, start:end].contiguous(), "attention_mask": wide}
+        if facts.positions:
+            inputs["position_ids"] = positions[:, start:end].contiguous()
+        if facts.embeds:
+            shape = (_ROWS, end - start, facts.width)
+            inputs["inputs_embeds"] = torch.zeros(shape, dtype=facts.embeds_dtype, device=device)
+            inputs["embedded"] = torch.tensor(False, device=device)
+        slots = torch.arange(start, end, device=device)
+        out.append(step(**inputs, slots=slots, keep=torch.arange(end - start, device=device), **cache))
+    return torch.cat(out, 1)
