@@ -134,6 +134,7 @@ def _across(
             )
         except CaptureError as error:
             raise CaptureError(f"{name} cannot be captured as an encoder and a step: {error}") from error
+    embedding = model.get_input_embeddings().weight
     facts = CrossFacts(
         copy.deepcopy(config),
         copy.deepcopy(model.generation_config),
@@ -142,7 +143,8 @@ def _across(
         length,
         "decoder_position_ids" in step.example_inputs,
         False,
-        *(embedding := model.get_input_embeddings().weight).shape,
+        embedding.shape[0],
+        embedding.shape[1],
         embedding.dtype,
         main=encoded.main,
         features=encoded.features,

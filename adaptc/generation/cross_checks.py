@@ -117,8 +117,8 @@ def states(facts: CrossFacts, given: Any, mask: Any) -> None:
         raise AdaptcError(f"encoder_outputs are {given.dtype}, and the program takes {facts.cross.dtype}")
     if facts.features is None and mask is not None and tuple(mask.shape) != tuple(given.shape[:2]):
         raise AdaptcError(
-            f"attention_mask must be a tensor {tuple(given.shape[:2])}, one number for each position of the encoder; got "
-            f"{tuple(mask.shape)}"
+            f"attention_mask must be a tensor {tuple(given.shape[:2])}, one number for each position of the encoder; "
+            f"got {tuple(mask.shape)}"
         )
 
 

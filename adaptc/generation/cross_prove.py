@@ -6,6 +6,7 @@ logits for every token that is no padding, on either side; else a CaptureError. 
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def _in_pieces(program: ExportedProgram, facts: CrossFacts, given: dict[str, Ten
     known["decoder_attention_mask"] = ids.new_ones(rows, room)
     known[MASK] = known.get("attention_mask", ids.new_ones(known[STATES].shape[:2]))
     out, cuts = [], (0, length // 2, length // 2 + 1, length)
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in pairwise(cuts):
         slots = torch.arange(start, end, device=ids.device)
         known |= {"slots": slots, "keep": torch.arange(end - start, device=ids.device)}
         known["decoder_position_ids"] = slots.expand(rows, -1).contiguous()

@@ -29,20 +29,11 @@ from torch.export import Dim
 from adaptc.errors import CaptureError
 from adaptc.generation.attention import packed_attention
 from adaptc.generation.layout import CacheLayout, cache_of, eval_mode
-from adaptc.generation.step import replaced_forward, step_inputs, written_cache
+from adaptc.generation.step import Step, example_step, replaced_forward, written_cache
 
 STATES, MASK = "states", "states_mask"
 #: sizes of the example, other than those of the step's
 _SOURCES, _READ, _POSITIONS = 4, 7, 9
-
-
-@dataclass(frozen=True)
-class CrossStep:
-    """How a model is captured: ``adaptc.compile(model, ..., example_inputs, dynamic_shapes)`` inside of
-    :func:`stepping_across`."""
-
-    example_inputs: dict[str, Tensor]
-    dynamic_shapes: dict[str, dict[int, Any]]
 
 
 @dataclass(frozen=True)
@@ -89,7 +80,7 @@ class Encoded:
 
 
 @contextlib.contextmanager
-def stepping_across(model: nn.Module, encoded: Encoded) -> Iterator[CrossStep]:
+def stepping_across(model: nn.Module, encoded: Encoded) -> Iterator[Step]:
     """``model`` as its three parts; as it was afterwards. Raises CaptureError for a model whose forward takes no
     cache."""
     takes = inspect.signature(model.forward).parameters
@@ -116,15 +107,15 @@ def stepping_across(model: nn.Module, encoded: Encoded) -> Iterator[CrossStep]:
         yield step
 
 
-def _example(model: nn.Module, encoded: Encoded, with_positions: bool) -> CrossStep:
+def _example(model: nn.Module, encoded: Encoded, with_positions: bool) -> Step:
     first = next(model.parameters())
-    device, rows = first.device, Dim("rows")
+    device = first.device
     sources, read, positions = (Dim(n) for n in ("sources", "read", "positions"))
     decoder = example_step(model, encoded.own, with_positions, False)
     renamed = {"input_ids", "attention_mask", "position_ids"}
     inputs = {f"decoder_{n}" if n in renamed else n: t for n, t in decoder.example_inputs.items()}
     shapes = {f"decoder_{n}" if n in renamed else n: s for n, s in decoder.dynamic_shapes.items()}
-    decoded = inputs["decoder_input_ids"].shape[0]
+    decoded, rows = inputs["decoder_input_ids"].shape[0], shapes["decoder_input_ids"][0]
     inputs[encoded.main] = encoded.example(_SOURCES, device, first.dtype)
     shapes[encoded.main] = {0: sources} if encoded.features else {0: sources, 1: read}
     if not encoded.features:
@@ -139,11 +130,7 @@ def _example(model: nn.Module, encoded: Encoded, with_positions: bool) -> CrossS
     for name, shape in zip(encoded.cross.names, encoded.cross.shapes(decoded, _POSITIONS), strict=True):
         inputs[name] = torch.zeros(shape, dtype=encoded.cross.dtype, device=device)
         shapes[name] = {0: rows, 2: positions}
-    # The decoder's sizes are given by name, and so are those here that are the same.
-    return CrossStep(
-        inputs,
-        {n: {a: rows if d.__name__ == "rows" else d for a, d in s.items()} for n, s in decoder.dynamic_shapes.items()},
-    )
+    return Step(inputs, shapes)
 
 
 def _crossing(tensors: list[Tensor]) -> Any:

@@ -68,8 +68,8 @@ def check_replaced(base: Mapping[str, Any], meant: Mapping[str, tuple[Any, ...]]
 class RunState:
     """What a program remembers while it runs. ``traces``, ``merged``: what was traced and merged before. ``modules``
     and ``bound``: the modules and callables made of it that still are, and ``codes`` what the latter run where their
-    options are not the program's; ``parts``: beside each code, that of parts of the program. The lock is for assignments that follow from what was there; it is never held for
-    long."""
+    options are not the program's; ``parts``: beside each code, that of parts of the program. The lock is for
+    assignments that follow from what was there; it is never held for long."""
 
     now: Running
     exported: Exported
