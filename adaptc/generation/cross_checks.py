@@ -40,8 +40,11 @@ def arguments(facts: CrossFacts, inputs: Tensor | None, kwargs: Mapping[str, Any
     if (given := given_states(kwargs.get("encoder_outputs"))) is not None:
         states(facts, given, None if facts.features else mask)
     if past is None:
-        if inputs is None and given is None:
-            needed(facts, None)
+        read = needed(facts, inputs if given is None else given)
+        checks.fits(facts, read.shape[0], 0)
+        if ids is not None:
+            same_rows(read.shape[0], ids.shape[0])
+            checks.check_mask(kwargs.get("decoder_attention_mask"), ids.shape, 0)
         return inputs, kwargs
     return None, _going_on(facts, own(facts, past), inputs, given, kwargs)
 

@@ -48,7 +48,7 @@ class EncoderDecoder(Generator):
         ``attention_mask`` for either side's padding; or ``encoder_outputs``, which the encoder gave, with the mask.
         ``decoder_input_ids``: what the answer begins with. ``past_key_values`` (or ``cache``): what :meth:`prefill` or
         an earlier call gave, to go on from, with the tokens that are in it as ``decoder_input_ids``. Raises
-        AdaptcError, before anything is computed, for what the program cannot do.
+        AdaptcError for what the program cannot do, before anything is decoded or a cache is written to.
         """
         inputs, kwargs = cross_checks.arguments(self.facts, inputs, kwargs)
         return self.pinned().generated(inputs, generation_config, kwargs)
