@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 
 from adaptc.binding.source import as_binding
 from adaptc.errors import AdaptcError, ConfigError, MergeError, shown
+from adaptc.generation.files import generator_in
 from adaptc.packages.report import PackageReport
 from adaptc.packages.run import BoundPackage, PackagedProgram
 from adaptc.packages.write import package_program
@@ -26,7 +27,7 @@ from adaptc.program.adapter_files import write_current
 from adaptc.program.bound import Bound
 from adaptc.program.compile import compiled
 from adaptc.program.files import load_program, save_program
-from adaptc.program.holder import through_holders
+from adaptc.program.holder import Holder, through_holders
 from adaptc.program.lower import lowered
 from adaptc.program.merge import merged, unmerged
 from adaptc.program.module_files import check_followed, write_module
@@ -220,16 +221,17 @@ def lower(program: AdaptedProgram) -> AdaptedProgram:
     return lowered(program)
 
 
-@through_holders
-def save(program: ExportedProgram, path: str | os.PathLike[str]) -> Path:
+def save(program: ExportedProgram | Holder, path: str | os.PathLike[str]) -> Path:
     """Write a program as ``.pt2`` (torch.export's format), aside first and then moved into place.
 
     An adapted program carries its sites, slots and config in its graph; a merged or unloaded one is plain ATen and
     needs no adaptc to run. Raises AdaptcError for a program whose module trains other tensors than the program has.
     """
+    beside = program.beside() if isinstance(program, Holder) else None
+    program = program.program if isinstance(program, Holder) else program
     if isinstance(program, AdaptedProgram):
         check_followed(program)
-    return save_program(program, Path(path))
+    return save_program(program, Path(path), beside)
 
 
 def load(
@@ -239,8 +241,9 @@ def load(
     hoist_limit: int | None = None,
     fuse: bool = True,
     device: torch.device | str | None = None,
-) -> AdaptedProgram:
-    """Read a ``.pt2`` written by :func:`save` or ``torch.export.save``; adapters are known again from the graph.
+) -> Any:
+    """Read a ``.pt2`` written by :func:`save` or ``torch.export.save``: an :class:`AdaptedProgram`, whose adapters are
+    known again from the graph, or, of what generates, a :class:`Generator` again.
 
     ``backend``, ``hoist_limit`` and ``fuse`` as for :func:`compile`; a program without adapters is never fused unasked.
     ``device``: where its tensors and its adapter go; None leaves them where they were.
@@ -250,7 +253,8 @@ def load(
     tensors and plain values, operators that reach beyond the program, compiled code. BackendError for one whose kernels
     cannot run here.
     """
-    return load_program(Path(path), RunOptions(backend, hoist_limit, fuse), device)
+    program = load_program(Path(path), RunOptions(backend, hoist_limit, fuse), device)
+    return generator_in(Path(path), program) or program
 
 
 @through_holders
@@ -329,9 +333,8 @@ def report(program: AdaptedProgram | PackagedProgram, *, changes: bool = False) 
     return CoverageReport.of(program, changes)
 
 
-@through_holders
 def verify(
-    program: AdaptedProgram | PackagedProgram, model: nn.Module | AdaptedProgram | None = None, **options: Any
+    program: AdaptedProgram | PackagedProgram | Holder, model: nn.Module | AdaptedProgram | None = None, **options: Any
 ) -> VerifyReport:
     """Run the program against the model it came from on random inputs of several shapes; see
     :func:`adaptc.verify.verify.verify_program` for ``options``.
@@ -341,6 +344,9 @@ def verify(
     """
     if isinstance(program, PackagedProgram):
         return verify_package(program, model, **options)
+    if isinstance(program, Holder):
+        with program.as_program(model) as same:
+            return verify_program(program.program, same, **options)
     return verify_program(program, model, **options)
 
 

@@ -21,9 +21,23 @@ _REFUSED = {
     "output_attentions": "its layers give no attention weights: ask the model itself",
     "output_hidden_states": "it gives no hidden states: ask the model itself",
     "cache_implementation": "it has a cache of its own, of the caller's: leave it out",
+    "compile_config": "compile_for_generation(..., backend='inductor') compiles it",
     "labels": "it gives no loss: compile the model with adaptc.compile(model, config, training=True)",
     "token_type_ids": "it was captured without it: leave it out",
 }
+
+#: arguments of ways to generate, which transformers hands on to steps
+MODE = frozenset(
+    {
+        "tokenizer",
+        "assistant_tokenizer",
+        "assistant_model",
+        "streamer",
+        "synced_gpus",
+        "inputs_tensor",
+        "trust_remote_code",
+    }
+)
 
 
 def arguments(facts: Facts, inputs: Tensor | None, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], int]:

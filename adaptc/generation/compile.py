@@ -91,9 +91,9 @@ def _compiled(
         raise CaptureError(f"{name} does not generate: give a model for language modelling")
     if config.is_encoder_decoder:
         return _across(model, adapter, options, max_batch, max_length, **how)
-    length = _length(max_length, config.get_text_config(decoder=True))
     _at_least_one(max_batch, "max_batch")
     layout = CacheLayout.of(model)
+    length = _length(max_length, config.get_text_config(decoder=True))
     with stepping(model, layout) as step:
         try:
             program = compiled(
@@ -110,7 +110,8 @@ def _compiled(
         length,
         "position_ids" in step.example_inputs,
         "inputs_embeds" in step.example_inputs,
-        *embedding.shape,
+        embedding.shape[0],
+        embedding.shape[1],
         embedding.dtype,
     )
     with eval_mode(model):

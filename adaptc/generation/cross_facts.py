@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from adaptc.errors import CaptureError
-from adaptc.generation.cross_step import STATES
+from adaptc.generation.cross_step import CROSS, STATES, Encoded
 from adaptc.generation.facts import Facts
 from adaptc.generation.layout import CacheLayout
+
+__all__ = ["CROSS", "CrossFacts", "check_side_by_side", "decoder_positions", "encoder_positions"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -24,6 +26,11 @@ class CrossFacts(Facts):
     cross: CacheLayout
     hidden: int
     strides: tuple[int, int]
+
+    @property
+    def encoded(self) -> Encoded:
+        """How the model is captured."""
+        return Encoded(self.main, self.features, self.strides, self.layout, self.cross)
 
     @property
     def parts(self) -> Mapping[str, Sequence[str]]:

@@ -32,6 +32,8 @@ from adaptc.generation.layout import CacheLayout, cache_of, eval_mode
 from adaptc.generation.step import Step, example_step, replaced_forward, written_cache
 
 STATES, MASK = "states", "states_mask"
+#: what the names of its keys and values begin with
+CROSS = "cross_"
 #: sizes of the example, other than those of the step's
 _SOURCES, _READ, _POSITIONS = 4, 7, 9
 
@@ -74,9 +76,7 @@ class Encoded:
             out = model(**{main: bare.example(1, first.device, first.dtype)}, decoder_input_ids=ids, use_cache=True)
         found = cache_of(out)
         own, cross = (getattr(found, f"{which}_attention_cache", None) for which in ("self", "cross"))
-        return cls(
-            main, features, strides, CacheLayout.of_cache(name, own), CacheLayout.of_cache(name, cross, "cross_")
-        )
+        return cls(main, features, strides, CacheLayout.of_cache(name, own), CacheLayout.of_cache(name, cross, CROSS))
 
 
 @contextlib.contextmanager

@@ -7,20 +7,21 @@ in between.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptc.errors import AdaptcError
 from adaptc.generation import checks, cross_checks
 from adaptc.generation.cross_cache import CrossCache, cross_cache_class
 from adaptc.generation.cross_facts import CrossFacts
-from adaptc.generation.cross_step import MASK, STATES
+from adaptc.generation.cross_step import MASK, STATES, stepping_across
 from adaptc.generation.facts import past_name
 from adaptc.generation.generator import Generator
 from adaptc.program.adapted import AdaptedProgram
@@ -38,6 +39,14 @@ class EncoderDecoder(Generator):
         self.main_input_name = facts.main
         #: what calls run, while a generation goes on
         self.parts: Mapping[str, Part] | None = None
+
+    @contextlib.contextmanager
+    def as_program(self, model: Any) -> Iterator[Any]:
+        if not isinstance(model, nn.Module):
+            yield model.program if isinstance(model, Generator) else model
+            return
+        with stepping_across(model, self.facts.encoded):
+            yield model
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -135,7 +144,7 @@ class EncoderDecoder(Generator):
             past.mask[:, :total] = decoder_attention_mask
         slots = torch.arange(before, total, device=past.device)
         if isinstance(logits_to_keep, int):
-            first = tokens - logits_to_keep if logits_to_keep else 0
+            first = max(tokens - logits_to_keep, 0) if logits_to_keep else 0
             logits_to_keep = torch.arange(first, tokens, device=past.device)
         positions = slots[None] if decoder_position_ids is None else decoder_position_ids
         given = {
@@ -172,7 +181,7 @@ class EncoderDecoder(Generator):
         positions = kwargs.get("decoder_position_ids")
         if positions is not None and positions.shape[-1] != input_ids.shape[1]:
             kwargs["decoder_position_ids"] = positions[:, -input_ids.shape[1] :]
-        return {"decoder_input_ids": input_ids, **kwargs}
+        return {"decoder_input_ids": input_ids, **{n: v for n, v in kwargs.items() if n not in checks.MODE}}
 
     def _prepare_cache_for_generation(
         self,

@@ -8,6 +8,7 @@ take paths for caches of other kinds that no guard of the capture knows of; toke
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -43,8 +44,8 @@ def prove(model: Any, step: Callable[..., Tensor], facts: Facts) -> None:
     allowed = (1e-3 if facts.layout.dtype.itemsize >= 4 else 0.1) * size
     if not bool(error <= allowed):
         raise CaptureError(
-            f"{type(model).__name__} does not say with a cache of fixed room what it says without one (logits differ by "
-            f"{float(error):.3g}), so it cannot be captured as a step"
+            f"{type(model).__name__} does not say with a cache of fixed room what it says without one (logits differ "
+            f"by {float(error):.3g}), so it cannot be captured as a step"
         )
 
 
@@ -57,7 +58,7 @@ def _in_pieces(step: Callable[..., Tensor], facts: Facts, ids: Tensor, mask: Ten
     }
     wide = torch.cat([mask, mask.new_ones(_ROWS, room - length)], 1)
     out, cuts = [], (0, length // 2, length // 2 + 1, length)
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in pairwise(cuts):
         inputs = {"input_ids": ids[:, start:end].contiguous(), "attention_mask": wide}
         if facts.positions:
             inputs["position_ids"] = positions[:, start:end].contiguous()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,9 @@ from adaptc.runtime.options import RunOptions
 
 
 @exclusive
-def save_program(program: ExportedProgram, path: Path) -> Path:
-    """Raises CheckpointError when the file cannot be written; what was at ``path`` is then unchanged. A symbolic link
-    stays one, and an existing file keeps its permissions."""
+def save_program(program: ExportedProgram, path: Path, beside: Mapping[str, str] | None = None) -> Path:
+    """``beside``: texts that go into the same file, by name. Raises CheckpointError when the file cannot be written;
+    what was at ``path`` is then unchanged. A symbolic link stays one, and an existing file keeps its permissions."""
     if isinstance(program, AdaptedProgram):
         program.check_base()
         program = program.snapshot()
@@ -55,7 +55,7 @@ def save_program(program: ExportedProgram, path: Path) -> Path:
     try:
         with replacing(path, "new.pt2") as new:
             with writing(new) as file:
-                torch.export.save(program, file)
+                torch.export.save(program, file, extra_files=dict(beside or {}))
             seal(new)
     except CheckpointError:
         raise

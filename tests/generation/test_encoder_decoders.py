@@ -161,8 +161,9 @@ def test_files_hold_both_sides(tmp_path: Path) -> None:
     alone = said(gen, given)
     assert torch.equal(said(adaptc.merge(gen), given), alone)
     assert torch.equal(said(adaptc.unload(gen), given), expected(FAMILY, None, given))
-    program = adaptc.load(adaptc.save(gen, tmp_path / "both.pt2"))
-    assert torch.equal(said(gen.holding(program), given), alone)
+    again = adaptc.load(adaptc.save(gen, tmp_path / "both.pt2"))
+    assert torch.equal(said(again, given), alone)
+    assert torch.equal(said(again, given, num_beams=2), said(gen, given, num_beams=2))
     folder = adaptc.save_adapter(gen, tmp_path / "written")
     adaptc.swap(gen, folder)
     assert torch.equal(said(gen, given), alone)
@@ -214,6 +215,11 @@ def test_bad_input_is_refused_before_anything_runs(what: str) -> None:
         given = {**given, "past_key_values": cache}
     with pytest.raises(AdaptcError, match=message):
         gen.generate(**given)
+
+
+def test_it_is_verified_against_its_model() -> None:
+    """The program as a whole, on random inputs of all its parts."""
+    assert adaptc.verify(generator(FAMILY), case(FAMILY).model).passed
 
 
 def test_a_model_of_two_models_is_refused() -> None:

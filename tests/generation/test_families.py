@@ -14,6 +14,7 @@ OTHERS = {"mamba": "keeps a LinearAttentionLayer", "gpt_neo": "cannot be capture
 CAUSAL = [name for name, family in FAMILIES.items() if family.kind == "causal" and name not in OTHERS]
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("family", CAUSAL)
 def test_tokens_are_those_of_peft(family: str) -> None:
     """Rows of different lengths, longer than the windows of layers that have some; greedy, drawn, in beams, and of what

@@ -1,0 +1,129 @@
+"""What is known of a step program as a text, which is saved beside the program, and read again."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from adaptc.generation.cross_facts import CROSS, CrossFacts
+from adaptc.generation.facts import Facts
+from adaptc.generation.layout import CacheLayout, LayerLayout
+from adaptc.passes.ir.part import outputs_of
+from adaptc.program.adapted import AdaptedProgram
+from adaptc.pt2_files.forms import Length, Maybe, Option, check
+from adaptc.pt2_files.refusal import Refused, shown
+
+NAME = "adaptc.generation.json"
+FORMAT = 1
+
+_LAYERS = [{"heads": Length, "key_dim": Length, "value_dim": Length, "sliding": Maybe(Length)}]
+#: of a model with an encoder
+_ACROSS: dict[str, Any] = {
+    "main": str,
+    "features": Maybe([Length]),
+    "source": Maybe(Length),
+    "layers": _LAYERS,
+    "dtype": str,
+    "hidden": Length,
+    "strides": [Length],
+}
+_FORM: dict[str, Any] = {
+    "format": Length,
+    "config": dict,
+    "generation_config": dict,
+    "layers": _LAYERS,
+    "across": Option(_ACROSS),
+    "dtype": str,
+    "max_batch": Length,
+    "max_length": Length,
+    "positions": bool,
+    "embeds": bool,
+    "vocabulary": Length,
+    "width": Length,
+    "embeds_dtype": str,
+}
+_PLAIN = ("max_batch", "max_length", "positions", "embeds", "vocabulary", "width")
+
+
+def described(facts: Facts) -> dict[str, str]:
+    """The text beside a program, by its name."""
+    stored = {
+        "format": FORMAT,
+        "config": json.loads(facts.config.to_json_string(use_diff=False)),
+        "generation_config": json.loads(facts.generation_config.to_json_string(use_diff=False)),
+        "layers": [vars(layer) for layer in facts.layout.layers],
+        "dtype": _name(facts.layout.dtype),
+        **{name: getattr(facts, name) for name in _PLAIN},
+        "embeds_dtype": _name(facts.embeds_dtype),
+    }
+    if isinstance(facts, CrossFacts):
+        stored["across"] = {
+            **{name: getattr(facts, name) for name in ("main", "features", "source", "hidden", "strides")},
+            "layers": [vars(layer) for layer in facts.cross.layers],
+            "dtype": _name(facts.cross.dtype),
+        }
+    return {NAME: json.dumps(stored)}
+
+
+def facts_of(stored: Any, program: AdaptedProgram) -> Facts:
+    """Inverse of :func:`described`, for a program that was saved with it. Raises Refused."""
+    from transformers import GenerationConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if not isinstance(stored, dict) or stored.get("format") != FORMAT:
+        found = stored.get("format") if isinstance(stored, dict) else stored
+        raise Refused(f"its format is {found!r}, and this adaptc reads {FORMAT}")
+    check(stored, _FORM)
+    kind = stored["config"].get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise Refused(f"this release of transformers has no model_type {kind!r}")
+    layout, across = _layout(stored), stored.get("across")
+    known = {
+        "config": CONFIG_MAPPING[kind].from_dict(stored["config"]),
+        "generation_config": GenerationConfig.from_dict(stored["generation_config"]),
+        "layout": layout,
+        **{name: stored[name] for name in _PLAIN},
+        "embeds_dtype": _dtype(stored["embeds_dtype"]),
+    }
+    takes = set(program.adaptation.inputs(program).names)
+    if across is None:
+        if not set(layout.names) <= takes:
+            raise Refused("its program has no such cache")
+        return Facts(**known)
+    cross, features = _layout(across, CROSS), across["features"]
+    facts = CrossFacts(
+        **known,
+        main=across["main"],
+        features=None if features is None else tuple(features),
+        source=across["source"],
+        cross=cross,
+        hidden=across["hidden"],
+        strides=_pair(across["strides"]),
+    )
+    lost = {n for outputs in facts.parts.values() for n in outputs} - set(outputs_of(program))
+    if lost or not {*layout.names, *cross.names, facts.main} <= takes:
+        raise Refused("its program has no such parts")
+    return facts
+
+
+def _layout(stored: Any, prefix: str = "") -> CacheLayout:
+    return CacheLayout(tuple(LayerLayout(**layer) for layer in stored["layers"]), _dtype(stored["dtype"]), prefix)
+
+
+def _pair(numbers: list[int]) -> tuple[int, int]:
+    if len(numbers) != 2:
+        raise Refused(f"its strides are {shown(numbers)}, which should be two")
+    return numbers[0], numbers[1]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise Refused(f"{name!r} is no dtype")
+    return found

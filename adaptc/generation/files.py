@@ -1,0 +1,36 @@
+"""A saved generator, known again from what stands beside its program in the file.
+
+The program is a program like any other; a text beside it holds the model's config, its generation config, and the
+layout of its cache.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from adaptc.errors import CheckpointError
+from adaptc.generation.cross_facts import CrossFacts
+from adaptc.generation.description import NAME, facts_of
+from adaptc.generation.encoder_decoder import encoder_decoder_class
+from adaptc.generation.generator import Generator, generator_class
+from adaptc.program.adapted import AdaptedProgram
+from adaptc.pt2_files.beside import read_beside
+from adaptc.pt2_files.refusal import Refused, reason, shown_path
+
+
+def generator_in(path: Path, program: AdaptedProgram) -> Generator | None:
+    """The generator that was saved to ``path``, whose program was read; None where it is a program alone. Raises
+    CheckpointError where what stands beside the program cannot be read."""
+    stored = read_beside(path, NAME)
+    if stored is None:
+        return None
+    try:
+        facts = facts_of(stored, program)
+        if isinstance(facts, CrossFacts):
+            return encoder_decoder_class(facts.features is not None)(program, facts)
+        return generator_class()(program, facts)
+    except Exception as error:  # configs of strangers can break any of their readers
+        why = str(error) if isinstance(error, Refused) else reason(error)
+        raise CheckpointError(
+            f"{shown_path(path)}: what it says of generation cannot be read: {why}. Save it again from the model"
+        ) from error

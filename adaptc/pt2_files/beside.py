@@ -1,0 +1,26 @@
+"""Texts that were saved beside a program, by their names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from adaptc.errors import CheckpointError
+from adaptc.pt2_files.archive import opened
+from adaptc.pt2_files.refusal import Refused, reason, shown_path
+
+#: bytes of one that are read, at most
+_MOST = 16 << 20
+
+
+def read_beside(path: Path, name: str) -> Any:
+    """The JSON value in the text ``name`` of a file of a program; None where it has no such text. Raises
+    CheckpointError for one that cannot be read."""
+    try:
+        with opened(path) as archive:
+            record = next((r for r in (f"extra/{name}", f"data/extra/{name}") if r in archive.records), None)
+            return None if record is None else json.loads(archive.read(record, _MOST))
+    except (Refused, ValueError, OSError, RecursionError) as error:
+        why = str(error) if isinstance(error, Refused) else reason(error)
+        raise CheckpointError(f"{shown_path(path)}: {name} cannot be read: {why}. Save the program again") from error
