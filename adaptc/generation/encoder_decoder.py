@@ -30,7 +30,11 @@ from adaptc.program.parts import Part, pinned_parts
 
 
 class EncoderDecoder(Generator):
-    """Made by ``adaptc.compile_for_generation`` of a model with an encoder: T5, BART, mBART, whisper and their like."""
+    """Made by ``adaptc.compile_for_generation`` of a model with an encoder: T5, BART, mBART, whisper and their like.
+
+    ``.program`` is one program of both sides, so whatever is done with it, a swap for example, is done to both; its
+    ``hoist_limit`` is what each of its three parts may hold. ``.program(...)`` computes all of them at once.
+    """
 
     facts: CrossFacts
 

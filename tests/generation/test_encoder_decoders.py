@@ -155,6 +155,13 @@ def test_two_threads_with_an_adapter_each() -> None:
         assert all(torch.equal(one, alone) for one in got)
 
 
+def test_an_adapter_in_its_own_weights() -> None:
+    """What is bound in the weight form has weights of its own on both sides."""
+    gen, given = generator(FAMILY), prompt(2, 6)
+    bound = gen.bind(case(FAMILY).adapters["second"], form="weight")
+    assert torch.equal(said(bound, given), expected(FAMILY, "second", given))
+
+
 def test_files_hold_both_sides(tmp_path: Path) -> None:
     """Saved, merged and written as one; an adapter with a key that neither side has is refused."""
     gen, given = generator(FAMILY), prompt(2, 6)
