@@ -114,6 +114,11 @@ class Bound:
                 self._runs.set_options(hoist_limit=nbytes)  # which remembers code, too
 
     @property
+    def state(self) -> Mapping[str, Tensor]:
+        """FQN -> what its calls write to, in place, and no other's: caches and statistics."""
+        return self._state
+
+    @property
     def held(self) -> Held:
         """What is computed once for this binding: in the weight form its weights, else nothing before its first
         call, and nothing again when :attr:`AdaptedProgram.hoist_limit` was set until the next one."""

@@ -33,6 +33,7 @@ from adaptc.binding.bind import file_tensors
 from adaptc.binding.binding import Binding
 from adaptc.binding.source import as_binding
 from adaptc.errors import AdaptcError
+from adaptc.passes.lower.choose_products import Products
 from adaptc.passes.train.checkpoint import checkpoint, set_checkpointing
 from adaptc.passes.train.set_mode import set_mode
 from adaptc.peft_files.format import bare_key, file_key
@@ -41,6 +42,8 @@ from adaptc.program.core import ProgramCore
 from adaptc.program.describe import described_module
 from adaptc.program.in_parts import as_held, whole
 
+#: where a graph to train has what was chosen for the products of its base
+PRODUCTS = "adaptc_products"
 _TABLES = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 
 
@@ -125,6 +128,8 @@ class ProgramModule(nn.Module):
         self.constraints.hold(self)
         try:
             return self.graph_module(*args, **kwargs)
+        except ZeroDivisionError as error:
+            raise AdaptcError(self._why_zero(args, kwargs)) from error
         except (IndexError, RuntimeError) as error:
             if wrong := self.why_wrong(args, kwargs):
                 raise AdaptcError(wrong) from error
@@ -132,6 +137,16 @@ class ProgramModule(nn.Module):
 
     def _device(self) -> torch.device | None:
         return next((t.device for t in self.parameters()), None)
+
+    def _why_zero(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """What a division by zero in a call is about: the model's, or one of a condition on sizes."""
+        given = zip(self.inputs.expected, self.inputs(args, kwargs), strict=True)
+        empty = [f"{n!r} has shape {tuple(t.shape)}" for (n, _), t in given if isinstance(t, Tensor) and not t.numel()]
+        if not empty:
+            return "the model divides by a number that is zero for these inputs"
+        return (
+            f"the model, or its capture, divides by a size that is zero here: {', '.join(empty)}; leave such calls out"
+        )
 
     def why_wrong(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         """What may be wrong with a call that a layer refused, as far as one can tell."""
@@ -200,6 +215,12 @@ class ProgramModule(nn.Module):
     def graph_modules(self) -> Sequence[fx.GraphModule]:
         """All that calls may run."""
         return [self.graph_module]
+
+    @property
+    def products(self) -> tuple[Products, ...]:
+        """What computes the products of frozen layers and the gradients of their inputs, for each type of numbers;
+        nothing where that was left to torch."""
+        return self.graph_module.meta.get(PRODUCTS, ())
 
     # -- state ---------------------------------------------------------------------------------------------------------
 

@@ -134,8 +134,8 @@ class Lifted:
         self.constants: dict[str, Any] = dict(program.constants)
         self.nodes: dict[str, fx.Node] = {n.name: n for n in self.graph.nodes}
         self.specs: dict[str, InputSpec] = {s.arg.name: s for s in program.graph_signature.input_specs}
+        self.outputs: list[OutputSpec] = list(program.graph_signature.output_specs)
         self.placeholders: dict[str, fx.Node] = {}
-        self.output_specs = program.graph_signature.output_specs
         self._first_user: fx.Node | None = None
         for node in self.graph.find_nodes(op="placeholder"):
             spec = self.specs[node.name]
@@ -250,22 +250,29 @@ class Lifted:
             self.graph.erase_node(self.nodes.pop(spec.arg.name))
             del self.specs[spec.arg.name]
 
-    def outputs(self, indices: Iterable[int]) -> list[fx.Node]:
+    def write_back_nothing(self, fqn: str) -> None:
+        """Leave out the outputs that are there to be written to a parameter or buffer after each call."""
+        out = self.graph.output_node()
+        values: Any = out.args[0]
+        kept = [(s, v) for s, v in zip(self.outputs, values, strict=True) if s.target != fqn]
+        self.outputs = [s for s, _ in kept]
+        out.args = (tuple(v for _, v in kept),)
+
+    def user_outputs(self, indices: Iterable[int]) -> list[fx.Node]:
         """Some of the user's outputs."""
-        specs = self.program.graph_signature.output_specs
         values: Any = self.graph.output_node().args[0]
-        users = [v for v, s in zip(values, specs, strict=True) if s.kind == OutputKind.USER_OUTPUT]
+        users = [v for v, s in zip(values, self.outputs, strict=True) if s.kind == OutputKind.USER_OUTPUT]
         return [users[i] for i in indices]
 
     def keep(self, nodes: Collection[fx.Node], outputs: Sequence[fx.Node]) -> None:
         """Erase all other nodes, inputs among them, and give these ``outputs`` alone."""
-        out_node, specs = self.graph.output_node(), self.program.graph_signature.output_specs
+        out_node = self.graph.output_node()
         values: Any = out_node.args[0]
-        pairs = list(zip(values, specs, strict=True))
+        pairs = list(zip(values, self.outputs, strict=True))
         users = {v: s for v, s in pairs if s.kind == OutputKind.USER_OUTPUT}
         others = [(v, s) for v, s in pairs if s.kind != OutputKind.USER_OUTPUT and v in nodes]
         out_node.args = ((*(v for v, _ in others), *outputs),)
-        self.output_specs = [*(s for _, s in others), *(users[v] for v in outputs)]
+        self.outputs = [*(s for _, s in others), *(users[v] for v in outputs)]
         for node in reversed(list(self.graph.nodes)):
             if node not in nodes and node is not out_node:
                 self.graph.erase_node(node)
@@ -291,11 +298,10 @@ class Lifted:
     def signature(self) -> ExportGraphSignature:
         """The signature of the graph as it is now."""
         inputs = [self.specs[n.name] for n in self.graph.find_nodes(op="placeholder")]
-        old = self.output_specs
         out_node = self.graph.output_node()
         values = out_node.args[0]
         outputs: list[OutputSpec] = []
-        for spec, value in zip(old, values, strict=True):  # type: ignore[arg-type]
+        for spec, value in zip(self.outputs, values, strict=True):  # type: ignore[arg-type]
             renamed = isinstance(value, fx.Node) and spec.arg.name != value.name
             outputs.append(replace(spec, arg=replace(spec.arg, name=value.name)) if renamed else spec)
         return ExportGraphSignature(inputs, outputs)

@@ -32,7 +32,7 @@ def part_of(program: ExportedProgram, names: Sequence[str]) -> ExportedProgram:
     if lost := [n for n in names if n not in known]:
         raise ConfigError(f"the program has no output {shown(lost[0])}; it has {known}")
     opened = Lifted(program)
-    graph, chosen = opened.graph, opened.outputs([known.index(n) for n in names])
+    graph, chosen = opened.graph, opened.user_outputs([known.index(n) for n in names])
     _read_sizes_inside(graph, _needed(graph, chosen, sizes=False))
     needed = _needed(graph, chosen, sizes=True)
     opened.keep(needed, chosen)

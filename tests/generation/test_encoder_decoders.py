@@ -110,7 +110,9 @@ def test_whisper_knows_languages_and_long_recordings() -> None:
     found = {"language": "de", "task": "translate", "return_dict_in_generate": True}
     assert torch.equal(gen.generate(given, **found).sequences, model.generate(given, **found).sequences)
     long = torch.cat([given, given.flip(-1)], -1)
-    how = {"return_timestamps": True, "language": "en", "return_segments": True}
+    mask = torch.ones(2, long.shape[-1], dtype=torch.int64)
+    mask[1, 40:] = 0
+    how = {"return_timestamps": True, "language": "en", "return_segments": True, "attention_mask": mask}
     assert torch.equal(gen.generate(long, **how)["sequences"], model.generate(long, **how)["sequences"])
 
 
