@@ -77,6 +77,13 @@ def test_what_the_encoder_gave_is_taken() -> None:
         assert torch.equal(again, said(gen, given, **how))
 
 
+def test_steps_of_several_tokens_are_taken_back() -> None:
+    """Tokens that were looked up in the text, of which the cache forgets those that are not the model's."""
+    gen, given = generator(FAMILY), prompt(1, 9)
+    begun = {**given, "decoder_input_ids": torch.tensor([[1, 38, 33, 38, 33]])}
+    assert torch.equal(said(gen, begun, prompt_lookup_num_tokens=3), expected(FAMILY, "first", begun))
+
+
 def test_a_cache_goes_on() -> None:
     """What was encoded once is decoded several times, from copies, by beams, and after some tokens."""
     gen, given = generator(FAMILY), prompt(3, 9, (4, 0, 1))
