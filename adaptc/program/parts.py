@@ -8,8 +8,10 @@ needs to be swapped, merged or saved.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -21,7 +23,7 @@ from adaptc.passes.ir.regions import node_tag
 from adaptc.program.bound import Bound
 from adaptc.program.core import ProgramCore
 from adaptc.runtime.call_inputs import Inputs
-from adaptc.runtime.executor import Executor
+from adaptc.runtime.executor import Arguments, Executor
 from adaptc.runtime.outside_compilers import outside
 
 
@@ -29,7 +31,7 @@ from adaptc.runtime.outside_compilers import outside
 class Part:
     """A callable of some outputs, by name, and the names of the inputs that it takes."""
 
-    run: Callable[..., dict[str, Tensor]]
+    run: partial[dict[str, Tensor]]
     inputs: Collection[str]
 
 
@@ -42,7 +44,12 @@ def pinned_parts(program: ProgramCore | Bound, parts: Mapping[str, Sequence[str]
 def _pinned(executor: Executor, reads: Binding, state: Mapping[str, Tensor]) -> Part:
     own = {n: t for n, t in state.items() if n in executor.base}
     arguments = executor.own_arguments(reads, own)
-    return Part(outside(lambda **kwargs: executor(arguments, (), kwargs)), frozenset(executor.inputs.names))
+    # No function of its own: torch remembers those that its compilers leave alone, with all that they hold.
+    return Part(partial(outside(_called), executor, arguments), frozenset(executor.inputs.names))
+
+
+def _called(executor: Executor, arguments: Arguments, **kwargs: Any) -> dict[str, Tensor]:
+    return executor(arguments, (), kwargs)
 
 
 def _executor(runs: ProgramCore, anchor: Executor, outputs: tuple[str, ...]) -> Executor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,7 +14,13 @@ import adaptc
 from adaptc.errors import ConfigError
 from adaptc.passes.ir.part import outputs_of, part_of
 from adaptc.program.parts import pinned_parts
+from adaptc.runtime.executor import Arguments
 
+NEW = {
+    f"{name}.lora_{side}.weight": torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    for name, out in (("shared", 7), ("own", 3))
+    for side, shape in (("A", (3, 5)), ("B", (out, 3)))
+}
 PARTS = {"left": ["left"], "right": ["total", "right"]}
 
 
@@ -69,14 +78,9 @@ def test_parts_compute_what_the_whole_does(program: adaptc.AdaptedProgram) -> No
 def test_parts_keep_one_adapter_and_their_code(program: adaptc.AdaptedProgram) -> None:
     """What is pinned stays as it was; the next ones have what was swapped in, all of them, and no new code."""
     before = pinned_parts(program, PARTS)
-    new = {
-        f"{name}.lora_{side}.weight": torch.randn(shape)
-        for name, out in (("shared", 7), ("own", 3))
-        for side, shape in (("A", (3, 5)), ("B", (out, 3)))
-    }
     old = {n: p.run(**{k: inputs(3)[k] for k in p.inputs}) for n, p in before.items()}
-    bound = program.bind(new)
-    adaptc.swap(program, new)
+    bound = program.bind(NEW)
+    adaptc.swap(program, NEW)
     for parts in (pinned_parts(program, PARTS), pinned_parts(bound, PARTS)):
         whole = program(**inputs(3))
         for name, part in parts.items():
@@ -88,6 +92,17 @@ def test_parts_keep_one_adapter_and_their_code(program: adaptc.AdaptedProgram) -
         assert all(torch.equal(found[n], old[name][n]) for n in found)
     codes = program.memory.parts[program.executor()]
     assert len(codes) == 2
+
+
+def test_parts_that_are_over_keep_no_adapter(program: adaptc.AdaptedProgram) -> None:
+    parts = pinned_parts(program, PARTS)
+    parts["left"].run(a=inputs(3)["a"])
+    taken = [weakref.ref(held) for held in parts["left"].run.args if isinstance(held, Arguments)]
+    adaptc.swap(program, NEW)
+    assert [held() is not None for held in taken] == [True]
+    del parts
+    gc.collect()
+    assert [held() for held in taken] == [None]
 
 
 def test_unknown_outputs_are_named(program: adaptc.AdaptedProgram) -> None:
