@@ -25,16 +25,16 @@ PARTS = {"left": ["left"], "right": ["total", "right"]}
 
 
 class TwoSided(nn.Module):
-    """Two sides that share a layer and a size, one of which writes to its input."""
+    """Two sides that share a layer and a size, one of which writes to a piece of its input."""
 
     def __init__(self) -> None:
         super().__init__()
         self.shared, self.own = nn.Linear(5, 7), nn.Linear(5, 3)
 
     def forward(self, a: Tensor, b: Tensor, memory: Tensor) -> dict[str, Tensor]:
-        memory.add_(b.sum(0))
+        memory[:2].add_(b.sum(0)[:2])
         right = self.own(b) + a.shape[0]
-        return {"left": self.shared(a), "right": right, "total": memory * 2 + self.shared(b).sum()}
+        return {"left": self.shared(a) + b.shape[0], "right": right, "total": memory * 2 + self.shared(b).sum()}
 
 
 @pytest.fixture
