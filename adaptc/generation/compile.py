@@ -15,6 +15,10 @@ from torch import nn
 
 from adaptc.capture.example_inputs import is_pretrained_model
 from adaptc.errors import CaptureError, ConfigError, shown
+from adaptc.generation.cross_facts import CrossFacts, check_side_by_side, decoder_positions, encoder_positions
+from adaptc.generation.cross_prove import prove_across
+from adaptc.generation.cross_step import STATES, Encoded, stepping_across
+from adaptc.generation.encoder_decoder import EncoderDecoder, encoder_decoder_class
 from adaptc.generation.facts import Facts
 from adaptc.generation.generator import Generator, generator_class
 from adaptc.generation.layout import CacheLayout, eval_mode
@@ -45,14 +49,15 @@ def compile_for_generation(
     hoist_limit: int | None = None,
     fuse: bool = True,
 ) -> Generator:
-    """Capture a causal transformers model as a step with its cache, adapt it, and give what generates with it.
+    """Capture a transformers model that generates as a step with its cache, adapt it, and give what generates with it.
 
     The result has transformers' own ``generate``: greedy, sampling, beams, streamers, stop strings, logits processors.
     One program takes prompts and single tokens; its cache is the caller's, made for each call. ``max_batch``: rows of a
     cache at most, beams counted; ``max_length``: positions at most, None for as many as the model has. All else as for
     :func:`adaptc.compile`. ``swap``, ``merge``, ``unload``, ``save``, ``save_adapter``, ``report`` and the other
     functions take it as they take programs (``.program`` is the one inside); ``.bind(adapter)`` has a ``generate`` of
-    its own.
+    its own. A model with an encoder (T5, BART, whisper) is one program, too, whose parts are called apart: its encoder
+    and what attention makes of the encoder's states run once for each generation.
 
     Raises CaptureError for models whose state is no cache of keys and values, and as :func:`adaptc.compile` does.
     """
@@ -83,9 +88,9 @@ def _compiled(
         raise CaptureError(f"compile_for_generation takes a transformers model, not a {type(model).__name__}")
     name, config = type(model).__name__, cast(Any, model.config)
     if not getattr(model, "can_generate", bool)():
-        raise CaptureError(f"{name} does not generate: give a model for causal language modelling")
+        raise CaptureError(f"{name} does not generate: give a model for language modelling")
     if config.is_encoder_decoder:
-        raise CaptureError(f"{name} has an encoder, and generation is for models that are decoders alone")
+        return _across(model, adapter, options, max_batch, max_length, **how)
     _at_least_one(max_batch, "max_batch")
     layout = CacheLayout.of(model)
     length = _length(max_length, config.get_text_config(decoder=True))
@@ -114,9 +119,53 @@ def _compiled(
     return generator_class()(program, facts)
 
 
+def _across(
+    model: Any, adapter: Any, options: RunOptions, max_batch: int, max_length: int | None, **how: Any
+) -> EncoderDecoder:
+    """The same of a model with an encoder."""
+    name, config = type(model).__name__, model.config
+    check_side_by_side(config, name)
+    length = _at_most(max_length, decoder_positions(config))
+    _at_least_one(max_batch, "max_batch")
+    encoded = Encoded.of(model)
+    with stepping_across(model, encoded) as step:
+        try:
+            program = compiled(
+                model, adapter, options, example_inputs=step.example_inputs, dynamic_shapes=step.dynamic_shapes, **how
+            )
+        except CaptureError as error:
+            raise CaptureError(f"{name} cannot be captured as an encoder and a step: {error}") from error
+    embedding = model.get_input_embeddings().weight
+    facts = CrossFacts(
+        copy.deepcopy(config),
+        copy.deepcopy(model.generation_config),
+        encoded.own,
+        max_batch,
+        length,
+        "decoder_position_ids" in step.example_inputs,
+        False,
+        embedding.shape[0],
+        embedding.shape[1],
+        embedding.dtype,
+        main=encoded.main,
+        features=encoded.features,
+        source=None if encoded.features else encoder_positions(config),
+        cross=encoded.cross,
+        hidden=step.example_inputs[STATES].shape[-1],
+        strides=encoded.strides,
+    )
+    with eval_mode(model):
+        prove_across(model, unloaded(program), facts)
+    return encoder_decoder_class(encoded.features is not None)(program, facts)
+
+
 def _length(asked: Any, config: Any) -> int:
     """Positions of a cache: at most what the model has positions for."""
-    most = getattr(config, "max_position_embeddings", None)
+    return _at_most(asked, getattr(config, "max_position_embeddings", None))
+
+
+def _at_most(asked: Any, most: Any) -> int:
+    """``asked``, or ``most`` where nothing is."""
     if asked is None:
         if not isinstance(most, int):
             raise ConfigError("max_length=None takes what the model has positions for, which its config does not say")

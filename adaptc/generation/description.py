@@ -7,20 +7,34 @@ from typing import Any
 
 import torch
 
+from adaptc.generation.cross_facts import CROSS, CrossFacts
 from adaptc.generation.facts import Facts
 from adaptc.generation.layout import CacheLayout, LayerLayout
+from adaptc.passes.ir.part import outputs_of
 from adaptc.program.adapted import AdaptedProgram
-from adaptc.pt2_files.forms import Length, Maybe, check
-from adaptc.pt2_files.refusal import Refused
+from adaptc.pt2_files.forms import Length, Maybe, Option, check
+from adaptc.pt2_files.refusal import Refused, shown
 
 NAME = "adaptc.generation.json"
 FORMAT = 1
 
+_LAYERS = [{"heads": Length, "key_dim": Length, "value_dim": Length, "sliding": Maybe(Length)}]
+#: of a model with an encoder
+_ACROSS: dict[str, Any] = {
+    "main": str,
+    "features": Maybe([Length]),
+    "source": Maybe(Length),
+    "layers": _LAYERS,
+    "dtype": str,
+    "hidden": Length,
+    "strides": [Length],
+}
 _FORM: dict[str, Any] = {
     "format": Length,
     "config": dict,
     "generation_config": dict,
-    "layers": [{"heads": Length, "key_dim": Length, "value_dim": Length, "sliding": Maybe(Length)}],
+    "layers": _LAYERS,
+    "across": Option(_ACROSS),
     "dtype": str,
     "max_batch": Length,
     "max_length": Length,
@@ -44,6 +58,12 @@ def described(facts: Facts) -> dict[str, str]:
         **{name: getattr(facts, name) for name in _PLAIN},
         "embeds_dtype": _name(facts.embeds_dtype),
     }
+    if isinstance(facts, CrossFacts):
+        stored["across"] = {
+            **{name: getattr(facts, name) for name in ("main", "features", "source", "hidden", "strides")},
+            "layers": [vars(layer) for layer in facts.cross.layers],
+            "dtype": _name(facts.cross.dtype),
+        }
     return {NAME: json.dumps(stored)}
 
 
@@ -59,16 +79,43 @@ def facts_of(stored: Any, program: AdaptedProgram) -> Facts:
     kind = stored["config"].get("model_type")
     if kind not in CONFIG_MAPPING:
         raise Refused(f"this release of transformers has no model_type {kind!r}")
-    layout = CacheLayout(tuple(LayerLayout(**layer) for layer in stored["layers"]), _dtype(stored["dtype"]))
-    if not set(layout.names) <= set(program.adaptation.inputs(program).names):
-        raise Refused("its program has no such cache")
-    return Facts(
-        CONFIG_MAPPING[kind].from_dict(stored["config"]),
-        GenerationConfig.from_dict(stored["generation_config"]),
-        layout,
+    layout, across = _layout(stored), stored.get("across")
+    known = {
+        "config": CONFIG_MAPPING[kind].from_dict(stored["config"]),
+        "generation_config": GenerationConfig.from_dict(stored["generation_config"]),
+        "layout": layout,
         **{name: stored[name] for name in _PLAIN},
-        embeds_dtype=_dtype(stored["embeds_dtype"]),
+        "embeds_dtype": _dtype(stored["embeds_dtype"]),
+    }
+    takes = set(program.adaptation.inputs(program).names)
+    if across is None:
+        if not set(layout.names) <= takes:
+            raise Refused("its program has no such cache")
+        return Facts(**known)
+    cross, features = _layout(across, CROSS), across["features"]
+    facts = CrossFacts(
+        **known,
+        main=across["main"],
+        features=None if features is None else tuple(features),
+        source=across["source"],
+        cross=cross,
+        hidden=across["hidden"],
+        strides=_pair(across["strides"]),
     )
+    lost = {n for outputs in facts.parts.values() for n in outputs} - set(outputs_of(program))
+    if lost or not {*layout.names, *cross.names, facts.main} <= takes:
+        raise Refused("its program has no such parts")
+    return facts
+
+
+def _layout(stored: Any, prefix: str = "") -> CacheLayout:
+    return CacheLayout(tuple(LayerLayout(**layer) for layer in stored["layers"]), _dtype(stored["dtype"]), prefix)
+
+
+def _pair(numbers: list[int]) -> tuple[int, int]:
+    if len(numbers) != 2:
+        raise Refused(f"its strides are {shown(numbers)}, which should be two")
+    return numbers[0], numbers[1]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -107,12 +107,15 @@ class Generator(Holder):
         for what the program cannot do.
         """
         kwargs, offset = checks.arguments(self.facts, inputs, kwargs)
-        pinned = self.pinned(offset)
+        return self.pinned(offset).generated(inputs, generation_config, kwargs)
+
+    def generated(self, inputs: Tensor | None, generation_config: Any, kwargs: dict[str, Any]) -> Any:
+        """What transformers' ``generate`` gives, of one that is pinned."""
         try:
             with torch.no_grad():
-                return super(Generator, pinned).generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
+                return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
         except ValueError as error:
-            if pinned.begun or isinstance(error, AdaptcError):
+            if self.begun or isinstance(error, AdaptcError):
                 raise
             raise ConfigError(str(error)) from error  # of what transformers refuses, before anything was computed
 

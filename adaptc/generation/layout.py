@@ -33,15 +33,16 @@ class LayerLayout:
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """The cache of a step program. ``dtype`` is that of all its tensors."""
+    """The cache of a step program. ``dtype`` is that of all its tensors; their names begin with ``prefix``."""
 
     layers: tuple[LayerLayout, ...]
     dtype: torch.dtype
+    prefix: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
         """Of the inputs, keys and values by turns, layer by layer."""
-        return tuple(f"{what}_{i}" for i in range(len(self.layers)) for what in ("keys", "values"))
+        return tuple(f"{self.prefix}{what}_{i}" for i in range(len(self.layers)) for what in ("keys", "values"))
 
     def shapes(self, batch: int, length: int) -> list[tuple[int, int, int, int]]:
         """Of the inputs, in the order of :attr:`names`."""
@@ -55,15 +56,18 @@ class CacheLayout:
     @classmethod
     def of(cls, model: nn.Module) -> CacheLayout:
         """Runs ``model`` on two tokens. Raises CaptureError for a model whose state is something else."""
-        name = type(model).__name__
         with eval_mode(model), torch.no_grad():
             ids = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
             out = model(input_ids=ids, use_cache=True)
-        found = cache_of(out)
+        return cls.of_cache(type(model).__name__, cache_of(out))
+
+    @classmethod
+    def of_cache(cls, name: str, found: Any, prefix: str = "") -> CacheLayout:
+        """That of a cache which a model called ``name`` gave. Raises CaptureError for one of something else."""
         layers = getattr(found, "layers", None)
         if not layers:
             raise CaptureError(f"{name} gives no cache of keys and values, so there is nothing to go on from")
-        return cls(tuple(_layer(name, i, layer) for i, layer in enumerate(layers)), layers[0].keys.dtype)
+        return cls(tuple(_layer(name, i, layer) for i, layer in enumerate(layers)), layers[0].keys.dtype, prefix)
 
 
 def cache_of(output: Any) -> Any:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -53,9 +53,8 @@ def stepping(model: nn.Module, layout: CacheLayout) -> Iterator[Step]:
     past = next((n for n in ("cache", "past_key_values") if n in takes), None)
     if past is None:
         raise CaptureError(f"the forward of {type(model).__name__} takes no cache, so it cannot go on from one")
-    step = _example(model, layout, "position_ids" in takes, "inputs_embeds" in takes)
-    own, original = vars(model).get("forward"), model.forward
-    keeps, names = "logits_to_keep" in takes, layout.names
+    step = example_step(model, layout, "position_ids" in takes, "inputs_embeds" in takes)
+    original, keeps, names = model.forward, "logits_to_keep" in takes, layout.names
 
     def forward(**inputs: Any) -> Tensor:
         slots, keep = inputs.pop("slots"), inputs.pop("keep")
@@ -68,12 +67,18 @@ def stepping(model: nn.Module, layout: CacheLayout) -> Iterator[Step]:
             logits = original(**inputs, use_cache=True).logits
         return logits if keeps else logits[:, keep]
 
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    vars(forward)["__signature__"] = inspect.Signature([inspect.Parameter(n, keyword) for n in step.example_inputs])
+    with replaced_forward(model, forward, step.example_inputs), packed_attention():
+        yield step
+
+
+@contextlib.contextmanager
+def replaced_forward(model: nn.Module, forward: Callable[..., Any], names: Iterable[str]) -> Iterator[None]:
+    """``model`` with another forward, which takes keywords of these names."""
+    own, keyword = vars(model).get("forward"), inspect.Parameter.KEYWORD_ONLY
+    vars(forward)["__signature__"] = inspect.Signature([inspect.Parameter(n, keyword) for n in names])
     vars(model)["forward"] = forward
     try:
-        with packed_attention():
-            yield step
+        yield
     finally:
         if own is None:
             del vars(model)["forward"]
@@ -96,7 +101,8 @@ def _embedding(model: Any, given: Tensor | None, wanted: Tensor | None) -> Itera
         hook.remove()
 
 
-def _example(model: Any, layout: CacheLayout, with_positions: bool, with_embeds: bool) -> Step:
+def example_step(model: Any, layout: CacheLayout, with_positions: bool, with_embeds: bool) -> Step:
+    """Inputs of a step of ``model``, and which of their sizes are free."""
     device = next(model.parameters()).device
     rows, tokens, length, kept = (Dim(n) for n in ("rows", "tokens", "length", "kept"))
 

@@ -77,6 +77,12 @@ class Bound:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._called(self, args, kwargs)
 
+    def pinned_to(self) -> tuple[ProgramCore, Executor, Binding, Mapping[str, Tensor]]:
+        """What calls run: the program, its code, the binding, and state that is not the program's."""
+        now = self.ready()
+        assert now.executor is not None
+        return self._runs, now.executor, self._reads, self._state
+
     def ready(self) -> _Now:
         """What calls read, with their code, which is made now if it was not."""
         while True:

@@ -203,6 +203,12 @@ class ProgramCore(ProgramValues):
         at the graph; it shares the code, and what calls write to, with the program."""
         return partial(outside(called_as), self.ready())
 
+    def pinned_to(self) -> tuple[Self, Executor, Binding, Mapping[str, Tensor]]:
+        """What calls that begin now run: the program, its code, the binding, and state that is not the program's."""
+        now = self.ready()
+        assert now.executor is not None
+        return self, now.executor, now.binding or Binding.none(), {}
+
     def executor(self) -> Executor:
         """The code of calls, made on first use."""
         made = self.ready().executor

@@ -75,8 +75,8 @@ def check_replaced(base: Mapping[str, Any], meant: Mapping[str, tuple[Any, ...]]
 class RunState:
     """What a program remembers while it runs. ``traces``, ``merged``: what was traced and merged before. ``modules``
     and ``bound``: the modules and callables made of it that still are, and ``codes`` what the latter run where their
-    options are not the program's. The lock is for assignments that follow from what was there; it is never held for
-    long."""
+    options are not the program's; ``parts``: beside each code, that of parts of the program. The lock is for
+    assignments that follow from what was there; it is never held for long."""
 
     now: Running
     exported: Exported
@@ -85,6 +85,7 @@ class RunState:
     modules: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
     bound: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
     codes: weakref.WeakValueDictionary[RunOptions, Executor] = field(default_factory=weakref.WeakValueDictionary)
+    parts: weakref.WeakKeyDictionary[Executor, dict[Any, Executor]] = field(default_factory=weakref.WeakKeyDictionary)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def switch(self, now: Running) -> None:

@@ -18,7 +18,7 @@ Private torch use, with the public route that was tried:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -33,12 +33,14 @@ from torch.export.graph_signature import (
     ExportGraphSignature,
     InputKind,
     InputSpec,
+    OutputKind,
     OutputSpec,
     TensorArgument,
 )
 
 from adaptc.errors import CaptureError, ConfigError, PassError
 from adaptc.passes.ir.storage import storage_key
+from adaptc.passes.ir.trees import pytree
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
@@ -256,6 +258,43 @@ class Lifted:
         self.outputs = [s for s, _ in kept]
         out.args = (tuple(v for _, v in kept),)
 
+    def user_outputs(self, indices: Iterable[int]) -> list[fx.Node]:
+        """Some of the user's outputs."""
+        values: Any = self.graph.output_node().args[0]
+        users = [v for v, s in zip(values, self.outputs, strict=True) if s.kind == OutputKind.USER_OUTPUT]
+        return [users[i] for i in indices]
+
+    def keep(self, nodes: Collection[fx.Node], outputs: Sequence[fx.Node]) -> None:
+        """Erase all other nodes, inputs among them, and give these ``outputs`` alone."""
+        out_node = self.graph.output_node()
+        values: Any = out_node.args[0]
+        pairs = list(zip(values, self.outputs, strict=True))
+        users = {v: s for v, s in pairs if s.kind == OutputKind.USER_OUTPUT}
+        others = [(v, s) for v, s in pairs if s.kind != OutputKind.USER_OUTPUT and v in nodes]
+        out_node.args = ((*(v for v, _ in others), *outputs),)
+        self.outputs = [*(s for _, s in others), *(users[v] for v in outputs)]
+        for node in reversed(list(self.graph.nodes)):
+            if node not in nodes and node is not out_node:
+                self.graph.erase_node(node)
+        self.specs = {n.name: self.specs[n.name] for n in self.graph.find_nodes(op="placeholder")}
+        self.nodes = {n.name: n for n in self.graph.nodes}
+        self.placeholders = {f: n for f, n in self.placeholders.items() if n in nodes}
+
+    def finish_part(self, names: Sequence[str]) -> ExportedProgram:
+        """The program after :meth:`keep`, whose outputs have these names; it takes the keywords that are left."""
+        old, (first, *_) = self.program, self.program.module_call_graph
+        kwargs = old.call_spec.in_spec.children()[1]  # type: ignore[union-attr]
+        left = [n for n, s in zip(kwargs.context, user_inputs(old), strict=True) if s in self.specs]
+        values = {} if old.example_inputs is None else old.example_inputs[1]
+        examples = {n: values[n] for n in left if n in values}
+        signature = replace(
+            first.signature,  # type: ignore[type-var]
+            in_spec=pytree.tree_structure(((), dict.fromkeys(left, 0))),
+            out_spec=pytree.tree_structure(dict.fromkeys(names, 0)),
+            forward_arg_names=left,
+        )
+        return self._program(None, [replace(first, signature=signature)], ((), examples) if examples else None)
+
     def signature(self) -> ExportGraphSignature:
         """The signature of the graph as it is now."""
         inputs = [self.specs[n.name] for n in self.graph.find_nodes(op="placeholder")]
@@ -270,6 +309,9 @@ class Lifted:
     def finish(self, root: fx.GraphModule | None = None) -> ExportedProgram:
         """The edited program, which its constructor validates. ``root``: what has the graphs of its blocks, if not the
         program that was opened."""
+        return self._program(root, self.program.module_call_graph, self.program.example_inputs)
+
+    def _program(self, root: fx.GraphModule | None, calls: Any, examples: Any) -> ExportedProgram:
         old = self.program
         new = ExportedProgram(
             root=old.graph_module if root is None else root,
@@ -277,8 +319,8 @@ class Lifted:
             graph_signature=self.signature(),
             state_dict=self.state_dict,
             range_constraints=old.range_constraints,
-            module_call_graph=old.module_call_graph,
-            example_inputs=old.example_inputs,
+            module_call_graph=calls,
+            example_inputs=examples,
             constants=self.constants,
             verifiers=old.verifiers,
         )

@@ -1,0 +1,140 @@
+"""What a generation of an encoder-decoder is refused for, before anything is computed.
+
+Before: what a caller gives. After: what transformers takes, with all that must hold for the program's parts; or an
+AdaptcError that names what does not, and no cache was written to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptc.errors import AdaptcError
+from adaptc.generation import checks
+from adaptc.generation.cross_cache import CrossCache
+from adaptc.generation.cross_facts import CrossFacts
+from adaptc.generation.facts import past_name
+
+
+def arguments(facts: CrossFacts, inputs: Tensor | None, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Those of ``generate``: what the encoder reads, and the rest."""
+    kwargs = dict(kwargs)
+    named, past = kwargs.pop(facts.main, None), kwargs.pop("past_key_values", None)
+    if inputs is not None and named is not None:
+        raise AdaptcError(f"{facts.main} is given twice: by its name, and in the first place")
+    inputs, past = named if inputs is None else inputs, kwargs.pop("cache", None) if past is None else past
+    checks.refuse(kwargs)
+    for name in ("inputs_embeds", "decoder_inputs_embeds"):
+        if kwargs.get(name) is not None:
+            raise AdaptcError(f"{name} is not taken by a program with an encoder: give {facts.main}")
+    if kwargs.get("use_cache") is False:
+        raise AdaptcError("use_cache=False is not taken: the program was captured with a cache. Leave it out")
+    ids, mask = kwargs.get("decoder_input_ids"), kwargs.get("attention_mask")
+    if ids is not None:
+        checks.tokens(facts, ids)
+    if inputs is not None:
+        source(facts, inputs, None if facts.features else mask)
+    if (given := given_states(kwargs.get("encoder_outputs"))) is not None:
+        states(facts, given, None if facts.features else mask)
+    if past is None:
+        read = needed(facts, inputs if given is None else given)
+        checks.fits(facts, read.shape[0], 0)
+        if ids is not None:
+            same_rows(read.shape[0], ids.shape[0])
+            checks.check_mask(kwargs.get("decoder_attention_mask"), ids.shape, 0)
+        return inputs, kwargs
+    return None, _going_on(facts, own(facts, past), inputs, given, kwargs)
+
+
+def _going_on(facts: CrossFacts, past: CrossCache, inputs: Any, given: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with a cache, which knows what the encoder read."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    if past.states is None:
+        raise AdaptcError("the cache holds nothing: leave it out, or give what gen.prefill(...) gave")
+    if inputs is not None or given is not None:
+        what = facts.main if given is None else "encoder_outputs"
+        raise AdaptcError(f"the cache knows what the encoder read: leave {what} out, or the cache")
+    ids, mask = kwargs.get("decoder_input_ids"), kwargs.get("decoder_attention_mask")
+    if past.length and (ids is None or ids.shape[1] <= past.length):
+        raise AdaptcError(
+            f"the cache holds {past.length} positions: give decoder_input_ids with the tokens of all of them and at "
+            "least one more"
+        )
+    if ids is not None:
+        same_rows(past.rows, ids.shape[0])
+        checks.check_mask(mask, ids.shape, 0)
+    if past.length and mask is None:
+        # Without one transformers would take all tokens for new ones.
+        new = past.mask.new_ones(past.rows, ids.shape[1] - past.length)  # type: ignore[union-attr]
+        kwargs["decoder_attention_mask"] = torch.cat([past.mask[:, : past.length], new], 1)
+    known: Any = BaseModelOutput(last_hidden_state=past.states)  # type: ignore[arg-type]
+    return {**kwargs, "encoder_outputs": known, "attention_mask": past.states_mask, past_name(): past}
+
+
+def own(facts: CrossFacts, past: Any) -> CrossCache:
+    """``past``, a cache of this program, or of what is bound to it."""
+    found = checks.own_cache(facts, past, None)
+    assert isinstance(found, CrossCache)
+    return found
+
+
+def needed(facts: CrossFacts, source: Tensor | None) -> Tensor:
+    """What the encoder reads, which must be there."""
+    if source is None:
+        raise AdaptcError(f"there is nothing to encode: give {facts.main}, encoder_outputs, or a cache of gen.prefill")
+    return source
+
+
+def source(facts: CrossFacts, inputs: Any, mask: Any) -> None:
+    """Raises AdaptcError for what is no input of the encoder."""
+    if facts.features is None:
+        checks.tokens(facts, inputs)
+        checks.check_mask(mask, inputs.shape, 0)
+        if facts.source is not None and inputs.shape[1] > facts.source:
+            raise AdaptcError(f"{inputs.shape[1]} tokens are more than the {facts.source} that the encoder is for")
+        return
+    found = tuple(inputs.shape) if isinstance(inputs, Tensor) else f"a {type(inputs).__name__}"
+    mels, frames = facts.features
+    # Longer recordings are cut by whisper's own generation.
+    if not isinstance(inputs, Tensor) or inputs.ndim != 3 or inputs.shape[1] != mels or inputs.shape[2] < frames:
+        raise AdaptcError(f"{facts.main} must be a tensor (batch, {mels}, {frames}), or longer; got {found}")
+
+
+def given_states(outputs: Any) -> Tensor | None:
+    """The encoder's states in what it gave, whatever form that has."""
+    if outputs is None or isinstance(outputs, Tensor):
+        return outputs
+    return outputs[0]
+
+
+def states(facts: CrossFacts, given: Any, mask: Any) -> None:
+    """Raises AdaptcError for what no encoder of this model gave."""
+    found = tuple(given.shape) if isinstance(given, Tensor) else f"a {type(given).__name__}"
+    if not isinstance(given, Tensor) or given.ndim != 3 or given.shape[2] != facts.hidden:
+        raise AdaptcError(f"encoder_outputs must hold a tensor (batch, positions, {facts.hidden}); got {found}")
+    if given.dtype != facts.cross.dtype:
+        raise AdaptcError(f"encoder_outputs are {given.dtype}, and the program takes {facts.cross.dtype}")
+    if facts.features is None and mask is not None and tuple(mask.shape) != tuple(given.shape[:2]):
+        raise AdaptcError(
+            f"attention_mask must be a tensor {tuple(given.shape[:2])}, one number for each position of the encoder; "
+            f"got {tuple(mask.shape)}"
+        )
+
+
+def same_rows(encoded: int, decoded: int) -> None:
+    """Raises AdaptcError where the two sides differ in rows."""
+    if encoded != decoded:
+        raise AdaptcError(f"{encoded} rows were encoded, and decoder_input_ids has {decoded}: give as many")
+
+
+def nothing_decoded(past: CrossCache) -> None:
+    """Raises AdaptcError for several sequences of each row of a cache that some were decoded with."""
+    if past.length:
+        raise AdaptcError(
+            f"the cache holds {past.length} positions of one sequence each, and several are asked for: leave out "
+            "num_beams and num_return_sequences, or go on from what gen.prefill(...) gave"
+        )

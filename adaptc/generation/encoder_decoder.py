@@ -1,0 +1,270 @@
+"""What generates with an encoder-decoder: the encoder once, what attention makes of its states once, then steps.
+
+Before: a program of three parts (``cross_step``) and what it was captured from. After: transformers' own ``generate``
+over them. A call takes the adapter when it begins, for all parts together, and keeps it to the end, whatever is swapped
+in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from adaptc.errors import AdaptcError
+from adaptc.generation import checks, cross_checks
+from adaptc.generation.cross_cache import CrossCache, cross_cache_class
+from adaptc.generation.cross_facts import CrossFacts
+from adaptc.generation.cross_step import MASK, STATES, stepping_across
+from adaptc.generation.facts import past_name
+from adaptc.generation.generator import Generator
+from adaptc.program.adapted import AdaptedProgram
+from adaptc.program.bound import Bound
+from adaptc.program.parts import Part, pinned_parts
+
+
+class EncoderDecoder(Generator):
+    """Made by ``adaptc.compile_for_generation`` of a model with an encoder: T5, BART, mBART, whisper and their like.
+
+    ``.program`` is one program of both sides, so whatever is done with it, a swap for example, is done to both; its
+    ``hoist_limit`` is what each of its three parts may hold. ``.program(...)`` computes all of them at once.
+    """
+
+    facts: CrossFacts
+
+    def __init__(self, runs: AdaptedProgram | Bound, facts: CrossFacts) -> None:
+        super().__init__(runs, facts)
+        self.main_input_name = facts.main
+        #: what calls run, while a generation goes on
+        self.parts: Mapping[str, Part] | None = None
+
+    @contextlib.contextmanager
+    def as_program(self, model: Any) -> Iterator[Any]:
+        if not isinstance(model, nn.Module):
+            yield model.program if isinstance(model, Generator) else model
+            return
+        with stepping_across(model, self.facts.encoded):
+            yield model
+
+    # -- calls ---------------------------------------------------------------------------------------------------------
+
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        """As transformers' ``generate``, with the adapter that is current when it is called.
+
+        ``input_ids`` (batch, tokens), or ``input_features`` (batch, mels, frames) of whisper, with an
+        ``attention_mask`` for either side's padding; or ``encoder_outputs``, which the encoder gave, with the mask.
+        ``decoder_input_ids``: what the answer begins with. ``past_key_values`` (or ``cache``): what :meth:`prefill` or
+        an earlier call gave, to go on from, with the tokens that are in it as ``decoder_input_ids``. Raises
+        AdaptcError for what the program cannot do, before anything is decoded or a cache is written to.
+        """
+        inputs, kwargs = cross_checks.arguments(self.facts, inputs, kwargs)
+        return self.pinned().generated(inputs, generation_config, kwargs)
+
+    def prefill(self, inputs: Tensor, attention_mask: Tensor | None = None) -> CrossCache:  # type: ignore[override]
+        """The cache of what the encoder reads, to be decoded by :meth:`generate`, any number of times from copies of
+        it."""
+        made, pinned = self.new_cache(), self.pinned()
+        with torch.no_grad():
+            pinned.begin(made, pinned.encode(inputs, attention_mask), attention_mask)
+        return made
+
+    def new_cache(self) -> CrossCache:
+        return cross_cache_class()(self.facts.layout, self.facts, self.facts.max_length, self.device)
+
+    def pinned(self, offset: int = 0) -> Self:
+        """One that keeps the adapter that is current now, in all its parts."""
+        new = copy.copy(self)
+        new.parts, new.begun = self.kept_parts(), False
+        return new
+
+    def kept_parts(self) -> Mapping[str, Part]:
+        """The program's parts, all with one adapter: that of the generation, or of now."""
+        return pinned_parts(self._runs, self.facts.parts) if self.parts is None else self.parts
+
+    def encode(self, inputs: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The encoder's states (batch, positions, hidden)."""
+        cross_checks.source(self.facts, inputs, attention_mask)
+        if attention_mask is None:
+            attention_mask = inputs.new_ones(inputs.shape[:2], dtype=torch.int64)
+        given = {self.facts.main: inputs.contiguous(), "attention_mask": attention_mask.long().contiguous()}
+        return _run(self.kept_parts()["encode"], given)[STATES]
+
+    def begin(self, cache: CrossCache, states: Tensor, mask: Tensor | None) -> None:
+        """What ``cache`` holds of ``states``, of which ``mask`` says what may be seen."""
+        cross_checks.states(self.facts, states, mask)
+        if mask is None or self.facts.features is not None:
+            mask = states.new_ones(states.shape[:2], dtype=torch.int64)
+        made = _run(self.kept_parts()["cross"], {STATES: states.contiguous()})
+        cross = [made[name].contiguous() for name in self.facts.cross.names]
+        cache.begin(states, mask.long().contiguous(), cross)
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        input_features: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        decoder_position_ids: Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values: Any = None,
+        cache: Any = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **others: Any,
+    ) -> Any:
+        """One step: the logits of the decoder's new tokens (batch, tokens), whose keys and values go into the cache.
+
+        The encoder runs where there is neither a cache with its states nor ``encoder_outputs``. Without a cache a new
+        one is made, and is in the output.
+        """
+        checks.forward(decoder_input_ids, None, None, return_dict, others)
+        assert decoder_input_ids is not None
+        past = past_key_values if cache is None else cache
+        past = self.new_cache() if past is None else cross_checks.own(self.facts, past)
+        rows, tokens = decoder_input_ids.shape
+        before, total = past.length, past.length + tokens
+        checks.fits(self.facts, rows, total)
+        checks.tokens(self.facts, decoder_input_ids)
+        checks.check_mask(decoder_attention_mask, (rows, tokens), before)
+        pinned = self if self.parts is not None else self.pinned()
+        if past.states is None:
+            states = cross_checks.given_states(encoder_outputs)
+            if states is None:
+                source = input_features if self.facts.features else input_ids
+                states = pinned.encode(cross_checks.needed(self.facts, source), attention_mask)
+            cross_checks.same_rows(states.shape[0], rows)
+            pinned.begin(past, states, attention_mask)
+        cross_checks.same_rows(past.rows, rows)
+        past.reserve(rows, total)
+        if decoder_attention_mask is not None:
+            past.mask[:, :total] = decoder_attention_mask
+        slots = torch.arange(before, total, device=past.device)
+        if isinstance(logits_to_keep, int):
+            first = max(tokens - logits_to_keep, 0) if logits_to_keep else 0
+            logits_to_keep = torch.arange(first, tokens, device=past.device)
+        positions = slots[None] if decoder_position_ids is None else decoder_position_ids
+        given = {
+            "decoder_input_ids": decoder_input_ids.long().contiguous(),
+            "decoder_attention_mask": past.mask,
+            "decoder_position_ids": positions.expand(rows, -1).contiguous(),
+            "slots": slots,
+            "keep": logits_to_keep,
+            MASK: past.states_mask,
+            **dict(zip(self.facts.layout.names, past.tensors, strict=True)),
+            **dict(zip(self.facts.cross.names, past.cross, strict=True)),
+        }
+        logits = _run(pinned.kept_parts()["step"], given)["logits"]
+        past.length = total
+        self.begun = True
+        return _output(logits, past)
+
+    # -- what transformers asks of a model -----------------------------------------------------------------------------
+
+    def get_encoder(self, modality: str | None = None) -> Any:
+        return Encoder(self)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """What a step takes of the state of a generation."""
+        kwargs.pop("is_first_iteration", None)
+        mask = kwargs.get("decoder_attention_mask")
+        if self.facts.positions and mask is not None and "decoder_position_ids" not in kwargs:
+            # As transformers' whisper does: positions count the tokens that are seen.
+            kwargs["decoder_position_ids"] = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
+        if next_sequence_length is not None:
+            input_ids = input_ids[:, -next_sequence_length:]
+        positions = kwargs.get("decoder_position_ids")
+        if positions is not None and positions.shape[-1] != input_ids.shape[1]:
+            kwargs["decoder_position_ids"] = positions[:, -input_ids.shape[1] :]
+        return {"decoder_input_ids": input_ids, **{n: v for n, v in kwargs.items() if n not in checks.MODE}}
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        name = past_name()
+        past = model_kwargs.get(name)
+        each = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        if past is not None and each > 1:
+            cross_checks.nothing_decoded(past)
+        checks.generation(self.facts, generation_config, generation_mode, batch_size, max_cache_length, None, 0)
+        if past is None:
+            past = model_kwargs[name] = self.new_cache()
+        elif each > 1:
+            past.batch_repeat_interleave(each)
+        past.expected = max_cache_length
+
+    def __repr__(self) -> str:
+        return f"encodes, and {super().__repr__()}"
+
+
+class Encoder:
+    """The encoder of a generation, as transformers calls one."""
+
+    def __init__(self, owner: EncoderDecoder) -> None:
+        self.owner, self.main_input_name = owner, owner.facts.main
+        self.conv1, self.conv2 = (SimpleNamespace(stride=(n,)) for n in owner.facts.strides)
+
+    def __call__(self, **given: Any) -> Any:
+        return self.forward(**given)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        input_features: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        from transformers.modeling_outputs import BaseModelOutput
+
+        checks.refuse({"output_attentions": output_attentions, "output_hidden_states": output_hidden_states})
+        facts = self.owner.facts
+        source = cross_checks.needed(facts, input_features if facts.features else input_ids)
+        return BaseModelOutput(last_hidden_state=self.owner.encode(source, attention_mask))  # type: ignore[arg-type]
+
+
+class Whisper(EncoderDecoder):
+    """Of audio: transformers' own generation of whisper, with its languages, tasks, timestamps and long recordings."""
+
+    @property
+    def model(self) -> Any:
+        """What whisper's generation reads of the model inside."""
+        return SimpleNamespace(encoder=self.get_encoder(), config=self.config)
+
+
+@cache
+def encoder_decoder_class(audio: bool) -> type[EncoderDecoder]:
+    """The one that is a ``transformers.GenerationMixin``, or whisper's."""
+    from transformers import GenerationMixin
+    from transformers.models.whisper.generation_whisper import WhisperGenerationMixin
+
+    bases = (Whisper, WhisperGenerationMixin) if audio else (EncoderDecoder, GenerationMixin)
+    return type(bases[0].__name__, bases, {"__module__": __name__})
+
+
+def _run(part: Part, given: Mapping[str, Any]) -> dict[str, Tensor]:
+    return part.run(**{name: given[name] for name in part.inputs})
+
+
+def _output(logits: Tensor, past: CrossCache) -> Any:
+    from transformers.modeling_outputs import Seq2SeqLMOutput
+
+    if past.states is None:
+        raise AdaptcError("a cache lost its encoder's states while a step ran: it was reset")
+    fields: dict[str, Any] = {past_name(): past, "encoder_last_hidden_state": past.states}
+    return Seq2SeqLMOutput(logits=logits, **fields)  # type: ignore[arg-type]
