@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from tests.benchmarks import against_peft, compiled, methods, products, rewriting
+from tests.benchmarks import against_peft, compiled, generating, methods, products, rewriting
 from tests.benchmarks.harness import machine, markdown
 
 
@@ -37,6 +37,7 @@ def main() -> None:
         )
         if not quick:
             print(markdown(compiled.forward(sides, Path(folder), rounds)), "\n")
+        print(markdown(generating.run(sides, 5, inductor=not quick)), "\n")
         del sides
     print("## Methods: SmolLM2-135M, float32, on all linear layers\n")
     print(methods.markdown(methods.run(rounds)))
