@@ -19,6 +19,7 @@ from adaptc.binding.fits import fingerprint
 from adaptc.binding.misfits import Cast, check_casts, check_kind, check_kinds, check_shapes, finite_scale, unbound
 from adaptc.errors import CheckpointError, ConfigError, SwapError, TargetError
 from adaptc.methods import AdapterConfig, TargetedConfig, check_sizes
+from adaptc.passes.adapt.bound_rows import shortened
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.method import Method, Slot, Slots
 from adaptc.passes.ir.ops import Op
@@ -250,6 +251,8 @@ class _Builder:
         check_kind(key, value, base.dtype, source)
         new = value.to(base)
         self.casts.append(Cast(key, fqn, value, new))
+        if (bound := self.spec.bound(fqn)) is not None:
+            new = shortened(new, bound)
         if torch.equal(base, new):
             new = base.detach()
         else:

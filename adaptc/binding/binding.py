@@ -89,6 +89,7 @@ class BindingSpec:
 
     ``weights`` holds all base tensors; ``unread``: key -> FQN of those that files of whole modules hold unread;
     ``residual``: those of which only the adapter's own version is known (a PiSSA program that was loaded from a file).
+    ``bounds``: what rows of embeddings keep to (``Op.bound``), by FQN; those of adapted ones may be left out.
     """
 
     attachments: Sequence[Attachment]
@@ -98,6 +99,12 @@ class BindingSpec:
     trainable: bool = False
     unread: Mapping[str, str] = field(default_factory=dict)
     residual: Sequence[str] = ()
+    bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def bound(self, fqn: str) -> tuple[float, float] | None:
+        """What the rows of a base weight keep to."""
+        own = (self.ops[a.id].bound for a in self.attachments if a.fqn == fqn)
+        return next((b for b in own if b is not None), self.bounds.get(fqn))
 
     def __repr__(self) -> str:
         return f"<BindingSpec: {len(self.attachments)} sites of a program with {len(self.weights)} base tensors>"

@@ -116,6 +116,15 @@ def with_targets(
     return config.completed(_targets(list(found), names))
 
 
+def components_of(raw: RawFile) -> list[str]:
+    """The components that the keys of a file name; none of a file with PEFT's keys, or of one model's alone. Raises
+    CheckpointError for keys of no known format."""
+    if any(map(of_peft, raw.tensors)):
+        return []
+    _, parts = detect(raw.tensors, str(raw.path))
+    return sorted({p.component for p in parts} - {""})
+
+
 def nothing_to_choose(component: str | None, source: str) -> None:
     """Raises ConfigError where a component is asked for of a file with PEFT's keys."""
     if component is not None:

@@ -20,7 +20,14 @@ from adaptc.binding.bind import bind, first_values
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.combine import part_of, together
 from adaptc.binding.fits import check_fits
-from adaptc.binding.foreign import in_memory, nothing_to_choose, of_other_format, translated, with_targets
+from adaptc.binding.foreign import (
+    components_of,
+    in_memory,
+    nothing_to_choose,
+    of_other_format,
+    translated,
+    with_targets,
+)
 from adaptc.binding.given import given, is_state_dict
 from adaptc.binding.old_experts import restack
 from adaptc.binding.recipes import Recipes, structure
@@ -154,11 +161,22 @@ class Bindable(Protocol):
 
 @dataclass(frozen=True)
 class Reading:
-    """How a file is read: which adapter of a directory, which renaming of keys, which component."""
+    """How a file is read: which adapter of a directory, which renaming of keys, which component; ``several``: it is one
+    of several, of which some may have no components."""
 
     adapter_name: str | None = None
     key_mapping: Mapping[str, str] | None = None
     component: str | None = None
+    several: bool = False
+
+    def nothing_to_choose(self, source: str) -> None:
+        """Raises ConfigError where a component is asked for of the file at ``source``, whose keys name none."""
+        if not self.several:
+            nothing_to_choose(self.component, source)
+
+    def component_of(self, raw: RawFile) -> str | None:
+        """The one to take of a file of another format."""
+        return None if self.several and self.component is not None and not components_of(raw) else self.component
 
 
 @checked("adapter_name", "key_mapping", "component")
@@ -244,7 +262,7 @@ def _together(
         )
     if config is not None and len(adapter) > 1:
         raise ConfigError(f"config= is of one adapter, and {len(adapter)} are given: swap to one after the other")
-    spec = target.spec(trainable)
+    spec, reading = target.spec(trainable), replace(reading, several=len(adapter) > 1)
     for name, new in adapter.items():
         own = part_of(spec, name)
         if new is None:
@@ -252,6 +270,11 @@ def _together(
         else:
             # A part has a spec of its own, which the program's recipes are not for.
             parts[name] = _bound(own, new, config, reading, parts[name].config, None, True)
+    if reading.several and reading.component not in (None, *(parts[n].origin.component for n in adapter)):
+        raise ConfigError(
+            f"component={reading.component!r} chooses from a file whose keys name components, and none of "
+            f"{', '.join(map(repr, adapter))} is one; leave it out"
+        )
     return together(parts, spec.attachments)
 
 
@@ -275,7 +298,7 @@ def _bound(
         )
     elif isinstance(adapter, Mapping):
         if not (adapter and isinstance(first := next(iter(adapter)), str) and of_other_format(first, spec.weights)):
-            nothing_to_choose(reading.component, source)
+            reading.nothing_to_choose(source)
             return _of_mapping(recipes, spec, adapter, current, config, reading.key_mapping, copy=own)
         adapter = in_memory(rename(given(adapter, source), reading.key_mapping, source))
     elif isinstance(adapter, AdapterFile):
@@ -284,10 +307,10 @@ def _bound(
         adapter = replace(adapter, tensors=rename(adapter.tensors, reading.key_mapping, source))
     if isinstance(adapter, RawFile):
         theirs = None if config is None else as_config(config)
-        adapter = translated(adapter, spec.weights, component=reading.component, config=theirs)
+        adapter = translated(adapter, spec.weights, component=reading.component_of(adapter), config=theirs)
         config = None  # it is the file's now
     elif isinstance(adapter, AdapterFile):
-        nothing_to_choose(reading.component, source)
+        reading.nothing_to_choose(source)
     else:
         raise AdaptcError(
             f"an adapter is a directory, a file, a state dict, a binding, or what prog.bind returned; got "

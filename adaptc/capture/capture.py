@@ -27,8 +27,9 @@ from adaptc.capture.failures import in_terms_of
 from adaptc.capture.free_sizes import Free, export_free, export_stated
 from adaptc.capture.made_inputs import example_of
 from adaptc.capture.model_loss import loss_type, means_over_next_labels
-from adaptc.capture.single_sizes import differing
+from adaptc.capture.single_sizes import differing, left_alone, results, runnable
 from adaptc.errors import AdaptcWarning, CaptureError
+from adaptc.passes.adapt.bound_rows import BoundRows
 from adaptc.passes.analysis.program_facts import (
     all_module_types,
     call_by_first_name,
@@ -114,7 +115,8 @@ def capture(
     for a transformers model without ``example_inputs`` the loss, too. Otherwise eval mode is captured, whatever mode
     the model is in.
 
-    An ``ExportedProgram`` is taken as it is, not copied, and keeps the mode it was exported in.
+    An ``ExportedProgram`` is taken as it is, not copied, and keeps the mode it was exported in. Of both, embeddings
+    with ``max_norm`` come to write to nothing (see ``BoundRows``): where rows are too long, the program has its own.
 
     Raises :class:`CaptureError` with torch's reason in a line; the original error is its cause.
     """
@@ -135,7 +137,7 @@ def capture(
     if type(model).__name__ == "OptimizedModule" and isinstance(getattr(model, "_orig_mod", None), nn.Module):
         model = model.get_submodule("_orig_mod")
     with _prepared(model, training):
-        program = _export_module(model, example_inputs, dynamic_shapes, training)
+        program = BoundRows()(_export_module(model, example_inputs, dynamic_shapes, training)).output
     call_by_first_name(program, model)
     config = getattr(model, "config", None)
     pretrained = is_pretrained_model(model)
@@ -197,7 +199,7 @@ def _as_program(model: object) -> ExportedProgram | None:
 
 def _captured_program(program: ExportedProgram, config: Any, training: bool) -> Captured:
     return Captured(
-        program=program,
+        program=BoundRows()(program).output,
         training=is_training(program, default=training),
         model_type=getattr(config, "model_type", None),
         module_types=all_module_types(program),
@@ -389,10 +391,10 @@ def _same_outputs(
     tensors = _tensors((args, kwargs, list(model.parameters())))
     if training or any(t.device.type == "meta" for t in tensors):
         return True
-    with torch.no_grad():
-        expected, expected_tree = pytree.tree_flatten(model(*args, **kwargs))
+    with left_alone(model, program):
+        expected, expected_tree = results(model(*args, **kwargs))
         try:
-            found, found_tree = pytree.tree_flatten(program.module()(*args, **kwargs))
+            found, found_tree = results(runnable(program)(*args, **kwargs))
         except Exception:  # guards of a branch that the example does not take
             return False
     return expected_tree == found_tree and all(

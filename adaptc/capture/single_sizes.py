@@ -5,19 +5,23 @@ with no guard that says so. Whether such a branch matters only values can tell: 
 token) change nothing.
 
 Before: a model and the program captured of it, with the example inputs. After: the free sizes for which the two differ,
-each cut to one; the model's buffers and torch's random numbers are as they were.
+each cut to one; the model's tensors and torch's random numbers are as they were.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
 
+from adaptc.passes.analysis.program_facts import written_tensors
 from adaptc.passes.ir.lifted import user_inputs
 from adaptc.passes.ir.trees import pytree
 
@@ -34,19 +38,35 @@ def differing(model: nn.Module, program: ExportedProgram, args: tuple, kwargs: M
     axes = _free_axes(program)
     if not axes:
         return []
-    try:
-        module, out = program.module(), []
-    except SyntaxError:  # torch's code of a module in a path such as "in.q", which is no expression of Python
-        return []
+    module, out = runnable(program), list[str]()
     names = list(user_inputs(program))
     for where in axes.values():
-        if not _same(model, module, *_cut(args, kwargs, where)):
+        if not _same(model, module, program, *_cut(args, kwargs, where)):
             out += [f"size 1 of axis {axis} of input {names[i]!r}" for i, axis in where]
     everywhere = [w for where in axes.values() for w in where]
-    if not out and len(axes) > 1 and not _same(model, module, *_cut(args, kwargs, everywhere)):
+    if not out and len(axes) > 1 and not _same(model, module, program, *_cut(args, kwargs, everywhere)):
         out.append("sizes of 1 alone")
     # A model may compute something else every time, and torch's module of a program confuses some names of modules.
-    return out if out and _same(model, module, args, kwargs) else []
+    return out if out and _same(model, module, program, args, kwargs) else []
+
+
+def runnable(program: ExportedProgram) -> Callable[..., Any]:
+    """What a program computes, of inputs as its example's; with the program's own tensors."""
+    try:
+        return program.module()
+    except SyntaxError:  # torch's code of a module in a path such as "in.q", which is no expression of Python
+        return partial(_run, program)
+
+
+def _run(program: ExportedProgram, *args: Any, **kwargs: Any) -> Any:
+    """The same by the graph that takes all tensors as inputs."""
+    signature, held = program.graph_signature, {**program.constants, **program.state_dict}
+    flat = iter(pytree.tree_leaves((args, kwargs)))
+    values = [next(flat) if s.kind == InputKind.USER_INPUT else held[s.target] for s in signature.input_specs]  # type: ignore[index]
+    found = program.graph_module(*values)
+    wanted = [s.kind == OutputKind.USER_OUTPUT for s in signature.output_specs]
+    tree: Any = program.call_spec.out_spec
+    return pytree.tree_unflatten(list(compress(found, wanted)), tree)
 
 
 def _free_axes(program: ExportedProgram) -> dict[str, list[tuple[int, int]]]:
@@ -74,32 +94,34 @@ def _cut(args: tuple, kwargs: Mapping[str, Any], where: list[tuple[int, int]]) -
 
 
 @contextlib.contextmanager
-def _left_alone(model: nn.Module) -> Iterator[None]:
-    buffers = [(b, b.clone()) for b in model.buffers()]
+def left_alone(model: nn.Module, program: ExportedProgram) -> Iterator[None]:
+    """What runs inside leaves a model as it was, and torch's random numbers; gradients are off. ``program`` tells which
+    of its parameters a call writes to."""
+    kept = [(t, t.detach().clone()) for t in [*model.buffers(), *written_tensors(program)]]
     devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
     with torch.random.fork_rng(sorted(d.index or 0 for d in devices)), torch.no_grad():
         try:
             yield
         finally:
-            for b, before in buffers:
-                if not torch.equal(b, before):
-                    b.copy_(before)
+            for t, before in kept:
+                if not torch.equal(t, before):
+                    t.copy_(before)
 
 
-def _same(model: nn.Module, module: Any, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+def _same(model: nn.Module, module: Any, program: ExportedProgram, args: tuple, kwargs: Mapping[str, Any]) -> bool:
     """Whether both compute the same; a size that one of them refuses is no difference."""
     copies = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
     try:
-        with _left_alone(model):
-            expected, expected_tree = _results(model(*args, **kwargs))
-        with _left_alone(model):
-            found, found_tree = _results(module(*copies[0], **copies[1]))
+        with left_alone(model, program):
+            expected, expected_tree = results(model(*args, **kwargs))
+        with left_alone(model, program):
+            found, found_tree = results(module(*copies[0], **copies[1]))
     except Exception:  # whatever a model has to say to such sizes
         return True
     return expected_tree == found_tree and all(map(_close, expected, found))
 
 
-def _results(value: Any) -> tuple[list[Any], Any]:
+def results(value: Any) -> tuple[list[Any], Any]:
     """Copies: a result may be part of a buffer."""
     flat, tree = pytree.tree_flatten(value)
     return [v.clone() if isinstance(v, Tensor) else v for v in flat], tree

@@ -51,7 +51,10 @@ class Whole(Method):
         return {self.slot: op.stored(W).detach().clone()}
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
-        return cast(op.canonical(slots[self.slot]), W.dtype)
+        return op.bounded(cast(op.canonical(slots[self.slot]), W.dtype))
+
+    def constrained(self, op: Op, slots: Slots) -> dict[str, Tensor]:
+        return {} if op.bound is None else {self.slot: op.stored(op.bounded(op.canonical(slots[self.slot])))}
 
     def rebind(self, config: Any, place: Place) -> Method:
         return self
@@ -152,17 +155,23 @@ class TokenRows(Method):
         return f"the rows {listing(both)}" if both else ""
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
-        delta, index = cast(slots[self.DELTA], W.dtype), slots[self.INDEX]
+        delta, index = self._rows(op, W, slots), slots[self.INDEX]
         rows = W.t() if op.kind == "embedding" else W
         # Unused entries write to a row in front of the others.
         rows = torch.index_copy(torch.cat([rows[:1], rows]), 0, index, delta)[1:]
         return rows.t() if op.kind == "embedding" else rows
 
+    def _rows(self, op: Op, W: Tensor, slots: Slots) -> Tensor:
+        """The trained rows (tokens, width) as the layer reads them."""
+        delta = cast(slots[self.DELTA], W.dtype)
+        return op.bounded(delta.t()).t() if op.kind == "embedding" else delta
+
     def has_apply(self, op: Op) -> bool:
-        return op.kind in ("embedding", "linear", "addmm")
+        scaled = op.kind == "embedding" and len(op.rest) > 1 and op.rest[1]  # gradients by how often a row is read
+        return op.kind in ("embedding", "linear", "addmm") and not scaled
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
-        delta, index = cast(slots[self.DELTA], W.dtype), slots[self.INDEX]
+        delta, index = self._rows(op, W, slots), slots[self.INDEX]
         if op.kind == "embedding":
             match = x.unsqueeze(-1) + 1 == index
             row = delta[match.to(torch.int64).argmax(-1)]

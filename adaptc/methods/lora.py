@@ -156,7 +156,12 @@ class Lora(Method):
         if op.experts:
             A = A.reshape(op.experts, -1, A.shape[-1])
             B = B.reshape(B.shape[0], -1, op.experts).permute(2, 0, 1)
-        return A, B
+        return op.bounded(A) if op.kind == "embedding" else A, B
+
+    def constrained(self, op: Op, slots: Slots) -> dict[str, Tensor]:
+        # PEFT looks rows of A up as those of the weight, with max_norm, which moves them.
+        bound = {"lora_embedding_A"} if op.bound and op.kind == "embedding" else ()
+        return {n: op.bounded(slots[n]) for n in bound}
 
 
 @dataclass(frozen=True)

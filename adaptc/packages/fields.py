@@ -20,7 +20,7 @@ FORM: dict[str, Any] = {
     "sites": [
         {
             "attachment": ATTACHMENT,
-            "op": {"kind": str, "shape": [Length], "target": Maybe(str), "rest": list},
+            "op": {"kind": str, "shape": [Length], "target": Maybe(str), "rest": list, "bound": Option([str])},
             "shape": [Length],
             "dtype": str,
         }

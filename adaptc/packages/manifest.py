@@ -236,7 +236,8 @@ def _site_data(site: Site) -> dict[str, Any]:
     op = site.op
     return {
         "attachment": site.attachment.to_dict(),
-        "op": {"kind": op.kind, "shape": op.shape, "target": op.target and str(op.target), "rest": op.rest},
+        "op": {"kind": op.kind, "shape": op.shape, "target": op.target and str(op.target), "rest": op.rest}
+        | ({} if op.bound is None else {"bound": [str(v) for v in op.bound]}),
         "shape": site.shape,
         "dtype": str(site.dtype),
     }
@@ -275,9 +276,9 @@ def _site(data: Mapping[str, Any]) -> Site:
     a = Attachment.from_dict(data["attachment"], method_of)
     op = data["op"]
     target = None if op["target"] is None else _TARGETS[op["target"]]
-    return Site(
-        a, Op(op["kind"], tuple(op["shape"]), target, _tuples(op["rest"])), tuple(data["shape"]), _dtype(data["dtype"])
-    )
+    bound = tuple(map(float, op["bound"])) if "bound" in op else None
+    op = Op(op["kind"], tuple(op["shape"]), target, _tuples(op["rest"]), bound)  # type: ignore[arg-type]
+    return Site(a, op, tuple(data["shape"]), _dtype(data["dtype"]))
 
 
 _TARGETS = {str(target): target for target in TABLE}

@@ -49,6 +49,7 @@ _HEADER: dict[str, Any] = _PART | {
     "carried": [str],
     "parts": Each(_PART),
     "trail": [[(str, int)]],
+    "order": Option([str]),
 }
 _TAG: dict[str, Any] = dict.fromkeys(["method", "adapter", "site", "role"], str) | {"fused": Option(bool)}
 _OUT = _TAG | {"region": str, "base": str, "node": str, "attachment": ATTACHMENT, "header": Option(dict)}
@@ -77,7 +78,7 @@ class Adaptation:
     source: Source | None = None
 
     def header(self, binding: Binding) -> dict[str, Any]:
-        """Plain JSON values: all but the attachments, and what of ``binding`` the program's tensors do not say."""
+        """Plain JSON values: the order of the attachments, and what of ``binding`` the tensors do not say."""
         return {
             "format": FORMAT,
             "config": binding.config.to_dict(),
@@ -93,11 +94,14 @@ class Adaptation:
             "carried": [k for k in binding.carried if k not in self.unread],
             "parts": {n: {"config": p.config.to_dict(), "present": list(p.methods)} for n, p in binding.parts.items()},
             "trail": [list(step) for step in self.trail],
+            "order": [a.id for a in self.attachments],
         }
 
     @classmethod
     def from_header(cls, stored: Mapping[str, Any], attachments: Sequence[Attachment]) -> Adaptation:
-        """Inverse of :meth:`header`, for these attachments."""
+        """Inverse of :meth:`header`, for these attachments, which come in the order that the header tells."""
+        order = {site: i for i, site in enumerate(stored.get("order", ()))}
+        attachments = sorted(attachments, key=lambda a: order.get(a.id, len(order)))
         kept = ("matches", "left_out", "fills", "training", "autocast", "residual", "unread", "trail")
         return cls(attachments, **{name: stored[name] for name in kept}, takes=stored.get("takes", ()))
 

@@ -14,6 +14,7 @@ rounding W' once is not what the program does.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,6 +106,11 @@ class Bound:
             self._now = _Now(replace(self._now.options, hoist_limit=nbytes))
             if self._runs is not self.program:
                 self._runs.set_options(hoist_limit=nbytes)  # which remembers code, too
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """FQN -> what its calls write to, in place, and no other's: caches and statistics."""
+        return self._state
 
     @property
     def held(self) -> Held:

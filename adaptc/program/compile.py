@@ -17,11 +17,13 @@ from torch import nn
 from adaptc.binding.bind import bind, first_values, joined
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.combine import joint_spec, named, part_of, together
+from adaptc.binding.foreign import components_of
 from adaptc.binding.source import as_adapter, as_config, fitted
 from adaptc.capture.capture import Captured, capture
 from adaptc.capture.replicate_layers import replicate_layers
 from adaptc.errors import ConfigError, Tell, refuse_entry, shown, warn_of_entry
 from adaptc.methods import AdapterConfig, ModelFacts, TargetedConfig, check_registered, check_sizes, is_own
+from adaptc.passes.adapt.bound_rows import bounds_of
 from adaptc.passes.adapt.choose_forms import FORMS
 from adaptc.passes.adapt.inject import Inject
 from adaptc.passes.adapt.open_blocks import OpenBlocks, has_closed_blocks
@@ -207,13 +209,17 @@ def _asked(
                 "state dict; give configs themselves in the first place"
             )
         parsed = [(n, as_config(override), file) for n, _, file in parsed]
-    if component is not None and not any(isinstance(file, RawFile) for _, _, file in parsed):
+    # Of several files some may be of one model alone; a single one says itself that it has no components.
+    alone = component is None or len(parsed) == 1
+    meant = [isinstance(f, RawFile) and (alone or bool(components_of(f))) for *_, f in parsed]
+    if component is not None and not any(meant):
         raise ConfigError(
-            f"component={component!r} chooses from a file of another format than PEFT's, and there is none; leave it "
-            "out"
+            f"component={component!r} chooses from a file of another format than PEFT's whose keys name components, "
+            "and there is none; leave it out"
         )
     return [
-        Asked(n, None if c is None else _targeted(c), file, component, override is not None) for n, c, file in parsed
+        Asked(n, None if c is None else _targeted(c), file, component if its else None, override is not None)
+        for (n, c, file), its in zip(parsed, meant, strict=True)
     ]
 
 
@@ -267,7 +273,8 @@ def _spec(
 ) -> BindingSpec:
     ops = _ops(base, attachments)
     unread = {key: fqn for p in plans for key, fqn in p.unread.items()}
-    return joint_spec(BindingSpec(attachments, ops, base.state_dict, autocast, trainable, unread))
+    bounds = bounds_of(base.graph, base.signature())
+    return joint_spec(BindingSpec(attachments, ops, base.state_dict, autocast, trainable, unread, bounds=bounds))
 
 
 def _ops(base: Lifted, attachments: Sequence[Attachment]) -> dict[str, Op]:

@@ -125,6 +125,8 @@ class ProgramModule(nn.Module):
         self.constraints.hold(self)
         try:
             return self.graph_module(*args, **kwargs)
+        except ZeroDivisionError as error:
+            raise AdaptcError(self._why_zero(args, kwargs)) from error
         except (IndexError, RuntimeError) as error:
             if wrong := self.why_wrong(args, kwargs):
                 raise AdaptcError(wrong) from error
@@ -132,6 +134,16 @@ class ProgramModule(nn.Module):
 
     def _device(self) -> torch.device | None:
         return next((t.device for t in self.parameters()), None)
+
+    def _why_zero(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """What a division by zero in a call is about: the model's, or one of a condition on sizes."""
+        given = zip(self.inputs.expected, self.inputs(args, kwargs), strict=True)
+        empty = [f"{n!r} has shape {tuple(t.shape)}" for (n, _), t in given if isinstance(t, Tensor) and not t.numel()]
+        if not empty:
+            return "the model divides by a number that is zero for these inputs"
+        return (
+            f"the model, or its capture, divides by a size that is zero here: {', '.join(empty)}; leave such calls out"
+        )
 
     def why_wrong(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         """What may be wrong with a call that a layer refused, as far as one can tell."""

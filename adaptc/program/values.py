@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.recipes import Recipes
 from adaptc.errors import AdaptcError
+from adaptc.passes.adapt.bound_rows import bounds_of
 from adaptc.passes.ir.ops import Op
 from adaptc.program.adaptation import Adaptation
 from adaptc.program.running import Running, RunState, check_replaced
@@ -109,7 +110,9 @@ class ProgramValues(ExportedProgram):
         """What a binding must fill. Raises AdaptcError where a base tensor is no longer what it was made for."""
         self.check_base()
         a = self._adaptation
-        return BindingSpec(a.attachments, self._ops, self.base_tensors, a.autocast, trainable, a.unread, a.residual)
+        bounds = bounds_of(self.graph, self.graph_signature)
+        base = self.base_tensors
+        return BindingSpec(a.attachments, self._ops, base, a.autocast, trainable, a.unread, a.residual, bounds)
 
     def check_base(self) -> None:
         """Raises AdaptcError where a base tensor is no longer what the program was made for."""

@@ -47,8 +47,8 @@ class SiteCoverage:
 
     ``slots``: name in PEFT's files -> (shape, dtype), as the current adapter has them. ``params``: how many elements
     the trainable ones have; a slot that several sites share counts at the first. ``present``: False when the current
-    adapter leaves this site at the base. ``rank`` None: the method has none. ``why``: what decided the form.
-    ``adapter``: its name, which tells apart those that act together.
+    adapter, or this one of several, has nothing at this site. ``rank`` None: the method has none. ``why``: what decided
+    the form. ``adapter``: its name, which tells apart those that act together.
     """
 
     fqn: str
@@ -129,7 +129,8 @@ class CoverageReport(Report):
             how = f"it is plain, merged from {self.merged}" if self.merged else "it is a plain program"
             products = f"{self.products}\n" if self.products.choices else ""
             return [f"The program has no adapter: {how}.\n{products}{self.parameters_line()}{self._passes()}"]
-        absent = sum(not s.present for s in self.sites)
+        changed = {s.fqn for s in self.sites if s.present}
+        absent = sum(s.fqn not in changed for s in self.sites)
         head = f"{self.peft_type} adapter {self.adapter!r} ({self.source}): {len(self.sites)} sites"
         head += f", {absent} of them left at the base" if absent else ""
         for o in self.origins.values():
@@ -165,11 +166,12 @@ class CoverageReport(Report):
 
     def _sites(self) -> Table:
         several = len({s.adapter for s in self.sites}) > 1
+        changed = {s.fqn for s in self.sites if s.present}
         groups: dict[Any, list[SiteCoverage]] = {}
         for s in self.sites:
-            slots = (
-                "\n".join(f"{n} {shape_text(*v)}" for n, v in s.slots.items()) if s.present else "(left at the base)"
-            )
+            slots = "\n".join(f"{n} {shape_text(*v)}" for n, v in s.slots.items())
+            if not s.present:
+                slots = "(left to the others)" if s.fqn in changed else "(left at the base)"
             method = f"{s.method} ({s.adapter})" if several else s.method
             how = (s.kind, s.form, method, s.rank or "-", slots)
             groups.setdefault((how, s.params), []).append(s)

@@ -32,7 +32,8 @@ def bar(what: str, show: bool) -> Callable[[Sequence[Any]], Any]:
 
 @dataclass(frozen=True, repr=False)
 class SwapReport(Report):
-    """``sites`` the adapter has, ``identity`` sites of the program it leaves at the base, ``seconds`` it took.
+    """``sites`` the adapter has, ``identity`` weights that it leaves at the base, ``seconds`` it took. Of adapters that
+    act together it speaks of all of them: a weight is left where none of them has a site.
     ``origin``: the format of its file, the component it is of, and the others that the file has and the program does
     not.
 
@@ -52,18 +53,19 @@ class SwapReport(Report):
 
     @cached_property
     def identity(self) -> tuple[str, ...]:
-        return tuple(a.fqn for a in self.attachments if a.id not in self.methods)
+        changed = {a.fqn for a in self.attachments if a.id in self.methods}
+        return tuple(dict.fromkeys(a.fqn for a in self.attachments if a.fqn not in changed))
 
     @property
     def sites(self) -> int:
-        return len(self.attachments) - len(self.identity)
+        return sum(a.id in self.methods for a in self.attachments)
 
     @cached_property
     def ranks(self) -> tuple[int, ...]:
         return tuple(sorted({r for m in self.methods.values() if (r := m.rank()) is not None}))
 
     def parts(self) -> list[str | Table]:
-        total = self.sites + len(self.identity)
+        total = len(self.attachments)
         rank = f", rank {', '.join(map(str, self.ranks))}" if self.ranks else ""
         took = "" if isnan(self.seconds) else f", {1000 * self.seconds:.1f} ms"
         rest = f"\nleft at the base: {shortened(self.identity)}" if self.identity else ""

@@ -26,6 +26,7 @@ from adaptc.methods import (
     adapts_defaults,
     check_patterns,
 )
+from adaptc.passes.adapt.bound_rows import RENORMED
 from adaptc.passes.analysis.attention import default_targets
 from adaptc.passes.analysis.sites import Site, find_sites, rivals
 from adaptc.passes.ir.attachment import Attachment
@@ -241,12 +242,14 @@ class _Planner:
             name=name,
             tied=site.tied,
         )
-        writers = [n for n in (self.lifted.nodes[c] for c in site.consumers) if writes(n)]
-        if writers:
+        readers = [self.lifted.nodes[c] for c in site.consumers]
+        if writers := [n for n in readers if writes(n) or n.target is RENORMED]:
             raise TargetError(
-                f"site {site.fqn!r} is written to by {writers[0].target} in every call, as an embedding with max_norm "
-                "is, and PEFT does the same to the adapter's own tensors. Take max_norm away, or leave the module out "
-                "of the targets."
+                f"site {site.fqn!r} is changed by {writers[0].target} in every call. An embedding with max_norm "
+                "does that where its weight has rows that are too long, and something else reads it, too (a tied head, "
+                "a lookup with another max_norm). Call "
+                "torch.embedding_renorm_(weight.detach(), torch.arange(len(weight)), max_norm, norm_type) once before "
+                "the model is captured, or leave the module out of the targets."
             )
         unknown = {f for c in site.consumers for f in rivals(self.lifted.nodes[c])}
         if unknown:

@@ -1,4 +1,4 @@
-"""Run programs and models and leave them as they were: modes, and buffers that a call writes to."""
+"""Run programs and models and leave them as they were: modes, and the tensors that a call writes to."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any, Self
 import torch
 from torch import nn
 from torch.export import ExportedProgram
+
+from adaptc.passes.analysis.program_facts import written_tensors
+from adaptc.program.bound import Bound
 
 
 @contextlib.contextmanager
@@ -25,15 +28,19 @@ def evaluating(model: Any) -> Iterator[None]:
 
 
 class Buffers:
-    """Buffers that calls may write to (caches, statistics): ``restore`` puts them back, and so does the end."""
+    """What calls may write to (caches, statistics, rows of embeddings): ``restore`` puts it back, as the end does."""
 
     def __init__(self, program: ExportedProgram | None, model: Any) -> None:
         tensors: list[torch.Tensor] = []
-        if program is not None:
-            held = {**program.constants, **program.state_dict}
-            written = program.graph_signature.buffers_to_mutate.values()
-            tensors += [held[f] for f in written if f in held]
-        tensors += list(model.buffers()) if isinstance(model, nn.Module) else []
+        for p in (program, model):
+            tensors += written_tensors(p) if isinstance(p, ExportedProgram) else []
+        if isinstance(model, Bound):
+            tensors += model.state.values()
+        if isinstance(model, nn.Module):
+            tensors += model.buffers()
+            # torch's embeddings shorten rows that are too long where they are.
+            limited = [m for m in model.modules() if getattr(m, "max_norm", None) is not None]
+            tensors += [p for m in limited for p in m.parameters(recurse=False)]
         self.kept = [(t, t.detach().clone()) for t in tensors]
 
     def restore(self) -> None:

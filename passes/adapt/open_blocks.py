@@ -22,7 +22,7 @@ from adaptc.passes.analysis.sites import consumers, kind_of, readers
 from adaptc.passes.ir.blocks import Call, Inside, called_in, inside
 from adaptc.passes.ir.lifted import Lifted, copy_graph
 from adaptc.passes.ir.module_paths import module_path, owners_of
-from adaptc.passes.ir.ops import CASTS, INSIDE, TABLE, argument, op_of, operands
+from adaptc.passes.ir.ops import CASTS, INSIDE, TABLE, argument, bound_of, mark_bound, op_of, operands
 from adaptc.passes.ir.pass_infra import Pass, PassResult
 
 aten = torch.ops.aten
@@ -96,6 +96,7 @@ class _Key:
     op: tuple[str, tuple[Any, ...]] | None = None
     partner: str | None = ""
     rivals: tuple[str, ...] = ()
+    bound: tuple[float, float] | None = None
 
 
 class _Opener:
@@ -104,7 +105,7 @@ class _Opener:
     def __init__(self, lifted: Lifted, known: Collection[str], types: Mapping[str, str]) -> None:
         self.lifted, self.known, self.types = lifted, known, types
         # A module of its own that lends the bodies to the graph while it is edited.
-        self.module = _copy_of(lifted.program.graph_module, lifted.graph)
+        self.module = copy_of(lifted.program.graph_module, lifted.graph)
         self.calls: list[Call] = []
         self.sources: set[fx.Node] = set()
         self.doorways: dict[tuple[fx.Node, str, _Key], fx.Node] = {}
@@ -113,7 +114,7 @@ class _Opener:
         self.sources = set(sources)
         self.calls = _calls((pair for s in sources for pair in consumers(s)), self.module)
         for call in self.calls:
-            _own(call)
+            own_bodies(call)
         pairs = [(call, source) for call in self.calls for source in sources]
         groups = [(call, source, self._groups(call, source)) for call, source in pairs]
         for call, source, found in groups:
@@ -126,6 +127,8 @@ class _Opener:
             kind, op = (key.kind, key.op) if key.role == "weight" else ("weight", None)
             fact = Inside(key.owner, kind, op, bias, key.rivals)
             door.meta["custom"] = {INSIDE: fact.to_meta()}
+            if key.bound is not None:
+                mark_bound(door, key.bound)
         return len(self.doorways)
 
     # -- who reads what ------------------------------------------------------------------------------------------------
@@ -144,14 +147,15 @@ class _Opener:
             return replace(self._key(_Leaf(node, w, leaf.path), weight), role="bias", partner=weight.name)
         kind = self._kind(node, leaf.read, source)
         if kind == "weight":
-            return _Key("weight", traced if traced is not None else module_path(leaf.path[0][0].node, self.known))
+            owner = traced if traced is not None else module_path(leaf.path[0][0].node, self.known)
+            return _Key("weight", owner, bound=bound_of(node))
         owner, rivals = self._owner(traced, kind, node, source, leaf.path)
         if node.target not in TABLE:
             return _Key("weight", owner, kind, rivals=rivals)
         origin = self._origin(b, leaf.path)
         partner = "" if b is None else None if origin is None else origin.name
         op = op_of(kind, source.meta["val"], node)
-        return _Key("weight", owner, kind, (str(op.target), op.rest), partner, rivals)
+        return _Key("weight", owner, kind, (str(op.target), op.rest), partner, rivals, op.bound)
 
     @staticmethod
     def _kind(node: fx.Node, read: fx.Node, source: fx.Node) -> str:
@@ -278,16 +282,16 @@ def _cast_like(read: fx.Node, old: fx.Node, twin: fx.Node) -> fx.Node:
         return read.graph.node_copy(read, lambda n: below if n is source else n)
 
 
-def _own(call: Call) -> None:
-    call.own_bodies(lambda body: _copy_of(body, copy_graph(body.graph)))
+def own_bodies(call: Call) -> None:
+    call.own_bodies(lambda body: copy_of(body, copy_graph(body.graph)))
     for body in call.bodies():
         for node in body.graph.nodes:
             inner = Call.of(node, body)
             if inner is not None:
-                _own(inner)
+                own_bodies(inner)
 
 
-def _copy_of(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+def copy_of(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
     """A module with another graph that lends it the same tensors and bodies."""
     new = fx.GraphModule(module, graph)
     new.meta.update(module.meta)

@@ -11,11 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind
 
-from adaptc.passes.ir.lifted import user_inputs
+from adaptc.passes.ir.effects import touched
+from adaptc.passes.ir.lifted import lifted_names, user_inputs
 from adaptc.passes.ir.modes import mode_of
 from adaptc.passes.ir.module_paths import clean_path, owners_of
 from adaptc.passes.ir.trees import pytree
+
+_WRITES = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
 
 
 def qualified(cls: type) -> str:
@@ -97,3 +101,12 @@ def fills_of(program: ExportedProgram, encoder_decoder: bool) -> dict[str, tuple
         elif main == "input_ids" and labels.ndim == inputs[main].ndim and not encoder_decoder:
             fills["labels"] = ("ignore_like", main)
     return fills
+
+
+def written_tensors(program: ExportedProgram) -> list[Tensor]:
+    """The parameters and buffers that calls of a program write to."""
+    signature, dirty = program.graph_signature, {n.name for n in touched(program.graph)[0]}
+    names = [fqn for placeholder, fqn in lifted_names(signature).items() if placeholder in dirty]
+    names += [s.target for s in signature.output_specs if s.kind in _WRITES and s.target is not None]
+    held = {**program.constants, **program.state_dict}
+    return [held[fqn] for fqn in dict.fromkeys(names) if isinstance(held.get(fqn), Tensor)]

@@ -132,6 +132,7 @@ class Lifted:
         self.constants: dict[str, Any] = dict(program.constants)
         self.nodes: dict[str, fx.Node] = {n.name: n for n in self.graph.nodes}
         self.specs: dict[str, InputSpec] = {s.arg.name: s for s in program.graph_signature.input_specs}
+        self.outputs: list[OutputSpec] = list(program.graph_signature.output_specs)
         self.placeholders: dict[str, fx.Node] = {}
         self._first_user: fx.Node | None = None
         for node in self.graph.find_nodes(op="placeholder"):
@@ -247,14 +248,21 @@ class Lifted:
             self.graph.erase_node(self.nodes.pop(spec.arg.name))
             del self.specs[spec.arg.name]
 
+    def write_back_nothing(self, fqn: str) -> None:
+        """Leave out the outputs that are there to be written to a parameter or buffer after each call."""
+        out = self.graph.output_node()
+        values: Any = out.args[0]
+        kept = [(s, v) for s, v in zip(self.outputs, values, strict=True) if s.target != fqn]
+        self.outputs = [s for s, _ in kept]
+        out.args = (tuple(v for _, v in kept),)
+
     def signature(self) -> ExportGraphSignature:
         """The signature of the graph as it is now."""
         inputs = [self.specs[n.name] for n in self.graph.find_nodes(op="placeholder")]
-        old = self.program.graph_signature.output_specs
         out_node = self.graph.output_node()
         values = out_node.args[0]
         outputs: list[OutputSpec] = []
-        for spec, value in zip(old, values, strict=True):  # type: ignore[arg-type]
+        for spec, value in zip(self.outputs, values, strict=True):  # type: ignore[arg-type]
             renamed = isinstance(value, fx.Node) and spec.arg.name != value.name
             outputs.append(replace(spec, arg=replace(spec.arg, name=value.name)) if renamed else spec)
         return ExportGraphSignature(inputs, outputs)

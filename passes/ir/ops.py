@@ -52,6 +52,8 @@ CASTS = (
 
 #: where a convolution made dense keeps its number of groups, which is the last argument of all of them
 GROUPS = "adaptc_groups"
+#: custom meta of a lookup in an embedding with max_norm: the largest norm of a row, and which norm
+BOUND = "adaptc_max_norm"
 #: custom meta of a node that stands for a layer inside a block (see ``blocks``)
 INSIDE = "adaptc_inside"
 _BY_NAME = {str(target): target for target in TABLE}
@@ -59,12 +61,14 @@ _BY_NAME = {str(target): target for target in TABLE}
 
 @dataclass(frozen=True)
 class Op:
-    """One consuming op. ``shape`` is the canonical weight shape; ``rest`` are the op's remaining arguments."""
+    """One consuming op. ``shape`` is the canonical weight shape; ``rest`` are the op's remaining arguments. ``bound``:
+    of an embedding with ``max_norm``, the largest norm that a row may have, and which norm. Its weight keeps to it."""
 
     kind: str
     shape: tuple[int, ...]
     target: Any = None
     rest: tuple[Any, ...] = ()
+    bound: tuple[float, float] | None = None
 
     @property
     def callable(self) -> bool:
@@ -75,7 +79,7 @@ class Op:
         """This op as another of the weight's consumers has it: the same layer may be called with another stride."""
         if not self.callable or consumer.target not in TABLE:
             return self
-        return replace(self, target=consumer.target, rest=_rest(consumer))
+        return replace(self, target=consumer.target, rest=_rest(consumer), bound=bound_of(consumer))
 
     @property
     def is_conv(self) -> bool:
@@ -138,6 +142,18 @@ class Op:
         if self.is_conv:
             return self._pointwise(self._conv(x, a, None, 1), b)
         return F.linear(F.linear(x, a), b)
+
+    def bounded(self, canonical: Tensor) -> Tensor:
+        """What an embedding with ``max_norm`` makes of another tensor that it looks rows up in: (any, vocabulary) with
+        no column longer than :attr:`bound` allows. The gradient passes as if nothing was done, as torch has it."""
+        if self.bound is None:
+            return canonical
+        most, order = self.bound
+        rows = self.stored(canonical)
+        constant = rows.detach()
+        length = torch.linalg.vector_norm(constant, order, dim=-1, keepdim=True)
+        short = torch.where(length > most, constant * (most / (length + 1e-7)), constant)
+        return self.canonical(short + (rows - constant))
 
     def up(self, h: Tensor, b: Tensor) -> Tensor:
         """A matrix (out, channels) on the channels of ``h``, what this op gives with a weight of that many rows."""
@@ -239,7 +255,20 @@ def op_of(kind: str, weight: Tensor, consumer: fx.Node | None) -> Op:
     probe = Op(kind, tuple(weight.shape))
     shape = tuple(int(s) for s in probe.canonical(weight).shape) if weight.ndim > 1 else tuple(weight.shape)
     target, rest = (None, ()) if consumer is None else called(consumer)
-    return Op(kind, shape, target, rest) if target in TABLE and TABLE[target][0] == kind else Op(kind, shape)
+    known = target in TABLE and TABLE[target][0] == kind
+    bound = None if consumer is None else bound_of(consumer)
+    return Op(kind, shape, target if known else None, rest if known else (), bound)
+
+
+def bound_of(consumer: fx.Node) -> tuple[float, float] | None:
+    """What the rows that a node looks up keep to: the largest norm, and which; None where there is no such thing."""
+    bound = (consumer.meta.get("custom") or {}).get(BOUND)
+    return None if bound is None else (float(bound[0]), float(bound[1]))
+
+
+def mark_bound(consumer: fx.Node, bound: tuple[float, float]) -> None:
+    """Write down what :func:`bound_of` reads; as texts, for no other form of infinity is safe in files."""
+    consumer.meta["custom"] = {**(consumer.meta.get("custom") or {}), BOUND: [str(v) for v in bound]}
 
 
 def called(consumer: fx.Node) -> tuple[Any, tuple[Any, ...]]:

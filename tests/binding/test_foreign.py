@@ -217,6 +217,37 @@ def test_where_two_components_fit_one_is_asked_for() -> None:
         adaptc.compile(encoder, LoraConfig(target_modules=["q_proj"]), example_inputs=x, component="unet")
 
 
+def test_of_several_files_a_component_is_of_those_that_have_some(tmp_path: Path) -> None:
+    both, x = text_tensors("lora_te1_", 6) | text_tensors("lora_te2_", 6), torch.randn(3, 6)
+    encoder = Text(6)
+    own = adaptc.compile(encoder, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), example_inputs=x)
+    plain = adaptc.save_adapter(own, tmp_path / "plain")
+    _, _, down, up = both.values()
+    change = (own(x) - encoder(x)).detach()
+
+    def second(x: Tensor) -> Tensor:
+        return encoder(x) + x @ down.T @ up.T
+
+    files = {"a": both, "b": plain}
+    with torch.no_grad():
+        made = adaptc.compile(encoder, files, example_inputs=x, component="text_encoder_2")
+        torch.testing.assert_close(made(x), second(x) + change)
+        assert [p.origin.component for p in made.binding.parts.values()] == ["text_encoder_2", ""]
+        listed = adaptc.compile(encoder, [both, plain], example_inputs=x, component="text_encoder_2")
+        torch.testing.assert_close(listed(x), second(x))
+        adaptc.swap(made, files, component="text_encoder")
+        first_down, first_up, *_ = both.values()
+        torch.testing.assert_close(made(x), encoder(x) + x @ first_down.T @ first_up.T + change)
+    for call in (
+        lambda given: adaptc.compile(encoder, given, example_inputs=x, component="unet"),
+        lambda given: adaptc.swap(made, given, component="unet"),
+    ):
+        with pytest.raises(CheckpointError, match=r"no component 'unet'; it has 'text_encoder', 'text_encoder_2'"):
+            call(files)
+        with pytest.raises(ConfigError, match=r"component='unet'.*leave it out"):
+            call({"a": plain, "b": plain})
+
+
 def test_a_component_of_no_model_is_refused(model: nn.Module) -> None:
     with pytest.raises(CheckpointError, match=r"name no module of the model.*component 'text_encoder'"):
         program(model, text_tensors("lora_te1_", 6))

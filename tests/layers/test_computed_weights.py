@@ -1,4 +1,4 @@
-"""Layers that are not what their class says: computed weights, weights written to by a call, added keys and values.
+"""Layers that are not what their class says: computed weights, added keys and values.
 
 What PEFT's files mean there is computed, or the layer is refused by name; never is something else adapted.
 """
@@ -118,19 +118,6 @@ def test_parameters_that_only_sound_alike():
 
     program = adaptc.compile(Net(Gate()), adaptc.LoraConfig(r=2, target_modules=["first.layer"]), example_inputs=ROWS)
     assert [a.fqn for a in program.adaptation.attachments] == ["first.layer.w_v"]
-
-
-@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
-def test_a_weight_that_calls_write_to_is_refused(kind):
-    model = Net(kind(11, 7, max_norm=0.5)).eval()
-    for config in (
-        adaptc.LoraConfig(r=2, target_modules=["first.layer"]),
-        adaptc.LoHaConfig(r=2, target_modules=["first.layer"]),
-    ):
-        with pytest.raises(
-            adaptc.TargetError, match=r"first\.layer\.weight' is written to by aten\.embedding_renorm_.*max_norm"
-        ):
-            adaptc.compile(model, config, example_inputs=IDS)
 
 
 class Attention(nn.Module):

@@ -64,11 +64,16 @@ def test_parameter_line_is_pefts(capsys: pytest.CaptureFixture[str]) -> None:
 # -- coverage ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def partial() -> adaptc.AdaptedProgram:
+def _partial() -> adaptc.AdaptedProgram:
     """Two entries, one of which misses a layer."""
     config = LoraConfig(r=5, target_modules=["layers.1.self_attn.q_proj", "v_proj"], init_lora_weights=False)
     return adaptc.compile(FAMILIES["llama"].build(), config)
+
+
+@pytest.fixture(scope="module")
+def partial() -> adaptc.AdaptedProgram:
+    """Some of the tests call it, after which its report tells of its code, too; tests run in any order."""
+    return _partial()
 
 
 def test_coverage_tells_which_layers_an_entry_missed(partial: adaptc.AdaptedProgram) -> None:
@@ -111,12 +116,43 @@ def test_coverage_after_a_swap_is_of_the_current_adapter(partial: adaptc.Adapted
     assert report.trainable == 0  # an adapter swapped into an inference program is not trained
 
 
-def test_coverage_survives_a_file(partial: adaptc.AdaptedProgram, tmp_path: Any) -> None:
-    adaptc.save(partial, tmp_path / "p.pt2")
-    before, after = adaptc.report(partial), adaptc.report(adaptc.load(tmp_path / "p.pt2"))
+def test_coverage_survives_a_file(tmp_path: Any) -> None:
+    program = _partial()
+    adaptc.save(program, tmp_path / "p.pt2")
+    before, after = adaptc.report(program), adaptc.report(adaptc.load(tmp_path / "p.pt2"))
     assert after.sites == before.sites
     assert (after.trainable, after.total) == (before.trainable, before.total)
     assert str(after).splitlines()[1:] == str(before).splitlines()[1:]
+
+
+def test_sites_come_in_one_order_after_a_file_too(tmp_path: Any) -> None:
+    """Adapter by adapter, and whole modules last, which the regions in a graph are not."""
+    style = LoraConfig(r=3, target_modules=["v_proj", "layers.0.self_attn.q_proj"], init_lora_weights=False)
+    whole = LoraConfig(r=2, target_modules=["lm_head", "v_proj"], modules_to_save=["embed_tokens", "q_proj"])
+    for config in ({"b": style, "a": LoraConfig(r=2, target_modules=["q_proj", "v_proj"])}, whole):
+        program = adaptc.compile(FAMILIES["llama"].build(), config)
+        loaded = adaptc.load(adaptc.save(program, tmp_path / "p.pt2"))
+        assert [a.id for a in loaded.adaptation.attachments] == [a.id for a in program.adaptation.attachments]
+        before, after = adaptc.report(program), adaptc.report(loaded)
+        assert after.sites == before.sites
+        assert str(after).splitlines()[1:] == str(before).splitlines()[1:]
+
+
+def test_what_another_adapter_acts_on_is_not_left_at_the_base() -> None:
+    both = LoraConfig(r=3, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    program = adaptc.compile(FAMILIES["llama"].build(), {"a": both, "b": both})
+    half = adaptc.compile(FAMILIES["llama"].build(), LoraConfig(r=2, target_modules=["q_proj"]))
+    tensors = {k.replace(".default", ""): v for k, v in half.binding.values.items() if "lora_" in k}
+    report = adaptc.swap(program, {"b": tensors})
+    assert (report.sites, report.identity) == (6, ())
+    assert str(report).endswith("ms")
+    assert "6 of 8 sites" in str(report)
+    text = str(adaptc.report(program))
+    assert "left at the base" not in text
+    assert "(left to the others)" in text
+    report = adaptc.swap(program, {"a": tensors})
+    assert (report.sites, report.identity) == (4, tuple(f"model.layers.{i}.self_attn.v_proj.weight" for i in range(2)))
+    assert "4 of them left at the base" in str(adaptc.report(program))
 
 
 def test_plain_programs_have_no_adapter(partial: adaptc.AdaptedProgram) -> None:

@@ -127,6 +127,21 @@ def test_buffers_are_put_back() -> None:
     assert model.norm.training
 
 
+@pytest.mark.parametrize("form", ["apply", "weight"])
+def test_buffers_of_what_is_bound_are_put_back(form: str) -> None:
+    """They are its own, and neither the program's nor the model's."""
+    model, x = Stateful().eval(), torch.randn(4, 5)
+    config = LoraConfig(r=2, target_modules=["lin"], init_lora_weights=False)
+    program = adaptc.compile(model, config, example_inputs=x)
+    bound = program.bind(program.binding, form=form)
+    bound(x)
+    before = {k: t.clone() for k, t in bound.state.items()}
+    assert before["calls"] == 1
+    adaptc.verify(program, bound)
+    assert {k: t.item() for k, t in bound.state.items() if k == "calls"} == {"calls": 1}
+    assert all(torch.equal(t, before[k]) for k, t in bound.state.items())
+
+
 def test_runs_do_not_see_what_the_ones_before_them_wrote() -> None:
     model = Stateful().eval()
     config = LoraConfig(target_modules=["lin"], init_lora_weights=False)
