@@ -333,9 +333,8 @@ def report(program: AdaptedProgram | PackagedProgram, *, changes: bool = False) 
     return CoverageReport.of(program, changes)
 
 
-@through_holders
 def verify(
-    program: AdaptedProgram | PackagedProgram, model: nn.Module | AdaptedProgram | None = None, **options: Any
+    program: AdaptedProgram | PackagedProgram | Holder, model: nn.Module | AdaptedProgram | None = None, **options: Any
 ) -> VerifyReport:
     """Run the program against the model it came from on random inputs of several shapes; see
     :func:`adaptc.verify.verify.verify_program` for ``options``.
@@ -345,6 +344,9 @@ def verify(
     """
     if isinstance(program, PackagedProgram):
         return verify_package(program, model, **options)
+    if isinstance(program, Holder):
+        with program.as_program(model) as same:
+            return verify_program(program.program, same, **options)
     return verify_program(program, model, **options)
 
 

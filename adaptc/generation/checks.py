@@ -21,6 +21,7 @@ _REFUSED = {
     "output_attentions": "its layers give no attention weights: ask the model itself",
     "output_hidden_states": "it gives no hidden states: ask the model itself",
     "cache_implementation": "it has a cache of its own, of the caller's: leave it out",
+    "compile_config": "compile_for_generation(..., backend='inductor') compiles it",
     "labels": "it gives no loss: compile the model with adaptc.compile(model, config, training=True)",
     "token_type_ids": "it was captured without it: leave it out",
 }

@@ -7,19 +7,21 @@ swapped in between; the cache belongs to the call, or to the caller who hands on
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation import checks
 from adaptc.generation.cache import StepCache, cache_class
 from adaptc.generation.description import described
 from adaptc.generation.facts import Facts, past_name
+from adaptc.generation.step import stepping
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.bound import Bound
 from adaptc.program.holder import Holder
@@ -60,6 +62,14 @@ class Generator(Holder):
 
     def beside(self) -> dict[str, str]:
         return described(self.facts)
+
+    @contextlib.contextmanager
+    def as_program(self, model: Any) -> Iterator[Any]:
+        if not isinstance(model, nn.Module):
+            yield model.program if isinstance(model, Generator) else model
+            return
+        with stepping(model, self.facts.layout):
+            yield model
 
     def bind(self, adapter: Any, **options: Any) -> Self:
         """One that keeps ``adapter`` whatever this one is swapped to; None gives the base. ``options`` and errors as
@@ -165,9 +175,13 @@ class Generator(Holder):
         if self.facts.positions:
             inputs["position_ids"] = _positions(position_ids, slots, rows)
         if isinstance(logits_to_keep, int):
-            logits_to_keep = torch.arange(tokens - logits_to_keep if logits_to_keep else 0, tokens, device=device)
+            first = max(tokens - logits_to_keep, 0) if logits_to_keep else 0
+            logits_to_keep = torch.arange(first, tokens, device=device)
         logits = step(
-            **inputs, slots=slots, keep=logits_to_keep, **dict(zip(self.facts.layout.names, past.tensors, strict=True))
+            **inputs,
+            slots=slots,
+            keep=logits_to_keep.to(device),
+            **dict(zip(self.facts.layout.names, past.tensors, strict=True)),
         )
         past.length = total
         self.begun = True
@@ -178,12 +192,12 @@ class Generator(Holder):
         facts, device = self.facts, self.device
         if ids is None:
             ids = torch.zeros(rows, tokens, dtype=torch.int64, device=device)
-        out = {"input_ids": ids.to(torch.int64).contiguous()}
+        out = {"input_ids": ids.to(device, torch.int64).contiguous()}
         if facts.embeds:
             out["embedded"] = torch.tensor(embeds is not None, device=device)
             if embeds is None:
                 embeds = torch.zeros(1, dtype=facts.embeds_dtype, device=device).expand(rows, tokens, facts.width)
-            out["inputs_embeds"] = embeds.to(facts.embeds_dtype)
+            out["inputs_embeds"] = embeds.to(device, facts.embeds_dtype)
         return out
 
     # -- what transformers asks of a model -----------------------------------------------------------------------------
@@ -221,6 +235,12 @@ class Generator(Holder):
         if past is None:
             past = model_kwargs[name] = self.new_cache()
         past.expected = max_cache_length + offset
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: continuous batching runs the layers of a model, with a cache in pages."""
+        raise AdaptcError(
+            "generate_batch needs the layers of a model: give gen.generate rows that are padded on the left"
+        )
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -261,4 +281,4 @@ def _output(logits: Tensor, past: StepCache) -> Any:
 def _positions(given: Tensor | None, slots: Tensor, rows: int) -> Tensor:
     if given is None:
         given = slots[None]
-    return given.expand(rows, -1).contiguous()
+    return given.to(slots.device).expand(rows, -1).contiguous()

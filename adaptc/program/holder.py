@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any, Self, TypeVar
 
@@ -31,6 +32,10 @@ class Holder(ABC):
     @abstractmethod
     def beside(self) -> dict[str, str]:
         """Texts by name that are saved in the file of its program, from which it is made again."""
+
+    @abstractmethod
+    def as_program(self, model: Any) -> AbstractContextManager[Any]:
+        """A context in which ``model``, which it was made from, takes what its program takes."""
 
 
 def through_holders(function: F) -> F:

@@ -64,6 +64,9 @@ def test_functions_of_programs_take_it(tmp_path: Path) -> None:
     assert torch.equal(generated(adaptc.unmerge(merged), text), expected)
     assert torch.equal(generated(adaptc.unload(gen), text), found.expected(None, text))
     assert adaptc.verify(gen).ok
+    report = adaptc.verify(gen, found.model)
+    assert report.ok
+    assert report["base equals model"].passed
     assert adaptc.report(gen).sites == adaptc.report(gen.program).sites
     written = adaptc.save_adapter(gen, tmp_path / "adapter")
     adaptc.swap(gen, found.adapters["second"])
