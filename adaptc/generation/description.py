@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 
 from adaptc.generation.facts import Facts
 from adaptc.generation.layout import CacheLayout, LayerLayout
-from adaptc.program.adapted import AdaptedProgram
 from adaptc.pt2_files.forms import Length, Maybe, check
 from adaptc.pt2_files.refusal import Refused
 
@@ -47,8 +47,8 @@ def described(facts: Facts) -> dict[str, str]:
     return {NAME: json.dumps(stored)}
 
 
-def facts_of(stored: Any, program: AdaptedProgram) -> Facts:
-    """Inverse of :func:`described`, for a program that was saved with it. Raises Refused."""
+def facts_of(stored: Any, inputs: Collection[str], tokenizer: Callable[[], Any] | None = None) -> Facts:
+    """Inverse of :func:`described`, for a program with these inputs that was saved with it. Raises Refused."""
     from transformers import GenerationConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -60,7 +60,7 @@ def facts_of(stored: Any, program: AdaptedProgram) -> Facts:
     if kind not in CONFIG_MAPPING:
         raise Refused(f"this release of transformers has no model_type {kind!r}")
     layout = CacheLayout(tuple(LayerLayout(**layer) for layer in stored["layers"]), _dtype(stored["dtype"]))
-    if not set(layout.names) <= set(program.adaptation.inputs(program).names):
+    if not set(layout.names) <= set(inputs):
         raise Refused("its program has no such cache")
     return Facts(
         CONFIG_MAPPING[kind].from_dict(stored["config"]),
@@ -68,6 +68,7 @@ def facts_of(stored: Any, program: AdaptedProgram) -> Facts:
         layout,
         **{name: stored[name] for name in _PLAIN},
         embeds_dtype=_dtype(stored["embeds_dtype"]),
+        tokenizer=tokenizer,
     )
 
 

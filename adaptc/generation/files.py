@@ -23,7 +23,7 @@ def generator_in(path: Path, program: AdaptedProgram) -> Generator | None:
     if stored is None:
         return None
     try:
-        return generator_class()(program, facts_of(stored, program))
+        return generator_class()(program, facts_of(stored, program.adaptation.inputs(program).names))
     except Exception as error:  # configs of strangers can break any of their readers
         why = str(error) if isinstance(error, Refused) else reason(error)
         raise CheckpointError(

@@ -26,7 +26,7 @@ from torch.export import ExportedProgram
 from adaptc.binding.binding import Binding
 from adaptc.errors import BackendError, CheckpointError, ConfigError
 from adaptc.packages import manifest as _package_file
-from adaptc.packages.manifest import Input, Manifest, Room, Site
+from adaptc.packages.manifest import Contents, Input, Manifest, Room, Site
 from adaptc.packages.run import PackagedProgram
 from adaptc.packages.slot_table import ENTRY, slot_table
 from adaptc.passes.adapt.respecialize import Respecialize
@@ -54,13 +54,16 @@ OPTIONS: Mapping[str, Any] = {
 
 
 @exclusive
-def package_program(program: AdaptedProgram, path: Path, *, max_rank: int | None = None) -> Path:
+def package_program(
+    program: AdaptedProgram, path: Path, *, max_rank: int | None = None, carried: Mapping[str, bytes] | None = None
+) -> Path:
     """Compile ``program``, with its current adapter, into the file ``path`` (``.pt2``); returns ``path``.
 
     ``max_rank`` is the largest rank that later swaps may have, at every site; by default each site keeps the larger of
-    its current rank and the one it was compiled with. Larger slots cost memory and time in each call. ``program`` is
-    not changed. A merged or unloaded program gives a package without slots. The file is machine code, which runs when
-    somebody loads it: it is for those who trust you.
+    its current rank and the one it was compiled with. Larger slots cost memory and time in each call. ``carried``: path
+    -> a file that lies in the package, and that only who put it there reads. ``program`` is not changed. A merged or
+    unloaded program gives a package without slots. The file is machine code, which runs when somebody loads it: it is
+    for those who trust you.
 
     Raises ConfigError for a ``max_rank`` that is too small or cannot be had, BackendError when the program cannot be
     compiled (no C++ compiler, for one), CheckpointError when the file cannot be written; ``path`` is then as it was.
@@ -84,7 +87,7 @@ def package_program(program: AdaptedProgram, path: Path, *, max_rank: int | None
         # Beside the target: there must be room for it here anyway.
         with replacing(path, "new.pt2") as new, _code_folder(new) as code:
             _compiled(frozen, code, new, {ENTRY: slot_table(manifest)})
-            _package_file.write(new, manifest, tensors)
+            _package_file.write(new, Contents(manifest, tensors, carried or {}))
     except OSError as error:
         raise CheckpointError(f"could not write {path}: {error}. What was there before is unchanged.") from error
     return path
