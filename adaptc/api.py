@@ -369,7 +369,8 @@ def package(
 
     The file is machine code, which runs when it is loaded.
     """
-    carried, inside = None, program
+    inside: Any = program
+    carried = None
     if isinstance(program, Holder):
         inside, carried = program.program, program.carried(tokenizer)
     elif tokenizer is not None:

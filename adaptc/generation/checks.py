@@ -26,6 +26,19 @@ _REFUSED = {
     "token_type_ids": "it was captured without it: leave it out",
 }
 
+#: arguments of ways to generate, which transformers hands on to steps
+MODE = frozenset(
+    {
+        "tokenizer",
+        "assistant_tokenizer",
+        "assistant_model",
+        "streamer",
+        "synced_gpus",
+        "inputs_tensor",
+        "trust_remote_code",
+    }
+)
+
 
 def arguments(facts: Facts, inputs: Tensor | None, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
     """Those of ``generate``, and how many positions are in the cache that ``input_ids`` does not begin with."""

@@ -22,6 +22,7 @@ from adaptc.generation.cache import StepCache, cache_class
 from adaptc.generation.description import described
 from adaptc.generation.facts import Facts, past_name
 from adaptc.generation.package_files import carried
+from adaptc.generation.pieces import run
 from adaptc.generation.random_steps import drawn
 from adaptc.generation.step import stepping
 from adaptc.program.adapted import AdaptedProgram
@@ -184,20 +185,11 @@ class Generator(Holder):
         past.reserve(rows, total)
         if attention_mask is not None:
             past.mask[:, :total] = attention_mask
-        device = past.device
-        slots = torch.arange(before, total, device=device)
-        inputs = {"attention_mask": past.mask, **self._tokens(input_ids, inputs_embeds, rows, tokens)}
+        inputs = self._tokens(input_ids, inputs_embeds, rows, tokens)
         if self.facts.positions:
-            inputs["position_ids"] = _positions(position_ids, slots, rows)
-        if isinstance(logits_to_keep, int):
-            first = max(tokens - logits_to_keep, 0) if logits_to_keep else 0
-            logits_to_keep = torch.arange(first, tokens, device=device)
-        logits = step(
-            **inputs,
-            slots=slots,
-            keep=logits_to_keep.to(device),
-            **dict(zip(self.facts.layout.names, past.tensors, strict=True)),
-        )
+            given = torch.arange(before, total)[None] if position_ids is None else position_ids
+            inputs["position_ids"] = given.to(past.device).expand(rows, -1).contiguous()
+        logits = run(step, past, inputs, tokens, logits_to_keep)
         past.length = total
         self.begun = True
         return _output(logits, past)
@@ -234,7 +226,8 @@ class Generator(Holder):
         positions = kwargs.get("position_ids")
         if positions is not None and positions.shape[-1] != new.shape[1]:
             kwargs["position_ids"] = positions[:, -new.shape[1] :]
-        return {name: new, **kwargs}
+        # What ways to generate have of their own, such as a tokenizer, comes along; names were checked before.
+        return {name: new, **{n: v for n, v in kwargs.items() if n not in checks.MODE}}
 
     def _prepare_cache_for_generation(
         self,
@@ -296,9 +289,3 @@ def _output(logits: Tensor, past: StepCache) -> Any:
 
     fields: dict[str, Any] = {past_name(): past}
     return CausalLMOutputWithPast(logits=logits, **fields)  # type: ignore[arg-type]
-
-
-def _positions(given: Tensor | None, slots: Tensor, rows: int) -> Tensor:
-    if given is None:
-        given = slots[None]
-    return given.to(slots.device).expand(rows, -1).contiguous()

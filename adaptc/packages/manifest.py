@@ -83,12 +83,14 @@ class Room:
 
 @dataclass(frozen=True)
 class Input:
-    """A flat input. ``order``: axes from the outermost to the innermost in memory, as the code was compiled for."""
+    """A flat input. ``order``: axes from the outermost to the innermost in memory, as the code was compiled for.
+    ``written``: whether the code writes to it."""
 
     name: str
     tensor: TensorInput | None
     constant: Any = None
     order: tuple[int, ...] = ()
+    written: bool = False
 
 
 @dataclass(frozen=True)
@@ -287,7 +289,7 @@ def _input(data: Mapping[str, Any]) -> Input:
     # torch has some numbers as expressions, too: of a size that turned out to be fixed.
     shape = [] if t is None else [int(n) if isinstance(n, str) and n.isdecimal() else n for n in t["shape"]]
     tensor = None if t is None else TensorInput(_dtype(t["dtype"]), tuple(shape))
-    return Input(data["name"], tensor, data["constant"], tuple(data["order"]))
+    return Input(data["name"], tensor, data["constant"], tuple(data["order"]), data.get("written", False))
 
 
 def _room(data: Mapping[str, Any]) -> Room:

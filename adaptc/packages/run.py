@@ -40,7 +40,7 @@ from adaptc.pt2_files.refusal import Refused, shown_path
 from adaptc.reports.results import SwapReport
 from adaptc.runtime.call_inputs import Inputs
 from adaptc.runtime.held_values import Held
-from adaptc.runtime.layouts import laid
+from adaptc.runtime.layouts import laid, write_back
 from adaptc.runtime.options import check_limit
 from adaptc.value_types import checked
 
@@ -178,10 +178,13 @@ class PackagedProgram:
     def run(self, adapter: Fitted | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The same with an adapter of this package."""
         flat = self.inputs(args, kwargs)
-        tensors = [
-            self._arranged(v, i) for v, i in zip(flat, self.manifest.inputs, strict=True) if i.tensor is not None
-        ]
-        return pytree.tree_unflatten(self._constants.run(adapter, tensors), self._out_spec)
+        given = [(v, i) for v, i in zip(flat, self.manifest.inputs, strict=True) if i.tensor is not None]
+        taken = [self._arranged(v, i) for v, i in given]
+        written = [(v, new, i) for (v, i), new in zip(given, taken, strict=True) if i.written and new is not v]
+        out = self._constants.run(adapter, taken)
+        for value, new, want in written:
+            write_back(value, new, repr(want.name))
+        return pytree.tree_unflatten(out, self._out_spec)
 
     def _arranged(self, value: Tensor, want: Input) -> Tensor:
         """In the memory layout of the example inputs, which the code takes for granted."""

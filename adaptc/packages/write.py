@@ -40,6 +40,7 @@ from adaptc.peft_files.torch_writer import writing
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.runtime.call_inputs import Inputs
 from adaptc.runtime.rank_padding import Padding, paddings
+from adaptc.runtime.state import written_to
 
 __all__ = ["PackagedProgram", "package_program"]
 
@@ -208,11 +209,12 @@ class _Packer:
 
     def _inputs(self, inputs: Inputs) -> list[Input]:
         args, kwargs = self.program.example_inputs  # type: ignore[misc]  # checked by the caller
+        written = {*written_to(self.program.graph), *self.program.graph_signature.user_inputs_to_mutate.values()}
         out = []
         for value, (name, want) in zip(inputs(args, kwargs), inputs.expected, strict=True):
             if isinstance(value, Tensor):
                 order = range(value.ndim) if value.is_contiguous() else value.dim_order()
-                out.append(Input(name, want, None, tuple(order)))
+                out.append(Input(name, want, None, tuple(order), name in written))
             else:
                 out.append(Input(name, None, want))
         return out

@@ -27,10 +27,11 @@ from adaptc.program.bound import Bound
 from adaptc.program.core import ProgramCore
 from adaptc.program.describe import described, sites_at, table_of
 from adaptc.program.pretrained_module import pretrained
-from adaptc.program.program_module import ProgramModule, plain
+from adaptc.program.program_module import PRODUCTS, ProgramModule, plain
 from adaptc.program.unload import unloaded
 from adaptc.runtime.held_values import Held
 from adaptc.runtime.options import blocks_at_a_time
+from adaptc.runtime.product_table import choose, choose_for_gradient, wanted
 from adaptc.runtime.variants import Fusion
 
 
@@ -174,7 +175,8 @@ class AdaptedProgram(ProgramCore):
     @property
     def products(self) -> Products:
         """What computes the products of the base's linear layers, and why (see ``report``); nothing before the first
-        call, on the inductor backend, and where ``ADAPTC_PRODUCTS=plain`` is set."""
+        call, on the inductor backend, and where ``ADAPTC_PRODUCTS=plain`` is set. Modules to train have their own:
+        ``prog.module().products``."""
         executor = self.running.executor
         return Products() if executor is None else executor.products
 
@@ -204,7 +206,10 @@ class AdaptedProgram(ProgramCore):
         ``train()`` and ``eval()`` switch dropout and batch norm, for programs compiled with ``training=True``. Where
         there is something to train and :attr:`fuse` is on, layers with LoRA, gated activations and the cross entropy of
         a head run as one step each, with backwards of their own: equal gradients, of first order alone. Under
-        ``torch.autocast`` it computes what the model would, and adapters keep float32 gradients.
+        ``torch.autocast`` it computes what the model would, and adapters keep float32 gradients. On a CPU the products
+        of frozen layers and the gradients of their inputs are computed by what is fastest there, which is measured once
+        for each machine, in half a second each (``products`` of the module says what; ``ADAPTC_PRODUCTS=plain``, or
+        :attr:`fuse` off, leaves them to torch).
 
         ``gradient_checkpointing``: True to compute each repeated block again in the backward, for less memory, a number
         for as many blocks at a time; in training mode, and with equal gradients; None as :attr:`checkpoint` says.
@@ -260,7 +265,11 @@ class ModuleOf:
             p.requires_grad_(id(p) in trainable)
         if head is not None and not cut_at_head(graph, head, owners_of(program)):
             raise AdaptcError(f"the program does not end in one linear layer {head!r}, so it has no part before it")
-        fuse_training(
-            graph, fuse=bool(trainable and program.options.fuse), logits=self.logits if head is None else "all"
-        )
+        fuse = bool(trainable and program.options.fuse)
+        logits = self.logits if head is None else "all"
+        # What a compiler of torch's, or the writer of a package, asks for stays in operators of theirs.
+        chosen = (choose, choose_for_gradient) if fuse and self.check_guards and wanted() else None
+        result = fuse_training(graph, fuse=fuse, logits=logits, choose=chosen)
+        found = {} if chosen is None else result.data[-1]
+        graph.meta[PRODUCTS] = tuple(Products(choices, what) for what, choices in found.items())
         return graph

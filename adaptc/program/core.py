@@ -18,6 +18,7 @@ import copy
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -36,7 +37,7 @@ from adaptc.passes.ir.lifted import Lifted, copy_graph
 from adaptc.passes.ir.regions import set_header, site_op
 from adaptc.program.adaptation import Adaptation
 from adaptc.program.copies import clone_tensors, mapped
-from adaptc.program.running import Exported, Running, RunState, called
+from adaptc.program.running import Exported, Running, RunState, called, called_as
 from adaptc.program.values import ProgramValues
 from adaptc.runtime.executor import Arguments, Executor
 from adaptc.runtime.options import RunOptions
@@ -199,8 +200,7 @@ class ProgramCore(ProgramValues):
     def pinned(self) -> Callable[..., Any]:
         """A callable that keeps the binding that is current now, for calls that belong together. Made without looking
         at the graph; it shares the code, and what calls write to, with the program."""
-        now = self.ready()
-        return outside(lambda *args, **kwargs: now.executor(now.arguments, args, kwargs))  # type: ignore[misc]
+        return partial(outside(called_as), self.ready())
 
     def executor(self) -> Executor:
         """The code of calls, made on first use."""

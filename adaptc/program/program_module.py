@@ -33,6 +33,7 @@ from adaptc.binding.bind import file_tensors
 from adaptc.binding.binding import Binding
 from adaptc.binding.source import as_binding
 from adaptc.errors import AdaptcError
+from adaptc.passes.lower.choose_products import Products
 from adaptc.passes.train.checkpoint import checkpoint, set_checkpointing
 from adaptc.passes.train.set_mode import set_mode
 from adaptc.peft_files.format import bare_key, file_key
@@ -41,6 +42,8 @@ from adaptc.program.core import ProgramCore
 from adaptc.program.describe import described_module
 from adaptc.program.in_parts import as_held, whole
 
+#: where a graph to train has what was chosen for the products of its base
+PRODUCTS = "adaptc_products"
 _TABLES = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 
 
@@ -212,6 +215,12 @@ class ProgramModule(nn.Module):
     def graph_modules(self) -> Sequence[fx.GraphModule]:
         """All that calls may run."""
         return [self.graph_module]
+
+    @property
+    def products(self) -> tuple[Products, ...]:
+        """What computes the products of frozen layers and the gradients of their inputs, for each type of numbers;
+        nothing where that was left to torch."""
+        return self.graph_module.meta.get(PRODUCTS, ())
 
     # -- state ---------------------------------------------------------------------------------------------------------
 

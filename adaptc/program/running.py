@@ -53,6 +53,13 @@ def called(program: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return now.executor(now.arguments, args, kwargs)
 
 
+def called_as(now: Running, *args: Any, **kwargs: Any) -> Any:
+    """A call as a program was when it was made ready, whatever it is now."""
+    assert now.executor is not None
+    assert now.arguments is not None
+    return now.executor(now.arguments, args, kwargs)
+
+
 def check_replaced(base: Mapping[str, Any], meant: Mapping[str, tuple[Any, ...]]) -> None:
     """Raises AdaptcError where a base tensor is not of the shape, dtype and device that was meant."""
     for fqn, (shape, dtype, device) in meant.items():

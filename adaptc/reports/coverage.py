@@ -68,7 +68,8 @@ class CoverageReport(Report):
     """``matches``: target entry -> the modules it selected. ``left_out``: (module, why). ``trainable`` and ``total``:
     numbers of parameters, as PEFT counts them. ``adapter`` '' and no sites: the program has no adapter. ``held``: what
     calls of the program compute once, ``fusion``: which layers share a product, ``products``: what computes those of
-    the base; nothing before the first call. ``passes``: those the program went through, with how much each changed, and
+    the base; nothing before the first call. ``training``: what computes those of a module that trains it, of the
+    modules that there are. ``passes``: those the program went through, with how much each changed, and
     those of the code of its calls.
     ``norms``: of the adapter's tensors at each site, as they were when the report was made."""
 
@@ -84,6 +85,7 @@ class CoverageReport(Report):
     held: Held = field(default=Held(), repr=False)
     fusion: Fusion = field(default=Fusion(), repr=False)
     products: Products = field(default=Products(), repr=False)
+    training: tuple[Products, ...] = field(default=(), repr=False)
     passes: Mapping[str, Trail] = field(default_factory=dict, repr=False)
     norms: Norms = field(default=Norms(), repr=False)
     #: adapter -> what its file was
@@ -92,6 +94,7 @@ class CoverageReport(Report):
     @classmethod
     @exclusive
     def of(cls, program: AdaptedProgram, changes: bool = False) -> CoverageReport:
+        training = next((m.products for m in list(program.memory.modules) if m.products), ())
         program = program.snapshot()
         a = program.adaptation
         if not a.attachments:
@@ -109,6 +112,7 @@ class CoverageReport(Report):
         kinds = " + ".join(dict.fromkeys(p.config.peft_type for p in parts.values()))
         names = ", ".join(parts)
         made = {"held": program.held, "fusion": program.fusion, "passes": program.passes, "products": program.products}
+        made["training"] = training
         made["norms"] = Norms.of(program, changes)
         made["origins"] = {n: p.origin for n, p in parts.items()}
         return cls(sites, a.matches, left_out, trainable, total, names, kinds, binding.source, **made)
@@ -138,12 +142,14 @@ class CoverageReport(Report):
             head += f"; not of this program: {o.left}" if o.others else ""
         tables = [self._sites(), self._forms(), self._entries(), self._omitted(), *self.norms.parts()]
         line = self.parameters_line() + self._passes()
-        return [head, *tables, str(self.held), str(self.fusion), str(self.products), line]
+        products = [str(p) for p in (self.products, *self.training)]
+        return [head, *tables, str(self.held), str(self.fusion), *products, line]
 
     def data(self) -> dict[str, Any]:
         """``adapter``, ``peft_type`` and ``source``, ``formats`` (adapter -> that of its file), ``merged`` (from what),
         ``sites`` (one dict each), ``matches`` (target entry -> modules), ``left_out`` (module, why), ``trainable``,
-        ``total``, ``products`` (one dict for each line), ``passes`` and ``norms``."""
+        ``total``, ``products`` (one dict for each line), ``training`` (which products -> the same), ``passes`` and
+        ``norms``."""
         return {
             "adapter": self.adapter,
             "peft_type": self.peft_type,
@@ -156,6 +162,7 @@ class CoverageReport(Report):
             "trainable": self.trainable,
             "total": self.total,
             "products": self.products.data(),
+            "training": {p.caption: p.data() for p in self.training},
             "passes": {where: [[name, count] for name, count in trail] for where, trail in self.passes.items()},
             "norms": self.norms.data(),
         }

@@ -60,7 +60,7 @@ def folder() -> Path:
     return Path(os.environ.get(name) or Path.home() / ".cache") / "adaptc"
 
 
-def identity(dtype: torch.dtype) -> dict[str, Any]:
+def identity(dtype: torch.dtype, turned: bool = False) -> dict[str, Any]:
     """What times depend on, as the file says it."""
     return {
         "format": FORMAT,
@@ -69,6 +69,7 @@ def identity(dtype: torch.dtype) -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
+        **({"turned": True} if turned else {}),
     }
 
 
@@ -119,11 +120,12 @@ _lock = threading.Lock()
 _known: dict[str, ProductTable] = {}
 
 
-def product_table(dtype: torch.dtype, measuring: Callable[[torch.dtype], Times] = measure) -> ProductTable:
-    """The table for products of ``dtype``: what this process knows, what a file says, or measured now."""
+def product_table(dtype: torch.dtype, measuring: Callable[..., Times] = measure, turned: bool = False) -> ProductTable:
+    """The table for products of ``dtype``: what this process knows, what a file says, or measured now. ``turned``: the
+    one for weights that are transposed views, which who only computes forward never measures."""
     if not takes(dtype):
         return ProductTable({})
-    what = identity(dtype)
+    what = identity(dtype, turned)
     name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     try:
         path = folder() / f"products-{name}.json"
@@ -134,8 +136,8 @@ def product_table(dtype: torch.dtype, measuring: Callable[[torch.dtype], Times] 
         if key not in _known:
             times = None if path is None else read(path, what)
             if times is None:
-                times = measuring(dtype)
-                if complete(times) and path is not None:  # on a busy machine it may not be
+                times = measuring(dtype, turned=True) if turned else measuring(dtype)
+                if complete(times, turned) and path is not None:  # on a busy machine it may not be
                     write(path, what, times)
             _known[key] = ProductTable(times)
         return _known[key]
@@ -145,6 +147,12 @@ def choose(out: int, width: int, dtype: torch.dtype) -> Choice:
     """The product for a weight of (out, width). What needs no times asks for none."""
     thin = min(out, width) < THIN
     return (ProductTable({}) if thin else product_table(dtype)).choice(out, width)
+
+
+def choose_for_gradient(out: int, width: int, dtype: torch.dtype) -> Choice:
+    """The product for the gradient of inputs of a layer whose weight is (out, width)."""
+    thin = min(out, width) < THIN
+    return (ProductTable({}) if thin else product_table(dtype, turned=True)).choice(width, out)
 
 
 def read(path: Path, what: Mapping[str, Any]) -> Times | None:
@@ -165,7 +173,7 @@ def read(path: Path, what: Mapping[str, Any]) -> Times | None:
             if not (0 < linear < math.inf and 0 < onednn < math.inf):
                 return None
             times[out, width, rows] = linear, onednn
-        return times if complete(times) else None
+        return times if complete(times, bool(what.get("turned"))) else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         return None
 

@@ -14,6 +14,7 @@ there is a gradient. Transforms of ``torch.func``, forward-mode derivatives and 
 Private torch use, with the public route that was tried:
 - ``torch.ops.mkldnn._linear_pointwise``: oneDNN on a plain weight. Public: ``F.linear`` chooses by itself, and
   ``torch.utils.mkldnn`` packs a copy of each weight and returns tensors of another layout.
+- its overload ``binary``: the same, added to another tensor. Public: ``addmm``, which goes where ``F.linear`` goes.
 - ``torch.ops.mkldnn._is_mkldnn_bf16_supported``: without bfloat16 in the processor the op above raises. Public: none.
 - ``torch._C._functorch.maybe_current_level``: whether a transform of ``torch.func`` is on, under which an op without
   derivatives would give zeros. Public: none.
@@ -46,14 +47,15 @@ def row_class(rows: int) -> int:
     return sum(rows > most for most in CLASSES)
 
 
-def _found() -> Any:
-    """torch's private op, or None where it has none."""
+def _found(overload: str = "default") -> Any:
+    """An overload of torch's private op, or None where it has none."""
     if not torch.backends.mkldnn.is_available():
         return None
-    return getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
+    return getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), overload, None)
 
 
 _pointwise = _found()
+_pointwise_with = _found("binary")
 
 
 @cache
@@ -87,6 +89,16 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, classes: 
     ):
         return product_op(x, weight, bias, kind, classes)
     return _pointwise(x, weight, bias, "none", [], "")
+
+
+def add_product(total: Tensor, x: Tensor, weight: Tensor, kind: str, classes: Sequence[int]) -> Tensor:
+    """total + x W^T, in total's memory or in new: total (rows, N), x (rows, K), weight (N, K), all of one type; the
+    rest as in :func:`product`. There is no gradient."""
+    if _pointwise_with is None or not total.is_contiguous() or total.dtype != x.dtype:
+        return total.addmm_(x, weight.t())
+    if not _by_onednn(x, weight, None, kind, classes) or in_transform():
+        return total.addmm_(x, weight.t())
+    return _pointwise_with(x, total, weight, None, "add")
 
 
 @torch.library.custom_op("adaptc::product", mutates_args=())

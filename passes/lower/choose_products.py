@@ -34,15 +34,16 @@ class Choice:
 
 @dataclass(frozen=True)
 class Products:
-    """What was chosen for the base's products, one choice for each of them."""
+    """What was chosen for the base's products, one choice for each of them. ``caption``: which products these are."""
 
     choices: tuple[Choice, ...] = ()
+    caption: str = "products"
 
     def __str__(self) -> str:
         """A line for each kind, rows and reason; '' where nothing was chosen."""
         groups = Counter((c.kind, c.classes, c.why) for c in self.choices)
         return "\n".join(
-            f"products: {count} by {kind}{_rows(classes)} ({why}{self._times(kind, classes, why)})"
+            f"{self.caption}: {count} by {kind}{_rows(classes)} ({why}{self._times(kind, classes, why)})"
             for (kind, classes, why), count in groups.most_common()
         )
 

@@ -27,13 +27,14 @@ from adaptc.passes.ir.effects import memory_groups, written
 from adaptc.passes.ir.modes import WRITES_STATISTICS
 from adaptc.passes.ir.ops import argument
 from adaptc.passes.ir.pass_infra import GraphPass, PassResult
+from adaptc.passes.train.base_products import frozen_linear
 from adaptc.passes.train.gates import gated
 from adaptc.passes.train.layers import layers_with_lora
 from adaptc.passes.train.loss import loss_of_layer
 from adaptc.passes.train.recomputed import Recomputed
 
 #: steps whose results are memory of their own
-FRESH = (layers_with_lora, gated, loss_of_layer)
+FRESH = (layers_with_lora, gated, loss_of_layer, frozen_linear)
 #: the names that the submodules get, numbered
 NAME = "recomputed"
 

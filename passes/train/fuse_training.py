@@ -12,6 +12,7 @@ from adaptc.errors import ConfigError
 from adaptc.passes.ir.pass_infra import GraphPass, PassManager, PassResult
 from adaptc.passes.optimize.canonicalize import Canonicalize
 from adaptc.passes.train.autocast import FollowAutocast
+from adaptc.passes.train.choose_base_products import Choose, ChooseBaseProducts
 from adaptc.passes.train.gates import TrainGates
 from adaptc.passes.train.layers import TrainLayers
 from adaptc.passes.train.loss import TrainLoss
@@ -20,11 +21,15 @@ from adaptc.passes.train.loss import TrainLoss
 LOGITS = ("all", "labelled")
 
 
-def fuse_training(module: fx.GraphModule, *, fuse: bool = True, logits: str = "all") -> PassResult[fx.Graph]:
-    """Rewrite ``module`` in place; the result's trail says how often, by pass.
+def fuse_training(
+    module: fx.GraphModule, *, fuse: bool = True, logits: str = "all", choose: tuple[Choose, Choose] | None = None
+) -> PassResult[fx.Graph]:
+    """Rewrite ``module`` in place; the result's trail says how often, by pass, the last of its data what was chosen.
 
     ``fuse``: False only lets it run under autocast. ``logits``: "labelled" leaves rows without a label out of the head,
-    so that they are zero in the logits that are returned. Raises ConfigError where no loss allows it.
+    so that they are zero in the logits that are returned. ``choose``: what computes products of the base, and the
+    gradients of their inputs (see :class:`ChooseBaseProducts`); None for torch's own. Raises ConfigError where no loss
+    allows ``logits``.
     """
     if logits not in LOGITS:
         raise ConfigError(f"logits must be one of {', '.join(map(repr, LOGITS))}, and is {logits!r}")
@@ -36,6 +41,8 @@ def fuse_training(module: fx.GraphModule, *, fuse: bool = True, logits: str = "a
     passes: list[GraphPass] = [FollowAutocast(inputs)]
     if fuse:
         passes += [Canonicalize(inputs, True, autocast=True), TrainLayers(), loss, TrainGates()]
+    if fuse and choose is not None:
+        passes.append(ChooseBaseProducts(*choose))
     result = PassManager(passes)(graph)
     if loss.labelled and not dict(result.trail)[loss.name]:
         raise ConfigError(

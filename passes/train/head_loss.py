@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from adaptc.passes.train.autocast import autocast_dtype, cast, without_autocast
+from adaptc.passes.train.base_products import Told, base_gradient, base_product
 
 #: numbers that a piece of the gradient of the logits may have: some megabytes, which caches hold
 PIECE = 2**21
@@ -40,20 +41,21 @@ def loss_of_layer(
     mean: bool,
     ignored: int,
     labelled: bool = False,
+    told: Told = (),
 ) -> tuple[Tensor, Tensor]:
     """(logits (..., V), their cross entropy): x (..., K), w (V, K), b (V,), labels (rows of x,) int64 or uint8.
 
     The mean or the sum over the rows whose label is not ``ignored``. ``returned``: type of the logits, None for that
     of the product; ``high``: what they are cast to for the loss, None for their own. ``labelled``: logits of other rows
     are zero, and take no work. Gradients for x, w and b, once. Under autocast the product is in its type, the loss
-    float32.
+    float32. ``told``: what computes the products with w, torch where nothing is said.
     """
     if labels.dtype not in INDICES or labels.numel() * x.shape[-1] != x.numel():
         # Torch says what is wrong with these labels.
         F.cross_entropy(F.linear(x, w, b).reshape(-1, w.shape[0]), labels, ignore_index=ignored)
     # Outside of the step, where a compiler can stop for it.
     at = _chosen(labels != ignored, 0) if labelled else None
-    return _Loss.apply(x, w, b, labels.long(), at, autocast_dtype(x), returned, high, mean, ignored)
+    return _Loss.apply(x, w, b, labels.long(), at, autocast_dtype(x), returned, high, mean, ignored, told)
 
 
 class _Loss(torch.autograd.Function):
@@ -72,14 +74,16 @@ class _Loss(torch.autograd.Function):
         high: torch.dtype | None,
         mean: bool,
         ignored: int,
+        told: Told,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
+        ctx.told = told
         ctx.dtypes = [None if t is None else t.dtype for t in (x, w, b)]
         ctx.shape, ctx.mean, ctx.ignored = x.shape, mean, ignored
         rows, kept = x.reshape(-1, x.shape[-1]), labels != ignored
         rows, kept = _rows(rows, at), _rows(kept, at)
         rows, w, b = cast(rows, dtype), cast(w, dtype), cast(b, dtype)
-        flat = cast(F.linear(rows, w, b), returned)
+        flat = cast(base_product(rows, w, b, told), returned)
         entropy = flat.dtype if high is None else high
         wide = torch.promote_types(entropy, torch.float32)
         top = flat.amax(-1).to(wide)
@@ -127,7 +131,9 @@ class _Loss(torch.autograd.Function):
                 piece += _rows(given[:, part], at)
             piece = piece.to(w.dtype)
             if d_x is not None:
-                d_x = d_x.addmm_(piece, w[part]) if d_x.dtype == w.dtype else d_x.add_(piece @ w[part])
+                same = d_x.dtype == w.dtype
+                made = base_gradient(piece, w[part], ctx.told, d_x if same else None)
+                d_x = made if same else d_x.add_(made)
             if d_w is not None and x is not None:
                 d_w[part] = piece.t() @ x
             if d_b is not None:
@@ -136,7 +142,7 @@ class _Loss(torch.autograd.Function):
             if at is not None:
                 d_x = d_x.new_zeros(flat.shape[0], d_x.shape[1]).index_copy_(0, at, d_x)
             d_x = d_x.reshape(ctx.shape)
-        return *map(cast, (d_x, d_w, d_b), ctx.dtypes), *[None] * 7
+        return *map(cast, (d_x, d_w, d_b), ctx.dtypes), *[None] * 8
 
 
 def _known(labels: Tensor) -> bool:

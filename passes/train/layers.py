@@ -24,12 +24,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from adaptc.passes.ir.effects import sweep, touched
 from adaptc.passes.ir.ops import argument
 from adaptc.passes.ir.pass_infra import GraphPass, PassResult
 from adaptc.passes.train.autocast import autocast_dtype, cast, without_autocast
+from adaptc.passes.train.base_products import Told, base_gradient, base_product
 
 aten = torch.ops.aten
 
@@ -132,19 +132,22 @@ def layers_with_lora(
     downs: Sequence[Tensor],
     ups: Sequence[Tensor],
     scales: Sequence[Tensor],
+    told: Sequence[Told] = (),
 ) -> Sequence[Tensor]:
     """All y_i, see the module docstring. x (..., K), low the same or None for x; W_i (N_i, K), A_i (R_i, K), B_i
     (N_i, R_i), s_i 0-d. Gradients for all of them, once: they cannot be differentiated again. Under autocast y_i are of
-    its type."""
-    return _Layers.apply(len(weights), autocast_dtype(x), x, low, *weights, *biases, *downs, *ups, *scales)
+    its type. ``told``: what computes the products with each W_i, torch where nothing is said."""
+    told = told or [()] * len(weights)
+    return _Layers.apply(told, autocast_dtype(x), x, low, *weights, *biases, *downs, *ups, *scales)
 
 
 class _Layers(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, n: int, dtype: torch.dtype | None, x: Tensor, low: Tensor | None, *tensors: Any
+        ctx: Any, told: Sequence[Told], dtype: torch.dtype | None, x: Tensor, low: Tensor | None, *tensors: Any
     ) -> tuple[Tensor, ...]:
-        ctx.n, ctx.shape, ctx.own = n, x.shape, low is not None
+        n = len(told)
+        ctx.told, ctx.shape, ctx.own = told, x.shape, low is not None
         ctx.dtypes = [None if t is None else t.dtype for t in (x, low, *tensors)]
         ctx.set_materialize_grads(False)
         tensors = (*(cast(t, dtype) for t in tensors[: 4 * n]), *tensors[4 * n :])
@@ -153,8 +156,8 @@ class _Layers(torch.autograd.Function):
         into = rows if low is None else cast(low, dtype).reshape(rows.shape)
         h = into @ _stacked(downs).t()
         out = []
-        for w, b, up, s, part in zip(weights, biases, ups, scales, _split(h, downs), strict=True):
-            y = F.linear(rows, w, b)
+        for w, b, up, s, part, by in zip(weights, biases, ups, scales, _split(h, downs), told, strict=True):
+            y = base_product(rows, w, b, by)
             wide = y.to(h.dtype).addmm_(part * s, up.t()).to(y.dtype)
             out.append(wide.reshape(*x.shape[:-1], wide.shape[-1]))
         both = ctx.own and any(ctx.needs_input_grad[4 : 4 + n])
@@ -167,13 +170,14 @@ class _Layers(torch.autograd.Function):
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, *gs: Tensor | None) -> tuple[Tensor | None, ...]:
-        n = ctx.n
+        n = len(ctx.told)
         low, x, h, *tensors = ctx.saved_tensors
         weights, downs, ups, scales = (tensors[i * n : (i + 1) * n] for i in range(4))
         needs_x, needs_low, *needs = ctx.needs_input_grad[2:]
         need_w, need_b, need_down, need_up, need_scale = (needs[i * n : (i + 1) * n] for i in range(5))
         rows = low if x is None else x
-        d_w, d_b, d_up, d_scale = ([None] * n for _ in range(4))
+        found: Any = [[None] * n for _ in range(4)]
+        d_w, d_b, d_up, d_scale = found
         d_x: Any = None
         d_parts: list[Tensor] = []
         for i, (g, part) in enumerate(zip(gs, _split(h, downs), strict=True)):
@@ -182,7 +186,7 @@ class _Layers(torch.autograd.Function):
                 continue
             g = g.reshape(-1, g.shape[-1])
             if needs_x:
-                d_x = g @ weights[i] if d_x is None else d_x.addmm_(g, weights[i])
+                d_x = base_gradient(g, weights[i], ctx.told[i], d_x)
             d_w[i] = g.t() @ rows if need_w[i] else None
             d_b[i] = g.sum(0) if need_b[i] else None
             g = g.to(h.dtype)

@@ -146,6 +146,11 @@ def test_a_failed_check_makes_the_exit_status_1_and_is_named(
     assert "1 of 2 checks FAILED: the moon is a cheese" in " ".join(capsys.readouterr().out.split())
 
 
+def test_text_is_generated(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert load("generate", monkeypatch).main() == 0
+    assert "every answer is as it should be" in capsys.readouterr().out
+
+
 def test_the_custom_module_learns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     custom_module = load("custom_module", monkeypatch)
     assert custom_module.main() == 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,18 @@ def test_a_generation_keeps_the_adapter_it_began_with(after: int, first: bool, l
         assert torch.equal(generated(gen, text), found.expected(then, text))
     finally:
         adaptc.swap(gen, found.adapters["first"])
+
+
+def test_what_was_swapped_away_is_freed() -> None:
+    found, gen, text = case("llama"), generator(), prompt(1, 4)
+    try:
+        adaptc.swap(gen, found.adapters["second"])
+        generated(gen, text)
+        gone = weakref.ref(gen.program.current)
+    finally:
+        adaptc.swap(gen, found.adapters["first"])
+    gc.collect()
+    assert gone() is None
 
 
 def test_what_is_bound_stays() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
 import adaptc
+from adaptc.generation import pieces
 from tests.generation.models import case, generated, generator, prompt
 
 
@@ -24,5 +27,7 @@ def test_one_step_is_compiled(family: str) -> None:
                 assert torch.equal(
                     generated(gen, text, num_beams=2)[:, : text["input_ids"].shape[1]], text["input_ids"]
                 )
+            with patch.object(pieces, "PIECE", 4):
+                assert torch.equal(generated(gen, texts[2]), expected[name][2])
         bound = gen.bind(found.adapters["second"])
         assert torch.equal(generated(bound, texts[1]), expected["second"][1])

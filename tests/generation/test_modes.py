@@ -6,8 +6,16 @@ import copy
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    StoppingCriteriaList,
+)
 
 from tests.generation.models import case, generated, generator, prompt
 
@@ -120,3 +128,16 @@ def test_no_prompt_begins_a_text() -> None:
     gen = generator()
     out = gen.generate(max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(out, generated(gen, {"input_ids": torch.tensor([[1]])}, new=3))
+
+
+def test_stop_strings() -> None:
+    """With a tokenizer whose words are w1 to w60, and the one that transformers tries tokenizers with."""
+    vocabulary = {"abcdef": 0, **{f"w{i}": i for i in range(1, 61)}}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="abcdef"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    found, gen, text = case("llama"), generator(), prompt(1, 6)
+    fourth = int(found.expected("first", text)[0, 9])
+    how = {"stop_strings": [f"w{fourth}"], "tokenizer": tokenizer}
+    out = generated(gen, text, **how)
+    assert torch.equal(out, found.expected("first", text, **how))
+    assert out.shape[1] <= 10

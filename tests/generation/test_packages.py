@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import adaptc
+from adaptc.generation import pieces
 from tests.generation.models import case, generated, generator, prompt
 from tests.generation.packaged import ROOM, packaged, tokenizer, written
 
@@ -66,6 +67,14 @@ def test_caches_go_on(rows: int, length: int, cut: int, fork: bool) -> None:
     assert torch.equal(out, case("llama").expected("first", text))
     if fork:
         assert all(map(torch.equal, before, cache.tensors))
+
+
+@pytest.mark.parametrize("piece", [2, 3])
+def test_prompts_in_pieces(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sees a part of the cache, which is copied for compiled code: what it writes comes back."""
+    monkeypatch.setattr(pieces, "PIECE", piece)
+    package, text = loaded(), prompt(2, 9, (3, 0))
+    assert torch.equal(generated(package, text), case("llama").expected("first", text))
 
 
 def test_functions_of_packages_take_it(tmp_path: Path) -> None:

@@ -17,7 +17,16 @@ from adaptc.passes.ir.product import ALL_CLASSES, LINEAR, ONEDNN
 from adaptc.passes.lower.choose_products import Choice
 from adaptc.runtime import product_table as module
 from adaptc.runtime import product_times
-from adaptc.runtime.product_table import ProductTable, choose, folder, product_table, read, wanted
+from adaptc.runtime.product_table import (
+    ProductTable,
+    choose,
+    choose_for_gradient,
+    folder,
+    identity,
+    product_table,
+    read,
+    wanted,
+)
 from adaptc.runtime.product_times import Times, complete, measure
 
 KEYS = [(*size, rows) for size, rows, _ in product_times._wanted()]
@@ -189,3 +198,49 @@ def test_under_fake_tensors_nothing_is_measured() -> None:
 
 def test_a_missing_file_is_none(place: Path) -> None:
     assert read(place / "none.json", {}) is None
+
+
+def test_gradients_have_a_table_of_their_own(place: Path) -> None:
+    asked: list[bool] = []
+
+    def measuring(dtype: torch.dtype, turned: bool = False) -> Times:
+        asked.append(turned)
+        return {(*s, c): (2.0, 1.0) for s, c, _ in product_times._wanted(turned)}
+
+    for _ in range(2):
+        forward, back = product_table(torch.float32, measuring), product_table(torch.float32, measuring, turned=True)
+        again()
+    assert asked == [False, True]
+    assert len(list(place.iterdir())) == 2
+    # Who trains has more rows than a few; the shape is that of the turned weight.
+    assert forward.choice(300, 270).classes == ALL_CLASSES
+    assert back.choice(300, 270).classes == (2, 3)
+    # Neither is taken for the other, nor a file that does not say what it is.
+    for file in place.iterdir():
+        data = json.loads(file.read_text())
+        assert read(file, identity(torch.float32, turned=not data.get("turned"))) is None
+        file.write_text(json.dumps({**data, "format": 0}))
+    assert product_table(torch.float32, measuring, turned=True) == back
+    assert asked == [False, True, True]
+
+
+def test_the_gradients_product_is_of_the_turned_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    times: Times = {(256, 1024, 2): (1.0, 0.5), (1024, 256, 2): (1.0, 2.0)}
+    monkeypatch.setattr(module, "product_table", lambda dtype, turned: ProductTable(times if turned else {}))
+    assert choose_for_gradient(1024, 256, torch.float32).classes == (2,)
+    assert choose_for_gradient(256, 1024, torch.float32).kind == LINEAR
+    assert choose_for_gradient(127, 5000, torch.float32).why == "fewer than 128 rows or columns"
+
+
+def test_gradients_are_measured_at_turned_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product_times, "SIZES", ((33, 31), (17, 61)))
+    monkeypatch.setattr(product_times, "BUDGET", 60.0)
+    weights: list[torch.Tensor] = []
+    real = product_times.product
+    monkeypatch.setattr(product_times, "product", lambda x, w, *rest: (weights.append(w), real(x, w, *rest))[1])
+    times = measure(torch.float32, turned=True)
+    assert set(times) == {(o, w, c) for o, w in product_times.SIZES for c in ALL_CLASSES[product_times.GRADIENTS :]}
+    assert complete(times, turned=True)
+    assert not complete(times)
+    assert {tuple(w.shape) for w in weights} == {(33, 31), (17, 61)}
+    assert all(w.t().is_contiguous() for w in weights)

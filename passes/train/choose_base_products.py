@@ -1,0 +1,100 @@
+"""What computes the products of frozen base layers in a training graph, written into its steps.
+
+Before: the graph of a module to train, its other steps fused, and somebody who knows what is fastest on this machine.
+After: the same values and gradients up to rounding. Looked at are products with a parameter that is not trained, on a
+CPU: of fused layers, of the head in front of a loss, and of every other linear layer. Rows are in no choice: each
+product reads them off in its call. Of a base in float32 half precision is asked for, too, since autocast may be on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import fx, nn
+
+from adaptc.passes.ir.ops import argument
+from adaptc.passes.ir.pass_infra import GraphPass, PassResult
+from adaptc.passes.ir.product import LINEAR
+from adaptc.passes.train.base_products import Kinds, frozen_linear
+from adaptc.passes.train.head_loss import loss_of_layer
+from adaptc.passes.train.layers import layers_with_lora
+
+aten = torch.ops.aten
+
+FORWARD, GRADIENTS = "products in training", "gradients of inputs"
+
+
+class Chosen(Protocol):
+    """A kind of product, and the classes of rows it holds for."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def classes(self) -> tuple[int, ...]: ...
+
+
+#: (rows, columns, type of a weight) -> what computes a product with it
+Choose = Callable[[int, int, torch.dtype], Chosen]
+
+
+@dataclass(frozen=True)
+class ChooseBaseProducts(GraphPass):
+    """``forward``, ``gradient``: what is fastest for each. The count is that of the weights with a product that is not
+    torch's own; ``data``: which products -> the choices, one for each weight that was looked at."""
+
+    name: ClassVar[str] = "choose_base_products"
+
+    forward: Choose = field(repr=False)
+    gradient: Choose = field(repr=False)
+
+    def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
+        module: Any = subject.owning_module
+        found: dict[str, list[Chosen]] = {}
+        count = 0
+        for node in subject.nodes:
+            if node.target is layers_with_lora:
+                told = [self._told(module, w, b, found) for w, b in zip(node.args[2], node.args[3], strict=True)]
+                node.kwargs = {**node.kwargs, "told": tuple(told)} if any(told) else node.kwargs
+                count += sum(map(bool, told))
+            elif node.target in (loss_of_layer, aten.linear.default):
+                x, w, b = (argument(node, i) if node.target is aten.linear.default else node.args[i] for i in range(3))
+                told = self._told(module, w, b, found)
+                count += bool(told)
+                if told and node.target is loss_of_layer:
+                    node.kwargs = {**node.kwargs, "told": told}
+                elif told:
+                    node.target, node.args, node.kwargs = frozen_linear, (x, w, b, told), {}
+        return PassResult(subject, count, data={what: tuple(choices) for what, choices in found.items()})
+
+    def _told(self, module: Any, weight: Any, bias: Any, found: dict[str, list[Chosen]]) -> tuple[Kinds, ...]:
+        w = _parameter(module, weight)
+        if w is None or w.ndim != 2 or w.device.type != "cpu" or w.requires_grad:
+            return ()
+        if bias is not None and ((b := _parameter(module, bias)) is None or b.requires_grad):
+            return ()
+        out, width = w.shape
+        told: list[Kinds] = []
+        for dtype in _types(w.dtype):
+            name = str(dtype).removeprefix("torch.")
+            one, other = self.forward(out, width, dtype), self.gradient(out, width, dtype)
+            found.setdefault(f"{FORWARD}, {name}", []).append(one)
+            found.setdefault(f"{GRADIENTS}, {name}", []).append(other)
+            if (one.kind, other.kind) != (LINEAR, LINEAR):
+                told.append((dtype, one.kind, one.classes, other.kind, other.classes))
+        return tuple(told)
+
+
+def _types(dtype: torch.dtype) -> Sequence[torch.dtype]:
+    return (dtype, torch.bfloat16) if dtype == torch.float32 else (dtype,)
+
+
+def _parameter(module: Any, node: Any) -> nn.Parameter | None:
+    """The parameter that a node reads; None for anything else."""
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return None
+    value = attrgetter(str(node.target))(module)
+    return value if isinstance(value, nn.Parameter) else None

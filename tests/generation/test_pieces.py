@@ -1,0 +1,50 @@
+"""Long prompts in pieces: the same logits and the same cache, with less attention."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaptc.generation import pieces
+from tests.generation.models import generator, prompt
+
+
+@given(length=st.integers(1, 23), before=st.integers(0, 5), keep=st.integers(0, 6), embeds=st.booleans())
+def test_pieces_are_one_prompt(length: int, before: int, keep: int, embeds: bool) -> None:
+    gen = generator("gemma3_text")
+    text = prompt(2, before + length, (min(2, before + length - 1), 0))
+    ids, mask = text["input_ids"], text["attention_mask"]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    new: dict[str, Any] = {"input_ids": ids[:, before:]}
+    if embeds:
+        draw = torch.Generator().manual_seed(length)
+        new = {"inputs_embeds": torch.randn(2, length, gen.facts.width, generator=draw)}
+
+    def run() -> tuple[torch.Tensor, list[torch.Tensor], int]:
+        past = gen.new_cache()
+        if before:
+            gen.forward(ids[:, :before], mask[:, :before], positions[:, :before], past)
+        out = gen.forward(
+            **new,
+            attention_mask=mask,
+            position_ids=positions[:, before:],
+            past_key_values=past,
+            logits_to_keep=keep,
+        )
+        return out.logits, past.tensors, past.length
+
+    logits, tensors, filled = run()
+    with patch.object(pieces, "PIECE", 4), patch.object(pieces, "_call", wraps=pieces._call) as call:
+        found = run()
+    assert (call.call_count > 1 + bool(before)) == (length > 4 and 0 < keep <= 4)
+    seen = mask[:, before:].bool()[:, -keep:] if keep else mask[:, before:].bool()
+    torch.testing.assert_close(found[0][seen], logits[seen], rtol=1e-4, atol=1e-5)
+    valid = mask.bool()
+    for a, b in zip(found[1], tensors, strict=True):
+        a, b = (t[:, :, :filled].transpose(1, 2)[valid] for t in (a, b))
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert found[2] == filled == before + length

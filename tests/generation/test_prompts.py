@@ -1,0 +1,38 @@
+"""Any prompts: rows, lengths, paddings and numbers of tokens, for models with windows of six positions and without."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import adaptc
+from tests.generation.models import case, generated, generator, prompt
+
+
+@st.composite
+def prompts(draw: st.DrawFn) -> dict[str, torch.Tensor]:
+    rows, length = draw(st.integers(1, 4)), draw(st.integers(1, 17))
+    padding = draw(st.lists(st.integers(0, length - 1), min_size=rows, max_size=rows))
+    # transformers wants one row at least that is as long as the batch.
+    padding[draw(st.integers(0, rows - 1))] = 0
+    return prompt(rows, length, tuple(padding), seed=draw(st.integers(0, 99)))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+@given(
+    text=prompts(),
+    new=st.integers(1, 12),
+    adapter=st.sampled_from(["first", "second"]),
+    how=st.sampled_from([{}, {"do_sample": True}, {"num_beams": 2}]),
+)
+def test_tokens_are_those_of_peft(
+    family: str, text: dict[str, torch.Tensor], new: int, adapter: str, how: dict[str, object]
+) -> None:
+    found, gen = case(family), generator(family)
+    try:
+        adaptc.swap(gen, found.adapters[adapter])
+        assert torch.equal(generated(gen, text, new=new, **how), found.expected(adapter, text, new=new, **how))
+    finally:
+        adaptc.swap(gen, found.adapters["first"])
