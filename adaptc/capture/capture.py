@@ -24,7 +24,7 @@ from torch.export import ExportedProgram
 
 from adaptc.capture.example_inputs import BATCH, is_pretrained_model
 from adaptc.capture.failures import in_terms_of
-from adaptc.capture.free_sizes import Free, export_free, export_stated
+from adaptc.capture.free_sizes import Free, export, export_free, export_stated
 from adaptc.capture.made_inputs import example_of
 from adaptc.capture.model_loss import loss_type, means_over_next_labels
 from adaptc.capture.single_sizes import differing, left_alone, results, runnable
@@ -276,7 +276,7 @@ def _export_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any, t
     with _flat_forward(model, kwargs), in_terms_of(model, args, kwargs, made=example_inputs is None):
         if not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
             program = export_stated(model, args, kwargs, dynamic_shapes)
-            again = partial(export_stated, model, args, kwargs, dynamic_shapes, guarded=True)
+            again = partial(export, model, args, kwargs, dynamic_shapes, guarded=True)
             return _guarded(model, program, args, kwargs, again, training)
         for args2, kwargs2 in _grown(args, kwargs) if example_inputs is not None else ():
             with contextlib.suppress(CaptureError):

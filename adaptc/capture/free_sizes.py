@@ -82,16 +82,14 @@ def export_free(
     raise last
 
 
-def export_stated(
-    model: nn.Module, args: tuple, kwargs: Mapping[str, Any], shapes: Any, guarded: bool = False
-) -> ExportedProgram:
+def export_stated(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], shapes: Any) -> ExportedProgram:
     """The program with exactly these dynamic shapes."""
     try:
-        return export(model, args, kwargs, shapes, guarded)
+        return export(model, args, kwargs, shapes)
     except CaptureError as error:
         if not _unproven(error.__cause__):
             raise
-    return export(model, args, kwargs, shapes, guarded, **_DEFERRED)
+    return export(model, args, kwargs, shapes, **_DEFERRED)
 
 
 #: guards become assertions of the graph
