@@ -62,6 +62,7 @@ def compile(
     hoist_limit: int | None = None,
     fuse: bool = True,
     checkpoint: int | Literal["auto"] | None = None,
+    pack: str | None = None,
 ) -> AdaptedProgram:
     """Capture ``model`` and adapt it.
 
@@ -83,12 +84,14 @@ def compile(
     :attr:`AdaptedProgram.hoist_limit`). ``fuse``: layers that read one tensor share a product in calls of the program
     (see :attr:`AdaptedProgram.fuse`). ``checkpoint``: how many repeated blocks its modules compute again at a time in
     the backward, "auto" for one, for less memory; None keeps all (see :attr:`AdaptedProgram.checkpoint`).
+    ``pack``: "float32" or "bf16", the type of base weights of which calls on a CPU may hold packed copies, for more
+    memory; None for no copies (see :attr:`AdaptedProgram.pack`).
 
     The values of the model are not modified, and its parameters are shared, not copied; at the first call of a program
     that fuses, the memory of sibling weights moves into one buffer, so let no other thread run the model then.
     Raises CaptureError, ConfigError, TargetError, CheckpointError or BackendError.
     """
-    options = RunOptions(backend, hoist_limit, fuse, checkpoint=checkpoint)
+    options = RunOptions(backend, hoist_limit, fuse, checkpoint=checkpoint, pack=pack)
     if options.checkpoint is not None and not training:
         raise ConfigError(
             f"checkpoint={shown(checkpoint)} is for training, and the program is captured for inference: "
@@ -360,14 +363,16 @@ def package(
     path: str | os.PathLike[str],
     *,
     max_rank: int | None = None,
+    products: str = "measured",
     tokenizer: Any = None,
 ) -> Path:
     """Compile ahead of time with AOTInductor into one file with swappable adapters; see ``adaptc.packages.write``.
 
+    The file is machine code, which runs when it is loaded. ``products``: "measured" computes the base's layers by what
+    is fastest on this machine, "plain" by torch alone.
+
     Of what generates the file holds the step, its generation config, and ``tokenizer``: one of transformers, or the
     directory of one. ConfigError for a tokenizer of other programs, and for models with an encoder.
-
-    The file is machine code, which runs when it is loaded.
     """
     inside: Any = program
     carried = None
@@ -377,7 +382,7 @@ def package(
         raise ConfigError("a tokenizer goes into packages of what adaptc.compile_for_generation gives")
     if isinstance(inside, AdaptedProgram):
         check_followed(inside)
-    return package_program(inside, Path(path), max_rank=max_rank, carried=carried)
+    return package_program(inside, Path(path), max_rank=max_rank, products=products, carried=carried)
 
 
 def load_package(path: str | os.PathLike[str]) -> Any:

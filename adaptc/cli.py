@@ -361,6 +361,9 @@ def package(
         int | None,
         typer.Option(min=1, help="The largest rank later swaps may have; by default the ranks there are now."),
     ] = None,
+    products: Annotated[
+        str, typer.Option(help="What computes the base's layers: measured (the fastest on this machine) or plain.")
+    ] = "measured",
     as_json: Json = False,
 ) -> None:
     """Compile a program ahead of time with AOTInductor: one file of machine code, whose adapters can be swapped.
@@ -371,7 +374,7 @@ def package(
     import adaptc
 
     path = _place(out, output, force)
-    _tell(as_json, wrote=adaptc.package(adaptc.load(program), path, max_rank=max_rank))
+    _tell(as_json, wrote=adaptc.package(adaptc.load(program), path, max_rank=max_rank, products=products))
 
 
 @app.command("export-adapter")

@@ -41,5 +41,6 @@ FORM: dict[str, Any] = {
     ),
     "bases": [str],
     "guards": Option([str]),
+    "products": Option([{"kind": str, "rows": str, "why": str, "count": Length}]),
     "hashes": Each(str),
 }

@@ -106,6 +106,8 @@ class Manifest:
     bases: Sequence[str] = ()
     #: what else than ``ranges`` the compiled code takes for granted of sizes
     guards: Sequence[str] = ()
+    #: what computes the base's products, as ``Products.data`` says it
+    products: Sequence[Mapping[str, Any]] = ()
     torch: str = torch.__version__
     format: int = FORMAT
 
@@ -280,6 +282,7 @@ def _manifest(data: Mapping[str, Any]) -> Manifest:
         rooms={k: _room(r) for k, r in data["rooms"].items()},
         bases=data["bases"],
         guards=data.get("guards", ()),
+        products=data.get("products", ()),
         torch=data["torch"],
     )
 

@@ -47,7 +47,8 @@ class PackageInput:
 @dataclass(frozen=True, repr=False)
 class PackageReport(Report):
     """``nbytes`` of the file; ``torch``: the version that compiled it. ``adapter``: where the current one came from, ''
-    where there are no sites. ``ranges``: name of a size -> the least and the greatest it may be."""
+    where there are no sites. ``ranges``: name of a size -> the least and the greatest it may be. ``products``: what
+    computes those of the base's linear layers, and why, chosen on the machine that made it."""
 
     path: Path
     device: str
@@ -58,6 +59,7 @@ class PackageReport(Report):
     sites: tuple[PackageSite, ...]
     inputs: tuple[PackageInput, ...]
     ranges: Mapping[str, tuple[float, float]]
+    products: tuple[Mapping[str, Any], ...] = ()
 
     @classmethod
     def of(cls, package: PackagedProgram) -> PackageReport:
@@ -100,6 +102,7 @@ class PackageReport(Report):
             sites=tuple(sites),
             inputs=inputs,
             ranges={n: bounds for n, bounds in m.ranges.items() if n in used},
+            products=tuple(m.products),
         )
 
     def parts(self) -> list[str | Table]:
@@ -111,11 +114,12 @@ class PackageReport(Report):
             absent = sum(not s.present for s in self.sites)
             adapter = f"{self.peft_type} adapter ({self.adapter}): {len(self.sites)} sites"
             adapter += f", {absent} of them left at the base" if absent else ""
-        return [f"{head}\n{adapter}", self._sites(), self._inputs(), self._ranges()]
+        chosen = [f"products: {p['count']} by {p['kind']} at any rows ({p['why']})" for p in self.products]
+        return ["\n".join([head, adapter, *chosen]), self._sites(), self._inputs(), self._ranges()]
 
     def data(self) -> dict[str, Any]:
         """``path``, ``device``, ``torch``, ``bytes``, ``adapter``, ``peft_type``, ``sites`` and ``inputs`` (one dict
-        each), ``ranges`` (size -> least and greatest, None for any)."""
+        each), ``ranges`` (size -> least and greatest, None for any), ``products`` (one dict for each line)."""
         return {
             "path": str(self.path),
             "device": self.device,
@@ -130,6 +134,7 @@ class PackageReport(Report):
                 for i in self.inputs
             ],
             "ranges": {n: plain(bounds) for n, bounds in self.ranges.items()},
+            "products": [plain(p) for p in self.products],
         }
 
     def _sites(self) -> Table:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from adaptc.binding.binding import Binding
-from adaptc.errors import BackendError, CheckpointError, ConfigError
+from adaptc.errors import BackendError, CheckpointError, ConfigError, shown
 from adaptc.packages import manifest as _package_file
 from adaptc.packages.manifest import Contents, Input, Manifest, Room, Site
 from adaptc.packages.run import PackagedProgram
@@ -34,15 +34,20 @@ from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.exclusive import GRAPHS, exclusive
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.method import Slot
+from adaptc.passes.lower.choose_products import ChooseProducts, Products
 from adaptc.passes.train.set_mode import SetMode
 from adaptc.peft_files.staging import replacing
 from adaptc.peft_files.torch_writer import writing
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.runtime.call_inputs import Inputs
+from adaptc.runtime.compiled_products import choose_packaged
+from adaptc.runtime.product_table import wanted
 from adaptc.runtime.rank_padding import Padding, paddings
 from adaptc.runtime.state import written_to
 
 __all__ = ["PackagedProgram", "package_program"]
+
+PRODUCTS = ("measured", "plain")
 
 OPTIONS: Mapping[str, Any] = {
     "aot_inductor.package": True,
@@ -56,7 +61,12 @@ OPTIONS: Mapping[str, Any] = {
 
 @exclusive
 def package_program(
-    program: AdaptedProgram, path: Path, *, max_rank: int | None = None, carried: Mapping[str, bytes] | None = None
+    program: AdaptedProgram,
+    path: Path,
+    *,
+    max_rank: int | None = None,
+    products: str = "measured",
+    carried: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Compile ``program``, with its current adapter, into the file ``path`` (``.pt2``); returns ``path``.
 
@@ -66,8 +76,13 @@ def package_program(
     unloaded program gives a package without slots. The file is machine code, which runs when somebody loads it: it is
     for those who trust you.
 
-    Raises ConfigError for a ``max_rank`` that is too small or cannot be had, BackendError when the program cannot be
-    compiled (no C++ compiler, for one), CheckpointError when the file cannot be written; ``path`` is then as it was.
+    ``products``: "measured" has oneDNN compute those float32 layers of the base that it computes faster on this machine
+    (the report of the package says which, and why), which is right on others too, if not the fastest there; "plain"
+    leaves them all to torch, as ``ADAPTC_PRODUCTS=plain`` does.
+
+    Raises ConfigError for a ``max_rank`` that is too small or cannot be had, and for another value of ``products``,
+    BackendError when the program cannot be compiled (no C++ compiler, for one), CheckpointError when the file cannot be
+    written; ``path`` is then as it was.
     """
     if not isinstance(program, AdaptedProgram):
         raise ConfigError(f"package takes what adaptc.compile or adaptc.load gives, not a {type(program).__name__}")
@@ -76,6 +91,8 @@ def package_program(
         raise CheckpointError(f"cannot package to {path}: the name must end in .pt2 and its directory must exist")
     if max_rank is not None and (not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < 1):
         raise ConfigError(f"max_rank must be a positive integer, got {max_rank!r}")
+    if not isinstance(products, str) or products not in PRODUCTS:
+        raise ConfigError(f"products={shown(products)} is not one of {', '.join(PRODUCTS)}")
     if program.current is not None and program.current.parts:
         raise ConfigError(
             f"a package holds one adapter at a time, and here {list(program.current.parts)} act together; merge() the "
@@ -83,7 +100,7 @@ def package_program(
         )
     if program.example_inputs is None:
         raise BackendError("the program has no example inputs, which compiling needs; capture it with torch.export")
-    frozen, manifest, tensors = _Packer(program, max_rank).run()
+    frozen, manifest, tensors = _Packer(program, max_rank, products).run()
     try:
         # Beside the target: there must be room for it here anyway.
         with replacing(path, "new.pt2") as new, _code_folder(new) as code:
@@ -110,8 +127,8 @@ def _code_folder(new: Path) -> Iterator[Path]:
 class _Packer:
     """What goes into one package: a program with padded slots, its manifest, and tensors made of base weights."""
 
-    def __init__(self, program: AdaptedProgram, max_rank: int | None) -> None:
-        self.program, self.max_rank = program, max_rank
+    def __init__(self, program: AdaptedProgram, max_rank: int | None, products: str) -> None:
+        self.program, self.max_rank, self.products = program, max_rank, products
         self.binding: Binding | None = program.current
         self.attachments = program.adaptation.attachments if self.binding is not None else ()
         self.spec = program.spec()
@@ -138,8 +155,9 @@ class _Packer:
             header = adaptation.header(binding)
         sites = [Site(a, program.ops[a.id], tuple(w.shape), w.dtype) for a in self.attachments for w in [self._base(a)]]
         flat, ranges, guards = self._inputs(inputs), dict(inputs.ranges), list(inputs.guards)
-        manifest = Manifest(self._device(), header, flat, ranges, sites, self.rooms, bases, guards)
-        return self._frozen(), manifest, self.tensors
+        frozen, chosen = self._frozen()
+        manifest = Manifest(self._device(), header, flat, ranges, sites, self.rooms, bases, guards, chosen.data())
+        return frozen, manifest, self.tensors
 
     def _base(self, a: Attachment) -> Tensor:
         return self.spec.weights[a.fqn]
@@ -219,8 +237,9 @@ class _Packer:
                 out.append(Input(name, None, want))
         return out
 
-    def _frozen(self) -> ExportedProgram:
-        """The program as it is compiled: in inference mode, with padded slots; it shares base tensors with the old."""
+    def _frozen(self) -> tuple[ExportedProgram, Products]:
+        """The program as it is compiled: in inference mode, with padded slots and chosen products; it shares base
+        tensors with the old."""
         training = self.program.adaptation.training
         lifted = Lifted(SetMode(training=False)(self.program).program if training else self.program)
         names = {fqn: node.name for fqn, node in lifted.placeholders.items()}
@@ -231,7 +250,11 @@ class _Packer:
         for node in lifted.graph.nodes:
             if "custom" in node.meta:  # the compiler writes into it, and copies of a graph share it
                 node.meta["custom"] = dict(node.meta["custom"])
-        return lifted.finish()
+        products = Products()
+        if self.products != "plain" and wanted():
+            base = {name for fqn, name in names.items() if fqn not in self.rooms}
+            products = ChooseProducts(base, choose_packaged, compiled=True)(lifted.graph).data
+        return lifted.finish(), products
 
 
 def _padded(a: Attachment, slot: str, value: Tensor, padding: Padding | None, shape: tuple[int, ...]) -> Tensor:

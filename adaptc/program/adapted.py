@@ -31,6 +31,7 @@ from adaptc.program.program_module import PRODUCTS, ProgramModule, plain
 from adaptc.program.unload import unloaded
 from adaptc.runtime.held_values import Held
 from adaptc.runtime.options import blocks_at_a_time
+from adaptc.runtime.packed_weights import PackedWeights
 from adaptc.runtime.product_table import choose, choose_for_gradient, wanted
 from adaptc.runtime.variants import Fusion
 
@@ -149,6 +150,23 @@ class AdaptedProgram(ProgramCore):
         self.set_options(hoist_limit=value)
 
     @property
+    def pack(self) -> str | None:
+        """The type of the base's weights that calls may read packed copies of: "float32", "bf16", or None for none.
+
+        A packed copy lies as oneDNN reads it fastest, beside the weight, which stays: memory for time, and only at the
+        numbers of rows at which it was measured to be faster. It is made in the first such call, in the type that the
+        weight has; nothing is rounded. :attr:`packed` and ``report`` say what is held and why. Setting it makes the
+        code anew; None frees all copies. With ``ADAPTC_PRODUCTS=plain`` nothing is packed. Raises ConfigError for any
+        other value, where no weight has this type, and where the program trains; BackendError where the backend is not
+        "eager".
+        """
+        return self.options.pack
+
+    @pack.setter
+    def pack(self, value: str | None) -> None:
+        self.set_options(pack=value)
+
+    @property
     def checkpoint(self) -> int | Literal["auto"] | None:
         """How many repeated blocks the modules that :meth:`module` makes compute again at a time, "auto" for one; None
         where they keep all for the backward. Raises ConfigError for any other value."""
@@ -175,10 +193,16 @@ class AdaptedProgram(ProgramCore):
     @property
     def products(self) -> Products:
         """What computes the products of the base's linear layers, and why (see ``report``); nothing before the first
-        call, on the inductor backend, and where ``ADAPTC_PRODUCTS=plain`` is set. Modules to train have their own:
+        call, and where ``ADAPTC_PRODUCTS=plain`` is set. Modules to train have their own:
         ``prog.module().products``."""
         executor = self.running.executor
         return Products() if executor is None else executor.products
+
+    @property
+    def packed(self) -> PackedWeights:
+        """The packed copies that calls have made so far, where :attr:`pack` allows them."""
+        executor = self.running.executor
+        return PackedWeights() if executor is None else executor.packed
 
     @property
     def passes(self) -> dict[str, Trail]:

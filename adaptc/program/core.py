@@ -27,7 +27,7 @@ from torch.export import ExportedProgram
 
 from adaptc.binding.binding import Binding
 from adaptc.binding.recipes import Recipes
-from adaptc.errors import AdaptcError, BackendError
+from adaptc.errors import AdaptcError, BackendError, ConfigError
 from adaptc.passes.adapt.choose_forms import compilable
 from adaptc.passes.adapt.move import Move, usable
 from adaptc.passes.adapt.respecialize import Respecialize
@@ -40,7 +40,7 @@ from adaptc.program.copies import clone_tensors, mapped
 from adaptc.program.running import Exported, Running, RunState, called, called_as
 from adaptc.program.values import ProgramValues
 from adaptc.runtime.executor import Arguments, Executor
-from adaptc.runtime.options import RunOptions
+from adaptc.runtime.options import PACKS, RunOptions
 from adaptc.runtime.outside_compilers import outside
 
 
@@ -98,6 +98,7 @@ class ProgramCore(ProgramValues):
             self._meant = {k: (t.shape, t.dtype, t.device) for k, t in tensors.items()}
         self._show(self._run.exported)
         self._check_forms(options)
+        self._check_pack(options)
 
     @property
     def origin(self) -> Origin | None:
@@ -265,6 +266,7 @@ class ProgramCore(ProgramValues):
         """Change how it runs. Raises as :class:`RunOptions` does; then nothing has changed."""
         options = replace(self.options, **changes)
         self._check_forms(options)
+        self._check_pack(options)
         with self._run.lock:
             now = self._run.now
             if options != now.options:
@@ -278,6 +280,19 @@ class ProgramCore(ProgramValues):
                     f"program for it, with compile(..., backend={options.backend!r}), or save it and "
                     f"load(path, backend={options.backend!r})"
                 )
+
+    def _check_pack(self, options: RunOptions) -> None:
+        if options.pack is None:
+            return
+        if self._adaptation.training:
+            raise ConfigError(f"pack={options.pack!r} is for inference, and the program is captured for training")
+        tensors = [t for t in self._base.values() if isinstance(t, Tensor) and t.ndim == 2 and t.device.type == "cpu"]
+        if tensors and all(t.dtype != PACKS[options.pack] for t in tensors):
+            found = ", ".join(sorted({f"{t.dtype}" for t in tensors}))
+            raise ConfigError(
+                f"pack={options.pack!r} packs weights of {PACKS[options.pack]}, and those of the base are {found}: "
+                "nothing is rounded to be packed"
+            )
 
     # -- the exported program follows ----------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from adaptc.peft_files.origin import PEFT, Origin
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.reports.norms import Norms
 from adaptc.runtime.held_values import Held
+from adaptc.runtime.packed_weights import PackedWeights
 from adaptc.runtime.variants import Fusion
 from adaptc.tables import (
     Column,
@@ -68,9 +69,9 @@ class CoverageReport(Report):
     """``matches``: target entry -> the modules it selected. ``left_out``: (module, why). ``trainable`` and ``total``:
     numbers of parameters, as PEFT counts them. ``adapter`` '' and no sites: the program has no adapter. ``held``: what
     calls of the program compute once, ``fusion``: which layers share a product, ``products``: what computes those of
-    the base; nothing before the first call. ``training``: what computes those of a module that trains it, of the
-    modules that there are. ``passes``: those the program went through, with how much each changed, and
-    those of the code of its calls.
+    the base, ``packed``: what of it has a packed copy; nothing before the first call. ``training``: what computes those
+    of a module that trains it, of the modules that there are. ``passes``: those the program went through, with how much
+    each changed, and those of the code of its calls.
     ``norms``: of the adapter's tensors at each site, as they were when the report was made."""
 
     sites: tuple[SiteCoverage, ...]
@@ -86,6 +87,7 @@ class CoverageReport(Report):
     fusion: Fusion = field(default=Fusion(), repr=False)
     products: Products = field(default=Products(), repr=False)
     training: tuple[Products, ...] = field(default=(), repr=False)
+    packed: PackedWeights = field(default=PackedWeights(), repr=False)
     passes: Mapping[str, Trail] = field(default_factory=dict, repr=False)
     norms: Norms = field(default=Norms(), repr=False)
     #: adapter -> what its file was
@@ -100,7 +102,7 @@ class CoverageReport(Report):
         if not a.attachments:
             report = program.merge_report
             source = report.source if report else ""
-            made: dict[str, Any] = {"passes": program.passes, "products": program.products}
+            made: dict[str, Any] = {k: getattr(program, k) for k in ("passes", "products", "packed")}
             return cls((), {}, (), 0, base_parameters(program, ()), merged=source, **made)
         binding = program.binding
         seen: set[str] = set()
@@ -111,7 +113,7 @@ class CoverageReport(Report):
         parts = binding.parts or {binding.name: binding}
         kinds = " + ".join(dict.fromkeys(p.config.peft_type for p in parts.values()))
         names = ", ".join(parts)
-        made = {"held": program.held, "fusion": program.fusion, "passes": program.passes, "products": program.products}
+        made = {k: getattr(program, k) for k in ("held", "fusion", "passes", "products", "packed")}
         made["training"] = training
         made["norms"] = Norms.of(program, changes)
         made["origins"] = {n: p.origin for n, p in parts.items()}
@@ -131,7 +133,7 @@ class CoverageReport(Report):
         """Layers that differ in their number alone share a row."""
         if not self.sites:
             how = f"it is plain, merged from {self.merged}" if self.merged else "it is a plain program"
-            products = f"{self.products}\n" if self.products.choices else ""
+            products = "".join(f"{text}\n" for text in (str(self.products), str(self.packed)) if text)
             return [f"The program has no adapter: {how}.\n{products}{self.parameters_line()}{self._passes()}"]
         changed = {s.fqn for s in self.sites if s.present}
         absent = sum(s.fqn not in changed for s in self.sites)
@@ -143,13 +145,13 @@ class CoverageReport(Report):
         tables = [self._sites(), self._forms(), self._entries(), self._omitted(), *self.norms.parts()]
         line = self.parameters_line() + self._passes()
         products = [str(p) for p in (self.products, *self.training)]
-        return [head, *tables, str(self.held), str(self.fusion), *products, line]
+        return [head, *tables, str(self.held), str(self.fusion), *products, str(self.packed), line]
 
     def data(self) -> dict[str, Any]:
         """``adapter``, ``peft_type`` and ``source``, ``formats`` (adapter -> that of its file), ``merged`` (from what),
         ``sites`` (one dict each), ``matches`` (target entry -> modules), ``left_out`` (module, why), ``trainable``,
-        ``total``, ``products`` (one dict for each line), ``training`` (which products -> the same), ``passes`` and
-        ``norms``."""
+        ``total``, ``products`` (one dict for each line), ``training`` (which products -> the same), ``packed`` (count
+        and bytes), ``passes`` and ``norms``."""
         return {
             "adapter": self.adapter,
             "peft_type": self.peft_type,
@@ -163,6 +165,7 @@ class CoverageReport(Report):
             "total": self.total,
             "products": self.products.data(),
             "training": {p.caption: p.data() for p in self.training},
+            "packed": {"count": self.packed.count, "bytes": self.packed.nbytes},
             "passes": {where: [[name, count] for name, count in trail] for where, trail in self.passes.items()},
             "norms": self.norms.data(),
         }

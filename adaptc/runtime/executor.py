@@ -32,10 +32,12 @@ from adaptc.passes.lower.choose_products import Products
 from adaptc.passes.train.set_mode import set_mode
 from adaptc.runtime.call_inputs import Inputs
 from adaptc.runtime.compiled_layouts import Layouts
+from adaptc.runtime.compiled_products import choose_compiled
 from adaptc.runtime.gpu_variants import GpuVariants, runs_on_gpu
 from adaptc.runtime.held_values import Held, Prefix
 from adaptc.runtime.inductor import compile_lifted, with_room
-from adaptc.runtime.options import RunOptions
+from adaptc.runtime.options import PACKS, RunOptions
+from adaptc.runtime.packed_weights import PackedWeights, Packs
 from adaptc.runtime.product_table import choose, wanted
 from adaptc.runtime.state import own_copies, written_to
 from adaptc.runtime.variants import PLAIN, Fusion, GraphVariants, LiftedGraph, sizes_of
@@ -92,6 +94,8 @@ class Executor:
         small = {name for n, name in zip(self.lifted_names, self.names, strict=True) if n in slots}
         self._layouts = Layouts(self.module.graph, set(self.names), small, written) if self.compiles else None
         self._binding = threading.Lock()
+        pack = options.pack if wanted() and not training else None
+        self._packing = None if pack is None else Packs(PACKS[pack])
         self._packs: dict[str, list[list[str]]] = {}
         self._training = training
         self.variants = self._split()
@@ -120,7 +124,8 @@ class Executor:
             compiled=self.compiles,
             fuse=bool(fuse),
             differentiable=self._training,
-            choose=None if self._training or self.compiles or not wanted() else choose,
+            pack=None if self._packing is None else self._packing.layer,
+            choose=None if self._training or not wanted() else choose_compiled if self.compiles else choose,
         )
         lowered = runs_on_gpu(tensors.values()) if kernels is None else kernels
         if not lowered or not self.attachments:
@@ -136,6 +141,11 @@ class Executor:
     def products(self) -> Products:
         """What computes the base's products in the variant that was made first."""
         return next(iter(self.variants.products.values()), Products())
+
+    @property
+    def packed(self) -> PackedWeights:
+        """The copies of weights that calls have made so far."""
+        return PackedWeights() if self._packing is None else self._packing.packed
 
     @property
     def fusion(self) -> Fusion:
@@ -277,7 +287,7 @@ class Executor:
                 targets: dict[str, str | None] = {p.name: None for p in variant.packs}
                 targets.update(zip(self.names, self.lifted_names, strict=True))
                 split = variant.split
-                self._compiled = compile_lifted(split.module, split, targets, self.attachments, self.ops)
+                self._compiled = compile_lifted(split.module, split, variant.code, targets, self.attachments, self.ops)
             return self._compiled
 
 

@@ -94,4 +94,4 @@ class GpuVariants(GraphVariants):
         groups = self.groups if self.fuses else []
         layers = sum(len(g.members) for g in groups)
         lowered: Lowered = self.cleaned.data[0]
-        return Fusion(len(groups), layers, layers, FEW_ROWS, lowered.regions, lowered.others)
+        return Fusion(len(groups), layers, layers, FEW_ROWS, kernels=lowered.regions, others=lowered.others)

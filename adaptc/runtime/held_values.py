@@ -36,12 +36,14 @@ _version, _place = attrgetter("_version"), methodcaller("data_ptr")
 @dataclass(frozen=True)
 class Held:
     """Memory of values that are computed once: ``nbytes`` in ``count`` values for one binding, and ``shared_nbytes`` in
-    ``shared`` values for all bindings together. Views of other tensors count, and hold no bytes of their own."""
+    ``shared`` values for all bindings together. Views of other tensors count, and hold no bytes of their own.
+    ``wide_nbytes``: of these bytes, those of copies in float32 that are made from half precision alone."""
 
     count: int = 0
     nbytes: int = 0
     shared: int = 0
     shared_nbytes: int = 0
+    wide_nbytes: int = 0
 
     def __add__(self, other: Held) -> Held:
         return Held(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -50,6 +52,8 @@ class Held:
         """One line; '' where nothing is held."""
         of = [(self.count, self.nbytes, "for this adapter"), (self.shared, self.shared_nbytes, "for all adapters")]
         shown = [f"{count} values {whom} ({size(nbytes)})" for count, nbytes, whom in of if count]
+        if self.wide_nbytes:
+            shown.append(f"{size(self.wide_nbytes)} of it in float32, of half precision")
         return f"computed once: {', '.join(shown)}" if shown else ""
 
 
@@ -61,6 +65,7 @@ class _Made:
     watched: tuple[Tensor, ...] = ()
     versions: tuple[int, ...] = ()
     nbytes: int = 0
+    wide_nbytes: int = 0
     sources: tuple[Tensor, ...] = ()
     places: tuple[int, ...] = ()
 
@@ -97,10 +102,12 @@ class Stage:
         own = [n for n, t in enumerate(out) if memory_of(t) not in inputs]
         watch = sorted({i for n in own for i in self.sources[n]} & versions.keys())
         memory = {memory_of(out[n]): out[n].untyped_storage().nbytes() for n in own}
+        wide = {memory_of(out[n]) for n in own if _widened(out[n], [lifted[i] for i in self.sources[n]])}
         watched = tuple(originals[i] for i in watch)
         sources = tuple(originals[i] for i in read)
         count = tuple(versions[i] for i in watch)
-        return _Made(out, watched, count, sum(memory.values()), sources, tuple(map(_place, sources)))
+        nbytes = sum(memory.values()), sum(memory[m] for m in wide)
+        return _Made(out, watched, count, *nbytes, sources, tuple(map(_place, sources)))
 
 
 class SplitGraph:
@@ -258,9 +265,16 @@ class Prefix:
         if state is None:
             return Held()
         base, slots = state.base, state.slots
+        wide = base.wide_nbytes + slots.wide_nbytes
         if self.shared is None:
-            return Held(len(base.values) + len(slots.values), base.nbytes + slots.nbytes)
-        return Held(len(slots.values), slots.nbytes, len(base.values), base.nbytes)
+            return Held(len(base.values) + len(slots.values), base.nbytes + slots.nbytes, wide_nbytes=wide)
+        return Held(len(slots.values), slots.nbytes, len(base.values), base.nbytes, wide)
+
+
+def _widened(value: Tensor, sources: Sequence[Tensor]) -> bool:
+    """Whether a value is in float32, and the matrices it was made from in half precision."""
+    types = {t.dtype for t in sources if t.ndim and t.is_floating_point()}
+    return value.dtype == torch.float32 and bool(types) and all(t.itemsize < 4 for t in types)
 
 
 def _contiguous(graph: fx.Graph) -> None:

@@ -73,12 +73,13 @@ def with_room(
 def compile_lifted(
     module: fx.GraphModule,
     code: SplitGraph,
+    main: fx.GraphModule,
     targets: Mapping[str, str | None],
     attachments: Sequence[Attachment],
     ops: Mapping[str, Op],
 ) -> Callable[..., Any]:
-    """``code.main``, which was split from ``module``; the fake values of both are replaced. ``targets``: the FQNs of
-    lifted placeholders.
+    """``main``, what calls run of ``code``, which was split from ``module``; the fake values of both are replaced.
+    ``targets``: the FQNs of lifted placeholders.
 
     Raises BackendError with inductor's reason in a line.
     """
@@ -94,7 +95,6 @@ def compile_lifted(
             name = targets.get(node.name) or ""
             value = symbols.fake(value, free.get(name, {}), range(value.ndim) if name in slots else order_of(value))
         (lifted if node.name in targets else users).append(value)
-    main = code.main
     fakes = [*symbols.inputs(code, lifted), *users]
     for node, value in zip(main.graph.find_nodes(op="placeholder"), fakes, strict=True):
         node.meta["val"] = value

@@ -6,9 +6,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from adaptc.errors import BackendError, ConfigError, shown
 
 BACKENDS = ("eager", "inductor")
+#: what ``pack`` may be -> the type of the weights that are packed
+PACKS = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,8 @@ class RunOptions:
     kernels: bool | None = None
     #: of modules to train
     checkpoint: int | Literal["auto"] | None = None
+    #: the type of the weights that calls may read packed copies of
+    pack: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.backend, str) or self.backend not in BACKENDS:
@@ -36,6 +42,12 @@ class RunOptions:
         if self.kernels is not None and not isinstance(self.kernels, bool):
             raise ConfigError(f"kernels={shown(self.kernels)} must be True, False or None (where the base is on a GPU)")
         object.__setattr__(self, "checkpoint", blocks_at_a_time(self.checkpoint))
+        if self.pack is not None and (not isinstance(self.pack, str) or self.pack not in PACKS):
+            raise ConfigError(f"pack={shown(self.pack)} is not one of {', '.join(PACKS)}, or None")
+        if self.pack is not None and self.backend != "eager":
+            raise BackendError(
+                f"pack={self.pack!r} is for backend='eager': code for a compiler reads weights as they lie"
+            )
 
 
 def blocks_at_a_time(value: Any, name: str = "checkpoint") -> int | Literal["auto"] | None:

@@ -29,16 +29,18 @@ import torch
 from adaptc.errors import ConfigError, shown
 from adaptc.passes.ir.product import ALL_CLASSES, LINEAR, ONEDNN, takes
 from adaptc.passes.lower.choose_products import Choice
-from adaptc.runtime.product_times import SIZES, Times, complete, measure
+from adaptc.runtime.product_times import SIZES, TURNED, Times, complete, measure, measure_turned
 
 SWITCH, FOLDER = "ADAPTC_PRODUCTS", "ADAPTC_CACHE"
 
 #: how much less time a product must take to be worth another one than linear's
 GAIN = 0.05
+#: how much more time at some rows is taken for noise of the measurement, where it is less at others
+NOISE = 0.1
 #: the least rows and columns of a weight: thinner products have nothing to gain
 THIN = 128
 #: of the file
-FORMAT = 1
+FORMAT = 2
 _MOST_BYTES = 1 << 20
 
 
@@ -60,7 +62,7 @@ def folder() -> Path:
     return Path(os.environ.get(name) or Path.home() / ".cache") / "adaptc"
 
 
-def identity(dtype: torch.dtype, turned: bool = False) -> dict[str, Any]:
+def identity(dtype: torch.dtype, of: str = "") -> dict[str, Any]:
     """What times depend on, as the file says it."""
     return {
         "format": FORMAT,
@@ -69,7 +71,7 @@ def identity(dtype: torch.dtype, turned: bool = False) -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
-        **({"turned": True} if turned else {}),
+        **({"of": of} if of else {}),
     }
 
 
@@ -97,13 +99,28 @@ class ProductTable:
         """For a weight of (out, width): read off the nearest that was measured, for each class of rows."""
         if min(out, width) < THIN:
             return Choice(LINEAR, (), f"fewer than {THIN} rows or columns")
-        ratios = {c: r for c in ALL_CLASSES if (r := self._ratio(out, width, c)) is not None}
+        ratios = self._ratios(out, width)
         if not ratios:
             return Choice(LINEAR, (), "nothing else was measured here")
         classes = tuple(c for c, r in ratios.items() if r <= 1 - GAIN)
         if not classes:
             return Choice(LINEAR, (), "measured: the fastest here")
         return Choice(ONEDNN, classes, "measured: faster here", tuple(ratios[c] for c in classes))
+
+    def choice_for_all(self, out: int, width: int) -> Choice:
+        """The same, of code that computes calls of any number of rows by one kind: another than linear where it is
+        faster at some and slower at none."""
+        found = self.choice(out, width)
+        if found.kind == LINEAR:
+            return found
+        ratios = self._ratios(out, width)
+        if max(ratios.values()) > 1 + NOISE:
+            return Choice(LINEAR, (), "measured: what is faster at some rows is slower at others")
+        return Choice(found.kind, ALL_CLASSES, "measured: faster here, at no rows slower", tuple(ratios.values()))
+
+    def _ratios(self, out: int, width: int) -> dict[int, float]:
+        """The time of oneDNN over that of linear at each class that was measured."""
+        return {c: r for c in ALL_CLASSES if (r := self._ratio(out, width, c)) is not None}
 
     def _ratio(self, out: int, width: int, rows: int) -> float | None:
         def far(size: tuple[int, int, int]) -> float:
@@ -120,12 +137,14 @@ _lock = threading.Lock()
 _known: dict[str, ProductTable] = {}
 
 
-def product_table(dtype: torch.dtype, measuring: Callable[..., Times] = measure, turned: bool = False) -> ProductTable:
-    """The table for products of ``dtype``: what this process knows, what a file says, or measured now. ``turned``: the
-    one for weights that are transposed views, which who only computes forward never measures."""
+def product_table(
+    dtype: torch.dtype, measuring: Callable[[torch.dtype], Times] = measure, of: str = ""
+) -> ProductTable:
+    """The table for products of ``dtype``: what this process knows, what a file says, or measured now. ``of``: what
+    ``measuring`` measures, where that is not linear and oneDNN on weights as they lie."""
     if not takes(dtype):
         return ProductTable({})
-    what = identity(dtype, turned)
+    what = identity(dtype, of)
     name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     try:
         path = folder() / f"products-{name}.json"
@@ -136,23 +155,32 @@ def product_table(dtype: torch.dtype, measuring: Callable[..., Times] = measure,
         if key not in _known:
             times = None if path is None else read(path, what)
             if times is None:
-                times = measuring(dtype, turned=True) if turned else measuring(dtype)
-                if complete(times, turned) and path is not None:  # on a busy machine it may not be
+                times = measuring(dtype)
+                if complete(times, of) and path is not None:  # on a busy machine it may not be
                     write(path, what, times)
             _known[key] = ProductTable(times)
         return _known[key]
 
 
 def choose(out: int, width: int, dtype: torch.dtype) -> Choice:
-    """The product for a weight of (out, width). What needs no times asks for none."""
-    thin = min(out, width) < THIN
-    return (ProductTable({}) if thin else product_table(dtype)).choice(out, width)
+    """The product for a weight of (out, width), for each class of rows."""
+    return _table_for(out, width, dtype).choice(out, width)
+
+
+def choose_for_all(out: int, width: int, dtype: torch.dtype) -> Choice:
+    """The product for a weight of (out, width), for any number of rows."""
+    return _table_for(out, width, dtype).choice_for_all(out, width)
+
+
+def _table_for(out: int, width: int, dtype: torch.dtype) -> ProductTable:
+    """What needs no times asks for none."""
+    return ProductTable({}) if min(out, width) < THIN else product_table(dtype)
 
 
 def choose_for_gradient(out: int, width: int, dtype: torch.dtype) -> Choice:
     """The product for the gradient of inputs of a layer whose weight is (out, width)."""
     thin = min(out, width) < THIN
-    return (ProductTable({}) if thin else product_table(dtype, turned=True)).choice(width, out)
+    return (ProductTable({}) if thin else product_table(dtype, measure_turned, TURNED)).choice(width, out)
 
 
 def read(path: Path, what: Mapping[str, Any]) -> Times | None:
@@ -173,7 +201,7 @@ def read(path: Path, what: Mapping[str, Any]) -> Times | None:
             if not (0 < linear < math.inf and 0 < onednn < math.inf):
                 return None
             times[out, width, rows] = linear, onednn
-        return times if complete(times, bool(what.get("turned"))) else None
+        return times if complete(times, what.get("of", "")) else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         return None
 

@@ -1,15 +1,16 @@
 """How long products take on this machine, as they lie in a model: weights that are in no near cache.
 
-Before: nothing. After: the least time of each kind at a few sizes of weights and numbers of rows,
-as many as fit in. The kinds take turns,
-so that what slows the machine down slows both; the least of several times is what the code itself takes.
+Before: nothing. After: the least time of each kind at a few sizes of weights and numbers of rows, as many as fit in.
+The kinds take turns, so that what slows the machine down slows both; the least of several times is what the code itself
+takes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,11 @@ from adaptc.passes.ir.product import ALL_CLASSES, ONEDNN, in_transform, product
 
 #: (rows, columns of a weight, class of rows) -> seconds of linear and of oneDNN
 Times = dict[tuple[int, int, int], tuple[float, float]]
+#: (pool, size of a weight, rows, when to end) -> the least time of each of two kinds, None where there is none left
+Pair = Callable[[Tensor, tuple[int, int], int, float], tuple[float, float] | None]
 
+#: the name of times of weights that are transposed views
+TURNED = "turned"
 #: weights that are measured
 SIZES = ((256, 256), (576, 576), (1536, 576), (576, 1536), (2048, 2048))
 #: rows that stand for each class
@@ -33,13 +38,13 @@ BUDGET = 0.5
 _MOST_WORK = 2e9
 #: times that each kind is measured, and the fewest that count
 _ROUNDS, _FEWEST = 6, 3
-#: numbers in the memory that weights are taken from
-_POOL = 9_000_000
+#: bytes of the memory that weights are taken from: more than near caches hold, whatever the type
+_POOL = 36_000_000
 
 
-def measure(dtype: torch.dtype, turned: bool = False) -> Times:
+def measure(dtype: torch.dtype, pair: Pair | None = None, of: str = "") -> Times:
     """Times of products of ``dtype``, in about :data:`BUDGET` seconds at most; none where a mode is on that makes other
-    things of tensors. ``turned``: with a weight that is the transposed view of another, as gradients of inputs are."""
+    things of tensors. ``pair`` measures two kinds other than linear and oneDNN, ``of`` is what it measures."""
     if in_transform():
         return {}
     with contextlib.ExitStack() as stack:
@@ -47,49 +52,79 @@ def measure(dtype: torch.dtype, turned: bool = False) -> Times:
         for device in AUTOCAST_DEVICES:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        pool = torch.full((_POOL,), 0.5, dtype=dtype, device="cpu")
-        return _measure(pool, turned) if type(pool) is Tensor else {}
+        pool = torch.full((_POOL // dtype.itemsize,), 0.5, dtype=dtype, device="cpu")
+        return _measure(pool, pair or _pair, of) if type(pool) is Tensor else {}
 
 
-def complete(times: Times, turned: bool = False) -> bool:
+def measure_turned(dtype: torch.dtype) -> Times:
+    """The same with weights that are transposed views of others, as in gradients of inputs."""
+    return measure(dtype, _turned, TURNED)
+
+
+def complete(times: Times, of: str = "") -> bool:
     """Whether all was measured."""
-    return len(times) == len(_wanted(turned))
+    return len(times) == len(_wanted(of))
 
 
-def _wanted(turned: bool = False) -> list[tuple[tuple[int, int], int, int]]:
+def _wanted(of: str = "") -> list[tuple[tuple[int, int], int, int]]:
     """Size, class and number of rows of what is measured. Few rows first: they gain most."""
-    classes = list(zip(ALL_CLASSES, ROWS, strict=True))[GRADIENTS if turned else 0 :]
+    classes = list(zip(ALL_CLASSES, ROWS, strict=True))[GRADIENTS if of == TURNED else 0 :]
     return [(s, c, n) for c, n in classes for s in SIZES if 2 * n * s[0] * s[1] <= _MOST_WORK]
 
 
-def _measure(pool: Tensor, turned: bool) -> Times:
+def _measure(pool: Tensor, measured: Pair, of: str) -> Times:
     out: Times = {}
     end = time.perf_counter() + BUDGET
-    for size, rows, number in _wanted(turned):
-        pair = _pair(pool, size, number, end, turned)
+    for size, rows, number in _wanted(of):
+        pair = measured(pool, size, number, end)
         if pair is None:
             break
         out[(*size, rows)] = pair
     return out
 
 
-def _pair(pool: Tensor, size: tuple[int, int], rows: int, end: float, turned: bool) -> tuple[float, float] | None:
-    numel, at = size[0] * size[1], 0
+def _pair(pool: Tensor, size: tuple[int, int], rows: int, end: float) -> tuple[float, float] | None:
+    return _both(*operands(pool, size, rows), end)
+
+
+def _turned(pool: Tensor, size: tuple[int, int], rows: int, end: float) -> tuple[float, float] | None:
+    x, _ = operands(pool, size, rows)
+    _, stored = operands(pool, (size[1], size[0]), rows)
+    return _both(x, [w.t() for w in stored], end)
+
+
+def _both(x: Tensor, weights: Sequence[Tensor], end: float) -> tuple[float, float] | None:
+    best = least([plain(x, weights), by_onednn(x, weights)], end)
+    return None if best is None else (best[0], best[1])
+
+
+def operands(pool: Tensor, size: tuple[int, int], rows: int) -> tuple[Tensor, list[Tensor]]:
+    """What is multiplied, and as many weights as there are."""
+    numel = size[0] * size[1]
     x = pool[: rows * size[1]].view(rows, size[1])
-    kinds: list[Callable[[Tensor], Tensor]] = [
-        lambda w: F.linear(x, w),
-        lambda w: product(x, w, None, ONEDNN, ALL_CLASSES),
-    ]
+    return x, [pool[i * numel : (i + 1) * numel].view(size) for i in range(pool.numel() // numel)]
+
+
+def plain(x: Tensor, weights: Sequence[Tensor]) -> Callable[[int], Tensor]:
+    """Products by linear, each with the weight of a number."""
+    return lambda n: F.linear(x, weights[n % len(weights)])
+
+
+def by_onednn(x: Tensor, weights: Sequence[Tensor]) -> Callable[[int], Tensor]:
+    """Products by oneDNN, each with the weight of a number."""
+    return lambda n: product(x, weights[n % len(weights)], None, ONEDNN, ALL_CLASSES)
+
+
+def least(kinds: Sequence[Callable[[int], Any]], end: float) -> list[float] | None:
+    """The least time of each kind, which take turns, each time with another number; None where there is no time until
+    ``end`` for enough of them."""
     best = [float("inf")] * len(kinds)
     for turn in range(_ROUNDS + 1):
         if time.perf_counter() > end:
-            return (best[0], best[1]) if turn > _FEWEST else None
+            return best if turn > _FEWEST else None
         for i, run in enumerate(kinds):
-            at = 0 if at + 2 * numel > pool.numel() else at + numel
-            piece = pool[at : at + numel]
-            weight = piece.view(size[::-1]).t() if turned else piece.view(size)
             start = time.perf_counter()
-            run(weight)
+            run(turn * len(kinds) + i)
             if turn:  # not the first, which prepares
                 best[i] = min(best[i], time.perf_counter() - start)
-    return best[0], best[1]
+    return best

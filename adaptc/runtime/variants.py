@@ -1,12 +1,14 @@
 """Which form of its graph the calls of a program run: cleaned, with siblings fused, with frozen work taken out.
 
-A program has one graph. Up to three variants are made of it, each when it is first used, all equal up to rounding:
+A program has one graph. Up to four variants are made of it, each when it is first used, all equal up to rounding:
 
     plain     canonicalize, hoist                           where adapter tensors are trained, or nothing can be fused
-    stacked   and one product per group of siblings         for few rows: the fewest operators
+    wide      and one product per group of siblings, of     for the fewest rows, where adapters are in half precision
+              adapters in float32
+    stacked   the same of adapters as they are              for few rows: the fewest operators
     apart     and adapters of siblings each on their own    for many rows: the fewest operations
 
-Which of the last two costs less is a symbolic expression in the program's own sizes, evaluated for the sizes of each
+Which of the last three costs least is a symbolic expression in the program's own sizes, evaluated for the sizes of each
 call. A compiler gets the plain one; so does everybody where the limit on hoisted memory leaves no room for what
 fusing stacks.
 """
@@ -17,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 from torch import Tensor, dtype, fx
@@ -27,27 +29,33 @@ from adaptc.passes.ir.lifted import copy_graph
 from adaptc.passes.ir.modes import AUTOCAST_DEVICES
 from adaptc.passes.ir.pass_infra import GraphPass, PassManager, PassResult, Trail
 from adaptc.passes.lower.choose_products import Choice, ChooseProducts, Products
+from adaptc.passes.lower.pack_products import Make, PackProducts
 from adaptc.passes.optimize.bind_calls import BindCalls
 from adaptc.passes.optimize.canonicalize import Canonicalize
 from adaptc.passes.optimize.fold_scales import FoldScales
-from adaptc.passes.optimize.fuse_siblings import FuseSiblings, Group, Pack
+from adaptc.passes.optimize.fuse_siblings import FuseSiblings
 from adaptc.passes.optimize.hoist import stages_of
-from adaptc.passes.optimize.sibling_cost import stacked_is_cheaper
+from adaptc.passes.optimize.sibling_cost import Crossing, crossing, stacking, widening
+from adaptc.passes.optimize.sibling_groups import Group
+from adaptc.passes.optimize.write_siblings import Pack
 from adaptc.runtime.held_values import Shared, SplitGraph
 
-PLAIN, STACKED, APART = "plain", "stacked", "apart"
+PLAIN, STACKED, APART, WIDE = "plain", "stacked", "apart", "wide"
 
 
 @dataclass(frozen=True)
 class Fusion:
     """What was fused: ``layers`` in ``groups`` that read one tensor each, ``adapted`` of them with an adapter; ``rows``
-    up to which the adapters of a group are stacked. On a GPU ``kernels``: regions that run as fused kernels, ``others``
+    up to which the adapters of a group are stacked; ``wide``: groups whose adapters, in half precision, are computed in
+    float32 for up to ``wide_rows`` rows. On a GPU ``kernels``: regions that run as fused kernels, ``others``
     why those of other sites do not, and ``rows`` up to which layers are not grouped."""
 
     groups: int = 0
     layers: int = 0
     adapted: int = 0
     rows: float = 0.0
+    wide: int = 0
+    wide_rows: float = 0.0
     kernels: int = 0
     others: Mapping[str, str] = field(default_factory=dict)
 
@@ -59,6 +67,11 @@ class Fusion:
             if self.kernels:
                 until = f" (above {self.rows:.0f} rows)"
             lines.append(f"fused: {self.layers} layers in {self.groups} products{adapters}{until}")
+        if self.wide:
+            why = "the processor does not multiply their type"
+            if isfinite(self.wide_rows):
+                why = f"for up to {self.wide_rows:.0f} rows, where products of half precision take longer"
+            lines.append(f"adapters in half precision: computed in float32 in {self.wide} products ({why})")
         if self.kernels:
             lines.append(f"fused kernels: {self.kernels} regions")
         reasons = Counter(self.others.values())
@@ -73,7 +86,8 @@ class LiftedGraph:
     ``names``: its lifted placeholders, in order; ``base`` and ``slots``: those of them that are frozen, for all
     bindings or in each; ``packable``: those whose tensors may be moved into a buffer. ``limit``: bytes of memory for
     what is computed once. ``compiled``: a compiler gets it, and not an interpreter. ``fuse``: siblings may share
-    products. ``differentiable``: gradients flow through it.
+    products. ``differentiable``: gradients flow through it. ``choose``: see :class:`ChooseProducts`; ``pack``: see
+    :class:`PackProducts`.
     """
 
     module: fx.GraphModule
@@ -86,6 +100,7 @@ class LiftedGraph:
     fuse: bool = True
     differentiable: bool = False
     choose: Callable[[int, int, dtype], Choice] | None = None
+    pack: Make | None = None
 
     @cached_property
     def users(self) -> list[str]:
@@ -100,10 +115,12 @@ class LiftedGraph:
 
 @dataclass(frozen=True, eq=False)
 class GraphVariant:
-    """A graph and what was hoisted out of it, the inputs that packing adds, the callable, what it shares between
-    bindings, the passes it went through, and the products that were chosen for its base."""
+    """A graph and what was hoisted out of it, what calls of it run, as a graph and as a callable, the inputs that
+    packing adds, what it shares between bindings, the passes it went through, and the products that were chosen for its
+    base."""
 
     split: SplitGraph
+    code: fx.GraphModule
     packs: tuple[Pack, ...]
     call: Callable[..., Any]
     shared: Shared | None
@@ -141,7 +158,9 @@ class GraphVariants:
         """The variant that costs least in a call with these sizes."""
         if not self.fuses:
             return PLAIN
-        return STACKED if self._stacked(sizes) else APART
+        if self._wide is not None and self._wide.below(sizes):
+            return WIDE
+        return STACKED if self._stacked.below(sizes) else APART
 
     @property
     def trails(self) -> dict[str, Trail]:
@@ -159,13 +178,26 @@ class GraphVariants:
         if not self.fuses:
             return Fusion()
         groups = self.groups
-        _, rows = stacked_is_cheaper(groups)
         layers = sum(len(g.members) for g in groups)
-        return Fusion(len(groups), layers, sum(len(g.updates) for g in groups), rows)
+        wide = sum(g.computed(wide=True) != g.adapters for g in groups)
+        wide_rows = inf if self._wide is None else self._wide.rows
+        return Fusion(
+            len(groups),
+            layers,
+            sum(len(g.updates) for g in groups),
+            self._stacked.rows,
+            wide,
+            wide_rows if wide else 0.0,
+        )
 
     @exclusive_property
-    def _stacked(self) -> Callable[[Mapping[str, int]], bool]:
-        return stacked_is_cheaper(self.groups)[0]
+    def _stacked(self) -> Crossing:
+        return crossing(self.groups, stacking)
+
+    @exclusive_property
+    def _wide(self) -> Crossing | None:
+        """None where all that may be computed in float32 always is."""
+        return crossing(self.groups, widening) if any(g.narrow for g in self.groups) else None
 
     def cleaning(self) -> list[GraphPass]:
         """The passes that make of the graph what all variants are made from."""
@@ -174,7 +206,7 @@ class GraphVariants:
     def fusing(self, kind: str) -> list[GraphPass]:
         """The passes that make a fused variant of a cleaned graph. The last one fuses."""
         s = self.source
-        return [FoldScales(s.stages), FuseSiblings(s.packable, s.stages, s.users, kind == STACKED)]
+        return [FoldScales(s.stages), FuseSiblings(s.packable, s.stages, s.users, kind != APART, kind == WIDE)]
 
     @exclusive_property
     def cleaned(self) -> PassResult[fx.Graph]:
@@ -202,7 +234,7 @@ class GraphVariants:
             new = {n.name for n in stages if n.op == "call_function" and n.name not in before}
             # What was hoisted has its name still, as an input.
             if new & {n.name for n in made.split.main.graph.nodes if n.op != "placeholder"}:
-                return self.get(PLAIN)
+                return self.get(STACKED if kind == WIDE else PLAIN)
         return made
 
     def _variant(self, graph: fx.Graph, packs: tuple[Pack, ...], trail: Trail) -> GraphVariant:
@@ -211,16 +243,18 @@ class GraphVariants:
         split = SplitGraph(module, [*s.names, *names], {*s.base, *names}, s.slots, s.limit, s.compiled)
         run, trail = split.main, (*self.cleaned.trail, *trail, *split.trail)
         products = Products()
-        if not s.compiled:
-            passes: list[GraphPass] = [BindCalls()]
-            if s.choose is not None:
-                passes = [ChooseProducts({*s.base, *names}, s.choose), *passes]
+        passes: list[GraphPass] = [] if s.compiled else [BindCalls()]
+        if s.pack is not None:
+            passes = [PackProducts({*s.base, *names}, s.pack), *passes]
+        if s.choose is not None:
+            passes = [ChooseProducts({*s.base, *names}, s.choose, s.compiled), *passes]
+        if passes:
             bound = PassManager(passes)(copy_graph(split.main.graph))
             run, trail = fx.GraphModule(split.main, bound.output), (*trail, *bound.trail)
             products = bound.data[0] or products
         # Not the module itself: while any thread traces, torch.fx has what calls modules patched for all of them.
         return GraphVariant(
-            split, packs, run.forward, Shared(split.stages[0]) if split.stages else None, trail, products
+            split, run, packs, run.forward, Shared(split.stages[0]) if split.stages else None, trail, products
         )
 
 

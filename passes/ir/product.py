@@ -101,6 +101,18 @@ def add_product(total: Tensor, x: Tensor, weight: Tensor, kind: str, classes: Se
     return _pointwise_with(x, total, weight, None, "add")
 
 
+def fits(x: Tensor, weight: Tensor, bias: Tensor | None, classes: Sequence[int]) -> bool:
+    """Whether :func:`onednn` may make this product, of a call in one of ``classes``: where no gradient is wanted."""
+    if not _by_onednn(x, weight, bias, ONEDNN, classes) or in_transform():
+        return False
+    return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, weight, bias))
+
+
+def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """oneDNN's product, of what :func:`fits`; ``weight`` may be a packed copy of the one that does."""
+    return _pointwise(x, weight, bias, "none", [], "")
+
+
 @torch.library.custom_op("adaptc::product", mutates_args=())
 def product_op(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, classes: Sequence[int]) -> Tensor:
     """:func:`product` as an op, for graphs and for gradients."""

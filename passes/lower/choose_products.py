@@ -70,13 +70,15 @@ def _rows(classes: Collection[int]) -> str:
 
 @dataclass(frozen=True)
 class ChooseProducts(GraphPass):
-    """``base``: the placeholders of weights of the base; ``choose``: (rows, columns, type of a weight) -> its choice.
-    ``data`` are the :class:`Products`, the count that of the products that are not linear's."""
+    """``base``: the placeholders of weights of the base; ``choose``: (rows, columns, type of a weight) -> its choice;
+    ``compiled``: for a compiler, which would copy a weight that does not lie row by row. ``data`` are the
+    :class:`Products`, the count that of the products that are not linear's."""
 
     name: ClassVar[str] = "choose_products"
 
     base: Collection[str] = field(repr=False)
     choose: Callable[[int, int, torch.dtype], Choice] = field(repr=False)
+    compiled: bool = False
 
     def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
         choices: list[Choice] = []
@@ -86,7 +88,10 @@ class ChooseProducts(GraphPass):
             if weight.op != "placeholder" or weight.name not in self.base or not _is_plain(value):
                 continue
             out, into = map(int, value.shape)
-            choice = self.choose(out, into, value.dtype)
+            if self.compiled and not value.is_contiguous():
+                choice = Choice(LINEAR, (), "the weight does not lie row by row")
+            else:
+                choice = self.choose(out, into, value.dtype)
             choices.append(choice)
             if choice.kind != LINEAR:
                 node.target, node.kwargs = torch.ops.adaptc.product.default, {}

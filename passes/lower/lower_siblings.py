@@ -21,8 +21,10 @@ from torch import fx
 
 from adaptc.passes.ir.effects import touched
 from adaptc.passes.ir.ops import argument
-from adaptc.passes.optimize.fuse_siblings import Fuser, FuseSiblings, Group, Member, Pack, takes_slices
+from adaptc.passes.optimize.fuse_siblings import FuseSiblings
 from adaptc.passes.optimize.hoist import stages_of
+from adaptc.passes.optimize.sibling_groups import Group, Member, takes_slices
+from adaptc.passes.optimize.write_siblings import Fuser, Pack
 
 aten, ours = torch.ops.aten, torch.ops.adaptc
 
@@ -36,8 +38,10 @@ class LowerSiblings(FuseSiblings):
     def groups(self, graph: fx.Graph) -> list[Group]:
         return find_lowered(graph, self.packable, stages_of(graph, self.stages))
 
-    def fuser(self, graph: fx.Graph, group: Group, packs: dict[tuple[str, ...], Pack]) -> Fuser:
-        return LoweredFuser(graph, group, self.inputs, packs, stacked=False)
+    def fuser(
+        self, graph: fx.Graph, group: Group, packs: dict[tuple[str, ...], Pack], made: dict[Any, fx.Node]
+    ) -> Fuser:
+        return LoweredFuser(graph, group, self.inputs, packs, stacked=False, made=made)
 
 
 def find_lowered(graph: fx.Graph, base: Collection[str], frozen: Collection[fx.Node]) -> list[Group]:

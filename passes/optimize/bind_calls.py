@@ -51,6 +51,7 @@ _FUNCTIONS: dict[Any, tuple[str, ...]] = {
     torch.conv3d: ("default", "padding"),
     F.linear: ("default",),
     F.gelu: ("default",),
+    F.silu: ("default",),
     F.scaled_dot_product_attention: ("default",),
 }
 #: overload -> method
@@ -60,6 +61,8 @@ _METHODS: dict[Any, str] = {
     aten.addmm_.default: "addmm_",
     aten.t.default: "t",
 }
+#: type -> the method that casts to it, which costs half of what the overload does
+_CASTS = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "half", torch.float64: "double"}
 
 
 def _table() -> dict[Any, Any]:
@@ -85,7 +88,9 @@ class BindCalls(GraphPass):
         for node in subject.nodes:
             if node.op != "call_function":
                 continue
-            if node.target in TABLE:
+            if node.target is aten.to.dtype and len(node.args) == 2 and not node.kwargs and node.args[1] in _CASTS:
+                node.op, node.target, node.args = "call_method", _CASTS[node.args[1]], node.args[:1]  # type: ignore[index]
+            elif node.target in TABLE:
                 node.target = TABLE[node.target]
             elif node.target in _METHODS:
                 node.op, node.target = "call_method", _METHODS[node.target]

@@ -2,8 +2,8 @@
 
 Before: a lifted graph, and which of its nodes are frozen. After: the same values up to the rounding of one product;
 what was a multiplication of every output in every call is one of a weight that ``hoist`` takes out of the call. Not
-done where it would cost memory or accuracy: weights that several sites share stay shared, and weights in half precision
-are not rounded twice.
+done where it would cost memory: weights that several sites share stay shared. In half precision the scaled weight is
+rounded where the scaled product was, and not at all where the scale is a power of two.
 """
 
 from __future__ import annotations
@@ -77,9 +77,11 @@ def _folds(linear: fx.Node, scale: fx.Node, frozen: Collection[fx.Node]) -> bool
     if bias is not None or weight not in frozen or scale not in frozen or len(weight.users) > 1:
         return False
     w, s = (n.meta["val"] for n in (weight, scale))
-    if not isinstance(w, Tensor) or not isinstance(s, Tensor) or w.dtype.itemsize < 4 or not w.is_floating_point():
+    if not isinstance(w, Tensor) or not isinstance(s, Tensor) or not w.is_floating_point():
         return False
-    return s.dtype == w.dtype and (s.ndim == 0 or tuple(s.shape) == (w.shape[0],))
+    if s.ndim == 0:  # a number, whose type does not count beside that of the weight
+        return s.is_floating_point()
+    return s.dtype == w.dtype and tuple(s.shape) == (w.shape[0],)
 
 
 def above(anchor: fx.Node, node: fx.Node) -> None:

@@ -26,7 +26,12 @@ def main() -> None:
         sides = against_peft.Sides(Path(folder))
         print(
             markdown(
-                [*against_peft.run(sides, rounds), *compiled.call_path(sides, rounds), *products.run(sides, rounds)]
+                [
+                    *against_peft.run(sides, rounds),
+                    *compiled.call_path(sides, rounds),
+                    *products.run(sides, rounds),
+                    *products.half(sides, rounds),
+                ]
             ),
             "\n",
         )

@@ -1,7 +1,7 @@
 """adaptc's compiled backends next to the compiled base and compiled PEFT, and what a call itself costs.
 
-The baseline of the compiled rows is the captured base through the same backend: what adapters add. torch.compile of the
-transformers model, and of PEFT's, stand beside it.
+The baseline of the compiled rows is the captured base through inductor with plain products, those that nobody chose.
+torch.compile of the transformers model, and of PEFT's, stand beside it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import adaptc
 from tests.benchmarks.against_peft import Sides
 from tests.benchmarks.harness import Row, interleave
 from tests.benchmarks.model import tokens
+from tests.benchmarks.products import plain_products
 
 WORKS = (("decode 1x1", (1, 1)), ("prefill 1x128", (1, 128)))
 
@@ -25,13 +26,20 @@ def forward(sides: Sides, folder: Path, rounds: int) -> list[Row]:
     program, base = sides.program, adaptc.unload(sides.program)
     adaptc.save(program, folder / "program.pt2")
     adaptc.save(base, folder / "base.pt2")
+    with plain_products(), torch.no_grad():
+        plain_base, plain = (adaptc.load(folder / f"{n}.pt2", backend="inductor") for n in ("base", "program"))
+        adaptc.swap(plain, program.binding)
+        for p in (plain_base, plain):
+            p(**tokens(2, 9))
+        base_package = adaptc.load_package(adaptc.package(base, folder / "base_package.pt2"))
     ours = adaptc.load(folder / "program.pt2", backend="inductor")
     adaptc.swap(ours, program.binding)
     packaged = adaptc.load_package(adaptc.package(program, folder / "package.pt2"))
     candidates: dict[str, Callable[..., Any]] = {
-        "captured base, inductor": adaptc.load(folder / "base.pt2", backend="inductor"),
+        "captured base, inductor, plain products": plain_base,
+        "adaptc, inductor, plain products": plain,
         "adaptc, inductor": ours,
-        "captured base, AOTInductor": adaptc.load_package(adaptc.package(base, folder / "base_package.pt2")),
+        "captured base, AOTInductor, plain products": base_package,
         "adaptc, AOTInductor": packaged,
         "transformers base, torch.compile": torch.compile(sides.base, dynamic=True),
         "PEFT, torch.compile": torch.compile(sides.peft, dynamic=True),
@@ -41,7 +49,7 @@ def forward(sides: Sides, folder: Path, rounds: int) -> list[Row]:
     for work, shape in WORKS:
         inputs = tokens(*shape)
         calls = {name: without_gradients(call, inputs) for name, call in candidates.items()}
-        rows += interleave(f"{work}, compiled", calls, "captured base, inductor", rounds)
+        rows += interleave(f"{work}, compiled", calls, "captured base, inductor, plain products", rounds)
     return rows
 
 

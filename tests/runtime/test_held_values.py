@@ -260,7 +260,8 @@ def test_views_are_neither_counted_nor_watched() -> None:
     config = LoraConfig(r=2, target_modules=["up"], inference_mode=True)
     program = adaptc.compile(net(Viewing), config, example_inputs=IDS, form="apply")
     before = program(IDS)
-    assert program.held == Held(1, 11 * 2 * 4, shared=1)  # what is held of the adapter is its scaled B
+    # What is held of the adapter is its A, and its scaled B, as calls read them.
+    assert program.held == Held(2, (7 * 2 + 11 * 2) * 4, shared=1)
     state = prefix_of(program).state
     assert state is not None
     assert state.base.watched == ()

@@ -27,7 +27,7 @@ from adaptc.runtime.product_table import (
     read,
     wanted,
 )
-from adaptc.runtime.product_times import Times, complete, measure
+from adaptc.runtime.product_times import TURNED, Times, complete, measure, measure_turned
 
 KEYS = [(*size, rows) for size, rows, _ in product_times._wanted()]
 TIMES: Times = {key: (2.0, 1.0 if key[2] < 2 else 1.95) for key in KEYS}
@@ -201,16 +201,18 @@ def test_a_missing_file_is_none(place: Path) -> None:
 
 
 def test_gradients_have_a_table_of_their_own(place: Path) -> None:
-    asked: list[bool] = []
+    asked: list[str] = []
 
-    def measuring(dtype: torch.dtype, turned: bool = False) -> Times:
-        asked.append(turned)
-        return {(*s, c): (2.0, 1.0) for s, c, _ in product_times._wanted(turned)}
+    def tables() -> tuple[ProductTable, ProductTable]:
+        def measuring(of: str) -> Callable[[torch.dtype], Times]:
+            return lambda dtype: asked.append(of) or {(*s, c): (2.0, 1.0) for s, c, _ in product_times._wanted(of)}
+
+        return product_table(torch.float32, measuring("")), product_table(torch.float32, measuring(TURNED), TURNED)
 
     for _ in range(2):
-        forward, back = product_table(torch.float32, measuring), product_table(torch.float32, measuring, turned=True)
+        forward, back = tables()
         again()
-    assert asked == [False, True]
+    assert asked == ["", TURNED]
     assert len(list(place.iterdir())) == 2
     # Who trains has more rows than a few; the shape is that of the turned weight.
     assert forward.choice(300, 270).classes == ALL_CLASSES
@@ -218,15 +220,17 @@ def test_gradients_have_a_table_of_their_own(place: Path) -> None:
     # Neither is taken for the other, nor a file that does not say what it is.
     for file in place.iterdir():
         data = json.loads(file.read_text())
-        assert read(file, identity(torch.float32, turned=not data.get("turned"))) is None
+        assert read(file, identity(torch.float32, "" if data.get("of") else TURNED)) is None
         file.write_text(json.dumps({**data, "format": 0}))
-    assert product_table(torch.float32, measuring, turned=True) == back
-    assert asked == [False, True, True]
+    assert tables() == (forward, back)
+    assert asked == ["", TURNED, "", TURNED]
 
 
 def test_the_gradients_product_is_of_the_turned_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     times: Times = {(256, 1024, 2): (1.0, 0.5), (1024, 256, 2): (1.0, 2.0)}
-    monkeypatch.setattr(module, "product_table", lambda dtype, turned: ProductTable(times if turned else {}))
+    monkeypatch.setattr(
+        module, "product_table", lambda dtype, measuring, of: ProductTable(times if of == TURNED else {})
+    )
     assert choose_for_gradient(1024, 256, torch.float32).classes == (2,)
     assert choose_for_gradient(256, 1024, torch.float32).kind == LINEAR
     assert choose_for_gradient(127, 5000, torch.float32).why == "fewer than 128 rows or columns"
@@ -238,9 +242,9 @@ def test_gradients_are_measured_at_turned_weights(monkeypatch: pytest.MonkeyPatc
     weights: list[torch.Tensor] = []
     real = product_times.product
     monkeypatch.setattr(product_times, "product", lambda x, w, *rest: (weights.append(w), real(x, w, *rest))[1])
-    times = measure(torch.float32, turned=True)
+    times = measure_turned(torch.float32)
     assert set(times) == {(o, w, c) for o, w in product_times.SIZES for c in ALL_CLASSES[product_times.GRADIENTS :]}
-    assert complete(times, turned=True)
+    assert complete(times, TURNED)
     assert not complete(times)
     assert {tuple(w.shape) for w in weights} == {(33, 31), (17, 61)}
     assert all(w.t().is_contiguous() for w in weights)

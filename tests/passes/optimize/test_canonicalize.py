@@ -174,6 +174,20 @@ def test_families_compute_the_same_bits_with_fewer_operators(name: str) -> None:
             assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32])
+def test_bound_casts_are_casts(dtype: torch.dtype) -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(
+        [graph.call_function(aten.to.dtype, (x, dtype)), graph.call_function(aten.to.dtype, (x, dtype, False, True))]
+    )
+    expected = fx.GraphModule({}, copy_graph(graph))(X)
+    assert BindCalls()(graph).count == (dtype.is_floating_point)
+    found = fx.GraphModule({}, graph)(X)
+    assert all(torch.equal(a, b) and a.dtype == dtype for a, b in zip(found, expected, strict=True))
+    assert [t is X for t in found] == [dtype == torch.float32, False]  # what has the type stays what it is
+
+
 def test_bound_functions_are_the_operators_they_stand_for() -> None:
     assert len(TABLE) > 25
     for overload, function in TABLE.items():

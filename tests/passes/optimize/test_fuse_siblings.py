@@ -9,88 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from adaptc.passes.ir.lifted import copy_graph
-from adaptc.passes.optimize.canonicalize import Canonicalize
-from adaptc.passes.optimize.fold_scales import FoldScales
-from adaptc.passes.optimize.fuse_siblings import FuseSiblings, Pack
-from adaptc.passes.optimize.sibling_cost import stacked_is_cheaper
+from adaptc.passes.optimize.sibling_cost import crossing, stacking
 from tests.support.cover import examples
-from tests.support.pass_checks import export
-
-LOW = 3
-
-
-class Layers(nn.Module):
-    """Linear layers of some widths on one input, LoRA on those in ``adapted``; ``body(self, x)`` reads them."""
-
-    def __init__(
-        self,
-        body: Callable[[Any, Tensor], Any],
-        widths: tuple[int, ...] = (7, 11, 2),
-        adapted: tuple[int, ...] = (0, 1, 2),
-        bias: tuple[bool, ...] = (False, False, False),
-        dtype: torch.dtype = torch.float64,
-    ) -> None:
-        super().__init__()
-        torch.manual_seed(4)
-        self.layers = nn.ModuleList([nn.Linear(5, w, b) for w, b in zip(widths, bias, strict=True)]).to(dtype)
-        high = torch.float32 if dtype.itemsize < 4 else dtype
-        self.slots = nn.ParameterDict(
-            {f"{n}{i}": nn.Parameter(torch.randn(s, dtype=high)) for i in adapted for n, s in self.shapes(i, widths)}
-        )
-        self.adapted, self.body = adapted, body
-
-    @staticmethod
-    def shapes(i: int, widths: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
-        return [("a", (LOW + i, 5)), ("b", (widths[i], LOW + i)), ("s", ())]
-
-    def y(self, i: int, x: Tensor) -> Tensor:
-        y = self.layers[i](x)
-        if i not in self.adapted:
-            return y
-        a, b, s = (self.slots[f"{n}{i}"] for n in "abs")
-        low = x if x.dtype == a.dtype else x.to(a.dtype)
-        return (y + nn.functional.linear(nn.functional.linear(low, a), b) * s).to(y.dtype)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.body(self, x)
-
-
-class Fused:
-    """A program of ``Layers``, its graph, and the graph fused in one way."""
-
-    def __init__(self, model: Layers, x: Tensor, stacked: bool) -> None:
-        self.program = export(
-            model.eval(), x, dynamic_shapes=(dict.fromkeys(range(x.ndim - 1), torch.export.Dim.AUTO),)
-        )
-        self.graph = copy_graph(self.program.graph)
-        Canonicalize({"x"})(self.graph)
-        specs = [s for s in self.program.graph_signature.input_specs if s.target is not None]
-        slots = {s.arg.name for s in specs if str(s.target).startswith("slots.")}
-        base = {s.arg.name for s in specs} - slots
-        FoldScales([base, slots])(self.graph)
-        fuse = FuseSiblings(base, [base, slots], {"x"}, stacked)
-        self.groups = fuse.groups(self.graph)
-        self.packs: tuple[Pack, ...] = fuse(self.graph).data
-        self.values: dict[str, Tensor] = {s.arg.name: self.program.state_dict[s.target] for s in specs}  # type: ignore[index]
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        packed = {p.name: torch.cat([self.values[m] for m in p.members]) for p in self.packs}
-        names = [n.name for n in self.graph.find_nodes(op="placeholder")]
-        with torch.no_grad():
-            return fx.GraphModule({}, self.graph)(*({**self.values, **packed, "x": x}[n] for n in names))
-
-    def count(self, op: str) -> int:
-        return sum(str(n.target) == f"aten.{op}" for n in self.graph.nodes)
-
-
-def whole(m: Any, x: Tensor) -> Tensor:
-    """Reads every layer, through views too."""
-    ys = [m.y(i, x) for i in range(len(m.layers))]
-    first = ys[0].view(*ys[0].shape[:-1], 1, -1).transpose(-1, -2).sum((-1, -2))
-    return first + sum(y.sin().sum(-1) for y in ys)
+from tests.support.sibling_graphs import Fused, Layers, whole
 
 
 def check(model: Layers, x: Tensor, stacked: bool) -> Fused:
@@ -107,7 +30,8 @@ def test_a_group_becomes_one_product(stacked: bool) -> None:
     fused = check(Layers(whole), torch.randn(2, 3, 5, dtype=torch.float64), stacked)
     assert [len(g.members) for g in fused.groups] == [3]
     assert [len(p.members) for p in fused.packs] == [3]
-    assert fused.count("linear.default") == (2 if stacked else 4)
+    assert fused.count("linear.default") == 1
+    assert fused.count("mm.default") == (1 if stacked else 3)
     assert fused.count("addmm_.default") == (1 if stacked else 3)
     assert fused.count("add.Tensor") == 4  # those of the test's own sum
 
@@ -175,25 +99,17 @@ def test_a_scale_is_folded_only_into_a_weight_of_its_own() -> None:
 
     assert Fused(Layers(body), torch.randn(4, 5, dtype=torch.float64), True).count("mul.Tensor") == 2
 
-    def half(m: Any, x: Tensor) -> Tensor:
-        weight = m.slots["a0"].to(torch.bfloat16)
-        return nn.functional.linear(x, weight) * m.slots["s0"].to(torch.bfloat16)
-
-    fused = Fused(Layers(half, dtype=torch.bfloat16), torch.randn(4, 5).bfloat16(), True)
-    (product,) = fused.graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)
-    assert product.args[0].target is torch.ops.aten.linear.default  # type: ignore[union-attr]
-
 
 def test_the_cost_has_one_crossing() -> None:
     groups = Fused(Layers(whole), torch.randn(4, 5, dtype=torch.float64), True).groups
-    decide, rows = stacked_is_cheaper(groups)
+    found = crossing(groups, stacking)
     (size,) = {str(s) for g in groups for s in [g.rows]}
-    assert 100 < rows < 1e6
-    assert decide({size: int(rows)})
-    assert not decide({size: int(rows) + 2})
-    assert not decide({})
+    assert 100 < found.rows < 1e6
+    assert found.below({size: int(found.rows)})
+    assert not found.below({size: int(found.rows) + 2})
+    assert not found.below({})
     alone = Fused(Layers(lambda m, x: m.y(0, x).sin()), torch.randn(4, 5, dtype=torch.float64), True).groups
-    assert stacked_is_cheaper(alone)[0]({})
+    assert crossing(alone, stacking).below({})
 
 
 def written_through_a_view(m: Any, x: Tensor) -> Tensor:

@@ -1,0 +1,125 @@
+"""Copies of weights in oneDNN's own layout, where the user allows the memory (``AdaptedProgram.pack``).
+
+Before: layers of the base, and the type of the weights that may be packed. After: a layer is called as before, and at
+the numbers of rows at which a packed weight was measured to be faster it reads one, made when it is first called so.
+Values are not rounded: a weight is packed in the type it has. A copy lives as long as the code of calls and the weight
+it was made of; a weight that was written to, or lies elsewhere, is packed anew. Programs that read one weight share one
+copy.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary, ref
+
+import torch
+from torch import Tensor
+
+from adaptc.passes.ir.product import fits, onednn, product
+from adaptc.passes.lower.choose_products import Choice, Products
+from adaptc.runtime.pack_times import PACKED, choose_packed, packed
+from adaptc.tables import size
+
+_lock = threading.Lock()
+#: where a weight lies, and what it is -> a packed copy that somebody holds
+_known: WeakValueDictionary[Any, Tensor] = WeakValueDictionary()
+
+
+@dataclass(frozen=True)
+class PackedWeights:
+    """``count`` weights with a second copy of ``nbytes`` together, now; ``choices``: when it is read, and why."""
+
+    count: int = 0
+    nbytes: int = 0
+    choices: tuple[Choice, ...] = ()
+
+    def __str__(self) -> str:
+        """A line for the memory and one for each reason; '' where nothing was to be packed."""
+        if not self.choices:
+            return ""
+        lines = [f"packed: a second copy of {self.count} weights ({size(self.nbytes)})"]
+        for group in Products(self.choices).data():
+            count, why = f"{group['count']} layers", group["why"]
+            if group["kind"] == PACKED:
+                ratios = [r for c in self.choices if c.kind == PACKED and c.why == why for r in c.ratios]
+                times = f", {min(ratios):.2f} to {max(ratios):.2f} of its time" if ratios else ""
+                lines.append(f"packed for {count} at {group['rows']} ({why}{times})")
+            else:
+                lines.append(f"not packed for {count} ({why})")
+        return "\n".join(lines)
+
+
+class Packs:
+    """Makes layers that read packed weights of one type, and counts the copies."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.layers: list[PackedLayer] = []
+        self.choices: list[Choice] = []
+
+    def layer(
+        self, out: int, width: int, dtype: torch.dtype, kind: str, classes: Collection[int]
+    ) -> PackedLayer | None:
+        """See ``pack_products``."""
+        if dtype != self.dtype:
+            return None
+        choice = choose_packed(out, width, dtype)
+        self.choices.append(choice)
+        if choice.kind != PACKED:
+            return None
+        self.layers.append(PackedLayer(choice.classes, kind, list(classes)))
+        return self.layers[-1]
+
+    @property
+    def packed(self) -> PackedWeights:
+        """What is held now."""
+        made = {id(p): p for layer in self.layers for p in layer.copies}
+        nbytes = sum(p.numel() * p.itemsize for p in made.values())
+        return PackedWeights(len(made), nbytes, tuple(self.choices))
+
+
+class PackedLayer:
+    """x (..., K), weight (N, K), bias (N,) or None -> (..., N): by a packed copy of the weight at ``packed`` classes of
+    rows, else as ``adaptc::product`` of ``kind`` and ``classes``, and so where a gradient is wanted."""
+
+    __name__ = "packed_layer"
+
+    def __init__(self, packed: Sequence[int], kind: str, classes: Sequence[int]) -> None:
+        self.packed, self.kind, self.classes = packed, kind, classes
+        #: id of a weight -> it, where it lay, how often it had been written to, and its copy
+        self._held: dict[int, tuple[ref[Tensor], int, int, Tensor]] = {}
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if fits(x, weight, bias, self.packed) and not weight.is_inference():
+            return onednn(x, self._copy(weight), bias)
+        return product(x, weight, bias, self.kind, self.classes)
+
+    @property
+    def copies(self) -> list[Tensor]:
+        """What is held now."""
+        return [copy for *_, copy in list(self._held.values())]
+
+    def _copy(self, weight: Tensor) -> Tensor:
+        found = self._held.get(id(weight))
+        if found is None:
+            return self._pack(weight)
+        known, place, version, copy = found
+        fresh = known() is weight and place == weight.data_ptr() and version == weight._version
+        return copy if fresh else self._pack(weight)
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        with _lock, torch.no_grad():
+            # Read before: a write in between makes the copy stale.
+            place, version = weight.data_ptr(), weight._version
+            key = (place, tuple(weight.shape), weight.stride(), weight.dtype)
+            copy = _known.get(key)
+            # Memory is given back and taken again, and another object may have been written through.
+            if copy is None or not torch.equal(copy.to_dense(), weight):
+                copy = _known[key] = packed(weight)
+            name, held = id(weight), self._held
+            gone = ref(weight, lambda r: held.pop(name) if name in held and held[name][0] is r else None)
+            held[name] = gone, place, version, copy
+            return copy

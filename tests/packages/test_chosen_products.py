@@ -1,0 +1,96 @@
+"""Packages whose base products were chosen: torch's own op in C++, nothing of adaptc in them, told in the report."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adaptc
+from adaptc import ConfigError, LoraConfig
+from adaptc.passes.ir.product import ALL_CLASSES, LINEAR, ONEDNN, takes
+from adaptc.passes.lower.choose_products import Choice
+from adaptc.runtime import compiled_products
+from tests.support.archives import read_records
+
+WHY = "measured: faster here, at no rows slower"
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.mid = nn.Linear(7, 13), nn.Linear(13, 11).bfloat16()
+        self.down = nn.Linear(11, 5, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.mid(torch.tanh(self.up(x)).bfloat16()).float())
+
+
+def example(n: int) -> Tensor:
+    return torch.randn(n, 3, 7, generator=torch.Generator().manual_seed(n))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[adaptc.AdaptedProgram, Path]:
+    torch.manual_seed(1)
+    program = adaptc.compile(
+        Net(), LoraConfig(r=3, target_modules=["up", "mid", "down"], init_lora_weights=False), example_inputs=example(2)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("ADAPTC_PRODUCTS")
+
+        def choose(out: int, width: int, dtype: torch.dtype) -> Choice:
+            compiled_products.teach_inductor()
+            return Choice(ONEDNN, ALL_CLASSES, WHY, (0.5, 0.75, 0.9, 1.0))
+
+        patch.setattr(compiled_products, "choose_compiled", choose)
+        path = adaptc.package(program, tmp_path_factory.mktemp("products") / "p.pt2")
+    return program, path
+
+
+FRESH = """
+import sys, torch
+sys.modules["adaptc"] = None
+path, out = sys.argv[1:]
+run = torch._inductor.aoti_load_package(path)
+inputs = torch.load(out)
+torch.save([run(x) for x in inputs], out)
+"""
+
+
+def test_torch_alone_runs_it(made: tuple[adaptc.AdaptedProgram, Path], tmp_path: Path) -> None:
+    program, path = made
+    inputs = [example(n) for n in (1, 2, 5, 100)]
+    out = tmp_path / "out.pt"
+    torch.save(inputs, out)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FRESH, str(path), str(out)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for x, found in zip(inputs, torch.load(out), strict=True):
+        torch.testing.assert_close(found, program(x), rtol=2e-2, atol=2e-2)  # there is bfloat16 in it
+    code = b"".join(data for name, data in read_records(path).items() if "data/aotinductor" in name)
+    assert b"adaptc::" not in code
+    assert (b"aoti_torch_cpu__linear_pointwise" in code) == takes(torch.float32)
+
+
+def test_the_report_tells_what_was_chosen(made: tuple[adaptc.AdaptedProgram, Path]) -> None:
+    program, path = made
+    runner = adaptc.load_package(path)
+    adaptc.swap(program, program.binding)
+    torch.testing.assert_close(runner(example(9)), program(example(9)), rtol=2e-2, atol=2e-2)
+    report = adaptc.report(runner)
+    assert f"products: 2 by onednn at any rows ({WHY})" in str(report)
+    assert "products: 1 by linear at any rows (another machine may have no half precision)" in str(report)
+    assert [(p["kind"], p["count"]) for p in report.data()["products"]] == [(ONEDNN, 2), (LINEAR, 1)]
+    assert not any("adaptc" in str(n.target) for n in program.graph.nodes)
+
+
+def test_a_value_without_a_meaning(made: tuple[adaptc.AdaptedProgram, Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="products='fast' is not one of measured, plain"):
+        adaptc.package(made[0], tmp_path / "p.pt2", products="fast")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,154 @@
+"""Chosen products in code that inductor compiles: equal outputs, calls of torch's op, one compilation, pure files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import adaptc
+from adaptc import LoraConfig
+from adaptc.passes.ir import product as op
+from adaptc.passes.ir.product import ALL_CLASSES, LINEAR, ONEDNN, takes
+from adaptc.passes.lower.choose_products import Choice
+from adaptc.runtime import compiled_products, executor, product_table
+from tests.support.sibling_nets import LAYERS, adapter, block, compiled, rows
+
+FLOAT, BFLOAT = torch.float32, torch.bfloat16
+CHOICE = Choice(ONEDNN, ALL_CLASSES, "measured: faster here, at no rows slower", (0.5, 0.6, 0.75, 1.0))
+
+
+def _choose(out: int, width: int, dtype: torch.dtype) -> Choice:
+    compiled_products.teach_inductor()
+    return CHOICE if out > 4 else Choice(LINEAR, (), "too thin for a test")
+
+
+@pytest.fixture(autouse=True)
+def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ADAPTC_PRODUCTS")
+    monkeypatch.setattr(executor, "choose_compiled", _choose)
+
+
+class Ops(TorchDispatchMode):
+    """How often oneDNN's product and ours were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.onednn = self.ours = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.onednn += str(func) == "mkldnn._linear_pointwise.default"
+        self.ours += str(func) == "adaptc.product.default"
+        return func(*args, **(kwargs or {}))
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    tolerance = 1e-5 if found.dtype == FLOAT else 5e-2
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BFLOAT])
+def test_every_size_and_adapter_runs_the_same_code(dtype: torch.dtype) -> None:
+    program = compiled(dtype=dtype, backend="inductor")
+    program(rows(2, dtype))
+    layouts = [rows(9, dtype)[:, :1], rows(5, dtype).transpose(0, 1).contiguous().transpose(0, 1), rows(1, dtype)]
+    with adaptc.assert_no_recompiles():
+        for rank in (3, 1, 5):
+            adaptc.swap(program, {k: v.to(dtype) for k, v in adapter(rank, rank).items()})
+            with Ops() as ops:
+                for x in (*(rows(n, dtype) for n in (1, 2, 7, 100)), *layouts):
+                    close(program(x), program.module()(x))
+            # q, v and out, and no op of Python in between
+            assert (ops.onednn, ops.ours) == ((3 * 7 if takes(dtype) else 0), 0)
+    assert dict(program.passes["plain"])["choose_products"] == 3
+
+
+def test_the_report_says_what_was_chosen_and_why() -> None:
+    program = compiled(dtype=FLOAT, backend="inductor")
+    assert not program.products.choices
+    program(rows(7, FLOAT))
+    text = str(adaptc.report(program))
+    rows_of_all = "1, 2 to 16, 17 to 256, more than 256 rows"
+    assert f"products: 3 by onednn at {rows_of_all} (measured: faster here, at no rows slower, 0.50 to 1.00 of" in text
+    assert "products: 1 by linear (too thin for a test)" in text
+
+
+def test_graphs_and_files_stay_plain(tmp_path: Path) -> None:
+    program, x = compiled(dtype=FLOAT, backend="inductor"), rows(7, FLOAT)
+    expected = program(x)
+    adaptc.save(program, tmp_path / "p.pt2")
+    loaded = adaptc.load(tmp_path / "p.pt2")
+    for p in (program, loaded):
+        assert not any(w in str(n.target) for n in p.graph.nodes for w in ("adaptc.product", "mkldnn"))
+    close(loaded(x), expected)
+
+
+@pytest.mark.parametrize("how", ["plain", "hidden", "untaught", "training", "float64"])
+def test_where_it_computes_as_before(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "choose_compiled", compiled_products.choose_compiled)
+    monkeypatch.setattr(product_table, "THIN", 1)
+    monkeypatch.setattr(product_table, "_known", {})
+    if how == "plain":
+        monkeypatch.setenv("ADAPTC_PRODUCTS", "plain")
+    elif how == "hidden":
+        monkeypatch.setattr(op, "_pointwise", None)
+    elif how == "untaught":
+        monkeypatch.setattr(compiled_products, "teach_inductor", lambda: False)
+    dtype = torch.float64 if how == "float64" else FLOAT
+    program = compiled(dtype=dtype, backend="inductor", training=how == "training")
+    program(rows(2, dtype))
+    with Ops() as ops:
+        close(program(rows(7, dtype)), program.module()(rows(7, dtype)))
+    assert ops.onednn == ops.ours == 0
+    assert {c.kind for c in program.products.choices} <= {LINEAR}
+
+
+def test_a_choice_for_some_rows_alone_is_an_op_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is slower, and what nobody should ask for; it is right all the same."""
+    monkeypatch.setattr(executor, "choose_compiled", lambda *_: Choice(ONEDNN, (0, 2)))
+    compiled_products.teach_inductor()
+    program = compiled(dtype=FLOAT, backend="inductor")
+    program(rows(2, FLOAT))
+    with Ops() as ops:
+        for n in (1, 7):
+            close(program(rows(n, FLOAT)), program.module()(rows(n, FLOAT)))
+    assert ops.ours == 8
+
+
+class Turned(nn.Module):
+    """A weight that lies column by column, a vector as input of a layer, and one layer with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(7, 11, bias=False), nn.Linear(11, 13)
+        self.one.weight = nn.Parameter(torch.randn(7, 11).t())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(torch.tanh(self.one(x)).sum((0, 1)))
+
+
+def test_a_weight_that_lies_otherwise_is_left_alone() -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["two"], init_lora_weights=False)
+    program = adaptc.compile(Turned(), config, example_inputs=rows(3, FLOAT), backend="inductor")
+    program(rows(2, FLOAT))
+    with Ops() as ops:
+        close(program(rows(5, FLOAT)), program.module()(rows(5, FLOAT)))
+    assert ops.onednn == takes(FLOAT)
+    assert sorted(c.why for c in program.products.choices)[1] == "the weight does not lie row by row"
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_bound_callables_and_the_base(own: bool) -> None:
+    program, x = compiled(dtype=FLOAT, backend="inductor"), rows(7, FLOAT)
+    program(x)
+    tensors = {k: v.float() for k, v in adapter(4, 6, LAYERS).items()}
+    bound = program.bind(tensors, form="weight" if own else "apply")
+    found, base = bound(x), program.base(x)
+    close(base, block(FLOAT)(x))
+    adaptc.swap(program, tensors)
+    close(found, program.module()(x))
