@@ -20,6 +20,7 @@ from adaptc.adapters.adapter import Adapter
 from adaptc.binding.source import as_binding
 from adaptc.errors import AdaptcError, ConfigError, MergeError, shown
 from adaptc.generation.files import generator_in
+from adaptc.generation.packaged import load_generation
 from adaptc.packages.report import PackageReport
 from adaptc.packages.run import BoundPackage, PackagedProgram
 from adaptc.packages.write import package_program
@@ -28,7 +29,7 @@ from adaptc.program.adapter_files import write_current
 from adaptc.program.bound import Bound
 from adaptc.program.compile import compiled
 from adaptc.program.files import load_program, save_program
-from adaptc.program.holder import Holder, through_holders
+from adaptc.program.holder import Holder, check_program, of_programs, through_holders
 from adaptc.program.lower import lowered
 from adaptc.program.merge import merged, unmerged
 from adaptc.program.module_files import check_followed, write_module
@@ -169,7 +170,7 @@ def bind(program: AdaptedProgram | PackagedProgram, adapter: Any, **options: Any
     return program.bind(adapter, **options)
 
 
-@through_holders
+@of_programs
 @checked("safe", "keep_base", "progress")
 def merge(
     program: AdaptedProgram, *, safe: bool = True, keep_base: bool = True, progress: bool = False
@@ -204,7 +205,7 @@ def unmerge(program: AdaptedProgram) -> AdaptedProgram:
     return back
 
 
-@through_holders
+@of_programs
 def unload(program: AdaptedProgram) -> AdaptedProgram:
     """The base: no adapter, every base tensor the object it was before compile.
 
@@ -213,7 +214,7 @@ def unload(program: AdaptedProgram) -> AdaptedProgram:
     return unloaded(program)
 
 
-@through_holders
+@of_programs
 def lower(program: AdaptedProgram) -> AdaptedProgram:
     """The program with its adapters as fused Triton kernels in its graph, for files and artifacts that run on a GPU.
 
@@ -232,10 +233,11 @@ def save(program: ExportedProgram | Holder, path: str | os.PathLike[str]) -> Pat
     needs no adaptc to run. Raises AdaptcError for a program whose module trains other tensors than the program has.
     """
     beside = program.beside() if isinstance(program, Holder) else None
-    program = program.program if isinstance(program, Holder) else program
-    if isinstance(program, AdaptedProgram):
-        check_followed(program)
-    return save_program(program, Path(path), beside)
+    inside: Any = program.program if isinstance(program, Holder) else program
+    check_program(inside, "save")
+    if isinstance(inside, AdaptedProgram):
+        check_followed(inside)
+    return save_program(inside, Path(path), beside)
 
 
 def load(
@@ -358,29 +360,47 @@ def verify(
         return verify_package(program, model, **options)
     if isinstance(program, Holder):
         with program.as_program(model) as same:
-            return verify_program(program.program, same, **options)
+            inside = program.program
+            if isinstance(inside, PackagedProgram):
+                options = program.drawn(options)
+            return verify(inside, same, **options)
     return verify_program(program, model, **options)
 
 
-@through_holders
 def package(
-    program: AdaptedProgram, path: str | os.PathLike[str], *, max_rank: int | None = None, products: str = "measured"
+    program: AdaptedProgram | Holder,
+    path: str | os.PathLike[str],
+    *,
+    max_rank: int | None = None,
+    products: str = "measured",
+    tokenizer: Any = None,
 ) -> Path:
     """Compile ahead of time with AOTInductor into one file with swappable adapters; see ``adaptc.packages.write``.
 
     The file is machine code, which runs when it is loaded. ``products``: "measured" computes the base's layers by what
     is fastest on this machine, "plain" by torch alone.
+
+    Of what generates the file holds the step, its generation config, and ``tokenizer``: one of transformers, or the
+    directory of one. ConfigError for a tokenizer of other programs, and for models with an encoder.
     """
-    if isinstance(program, AdaptedProgram):
-        check_followed(program)
-    return package_program(program, Path(path), max_rank=max_rank, products=products)
+    inside: Any = program
+    carried = None
+    if isinstance(program, Holder):
+        inside, carried = program.program, program.carried(tokenizer)
+    elif tokenizer is not None:
+        raise ConfigError("a tokenizer goes into packages of what adaptc.compile_for_generation gives")
+    if isinstance(inside, AdaptedProgram):
+        check_followed(inside)
+    return package_program(inside, Path(path), max_rank=max_rank, products=products, carried=carried)
 
 
-def load_package(path: str | os.PathLike[str]) -> PackagedProgram:
-    """A runner for a file written by :func:`package`: call it, ``swap`` its adapter, ``bind`` others beside it.
+def load_package(path: str | os.PathLike[str]) -> Any:
+    """A runner for a file written by :func:`package`: call it, ``swap`` its adapter, ``bind`` others beside it. Of what
+    generates, a :class:`Generator` again, which needs none of the model's own code; ``.tokenizer`` is the one it was
+    packaged with.
 
     A package is machine code, which runs as it is loaded: load only those whose author you trust. Hashes in the file
     tell damage; they are no signature. Raises CheckpointError for files that are missing, damaged or changed, before
     any of their code is loaded, BackendError for one that was packaged without adaptc or does not run on this machine.
     """
-    return PackagedProgram(Path(path))
+    return load_generation(Path(path))

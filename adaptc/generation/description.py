@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -10,8 +11,6 @@ import torch
 from adaptc.generation.cross_facts import CROSS, CrossFacts
 from adaptc.generation.facts import Facts
 from adaptc.generation.layout import CacheLayout, LayerLayout
-from adaptc.passes.ir.part import outputs_of
-from adaptc.program.adapted import AdaptedProgram
 from adaptc.pt2_files.forms import Length, Maybe, Option, check
 from adaptc.pt2_files.refusal import Refused, shown
 
@@ -67,8 +66,11 @@ def described(facts: Facts) -> dict[str, str]:
     return {NAME: json.dumps(stored)}
 
 
-def facts_of(stored: Any, program: AdaptedProgram) -> Facts:
-    """Inverse of :func:`described`, for a program that was saved with it. Raises Refused."""
+def facts_of(
+    stored: Any, inputs: Collection[str], tokenizer: Callable[[], Any] | None = None, outputs: Collection[str] = ()
+) -> Facts:
+    """Inverse of :func:`described`, for a program that was saved with it: its inputs, and those of its outputs that
+    have names. Raises Refused."""
     from transformers import GenerationConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -86,10 +88,10 @@ def facts_of(stored: Any, program: AdaptedProgram) -> Facts:
         "layout": layout,
         **{name: stored[name] for name in _PLAIN},
         "embeds_dtype": _dtype(stored["embeds_dtype"]),
+        "tokenizer": tokenizer,
     }
-    takes = set(program.adaptation.inputs(program).names)
     if across is None:
-        if not set(layout.names) <= takes:
+        if not set(layout.names) <= set(inputs):
             raise Refused("its program has no such cache")
         return Facts(**known)
     cross, features = _layout(across, CROSS), across["features"]
@@ -102,8 +104,8 @@ def facts_of(stored: Any, program: AdaptedProgram) -> Facts:
         hidden=across["hidden"],
         strides=_pair(across["strides"]),
     )
-    lost = {n for outputs in facts.parts.values() for n in outputs} - set(outputs_of(program))
-    if lost or not {*layout.names, *cross.names, facts.main} <= takes:
+    lost = {n for names in facts.parts.values() for n in names} - set(outputs)
+    if lost or not {*layout.names, *cross.names, facts.main} <= set(inputs):
         raise Refused("its program has no such parts")
     return facts
 

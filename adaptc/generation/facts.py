@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -15,7 +16,8 @@ from adaptc.generation.layout import CacheLayout
 class Facts:
     """``config``, ``generation_config``: copies of the model's. ``max_batch``, ``max_length``: rows and positions that
     a cache has at most. ``positions``, ``embeds``: whether the step takes position ids, and embeddings. ``vocabulary``,
-    ``width``: how many tokens there are, and the size of their embeddings."""
+    ``width``: how many tokens there are, and the size of their embeddings. ``tokenizer``: gives the
+    one that came with the program, if one did."""
 
     config: Any
     generation_config: Any
@@ -27,6 +29,7 @@ class Facts:
     vocabulary: int
     width: int
     embeds_dtype: torch.dtype
+    tokenizer: Callable[[], Any] | None = field(default=None, kw_only=True)
 
 
 @cache

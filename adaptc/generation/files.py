@@ -13,6 +13,7 @@ from adaptc.generation.cross_facts import CrossFacts
 from adaptc.generation.description import NAME, facts_of
 from adaptc.generation.encoder_decoder import encoder_decoder_class
 from adaptc.generation.generator import Generator, generator_class
+from adaptc.passes.ir.part import outputs_of
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.pt2_files.beside import read_beside
 from adaptc.pt2_files.refusal import Refused, reason, shown_path
@@ -25,7 +26,7 @@ def generator_in(path: Path, program: AdaptedProgram) -> Generator | None:
     if stored is None:
         return None
     try:
-        facts = facts_of(stored, program)
+        facts = facts_of(stored, program.adaptation.inputs(program).names, outputs=outputs_of(program))
         if isinstance(facts, CrossFacts):
             return encoder_decoder_class(facts.features is not None)(program, facts)
         return generator_class()(program, facts)

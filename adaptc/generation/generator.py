@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any, Self
 
@@ -21,11 +21,12 @@ from adaptc.generation import checks
 from adaptc.generation.cache import StepCache, cache_class
 from adaptc.generation.description import described
 from adaptc.generation.facts import Facts, past_name
+from adaptc.generation.package_files import carried
 from adaptc.generation.pieces import run
+from adaptc.generation.random_steps import drawn
 from adaptc.generation.step import stepping
 from adaptc.program.adapted import AdaptedProgram
-from adaptc.program.bound import Bound
-from adaptc.program.core import ProgramCore
+from adaptc.program.bound import Keeping
 from adaptc.program.holder import Holder
 
 
@@ -37,7 +38,8 @@ class Generator(Holder):
     input_modalities = ("text",)
     _is_stateful = False
 
-    def __init__(self, runs: AdaptedProgram | Bound, facts: Facts) -> None:
+    def __init__(self, runs: Any, facts: Facts) -> None:
+        #: a program, a package of one, or what is bound to either
         self._runs, self.facts = runs, facts
         self.config, self.generation_config = facts.config, facts.generation_config
         #: what a step calls, while a generation goes on
@@ -50,9 +52,10 @@ class Generator(Holder):
     # -- the program inside --------------------------------------------------------------------------------------------
 
     @property
-    def program(self) -> AdaptedProgram:
-        """The step program, which swap, merge, save and the other functions of adaptc work on."""
-        if isinstance(self._runs, Bound):
+    def program(self) -> Any:
+        """The step program, which swap, merge, save and the other functions of adaptc work on: an
+        :class:`AdaptedProgram`, or a :class:`PackagedProgram`."""
+        if isinstance(self._runs, Keeping):
             raise AdaptcError(
                 f"this generator keeps {self._runs.binding.source!r}: swap, merge and save the one that it was bound to"
             )
@@ -64,6 +67,12 @@ class Generator(Holder):
 
     def beside(self) -> dict[str, str]:
         return described(self.facts)
+
+    def carried(self, tokenizer: Any) -> dict[str, bytes]:
+        return carried(self.facts, tokenizer)
+
+    def drawn(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        return drawn(self.facts, self.device, options)
 
     @contextlib.contextmanager
     def as_program(self, model: Any) -> Iterator[Any]:
@@ -84,13 +93,13 @@ class Generator(Holder):
         return type(self)(self.program.base, self.facts)
 
     @property
-    def device(self) -> torch.device:
-        return self._owner.device
+    def tokenizer(self) -> Any:
+        """The one that is in its package; None where there is none."""
+        return None if self.facts.tokenizer is None else self.facts.tokenizer()
 
     @property
-    def _owner(self) -> ProgramCore:
-        """The program whose code it runs."""
-        return self._runs.program if isinstance(self._runs, Bound) else self._runs
+    def device(self) -> torch.device:
+        return self._runs.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -141,7 +150,7 @@ class Generator(Holder):
         cache, ``offset`` positions."""
         new, runs = copy.copy(self), self._runs
         if self.step is None:
-            new.step = runs if isinstance(runs, Bound) else runs.pinned()
+            new.step = runs.pinned()
         new.offset, new.begun = offset, False
         return new
 
@@ -238,6 +247,11 @@ class Generator(Holder):
             past = model_kwargs[name] = self.new_cache()
         past.expected = max_cache_length + offset
 
+    def _get_stopping_criteria(self, generation_config: Any, stopping_criteria: Any, tokenizer: Any = None) -> Any:
+        if tokenizer is None and generation_config.stop_strings is not None:
+            tokenizer = self.tokenizer
+        return super()._get_stopping_criteria(generation_config, stopping_criteria, tokenizer)  # type: ignore[misc]
+
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: continuous batching runs the layers of a model, with a cache in pages."""
         raise AdaptcError(
@@ -261,7 +275,7 @@ class Generator(Holder):
 
     def __repr__(self) -> str:
         f = self.facts
-        what = "keeping" if isinstance(self._runs, Bound) else "of"
+        what = "keeping" if isinstance(self._runs, Keeping) else "of"
         return f"generates with up to {f.max_batch} rows of {f.max_length} positions, {what}\n{self._runs!r}"
 
 

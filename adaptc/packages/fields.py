@@ -14,7 +14,13 @@ FORM: dict[str, Any] = {
     "torch": str,
     "header": dict,  # see adaptc.program.adaptation
     "inputs": [
-        {"name": str, "tensor": Maybe({"dtype": str, "shape": [(Length, str)]}), "constant": object, "order": [Length]}
+        {
+            "name": str,
+            "tensor": Maybe({"dtype": str, "shape": [(Length, str)]}),
+            "constant": object,
+            "order": [Length],
+            "written": Option(bool),
+        }
     ],
     "ranges": Each([Maybe(int)]),
     "sites": [

@@ -1,11 +1,12 @@
 """What a packaged program knows of itself: the manifest inside the ``.pt2`` file, next to the compiled code.
 
-Format: two records added to the archive AOTInductor writes. ``data/extra/adaptc.json`` is the :class:`Manifest`;
+Format: records added to the archive AOTInductor writes. ``data/extra/adaptc.json`` is the :class:`Manifest`;
 ``data/adaptc/tensors.safetensors`` holds tensors that cannot be read back from compiled code: the adapter it was made
 with, and what follows from the base weights (torch's loader reads everything under ``data/extra`` as text, so they lie
-outside). torch's own loader ignores both. The manifest has the sha256 of every other record, and one of itself: a
-package that was damaged or edited is refused before its code is loaded. That is no signature: who forges a package can
-forge them, and its code runs.
+outside). Beside it are files that are not of the program itself, such as a tokenizer, in ``data/adaptc/carried``.
+torch's own loader ignores all of them. The manifest has the sha256 of every other record, and one of itself: a package
+that was damaged or edited is refused before its code is loaded. That is no signature: who forges a package can forge
+them, and its code runs.
 """
 
 from __future__ import annotations
@@ -42,12 +43,16 @@ from adaptc.runtime.rank_padding import Padding
 FORMAT = 4
 MANIFEST = "data/extra/adaptc.json"
 TENSORS = "data/adaptc/tensors.safetensors"
+CARRIED = "data/adaptc/carried/"
 
 _MOST_JSON = 64 << 20
+#: the path of a file that is carried: no part of it begins with a dot
+_FILE = r"\w[\w.\-]*(/\w[\w.\-]*){0,3}"
 # What torch reads of the rest is code alone: programs and weights beside it would be unpickled.
 _KNOWN = re.compile(
     r"archive_format|archive_version|byteorder|version|\.data/[\w.]+|\.format_version|\.storage_alignment"
-    r"|data/aotinductor/model/[\w.\-]+|data/adaptc/tensors\.safetensors",
+    r"|data/aotinductor/model/[\w.\-]+|data/adaptc/tensors\.safetensors"
+    rf"|{CARRIED}{_FILE}",
     re.ASCII,
 )
 
@@ -78,12 +83,14 @@ class Room:
 
 @dataclass(frozen=True)
 class Input:
-    """A flat input. ``order``: axes from the outermost to the innermost in memory, as the code was compiled for."""
+    """A flat input. ``order``: axes from the outermost to the innermost in memory, as the code was compiled for.
+    ``written``: whether the code writes to it."""
 
     name: str
     tensor: TensorInput | None
     constant: Any = None
     order: tuple[int, ...] = ()
+    written: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,16 +112,28 @@ class Manifest:
     format: int = FORMAT
 
 
-def write(path: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
-    """Add the two records to an archive that AOTInductor wrote."""
+@dataclass(frozen=True)
+class Contents:
+    """All that a package holds beside its code. ``carried``: path -> a file of whoever wrote the package, which nothing
+    here reads."""
+
+    manifest: Manifest
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    carried: Mapping[str, bytes] = field(default_factory=dict)
+
+
+def write(path: Path, contents: Contents) -> None:
+    """Add its records to an archive that AOTInductor wrote."""
     with opened(path) as archive:
         root, hashes = archive.root, {name: archive.sha256(name) for name in archive.records}
     with zipfile.ZipFile(path, "a") as writer:
-        if tensors:
-            data = save({k: t.detach().cpu().contiguous() for k, t in tensors.items()})
-            hashes[TENSORS] = hashlib.sha256(data).hexdigest()
-            writer.writestr(f"{root}/{TENSORS}", data)
-        plain = _data(manifest) | {"hashes": hashes}
+        records = {CARRIED + name: data for name, data in contents.carried.items()}
+        if contents.tensors:
+            records[TENSORS] = save({k: t.detach().cpu().contiguous() for k, t in contents.tensors.items()})
+        for name, data in records.items():
+            hashes[name] = hashlib.sha256(data).hexdigest()
+            writer.writestr(f"{root}/{name}", data)
+        plain = _data(contents.manifest) | {"hashes": hashes}
         writer.writestr(f"{root}/{MANIFEST}", json.dumps(plain | {"sha256": _digest(plain)}))
 
 
@@ -122,7 +141,12 @@ def _digest(plain: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def read(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
+def can_carry(name: str) -> bool:
+    """Whether a file may have this path in a package."""
+    return re.fullmatch(_FILE, name, re.ASCII) is not None
+
+
+def read(path: Path) -> Contents:
     """Every record was compared with its hash. Raises CheckpointError for files that are missing, damaged or of another
     kind, BackendError for a package that holds compiled code but no manifest."""
     if not path.is_file():
@@ -154,7 +178,7 @@ def refusing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _read(path: Path, archive: Archive) -> tuple[Manifest, dict[str, Tensor]]:
+def _read(path: Path, archive: Archive) -> Contents:
     if MANIFEST not in archive.records:
         raise _no_manifest(path, list(archive.records))
     data = loads(archive.read(MANIFEST, _MOST_JSON), infinite=True)  # inputs that are constants may be
@@ -176,7 +200,8 @@ def _read(path: Path, archive: Archive) -> tuple[Manifest, dict[str, Tensor]]:
     tensors = load(archive.read(TENSORS, archive.size)) if TENSORS in archive.records else {}
     manifest = _manifest(data)
     _check_sites(manifest)
-    return manifest, tensors
+    names = [name for name in archive.records if name.startswith(CARRIED)]
+    return Contents(manifest, tensors, {n.removeprefix(CARRIED): archive.read(n, archive.size) for n in names})
 
 
 def _check_sites(manifest: Manifest) -> None:
@@ -267,7 +292,7 @@ def _input(data: Mapping[str, Any]) -> Input:
     # torch has some numbers as expressions, too: of a size that turned out to be fixed.
     shape = [] if t is None else [int(n) if isinstance(n, str) and n.isdecimal() else n for n in t["shape"]]
     tensor = None if t is None else TensorInput(_dtype(t["dtype"]), tuple(shape))
-    return Input(data["name"], tensor, data["constant"], tuple(data["order"]))
+    return Input(data["name"], tensor, data["constant"], tuple(data["order"]), data.get("written", False))
 
 
 def _room(data: Mapping[str, Any]) -> Room:

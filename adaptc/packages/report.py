@@ -71,9 +71,10 @@ class PackageReport(Report):
         """The report of a file, with the adapter it was packaged with; none of its code is loaded. Raises as
         ``adaptc.load_package`` does."""
         file = Path(path)
-        manifest, tensors = _package_file.read(file)
+        contents = _package_file.read(file)
+        manifest = contents.manifest
         with _package_file.refusing(file):
-            fit = Fit(manifest, tensors, torch.device("cpu"), file)
+            fit = Fit(manifest, contents.tensors, torch.device("cpu"), file)
             return cls._made(file, manifest, fit.first(None) if manifest.sites else None, fit.ranks())
 
     @classmethod

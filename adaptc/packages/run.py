@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -27,27 +27,29 @@ from adaptc.errors import AdaptcError, BackendError, ConfigError, SwapError, sho
 from adaptc.packages import manifest as _package_file
 from adaptc.packages.constants import Constants, Fitted
 from adaptc.packages.fit import Fit
-from adaptc.packages.manifest import Input
+from adaptc.packages.manifest import Contents, Input
 from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.passes.ir.trees import pytree
 from adaptc.patterns import limited
 from adaptc.peft_files.directory import AdapterFile
 from adaptc.peft_files.raw import RawFile, read_any
 from adaptc.program.adaptation import Adaptation
+from adaptc.program.bound import Keeping
 from adaptc.pt2_files.containers import check_registered, read_tree
 from adaptc.pt2_files.refusal import Refused, shown_path
 from adaptc.reports.results import SwapReport
 from adaptc.runtime.call_inputs import Inputs
 from adaptc.runtime.held_values import Held
-from adaptc.runtime.layouts import laid
+from adaptc.runtime.layouts import laid, write_back
 from adaptc.runtime.options import check_limit
 from adaptc.value_types import checked
 
 
-class BoundPackage:
+class BoundPackage(Keeping):
     """One adapter bound to a package, made by :meth:`PackagedProgram.bind`: it keeps it, whatever is swapped."""
 
     form, why = "apply", "the form that the package was compiled in"
+    binding: Fitted
 
     def __init__(self, package: PackagedProgram, binding: Fitted) -> None:
         self.package, self.binding = package, binding
@@ -55,6 +57,10 @@ class BoundPackage:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run this adapter; inputs and output type are those of the package."""
         return self.package.run(self.binding, args, kwargs)
+
+    @property
+    def device(self) -> torch.device:
+        return self.package.device
 
     @property
     def held(self) -> Held:
@@ -85,11 +91,15 @@ class PackagedProgram:
 
     Raises CheckpointError when the file is missing, damaged, changed or of another kind, BackendError when it was
     packaged without adaptc or its code does not run on this machine.
+
+    ``understood``: what the files that it carries mean, made before any code is loaded; whatever it raises says that
+    the package is damaged. None where it gives None.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, understand: Callable[[Contents], Any] | None = None) -> None:
         self.path = Path(path)
-        m, tensors = _package_file.read(self.path)
+        contents = _package_file.read(self.path)
+        m = contents.manifest
         self.manifest = m
         # Where only an adapter's own version of the base was known, no other adapter may be bound to it.
         residual = [fqn for fqn in m.header.get("residual", ()) if fqn not in m.bases]
@@ -98,7 +108,8 @@ class PackagedProgram:
             self.adaptation = Adaptation([s.attachment for s in m.sites], fills=m.header["fills"], residual=residual)
             self.ops = {s.attachment.id: s.op for s in m.sites}
             self.recipes = Recipes(self.adaptation.attachments, self.ops)
-            self._fit = Fit(m, tensors, self.device, self.path)
+            self._fit = Fit(m, contents.tensors, self.device, self.path)
+            self.understood = None if understand is None else understand(contents)
             self._owner = object()
             self._now = self._fit.first(self._owner) if m.sites else None
         loader = self._load().loader
@@ -159,13 +170,21 @@ class PackagedProgram:
         """Run the current adapter; inputs and output type are those of the program that was packaged."""
         return self.run(self._now, args, kwargs)
 
+    def pinned(self) -> Callable[..., Any]:
+        """A callable that keeps the adapter that is current now, for calls that belong together."""
+        now = self._now
+        return lambda *args, **kwargs: self.run(now, args, kwargs)
+
     def run(self, adapter: Fitted | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The same with an adapter of this package."""
         flat = self.inputs(args, kwargs)
-        tensors = [
-            self._arranged(v, i) for v, i in zip(flat, self.manifest.inputs, strict=True) if i.tensor is not None
-        ]
-        return pytree.tree_unflatten(self._constants.run(adapter, tensors), self._out_spec)
+        given = [(v, i) for v, i in zip(flat, self.manifest.inputs, strict=True) if i.tensor is not None]
+        taken = [self._arranged(v, i) for v, i in given]
+        written = [(v, new, i) for (v, i), new in zip(given, taken, strict=True) if i.written and new is not v]
+        out = self._constants.run(adapter, taken)
+        for value, new, want in written:
+            write_back(value, new, repr(want.name))
+        return pytree.tree_unflatten(out, self._out_spec)
 
     def _arranged(self, value: Tensor, want: Input) -> Tensor:
         """In the memory layout of the example inputs, which the code takes for granted."""

@@ -26,7 +26,7 @@ from torch.export import ExportedProgram
 from adaptc.binding.binding import Binding
 from adaptc.errors import BackendError, CheckpointError, ConfigError, shown
 from adaptc.packages import manifest as _package_file
-from adaptc.packages.manifest import Input, Manifest, Room, Site
+from adaptc.packages.manifest import Contents, Input, Manifest, Room, Site
 from adaptc.packages.run import PackagedProgram
 from adaptc.packages.slot_table import ENTRY, slot_table
 from adaptc.passes.adapt.respecialize import Respecialize
@@ -43,6 +43,7 @@ from adaptc.runtime.call_inputs import Inputs
 from adaptc.runtime.compiled_products import choose_packaged
 from adaptc.runtime.product_table import wanted
 from adaptc.runtime.rank_padding import Padding, paddings
+from adaptc.runtime.state import written_to
 
 __all__ = ["PackagedProgram", "package_program"]
 
@@ -60,14 +61,20 @@ OPTIONS: Mapping[str, Any] = {
 
 @exclusive
 def package_program(
-    program: AdaptedProgram, path: Path, *, max_rank: int | None = None, products: str = "measured"
+    program: AdaptedProgram,
+    path: Path,
+    *,
+    max_rank: int | None = None,
+    products: str = "measured",
+    carried: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Compile ``program``, with its current adapter, into the file ``path`` (``.pt2``); returns ``path``.
 
     ``max_rank`` is the largest rank that later swaps may have, at every site; by default each site keeps the larger of
-    its current rank and the one it was compiled with. Larger slots cost memory and time in each call. ``program`` is
-    not changed. A merged or unloaded program gives a package without slots. The file is machine code, which runs when
-    somebody loads it: it is for those who trust you.
+    its current rank and the one it was compiled with. Larger slots cost memory and time in each call. ``carried``: path
+    -> a file that lies in the package, and that only who put it there reads. ``program`` is not changed. A merged or
+    unloaded program gives a package without slots. The file is machine code, which runs when somebody loads it: it is
+    for those who trust you.
 
     ``products``: "measured" has oneDNN compute those float32 layers of the base that it computes faster on this machine
     (the report of the package says which, and why), which is right on others too, if not the fastest there; "plain"
@@ -98,7 +105,7 @@ def package_program(
         # Beside the target: there must be room for it here anyway.
         with replacing(path, "new.pt2") as new, _code_folder(new) as code:
             _compiled(frozen, code, new, {ENTRY: slot_table(manifest)})
-            _package_file.write(new, manifest, tensors)
+            _package_file.write(new, Contents(manifest, tensors, carried or {}))
     except OSError as error:
         raise CheckpointError(f"could not write {path}: {error}. What was there before is unchanged.") from error
     return path
@@ -220,11 +227,12 @@ class _Packer:
 
     def _inputs(self, inputs: Inputs) -> list[Input]:
         args, kwargs = self.program.example_inputs  # type: ignore[misc]  # checked by the caller
+        written = {*written_to(self.program.graph), *self.program.graph_signature.user_inputs_to_mutate.values()}
         out = []
         for value, (name, want) in zip(inputs(args, kwargs), inputs.expected, strict=True):
             if isinstance(value, Tensor):
                 order = range(value.ndim) if value.is_contiguous() else value.dim_order()
-                out.append(Input(name, want, None, tuple(order)))
+                out.append(Input(name, want, None, tuple(order), name in written))
             else:
                 out.append(Input(name, None, want))
         return out

@@ -14,7 +14,8 @@ rounding W' once is not what the program does.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,7 +51,26 @@ class _Now:
     arguments: Arguments | None = None
 
 
-class Bound:
+class Keeping(ABC):
+    """A callable that keeps one adapter, whatever its program is swapped to."""
+
+    #: the adapter
+    binding: Any
+
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where it runs."""
+
+    def pinned(self) -> Callable[..., Any]:
+        """As that of programs, which is itself."""
+        return self
+
+
+class Bound(Keeping):
     """Made by ``AdaptedProgram.bind``. ``form`` is what it stands in, ``why`` the reason.
 
     It runs with the options that the program had when it was bound, but for the limit on what is computed once
@@ -82,6 +102,10 @@ class Bound:
         now = self.ready()
         assert now.executor is not None
         return self._runs, now.executor, self._reads, self._state
+
+    @property
+    def device(self) -> torch.device:
+        return self.program.device
 
     def ready(self) -> _Now:
         """What calls read, with their code, which is made now if it was not."""

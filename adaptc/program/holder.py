@@ -7,11 +7,14 @@ inside, and a program that it gives is held in the same way.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any, Self, TypeVar
 
+from torch.export import ExportedProgram
+
+from adaptc.errors import AdaptcError
 from adaptc.program.adapted import AdaptedProgram
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -22,8 +25,8 @@ class Holder(ABC):
 
     @property
     @abstractmethod
-    def program(self) -> AdaptedProgram:
-        """The program inside. Raises AdaptcError where there is none that may be changed."""
+    def program(self) -> Any:
+        """The program inside, or the package of one. Raises AdaptcError where there is none that may be changed."""
 
     @abstractmethod
     def holding(self, program: AdaptedProgram) -> Self:
@@ -34,8 +37,37 @@ class Holder(ABC):
         """Texts by name that are saved in the file of its program, from which it is made again."""
 
     @abstractmethod
+    def carried(self, tokenizer: Any) -> dict[str, bytes]:
+        """Files by path that are carried in a package of its program, from which it is made again. Raises ConfigError
+        for a tokenizer that does not fit, and where it cannot be packaged."""
+
+    @abstractmethod
+    def drawn(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """``options`` of verify with inputs, for a package of its program, which says too little of them."""
+
+    @abstractmethod
     def as_program(self, model: Any) -> AbstractContextManager[Any]:
         """A context in which ``model``, which it was made from, takes what its program takes."""
+
+
+def of_programs(function: F) -> F:
+    """:func:`through_holders` for a function that needs the graph, which packages have not: raises AdaptcError."""
+
+    @wraps(function)
+    def taking(program: Any, *args: Any, **kwargs: Any) -> Any:
+        check_program(program.program if isinstance(program, Holder) else program, function.__name__)
+        return function(program, *args, **kwargs)
+
+    return through_holders(taking)  # type: ignore[return-value]
+
+
+def check_program(program: Any, name: str) -> None:
+    """Raises AdaptcError for what is no program, in the name of a function."""
+    if not isinstance(program, ExportedProgram):
+        raise AdaptcError(
+            f"{name} takes what adaptc.compile or adaptc.load gives, not a {type(program).__name__}; of a package take "
+            "the program that it was made from"
+        )
 
 
 def through_holders(function: F) -> F:

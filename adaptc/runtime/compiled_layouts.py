@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from adaptc.errors import AdaptcError, BackendError
-from adaptc.runtime.layouts import laid, order_of
+from adaptc.errors import BackendError
+from adaptc.runtime.layouts import laid, order_of, write_back
 
 
 class Layouts:
@@ -58,10 +58,4 @@ class Layouts:
         """After a call that took ``taken`` for ``flat``. Raises AdaptcError where elements of a tensor share memory."""
         for i in self._written:
             if taken[i] is not flat[i]:
-                try:
-                    flat[i].copy_(taken[i])
-                except RuntimeError as error:
-                    raise AdaptcError(
-                        f"the program writes to its input number {i}, and elements of the tensor it was given share "
-                        "memory (it was expanded): give it a tensor of its own, tensor.contiguous()"
-                    ) from error
+                write_back(flat[i], taken[i], f"number {i}")

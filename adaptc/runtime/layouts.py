@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptc.errors import AdaptcError
+
 
 def order_of(value: Tensor) -> tuple[int, ...]:
     """Axes from the outermost to the innermost, for a tensor without gaps in any order; else as they are numbered.
@@ -51,6 +53,19 @@ def laid(value: Tensor, order: Sequence[int]) -> Tensor:
     if value.is_contiguous() and tuple(order) == _plain(len(order)):
         return value
     return value.permute(tuple(order)).contiguous().permute(_back(order))
+
+
+def write_back(given: Tensor, taken: Tensor, name: str) -> None:
+    """What a program wrote to ``taken``, in the tensor ``given`` as its input. Raises AdaptcError where elements of
+    that share memory."""
+    try:
+        with torch.no_grad():
+            given.copy_(taken)
+    except RuntimeError as error:
+        raise AdaptcError(
+            f"the program writes to its input {name}, and elements of the tensor it was given share memory (it was "
+            "expanded): give it a tensor of its own, tensor.contiguous()"
+        ) from error
 
 
 def _back(order: Sequence[int]) -> list[int]:

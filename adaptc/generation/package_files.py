@@ -1,0 +1,109 @@
+"""What a package of a step carries beside its code: what is known of the step, and a tokenizer.
+
+Before: the facts of a step and a tokenizer, or files that :func:`carried` gave. After: files by their paths, or the
+facts and the tokenizer again. Only files that are data are taken: no tokenizer with code of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from adaptc.errors import CheckpointError, ConfigError
+from adaptc.generation.description import NAME, described, facts_of
+from adaptc.generation.facts import Facts
+from adaptc.packages.manifest import Contents, can_carry
+from adaptc.pt2_files.names import loads
+from adaptc.pt2_files.refusal import Refused, reason
+
+_TOKENIZER = "tokenizer/"
+
+
+def carried(facts: Facts, tokenizer: Any = None) -> dict[str, bytes]:
+    """Path -> file. Raises ConfigError for what is no tokenizer of this program, and for a model with an encoder."""
+    if facts.config.is_encoder_decoder:
+        raise ConfigError(
+            f"{facts.config.model_type} has an encoder, and packages are of models that are decoders alone: "
+            "adaptc.save writes it, for a process that compiles"
+        )
+    files = {name: text.encode() for name, text in described(facts).items()}
+    return files if tokenizer is None else files | _files_of(_tokenizer(tokenizer), facts)
+
+
+def understood(contents: Contents) -> Facts | None:
+    """Inverse of :func:`carried`; None for a package of a program alone. Raises Refused."""
+    files = contents.carried
+    if NAME not in files:
+        if files:
+            raise Refused(f"it carries {min(files)!r}, which is of no program")
+        return None
+    tokenizer = {n.removeprefix(_TOKENIZER): data for n, data in files.items() if n.startswith(_TOKENIZER)}
+    if strange := sorted(n for n in files if n != NAME and not n.startswith(_TOKENIZER)):
+        raise Refused(f"it carries {strange[0]!r}, which is none of what generates")
+    inputs = {i.name for i in contents.manifest.inputs}
+    try:
+        return facts_of(loads(files[NAME], infinite=True), inputs, _reader(tokenizer) if tokenizer else None)
+    except Refused as error:
+        raise error.inside(f"what it says of generation, {NAME!r}: ") from None
+
+
+def _tokenizer(given: Any) -> Any:
+    """The object, of a directory or itself."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+    if isinstance(given, PreTrainedTokenizerBase):
+        return given
+    if not isinstance(given, (str, os.PathLike)):
+        raise ConfigError(
+            f"tokenizer must be a tokenizer of transformers or the directory of one, not a {type(given).__name__}"
+        )
+    path = Path(given)
+    if not path.is_dir():
+        raise ConfigError(f"tokenizer: there is no directory {path}")
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # files of strangers can break any of their readers
+        raise ConfigError(f"{path} has no tokenizer that can be read: {reason(error)}") from error
+
+
+def _files_of(tokenizer: Any, facts: Facts) -> dict[str, bytes]:
+    if len(tokenizer) > facts.vocabulary:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens, and the program was compiled for {facts.vocabulary}: give the "
+            "model's own, or resize the model's embeddings before it is compiled"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+    for name in files:
+        if name.endswith(".py"):
+            raise ConfigError(f"{type(tokenizer).__name__} has code of its own, {name!r}, which no package carries")
+        if not can_carry(_TOKENIZER + name):
+            raise ConfigError(f"the tokenizer has a file {name!r}, a name that no package has")
+    return {_TOKENIZER + name: data for name, data in files.items()}
+
+
+def _reader(files: Mapping[str, bytes]) -> Callable[[], Any]:
+    """What reads the tokenizer when it is first wanted, which takes longer than to load the package."""
+
+    @cache
+    def read() -> Any:
+        from transformers import AutoTokenizer
+
+        with tempfile.TemporaryDirectory() as folder:
+            for name, data in files.items():
+                path = Path(folder, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+            try:
+                return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            except Exception as error:
+                raise CheckpointError(
+                    f"the tokenizer in the package cannot be read here: {reason(error)}. Package the program again"
+                ) from error
+
+    return read
