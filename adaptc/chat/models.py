@@ -1,7 +1,8 @@
 """What a chat is with: something that generates, a tokenizer, and how to make more programs of the same model.
 
-Before: the path of a transformers directory, a GGUF file, or a saved program that generates. After: an :class:`Opened`,
-read from local files alone; or an error that says what is missing. No code of the files was run.
+Before: the path of a transformers directory, a GGUF file, or a saved program or package that generates. After: an
+:class:`Opened`, read from local files alone; or an error that says what is missing. No code of the files was run, but
+for a package, which is machine code.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from typing import Any
 
 import torch
 
-from adaptc.api import load
+from adaptc.api import load, load_package
 from adaptc.capture.model_files import is_gguf, read_gguf, read_model
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError, shown
 from adaptc.generation.compile import compile_for_generation
 from adaptc.generation.generator import Generator
 from adaptc.methods.lora_config import LoraConfig
+from adaptc.packages.manifest import is_package
 from adaptc.runtime.options import RunOptions
 
 #: what a model is captured for when nobody has named an adapter: most adapters fit, with any rank
@@ -62,7 +64,7 @@ def opened(path: Path, how: How) -> Opened:
             f"there is no model at {path}: give a transformers model directory, a GGUF file, or a program (.pt2) of "
             "adaptc.compile_for_generation"
         )
-    return _opened_program(path, how)
+    return _opened_package(path, how) if is_package(path) else _opened_program(path, how)
 
 
 def _opened_model(path: Path, how: How) -> Opened:
@@ -80,18 +82,36 @@ def _opened_model(path: Path, how: How) -> Opened:
 
 
 def _opened_program(path: Path, how: How) -> Opened:
-    for name in ("max_length", "dtype"):
-        if getattr(how, name) is not None:
-            raise ConfigError(f"{name} is part of a saved program: leave it out, or give the model it was made of")
+    _leave_out(how, "max_length", "dtype")
     device = None if how.device is None else _device(how.device)
     generator: Any = load(path, backend=how.backend, device=device)
+    _check_generates(path, generator)
+    binding = generator.program.binding
+    return Opened(_tokenizer(how.tokenizer or path.parent), None, (generator,), {"own": binding} if binding else {})
+
+
+def _opened_package(path: Path, how: How) -> Opened:
+    _leave_out(how, "max_length", "dtype", "device", "backend")
+    generator: Any = load_package(path)
+    _check_generates(path, generator)
+    tokenizer = None if how.tokenizer is not None else generator.tokenizer
+    own = {"own": generator.program.binding} if generator.program.binding.methods else {}
+    return Opened(tokenizer or _tokenizer(how.tokenizer or path.parent), None, (generator,), own)
+
+
+def _leave_out(how: How, *names: str) -> None:
+    """Raises ConfigError for options that are settled when a program is made."""
+    for name in names:
+        if getattr(how, name) != getattr(How(), name):
+            raise ConfigError(f"{name} is part of a saved program: leave it out, or give the model it was made of")
+
+
+def _check_generates(path: Path, generator: Any) -> None:
     if not isinstance(generator, Generator):
         raise CheckpointError(
             f"{path} holds a program that does not generate: give the model's directory, or save one of "
             "adaptc.compile_for_generation"
         )
-    binding = generator.program.binding
-    return Opened(_tokenizer(how.tokenizer or path.parent), None, (generator,), {"own": binding} if binding else {})
 
 
 def _device(name: str) -> torch.device:

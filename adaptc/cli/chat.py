@@ -17,7 +17,7 @@ def chat(
         Path,
         typer.Argument(
             metavar="MODEL",
-            help="A transformers model directory, a GGUF file, or a program (.pt2) that generates.",
+            help="A transformers model directory, a GGUF file, or a program or package (.pt2) that generates.",
             show_default=False,
         ),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import adaptc
+from adaptc.chat.models import How, opened
+from adaptc.chat.voices import Voices
 from adaptc.generation import pieces
 from tests.generation.models import case, generated, generator, prompt
 from tests.generation.packaged import ROOM, packaged, tokenizer, written
@@ -232,3 +235,19 @@ def test_a_merged_program(tmp_path: Path) -> None:
         adaptc.swap(package, found.adapters["first"])
     with pytest.raises(adaptc.ConfigError, match="could not locate a tokenizer"):
         generated(package, text, stop_strings=["w7"])
+
+
+def test_a_chat_with_a_package() -> None:
+    """With the tokenizer and the adapter that came with it; what is settled in it is refused by name."""
+    found = opened(written("llama"), How())
+    assert found.capture is None
+    assert found.tokenizer("w7 w2")["input_ids"] == [7, 2]
+    case_ = case("llama")
+    voices = Voices(found, {"second": Path(case_.adapters["second"])}, lambda what: nullcontext())
+    text = prompt(1, 5)
+    turns = ((lambda: voices.current, "second"), (lambda: voices.use("own"), "first"), (voices.base, None))
+    for turn, name in turns:
+        assert torch.equal(generated(turn().generator, text), case_.expected(name, text))
+    for how in (How(backend="inductor"), How(device="cpu"), How(dtype="float32"), How(max_length=9)):
+        with pytest.raises(adaptc.ConfigError, match="is part of a saved program"):
+            opened(written("llama"), how)
