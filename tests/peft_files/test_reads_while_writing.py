@@ -88,7 +88,8 @@ def test_tensors_that_were_bound_may_be_edited(form: str, tmp_path: Path) -> Non
             t.mul_(3)
         assert torch.equal(bound(x), expected)
         if bound is p:
-            torch.testing.assert_close(adaptc.merge(p)(x), expected)
+            # To the rounding of the largest: each round makes the numbers nine times as large.
+            torch.testing.assert_close(adaptc.merge(p)(x), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 # -- torn reads --------------------------------------------------------------------------------------------------------
@@ -180,6 +181,14 @@ while True:
 """
 
 
+def inode(path: Path) -> int | None:
+    """None where there is no such file."""
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
+
+
 def hot(tmp_path: Path, seconds: float) -> int:
     """Swaps from a directory that another process writes two adapters to; each must be one of the two."""
     p, x, out = program(), torch.randn(4, 7), {}
@@ -193,10 +202,9 @@ def hot(tmp_path: Path, seconds: float) -> int:
     code, accepted, refused = WRITER.format(root=os.getcwd(), path=str(tmp_path)), 0, []
     with subprocess.Popen([sys.executable, "-c", code]) as writer:
         try:
-            first = (tmp_path / "hot" / SAFE).stat().st_ino
-            while writer.poll() is None:
-                if not (tmp_path / "hot" / SAFE).exists() or (tmp_path / "hot" / SAFE).stat().st_ino != first:
-                    break
+            first = inode(tmp_path / "hot" / SAFE)
+            while writer.poll() is None and inode(tmp_path / "hot" / SAFE) == first:
+                pass
             end = time.monotonic() + seconds
             while time.monotonic() < end:
                 assert writer.poll() is None
