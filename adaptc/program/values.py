@@ -110,7 +110,8 @@ class ProgramValues(ExportedProgram):
         """What a binding must fill. Raises AdaptcError where a base tensor is no longer what it was made for."""
         self.check_base()
         a = self._adaptation
-        bounds = bounds_of(self.graph, self.graph_signature)
+        # Of the graph as it was last shown, for no adapter changes them, and whoever wants it anew waits for others.
+        bounds = bounds_of(self._run.exported.module.graph, self._graph_signature)
         base = self.base_tensors
         return BindingSpec(a.attachments, self._ops, base, a.autocast, trainable, a.unread, a.residual, bounds)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import linecache
 import types
+from collections.abc import Iterator
 
 from torch import fx
 from torch.fx.graph_module import _loader
@@ -38,6 +39,16 @@ def forget_sizes(graph: fx.Graph, *, captured: bool) -> None:
         env.tracked_fakes.clear()
 
 
+def _forwards(cls: type) -> Iterator[types.FunctionType]:
+    """The code of all modules that there are; each has a class of its own. The garbage collector knows it too, but who
+    asks it for all objects sees tuples that other threads are still filling, which then fails for them."""
+    for sub in cls.__subclasses__():
+        forward = vars(sub).get("forward")
+        if isinstance(forward, types.FunctionType):
+            yield forward
+        yield from _forwards(sub)
+
+
 def forget_code(*, now: bool = False) -> None:
     """Drop the texts of code that is gone, if many have come since this was last done. The caller holds ``GRAPHS``."""
     texts = _loader.eval_cache
@@ -46,7 +57,7 @@ def forget_code(*, now: bool = False) -> None:
         return
     gc.collect()
     known = list(texts)
-    alive = {o.__code__.co_filename for o in gc.get_objects() if type(o) is types.FunctionType}
+    alive = {f.__code__.co_filename for f in _forwards(fx.GraphModule)}
     for name in known:
         if name not in alive:
             texts.pop(name, None)

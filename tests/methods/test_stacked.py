@@ -15,8 +15,10 @@ from adaptc.passes.ir.method_hooks import Hooks
 from tests.support.method_table import Experts
 
 #: hooks that are right as they are: the stacked method has no form around a layer and no bias, no dropout there, and
-#: nothing nested; it is wrapped anew by those who settle sizes; the rest follows from what it does say
+#: nothing nested; it is wrapped anew by those who settle sizes; what a method says of its files where there is no model
+#: is asked of the method alone; the rest follows from what it does say
 OWN = {
+    *("file_names", "summed", "low_rank", "with_low_rank"),
     *("akin", "defines", "drops_input", "nested", "settle_shared_sizes", "name", "kin", "swappable", "training"),
     *("dropout", "filled"),
 }

@@ -98,10 +98,13 @@ def test_options_are_checked_when_set(
 
 def test_every_option_has_a_property_that_sets_it(program: adaptc.AdaptedProgram) -> None:
     values = {"backend": "inductor", "hoist_limit": 12, "fuse": False, "kernels": True, "checkpoint": 3}
+    values["pack"] = "float32"
     assert set(values) == set(vars(RunOptions()))
     for name, value in values.items():
+        before = getattr(program, name)
         setattr(program, name, value)
         assert getattr(program, name) == getattr(program.options, name) == value
+        setattr(program, name, before)  # packed weights are for one backend alone
 
 
 def test_a_copy_with_options_leaves_the_program_as_it_is(program: adaptc.AdaptedProgram) -> None:
