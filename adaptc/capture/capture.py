@@ -27,6 +27,7 @@ from adaptc.capture.failures import in_terms_of
 from adaptc.capture.free_sizes import Free, export, export_free, export_stated
 from adaptc.capture.made_inputs import example_of
 from adaptc.capture.model_loss import loss_type, means_over_next_labels
+from adaptc.capture.replaced_forward import keyword, replaced_forward
 from adaptc.capture.single_sizes import differing, left_alone, results, runnable
 from adaptc.errors import AdaptcWarning, CaptureError
 from adaptc.passes.adapt.bound_rows import BoundRows
@@ -39,8 +40,6 @@ from adaptc.passes.analysis.program_facts import (
     qualified,
 )
 from adaptc.passes.ir.trees import pytree
-
-_MISSING = object()
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,22 +245,15 @@ def _flat_forward(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]
     if all(name in parameters for name in kwargs):
         yield
         return
-    own, original = vars(model).get("forward", _MISSING), model.forward
+    original = model.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
 
     keep = [p for p in parameters.values() if p.kind is not p.VAR_KEYWORD]
-    extra = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in kwargs if n not in parameters]
-    vars(forward)["__signature__"] = inspect.Signature(keep + extra)
-    vars(model)["forward"] = forward
-    try:
+    extra = [keyword(n) for n in kwargs if n not in parameters]
+    with replaced_forward(model, forward, [*keep, *extra]):
         yield
-    finally:
-        if own is _MISSING:
-            del vars(model)["forward"]
-        else:
-            vars(model)["forward"] = own
 
 
 def _export_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any, training: bool) -> ExportedProgram:

@@ -23,8 +23,9 @@ from adaptc.generation.facts import Facts
 from adaptc.generation.generator import Generator, generator_class
 from adaptc.generation.layout import CacheLayout, eval_mode
 from adaptc.generation.prove import prove
-from adaptc.generation.step import stepping
+from adaptc.generation.step import Step, stepping
 from adaptc.passes.ir.exclusive import exclusive
+from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.compile import compiled
 from adaptc.program.unload import unloaded
 from adaptc.runtime.options import RunOptions
@@ -95,24 +96,11 @@ def _compiled(
     layout = CacheLayout.of(model)
     length = _length(max_length, config.get_text_config(decoder=True))
     with stepping(model, layout) as step:
-        try:
-            program = compiled(
-                model, adapter, options, example_inputs=step.example_inputs, dynamic_shapes=step.dynamic_shapes, **how
-            )
-        except CaptureError as error:
-            raise CaptureError(f"{name} cannot be captured as a step with its cache: {error}") from error
-    embedding = cast(Any, model).get_input_embeddings().weight
+        program = _captured(model, adapter, options, step, "a step with its cache", how)
     facts = Facts(
-        copy.deepcopy(config),
-        copy.deepcopy(model.generation_config),
-        layout,
-        max_batch,
-        length,
-        "position_ids" in step.example_inputs,
-        "inputs_embeds" in step.example_inputs,
-        embedding.shape[0],
-        embedding.shape[1],
-        embedding.dtype,
+        **_common(model, layout, max_batch, length),
+        positions="position_ids" in step.example_inputs,
+        embeds="inputs_embeds" in step.example_inputs,
     )
     with eval_mode(model):
         prove(model, unloaded(program).module(check_guards=False), facts)
@@ -123,30 +111,17 @@ def _across(
     model: Any, adapter: Any, options: RunOptions, max_batch: int, max_length: int | None, **how: Any
 ) -> EncoderDecoder:
     """The same of a model with an encoder."""
-    name, config = type(model).__name__, model.config
-    check_side_by_side(config, name)
+    config = model.config
+    check_side_by_side(config, type(model).__name__)
     length = _at_most(max_length, decoder_positions(config))
     _at_least_one(max_batch, "max_batch")
     encoded = Encoded.of(model)
     with stepping_across(model, encoded) as step:
-        try:
-            program = compiled(
-                model, adapter, options, example_inputs=step.example_inputs, dynamic_shapes=step.dynamic_shapes, **how
-            )
-        except CaptureError as error:
-            raise CaptureError(f"{name} cannot be captured as an encoder and a step: {error}") from error
-    embedding = model.get_input_embeddings().weight
+        program = _captured(model, adapter, options, step, "an encoder and a step", how)
     facts = CrossFacts(
-        copy.deepcopy(config),
-        copy.deepcopy(model.generation_config),
-        encoded.own,
-        max_batch,
-        length,
-        "decoder_position_ids" in step.example_inputs,
-        False,
-        embedding.shape[0],
-        embedding.shape[1],
-        embedding.dtype,
+        **_common(model, encoded.own, max_batch, length),
+        positions="decoder_position_ids" in step.example_inputs,
+        embeds=False,
         main=encoded.main,
         features=encoded.features,
         source=None if encoded.features else encoder_positions(config),
@@ -157,6 +132,32 @@ def _across(
     with eval_mode(model):
         prove_across(model, unloaded(program), facts)
     return encoder_decoder_class(encoded.features is not None)(program, facts)
+
+
+def _captured(
+    model: nn.Module, adapter: Any, options: RunOptions, step: Step, what: str, how: Mapping[str, Any]
+) -> AdaptedProgram:
+    try:
+        return compiled(
+            model, adapter, options, example_inputs=step.example_inputs, dynamic_shapes=step.dynamic_shapes, **how
+        )
+    except CaptureError as error:
+        raise CaptureError(f"{type(model).__name__} cannot be captured as {what}: {error}") from error
+
+
+def _common(model: Any, layout: CacheLayout, max_batch: int, max_length: int) -> dict[str, Any]:
+    """What is known of any model's step."""
+    embedding = model.get_input_embeddings().weight
+    return {
+        "config": copy.deepcopy(model.config),
+        "generation_config": copy.deepcopy(model.generation_config),
+        "layout": layout,
+        "max_batch": max_batch,
+        "max_length": max_length,
+        "vocabulary": embedding.shape[0],
+        "width": embedding.shape[1],
+        "embeds_dtype": embedding.dtype,
+    }
 
 
 def _length(asked: Any, config: Any) -> int:

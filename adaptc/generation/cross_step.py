@@ -26,10 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from adaptc.capture.replaced_forward import keyword, replaced_forward
 from adaptc.errors import CaptureError
 from adaptc.generation.attention import packed_attention
 from adaptc.generation.layout import CacheLayout, cache_of, eval_mode
-from adaptc.generation.step import Step, example_step, replaced_forward, written_cache
+from adaptc.generation.step import Step, example_step, written_cache
 
 STATES, MASK = "states", "states_mask"
 #: what the names of its keys and values begin with
@@ -103,7 +104,7 @@ def stepping_across(model: nn.Module, encoded: Encoded) -> Iterator[Step]:
         made = [t for layer in seen.layers for t in layer.made]
         return {STATES: found, **dict(zip(encoded.cross.names, made, strict=True)), "logits": logits[:, keep]}
 
-    with replaced_forward(model, forward, step.example_inputs), packed_attention():
+    with replaced_forward(model, forward, list(map(keyword, step.example_inputs))), packed_attention():
         yield step
 
 

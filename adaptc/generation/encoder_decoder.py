@@ -23,7 +23,7 @@ from adaptc.generation.cross_cache import CrossCache, cross_cache_class
 from adaptc.generation.cross_facts import CrossFacts
 from adaptc.generation.cross_step import MASK, STATES, stepping_across
 from adaptc.generation.facts import past_name
-from adaptc.generation.generator import Generator
+from adaptc.generation.generator import Generator, cut_positions
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.bound import Bound
 from adaptc.program.parts import Part, pinned_parts
@@ -123,11 +123,13 @@ class EncoderDecoder(Generator):
         """One step: the logits of the decoder's new tokens (batch, tokens), whose keys and values go into the cache.
 
         The encoder runs where there is neither a cache with its states nor ``encoder_outputs``. Without a cache a new
-        one is made, and is in the output.
+        one is made, and is in the output, unless ``use_cache`` is False.
         """
-        checks.forward(decoder_input_ids, None, None, return_dict, others)
-        assert decoder_input_ids is not None
         past = past_key_values if cache is None else cache
+        # Whisper finds out the language so, in a step of its own.
+        keeps = past is not None or use_cache is not False
+        checks.forward(decoder_input_ids, None, use_cache if keeps else None, return_dict, others)
+        assert decoder_input_ids is not None
         past = self.new_cache() if past is None else cross_checks.own(self.facts, past)
         rows, tokens = decoder_input_ids.shape
         before, total = past.length, past.length + tokens
@@ -164,7 +166,7 @@ class EncoderDecoder(Generator):
         logits = _run(pinned.kept_parts()["step"], given)["logits"]
         past.length = total
         self.begun = True
-        return _output(logits, past)
+        return _output(logits, past, keeps)
 
     # -- what transformers asks of a model -----------------------------------------------------------------------------
 
@@ -182,9 +184,7 @@ class EncoderDecoder(Generator):
             kwargs["decoder_position_ids"] = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
         if next_sequence_length is not None:
             input_ids = input_ids[:, -next_sequence_length:]
-        positions = kwargs.get("decoder_position_ids")
-        if positions is not None and positions.shape[-1] != input_ids.shape[1]:
-            kwargs["decoder_position_ids"] = positions[:, -input_ids.shape[1] :]
+        cut_positions(kwargs, "decoder_position_ids", input_ids.shape[1])
         return {"decoder_input_ids": input_ids, **{n: v for n, v in kwargs.items() if n not in checks.MODE}}
 
     def _prepare_cache_for_generation(
@@ -261,10 +261,10 @@ def _run(part: Part, given: Mapping[str, Any]) -> dict[str, Tensor]:
     return part.run(**{name: given[name] for name in part.inputs})
 
 
-def _output(logits: Tensor, past: CrossCache) -> Any:
+def _output(logits: Tensor, past: CrossCache, keeps: bool) -> Any:
     from transformers.modeling_outputs import Seq2SeqLMOutput
 
     if past.states is None:
         raise AdaptcError("a cache lost its encoder's states while a step ran: it was reset")
-    fields: dict[str, Any] = {past_name(): past, "encoder_last_hidden_state": past.states}
+    fields: dict[str, Any] = {past_name(): past if keeps else None, "encoder_last_hidden_state": past.states}
     return Seq2SeqLMOutput(logits=logits, **fields)  # type: ignore[arg-type]

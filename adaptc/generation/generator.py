@@ -226,9 +226,7 @@ class Generator(Holder):
         assert new is not None
         if next_sequence_length is not None:
             new = new[:, -next_sequence_length:]
-        positions = kwargs.get("position_ids")
-        if positions is not None and positions.shape[-1] != new.shape[1]:
-            kwargs["position_ids"] = positions[:, -new.shape[1] :]
+        cut_positions(kwargs, "position_ids", new.shape[1])
         # What ways to generate have of their own, such as a tokenizer, comes along; names were checked before.
         return {name: new, **{n: v for n, v in kwargs.items() if n not in checks.MODE}}
 
@@ -277,6 +275,13 @@ class Generator(Holder):
         f = self.facts
         what = "keeping" if isinstance(self._runs, Keeping) else "of"
         return f"generates with up to {f.max_batch} rows of {f.max_length} positions, {what}\n{self._runs!r}"
+
+
+def cut_positions(kwargs: dict[str, Any], name: str, count: int) -> None:
+    """Of the positions of all tokens, if they are given, leave those of the last ``count``."""
+    positions = kwargs.get(name)
+    if positions is not None and positions.shape[-1] != count:
+        kwargs[name] = positions[:, -count:]
 
 
 @cache

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from adaptc.capture.replaced_forward import keyword, replaced_forward
 from adaptc.errors import CaptureError
 from adaptc.generation.attention import packed_attention
 from adaptc.generation.layout import CacheLayout
@@ -67,23 +68,8 @@ def stepping(model: nn.Module, layout: CacheLayout) -> Iterator[Step]:
             logits = original(**inputs, use_cache=True).logits
         return logits if keeps else logits[:, keep]
 
-    with replaced_forward(model, forward, step.example_inputs), packed_attention():
+    with replaced_forward(model, forward, list(map(keyword, step.example_inputs))), packed_attention():
         yield step
-
-
-@contextlib.contextmanager
-def replaced_forward(model: nn.Module, forward: Callable[..., Any], names: Iterable[str]) -> Iterator[None]:
-    """``model`` with another forward, which takes keywords of these names."""
-    own, keyword = vars(model).get("forward"), inspect.Parameter.KEYWORD_ONLY
-    vars(forward)["__signature__"] = inspect.Signature([inspect.Parameter(n, keyword) for n in names])
-    vars(model)["forward"] = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del vars(model)["forward"]
-        else:
-            vars(model)["forward"] = own
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import adaptc
 from adaptc.errors import AdaptcError, CaptureError
+from adaptc.generation.facts import past_name
 from tests.generation.models import case, generated, generator, prompt
 from tests.support.families import FAMILIES, VOCAB
 
@@ -231,6 +232,21 @@ def test_bad_input_is_refused_before_anything_runs(what: str) -> None:
         given = {**given, "past_key_values": cache}
     with pytest.raises(AdaptcError, match=message):
         gen.generate(**given)
+
+
+def test_a_step_alone() -> None:
+    """Without a cache, where none is wanted; what it does not do is refused."""
+    gen, given = generator(FAMILY), {**prompt(1, 5), "decoder_input_ids": torch.ones(1, 1, dtype=torch.int64)}
+    with torch.no_grad():
+        found, other = gen.forward(**given, use_cache=False), gen.forward(**given)
+    assert torch.equal(found.logits, other.logits)
+    name = past_name()
+    assert name not in found  # outputs of transformers leave out what is None
+    assert other[name].length == 1
+    with pytest.raises(AdaptcError, match="use_cache=False is not taken"):
+        gen.forward(decoder_input_ids=given["decoder_input_ids"], past_key_values=other[name], use_cache=False)
+    with pytest.raises(AdaptcError, match="return_dict=False is not taken"):
+        gen.forward(**given, return_dict=False)
 
 
 def test_it_is_verified_against_its_model() -> None:
