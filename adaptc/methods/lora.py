@@ -188,6 +188,26 @@ class Lora(Method):
             delta = delta + op.along_out(slots["lora_B.bias"], delta)
         return cast(y + delta * scale, y.dtype)
 
+    def rows(
+        self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale, mix: Tensor
+    ) -> Tensor | None:
+        if op.experts or op.groups > 1:
+            return None
+        A, B = slots[next(iter(slots))], list(slots.values())[1]
+        count, wide = A.shape[0], A.dtype
+        mix = cast(mix, wide) * scale
+        down, up = A.flatten(0, 1), B.transpose(0, 1).flatten(1, 2)
+        if op.is_conv:
+            h = op.down(adapter_input(self, op, x, wide), down)
+            delta = op.up((h.unflatten(1, (count, -1)) * mix.movedim(-1, 1)).flatten(1, 2), up.flatten(1))
+        else:
+            h = op.down(adapter_input(self, op, x, wide), op.bounded(down) if op.kind == "embedding" else down)
+            delta = torch.nn.functional.linear((h.unflatten(-1, (count, -1)) * mix.movedim(-1, -2)).flatten(-2), up)
+        if self.with_bias:
+            biases = mix @ slots["lora_B.bias"]
+            delta = delta + (biases.movedim(-1, 1).squeeze(-1) if op.is_conv else biases.squeeze(-2))
+        return cast(y + delta, y.dtype)
+
     def unfused(self, op: Op) -> str:
         if op.kind not in ("linear", "addmm") or not op.callable:
             return f"there are no kernels for a consumer of kind {op.kind!r}"
@@ -258,6 +278,9 @@ class LoraTied(Lora):
 
     def unfused(self, op: Op) -> str:
         return "there are no kernels for a layer that changes with an embedding"
+
+    def rows(self, *args: Any) -> None:
+        return None
 
     def _factors(self, op: Op, slots: Slots) -> tuple[Tensor, Tensor]:
         return slots["lora_embedding_B"].mT, slots["lora_embedding_A"].mT

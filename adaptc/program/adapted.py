@@ -6,6 +6,7 @@ bound, trained and moved; its state, and how it keeps itself consistent, is in `
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from adaptc.passes.ir.pass_infra import Trail
 from adaptc.passes.lower.choose_products import Products
 from adaptc.passes.train.backbone import cut_at_head
 from adaptc.passes.train.fuse_training import fuse_training
+from adaptc.program.bank import Bank
 from adaptc.program.bound import Bound
 from adaptc.program.core import ProgramCore
 from adaptc.program.describe import described, sites_at, table_of
@@ -59,6 +61,20 @@ class AdaptedProgram(ProgramCore):
             self.memory.join(bare)
             return bare
         return Bound(self, as_binding(self, adapter, **options), form, memory_limit)
+
+    def bank(self, adapters: Mapping[str, Any] | None = None, **limits: Any) -> Bank:
+        """Adapters by name, of which each row of a batch takes its own: ``bank(**inputs, adapters=["fr", None, {"de":
+        0.7, "style": 0.3}])``.
+
+        ``adapters``: what :meth:`bind` takes, by name; more come with ``bank.add``. ``capacity``, ``max_bytes``: how
+        many it may hold, and how many bytes of them; with ``evict=True`` those used least recently go when it is full,
+        and ``loader``, a function of a name, gives an adapter that is not there. ``max_rank``: the largest rank it
+        takes. The bank keeps the program as it is now: a later swap is nothing to it.
+
+        Raises TargetError, which names the site, where the rows of a batch are not apart (statistics over the batch,
+        experts), and what :meth:`Bank.add` raises.
+        """
+        return Bank(self, adapters, **limits)
 
     # -- how it shows itself -------------------------------------------------------------------------------------------
 

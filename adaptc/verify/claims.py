@@ -10,7 +10,7 @@ from typing import Any
 
 from adaptc.verify.compare import Leaves, copied_tree, leaves
 from adaptc.verify.preserve_state import Buffers
-from adaptc.verify.random_inputs import Run
+from adaptc.capture.random_inputs import Run
 from adaptc.verify.report import Check
 
 

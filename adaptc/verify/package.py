@@ -19,11 +19,12 @@ from torch.export import ExportedProgram
 from adaptc.packages.run import PackagedProgram
 from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.program.adapted import AdaptedProgram
-from adaptc.verify import package_inputs, random_inputs
+from adaptc.capture import random_inputs
+from adaptc.verify import package_inputs
 from adaptc.verify.claims import Claims
 from adaptc.verify.compare import Leaves, compare, differ
 from adaptc.verify.preserve_state import Buffers, evaluating
-from adaptc.verify.random_inputs import Run
+from adaptc.capture.random_inputs import Run
 from adaptc.verify.report import Check, VerifyReport
 from adaptc.verify.verify import NO_BASE, TOLERANCE
 

@@ -17,7 +17,7 @@ from adaptc.packages.manifest import Manifest
 from adaptc.packages.run import PackagedProgram
 from adaptc.passes.ir.trees import pytree
 from adaptc.runtime.call_inputs import TensorInput
-from adaptc.verify.random_inputs import Run, random_value
+from adaptc.capture.random_inputs import Run, random_value
 
 #: how much larger than the least a size may be
 _SPREAD = 7

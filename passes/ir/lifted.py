@@ -39,6 +39,7 @@ from torch.export.graph_signature import (
 )
 
 from adaptc.errors import CaptureError, ConfigError, PassError
+from adaptc.passes.ir.keywords import with_keywords
 from adaptc.passes.ir.storage import storage_key
 from adaptc.passes.ir.trees import pytree
 
@@ -144,6 +145,7 @@ class Lifted:
             elif spec.target is not None:
                 self.placeholders[spec.target] = node
         self.fake_mode = fake_mode_of(self.graph)
+        self._keywords: list[str] = []
         self._add_aliases()
 
     def _add_aliases(self) -> None:
@@ -204,6 +206,28 @@ class Lifted:
         self.placeholders[fqn] = node
         self.nodes[node.name] = node
         return node
+
+    def add_input(self, name: str, shape: Sequence[Any], dtype: torch.dtype) -> fx.Node:
+        """A new keyword input of the user's, a tensor of this shape, whose sizes may be symbolic ones of the graph.
+        Raises ConfigError where the program has an input of that name."""
+        if name in self.nodes or name in user_inputs(self.program):
+            raise ConfigError(f"the program already has something named {name!r}")
+        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1:]
+        before = last[0].next if last else next(iter(self.graph.nodes))
+        with self.graph.inserting_before(before):
+            node = self.graph.create_node("placeholder", name, name=name)
+        with sizes_stay_free([n.meta["val"] for n in last]):
+            node.meta["val"] = torch.empty(tuple(shape), dtype=dtype, device=self.fake_device())
+        self.specs[name] = InputSpec(InputKind.USER_INPUT, TensorArgument(name), None)
+        self.nodes[name] = node
+        self._first_user = self._first_user or node
+        self._keywords.append(name)
+        return node
+
+    def fake_device(self) -> torch.device:
+        """Where the tensors of the program are."""
+        found = (t.device for t in [*self.state_dict.values(), *self.constants.values()] if isinstance(t, Tensor))
+        return next(found, torch.device("cpu"))
 
     def split(self, fqn: str, users: Iterable[fx.Node], tensor: Tensor) -> fx.Node:
         """Untie ``fqn``: give it a placeholder of its own with value ``tensor``, read by ``users`` alone.
@@ -309,7 +333,11 @@ class Lifted:
     def finish(self, root: fx.GraphModule | None = None) -> ExportedProgram:
         """The edited program, which its constructor validates. ``root``: what has the graphs of its blocks, if not the
         program that was opened."""
-        return self._program(root, self.program.module_call_graph, self.program.example_inputs)
+        calls, examples = self.program.module_call_graph, self.program.example_inputs
+        if self._keywords:
+            values = {n: self.nodes[n].meta["val"] for n in self._keywords}
+            calls, examples = with_keywords(values, calls, examples, list(user_inputs(self.program).values()))
+        return self._program(root, calls, examples)
 
     def _program(self, root: fx.GraphModule | None, calls: Any, examples: Any) -> ExportedProgram:
         old = self.program

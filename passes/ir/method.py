@@ -82,6 +82,14 @@ class Method(Hooks):
         """What :meth:`call_adapted` computes, up to rounding, with kernels made for a GPU; optional."""
         raise AssertionError(f"{type(self).__name__} has no fused()")
 
+    def rows(
+        self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale, mix: Tensor
+    ) -> Tensor | None:
+        """y + the sum over k of mix[..., k] * (y'_k - y), for several adapters at once: ``slots`` and ``scale`` have an
+        axis of them in front, ``mix`` broadcasts to (*y.shape, adapters). Optional and cheaper than one after the
+        other; None where it is not."""
+        return None
+
     # -- which of these there are --------------------------------------------------------------------------------------
 
     def defines(self, *names: str) -> bool:
@@ -118,6 +126,11 @@ class Method(Hooks):
         if owner is not Method and all(issubclass(owner, _owner(type(self), n)) for n in ("apply", "input", "bias")):
             return ""
         return f"{self.name} has no kernels"
+
+    def has_rows(self) -> bool:
+        """Whether :meth:`rows` is of this method, and not of one whose other forms it changes."""
+        owner = _owner(type(self), "rows")
+        return owner is not Method and issubclass(owner, _owner(type(self), "apply"))
 
     def call_adapted(self, op: Op, x: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         """op(x, W, b) adapted by the form around the layer."""

@@ -155,6 +155,12 @@ class Op:
         short = torch.where(length > most, constant * (most / (length + 1e-7)), constant)
         return self.canonical(short + (rows - constant))
 
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        """op(x, a) for a weight with any number of rows, without bias and with one group."""
+        if self.kind == "embedding":
+            return aten.embedding(a.t(), x, *self.rest)
+        return self._conv(x, a, None, 1) if self.is_conv else F.linear(x, a)
+
     def up(self, h: Tensor, b: Tensor) -> Tensor:
         """A matrix (out, channels) on the channels of ``h``, what this op gives with a weight of that many rows."""
         for _ in self.kernel:

@@ -18,7 +18,7 @@ from adaptc.errors import AdaptcError
 from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.lifted import user_inputs
 from adaptc.passes.ir.trees import pytree
-from adaptc.verify.random_sizes import Sizes, SizeSampler, shape_of
+from adaptc.capture.random_sizes import Sizes, SizeSampler, shape_of
 
 aten = torch.ops.aten
 

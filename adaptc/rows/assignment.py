@@ -1,0 +1,79 @@
+"""What callers say of the rows of a batch: no adapter, one, or a weighted mix; turned into coefficients.
+
+Before: one entry per row. After: for each row its adapters with their weights, in which every name is one that there is
+and every weight a finite number; weights of zero are gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptc.errors import AdaptcError, did_you_mean, listing, shown
+
+Mixes = tuple[Mapping[str, float], ...]
+"""For each row the weights of its adapters, by name."""
+
+
+def mixes_of(adapters: Any) -> Mixes:
+    """``adapters`` as callers write it: a list with, for each row, None, a name, or a dict of names and weights.
+
+    Raises AdaptcError for anything else.
+    """
+    if isinstance(adapters, (str, Mapping, Tensor)) or not isinstance(adapters, Sequence):
+        raise AdaptcError(
+            f"adapters={shown(adapters)} is no list: give one entry for each row of the batch, a name, None for the "
+            'base, or a mix such as {"fr": 0.7, "style": 0.3}'
+        )
+    return tuple(_mix(i, one) for i, one in enumerate(adapters))
+
+
+def _mix(row: int, one: Any) -> dict[str, float]:
+    if one is None:
+        return {}
+    if isinstance(one, str):
+        return {one: 1.0}
+    if not isinstance(one, Mapping):
+        raise AdaptcError(
+            f"adapters[{row}] is {shown(one)}: expected a name, None for the base, or a dict of names and weights"
+        )
+    out = {}
+    for name, weight in one.items():
+        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not isinstance(name, str) or not number or not isfinite(weight):
+            raise AdaptcError(
+                f"adapters[{row}] gives {shown(name)} the weight {shown(weight)}: names are strings and weights "
+                "finite numbers"
+            )
+        if weight:
+            out[name] = float(weight)
+    return out
+
+
+def used(mixes: Mixes) -> tuple[str, ...]:
+    """The names in ``mixes``, in the order in which they come first."""
+    return tuple(dict.fromkeys(name for mix in mixes for name in mix))
+
+
+def check_known(names: Collection[str], known: Collection[str]) -> None:
+    """Raises AdaptcError for a name that is not among the ``known``."""
+    for name in names:
+        if name not in known:
+            raise AdaptcError(
+                f"the bank has no adapter {shown(name)}; it has {listing(map(repr, known)) or 'none'}"
+                f"{did_you_mean(name, known)}. Add it first: bank.add({shown(name)}, adapter)"
+            )
+
+
+def coefficients(mixes: Mixes, names: Sequence[str], count: int, device: torch.device) -> Tensor:
+    """(rows, count), float32: the weight of the adapter at each of the places ``names``; all others are zero."""
+    at = {name: i for i, name in enumerate(names)}
+    out = torch.zeros(len(mixes), count)
+    for row, mix in enumerate(mixes):
+        for name, weight in mix.items():
+            out[row, at[name]] = weight
+    return out.to(device)

@@ -1,0 +1,89 @@
+"""The code that gives each row of a batch adapters of its own, for a number of adapters.
+
+Before: a program without adapters, its sites, and where the rows are. After: an executor whose calls take one more
+keyword, the coefficients (rows, count). Made once for each number of adapters; nothing in it is of any one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from adaptc.binding.binding import Binding
+from adaptc.errors import TargetError
+from adaptc.passes.adapt.inject_rows import InjectRows, around, check_site, read_at
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.exclusive import exclusive
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.ops import Op, operands
+from adaptc.passes.ir.rows import InRows, RowAxis
+from adaptc.rows.locate import Rows, locate, rows_of
+from adaptc.runtime.call_inputs import Inputs
+from adaptc.runtime.executor import Executor
+from adaptc.runtime.options import RunOptions
+
+#: the name of the coefficients among the inputs
+KEYWORD = "adapter_coefficients"
+
+
+@dataclass(frozen=True, eq=False)
+class RowsSource:
+    """A program without adapters, and what code for rows is made of beside it. ``fills``, ``takes``: as for
+    :class:`Inputs`."""
+
+    program: ExportedProgram
+    attachments: Sequence[Attachment]
+    ops: Mapping[str, Op]
+    base: Mapping[str, Tensor]
+    rows: Rows
+    axes: Mapping[str, RowAxis]
+    fills: Mapping[str, Sequence[str]]
+    takes: Sequence[str]
+    training: bool
+
+    @classmethod
+    @exclusive
+    def of(
+        cls,
+        program: ExportedProgram,
+        attachments: Sequence[Attachment],
+        ops: Mapping[str, Op],
+        base: Mapping[str, Tensor],
+        fills: Mapping[str, Sequence[str]],
+        takes: Sequence[str],
+        training: bool,
+    ) -> RowsSource:
+        """Raises TargetError, which names the site, where rows cannot have adapters of their own."""
+        rows, lifted = rows_of(program), Lifted(program, edit=False)
+        wanted: dict[str, Attachment] = {}
+        for a in attachments:
+            check_site(lifted, a)
+            op = ops[a.id]
+            for node, _ in read_at(lifted, a):
+                if not around(a, op) or a.method.has_apply(op.at(node)):
+                    wanted.setdefault(node.name, a)
+                if around(a, op) and a.method.has_input(op.at(node)):
+                    wanted.setdefault(operands(node)[0].name, a)
+        axes, why = locate(program, rows, wanted)
+        for name, reason in why.items():
+            raise TargetError(
+                f"{wanted[name].fqn!r} cannot have another adapter for each row of a batch: {reason}. Leave the module "
+                "out of the targets, or run the rows of each adapter as a batch of their own, with prog.bind"
+            )
+        return cls(program, attachments, ops, base, rows, axes, fills, takes, training)
+
+    def exported(self, stack: Binding, count: int) -> ExportedProgram:
+        """The program with coefficients, of the adapters in ``stack``: plain ATen, for whoever takes those."""
+        inject = InjectRows(self.attachments, stack.values, self.axes, self.rows.of, count, KEYWORD)
+        return inject(self.program).output
+
+    @exclusive
+    def code(self, stack: Binding, count: int, options: RunOptions) -> Executor:
+        """Code for ``count`` adapters; of ``stack`` the shapes alone matter."""
+        program = self.exported(stack, count)
+        many = [replace(a, method=InRows(a.method, count)) for a in self.attachments]
+        inputs = Inputs.of(program, self.fills, self.takes)
+        return Executor(program, many, self.ops, replace(options, kernels=False), inputs, self.training, self.base)

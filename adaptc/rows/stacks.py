@@ -1,0 +1,73 @@
+"""The tensors of several adapters side by side, as the code for rows reads them.
+
+Before: bindings of one program. After: one of their stack: each slot and each scale has an axis of adapters in front;
+smaller ranks are filled up in the way that leaves their adapter as it is. In memory the axis lies beside the rank, so
+that a product over the ranks of all adapters reads it as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from adaptc.binding.binding import Binding
+from adaptc.errors import AdaptcError
+from adaptc.methods import AdapterConfig
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.method import Method, Slot
+from adaptc.passes.ir.ops import Op
+from adaptc.runtime.rank_padding import Padding, paddings
+
+
+def stacked(bindings: Sequence[Binding], attachments: Sequence[Attachment], ops: Mapping[str, Op], count: int) -> Binding:
+    """A binding of ``bindings``, up to ``count`` of them; what is left is zero. Gradients flow to their values.
+
+    Raises AdaptcError where their sizes cannot be brought together.
+    """
+    values: dict[str, Tensor] = {}
+    for a in attachments:
+        op = ops[a.id]
+        for name, slot in a.method.slots(op).items():
+            fqn = a.slots[name]
+            if fqn not in values:
+                values[fqn] = _stack([b.values[fqn] for b in bindings], count, slot, name, a, op)
+        if a.scale_slot is not None and a.scale_slot not in values:
+            values[a.scale_slot] = _stack([b.values[a.scale_slot] for b in bindings], count, Slot(()), "", a, op)
+    return Binding(values, {a.id: a.method for a in attachments}, AdapterConfig(), source=f"{len(bindings)} adapters")
+
+
+def _stack(tensors: Sequence[Tensor], count: int, slot: Slot, name: str, a: Attachment, op: Op) -> Tensor:
+    first = tensors[0]
+    shape = tuple(max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True))
+    axis = slot.free[0] if slot.free else 0
+    if any(t.requires_grad for t in tensors):
+        sized = [_sized(t, shape, name, a, op) for t in tensors]
+        sized += [torch.zeros_like(sized[0]) for _ in range(count - len(sized))]
+        return torch.stack(sized)
+    room = (*shape[:axis], count, *shape[axis:])
+    dtype = first.dtype
+    out = torch.zeros(room, dtype=dtype, device=first.device).movedim(axis, 0)
+    for k, t in enumerate(tensors):
+        out[k].copy_(_sized(t.detach(), shape, name, a, op))
+    return out
+
+
+def _sized(t: Tensor, shape: tuple[int, ...], name: str, a: Attachment, op: Op) -> Tensor:
+    if tuple(t.shape) == shape:
+        return t
+    how = _paddings(a.method, op, a.form).get(name, Padding())
+    try:
+        return how(t, shape)
+    except ValueError as error:
+        raise AdaptcError(
+            f"site {a.fqn!r}: {name!r} has shape {tuple(t.shape)} in one adapter and {shape} in another, and the two "
+            f"cannot share a call ({error}). Run them in batches of their own"
+        ) from error
+
+
+@lru_cache(maxsize=512)
+def _paddings(method: Method, op: Op, form: str) -> Mapping[str, Padding]:
+    return paddings(method, op, form) or {}

@@ -1,0 +1,202 @@
+"""Inject several adapters at once: each row of a batch on its own mix of them, by coefficients that a call gives.
+
+Before: a program without adapters; its sites, with where the rows are in the values there; and for every slot and scale
+a tensor with an axis of adapters in front. After: these are lifted buffers of the program, which takes one more
+keyword, a float32 tensor (rows, adapters); regions of pure ATen compute what ``passes.ir.rows`` says. With coefficients
+of zero it computes exactly what it did. Regions have no tags: what was injected is known to whoever asked for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+from adaptc.errors import TargetError
+from adaptc.passes.adapt.inject import as_lifted
+from adaptc.passes.analysis.sites import consumers
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.blocks import inside
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.ops import TABLE, Op, cast, operands, set_argument
+from adaptc.passes.ir.pass_infra import Pass, PassResult
+from adaptc.passes.ir.regions import site_op, slot_nodes
+from adaptc.passes.ir.rows import Replaced, RowAxis, Site, bias_of, call_of, input_of, output_of
+from adaptc.passes.ir.trace import behind_inputs, inline, signature_of, trace
+
+Axes = Mapping[str, RowAxis]
+"""Name of a node -> where the rows are in its value."""
+
+
+def around(a: Attachment, op: Op) -> bool:
+    """Whether a method stands around its layer here, and does not replace the weight in a call of its own."""
+    return a.method.has_apply_form(op)
+
+
+def read_at(lifted: Lifted, a: Attachment) -> list[tuple[fx.Node, fx.Node]]:
+    """The consumers of a site, each with the node that it reads of the parameter."""
+    found = dict(consumers(lifted.placeholders[a.fqn]))
+    return [(n, found[n]) for n in (lifted.nodes[c] for c in a.consumers) if n in found]
+
+
+def check_site(lifted: Lifted, a: Attachment) -> None:
+    """Raises TargetError where the rows of a batch cannot have adapters of their own, whatever their values are."""
+    why = ""
+    for node, _ in read_at(lifted, a):
+        if inside(node) is not None:
+            why = "it is called inside a block (no_grad, autocast, cond, map, ...)"
+        elif a.kind.startswith("experts"):
+            why = "it is an expert's, whose inputs are tokens in another order than the batch has them"
+        elif not isinstance(node.meta.get("val"), Tensor):
+            why = "it is read by a layer with several results"
+        elif not around(a, site_op(lifted, a)) and not a.method.has_weight():
+            why = f"{a.method.name} has no form there that can be given to each row"
+    if why:
+        raise TargetError(
+            f"{a.fqn!r} cannot have another adapter for each row of a batch: {why}. Leave the module out of the "
+            "targets, or run the rows of each adapter as a batch of their own, with prog.bind"
+        )
+
+
+@dataclass(frozen=True)
+class InjectRows(Pass):
+    """``values``: FQN -> stacked slots and scales; ``axes``: where the rows are in what consumers read and give;
+    ``rows``: a user's input and its axis whose size is their number; ``keyword``: the name of the coefficients."""
+
+    name: ClassVar[str] = "inject_rows"
+
+    attachments: Sequence[Attachment] = field(repr=False)
+    values: Mapping[str, Tensor] = field(repr=False)
+    axes: Axes = field(repr=False)
+    rows: tuple[str, int]
+    count: int
+    keyword: str
+
+    def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
+        lifted = Lifted(subject)
+        lifted.freeze()
+        ops = {a.id: site_op(lifted, a) for a in self.attachments}
+        for a in self.attachments:
+            check_site(lifted, a)
+            for fqn in a.tensor_names:
+                if fqn not in lifted.placeholders:
+                    value = self.values[fqn]
+                    lifted.add(fqn, as_lifted(value, value.requires_grad))
+        rows = lifted.nodes[self.rows[0]].meta["val"].shape[self.rows[1]]
+        c = lifted.add_input(self.keyword, (rows, self.count), torch.float32)
+        _Writer(lifted, self.attachments, ops, self.axes, self.count, c).run()
+        return PassResult(lifted.finish(), len(self.attachments))
+
+
+@dataclass
+class _Writer:
+    lifted: Lifted
+    attachments: Sequence[Attachment]
+    ops: Mapping[str, Op]
+    axes: Axes
+    count: int
+    c: fx.Node
+    traces: dict[Any, fx.Graph] = field(default_factory=dict)
+    latest: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    def run(self) -> None:
+        calls: dict[fx.Node, list[tuple[Attachment, fx.Node]]] = {}
+        for a in self.attachments:
+            for node, read in read_at(self.lifted, a):
+                if around(a, self.ops[a.id]):
+                    self._around(a, node)
+                else:
+                    calls.setdefault(node, []).append((a, read))
+        for node, replaced in calls.items():
+            self._call(node, replaced)
+
+    def _site(self, a: Attachment, op: Op) -> Site:
+        return Site(a.method, op, tuple(a.slots), a.scale_slot is not None, self.count)
+
+    def _around(self, a: Attachment, node: fx.Node) -> None:
+        op = self.ops[a.id].at(node)
+        slots, site = slot_nodes(a, self.lifted.placeholders), self._site(a, op)
+        if a.method.has_input(op):
+            x = operands(node)[0]
+            inputs, where = [x, self.c, *slots], self.axes[x.name]
+            region = self._region(("input", site, where), partial(input_of, site, where), inputs)
+            set_argument(node, TABLE[node.target][1], self._inline(region, inputs, node, node))
+        if a.method.has_apply(op):
+            y, where = self.latest.get(node, node), self.axes[node.name]
+            kind, inputs = behind_inputs(node, y)
+            inputs = [*inputs, self.c, *slots]
+            biased = kind == "apply_bias"
+            region = self._region((kind, site, where), partial(output_of, site, where, biased), inputs)
+            self._behind(node, region, inputs)
+
+    def _call(self, node: fx.Node, replaced: Sequence[tuple[Attachment, fx.Node]]) -> None:
+        """The region of all parameters of one consumer that adapters have in other versions."""
+        where, y = self.axes[node.name], self.latest.get(node, node)
+        sites = [self._site(a, self.ops[a.id]) for a, _ in replaced]
+        slots = [s for a, _ in replaced for s in slot_nodes(a, self.lifted.placeholders)]
+        layer = node.target in TABLE
+        if layer and len(replaced) == 1 and operands(node)[2] is replaced[0][1]:
+            b = self.lifted.placeholders[replaced[0][0].fqn]
+            op = _layer(node)
+            inputs = [y, b, self.c, *slots]
+            region = self._region(("bias", sites[0], where, op), partial(bias_of, sites[0], where, op), inputs)
+            self._behind(node, region, inputs)
+            return
+        own = list(dict.fromkeys(node.all_input_nodes))
+        parameters = [self.lifted.placeholders[a.fqn] for a, _ in replaced]
+        places = [own.index(read) for _, read in replaced]
+        call = _again(node, own, [read.meta["val"].dtype for _, read in replaced], places)
+        each = [Replaced(s, p) for s, p in zip(sites, places, strict=True)]
+        inputs = [y, node, *own, *parameters, self.c, *slots]
+        region = self._region(None, partial(call_of, call, each, where, len(own)), inputs)
+        self._behind(node, region, inputs)
+
+    def _region(self, key: Any, make: Callable[[], Callable[..., Tensor]], inputs: Sequence[fx.Node]) -> fx.Graph:
+        fakes = [n.meta["val"] for n in inputs]
+        if key is None:
+            return trace(make(), fakes)
+        key = (*key, signature_of(fakes))
+        if key not in self.traces:
+            self.traces[key] = trace(make(), fakes)
+        return self.traces[key]
+
+    def _behind(self, node: fx.Node, region: fx.Graph, inputs: Sequence[fx.Node]) -> None:
+        y = self.latest.get(node, node)
+        users = list(y.users)
+        out = self._inline(region, inputs, y.next, node)
+        for user in users:
+            user.replace_input_with(y, out)
+        self.latest[node] = out
+
+    def _inline(self, region: fx.Graph, inputs: Sequence[fx.Node], before: fx.Node, like: fx.Node) -> fx.Node:
+        known = set(self.lifted.graph.nodes)
+        out = inline(self.lifted.graph, region, inputs, before, like, lambda role: {})
+        for node in self.lifted.graph.nodes:
+            if node not in known:
+                del node.meta["custom"]
+        return out
+
+
+def _layer(node: fx.Node) -> Op:
+    """The op of a layer whose bias alone is looked at: what lies along the channels of its output."""
+    kind = TABLE[node.target][0]
+    return Op(kind, tuple(operands(node)[1].meta["val"].shape), node.target)
+
+
+def _again(
+    node: fx.Node, own: Sequence[fx.Node], dtypes: Sequence[torch.dtype], places: Sequence[int]
+) -> Callable[[Mapping[int, Tensor], Sequence[Tensor]], Tensor]:
+    """A node's call on other tensors: ``own`` its inputs in order, of which those at ``places`` are replaced."""
+    types = dict(zip(places, dtypes, strict=True))
+
+    def call(new: Mapping[int, Tensor], tensors: Sequence[Tensor]) -> Tensor:
+        at = {n: cast(new[i], types[i]) if i in new else tensors[i] for i, n in enumerate(own)}
+        args, kwargs = fx.map_arg((node.args, node.kwargs), at.__getitem__)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    return call

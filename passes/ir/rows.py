@@ -1,0 +1,197 @@
+"""Several adapters at one site, and each row of a batch on its own mix of them: the mathematics, to be traced.
+
+    y = base(x) + sum_k c[row, k] * (adapted_k(x) - base(x))
+
+``c`` (rows, count) are the coefficients of a call; slots and scales have a leading axis of ``count`` adapters. It holds
+for every method: what one of them does to the input of a layer is mixed in front of the layer, and what it does to the
+output behind it. A row whose coefficients are zero has the base to the bit, and one with a single 1 what that adapter
+computes, up to rounding. Before: a method that knows nothing of rows. After: functions of plain tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from adaptc.passes.ir.method import Method, Scale, Slot, Slots
+from adaptc.passes.ir.ops import Op, cast
+
+#: how the size of an axis is made of the number of rows: it is that; or each row is there so many times, one row after
+#: the other (batch x sequence), or all rows after each other so many times
+ORDERS = ("rows", "rows outside", "rows inside")
+
+
+@dataclass(frozen=True)
+class RowAxis:
+    """Where the rows of a batch are in a value."""
+
+    axis: int
+    order: str = "rows"
+
+    def rows(self, places: Any, size: int, count: int) -> Any:
+        """The row that each of ``places`` along an axis of this ``size`` belongs to, of ``count`` rows."""
+        each = size // count
+        return places // each if self.order == "rows outside" else places % count
+
+
+@dataclass(frozen=True)
+class InRows(Method):
+    """``count`` adapters of one method at a site: its slots and its scale with an axis in front."""
+
+    name: ClassVar[str] = "rows"
+    swappable: ClassVar[frozenset[str]] = frozenset()
+
+    inner: Method = Method()
+    count: int = 2
+
+    def slots(self, op: Op) -> dict[str, Slot]:
+        return {n: self._in_front(s) for n, s in self.inner.slots(op).items()}
+
+    def _in_front(self, slot: Slot) -> Slot:
+        axes = {k: tuple(i + 1 for i in getattr(slot, k)) for k in ("free", "shared_axes_cut")}
+        return replace(slot, shape=(self.count, *slot.shape), **axes)
+
+    def scale(self, op: Op) -> float | None:
+        return self.inner.scale(op)
+
+    def minimal(self, op: Op) -> InRows:
+        return replace(self, inner=self.inner.minimal(op))
+
+    def rank(self) -> int | None:
+        return self.inner.rank()
+
+
+@dataclass(frozen=True)
+class Site:
+    """A method where several adapters of it are: what regions are traced with. ``names``: its slots, in order."""
+
+    method: Method
+    op: Op
+    names: tuple[str, ...]
+    scaled: bool
+    count: int
+
+    def split(self, tensors: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Slots by name, and the scale, of what a region reads last."""
+        return dict(zip(self.names, tensors, strict=False)), tensors[-1] if self.scaled else None
+
+    def each(self, tensors: Sequence[Tensor]) -> Iterator[tuple[int, dict[str, Tensor], Scale]]:
+        """The slots and the scale of one adapter after the other."""
+        slots, scale = self.split(tensors)
+        for k in range(self.count):
+            yield k, {n: t.select(0, k) for n, t in slots.items()}, None if scale is None else scale.select(0, k)
+
+    @property
+    def tensors(self) -> int:
+        """How many slots and scales a region reads."""
+        return len(self.names) + self.scaled
+
+
+def spread(c: Tensor, y: Tensor, where: RowAxis) -> Tensor:
+    """The coefficients (rows, count) as (*1, n, *1, count), n at the axis of ``y`` that has the rows."""
+    n = y.shape[where.axis]
+    if where.order == "rows outside":
+        c = c.unsqueeze(1).expand(-1, n // c.shape[0], -1).flatten(0, 1)
+    elif where.order == "rows inside":
+        c = c.unsqueeze(0).expand(n // c.shape[0], -1, -1).flatten(0, 1)
+    for _ in range(where.axis):
+        c = c.unsqueeze(0)
+    for _ in range(y.ndim - where.axis - 1):
+        c = c.unsqueeze(-2)
+    return c
+
+
+def input_of(site: Site, where: RowAxis) -> Callable[..., Tensor]:
+    """(x, c, slots...) -> x with what each row's adapters do to it."""
+
+    def before(x: Tensor, c: Tensor, *slots: Tensor) -> Tensor:
+        c = spread(c, x, where)
+        return _sum(x, x, ((c[..., k], site.method.input(site.op, x, s, z)) for k, s, z in site.each(slots)))
+
+    return before
+
+
+def output_of(site: Site, where: RowAxis, biased: bool) -> Callable[..., Tensor]:
+    """(x, y, W[, b], c, slots...) -> y with what each row's adapters do to it."""
+    op, method = site.op, site.method
+
+    def behind(x: Tensor, y: Tensor, w: Tensor, *rest: Tensor) -> Tensor:
+        b, (c, *slots) = (rest[0], rest[1:]) if biased else (None, rest)
+        w, c = op.canonical(w), spread(c, y, where)
+        together = method.rows(op, x, y, w, b, *site.split(slots), c) if method.has_rows() else None
+        if together is not None:
+            return together
+        return _sum(y, y, ((c[..., k], method.apply(op, x, y, w, b, s, z)) for k, s, z in site.each(slots)))
+
+    return behind
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A parameter that adapters replace in a call: its site, and its place among the call's arguments."""
+
+    site: Site
+    place: int
+
+
+def call_of(
+    call: Callable[[Mapping[int, Tensor], Sequence[Tensor]], Tensor], sites: Sequence[Replaced], where: RowAxis, own: int
+) -> Callable[..., Tensor]:
+    """(y so far, y, the call's tensors..., the parameters..., c, slots of all sites...) -> y with the call done once
+    more for each adapter, on parameters of its own. ``call`` takes new values by place, and the ``own`` tensors."""
+
+    def again(latest: Tensor, y: Tensor, *rest: Tensor) -> Tensor:
+        tensors, rest = rest[:own], rest[own:]
+        parameters, (c, *slots) = rest[: len(sites)], rest[len(sites) :]
+        c = spread(c, y, where)
+        parts: list[list[tuple[int, dict[str, Tensor], Scale]]] = []
+        for one in sites:
+            parts.append(list(one.site.each(slots[: one.site.tensors])))
+            slots = slots[one.site.tensors :]
+
+        def adapted(k: int) -> Tensor:
+            new = {}
+            for one, p, mine in zip(sites, parameters, parts, strict=True):
+                _, s, z = mine[k]
+                new[one.place] = changed(one.site, p, s, z)
+            return call(new, tensors)
+
+        return _sum(latest, y, ((c[..., k], adapted(k)) for k in range(sites[0].site.count)))
+
+    return again
+
+
+def bias_of(site: Site, where: RowAxis, layer: Op) -> Callable[..., Tensor]:
+    """(y, b, c, slots...) -> y with the bias that each row's adapters have instead of b."""
+
+    def behind(y: Tensor, b: Tensor, c: Tensor, *slots: Tensor) -> Tensor:
+        c, none = spread(c, y, where), torch.zeros_like(b)
+        shifts = ((k, changed(site, b, s, z) - b) for k, s, z in site.each(slots))
+        return _sum(y, none, ((c[..., k], layer.along_out(shift, y)) for k, shift in shifts))
+
+    return behind
+
+
+def changed(site: Site, p: Tensor, slots: Slots, scale: Scale) -> Tensor:
+    """A parameter as stored, with what one adapter makes of it."""
+    op, many = site.op, p.ndim > 1
+    new = site.method.weight(op, op.canonical(p) if many else p, slots, scale)
+    return op.stored(new) if many else new
+
+
+def _sum(y: Tensor, base: Tensor, terms: Any) -> Tensor:
+    """y + the sum of c * (adapted - base); in float32 where y is in half precision."""
+    wide = y.dtype if y.dtype.itemsize >= 4 else torch.float32
+    out, base = cast(y, wide), cast(base, wide)
+    for c, adapted in terms:
+        change = cast(adapted, wide) - base if base.ndim == adapted.ndim else cast(adapted, wide)
+        out = out + cast(c, _real(wide)) * change
+    return cast(out, y.dtype)
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    return dtype.to_real() if dtype.is_complex else dtype
