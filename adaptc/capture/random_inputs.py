@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from adaptc.capture.random_sizes import Sizes, SizeSampler, shape_of
 from adaptc.errors import AdaptcError
 from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.lifted import user_inputs
 from adaptc.passes.ir.trees import pytree
-from adaptc.capture.random_sizes import Sizes, SizeSampler, shape_of
 
 aten = torch.ops.aten
 

@@ -32,9 +32,9 @@ from adaptc.program.core import ProgramCore
 from adaptc.program.unload import unloaded
 from adaptc.rows.assignment import Mixes, check_known, coefficients, mixes_of, used
 from adaptc.rows.code import KEYWORD, RowsSource
+from adaptc.rows.report import BankReport, bytes_of
 from adaptc.rows.stacks import stacked
 from adaptc.runtime.executor import Executor
-from adaptc.rows.report import BankReport, bytes_of
 from adaptc.tables import size
 
 #: stacks that are kept: of the calls that differ most from each other in what they use

@@ -22,7 +22,9 @@ from adaptc.passes.ir.ops import Op
 from adaptc.runtime.rank_padding import Padding, paddings
 
 
-def stacked(bindings: Sequence[Binding], attachments: Sequence[Attachment], ops: Mapping[str, Op], count: int) -> Binding:
+def stacked(
+    bindings: Sequence[Binding], attachments: Sequence[Attachment], ops: Mapping[str, Op], count: int
+) -> Binding:
     """A binding of ``bindings``, up to ``count`` of them; what is left is zero. Gradients flow to their values.
 
     Raises AdaptcError where their sizes cannot be brought together.

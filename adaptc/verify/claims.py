@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from adaptc.capture.random_inputs import Run
 from adaptc.verify.compare import Leaves, copied_tree, leaves
 from adaptc.verify.preserve_state import Buffers
-from adaptc.capture.random_inputs import Run
 from adaptc.verify.report import Check
 
 

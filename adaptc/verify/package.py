@@ -16,15 +16,15 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from adaptc.capture import random_inputs
+from adaptc.capture.random_inputs import Run
 from adaptc.packages.run import PackagedProgram
 from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.program.adapted import AdaptedProgram
-from adaptc.capture import random_inputs
 from adaptc.verify import package_inputs
 from adaptc.verify.claims import Claims
 from adaptc.verify.compare import Leaves, compare, differ
 from adaptc.verify.preserve_state import Buffers, evaluating
-from adaptc.capture.random_inputs import Run
 from adaptc.verify.report import Check, VerifyReport
 from adaptc.verify.verify import NO_BASE, TOLERANCE
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from adaptc.capture.random_inputs import Run, random_value
 from adaptc.errors import AdaptcError, nearest
 from adaptc.packages.manifest import Manifest
 from adaptc.packages.run import PackagedProgram
 from adaptc.passes.ir.trees import pytree
 from adaptc.runtime.call_inputs import TensorInput
-from adaptc.capture.random_inputs import Run, random_value
 
 #: how much larger than the least a size may be
 _SPREAD = 7

@@ -17,16 +17,16 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from adaptc.binding.bind import first_values
+from adaptc.capture import random_inputs
+from adaptc.capture.random_inputs import Run
 from adaptc.errors import AdaptcError
 from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.merge import merged, unmerged
 from adaptc.program.unload import unloaded
-from adaptc.capture import random_inputs
 from adaptc.verify.claims import Claims
 from adaptc.verify.compare import Leaves, compare, differ, digests
 from adaptc.verify.preserve_state import Buffers, evaluating
-from adaptc.capture.random_inputs import Run
 from adaptc.verify.report import Check, VerifyReport
 
 #: largest difference allowed, relative to the largest magnitude of an output, by the coarsest dtype of the weights

@@ -11,7 +11,7 @@ computes, up to rounding. Before: a method that knows nothing of rows. After: fu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -45,7 +45,7 @@ class InRows(Method):
     name: ClassVar[str] = "rows"
     swappable: ClassVar[frozenset[str]] = frozenset()
 
-    inner: Method = Method()
+    inner: Method = field(default_factory=Method)
     count: int = 2
 
     def slots(self, op: Op) -> dict[str, Slot]:
@@ -139,7 +139,10 @@ class Replaced:
 
 
 def call_of(
-    call: Callable[[Mapping[int, Tensor], Sequence[Tensor]], Tensor], sites: Sequence[Replaced], where: RowAxis, own: int
+    call: Callable[[Mapping[int, Tensor], Sequence[Tensor]], Tensor],
+    sites: Sequence[Replaced],
+    where: RowAxis,
+    own: int,
 ) -> Callable[..., Tensor]:
     """(y so far, y, the call's tensors..., the parameters..., c, slots of all sites...) -> y with the call done once
     more for each adapter, on parameters of its own. ``call`` takes new values by place, and the ``own`` tensors."""

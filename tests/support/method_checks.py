@@ -417,6 +417,24 @@ def check_dtypes(s: Subject, tmp_path: Path) -> None:
         assert float((merged(*args).double() - exact).abs().max()) < bound
 
 
+def check_rows(s: Subject, tmp_path: Path) -> None:
+    """In a bank of two adapters each row of a batch computes what its adapter alone does, none the base, and a mix the
+    weighted sum of what they change; or the layer is refused by name."""
+    program = s.compile(s.config(**s.entry.other))
+    two = randomized(s, s.config(**s.entry.other), tmp_path, seed=9)
+    if s.layer in ("functional", "experts"):
+        with pytest.raises(adaptc.TargetError, match="another adapter for each row"):
+            program.bank({"one": s.directory})
+        return
+    bank = program.bank({"one": s.directory, "two": two})
+    args = s.args(5)
+    found = bank(*args, adapters=["one", None, "two", {"one": 0.5, "two": -0.25}, "one"])
+    one, other, base = s.program(*args), s.compile(two)(*args), s.base(*args)
+    behind = [torch.atanh(t[3]) for t in (base, one, other)]  # a tanh stands behind the layer
+    mix = torch.tanh(behind[0] + 0.5 * (behind[1] - behind[0]) - 0.25 * (behind[2] - behind[0]))
+    close(found, torch.stack([one[0], base[1], other[2], mix, one[4]]), 1e-8)
+
+
 CHECKS = [
     check_outputs,
     check_gradients,
@@ -428,6 +446,7 @@ CHECKS = [
     check_files,
     check_reload,
     check_dtypes,
+    check_rows,
 ]
 
 
