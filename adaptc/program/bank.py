@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from adaptc.binding.source import as_binding
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError, did_you_mean, listing, shown
 from adaptc.passes.adapt.unload import Unload
 from adaptc.passes.ir.exclusive import GRAPHS
-from adaptc.program.bound import Bound
+from adaptc.program.bound import Bound, Keeping
 from adaptc.program.core import ProgramCore
 from adaptc.program.unload import unloaded
 from adaptc.rows.assignment import Mixes, check_known, coefficients, mixes_of, used
@@ -61,6 +61,38 @@ class Stack:
         return all(own.get(n) is table[n] for n in names) and len(self.names) <= 2 * len(names)
 
 
+class Assigned(Keeping):
+    """Made by :meth:`Bank.assigned`."""
+
+    def __init__(self, bank: Bank, mixes: Mixes, runs: Callable[..., Any] | Stack) -> None:
+        self._bank, self.mixes, self._runs = bank, mixes, runs
+        self.binding = replace(Binding.none(), source=", ".join(map(str, used(mixes))) or "the base")
+        self._coefficients: dict[int, Tensor] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        runs = self._runs
+        if not isinstance(runs, Stack):
+            return runs(*args, **kwargs)
+        count = self._bank.rows(args, kwargs)
+        c = self._for(runs, len(self.mixes) if count is None else count)
+        return runs.code(runs.code.arguments(runs.binding), args, {**kwargs, KEYWORD: c})
+
+    def _for(self, stack: Stack, rows: int) -> Tensor:
+        found = self._coefficients.get(rows)
+        if found is None:
+            each, rest = divmod(rows, len(self.mixes))
+            if rest:
+                raise AdaptcError(f"adapters has {len(self.mixes)} entries, and the batch has {rows} rows")
+            mixes = tuple(mix for mix in self.mixes for _ in range(each))
+            found = coefficients(mixes, stack.names, stack.count, self.device)
+            self._coefficients = {rows: found}
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        return self._bank.device
+
+
 class Bank:
     """Made by ``AdaptedProgram.bank``. Iterating gives the names, in the order of their last use."""
 
@@ -74,6 +106,7 @@ class Bank:
         max_bytes: int | None = None,
         evict: bool = False,
         loader: Callable[[str], Any] | None = None,
+        probes: Sequence[Mapping[str, Any]] = (),
         **options: Any,
     ) -> None:
         for name, value in {"capacity": capacity, "max_rank": max_rank, "max_bytes": max_bytes}.items():
@@ -84,7 +117,7 @@ class Bank:
         self._program = program.snapshot()
         self.capacity, self.max_rank, self.max_bytes = capacity, max_rank, max_bytes
         self.evict, self.loader = evict, loader
-        self._source = _source_of(self._program)
+        self._source = _source_of(self._program, probes)
         self._table: Mapping[str, Binding] = {}
         self._order: OrderedDict[str, None] = OrderedDict()
         self._codes: dict[int, Executor] = {}
@@ -219,10 +252,15 @@ class Bank:
         Raises AdaptcError for a name that the bank has not (after the loader was asked), and for another number of rows
         than the batch has; then nothing was computed.
         """
+        assigned = self.assigned(adapters)
+        self._check_rows(len(assigned.mixes), args, kwargs)
+        return assigned(*args, **kwargs)
+
+    def assigned(self, adapters: Any) -> Assigned:
+        """A callable that keeps this assignment and these adapters, for calls that belong together: a generation. It
+        takes batches in which each row is there once, or so many times after each other (beams)."""
         mixes = mixes_of(adapters)
-        table = self._needed(used(mixes))
-        self._check_rows(len(mixes), args, kwargs)
-        return self._run(mixes, table)(args, kwargs)
+        return Assigned(self, mixes, self._runs(mixes, self._needed(used(mixes))))
 
     def _needed(self, names: tuple[str, ...]) -> Mapping[str, Binding]:
         """The table that a call reads, with all that it names."""
@@ -248,17 +286,23 @@ class Bank:
             if name not in self._table:  # another thread was first
                 self._put(name, binding)
 
-    def _run(self, mixes: Mixes, table: Mapping[str, Binding]) -> Callable[[Any, Any], Any]:
+    def _runs(self, mixes: Mixes, table: Mapping[str, Binding]) -> Callable[..., Any] | Stack:
+        """What computes an assignment: where all rows want the same a program of its own, else a stack."""
         names = used(mixes)
         if not names:
-            return lambda args, kwargs: self._program.base(*args, **kwargs)  # type: ignore[attr-defined]
+            return self._program.base.pinned()  # type: ignore[attr-defined]
         if all(mix == {names[0]: 1.0} for mix in mixes) and not self._source.training:
-            bound = self._alone(names[0], table)
-            return lambda args, kwargs: bound(*args, **kwargs)
-        stack = self._stack(names, table)
-        c = coefficients(mixes, stack.names, stack.count, self._program.device)
-        arguments = stack.code.arguments(stack.binding)
-        return lambda args, kwargs: stack.code(arguments, args, {**kwargs, KEYWORD: c})
+            return self._alone(names[0], table)
+        return self._stack(names, table)
+
+    def rows(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+        """The number of rows of a call; None where its inputs do not say."""
+        name, axis = self._source.rows.of
+        names = list(self._source.takes)
+        value = kwargs.get(name)
+        if value is None and name in names and names.index(name) < len(args):
+            value = args[names.index(name)]
+        return value.shape[axis] if isinstance(value, Tensor) and value.ndim > axis else None
 
     def _alone(self, name: str, table: Mapping[str, Binding]) -> Bound:
         with self._lock:
@@ -306,16 +350,16 @@ class Bank:
         return code
 
     def _check_rows(self, count: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        name, axis = self._source.rows.of
-        names = list(self._source.takes)
-        value = kwargs.get(name)
-        if value is None and name in names and names.index(name) < len(args):
-            value = args[names.index(name)]
-        if isinstance(value, Tensor) and value.ndim > axis and value.shape[axis] != count:
+        found = self.rows(args, kwargs)
+        if found is not None and found != count:
             raise AdaptcError(
-                f"adapters has {count} entries, and {name!r} has {value.shape[axis]} rows: give one for each row, None "
-                "for the base"
+                f"adapters has {count} entries, and {self._source.rows.of[0]!r} has {found} rows: give one for each "
+                "row, None for the base"
             )
+
+    @property
+    def device(self) -> torch.device:
+        return self._program.device
 
     # -- what it is ----------------------------------------------------------------------------------------------------
 
@@ -354,7 +398,7 @@ class Bank:
         return f"<Bank: {len(self)}{limits} adapters, {size(self.nbytes)}: {listing(map(repr, self._table))}>"
 
 
-def _source_of(program: ProgramCore) -> RowsSource:
+def _source_of(program: ProgramCore, probes: Sequence[Mapping[str, Any]]) -> RowsSource:
     a = program.adaptation
     if not a.attachments:
         raise ConfigError("the program has no adapter sites, so there is nothing for a bank: compile it with a config")
@@ -364,4 +408,4 @@ def _source_of(program: ProgramCore) -> RowsSource:
         else:
             bare = unloaded(program)
         base = program.base_tensors
-        return RowsSource.of(bare, a.attachments, program.ops, base, a.fills, a.takes, a.training)
+        return RowsSource.of(bare, a.attachments, program.ops, base, a.fills, a.takes, a.training, probes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -55,8 +56,9 @@ class RowsSource:
         fills: Mapping[str, Sequence[str]],
         takes: Sequence[str],
         training: bool,
+        probes: Sequence[Mapping[str, Any]] = (),
     ) -> RowsSource:
-        """Raises TargetError, which names the site, where rows cannot have adapters of their own."""
+        """``probes`` as for :func:`locate`. Raises TargetError, which names the site, where rows cannot have adapters of their own."""
         rows, lifted = rows_of(program), Lifted(program, edit=False)
         wanted: dict[str, Attachment] = {}
         for a in attachments:
@@ -67,7 +69,7 @@ class RowsSource:
                     wanted.setdefault(node.name, a)
                 if around(a, op) and a.method.has_input(op.at(node)):
                     wanted.setdefault(operands(node)[0].name, a)
-        axes, why = locate(program, rows, wanted)
+        axes, why = locate(program, rows, wanted, probes)
         for name, reason in why.items():
             raise TargetError(
                 f"{wanted[name].fqn!r} cannot have another adapter for each row of a batch: {reason}. Leave the module "

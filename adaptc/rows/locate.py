@@ -28,6 +28,8 @@ from adaptc.passes.ir.trees import pytree
 
 #: rows that are run, where their number is free; a prime that is no other size's usual value
 ROWS = 3
+#: other free sizes where the example inputs are not known
+LENGTH = 4
 #: a change of a row leaves rounding in others (products of other sizes); what mixes rows changes them by far more
 SHARE = 1e-3
 
@@ -58,12 +60,15 @@ def rows_of(program: ExportedProgram) -> Rows:
 
 
 @exclusive
-def locate(program: ExportedProgram, rows: Rows, wanted: Collection[str]) -> tuple[dict[str, RowAxis], dict[str, str]]:
-    """(node -> where the rows are in its value, node -> why nowhere) for nodes called ``wanted``."""
+def locate(
+    program: ExportedProgram, rows: Rows, wanted: Collection[str], probes: Sequence[Mapping[str, Any]] = ()
+) -> tuple[dict[str, RowAxis], dict[str, str]]:
+    """(node -> where the rows are in its value, node -> why nowhere) for nodes called ``wanted``. ``probes``: two sets
+    of keyword inputs of equal shapes, for a program that says too little of its inputs to have them drawn."""
     nodes = {n.name: n for n in program.graph.nodes if n.name in wanted}
     choices = {name: list(_choices(node.meta["val"], rows.size)) for name, node in nodes.items()}
     open_ = {name for name, found in choices.items() if found}
-    seen = _Seen(program, rows, open_)
+    seen = _Seen(program, rows, open_, probes)
     where: dict[str, RowAxis] = {}
     why: dict[str, str] = {}
     for name in wanted:
@@ -98,17 +103,14 @@ def _expression(size: Any) -> Any:
 class _Seen:
     """What changed at the nodes when one row after the other was replaced."""
 
-    def __init__(self, program: ExportedProgram, rows: Rows, names: Collection[str]) -> None:
+    def __init__(
+        self, program: ExportedProgram, rows: Rows, names: Collection[str], probes: Sequence[Mapping[str, Any]]
+    ) -> None:
         self.changes: list[dict[str, Tensor]] = []
         if not names:
             return
         fakes = user_inputs(program)
-        fixed = {n: [ROWS if i == a else 4 for i in range(fakes[n].ndim)] for n, a in rows.inputs.items()}
-        free = not isinstance(rows.size, int)
-        one, other = (
-            pytree.tree_leaves((run.args, run.kwargs))
-            for run in draw(program, shapes=[_shapes(program, rows, fixed)] * 2 if free else [{}] * 2, seed=11)
-        )
+        one, other = _flat_probes(program, rows, probes)
         first = next(v for n, v in zip(fakes, one, strict=True) if n in rows.inputs)
         self.count = first.shape[rows.inputs[next(iter(rows.inputs))]]
         before = _values(program, one, names)
@@ -129,14 +131,23 @@ class _Seen:
         return True
 
 
-def _shapes(program: ExportedProgram, rows: Rows, fixed: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+def _flat_probes(program: ExportedProgram, rows: Rows, probes: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    if probes:
+        names = program.call_spec.in_spec.children()[1].context  # type: ignore[union-attr]
+        return [[inputs[n] for n in names] for inputs in probes]
+    free = not isinstance(rows.size, int)
+    shapes = [_shapes(program, rows) if free else {}] * 2
+    return [pytree.tree_leaves((run.args, run.kwargs)) for run in draw(program, shapes=shapes, seed=11)]
+
+
+def _shapes(program: ExportedProgram, rows: Rows) -> dict[str, Sequence[int]]:
     """Shapes with the wanted number of rows and, as far as they are known, the other sizes of the capture."""
     examples = pytree.tree_leaves(program.example_inputs) if program.example_inputs is not None else []
     known = dict(zip(user_inputs(program), examples, strict=False))
     out: dict[str, Sequence[int]] = {}
     for name, axis in rows.inputs.items():
-        value = known.get(name)
-        shape = list(fixed[name]) if not isinstance(value, Tensor) else list(value.shape)
+        value, fake = known.get(name), user_inputs(program)[name]
+        shape = list(value.shape) if isinstance(value, Tensor) else [LENGTH] * fake.ndim
         shape[axis] = ROWS
         out[name] = shape
     return out
@@ -169,7 +180,9 @@ def _values(program: ExportedProgram, flat: Sequence[Any], names: Collection[str
     lifted = [opened.tensor(str(s.target)) for s in specs]
     # What the program writes to must not be changed by being looked at.
     lifted = [t.clone() if writes and isinstance(t, Tensor) else t for t in lifted]
-    return _Recorder(program.graph_module, set(names)).record([*lifted, *flat])
+    # What is written to an input stays there, too.
+    own = [t.clone() if isinstance(t, Tensor) else t for t in flat]
+    return _Recorder(program.graph_module, set(names)).record([*lifted, *own])
 
 
 class _Recorder(fx.Interpreter):
