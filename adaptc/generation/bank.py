@@ -45,8 +45,8 @@ class GeneratorBank:
         chosen = self.bank.assigned(adapters)
         if isinstance(prompts, Tensor) and prompts.shape[0] != len(chosen.mixes):
             raise AdaptcError(
-                f"adapters has {len(chosen.mixes)} entries, and there are {prompts.shape[0]} prompts: give one for each, "
-                "None for the base"
+                f"adapters has {len(chosen.mixes)} entries, and there are {prompts.shape[0]} prompts: give one for "
+                "each, None for the base"
             )
         return self._made(chosen).generate(inputs, generation_config, **kwargs)
 

@@ -58,7 +58,8 @@ class RowsSource:
         training: bool,
         probes: Sequence[Mapping[str, Any]] = (),
     ) -> RowsSource:
-        """``probes`` as for :func:`locate`. Raises TargetError, which names the site, where rows cannot have adapters of their own."""
+        """``probes`` as for :func:`locate`. Raises TargetError, which names the site, where rows cannot have adapters
+        of their own."""
         rows, lifted = rows_of(program), Lifted(program, edit=False)
         wanted: dict[str, Attachment] = {}
         for a in attachments:
