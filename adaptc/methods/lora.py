@@ -20,6 +20,7 @@ from adaptc.errors import CheckpointError, ConfigError, TargetError
 from adaptc.methods._checks import adapter_input, check_matrix
 from adaptc.methods._lora_init import init_lora
 from adaptc.passes.ir.low_rank import LowRank
+from adaptc.passes.ir.low_rank_rows import low_rank_rows
 from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots
 from adaptc.passes.ir.method_hooks import Place
 from adaptc.passes.ir.ops import Op, cast
@@ -208,6 +209,12 @@ class Lora(Method):
             delta = delta + (biases.movedim(-1, 1).squeeze(-1) if op.is_conv else biases.squeeze(-2))
         return cast(y + delta, y.dtype)
 
+    def rows_at_once(self, op: Op, x: Tensor, y: Tensor, slots: Slots, scale: Scale, c: Tensor) -> Tensor | None:
+        if op.kind not in ("linear", "addmm") or self.with_bias or self.training:
+            return None
+        A, B = slots.values()
+        return low_rank_rows(x, y, A, B, scale, c)
+
     def unfused(self, op: Op) -> str:
         if op.kind not in ("linear", "addmm") or not op.callable:
             return f"there are no kernels for a consumer of kind {op.kind!r}"
@@ -280,6 +287,9 @@ class LoraTied(Lora):
         return "there are no kernels for a layer that changes with an embedding"
 
     def rows(self, *args: Any) -> None:
+        return None
+
+    def rows_at_once(self, *args: Any) -> None:
         return None
 
     def _factors(self, op: Op, slots: Slots) -> tuple[Tensor, Tensor]:

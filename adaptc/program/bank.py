@@ -27,6 +27,7 @@ from adaptc.binding.source import as_binding
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError, did_you_mean, listing, shown
 from adaptc.passes.adapt.unload import Unload
 from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.passes.ir.low_rank_rows import SIDE_BY_SIDE
 from adaptc.program.bound import Bound, Keeping
 from adaptc.program.core import ProgramCore
 from adaptc.program.unload import unloaded
@@ -43,12 +44,11 @@ STACKS = 2
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """Adapters side by side: their names and bindings by place, the code for so many, and what it reads."""
+    """Adapters side by side: names and bindings by place, the number of places, and what code for so many reads."""
 
     names: tuple[str, ...]
     members: tuple[Binding, ...]
     count: int
-    code: Executor
     binding: Binding
 
     @property
@@ -73,9 +73,12 @@ class Assigned(Keeping):
         runs = self._runs
         if not isinstance(runs, Stack):
             return runs(*args, **kwargs)
-        count = self._bank.rows(args, kwargs)
-        c = self._for(runs, len(self.mixes) if count is None else count)
-        return runs.code(runs.code.arguments(runs.binding), args, {**kwargs, KEYWORD: c})
+        first = self._bank.first(args, kwargs)
+        rows = len(self.mixes) if first is None else first.shape[self._bank.axis]
+        c = self._for(runs, rows)
+        positions = 1 if first is None or not rows else first.numel() // rows
+        code = self._bank.code(runs, positions * runs.count > SIDE_BY_SIDE)
+        return code(code.arguments(runs.binding), args, {**kwargs, KEYWORD: c})
 
     def _for(self, stack: Stack, rows: int) -> Tensor:
         found = self._coefficients.get(rows)
@@ -120,7 +123,7 @@ class Bank:
         self._source = _source_of(self._program, probes)
         self._table: Mapping[str, Binding] = {}
         self._order: OrderedDict[str, None] = OrderedDict()
-        self._codes: dict[int, Executor] = {}
+        self._codes: dict[tuple[int, bool], Executor] = {}
         self._stacks: OrderedDict[int, Stack] = OrderedDict()
         self._bound: dict[str, Bound] = {}
         self._lock = threading.RLock()
@@ -295,14 +298,18 @@ class Bank:
             return self._alone(names[0], table)
         return self._stack(names, table)
 
-    def rows(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-        """The number of rows of a call; None where its inputs do not say."""
-        name, axis = self._source.rows.of
-        names = list(self._source.takes)
+    @property
+    def axis(self) -> int:
+        """That of the rows in :meth:`first`."""
+        return self._source.rows.of[1]
+
+    def first(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The input of a call whose sizes say the number of rows; None where it is inside of another."""
+        name, names = self._source.rows.of[0], list(self._source.takes)
         value = kwargs.get(name)
         if value is None and name in names and names.index(name) < len(args):
             value = args[names.index(name)]
-        return value.shape[axis] if isinstance(value, Tensor) and value.ndim > axis else None
+        return value if isinstance(value, Tensor) and value.ndim > self.axis else None
 
     def _alone(self, name: str, table: Mapping[str, Binding]) -> Bound:
         with self._lock:
@@ -323,7 +330,7 @@ class Bank:
         members = tuple(table[n] for n in names)
         source = self._source
         made = stacked(members, source.attachments, source.ops, count)
-        stack = Stack(names, members, count, self._code(made, count), made)
+        stack = Stack(names, members, count, made)
         with self._lock:
             # Of adapters that train a stack is made in every call, for it must follow them.
             if not source.training and all(self._table.get(n) is b for n, b in zip(names, members, strict=True)):
@@ -340,21 +347,25 @@ class Bank:
         most = max(needed, 2)
         return most if most <= 8 else -(-most // 4) * 4
 
-    def _code(self, stack: Binding, count: int) -> Executor:
-        code = self._codes.get(count)
+    def code(self, stack: Stack, long: bool) -> Executor:
+        """What computes calls on a stack, of ``long`` rows or short ones; made at the first such call."""
+        options = self._program.options
+        long = long and options.backend == "eager" and not self._source.training
+        key = stack.count, long
+        code = self._codes.get(key)
         if code is None:
             with GRAPHS:
-                code = self._codes.get(count)
+                code = self._codes.get(key)
                 if code is None:
-                    code = self._codes[count] = self._source.code(stack, count, self._program.options)
+                    code = self._codes[key] = self._source.code(stack.binding, stack.count, options, long)
         return code
 
     def _check_rows(self, count: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        found = self.rows(args, kwargs)
-        if found is not None and found != count:
+        first = self.first(args, kwargs)
+        if first is not None and first.shape[self.axis] != count:
             raise AdaptcError(
-                f"adapters has {count} entries, and {self._source.rows.of[0]!r} has {found} rows: give one for each "
-                "row, None for the base"
+                f"adapters has {count} entries, and {self._source.rows.of[0]!r} has {first.shape[self.axis]} rows: "
+                "give one for each row, None for the base"
             )
 
     @property

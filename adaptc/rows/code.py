@@ -78,15 +78,16 @@ class RowsSource:
             )
         return cls(program, attachments, ops, base, rows, axes, fills, takes, training)
 
-    def exported(self, stack: Binding, count: int) -> ExportedProgram:
+    def exported(self, stack: Binding, count: int, at_once: bool = False) -> ExportedProgram:
         """The program with coefficients, of the adapters in ``stack``: plain ATen, for whoever takes those."""
-        inject = InjectRows(self.attachments, stack.values, self.axes, self.rows.of, count, KEYWORD)
+        inject = InjectRows(self.attachments, stack.values, self.axes, self.rows.of, count, KEYWORD, at_once)
         return inject(self.program).output
 
     @exclusive
-    def code(self, stack: Binding, count: int, options: RunOptions) -> Executor:
-        """Code for ``count`` adapters; of ``stack`` the shapes alone matter."""
-        program = self.exported(stack, count)
+    def code(self, stack: Binding, count: int, options: RunOptions, long: bool) -> Executor:
+        """Code for ``count`` adapters; of ``stack`` the shapes alone matter. ``long``: for rows of many positions, with
+        operators that compute each row's own adapters alone."""
+        program = self.exported(stack, count, at_once=long)
         many = [replace(a, method=InRows(a.method, count)) for a in self.attachments]
         inputs = Inputs.of(program, self.fills, self.takes)
         return Executor(program, many, self.ops, replace(options, kernels=False), inputs, self.training, self.base)
