@@ -374,6 +374,21 @@ class Bank:
 
     # -- what it is ----------------------------------------------------------------------------------------------------
 
+    @property
+    def program(self) -> ProgramCore:
+        """The program, as it was when the bank was made."""
+        return self._program
+
+    @property
+    def source(self) -> RowsSource:
+        """What code for rows is made of."""
+        return self._source
+
+    @property
+    def adapters(self) -> Mapping[str, Binding]:
+        """The adapters by name, as they are now."""
+        return self._table
+
     def exported(self, adapters: list[str] | None = None) -> ExportedProgram:
         """A plain exported program of these adapters (all by default), which takes their coefficients, a float32 tensor
         (rows, adapters) in this order, as one more keyword, ``adapter_coefficients``. Nothing of adaptc is in it."""
