@@ -88,6 +88,8 @@ class RowsSource:
         """Code for ``count`` adapters; of ``stack`` the shapes alone matter. ``long``: for rows of many positions, with
         operators that compute each row's own adapters alone."""
         program = self.exported(stack, count, at_once=long)
-        many = [replace(a, method=InRows(a.method, count)) for a in self.attachments]
+        # Where several methods stand at one weight, their ids differ by the number.
+        pairs = [(replace(a, method=InRows(a.method, count), variant=i), a) for i, a in enumerate(self.attachments)]
+        many, ops = [new for new, _ in pairs], {new.id: self.ops[a.id] for new, a in pairs}
         inputs = Inputs.of(program, self.fills, self.takes)
-        return Executor(program, many, self.ops, replace(options, kernels=False), inputs, self.training, self.base)
+        return Executor(program, many, ops, replace(options, kernels=False), inputs, self.training, self.base)
