@@ -229,7 +229,7 @@ def as_binding(
     reading = Reading(adapter_name, key_mapping, component)
     if current.parts:
         made = target.recipes.note(_together(target, current, adapter, config, trainable, reading))
-        return _strong(target, made, scale, list(adapter))  # names, or it would have been refused
+        return _strong(target, made, scale, list(adapter) if isinstance(adapter, Mapping) else None)
     spec = target.spec(trainable)
     if lost := list(spec.residual):
         raise SwapError(
