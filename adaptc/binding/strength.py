@@ -89,7 +89,7 @@ def activated(spec: BindingSpec, binding: Binding, adapters: Any) -> Binding:
     parts = dict(binding.named)
     for name, part in parts.items():
         own = _own(spec, binding, name)
-        part = (part.idle or part) if name in adapters else _off(own, part)
+        part = (part.idle or part) if name in adapters else turned_off(own, part)
         if isinstance(adapters, Mapping) and name in adapters:
             factor = factor_of(adapters[name], f"the factor of {name!r}")
             # What has no scale acts as it was made, which is what a factor of one says.
@@ -132,6 +132,20 @@ def joint(spec: BindingSpec, parts: Mapping[str, Binding]) -> Binding:
 def scaled_sites(spec: BindingSpec, binding: Binding) -> list[Attachment]:
     """The attachments at which the binding has a scale."""
     return [a for a in spec.attachments if (m := binding.methods.get(a.id)) is not None and _has_scale(spec, a, m)]
+
+
+def turned_off(spec: BindingSpec, part: Binding) -> Binding:
+    """One adapter, which knows what it is when it acts, with identity values. Raises SwapError where there is no base
+    that these would leave alone."""
+    if part.idle is not None:
+        return part
+    if lost := list(spec.residual):
+        raise SwapError(
+            f"the file this program came from holds only its own adapter's version of {lost[:3]} (its initialisation "
+            "changed the base), so its adapter cannot be turned off. Compile the original model instead."
+        )
+    nothing = first_values(spec, part.config, only={})
+    return replace(nothing, name=part.name, source=part.source, origin=part.origin, idle=part)
 
 
 @limited()
@@ -221,18 +235,6 @@ def _with_factors(spec: BindingSpec, part: Binding, factors: Mapping[str, float]
         return part
     new = {i: f for i, f in {**part.factors, **factors}.items() if f != 1}
     return replace(part, values={**part.values, **values}, factors=new)
-
-
-def _off(spec: BindingSpec, part: Binding) -> Binding:
-    if part.idle is not None:
-        return part
-    if lost := list(spec.residual):
-        raise SwapError(
-            f"the file this program came from holds only its own adapter's version of {lost[:3]} (its initialisation "
-            "changed the base), so its adapter cannot be turned off. Compile the original model instead."
-        )
-    nothing = first_values(spec, part.config, only={})
-    return replace(nothing, name=part.name, source=part.source, origin=part.origin, idle=part)
 
 
 def _has_scale(spec: BindingSpec, a: Attachment, method: Any) -> bool:

@@ -79,6 +79,12 @@ class Holder(ABC):
         """As :meth:`AdaptedProgram.delete_adapter`."""
         self._inside("delete_adapter").delete_adapter(name)
 
+    def add_adapter(self, name: str, adapter: Any, *, recompile: bool = False) -> Self:
+        """As :meth:`AdaptedProgram.add_adapter`."""
+        inside = self._inside("add_adapter")
+        new = inside.add_adapter(name, adapter, recompile=recompile)
+        return self if new is inside else self.holding(new)
+
     def _inside(self, name: str) -> Any:
         """The program, for what a package has not."""
         check_program(self.program, name)

@@ -9,15 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Self
 
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.strength import activated, factor_of, multiplied, scaled, without
+from adaptc.program.add import Compiling, added
 from adaptc.program.core import ProgramCore
 from adaptc.program.views import seen
 
 
 class Strengths(ProgramCore):
     """See the module docstring."""
+
+    #: set by who compiles programs
+    compiling: ClassVar[Compiling | None] = None
 
     def set_scale(self, scale: float, adapter: str | None = None, modules: str | Iterable[str] | None = None) -> None:
         """Multiply the scale that an adapter was made with (LoRA's alpha / r, and its like) by ``scale``.
@@ -74,6 +79,19 @@ class Strengths(ProgramCore):
         would without it. Files that are written from now on are without it. Raises ConfigError for a name that is none,
         and SwapError for the only adapter."""
         self._set(lambda spec, now: without(spec, now, name))
+
+    def add_adapter(self, name: str, adapter: Any, *, recompile: bool = False) -> Self:
+        """Give the program one more adapter, which acts together with those that it has: a config, a directory, a file
+        or a state dict, as ``adaptc.compile`` takes them. Returns the program that has it.
+
+        An adapter of a name that was deleted takes the sites that were left, and the program is this one. Any other
+        needs sites of its own: SwapError names them. With ``recompile`` the result is another program then, of all the
+        adapters, with the same tensors, factors and base; this one, and what is bound to it, stay. That needs the base:
+        MergeError where a file held only what an adapter made of it. Raises ConfigError for a name that is there, and
+        whatever ``adaptc.compile`` raises.
+        """
+        assert self.compiling is not None
+        return added(self, name, adapter, recompile, self.compiling)
 
     def _set(self, change: Callable[[BindingSpec, Binding], Binding]) -> None:
         """Again, of the binding that is current then, where another thread was first."""
