@@ -154,6 +154,8 @@ def chosen_sites(spec: BindingSpec, part: Binding, name: str, modules: Modules) 
     part = part.idle or part
     present = [a for a in spec.attachments if a.id in part.methods]
     able = {a.id for a in scaled_sites(spec, part)}
+    if not present:
+        raise ConfigError(f"the adapter {name!r} has no sites here whose scale could be set")
     if not able:
         raise ConfigError(
             f"the adapter {name!r} has no scale that a factor could be on: {_kinds(part)} is no change that is added "

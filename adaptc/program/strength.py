@@ -35,7 +35,8 @@ class Strengths(ProgramCore):
         What the adapter trains as it is (``modules_to_save``, biases, tokens) has no scale, and stays. Raises
         ConfigError for names that choose nothing, for what is no finite number, and for methods that have no factor on
         what they change (IA3, OFT, ...), where PEFT warns or says nothing. ``adaptc.merge`` and ``adaptc.save`` see it;
-        ``adaptc.save_adapter`` writes the adapter as it was made, and warns.
+        ``adaptc.save_adapter`` writes the adapter as it was made, and warns. What was bound before, and modules that
+        were made, keep the scale that they have.
         """
         self._set(lambda spec, now: scaled(spec, now, scale, adapter, modules))
 

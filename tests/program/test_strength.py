@@ -176,6 +176,7 @@ def test_calls_and_what_is_bound(twins: Twins, folder: Path) -> None:
     both = ours(IDS, adapter_scale=0.5)
     bound = ours.bind({"style": folder / "style"}, scale=0.5)(IDS)
     named = ours.bind(ours, scale={"style": 0.5})
+    close(ours.bind(ours, scale={"style": 0.5}, form="weight")(IDS), bound, 1e-9)
     assert torch.equal(ours(IDS), before)
     assert torch.equal(ours(IDS, adapter_scale=None), before)
     ours.set_active({"task": 0.3})
@@ -211,6 +212,30 @@ def test_a_swap_is_of_one_adapter_as_it_was_made(twins: Twins, folder: Path) -> 
     adaptc.swap(ours, {"task": folder / "task"}, scale=0.2)
     twins.scale(0.2, "task")
     twins.check()
+    adaptc.swap(ours, {n: folder / n for n in CONFIGS}, scale={"style": 4})
+    twins.scale(4, "style")
+    twins.scale(1, "task")
+    twins.check()
+    adaptc.swap(ours, {"task": None})
+    with pytest.raises(ConfigError, match="no sites here"):
+        ours.set_scale(2, "task")
+
+
+def test_a_model_s_own_input_of_that_name() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor, adapter_scale: Tensor) -> Tensor:
+            return self.layer(x) * adapter_scale
+
+    inputs = {"x": torch.randn(2, 5), "adapter_scale": torch.tensor(3.0)}
+    program = adaptc.compile(Own(), LoraConfig(target_modules=["layer"]), example_inputs=inputs)
+    with torch.no_grad():
+        close(program(**inputs), 3 * program(inputs["x"], torch.tensor(1.0)), 1e-6)
+        with program.disabled():
+            close(program(**inputs), 3 * program(inputs["x"], adapter_scale=torch.tensor(1.0)), 1e-6)
 
 
 def test_one_that_is_deleted_is_gone(twins: Twins, model: nn.Module, folder: Path, tmp_path: Path) -> None:
@@ -222,6 +247,9 @@ def test_one_that_is_deleted_is_gone(twins: Twins, model: nn.Module, folder: Pat
     twins.scale(0.5, "task")
     twins.check()
     sound(ours)
+    close(adaptc.merge(ours)(IDS), ours(IDS), 1e-9)
+    assert adaptc.verify(ours, model).ok
+    assert "style" not in adaptc.report(ours).adapter
     assert ours.available_adapters == ["task"]
     for attempt in (
         lambda: ours.set_active(["style"]),
