@@ -74,7 +74,9 @@ if TYPE_CHECKING:
     from adaptc.program.checkpoints import last_checkpoint
     from adaptc.program.lorafa import lorafa_optimizer
     from adaptc.program.rank_allocator import RankAllocator, orthogonal_loss
+    from adaptc.program.rescale import rescale_adapter_scale
     from adaptc.program.trainer_callback import check_gradients, trainer_callback
+    from adaptc.reports.status import get_layer_status, get_model_status
     from adaptc.runtime.recompiles import assert_no_recompiles
     from adaptc.verify.check_method import check_method
 
@@ -98,6 +100,9 @@ PUBLIC = {
     "load_package": "adaptc.api",
     "report": "adaptc.api",
     "verify": "adaptc.api",
+    "get_model_status": "adaptc.reports.status",
+    "get_layer_status": "adaptc.reports.status",
+    "rescale_adapter_scale": "adaptc.program.rescale",
     "load_adapter": "adaptc.adapters.adapter",
     "combine": "adaptc.adapters.combine",
     "convert_to_lora": "adaptc.adapters.to_lora",

@@ -17,7 +17,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from adaptc.adapters.adapter import Adapter
-from adaptc.binding.source import as_binding
+from adaptc.adapters.write import written
 from adaptc.errors import AdaptcError, ConfigError, MergeError, shown
 from adaptc.generation.files import generator_in
 from adaptc.generation.packaged import load_generation
@@ -26,7 +26,6 @@ from adaptc.packages.run import BoundPackage, PackagedProgram
 from adaptc.packages.write import package_program
 from adaptc.packages.write_bank import package_bank
 from adaptc.program.adapted import AdaptedProgram
-from adaptc.program.adapter_files import write_current
 from adaptc.program.bank import Bank
 from adaptc.program.bound import Bound
 from adaptc.program.compile import compiled
@@ -34,9 +33,10 @@ from adaptc.program.files import load_program, save_program
 from adaptc.program.holder import Holder, check_program, of_programs, through_holders
 from adaptc.program.lower import lowered
 from adaptc.program.merge import merged, unmerged
-from adaptc.program.module_files import check_followed, write_module
-from adaptc.program.program_module import ProgramModule
+from adaptc.program.module_files import check_followed
+from adaptc.program.swap import swapped
 from adaptc.program.unload import unloaded
+from adaptc.program.views import check_unseen
 from adaptc.reports.coverage import CoverageReport
 from adaptc.reports.results import MergeReport, SwapReport, bar
 from adaptc.runtime.options import RunOptions
@@ -128,10 +128,11 @@ def swap(
     adapter_name: str | None = None,
     key_mapping: Mapping[str, str] | None = None,
     component: str | None = None,
+    scale: float | Mapping[str, float] | None = None,
 ) -> SwapReport:
     """Make ``adapter`` the current one: a PEFT directory, a file or a state dict of any format that :func:`compile`
     takes, a binding, or what ``prog.bind`` returned. ``component``, ``key_mapping`` and ``config`` as there; the report
-    says what was found.
+    says what was found. ``scale``: a factor on the scale it was made with, as ``prog.set_scale`` sets it.
 
     Any rank, alpha, and any subset of the program's sites (the others take identity values); nothing is compiled or
     copied but the adapter's own tensors. For a bare state dict the scale follows ``config`` if given, else the
@@ -146,21 +147,12 @@ def swap(
     ``program`` may be a package, of :func:`load_package`: then ranks have a limit, and adapters that change base
     weights need a package that holds these (see :meth:`PackagedProgram.swap`).
     """
+    options: dict[str, Any] = {"config": config, "adapter_name": adapter_name, "key_mapping": key_mapping}
+    options |= {"component": component, "scale": scale}
     if isinstance(program, PackagedProgram):
-        return program.swap(
-            adapter, config=config, adapter_name=adapter_name, key_mapping=key_mapping, component=component
-        )
+        return program.swap(adapter, **options)
     start = time.perf_counter()
-    binding = as_binding(
-        program,
-        adapter,
-        config=config,
-        adapter_name=adapter_name,
-        key_mapping=key_mapping,
-        component=component,
-        trainable=program.adaptation.training,
-    )
-    program.install(binding)
+    binding = swapped(program, adapter, **options)
     return SwapReport.of(program.adaptation.attachments, binding, time.perf_counter() - start)
 
 
@@ -185,6 +177,7 @@ def merge(
     memory, with the last of them) and ``program`` must not be used any more.
     Raises MergeError, with ``program`` unchanged, and AdaptcError where its module trains other tensors than it has.
     """
+    check_unseen(program, "merge")
     check_followed(program)
     source = program.binding.source
     new, rows = merged(program, safe=safe, keep_base=keep_base, progress=bar("merging", progress))
@@ -238,6 +231,7 @@ def save(program: ExportedProgram | Holder, path: str | os.PathLike[str]) -> Pat
     inside: Any = program.program if isinstance(program, Holder) else program
     check_program(inside, "save")
     if isinstance(inside, AdaptedProgram):
+        check_unseen(inside, "save")
         check_followed(inside)
     return save_program(inside, Path(path), beside)
 
@@ -303,22 +297,7 @@ def save_adapter(
         "format": format,
         "component": component,
     }
-    if isinstance(program, Adapter):
-        said = {"save_embedding_layers": save_embedding_layers, "component": component, "format": format != "peft"}
-        if given := [name for name, value in said.items() if value]:
-            raise ConfigError(f"{given[0]} needs the model: bind the adapter to a program of it, and save that")
-        return program.write(
-            path, adapter_name=adapter_name, safe_serialization=safe_serialization, base_model=base_model
-        )
-    if isinstance(program, ProgramModule):
-        return write_module(program, path, **options)
-    if not isinstance(program, AdaptedProgram):
-        raise AdaptcError(
-            f"save_adapter takes what adaptc.compile or program.module() gives, not a {type(program).__name__}; of "
-            "what wraps a module, such as DistributedDataParallel, give what is inside"
-        )
-    check_followed(program)
-    return write_current(program, path, **options)
+    return written(program, path, options)
 
 
 @overload
@@ -402,6 +381,7 @@ def package(
     elif tokenizer is not None:
         raise ConfigError("a tokenizer goes into packages of what adaptc.compile_for_generation gives")
     if isinstance(inside, AdaptedProgram):
+        check_unseen(inside, "package")
         check_followed(inside)
     return package_program(inside, Path(path), max_rank=max_rank, products=products, carried=carried)
 

@@ -12,6 +12,7 @@ from adaptc.binding.binding import Binding
 from adaptc.binding.source import as_config
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.peft_files.given import is_state_dict
+from adaptc.program.adapter_files import as_made
 from adaptc.program.bound import Bound
 from adaptc.program.core import ProgramCore
 
@@ -53,5 +54,6 @@ def program_and_binding(adapter: ProgramCore | Bound) -> tuple[ProgramCore, Bind
 
 
 def of_program(program: ProgramCore, binding: Binding) -> Adapter:
-    """Its tensors are the program's own."""
+    """Its tensors are the program's own; it is as it was made, whatever its scale is now."""
+    binding = as_made(binding)
     return Adapter(binding.config, file_tensors(program.spec(), binding), binding.source or "the program's adapter")

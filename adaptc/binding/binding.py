@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,9 @@ class Binding:
     ``carried``: by key, what its file holds beside slots: tensors the program does not read, changed base weights.
     ``parts``: where several adapters act together, each by its name; their values are in ``values``.
     ``bases``: of the base parameters in ``base``, what they were, as :func:`~adaptc.binding.fits.fingerprint` tells.
-    ``origin``: the format of the file it was made of, and what of that file is not in it."""
+    ``origin``: the format of the file it was made of, and what of that file is not in it.
+    ``factors``: attachment id -> what the scale it was made with is multiplied by, where that is not 1; it is in
+    ``values``. ``idle``: of an adapter that is turned off, which has identity values, what it is when it acts."""
 
     values: Mapping[str, Tensor]
     methods: Mapping[str, Method]
@@ -40,16 +43,42 @@ class Binding:
     parts: Mapping[str, Binding] = field(default_factory=dict)
     bases: Mapping[str, str] = field(default_factory=dict)
     origin: Origin = PEFT
+    factors: Mapping[str, float] = field(default_factory=dict)
+    idle: Binding | None = None
+
+    @property
+    def named(self) -> Mapping[str, Binding]:
+        """Its adapters by name: its parts, or itself."""
+        return self.parts or {self.name: self}
+
+    @property
+    def off(self) -> list[str]:
+        """The names of those that are turned off."""
+        return [n for n, part in self.named.items() if part.idle is not None]
+
+    def strength(self) -> str:
+        """How strongly its adapters act, in words; '' where all do as they were made."""
+        told = []
+        for name, part in self.named.items():
+            if part.idle is not None:
+                told.append(f"{name!r} is off")
+                continue
+            counts: dict[float, int] = {}
+            for factor in part.factors.values():
+                counts[factor] = counts.get(factor, 0) + 1
+            told += [f"{name!r} is scaled by {factor:g} at {n} sites" for factor, n in counts.items()]
+        return ", ".join(told)
 
     def summary(self, there: int = 0) -> str:
         """Its methods, where it comes from, its ranks and how many sites it has, of ``there`` that a program has."""
-        parts = self.parts or {self.name: self}
+        parts = self.named
         kinds = " + ".join(dict.fromkeys(p.config.peft_type or "no" for p in parts.values()))
         ranks = sorted({r for m in self.methods.values() if (r := m.rank()) is not None})
         rank = f", rank {', '.join(map(str, ranks))}" if ranks else ""
         source = f" from {self.source!r}" if self.source else ""
         of = f" of {there}" if there > len(self.methods) else ""
-        return f"{kinds} adapter {', '.join(map(repr, parts))}{source}{rank}, at {len(self.methods)}{of} sites"
+        said = f"; {strength}" if (strength := self.strength()) else ""
+        return f"{kinds} adapter {', '.join(map(repr, parts))}{source}{rank}, at {len(self.methods)}{of} sites{said}"
 
     def __repr__(self) -> str:
         return f"<Binding: {self.summary()}>"
@@ -77,8 +106,9 @@ class Binding:
             return {name: move(t) for name, t in tensors.items()}
 
         def whole(b: Binding) -> Binding:
-            parts = {name: whole(p) for name, p in b.parts.items()}
-            return replace(b, values=all_of(b.values), base=all_of(b.base), carried=all_of(b.carried), parts=parts)
+            own: dict[str, Any] = {n: all_of(getattr(b, n)) for n in ("values", "base", "carried")}
+            own["parts"] = {name: whole(p) for name, p in b.parts.items()}
+            return replace(b, **own, idle=None if b.idle is None else whole(b.idle))
 
         return whole(self)
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from adaptc.binding.bind import joined
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.errors import ConfigError
@@ -24,12 +26,15 @@ def part_of(spec: BindingSpec, name: str) -> BindingSpec:
     return replace(spec, attachments=[a for a in spec.attachments if a.adapter == name])
 
 
-def together(parts: Mapping[str, Binding], attachments: Sequence[Attachment]) -> Binding:
-    """One binding of several adapters that act together. Raises ConfigError where two of them change a base weight, or
-    set what only one of them can."""
+def together(
+    parts: Mapping[str, Binding], attachments: Sequence[Attachment], others: Mapping[str, Tensor] | None = None
+) -> Binding:
+    """One binding of several adapters that act together. ``others``: the values of attachments that are no adapter's
+    any more. Raises ConfigError where two of them change a base weight, or set what only one of them can."""
     _check_clashes(parts, attachments)
     first = next(iter(parts.values()))
-    out = replace(first, values={}, methods={}, base={}, carried={}, bases={}, parts=dict(parts), origin=PEFT)
+    own: dict[str, Any] = {n: {} for n in ("values", "methods", "base", "carried", "bases", "factors")}
+    out = replace(first, **own, parts=dict(parts), origin=PEFT, idle=None)
     changed: dict[str, str] = {}
     for name, part in parts.items():
         for fqn in part.base:
@@ -42,6 +47,8 @@ def together(parts: Mapping[str, Binding], attachments: Sequence[Attachment]) ->
             mine.update(theirs)  # type: ignore[attr-defined]  # made here
         out.carried.update(part.carried)  # type: ignore[attr-defined]
         out.bases.update(part.bases)  # type: ignore[attr-defined]
+        out.factors.update(part.factors)  # type: ignore[attr-defined]
+    out.values.update(others or {})  # type: ignore[attr-defined]
     return replace(out, source=" + ".join(p.source for p in parts.values()))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from adaptc.binding.bind import bind, first_values
 from adaptc.binding.binding import Binding, BindingSpec
-from adaptc.binding.combine import part_of, together
+from adaptc.binding.combine import part_of
 from adaptc.binding.fits import check_fits
 from adaptc.binding.foreign import (
     components_of,
@@ -30,6 +30,7 @@ from adaptc.binding.foreign import (
 )
 from adaptc.binding.old_experts import restack
 from adaptc.binding.recipes import Recipes, structure
+from adaptc.binding.strength import joint, with_strength_of
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError, SwapError, shown
 from adaptc.methods import AdapterConfig, TargetedConfig, config_class
 from adaptc.patterns import limited
@@ -199,6 +200,7 @@ def as_binding(
     component: str | None = None,
     trainable: bool = False,
     own: bool = True,
+    scale: Any = None,
 ) -> Binding:
     """``adapter`` bound to the slots of ``target``, of which nothing changes.
 
@@ -207,8 +209,8 @@ def as_binding(
     names of modules do not tell. A state dict has PEFT's keys, with or without ``base_model.model.``; its scale comes
     from ``config``, or else from the current adapter's config, with the rank of the tensors. One with the keys of
     another format is read as a file of it. Without ``own`` values may lie in the caller's tensors: for one who copies
-    them before anybody else can write there. What is bound to a program stands for its adapter. Raises SwapError or
-    CheckpointError.
+    them before anybody else can write there. What is bound to a program stands for its adapter. ``scale``: a factor on
+    the scale it was made with, or factors by name; None leaves it. Raises SwapError, CheckpointError or ConfigError.
     """
     current = target.current
     if current is None:
@@ -223,10 +225,11 @@ def as_binding(
         asked = {"key_mapping": key_mapping or None, "config": config, "adapter_name": adapter_name}
         if said := [n for n, given in (asked | {"component": component}).items() if given is not None]:
             raise ConfigError(f"{said[0]} is for files and state dicts, and this is bound already: leave it out")
-        return _checked(target, binding)
+        return _strong(target, _checked(target, binding), scale)
     reading = Reading(adapter_name, key_mapping, component)
     if current.parts:
-        return target.recipes.note(_together(target, current, adapter, config, trainable, reading))
+        made = target.recipes.note(_together(target, current, adapter, config, trainable, reading))
+        return _strong(target, made, scale, list(adapter) if isinstance(adapter, Mapping) else None)
     spec = target.spec(trainable)
     if lost := list(spec.residual):
         raise SwapError(
@@ -234,7 +237,12 @@ def as_binding(
             "changed the base), so no other adapter can be bound to it. Compile the original model instead."
         )
     recipes = target.recipes
-    return recipes.note(_bound(spec, adapter, config, reading, current.config, recipes, own))
+    return _strong(target, recipes.note(_bound(spec, adapter, config, reading, current.config, recipes, own)), scale)
+
+
+def _strong(target: Bindable, binding: Binding, scale: Any, names: Iterable[str] | None = None) -> Binding:
+    """A binding that fits, and fits, with the factors that go with it."""
+    return binding if scale is None else target.recipes.note(with_strength_of(target.spec(), binding, scale, names))
 
 
 def _checked(target: Bindable, binding: Binding) -> Binding:
@@ -283,7 +291,7 @@ def _together(
             f"component={reading.component!r} chooses from a file whose keys name components, and none of "
             f"{', '.join(map(repr, adapter))} is one; leave it out"
         )
-    return together(parts, spec.attachments)
+    return joint(spec, parts)
 
 
 def _bound(

@@ -27,6 +27,7 @@ from adaptc.generation.generator import Generator, cut_positions
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.bound import Bound
 from adaptc.program.parts import Part, pinned_parts
+from adaptc.program.views import SCALE
 
 
 class EncoderDecoder(Generator):
@@ -60,11 +61,13 @@ class EncoderDecoder(Generator):
         ``input_ids`` (batch, tokens), or ``input_features`` (batch, mels, frames) of whisper, with an
         ``attention_mask`` for either side's padding; or ``encoder_outputs``, which the encoder gave, with the mask.
         ``decoder_input_ids``: what the answer begins with. ``past_key_values`` (or ``cache``): what :meth:`prefill` or
-        an earlier call gave, to go on from, with the tokens that are in it as ``decoder_input_ids``. Raises
-        AdaptcError for what the program cannot do, before anything is decoded or a cache is written to.
+        an earlier call gave, to go on from, with the tokens that are in it as ``decoder_input_ids``.
+        ``adapter_scale``: as for calls of programs, for this generation alone. Raises AdaptcError for what the program
+        cannot do, before anything is decoded or a cache is written to.
         """
+        scale = kwargs.pop(SCALE, None)
         inputs, kwargs = cross_checks.arguments(self.facts, inputs, kwargs)
-        return self.pinned().generated(inputs, generation_config, kwargs)
+        return self.pinned(scale=scale).generated(inputs, generation_config, kwargs)
 
     def bank(self, adapters: Mapping[str, Any] | None = None, **limits: Any) -> Any:
         """Refused: rows of one batch have adapters of their own in models without an encoder alone."""
@@ -84,15 +87,15 @@ class EncoderDecoder(Generator):
     def new_cache(self) -> CrossCache:
         return cross_cache_class()(self.facts.layout, self.facts, self.facts.max_length, self.device)
 
-    def pinned(self, offset: int = 0) -> Self:
+    def pinned(self, offset: int = 0, scale: Any = None) -> Self:
         """One that keeps the adapter that is current now, in all its parts."""
         new = copy.copy(self)
-        new.parts, new.begun = self.kept_parts(), False
+        new.parts, new.begun = self.kept_parts(scale), False
         return new
 
-    def kept_parts(self) -> Mapping[str, Part]:
+    def kept_parts(self, scale: Any = None) -> Mapping[str, Part]:
         """The program's parts, all with one adapter: that of the generation, or of now."""
-        return pinned_parts(self._runs, self.facts.parts) if self.parts is None else self.parts
+        return pinned_parts(self._runs, self.facts.parts, scale) if self.parts is None else self.parts
 
     def encode(self, inputs: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The encoder's states (batch, positions, hidden)."""

@@ -29,6 +29,7 @@ from adaptc.generation.step import stepping
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.bound import Keeping
 from adaptc.program.holder import Holder
+from adaptc.program.views import SCALE
 
 
 class Generator(Holder):
@@ -118,11 +119,12 @@ class Generator(Holder):
 
         ``past_key_values`` (or ``cache``): what :meth:`prefill` or an earlier call gave, to go on from; ``input_ids``
         then begins with the tokens that are in it, or, with an ``attention_mask`` for all of them, is what comes after.
-        The cache is written to; ``cache.copy()`` keeps it as it was. Raises AdaptcError, before anything is computed,
-        for what the program cannot do.
+        The cache is written to; ``cache.copy()`` keeps it as it was. ``adapter_scale``: as for calls of programs, for
+        this generation alone. Raises AdaptcError, before anything is computed, for what the program cannot do.
         """
+        scale = kwargs.pop(SCALE, None)
         kwargs, offset = checks.arguments(self.facts, inputs, kwargs)
-        return self.pinned(offset).generated(inputs, generation_config, kwargs)
+        return self.pinned(offset, scale).generated(inputs, generation_config, kwargs)
 
     def generated(self, inputs: Tensor | None, generation_config: Any, kwargs: dict[str, Any]) -> Any:
         """What transformers' ``generate`` gives, of one that is pinned."""
@@ -151,12 +153,12 @@ class Generator(Holder):
         """One with nothing in it."""
         return cache_class()(self.facts.layout, self.facts, self.facts.max_length, self.device)
 
-    def pinned(self, offset: int = 0) -> Self:
+    def pinned(self, offset: int = 0, scale: Any = None) -> Self:
         """One that keeps the adapter that is current now, for a generation that does not begin with what is in its
-        cache, ``offset`` positions."""
+        cache, ``offset`` positions. ``scale``: its ``adapter_scale``."""
         new, runs = copy.copy(self), self._runs
         if self.step is None:
-            new.step = runs.pinned()
+            new.step = runs.pinned(scale)
         new.offset, new.begun = offset, False
         return new
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,10 @@ class Fit:
         found = [s.attachment for s in m.sites if s.attachment.id in present]
         methods = joined({a.id: a.method.rebind(config, a).at(ops[a.id]) for a in found}, ops)
         constants, self._first = self._first, {}
-        return Fitted({}, methods, config, source=str(self.path), constants=constants, owner=owner)
+        factors = {site: f for site, f in m.header.get("factors", {}).items() if site in present}
+        name = m.sites[0].attachment.adapter
+        own = Binding({}, methods, config, name=name, source=str(self.path), factors=factors)
+        return Fitted(**vars(own), constants=constants, owner=owner)
 
     def ranks(self) -> dict[str, int]:
         """Room for ranks at each site that has one, by the FQN of its parameter."""
@@ -98,9 +102,8 @@ class Fit:
         for fqn, value in out.items():
             own_value = value.to(self.device)
             constants[fqn] = own_value.clone() if memory_of(own_value) in theirs else own_value
-        bare = Binding(
-            {}, binding.methods, binding.config, name=binding.name, source=binding.source, origin=binding.origin
-        )
+        same: dict[str, Any] = {n: getattr(binding, n) for n in ("name", "source", "origin", "factors")}
+        bare = Binding({}, binding.methods, binding.config, **same)
         return Fitted(**vars(bare), constants=constants, owner=owner)
 
     def nothing(self, like: Binding) -> Binding:

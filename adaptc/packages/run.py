@@ -10,8 +10,9 @@ Private torch use, with the public route that was tried:
 from __future__ import annotations
 
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from adaptc.packages import manifest as _package_file
 from adaptc.packages.constants import Constants, Fitted
 from adaptc.packages.fit import Fit
 from adaptc.packages.manifest import Contents, Input
+from adaptc.packages.scale import scaled
 from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.passes.ir.trees import pytree
 from adaptc.patterns import limited
@@ -35,6 +37,7 @@ from adaptc.peft_files.directory import AdapterFile
 from adaptc.peft_files.raw import RawFile, read_any
 from adaptc.program.adaptation import Adaptation
 from adaptc.program.bound import Keeping
+from adaptc.program.views import SCALE
 from adaptc.pt2_files.containers import check_registered, read_tree
 from adaptc.pt2_files.refusal import Refused, shown_path
 from adaptc.reports.results import SwapReport
@@ -110,7 +113,7 @@ class PackagedProgram:
             self.recipes = Recipes(self.adaptation.attachments, self.ops)
             self._fit = Fit(m, contents.tensors, self.device, self.path)
             self.understood = None if understand is None else understand(contents)
-            self._owner = object()
+            self._owner, self._setting = object(), threading.Lock()
             self._now = self._fit.first(self._owner) if m.sites else None
         loader = self._load().loader
         missing = sorted({*m.rooms, *m.bases} - set(loader.get_constant_fqns()))
@@ -167,13 +170,27 @@ class PackagedProgram:
         return now
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the current adapter; inputs and output type are those of the program that was packaged."""
-        return self.run(self._now, args, kwargs)
-
-    def pinned(self) -> Callable[..., Any]:
-        """A callable that keeps the adapter that is current now, for calls that belong together."""
+        """Run the current adapter; inputs and output type are those of the program that was packaged.
+        ``adapter_scale``: a factor as for :meth:`set_scale`, for this call alone."""
         now = self._now
+        if SCALE in kwargs and SCALE not in self.inputs.names:
+            now = self._scaled(kwargs.pop(SCALE))
+        return self.run(now, args, kwargs)
+
+    def pinned(self, scale: Any = None) -> Callable[..., Any]:
+        """A callable that keeps the adapter that is current now, for calls that belong together. ``scale``: as
+        ``adapter_scale`` of calls."""
+        now = self._scaled(scale)
         return lambda *args, **kwargs: self.run(now, args, kwargs)
+
+    def _scaled(self, scale: Any) -> Fitted | None:
+        return self._now if scale is None else scaled(self.spec(), self._adapted(), scale)
+
+    def set_scale(self, scale: float, adapter: str | None = None, modules: str | Iterable[str] | None = None) -> None:
+        """Multiply the scale that the current adapter was made with, as :meth:`AdaptedProgram.set_scale` does, whose
+        options and errors it has."""
+        with self._setting:
+            self._now = scaled(self.spec(), self._adapted(), scale, adapter, modules)
 
     def run(self, adapter: Fitted | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The same with an adapter of this package."""
@@ -201,6 +218,7 @@ class PackagedProgram:
         adapter_name: str | None = None,
         key_mapping: Mapping[str, str] | None = None,
         component: str | None = None,
+        scale: float | Mapping[str, float] | None = None,
     ) -> SwapReport:
         """Make ``adapter`` the current one; arguments and report are those of ``adaptc.swap``. The names of modules
         that a package knows are those of its sites.
@@ -211,8 +229,9 @@ class PackagedProgram:
         wrong shapes and values that are not finite; the current adapter then stays.
         """
         start = time.perf_counter()
-        new = self._fitted(adapter, config, adapter_name, key_mapping, component)
-        self._now = new
+        new = self._fitted(adapter, config, adapter_name, key_mapping, component, scale)
+        with self._setting:
+            self._now = new
         return SwapReport.of(self.adaptation.attachments, new, time.perf_counter() - start)
 
     @checked("adapter_name", "key_mapping", "component")
@@ -224,6 +243,7 @@ class PackagedProgram:
         adapter_name: str | None = None,
         key_mapping: Mapping[str, str] | None = None,
         component: str | None = None,
+        scale: float | Mapping[str, float] | None = None,
         form: str = "apply",
         memory_limit: int | None = None,
     ) -> BoundPackage:
@@ -241,8 +261,10 @@ class PackagedProgram:
                 "alone; for weights of its own package the merged program"
             )
         if adapter is None:
+            if scale is not None:
+                raise ConfigError("the base has no scale: bind(None) takes no options of adapters")
             return self.base
-        return BoundPackage(self, self._fitted(adapter, config, adapter_name, key_mapping, component))
+        return BoundPackage(self, self._fitted(adapter, config, adapter_name, key_mapping, component, scale))
 
     @property
     def base(self) -> BoundPackage:
@@ -274,6 +296,7 @@ class PackagedProgram:
         adapter_name: str | None,
         key_mapping: Mapping[str, str] | None,
         component: str | None,
+        scale: Any = None,
     ) -> Fitted:
         now = self._adapted()
         if isinstance(adapter, (BoundPackage, PackagedProgram)):
@@ -283,7 +306,7 @@ class PackagedProgram:
                 raise SwapError(
                     f"the binding of {adapter.source!r} belongs to another package; bind the adapter's own files here"
                 )
-            return adapter
+            return adapter if scale is None else scaled(self.spec(), adapter, scale)
         if isinstance(adapter, (str, PathLike)):  # once, so that what is checked is what is bound
             adapter = read_any(adapter, adapter_name=adapter_name, key_mapping=key_mapping)
             adapter_name = key_mapping = None
@@ -294,7 +317,7 @@ class PackagedProgram:
         if not isinstance(adapter, Binding):
             self._check_base(adapter, config, now)
         options: dict[str, Any] = {"config": config, "adapter_name": adapter_name, "key_mapping": key_mapping}
-        options["component"] = component
+        options |= {"component": component, "scale": scale}
         binding = as_binding(self, adapter, own=False, **options)  # what is fitted is copied
         return self._fit.fitted(binding, self._owner)
 

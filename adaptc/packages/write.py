@@ -93,6 +93,10 @@ def package_program(
             f"a package holds one adapter at a time, and here {list(program.current.parts)} act together; merge() the "
             "program to package them for good, or compile it for one of them"
         )
+    if program.current is not None and (off := program.current.off):
+        raise ConfigError(
+            f"a package is made with an adapter that acts, and {off[0]!r} is off: program.set_active({off[0]!r}) first"
+        )
     if program.example_inputs is None:
         raise BackendError("the program has no example inputs, which compiling needs; capture it with torch.export")
     return write_package(path, *Packer(program, max_rank, products).run(), carried or {})

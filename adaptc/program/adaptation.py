@@ -37,6 +37,7 @@ ATTACHMENT: dict[str, Any] = {
 }
 _PART = {"config": dict, "present": [str]}
 _HEADER: dict[str, Any] = _PART | {
+    "factors": Option(Each(float)),
     "format": Length,
     "residual": [str],
     "matches": Each([str]),
@@ -83,6 +84,7 @@ class Adaptation:
             "format": FORMAT,
             "config": binding.config.to_dict(),
             "present": list(binding.methods),
+            "factors": dict(binding.factors),
             "residual": list({**dict.fromkeys(self.residual), **binding.base}),
             "matches": {k: list(v) for k, v in self.matches.items()},
             "left_out": [list(x) for x in self.left_out],

@@ -30,6 +30,7 @@ from adaptc.program.core import ProgramCore
 from adaptc.program.describe import described, sites_at, table_of
 from adaptc.program.pretrained_module import pretrained
 from adaptc.program.program_module import PRODUCTS, ProgramModule, plain
+from adaptc.program.strength import Strengths
 from adaptc.program.unload import unloaded
 from adaptc.runtime.held_values import Held
 from adaptc.runtime.options import blocks_at_a_time
@@ -38,14 +39,14 @@ from adaptc.runtime.product_table import choose, choose_for_gradient, wanted
 from adaptc.runtime.variants import Fusion
 
 
-class AdaptedProgram(ProgramCore):
+class AdaptedProgram(Strengths):
     """A program with adapters. Made by ``adaptc.compile`` and ``adaptc.load``, not by hand."""
 
     def bind(self, adapter: Any, *, form: str = "apply", memory_limit: int | None = None, **options: Any) -> Bound:
         """A callable that keeps this adapter and can be used from any thread.
 
         ``adapter``: a directory, a file or a state dict as ``adaptc.swap`` takes them, or a :class:`Binding`; errors
-        and ``options`` as there. None gives the base, as :attr:`base` has it.
+        and ``options`` as there (``scale=0.5``). None gives the base, as :attr:`base` has it.
         ``form``: "apply" shares the program's code and base; "weight" runs the base's graph on weights of its own, as
         fast as the base, for the memory of the adapted weights (``held`` says how much); "auto" decides by the work
         that the adapter adds to a call and by ``memory_limit``, in bytes, None for any (``why`` gives the reason).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from filecmp import cmp
@@ -15,7 +16,7 @@ from torch import Tensor
 from adaptc.binding.bind import embedding_tensors, file_tensors
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.combine import part_of
-from adaptc.errors import CheckpointError, ConfigError
+from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError
 from adaptc.peft_files.directory import write_adapter
 from adaptc.peft_files.format import SAFE_NAME
 from adaptc.peft_files.formats.detect import WRITERS
@@ -48,6 +49,7 @@ def write_current(
                 "adapter_name"
             )
         binding, spec = binding.parts[adapter_name], part_of(spec, adapter_name)
+    binding = as_made(binding)
     if format != "peft":
         asked = {"safe_serialization": not safe_serialization, "save_embedding_layers": save_embedding_layers}
         asked["base_model"] = base_model is not None
@@ -77,6 +79,20 @@ def write_current(
         base_model=base_model,
         tags=("transformers",) if of_transformers else (),
     )
+
+
+def as_made(binding: Binding) -> Binding:
+    """One adapter as files have it, whether it is on or off; warns where it is scaled, which no file says."""
+    binding = binding.idle or binding
+    if binding.factors:
+        factor = next(iter(binding.factors.values()))
+        warnings.warn(
+            f"the adapter {binding.strength()}, and what is written is the adapter as it was made, as PEFT writes it: "
+            f"set the scale again where it is read, or write {factor:g} * adaptc.load_adapter(path), which has it",
+            AdaptcWarning,
+            stacklevel=2,
+        )
+    return binding
 
 
 def write_as(

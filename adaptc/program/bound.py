@@ -31,6 +31,7 @@ from adaptc.passes.ir.storage import storage_key
 from adaptc.passes.optimize.sibling_cost import DISPATCH
 from adaptc.program.core import ProgramCore
 from adaptc.program.merge import merged
+from adaptc.program.views import SCALE
 from adaptc.runtime.executor import Arguments, Executor
 from adaptc.runtime.held_values import Held
 from adaptc.runtime.options import RunOptions, check_limit
@@ -65,9 +66,17 @@ class Keeping(ABC):
     def device(self) -> torch.device:
         """Where it runs."""
 
-    def pinned(self) -> Callable[..., Any]:
-        """As that of programs, which is itself."""
+    def pinned(self, scale: Any = None) -> Callable[..., Any]:
+        """As that of programs, which is itself. Raises ConfigError for a ``scale``, which it has of its own."""
+        self._keeps(scale)
         return self
+
+    def _keeps(self, scale: Any) -> None:
+        if scale is not None:
+            raise ConfigError(
+                f"{SCALE}={shown(scale)}: what is bound keeps its adapter as it is; bind another, with "
+                "program.bind(adapter, scale=...)"
+            )
 
 
 class Bound(Keeping):
@@ -97,8 +106,9 @@ class Bound(Keeping):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._called(self, args, kwargs)
 
-    def pinned_to(self) -> tuple[ProgramCore, Executor, Binding, Mapping[str, Tensor]]:
+    def pinned_to(self, scale: Any = None) -> tuple[ProgramCore, Executor, Binding, Mapping[str, Tensor]]:
         """What calls run: the program, its code, the binding, and state that is not the program's."""
+        self._keeps(scale)
         now = self.ready()
         assert now.executor is not None
         return self._runs, now.executor, self._reads, self._state

@@ -40,6 +40,7 @@ from adaptc.peft_files.directory import AdapterFile
 from adaptc.peft_files.raw import RawFile
 from adaptc.program.adaptation import Adaptation
 from adaptc.program.adapted import AdaptedProgram
+from adaptc.program.add import Compiling
 from adaptc.runtime.options import RunOptions
 from adaptc.runtime.weight_buffers import alias
 from adaptc.targets.plan import Plan, plan
@@ -292,3 +293,6 @@ def _first_binding(
         return first_values(spec, adapter.config, generator)
     own = joined({a.id: a.method for a in first.attachments}, spec.ops)
     return first_values(spec, adapter.config, generator, only=own)
+
+
+AdaptedProgram.compiling = Compiling(planned, compiled)

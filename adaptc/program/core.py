@@ -27,8 +27,7 @@ from torch.export import ExportedProgram
 
 from adaptc.binding.binding import Binding
 from adaptc.binding.recipes import Recipes
-from adaptc.errors import AdaptcError, BackendError, ConfigError
-from adaptc.passes.adapt.choose_forms import compilable
+from adaptc.errors import AdaptcError, SwapError
 from adaptc.passes.adapt.move import Move, usable
 from adaptc.passes.adapt.respecialize import Respecialize
 from adaptc.passes.ir.exclusive import GRAPHS
@@ -36,11 +35,13 @@ from adaptc.passes.ir.forgetting import forget_code
 from adaptc.passes.ir.lifted import Lifted, copy_graph
 from adaptc.passes.ir.regions import set_header, site_op
 from adaptc.program.adaptation import Adaptation
+from adaptc.program.check_options import check_options
 from adaptc.program.copies import clone_tensors, mapped
 from adaptc.program.running import Exported, Running, RunState, called, called_as
 from adaptc.program.values import ProgramValues
+from adaptc.program.views import MOST, SCALE, as_seen, key_of, view_of
 from adaptc.runtime.executor import Arguments, Executor
-from adaptc.runtime.options import PACKS, RunOptions
+from adaptc.runtime.options import RunOptions
 from adaptc.runtime.outside_compilers import outside
 
 
@@ -97,8 +98,7 @@ class ProgramCore(ProgramValues):
             tensors = {k: t for k, t in self._base.items() if isinstance(t, Tensor)}
             self._meant = {k: (t.shape, t.dtype, t.device) for k, t in tensors.items()}
         self._show(self._run.exported)
-        self._check_forms(options)
-        self._check_pack(options)
+        check_options(options, self._adaptation, self._base.values())
 
     @property
     def origin(self) -> Origin | None:
@@ -192,20 +192,23 @@ class ProgramCore(ProgramValues):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the current binding; same output type as the captured model. Safe while other threads swap.
 
-        Inputs may have any strides and any size of free dimensions. Buffers that the model writes to, such as caches,
+        Inputs may have any strides and any size of free dimensions. ``adapter_scale``: for this call alone, a factor as
+        for ``set_scale``, or a dict of names and factors as for ``set_active``; the last few are remembered, each with
+        what is computed once for it. Buffers that the model writes to, such as caches,
         are the program's: each call sees what calls before it wrote, whatever was swapped in between.
         ``torch.compile`` leaves it as it is. Raises AdaptcError that names the input which does not fit.
         """
         return self._called(self, args, kwargs)
 
-    def pinned(self) -> Callable[..., Any]:
+    def pinned(self, scale: Any = None) -> Callable[..., Any]:
         """A callable that keeps the binding that is current now, for calls that belong together. Made without looking
-        at the graph; it shares the code, and what calls write to, with the program."""
-        return partial(outside(called_as), self.ready())
+        at the graph; it shares the code, and what calls write to, with the program. ``scale``: as ``adapter_scale`` of
+        calls."""
+        return partial(outside(called_as), self.ready_for(scale))
 
-    def pinned_to(self) -> tuple[Self, Executor, Binding, Mapping[str, Tensor]]:
+    def pinned_to(self, scale: Any = None) -> tuple[Self, Executor, Binding, Mapping[str, Tensor]]:
         """What calls that begin now run: the program, its code, the binding, and state that is not the program's."""
-        now = self.ready()
+        now = self.ready_for(scale)
         assert now.executor is not None
         return self, now.executor, now.binding or Binding.none(), {}
 
@@ -235,6 +238,24 @@ class ProgramCore(ProgramValues):
                     run.now = replace(run.now, executor=executor, arguments=arguments)
                     return run.now
 
+    def ready_for(self, scale: Any) -> Running:
+        """The same for a call of this thread that asks for ``scale`` (see ``views``). Raises ConfigError for one that
+        the adapters have not, SwapError where there is no adapter, or no base to turn them off for."""
+        key, now = key_of(self, scale), self.ready()
+        if key is None or (now.binding is None and scale is None):
+            return now
+        if now.binding is None:
+            raise SwapError(f"{SCALE}={scale!r}: the program has no adapter; it was merged or unloaded")
+        found = now.others.get(key)
+        if found is None:
+            found = as_seen(self.spec(), now.binding, view_of(self), scale)
+            with self._run.lock:
+                while len(now.others) >= MOST:
+                    now.others.pop(next(iter(now.others)))
+                now.others[key] = found
+        assert now.executor is not None
+        return replace(now, binding=found, arguments=now.executor.arguments(found))
+
     def _code(self, options: RunOptions) -> Executor:
         with GRAPHS:
             now = self._run.now
@@ -253,7 +274,15 @@ class ProgramCore(ProgramValues):
             self._check_whole()
             now = run.now
             arguments = None if now.executor is None else now.executor.arguments(binding)
-            run.now = replace(now, binding=binding, arguments=arguments)
+            run.now = replace(now, binding=binding, arguments=arguments, others={})
+
+    def exchange(self, old: Binding, new: Binding) -> bool:
+        """:meth:`install` where ``old`` is the current one still; whether it was."""
+        with self._run.lock:
+            same = self._run.now.binding is old
+            if same and new is not old:
+                self.install(new)
+            return same
 
     def follow(self) -> None:
         """Follow base tensors of :attr:`state_dict` that were given other memory in a way that torch does not count:
@@ -271,34 +300,11 @@ class ProgramCore(ProgramValues):
     def set_options(self, **changes: Any) -> None:
         """Change how it runs. Raises as :class:`RunOptions` does; then nothing has changed."""
         options = replace(self.options, **changes)
-        self._check_forms(options)
-        self._check_pack(options)
+        check_options(options, self._adaptation, self._base.values())
         with self._run.lock:
             now = self._run.now
             if options != now.options:
                 self._run.switch(Running(now.binding, options))
-
-    def _check_forms(self, options: RunOptions) -> None:
-        for a in self._adaptation.attachments:
-            if compilable(a, options.backend) != a:
-                raise BackendError(
-                    f"site {a.fqn!r} has its adapter around a convolution, whose rank inductor would fix: make the "
-                    f"program for it, with compile(..., backend={options.backend!r}), or save it and "
-                    f"load(path, backend={options.backend!r})"
-                )
-
-    def _check_pack(self, options: RunOptions) -> None:
-        if options.pack is None:
-            return
-        if self._adaptation.training:
-            raise ConfigError(f"pack={options.pack!r} is for inference, and the program is captured for training")
-        tensors = [t for t in self._base.values() if isinstance(t, Tensor) and t.ndim == 2 and t.device.type == "cpu"]
-        if tensors and all(t.dtype != PACKS[options.pack] for t in tensors):
-            found = ", ".join(sorted({f"{t.dtype}" for t in tensors}))
-            raise ConfigError(
-                f"pack={options.pack!r} packs weights of {PACKS[options.pack]}, and those of the base are {found}: "
-                "nothing is rounded to be packed"
-            )
 
     # -- the exported program follows ----------------------------------------------------------------------------------
 

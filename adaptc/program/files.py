@@ -51,6 +51,7 @@ def save_program(program: ExportedProgram, path: Path, beside: Mapping[str, str]
     if isinstance(program, AdaptedProgram):
         program.check_base()
         program = program.snapshot()
+        _check_all_act(program, path)
     program = _readable(program, path)
     try:
         with replacing(path, "new.pt2") as new:
@@ -62,6 +63,15 @@ def save_program(program: ExportedProgram, path: Path, beside: Mapping[str, str]
     except Exception as error:
         raise CheckpointError(f"could not save {path}: {type(error).__name__}: {error}") from error
     return path
+
+
+def _check_all_act(program: AdaptedProgram, path: Path) -> None:
+    if program.current is not None and (off := program.current.off):
+        raise CheckpointError(
+            f"cannot save {path}: a program's file holds what calls compute, and {', '.join(map(repr, off))} would be "
+            f"lost, which is off. Let all act first, program.set_active({program.available_adapters}), or take it out: "
+            "program.delete_adapter, or adaptc.unload for the only one"
+        )
 
 
 def _readable(program: ExportedProgram, path: Path) -> ExportedProgram:
@@ -173,11 +183,12 @@ def _binding(lifted: Lifted, found: Sequence[Attachment], stored: dict[str, Any]
     if not stored["parts"]:
         return _one_binding(lifted, found, stored, source)
     parts: dict[str, Binding] = {}
+    gone = {fqn: lifted.tensor(fqn) for a in found if a.adapter not in stored["parts"] for fqn in a.tensor_names}
     for name, part in stored["parts"].items():
         beside = {} if parts else {k: stored[k] for k in ("unread", "carried")}
         own = {**stored, "unread": {}, "carried": [], **beside, **part}
         parts[name] = _one_binding(lifted, [a for a in found if a.adapter == name], own, source)
-    return together(parts, found)
+    return together(parts, found, gone)
 
 
 def _one_binding(lifted: Lifted, found: Sequence[Attachment], stored: dict[str, Any], source: str) -> Binding:
@@ -203,4 +214,7 @@ def _one_binding(lifted: Lifted, found: Sequence[Attachment], stored: dict[str, 
     methods = joined(methods, ops)
     # What the base was is not known, so a binding of this program fits where its own version of the base is.
     bases = {fqn: fingerprint(lifted.tensor(fqn)) for fqn in stored["residual"] if fqn in lifted.state_dict}
-    return Binding(values, methods, config, name=found[0].adapter, source=source, carried=carried, bases=bases)
+    # What the adapter was made with times this is the scale that the file has.
+    factors = {site: factor for site, factor in stored.get("factors", {}).items() if site in methods}
+    own: dict[str, Any] = {"carried": carried, "bases": bases, "factors": factors}
+    return Binding(values, methods, config, name=found[0].adapter, source=source, **own)

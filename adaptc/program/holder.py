@@ -7,7 +7,7 @@ inside, and a program that it gives is held in the same way.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any, Self, TypeVar
@@ -48,6 +48,47 @@ class Holder(ABC):
     @abstractmethod
     def as_program(self, model: Any) -> AbstractContextManager[Any]:
         """A context in which ``model``, which it was made from, takes what its program takes."""
+
+    def set_scale(self, scale: float, adapter: str | None = None, modules: str | Iterable[str] | None = None) -> None:
+        """As :meth:`AdaptedProgram.set_scale`."""
+        self.program.set_scale(scale, adapter, modules)
+
+    def set_active(self, adapters: str | Sequence[str] | Mapping[str, float]) -> None:
+        """As :meth:`AdaptedProgram.set_active`."""
+        self._inside("set_active").set_active(adapters)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """As :attr:`AdaptedProgram.active_adapters`."""
+        return self._inside("active_adapters").active_adapters
+
+    @property
+    def available_adapters(self) -> list[str]:
+        """As :attr:`AdaptedProgram.available_adapters`."""
+        return self._inside("available_adapters").available_adapters
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """As :meth:`AdaptedProgram.disabled`."""
+        return self._inside("disabled").disabled()
+
+    def rescaled(self, multiplier: float) -> AbstractContextManager[None]:
+        """As :meth:`AdaptedProgram.rescaled`."""
+        return self._inside("rescaled").rescaled(multiplier)
+
+    def delete_adapter(self, name: str) -> None:
+        """As :meth:`AdaptedProgram.delete_adapter`."""
+        self._inside("delete_adapter").delete_adapter(name)
+
+    def add_adapter(self, name: str, adapter: Any, *, recompile: bool = False) -> Self:
+        """As :meth:`AdaptedProgram.add_adapter`."""
+        inside = self._inside("add_adapter")
+        new = inside.add_adapter(name, adapter, recompile=recompile)
+        return self if new is inside else self.holding(new)
+
+    def _inside(self, name: str) -> Any:
+        """The program, for what a package has not."""
+        check_program(self.program, name)
+        return self.program
 
 
 def of_programs(function: F) -> F:

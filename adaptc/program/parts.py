@@ -35,9 +35,12 @@ class Part:
     inputs: Collection[str]
 
 
-def pinned_parts(program: ProgramCore | Bound, parts: Mapping[str, Sequence[str]]) -> dict[str, Part]:
-    """One for each of ``parts``, which are names of outputs. Raises ConfigError for a name that is none."""
-    runs, anchor, reads, state = program.pinned_to()
+def pinned_parts(
+    program: ProgramCore | Bound, parts: Mapping[str, Sequence[str]], scale: Any = None
+) -> dict[str, Part]:
+    """One for each of ``parts``, which are names of outputs. ``scale``: as ``adapter_scale`` of calls. Raises
+    ConfigError for a name that is none."""
+    runs, anchor, reads, state = program.pinned_to(scale)
     return {name: _pinned(_executor(runs, anchor, tuple(outputs)), reads, state) for name, outputs in parts.items()}
 
 

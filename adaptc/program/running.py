@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import fx
 from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError
 from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.program.views import SCALE, views
 from adaptc.runtime.executor import Arguments, Executor
 from adaptc.runtime.options import RunOptions
 
@@ -23,13 +24,14 @@ from adaptc.runtime.options import RunOptions
 @dataclass(frozen=True, eq=False)
 class Running:
     """What a call reads: the binding, how the program runs, and, once they were made, the code for both and the base's
-    program."""
+    program. ``others``: the binding with other scales, for calls that ask for them, by what they ask."""
 
     binding: Binding | None
     options: RunOptions
     executor: Executor | None = None
     arguments: Arguments | None = None
     base: Any = None
+    others: dict[Hashable, Binding] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +50,18 @@ class Exported:
 def called(program: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call of ``program``, with the binding it has when the call begins."""
     now = program.running
-    if now.arguments is None:
+    if SCALE in kwargs or views():
+        now, kwargs = asked(program, kwargs)
+    elif now.arguments is None:
         now = program.ready()
     return now.executor(now.arguments, args, kwargs)
+
+
+def asked(program: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """What a call reads that may ask for other scales than the program's, and the inputs of the model."""
+    now, inputs = program.ready(), dict(kwargs)
+    mine = SCALE in now.executor.inputs.names or SCALE in now.executor.inputs.takes
+    return program.ready_for(None if mine else inputs.pop(SCALE, None)), inputs
 
 
 def called_as(now: Running, *args: Any, **kwargs: Any) -> Any:

@@ -49,7 +49,8 @@ class SiteCoverage:
     ``slots``: name in PEFT's files -> (shape, dtype), as the current adapter has them. ``params``: how many elements
     the trainable ones have; a slot that several sites share counts at the first. ``present``: False when the current
     adapter, or this one of several, has nothing at this site. ``rank`` None: the method has none. ``why``: what decided
-    the form. ``adapter``: its name, which tells apart those that act together.
+    the form. ``adapter``: its name, which tells apart those that act together. ``factor``: on the scale it was made
+    with.
     """
 
     fqn: str
@@ -62,6 +63,7 @@ class SiteCoverage:
     present: bool = True
     why: str = ""
     adapter: str = "default"
+    factor: float = 1.0
 
 
 @dataclass(frozen=True, repr=False)
@@ -92,6 +94,8 @@ class CoverageReport(Report):
     norms: Norms = field(default=Norms(), repr=False)
     #: adapter -> what its file was
     origins: Mapping[str, Origin] = field(default_factory=dict)
+    #: which adapters are off or scaled, in words
+    strength: str = ""
 
     @classmethod
     @exclusive
@@ -110,13 +114,14 @@ class CoverageReport(Report):
         adapted = {x.module for x in a.attachments}
         left_out = tuple((name, why) for name, why in a.left_out if name not in adapted)
         trainable, total = count_parameters(program)
-        parts = binding.parts or {binding.name: binding}
+        parts = binding.named
         kinds = " + ".join(dict.fromkeys(p.config.peft_type for p in parts.values()))
         names = ", ".join(parts)
         made = {k: getattr(program, k) for k in ("held", "fusion", "passes", "products", "packed")}
         made["training"] = training
         made["norms"] = Norms.of(program, changes)
         made["origins"] = {n: p.origin for n, p in parts.items()}
+        made["strength"] = binding.strength()
         return cls(sites, a.matches, left_out, trainable, total, names, kinds, binding.source, **made)
 
     @property
@@ -139,6 +144,7 @@ class CoverageReport(Report):
         absent = sum(s.fqn not in changed for s in self.sites)
         head = f"{self.peft_type} adapter {self.adapter!r} ({self.source}): {len(self.sites)} sites"
         head += f", {absent} of them left at the base" if absent else ""
+        head += f"\n{self.strength}" if self.strength else ""
         for o in self.origins.values():
             head += "" if o == PEFT else f"\nfrom a file in the format {o}"
             head += f"; not of this program: {o.left}" if o.others else ""
@@ -148,14 +154,15 @@ class CoverageReport(Report):
         return [head, *tables, str(self.held), str(self.fusion), *products, str(self.packed), line]
 
     def data(self) -> dict[str, Any]:
-        """``adapter``, ``peft_type`` and ``source``, ``formats`` (adapter -> that of its file), ``merged`` (from what),
-        ``sites`` (one dict each), ``matches`` (target entry -> modules), ``left_out`` (module, why), ``trainable``,
-        ``total``, ``products`` (one dict for each line), ``training`` (which products -> the same), ``packed`` (count
-        and bytes), ``passes`` and ``norms``."""
+        """``adapter``, ``peft_type``, ``source``, ``strength``, ``formats`` (adapter -> that of its file), ``merged``
+        (from what), ``sites`` (one dict each), ``matches`` (target entry -> modules), ``left_out`` (module, why),
+        ``trainable``, ``total``, ``products`` (one dict for each line), ``training`` (which products -> the same),
+        ``packed`` (count and bytes), ``passes`` and ``norms``."""
         return {
             "adapter": self.adapter,
             "peft_type": self.peft_type,
             "source": self.source,
+            "strength": self.strength,
             "formats": {name: str(o) for name, o in self.origins.items()},
             "merged": self.merged,
             "sites": [_site_data(s) for s in self.sites],
@@ -183,6 +190,7 @@ class CoverageReport(Report):
             if not s.present:
                 slots = "(left to the others)" if s.fqn in changed else "(left at the base)"
             method = f"{s.method} ({s.adapter})" if several else s.method
+            method += f" x {s.factor:g}" if s.factor != 1 else ""
             how = (s.kind, s.form, method, s.rank or "-", slots)
             groups.setdefault((how, s.params), []).append(s)
         rows = [
@@ -252,6 +260,7 @@ def _site(program: AdaptedProgram, binding: Binding, a: Attachment, seen: set[st
         present=method is not None,
         why=a.why,
         adapter=a.adapter,
+        factor=binding.factors.get(a.id, 1.0),
     )
 
 

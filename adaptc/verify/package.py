@@ -69,7 +69,8 @@ def verify_package(
             claims.tried("base equals model", claims.base_equals_model),
             claims.tried("swap and back is bitwise", claims.swap_and_back),
         ]
-    return VerifyReport.of(checks, (r.text for r in runs), seed, raise_on_failure)
+    strength = "" if package.current is None else package.current.strength()
+    return VerifyReport.of(checks, (r.text for r in runs), seed, raise_on_failure, strength)
 
 
 class _PackageClaims(Claims):

@@ -34,16 +34,20 @@ class Check:
 
 @dataclass(frozen=True, repr=False)
 class VerifyReport(Report):
-    """``checks`` of :func:`adaptc.verify`, and the input shapes (``runs``) and ``seed`` they were made with."""
+    """``checks`` of :func:`adaptc.verify`, and the input shapes (``runs``) and ``seed`` they were made with.
+    ``strength``: which adapters were off or scaled, in words."""
 
     checks: tuple[Check, ...]
     runs: tuple[str, ...]
     seed: int
+    strength: str = ""
 
     @classmethod
-    def of(cls, checks: Iterable[Check], runs: Iterable[str], seed: int, raise_on_failure: bool) -> VerifyReport:
+    def of(
+        cls, checks: Iterable[Check], runs: Iterable[str], seed: int, raise_on_failure: bool, strength: str = ""
+    ) -> VerifyReport:
         """The report; with ``raise_on_failure``, AdaptcError where a check failed."""
-        report = cls(tuple(checks), tuple(runs), seed)
+        report = cls(tuple(checks), tuple(runs), seed, strength)
         if raise_on_failure and not report.ok:
             raise AdaptcError(str(report))
         return report
@@ -71,13 +75,15 @@ class VerifyReport(Report):
         failed = [c.name for c in self.checks if c.passed is False]
         head = "verified" if self.ok else f"NOT verified: {', '.join(failed) or 'nothing could be checked'}"
         runs = "\n".join(f"run {i}: {text}" for i, text in enumerate(self.runs, 1))
+        head += f", where {self.strength}" if self.strength else ""
         return [f"{head} (seed {self.seed})\n{runs}", Table(columns, rows)]
 
     def data(self) -> dict[str, Any]:
-        """``ok``, ``seed``, ``runs`` and ``checks``: ``passed`` is None for one that was not run."""
+        """``ok``, ``seed``, ``strength``, ``runs`` and ``checks``: ``passed`` is None for one that was not run."""
         return {
             "ok": self.ok,
             "seed": self.seed,
+            "strength": self.strength,
             "runs": list(self.runs),
             "checks": [plain(vars(c)) for c in self.checks],
         }

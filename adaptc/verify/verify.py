@@ -67,7 +67,8 @@ def verify_program(
         runs = random_inputs.draw(program, shapes=wanted, seed=seed, vocabulary=_vocabulary(model))
     with torch.no_grad(), evaluating(model), Buffers(program, model) as buffers:
         checks = _Verifier(program, model, runs, atol, seed, buffers).checks()
-    return VerifyReport.of(checks, (r.text for r in runs), seed, raise_on_failure)
+    strength = "" if program.current is None else program.current.strength()
+    return VerifyReport.of(checks, (r.text for r in runs), seed, raise_on_failure, strength)
 
 
 class _Verifier(Claims):

@@ -1,0 +1,39 @@
+"""The adapter of whatever has one, written: of a program, of a module that trains one, or one that is an object.
+
+Before: anything a user hands over. After: what ``adaptc.save_adapter`` says is on disk, or an error, and no file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from adaptc.adapters.adapter import Adapter
+from adaptc.errors import AdaptcError, ConfigError
+from adaptc.program.adapted import AdaptedProgram
+from adaptc.program.adapter_files import write_current
+from adaptc.program.module_files import check_followed, write_module
+from adaptc.program.program_module import ProgramModule
+from adaptc.program.views import check_unseen
+
+
+def written(program: Any, path: str | os.PathLike[str], options: Mapping[str, Any]) -> Path:
+    """See ``adaptc.save_adapter``, which has the ``options``."""
+    if isinstance(program, Adapter):
+        own = ("adapter_name", "safe_serialization", "base_model")
+        said = {n: v not in (None, False, "peft") for n, v in options.items() if n not in own}
+        if given := [name for name, value in said.items() if value]:
+            raise ConfigError(f"{given[0]} needs the model: bind the adapter to a program of it, and save that")
+        return program.write(path, **{n: options[n] for n in own})
+    if isinstance(program, ProgramModule):
+        return write_module(program, path, **options)
+    if not isinstance(program, AdaptedProgram):
+        raise AdaptcError(
+            f"save_adapter takes what adaptc.compile or program.module() gives, not a {type(program).__name__}; of "
+            "what wraps a module, such as DistributedDataParallel, give what is inside"
+        )
+    check_unseen(program, "save_adapter")
+    check_followed(program)
+    return write_current(program, path, **options)

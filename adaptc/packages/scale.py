@@ -1,0 +1,41 @@
+"""Factors on the scales of an adapter that a package holds.
+
+Before: an adapter as the constants of compiled code, and what its methods say of its scales. After: another one, of
+which the scales alone are new tensors; whatever is refused changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from adaptc.binding.binding import BindingSpec
+from adaptc.binding.misfits import finite_scale
+from adaptc.binding.strength import Modules, check_names, chosen_sites, factor_of
+from adaptc.packages.constants import Fitted
+
+
+def scaled(
+    spec: BindingSpec, fitted: Fitted, scale: Any, adapter: str | None = None, modules: Modules = None
+) -> Fitted:
+    """``fitted`` with a factor on its scale, or the one that a mapping has for its name; as ``set_scale`` of programs
+    in all else. Raises ConfigError as that does."""
+    names = list(scale) if isinstance(scale, Mapping) else [] if adapter is None else [adapter]
+    check_names(fitted, names)
+    if isinstance(scale, Mapping):
+        scale = scale.get(fitted.name, 1.0)
+    factor = factor_of(scale)
+    chosen = set(chosen_sites(spec, fitted, fitted.name, modules))
+    constants, factors = dict(fitted.constants), dict(fitted.factors)
+    for a in spec.attachments:
+        if a.id not in chosen or a.scale_slot is None:
+            continue
+        made: Any = fitted.methods[a.id].scale(spec.ops[a.id])
+        old = constants[a.scale_slot]
+        value = finite_scale(made * factor, a, fitted.config)
+        constants[a.scale_slot] = torch.tensor(value, dtype=old.dtype, device=old.device)
+        factors[a.id] = factor
+    return replace(fitted, constants=constants, factors={i: f for i, f in factors.items() if f != 1})

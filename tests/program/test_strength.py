@@ -1,0 +1,382 @@
+"""How strongly adapters that act together do so, held against PEFT on a model with layers of several kinds."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.helpers import rescale_adapter_scale
+from torch import Tensor, nn
+
+import adaptc
+from adaptc import AdaptcError, AdaptcWarning, CheckpointError, ConfigError, LoraConfig, SwapError
+from tests.support.method_checks import close, quiet, sound
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(11, 17), nn.Linear(17, 11, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(13, 11)
+        self.layers = nn.ModuleList(Block() for _ in range(12))
+        self.head = nn.Linear(11, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+IDS = torch.randint(13, (3, 4), generator=torch.Generator().manual_seed(1))
+CONFIGS: dict[str, dict[str, Any]] = {
+    "style": {"r": 3, "lora_alpha": 5, "target_modules": ["up", "embed"], "modules_to_save": ["head"]},
+    "task": {"r": 2, "use_rslora": True, "target_modules": ["up", "down"], "rank_pattern": {"layers.3.up": 4}},
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(11)
+    return Net().double().requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both adapters with random tensors, as PEFT writes them."""
+    path = tmp_path_factory.mktemp("adapters")
+    for seed, (name, config) in enumerate(CONFIGS.items()):
+        torch.manual_seed(seed)
+        with quiet():
+            wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**config), adapter_name=name)
+            with torch.no_grad():
+                for p in wrapped.parameters():
+                    if p.requires_grad:
+                        p.add_(torch.randn_like(p) * 0.3)
+            wrapped.save_pretrained(str(path))
+    return path
+
+
+class Twins:
+    """adaptc's program and PEFT's model with the same adapters."""
+
+    def __init__(self, model: nn.Module, folder: Path) -> None:
+        self.ours = adaptc.compile(model, {n: folder / n for n in CONFIGS}, example_inputs=IDS)
+        with quiet():
+            self.theirs: Any = peft.PeftModel.from_pretrained(
+                copy.deepcopy(model), str(folder / "style"), adapter_name="style"
+            )
+            self.theirs.load_adapter(str(folder / "task"), adapter_name="task")
+            self.theirs.base_model.set_adapter(["style", "task"])
+
+    def check(self) -> None:
+        with torch.no_grad():
+            close(self.ours(IDS), self.theirs(IDS), 1e-9)
+
+    def scale(self, factor: float, name: str, part: str = "") -> None:
+        for path, module in self.theirs.named_modules():
+            if hasattr(module, "set_scale") and part in f"{path}.":
+                module.set_scale(name, factor)
+
+
+@pytest.fixture
+def twins(model: nn.Module, folder: Path) -> Twins:
+    return Twins(model, folder)
+
+
+def test_factors_as_peft(twins: Twins) -> None:
+    twins.check()
+    for factor in (0.5, 0.5, -2.0, 0):
+        twins.ours.set_scale(factor, "style")
+        twins.scale(factor, "style")
+        twins.check()
+    twins.ours.set_scale(3, "task", modules="layers.1")
+    twins.scale(3, "task", ".layers.1.")
+    twins.check()
+    assert len(twins.ours.binding.factors) == 13 + 2  # layers.1 is none of layers.10 and layers.11
+    twins.ours.set_scale(0.25, adapter="task", modules=["layers.10.down", "layers.3"])
+    twins.scale(0.25, "task", ".layers.10.down.")
+    twins.scale(0.25, "task", ".layers.3.")
+    twins.check()
+    twins.ours.set_scale(7, "style", modules=r"layers\.[0-4]\.up")
+    for i in range(5):
+        twins.scale(7, "style", f".layers.{i}.up.")
+    twins.check()
+    sound(twins.ours)
+
+
+def test_the_active_ones_as_peft(twins: Twins) -> None:
+    everything = twins.ours(IDS)
+    for names in (["style"], ["task"], ["task", "style"]):
+        twins.ours.set_active(names)
+        with quiet():
+            twins.theirs.base_model.set_adapter(names)
+        if names != ["task", "style"]:
+            twins.check()
+        assert sorted(twins.ours.active_adapters) == sorted(names)
+    assert torch.equal(twins.ours(IDS), everything)  # the order is that of the program, whatever that of the names
+    twins.ours.set_active({"task": 0.7, "style": 0.2})
+    with quiet():
+        twins.theirs.base_model.set_adapter(["style", "task"])
+    twins.scale(0.7, "task")
+    twins.scale(0.2, "style")
+    twins.check()
+    twins.ours.set_active(("style",))
+    twins.ours.set_scale(9, "task")  # of one that is off
+    assert twins.ours.active_adapters == ["style"]
+    twins.ours.set_active({"style", "task"})
+    twins.scale(9, "task")
+    twins.check()
+
+
+def test_blocks_as_peft(twins: Twins, model: nn.Module) -> None:
+    ours, theirs = twins.ours, twins.theirs
+    ours.set_scale(0.5, "task")
+    twins.scale(0.5, "task")
+    before = ours(IDS)
+    with adaptc.rescale_adapter_scale(ours, 3), rescale_adapter_scale(theirs, 3):
+        twins.check()
+        with ours.rescaled(-0.5), rescale_adapter_scale(theirs, -0.5):
+            twins.check()
+            with ours.disabled(), theirs.disable_adapter():
+                twins.check()
+                close(ours(IDS), model(IDS), 1e-9)
+                with ours.disabled():
+                    close(ours(IDS), model(IDS), 1e-9)
+                close(ours(IDS), model(IDS), 1e-9)
+            twins.check()
+    assert torch.equal(ours(IDS), before)
+
+
+@pytest.mark.parametrize("block", ["disabled", "rescaled"])
+def test_a_block_that_raises_leaves_nothing(twins: Twins, block: str) -> None:
+    ours = twins.ours
+    before = ours(IDS)
+    with pytest.raises(KeyError), ours.disabled() if block == "disabled" else ours.rescaled(2):
+        raise KeyError
+    assert torch.equal(ours(IDS), before)
+
+
+def test_calls_and_what_is_bound(twins: Twins, folder: Path) -> None:
+    ours = twins.ours
+    before = ours(IDS)
+    found = ours(IDS, adapter_scale={"task": 0.3})
+    both = ours(IDS, adapter_scale=0.5)
+    bound = ours.bind({"style": folder / "style"}, scale=0.5)(IDS)
+    named = ours.bind(ours, scale={"style": 0.5})
+    close(ours.bind(ours, scale={"style": 0.5}, form="weight")(IDS), bound, 1e-9)
+    assert torch.equal(ours(IDS), before)
+    assert torch.equal(ours(IDS, adapter_scale=None), before)
+    ours.set_active({"task": 0.3})
+    assert torch.equal(ours(IDS), found)
+    ours.set_active({"task": 0.5, "style": 0.5})
+    assert torch.equal(ours(IDS), both)
+    ours.set_active({"task": 1, "style": 0.5})
+    assert torch.equal(ours(IDS), bound)
+    assert torch.equal(named(IDS), bound)
+    with ours.disabled():
+        assert torch.equal(named(IDS), bound)  # what is bound keeps what it has
+    with pytest.raises(AdaptcError, match="adapter_scale"):
+        named(IDS, adapter_scale=0.5)
+
+
+def test_what_calls_ask_for_is_remembered_and_let_go(twins: Twins) -> None:
+    ours = twins.ours
+    for factor in range(9):
+        ours(IDS, adapter_scale=factor)
+    assert len(ours.running.others) == 4
+    ours.set_scale(2, "task")
+    assert not ours.running.others
+
+
+def test_a_swap_is_of_one_adapter_as_it_was_made(twins: Twins, folder: Path) -> None:
+    ours = twins.ours
+    ours.set_scale(0.5, "style")
+    ours.set_scale(3, "task")
+    ours.set_active(["task"])
+    adaptc.swap(ours, {"style": folder / "style"})
+    twins.scale(3, "task")
+    twins.check()
+    adaptc.swap(ours, {"task": folder / "task"}, scale=0.2)
+    twins.scale(0.2, "task")
+    twins.check()
+    adaptc.swap(ours, {n: folder / n for n in CONFIGS}, scale={"style": 4})
+    twins.scale(4, "style")
+    twins.scale(1, "task")
+    twins.check()
+    adaptc.swap(ours, {"task": None})
+    with pytest.raises(ConfigError, match="no sites here"):
+        ours.set_scale(2, "task")
+
+
+def test_a_model_s_own_input_of_that_name() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor, adapter_scale: Tensor) -> Tensor:
+            return self.layer(x) * adapter_scale
+
+    inputs = {"x": torch.randn(2, 5), "adapter_scale": torch.tensor(3.0)}
+    program = adaptc.compile(Own(), LoraConfig(target_modules=["layer"]), example_inputs=inputs)
+    with torch.no_grad():
+        close(program(**inputs), 3 * program(inputs["x"], torch.tensor(1.0)), 1e-6)
+        with program.disabled():
+            close(program(**inputs), 3 * program(inputs["x"], adapter_scale=torch.tensor(1.0)), 1e-6)
+
+
+def test_one_that_is_deleted_is_gone(twins: Twins, model: nn.Module, folder: Path, tmp_path: Path) -> None:
+    ours = twins.ours
+    ours.set_scale(0.5, "task")
+    ours.delete_adapter("style")
+    with quiet():
+        twins.theirs.delete_adapter("style")
+    twins.scale(0.5, "task")
+    twins.check()
+    sound(ours)
+    close(adaptc.merge(ours)(IDS), ours(IDS), 1e-9)
+    assert adaptc.verify(ours, model).ok
+    assert "style" not in adaptc.report(ours).adapter
+    assert ours.available_adapters == ["task"]
+    for attempt in (
+        lambda: ours.set_active(["style"]),
+        lambda: ours.set_scale(0.5, "style"),
+        lambda: ours.delete_adapter("style"),
+        lambda: ours(IDS, adapter_scale={"style": 1}),
+        lambda: adaptc.swap(ours, {"style": folder / "style"}),
+        lambda: adaptc.save_adapter(ours, tmp_path, adapter_name="style"),
+    ):
+        with pytest.raises(AdaptcError, match="task"):
+            attempt()
+    with pytest.raises(SwapError, match="only adapter"):
+        ours.delete_adapter("task")
+    adaptc.swap(ours, {"task": folder / "task"})
+    twins.scale(1, "task")
+    twins.check()
+    loaded = adaptc.load(adaptc.save(ours, tmp_path / "program.pt2"))
+    assert loaded.available_adapters == ["task"]
+    assert torch.equal(loaded(IDS), ours(IDS))
+    with adaptc.assert_no_recompiles():
+        assert ours.add_adapter("style", folder / "style") is ours
+        assert ours.available_adapters == ["style", "task"]
+    close(ours(IDS), Twins(model, folder).ours(IDS), 1e-9)
+
+
+def test_adapter_files_have_what_was_made(twins: Twins, folder: Path, tmp_path: Path) -> None:
+    ours = twins.ours
+    ours.set_scale(0.5, "task")
+    with pytest.warns(AdaptcWarning, match=r"'task' is scaled by 0.5 at 24 sites.*as it was made"):
+        adaptc.save_adapter(ours, tmp_path, adapter_name="task")
+    ours.set_active(["task"])
+    adaptc.save_adapter(ours, tmp_path, adapter_name="style")  # which is off
+    for name in CONFIGS:
+        one, two = (adaptc.load_adapter(p / name).tensors for p in (folder, tmp_path))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[k], two[k]) for k in one)
+    half = adaptc.compile(ours.base, 0.5 * adaptc.load_adapter(tmp_path / "task"))  # what the warning tells to do
+    close(half(IDS), ours(IDS), 1e-9)
+
+
+def test_program_files_have_what_calls_compute(twins: Twins, tmp_path: Path) -> None:
+    ours = twins.ours
+    before = ours(IDS)
+    ours.set_active({"style": 0.5, "task": 2})
+    loaded = adaptc.load(adaptc.save(ours, tmp_path / "program.pt2"))
+    assert torch.equal(loaded(IDS), ours(IDS))
+    close(torch.export.load(tmp_path / "program.pt2").module()(IDS), ours(IDS), 1e-9)  # without adaptc
+    loaded.set_active({"style": 1, "task": 1})
+    close(loaded(IDS), before, 1e-9)
+    ours.set_active(["style"])
+    with pytest.raises(CheckpointError, match=r"'task' would be lost.*set_active"):
+        adaptc.save(ours, tmp_path / "other.pt2")
+    assert not (tmp_path / "other.pt2").exists()
+
+
+def test_merging_sees_the_program_and_no_block(twins: Twins) -> None:
+    ours = twins.ours
+    ours.set_active({"task": 0.5})
+    expected = ours(IDS)
+    merged = adaptc.merge(ours)
+    close(merged(IDS), expected, 1e-9)
+    ours.set_active({"style": 3})
+    assert torch.equal(adaptc.unmerge(merged)(IDS), expected)
+    for block in (ours.disabled(), ours.rescaled(2)):
+        with block:
+            with pytest.raises(AdaptcError, match="merge is called inside of"):
+                adaptc.merge(ours)
+            with pytest.raises(AdaptcError, match="save_adapter is called inside of"):
+                adaptc.save_adapter(ours, "nowhere")
+
+
+BAD = {
+    "the order": (lambda p: p.set_scale("task", 0.5), r"set_scale\(0.5, adapter='task'\)"),
+    "no number": (lambda p: p.set_scale(None, "task"), "scale must be a number"),
+    "a truth value": (lambda p: p.set_scale(True, "task"), "scale must be a number"),
+    "not finite": (lambda p: p.set_scale(float("nan"), "task"), "finite"),
+    "too large with the alpha": (lambda p: p.set_scale(3e38, "style"), "finite in float32"),
+    "whose": (lambda p: p.set_scale(0.5), "say whose scale it is.*'style', 'task'"),
+    "no such name": (lambda p: p.set_scale(0.5, "styles"), "called 'styles' here; there are 'style', 'task'"),
+    "no such module": (lambda p: p.set_scale(0.5, "task", "layer.3"), "nearest are 'layers.3'"),
+    "a module of the other": (lambda p: p.set_scale(0.5, "task", ["up", "embed"]), "'embed' chooses nothing"),
+    "saved as a whole": (lambda p: p.set_scale(0.5, "style", "head"), "'head.weight'.*no scale there"),
+    "no module": (lambda p: p.set_scale(0.5, "style", []), "empty list"),
+    "an expression": (lambda p: p.set_scale(0.5, "style", "(up"), "modules"),
+    "active, no such name": (lambda p: p.set_active(["style", "taste"]), "'taste'"),
+    "active, no names": (lambda p: p.set_active(3), "a list of names"),
+    "active, no number": (lambda p: p.set_active({"style": "much"}), "factor of 'style' must be a number"),
+    "no factor": (lambda p: p.rescaled("2"), "multiplier must be a number"),
+    "a call": (lambda p: p(IDS, adapter_scale=[1]), "adapter_scale must be a number"),
+    "a name that is there": (
+        lambda p: p.add_adapter("task", LoraConfig(target_modules=["up"])),
+        "called 'task' already",
+    ),
+    "other sites": (
+        lambda p: p.add_adapter("third", LoraConfig(target_modules=["down"])),
+        r"at layers.\{0..11\}.down: .*recompile=True",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD))
+def test_what_is_refused_changes_nothing(model: nn.Module, folder: Path, case: str, memo: dict[str, Twins]) -> None:
+    ours = memo.setdefault("twins", Twins(model, folder)).ours
+    before, binding = ours(IDS), ours.binding
+    attempt, match = BAD[case]
+    with pytest.raises(AdaptcError, match=match) as caught:
+        attempt(ours)
+    assert isinstance(caught.value, (ConfigError, SwapError))
+    assert ours.binding is binding
+    assert torch.equal(ours(IDS), before)
+
+
+@pytest.fixture(scope="module")
+def memo() -> dict[str, Twins]:
+    return {}
+
+
+def test_reports_say_it(twins: Twins, model: nn.Module) -> None:
+    ours = twins.ours
+    ours.set_active({"task": 0.5})
+    ours.set_scale(3, "task", modules="layers.7")
+    said = "'style' is off, 'task' is scaled by 0.5 at 22 sites, 'task' is scaled by 3 at 2 sites"
+    report = adaptc.report(ours)
+    assert said in str(report)
+    assert said in repr(ours)
+    assert {s.factor for s in report.sites if s.adapter == "task"} == {0.5, 3}
+    verified = adaptc.verify(ours, model)
+    assert verified.ok
+    assert said in str(verified)
+    assert verified.data()["strength"] == said
