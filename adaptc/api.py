@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -327,9 +328,10 @@ def report(program: AdaptedProgram, *, changes: bool = False) -> CoverageReport:
 def report(program: PackagedProgram, *, changes: bool = False) -> PackageReport: ...
 
 
-@through_holders
 @checked("changes")
-def report(program: AdaptedProgram | PackagedProgram, *, changes: bool = False) -> CoverageReport | PackageReport:
+def report(
+    program: AdaptedProgram | PackagedProgram | Holder, *, changes: bool = False
+) -> CoverageReport | PackageReport:
     """What was adapted and what was left out, and the norms of the adapter's tensors; prints as tables.
 
     ``changes``: also how much the adapter changes each weight, as a part of the weight's own norm, which computes every
@@ -337,6 +339,8 @@ def report(program: AdaptedProgram | PackagedProgram, *, changes: bool = False) 
     :class:`~adaptc.packages.report.PackageReport`; its weights are in compiled code, so with ``changes`` it raises
     AdaptcError.
     """
+    if isinstance(program, Holder):
+        return replace(report(program.program, changes=changes), notes=tuple(program.notes()))
     if isinstance(program, PackagedProgram):
         if changes:
             raise AdaptcError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from adaptc.generation.cross_facts import CROSS, CrossFacts
-from adaptc.generation.facts import Facts
+from adaptc.generation.facts import KEEPS, NOTHING, ROOM, Facts
 from adaptc.generation.layout import CacheLayout, LayerLayout
 from adaptc.pt2_files.forms import Length, Maybe, Option, check
 from adaptc.pt2_files.refusal import Refused, shown
@@ -42,6 +42,8 @@ _FORM: dict[str, Any] = {
     "vocabulary": Length,
     "width": Length,
     "embeds_dtype": str,
+    "keeps": Option(str),
+    "why": Option(str),
 }
 _PLAIN = ("max_batch", "max_length", "positions", "embeds", "vocabulary", "width")
 
@@ -57,6 +59,8 @@ def described(facts: Facts) -> dict[str, str]:
         **{name: getattr(facts, name) for name in _PLAIN},
         "embeds_dtype": _name(facts.embeds_dtype),
     }
+    if facts.keeps != ROOM:
+        stored |= {"keeps": facts.keeps, "why": facts.why}
     if isinstance(facts, CrossFacts):
         stored["across"] = {
             **{name: getattr(facts, name) for name in ("main", "features", "source", "hidden", "strides")},
@@ -89,9 +93,13 @@ def facts_of(
         **{name: stored[name] for name in _PLAIN},
         "embeds_dtype": _dtype(stored["embeds_dtype"]),
         "tokenizer": tokenizer,
+        "keeps": stored.get("keeps", ROOM),
+        "why": stored.get("why", ""),
     }
+    if known["keeps"] not in KEEPS or (known["keeps"] == NOTHING) != (not layout.layers):
+        raise Refused(f"what it keeps is {shown(known['keeps'])}, of {len(layout.layers)} layers")
     if across is None:
-        if not set(layout.names) <= set(inputs):
+        if not set(layout.names) <= set(inputs) or (known["keeps"] == NOTHING) == ("slots" in inputs):
             raise Refused("its program has no such cache")
         return Facts(**known)
     cross, features = _layout(across, CROSS), across["features"]

@@ -10,6 +10,11 @@ from typing import Any
 import torch
 
 from adaptc.generation.layout import CacheLayout
+from adaptc.tables import size
+
+#: what a step has of the tokens before its own: a cache with room for more, which is masked; a cache whose room ends
+#: with the step's own tokens, for models whose masks follow from its size; or nothing, and the whole text is given
+ROOM, EXACT, NOTHING = KEEPS = ("room", "exact", "nothing")
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,7 +22,8 @@ class Facts:
     """``config``, ``generation_config``: copies of the model's. ``max_batch``, ``max_length``: rows and positions that
     a cache has at most. ``positions``, ``embeds``: whether the step takes position ids, and embeddings. ``vocabulary``,
     ``width``: how many tokens there are, and the size of their embeddings. ``tokenizer``: gives the
-    one that came with the program, if one did."""
+    one that came with the program, if one did. ``keeps``: see :data:`KEEPS`; ``why``: what the model does not allow,
+    where it is not the first of them."""
 
     config: Any
     generation_config: Any
@@ -30,6 +36,18 @@ class Facts:
     width: int
     embeds_dtype: torch.dtype
     tokenizer: Callable[[], Any] | None = field(default=None, kw_only=True)
+    keeps: str = field(default=ROOM, kw_only=True)
+    why: str = field(default="", kw_only=True)
+
+    def notes(self) -> list[str]:
+        """What a report says of the cache."""
+        if self.keeps == NOTHING:
+            return [f"no cache, so each token computes the whole text: {self.why}"]
+        each = size(self.layout.nbytes(1, 1))
+        note = f"cache: {len(self.layout.layers)} layers, {each} for each row and position"
+        if self.keeps == EXACT:
+            note += f", of which a step sees those up to its end alone: {self.why}"
+        return [note]
 
 
 @cache

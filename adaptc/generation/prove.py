@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import CaptureError
-from adaptc.generation.facts import Facts
+from adaptc.generation.facts import EXACT, NOTHING, ROOM, Facts
 
 #: tokens of the prompt, at most; windows that are no longer are passed
 _TOKENS = 24
 _ROWS, _PADDED = 2, 3
+_WITH = {ROOM: "with a cache of fixed room", EXACT: "with a cache in pieces", NOTHING: "of other lengths"}
 
 
 @torch.no_grad()
@@ -44,13 +45,17 @@ def prove(model: Any, step: Callable[..., Tensor], facts: Facts) -> None:
     allowed = (1e-3 if facts.layout.dtype.itemsize >= 4 else 0.1) * size
     if not bool(error <= allowed):
         raise CaptureError(
-            f"{type(model).__name__} does not say with a cache of fixed room what it says without one (logits differ "
-            f"by {float(error):.3g}), so it cannot be captured as a step"
+            f"{type(model).__name__} does not say {_WITH[facts.keeps]} what it says itself (logits differ by "
+            f"{float(error):.3g}), so it cannot be captured as a step"
         )
 
 
 def _in_pieces(step: Callable[..., Tensor], facts: Facts, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-    length, device, room = ids.shape[1], ids.device, ids.shape[1] + 3
+    length, device = ids.shape[1], ids.device
+    if facts.keeps == NOTHING:
+        given = {"position_ids": positions} if facts.positions else {}
+        return step(input_ids=ids, attention_mask=mask, **given, keep=torch.arange(length, device=device))
+    room = length + 3
     shapes = facts.layout.shapes(_ROWS, room)
     cache = {
         n: torch.zeros(s, dtype=facts.layout.dtype, device=device)
@@ -59,7 +64,9 @@ def _in_pieces(step: Callable[..., Tensor], facts: Facts, ids: Tensor, mask: Ten
     wide = torch.cat([mask, mask.new_ones(_ROWS, room - length)], 1)
     out, cuts = [], (0, length // 2, length // 2 + 1, length)
     for start, end in pairwise(cuts):
-        inputs = {"input_ids": ids[:, start:end].contiguous(), "attention_mask": wide}
+        seen = end if facts.keeps == EXACT else room
+        inputs = {"input_ids": ids[:, start:end].contiguous(), "attention_mask": wide[:, :seen]}
+        inputs |= {n: t[:, :, :seen] for n, t in cache.items()}
         if facts.positions:
             inputs["position_ids"] = positions[:, start:end].contiguous()
         if facts.embeds:
@@ -67,5 +74,5 @@ def _in_pieces(step: Callable[..., Tensor], facts: Facts, ids: Tensor, mask: Ten
             inputs["inputs_embeds"] = torch.zeros(shape, dtype=facts.embeds_dtype, device=device)
             inputs["embedded"] = torch.tensor(False, device=device)
         slots = torch.arange(start, end, device=device)
-        out.append(step(**inputs, slots=slots, keep=torch.arange(end - start, device=device), **cache))
+        out.append(step(**inputs, slots=slots, keep=torch.arange(end - start, device=device)))
     return torch.cat(out, 1)

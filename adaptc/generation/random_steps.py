@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import AdaptcError
-from adaptc.generation.facts import Facts
+from adaptc.generation.facts import EXACT, NOTHING, Facts
 
 _MOST = 7
 
@@ -40,17 +40,18 @@ def _step(facts: Facts, device: torch.device, draw: torch.Generator) -> dict[str
 
     rows = number(1, min(facts.max_batch, _MOST))
     length = number(1, min(facts.max_length, 2 * _MOST))
-    tokens = number(1, min(length, _MOST))
-    before = number(0, length - tokens)
+    tokens = length if facts.keeps == NOTHING else number(1, min(length, _MOST))
+    before = length - tokens if facts.keeps == EXACT else number(0, length - tokens)
     mask = torch.ones(rows, length, dtype=torch.int64)
     mask[0, : before // 2] = 0
     slots = torch.arange(before, before + tokens)
     inputs = {
         "input_ids": torch.randint(0, facts.vocabulary, (rows, tokens), generator=draw),
         "attention_mask": mask,
-        "slots": slots,
         "keep": torch.arange(tokens - number(1, tokens), tokens),
     }
+    if facts.keeps != NOTHING:
+        inputs["slots"] = slots
     if facts.positions:
         inputs["position_ids"] = slots.expand(rows, -1).contiguous()
     if facts.embeds:

@@ -48,13 +48,14 @@ class Step:
 
 
 @contextlib.contextmanager
-def stepping(model: nn.Module, layout: CacheLayout) -> Iterator[Step]:
-    """``model`` as its step; as it was afterwards. Raises CaptureError for a model whose forward takes no cache."""
+def stepping(model: nn.Module, layout: CacheLayout, most: int | None = None) -> Iterator[Step]:
+    """``model`` as its step; as it was afterwards. ``most``: positions that tokens and cache have at most, None for
+    any. Raises CaptureError for a model whose forward takes no cache."""
     takes = inspect.signature(model.forward).parameters
     past = next((n for n in ("cache", "past_key_values") if n in takes), None)
     if past is None:
         raise CaptureError(f"the forward of {type(model).__name__} takes no cache, so it cannot go on from one")
-    step = example_step(model, layout, "position_ids" in takes, "inputs_embeds" in takes)
+    step = example_step(model, layout, "position_ids" in takes, "inputs_embeds" in takes, most)
     original, keeps, names = model.forward, "logits_to_keep" in takes, layout.names
 
     def forward(**inputs: Any) -> Tensor:
@@ -87,10 +88,13 @@ def _embedding(model: Any, given: Tensor | None, wanted: Tensor | None) -> Itera
         hook.remove()
 
 
-def example_step(model: Any, layout: CacheLayout, with_positions: bool, with_embeds: bool) -> Step:
+def example_step(
+    model: Any, layout: CacheLayout, with_positions: bool, with_embeds: bool, most: int | None = None
+) -> Step:
     """Inputs of a step of ``model``, and which of their sizes are free."""
     device = next(model.parameters()).device
-    rows, tokens, length, kept = (Dim(n) for n in ("rows", "tokens", "length", "kept"))
+    rows, kept = Dim("rows"), Dim("kept")
+    tokens, length = (Dim(n) if most is None else Dim(n, max=most) for n in ("tokens", "length"))
 
     def counted(*shape: int) -> Tensor:
         return torch.arange(shape[-1], device=device).expand(shape).contiguous()

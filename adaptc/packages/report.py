@@ -60,6 +60,8 @@ class PackageReport(Report):
     inputs: tuple[PackageInput, ...]
     ranges: Mapping[str, tuple[float, float]]
     products: tuple[Mapping[str, Any], ...] = ()
+    #: of what generates with it
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, package: PackagedProgram) -> PackageReport:
@@ -115,11 +117,11 @@ class PackageReport(Report):
             adapter = f"{self.peft_type} adapter ({self.adapter}): {len(self.sites)} sites"
             adapter += f", {absent} of them left at the base" if absent else ""
         chosen = [f"products: {p['count']} by {p['kind']} at any rows ({p['why']})" for p in self.products]
-        return ["\n".join([head, adapter, *chosen]), self._sites(), self._inputs(), self._ranges()]
+        return ["\n".join([head, adapter, *chosen, *self.notes]), self._sites(), self._inputs(), self._ranges()]
 
     def data(self) -> dict[str, Any]:
         """``path``, ``device``, ``torch``, ``bytes``, ``adapter``, ``peft_type``, ``sites`` and ``inputs`` (one dict
-        each), ``ranges`` (size -> least and greatest, None for any), ``products`` (one dict for each line)."""
+        each), ``ranges`` (size -> least and greatest, None for any), ``products`` (one dict for each line), ``notes``."""
         return {
             "path": str(self.path),
             "device": self.device,
@@ -135,6 +137,7 @@ class PackageReport(Report):
             ],
             "ranges": {n: plain(bounds) for n, bounds in self.ranges.items()},
             "products": [plain(p) for p in self.products],
+            "notes": list(self.notes),
         }
 
     def _sites(self) -> Table:

@@ -7,7 +7,7 @@ inside, and a program that it gives is held in the same way.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any, Self, TypeVar
@@ -44,6 +44,10 @@ class Holder(ABC):
     @abstractmethod
     def drawn(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """``options`` of verify with inputs, for a package of its program, which says too little of them."""
+
+    @abstractmethod
+    def notes(self) -> Sequence[str]:
+        """Lines of a report: what it does with its program."""
 
     @abstractmethod
     def as_program(self, model: Any) -> AbstractContextManager[Any]:

@@ -92,6 +92,8 @@ class CoverageReport(Report):
     norms: Norms = field(default=Norms(), repr=False)
     #: adapter -> what its file was
     origins: Mapping[str, Origin] = field(default_factory=dict)
+    #: of what holds the program, and generates with it
+    notes: tuple[str, ...] = ()
 
     @classmethod
     @exclusive
@@ -134,7 +136,10 @@ class CoverageReport(Report):
         if not self.sites:
             how = f"it is plain, merged from {self.merged}" if self.merged else "it is a plain program"
             products = "".join(f"{text}\n" for text in (str(self.products), str(self.packed)) if text)
-            return [f"The program has no adapter: {how}.\n{products}{self.parameters_line()}{self._passes()}"]
+            return [
+                f"The program has no adapter: {how}.\n{products}{self.parameters_line()}{self._passes()}",
+                *self.notes,
+            ]
         changed = {s.fqn for s in self.sites if s.present}
         absent = sum(s.fqn not in changed for s in self.sites)
         head = f"{self.peft_type} adapter {self.adapter!r} ({self.source}): {len(self.sites)} sites"
@@ -145,13 +150,13 @@ class CoverageReport(Report):
         tables = [self._sites(), self._forms(), self._entries(), self._omitted(), *self.norms.parts()]
         line = self.parameters_line() + self._passes()
         products = [str(p) for p in (self.products, *self.training)]
-        return [head, *tables, str(self.held), str(self.fusion), *products, str(self.packed), line]
+        return [head, *self.notes, *tables, str(self.held), str(self.fusion), *products, str(self.packed), line]
 
     def data(self) -> dict[str, Any]:
         """``adapter``, ``peft_type`` and ``source``, ``formats`` (adapter -> that of its file), ``merged`` (from what),
         ``sites`` (one dict each), ``matches`` (target entry -> modules), ``left_out`` (module, why), ``trainable``,
         ``total``, ``products`` (one dict for each line), ``training`` (which products -> the same), ``packed`` (count
-        and bytes), ``passes`` and ``norms``."""
+        and bytes), ``passes``, ``norms`` and ``notes`` (lines)."""
         return {
             "adapter": self.adapter,
             "peft_type": self.peft_type,
@@ -168,6 +173,7 @@ class CoverageReport(Report):
             "packed": {"count": self.packed.count, "bytes": self.packed.nbytes},
             "passes": {where: [[name, count] for name, count in trail] for where, trail in self.passes.items()},
             "norms": self.norms.data(),
+            "notes": list(self.notes),
         }
 
     def _passes(self) -> str:
