@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from adaptc.errors import AdaptcWarning, CaptureError, ConfigError
-from adaptc.generation.facts import EXACT, KEEPS, NOTHING, ROOM, Facts
+from adaptc.generation.facts import EXACT, NOTHING, ROOM, Facts
 from adaptc.generation.layout import CacheLayout, eval_mode
 from adaptc.generation.prove import prove
 from adaptc.generation.step import Step, stepping

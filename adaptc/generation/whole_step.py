@@ -1,9 +1,9 @@
 """The step of a model that is captured without a cache: each is given the whole text.
 
-Before: a causal transformers model. After, inside :func:`stepping_whole`: the same module, whose ``forward`` takes plain
-tensors alone: those of ``step`` without a cache, and as many positions as tokens. Between steps a cache of tokens and
-positions stands in for one of keys and values, so whatever goes on from a cache goes on from it: the same answers, and
-all of the text computed again for each.
+Before: a causal transformers model. After, inside :func:`stepping_whole`: the same module, whose ``forward`` takes
+plain tensors alone: those of ``step`` without a cache, and as many positions as tokens. Between steps a cache of tokens
+and positions stands in for one of keys and values, so whatever goes on from a cache goes on from it: the same answers,
+and all of the text computed again for each.
 """
 
 from __future__ import annotations

@@ -121,7 +121,8 @@ class PackageReport(Report):
 
     def data(self) -> dict[str, Any]:
         """``path``, ``device``, ``torch``, ``bytes``, ``adapter``, ``peft_type``, ``sites`` and ``inputs`` (one dict
-        each), ``ranges`` (size -> least and greatest, None for any), ``products`` (one dict for each line), ``notes``."""
+        each), ``ranges`` (size -> least and greatest, None for any), ``products`` (one dict for each line), ``notes``
+        (lines)."""
         return {
             "path": str(self.path),
             "device": self.device,

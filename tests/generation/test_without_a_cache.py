@@ -153,6 +153,6 @@ def test_a_model_that_no_step_is_like_is_refused() -> None:
     model = Fickle(case("llama").model.config).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(adaptc.CaptureError, match="fixed room what.* Nor without a cache: .*of other lengths"):
+        with pytest.raises(adaptc.CaptureError, match=r"fixed room what.* Nor without a cache: .*of other lengths"):
             adaptc.compile_for_generation(model, adaptc.LoraConfig(target_modules="all-linear"))
     assert "forward" not in vars(model)
