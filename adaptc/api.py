@@ -385,17 +385,18 @@ def package(
     is fastest on this machine, "plain" by torch alone.
 
     Of what generates the file holds the step, its generation config, and ``tokenizer``: one of transformers, or the
-    directory of one. ConfigError for a tokenizer of other programs, and for models with an encoder.
+    directory of one; of a model with an encoder it holds three models that share the adapter: the encoder, the keys and
+    values of its states, and the step. ConfigError for a tokenizer of other programs.
     """
     inside: Any = program
-    carried = None
+    carried = parts = None
     if isinstance(program, Holder):
-        inside, carried = program.program, program.carried(tokenizer)
+        inside, carried, parts = program.program, program.carried(tokenizer), program.divided()
     elif tokenizer is not None:
         raise ConfigError("a tokenizer goes into packages of what adaptc.compile_for_generation gives")
     if isinstance(inside, AdaptedProgram):
         check_followed(inside)
-    return package_program(inside, Path(path), max_rank=max_rank, products=products, carried=carried)
+    return package_program(inside, Path(path), max_rank=max_rank, products=products, carried=carried, parts=parts)
 
 
 def load_package(path: str | os.PathLike[str]) -> Any:

@@ -19,8 +19,8 @@ from adaptc.generation.captured_step import captured_step
 from adaptc.generation.cross_facts import CrossFacts, check_side_by_side, decoder_positions, encoder_positions
 from adaptc.generation.cross_prove import prove_across
 from adaptc.generation.cross_step import STATES, Encoded, stepping_across
-from adaptc.generation.encoder_decoder import EncoderDecoder, encoder_decoder_class
-from adaptc.generation.generator import Generator, generator_class
+from adaptc.generation.generator import Generator
+from adaptc.generation.kinds import generator_of
 from adaptc.generation.layout import CacheLayout, eval_mode
 from adaptc.generation.step import Step
 from adaptc.passes.ir.exclusive import exclusive
@@ -48,6 +48,7 @@ def compile_for_generation(
     generator: torch.Generator | None = None,
     hoist_limit: int | None = None,
     fuse: bool = True,
+    pack: str | None = None,
 ) -> Generator:
     """Capture a transformers model that generates as a step with its cache, adapt it, and give what generates with it.
 
@@ -67,7 +68,7 @@ def compile_for_generation(
     return _compiled(
         model,
         adapter,
-        RunOptions(backend, hoist_limit, fuse),
+        RunOptions(backend, hoist_limit, fuse, pack=pack),
         max_batch=max_batch,
         max_length=max_length,
         adapter_name=adapter_name,
@@ -101,12 +102,12 @@ def _compiled(
         _at_most(max_length, positions),
         positions if isinstance(positions, int) else None,
     )
-    return generator_class()(program, facts)
+    return generator_of(program, facts)
 
 
 def _across(
     model: Any, adapter: Any, options: RunOptions, max_batch: int, max_length: int | None, **how: Any
-) -> EncoderDecoder:
+) -> Generator:
     """The same of a model with an encoder."""
     config = model.config
     check_side_by_side(config, type(model).__name__)
@@ -133,7 +134,7 @@ def _across(
     )
     with eval_mode(model):
         prove_across(model, unloaded(program), facts)
-    return encoder_decoder_class(encoded.features is not None)(program, facts)
+    return generator_of(program, facts)
 
 
 def _captured(

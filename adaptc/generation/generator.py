@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, Self
 
@@ -62,12 +62,19 @@ class Generator(Holder):
             )
         return self._runs
 
+    @property
+    def runs(self) -> Any:
+        return self._runs
+
     def holding(self, program: AdaptedProgram) -> Self:
         """The same for another version of its program."""
         return type(self)(program, self.facts)
 
     def beside(self) -> dict[str, str]:
         return described(self.facts)
+
+    def divided(self) -> Mapping[str, Sequence[str]] | None:
+        return None
 
     def notes(self) -> list[str]:
         return self.facts.notes()

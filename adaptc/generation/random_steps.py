@@ -6,21 +6,25 @@ compiled code, which does not say by itself that tokens go where there is room.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adaptc.errors import AdaptcError
+from adaptc.generation.cross_facts import CrossFacts
+from adaptc.generation.cross_step import MASK, STATES
 from adaptc.generation.facts import EXACT, NOTHING, Facts
 
 _MOST = 7
 
 
-def drawn(facts: Facts, device: torch.device, options: Mapping[str, Any]) -> dict[str, Any]:
-    """``options`` of verify, with ``inputs`` in the place of ``shapes``. Raises AdaptcError for shapes that are no
-    number."""
+def drawn(
+    facts: Facts, device: torch.device, options: Mapping[str, Any], step: Callable[..., dict[str, Tensor]] | None = None
+) -> dict[str, Any]:
+    """``options`` of verify, with ``inputs`` in the place of ``shapes``, of which ``step`` makes each. Raises
+    AdaptcError for shapes that are no number."""
     options = dict(options)
     if options.get("inputs") is not None:
         return options
@@ -30,13 +34,37 @@ def drawn(facts: Facts, device: torch.device, options: Mapping[str, Any]) -> dic
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise AdaptcError("shapes: of what generates they are drawn; give how many, or complete inputs with inputs=")
     draw = torch.Generator().manual_seed(options.get("seed") or 0)
-    options["inputs"] = [_step(facts, device, draw) for _ in range(count)]
+    made = [(step or _step)(facts, draw) for _ in range(count)]
+    options["inputs"] = [{name: value.to(device) for name, value in inputs.items()} for inputs in made]
     return options
 
 
-def _step(facts: Facts, device: torch.device, draw: torch.Generator) -> dict[str, Tensor]:
+def _number(draw: torch.Generator, least: int, most: int) -> int:
+    return int(torch.randint(least, max(least, most) + 1, (), generator=draw))
+
+
+def step_across(facts: CrossFacts, draw: torch.Generator) -> dict[str, Tensor]:
+    """Of a program with an encoder: a step, and beside it other rows that are encoded."""
+    renamed = {"input_ids", "attention_mask", "position_ids"}
+    inputs = {f"decoder_{n}" if n in renamed else n: t for n, t in _step(facts, draw).items()}
+    rows, sources, read = inputs["decoder_input_ids"].shape[0], _number(draw, 1, _MOST), _number(draw, 1, 2 * _MOST)
+    if facts.features is None:
+        read = min(read, facts.source or read)
+        inputs[facts.main] = torch.randint(0, facts.vocabulary, (sources, read), generator=draw)
+        inputs["attention_mask"] = torch.ones(sources, read, dtype=torch.int64)
+        inputs[MASK] = torch.ones(rows, read, dtype=torch.int64)
+    else:
+        read = facts.features[-1] // (facts.strides[0] * facts.strides[1])
+        inputs[facts.main] = torch.randn(sources, *facts.features, generator=draw).to(facts.embeds_dtype)
+    inputs[STATES] = torch.randn(rows, read, facts.hidden, generator=draw).to(facts.cross.dtype)
+    for name, shape in zip(facts.cross.names, facts.cross.shapes(rows, read), strict=True):
+        inputs[name] = torch.randn(shape, generator=draw).to(facts.cross.dtype)
+    return inputs
+
+
+def _step(facts: Facts, draw: torch.Generator) -> dict[str, Tensor]:
     def number(least: int, most: int) -> int:
-        return int(torch.randint(least, max(least, most) + 1, (), generator=draw))
+        return _number(draw, least, most)
 
     rows = number(1, min(facts.max_batch, _MOST))
     length = number(1, min(facts.max_length, 2 * _MOST))
@@ -59,4 +87,4 @@ def _step(facts: Facts, device: torch.device, draw: torch.Generator) -> dict[str
         inputs["embedded"] = torch.randint(0, 2, (), generator=draw).bool()
     for name, shape in zip(facts.layout.names, facts.layout.shapes(rows, length), strict=True):
         inputs[name] = torch.randn(shape, generator=draw).to(facts.layout.dtype)
-    return {name: value.to(device) for name, value in inputs.items()}
+    return inputs

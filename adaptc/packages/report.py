@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from adaptc.binding.binding import Binding
 from adaptc.packages import manifest as _package_file
 from adaptc.packages.fit import Fit
-from adaptc.packages.manifest import Manifest
+from adaptc.packages.manifest import Contents, Manifest
 from adaptc.packages.run import PackagedProgram
 from adaptc.tables import Column, Report, Table, collapse, dtype_name, plain, size, times
 
@@ -69,15 +69,18 @@ class PackageReport(Report):
         return cls._made(package.path, package.manifest, package.current, package.ranks)
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> PackageReport:
-        """The report of a file, with the adapter it was packaged with; none of its code is loaded. Raises as
-        ``adaptc.load_package`` does."""
+    def read(
+        cls, path: str | os.PathLike[str], notes: Callable[[Contents], Sequence[str]] | None = None
+    ) -> PackageReport:
+        """The report of a file, with the adapter it was packaged with; none of its code is loaded. ``notes``: of what
+        it carries. Raises as ``adaptc.load_package`` does."""
         file = Path(path)
         contents = _package_file.read(file)
         manifest = contents.manifest
         with _package_file.refusing(file):
             fit = Fit(manifest, contents.tensors, torch.device("cpu"), file)
-            return cls._made(file, manifest, fit.first(None) if manifest.sites else None, fit.ranks())
+            found = cls._made(file, manifest, fit.first(None) if manifest.sites else None, fit.ranks())
+            return found if notes is None else replace(found, notes=tuple(notes(contents)))
 
     @classmethod
     def _made(cls, path: Path, m: Manifest, now: Binding | None, room: Mapping[str, int]) -> PackageReport:

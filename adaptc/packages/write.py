@@ -14,8 +14,9 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch.export import ExportedProgram
 from adaptc.binding.binding import Binding
 from adaptc.errors import BackendError, CheckpointError, ConfigError, shown
 from adaptc.packages import manifest as _package_file
-from adaptc.packages.manifest import Contents, Input, Manifest, Room, Site
+from adaptc.packages.manifest import WHOLE, Contents, Input, Manifest, PartOf, Room, Site
 from adaptc.packages.run import PackagedProgram
 from adaptc.packages.slot_table import ENTRY, slot_table
 from adaptc.passes.adapt.respecialize import Respecialize
@@ -34,6 +35,7 @@ from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.exclusive import GRAPHS, exclusive
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.method import Slot
+from adaptc.passes.ir.part import part_of
 from adaptc.passes.lower.choose_products import ChooseProducts, Products
 from adaptc.passes.train.set_mode import SetMode
 from adaptc.peft_files.staging import replacing
@@ -67,13 +69,16 @@ def package_program(
     max_rank: int | None = None,
     products: str = "measured",
     carried: Mapping[str, bytes] | None = None,
+    parts: Mapping[str, Sequence[str]] | None = None,
 ) -> Path:
     """Compile ``program``, with its current adapter, into the file ``path`` (``.pt2``); returns ``path``.
 
     ``max_rank`` is the largest rank that later swaps may have, at every site; by default each site keeps the larger of
     its current rank and the one it was compiled with. Larger slots cost memory and time in each call. ``carried``: path
-    -> a file that lies in the package, and that only who put it there reads. ``program`` is not changed. A merged or
-    unloaded program gives a package without slots. The file is machine code, which runs when somebody loads it: it is
+    -> a file that lies in the package, and that only who put it there reads. ``parts``: name -> outputs of one of
+    several parts, which share no computation and together are the program: each is a model of its own in the file. The
+    names are of small letters. ``program`` is not changed. A merged or unloaded program gives a package without slots.
+     The file is machine code, which runs when somebody loads it: it is
     for those who trust you.
 
     ``products``: "measured" has oneDNN compute those float32 layers of the base that it computes faster on this machine
@@ -101,10 +106,16 @@ def package_program(
     if program.example_inputs is None:
         raise BackendError("the program has no example inputs, which compiling needs; capture it with torch.export")
     frozen, manifest, tensors = _Packer(program, max_rank, products).run()
+    models = {WHOLE: frozen}
+    if parts:
+        models = {name: part_of(frozen, outputs) for name, outputs in parts.items()}
+        manifest = replace(manifest, parts={n: _part(model, manifest, parts[n]) for n, model in models.items()})
     try:
         # Beside the target: there must be room for it here anyway.
         with replacing(path, "new.pt2") as new, _code_folder(new) as code:
-            _compiled(frozen, code, new, {ENTRY: slot_table(manifest)})
+            _compiled(
+                models, code, new, {n: {ENTRY: slot_table(_seen_from(m, n, manifest))} for n, m in models.items()}
+            )
             _package_file.write(new, Contents(manifest, tensors, carried or {}))
     except OSError as error:
         raise CheckpointError(f"could not write {path}: {error}. What was there before is unchanged.") from error
@@ -257,6 +268,20 @@ class _Packer:
         return lifted.finish(), products
 
 
+def _part(model: ExportedProgram, whole: Manifest, outputs: Sequence[str]) -> PartOf:
+    """What a part takes, of what the whole does, and what it gives."""
+    inputs, known = Inputs.of(model, {}), {i.name: i for i in whole.inputs}
+    return PartOf([known[name] for name in inputs.names], dict(inputs.ranges), list(inputs.guards), list(outputs))
+
+
+def _seen_from(model: ExportedProgram, name: str, manifest: Manifest) -> Manifest:
+    """Of a part: its inputs, and the sites whose slots it has."""
+    if not manifest.parts:
+        return manifest
+    sites = [s for s in manifest.sites if all(fqn in model.state_dict for fqn in s.attachment.tensor_names)]
+    return replace(manifest, inputs=manifest.parts[name].inputs, sites=sites)
+
+
 def _padded(a: Attachment, slot: str, value: Tensor, padding: Padding | None, shape: tuple[int, ...]) -> Tensor:
     """A copy with memory of its own: constants that share memory would be one constant."""
     if not _fits(value, padding, shape):
@@ -272,20 +297,25 @@ def _uniform(value: Tensor, spec: Slot) -> float | None:
     return spec.fill if bool((value == spec.fill).all()) else None
 
 
-def _compiled(program: ExportedProgram, code: Path, file: Path, metadata: dict[str, str]) -> None:
-    """An AOTInductor archive with these entries in its metadata, and everything the compiler leaves behind in ``code``.
-    Raises OSError where the disk is at fault."""
+def _compiled(
+    models: Mapping[str, ExportedProgram], code: Path, file: Path, metadata: Mapping[str, Mapping[str, str]]
+) -> None:
+    """An AOTInductor archive of these models with these entries in their metadata, and everything the compiler leaves
+    behind in ``code``. Raises OSError where the disk is at fault."""
     from torch._inductor import aot_compile
     from torch._inductor.package.package import package_aoti
 
-    args, kwargs = program.example_inputs  # type: ignore[misc]  # checked by the caller
+    files: dict[str, Any] = {}
     try:
         with GRAPHS, torch.no_grad():
-            module = program.module(check_guards=False)
-            options = {"aot_inductor.output_path": str(code), "aot_inductor.metadata": metadata}
-            files = aot_compile(module, args, kwargs, options={**OPTIONS, **options})
+            for name, program in models.items():
+                args, kwargs = program.example_inputs  # type: ignore[misc]  # checked by the caller
+                module, folder = program.module(check_guards=False), code / name
+                folder.mkdir()
+                options = {"aot_inductor.output_path": str(folder), "aot_inductor.metadata": dict(metadata[name])}
+                files[name] = aot_compile(module, args, kwargs, options={**OPTIONS, **options})
             with writing(file) as archive:
-                package_aoti(archive, files)  # type: ignore[arg-type]  # a list, as asked for
+                package_aoti(archive, files)  # lists, as asked for
     except Exception as error:
         if (full := _disk_error(error)) is not None:
             raise full from error

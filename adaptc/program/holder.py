@@ -28,6 +28,16 @@ class Holder(ABC):
     def program(self) -> Any:
         """The program inside, or the package of one. Raises AdaptcError where there is none that may be changed."""
 
+    @property
+    @abstractmethod
+    def runs(self) -> Any:
+        """What it calls: the program inside, or what is bound to it."""
+
+    @property
+    def binding(self) -> Any:
+        """The adapter that it calls it with."""
+        return self.runs.binding
+
     @abstractmethod
     def holding(self, program: AdaptedProgram) -> Self:
         """The same for another version of its program: merged, unloaded, lowered."""
@@ -46,12 +56,21 @@ class Holder(ABC):
         """``options`` of verify with inputs, for a package of its program, which says too little of them."""
 
     @abstractmethod
+    def divided(self) -> Mapping[str, Sequence[str]] | None:
+        """Part -> its outputs, of a program whose parts are called one at a time, also in a package."""
+
+    @abstractmethod
     def notes(self) -> Sequence[str]:
         """Lines of a report: what it does with its program."""
 
     @abstractmethod
     def as_program(self, model: Any) -> AbstractContextManager[Any]:
         """A context in which ``model``, which it was made from, takes what its program takes."""
+
+
+def inside(value: Any) -> Any:
+    """What a holder calls; anything else as it is."""
+    return value.runs if isinstance(value, Holder) else value
 
 
 def of_programs(function: F) -> F:
