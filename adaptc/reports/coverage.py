@@ -99,13 +99,14 @@ class CoverageReport(Report):
     @exclusive
     def of(cls, program: AdaptedProgram, changes: bool = False) -> CoverageReport:
         training = next((m.products for m in list(program.memory.modules) if m.products), ())
+        packed = program.packed  # which the program itself knows of its parts
         program = program.snapshot()
         a = program.adaptation
         if not a.attachments:
             report = program.merge_report
             source = report.source if report else ""
-            made: dict[str, Any] = {k: getattr(program, k) for k in ("passes", "products", "packed")}
-            return cls((), {}, (), 0, base_parameters(program, ()), merged=source, **made)
+            made: dict[str, Any] = {k: getattr(program, k) for k in ("passes", "products")}
+            return cls((), {}, (), 0, base_parameters(program, ()), merged=source, packed=packed, **made)
         binding = program.binding
         seen: set[str] = set()
         sites = tuple(_site(program, binding, x, seen) for x in a.attachments)
@@ -115,7 +116,8 @@ class CoverageReport(Report):
         parts = binding.parts or {binding.name: binding}
         kinds = " + ".join(dict.fromkeys(p.config.peft_type for p in parts.values()))
         names = ", ".join(parts)
-        made = {k: getattr(program, k) for k in ("held", "fusion", "passes", "products", "packed")}
+        made = {k: getattr(program, k) for k in ("held", "fusion", "passes", "products")}
+        made["packed"] = packed
         made["training"] = training
         made["norms"] = Norms.of(program, changes)
         made["origins"] = {n: p.origin for n, p in parts.items()}
