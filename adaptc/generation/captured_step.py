@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from adaptc.errors import AdaptcWarning, CaptureError, ConfigError
-from adaptc.generation.facts import EXACT, NOTHING, ROOM, Facts
+from adaptc.generation.facts import EXACT, NOTHING, ROOM, WINDOW, Facts
 from adaptc.generation.layout import CacheLayout, eval_mode
 from adaptc.generation.prove import prove
 from adaptc.generation.step import Step, stepping
@@ -22,6 +22,7 @@ from adaptc.program.unload import unloaded
 
 _LONGEST = 300
 _CALLED = {
+    WINDOW: "a step with rings",
     ROOM: "a step with its cache",
     EXACT: "a step with a cache that ends with it",
     NOTHING: "a step without a cache",
@@ -47,8 +48,8 @@ def captured_step(
     # A model that has a table of as many positions as it is for takes another branch where all of them are used. The
     # last token of a text is never given to a step, so one less is enough for every text.
     short = None if positions is None else positions - 1
-    for keeps, most in ((ROOM, None), (EXACT, short), (NOTHING, None), (NOTHING, short)):
-        if keeps != NOTHING and layout is None:
+    for keeps, most in ((WINDOW, None), (ROOM, None), (EXACT, short), (NOTHING, None), (NOTHING, short)):
+        if (keeps != NOTHING and layout is None) or (keeps == WINDOW and layout.window is None):
             continue
         try:
             program, step = _captured(model, capture, keeps, layout, most)
@@ -81,7 +82,8 @@ def captured_step(
 def _captured(
     model: Any, capture: Callable[[Step], AdaptedProgram], keeps: str, layout: CacheLayout | None, most: int | None
 ) -> tuple[AdaptedProgram, Step]:
-    with stepping_whole(model, most) if layout is None or keeps == NOTHING else stepping(model, layout, most) as step:
+    whole, rings = layout is None or keeps == NOTHING, keeps == WINDOW
+    with stepping_whole(model, most) if whole else stepping(model, layout, most, rings) as step:  # type: ignore[arg-type]
         try:
             return capture(step), step
         except CaptureError as error:

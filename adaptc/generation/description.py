@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from adaptc.generation.cross_facts import CROSS, CrossFacts
-from adaptc.generation.facts import KEEPS, NOTHING, ROOM, Facts
+from adaptc.generation.facts import KEEPS, NOTHING, ROOM, WINDOW, Facts
 from adaptc.generation.layout import CacheLayout, LayerLayout
 from adaptc.pt2_files.forms import Length, Maybe, Option, check
 from adaptc.pt2_files.refusal import Refused, shown
@@ -96,6 +96,8 @@ def facts_of(
         "keeps": stored.get("keeps", ROOM),
         "why": stored.get("why", ""),
     }
+    if known["keeps"] == WINDOW and layout.window is None:
+        raise Refused("its layers keep a window, and it has none")
     if known["keeps"] not in KEEPS or (known["keeps"] == NOTHING) != (not layout.layers):
         raise Refused(f"what it keeps is {shown(known['keeps'])}, of {len(layout.layers)} layers")
     if across is None:

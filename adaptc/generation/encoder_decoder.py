@@ -176,7 +176,7 @@ class EncoderDecoder(Generator):
             **dict(zip(self.facts.cross.names, past.cross, strict=True)),
         }
         logits = _run(pinned.kept_parts()["step"], given)["logits"]
-        past.length = total
+        past.wrote(total)
         self.begun = True
         return _output(logits, past, keeps)
 

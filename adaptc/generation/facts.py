@@ -12,9 +12,10 @@ import torch
 from adaptc.generation.layout import CacheLayout
 from adaptc.tables import size
 
-#: what a step has of the tokens before its own: a cache with room for more, which is masked; a cache whose room ends
-#: with the step's own tokens, for models whose masks follow from its size; or nothing, and the whole text is given
-ROOM, EXACT, NOTHING = KEEPS = ("room", "exact", "nothing")
+#: what a step has of the tokens before its own: a cache with room for more, which is masked, and whose sliding layers
+#: keep their window alone; the same with all positions in every layer; a cache whose room ends with the step's own
+#: tokens, for models whose masks follow from its size; or nothing, and the whole text is given
+WINDOW, ROOM, EXACT, NOTHING = KEEPS = ("window", "room", "exact", "nothing")
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +24,7 @@ class Facts:
     a cache has at most. ``positions``, ``embeds``: whether the step takes position ids, and embeddings. ``vocabulary``,
     ``width``: how many tokens there are, and the size of their embeddings. ``tokenizer``: gives the
     one that came with the program, if one did. ``keeps``: see :data:`KEEPS`; ``why``: what the model does not allow,
-    where it is not the first of them."""
+    where it is not the first of them that it could be."""
 
     config: Any
     generation_config: Any
@@ -39,12 +40,23 @@ class Facts:
     keeps: str = field(default=ROOM, kw_only=True)
     why: str = field(default="", kw_only=True)
 
+    @property
+    def window(self) -> int | None:
+        """Positions that sliding layers of the cache keep, None for all."""
+        return self.layout.window if self.keeps == WINDOW else None
+
     def notes(self) -> list[str]:
         """What a report says of the cache."""
         if self.keeps == NOTHING:
             return [f"no cache, so each token computes the whole text: {self.why}"]
-        each = size(self.layout.nbytes(1, 1))
+        window = self.window
+        each = size(self.layout.nbytes(1, 1, None if window is None else 0))
         note = f"cache: {len(self.layout.layers)} layers, {each} for each row and position"
+        if window is not None:
+            kept = size(self.layout.nbytes(1, 0, window))
+            note += f", and at most {kept} for each row in layers that keep the last {window}"
+        if self.keeps == ROOM and self.why:
+            note += f", those that look back on a window among them: {self.why}"
         if self.keeps == EXACT:
             note += f", of which a step sees those up to its end alone: {self.why}"
         return [note]

@@ -20,7 +20,7 @@ from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation import checks
 from adaptc.generation.cache import StepCache, cache_class
 from adaptc.generation.description import described
-from adaptc.generation.facts import EXACT, NOTHING, Facts, past_name
+from adaptc.generation.facts import EXACT, NOTHING, WINDOW, Facts, past_name
 from adaptc.generation.package_files import carried
 from adaptc.generation.pieces import run
 from adaptc.generation.random_steps import drawn
@@ -91,7 +91,8 @@ class Generator(Holder):
             yield model.program if isinstance(model, Generator) else model
             return
         whole = self.facts.keeps == NOTHING
-        with stepping_whole(model) if whole else stepping(model, self.facts.layout):
+        rings = self.facts.keeps == WINDOW
+        with stepping_whole(model) if whole else stepping(model, self.facts.layout, rings=rings):
             yield model
 
     def bind(self, adapter: Any, **options: Any) -> Self:
@@ -156,7 +157,7 @@ class Generator(Holder):
     def new_cache(self) -> StepCache:
         """One with nothing in it."""
         layout = TEXT if self.facts.keeps == NOTHING else self.facts.layout
-        return cache_class()(layout, self.facts, self.facts.max_length, self.device)
+        return cache_class()(layout, self.facts, self.facts.max_length, self.device, self.facts.window)
 
     def pinned(self, offset: int = 0) -> Self:
         """One that keeps the adapter that is current now, for a generation that does not begin with what is in its
@@ -210,7 +211,7 @@ class Generator(Holder):
             logits = run_whole(step, past, inputs, tokens, logits_to_keep)
         else:
             logits = run(step, past, inputs, tokens, logits_to_keep, self.facts.keeps == EXACT)
-        past.length = total
+        past.fit(1)
         self.begun = True
         return _output(logits, None if bare else past)
 

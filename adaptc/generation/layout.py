@@ -44,14 +44,30 @@ class CacheLayout:
         """Of the inputs, keys and values by turns, layer by layer."""
         return tuple(f"{self.prefix}{what}_{i}" for i in range(len(self.layers)) for what in ("keys", "values"))
 
-    def shapes(self, batch: int, length: int) -> list[tuple[int, int, int, int]]:
-        """Of the inputs, in the order of :attr:`names`."""
-        dims = [(layer.heads, dim) for layer in self.layers for dim in (layer.key_dim, layer.value_dim)]
-        return [(batch, heads, length, dim) for heads, dim in dims]
+    @property
+    def window(self) -> int | None:
+        """What its sliding layers look back on; None where there are none, or it is not the same for all."""
+        found = {layer.sliding for layer in self.layers if layer.sliding is not None}
+        return found.pop() if len(found) == 1 else None
 
-    def nbytes(self, batch: int, length: int) -> int:
+    @property
+    def sliding(self) -> tuple[bool, ...]:
+        """Of each of :attr:`names`, whether its layer is one of these."""
+        return tuple(layer.sliding is not None for layer in self.layers for _ in range(2))
+
+    def shapes(self, batch: int, length: int, ring: int | None = None) -> list[tuple[int, int, int, int]]:
+        """Of the inputs, in the order of :attr:`names`. ``ring``: places of those of sliding layers, where they have
+        fewer than there are positions."""
+        dims = [
+            (layer.heads, length if ring is None or layer.sliding is None else ring, dim)
+            for layer in self.layers
+            for dim in (layer.key_dim, layer.value_dim)
+        ]
+        return [(batch, heads, places, dim) for heads, places, dim in dims]
+
+    def nbytes(self, batch: int, length: int, ring: int | None = None) -> int:
         """What a cache of so many rows and positions takes."""
-        return sum(b * h * n * d for b, h, n, d in self.shapes(batch, length)) * self.dtype.itemsize
+        return sum(b * h * n * d for b, h, n, d in self.shapes(batch, length, ring)) * self.dtype.itemsize
 
     @classmethod
     def of(cls, model: nn.Module) -> CacheLayout:

@@ -60,10 +60,13 @@ def _call(
     visible: int,
     keep: Tensor,
 ) -> Tensor:
+    past.fit(where[1] - where[0])
     mask, tensors = past.mask, past.tensors
     if visible < past.room:
-        mask, tensors = mask[:, :visible], [t[:, :, :visible] for t in tensors]
+        mask, tensors = mask[:, :visible], past.seen(visible)
     slots = torch.arange(*where, device=past.device)
-    return step(
+    logits = step(
         **inputs, attention_mask=mask, slots=slots, keep=keep, **dict(zip(past.layout.names, tensors, strict=True))
     )
+    past.wrote(where[1])
+    return logits

@@ -15,12 +15,17 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import CaptureError
-from adaptc.generation.facts import EXACT, NOTHING, ROOM, Facts
+from adaptc.generation.facts import EXACT, NOTHING, ROOM, WINDOW, Facts
 
 #: tokens of the prompt, at most; windows that are no longer are passed
 _TOKENS = 24
 _ROWS, _PADDED = 2, 3
-_WITH = {ROOM: "with a cache of fixed room", EXACT: "with a cache in pieces", NOTHING: "of other lengths"}
+_WITH = {
+    WINDOW: "with rings",
+    ROOM: "with a cache of fixed room",
+    EXACT: "with a cache in pieces",
+    NOTHING: "of other lengths",
+}
 
 
 @torch.no_grad()
@@ -56,7 +61,9 @@ def _in_pieces(step: Callable[..., Tensor], facts: Facts, ids: Tensor, mask: Ten
         given = {"position_ids": positions} if facts.positions else {}
         return step(input_ids=ids, attention_mask=mask, **given, keep=torch.arange(length, device=device))
     room = length + 3
-    shapes = facts.layout.shapes(_ROWS, room)
+    # As small as the largest piece allows, so that it is written over.
+    ring = None if facts.window is None else min(room, facts.window + length // 2)
+    shapes = facts.layout.shapes(_ROWS, room, ring)
     cache = {
         n: torch.zeros(s, dtype=facts.layout.dtype, device=device)
         for n, s in zip(facts.layout.names, shapes, strict=True)

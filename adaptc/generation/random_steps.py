@@ -85,6 +85,7 @@ def _step(facts: Facts, draw: torch.Generator) -> dict[str, Tensor]:
     if facts.embeds:
         inputs["inputs_embeds"] = torch.randn(rows, tokens, facts.width, generator=draw).to(facts.embeds_dtype)
         inputs["embedded"] = torch.randint(0, 2, (), generator=draw).bool()
-    for name, shape in zip(facts.layout.names, facts.layout.shapes(rows, length), strict=True):
+    ring = None if facts.window is None else min(length, facts.window + tokens - 1)
+    for name, shape in zip(facts.layout.names, facts.layout.shapes(rows, length, ring), strict=True):
         inputs[name] = torch.randn(shape, generator=draw).to(facts.layout.dtype)
     return inputs

@@ -70,4 +70,7 @@ def run_whole(
         given["position_ids"] = positions[:, :total].contiguous()
     if isinstance(keep, int):
         keep = torch.arange(max(tokens - keep, 0) if keep else 0, tokens)
-    return step(**given, attention_mask=past.mask[:, :total].contiguous(), keep=keep.to(past.device) + before)
+    mask, kept = past.mask[:, :total].contiguous(), keep.to(past.device) + before
+    logits = step(**given, attention_mask=mask, keep=kept)
+    past.wrote(total)
+    return logits

@@ -240,9 +240,12 @@ def _check_sites(manifest: Manifest) -> None:
 
 def _check_parts(manifest: Manifest, records: Iterable[str]) -> None:
     """The code is that of the parts, which take inputs of the whole."""
-    found = {name.split("/")[2] for name in records if name.startswith("data/aotinductor/")}
-    if found != (wanted := set(manifest.parts) or {WHOLE}):
-        raise Refused(f"it has code of {sorted(found)}, and should have that of {sorted(wanted)}")
+    code = {name: name.split("/")[2] for name in records if name.startswith("data/aotinductor/")}
+    wanted = set(manifest.parts) or {WHOLE}
+    if strange := sorted(name for name, model in code.items() if model not in wanted):
+        raise Refused(f"record {strange[0]!r} is none that a package has")
+    if lost := sorted(wanted - set(code.values())):
+        raise Refused(f"it has no code of {lost[0]!r}")
     names = {i.name for i in manifest.inputs}
     for part in manifest.parts.values():
         if strange := sorted({i.name for i in part.inputs} - names):

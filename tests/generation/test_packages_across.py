@@ -14,6 +14,7 @@ import torch
 import transformers
 
 import adaptc
+from adaptc.chat.models import How, opened
 from adaptc.packages.manifest import MANIFEST
 from adaptc.packages.run import PackagedProgram
 from tests.generation.models import case, generated, generator, prompt
@@ -46,6 +47,11 @@ def test_tokens_are_those_of_peft(family: str) -> None:
     report = adaptc.report(package)
     assert len(report.sites) == len(generator(family).program.adaptation.attachments)
     assert "cache of the encoder's states" in str(report)
+
+
+def test_a_chat_is_refused() -> None:
+    with pytest.raises(adaptc.CheckpointError, match="holds a model with an encoder"):
+        opened(written(FAMILY), How())
 
 
 def test_what_was_encoded_is_decoded_again() -> None:
@@ -150,7 +156,8 @@ def test_parts_that_were_forged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(PackagedProgram, "_load", loads)
     records = read_records(written(FAMILY))
     changes: dict[str, Any] = {
-        "should have that of": lambda parts: {n: p for n, p in parts.items() if n != "cross"},
+        "is none that a package has": lambda parts: {n: p for n, p in parts.items() if n != "cross"},
+        "it has no code of 'more'": lambda parts: {**parts, "more": parts["cross"]},
         "which is no input of the whole": lambda parts: {
             **parts,
             "step": {**parts["step"], "inputs": [{**parts["step"]["inputs"][0], "name": "strange"}]},
