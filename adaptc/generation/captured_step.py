@@ -12,11 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 from adaptc.errors import AdaptcWarning, CaptureError, ConfigError
-from adaptc.generation.facts import EXACT, NOTHING, ROOM, WINDOW, Facts
-from adaptc.generation.layout import CacheLayout, eval_mode
+from adaptc.generation.facts import EXACT, NOTHING, ROOM, STATE, WINDOW, Facts
+from adaptc.generation.layout import CacheLayout, StateLayout, eval_mode
 from adaptc.generation.prove import prove
-from adaptc.generation.step import Step, stepping
-from adaptc.generation.whole_step import stepping_whole
+from adaptc.generation.step import Step
+from adaptc.generation.ways import stepping_as
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.unload import unloaded
 
@@ -25,6 +25,7 @@ _CALLED = {
     WINDOW: "a step with rings",
     ROOM: "a step with its cache",
     EXACT: "a step with a cache that ends with it",
+    STATE: "a step with its state",
     NOTHING: "a step without a cache",
 }
 
@@ -48,15 +49,18 @@ def captured_step(
     # A model that has a table of as many positions as it is for takes another branch where all of them are used. The
     # last token of a text is never given to a step, so one less is enough for every text.
     short = None if positions is None else positions - 1
-    for keeps, most in ((WINDOW, None), (ROOM, None), (EXACT, short), (NOTHING, None), (NOTHING, short)):
-        if (keeps != NOTHING and layout is None) or (keeps == WINDOW and layout.window is None):
-            continue
+    ways = [(NOTHING, None), (NOTHING, short)]
+    if isinstance(layout, StateLayout):
+        ways = [(STATE, None), *ways]
+    elif layout is not None:
+        ways = [*([] if layout.window is None else [(WINDOW, None)]), (ROOM, None), (EXACT, short), *ways]
+    for keeps, most in ways:
+        held = layout if keeps != NOTHING and layout is not None else CacheLayout((), model.dtype)
         try:
-            program, step = _captured(model, capture, keeps, layout, most)
+            program, step = _captured(model, capture, keeps, held, most)
         except CaptureError as error:
             failed.append(error)
             continue
-        held = layout if keeps != NOTHING and layout is not None else CacheLayout((), model.dtype)
         known = facts_of(held, max_length if most is None else _bounded(max_length, most, positions))
         takes = step.example_inputs
         why = _short(failed[0]) if failed else ""
@@ -80,10 +84,9 @@ def captured_step(
 
 
 def _captured(
-    model: Any, capture: Callable[[Step], AdaptedProgram], keeps: str, layout: CacheLayout | None, most: int | None
+    model: Any, capture: Callable[[Step], AdaptedProgram], keeps: str, layout: CacheLayout, most: int | None
 ) -> tuple[AdaptedProgram, Step]:
-    whole, rings = layout is None or keeps == NOTHING, keeps == WINDOW
-    with stepping_whole(model, most) if whole else stepping(model, layout, most, rings) as step:  # type: ignore[arg-type]
+    with stepping_as(model, keeps, layout, most) as step:
         try:
             return capture(step), step
         except CaptureError as error:

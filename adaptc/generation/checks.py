@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adaptc.errors import AdaptcError, shown
 from adaptc.generation.cache import StepCache
-from adaptc.generation.facts import NOTHING, Facts, past_name
+from adaptc.generation.facts import NOTHING, STATE, Facts, past_name
 
 #: arguments that ask for what a step program does not do -> what to do instead; anything but None and False is refused
 _REFUSED = {
@@ -96,6 +96,11 @@ def generation(
     refuse({name: getattr(config, name, None) for name in _REFUSED})
     if config.use_cache is False and facts.keeps != NOTHING:
         raise AdaptcError("use_cache=False is not taken: the program was captured with a cache. Leave it out")
+    if facts.keeps == STATE and getattr(mode, "value", mode) == "assisted_generation":
+        raise AdaptcError(
+            "assisted decoding takes back what was guessed wrong, and the model keeps a state, which cannot be: leave "
+            "out assistant_model and prompt_lookup_num_tokens"
+        )
     beams = max(config.num_beams or 1, config.num_return_sequences or 1)
     rows = batch * beams
     fits(facts, rows, length + offset, f" ({batch} of {beams} sequences each)" if beams > 1 else "")

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from adaptc.generation.cross_facts import CROSS, CrossFacts
-from adaptc.generation.facts import KEEPS, NOTHING, ROOM, WINDOW, Facts
-from adaptc.generation.layout import CacheLayout, LayerLayout
+from adaptc.generation.facts import KEEPS, NOTHING, ROOM, STATE, WINDOW, Facts
+from adaptc.generation.layout import KINDS, CacheLayout, LayerLayout, State, StateLayout
 from adaptc.pt2_files.forms import Length, Maybe, Option, check
 from adaptc.pt2_files.refusal import Refused, shown
 
@@ -44,6 +44,7 @@ _FORM: dict[str, Any] = {
     "embeds_dtype": str,
     "keeps": Option(str),
     "why": Option(str),
+    "states": Option([{"layer": Length, "kind": str, "index": Length, "sizes": [Length], "dtype": str}]),
 }
 _PLAIN = ("max_batch", "max_length", "positions", "embeds", "vocabulary", "width")
 
@@ -61,6 +62,8 @@ def described(facts: Facts) -> dict[str, str]:
     }
     if facts.keeps != ROOM:
         stored |= {"keeps": facts.keeps, "why": facts.why}
+    if isinstance(facts.layout, StateLayout):
+        stored["states"] = [{**vars(s), "dtype": _name(s.dtype)} for s in facts.layout.states]
     if isinstance(facts, CrossFacts):
         stored["across"] = {
             **{name: getattr(facts, name) for name in ("main", "features", "source", "hidden", "strides")},
@@ -98,10 +101,10 @@ def facts_of(
     }
     if known["keeps"] == WINDOW and layout.window is None:
         raise Refused("its layers keep a window, and it has none")
-    if known["keeps"] not in KEEPS or (known["keeps"] == NOTHING) != (not layout.layers):
+    if known["keeps"] not in KEEPS or (known["keeps"] == NOTHING) != (not layout.names):
         raise Refused(f"what it keeps is {shown(known['keeps'])}, of {len(layout.layers)} layers")
     if across is None:
-        if not set(layout.names) <= set(inputs) or (known["keeps"] == NOTHING) == ("slots" in inputs):
+        if not set(layout.names) <= set(inputs) or (known["keeps"] in (NOTHING, STATE)) == ("slots" in inputs):
             raise Refused("its program has no such cache")
         return Facts(**known)
     cross, features = _layout(across, CROSS), across["features"]
@@ -121,6 +124,11 @@ def facts_of(
 
 
 def _layout(stored: Any, prefix: str = "") -> CacheLayout:
+    if "states" in stored:
+        if strange := [s["kind"] for s in stored["states"] if s["kind"] not in KINDS]:
+            raise Refused(f"a state is one of {shown(strange[0])}")
+        states = tuple(State(**s | {"sizes": tuple(s["sizes"]), "dtype": _dtype(s["dtype"])}) for s in stored["states"])
+        return StateLayout((), _dtype(stored["dtype"]), prefix, states)
     return CacheLayout(tuple(LayerLayout(**layer) for layer in stored["layers"]), _dtype(stored["dtype"]), prefix)
 
 

@@ -14,8 +14,9 @@ from adaptc.tables import size
 
 #: what a step has of the tokens before its own: a cache with room for more, which is masked, and whose sliding layers
 #: keep their window alone; the same with all positions in every layer; a cache whose room ends with the step's own
-#: tokens, for models whose masks follow from its size; or nothing, and the whole text is given
-WINDOW, ROOM, EXACT, NOTHING = KEEPS = ("window", "room", "exact", "nothing")
+#: tokens, for models whose masks follow from its size; a state instead of a cache; or nothing, and the whole text is
+#: given
+WINDOW, ROOM, EXACT, STATE, NOTHING = KEEPS = ("window", "room", "exact", "state", "nothing")
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +50,8 @@ class Facts:
         """What a report says of the cache."""
         if self.keeps == NOTHING:
             return [f"no cache, so each token computes the whole text: {self.why}"]
+        if self.keeps == STATE:
+            return [f"state: {size(self.layout.nbytes(1, 0))} for each row; a prompt is read token by token"]
         window = self.window
         each = size(self.layout.nbytes(1, 1, None if window is None else 0))
         note = f"cache: {len(self.layout.layers)} layers, {each} for each row and position"

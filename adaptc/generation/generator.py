@@ -18,14 +18,12 @@ from torch import Tensor, nn
 
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation import checks
-from adaptc.generation.cache import StepCache, cache_class
+from adaptc.generation.cache import StepCache
 from adaptc.generation.description import described
-from adaptc.generation.facts import EXACT, NOTHING, WINDOW, Facts, past_name
+from adaptc.generation.facts import NOTHING, Facts, past_name
 from adaptc.generation.package_files import carried
-from adaptc.generation.pieces import run
 from adaptc.generation.random_steps import drawn
-from adaptc.generation.step import stepping
-from adaptc.generation.whole_step import TEXT, run_whole, stepping_whole
+from adaptc.generation.ways import cache_for, run_as, stepping_as
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.bound import Keeping
 from adaptc.program.holder import Holder
@@ -90,9 +88,7 @@ class Generator(Holder):
         if not isinstance(model, nn.Module):
             yield model.program if isinstance(model, Generator) else model
             return
-        whole = self.facts.keeps == NOTHING
-        rings = self.facts.keeps == WINDOW
-        with stepping_whole(model) if whole else stepping(model, self.facts.layout, rings=rings):
+        with stepping_as(model, self.facts.keeps, self.facts.layout):
             yield model
 
     def bind(self, adapter: Any, **options: Any) -> Self:
@@ -156,8 +152,7 @@ class Generator(Holder):
 
     def new_cache(self) -> StepCache:
         """One with nothing in it."""
-        layout = TEXT if self.facts.keeps == NOTHING else self.facts.layout
-        return cache_class()(layout, self.facts, self.facts.max_length, self.device, self.facts.window)
+        return cache_for(self.facts, self.device)
 
     def pinned(self, offset: int = 0) -> Self:
         """One that keeps the adapter that is current now, for a generation that does not begin with what is in its
@@ -207,10 +202,7 @@ class Generator(Holder):
         if self.facts.positions:
             given = torch.arange(before, total)[None] if position_ids is None else position_ids
             inputs["position_ids"] = given.to(past.device).expand(rows, -1).contiguous()
-        if self.facts.keeps == NOTHING:
-            logits = run_whole(step, past, inputs, tokens, logits_to_keep)
-        else:
-            logits = run(step, past, inputs, tokens, logits_to_keep, self.facts.keeps == EXACT)
+        logits = run_as(self.facts, step, past, inputs, tokens, logits_to_keep)
         past.fit(1)
         self.begun = True
         return _output(logits, None if bare else past)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import CaptureError
-from adaptc.generation.facts import EXACT, NOTHING, ROOM, WINDOW, Facts
+from adaptc.generation.facts import EXACT, NOTHING, ROOM, STATE, WINDOW, Facts
 
 #: tokens of the prompt, at most; windows that are no longer are passed
 _TOKENS = 24
@@ -24,6 +24,7 @@ _WITH = {
     WINDOW: "with rings",
     ROOM: "with a cache of fixed room",
     EXACT: "with a cache in pieces",
+    STATE: "token by token",
     NOTHING: "of other lengths",
 }
 
@@ -60,14 +61,14 @@ def _in_pieces(step: Callable[..., Tensor], facts: Facts, ids: Tensor, mask: Ten
     if facts.keeps == NOTHING:
         given = {"position_ids": positions} if facts.positions else {}
         return step(input_ids=ids, attention_mask=mask, **given, keep=torch.arange(length, device=device))
+    if facts.keeps == STATE:
+        states = facts.layout.zeros(_ROWS, device)
+        each = [{"input_ids": ids[:, i : i + 1].contiguous(), "seen": mask[:, i].bool()} for i in range(length)]
+        return torch.cat([step(**one, **states) for one in each], 1)
     room = length + 3
     # As small as the largest piece allows, so that it is written over.
     ring = None if facts.window is None else min(room, facts.window + length // 2)
-    shapes = facts.layout.shapes(_ROWS, room, ring)
-    cache = {
-        n: torch.zeros(s, dtype=facts.layout.dtype, device=device)
-        for n, s in zip(facts.layout.names, shapes, strict=True)
-    }
+    cache = facts.layout.zeros(_ROWS, device, room, ring)
     wide = torch.cat([mask, mask.new_ones(_ROWS, room - length)], 1)
     out, cuts = [], (0, length // 2, length // 2 + 1, length)
     for start, end in pairwise(cuts):

@@ -15,7 +15,7 @@ from torch import Tensor
 from adaptc.errors import AdaptcError
 from adaptc.generation.cross_facts import CrossFacts
 from adaptc.generation.cross_step import MASK, STATES
-from adaptc.generation.facts import EXACT, NOTHING, Facts
+from adaptc.generation.facts import EXACT, NOTHING, STATE, Facts
 
 _MOST = 7
 
@@ -78,6 +78,11 @@ def _step(facts: Facts, draw: torch.Generator) -> dict[str, Tensor]:
         "attention_mask": mask,
         "keep": torch.arange(tokens - number(1, tokens), tokens),
     }
+    if facts.keeps == STATE:
+        seen = torch.randint(0, 2, (rows,), generator=draw).bool()
+        states = facts.layout.zeros(rows, torch.device("cpu"))
+        drawn = {n: torch.randn(t.shape, generator=draw).to(t.dtype) for n, t in states.items()}
+        return {"input_ids": inputs["input_ids"][:, :1].contiguous(), "seen": seen, **drawn}
     if facts.keeps != NOTHING:
         inputs["slots"] = slots
     if facts.positions:
