@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -30,7 +29,7 @@ from adaptc.program.adapter_files import write_current
 from adaptc.program.bound import Bound
 from adaptc.program.compile import compiled
 from adaptc.program.files import load_program, save_program
-from adaptc.program.holder import Holder, check_program, of_programs, through_holders
+from adaptc.program.holder import Holder, check_program, noted, of_programs, through_holders
 from adaptc.program.lower import lowered
 from adaptc.program.merge import merged, unmerged
 from adaptc.program.module_files import check_followed, write_module
@@ -328,10 +327,9 @@ def report(program: AdaptedProgram, *, changes: bool = False) -> CoverageReport:
 def report(program: PackagedProgram, *, changes: bool = False) -> PackageReport: ...
 
 
+@noted
 @checked("changes")
-def report(
-    program: AdaptedProgram | PackagedProgram | Holder, *, changes: bool = False
-) -> CoverageReport | PackageReport:
+def report(program: AdaptedProgram | PackagedProgram, *, changes: bool = False) -> CoverageReport | PackageReport:
     """What was adapted and what was left out, and the norms of the adapter's tensors; prints as tables.
 
     ``changes``: also how much the adapter changes each weight, as a part of the weight's own norm, which computes every
@@ -339,8 +337,6 @@ def report(
     :class:`~adaptc.packages.report.PackageReport`; its weights are in compiled code, so with ``changes`` it raises
     AdaptcError.
     """
-    if isinstance(program, Holder):
-        return replace(report(program.program, changes=changes), notes=tuple(program.notes()))
     if isinstance(program, PackagedProgram):
         if changes:
             raise AdaptcError(
@@ -384,9 +380,8 @@ def package(
     The file is machine code, which runs when it is loaded. ``products``: "measured" computes the base's layers by what
     is fastest on this machine, "plain" by torch alone.
 
-    Of what generates the file holds the step, its generation config, and ``tokenizer``: one of transformers, or the
-    directory of one; of a model with an encoder it holds three models that share the adapter: the encoder, the keys and
-    values of its states, and the step. ConfigError for a tokenizer of other programs.
+    Of what generates the file holds the step (and the encoder), its generation config, and ``tokenizer``: one of
+    transformers, or the directory of one. ConfigError for a tokenizer of other programs.
     """
     inside: Any = program
     carried = parts = None

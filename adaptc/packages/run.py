@@ -150,7 +150,7 @@ class PackagedProgram:
     def _load(self) -> Mapping[str, Any]:
         """Each model that was compiled, by its name."""
         from torch._inductor import aoti_load_package
-        from torch._inductor.package.package import load_pt2
+        from torch.export.pt2_archive._package import load_pt2
 
         try:
             with GRAPHS, tempfile.TemporaryDirectory() as folder:

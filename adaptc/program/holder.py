@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import wraps
 from typing import Any, Self, TypeVar
 
@@ -102,5 +103,17 @@ def through_holders(function: F) -> F:
             return function(program, *args, **kwargs)
         found = function(program.program, *args, **kwargs)
         return program.holding(found) if isinstance(found, AdaptedProgram) else found
+
+    return taking  # type: ignore[return-value]
+
+
+def noted(function: F) -> F:
+    """``function``, which gives a report of a program, for holders, too: with their notes."""
+
+    @wraps(function)
+    def taking(program: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(program, Holder):
+            return function(program, *args, **kwargs)
+        return replace(function(program.program, *args, **kwargs), notes=tuple(program.notes()))
 
     return taking  # type: ignore[return-value]

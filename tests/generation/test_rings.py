@@ -98,6 +98,20 @@ def test_pieces_and_steps_back_are_one_text(pieces: list[int], back: list[int], 
     assert (cache.ring or 0) <= (cache.room if kept else WINDOW_OF_IT)
 
 
+def test_what_single_steps_write_over_is_lost() -> None:
+    """No ring is packed anew in between; what is taken back by one is computed again."""
+    gen, text = generator(FAMILY), prompt(2, 14)["input_ids"]
+    cache = gen.prefill(text[:, :9])
+    for i in range(9, 13):
+        gen.forward(text[:, i : i + 1], past_key_values=cache)
+    assert (cache.ring, cache.first) == (WINDOW_OF_IT, 13 - WINDOW_OF_IT)
+    with pytest.raises(adaptc.AdaptcError, match="keep those from 7 on"):
+        cache.crop(-2)
+    cache.crop(-1)
+    found = gen.forward(text[:, 12:], past_key_values=cache).logits
+    torch.testing.assert_close(found, gen.forward(text).logits[:, 12:], rtol=1e-3, atol=1e-3)
+
+
 def test_guesses_are_taken_back() -> None:
     """Assisted decoding takes several tokens back at a time, of its own cache and of one that was there before."""
     gen, found, text = generator(FAMILY), case(FAMILY), prompt(1, 21)

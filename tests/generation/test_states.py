@@ -145,3 +145,15 @@ def test_inductor_compiles_once() -> None:
         adaptc.swap(gen, folder / "second")
         assert torch.equal(generated(gen, text), expected("second", text))
         assert torch.equal(generated(gen, prompt(1, 4)), expected("second", prompt(1, 4)))
+
+
+def test_models_of_both_kinds_are_refused() -> None:
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "attn_layer_period": 2}
+    more = {"attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 5, "mamba_dt_rank": 4, "intermediate_size": 40}
+    model = transformers.JambaForCausalLM(
+        transformers.JambaConfig(vocab_size=VOCAB, hidden_size=24, use_mamba_kernels=False, **sizes, **more)
+    ).eval()
+    before = dict(vars(model))
+    with pytest.raises(adaptc.CaptureError, match=r"keeps a LinearAttentionLayer.* Nor without a cache: .*dynamic"):
+        adaptc.compile_for_generation(model, adaptc.LoraConfig(target_modules=["q_proj"]), max_length=40)
+    assert vars(model) == before
