@@ -30,7 +30,7 @@ from adaptc.program.bank import Bank
 from adaptc.program.bound import Bound
 from adaptc.program.compile import compiled
 from adaptc.program.files import load_program, save_program
-from adaptc.program.holder import Holder, check_program, of_programs, through_holders
+from adaptc.program.holder import Holder, check_program, noted, of_programs, through_holders
 from adaptc.program.lower import lowered
 from adaptc.program.merge import merged, unmerged
 from adaptc.program.module_files import check_followed
@@ -308,7 +308,7 @@ def report(program: AdaptedProgram, *, changes: bool = False) -> CoverageReport:
 def report(program: PackagedProgram, *, changes: bool = False) -> PackageReport: ...
 
 
-@through_holders
+@noted
 @checked("changes")
 def report(program: AdaptedProgram | PackagedProgram, *, changes: bool = False) -> CoverageReport | PackageReport:
     """What was adapted and what was left out, and the norms of the adapter's tensors; prints as tables.
@@ -362,28 +362,25 @@ def package(
     The file is machine code, which runs when it is loaded. ``products``: "measured" computes the base's layers by what
     is fastest on this machine, "plain" by torch alone.
 
-    Of what generates the file holds the step, its generation config, and ``tokenizer``: one of transformers, or the
-    directory of one. ConfigError for a tokenizer of other programs, and for models with an encoder.
-
-    Of a bank the file has room for ``capacity`` adapters, by default one more than there are, and
-    :func:`load_package` gives a bank again.
+    Of what generates it holds the step (and the encoder), its generation config, and ``tokenizer``: one of
+    transformers, or the directory of one. Of a bank it has room for ``capacity`` adapters, by default one more than
+    there are, and :func:`load_package` gives a bank again. ConfigError for either where it does not belong.
     """
     inside: Any = program
-    carried = None
+    carried = parts = None
     if isinstance(program, Bank):
-        if tokenizer is not None:
-            raise ConfigError("a tokenizer goes into packages of what adaptc.compile_for_generation gives")
-        return package_bank(program, Path(path), capacity=capacity, max_rank=max_rank, products=products)
+        options = {"capacity": capacity, "max_rank": max_rank, "products": products, "tokenizer": tokenizer}
+        return package_bank(program, Path(path), **options)
     if capacity is not None:
-        raise ConfigError(f"capacity={shown(capacity)} is for packages of a bank; a program has one adapter at a time")
+        raise ConfigError(f"capacity={shown(capacity)} is for packages of a bank; a program has one adapter")
     if isinstance(program, Holder):
-        inside, carried = program.program, program.carried(tokenizer)
+        inside, carried, parts = program.program, program.carried(tokenizer), program.divided()
     elif tokenizer is not None:
         raise ConfigError("a tokenizer goes into packages of what adaptc.compile_for_generation gives")
     if isinstance(inside, AdaptedProgram):
         check_unseen(inside, "package")
         check_followed(inside)
-    return package_program(inside, Path(path), max_rank=max_rank, products=products, carried=carried)
+    return package_program(inside, Path(path), max_rank=max_rank, products=products, carried=carried, parts=parts)
 
 
 def load_package(path: str | os.PathLike[str]) -> Any:

@@ -15,6 +15,7 @@ from adaptc.peft_files.given import is_state_dict
 from adaptc.program.adapter_files import as_made
 from adaptc.program.bound import Bound
 from adaptc.program.core import ProgramCore
+from adaptc.program.holder import inside
 
 
 def as_object(adapter: Any, *, config: Any = None, key_mapping: Mapping[str, str] | None = None) -> Adapter:
@@ -27,6 +28,7 @@ def as_object(adapter: Any, *, config: Any = None, key_mapping: Mapping[str, str
         if config is None:
             raise ConfigError("a state dict does not say its alpha and what it adapts: say it with config=")
         return Adapter(as_config(config), adapter, "state dict")
+    adapter = inside(adapter)
     if isinstance(adapter, (ProgramCore, Bound)):
         return of_program(*program_and_binding(adapter))
     if isinstance(adapter, Binding):

@@ -24,6 +24,7 @@ from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.bound import Bound
 from adaptc.program.compile import compiled
 from adaptc.program.core import ProgramCore
+from adaptc.program.holder import inside
 from adaptc.program.unload import unloaded
 from adaptc.runtime.options import RunOptions
 
@@ -40,16 +41,16 @@ def convert_to_lora(
 ) -> Adapter:
     """The adapter of LoRA that is nearest to ``adapter``: what that changes of each weight, cut to a rank.
 
-    ``adapter``: a program, whose current adapter is meant, or what ``prog.bind`` returned; or, with the ``model`` it is
-    for, whatever :func:`compile` takes. ``model`` and ``example_inputs`` as there. ``rank``: an integer, or a fraction
-    above 0 and at most 1, the part of the energy (the sum of the squares of the singular values) to keep of each
-    weight, from which its rank follows. Every method that changes weights has a LoRA; how near it is, ``.report`` of
-    the result tells for each weight. Tensors that are trained whole stay as they are. The result has scale one (alpha
-    = r).
+    ``adapter``: a program, or what generates with one, whose current adapter is meant, or what ``bind`` returned; or,
+    with the ``model`` it is for, whatever :func:`compile` takes. ``model`` and ``example_inputs`` as there. ``rank``:
+    an integer, or a fraction above 0 and at most 1, the part of the energy (the sum of the squares of the singular
+    values) to keep of each weight, from which its rank follows. Every method that changes weights has a LoRA; how near
+    it is, ``.report`` of the result tells for each weight. Tensors that are trained whole stay as they are. The result
+    has scale one (alpha = r).
 
     Raises ConfigError for methods and layers that LoRA has no form for, CheckpointError for adapters that do not fit.
     """
-    cut = cut_of(rank)
+    cut, adapter = cut_of(rank), inside(adapter)
     if isinstance(adapter, (ProgramCore, Bound)):
         said = {"model": model, "example_inputs": example_inputs, "config": config}
         if given := [
@@ -137,6 +138,7 @@ class _Named:
 
 
 def _program(model: Any, adapter: Any, example_inputs: Any, **options: Any) -> AdaptedProgram:
+    model = inside(model)
     base = unloaded(model) if isinstance(model, AdaptedProgram) else model
     return compiled(base, adapter, RunOptions(), example_inputs=example_inputs, **options)
 

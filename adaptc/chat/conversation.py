@@ -124,6 +124,8 @@ class Conversation:
             if known != wanted:
                 break
             same += 1
+        if not self._cache.can_crop(same):
+            self._cache, same = voice.generator.new_cache(), 0
         if same < self._cache.length:
             self._cache.crop(same - self._cache.length)
         self._tokens = self._tokens[:same]

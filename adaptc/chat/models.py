@@ -70,6 +70,7 @@ def opened(path: Path, how: How) -> Opened:
 def _opened_model(path: Path, how: How) -> Opened:
     tokenizer = _tokenizer(how.tokenizer or path)  # the quicker one first
     model = read_gguf(path, how.dtype) if is_gguf(path) else read_model(path, how.dtype)
+    _check_talks(path, model.config)
     if how.device is not None:
         model.to(_device(how.device))
 
@@ -111,6 +112,15 @@ def _check_generates(path: Path, generator: Any) -> None:
         raise CheckpointError(
             f"{path} holds a program that does not generate: give the model's directory, or save one of "
             "adaptc.compile_for_generation"
+        )
+    _check_talks(path, generator.config)
+
+
+def _check_talks(path: Path, config: Any) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise CheckpointError(
+            f"{path} holds a model with an encoder ({config.model_type}), which answers one text at a time: use "
+            "gen.generate of adaptc.load or adaptc.load_package; a chat goes on with what was said"
         )
 
 

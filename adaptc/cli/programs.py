@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,9 +51,9 @@ def show(
     from adaptc.packages.manifest import is_package
 
     if is_package(path):
-        from adaptc.packages.report import PackageReport
+        from adaptc.generation.packaged import report_of
 
-        tell(as_json, PackageReport.read(path))  # its code stays in the file
+        tell(as_json, report_of(path))  # its code stays in the file
         return
     adaptc = facade()
 
@@ -93,6 +94,16 @@ def compile_(
     output: Output = None,
     force: Force = False,
     training: Annotated[bool, typer.Option("--training", help="Capture train mode: dropout, and the loss.")] = False,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="Capture a step with its cache, of a model that generates text.")
+    ] = False,
+    max_batch: Annotated[
+        int | None, typer.Option(min=1, help="With --generate: rows of a cache at most, 8 by default.")
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --generate: tokens of a text at most, by default all the model takes."),
+    ] = None,
     key_mapping: KeyMapping = None,
     component: Component = None,
     as_json: Json = False,
@@ -103,16 +114,32 @@ def compile_(
     give that.
     """
     from adaptc.binding.source import config_of
-    from adaptc.capture.model_files import read_model
+    from adaptc.capture.model_files import is_gguf, read_gguf, read_model
 
     adaptc = facade()
+    _check_generate(generate, training, {"--max-batch": max_batch, "--max-length": max_length})
 
     path = place(out, output, force)
     given = adapter.is_dir() or (adapter.is_file() and adapter.suffix != ".json")
     config = str(adapter) if given else config_of(adapter)
-    options: dict[str, Any] = {"training": training, "key_mapping": mapping(key_mapping), "component": component}
-    program = adaptc.compile(adaptc.load(model) if model.is_file() else read_model(model), config, **options)
+    options: dict[str, Any] = {"key_mapping": mapping(key_mapping), "component": component}
+    if generate:
+        # A program has been captured otherwise already, and is no model.
+        found = read_gguf(model, None) if is_gguf(model) else read_model(model)
+        options |= {"max_batch": max_batch or 8, "max_length": max_length}
+        program = adaptc.compile_for_generation(found, config, **options)
+    else:
+        found = adaptc.load(model) if model.is_file() else read_model(model)
+        program = adaptc.compile(found, config, training=training, **options)
     tell(as_json, adaptc.report(program), adaptc.save(program, path))
+
+
+def _check_generate(generate: bool, training: bool, sizes: Mapping[str, int | None]) -> None:
+    if generate and training:
+        raise typer.BadParameter("text is generated in inference, without --training", param_hint="'--generate'")
+    for name, value in sizes.items():
+        if value is not None and not generate:
+            raise typer.BadParameter("it is for --generate", param_hint=f"'{name}'")
 
 
 @app.command()
@@ -144,7 +171,8 @@ def merge(
     if adapter is not None:
         adaptc.swap(adapted, adapter, key_mapping=mapping(key_mapping), component=component)
     merged = adaptc.merge(adapted, safe=safe, keep_base=False, progress=sys.stderr.isatty())
-    tell(as_json, merged.merge_report, adaptc.save(merged, path))
+    inside = merged.program if isinstance(merged, adaptc.Generator) else merged
+    tell(as_json, inside.merge_report, adaptc.save(merged, path))
 
 
 @app.command()
@@ -214,17 +242,26 @@ def package(
     products: Annotated[
         str, typer.Option(help="What computes the base's layers: measured (the fastest on this machine) or plain.")
     ] = "measured",
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="A tokenizer's directory, such as the model's, to put into a package that generates text.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compile a program ahead of time with AOTInductor: one file of machine code, whose adapters can be swapped.
 
-    It runs with adaptc.load_package, on machines like this one. A package runs as it is loaded: load only those you
-    trust.
+    It runs with adaptc.load_package, on machines like this one. Of a program that generates (adaptc compile --generate)
+    the package generates, too, and adaptc chat talks to it. A package runs as it is loaded: load only those you trust.
     """
     adaptc = facade()
 
     path = place(out, output, force)
-    tell(as_json, wrote=adaptc.package(adaptc.load(program), path, max_rank=max_rank, products=products))
+    options: dict[str, Any] = {"max_rank": max_rank, "products": products, "tokenizer": tokenizer}
+    tell(as_json, wrote=adaptc.package(adaptc.load(program), path, **options))
 
 
 @app.command()

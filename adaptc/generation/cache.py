@@ -1,8 +1,8 @@
 """The cache that a caller holds: keys and values of every layer, for some rows and the positions seen so far.
 
 It belongs to whoever made it: nothing of it is in a program, so one program serves any number of them in any threads,
-and the memory goes with the object. It grows as it is needed. It is a ``transformers.Cache`` as far as generation asks:
-beams reorder it, assisted decoding cuts it.
+and the memory goes with the object. It grows as it is needed, in layers that look back on a window up to that. It is a
+``transformers.Cache`` as far as generation asks: beams reorder it, assisted decoding cuts it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from adaptc.errors import AdaptcError
 from adaptc.generation.layout import CacheLayout
+from adaptc.generation.ring import repacked, ring_size
 
 #: positions by which caches grow, at least
 _STEP = 64
@@ -25,11 +26,18 @@ class StepCache:
 
     #: transformers would otherwise build masks for it, and compile
     is_compileable = False
-    is_croppable = True
     is_initialized = True
 
-    def __init__(self, layout: CacheLayout, owner: Any, max_length: int, device: torch.device) -> None:
+    def __init__(
+        self, layout: CacheLayout, owner: Any, max_length: int, device: torch.device, window: int | None = None
+    ) -> None:
         self.layout, self.owner, self.max_length, self.device = layout, owner, max_length, device
+        #: positions that sliding layers keep at least, in rings; None where they keep all
+        self.window = window
+        #: the first position that the rings hold, and the one after the last that was ever written to them
+        self.first = self.top = 0
+        #: whether all positions are kept from now on, to be taken back
+        self.recording = False
         #: positions that a caller knows will be needed; no more memory than for these is taken at once
         self.expected: int | None = None
         self.length = 0
@@ -42,7 +50,14 @@ class StepCache:
     @property
     def room(self) -> int:
         """Positions that there is memory for."""
-        return self.tensors[0].shape[2] if self.tensors else 0
+        return self.mask.shape[1] if self.tensors else 0
+
+    @property
+    def ring(self) -> int | None:
+        """Places of the rings."""
+        if self.window is None or not self.tensors:
+            return None
+        return next(t.shape[2] for t, sliding in zip(self.tensors, self.layout.sliding, strict=True) if sliding)
 
     @property
     def nbytes(self) -> int:
@@ -56,18 +71,50 @@ class StepCache:
         if self.expected is not None and self.expected >= length:
             wanted = min(wanted, -(-self.expected // 8) * 8)
         wanted = min(max(wanted, length), self.max_length)
-        old, self.rows = self.tensors, rows
-        new = []
-        for i, shape in enumerate(self.layout.shapes(rows, wanted)):
+        self.rows = rows
+        mask = torch.ones(rows, wanted, dtype=torch.int64, device=self.device)
+        if self.tensors:
+            mask[:, : self.length] = self.mask[:, : self.length]
+        ring = None if self.window is None else wanted if self.recording else min(wanted, self.window)
+        self._move(rows, wanted, ring)
+        self.mask = mask
+
+    def fit(self, tokens: int) -> None:
+        """Rings are large enough for a step of so many tokens, and not much larger."""
+        now = self.ring
+        if self.window is None or now is None:
+            return
+        size = self.room if self.recording else ring_size(self.window, self.length, tokens, self.room, now)
+        if size != now:
+            self._move(self.rows, self.room, size)
+
+    def _move(self, rows: int, room: int, ring: int | None) -> None:
+        """What is there to tensors of other sizes."""
+        old, now, new = self.tensors, self.ring, []
+        if now is not None and ring is not None:
+            self.first, self.top = max(self.first, self.length - min(now, ring)), self.length
+        for i, shape in enumerate(self.layout.shapes(rows, room, ring)):
+            if old and old[i].shape == shape:
+                new.append(old[i])
+                continue
             # Zeros: what is masked is multiplied by zero, and must be finite.
             made = torch.zeros(shape, dtype=self.layout.dtype, device=self.device)
-            if old:
-                made[:, :, : self.length] = old[i][:, :, : self.length]
-            new.append(made)
-        mask = torch.ones(rows, wanted, dtype=torch.int64, device=self.device)
-        if old:
-            mask[:, : self.length] = self.mask[:, : self.length]
-        self.tensors, self.mask = new, mask
+            kept = self.first if ring is not None and self.layout.sliding[i] else 0
+            new.append(repacked(old[i] if old else None, made, kept, self.length))
+        self.tensors = new
+
+    def wrote(self, length: int) -> None:
+        """So many positions are filled now, by a step."""
+        self.length, self.top = length, max(self.top, length)
+        ring = self.ring
+        if ring is not None:
+            self.first = max(self.first, self.top - ring)
+
+    def seen(self, length: int) -> list[Tensor]:
+        """The tensors as far as so many positions go."""
+        ring = self.ring
+        cut = [ring is None or not sliding or max(self.top, length) <= ring for sliding in self.layout.sliding]
+        return [t[:, :, :length] if c else t for t, c in zip(self.tensors, cut, strict=True)]
 
     @property
     def padded(self) -> bool:
@@ -76,8 +123,9 @@ class StepCache:
 
     def copy(self) -> Self:
         """One of its own memory, to go on from here in another way."""
-        new = type(self)(self.layout, self.owner, self.max_length, self.device)
+        new = type(self)(self.layout, self.owner, self.max_length, self.device, self.window)
         new.length, new.rows = self.length, self.rows
+        new.first, new.top, new.recording = self.first, self.top, self.recording
         new.tensors, new.mask = [t.clone() for t in self.tensors], self.mask.clone()
         return new
 
@@ -116,16 +164,29 @@ class StepCache:
 
     def reset(self) -> None:
         """As if nothing had been computed."""
-        self.length = 0
+        self.length = self.first = self.top = 0
         self.mask.fill_(1)
+
+    def can_crop(self, length: int) -> bool:
+        """Whether what comes after so many positions can be computed from what is kept."""
+        return self.window is None or length == 0 or max(0, length - self.window + 1) >= self.first
+
+    @property
+    def is_croppable(self) -> bool:
+        return self.recording or self.first == 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` positions; a positive number is how many stay, as transformers once
-        had it."""
-        if tokens_to_remove > 0:
-            self.length = min(self.length, tokens_to_remove)
-        else:
-            self.length = max(0, self.length + tokens_to_remove)
+        had it. Raises AdaptcError where sliding layers have forgotten what comes before."""
+        left = min(self.length, tokens_to_remove) if tokens_to_remove > 0 else max(0, self.length + tokens_to_remove)
+        if not self.can_crop(left):
+            raise AdaptcError(
+                f"{left} positions would be left of {self.length}, and layers that look back on {self.window} keep "
+                f"those from {self.first} on: compute the text again with gen.prefill(input_ids)"
+            )
+        self.length = left
+        if left == 0:
+            self.first = self.top = 0
         if self.tensors:
             self.mask[:, self.length :] = 1
 
@@ -145,7 +206,8 @@ class StepCache:
         self.mask, self.rows = self.mask.repeat_interleave(repeats, 0), self.rows * repeats
 
     def activate_past_recording(self) -> None:
-        """Nothing is ever dropped, so cutting works anyhow."""
+        """All positions are kept from now on, so that any that are computed can be taken back."""
+        self.recording = True
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         raise AdaptcError("this cache is written by the step program it is of: give it to gen.generate or gen.forward")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adaptc.errors import AdaptcError, shown
 from adaptc.generation.cache import StepCache
-from adaptc.generation.facts import Facts, past_name
+from adaptc.generation.facts import NOTHING, STATE, Facts, past_name
 
 #: arguments that ask for what a step program does not do -> what to do instead; anything but None and False is refused
 _REFUSED = {
@@ -46,7 +46,7 @@ def arguments(facts: Facts, inputs: Tensor | None, kwargs: Mapping[str, Any]) ->
     past = kwargs.pop("past_key_values", None)
     past = kwargs.pop("cache", None) if past is None else past
     refuse(kwargs)
-    if kwargs.get("use_cache") is False:
+    if kwargs.get("use_cache") is False and facts.keeps != NOTHING:
         raise AdaptcError("use_cache=False is not taken: the program was captured with a cache. Leave it out")
     ids, given = kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("inputs_embeds")
     if ids is not None:
@@ -94,8 +94,13 @@ def generation(
     """``config``: the generation config as it is used; ``batch`` rows, before beams; ``length``: positions that a cache
     needs, beside ``offset`` that are in it already."""
     refuse({name: getattr(config, name, None) for name in _REFUSED})
-    if config.use_cache is False:
+    if config.use_cache is False and facts.keeps != NOTHING:
         raise AdaptcError("use_cache=False is not taken: the program was captured with a cache. Leave it out")
+    if facts.keeps == STATE and getattr(mode, "value", mode) == "assisted_generation":
+        raise AdaptcError(
+            "assisted decoding takes back what was guessed wrong, and the model keeps a state, which cannot be: leave "
+            "out assistant_model and prompt_lookup_num_tokens"
+        )
     beams = max(config.num_beams or 1, config.num_return_sequences or 1)
     rows = batch * beams
     fits(facts, rows, length + offset, f" ({batch} of {beams} sequences each)" if beams > 1 else "")
@@ -136,7 +141,7 @@ def tokens(facts: Facts, ids: Any) -> None:
 def embeddings(facts: Facts, given: Any) -> None:
     """Raises AdaptcError for what is no (batch, tokens, width)."""
     if not facts.embeds:
-        raise AdaptcError("inputs_embeds is not taken: the model takes tokens alone")
+        raise AdaptcError("inputs_embeds is not taken: a step takes tokens alone")
     if not isinstance(given, Tensor) or given.ndim != 3 or given.shape[-1] != facts.width:
         found = tuple(given.shape) if isinstance(given, Tensor) else f"a {type(given).__name__}"
         raise AdaptcError(f"inputs_embeds must be a tensor (batch, tokens, {facts.width}), got {found}")

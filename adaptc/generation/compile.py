@@ -15,15 +15,14 @@ from torch import nn
 
 from adaptc.capture.example_inputs import is_pretrained_model
 from adaptc.errors import CaptureError, ConfigError, shown
+from adaptc.generation.captured_step import captured_step
 from adaptc.generation.cross_facts import CrossFacts, check_side_by_side, decoder_positions, encoder_positions
 from adaptc.generation.cross_prove import prove_across
 from adaptc.generation.cross_step import STATES, Encoded, stepping_across
-from adaptc.generation.encoder_decoder import EncoderDecoder, encoder_decoder_class
-from adaptc.generation.facts import Facts
-from adaptc.generation.generator import Generator, generator_class
+from adaptc.generation.generator import Generator
+from adaptc.generation.kinds import generator_of
 from adaptc.generation.layout import CacheLayout, eval_mode
-from adaptc.generation.prove import prove
-from adaptc.generation.step import Step, stepping
+from adaptc.generation.step import Step
 from adaptc.passes.ir.exclusive import exclusive
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.compile import compiled
@@ -49,6 +48,7 @@ def compile_for_generation(
     generator: torch.Generator | None = None,
     hoist_limit: int | None = None,
     fuse: bool = True,
+    pack: str | None = None,
 ) -> Generator:
     """Capture a transformers model that generates as a step with its cache, adapt it, and give what generates with it.
 
@@ -60,14 +60,15 @@ def compile_for_generation(
     its own. A model with an encoder (T5, BART, whisper) is one program, too, whose parts are called apart: its encoder
     and what attention makes of the encoder's states run once for each generation.
 
-    Raises CaptureError for models whose state is no cache of keys and values, and as :func:`adaptc.compile` does.
+    A model that cannot be captured with a cache computes the whole text for each token, and says so in a warning and
+    in ``report``. Raises CaptureError for one that can be captured in neither way, and as :func:`adaptc.compile` does.
     """
     if adapter is None:
         adapter, config = config, None
     return _compiled(
         model,
         adapter,
-        RunOptions(backend, hoist_limit, fuse),
+        RunOptions(backend, hoist_limit, fuse, pack=pack),
         max_batch=max_batch,
         max_length=max_length,
         adapter_name=adapter_name,
@@ -93,23 +94,20 @@ def _compiled(
     if config.is_encoder_decoder:
         return _across(model, adapter, options, max_batch, max_length, **how)
     _at_least_one(max_batch, "max_batch")
-    layout = CacheLayout.of(model)
-    length = _length(max_length, config.get_text_config(decoder=True))
-    with stepping(model, layout) as step:
-        program = _captured(model, adapter, options, step, "a step with its cache", how)
-    facts = Facts(
-        **_common(model, layout, max_batch, length),
-        positions="position_ids" in step.example_inputs,
-        embeds="inputs_embeds" in step.example_inputs,
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    program, facts = captured_step(
+        model,
+        lambda step: _captured(model, adapter, options, step, how),
+        lambda layout, length: _common(model, layout, max_batch, length),
+        _at_most(max_length, positions),
+        positions if isinstance(positions, int) else None,
     )
-    with eval_mode(model):
-        prove(model, unloaded(program).module(check_guards=False), facts)
-    return generator_class()(program, facts)
+    return generator_of(program, facts)
 
 
 def _across(
     model: Any, adapter: Any, options: RunOptions, max_batch: int, max_length: int | None, **how: Any
-) -> EncoderDecoder:
+) -> Generator:
     """The same of a model with an encoder."""
     config = model.config
     check_side_by_side(config, type(model).__name__)
@@ -117,7 +115,12 @@ def _across(
     _at_least_one(max_batch, "max_batch")
     encoded = Encoded.of(model)
     with stepping_across(model, encoded) as step:
-        program = _captured(model, adapter, options, step, "an encoder and a step", how)
+        try:
+            program = _captured(model, adapter, options, step, how)
+        except CaptureError as error:
+            raise CaptureError(
+                f"{type(model).__name__} cannot be captured as an encoder and a step: {error}"
+            ) from error
     facts = CrossFacts(
         **_common(model, encoded.own, max_batch, length),
         positions="decoder_position_ids" in step.example_inputs,
@@ -131,18 +134,15 @@ def _across(
     )
     with eval_mode(model):
         prove_across(model, unloaded(program), facts)
-    return encoder_decoder_class(encoded.features is not None)(program, facts)
+    return generator_of(program, facts)
 
 
 def _captured(
-    model: nn.Module, adapter: Any, options: RunOptions, step: Step, what: str, how: Mapping[str, Any]
+    model: nn.Module, adapter: Any, options: RunOptions, step: Step, how: Mapping[str, Any]
 ) -> AdaptedProgram:
-    try:
-        return compiled(
-            model, adapter, options, example_inputs=step.example_inputs, dynamic_shapes=step.dynamic_shapes, **how
-        )
-    except CaptureError as error:
-        raise CaptureError(f"{type(model).__name__} cannot be captured as {what}: {error}") from error
+    return compiled(
+        model, adapter, options, example_inputs=step.example_inputs, dynamic_shapes=step.dynamic_shapes, **how
+    )
 
 
 def _common(model: Any, layout: CacheLayout, max_batch: int, max_length: int) -> dict[str, Any]:
@@ -158,11 +158,6 @@ def _common(model: Any, layout: CacheLayout, max_batch: int, max_length: int) ->
         "width": embedding.shape[1],
         "embeds_dtype": embedding.dtype,
     }
-
-
-def _length(asked: Any, config: Any) -> int:
-    """Positions of a cache: at most what the model has positions for."""
-    return _at_most(asked, getattr(config, "max_position_embeddings", None))
 
 
 def _at_most(asked: Any, most: Any) -> int:

@@ -10,6 +10,7 @@ from adaptc.errors import CaptureError
 from adaptc.generation.cross_step import CROSS, STATES, Encoded
 from adaptc.generation.facts import Facts
 from adaptc.generation.layout import CacheLayout
+from adaptc.tables import size
 
 __all__ = ["CROSS", "CrossFacts", "check_side_by_side", "decoder_positions", "encoder_positions"]
 
@@ -31,6 +32,10 @@ class CrossFacts(Facts):
     def encoded(self) -> Encoded:
         """How the model is captured."""
         return Encoded(self.main, self.features, self.strides, self.layout, self.cross)
+
+    def notes(self) -> list[str]:
+        states = size(self.cross.nbytes(1, 1))
+        return [*super().notes(), f"cache of the encoder's states: {states} for each row and position"]
 
     @property
     def parts(self) -> Mapping[str, Sequence[str]]:

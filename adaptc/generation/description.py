@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from adaptc.generation.cross_facts import CROSS, CrossFacts
-from adaptc.generation.facts import Facts
-from adaptc.generation.layout import CacheLayout, LayerLayout
+from adaptc.generation.facts import KEEPS, NOTHING, ROOM, STATE, WINDOW, Facts
+from adaptc.generation.layout import KINDS, CacheLayout, LayerLayout, State, StateLayout
 from adaptc.pt2_files.forms import Length, Maybe, Option, check
 from adaptc.pt2_files.refusal import Refused, shown
 
@@ -42,6 +42,9 @@ _FORM: dict[str, Any] = {
     "vocabulary": Length,
     "width": Length,
     "embeds_dtype": str,
+    "keeps": Option(str),
+    "why": Option(str),
+    "states": Option([{"layer": Length, "kind": str, "index": Length, "sizes": [Length], "dtype": str}]),
 }
 _PLAIN = ("max_batch", "max_length", "positions", "embeds", "vocabulary", "width")
 
@@ -57,6 +60,10 @@ def described(facts: Facts) -> dict[str, str]:
         **{name: getattr(facts, name) for name in _PLAIN},
         "embeds_dtype": _name(facts.embeds_dtype),
     }
+    if facts.keeps != ROOM:
+        stored |= {"keeps": facts.keeps, "why": facts.why}
+    if isinstance(facts.layout, StateLayout):
+        stored["states"] = [{**vars(s), "dtype": _name(s.dtype)} for s in facts.layout.states]
     if isinstance(facts, CrossFacts):
         stored["across"] = {
             **{name: getattr(facts, name) for name in ("main", "features", "source", "hidden", "strides")},
@@ -89,9 +96,15 @@ def facts_of(
         **{name: stored[name] for name in _PLAIN},
         "embeds_dtype": _dtype(stored["embeds_dtype"]),
         "tokenizer": tokenizer,
+        "keeps": stored.get("keeps", ROOM),
+        "why": stored.get("why", ""),
     }
+    if known["keeps"] == WINDOW and layout.window is None:
+        raise Refused("its layers keep a window, and it has none")
+    if known["keeps"] not in KEEPS or (known["keeps"] == NOTHING) != (not layout.names):
+        raise Refused(f"what it keeps is {shown(known['keeps'])}, of {len(layout.layers)} layers")
     if across is None:
-        if not set(layout.names) <= set(inputs):
+        if not set(layout.names) <= set(inputs) or (known["keeps"] in (NOTHING, STATE)) == ("slots" in inputs):
             raise Refused("its program has no such cache")
         return Facts(**known)
     cross, features = _layout(across, CROSS), across["features"]
@@ -111,6 +124,11 @@ def facts_of(
 
 
 def _layout(stored: Any, prefix: str = "") -> CacheLayout:
+    if "states" in stored:
+        if strange := [s["kind"] for s in stored["states"] if s["kind"] not in KINDS]:
+            raise Refused(f"a state is one of {shown(strange[0])}")
+        states = tuple(State(**s | {"sizes": tuple(s["sizes"]), "dtype": _dtype(s["dtype"])}) for s in stored["states"])
+        return StateLayout((), _dtype(stored["dtype"]), prefix, states)
     return CacheLayout(tuple(LayerLayout(**layer) for layer in stored["layers"]), _dtype(stored["dtype"]), prefix)
 
 

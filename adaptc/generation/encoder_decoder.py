@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, Self
@@ -24,6 +24,8 @@ from adaptc.generation.cross_facts import CrossFacts
 from adaptc.generation.cross_step import MASK, STATES, stepping_across
 from adaptc.generation.facts import past_name
 from adaptc.generation.generator import Generator, cut_positions
+from adaptc.generation.random_steps import drawn, step_across
+from adaptc.packages.run import BoundPackage, PackagedProgram
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.bound import Bound
 from adaptc.program.parts import Part, pinned_parts
@@ -39,11 +41,17 @@ class EncoderDecoder(Generator):
 
     facts: CrossFacts
 
-    def __init__(self, runs: AdaptedProgram | Bound, facts: CrossFacts) -> None:
+    def __init__(self, runs: AdaptedProgram | Bound | PackagedProgram | BoundPackage, facts: CrossFacts) -> None:
         super().__init__(runs, facts)
         self.main_input_name = facts.main
         #: what calls run, while a generation goes on
         self.parts: Mapping[str, Part] | None = None
+
+    def divided(self) -> Mapping[str, Sequence[str]]:
+        return self.facts.parts
+
+    def drawn(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        return drawn(self.facts, self.device, options, step_across)
 
     @contextlib.contextmanager
     def as_program(self, model: Any) -> Iterator[Any]:
@@ -95,7 +103,11 @@ class EncoderDecoder(Generator):
 
     def kept_parts(self, scale: Any = None) -> Mapping[str, Part]:
         """The program's parts, all with one adapter: that of the generation, or of now."""
-        return pinned_parts(self._runs, self.facts.parts, scale) if self.parts is None else self.parts
+        if self.parts is not None:
+            return self.parts
+        runs = self._runs
+        packaged = isinstance(runs, (PackagedProgram, BoundPackage))
+        return runs.parts(scale) if packaged else pinned_parts(runs, self.facts.parts, scale)
 
     def encode(self, inputs: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The encoder's states (batch, positions, hidden)."""
@@ -174,7 +186,7 @@ class EncoderDecoder(Generator):
             **dict(zip(self.facts.cross.names, past.cross, strict=True)),
         }
         logits = _run(pinned.kept_parts()["step"], given)["logits"]
-        past.length = total
+        past.wrote(total)
         self.begun = True
         return _output(logits, past, keeps)
 

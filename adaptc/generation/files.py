@@ -9,10 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from adaptc.errors import CheckpointError
-from adaptc.generation.cross_facts import CrossFacts
 from adaptc.generation.description import NAME, facts_of
-from adaptc.generation.encoder_decoder import encoder_decoder_class
-from adaptc.generation.generator import Generator, generator_class
+from adaptc.generation.generator import Generator
+from adaptc.generation.kinds import generator_of
 from adaptc.passes.ir.part import outputs_of
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.pt2_files.beside import read_beside
@@ -27,9 +26,7 @@ def generator_in(path: Path, program: AdaptedProgram) -> Generator | None:
         return None
     try:
         facts = facts_of(stored, program.adaptation.inputs(program).names, outputs=outputs_of(program))
-        if isinstance(facts, CrossFacts):
-            return encoder_decoder_class(facts.features is not None)(program, facts)
-        return generator_class()(program, facts)
+        return generator_of(program, facts)
     except Exception as error:  # configs of strangers can break any of their readers
         why = str(error) if isinstance(error, Refused) else reason(error)
         raise CheckpointError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, Self
 
@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation import checks
 from adaptc.generation.bank import GeneratorBank
-from adaptc.generation.cache import StepCache, cache_class
+from adaptc.generation.cache import StepCache
 from adaptc.generation.description import described
-from adaptc.generation.facts import Facts, past_name
+from adaptc.generation.facts import NOTHING, Facts, past_name
 from adaptc.generation.package_files import carried
-from adaptc.generation.pieces import run
 from adaptc.generation.random_steps import drawn
-from adaptc.generation.step import stepping
+from adaptc.generation.ways import cache_for, run_as, stepping_as
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.bound import Keeping
 from adaptc.program.holder import Holder
@@ -63,12 +62,22 @@ class Generator(Holder):
             )
         return self._runs
 
+    @property
+    def runs(self) -> Any:
+        return self._runs
+
     def holding(self, program: AdaptedProgram) -> Self:
         """The same for another version of its program."""
         return type(self)(program, self.facts)
 
     def beside(self) -> dict[str, str]:
         return described(self.facts)
+
+    def divided(self) -> Mapping[str, Sequence[str]] | None:
+        return None
+
+    def notes(self) -> list[str]:
+        return self.facts.notes()
 
     def carried(self, tokenizer: Any) -> dict[str, bytes]:
         return carried(self.facts, tokenizer)
@@ -81,7 +90,7 @@ class Generator(Holder):
         if not isinstance(model, nn.Module):
             yield model.program if isinstance(model, Generator) else model
             return
-        with stepping(model, self.facts.layout):
+        with stepping_as(model, self.facts.keeps, self.facts.layout):
             yield model
 
     def bind(self, adapter: Any, **options: Any) -> Self:
@@ -151,7 +160,7 @@ class Generator(Holder):
 
     def new_cache(self) -> StepCache:
         """One with nothing in it."""
-        return cache_class()(self.facts.layout, self.facts, self.facts.max_length, self.device)
+        return cache_for(self.facts, self.device)
 
     def pinned(self, offset: int = 0, scale: Any = None) -> Self:
         """One that keeps the adapter that is current now, for a generation that does not begin with what is in its
@@ -183,7 +192,8 @@ class Generator(Holder):
         ``attention_mask``: (batch, positions), of those in the cache and the new ones. Without a cache a new one is
         made, and is in the output.
         """
-        checks.forward(input_ids, inputs_embeds, use_cache, return_dict, others)
+        bare = use_cache is False and self.facts.keeps == NOTHING
+        checks.forward(input_ids, inputs_embeds, None if bare else use_cache, return_dict, others)
         if inputs_embeds is not None:
             checks.embeddings(self.facts, inputs_embeds)
         rows, tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]  # type: ignore[union-attr]
@@ -200,10 +210,10 @@ class Generator(Holder):
         if self.facts.positions:
             given = torch.arange(before, total)[None] if position_ids is None else position_ids
             inputs["position_ids"] = given.to(past.device).expand(rows, -1).contiguous()
-        logits = run(step, past, inputs, tokens, logits_to_keep)
-        past.length = total
+        logits = run_as(self.facts, step, past, inputs, tokens, logits_to_keep)
+        past.fit(1)
         self.begun = True
-        return _output(logits, past)
+        return _output(logits, None if bare else past)
 
     def _tokens(self, ids: Tensor | None, embeds: Tensor | None, rows: int, tokens: int) -> dict[str, Tensor]:
         """Tokens, or embeddings instead, as the step takes both."""
@@ -249,6 +259,8 @@ class Generator(Holder):
         name, offset = past_name(), self.offset
         past = model_kwargs.get(name)
         checks.generation(self.facts, generation_config, generation_mode, batch_size, max_cache_length, past, offset)
+        if past is None and generation_config.use_cache is False:
+            return  # of a program without a cache: the text is given anew for each token
         if past is None:
             past = model_kwargs[name] = self.new_cache()
         past.expected = max_cache_length + offset
@@ -300,7 +312,7 @@ def generator_class() -> type[Generator]:
     return type("Generator", (Generator, GenerationMixin), {"__module__": __name__})
 
 
-def _output(logits: Tensor, past: StepCache) -> Any:
+def _output(logits: Tensor, past: StepCache | None) -> Any:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     fields: dict[str, Any] = {past_name(): past}

@@ -7,8 +7,9 @@ found by running the model once; or an error that says why the model's state is 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from adaptc.errors import CaptureError
 
 #: the classes of transformers whose state is keys and values at all positions, or at the last ones
 _ATTENTION = ("DynamicLayer", "DynamicSlidingWindowLayer")
+#: the one whose state is that of convolutions and recurrences
+_STATE = "LinearAttentionLayer"
+KINDS = ("conv_states", "recurrent_states")
 
 
 @dataclass(frozen=True)
@@ -44,14 +48,35 @@ class CacheLayout:
         """Of the inputs, keys and values by turns, layer by layer."""
         return tuple(f"{self.prefix}{what}_{i}" for i in range(len(self.layers)) for what in ("keys", "values"))
 
-    def shapes(self, batch: int, length: int) -> list[tuple[int, int, int, int]]:
-        """Of the inputs, in the order of :attr:`names`."""
-        dims = [(layer.heads, dim) for layer in self.layers for dim in (layer.key_dim, layer.value_dim)]
-        return [(batch, heads, length, dim) for heads, dim in dims]
+    @property
+    def window(self) -> int | None:
+        """What its sliding layers look back on; None where there are none, or it is not the same for all."""
+        found = {layer.sliding for layer in self.layers if layer.sliding is not None}
+        return found.pop() if len(found) == 1 else None
 
-    def nbytes(self, batch: int, length: int) -> int:
+    @property
+    def sliding(self) -> tuple[bool, ...]:
+        """Of each of :attr:`names`, whether its layer is one of these."""
+        return tuple(layer.sliding is not None for layer in self.layers for _ in range(2))
+
+    def shapes(self, batch: int, length: int, ring: int | None = None) -> list[tuple[int, ...]]:
+        """Of the inputs, in the order of :attr:`names`. ``ring``: places of those of sliding layers, where they have
+        fewer than there are positions."""
+        dims = [
+            (layer.heads, length if ring is None or layer.sliding is None else ring, dim)
+            for layer in self.layers
+            for dim in (layer.key_dim, layer.value_dim)
+        ]
+        return [(batch, heads, places, dim) for heads, places, dim in dims]
+
+    def zeros(self, batch: int, device: torch.device, length: int = 0, ring: int | None = None) -> dict[str, Tensor]:
+        """Such inputs, with nothing in them."""
+        shapes = zip(self.names, self.shapes(batch, length, ring), strict=True)
+        return {name: torch.zeros(shape, dtype=self.dtype, device=device) for name, shape in shapes}
+
+    def nbytes(self, batch: int, length: int, ring: int | None = None) -> int:
         """What a cache of so many rows and positions takes."""
-        return sum(b * h * n * d for b, h, n, d in self.shapes(batch, length)) * self.dtype.itemsize
+        return sum(map(prod, self.shapes(batch, length, ring))) * self.dtype.itemsize
 
     @classmethod
     def of(cls, model: nn.Module) -> CacheLayout:
@@ -67,7 +92,61 @@ class CacheLayout:
         layers = getattr(found, "layers", None)
         if not layers:
             raise CaptureError(f"{name} gives no cache of keys and values, so there is nothing to go on from")
+        if all(type(layer).__name__ == _STATE for layer in layers):
+            return StateLayout.of_layers(layers)
         return cls(tuple(_layer(name, i, layer) for i, layer in enumerate(layers)), layers[0].keys.dtype, prefix)
+
+
+@dataclass(frozen=True)
+class State:
+    """A tensor (batch, *``sizes``): the one numbered ``index`` of its ``kind`` in a layer."""
+
+    layer: int
+    kind: str
+    index: int
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class StateLayout(CacheLayout):
+    """Of a model whose layers keep states, layer by layer, instead of keys and values."""
+
+    states: tuple[State, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(f"{self.prefix}state_{i}" for i in range(len(self.states)))
+
+    @property
+    def sliding(self) -> tuple[bool, ...]:
+        return (False,) * len(self.states)
+
+    def shapes(self, batch: int, length: int, ring: int | None = None) -> list[tuple[int, ...]]:
+        return [(batch, *state.sizes) for state in self.states]
+
+    def zeros(self, batch: int, device: torch.device, length: int = 0, ring: int | None = None) -> dict[str, Tensor]:
+        made = zip(self.names, self.states, strict=True)
+        return {name: torch.zeros(batch, *s.sizes, dtype=s.dtype, device=device) for name, s in made}
+
+    def nbytes(self, batch: int, length: int, ring: int | None = None) -> int:
+        return batch * sum(prod(state.sizes) * state.dtype.itemsize for state in self.states)
+
+    def kept_by(self, layer: int) -> int:
+        """States of each kind in a layer."""
+        return 1 + max(state.index for state in self.states if state.layer == layer)
+
+    @classmethod
+    def of_layers(cls, layers: Sequence[Any]) -> StateLayout:
+        """That of layers of transformers' cache that a model wrote to."""
+        states = tuple(
+            State(i, kind, index, tuple(tensor.shape[1:]), tensor.dtype)
+            for i, layer in enumerate(layers)
+            for kind in KINDS
+            for index, tensor in getattr(layer, kind).items()
+            if tensor is not None
+        )
+        return cls((), states[0].dtype, states=states)
 
 
 def cache_of(output: Any) -> Any:

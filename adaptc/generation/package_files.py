@@ -24,12 +24,7 @@ _TOKENIZER = "tokenizer/"
 
 
 def carried(facts: Facts, tokenizer: Any = None) -> dict[str, bytes]:
-    """Path -> file. Raises ConfigError for what is no tokenizer of this program, and for a model with an encoder."""
-    if facts.config.is_encoder_decoder:
-        raise ConfigError(
-            f"{facts.config.model_type} has an encoder, and packages are of models that are decoders alone: "
-            "adaptc.save writes it, for a process that compiles"
-        )
+    """Path -> file. Raises ConfigError for what is no tokenizer of this program."""
     files = {name: text.encode() for name, text in described(facts).items()}
     return files if tokenizer is None else files | _files_of(_tokenizer(tokenizer), facts)
 
@@ -45,8 +40,9 @@ def understood(contents: Contents) -> Facts | None:
     if strange := sorted(n for n in files if n != NAME and not n.startswith(_TOKENIZER)):
         raise Refused(f"it carries {strange[0]!r}, which is none of what generates")
     inputs = {i.name for i in contents.manifest.inputs}
+    outputs = [name for part in contents.manifest.parts.values() for name in part.outputs]
     try:
-        return facts_of(loads(files[NAME], infinite=True), inputs, _reader(tokenizer) if tokenizer else None)
+        return facts_of(loads(files[NAME], infinite=True), inputs, _reader(tokenizer) if tokenizer else None, outputs)
     except Refused as error:
         raise error.inside(f"what it says of generation, {NAME!r}: ") from None
 

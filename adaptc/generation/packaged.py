@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from adaptc.generation.generator import Generator, generator_class
+from adaptc.generation.generator import Generator
+from adaptc.generation.kinds import generator_of
 from adaptc.generation.package_files import understood
 from adaptc.packages.bank import PackagedBank
+from adaptc.packages.manifest import Contents
+from adaptc.packages.report import PackageReport
 from adaptc.packages.run import PackagedProgram
 
 
@@ -20,4 +23,14 @@ def load_generation(path: Path) -> Generator | PackagedProgram | PackagedBank:
     found = PackagedProgram(path, understood)
     if found.manifest.bank is not None:
         return PackagedBank(found)
-    return found if found.understood is None else generator_class()(found, found.understood)
+    return found if found.understood is None else generator_of(found, found.understood)
+
+
+def report_of(path: Path) -> PackageReport:
+    """The report of a file, none of whose code is loaded. Raises as :class:`PackagedProgram` does."""
+
+    def notes(contents: Contents) -> list[str]:
+        facts = understood(contents)
+        return [] if facts is None else facts.notes()
+
+    return PackageReport.read(path, notes)

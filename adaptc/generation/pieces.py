@@ -28,13 +28,15 @@ def run(
     inputs: Mapping[str, Tensor],
     tokens: int,
     keep: int | Tensor,
+    exact: bool = False,
 ) -> Tensor:
     """``inputs``: those that have a value for each of the ``tokens``, which stand along axis 1, and those that have no
-    such axis. ``keep``: of how many of the last tokens logits are wanted, 0 for all, or of which."""
+    such axis. ``keep``: of how many of the last tokens logits are wanted, 0 for all, or of which. ``exact``: the step
+    is for caches that end with its tokens."""
     before = past.length
     if not isinstance(keep, int) or not 0 < keep <= PIECE or tokens <= PIECE:
         index = _last(keep, tokens, past.device) if isinstance(keep, int) else keep.to(past.device)
-        return _call(step, past, inputs, (before, before + tokens), past.room, index)
+        return _call(step, past, inputs, (before, before + tokens), before + tokens if exact else past.room, index)
     # The last piece is the one with the logits, and so the largest; those before it are as many as are needed.
     starts = [0, *range(tokens % PIECE or PIECE, tokens, PIECE)]
     logits = None
@@ -58,10 +60,13 @@ def _call(
     visible: int,
     keep: Tensor,
 ) -> Tensor:
+    past.fit(where[1] - where[0])
     mask, tensors = past.mask, past.tensors
     if visible < past.room:
-        mask, tensors = mask[:, :visible], [t[:, :, :visible] for t in tensors]
+        mask, tensors = mask[:, :visible], past.seen(visible)
     slots = torch.arange(*where, device=past.device)
-    return step(
+    logits = step(
         **inputs, attention_mask=mask, slots=slots, keep=keep, **dict(zip(past.layout.names, tensors, strict=True))
     )
+    past.wrote(where[1])
+    return logits

@@ -15,11 +15,18 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import CaptureError
-from adaptc.generation.facts import Facts
+from adaptc.generation.facts import EXACT, NOTHING, ROOM, STATE, WINDOW, Facts
 
 #: tokens of the prompt, at most; windows that are no longer are passed
 _TOKENS = 24
 _ROWS, _PADDED = 2, 3
+_WITH = {
+    WINDOW: "with rings",
+    ROOM: "with a cache of fixed room",
+    EXACT: "with a cache in pieces",
+    STATE: "token by token",
+    NOTHING: "of other lengths",
+}
 
 
 @torch.no_grad()
@@ -44,22 +51,30 @@ def prove(model: Any, step: Callable[..., Tensor], facts: Facts) -> None:
     allowed = (1e-3 if facts.layout.dtype.itemsize >= 4 else 0.1) * size
     if not bool(error <= allowed):
         raise CaptureError(
-            f"{type(model).__name__} does not say with a cache of fixed room what it says without one (logits differ "
-            f"by {float(error):.3g}), so it cannot be captured as a step"
+            f"{type(model).__name__} does not say {_WITH[facts.keeps]} what it says itself (logits differ by "
+            f"{float(error):.3g}), so it cannot be captured as a step"
         )
 
 
 def _in_pieces(step: Callable[..., Tensor], facts: Facts, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-    length, device, room = ids.shape[1], ids.device, ids.shape[1] + 3
-    shapes = facts.layout.shapes(_ROWS, room)
-    cache = {
-        n: torch.zeros(s, dtype=facts.layout.dtype, device=device)
-        for n, s in zip(facts.layout.names, shapes, strict=True)
-    }
+    length, device = ids.shape[1], ids.device
+    if facts.keeps == NOTHING:
+        given = {"position_ids": positions} if facts.positions else {}
+        return step(input_ids=ids, attention_mask=mask, **given, keep=torch.arange(length, device=device))
+    if facts.keeps == STATE:
+        states = facts.layout.zeros(_ROWS, device)
+        each = [{"input_ids": ids[:, i : i + 1].contiguous(), "seen": mask[:, i].bool()} for i in range(length)]
+        return torch.cat([step(**one, **states) for one in each], 1)
+    room = length + 3
+    # As small as the largest piece allows, so that it is written over.
+    ring = None if facts.window is None else min(room, facts.window + length // 2)
+    cache = facts.layout.zeros(_ROWS, device, room, ring)
     wide = torch.cat([mask, mask.new_ones(_ROWS, room - length)], 1)
     out, cuts = [], (0, length // 2, length // 2 + 1, length)
     for start, end in pairwise(cuts):
-        inputs = {"input_ids": ids[:, start:end].contiguous(), "attention_mask": wide}
+        seen = end if facts.keeps == EXACT else room
+        inputs = {"input_ids": ids[:, start:end].contiguous(), "attention_mask": wide[:, :seen]}
+        inputs |= {n: t[:, :, :seen] for n, t in cache.items()}
         if facts.positions:
             inputs["position_ids"] = positions[:, start:end].contiguous()
         if facts.embeds:
@@ -67,5 +82,5 @@ def _in_pieces(step: Callable[..., Tensor], facts: Facts, ids: Tensor, mask: Ten
             inputs["inputs_embeds"] = torch.zeros(shape, dtype=facts.embeds_dtype, device=device)
             inputs["embedded"] = torch.tensor(False, device=device)
         slots = torch.arange(start, end, device=device)
-        out.append(step(**inputs, slots=slots, keep=torch.arange(end - start, device=device), **cache))
+        out.append(step(**inputs, slots=slots, keep=torch.arange(end - start, device=device)))
     return torch.cat(out, 1)

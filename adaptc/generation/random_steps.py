@@ -6,21 +6,25 @@ compiled code, which does not say by itself that tokens go where there is room.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adaptc.errors import AdaptcError
-from adaptc.generation.facts import Facts
+from adaptc.generation.cross_facts import CrossFacts
+from adaptc.generation.cross_step import MASK, STATES
+from adaptc.generation.facts import EXACT, NOTHING, STATE, Facts
 
 _MOST = 7
 
 
-def drawn(facts: Facts, device: torch.device, options: Mapping[str, Any]) -> dict[str, Any]:
-    """``options`` of verify, with ``inputs`` in the place of ``shapes``. Raises AdaptcError for shapes that are no
-    number."""
+def drawn(
+    facts: Facts, device: torch.device, options: Mapping[str, Any], step: Callable[..., dict[str, Tensor]] | None = None
+) -> dict[str, Any]:
+    """``options`` of verify, with ``inputs`` in the place of ``shapes``, of which ``step`` makes each. Raises
+    AdaptcError for shapes that are no number."""
     options = dict(options)
     if options.get("inputs") is not None:
         return options
@@ -30,59 +34,80 @@ def drawn(facts: Facts, device: torch.device, options: Mapping[str, Any]) -> dic
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise AdaptcError("shapes: of what generates they are drawn; give how many, or complete inputs with inputs=")
     draw = torch.Generator().manual_seed(options.get("seed") or 0)
-    options["inputs"] = [_step(facts, device, draw) for _ in range(count)]
+    made = [(step or _step)(facts, draw) for _ in range(count)]
+    options["inputs"] = [{name: value.to(device) for name, value in inputs.items()} for inputs in made]
     return options
+
+
+def _number(draw: torch.Generator, least: int, most: int) -> int:
+    return int(torch.randint(least, max(least, most) + 1, (), generator=draw))
+
+
+def step_across(facts: CrossFacts, draw: torch.Generator) -> dict[str, Tensor]:
+    """Of a program with an encoder: a step, and beside it other rows that are encoded."""
+    renamed = {"input_ids", "attention_mask", "position_ids"}
+    inputs = {f"decoder_{n}" if n in renamed else n: t for n, t in _step(facts, draw).items()}
+    rows, sources, read = inputs["decoder_input_ids"].shape[0], _number(draw, 1, _MOST), _number(draw, 1, 2 * _MOST)
+    if facts.features is None:
+        read = min(read, facts.source or read)
+        inputs[facts.main] = torch.randint(0, facts.vocabulary, (sources, read), generator=draw)
+        inputs["attention_mask"] = torch.ones(sources, read, dtype=torch.int64)
+        inputs[MASK] = torch.ones(rows, read, dtype=torch.int64)
+    else:
+        read = facts.features[-1] // (facts.strides[0] * facts.strides[1])
+        inputs[facts.main] = torch.randn(sources, *facts.features, generator=draw).to(facts.embeds_dtype)
+    inputs[STATES] = torch.randn(rows, read, facts.hidden, generator=draw).to(facts.cross.dtype)
+    for name, shape in zip(facts.cross.names, facts.cross.shapes(rows, read), strict=True):
+        inputs[name] = torch.randn(shape, generator=draw).to(facts.cross.dtype)
+    return inputs
 
 
 def pair(facts: Facts, device: torch.device) -> list[dict[str, Tensor]]:
     """Inputs of two steps of three rows with equal sizes, which differ in their tokens and in what the cache holds."""
     out = []
     for seed in (1, 2):
-        draw = torch.Generator().manual_seed(seed)
-        rows, tokens, length = 3, 2, min(5, facts.max_length)
-        mask, slots = torch.ones(rows, length, dtype=torch.int64), torch.arange(length - tokens, length)
-        out.append(_inputs(facts, device, draw, (rows, tokens, length), mask, slots, torch.arange(tokens), False))
+        sizes, values = torch.Generator().manual_seed(7), torch.Generator().manual_seed(seed)
+        step = _step(facts, sizes, values, rows=3)
+        if "embedded" in step:
+            step["embedded"] = torch.tensor(False)
+        out.append({name: value.to(device) for name, value in step.items()})
     return out
 
 
-def _step(facts: Facts, device: torch.device, draw: torch.Generator) -> dict[str, Tensor]:
-    def number(least: int, most: int) -> int:
-        return int(torch.randint(least, max(least, most) + 1, (), generator=draw))
+def _step(
+    facts: Facts, draw: torch.Generator, values: torch.Generator | None = None, rows: int | None = None
+) -> dict[str, Tensor]:
+    """``values``: what draws all but sizes."""
+    values = draw if values is None else values
 
-    rows = number(1, min(facts.max_batch, _MOST))
+    def number(least: int, most: int) -> int:
+        return _number(draw, least, most)
+
+    rows = number(1, min(facts.max_batch, _MOST)) if rows is None else rows
     length = number(1, min(facts.max_length, 2 * _MOST))
-    tokens = number(1, min(length, _MOST))
-    before = number(0, length - tokens)
+    tokens = length if facts.keeps == NOTHING else number(1, min(length, _MOST))
+    before = length - tokens if facts.keeps == EXACT else number(0, length - tokens)
     mask = torch.ones(rows, length, dtype=torch.int64)
     mask[0, : before // 2] = 0
     slots = torch.arange(before, before + tokens)
-    keep = torch.arange(tokens - number(1, tokens), tokens)
-    embedded = bool(number(0, 1))
-    return _inputs(facts, device, draw, (rows, tokens, length), mask, slots, keep, embedded)
-
-
-def _inputs(
-    facts: Facts,
-    device: torch.device,
-    draw: torch.Generator,
-    sizes: tuple[int, int, int],
-    mask: Tensor,
-    slots: Tensor,
-    keep: Tensor,
-    embedded: bool,
-) -> dict[str, Tensor]:
-    rows, tokens, length = sizes
     inputs = {
-        "input_ids": torch.randint(0, facts.vocabulary, (rows, tokens), generator=draw),
+        "input_ids": torch.randint(0, facts.vocabulary, (rows, tokens), generator=values),
         "attention_mask": mask,
-        "slots": slots,
-        "keep": keep,
+        "keep": torch.arange(tokens - number(1, tokens), tokens),
     }
+    if facts.keeps == STATE:
+        seen = torch.randint(0, 2, (rows,), generator=values).bool()
+        states = facts.layout.zeros(rows, torch.device("cpu"))
+        drawn = {n: torch.randn(t.shape, generator=values).to(t.dtype) for n, t in states.items()}
+        return {"input_ids": inputs["input_ids"][:, :1].contiguous(), "seen": seen, **drawn}
+    if facts.keeps != NOTHING:
+        inputs["slots"] = slots
     if facts.positions:
         inputs["position_ids"] = slots.expand(rows, -1).contiguous()
     if facts.embeds:
-        inputs["inputs_embeds"] = torch.randn(rows, tokens, facts.width, generator=draw).to(facts.embeds_dtype)
-        inputs["embedded"] = torch.tensor(embedded)
-    for name, shape in zip(facts.layout.names, facts.layout.shapes(rows, length), strict=True):
-        inputs[name] = torch.randn(shape, generator=draw).to(facts.layout.dtype)
-    return {name: value.to(device) for name, value in inputs.items()}
+        inputs["inputs_embeds"] = torch.randn(rows, tokens, facts.width, generator=values).to(facts.embeds_dtype)
+        inputs["embedded"] = torch.randint(0, 2, (), generator=values).bool()
+    ring = None if facts.window is None else min(length, facts.window + tokens - 1)
+    for name, shape in zip(facts.layout.names, facts.layout.shapes(rows, length, ring), strict=True):
+        inputs[name] = torch.randn(shape, generator=values).to(facts.layout.dtype)
+    return inputs

@@ -12,7 +12,8 @@ wanted.
     position_ids    (batch, tokens)         int64: of each token in its text
     slots           (tokens,)               int64: where in the cache the tokens go; one after the other
     keep            (kept,)                 int64: which tokens' logits are wanted
-    keys_i          (batch, heads, length, dim)  and values_i, of each layer
+    keys_i          (batch, heads, length, dim)  and values_i, of each layer; (batch, heads, ring, dim) of those that
+                                                 keep a window (see ``ring``)
     -> logits       (batch, kept, vocabulary)
 """
 
@@ -33,9 +34,10 @@ from adaptc.capture.replaced_forward import keyword, replaced_forward
 from adaptc.errors import CaptureError
 from adaptc.generation.attention import packed_attention
 from adaptc.generation.layout import CacheLayout
+from adaptc.generation.ring import Places, ring_masks
 
 #: sizes of the example: all different, and none of them one, which torch would take for a constant
-_ROWS, _TOKENS, _LENGTH, _KEPT = 3, 5, 11, 2
+_ROWS, _TOKENS, _LENGTH, _KEPT, _RING = 3, 5, 11, 2, 7
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,14 @@ class Step:
 
 
 @contextlib.contextmanager
-def stepping(model: nn.Module, layout: CacheLayout) -> Iterator[Step]:
-    """``model`` as its step; as it was afterwards. Raises CaptureError for a model whose forward takes no cache."""
+def stepping(model: nn.Module, layout: CacheLayout, most: int | None = None, rings: bool = False) -> Iterator[Step]:
+    """``model`` as its step; as it was afterwards. ``most``: positions that tokens and cache have at most, None for
+    any. ``rings``: sliding layers keep their window. Raises CaptureError for a model whose forward takes no cache."""
     takes = inspect.signature(model.forward).parameters
     past = next((n for n in ("cache", "past_key_values") if n in takes), None)
     if past is None:
         raise CaptureError(f"the forward of {type(model).__name__} takes no cache, so it cannot go on from one")
-    step = example_step(model, layout, "position_ids" in takes, "inputs_embeds" in takes)
+    step = example_step(model, layout, "position_ids" in takes, "inputs_embeds" in takes, most, rings)
     original, keeps, names = model.forward, "logits_to_keep" in takes, layout.names
 
     def forward(**inputs: Any) -> Tensor:
@@ -63,12 +66,13 @@ def stepping(model: nn.Module, layout: CacheLayout) -> Iterator[Step]:
         given = inputs.pop("inputs_embeds", None), inputs.pop("embedded", None)
         if keeps:
             inputs["logits_to_keep"] = keep
-        inputs[past] = written_cache(tensors, slots, layout)
+        inputs[past] = written_cache(tensors, slots, layout, rings)
         with _embedding(model, *given):
             logits = original(**inputs, use_cache=True).logits
         return logits if keeps else logits[:, keep]
 
-    with replaced_forward(model, forward, list(map(keyword, step.example_inputs))), packed_attention():
+    masks = ring_masks() if rings else contextlib.nullcontext()
+    with replaced_forward(model, forward, list(map(keyword, step.example_inputs))), packed_attention(), masks:
         yield step
 
 
@@ -87,10 +91,18 @@ def _embedding(model: Any, given: Tensor | None, wanted: Tensor | None) -> Itera
         hook.remove()
 
 
-def example_step(model: Any, layout: CacheLayout, with_positions: bool, with_embeds: bool) -> Step:
+def example_step(
+    model: Any,
+    layout: CacheLayout,
+    with_positions: bool,
+    with_embeds: bool,
+    most: int | None = None,
+    rings: bool = False,
+) -> Step:
     """Inputs of a step of ``model``, and which of their sizes are free."""
     device = next(model.parameters()).device
-    rows, tokens, length, kept = (Dim(n) for n in ("rows", "tokens", "length", "kept"))
+    rows, kept = Dim("rows"), Dim("kept")
+    tokens, length = (Dim(n) if most is None else Dim(n, max=most) for n in ("tokens", "length"))
 
     def counted(*shape: int) -> Tensor:
         return torch.arange(shape[-1], device=device).expand(shape).contiguous()
@@ -116,21 +128,22 @@ def example_step(model: Any, layout: CacheLayout, with_positions: bool, with_emb
         inputs["inputs_embeds"] = torch.zeros(_ROWS, _TOKENS, weight.shape[1], dtype=weight.dtype, device=device)
         inputs["embedded"] = torch.zeros((), dtype=torch.bool, device=device)
         shapes |= {"inputs_embeds": {0: rows, 1: tokens}, "embedded": {}}
-    for name, shape in zip(layout.names, layout.shapes(_ROWS, _LENGTH), strict=True):
+    places = Dim("ring")
+    layers = zip(layout.names, layout.shapes(_ROWS, _LENGTH, _RING if rings else None), layout.sliding, strict=True)
+    for name, shape, sliding in layers:
         inputs[name] = torch.zeros(shape, dtype=layout.dtype, device=device)
-        shapes[name] = {0: rows, 2: length}
+        shapes[name] = {0: rows, 2: places if rings and sliding else length}
     return Step(inputs, shapes)
 
 
-def written_cache(tensors: list[Tensor], slots: Tensor, layout: CacheLayout) -> Any:
+def written_cache(tensors: list[Tensor], slots: Tensor, layout: CacheLayout, rings: bool = False) -> Any:
     """A cache of transformers over these tensors, which writes at ``slots`` and shows all positions; models mask those
-    that are not to be seen."""
+    that are not to be seen. ``rings``: those of sliding layers are rings."""
     from transformers.cache_utils import Cache
 
     pairs = zip(layout.layers, tensors[::2], tensors[1::2], strict=True)
-    return Cache(
-        layers=[_layer_class()(keys, values, slots, layer.sliding is not None) for layer, keys, values in pairs]
-    )
+    found = [(keys, values, slots, layer.sliding is not None) for layer, keys, values in pairs]
+    return Cache(layers=[_layer_class()(*one, one[-1] and rings) for one in found])
 
 
 @cache
@@ -140,21 +153,21 @@ def _layer_class() -> type:
     class WrittenLayer(StaticLayer):
         """A layer of transformers' static cache on tensors of a caller's, at slots that are given."""
 
-        def __init__(self, keys: Tensor, values: Tensor, slots: Tensor, sliding: bool) -> None:
+        def __init__(self, keys: Tensor, values: Tensor, slots: Tensor, sliding: bool, ring: bool) -> None:
             super().__init__(keys.shape[2])
             self.keys, self.values, self.slots = keys, values, slots
             self.held = keys, values
-            # The window is in the mask; rows of all layers are kept alike, so that any of them can be cut or forked.
-            self.is_sliding = sliding
+            self.is_sliding, self.ring = sliding, ring
             self.cumulative_length = slots[0]
             self.device, self.is_initialized = keys.device, True
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             keys, values = self.held
-            return keys.index_copy_(2, self.slots, key_states), values.index_copy_(2, self.slots, value_states)
+            where = torch.remainder(self.slots, self.max_cache_len) if self.ring else self.slots
+            return keys.index_copy_(2, where, key_states), values.index_copy_(2, where, value_states)
 
-        def get_mask_sizes(self, *args: Any) -> tuple[int, int]:
-            return self.max_cache_len, 0
+        def get_mask_sizes(self, *args: Any) -> tuple[int, Any]:
+            return self.max_cache_len, Places.after(self.slots, self.max_cache_len) if self.ring else 0
 
         def get_seq_length(self) -> Tensor:
             return self.cumulative_length

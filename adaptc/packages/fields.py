@@ -7,12 +7,7 @@ from typing import Any
 from adaptc.program.adaptation import ATTACHMENT
 from adaptc.pt2_files.forms import Each, Length, Maybe, Option
 
-#: a type, or a list of one form, or an object of exactly these fields
-FORM: dict[str, Any] = {
-    "format": Length,
-    "device": str,
-    "torch": str,
-    "header": dict,  # see adaptc.program.adaptation
+_CALLED: dict[str, Any] = {
     "inputs": [
         {
             "name": str,
@@ -23,6 +18,16 @@ FORM: dict[str, Any] = {
         }
     ],
     "ranges": Each([Maybe(int)]),
+    "guards": Option([str]),
+}
+#: a type, or a list of one form, or an object of exactly these fields
+FORM: dict[str, Any] = {
+    "format": Length,
+    "device": str,
+    "torch": str,
+    "header": dict,  # see adaptc.program.adaptation
+    **_CALLED,
+    "parts": Option(Each({**_CALLED, "outputs": [str]})),
     "sites": [
         {
             "attachment": ATTACHMENT,
@@ -40,7 +45,6 @@ FORM: dict[str, Any] = {
         }
     ),
     "bases": [str],
-    "guards": Option([str]),
     "products": Option([{"kind": str, "rows": str, "why": str, "count": Length}]),
     "bank": Option(Maybe({"count": Length, "names": [str]})),
     "hashes": Each(str),

@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import inf, isinf
@@ -44,6 +44,9 @@ FORMAT = 4
 MANIFEST = "data/extra/adaptc.json"
 TENSORS = "data/adaptc/tensors.safetensors"
 CARRIED = "data/adaptc/carried/"
+#: the name of the model in a package of one, and what the names of others look like
+WHOLE = "model"
+_MODEL = "[a-z]{1,32}"
 
 _MOST_JSON = 64 << 20
 #: the path of a file that is carried: no part of it begins with a dot
@@ -51,7 +54,8 @@ _FILE = r"\w[\w.\-]*(/\w[\w.\-]*){0,3}"
 # What torch reads of the rest is code alone: programs and weights beside it would be unpickled.
 _KNOWN = re.compile(
     r"archive_format|archive_version|byteorder|version|\.data/[\w.]+|\.format_version|\.storage_alignment"
-    r"|data/aotinductor/model/[\w.\-]+|data/adaptc/tensors\.safetensors"
+    rf"|data/aotinductor/{_MODEL}/[\w.\-]+"
+    r"|data/adaptc/tensors\.safetensors"
     rf"|{CARRIED}{_FILE}",
     re.ASCII,
 )
@@ -94,8 +98,21 @@ class Input:
 
 
 @dataclass(frozen=True)
+class PartOf:
+    """A model of the package that is called by itself: the flat inputs that it takes, what it takes for granted of
+    their sizes, as of a whole program, and the names of what it gives."""
+
+    inputs: Sequence[Input]
+    ranges: Mapping[str, tuple[float, float]]
+    guards: Sequence[str] = ()
+    outputs: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """``header`` is the program's (``Adaptation.header``); ``bases`` are the base parameters an adapter may replace."""
+    """``header`` is the program's (``Adaptation.header``); ``bases`` are the base parameters an adapter may replace.
+    ``parts``: name -> one of several models that make up the program, in the order of its outputs; none where it is
+    one."""
 
     device: str
     header: Mapping[str, Any]
@@ -110,6 +127,7 @@ class Manifest:
     products: Sequence[Mapping[str, Any]] = ()
     #: of a bank: how many adapters there is room for, and the names of those that are in it, by place
     bank: Mapping[str, Any] | None = None
+    parts: Mapping[str, PartOf] = field(default_factory=dict)
     torch: str = torch.__version__
     format: int = FORMAT
 
@@ -202,6 +220,7 @@ def _read(path: Path, archive: Archive) -> Contents:
     tensors = load(archive.read(TENSORS, archive.size)) if TENSORS in archive.records else {}
     manifest = _manifest(data)
     _check_sites(manifest)
+    _check_parts(manifest, archive.records)
     names = [name for name in archive.records if name.startswith(CARRIED)]
     return Contents(manifest, tensors, {n.removeprefix(CARRIED): archive.read(n, archive.size) for n in names})
 
@@ -223,6 +242,20 @@ def _check_sites(manifest: Manifest) -> None:
         check_header(manifest.header, [s.attachment.id for s in manifest.sites])
     else:  # of a merged or unloaded program
         check(manifest.header, {"fills": Each([str]), "takes": Option([str])})
+
+
+def _check_parts(manifest: Manifest, records: Iterable[str]) -> None:
+    """The code is that of the parts, which take inputs of the whole."""
+    code = {name: name.split("/")[2] for name in records if name.startswith("data/aotinductor/")}
+    wanted = set(manifest.parts) or {WHOLE}
+    if strange := sorted(name for name, model in code.items() if model not in wanted):
+        raise Refused(f"record {strange[0]!r} is none that a package has")
+    if lost := sorted(wanted - set(code.values())):
+        raise Refused(f"it has no code of {lost[0]!r}")
+    names = {i.name for i in manifest.inputs}
+    for part in manifest.parts.values():
+        if strange := sorted({i.name for i in part.inputs} - names):
+            raise Refused(f"a part takes {strange[0]!r}, which is no input of the whole")
 
 
 def _check_records(archive: Archive, hashes: Mapping[str, str]) -> None:
@@ -251,11 +284,19 @@ def _data(m: Manifest) -> dict[str, Any]:
     """A manifest as plain JSON values; :func:`_manifest` is the inverse."""
     plain = {f.name: getattr(m, f.name) for f in dataclasses.fields(m)}
     return plain | {
-        "inputs": [_strings(dataclasses.asdict(i)) for i in m.inputs],
-        "ranges": {k: [None if isinf(v) else int(v) for v in bounds] for k, bounds in m.ranges.items()},
+        **_called_data(m),
         "sites": [_site_data(s) for s in m.sites],
         "rooms": {k: _strings(dataclasses.asdict(r)) for k, r in m.rooms.items()},
         "bases": list(m.bases),
+        "parts": {name: {**_called_data(p), "outputs": list(p.outputs)} for name, p in m.parts.items()},
+    }
+
+
+def _called_data(m: PartOf | Manifest) -> dict[str, Any]:
+    return {
+        "inputs": [_strings(dataclasses.asdict(i)) for i in m.inputs],
+        "ranges": {k: [None if isinf(v) else int(v) for v in bounds] for k, bounds in m.ranges.items()},
+        "guards": list(m.guards),
     }
 
 
@@ -280,18 +321,21 @@ def _manifest(data: Mapping[str, Any]) -> Manifest:
     return Manifest(
         device=data["device"],
         header=data["header"],
-        inputs=[_input(i) for i in data["inputs"]],
-        ranges={
-            k: (-inf if low is None else low, inf if up is None else up) for k, (low, up) in data["ranges"].items()
-        },
+        **_called(data),
+        parts={name: PartOf(**_called(p), outputs=p["outputs"]) for name, p in data.get("parts", {}).items()},
         sites=[_site(s) for s in data["sites"]],
         rooms={k: _room(r) for k, r in data["rooms"].items()},
         bases=data["bases"],
-        guards=data.get("guards", ()),
         products=data.get("products", ()),
         bank=data.get("bank"),
         torch=data["torch"],
     )
+
+
+def _called(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of the inputs of a model."""
+    ranges = {k: (-inf if low is None else low, inf if up is None else up) for k, (low, up) in data["ranges"].items()}
+    return {"inputs": [_input(i) for i in data["inputs"]], "ranges": ranges, "guards": data.get("guards", ())}
 
 
 def _input(data: Mapping[str, Any]) -> Input:

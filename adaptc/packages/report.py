@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from adaptc.binding.binding import Binding
 from adaptc.packages import manifest as _package_file
 from adaptc.packages.fit import Fit
-from adaptc.packages.manifest import Manifest
+from adaptc.packages.manifest import Contents, Manifest
 from adaptc.packages.run import PackagedProgram
 from adaptc.tables import Column, Report, Table, collapse, dtype_name, plain, size, times
 
@@ -60,6 +60,8 @@ class PackageReport(Report):
     inputs: tuple[PackageInput, ...]
     ranges: Mapping[str, tuple[float, float]]
     products: tuple[Mapping[str, Any], ...] = ()
+    #: of what generates with it
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, package: PackagedProgram) -> PackageReport:
@@ -67,15 +69,18 @@ class PackageReport(Report):
         return cls._made(package.path, package.manifest, package.current, package.ranks)
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> PackageReport:
-        """The report of a file, with the adapter it was packaged with; none of its code is loaded. Raises as
-        ``adaptc.load_package`` does."""
+    def read(
+        cls, path: str | os.PathLike[str], notes: Callable[[Contents], Sequence[str]] | None = None
+    ) -> PackageReport:
+        """The report of a file, with the adapter it was packaged with; none of its code is loaded. ``notes``: of what
+        it carries. Raises as ``adaptc.load_package`` does."""
         file = Path(path)
         contents = _package_file.read(file)
         manifest = contents.manifest
         with _package_file.refusing(file):
             fit = Fit(manifest, contents.tensors, torch.device("cpu"), file)
-            return cls._made(file, manifest, fit.first(None) if manifest.sites else None, fit.ranks())
+            found = cls._made(file, manifest, fit.first(None) if manifest.sites else None, fit.ranks())
+            return found if notes is None else replace(found, notes=tuple(notes(contents)))
 
     @classmethod
     def _made(cls, path: Path, m: Manifest, now: Binding | None, room: Mapping[str, int]) -> PackageReport:
@@ -115,11 +120,12 @@ class PackageReport(Report):
             adapter = f"{self.peft_type} adapter ({self.adapter}): {len(self.sites)} sites"
             adapter += f", {absent} of them left at the base" if absent else ""
         chosen = [f"products: {p['count']} by {p['kind']} at any rows ({p['why']})" for p in self.products]
-        return ["\n".join([head, adapter, *chosen]), self._sites(), self._inputs(), self._ranges()]
+        return ["\n".join([head, adapter, *chosen, *self.notes]), self._sites(), self._inputs(), self._ranges()]
 
     def data(self) -> dict[str, Any]:
         """``path``, ``device``, ``torch``, ``bytes``, ``adapter``, ``peft_type``, ``sites`` and ``inputs`` (one dict
-        each), ``ranges`` (size -> least and greatest, None for any), ``products`` (one dict for each line)."""
+        each), ``ranges`` (size -> least and greatest, None for any), ``products`` (one dict for each line), ``notes``
+        (lines)."""
         return {
             "path": str(self.path),
             "device": self.device,
@@ -135,6 +141,7 @@ class PackageReport(Report):
             ],
             "ranges": {n: plain(bounds) for n, bounds in self.ranges.items()},
             "products": [plain(p) for p in self.products],
+            "notes": list(self.notes),
         }
 
     def _sites(self) -> Table:

@@ -5,6 +5,7 @@ compiled code, or, when the adapter was refused, nothing has changed. What calls
 
 Private torch use, with the public route that was tried:
 - ``loader`` of the loaded package: calling the package itself parses its tree specs anew each time.
+- ``load_pt2``: ``torch._inductor.aoti_load_package`` loads all models of a package, and gives one of them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,10 @@ from adaptc.binding.recipes import Recipes
 from adaptc.binding.source import as_binding, as_config, from_dict
 from adaptc.errors import AdaptcError, BackendError, ConfigError, SwapError, shown
 from adaptc.packages import manifest as _package_file
+from adaptc.packages.code import Code, checker
 from adaptc.packages.constants import Constants, Fitted
 from adaptc.packages.fit import Fit
-from adaptc.packages.manifest import Contents, Input
+from adaptc.packages.manifest import WHOLE, Contents, PartOf
 from adaptc.packages.scale import scaled
 from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.passes.ir.trees import pytree
@@ -37,13 +40,10 @@ from adaptc.peft_files.directory import AdapterFile
 from adaptc.peft_files.raw import RawFile, read_any
 from adaptc.program.adaptation import Adaptation
 from adaptc.program.bound import Keeping
+from adaptc.program.parts import Part
 from adaptc.program.views import SCALE
-from adaptc.pt2_files.containers import check_registered, read_tree
-from adaptc.pt2_files.refusal import Refused, shown_path
 from adaptc.reports.results import SwapReport
-from adaptc.runtime.call_inputs import Inputs
 from adaptc.runtime.held_values import Held
-from adaptc.runtime.layouts import laid, write_back
 from adaptc.runtime.options import check_limit
 from adaptc.value_types import checked
 
@@ -60,6 +60,11 @@ class BoundPackage(Keeping):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run this adapter; inputs and output type are those of the package."""
         return self.package.run(self.binding, args, kwargs)
+
+    def parts(self, scale: Any = None) -> dict[str, Part]:
+        """Those of the package, with this adapter. ``scale`` as for :meth:`pinned`."""
+        self._keeps(scale)
+        return self.package.parts_with(self.binding)
 
     @property
     def device(self) -> torch.device:
@@ -115,17 +120,30 @@ class PackagedProgram:
             self.understood = None if understand is None else understand(contents)
             self._owner, self._setting = object(), threading.Lock()
             self._now = self._fit.first(self._owner) if m.sites else None
-        loader = self._load().loader
-        missing = sorted({*m.rooms, *m.bases} - set(loader.get_constant_fqns()))
+        loaded = self._load()
+        called = m.parts or {WHOLE: PartOf(m.inputs, m.ranges, m.guards)}
+        self._codes = {
+            name: Code(
+                self.path,
+                loaded[name].loader,
+                part.inputs,
+                {"fills": {}} if m.parts else m.header,
+                part.ranges,
+                part.guards,
+                self._fit.shapes,
+                self.device,
+                self._now,
+            )
+            for name, part in called.items()
+        }
+        missing = sorted({*m.rooms, *m.bases}.difference(*(code.names for code in self._codes.values())))
         if missing:
             raise BackendError(f"{self.path}: the compiled code has no constant {missing[0]!r}; package it again")
-        self._constants = Constants(loader, self._fit.shapes, self.device, self._now)
-        specs = loader.get_call_spec()
-        _check_specs(self.path, specs)
-        expected = [(i.name, i.constant if i.tensor is None else i.tensor) for i in m.inputs]
-        spec, takes = pytree.treespec_loads(specs[0]), m.header.get("takes", ())
-        self.inputs = Inputs(spec, m.header["fills"], expected, m.ranges, m.guards, takes)
-        self._out_spec = pytree.treespec_loads(specs[1])
+        if m.parts:
+            spec = pytree.tree_structure(((), {i.name: 0 for i in m.inputs}))
+            self.inputs = checker(spec, m.inputs, m.header, m.ranges, m.guards)
+        else:
+            self.inputs = self._codes[WHOLE].inputs
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise AdaptcError(
@@ -133,15 +151,19 @@ class PackagedProgram:
             "adaptc.load_package"
         )
 
-    def _load(self) -> Any:
+    def _load(self) -> Mapping[str, Any]:
+        """Each model that was compiled, by its name."""
         from torch._inductor import aoti_load_package
+        from torch.export.pt2_archive._package import load_pt2
 
         try:
             with GRAPHS, tempfile.TemporaryDirectory() as folder:
                 # torch takes a name of UTF-8 alone, which a folder above the file may not have.
                 link = Path(folder, "package.pt2")
                 link.symlink_to(self.path.absolute())
-                return aoti_load_package(str(link))
+                if self.manifest.parts:
+                    return load_pt2(str(link)).aoti_runners
+                return {WHOLE: aoti_load_package(str(link))}
         except Exception as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise BackendError(
@@ -194,20 +216,24 @@ class PackagedProgram:
 
     def run(self, adapter: Fitted | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The same with an adapter of this package."""
-        flat = self.inputs(args, kwargs)
-        given = [(v, i) for v, i in zip(flat, self.manifest.inputs, strict=True) if i.tensor is not None]
-        taken = [self._arranged(v, i) for v, i in given]
-        written = [(v, new, i) for (v, i), new in zip(given, taken, strict=True) if i.written and new is not v]
-        out = self._constants.run(adapter, taken)
-        for value, new, want in written:
-            write_back(value, new, repr(want.name))
-        return pytree.tree_unflatten(out, self._out_spec)
+        if not self.manifest.parts:
+            return self._codes[WHOLE].run(adapter, args, kwargs)
+        given = {i.name: v for i, v in zip(self.manifest.inputs, self.inputs(args, kwargs), strict=True)}
+        out: dict[str, Tensor] = {}
+        for code in self._codes.values():
+            out |= code.run(adapter, (), {name: given[name] for name in code.inputs.names})
+        return out
 
-    def _arranged(self, value: Tensor, want: Input) -> Tensor:
-        """In the memory layout of the example inputs, which the code takes for granted."""
-        if value.device.type != self.device.type:
-            raise AdaptcError(f"input {want.name!r} is on {value.device}, and the package runs on {self.device}")
-        return laid(value, want.order)
+    def parts(self, scale: Any = None) -> dict[str, Part]:
+        """Its parts, each with the adapter that is current now, for calls of one at a time. Nothing for a package that
+        is called as a whole. ``scale``: as ``adapter_scale`` of calls."""
+        return self.parts_with(self._scaled(scale))
+
+    def parts_with(self, adapter: Fitted | None) -> dict[str, Part]:
+        """The same with an adapter of this package."""
+        if not self.manifest.parts:
+            return {}
+        return {n: Part(partial(_called, c, adapter), frozenset(c.inputs.names)) for n, c in self._codes.items()}
 
     @checked("adapter_name", "key_mapping", "component")
     def swap(
@@ -285,8 +311,8 @@ class PackagedProgram:
 
     @property
     def code(self) -> Constants:
-        """The compiled code, and what it reads."""
-        return self._constants
+        """What adapters are in the compiled code, of a package that is called as a whole."""
+        return self._codes[WHOLE].constants
 
     @limited()
     def _fitted(
@@ -299,8 +325,9 @@ class PackagedProgram:
         scale: Any = None,
     ) -> Fitted:
         now = self._adapted()
-        if isinstance(adapter, (BoundPackage, PackagedProgram)):
-            adapter = adapter.binding  # which stands for its adapter
+        held = getattr(adapter, "binding", None)
+        if isinstance(held, Fitted):
+            adapter = held  # for which the package stands, or what is bound to it
         if isinstance(adapter, Fitted):
             if adapter.owner is not self._owner:
                 raise SwapError(
@@ -355,9 +382,5 @@ class PackagedProgram:
         return f"PackagedProgram({str(self.path)!r}, {len(self.manifest.sites)} sites, {adapter})"
 
 
-def _check_specs(path: Path, specs: list[str]) -> None:
-    """Check the trees of inputs and outputs, and import the types of transformers in them, which registers them."""
-    try:
-        check_registered({name for spec in specs for name in read_tree(spec).types})
-    except Refused as error:
-        raise BackendError(f"{shown_path(path)}: {error}") from error
+def _called(code: Code, adapter: Fitted | None, **kwargs: Any) -> Any:
+    return code.run(adapter, (), kwargs)

@@ -14,8 +14,9 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch.export import ExportedProgram
 from adaptc.binding.binding import Binding
 from adaptc.errors import BackendError, CheckpointError, ConfigError, shown
 from adaptc.packages import manifest as _package_file
-from adaptc.packages.manifest import Contents, Input, Manifest, Room, Site
+from adaptc.packages.manifest import WHOLE, Contents, Input, Manifest, PartOf, Room, Site
 from adaptc.packages.run import PackagedProgram
 from adaptc.packages.slot_table import ENTRY, slot_table
 from adaptc.passes.adapt.respecialize import Respecialize
@@ -34,11 +35,13 @@ from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.exclusive import GRAPHS, exclusive
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.method import Slot
+from adaptc.passes.ir.part import part_of
 from adaptc.passes.lower.choose_products import ChooseProducts, Products
 from adaptc.passes.train.set_mode import SetMode
 from adaptc.peft_files.staging import replacing
 from adaptc.peft_files.torch_writer import writing
 from adaptc.program.adapted import AdaptedProgram
+from adaptc.program.core import ProgramCore
 from adaptc.runtime.call_inputs import Inputs
 from adaptc.runtime.compiled_products import choose_packaged
 from adaptc.runtime.product_table import wanted
@@ -67,21 +70,23 @@ def package_program(
     max_rank: int | None = None,
     products: str = "measured",
     carried: Mapping[str, bytes] | None = None,
+    parts: Mapping[str, Sequence[str]] | None = None,
 ) -> Path:
     """Compile ``program``, with its current adapter, into the file ``path`` (``.pt2``); returns ``path``.
 
     ``max_rank`` is the largest rank that later swaps may have, at every site; by default each site keeps the larger of
-    its current rank and the one it was compiled with. Larger slots cost memory and time in each call. ``carried``: path
-    -> a file that lies in the package, and that only who put it there reads. ``program`` is not changed. A merged or
-    unloaded program gives a package without slots. The file is machine code, which runs when somebody loads it: it is
-    for those who trust you.
+    its current rank and the one it was compiled with. Larger slots cost memory and time. ``carried``: path
+    -> a file that lies in the package, and that only who put it there reads. ``parts``: name -> outputs of one of
+    several parts, which share no computation and together are the program: each is a model of its own in the file. The
+    names are of small letters. ``program`` is not changed. A merged or unloaded program gives a package without slots.
+    The file is machine code, which runs when somebody loads it: it is for those who trust you.
 
     ``products``: "measured" has oneDNN compute those float32 layers of the base that it computes faster on this machine
     (the report of the package says which, and why), which is right on others too, if not the fastest there; "plain"
     leaves them all to torch, as ``ADAPTC_PRODUCTS=plain`` does.
 
-    Raises ConfigError for a ``max_rank`` that is too small or cannot be had, and for another value of ``products``,
-    BackendError when the program cannot be compiled (no C++ compiler, for one), CheckpointError when the file cannot be
+    Raises ConfigError for a ``max_rank`` that is too small or cannot be had, and other values of ``products``,
+    BackendError where it cannot be compiled (no C++ compiler, for one), CheckpointError where the file cannot be
     written; ``path`` is then as it was.
     """
     if not isinstance(program, AdaptedProgram):
@@ -99,7 +104,12 @@ def package_program(
         )
     if program.example_inputs is None:
         raise BackendError("the program has no example inputs, which compiling needs; capture it with torch.export")
-    return write_package(path, *Packer(program, max_rank, products).run(), carried or {})
+    frozen, manifest, tensors = Packer(program, max_rank, products).run()
+    models = {WHOLE: frozen}
+    if parts:
+        models = {name: part_of(frozen, outputs) for name, outputs in parts.items()}
+        manifest = replace(manifest, parts={n: _part(model, manifest, parts[n]) for n, model in models.items()})
+    return write_package(path, models, manifest, tensors, carried or {})
 
 
 def check_target(path: Path, max_rank: int | None, products: str) -> None:
@@ -114,16 +124,19 @@ def check_target(path: Path, max_rank: int | None, products: str) -> None:
 
 def write_package(
     path: Path,
-    frozen: ExportedProgram,
+    models: Mapping[str, ExportedProgram],
     manifest: Manifest,
     tensors: Mapping[str, Tensor],
     carried: Mapping[str, bytes],
 ) -> Path:
-    """Compile a program, and put what is known of it beside the code; ``path`` is as it was where that fails."""
+    """Compile programs, and put what is known of them beside the code; ``path`` is as it was where that fails."""
+    tables: dict[str, dict[str, str]] = {name: {} for name in models}
+    if manifest.bank is None:  # the table is of one adapter
+        tables = {n: {ENTRY: slot_table(_seen_from(m, n, manifest))} for n, m in models.items()}
     try:
         # Beside the target: there must be room for it here anyway.
         with replacing(path, "new.pt2") as new, _code_folder(new) as code:
-            _compiled(frozen, code, new, {ENTRY: slot_table(manifest)} if manifest.bank is None else {})
+            _compiled(models, code, new, tables)
             _package_file.write(new, Contents(manifest, tensors, carried))
     except OSError as error:
         raise CheckpointError(f"could not write {path}: {error}. What was there before is unchanged.") from error
@@ -146,7 +159,7 @@ def _code_folder(new: Path) -> Iterator[Path]:
 class Packer:
     """What goes into one package: a program with padded slots, its manifest, and tensors made of base weights."""
 
-    def __init__(self, program: AdaptedProgram, max_rank: int | None, products: str) -> None:
+    def __init__(self, program: ProgramCore, max_rank: int | None, products: str) -> None:
         self.program, self.max_rank, self.products = program, max_rank, products
         self.binding: Binding | None = program.current
         self.attachments = program.adaptation.attachments if self.binding is not None else ()
@@ -281,6 +294,20 @@ class Packer:
         return lifted.finish(), products
 
 
+def _part(model: ExportedProgram, whole: Manifest, outputs: Sequence[str]) -> PartOf:
+    """What a part takes, of what the whole does, and what it gives."""
+    inputs, known = Inputs.of(model, {}), {i.name: i for i in whole.inputs}
+    return PartOf([known[name] for name in inputs.names], dict(inputs.ranges), list(inputs.guards), list(outputs))
+
+
+def _seen_from(model: ExportedProgram, name: str, manifest: Manifest) -> Manifest:
+    """Of a part: its inputs, and the sites whose slots it has."""
+    if not manifest.parts:
+        return manifest
+    sites = [s for s in manifest.sites if all(fqn in model.state_dict for fqn in s.attachment.tensor_names)]
+    return replace(manifest, inputs=manifest.parts[name].inputs, sites=sites)
+
+
 def padded(a: Attachment, slot: str, value: Tensor, padding: Padding | None, shape: tuple[int, ...]) -> Tensor:
     """A copy with memory of its own: constants that share memory would be one constant."""
     if not _fits(value, padding, shape):
@@ -296,20 +323,25 @@ def _uniform(value: Tensor, spec: Slot) -> float | None:
     return spec.fill if bool((value == spec.fill).all()) else None
 
 
-def _compiled(program: ExportedProgram, code: Path, file: Path, metadata: dict[str, str]) -> None:
-    """An AOTInductor archive with these entries in its metadata, and everything the compiler leaves behind in ``code``.
-    Raises OSError where the disk is at fault."""
+def _compiled(
+    models: Mapping[str, ExportedProgram], code: Path, file: Path, metadata: Mapping[str, Mapping[str, str]]
+) -> None:
+    """An AOTInductor archive of these models with these entries in their metadata, and everything the compiler leaves
+    behind in ``code``. Raises OSError where the disk is at fault."""
     from torch._inductor import aot_compile
     from torch._inductor.package.package import package_aoti
 
-    args, kwargs = program.example_inputs  # type: ignore[misc]  # checked by the caller
+    files: dict[str, Any] = {}
     try:
         with GRAPHS, torch.no_grad():
-            module = program.module(check_guards=False)
-            options = {"aot_inductor.output_path": str(code), "aot_inductor.metadata": metadata}
-            files = aot_compile(module, args, kwargs, options={**OPTIONS, **options})
+            for name, program in models.items():
+                args, kwargs = program.example_inputs  # type: ignore[misc]  # checked by the caller
+                module, folder = program.module(check_guards=False), code / name
+                folder.mkdir()
+                options = {"aot_inductor.output_path": str(folder), "aot_inductor.metadata": dict(metadata[name])}
+                files[name] = aot_compile(module, args, kwargs, options={**OPTIONS, **options})
             with writing(file) as archive:
-                package_aoti(archive, files)  # type: ignore[arg-type]  # a list, as asked for
+                package_aoti(archive, files)  # lists, as asked for
     except Exception as error:
         if (full := _disk_error(error)) is not None:
             raise full from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch.export import ExportedProgram
 from adaptc.binding.binding import Binding
 from adaptc.errors import BackendError, ConfigError, shown
 from adaptc.methods import AdapterConfig
-from adaptc.packages.manifest import Manifest, Site
+from adaptc.packages.manifest import WHOLE, Manifest, Site
 from adaptc.packages.write import Packer, check_target, padded, write_package
 from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.lifted import Lifted
@@ -26,13 +27,21 @@ from adaptc.runtime.call_inputs import Inputs
 
 @exclusive
 def package_bank(
-    bank: Bank, path: Path, *, capacity: int | None = None, max_rank: int | None = None, products: str = "measured"
+    bank: Bank,
+    path: Path,
+    *,
+    capacity: int | None = None,
+    max_rank: int | None = None,
+    products: str = "measured",
+    tokenizer: Any = None,
 ) -> Path:
     """``capacity``: how many adapters there is room for, by default as many as the bank may hold, or else as it has,
     and one more; each costs its memory, and time in every call. ``max_rank``: the largest rank of any, by default the
     largest of those in it. All else, and errors, as for ``package_program``; ConfigError for a bank that is empty, or
     has more."""
     check_target(path, max_rank, products)
+    if tokenizer is not None:
+        raise ConfigError("a tokenizer goes into packages of what adaptc.compile_for_generation gives")
     members = dict(bank.adapters)
     if not members:
         raise ConfigError("the bank is empty: a package of it is made for adapters like those that are in it")
@@ -45,7 +54,7 @@ def package_bank(
     largest = max(members, key=ranks.__getitem__)
     wanted = max_rank or bank.max_rank or max(ranks.values()) or None
     frozen, manifest, tensors = _BankPacker(bank, members, members[largest], wanted, products, max(count, 2)).run()
-    return write_package(path, frozen, manifest, tensors, {})
+    return write_package(path, {WHOLE: frozen}, manifest, tensors, {})
 
 
 def _rank(b: Binding) -> int:

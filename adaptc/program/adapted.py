@@ -34,7 +34,7 @@ from adaptc.program.strength import Strengths
 from adaptc.program.unload import unloaded
 from adaptc.runtime.held_values import Held
 from adaptc.runtime.options import blocks_at_a_time
-from adaptc.runtime.packed_weights import PackedWeights
+from adaptc.runtime.packed_weights import PackedWeights, held_by
 from adaptc.runtime.product_table import choose, choose_for_gradient, wanted
 from adaptc.runtime.variants import Fusion
 
@@ -217,9 +217,12 @@ class AdaptedProgram(Strengths):
 
     @property
     def packed(self) -> PackedWeights:
-        """The packed copies that calls have made so far, where :attr:`pack` allows them."""
+        """The packed copies that calls have made so far, those of its parts too, where :attr:`pack` allows them."""
         executor = self.running.executor
-        return PackedWeights() if executor is None else executor.packed
+        if executor is None:
+            return PackedWeights()
+        parts = list(self.memory.parts.get(executor, {}).values())
+        return held_by(e.packing for e in (executor, *parts))
 
     @property
     def passes(self) -> dict[str, Trail]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,73 +26,19 @@ from adaptc.binding.source import as_binding
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError, did_you_mean, listing, shown
 from adaptc.passes.adapt.unload import Unload
 from adaptc.passes.ir.exclusive import GRAPHS
-from adaptc.passes.ir.low_rank_rows import SIDE_BY_SIDE
-from adaptc.program.bound import Bound, Keeping
+from adaptc.program.assigned import Assigned
+from adaptc.program.bound import Bound
 from adaptc.program.core import ProgramCore
 from adaptc.program.unload import unloaded
-from adaptc.rows.assignment import Mixes, check_known, coefficients, mixes_of, used
-from adaptc.rows.code import KEYWORD, RowsSource
+from adaptc.rows.assignment import Mixes, check_known, mixes_of, used
+from adaptc.rows.code import RowsSource
 from adaptc.rows.report import BankReport, bytes_of
-from adaptc.rows.stacks import stacked
+from adaptc.rows.stacks import Stack, stacked
 from adaptc.runtime.executor import Executor
 from adaptc.tables import size
 
 #: stacks that are kept: of the calls that differ most from each other in what they use
 STACKS = 2
-
-
-@dataclass(frozen=True, eq=False)
-class Stack:
-    """Adapters side by side: names and bindings by place, the number of places, and what code for so many reads."""
-
-    names: tuple[str, ...]
-    members: tuple[Binding, ...]
-    count: int
-    binding: Binding
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.binding.values.values())
-
-    def serves(self, names: tuple[str, ...], table: Mapping[str, Binding]) -> bool:
-        """Whether all that a call uses is here, as it is now, and not much else."""
-        own = dict(zip(self.names, self.members, strict=True))
-        return all(own.get(n) is table[n] for n in names) and len(self.names) <= 2 * len(names)
-
-
-class Assigned(Keeping):
-    """Made by :meth:`Bank.assigned`."""
-
-    def __init__(self, bank: Bank, mixes: Mixes, runs: Callable[..., Any] | Stack) -> None:
-        self._bank, self.mixes, self._runs = bank, mixes, runs
-        self.binding = replace(Binding.none(), source=", ".join(map(str, used(mixes))) or "the base")
-        self._coefficients: dict[int, Tensor] = {}
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        runs = self._runs
-        if not isinstance(runs, Stack):
-            return runs(*args, **kwargs)
-        first = self._bank.first(args, kwargs)
-        rows = len(self.mixes) if first is None else first.shape[self._bank.axis]
-        c = self._for(runs, rows)
-        positions = 1 if first is None or not rows else first.numel() // rows
-        code = self._bank.code(runs, positions * runs.count > SIDE_BY_SIDE)
-        return code(code.arguments(runs.binding), args, {**kwargs, KEYWORD: c})
-
-    def _for(self, stack: Stack, rows: int) -> Tensor:
-        found = self._coefficients.get(rows)
-        if found is None:
-            each, rest = divmod(rows, len(self.mixes))
-            if rest:
-                raise AdaptcError(f"adapters has {len(self.mixes)} entries, and the batch has {rows} rows")
-            mixes = tuple(mix for mix in self.mixes for _ in range(each))
-            found = coefficients(mixes, stack.names, stack.count, self.device)
-            self._coefficients = {rows: found}
-        return found
-
-    @property
-    def device(self) -> torch.device:
-        return self._bank.device
 
 
 class Bank:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import wraps
 from typing import Any, Self, TypeVar
 
@@ -28,6 +29,16 @@ class Holder(ABC):
     def program(self) -> Any:
         """The program inside, or the package of one. Raises AdaptcError where there is none that may be changed."""
 
+    @property
+    @abstractmethod
+    def runs(self) -> Any:
+        """What it calls: the program inside, or what is bound to it."""
+
+    @property
+    def binding(self) -> Any:
+        """The adapter that it calls it with."""
+        return self.runs.binding
+
     @abstractmethod
     def holding(self, program: AdaptedProgram) -> Self:
         """The same for another version of its program: merged, unloaded, lowered."""
@@ -44,6 +55,14 @@ class Holder(ABC):
     @abstractmethod
     def drawn(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """``options`` of verify with inputs, for a package of its program, which says too little of them."""
+
+    @abstractmethod
+    def divided(self) -> Mapping[str, Sequence[str]] | None:
+        """Part -> its outputs, of a program whose parts are called one at a time, also in a package."""
+
+    @abstractmethod
+    def notes(self) -> Sequence[str]:
+        """Lines of a report: what it does with its program."""
 
     @abstractmethod
     def as_program(self, model: Any) -> AbstractContextManager[Any]:
@@ -91,6 +110,11 @@ class Holder(ABC):
         return self.program
 
 
+def inside(value: Any) -> Any:
+    """What a holder calls; anything else as it is."""
+    return value.runs if isinstance(value, Holder) else value
+
+
 def of_programs(function: F) -> F:
     """:func:`through_holders` for a function that needs the graph, which packages have not: raises AdaptcError."""
 
@@ -120,5 +144,17 @@ def through_holders(function: F) -> F:
             return function(program, *args, **kwargs)
         found = function(program.program, *args, **kwargs)
         return program.holding(found) if isinstance(found, AdaptedProgram) else found
+
+    return taking  # type: ignore[return-value]
+
+
+def noted(function: F) -> F:
+    """``function``, which gives a report of a program, for holders, too: with their notes."""
+
+    @wraps(function)
+    def taking(program: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(program, Holder):
+            return function(program, *args, **kwargs)
+        return replace(function(program.program, *args, **kwargs), notes=tuple(program.notes()))
 
     return taking  # type: ignore[return-value]

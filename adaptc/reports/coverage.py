@@ -96,18 +96,21 @@ class CoverageReport(Report):
     origins: Mapping[str, Origin] = field(default_factory=dict)
     #: which adapters are off or scaled, in words
     strength: str = ""
+    #: of what holds the program, and generates with it
+    notes: tuple[str, ...] = ()
 
     @classmethod
     @exclusive
     def of(cls, program: AdaptedProgram, changes: bool = False) -> CoverageReport:
         training = next((m.products for m in list(program.memory.modules) if m.products), ())
+        packed = program.packed  # which the program itself knows of its parts
         program = program.snapshot()
         a = program.adaptation
         if not a.attachments:
             report = program.merge_report
             source = report.source if report else ""
-            made: dict[str, Any] = {k: getattr(program, k) for k in ("passes", "products", "packed")}
-            return cls((), {}, (), 0, base_parameters(program, ()), merged=source, **made)
+            made: dict[str, Any] = {k: getattr(program, k) for k in ("passes", "products")}
+            return cls((), {}, (), 0, base_parameters(program, ()), merged=source, packed=packed, **made)
         binding = program.binding
         seen: set[str] = set()
         sites = tuple(_site(program, binding, x, seen) for x in a.attachments)
@@ -117,7 +120,8 @@ class CoverageReport(Report):
         parts = binding.named
         kinds = " + ".join(dict.fromkeys(p.config.peft_type for p in parts.values()))
         names = ", ".join(parts)
-        made = {k: getattr(program, k) for k in ("held", "fusion", "passes", "products", "packed")}
+        made = {k: getattr(program, k) for k in ("held", "fusion", "passes", "products")}
+        made["packed"] = packed
         made["training"] = training
         made["norms"] = Norms.of(program, changes)
         made["origins"] = {n: p.origin for n, p in parts.items()}
@@ -139,7 +143,10 @@ class CoverageReport(Report):
         if not self.sites:
             how = f"it is plain, merged from {self.merged}" if self.merged else "it is a plain program"
             products = "".join(f"{text}\n" for text in (str(self.products), str(self.packed)) if text)
-            return [f"The program has no adapter: {how}.\n{products}{self.parameters_line()}{self._passes()}"]
+            return [
+                f"The program has no adapter: {how}.\n{products}{self.parameters_line()}{self._passes()}",
+                *self.notes,
+            ]
         changed = {s.fqn for s in self.sites if s.present}
         absent = sum(s.fqn not in changed for s in self.sites)
         head = f"{self.peft_type} adapter {self.adapter!r} ({self.source}): {len(self.sites)} sites"
@@ -151,13 +158,13 @@ class CoverageReport(Report):
         tables = [self._sites(), self._forms(), self._entries(), self._omitted(), *self.norms.parts()]
         line = self.parameters_line() + self._passes()
         products = [str(p) for p in (self.products, *self.training)]
-        return [head, *tables, str(self.held), str(self.fusion), *products, str(self.packed), line]
+        return [head, *self.notes, *tables, str(self.held), str(self.fusion), *products, str(self.packed), line]
 
     def data(self) -> dict[str, Any]:
         """``adapter``, ``peft_type``, ``source``, ``strength``, ``formats`` (adapter -> that of its file), ``merged``
         (from what), ``sites`` (one dict each), ``matches`` (target entry -> modules), ``left_out`` (module, why),
         ``trainable``, ``total``, ``products`` (one dict for each line), ``training`` (which products -> the same),
-        ``packed`` (count and bytes), ``passes`` and ``norms``."""
+        ``packed`` (count and bytes), ``passes``, ``norms`` and ``notes`` (lines)."""
         return {
             "adapter": self.adapter,
             "peft_type": self.peft_type,
@@ -175,6 +182,7 @@ class CoverageReport(Report):
             "packed": {"count": self.packed.count, "bytes": self.packed.nbytes},
             "passes": {where: [[name, count] for name, count in trail] for where, trail in self.passes.items()},
             "norms": self.norms.data(),
+            "notes": list(self.notes),
         }
 
     def _passes(self) -> str:

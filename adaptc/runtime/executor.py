@@ -37,7 +37,7 @@ from adaptc.runtime.gpu_variants import GpuVariants, runs_on_gpu
 from adaptc.runtime.held_values import Held, Prefix
 from adaptc.runtime.inductor import compile_lifted, with_room
 from adaptc.runtime.options import PACKS, RunOptions
-from adaptc.runtime.packed_weights import PackedWeights, Packs
+from adaptc.runtime.packed_weights import PackedWeights, Packs, held_by
 from adaptc.runtime.product_table import choose, wanted
 from adaptc.runtime.state import own_copies, written_to
 from adaptc.runtime.variants import PLAIN, Fusion, GraphVariants, LiftedGraph, sizes_of
@@ -95,7 +95,7 @@ class Executor:
         self._layouts = Layouts(self.module.graph, set(self.names), small, written) if self.compiles else None
         self._binding = threading.Lock()
         pack = options.pack if wanted() and not training else None
-        self._packing = None if pack is None else Packs(PACKS[pack])
+        self.packing = None if pack is None else Packs(PACKS[pack])
         self._packs: dict[str, list[list[str]]] = {}
         self._training = training
         self.variants = self._split()
@@ -124,7 +124,7 @@ class Executor:
             compiled=self.compiles,
             fuse=bool(fuse),
             differentiable=self._training,
-            pack=None if self._packing is None else self._packing.layer,
+            pack=None if self.packing is None else self.packing.layer,
             choose=None if self._training or not wanted() else choose_compiled if self.compiles else choose,
         )
         lowered = runs_on_gpu(tensors.values()) if kernels is None else kernels
@@ -145,7 +145,7 @@ class Executor:
     @property
     def packed(self) -> PackedWeights:
         """The copies of weights that calls have made so far."""
-        return PackedWeights() if self._packing is None else self._packing.packed
+        return held_by([self.packing])
 
     @property
     def fusion(self) -> Fusion:

@@ -10,7 +10,7 @@ copy.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary, ref
@@ -73,12 +73,13 @@ class Packs:
         self.layers.append(PackedLayer(choice.classes, kind, list(classes)))
         return self.layers[-1]
 
-    @property
-    def packed(self) -> PackedWeights:
-        """What is held now."""
-        made = {id(p): p for layer in self.layers for p in layer.copies}
-        nbytes = sum(p.numel() * p.itemsize for p in made.values())
-        return PackedWeights(len(made), nbytes, tuple(self.choices))
+
+def held_by(packs: Iterable[Packs | None]) -> PackedWeights:
+    """What several pieces of code hold now; None for one that packs nothing."""
+    found = [p for p in packs if p is not None]
+    made = {id(c): c for p in found for layer in p.layers for c in layer.copies}
+    nbytes = sum(c.numel() * c.itemsize for c in made.values())
+    return PackedWeights(len(made), nbytes, tuple(c for p in found for c in p.choices))
 
 
 class PackedLayer:

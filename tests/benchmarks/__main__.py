@@ -38,6 +38,7 @@ def main() -> None:
         if not quick:
             print(markdown(compiled.forward(sides, Path(folder), rounds)), "\n")
         print(markdown(generating.run(sides, 5, inductor=not quick)), "\n")
+        print(generating.memory(), "\n")
         del sides
     print("## Methods: SmolLM2-135M, float32, on all linear layers\n")
     print(methods.markdown(methods.run(rounds)))

@@ -18,6 +18,9 @@ from typing import Any
 import torch
 
 import adaptc
+from adaptc.generation.cache import cache_class
+from adaptc.generation.layout import CacheLayout
+from adaptc.tables import size
 from tests.benchmarks.against_peft import Sides
 from tests.benchmarks.harness import Row, interleave, machine, markdown
 from tests.benchmarks.model import tokens
@@ -88,9 +91,48 @@ def _floor(sides: Sides, gen: Any) -> float:
     return read / (memory.nbytes / best) * 1e3
 
 
+#: attention of models: (class, sizes of the cache, as their configs have them)
+_CACHES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama 3.2 1B": ("Llama", {"num_hidden_layers": 16, "num_key_value_heads": 8, "head_dim": 64}),
+    "mistral 7B v0.1": (
+        "Mistral",
+        {"num_hidden_layers": 32, "num_key_value_heads": 8, "head_dim": 128, "sliding_window": 4096},
+    ),
+    "gemma 2 2B": (
+        "Gemma2",
+        {"num_hidden_layers": 26, "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096},
+    ),
+    "gemma 3 1B": (
+        "Gemma3Text",
+        {"num_hidden_layers": 26, "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 512},
+    ),
+}
+
+
+def memory(positions: int = 8192) -> str:
+    """A table of the bytes of one row's cache in bfloat16: of every position, as transformers' static cache has them,
+    and as this one has. Nothing of the models but their caches has its size."""
+    import transformers
+
+    lines = [f"| a row of {positions} positions | all kept | StaticCache | adaptc |", "|---|---:|---:|---:|"]
+    for name, (family, cache) in _CACHES.items():
+        small: dict[str, Any] = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 8}
+        config = getattr(transformers, f"{family}Config")(**small, **cache, max_position_embeddings=positions)
+        model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config).to(torch.bfloat16)
+        layout = CacheLayout.of(model)
+        theirs = transformers.StaticCache(config=config, max_cache_len=positions)
+        heads, dim = cache["num_key_value_heads"], cache["head_dim"]
+        theirs.early_initialization(1, heads, dim, torch.bfloat16, torch.device("cpu"))
+        ours = cache_class()(layout, None, positions, torch.device("cpu"), layout.window)
+        ours.reserve(1, positions)
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in theirs.layers)
+        lines.append(f"| {name} | {size(layout.nbytes(1, positions))} | {size(held)} | {size(ours.nbytes)} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         load = os.getloadavg()[0]
         made = run(Sides(Path(folder)), int(os.environ.get("ROUNDS", "5")), "--inductor" in sys.argv)
     print(f"Measured on {machine()}, load {load:.1f} before and {os.getloadavg()[0]:.1f} after.\n")
-    print(markdown(made))
+    print(markdown(made), "\n\n", memory(), sep="")

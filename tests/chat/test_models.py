@@ -15,7 +15,7 @@ from adaptc.chat import models
 from adaptc.chat.models import How, opened
 from adaptc.chat.voices import Voices
 from tests.support.chats import SIZES, SPECIAL, Chats, silent
-from tests.support.families import VOCAB
+from tests.support.families import FAMILIES, VOCAB
 
 
 @pytest.fixture
@@ -160,6 +160,13 @@ def test_what_is_missing_is_named(chats: Chats, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no program")
     with pytest.raises(adaptc.CheckpointError, match="cannot be read as an exported program"):
         opened(tmp_path / "text", How())
+
+
+def test_models_with_an_encoder_do_not_talk(chats: Chats, tmp_path: Path) -> None:
+    chats.opened.tokenizer.save_pretrained(tmp_path)
+    FAMILIES["t5"].build().save_pretrained(tmp_path)
+    with pytest.raises(adaptc.CheckpointError, match=r"holds a model with an encoder \(t5\)"):
+        opened(tmp_path, How(max_length=33))
 
 
 def test_options_are_checked_before_anything_is_read(chats: Chats) -> None:

@@ -60,17 +60,6 @@ def test_a_directory_of_a_tokenizer(tmp_path: Path) -> None:
     assert "tokenizer/model.safetensors" not in files
 
 
-def test_encoders_are_refused() -> None:
-    gen = generator()
-
-    class Config:
-        is_encoder_decoder, model_type = True, "t5"
-
-    facts = type(gen.facts)(**{**vars(gen.facts), "config": Config()})
-    with pytest.raises(adaptc.ConfigError, match="t5 has an encoder, and packages are of models that are decoders"):
-        type(gen)(gen.program, facts).carried(None)
-
-
 @pytest.fixture
 def no_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading the code of a package fails the test."""

@@ -24,7 +24,7 @@ def test_pieces_are_one_prompt(length: int, before: int, keep: int, embeds: bool
         draw = torch.Generator().manual_seed(length)
         new = {"inputs_embeds": torch.randn(2, length, gen.facts.width, generator=draw)}
 
-    def run() -> tuple[torch.Tensor, list[torch.Tensor], int]:
+    def run() -> tuple[torch.Tensor, Any, int]:
         past = gen.new_cache()
         if before:
             gen.forward(ids[:, :before], mask[:, :before], positions[:, :before], past)
@@ -35,16 +35,18 @@ def test_pieces_are_one_prompt(length: int, before: int, keep: int, embeds: bool
             past_key_values=past,
             logits_to_keep=keep,
         )
-        return out.logits, past.tensors, past.length
+        return out.logits, past, past.length
 
-    logits, tensors, filled = run()
+    logits, whole, filled = run()
     with patch.object(pieces, "PIECE", 4), patch.object(pieces, "_call", wraps=pieces._call) as call:
         found = run()
     assert (call.call_count > 1 + bool(before)) == (length > 4 and 0 < keep <= 4)
     seen = mask[:, before:].bool()[:, -keep:] if keep else mask[:, before:].bool()
     torch.testing.assert_close(found[0][seen], logits[seen], rtol=1e-4, atol=1e-5)
-    valid = mask.bool()
-    for a, b in zip(found[1], tensors, strict=True):
-        a, b = (t[:, :, :filled].transpose(1, 2)[valid] for t in (a, b))
+    kept = torch.arange(max(whole.first, found[1].first), filled)
+    assert len(kept) == min(filled, gen.facts.window)
+    valid = mask.bool()[:, kept]
+    for a, b in zip(found[1].tensors, whole.tensors, strict=True):
+        a, b = (t[:, :, kept % t.shape[2]].transpose(1, 2)[valid] for t in (a, b))
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert found[2] == filled == before + length

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import wraps
 from typing import Any
 
 import pytest
@@ -107,23 +106,6 @@ def test_sizes_that_make_no_sense(how: dict[str, Any], message: str) -> None:
 def test_models_that_do_not_generate() -> None:
     with pytest.raises(adaptc.CaptureError, match="takes a transformers model, not a Linear"):
         adaptc.compile_for_generation(torch.nn.Linear(3, 5), adaptc.LoraConfig())
-
-
-class Forgetful(transformers.LlamaForCausalLM):
-    """Goes on from a cache in another way than from the text itself."""
-
-    @wraps(transformers.LlamaForCausalLM.forward)
-    def forward(self, *args: Any, use_cache: bool | None = None, **kwargs: Any) -> Any:
-        out = super().forward(*args, use_cache=use_cache, **kwargs)
-        if use_cache:
-            out.logits = out.logits.flip(-1)
-        return out
-
-
-def test_a_model_that_says_something_else_with_a_cache_is_refused() -> None:
-    model = Forgetful(case("llama").model.config).eval()
-    with pytest.raises(adaptc.CaptureError, match="does not say with a cache of fixed room what it says without one"):
-        adaptc.compile_for_generation(model, adaptc.LoraConfig(target_modules="all-linear"))
 
 
 def test_batches_in_pages_are_refused() -> None:

@@ -1,0 +1,105 @@
+"""The step that a causal model can be captured as: the first of three that says what the model says.
+
+Before: a model, and how programs are made of it. After: its step program and the facts of it, with a cache that has
+room for more, else with one whose room ends with the step's tokens, else without a cache; or a CaptureError with what
+each of these failed at.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from adaptc.errors import AdaptcWarning, CaptureError, ConfigError
+from adaptc.generation.facts import EXACT, NOTHING, ROOM, STATE, WINDOW, Facts
+from adaptc.generation.layout import CacheLayout, StateLayout, eval_mode
+from adaptc.generation.prove import prove
+from adaptc.generation.step import Step
+from adaptc.generation.ways import stepping_as
+from adaptc.program.adapted import AdaptedProgram
+from adaptc.program.unload import unloaded
+
+_LONGEST = 300
+_CALLED = {
+    WINDOW: "a step with rings",
+    ROOM: "a step with its cache",
+    EXACT: "a step with a cache that ends with it",
+    STATE: "a step with its state",
+    NOTHING: "a step without a cache",
+}
+
+
+def captured_step(
+    model: Any,
+    capture: Callable[[Step], AdaptedProgram],
+    facts_of: Callable[[CacheLayout, int], dict[str, Any]],
+    max_length: int,
+    positions: int | None,
+) -> tuple[AdaptedProgram, Facts]:
+    """``capture``: makes a program of the model as a step; ``facts_of``: what is known of any step with such a cache
+    of so many positions. ``positions``: how many the model has, if it says so. Warns where there is no cache. Raises
+    CaptureError, and ConfigError for more positions than the step can have."""
+    failed: list[CaptureError] = []
+    try:
+        layout = CacheLayout.of(model)
+    except CaptureError as error:
+        layout = None
+        failed.append(error)
+    # A model that has a table of as many positions as it is for takes another branch where all of them are used. The
+    # last token of a text is never given to a step, so one less is enough for every text.
+    short = None if positions is None else positions - 1
+    ways = [(NOTHING, None), (NOTHING, short)]
+    if isinstance(layout, StateLayout):
+        ways = [(STATE, None), *ways]
+    elif layout is not None:
+        ways = [*([] if layout.window is None else [(WINDOW, None)]), (ROOM, None), (EXACT, short), *ways]
+    for keeps, most in ways:
+        held = layout if keeps != NOTHING and layout is not None else CacheLayout((), model.dtype)
+        try:
+            program, step = _captured(model, capture, keeps, held, most)
+        except CaptureError as error:
+            failed.append(error)
+            continue
+        known = facts_of(held, max_length if most is None else _bounded(max_length, most, positions))
+        takes = step.example_inputs
+        why = _short(failed[0]) if failed else ""
+        facts = Facts(**known, positions="position_ids" in takes, embeds="inputs_embeds" in takes, keeps=keeps, why=why)
+        try:
+            with eval_mode(model):
+                prove(model, unloaded(program).module(check_guards=False), facts)
+        except CaptureError as error:
+            failed.append(error)
+            continue
+        if keeps == NOTHING:
+            warnings.warn(
+                f"{type(model).__name__} generates without a cache, so each token takes the time of the whole text: "
+                f"{why}",
+                AdaptcWarning,
+                stacklevel=6,
+            )
+        return program, facts
+    first, last = failed[0], failed[-1]
+    raise CaptureError(f"{first}. Nor without a cache: {last}" if last is not first else str(first)) from first
+
+
+def _captured(
+    model: Any, capture: Callable[[Step], AdaptedProgram], keeps: str, layout: CacheLayout, most: int | None
+) -> tuple[AdaptedProgram, Step]:
+    with stepping_as(model, keeps, layout, most) as step:
+        try:
+            return capture(step), step
+        except CaptureError as error:
+            raise CaptureError(f"{type(model).__name__} cannot be captured as {_CALLED[keeps]}: {error}") from error
+
+
+def _bounded(asked: int, most: int, positions: int | None) -> int:
+    if asked > most and asked != positions:
+        raise ConfigError(f"max_length={asked} is more than the {most} positions that a step of this model can have")
+    return min(asked, most)
+
+
+def _short(error: CaptureError) -> str:
+    """What it says, without the advice, which is for captures that are final."""
+    text = str(error).partition(" What to try:")[0].strip()
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

@@ -1,0 +1,17 @@
+"""Which class generates with a program, by what is known of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from adaptc.generation.cross_facts import CrossFacts
+from adaptc.generation.encoder_decoder import encoder_decoder_class
+from adaptc.generation.facts import Facts
+from adaptc.generation.generator import Generator, generator_class
+
+
+def generator_of(runs: Any, facts: Facts) -> Generator:
+    """``runs``: a program, or a package of one."""
+    if isinstance(facts, CrossFacts):
+        return encoder_decoder_class(facts.features is not None)(runs, facts)
+    return generator_class()(runs, facts)

@@ -1,0 +1,146 @@
+"""The step of a model that keeps a state instead of keys and values (Mamba): one token, and the state after it.
+
+Before: a causal transformers model whose layers keep the last inputs of a convolution and the state of a recurrence.
+After, inside :func:`stepping_states`: the same module, whose ``forward`` takes plain tensors alone. A text is read
+token by token, since what reads several at once is a loop that a capture unrolls for one number of them.
+
+    input_ids  (batch, 1)  int64
+    seen       (batch,)    bool: rows whose token counts; the state of others stays as it was, as if they had none
+    state_i    (batch, ...)  of each layer, written in place
+    -> logits  (batch, 1, vocabulary)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from adaptc.capture.replaced_forward import keyword, replaced_forward
+from adaptc.errors import AdaptcError, CaptureError
+from adaptc.generation.cache import StepCache
+from adaptc.generation.layout import StateLayout
+from adaptc.generation.step import Step
+
+_ROWS = 3
+
+
+@contextlib.contextmanager
+def stepping_states(model: nn.Module, layout: StateLayout) -> Iterator[Step]:
+    """``model`` as its step; as it was afterwards. Raises CaptureError for a model whose forward takes no cache."""
+    takes = inspect.signature(model.forward).parameters
+    past = next((n for n in ("cache", "cache_params", "past_key_values") if n in takes), None)
+    if past is None:
+        raise CaptureError(f"the forward of {type(model).__name__} takes no cache, so it cannot go on from one")
+    step, original = _example(model, layout), model.forward
+
+    def forward(input_ids: Tensor, seen: Tensor, **states: Tensor) -> Tensor:
+        # The model writes to what it is given; rows without a token keep what they had.
+        made = [states[name].clone() for name in layout.names]
+        logits = original(input_ids=input_ids, use_cache=True, **{past: _held(layout, made)}).logits
+        for name, new in zip(layout.names, made, strict=True):
+            old = states[name]
+            old.copy_(torch.where(seen.view(-1, *[1] * (new.ndim - 1)), new, old))
+        return logits
+
+    with replaced_forward(model, forward, list(map(keyword, step.example_inputs))):
+        yield step
+
+
+def _example(model: nn.Module, layout: StateLayout) -> Step:
+    device, rows = next(model.parameters()).device, Dim("rows")
+    inputs = {
+        "input_ids": torch.arange(_ROWS, device=device)[:, None].contiguous(),
+        "seen": torch.ones(_ROWS, dtype=torch.bool, device=device),
+        **layout.zeros(_ROWS, device),
+    }
+    return Step(inputs, {name: {0: rows} for name in inputs})
+
+
+def _held(layout: StateLayout, tensors: list[Tensor]) -> Any:
+    """A cache of transformers on these tensors, of a text that was begun."""
+    from transformers.cache_utils import Cache, LinearAttentionLayer
+
+    layers: list[Any] = []
+    for state, tensor in zip(layout.states, tensors, strict=True):
+        if state.layer == len(layers):
+            layers.append(LinearAttentionLayer(number_of_states=layout.kept_by(state.layer)))
+        layer = layers[state.layer]
+        getattr(layer, state.kind)[state.index] = tensor
+        getattr(layer, f"is_{state.kind}_initialized")[state.index] = True
+        layer.has_previous_state[state.index] = True
+        if state.kind == "conv_states":
+            layer.conv_kernel_size[state.index] = tensor.shape[-1]
+        layer.dtype, layer.device = tensor.dtype, tensor.device
+    return Cache(layers=layers)
+
+
+def run_states(
+    step: Callable[..., Any], past: StepCache, inputs: Mapping[str, Tensor], tokens: int, keep: int | Tensor
+) -> Tensor:
+    """As ``pieces.run``, of a cache that holds a state."""
+    before, ids = past.length, inputs["input_ids"]
+    wanted = range(max(tokens - keep, 0) if keep else 0, tokens) if isinstance(keep, int) else keep.tolist()
+    states = dict(zip(past.layout.names, past.tensors, strict=True))
+    logits: dict[int, Tensor] = {}
+    for i in range(tokens):
+        found = step(input_ids=ids[:, i : i + 1].contiguous(), seen=past.mask[:, before + i].bool(), **states)
+        past.wrote(before + i + 1)
+        if i in wanted:
+            logits[i] = found
+    return torch.cat([logits[i] for i in wanted], 1)
+
+
+class StateCache(StepCache):
+    """What was read, as a state of a size that no length changes: nothing of it can be taken back."""
+
+    layout: StateLayout  # type: ignore[assignment]
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    def __len__(self) -> int:
+        return self.layout.states[-1].layer + 1
+
+    def reserve(self, rows: int, length: int) -> None:
+        if not self.tensors:
+            self.rows = rows
+            self.tensors = list(self.layout.zeros(rows, self.device).values())
+        if length > self.mask.shape[1]:
+            wider = torch.ones(rows, min(max(2 * length, 64), self.max_length), dtype=torch.int64, device=self.device)
+            if self.length:
+                wider[:, : self.length] = self.mask[:, : self.length]
+            self.mask = wider
+
+    def can_crop(self, length: int) -> bool:
+        return length in (0, self.length)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        left = min(self.length, tokens_to_remove) if tokens_to_remove > 0 else max(0, self.length + tokens_to_remove)
+        if not self.can_crop(left):
+            raise AdaptcError(
+                f"a state of {self.length} positions cannot be taken back to {left}: compute the text again with "
+                "gen.prefill(input_ids), and keep copies of what you go on from"
+            )
+        if left == 0:
+            self.reset()
+
+    def reset(self) -> None:
+        super().reset()
+        for t in self.tensors:
+            t.zero_()
+
+
+@cache
+def state_cache_class() -> type:
+    """:class:`StateCache` that is a ``transformers.Cache``."""
+    from transformers.cache_utils import Cache
+
+    return type("StateCache", (StateCache, Cache), {"__module__": __name__, "__hash__": object.__hash__})

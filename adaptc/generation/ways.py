@@ -1,0 +1,52 @@
+"""How a step is captured and called, by what it keeps of the tokens before its own (``facts.KEEPS``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptc.generation.cache import StepCache, cache_class
+from adaptc.generation.facts import EXACT, NOTHING, STATE, WINDOW, Facts
+from adaptc.generation.layout import CacheLayout, StateLayout
+from adaptc.generation.pieces import run
+from adaptc.generation.state_step import run_states, state_cache_class, stepping_states
+from adaptc.generation.step import Step, stepping
+from adaptc.generation.whole_step import TEXT, run_whole, stepping_whole
+
+
+def stepping_as(
+    model: nn.Module, keeps: str, layout: CacheLayout, most: int | None = None
+) -> AbstractContextManager[Step]:
+    """A context in which ``model`` is its step; see ``stepping``."""
+    if keeps == NOTHING:
+        return stepping_whole(model, most)
+    if isinstance(layout, StateLayout):
+        return stepping_states(model, layout)
+    return stepping(model, layout, most, rings=keeps == WINDOW)
+
+
+def run_as(
+    facts: Facts,
+    step: Callable[..., Any],
+    past: StepCache,
+    inputs: Mapping[str, Tensor],
+    tokens: int,
+    keep: int | Tensor,
+) -> Tensor:
+    """The logits of new tokens, which are in the cache afterwards; see ``pieces.run``."""
+    if facts.keeps == NOTHING:
+        return run_whole(step, past, inputs, tokens, keep)
+    if facts.keeps == STATE:
+        return run_states(step, past, inputs, tokens, keep)
+    return run(step, past, inputs, tokens, keep, facts.keeps == EXACT)
+
+
+def cache_for(facts: Facts, device: torch.device) -> StepCache:
+    """One with nothing in it."""
+    layout = TEXT if facts.keeps == NOTHING else facts.layout
+    made = state_cache_class() if facts.keeps == STATE else cache_class()
+    return made(layout, facts, facts.max_length, device, facts.window)

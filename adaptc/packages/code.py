@@ -1,0 +1,87 @@
+"""The compiled code of a package, or of one part of it: called as the program that it was made from.
+
+Before: what torch loaded, and what the manifest says of its inputs. After: calls with any adapter that fits the
+package, whose arguments are checked against the sizes that the code was compiled for, and laid as it takes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptc.errors import AdaptcError, BackendError
+from adaptc.packages.constants import Constants, Fitted
+from adaptc.packages.manifest import Input
+from adaptc.passes.ir.trees import pytree
+from adaptc.pt2_files.containers import check_registered, read_tree
+from adaptc.pt2_files.refusal import Refused, shown_path
+from adaptc.runtime.call_inputs import Inputs
+from adaptc.runtime.layouts import laid, write_back
+
+
+class Code:
+    """``loader``: torch's, with its one set of constants; of these the code has those that ``names`` says.
+    ``constants`` runs it with any of their values."""
+
+    def __init__(
+        self,
+        path: Path,
+        loader: Any,
+        inputs: Sequence[Input],
+        header: Mapping[str, Any],
+        ranges: Mapping[str, tuple[float, float]],
+        guards: Sequence[str],
+        shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        device: torch.device,
+        first: Fitted | None,
+    ) -> None:
+        self.names = frozenset(loader.get_constant_fqns())
+        own = {fqn: shape for fqn, shape in shapes.items() if fqn in self.names}
+        self.constants, self._device, self._adapted = Constants(loader, own, device, first), device, bool(own)
+        specs = loader.get_call_spec()
+        _check_specs(path, specs)
+        spec = pytree.treespec_loads(specs[0])
+        self._inputs = inputs
+        self.inputs = checker(spec, inputs, header, ranges, guards)
+        self._out_spec = pytree.treespec_loads(specs[1])
+
+    def run(self, adapter: Fitted | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The outputs with an adapter of the package."""
+        flat = self.inputs(args, kwargs)
+        given = [(v, i) for v, i in zip(flat, self._inputs, strict=True) if i.tensor is not None]
+        taken = [self._arranged(v, i) for v, i in given]
+        written = [(v, new, i) for (v, i), new in zip(given, taken, strict=True) if i.written and new is not v]
+        out = self.constants.run(adapter if self._adapted else None, taken)
+        for value, new, want in written:
+            write_back(value, new, repr(want.name))
+        return pytree.tree_unflatten(out, self._out_spec)
+
+    def _arranged(self, value: Tensor, want: Input) -> Tensor:
+        """In the memory layout of the example inputs, which the code takes for granted."""
+        if value.device.type != self._device.type:
+            raise AdaptcError(f"input {want.name!r} is on {value.device}, and the package runs on {self._device}")
+        return laid(value, want.order)
+
+
+def checker(
+    spec: Any,
+    inputs: Sequence[Input],
+    header: Mapping[str, Any],
+    ranges: Mapping[str, tuple[float, float]],
+    guards: Sequence[str],
+) -> Inputs:
+    """What flattens and checks arguments that lie as ``spec`` says."""
+    expected = [(i.name, i.constant if i.tensor is None else i.tensor) for i in inputs]
+    return Inputs(spec, header["fills"], expected, ranges, guards, header.get("takes", ()))
+
+
+def _check_specs(path: Path, specs: list[str]) -> None:
+    """Check the trees of inputs and outputs, and import the types of transformers in them, which registers them."""
+    try:
+        check_registered({name for spec in specs for name in read_tree(spec).types})
+    except Refused as error:
+        raise BackendError(f"{shown_path(path)}: {error}") from error

@@ -1,0 +1,85 @@
+"""Commands on what generates text: compiled, packaged with its tokenizer, talked to, merged and shown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import adaptc
+from adaptc.cli import app
+from tests.generation.models import case, generated, prompt
+from tests.generation.packaged import tokenizer
+from tests.test_cli import call, refused
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, its tokenizer, and a program that generates."""
+    folder = tmp_path_factory.mktemp("generating")
+    found = case("llama")
+    found.model.save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    out = call(
+        "compile", folder / "model", found.adapters["first"], "-o", folder / "gen.pt2", "--generate", "--max-length", 48
+    ).stdout
+    assert "cache: 2 layers, 256 B for each row and position" in out
+    return folder
+
+
+@pytest.fixture(scope="module")
+def package(made: Path) -> Path:
+    path = made / "package.pt2"
+    call("package", made / "gen.pt2", "-o", path, "--max-rank", 5, "--tokenizer", made / "model")
+    return path
+
+
+def test_a_program_that_generates(made: Path, tmp_path: Path) -> None:
+    found, text = case("llama"), prompt(2, 5)
+    gen = adaptc.load(made / "gen.pt2")
+    assert (gen.facts.max_batch, gen.facts.max_length) == (8, 48)
+    assert torch.equal(generated(gen, text), found.expected("first", text))
+    call("swap", made / "gen.pt2", found.adapters["second"], "-o", tmp_path / "second.pt2")
+    assert torch.equal(generated(adaptc.load(tmp_path / "second.pt2"), text), found.expected("second", text))
+    assert "merged 14 weights" in call("merge", made / "gen.pt2", "-o", tmp_path / "merged.pt2").stdout
+    assert torch.equal(generated(adaptc.load(tmp_path / "merged.pt2"), text), found.expected("first", text))
+    assert "no adapter" in call("show", tmp_path / "merged.pt2").stdout
+    call("verify", made / "gen.pt2", "--runs", 1)
+
+
+def test_a_package_that_generates(made: Path, package: Path) -> None:
+    found, loaded, text = case("llama"), adaptc.load_package(package), prompt(2, 5)
+    assert torch.equal(generated(loaded, text), found.expected("first", text))
+    assert loaded.tokenizer.get_vocab() == tokenizer().get_vocab()
+    shown: Any = json.loads(call("show", package, "--json").stdout)
+    assert shown["notes"] == ["cache: 2 layers, 256 B for each row and position"]
+
+
+def test_a_chat_with_a_package(package: Path) -> None:
+    """With the tokenizer that is in it, and adapters that are named."""
+    words = ["chat", str(package), "--greedy", "--max-new-tokens", "4"]
+    words += [f"--adapter=second={case('llama').adapters['second']}"]
+    typed = "w9 w12\n/adapter own\nw9 w12\n/base\nw9\n/quit\n"
+    result = CliRunner().invoke(app, words, input=typed, env={"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"})
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert len(lines) == 5
+    assert lines[1].startswith("adapter own: swapped in")
+    assert lines[3] == "the base"
+    assert all(word.startswith("w") for word in " ".join(lines[::2]).split())
+    assert "error" not in result.stderr
+
+
+def test_what_makes_no_sense_is_refused(made: Path, tmp_path: Path) -> None:
+    out, adapter = tmp_path / "out.pt2", case("llama").adapters["first"]
+    for options in (("--max-length", 9), ("--max-batch", 2), ("--generate", "--training")):
+        call("compile", made / "model", adapter, "-o", out, *options, code=2)
+    refused("compile", made / "gen.pt2", adapter, "-o", out, "--generate", said="gen.pt2")
+    refused("package", made / "gen.pt2", "-o", out, "--tokenizer", tmp_path, said="has no tokenizer that can be read")
+    plain = adaptc.save(adaptc.load(made / "gen.pt2").program, tmp_path / "plain.pt2")
+    refused("package", plain, "-o", out, "--tokenizer", made / "model", said="a tokenizer goes into packages of what")
+    assert not out.exists()
