@@ -359,12 +359,12 @@ def package(
 ) -> Path:
     """Compile ahead of time with AOTInductor into one file with swappable adapters; see ``adaptc.packages.write``.
 
-    The file is machine code, which runs when it is loaded. ``products``: "measured" computes the base's layers by what
-    is fastest on this machine, "plain" by torch alone.
+    The file is machine code, which runs when it is loaded. ``products``: "measured" computes the base by what is
+    fastest on this machine, "plain" by torch.
 
     Of what generates it holds the step (and the encoder), its generation config, and ``tokenizer``: one of
     transformers, or the directory of one. Of a bank it has room for ``capacity`` adapters, by default one more than
-    there are, and :func:`load_package` gives a bank again. ConfigError for either where it does not belong.
+    there are, and :func:`load_package` gives one again. ConfigError for either where it does not belong.
     """
     inside: Any = program
     carried = parts = None
@@ -372,7 +372,7 @@ def package(
         options = {"capacity": capacity, "max_rank": max_rank, "products": products, "tokenizer": tokenizer}
         return package_bank(program, Path(path), **options)
     if capacity is not None:
-        raise ConfigError(f"capacity={shown(capacity)} is for packages of a bank; a program has one adapter")
+        raise ConfigError(f"capacity={shown(capacity)} is for packages of a bank")
     if isinstance(program, Holder):
         inside, carried, parts = program.program, program.carried(tokenizer), program.divided()
     elif tokenizer is not None:
