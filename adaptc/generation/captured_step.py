@@ -49,7 +49,7 @@ def captured_step(
     # A model that has a table of as many positions as it is for takes another branch where all of them are used. The
     # last token of a text is never given to a step, so one less is enough for every text.
     short = None if positions is None else positions - 1
-    ways = [(NOTHING, None), (NOTHING, short)]
+    ways = [(NOTHING, None), *([] if short is None else [(NOTHING, short)])]
     if isinstance(layout, StateLayout):
         ways = [(STATE, None), *ways]
     elif layout is not None:
