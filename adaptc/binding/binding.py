@@ -66,7 +66,7 @@ class Binding:
             counts: dict[float, int] = {}
             for factor in part.factors.values():
                 counts[factor] = counts.get(factor, 0) + 1
-            told += [f"{name!r} is scaled by {factor:g} at {n} sites" for factor, n in counts.items()]
+            told += [f"{name!r} is scaled by {f:g} at {n} site{'s' if n > 1 else ''}" for f, n in counts.items()]
         return ", ".join(told)
 
     def summary(self, there: int = 0) -> str:

@@ -62,6 +62,8 @@ class PackageReport(Report):
     products: tuple[Mapping[str, Any], ...] = ()
     #: of what generates with it
     notes: tuple[str, ...] = ()
+    #: how the adapter is scaled, in words
+    strength: str = ""
 
     @classmethod
     def of(cls, package: PackagedProgram) -> PackageReport:
@@ -108,6 +110,7 @@ class PackageReport(Report):
             inputs=inputs,
             ranges={n: bounds for n, bounds in m.ranges.items() if n in used},
             products=tuple(m.products),
+            strength="" if now is None else now.strength(),
         )
 
     def parts(self) -> list[str | Table]:
@@ -119,13 +122,14 @@ class PackageReport(Report):
             absent = sum(not s.present for s in self.sites)
             adapter = f"{self.peft_type} adapter ({self.adapter}): {len(self.sites)} sites"
             adapter += f", {absent} of them left at the base" if absent else ""
+            adapter += f"; {self.strength}" if self.strength else ""
         chosen = [f"products: {p['count']} by {p['kind']} at any rows ({p['why']})" for p in self.products]
         return ["\n".join([head, adapter, *chosen, *self.notes]), self._sites(), self._inputs(), self._ranges()]
 
     def data(self) -> dict[str, Any]:
-        """``path``, ``device``, ``torch``, ``bytes``, ``adapter``, ``peft_type``, ``sites`` and ``inputs`` (one dict
-        each), ``ranges`` (size -> least and greatest, None for any), ``products`` (one dict for each line), ``notes``
-        (lines)."""
+        """``path``, ``device``, ``torch``, ``bytes``, ``adapter``, ``peft_type``, ``strength``, ``sites`` and
+        ``inputs`` (one dict each), ``ranges`` (size -> least and greatest, None for any), ``products`` (one dict for
+        each line), ``notes`` (lines)."""
         return {
             "path": str(self.path),
             "device": self.device,
@@ -133,6 +137,7 @@ class PackageReport(Report):
             "bytes": self.nbytes,
             "adapter": self.adapter,
             "peft_type": self.peft_type,
+            "strength": self.strength,
             "sites": [plain(vars(s)) for s in self.sites],
             "inputs": [
                 {"name": i.name, "dtype": None if i.dtype is None else dtype_name(i.dtype), "sizes": plain(i.sizes)}

@@ -83,6 +83,10 @@ def test_a_package_is_made_with_the_factors_of_its_program(both: tuple[Any, Any]
     package = adaptc.load_package(adaptc.package(ours, tmp_path / "scaled.pt2", max_rank=3))
     same(ours, package)
     assert package.binding.factors == ours.binding.factors
+    said = "'default' is scaled by -0.5 at 1 site, 'default' is scaled by 2 at 1 site"
+    assert adaptc.report(package).data()["strength"] == said
+    assert said in str(adaptc.report(package))
+    assert ours.binding.strength() == said
     for p in (ours, package):
         p.set_scale(1)
     same(ours, package)
