@@ -8,22 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 from torch.export import ExportedProgram
 
 from adaptc.binding.binding import Binding
-from adaptc.errors import TargetError
+from adaptc.errors import AdaptcError, ConfigError, TargetError
 from adaptc.passes.adapt.inject_rows import InjectRows, around, check_site, read_at
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.exclusive import exclusive
-from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.lifted import Lifted, user_inputs
 from adaptc.passes.ir.ops import Op, operands
 from adaptc.passes.ir.rows import InRows, RowAxis
+from adaptc.passes.ir.trees import pytree
 from adaptc.rows.locate import Rows, locate, rows_of
 from adaptc.runtime.call_inputs import Inputs
 from adaptc.runtime.executor import Executor
 from adaptc.runtime.options import RunOptions
+from adaptc.runtime.state import written_to
 
 #: the name of the coefficients among the inputs
 KEYWORD = "adapter_coefficients"
@@ -57,6 +60,7 @@ class RowsSource:
         training: bool,
     ) -> RowsSource:
         """Raises TargetError, which names the site, where rows cannot have adapters of their own."""
+        _check_names(program)
         rows, lifted = rows_of(program), Lifted(program, edit=False)
         wanted: dict[str, Attachment] = {}
         for a in attachments:
@@ -75,6 +79,40 @@ class RowsSource:
             )
         return cls(program, attachments, ops, base, rows, axes, fills, takes, training)
 
+    @property
+    def written(self) -> frozenset[str]:
+        """FQNs of base tensors that calls write to."""
+        lifted = Lifted(self.program, edit=False)
+        names = written_to(self.program.graph)
+        found = {f for f, node in lifted.placeholders.items() if node.name in names}
+        outputs = self.program.graph_signature
+        mutated = {*outputs.buffers_to_mutate.values(), *outputs.parameters_to_mutate.values()}
+        return frozenset((found | mutated) & self.base.keys())
+
+    def check_call(self, count: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Raises AdaptcError for a call with so many entries for rows whose batch has another number of them. What else
+        is wrong with it the call itself says."""
+        if KEYWORD in kwargs:
+            raise AdaptcError(f"{KEYWORD!r} is made of adapters=[...], and is not given to a bank")
+        name, axis = self.rows.of
+        value = self._given(name, args, kwargs)
+        if isinstance(value, Tensor) and value.ndim > axis and value.shape[axis] != count:
+            raise AdaptcError(
+                f"adapters has {count} entries, and {name!r} has {value.shape[axis]} rows: give one for each row, None "
+                "for the base"
+            )
+
+    def _given(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What a call has for one input, by its place among all where inputs lie in one another."""
+        if name in kwargs:
+            return kwargs[name]
+        if name in (places := list(self.takes)) and places.index(name) < len(args):
+            return args[places.index(name)]
+        spec = self.program.call_spec.in_spec
+        names = [] if spec is None else spec.children()[1].context or []
+        flat, found = pytree.tree_flatten((args, {n: kwargs[n] for n in names if n in kwargs}))
+        return flat[list(user_inputs(self.program)).index(name)] if found == spec else None
+
     def exported(self, stack: Binding, count: int) -> ExportedProgram:
         """The program with coefficients, of the adapters in ``stack``: plain ATen, for whoever takes those."""
         inject = InjectRows(self.attachments, stack.values, self.axes, self.rows.of, count, KEYWORD)
@@ -87,3 +125,15 @@ class RowsSource:
         many = [replace(a, method=InRows(a.method, count)) for a in self.attachments]
         inputs = Inputs.of(program, self.fills, self.takes)
         return Executor(program, many, self.ops, replace(options, kernels=False), inputs, self.training, self.base)
+
+
+def _check_names(program: ExportedProgram) -> None:
+    """Raises ConfigError for a program with an input that is called as what rows are told by."""
+    spec = program.call_spec.in_spec
+    keywords = () if spec is None else spec.children()[1].context or ()
+    taken = ({"adapters"} & set(keywords)) | ({KEYWORD} & set(user_inputs(program)))
+    for name in sorted(taken):
+        raise ConfigError(
+            f"the program has an input called {name!r}, and calls of a bank have another of that name: capture the "
+            "model with that input under another name"
+        )

@@ -4,7 +4,7 @@ Before: a program, and the nodes to be looked at. After: a :class:`RowAxis` for 
 Symbolic sizes say which axes there may be: one whose size is the number of rows, or a multiple of it, with each row's
 share in one stretch or spread evenly. Which of these it is, and whether rows mix (statistics over the batch, attention
 across it, tokens sorted by expert), is seen by running the program on random inputs, then with one row after the other
-replaced: all that changed must be of that row.
+replaced: all that changed must be of that row. Where nothing changes, and there is more than one way, there is none.
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ from adaptc.passes.ir.lifted import Lifted, user_inputs
 from adaptc.passes.ir.rows import ORDERS, RowAxis
 from adaptc.passes.ir.trees import pytree
 
-#: rows that are run, where their number is free; a prime that is no other size's usual value
-ROWS = 3
-#: a change of a row leaves rounding in others (products of other sizes); what mixes rows changes them by far more
+#: rows that are run, where their number is free: of the first numbers that it may have one, a prime if it can be
+ROWS = (3, 2, 4, 1)
+#: seeds of the random inputs: where the first ones do not tell where rows are, others may
+SEEDS = (11, 12, 13)
+#: of the largest change: what a change of a row leaves in others where it is rounded otherwise there (products of other
+#: sizes); what mixes rows changes them by far more
 SHARE = 1e-3
 
 
@@ -46,14 +49,15 @@ class Rows:
 
 
 def rows_of(program: ExportedProgram) -> Rows:
-    """The batch of a program: the size that the first axis of its first tensor input has.
+    """The batch of a program: the size that the first axis of its first tensor input has, of those where it is free.
 
     Raises TargetError where no input has an axis.
     """
     tensors = {n: v for n, v in user_inputs(program).items() if isinstance(v, Tensor) and v.ndim}
     if not tensors:
         raise TargetError("no input of the program has an axis of rows, so no row can have an adapter of its own")
-    size = next(iter(tensors.values())).shape[0]
+    first = [v.shape[0] for v in tensors.values()]
+    size = next((n for n in first if _free(n)), first[0])
     return Rows({n: 0 for n, v in tensors.items() if _expression(v.shape[0]) == _expression(size)}, size)
 
 
@@ -61,20 +65,30 @@ def rows_of(program: ExportedProgram) -> Rows:
 def locate(program: ExportedProgram, rows: Rows, wanted: Collection[str]) -> tuple[dict[str, RowAxis], dict[str, str]]:
     """(node -> where the rows are in its value, node -> why nowhere) for nodes called ``wanted``."""
     nodes = {n.name: n for n in program.graph.nodes if n.name in wanted}
-    choices = {name: list(_choices(node.meta["val"], rows.size)) for name, node in nodes.items()}
-    open_ = {name for name, found in choices.items() if found}
-    seen = _Seen(program, rows, open_)
-    where: dict[str, RowAxis] = {}
-    why: dict[str, str] = {}
-    for name in wanted:
-        fitting = [c for c in choices[name] if seen.fits(name, c)] if name in open_ else []
-        if fitting:
-            where[name] = fitting[0]
-        elif name not in open_:
-            why[name] = f"its value {tuple(nodes[name].meta['val'].shape)} has no axis for the {rows.size} rows"
-        else:
+    fitting = {name: list(_choices(node.meta["val"], rows.size)) for name, node in nodes.items()}
+    why = {n: f"its value {tuple(nodes[n].meta['val'].shape)} has no axis for the {rows.size} rows" for n in wanted}
+    open_ = {name for name, found in fitting.items() if found}
+    told: dict[str, set[int]] = {name: set() for name in open_}
+    for seed in SEEDS:
+        if not open_:
+            break
+        changes = _changes(program, rows, open_, seed)
+        for name in open_:
+            changed = [c[name] for c in changes]
+            fitting[name] = [c for c in fitting[name] if _apart(c, changed)]
+            told[name] |= {row for row, places in enumerate(changed) if bool(places.any())}
             why[name] = "what one row of the batch is changes what others are there, so rows are not apart"
-    return where, why
+        free, count = _free(rows.size), len(changes)
+        # One axis that has the symbol of the rows is theirs. A size that is a number may have it from elsewhere.
+        open_ = {
+            n
+            for n in open_
+            if count > 1 and fitting[n] and (len(fitting[n]) > 1 or not (free or len(told[n]) == count))
+        }
+    for name in open_:
+        fitting[name] = []
+        why[name] = "random inputs do not change what is there, so that nothing tells which row is where"
+    return {n: fitting[n][0] for n in wanted if fitting[n]}, {n: why[n] for n in wanted if not fitting[n]}
 
 
 def _choices(value: Any, size: Any) -> Iterator[RowAxis]:
@@ -95,50 +109,58 @@ def _expression(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
 
 
-class _Seen:
-    """What changed at the nodes when one row after the other was replaced."""
-
-    def __init__(self, program: ExportedProgram, rows: Rows, names: Collection[str]) -> None:
-        self.changes: list[dict[str, Tensor]] = []
-        if not names:
-            return
-        fakes = user_inputs(program)
-        fixed = {n: [ROWS if i == a else 4 for i in range(fakes[n].ndim)] for n, a in rows.inputs.items()}
-        free = not isinstance(rows.size, int)
-        one, other = (
-            pytree.tree_leaves((run.args, run.kwargs))
-            for run in draw(program, shapes=[_shapes(program, rows, fixed)] * 2 if free else [{}] * 2, seed=11)
-        )
-        first = next(v for n, v in zip(fakes, one, strict=True) if n in rows.inputs)
-        self.count = first.shape[rows.inputs[next(iter(rows.inputs))]]
-        before = _values(program, one, names)
-        for row in range(self.count):
-            mixed = [_with_row(a, b, rows.inputs.get(n), row) for n, a, b in zip(fakes, one, other, strict=True)]
-            after = _values(program, mixed, names)
-            self.changes.append({n: _changed(before[n], after[n]) for n in names})
-
-    def fits(self, name: str, where: RowAxis) -> bool:
-        """Whether each row changed places of its own alone."""
-        for row, changes in enumerate(self.changes):
-            changed = changes[name]
-            others = [i for i in range(changed.ndim) if i != where.axis]
-            along = changed.any(others) if others and changed.ndim > 1 else changed.reshape(-1)
-            places = along.nonzero().flatten()
-            if not bool((where.rows(places, along.numel(), self.count) == row).all()):
-                return False
-        return True
+def _free(size: Any) -> bool:
+    return not _expression(size).is_number
 
 
-def _shapes(program: ExportedProgram, rows: Rows, fixed: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
-    """Shapes with the wanted number of rows and, as far as they are known, the other sizes of the capture."""
+def _changes(program: ExportedProgram, rows: Rows, names: Collection[str], seed: int) -> list[dict[str, Tensor]]:
+    """For each row what changed at the nodes when it was replaced."""
+    fakes = user_inputs(program)
+    one, other = _two_inputs(program, rows, seed)
+    first = next(v for n, v in zip(fakes, one, strict=True) if n in rows.inputs)
+    before = _values(program, one, names)
+    out = []
+    for row in range(first.shape[rows.of[1]]):
+        mixed = [_with_row(a, b, rows.inputs.get(n), row) for n, a, b in zip(fakes, one, other, strict=True)]
+        after = _values(program, mixed, names)
+        out.append({n: _changed(before[n], after[n]) for n in names})
+    return out
+
+
+def _two_inputs(program: ExportedProgram, rows: Rows, seed: int) -> list[list[Any]]:
+    """Random inputs of the same sizes, flat, of as few rows as there can be."""
+    if _free(rows.size):
+        for count in ROWS:
+            try:
+                drawn = draw(program, shapes=[_shapes(program, rows, count)] * 2, seed=seed)
+                return [pytree.tree_leaves((run.args, run.kwargs)) for run in drawn]
+            except AdaptcError:  # so many there cannot be
+                continue
+    drawn = [draw(program, shapes=1, seed=s)[0] for s in (seed, seed + len(SEEDS))]
+    return [pytree.tree_leaves((run.args, run.kwargs)) for run in drawn]
+
+
+def _apart(where: RowAxis, changes: Sequence[Tensor]) -> bool:
+    """Whether each row changed places of its own alone."""
+    for row, changed in enumerate(changes):
+        others = [i for i in range(changed.ndim) if i != where.axis]
+        along = changed.any(others) if others and changed.ndim > 1 else changed.reshape(-1)
+        places = along.nonzero().flatten()
+        if not bool((where.rows(places, along.numel(), len(changes)) == row).all()):
+            return False
+    return True
+
+
+def _shapes(program: ExportedProgram, rows: Rows, count: int) -> dict[str, Sequence[int]]:
+    """Shapes with so many rows and, as far as they are known, the other sizes of the capture."""
+    fakes = user_inputs(program)
     examples = pytree.tree_leaves(program.example_inputs) if program.example_inputs is not None else []
-    known = dict(zip(user_inputs(program), examples, strict=False))
+    known = dict(zip(fakes, examples, strict=False))
     out: dict[str, Sequence[int]] = {}
     for name, axis in rows.inputs.items():
         value = known.get(name)
-        shape = list(fixed[name]) if not isinstance(value, Tensor) else list(value.shape)
-        shape[axis] = ROWS
-        out[name] = shape
+        like = value if isinstance(value, Tensor) else fakes[name]
+        out[name] = [count if i == axis else n if isinstance(n, int) else 4 for i, n in enumerate(like.shape)]
     return out
 
 
@@ -156,8 +178,11 @@ def _changed(a: Tensor, b: Tensor) -> Tensor:
         raise AdaptcError("the number of values in the program depends on what they are, so rows cannot be followed")
     if not (a.is_floating_point() or a.is_complex()):
         return a != b
-    size = float(a.abs().nan_to_num().max()) if a.numel() else 0.0
-    return ~((a - b).abs() <= SHARE * size)
+    if not a.numel():
+        return torch.zeros_like(a, dtype=torch.bool)
+    off, rounding = (a - b).abs(), 4 * torch.finfo(a.dtype).eps
+    size = float(a.abs().nan_to_num(posinf=0.0).max())
+    return ~(off <= max(SHARE * float(off.nan_to_num(posinf=0.0).max()), rounding * size))
 
 
 @torch.no_grad()

@@ -51,9 +51,10 @@ def _stack(tensors: Sequence[Tensor], count: int, slot: Slot, name: str, a: Atta
         return torch.stack(sized)
     room = (*shape[:axis], count, *shape[axis:])
     dtype = first.dtype
-    out = torch.zeros(room, dtype=dtype, device=first.device).movedim(axis, 0)
-    for k, t in enumerate(tensors):
-        out[k].copy_(_sized(t.detach(), shape, name, a, op))
+    with torch.inference_mode(False), torch.no_grad():  # later calls may be of another mode
+        out = torch.zeros(room, dtype=dtype, device=first.device).movedim(axis, 0)
+        for k, t in enumerate(tensors):
+            out[k].copy_(_sized(t.detach(), shape, name, a, op))
     return out
 
 
