@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation import checks
+from adaptc.generation.bank import GeneratorBank
 from adaptc.generation.cache import StepCache, cache_class
 from adaptc.generation.description import described
 from adaptc.generation.facts import Facts, past_name
@@ -86,6 +87,11 @@ class Generator(Holder):
         """One that keeps ``adapter`` whatever this one is swapped to; None gives the base. ``options`` and errors as
         for :meth:`AdaptedProgram.bind`."""
         return type(self)(self.program.bind(adapter, **options), self.facts)
+
+    def bank(self, adapters: Mapping[str, Any] | None = None, **limits: Any) -> GeneratorBank:
+        """Adapters by name, of which each prompt takes its own: ``gen.bank({...}).generate(ids, adapters=["fr", None,
+        {"de": 0.7, "style": 0.3}])``. ``limits`` and errors as for :meth:`AdaptedProgram.bank`."""
+        return GeneratorBank(self, adapters, **limits)
 
     @property
     def base(self) -> Self:

@@ -34,6 +34,17 @@ def drawn(facts: Facts, device: torch.device, options: Mapping[str, Any]) -> dic
     return options
 
 
+def pair(facts: Facts, device: torch.device) -> list[dict[str, Tensor]]:
+    """Inputs of two steps of three rows with equal sizes, which differ in their tokens and in what the cache holds."""
+    out = []
+    for seed in (1, 2):
+        draw = torch.Generator().manual_seed(seed)
+        rows, tokens, length = 3, 2, min(5, facts.max_length)
+        mask, slots = torch.ones(rows, length, dtype=torch.int64), torch.arange(length - tokens, length)
+        out.append(_inputs(facts, device, draw, (rows, tokens, length), mask, slots, torch.arange(tokens), False))
+    return out
+
+
 def _step(facts: Facts, device: torch.device, draw: torch.Generator) -> dict[str, Tensor]:
     def number(least: int, most: int) -> int:
         return int(torch.randint(least, max(least, most) + 1, (), generator=draw))
@@ -45,17 +56,33 @@ def _step(facts: Facts, device: torch.device, draw: torch.Generator) -> dict[str
     mask = torch.ones(rows, length, dtype=torch.int64)
     mask[0, : before // 2] = 0
     slots = torch.arange(before, before + tokens)
+    keep = torch.arange(tokens - number(1, tokens), tokens)
+    embedded = bool(number(0, 1))
+    return _inputs(facts, device, draw, (rows, tokens, length), mask, slots, keep, embedded)
+
+
+def _inputs(
+    facts: Facts,
+    device: torch.device,
+    draw: torch.Generator,
+    sizes: tuple[int, int, int],
+    mask: Tensor,
+    slots: Tensor,
+    keep: Tensor,
+    embedded: bool,
+) -> dict[str, Tensor]:
+    rows, tokens, length = sizes
     inputs = {
         "input_ids": torch.randint(0, facts.vocabulary, (rows, tokens), generator=draw),
         "attention_mask": mask,
         "slots": slots,
-        "keep": torch.arange(tokens - number(1, tokens), tokens),
+        "keep": keep,
     }
     if facts.positions:
         inputs["position_ids"] = slots.expand(rows, -1).contiguous()
     if facts.embeds:
         inputs["inputs_embeds"] = torch.randn(rows, tokens, facts.width, generator=draw).to(facts.embeds_dtype)
-        inputs["embedded"] = torch.randint(0, 2, (), generator=draw).bool()
+        inputs["embedded"] = torch.tensor(embedded)
     for name, shape in zip(facts.layout.names, facts.layout.shapes(rows, length), strict=True):
         inputs[name] = torch.randn(shape, generator=draw).to(facts.layout.dtype)
     return {name: value.to(device) for name, value in inputs.items()}

@@ -15,11 +15,12 @@ from __future__ import annotations
 import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
+import torch
 from torch.export import ExportedProgram
 
 from adaptc.binding.binding import Binding
@@ -27,11 +28,12 @@ from adaptc.binding.source import as_binding
 from adaptc.errors import AdaptcError, ConfigError, did_you_mean, listing, shown
 from adaptc.passes.adapt.unload import Unload
 from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.program.assigned import Assigned, Stack
 from adaptc.program.bound import Bound
 from adaptc.program.core import ProgramCore
 from adaptc.program.unload import unloaded
-from adaptc.rows.assignment import Mixes, check_known, coefficients, mixes_of, used
-from adaptc.rows.code import KEYWORD, RowsSource
+from adaptc.rows.assignment import Mixes, check_known, mixes_of, used
+from adaptc.rows.code import RowsSource
 from adaptc.rows.limits import Limits
 from adaptc.rows.report import BankReport, bytes_of
 from adaptc.rows.stacks import stacked
@@ -42,26 +44,6 @@ from adaptc.tables import size
 
 #: stacks that are kept: of the calls that differ most from each other in what they use
 STACKS = 2
-
-
-@dataclass(frozen=True, eq=False)
-class Stack:
-    """Adapters side by side: their names and bindings by place, the code for so many, and what it reads."""
-
-    names: tuple[str, ...]
-    members: tuple[Binding, ...]
-    count: int
-    code: Executor
-    binding: Binding
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.binding.values.values())
-
-    def serves(self, names: tuple[str, ...], table: Mapping[str, Binding]) -> bool:
-        """Whether all that a call uses is here, as it is now, and not much else."""
-        own = dict(zip(self.names, self.members, strict=True))
-        return all(own.get(n) is table[n] for n in names) and len(self.names) <= 2 * len(names)
 
 
 class Bank:
@@ -77,6 +59,7 @@ class Bank:
         max_bytes: int | None = None,
         evict: bool = False,
         loader: Callable[[str], Any] | None = None,
+        probes: Sequence[Mapping[str, Any]] = (),
         **options: Any,
     ) -> None:
         check_options(options)
@@ -85,15 +68,16 @@ class Bank:
             raise ConfigError(f"loader={shown(loader)} must be a function of a name that gives an adapter")
         self._program = program.snapshot()
         self.loader = loader
-        self._source = _source_of(self._program)
-        self._state = own_copies(self._source.base, self._source.written)
+        #: where the rows are, and what its code is made of
+        self.source = _source_of(self._program, probes)
+        #: FQN -> what calls write to, of this bank alone
+        self.state = own_copies(self.source.base, self.source.written)
         self._table: Mapping[str, Binding] = {}
         self._order: OrderedDict[str, None] = OrderedDict()
         self._codes: dict[int, Executor] = {}
         self._stacks: OrderedDict[int, Stack] = OrderedDict()
         self._bound: dict[str, Bound] = {}
         self._lock = threading.RLock()
-        self._called = outside(_called)
         if not isinstance(adapters or {}, Mapping):
             raise ConfigError(f"adapters={shown(adapters)} must be a dict of adapters by name")
         for name, adapter in (adapters or {}).items():
@@ -153,7 +137,7 @@ class Bank:
 
     def _binding(self, name: str, adapter: Any, options: Mapping[str, Any]) -> Binding:
         try:
-            binding = as_binding(self._program, adapter, trainable=self._source.training, **options)
+            binding = as_binding(self._program, adapter, trainable=self.source.training, **options)
             self.limits.check(name, binding)
         except AdaptcError as error:
             error.add_note(f"It is adapter {name!r} of the bank.")
@@ -186,12 +170,13 @@ class Bank:
         Raises AdaptcError for a name that the bank has not (after the loader was asked), and for another number of rows
         than the batch has; then nothing was computed.
         """
-        return self._called(self, args, kwargs, adapters)
+        return outside(_called)(self, args, kwargs, adapters)
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], adapters: Any) -> Any:
+    def assigned(self, adapters: Any) -> Assigned:
+        """A callable that keeps this assignment and these adapters, for calls that belong together: a generation. It
+        takes batches in which each row is there once, or so many times after each other (beams)."""
         mixes = mixes_of(adapters)
-        self._source.check_call(len(mixes), args, kwargs)
-        return self._run(mixes, self._needed(used(mixes)))(args, kwargs)
+        return Assigned(self._runs(mixes, self._needed(used(mixes))), mixes, self.source, self.state, self.device)
 
     def _needed(self, names: tuple[str, ...]) -> Mapping[str, Binding]:
         """The adapters that a call names, which keeps them whatever becomes of the bank."""
@@ -216,24 +201,23 @@ class Bank:
                 self._put(name, binding, needed=needed)
             return self._table[name]
 
-    def _run(self, mixes: Mixes, table: Mapping[str, Binding]) -> Callable[[Any, Any], Any]:
+    def _runs(self, mixes: Mixes, table: Mapping[str, Binding]) -> Callable[..., Any] | Stack:
+        """What computes an assignment: where all rows want the same a program of its own, else a stack."""
         names = used(mixes)
         if not names:
             base: ProgramCore = self._program.base  # type: ignore[attr-defined]
-            return self._with_state(base, Binding.none()) if self._state else _plainly(base)
-        if all(mix == {names[0]: 1.0} for mix in mixes) and not self._source.training:
-            if self._state:
+            return self._with_state(base, Binding.none()) if self.state else base.pinned()
+        if all(mix == {names[0]: 1.0} for mix in mixes) and not self.source.training:
+            if self.state:
                 return self._with_state(self._program, table[names[0]])
-            return _plainly(self._alone(names[0], table))
-        stack = self._stack(names, table)
-        c = coefficients(mixes, stack.names, stack.count, self._program.device)
-        arguments = stack.code.own_arguments(stack.binding, self._state)
-        return lambda args, kwargs: stack.code(arguments, args, {**kwargs, KEYWORD: c})
+            return self._alone(names[0], table)
+        return self._stack(names, table)
 
-    def _with_state(self, program: ProgramCore, binding: Binding) -> Callable[[Any, Any], Any]:
-        """A call on the buffers of the bank."""
+    def _with_state(self, program: ProgramCore, binding: Binding) -> Callable[..., Any]:
+        """A program on the buffers of the bank."""
         code = program.executor()
-        return partial(code, code.own_arguments(binding, self._state))
+        arguments = code.own_arguments(binding, self.state)
+        return lambda *args, **kwargs: code(arguments, args, kwargs)
 
     def _alone(self, name: str, table: Mapping[str, Binding]) -> Bound:
         with self._lock:
@@ -252,7 +236,7 @@ class Bank:
                     return stack
         count = self._count(len(names))
         members = tuple(table[n] for n in names)
-        source = self._source
+        source = self.source
         made = stacked(members, source.attachments, source.ops, count)
         stack = Stack(names, members, count, self._code(made, count), made)
         with self._lock:
@@ -277,8 +261,12 @@ class Bank:
             with GRAPHS:
                 code = self._codes.get(count)
                 if code is None:
-                    code = self._codes[count] = self._source.code(stack, count, self._program.options)
+                    code = self._codes[count] = self.source.code(stack, count, self._program.options)
         return code
+
+    @property
+    def device(self) -> torch.device:
+        return self._program.device
 
     # -- what it is ----------------------------------------------------------------------------------------------------
 
@@ -293,8 +281,8 @@ class Bank:
         check_known(names, table)
         if not names:
             raise ConfigError("the bank is empty, so there is nothing to export")
-        made = stacked([table[n] for n in names], self._source.attachments, self._source.ops, len(names))
-        return self._source.exported(made, len(names))
+        made = stacked([table[n] for n in names], self.source.attachments, self.source.ops, len(names))
+        return self.source.exported(made, len(names))
 
     @property
     def nbytes(self) -> int:
@@ -335,17 +323,14 @@ class Bank:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise AdaptcError(
-            "a bank cannot be pickled: write its program with adaptc.save and its adapters with adaptc.save_adapter, and "
-            "make another bank where they are read; copy.deepcopy(bank) gives one with tensors of its own"
+            "a bank cannot be pickled: write its program with adaptc.save, its adapters with adaptc.save_adapter, and "
+            "make another where they are read; copy.deepcopy(bank) gives one with tensors of its own"
         )
 
 
 def _called(bank: Bank, args: tuple[Any, ...], kwargs: dict[str, Any], adapters: Any) -> Any:
-    return bank._call(args, kwargs, adapters)
-
-
-def _plainly(call: Callable[..., Any]) -> Callable[[Any, Any], Any]:
-    return lambda args, kwargs: call(*args, **kwargs)
+    bank.source.check_call(len(mixes_of(adapters)), args, kwargs)
+    return bank.assigned(adapters).run(args, kwargs)
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -357,14 +342,14 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise ConfigError(f"a bank has no option {name!r}{did_you_mean(name, [*limits, *known])}")
 
 
-def _source_of(program: ProgramCore) -> RowsSource:
+def _source_of(program: ProgramCore, probes: Sequence[Mapping[str, Any]]) -> RowsSource:
     a = program.adaptation
     if not a.attachments:
         raise ConfigError("the program has no adapter sites, so there is nothing for a bank: compile it with a config")
     if program.current is not None and len(parts := program.current.parts) > 1:
         raise ConfigError(
-            f"the program has adapters that act together ({listing(map(repr, parts))}), which are no rows' own: compile "
-            "it for [one, another], and give rows a mix"
+            f"the program has adapters that act together ({listing(map(repr, parts))}), which no row has apart: "
+            "compile it for [one, another], and give rows a mix"
         )
     with GRAPHS:
         if a.training:
@@ -372,4 +357,4 @@ def _source_of(program: ProgramCore) -> RowsSource:
         else:
             bare = unloaded(program)
         base = program.base_tensors
-        return RowsSource.of(bare, a.attachments, program.ops, base, a.fills, a.takes, a.training)
+        return RowsSource.of(bare, a.attachments, program.ops, base, a.fills, a.takes, a.training, probes)

@@ -50,9 +50,7 @@ def _mix(row: int, one: Any) -> dict[str, float]:
         )
     out = {}
     for name, weight in one.items():
-        # Also not NaN, which is not less than anything.
-        number = isinstance(weight, Real) and not isinstance(weight, bool) and abs(weight) <= LARGEST
-        if not isinstance(name, str) or not number:
+        if not isinstance(name, str) or not _is_number(weight):
             raise AdaptcError(
                 f"adapters[{row}] gives {shown(name)} the weight {shown(weight)}: names are strings and weights "
                 "numbers, finite in float32"
@@ -60,6 +58,14 @@ def _mix(row: int, one: Any) -> dict[str, float]:
         if weight:
             out[name] = float(weight)
     return out
+
+
+def _is_number(weight: Any) -> bool:
+    """Not NaN either, which is not less than anything."""
+    if not isinstance(weight, Real) or isinstance(weight, bool):
+        return False
+    value: Any = weight
+    return bool(abs(value) <= LARGEST)
 
 
 def used(mixes: Mixes) -> tuple[str, ...]:

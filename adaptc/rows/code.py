@@ -58,8 +58,10 @@ class RowsSource:
         fills: Mapping[str, Sequence[str]],
         takes: Sequence[str],
         training: bool,
+        probes: Sequence[Mapping[str, Any]] = (),
     ) -> RowsSource:
-        """Raises TargetError, which names the site, where rows cannot have adapters of their own."""
+        """``probes`` as for :func:`locate`. Raises TargetError, which names the site, where rows cannot have adapters
+        of their own."""
         _check_names(program)
         rows, lifted = rows_of(program), Lifted(program, edit=False)
         wanted: dict[str, Attachment] = {}
@@ -71,7 +73,7 @@ class RowsSource:
                     wanted.setdefault(node.name, a)
                 if around(a, op) and a.method.has_input(op.at(node)):
                     wanted.setdefault(operands(node)[0].name, a)
-        axes, why = locate(program, rows, wanted)
+        axes, why = locate(program, rows, wanted, probes)
         for name, reason in why.items():
             raise TargetError(
                 f"{wanted[name].fqn!r} cannot have another adapter for each row of a batch: {reason}. Leave the module "
@@ -94,13 +96,18 @@ class RowsSource:
         is wrong with it the call itself says."""
         if KEYWORD in kwargs:
             raise AdaptcError(f"{KEYWORD!r} is made of adapters=[...], and is not given to a bank")
-        name, axis = self.rows.of
-        value = self._given(name, args, kwargs)
-        if isinstance(value, Tensor) and value.ndim > axis and value.shape[axis] != count:
+        found = self.rows_in(args, kwargs)
+        if found is not None and found != count:
             raise AdaptcError(
-                f"adapters has {count} entries, and {name!r} has {value.shape[axis]} rows: give one for each row, None "
+                f"adapters has {count} entries, and {self.rows.of[0]!r} has {found} rows: give one for each row, None "
                 "for the base"
             )
+
+    def rows_in(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+        """The number of rows of a call; None where its inputs do not say."""
+        name, axis = self.rows.of
+        value = self._given(name, args, kwargs)
+        return value.shape[axis] if isinstance(value, Tensor) and value.ndim > axis else None
 
     def _given(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What a call has for one input, by its place among all where inputs lie in one another."""

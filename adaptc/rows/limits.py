@@ -1,7 +1,7 @@
 """What a bank may hold: how many adapters, how many bytes, which ranks, and who goes for another one.
 
-Before: limits as a caller states them, and an adapter that fits the program. After: the names to let go of for it, or an
-error that says why there is no room, or why no row of a batch can take it.
+Before: limits as a caller states them, and an adapter that fits the program. After: the names to let go of for it, or
+an error that says why there is no room, or why no row of a batch can take it.
 """
 
 from __future__ import annotations

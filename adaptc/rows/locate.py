@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from adaptc.capture.random_inputs import draw
+from adaptc.capture.random_inputs import Run, draw
 from adaptc.errors import AdaptcError, TargetError
 from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.lifted import Lifted, user_inputs
@@ -28,6 +28,8 @@ from adaptc.passes.ir.trees import pytree
 
 #: rows that are run, where their number is free: of the first numbers that it may have one, a prime if it can be
 ROWS = (3, 2, 4, 1)
+#: other free sizes where the example inputs are not known
+LENGTH = 4
 #: seeds of the random inputs: where the first ones do not tell where rows are, others may
 SEEDS = (11, 12, 13)
 #: of the largest change: what a change of a row leaves in others where it is rounded otherwise there (products of other
@@ -62,8 +64,11 @@ def rows_of(program: ExportedProgram) -> Rows:
 
 
 @exclusive
-def locate(program: ExportedProgram, rows: Rows, wanted: Collection[str]) -> tuple[dict[str, RowAxis], dict[str, str]]:
-    """(node -> where the rows are in its value, node -> why nowhere) for nodes called ``wanted``."""
+def locate(
+    program: ExportedProgram, rows: Rows, wanted: Collection[str], probes: Sequence[Mapping[str, Any]] = ()
+) -> tuple[dict[str, RowAxis], dict[str, str]]:
+    """(node -> where the rows are in its value, node -> why nowhere) for nodes called ``wanted``. ``probes``: two sets
+    of keyword inputs of equal shapes, for a program that says too little of its inputs to have them drawn."""
     nodes = {n.name: n for n in program.graph.nodes if n.name in wanted}
     fitting = {name: list(_choices(node.meta["val"], rows.size)) for name, node in nodes.items()}
     why = {n: f"its value {tuple(nodes[n].meta['val'].shape)} has no axis for the {rows.size} rows" for n in wanted}
@@ -72,7 +77,7 @@ def locate(program: ExportedProgram, rows: Rows, wanted: Collection[str]) -> tup
     for seed in SEEDS:
         if not open_:
             break
-        changes = _changes(program, rows, open_, seed)
+        changes = _changes(program, rows, open_, probes or _drawn(program, rows, seed))
         for name in open_:
             changed = [c[name] for c in changes]
             fitting[name] = [c for c in fitting[name] if _apart(c, changed)]
@@ -113,10 +118,12 @@ def _free(size: Any) -> bool:
     return not _expression(size).is_number
 
 
-def _changes(program: ExportedProgram, rows: Rows, names: Collection[str], seed: int) -> list[dict[str, Tensor]]:
-    """For each row what changed at the nodes when it was replaced."""
+def _changes(
+    program: ExportedProgram, rows: Rows, names: Collection[str], probes: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Tensor]]:
+    """For each row what changed at the nodes when it was replaced. ``probes``: two sets of inputs, by name."""
     fakes = user_inputs(program)
-    one, other = _two_inputs(program, rows, seed)
+    one, other = ([inputs[n] for n in fakes] for inputs in probes)
     first = next(v for n, v in zip(fakes, one, strict=True) if n in rows.inputs)
     before = _values(program, one, names)
     out = []
@@ -127,17 +134,18 @@ def _changes(program: ExportedProgram, rows: Rows, names: Collection[str], seed:
     return out
 
 
-def _two_inputs(program: ExportedProgram, rows: Rows, seed: int) -> list[list[Any]]:
-    """Random inputs of the same sizes, flat, of as few rows as there can be."""
-    if _free(rows.size):
-        for count in ROWS:
-            try:
-                drawn = draw(program, shapes=[_shapes(program, rows, count)] * 2, seed=seed)
-                return [pytree.tree_leaves((run.args, run.kwargs)) for run in drawn]
-            except AdaptcError:  # so many there cannot be
-                continue
-    drawn = [draw(program, shapes=1, seed=s)[0] for s in (seed, seed + len(SEEDS))]
-    return [pytree.tree_leaves((run.args, run.kwargs)) for run in drawn]
+def _drawn(program: ExportedProgram, rows: Rows, seed: int) -> list[dict[str, Any]]:
+    """Two sets of random inputs of the same sizes, of as few rows as there can be."""
+
+    def by_name(run: Run) -> dict[str, Any]:
+        return dict(zip(user_inputs(program), pytree.tree_leaves((run.args, run.kwargs)), strict=True))
+
+    for count in ROWS if _free(rows.size) else ():
+        try:
+            return [by_name(r) for r in draw(program, shapes=[_shapes(program, rows, count)] * 2, seed=seed)]
+        except AdaptcError:  # so many there cannot be
+            continue
+    return [by_name(draw(program, shapes=1, seed=s)[0]) for s in (seed, seed + len(SEEDS))]
 
 
 def _apart(where: RowAxis, changes: Sequence[Tensor]) -> bool:
@@ -160,7 +168,7 @@ def _shapes(program: ExportedProgram, rows: Rows, count: int) -> dict[str, Seque
     for name, axis in rows.inputs.items():
         value = known.get(name)
         like = value if isinstance(value, Tensor) else fakes[name]
-        out[name] = [count if i == axis else n if isinstance(n, int) else 4 for i, n in enumerate(like.shape)]
+        out[name] = [count if i == axis else n if isinstance(n, int) else LENGTH for i, n in enumerate(like.shape)]
     return out
 
 
@@ -194,7 +202,9 @@ def _values(program: ExportedProgram, flat: Sequence[Any], names: Collection[str
     lifted = [opened.tensor(str(s.target)) for s in specs]
     # What the program writes to must not be changed by being looked at.
     lifted = [t.clone() if writes and isinstance(t, Tensor) else t for t in lifted]
-    return _Recorder(program.graph_module, set(names)).record([*lifted, *flat])
+    # What is written to an input stays there, too.
+    own = [t.clone() if isinstance(t, Tensor) else t for t in flat]
+    return _Recorder(program.graph_module, set(names)).record([*lifted, *own])
 
 
 class _Recorder(fx.Interpreter):

@@ -1,0 +1,79 @@
+"""Generation in which each prompt has adapters of its own.
+
+Before: a step program with adapter sites, and adapters that fit. After: ``generate(..., adapters=[...])``, with one
+entry for each prompt, which its beams and samples keep to the end. What a prompt gets is what it gets alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from adaptc.errors import AdaptcError
+from adaptc.generation.cache import StepCache
+from adaptc.generation.random_steps import pair
+from adaptc.program.bank import Bank
+from adaptc.program.bound import Keeping
+from adaptc.rows.report import BankReport
+
+
+class GeneratorBank:
+    """Made by :meth:`Generator.bank`; what is said of adapters in :class:`adaptc.program.bank.Bank` holds here."""
+
+    def __init__(self, generator: Any, adapters: Mapping[str, Any] | None, **limits: Any) -> None:
+        self._generator = generator
+        #: the bank of the step program
+        self.bank = Bank(generator.program, adapters, probes=pair(generator.facts, generator.device), **limits)
+
+    def assigned(self, adapters: Any) -> Any:
+        """A generator that keeps an assignment, with an entry for each prompt."""
+        return self._made(self.bank.assigned(adapters))
+
+    def _made(self, runs: Keeping) -> Any:
+        return type(self._generator)(runs, self._generator.facts)
+
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: Any = None, *, adapters: Any, **kwargs: Any
+    ) -> Any:
+        """As :meth:`Generator.generate`. ``adapters``: for each prompt a name, None for the base, or a dict of names
+        and weights. Raises AdaptcError for another number of entries than prompts, and as the bank does."""
+        prompts = inputs
+        for name in ("input_ids", "inputs_embeds"):
+            prompts = kwargs.get(name) if prompts is None else prompts
+        chosen = self.bank.assigned(adapters)
+        if isinstance(prompts, Tensor) and prompts.shape[0] != len(chosen.mixes):
+            raise AdaptcError(
+                f"adapters has {len(chosen.mixes)} entries, and there are {prompts.shape[0]} prompts: give one for "
+                "each, None for the base"
+            )
+        return self._made(chosen).generate(inputs, generation_config, **kwargs)
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, adapters: Any) -> StepCache:
+        """As :meth:`Generator.prefill`, each row with its own adapters."""
+        return self.assigned(adapters).prefill(input_ids, attention_mask)
+
+    def add(self, name: str, adapter: Any, **options: Any) -> None:
+        self.bank.add(name, adapter, **options)
+
+    def replace(self, name: str, adapter: Any, **options: Any) -> None:
+        self.bank.replace(name, adapter, **options)
+
+    def remove(self, name: str) -> None:
+        self.bank.remove(name)
+
+    def report(self) -> BankReport:
+        return self.bank.report()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.bank
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.bank)
+
+    def __len__(self) -> int:
+        return len(self.bank)
+
+    def __repr__(self) -> str:
+        return f"generates with {self.bank!r}"

@@ -1,0 +1,90 @@
+"""An assignment of adapters to the rows of a batch, kept for calls that belong together.
+
+Before: for each row its mix, and what computes such a call: a program as it is, where all rows want the same, or a
+stack of adapters. After: a callable that keeps them, whatever becomes of the bank that they come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptc.binding.binding import Binding
+from adaptc.errors import AdaptcError
+from adaptc.program.bound import Keeping
+from adaptc.rows.assignment import Mixes, coefficients, used
+from adaptc.rows.code import KEYWORD, RowsSource
+from adaptc.runtime.executor import Executor
+from adaptc.runtime.outside_compilers import outside
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Adapters side by side: their names and bindings by place, the code for so many, and what it reads."""
+
+    names: tuple[str, ...]
+    members: tuple[Binding, ...]
+    count: int
+    code: Executor
+    binding: Binding
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.binding.values.values())
+
+    def serves(self, names: tuple[str, ...], table: Mapping[str, Binding]) -> bool:
+        """Whether all that a call uses is here, as it is now, and not much else."""
+        own = dict(zip(self.names, self.members, strict=True))
+        return all(own.get(n) is table[n] for n in names) and len(self.names) <= 2 * len(names)
+
+
+class Assigned(Keeping):
+    """Made by :meth:`Bank.assigned`. ``runs``: what computes it; ``state``: FQN -> the buffers that its calls write
+    to."""
+
+    def __init__(
+        self,
+        runs: Callable[..., Any] | Stack,
+        mixes: Mixes,
+        source: RowsSource,
+        state: Mapping[str, Tensor],
+        device: torch.device,
+    ) -> None:
+        self._runs, self.mixes, self._source, self._state, self._device = runs, mixes, source, state, device
+        self.binding = replace(Binding.none(), source=", ".join(map(str, used(mixes))) or "the base")
+        self._coefficients: dict[int, Tensor] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return outside(_called)(self, args, kwargs)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        runs = self._runs
+        if not isinstance(runs, Stack):
+            return runs(*args, **kwargs)
+        count = self._source.rows_in(args, kwargs)
+        c = self._for(runs, len(self.mixes) if count is None else count)
+        arguments = runs.code.own_arguments(runs.binding, self._state)
+        return runs.code(arguments, args, {**kwargs, KEYWORD: c})
+
+    def _for(self, stack: Stack, rows: int) -> Tensor:
+        found = self._coefficients.get(rows)
+        if found is None:
+            each, rest = divmod(rows, len(self.mixes))
+            if rest:
+                raise AdaptcError(f"adapters has {len(self.mixes)} entries, and the batch has {rows} rows")
+            mixes = tuple(mix for mix in self.mixes for _ in range(each))
+            found = coefficients(mixes, stack.names, stack.count, self.device)
+            self._coefficients = {rows: found}
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+
+def _called(assigned: Assigned, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return assigned.run(args, kwargs)
