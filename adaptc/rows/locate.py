@@ -25,6 +25,7 @@ from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.lifted import Lifted, user_inputs
 from adaptc.passes.ir.rows import ORDERS, RowAxis
 from adaptc.passes.ir.trees import pytree
+from adaptc.runtime.state import written_to
 
 #: rows that are run, where their number is free: of the first numbers that it may have one, a prime if it can be
 ROWS = (3, 2, 4, 1)
@@ -198,10 +199,10 @@ def _values(program: ExportedProgram, flat: Sequence[Any], names: Collection[str
     """The values of nodes in one call."""
     opened = Lifted(program, edit=False)
     specs = [s for s in program.graph_signature.input_specs if s.kind != InputKind.USER_INPUT]
-    writes = bool(program.graph_signature.buffers_to_mutate)
     lifted = [opened.tensor(str(s.target)) for s in specs]
     # What the program writes to must not be changed by being looked at.
-    lifted = [t.clone() if writes and isinstance(t, Tensor) else t for t in lifted]
+    written = written_to(program.graph)
+    lifted = [t.clone() if s.arg.name in written else t for s, t in zip(specs, lifted, strict=True)]
     # What is written to an input stays there, too.
     own = [t.clone() if isinstance(t, Tensor) else t for t in flat]
     return _Recorder(program.graph_module, set(names)).record([*lifted, *own])
