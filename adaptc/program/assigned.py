@@ -57,9 +57,10 @@ class Assigned(Keeping):
         self._runs, self.mixes, self._source, self._state, self._device = runs, mixes, source, state, device
         self.binding = replace(Binding.none(), source=", ".join(map(str, used(mixes))) or "the base")
         self._coefficients: dict[int, Tensor] = {}
+        self._called = outside(_called)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return outside(_called)(self, args, kwargs)
+        return self._called(self, args, kwargs)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         runs = self._runs

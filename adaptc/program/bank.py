@@ -78,6 +78,7 @@ class Bank:
         self._stacks: OrderedDict[int, Stack] = OrderedDict()
         self._bound: dict[str, Bound] = {}
         self._lock = threading.RLock()
+        self._called = outside(_called)
         if not isinstance(adapters or {}, Mapping):
             raise ConfigError(f"adapters={shown(adapters)} must be a dict of adapters by name")
         for name, adapter in (adapters or {}).items():
@@ -170,7 +171,7 @@ class Bank:
         Raises AdaptcError for a name that the bank has not (after the loader was asked), and for another number of rows
         than the batch has; then nothing was computed.
         """
-        return outside(_called)(self, args, kwargs, adapters)
+        return self._called(self, args, kwargs, adapters)
 
     def assigned(self, adapters: Any) -> Assigned:
         """A callable that keeps this assignment and these adapters, for calls that belong together: a generation. It
@@ -181,14 +182,17 @@ class Bank:
     def _needed(self, names: tuple[str, ...]) -> Mapping[str, Binding]:
         """The adapters that a call names, which keeps them whatever becomes of the bank."""
         self.limits.check_call(names)
-        with self._lock:
-            table, found = self._table, {n: self._table[n] for n in names if n in self._table}
-            for name in found:
-                self._order.move_to_end(name)
+        table = self._table
+        found = {n: table[n] for n in names if n in table}
         missing = [n for n in names if n not in found]
         if missing and self.loader is None:
             check_known(missing, table)
-        return {**found, **{n: self._load(n, names) for n in missing}}
+        found |= {n: self._load(n, names) for n in missing}
+        with self._lock:
+            for name in names:
+                if name in self._order:
+                    self._order.move_to_end(name)
+        return found
 
     def _load(self, name: str, needed: Collection[str]) -> Binding:
         assert self.loader is not None

@@ -38,7 +38,9 @@ def test_numbers_of_any_kind_are_weights(weight: Any) -> None:
     assert mixes_of([{"de": weight}])[0] == {"de": float(weight)}
 
 
-@pytest.mark.parametrize("weight", [float("nan"), float("inf"), 1e300, 10**400, True, "nan", None, 1j, np.float64("nan")])
+@pytest.mark.parametrize(
+    "weight", [float("nan"), float("inf"), 1e300, 10**400, True, "nan", None, 1j, np.float64("nan")]
+)
 def test_a_weight_that_is_no_number_of_float32_is_refused(weight: Any) -> None:
     with pytest.raises(adaptc.AdaptcError, match=r"adapters\[1\] gives 'de' the weight .*finite in float32"):
         mixes_of([None, {"de": weight}])
