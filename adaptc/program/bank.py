@@ -16,7 +16,7 @@ import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -286,6 +286,8 @@ class Bank:
         if not names:
             raise ConfigError("the bank is empty, so there is nothing to export")
         made = stacked([table[n] for n in names], self.source.attachments, self.source.ops, len(names))
+        # Archives want tensors as they lie in memory.
+        made = replace(made, values={f: t.detach().contiguous() for f, t in made.values.items()})
         return self.source.exported(made, len(names))
 
     @property
