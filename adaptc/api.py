@@ -24,6 +24,7 @@ from adaptc.generation.packaged import load_generation
 from adaptc.packages.report import PackageReport
 from adaptc.packages.run import BoundPackage, PackagedProgram
 from adaptc.packages.write import package_program
+from adaptc.packages.write_bank import package_bank
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.adapter_files import write_current
 from adaptc.program.bank import Bank
@@ -380,12 +381,13 @@ def verify(
 
 
 def package(
-    program: AdaptedProgram | Holder,
+    program: AdaptedProgram | Holder | Bank,
     path: str | os.PathLike[str],
     *,
     max_rank: int | None = None,
     products: str = "measured",
     tokenizer: Any = None,
+    capacity: int | None = None,
 ) -> Path:
     """Compile ahead of time with AOTInductor into one file with swappable adapters; see ``adaptc.packages.write``.
 
@@ -394,9 +396,18 @@ def package(
 
     Of what generates the file holds the step, its generation config, and ``tokenizer``: one of transformers, or the
     directory of one. ConfigError for a tokenizer of other programs, and for models with an encoder.
+
+    Of a bank the file has room for ``capacity`` adapters, by default one more than there are, and
+    :func:`load_package` gives a bank again.
     """
     inside: Any = program
     carried = None
+    if isinstance(program, Bank):
+        if tokenizer is not None:
+            raise ConfigError("a tokenizer goes into packages of what adaptc.compile_for_generation gives")
+        return package_bank(program, Path(path), capacity=capacity, max_rank=max_rank, products=products)
+    if capacity is not None:
+        raise ConfigError(f"capacity={shown(capacity)} is for packages of a bank; a program has one adapter at a time")
     if isinstance(program, Holder):
         inside, carried = program.program, program.carried(tokenizer)
     elif tokenizer is not None:

@@ -66,6 +66,13 @@ class EncoderDecoder(Generator):
         inputs, kwargs = cross_checks.arguments(self.facts, inputs, kwargs)
         return self.pinned().generated(inputs, generation_config, kwargs)
 
+    def bank(self, adapters: Mapping[str, Any] | None = None, **limits: Any) -> Any:
+        """Refused: rows of one batch have adapters of their own in models without an encoder alone."""
+        raise AdaptcError(
+            "gen.bank is for models without an encoder: bind an adapter for each batch, with gen.bind, or run the "
+            "model's own program, adaptc.compile(model, config).bank({...}), which takes encoder-decoders"
+        )
+
     def prefill(self, inputs: Tensor, attention_mask: Tensor | None = None) -> CrossCache:  # type: ignore[override]
         """The cache of what the encoder reads, to be decoded by :meth:`generate`, any number of times from copies of
         it."""

@@ -10,11 +10,14 @@ from pathlib import Path
 
 from adaptc.generation.generator import Generator, generator_class
 from adaptc.generation.package_files import understood
+from adaptc.packages.bank import PackagedBank
 from adaptc.packages.run import PackagedProgram
 
 
-def load_generation(path: Path) -> Generator | PackagedProgram:
-    """Raises as :class:`PackagedProgram` does, before any code is loaded also for what the package says of
-    generation."""
+def load_generation(path: Path) -> Generator | PackagedProgram | PackagedBank:
+    """Of a bank a bank. Raises as :class:`PackagedProgram` does, before any code is loaded also for what the package
+    says of generation."""
     found = PackagedProgram(path, understood)
+    if found.manifest.bank is not None:
+        return PackagedBank(found)
     return found if found.understood is None else generator_class()(found, found.understood)

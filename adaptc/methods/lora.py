@@ -20,6 +20,7 @@ from adaptc.errors import CheckpointError, ConfigError, TargetError
 from adaptc.methods._checks import adapter_input, check_matrix
 from adaptc.methods._lora_init import init_lora
 from adaptc.passes.ir.low_rank import LowRank
+from adaptc.passes.ir.low_rank_rows import low_rank_rows
 from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots
 from adaptc.passes.ir.method_hooks import Place
 from adaptc.passes.ir.ops import Op, cast
@@ -195,18 +196,26 @@ class Lora(Method):
             return None
         A, B = slots[next(iter(slots))], list(slots.values())[1]
         count, wide = A.shape[0], A.dtype
-        mix = cast(mix, wide) * scale
+        mix = cast(mix, wide if wide.itemsize >= 4 else torch.float32) * scale
         down, up = A.flatten(0, 1), B.transpose(0, 1).flatten(1, 2)
         if op.is_conv:
             h = op.down(adapter_input(self, op, x, wide), down)
-            delta = op.up((h.unflatten(1, (count, -1)) * mix.movedim(-1, 1)).flatten(1, 2), up.flatten(1))
+            h = cast(h.unflatten(1, (count, -1)) * mix.movedim(-1, 1), wide)
+            delta = op.up(h.flatten(1, 2), up.flatten(1))
         else:
             h = op.down(adapter_input(self, op, x, wide), op.bounded(down) if op.kind == "embedding" else down)
-            delta = torch.nn.functional.linear((h.unflatten(-1, (count, -1)) * mix.movedim(-1, -2)).flatten(-2), up)
+            h = cast(h.unflatten(-1, (count, -1)) * mix.movedim(-1, -2), wide)
+            delta = torch.nn.functional.linear(h.flatten(-2), up)
         if self.with_bias:
-            biases = mix @ slots["lora_B.bias"]
+            biases = mix @ cast(slots["lora_B.bias"], mix.dtype)
             delta = delta + (biases.movedim(-1, 1).squeeze(-1) if op.is_conv else biases.squeeze(-2))
         return cast(y + delta, y.dtype)
+
+    def rows_at_once(self, op: Op, x: Tensor, y: Tensor, slots: Slots, scale: Scale, c: Tensor) -> Tensor | None:
+        if op.kind not in ("linear", "addmm") or self.with_bias or self.training:
+            return None
+        A, B = slots.values()
+        return low_rank_rows(x, y, A, B, scale, c)
 
     def unfused(self, op: Op) -> str:
         if op.kind not in ("linear", "addmm") or not op.callable:
@@ -280,6 +289,9 @@ class LoraTied(Lora):
         return "there are no kernels for a layer that changes with an embedding"
 
     def rows(self, *args: Any) -> None:
+        return None
+
+    def rows_at_once(self, *args: Any) -> None:
         return None
 
     def _factors(self, op: Op, slots: Slots) -> tuple[Tensor, Tensor]:

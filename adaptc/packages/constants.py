@@ -64,6 +64,17 @@ class Constants:
             self._note()
             return out
 
+    def write(self, place: int, values: Mapping[str, Tensor] | None) -> None:
+        """Put the values of one adapter at its place in those of all, of a bank; None makes them zero. No call sees a
+        part of it."""
+        with self._lock, torch.no_grad():
+            self._wait()
+            if not self._buffers and self._held is not None:
+                self._fill(self._held.constants)
+                self._held = None  # its values are in the code now, and nobody else has them
+            for fqn, buffer in self._buffers.items():
+                buffer[place].zero_() if values is None else buffer[place].copy_(values[fqn])
+
     def _fill(self, values: Mapping[str, Tensor]) -> None:
         """The code gets tensors of ours to read once, and later fills write to them: torch keeps what
         ``load_constants(user_managed=True)`` replaces alive for ever, so a fresh set each time would leak."""

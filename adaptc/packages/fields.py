@@ -42,5 +42,6 @@ FORM: dict[str, Any] = {
     "bases": [str],
     "guards": Option([str]),
     "products": Option([{"kind": str, "rows": str, "why": str, "count": Length}]),
+    "bank": Option(Maybe({"count": Length, "names": [str]})),
     "hashes": Each(str),
 }

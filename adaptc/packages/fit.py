@@ -157,7 +157,8 @@ class Fit:
 
 def _shapes(m: Manifest, tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
     """Of every constant that adapters fill."""
-    out: dict[str, Shape] = {fqn: (room.shape, room.dtype) for fqn, room in m.rooms.items()}
+    front = () if m.bank is None else (m.bank["count"],)
+    out: dict[str, Shape] = {fqn: ((*front, *room.shape), room.dtype) for fqn, room in m.rooms.items()}
     for fqn in m.bases:
         if f"base.{fqn}" not in tensors:
             raise Refused(f"the tensor 'base.{fqn}' is missing")

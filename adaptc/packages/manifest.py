@@ -108,6 +108,8 @@ class Manifest:
     guards: Sequence[str] = ()
     #: what computes the base's products, as ``Products.data`` says it
     products: Sequence[Mapping[str, Any]] = ()
+    #: of a bank: how many adapters there is room for, and the names of those that are in it, by place
+    bank: Mapping[str, Any] | None = None
     torch: str = torch.__version__
     format: int = FORMAT
 
@@ -213,6 +215,10 @@ def _check_sites(manifest: Manifest) -> None:
             raise Refused(f"the options of the site {a.fqn!r} do not give its slots")
         if missing := [fqn for fqn in a.tensor_names if fqn not in manifest.rooms]:
             raise Refused(f"the site {a.fqn!r} has no room for {missing[0]!r}")
+    if manifest.bank is not None:
+        names, room = manifest.bank["names"], manifest.bank["count"]
+        if len(set(names)) != len(names) or len(names) > room or not manifest.sites:
+            raise Refused(f"its bank has room for {room} adapters, and has {shown(names)}")
     if manifest.sites:
         check_header(manifest.header, [s.attachment.id for s in manifest.sites])
     else:  # of a merged or unloaded program
@@ -283,6 +289,7 @@ def _manifest(data: Mapping[str, Any]) -> Manifest:
         bases=data["bases"],
         guards=data.get("guards", ()),
         products=data.get("products", ()),
+        bank=data.get("bank"),
         torch=data["torch"],
     )
 

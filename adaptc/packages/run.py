@@ -256,6 +256,16 @@ class PackagedProgram:
             )
         return BoundPackage(self, self._fit.fitted(self._fit.nothing(now), self._owner))
 
+    def fitted(self, adapter: Any, **options: Any) -> Fitted:
+        """``adapter`` as the code takes it; arguments and errors are those of :meth:`swap`."""
+        names = ("config", "adapter_name", "key_mapping", "component")
+        return self._fitted(adapter, *(options.get(n) for n in names))
+
+    @property
+    def code(self) -> Constants:
+        """The compiled code, and what it reads."""
+        return self._constants
+
     @limited()
     def _fitted(
         self,

@@ -87,12 +87,7 @@ def package_program(
     if not isinstance(program, AdaptedProgram):
         raise ConfigError(f"package takes what adaptc.compile or adaptc.load gives, not a {type(program).__name__}")
     program = program.snapshot()
-    if path.suffix != ".pt2" or not path.parent.is_dir():
-        raise CheckpointError(f"cannot package to {path}: the name must end in .pt2 and its directory must exist")
-    if max_rank is not None and (not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < 1):
-        raise ConfigError(f"max_rank must be a positive integer, got {max_rank!r}")
-    if not isinstance(products, str) or products not in PRODUCTS:
-        raise ConfigError(f"products={shown(products)} is not one of {', '.join(PRODUCTS)}")
+    check_target(path, max_rank, products)
     if program.current is not None and program.current.parts:
         raise ConfigError(
             f"a package holds one adapter at a time, and here {list(program.current.parts)} act together; merge() the "
@@ -100,12 +95,32 @@ def package_program(
         )
     if program.example_inputs is None:
         raise BackendError("the program has no example inputs, which compiling needs; capture it with torch.export")
-    frozen, manifest, tensors = _Packer(program, max_rank, products).run()
+    return write_package(path, *Packer(program, max_rank, products).run(), carried or {})
+
+
+def check_target(path: Path, max_rank: int | None, products: str) -> None:
+    """Raises CheckpointError for a place where no package can be, and ConfigError for options that are none."""
+    if path.suffix != ".pt2" or not path.parent.is_dir():
+        raise CheckpointError(f"cannot package to {path}: the name must end in .pt2 and its directory must exist")
+    if max_rank is not None and (not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < 1):
+        raise ConfigError(f"max_rank must be a positive integer, got {max_rank!r}")
+    if not isinstance(products, str) or products not in PRODUCTS:
+        raise ConfigError(f"products={shown(products)} is not one of {', '.join(PRODUCTS)}")
+
+
+def write_package(
+    path: Path,
+    frozen: ExportedProgram,
+    manifest: Manifest,
+    tensors: Mapping[str, Tensor],
+    carried: Mapping[str, bytes],
+) -> Path:
+    """Compile a program, and put what is known of it beside the code; ``path`` is as it was where that fails."""
     try:
         # Beside the target: there must be room for it here anyway.
         with replacing(path, "new.pt2") as new, _code_folder(new) as code:
-            _compiled(frozen, code, new, {ENTRY: slot_table(manifest)})
-            _package_file.write(new, Contents(manifest, tensors, carried or {}))
+            _compiled(frozen, code, new, {ENTRY: slot_table(manifest)} if manifest.bank is None else {})
+            _package_file.write(new, Contents(manifest, tensors, carried))
     except OSError as error:
         raise CheckpointError(f"could not write {path}: {error}. What was there before is unchanged.") from error
     return path
@@ -124,7 +139,7 @@ def _code_folder(new: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-class _Packer:
+class Packer:
     """What goes into one package: a program with padded slots, its manifest, and tensors made of base weights."""
 
     def __init__(self, program: AdaptedProgram, max_rank: int | None, products: str) -> None:
@@ -139,7 +154,7 @@ class _Packer:
 
     def run(self) -> tuple[ExportedProgram, Manifest, dict[str, Tensor]]:
         for a in self.attachments:
-            self._site(a)
+            self.site(a)
         if self.max_rank is not None and not any(r.padding for r in self.rooms.values()):
             raise ConfigError(f"max_rank={self.max_rank} was given, but no site of the program has a rank to pad")
         binding, program, adaptation = self.binding, self.program, self.program.adaptation
@@ -153,20 +168,20 @@ class _Packer:
             header = {"fills": dict(adaptation.fills), "takes": list(inputs.takes)}
         else:
             header = adaptation.header(binding)
-        sites = [Site(a, program.ops[a.id], tuple(w.shape), w.dtype) for a in self.attachments for w in [self._base(a)]]
-        flat, ranges, guards = self._inputs(inputs), dict(inputs.ranges), list(inputs.guards)
+        sites = [Site(a, program.ops[a.id], tuple(w.shape), w.dtype) for a in self.attachments for w in [self.base(a)]]
+        flat, ranges, guards = self.inputs(program, inputs), dict(inputs.ranges), list(inputs.guards)
         frozen, chosen = self._frozen()
-        manifest = Manifest(self._device(), header, flat, ranges, sites, self.rooms, bases, guards, chosen.data())
+        manifest = Manifest(self.device(), header, flat, ranges, sites, self.rooms, bases, guards, chosen.data())
         return frozen, manifest, self.tensors
 
-    def _base(self, a: Attachment) -> Tensor:
+    def base(self, a: Attachment) -> Tensor:
         return self.spec.weights[a.fqn]
 
-    def _device(self) -> str:
+    def device(self) -> str:
         tensors = (t for t in self.program.state_dict.values() if isinstance(t, Tensor))
         return next((t.device.type for t in tensors), "cpu")
 
-    def _site(self, a: Attachment) -> None:
+    def site(self, a: Attachment) -> None:
         assert self.binding is not None
         op = self.program.ops[a.id]
         identity = a.method.identity(op, self.spec.canonical(a), self.spec.dtype(a))
@@ -175,14 +190,14 @@ class _Packer:
             fqn = a.slots[name]
             if fqn in self.rooms:  # shared with a site that has been
                 continue
-            value, padding, shape = self.binding.values[fqn].detach(), self._padding(a, name), shapes[name]
+            value, padding, shape = self.binding.values[fqn].detach(), self.padding(a, name), shapes[name]
             constant = _uniform(identity[name], spec)
             if a.id not in self.binding.methods and constant is not None and not spec.shared:
                 value = value.new_full(shape, constant)  # a site at the base, whatever its capacity
-            self.values[fqn] = _padded(a, name, value, padding, shape)
+            self.values[fqn] = padded(a, name, value, padding, shape)
             self.rooms[fqn] = Room(shape, value.dtype, padding, constant)
             if constant is None and _fits(identity[name], padding, shape):
-                self.tensors[f"identity.{fqn}"] = _padded(a, name, identity[name], padding, shape)
+                self.tensors[f"identity.{fqn}"] = padded(a, name, identity[name], padding, shape)
         if a.scale_slot is not None:
             value = self.binding.values[a.scale_slot].detach()
             self.values[a.scale_slot] = value.clone()
@@ -207,7 +222,7 @@ class _Packer:
         large = a.method.with_rank(op, max(ranks) if self.max_rank is None else self.max_rank)
         assert large is not None
         wanted = {n: s.shape for n, s in large.slots(op).items()}
-        if wanted == current or all(self._padding(a, n) for n, s in a.method.slots(op).items() if s.free):
+        if wanted == current or all(self.padding(a, n) for n, s in a.method.slots(op).items() if s.free):
             return wanted
         if self.max_rank is None:
             return current
@@ -216,7 +231,7 @@ class _Packer:
             "without max_rank, and swap adapters of this very rank"
         )
 
-    def _padding(self, a: Attachment, slot: str) -> Padding | None:
+    def padding(self, a: Attachment, slot: str) -> Padding | None:
         op = self.program.ops[a.id]
         if not a.method.slots(op)[slot].free:
             return None
@@ -225,9 +240,10 @@ class _Packer:
             self._paddings[key] = paddings(a.method, op, a.form)
         return (self._paddings[key] or {}).get(slot)
 
-    def _inputs(self, inputs: Inputs) -> list[Input]:
-        args, kwargs = self.program.example_inputs  # type: ignore[misc]  # checked by the caller
-        written = {*written_to(self.program.graph), *self.program.graph_signature.user_inputs_to_mutate.values()}
+    def inputs(self, program: ExportedProgram, inputs: Inputs) -> list[Input]:
+        """The inputs of a program as its manifest has them."""
+        args, kwargs = program.example_inputs  # type: ignore[misc]  # checked by the caller
+        written = {*written_to(program.graph), *program.graph_signature.user_inputs_to_mutate.values()}
         out = []
         for value, (name, want) in zip(inputs(args, kwargs), inputs.expected, strict=True):
             if isinstance(value, Tensor):
@@ -250,14 +266,18 @@ class _Packer:
         for node in lifted.graph.nodes:
             if "custom" in node.meta:  # the compiler writes into it, and copies of a graph share it
                 node.meta["custom"] = dict(node.meta["custom"])
+        return self.chosen(lifted)
+
+    def chosen(self, lifted: Lifted) -> tuple[ExportedProgram, Products]:
+        """An opened program with the products of its base chosen, where they are wanted."""
         products = Products()
         if self.products != "plain" and wanted():
-            base = {name for fqn, name in names.items() if fqn not in self.rooms}
+            base = {node.name for fqn, node in lifted.placeholders.items() if fqn not in self.rooms}
             products = ChooseProducts(base, choose_packaged, compiled=True)(lifted.graph).data
         return lifted.finish(), products
 
 
-def _padded(a: Attachment, slot: str, value: Tensor, padding: Padding | None, shape: tuple[int, ...]) -> Tensor:
+def padded(a: Attachment, slot: str, value: Tensor, padding: Padding | None, shape: tuple[int, ...]) -> Tensor:
     """A copy with memory of its own: constants that share memory would be one constant."""
     if not _fits(value, padding, shape):
         raise ConfigError(f"site {a.fqn!r}: slot {slot!r} of shape {tuple(value.shape)} cannot be padded to {shape}")

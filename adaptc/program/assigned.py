@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError
+from adaptc.passes.ir.low_rank_rows import SIDE_BY_SIDE
 from adaptc.program.bound import Keeping
 from adaptc.rows.assignment import Mixes, coefficients, used
 from adaptc.rows.code import KEYWORD, RowsSource
@@ -24,12 +25,11 @@ from adaptc.runtime.outside_compilers import outside
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """Adapters side by side: their names and bindings by place, the code for so many, and what it reads."""
+    """Adapters side by side: names and bindings by place, the number of places, and what code for so many reads."""
 
     names: tuple[str, ...]
     members: tuple[Binding, ...]
     count: int
-    code: Executor
     binding: Binding
 
     @property
@@ -42,19 +42,25 @@ class Stack:
         return all(own.get(n) is table[n] for n in names) and len(self.names) <= 2 * len(names)
 
 
-class Assigned(Keeping):
-    """Made by :meth:`Bank.assigned`. ``runs``: what computes it; ``state``: FQN -> the buffers that its calls write
-    to."""
+class Stacks(Protocol):
+    """Who has the code that stacks run in, and the buffers, by FQN, that it writes to."""
 
-    def __init__(
-        self,
-        runs: Callable[..., Any] | Stack,
-        mixes: Mixes,
-        source: RowsSource,
-        state: Mapping[str, Tensor],
-        device: torch.device,
-    ) -> None:
-        self._runs, self.mixes, self._source, self._state, self._device = runs, mixes, source, state, device
+    source: RowsSource
+
+    @property
+    def state(self) -> Mapping[str, Tensor]: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def code(self, stack: Stack, long: bool) -> Executor: ...
+
+
+class Assigned(Keeping):
+    """Made by ``Bank.assigned``. ``runs``: what computes it."""
+
+    def __init__(self, runs: Callable[..., Any] | Stack, mixes: Mixes, bank: Stacks) -> None:
+        self._runs, self.mixes, self._bank = runs, mixes, bank
         self.binding = replace(Binding.none(), source=", ".join(map(str, used(mixes))) or "the base")
         self._coefficients: dict[int, Tensor] = {}
         self._called = outside(_called)
@@ -63,13 +69,15 @@ class Assigned(Keeping):
         return self._called(self, args, kwargs)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        runs = self._runs
+        runs, source = self._runs, self._bank.source
         if not isinstance(runs, Stack):
             return runs(*args, **kwargs)
-        count = self._source.rows_in(args, kwargs)
-        c = self._for(runs, len(self.mixes) if count is None else count)
-        arguments = runs.code.own_arguments(runs.binding, self._state)
-        return runs.code(arguments, args, {**kwargs, KEYWORD: c})
+        first = source.first(args, kwargs)
+        rows = len(self.mixes) if first is None else first.shape[source.axis]
+        c = self._for(runs, rows)
+        positions = 1 if first is None or not rows else first.numel() // rows
+        code = self._bank.code(runs, positions * runs.count > SIDE_BY_SIDE)
+        return code(code.own_arguments(runs.binding, self._bank.state), args, {**kwargs, KEYWORD: c})
 
     def _for(self, stack: Stack, rows: int) -> Tensor:
         found = self._coefficients.get(rows)
@@ -84,7 +92,7 @@ class Assigned(Keeping):
 
     @property
     def device(self) -> torch.device:
-        return self._device
+        return self._bank.device
 
 
 def _called(assigned: Assigned, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from adaptc.binding.binding import Binding
@@ -71,10 +72,10 @@ class Bank:
         #: where the rows are, and what its code is made of
         self.source = _source_of(self._program, probes)
         #: FQN -> what calls write to, of this bank alone
-        self.state = own_copies(self.source.base, self.source.written)
+        self.state: Mapping[str, Tensor] = own_copies(self.source.base, self.source.written)
         self._table: Mapping[str, Binding] = {}
         self._order: OrderedDict[str, None] = OrderedDict()
-        self._codes: dict[int, Executor] = {}
+        self._codes: dict[tuple[int, bool], Executor] = {}
         self._stacks: OrderedDict[int, Stack] = OrderedDict()
         self._bound: dict[str, Bound] = {}
         self._lock = threading.RLock()
@@ -177,7 +178,7 @@ class Bank:
         """A callable that keeps this assignment and these adapters, for calls that belong together: a generation. It
         takes batches in which each row is there once, or so many times after each other (beams)."""
         mixes = mixes_of(adapters)
-        return Assigned(self._runs(mixes, self._needed(used(mixes))), mixes, self.source, self.state, self.device)
+        return Assigned(self._runs(mixes, self._needed(used(mixes))), mixes, self)
 
     def _needed(self, names: tuple[str, ...]) -> Mapping[str, Binding]:
         """The adapters that a call names, which keeps them whatever becomes of the bank."""
@@ -242,7 +243,7 @@ class Bank:
         members = tuple(table[n] for n in names)
         source = self.source
         made = stacked(members, source.attachments, source.ops, count)
-        stack = Stack(names, members, count, self._code(made, count), made)
+        stack = Stack(names, members, count, made)
         with self._lock:
             # Of adapters that train a stack is made in every call, for it must follow them.
             if not source.training and all(self._table.get(n) is b for n, b in zip(names, members, strict=True)):
@@ -259,13 +260,17 @@ class Bank:
         most = max(needed, 2)
         return most if most <= 8 else -(-most // 4) * 4
 
-    def _code(self, stack: Binding, count: int) -> Executor:
-        code = self._codes.get(count)
+    def code(self, stack: Stack, long: bool) -> Executor:
+        """What computes calls on a stack, of ``long`` rows or short ones; made at the first such call."""
+        options = self._program.options
+        long = long and options.backend == "eager" and not self.source.training
+        key = stack.count, long
+        code = self._codes.get(key)
         if code is None:
             with GRAPHS:
-                code = self._codes.get(count)
+                code = self._codes.get(key)
                 if code is None:
-                    code = self._codes[count] = self.source.code(stack, count, self._program.options)
+                    code = self._codes[key] = self.source.code(stack.binding, stack.count, options, long)
         return code
 
     @property
@@ -273,6 +278,26 @@ class Bank:
         return self._program.device
 
     # -- what it is ----------------------------------------------------------------------------------------------------
+
+    @property
+    def capacity(self) -> int | None:
+        """How many adapters it may hold; None for any number."""
+        return self.limits.capacity
+
+    @property
+    def max_rank(self) -> int | None:
+        """The largest rank that it takes; None for any."""
+        return self.limits.max_rank
+
+    @property
+    def program(self) -> ProgramCore:
+        """The program, as it was when the bank was made."""
+        return self._program
+
+    @property
+    def adapters(self) -> Mapping[str, Binding]:
+        """The adapters by name, as they are now."""
+        return self._table
 
     def exported(self, adapters: list[str] | None = None) -> ExportedProgram:
         """A plain exported program of these adapters (all by default), which takes their coefficients, a float32 tensor

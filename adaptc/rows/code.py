@@ -96,18 +96,22 @@ class RowsSource:
         is wrong with it the call itself says."""
         if KEYWORD in kwargs:
             raise AdaptcError(f"{KEYWORD!r} is made of adapters=[...], and is not given to a bank")
-        found = self.rows_in(args, kwargs)
-        if found is not None and found != count:
+        first = self.first(args, kwargs)
+        if first is not None and first.shape[self.axis] != count:
             raise AdaptcError(
-                f"adapters has {count} entries, and {self.rows.of[0]!r} has {found} rows: give one for each row, None "
-                "for the base"
+                f"adapters has {count} entries, and {self.rows.of[0]!r} has {first.shape[self.axis]} rows: give one "
+                "for each row, None for the base"
             )
 
-    def rows_in(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-        """The number of rows of a call; None where its inputs do not say."""
-        name, axis = self.rows.of
-        value = self._given(name, args, kwargs)
-        return value.shape[axis] if isinstance(value, Tensor) and value.ndim > axis else None
+    @property
+    def axis(self) -> int:
+        """That of the rows in :meth:`first`."""
+        return self.rows.of[1]
+
+    def first(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The input of a call whose sizes say the number of rows; None where they do not."""
+        value = self._given(self.rows.of[0], args, kwargs)
+        return value if isinstance(value, Tensor) and value.ndim > self.axis else None
 
     def _given(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What a call has for one input, by its place among all where inputs lie in one another."""
@@ -120,18 +124,21 @@ class RowsSource:
         flat, found = pytree.tree_flatten((args, {n: kwargs[n] for n in names if n in kwargs}))
         return flat[list(user_inputs(self.program)).index(name)] if found == spec else None
 
-    def exported(self, stack: Binding, count: int) -> ExportedProgram:
+    def exported(self, stack: Binding, count: int, at_once: bool = False) -> ExportedProgram:
         """The program with coefficients, of the adapters in ``stack``: plain ATen, for whoever takes those."""
-        inject = InjectRows(self.attachments, stack.values, self.axes, self.rows.of, count, KEYWORD)
+        inject = InjectRows(self.attachments, stack.values, self.axes, self.rows.of, count, KEYWORD, at_once)
         return inject(self.program).output
 
     @exclusive
-    def code(self, stack: Binding, count: int, options: RunOptions) -> Executor:
-        """Code for ``count`` adapters; of ``stack`` the shapes alone matter."""
-        program = self.exported(stack, count)
-        many = [replace(a, method=InRows(a.method, count)) for a in self.attachments]
+    def code(self, stack: Binding, count: int, options: RunOptions, long: bool) -> Executor:
+        """Code for ``count`` adapters; of ``stack`` the shapes alone matter. ``long``: for rows of many positions, with
+        operators that compute each row's own adapters alone."""
+        program = self.exported(stack, count, at_once=long)
+        # Where several methods stand at one weight, their ids differ by the number.
+        pairs = [(replace(a, method=InRows(a.method, count), variant=i), a) for i, a in enumerate(self.attachments)]
+        many, ops = [new for new, _ in pairs], {new.id: self.ops[a.id] for new, a in pairs}
         inputs = Inputs.of(program, self.fills, self.takes)
-        return Executor(program, many, self.ops, replace(options, kernels=False), inputs, self.training, self.base)
+        return Executor(program, many, ops, replace(options, kernels=False), inputs, self.training, self.base)
 
 
 def _check_names(program: ExportedProgram) -> None:

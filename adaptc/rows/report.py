@@ -26,10 +26,15 @@ class BankReport(Report):
     stacks: tuple[tuple[str, ...], ...] = ()
     capacity: int | None = None
     max_bytes: int | None = None
+    #: bytes of each adapter, where its tensors do not tell them: in compiled code all places are of one size
+    each: int | None = None
 
     @property
     def nbytes(self) -> int:
-        return bytes_of(self.adapters.values())
+        return bytes_of(self.adapters.values()) if self.each is None else self.each * len(self.adapters)
+
+    def _bytes(self, b: Binding) -> int:
+        return bytes_of([b]) if self.each is None else self.each
 
     def parts(self) -> Iterable[str | Table]:
         of = "" if self.capacity is None else f" of {self.capacity}"
@@ -42,11 +47,11 @@ class BankReport(Report):
 
     def _row(self, name: str, b: Binding) -> tuple[Any, ...]:
         ranks = ", ".join(map(str, _ranks(b))) or "-"
-        return name, len(b.methods), ranks, size(bytes_of([b])), b.source
+        return name, len(b.methods), ranks, size(self._bytes(b)), b.source
 
     def data(self) -> dict[str, Any]:
         adapters = {
-            n: {"sites": len(b.methods), "ranks": _ranks(b), "bytes": bytes_of([b]), "source": b.source}
+            n: {"sites": len(b.methods), "ranks": _ranks(b), "bytes": self._bytes(b), "source": b.source}
             for n, b in self.adapters.items()
         }
         limits = {"capacity": self.capacity, "max_bytes": self.max_bytes}

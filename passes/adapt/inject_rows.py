@@ -66,7 +66,8 @@ def check_site(lifted: Lifted, a: Attachment) -> None:
 @dataclass(frozen=True)
 class InjectRows(Pass):
     """``values``: FQN -> stacked slots and scales; ``axes``: where the rows are in what consumers read and give;
-    ``rows``: a user's input and its axis whose size is their number; ``keyword``: the name of the coefficients."""
+    ``rows``: a user's input and its axis whose size is their number; ``keyword``: the name of the coefficients.
+    ``at_once``: for code that is run, with operators of adaptc where there are some for it."""
 
     name: ClassVar[str] = "inject_rows"
 
@@ -76,6 +77,7 @@ class InjectRows(Pass):
     rows: tuple[str, int]
     count: int
     keyword: str
+    at_once: bool = False
 
     def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
         lifted = Lifted(subject)
@@ -89,7 +91,7 @@ class InjectRows(Pass):
                     lifted.add(fqn, as_lifted(value, value.requires_grad))
         rows = lifted.nodes[self.rows[0]].meta["val"].shape[self.rows[1]]
         c = lifted.add_input(self.keyword, (rows, self.count), torch.float32)
-        _Writer(lifted, self.attachments, ops, self.axes, self.count, c).run()
+        _Writer(lifted, self.attachments, ops, self.axes, self.count, c, self.at_once).run()
         return PassResult(lifted.finish(), len(self.attachments))
 
 
@@ -101,6 +103,7 @@ class _Writer:
     axes: Axes
     count: int
     c: fx.Node
+    at_once: bool
     traces: dict[Any, fx.Graph] = field(default_factory=dict)
     latest: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
@@ -116,7 +119,7 @@ class _Writer:
             self._call(node, replaced)
 
     def _site(self, a: Attachment, op: Op) -> Site:
-        return Site(a.method, op, tuple(a.slots), a.scale_slot is not None, self.count)
+        return Site(a.method, op, tuple(a.slots), a.scale_slot is not None, self.count, self.at_once)
 
     def _around(self, a: Attachment, node: fx.Node) -> None:
         op = self.ops[a.id].at(node)

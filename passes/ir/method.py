@@ -90,6 +90,11 @@ class Method(Hooks):
         other; None where it is not."""
         return None
 
+    def rows_at_once(self, op: Op, x: Tensor, y: Tensor, slots: Slots, scale: Scale, c: Tensor) -> Tensor | None:
+        """:meth:`rows` by an operator made for it, for code that is run and not exported: ``c`` (rows, adapters), and
+        each row's share of ``x`` and ``y`` in one stretch of their first axis. None where there is no such operator."""
+        return None
+
     # -- which of these there are --------------------------------------------------------------------------------------
 
     def defines(self, *names: str) -> bool:

@@ -74,6 +74,8 @@ class Site:
     names: tuple[str, ...]
     scaled: bool
     count: int
+    #: whether operators made for it may take the place of plain ones
+    at_once: bool = False
 
     def split(self, tensors: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
         """Slots by name, and the scale, of what a region reads last."""
@@ -121,6 +123,10 @@ def output_of(site: Site, where: RowAxis, biased: bool) -> Callable[..., Tensor]
 
     def behind(x: Tensor, y: Tensor, w: Tensor, *rest: Tensor) -> Tensor:
         b, (c, *slots) = (rest[0], rest[1:]) if biased else (None, rest)
+        if site.at_once and method.has_rows() and where.axis == 0 and where.order != ORDERS[2]:
+            made = method.rows_at_once(op, x, y, *site.split(slots), c)
+            if made is not None:
+                return made
         w, c = op.canonical(w), spread(c, y, where)
         together = method.rows(op, x, y, w, b, *site.split(slots), c) if method.has_rows() else None
         if together is not None:

@@ -76,7 +76,7 @@ def test_a_row_is_no_business_of_other_rows_adapters() -> None:
         huge = {k: torch.full_like(t, 1e25) for k, t in state(2).items()}
         bank = made.bank({"a": made.binding, "huge": huge}) if not options else made.bank({"a": made.binding})
         if options:
-            huge = {k: v for k, v in huge.items()} | {
+            huge |= {
                 f"{n}.lora_magnitude_vector": torch.full((o,), 1e38) for n, o in (("up", 7), ("side", 7), ("down", 3))
             }
             bank.add("huge", huge)
@@ -246,7 +246,7 @@ def test_who_is_used_least_goes_and_comes_again_from_the_loader(program: Any, si
     close(bank(X, adapters=["b", "c", None]), rows(singles, "b", "c", None))
     assert list(bank) == ["b", "c"]
     assert asked == ["a", "b", "c"]
-    with pytest.raises(adaptc.ConfigError, match="names 3 adapters .*the bank holds 2 at once"):
+    with pytest.raises(adaptc.ConfigError, match=r"names 3 adapters .*the bank holds 2 at once"):
         bank(X, adapters=["a", "b", "c"])
     with pytest.raises(adaptc.AdaptcError, match="no adapter 'd', and its loader gave none"):
         bank(X, adapters=["d", None, None])
@@ -377,7 +377,7 @@ def test_programs_without_sites_and_with_adapters_that_act_together_are_refused(
     with pytest.raises(adaptc.ConfigError, match="no adapter sites"):
         adaptc.merge(program).bank()
     both = adaptc.compile(net(), {"x": config(2), "y": config(3)}, example_inputs=X[:2])
-    with pytest.raises(adaptc.ConfigError, match="adapters that act together .'x', 'y'.*give rows a mix"):
+    with pytest.raises(adaptc.ConfigError, match=r"adapters that act together .'x', 'y'.*give rows a mix"):
         both.bank()
 
 

@@ -25,7 +25,7 @@ def weight(out: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}])
 def test_gradients_reach_the_adapters_of_each_row(options: dict[str, Any]) -> None:
     made = adaptc.compile(net(), config(2, **options), example_inputs=torch.randn(2, 5), training=True)
-    named = {n: r for n, r in (("a", 2), ("b", 5), ("c", 3))}
+    named = {"a": 2, "b": 5, "c": 3}
     more = (
         {}
         if not options
@@ -75,7 +75,8 @@ def test_half_precision_rounds_no_more_than_an_adapter_alone(dtype: torch.dtype,
     assert found.dtype == dtype
     for i, name in enumerate(("a", "b")):
         alone, want = made.bind(adapters[name])(x), exact.bind(adapters[name])(x.double())
-        no_further(found[i::2], alone[i::2], want[i::2], times=1.3)
+        # One adapter in half precision is held in float32 for few rows, and several side by side are not.
+        no_further(found[i::2], alone[i::2], want[i::2], times=1.2 if autocast else 1.6)
 
 
 def test_inductor_compiles_once(tmp_path: Path) -> None:
@@ -139,5 +140,5 @@ def test_experts_are_refused() -> None:
 
     targets = {"target_parameters": ["mlp.experts.gate_up_proj"], "target_modules": ["q_proj"]}
     made = adaptc.compile(FAMILIES["mixtral"].build(), LoraConfig(r=2, **targets))
-    with pytest.raises(adaptc.TargetError, match="gate_up_proj.*it is an expert's"):
+    with pytest.raises(adaptc.TargetError, match=r"gate_up_proj.*it is an expert's"):
         made.bank()

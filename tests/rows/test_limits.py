@@ -69,7 +69,7 @@ def test_a_call_that_needs_more_than_there_may_be_is_refused() -> None:
 
 
 def test_what_rows_cannot_have_is_refused() -> None:
-    with pytest.raises(adaptc.CheckpointError, match="'p' brings a base of its own .'w'.*convert_to_lora"):
+    with pytest.raises(adaptc.CheckpointError, match=r"'p' brings a base of its own .'w'.*convert_to_lora"):
         Limits().check("p", binding(base={"w": torch.zeros(1)}))
     with pytest.raises(adaptc.ConfigError, match="'p' is 2 adapters that act together"):
         Limits().check("p", binding(parts=dict.fromkeys("xy", binding())))

@@ -1,4 +1,4 @@
-"""What tests of banks share: adapters with random tensors, and what each row of a batch must be by programs of its own."""
+"""What tests of banks share: adapters with random tensors, and what each row must be by programs of its own."""
 
 from __future__ import annotations
 

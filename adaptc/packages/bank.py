@@ -1,0 +1,119 @@
+"""Run the package of a bank: each row of a batch on its own mix of the adapters in it, and others put in their places.
+
+Before: a file that ``packages.write_bank`` wrote. After: calls compute what the bank did. An adapter that is put in is
+copied to its place between two calls, one pass over its bytes; nothing is compiled, and no call sees a part of it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adaptc.binding.binding import Binding
+from adaptc.errors import AdaptcError, ConfigError, listing, shown
+from adaptc.packages.run import PackagedProgram
+from adaptc.rows.assignment import check_known, coefficients, mixes_of, used
+from adaptc.rows.code import KEYWORD
+from adaptc.rows.report import BankReport
+
+
+class PackagedBank:
+    """Made by ``adaptc.load_package``."""
+
+    def __init__(self, package: PackagedProgram) -> None:
+        assert package.manifest.bank is not None
+        self._package = package
+        self.capacity: int = package.manifest.bank["count"]
+        self._places: Mapping[str, int] = {n: k for k, n in enumerate(package.manifest.bank["names"])}
+        first = replace(package.binding, constants={}, source=str(package.path))
+        self._members: dict[str, Binding] = dict.fromkeys(self._places, first)
+        self._each = sum(prod(r.shape) * r.dtype.itemsize for r in package.manifest.rooms.values())
+        self._lock = threading.RLock()
+
+    @property
+    def path(self) -> Path:
+        return self._package.path
+
+    @property
+    def device(self) -> torch.device:
+        return self._package.device
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The largest rank an adapter may have at each site that has one, by the FQN of the site's parameter."""
+        return self._package.ranks
+
+    def __call__(self, *args: Any, adapters: Any, **kwargs: Any) -> Any:
+        """As :meth:`Bank.__call__`."""
+        mixes = mixes_of(adapters)
+        with self._lock:  # until the call is done: a place may be another's afterwards
+            places = self._places
+            check_known(used(mixes), places)
+            names = sorted(places, key=places.__getitem__)
+            c = torch.zeros(len(mixes), self.capacity)
+            c[:, [places[n] for n in names]] = coefficients(mixes, names, len(names), torch.device("cpu"))
+            return self._package.run(None, args, {**kwargs, KEYWORD: c.to(self.device)})
+
+    def add(self, name: str, adapter: Any, **options: Any) -> None:
+        """Put an adapter in a free place; as :meth:`Bank.add`, for ranks up to :attr:`ranks`. Raises ConfigError where
+        there is no free place."""
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"the name of an adapter is a string, not {shown(name)}")
+        fitted = self._package.fitted(adapter, **options)
+        with self._lock:
+            if name in self._places:
+                raise ConfigError(f"the bank has an adapter {name!r}: bank.replace puts another in its place")
+            free = sorted(set(range(self.capacity)) - set(self._places.values()))
+            if not free:
+                raise ConfigError(
+                    f"the bank has no room for {name!r}: the package was made for {self.capacity} adapters. Remove "
+                    "one, or package the bank with a larger capacity"
+                )
+            self._package.code.write(free[0], fitted.constants)
+            self._places = {**self._places, name: free[0]}
+            self._members[name] = replace(fitted, constants={})
+
+    def replace(self, name: str, adapter: Any, **options: Any) -> None:
+        """Put another adapter in the place of one; as :meth:`add`."""
+        check_known([name], self._places)
+        fitted = self._package.fitted(adapter, **options)
+        with self._lock:
+            check_known([name], self._places)
+            self._package.code.write(self._places[name], fitted.constants)
+            self._members[name] = replace(fitted, constants={})
+
+    def remove(self, name: str) -> None:
+        """Let go of an adapter. Raises AdaptcError for a name that there is not."""
+        with self._lock:
+            check_known([name], self._places)
+            self._package.code.write(self._places[name], None)
+            self._places = {n: k for n, k in self._places.items() if n != name}
+            del self._members[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._places))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def report(self) -> BankReport:
+        """The adapters in it, each with the bytes of its place."""
+        return BankReport(dict(self._members), capacity=self.capacity, each=self._each)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise AdaptcError(
+            f"the package of a bank can be neither copied nor pickled: load {self.path} once more, with "
+            "adaptc.load_package"
+        )
+
+    def __repr__(self) -> str:
+        return f"PackagedBank({str(self.path)!r}, {len(self)} of {self.capacity} adapters: {listing(map(repr, self))})"

@@ -1,0 +1,94 @@
+"""Package a bank: the code for rows, with room for so many adapters, and those that are in it.
+
+Before: a bank. After: a package whose constants have an axis of adapters in front of what a package of one has, and
+which takes the coefficients of a call as one more input. ``packages.bank`` runs it, and puts others in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from adaptc.binding.binding import Binding
+from adaptc.errors import BackendError, ConfigError, shown
+from adaptc.methods import AdapterConfig
+from adaptc.packages.manifest import Manifest, Site
+from adaptc.packages.write import Packer, check_target, padded, write_package
+from adaptc.passes.ir.exclusive import exclusive
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.program.bank import Bank
+from adaptc.runtime.call_inputs import Inputs
+
+
+@exclusive
+def package_bank(
+    bank: Bank, path: Path, *, capacity: int | None = None, max_rank: int | None = None, products: str = "measured"
+) -> Path:
+    """``capacity``: how many adapters there is room for, by default as many as the bank may hold, or else as it has,
+    and one more; each costs its memory, and time in every call. ``max_rank``: the largest rank of any, by default the
+    largest of those in it. All else, and errors, as for ``package_program``; ConfigError for a bank that is empty, or
+    has more."""
+    check_target(path, max_rank, products)
+    members = dict(bank.adapters)
+    if not members:
+        raise ConfigError("the bank is empty: a package of it is made for adapters like those that are in it")
+    count = capacity if capacity is not None else bank.capacity or len(members) + 1
+    if not isinstance(count, int) or isinstance(count, bool) or count < len(members):
+        raise ConfigError(f"capacity={shown(capacity)} is no number of adapters from {len(members)}, which are in it")
+    ranks = {
+        n: max((r for m in b.methods.values() if (r := m.rank()) is not None), default=0) for n, b in members.items()
+    }
+    largest = max(members, key=ranks.__getitem__)
+    wanted = max_rank or bank.max_rank or max(ranks.values()) or None
+    frozen, manifest, tensors = _BankPacker(bank, members, members[largest], wanted, products, max(count, 2)).run()
+    return write_package(path, frozen, manifest, tensors, {})
+
+
+def _rank(b: Binding) -> int:
+    return max((r for m in b.methods.values() if (r := m.rank()) is not None), default=0)
+
+
+class _BankPacker(Packer):
+    def __init__(
+        self, bank: Bank, members: Mapping[str, Binding], like: Binding, max_rank: int | None, products: str, count: int
+    ) -> None:
+        super().__init__(bank.program.with_binding(like), max_rank, products)
+        if self.program.example_inputs is None:
+            raise BackendError("the program has no example inputs, which compiling needs; capture it with torch.export")
+        self.bank, self.members, self.count = bank, members, count
+
+    def run(self) -> tuple[ExportedProgram, Manifest, dict[str, Tensor]]:
+        for a in self.attachments:
+            self.site(a)
+        stacks = {fqn: self._stack(fqn) for fqn in self.rooms}
+        stack = Binding(stacks, {a.id: a.method for a in self.attachments}, AdapterConfig())
+        exported = self.bank.source.exported(stack, self.count)
+        self.tensors |= {f"current.{fqn}": value for fqn, value in stacks.items()}
+        adaptation = self.program.adaptation
+        inputs = Inputs.of(exported, adaptation.fills, adaptation.takes)
+        assert self.binding is not None
+        header = adaptation.header(self.binding)
+        sites = [
+            Site(a, self.program.ops[a.id], tuple(w.shape), w.dtype) for a in self.attachments for w in [self.base(a)]
+        ]
+        frozen, chosen = self.chosen(Lifted(exported))
+        flat, ranges, guards = self.inputs(exported, inputs), dict(inputs.ranges), list(inputs.guards)
+        names = {"count": self.count, "names": list(self.members)}
+        manifest = Manifest(
+            self.device(), header, flat, ranges, sites, self.rooms, [], guards, chosen.data(), bank=names
+        )
+        return frozen, manifest, self.tensors
+
+    def _stack(self, fqn: str) -> Tensor:
+        room = self.rooms[fqn]
+        out = torch.zeros(self.count, *room.shape, dtype=room.dtype, device=self.program.device)
+        a = next(a for a in self.attachments if fqn in a.tensor_names)
+        name = next((n for n, f in a.slots.items() if f == fqn), "")
+        for k, member in enumerate(self.members.values()):
+            value = member.values[fqn].detach()
+            out[k].copy_(value if not name else padded(a, name, value, room.padding, room.shape))
+        return out

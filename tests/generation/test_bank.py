@@ -1,0 +1,98 @@
+"""Each prompt of a batch generates with adapters of its own, and gives what it gives alone and what PEFT gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import adaptc
+from tests.generation.models import case, generated, generator, prompt
+
+NAMES: list[Any] = ["first", None, "second", {"first": 0.6, "second": -0.4}]
+
+
+class Mixed:
+    """A bank that generates with one assignment."""
+
+    def __init__(self, bank: Any, adapters: list[Any]) -> None:
+        self.bank, self.adapters = bank, adapters
+
+    def generate(self, **how: Any) -> Any:
+        return self.bank.generate(**how, adapters=self.adapters)
+
+
+def bank(family: str = "llama") -> Any:
+    return generator(family).bank(case(family).adapters)
+
+
+def row(inputs: dict[str, Tensor], i: int) -> dict[str, Tensor]:
+    return {k: v[i : i + 1] for k, v in inputs.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_peft_says_the_same(family):
+    inputs, oracle = prompt(4, 6, (0, 2)), case(family).oracle
+    names = ["first", None, "second", "first"]
+    expected = generated(oracle, inputs, adapter_names=[n or "__base__" for n in names])
+    assert torch.equal(generated(Mixed(bank(family), names), inputs), expected)
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}], ids=str)
+def test_a_prompt_gets_what_it_gets_alone(how):
+    made, gen, inputs = bank(), generator(), prompt(4, 6, (0, 2))
+    out = generated(Mixed(made, NAMES), inputs, **how)
+    each = len(out) // 4
+    for i, name in enumerate(NAMES[:3]):
+        alone = gen.base if name is None else gen.bind(case("llama").adapters[name])
+        assert torch.equal(out[i * each : (i + 1) * each], generated(alone, row(inputs, i), **how))
+    mix = generated(Mixed(made, NAMES[3:]), row(inputs, 3), **how)
+    assert torch.equal(out[3 * each :], mix)
+
+
+def test_samples_keep_their_adapters():
+    out = generated(Mixed(bank(), NAMES), prompt(4, 6), do_sample=True, num_return_sequences=3, new=5)
+    assert out.shape == (12, 11)
+
+
+def test_a_generation_keeps_its_adapters():
+    """What is put in the place of an adapter while a text is generated is for the next one."""
+    made, inputs, dirs = bank(), prompt(4, 6), case("llama").adapters
+    expected = generated(Mixed(made, NAMES), inputs)
+
+    def replacing(ids: Tensor, scores: Tensor) -> Tensor:
+        if ids.shape[1] == 9:
+            made.replace("first", dirs["second"])
+        return scores
+
+    assert torch.equal(generated(Mixed(made, NAMES), inputs, logits_processor=[replacing]), expected)
+    assert not torch.equal(generated(Mixed(made, NAMES), inputs), expected)
+
+
+def test_a_prefix_with_adapters_is_continued():
+    made, inputs = bank(), prompt(4, 6)
+    expected = generated(Mixed(made, NAMES), inputs)
+    cache = made.prefill(inputs["input_ids"][:, :4], adapters=NAMES)
+    assert torch.equal(generated(Mixed(made, NAMES), inputs, past_key_values=cache), expected)
+
+
+def test_refused_by_name():
+    made, inputs = bank(), prompt(4, 6)
+    with pytest.raises(adaptc.AdaptcError, match="3 entries, and there are 4 prompts"):
+        made.generate(**inputs, adapters=["first", None, "second"], max_new_tokens=2)
+    with pytest.raises(adaptc.AdaptcError, match="no adapter 'third'"):
+        made.generate(**inputs, adapters=["third"] * 4, max_new_tokens=2)
+    made.remove("second")
+    made.add("third", case("llama").adapters["second"])
+    assert list(made) == ["first", "third"]
+    assert len(made) == 2
+    assert "third" in made
+    assert "2 adapters" in repr(made)
+    assert "third" in str(made.report())
+
+
+def test_encoder_decoders_are_refused_by_name():
+    with pytest.raises(adaptc.AdaptcError, match="without an encoder"):
+        generator("t5").bank()

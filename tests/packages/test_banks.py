@@ -1,0 +1,114 @@
+"""Packages of banks: rows of one call on adapters of their own in compiled code, and adapters put in afterwards."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import adaptc
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(7, 13), nn.Linear(13, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+def written(model: nn.Module, folder: Path, rank: int, seed: int) -> Path:
+    torch.manual_seed(seed)
+    config = adaptc.LoraConfig(r=rank, lora_alpha=3, target_modules=["up", "down"], init_lora_weights=False)
+    program = adaptc.compile(model, config, example_inputs=torch.randn(3, 4, 7))
+    return Path(adaptc.save_adapter(program, folder))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bank")
+    torch.manual_seed(0)
+    model = Net().eval()
+    dirs = {n: written(model, folder / n, r, i) for i, (n, r) in enumerate({"a": 3, "b": 5, "c": 2, "d": 4}.items())}
+    config = adaptc.LoraConfig(r=2, target_modules=["up", "down"])
+    program = adaptc.compile(model, config, example_inputs=torch.randn(3, 4, 7))
+    bank = program.bank({n: dirs[n] for n in ("a", "b")})
+    path = adaptc.package(bank, folder / "bank.pt2", capacity=3, max_rank=6)
+    return program, bank, path, dirs
+
+
+def test_rows_of_a_package_are_those_of_its_bank(made):
+    program, bank, path, dirs = made
+    packaged = adaptc.load_package(path)
+    assert list(packaged) == ["a", "b"]
+    for rows, adapters in ((5, ["a", None, "b", {"a": 0.5, "b": -2.0}, "a"]), (2, [None, None])):
+        x = torch.randn(rows, 3, 7)
+        torch.testing.assert_close(packaged(x, adapters=adapters), bank(x, adapters=adapters))
+    single = program.bind(dirs["b"])
+    torch.testing.assert_close(packaged(x, adapters=["b", "b"]), single(x))
+
+
+def test_adapters_come_and_go_in_compiled_code(made):
+    program, _, path, dirs = made
+    packaged = adaptc.load_package(path)
+    x = torch.randn(3, 2, 7)
+    packaged.add("c", dirs["c"])
+    torch.testing.assert_close(packaged(x, adapters=["c"] * 3), program.bind(dirs["c"])(x))
+    with pytest.raises(adaptc.ConfigError, match="made for 3 adapters"):
+        packaged.add("d", dirs["d"])
+    packaged.replace("a", dirs["d"])
+    mixed = packaged(x, adapters=["a", "b", "c"])
+    for row, name in enumerate(["d", "b", "c"]):
+        torch.testing.assert_close(mixed[row], program.bind(dirs[name])(x)[row])
+    packaged.remove("b")
+    with pytest.raises(adaptc.AdaptcError, match="no adapter 'b'"):
+        packaged(x, adapters=["b", None, None])
+    assert "b" not in packaged
+    packaged.add("a again", dirs["a"])
+    torch.testing.assert_close(packaged(x, adapters=["a again"] * 3), program.bind(dirs["a"])(x))
+    assert packaged.report().data()["adapters"].keys() == {"a", "c", "a again"}
+
+
+def test_what_does_not_fit_leaves_a_package_as_it_is(made, tmp_path):
+    _, _, path, dirs = made
+    packaged = adaptc.load_package(path)
+    x = torch.randn(2, 3, 7)
+    before = packaged(x, adapters=["a", "b"])
+    large = written(Net().eval(), tmp_path / "large", 7, 9)
+    with pytest.raises(adaptc.SwapError, match="rank 7"):
+        packaged.replace("a", large)
+    with pytest.raises(adaptc.ConfigError, match="has an adapter 'a'"):
+        packaged.add("a", dirs["c"])
+    torch.testing.assert_close(packaged(x, adapters=["a", "b"]), before, rtol=0, atol=0)
+
+
+def test_options_of_banks_alone(made, tmp_path):
+    program, bank, *_ = made
+    with pytest.raises(adaptc.ConfigError, match="capacity"):
+        adaptc.package(program, tmp_path / "one.pt2", capacity=3)
+    with pytest.raises(adaptc.ConfigError, match="capacity"):
+        adaptc.package(bank, tmp_path / "small.pt2", capacity=1)
+    with pytest.raises(adaptc.ConfigError, match="empty"):
+        adaptc.package(program.bank(), tmp_path / "none.pt2")
+
+
+def test_a_fresh_process_runs_it(made):
+    _, bank, path, dirs = made
+    torch.manual_seed(4)
+    x = torch.randn(3, 2, 7)
+    code = (
+        "import torch, adaptc\n"
+        "torch.manual_seed(4); x = torch.randn(3, 2, 7)\n"
+        f"bank = adaptc.load_package({str(path)!r}); bank.add('c', {str(dirs['c'])!r})\n"
+        "print(bank(x, adapters=['c', None, {'a': 0.3, 'c': 0.5}]).double().sum().item())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    bank.add("c", dirs["c"])
+    expected = bank(x, adapters=["c", None, {"a": 0.3, "c": 0.5}]).double().sum().item()
+    bank.remove("c")
+    assert float(done.stdout) == pytest.approx(expected, abs=1e-4)
