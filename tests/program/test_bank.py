@@ -389,3 +389,19 @@ def test_a_base_of_its_own_is_refused_and_others_of_that_program_are_not() -> No
     bank = made.bank({"a": state(3)}, config=config(3))
     want = compiled(2).bind(state(3), config=config(3))(X)
     close(bank(X, adapters=["a", None, "a"]), torch.stack([want[0], net()(X)[1], want[2]]))
+
+
+class Blocked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.tanh(self.layer(x))
+
+
+def test_layers_inside_of_blocks_are_refused() -> None:
+    made = adaptc.compile(Blocked().eval(), LoraConfig(r=2, target_modules=["layer"]), example_inputs=X[:2])
+    with pytest.raises(adaptc.TargetError, match=r"'layer\.weight' cannot have another adapter.*inside a block"):
+        made.bank()
