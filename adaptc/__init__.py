@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from adaptc.passes.ir.method import Initial, Method, Slot
     from adaptc.passes.ir.ops import Op
     from adaptc.program.adapted import AdaptedProgram
+    from adaptc.program.bank import Bank
     from adaptc.program.checkpoints import last_checkpoint
     from adaptc.program.lorafa import lorafa_optimizer
     from adaptc.program.rank_allocator import RankAllocator, orthogonal_loss
@@ -116,6 +117,7 @@ PUBLIC = {
     "last_checkpoint": "adaptc.program.checkpoints",
     # what one holds
     "AdaptedProgram": "adaptc.program.adapted",
+    "Bank": "adaptc.program.bank",
     "Adapter": "adaptc.adapters.adapter",
     "Generator": "adaptc.generation.generator",
     "LoraConfig": "adaptc.methods.lora_config",

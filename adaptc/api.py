@@ -39,6 +39,7 @@ from adaptc.program.unload import unloaded
 from adaptc.program.views import check_unseen
 from adaptc.reports.coverage import CoverageReport
 from adaptc.reports.results import MergeReport, SwapReport, bar
+from adaptc.rows.report import BankReport
 from adaptc.runtime.options import RunOptions
 from adaptc.value_types import checked
 from adaptc.verify.package import verify_package
@@ -308,16 +309,26 @@ def report(program: AdaptedProgram, *, changes: bool = False) -> CoverageReport:
 def report(program: PackagedProgram, *, changes: bool = False) -> PackageReport: ...
 
 
+@overload
+def report(program: Bank, *, changes: bool = False) -> BankReport: ...
+
+
 @noted
 @checked("changes")
-def report(program: AdaptedProgram | PackagedProgram, *, changes: bool = False) -> CoverageReport | PackageReport:
+def report(
+    program: AdaptedProgram | PackagedProgram | Bank, *, changes: bool = False
+) -> CoverageReport | PackageReport | BankReport:
     """What was adapted and what was left out, and the norms of the adapter's tensors; prints as tables.
 
     ``changes``: also how much the adapter changes each weight, as a part of the weight's own norm, which computes every
     adapted weight once, one at a time. Of a package: its file, its adapter, the room for others and its inputs, as a
     :class:`~adaptc.packages.report.PackageReport`; its weights are in compiled code, so with ``changes`` it raises
-    AdaptcError.
+    AdaptcError. Of a bank: its adapters, as :meth:`Bank.report` has them; with ``changes`` it raises AdaptcError.
     """
+    if isinstance(program, Bank):
+        if changes:
+            raise AdaptcError("changes=True is of one adapter: ask the program, swapped to each of the bank's")
+        return program.report()
     if isinstance(program, PackagedProgram):
         if changes:
             raise AdaptcError(

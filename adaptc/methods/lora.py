@@ -196,16 +196,18 @@ class Lora(Method):
             return None
         A, B = slots[next(iter(slots))], list(slots.values())[1]
         count, wide = A.shape[0], A.dtype
-        mix = cast(mix, wide) * scale
+        mix = cast(mix, wide if wide.itemsize >= 4 else torch.float32) * scale
         down, up = A.flatten(0, 1), B.transpose(0, 1).flatten(1, 2)
         if op.is_conv:
             h = op.down(adapter_input(self, op, x, wide), down)
-            delta = op.up((h.unflatten(1, (count, -1)) * mix.movedim(-1, 1)).flatten(1, 2), up.flatten(1))
+            h = cast(h.unflatten(1, (count, -1)) * mix.movedim(-1, 1), wide)
+            delta = op.up(h.flatten(1, 2), up.flatten(1))
         else:
             h = op.down(adapter_input(self, op, x, wide), op.bounded(down) if op.kind == "embedding" else down)
-            delta = torch.nn.functional.linear((h.unflatten(-1, (count, -1)) * mix.movedim(-1, -2)).flatten(-2), up)
+            h = cast(h.unflatten(-1, (count, -1)) * mix.movedim(-1, -2), wide)
+            delta = torch.nn.functional.linear(h.flatten(-2), up)
         if self.with_bias:
-            biases = mix @ slots["lora_B.bias"]
+            biases = mix @ cast(slots["lora_B.bias"], mix.dtype)
             delta = delta + (biases.movedim(-1, 1).squeeze(-1) if op.is_conv else biases.squeeze(-2))
         return cast(y + delta, y.dtype)
 

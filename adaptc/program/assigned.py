@@ -1,13 +1,13 @@
-"""An assignment of adapters to rows, kept for calls that belong together.
+"""An assignment of adapters to the rows of a batch, kept for calls that belong together.
 
-Before: a bank, and what each row is to have. After: a callable that has these adapters as they were when it was made,
-whatever the bank has by now, for batches in which each row is there once, or so many times (beams).
+Before: for each row its mix, and what computes such a call: a program as it is, where all rows want the same, or a
+stack of adapters. After: a callable that keeps them, whatever becomes of the bank that they come from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,43 +18,66 @@ from adaptc.errors import AdaptcError
 from adaptc.passes.ir.low_rank_rows import SIDE_BY_SIDE
 from adaptc.program.bound import Keeping
 from adaptc.rows.assignment import Mixes, coefficients, used
-from adaptc.rows.code import KEYWORD
-from adaptc.rows.stacks import Stack
+from adaptc.rows.code import KEYWORD, RowsSource
 from adaptc.runtime.executor import Executor
+from adaptc.runtime.outside_compilers import outside
 
 
-class Rows(Protocol):
-    """What is asked of a bank."""
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Adapters side by side: names and bindings by place, the number of places, and what code for so many reads."""
+
+    names: tuple[str, ...]
+    members: tuple[Binding, ...]
+    count: int
+    binding: Binding
 
     @property
-    def axis(self) -> int: ...
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.binding.values.values())
+
+    def serves(self, names: tuple[str, ...], table: Mapping[str, Binding]) -> bool:
+        """Whether all that a call uses is here, as it is now, and not much else."""
+        own = dict(zip(self.names, self.members, strict=True))
+        return all(own.get(n) is table[n] for n in names) and len(self.names) <= 2 * len(names)
+
+
+class Stacks(Protocol):
+    """Who has the code that stacks run in, and the buffers, by FQN, that it writes to."""
+
+    source: RowsSource
+
+    @property
+    def state(self) -> Mapping[str, Tensor]: ...
 
     @property
     def device(self) -> torch.device: ...
-
-    def first(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None: ...
 
     def code(self, stack: Stack, long: bool) -> Executor: ...
 
 
 class Assigned(Keeping):
-    """Made by :meth:`Bank.assigned`."""
+    """Made by ``Bank.assigned``. ``runs``: what computes it."""
 
-    def __init__(self, bank: Rows, mixes: Mixes, runs: Callable[..., Any] | Stack) -> None:
-        self._bank, self.mixes, self._runs = bank, mixes, runs
+    def __init__(self, runs: Callable[..., Any] | Stack, mixes: Mixes, bank: Stacks) -> None:
+        self._runs, self.mixes, self._bank = runs, mixes, bank
         self.binding = replace(Binding.none(), source=", ".join(map(str, used(mixes))) or "the base")
         self._coefficients: dict[int, Tensor] = {}
+        self._called = outside(_called)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        runs = self._runs
+        return self._called(self, args, kwargs)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        runs, source = self._runs, self._bank.source
         if not isinstance(runs, Stack):
             return runs(*args, **kwargs)
-        first = self._bank.first(args, kwargs)
-        rows = len(self.mixes) if first is None else first.shape[self._bank.axis]
+        first = source.first(args, kwargs)
+        rows = len(self.mixes) if first is None else first.shape[source.axis]
         c = self._for(runs, rows)
         positions = 1 if first is None or not rows else first.numel() // rows
         code = self._bank.code(runs, positions * runs.count > SIDE_BY_SIDE)
-        return code(code.arguments(runs.binding), args, {**kwargs, KEYWORD: c})
+        return code(code.own_arguments(runs.binding, self._bank.state), args, {**kwargs, KEYWORD: c})
 
     def _for(self, stack: Stack, rows: int) -> Tensor:
         found = self._coefficients.get(rows)
@@ -70,3 +93,7 @@ class Assigned(Keeping):
     @property
     def device(self) -> torch.device:
         return self._bank.device
+
+
+def _called(assigned: Assigned, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return assigned.run(args, kwargs)

@@ -12,9 +12,12 @@ beside them the stacks that were used last.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,18 +26,21 @@ from torch.export import ExportedProgram
 
 from adaptc.binding.binding import Binding
 from adaptc.binding.source import as_binding
-from adaptc.errors import AdaptcError, CheckpointError, ConfigError, did_you_mean, listing, shown
+from adaptc.errors import AdaptcError, ConfigError, did_you_mean, listing, shown
 from adaptc.passes.adapt.unload import Unload
 from adaptc.passes.ir.exclusive import GRAPHS
-from adaptc.program.assigned import Assigned
+from adaptc.program.assigned import Assigned, Stack
 from adaptc.program.bound import Bound
 from adaptc.program.core import ProgramCore
 from adaptc.program.unload import unloaded
 from adaptc.rows.assignment import Mixes, check_known, mixes_of, used
 from adaptc.rows.code import RowsSource
+from adaptc.rows.limits import Limits
 from adaptc.rows.report import BankReport, bytes_of
-from adaptc.rows.stacks import Stack, stacked
+from adaptc.rows.stacks import stacked
 from adaptc.runtime.executor import Executor
+from adaptc.runtime.outside_compilers import outside
+from adaptc.runtime.state import own_copies
 from adaptc.tables import size
 
 #: stacks that are kept: of the calls that differ most from each other in what they use
@@ -57,21 +63,23 @@ class Bank:
         probes: Sequence[Mapping[str, Any]] = (),
         **options: Any,
     ) -> None:
-        for name, value in {"capacity": capacity, "max_rank": max_rank, "max_bytes": max_bytes}.items():
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ConfigError(f"{name}={shown(value)} must be a positive integer, or None for no limit")
+        check_options(options)
+        self.limits = Limits(capacity, max_rank, max_bytes, evict)
         if loader is not None and not callable(loader):
             raise ConfigError(f"loader={shown(loader)} must be a function of a name that gives an adapter")
         self._program = program.snapshot()
-        self.capacity, self.max_rank, self.max_bytes = capacity, max_rank, max_bytes
-        self.evict, self.loader = evict, loader
-        self._source = _source_of(self._program, probes)
+        self.loader = loader
+        #: where the rows are, and what its code is made of
+        self.source = _source_of(self._program, probes)
+        #: FQN -> what calls write to, of this bank alone
+        self.state: Mapping[str, Tensor] = own_copies(self.source.base, self.source.written)
         self._table: Mapping[str, Binding] = {}
         self._order: OrderedDict[str, None] = OrderedDict()
         self._codes: dict[tuple[int, bool], Executor] = {}
         self._stacks: OrderedDict[int, Stack] = OrderedDict()
         self._bound: dict[str, Bound] = {}
         self._lock = threading.RLock()
+        self._called = outside(_called)
         if not isinstance(adapters or {}, Mapping):
             raise ConfigError(f"adapters={shown(adapters)} must be a dict of adapters by name")
         for name, adapter in (adapters or {}).items():
@@ -102,42 +110,17 @@ class Bank:
             check_known([name], self._table)
             self._drop([name])
 
-    def _put(self, name: str, binding: Binding, known: bool = False) -> None:
+    def _put(self, name: str, binding: Binding, known: bool = False, needed: Collection[str] = ()) -> None:
         with self._lock:
             if known:
                 check_known([name], self._table)
             elif name in self._table:
                 raise ConfigError(f"the bank has an adapter {name!r}: bank.replace puts another in its place")
-            gone = self._make_room(name, binding)
-            self._drop(gone)
+            self._drop(self.limits.leaving(self._table, self._order, name, binding, needed))
             self._table = {**self._table, name: binding}
             self._order[name] = None
             self._order.move_to_end(name)
             self._forget([name])
-
-    def _make_room(self, name: str, binding: Binding) -> list[str]:
-        """Whom to let go for another adapter."""
-        others = [n for n in self._order if n != name]
-        gone: list[str] = []
-
-        def over() -> str:
-            rest = [n for n in others if n not in gone]
-            if self.capacity is not None and len(rest) + 1 > self.capacity:
-                return f"it holds {self.capacity} adapters"
-            needed = bytes_of([*(self._table[n] for n in rest), binding])
-            if self.max_bytes is not None and needed > self.max_bytes:
-                return f"it holds {size(self.max_bytes)}, and would need {size(needed)}"
-            return ""
-
-        while full := over():
-            rest = [n for n in others if n not in gone]
-            if not self.evict or not rest:
-                raise ConfigError(
-                    f"the bank has no room for {name!r}: {full}. Remove one, make the bank larger, or let it give up "
-                    "those that were used least recently, with evict=True"
-                )
-            gone.append(rest[0])
-        return gone
 
     def _drop(self, names: list[str]) -> None:
         self._table = {n: b for n, b in self._table.items() if n not in names}
@@ -155,23 +138,12 @@ class Bank:
                 del self._stacks[key]
 
     def _binding(self, name: str, adapter: Any, options: Mapping[str, Any]) -> Binding:
-        binding = as_binding(self._program, adapter, trainable=self._source.training, **options)
-        if binding.base:
-            raise CheckpointError(
-                f"adapter {name!r} brings a base of its own ({listing(map(repr, binding.base), 2)}), which rows of one "
-                "batch cannot have: convert it to plain LoRA first, with adaptc.convert_to_lora"
-            )
-        if len(binding.parts) > 1:
-            raise ConfigError(
-                f"adapter {name!r} is {len(binding.parts)} adapters that act together: add each of them, and give rows "
-                "a mix"
-            )
-        for fqn, t in binding.values.items():
-            if (t.is_floating_point() or t.is_complex()) and not bool(torch.isfinite(t).all()):
-                raise CheckpointError(f"adapter {name!r} is not finite: {fqn!r} has NaN or infinity")
-        ranks = [r for m in binding.methods.values() if (r := m.rank()) is not None]
-        if self.max_rank is not None and max(ranks, default=0) > self.max_rank:
-            raise ConfigError(f"adapter {name!r} has rank {max(ranks)}, and the bank takes ranks up to {self.max_rank}")
+        try:
+            binding = as_binding(self._program, adapter, trainable=self.source.training, **options)
+            self.limits.check(name, binding)
+        except AdaptcError as error:
+            error.add_note(f"It is adapter {name!r} of the bank.")
+            raise
         return binding
 
     def __contains__(self, name: object) -> bool:
@@ -193,68 +165,64 @@ class Bank:
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
-    def __call__(self, *args: Any, adapters: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, adapters: Any = ..., **kwargs: Any) -> Any:
         """Run the program. ``adapters`` has an entry for each row of the batch: a name, None for the base, or a dict of
         names and weights, whose changes are added up with these weights.
 
         Raises AdaptcError for a name that the bank has not (after the loader was asked), and for another number of rows
         than the batch has; then nothing was computed.
         """
-        assigned = self.assigned(adapters)
-        self._check_rows(len(assigned.mixes), args, kwargs)
-        return assigned(*args, **kwargs)
+        return self._called(self, args, kwargs, adapters)
 
     def assigned(self, adapters: Any) -> Assigned:
         """A callable that keeps this assignment and these adapters, for calls that belong together: a generation. It
         takes batches in which each row is there once, or so many times after each other (beams)."""
         mixes = mixes_of(adapters)
-        return Assigned(self, mixes, self._runs(mixes, self._needed(used(mixes))))
+        return Assigned(self._runs(mixes, self._needed(used(mixes))), mixes, self)
 
     def _needed(self, names: tuple[str, ...]) -> Mapping[str, Binding]:
-        """The table that a call reads, with all that it names."""
-        missing = [n for n in names if n not in self._table]
+        """The adapters that a call names, which keeps them whatever becomes of the bank."""
+        self.limits.check_call(names)
+        table = self._table
+        found = {n: table[n] for n in names if n in table}
+        missing = [n for n in names if n not in found]
         if missing and self.loader is None:
-            check_known(missing, self._table)
-        for name in missing:
-            self._load(name)
+            check_known(missing, table)
+        found |= {n: self._load(n, names) for n in missing}
         with self._lock:
-            table = self._table
-            check_known(names, table)  # two that cannot be held at once
             for name in names:
-                self._order.move_to_end(name)
-            return table
+                if name in self._order:
+                    self._order.move_to_end(name)
+        return found
 
-    def _load(self, name: str) -> None:
+    def _load(self, name: str, needed: Collection[str]) -> Binding:
         assert self.loader is not None
         found = self.loader(name)
         if found is None:
-            check_known([name], self._table)
+            raise AdaptcError(f"the bank has no adapter {name!r}, and its loader gave none{did_you_mean(name, self)}")
         binding = self._binding(name, found, {})
         with self._lock:
             if name not in self._table:  # another thread was first
-                self._put(name, binding)
+                self._put(name, binding, needed=needed)
+            return self._table[name]
 
     def _runs(self, mixes: Mixes, table: Mapping[str, Binding]) -> Callable[..., Any] | Stack:
         """What computes an assignment: where all rows want the same a program of its own, else a stack."""
         names = used(mixes)
         if not names:
-            return self._program.base.pinned()  # type: ignore[attr-defined]
-        if all(mix == {names[0]: 1.0} for mix in mixes) and not self._source.training:
+            base: ProgramCore = self._program.base  # type: ignore[attr-defined]
+            return self._with_state(base, Binding.none()) if self.state else base.pinned()
+        if all(mix == {names[0]: 1.0} for mix in mixes) and not self.source.training:
+            if self.state:
+                return self._with_state(self._program, table[names[0]])
             return self._alone(names[0], table)
         return self._stack(names, table)
 
-    @property
-    def axis(self) -> int:
-        """That of the rows in :meth:`first`."""
-        return self._source.rows.of[1]
-
-    def first(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-        """The input of a call whose sizes say the number of rows; None where it is inside of another."""
-        name, names = self._source.rows.of[0], list(self._source.takes)
-        value = kwargs.get(name)
-        if value is None and name in names and names.index(name) < len(args):
-            value = args[names.index(name)]
-        return value if isinstance(value, Tensor) and value.ndim > self.axis else None
+    def _with_state(self, program: ProgramCore, binding: Binding) -> Callable[..., Any]:
+        """A program on the buffers of the bank."""
+        code = program.executor()
+        arguments = code.own_arguments(binding, self.state)
+        return lambda *args, **kwargs: code(arguments, args, kwargs)
 
     def _alone(self, name: str, table: Mapping[str, Binding]) -> Bound:
         with self._lock:
@@ -273,7 +241,7 @@ class Bank:
                     return stack
         count = self._count(len(names))
         members = tuple(table[n] for n in names)
-        source = self._source
+        source = self.source
         made = stacked(members, source.attachments, source.ops, count)
         stack = Stack(names, members, count, made)
         with self._lock:
@@ -288,30 +256,22 @@ class Bank:
         """The number of places of a stack: compiled code has one, for as many as the bank may hold."""
         options = self._program.options
         if options.backend == "inductor":
-            return max(self.capacity or 8, needed, 2)
+            return max(self.limits.capacity or 8, needed, 2)
         most = max(needed, 2)
         return most if most <= 8 else -(-most // 4) * 4
 
     def code(self, stack: Stack, long: bool) -> Executor:
         """What computes calls on a stack, of ``long`` rows or short ones; made at the first such call."""
         options = self._program.options
-        long = long and options.backend == "eager" and not self._source.training
+        long = long and options.backend == "eager" and not self.source.training
         key = stack.count, long
         code = self._codes.get(key)
         if code is None:
             with GRAPHS:
                 code = self._codes.get(key)
                 if code is None:
-                    code = self._codes[key] = self._source.code(stack.binding, stack.count, options, long)
+                    code = self._codes[key] = self.source.code(stack.binding, stack.count, options, long)
         return code
-
-    def _check_rows(self, count: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        first = self.first(args, kwargs)
-        if first is not None and first.shape[self.axis] != count:
-            raise AdaptcError(
-                f"adapters has {count} entries, and {self._source.rows.of[0]!r} has {first.shape[self.axis]} rows: "
-                "give one for each row, None for the base"
-            )
 
     @property
     def device(self) -> torch.device:
@@ -320,14 +280,19 @@ class Bank:
     # -- what it is ----------------------------------------------------------------------------------------------------
 
     @property
+    def capacity(self) -> int | None:
+        """How many adapters it may hold; None for any number."""
+        return self.limits.capacity
+
+    @property
+    def max_rank(self) -> int | None:
+        """The largest rank that it takes; None for any."""
+        return self.limits.max_rank
+
+    @property
     def program(self) -> ProgramCore:
         """The program, as it was when the bank was made."""
         return self._program
-
-    @property
-    def source(self) -> RowsSource:
-        """What code for rows is made of."""
-        return self._source
 
     @property
     def adapters(self) -> Mapping[str, Binding]:
@@ -336,15 +301,19 @@ class Bank:
 
     def exported(self, adapters: list[str] | None = None) -> ExportedProgram:
         """A plain exported program of these adapters (all by default), which takes their coefficients, a float32 tensor
-        (rows, adapters) in this order, as one more keyword, ``adapter_coefficients``. Nothing of adaptc is in it."""
+        (rows, adapters) in this order, as one more keyword, ``adapter_coefficients``. Nothing of adaptc is in it.
+
+        Raises AdaptcError for a name that the bank has not, and ConfigError where there is none.
+        """
         table = self._table
         names = tuple(table) if adapters is None else tuple(adapters)
         check_known(names, table)
         if not names:
             raise ConfigError("the bank is empty, so there is nothing to export")
-        count = max(len(names), 2)
-        made = stacked([table[n] for n in names], self._source.attachments, self._source.ops, count)
-        return self._source.exported(made, count)
+        made = stacked([table[n] for n in names], self.source.attachments, self.source.ops, len(names))
+        # Archives want tensors as they lie in memory.
+        made = replace(made, values={f: t.detach().contiguous() for f, t in made.values.items()})
+        return self.source.exported(made, len(names))
 
     @property
     def nbytes(self) -> int:
@@ -362,17 +331,57 @@ class Bank:
         with self._lock:
             adapters = {n: self._table[n] for n in self._order}
             stacks = tuple(s.names for s in self._stacks.values())
-            return BankReport(adapters, self.held, stacks, self.capacity, self.max_bytes)
+            return BankReport(adapters, self.held, stacks, self.limits.capacity, self.limits.max_bytes)
 
     def __repr__(self) -> str:
-        limits = f" of {self.capacity}" if self.capacity else ""
-        return f"<Bank: {len(self)}{limits} adapters, {size(self.nbytes)}: {listing(map(repr, self._table))}>"
+        limits = f" of {self.limits.capacity}" if self.limits.capacity else ""
+        names = f": {listing(map(repr, self._table))}" if self._table else ""
+        return f"<Bank: {len(self)}{limits} adapters, {size(self.nbytes)}{names}>"
+
+    def __copy__(self) -> Bank:
+        """One of its own with the same adapters, which go and come in each alone."""
+        return self._like(self._program, dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Bank:
+        """The same with tensors of its own."""
+        return self._like(copy.deepcopy(self._program, memo), partial(copy.deepcopy, memo=memo))
+
+    def _like(self, program: ProgramCore, adapters: Callable[[dict[str, Binding]], dict[str, Binding]]) -> Bank:
+        with self._lock:
+            held = {n: self._table[n] for n in self._order}
+        limits = {f.name: getattr(self.limits, f.name) for f in fields(self.limits)}
+        return Bank(program, adapters(held), loader=self.loader, **limits)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise AdaptcError(
+            "a bank cannot be pickled: write its program with adaptc.save, its adapters with adaptc.save_adapter, and "
+            "make another where they are read; copy.deepcopy(bank) gives one with tensors of its own"
+        )
+
+
+def _called(bank: Bank, args: tuple[Any, ...], kwargs: dict[str, Any], adapters: Any) -> Any:
+    bank.source.check_call(len(mixes_of(adapters)), args, kwargs)
+    return bank.assigned(adapters).run(args, kwargs)
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a keyword that is neither a limit nor an option of adapters."""
+    known = ("config", "adapter_name", "key_mapping", "component")
+    for name in options:
+        if name not in known:
+            limits = ("capacity", "max_rank", "max_bytes", "evict", "loader")
+            raise ConfigError(f"a bank has no option {name!r}{did_you_mean(name, [*limits, *known])}")
 
 
 def _source_of(program: ProgramCore, probes: Sequence[Mapping[str, Any]]) -> RowsSource:
     a = program.adaptation
     if not a.attachments:
         raise ConfigError("the program has no adapter sites, so there is nothing for a bank: compile it with a config")
+    if program.current is not None and len(parts := program.current.parts) > 1:
+        raise ConfigError(
+            f"the program has adapters that act together ({listing(map(repr, parts))}), which no row has apart: "
+            "compile it for [one, another], and give rows a mix"
+        )
     with GRAPHS:
         if a.training:
             bare: ExportedProgram = Unload({k: program.base_tensors[k] for k in program.originals})(program).output

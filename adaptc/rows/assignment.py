@@ -7,13 +7,15 @@ and every weight a finite number; weights of zero are gone.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from math import isfinite
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adaptc.errors import AdaptcError, did_you_mean, listing, shown
+
+LARGEST = torch.finfo(torch.float32).max
 
 Mixes = tuple[Mapping[str, float], ...]
 """For each row the weights of its adapters, by name."""
@@ -22,8 +24,13 @@ Mixes = tuple[Mapping[str, float], ...]
 def mixes_of(adapters: Any) -> Mixes:
     """``adapters`` as callers write it: a list with, for each row, None, a name, or a dict of names and weights.
 
-    Raises AdaptcError for anything else.
+    Raises AdaptcError for anything else, also where it was left out (``...``).
     """
+    if adapters is ...:
+        raise AdaptcError(
+            "adapters= is missing: give one entry for each row of the batch, a name, None for the base, or a mix such "
+            'as {"fr": 0.7, "style": 0.3}'
+        )
     if isinstance(adapters, (str, Mapping, Tensor)) or not isinstance(adapters, Sequence):
         raise AdaptcError(
             f"adapters={shown(adapters)} is no list: give one entry for each row of the batch, a name, None for the "
@@ -43,15 +50,22 @@ def _mix(row: int, one: Any) -> dict[str, float]:
         )
     out = {}
     for name, weight in one.items():
-        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        if not isinstance(name, str) or not number or not isfinite(weight):
+        if not isinstance(name, str) or not _is_number(weight):
             raise AdaptcError(
                 f"adapters[{row}] gives {shown(name)} the weight {shown(weight)}: names are strings and weights "
-                "finite numbers"
+                "numbers, finite in float32"
             )
         if weight:
             out[name] = float(weight)
     return out
+
+
+def _is_number(weight: Any) -> bool:
+    """Not NaN either, which is not less than anything."""
+    if not isinstance(weight, Real) or isinstance(weight, bool):
+        return False
+    value: Any = weight
+    return bool(abs(value) <= LARGEST)
 
 
 def used(mixes: Mixes) -> tuple[str, ...]:

@@ -14,17 +14,19 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from adaptc.binding.binding import Binding
-from adaptc.errors import TargetError
+from adaptc.errors import AdaptcError, ConfigError, TargetError
 from adaptc.passes.adapt.inject_rows import InjectRows, around, check_site, read_at
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.exclusive import exclusive
-from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.lifted import Lifted, user_inputs
 from adaptc.passes.ir.ops import Op, operands
 from adaptc.passes.ir.rows import InRows, RowAxis
+from adaptc.passes.ir.trees import pytree
 from adaptc.rows.locate import Rows, locate, rows_of
 from adaptc.runtime.call_inputs import Inputs
 from adaptc.runtime.executor import Executor
 from adaptc.runtime.options import RunOptions
+from adaptc.runtime.state import written_to
 
 #: the name of the coefficients among the inputs
 KEYWORD = "adapter_coefficients"
@@ -60,6 +62,7 @@ class RowsSource:
     ) -> RowsSource:
         """``probes`` as for :func:`locate`. Raises TargetError, which names the site, where rows cannot have adapters
         of their own."""
+        _check_names(program)
         rows, lifted = rows_of(program), Lifted(program, edit=False)
         wanted: dict[str, Attachment] = {}
         for a in attachments:
@@ -78,6 +81,49 @@ class RowsSource:
             )
         return cls(program, attachments, ops, base, rows, axes, fills, takes, training)
 
+    @property
+    def written(self) -> frozenset[str]:
+        """FQNs of base tensors that calls write to."""
+        lifted = Lifted(self.program, edit=False)
+        names = written_to(self.program.graph)
+        found = {f for f, node in lifted.placeholders.items() if node.name in names}
+        outputs = self.program.graph_signature
+        mutated = {*outputs.buffers_to_mutate.values(), *outputs.parameters_to_mutate.values()}
+        return frozenset((found | mutated) & self.base.keys())
+
+    def check_call(self, count: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Raises AdaptcError for a call with so many entries for rows whose batch has another number of them. What else
+        is wrong with it the call itself says."""
+        if KEYWORD in kwargs:
+            raise AdaptcError(f"{KEYWORD!r} is made of adapters=[...], and is not given to a bank")
+        first = self.first(args, kwargs)
+        if first is not None and first.shape[self.axis] != count:
+            raise AdaptcError(
+                f"adapters has {count} entries, and {self.rows.of[0]!r} has {first.shape[self.axis]} rows: give one "
+                "for each row, None for the base"
+            )
+
+    @property
+    def axis(self) -> int:
+        """That of the rows in :meth:`first`."""
+        return self.rows.of[1]
+
+    def first(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The input of a call whose sizes say the number of rows; None where they do not."""
+        value = self._given(self.rows.of[0], args, kwargs)
+        return value if isinstance(value, Tensor) and value.ndim > self.axis else None
+
+    def _given(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What a call has for one input, by its place among all where inputs lie in one another."""
+        if name in kwargs:
+            return kwargs[name]
+        if name in (places := list(self.takes)) and places.index(name) < len(args):
+            return args[places.index(name)]
+        spec = self.program.call_spec.in_spec
+        names = [] if spec is None else spec.children()[1].context or []
+        flat, found = pytree.tree_flatten((args, {n: kwargs[n] for n in names if n in kwargs}))
+        return flat[list(user_inputs(self.program)).index(name)] if found == spec else None
+
     def exported(self, stack: Binding, count: int, at_once: bool = False) -> ExportedProgram:
         """The program with coefficients, of the adapters in ``stack``: plain ATen, for whoever takes those."""
         inject = InjectRows(self.attachments, stack.values, self.axes, self.rows.of, count, KEYWORD, at_once)
@@ -93,3 +139,15 @@ class RowsSource:
         many, ops = [new for new, _ in pairs], {new.id: self.ops[a.id] for new, a in pairs}
         inputs = Inputs.of(program, self.fills, self.takes)
         return Executor(program, many, ops, replace(options, kernels=False), inputs, self.training, self.base)
+
+
+def _check_names(program: ExportedProgram) -> None:
+    """Raises ConfigError for a program with an input that is called as what rows are told by."""
+    spec = program.call_spec.in_spec
+    keywords = () if spec is None else spec.children()[1].context or ()
+    taken = ({"adapters"} & set(keywords)) | ({KEYWORD} & set(user_inputs(program)))
+    for name in sorted(taken):
+        raise ConfigError(
+            f"the program has an input called {name!r}, and calls of a bank have another of that name: capture the "
+            "model with that input under another name"
+        )

@@ -39,7 +39,8 @@ class BankReport(Report):
     def parts(self) -> Iterable[str | Table]:
         of = "" if self.capacity is None else f" of {self.capacity}"
         limit = "" if self.max_bytes is None else f" of {size(self.max_bytes)}"
-        stacks = f"; {size(self.held)} in {len(self.stacks)} stacks of those in use" if self.stacks else ""
+        count = len(self.stacks)
+        stacks = f"; {size(self.held)} in {count} stack{'s' if count > 1 else ''} of those in use" if count else ""
         yield f"bank of {len(self.adapters)}{of} adapters, {size(self.nbytes)}{limit}{stacks}"
         columns = ["adapter", Column("sites", True), Column("ranks", True), Column("bytes", True), "from"]
         yield Table(columns, [self._row(n, b) for n, b in self.adapters.items()])

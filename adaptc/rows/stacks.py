@@ -8,7 +8,6 @@ that a product over the ranks of all adapters reads it as it is.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -21,25 +20,6 @@ from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.method import Method, Slot
 from adaptc.passes.ir.ops import Op
 from adaptc.runtime.rank_padding import Padding, paddings
-
-
-@dataclass(frozen=True, eq=False)
-class Stack:
-    """Adapters side by side: names and bindings by place, the number of places, and what code for so many reads."""
-
-    names: tuple[str, ...]
-    members: tuple[Binding, ...]
-    count: int
-    binding: Binding
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.binding.values.values())
-
-    def serves(self, names: tuple[str, ...], table: Mapping[str, Binding]) -> bool:
-        """Whether all that a call uses is here, as it is now, and not much else."""
-        own = dict(zip(self.names, self.members, strict=True))
-        return all(own.get(n) is table[n] for n in names) and len(self.names) <= 2 * len(names)
 
 
 def stacked(
@@ -71,9 +51,10 @@ def _stack(tensors: Sequence[Tensor], count: int, slot: Slot, name: str, a: Atta
         return torch.stack(sized)
     room = (*shape[:axis], count, *shape[axis:])
     dtype = first.dtype
-    out = torch.zeros(room, dtype=dtype, device=first.device).movedim(axis, 0)
-    for k, t in enumerate(tensors):
-        out[k].copy_(_sized(t.detach(), shape, name, a, op))
+    with torch.inference_mode(False), torch.no_grad():  # later calls may be of another mode
+        out = torch.zeros(room, dtype=dtype, device=first.device).movedim(axis, 0)
+        for k, t in enumerate(tensors):
+            out[k].copy_(_sized(t.detach(), shape, name, a, op))
     return out
 
 

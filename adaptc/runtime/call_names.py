@@ -15,7 +15,7 @@ from adaptc.errors import AdaptcError, did_you_mean, listing
 
 #: keywords of other libraries' calls that ask for what a program does not do -> what it does instead
 _NOT_YET = {
-    "adapter_names": "rows of one call cannot have different adapters: call prog.bind(adapter) for the rows of each",
+    "adapter_names": "rows of one call have adapters of their own in a bank: prog.bank({...})(..., adapters=[...])",
     "alora_offsets": "activated LoRA is not supported",
     "task_ids": "adapters that are mixed by task are not supported: prog.bind(adapter) gives a callable for each",
 }

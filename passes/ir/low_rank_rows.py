@@ -36,9 +36,10 @@ def side_by_side(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: T
     """One product with the factors of all adapters."""
     h = F.linear(x.to(A.dtype), A.flatten(0, 1))
     each = h.shape[0] // c.shape[0]
-    mix = (c * scale).to(A.dtype)
+    mix = c.to(torch.promote_types(A.dtype, torch.float32)) * scale  # which half precision would round
     mix = mix if each == 1 else mix.repeat_interleave(each, 0)
     h = h.view(*h.shape[:-1], A.shape[0], -1) * mix.view(mix.shape[0], *([1] * (h.ndim - 2)), -1, 1)
+    h = h.to(A.dtype)
     return (y + F.linear(h.flatten(-2), B.transpose(0, 1).flatten(1))).to(y.dtype)
 
 

@@ -193,12 +193,13 @@ def changed(site: Site, p: Tensor, slots: Slots, scale: Scale) -> Tensor:
 
 
 def _sum(y: Tensor, base: Tensor, terms: Any) -> Tensor:
-    """y + the sum of c * (adapted - base); in float32 where y is in half precision."""
+    """y + the sum of c * (adapted - base); in float32 where y is in half precision. What an adapter makes of a row that
+    does not want it is left out, were it not finite."""
     wide = y.dtype if y.dtype.itemsize >= 4 else torch.float32
     out, base = cast(y, wide), cast(base, wide)
     for c, adapted in terms:
         change = cast(adapted, wide) - base if base.ndim == adapted.ndim else cast(adapted, wide)
-        out = out + cast(c, _real(wide)) * change
+        out = out + torch.where(c == 0, torch.zeros_like(change), cast(c, _real(wide)) * change)
     return cast(out, y.dtype)
 
 

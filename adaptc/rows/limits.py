@@ -1,0 +1,91 @@
+"""What a bank may hold: how many adapters, how many bytes, which ranks, and who goes for another one.
+
+Before: limits as a caller states them, and an adapter that fits the program. After: the names to let go of for it, or
+an error that says why there is no room, or why no row of a batch can take it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from adaptc.binding.binding import Binding
+from adaptc.errors import CheckpointError, ConfigError, listing, shown
+from adaptc.rows.report import bytes_of
+from adaptc.tables import size
+
+
+@dataclass(frozen=True)
+class Limits:
+    """None for no limit. Raises ConfigError for what is no limit."""
+
+    capacity: int | None = None
+    max_rank: int | None = None
+    max_bytes: int | None = None
+    evict: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("capacity", "max_rank", "max_bytes"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ConfigError(f"{name}={shown(value)} must be a positive integer, or None for no limit")
+        if not isinstance(self.evict, bool):
+            raise ConfigError(f"evict={shown(self.evict)} must be True or False")
+
+    def check_call(self, names: Collection[str]) -> None:
+        """Raises ConfigError where one call needs more adapters than there may be."""
+        if self.capacity is not None and len(names) > self.capacity:
+            raise ConfigError(
+                f"the call names {len(names)} adapters ({listing(map(repr, names))}), and the bank holds "
+                f"{self.capacity} at once: make it larger, or run the rows in several calls"
+            )
+
+    def check(self, name: str, binding: Binding) -> None:
+        """Raises ConfigError or CheckpointError for an adapter that rows of one batch cannot have."""
+        if binding.base:
+            raise CheckpointError(
+                f"adapter {name!r} brings a base of its own ({listing(map(repr, binding.base), 2)}), which rows of one "
+                "batch cannot have: convert it to plain LoRA first, with adaptc.convert_to_lora"
+            )
+        if len(binding.parts) > 1:
+            raise ConfigError(
+                f"adapter {name!r} is {len(binding.parts)} adapters that act together: add each of them, and give rows "
+                "a mix"
+            )
+        for fqn, t in binding.values.items():
+            if (t.is_floating_point() or t.is_complex()) and not bool(torch.isfinite(t).all()):
+                raise CheckpointError(f"adapter {name!r} is not finite: {fqn!r} has NaN or infinity")
+        ranks = [r for m in binding.methods.values() if (r := m.rank()) is not None]
+        if self.max_rank is not None and max(ranks, default=0) > self.max_rank:
+            raise ConfigError(f"adapter {name!r} has rank {max(ranks)}, and the bank takes ranks up to {self.max_rank}")
+
+    def leaving(
+        self, table: Mapping[str, Binding], order: Collection[str], name: str, binding: Binding, needed: Collection[str]
+    ) -> list[str]:
+        """Whom to let go of ``table`` for another adapter: those first in ``order``, but none that is ``needed``.
+
+        Raises ConfigError where there is no room.
+        """
+        kept = [n for n in order if n != name]
+        gone: list[str] = []
+        while full := self._full([*(table[n] for n in kept), binding]):
+            free = [n for n in kept if n not in needed]
+            if not self.evict or not free:
+                raise ConfigError(
+                    f"the bank has no room for {name!r}: {full}. Remove one, make the bank larger, or let it give up "
+                    "those that were used least recently, with evict=True"
+                )
+            kept.remove(free[0])
+            gone.append(free[0])
+        return gone
+
+    def _full(self, bindings: list[Binding]) -> str:
+        """What is exceeded with these; '' for nothing."""
+        if self.capacity is not None and len(bindings) > self.capacity:
+            return f"it holds no more than {self.capacity}"
+        nbytes = bytes_of(bindings)
+        if self.max_bytes is not None and nbytes > self.max_bytes:
+            return f"it holds {size(self.max_bytes)}, and would need {size(nbytes)}"
+        return ""
