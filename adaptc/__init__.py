@@ -24,7 +24,6 @@ if TYPE_CHECKING:
         lower,
         merge,
         package,
-        report,
         save,
         save_adapter,
         swap,
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
     )
     from adaptc.generation.compile import compile_for_generation
     from adaptc.generation.generator import Generator
+    from adaptc.generation.report import report
     from adaptc.methods import TargetedConfig, register_method
     from adaptc.methods.adalora import AdaLoraConfig
     from adaptc.methods.boft import BOFTConfig
@@ -99,7 +99,7 @@ PUBLIC = {
     "save_adapter": "adaptc.api",
     "package": "adaptc.api",
     "load_package": "adaptc.api",
-    "report": "adaptc.api",
+    "report": "adaptc.generation.report",
     "verify": "adaptc.api",
     "get_model_status": "adaptc.reports.status",
     "get_layer_status": "adaptc.reports.status",

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,10 +18,9 @@ from torch.export import ExportedProgram
 
 from adaptc.adapters.adapter import Adapter
 from adaptc.adapters.write import written
-from adaptc.errors import AdaptcError, ConfigError, MergeError, shown
+from adaptc.errors import ConfigError, MergeError, shown
 from adaptc.generation.files import generator_in
 from adaptc.generation.packaged import load_generation
-from adaptc.packages.report import PackageReport
 from adaptc.packages.run import BoundPackage, PackagedProgram
 from adaptc.packages.write import package_program
 from adaptc.packages.write_bank import package_bank
@@ -30,16 +29,14 @@ from adaptc.program.bank import Bank
 from adaptc.program.bound import Bound
 from adaptc.program.compile import compiled
 from adaptc.program.files import load_program, save_program
-from adaptc.program.holder import Holder, check_program, noted, of_programs, through_holders
+from adaptc.program.holder import Holder, check_program, of_programs, through_holders
 from adaptc.program.lower import lowered
 from adaptc.program.merge import merged, unmerged
 from adaptc.program.module_files import check_followed
 from adaptc.program.swap import swapped
 from adaptc.program.unload import unloaded
 from adaptc.program.views import check_unseen
-from adaptc.reports.coverage import CoverageReport
 from adaptc.reports.results import MergeReport, SwapReport, bar
-from adaptc.rows.report import BankReport
 from adaptc.runtime.options import RunOptions
 from adaptc.value_types import checked
 from adaptc.verify.package import verify_package
@@ -299,44 +296,6 @@ def save_adapter(
         "component": component,
     }
     return written(program, path, options)
-
-
-@overload
-def report(program: AdaptedProgram, *, changes: bool = False) -> CoverageReport: ...
-
-
-@overload
-def report(program: PackagedProgram, *, changes: bool = False) -> PackageReport: ...
-
-
-@overload
-def report(program: Bank, *, changes: bool = False) -> BankReport: ...
-
-
-@noted
-@checked("changes")
-def report(
-    program: AdaptedProgram | PackagedProgram | Bank, *, changes: bool = False
-) -> CoverageReport | PackageReport | BankReport:
-    """What was adapted and what was left out, and the norms of the adapter's tensors; prints as tables.
-
-    ``changes``: also how much the adapter changes each weight, as a part of the weight's own norm, which computes every
-    adapted weight once, one at a time. Of a package: its file, its adapter, the room for others and its inputs, as a
-    :class:`~adaptc.packages.report.PackageReport`; its weights are in compiled code, so with ``changes`` it raises
-    AdaptcError. Of a bank: its adapters, as :meth:`Bank.report` has them; with ``changes`` it raises AdaptcError.
-    """
-    if isinstance(program, Bank):
-        if changes:
-            raise AdaptcError("changes=True is of one adapter: ask the program, swapped to each of the bank's")
-        return program.report()
-    if isinstance(program, PackagedProgram):
-        if changes:
-            raise AdaptcError(
-                "changes=True compares with the base weights, which a package has in its compiled code alone; ask the "
-                "program that it was made from"
-            )
-        return PackageReport.of(program)
-    return CoverageReport.of(program, changes)
 
 
 def verify(

@@ -1,0 +1,58 @@
+"""What there is to say of whatever holds adapters: a program, a package, what generates, a bank of any of them.
+
+Before: one of these. After: a report that prints as tables and is data.
+"""
+
+from __future__ import annotations
+
+from typing import overload
+
+from adaptc.errors import AdaptcError
+from adaptc.generation.bank import GeneratorBank
+from adaptc.packages.bank import PackagedBank
+from adaptc.packages.report import PackageReport
+from adaptc.packages.run import PackagedProgram
+from adaptc.program.adapted import AdaptedProgram
+from adaptc.program.bank import Bank
+from adaptc.program.holder import noted
+from adaptc.reports.coverage import CoverageReport
+from adaptc.rows.report import BankReport
+from adaptc.value_types import checked
+
+
+@overload
+def report(program: AdaptedProgram, *, changes: bool = False) -> CoverageReport: ...
+
+
+@overload
+def report(program: PackagedProgram, *, changes: bool = False) -> PackageReport: ...
+
+
+@overload
+def report(program: Bank | GeneratorBank | PackagedBank, *, changes: bool = False) -> BankReport: ...
+
+
+@noted
+@checked("changes")
+def report(
+    program: AdaptedProgram | PackagedProgram | Bank | GeneratorBank | PackagedBank, *, changes: bool = False
+) -> CoverageReport | PackageReport | BankReport:
+    """What was adapted and what was left out, and the norms of the adapter's tensors; prints as tables.
+
+    ``changes``: also how much the adapter changes each weight, as a part of the weight's own norm, which computes every
+    adapted weight once, one at a time. Of a package: its file, its adapter, the room for others and its inputs, as a
+    :class:`~adaptc.packages.report.PackageReport`; its weights are in compiled code, so with ``changes`` it raises
+    AdaptcError. Of a bank: its adapters, as :meth:`Bank.report` has them; with ``changes`` it raises AdaptcError.
+    """
+    if isinstance(program, (Bank, GeneratorBank, PackagedBank)):
+        if changes:
+            raise AdaptcError("changes=True is of one adapter: ask the program, swapped to each of the bank's")
+        return program.report()
+    if isinstance(program, PackagedProgram):
+        if changes:
+            raise AdaptcError(
+                "changes=True compares with the base weights, which a package has in its compiled code alone; ask the "
+                "program that it was made from"
+            )
+        return PackageReport.of(program)
+    return CoverageReport.of(program, changes)
