@@ -61,6 +61,8 @@ if TYPE_CHECKING:
     from adaptc.methods.lora_config import LoraConfig
     from adaptc.methods.miss import MissConfig
     from adaptc.methods.oft import OFTConfig
+    from adaptc.methods.p_tuning import PromptEncoderConfig
+    from adaptc.methods.prompt_tuning import PromptTuningConfig
     from adaptc.methods.randlora import RandLoraConfig
     from adaptc.methods.road import RoadConfig
     from adaptc.methods.shira import ShiraConfig
@@ -132,6 +134,8 @@ PUBLIC = {
     "ShiraConfig": "adaptc.methods.shira",
     "LNTuningConfig": "adaptc.methods.ln_tuning",
     "TrainableTokensConfig": "adaptc.methods.trainable_tokens",
+    "PromptTuningConfig": "adaptc.methods.prompt_tuning",
+    "PromptEncoderConfig": "adaptc.methods.p_tuning",
     # what a method of one's own is made of
     "register_method": "adaptc.methods",
     "check_method": "adaptc.verify.check_method",

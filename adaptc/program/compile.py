@@ -22,7 +22,15 @@ from adaptc.binding.source import as_adapter, as_config, fitted
 from adaptc.capture.capture import Captured, capture
 from adaptc.capture.replicate_layers import replicate_layers
 from adaptc.errors import ConfigError, Tell, refuse_entry, shown, warn_of_entry
-from adaptc.methods import AdapterConfig, ModelFacts, TargetedConfig, check_registered, check_sizes, is_own
+from adaptc.methods import (
+    AdapterConfig,
+    ModelFacts,
+    ProgramConfig,
+    TargetedConfig,
+    check_registered,
+    check_sizes,
+    is_own,
+)
 from adaptc.passes.adapt.bound_rows import bounds_of
 from adaptc.passes.adapt.choose_forms import FORMS
 from adaptc.passes.adapt.inject import Inject
@@ -43,7 +51,11 @@ from adaptc.program.adapted import AdaptedProgram
 from adaptc.runtime.options import RunOptions
 from adaptc.runtime.weight_buffers import alias
 from adaptc.targets.plan import Plan, plan
+from adaptc.targets.program_plan import plan_program
 from adaptc.targets.union import union
+
+#: configs that say where a program is to be adapted
+PlannedConfig = TargetedConfig | ProgramConfig
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,7 @@ class Adapter:
     """What the user wants at the sites of one adapter: its config, its file if it came as one, and its name."""
 
     name: str
-    config: TargetedConfig
+    config: PlannedConfig
     file: AdapterFile | None = None
 
     @property
@@ -65,7 +77,7 @@ class Asked:
     """An adapter before the model is known, of which files of other formats make their config."""
 
     name: str
-    config: TargetedConfig | None
+    config: PlannedConfig | None
     file: AdapterFile | RawFile | None
     component: str | None = None
     #: whether the config is the caller's, and not that of the file
@@ -119,10 +131,11 @@ def planned(
         captured.input_embedding,
         _transposed(model),
         bare=not isinstance(model, nn.Module),
+        config=None if captured.source is None else captured.source.config,
     )
     base = Lifted(captured.program, edit=False)
     adapters = [a.at(base) for a in asked]
-    plans = [plan(a.config, captured.program, facts, a.name, base, a.tell) for a in adapters]
+    plans = [_plan(a, captured, facts, base) for a in adapters]
     adapters = [_of_base(replace(a, config=p.config), captured) for a, p in zip(adapters, plans, strict=True)]
     attachments = union(plans, training, options.backend, form, apart=by_name is not None)
     spec = _spec(base, attachments, autocast, _trainable(adapters[0], training), plans)
@@ -223,8 +236,8 @@ def _asked(
     ]
 
 
-def _targeted(config: AdapterConfig) -> TargetedConfig:
-    if not isinstance(config, TargetedConfig):
+def _targeted(config: AdapterConfig) -> PlannedConfig:
+    if not isinstance(config, PlannedConfig):
         raise ConfigError(f"{type(config).__name__} does not choose layers, so it cannot be compiled into a program")
     return config
 
@@ -240,7 +253,12 @@ def _of_base(adapter: Adapter, captured: Captured) -> Adapter:
     return replace(adapter, config=adapter.config.completed(values))
 
 
-def _replicated(model: Any, configs: Sequence[TargetedConfig]) -> Any:
+def _plan(adapter: Adapter, captured: Captured, facts: ModelFacts, base: Lifted) -> Plan:
+    config, rest = adapter.config, (captured.program, facts, adapter.name, base, adapter.tell)
+    return plan_program(config, *rest) if isinstance(config, ProgramConfig) else plan(config, *rest)
+
+
+def _replicated(model: Any, configs: Sequence[PlannedConfig]) -> Any:
     wanted = {str(c.layer_replication) for c in configs}
     ranges = configs[0].layer_replication if configs else None
     if wanted <= {"None"}:

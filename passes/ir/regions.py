@@ -5,7 +5,7 @@ a role. The node that carries the result has role "out", and its tag holds more,
 saved to a file and loaded elsewhere is understood:
 
     attachment   Attachment.to_dict()
-    region       what it computes, one of the kinds that ``trace.region_of`` knows
+    region       what it computes, one of the kinds that ``trace.region_of`` knows, or a place of a program's
     base         the node it stands in for: an output, a parameter, or a consumer's input
     node         the consumer it stands at
     fused        True where it is made of kernels
@@ -23,6 +23,8 @@ from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.method import Method
 from adaptc.passes.ir.ops import Op, make_grouped, op_of
+from adaptc.passes.ir.program_method import PROGRAM
+from adaptc.passes.ir.propagate import propagate
 
 
 def node_tag(node: fx.Node) -> dict[str, Any] | None:
@@ -108,6 +110,7 @@ def remove_regions(lifted: Lifted, ids: Iterable[str]) -> int:
             while name in base_of:
                 name = base_of[name]
             node.meta["custom"] = {**node.meta["custom"], "adaptc": {**tag, "base": name}}
+    resized = {base for out, base in outs if region_tag(out)["attachment"]["form"] == PROGRAM}  # type: ignore[index]
     for out, base in reversed(outs):
         out.replace_all_uses_with(base)
         for name in region_tag(out)["attachment"]["consumers"]:  # type: ignore[index]  # outs are nodes that have one
@@ -115,6 +118,7 @@ def remove_regions(lifted: Lifted, ids: Iterable[str]) -> int:
     for node in reversed(inner):
         lifted.graph.erase_node(node)
         lifted.nodes.pop(node.name, None)
+    propagate(lifted.graph, resized & set(lifted.graph.nodes), lifted.program.graph_module)
     for fqn in slots:
         if fqn in lifted.placeholders and not lifted.placeholders[fqn].users:
             lifted.remove(fqn)

@@ -16,7 +16,7 @@ from torch import nn
 
 import adaptc
 from adaptc.errors import AdaptcError, ConfigError
-from adaptc.methods import config_class
+from adaptc.methods import TargetedConfig, config_class
 from adaptc.methods._registry import CONFIGS
 
 DEEP: Any = []
@@ -83,7 +83,8 @@ KINDS = sorted(CONFIGS)
 
 def least(cls: Any) -> dict[str, Any]:
     """The fields without which a config cannot be made."""
-    return {"target_modules": ["up"], **dict(getattr(cls, "samples", ({},))[0])}
+    targets = {"target_modules": ["up"]} if issubclass(cls, TargetedConfig) else {}
+    return {**targets, **dict(getattr(cls, "samples", ({},))[0])}
 
 
 def outcome(make: Any) -> Any:

@@ -1,0 +1,113 @@
+"""Put a method of the program into its places.
+
+Before: an opened program whose slots are there, and a program attachment (``passes.ir.program_method``). After: at each
+place a tagged region that computes what the method makes of it, read by all who read the place; fake values follow.
+Regions are traced on sizes of nobody's, so one code serves every size that an adapter's slots may have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from adaptc.errors import MethodError, PassError, TargetError
+from adaptc.passes.analysis.token_places import Lookup, find_places, lookups
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.exclusive import exclusive
+from adaptc.passes.ir.free_fakes import FreeFakes
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.program_method import PLACES, Place, ProgramMethod
+from adaptc.passes.ir.propagate import propagate
+from adaptc.passes.ir.regions import site_op
+from adaptc.passes.ir.trace import inline
+
+Tag = Callable[[fx.Node, str, fx.Node], Callable[[str], dict[str, Any]]]
+
+
+def change_places(lifted: Lifted, a: Attachment, latest: dict[tuple[str, ...], fx.Node], tag: Tag) -> None:
+    """``latest``: what regions injected before made of nodes, to which these are added; ``tag``: of a place's node, the
+    place's name and the lookup, what the nodes of the region carry. Raises TargetError where the program has no place
+    for the method."""
+    method = a.method
+    assert isinstance(method, ProgramMethod)
+    lookup = _lookup(lifted, a)
+    given = {n: lifted.nodes[n] for n in method.inputs()}
+    slots = {n: lifted.placeholders[f] for n, f in a.slots.items()}
+    changed: set[fx.Node] = set()
+    for place in sorted(find_places(lifted, method, lookup), key=lambda p: PLACES.index(p.name)):
+        changed |= _change(lifted, a, place, slots, given, latest, tag, lookup)
+    try:
+        propagate(lifted.graph, changed, lifted.program.graph_module)
+    except PassError as error:
+        raise TargetError(
+            f"{method.name} cannot put tokens in front of those of {lookup.ids.name!r}: the program has sizes that do "
+            f"not follow from the length of its inputs ({error}). Capture the model with that length free, or leave "
+            f"the method out."
+        ) from error
+
+
+def _lookup(lifted: Lifted, a: Attachment) -> Lookup:
+    found = [x for x in lookups(lifted) if x.node.name in a.consumers]
+    if len(found) != 1:
+        raise PassError(f"site {a.id!r}: {len(found)} of {a.consumers} look up what a caller gives")
+    return found[0]
+
+
+def _change(
+    lifted: Lifted,
+    a: Attachment,
+    place: Place,
+    slots: Mapping[str, fx.Node],
+    given: Mapping[str, fx.Node],
+    latest: dict[tuple[str, ...], fx.Node],
+    tag: Tag,
+    lookup: Lookup,
+) -> set[fx.Node]:
+    node, readers, method = place.node, list(place.readers), a.method
+    assert isinstance(method, ProgramMethod)
+    while (node.name,) in latest:
+        node = latest[(node.name,)]
+        readers = list(node.users)
+    region = traced(method, place.name, node.meta["val"], values_of(slots), values_of(given), site_op(lifted, a))
+    before = set(lifted.graph.nodes)
+    inputs = [node, *slots.values(), *given.values()]
+    at = node.next if node.op != "placeholder" else next(n for n in lifted.graph.nodes if n.op != "placeholder")
+    out = inline(lifted.graph, region, inputs, at, lookup.node, tag(node, place.name, lookup.node))
+    for reader in readers:
+        reader.replace_input_with(node, out)
+    latest[(node.name,)] = out
+    new = set(lifted.graph.nodes) - before
+    lifted.nodes.update({n.name: n for n in new})
+    return new
+
+
+def values_of(nodes: Mapping[str, fx.Node]) -> dict[str, Tensor]:
+    return {name: n.meta["val"] for name, n in nodes.items()}
+
+
+@exclusive
+def traced(
+    method: ProgramMethod, place: str, value: Tensor, slots: Mapping[str, Tensor], given: Mapping[str, Tensor], op: Any
+) -> fx.Graph:
+    """What a method makes of a place, as a graph whose placeholders are the value, the slots and what is given."""
+    fakes, specs = FreeFakes(), method.slots(op)
+    inputs = [
+        fakes.like(value),
+        *(fakes.like(t, specs[n].free, "free") for n, t in slots.items()),
+        *(fakes.like(t) for t in given.values()),
+    ]
+
+    def function(x: Tensor, *rest: Tensor) -> Tensor:
+        own = dict(zip(slots, rest, strict=False))
+        return getattr(method, place)(x, own, dict(zip(given, rest[len(own) :], strict=True)))
+
+    graph = make_fx(function, pre_dispatch=True)(*inputs).graph
+    graph.eliminate_dead_code()
+    for node in graph.nodes:
+        if node.op not in ("placeholder", "call_function", "output"):
+            raise MethodError(f"{method.name}.{place}() may only use its arguments, but reads {node.target!r}")
+        node.meta["val"] = None  # of an environment that is gone
+    return graph
