@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from adaptc.methods.lokr import LoKrConfig
     from adaptc.methods.lora_config import LoraConfig
     from adaptc.methods.miss import MissConfig
+    from adaptc.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
     from adaptc.methods.oft import OFTConfig
     from adaptc.methods.p_tuning import PromptEncoderConfig
     from adaptc.methods.prompt_tuning import PromptTuningConfig
@@ -136,6 +137,7 @@ PUBLIC = {
     "TrainableTokensConfig": "adaptc.methods.trainable_tokens",
     "PromptTuningConfig": "adaptc.methods.prompt_tuning",
     "PromptEncoderConfig": "adaptc.methods.p_tuning",
+    "MultitaskPromptTuningConfig": "adaptc.methods.multitask_prompt_tuning",
     # what a method of one's own is made of
     "register_method": "adaptc.methods",
     "check_method": "adaptc.verify.check_method",

@@ -39,6 +39,7 @@ CONFIGS: dict[str, str] = {
     "TRAINABLE_TOKENS": "adaptc.methods.trainable_tokens:TrainableTokensConfig",
     "PROMPT_TUNING": "adaptc.methods.prompt_tuning:PromptTuningConfig",
     "P_TUNING": "adaptc.methods.p_tuning:PromptEncoderConfig",
+    "MULTITASK_PROMPT_TUNING": "adaptc.methods.multitask_prompt_tuning:MultitaskPromptTuningConfig",
     # An older name of the same method, which new files do not have.
     "BONE": "adaptc.methods.miss:MissConfig",
 }
@@ -66,6 +67,7 @@ METHODS: dict[str, str] = {
     "shira": "adaptc.methods.shira:Shira",
     "prompt_tuning": "adaptc.methods.prompt_tuning:PromptTuning",
     "p_tuning": "adaptc.methods.p_tuning:PTuning",
+    "multitask_prompt_tuning": "adaptc.methods.multitask_prompt_tuning:MultitaskPromptTuning",
     "stacked": "adaptc.methods._stacked:Stacked",
     "whole": "adaptc.methods._whole:Whole",
     "trainable_tokens": "adaptc.methods._whole:TokenRows",

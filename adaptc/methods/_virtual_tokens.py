@@ -51,8 +51,8 @@ class VirtualTokens(ProgramMethod):
     def lengthens(self, slots: Slots) -> int:
         return slots[PROMPT].shape[0]
 
-    def tokens(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
-        return _in_front(value, slots, 0)
+    def tokens(self, value: Tensor, slots: Slots, given: Given, plain: int) -> Tensor:
+        return _in_front(value, slots, plain)
 
     def attended(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
         return _in_front(value, slots, 1)
@@ -82,6 +82,9 @@ class VirtualTokens(ProgramMethod):
 
     def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         return replace(self, count=0).filled(op, W, dtype)
+
+    def clash(self, other: Any) -> str:
+        return "the first tokens" if isinstance(other, VirtualTokens) else ""
 
     def fqn(self, place: str, slot: str, adapter: str) -> str:
         return f"prompt_encoder.{adapter}.{self.modules.get(slot, slot)}"

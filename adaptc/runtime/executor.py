@@ -245,6 +245,8 @@ class Executor:
 
     def __call__(self, arguments: Arguments, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         flat = self.inputs(args, kwargs, arguments.longer)
+        for check in arguments.checks:
+            check(flat)
         outermost = begin_reading()
         try:
             return self._run(arguments, flat)
@@ -311,6 +313,7 @@ class Arguments:
         self._settled: dict[str, str] = {}
         #: free size -> how many tokens this binding puts in front of those of a call
         self.longer = executor.lengths.in_binding(binding.values)
+        self.checks = executor.lengths.checks(binding.values, [n for n, _ in executor.inputs.expected])
         #: whether adapter tensors may change at any time
         self.moving = any(v.requires_grad for v in binding.values.values())
 

@@ -6,7 +6,7 @@ that a call's sizes are held against what the program was captured for as the pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,27 @@ class Lengths:
             assert isinstance(a.method, ProgramMethod)
             out[size] = out.get(size, 0) + a.method.lengthens({n: values[f] for n, f in a.slots.items()})
         return out
+
+    def checks(self, values: Mapping[str, Tensor], names: Sequence[str]) -> list[Callable[[Sequence[Any]], None]]:
+        """What is asked of each call's flat inputs, called ``names``, by the methods that added some."""
+        return [
+            _Check(a.method, {n: values[f] for n, f in a.slots.items()}, {n: names.index(n) for n in a.method.inputs()})
+            for _, a in self.found
+            if isinstance(a.method, ProgramMethod) and a.method.inputs()
+        ]
+
+
+@dataclass(frozen=True)
+class _Check:
+    method: ProgramMethod
+    slots: Mapping[str, Tensor]
+    at: Mapping[str, int]
+
+    def __call__(self, flat: Sequence[Any]) -> None:
+        given = {n: flat[i] for n, i in self.at.items()}
+        # Nobody waits for another device to say what it would say itself.
+        if all(t.device.type == "cpu" for t in given.values()) and (why := self.method.why_wrong(self.slots, given)):
+            raise AdaptcError(why)
 
 
 def out_of_rows(longer: Mapping[str, int], shapes: str) -> AdaptcError:

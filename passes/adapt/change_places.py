@@ -19,7 +19,7 @@ from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.free_fakes import FreeFakes
 from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.program_method import PLACES, Place, ProgramMethod
+from adaptc.passes.ir.program_method import PLACES, Extra, Place, ProgramMethod
 from adaptc.passes.ir.propagate import propagate
 from adaptc.passes.ir.regions import site_op
 from adaptc.passes.ir.trace import inline
@@ -34,7 +34,7 @@ def change_places(lifted: Lifted, a: Attachment, latest: dict[tuple[str, ...], f
     method = a.method
     assert isinstance(method, ProgramMethod)
     lookup = _lookup(lifted, a)
-    given = {n: lifted.nodes[n] for n in method.inputs()}
+    given = {name: _added(lifted, name, extra, lookup, latest) for name, extra in method.inputs().items()}
     slots = {n: lifted.placeholders[f] for n, f in a.slots.items()}
     changed: set[fx.Node] = set()
     for place in sorted(find_places(lifted, method, lookup), key=lambda p: PLACES.index(p.name)):
@@ -56,6 +56,14 @@ def _lookup(lifted: Lifted, a: Attachment) -> Lookup:
     return found[0]
 
 
+def _added(lifted: Lifted, name: str, extra: Extra, lookup: Lookup, latest: dict[tuple[str, ...], fx.Node]) -> fx.Node:
+    """An input that a method adds, which another one may have added before."""
+    if (name, "given") not in latest:
+        axes = [("batch", "length").index(axis) for axis in extra.axes]
+        latest[(name, "given")] = lifted.add_input(name, lookup.ids, axes, extra.dtype)
+    return latest[(name, "given")]
+
+
 def _change(
     lifted: Lifted,
     a: Attachment,
@@ -71,7 +79,7 @@ def _change(
     while (node.name,) in latest:
         node = latest[(node.name,)]
         readers = list(node.users)
-    region = traced(method, place.name, node.meta["val"], values_of(slots), values_of(given), site_op(lifted, a))
+    region = traced(method, place, node.meta["val"], values_of(slots), values_of(given), site_op(lifted, a))
     before = set(lifted.graph.nodes)
     inputs = [node, *slots.values(), *given.values()]
     at = node.next if node.op != "placeholder" else next(n for n in lifted.graph.nodes if n.op != "placeholder")
@@ -90,7 +98,12 @@ def values_of(nodes: Mapping[str, fx.Node]) -> dict[str, Tensor]:
 
 @exclusive
 def traced(
-    method: ProgramMethod, place: str, value: Tensor, slots: Mapping[str, Tensor], given: Mapping[str, Tensor], op: Any
+    method: ProgramMethod,
+    place: Place,
+    value: Tensor,
+    slots: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
+    op: Any,
 ) -> fx.Graph:
     """What a method makes of a place, as a graph whose placeholders are the value, the slots and what is given."""
     fakes, specs = FreeFakes(), method.slots(op)
@@ -102,12 +115,14 @@ def traced(
 
     def function(x: Tensor, *rest: Tensor) -> Tensor:
         own = dict(zip(slots, rest, strict=False))
-        return getattr(method, place)(x, own, dict(zip(given, rest[len(own) :], strict=True)))
+        return getattr(method, place.name)(x, own, dict(zip(given, rest[len(own) :], strict=True)), **place.options)
 
-    graph = make_fx(function, pre_dispatch=True)(*inputs).graph
+    # In the mode, so that an arange is one of its fakes and not a tensor.
+    with fakes.mode:
+        graph = make_fx(function, pre_dispatch=True)(*inputs).graph
     graph.eliminate_dead_code()
     for node in graph.nodes:
         if node.op not in ("placeholder", "call_function", "output"):
-            raise MethodError(f"{method.name}.{place}() may only use its arguments, but reads {node.target!r}")
+            raise MethodError(f"{method.name}.{place.name}() may only use its arguments, but reads {node.target!r}")
         node.meta["val"] = None  # of an environment that is gone
     return graph

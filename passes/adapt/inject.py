@@ -27,7 +27,7 @@ from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.modes import drops
 from adaptc.passes.ir.ops import TABLE, Op, make_dense, operands, set_argument
 from adaptc.passes.ir.pass_infra import Pass, PassResult
-from adaptc.passes.ir.program_method import PROGRAM
+from adaptc.passes.ir.program_method import PROGRAM, ProgramMethod
 from adaptc.passes.ir.regions import place_of, region_tag, site_op, slot_nodes
 from adaptc.passes.ir.trace import behind_inputs, inline, region_of, signature_of
 
@@ -300,6 +300,8 @@ class _Injector:
     def _tag(self, base: fx.Node, kind: str, consumer: fx.Node) -> Callable[[str], dict[str, Any]]:
         a = replace(self.a, form=self.form, why=self.why)
         more = {"region": kind, "base": base.name, "node": consumer.name, "attachment": a.to_dict()}
+        if isinstance(a.method, ProgramMethod):
+            more["given"] = list(a.method.inputs())
         if self.header is not None:
             more["header"] = dict(self.header)
 

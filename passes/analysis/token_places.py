@@ -58,9 +58,15 @@ def lookups(lifted: Lifted) -> list[Lookup]:
 
 
 def _source(lifted: Lifted, node: Any) -> fx.Node | None:
-    """The caller's input that ``node`` is, seen through views and casts."""
-    while isinstance(node, fx.Node) and node.op == "call_function" and node.target in (*_VIEWS, *CASTS):
-        node = node.args[0]
+    """The caller's input that ``node`` is, seen through views, casts, and adapters that made it longer."""
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        tag = region_tag(node)
+        if tag is not None and tag["region"] == "tokens":
+            node = lifted.nodes[tag["base"]]
+        elif node.target in (*_VIEWS, *CASTS):
+            node = node.args[0]
+        else:
+            return None
     if not isinstance(node, fx.Node) or node.op != "placeholder":
         return None
     value = node.meta.get("val")
@@ -71,7 +77,7 @@ def _source(lifted: Lifted, node: Any) -> fx.Node | None:
 def find_places(lifted: Lifted, method: ProgramMethod, lookup: Lookup) -> list[Place]:
     """The places of a lookup that ``method`` changes. Raises TargetError where the program has no place for it."""
     length = _length(lookup.ids)
-    out = [Place("tokens", lookup.ids, _readers(lookup.ids))]
+    out = [Place("tokens", lookup.ids, _readers(lookup.ids), {"plain": _plain(lifted, lookup.ids)})]
     for name, spec in lifted.specs.items():
         node = lifted.nodes[name]
         value = node.meta.get("val")
@@ -92,8 +98,8 @@ def find_places(lifted: Lifted, method: ProgramMethod, lookup: Lookup) -> list[P
     missing = [p for p in out if not method.changes(p.name)]
     if missing:
         raise TargetError(
-            f"{method.name} does not say what it makes of {missing[0].name!r}, which is {missing[0].node.name!r} of this "
-            "program: capture the model without that input."
+            f"{method.name} does not say what it makes of {missing[0].name!r}, which is {missing[0].node.name!r} of "
+            "this program: capture the model without that input."
         )
     return out
 
@@ -118,16 +124,29 @@ def _readers(node: fx.Node) -> tuple[fx.Node, ...]:
     return tuple(u for u in node.users if not is_metadata_assert(u))
 
 
+def _plain(lifted: Lifted, ids: fx.Node) -> int:
+    """The least id that the program does not tell from others: models find padding, or the end, by comparing ids."""
+    special: set[Any] = set()
+    stack = [ids, *(n for n in lifted.graph.nodes if (t := region_tag(n)) and t["region"] == "tokens")]
+    while stack:
+        for user in stack.pop().users:
+            if user.target in (aten.eq.Scalar, aten.ne.Scalar):
+                special.add(argument(user, 1))
+            elif user.target in (*_VIEWS, *CASTS):
+                stack.append(user)
+    return next(i for i in range(len(special) + 1) if i not in special)
+
+
 def _exit(lifted: Lifted, lookup: fx.Node) -> fx.Node:
     """What the module of a lookup gives: the lookup, or what the module makes of it before others read it."""
     known = owners([*lifted.state_dict, *lifted.constants])
     adapted = {tag["base"]: n for n in lifted.graph.nodes if (tag := region_tag(n))}
     inside, node = module_path(lookup, known), lookup
-    while inside:
+    while True:
         while node.name in adapted:  # adapters of the lookup stand in for it
             node = adapted[node.name]
         readers = [u for u in node.users if not is_metadata_assert(u)]
-        if len(readers) != 1 or module_path(readers[0], known) != inside or readers[0].op == "output":
+        if not inside or len(readers) != 1 or module_path(readers[0], known) != inside or readers[0].op == "output":
             break
         node = readers[0]
     return node

@@ -5,7 +5,8 @@ saved and swapped as all slots are. What it means is said place by place instead
 of the program that graph analysis finds and names (``passes.analysis.token_places``), and the method has a function for
 each one it changes, called as the place is:
 
-    tokens(value, slots, given) -> value'      token ids (batch, length), for whatever reads them
+    tokens(value, slots, given, plain) -> value'      token ids (batch, length), for whatever reads them; ``plain`` is
+                                                      an id that means nothing special to the program (no padding)
     attended(value, slots, given) -> value'    attention mask (batch, length), one where a token counts
     positions(value, slots, given) -> value'   position ids (batch, length), or (1, length)
     segments(value, slots, given) -> value'    token types (batch, length)
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -40,12 +41,13 @@ Given = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Place:
-    """A value of a program: the place's name, the node that has it, and the nodes that read it and are to read what the
-    method makes of it."""
+    """A value of a program: the place's name, the node that has it, the nodes that read it and are to read what the
+    method makes of it, and further arguments of its function."""
 
     name: str
     node: fx.Node
     readers: tuple[fx.Node, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class ProgramMethod(Method):
         """How many tokens it puts in front of those that a call has."""
         return 0
 
-    def tokens(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
+    def tokens(self, value: Tensor, slots: Slots, given: Given, plain: int) -> Tensor:
         raise AssertionError(f"{type(self).__name__} has no tokens()")
 
     def attended(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
@@ -88,6 +90,10 @@ class ProgramMethod(Method):
     def embedded(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
         raise AssertionError(f"{type(self).__name__} has no embedded()")
 
+    def why_wrong(self, slots: Slots, given: Given) -> str:
+        """What is wrong with the values of inputs it added, before they are used; '' for nothing."""
+        return ""
+
     def changes(self, place: str) -> bool:
         """Whether it has a function for a place."""
         return getattr(type(self), place) is not getattr(ProgramMethod, place)
@@ -97,6 +103,3 @@ class ProgramMethod(Method):
 
     def check_merge(self, op: Op) -> str | None:
         return f"{self.name} changes what the program reads, which no weight can hold"
-
-    def clash(self, other: object) -> str:
-        return ""

@@ -8,6 +8,7 @@ saved to a file and loaded elsewhere is understood:
     region       what it computes, one of the kinds that ``trace.region_of`` knows, or a place of a program's
     base         the node it stands in for: an output, a parameter, or a consumer's input
     node         the consumer it stands at
+    given        of a place of the program, the inputs that its method added to the program
     fused        True where it is made of kernels
     header       in the first region of a program: what the program as a whole remembers
 """
@@ -93,6 +94,7 @@ def remove_regions(lifted: Lifted, ids: Iterable[str]) -> int:
     outs: list[tuple[fx.Node, fx.Node]] = []
     inner: list[fx.Node] = []
     slots: dict[str, None] = {}
+    given: dict[str, None] = {}
     for node in lifted.graph.nodes:
         tag = node_tag(node)
         if tag is None or tag["site"] not in wanted:
@@ -101,6 +103,7 @@ def remove_regions(lifted: Lifted, ids: Iterable[str]) -> int:
         if tag["role"] == "out":
             outs.append((node, lifted.nodes[tag["base"]]))
             a = tag["attachment"]
+            given.update(dict.fromkeys(tag.get("given", ())))
             slots.update(dict.fromkeys([*a["slots"].values(), *([a["scale_slot"]] if a["scale_slot"] else [])]))
     base_of = {out.name: base.name for out, base in outs}
     for node in lifted.graph.nodes:
@@ -119,6 +122,9 @@ def remove_regions(lifted: Lifted, ids: Iterable[str]) -> int:
         lifted.graph.erase_node(node)
         lifted.nodes.pop(node.name, None)
     propagate(lifted.graph, resized & set(lifted.graph.nodes), lifted.program.graph_module)
+    for name in given:
+        if not lifted.nodes[name].users:
+            lifted.remove_input(name)
     for fqn in slots:
         if fqn in lifted.placeholders and not lifted.placeholders[fqn].users:
             lifted.remove(fqn)

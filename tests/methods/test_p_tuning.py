@@ -46,7 +46,7 @@ def test_training(kind, tmp_path):
     rows = file_tensors(saved)["prompt_embeddings"]
     torch.testing.assert_close(rows, file_tensors(oracle.path)["prompt_embeddings"])
     again = adaptc.compile(FAMILIES["llama"].build(), saved, training=True)
-    kept = {n: t for n, t in program.binding.values.items()}
+    kept = dict(program.binding.values)
     assert kept.keys() == again.binding.values.keys()
     assert all(torch.equal(t, again.binding.values[n]) for n, t in kept.items())
     assert gradients(again.module().eval(), again.module().eval()(**inputs)).keys() == ours.keys()
