@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from adaptc.methods.adalora import AdaLoraConfig
     from adaptc.methods.boft import BOFTConfig
     from adaptc.methods.c3a import C3AConfig
+    from adaptc.methods.cpt import CPTConfig
     from adaptc.methods.fourierft import FourierFTConfig
     from adaptc.methods.hra import HRAConfig
     from adaptc.methods.ia3 import IA3Config
@@ -137,6 +138,7 @@ PUBLIC = {
     "TrainableTokensConfig": "adaptc.methods.trainable_tokens",
     "PromptTuningConfig": "adaptc.methods.prompt_tuning",
     "PromptEncoderConfig": "adaptc.methods.p_tuning",
+    "CPTConfig": "adaptc.methods.cpt",
     "MultitaskPromptTuningConfig": "adaptc.methods.multitask_prompt_tuning",
     # what a method of one's own is made of
     "register_method": "adaptc.methods",

@@ -40,6 +40,7 @@ CONFIGS: dict[str, str] = {
     "PROMPT_TUNING": "adaptc.methods.prompt_tuning:PromptTuningConfig",
     "P_TUNING": "adaptc.methods.p_tuning:PromptEncoderConfig",
     "MULTITASK_PROMPT_TUNING": "adaptc.methods.multitask_prompt_tuning:MultitaskPromptTuningConfig",
+    "CPT": "adaptc.methods.cpt:CPTConfig",
     # An older name of the same method, which new files do not have.
     "BONE": "adaptc.methods.miss:MissConfig",
 }
@@ -68,6 +69,7 @@ METHODS: dict[str, str] = {
     "prompt_tuning": "adaptc.methods.prompt_tuning:PromptTuning",
     "p_tuning": "adaptc.methods.p_tuning:PTuning",
     "multitask_prompt_tuning": "adaptc.methods.multitask_prompt_tuning:MultitaskPromptTuning",
+    "cpt": "adaptc.methods.cpt:Cpt",
     "stacked": "adaptc.methods._stacked:Stacked",
     "whole": "adaptc.methods._whole:Whole",
     "trainable_tokens": "adaptc.methods._whole:TokenRows",

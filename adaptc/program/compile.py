@@ -43,11 +43,13 @@ from adaptc.passes.ir.method import Method
 from adaptc.passes.ir.method_checks import check_promises
 from adaptc.passes.ir.ops import Op, op_of
 from adaptc.passes.ir.pass_infra import PassManager
+from adaptc.passes.ir.program_method import ProgramMethod
 from adaptc.patterns import limited
 from adaptc.peft_files.directory import AdapterFile
 from adaptc.peft_files.raw import RawFile
 from adaptc.program.adaptation import Adaptation
 from adaptc.program.adapted import AdaptedProgram
+from adaptc.runtime.call_inputs import FULL_LIKE
 from adaptc.runtime.options import RunOptions
 from adaptc.runtime.weight_buffers import alias
 from adaptc.targets.plan import Plan, plan
@@ -163,7 +165,7 @@ def compiled(
         spec.attachments,
         matches={k: v for one in p.plans for k, v in one.matches.items()},
         left_out=p.plans[0].left_out,
-        fills=captured.fills,
+        fills={**captured.fills, **_added_fills(spec)},
         takes=captured.takes,
         training=captured.training,
         autocast=spec.autocast,
@@ -177,6 +179,13 @@ def compiled(
     forget_code()
     forget_sizes(done.output.graph, captured=isinstance(model, nn.Module))
     return AdaptedProgram(done.output, adaptation, binding, options)
+
+
+def _added_fills(spec: BindingSpec) -> dict[str, tuple[str, str]]:
+    """How inputs that adapters add are made where a caller leaves them out."""
+    methods = [a.method for a in spec.attachments if isinstance(a.method, ProgramMethod)]
+    extras = {n: e.fill for m in methods for n, e in m.inputs().items() if e.fill is not None}
+    return {n: (f"{FULL_LIKE}{fill}", "input_ids") for n, fill in extras.items()}
 
 
 def _check_methods(spec: BindingSpec) -> None:

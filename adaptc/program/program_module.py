@@ -162,7 +162,7 @@ class ProgramModule(nn.Module):
         own = self.tensors()
         for a in self.program.adaptation.attachments:
             if isinstance(a.method, ProgramMethod):
-                given = {n: kwargs[n] for n in a.method.inputs()}
+                given = {n: kwargs[n] for n in a.method.inputs() if n in kwargs}
                 if why := a.method.why_wrong({n: own[f] for n, f in a.slots.items()}, given):
                     return why
         return ""

@@ -22,6 +22,8 @@ from adaptc.passes.ir.trees import pytree
 from adaptc.runtime.call_names import CallNames
 from adaptc.runtime.size_conditions import condition, expression, solved, symbols
 
+#: how an input that an adapter added is made, with the number behind
+FULL_LIKE = "full_like:"
 NOT_LONGER: Mapping[str, int] = MappingProxyType({})
 
 
@@ -237,5 +239,7 @@ def fill(how: str, like: Tensor) -> Tensor:
     """A keyword input that was left out, made from another one; the rules are those of ``Captured.fills``."""
     if how == "ones_like":
         return torch.ones_like(like)
+    if how.startswith(FULL_LIKE):
+        return torch.full_like(like, int(how.removeprefix(FULL_LIKE)))
     shape = like.shape if how == "ignore_like" else like.shape[:1]
     return torch.full(shape, -100, dtype=torch.int64, device=like.device)

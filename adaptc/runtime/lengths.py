@@ -49,9 +49,10 @@ class Lengths:
     def checks(self, values: Mapping[str, Tensor], names: Sequence[str]) -> list[Callable[[Sequence[Any]], None]]:
         """What is asked of each call's flat inputs, called ``names``, by the methods that added some."""
         return [
-            _Check(a.method, {n: values[f] for n, f in a.slots.items()}, {n: names.index(n) for n in a.method.inputs()})
+            _Check(a.method, {n: values[f] for n, f in a.slots.items()}, at)
             for _, a in self.found
-            if isinstance(a.method, ProgramMethod) and a.method.inputs()
+            if isinstance(a.method, ProgramMethod)
+            and (at := {n: names.index(n) for n in a.method.inputs() if n in names})
         ]
 
 

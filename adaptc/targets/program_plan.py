@@ -73,10 +73,19 @@ def token_embedding(
     by_node = {c: s for s in sites if s.kind == "embedding" for c in s.consumers}
     found = [(by_node[x.node.name], x) for x in lookups(lifted) if x.node.name in by_node]
     there = [f"{s.module!r} (by {x.ids.name!r})" for s, x in found]
+    weight = lifted.placeholders.get(f"{facts.input_embedding}.weight")
     named = [(s, x) for s, x in found if s.module == facts.input_embedding]
+    if len(named) < 2 and weight is not None:  # T5 has it under other names alone
+        named = [(s, x) for s, x in found if lifted.placeholders[s.fqn] is weight]
     if not named and facts.input_embedding is None:
         # Of a bare program: what is looked up by the tokens' usual name, or all there is.
         named = [(s, x) for s, x in found if x.ids.name == "input_ids"] or found
+    decodes = next((n for n in ("decoder_input_ids", "decoder_attention_mask") if n in lifted.specs), None)
+    if len(named) == 1 and (decodes or getattr(facts.config, "is_encoder_decoder", False)):
+        raise TargetError(
+            f"{config.peft_type} is not supported for models with an encoder and a decoder, which have prompts of two "
+            "stacks in PEFT"
+        )
     if not named:
         raise no_lookup(config.peft_type, there, facts.input_embedding)
     if len(named) > 1:

@@ -7,7 +7,7 @@ Regions are traced on sizes of nobody's, so one code serves every size that an a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx
@@ -19,12 +19,16 @@ from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.free_fakes import FreeFakes
 from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.ops import Op
 from adaptc.passes.ir.program_method import PLACES, Extra, Place, ProgramMethod
 from adaptc.passes.ir.propagate import propagate
 from adaptc.passes.ir.regions import site_op
 from adaptc.passes.ir.trace import inline
 
 Tag = Callable[[fx.Node, str, fx.Node], Callable[[str], dict[str, Any]]]
+
+#: the name of the size that an adapter may choose
+FREE = "free"
 
 
 def change_places(lifted: Lifted, a: Attachment, latest: dict[tuple[str, ...], fx.Node], tag: Tag) -> None:
@@ -34,12 +38,20 @@ def change_places(lifted: Lifted, a: Attachment, latest: dict[tuple[str, ...], f
     method = a.method
     assert isinstance(method, ProgramMethod)
     lookup = _lookup(lifted, a)
-    given = {name: _added(lifted, name, extra, lookup, latest) for name, extra in method.inputs().items()}
+    places = sorted(find_places(lifted, method, lookup), key=lambda p: PLACES.index(p.name))
+    there = {None, *(p.name for p in places)}
+    wanted = {n: e for n, e in method.inputs().items() if e.place in there}
+    given = {name: _added(lifted, name, extra, lookup, latest) for name, extra in wanted.items()}
     slots = {n: lifted.placeholders[f] for n, f in a.slots.items()}
+    # How long what the method made longer is, in terms of what it was.
+    length, more = lookup.ids.meta["val"].shape[1], method.lengthens(values_of(slots))
+    sums = {str(length + more): (str(length), FREE)} if more else {}
     changed: set[fx.Node] = set()
-    for place in sorted(find_places(lifted, method, lookup), key=lambda p: PLACES.index(p.name)):
-        changed |= _change(lifted, a, place, slots, given, latest, tag, lookup)
     try:
+        for place in places:
+            if place.reads:
+                propagate(lifted.graph, changed, lifted.program.graph_module)
+            changed |= _change(lifted, a, place, slots, given, latest, tag, lookup, sums)
         propagate(lifted.graph, changed, lifted.program.graph_module)
     except PassError as error:
         raise TargetError(
@@ -73,15 +85,18 @@ def _change(
     latest: dict[tuple[str, ...], fx.Node],
     tag: Tag,
     lookup: Lookup,
+    sums: Mapping[str, Sequence[str]],
 ) -> set[fx.Node]:
     node, readers, method = place.node, list(place.readers), a.method
     assert isinstance(method, ProgramMethod)
     while (node.name,) in latest:
         node = latest[(node.name,)]
         readers = list(node.users)
-    region = traced(method, place, node.meta["val"], values_of(slots), values_of(given), site_op(lifted, a))
+    reads = [latest.get((n.name,), n) for n in place.reads]
+    values, op = [n.meta["val"] for n in reads], site_op(lifted, a)
+    region = traced(method, place, node.meta["val"], values_of(slots), values_of(given), values, op, sums)
     before = set(lifted.graph.nodes)
-    inputs = [node, *slots.values(), *given.values()]
+    inputs = [node, *slots.values(), *given.values(), *reads]
     at = node.next if node.op != "placeholder" else next(n for n in lifted.graph.nodes if n.op != "placeholder")
     out = inline(lifted.graph, region, inputs, at, lookup.node, tag(node, place.name, lookup.node))
     for reader in readers:
@@ -103,19 +118,23 @@ def traced(
     value: Tensor,
     slots: Mapping[str, Tensor],
     given: Mapping[str, Tensor],
-    op: Any,
+    reads: Sequence[Tensor],
+    op: Op,
+    sums: Mapping[str, Sequence[str]],
 ) -> fx.Graph:
-    """What a method makes of a place, as a graph whose placeholders are the value, the slots and what is given."""
-    fakes, specs = FreeFakes(), method.slots(op)
+    """What a method makes of a place, as a graph whose placeholders are the value, the slots, what is given and
+    what else the place reads. ``sums``: sizes that are the sum of others, by name; a slot's own is :data:`FREE`."""
+    fakes, specs = FreeFakes(sums), method.slots(op)
     inputs = [
         fakes.like(value),
-        *(fakes.like(t, specs[n].free, "free") for n, t in slots.items()),
-        *(fakes.like(t) for t in given.values()),
+        *(fakes.like(t, specs[n].free, FREE) for n, t in slots.items()),
+        *(fakes.like(t) for t in (*given.values(), *reads)),
     ]
 
     def function(x: Tensor, *rest: Tensor) -> Tensor:
-        own = dict(zip(slots, rest, strict=False))
-        return getattr(method, place.name)(x, own, dict(zip(given, rest[len(own) :], strict=True)), **place.options)
+        own, rest = dict(zip(slots, rest, strict=False)), rest[len(slots) :]
+        more = dict(zip(given, rest, strict=False))
+        return getattr(method, place.name)(x, own, more, *rest[len(more) :], **place.options)
 
     # In the mode, so that an arange is one of its fakes and not a tensor.
     with fakes.mode:

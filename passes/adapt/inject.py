@@ -301,7 +301,7 @@ class _Injector:
         a = replace(self.a, form=self.form, why=self.why)
         more = {"region": kind, "base": base.name, "node": consumer.name, "attachment": a.to_dict()}
         if isinstance(a.method, ProgramMethod):
-            more["given"] = list(a.method.inputs())
+            more["given"] = [n for n in a.method.inputs() if (n, "given") in self.latest]
         if self.header is not None:
             more["header"] = dict(self.header)
 

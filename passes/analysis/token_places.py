@@ -10,13 +10,13 @@ Before: an opened program. After: it is unchanged. Errors name what was looked f
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 
 from adaptc.errors import TargetError, listing
 from adaptc.passes.ir.effects import is_metadata_assert
@@ -25,6 +25,7 @@ from adaptc.passes.ir.module_paths import module_path, owners
 from adaptc.passes.ir.ops import CASTS, argument
 from adaptc.passes.ir.program_method import Place, ProgramMethod
 from adaptc.passes.ir.regions import region_tag
+from adaptc.passes.ir.trees import pytree
 
 aten = torch.ops.aten
 
@@ -95,6 +96,8 @@ def find_places(lifted: Lifted, method: ProgramMethod, lookup: Lookup) -> list[P
         out.append(Place(place, node, _readers(node)))
     last = _exit(lifted, lookup.node)
     out.append(Place("embedded", last, tuple(last.users)))
+    if method.changes("loss") and (found := _loss(lifted)) is not None:
+        out.append(found)
     missing = [p for p in out if not method.changes(p.name)]
     if missing:
         raise TargetError(
@@ -122,6 +125,18 @@ def _length(ids: fx.Node) -> str:
 def _readers(node: fx.Node) -> tuple[fx.Node, ...]:
     # Checks of what the caller gave are of what the caller gave.
     return tuple(u for u in node.users if not is_metadata_assert(u))
+
+
+def _loss(lifted: Lifted) -> Place | None:
+    """The loss that a program gives, if it does, and what it is of."""
+    labels, spec = lifted.nodes.get("labels"), lifted.program.call_spec.out_spec
+    values: Any = lifted.graph.output_node().args[0]
+    users = [v for v, s in zip(values, lifted.outputs, strict=True) if s.kind == OutputKind.USER_OUTPUT]
+    given = pytree.tree_unflatten(users, spec) if spec is not None else None
+    loss, logits = (given.get(n) if isinstance(given, Mapping) else None for n in ("loss", "logits"))
+    if not all(isinstance(n, fx.Node) for n in (labels, loss, logits)):
+        return None
+    return Place("loss", loss, (lifted.graph.output_node(),), reads=(logits, labels))  # type: ignore[arg-type]
 
 
 def _plain(lifted: Lifted, ids: fx.Node) -> int:

@@ -11,7 +11,8 @@ them and makes sizes one that are equal by chance; ``torch.export.Dim`` is for i
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,9 +24,11 @@ HINT = 16
 
 
 class FreeFakes:
-    """An environment. Sizes of one name are one size; no two others are known to be equal."""
+    """An environment. Sizes of one name are one size; no two others are known to be equal. ``sums``: name -> those of
+    the sizes that it is the sum of."""
 
-    def __init__(self) -> None:
+    def __init__(self, sums: Mapping[str, Sequence[str]] = MappingProxyType({})) -> None:
+        self.sums = sums
         self.env = ShapeEnv(duck_shape=False)
         self.mode = FakeTensorMode(shape_env=self.env)
         self.sizes: dict[str, Any] = {}
@@ -33,6 +36,8 @@ class FreeFakes:
     def size(self, name: str) -> Any:
         from torch._dynamo.source import ConstantSource
 
+        if name in self.sums:
+            return sum(self.size(part) for part in self.sums[name])
         if name not in self.sizes:
             source = ConstantSource(f"adaptc_free_{len(self.sizes)}")
             symbol = self.env.create_symbol(HINT, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)

@@ -12,6 +12,7 @@ each one it changes, called as the place is:
     segments(value, slots, given) -> value'    token types (batch, length)
     labels(value, slots, given) -> value'      a label per token (batch, length)
     embedded(value, slots, given) -> value'    token embeddings (batch, length as of tokens(), width)
+    loss(value, slots, given, logits, labels)  the loss; optional, of programs that give logits and take labels
 
 All are pure and plain PyTorch. They are traced for all sizes at once: a size read off a slot's free axis, as in
 ``slots["prompt"].shape[0]``, is read in every call, so that swaps change it. ``given`` has the inputs that the method
@@ -34,7 +35,7 @@ from adaptc.passes.ir.ops import Op
 #: the form of its attachments, which stand neither around a layer nor in front of a weight
 PROGRAM = "program"
 #: the places there are, in the order in which they are changed
-PLACES = ("tokens", "attended", "positions", "segments", "labels", "embedded")
+PLACES = ("tokens", "attended", "positions", "segments", "labels", "embedded", "loss")
 
 Given = Mapping[str, Tensor]
 
@@ -42,20 +43,25 @@ Given = Mapping[str, Tensor]
 @dataclass(frozen=True)
 class Place:
     """A value of a program: the place's name, the node that has it, the nodes that read it and are to read what the
-    method makes of it, and further arguments of its function."""
+    method makes of it, and further arguments of its function: constants, and nodes whose values come behind ``given``.
+    """
 
     name: str
     node: fx.Node
     readers: tuple[fx.Node, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
+    reads: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
 class Extra:
-    """An input that a method adds to a program: its dtype, and of what its axes are as long ("batch", "length")."""
+    """An input that a method adds to a program: its dtype, and of what its axes are as long ("batch", "length").
+    ``place``: only programs that have this one get it. ``fill``: what it is everywhere where a caller leaves it out."""
 
     dtype: torch.dtype
-    axes: tuple[str, ...] = field(default=("batch",))
+    axes: tuple[str, ...] = ("batch",)
+    place: str | None = None
+    fill: int | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,9 @@ class ProgramMethod(Method):
 
     def embedded(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
         raise AssertionError(f"{type(self).__name__} has no embedded()")
+
+    def loss(self, value: Tensor, slots: Slots, given: Given, logits: Tensor, labels: Tensor) -> Tensor:
+        raise AssertionError(f"{type(self).__name__} has no loss()")
 
     def why_wrong(self, slots: Slots, given: Given) -> str:
         """What is wrong with the values of inputs it added, before they are used; '' for nothing."""

@@ -97,6 +97,57 @@ def test_task_heads(head, tmp_path):
         torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
 
 
+@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.few(1)
+def test_encoders_with_decoders_are_refused(name):
+    with pytest.raises(TargetError, match="encoder and a decoder"):
+        adaptc.compile(base(name), PromptTuningConfig(num_virtual_tokens=3))
+
+
+def test_generation_is_refused(tmp_path):
+    model = FAMILIES["llama"].build()
+    saved = adaptc.save_adapter(adaptc.compile(base("llama"), PromptTuningConfig(num_virtual_tokens=3)), tmp_path)
+    for adapter in (PromptTuningConfig(num_virtual_tokens=3), saved, {"task": saved}, [saved]):
+        with pytest.raises(ConfigError, match="PROMPT_TUNING is not supported in programs that generate"):
+            adaptc.compile_for_generation(model, adapter)
+
+
+def test_labels_in_all_batches_of_a_step():
+    """The first label counts, since a token in front has it as its next one; logits of labelled tokens alone."""
+    model = FAMILIES["llama"].build()
+    program = adaptc.compile(model, PromptTuningConfig(num_virtual_tokens=4), training=True)
+    inputs = text(3, 7)
+    inputs["labels"] = inputs["input_ids"].clone()
+    inputs["labels"][1, 3:] = -100
+    module = program.module().eval()
+    assert module.accepts_loss_kwargs
+    rows = dict(module.named_parameters())["prompt_encoder.default.embedding.weight"]
+    table = model.get_input_embeddings()(inputs["input_ids"])
+    expected = model(
+        inputs_embeds=torch.cat([rows.expand(3, -1, -1), table], 1),
+        attention_mask=nn.functional.pad(inputs["attention_mask"], (4, 0), value=1),
+        labels=nn.functional.pad(inputs["labels"], (4, 0), value=-100),
+        num_items_in_batch=29,
+    )
+    torch.testing.assert_close(module(**inputs, num_items_in_batch=29).loss, expected.loss)
+    labelled = program.module(logits="labelled").eval()
+    torch.testing.assert_close(labelled(**inputs, num_items_in_batch=29).loss, expected.loss)
+
+
+def test_classifiers_find_their_last_token():
+    """By its id, behind the tokens in front: each row as if it were alone, and not padded."""
+    import transformers
+
+    model = with_head(transformers.LlamaForSequenceClassification, "llama", num_labels=3)
+    program = adaptc.compile(model, PromptTuningConfig(num_virtual_tokens=4))
+    inputs = text(3, 7)
+    inputs["input_ids"] *= inputs["attention_mask"]  # its padding is zero
+    out = called(program, inputs).logits
+    for row, (ids, mask) in enumerate(zip(*inputs.values(), strict=True)):
+        kept = ids[mask.bool()][None]
+        torch.testing.assert_close(out[row], called(program, {"input_ids": kept}).logits[0])
+
+
 def test_labels_of_tokens():
     """Tokens in front have none that count."""
     import transformers
