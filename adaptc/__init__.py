@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from adaptc.methods.adalora import AdaLoraConfig
     from adaptc.methods.boft import BOFTConfig
     from adaptc.methods.c3a import C3AConfig
+    from adaptc.methods.cpt import CPTConfig
     from adaptc.methods.fourierft import FourierFTConfig
     from adaptc.methods.hra import HRAConfig
     from adaptc.methods.ia3 import IA3Config
@@ -60,7 +61,10 @@ if TYPE_CHECKING:
     from adaptc.methods.lokr import LoKrConfig
     from adaptc.methods.lora_config import LoraConfig
     from adaptc.methods.miss import MissConfig
+    from adaptc.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
     from adaptc.methods.oft import OFTConfig
+    from adaptc.methods.p_tuning import PromptEncoderConfig
+    from adaptc.methods.prompt_tuning import PromptTuningConfig
     from adaptc.methods.randlora import RandLoraConfig
     from adaptc.methods.road import RoadConfig
     from adaptc.methods.shira import ShiraConfig
@@ -139,6 +143,10 @@ PUBLIC = {
     "ShiraConfig": "adaptc.methods.shira",
     "LNTuningConfig": "adaptc.methods.ln_tuning",
     "TrainableTokensConfig": "adaptc.methods.trainable_tokens",
+    "PromptTuningConfig": "adaptc.methods.prompt_tuning",
+    "PromptEncoderConfig": "adaptc.methods.p_tuning",
+    "CPTConfig": "adaptc.methods.cpt",
+    "MultitaskPromptTuningConfig": "adaptc.methods.multitask_prompt_tuning",
     # what a method of one's own is made of
     "register_method": "adaptc.methods",
     "check_method": "adaptc.verify.check_method",

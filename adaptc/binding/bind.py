@@ -18,7 +18,7 @@ from adaptc.binding.file_keys import base_name, keys_of, second_name
 from adaptc.binding.fits import fingerprint
 from adaptc.binding.misfits import Cast, check_casts, check_kind, check_kinds, check_shapes, finite_scale, unbound
 from adaptc.errors import CheckpointError, ConfigError, SwapError, TargetError
-from adaptc.methods import AdapterConfig, TargetedConfig, check_sizes
+from adaptc.methods import AdapterConfig, check_sizes
 from adaptc.passes.adapt.bound_rows import shortened
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.method import Method, Slot, Slots
@@ -85,6 +85,8 @@ def bind(
         found = method.read(op, found)
         check_shapes(a, op, method, found, source)
         check_kinds(a, op, method, found, spec.dtype(a), source, read=True)
+        if spec.trainable and (why := method.untrainable(found)):
+            raise CheckpointError(f"{source} cannot be trained on: {why}")
         init = method.init(op, spec.canonical(a), spec.dtype(a)) if method.moves_base() else None
         full = {**_derived(a, op, method, spec, found), **found}
         builder.put(a, method, full, None if init is None else init.base)
@@ -107,8 +109,6 @@ def bind(
 def _as_found(config: AdapterConfig, spec: BindingSpec, methods: Sequence[tuple[Attachment, Method]]) -> AdapterConfig:
     """``config`` with the ranks that tensors turned out to have, so that what is written of it can be read; as it is
     where it has no words for them."""
-    if not isinstance(config, TargetedConfig):
-        return config
     ranks = {a.name or a.module: rank for a, method in methods if (rank := method.rank()) is not None}
     new = config.with_ranks(ranks)
     told = all(a.method.rebind(new, a).at(spec.ops[a.id]).rank() == method.rank() for a, method in methods)

@@ -62,9 +62,9 @@ def _check_clashes(parts: Mapping[str, Binding], attachments: Sequence[Attachmen
             for first, other in setting.setdefault(a.fqn, []):
                 if what := method.clash(other):
                     raise ConfigError(
-                        f"the adapters {first!r} and {name!r} both train {what} in {a.fqn!r} (modules_to_save, biases "
-                        "and trainable tokens take the place of what was there), so they cannot act together: only one "
-                        "of the two would count. Train it in one of them"
+                        f"the adapters {first!r} and {name!r} both train {what} in {a.fqn!r} (modules_to_save, biases, "
+                        "trainable and virtual tokens take the place of what was there), so they cannot act together: "
+                        "only one of the two would count. Train it in one of them"
                     )
             setting[a.fqn].append((name, method))
 

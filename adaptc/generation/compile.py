@@ -13,8 +13,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from adaptc.binding.combine import named
+from adaptc.binding.source import as_config
 from adaptc.capture.example_inputs import is_pretrained_model
-from adaptc.errors import CaptureError, ConfigError, shown
+from adaptc.errors import AdaptcError, CaptureError, ConfigError, shown
 from adaptc.generation.captured_step import captured_step
 from adaptc.generation.cross_facts import CrossFacts, check_side_by_side, decoder_positions, encoder_positions
 from adaptc.generation.cross_prove import prove_across
@@ -23,6 +25,7 @@ from adaptc.generation.generator import Generator
 from adaptc.generation.kinds import generator_of
 from adaptc.generation.layout import CacheLayout, eval_mode
 from adaptc.generation.step import Step
+from adaptc.methods import ProgramConfig
 from adaptc.passes.ir.exclusive import exclusive
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.compile import compiled
@@ -88,6 +91,7 @@ def _compiled(
     """See :func:`compile_for_generation`; ``how`` as for :func:`compiled`."""
     if not isinstance(model, nn.Module) or not is_pretrained_model(model):
         raise CaptureError(f"compile_for_generation takes a transformers model, not a {type(model).__name__}")
+    _refuse_prompts(adapter)
     name, config = type(model).__name__, cast(Any, model.config)
     if not getattr(model, "can_generate", bool)():
         raise CaptureError(f"{name} does not generate: give a model for language modelling")
@@ -135,6 +139,23 @@ def _across(
     with eval_mode(model):
         prove_across(model, unloaded(program), facts)
     return generator_of(program, facts)
+
+
+def _refuse_prompts(adapter: Any) -> None:
+    """Raises ConfigError for adapters that put tokens in front of those of a program."""
+    by_name = named(adapter)
+    given = list(by_name.values()) if by_name is not None else adapter if isinstance(adapter, list) else [adapter]
+    for one in given:
+        try:
+            config = as_config(one)
+        except AdaptcError:  # whoever compiles it says what it is
+            continue
+        if isinstance(config, ProgramConfig):
+            raise ConfigError(
+                f"{config.peft_type} is not supported in programs that generate: their steps go on from a cache, which "
+                "the tokens in front would have to enter once. adaptc.compile(model, config) gives a program that "
+                "computes logits with it"
+            )
 
 
 def _captured(

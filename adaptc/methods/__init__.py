@@ -7,6 +7,7 @@ from adaptc.methods._config import AdapterConfig, TargetedConfig
 from adaptc.methods._default_targets import OTHER_MEANING, adapts_defaults
 from adaptc.methods._model_facts import ModelFacts
 from adaptc.methods._name_patterns import check_patterns, endings, pattern_value, value_table
+from adaptc.methods._program_config import ProgramConfig
 from adaptc.methods._registry import check_registered, config_class, is_own, method_of, register_method
 from adaptc.methods._sizes import check_sizes
 from adaptc.methods._stacked import Stacked
@@ -17,6 +18,7 @@ __all__ = [
     "OTHER_MEANING",
     "AdapterConfig",
     "ModelFacts",
+    "ProgramConfig",
     "Stacked",
     "TargetedConfig",
     "TokenRows",

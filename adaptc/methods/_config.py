@@ -86,6 +86,11 @@ class AdapterConfig:
         """Whether a key of these tables is for the module ``name``: PEFT has one rule for LoRA, and others."""
         return matches_pattern(key, name)
 
+    def with_ranks(self, ranks: Mapping[str, int]) -> Self:
+        """This config for an adapter whose sites have these sizes, by the names that :meth:`method` is asked with;
+        itself where it has no words for them."""
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """As ``adapter_config.json`` has it: plain JSON types, sets as sorted lists."""
         out: dict[str, Any] = {"peft_type": self.peft_type}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -20,3 +21,5 @@ class ModelFacts:
     transposed: frozenset[str] = frozenset()
     #: whether only the program is known, not the module it came from
     bare: bool = False
+    #: the config of a transformers model
+    config: Any = None

@@ -37,6 +37,10 @@ CONFIGS: dict[str, str] = {
     "SHIRA": "adaptc.methods.shira:ShiraConfig",
     "LN_TUNING": "adaptc.methods.ln_tuning:LNTuningConfig",
     "TRAINABLE_TOKENS": "adaptc.methods.trainable_tokens:TrainableTokensConfig",
+    "PROMPT_TUNING": "adaptc.methods.prompt_tuning:PromptTuningConfig",
+    "P_TUNING": "adaptc.methods.p_tuning:PromptEncoderConfig",
+    "MULTITASK_PROMPT_TUNING": "adaptc.methods.multitask_prompt_tuning:MultitaskPromptTuningConfig",
+    "CPT": "adaptc.methods.cpt:CPTConfig",
     # An older name of the same method, which new files do not have.
     "BONE": "adaptc.methods.miss:MissConfig",
 }
@@ -62,6 +66,10 @@ METHODS: dict[str, str] = {
     "waveft": "adaptc.methods.waveft:WaveFT",
     "c3a": "adaptc.methods.c3a:C3A",
     "shira": "adaptc.methods.shira:Shira",
+    "prompt_tuning": "adaptc.methods.prompt_tuning:PromptTuning",
+    "p_tuning": "adaptc.methods.p_tuning:PTuning",
+    "multitask_prompt_tuning": "adaptc.methods.multitask_prompt_tuning:MultitaskPromptTuning",
+    "cpt": "adaptc.methods.cpt:Cpt",
     "stacked": "adaptc.methods._stacked:Stacked",
     "whole": "adaptc.methods._whole:Whole",
     "trainable_tokens": "adaptc.methods._whole:TokenRows",

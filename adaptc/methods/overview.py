@@ -9,7 +9,7 @@ import importlib
 import inspect
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 from adaptc.errors import AdaptcError
 from adaptc.methods._config import TargetedConfig
+from adaptc.methods._program_config import ProgramConfig
 from adaptc.methods._registry import CONFIGS, config_class
 from adaptc.methods._stacked import Stacked
 from adaptc.methods._whole import TokenRows, Whole
@@ -44,7 +45,8 @@ KINDS: dict[str, tuple[Op, ...]] = {
 @dataclass(frozen=True)
 class Row:
     """One method. ``kinds``: heading -> "around" (the layer), "weight" (in front of it) or "" where it is refused;
-    ``rank``: whether a swap may change a size; ``meaning`` and ``source`` from its file's first line."""
+    none of a method that speaks of the program. ``rank``: whether a swap may change a size; ``meaning`` and ``source``
+    from its file's first line."""
 
     config: str
     method: str
@@ -57,8 +59,16 @@ class Row:
 
 def overview() -> list[Row]:
     """A row for each registered config, in the order of the registry."""
-    classes = [c for c in dict.fromkeys(map(config_class, CONFIGS)) if issubclass(c, TargetedConfig)]
-    return [_row(c, sample) for c in classes for sample in c.samples]
+    classes = list(dict.fromkeys(map(config_class, CONFIGS)))
+    layers = [_row(c, sample) for c in classes if issubclass(c, TargetedConfig) for sample in c.samples]
+    return layers + [_program_row(c) for c in classes if issubclass(c, ProgramConfig)]
+
+
+def _program_row(cls: type[ProgramConfig]) -> Row:
+    config = cls(**cls.samples[0])
+    method = config.method("embedding", "embedding")
+    free = any(s.free for s in method.slots(KINDS["embedding"][0]).values())
+    return Row(_called(cls, cls.samples[0]), *_first_line(method.__module__), {}, free, False)
 
 
 def _row(cls: type[TargetedConfig], sample: Mapping[str, Any]) -> Row:
@@ -81,8 +91,11 @@ def _row(cls: type[TargetedConfig], sample: Mapping[str, Any]) -> Row:
             free, shared = free or any(s.free for s in slots), shared or any(s.shared for s in slots)
             forms.append("around" if method.has_apply_form(op) else "weight")
         kinds[heading] = "" if not ops or len(forms) < len(ops) else "/".join(dict.fromkeys(forms))
-    name = f"{cls.__name__}({', '.join(f'{k}={v!r}' for k, v in sample.items())})" if sample else cls.__name__
-    return Row(name, title, meaning, source, kinds, free, shared)
+    return Row(_called(cls, sample), title, meaning, source, kinds, free, shared)
+
+
+def _called(cls: type, sample: Mapping[str, Any]) -> str:
+    return f"{cls.__name__}({', '.join(f'{k}={v!r}' for k, v in sample.items())})" if sample else cls.__name__
 
 
 def _method_at(config: TargetedConfig, op: Op) -> Method | None:
@@ -110,10 +123,16 @@ def _first_line(module: str) -> tuple[str, str, str]:
 
 
 def markdown() -> str:
-    """The overview as a Markdown table."""
-    heads = ["method", "config", "meaning", *KINDS, "other sizes by swap", "paper"]
+    """The overview as Markdown tables: methods of layers, and those of the program."""
+    rows = overview()
+    parts = [_markdown([r for r in rows if r.kinds], list(KINDS)), _markdown([r for r in rows if not r.kinds], [])]
+    return "\n\nThese speak of the program, whose token embedding they find, and not of single layers:\n\n".join(parts)
+
+
+def _markdown(rows: Sequence[Row], kinds: Sequence[str]) -> str:
+    heads = ["method", "config", "meaning", *kinds, "other sizes by swap", "paper"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for r in overview():
+    for r in rows:
         link = f"[{r.source}](https://arxiv.org/abs/{r.source})" if r.source else ""
         cells = [r.method, f"`{r.config}`", r.meaning.replace("|", "\\|"), *(v or "-" for v in r.kinds.values())]
         lines.append("| " + " | ".join([*cells, "yes" if r.rank else "no", link]) + " |")
@@ -122,5 +141,7 @@ def markdown() -> str:
 
 def render(width: int) -> str:
     """The overview as text."""
-    rows = [(r.config, r.meaning, *(v or "-" for v in r.kinds.values()), "yes" if r.rank else "no") for r in overview()]
+    rows = [
+        (r.config, r.meaning, *(r.kinds.get(k) or "-" for k in KINDS), "yes" if r.rank else "no") for r in overview()
+    ]
     return table(["config", "meaning", *KINDS, "other sizes"], rows, width=width)

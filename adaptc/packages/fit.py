@@ -147,7 +147,8 @@ class Fit:
             return room.padding(value, room.shape)
         fqn = s.attachment.fqn
         rank, room_rank = binding.methods[s.attachment.id].rank(), self.room_for_rank(s)
-        if rank is not None and room_rank is not None and rank > room_rank:
+        fixed = s.attachment.method.exact_sizes
+        if not fixed and rank is not None and room_rank is not None and rank > room_rank:
             raise SwapError(
                 f"{binding.source}: site {fqn!r}: the adapter has rank {rank}, and the package has room for "
                 f"{room_rank}; package again with max_rank={rank}"

@@ -44,6 +44,7 @@ from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.core import ProgramCore
 from adaptc.runtime.call_inputs import Inputs
 from adaptc.runtime.compiled_products import choose_packaged
+from adaptc.runtime.lengths import Lengths
 from adaptc.runtime.product_table import wanted
 from adaptc.runtime.rank_padding import Padding, paddings
 from adaptc.runtime.state import written_to
@@ -186,7 +187,10 @@ class Packer:
         else:
             header = adaptation.header(binding)
         sites = [Site(a, program.ops[a.id], tuple(w.shape), w.dtype) for a in self.attachments for w in [self.base(a)]]
-        flat, ranges, guards = self.inputs(program, inputs), dict(inputs.ranges), list(inputs.guards)
+        flat, guards = self.inputs(program, inputs), list(inputs.guards)
+        # The number of tokens that adapters put in front is that of the package.
+        longer = Lengths.of(program.graph, self.attachments).in_binding(self.values)
+        ranges = {s: (low, high - longer.get(s, 0)) for s, (low, high) in inputs.ranges.items()}
         frozen, chosen = self._frozen()
         manifest = Manifest(self.device(), header, flat, ranges, sites, self.rooms, bases, guards, chosen.data())
         return frozen, manifest, self.tensors
@@ -208,7 +212,7 @@ class Packer:
             if fqn in self.rooms:  # shared with a site that has been
                 continue
             value, padding, shape = self.binding.values[fqn].detach(), self.padding(a, name), shapes[name]
-            constant = _uniform(identity[name], spec)
+            constant = None if a.method.exact_sizes else _uniform(identity[name], spec)
             if a.id not in self.binding.methods and constant is not None and not spec.shared:
                 value = value.new_full(shape, constant)  # a site at the base, whatever its capacity
             self.values[fqn] = padded(a, name, value, padding, shape)
@@ -228,7 +232,7 @@ class Packer:
         near = [b for b in self.attachments if b is a or set(b.slots.values()) & set(a.slots.values())]  # share slots
         methods = [m for b in near for m in (self.binding.methods.get(b.id), b.method)]
         ranks = [r for m in methods if m is not None and (r := m.rank()) is not None]
-        if not ranks or not any(s.free for s in a.method.slots(op).values()):
+        if not ranks or a.method.exact_sizes or not any(s.free for s in a.method.slots(op).values()):
             return current
         rank = 0 if own is None else own.rank() or 0
         if self.max_rank is not None and rank > self.max_rank:
@@ -250,7 +254,7 @@ class Packer:
 
     def padding(self, a: Attachment, slot: str) -> Padding | None:
         op = self.program.ops[a.id]
-        if not a.method.slots(op)[slot].free:
+        if a.method.exact_sizes or not a.method.slots(op)[slot].free:
             return None
         key = (a.method, op, a.form)
         if key not in self._paddings:
@@ -276,7 +280,8 @@ class Packer:
         training = self.program.adaptation.training
         lifted = Lifted(SetMode(training=False)(self.program).program if training else self.program)
         names = {fqn: node.name for fqn, node in lifted.placeholders.items()}
-        Respecialize(self.attachments, self.program.ops, names, self.values)(lifted.graph)
+        modules = lifted.program.graph_module
+        Respecialize(self.attachments, self.program.ops, names, self.values, modules=modules)(lifted.graph)
         for fqn, value in self.values.items():
             is_param = isinstance(lifted.state_dict[fqn], nn.Parameter)
             lifted.state_dict[fqn] = nn.Parameter(value, requires_grad=False) if is_param else value

@@ -43,21 +43,24 @@ MODEL_LEVEL: Mapping[str, frozenset[str]] = MappingProxyType(
 """First key component of the tensors that belong to a whole model, by ``peft_type``."""
 
 _PROMPT_TYPES = frozenset({"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE", "CPT"})
-_PROMPT_KEYS = frozenset({"prompt_embeddings", "prefix_task_cols", "prefix_task_rows"})
+#: first parts of keys without a prefix; ``prompt_encoder`` is what adaptc writes beside PEFT's tensors
+_PROMPT_KEYS = frozenset({"prompt_embeddings", "prefix_task_cols", "prefix_task_rows", "prompt_encoder"})
 MODULE, _MODEL = "base_model.model.", "base_model."
 
 
 def file_key(key: str, peft_type: str) -> str:
     """The key a bare ``key`` has in a file of method ``peft_type``. Inverse of :func:`bare_key`."""
     if peft_type in _PROMPT_TYPES:
-        return key if key in _PROMPT_KEYS else _MODEL + key
+        return key if key.split(".", 1)[0] in _PROMPT_KEYS else _MODEL + key
     return (_MODEL if key.split(".", 1)[0] in MODEL_LEVEL.get(peft_type, ()) else MODULE) + key
 
 
 def bare_key(key: str, peft_type: str) -> str | None:
     """``key`` of a file without its prefix, or None when it has none that ``peft_type`` knows."""
     if peft_type in _PROMPT_TYPES:
-        return key if key in _PROMPT_KEYS else key[len(_MODEL) :] if key.startswith(_MODEL) else None
+        if key.split(".", 1)[0] in _PROMPT_KEYS:
+            return key
+        return key[len(_MODEL) :] if key.startswith(_MODEL) else None
     if key.startswith(MODULE):
         return key[len(MODULE) :]
     rest = key.removeprefix(_MODEL)

@@ -53,7 +53,14 @@ _HEADER: dict[str, Any] = _PART | {
     "order": Option([str]),
 }
 _TAG: dict[str, Any] = dict.fromkeys(["method", "adapter", "site", "role"], str) | {"fused": Option(bool)}
-_OUT = _TAG | {"region": str, "base": str, "node": str, "attachment": ATTACHMENT, "header": Option(dict)}
+_OUT = _TAG | {
+    "region": str,
+    "base": str,
+    "node": str,
+    "attachment": ATTACHMENT,
+    "header": Option(dict),
+    "given": Option([str]),
+}
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,15 @@ from adaptc.binding.source import as_adapter, as_config, fitted
 from adaptc.capture.capture import Captured, capture
 from adaptc.capture.replicate_layers import replicate_layers
 from adaptc.errors import ConfigError, Tell, refuse_entry, shown, warn_of_entry
-from adaptc.methods import AdapterConfig, ModelFacts, TargetedConfig, check_registered, check_sizes, is_own
+from adaptc.methods import (
+    AdapterConfig,
+    ModelFacts,
+    ProgramConfig,
+    TargetedConfig,
+    check_registered,
+    check_sizes,
+    is_own,
+)
 from adaptc.passes.adapt.bound_rows import bounds_of
 from adaptc.passes.adapt.choose_forms import FORMS
 from adaptc.passes.adapt.inject import Inject
@@ -35,16 +43,22 @@ from adaptc.passes.ir.method import Method
 from adaptc.passes.ir.method_checks import check_promises
 from adaptc.passes.ir.ops import Op, op_of
 from adaptc.passes.ir.pass_infra import PassManager
+from adaptc.passes.ir.program_method import ProgramMethod
 from adaptc.patterns import limited
 from adaptc.peft_files.directory import AdapterFile
 from adaptc.peft_files.raw import RawFile
 from adaptc.program.adaptation import Adaptation
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.add import Compiling
+from adaptc.runtime.call_inputs import FULL_LIKE
 from adaptc.runtime.options import RunOptions
 from adaptc.runtime.weight_buffers import alias
 from adaptc.targets.plan import Plan, plan
+from adaptc.targets.program_plan import plan_program
 from adaptc.targets.union import union
+
+#: configs that say where a program is to be adapted
+PlannedConfig = TargetedConfig | ProgramConfig
 
 
 @dataclass(frozen=True)
@@ -52,7 +66,7 @@ class Adapter:
     """What the user wants at the sites of one adapter: its config, its file if it came as one, and its name."""
 
     name: str
-    config: TargetedConfig
+    config: PlannedConfig
     file: AdapterFile | None = None
 
     @property
@@ -66,7 +80,7 @@ class Asked:
     """An adapter before the model is known, of which files of other formats make their config."""
 
     name: str
-    config: TargetedConfig | None
+    config: PlannedConfig | None
     file: AdapterFile | RawFile | None
     component: str | None = None
     #: whether the config is the caller's, and not that of the file
@@ -120,10 +134,11 @@ def planned(
         captured.input_embedding,
         _transposed(model),
         bare=not isinstance(model, nn.Module),
+        config=None if captured.source is None else captured.source.config,
     )
     base = Lifted(captured.program, edit=False)
     adapters = [a.at(base) for a in asked]
-    plans = [plan(a.config, captured.program, facts, a.name, base, a.tell) for a in adapters]
+    plans = [_plan(a, captured, facts, base) for a in adapters]
     adapters = [_of_base(replace(a, config=p.config), captured) for a, p in zip(adapters, plans, strict=True)]
     attachments = union(plans, training, options.backend, form, apart=by_name is not None)
     spec = _spec(base, attachments, autocast, _trainable(adapters[0], training), plans)
@@ -151,7 +166,7 @@ def compiled(
         spec.attachments,
         matches={k: v for one in p.plans for k, v in one.matches.items()},
         left_out=p.plans[0].left_out,
-        fills=captured.fills,
+        fills={**captured.fills, **_added_fills(spec)},
         takes=captured.takes,
         training=captured.training,
         autocast=spec.autocast,
@@ -165,6 +180,13 @@ def compiled(
     forget_code()
     forget_sizes(done.output.graph, captured=isinstance(model, nn.Module))
     return AdaptedProgram(done.output, adaptation, binding, options)
+
+
+def _added_fills(spec: BindingSpec) -> dict[str, tuple[str, str]]:
+    """How inputs that adapters add are made where a caller leaves them out."""
+    methods = [a.method for a in spec.attachments if isinstance(a.method, ProgramMethod)]
+    extras = {n: e.fill for m in methods for n, e in m.inputs().items() if e.fill is not None}
+    return {n: (f"{FULL_LIKE}{fill}", "input_ids") for n, fill in extras.items()}
 
 
 def _check_methods(spec: BindingSpec) -> None:
@@ -224,8 +246,8 @@ def _asked(
     ]
 
 
-def _targeted(config: AdapterConfig) -> TargetedConfig:
-    if not isinstance(config, TargetedConfig):
+def _targeted(config: AdapterConfig) -> PlannedConfig:
+    if not isinstance(config, PlannedConfig):
         raise ConfigError(f"{type(config).__name__} does not choose layers, so it cannot be compiled into a program")
     return config
 
@@ -241,7 +263,12 @@ def _of_base(adapter: Adapter, captured: Captured) -> Adapter:
     return replace(adapter, config=adapter.config.completed(values))
 
 
-def _replicated(model: Any, configs: Sequence[TargetedConfig]) -> Any:
+def _plan(adapter: Adapter, captured: Captured, facts: ModelFacts, base: Lifted) -> Plan:
+    config, rest = adapter.config, (captured.program, facts, adapter.name, base, adapter.tell)
+    return plan_program(config, *rest) if isinstance(config, ProgramConfig) else plan(config, *rest)
+
+
+def _replicated(model: Any, configs: Sequence[PlannedConfig]) -> Any:
     wanted = {str(c.layer_replication) for c in configs}
     ranges = configs[0].layer_replication if configs else None
     if wanted <= {"None"}:

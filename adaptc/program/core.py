@@ -334,7 +334,7 @@ class ProgramCore(ProgramValues):
     def _follow(self, old: Exported, binding: Binding) -> Exported:
         a, graph = self._adaptation, copy_graph(old.module.graph)
         names = {s.target: s.arg.name for s in self._graph_signature.input_specs if s.target is not None}
-        Respecialize(a.attachments, self._ops, names, binding.values, self._run.traces)(graph)
+        Respecialize(a.attachments, self._ops, names, binding.values, self._run.traces, old.module)(graph)
         set_header(graph, a.header(binding))
         new = {**self.bare_state(), **binding.values, **binding.base}
         forget_code()

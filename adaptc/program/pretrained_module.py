@@ -20,6 +20,7 @@ from adaptc.binding.source import as_binding
 from adaptc.capture.capture import Source
 from adaptc.errors import AdaptcError, ConfigError, shown
 from adaptc.passes.ir.module_paths import module_path, owners_of
+from adaptc.passes.ir.program_method import ProgramMethod
 from adaptc.passes.train.checkpoint import checkpoint
 from adaptc.passes.train.recomputed import Recomputed
 from adaptc.passes.train.set_mode import set_mode
@@ -118,7 +119,15 @@ class PretrainedModule(ProgramModule):
         """Whether calls take ``num_items_in_batch``: the labels that count in all batches of one step, by which the
         sum of the losses is then divided."""
         aux = bool(getattr(self.config, "output_router_logits", False))
-        return self.source.means_over_next_labels and "labels" in self.inputs.names and not aux
+        own = any(m.changes("loss") for m, _ in self._program_methods())
+        return self.source.means_over_next_labels and "labels" in self.inputs.names and not aux and not own
+
+    def _program_methods(self) -> list[tuple[ProgramMethod, dict[str, Tensor]]]:
+        """Methods that speak of the program, with their slots."""
+        binding = self.program.current
+        values = {} if binding is None else binding.values
+        found = [(a.method, a.slots) for a in self.program.adaptation.attachments]
+        return [(m, {n: values[f] for n, f in slots.items()}) for m, slots in found if isinstance(m, ProgramMethod)]
 
     def forward(self, *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
         """What the model's own ``forward`` takes. Raises AdaptcError for what the program was not captured for."""
@@ -130,7 +139,9 @@ class PretrainedModule(ProgramModule):
         if num_items_in_batch is not None:
             if not self.accepts_loss_kwargs:
                 raise AdaptcError("num_items_in_batch has no meaning for this program: its loss is no mean over labels")
-            count = (labels[..., 1:] != _IGNORED).sum()
+            # Tokens in front have a next one that counts, where they are the first.
+            first = 0 if any(m.lengthens(slots) for m, slots in self._program_methods()) else 1
+            count = (labels[..., first:] != _IGNORED).sum()
             # A batch without labels that count has no loss, and adds nothing.
             out.loss = torch.where(count > 0, out.loss * (count / num_items_in_batch), 0.0)
         if self.penalty is not None:

@@ -33,6 +33,7 @@ from adaptc.binding.bind import file_tensors
 from adaptc.binding.binding import Binding
 from adaptc.binding.source import as_binding
 from adaptc.errors import AdaptcError
+from adaptc.passes.ir.program_method import ProgramMethod
 from adaptc.passes.lower.choose_products import Products
 from adaptc.passes.train.checkpoint import checkpoint, set_checkpointing
 from adaptc.passes.train.set_mode import set_mode
@@ -158,6 +159,12 @@ class ProgramModule(nn.Module):
                     "program's graph has written into it. Convert the model and compile it again, or run it under "
                     "torch.autocast (of trainers fp16=True or bf16=True, not fp16_full_eval or bf16_full_eval)"
                 )
+        own = self.tensors()
+        for a in self.program.adaptation.attachments:
+            if isinstance(a.method, ProgramMethod):
+                given = {n: kwargs[n] for n in a.method.inputs() if n in kwargs}
+                if why := a.method.why_wrong({n: own[f] for n, f in a.slots.items()}, given):
+                    return why
         return ""
 
     def _check(self, flat: Sequence[Any]) -> None:

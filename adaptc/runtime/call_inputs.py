@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ from adaptc.passes.ir.lifted import guards_of, user_inputs
 from adaptc.passes.ir.trees import pytree
 from adaptc.runtime.call_names import CallNames
 from adaptc.runtime.size_conditions import condition, expression, solved, symbols
+
+#: how an input that an adapter added is made, with the number behind
+FULL_LIKE = "full_like:"
+NOT_LONGER: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -78,14 +83,19 @@ class Inputs:
         ranges = {str(k): (float(v.lower), float(v.upper)) for k, v in program.range_constraints.items()}
         return cls(spec, fills, expected, ranges, guards_of(program), takes or first_names(program))
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    def __call__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], longer: Mapping[str, int] = NOT_LONGER
+    ) -> list[Any]:
+        """``longer``: free size -> how much is added to it before the program sees it."""
         if len(kwargs) != len(self.names) or len(args) != self.n_args or not self.calls.as_captured(kwargs):
             args, kwargs = self.complete(args, kwargs)
         ordered = {n: kwargs[n] for n in self.names}
         flat = [*args, *ordered.values()] if self.plain else self._flatten(args, ordered)
         key = tuple((v.shape, v.dtype) if isinstance(v, Tensor) else v for v in flat)
+        if longer:
+            key = (*key, *longer.items())
         if key not in self._seen:
-            self._check(flat)
+            self._check(flat, longer)
             if len(self._seen) < 4096:
                 self._seen.add(key)
         return flat
@@ -119,7 +129,7 @@ class Inputs:
     def _usage(self, what: str) -> str:
         return f"{what}. {self.calls.usage()}"
 
-    def _check(self, flat: Sequence[Any]) -> None:
+    def _check(self, flat: Sequence[Any], longer: Mapping[str, int]) -> None:
         """Sizes and dtypes the graph was specialised on; anything else would compute nonsense or fail far inside."""
         sizes: dict[str, tuple[int, str]] = {}
         made: list[tuple[str, int, int, str]] = []
@@ -139,14 +149,22 @@ class Inputs:
                 raise AdaptcError(f"input {name!r}: expected {wanted}, got {value.dtype} with {value.ndim}")
             for axis, (got, size) in enumerate(zip(value.shape, want.shape, strict=True)):
                 if isinstance(size, int) or size.isidentifier():
-                    self._check_size(name, axis, got, size, sizes)
+                    self._check_size(name, axis, got, size, sizes, longer)
                 else:
                     made.append((name, axis, got, size))
         for name, axis, got, size in made:
             self._check_made(name, axis, got, size, sizes)
-        self._check_conditions(flat)
+        self._check_conditions(flat, longer)
 
-    def _check_size(self, name: str, axis: int, got: int, size: int | str, sizes: dict[str, tuple[int, str]]) -> None:
+    def _check_size(
+        self,
+        name: str,
+        axis: int,
+        got: int,
+        size: int | str,
+        sizes: dict[str, tuple[int, str]],
+        longer: Mapping[str, int],
+    ) -> None:
         if isinstance(size, int):
             if got != size:
                 raise AdaptcError(
@@ -158,7 +176,7 @@ class Inputs:
         if size in sizes and sizes[size][0] != got:
             raise AdaptcError(f"{where} has size {got}, but must equal {sizes[size][1]}, which has {sizes[size][0]}")
         sizes.setdefault(size, (got, where))
-        self._check_range(where, got, size)
+        self._check_range(where, got, size, longer.get(size, 0))
 
     def _check_made(self, name: str, axis: int, got: int, size: str, sizes: dict[str, tuple[int, str]]) -> None:
         """A size that is an expression, such as twice another one."""
@@ -178,20 +196,27 @@ class Inputs:
             raise AdaptcError(f"{where} has size {got}, but must be {size} = {function(known)} ({others})")
         self._check_range(where, got, size)
 
-    def _check_range(self, where: str, got: int, size: str) -> None:
+    def _check_range(self, where: str, got: int, size: str, more: int = 0) -> None:
         low, high = self.ranges.get(size, (0, inf))
         # torch's tracer writes 2 where it has not looked at 0 and 1; what they would break is among the guards.
         low = 0 if low <= 2 else low
-        if not low <= got <= high:
-            raise AdaptcError(f"{where} has size {got}, outside the captured range [{low:g}, {high:g}]")
+        if not low <= got + more <= high:
+            added = f" and the adapter puts {more} tokens in front: {got + more} is" if more else ","
+            way = f". Give {high - more:g} tokens at most, or an adapter of fewer" if more else ""
+            raise AdaptcError(f"{where} has size {got}{added} outside the captured range [{low:g}, {high:g}]{way}")
 
     def shapes(self, flat: Sequence[Any]) -> str:
         """Those of a call's tensors, by name, for messages."""
         named = zip(flat, self.expected, strict=True)
         return listing(f"{name!r}: {tuple(v.shape)}" for v, (name, _) in named if isinstance(v, Tensor))
 
-    def _check_conditions(self, flat: Sequence[Any]) -> None:
-        shapes = [v.shape if isinstance(v, Tensor) else () for v in flat]
+    def _check_conditions(self, flat: Sequence[Any], longer: Mapping[str, int]) -> None:
+        shapes: list[Sequence[int]] = [v.shape if isinstance(v, Tensor) else () for v in flat]
+        if longer:
+            wanted = [w.shape if isinstance(w, TensorInput) else () for _, w in self.expected]
+            shapes = [
+                [n + longer.get(str(w), 0) for n, w in zip(*p, strict=True)] for p in zip(shapes, wanted, strict=True)
+            ]
         for c in self._conditions:
             if c.broken(shapes):
                 found = {self.expected[i][0]: tuple(shapes[i]) for i, _ in c.reads}
@@ -214,5 +239,7 @@ def fill(how: str, like: Tensor) -> Tensor:
     """A keyword input that was left out, made from another one; the rules are those of ``Captured.fills``."""
     if how == "ones_like":
         return torch.ones_like(like)
+    if how.startswith(FULL_LIKE):
+        return torch.full_like(like, int(how.removeprefix(FULL_LIKE)))
     shape = like.shape if how == "ignore_like" else like.shape[:1]
     return torch.full(shape, -100, dtype=torch.int64, device=like.device)

@@ -36,6 +36,7 @@ from adaptc.runtime.compiled_products import choose_compiled
 from adaptc.runtime.gpu_variants import GpuVariants, runs_on_gpu
 from adaptc.runtime.held_values import Held, Prefix
 from adaptc.runtime.inductor import compile_lifted, with_room
+from adaptc.runtime.lengths import Lengths, out_of_rows
 from adaptc.runtime.options import PACKS, RunOptions
 from adaptc.runtime.packed_weights import PackedWeights, Packs, held_by
 from adaptc.runtime.product_table import choose, wanted
@@ -100,6 +101,7 @@ class Executor:
         self._training = training
         self.variants = self._split()
         self._where = self.inputs.where()
+        self.lengths = Lengths.of(self.module.graph, attachments)
         self.fixed_kind = PLAIN if training else self.variants.kind(example_sizes(program))
         self._compiled: Callable[..., Any] | None = None
         self._arguments: WeakKeyDictionary[Binding, Arguments] = WeakKeyDictionary()
@@ -242,11 +244,15 @@ class Executor:
         return [v.detach() if isinstance(v, Tensor) and v.requires_grad else v for v in values]
 
     def __call__(self, arguments: Arguments, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        flat = self.inputs(args, kwargs)
+        flat = self.inputs(args, kwargs, arguments.longer)
+        for check in arguments.checks:
+            check(flat)
         outermost = begin_reading()
         try:
             return self._run(arguments, flat)
-        except RuntimeError as error:
+        except (RuntimeError, IndexError) as error:
+            if arguments.longer and "index out of" in str(error):
+                raise out_of_rows(arguments.longer, self.inputs.shapes(flat)) from error
             if not str(error).startswith("Runtime assertion failed"):
                 raise
             first = str(error).splitlines()[0]
@@ -305,6 +311,9 @@ class Arguments:
         self._buffers: dict[str, Sequence[Tensor | None]] = {}
         self._lock, self._making = threading.Lock(), threading.Lock()
         self._settled: dict[str, str] = {}
+        #: free size -> how many tokens this binding puts in front of those of a call
+        self.longer = executor.lengths.in_binding(binding.values)
+        self.checks = executor.lengths.checks(binding.values, [n for n, _ in executor.inputs.expected])
         #: whether adapter tensors may change at any time
         self.moving = any(v.requires_grad for v in binding.values.values())
 

@@ -53,6 +53,8 @@ def with_room(
     index = {n: i for i, n in enumerate(names)}
     for a in attachments:
         op = ops[a.id]
+        if a.method.exact_sizes:  # code that is made for two and more does for one and none what it does for others
+            continue
         wanted: dict[str, tuple[int, ...]] = {}
         for slot, spec in a.method.minimal(op).slots(op).items():
             have = values[index[a.slots[slot]]].shape
@@ -129,6 +131,7 @@ def _free_axes(attachments: Sequence[Attachment], ops: Mapping[str, Op]) -> dict
         op = ops[a.id]
         small = a.method.minimal(op)
         ranked = small != a.method or (small.minimal(op) == small and small.rank() is not None)
+        ranked = ranked and not a.method.exact_sizes
         # The smallest method has rank two, times the groups or experts that share an axis.
         times = {s: {i: spec.shape[i] // 2 if ranked else 1 for i in spec.free} for s, spec in small.slots(op).items()}
         # Code reads a size off an axis that is the size itself. Stacked experts have none: there their product is it.

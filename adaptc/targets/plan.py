@@ -19,6 +19,7 @@ from adaptc.errors import ConfigError, TargetError, Tell, nearest, refuse_entry
 from adaptc.methods import (
     OTHER_MEANING,
     ModelFacts,
+    ProgramConfig,
     Stacked,
     TargetedConfig,
     TokenRows,
@@ -53,7 +54,7 @@ class Plan:
     hold all the same.
     """
 
-    config: TargetedConfig
+    config: TargetedConfig | ProgramConfig
     attachments: tuple[Attachment, ...]
     matches: Mapping[str, tuple[str, ...]]
     left_out: tuple[tuple[str, str], ...]

@@ -12,15 +12,16 @@ from dataclasses import replace
 
 from adaptc.passes.adapt.choose_forms import compilable
 from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.program_method import PROGRAM
 from adaptc.targets.plan import Plan
 
 
 def union(
     plans: Sequence[Plan], training: bool, backend: str, form: str = "auto", *, apart: bool = False
 ) -> list[Attachment]:
-    """All attachments, what replaces whole weights first; the first plan's own keep their ids. ``form`` is for those
-    that do not need a certain one. ``apart``: no two plans share one, since their adapters, of different names, are to
-    act together."""
+    """All attachments, what replaces whole weights first, and last what changes the program as it then is; the first
+    plan's own keep their ids. ``form`` is for those that do not need a certain one. ``apart``: no two plans share one,
+    since their adapters, of different names, are to act together."""
     out: list[Attachment] = []
     for p in plans:
         for a in p.attachments:
@@ -35,7 +36,7 @@ def union(
             if a.form == "auto":
                 a = replace(a, form=form)
             out.append(compilable(a, backend))
-    return sorted(out, key=lambda a: not a.method.replaces)
+    return sorted(out, key=lambda a: (a.form == PROGRAM, not a.method.replaces))
 
 
 def _number(a: Attachment, others: Sequence[Attachment]) -> int:

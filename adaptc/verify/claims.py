@@ -5,7 +5,7 @@ Before: inputs that were drawn or given. After each run: buffers that it wrote t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from adaptc.capture.random_inputs import Run
@@ -27,9 +27,11 @@ class Claims:
             first = (str(error).strip() or "no message").splitlines()[0]
             return Check(name, False, note=f"{type(error).__name__}: {first}")
 
-    def outputs(self, call: Callable[..., Any]) -> list[Leaves]:
+    def outputs(self, call: Callable[..., Any], without: Collection[str] = ()) -> list[Leaves]:
+        """Those of every run; ``without``: keyword inputs that ``call`` does not take."""
         found = []
         for run in self.runs:
-            found.append(leaves(call(*copied_tree(run.args), **copied_tree(run.kwargs))))
+            kwargs = {k: v for k, v in run.kwargs.items() if k not in without}
+            found.append(leaves(call(*copied_tree(run.args), **copied_tree(kwargs))))
             self.buffers.restore()
         return found

@@ -21,6 +21,7 @@ from adaptc.capture import random_inputs
 from adaptc.capture.random_inputs import Run
 from adaptc.errors import AdaptcError
 from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.passes.ir.program_method import ProgramMethod
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.merge import merged, unmerged
 from adaptc.program.unload import unloaded
@@ -78,6 +79,9 @@ class _Verifier(Claims):
         super().__init__(runs, atol, seed, buffers)
         self.program, self.model = program, model
         self.adapted = bool(program.adaptation.attachments)
+        methods = [a.method for a in program.adaptation.attachments if isinstance(a.method, ProgramMethod)]
+        #: inputs that the base does not take
+        self.added = {name for method in methods for name in method.inputs()}
         self._base: list[Leaves] | None = None
 
     def checks(self) -> list[Check]:
@@ -97,7 +101,7 @@ class _Verifier(Claims):
             return Check(name, None, note=NO_BASE)
         call = self.model.module() if isinstance(self.model, ExportedProgram) else self.model
         with GRAPHS:  # a capture in another thread has what calls modules patched for all of them
-            expected = self.outputs(call)
+            expected = self.outputs(call, self.added)
         return self._compare(name, expected, self.base())
 
     def _identity_equals_base(self, name: str) -> Check:
@@ -153,7 +157,7 @@ class _Verifier(Claims):
 
     def base(self) -> list[Leaves]:
         if self._base is None:
-            self._base = self.outputs(_eager(unloaded(self.program)))
+            self._base = self.outputs(_eager(unloaded(self.program)), self.added)
         return self._base
 
     def _not_mergeable(self) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from adaptc.errors import PassError, TargetError
+from adaptc.passes.adapt.change_places import change_places
 from adaptc.passes.adapt.choose_forms import Choice, cheaper, choose_forms
 from adaptc.passes.analysis.sites import consumers, readers
 from adaptc.passes.ir.attachment import Attachment
@@ -26,6 +27,7 @@ from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.modes import drops
 from adaptc.passes.ir.ops import TABLE, Op, make_dense, operands, set_argument
 from adaptc.passes.ir.pass_infra import Pass, PassResult
+from adaptc.passes.ir.program_method import PROGRAM, ProgramMethod
 from adaptc.passes.ir.regions import place_of, region_tag, site_op, slot_nodes
 from adaptc.passes.ir.trace import behind_inputs, inline, region_of, signature_of
 
@@ -51,7 +53,7 @@ class Inject(Pass):
         traces: dict[Any, fx.Graph] = {}
         costs = _Costs(example_sizes(subject), self.training)
         jobs = [_Injector(lifted, a, traces, latest, costs, None if i else self.header) for i, a in enumerate(ready)]
-        choose_forms(jobs)
+        choose_forms([job for job in jobs if job.a.form != PROGRAM])
         done = [job.run() for job in jobs]
         return PassResult(lifted.finish(), len(done), data=tuple(done))
 
@@ -112,6 +114,8 @@ class _Injector:
     why: str = ""
 
     def __post_init__(self) -> None:
+        if self.a.form == PROGRAM:
+            self.form, self.why = self.a.form, self.a.why
         self.op = site_op(self.lifted, self.a)
         self.slot_nodes = slot_nodes(self.a, self.lifted.placeholders)
         reading = {n.name for n, _ in consumers(self._weight())}
@@ -119,6 +123,9 @@ class _Injector:
             raise PassError(f"site {self.a.id!r}: consumers {self.a.consumers} do not read {self.a.fqn!r}")
 
     def run(self) -> Attachment:
+        if self.a.form == PROGRAM:
+            change_places(self.lifted, self.a, self.latest, self._tag)
+            return self.a
         nodes = [self.lifted.nodes[c] for c in self.a.consumers]
         if self.form == "apply":
             for node in nodes:
@@ -293,6 +300,8 @@ class _Injector:
     def _tag(self, base: fx.Node, kind: str, consumer: fx.Node) -> Callable[[str], dict[str, Any]]:
         a = replace(self.a, form=self.form, why=self.why)
         more = {"region": kind, "base": base.name, "node": consumer.name, "attachment": a.to_dict()}
+        if isinstance(a.method, ProgramMethod):
+            more["given"] = [n for n in a.method.inputs() if (n, "given") in self.latest]
         if self.header is not None:
             more["header"] = dict(self.header)
 

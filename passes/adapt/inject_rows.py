@@ -89,8 +89,8 @@ class InjectRows(Pass):
                 if fqn not in lifted.placeholders:
                     value = self.values[fqn]
                     lifted.add(fqn, as_lifted(value, value.requires_grad))
-        rows = lifted.nodes[self.rows[0]].meta["val"].shape[self.rows[1]]
-        c = lifted.add_input(self.keyword, (rows, self.count), torch.float32)
+        name, axis = self.rows
+        c = lifted.add_input(self.keyword, lifted.nodes[name], [axis], torch.float32, [self.count])
         _Writer(lifted, self.attachments, ops, self.axes, self.count, c, self.at_once).run()
         return PassResult(lifted.finish(), len(self.attachments))
 

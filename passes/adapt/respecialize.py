@@ -11,13 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from adaptc.errors import MethodError
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.lifted import fake_of
 from adaptc.passes.ir.ops import Op, operands
 from adaptc.passes.ir.pass_infra import GraphPass, PassResult
+from adaptc.passes.ir.program_method import PROGRAM
+from adaptc.passes.ir.propagate import propagate
 from adaptc.passes.ir.regions import node_tag, slot_nodes
 from adaptc.passes.ir.trace import behind_inputs, fused_inputs, region_of, signature_of
 
@@ -28,7 +30,8 @@ MOST = 256
 @dataclass(frozen=True)
 class Respecialize(GraphPass):
     """``tensors``: the new ones, by FQN; ``placeholders``: FQN -> the name of its placeholder. ``traces`` keeps what
-    was traced, for another call with fakes of the same mode. The count is that of the regions that changed."""
+    was traced, for another call with fakes of the same mode. ``modules`` has the graphs of blocks. The count is that of
+    the regions that changed."""
 
     name: ClassVar[str] = "respecialize"
 
@@ -37,6 +40,7 @@ class Respecialize(GraphPass):
     placeholders: Mapping[str, str] = field(repr=False)
     tensors: Mapping[str, Tensor] = field(repr=False)
     traces: dict[Any, fx.Graph] = field(default_factory=dict, repr=False)
+    modules: nn.Module | None = field(default=None, repr=False)
 
     def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
         names = {n.name: n for n in subject.nodes}
@@ -47,9 +51,13 @@ class Respecialize(GraphPass):
             if tuple(node.meta["val"].shape) != tuple(tensor.shape):
                 node.meta["val"] = fake(tensor)
                 stale.add(fqn)
-        by_id = {a.id: a for a in self.attachments if not stale.isdisjoint(a.slots.values())}
+        # Of these everything behind them may have another size.
+        programs = [a for a in self.attachments if a.form == PROGRAM and not stale.isdisjoint(a.slots.values())]
+        moved = {inputs[f] for a in programs for f in stale.intersection(a.slots.values())}
+        count = propagate(subject, moved, self.modules) if moved else 0
+        others = [a for a in self.attachments if a.form != PROGRAM]
+        by_id = {a.id: a for a in others if not stale.isdisjoint(a.slots.values())}
         pending: dict[str, list[fx.Node]] = {}
-        count = 0
         for node in subject.nodes if by_id else ():
             tag = node_tag(node)
             if tag is None or tag["site"] not in by_id:

@@ -18,9 +18,10 @@ Private torch use, with the public route that was tried:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ from torch.export.graph_signature import (
 )
 
 from adaptc.errors import CaptureError, ConfigError, PassError
-from adaptc.passes.ir.keywords import with_keywords
+from adaptc.passes.ir.input_tree import with_inputs
 from adaptc.passes.ir.storage import storage_key
 from adaptc.passes.ir.trees import pytree
 
@@ -144,8 +145,9 @@ class Lifted:
                 self._first_user = self._first_user or node
             elif spec.target is not None:
                 self.placeholders[spec.target] = node
+        self.calls: list[Any] = list(program.module_call_graph)
+        self.examples: Any = program.example_inputs
         self.fake_mode = fake_mode_of(self.graph)
-        self._keywords: list[str] = []
         self._add_aliases()
 
     def _add_aliases(self) -> None:
@@ -207,27 +209,36 @@ class Lifted:
         self.nodes[node.name] = node
         return node
 
-    def add_input(self, name: str, shape: Sequence[Any], dtype: torch.dtype) -> fx.Node:
-        """A new keyword input of the user's, a tensor of this shape, whose sizes may be symbolic ones of the graph.
-        Raises ConfigError where the program has an input of that name."""
-        if name in self.nodes or name in user_inputs(self.program):
-            raise ConfigError(f"the program already has something named {name!r}")
-        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1:]
-        before = last[0].next if last else next(iter(self.graph.nodes))
-        with self.graph.inserting_before(before):
+    def add_input(
+        self, name: str, like: fx.Node, axes: Sequence[int], dtype: torch.dtype, more: Sequence[int] = ()
+    ) -> fx.Node:
+        """A new keyword input of the caller's, with these axes of the input ``like``, and of ``more`` sizes behind
+        them; its example is zeros."""
+        if name in self.specs or any(n.name == name for n in self.graph.nodes):
+            raise ConfigError(f"the program has an input or a value called {name!r} already, and the adapter adds one")
+        last = self.graph.find_nodes(op="placeholder")[-1]
+        with self.graph.inserting_after(last):
             node = self.graph.create_node("placeholder", name, name=name)
-        with sizes_stay_free([n.meta["val"] for n in last]):
-            node.meta["val"] = torch.empty(tuple(shape), dtype=dtype, device=self.fake_device())
-        self.specs[name] = InputSpec(InputKind.USER_INPUT, TensorArgument(name), None)
-        self.nodes[name] = node
-        self._first_user = self._first_user or node
-        self._keywords.append(name)
+        model: Tensor = like.meta["val"]
+        with nullcontext() if self.fake_mode is None else self.fake_mode:
+            node.meta["val"] = torch.empty([*(model.shape[i] for i in axes), *more], dtype=dtype, device=model.device)
+        self.specs[node.name] = InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None)
+        self.nodes[node.name] = node
+        self._retree({name: (axes, more)}, like.name)
         return node
 
-    def fake_device(self) -> torch.device:
-        """Where the tensors of the program are."""
-        found = (t.device for t in [*self.state_dict.values(), *self.constants.values()] if isinstance(t, Tensor))
-        return next(found, torch.device("cpu"))
+    def remove_input(self, name: str) -> None:
+        """Erase a keyword input that nothing reads any more."""
+        self.graph.erase_node(self.nodes.pop(name))
+        del self.specs[name]
+        self._retree()
+
+    def _retree(self, new: Mapping[str, tuple[Any, Any]] = MappingProxyType({}), like: str = "") -> None:
+        names = [n.name for n in self.graph.find_nodes(op="placeholder")]
+        inputs = [self.specs[n].arg for n in names if self.specs[n].kind == InputKind.USER_INPUT]
+        at = list(user_inputs(self.program)).index(like) if new else 0
+        examples = {n: (at, *sizes, self.nodes[n].meta["val"].dtype) for n, sizes in new.items()}
+        self.calls, self.examples = with_inputs(self.calls, self.examples, inputs, examples)
 
     def split(self, fqn: str, users: Iterable[fx.Node], tensor: Tensor) -> fx.Node:
         """Untie ``fqn``: give it a placeholder of its own with value ``tensor``, read by ``users`` alone.
@@ -333,11 +344,7 @@ class Lifted:
     def finish(self, root: fx.GraphModule | None = None) -> ExportedProgram:
         """The edited program, which its constructor validates. ``root``: what has the graphs of its blocks, if not the
         program that was opened."""
-        calls, examples = self.program.module_call_graph, self.program.example_inputs
-        if self._keywords:
-            values = {n: self.nodes[n].meta["val"] for n in self._keywords}
-            calls, examples = with_keywords(values, calls, examples, list(user_inputs(self.program).values()))
-        return self._program(root, calls, examples)
+        return self._program(root, self.calls, self.examples)
 
     def _program(self, root: fx.GraphModule | None, calls: Any, examples: Any) -> ExportedProgram:
         old = self.program

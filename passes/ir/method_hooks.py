@@ -78,6 +78,9 @@ class Hooks:
     #: goes into the scale or into slots that are not saved, what acts on first values or in training only
     swappable: ClassVar[frozenset[str]] = frozenset({"r", "alpha", "dropout", "scheme", "training"})
 
+    #: whether the sizes of its slots along free axes mean something, so that none can be filled up to a larger one
+    exact_sizes: ClassVar[bool] = False
+
     #: the names that its tensors have in files behind the path of a site, for those who read a file without a model
     file_names: ClassVar[tuple[str, ...]] = ()
 
@@ -219,6 +222,10 @@ class Hooks:
         """This method as it is in training, with its dropout if it has one."""
         has = any(f.name == "training" for f in dataclasses.fields(self))
         return dataclasses.replace(self, training=True) if has else self  # type: ignore[call-arg]
+
+    def untrainable(self, slots: Slots) -> str:
+        """Why an adapter with these values cannot be trained on; '' where it can."""
+        return ""
 
     def constrained(self, op: Op, slots: Slots) -> dict[str, Tensor]:
         """Of the slots of a site, those that training has to keep within bounds, moved there; {} for none."""

@@ -5,9 +5,10 @@ a role. The node that carries the result has role "out", and its tag holds more,
 saved to a file and loaded elsewhere is understood:
 
     attachment   Attachment.to_dict()
-    region       what it computes, one of the kinds that ``trace.region_of`` knows
+    region       what it computes, one of the kinds that ``trace.region_of`` knows, or a place of a program's
     base         the node it stands in for: an output, a parameter, or a consumer's input
     node         the consumer it stands at
+    given        of a place of the program, the inputs that its method added to the program
     fused        True where it is made of kernels
     header       in the first region of a program: what the program as a whole remembers
 """
@@ -23,6 +24,8 @@ from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.method import Method
 from adaptc.passes.ir.ops import Op, make_grouped, op_of
+from adaptc.passes.ir.program_method import PROGRAM
+from adaptc.passes.ir.propagate import propagate
 
 
 def node_tag(node: fx.Node) -> dict[str, Any] | None:
@@ -91,6 +94,7 @@ def remove_regions(lifted: Lifted, ids: Iterable[str]) -> int:
     outs: list[tuple[fx.Node, fx.Node]] = []
     inner: list[fx.Node] = []
     slots: dict[str, None] = {}
+    given: dict[str, None] = {}
     for node in lifted.graph.nodes:
         tag = node_tag(node)
         if tag is None or tag["site"] not in wanted:
@@ -99,6 +103,7 @@ def remove_regions(lifted: Lifted, ids: Iterable[str]) -> int:
         if tag["role"] == "out":
             outs.append((node, lifted.nodes[tag["base"]]))
             a = tag["attachment"]
+            given.update(dict.fromkeys(tag.get("given", ())))
             slots.update(dict.fromkeys([*a["slots"].values(), *([a["scale_slot"]] if a["scale_slot"] else [])]))
     base_of = {out.name: base.name for out, base in outs}
     for node in lifted.graph.nodes:
@@ -108,6 +113,7 @@ def remove_regions(lifted: Lifted, ids: Iterable[str]) -> int:
             while name in base_of:
                 name = base_of[name]
             node.meta["custom"] = {**node.meta["custom"], "adaptc": {**tag, "base": name}}
+    resized = {base for out, base in outs if region_tag(out)["attachment"]["form"] == PROGRAM}  # type: ignore[index]
     for out, base in reversed(outs):
         out.replace_all_uses_with(base)
         for name in region_tag(out)["attachment"]["consumers"]:  # type: ignore[index]  # outs are nodes that have one
@@ -115,6 +121,10 @@ def remove_regions(lifted: Lifted, ids: Iterable[str]) -> int:
     for node in reversed(inner):
         lifted.graph.erase_node(node)
         lifted.nodes.pop(node.name, None)
+    propagate(lifted.graph, resized & set(lifted.graph.nodes), lifted.program.graph_module)
+    for name in given:
+        if not lifted.nodes[name].users:
+            lifted.remove_input(name)
     for fqn in slots:
         if fqn in lifted.placeholders and not lifted.placeholders[fqn].users:
             lifted.remove(fqn)

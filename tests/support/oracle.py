@@ -42,6 +42,7 @@ SAID = (
     ".*[Tt]ied .*",
     ".*tie_word_embeddings.*",
     "`lora_bias=True` was passed but the targeted layer of type .* has no bias.*",
+    "`is_gradient_checkpointing` is deprecated.*",
     "The following (rank|alpha)_pattern keys did not match .*_proj.*",
 )
 

@@ -1,0 +1,105 @@
+"""Prompt tuning: learned rows in front of the token embeddings (Lester et al., arXiv 2104.08691).
+
+File key: ``prompt_embeddings`` (num_virtual_tokens, width), with no prefix. The rows begin as normal random numbers, as
+the embeddings of random tokens, or as those of a text, repeated or cut to the number of rows.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from adaptc.errors import ConfigError, shown
+from adaptc.methods._program_config import ProgramConfig
+from adaptc.methods._virtual_tokens import PROMPT, VirtualTokens
+from adaptc.passes.ir.method import Initial
+from adaptc.passes.ir.ops import Op
+
+RANDOM, TEXT, SAMPLE_VOCAB = "RANDOM", "TEXT", "SAMPLE_VOCAB"
+
+
+@dataclass
+class PromptTuningConfig(ProgramConfig):
+    """PEFT's ``PromptTuningConfig``: same names, same defaults. ``prompt_tuning_init`` "TEXT" takes the embeddings of
+    ``prompt_tuning_init_text``, as the tokenizer of ``tokenizer_name_or_path`` reads it, "SAMPLE_VOCAB" those of random
+    tokens."""
+
+    peft_type: ClassVar[str] = "PROMPT_TUNING"
+    inits: ClassVar[tuple[str, ...]] = (RANDOM, TEXT, SAMPLE_VOCAB)
+
+    prompt_tuning_init: str = RANDOM
+    prompt_tuning_init_text: str | None = None
+    tokenizer_name_or_path: str | None = None
+    tokenizer_kwargs: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self).__name__
+        if self.prompt_tuning_init not in self.inits:
+            raise ConfigError(
+                f"{name}.prompt_tuning_init={shown(self.prompt_tuning_init)} is not one of {', '.join(self.inits)}"
+            )
+        if self.prompt_tuning_init == TEXT:
+            for option in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
+                if not getattr(self, option):
+                    raise ConfigError(f"{name}.prompt_tuning_init='TEXT' needs {option}")
+        elif self.tokenizer_kwargs:
+            raise ConfigError(f"{name}.tokenizer_kwargs is for prompt_tuning_init='TEXT': leave it out")
+        if "trust_remote_code" in (self.tokenizer_kwargs or {}):
+            raise ConfigError(f"{name}.tokenizer_kwargs: trust_remote_code would run code of others; leave it out")
+
+    def first(self) -> tuple[Any, ...]:
+        """How first values are made, as a method has it."""
+        if self.prompt_tuning_init != TEXT:
+            return (self.prompt_tuning_init,)
+        options = json.dumps(self.tokenizer_kwargs or {}, sort_keys=True)
+        return (TEXT, self.prompt_tuning_init_text, self.tokenizer_name_or_path, options)
+
+    def method(self, name: str, kind: str) -> PromptTuning:
+        assert self.num_virtual_tokens is not None
+        return PromptTuning(self.num_virtual_tokens, self.first())
+
+
+@dataclass(frozen=True)
+class PromptTuning(VirtualTokens):
+    """See the module docstring."""
+
+    name: ClassVar[str] = "prompt_tuning"
+
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+        return Initial({PROMPT: first_rows(self, op, W, generator).to(dtype)})
+
+
+def first_rows(method: VirtualTokens, op: Op, W: Tensor, generator: torch.Generator | None) -> Tensor:
+    """First values of the rows, (count, width) in float32; ``W`` canonical, so that its columns are tokens' rows."""
+    how, *more = method.first or (RANDOM,)
+    if how == RANDOM:
+        return torch.randn(method.count, op.out_features, generator=generator).to(W.device)
+    if how == SAMPLE_VOCAB:
+        ids = torch.randint(0, op.in_features, (method.count,), generator=generator)
+    else:
+        found = text_ids(*more)
+        ids = torch.tensor(found)[torch.arange(method.count) % len(found)]
+    if int(ids.max()) >= op.in_features:
+        raise ConfigError(
+            f"the tokenizer of the prompt's text has token {int(ids.max())}, and the model's embedding "
+            f"{op.in_features} rows: name the model's own tokenizer in tokenizer_name_or_path"
+        )
+    return W.detach()[:, ids.to(W.device)].t().float()
+
+
+def text_ids(text: str, tokenizer: str, options: str) -> list[int]:
+    """The tokens of a text. Raises ConfigError where there is no such tokenizer, or the text has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        ids = AutoTokenizer.from_pretrained(tokenizer, **json.loads(options))(text)["input_ids"]
+    except Exception as error:  # whatever a tokenizer has to say
+        raise ConfigError(f"tokenizer_name_or_path={shown(tokenizer)} cannot be read: {shown(str(error))}") from error
+    if not ids:
+        raise ConfigError(f"prompt_tuning_init_text={shown(text)} has no tokens")
+    return list(ids)

@@ -1,0 +1,82 @@
+"""How much longer than a caller's inputs the program is run, by adapters that put tokens in front of them.
+
+Before: a lifted graph with its attachments. After: the free sizes that are lengthened, and by how much in a binding, so
+that a call's sizes are held against what the program was captured for as the program sees them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+
+from adaptc.errors import AdaptcError
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.program_method import ProgramMethod
+from adaptc.passes.ir.regions import region_tag
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The attachments that lengthen inputs, each with the size it does that to."""
+
+    found: Sequence[tuple[str, Attachment]] = ()
+
+    @classmethod
+    def of(cls, graph: fx.Graph, attachments: Sequence[Attachment]) -> Lengths:
+        by_id = {a.id: a for a in attachments if isinstance(a.method, ProgramMethod)}
+        sizes = {n.name: n.meta["val"].shape for n in graph.find_nodes(op="placeholder") if _tensor(n)}
+        found: list[tuple[str, Attachment]] = []
+        for node in graph.nodes if by_id else ():
+            tag = region_tag(node)
+            if tag is not None and tag["site"] in by_id and tag["region"] == "tokens":
+                base: Any = tag["base"]
+                while base not in sizes:  # behind those of another adapter
+                    base = next(t["base"] for n in graph.nodes if n.name == base and (t := region_tag(n)))
+                found.append((str(sizes[base][1]), by_id[tag["site"]]))
+        return cls(found)
+
+    def in_binding(self, values: Mapping[str, Tensor]) -> dict[str, int]:
+        """Free size -> how many tokens are put in front."""
+        out: dict[str, int] = {}
+        for size, a in self.found:
+            assert isinstance(a.method, ProgramMethod)
+            out[size] = out.get(size, 0) + a.method.lengthens({n: values[f] for n, f in a.slots.items()})
+        return out
+
+    def checks(self, values: Mapping[str, Tensor], names: Sequence[str]) -> list[Callable[[Sequence[Any]], None]]:
+        """What is asked of each call's flat inputs, called ``names``, by the methods that added some."""
+        return [
+            _Check(a.method, {n: values[f] for n, f in a.slots.items()}, at)
+            for _, a in self.found
+            if isinstance(a.method, ProgramMethod)
+            and (at := {n: names.index(n) for n in a.method.inputs() if n in names})
+        ]
+
+
+@dataclass(frozen=True)
+class _Check:
+    method: ProgramMethod
+    slots: Mapping[str, Tensor]
+    at: Mapping[str, int]
+
+    def __call__(self, flat: Sequence[Any]) -> None:
+        given = {n: flat[i] for n, i in self.at.items()}
+        # Nobody waits for another device to say what it would say itself.
+        if all(t.device.type == "cpu" for t in given.values()) and (why := self.method.why_wrong(self.slots, given)):
+            raise AdaptcError(why)
+
+
+def out_of_rows(longer: Mapping[str, int], shapes: str) -> AdaptcError:
+    """The error for a lookup beyond a table's rows, in a call with inputs of these ``shapes``."""
+    return AdaptcError(
+        f"a lookup went beyond the rows of its table: the adapter puts {max(longer.values())} tokens in front of those "
+        f"of the call ({shapes}), which may be more than the model has positions for, or the vocabulary lacks a token. "
+        "Give fewer tokens, or an adapter of fewer"
+    )
+
+
+def _tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)

@@ -1,0 +1,97 @@
+"""From the config of a method that speaks of the program to its attachment, at the token embedding.
+
+Before: a program and what capture knows of the model. After: a :class:`Plan` with one attachment at the site whose
+lookup the caller's tokens go into, beside the modules that are trained as a whole; or a TargetError that names what was
+looked for and what there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from adaptc.errors import ConfigError, TargetError, Tell, listing, refuse_entry
+from adaptc.methods import ModelFacts, ProgramConfig, Whole
+from adaptc.passes.analysis.sites import Site, find_sites
+from adaptc.passes.analysis.token_places import Lookup, find_places, lookups, no_lookup
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.ops import op_of
+from adaptc.passes.ir.program_method import PROGRAM
+from adaptc.targets.name_rules import select_to_save
+from adaptc.targets.plan import Plan
+from adaptc.targets.whole_and_rows import Trained, outermost
+
+
+def plan_program(
+    config: ProgramConfig,
+    program: ExportedProgram,
+    facts: ModelFacts,
+    adapter: str = "default",
+    lifted: Lifted | None = None,
+    tell: Tell = refuse_entry,
+) -> Plan:
+    """As ``plan``, for such a config. Raises TargetError where the program has no token embedding, or no place for the
+    method."""
+    lifted = lifted or Lifted(program, edit=False)
+    sites = find_sites(program, dict(facts.types), lifted)
+    site, lookup = token_embedding(config, facts, lifted, sites)
+    op = op_of(site.kind, lifted.tensor(site.fqn), lookup.node)
+    config = config.resolved(facts, op.out_features)
+    method = config.method(site.module, site.kind)
+    find_places(lifted, method, lookup)
+    _check_length(config, program, lookup)
+    names = (lookup.node.name,)
+    a = Attachment("", site.module, site.param, site.kind, method, adapter, PROGRAM, names, name=site.module)
+    buffers = find_sites(program, dict(facts.types), lifted, InputKind.BUFFER)
+    trained = Trained(lifted, sites, buffers, site.module, adapter)
+    modules = {**dict.fromkeys([s.module for s in sites], ""), **facts.types}
+    saved = outermost(select_to_save(modules, config.modules_to_save, config.task_type, tell))
+    whole = [(m, Whole("")) for m in saved]
+    attachments = [b for m, like in whole for b in trained.whole(m, like)]
+    unread = trained.unread(whole, {b.fqn for b in attachments})
+    return Plan(config, (*attachments, a), {}, (), unread)
+
+
+def _check_length(config: ProgramConfig, program: ExportedProgram, lookup: Lookup) -> None:
+    ranges = {str(k): v for k, v in program.range_constraints.items()}
+    found = ranges.get(str(lookup.ids.meta["val"].shape[1]))
+    count = config.num_virtual_tokens or 0
+    if found is not None and count >= found.upper:
+        raise ConfigError(
+            f"{type(config).__name__}.num_virtual_tokens={count} leaves no room for a token of a call: the model takes "
+            f"{found.upper} in all. Choose fewer."
+        )
+
+
+def token_embedding(
+    config: ProgramConfig, facts: ModelFacts, lifted: Lifted, sites: Sequence[Site]
+) -> tuple[Site, Lookup]:
+    """The site of the token embedding, and its lookup."""
+    by_node = {c: s for s in sites if s.kind == "embedding" for c in s.consumers}
+    found = [(by_node[x.node.name], x) for x in lookups(lifted) if x.node.name in by_node]
+    there = [f"{s.module!r} (by {x.ids.name!r})" for s, x in found]
+    weight = lifted.placeholders.get(f"{facts.input_embedding}.weight")
+    named = [(s, x) for s, x in found if s.module == facts.input_embedding]
+    if len(named) < 2 and weight is not None:  # T5 has it under other names alone
+        named = [(s, x) for s, x in found if lifted.placeholders[s.fqn] is weight]
+    if not named and facts.input_embedding is None:
+        # Of a bare program: what is looked up by the tokens' usual name, or all there is.
+        named = [(s, x) for s, x in found if x.ids.name == "input_ids"] or found
+    decodes = next((n for n in ("decoder_input_ids", "decoder_attention_mask") if n in lifted.specs), None)
+    if len(named) == 1 and (decodes or getattr(facts.config, "is_encoder_decoder", False)):
+        raise TargetError(
+            f"{config.peft_type} is not supported for models with an encoder and a decoder, which have prompts of two "
+            "stacks in PEFT"
+        )
+    if not named:
+        raise no_lookup(config.peft_type, there, facts.input_embedding)
+    if len(named) > 1:
+        where = listing(f"{s.module!r} (by {x.ids.name!r})" for s, x in named)
+        raise TargetError(
+            f"{config.peft_type} puts tokens in front of those of one stack, and the program looks tokens up "
+            f"{len(named)} times: {where}. Models with an encoder and a decoder are not supported."
+        )
+    return named[0]

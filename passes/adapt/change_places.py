@@ -1,0 +1,147 @@
+"""Put a method of the program into its places.
+
+Before: an opened program whose slots are there, and a program attachment (``passes.ir.program_method``). After: at each
+place a tagged region that computes what the method makes of it, read by all who read the place; fake values follow.
+Regions are traced on sizes of nobody's, so one code serves every size that an adapter's slots may have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from adaptc.errors import MethodError, PassError, TargetError
+from adaptc.passes.analysis.token_places import Lookup, find_places, lookups
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.exclusive import exclusive
+from adaptc.passes.ir.free_fakes import FreeFakes
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.ops import Op
+from adaptc.passes.ir.program_method import PLACES, Extra, Place, ProgramMethod
+from adaptc.passes.ir.propagate import propagate
+from adaptc.passes.ir.regions import site_op
+from adaptc.passes.ir.trace import inline
+
+Tag = Callable[[fx.Node, str, fx.Node], Callable[[str], dict[str, Any]]]
+
+#: the name of the size that an adapter may choose
+FREE = "free"
+
+
+def change_places(lifted: Lifted, a: Attachment, latest: dict[tuple[str, ...], fx.Node], tag: Tag) -> None:
+    """``latest``: what regions injected before made of nodes, to which these are added; ``tag``: of a place's node, the
+    place's name and the lookup, what the nodes of the region carry. Raises TargetError where the program has no place
+    for the method."""
+    method = a.method
+    assert isinstance(method, ProgramMethod)
+    lookup = _lookup(lifted, a)
+    places = sorted(find_places(lifted, method, lookup), key=lambda p: PLACES.index(p.name))
+    there = {None, *(p.name for p in places)}
+    wanted = {n: e for n, e in method.inputs().items() if e.place in there}
+    given = {name: _added(lifted, name, extra, lookup, latest) for name, extra in wanted.items()}
+    slots = {n: lifted.placeholders[f] for n, f in a.slots.items()}
+    # How long what the method made longer is, in terms of what it was.
+    length, more = lookup.ids.meta["val"].shape[1], method.lengthens(values_of(slots))
+    sums = {str(length + more): (str(length), FREE)} if more else {}
+    changed: set[fx.Node] = set()
+    try:
+        for place in places:
+            if place.reads:
+                propagate(lifted.graph, changed, lifted.program.graph_module)
+            changed |= _change(lifted, a, place, slots, given, latest, tag, lookup, sums)
+        propagate(lifted.graph, changed, lifted.program.graph_module)
+    except PassError as error:
+        raise TargetError(
+            f"{method.name} cannot put tokens in front of those of {lookup.ids.name!r}: the program has sizes that do "
+            f"not follow from the length of its inputs ({error}). Capture the model with that length free, or leave "
+            f"the method out."
+        ) from error
+
+
+def _lookup(lifted: Lifted, a: Attachment) -> Lookup:
+    found = [x for x in lookups(lifted) if x.node.name in a.consumers]
+    if len(found) != 1:
+        raise PassError(f"site {a.id!r}: {len(found)} of {a.consumers} look up what a caller gives")
+    return found[0]
+
+
+def _added(lifted: Lifted, name: str, extra: Extra, lookup: Lookup, latest: dict[tuple[str, ...], fx.Node]) -> fx.Node:
+    """An input that a method adds, which another one may have added before."""
+    if (name, "given") not in latest:
+        axes = [("batch", "length").index(axis) for axis in extra.axes]
+        latest[(name, "given")] = lifted.add_input(name, lookup.ids, axes, extra.dtype)
+    return latest[(name, "given")]
+
+
+def _change(
+    lifted: Lifted,
+    a: Attachment,
+    place: Place,
+    slots: Mapping[str, fx.Node],
+    given: Mapping[str, fx.Node],
+    latest: dict[tuple[str, ...], fx.Node],
+    tag: Tag,
+    lookup: Lookup,
+    sums: Mapping[str, Sequence[str]],
+) -> set[fx.Node]:
+    node, readers, method = place.node, list(place.readers), a.method
+    assert isinstance(method, ProgramMethod)
+    while (node.name,) in latest:
+        node = latest[(node.name,)]
+        readers = list(node.users)
+    reads = [latest.get((n.name,), n) for n in place.reads]
+    values, op = [n.meta["val"] for n in reads], site_op(lifted, a)
+    region = traced(method, place, node.meta["val"], values_of(slots), values_of(given), values, op, sums)
+    before = set(lifted.graph.nodes)
+    inputs = [node, *slots.values(), *given.values(), *reads]
+    at = node.next if node.op != "placeholder" else next(n for n in lifted.graph.nodes if n.op != "placeholder")
+    out = inline(lifted.graph, region, inputs, at, lookup.node, tag(node, place.name, lookup.node))
+    for reader in readers:
+        reader.replace_input_with(node, out)
+    latest[(node.name,)] = out
+    new = set(lifted.graph.nodes) - before
+    lifted.nodes.update({n.name: n for n in new})
+    return new
+
+
+def values_of(nodes: Mapping[str, fx.Node]) -> dict[str, Tensor]:
+    return {name: n.meta["val"] for name, n in nodes.items()}
+
+
+@exclusive
+def traced(
+    method: ProgramMethod,
+    place: Place,
+    value: Tensor,
+    slots: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
+    reads: Sequence[Tensor],
+    op: Op,
+    sums: Mapping[str, Sequence[str]],
+) -> fx.Graph:
+    """What a method makes of a place, as a graph whose placeholders are the value, the slots, what is given and
+    what else the place reads. ``sums``: sizes that are the sum of others, by name; a slot's own is :data:`FREE`."""
+    fakes, specs = FreeFakes(sums), method.slots(op)
+    inputs = [
+        fakes.like(value),
+        *(fakes.like(t, specs[n].free, FREE) for n, t in slots.items()),
+        *(fakes.like(t) for t in (*given.values(), *reads)),
+    ]
+
+    def function(x: Tensor, *rest: Tensor) -> Tensor:
+        own, rest = dict(zip(slots, rest, strict=False)), rest[len(slots) :]
+        more = dict(zip(given, rest, strict=False))
+        return getattr(method, place.name)(x, own, more, *rest[len(more) :], **place.options)
+
+    # In the mode, so that an arange is one of its fakes and not a tensor.
+    with fakes.mode:
+        graph = make_fx(function, pre_dispatch=True)(*inputs).graph
+    graph.eliminate_dead_code()
+    for node in graph.nodes:
+        if node.op not in ("placeholder", "call_function", "output"):
+            raise MethodError(f"{method.name}.{place.name}() may only use its arguments, but reads {node.target!r}")
+        node.meta["val"] = None  # of an environment that is gone
+    return graph

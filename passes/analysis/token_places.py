@@ -1,0 +1,178 @@
+"""Where a program looks its tokens up, and what else it has one of per token.
+
+A token embedding is a lookup whose indices are an input of the caller's, seen through views and casts. Its places (see
+``passes.ir.program_method``) are that input, every other input that is as long, and what the module of the lookup gives
+(some scale it). Whatever a program has beside them is made of these, so that a method that makes them longer makes all
+of it longer: sizes are read off inputs.
+
+Before: an opened program. After: it is unchanged. Errors name what was looked for and what is there instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export.graph_signature import InputKind, OutputKind
+
+from adaptc.errors import TargetError, listing
+from adaptc.passes.ir.effects import is_metadata_assert
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.module_paths import module_path, owners
+from adaptc.passes.ir.ops import CASTS, argument
+from adaptc.passes.ir.program_method import Place, ProgramMethod
+from adaptc.passes.ir.regions import region_tag
+from adaptc.passes.ir.trees import pytree
+
+aten = torch.ops.aten
+
+_LOOKUP = aten.embedding.default
+_VIEWS = (aten.view.default, aten.reshape.default, aten.slice.Tensor, aten.unsqueeze.default, aten.clone.default)
+#: inputs of transformers' models with a value per token, beside the tokens themselves -> the place each is
+PER_TOKEN = {
+    "attention_mask": "attended",
+    "position_ids": "positions",
+    "token_type_ids": "segments",
+    "labels": "labels",
+}
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """``node`` looks rows up that ``ids``, an input of the caller's, names."""
+
+    node: fx.Node
+    ids: fx.Node
+
+
+def lookups(lifted: Lifted) -> list[Lookup]:
+    """All lookups of a program by whole numbers that a caller gives, in order."""
+    found = []
+    for node in lifted.graph.find_nodes(op="call_function", target=_LOOKUP):
+        ids = _source(lifted, argument(node, 1))
+        if ids is not None:
+            found.append(Lookup(node, ids))
+    return found
+
+
+def _source(lifted: Lifted, node: Any) -> fx.Node | None:
+    """The caller's input that ``node`` is, seen through views, casts, and adapters that made it longer."""
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        tag = region_tag(node)
+        if tag is not None and tag["region"] == "tokens":
+            node = lifted.nodes[tag["base"]]
+        elif node.target in (*_VIEWS, *CASTS):
+            node = node.args[0]
+        else:
+            return None
+    if not isinstance(node, fx.Node) or node.op != "placeholder":
+        return None
+    value = node.meta.get("val")
+    user = lifted.specs[node.name].kind == InputKind.USER_INPUT
+    return node if user and isinstance(value, Tensor) and not value.is_floating_point() else None
+
+
+def find_places(lifted: Lifted, method: ProgramMethod, lookup: Lookup) -> list[Place]:
+    """The places of a lookup that ``method`` changes. Raises TargetError where the program has no place for it."""
+    length = _length(lookup.ids)
+    out = [Place("tokens", lookup.ids, _readers(lookup.ids), {"plain": _plain(lifted, lookup.ids)})]
+    for name, spec in lifted.specs.items():
+        node = lifted.nodes[name]
+        value = node.meta.get("val")
+        if spec.kind != InputKind.USER_INPUT or node is lookup.ids or not isinstance(value, Tensor):
+            continue
+        if length not in map(str, value.shape):
+            continue
+        place = PER_TOKEN.get(name)
+        if place is None or value.ndim != 2 or str(value.shape[1]) != length:
+            raise TargetError(
+                f"{method.name}: the input {name!r} of shape {tuple(map(str, value.shape))} is as long as the tokens "
+                f"of {lookup.ids.name!r}, and it is not known what it has for tokens that are put in front of them. "
+                f"Known are inputs of two axes called {listing(PER_TOKEN)}: capture the model without {name!r}."
+            )
+        out.append(Place(place, node, _readers(node)))
+    last = _exit(lifted, lookup.node)
+    out.append(Place("embedded", last, tuple(last.users)))
+    if method.changes("loss") and (found := _loss(lifted)) is not None:
+        out.append(found)
+    missing = [p for p in out if not method.changes(p.name)]
+    if missing:
+        raise TargetError(
+            f"{method.name} does not say what it makes of {missing[0].name!r}, which is {missing[0].node.name!r} of "
+            "this program: capture the model without that input."
+        )
+    return out
+
+
+def _length(ids: fx.Node) -> str:
+    shape = ids.meta["val"].shape
+    if len(shape) != 2:
+        raise TargetError(
+            f"the tokens of {ids.name!r} have {len(shape)} axes, and two are needed (batch, length) to put others in "
+            "front of them"
+        )
+    if isinstance(shape[1], int):
+        raise TargetError(
+            f"the program was captured for exactly {shape[1]} tokens in {ids.name!r}, so none can be put in front of "
+            "them: capture it with dynamic_shapes that leave axis 1 free (of at least two tokens)"
+        )
+    return str(shape[1])
+
+
+def _readers(node: fx.Node) -> tuple[fx.Node, ...]:
+    # Checks of what the caller gave are of what the caller gave.
+    return tuple(u for u in node.users if not is_metadata_assert(u))
+
+
+def _loss(lifted: Lifted) -> Place | None:
+    """The loss that a program gives, if it does, and what it is of."""
+    labels, spec = lifted.nodes.get("labels"), lifted.program.call_spec.out_spec
+    values: Any = lifted.graph.output_node().args[0]
+    users = [v for v, s in zip(values, lifted.outputs, strict=True) if s.kind == OutputKind.USER_OUTPUT]
+    given = pytree.tree_unflatten(users, spec) if spec is not None else None
+    loss, logits = (given.get(n) if isinstance(given, Mapping) else None for n in ("loss", "logits"))
+    if not all(isinstance(n, fx.Node) for n in (labels, loss, logits)):
+        return None
+    return Place("loss", loss, (lifted.graph.output_node(),), reads=(logits, labels))  # type: ignore[arg-type]
+
+
+def _plain(lifted: Lifted, ids: fx.Node) -> int:
+    """The least id that the program does not tell from others: models find padding, or the end, by comparing ids."""
+    special: set[Any] = set()
+    stack = [ids, *(n for n in lifted.graph.nodes if (t := region_tag(n)) and t["region"] == "tokens")]
+    while stack:
+        for user in stack.pop().users:
+            if user.target in (aten.eq.Scalar, aten.ne.Scalar):
+                special.add(argument(user, 1))
+            elif user.target in (*_VIEWS, *CASTS):
+                stack.append(user)
+    return next(i for i in range(len(special) + 1) if i not in special)
+
+
+def _exit(lifted: Lifted, lookup: fx.Node) -> fx.Node:
+    """What the module of a lookup gives: the lookup, or what the module makes of it before others read it."""
+    known = owners([*lifted.state_dict, *lifted.constants])
+    adapted = {tag["base"]: n for n in lifted.graph.nodes if (tag := region_tag(n))}
+    inside, node = module_path(lookup, known), lookup
+    while True:
+        while node.name in adapted:  # adapters of the lookup stand in for it
+            node = adapted[node.name]
+        readers = [u for u in node.users if not is_metadata_assert(u)]
+        if not inside or len(readers) != 1 or module_path(readers[0], known) != inside or readers[0].op == "output":
+            break
+        node = readers[0]
+    return node
+
+
+def no_lookup(name: str, there: Collection[str], wanted: str | None) -> TargetError:
+    """The error for a program in which nothing is the token embedding."""
+    sought = f"{wanted!r}, the model's input embedding" if wanted else "one lookup by an input of whole numbers"
+    return TargetError(
+        f"{name} puts tokens in front of those that a program looks up, and no token embedding was found: looked for "
+        f"{sought}, whose indices are an input as the caller gives it. "
+        + (f"There are lookups at {listing(there)}. " if there else "The program has no lookup by an input. ")
+        + "Capture the model with its token ids (input_ids) as an input, not with inputs_embeds."
+    )

@@ -1,0 +1,41 @@
+"""How a program is called, after keyword inputs came or went: its call signature and its example inputs.
+
+Before: the module calls of a program (the first is its own), its examples, and the flat inputs it has now. After: both
+for these inputs. Positional inputs stay; keyword inputs that are gone are left out, new ones stand last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from adaptc.passes.ir.trees import pytree
+
+
+def with_inputs(
+    calls: Sequence[Any],
+    examples: Any,
+    inputs: Sequence[Any],
+    new: Mapping[str, tuple[int, Sequence[int], Sequence[int], torch.dtype]],
+) -> tuple[list[Any], Any]:
+    """``inputs``: the arguments of the graph, in order. ``new``: keyword inputs that came, with the place of
+    a flat input, axes of it and further sizes that they have; their examples are zeros."""
+    first, *rest = calls
+    spec, known = first.signature.in_spec, first.signature.forward_arg_names
+    args, kwargs = pytree.tree_unflatten([0] * spec.num_leaves, spec)
+    have = {a.name for a in inputs}
+    gone = [k for k, v in kwargs.items() if v == 0 and k not in have]
+    leaves = {**{k: v for k, v in kwargs.items() if k not in gone}, **dict.fromkeys(new, 0)}
+    names = None if known is None else [*(n for n in known if n not in gone), *new]
+    tree = pytree.tree_structure((args, leaves))
+    signature = replace(first.signature, inputs=list(inputs), in_spec=tree, forward_arg_names=names)
+    if examples is not None:
+        flat = pytree.tree_leaves(examples)
+        own = {k: v for k, v in examples[1].items() if k not in gone}
+        for name, (at, axes, more, dtype) in new.items():
+            own[name] = torch.zeros([*(flat[at].shape[i] for i in axes), *more], dtype=dtype, device=flat[at].device)
+        examples = (examples[0], own)
+    return [replace(first, signature=signature), *rest], examples

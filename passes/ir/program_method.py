@@ -1,0 +1,114 @@
+"""Methods that speak of the program and not of one weight: its tokens, its mask, its labels.
+
+Such a method is attached to a site as all are, the one where the program looks its tokens up, and its slots are bound,
+saved and swapped as all slots are. What it means is said place by place instead of on the weight. A *place* is a value
+of the program that graph analysis finds and names (``passes.analysis.token_places``), and the method has a function for
+each one it changes, called as the place is:
+
+    tokens(value, slots, given, plain) -> value'      token ids (batch, length), for whatever reads them; ``plain`` is
+                                                      an id that means nothing special to the program (no padding)
+    attended(value, slots, given) -> value'    attention mask (batch, length), one where a token counts
+    positions(value, slots, given) -> value'   position ids (batch, length), or (1, length)
+    segments(value, slots, given) -> value'    token types (batch, length)
+    labels(value, slots, given) -> value'      a label per token (batch, length)
+    embedded(value, slots, given) -> value'    token embeddings (batch, length as of tokens(), width)
+    loss(value, slots, given, logits, labels)  the loss; optional, of programs that give logits and take labels
+
+All are pure and plain PyTorch. They are traced for all sizes at once: a size read off a slot's free axis, as in
+``slots["prompt"].shape[0]``, is read in every call, so that swaps change it. ``given`` has the inputs that the method
+adds to the program, by name (:meth:`ProgramMethod.inputs`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from adaptc.passes.ir.method import Initial, Method
+from adaptc.passes.ir.method_hooks import Slots
+from adaptc.passes.ir.ops import Op
+
+#: the form of its attachments, which stand neither around a layer nor in front of a weight
+PROGRAM = "program"
+#: the places there are, in the order in which they are changed
+PLACES = ("tokens", "attended", "positions", "segments", "labels", "embedded", "loss")
+
+Given = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A value of a program: the place's name, the node that has it, the nodes that read it and are to read what the
+    method makes of it, and further arguments of its function: constants, and nodes whose values come behind ``given``.
+    """
+
+    name: str
+    node: fx.Node
+    readers: tuple[fx.Node, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    reads: tuple[fx.Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class Extra:
+    """An input that a method adds to a program: its dtype, and of what its axes are as long ("batch", "length").
+    ``place``: only programs that have this one get it. ``fill``: what it is everywhere where a caller leaves it out."""
+
+    dtype: torch.dtype
+    axes: tuple[str, ...] = ("batch",)
+    place: str | None = None
+    fill: int | None = None
+
+
+@dataclass(frozen=True)
+class ProgramMethod(Method):
+    """See the module docstring. ``op`` in the hooks is that of the token embedding: width ``op.out_features``."""
+
+    exact_sizes: ClassVar[bool] = True
+
+    def inputs(self) -> Mapping[str, Extra]:
+        """The inputs it adds to the program, by name."""
+        return {}
+
+    def lengthens(self, slots: Slots) -> int:
+        """How many tokens it puts in front of those that a call has."""
+        return 0
+
+    def tokens(self, value: Tensor, slots: Slots, given: Given, plain: int) -> Tensor:
+        raise AssertionError(f"{type(self).__name__} has no tokens()")
+
+    def attended(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
+        raise AssertionError(f"{type(self).__name__} has no attended()")
+
+    def positions(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
+        raise AssertionError(f"{type(self).__name__} has no positions()")
+
+    def segments(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
+        raise AssertionError(f"{type(self).__name__} has no segments()")
+
+    def labels(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
+        raise AssertionError(f"{type(self).__name__} has no labels()")
+
+    def embedded(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
+        raise AssertionError(f"{type(self).__name__} has no embedded()")
+
+    def loss(self, value: Tensor, slots: Slots, given: Given, logits: Tensor, labels: Tensor) -> Tensor:
+        raise AssertionError(f"{type(self).__name__} has no loss()")
+
+    def why_wrong(self, slots: Slots, given: Given) -> str:
+        """What is wrong with the values of inputs it added, before they are used; '' for nothing."""
+        return ""
+
+    def changes(self, place: str) -> bool:
+        """Whether it has a function for a place."""
+        return getattr(type(self), place) is not getattr(ProgramMethod, place)
+
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+        raise AssertionError(f"{type(self).__name__} must define init()")
+
+    def check_merge(self, op: Op) -> str | None:
+        return f"{self.name} changes what the program reads, which no weight can hold"

@@ -1,0 +1,72 @@
+"""Bring the fake values of a graph up to date where a value it begins with is of another size now.
+
+Before: a graph some of whose nodes have values that are out of date, or of another environment. After: whatever
+depends on them has the value that its op gives on the graph's own fakes; all other nodes keep what they had. No op is
+changed. What torch can only tell from data keeps its value.
+
+Private torch use, with the public route that was tried: ``enable_python_dispatcher``, which ops that are made of others
+need on symbolic sizes. Public: ``make_fx``, which has it on, and makes a graph that nobody needs here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
+
+from adaptc.errors import PassError
+from adaptc.passes.ir.exclusive import exclusive
+from adaptc.passes.ir.lifted import fake_mode_of, sizes_stay_free
+
+
+@exclusive
+def propagate(graph: fx.Graph, changed: Collection[fx.Node], modules: nn.Module | None = None) -> int:
+    """``changed``: nodes whose values differ from what their users were made with; those that compute are computed
+    again themselves. ``modules`` has the graphs of blocks. Returns how many values are new ones.
+
+    Raises PassError, naming the op, where one does not take the sizes that it would be given.
+    """
+    stale, count = set(changed), 0
+    mode = fake_mode_of(graph)
+    known = [n.meta["val"] for n in graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), Tensor)]
+    with sizes_stay_free([v for v in known if getattr(v, "fake_mode", None) is mode]), enable_python_dispatcher():
+        for node in graph.nodes:
+            if node.op != "call_function" or "unbacked_bindings" in node.meta:
+                continue
+            if node not in changed and stale.isdisjoint(node.all_input_nodes):
+                continue
+            new, old = _value(node, modules), node.meta.get("val")
+            if node in changed or _shown(new) != _shown(old):
+                node.meta["val"] = new
+                stale.add(node)
+                count += 1
+    return count
+
+
+def _value(node: fx.Node, modules: nn.Module | None) -> Any:
+    def of(n: fx.Node) -> Any:
+        if n.op == "get_attr":
+            assert modules is not None
+            return modules.get_submodule(str(n.target)) if hasattr(modules, str(n.target)) else n.meta.get("val")
+        return n.meta.get("val")
+
+    args, kwargs = fx.map_arg(node.args, of), fx.map_arg(node.kwargs, of)
+    try:
+        with torch.no_grad():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        shapes = [tuple(n.meta["val"].shape) for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+        raise PassError(f"{node.name} = {node.target} does not take tensors of shapes {shapes}: {first}") from error
+
+
+def _shown(value: Any) -> Any:
+    """Equal for values that are alike to whoever reads them."""
+    if isinstance(value, Tensor):
+        return tuple(map(str, value.shape)), tuple(map(str, value.stride())), value.dtype, value.device
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_shown, value))
+    return str(value)

@@ -1,0 +1,269 @@
+"""Prompt tuning next to PEFT's: outputs, losses, gradients, files, and first values; and what can go wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import adaptc
+from adaptc import LoraConfig, PromptTuningConfig
+from adaptc.errors import AdaptcError, CheckpointError, ConfigError, MergeError, SwapError, TargetError
+from tests.support.families import FAMILIES, VOCAB
+from tests.support.oracle import Oracle, assert_differs, assert_same, base, file_tensors, gradients, load_peft, quiet
+from tests.support.prompts import SAID, called, labels, prompt_oracle, text
+
+NAMES = ["llama", "gpt2", "qwen3", "mistral"]
+
+
+@pytest.mark.few(4)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("padding", ["right", "left", None])
+def test_outputs(name, padding, tmp_path):
+    oracle = prompt_oracle(name, tmp_path, num_virtual_tokens=5)
+    program = adaptc.compile(base(name), tmp_path)
+    program.validate()
+    for batch, length in ((3, 11), (1, 7), (2, 3)):
+        inputs = text(batch, length, padding)
+        expected = called(oracle.model, inputs)
+        assert expected.logits.shape == (batch, 5 + length, VOCAB)
+        assert_same(called(program, inputs), expected)
+    assert_same(called(adaptc.unload(program), text(3, 11)), called(FAMILIES[name].build(), text(3, 11)))
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("name", NAMES)
+def test_training(name, tmp_path):
+    """Losses and gradients with labels, all parameters that train, and files both ways."""
+    oracle = prompt_oracle(name, tmp_path / "peft", num_virtual_tokens=5)
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    with quiet(*SAID):
+        oracle.check_trained(adaptc.compile(base(name), config), tmp_path / "ours")
+    module = oracle.fill(adaptc.compile(FAMILIES[name].build(), config, training=True)).eval()
+    inputs = text(3, 11)
+    inputs["labels"] = labels(inputs)
+    got, want = module(**inputs), oracle.model(**inputs)
+    torch.testing.assert_close(got.loss, want.loss)
+    ours, theirs = gradients(module, got), gradients(oracle.model, want)
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
+    stored = [json.loads((tmp_path / d / "adapter_config.json").read_text()) for d in ("ours", "peft")]
+    assert {**stored[0], "inference_mode": True} == stored[1]
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_swaps_to_other_numbers_of_tokens(backend, tmp_path):
+    """From a directory, a state dict and a binding; one token, and the base, are numbers as all others."""
+    family = FAMILIES["llama"]
+    program = adaptc.compile(base("llama"), PromptTuningConfig(num_virtual_tokens=3), backend=backend)
+    oracles = {n: prompt_oracle("llama", tmp_path / str(n), num_virtual_tokens=n, seed=n) for n in (1, 2, 7, 13)}
+    called(program, text(2, 5))
+    with adaptc.assert_no_recompiles():
+        for n, oracle in oracles.items():
+            adaptc.swap(program, oracle.path)
+            for size in ((3, 11), (1, 2)):
+                assert_same(called(program, text(*size)), called(oracle.model, text(*size)))
+            bound = program.bind(file_tensors(oracle.path))
+            assert bound.binding.config.num_virtual_tokens == n
+            assert_same(called(bound, text(3, 7)), called(oracle.model, text(3, 7)))
+    assert_same(called(program.bind(None), text(3, 7)), called(family.build(), text(3, 7)))
+    assert adaptc.verify(program, family.build()).ok
+    program.validate()
+
+
+def test_saved_programs(tmp_path):
+    """A program that torch or adaptc saved takes other numbers of tokens, too; sizes in its graph follow a swap."""
+    one, other = (prompt_oracle("gpt2", tmp_path / str(n), num_virtual_tokens=n) for n in (3, 8))
+    program = adaptc.compile(base("gpt2"), one.path)
+    adaptc.swap(program, other.path)
+    inputs = text(3, 5)
+    torch.export.save(program, tmp_path / "torch.pt2")
+    with torch.no_grad():
+        again = torch.export.load(tmp_path / "torch.pt2").module()(**inputs)
+    assert_same(again, called(other.model, inputs))
+    adaptc.swap(program, one.path)
+    loaded = adaptc.load(adaptc.save(program, tmp_path / "ours.pt2"))
+    assert_same(called(loaded, inputs), called(one.model, inputs))
+    adaptc.swap(loaded, other.path)
+    assert_same(called(loaded, inputs), called(other.model, inputs))
+    assert_same(called(adaptc.unload(loaded), inputs), called(FAMILIES["gpt2"].build(), inputs))
+
+
+@pytest.mark.slow
+def test_packages(tmp_path):
+    one, other, longer = (
+        prompt_oracle("llama", tmp_path / f"{n}{s}", num_virtual_tokens=n, seed=s) for n, s in ((5, 0), (5, 1), (6, 0))
+    )
+    program = adaptc.compile(base("llama"), one.path)
+    runner = adaptc.load_package(adaptc.package(program, tmp_path / "package.pt2"))
+    assert_same(called(runner, text(3, 11)), called(one.model, text(3, 11)))
+    runner.swap(other.path)
+    assert_same(called(runner, text(2, 3)), called(other.model, text(2, 3)))
+    with pytest.raises(SwapError, match=r"shape \(6, 24\), and the compiled code takes \(5, 24\) alone"):
+        runner.swap(longer.path)
+    assert_same(called(runner, text(2, 3)), called(other.model, text(2, 3)))
+
+
+def test_reports_and_refusals():
+    program = adaptc.compile(base("llama"), PromptTuningConfig(num_virtual_tokens=5))
+    report = str(adaptc.report(program))
+    assert "model.embed_tokens" in report
+    assert "prompt_embeddings 5x24" in report
+    with pytest.raises(MergeError, match="prompt_tuning changes what the program reads"):
+        adaptc.merge(program)
+    with pytest.raises(SwapError, match=r"lora_A.weight|sites"):
+        adaptc.swap(program, {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(3, 24)})
+    with pytest.raises(CheckpointError, match=r"prompt_embeddings.*\(5, 23\)"):
+        adaptc.swap(program, {"prompt_embeddings": torch.zeros(5, 23)})
+
+
+class _Tokenizer:
+    """A tokenizer of words, in a directory."""
+
+    def __init__(self, path) -> None:
+        import tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        words = {f"w{i}": i for i in range(VOCAB)}
+        inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w3"))
+        inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="w3").save_pretrained(str(path))
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_first_values_of_a_text(count, tmp_path):
+    """Repeated or cut to the number of tokens, as PEFT does."""
+    _Tokenizer(tmp_path)
+    config = {
+        "num_virtual_tokens": count,
+        "prompt_tuning_init": "TEXT",
+        "prompt_tuning_init_text": "w9 w40 w7",
+        "tokenizer_name_or_path": str(tmp_path),
+    }
+    with quiet(*SAID):
+        theirs = peft.get_peft_model(
+            FAMILIES["llama"].build(), peft.PromptTuningConfig(task_type="CAUSAL_LM", **config)
+        )
+    program = adaptc.compile(base("llama"), PromptTuningConfig(task_type="CAUSAL_LM", **config))
+    (ours,) = program.binding.values.values()
+    assert torch.equal(ours, theirs.prompt_encoder["default"].embedding.weight)
+    # Files say how the rows began, and nobody needs the tokenizer to read them.
+    saved = adaptc.save_adapter(program, tmp_path / "saved")
+    (tmp_path / "tokenizer.json").unlink()
+    again = adaptc.compile(base("llama"), saved)
+    assert torch.equal(next(iter(again.binding.values.values())), ours)
+    with pytest.raises(ConfigError, match="tokenizer_name_or_path"):
+        adaptc.compile(base("llama"), PromptTuningConfig(**config))
+
+
+def test_first_values_by_chance():
+    """Rows of the vocabulary, or normal numbers; the same for the same generator."""
+    table = base("llama").state_dict["model.embed_tokens.weight"]
+    found = []
+    for scheme in ("SAMPLE_VOCAB", "SAMPLE_VOCAB", "RANDOM"):
+        config = PromptTuningConfig(num_virtual_tokens=300, prompt_tuning_init=scheme)
+        program = adaptc.compile(base("llama"), config, generator=torch.Generator().manual_seed(3))
+        found.append(next(iter(program.binding.values.values())).detach())
+    assert torch.equal(found[0], found[1])
+    rows = [(row == table).all(1).nonzero() for row in found[0]]
+    assert all(len(r) == 1 for r in rows)
+    assert len({int(r) for r in rows}) > 40
+    assert abs(float(found[2].std()) - 1) < 0.03
+    assert abs(float(found[2].mean())) < 4 / math.sqrt(300 * 24)
+
+
+def test_beside_lora(tmp_path):
+    """Prompt tuning and LoRA act together; LoRA sees virtual tokens as all others, and not at their lookup."""
+    family = FAMILIES["llama"]
+    lora = peft.LoraConfig(r=3, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False)
+    with quiet(*SAID, ".*embedding layers.*"):
+        Oracle.of("llama", lora, tmp_path / "lora")
+        wrapped = load_peft(family.build(), tmp_path / "lora")
+        prompt = prompt_oracle("llama", tmp_path / "prompt", num_virtual_tokens=5)
+    program = adaptc.compile(base("llama"), {"style": tmp_path / "lora", "task": prompt.path})
+    inputs = text(3, 7)
+    rows = prompt.model.prompt_encoder["default"].embedding.weight
+    table = wrapped.get_input_embeddings()(inputs["input_ids"])
+    embeds = torch.cat([rows.expand(3, -1, -1), table], 1)
+    mask = nn.functional.pad(inputs["attention_mask"], (5, 0), value=1)
+    expected = called(wrapped, {"inputs_embeds": embeds, "attention_mask": mask})
+    assert_same(called(program, inputs), expected)
+    assert_differs(expected, called(prompt.model, inputs))
+    adaptc.swap(program, {"task": None})
+    assert_same(called(program, inputs), called(wrapped, inputs))
+
+
+class Ids(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(31, 12), nn.Linear(12, 7)
+
+    def forward(self, ids, more=None):
+        y = self.table(ids)
+        return self.out(y if more is None else y * more[:, :, None])
+
+
+class Floats(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(31, 12), nn.Linear(12, 7)
+
+    def forward(self, x):
+        return self.out(self.table(x.argmax(-1)))
+
+
+def test_no_place():
+    """What the program lacks is named, and what it has instead."""
+    config = PromptTuningConfig(num_virtual_tokens=3)
+    ids = torch.arange(15).reshape(3, 5)
+    program = adaptc.compile(Ids(), config, example_inputs=(ids,))
+    assert program(ids[:2]).shape == (2, 8, 7)
+    with pytest.raises(TargetError, match=r"no token embedding was found.*no lookup by an input"):
+        adaptc.compile(Floats(), config, example_inputs=(torch.randn(3, 5, 31),))
+    with pytest.raises(TargetError, match="exactly 5 tokens in 'ids'"):
+        adaptc.compile(Ids(), config, example_inputs=(ids,), dynamic_shapes=None)
+    with pytest.raises(TargetError, match=r"'more' .* is as long as the tokens"):
+        adaptc.compile(Ids(), config, example_inputs=(ids, torch.randn(3, 5)))
+    with pytest.raises(ConfigError, match=r"token_dim=13.*rows of 12"):
+        adaptc.compile(Ids(), config.replace(token_dim=13), example_inputs=(ids,))
+
+
+def test_more_tokens_than_positions(tmp_path):
+    """At compile where the model says how many it takes, else in the call; the next call is as before."""
+    bert = base("bert")
+    with pytest.raises(ConfigError, match=r"num_virtual_tokens=64 leaves no room.*64 in all"):
+        adaptc.compile(bert, PromptTuningConfig(num_virtual_tokens=64))
+    program = adaptc.compile(bert, PromptTuningConfig(num_virtual_tokens=50))
+    with pytest.raises(AdaptcError, match=r"size 15 and the adapter puts 50 tokens in front.*14 tokens at most"):
+        program(**text(2, 15))
+    assert program(**text(2, 14)).logits.shape == (2, 64, VOCAB)
+    gpt2 = adaptc.compile(base("gpt2"), PromptTuningConfig(num_virtual_tokens=50))
+    with pytest.raises(AdaptcError, match="50 tokens in front"):
+        gpt2(**text(2, 15))
+    assert gpt2(**text(2, 14)).logits.shape == (2, 64, VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "num_virtual_tokens must say"),
+        ({"num_virtual_tokens": 0}, "positive integer"),
+        ({"num_virtual_tokens": 3, "prompt_tuning_init": "TEXT"}, "needs tokenizer_name_or_path"),
+        ({"num_virtual_tokens": 3, "tokenizer_kwargs": {"a": 1}}, "is for prompt_tuning_init='TEXT'"),
+        ({"num_virtual_tokens": 3, "prompt_tuning_init": "WORDS"}, "prompt_tuning_init"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ConfigError, match=message):
+        PromptTuningConfig(**options)
+
+
+def test_lora_programs_refuse_prompts(tmp_path):
+    oracle = prompt_oracle("llama", tmp_path, num_virtual_tokens=5)
+    program = adaptc.compile(base("llama"), LoraConfig(r=3, target_modules=["q_proj"]))
+    with pytest.raises(SwapError, match="prompt_embeddings"):
+        adaptc.swap(program, oracle.path)

@@ -1,0 +1,50 @@
+"""Prompt methods of PEFT on the tiny families: inputs padded on either side, and adapters of any number of tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor
+
+from tests.support.families import VOCAB
+from tests.support.oracle import Oracle, quiet
+
+#: what PEFT says of prompts, which is on purpose
+SAID = ("`is_gradient_checkpointing` is deprecated.*", "Position ids are not supported.*")
+
+
+def prompt_oracle(name: str, path: Path, cls: str = "PromptTuningConfig", seed: int = 0, **config: Any) -> Oracle:
+    """A family with a prompt of PEFT's, of random values, saved to ``path``."""
+    config = {"task_type": "CAUSAL_LM", **config}
+    return Oracle.of(name, getattr(peft, cls)(**config), path, seed=seed)
+
+
+def text(batch: int, length: int, padding: str | None = "right", seed: int = 0) -> dict[str, Tensor]:
+    """Ids, and unless ``padding`` is None a mask in which each row is padded by another number, "left" or "right"."""
+    generator = torch.Generator().manual_seed(seed * 100_000 + 1000 * batch + length)
+    ids = torch.randint(4, VOCAB, (batch, length), generator=generator)
+    if padding is None:
+        return {"input_ids": ids}
+    mask = torch.ones_like(ids)
+    for row in range(batch):
+        n = row * 3 % length
+        if n and padding == "left":
+            mask[row, :n] = 0
+        elif n:
+            mask[row, length - n :] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def labels(inputs: dict[str, Tensor]) -> Tensor:
+    """Labels of which the first ones do not count."""
+    out = inputs["input_ids"].clone()
+    out[:, : out.shape[1] // 3] = -100
+    return out
+
+
+def called(module: Any, inputs: dict[str, Tensor]) -> Any:
+    with torch.no_grad(), quiet(*SAID):
+        return module(**inputs)
