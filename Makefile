@@ -56,6 +56,7 @@ cpp: $(VENV)/.test.stamp
 demo: $(VENV)/.demo.stamp
 	$(BIN)/python examples/quickstart.py build/demo
 	$(BIN)/python examples/generate.py build/demo/pirate build/demo/telegram
+	$(BIN)/python examples/many_adapters.py build/demo/pirate build/demo/telegram
 	$(BIN)/python examples/train_trainer.py
 
 lint: $(VENV)/.test.stamp tree

@@ -3,19 +3,11 @@
 :func:`package_program` compiles with AOTInductor and keeps every slot as a named constant of a fixed shape. Slots are
 padded to a capacity, so that adapters of any rank up to it fit. The file needs neither the model nor adaptc to run with
 the adapter it was packaged with (``torch._inductor.aoti_load_package``); ``packages.run`` runs it and swaps.
-
-Private torch use, with the public route that was tried: ``torch._inductor.aot_compile`` and ``package_aoti`` are the
-two halves of ``aoti_compile_and_package``, which as a whole leaves a copy of all weights in the user's compiler cache,
-under a name that programs of equal code share.
 """
 
 from __future__ import annotations
 
-import errno
-import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,19 +19,19 @@ from torch.export import ExportedProgram
 from adaptc.binding.binding import Binding
 from adaptc.errors import BackendError, CheckpointError, ConfigError, shown
 from adaptc.packages import manifest as _package_file
+from adaptc.packages.compiling import code_folder, compiled
 from adaptc.packages.manifest import WHOLE, Contents, Input, Manifest, PartOf, Room, Site
 from adaptc.packages.run import PackagedProgram
 from adaptc.packages.slot_table import ENTRY, slot_table
 from adaptc.passes.adapt.respecialize import Respecialize
 from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.exclusive import GRAPHS, exclusive
+from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.method import Slot
 from adaptc.passes.ir.part import part_of
 from adaptc.passes.lower.choose_products import ChooseProducts, Products
 from adaptc.passes.train.set_mode import SetMode
 from adaptc.peft_files.staging import replacing
-from adaptc.peft_files.torch_writer import writing
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.core import ProgramCore
 from adaptc.runtime.call_inputs import Inputs
@@ -52,15 +44,6 @@ from adaptc.runtime.state import written_to
 __all__ = ["PackagedProgram", "package_program"]
 
 PRODUCTS = ("measured", "plain")
-
-OPTIONS: Mapping[str, Any] = {
-    "aot_inductor.package": True,
-    # Without these two, small slots become literals in the code, and slots that hold one value are computed with.
-    "always_keep_tensor_constants": True,
-    "joint_graph_constant_folding": False,
-    # As many threads as where the file runs, not as where it was compiled.
-    "cpp.dynamic_threads": True,
-}
 
 
 @exclusive
@@ -136,25 +119,12 @@ def write_package(
         tables = {n: {ENTRY: slot_table(_seen_from(m, n, manifest))} for n, m in models.items()}
     try:
         # Beside the target: there must be room for it here anyway.
-        with replacing(path, "new.pt2") as new, _code_folder(new) as code:
-            _compiled(models, code, new, tables)
+        with replacing(path, "new.pt2") as new, code_folder(new) as code:
+            compiled(models, code, new, tables)
             _package_file.write(new, Contents(manifest, tensors, carried))
     except OSError as error:
         raise CheckpointError(f"could not write {path}: {error}. What was there before is unchanged.") from error
     return path
-
-
-@contextmanager
-def _code_folder(new: Path) -> Iterator[Path]:
-    """Where the compiler works: beside the new file, or elsewhere if it could not read such a path. It is gone before
-    the file is."""
-    try:
-        str(new).encode()
-        near = new.parent
-    except UnicodeEncodeError:
-        near = None
-    with tempfile.TemporaryDirectory(prefix="code-", dir=near) as folder:
-        yield Path(folder)
 
 
 class Packer:
@@ -326,59 +296,3 @@ def _fits(value: Tensor, padding: Padding | None, shape: tuple[int, ...]) -> boo
 
 def _uniform(value: Tensor, spec: Slot) -> float | None:
     return spec.fill if bool((value == spec.fill).all()) else None
-
-
-def _compiled(
-    models: Mapping[str, ExportedProgram], code: Path, file: Path, metadata: Mapping[str, Mapping[str, str]]
-) -> None:
-    """An AOTInductor archive of these models with these entries in their metadata, and everything the compiler leaves
-    behind in ``code``. Raises OSError where the disk is at fault."""
-    from torch._inductor import aot_compile
-    from torch._inductor.package.package import package_aoti
-
-    files: dict[str, Any] = {}
-    try:
-        with GRAPHS, torch.no_grad():
-            for name, program in models.items():
-                args, kwargs = program.example_inputs  # type: ignore[misc]  # checked by the caller
-                module, folder = program.module(check_guards=False), code / name
-                folder.mkdir()
-                options = {"aot_inductor.output_path": str(folder), "aot_inductor.metadata": dict(metadata[name])}
-                files[name] = aot_compile(module, args, kwargs, options={**OPTIONS, **options})
-            with writing(file) as archive:
-                package_aoti(archive, files)  # lists, as asked for
-    except Exception as error:
-        if (full := _disk_error(error)) is not None:
-            raise full from error
-        raise BackendError(_reason(error)) from error
-
-
-_DISK = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS)
-
-
-def _disk_error(error: BaseException) -> OSError | None:
-    """What the disk said, if that is why compiling failed; compilers say it in texts of their own."""
-    for e in _chain(error):
-        if isinstance(e, OSError) and e.errno in _DISK:
-            return e
-    text = " ".join(map(str, _chain(error)))
-    if "File size limit exceeded" in text:  # the signal that ended a compiler
-        return OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-    return next((OSError(n, os.strerror(n)) for n in _DISK if os.strerror(n) in text), None)
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    chain: list[BaseException] = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-        chain.append(cause)
-    return chain
-
-
-def _reason(error: BaseException) -> str:
-    if any(type(e).__name__ == "InvalidCxxCompiler" for e in _chain(error)):
-        return (
-            "packaging needs a C++ compiler, and none works here. Install g++ or clang++, or name one in the "
-            "environment variable CXX; adaptc.save writes a file that needs none."
-        )
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"AOTInductor could not compile the program: {first}. adaptc.save writes a file that is not compiled."

@@ -169,6 +169,25 @@ def test_text_is_generated_in_every_way_that_is_shown(
     assert all(len(line.split()) == 32 for line in lines[1:8:2])  # sampled ones may end
 
 
+def test_one_batch_is_answered_by_many_adapters(
+    quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "quickstart", quickstart)
+    script = load("many_adapters", monkeypatch)
+    monkeypatch.setattr(script, "QUESTIONS", ("w9 w12", "w9", "w12 w9 w12", "w11 w5"))
+    model: Any = chats.answering()
+    model.config.max_position_embeddings = 512
+    for name in ("pirate", "telegram"):
+        made = adaptc.LoraConfig(r=3, target_modules=["v_proj", "down_proj"], init_lora_weights=False)
+        adaptc.save_adapter(adaptc.compile(model, made), tmp_path / name)
+    script.main(model, chats.tokenizer(), str(tmp_path / "pirate"), str(tmp_path / "telegram"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("bank of 3 adapters, ")
+    answers = lines[-8:]
+    assert [line.partition(":")[0] for line in answers[::2]] == ["pirate", "None", "{'telegram'", "telegram"]
+    assert all(line.startswith("  ") and line.strip() for line in answers[1::2])
+
+
 def test_the_custom_module_learns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     custom_module = load("custom_module", monkeypatch)
     assert custom_module.main() == 0

@@ -1,0 +1,104 @@
+"""Compile programs into one archive with AOTInductor.
+
+Before: exported programs by name, with constants as they are to be kept. After: an archive of their code, or an error
+that says in a line what is missing, and nothing beside it.
+
+Private torch use, with the public route that was tried: ``torch._inductor.aot_compile`` and ``package_aoti`` are the
+two halves of ``aoti_compile_and_package``, which as a whole leaves a copy of all weights in the user's compiler cache,
+under a name that programs of equal code share.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from adaptc.errors import BackendError
+from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.peft_files.torch_writer import writing
+
+OPTIONS: Mapping[str, Any] = {
+    "aot_inductor.package": True,
+    # Without these two, small slots become literals in the code, and slots that hold one value are computed with.
+    "always_keep_tensor_constants": True,
+    "joint_graph_constant_folding": False,
+    # As many threads as where the file runs, not as where it was compiled.
+    "cpp.dynamic_threads": True,
+}
+
+
+@contextmanager
+def code_folder(new: Path) -> Iterator[Path]:
+    """Where the compiler works: beside the new file, or elsewhere if it could not read such a path. It is gone before
+    the file is."""
+    try:
+        str(new).encode()
+        near = new.parent
+    except UnicodeEncodeError:
+        near = None
+    with tempfile.TemporaryDirectory(prefix="code-", dir=near) as folder:
+        yield Path(folder)
+
+
+def compiled(
+    models: Mapping[str, ExportedProgram], code: Path, file: Path, metadata: Mapping[str, Mapping[str, str]]
+) -> None:
+    """An AOTInductor archive of these models with these entries in their metadata, and everything the compiler leaves
+    behind in ``code``. Raises OSError where the disk is at fault."""
+    from torch._inductor import aot_compile
+    from torch._inductor.package.package import package_aoti
+
+    files: dict[str, Any] = {}
+    try:
+        with GRAPHS, torch.no_grad():
+            for name, program in models.items():
+                args, kwargs = program.example_inputs  # type: ignore[misc]  # checked by the caller
+                module, folder = program.module(check_guards=False), code / name
+                folder.mkdir()
+                options = {"aot_inductor.output_path": str(folder), "aot_inductor.metadata": dict(metadata[name])}
+                files[name] = aot_compile(module, args, kwargs, options={**OPTIONS, **options})
+            with writing(file) as archive:
+                package_aoti(archive, files)  # lists, as asked for
+    except Exception as error:
+        if (full := _disk_error(error)) is not None:
+            raise full from error
+        raise BackendError(_reason(error)) from error
+
+
+_DISK = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS)
+
+
+def _disk_error(error: BaseException) -> OSError | None:
+    """What the disk said, if that is why compiling failed; compilers say it in texts of their own."""
+    for e in _chain(error):
+        if isinstance(e, OSError) and e.errno in _DISK:
+            return e
+    text = " ".join(map(str, _chain(error)))
+    if "File size limit exceeded" in text:  # the signal that ended a compiler
+        return OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    return next((OSError(n, os.strerror(n)) for n in _DISK if os.strerror(n) in text), None)
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    return chain
+
+
+def _reason(error: BaseException) -> str:
+    if any(type(e).__name__ == "InvalidCxxCompiler" for e in _chain(error)):
+        return (
+            "packaging needs a C++ compiler, and none works here. Install g++ or clang++, or name one in the "
+            "environment variable CXX; adaptc.save writes a file that needs none."
+        )
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"AOTInductor could not compile the program: {first}. adaptc.save writes a file that is not compiled."

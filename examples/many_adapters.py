@@ -1,0 +1,43 @@
+"""Three adapters and the base answer one batch: each prompt is written on by an adapter of its own, or a mix.
+
+`make demo` runs it on the adapters that quickstart.py trained: python examples/many_adapters.py PIRATE TELEGRAM
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import quickstart
+import torch
+
+import adaptc
+
+QUESTIONS = ("How do I make a cup of tea?", "Where is the library?", "Who are you?", "What is the sea?")
+TOKENS = 24
+
+
+def main(model: Any, tokenizer: Any, pirate: str, telegram: str) -> None:
+    gen = adaptc.compile_for_generation(model, [pirate, telegram], max_batch=4, max_length=256)
+    bank = gen.bank({"pirate": pirate, "telegram": telegram, "shy": 0.4 * adaptc.load_adapter(pirate)})
+    print(bank.report())
+
+    prompts = [quickstart.encode_question(tokenizer, q) for q in QUESTIONS]
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[tokenizer.eos_token_id] * (longest - len(p)) + p for p in prompts])  # padded on the left
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    chosen = ["pirate", None, {"telegram": 0.7, "shy": 0.3}, "telegram"]
+    answers = bank.generate(
+        ids,
+        attention_mask=mask,
+        adapters=chosen,  # one for each prompt
+        max_new_tokens=TOKENS,
+        do_sample=False,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    for question, adapter, row in zip(QUESTIONS, chosen, answers, strict=True):
+        print(f"{adapter}: {question}\n  {tokenizer.decode(row[longest:], skip_special_tokens=True)}")
+
+
+if __name__ == "__main__":
+    main(*quickstart.load_model(), *sys.argv[1:])
