@@ -110,7 +110,7 @@ def test_a_layer_with_several_results_is_refused() -> None:
 
 def test_a_keyword_that_is_taken_is_refused() -> None:
     rows = Rows("linear")
-    with pytest.raises(ConfigError, match="already has something named 'linear'"):
+    with pytest.raises(ConfigError, match="called 'linear' already"):
         InjectRows(
             rows.attachments,
             {f: torch.stack([v, v]) for f, v in rows.each[0].items()},
