@@ -34,8 +34,10 @@ Axes = Mapping[str, RowAxis]
 
 
 def around(a: Attachment, op: Op) -> bool:
-    """Whether a method stands around its layer here, and does not replace the weight in a call of its own."""
-    return a.method.has_apply_form(op)
+    """Whether a method stands around its layer here, and does not replace the weight in a call of its own. One that
+    changes both what the layer reads and what it gives does the latter: of a mix, the two would not add up."""
+    m = a.method
+    return m.has_apply_form(op) and not (m.has_input(op) and m.has_apply(op) and m.has_weight())
 
 
 def read_at(lifted: Lifted, a: Attachment) -> list[tuple[fx.Node, fx.Node]]:
