@@ -215,7 +215,9 @@ class Lifted:
         """A new keyword input of the caller's, with these axes of the input ``like``, and of ``more`` sizes behind
         them; its example is zeros."""
         if name in self.specs or any(n.name == name for n in self.graph.nodes):
-            raise ConfigError(f"the program has an input or a value called {name!r} already, and one of that name is to be added")
+            raise ConfigError(
+                f"the program has an input or a value called {name!r} already, and one of that name is to be added"
+            )
         last = self.graph.find_nodes(op="placeholder")[-1]
         with self.graph.inserting_after(last):
             node = self.graph.create_node("placeholder", name, name=name)

@@ -78,7 +78,7 @@ def test_names_a_variant_lacks_are_left_out():
 
 #: what a method's config needs beside its defaults to be planned for a family
 NEEDED: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(["PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING"], {"num_virtual_tokens": 3}),
+    **{key: {"num_virtual_tokens": 3} for key in ["PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING"]},
     "CPT": {"task_type": "CAUSAL_LM", "cpt_token_ids": [5, 7]},
     "ADALORA": {"total_step": 10},
     "C3A": {"block_size": 4},
