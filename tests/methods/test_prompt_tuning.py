@@ -42,7 +42,7 @@ def test_training(name, tmp_path):
     oracle = prompt_oracle(name, tmp_path / "peft", num_virtual_tokens=5)
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
     with quiet(*SAID):
-        oracle.check_trained(adaptc.compile(base(name), config), tmp_path / "ours")
+        oracle.check_trained(adaptc.compile(FAMILIES[name].build(), config), tmp_path / "ours")
     module = oracle.fill(adaptc.compile(FAMILIES[name].build(), config, training=True)).eval()
     inputs = text(3, 11)
     inputs["labels"] = labels(inputs)
