@@ -13,6 +13,7 @@ import torch
 
 from adaptc.binding.binding import Binding
 from adaptc.errors import CheckpointError, ConfigError, listing, shown
+from adaptc.peft_files.directory import all_finite
 from adaptc.rows.report import bytes_of
 from adaptc.tables import size
 
@@ -54,9 +55,10 @@ class Limits:
                 f"adapter {name!r} is {len(binding.parts)} adapters that act together: add each of them, and give rows "
                 "a mix"
             )
-        for fqn, t in binding.values.items():
-            if (t.is_floating_point() or t.is_complex()) and not bool(torch.isfinite(t).all()):
-                raise CheckpointError(f"adapter {name!r} is not finite: {fqn!r} has NaN or infinity")
+        if not all_finite(t.detach() for t in binding.values.values()):  # or that is not known in one pass
+            floats = ((n, t) for n, t in binding.values.items() if t.is_floating_point() or t.is_complex())
+            if bad := next((n for n, t in floats if not bool(torch.isfinite(t).all())), None):
+                raise CheckpointError(f"adapter {name!r} is not finite: {bad!r} has NaN or infinity")
         ranks = [r for m in binding.methods.values() if (r := m.rank()) is not None]
         if self.max_rank is not None and max(ranks, default=0) > self.max_rank:
             raise ConfigError(f"adapter {name!r} has rank {max(ranks)}, and the bank takes ranks up to {self.max_rank}")
@@ -85,7 +87,6 @@ class Limits:
         """What is exceeded with these; '' for nothing."""
         if self.capacity is not None and len(bindings) > self.capacity:
             return f"it holds no more than {self.capacity}"
-        nbytes = bytes_of(bindings)
-        if self.max_bytes is not None and nbytes > self.max_bytes:
+        if self.max_bytes is not None and (nbytes := bytes_of(bindings)) > self.max_bytes:
             return f"it holds {size(self.max_bytes)}, and would need {size(nbytes)}"
         return ""
