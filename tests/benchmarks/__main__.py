@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from tests.benchmarks import against_peft, compiled, generating, methods, products, rewriting
+from tests.benchmarks import against_peft, compiled, generating, many_adapters, methods, products, rewriting
 from tests.benchmarks.harness import machine, markdown
 
 
@@ -38,6 +38,8 @@ def main() -> None:
         if not quick:
             print(markdown(compiled.forward(sides, Path(folder), rounds)), "\n")
         print(markdown(generating.run(sides, 5, inductor=not quick)), "\n")
+        print("## One batch on many adapters\n")
+        print(markdown(many_adapters.run(sides, Path(folder), 3 if quick else 5)), "\n")
         print(generating.memory(), "\n")
         del sides
     print("## Methods: SmolLM2-135M, float32, on all linear layers\n")

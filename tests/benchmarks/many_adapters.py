@@ -35,6 +35,8 @@ def run(sides: Sides, folder: Path, rounds: int = 5, new: int = 16) -> list[Row]
     mixed = [n or "__base__" for n in names]
     one = sides.program.bind(str(dirs["a0"]))
     sides.peft.set_adapter("a0")
+    for model in (sides.base, sides.peft):
+        model.config.use_cache = False  # type: ignore[union-attr]
     rows: list[Row] = []
     for length in (1, 64):
         x = tokens(ROWS, length)
