@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptc.errors import CaptureError
+
 #: of a window, how much more a ring may keep than it must before it is packed anew
 _SLACK = 8
 
@@ -46,7 +48,8 @@ class Masks:
         if not isinstance(places, Places):
             return self.usual(*args, **how)
         if args or how.get("use_vmap"):
-            raise NotImplementedError("a mask of functions that are not for several positions at once")
+            # The next way to capture the model is tried then, with all positions kept.
+            raise CaptureError("its masks are made of functions that take one position at a time, which rings have not")
         kept, device = places.positions, places.positions.device
         tokens = torch.arange(how["q_length"], device=device) + how["q_offset"]
         rows, heads = torch.arange(how["batch_size"], device=device), torch.arange(1, device=device)

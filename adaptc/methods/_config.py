@@ -135,6 +135,15 @@ class AdapterConfig:
             setattr(new, name, getattr(self, name))
         return new
 
+    def completed(self, values: Mapping[str, Any]) -> Self:
+        """This config with ``values`` in those of the fields that are None. What the user wrote is not checked again:
+        defaults need not fit it in the way the user's own words must."""
+        new = copy.copy(self)
+        for name, value in values.items():
+            if getattr(self, name) is None:
+                setattr(new, name, value)
+        return new
+
 
 def default_of(f: dataclasses.Field[Any]) -> Any:
     return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
@@ -198,15 +207,6 @@ class TargetedConfig(AdapterConfig):
         named = self.target_parameters and not adapts_defaults(facts.model_type)
         found = defaults(self.peft_type, facts.model_type, facts.types)
         return self.completed({k: v for k, v in found.items() if not (named and k == "target_modules")})
-
-    def completed(self, values: Mapping[str, Any]) -> Self:
-        """This config with ``values`` in those of the fields that are None. What the user wrote is not checked again:
-        defaults need not fit it in the way the user's own words must."""
-        new = copy.copy(self)
-        for name, value in values.items():
-            if getattr(self, name) is None:
-                setattr(new, name, value)
-        return new
 
     def with_ranks(self, ranks: Mapping[str, int]) -> Self:
         """This config for an adapter whose modules have these ranks, by the names that :meth:`method` is asked with;

@@ -72,14 +72,6 @@ class ProgramConfig(AdapterConfig):
             values[option] = next(known, None)
         return self.completed(values)
 
-    def completed(self, values: Mapping[str, Any]) -> Self:
-        """This config with ``values`` in those of the fields that are None."""
-        new = copy.copy(self)
-        for name, value in values.items():
-            if getattr(self, name) is None:
-                setattr(new, name, value)
-        return new
-
     def with_ranks(self, ranks: Mapping[str, int]) -> Self:
         new = copy.copy(self)
         new.num_virtual_tokens = next(iter(ranks.values()), self.num_virtual_tokens)

@@ -137,7 +137,7 @@ def test_a_conversation_that_is_changed_begins_anew() -> None:
 
 def test_a_model_whose_masks_are_made_otherwise_keeps_all(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(*args: Any, **how: Any) -> Any:
-        raise NotImplementedError("no such mask")
+        raise adaptc.CaptureError("no such mask")
 
     monkeypatch.setattr(ring.Masks, "__call__", refuses)
     found, text = case("mistral"), prompt(2, 9, (3, 0))

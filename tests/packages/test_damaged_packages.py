@@ -101,6 +101,10 @@ FIELDS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a site of the header": (lambda d: d["header"].update(present=["9.weight|lora"]), "speaks of the site"),
     "a field too many": (lambda d: d.update(more=1), "expected an object of format"),
     "a field too few": (lambda d: d.pop("rooms"), "expected an object of format"),
+    "a bank that is too full": (lambda d: d.update(bank={"count": 1, "names": ["a", "b"]}), "has room for 1 adapters"),
+    "a name twice in a bank": (lambda d: d.update(bank={"count": 3, "names": ["a", "a"]}), "has room for 3 adapters"),
+    "a bank that it was not": (lambda d: d.update(bank={"count": 3, "names": ["a"]}), "missing, or of another shape"),
+    "a bank without places": (lambda d: d.update(bank={"names": ["a"]}), "bank: "),
     "a hash": (lambda d: d.update(hashes=[]), "hashes: expected an object"),
 }
 
