@@ -20,7 +20,7 @@ from adaptc.errors import CheckpointError, ConfigError, TargetError
 from adaptc.methods._checks import adapter_input, check_matrix
 from adaptc.methods._lora_init import init_lora
 from adaptc.passes.ir.low_rank import LowRank
-from adaptc.passes.ir.low_rank_rows import low_rank_rows
+from adaptc.passes.ir.low_rank_rows import low_rank_rows, weighted
 from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots
 from adaptc.passes.ir.method_hooks import Place
 from adaptc.passes.ir.ops import Op, cast
@@ -200,11 +200,11 @@ class Lora(Method):
         down, up = A.flatten(0, 1), B.transpose(0, 1).flatten(1, 2)
         if op.is_conv:
             h = op.down(adapter_input(self, op, x, wide), down)
-            h = cast(h.unflatten(1, (count, -1)) * mix.movedim(-1, 1), wide)
+            h = cast(weighted(h.unflatten(1, (count, -1)), mix.movedim(-1, 1)), wide)
             delta = op.up(h.flatten(1, 2), up.flatten(1))
         else:
             h = op.down(adapter_input(self, op, x, wide), op.bounded(down) if op.kind == "embedding" else down)
-            h = cast(h.unflatten(-1, (count, -1)) * mix.movedim(-1, -2), wide)
+            h = cast(weighted(h.unflatten(-1, (count, -1)), mix.movedim(-1, -2)), wide)
             delta = torch.nn.functional.linear(h.flatten(-2), up)
         if self.with_bias:
             biases = mix @ cast(slots["lora_B.bias"], mix.dtype)

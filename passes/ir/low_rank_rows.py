@@ -32,13 +32,18 @@ def low_rank_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: 
     return torch.ops.adaptc.low_rank_rows(x, y, A, B, scale, c)
 
 
+def weighted(h: Tensor, mix: Tensor) -> Tensor:
+    """h * mix, and zero where ``mix`` is: what overflows for an adapter stays with the rows that want it."""
+    return (h * mix).masked_fill(mix == 0, 0)
+
+
 def side_by_side(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> Tensor:
     """One product with the factors of all adapters."""
     h = F.linear(x.to(A.dtype), A.flatten(0, 1))
     each = h.shape[0] // c.shape[0]
     mix = c.to(torch.promote_types(A.dtype, torch.float32)) * scale  # which half precision would round
     mix = mix if each == 1 else mix.repeat_interleave(each, 0)
-    h = h.view(*h.shape[:-1], A.shape[0], -1) * mix.view(mix.shape[0], *([1] * (h.ndim - 2)), -1, 1)
+    h = weighted(h.view(*h.shape[:-1], A.shape[0], -1), mix.view(mix.shape[0], *([1] * (h.ndim - 2)), -1, 1))
     h = h.to(A.dtype)
     return (y + F.linear(h.flatten(-2), B.transpose(0, 1).flatten(1))).to(y.dtype)
 
