@@ -38,8 +38,9 @@ BUDGET = 0.5
 _MOST_WORK = 2e9
 #: times that each kind is measured, and the fewest that count
 _ROUNDS, _FEWEST = 6, 3
-#: bytes of the memory that weights are taken from: more than near caches hold, whatever the type
-_POOL = 36_000_000
+#: bytes of the memory that weights are taken from, and how many at most, far apart: several times what near caches hold,
+#: which decides at few rows, where the kinds differ in how they wait for memory
+_POOL, _WEIGHTS = 128_000_000, 24
 
 
 def measure(dtype: torch.dtype, pair: Pair | None = None, of: str = "") -> Times:
@@ -102,7 +103,9 @@ def operands(pool: Tensor, size: tuple[int, int], rows: int) -> tuple[Tensor, li
     """What is multiplied, and as many weights as there are."""
     numel = size[0] * size[1]
     x = pool[: rows * size[1]].view(rows, size[1])
-    return x, [pool[i * numel : (i + 1) * numel].view(size) for i in range(pool.numel() // numel)]
+    places = pool.numel() // numel
+    step = max(1, places // _WEIGHTS)
+    return x, [pool[i * numel : (i + 1) * numel].view(size) for i in range(0, places, step)]
 
 
 def plain(x: Tensor, weights: Sequence[Tensor]) -> Callable[[int], Tensor]:
