@@ -36,9 +36,9 @@ def teach_inductor() -> bool:
     op = torch.ops.adaptc.product.default
     plain = fallback_handler(op, add_to_fallback_set=False)
 
-    def lower(x: Any, weight: Any, bias: Any, kind: str, classes: Any) -> Any:
-        if kind != ONEDNN or tuple(classes) != ALL_CLASSES or not takes(x.get_dtype()):
-            return plain(x, weight, bias, kind, classes)
+    def lower(x: Any, weight: Any, bias: Any, kind: str, classes: Any, columns: Any) -> Any:
+        if columns or kind != ONEDNN or tuple(classes) != ALL_CLASSES or not takes(x.get_dtype()):
+            return plain(x, weight, bias, kind, classes, columns)
         *lead, width = x.get_size()
         rows = view(x, cast(Any, [-1, width]))
         made: Any = LinearUnary.create(rows, weight, bias, "none", [], "")

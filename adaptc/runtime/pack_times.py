@@ -16,7 +16,7 @@ from torch import Tensor
 from adaptc.passes.ir.product import LINEAR, onednn
 from adaptc.passes.lower.choose_products import Choice
 from adaptc.runtime.product_table import THIN, product_table
-from adaptc.runtime.product_times import Times, by_onednn, least, measure, operands, plain
+from adaptc.runtime.product_times import Times, as_they_lie, least, measure, operands
 
 PACKED = "packed"
 #: rows that the layout is made for; it is right for any
@@ -27,7 +27,7 @@ _reorder: Any = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 
 
 def choose_packed(out: int, width: int, dtype: torch.dtype) -> Choice:
-    """At which classes of rows a weight of (out, width) is worth a packed copy, against the better of the other two."""
+    """At which classes of rows a weight of (out, width) is worth a packed copy, against the best of the others."""
     if min(out, width) < THIN:
         return Choice(LINEAR, (), f"fewer than {THIN} rows or columns")
     if _reorder is None:
@@ -39,15 +39,15 @@ def choose_packed(out: int, width: int, dtype: torch.dtype) -> Choice:
 
 
 def measure_packed(dtype: torch.dtype) -> Times:
-    """Times of the better product on weights as they lie, and of packed ones."""
-    return measure(dtype, _pair)
+    """Times of the best product on weights as they lie, and of packed ones."""
+    return measure(dtype, _kinds, PACKED)
 
 
-def _pair(pool: Tensor, size: tuple[int, int], rows: int, end: float) -> tuple[float, float] | None:
+def _kinds(pool: Tensor, size: tuple[int, int], rows: int, end: float) -> tuple[float, float] | None:
     x, weights = operands(pool, size, rows)
     copies = [packed(w) for w in weights]
-    best = least([plain(x, weights), by_onednn(x, weights), lambda n: onednn(x, copies[n % len(copies)], None)], end)
-    return None if best is None else (min(best[:2]), best[2])
+    best = least([*as_they_lie(x, weights), lambda n: onednn(x, copies[n % len(copies)], None)], end)
+    return None if best is None else (min(best[:-1]), best[-1])
 
 
 def packed(weight: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ copy.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary, ref
@@ -60,9 +60,7 @@ class Packs:
         self.layers: list[PackedLayer] = []
         self.choices: list[Choice] = []
 
-    def layer(
-        self, out: int, width: int, dtype: torch.dtype, kind: str, classes: Collection[int]
-    ) -> PackedLayer | None:
+    def layer(self, out: int, width: int, dtype: torch.dtype, told: Sequence[Any]) -> PackedLayer | None:
         """See ``pack_products``."""
         if dtype != self.dtype:
             return None
@@ -70,7 +68,7 @@ class Packs:
         self.choices.append(choice)
         if choice.kind != PACKED:
             return None
-        self.layers.append(PackedLayer(choice.classes, kind, list(classes)))
+        self.layers.append(PackedLayer(choice.classes, told))
         return self.layers[-1]
 
 
@@ -84,19 +82,19 @@ def held_by(packs: Iterable[Packs | None]) -> PackedWeights:
 
 class PackedLayer:
     """x (..., K), weight (N, K), bias (N,) or None -> (..., N): by a packed copy of the weight at ``packed`` classes of
-    rows, else as ``adaptc::product`` of ``kind`` and ``classes``, and so where a gradient is wanted."""
+    rows, else as ``adaptc::product`` with what it was ``told``, and so where a gradient is wanted."""
 
     __name__ = "packed_layer"
 
-    def __init__(self, packed: Sequence[int], kind: str, classes: Sequence[int]) -> None:
-        self.packed, self.kind, self.classes = packed, kind, classes
+    def __init__(self, packed: Sequence[int], told: Sequence[Any]) -> None:
+        self.packed, self.told = packed, told
         #: id of a weight -> it, where it lay, how often it had been written to, and its copy
         self._held: dict[int, tuple[ref[Tensor], int, int, Tensor]] = {}
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if fits(x, weight, bias, self.packed) and not weight.is_inference():
             return onednn(x, self._copy(weight), bias)
-        return product(x, weight, bias, self.kind, self.classes)
+        return product(x, weight, bias, *self.told)
 
     @property
     def copies(self) -> list[Tensor]:

@@ -40,7 +40,7 @@ NOISE = 0.1
 #: the least rows and columns of a weight: thinner products have nothing to gain
 THIN = 128
 #: of the file
-FORMAT = 3
+FORMAT = 4
 _MOST_BYTES = 1 << 20
 
 
@@ -91,7 +91,8 @@ def _processor() -> str:
 
 @dataclass(frozen=True)
 class ProductTable:
-    """``times``: (rows, columns of the weight, class) -> seconds of linear and of oneDNN; empty: nothing is faster."""
+    """``times``: (rows, columns of the weight, class) -> seconds of linear, of oneDNN and, at a few rows, of columns;
+    empty: nothing is faster."""
 
     times: Times
 
@@ -102,10 +103,13 @@ class ProductTable:
         ratios = self._ratios(out, width)
         if not ratios:
             return Choice(LINEAR, (), "nothing else was measured here")
-        classes = tuple(c for c, r in ratios.items() if r <= 1 - GAIN)
-        if not classes:
+        turned = self._ratios(out, width, 2)
+        columns = tuple(c for c, r in turned.items() if r <= (1 - GAIN) * min(1, ratios[c]))
+        classes = tuple(c for c, r in ratios.items() if r <= 1 - GAIN and c not in columns)
+        if not classes and not columns:
             return Choice(LINEAR, (), "measured: the fastest here")
-        return Choice(ONEDNN, classes, "measured: faster here", tuple(ratios[c] for c in classes))
+        at, turned_at = tuple(ratios[c] for c in classes), tuple(turned[c] for c in columns)
+        return Choice(ONEDNN, classes, "measured: faster here", at, columns, turned_at)
 
     def choice_for_all(self, out: int, width: int) -> Choice:
         """The same, of code that computes calls of any number of rows by one kind: another than linear where it is
@@ -113,24 +117,26 @@ class ProductTable:
         found = self.choice(out, width)
         if found.kind == LINEAR:
             return found
+        if not found.classes:
+            return Choice(LINEAR, (), "measured: the fastest here but at a few rows")
         ratios = self._ratios(out, width)
         if max(ratios.values()) > 1 + NOISE:
             return Choice(LINEAR, (), "measured: what is faster at some rows is slower at others")
         return Choice(found.kind, ALL_CLASSES, "measured: faster here, at no rows slower", tuple(ratios.values()))
 
-    def _ratios(self, out: int, width: int) -> dict[int, float]:
-        """The time of oneDNN over that of linear at each class that was measured."""
-        return {c: r for c in ALL_CLASSES if (r := self._ratio(out, width, c)) is not None}
+    def _ratios(self, out: int, width: int, kind: int = 1) -> dict[int, float]:
+        """The time of a kind, oneDNN or columns, over that of linear at each class at which it was measured."""
+        return {c: r for c in ALL_CLASSES if (r := self._ratio(out, width, c, kind)) is not None}
 
-    def _ratio(self, out: int, width: int, rows: int) -> float | None:
+    def _ratio(self, out: int, width: int, rows: int, kind: int) -> float | None:
         def far(size: tuple[int, int, int]) -> float:
             return abs(math.log(out / size[0])) + abs(math.log(width / size[1]))
 
-        found = [s for s in self.times if s[2] == rows]
+        found = [s for s, times in self.times.items() if s[2] == rows and len(times) > kind]
         if not found:
             return None
-        linear, onednn = self.times[min(found, key=far)]
-        return onednn / linear
+        times = self.times[min(found, key=far)]
+        return times[kind] / times[0]
 
 
 _lock = threading.Lock()
@@ -194,13 +200,13 @@ def read(path: Path, what: Mapping[str, Any]) -> Times | None:
         if {k: data[k] for k in what} != dict(what):
             return None
         times: Times = {}
-        for out, width, rows, *pair in data["times"]:
-            if (out, width) not in SIZES or rows not in ALL_CLASSES or len(pair) != 2:
+        for out, width, rows, *kinds in data["times"]:
+            if (out, width) not in SIZES or rows not in ALL_CLASSES or not 2 <= len(kinds) <= 3:
                 return None
-            linear, onednn = map(float, pair)
-            if not (0 < linear < math.inf and 0 < onednn < math.inf):
+            seconds = tuple(map(float, kinds))
+            if not all(0 < s < math.inf for s in seconds):
                 return None
-            times[out, width, rows] = linear, onednn
+            times[out, width, rows] = seconds
         return times if complete(times, what.get("of", "")) else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         return None
@@ -208,7 +214,7 @@ def read(path: Path, what: Mapping[str, Any]) -> Times | None:
 
 def write(path: Path, what: Mapping[str, Any], times: Times) -> None:
     """Keep the times, all or nothing; where that is not possible, do nothing."""
-    data = {**what, "times": [[*size, *pair] for size, pair in times.items()]}
+    data = {**what, "times": [[*size, *kinds] for size, kinds in times.items()]}
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

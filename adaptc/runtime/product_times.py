@@ -17,35 +17,37 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaptc.passes.ir.modes import AUTOCAST_DEVICES
-from adaptc.passes.ir.product import ALL_CLASSES, ONEDNN, in_transform, product
+from adaptc.passes.ir.product import ALL_CLASSES, ONEDNN, by_columns, in_transform, product, row_class
 
-#: (rows, columns of a weight, class of rows) -> seconds of linear and of oneDNN
-Times = dict[tuple[int, int, int], tuple[float, float]]
-#: (pool, size of a weight, rows, when to end) -> the least time of each of two kinds, None where there is none left
-Pair = Callable[[Tensor, tuple[int, int], int, float], tuple[float, float] | None]
+#: (rows, columns of a weight, class of rows) -> seconds of linear, of oneDNN, and of columns where they are measured
+Times = dict[tuple[int, int, int], tuple[float, ...]]
+#: (pool, size of a weight, rows, when to end) -> the least time of each kind, None where there is none left
+Kinds = Callable[[Tensor, tuple[int, int], int, float], Sequence[float] | None]
 
 #: the name of times of weights that are transposed views
 TURNED = "turned"
 #: weights that are measured
 SIZES = ((256, 256), (576, 576), (1536, 576), (576, 1536), (2048, 2048))
 #: rows that stand for each class
-ROWS = (1, 8, 96, 384)
+ROWS = (1, 3, 8, 96, 384)
 #: the first of the classes that gradients are measured at: who trains has more rows than a few
-GRADIENTS = 2
+GRADIENTS = 3
+#: the class at which the product of columns is measured: with more rows it has nothing to gain
+FEW = 1
 #: seconds for all of it; what does not fit in is left out, and so computed by linear
 BUDGET = 0.5
 #: operations of one product above which none is measured: a smaller weight says as much
 _MOST_WORK = 2e9
 #: times that each kind is measured, and the fewest that count
 _ROUNDS, _FEWEST = 6, 3
-#: bytes of the memory that weights are taken from, and how many at most, far apart: several times what near caches hold,
-#: which decides at few rows, where the kinds differ in how they wait for memory
+#: bytes of the memory that weights are taken from, and how many at most, far apart: several times what near caches
+#: hold, which decides at few rows, where the kinds differ in how they wait for memory
 _POOL, _WEIGHTS = 128_000_000, 24
 
 
-def measure(dtype: torch.dtype, pair: Pair | None = None, of: str = "") -> Times:
+def measure(dtype: torch.dtype, kinds: Kinds | None = None, of: str = "") -> Times:
     """Times of products of ``dtype``, in about :data:`BUDGET` seconds at most; none where a mode is on that makes other
-    things of tensors. ``pair`` measures two kinds other than linear and oneDNN, ``of`` is what it measures."""
+    things of tensors. ``kinds`` measures others than linear, oneDNN and columns, ``of`` is what it measures."""
     if in_transform():
         return {}
     with contextlib.ExitStack() as stack:
@@ -54,7 +56,7 @@ def measure(dtype: torch.dtype, pair: Pair | None = None, of: str = "") -> Times
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         pool = torch.full((_POOL // dtype.itemsize,), 0.5, dtype=dtype, device="cpu")
-        return _measure(pool, pair or _pair, of) if type(pool) is Tensor else {}
+        return _measure(pool, kinds or _kinds, of) if type(pool) is Tensor else {}
 
 
 def measure_turned(dtype: torch.dtype) -> Times:
@@ -73,30 +75,33 @@ def _wanted(of: str = "") -> list[tuple[tuple[int, int], int, int]]:
     return [(s, c, n) for c, n in classes for s in SIZES if 2 * n * s[0] * s[1] <= _MOST_WORK]
 
 
-def _measure(pool: Tensor, measured: Pair, of: str) -> Times:
+def _measure(pool: Tensor, measured: Kinds, of: str) -> Times:
     out: Times = {}
     end = time.perf_counter() + BUDGET
     for size, rows, number in _wanted(of):
-        pair = measured(pool, size, number, end)
-        if pair is None:
+        found = measured(pool, size, number, end)
+        if found is None:
             break
-        out[(*size, rows)] = pair
+        out[(*size, rows)] = tuple(found)
     return out
 
 
-def _pair(pool: Tensor, size: tuple[int, int], rows: int, end: float) -> tuple[float, float] | None:
-    return _both(*operands(pool, size, rows), end)
+def _kinds(pool: Tensor, size: tuple[int, int], rows: int, end: float) -> Sequence[float] | None:
+    return least(as_they_lie(*operands(pool, size, rows)), end)
 
 
-def _turned(pool: Tensor, size: tuple[int, int], rows: int, end: float) -> tuple[float, float] | None:
+def _turned(pool: Tensor, size: tuple[int, int], rows: int, end: float) -> Sequence[float] | None:
     x, _ = operands(pool, size, rows)
     _, stored = operands(pool, (size[1], size[0]), rows)
-    return _both(x, [w.t() for w in stored], end)
+    weights = [w.t() for w in stored]
+    return least([plain(x, weights), by_onednn(x, weights)], end)
 
 
-def _both(x: Tensor, weights: Sequence[Tensor], end: float) -> tuple[float, float] | None:
-    best = least([plain(x, weights), by_onednn(x, weights)], end)
-    return None if best is None else (best[0], best[1])
+def as_they_lie(x: Tensor, weights: Sequence[Tensor]) -> list[Callable[[int], Tensor]]:
+    """All kinds of product that are measured at so many rows, of weights without a packed copy."""
+    kinds = [plain(x, weights), by_onednn(x, weights)]
+    few = row_class(x.shape[0]) == FEW
+    return [*kinds, lambda n: by_columns(x, weights[n % len(weights)], None)] if few else kinds
 
 
 def operands(pool: Tensor, size: tuple[int, int], rows: int) -> tuple[Tensor, list[Tensor]]:

@@ -1,12 +1,13 @@
 """One matrix product of a linear layer, by the library that is told to make it: ``adaptc::product``.
 
-    product(x, W, bias, kind, classes)      y = x W^T + bias
+    product(x, W, bias, kind, classes, columns)      y = x W^T + bias
 
 "linear" is ``F.linear``. "onednn" is oneDNN on the weight as it lies, without a copy or packing: in float32
 ``F.linear`` goes to MKL, which is slow on some processors. It holds for calls whose number of rows is in one of
 ``classes``, and where shapes, types and strides fit; every other call is ``F.linear``, so that a graph with this op
-computes on every machine what the plain graph does, up to rounding. The gradient of x is a product too, by the same
-choice; those of W and bias are plain.
+computes on every machine what the plain graph does, up to rounding. At ``columns``, classes as well, the same library
+makes y^T = W x^T, in which a few rows are a few columns: the other way round they may take it three times as long. The
+gradient of x is a product too, by ``kind``; those of W and bias are plain.
 
 :func:`product` is what code of calls uses: an op of Python costs ten microseconds, and it goes through one only where
 there is a gradient. Transforms of ``torch.func``, forward-mode derivatives and subclasses of tensors get ``F.linear``.
@@ -36,9 +37,11 @@ from adaptc.errors import BackendError, shown
 
 LINEAR, ONEDNN = "linear", "onednn"
 KINDS = (LINEAR, ONEDNN)
+#: what is said of a product at the classes of ``columns``
+COLUMNS = "columns"
 
 #: the most rows of each class of calls but the last, which has no end
-CLASSES = (1, 16, 256)
+CLASSES = (1, 4, 16, 256)
 ALL_CLASSES = tuple(range(len(CLASSES) + 1))
 
 
@@ -76,19 +79,28 @@ def in_transform() -> bool:
     return maybe_current_level() is not None
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, classes: Sequence[int]) -> Tensor:
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, classes: Sequence[int], columns: Sequence[int] = ()
+) -> Tensor:
     """x W^T + bias: x (..., K), weight (N, K), bias (N,) or None -> (..., N), of x's type. ``kind``: one of
-    :data:`KINDS`; ``classes``: the classes of rows it holds for.
+    :data:`KINDS`; ``classes``: the classes of rows it holds for; ``columns``: those at which y^T is made.
 
     Raises BackendError for a kind that does not exist, and whatever ``F.linear`` raises for operands that do not fit.
     """
-    if not _by_onednn(x, weight, bias, kind, classes) or in_transform():
+    at = _class_of(x, weight, bias, kind)
+    if (at not in classes and at not in columns) or in_transform():
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return product_op(x, weight, bias, kind, classes)
-    return _pointwise(x, weight, bias, "none", [], "")
+        return product_op(x, weight, bias, kind, classes, columns)
+    return by_columns(x, weight, bias) if at in columns else _pointwise(x, weight, bias, "none", [], "")
+
+
+def by_columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The transpose of weight x^T, as a tensor of its own."""
+    y = torch.mm(weight, x.reshape(-1, x.shape[-1]).t()).t().contiguous()
+    return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], weight.shape[0])
 
 
 def add_product(total: Tensor, x: Tensor, weight: Tensor, kind: str, classes: Sequence[int]) -> Tensor:
@@ -114,15 +126,20 @@ def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @torch.library.custom_op("adaptc::product", mutates_args=())
-def product_op(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, classes: Sequence[int]) -> Tensor:
+def product_op(
+    x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, classes: Sequence[int], columns: Sequence[int]
+) -> Tensor:
     """:func:`product` as an op, for graphs and for gradients."""
-    if _by_onednn(x, weight, bias, kind, classes):
-        return _pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+    at = _class_of(x, weight, bias, kind)
+    if at in columns:
+        return by_columns(x, weight, bias)
+    return _pointwise(x, weight, bias, "none", [], "") if at in classes else F.linear(x, weight, bias)
 
 
 @product_op.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, classes: Sequence[int]) -> Tensor:
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, classes: Sequence[int], columns: Sequence[int]
+) -> Tensor:
     _check(kind)
     return F.linear(x, weight, bias)
 
@@ -133,33 +150,39 @@ def _check(kind: str) -> None:
 
 
 def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, classes: Sequence[int]) -> bool:
+    return _class_of(x, weight, bias, kind) in classes
+
+
+def _class_of(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> int | None:
+    """The class of a call that another product than linear's may make; None for all others."""
     if kind != ONEDNN:
         _check(kind)
-        return False
+        return None
     # Subclasses have rules for linear, and none for this.
     if type(x) not in _PLAIN or type(weight) not in _PLAIN or x.device.type != "cpu" or weight.device.type != "cpu":
-        return False
+        return None
     dtype = x.dtype
     if not (dtype == weight.dtype and takes(dtype) and weight.ndim == 2 and x.ndim and x.layout == torch.strided):
-        return False
+        return None
     width, count = weight.shape[1], x.numel()
-    if not count or x.shape[-1] != width or row_class(count // width) not in classes:
-        return False
+    if not count or x.shape[-1] != width:
+        return None
     if bias is not None and not (
         type(bias) in _PLAIN and bias.dtype == dtype and bias.shape == weight.shape[:1] and bias.is_contiguous()
     ):
-        return False
+        return None
     if weight.layout != torch.strided or not (weight.is_contiguous() or weight.t().is_contiguous()):
-        return False
+        return None
     # Its derivative would be lost without a word.
-    return all(t is None or forward_ad.unpack_dual(t).tangent is None for t in (x, weight, bias))
+    dual = any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in (x, weight, bias))
+    return None if dual else row_class(count // width)
 
 
 _PLAIN = (Tensor, nn.Parameter)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, ctx.kind, ctx.classes = inputs
+    x, weight, _, ctx.kind, ctx.classes, _ = inputs
     need_x, need_weight = ctx.needs_input_grad[:2]
     ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
 
@@ -172,6 +195,7 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         product(g, weight.t(), None, ctx.kind, ctx.classes) if need_x else None,
         rows.t() @ x.reshape(-1, x.shape[-1]) if need_weight else None,
         rows.sum(0) if need_bias else None,
+        None,
         None,
         None,
     )

@@ -17,19 +17,30 @@ from torch import Tensor, fx
 
 from adaptc.passes.ir.ops import argument
 from adaptc.passes.ir.pass_infra import GraphPass, PassResult
-from adaptc.passes.ir.product import CLASSES, LINEAR
+from adaptc.passes.ir.product import CLASSES, COLUMNS, LINEAR
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Choice:
-    """``kind`` of product, at ``classes`` of rows, because of ``why``; ``ratios``: its time over linear's at each."""
+    """``kind`` of product, at ``classes`` of rows, because of ``why``; ``ratios``: its time over linear's at each.
+    ``columns``: the classes at which oneDNN's place is taken by the product of columns, with ratios of its own."""
 
     kind: str
     classes: tuple[int, ...] = ()
     why: str = ""
     ratios: tuple[float, ...] = ()
+    columns: tuple[int, ...] = ()
+    column_ratios: tuple[float, ...] = ()
+
+    def parts(self) -> list[Choice]:
+        """This choice as those of single kinds, for people."""
+        if not self.columns:
+            return [self]
+        other = Choice(COLUMNS, self.columns, self.why, self.column_ratios)
+        own = Choice(self.kind, self.classes, self.why, self.ratios)
+        return [own, other] if self.classes else [other]
 
 
 @dataclass(frozen=True)
@@ -41,23 +52,28 @@ class Products:
 
     def __str__(self) -> str:
         """A line for each kind, rows and reason; '' where nothing was chosen."""
-        groups = Counter((c.kind, c.classes, c.why) for c in self.choices)
+        groups = self._groups()
         return "\n".join(
             f"{self.caption}: {count} by {kind}{_rows(classes)} ({why}{self._times(kind, classes, why)})"
             for (kind, classes, why), count in groups.most_common()
         )
 
     def _times(self, *key: Any) -> str:
-        found = [r for c in self.choices if (c.kind, c.classes, c.why) == key for r in c.ratios]
+        found = [r for c in self._parts() if (c.kind, c.classes, c.why) == key for r in c.ratios]
         return f", {min(found):.2f} to {max(found):.2f} of linear's time" if found else ""
 
     def data(self) -> list[dict[str, Any]]:
         """``kind``, ``rows``, ``why`` and ``count`` of each line."""
-        groups = Counter((c.kind, c.classes, c.why) for c in self.choices)
         return [
             {"kind": kind, "rows": _rows(classes).removeprefix(" at "), "why": why, "count": count}
-            for (kind, classes, why), count in groups.most_common()
+            for (kind, classes, why), count in self._groups().most_common()
         ]
+
+    def _parts(self) -> list[Choice]:
+        return [part for c in self.choices for part in c.parts()]
+
+    def _groups(self) -> Counter[tuple[str, tuple[int, ...], str]]:
+        return Counter((c.kind, c.classes, c.why) for c in self._parts())
 
 
 def _rows(classes: Collection[int]) -> str:
@@ -95,7 +111,7 @@ class ChooseProducts(GraphPass):
             choices.append(choice)
             if choice.kind != LINEAR:
                 node.target, node.kwargs = torch.ops.adaptc.product.default, {}
-                node.args = (x, weight, bias, choice.kind, list(choice.classes))
+                node.args = (x, weight, bias, choice.kind, list(choice.classes), list(choice.columns))
         changed = sum(c.kind != LINEAR for c in choices)
         return PassResult(subject, changed, data=Products(tuple(choices)))
 

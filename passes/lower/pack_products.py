@@ -6,7 +6,7 @@ to rounding; the layers that somebody packs for are calls of what it gives, on t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -17,8 +17,9 @@ from adaptc.passes.ir.ops import argument
 from adaptc.passes.ir.pass_infra import GraphPass, PassResult
 from adaptc.passes.ir.product import LINEAR
 
-#: (rows, columns, type of a weight, kind, classes of what computes it now) -> what takes (x, weight, bias), or None
-Make = Callable[[int, int, torch.dtype, str, Collection[int]], Callable[..., Tensor] | None]
+#: (rows, columns, type of a weight, and what an ``adaptc::product`` of it is told now) -> what takes (x, weight, bias),
+#: or None
+Make = Callable[[int, int, torch.dtype, Sequence[Any]], Callable[..., Tensor] | None]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class PackProducts(GraphPass):
         count = 0
         kinds: dict[Any, Any] = {
             torch.ops.aten.linear.default: lambda n: (LINEAR, ()),
-            torch.ops.adaptc.product.default: lambda n: n.args[3:5],
+            torch.ops.adaptc.product.default: lambda n: n.args[3:],
         }
         for node in [n for n in subject.nodes if n.op == "call_function" and n.target in kinds]:
             x, weight, bias = (argument(node, i) for i in range(3))
@@ -44,8 +45,7 @@ class PackProducts(GraphPass):
             if value.ndim != 2 or value.device.type != "cpu" or not all(isinstance(s, int) for s in value.shape):
                 continue
             out, width = map(int, value.shape)
-            kind, classes = kinds[node.target](node)
-            made = self.make(out, width, value.dtype, kind, classes)
+            made = self.make(out, width, value.dtype, kinds[node.target](node))
             if made is not None:
                 node.target, node.args, node.kwargs = made, (x, weight, bias), {}
                 count += 1

@@ -28,7 +28,7 @@ def base_product(x: Tensor, w: Tensor, b: Tensor | None, told: Told) -> Tensor:
     for dtype, kind, classes, _, _ in told:
         if dtype == x.dtype and not torch.compiler.is_exporting():
             # A compiler cannot look into the choice, and takes the op as it is.
-            return (product_op if torch.compiler.is_compiling() else product)(x, w, b, kind, classes)
+            return (product_op if torch.compiler.is_compiling() else product)(x, w, b, kind, classes, [])
     return F.linear(x, w, b)
 
 

@@ -71,7 +71,7 @@ def test_the_module_and_the_report_say_what_was_chosen(llama: nn.Module) -> None
     assert adaptc.report(program).training == ()
     module = program.module()
     layers = len(module.products[0].choices)
-    rows = "1, 2 to 16, 17 to 256, more than 256 rows"
+    rows = "1, 2 to 4, 5 to 16, 17 to 256, more than 256 rows"
     lines = [
         f"{FORWARD}, float32: {layers} by onednn at {rows} (measured: faster here, 0.50 to 0.75 of linear's time)",
         f"{GRADIENTS}, bfloat16: {layers} by linear (measured: the fastest here)",

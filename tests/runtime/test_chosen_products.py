@@ -17,7 +17,7 @@ from adaptc.runtime import executor, product_table
 from tests.support.sibling_nets import LAYERS, adapter, block, compiled, rows
 
 #: at one row, and from 17 to 256
-CHOICE = Choice(ONEDNN, (0, 2), "measured: faster here", (0.5, 0.75))
+CHOICE = Choice(ONEDNN, (0, 3), "measured: faster here", (0.5, 0.75))
 FLOAT = torch.float32
 
 
@@ -57,6 +57,19 @@ def test_it_computes_what_its_graph_says(fuse: bool, calls: list[int]) -> None:
     # Of single layers v alone is no thin one here; the product of three has its own size.
     assert calls == [21]
     assert dict(program.passes["stacked" if fuse else "plain"])["choose_products"] == 1
+
+
+def test_a_few_rows_by_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    real = op.by_columns
+    monkeypatch.setattr(op, "by_columns", lambda x, *rest: (made.append(x.numel() // x.shape[-1]), real(x, *rest))[1])
+    few = Choice(ONEDNN, (0,), "measured: faster here", (0.5,), (1,), (0.4,))
+    monkeypatch.setattr(executor, "choose", lambda out, *_: few if out > 6 else Choice(LINEAR, (), "thin"))
+    program = compiled(dtype=FLOAT)
+    for n in (1, 2, 3):  # of three rows each
+        close(program(rows(n, FLOAT)), program.module()(rows(n, FLOAT)))
+    assert made == ([3] if op.takes(FLOAT) else [])
+    assert "products: 1 by columns at 2 to 4 rows" in str(adaptc.report(program))
 
 
 def test_one_row_and_none(calls: list[int]) -> None:

@@ -72,7 +72,7 @@ def test_the_report_says_what_was_chosen_and_why() -> None:
     assert not program.products.choices
     program(rows(7, FLOAT))
     text = str(adaptc.report(program))
-    rows_of_all = "1, 2 to 16, 17 to 256, more than 256 rows"
+    rows_of_all = "1, 2 to 4, 5 to 16, 17 to 256, more than 256 rows"
     assert f"products: 3 by onednn at {rows_of_all} (measured: faster here, at no rows slower, 0.50 to 1.00 of" in text
     assert "products: 1 by linear (too thin for a test)" in text
 

@@ -70,6 +70,7 @@ def strided(kind: str, lead: tuple[int, ...], width: int, dtype: torch.dtype) ->
     strides=st.sampled_from(["contiguous", "expanded", "columns", "transposed", "offset"]),
     turned=st.booleans(),
     biased=st.booleans(),
+    columns=st.booleans(),
     threads=st.sampled_from([1, 2]),
 )
 def test_it_is_the_plain_product_within_rounding(
@@ -79,6 +80,7 @@ def test_it_is_the_plain_product_within_rounding(
     strides: str,
     turned: bool,
     biased: bool,
+    columns: bool,
     threads: int,
 ) -> None:
     out, width = sizes
@@ -89,7 +91,7 @@ def test_it_is_the_plain_product_within_rounding(
     torch.set_num_threads(threads)
     try:
         for run in (product, product_op):
-            found = run(x, weight, bias, ONEDNN, ALL_CLASSES)
+            found = run(x, weight, bias, ONEDNN, ALL_CLASSES, ALL_CLASSES if columns else [])
             close(found, x, weight, bias)
             assert found.is_contiguous() or found.stride() == F.linear(x, weight, bias).stride()
     finally:
@@ -98,11 +100,28 @@ def test_it_is_the_plain_product_within_rounding(
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_only_calls_of_its_classes_go_to_onednn(dtype: torch.dtype, calls: list[tuple[int, ...]]) -> None:
-    weight, chosen = of(dtype, 13, 7), [0, 2]
-    for rows in (1, 2, 16, 17, 256, 257):
+    weight, chosen = of(dtype, 13, 7), [0, 3]
+    for rows in (1, 2, 4, 5, 16, 17, 256, 257):
         close(product(of(dtype, rows, 7), weight, None, ONEDNN, chosen), of(dtype, rows, 7), weight, None)
     assert calls == ([(1, 7), (17, 7), (256, 7)] if module.takes(dtype) else [])
     assert [row_class(n) for n in (1, *(m + 1 for m in CLASSES))] == list(ALL_CLASSES)
+
+
+def test_at_columns_the_transpose_is_made(calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    real = module.by_columns
+    monkeypatch.setattr(module, "by_columns", lambda x, *rest: (made.append(x.numel() // 7), real(x, *rest))[1])
+    weight, bias = of(torch.float32, 13, 7), of(torch.float32, 13)
+    for lead in ((1,), (2,), (2, 2), (4, 1, 1), (5,)):
+        x = of(torch.float32, *lead, 7)
+        found = product(x, weight, bias, ONEDNN, [0, 2], [1])
+        close(found, x, weight, bias)
+        assert found.is_contiguous()
+    assert made == ([2, 4, 4] if module.takes(torch.float32) else [])
+    # The operands of others are left as they are, and a gradient is linear's.
+    x = of(torch.float32, 3, 7).requires_grad_()
+    product(x, weight, bias, ONEDNN, [], [1]).sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(3, 7))
 
 
 def test_what_does_not_fit_is_linear(calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +138,7 @@ def test_what_does_not_fit_is_linear(calls: list[tuple[int, ...]], monkeypatch: 
             product(bad, weight, None, ONEDNN, ALL_CLASSES)
     for run in (product, product_op):
         with pytest.raises(BackendError, match="unknown kind 'mkl'; choose one of linear, onednn"):
-            run(x, weight, None, "mkl", ALL_CLASSES)
+            run(x, weight, None, "mkl", ALL_CLASSES, [])
 
 
 def test_without_the_private_op_it_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +147,7 @@ def test_without_the_private_op_it_is_linear(monkeypatch: pytest.MonkeyPatch) ->
     assert module._found() is None
     monkeypatch.setattr(module, "_pointwise", module._found())
     for run in (product, product_op):
-        assert run(x, weight, None, ONEDNN, ALL_CLASSES).equal(F.linear(x, weight))
+        assert run(x, weight, None, ONEDNN, ALL_CLASSES, ALL_CLASSES).equal(F.linear(x, weight))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -173,4 +192,5 @@ def test_no_derivative_is_lost_in_a_transform() -> None:
 def test_as_an_op_of_graphs() -> None:
     x, weight, bias = of(torch.float32, 3, 7).requires_grad_(), of(torch.float32, 13, 7), of(torch.float32, 13)
     for b in (None, bias):
-        torch.library.opcheck(product_op, (x, weight, b, ONEDNN, [0, 1]))
+        torch.library.opcheck(product_op, (x, weight, b, ONEDNN, [0, 1], []))
+        torch.library.opcheck(product_op, (x, weight, b, ONEDNN, [0], [1]))
