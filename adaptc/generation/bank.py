@@ -13,9 +13,9 @@ from torch import Tensor
 
 from adaptc.errors import AdaptcError
 from adaptc.generation.cache import StepCache
-from adaptc.generation.random_steps import pair
 from adaptc.program.bank import Bank
 from adaptc.program.bound import Keeping
+from adaptc.program.divided_bank import DividedBank
 from adaptc.rows.report import BankReport
 
 
@@ -25,7 +25,7 @@ class GeneratorBank:
     def __init__(self, generator: Any, adapters: Mapping[str, Any] | None, **limits: Any) -> None:
         self._generator = generator
         #: the bank of the step program
-        self.bank = Bank(generator.program, adapters, probes=pair(generator.facts, generator.device), **limits)
+        self.bank = _bank_of(generator, adapters, limits)
 
     def assigned(self, adapters: Any) -> Any:
         """A generator that keeps an assignment, with an entry for each prompt."""
@@ -40,7 +40,7 @@ class GeneratorBank:
         """As :meth:`Generator.generate`. ``adapters``: for each prompt a name, None for the base, or a dict of names
         and weights. Raises AdaptcError for another number of entries than prompts, and as the bank does."""
         prompts = inputs
-        for name in ("input_ids", "inputs_embeds"):
+        for name in (self._generator.main_input_name, "inputs_embeds"):
             prompts = kwargs.get(name) if prompts is None else prompts
         chosen = self.bank.assigned(adapters)
         if isinstance(prompts, Tensor) and prompts.shape[0] != len(chosen.mixes):
@@ -77,3 +77,10 @@ class GeneratorBank:
 
     def __repr__(self) -> str:
         return f"generates with {self.bank!r}"
+
+
+def _bank_of(generator: Any, adapters: Mapping[str, Any] | None, limits: Mapping[str, Any]) -> Bank:
+    program, parts, probes = generator.program, generator.divided(), generator.probes()
+    if parts is None:
+        return Bank(program, adapters, probes=probes, **limits)
+    return DividedBank(program, parts, adapters, probes=probes, **limits)

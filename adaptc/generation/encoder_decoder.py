@@ -24,10 +24,12 @@ from adaptc.generation.cross_facts import CrossFacts
 from adaptc.generation.cross_step import MASK, STATES, stepping_across
 from adaptc.generation.facts import past_name
 from adaptc.generation.generator import Generator, cut_positions
-from adaptc.generation.random_steps import drawn, step_across
+from adaptc.generation.random_steps import drawn, pair, step_across
 from adaptc.packages.run import BoundPackage, PackagedProgram
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.bound import Bound
+from adaptc.program.core import ProgramCore
+from adaptc.program.divided_bank import AssignedParts
 from adaptc.program.parts import Part, pinned_parts
 from adaptc.program.views import SCALE
 
@@ -41,7 +43,9 @@ class EncoderDecoder(Generator):
 
     facts: CrossFacts
 
-    def __init__(self, runs: AdaptedProgram | Bound | PackagedProgram | BoundPackage, facts: CrossFacts) -> None:
+    def __init__(
+        self, runs: AdaptedProgram | Bound | AssignedParts | PackagedProgram | BoundPackage, facts: CrossFacts
+    ) -> None:
         super().__init__(runs, facts)
         self.main_input_name = facts.main
         #: what calls run, while a generation goes on
@@ -52,6 +56,9 @@ class EncoderDecoder(Generator):
 
     def drawn(self, options: Mapping[str, Any]) -> dict[str, Any]:
         return drawn(self.facts, self.device, options, step_across)
+
+    def probes(self) -> list[dict[str, Tensor]]:
+        return pair(self.facts, self.device, step_across)
 
     @contextlib.contextmanager
     def as_program(self, model: Any) -> Iterator[Any]:
@@ -77,13 +84,6 @@ class EncoderDecoder(Generator):
         inputs, kwargs = cross_checks.arguments(self.facts, inputs, kwargs)
         return self.pinned(scale=scale).generated(inputs, generation_config, kwargs)
 
-    def bank(self, adapters: Mapping[str, Any] | None = None, **limits: Any) -> Any:
-        """Refused: rows of one batch have adapters of their own in models without an encoder alone."""
-        raise AdaptcError(
-            "gen.bank is for models without an encoder: bind an adapter for each batch, with gen.bind, or run the "
-            "model's own program, adaptc.compile(model, config).bank({...}), which takes encoder-decoders"
-        )
-
     def prefill(self, inputs: Tensor, attention_mask: Tensor | None = None) -> CrossCache:  # type: ignore[override]
         """The cache of what the encoder reads, to be decoded by :meth:`generate`, any number of times from copies of
         it."""
@@ -106,14 +106,16 @@ class EncoderDecoder(Generator):
         if self.parts is not None:
             return self.parts
         runs = self._runs
-        packaged = isinstance(runs, (PackagedProgram, BoundPackage))
-        return runs.parts(scale) if packaged else pinned_parts(runs, self.facts.parts, scale)
+        itself = isinstance(runs, (ProgramCore, Bound))
+        return pinned_parts(runs, self.facts.parts, scale) if itself else runs.parts(scale)
 
     def encode(self, inputs: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The encoder's states (batch, positions, hidden)."""
         cross_checks.source(self.facts, inputs, attention_mask)
         if attention_mask is None:
             attention_mask = inputs.new_ones(inputs.shape[:2], dtype=torch.int64)
+        if isinstance(self._runs, AssignedParts):
+            self._runs.check_encoded(inputs.shape[0])
         given = {self.facts.main: inputs.contiguous(), "attention_mask": attention_mask.long().contiguous()}
         return _run(self.kept_parts()["encode"], given)[STATES]
 

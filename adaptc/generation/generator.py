@@ -23,7 +23,7 @@ from adaptc.generation.cache import StepCache
 from adaptc.generation.description import described
 from adaptc.generation.facts import NOTHING, Facts, past_name
 from adaptc.generation.package_files import carried
-from adaptc.generation.random_steps import drawn
+from adaptc.generation.random_steps import drawn, pair
 from adaptc.generation.ways import cache_for, run_as, stepping_as
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.bound import Keeping
@@ -84,6 +84,10 @@ class Generator(Holder):
 
     def drawn(self, options: Mapping[str, Any]) -> dict[str, Any]:
         return drawn(self.facts, self.device, options)
+
+    def probes(self) -> list[dict[str, Tensor]]:
+        """Two steps of rows that differ, for finding where the rows are."""
+        return pair(self.facts, self.device)
 
     @contextlib.contextmanager
     def as_program(self, model: Any) -> Iterator[Any]:

@@ -43,34 +43,40 @@ def _number(draw: torch.Generator, least: int, most: int) -> int:
     return int(torch.randint(least, max(least, most) + 1, (), generator=draw))
 
 
-def step_across(facts: CrossFacts, draw: torch.Generator) -> dict[str, Tensor]:
-    """Of a program with an encoder: a step, and beside it other rows that are encoded."""
+def step_across(
+    facts: CrossFacts, draw: torch.Generator, values: torch.Generator | None = None, rows: int | None = None
+) -> dict[str, Tensor]:
+    """Of a program with an encoder: a step, and beside it other rows that are encoded. ``values``: what draws all but
+    sizes."""
+    sources, values = rows, draw if values is None else values
     renamed = {"input_ids", "attention_mask", "position_ids"}
-    inputs = {f"decoder_{n}" if n in renamed else n: t for n, t in _step(facts, draw).items()}
-    rows, sources, read = inputs["decoder_input_ids"].shape[0], _number(draw, 1, _MOST), _number(draw, 1, 2 * _MOST)
+    inputs = {f"decoder_{n}" if n in renamed else n: t for n, t in _step(facts, draw, values, rows).items()}
+    rows = inputs["decoder_input_ids"].shape[0]
+    sources, read = _number(draw, 1, _MOST) if sources is None else sources, _number(draw, 1, 2 * _MOST)
     if facts.features is None:
         read = min(read, facts.source or read)
-        inputs[facts.main] = torch.randint(0, facts.vocabulary, (sources, read), generator=draw)
+        inputs[facts.main] = torch.randint(0, facts.vocabulary, (sources, read), generator=values)
         inputs["attention_mask"] = torch.ones(sources, read, dtype=torch.int64)
         inputs[MASK] = torch.ones(rows, read, dtype=torch.int64)
     else:
         read = facts.features[-1] // (facts.strides[0] * facts.strides[1])
-        inputs[facts.main] = torch.randn(sources, *facts.features, generator=draw).to(facts.embeds_dtype)
-    inputs[STATES] = torch.randn(rows, read, facts.hidden, generator=draw).to(facts.cross.dtype)
+        inputs[facts.main] = torch.randn(sources, *facts.features, generator=values).to(facts.embeds_dtype)
+    inputs[STATES] = torch.randn(rows, read, facts.hidden, generator=values).to(facts.cross.dtype)
     for name, shape in zip(facts.cross.names, facts.cross.shapes(rows, read), strict=True):
-        inputs[name] = torch.randn(shape, generator=draw).to(facts.cross.dtype)
+        inputs[name] = torch.randn(shape, generator=values).to(facts.cross.dtype)
     return inputs
 
 
-def pair(facts: Facts, device: torch.device) -> list[dict[str, Tensor]]:
-    """Inputs of two steps of three rows with equal sizes, which differ in their tokens and in what the cache holds."""
+def pair(facts: Any, device: torch.device, step: Callable[..., Any] | None = None) -> list[dict[str, Tensor]]:
+    """Inputs of two steps of three rows with equal sizes, which differ in their tokens and in what the cache holds.
+    ``step`` makes each."""
     out = []
     for seed in (1, 2):
         sizes, values = torch.Generator().manual_seed(7), torch.Generator().manual_seed(seed)
-        step = _step(facts, sizes, values, rows=3)
-        if "embedded" in step:
-            step["embedded"] = torch.tensor(False)
-        out.append({name: value.to(device) for name, value in step.items()})
+        made = (step or _step)(facts, sizes, values, rows=3)
+        if "embedded" in made:
+            made["embedded"] = torch.tensor(False)
+        out.append({name: value.to(device) for name, value in made.items()})
     return out
 
 

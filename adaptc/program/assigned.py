@@ -56,12 +56,17 @@ class Stacks(Protocol):
     def code(self, stack: Stack, long: bool) -> Executor: ...
 
 
+def kept(mixes: Mixes) -> Binding:
+    """What stands for the adapters of an assignment."""
+    return replace(Binding.none(), source=", ".join(map(str, used(mixes))) or "the base")
+
+
 class Assigned(Keeping):
     """Made by ``Bank.assigned``. ``runs``: what computes it."""
 
     def __init__(self, runs: Callable[..., Any] | Stack, mixes: Mixes, bank: Stacks) -> None:
         self._runs, self.mixes, self._bank = runs, mixes, bank
-        self.binding = replace(Binding.none(), source=", ".join(map(str, used(mixes))) or "the base")
+        self.binding = kept(mixes)
         self._coefficients: dict[int, Tensor] = {}
         self._called = outside(_called)
 

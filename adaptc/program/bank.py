@@ -34,6 +34,7 @@ from adaptc.program.bound import Bound
 from adaptc.program.core import ProgramCore
 from adaptc.program.unload import unloaded
 from adaptc.rows.assignment import Mixes, check_known, mixes_of, used
+from adaptc.rows.bare import Bare
 from adaptc.rows.code import RowsSource
 from adaptc.rows.limits import Limits
 from adaptc.rows.report import BankReport, bytes_of
@@ -68,14 +69,15 @@ class Bank:
         if loader is not None and not callable(loader):
             raise ConfigError(f"loader={shown(loader)} must be a function of a name that gives an adapter")
         self._program = program.snapshot()
-        self.loader = loader
-        #: where the rows are, and what its code is made of
-        self.source = _source_of(self._program, probes)
+        self.loader, self._probes = loader, probes
+        #: the program without adapters, and its sites
+        self.bare = _bare(self._program)
+        self._locate()
         #: FQN -> what calls write to, of this bank alone
-        self.state: Mapping[str, Tensor] = own_copies(self.source.base, self.source.written)
+        self.state: Mapping[str, Tensor] = own_copies(self.bare.base, self.bare.written)
         self._table: Mapping[str, Binding] = {}
         self._order: OrderedDict[str, None] = OrderedDict()
-        self._codes: dict[tuple[int, bool], Executor] = {}
+        self._codes: dict[tuple[str, int, bool], Executor] = {}
         self._stacks: OrderedDict[int, Stack] = OrderedDict()
         self._bound: dict[str, Bound] = {}
         self._lock = threading.RLock()
@@ -84,6 +86,11 @@ class Bank:
             raise ConfigError(f"adapters={shown(adapters)} must be a dict of adapters by name")
         for name, adapter in (adapters or {}).items():
             self.add(name, adapter, **options)
+
+    def _locate(self) -> None:
+        """Find where the rows are."""
+        #: what its code is made of
+        self.source = RowsSource.of(self.bare, self._probes)
 
     # -- adapters ------------------------------------------------------------------------------------------------------
 
@@ -139,7 +146,7 @@ class Bank:
 
     def _binding(self, name: str, adapter: Any, options: Mapping[str, Any]) -> Binding:
         try:
-            binding = as_binding(self._program, adapter, trainable=self.source.training, **options)
+            binding = as_binding(self._program, adapter, trainable=self.bare.training, **options)
             self.limits.check(name, binding)
         except AdaptcError as error:
             error.add_note(f"It is adapter {name!r} of the bank.")
@@ -210,13 +217,14 @@ class Bank:
         """What computes an assignment: where all rows want the same a program of its own, else a stack."""
         names = used(mixes)
         if not names:
-            base: ProgramCore = self._program.base  # type: ignore[attr-defined]
-            return self._with_state(base, Binding.none()) if self.state else base.pinned()
-        if all(mix == {names[0]: 1.0} for mix in mixes) and not self.source.training:
-            if self.state:
-                return self._with_state(self._program, table[names[0]])
+            return self._base()
+        if all(mix == {names[0]: 1.0} for mix in mixes) and not self.bare.training:
             return self._alone(names[0], table)
         return self._stack(names, table)
+
+    def _base(self) -> Callable[..., Any]:
+        base: ProgramCore = self._program.base  # type: ignore[attr-defined]
+        return self._with_state(base, Binding.none()) if self.state else base.pinned()
 
     def _with_state(self, program: ProgramCore, binding: Binding) -> Callable[..., Any]:
         """A program on the buffers of the bank."""
@@ -224,7 +232,10 @@ class Bank:
         arguments = code.own_arguments(binding, self.state)
         return lambda *args, **kwargs: code(arguments, args, kwargs)
 
-    def _alone(self, name: str, table: Mapping[str, Binding]) -> Bound:
+    def _alone(self, name: str, table: Mapping[str, Binding]) -> Callable[..., Any]:
+        return self._with_state(self._program, table[name]) if self.state else self._bound_to(name, table)
+
+    def _bound_to(self, name: str, table: Mapping[str, Binding]) -> Bound:
         with self._lock:
             found = self._bound.get(name)
             if found is None or found.binding is not table[name]:
@@ -241,7 +252,7 @@ class Bank:
                     return stack
         count = self._count(len(names))
         members = tuple(table[n] for n in names)
-        source = self.source
+        source = self.bare
         made = stacked(members, source.attachments, source.ops, count)
         stack = Stack(names, members, count, made)
         with self._lock:
@@ -262,15 +273,18 @@ class Bank:
 
     def code(self, stack: Stack, long: bool) -> Executor:
         """What computes calls on a stack, of ``long`` rows or short ones; made at the first such call."""
+        return self._code(self.source, "", stack, long)
+
+    def _code(self, source: RowsSource, part: str, stack: Stack, long: bool) -> Executor:
         options = self._program.options
-        long = long and options.backend == "eager" and not self.source.training
-        key = stack.count, long
+        long = long and options.backend == "eager" and not self.bare.training
+        key = part, stack.count, long
         code = self._codes.get(key)
         if code is None:
             with GRAPHS:
                 code = self._codes.get(key)
                 if code is None:
-                    code = self._codes[key] = self.source.code(stack.binding, stack.count, options, long)
+                    code = self._codes[key] = source.code(stack.binding, stack.count, options, long)
         return code
 
     @property
@@ -310,7 +324,7 @@ class Bank:
         check_known(names, table)
         if not names:
             raise ConfigError("the bank is empty, so there is nothing to export")
-        made = stacked([table[n] for n in names], self.source.attachments, self.source.ops, len(names))
+        made = stacked([table[n] for n in names], self.bare.attachments, self.bare.ops, len(names))
         # Archives want tensors as they lie in memory.
         made = replace(made, values={f: t.detach().contiguous() for f, t in made.values.items()})
         return self.source.exported(made, len(names))
@@ -350,7 +364,10 @@ class Bank:
         with self._lock:
             held = {n: self._table[n] for n in self._order}
         limits = {f.name: getattr(self.limits, f.name) for f in fields(self.limits)}
-        return Bank(program, adapters(held), loader=self.loader, **limits)
+        return self._again(program, adapters(held), loader=self.loader, probes=self._probes, **limits)
+
+    def _again(self, program: ProgramCore, adapters: Mapping[str, Any], **options: Any) -> Bank:
+        return Bank(program, adapters, **options)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise AdaptcError(
@@ -373,7 +390,7 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise ConfigError(f"a bank has no option {name!r}{did_you_mean(name, [*limits, *known])}")
 
 
-def _source_of(program: ProgramCore, probes: Sequence[Mapping[str, Any]]) -> RowsSource:
+def _bare(program: ProgramCore) -> Bare:
     a = program.adaptation
     if not a.attachments:
         raise ConfigError("the program has no adapter sites, so there is nothing for a bank: compile it with a config")
@@ -388,4 +405,4 @@ def _source_of(program: ProgramCore, probes: Sequence[Mapping[str, Any]]) -> Row
         else:
             bare = unloaded(program)
         base = program.base_tensors
-        return RowsSource.of(bare, a.attachments, program.ops, base, a.fills, a.takes, a.training, probes)
+        return Bare(bare, a.attachments, program.ops, base, a.fills, a.takes, a.training)

@@ -8,7 +8,7 @@ needs to be swapped, merged or saved.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,7 +31,7 @@ from adaptc.runtime.outside_compilers import outside
 class Part:
     """A callable of some outputs, by name, and the names of the inputs that it takes."""
 
-    run: partial[dict[str, Tensor]]
+    run: Callable[..., dict[str, Tensor]]
     inputs: Collection[str]
 
 
@@ -40,7 +40,23 @@ def pinned_parts(
 ) -> dict[str, Part]:
     """One for each of ``parts``, which are names of outputs. ``scale``: as ``adapter_scale`` of calls. Raises
     ConfigError for a name that is none."""
-    runs, anchor, reads, state = program.pinned_to(scale)
+    return _parts(*program.pinned_to(scale), parts)
+
+
+def parts_with(
+    program: ProgramCore, binding: Binding, state: Mapping[str, Tensor], parts: Mapping[str, Sequence[str]]
+) -> dict[str, Part]:
+    """The same of a binding, and of a caller's own ``state``: by FQN what calls write to."""
+    return _parts(program, program.executor(), binding, state, parts)
+
+
+def _parts(
+    runs: ProgramCore,
+    anchor: Executor,
+    reads: Binding,
+    state: Mapping[str, Tensor],
+    parts: Mapping[str, Sequence[str]],
+) -> dict[str, Part]:
     return {name: _pinned(_executor(runs, anchor, tuple(outputs)), reads, state) for name, outputs in parts.items()}
 
 

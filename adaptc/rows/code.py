@@ -19,53 +19,36 @@ from adaptc.passes.adapt.inject_rows import InjectRows, around, check_site, read
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.lifted import Lifted, user_inputs
-from adaptc.passes.ir.ops import Op, operands
+from adaptc.passes.ir.ops import operands
 from adaptc.passes.ir.rows import InRows, RowAxis
 from adaptc.passes.ir.trees import pytree
+from adaptc.rows.bare import Bare
 from adaptc.rows.locate import Rows, locate, rows_of
 from adaptc.runtime.call_inputs import Inputs
 from adaptc.runtime.executor import Executor
 from adaptc.runtime.options import RunOptions
-from adaptc.runtime.state import written_to
 
 #: the name of the coefficients among the inputs
 KEYWORD = "adapter_coefficients"
 
 
 @dataclass(frozen=True, eq=False)
-class RowsSource:
-    """A program without adapters, and what code for rows is made of beside it. ``fills``, ``takes``: as for
-    :class:`Inputs`."""
+class RowsSource(Bare):
+    """With where the rows are: what code for them is made of."""
 
-    program: ExportedProgram
-    attachments: Sequence[Attachment]
-    ops: Mapping[str, Op]
-    base: Mapping[str, Tensor]
     rows: Rows
     axes: Mapping[str, RowAxis]
-    fills: Mapping[str, Sequence[str]]
-    takes: Sequence[str]
-    training: bool
 
     @classmethod
     @exclusive
-    def of(
-        cls,
-        program: ExportedProgram,
-        attachments: Sequence[Attachment],
-        ops: Mapping[str, Op],
-        base: Mapping[str, Tensor],
-        fills: Mapping[str, Sequence[str]],
-        takes: Sequence[str],
-        training: bool,
-        probes: Sequence[Mapping[str, Any]] = (),
-    ) -> RowsSource:
+    def of(cls, bare: Bare, probes: Sequence[Mapping[str, Any]] = ()) -> RowsSource:
         """``probes`` as for :func:`locate`. Raises TargetError, which names the site, where rows cannot have adapters
         of their own."""
+        program, ops = bare.program, bare.ops
         _check_names(program)
         rows, lifted = rows_of(program), Lifted(program, edit=False)
         wanted: dict[str, Attachment] = {}
-        for a in attachments:
+        for a in bare.attachments:
             check_site(lifted, a)
             op = ops[a.id]
             for node, _ in read_at(lifted, a):
@@ -79,17 +62,7 @@ class RowsSource:
                 f"{wanted[name].fqn!r} cannot have another adapter for each row of a batch: {reason}. Leave the module "
                 "out of the targets, or run the rows of each adapter as a batch of their own, with prog.bind"
             )
-        return cls(program, attachments, ops, base, rows, axes, fills, takes, training)
-
-    @property
-    def written(self) -> frozenset[str]:
-        """FQNs of base tensors that calls write to."""
-        lifted = Lifted(self.program, edit=False)
-        names = written_to(self.program.graph)
-        found = {f for f, node in lifted.placeholders.items() if node.name in names}
-        outputs = self.program.graph_signature
-        mutated = {*outputs.buffers_to_mutate.values(), *outputs.parameters_to_mutate.values()}
-        return frozenset((found | mutated) & self.base.keys())
+        return cls(**vars(bare), rows=rows, axes=axes)
 
     def check_call(self, count: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Raises AdaptcError for a call with so many entries for rows whose batch has another number of them. What else

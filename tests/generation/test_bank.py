@@ -91,8 +91,3 @@ def test_refused_by_name():
     assert "third" in made
     assert "2 adapters" in repr(made)
     assert "third" in str(made.report())
-
-
-def test_encoder_decoders_are_refused_by_name():
-    with pytest.raises(adaptc.AdaptcError, match="without an encoder"):
-        generator("t5").bank()

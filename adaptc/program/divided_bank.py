@@ -1,0 +1,129 @@
+"""A bank of a program that is called part by part: the parts of one call all know which adapters a row has.
+
+Before: a program whose outputs are a dict of tensors, and which of them are each part's. After: assignments that give
+a callable of each part. Adapters are held and stacked once, for all parts; code is made for each. What rows are, every
+part says for itself: an encoder may read one row for several that are decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from adaptc.binding.binding import Binding
+from adaptc.errors import AdaptcError
+from adaptc.passes.ir.lifted import user_inputs
+from adaptc.program.assigned import Assigned, Stack, kept
+from adaptc.program.bank import Bank
+from adaptc.program.bound import Keeping
+from adaptc.program.core import ProgramCore
+from adaptc.program.parts import Part, parts_with, pinned_parts
+from adaptc.rows.assignment import Mixes, mixes_of, used
+from adaptc.rows.code import RowsSource
+from adaptc.runtime.executor import Executor
+
+
+class DividedBank(Bank):
+    """``parts``: name -> outputs of each; all else as for :class:`Bank`."""
+
+    def __init__(
+        self,
+        program: ProgramCore,
+        parts: Mapping[str, Sequence[str]],
+        adapters: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        self.divided = parts
+        super().__init__(program, adapters, **options)
+
+    def _locate(self) -> None:
+        self.sources = {n: RowsSource.of(self.bare.part(outs), self._probes) for n, outs in self.divided.items()}
+
+    def __call__(self, *args: Any, adapters: Any = ..., **kwargs: Any) -> Any:
+        """Refused: the parts of one call may have several numbers of rows."""
+        raise AdaptcError("this bank is of a program that is called part by part: call what it generates with")
+
+    def assigned(self, adapters: Any) -> AssignedParts:  # type: ignore[override]
+        """What keeps this assignment and these adapters, and gives the parts with them."""
+        mixes = mixes_of(adapters)
+        return AssignedParts(self.parts(mixes, self._needed(used(mixes))), mixes, self.device)
+
+    def parts(self, mixes: Mixes, table: Mapping[str, Binding]) -> Mapping[str, Part]:
+        """Callables of all parts."""
+        found = self._runs(mixes, table)
+        if not isinstance(found, Stack):
+            return found()
+        out = {}
+        for name, source in self.sources.items():
+            run = Assigned(found, mixes, _PartOf(self, name))
+            out[name] = Part(run, frozenset(user_inputs(source.program)))
+        return out
+
+    def _base(self) -> Callable[..., Any]:
+        base: ProgramCore = self._program.base  # type: ignore[attr-defined]
+        if self.state:
+            return lambda: parts_with(base, Binding.none(), self.state, self.divided)
+        return lambda: pinned_parts(base, self.divided)
+
+    def _alone(self, name: str, table: Mapping[str, Binding]) -> Callable[..., Any]:
+        return lambda: parts_with(self._program, table[name], self.state, self.divided)
+
+    def code_of(self, part: str, stack: Stack, long: bool) -> Executor:
+        """As :meth:`code`, of one part."""
+        return self._code(self.sources[part], part, stack, long)
+
+    def exported(self, adapters: list[str] | None = None) -> ExportedProgram:
+        """Refused, as calls are."""
+        raise AdaptcError("this bank is of a program that is called part by part, which no one exported program is")
+
+    def _again(self, program: ProgramCore, adapters: Mapping[str, Any], **options: Any) -> Bank:
+        return DividedBank(program, self.divided, adapters, **options)
+
+
+class _PartOf:
+    """Who has the code and the buffers of one part."""
+
+    def __init__(self, bank: DividedBank, name: str) -> None:
+        self._bank, self._name = bank, name
+        self.source = bank.sources[name]
+        self.state = {n: t for n, t in bank.state.items() if n in bank.sources[name].written}
+
+    @property
+    def device(self) -> torch.device:
+        return self._bank.device
+
+    def code(self, stack: Stack, long: bool) -> Executor:
+        return self._bank.code_of(self._name, stack, long)
+
+
+class AssignedParts(Keeping):
+    """Made by :meth:`DividedBank.assigned`."""
+
+    def __init__(self, parts: Mapping[str, Part], mixes: Mixes, device: torch.device) -> None:
+        self._parts, self.mixes, self._device = parts, mixes, device
+        self.binding = kept(mixes)
+
+    def parts(self, scale: Any = None) -> Mapping[str, Part]:
+        """The callables. Raises ConfigError for a ``scale``, as :meth:`Keeping.pinned` does."""
+        self._keeps(scale)
+        return self._parts
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise AdaptcError("this assignment is of a program that is called part by part: call one of its parts")
+
+    def check_encoded(self, rows: int) -> None:
+        """Raises AdaptcError where others than all rows of the assignment are encoded, of which nothing tells which
+        they are."""
+        if rows != len(self.mixes):
+            raise AdaptcError(
+                f"adapters has {len(self.mixes)} entries, and {rows} rows are encoded: give one entry for each row. "
+                "Where a generation goes on with some of its rows alone, or has them several times (recordings that "
+                "are cut, timestamps, several temperatures or answers), run those of each adapter by themselves"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return self._device

@@ -1,0 +1,108 @@
+"""Each prompt of an encoder-decoder on adapters of its own, in the encoder, in what is made of its states, and in
+every step: what it gets alone, and what PEFT gives."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import adaptc
+from adaptc.program.divided_bank import DividedBank
+from tests.generation.models import case, generator, prompt
+from tests.generation.test_bank import NAMES, Mixed, row
+from tests.generation.test_encoder_decoders import WITH_ENCODER, expected, read, said
+
+BEAMS: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 2}
+
+
+def bank(family: str) -> Any:
+    return generator(family).bank(case(family).adapters)
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("family", WITH_ENCODER)
+def test_a_prompt_gets_what_peft_gives_it_alone(family: str) -> None:
+    """Greedy and in beams; rows of the base among them."""
+    made, given = bank(family), read(family, 4, 9, (4, 0, 1))
+    # Whisper's generation takes each recording several times for several answers, and the bank none but all once.
+    for how in ({}, {"num_beams": 3} if family == "whisper" else BEAMS):
+        out = said(Mixed(made, NAMES), given, **how)
+        each = len(out) // 4
+        for i, name in enumerate(NAMES[:3]):
+            alone = expected(family, name, row(given, i), **how)
+            found = out[i * each : (i + 1) * each]
+            assert torch.equal(found[:, : alone.shape[1]], alone), (name, how)
+            assert not found[:, alone.shape[1] :].any()
+        mix = said(Mixed(made, NAMES[3:]), row(given, 3), **how)
+        assert torch.equal(out[3 * each :, : mix.shape[1]], mix)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_logits_of_each_row_are_those_of_its_program(family: str) -> None:
+    """Tokens may be equal by chance; logits are not. Of the base to the bit of a call with the base alone."""
+    gen, given = generator(family), prompt(4, 7, (2, 0, 3))
+    given["decoder_input_ids"] = prompt(4, 5, seed=3)["input_ids"]
+    with torch.no_grad():
+        mixed = bank(family).assigned(NAMES).forward(**given).logits
+        alone = {n: gen.bind(d).forward(**given).logits for n, d in case(family).adapters.items()}
+        base = bank(family).assigned([None] * 4).forward(**given).logits
+    torch.testing.assert_close(mixed[0], alone["first"][0], rtol=0, atol=2e-5)
+    torch.testing.assert_close(mixed[2], alone["second"][2], rtol=0, atol=2e-5)
+    torch.testing.assert_close(mixed[1], base[1], rtol=0, atol=2e-5)
+    for name, i in (("second", 0), ("first", 2), ("first", 1), ("first", 3), ("second", 3)):
+        assert float((mixed[i] - alone[name][i]).abs().max()) > 1e-3
+    same = bank(family).assigned(["second"] * 4)
+    with torch.no_grad():
+        torch.testing.assert_close(same.forward(**given).logits, alone["second"], rtol=0, atol=2e-5)
+
+
+def test_what_was_encoded_is_decoded_again() -> None:
+    """A cache of the bank's, for beams too; and what the encoder gave."""
+    made, given = bank("bart"), prompt(4, 9, (4, 0, 1))
+    cache = made.prefill(given["input_ids"], given["attention_mask"], adapters=NAMES)
+    alone = {str(how): said(Mixed(made, NAMES), given, **how) for how in ({}, BEAMS)}
+    for how in ({}, BEAMS):
+        again = said(Mixed(made, NAMES), {"past_key_values": cache.copy()}, **how)
+        assert torch.equal(again, alone[str(how)])
+    states = made.assigned(NAMES).get_encoder()(**given)
+    mask = {"attention_mask": given["attention_mask"]}
+    assert torch.equal(said(Mixed(made, NAMES), {**mask, "encoder_outputs": states}), alone["{}"])
+
+
+def test_a_generation_keeps_its_adapters_in_all_parts() -> None:
+    made, given, dirs = bank("t5"), prompt(4, 6, (0, 2)), case("t5").adapters
+    before = said(Mixed(made, NAMES), given)
+
+    def replacing(ids: Tensor, scores: Tensor) -> Tensor:
+        if ids.shape[1] == 4:
+            made.replace("first", dirs["second"])
+        return scores
+
+    assert torch.equal(said(Mixed(made, NAMES), given, logits_processor=[replacing]), before)
+    twice: list[Any] = ["second", None, "second", {"second": 0.2}]
+    assert torch.equal(said(Mixed(made, NAMES), given), said(Mixed(made, twice), given))
+
+
+def test_refused_by_name() -> None:
+    made, given = bank("bart"), prompt(4, 6)
+    for names, message in (
+        (["first"] * 3, "3 entries, and there are 4 prompts"),
+        (["third"] * 4, "no adapter 'third'"),
+    ):
+        with pytest.raises(adaptc.AdaptcError, match=message):
+            said(Mixed(made, names), given)
+    with pytest.raises(adaptc.AdaptcError, match="4 entries, and 2 rows are encoded"):
+        made.prefill(given["input_ids"][:2], adapters=NAMES)
+    with pytest.raises(adaptc.ConfigError, match="keeps its adapter"):
+        said(Mixed(made, NAMES), given, adapter_scale=0.5)
+    assert isinstance(made.bank, DividedBank)
+    for call in (made.bank.exported, lambda: made.bank(**given, adapters=NAMES), made.bank.assigned(NAMES)):
+        with pytest.raises(adaptc.AdaptcError, match="part by part"):
+            call()
+    other = copy.copy(made.bank)
+    other.remove("second")
+    assert (list(made), list(other)) == (["first", "second"], ["first"])
