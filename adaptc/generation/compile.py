@@ -161,9 +161,16 @@ def _refuse_prompts(adapter: Any) -> None:
 def _captured(
     model: nn.Module, adapter: Any, options: RunOptions, step: Step, how: Mapping[str, Any]
 ) -> AdaptedProgram:
-    return compiled(
+    program = compiled(
         model, adapter, options, example_inputs=step.example_inputs, dynamic_shapes=step.dynamic_shapes, **how
     )
+    if reading := [a for a in program.adaptation.attachments if a.reads]:
+        raise ConfigError(
+            f"{reading[0].method.name} is not supported in programs that generate: a step sees its own tokens, and not "
+            "whether the adapter was invoked before them. adaptc.compile(model, config) gives a program that computes "
+            "logits with it"
+        )
+    return program
 
 
 def _common(model: Any, layout: CacheLayout, max_batch: int, max_length: int) -> dict[str, Any]:

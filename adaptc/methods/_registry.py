@@ -49,6 +49,7 @@ CONFIGS: dict[str, str] = {
 METHODS: dict[str, str] = {
     "lora": "adaptc.methods.lora:Lora",
     "lora_tied": "adaptc.methods.lora:LoraTied",
+    "alora": "adaptc.methods.alora:Alora",
     "dora": "adaptc.methods.dora:Dora",
     "adalora": "adaptc.methods.adalora:AdaLora",
     "oft": "adaptc.methods.oft:Oft",

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from adaptc.errors import ConfigError
-from adaptc.methods._checks import check_bias, check_probability, check_ranks
+from adaptc.methods._checks import check_bias, check_integers, check_probability, check_ranks
 from adaptc.methods._config import TargetedConfig
 from adaptc.methods._name_patterns import pattern_value, value_table
+from adaptc.methods.alora import Alora
 from adaptc.methods.dora import MAGNITUDE, Dora
 from adaptc.methods.lora import Lora
 
@@ -39,7 +40,7 @@ class LoraConfig(TargetedConfig):
     """
 
     peft_type: ClassVar[str] = "LORA"
-    samples: ClassVar[Sequence[Mapping[str, Any]]] = ({}, {"use_dora": True})
+    samples: ClassVar[Sequence[Mapping[str, Any]]] = ({}, {"use_dora": True}, {"alora_invocation_tokens": [1]})
     dropout_field: ClassVar[str] = "lora_dropout"
     writes_all: ClassVar[bool] = True
     alpha_field: ClassVar[str] = "lora_alpha"
@@ -50,7 +51,6 @@ class LoraConfig(TargetedConfig):
         "lora_ga_config": "initialisation from gradients is not implemented",
         "megatron_config": "programs are captured from plain modules, not from Megatron's parallel layers",
         "velora_config": NOT_YET,
-        "alora_invocation_tokens": NOT_YET,
         "use_qalora": "it needs GPTQ layers, which torch.export does not capture",
         "monteclora_config": NOT_YET,
         "use_bdlora": NOT_YET,
@@ -104,9 +104,25 @@ class LoraConfig(TargetedConfig):
                 raise ConfigError(
                     f"ensure_weight_tying=True has no meaning with {option}=True, which tied layers have apart"
                 )
+        self._check_invocation()
         variants = [name for name in VARIANTS if getattr(self, name)]
         if len(variants) > 1:
             raise ConfigError(f"{' and '.join(variants)} are variants of LoRA that do not combine; keep one of them")
+
+    def _check_invocation(self) -> None:
+        tokens, scheme = self.alora_invocation_tokens, self.init_lora_weights
+        if tokens is None:
+            return
+        if not tokens:
+            raise ConfigError("alora_invocation_tokens is empty: name the ids of at least one token, or leave it None")
+        check_integers(self, {f"alora_invocation_tokens[{i}]": t for i, t in enumerate(tokens)}, least=0)
+        if self.ensure_weight_tying:
+            raise ConfigError("ensure_weight_tying=True has no meaning for aLoRA, which embeddings do not have")
+        if isinstance(scheme, str) and scheme.lower().startswith(("pissa", "olora")):
+            raise ConfigError(
+                f"init_lora_weights={scheme!r} changes the base weight, and before the tokens that invoke aLoRA the "
+                "model is to be the base; use True, 'gaussian' or 'orthogonal'"
+            )
 
     def check_common(self) -> None:
         """What AdaLoRA's config checks too."""
@@ -144,11 +160,14 @@ class LoraConfig(TargetedConfig):
         )
 
     def method(self, name: str, kind: str) -> Lora:
-        return (Dora if self.use_dora else Lora)(
-            r=pattern_value(self.rank_pattern, name, self.r),
-            alpha=pattern_value(self.alpha_pattern, name, self.lora_alpha),
-            rslora=self.use_rslora,
-            dropout=self.lora_dropout,
-            with_bias=self.lora_bias,
-            scheme=self.init_lora_weights,
-        )
+        options: dict[str, Any] = {
+            "r": pattern_value(self.rank_pattern, name, self.r),
+            "alpha": pattern_value(self.alpha_pattern, name, self.lora_alpha),
+            "rslora": self.use_rslora,
+            "dropout": self.lora_dropout,
+            "with_bias": self.lora_bias,
+            "scheme": self.init_lora_weights,
+        }
+        if self.alora_invocation_tokens is not None:
+            return Alora(**options, tokens=tuple(self.alora_invocation_tokens))
+        return (Dora if self.use_dora else Lora)(**options)

@@ -34,6 +34,7 @@ ATTACHMENT: dict[str, Any] = {
     "tied": bool,
     "variant": Length,
     "options": dict,
+    "reads": Option(Each(str)),
 }
 _PART = {"config": dict, "present": [str]}
 _HEADER: dict[str, Any] = _PART | {

@@ -16,7 +16,7 @@ from adaptc.errors import AdaptcError, did_you_mean, listing
 #: keywords of other libraries' calls that ask for what a program does not do -> what it does instead
 _NOT_YET = {
     "adapter_names": "rows of one call have adapters of their own in a bank: prog.bank({...})(..., adapters=[...])",
-    "alora_offsets": "activated LoRA is not supported",
+    "alora_offsets": "where activated LoRA acts is found in input_ids by the program itself",
     "task_ids": "adapters that are mixed by task are not supported: prog.bind(adapter) gives a callable for each",
 }
 #: keywords by which transformers models are asked for an answer of another form -> values for what a program does

@@ -133,11 +133,19 @@ def _free_axes(attachments: Sequence[Attachment], ops: Mapping[str, Op]) -> dict
         ranked = small != a.method or (small.minimal(op) == small and small.rank() is not None)
         ranked = ranked and not a.method.exact_sizes
         # The smallest method has rank two, times the groups or experts that share an axis.
-        times = {s: {i: spec.shape[i] // 2 if ranked else 1 for i in spec.free} for s, spec in small.slots(op).items()}
+        specs = small.slots(op)
+        times = {
+            s: {i: spec.shape[i] // 2 if ranked else 1 for i in spec.free}
+            for s, spec in specs.items()
+            if not spec.apart
+        }
         # Code reads a size off an axis that is the size itself. Stacked experts have none: there their product is it.
         unit = gcd(*(t for axes in times.values() for t in axes.values())) or 1
         for slot, axes in times.items():
             out.setdefault(a.slots[slot], {i: _Free(f"rank_{n}", t // unit, unit) for i, t in axes.items()})
+        for slot, spec in specs.items():
+            if spec.apart:
+                out.setdefault(a.slots[slot], {i: _Free(f"size_{n}_{slot}_{i}", 1) for i in spec.free})
     return out
 
 

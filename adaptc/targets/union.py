@@ -29,7 +29,7 @@ def union(
             if not apart and any(o.method.structure() == a.method.structure() for o in rivals):
                 continue
             a = replace(a, variant=len(rivals))
-            if not apart and (number := _number(a, out)):
+            if not apart and (number := _number(a, out, rivals)):
                 a = replace(a, adapter=f"{a.adapter}_{number}")
             if training:
                 a = replace(a, method=a.method.trained())
@@ -39,10 +39,12 @@ def union(
     return sorted(out, key=lambda a: (a.form == PROGRAM, not a.method.replaces))
 
 
-def _number(a: Attachment, others: Sequence[Attachment]) -> int:
-    """Which of the adapters its slots belong to: the variant; but sites that share a slot must be of one structure."""
+def _number(a: Attachment, others: Sequence[Attachment], rivals: Sequence[Attachment]) -> int:
+    """Which of the adapters its slots belong to: one of its own at its weight. Sites that share a slot must be of one
+    structure, and have a number that no other one has."""
     if not a.method.shares():
-        return a.variant
-    known = [s for o in others if (s := o.method.structure())["method"] == a.method.structure()["method"]]
+        taken = {o.adapter for o in rivals}
+        return next(n for n in range(len(rivals) + 1) if (f"{a.adapter}_{n}" if n else a.adapter) not in taken)
+    known = [o.method.structure() for o in others if o.method.akin(a.method)]
     distinct = [s for i, s in enumerate(known) if s not in known[:i]]
     return distinct.index(a.method.structure()) if a.method.structure() in distinct else len(distinct)

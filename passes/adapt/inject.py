@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 from adaptc.errors import PassError, TargetError
 from adaptc.passes.adapt.change_places import change_places
 from adaptc.passes.adapt.choose_forms import Choice, cheaper, choose_forms
+from adaptc.passes.adapt.make_coefficients import Coefficients
 from adaptc.passes.analysis.sites import consumers, readers
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.blocks import bias_of, inside, takes_bias
@@ -49,6 +50,8 @@ class Inject(Pass):
         lifted.freeze()
         added: set[str] = set()
         ready = [self._lift(lifted, a, added) for a in self.attachments]
+        coefficients = Coefficients(lifted)
+        ready = [coefficients.of(a) for a in ready]
         latest = {place_of(tag): n for n in lifted.graph.nodes if (tag := region_tag(n))}
         traces: dict[Any, fx.Graph] = {}
         costs = _Costs(example_sizes(subject), self.training)
@@ -117,7 +120,7 @@ class _Injector:
         if self.a.form == PROGRAM:
             self.form, self.why = self.a.form, self.a.why
         self.op = site_op(self.lifted, self.a)
-        self.slot_nodes = slot_nodes(self.a, self.lifted.placeholders)
+        self.slot_nodes = slot_nodes(self.a, self.lifted.placeholders, self.lifted.nodes)
         reading = {n.name for n, _ in consumers(self._weight())}
         if not self.a.consumers or not reading.issuperset(self.a.consumers):
             raise PassError(f"site {self.a.id!r}: consumers {self.a.consumers} do not read {self.a.fqn!r}")
@@ -209,7 +212,7 @@ class _Injector:
         key = (self.a.method, kind, op, signature_of(fakes))
         if key not in self.traces:
             scaled = self.a.scale_slot is not None
-            self.traces[key] = region_of(self.a.method, op, kind, list(self.a.slots), scaled, fakes)
+            self.traces[key] = region_of(self.a.method, op, kind, self.a.input_names, scaled, fakes)
         return self.traces[key]
 
     def before(self, node: fx.Node) -> None:

@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 
 from adaptc.errors import TargetError
 from adaptc.passes.adapt.inject import as_lifted
+from adaptc.passes.adapt.make_coefficients import Coefficients
 from adaptc.passes.analysis.sites import consumers
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.blocks import inside
@@ -91,9 +92,11 @@ class InjectRows(Pass):
                 if fqn not in lifted.placeholders:
                     value = self.values[fqn]
                     lifted.add(fqn, as_lifted(value, value.requires_grad))
+        coefficients = Coefficients(lifted, self.count)
+        attachments = [coefficients.of(a) for a in self.attachments]
         name, axis = self.rows
         c = lifted.add_input(self.keyword, lifted.nodes[name], [axis], torch.float32, [self.count])
-        _Writer(lifted, self.attachments, ops, self.axes, self.count, c, self.at_once).run()
+        _Writer(lifted, attachments, ops, self.axes, self.count, c, self.at_once).run()
         return PassResult(lifted.finish(), len(self.attachments))
 
 
@@ -121,11 +124,11 @@ class _Writer:
             self._call(node, replaced)
 
     def _site(self, a: Attachment, op: Op) -> Site:
-        return Site(a.method, op, tuple(a.slots), a.scale_slot is not None, self.count, self.at_once)
+        return Site(a.method, op, tuple(a.input_names), a.scale_slot is not None, self.count, self.at_once)
 
     def _around(self, a: Attachment, node: fx.Node) -> None:
         op = self.ops[a.id].at(node)
-        slots, site = slot_nodes(a, self.lifted.placeholders), self._site(a, op)
+        slots, site = slot_nodes(a, self.lifted.placeholders, self.lifted.nodes), self._site(a, op)
         if a.method.has_input(op):
             x = operands(node)[0]
             inputs, where = [x, self.c, *slots], self.axes[x.name]
@@ -143,7 +146,7 @@ class _Writer:
         """The region of all parameters of one consumer that adapters have in other versions."""
         where, y = self.axes[node.name], self.latest.get(node, node)
         sites = [self._site(a, self.ops[a.id]) for a, _ in replaced]
-        slots = [s for a, _ in replaced for s in slot_nodes(a, self.lifted.placeholders)]
+        slots = [s for a, _ in replaced for s in slot_nodes(a, self.lifted.placeholders, self.lifted.nodes)]
         layer = node.target in TABLE
         if layer and len(replaced) == 1 and operands(node)[2] is replaced[0][1]:
             b = self.lifted.placeholders[replaced[0][0].fqn]

@@ -52,8 +52,9 @@ class Respecialize(GraphPass):
                 node.meta["val"] = fake(tensor)
                 stale.add(fqn)
         # Of these everything behind them may have another size.
-        programs = [a for a in self.attachments if a.form == PROGRAM and not stale.isdisjoint(a.slots.values())]
-        moved = {inputs[f] for a in programs for f in stale.intersection(a.slots.values())}
+        programs = {f for a in self.attachments if a.form == PROGRAM for f in a.slots.values()}
+        made_of = {a.slots[n] for a in self.attachments for c in a.method.coefficients().values() for n in c.slots}
+        moved = {inputs[f] for f in stale & (programs | made_of)}
         count = propagate(subject, moved, self.modules) if moved else 0
         others = [a for a in self.attachments if a.form != PROGRAM]
         by_id = {a.id: a for a in others if not stale.isdisjoint(a.slots.values())}
@@ -92,13 +93,13 @@ class Respecialize(GraphPass):
             inputs = [placeholders[a.fqn], base]
         elif kind == "bias":
             inputs.append(operands(consumer)[2])
-        inputs += slot_nodes(a, placeholders)
+        inputs += slot_nodes(a, placeholders, names)
         fakes = [n.meta["val"] for n in inputs]
         key = (a.method, kind, op, signature_of(fakes))
         if key not in self.traces:
             while len(self.traces) >= MOST:
                 del self.traces[next(iter(self.traces))]
-            self.traces[key] = region_of(a.method, op, kind, list(a.slots), a.scale_slot is not None, fakes)
+            self.traces[key] = region_of(a.method, op, kind, a.input_names, a.scale_slot is not None, fakes)
         traced = [n for n in self.traces[key].nodes if n.op == "call_function"]
         if not traced:  # the region is an alias of one of its inputs
             nodes[-1].meta["val"] = nodes[-1].args[0].meta["val"]  # type: ignore[union-attr]

@@ -21,7 +21,8 @@ class Attachment:
     the nodes that read the weight, ``slots`` and ``scale_slot`` the FQNs of its tensors once injected. ``form`` is
     "apply" or "weight", or "auto" until it was chosen, ``why`` the reason. ``entry`` is the target entry that chose the
     site, ``name`` what per-module patterns (rank_pattern) are matched against. ``tied``: other consumers read the
-    weight too. ``variant`` counts the attachments of related methods at one weight.
+    weight too. ``variant`` counts the attachments of related methods at one weight. ``reads``: the coefficients that
+    its regions read, by name, and the names of the nodes that have them once injected.
     """
 
     key: str
@@ -39,6 +40,7 @@ class Attachment:
     tied: bool = False
     variant: int = 0
     why: str = ""
+    reads: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def fqn(self) -> str:
@@ -69,6 +71,11 @@ class Attachment:
         """The FQNs of its tensors once injected: its slots, then its scale if it has one."""
         return [*self.slots.values(), *([] if self.scale_slot is None else [self.scale_slot])]
 
+    @property
+    def input_names(self) -> list[str]:
+        """The names under which the method finds what its regions read last, but for the scale."""
+        return [*self.slots, *self.reads]
+
     def file_key(self, name: str, slot: Slot) -> str:
         """The bare key of a slot in files."""
         return name if slot.shared or not self.key else f"{self.key}.{name}"
@@ -79,16 +86,17 @@ class Attachment:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: all fields, with the method as its name and its options."""
-        out = {f.name: getattr(self, f.name) for f in fields(self)}
+        out = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "reads" or self.reads}
         return out | {
             "method": self.method.name,
             "options": self.method.options(),
             "consumers": list(self.consumers),
             "slots": dict(self.slots),
+            **({"reads": dict(self.reads)} if self.reads else {}),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], method_of: Callable[[Mapping[str, Any]], Method]) -> Attachment:
         """Inverse of :meth:`to_dict`; ``method_of`` makes a method of the name and the options that ``data`` has."""
-        plain = {f.name: data[f.name] for f in fields(cls)}
+        plain = {f.name: data[f.name] for f in fields(cls) if f.name != "reads" or "reads" in data}
         return cls(**{**plain, "method": method_of(data), "consumers": tuple(data["consumers"])})

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor
 
+from adaptc.passes.ir.coefficients import Coefficient
 from adaptc.passes.ir.low_rank import LowRank
 from adaptc.passes.ir.ops import Op
 
@@ -33,6 +34,8 @@ class Slot:
     ``shared_axes_cut``: axes along which a site reads only the beginning of a shared slot. The slot is as long there as
     the largest site of its adapter needs. Two adapters may have different largest sites, so the length may differ, and
     is cut or filled up with zeros when an adapter is bound.
+
+    ``apart``: its free sizes are its own, and none of them follows from the adapter's rank.
     """
 
     shape: tuple[int, ...]
@@ -44,6 +47,7 @@ class Slot:
     shared: bool = False
     shared_axes_cut: tuple[int, ...] = ()
     repeated: bool = False
+    apart: bool = False
 
 
 class Place(Protocol):
@@ -256,6 +260,13 @@ class Hooks:
         """What this method sets at a weight that ``other`` sets too, if they are of two adapters that act together:
         only the later of the two would count. '' where both do."""
         return ""
+
+    # -- coefficients ------------------------------------------------------------------------------------------------
+
+    def coefficients(self) -> Mapping[str, Coefficient]:
+        """What its regions read beside the slots, by the name they find it under among them: values that are made once
+        in a call (``passes.ir.coefficients``)."""
+        return {}
 
     # -- sharing -------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,9 @@ saved to a file and loaded elsewhere is understood:
     given        of a place of the program, the inputs that its method added to the program
     fused        True where it is made of kernels
     header       in the first region of a program: what the program as a whole remembers
+
+What computes a coefficient (``passes.ir.coefficients``) is of no region: all sites of an adapter read it. Its nodes
+have tags of the role :data:`COEFFICIENT`.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from adaptc.passes.ir.ops import Op, make_grouped, op_of
 from adaptc.passes.ir.program_method import PROGRAM
 from adaptc.passes.ir.propagate import propagate
 
+COEFFICIENT = "coefficient"
+
 
 def node_tag(node: fx.Node) -> dict[str, Any] | None:
     """The adaptc tag of any region node."""
@@ -40,9 +45,10 @@ def region_tag(node: fx.Node) -> dict[str, Any] | None:
     return tag if tag is not None and tag.get("role") == "out" else None
 
 
-def slot_nodes(a: Attachment, placeholders: Mapping[str, fx.Node]) -> list[fx.Node]:
-    """What every region of a site reads last: its slots, then its scale if it has one."""
-    return [placeholders[f] for f in a.tensor_names]
+def slot_nodes(a: Attachment, placeholders: Mapping[str, fx.Node], nodes: Mapping[str, fx.Node]) -> list[fx.Node]:
+    """What every region of a site reads last: its slots, its coefficients, then its scale if it has one."""
+    scale = [] if a.scale_slot is None else [placeholders[a.scale_slot]]
+    return [*(placeholders[f] for f in a.slots.values()), *(nodes[n] for n in a.reads.values()), *scale]
 
 
 def site_op(lifted: Lifted, a: Attachment) -> Op:
@@ -122,6 +128,11 @@ def remove_regions(lifted: Lifted, ids: Iterable[str]) -> int:
         lifted.graph.erase_node(node)
         lifted.nodes.pop(node.name, None)
     propagate(lifted.graph, resized & set(lifted.graph.nodes), lifted.program.graph_module)
+    for node in reversed(lifted.graph.nodes):
+        tag = node_tag(node)
+        if tag is not None and tag["role"] == COEFFICIENT and not node.users:
+            lifted.graph.erase_node(node)
+            lifted.nodes.pop(node.name, None)
     for name in given:
         if not lifted.nodes[name].users:
             lifted.remove_input(name)

@@ -119,7 +119,7 @@ def _lower(
         return "the output of the layer is read without the adapter too"
     op = op.at(consumer)
     kind, inputs = fused_inputs(consumer)
-    inputs += slot_nodes(a, placeholders)
+    inputs += slot_nodes(a, placeholders, names)
     fakes = [n.meta["val"] for n in inputs]
     key = (a.method, kind, op, signature_of(fakes))
     if key not in traces:
@@ -144,6 +144,6 @@ def _region(a: Attachment, op: Op, kind: str, fakes: Sequence[Any]) -> fx.Graph 
     if why:
         return why
     try:
-        return region_of(a.method, op, kind, list(a.slots), a.scale_slot is not None, fakes)
+        return region_of(a.method, op, kind, a.input_names, a.scale_slot is not None, fakes)
     except BackendError as error:
         return str(error)

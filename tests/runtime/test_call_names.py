@@ -74,7 +74,7 @@ def test_every_way_the_model_is_called(run: Any) -> None:
         ((X,), {"shfit": SHIFT, "shift": SHIFT}, "'shfit' is not an input of the program; nearest are 'shift'"),
         ((X,), {"a": 1, "bc": None, "shift": SHIFT}, "'a' is not an input.*'bc' is not an input"),
         ((X,), {"shift": SHIFT, "adapter_names": ["a"]}, r"'adapter_names' is not taken: rows.*prog\.bank"),
-        ((X,), {"shift": SHIFT, "alora_offsets": [1]}, "'alora_offsets' is not taken: activated LoRA"),
+        ((X,), {"shift": SHIFT, "alora_offsets": [1]}, "'alora_offsets' is not taken: where activated LoRA acts"),
         ((X,), {"shift": SHIFT, "task_ids": [1]}, "'task_ids' is not taken"),
         ((X,), {"shift": None}, "'shift' must be a tensor"),
     ],

@@ -1,0 +1,113 @@
+"""Make the coefficients of adapters, once in a program, for the regions that read them.
+
+Before: an opened program whose slots are there, and attachments of which some read coefficients
+(``passes.ir.coefficients``). After: in front of all other nodes those that compute them of the caller's token ids, each
+once for all sites that have the same slots, and the attachments with the names of their nodes. The nodes' tags say
+whose they are, in the role of :data:`ROLE`; a site whose output has not a place for each token is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from adaptc.errors import MethodError, TargetError, listing
+from adaptc.passes.analysis.token_axes import why_not_along
+from adaptc.passes.analysis.token_places import lookups
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.coefficients import Coefficient
+from adaptc.passes.ir.exclusive import exclusive
+from adaptc.passes.ir.free_fakes import FreeFakes
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.method_hooks import Slot
+from adaptc.passes.ir.propagate import propagate
+from adaptc.passes.ir.regions import COEFFICIENT, site_op
+from adaptc.passes.ir.trace import inline
+
+
+@dataclass
+class Coefficients:
+    """Those of one program. ``count``: None, or of how many adapters the slots have an axis in front; so have then the
+    coefficients. ``made``: what they are made of -> their nodes."""
+
+    lifted: Lifted
+    count: int | None = None
+    made: dict[Any, fx.Node] = field(default_factory=dict)
+
+    def of(self, a: Attachment) -> Attachment:
+        """The attachment with the coefficients it reads, made where they are not yet. Raises TargetError for a site
+        that has no place for them."""
+        wanted = a.method.coefficients()
+        if not wanted:
+            return a
+        ids = self._ids(a)
+        for name in a.consumers:
+            if why := why_not_along(ids, self.lifted.nodes[name]):
+                raise TargetError(
+                    f"{a.fqn!r} cannot be adapted by {a.method.name}, which acts on some tokens and not on others: "
+                    f"{why}. Leave the module out of the targets."
+                )
+        return replace(a, reads={n: self._node(a, n, c, ids).name for n, c in wanted.items()})
+
+    def _ids(self, a: Attachment) -> fx.Node:
+        found = dict.fromkeys(x.ids for x in lookups(self.lifted))
+        named = [n for n in found if n.name == "input_ids"]
+        if len(found) == 1 or (named and not any("input_ids" in n.name for n in found if n not in named)):
+            ids = (named or list(found))[0]
+            if ids.meta["val"].ndim == 2:
+                return ids
+        there = listing([n.name for n in found]) if found else "none"
+        raise TargetError(
+            f"{a.method.name} finds in the tokens of a call where it begins to act, and needs a program with one input "
+            f"of token ids (batch, length); of this one, those looked up in an embedding are: {there}. Capture a model "
+            "that takes input_ids, and not inputs_embeds or the tokens of a decoder beside them."
+        )
+
+    def _node(self, a: Attachment, name: str, c: Coefficient, ids: fx.Node) -> fx.Node:
+        fqns = tuple(a.slots[s] for s in c.slots)
+        key = (c.make, fqns)
+        if key not in self.made:
+            slots = [self.lifted.placeholders[f] for f in fqns]
+            specs = a.method.slots(site_op(self.lifted, a))
+            values = [(n.meta["val"], specs[s]) for n, s in zip(slots, c.slots, strict=True)]
+            region = _traced(c, name, ids.meta["val"], values, self.count)
+            first = next(n for n in self.lifted.graph.nodes if n.op != "placeholder")
+            before = set(self.lifted.graph.nodes)
+            out = inline(self.lifted.graph, region, [ids, *slots], first, ids, _tags(a, name, ids))
+            new = set(self.lifted.graph.nodes) - before
+            propagate(self.lifted.graph, new, self.lifted.program.graph_module)
+            self.lifted.nodes.update({n.name: n for n in new})
+            self.made[key] = out
+        return self.made[key]
+
+
+def _tags(a: Attachment, name: str, ids: fx.Node) -> Callable[[str], dict[str, Any]]:
+    tag: Mapping[str, Any] = {"method": a.method.name, "adapter": a.adapter, "site": f"{ids.name}|{name}"}
+    return lambda role: {**tag, "role": COEFFICIENT}
+
+
+@exclusive
+def _traced(
+    c: Coefficient, name: str, ids: Tensor, slots: Sequence[tuple[Tensor, Slot]], count: int | None
+) -> fx.Graph:
+    """What makes a coefficient, as a graph whose placeholders are the ids and the slots, for all sizes of both."""
+    fakes, front = FreeFakes(), int(count is not None)
+    free = [[i + front for i in s.free] for _, s in slots]
+    inputs = [fakes.like(ids), *(fakes.like(t, free[i], f"free {i}") for i, (t, _) in enumerate(slots))]
+
+    def each(ids: Tensor, *slots: Tensor) -> Tensor:
+        return torch.stack([c.make(ids, *(s.select(0, k) for s in slots)) for k in range(count or 0)])
+
+    with fakes.mode, torch.no_grad():  # in the mode, so that an arange is one of its fakes and not a tensor
+        graph = make_fx(c.make if count is None else each, pre_dispatch=True)(*inputs).graph
+    graph.eliminate_dead_code()
+    for node in graph.nodes:
+        if node.op not in ("placeholder", "call_function", "output"):
+            raise MethodError(f"the coefficient {name!r} may only be made of its arguments, but reads {node.target!r}")
+        node.meta["val"] = None  # of an environment that is gone
+    return graph

@@ -1,0 +1,75 @@
+"""Where the tokens of a call are in the values of a program, by what the graph says of sizes.
+
+A value has them along its first two axes, (batch, length, ...), or along its first one, row after row: then it is made
+of such a value by a reshape, and by ops that leave the places alone. Nothing is run and nothing is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from adaptc.passes.ir.ops import CASTS, TABLE, argument
+
+aten = torch.ops.aten
+
+_RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
+#: ops beside those that work element by element for which each place of the first axis is one of its own
+_APART = (*CASTS, aten.layer_norm.default, aten.rms_norm.default, aten.softmax.int, aten.dropout.default)
+
+
+def why_not_along(ids: fx.Node, value: fx.Node) -> str:
+    """Why a value does not have the tokens of ``ids`` (batch, length) in their places; '' where it has."""
+    tensor = value.meta.get("val")
+    if not isinstance(tensor, Tensor):
+        return "it is read by a layer with several results"
+    rows, length = _sizes(ids.meta["val"])
+    if rows == length:
+        return f"the program was captured for {rows} rows of {length} tokens, so that nothing tells the two apart"
+    shape = _sizes(tensor)
+    if shape[:2] == [rows, length] and len(shape) > 2:
+        return ""
+    if len(shape) > 1 and _is_product(shape[0], rows, length) and _comes_from(value, rows, length):
+        return ""
+    return f"its output {tuple(map(str, shape))} is not one for each of the ({rows}, {length}) tokens of {ids.name!r}"
+
+
+def _comes_from(value: fx.Node, rows: Any, length: Any) -> bool:
+    """Whether a value with all tokens along its first axis has them row after row."""
+    stack, seen = [value], {value}
+    while stack:
+        for node in _places_from(stack.pop()):
+            tensor = node.meta.get("val")
+            if node in seen or not isinstance(tensor, Tensor) or not tensor.ndim:
+                continue
+            shape = _sizes(tensor)
+            if shape[:2] == [rows, length]:
+                return True
+            if _is_product(shape[0], rows, length):
+                seen.add(node)
+                stack.append(node)
+    return False
+
+
+def _places_from(node: fx.Node) -> Sequence[fx.Node]:
+    """The inputs of an op whose places its output has."""
+    if node.op != "call_function":
+        return ()
+    if node.target in TABLE:
+        return (argument(node, TABLE[node.target][1]),)
+    pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    if pointwise or node.target in (*_RESHAPES, *_APART):
+        return node.all_input_nodes
+    return ()
+
+
+def _sizes(tensor: Tensor) -> list[Any]:
+    return [s.node.expr if isinstance(s, torch.SymInt) else sympy.Integer(s) for s in tensor.shape]
+
+
+def _is_product(size: Any, rows: Any, length: Any) -> bool:
+    return sympy.expand(size - rows * length) == 0

@@ -1,0 +1,37 @@
+"""Coefficients: values that regions read beside their slots, made once in a call for all sites of an adapter.
+
+What an adapter adds at a site is often weighed token by token, by something that is the same at every site: whether the
+tokens that invoke it have come. Such a value is a *coefficient*. A method names the ones it reads
+(:meth:`~adaptc.passes.ir.method_hooks.Hooks.coefficients`) and finds them among its slots, under these names; the
+program makes each of them once, in front of all layers (``passes.adapt.make_coefficients``).
+
+A function that makes one is pure, plain PyTorch and traced for all sizes at once: a size read off a slot's free axis is
+read in every call, so that swaps change it. Where there is no program, as where a method is tried at one layer, there
+are no coefficients among the slots, and the method stands for itself with a coefficient of one everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Coefficient:
+    """``make(ids, *slots)`` of the token ids (batch, length) that a call gives, and of slots that all sites share, by
+    name: a tensor (batch, length)."""
+
+    make: Callable[..., Tensor]
+    slots: tuple[str, ...] = ()
+
+
+def along_tokens(c: Tensor, value: Tensor) -> Tensor:
+    """``c`` (batch, length) in a form that broadcasts with ``value``, whose tokens lie along its first two axes, or
+    along its first one, row after row."""
+    if value.ndim <= c.ndim:
+        c = c.flatten()
+    for _ in range(value.ndim - c.ndim):
+        c = c.unsqueeze(-1)
+    return c
