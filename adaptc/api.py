@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 from adaptc.adapters.adapter import Adapter
 from adaptc.adapters.write import written
 from adaptc.errors import ConfigError, MergeError, shown
+from adaptc.generation.bank import GeneratorBank
 from adaptc.generation.files import generator_in
 from adaptc.generation.packaged import load_generation
 from adaptc.packages.run import BoundPackage, PackagedProgram
@@ -319,7 +320,7 @@ def verify(
 
 
 def package(
-    program: AdaptedProgram | Holder | Bank,
+    program: AdaptedProgram | Holder | Bank | GeneratorBank,
     path: str | os.PathLike[str],
     *,
     max_rank: int | None = None,
@@ -338,15 +339,17 @@ def package(
     """
     inside: Any = program
     carried = parts = None
-    if isinstance(program, Bank):
-        options = {"capacity": capacity, "max_rank": max_rank, "products": products, "tokenizer": tokenizer}
-        return package_bank(program, Path(path), **options)
+    if tokenizer is not None and not isinstance(program, (Holder, GeneratorBank)):
+        raise ConfigError("a tokenizer goes into packages of what adaptc.compile_for_generation gives")
+    if isinstance(program, GeneratorBank):
+        inside, carried = program.bank, program.carried(tokenizer)
+    if isinstance(program, (Bank, GeneratorBank)):
+        options = {"capacity": capacity, "max_rank": max_rank, "products": products, "carried": carried}
+        return package_bank(inside, Path(path), **options)
     if capacity is not None:
         raise ConfigError(f"capacity={shown(capacity)} is for packages of a bank")
     if isinstance(program, Holder):
         inside, carried, parts = program.program, program.carried(tokenizer), program.divided()
-    elif tokenizer is not None:
-        raise ConfigError("a tokenizer goes into packages of what adaptc.compile_for_generation gives")
     if isinstance(inside, AdaptedProgram):
         check_unseen(inside, "package")
         check_followed(inside)

@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from adaptc.errors import AdaptcError
+from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation.cache import StepCache
 from adaptc.program.bank import Bank
 from adaptc.program.bound import Keeping
+from adaptc.program.core import ProgramCore
 from adaptc.program.divided_bank import DividedBank
 from adaptc.rows.report import BankReport
 
@@ -22,14 +23,23 @@ from adaptc.rows.report import BankReport
 class GeneratorBank:
     """Made by :meth:`Generator.bank`; what is said of adapters in :class:`adaptc.program.bank.Bank` holds here."""
 
-    def __init__(self, generator: Any, adapters: Mapping[str, Any] | None, **limits: Any) -> None:
+    def __init__(self, generator: Any, bank: Any) -> None:
         self._generator = generator
-        #: the bank of the step program
-        self.bank = _bank_of(generator, adapters, limits)
+        #: the bank of the step program: a :class:`Bank`, or the package of one
+        self.bank = bank
 
     def assigned(self, adapters: Any) -> Any:
         """A generator that keeps an assignment, with an entry for each prompt."""
         return self._made(self.bank.assigned(adapters))
+
+    def carried(self, tokenizer: Any) -> dict[str, bytes]:
+        """As :meth:`Generator.carried`."""
+        return self._generator.carried(tokenizer)
+
+    @property
+    def tokenizer(self) -> Any:
+        """As :attr:`Generator.tokenizer`."""
+        return self._generator.tokenizer
 
     def _made(self, runs: Keeping) -> Any:
         return type(self._generator)(runs, self._generator.facts)
@@ -79,8 +89,14 @@ class GeneratorBank:
         return f"generates with {self.bank!r}"
 
 
-def _bank_of(generator: Any, adapters: Mapping[str, Any] | None, limits: Mapping[str, Any]) -> Bank:
+def bank_of(generator: Any, adapters: Mapping[str, Any] | None, limits: Mapping[str, Any]) -> GeneratorBank:
+    """Of what generates with a program. Raises ConfigError for a package, which was made for one adapter at a time."""
     program, parts, probes = generator.program, generator.divided(), generator.probes()
+    if not isinstance(program, ProgramCore):
+        raise ConfigError(
+            "this package has room for one adapter at a time: package a bank instead, with "
+            "adaptc.package(gen.bank({...}), path)"
+        )
     if parts is None:
-        return Bank(program, adapters, probes=probes, **limits)
-    return DividedBank(program, parts, adapters, probes=probes, **limits)
+        return GeneratorBank(generator, Bank(program, adapters, probes=probes, **limits))
+    return GeneratorBank(generator, DividedBank(program, parts, adapters, probes=probes, **limits))

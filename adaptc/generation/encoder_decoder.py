@@ -27,9 +27,9 @@ from adaptc.generation.generator import Generator, cut_positions
 from adaptc.generation.random_steps import drawn, pair, step_across
 from adaptc.packages.run import BoundPackage, PackagedProgram
 from adaptc.program.adapted import AdaptedProgram
+from adaptc.program.assigned import Assignment
 from adaptc.program.bound import Bound
 from adaptc.program.core import ProgramCore
-from adaptc.program.divided_bank import AssignedParts
 from adaptc.program.parts import Part, pinned_parts
 from adaptc.program.views import SCALE
 
@@ -44,7 +44,7 @@ class EncoderDecoder(Generator):
     facts: CrossFacts
 
     def __init__(
-        self, runs: AdaptedProgram | Bound | AssignedParts | PackagedProgram | BoundPackage, facts: CrossFacts
+        self, runs: AdaptedProgram | Bound | Assignment | PackagedProgram | BoundPackage, facts: CrossFacts
     ) -> None:
         super().__init__(runs, facts)
         self.main_input_name = facts.main
@@ -107,14 +107,14 @@ class EncoderDecoder(Generator):
             return self.parts
         runs = self._runs
         itself = isinstance(runs, (ProgramCore, Bound))
-        return pinned_parts(runs, self.facts.parts, scale) if itself else runs.parts(scale)
+        return pinned_parts(runs, self.facts.parts, scale) if itself else runs.parts(scale)  # type: ignore[union-attr]
 
     def encode(self, inputs: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The encoder's states (batch, positions, hidden)."""
         cross_checks.source(self.facts, inputs, attention_mask)
         if attention_mask is None:
             attention_mask = inputs.new_ones(inputs.shape[:2], dtype=torch.int64)
-        if isinstance(self._runs, AssignedParts):
+        if isinstance(self._runs, Assignment):
             self._runs.check_encoded(inputs.shape[0])
         given = {self.facts.main: inputs.contiguous(), "attention_mask": attention_mask.long().contiguous()}
         return _run(self.kept_parts()["encode"], given)[STATES]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation import checks
-from adaptc.generation.bank import GeneratorBank
+from adaptc.generation.bank import GeneratorBank, bank_of
 from adaptc.generation.cache import StepCache
 from adaptc.generation.description import described
 from adaptc.generation.facts import NOTHING, Facts, past_name
@@ -105,7 +105,7 @@ class Generator(Holder):
     def bank(self, adapters: Mapping[str, Any] | None = None, **limits: Any) -> GeneratorBank:
         """Adapters by name, of which each prompt takes its own: ``gen.bank({...}).generate(ids, adapters=["fr", None,
         {"de": 0.7, "style": 0.3}])``. ``limits`` and errors as for :meth:`AdaptedProgram.bank`."""
-        return GeneratorBank(self, adapters, **limits)
+        return bank_of(self, adapters, limits)
 
     @property
     def base(self) -> Self:

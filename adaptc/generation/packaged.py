@@ -1,13 +1,14 @@
 """A package that generates, known from the files that it carries.
 
-Before: a file that ``adaptc.package`` wrote. After: of a step with its facts a :class:`Generator` over compiled code;
-of any other program the package itself.
+Before: a file that ``adaptc.package`` wrote. After: of a step with its facts a :class:`Generator` over compiled code,
+or a bank that generates; of any other program the package itself.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from adaptc.generation.bank import GeneratorBank
 from adaptc.generation.generator import Generator
 from adaptc.generation.kinds import generator_of
 from adaptc.generation.package_files import understood
@@ -17,13 +18,15 @@ from adaptc.packages.report import PackageReport
 from adaptc.packages.run import PackagedProgram
 
 
-def load_generation(path: Path) -> Generator | PackagedProgram | PackagedBank:
+def load_generation(path: Path) -> Generator | PackagedProgram | PackagedBank | GeneratorBank:
     """Of a bank a bank. Raises as :class:`PackagedProgram` does, before any code is loaded also for what the package
     says of generation."""
     found = PackagedProgram(path, understood)
-    if found.manifest.bank is not None:
-        return PackagedBank(found)
-    return found if found.understood is None else generator_of(found, found.understood)
+    held = found if found.manifest.bank is None else PackagedBank(found)
+    if found.understood is None:
+        return held
+    made = generator_of(found, found.understood)
+    return GeneratorBank(made, held) if isinstance(held, PackagedBank) else made
 
 
 def report_of(path: Path) -> PackageReport:

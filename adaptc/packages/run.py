@@ -29,7 +29,7 @@ from adaptc.binding.source import as_binding, as_config, from_dict
 from adaptc.errors import AdaptcError, BackendError, ConfigError, SwapError, shown
 from adaptc.packages import manifest as _package_file
 from adaptc.packages.code import Code, checker
-from adaptc.packages.constants import Constants, Fitted
+from adaptc.packages.constants import Fitted
 from adaptc.packages.fit import Fit
 from adaptc.packages.manifest import WHOLE, Contents, PartOf
 from adaptc.packages.scale import scaled
@@ -309,10 +309,10 @@ class PackagedProgram:
         names = ("config", "adapter_name", "key_mapping", "component")
         return self._fitted(adapter, *(options.get(n) for n in names))
 
-    @property
-    def code(self) -> Constants:
-        """What adapters are in the compiled code, of a package that is called as a whole."""
-        return self._codes[WHOLE].constants
+    def write(self, place: int, values: Mapping[str, Tensor] | None) -> None:
+        """Of the package of a bank: put the values of one adapter at its place, in all code; None makes them zero."""
+        for code in self._codes.values():
+            code.constants.write(place, values)
 
     @limited()
     def _fitted(

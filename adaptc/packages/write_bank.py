@@ -6,9 +6,8 @@ which takes the coefficients of a call as one more input. ``packages.bank`` runs
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +16,13 @@ from torch.export import ExportedProgram
 from adaptc.binding.binding import Binding
 from adaptc.errors import BackendError, ConfigError, shown
 from adaptc.methods import AdapterConfig
-from adaptc.packages.manifest import WHOLE, Manifest, Site
+from adaptc.packages.manifest import WHOLE, Manifest, PartOf, Site
 from adaptc.packages.write import Packer, check_target, padded, write_package
 from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.program.bank import Bank
+from adaptc.program.divided_bank import DividedBank
+from adaptc.rows.code import RowsSource
 from adaptc.runtime.call_inputs import Inputs
 
 
@@ -33,32 +34,38 @@ def package_bank(
     capacity: int | None = None,
     max_rank: int | None = None,
     products: str = "measured",
-    tokenizer: Any = None,
+    carried: Mapping[str, bytes] | None = None,
 ) -> Path:
     """``capacity``: how many adapters there is room for, by default as many as the bank may hold, or else as it has,
     and one more; each costs its memory, and time in every call. ``max_rank``: the largest rank of any, by default the
     largest of those in it. All else, and errors, as for ``package_program``; ConfigError for a bank that is empty, or
     has more."""
+    if not isinstance(bank, Bank):
+        raise ConfigError(f"a {type(bank).__name__} is a package already: package the bank that it was made of")
     check_target(path, max_rank, products)
-    if tokenizer is not None:
-        raise ConfigError("a tokenizer goes into packages of what adaptc.compile_for_generation gives")
     members = dict(bank.adapters)
     if not members:
         raise ConfigError("the bank is empty: a package of it is made for adapters like those that are in it")
     count = capacity if capacity is not None else bank.capacity or len(members) + 1
     if not isinstance(count, int) or isinstance(count, bool) or count < len(members):
         raise ConfigError(f"capacity={shown(capacity)} is no number of adapters from {len(members)}, which are in it")
-    ranks = {
-        n: max((r for m in b.methods.values() if (r := m.rank()) is not None), default=0) for n, b in members.items()
-    }
+    ranks = {n: _rank(b) for n, b in members.items()}
     largest = max(members, key=ranks.__getitem__)
     wanted = max_rank or bank.max_rank or max(ranks.values()) or None
-    frozen, manifest, tensors = _BankPacker(bank, members, members[largest], wanted, products, max(count, 2)).run()
-    return write_package(path, {WHOLE: frozen}, manifest, tensors, {})
+    packer = _BankPacker(bank, members, members[largest], wanted, products, max(count, 2))
+    models, manifest, tensors = packer.packed()
+    return write_package(path, models, manifest, tensors, carried or {})
 
 
 def _rank(b: Binding) -> int:
     return max((r for m in b.methods.values() if (r := m.rank()) is not None), default=0)
+
+
+def _parts(bank: Bank) -> dict[str, tuple[RowsSource, Sequence[str]]]:
+    """What is compiled by itself, and the names of what it gives."""
+    if isinstance(bank, DividedBank):
+        return {name: (source, bank.divided[name]) for name, source in bank.sources.items()}
+    return {WHOLE: (bank.source, ())}
 
 
 class _BankPacker(Packer):
@@ -70,27 +77,45 @@ class _BankPacker(Packer):
             raise BackendError("the program has no example inputs, which compiling needs; capture it with torch.export")
         self.bank, self.members, self.count = bank, members, count
 
-    def run(self) -> tuple[ExportedProgram, Manifest, dict[str, Tensor]]:
+    def packed(self) -> tuple[dict[str, ExportedProgram], Manifest, dict[str, Tensor]]:
+        """The models, of a bank that is called part by part one for each part."""
         for a in self.attachments:
             self.site(a)
         stacks = {fqn: self._stack(fqn) for fqn in self.rooms}
         stack = Binding(stacks, {a.id: a.method for a in self.attachments}, AdapterConfig())
-        exported = self.bank.source.exported(stack, self.count)
         self.tensors |= {f"current.{fqn}": value for fqn, value in stacks.items()}
-        adaptation = self.program.adaptation
-        inputs = Inputs.of(exported, adaptation.fills, adaptation.takes)
         assert self.binding is not None
-        header = adaptation.header(self.binding)
+        header = self.program.adaptation.header(self.binding)
         sites = [
             Site(a, self.program.ops[a.id], tuple(w.shape), w.dtype) for a in self.attachments for w in [self.base(a)]
         ]
-        frozen, chosen = self.chosen(Lifted(exported))
-        flat, ranges, guards = self.inputs(exported, inputs), dict(inputs.ranges), list(inputs.guards)
+        whole = not isinstance(self.bank, DividedBank)
+        models, called, products = dict[str, ExportedProgram](), dict[str, PartOf](), []
+        for name, (source, outputs) in _parts(self.bank).items():
+            exported = source.exported(stack, self.count)
+            inputs = Inputs.of(exported, source.fills, source.takes)
+            flat = self.inputs(exported, inputs)
+            called[name] = PartOf(flat, dict(inputs.ranges), list(inputs.guards), list(outputs))
+            models[name], chosen = self.chosen(Lifted(exported))
+            products += chosen.data()
+        every = {i.name: i for one in called.values() for i in one.inputs}
+        ranges = {size: limits for one in called.values() for size, limits in one.ranges.items()}
+        guards = called[WHOLE].guards if whole else []
         names = {"count": self.count, "names": list(self.members)}
         manifest = Manifest(
-            self.device(), header, flat, ranges, sites, self.rooms, [], guards, chosen.data(), bank=names
+            self.device(),
+            header,
+            list(every.values()),
+            ranges,
+            sites,
+            self.rooms,
+            [],
+            guards,
+            products,
+            bank=names,
+            parts={} if whole else called,
         )
-        return frozen, manifest, self.tensors
+        return models, manifest, self.tensors
 
     def _stack(self, fqn: str) -> Tensor:
         room = self.rooms[fqn]

@@ -56,17 +56,39 @@ class Stacks(Protocol):
     def code(self, stack: Stack, long: bool) -> Executor: ...
 
 
-def kept(mixes: Mixes) -> Binding:
-    """What stands for the adapters of an assignment."""
-    return replace(Binding.none(), source=", ".join(map(str, used(mixes))) or "the base")
+def repeated(mixes: Mixes, rows: int) -> Mixes:
+    """The mix of each of so many rows: each of ``mixes`` several times after each other (beams). Raises AdaptcError
+    where they do not come out even."""
+    each, rest = divmod(rows, len(mixes)) if mixes else (0, rows)
+    if rest:
+        raise AdaptcError(f"adapters has {len(mixes)} entries, and the batch has {rows} rows")
+    return tuple(mix for mix in mixes for _ in range(each))
 
 
-class Assigned(Keeping):
+class Assignment(Keeping):
+    """What keeps an assignment: ``mixes``, with an entry for each row."""
+
+    def __init__(self, mixes: Mixes) -> None:
+        self.mixes = mixes
+        self.binding = replace(Binding.none(), source=", ".join(map(str, used(mixes))) or "the base")
+
+    def check_encoded(self, rows: int) -> None:
+        """Raises AdaptcError where others than all rows of the assignment are encoded, of which nothing tells which
+        they are."""
+        if rows != len(self.mixes):
+            raise AdaptcError(
+                f"adapters has {len(self.mixes)} entries, and {rows} rows are encoded: give one entry for each row. "
+                "Where a generation goes on with some of its rows alone, or has them several times (recordings that "
+                "are cut, timestamps, several temperatures or answers), run those of each adapter by themselves"
+            )
+
+
+class Assigned(Assignment):
     """Made by ``Bank.assigned``. ``runs``: what computes it."""
 
     def __init__(self, runs: Callable[..., Any] | Stack, mixes: Mixes, bank: Stacks) -> None:
-        self._runs, self.mixes, self._bank = runs, mixes, bank
-        self.binding = kept(mixes)
+        super().__init__(mixes)
+        self._runs, self._bank = runs, bank
         self._coefficients: dict[int, Tensor] = {}
         self._called = outside(_called)
 
@@ -87,11 +109,7 @@ class Assigned(Keeping):
     def _for(self, stack: Stack, rows: int) -> Tensor:
         found = self._coefficients.get(rows)
         if found is None:
-            each, rest = divmod(rows, len(self.mixes))
-            if rest:
-                raise AdaptcError(f"adapters has {len(self.mixes)} entries, and the batch has {rows} rows")
-            mixes = tuple(mix for mix in self.mixes for _ in range(each))
-            found = coefficients(mixes, stack.names, stack.count, self.device)
+            found = coefficients(repeated(self.mixes, rows), stack.names, stack.count, self.device)
             self._coefficients = {rows: found}
         return found
 

@@ -16,9 +16,8 @@ from torch.export import ExportedProgram
 from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError
 from adaptc.passes.ir.lifted import user_inputs
-from adaptc.program.assigned import Assigned, Stack, kept
+from adaptc.program.assigned import Assigned, Assignment, Stack
 from adaptc.program.bank import Bank
-from adaptc.program.bound import Keeping
 from adaptc.program.core import ProgramCore
 from adaptc.program.parts import Part, parts_with, pinned_parts
 from adaptc.rows.assignment import Mixes, mixes_of, used
@@ -99,30 +98,20 @@ class _PartOf:
         return self._bank.code_of(self._name, stack, long)
 
 
-class AssignedParts(Keeping):
+class AssignedParts(Assignment):
     """Made by :meth:`DividedBank.assigned`."""
 
     def __init__(self, parts: Mapping[str, Part], mixes: Mixes, device: torch.device) -> None:
-        self._parts, self.mixes, self._device = parts, mixes, device
-        self.binding = kept(mixes)
+        super().__init__(mixes)
+        self._parts, self._device = parts, device
 
     def parts(self, scale: Any = None) -> Mapping[str, Part]:
-        """The callables. Raises ConfigError for a ``scale``, as :meth:`Keeping.pinned` does."""
+        """The callables. Raises ConfigError for a ``scale``."""
         self._keeps(scale)
         return self._parts
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise AdaptcError("this assignment is of a program that is called part by part: call one of its parts")
-
-    def check_encoded(self, rows: int) -> None:
-        """Raises AdaptcError where others than all rows of the assignment are encoded, of which nothing tells which
-        they are."""
-        if rows != len(self.mixes):
-            raise AdaptcError(
-                f"adapters has {len(self.mixes)} entries, and {rows} rows are encoded: give one entry for each row. "
-                "Where a generation goes on with some of its rows alone, or has them several times (recordings that "
-                "are cut, timestamps, several temperatures or answers), run those of each adapter by themselves"
-            )
 
     @property
     def device(self) -> torch.device:

@@ -183,9 +183,12 @@ def test_one_batch_is_answered_by_many_adapters(
     script.main(model, chats.tokenizer(), str(tmp_path / "pirate"), str(tmp_path / "telegram"))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("bank of 3 adapters, ")
-    answers = lines[-8:]
-    assert [line.partition(":")[0] for line in answers[::2]] == ["pirate", "None", "{'telegram'", "telegram"]
-    assert all(line.startswith("  ") and line.strip() for line in answers[1::2])
+    first, packaged = lines[-16:-8], lines[-8:]
+    names = ["pirate", "None", "{'telegram'"]
+    assert [line.partition(":")[0] for line in first[::2]] == [*names, "telegram"]
+    assert [line.partition(":")[0] for line in packaged[::2]] == [*names, "terse"]
+    assert all(line.startswith("  ") and line.strip() for line in first[1::2])
+    assert first[1:7:2] == packaged[1:7:2]
 
 
 def test_the_custom_module_learns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

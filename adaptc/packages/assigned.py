@@ -1,0 +1,69 @@
+"""An assignment of the adapters in a package to the rows of a batch, for calls that belong together.
+
+Before: for each row its mix, and the place of each adapter in the compiled code. After: a callable that keeps them. As
+long as it is there the bank puts nothing else in these places, so a generation ends with the adapters it began with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptc.packages.manifest import Input
+from adaptc.packages.run import PackagedProgram
+from adaptc.program.assigned import Assignment, repeated
+from adaptc.program.parts import Part
+from adaptc.rows.assignment import Mixes, coefficients, used
+from adaptc.rows.code import KEYWORD
+
+
+class PackagedAssignment(Assignment):
+    """Made by ``PackagedBank.assigned``. ``places``: of each adapter; ``count``: how many there are."""
+
+    def __init__(self, package: PackagedProgram, mixes: Mixes, places: Mapping[str, int], count: int) -> None:
+        super().__init__(mixes)
+        self._package, self._count = package, count
+        self._names = used(mixes)
+        self._at = [places[n] for n in self._names]
+        #: the places that nothing else may be put in
+        self.taken = frozenset(self._at)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(args, kwargs, self._rows(self._package.manifest.inputs, kwargs))
+
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int) -> Any:
+        """A call of so many rows."""
+        return self._package.run(None, args, {**kwargs, KEYWORD: self._coefficients(rows)})
+
+    def parts(self, scale: Any = None) -> Mapping[str, Part]:
+        """Those of the package, with these adapters. Raises ConfigError for a ``scale``."""
+        self._keeps(scale)
+        parts, inputs = self._package.parts_with(None), self._package.manifest.parts
+        return {n: Part(partial(self._part, p, inputs[n].inputs), {*p.inputs} - {KEYWORD}) for n, p in parts.items()}
+
+    def _part(self, part: Part, inputs: Sequence[Input], **kwargs: Any) -> dict[str, Tensor]:
+        return part.run(**kwargs, **{KEYWORD: self._coefficients(self._rows(inputs, kwargs))})
+
+    def _rows(self, inputs: Sequence[Input], kwargs: Mapping[str, Any]) -> int:
+        """How many rows a call has, as one of its inputs says."""
+        shapes = {i.name: i.tensor.shape for i in inputs if i.tensor is not None}
+        size = shapes[KEYWORD][0]
+        if isinstance(size, int):
+            return size
+        for name, shape in shapes.items():
+            if size in shape and isinstance(value := kwargs.get(name), Tensor) and value.ndim == len(shape):
+                return value.shape[shape.index(size)]
+        return len(self.mixes)
+
+    def _coefficients(self, rows: int) -> Tensor:
+        c = torch.zeros(rows, self._count)
+        c[:, self._at] = coefficients(repeated(self.mixes, rows), self._names, len(self._names), torch.device("cpu"))
+        return c.to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self._package.device
