@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from adaptc.methods.fourierft import FourierFTConfig
     from adaptc.methods.hra import HRAConfig
     from adaptc.methods.ia3 import IA3Config
+    from adaptc.methods.lily import LilyConfig
     from adaptc.methods.ln_tuning import LNTuningConfig
     from adaptc.methods.loha import LoHaConfig
     from adaptc.methods.lokr import LoKrConfig
@@ -140,6 +141,7 @@ PUBLIC = {
     "FourierFTConfig": "adaptc.methods.fourierft",
     "WaveFTConfig": "adaptc.methods.waveft",
     "C3AConfig": "adaptc.methods.c3a",
+    "LilyConfig": "adaptc.methods.lily",
     "ShiraConfig": "adaptc.methods.shira",
     "LNTuningConfig": "adaptc.methods.ln_tuning",
     "TrainableTokensConfig": "adaptc.methods.trainable_tokens",

@@ -16,6 +16,7 @@ from torch import Tensor
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.file_keys import base_name, keys_of, second_name
 from adaptc.binding.fits import fingerprint
+from adaptc.binding.groups import groups
 from adaptc.binding.misfits import Cast, check_casts, check_kind, check_kinds, check_shapes, finite_scale, unbound
 from adaptc.errors import CheckpointError, ConfigError, SwapError, TargetError
 from adaptc.methods import AdapterConfig, check_sizes
@@ -42,14 +43,16 @@ def first_values(
     and identity values at the others."""
     builder = _Builder(spec, config)
     present = [a for a in spec.attachments if only is None or a.id in only]
+    own = {a.id: a.method if only is None else only[a.id] for a in present}
+    builder.share(own)
     for a in present:
-        method = a.method if only is None else only[a.id]
+        method = own[a.id]
         init = method.init(spec.ops[a.id], spec.canonical(a), spec.dtype(a), generator)
         op, slots = spec.ops[a.id], init.slots
         if any(n not in slots for n in a.method.slots(op)):  # the program has slots this adapter's options do without
             slots = {**a.method.identity(op, spec.canonical(a), spec.dtype(a)), **slots}
         builder.put(a, method, slots, init.base)
-    builder.identities({a.id: a.method if only is None else only[a.id] for a in present})
+    builder.identities(own)
     builder.carried = {key: spec.weights[fqn].detach() for key, fqn in spec.unread.items()}
     return builder.done("first values")
 
@@ -79,6 +82,7 @@ def bind(
     present = _present(spec, config, tensors, left, fit=fit)
     if fit:
         builder.config = _as_found(config, spec, [(a, method) for a, method, _ in present])
+    builder.share({a.id: method for a, method, _ in present})
     for a, method, found in present:
         op = spec.ops[a.id]
         check_kinds(a, op, method, found, spec.dtype(a), source, read=False)
@@ -204,11 +208,17 @@ class _Builder:
         self.theirs = frozenset(memory_of(t) for t in theirs if t.numel())
         self.casts: list[Cast] = []
         self.values: dict[str, Tensor] = {}
-        self.given: dict[str, Tensor] = {}
+        self.given: dict[str, tuple[str, Tensor]] = {}
+        self.groups: Mapping[str, str] = {}
+        self.firsts: dict[tuple[Any, ...], str] = {}
         self.of_file = False
         self.methods: dict[str, Method] = {}
         self.base: dict[str, Tensor] = {}
         self.carried: dict[str, Tensor] = {}
+
+    def share(self, methods: Mapping[str, Method]) -> None:
+        """Before any values: the methods that the adapter has, some of whose slots may be one tensor."""
+        self.groups = groups(self.spec.attachments, self.spec.ops, methods, self.spec.weights)
 
     def put(self, a: Attachment, method: Method, tensors: Mapping[str, Tensor], base: Tensor | None) -> None:
         op = self.spec.ops[a.id]
@@ -291,19 +301,22 @@ class _Builder:
         dtype, device = self.spec.dtype(a), self.spec.weights[a.fqn].device
         for name, slot in a.method.slots(self.spec.ops[a.id]).items():
             fqn = a.slots.get(name) or a.slot_fqn(name, slot)
-            if fqn in self.values:
-                self._check_one(a, name, slot, fqn, tensors[name])
+            wanted = (device, slot.dtype or dtype)
+            first = self.firsts.setdefault((self.groups[fqn], *wanted), fqn) if fqn in self.groups else fqn
+            if first in self.values:
+                self._check_one(a, name, slot, first, tensors[name])
+                self.values[fqn] = self.values[first]
             else:
                 # What several sites share may belong to several programs too, and is nobody's to write to.
                 given = _cut_or_filled(tensors[name], slot)
-                value = given.to(device, slot.dtype or dtype, copy=slot.shared)
+                value = given.to(*wanted, copy=slot.shared)
                 if present:
                     self.casts.append(Cast(a.file_key(name, slot), a.fqn, given, value))
                 if not self.spec.trainable:  # or else it is copied anyhow
                     value = self._own(value)
                 self.values[fqn] = self.spec.wrap(value, slot.trainable, present)
                 if present and not slot.shared:
-                    self.given[fqn] = given
+                    self.given[fqn] = a.file_key(name, slot), given
         if scale is not None:
             scale = finite_scale(scale, a, self.config)
             # float32 scale is exact enough for every dtype below float64 and keeps half precision half.
@@ -313,11 +326,12 @@ class _Builder:
 
     def _check_one(self, a: Attachment, name: str, slot: Slot, fqn: str, value: Tensor) -> None:
         """Raises CheckpointError where a slot that several sites have is given values that differ."""
-        first = self.given.get(fqn)
-        if self.of_file and first is not None and first is not value and not torch.equal(first, value.to(first)):
+        key, first = self.given.get(fqn, ("", value))
+        if self.of_file and first is not value and not torch.equal(first, value.to(first)):
+            why = f"{self.config.peft_type} has one for both" if fqn in self.groups else "ensure_weight_tying"
             raise CheckpointError(
-                f"{a.file_key(name, slot)!r} of {a.fqn!r} and that of a layer it is tied to (ensure_weight_tying) are "
-                "one tensor, and differ in the file"
+                f"{a.file_key(name, slot)!r} and {key!r}, of a layer it is tied to ({why}), are one tensor, and differ "
+                "in the file"
             )
 
     def done(self, source: str) -> Binding:

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from adaptc.binding.binding import Binding, BindingSpec
+from adaptc.binding.groups import groups
 from adaptc.methods import AdapterConfig
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.method import Method, Slot
@@ -188,6 +189,8 @@ def _frozen(value: Any) -> Hashable:
 def _recipe(spec: BindingSpec, binding: Binding, tensors: Mapping[str, Tensor], *, fit: bool) -> Recipe | None:
     """The recipe of ``binding``, if it is certain that there is one."""
     if binding.base or binding.carried or binding.parts:
+        return None
+    if groups(spec.attachments, spec.ops, binding.methods, spec.weights):
         return None
     taken: list[_Taken] = []
     filled: list[_Filled] = []

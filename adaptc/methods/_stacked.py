@@ -49,6 +49,10 @@ class Stacked(Method):
         return self.inner.replaces
 
     @property
+    def row_wise(self) -> bool:  # type: ignore[override]
+        return self.inner.row_wise
+
+    @property
     def takes_complex(self) -> bool:  # type: ignore[override]
         return self.inner.takes_complex
 

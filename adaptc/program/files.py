@@ -17,6 +17,7 @@ from adaptc.binding.binding import Binding
 from adaptc.binding.combine import together
 from adaptc.binding.file_keys import base_name
 from adaptc.binding.fits import fingerprint
+from adaptc.binding.groups import groups
 from adaptc.binding.source import from_dict
 from adaptc.capture.capture import Source
 from adaptc.errors import AdaptcError, BackendError, CheckpointError
@@ -212,6 +213,12 @@ def _one_binding(lifted: Lifted, found: Sequence[Attachment], stored: dict[str, 
     beside = {**stored["unread"], **{k: base_name(k) for k in stored["carried"]}}
     carried = {key: lifted.tensor(fqn).detach() for key, fqn in beside.items()}
     methods = joined(methods, ops)
+    for fqn, first in groups(found, ops, methods, lifted.state_dict).items():
+        one, other = values[first], values[fqn]
+        if (one.dtype, one.device) == (other.dtype, other.device):
+            if not torch.equal(one, other):
+                raise CheckpointError(f"{first!r} and {fqn!r} are one tensor of its adapter, and differ")
+            values[fqn] = lifted.state_dict[fqn] = one
     # What the base was is not known, so a binding of this program fits where its own version of the base is.
     bases = {fqn: fingerprint(lifted.tensor(fqn)) for fqn in stored["residual"] if fqn in lifted.state_dict}
     # What the adapter was made with times this is the scale that the file has.

@@ -112,7 +112,7 @@ class CoverageReport(Report):
             made: dict[str, Any] = {k: getattr(program, k) for k in ("passes", "products")}
             return cls((), {}, (), 0, base_parameters(program, ()), merged=source, packed=packed, **made)
         binding = program.binding
-        seen: set[str] = set()
+        seen: set[int] = set()
         sites = tuple(_site(program, binding, x, seen) for x in a.attachments)
         adapted = {x.module for x in a.attachments}
         left_out = tuple((name, why) for name, why in a.left_out if name not in adapted)
@@ -251,11 +251,11 @@ def _site_data(s: SiteCoverage) -> dict[str, Any]:
     return {**vars(s), "slots": slots}
 
 
-def _site(program: AdaptedProgram, binding: Binding, a: Attachment, seen: set[str]) -> SiteCoverage:
+def _site(program: AdaptedProgram, binding: Binding, a: Attachment, seen: set[int]) -> SiteCoverage:
     method = binding.methods.get(a.id)
     specs = (method or a.method).slots(program.ops[a.id])
     slots = {n: binding.values[f] for n, f in a.slots.items() if n in specs}
-    fresh = {a.slots[n]: t for n, t in slots.items() if method and specs[n].trainable and a.slots[n] not in seen}
+    fresh = {id(t): t for n, t in slots.items() if method and specs[n].trainable and id(t) not in seen}
     seen.update(fresh)
     return SiteCoverage(
         fqn=a.fqn,
@@ -275,17 +275,18 @@ def _site(program: AdaptedProgram, binding: Binding, a: Attachment, seen: set[st
 def count_parameters(program: AdaptedProgram) -> tuple[int, int]:
     """(trainable, all) parameters of the program with its current adapter. Sites the adapter lacks do not count."""
     binding = program.binding
-    own: dict[str, Tensor] = {}
-    in_place: set[str] = set()
+    own: dict[int, Tensor] = {}  # several slots may be one tensor
+    in_place: set[int] = set()
     for a in program.adaptation.attachments:
         method = binding.methods.get(a.id)
         if method is None:
             continue
         for name, slot in method.slots(program.ops[a.id]).items():
             if slot.trainable:
-                own[a.slots[name]] = binding.values[a.slots[name]]
+                value = binding.values[a.slots[name]]
+                own[id(value)] = value
                 if method.in_place():
-                    in_place.add(a.slots[name])
+                    in_place.add(id(value))
     trainable = sum(t.numel() for t in own.values() if t.requires_grad)
     added = sum(t.numel() for f, t in own.items() if f not in in_place)
     return trainable, added + base_parameters(program, binding.values)

@@ -142,8 +142,8 @@ def get_model_status(program: AdaptedProgram) -> ModelStatus:
         base_model_type=_base_type(still),
         adapter_model_type=" + ".join(f"{k}Model" for k in kinds),
         peft_types={n: p.config.peft_type for n, p in binding.named.items()},
-        trainable_params=sum(t.numel() for t in trained.values() if t.requires_grad),
-        total_params=sum(t.numel() for t in added.values()) + base_parameters(still, binding.values),
+        trainable_params=sum(t.numel() for t in trained if t.requires_grad),
+        total_params=sum(t.numel() for t in added) + base_parameters(still, binding.values),
         num_adapter_layers=len(layers),
         enabled=all(s.enabled for s in layers),
         active_adapters=[n for n in names if binding.named[n].idle is None],
@@ -191,16 +191,17 @@ def _scale(binding: Binding, name: str, group: list[Attachment]) -> float | Irre
     return _agreed((part.idle or part).factors.get(a.id, 1.0) for a in group)
 
 
-def _own(program: AdaptedProgram, parts: Mapping[str, Binding], in_place: bool = True) -> dict[str, Tensor]:
-    """The trainable tensors of these adapters, by FQN; without ``in_place`` those alone that PEFT adds to the model."""
-    out: dict[str, Tensor] = {}
+def _own(program: AdaptedProgram, parts: Mapping[str, Binding], in_place: bool = True) -> list[Tensor]:
+    """The trainable tensors of these adapters; without ``in_place`` those alone that PEFT adds to the model."""
+    out: dict[int, Tensor] = {}  # several slots may be one tensor
     for a in program.adaptation.attachments:
         part = parts.get(a.adapter)
         method: Any = None if part is None else part.methods.get(a.id)
         if part is not None and method is not None and (in_place or not method.in_place()):
             specs = method.slots(program.ops[a.id])
-            out |= {a.slots[n]: part.values[a.slots[n]] for n, s in specs.items() if s.trainable}
-    return out
+            found = (part.values[a.slots[n]] for n, s in specs.items() if s.trainable)
+            out |= {id(t): t for t in found}
+    return list(out.values())
 
 
 def _agreed(values: Iterable[Any]) -> Any:

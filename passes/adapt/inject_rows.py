@@ -57,6 +57,8 @@ def check_site(lifted: Lifted, a: Attachment) -> None:
             why = "it is an expert's, whose inputs are tokens in another order than the batch has them"
         elif not isinstance(node.meta.get("val"), Tensor):
             why = "it is read by a layer with several results"
+        elif not a.method.row_wise:
+            why = f"what {a.method.name} does to a row depends on the whole batch"
         elif not around(a, site_op(lifted, a)) and not a.method.has_weight():
             why = f"{a.method.name} has no form there that can be given to each row"
     if why:

@@ -84,6 +84,8 @@ class Hooks:
 
     #: whether the sizes of its slots along free axes mean something, so that none can be filled up to a larger one
     exact_sizes: ClassVar[bool] = False
+    #: whether a row of a batch depends on that row alone; where not, rows of one batch cannot have other adapters
+    row_wise: ClassVar[bool] = True
 
     #: the names that its tensors have in files behind the path of a site, for those who read a file without a model
     file_names: ClassVar[tuple[str, ...]] = ()
@@ -279,6 +281,17 @@ class Hooks:
         """The methods of all sites of one adapter, given as (method, op), each with what it has to know of the others:
         a shared slot is as large as its largest site needs."""
         return [method for method, _ in sites]
+
+    @classmethod
+    def grouped_slots(cls, sites: Sequence[tuple[Any, Op]]) -> list[Mapping[str, int]]:
+        """Slots that are one tensor for a group of sites. ``sites``: those of one adapter, as (method, op), in the
+        order of the model's modules. For each the names of such slots, with the place in ``sites`` of the first of the
+        group.
+
+        What is one tensor is said by the adapter and not by the program: each site has a slot of its own in the program
+        and in files, so that an adapter with other groups runs through the same code.
+        """
+        return [{} for _ in sites]
 
     def unwrap(self, op: Op) -> tuple[Any, Op]:
         """Of a method that applies another one to parts of a weight (once per expert): that other method, and the op of

@@ -56,7 +56,8 @@ def test_a_subset_of_the_sites(entry, tmp_path):
     with torch.no_grad():
         expected = s.program(*x) + torch.tanh(pair.other(*x))
     close(program(*x), expected, 1e-9)
-    close(adaptc.merge(program)(*x), expected, 1e-9)
+    if s.entry.weight:
+        close(adaptc.merge(program)(*x), expected, 1e-9)
 
 
 class Pair(torch.nn.Module):

@@ -64,8 +64,16 @@ def dense(s: Subject) -> bool:
     return merged.shape != s.program.state_dict[weight].shape
 
 
-#: every method at every layer, each in one of the blocks
-CASES = [(e.name, n, BLOCKS[(i + j) % len(BLOCKS)]) for i, e in enumerate(ENTRIES) for j, n in enumerate(e.layers())]
+#: every method with a meaning for weights at every layer, each in one of the blocks
+WEIGHTS = [e for e in ENTRIES if e.weight]
+CASES = [(e.name, n, BLOCKS[(i + j) % len(BLOCKS)]) for i, e in enumerate(WEIGHTS) for j, n in enumerate(e.layers())]
+
+
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if not e.weight], ids=lambda e: e.name)
+def test_a_method_without_a_weight_has_no_place_there(entry):
+    s = subject(entry.name, "linear")
+    with pytest.raises(adaptc.TargetError, match=r"no form on the weight.*called inside a block"):
+        adaptc.compile(enclosed("linear", entry.widths, "no_grad"), s.directory)
 
 
 @pytest.mark.few(4)

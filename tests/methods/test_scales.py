@@ -51,14 +51,15 @@ def test_a_factor_is_peft_s(entry: str, layer: str) -> None:
     with quiet(), torch.no_grad():
         theirs = scaled_by_peft(s.wrapped, FACTOR)
         expected = theirs(*args)
-        merged = theirs.merge_and_unload()(*args)
+        merged = theirs.merge_and_unload()(*args) if s.entry.weight else None
     assert not torch.allclose(before, expected, rtol=1e-3, atol=1e-3)
     with adaptc.assert_no_recompiles():
         program.set_scale(99.0)
         program.set_scale(FACTOR)  # what counts is the last one
         close(program(*args), expected, s.tolerance)
     sound(program)
-    close(adaptc.merge(program)(*args), merged, s.tolerance * 10)
+    if merged is not None:
+        close(adaptc.merge(program)(*args), merged, s.tolerance * 10)
     close(program.bind(s.directory, scale=FACTOR)(*args), expected, s.tolerance)
     program.set_scale(1)
     assert torch.equal(program(*args), before)

@@ -20,7 +20,18 @@ from tests.support.method_table import Experts
 #: trained on, are never stacked; the rest follows from what it does say
 OWN = {
     *("file_names", "summed", "low_rank", "with_low_rank"),
-    *("akin", "defines", "drops_input", "nested", "settle_shared_sizes", "name", "kin", "swappable", "training"),
+    *(
+        "akin",
+        "defines",
+        "drops_input",
+        "nested",
+        "settle_shared_sizes",
+        "grouped_slots",
+        "name",
+        "kin",
+        "swappable",
+        "training",
+    ),
     *("dropout", "filled", "exact_sizes", "untrainable"),
 }
 

@@ -1,4 +1,5 @@
-"""AOTInductor packages of one method of each kind: additive, multiplicative, on activations, with shared slots."""
+"""AOTInductor packages of one method of each kind: additive, multiplicative, on activations, with shared and
+grouped slots."""
 
 from __future__ import annotations
 
@@ -9,11 +10,11 @@ from tests.support.method_checks import close, randomized, subject
 
 
 @pytest.mark.few(1)
-@pytest.mark.parametrize("entry", ["loha", "hra", "ia3", "vera"])
+@pytest.mark.parametrize("entry", ["loha", "hra", "ia3", "vera", "lily"])
 def test_packaged(entry: str, tmp_path):
     s = subject(entry, "linear")
     other = randomized(s, s.config(**s.entry.other), tmp_path / "other", seed=9)
-    room = {"hra": 6}.get(entry)  # the other adapter has a larger rank
+    room = {"hra": 6, "lily": 7}.get(entry)  # the other adapter has a larger rank
     runner = adaptc.load_package(adaptc.package(s.program, tmp_path / "adapted.pt2", max_rank=room))
     close(runner(*s.args(5)), s.expected(5), 1e-12)
     runner.swap(other)

@@ -90,7 +90,8 @@ class Entry:
     must run through the same code. ``widths``: inputs and outputs of the layers. ``neutral``: whether a fresh adapter
     leaves the layer as it is. ``values``: legal random values of a tensor by its key, where normal ones are not.
     ``tolerance``: for methods that PEFT computes in float32 whatever the dtype. ``only``: layers enough for a variant
-    of a method that another entry has on all of them.
+    of a method that another entry has on all of them. ``weight``: whether it means something for a weight, so that it
+    can be merged; ``rows``: whether a row of a batch depends on that row alone.
     """
 
     name: str
@@ -104,6 +105,8 @@ class Entry:
     values: Callable[[str, Tensor], Tensor] | None = None
     tolerance: float = 1e-9
     only: tuple[str, ...] = tuple(LAYERS)
+    weight: bool = True
+    rows: bool = True
 
     def layers(self) -> list[str]:
         return [n for n in self.only if n not in self.refused]
@@ -366,6 +369,15 @@ ENTRIES: list[Entry] = [
         {"r": 3, "random_seed": 4},
         other={"r": 2, "random_seed": 9, "init_weights": False},
         only=FLATTENED,
+    ),
+    Entry(
+        "lily",
+        "LilyConfig",
+        {"r": 4, "num_B": 3, "scaling": 0.7},
+        refused=tuple(n for n in LAYERS if n not in MATRICES),
+        other={"r": 7, "stride_A": 2, "scaling": 1.3, "init_weights": False},
+        weight=False,
+        rows=False,
     ),
     # PEFT forgets the bias of a linear layer whose rows are trained.
     Entry(
