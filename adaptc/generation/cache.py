@@ -42,6 +42,8 @@ class StepCache:
         self.expected: int | None = None
         self.length = 0
         self.rows = 0
+        #: coefficient -> the position from which each row is adapted (see ``acting``)
+        self.since: dict[str, Tensor] = {}
         self.tensors: list[Tensor] = []
         self.mask = torch.ones(0, 0, dtype=torch.int64, device=device)
 
@@ -126,6 +128,7 @@ class StepCache:
         new = type(self)(self.layout, self.owner, self.max_length, self.device, self.window)
         new.length, new.rows = self.length, self.rows
         new.first, new.top, new.recording = self.first, self.top, self.recording
+        new.since = {n: t.clone() for n, t in self.since.items()}
         new.tensors, new.mask = [t.clone() for t in self.tensors], self.mask.clone()
         return new
 
@@ -165,6 +168,7 @@ class StepCache:
     def reset(self) -> None:
         """As if nothing had been computed."""
         self.length = self.first = self.top = 0
+        self.since = {}
         self.mask.fill_(1)
 
     def can_crop(self, length: int) -> bool:
@@ -198,11 +202,13 @@ class StepCache:
         """The same, of any number of rows."""
         index = indices.to(self.device)
         self.tensors = [t.index_select(0, index) for t in self.tensors]
+        self.since = {n: t.index_select(0, index) for n, t in self.since.items()}
         self.mask, self.rows = self.mask.index_select(0, index), index.shape[0]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row ``repeats`` times, one behind the other."""
         self.tensors = [t.repeat_interleave(repeats, 0) for t in self.tensors]
+        self.since = {n: t.repeat_interleave(repeats, 0) for n, t in self.since.items()}
         self.mask, self.rows = self.mask.repeat_interleave(repeats, 0), self.rows * repeats
 
     def activate_past_recording(self) -> None:

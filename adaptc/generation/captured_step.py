@@ -8,7 +8,7 @@ each of these failed at.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from adaptc.errors import AdaptcWarning, CaptureError, ConfigError
@@ -36,10 +36,11 @@ def captured_step(
     facts_of: Callable[[CacheLayout, int], dict[str, Any]],
     max_length: int,
     positions: int | None,
+    acts: Sequence[str] = (),
 ) -> tuple[AdaptedProgram, Facts]:
     """``capture``: makes a program of the model as a step; ``facts_of``: what is known of any step with such a cache
-    of so many positions. ``positions``: how many the model has, if it says so. Warns where there is no cache. Raises
-    CaptureError, and ConfigError for more positions than the step can have."""
+    of so many positions. ``positions``: how many the model has, if it says so. ``acts``: inputs for adapters alone.
+    Warns where there is no cache. Raises CaptureError, and ConfigError for more positions than the step can have."""
     failed: list[CaptureError] = []
     try:
         layout = CacheLayout.of(model)
@@ -57,14 +58,21 @@ def captured_step(
     for keeps, most in ways:
         held = layout if keeps != NOTHING and layout is not None else CacheLayout((), model.dtype)
         try:
-            program, step = _captured(model, capture, keeps, held, most)
+            program, step = _captured(model, capture, keeps, held, most, acts)
         except CaptureError as error:
             failed.append(error)
             continue
         known = facts_of(held, max_length if most is None else _bounded(max_length, most, positions))
         takes = step.example_inputs
         why = _short(failed[0]) if failed else ""
-        facts = Facts(**known, positions="position_ids" in takes, embeds="inputs_embeds" in takes, keeps=keeps, why=why)
+        facts = Facts(
+            **known,
+            positions="position_ids" in takes,
+            embeds="inputs_embeds" in takes,
+            keeps=keeps,
+            why=why,
+            acts=tuple(acts),
+        )
         try:
             with eval_mode(model):
                 prove(model, unloaded(program).module(check_guards=False), facts)
@@ -84,9 +92,14 @@ def captured_step(
 
 
 def _captured(
-    model: Any, capture: Callable[[Step], AdaptedProgram], keeps: str, layout: CacheLayout, most: int | None
+    model: Any,
+    capture: Callable[[Step], AdaptedProgram],
+    keeps: str,
+    layout: CacheLayout,
+    most: int | None,
+    acts: Sequence[str],
 ) -> tuple[AdaptedProgram, Step]:
-    with stepping_as(model, keeps, layout, most) as step:
+    with stepping_as(model, keeps, layout, most, acts) as step:
         try:
             return capture(step), step
         except CaptureError as error:

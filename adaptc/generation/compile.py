@@ -7,7 +7,7 @@ adapted as ``adaptc.compile`` adapts; or an error, and the model as it was.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,6 +17,7 @@ from adaptc.binding.combine import named
 from adaptc.binding.source import as_config
 from adaptc.capture.example_inputs import is_pretrained_model
 from adaptc.errors import AdaptcError, CaptureError, ConfigError, shown
+from adaptc.generation.acting import coefficients_of, refuse_acting
 from adaptc.generation.captured_step import captured_step
 from adaptc.generation.cross_facts import CrossFacts, check_side_by_side, decoder_positions, encoder_positions
 from adaptc.generation.cross_prove import prove_across
@@ -91,11 +92,15 @@ def _compiled(
     """See :func:`compile_for_generation`; ``how`` as for :func:`compiled`."""
     if not isinstance(model, nn.Module) or not is_pretrained_model(model):
         raise CaptureError(f"compile_for_generation takes a transformers model, not a {type(model).__name__}")
-    _refuse_prompts(adapter)
+    by_name = named(adapter)
+    adapters = list(by_name.values()) if by_name is not None else adapter if isinstance(adapter, list) else [adapter]
+    _refuse_prompts(adapters)
+    acts = coefficients_of(adapters)
     name, config = type(model).__name__, cast(Any, model.config)
     if not getattr(model, "can_generate", bool)():
         raise CaptureError(f"{name} does not generate: give a model for language modelling")
     if config.is_encoder_decoder:
+        refuse_acting(acts, f"{name} has an encoder, and would generate")
         return _across(model, adapter, options, max_batch, max_length, **how)
     _at_least_one(max_batch, "max_batch")
     positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -105,6 +110,7 @@ def _compiled(
         lambda layout, length: _common(model, layout, max_batch, length),
         _at_most(max_length, positions),
         positions if isinstance(positions, int) else None,
+        acts,
     )
     return generator_of(program, facts)
 
@@ -141,11 +147,9 @@ def _across(
     return generator_of(program, facts)
 
 
-def _refuse_prompts(adapter: Any) -> None:
+def _refuse_prompts(adapters: Sequence[Any]) -> None:
     """Raises ConfigError for adapters that put tokens in front of those of a program."""
-    by_name = named(adapter)
-    given = list(by_name.values()) if by_name is not None else adapter if isinstance(adapter, list) else [adapter]
-    for one in given:
+    for one in adapters:
         try:
             config = as_config(one)
         except AdaptcError:  # whoever compiles it says what it is
@@ -161,16 +165,9 @@ def _refuse_prompts(adapter: Any) -> None:
 def _captured(
     model: nn.Module, adapter: Any, options: RunOptions, step: Step, how: Mapping[str, Any]
 ) -> AdaptedProgram:
-    program = compiled(
+    return compiled(
         model, adapter, options, example_inputs=step.example_inputs, dynamic_shapes=step.dynamic_shapes, **how
     )
-    if reading := [a for a in program.adaptation.attachments if a.reads]:
-        raise ConfigError(
-            f"{reading[0].method.name} is not supported in programs that generate: a step sees its own tokens, and not "
-            "whether the adapter was invoked before them. adaptc.compile(model, config) gives a program that computes "
-            "logits with it"
-        )
-    return program
 
 
 def _common(model: Any, layout: CacheLayout, max_batch: int, max_length: int) -> dict[str, Any]:

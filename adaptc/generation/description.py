@@ -44,6 +44,7 @@ _FORM: dict[str, Any] = {
     "embeds_dtype": str,
     "keeps": Option(str),
     "why": Option(str),
+    "acts": Option([str]),
     "states": Option([{"layer": Length, "kind": str, "index": Length, "sizes": [Length], "dtype": str}]),
 }
 _PLAIN = ("max_batch", "max_length", "positions", "embeds", "vocabulary", "width")
@@ -62,6 +63,8 @@ def described(facts: Facts) -> dict[str, str]:
     }
     if facts.keeps != ROOM:
         stored |= {"keeps": facts.keeps, "why": facts.why}
+    if facts.acts:
+        stored["acts"] = list(facts.acts)
     if isinstance(facts.layout, StateLayout):
         stored["states"] = [{**vars(s), "dtype": _name(s.dtype)} for s in facts.layout.states]
     if isinstance(facts, CrossFacts):
@@ -98,13 +101,16 @@ def facts_of(
         "tokenizer": tokenizer,
         "keeps": stored.get("keeps", ROOM),
         "why": stored.get("why", ""),
+        "acts": tuple(stored.get("acts", ())),
     }
     if known["keeps"] == WINDOW and layout.window is None:
         raise Refused("its layers keep a window, and it has none")
     if known["keeps"] not in KEEPS or (known["keeps"] == NOTHING) != (not layout.names):
         raise Refused(f"what it keeps is {shown(known['keeps'])}, of {len(layout.layers)} layers")
     if across is None:
-        if not set(layout.names) <= set(inputs) or (known["keeps"] in (NOTHING, STATE)) == ("slots" in inputs):
+        if not {*layout.names, *known["acts"]} <= set(inputs) or (known["keeps"] in (NOTHING, STATE)) == (
+            "slots" in inputs
+        ):
             raise Refused("its program has no such cache")
         return Facts(**known)
     cross, features = _layout(across, CROSS), across["features"]

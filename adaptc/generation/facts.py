@@ -40,6 +40,8 @@ class Facts:
     tokenizer: Callable[[], Any] | None = field(default=None, kw_only=True)
     keeps: str = field(default=ROOM, kw_only=True)
     why: str = field(default="", kw_only=True)
+    #: coefficients that a step is given, a value for each of its tokens (see ``acting``)
+    acts: tuple[str, ...] = field(default=(), kw_only=True)
 
     @property
     def window(self) -> int | None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation import checks
+from adaptc.generation.acting import Acting, refuse_acting
 from adaptc.generation.bank import GeneratorBank, bank_of
 from adaptc.generation.cache import StepCache
 from adaptc.generation.description import described
@@ -26,7 +27,7 @@ from adaptc.generation.package_files import carried
 from adaptc.generation.random_steps import drawn, pair
 from adaptc.generation.ways import cache_for, run_as, stepping_as
 from adaptc.program.adapted import AdaptedProgram
-from adaptc.program.bound import Keeping
+from adaptc.program.bound import Bound, Keeping
 from adaptc.program.holder import Holder
 from adaptc.program.views import SCALE
 
@@ -47,6 +48,8 @@ class Generator(Holder):
         self.step: Callable[..., Any] | None = None
         #: positions of its cache that its ``input_ids`` does not begin with
         self.offset = 0
+        #: where the adapter acts, while a generation goes on
+        self.acting: Acting | None = None
         #: whether a step was computed
         self.begun = False
 
@@ -68,6 +71,8 @@ class Generator(Holder):
 
     def holding(self, program: AdaptedProgram) -> Self:
         """The same for another version of its program."""
+        reads = {n for a in program.adaptation.attachments for n in a.reads}
+        refuse_acting(sorted(reads - set(self.facts.acts)), "a program that generates would be made")
         return type(self)(program, self.facts)
 
     def beside(self) -> dict[str, str]:
@@ -80,6 +85,7 @@ class Generator(Holder):
         return self.facts.notes()
 
     def carried(self, tokenizer: Any) -> dict[str, bytes]:
+        refuse_acting(self.facts.acts, "a package would be made of what generates")
         return carried(self.facts, tokenizer)
 
     def drawn(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,7 +100,7 @@ class Generator(Holder):
         if not isinstance(model, nn.Module):
             yield model.program if isinstance(model, Generator) else model
             return
-        with stepping_as(model, self.facts.keeps, self.facts.layout):
+        with stepping_as(model, self.facts.keeps, self.facts.layout, acts=self.facts.acts):
             yield model
 
     def bind(self, adapter: Any, **options: Any) -> Self:
@@ -105,6 +111,7 @@ class Generator(Holder):
     def bank(self, adapters: Mapping[str, Any] | None = None, **limits: Any) -> GeneratorBank:
         """Adapters by name, of which each prompt takes its own: ``gen.bank({...}).generate(ids, adapters=["fr", None,
         {"de": 0.7, "style": 0.3}])``. ``limits`` and errors as for :meth:`AdaptedProgram.bank`."""
+        refuse_acting(self.facts.acts, "a bank would be made of what generates")
         return bank_of(self, adapters, limits)
 
     @property
@@ -137,7 +144,12 @@ class Generator(Holder):
         """
         scale = kwargs.pop(SCALE, None)
         kwargs, offset = checks.arguments(self.facts, inputs, kwargs)
-        return self.pinned(offset, scale).generated(inputs, generation_config, kwargs)
+        new = self.pinned(offset, scale)
+        if new.acting is not None:
+            ids = kwargs.get("input_ids") if inputs is None else inputs
+            ids = None if kwargs.get("inputs_embeds") is not None else ids
+            new.acting = new.acting.for_prompt(ids, kwargs.get(past_name()), offset)
+        return new.generated(inputs, generation_config, kwargs)
 
     def generated(self, inputs: Tensor | None, generation_config: Any, kwargs: dict[str, Any]) -> Any:
         """What transformers' ``generate`` gives, of one that is pinned."""
@@ -172,6 +184,9 @@ class Generator(Holder):
         new, runs = copy.copy(self), self._runs
         if self.step is None:
             new.step = runs.pinned(scale)
+            if self.facts.acts:
+                program = runs.program if isinstance(runs, Bound) else runs
+                new.acting = Acting.of(self.facts.acts, program, new.step.binding)  # type: ignore[union-attr]
         new.offset, new.begun = offset, False
         return new
 
@@ -206,7 +221,8 @@ class Generator(Holder):
         before, total = past.length, past.length + tokens
         checks.fits(self.facts, rows, total)
         checks.check_mask(attention_mask, (rows, tokens), before)
-        step = self.step or self._runs
+        now = self.pinned() if self.facts.acts and self.acting is None else self
+        step, acting = now.step or self._runs, now.acting
         past.reserve(rows, total)
         if attention_mask is not None:
             past.mask[:, :total] = attention_mask
@@ -214,6 +230,8 @@ class Generator(Holder):
         if self.facts.positions:
             given = torch.arange(before, total)[None] if position_ids is None else position_ids
             inputs["position_ids"] = given.to(past.device).expand(rows, -1).contiguous()
+        if acting is not None:
+            inputs |= acting.inputs(input_ids, past, rows, tokens)
         logits = run_as(self.facts, step, past, inputs, tokens, logits_to_keep)
         past.fit(1)
         self.begun = True

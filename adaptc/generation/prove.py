@@ -81,6 +81,7 @@ def _in_pieces(step: Callable[..., Tensor], facts: Facts, ids: Tensor, mask: Ten
             shape = (_ROWS, end - start, facts.width)
             inputs["inputs_embeds"] = torch.zeros(shape, dtype=facts.embeds_dtype, device=device)
             inputs["embedded"] = torch.tensor(False, device=device)
+        inputs |= {n: torch.zeros_like(inputs["input_ids"], dtype=torch.bool) for n in facts.acts}
         slots = torch.arange(start, end, device=device)
         out.append(step(**inputs, slots=slots, keep=torch.arange(end - start, device=device)))
     return torch.cat(out, 1)

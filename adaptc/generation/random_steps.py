@@ -113,6 +113,8 @@ def _step(
     if facts.embeds:
         inputs["inputs_embeds"] = torch.randn(rows, tokens, facts.width, generator=values).to(facts.embeds_dtype)
         inputs["embedded"] = torch.randint(0, 2, (), generator=values).bool()
+    for name in facts.acts:
+        inputs[name] = torch.randint(0, 2, (rows, tokens), generator=values).bool()
     ring = None if facts.window is None else min(length, facts.window + tokens - 1)
     for name, shape in zip(facts.layout.names, facts.layout.shapes(rows, length, ring), strict=True):
         inputs[name] = torch.randn(shape, generator=values).to(facts.layout.dtype)

@@ -12,6 +12,7 @@ wanted.
     position_ids    (batch, tokens)         int64: of each token in its text
     slots           (tokens,)               int64: where in the cache the tokens go; one after the other
     keep            (kept,)                 int64: which tokens' logits are wanted
+    alora_acts      (batch, tokens)         bool: where an adapter acts that begins at a token (``acting``)
     keys_i          (batch, heads, length, dim)  and values_i, of each layer; (batch, heads, ring, dim) of those that
                                                  keep a window (see ``ring``)
     -> logits       (batch, kept, vocabulary)
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -50,20 +51,28 @@ class Step:
 
 
 @contextlib.contextmanager
-def stepping(model: nn.Module, layout: CacheLayout, most: int | None = None, rings: bool = False) -> Iterator[Step]:
+def stepping(
+    model: nn.Module, layout: CacheLayout, most: int | None = None, rings: bool = False, acts: Sequence[str] = ()
+) -> Iterator[Step]:
     """``model`` as its step; as it was afterwards. ``most``: positions that tokens and cache have at most, None for
-    any. ``rings``: sliding layers keep their window. Raises CaptureError for a model whose forward takes no cache."""
+    any. ``rings``: sliding layers keep their window. ``acts``: inputs for adapters alone. Raises CaptureError for a
+    model whose forward takes no cache."""
     takes = inspect.signature(model.forward).parameters
     past = next((n for n in ("cache", "past_key_values") if n in takes), None)
     if past is None:
         raise CaptureError(f"the forward of {type(model).__name__} takes no cache, so it cannot go on from one")
     step = example_step(model, layout, "position_ids" in takes, "inputs_embeds" in takes, most, rings)
+    for name in acts:
+        step.example_inputs[name] = torch.zeros_like(step.example_inputs["input_ids"], dtype=torch.bool)
+        step.dynamic_shapes[name] = step.dynamic_shapes["input_ids"]
     original, keeps, names = model.forward, "logits_to_keep" in takes, layout.names
 
     def forward(**inputs: Any) -> Tensor:
         slots, keep = inputs.pop("slots"), inputs.pop("keep")
         tensors = [inputs.pop(n) for n in names]
         given = inputs.pop("inputs_embeds", None), inputs.pop("embedded", None)
+        for name in acts:
+            del inputs[name]
         if keeps:
             inputs["logits_to_keep"] = keep
         inputs[past] = written_cache(tensors, slots, layout, rings)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adaptc.generation.acting import refuse_acting
 from adaptc.generation.cache import StepCache, cache_class
 from adaptc.generation.facts import EXACT, NOTHING, STATE, WINDOW, Facts
 from adaptc.generation.layout import CacheLayout, StateLayout
@@ -19,14 +20,17 @@ from adaptc.generation.whole_step import TEXT, run_whole, stepping_whole
 
 
 def stepping_as(
-    model: nn.Module, keeps: str, layout: CacheLayout, most: int | None = None
+    model: nn.Module, keeps: str, layout: CacheLayout, most: int | None = None, acts: Sequence[str] = ()
 ) -> AbstractContextManager[Step]:
-    """A context in which ``model`` is its step; see ``stepping``."""
+    """A context in which ``model`` is its step; see ``stepping``. Raises ConfigError for ``acts`` where there is no
+    cache of keys and values."""
     if keeps == NOTHING:
+        refuse_acting(acts, f"{type(model).__name__} would generate without a cache")
         return stepping_whole(model, most)
     if isinstance(layout, StateLayout):
+        refuse_acting(acts, f"{type(model).__name__} would generate from a state")
         return stepping_states(model, layout)
-    return stepping(model, layout, most, rings=keeps == WINDOW)
+    return stepping(model, layout, most, keeps == WINDOW, acts)
 
 
 def run_as(

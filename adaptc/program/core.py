@@ -203,8 +203,11 @@ class ProgramCore(ProgramValues):
     def pinned(self, scale: Any = None) -> Callable[..., Any]:
         """A callable that keeps the binding that is current now, for calls that belong together. Made without looking
         at the graph; it shares the code, and what calls write to, with the program. ``scale``: as ``adapter_scale`` of
-        calls."""
-        return partial(outside(called_as), self.ready_for(scale))
+        calls. Its ``binding`` is the one that it keeps."""
+        now = self.ready_for(scale)
+        made: Any = partial(outside(called_as), now)
+        made.binding = now.binding
+        return made
 
     def pinned_to(self, scale: Any = None) -> tuple[Self, Executor, Binding, Mapping[str, Tensor]]:
         """What calls that begin now run: the program, its code, the binding, and state that is not the program's."""

@@ -3,7 +3,10 @@
 Before: an opened program whose slots are there, and attachments of which some read coefficients
 (``passes.ir.coefficients``). After: in front of all other nodes those that compute them of the caller's token ids, each
 once for all sites that have the same slots, and the attachments with the names of their nodes. The nodes' tags say
-whose they are, in the role of :data:`ROLE`; a site whose output has not a place for each token is refused.
+whose they are; a site whose output has not a place for each token is refused.
+
+A program that has an input called as a coefficient is given it: a step of a generation sees its own tokens, and what
+invoked the adapter may have come before them.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.export.graph_signature import InputKind
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from adaptc.errors import MethodError, TargetError, listing
@@ -71,6 +75,14 @@ class Coefficients:
     def _node(self, a: Attachment, name: str, c: Coefficient, ids: fx.Node) -> fx.Node:
         fqns = tuple(a.slots[s] for s in c.slots)
         key = (c.make, fqns)
+        spec = self.lifted.specs.get(name)
+        if spec is not None and spec.kind == InputKind.USER_INPUT:
+            if self.count is not None or any(k != key for k in self.made):
+                raise TargetError(
+                    f"the program takes {name!r} as an input, one for all its adapters: {a.method.name} of several "
+                    "cannot be told apart in it. Give each a program of its own"
+                )
+            self.made[key] = self.lifted.nodes[name]
         if key not in self.made:
             slots = [self.lifted.placeholders[f] for f in fqns]
             specs = a.method.slots(site_op(self.lifted, a))

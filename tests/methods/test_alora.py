@@ -304,8 +304,3 @@ def test_refusals(tmp_path):
     either = adaptc.compile(base("llama"), [tmp_path / "plain", tmp_path / "a"])
     adaptc.swap(either, tmp_path / "a")
     assert_same(called(either, invoking(CALL, 2, 7)), before)
-
-
-def test_a_step_does_not_know():
-    with pytest.raises(ConfigError, match="alora is not supported in programs that generate"):
-        adaptc.compile_for_generation(FAMILIES["llama"].build(), LoraConfig(**config_of("llama", CALL)))
