@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from adaptc.methods.adalora import AdaLoraConfig
     from adaptc.methods.boft import BOFTConfig
     from adaptc.methods.c3a import C3AConfig
+    from adaptc.methods.cartridge import CartridgeConfig
     from adaptc.methods.cpt import CPTConfig
     from adaptc.methods.fourierft import FourierFTConfig
     from adaptc.methods.hra import HRAConfig
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from adaptc.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
     from adaptc.methods.oft import OFTConfig
     from adaptc.methods.p_tuning import PromptEncoderConfig
+    from adaptc.methods.prefix_tuning import PrefixTuningConfig
     from adaptc.methods.prompt_tuning import PromptTuningConfig
     from adaptc.methods.randlora import RandLoraConfig
     from adaptc.methods.road import RoadConfig
@@ -146,6 +148,8 @@ PUBLIC = {
     "LNTuningConfig": "adaptc.methods.ln_tuning",
     "TrainableTokensConfig": "adaptc.methods.trainable_tokens",
     "PromptTuningConfig": "adaptc.methods.prompt_tuning",
+    "PrefixTuningConfig": "adaptc.methods.prefix_tuning",
+    "CartridgeConfig": "adaptc.methods.cartridge",
     "PromptEncoderConfig": "adaptc.methods.p_tuning",
     "CPTConfig": "adaptc.methods.cpt",
     "MultitaskPromptTuningConfig": "adaptc.methods.multitask_prompt_tuning",

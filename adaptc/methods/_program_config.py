@@ -15,6 +15,7 @@ from adaptc.errors import ConfigError
 from adaptc.methods._checks import check_integers
 from adaptc.methods._config import AdapterConfig
 from adaptc.methods._model_facts import ModelFacts
+from adaptc.passes.analysis.attention_places import Attentions
 from adaptc.passes.ir.program_method import ProgramMethod
 
 #: field -> the names that models' configs have for it, as PEFT reads them
@@ -31,6 +32,8 @@ class ProgramConfig(AdapterConfig):
 
     #: as for configs that choose layers
     samples: ClassVar[Sequence[Mapping[str, Any]]] = ({"num_virtual_tokens": 5},)
+    #: whether its method stands in the program's attentions
+    reads_attentions: ClassVar[bool] = False
 
     num_virtual_tokens: int | None = None
     token_dim: int | None = None
@@ -53,24 +56,28 @@ class ProgramConfig(AdapterConfig):
     def method(self, name: str, kind: str) -> ProgramMethod:
         raise AssertionError(f"{type(self).__name__} must define method()")
 
-    def resolved(self, facts: ModelFacts, width: int) -> Self:
+    def resolved(self, facts: ModelFacts, width: int, found: Attentions | None = None) -> Self:
         """This config with what it leaves to the model filled in, as PEFT's files have it; ``width``: that of the
-        program's token embedding. Raises ConfigError where the two do not agree."""
+        program's token embedding; ``found``: its attentions, if :attr:`reads_attentions`. Raises ConfigError where they
+        do not agree."""
+        self.check_submodules()
         if self.token_dim not in (None, width):
             raise ConfigError(
                 f"{type(self).__name__}.token_dim={self.token_dim}, and the token embedding of this program has rows "
                 f"of {width}: leave it out"
-            )
-        if self.num_transformer_submodules not in (None, 1):
-            raise ConfigError(
-                f"{type(self).__name__}.num_transformer_submodules={self.num_transformer_submodules} is not supported: "
-                "tokens are put in front of those of one stack. Leave it out."
             )
         values: dict[str, Any] = {"token_dim": width, "num_transformer_submodules": 1}
         for option, names in _SIZES.items():
             known = (v for n in names if isinstance(v := getattr(facts.config, n, None), int))
             values[option] = next(known, None)
         return self.completed(values)
+
+    def check_submodules(self) -> None:
+        if self.num_transformer_submodules not in (None, 1):
+            raise ConfigError(
+                f"{type(self).__name__}.num_transformer_submodules={self.num_transformer_submodules} is not supported: "
+                "tokens are put in front of those of one stack. Leave it out."
+            )
 
     def with_ranks(self, ranks: Mapping[str, int]) -> Self:
         new = copy.copy(self)

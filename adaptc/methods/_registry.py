@@ -41,6 +41,8 @@ CONFIGS: dict[str, str] = {
     "PROMPT_TUNING": "adaptc.methods.prompt_tuning:PromptTuningConfig",
     "P_TUNING": "adaptc.methods.p_tuning:PromptEncoderConfig",
     "MULTITASK_PROMPT_TUNING": "adaptc.methods.multitask_prompt_tuning:MultitaskPromptTuningConfig",
+    "PREFIX_TUNING": "adaptc.methods.prefix_tuning:PrefixTuningConfig",
+    "CARTRIDGE": "adaptc.methods.cartridge:CartridgeConfig",
     "CPT": "adaptc.methods.cpt:CPTConfig",
     # An older name of the same method, which new files do not have.
     "BONE": "adaptc.methods.miss:MissConfig",
@@ -72,6 +74,9 @@ METHODS: dict[str, str] = {
     "prompt_tuning": "adaptc.methods.prompt_tuning:PromptTuning",
     "p_tuning": "adaptc.methods.p_tuning:PTuning",
     "multitask_prompt_tuning": "adaptc.methods.multitask_prompt_tuning:MultitaskPromptTuning",
+    "prefix_tuning": "adaptc.methods.prefix_tuning:PrefixTuning",
+    "prefix_projection": "adaptc.methods.prefix_tuning:PrefixProjection",
+    "cartridge": "adaptc.methods.cartridge:Cartridge",
     "cpt": "adaptc.methods.cpt:Cpt",
     "stacked": "adaptc.methods._stacked:Stacked",
     "whole": "adaptc.methods._whole:Whole",

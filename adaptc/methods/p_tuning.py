@@ -1,37 +1,31 @@
 """P-tuning: rows in front of the token embeddings, made by a small trained network (Liu et al., arXiv 2103.10385).
 
-File key: ``prompt_embeddings`` (num_virtual_tokens, width), what the network gives, which is all that PEFT writes and
-reads. adaptc writes the network beside it, under ``prompt_encoder.``, so that training goes on from a file; PEFT leaves
-that where it is.
-
-The rows are ``fixed + network(trained)``: in training ``fixed`` is zero, and of a file of PEFT's the network is. The
-network is computed once per binding where nothing trains.
+File key: ``prompt_embeddings`` (num_virtual_tokens, width), what the network gives, with the network beside it under
+``prompt_encoder.``, which PEFT neither writes nor reads. The network has three layers, or is an LSTM under two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import sqrt
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptc.errors import CheckpointError, ConfigError, shown
+from adaptc.errors import ConfigError, shown
 from adaptc.methods._checks import check_integers, check_probability
+from adaptc.methods._made_rows import NETWORK, MadeRows
 from adaptc.methods._model_facts import ModelFacts
 from adaptc.methods._program_config import ProgramConfig
-from adaptc.methods._virtual_tokens import PROMPT, VirtualTokens
-from adaptc.passes.ir.method import Initial
-from adaptc.passes.ir.method_hooks import Slot, Slots
+from adaptc.methods._virtual_tokens import VirtualTokens
+from adaptc.passes.analysis.attention_places import Attentions
+from adaptc.passes.ir.method_hooks import Slots
 from adaptc.passes.ir.ops import Op
 from adaptc.passes.ir.program_method import Given
 
 MLP, LSTM = "MLP", "LSTM"
-NETWORK = "prompt_encoder."
-TRAINED = f"{NETWORK}embedding.weight"
 
 
 @dataclass
@@ -58,8 +52,8 @@ class PromptEncoderConfig(ProgramConfig):
             check_integers(self, {"encoder_hidden_size": self.encoder_hidden_size})
         check_probability(self, "encoder_dropout")
 
-    def resolved(self, facts: ModelFacts, width: int) -> Self:
-        return super().resolved(facts, width).completed({"encoder_hidden_size": width})
+    def resolved(self, facts: ModelFacts, width: int, found: Attentions | None = None) -> Self:
+        return super().resolved(facts, width, found).completed({"encoder_hidden_size": width})
 
     def method(self, name: str, kind: str) -> PTuning:
         assert self.num_virtual_tokens is not None
@@ -70,11 +64,11 @@ class PromptEncoderConfig(ProgramConfig):
 
 
 @dataclass(frozen=True)
-class PTuning(VirtualTokens):
+class PTuning(MadeRows, VirtualTokens):
     """``layers`` and ``dropout``: of an LSTM. ``hidden`` 0: the width of the embeddings."""
 
     name: ClassVar[str] = "p_tuning"
-    modules: ClassVar[Mapping[str, str]] = {PROMPT: PROMPT}
+    instead: ClassVar[str] = "a PromptTuningConfig"
 
     encoder: str = MLP
     hidden: int = 0
@@ -85,14 +79,8 @@ class PTuning(VirtualTokens):
     def at(self, op: Op) -> Self:
         return self if self.hidden else replace(self, hidden=op.out_features)
 
-    def slots(self, op: Op) -> dict[str, Slot]:
-        rows = Slot((self.count, op.out_features), free=(0,))
-        network = {f"{NETWORK}{n}": Slot(shape) for n, shape in self.network(op.out_features).items()}
-        return {PROMPT: replace(rows, trainable=False), TRAINED: rows, **network}
-
-    def network(self, width: int) -> dict[str, tuple[int, ...]]:
-        """Parameter -> its shape, by PEFT's names."""
-        h, out = self.hidden, {}
+    def network(self, op: Op) -> dict[str, tuple[int, ...]]:
+        h, width, out = self.hidden, op.out_features, {}
         if self.encoder == MLP:
             sizes = {"mlp_head.0": (width, h), "mlp_head.2": (h, h), "mlp_head.4": (h, width)}
         else:
@@ -107,16 +95,21 @@ class PTuning(VirtualTokens):
         return out
 
     def prompt(self, slots: Slots, given: Given) -> Tensor:
-        fixed, x = slots[PROMPT], slots[TRAINED]
+        return self.made(slots)
+
+    def through(self, x: Tensor, slots: Slots) -> Tensor:
         if self.encoder == LSTM:
             x = self._lstm(x, slots)
         for i, layer in enumerate(self._heads()):
-            x = F.linear(x.relu() if i else x, slots[f"{layer}.weight"], slots[f"{layer}.bias"])
-        # Where there are no rows, a network that takes no fewer than one has made one.
-        return fixed + x[: fixed.shape[0]]
+            weight, bias = (slots[f"{NETWORK}{layer}.{n}"] for n in ("weight", "bias"))
+            x = F.linear(x.relu() if i else x, weight, bias)
+        return x
+
+    def last(self) -> str:
+        return self._heads()[-1]
 
     def _heads(self) -> list[str]:
-        return [f"{NETWORK}mlp_head.{i}" for i in ((0, 2, 4) if self.encoder == MLP else (0, 2))]
+        return [f"mlp_head.{i}" for i in ((0, 2, 4) if self.encoder == MLP else (0, 2))]
 
     def _lstm(self, x: Tensor, slots: Slots) -> Tensor:
         weights = [t for n, t in slots.items() if n.startswith(f"{NETWORK}lstm_head.")]
@@ -125,59 +118,5 @@ class PTuning(VirtualTokens):
         options = (True, self.layers, drop, train, True, True)  # biases, ..., both directions, batch first
         return torch.ops.aten.lstm.input(x.unsqueeze(0), [state, state], weights, *options)[0].squeeze(0)
 
-    # -- values --------------------------------------------------------------------------------------------------------
-
-    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
-        """As torch begins its layers: normal numbers for rows, uniform ones by the width of what a layer reads."""
-
-        def uniform(shape: tuple[int, ...], inputs: int) -> Tensor:
-            return (torch.rand(shape, generator=generator) * 2 - 1) / sqrt(inputs)
-
-        shapes = self.network(op.out_features)
-        values = {PROMPT: torch.zeros(self.count, op.out_features)}
-        values[TRAINED] = torch.randn(self.count, op.out_features, generator=generator)
-        for name, shape in shapes.items():
-            inputs = self.hidden if name.startswith("lstm") else shapes[f"{name.rpartition('.')[0]}.weight"][1]
-            values[f"{NETWORK}{name}"] = uniform(shape, inputs)
-        return Initial({n: t.to(W.device, dtype) for n, t in values.items()})
-
-    def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        none = W.new_zeros((0, op.out_features), dtype=dtype)
-        return {**self._nothing(op, W.new_zeros((), dtype=dtype), 1), PROMPT: none}
-
-    def _nothing(self, op: Op, zero: Tensor, count: int) -> dict[str, Tensor]:
-        """A network that gives zeros for ``count`` rows, of one element in memory."""
-        return {n: zero.expand(s.shape) for n, s in replace(self, count=count).slots(op).items()}
-
-    # -- files ---------------------------------------------------------------------------------------------------------
-
-    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if PROMPT not in found:
-            return dict(found)
-        rows, network = found[PROMPT], {n: t for n, t in found.items() if n != PROMPT}
-        if not network:
-            return {**self._nothing(op, rows.new_zeros(()), rows.shape[0]), PROMPT: rows}
-        if lost := sorted(set(self.slots(op)) - set(found)):
-            raise CheckpointError(
-                f"the file has some of the network that makes the rows, and lacks {lost[0]!r}: it needs all of it, or "
-                f"{PROMPT!r} alone"
-            )
-        return {**network, PROMPT: torch.zeros_like(rows)}
-
-    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
-        with torch.no_grad():
-            rows = self.evaluated().prompt(slots, {})
-        last = self._heads()[-1]
-        none = not any(bool(slots[f"{last}.{n}"].any()) for n in ("weight", "bias"))
-        return {PROMPT: rows, **({} if none else {n: t for n, t in slots.items() if n != PROMPT})}
-
-    def untrainable(self, slots: Slots) -> str:
-        if slots[PROMPT].numel() and bool(slots[PROMPT].any()):
-            return (
-                "its file holds the rows and not the network that made them, as PEFT writes them. Train from a new "
-                "config or a file of adaptc's, or train the rows themselves: a PromptTuningConfig with these tensors"
-            )
-        return ""
-
-    def fqn(self, place: str, slot: str, adapter: str) -> str:
-        return super().fqn(place, slot.removeprefix(NETWORK), adapter)
+    def reads(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        return self.hidden if name.startswith("lstm") else super().reads(name, shapes)

@@ -140,7 +140,8 @@ class PretrainedModule(ProgramModule):
             if not self.accepts_loss_kwargs:
                 raise AdaptcError("num_items_in_batch has no meaning for this program: its loss is no mean over labels")
             # Tokens in front have a next one that counts, where they are the first.
-            first = 0 if any(m.lengthens(slots) for m, slots in self._program_methods()) else 1
+            longer = [m.lengthens(slots) for m, slots in self._program_methods() if m.changes("labels")]
+            first = 0 if any(longer) else 1
             count = (labels[..., first:] != _IGNORED).sum()
             # A batch without labels that count has no loss, and adds nothing.
             out.loss = torch.where(count > 0, out.loss * (count / num_items_in_batch), 0.0)

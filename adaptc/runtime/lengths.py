@@ -27,16 +27,14 @@ class Lengths:
     @classmethod
     def of(cls, graph: fx.Graph, attachments: Sequence[Attachment]) -> Lengths:
         by_id = {a.id: a for a in attachments if isinstance(a.method, ProgramMethod)}
-        sizes = {n.name: n.meta["val"].shape for n in graph.find_nodes(op="placeholder") if _tensor(n)}
-        found: list[tuple[str, Attachment]] = []
+        names = {n.name: n for n in graph.nodes} if by_id else {}
+        found: dict[str, tuple[str, Attachment]] = {}
         for node in graph.nodes if by_id else ():
             tag = region_tag(node)
-            if tag is not None and tag["site"] in by_id and tag["region"] == "tokens":
-                base: Any = tag["base"]
-                while base not in sizes:  # behind those of another adapter
-                    base = next(t["base"] for n in graph.nodes if n.name == base and (t := region_tag(n)))
-                found.append((str(sizes[base][1]), by_id[tag["site"]]))
-        return cls(found)
+            if tag is not None and tag["site"] in by_id and tag["site"] not in found:
+                ids = _ids(names[tag["node"]], names)
+                found[tag["site"]] = str(ids.meta["val"].shape[1]), by_id[tag["site"]]
+        return cls(list(found.values()))
 
     def in_binding(self, values: Mapping[str, Tensor]) -> dict[str, int]:
         """Free size -> how many tokens are put in front."""
@@ -78,5 +76,10 @@ def out_of_rows(longer: Mapping[str, int], shapes: str) -> AdaptcError:
     )
 
 
-def _tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), Tensor)
+def _ids(lookup: fx.Node, names: Mapping[str, fx.Node]) -> fx.Node:
+    """The caller's input that a lookup reads, behind views, casts and what adapters made of it."""
+    node: Any = lookup.args[1]
+    while node.op != "placeholder":
+        tag = region_tag(node)
+        node = node.args[0] if tag is None else names[tag["base"]]
+    return node

@@ -14,6 +14,7 @@ from torch.export.graph_signature import InputKind
 
 from adaptc.errors import ConfigError, TargetError, Tell, listing, refuse_entry
 from adaptc.methods import ModelFacts, ProgramConfig, Whole
+from adaptc.passes.analysis.attention_places import find_attentions
 from adaptc.passes.analysis.sites import Site, find_sites
 from adaptc.passes.analysis.token_places import Lookup, find_places, lookups, no_lookup
 from adaptc.passes.ir.attachment import Attachment
@@ -39,7 +40,8 @@ def plan_program(
     sites = find_sites(program, dict(facts.types), lifted)
     site, lookup = token_embedding(config, facts, lifted, sites)
     op = op_of(site.kind, lifted.tensor(site.fqn), lookup.node)
-    config = config.resolved(facts, op.out_features)
+    found = find_attentions(lifted, lookup, config.peft_type) if config.reads_attentions else None
+    config = config.resolved(facts, op.out_features, found)
     method = config.method(site.module, site.kind)
     find_places(lifted, method, lookup)
     _check_length(config, program, lookup)

@@ -12,16 +12,17 @@ from dataclasses import replace
 
 from adaptc.passes.adapt.choose_forms import compilable
 from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.program_method import PROGRAM
+from adaptc.passes.ir.program_method import PROGRAM, ProgramMethod
 from adaptc.targets.plan import Plan
 
 
 def union(
     plans: Sequence[Plan], training: bool, backend: str, form: str = "auto", *, apart: bool = False
 ) -> list[Attachment]:
-    """All attachments, what replaces whole weights first, and last what changes the program as it then is; the first
-    plan's own keep their ids. ``form`` is for those that do not need a certain one. ``apart``: no two plans share one,
-    since their adapters, of different names, are to act together."""
+    """All attachments, what replaces whole weights first, and last what changes the program as it then is: keys and
+    values in front of the program's own tokens before tokens in front of those. The first plan's own keep their ids.
+    ``form`` is for those that do not need a certain one. ``apart``: no two plans share one, since their adapters, of
+    different names, are to act together."""
     out: list[Attachment] = []
     for p in plans:
         for a in p.attachments:
@@ -36,7 +37,11 @@ def union(
             if a.form == "auto":
                 a = replace(a, form=form)
             out.append(compilable(a, backend))
-    return sorted(out, key=lambda a: (a.form == PROGRAM, not a.method.replaces))
+    return sorted(out, key=lambda a: (_of_program(a), not a.method.replaces))
+
+
+def _of_program(a: Attachment) -> int:
+    return 0 if a.form != PROGRAM else 1 if isinstance(a.method, ProgramMethod) and a.method.changes("cached") else 2
 
 
 def _number(a: Attachment, others: Sequence[Attachment], rivals: Sequence[Attachment]) -> int:

@@ -2,7 +2,7 @@
 
 Before: an opened program whose slots are there, and a program attachment (``passes.ir.program_method``). After: at each
 place a tagged region that computes what the method makes of it, read by all who read the place; fake values follow.
-Regions are traced on sizes of nobody's, so one code serves every size that an adapter's slots may have.
+A method that puts keys and values in front of those of the tokens is put there by ``change_attention``.
 """
 
 from __future__ import annotations
@@ -10,25 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import fx
 
-from adaptc.errors import MethodError, PassError, TargetError
+from adaptc.errors import PassError, TargetError
+from adaptc.passes.adapt.change_attention import put_in_front
+from adaptc.passes.adapt.trace_places import traced, values_of
 from adaptc.passes.analysis.token_places import Lookup, find_places, lookups
 from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.exclusive import exclusive
-from adaptc.passes.ir.free_fakes import FreeFakes
 from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.ops import Op
-from adaptc.passes.ir.program_method import PLACES, Extra, Place, ProgramMethod
+from adaptc.passes.ir.program_method import FREE, PLACES, Extra, Place, ProgramMethod
 from adaptc.passes.ir.propagate import propagate
 from adaptc.passes.ir.regions import site_op
 from adaptc.passes.ir.trace import inline
 
 Tag = Callable[[fx.Node, str, fx.Node], Callable[[str], dict[str, Any]]]
-
-#: the name of the size that an adapter may choose
-FREE = "free"
 
 
 def change_places(lifted: Lifted, a: Attachment, latest: dict[tuple[str, ...], fx.Node], tag: Tag) -> None:
@@ -48,6 +43,9 @@ def change_places(lifted: Lifted, a: Attachment, latest: dict[tuple[str, ...], f
     sums = {str(length + more): (str(length), FREE)} if more else {}
     changed: set[fx.Node] = set()
     try:
+        if method.changes("cached"):
+            put_in_front(lifted, a, lookup, places, given, tag)
+            return
         for place in places:
             if place.reads:
                 propagate(lifted.graph, changed, lifted.program.graph_module)
@@ -105,43 +103,3 @@ def _change(
     new = set(lifted.graph.nodes) - before
     lifted.nodes.update({n.name: n for n in new})
     return new
-
-
-def values_of(nodes: Mapping[str, fx.Node]) -> dict[str, Tensor]:
-    return {name: n.meta["val"] for name, n in nodes.items()}
-
-
-@exclusive
-def traced(
-    method: ProgramMethod,
-    place: Place,
-    value: Tensor,
-    slots: Mapping[str, Tensor],
-    given: Mapping[str, Tensor],
-    reads: Sequence[Tensor],
-    op: Op,
-    sums: Mapping[str, Sequence[str]],
-) -> fx.Graph:
-    """What a method makes of a place, as a graph whose placeholders are the value, the slots, what is given and
-    what else the place reads. ``sums``: sizes that are the sum of others, by name; a slot's own is :data:`FREE`."""
-    fakes, specs = FreeFakes(sums), method.slots(op)
-    inputs = [
-        fakes.like(value),
-        *(fakes.like(t, specs[n].free, FREE) for n, t in slots.items()),
-        *(fakes.like(t) for t in (*given.values(), *reads)),
-    ]
-
-    def function(x: Tensor, *rest: Tensor) -> Tensor:
-        own, rest = dict(zip(slots, rest, strict=False)), rest[len(slots) :]
-        more = dict(zip(given, rest, strict=False))
-        return getattr(method, place.name)(x, own, more, *rest[len(more) :], **place.options)
-
-    # In the mode, so that an arange is one of its fakes and not a tensor.
-    with fakes.mode:
-        graph = make_fx(function, pre_dispatch=True)(*inputs).graph
-    graph.eliminate_dead_code()
-    for node in graph.nodes:
-        if node.op not in ("placeholder", "call_function", "output"):
-            raise MethodError(f"{method.name}.{place.name}() may only use its arguments, but reads {node.target!r}")
-        node.meta["val"] = None  # of an environment that is gone
-    return graph

@@ -77,6 +77,24 @@ def _source(lifted: Lifted, node: Any) -> fx.Node | None:
 
 def find_places(lifted: Lifted, method: ProgramMethod, lookup: Lookup) -> list[Place]:
     """The places of a lookup that ``method`` changes. Raises TargetError where the program has no place for it."""
+    out = per_token(lifted, method, lookup)
+    if not method.changes("cached"):
+        last = _exit(lifted, lookup.node)
+        out.append(Place("embedded", last, tuple(last.users)))
+        if method.changes("loss") and (found := _loss(lifted)) is not None:
+            out.append(found)
+    missing = [p for p in out if not method.changes(p.name)]
+    if missing:
+        raise TargetError(
+            f"{method.name} does not say what it makes of {missing[0].name!r}, which is {missing[0].node.name!r} of "
+            "this program: capture the model without that input."
+        )
+    return out
+
+
+def per_token(lifted: Lifted, method: ProgramMethod, lookup: Lookup) -> list[Place]:
+    """The places that are inputs with a value per token, the tokens first. Raises TargetError for inputs as long as
+    they are of which nothing is known. A method that leaves the tokens as they are leaves their labels, too."""
     length = _length(lookup.ids)
     out = [Place("tokens", lookup.ids, _readers(lookup.ids), {"plain": _plain(lifted, lookup.ids)})]
     for name, spec in lifted.specs.items():
@@ -93,17 +111,8 @@ def find_places(lifted: Lifted, method: ProgramMethod, lookup: Lookup) -> list[P
                 f"of {lookup.ids.name!r}, and it is not known what it has for tokens that are put in front of them. "
                 f"Known are inputs of two axes called {listing(PER_TOKEN)}: capture the model without {name!r}."
             )
-        out.append(Place(place, node, _readers(node)))
-    last = _exit(lifted, lookup.node)
-    out.append(Place("embedded", last, tuple(last.users)))
-    if method.changes("loss") and (found := _loss(lifted)) is not None:
-        out.append(found)
-    missing = [p for p in out if not method.changes(p.name)]
-    if missing:
-        raise TargetError(
-            f"{method.name} does not say what it makes of {missing[0].name!r}, which is {missing[0].node.name!r} of "
-            "this program: capture the model without that input."
-        )
+        if place != "labels" or not method.changes("cached"):
+            out.append(Place(place, node, _readers(node)))
     return out
 
 

@@ -13,6 +13,11 @@ each one it changes, called as the place is:
     labels(value, slots, given) -> value'      a label per token (batch, length)
     embedded(value, slots, given) -> value'    token embeddings (batch, length as of tokens(), width)
     loss(value, slots, given, logits, labels)  the loss; optional, of programs that give logits and take labels
+    cached(slots, given)                       keys and values of tokens that come before those of a call, for each
+                                               attention: (2 * attentions, heads, count, width of a head), in turn
+
+A method that has ``cached`` has none of labels, embedded and loss: the tokens of a call stay those of the program, and
+mask, positions and segments are longer for what is computed beside them only (``passes.adapt.change_attention``).
 
 All are pure and plain PyTorch. They are traced for all sizes at once: a size read off a slot's free axis, as in
 ``slots["prompt"].shape[0]``, is read in every call, so that swaps change it. ``given`` has the inputs that the method
@@ -35,7 +40,9 @@ from adaptc.passes.ir.ops import Op
 #: the form of its attachments, which stand neither around a layer nor in front of a weight
 PROGRAM = "program"
 #: the places there are, in the order in which they are changed
-PLACES = ("tokens", "attended", "positions", "segments", "labels", "embedded", "loss")
+PLACES = ("tokens", "attended", "positions", "segments", "labels", "embedded", "loss", "cached")
+#: the name of the size that an adapter may choose
+FREE = "free"
 
 Given = Mapping[str, Tensor]
 
@@ -95,6 +102,13 @@ class ProgramMethod(Method):
 
     def embedded(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
         raise AssertionError(f"{type(self).__name__} has no embedded()")
+
+    def cached(self, slots: Slots, given: Given) -> Tensor:
+        raise AssertionError(f"{type(self).__name__} has no cached()")
+
+    def free_size(self, slot: str) -> str:
+        """The name of the size that a slot has along its free axes: slots of one name are as long as each other."""
+        return FREE
 
     def loss(self, value: Tensor, slots: Slots, given: Given, logits: Tensor, labels: Tensor) -> Tensor:
         raise AssertionError(f"{type(self).__name__} has no loss()")

@@ -5,7 +5,8 @@ a role. The node that carries the result has role "out", and its tag holds more,
 saved to a file and loaded elsewhere is understood:
 
     attachment   Attachment.to_dict()
-    region       what it computes, one of the kinds that ``trace.region_of`` knows, or a place of a program's
+    region       what it computes, one of the kinds that ``trace.region_of`` knows, or a place of a program's; "beside"
+                 for what is computed once more, of more tokens
     base         the node it stands in for: an output, a parameter, or a consumer's input
     node         the consumer it stands at
     given        of a place of the program, the inputs that its method added to the program

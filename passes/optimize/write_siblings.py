@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from adaptc.passes.ir.effects import is_view
+from adaptc.passes.ir.regions import node_tag
 from adaptc.passes.optimize.fold_scales import above
 from adaptc.passes.optimize.sibling_groups import Group, Member
 
@@ -165,7 +166,8 @@ class Fuser:
         if isinstance(size, int):
             return size
         for node in self.graph.find_nodes(op="call_function", target=aten.sym_size.int):
-            if str(node.meta.get("val")) == str(size) and node < self.first:
+            # A size that adapters compute is equal to others for the adapter at hand, and not for the next one.
+            if str(node.meta.get("val")) == str(size) and node < self.first and node_tag(node) is None:
                 return node
         node = self.call(aten.sym_size.int, x, axis)
         node.meta["val"] = size

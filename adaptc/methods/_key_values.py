@@ -1,0 +1,79 @@
+"""Keys and values in front of those of a call's tokens, for each attention of a program.
+
+File key: ``prompt_embeddings`` (num_virtual_tokens, 2 * num_layers * token_dim), in PEFT's order: of each token the key
+of the first layer, its value, the key of the second, and so on, ``token_dim`` being all heads of keys. Nothing rotates
+them: they stand where a cache has keys that were rotated before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from torch import Tensor
+
+from adaptc.errors import ConfigError, TargetError
+from adaptc.methods._in_front import InFront
+from adaptc.methods._model_facts import ModelFacts
+from adaptc.methods._program_config import ProgramConfig
+from adaptc.passes.analysis.attention_places import Attentions
+from adaptc.passes.ir.method_hooks import Slots
+from adaptc.passes.ir.program_method import Given
+
+
+@dataclass
+class KeyValueConfig(ProgramConfig):
+    """``num_layers``, ``num_attention_heads`` and ``token_dim`` are those of keys and values, found in the program's
+    attentions: heads that several queries share count once."""
+
+    reads_attentions: ClassVar[bool] = True
+
+    def resolved(self, facts: ModelFacts, width: int, found: Attentions | None = None) -> Self:
+        assert found is not None
+        self.check_submodules()
+        layers = getattr(facts.config, "num_hidden_layers", None)
+        if isinstance(layers, int) and layers != len(found.nodes):
+            raise TargetError(
+                f"{self.peft_type} puts keys and values in front of those of each layer, of which the model's config "
+                f"has {layers}, and {len(found.nodes)} attentions of its tokens were found in the program: models that "
+                "have layers of another kind, or some that share their keys, are not supported"
+            )
+        values = {
+            "num_layers": len(found.nodes),
+            "num_attention_heads": found.heads,
+            "token_dim": found.heads * found.width,
+        }
+        for option, value in values.items():
+            if getattr(self, option) not in (None, value):
+                raise ConfigError(
+                    f"{type(self).__name__}.{option}={getattr(self, option)}, and the program has {value}: leave it out"
+                )
+        return self.completed({**values, "num_transformer_submodules": 1})
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Layers, heads, and the width of a head; zeros while they are not known."""
+        heads = self.num_attention_heads or 0
+        return self.num_layers or 0, heads, (self.token_dim or 0) // max(heads, 1)
+
+
+@dataclass(frozen=True)
+class KeyValues(InFront):
+    """``layers``, ``heads`` and ``width`` (of a head): as the config has them."""
+
+    layers: int = 0
+    heads: int = 0
+    width: int = 0
+
+    @property
+    def row(self) -> int:
+        """How many numbers there are for a token."""
+        return 2 * self.layers * self.heads * self.width
+
+    def rows(self, slots: Slots) -> Tensor:
+        """(count, row)"""
+        raise AssertionError(f"{type(self).__name__} must define rows()")
+
+    def cached(self, slots: Slots, given: Given) -> Tensor:
+        rows = self.rows(slots)
+        return rows.view(rows.shape[0], 2 * self.layers, self.heads, self.width).permute(1, 2, 0, 3)

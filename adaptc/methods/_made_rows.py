@@ -1,0 +1,123 @@
+"""Rows in front that a small trained network makes of others.
+
+File key: ``prompt_embeddings``, what the network gives, which is all that PEFT writes and reads. adaptc writes the
+network beside it, under ``prompt_encoder.``, so that training goes on from a file; PEFT leaves that where it is.
+
+The rows are ``fixed + network(trained)``: in training ``fixed`` is zero, and of a file of PEFT's the network is. The
+network is computed once per binding where nothing trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import sqrt
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from adaptc.errors import CheckpointError
+from adaptc.methods._in_front import PROMPT, InFront
+from adaptc.passes.ir.method import Initial
+from adaptc.passes.ir.method_hooks import Slot, Slots
+from adaptc.passes.ir.ops import Op
+
+NETWORK = "prompt_encoder."
+TRAINED = f"{NETWORK}embedding.weight"
+
+
+@dataclass(frozen=True)
+class MadeRows(InFront):
+    """A method of this kind says what its network is."""
+
+    modules: ClassVar[Mapping[str, str]] = {PROMPT: PROMPT}
+
+    def sizes(self, op: Op) -> tuple[int, int]:
+        """The width of the rows that are trained, and of those that are made of them."""
+        return op.out_features, op.out_features
+
+    def network(self, op: Op) -> dict[str, tuple[int, ...]]:
+        """Parameter -> its shape, by PEFT's names."""
+        raise AssertionError(f"{type(self).__name__} must define network()")
+
+    def through(self, x: Tensor, slots: Slots) -> Tensor:
+        """What the network gives for rows."""
+        raise AssertionError(f"{type(self).__name__} must define through()")
+
+    def last(self) -> str:
+        """The network's last layer: where it is zero, so is what the network gives."""
+        raise AssertionError(f"{type(self).__name__} must define last()")
+
+    def slots(self, op: Op) -> dict[str, Slot]:
+        trained, made = (Slot((self.count, width), free=(0,)) for width in self.sizes(op))
+        network = {f"{NETWORK}{n}": Slot(shape) for n, shape in self.network(op).items()}
+        return {PROMPT: replace(made, trainable=False), TRAINED: trained, **network}
+
+    def made(self, slots: Slots) -> Tensor:
+        """The rows, (count, width)."""
+        fixed = slots[PROMPT]
+        # Where there are no rows, a network that takes no fewer than one has made one.
+        return fixed + self.through(slots[TRAINED], slots)[: fixed.shape[0]]
+
+    # -- values --------------------------------------------------------------------------------------------------------
+
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+        """As torch begins its layers: normal numbers for rows, uniform ones by the width of what a layer reads."""
+
+        def uniform(shape: tuple[int, ...], inputs: int) -> Tensor:
+            return (torch.rand(shape, generator=generator) * 2 - 1) / sqrt(inputs)
+
+        shapes, (trained, made) = self.network(op), self.sizes(op)
+        values = {PROMPT: torch.zeros(self.count, made)}
+        values[TRAINED] = torch.randn(self.count, trained, generator=generator)
+        for name, shape in shapes.items():
+            values[f"{NETWORK}{name}"] = uniform(shape, self.reads(name, shapes))
+        return Initial({n: t.to(W.device, dtype) for n, t in values.items()})
+
+    def reads(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """How many numbers the layer of a parameter reads."""
+        return shapes[f"{name.rpartition('.')[0]}.weight"][1]
+
+    def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        none = W.new_zeros((0, self.sizes(op)[1]), dtype=dtype)
+        return {**self._nothing(op, W.new_zeros((), dtype=dtype), 1), PROMPT: none}
+
+    def _nothing(self, op: Op, zero: Tensor, count: int) -> dict[str, Tensor]:
+        """A network that gives zeros for ``count`` rows, of one element in memory."""
+        return {n: zero.expand(s.shape) for n, s in replace(self, count=count).slots(op).items()}
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if PROMPT not in found:
+            return dict(found)
+        rows, network = found[PROMPT], {n: t for n, t in found.items() if n != PROMPT}
+        if not network:
+            return {**self._nothing(op, rows.new_zeros(()), rows.shape[0]), PROMPT: rows}
+        if lost := sorted(set(self.slots(op)) - set(found)):
+            raise CheckpointError(
+                f"the file has some of the network that makes the rows, and lacks {lost[0]!r}: it needs all of it, or "
+                f"{PROMPT!r} alone"
+            )
+        return {**network, PROMPT: torch.zeros_like(rows)}
+
+    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
+        with torch.no_grad():
+            rows = self.evaluated().made(slots)
+        none = not any(bool(slots[f"{NETWORK}{self.last()}.{n}"].any()) for n in ("weight", "bias"))
+        return {PROMPT: rows, **({} if none else {n: t for n, t in slots.items() if n != PROMPT})}
+
+    def untrainable(self, slots: Slots) -> str:
+        if slots[PROMPT].numel() and bool(slots[PROMPT].any()):
+            return (
+                "its file holds the rows and not the network that made them, as PEFT writes them. Train from a new "
+                f"config or a file of adaptc's, or train the rows themselves: {self.instead} with these tensors"
+            )
+        return ""
+
+    #: the config of the method that trains the rows themselves
+    instead: ClassVar[str] = ""
+
+    def fqn(self, place: str, slot: str, adapter: str) -> str:
+        return super().fqn(place, slot.removeprefix(NETWORK), adapter)

@@ -1,0 +1,100 @@
+"""Cartridge: keys and values in front of those of every attention, distilled from a text (Eyuboglu et al., arXiv
+2506.06266).
+
+File key: ``prompt_embeddings`` (num_virtual_tokens, 2 * num_layers * token_dim). The first ``num_frozen_tokens`` of
+them do not train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from adaptc.errors import ConfigError
+from adaptc.methods._checks import check_integers
+from adaptc.methods._in_front import PROMPT
+from adaptc.methods._key_values import KeyValueConfig, KeyValues
+from adaptc.passes.ir.method import Initial
+from adaptc.passes.ir.method_hooks import Slot, Slots
+from adaptc.passes.ir.ops import Op
+
+FROZEN, TRAINED = "frozen_embedding", "trainable_embedding"
+
+
+@dataclass
+class CartridgeConfig(KeyValueConfig):
+    """PEFT's ``CartridgeConfig``: same names, same defaults."""
+
+    peft_type: ClassVar[str] = "CARTRIDGE"
+
+    num_frozen_tokens: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integers(self, {"num_frozen_tokens": self.num_frozen_tokens}, 0)
+        if self.num_frozen_tokens > (self.num_virtual_tokens or 0):
+            raise ConfigError(
+                f"{type(self).__name__}.num_frozen_tokens={self.num_frozen_tokens} is more than the "
+                f"{self.num_virtual_tokens} of num_virtual_tokens"
+            )
+
+    def method(self, name: str, kind: str) -> Cartridge:
+        assert self.num_virtual_tokens is not None
+        return Cartridge(self.num_virtual_tokens, (), *self.shape, self.num_frozen_tokens)
+
+
+@dataclass(frozen=True)
+class Cartridge(KeyValues):
+    """``first`` is not used; ``frozen`` of ``count`` tokens do not train."""
+
+    name: ClassVar[str] = "cartridge"
+    swappable: ClassVar[frozenset[str]] = KeyValues.swappable | {"frozen"}
+    modules: ClassVar[Mapping[str, str]] = {FROZEN: FROZEN, TRAINED: TRAINED}
+
+    frozen: int = 1
+
+    def slots(self, op: Op) -> dict[str, Slot]:
+        frozen = min(self.frozen, self.count)
+        return {
+            FROZEN: Slot((frozen, self.row), free=(0,), trainable=False),
+            TRAINED: Slot((self.count - frozen, self.row), free=(0,)),
+        }
+
+    def free_size(self, slot: str) -> str:
+        return slot
+
+    def lengthens(self, slots: Slots) -> int:
+        return slots[FROZEN].shape[0] + slots[TRAINED].shape[0]
+
+    def rows(self, slots: Slots) -> Tensor:
+        return torch.cat([slots[FROZEN], slots[TRAINED]])
+
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+        rows = torch.randn(self.count, self.row, generator=generator).to(W.device, dtype)
+        return Initial(self._split(rows))
+
+    def _split(self, rows: Tensor) -> dict[str, Tensor]:
+        frozen = min(self.frozen, rows.shape[0])
+        return {FROZEN: rows[:frozen].clone(), TRAINED: rows[frozen:].clone()}
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    def keys(self, op: Op) -> list[str]:
+        return [PROMPT]
+
+    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        rest = {n: t for n, t in found.items() if n != PROMPT}
+        return {**rest, **self._split(found[PROMPT])} if PROMPT in found else rest
+
+    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
+        return {PROMPT: self.rows(slots).detach()}
+
+    def with_sizes_of(self, op: Op, slots: Slots) -> Any:
+        if FROZEN not in slots or TRAINED not in slots:
+            return replace(self, count=slots[PROMPT].shape[0]) if PROMPT in slots else self
+        frozen = slots[FROZEN].shape[0]
+        return replace(self, count=frozen + slots[TRAINED].shape[0], frozen=frozen)
