@@ -7,6 +7,7 @@ which device is decided inside each: on a GPU its kernels, elsewhere its referen
 from adaptc.kernels._launch import INTERPRETED
 from adaptc.kernels.dora import dora_epilogue, dora_norm
 from adaptc.kernels.grouped_lora import grouped_expand, grouped_lora, grouped_outer, grouped_shrink
+from adaptc.kernels.grouped_rows import grouped_rows
 from adaptc.kernels.lora_epilogue import lora_down, lora_up_add
 from adaptc.kernels.lora_linear import FEW_ROWS, lora_linear
 from adaptc.kernels.lora_siblings import lora_up_add_siblings, sibling_table_of
@@ -20,6 +21,7 @@ __all__ = [
     "grouped_expand",
     "grouped_lora",
     "grouped_outer",
+    "grouped_rows",
     "grouped_shrink",
     "lora_down",
     "lora_linear",

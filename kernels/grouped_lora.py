@@ -1,6 +1,6 @@
 """LoRA for a batch whose rows belong to different adapters, each of its own rank.
 
-No program uses these yet: a bank of adapters, which mixes them row by row, is what they are for.
+A bank of adapters, which mixes them row by row, is what they are for (:mod:`adaptc.kernels.grouped_rows`).
 
     out[t] = y[t] + scales[i] * (x[t] A_i^T) B_i        with i = index[t]; out[t] = y[t] where index[t] is -1
 

@@ -217,6 +217,18 @@ class Lora(Method):
         A, B = slots.values()
         return low_rank_rows(x, y, A, B, scale, c)
 
+    def groups(self, op: Op) -> bool:
+        return op.kind in ("linear", "addmm") and op.callable and not self.with_bias and not self.training
+
+    def rows_grouped(
+        self, op: Op, x: Tensor, y: Tensor, slots: Slots, scale: Scale, starts: Tensor, c: Tensor
+    ) -> Tensor:
+        from adaptc.kernels import grouped_rows
+
+        A, B = slots.values()
+        assert isinstance(scale, Tensor)
+        return grouped_rows(x, y, A, B, starts, scale, c)
+
     def unfused(self, op: Op) -> str:
         if op.kind not in ("linear", "addmm") or not op.callable:
             return f"there are no kernels for a consumer of kind {op.kind!r}"
@@ -293,6 +305,9 @@ class LoraTied(Lora):
 
     def rows_at_once(self, *args: Any) -> None:
         return None
+
+    def groups(self, op: Op) -> bool:
+        return False
 
     def _factors(self, op: Op, slots: Slots) -> tuple[Tensor, Tensor]:
         return slots["lora_embedding_B"].mT, slots["lora_embedding_A"].mT

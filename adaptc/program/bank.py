@@ -40,6 +40,7 @@ from adaptc.rows.limits import Limits
 from adaptc.rows.report import BankReport, bytes_of
 from adaptc.rows.stacks import stacked
 from adaptc.runtime.executor import Executor
+from adaptc.runtime.gpu_variants import check_triton, runs_on_gpu
 from adaptc.runtime.outside_compilers import outside
 from adaptc.runtime.state import own_copies
 from adaptc.tables import size
@@ -73,6 +74,8 @@ class Bank:
         #: the program without adapters, and its sites
         self.bare = _bare(self._program)
         self._locate()
+        #: ids of the sites that kernels of a GPU compute
+        self.grouped = self._groupable() if self._uses_kernels() else frozenset[str]()
         #: FQN -> what calls write to, of this bank alone
         self.state: Mapping[str, Tensor] = own_copies(self.bare.base, self.bare.written)
         self._table: Mapping[str, Binding] = {}
@@ -91,6 +94,17 @@ class Bank:
         """Find where the rows are."""
         #: what its code is made of
         self.source = RowsSource.of(self.bare, self._probes)
+
+    def _groupable(self) -> frozenset[str]:
+        return self.source.groupable
+
+    def _uses_kernels(self) -> bool:
+        options = self._program.options
+        if options.backend != "eager" or self.bare.training or options.kernels is False:
+            return False
+        if options.kernels:
+            check_triton()
+        return bool(options.kernels) or runs_on_gpu(self.bare.base.values())
 
     # -- adapters ------------------------------------------------------------------------------------------------------
 
@@ -253,7 +267,7 @@ class Bank:
         count = self._count(len(names))
         members = tuple(table[n] for n in names)
         source = self.bare
-        made = stacked(members, source.attachments, source.ops, count)
+        made = stacked(members, source.attachments, source.ops, count, self.grouped)
         stack = Stack(names, members, count, made)
         with self._lock:
             # Of adapters that train a stack is made in every call, for it must follow them.
@@ -277,14 +291,15 @@ class Bank:
 
     def _code(self, source: RowsSource, part: str, stack: Stack, long: bool) -> Executor:
         options = self._program.options
-        long = long and options.backend == "eager" and not self.bare.training
+        # Kernels are for any number of positions.
+        long = long and options.backend == "eager" and not self.bare.training and not self.grouped
         key = part, stack.count, long
         code = self._codes.get(key)
         if code is None:
             with GRAPHS:
                 code = self._codes.get(key)
                 if code is None:
-                    code = self._codes[key] = source.code(stack.binding, stack.count, options, long)
+                    code = self._codes[key] = source.code(stack.binding, stack.count, options, long, self.grouped)
         return code
 
     @property

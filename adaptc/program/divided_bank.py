@@ -41,6 +41,11 @@ class DividedBank(Bank):
     def _locate(self) -> None:
         self.sources = {n: RowsSource.of(self.bare.part(outs), self._probes) for n, outs in self.divided.items()}
 
+    def _groupable(self) -> frozenset[str]:
+        """A site in several parts has one stack for all of them."""
+        refused = {a.id for s in self.sources.values() for a in s.attachments if a.id not in s.groupable}
+        return frozenset(a.id for a in self.bare.attachments) - refused
+
     def __call__(self, *args: Any, adapters: Any = ..., **kwargs: Any) -> Any:
         """Refused: the parts of one call may have several numbers of rows."""
         raise AdaptcError("this bank is of a program that is called part by part: call what it generates with")

@@ -6,7 +6,7 @@ keyword, the coefficients (rows, count). Made once for each number of adapters; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,10 +20,11 @@ from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.lifted import Lifted, user_inputs
 from adaptc.passes.ir.ops import operands
-from adaptc.passes.ir.rows import InRows, RowAxis
+from adaptc.passes.ir.rows import InRows, RowAxis, grouped
 from adaptc.passes.ir.trees import pytree
 from adaptc.rows.bare import Bare
 from adaptc.rows.locate import Rows, locate, rows_of
+from adaptc.rows.stacks import with_starts
 from adaptc.runtime.call_inputs import Inputs
 from adaptc.runtime.executor import Executor
 from adaptc.runtime.options import RunOptions
@@ -97,18 +98,41 @@ class RowsSource(Bare):
         flat, found = pytree.tree_flatten((args, {n: kwargs[n] for n in names if n in kwargs}))
         return flat[list(user_inputs(self.program)).index(name)] if found == spec else None
 
-    def exported(self, stack: Binding, count: int, at_once: bool = False) -> ExportedProgram:
-        """The program with coefficients, of the adapters in ``stack``: plain ATen, for whoever takes those."""
-        inject = InjectRows(self.attachments, stack.values, self.axes, self.rows.of, count, KEYWORD, at_once)
-        return inject(self.program).output
+    @property
+    def groupable(self) -> frozenset[str]:
+        """Ids of the sites that kernels of a GPU can compute."""
+        lifted, out = Lifted(self.program, edit=False), set[str]()
+        for a in self.attachments:
+            op = self.ops[a.id]
+            fits = (
+                grouped(a.method, op.at(n), self.axes[n.name]) for n, _ in read_at(lifted, a) if n.name in self.axes
+            )
+            if around(a, op) and a.scale_slot is not None and all(fits):
+                out.add(a.id)
+        return frozenset(out)
+
+    def exported(
+        self, stack: Binding, count: int, at_once: bool = False, grouped: Collection[str] = ()
+    ) -> ExportedProgram:
+        """The program with coefficients, of the adapters in ``stack``: plain ATen, for whoever takes those; with
+        operators of adaptc where they are ``at_once``, or the sites ``grouped`` in ``stack``."""
+        sites = [with_starts(a) if a.id in grouped else a for a in self.attachments]
+        return InjectRows(sites, stack.values, self.axes, self.rows.of, count, KEYWORD, at_once, grouped)(
+            self.program
+        ).output
 
     @exclusive
-    def code(self, stack: Binding, count: int, options: RunOptions, long: bool) -> Executor:
+    def code(
+        self, stack: Binding, count: int, options: RunOptions, long: bool, grouped: Collection[str] = ()
+    ) -> Executor:
         """Code for ``count`` adapters; of ``stack`` the shapes alone matter. ``long``: for rows of many positions, with
-        operators that compute each row's own adapters alone."""
-        program = self.exported(stack, count, at_once=long)
-        # Where several methods stand at one weight, their ids differ by the number.
-        pairs = [(replace(a, method=InRows(a.method, count), variant=i), a) for i, a in enumerate(self.attachments)]
+        operators that compute each row's own adapters alone. ``grouped``: the sites that are so in ``stack``."""
+        program = self.exported(stack, count, long, grouped)
+        pairs = []
+        for i, a in enumerate(self.attachments):
+            of, lies = with_starts(a) if a.id in grouped else a, a.id in grouped
+            # Where several methods stand at one weight, their ids differ by the number.
+            pairs.append((replace(of, method=InRows(a.method, count, lies), variant=i), a))
         many, ops = [new for new, _ in pairs], {new.id: self.ops[a.id] for new, a in pairs}
         inputs = Inputs.of(program, self.fills, self.takes)
         return Executor(program, many, ops, replace(options, kernels=False), inputs, self.training, self.base)

@@ -7,7 +7,8 @@ that a product over the ranks of all adapters reads it as it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -19,19 +20,28 @@ from adaptc.methods import AdapterConfig
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.method import Method, Slot
 from adaptc.passes.ir.ops import Op
+from adaptc.passes.ir.rows import STARTS
 from adaptc.runtime.rank_padding import Padding, paddings
 
 
 def stacked(
-    bindings: Sequence[Binding], attachments: Sequence[Attachment], ops: Mapping[str, Op], count: int
+    bindings: Sequence[Binding],
+    attachments: Sequence[Attachment],
+    ops: Mapping[str, Op],
+    count: int,
+    grouped: Collection[str] = (),
 ) -> Binding:
     """A binding of ``bindings``, up to ``count`` of them; what is left is zero. Gradients flow to their values.
+    ``grouped``: ids of sites whose tensors lie as kernels of a GPU read them (``adaptc.kernels.grouped_rows``).
 
     Raises AdaptcError where their sizes cannot be brought together.
     """
     values: dict[str, Tensor] = {}
     for a in attachments:
         op = ops[a.id]
+        if a.id in grouped:
+            values |= _grouped(bindings, a, op, count)
+            continue
         for name, slot in a.method.slots(op).items():
             fqn = a.slots[name]
             if fqn not in values:
@@ -41,7 +51,34 @@ def stacked(
     return Binding(values, {a.id: a.method for a in attachments}, AdapterConfig(), source=f"{len(bindings)} adapters")
 
 
-def _stack(tensors: Sequence[Tensor], count: int, slot: Slot, name: str, a: Attachment, op: Op) -> Tensor:
+def with_starts(a: Attachment) -> Attachment:
+    """With the slot of a grouped site that says where ranks are."""
+    return replace(a, slots={**a.slots, STARTS: f"{a.scale_slot}.{STARTS}"})
+
+
+def _grouped(bindings: Sequence[Binding], a: Attachment, op: Op, count: int) -> dict[str, Tensor]:
+    """The tensors of one site: an adapter's ranks below those of the one before it, and where they begin and end."""
+    values: dict[str, Tensor] = {}
+    largest, ranks = 0, [0] * count
+    for name, slot in a.method.slots(op).items():
+        tensors, (axis,) = [b.values[a.slots[name]] for b in bindings], slot.free
+        # In memory the axis of adapters is the outermost, and that of ranks is next.
+        turned = [t.movedim(axis, 0) for t in tensors]
+        made = _stack(turned, count, replace(slot, free=()), name, a, op, axis)
+        largest, values[a.slots[name]] = made.shape[1], made.movedim(1, axis + 1)
+        ranks[: len(bindings)] = [t.shape[0] if a.id in b.methods else 0 for t, b in zip(turned, bindings, strict=True)]
+    assert a.scale_slot is not None
+    scale = _stack([b.values[a.scale_slot] for b in bindings], count, Slot(()), "", a, op)
+    values[a.scale_slot] = torch.stack([scale, torch.zeros_like(scale)], 1).flatten()
+    edges = [place for k, rank in enumerate(ranks) for place in (k * largest, k * largest + rank)]
+    starts = torch.tensor([*edges, count * largest], dtype=torch.int32, device=scale.device)
+    return values | {with_starts(a).slots[STARTS]: starts}
+
+
+def _stack(
+    tensors: Sequence[Tensor], count: int, slot: Slot, name: str, a: Attachment, op: Op, turned: int = 0
+) -> Tensor:
+    """``turned``: the axis that was brought to the front of each."""
     first = tensors[0]
     shape = tuple(max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True))
     axis = slot.free[0] if slot.free else 0
@@ -54,13 +91,16 @@ def _stack(tensors: Sequence[Tensor], count: int, slot: Slot, name: str, a: Atta
     with torch.inference_mode(False), torch.no_grad():  # later calls may be of another mode
         out = torch.zeros(room, dtype=dtype, device=first.device).movedim(axis, 0)
         for k, t in enumerate(tensors):
-            out[k].copy_(_sized(t.detach(), shape, name, a, op))
+            out[k].copy_(_sized(t.detach(), shape, name, a, op, turned))
     return out
 
 
-def _sized(t: Tensor, shape: tuple[int, ...], name: str, a: Attachment, op: Op) -> Tensor:
+def _sized(t: Tensor, shape: tuple[int, ...], name: str, a: Attachment, op: Op, turned: int = 0) -> Tensor:
     if tuple(t.shape) == shape:
         return t
+    if turned:
+        wanted = (*shape[1 : turned + 1], shape[0], *shape[turned + 1 :])
+        return _sized(t.movedim(0, turned), wanted, name, a, op).movedim(turned, 0)
     how = _paddings(a.method, op, a.form).get(name, Padding())
     try:
         return how(t, shape)

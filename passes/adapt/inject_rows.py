@@ -8,8 +8,8 @@ of zero it computes exactly what it did. Regions have no tags: what was injected
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -27,7 +27,7 @@ from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.ops import TABLE, Op, cast, operands, set_argument
 from adaptc.passes.ir.pass_infra import Pass, PassResult
 from adaptc.passes.ir.regions import site_op, slot_nodes
-from adaptc.passes.ir.rows import Replaced, RowAxis, Site, bias_of, call_of, input_of, output_of
+from adaptc.passes.ir.rows import STARTS, Replaced, RowAxis, Site, bias_of, call_of, input_of, output_of
 from adaptc.passes.ir.trace import behind_inputs, inline, signature_of, trace
 
 Axes = Mapping[str, RowAxis]
@@ -72,7 +72,8 @@ def check_site(lifted: Lifted, a: Attachment) -> None:
 class InjectRows(Pass):
     """``values``: FQN -> stacked slots and scales; ``axes``: where the rows are in what consumers read and give;
     ``rows``: a user's input and its axis whose size is their number; ``keyword``: the name of the coefficients.
-    ``at_once``: for code that is run, with operators of adaptc where there are some for it."""
+    ``at_once``: for code that is run, with operators of adaptc where there are some for it; ``grouped``: ids of sites
+    that kernels of a GPU compute, each with one more slot, :data:`STARTS`."""
 
     name: ClassVar[str] = "inject_rows"
 
@@ -83,6 +84,7 @@ class InjectRows(Pass):
     count: int
     keyword: str
     at_once: bool = False
+    grouped: Collection[str] = ()
 
     def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
         lifted = Lifted(subject)
@@ -98,7 +100,7 @@ class InjectRows(Pass):
         attachments = [coefficients.of(a) for a in self.attachments]
         name, axis = self.rows
         c = lifted.add_input(self.keyword, lifted.nodes[name], [axis], torch.float32, [self.count])
-        _Writer(lifted, attachments, ops, self.axes, self.count, c, self.at_once).run()
+        _Writer(lifted, attachments, ops, self.axes, self.count, c, self.at_once, self.grouped).run()
         return PassResult(lifted.finish(), len(self.attachments))
 
 
@@ -111,6 +113,7 @@ class _Writer:
     count: int
     c: fx.Node
     at_once: bool
+    grouped: Collection[str]
     traces: dict[Any, fx.Graph] = field(default_factory=dict)
     latest: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
@@ -126,11 +129,12 @@ class _Writer:
             self._call(node, replaced)
 
     def _site(self, a: Attachment, op: Op) -> Site:
-        return Site(a.method, op, tuple(a.input_names), a.scale_slot is not None, self.count, self.at_once)
+        names, grouped = tuple(n for n in a.input_names if n != STARTS), a.id in self.grouped
+        return Site(a.method, op, names, a.scale_slot is not None, self.count, self.at_once, grouped)
 
     def _around(self, a: Attachment, node: fx.Node) -> None:
         op = self.ops[a.id].at(node)
-        slots, site = slot_nodes(a, self.lifted.placeholders, self.lifted.nodes), self._site(a, op)
+        slots, site = self._slots(a), self._site(a, op)
         if a.method.has_input(op):
             x = operands(node)[0]
             inputs, where = [x, self.c, *slots], self.axes[x.name]
@@ -143,6 +147,12 @@ class _Writer:
             biased = kind == "apply_bias"
             region = self._region((kind, site, where), partial(output_of, site, where, biased), inputs)
             self._behind(node, region, inputs)
+
+    def _slots(self, a: Attachment) -> list[fx.Node]:
+        """What its regions read: slots, the scale, and where ranks are."""
+        starts = [self.lifted.placeholders[a.slots[STARTS]]] if STARTS in a.slots else []
+        plain = replace(a, slots={n: f for n, f in a.slots.items() if n != STARTS})
+        return [*slot_nodes(plain, self.lifted.placeholders, self.lifted.nodes), *starts]
 
     def _call(self, node: fx.Node, replaced: Sequence[tuple[Attachment, fx.Node]]) -> None:
         """The region of all parameters of one consumer that adapters have in other versions."""

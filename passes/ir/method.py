@@ -95,6 +95,13 @@ class Method(Hooks):
         each row's share of ``x`` and ``y`` in one stretch of their first axis. None where there is no such operator."""
         return None
 
+    def rows_grouped(
+        self, op: Op, x: Tensor, y: Tensor, slots: Slots, scale: Scale, starts: Tensor, c: Tensor
+    ) -> Tensor:
+        """The same with kernels made for a GPU, where :meth:`groups` says so: slots lie rank by rank, of which adapter
+        k has those from ``starts[2 k]`` to ``starts[2 k + 1]``; ``scale`` has zeros between its numbers."""
+        raise AssertionError(f"{type(self).__name__} has no rows_grouped()")
+
     # -- which of these there are --------------------------------------------------------------------------------------
 
     def defines(self, *names: str) -> bool:
@@ -131,6 +138,10 @@ class Method(Hooks):
         if owner is not Method and all(issubclass(owner, _owner(type(self), n)) for n in ("apply", "input", "bias")):
             return ""
         return f"{self.name} has no kernels"
+
+    def groups(self, op: Op) -> bool:
+        """Whether rows of several adapters are computed by :meth:`rows_grouped` on a GPU."""
+        return False
 
     def has_rows(self) -> bool:
         """Whether :meth:`rows` is of this method, and not of one whose other forms it changes."""

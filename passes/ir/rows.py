@@ -25,6 +25,10 @@ from adaptc.passes.ir.ops import Op, cast
 ORDERS = ("rows", "rows outside", "rows inside")
 
 
+#: the slot that says where the ranks of each adapter begin and end, of sites that kernels compute
+STARTS = "starts"
+
+
 @dataclass(frozen=True)
 class RowAxis:
     """Where the rows of a batch are in a value."""
@@ -47,9 +51,11 @@ class InRows(Method):
 
     inner: Method = field(default_factory=Method)
     count: int = 2
+    grouped: bool = False
 
     def slots(self, op: Op) -> dict[str, Slot]:
-        return {n: self._in_front(s) for n, s in self.inner.slots(op).items()}
+        starts = {STARTS: Slot((2 * self.count + 1,), dtype=torch.int32, trainable=False)} if self.grouped else {}
+        return {n: self._in_front(s) for n, s in self.inner.slots(op).items()} | starts
 
     def _in_front(self, slot: Slot) -> Slot:
         axes = {k: tuple(i + 1 for i in getattr(slot, k)) for k in ("free", "shared_axes_cut")}
@@ -76,6 +82,8 @@ class Site:
     count: int
     #: whether operators made for it may take the place of plain ones
     at_once: bool = False
+    #: whether tensors lie for kernels of a GPU (:func:`grouped`), and one more says where ranks are
+    grouped: bool = False
 
     def split(self, tensors: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
         """Slots by name, and the scale, of what a region reads last."""
@@ -90,7 +98,7 @@ class Site:
     @property
     def tensors(self) -> int:
         """How many slots and scales a region reads."""
-        return len(self.names) + self.scaled
+        return len(self.names) + self.scaled + self.grouped
 
 
 def spread(c: Tensor, y: Tensor, where: RowAxis) -> Tensor:
@@ -105,6 +113,11 @@ def spread(c: Tensor, y: Tensor, where: RowAxis) -> Tensor:
     for _ in range(y.ndim - where.axis - 1):
         c = c.unsqueeze(-2)
     return c
+
+
+def grouped(method: Method, op: Op, where: RowAxis) -> bool:
+    """Whether kernels of a GPU compute the rows of a method at a layer with such an output."""
+    return method.has_rows() and method.groups(op) and where.axis == 0 and where.order != ORDERS[2]
 
 
 def input_of(site: Site, where: RowAxis) -> Callable[..., Tensor]:
@@ -123,6 +136,9 @@ def output_of(site: Site, where: RowAxis, biased: bool) -> Callable[..., Tensor]
 
     def behind(x: Tensor, y: Tensor, w: Tensor, *rest: Tensor) -> Tensor:
         b, (c, *slots) = (rest[0], rest[1:]) if biased else (None, rest)
+        if site.grouped:
+            own, scale = site.split(slots[:-1])
+            return method.rows_grouped(op, x, y, own, scale, slots[-1], c)
         if site.at_once and method.has_rows() and where.axis == 0 and where.order != ORDERS[2]:
             made = method.rows_at_once(op, x, y, *site.split(slots), c)
             if made is not None:

@@ -16,10 +16,12 @@ from torch.nn import functional as F
 
 from adaptc.kernels.dora import dora_norm
 from adaptc.kernels.grouped_lora import chunks, grouped_lora, rows_per_chunk
+from adaptc.kernels.grouped_rows import grouped_rows
 from adaptc.kernels.lora_epilogue import lora_down
 from adaptc.kernels.lora_linear import lora_linear
 from adaptc.kernels.lora_siblings import lora_up_add_siblings, sibling_factors, sibling_table
 from adaptc.kernels.merge import merge_
+from adaptc.passes.ir.low_rank_rows import side_by_side
 from tests.gpu.roofline import Work, adapter_work, length_work, linear_work, lora_work, merge_work, norm_work
 
 Output = Tensor | Sequence[Tensor]
@@ -186,6 +188,45 @@ class Maker:
             found.append(Candidate(COMPILED, lambda: compiled(x, W, groups), work))
         return found
 
+    def bank(self, rows: int, each: int) -> list[Candidate]:
+        """Rows of ``each`` positions, every fourth of the base, on four adapters of several ranks."""
+        K, N, ranks = self.sizes.K, self.sizes.grouped, (4, 16, 33, 64)
+        n, R = len(ranks), max(ranks)
+        x, W = self.random(rows * each, K), self.random(N, K)
+        A, B = self.random(n * R, K).view(n, R, K), self.random(n * R, N).view(n, R, N).transpose(1, 2)
+        for k, rank in enumerate(ranks):
+            A[k, rank:] = B[k, :, rank:] = 0
+        edges = [place for k, rank in enumerate(ranks) for place in (k * R, k * R + rank)]
+        starts = torch.tensor([*edges, n * R], dtype=torch.int32, device=self.device)
+        scale = torch.tensor([SCALE, 0.0] * n, device=self.device)
+        own = [None if row % 4 == 3 else row * 5 % n for row in range(rows)]
+        c = torch.zeros(rows, n, device=self.device)
+        groups = []
+        for k, rank in enumerate(ranks):
+            mine = [row for row, of in enumerate(own) if of == k]
+            c[mine, k] = 1
+            places = torch.tensor([row * each + i for row in mine for i in range(each)], device=self.device)
+            if mine:
+                groups.append((places, A[k, :rank], B[k, :, :rank].contiguous()))
+        flat = B.contiguous()
+        # Of all adapters in use their own factors, and of each row its own rank.
+        work = linear_work(rows * each, K, N, self.bytes)
+        for places, down, _ in groups:
+            work += adapter_work(len(places), K, N, len(down), self.bytes)
+
+        def ours() -> Output:
+            return grouped_rows(x, F.linear(x, W), A, B, starts, scale, c)
+
+        def stacked() -> Output:
+            return side_by_side(x, F.linear(x, W), A, flat, scale[::2], c)
+
+        return [
+            self._base(x, W),
+            Candidate(OURS, ours, work),
+            Candidate("all factors in one product", stacked, work),
+            Candidate(PEFT, lambda: peft_grouped(x, W, groups), work),
+        ]
+
     def norm(self, N: int, K: int, rank: int) -> list[Candidate]:
         W, A, B = self.random(N, K), self.random(rank, K), self.random(N, rank)
         work = norm_work(N, K, rank, self.bytes)
@@ -232,6 +273,9 @@ class Maker:
         for M, r in product(s.fewer_rows, s.ranks):
             shape = f"{s.adapters} adapters: M={M} K={s.K} N={s.grouped} r={r}"
             yield Case("grouped_lora", shape, lambda M=M, r=r: self.grouped(M, r))
+        for M, each in ((8, 1), (8, 64), (64, 1)):
+            shape = f"4 adapters of ranks 4 to 64: {M} rows of {each} K={s.K} N={s.grouped}"
+            yield Case("grouped_rows", shape, lambda M=M, each=each: self.bank(M, each))
         for kernel, build in (("dora_norm", self.norm), ("merge_", self.merge)):
             for (N, K), r in product(s.weights, s.ranks):
                 yield Case(kernel, f"{N}x{K} r={r}", lambda b=build, N=N, K=K, r=r: b(N, K, r))

@@ -95,13 +95,15 @@ def test_every_case_appears_in_a_dry_run(capsys) -> None:
         "lora_linear": 3 * 2 * 2,
         "siblings": 2 * 2 * 2,
         "grouped_lora": 2 * 2,
+        "grouped_rows": 3,
         "dora_norm": 2,
         "merge_": 2,
     }
-    assert len({cells[1] for cells in rows if cells[1]}) == 12 + 8 + 4 + 2
+    assert len({cells[1] for cells in rows if cells[1]}) == 12 + 8 + 4 + 3 + 2
     # A loop over adapters is compiled for one rank; merging has a product that adds instead of a base.
     found = Counter(cells[2] for cells in rows)
-    assert found == dict(zip([*CANDIDATES, "addmm_"], (26, 28, 28, 26, 2), strict=True))
+    counts = dict(zip([*CANDIDATES, "addmm_"], (29, 31, 31, 26, 2), strict=True))
+    assert found == counts | {"all factors in one product": 3}
     assert all(re.fullmatch(r"\d+%", cells[7]) for cells in rows)
 
 

@@ -1,0 +1,102 @@
+"""A bank's rows on adapters of their own, by the products of :mod:`adaptc.kernels.grouped_lora`.
+
+    y + sum_k c[row, k] * scale[2 k] * (x A_k^T) B_k^T
+
+Before: ``x`` (rows * n, *, K) and ``y`` (rows * n, *, N), whose first axis has the ``n`` of each row in one stretch;
+``A`` (count, R, K), and ``B`` (count, N, R), which lies in memory as (count, R, N): the ranks of one adapter below
+those of another, as the kernels read them. ``starts`` (2 count + 1,) int32: adapter k has the ranks from starts[2 k] to
+starts[2 k + 1], and those up to the next are filling, which nothing reads; ``scale`` has a number for each of these
+stretches. ``c`` (rows, count). After: a new tensor of the dtype of ``y``.
+
+A row that has no adapter is copied, and one pays for the rank of its own alone. Of rows that mix adapters each of them
+takes a pass, between which the sums stay in float32. Which rows go together is worked out once for each ``c``, on the
+CPU: all layers of a call, and all calls of a generation, are of one.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from adaptc.kernels._grouping import Chunks, chunks, rows_per_chunk
+from adaptc.kernels._launch import check
+from adaptc.kernels.grouped_lora import grouped_expand, grouped_shrink
+
+_LIBRARY = torch.library.Library("adaptc", "FRAGMENT")
+_LIBRARY.define("grouped_rows(Tensor x, Tensor y, Tensor A, Tensor B, Tensor starts, Tensor scale, Tensor c) -> Tensor")
+
+Pass = tuple[Chunks, int, Tensor | None]
+"""Rows by the adapter that each has in one pass, the size of chunks, and (T, 1) what each counts; None where all 1."""
+
+
+def grouped_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, starts: Tensor, scale: Tensor, c: Tensor) -> Tensor:
+    """See the module docstring. Raises BackendError for shapes, types or devices that do not fit."""
+    return torch.ops.adaptc.grouped_rows(x, y, A, B, starts, scale, c)
+
+
+def _computed(x: Tensor, y: Tensor, A: Tensor, B: Tensor, starts: Tensor, scale: Tensor, c: Tensor) -> Tensor:
+    count, R = A.shape[:2]
+    check("grouped_rows", starts.shape[0] == 2 * count + 1, f"starts of {2 * count + 1}", tuple(starts.shape))
+    flat, out = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    T = flat.shape[0]
+    rows = c.shape[0]
+    check("grouped_rows", not T or (rows > 0 and T % rows == 0), f"as many for each of {rows} rows", T)
+    passes = _passes(c, T) if T else []
+    if len(passes) > 1:
+        out = out.to(torch.promote_types(out.dtype, torch.float32))
+    down, up = A.reshape(-1, A.shape[2]), B.transpose(1, 2).reshape(-1, B.shape[1])
+    for table, chunk, weight in passes:
+        h = grouped_shrink(flat, down, starts, *table, chunk, R)
+        h = h if weight is None else h * weight.to(h.dtype)
+        out = grouped_expand(out, h, up, starts, scale, *table, chunk)
+    return out.to(y.dtype).reshape(y.shape) if passes else y.clone(memory_format=torch.contiguous_format)
+
+
+def _fake(x: Tensor, y: Tensor, A: Tensor, B: Tensor, starts: Tensor, scale: Tensor, c: Tensor) -> Tensor:
+    return torch.empty_like(y, memory_format=torch.contiguous_format)
+
+
+_LIBRARY.impl("grouped_rows", _computed, "CompositeExplicitAutograd")
+torch.library.register_fake("adaptc::grouped_rows", _fake, lib=_LIBRARY)
+
+
+class _Kept(threading.local):
+    """What was worked out of the last coefficients, by the number of positions; of a stream, whose memory it is."""
+
+    def __init__(self) -> None:
+        self.c: Any = None
+        self.version, self.stream = -1, 0
+        self.passes: dict[int, list[Pass]] = {}
+
+
+_KEPT = _Kept()
+
+
+def _passes(c: Tensor, T: int) -> list[Pass]:
+    stream = torch.cuda.current_stream(c.device).cuda_stream if c.is_cuda else 0
+    if _KEPT.c is None or _KEPT.c() is not c or (_KEPT.version, _KEPT.stream) != (c._version, stream):
+        _KEPT.c, _KEPT.version, _KEPT.stream, _KEPT.passes = ref(c), c._version, stream, {}
+    found = _KEPT.passes.get(T)
+    if found is None:
+        found = _KEPT.passes[T] = _made(c, T)
+    return found
+
+
+def _made(c: Tensor, T: int) -> list[Pass]:
+    left, (rows, count), chunk = c.detach().cpu().clone(), c.shape, rows_per_chunk(T)
+    out: list[Pass] = []
+    while bool(left.any()):
+        size, k = left.abs().max(1)
+        weight = left.gather(1, k[:, None])
+        left.scatter_(1, k[:, None], 0)
+        index = torch.where(size > 0, 2 * k, -1).repeat_interleave(T // rows)
+        table = chunks(index, 2 * count, chunk)
+        each = None
+        if bool((weight[size > 0] != 1).any()):
+            each = weight.repeat_interleave(T // rows, 0)[table.order].to(c.device)
+        out.append((Chunks(*(t.to(c.device) for t in table)), chunk, each))
+    return out
