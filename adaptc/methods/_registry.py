@@ -42,6 +42,7 @@ CONFIGS: dict[str, str] = {
     "P_TUNING": "adaptc.methods.p_tuning:PromptEncoderConfig",
     "MULTITASK_PROMPT_TUNING": "adaptc.methods.multitask_prompt_tuning:MultitaskPromptTuningConfig",
     "CPT": "adaptc.methods.cpt:CPTConfig",
+    "ADAPTION_PROMPT": "adaptc.methods.adaption_prompt:AdaptionPromptConfig",
     # An older name of the same method, which new files do not have.
     "BONE": "adaptc.methods.miss:MissConfig",
 }
@@ -72,6 +73,7 @@ METHODS: dict[str, str] = {
     "p_tuning": "adaptc.methods.p_tuning:PTuning",
     "multitask_prompt_tuning": "adaptc.methods.multitask_prompt_tuning:MultitaskPromptTuning",
     "cpt": "adaptc.methods.cpt:Cpt",
+    "adaption_prompt": "adaptc.methods.adaption_prompt:AdaptionPrompt",
     "stacked": "adaptc.methods._stacked:Stacked",
     "whole": "adaptc.methods._whole:Whole",
     "trainable_tokens": "adaptc.methods._whole:TokenRows",
