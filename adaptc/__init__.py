@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from adaptc.generation.report import report
     from adaptc.methods import TargetedConfig, register_method
     from adaptc.methods.adalora import AdaLoraConfig
+    from adaptc.methods.adaption_prompt import AdaptionPromptConfig
     from adaptc.methods.boft import BOFTConfig
     from adaptc.methods.c3a import C3AConfig
     from adaptc.methods.cartridge import CartridgeConfig
@@ -152,6 +153,7 @@ PUBLIC = {
     "CartridgeConfig": "adaptc.methods.cartridge",
     "PromptEncoderConfig": "adaptc.methods.p_tuning",
     "CPTConfig": "adaptc.methods.cpt",
+    "AdaptionPromptConfig": "adaptc.methods.adaption_prompt",
     "MultitaskPromptTuningConfig": "adaptc.methods.multitask_prompt_tuning",
     # what a method of one's own is made of
     "register_method": "adaptc.methods",

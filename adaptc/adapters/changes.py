@@ -34,10 +34,10 @@ class Changes:
     def __init__(self, spec: BindingSpec, binding: Binding) -> None:
         config = binding.config
         if not isinstance(config, TargetedConfig) or config.unit != "matrices":
-            raise ConfigError(
-                f"{binding.source}: {config.peft_type} trains tensors of the model as they are, which is no change of "
-                "low rank"
+            how = (
+                "trains tensors of the model as they are" if isinstance(config, TargetedConfig) else "changes no weight"
             )
+            raise ConfigError(f"{binding.source}: {config.peft_type} {how}, which is no change of low rank")
         self.spec, self.binding, self.config = spec, binding, config
         self.sites: dict[str, list[Attachment]] = {}
         others = {}

@@ -3,6 +3,7 @@
 What other packages use of them is here; the modules with a leading underscore are this package's own.
 """
 
+from adaptc.methods._attention_config import AttentionConfig
 from adaptc.methods._config import AdapterConfig, TargetedConfig
 from adaptc.methods._default_targets import OTHER_MEANING, adapts_defaults
 from adaptc.methods._model_facts import ModelFacts
@@ -17,6 +18,7 @@ from adaptc.methods._whole import TokenRows, Whole
 __all__ = [
     "OTHER_MEANING",
     "AdapterConfig",
+    "AttentionConfig",
     "ModelFacts",
     "ProgramConfig",
     "Stacked",

@@ -44,6 +44,7 @@ CONFIGS: dict[str, str] = {
     "PREFIX_TUNING": "adaptc.methods.prefix_tuning:PrefixTuningConfig",
     "CARTRIDGE": "adaptc.methods.cartridge:CartridgeConfig",
     "CPT": "adaptc.methods.cpt:CPTConfig",
+    "ADAPTION_PROMPT": "adaptc.methods.adaption_prompt:AdaptionPromptConfig",
     # An older name of the same method, which new files do not have.
     "BONE": "adaptc.methods.miss:MissConfig",
 }
@@ -78,6 +79,7 @@ METHODS: dict[str, str] = {
     "prefix_projection": "adaptc.methods.prefix_tuning:PrefixProjection",
     "cartridge": "adaptc.methods.cartridge:Cartridge",
     "cpt": "adaptc.methods.cpt:Cpt",
+    "adaption_prompt": "adaptc.methods.adaption_prompt:AdaptionPrompt",
     "stacked": "adaptc.methods._stacked:Stacked",
     "whole": "adaptc.methods._whole:Whole",
     "trainable_tokens": "adaptc.methods._whole:TokenRows",

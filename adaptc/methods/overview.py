@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from adaptc.errors import AdaptcError
+from adaptc.methods._attention_config import AttentionConfig
 from adaptc.methods._config import TargetedConfig
 from adaptc.methods._program_config import ProgramConfig
 from adaptc.methods._registry import CONFIGS, config_class
@@ -61,13 +62,14 @@ def overview() -> list[Row]:
     """A row for each registered config, in the order of the registry."""
     classes = list(dict.fromkeys(map(config_class, CONFIGS)))
     layers = [_row(c, sample) for c in classes if issubclass(c, TargetedConfig) for sample in c.samples]
-    return layers + [_program_row(c) for c in classes if issubclass(c, ProgramConfig)]
+    return layers + [_program_row(c) for c in classes if issubclass(c, (ProgramConfig, AttentionConfig))]
 
 
-def _program_row(cls: type[ProgramConfig]) -> Row:
+def _program_row(cls: type[ProgramConfig | AttentionConfig]) -> Row:
     config = cls(**cls.samples[0])
-    method = config.method("embedding", "embedding")
-    free = any(s.free for s in method.slots(KINDS["embedding"][0]).values())
+    kind = "embedding" if issubclass(cls, ProgramConfig) else "linear"
+    method = config.method(kind, kind)
+    free = any(s.free for s in method.slots(KINDS[kind][0]).values())
     return Row(_called(cls, cls.samples[0]), *_first_line(method.__module__), {}, free, False)
 
 
@@ -126,7 +128,8 @@ def markdown() -> str:
     """The overview as Markdown tables: methods of layers, and those of the program."""
     rows = overview()
     parts = [_markdown([r for r in rows if r.kinds], list(KINDS)), _markdown([r for r in rows if not r.kinds], [])]
-    return "\n\nThese speak of the program, whose token embedding they find, and not of single layers:\n\n".join(parts)
+    between = "These speak of the program, whose token embedding or attentions they find, and not of single weights:"
+    return f"\n\n{between}\n\n".join(parts)
 
 
 def _markdown(rows: Sequence[Row], kinds: Sequence[str]) -> str:

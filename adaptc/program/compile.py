@@ -24,6 +24,7 @@ from adaptc.capture.replicate_layers import replicate_layers
 from adaptc.errors import ConfigError, Tell, refuse_entry, shown, warn_of_entry
 from adaptc.methods import (
     AdapterConfig,
+    AttentionConfig,
     ModelFacts,
     ProgramConfig,
     TargetedConfig,
@@ -53,12 +54,13 @@ from adaptc.program.add import Compiling
 from adaptc.runtime.call_inputs import FULL_LIKE
 from adaptc.runtime.options import RunOptions
 from adaptc.runtime.weight_buffers import alias
+from adaptc.targets.attention_plan import plan_attention
 from adaptc.targets.plan import Plan, plan
 from adaptc.targets.program_plan import plan_program
 from adaptc.targets.union import union
 
 #: configs that say where a program is to be adapted
-PlannedConfig = TargetedConfig | ProgramConfig
+PlannedConfig = TargetedConfig | ProgramConfig | AttentionConfig
 
 
 @dataclass(frozen=True)
@@ -265,6 +267,8 @@ def _of_base(adapter: Adapter, captured: Captured) -> Adapter:
 
 def _plan(adapter: Adapter, captured: Captured, facts: ModelFacts, base: Lifted) -> Plan:
     config, rest = adapter.config, (captured.program, facts, adapter.name, base, adapter.tell)
+    if isinstance(config, AttentionConfig):
+        return plan_attention(config, *rest[:-1])
     return plan_program(config, *rest) if isinstance(config, ProgramConfig) else plan(config, *rest)
 
 

@@ -18,6 +18,7 @@ from torch.export.graph_signature import InputKind
 from adaptc.errors import ConfigError, TargetError, Tell, nearest, refuse_entry
 from adaptc.methods import (
     OTHER_MEANING,
+    AttentionConfig,
     ModelFacts,
     ProgramConfig,
     Stacked,
@@ -54,7 +55,7 @@ class Plan:
     hold all the same.
     """
 
-    config: TargetedConfig | ProgramConfig
+    config: TargetedConfig | ProgramConfig | AttentionConfig
     attachments: tuple[Attachment, ...]
     matches: Mapping[str, tuple[str, ...]]
     left_out: tuple[tuple[str, str], ...]

@@ -17,11 +17,13 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from adaptc.errors import PassError, TargetError
+from adaptc.passes.adapt.add_to_attention import add_to_attention
 from adaptc.passes.adapt.change_places import change_places
 from adaptc.passes.adapt.choose_forms import Choice, cheaper, choose_forms
 from adaptc.passes.adapt.make_coefficients import Coefficients
 from adaptc.passes.analysis.sites import consumers, readers
 from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.attention_method import AttentionMethod
 from adaptc.passes.ir.blocks import bias_of, inside, takes_bias
 from adaptc.passes.ir.costs import Work, example_sizes, node_work, work
 from adaptc.passes.ir.lifted import Lifted
@@ -127,7 +129,8 @@ class _Injector:
 
     def run(self) -> Attachment:
         if self.a.form == PROGRAM:
-            change_places(self.lifted, self.a, self.latest, self._tag)
+            change = add_to_attention if isinstance(self.a.method, AttentionMethod) else change_places
+            change(self.lifted, self.a, self.latest, self._tag)
             return self.a
         nodes = [self.lifted.nodes[c] for c in self.a.consumers]
         if self.form == "apply":

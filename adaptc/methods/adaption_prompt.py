@@ -1,0 +1,90 @@
+"""Adaption prompt: y' = y + g softmax(q K^T / sqrt(d)) V, with K and V of learned tokens (Zhang et al., 2303.16199).
+
+LLaMA-Adapter: at each of the last layers, what an attention gives is added to by what its queries find in tokens of the
+layer's own, of which its own projections make keys and values. There is one softmax for these, and another for the
+model's own tokens. A gate g of zero is no change. Queries are those of the attention (turned by their positions, and
+normed where the model does that), products are scaled as the attention scales its own, and keys and values are what the
+projections give. The projection behind the attention reads the sum; in PEFT a bias of it is added once more, and here
+it is not.
+
+Slots, of a layer's attention: ``adaption_prompt`` (1, adapter_len, width of the model) and ``adaption_gate`` (1,).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from adaptc.errors import ConfigError
+from adaptc.methods._attention_config import AttentionConfig
+from adaptc.methods._checks import check_integers
+from adaptc.passes.ir.attention_method import AttentionMethod
+from adaptc.passes.ir.method import Initial, Slot, Slots
+from adaptc.passes.ir.ops import Op, cast
+
+PROMPT, GATE = "adaption_prompt", "adaption_gate"
+
+
+@dataclass
+class AdaptionPromptConfig(AttentionConfig):
+    """PEFT's ``AdaptionPromptConfig``: same names, same defaults. ``adapter_len`` is the number of tokens of a layer
+    and ``adapter_layers`` that of the layers, from the last one back; both must be given. Raises ConfigError where they
+    are not, or not positive."""
+
+    peft_type: ClassVar[str] = "ADAPTION_PROMPT"
+
+    adapter_len: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("adapter_len", "adapter_layers"):
+            if (value := getattr(self, name)) is None:
+                raise ConfigError(f"{type(self).__name__}.{name} must be given: it has no default")
+            check_integers(self, {name: value})
+
+    def method(self, name: str, kind: str) -> AdaptionPrompt:
+        return AdaptionPrompt(self.adapter_len or 0)
+
+    def with_ranks(self, ranks: dict[str, int]) -> AdaptionPromptConfig:  # type: ignore[override]
+        return self.replace(adapter_len=next(iter(ranks.values()), self.adapter_len))
+
+
+@dataclass(frozen=True)
+class AdaptionPrompt(AttentionMethod):
+    """``count`` tokens at one layer."""
+
+    name: ClassVar[str] = "adaption_prompt"
+    file_names: ClassVar[tuple[str, ...]] = (PROMPT, GATE)
+    swappable: ClassVar[frozenset[str]] = frozenset({"count", "training"})
+
+    count: int = 0
+
+    def slots(self, op: Op) -> dict[str, Slot]:
+        return {PROMPT: Slot((1, self.count, op.out_features), free=(1,)), GATE: Slot((1,))}
+
+    def rank(self) -> int:
+        return self.count
+
+    def minimal(self, op: Op) -> AdaptionPrompt:
+        return replace(self, count=2)
+
+    def with_sizes_of(self, op: Op, slots: Slots) -> AdaptionPrompt:
+        prompt = slots.get(PROMPT)
+        return self if prompt is None or prompt.ndim != 3 else replace(self, count=prompt.shape[1])
+
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+        source = W.device if generator is None else generator.device
+        prompt = torch.empty(self.slots(op)[PROMPT].shape, dtype=W.dtype, device=source).normal_(generator=generator)
+        return Initial({PROMPT: prompt.to(W.device, dtype), GATE: torch.zeros(1, dtype=dtype, device=W.device)})
+
+    def tokens(self, slots: Slots) -> Tensor:
+        return slots[PROMPT][0]
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, slots: Slots, scale: float) -> Tensor:
+        scores = (query @ cast(keys, query.dtype).mT) * scale
+        chances = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        return cast(slots[GATE] * chances, values.dtype) @ values

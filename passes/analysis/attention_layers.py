@@ -1,0 +1,242 @@
+"""Layers of attention: the attention, the projections that make its keys and values, and the one behind it.
+
+A projection may make more than one of them, and lay out heads in any order: where the outputs are that a head is made
+of is found by numbering the outputs and running the views behind the projection on the numbers.
+
+Before: an opened program, with adapters in it or not. After: it is unchanged. Errors name what was looked for and what
+is there instead.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from adaptc.errors import TargetError
+from adaptc.passes.ir.costs import at_sizes, example_sizes, size_expression
+from adaptc.passes.ir.effects import has_view_schema
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.ops import CASTS, TABLE, argument, operands
+from adaptc.passes.ir.regions import node_tag, region_tag
+
+aten = torch.ops.aten
+
+CORE = aten.scaled_dot_product_attention.default
+#: positions of its arguments
+_QUERY, _KEY, _VALUE = 0, 1, 2
+#: ops that move numbers, beside those that are views by their schema
+_MOVES = (aten.reshape.default, aten.contiguous.default, aten.clone.default, aten.flatten.using_ints, operator.getitem)
+_PROJECTIONS = ("linear", "addmm")
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Of the outputs of a projection those that are keys, or values: ``count`` heads of ``width``, the first at
+    ``start`` and each ``step`` behind the one before."""
+
+    start: int
+    step: int
+    count: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Projection:
+    """``node`` is its product; ``weight`` and ``bias`` are placeholders, the latter None where it has none."""
+
+    node: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    heads: Heads
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """``core`` is the attention, ``query`` what it reads, ``scale`` its factor on products, ``behind`` the projection
+    that reads what it gives."""
+
+    core: fx.Node
+    query: fx.Node
+    scale: float
+    key: Projection
+    value: Projection
+    behind: fx.Node
+
+
+def cores(lifted: Lifted) -> list[fx.Node]:
+    """The attentions of a program, in order."""
+    return list(lifted.graph.find_nodes(op="call_function", target=CORE))
+
+
+def projection_behind(lifted: Lifted, core: fx.Node) -> fx.Node:
+    """The one projection that reads what an attention gives. Raises TargetError where there is none, or several."""
+    seen, found, stack = {core}, [], [core]
+    while stack:
+        for user in stack.pop().users:
+            if user in seen or user.op != "call_function" or not _holds_numbers(user):
+                continue
+            seen.add(user)
+            if node_tag(user) is None and _projects(lifted, user):
+                found.append(user)
+            else:
+                stack.append(user)
+    if len(found) != 1:
+        raise TargetError(
+            f"the attention {core.name!r} must be followed by one projection, a linear layer, and there are "
+            f"{len(found)}{f', {found[0].name!r} first' if found else ''}"
+        )
+    return found[0]
+
+
+def layer_behind(lifted: Lifted, behind: fx.Node) -> AttentionLayer:
+    """The layer whose projection this is. Raises TargetError where its keys or values are not made as one can tell."""
+    near = _near(lifted, operands(behind)[0], lambda n: n.target == CORE)
+    if len(near) != 1:
+        raise TargetError(f"{behind.name!r} must read what one attention gives, and it reads {len(near)}")
+    core = near[0]
+    query = argument(core, _QUERY)
+    shape = query.meta["val"].shape
+    if len(shape) != 4 or not all(isinstance(shape[i], int) for i in (1, 3)):
+        raise TargetError(f"the queries of {core.name!r} have shape {tuple(map(str, shape))}; needed are four axes")
+    heads, width = int(shape[1]), int(shape[3])
+    scale: Any = core.kwargs.get("scale")
+    key = _projection(lifted, core, _KEY, lambda total: (total // width, width))
+    value = _projection(lifted, core, _VALUE, lambda total: (key.heads.count, total // key.heads.count))
+    if heads % key.heads.count:
+        raise TargetError(
+            f"{core.name!r} has {heads} heads of queries, and {key.heads.count} of keys do not divide them"
+        )
+    return AttentionLayer(core, query, width**-0.5 if scale is None else float(scale), key, value, behind)
+
+
+def _projection(lifted: Lifted, core: fx.Node, at: int, shape: Callable[[int], tuple[int, int]]) -> Projection:
+    what = {_KEY: "keys", _VALUE: "values"}[at]
+    operand = argument(core, at)
+    found = _near(lifted, operand, lambda n: _projects(lifted, n))
+    if len(found) != 1:
+        names = ", ".join(repr(n.name) for n in found[:3])
+        raise TargetError(f"the {what} of {core.name!r} must be made by one linear layer; found {names or 'none'}")
+    node = found[0]
+    columns = _columns(lifted, node, operand)
+    count, width = shape(len(columns))
+    if not count or not width or len(columns) != count * width:
+        raise TargetError(
+            f"{node.name!r} makes {len(columns)} numbers a token for the {what} of {core.name!r}, and heads of {width} "
+            "are needed"
+        )
+    step = columns[width] - columns[0] if count > 1 else width
+    heads = Heads(columns[0], step, count, width)
+    if columns != [heads.start + i * step + j for i in range(count) for j in range(width)]:
+        raise TargetError(f"the {what} of {core.name!r} are laid out in {node.name!r} as no known model has them")
+    _, weight, bias = operands(node)
+    owner = _parameter(lifted, weight)
+    assert owner is not None
+    return Projection(node, owner, None if bias is None else _parameter(lifted, bias), heads)
+
+
+def _projects(lifted: Lifted, node: fx.Node) -> bool:
+    return (
+        node.target in TABLE
+        and TABLE[node.target][0] in _PROJECTIONS
+        and _parameter(lifted, operands(node)[1]) is not None
+    )
+
+
+def _parameter(lifted: Lifted, node: Any) -> fx.Node | None:
+    """The parameter that a layer reads, seen through casts and what adapters make of it."""
+    while isinstance(node, fx.Node) and node.op != "placeholder":
+        if (tag := region_tag(node)) is not None:
+            node = lifted.nodes[tag["base"]]
+        elif node.target in CASTS:
+            node = node.args[0]
+        else:
+            return None
+    known = isinstance(node, fx.Node) and lifted.specs[node.name].target in lifted.state_dict
+    return node if known else None
+
+
+def _near(lifted: Lifted, start: fx.Node, wanted: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """The nearest such nodes that ``start`` is made of, adapters looked through: it does not look behind a projection
+    or an attention."""
+    seen: set[fx.Node] = set()
+    found, stack = [], [start]
+    while stack:
+        node = stack.pop()
+        while (tag := region_tag(node)) is not None:
+            node = lifted.nodes[tag["base"]]
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op != "call_function" or not _holds_numbers(node):
+            continue
+        if wanted(node):
+            found.append(node)
+        elif node.target != CORE and not _projects(lifted, node):
+            stack += node.all_input_nodes
+    return found
+
+
+def _holds_numbers(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.dtype is not torch.bool)
+
+
+def _columns(lifted: Lifted, projection: fx.Node, operand: fx.Node) -> list[int]:
+    """The outputs of ``projection`` that ``operand`` holds, head by head. What an op other than a view does to them (a
+    rotation, a norm) leaves them where they are."""
+    before = _ancestors(operand)
+    sizes = example_sizes(lifted.program)
+    shape = [_size(s, sizes) for s in projection.meta["val"].shape]
+    value: Any = torch.arange(shape[-1]).expand(shape)
+    node = projection
+    while node is not operand:
+        readers = [u for u in _adapted(lifted, node).users if u in before and u.op == "call_function"]
+        if len(readers) != 1:
+            break
+        reader = readers[0]
+        if reader.target in CASTS:
+            node = reader
+            continue
+        if reader.target not in _MOVES and not has_view_schema(reader.target):
+            break
+        value = _run(reader, value, sizes)
+        node = reader
+    return list(dict.fromkeys(value.flatten().tolist()))
+
+
+def _adapted(lifted: Lifted, node: fx.Node) -> fx.Node:
+    """What adapters made of a node, which others read in its place."""
+    made = {tag["base"]: n for n in lifted.graph.nodes if (tag := region_tag(n)) is not None}
+    while node.name in made:
+        node = made[node.name]
+    return node
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    """A node and all tensors that it is made of."""
+    seen, stack = {node}, [node]
+    while stack:
+        fresh = {n for n in stack.pop().all_input_nodes if n not in seen and _holds_numbers(n)}
+        seen |= fresh
+        stack += fresh
+    return seen
+
+
+def _run(node: fx.Node, value: Any, sizes: Mapping[str, int]) -> Any:
+    """A view of ``value``, as the program makes it at its example sizes."""
+
+    def of(n: fx.Node) -> Any:
+        found = n.meta.get("val")
+        return value if _holds_numbers(n) else _size(found, sizes)
+
+    args, kwargs = fx.map_arg((node.args, node.kwargs), of)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _size(size: Any, sizes: Mapping[str, int]) -> int:
+    return int(at_sizes(size_expression(size), sizes))

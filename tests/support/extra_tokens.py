@@ -1,0 +1,67 @@
+"""Attention to tokens of an adapter's own, computed plainly: transformers' attention function with the formula added.
+
+Works for any model whose attention goes through transformers' table of attention functions, given how its module makes
+keys and values of tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+#: module, tokens (count, width), heads of queries and their width -> keys and values, (count, heads, width) each
+Made = Callable[[Any, Tensor, int, int], tuple[Tensor, Tensor]]
+
+
+def apart(module: Any, tokens: Tensor, heads: int, width: int) -> tuple[Tensor, Tensor]:
+    """Layers of their own for keys and values."""
+    return tuple(getattr(module, n)(tokens).unflatten(-1, (-1, width)) for n in ("k_proj", "v_proj"))  # type: ignore
+
+
+def one_behind_the_other(name: str) -> Made:
+    """One layer for queries, keys and values, in this order."""
+
+    def made(module: Any, tokens: Tensor, heads: int, width: int) -> tuple[Tensor, Tensor]:
+        rest = getattr(module, name)(tokens)[:, heads * width :]
+        keys, values = rest.chunk(2, -1)
+        return keys.unflatten(-1, (-1, width)), values.unflatten(-1, (-1, width))
+
+    return made
+
+
+def by_head(name: str) -> Made:
+    """One layer that makes query, key and value of one head after the other."""
+
+    def made(module: Any, tokens: Tensor, heads: int, width: int) -> tuple[Tensor, Tensor]:
+        each = getattr(module, name)(tokens).unflatten(-1, (heads, 3, width))
+        return each[:, :, 1], each[:, :, 2]
+
+    return made
+
+
+@contextlib.contextmanager
+def extra_tokens(model: nn.Module, slots: Mapping[str, tuple[Tensor, Tensor]], made: Made = apart) -> Iterator[None]:
+    """While it holds, the modules of ``model`` named in ``slots`` attend to a prompt (1, count, width) with a gate."""
+    usual = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    by_module = {id(model.get_submodule(n)): pair for n, pair in slots.items()}
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+        out, rest = usual(module, query, key, value, mask, **options)
+        if id(module) not in by_module:
+            return out, rest
+        (prompt, gate), scale = by_module[id(module)], options.get("scaling")
+        own = (t.transpose(0, 1) for t in made(module, prompt[0], query.shape[1], query.shape[3]))
+        keys, values = (t.repeat_interleave(query.shape[1] // t.shape[0], 0) for t in own)
+        scores = torch.einsum("bhqd,hnd->bhqn", query, keys) * (query.shape[3] ** -0.5 if scale is None else scale)
+        return out + gate * torch.einsum("bhqn,hnd->bqhd", scores.softmax(-1), values), rest
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = usual
