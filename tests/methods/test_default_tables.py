@@ -79,6 +79,8 @@ def test_names_a_variant_lacks_are_left_out():
 #: what a method's config needs beside its defaults to be planned for a family
 NEEDED: dict[str, dict[str, Any]] = {
     **{key: {"num_virtual_tokens": 3} for key in ["PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING"]},
+    **{key: {"num_virtual_tokens": 3} for key in ["PREFIX_TUNING", "CARTRIDGE"]},
+    "ADAPTION_PROMPT": {"adapter_len": 3, "adapter_layers": 2},
     "CPT": {"task_type": "CAUSAL_LM", "cpt_token_ids": [5, 7]},
     "ADALORA": {"total_step": 10},
     "C3A": {"block_size": 4},
