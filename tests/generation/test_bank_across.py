@@ -106,3 +106,14 @@ def test_refused_by_name() -> None:
     other = copy.copy(made.bank)
     other.remove("second")
     assert (list(made), list(other)) == (["first", "second"], ["first"])
+
+
+@pytest.mark.slow
+def test_inductor_compiles_each_part_once() -> None:
+    """Other rows, beams and adapters take the code that there is."""
+    made, plain = generator("t5", "inductor").bank(case("t5").adapters, capacity=3), bank("t5")
+    for names, length, how in ((NAMES, 9, {}), (NAMES[::-1], 6, BEAMS), (["second", None], 4, {})):
+        given = prompt(len(names), length)
+        assert torch.equal(said(Mixed(made, names), given, **how), said(Mixed(plain, names), given, **how))
+        with adaptc.assert_no_recompiles():
+            said(Mixed(made, names), given, **how)
