@@ -142,7 +142,8 @@ def _across(
 
 
 def _refuse_prompts(adapter: Any) -> None:
-    """Raises ConfigError for adapters that put tokens in front of those of a program."""
+    """Raises ConfigError for adapters that put tokens in front of those of a program; keys and values in front are what
+    a cache begins with."""
     by_name = named(adapter)
     given = list(by_name.values()) if by_name is not None else adapter if isinstance(adapter, list) else [adapter]
     for one in given:
@@ -150,7 +151,7 @@ def _refuse_prompts(adapter: Any) -> None:
             config = as_config(one)
         except AdaptcError:  # whoever compiles it says what it is
             continue
-        if isinstance(config, ProgramConfig):
+        if isinstance(config, ProgramConfig) and not config.reads_attentions:
             raise ConfigError(
                 f"{config.peft_type} is not supported in programs that generate: their steps go on from a cache, which "
                 "the tokens in front would have to enter once. adaptc.compile(model, config) gives a program that "
