@@ -40,12 +40,30 @@ class StepCache:
         self.recording = False
         #: positions that a caller knows will be needed; no more memory than for these is taken at once
         self.expected: int | None = None
+        #: what it begins with, a tensor (1, heads, count, width) for each of its own; None for nothing
+        self.front: list[Tensor] | None = None
         self.length = 0
         self.rows = 0
         #: coefficient -> the position from which each row is adapted (see ``acting``)
         self.since: dict[str, Tensor] = {}
         self.tensors: list[Tensor] = []
         self.mask = torch.ones(0, 0, dtype=torch.int64, device=device)
+
+    @property
+    def begun(self) -> int:
+        """Positions that were in it before any text."""
+        return 0 if self.front is None else self.front[0].shape[2]
+
+    def begin(self, front: list[Tensor]) -> None:
+        """Nothing is in it but ``front``, from now on. It gets memory with the first step, which says for how many
+        rows."""
+        self.front = [t.to(self.device, self.layout.dtype) for t in front]
+        self.tensors, self.length, self.first, self.top = [], self.begun, 0, self.begun
+
+    def _begin(self, rows: int) -> None:
+        assert self.front is not None
+        self.tensors = [t.expand(rows, -1, -1, -1).clone(memory_format=torch.contiguous_format) for t in self.front]
+        self.mask = torch.ones(rows, self.begun, dtype=torch.int64, device=self.device)
 
     # -- memory --------------------------------------------------------------------------------------------------------
 
@@ -69,6 +87,8 @@ class StepCache:
         """Room for so many positions in all; what is there stays."""
         if self.tensors and length <= self.room:
             return
+        if self.front is not None and not self.tensors:
+            self._begin(rows)
         wanted = -(-(length + length // 8) // _STEP) * _STEP
         if self.expected is not None and self.expected >= length:
             wanted = min(wanted, -(-self.expected // 8) * 8)
@@ -126,7 +146,7 @@ class StepCache:
     def copy(self) -> Self:
         """One of its own memory, to go on from here in another way."""
         new = type(self)(self.layout, self.owner, self.max_length, self.device, self.window)
-        new.length, new.rows = self.length, self.rows
+        new.length, new.rows, new.front = self.length, self.rows, self.front
         new.first, new.top, new.recording = self.first, self.top, self.recording
         new.since = {n: t.clone() for n, t in self.since.items()}
         new.tensors, new.mask = [t.clone() for t in self.tensors], self.mask.clone()
@@ -167,6 +187,9 @@ class StepCache:
 
     def reset(self) -> None:
         """As if nothing had been computed."""
+        if self.front is not None:
+            self.begin(self.front)
+            return
         self.length = self.first = self.top = 0
         self.since = {}
         self.mask.fill_(1)
@@ -181,8 +204,9 @@ class StepCache:
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` positions; a positive number is how many stay, as transformers once
-        had it. Raises AdaptcError where sliding layers have forgotten what comes before."""
+        had it. What it began with stays. Raises AdaptcError where sliding layers have forgotten what comes before."""
         left = min(self.length, tokens_to_remove) if tokens_to_remove > 0 else max(0, self.length + tokens_to_remove)
+        left = max(left, min(self.begun, self.length))
         if not self.can_crop(left):
             raise AdaptcError(
                 f"{left} positions would be left of {self.length}, and layers that look back on {self.window} keep "

@@ -66,18 +66,31 @@ def arguments(facts: Facts, inputs: Tensor | None, kwargs: Mapping[str, Any]) ->
     if mask is not None and before and given is None and mask.ndim == 2 and mask.shape[1] == before + length:
         check_mask(mask, prompt.shape, before)
         return kwargs, before
-    if length < before:
+    front = past.begun
+    if front and given is not None:
         raise AdaptcError(
-            f"the cache holds {before} positions and the prompt has {length}: give it from its first token on, or the "
-            f"new tokens with an attention_mask for all {before + length}"
+            f"inputs_embeds is not taken where the cache begins with {front} keys of the adapter's: give input_ids"
+        )
+    if length < before - front:
+        raise AdaptcError(
+            f"the cache holds {before - front} positions and the prompt has {length}: give it from its first token on, "
+            f"or the new tokens with an attention_mask for all {before + length}"
         )
     check_mask(mask, prompt.shape, 0)
-    if mask is None and past.padded:
-        kwargs["attention_mask"] = torch.cat([past.mask[:, :before], past.mask.new_ones(rows, length - before)], 1)
-    if before == length:
+    if mask is not None and front:
+        kwargs["attention_mask"] = behind(front, mask)
+    elif mask is None and (past.padded or front):
+        seen = past.mask[:, :before] if past.rows else past.mask.new_ones(rows, before)
+        kwargs["attention_mask"] = torch.cat([seen, seen.new_ones(rows, length + front - before)], 1)
+    if before == length + front and before > front:
         # Its logits are needed, and computing it once more writes what is there.
         past.crop(-1)
-    return kwargs, 0
+    return kwargs, front
+
+
+def behind(count: int, mask: Tensor) -> Tensor:
+    """A mask for so many more positions that are seen in front."""
+    return torch.cat([mask.new_ones(mask.shape[0], count), mask], 1)
 
 
 def refuse(given: Mapping[str, Any]) -> None:
@@ -103,7 +116,13 @@ def generation(
         )
     beams = max(config.num_beams or 1, config.num_return_sequences or 1)
     rows = batch * beams
-    fits(facts, rows, length + offset, f" ({batch} of {beams} sequences each)" if beams > 1 else "")
+    begun = 0 if past is None else past.begun
+    if past is not None and begun < past.length and begun and config.prefill_chunk_size:
+        raise AdaptcError(
+            f"prefill_chunk_size is not taken where a cache with text in it begins with {begun} keys of the adapter's: "
+            "leave it out"
+        )
+    fits(facts, rows, length + offset, f" ({batch} of {beams} sequences each)" if beams > 1 else "", begun)
     if past is not None and past.rows and past.rows != rows:
         raise AdaptcError(
             f"the cache has {past.rows} rows and this generation {rows}: cache.batch_repeat_interleave(n) makes n of "
@@ -111,15 +130,16 @@ def generation(
         )
 
 
-def fits(facts: Facts, rows: int, length: int, of: str = "") -> None:
-    """Raises AdaptcError where a cache cannot be so large."""
+def fits(facts: Facts, rows: int, length: int, of: str = "", begun: int = 0) -> None:
+    """Raises AdaptcError where a cache cannot be so large; it begins with ``begun`` keys of an adapter's."""
     if rows > facts.max_batch:
         raise AdaptcError(
             f"{rows} rows{of} are more than max_batch={facts.max_batch}: give fewer at a time, or compile with more"
         )
     if length > facts.max_length:
+        own = f", {begun} of them of keys that the adapter has in front," if begun else ""
         raise AdaptcError(
-            f"{length} positions are more than max_length={facts.max_length}: give fewer tokens, ask for fewer "
+            f"{length} positions{own} are more than max_length={facts.max_length}: give fewer tokens, ask for fewer "
             "(max_new_tokens), or compile with more"
         )
 

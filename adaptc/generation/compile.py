@@ -148,13 +148,14 @@ def _across(
 
 
 def _refuse_prompts(adapters: Sequence[Any]) -> None:
-    """Raises ConfigError for adapters that put tokens in front of those of a program."""
+    """Raises ConfigError for adapters that put tokens in front of those of a program; keys and values in front are what
+    a cache begins with."""
     for one in adapters:
         try:
             config = as_config(one)
         except AdaptcError:  # whoever compiles it says what it is
             continue
-        if isinstance(config, ProgramConfig):
+        if isinstance(config, ProgramConfig) and not config.reads_attentions:
             raise ConfigError(
                 f"{config.peft_type} is not supported in programs that generate: their steps go on from a cache, which "
                 "the tokens in front would have to enter once. adaptc.compile(model, config) gives a program that "

@@ -23,6 +23,7 @@ from adaptc.generation.bank import GeneratorBank, bank_of
 from adaptc.generation.cache import StepCache
 from adaptc.generation.description import described
 from adaptc.generation.facts import NOTHING, Facts, past_name
+from adaptc.generation.front import begins, binding_of, front_of
 from adaptc.generation.package_files import carried
 from adaptc.generation.random_steps import drawn, pair
 from adaptc.generation.ways import cache_for, run_as, stepping_as
@@ -46,6 +47,8 @@ class Generator(Holder):
         self.config, self.generation_config = facts.config, facts.generation_config
         #: what a step calls, while a generation goes on
         self.step: Callable[..., Any] | None = None
+        #: what a cache begins with, while a generation goes on
+        self.front: list[Tensor] | None = None
         #: positions of its cache that its ``input_ids`` does not begin with
         self.offset = 0
         #: where the adapter acts, while a generation goes on
@@ -86,6 +89,7 @@ class Generator(Holder):
 
     def carried(self, tokenizer: Any) -> dict[str, bytes]:
         refuse_acting(self.facts.acts, "a package would be made of what generates")
+        _refuse_front(self._runs, "packages")
         return carried(self.facts, tokenizer)
 
     def drawn(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,6 +116,7 @@ class Generator(Holder):
         """Adapters by name, of which each prompt takes its own: ``gen.bank({...}).generate(ids, adapters=["fr", None,
         {"de": 0.7, "style": 0.3}])``. ``limits`` and errors as for :meth:`AdaptedProgram.bank`."""
         refuse_acting(self.facts.acts, "a bank would be made of what generates")
+        _refuse_front(self._runs, "banks")
         return bank_of(self, adapters, limits)
 
     @property
@@ -143,12 +148,27 @@ class Generator(Holder):
         this generation alone. Raises AdaptcError, before anything is computed, for what the program cannot do.
         """
         scale = kwargs.pop(SCALE, None)
+        if begins(self._runs):
+            return self._generated_behind(inputs, generation_config, kwargs, scale)
         kwargs, offset = checks.arguments(self.facts, inputs, kwargs)
         new = self.pinned(offset, scale)
         if new.acting is not None:
             ids = kwargs.get("input_ids") if inputs is None else inputs
             ids = None if kwargs.get("inputs_embeds") is not None else ids
             new.acting = new.acting.for_prompt(ids, kwargs.get(past_name()), offset)
+        return new.generated(inputs, generation_config, kwargs)
+
+    def _generated_behind(
+        self, inputs: Tensor | None, generation_config: Any, kwargs: dict[str, Any], scale: Any
+    ) -> Any:
+        """The same where the adapter may have keys that a cache begins with."""
+        new = self.pinned(scale=scale)
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        if all(kwargs.get(name) is None for name in ("past_key_values", "cache")) and new.front is not None:
+            if kwargs.get("attention_mask") is None and isinstance(ids, Tensor):
+                kwargs = {**kwargs, "attention_mask": _seen(ids, generation_config or self.generation_config, kwargs)}
+            kwargs = {**kwargs, past_name(): new.new_cache()}
+        kwargs, new.offset = checks.arguments(self.facts, inputs, kwargs)
         return new.generated(inputs, generation_config, kwargs)
 
     def generated(self, inputs: Tensor | None, generation_config: Any, kwargs: dict[str, Any]) -> Any:
@@ -170,19 +190,27 @@ class Generator(Holder):
             positions = None
             if attention_mask is not None:
                 checks.check_mask(attention_mask, input_ids.shape, 0)
+                attention_mask = checks.behind(made.begun, attention_mask)
                 positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+                positions = positions[:, made.begun :]
             self.forward(input_ids, attention_mask, positions, made, logits_to_keep=1)
         return made
 
     def new_cache(self) -> StepCache:
-        """One with nothing in it."""
-        return cache_for(self.facts, self.device)
+        """One with nothing in it but what the current adapter has there."""
+        front = self.front if self.step is not None else front_of(self._runs, binding_of(self._runs))
+        return cache_for(self.facts, self.device, front)
 
     def pinned(self, offset: int = 0, scale: Any = None) -> Self:
         """One that keeps the adapter that is current now, for a generation that does not begin with what is in its
         cache, ``offset`` positions. ``scale``: its ``adapter_scale``."""
         new, runs = copy.copy(self), self._runs
-        if self.step is None:
+        if self.step is None and begins(runs):
+            binding = None
+            while new.step is None or binding is not binding_of(runs):  # until nobody swapped between the two
+                binding, new.step = binding_of(runs), runs.pinned(scale)
+            new.front = front_of(runs, binding)
+        elif self.step is None:
             new.step = runs.pinned(scale)
             if self.facts.acts:
                 program = runs.program if isinstance(runs, Bound) else runs
@@ -217,9 +245,14 @@ class Generator(Holder):
             checks.embeddings(self.facts, inputs_embeds)
         rows, tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]  # type: ignore[union-attr]
         past = past_key_values if cache is None else cache
-        past = self.new_cache() if past is None else checks.own_cache(self.facts, past, rows)
+        if past is None:
+            past = self.new_cache()
+            if isinstance(attention_mask, Tensor) and attention_mask.shape == (rows, tokens):
+                attention_mask = checks.behind(past.begun, attention_mask)
+        else:
+            past = checks.own_cache(self.facts, past, rows)
         before, total = past.length, past.length + tokens
-        checks.fits(self.facts, rows, total)
+        checks.fits(self.facts, rows, total, begun=past.begun)
         checks.check_mask(attention_mask, (rows, tokens), before)
         now = self.pinned() if self.facts.acts and self.acting is None else self
         step, acting = now.step or self._runs, now.acting
@@ -264,6 +297,10 @@ class Generator(Holder):
         embedded = inputs_embeds is not None and is_first_iteration
         name, new = ("inputs_embeds", inputs_embeds) if embedded else ("input_ids", input_ids)
         assert new is not None
+        past = kwargs.get(past_name())
+        if next_sequence_length is None and is_first_iteration and getattr(past, "begun", 0):
+            # transformers takes a text whose mask is longer for one that is new, and part of it may be in the cache.
+            next_sequence_length = new.shape[1] + self.offset - past.length  # type: ignore[union-attr]
         if next_sequence_length is not None:
             new = new[:, -next_sequence_length:]
         cut_positions(kwargs, "position_ids", new.shape[1])
@@ -317,6 +354,22 @@ class Generator(Holder):
         f = self.facts
         what = "keeping" if isinstance(self._runs, Keeping) else "of"
         return f"generates with up to {f.max_batch} rows of {f.max_length} positions, {what}\n{self._runs!r}"
+
+
+def _refuse_front(runs: Any, where: str) -> None:
+    if found := begins(runs):
+        raise AdaptcError(
+            f"{found[0].method.name} is not supported in {where} of what generates: a cache begins with its keys, "
+            "which they do not make"
+        )
+
+
+def _seen(ids: Tensor, config: Any, given: Mapping[str, Any]) -> Tensor:
+    """The mask of a prompt that comes without one, as transformers makes it: padding is not seen, where it is no
+    end."""
+    pad, end = (given.get(n, getattr(config, n, None)) for n in ("pad_token_id", "eos_token_id"))
+    ends = [] if end is None else end if isinstance(end, list) else [end]
+    return ids.new_ones(ids.shape) if pad is None or pad in ends else ids.ne(pad).to(torch.int64)
 
 
 def cut_positions(kwargs: dict[str, Any], name: str, count: int) -> None:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from adaptc.errors import CaptureError
+from adaptc.passes.analysis.cache_inputs import KINDS as CACHED
+from adaptc.passes.analysis.cache_inputs import cache_name
 
 #: the classes of transformers whose state is keys and values at all positions, or at the last ones
 _ATTENTION = ("DynamicLayer", "DynamicSlidingWindowLayer")
@@ -46,7 +48,7 @@ class CacheLayout:
     @property
     def names(self) -> tuple[str, ...]:
         """Of the inputs, keys and values by turns, layer by layer."""
-        return tuple(f"{self.prefix}{what}_{i}" for i in range(len(self.layers)) for what in ("keys", "values"))
+        return tuple(cache_name(kind, i, self.prefix) for i in range(len(self.layers)) for kind in CACHED)
 
     @property
     def window(self) -> int | None:

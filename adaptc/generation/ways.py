@@ -49,8 +49,11 @@ def run_as(
     return run(step, past, inputs, tokens, keep, facts.keeps == EXACT)
 
 
-def cache_for(facts: Facts, device: torch.device) -> StepCache:
-    """One with nothing in it."""
+def cache_for(facts: Facts, device: torch.device, front: list[Tensor] | None = None) -> StepCache:
+    """One with nothing in it but ``front``, if a step keeps keys and values."""
     layout = TEXT if facts.keeps == NOTHING else facts.layout
     made = state_cache_class() if facts.keeps == STATE else cache_class()
-    return made(layout, facts, facts.max_length, device, facts.window)
+    new = made(layout, facts, facts.max_length, device, facts.window)
+    if front is not None:
+        new.begin(front)
+    return new

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from adaptc.errors import AdaptcError
 from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.program_method import ProgramMethod
+from adaptc.passes.ir.program_method import BEGINS, ProgramMethod
 from adaptc.passes.ir.regions import region_tag
 
 
@@ -31,7 +31,9 @@ class Lengths:
         found: dict[str, tuple[str, Attachment]] = {}
         for node in graph.nodes if by_id else ():
             tag = region_tag(node)
-            if tag is not None and tag["site"] in by_id and tag["site"] not in found:
+            if tag is None or tag["region"] == BEGINS:  # in a cache, whose length is its owner's concern
+                continue
+            if tag["site"] in by_id and tag["site"] not in found:
                 ids = _ids(names[tag["node"]], names)
                 found[tag["site"]] = str(ids.meta["val"].shape[1]), by_id[tag["site"]]
         return cls(list(found.values()))

@@ -13,8 +13,10 @@ from typing import Any
 from torch import fx
 
 from adaptc.errors import PassError, TargetError
+from adaptc.passes.adapt.begin_cache import begin_cache
 from adaptc.passes.adapt.change_attention import put_in_front
 from adaptc.passes.adapt.trace_places import traced, values_of
+from adaptc.passes.analysis.cache_inputs import cache_inputs
 from adaptc.passes.analysis.token_places import Lookup, find_places, lookups
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.lifted import Lifted
@@ -33,6 +35,9 @@ def change_places(lifted: Lifted, a: Attachment, latest: dict[tuple[str, ...], f
     method = a.method
     assert isinstance(method, ProgramMethod)
     lookup = _lookup(lifted, a)
+    if method.changes("cached") and (caches := cache_inputs(lifted)):
+        begin_cache(lifted, a, lookup, caches[0][0], tag)
+        return
     places = sorted(find_places(lifted, method, lookup), key=lambda p: PLACES.index(p.name))
     there = {None, *(p.name for p in places)}
     wanted = {n: e for n, e in method.inputs().items() if e.place in there}

@@ -9,7 +9,7 @@ Before: an opened program. After: it is unchanged. Errors name what was looked f
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from torch.export.graph_signature import InputKind
 
 from adaptc.errors import TargetError
+from adaptc.passes.analysis.cache_inputs import cache_inputs
 from adaptc.passes.analysis.token_places import Lookup
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.ops import argument
@@ -34,8 +35,8 @@ _REPEATS = (aten.reshape.default, aten.view.default, aten.expand.default, aten.u
 
 @dataclass(frozen=True)
 class Attentions:
-    """The attentions of a lookup's tokens to each other, in order. All have keys and values of ``heads`` heads of
-    ``width``, which queries may share in groups."""
+    """The attentions of a lookup's tokens to each other, in order, or the inputs with their keys where a program takes
+    those from a cache. All have keys and values of ``heads`` heads of ``width``, which queries may share in groups."""
 
     nodes: tuple[fx.Node, ...]
     heads: int
@@ -53,6 +54,8 @@ class Edge:
 
 def find_attentions(lifted: Lifted, lookup: Lookup, name: str) -> Attentions:
     """Raises TargetError for ``name``, a method, where there are none, or such that are not of one shape."""
+    if pairs := cache_inputs(lifted):
+        return _cached(pairs, name)
     tokens = inside(lifted, lookup)
     found = [n for n in lifted.graph.find_nodes(op="call_function", target=_ATTENTION) if n in tokens]
     if not found:
@@ -74,13 +77,23 @@ def find_attentions(lifted: Lifted, lookup: Lookup, name: str) -> Attentions:
                 f"length, width) for both, of the {length} tokens of {lookup.ids.name!r}"
             )
         shapes.setdefault((int(shape[1]), int(shape[3])), node)
+    return Attentions(tuple(found), *_one(shapes, name))
+
+
+def _cached(pairs: Sequence[tuple[fx.Node, fx.Node]], name: str) -> Attentions:
+    shapes = {(int(n.meta["val"].shape[1]), int(n.meta["val"].shape[3])): n for pair in pairs for n in pair}
+    return Attentions(tuple(keys for keys, _ in pairs), *_one(shapes, name))
+
+
+def _one(shapes: Mapping[tuple[int, int], fx.Node], name: str) -> tuple[int, int]:
+    """The heads and the width that all have."""
     if len(shapes) > 1:
-        (one, a), (other_, b) = list(shapes.items())[:2]
+        (one, a), (other, b) = list(shapes.items())[:2]
         raise TargetError(
             f"{name} has as many heads of one width for every attention, and {a.name!r} has {one[0]} of {one[1]}, "
-            f"{b.name!r} {other_[0]} of {other_[1]}: programs whose layers differ are not supported"
+            f"{b.name!r} {other[0]} of {other[1]}: programs whose layers differ are not supported"
         )
-    return Attentions(tuple(found), *next(iter(shapes)))
+    return next(iter(shapes))
 
 
 def inside(lifted: Lifted, lookup: Lookup) -> set[fx.Node]:

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch.export.graph_signature import InputKind, OutputKind
 
 from adaptc.errors import TargetError, listing
+from adaptc.passes.analysis.cache_inputs import cache_inputs
 from adaptc.passes.ir.effects import is_metadata_assert
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.module_paths import module_path, owners
@@ -76,7 +77,10 @@ def _source(lifted: Lifted, node: Any) -> fx.Node | None:
 
 
 def find_places(lifted: Lifted, method: ProgramMethod, lookup: Lookup) -> list[Place]:
-    """The places of a lookup that ``method`` changes. Raises TargetError where the program has no place for it."""
+    """The places of a lookup that ``method`` changes. Raises TargetError where the program has no place for it. In a
+    program that takes a cache, keys and values have none but that."""
+    if method.changes("cached") and cache_inputs(lifted):
+        return []
     out = per_token(lifted, method, lookup)
     if not method.changes("cached"):
         last = _exit(lifted, lookup.node)

@@ -17,7 +17,8 @@ each one it changes, called as the place is:
                                                attention: (2 * attentions, heads, count, width of a head), in turn
 
 A method that has ``cached`` has none of labels, embedded and loss: the tokens of a call stay those of the program, and
-mask, positions and segments are longer for what is computed beside them only (``passes.adapt.change_attention``).
+mask, positions and segments are longer for what is computed beside them only (``passes.adapt.change_attention``). In a
+program that takes its cache from its caller it says what that begins with (``passes.adapt.begin_cache``).
 
 All are pure and plain PyTorch. They are traced for all sizes at once: a size read off a slot's free axis, as in
 ``slots["prompt"].shape[0]``, is read in every call, so that swaps change it. ``given`` has the inputs that the method
@@ -41,6 +42,8 @@ from adaptc.passes.ir.ops import Op
 PROGRAM = "program"
 #: the places there are, in the order in which they are changed
 PLACES = ("tokens", "attended", "positions", "segments", "labels", "embedded", "loss", "cached")
+#: the region of what a cache begins with
+BEGINS = "begins"
 #: the name of the size that an adapter may choose
 FREE = "free"
 

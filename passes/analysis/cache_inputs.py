@@ -1,0 +1,36 @@
+"""The cache among a program's inputs: what a step of generation goes on from.
+
+A program that was captured as a step takes the keys and values of each layer, (batch, heads, length, width), under the
+names that :func:`cache_name` gives. Before: an opened program. After: it is unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import fx
+from torch.export.graph_signature import InputKind
+
+from adaptc.passes.ir.lifted import Lifted
+
+KINDS = ("keys", "values")
+
+
+def cache_name(kind: str, layer: int, prefix: str = "") -> str:
+    """What the input is called that has the ``kind`` ("keys", "values") of a layer."""
+    return f"{prefix}{kind}_{layer}"
+
+
+def cache_inputs(lifted: Lifted) -> list[tuple[fx.Node, fx.Node]]:
+    """The keys and the values of each layer; empty for a program that takes none."""
+    return list(_pairs(lifted))
+
+
+def _pairs(lifted: Lifted) -> Iterator[tuple[fx.Node, fx.Node]]:
+    layer = 0
+    while True:
+        names = [cache_name(kind, layer) for kind in KINDS]
+        if any(n not in lifted.specs or lifted.specs[n].kind != InputKind.USER_INPUT for n in names):
+            return
+        yield lifted.nodes[names[0]], lifted.nodes[names[1]]
+        layer += 1
