@@ -149,6 +149,7 @@ class Generator(Holder):
         """
         scale = kwargs.pop(SCALE, None)
         if begins(self._runs):
+            refuse_acting(self.facts.acts, "keys of another adapter would stand in front")
             return self._generated_behind(inputs, generation_config, kwargs, scale)
         kwargs, offset = checks.arguments(self.facts, inputs, kwargs)
         new = self.pinned(offset, scale)
