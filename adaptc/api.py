@@ -150,6 +150,7 @@ def swap(
     options |= {"component": component, "scale": scale}
     if isinstance(program, PackagedProgram):
         return program.swap(adapter, **options)
+    check_program(program, "swap")
     start = time.perf_counter()
     binding = swapped(program, adapter, **options)
     return SwapReport.of(program.adaptation.attachments, binding, time.perf_counter() - start)
@@ -160,6 +161,7 @@ def bind(program: AdaptedProgram | PackagedProgram, adapter: Any, **options: Any
 
     ``options`` and errors: :meth:`AdaptedProgram.bind`, and for packages :meth:`PackagedProgram.bind`, which it is.
     """
+    check_program(program, "bind", PackagedProgram, Holder)
     return program.bind(adapter, **options)
 
 
@@ -228,7 +230,7 @@ def save(program: ExportedProgram | Holder, path: str | os.PathLike[str]) -> Pat
     """
     beside = program.beside() if isinstance(program, Holder) else None
     inside: Any = program.program if isinstance(program, Holder) else program
-    check_program(inside, "save")
+    check_program(inside, "save", ExportedProgram)
     if isinstance(inside, AdaptedProgram):
         check_unseen(inside, "save")
         check_followed(inside)

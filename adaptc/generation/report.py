@@ -14,7 +14,7 @@ from adaptc.packages.report import PackageReport
 from adaptc.packages.run import PackagedProgram
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.bank import Bank
-from adaptc.program.holder import noted
+from adaptc.program.holder import check_program, noted
 from adaptc.reports.coverage import CoverageReport
 from adaptc.rows.report import BankReport
 from adaptc.value_types import checked
@@ -55,4 +55,5 @@ def report(
                 "program that it was made from"
             )
         return PackageReport.of(program)
+    check_program(program, "report")
     return CoverageReport.of(program, changes)

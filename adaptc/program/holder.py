@@ -13,8 +13,6 @@ from dataclasses import replace
 from functools import wraps
 from typing import Any, Self, TypeVar
 
-from torch.export import ExportedProgram
-
 from adaptc.errors import AdaptcError
 from adaptc.program.adapted import AdaptedProgram
 
@@ -126,12 +124,12 @@ def of_programs(function: F) -> F:
     return through_holders(taking)  # type: ignore[return-value]
 
 
-def check_program(program: Any, name: str) -> None:
-    """Raises AdaptcError for what is no program, in the name of a function."""
-    if not isinstance(program, ExportedProgram):
+def check_program(program: Any, name: str, *others: type) -> None:
+    """Raises AdaptcError for what is no program, nor one of ``others``, in the name of a function."""
+    if not isinstance(program, (AdaptedProgram, *others)):
         raise AdaptcError(
-            f"{name} takes what adaptc.compile or adaptc.load gives, not a {type(program).__name__}; of a package take "
-            "the program that it was made from"
+            f"{name} takes what adaptc.compile or adaptc.load gives, not a {type(program).__name__}; of a package or "
+            "a bank take the program that it was made from"
         )
 
 

@@ -14,14 +14,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from adaptc.errors import MethodError, PassError, TargetError
+from adaptc.errors import PassError, TargetError
+from adaptc.passes.adapt.trace_places import code_of
 from adaptc.passes.analysis.attention_layers import AttentionLayer, Heads, Projection, layer_behind
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.attention_method import AttentionMethod
-from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.free_fakes import FreeFakes
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.ops import TABLE, Op, cast
@@ -73,7 +72,6 @@ def _output(projection: fx.Node, latest: dict[tuple[str, ...], fx.Node]) -> fx.N
     return views[0]
 
 
-@exclusive
 def _traced(
     method: AttentionMethod, layer: AttentionLayer, names: Sequence[str], values: Sequence[Tensor], op: Op, behind: bool
 ) -> fx.Graph:
@@ -94,14 +92,7 @@ def _traced(
             added = added.transpose(1, 2).flatten(2)
         return cast(y + added, y.dtype)
 
-    with fakes.mode:
-        graph = make_fx(function, pre_dispatch=True)(*inputs).graph
-    graph.eliminate_dead_code()
-    for node in graph.nodes:
-        if node.op not in ("placeholder", "call_function", "output"):
-            raise MethodError(f"{method.name} may only use its arguments, but reads {node.target!r}")
-        node.meta["val"] = None  # of an environment that is gone
-    return graph
+    return code_of(function, fakes, inputs, method.name)
 
 
 def _projected(tokens: Tensor, p: Projection, given: Any, heads: int) -> Tensor:

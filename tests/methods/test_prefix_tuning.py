@@ -16,6 +16,7 @@ from torch import nn
 import adaptc
 from adaptc import CartridgeConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError, MergeError, SwapError, TargetError
+from tests.support.cover import examples
 from tests.support.families import FAMILIES, VOCAB
 from tests.support.oracle import (
     Oracle,
@@ -28,7 +29,7 @@ from tests.support.oracle import (
     quiet,
     with_head,
 )
-from tests.support.prompts import SAID, called, labels, prompt_oracle, text
+from tests.support.prompts import CALLS, SAID, called, check_saved, labels, prompt_oracle, text
 
 #: grouped queries, absolute positions, windows, normed keys, windows in some layers, positions by the mask, experts
 NAMES = ["llama", "gpt2", "mistral", "qwen3", "gemma3_text", "opt", "mixtral"]
@@ -128,22 +129,8 @@ def test_cartridges_swap(tmp_path):
 
 
 def test_saved_programs(tmp_path):
-    """A program that torch or adaptc saved takes other numbers of tokens, too; sizes in its graph follow a swap."""
     one, other = (prompt_oracle("gpt2", tmp_path / str(n), PREFIX, num_virtual_tokens=n) for n in (3, 8))
-    program = adaptc.compile(base("gpt2"), one.path)
-    adaptc.swap(program, other.path)
-    inputs = text(3, 5, "left")
-    torch.export.save(program, tmp_path / "torch.pt2")
-    with torch.no_grad():
-        again = torch.export.load(tmp_path / "torch.pt2").module()(**inputs)
-    assert_same(again, called(other.model, inputs))
-    adaptc.swap(program, one.path)
-    loaded = adaptc.load(adaptc.save(program, tmp_path / "ours.pt2"))
-    assert_same(called(loaded, inputs), called(one.model, inputs))
-    adaptc.swap(loaded, other.path)
-    assert_same(called(loaded, inputs), called(other.model, inputs))
-    unloaded = adaptc.unload(loaded)
-    assert_same(called(unloaded, inputs), called(FAMILIES["gpt2"].build(), inputs))
+    unloaded = check_saved(one, other, text(3, 5, "left"), tmp_path)
     assert len(unloaded.graph.nodes) == len(base("gpt2").graph.nodes)
 
 
@@ -199,14 +186,10 @@ def programs():
     return {name: (FAMILIES[name].build(), adaptc.compile(base(name), config)) for name in ("llama", "gpt2", "mistral")}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25))
 @given(
     name=st.sampled_from(["llama", "gpt2", "mistral"]),
-    calls=st.lists(
-        st.tuples(st.integers(1, 17), st.integers(1, 5), st.integers(1, 13), st.sampled_from(["left", "right", None])),
-        min_size=1,
-        max_size=4,
-    ),
+    calls=CALLS,
     seed=st.integers(0, 1000),
 )
 def test_any_sizes(name, calls, seed):

@@ -15,7 +15,7 @@ from adaptc import LoraConfig, PromptTuningConfig
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError, MergeError, SwapError, TargetError
 from tests.support.families import FAMILIES, VOCAB
 from tests.support.oracle import Oracle, assert_differs, assert_same, base, file_tensors, gradients, load_peft, quiet
-from tests.support.prompts import SAID, called, labels, prompt_oracle, text
+from tests.support.prompts import SAID, called, check_saved, labels, prompt_oracle, text
 
 NAMES = ["llama", "gpt2", "qwen3", "mistral"]
 
@@ -76,21 +76,8 @@ def test_swaps_to_other_numbers_of_tokens(backend, tmp_path):
 
 
 def test_saved_programs(tmp_path):
-    """A program that torch or adaptc saved takes other numbers of tokens, too; sizes in its graph follow a swap."""
     one, other = (prompt_oracle("gpt2", tmp_path / str(n), num_virtual_tokens=n) for n in (3, 8))
-    program = adaptc.compile(base("gpt2"), one.path)
-    adaptc.swap(program, other.path)
-    inputs = text(3, 5)
-    torch.export.save(program, tmp_path / "torch.pt2")
-    with torch.no_grad():
-        again = torch.export.load(tmp_path / "torch.pt2").module()(**inputs)
-    assert_same(again, called(other.model, inputs))
-    adaptc.swap(program, one.path)
-    loaded = adaptc.load(adaptc.save(program, tmp_path / "ours.pt2"))
-    assert_same(called(loaded, inputs), called(one.model, inputs))
-    adaptc.swap(loaded, other.path)
-    assert_same(called(loaded, inputs), called(other.model, inputs))
-    assert_same(called(adaptc.unload(loaded), inputs), called(FAMILIES["gpt2"].build(), inputs))
+    check_saved(one, other, text(3, 5), tmp_path)
 
 
 @pytest.mark.slow

@@ -14,9 +14,10 @@ from torch import nn
 import adaptc
 from adaptc import MultitaskPromptTuningConfig, PromptEncoderConfig, PromptTuningConfig
 from adaptc.errors import ConfigError, TargetError
+from tests.support.cover import examples
 from tests.support.families import FAMILIES, VOCAB
 from tests.support.oracle import Oracle, assert_same, base, gradients, quiet, with_head
-from tests.support.prompts import SAID, called, text
+from tests.support.prompts import CALLS, SAID, called, text
 
 
 @cache
@@ -25,14 +26,10 @@ def programs():
     return {name: (FAMILIES[name].build(), adaptc.compile(base(name), config)) for name in ("llama", "gpt2", "bert")}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25))
 @given(
     name=st.sampled_from(["llama", "gpt2", "bert"]),
-    calls=st.lists(
-        st.tuples(st.integers(1, 17), st.integers(1, 5), st.integers(1, 13), st.sampled_from(["left", "right", None])),
-        min_size=1,
-        max_size=4,
-    ),
+    calls=CALLS,
     seed=st.integers(0, 1000),
 )
 def test_any_sizes(name, calls, seed):

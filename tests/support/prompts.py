@@ -7,10 +7,12 @@ from typing import Any
 
 import peft
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.support.families import VOCAB
-from tests.support.oracle import Oracle, quiet
+import adaptc
+from tests.support.families import FAMILIES, VOCAB
+from tests.support.oracle import Oracle, assert_same, base, quiet
 
 #: what PEFT says of prompts, which is on purpose
 SAID = ("`is_gradient_checkpointing` is deprecated.*", "Position ids are not supported.*", ".*past_key_values.*")
@@ -48,3 +50,30 @@ def labels(inputs: dict[str, Tensor]) -> Tensor:
 def called(module: Any, inputs: dict[str, Tensor]) -> Any:
     with torch.no_grad(), quiet(*SAID):
         return module(**inputs)
+
+
+#: calls with other numbers of tokens in front: (tokens, batch, length, padding)
+CALLS = st.lists(
+    st.tuples(st.integers(1, 17), st.integers(1, 5), st.integers(1, 13), st.sampled_from(["left", "right", None])),
+    min_size=1,
+    max_size=4,
+)
+
+
+def check_saved(one: Oracle, other: Oracle, inputs: dict[str, Tensor], folder: Path) -> adaptc.AdaptedProgram:
+    """A program that torch or adaptc saved takes other numbers of tokens, too; sizes in its graph follow a swap. Of
+    GPT-2; gives its base again."""
+    program = adaptc.compile(base("gpt2"), one.path)
+    adaptc.swap(program, other.path)
+    torch.export.save(program, folder / "torch.pt2")
+    with torch.no_grad():
+        again = torch.export.load(folder / "torch.pt2").module()(**inputs)
+    assert_same(again, called(other.model, inputs))
+    adaptc.swap(program, one.path)
+    loaded = adaptc.load(adaptc.save(program, folder / "ours.pt2"))
+    assert_same(called(loaded, inputs), called(one.model, inputs))
+    adaptc.swap(loaded, other.path)
+    assert_same(called(loaded, inputs), called(other.model, inputs))
+    unloaded = adaptc.unload(loaded)
+    assert_same(called(unloaded, inputs), called(FAMILIES["gpt2"].build(), inputs))
+    return unloaded
