@@ -40,7 +40,7 @@ NOISE = 0.1
 #: the least rows and columns of a weight: thinner products have nothing to gain
 THIN = 128
 #: of the file
-FORMAT = 4
+FORMAT = 5
 _MOST_BYTES = 1 << 20
 
 

@@ -32,8 +32,8 @@ SIZES = ((256, 256), (576, 576), (1536, 576), (576, 1536), (2048, 2048))
 ROWS = (1, 3, 8, 96, 384)
 #: the first of the classes that gradients are measured at: who trains has more rows than a few
 GRADIENTS = 3
-#: the class at which the product of columns is measured: with more rows it has nothing to gain
-FEW = 1
+#: the classes at which the product of columns is measured: with more rows it has nothing to gain
+FEW = (0, 1)
 #: seconds for all of it; what does not fit in is left out, and so computed by linear
 BUDGET = 0.5
 #: operations of one product above which none is measured: a smaller weight says as much
@@ -100,7 +100,7 @@ def _turned(pool: Tensor, size: tuple[int, int], rows: int, end: float) -> Seque
 def as_they_lie(x: Tensor, weights: Sequence[Tensor]) -> list[Callable[[int], Tensor]]:
     """All kinds of product that are measured at so many rows, of weights without a packed copy."""
     kinds = [plain(x, weights), by_onednn(x, weights)]
-    few = row_class(x.shape[0]) == FEW
+    few = row_class(x.shape[0]) in FEW
     return [*kinds, lambda n: by_columns(x, weights[n % len(weights)], None)] if few else kinds
 
 
