@@ -3,7 +3,8 @@
 Before: a graph with ``adaptc::product`` that inductor is about to compile. After: each of them is a call of
 ``mkldnn::_linear_pointwise`` on the weight as it lies, without an op of Python in between, and without anything of
 adaptc in what AOTInductor writes. One piece of code computes calls of any number of rows, so it is chosen for
-all of them.
+all of them. Where columns save more than an op of Python costs, code that Python calls keeps that op, which looks at
+the rows of each call.
 
 Private torch use, with the public route that was tried:
 - ``torch._inductor.lowering.register_lowering``, ``fallback_handler`` and ``torch._inductor.mkldnn_ir.LinearUnary``:
@@ -18,10 +19,29 @@ from functools import cache
 from typing import Any, cast
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from adaptc.passes.ir.product import ALL_CLASSES, LINEAR, ONEDNN, takes
+from adaptc.passes.ir.product import ALL_CLASSES, LINEAR, ONEDNN, product, takes
 from adaptc.passes.lower.choose_products import Choice
-from adaptc.runtime.product_table import choose_for_all
+from adaptc.runtime.product_table import choose, choose_for_all, spared
+
+#: seconds that an op of Python costs in compiled code, at most
+CALL = 30e-6
+
+
+#: ``adaptc::product`` in code that is compiled already, where nothing asks for gradients: a call of it takes ten
+#: microseconds less than one of an op that has them
+_library = torch.library.Library("adaptc", "FRAGMENT")
+_library.define(
+    "product_called(Tensor x, Tensor weight, Tensor? bias, str kind, int[] classes, int[] columns) -> Tensor"
+)
+_library.impl("product_called", product, "CPU")
+
+
+@torch.library.register_fake("adaptc::product_called", lib=_library)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, classes: list[int], columns: list[int]) -> Tensor:
+    return F.linear(x, weight, bias)
 
 
 @cache
@@ -33,8 +53,7 @@ def teach_inductor() -> bool:
         from torch._inductor.mkldnn_ir import LinearUnary
     except ImportError:
         return False
-    op = torch.ops.adaptc.product.default
-    plain = fallback_handler(op, add_to_fallback_set=False)
+    plain = fallback_handler(torch.ops.adaptc.product_called.default, add_to_fallback_set=False)
 
     def lower(x: Any, weight: Any, bias: Any, kind: str, classes: Any, columns: Any) -> Any:
         if columns or kind != ONEDNN or tuple(classes) != ALL_CLASSES or not takes(x.get_dtype()):
@@ -45,7 +64,7 @@ def teach_inductor() -> bool:
         out: Any = TensorBox.create(made)
         return view(out, [*lead, weight.get_size()[0]])
 
-    register_lowering(op, type_promotion_kind=None)(lower)
+    register_lowering(torch.ops.adaptc.product.default, type_promotion_kind=None)(lower)
     return True
 
 
@@ -54,11 +73,18 @@ def choose_packaged(out: int, width: int, dtype: torch.dtype) -> Choice:
     a processor has no bfloat16, oneDNN refuses it."""
     if dtype.itemsize < 4:
         return Choice(LINEAR, (), "another machine may have no half precision")
-    return choose_compiled(out, width, dtype)
+    return choose_everywhere(out, width, dtype)
 
 
 def choose_compiled(out: int, width: int, dtype: torch.dtype) -> Choice:
-    """The product for a weight of (out, width) in code that inductor compiles."""
+    """The product for a weight of (out, width) in code that inductor compiles and Python calls."""
+    if takes(dtype) and spared(out, width, dtype) > CALL:
+        return choose(out, width, dtype)
+    return choose_everywhere(out, width, dtype)
+
+
+def choose_everywhere(out: int, width: int, dtype: torch.dtype) -> Choice:
+    """The same without an op of Python: one kind for calls of any number of rows."""
     if not takes(dtype) or teach_inductor():
         return choose_for_all(out, width, dtype)
     return Choice(LINEAR, (), "inductor of this torch takes no other")

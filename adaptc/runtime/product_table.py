@@ -124,19 +124,32 @@ class ProductTable:
             return Choice(LINEAR, (), "measured: what is faster at some rows is slower at others")
         return Choice(found.kind, ALL_CLASSES, "measured: faster here, at no rows slower", tuple(ratios.values()))
 
+    def spared(self, out: int, width: int) -> float:
+        """How many seconds the product of columns saves over the others in a call, at the rows where that is most."""
+        found = [self._nearest(out, width, c) for c in self.choice(out, width).columns]
+        return max((out * width / (s[0] * s[1]) * (min(t[:2]) - t[2]) for s, t in filter(None, found)), default=0.0)
+
     def _ratios(self, out: int, width: int, kind: int = 1) -> dict[int, float]:
         """The time of a kind, oneDNN or columns, over that of linear at each class at which it was measured."""
         return {c: r for c in ALL_CLASSES if (r := self._ratio(out, width, c, kind)) is not None}
 
     def _ratio(self, out: int, width: int, rows: int, kind: int) -> float | None:
+        found = self._nearest(out, width, rows, kind)
+        return None if found is None else found[1][kind] / found[1][0]
+
+    def _nearest(
+        self, out: int, width: int, rows: int, kind: int = 2
+    ) -> tuple[tuple[int, int, int], tuple[float, ...]] | None:
+        """The size nearest to this one at which a kind was measured, and its times."""
+
         def far(size: tuple[int, int, int]) -> float:
             return abs(math.log(out / size[0])) + abs(math.log(width / size[1]))
 
         found = [s for s, times in self.times.items() if s[2] == rows and len(times) > kind]
         if not found:
             return None
-        times = self.times[min(found, key=far)]
-        return times[kind] / times[0]
+        size = min(found, key=far)
+        return size, self.times[size]
 
 
 _lock = threading.Lock()
@@ -171,6 +184,11 @@ def product_table(
 def choose(out: int, width: int, dtype: torch.dtype) -> Choice:
     """The product for a weight of (out, width), for each class of rows."""
     return _table_for(out, width, dtype).choice(out, width)
+
+
+def spared(out: int, width: int, dtype: torch.dtype) -> float:
+    """The seconds that the product of columns saves in a call, for a weight of (out, width)."""
+    return _table_for(out, width, dtype).spared(out, width)
 
 
 def choose_for_all(out: int, width: int, dtype: torch.dtype) -> Choice:

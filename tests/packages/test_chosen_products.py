@@ -49,7 +49,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[adaptc.AdaptedProgra
             can = takes(dtype)  # as whoever measures finds
             return Choice(ONEDNN, ALL_CLASSES, WHY, (0.5, 0.75, 0.9, 1.0)) if can else Choice(LINEAR, (), NOTHING)
 
-        patch.setattr(compiled_products, "choose_compiled", choose)
+        patch.setattr(compiled_products, "choose_everywhere", choose)
         path = adaptc.package(program, tmp_path_factory.mktemp("products") / "p.pt2")
     return program, path
 

@@ -43,7 +43,7 @@ class Ops(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.onednn += str(func) == "mkldnn._linear_pointwise.default"
-        self.ours += str(func) == "adaptc.product.default"
+        self.ours += str(func) == "adaptc.product_called.default"
         return func(*args, **(kwargs or {}))
 
 
@@ -108,8 +108,7 @@ def test_where_it_computes_as_before(how: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_choice_for_some_rows_alone_is_an_op_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which is slower, and what nobody should ask for; it is right all the same."""
-    monkeypatch.setattr(executor, "choose_compiled", lambda *_: Choice(ONEDNN, (0, 2)))
+    monkeypatch.setattr(executor, "choose_compiled", lambda *_: Choice(ONEDNN, (0, 2), columns=(1,)))
     compiled_products.teach_inductor()
     program = compiled(dtype=FLOAT, backend="inductor")
     program(rows(2, FLOAT))
@@ -117,6 +116,21 @@ def test_a_choice_for_some_rows_alone_is_an_op_of_its_own(monkeypatch: pytest.Mo
         for n in (1, 7):
             close(program(rows(n, FLOAT)), program.module()(rows(n, FLOAT)))
     assert ops.ours == 8
+
+
+def test_columns_are_an_op_of_python_where_they_save_more_than_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = compiled_products.CALL
+    times = {(256, 256, 0): (9 * call, 8 * call, 6.5 * call), (256, 256, 3): (1.0, 0.5)}
+    table = product_table.ProductTable(times)
+    monkeypatch.setattr(product_table, "product_table", lambda *_: table)
+    monkeypatch.setattr(compiled_products, "takes", lambda dtype: True)
+    monkeypatch.setattr(compiled_products, "teach_inductor", lambda: True)
+    whole = table.choice(256, 256)
+    assert (whole.classes, whole.columns) == ((3,), (0,))
+    for size, choice in (((256, 256), whole), ((128, 256), table.choice_for_all(256, 256))):
+        assert compiled_products.choose_compiled(*size, FLOAT) == choice
+        # A package runs where there is no Python.
+        assert compiled_products.choose_packaged(*size, FLOAT) == table.choice_for_all(256, 256)
 
 
 class Turned(nn.Module):
