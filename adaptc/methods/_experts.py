@@ -1,8 +1,11 @@
-"""Several LoRA adapters side by side, as experts: tensors with an axis of experts in front.
+"""Several LoRA adapters side by side, as experts: their ranks one after the other, and whose each rank is.
 
 Before: configs and tensors of plain LoRA adapters, by PEFT's bare keys, of ranks that may differ. After: for each
-module one tensor of all its experts per slot, with smaller ranks filled up with zeros, which leaves an expert as it is,
-and the scales of the experts; or an error that names the adapter and the option or key. :func:`apart` is the inverse.
+module one A and one B that have the ranks of all its experts, and for each rank the number of its expert and that
+one's scale; or an error that names the adapter and the option or key. :func:`apart` is the inverse.
+
+So a site has one free size, the sum of the ranks, and nothing is filled up: with h = A x the experts together are
+B (w[owner] s h), where w is what a router gives each of them.
 """
 
 from __future__ import annotations
@@ -21,8 +24,8 @@ from adaptc.methods.lora import Lora
 
 #: the slots of an expert, by their names in files, and their axis of ranks
 AXES = {"lora_A.weight": 0, "lora_B.weight": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
-#: the scales of a module's experts, beside these
-SCALES = "lora_scaling"
+#: beside these: the expert of each rank, and its scale
+OWNER, SCALES = "lora_owner", "lora_scaling"
 
 #: options with which an adapter is more than the products that are stacked
 _MORE = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "ensure_weight_tying")
@@ -39,8 +42,8 @@ class Expert:
 
 @dataclass(frozen=True, eq=False)
 class Experts:
-    """``tensors``: ``<module>.<slot>`` -> (experts, *slot), of rank ``ranks[module]``, and ``<module>.lora_scaling`` ->
-    (experts,) in float64. Of a module that an expert lacks, its slots and its scale are zero."""
+    """``tensors``: ``<module>.<slot>``, whose axis of ranks has ``ranks[module]``, the sum of those of its experts;
+    ``<module>.lora_owner`` (rank,) of int64 and ``<module>.lora_scaling`` (rank,) of float64. ``count``: of experts."""
 
     tensors: Mapping[str, Tensor] = field(repr=False)
     ranks: Mapping[str, int]
@@ -67,23 +70,43 @@ def side_by_side(experts: Sequence[Expert], what: str, *, alike: bool = False) -
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for module in modules:
-        own = [one.get(module) for one in found]
-        ranks[module] = max(s.rank for s in own if s is not None)
-        tensors |= _stacked(module, experts, own, ranks[module])
+        own = [(i, e, one[module]) for i, (e, one) in enumerate(zip(experts, found, strict=True)) if module in one]
+        ranks[module] = sum(s.rank for _, _, s in own)
+        tensors |= _joined(module, own)
     return Experts(tensors, ranks, len(experts))
 
 
-def apart(stacked: Mapping[str, Tensor], config: TargetedConfig) -> list[tuple[TargetedConfig, dict[str, Tensor]]]:
-    """The experts of a stack as adapters of their own, all of the rank of the stack. ``config``: plain LoRA with what
-    they have in common: its targets and ranks; their alphas follow from the scales."""
-    scales = {k.removesuffix(f".{SCALES}"): t for k, t in stacked.items() if k.endswith(f".{SCALES}")}
+def apart(
+    joined: Mapping[str, Tensor], config: TargetedConfig, count: int
+) -> list[tuple[TargetedConfig, dict[str, Tensor]]]:
+    """The ``count`` experts of :attr:`Experts.tensors` as adapters of their own. ``config``: of plain LoRA, with what
+    they have in common; ranks and alphas are filled in. At a module all have the largest of their ranks, since PEFT
+    routes between adapters of one rank alone; what is filled up is zero."""
+    owners = {k.removesuffix(f".{OWNER}"): t for k, t in joined.items() if k.endswith(f".{OWNER}")}
+    most = {m: max(int((t == i).sum()) for i in range(count)) for m, t in owners.items()}
     out = []
-    for i in range(len(next(iter(scales.values())))):
-        tensors = {k: t[i].contiguous() for k, t in stacked.items() if not k.endswith(f".{SCALES}")}
-        ranks = {m: _method(config, m).rank() or 1 for m in scales}
-        alpha, others = value_table({m: _number(float(t[i]) * ranks[m]) for m, t in scales.items()})
-        out.append((config.replace(lora_alpha=alpha, alpha_pattern=others, use_rslora=False), tensors))
+    for i in range(count):
+        tensors: dict[str, Tensor] = {}
+        alphas: dict[str, float | int] = {}
+        for module, owner in owners.items():
+            mine = (owner == i).nonzero().flatten()
+            if not len(mine):
+                continue
+            alphas[module] = _number(float(joined[f"{module}.{SCALES}"][mine[0]]) * most[module])
+            for name, axis in AXES.items():
+                if (t := joined.get(f"{module}.{name}")) is not None:
+                    tensors[f"{module}.{name}"] = _lengthened(t.index_select(axis, mine), axis, most[module])
+        r, ranks = value_table({m: most[m] for m in alphas})
+        alpha, others = value_table(alphas)
+        own: dict[str, Any] = {"r": r, "rank_pattern": ranks, "lora_alpha": alpha, "alpha_pattern": others}
+        out.append((config.replace(**own, use_rslora=False), tensors))
     return out
+
+
+def _lengthened(t: Tensor, axis: int, size: int) -> Tensor:
+    room = list(t.shape)
+    room[axis] = size - t.shape[axis]
+    return torch.cat([t, t.new_zeros(room)], axis).contiguous()
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,34 +154,30 @@ def _method(config: Any, module: str) -> Any:
     return config.method(module, "linear")
 
 
-def _stacked(module: str, experts: Sequence[Expert], own: Sequence[_Site | None], rank: int) -> dict[str, Tensor]:
-    first, like = next((e, s) for e, s in zip(experts, own, strict=True) if s is not None)
+def _joined(module: str, own: Sequence[tuple[int, Expert, _Site]]) -> dict[str, Tensor]:
+    _, first, like = own[0]
     out: dict[str, Tensor] = {}
     for name, reference in like.slots.items():
         axis = AXES[name]
-        shape = [rank if i == axis else n for i, n in enumerate(reference.shape)]
-        present = [s.slots.get(name) for s in own if s is not None]
-        dtype = reference.dtype
-        for t in present:
-            dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
-        made = torch.zeros(len(own), *shape, dtype=dtype, device=reference.device)
-        for i, (e, site) in enumerate(zip(experts, own, strict=True)):
-            if site is None:
-                continue
+        for _, e, site in own[1:]:
             value = site.slots.get(name)
-            if value is None or [n for j, n in enumerate(value.shape) if j != axis] != [
-                n for j, n in enumerate(reference.shape) if j != axis
-            ]:
+            if value is None or _beside(value, axis) != _beside(reference, axis):
                 raise CheckpointError(
                     f"'{module}.{name}' of {e.source}: expected the shape {tuple(reference.shape)} of "
                     f"{first.source} but for the rank, found {None if value is None else tuple(value.shape)}: they are "
                     "of different models"
                 )
-            made[i].narrow(axis, 0, site.rank).copy_(value)
-        out[f"{module}.{name}"] = made
-    scales = [0.0 if s is None else s.scale for s in own]
-    out[f"{module}.{SCALES}"] = torch.tensor(scales, dtype=torch.float64)
+        parts = [site.slots[name].to(reference.device) for _, _, site in own]
+        out[f"{module}.{name}"] = torch.cat(parts, axis)
+    ranks = torch.tensor([s.rank for _, _, s in own])
+    out[f"{module}.{OWNER}"] = torch.tensor([i for i, _, _ in own]).repeat_interleave(ranks)
+    scales = torch.tensor([s.scale for _, _, s in own], dtype=torch.float64)
+    out[f"{module}.{SCALES}"] = scales.repeat_interleave(ranks)
     return out
+
+
+def _beside(t: Tensor, axis: int) -> list[int]:
+    return [n for i, n in enumerate(t.shape) if i != axis]
 
 
 def _number(alpha: float) -> float | int:
