@@ -3,6 +3,7 @@
 What other packages use of them is here; the modules with a leading underscore are this package's own.
 """
 
+from adaptc.methods._arrow_experts import routed_apart, routing
 from adaptc.methods._attention_config import AttentionConfig
 from adaptc.methods._config import AdapterConfig, TargetedConfig
 from adaptc.methods._default_targets import OTHER_MEANING, adapts_defaults
@@ -40,6 +41,8 @@ __all__ = [
     "method_of",
     "pattern_value",
     "register_method",
+    "routed_apart",
+    "routing",
     "side_by_side",
     "united",
     "value_table",
