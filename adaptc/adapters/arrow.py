@@ -25,9 +25,9 @@ def arrow_adapter(
     ``task_specific_adapter_paths``: PEFT directories of plain LoRA adapters, or :class:`Adapter` objects, at the same
     linear layers. Their ranks and scales may differ. ``arrow_config``: an :class:`ArrowConfig`, or peft's. With
     ``use_gks`` the mean A and B of ``general_adapter_paths`` are taken from those of each (GenKnowSub); no tensor of
-    the caller's is written to. ``adaptc.compile``, ``swap``, ``bind`` and ``compile_for_generation`` take the result, and
-    programs swap to any number of adapters of any ranks. ``save_adapter`` writes the adapters, and the ``arrow_router``
-    that routes between them, as PEFT does.
+    the caller's is written to. ``compile``, ``swap``, ``bind`` and ``compile_for_generation`` take the result like a
+    directory, and programs swap to any number of adapters of any ranks. ``save_adapter`` writes the adapters, and the
+    ``arrow_router`` that routes between them, as PEFT does: a directory of it is an adapter again.
 
     Raises ConfigError for adapters that are not plain LoRA or have other modules, and for general adapters without
     ``use_gks``, CheckpointError for files and shapes.

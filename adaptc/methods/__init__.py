@@ -3,7 +3,7 @@
 What other packages use of them is here; the modules with a leading underscore are this package's own.
 """
 
-from adaptc.methods._arrow_experts import routed_apart, routing
+from adaptc.methods._arrow_experts import names_in, routing
 from adaptc.methods._attention_config import AttentionConfig
 from adaptc.methods._config import AdapterConfig, TargetedConfig
 from adaptc.methods._default_targets import OTHER_MEANING, adapts_defaults
@@ -39,9 +39,9 @@ __all__ = [
     "exactly",
     "is_own",
     "method_of",
+    "names_in",
     "pattern_value",
     "register_method",
-    "routed_apart",
     "routing",
     "side_by_side",
     "united",

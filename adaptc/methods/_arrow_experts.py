@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import ConfigError
-from adaptc.methods._experts import Expert, apart, side_by_side
+from adaptc.methods._config import TargetedConfig
+from adaptc.methods._experts import AXES, OWNER, SCALES, Expert, apart, side_by_side
 from adaptc.methods._name_patterns import value_table
 from adaptc.methods.arrow import ArrowConfig
-from adaptc.methods.lora_config import LoraConfig
 
 #: how PEFT calls the adapters, and the one that routes between them
 TASK, GENERAL, ROUTER = "task_", "gks_", "arrow_router"
@@ -36,7 +36,7 @@ _OWN: Mapping[str, Any] = {
 @torch.no_grad()
 def routing(
     arrow: ArrowConfig, tasks: Sequence[Expert], general: Sequence[Expert] = ()
-) -> tuple[LoraConfig, dict[str, Tensor]]:
+) -> tuple[TargetedConfig, dict[str, Tensor]]:
     """The config and the tensors of an adapter that routes between ``tasks``.
 
     Raises ConfigError for adapters that are not plain LoRA, or general ones without ``use_gks`` or the other way round,
@@ -53,7 +53,7 @@ def routing(
     made = side_by_side(tasks, "Arrow", alike=True)
     configs = [t.config for t in tasks]
     first = configs[0]
-    assert isinstance(first, LoraConfig)  # or it would not be plain LoRA
+    assert isinstance(first, TargetedConfig)  # or it would not be plain LoRA
     r, ranks = value_table(made.ranks)
     names = [f"{TASK}{i}" for i in range(len(tasks))]
     # What was taken away is gone: the adapter that there is now routes between what is left.
@@ -93,17 +93,26 @@ def _full(t: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def routed_apart(config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict[str, tuple[LoraConfig, dict[str, Tensor]]]:
+def routed_apart(config: Any, tensors: Mapping[str, Tensor]) -> dict[str, tuple[TargetedConfig, dict[str, Tensor]]]:
     """Inverse of :func:`routing`, by the names that PEFT knows them by: the adapters, and last the one that routes."""
     arrow = ArrowConfig.of(config.arrow_config)
     names = arrow.task_adapter_names or []
+    if more := next((k for k in tensors if not k.endswith((*AXES, OWNER, SCALES))), None):
+        raise ConfigError(f"{more!r} is none of the adapters that Arrow routes between, and files have no place for it")
     plain = config.replace(arrow_config=None)
-    out: dict[str, tuple[LoraConfig, dict[str, Tensor]]] = {}
-    for name, (own, values) in zip(names, apart(tensors, plain, len(names)), strict=True):
-        assert isinstance(own, LoraConfig)
-        out[name] = own, values
+    parts = apart(tensors, plain, len(names))
     # PEFT's router is a LoRA adapter of its own, whose tensors it never reads.
-    one, like = next(iter(out.values()))
+    one, like = parts[0]
+    router = one.replace(arrow_config=arrow, lora_alpha=8, alpha_pattern={})  # type: ignore[call-arg]
     unread = {k: torch.zeros_like(t) for k, t in like.items()}
-    out[ROUTER] = one.replace(arrow_config=arrow, lora_alpha=8, alpha_pattern={}), unread
-    return out
+    return {**dict(zip(names, parts, strict=True)), ROUTER: (router, unread)}
+
+
+def names_in(config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Of a config as files have it: the names of the adapters beside it that it routes between, and of the general
+    ones that are taken away from these. None of a config of another method, or of one that says itself what it is."""
+    found = config.get("arrow_config")
+    if not isinstance(found, Mapping):
+        return [], []
+    arrow = ArrowConfig.of(found)
+    return arrow.task_adapter_names or [], (arrow.gks_adapter_names or []) if arrow.use_gks else []

@@ -5,7 +5,7 @@ the largest abs(x p_e), and c is the softmax of these over ``router_temperature`
 those that come first are chosen. So the rule of a site follows from its adapters, and nothing is trained.
 
 Slots: ``lora_A.weight`` (R, in) and ``lora_B.weight`` (out, R) with the ranks of all adapters one after the other,
-``lora_owner`` (R,) and ``lora_scaling`` (R,), whose they are and its s. They follow from these: ``lora_arrow.prototypes``
+``lora_owner`` (R,) and ``lora_scaling`` (R,), whose they are and its s. There follow ``lora_arrow.prototypes``
 (adapters, in), divided by the temperature, and ``lora_arrow.counts``, the number of adapters and ``top_k``. A swap may
 change all of it. No file has such tensors: PEFT's have the adapters, and beside them a config that names them.
 """

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from adaptc.errors import ConfigError
+from adaptc.methods._arrow_experts import routed_apart
 from adaptc.methods._checks import check_bias, check_integers, check_probability, check_ranks
-from adaptc.methods._config import TargetedConfig
+from adaptc.methods._config import AdapterConfig, TargetedConfig
 from adaptc.methods._name_patterns import pattern_value, value_table
 from adaptc.methods.alora import Alora
 from adaptc.methods.arrow import Arrow, ArrowConfig
@@ -162,6 +163,9 @@ class LoraConfig(TargetedConfig):
         out = super().to_dict()
         return out if self.arrow_config is None else out | {"arrow_config": asdict(ArrowConfig.of(self.arrow_config))}
 
+    def written(self, tensors: Mapping[str, Tensor]) -> Mapping[str, tuple[AdapterConfig, Mapping[str, Tensor]]]:
+        return super().written(tensors) if self.arrow_config is None else routed_apart(self, tensors)
+
     def pattern_entries(self) -> dict[str, Mapping[str, Any]]:
         return {"rank_pattern": self.rank_pattern or {}, "alpha_pattern": self.alpha_pattern or {}}
 
@@ -200,7 +204,7 @@ class LoraConfig(TargetedConfig):
         if not arrow.task_adapter_names:
             raise ConfigError(
                 "arrow_config does not say which adapters it routes between: adaptc.create_arrow_model(model, "
-                "task_adapter_paths, arrow_config) makes a program of them, and adaptc.arrow_adapter(...) of the same an "
-                "adapter to swap to"
+                "task_adapter_paths, arrow_config) makes a program of them, and adaptc.arrow_adapter an adapter to "
+                "swap to"
             )
         return Arrow(rank, len(arrow.task_adapter_names), arrow.top_k, arrow.router_temperature)
