@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 # Type checkers follow imports, not tables; the tests hold the two against each other.
 if TYPE_CHECKING:
     from adaptc.adapters.adapter import Adapter, load_adapter
+    from adaptc.adapters.arrow import arrow_adapter
     from adaptc.adapters.combine import combine
     from adaptc.adapters.subtract import subtract_adapter
     from adaptc.adapters.to_lora import convert_to_lora
     from adaptc.api import (
         bind,
         compile,
+        create_arrow_model,
         load,
         load_package,
         lower,
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from adaptc.methods import TargetedConfig, register_method
     from adaptc.methods.adalora import AdaLoraConfig
     from adaptc.methods.adaption_prompt import AdaptionPromptConfig
+    from adaptc.methods.arrow import ArrowConfig
     from adaptc.methods.boft import BOFTConfig
     from adaptc.methods.c3a import C3AConfig
     from adaptc.methods.cartridge import CartridgeConfig
@@ -96,6 +99,7 @@ PUBLIC = {
     # what one does
     "compile": "adaptc.api",
     "compile_for_generation": "adaptc.generation.compile",
+    "create_arrow_model": "adaptc.api",
     "swap": "adaptc.api",
     "bind": "adaptc.api",
     "merge": "adaptc.api",
@@ -114,6 +118,7 @@ PUBLIC = {
     "rescale_adapter_scale": "adaptc.program.rescale",
     "load_adapter": "adaptc.adapters.adapter",
     "combine": "adaptc.adapters.combine",
+    "arrow_adapter": "adaptc.adapters.arrow",
     "convert_to_lora": "adaptc.adapters.to_lora",
     "subtract_adapter": "adaptc.adapters.subtract",
     "assert_no_recompiles": "adaptc.runtime.recompiles",
@@ -129,6 +134,7 @@ PUBLIC = {
     "Adapter": "adaptc.adapters.adapter",
     "Generator": "adaptc.generation.generator",
     "LoraConfig": "adaptc.methods.lora_config",
+    "ArrowConfig": "adaptc.methods.arrow",
     "AdaLoraConfig": "adaptc.methods.adalora",
     "OFTConfig": "adaptc.methods.oft",
     "BOFTConfig": "adaptc.methods.boft",

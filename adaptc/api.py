@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from adaptc.adapters.adapter import Adapter
+from adaptc.adapters.arrow import arrow_adapter
 from adaptc.adapters.write import written
 from adaptc.errors import ConfigError, MergeError, shown
 from adaptc.generation.bank import GeneratorBank
@@ -116,6 +117,23 @@ def compile(
         override=config,
         generator=generator,
     )
+
+
+def create_arrow_model(
+    base_model: nn.Module | ExportedProgram | Any,
+    task_specific_adapter_paths: Sequence[Any],
+    arrow_config: Any,
+    general_adapter_paths: Sequence[Any] | None = None,
+    **options: Any,
+) -> AdaptedProgram:
+    """PEFT's ``create_arrow_model``: ``base_model`` with an adapter that routes each token between LoRA adapters.
+
+    It is ``compile(base_model, arrow_adapter(...), **options)``: :func:`adaptc.arrow_adapter` says what the adapters
+    may be, and makes the next ones to swap to; :func:`compile` has the ``options``. There is nothing to train, as in
+    PEFT, and no weight to merge into. Raises what the two raise.
+    """
+    adapter = arrow_adapter(task_specific_adapter_paths, arrow_config, general_adapter_paths)
+    return compile(base_model, adapter, **options)
 
 
 @through_holders

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from adaptc.adapters.combined import combined
 from adaptc.adapters.options import Options, weight_of
+from adaptc.binding.directories import read_whole, write_whole
 from adaptc.binding.source import as_config, of_file
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError
 from adaptc.methods import AdapterConfig
-from adaptc.peft_files.directory import AdapterFile, check_finite, write_adapter
+from adaptc.peft_files.directory import AdapterFile, check_finite
 from adaptc.peft_files.given import given
-from adaptc.peft_files.raw import RawFile, of_peft, read_any
+from adaptc.peft_files.raw import RawFile, of_peft
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +62,8 @@ class Adapter:
         return AdapterFile(self.config.to_dict(), self.tensors, Path(self.source))
 
     def write(self, path: str | os.PathLike[str], **options: Any) -> Path:
-        """As a PEFT directory; ``options`` as for :func:`adaptc.peft_files.directory.write_adapter`."""
-        return write_adapter(path, self.config.to_dict(), self.tensors, **options)
+        """As a PEFT directory; ``options`` as for :func:`adaptc.binding.directories.write_whole`."""
+        return write_whole(path, self.config, self.tensors, **options)
 
     def to(self, device: torch.device | str) -> Adapter:
         """The same on a device."""
@@ -120,7 +121,7 @@ def load_adapter(
     """
     if not isinstance(path, (str, os.PathLike)):
         raise AdaptcError(f"load_adapter takes the path of an adapter, not a {type(path).__name__}")
-    file = read_any(path, adapter_name=adapter_name, key_mapping=key_mapping)
+    file = read_whole(path, adapter_name=adapter_name, key_mapping=key_mapping)
     if isinstance(file, RawFile):
         if not any(map(of_peft, file.tensors)) and config is None:
             raise CheckpointError(

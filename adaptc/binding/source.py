@@ -19,6 +19,7 @@ from torch import Tensor
 from adaptc.binding.bind import bind, first_values
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.combine import part_of
+from adaptc.binding.directories import from_dict, of_file, read_whole
 from adaptc.binding.fits import check_fits
 from adaptc.binding.foreign import (
     components_of,
@@ -32,11 +33,11 @@ from adaptc.binding.old_experts import restack
 from adaptc.binding.recipes import Recipes, structure
 from adaptc.binding.strength import joint, with_strength_of
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError, SwapError, shown
-from adaptc.methods import AdapterConfig, TargetedConfig, config_class
+from adaptc.methods import AdapterConfig, TargetedConfig
 from adaptc.patterns import limited
 from adaptc.peft_files.directory import AdapterFile, all_finite, read_config
 from adaptc.peft_files.given import given, is_state_dict
-from adaptc.peft_files.raw import RawFile, read_any, rename
+from adaptc.peft_files.raw import RawFile, rename
 from adaptc.value_types import checked
 
 
@@ -53,7 +54,7 @@ def as_adapter(
         file = adapter.as_file()
         return of_file(file), replace(file, tensors=_copied(rename(file.tensors, key_mapping, file.path)))
     if isinstance(adapter, (str, os.PathLike)):
-        file = read_any(adapter, key_mapping=key_mapping)
+        file = read_whole(adapter, key_mapping=key_mapping)
         return (of_file(file) if isinstance(file, AdapterFile) else None), file
     return as_config(adapter), None
 
@@ -78,13 +79,6 @@ def as_config(config: Any) -> AdapterConfig:
     )
 
 
-def from_dict(data: Mapping[str, Any]) -> AdapterConfig:
-    """From the content of ``adapter_config.json``."""
-    kind = data.get("peft_type")
-    cls = config_class(kind if isinstance(kind, str) else shown(kind))
-    return cls.from_dict(data)
-
-
 def config_of(path: Path) -> AdapterConfig:
     """From a JSON file with the content of ``adapter_config.json``. Raises CheckpointError for anything else."""
     try:
@@ -97,14 +91,6 @@ def config_of(path: Path) -> AdapterConfig:
         raise CheckpointError(f"{path} cannot be read as the JSON of a config: {shown(str(error))}") from error
     if not isinstance(data, dict) or "peft_type" not in data:
         raise CheckpointError(f"{path} is no config of an adapter: expected a JSON object with a 'peft_type'")
-    return from_dict(data)
-
-
-def of_file(file: AdapterFile) -> AdapterConfig:
-    """The config of a file. How EVA chose the first values is of no matter any more: it leaves the base as it was."""
-    data = dict(file.config)
-    if data.get("init_lora_weights") == "eva":
-        data |= {"init_lora_weights": True, "eva_config": None}
     return from_dict(data)
 
 
@@ -307,7 +293,7 @@ def _bound(
         adapter = adapter.as_file()
     source, copy = str(adapter) if isinstance(adapter, (str, os.PathLike)) else "state dict", own
     if isinstance(adapter, (str, os.PathLike)):
-        adapter = read_any(adapter, adapter_name=reading.adapter_name, key_mapping=reading.key_mapping)
+        adapter = read_whole(adapter, adapter_name=reading.adapter_name, key_mapping=reading.key_mapping)
         copy = False
     elif reading.adapter_name is not None:
         raise ConfigError(

@@ -3,9 +3,11 @@
 What other packages use of them is here; the modules with a leading underscore are this package's own.
 """
 
+from adaptc.methods._arrow_experts import names_in, routing
 from adaptc.methods._attention_config import AttentionConfig
 from adaptc.methods._config import AdapterConfig, TargetedConfig
 from adaptc.methods._default_targets import OTHER_MEANING, adapts_defaults
+from adaptc.methods._experts import Expert, Experts, apart, side_by_side
 from adaptc.methods._model_facts import ModelFacts
 from adaptc.methods._name_patterns import check_patterns, endings, pattern_value, value_table
 from adaptc.methods._program_config import ProgramConfig
@@ -19,6 +21,8 @@ __all__ = [
     "OTHER_MEANING",
     "AdapterConfig",
     "AttentionConfig",
+    "Expert",
+    "Experts",
     "ModelFacts",
     "ProgramConfig",
     "Stacked",
@@ -26,6 +30,7 @@ __all__ = [
     "TokenRows",
     "Whole",
     "adapts_defaults",
+    "apart",
     "check_patterns",
     "check_registered",
     "check_sizes",
@@ -34,8 +39,11 @@ __all__ = [
     "exactly",
     "is_own",
     "method_of",
+    "names_in",
     "pattern_value",
     "register_method",
+    "routing",
+    "side_by_side",
     "united",
     "value_table",
 ]

@@ -99,6 +99,11 @@ class AdapterConfig:
             out[f.name] = sorted(value) if isinstance(value, (set, frozenset)) else value
         return out
 
+    def written(self, tensors: Mapping[str, Tensor]) -> Mapping[str, tuple[AdapterConfig, Mapping[str, Tensor]]]:
+        """What files hold an adapter of this config, with these tensors by bare keys, as: the configs and tensors of
+        adapters by name, the last of which stands for all. Most are held as they are, by no name."""
+        return {"": (self, tensors)}
+
     def said(self) -> dict[str, Any]:
         """:meth:`to_dict` without what is at its default, for files in which that goes without saying."""
         usual = {f.name: default_of(f) for f in fields(self)}

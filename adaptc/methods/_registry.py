@@ -54,6 +54,7 @@ METHODS: dict[str, str] = {
     "lora": "adaptc.methods.lora:Lora",
     "lora_tied": "adaptc.methods.lora:LoraTied",
     "alora": "adaptc.methods.alora:Alora",
+    "arrow": "adaptc.methods.arrow:Arrow",
     "dora": "adaptc.methods.dora:Dora",
     "adalora": "adaptc.methods.adalora:AdaLora",
     "oft": "adaptc.methods.oft:Oft",

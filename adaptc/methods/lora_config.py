@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from adaptc.errors import ConfigError
+from adaptc.methods._arrow_experts import routed_apart
 from adaptc.methods._checks import check_bias, check_integers, check_probability, check_ranks
-from adaptc.methods._config import TargetedConfig
+from adaptc.methods._config import AdapterConfig, TargetedConfig
 from adaptc.methods._name_patterns import pattern_value, value_table
 from adaptc.methods.alora import Alora
+from adaptc.methods.arrow import Arrow, ArrowConfig
 from adaptc.methods.dora import MAGNITUDE, Dora
 from adaptc.methods.lora import Lora
 
@@ -40,7 +42,12 @@ class LoraConfig(TargetedConfig):
     """
 
     peft_type: ClassVar[str] = "LORA"
-    samples: ClassVar[Sequence[Mapping[str, Any]]] = ({}, {"use_dora": True}, {"alora_invocation_tokens": [1]})
+    samples: ClassVar[Sequence[Mapping[str, Any]]] = (
+        {},
+        {"use_dora": True},
+        {"alora_invocation_tokens": [1]},
+        {"arrow_config": {"task_adapter_names": ["task_0", "task_1"]}},
+    )
     dropout_field: ClassVar[str] = "lora_dropout"
     writes_all: ClassVar[bool] = True
     alpha_field: ClassVar[str] = "lora_alpha"
@@ -54,7 +61,6 @@ class LoraConfig(TargetedConfig):
         "use_qalora": "it needs GPTQ layers, which torch.export does not capture",
         "monteclora_config": NOT_YET,
         "use_bdlora": NOT_YET,
-        "arrow_config": NOT_YET,
         "kasa_config": NOT_YET,
         "runtime_config": "there is no ephemeral offload: frozen weights stay where the program has them",
     }
@@ -85,7 +91,7 @@ class LoraConfig(TargetedConfig):
     runtime_config: dict[str, Any] | None = None
     lora_bias: bool = False
     use_bdlora: dict[str, Any] | None = None
-    arrow_config: dict[str, Any] | None = None
+    arrow_config: ArrowConfig | dict[str, Any] | None = None
     kasa_config: dict[str, Any] | None = None
     ensure_weight_tying: bool = False
 
@@ -105,6 +111,7 @@ class LoraConfig(TargetedConfig):
                     f"ensure_weight_tying=True has no meaning with {option}=True, which tied layers have apart"
                 )
         self._check_invocation()
+        self._check_arrow()
         variants = [name for name in VARIANTS if getattr(self, name)]
         if len(variants) > 1:
             raise ConfigError(f"{' and '.join(variants)} are variants of LoRA that do not combine; keep one of them")
@@ -124,6 +131,17 @@ class LoraConfig(TargetedConfig):
                 "model is to be the base; use True, 'gaussian' or 'orthogonal'"
             )
 
+    def _check_arrow(self) -> None:
+        if self.arrow_config is None:
+            return
+        self.arrow_config = ArrowConfig.of(self.arrow_config)
+        for option in ("lora_dropout", "lora_bias", "ensure_weight_tying"):
+            if getattr(self, option):
+                raise ConfigError(
+                    f"{option}={getattr(self, option)!r} has no meaning with arrow_config, which routes between "
+                    "adapters that are trained already"
+                )
+
     def check_common(self) -> None:
         """What AdaLoRA's config checks too."""
         check_probability(self, "lora_dropout")
@@ -140,6 +158,13 @@ class LoraConfig(TargetedConfig):
                 )
             out |= {option: True} if have else {}
         return out
+
+    def to_dict(self) -> dict[str, Any]:
+        out = super().to_dict()
+        return out if self.arrow_config is None else out | {"arrow_config": asdict(ArrowConfig.of(self.arrow_config))}
+
+    def written(self, tensors: Mapping[str, Tensor]) -> Mapping[str, tuple[AdapterConfig, Mapping[str, Tensor]]]:
+        return super().written(tensors) if self.arrow_config is None else routed_apart(self, tensors)
 
     def pattern_entries(self) -> dict[str, Mapping[str, Any]]:
         return {"rank_pattern": self.rank_pattern or {}, "alpha_pattern": self.alpha_pattern or {}}
@@ -159,7 +184,9 @@ class LoraConfig(TargetedConfig):
             ensure_weight_tying=False,
         )
 
-    def method(self, name: str, kind: str) -> Lora:
+    def method(self, name: str, kind: str) -> Lora | Arrow:
+        if self.arrow_config is not None:
+            return self._arrow(pattern_value(self.rank_pattern, name, self.r))
         options: dict[str, Any] = {
             "r": pattern_value(self.rank_pattern, name, self.r),
             "alpha": pattern_value(self.alpha_pattern, name, self.lora_alpha),
@@ -171,3 +198,13 @@ class LoraConfig(TargetedConfig):
         if self.alora_invocation_tokens is not None:
             return Alora(**options, tokens=tuple(self.alora_invocation_tokens))
         return (Dora if self.use_dora else Lora)(**options)
+
+    def _arrow(self, rank: int) -> Arrow:
+        arrow = ArrowConfig.of(self.arrow_config)
+        if not arrow.task_adapter_names:
+            raise ConfigError(
+                "arrow_config does not say which adapters it routes between: adaptc.create_arrow_model(model, "
+                "task_adapter_paths, arrow_config) makes a program of them, and adaptc.arrow_adapter an adapter to "
+                "swap to"
+            )
+        return Arrow(rank, len(arrow.task_adapter_names), arrow.top_k, arrow.router_temperature)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from adaptc.binding.binding import Binding, BindingSpec
+from adaptc.binding.directories import read_whole
 from adaptc.binding.foreign import translated
 from adaptc.binding.recipes import Recipes
 from adaptc.binding.source import as_binding, as_config, from_dict
@@ -37,7 +38,7 @@ from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.passes.ir.trees import pytree
 from adaptc.patterns import limited
 from adaptc.peft_files.directory import AdapterFile
-from adaptc.peft_files.raw import RawFile, read_any
+from adaptc.peft_files.raw import RawFile
 from adaptc.program.adaptation import Adaptation
 from adaptc.program.bound import Keeping
 from adaptc.program.parts import Part
@@ -335,7 +336,7 @@ class PackagedProgram:
                 )
             return adapter if scale is None else scaled(self.spec(), adapter, scale)
         if isinstance(adapter, (str, PathLike)):  # once, so that what is checked is what is bound
-            adapter = read_any(adapter, adapter_name=adapter_name, key_mapping=key_mapping)
+            adapter = read_whole(adapter, adapter_name=adapter_name, key_mapping=key_mapping)
             adapter_name = key_mapping = None
         if isinstance(adapter, RawFile):
             theirs = None if config is None else as_config(config)

@@ -212,7 +212,7 @@ class Packer:
             )
         large = a.method.with_rank(op, max(ranks) if self.max_rank is None else self.max_rank)
         assert large is not None
-        wanted = {n: s.shape for n, s in large.slots(op).items()}
+        wanted = {n: _at_least(s, current[n]) for n, s in large.slots(op).items()}
         if wanted == current or all(self.padding(a, n) for n, s in a.method.slots(op).items() if s.free):
             return wanted
         if self.max_rank is None:
@@ -281,6 +281,12 @@ def _seen_from(model: ExportedProgram, name: str, manifest: Manifest) -> Manifes
         return manifest
     sites = [s for s in manifest.sites if all(fqn in model.state_dict for fqn in s.attachment.tensor_names)]
     return replace(manifest, inputs=manifest.parts[name].inputs, sites=sites)
+
+
+def _at_least(slot: Slot, current: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a slot, with room for what is there now where no rank tells its size."""
+    free = slot.free if slot.apart else ()
+    return tuple(max(n, current[i]) if i in free else n for i, n in enumerate(slot.shape))
 
 
 def padded(a: Attachment, slot: str, value: Tensor, padding: Padding | None, shape: tuple[int, ...]) -> Tensor:

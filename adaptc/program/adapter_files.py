@@ -5,19 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from filecmp import cmp
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from adaptc.binding.bind import embedding_tensors, file_tensors
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.combine import part_of
+from adaptc.binding.directories import write_whole
 from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError
-from adaptc.peft_files.directory import write_adapter
 from adaptc.peft_files.format import SAFE_NAME
 from adaptc.peft_files.formats.detect import WRITERS
 from adaptc.peft_files.formats.writing import Adapted, write_file
@@ -67,12 +66,11 @@ def write_current(
                 "save_embedding_layers=True, but the program has no module called embed_tokens or lm_head"
             )
         tensors = {**found, **tensors}
-    config: Mapping[str, Any] = binding.config.to_dict()
     library = str((binding.config.auto_mapping or {}).get("parent_library", ""))
     of_transformers = program.adaptation.source is not None or library.partition(".")[0] == "transformers"
-    return write_adapter(
+    return write_whole(
         path,
-        config,
+        binding.config,
         tensors,
         adapter_name=adapter_name,
         safe_serialization=safe_serialization,

@@ -1,0 +1,82 @@
+"""Adapters as they lie on disk, where one may be several: Arrow's are LoRA adapters, and beside them who routes.
+
+Before: a path, of a directory or a file of any format. After :func:`read_whole`: one adapter, made of all that it
+names. After :func:`write_whole`: all that files hold an adapter as, complete, or what was there before.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from adaptc.errors import CheckpointError, shown
+from adaptc.methods import AdapterConfig, Expert, config_class, names_in, routing
+from adaptc.methods.arrow import ArrowConfig
+from adaptc.peft_files.directory import AdapterFile, read_adapter, write_adapter
+from adaptc.peft_files.raw import RawFile, read_any
+from adaptc.peft_files.several import written_together
+
+
+def read_whole(
+    path: str | os.PathLike[str], *, adapter_name: str | None = None, key_mapping: Mapping[str, str] | None = None
+) -> AdapterFile | RawFile:
+    """As :func:`~adaptc.peft_files.raw.read_any`, and of an adapter that routes between others beside it, with theirs.
+    General adapters are taken away where its config says so, as PEFT does each time it loads one."""
+    file = read_any(path, adapter_name=adapter_name, key_mapping=key_mapping)
+    if isinstance(file, RawFile) or not file.config.get("arrow_config"):
+        return file
+    tasks, general = names_in(file.config)
+
+    def beside(name: str) -> Expert:
+        try:
+            one = read_adapter(file.path.parent, adapter_name=name, key_mapping=key_mapping)
+        except CheckpointError as error:
+            raise CheckpointError(f"{file.path} routes between the adapters beside it: {error}") from error
+        return Expert(of_file(one), one.tensors, str(one.path))
+
+    if not tasks:
+        return file  # which says so where it is bound
+    arrow = ArrowConfig.of(file.config["arrow_config"])
+    config, tensors = routing(arrow, [beside(n) for n in tasks], [beside(n) for n in general])
+    return replace(file, config=config.to_dict(), tensors=tensors, runs=())
+
+
+def from_dict(data: Mapping[str, Any]) -> AdapterConfig:
+    """From the content of ``adapter_config.json``."""
+    kind = data.get("peft_type")
+    cls = config_class(kind if isinstance(kind, str) else shown(kind))
+    return cls.from_dict(data)
+
+
+def of_file(file: AdapterFile) -> AdapterConfig:
+    """The config of a file. How EVA chose the first values is of no matter any more: it leaves the base as it was."""
+    data = dict(file.config)
+    if data.get("init_lora_weights") == "eva":
+        data |= {"init_lora_weights": True, "eva_config": None}
+    return from_dict(data)
+
+
+def write_whole(
+    path: str | os.PathLike[str],
+    config: AdapterConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    adapter_name: str = "default",
+    **options: Any,
+) -> Path:
+    """As :func:`~adaptc.peft_files.directory.write_adapter`; of an adapter that files hold as several, each by its name
+    in the directory. Returns the one that stands for all."""
+    parts = config.written(tensors)
+    if list(parts) == [""]:
+        (own, values), *_ = parts.values()
+        return write_adapter(path, own.to_dict(), values, adapter_name=adapter_name, **options)
+    root = Path(path) if adapter_name == "default" else Path(path) / adapter_name
+    with written_together(root, list(parts)) as stage:
+        for name, (own, values) in parts.items():
+            write_adapter(stage, own.to_dict(), values, adapter_name=name, **options)
+    return root / list(parts)[-1]

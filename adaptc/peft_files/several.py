@@ -1,0 +1,57 @@
+"""Several directories written as one: made in a stage beside their places, then renamed into them.
+
+Before: a directory, and the names of those that are to be in it. After: all of the new ones, or an exception and the
+old ones as they were.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from adaptc.errors import CheckpointError
+from adaptc.peft_files.format import CARD_NAME
+from adaptc.peft_files.locate import plain_name
+from adaptc.peft_files.staging import OLD, staging
+
+
+@contextmanager
+def written_together(root: Path, names: Sequence[str]) -> Iterator[Path]:
+    """Where to write directories of these names, which the block does; they are in ``root`` afterwards, and a model
+    card where there was none. Raises CheckpointError for names and places that are none, and for full disks."""
+    for name in names:
+        place = root / plain_name(name, "adapter_name")
+        if place.exists() and not place.is_dir():
+            raise CheckpointError(f"cannot write an adapter to {place}: it is a file. Choose a directory.")
+    if root.exists() and not root.is_dir():
+        raise CheckpointError(f"cannot write adapters to {root}: it is a file. Choose a directory.")
+    try:
+        with staging(root) as stage:
+            yield stage
+            _move(stage, root, names)
+    except OSError as error:
+        raise CheckpointError(f"could not write to {root}: {error}. What was there before is unchanged.") from error
+
+
+def _move(stage: Path, root: Path, names: Sequence[str]) -> None:
+    old = stage / OLD
+    old.mkdir()
+    gone: list[str] = []
+    come: list[str] = []
+    try:
+        for name in names:
+            if os.path.lexists(root / name):
+                os.rename(root / name, old / name)
+                gone.append(name)
+            os.rename(stage / name, root / name)
+            come.append(name)
+        if not os.path.lexists(root / CARD_NAME) and (stage / CARD_NAME).is_file():
+            os.rename(stage / CARD_NAME, root / CARD_NAME)
+    except BaseException:
+        for name in come:
+            os.rename(root / name, stage / name)
+        for name in gone:
+            os.rename(old / name, root / name)
+        raise
