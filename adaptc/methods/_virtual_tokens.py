@@ -17,7 +17,7 @@ from torch import Tensor
 from adaptc.methods._in_front import PROMPT, InFront
 from adaptc.passes.ir.method_hooks import Slot, Slots
 from adaptc.passes.ir.ops import Op, cast
-from adaptc.passes.ir.program_method import Given
+from adaptc.passes.ir.coefficients import Given
 
 __all__ = ["IGNORED", "PROMPT", "VirtualTokens"]
 

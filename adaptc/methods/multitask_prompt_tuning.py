@@ -23,7 +23,7 @@ from adaptc.methods.prompt_tuning import RANDOM, SAMPLE_VOCAB, TEXT, PromptTunin
 from adaptc.passes.ir.method import Initial
 from adaptc.passes.ir.method_hooks import Slot, Slots
 from adaptc.passes.ir.ops import Op
-from adaptc.passes.ir.program_method import Extra, Given
+from adaptc.passes.ir.coefficients import Extra, Given
 
 COLS, ROWS, TASKS = "prefix_task_cols", "prefix_task_rows", "task_ids"
 AVERAGE, EXACT, SHARED = "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"

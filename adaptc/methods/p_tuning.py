@@ -23,7 +23,7 @@ from adaptc.methods._virtual_tokens import VirtualTokens
 from adaptc.passes.analysis.attention_places import Attentions
 from adaptc.passes.ir.method_hooks import Slots
 from adaptc.passes.ir.ops import Op
-from adaptc.passes.ir.program_method import Given
+from adaptc.passes.ir.coefficients import Given
 
 MLP, LSTM = "MLP", "LSTM"
 
