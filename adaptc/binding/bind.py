@@ -293,7 +293,9 @@ class _Builder:
             if a.id in present:
                 continue
             op = self.spec.ops[a.id]
-            kin = kinds.get((type(a.method.unwrap(op)[0]), a.adapter)) if a.method.shares() or a.method.inputs() else None
+            kin = (
+                kinds.get((type(a.method.unwrap(op)[0]), a.adapter)) if a.method.shares() or a.method.inputs() else None
+            )
             method = a.method if kin is None else a.method.rewrap(kin)
             values = method.absent(op, self.spec.canonical(a), self.spec.dtype(a))
             self._set(a, values, a.method.scale(op), False)

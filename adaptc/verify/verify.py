@@ -79,7 +79,9 @@ class _Verifier(Claims):
         self.program, self.model = program, model
         self.adapted = bool(program.adaptation.attachments)
         #: inputs that the base does not take
-        self.added = {n for a in program.adaptation.attachments for m in a.method.inputs() for n in (m, a.reads.get(m, m))}
+        self.added = {
+            n for a in program.adaptation.attachments for m in a.method.inputs() for n in (m, a.reads.get(m, m))
+        }
         self._base: list[Leaves] | None = None
 
     def checks(self) -> list[Check]:

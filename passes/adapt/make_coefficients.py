@@ -34,8 +34,8 @@ from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.free_fakes import FreeFakes
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.method_hooks import Slot
-from adaptc.passes.ir.propagate import propagate
 from adaptc.passes.ir.program_method import ProgramMethod
+from adaptc.passes.ir.propagate import propagate
 from adaptc.passes.ir.regions import COEFFICIENT, added_inputs, site_op
 from adaptc.passes.ir.trace import inline, trace
 

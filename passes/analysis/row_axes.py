@@ -42,9 +42,10 @@ def _input_as_long(lifted: Lifted, shape: list[Any]) -> fx.Node | None:
     for name, spec in lifted.specs.items():
         tensor = lifted.nodes[name].meta.get("val")
         # What has one axis may be a list of tokens.
-        if spec.kind == InputKind.USER_INPUT and isinstance(tensor, Tensor) and tensor.ndim > 1:
-            if sizes_of(tensor)[0] == rows:
-                return lifted.nodes[name]
+        if spec.kind != InputKind.USER_INPUT or not isinstance(tensor, Tensor):
+            continue
+        if tensor.ndim > 1 and sizes_of(tensor)[0] == rows:
+            return lifted.nodes[name]
     return None
 
 

@@ -34,7 +34,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from adaptc.passes.ir.coefficients import Extra, Given
+from adaptc.passes.ir.coefficients import Given
 from adaptc.passes.ir.method import Initial, Method
 from adaptc.passes.ir.method_hooks import Slots
 from adaptc.passes.ir.ops import Op
