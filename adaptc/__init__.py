@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from adaptc.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
     from adaptc.methods.oft import OFTConfig
     from adaptc.methods.p_tuning import PromptEncoderConfig
+    from adaptc.methods.poly import PolyConfig
     from adaptc.methods.prefix_tuning import PrefixTuningConfig
     from adaptc.methods.prompt_tuning import PromptTuningConfig
     from adaptc.methods.randlora import RandLoraConfig
@@ -151,6 +152,7 @@ PUBLIC = {
     "WaveFTConfig": "adaptc.methods.waveft",
     "C3AConfig": "adaptc.methods.c3a",
     "LilyConfig": "adaptc.methods.lily",
+    "PolyConfig": "adaptc.methods.poly",
     "ShiraConfig": "adaptc.methods.shira",
     "LNTuningConfig": "adaptc.methods.ln_tuning",
     "TrainableTokensConfig": "adaptc.methods.trainable_tokens",

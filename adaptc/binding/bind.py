@@ -282,7 +282,8 @@ class _Builder:
         return module.rpartition(".")[2] in EMBEDDINGS and not any(module.endswith(m) for m in saved)
 
     def identities(self, present: Mapping[str, Method]) -> None:
-        """Values for all sites the adapter does not have. Where they share a slot, it has the others' sizes."""
+        """Values for all sites the adapter does not have. Where they share a slot, or an input,
+        which the sizes of the slots go with, it has the others' sizes."""
         kinds: dict[Any, Method] = {}
         for a in self.spec.attachments:
             if (m := present.get(a.id)) is not None:
@@ -292,7 +293,9 @@ class _Builder:
             if a.id in present:
                 continue
             op = self.spec.ops[a.id]
-            kin = kinds.get((type(a.method.unwrap(op)[0]), a.adapter)) if a.method.shares() else None
+            kin = (
+                kinds.get((type(a.method.unwrap(op)[0]), a.adapter)) if a.method.shares() or a.method.inputs() else None
+            )
             method = a.method if kin is None else a.method.rewrap(kin)
             values = method.absent(op, self.spec.canonical(a), self.spec.dtype(a))
             self._set(a, values, a.method.scale(op), False)

@@ -11,7 +11,7 @@ import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, Self
 
 import torch
@@ -24,6 +24,7 @@ from adaptc.generation.cross_facts import CrossFacts
 from adaptc.generation.cross_step import MASK, STATES, stepping_across
 from adaptc.generation.facts import past_name
 from adaptc.generation.generator import Generator, cut_positions
+from adaptc.generation.given import taken_from, with_given
 from adaptc.generation.random_steps import drawn, pair, step_across
 from adaptc.packages.run import BoundPackage, PackagedProgram
 from adaptc.program.adapted import AdaptedProgram
@@ -32,6 +33,8 @@ from adaptc.program.bound import Bound
 from adaptc.program.core import ProgramCore
 from adaptc.program.parts import Part, pinned_parts
 from adaptc.program.views import SCALE
+
+_NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class EncoderDecoder(Generator):
@@ -55,7 +58,7 @@ class EncoderDecoder(Generator):
         return self.facts.parts
 
     def drawn(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        return drawn(self.facts, self.device, options, step_across)
+        return with_given(self._runs, drawn(self.facts, self.device, options, step_across))
 
     def probes(self) -> list[dict[str, Tensor]]:
         return pair(self.facts, self.device, step_across)
@@ -84,12 +87,16 @@ class EncoderDecoder(Generator):
         inputs, kwargs = cross_checks.arguments(self.facts, inputs, kwargs)
         return self.pinned(scale=scale).generated(inputs, generation_config, kwargs)
 
-    def prefill(self, inputs: Tensor, attention_mask: Tensor | None = None) -> CrossCache:  # type: ignore[override]
+    def prefill(  # type: ignore[override]
+        self, inputs: Tensor, attention_mask: Tensor | None = None, **given: Any
+    ) -> CrossCache:
         """The cache of what the encoder reads, to be decoded by :meth:`generate`, any number of times from copies of
-        it."""
+        it. ``given``: inputs that an adapter added."""
         made, pinned = self.new_cache(), self.pinned()
+        extra = taken_from(self._runs, given, inputs.shape[0])
+        checks.forward(inputs, None, None, None, given)
         with torch.no_grad():
-            pinned.begin(made, pinned.encode(inputs, attention_mask), attention_mask)
+            pinned.begin(made, pinned.encode(inputs, attention_mask, extra), attention_mask, extra)
         return made
 
     def new_cache(self) -> CrossCache:
@@ -109,22 +116,26 @@ class EncoderDecoder(Generator):
         itself = isinstance(runs, (ProgramCore, Bound))
         return pinned_parts(runs, self.facts.parts, scale) if itself else runs.parts(scale)  # type: ignore[union-attr]
 
-    def encode(self, inputs: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The encoder's states (batch, positions, hidden)."""
+    def encode(
+        self, inputs: Tensor, attention_mask: Tensor | None = None, extra: Mapping[str, Tensor] = _NOTHING
+    ) -> Tensor:
+        """The encoder's states (batch, positions, hidden). ``extra``: inputs that adapters added, by name."""
         cross_checks.source(self.facts, inputs, attention_mask)
         if attention_mask is None:
             attention_mask = inputs.new_ones(inputs.shape[:2], dtype=torch.int64)
         if isinstance(self._runs, Assignment):
             self._runs.check_encoded(inputs.shape[0])
-        given = {self.facts.main: inputs.contiguous(), "attention_mask": attention_mask.long().contiguous()}
+        given = {self.facts.main: inputs.contiguous(), "attention_mask": attention_mask.long().contiguous(), **extra}
         return _run(self.kept_parts()["encode"], given)[STATES]
 
-    def begin(self, cache: CrossCache, states: Tensor, mask: Tensor | None) -> None:
+    def begin(
+        self, cache: CrossCache, states: Tensor, mask: Tensor | None, extra: Mapping[str, Tensor] = _NOTHING
+    ) -> None:
         """What ``cache`` holds of ``states``, of which ``mask`` says what may be seen."""
         cross_checks.states(self.facts, states, mask)
         if mask is None or self.facts.features is not None:
             mask = states.new_ones(states.shape[:2], dtype=torch.int64)
-        made = _run(self.kept_parts()["cross"], {STATES: states.contiguous()})
+        made = _run(self.kept_parts()["cross"], {STATES: states.contiguous(), **extra})
         cross = [made[name].contiguous() for name in self.facts.cross.names]
         cache.begin(states, mask.long().contiguous(), cross)
 
@@ -152,6 +163,8 @@ class EncoderDecoder(Generator):
         past = past_key_values if cache is None else cache
         # Whisper finds out the language so, in a step of its own.
         keeps = past is not None or use_cache is not False
+        rows = decoder_input_ids.shape[0] if isinstance(decoder_input_ids, Tensor) else 0
+        extra = taken_from(self._runs, others, rows) if rows else {}
         checks.forward(decoder_input_ids, None, use_cache if keeps else None, return_dict, others)
         assert decoder_input_ids is not None
         past = self.new_cache() if past is None else cross_checks.own(self.facts, past)
@@ -165,9 +178,9 @@ class EncoderDecoder(Generator):
             states = cross_checks.given_states(encoder_outputs)
             if states is None:
                 source = input_features if self.facts.features else input_ids
-                states = pinned.encode(cross_checks.needed(self.facts, source), attention_mask)
+                states = pinned.encode(cross_checks.needed(self.facts, source), attention_mask, extra)
             cross_checks.same_rows(states.shape[0], rows)
-            pinned.begin(past, states, attention_mask)
+            pinned.begin(past, states, attention_mask, extra)
         cross_checks.same_rows(past.rows, rows)
         past.reserve(rows, total)
         if decoder_attention_mask is not None:
@@ -183,6 +196,7 @@ class EncoderDecoder(Generator):
             "decoder_position_ids": positions.expand(rows, -1).contiguous(),
             "slots": slots,
             "keep": logits_to_keep,
+            **extra,
             MASK: past.states_mask,
             **dict(zip(self.facts.layout.names, past.tensors, strict=True)),
             **dict(zip(self.facts.cross.names, past.cross, strict=True)),
@@ -253,13 +267,17 @@ class Encoder:
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **kwargs: Any,
     ) -> Any:
         from transformers.modeling_outputs import BaseModelOutput
 
         checks.refuse({"output_attentions": output_attentions, "output_hidden_states": output_hidden_states})
         facts = self.owner.facts
         source = cross_checks.needed(facts, input_features if facts.features else input_ids)
-        return BaseModelOutput(last_hidden_state=self.owner.encode(source, attention_mask))  # type: ignore[arg-type]
+        # Others are the decoder's, which checks them.
+        extra = taken_from(self.owner.runs, kwargs, source.shape[0])
+        states: Any = self.owner.encode(source, attention_mask, extra)
+        return BaseModelOutput(last_hidden_state=states)
 
 
 class Whisper(EncoderDecoder):

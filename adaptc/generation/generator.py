@@ -24,6 +24,7 @@ from adaptc.generation.cache import StepCache
 from adaptc.generation.description import described
 from adaptc.generation.facts import NOTHING, Facts, past_name
 from adaptc.generation.front import begins, binding_of, front_of
+from adaptc.generation.given import given_names, refuse_given, taken_from, with_given
 from adaptc.generation.package_files import carried
 from adaptc.generation.random_steps import drawn, pair
 from adaptc.generation.ways import cache_for, run_as, stepping_as
@@ -74,7 +75,7 @@ class Generator(Holder):
 
     def holding(self, program: AdaptedProgram) -> Self:
         """The same for another version of its program."""
-        reads = {n for a in program.adaptation.attachments for n in a.reads}
+        reads = {n for a in program.adaptation.attachments for n in a.method.coefficients()}
         refuse_acting(sorted(reads - set(self.facts.acts)), "a program that generates would be made")
         return type(self)(program, self.facts)
 
@@ -89,11 +90,12 @@ class Generator(Holder):
 
     def carried(self, tokenizer: Any) -> dict[str, bytes]:
         refuse_acting(self.facts.acts, "a package would be made of what generates")
+        refuse_given(self._runs, "a package would be made of what generates")
         _refuse_front(self._runs, "packages")
         return carried(self.facts, tokenizer)
 
     def drawn(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        return drawn(self.facts, self.device, options)
+        return with_given(self._runs, drawn(self.facts, self.device, options))
 
     def probes(self) -> list[dict[str, Tensor]]:
         """Two steps of rows that differ, for finding where the rows are."""
@@ -116,6 +118,7 @@ class Generator(Holder):
         """Adapters by name, of which each prompt takes its own: ``gen.bank({...}).generate(ids, adapters=["fr", None,
         {"de": 0.7, "style": 0.3}])``. ``limits`` and errors as for :meth:`AdaptedProgram.bank`."""
         refuse_acting(self.facts.acts, "a bank would be made of what generates")
+        refuse_given(self._runs, "a bank would be made of what generates")
         _refuse_front(self._runs, "banks")
         return bank_of(self, adapters, limits)
 
@@ -145,7 +148,8 @@ class Generator(Holder):
         ``past_key_values`` (or ``cache``): what :meth:`prefill` or an earlier call gave, to go on from; ``input_ids``
         then begins with the tokens that are in it, or, with an ``attention_mask`` for all of them, is what comes after.
         The cache is written to; ``cache.copy()`` keeps it as it was. ``adapter_scale``: as for calls of programs, for
-        this generation alone. Raises AdaptcError, before anything is computed, for what the program cannot do.
+        this generation alone. What an adapter added to the inputs (``task_ids`` of Poly) is given by its name, with a
+        value for each prompt. Raises AdaptcError, before anything is computed, for what the program cannot do.
         """
         scale = kwargs.pop(SCALE, None)
         if begins(self._runs):
@@ -182,9 +186,9 @@ class Generator(Holder):
                 raise
             raise ConfigError(str(error)) from error  # of what transformers refuses, before anything was computed
 
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> StepCache:
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None, **given: Any) -> StepCache:
         """The cache of a prompt (batch, tokens), to be continued by :meth:`generate`, any number of times from copies
-        of it."""
+        of it. ``given``: inputs that an adapter added."""
         made = self.new_cache()
         checks.tokens(self.facts, input_ids)
         with torch.no_grad():
@@ -194,7 +198,7 @@ class Generator(Holder):
                 attention_mask = checks.behind(made.begun, attention_mask)
                 positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
                 positions = positions[:, made.begun :]
-            self.forward(input_ids, attention_mask, positions, made, logits_to_keep=1)
+            self.forward(input_ids, attention_mask, positions, made, logits_to_keep=1, **given)
         return made
 
     def new_cache(self) -> StepCache:
@@ -241,6 +245,8 @@ class Generator(Holder):
         made, and is in the output.
         """
         bare = use_cache is False and self.facts.keeps == NOTHING
+        asked = inputs_embeds if input_ids is None else input_ids
+        extra = taken_from(self._runs, others, asked.shape[0]) if isinstance(asked, Tensor) and asked.ndim else {}
         checks.forward(input_ids, inputs_embeds, None if bare else use_cache, return_dict, others)
         if inputs_embeds is not None:
             checks.embeddings(self.facts, inputs_embeds)
@@ -260,7 +266,7 @@ class Generator(Holder):
         past.reserve(rows, total)
         if attention_mask is not None:
             past.mask[:, :total] = attention_mask
-        inputs = self._tokens(input_ids, inputs_embeds, rows, tokens)
+        inputs = self._tokens(input_ids, inputs_embeds, rows, tokens) | extra
         if self.facts.positions:
             given = torch.arange(before, total)[None] if position_ids is None else position_ids
             inputs["position_ids"] = given.to(past.device).expand(rows, -1).contiguous()
@@ -324,6 +330,10 @@ class Generator(Holder):
         if past is None:
             past = model_kwargs[name] = self.new_cache()
         past.expected = max_cache_length + offset
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        own = given_names(self._runs).values()
+        super()._validate_model_kwargs({n: v for n, v in model_kwargs.items() if n not in own})  # type: ignore[misc]
 
     def _get_stopping_criteria(self, generation_config: Any, stopping_criteria: Any, tokenizer: Any = None) -> Any:
         if tokenizer is None and generation_config.stop_strings is not None:

@@ -88,9 +88,10 @@ def run_states(
     before, ids = past.length, inputs["input_ids"]
     wanted = range(max(tokens - keep, 0) if keep else 0, tokens) if isinstance(keep, int) else keep.tolist()
     states = dict(zip(past.layout.names, past.tensors, strict=True))
+    given = {n: t for n, t in inputs.items() if t.ndim == 1}
     logits: dict[int, Tensor] = {}
     for i in range(tokens):
-        found = step(input_ids=ids[:, i : i + 1].contiguous(), seen=past.mask[:, before + i].bool(), **states)
+        found = step(input_ids=ids[:, i : i + 1].contiguous(), seen=past.mask[:, before + i].bool(), **given, **states)
         past.wrote(before + i + 1)
         if i in wanted:
             logits[i] = found

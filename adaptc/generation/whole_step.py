@@ -64,7 +64,7 @@ def run_whole(
     before, total = past.length, past.length + tokens
     ids, positions = (t[:, 0, :, 0] for t in past.tensors)
     ids[:, before:total] = inputs["input_ids"]
-    given = {"input_ids": ids[:, :total].contiguous()}
+    given = {n: t for n, t in inputs.items() if t.ndim == 1} | {"input_ids": ids[:, :total].contiguous()}
     if "position_ids" in inputs:
         positions[:, before:total] = inputs["position_ids"]
         given["position_ids"] = positions[:, :total].contiguous()

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from adaptc.passes.ir.coefficients import Given
 from adaptc.passes.ir.method_hooks import Slots
 from adaptc.passes.ir.ops import Op
-from adaptc.passes.ir.program_method import Given, ProgramMethod
+from adaptc.passes.ir.program_method import ProgramMethod
 
 PROMPT = "prompt_embeddings"
 

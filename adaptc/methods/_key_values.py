@@ -17,8 +17,8 @@ from adaptc.methods._in_front import InFront
 from adaptc.methods._model_facts import ModelFacts
 from adaptc.methods._program_config import ProgramConfig
 from adaptc.passes.analysis.attention_places import Attentions
+from adaptc.passes.ir.coefficients import Given
 from adaptc.passes.ir.method_hooks import Slots
-from adaptc.passes.ir.program_method import Given
 
 
 @dataclass

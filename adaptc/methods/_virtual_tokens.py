@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from adaptc.methods._in_front import PROMPT, InFront
+from adaptc.passes.ir.coefficients import Given
 from adaptc.passes.ir.method_hooks import Slot, Slots
 from adaptc.passes.ir.ops import Op, cast
-from adaptc.passes.ir.program_method import Given
 
 __all__ = ["IGNORED", "PROMPT", "VirtualTokens"]
 

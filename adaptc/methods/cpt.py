@@ -21,10 +21,10 @@ from torch.nn import functional as F
 from adaptc.errors import ConfigError, shown
 from adaptc.methods._program_config import ProgramConfig
 from adaptc.methods._virtual_tokens import IGNORED, PROMPT, VirtualTokens
+from adaptc.passes.ir.coefficients import Extra, Given
 from adaptc.passes.ir.method import Initial
 from adaptc.passes.ir.method_hooks import Slot, Slots
 from adaptc.passes.ir.ops import Op
-from adaptc.passes.ir.program_method import Extra, Given
 
 ROWS, STEPS = "prompt_encoder.embedding.weight", "prompt_encoder.delta_embedding.weight"
 IDS, TYPES = "prompt_encoder.token_ids", "prompt_encoder.token_types"

@@ -20,10 +20,10 @@ from adaptc.errors import ConfigError, shown
 from adaptc.methods._checks import check_integers
 from adaptc.methods._virtual_tokens import PROMPT, VirtualTokens
 from adaptc.methods.prompt_tuning import RANDOM, SAMPLE_VOCAB, TEXT, PromptTuningConfig, first_rows
+from adaptc.passes.ir.coefficients import Extra, Given
 from adaptc.passes.ir.method import Initial
 from adaptc.passes.ir.method_hooks import Slot, Slots
 from adaptc.passes.ir.ops import Op
-from adaptc.passes.ir.program_method import Extra, Given
 
 COLS, ROWS, TASKS = "prefix_task_cols", "prefix_task_rows", "task_ids"
 AVERAGE, EXACT, SHARED = "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"

@@ -21,9 +21,9 @@ from adaptc.methods._model_facts import ModelFacts
 from adaptc.methods._program_config import ProgramConfig
 from adaptc.methods._virtual_tokens import VirtualTokens
 from adaptc.passes.analysis.attention_places import Attentions
+from adaptc.passes.ir.coefficients import Given
 from adaptc.passes.ir.method_hooks import Slots
 from adaptc.passes.ir.ops import Op
-from adaptc.passes.ir.program_method import Given
 
 MLP, LSTM = "MLP", "LSTM"
 

@@ -44,7 +44,6 @@ from adaptc.passes.ir.method import Method
 from adaptc.passes.ir.method_checks import check_promises
 from adaptc.passes.ir.ops import Op, op_of
 from adaptc.passes.ir.pass_infra import PassManager
-from adaptc.passes.ir.program_method import ProgramMethod
 from adaptc.patterns import limited
 from adaptc.peft_files.directory import AdapterFile
 from adaptc.peft_files.raw import RawFile
@@ -186,8 +185,7 @@ def compiled(
 
 def _added_fills(spec: BindingSpec) -> dict[str, tuple[str, str]]:
     """How inputs that adapters add are made where a caller leaves them out."""
-    methods = [a.method for a in spec.attachments if isinstance(a.method, ProgramMethod)]
-    extras = {n: e.fill for m in methods for n, e in m.inputs().items() if e.fill is not None}
+    extras = {n: e.fill for a in spec.attachments for n, e in a.method.inputs().items() if e.fill is not None}
     return {n: (f"{FULL_LIKE}{fill}", "input_ids") for n, fill in extras.items()}
 
 

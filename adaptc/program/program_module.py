@@ -33,7 +33,6 @@ from adaptc.binding.bind import file_tensors
 from adaptc.binding.binding import Binding
 from adaptc.binding.source import as_binding
 from adaptc.errors import AdaptcError
-from adaptc.passes.ir.program_method import ProgramMethod
 from adaptc.passes.lower.choose_products import Products
 from adaptc.passes.train.checkpoint import checkpoint, set_checkpointing
 from adaptc.passes.train.set_mode import set_mode
@@ -161,10 +160,9 @@ class ProgramModule(nn.Module):
                 )
         own = self.tensors()
         for a in self.program.adaptation.attachments:
-            if isinstance(a.method, ProgramMethod):
-                given = {n: kwargs[n] for n in a.method.inputs() if n in kwargs}
-                if why := a.method.why_wrong({n: own[f] for n, f in a.slots.items()}, given):
-                    return why
+            given = {n: kwargs[m] for n in a.method.inputs() if (m := a.reads.get(n, n)) in kwargs}
+            if given and (why := a.method.why_wrong({n: own[f] for n, f in a.slots.items()}, given)):
+                return why
         return ""
 
     def _check(self, flat: Sequence[Any]) -> None:

@@ -98,6 +98,11 @@ def _stack(
 def _sized(t: Tensor, shape: tuple[int, ...], name: str, a: Attachment, op: Op, turned: int = 0) -> Tensor:
     if tuple(t.shape) == shape:
         return t
+    if a.method.exact_sizes:
+        raise AdaptcError(
+            f"site {a.fqn!r}: {name!r} has shape {tuple(t.shape)} in one adapter and {shape} in another, and two of "
+            f"{a.method.name} that differ so cannot share a call. Run them in batches of their own"
+        )
     if turned:
         wanted = (*shape[1 : turned + 1], shape[0], *shape[turned + 1 :])
         return _sized(t.movedim(0, turned), wanted, name, a, op).movedim(turned, 0)

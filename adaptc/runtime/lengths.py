@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from adaptc.errors import AdaptcError
 from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.method import Method
 from adaptc.passes.ir.program_method import BEGINS, ProgramMethod
 from adaptc.passes.ir.regions import region_tag
 
@@ -23,6 +24,8 @@ class Lengths:
     """The attachments that lengthen inputs, each with the size it does that to."""
 
     found: Sequence[tuple[str, Attachment]] = ()
+    #: those at layers that read inputs which they added
+    reading: Sequence[Attachment] = ()
 
     @classmethod
     def of(cls, graph: fx.Graph, attachments: Sequence[Attachment]) -> Lengths:
@@ -36,7 +39,8 @@ class Lengths:
             if tag["site"] in by_id and tag["site"] not in found:
                 ids = _ids(names[tag["node"]], names)
                 found[tag["site"]] = str(ids.meta["val"].shape[1]), by_id[tag["site"]]
-        return cls(list(found.values()))
+        reading = [a for a in attachments if a.id not in by_id and a.method.inputs()]
+        return cls(list(found.values()), reading)
 
     def in_binding(self, values: Mapping[str, Tensor]) -> dict[str, int]:
         """Free size -> how many tokens are put in front."""
@@ -48,17 +52,19 @@ class Lengths:
 
     def checks(self, values: Mapping[str, Tensor], names: Sequence[str]) -> list[Callable[[Sequence[Any]], None]]:
         """What is asked of each call's flat inputs, called ``names``, by the methods that added some."""
-        return [
-            _Check(a.method, {n: values[f] for n, f in a.slots.items()}, at)
-            for _, a in self.found
-            if isinstance(a.method, ProgramMethod)
-            and (at := {n: names.index(n) for n in a.method.inputs() if n in names})
-        ]
+        checks: dict[Any, _Check] = {}
+        for a in (*(a for _, a in self.found), *self.reading):
+            at = {n: names.index(m) for n in a.method.inputs() if (m := a.reads.get(n, n)) in names}
+            slots = {n: values[f] for n, f in a.slots.items()}
+            if at:  # at all layers of an adapter the same is asked
+                sizes = [t.shape[0] for t in slots.values() if t.ndim]
+                checks[a.method.name, *at.items(), *sizes] = _Check(a.method, slots, at)
+        return list(checks.values())
 
 
 @dataclass(frozen=True)
 class _Check:
-    method: ProgramMethod
+    method: Method
     slots: Mapping[str, Tensor]
     at: Mapping[str, int]
 

@@ -21,7 +21,6 @@ from adaptc.capture import random_inputs
 from adaptc.capture.random_inputs import Run
 from adaptc.errors import AdaptcError
 from adaptc.passes.ir.exclusive import GRAPHS
-from adaptc.passes.ir.program_method import ProgramMethod
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.merge import merged, unmerged
 from adaptc.program.unload import unloaded
@@ -79,9 +78,10 @@ class _Verifier(Claims):
         super().__init__(runs, atol, seed, buffers)
         self.program, self.model = program, model
         self.adapted = bool(program.adaptation.attachments)
-        methods = [a.method for a in program.adaptation.attachments if isinstance(a.method, ProgramMethod)]
         #: inputs that the base does not take
-        self.added = {name for method in methods for name in method.inputs()}
+        self.added = {
+            n for a in program.adaptation.attachments for m in a.method.inputs() for n in (m, a.reads.get(m, m))
+        }
         self._base: list[Leaves] | None = None
 
     def checks(self) -> list[Check]:

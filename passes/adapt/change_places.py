@@ -19,8 +19,9 @@ from adaptc.passes.adapt.trace_places import traced, values_of
 from adaptc.passes.analysis.cache_inputs import cache_inputs
 from adaptc.passes.analysis.token_places import Lookup, find_places, lookups
 from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.coefficients import Extra
 from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.program_method import FREE, PLACES, Extra, Place, ProgramMethod
+from adaptc.passes.ir.program_method import FREE, PLACES, Place, ProgramMethod
 from adaptc.passes.ir.propagate import propagate
 from adaptc.passes.ir.regions import site_op
 from adaptc.passes.ir.trace import inline

@@ -7,6 +7,10 @@ whose they are; a site whose output has not a place for each token is refused.
 
 A program that has an input called as a coefficient is given it: a step of a generation sees its own tokens, and what
 invoked the adapter may have come before them.
+
+Inputs that methods at layers add to a program are among the coefficients of a site: each is one keyword more, with a
+value for each row. A program whose parts have rows of their own, as an encoder and the decoder of a step, has one for
+either: that of the rows of later inputs is called ``decoder_`` and the name.
 """
 
 from __future__ import annotations
@@ -21,17 +25,19 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from adaptc.errors import MethodError, TargetError, listing
+from adaptc.passes.analysis.row_axes import input_with_rows
 from adaptc.passes.analysis.token_axes import why_not_along
 from adaptc.passes.analysis.token_places import lookups
 from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.coefficients import Coefficient
+from adaptc.passes.ir.coefficients import Coefficient, Extra
 from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.free_fakes import FreeFakes
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.method_hooks import Slot
+from adaptc.passes.ir.program_method import ProgramMethod
 from adaptc.passes.ir.propagate import propagate
-from adaptc.passes.ir.regions import COEFFICIENT, site_op
-from adaptc.passes.ir.trace import inline
+from adaptc.passes.ir.regions import COEFFICIENT, added_inputs, site_op
+from adaptc.passes.ir.trace import inline, trace
 
 
 @dataclass
@@ -46,9 +52,11 @@ class Coefficients:
     def of(self, a: Attachment) -> Attachment:
         """The attachment with the coefficients it reads, made where they are not yet. Raises TargetError for a site
         that has no place for them."""
+        added = {} if isinstance(a.method, ProgramMethod) else a.method.inputs()
+        given = {name: self._given(a, name, extra).name for name, extra in added.items()}
         wanted = a.method.coefficients()
         if not wanted:
-            return a
+            return replace(a, reads=given) if given else a
         ids = self._ids(a)
         for name in a.consumers:
             if why := why_not_along(ids, self.lifted.nodes[name]):
@@ -56,7 +64,39 @@ class Coefficients:
                     f"{a.fqn!r} cannot be adapted by {a.method.name}, which acts on some tokens and not on others: "
                     f"{why}. Leave the module out of the targets."
                 )
-        return replace(a, reads={n: self._node(a, n, c, ids).name for n, c in wanted.items()})
+        return replace(a, reads={n: self._node(a, n, c, ids).name for n, c in wanted.items()} | given)
+
+    def _given(self, a: Attachment, name: str, extra: Extra) -> fx.Node:
+        """The input that a method adds, with a value for each row of what its site computes."""
+        rows = [input_with_rows(self.lifted, self.lifted.nodes[c]) for c in a.consumers]
+        like = rows[0] if rows else None
+        if like is None or any(r is not like for r in rows):
+            raise TargetError(
+                f"{a.fqn!r} cannot be adapted by {a.method.name}, which reads {name!r} for each row of a batch: no "
+                f"input of the program has a row for each place along the first axis of the layer's output. Leave the "
+                f"module out of the targets, or capture the model with a batch of its own size that is free."
+            )
+        size = like.meta["val"].shape[0]
+        key = (name, str(size))
+        if key not in self.made:
+            known = {str(n.meta["val"].shape[0]): n for n in added_inputs(self.lifted) if _called(n.name, name)}
+            node = known.get(str(size))
+            if node is None:
+                first = not known and not any(k[0] == name for k in self.made if isinstance(k[0], str))
+                called = name if first else f"decoder_{name}"
+                node = self.lifted.add_input(called, like, [0], extra.dtype)
+            self.made[key] = node if self.count is None else self._stacked(a, name, node)
+        return self.made[key]
+
+    def _stacked(self, a: Attachment, name: str, node: fx.Node) -> fx.Node:
+        """The same for each of several adapters, whose axis is in front."""
+        count = self.count or 0
+        region = trace(lambda value: value.unsqueeze(0).expand(count, -1), [node.meta["val"]])
+        first = next(n for n in self.lifted.graph.nodes if n.op != "placeholder")
+        before = set(self.lifted.graph.nodes)
+        out = inline(self.lifted.graph, region, [node], first, node, _tags(a, name, node))
+        self.lifted.nodes.update({n.name: n for n in set(self.lifted.graph.nodes) - before})
+        return out
 
     def _ids(self, a: Attachment) -> fx.Node:
         found = dict.fromkeys(x.ids for x in lookups(self.lifted))
@@ -77,7 +117,7 @@ class Coefficients:
         key = (c.make, fqns)
         spec = self.lifted.specs.get(name)
         if spec is not None and spec.kind == InputKind.USER_INPUT:
-            if self.count is not None or any(k != key for k in self.made):
+            if self.count is not None or any(k != key for k in self.made if not isinstance(k[0], str)):
                 raise TargetError(
                     f"the program takes {name!r} as an input, one for all its adapters: {a.method.name} of several "
                     "cannot be told apart in it. Give each a program of its own"
@@ -96,6 +136,10 @@ class Coefficients:
             self.lifted.nodes.update({n.name: n for n in new})
             self.made[key] = out
         return self.made[key]
+
+
+def _called(node: str, name: str) -> bool:
+    return node in (name, f"decoder_{name}")
 
 
 def _tags(a: Attachment, name: str, ids: fx.Node) -> Callable[[str], dict[str, Any]]:

@@ -27,10 +27,10 @@ def why_not_along(ids: fx.Node, value: fx.Node) -> str:
     tensor = value.meta.get("val")
     if not isinstance(tensor, Tensor):
         return "it is read by a layer with several results"
-    rows, length = _sizes(ids.meta["val"])
+    rows, length = sizes_of(ids.meta["val"])
     if rows == length:
         return f"the program was captured for {rows} rows of {length} tokens, so that nothing tells the two apart"
-    shape = _sizes(tensor)
+    shape = sizes_of(tensor)
     if shape[:2] == [rows, length] and len(shape) > 2:
         return ""
     if len(shape) > 1 and _is_product(shape[0], rows, length) and _comes_from(value, rows, length):
@@ -42,11 +42,11 @@ def _comes_from(value: fx.Node, rows: Any, length: Any) -> bool:
     """Whether a value with all tokens along its first axis has them row after row."""
     stack, seen = [value], {value}
     while stack:
-        for node in _places_from(stack.pop()):
+        for node in places_from(stack.pop()):
             tensor = node.meta.get("val")
             if node in seen or not isinstance(tensor, Tensor) or not tensor.ndim:
                 continue
-            shape = _sizes(tensor)
+            shape = sizes_of(tensor)
             if shape[:2] == [rows, length]:
                 return True
             if _is_product(shape[0], rows, length):
@@ -55,7 +55,7 @@ def _comes_from(value: fx.Node, rows: Any, length: Any) -> bool:
     return False
 
 
-def _places_from(node: fx.Node) -> Sequence[fx.Node]:
+def places_from(node: fx.Node) -> Sequence[fx.Node]:
     """The inputs of an op whose places its output has."""
     if node.op != "call_function":
         return ()
@@ -67,7 +67,8 @@ def _places_from(node: fx.Node) -> Sequence[fx.Node]:
     return ()
 
 
-def _sizes(tensor: Tensor) -> list[Any]:
+def sizes_of(tensor: Tensor) -> list[Any]:
+    """The sizes of its axes, as expressions."""
     return [s.node.expr if isinstance(s, torch.SymInt) else sympy.Integer(s) for s in tensor.shape]
 
 

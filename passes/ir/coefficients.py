@@ -5,6 +5,10 @@ tokens that invoke it have come. Such a value is a *coefficient*. A method names
 (:meth:`~adaptc.passes.ir.method_hooks.Hooks.coefficients`) and finds them among its slots, under these names; the
 program makes each of them once, in front of all layers (``passes.adapt.make_coefficients``).
 
+Other values are no program's to make, and a caller gives them with each call: which task each row is of. A method
+names these inputs, too (:meth:`~adaptc.passes.ir.method_hooks.Hooks.inputs`), and one at a layer finds them in the same
+way; the program takes them as keywords.
+
 A function that makes one is pure, plain PyTorch and traced for all sizes at once: a size read off a slot's free axis is
 read in every call, so that swaps change it. Where there is no program, as where a method is tried at one layer, there
 are no coefficients among the slots, and the method stands for itself with a coefficient of one everywhere.
@@ -12,10 +16,13 @@ are no coefficients among the slots, and the method stands for itself with a coe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+Given = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,18 @@ class Coefficient:
 
     make: Callable[..., Tensor]
     slots: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Extra:
+    """An input that a method adds to a program: its dtype, and of what its axes are as long ("batch", "length"; at a
+    layer the batch alone). ``place``: only programs that have this one get it. ``fill``: what it is everywhere where a
+    caller leaves it out."""
+
+    dtype: torch.dtype
+    axes: tuple[str, ...] = ("batch",)
+    place: str | None = None
+    fill: int | None = None
 
 
 def along_tokens(c: Tensor, value: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor
 
-from adaptc.passes.ir.coefficients import Coefficient
+from adaptc.passes.ir.coefficients import Coefficient, Extra, Given
 from adaptc.passes.ir.low_rank import LowRank
 from adaptc.passes.ir.ops import Op
 
@@ -263,12 +263,20 @@ class Hooks:
         only the later of the two would count. '' where both do."""
         return ""
 
-    # -- coefficients ------------------------------------------------------------------------------------------------
+    # -- what it reads beside its slots --------------------------------------------------------------------------------
 
     def coefficients(self) -> Mapping[str, Coefficient]:
         """What its regions read beside the slots, by the name they find it under among them: values that are made once
         in a call (``passes.ir.coefficients``)."""
         return {}
+
+    def inputs(self) -> Mapping[str, Extra]:
+        """The inputs it adds to the program, by name. A method at a layer finds them among its slots."""
+        return {}
+
+    def why_wrong(self, slots: Slots, given: Given) -> str:
+        """What is wrong with the values of inputs it added, before they are used; '' for nothing."""
+        return ""
 
     # -- sharing -------------------------------------------------------------------------------------------------------
 

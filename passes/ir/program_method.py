@@ -22,7 +22,7 @@ program that takes its cache from its caller it says what that begins with (``pa
 
 All are pure and plain PyTorch. They are traced for all sizes at once: a size read off a slot's free axis, as in
 ``slots["prompt"].shape[0]``, is read in every call, so that swaps change it. ``given`` has the inputs that the method
-adds to the program, by name (:meth:`ProgramMethod.inputs`).
+adds to the program, by name (:meth:`~adaptc.passes.ir.method_hooks.Hooks.inputs`).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from adaptc.passes.ir.coefficients import Given
 from adaptc.passes.ir.method import Initial, Method
 from adaptc.passes.ir.method_hooks import Slots
 from adaptc.passes.ir.ops import Op
@@ -46,8 +47,6 @@ PLACES = ("tokens", "attended", "positions", "segments", "labels", "embedded", "
 BEGINS = "begins"
 #: the name of the size that an adapter may choose
 FREE = "free"
-
-Given = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -64,25 +63,10 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Extra:
-    """An input that a method adds to a program: its dtype, and of what its axes are as long ("batch", "length").
-    ``place``: only programs that have this one get it. ``fill``: what it is everywhere where a caller leaves it out."""
-
-    dtype: torch.dtype
-    axes: tuple[str, ...] = ("batch",)
-    place: str | None = None
-    fill: int | None = None
-
-
-@dataclass(frozen=True)
 class ProgramMethod(Method):
     """See the module docstring. ``op`` in the hooks is that of the token embedding: width ``op.out_features``."""
 
     exact_sizes: ClassVar[bool] = True
-
-    def inputs(self) -> Mapping[str, Extra]:
-        """The inputs it adds to the program, by name."""
-        return {}
 
     def lengthens(self, slots: Slots) -> int:
         """How many tokens it puts in front of those that a call has."""
@@ -115,10 +99,6 @@ class ProgramMethod(Method):
 
     def loss(self, value: Tensor, slots: Slots, given: Given, logits: Tensor, labels: Tensor) -> Tensor:
         raise AssertionError(f"{type(self).__name__} has no loss()")
-
-    def why_wrong(self, slots: Slots, given: Given) -> str:
-        """What is wrong with the values of inputs it added, before they are used; '' for nothing."""
-        return ""
 
     def changes(self, place: str) -> bool:
         """Whether it has a function for a place."""

@@ -9,7 +9,7 @@ saved to a file and loaded elsewhere is understood:
                  for what is computed once more, of more tokens
     base         the node it stands in for: an output, a parameter, or a consumer's input
     node         the consumer it stands at
-    given        of a place of the program, the inputs that its method added to the program
+    given        the inputs that its method added to the program
     fused        True where it is made of kernels
     header       in the first region of a program: what the program as a whole remembers
 
@@ -56,6 +56,12 @@ def site_op(lifted: Lifted, a: Attachment) -> Op:
     """The op of an attachment's site in an opened program."""
     first = lifted.nodes.get(a.consumers[0]) if a.consumers else None
     return op_of(a.kind, lifted.tensor(a.fqn), first)
+
+
+def added_inputs(lifted: Lifted) -> list[fx.Node]:
+    """The inputs that methods added to an opened program."""
+    names = dict.fromkeys(n for node in lifted.graph.nodes if (t := region_tag(node)) for n in t.get("given", ()))
+    return [lifted.nodes[n] for n in names]
 
 
 def place_of(tag: Mapping[str, Any]) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from adaptc.passes.ir.coefficients import Extra, Given
 from adaptc.passes.ir.method import Method, Scale, Slot, Slots
 from adaptc.passes.ir.ops import Op, cast
 
@@ -69,6 +70,13 @@ class InRows(Method):
 
     def rank(self) -> int | None:
         return self.inner.rank()
+
+    def inputs(self) -> Mapping[str, Extra]:
+        return self.inner.inputs()
+
+    def why_wrong(self, slots: Slots, given: Given) -> str:
+        # All adapters have the same sizes.
+        return self.inner.why_wrong({n: t[0] for n, t in slots.items() if n != STARTS}, given)
 
 
 @dataclass(frozen=True)

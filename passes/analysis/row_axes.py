@@ -1,0 +1,54 @@
+"""Which of a caller's inputs has the rows that a value of a program has along its first axis.
+
+A value has a row for each of them (batch, ...), or a share of its first axis for each, one row after the other: then it
+is made of such a value by a reshape, and by ops that leave the places alone. Nothing is run and nothing is changed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+from torch import Tensor, fx
+from torch.export.graph_signature import InputKind
+
+from adaptc.passes.analysis.token_axes import places_from, sizes_of
+from adaptc.passes.ir.lifted import Lifted
+
+
+def input_with_rows(lifted: Lifted, value: fx.Node) -> fx.Node | None:
+    """The first of the caller's tensors whose first axis are the rows of ``value``; None where there is none."""
+    if not isinstance(value.meta.get("val"), Tensor) or not value.meta["val"].ndim:
+        return None
+    places, stack, seen = sizes_of(value.meta["val"])[0], [value], {value}
+    while stack:
+        node = stack.pop()
+        tensor = node.meta.get("val")
+        if isinstance(tensor, Tensor) and tensor.ndim:
+            found = _input_as_long(lifted, sizes_of(tensor))
+            if found is not None:
+                return found if _is_multiple(places, sizes_of(found.meta["val"])[0]) else None
+            # Rows after each other: its first axis is made of those of a value that has it apart.
+            more = [n for n in places_from(node) if n not in seen]
+            seen.update(more)
+            stack += more
+    return None
+
+
+def _input_as_long(lifted: Lifted, shape: list[Any]) -> fx.Node | None:
+    rows = shape[0]
+    if len(shape) > 2 and rows == shape[1] and rows.is_number:
+        return None  # nothing tells the two apart
+    for name, spec in lifted.specs.items():
+        tensor = lifted.nodes[name].meta.get("val")
+        # What has one axis may be a list of tokens.
+        if spec.kind != InputKind.USER_INPUT or not isinstance(tensor, Tensor):
+            continue
+        if tensor.ndim > 1 and sizes_of(tensor)[0] == rows:
+            return lifted.nodes[name]
+    return None
+
+
+def _is_multiple(places: Any, rows: Any) -> bool:
+    each = sympy.simplify(places / rows)
+    return bool(each.is_integer if rows.is_number else rows.free_symbols.isdisjoint(each.free_symbols))
