@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from adaptc.methods.vblora import VBLoRAConfig
     from adaptc.methods.vera import VeraConfig
     from adaptc.methods.waveft import WaveFTConfig
+    from adaptc.methods.xlora_config import XLoraConfig
     from adaptc.passes.ir.method import Initial, Method, Slot
     from adaptc.passes.ir.ops import Op
     from adaptc.program.adapted import AdaptedProgram
@@ -143,6 +144,7 @@ PUBLIC = {
     "MissConfig": "adaptc.methods.miss",
     "FourierFTConfig": "adaptc.methods.fourierft",
     "WaveFTConfig": "adaptc.methods.waveft",
+    "XLoraConfig": "adaptc.methods.xlora_config",
     "C3AConfig": "adaptc.methods.c3a",
     "LilyConfig": "adaptc.methods.lily",
     "ShiraConfig": "adaptc.methods.shira",

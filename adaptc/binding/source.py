@@ -29,6 +29,7 @@ from adaptc.binding.foreign import (
     with_targets,
 )
 from adaptc.binding.old_experts import restack
+from adaptc.binding.parts import gathered
 from adaptc.binding.recipes import Recipes, structure
 from adaptc.binding.strength import joint, with_strength_of
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError, SwapError, shown
@@ -127,9 +128,10 @@ def fitted(
         file, config = translated(file, weights, component=component, config=config), None
     if file is None:
         assert config is not None
-        return config, None
+        return gathered(config, None, weights, of_file)
     new = restack(file, weights)
-    return (config, file) if new is file and config is not None else (of_file(new), new)
+    config, file = (config, file) if new is file and config is not None else (of_file(new), new)
+    return gathered(config, file, weights, of_file)
 
 
 def from_peft(config: Any) -> AdapterConfig:
@@ -323,6 +325,10 @@ def _bound(
         source = str(adapter.path)
         given(adapter.tensors, source)
         adapter = replace(adapter, tensors=rename(adapter.tensors, reading.key_mapping, source))
+    if isinstance(adapter, AdapterFile):
+        stated = of_file(adapter) if config is None else as_config(config)
+        own, adapter = gathered(stated, adapter, spec.weights, of_file)
+        config = None if config is None else own
     if isinstance(adapter, RawFile):
         theirs = None if config is None else as_config(config)
         adapter = translated(adapter, spec.weights, component=reading.component_of(adapter), config=theirs)

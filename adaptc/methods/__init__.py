@@ -9,6 +9,7 @@ from adaptc.methods._default_targets import OTHER_MEANING, adapts_defaults
 from adaptc.methods._experts import Expert, Experts, apart, side_by_side
 from adaptc.methods._model_facts import ModelFacts
 from adaptc.methods._name_patterns import check_patterns, endings, pattern_value, value_table
+from adaptc.methods._parts import Divided, Part
 from adaptc.methods._program_config import ProgramConfig
 from adaptc.methods._registry import check_registered, config_class, is_own, method_of, register_method
 from adaptc.methods._sizes import check_sizes
@@ -20,9 +21,11 @@ __all__ = [
     "OTHER_MEANING",
     "AdapterConfig",
     "AttentionConfig",
+    "Divided",
     "Expert",
     "Experts",
     "ModelFacts",
+    "Part",
     "ProgramConfig",
     "Stacked",
     "TargetedConfig",

@@ -19,6 +19,7 @@ from adaptc.errors import SHOWN, AdaptcWarning, ConfigError, nearest, shown
 from adaptc.methods._default_targets import adapts_defaults, defaults
 from adaptc.methods._model_facts import ModelFacts
 from adaptc.methods._name_patterns import MANY, matches_pattern, value_table
+from adaptc.methods._parts import Divided, Part
 from adaptc.methods._united import united
 from adaptc.passes.ir.method import Method
 from adaptc.value_types import fitting, table
@@ -85,6 +86,24 @@ class AdapterConfig:
     def pattern_matches(self, key: str, name: str) -> bool:
         """Whether a key of these tables is for the module ``name``: PEFT has one rule for LoRA, and others."""
         return matches_pattern(key, name)
+
+    # -- adapters made of others, which have files of their own ---------------------------------------------------------
+
+    def parts(self) -> Mapping[str, str]:
+        """The adapters that are still to be read before this one is known: name -> directory; {} for none."""
+        return {}
+
+    def with_parts(
+        self, parts: Sequence[Part], tensors: Mapping[str, Tensor] | None, order: Sequence[str]
+    ) -> tuple[Self, dict[str, Tensor]]:
+        """This config with its :meth:`parts`, and the tensors of all of it. ``tensors``: those of its own file, None
+        for an adapter that is new; ``order``: the names of the model's tensors, in its order. Raises ConfigError or
+        CheckpointError for parts that do not go together."""
+        raise AssertionError(f"{type(self).__name__} has no with_parts()")
+
+    def divided(self, tensors: Mapping[str, Tensor], directory: str) -> Divided:
+        """Inverse of :meth:`with_parts`. ``directory``: where its file is to be, with the parts below it."""
+        return Divided(self.to_dict(), tensors)
 
     def with_ranks(self, ranks: Mapping[str, int]) -> Self:
         """This config for an adapter whose sites have these sizes, by the names that :meth:`method` is asked with;

@@ -21,6 +21,7 @@ from adaptc.peft_files.directory import write_adapter
 from adaptc.peft_files.format import SAFE_NAME
 from adaptc.peft_files.formats.detect import WRITERS
 from adaptc.peft_files.formats.writing import Adapted, write_file
+from adaptc.peft_files.locate import plain_name
 from adaptc.peft_files.staging import replacing
 from adaptc.program.core import ProgramCore
 
@@ -67,17 +68,20 @@ def write_current(
                 "save_embedding_layers=True, but the program has no module called embed_tokens or lm_head"
             )
         tensors = {**found, **tensors}
-    config: Mapping[str, Any] = binding.config.to_dict()
+    divided = binding.config.divided(tensors, str(Path(path).absolute()))
     library = str((binding.config.auto_mapping or {}).get("parent_library", ""))
     of_transformers = program.adaptation.source is not None or library.partition(".")[0] == "transformers"
+    options: dict[str, Any] = {"safe_serialization": safe_serialization, "base_model": base_model}
+    root = Path(path) if adapter_name == "default" else Path(path) / plain_name(adapter_name, "adapter_name")
+    for name, (part, its) in divided.parts.items():  # first, so that what names them is never without them
+        write_adapter(root / name, part, its, **options)
     return write_adapter(
         path,
-        config,
-        tensors,
+        divided.config,
+        divided.tensors,
         adapter_name=adapter_name,
-        safe_serialization=safe_serialization,
-        base_model=base_model,
         tags=("transformers",) if of_transformers else (),
+        **options,
     )
 
 

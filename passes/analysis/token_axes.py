@@ -27,10 +27,10 @@ def why_not_along(ids: fx.Node, value: fx.Node) -> str:
     tensor = value.meta.get("val")
     if not isinstance(tensor, Tensor):
         return "it is read by a layer with several results"
-    rows, length = _sizes(ids.meta["val"])
+    rows, length = sizes(ids.meta["val"])
     if rows == length:
         return f"the program was captured for {rows} rows of {length} tokens, so that nothing tells the two apart"
-    shape = _sizes(tensor)
+    shape = sizes(tensor)
     if shape[:2] == [rows, length] and len(shape) > 2:
         return ""
     if len(shape) > 1 and _is_product(shape[0], rows, length) and _comes_from(value, rows, length):
@@ -46,7 +46,7 @@ def _comes_from(value: fx.Node, rows: Any, length: Any) -> bool:
             tensor = node.meta.get("val")
             if node in seen or not isinstance(tensor, Tensor) or not tensor.ndim:
                 continue
-            shape = _sizes(tensor)
+            shape = sizes(tensor)
             if shape[:2] == [rows, length]:
                 return True
             if _is_product(shape[0], rows, length):
@@ -67,7 +67,8 @@ def _places_from(node: fx.Node) -> Sequence[fx.Node]:
     return ()
 
 
-def _sizes(tensor: Tensor) -> list[Any]:
+def sizes(tensor: Tensor) -> list[Any]:
+    """The sizes as expressions, which are equal where the program knows them to be."""
     return [s.node.expr if isinstance(s, torch.SymInt) else sympy.Integer(s) for s in tensor.shape]
 
 
