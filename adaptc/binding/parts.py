@@ -14,8 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from adaptc.binding.file_keys import base_name
 from adaptc.errors import CheckpointError, shown
 from adaptc.methods import AdapterConfig, Part
 from adaptc.peft_files.directory import AdapterFile, check_finite, read_adapter
@@ -40,13 +42,31 @@ def gathered(
     for i, (name, path) in enumerate(names.items()):
         part, source = _read(file, i, name, path)
         check_finite(part.tensors, source)
-        parts.append(Part(config_of(part), part.tensors, source))
+        parts.append(Part(config_of(part), _without_base(part.tensors, weights, source), source))
     own = None if file is None else file.tensors
     new, tensors = config.with_parts(parts, own, list(weights))
     made: dict[str, Any] = new.to_dict()
     if file is None:
         return new, AdapterFile(made, tensors, Path(parts[0].source).parent, fresh=True)
     return new, replace(file, config=made, tensors=tensors, runs=())
+
+
+def _without_base(
+    tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str
+) -> Mapping[str, Tensor]:
+    """Without the base weights that PEFT writes beside adapted embeddings. Raises CheckpointError where they are not
+    the model's: another part, or the base alone, would read them."""
+    out = dict(tensors)
+    for key, tensor in tensors.items():
+        base = weights.get(base_name(key))
+        if base is not None:
+            if base.shape != tensor.shape or not torch.equal(base.detach(), tensor.to(base)):
+                raise CheckpointError(
+                    f"{source}: {key!r} is not the model's weight, and an adapter made of several has one base for all. "
+                    "Write it without base weights (save_embedding_layers=False)"
+                )
+            del out[key]
+    return out
 
 
 def _read(file: AdapterFile | None, i: int, name: str, path: str) -> tuple[AdapterFile, str]:
