@@ -6,8 +6,8 @@ from a classifier on the last hidden state of the base, in a pass of its own in 
 Slots: the experts of a site side by side along one axis of ranks, in which an expert has as many rows as its own rank,
 none at a layer it does not adapt: ``lora_A.weight`` (ranks, in) and ``lora_B.weight`` (out, ranks), for embeddings
 ``lora_embedding_A`` and ``lora_embedding_B``; ``xlora_expert`` (ranks,) says which of the classifier's outputs a rank
-is weighed by, and ``xlora_scaling`` (ranks,) has s_i times ``global_scaling_weight``; both follow from the config. Of
-the model: ``internal_xlora_classifier.layers.<i>.weight`` and ``.bias``, with <i> as in PEFT's ``Sequential``; those of
+is weighed by, and ``xlora_scaling`` (ranks,) has the s_i; both follow from the config. The scale of the site is
+``global_scaling_weight``. Of the model: ``xlora_sharpness`` (1,), one over the temperature; ``internal_xlora_classifier.layers.<i>.weight`` and ``.bias``, with <i> as in PEFT's ``Sequential``; those of
 the last layer have axes (layers, experts) in front here, and one of their product in files.
 
 In training the dropout of the experts acts once on what all of them read, and not on each apart. The sites are linear
@@ -31,7 +31,7 @@ from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots
 from adaptc.passes.ir.ops import Op, cast
 
 CLASSIFIER = "internal_xlora_classifier"
-EXPERT, SCALING, TEMPERATURE = "xlora_expert", "xlora_scaling", "xlora_temperature"
+EXPERT, SCALING, SHARPNESS = "xlora_expert", "xlora_scaling", "xlora_sharpness"
 #: the coefficient
 WEIGHTS = "xlora_weights"
 #: the names of the classifier's sizes
@@ -53,7 +53,7 @@ class XLora(Method):
     exact_sizes: ClassVar[bool] = True
     takes_complex: ClassVar[bool] = False
     swappable: ClassVar[frozenset[str]] = Method.swappable | {
-        *("ranks", "scales", "layer", "layers", "temperature", "trained_experts"),
+        *("ranks", "scales", "layer", "layers", "temperature", "trained_experts", "weight_of_all"),
         *("classifier_dropout", "unequal_dropouts"),
     }
     file_names: ClassVar[tuple[str, ...]] = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
@@ -71,6 +71,7 @@ class XLora(Method):
     softmax_topk: bool = False
     top_k: int | None = None
     temperature: float = 1.0
+    weight_of_all: float = 1.0
     pass_value: float = 0.0
     trained_experts: bool = False
     unequal_dropouts: bool = False
@@ -89,7 +90,7 @@ class XLora(Method):
             lora.format("B"): Slot((op.out_features, r), free=(1,), trainable=self.trained_experts),
             EXPERT: Slot((r,), 0, (0,), torch.int64, trainable=False, saved=False),
             SCALING: Slot((r,), 0.0, (0,), trainable=False, saved=False),
-            TEMPERATURE: Slot((1,), 1.0, trainable=False, saved=False, shared=True),
+            SHARPNESS: Slot((1,), 1.0, trainable=False, saved=False, shared=True),
             **self._classifier(),
         }
 
@@ -106,11 +107,14 @@ class XLora(Method):
         out[f"{last}.bias"] = Slot(first, free=(0, 1), shared=True, apart=SIZES)
         return out
 
+    def scale(self, op: Op) -> float:
+        return self.weight_of_all
+
     def coefficients(self) -> Mapping[str, Coefficient]:
         choice = Choice(self.softmax, self.top_k, self.softmax_topk)
         constant = Constant(choice, self.pass_value) if self.pass_value else None
         make = Classify(choice, self.classifier_dropout, self.training)
-        return {WEIGHTS: Coefficient(make, (TEMPERATURE, *self._classifier()), FirstPass(self.hidden_size, constant))}
+        return {WEIGHTS: Coefficient(make, (SHARPNESS, *self._classifier()), FirstPass(self.hidden_size, constant))}
 
     def shares(self) -> bool:
         return True
@@ -126,7 +130,7 @@ class XLora(Method):
         return {
             EXPERT: torch.repeat_interleave(self.layer * count + torch.arange(count), counts),
             SCALING: torch.repeat_interleave(torch.tensor(self.scales, dtype=torch.float64), counts).to(dtype),
-            TEMPERATURE: torch.tensor([self.temperature], dtype=dtype),
+            SHARPNESS: torch.tensor([1 / self.temperature], dtype=dtype),
         }
 
     def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -149,7 +153,7 @@ class XLora(Method):
         if WEIGHTS in slots:
             weights = cast(slots[WEIGHTS].index_select(-1, expert), h.dtype)
             h = h * (weights if h.ndim > 2 else weights.flatten(0, 1))
-        return cast(y + op.up(h * scaling, B), y.dtype)
+        return cast(y + op.up(h * scaling, B) * scale, y.dtype)
 
     def trained(self) -> Self:
         if self.unequal_dropouts:

@@ -37,6 +37,9 @@ class XLoraConfig(TargetedConfig):
     """
 
     peft_type: ClassVar[str] = "XLORA"
+    whole_texts: ClassVar[str] = (
+        "X-LoRA's classifier reads the last hidden state of the base, whose keys and values are not those of the adapter"
+    )
     samples: ClassVar[Sequence[Mapping[str, Any]]] = ()
     refused: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(
@@ -179,14 +182,13 @@ class XLoraConfig(TargetedConfig):
         return self
 
     def method(self, name: str, kind: str) -> XLora:
-        site = (self.sites or {}).get(name)
-        if site is None:
-            raise ConfigError(f"X-LoRA's experts have nothing at {name!r}, as far as they were read")
+        sites = self.sites or {}
+        site = sites.get(name, [[0, 0.0] for _ in self.experts or self.adapters or ()])
         dropouts = {float(e.get("lora_dropout") or 0.0) for e in self.experts or ()}
         return XLora(
             ranks=tuple(int(r) for r, _ in site),
-            scales=tuple(s * self.global_scaling_weight for _, s in site),
-            layer=list(self.sites or ()).index(name) if self.layerwise_scalings else 0,
+            scales=tuple(s for _, s in site),
+            layer=list(sites).index(name) if self.layerwise_scalings and name in sites else 0,
             layers=self._layers,
             hidden_size=self.hidden_size or 0,
             depth=self.xlora_depth,
@@ -197,6 +199,7 @@ class XLoraConfig(TargetedConfig):
             softmax_topk=self.enable_softmax_topk,
             top_k=self.top_k_lora,
             temperature=self.softmax_temperature,
+            weight_of_all=self.global_scaling_weight,
             pass_value=self.scaling_pass_value,
             trained_experts=self.use_trainable_adapters,
             unequal_dropouts=len(dropouts) > 1,

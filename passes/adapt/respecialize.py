@@ -54,7 +54,9 @@ class Respecialize(GraphPass):
         # Of these everything behind them may have another size.
         programs = {f for a in self.attachments if a.form == PROGRAM for f in a.slots.values()}
         made_of = {a.slots[n] for a in self.attachments for c in a.method.coefficients().values() for n in c.slots}
-        moved = {inputs[f] for f in stale if f in programs | made_of or _makes_coefficients(inputs[f])}
+        behind = {f for f in stale if f in programs | made_of or _makes_coefficients(inputs[f])}
+        # What is made of a coefficient of another size is computed with slots of other sizes.
+        moved = {inputs[f] for f in (stale if behind - programs else behind)}
         count = propagate(subject, moved, self.modules) if moved else 0
         others = [a for a in self.attachments if a.form != PROGRAM]
         by_id = {a.id: a for a in others if not stale.isdisjoint(a.slots.values())}
