@@ -85,6 +85,7 @@ if TYPE_CHECKING:
     from adaptc.program.lorafa import lorafa_optimizer
     from adaptc.program.rank_allocator import RankAllocator, orthogonal_loss
     from adaptc.program.rescale import rescale_adapter_scale
+    from adaptc.program.scalings import xlora_scalings
     from adaptc.program.trainer_callback import check_gradients, trainer_callback
     from adaptc.reports.status import get_layer_status, get_model_status
     from adaptc.runtime.recompiles import assert_no_recompiles
@@ -117,6 +118,7 @@ PUBLIC = {
     "combine": "adaptc.adapters.combine",
     "convert_to_lora": "adaptc.adapters.to_lora",
     "subtract_adapter": "adaptc.adapters.subtract",
+    "xlora_scalings": "adaptc.program.scalings",
     "assert_no_recompiles": "adaptc.runtime.recompiles",
     "RankAllocator": "adaptc.program.rank_allocator",
     "orthogonal_loss": "adaptc.program.rank_allocator",

@@ -27,6 +27,11 @@ from adaptc.peft_files.format import CONFIG_NAME
 _OF_WHOLE_MODEL = "lora_model."
 
 
+def has_parts(kind: type[AdapterConfig]) -> bool:
+    """Whether adapters with such a config may have parts."""
+    return kind.parts is not AdapterConfig.parts
+
+
 def gathered(
     config: AdapterConfig,
     file: AdapterFile | None,
@@ -51,9 +56,7 @@ def gathered(
     return new, replace(file, config=made, tensors=tensors, runs=())
 
 
-def _without_base(
-    tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str
-) -> Mapping[str, Tensor]:
+def _without_base(tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:
     """Without the base weights that PEFT writes beside adapted embeddings. Raises CheckpointError where they are not
     the model's: another part, or the base alone, would read them."""
     out = dict(tensors)
@@ -62,7 +65,7 @@ def _without_base(
         if base is not None:
             if base.shape != tensor.shape or not torch.equal(base.detach(), tensor.to(base)):
                 raise CheckpointError(
-                    f"{source}: {key!r} is not the model's weight, and an adapter made of several has one base for all. "
+                    f"{source}: {key!r} is not the model's weight, and an adapter made of several has one base. "
                     "Write it without base weights (save_embedding_layers=False)"
                 )
             del out[key]

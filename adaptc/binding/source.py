@@ -29,7 +29,7 @@ from adaptc.binding.foreign import (
     with_targets,
 )
 from adaptc.binding.old_experts import restack
-from adaptc.binding.parts import gathered
+from adaptc.binding.parts import gathered, has_parts
 from adaptc.binding.recipes import Recipes, structure
 from adaptc.binding.strength import joint, with_strength_of
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError, SwapError, shown
@@ -325,10 +325,10 @@ def _bound(
         source = str(adapter.path)
         given(adapter.tensors, source)
         adapter = replace(adapter, tensors=rename(adapter.tensors, reading.key_mapping, source))
-    if isinstance(adapter, AdapterFile):
+    if isinstance(adapter, AdapterFile) and has_parts(config_class(str(adapter.config.get("peft_type")))):
         stated = of_file(adapter) if config is None else as_config(config)
-        own, adapter = gathered(stated, adapter, spec.weights, of_file)
-        config = None if config is None else own
+        stated, adapter = gathered(stated, adapter, spec.weights, of_file)
+        config = None if config is None else stated
     if isinstance(adapter, RawFile):
         theirs = None if config is None else as_config(config)
         adapter = translated(adapter, spec.weights, component=reading.component_of(adapter), config=theirs)

@@ -40,8 +40,8 @@ def captured_step(
     whole: str = "",
 ) -> tuple[AdaptedProgram, Facts]:
     """``capture``: makes a program of the model as a step; ``facts_of``: what is known of any step with such a cache
-    of so many positions. ``positions``: how many the model has, if it says so. ``acts``: inputs for adapters alone; ``whole``:
-    why there is to be no cache, if so.
+    of so many positions. ``positions``: how many the model has, if it says so. ``acts``: inputs for adapters alone;
+    ``whole``: why there is to be no cache, if so.
     Warns where there is no cache. Raises CaptureError, and ConfigError for more positions than the step can have."""
     failed: list[CaptureError] = []
     try:

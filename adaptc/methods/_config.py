@@ -89,7 +89,7 @@ class AdapterConfig:
         """Whether a key of these tables is for the module ``name``: PEFT has one rule for LoRA, and others."""
         return matches_pattern(key, name)
 
-    # -- adapters made of others, which have files of their own ---------------------------------------------------------
+    # -- adapters made of others, which have files of their own --------------------------------------------------------
 
     def parts(self) -> Mapping[str, str]:
         """The adapters that are still to be read before this one is known: name -> directory; {} for none."""

@@ -1,14 +1,15 @@
 """X-LoRA: LoRA experts, of which each token of a call has its own mix (Buehler and Buehler, arXiv 2402.07148).
 
-y' = y + sum_i w_i s_i B_i A_i x with s_i = alpha_i / r_i, where the scalings w (batch, length[, layer], expert) come
+y' = y + g sum_i w_i s_i B_i A_i x with s_i = alpha_i / r_i, where the scalings w (batch, length[, layer], expert) come
 from a classifier on the last hidden state of the base, in a pass of its own in front of the one whose results count.
 
-Slots: the experts of a site side by side along one axis of ranks, in which an expert has as many rows as its own rank,
-none at a layer it does not adapt: ``lora_A.weight`` (ranks, in) and ``lora_B.weight`` (out, ranks), for embeddings
+Slots: the experts of a site side by side along one axis of ranks, in which an expert has as many as its own rank, none
+at a layer it does not adapt: ``lora_A.weight`` (ranks, in) and ``lora_B.weight`` (out, ranks), for embeddings
 ``lora_embedding_A`` and ``lora_embedding_B``; ``xlora_expert`` (ranks,) says which of the classifier's outputs a rank
-is weighed by, and ``xlora_scaling`` (ranks,) has the s_i; both follow from the config. The scale of the site is
-``global_scaling_weight``. Of the model: ``xlora_sharpness`` (1,), one over the temperature; ``internal_xlora_classifier.layers.<i>.weight`` and ``.bias``, with <i> as in PEFT's ``Sequential``; those of
-the last layer have axes (layers, experts) in front here, and one of their product in files.
+is weighed by, and ``xlora_scaling`` (ranks,) has the s_i; both follow from the config. The scale g of the site is
+``global_scaling_weight``. Of the model: ``xlora_sharpness`` (1,), one over the temperature;
+``internal_xlora_classifier.layers.<i>.weight`` and ``.bias``, with <i> as in PEFT's ``Sequential``; those of the last
+layer have axes (layers, experts) in front here, and one of their product in files.
 
 In training the dropout of the experts acts once on what all of them read, and not on each apart. The sites are linear
 layers and embeddings that have a place for each token.
@@ -113,8 +114,9 @@ class XLora(Method):
     def coefficients(self) -> Mapping[str, Coefficient]:
         choice = Choice(self.softmax, self.top_k, self.softmax_topk)
         constant = Constant(choice, self.pass_value) if self.pass_value else None
+        first = FirstPass(self.hidden_size, constant)
         make = Classify(choice, self.classifier_dropout, self.training)
-        return {WEIGHTS: Coefficient(make, (SHARPNESS, *self._classifier()), FirstPass(self.hidden_size, constant))}
+        return {WEIGHTS: Coefficient(make, (SHARPNESS, *self._classifier()), first, make.scalings)}
 
     def shares(self) -> bool:
         return True

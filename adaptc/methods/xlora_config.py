@@ -32,13 +32,13 @@ class XLoraConfig(TargetedConfig):
     and where PEFT runs an adapter they must be ``'0'``, ``'1'``, .... ``hidden_size``: that of the model, 4096 where it
     is None. ``scaling_pass_value``: how much each expert counts in the pass that the classifier reads.
 
-    Two fields are filled in when the experts are read: ``experts``, their configs, and ``sites``, layer -> (rank, scale)
-    of each expert there, in the order of the model's layers, by which ``layerwise_scalings`` counts them.
+    Two fields are filled in when the experts are read: ``experts``, their configs, and ``sites``, layer -> rank and
+    scale of each expert there, in the order of the model's layers, by which ``layerwise_scalings`` counts them.
     """
 
     peft_type: ClassVar[str] = "XLORA"
     whole_texts: ClassVar[str] = (
-        "X-LoRA's classifier reads the last hidden state of the base, whose keys and values are not those of the adapter"
+        "X-LoRA's classifier reads the base's last hidden state, whose keys and values are not those of the adapter"
     )
     samples: ClassVar[Sequence[Mapping[str, Any]]] = ()
     refused: ClassVar[Mapping[str, str]] = {
@@ -120,9 +120,7 @@ class XLoraConfig(TargetedConfig):
         new = copy.copy(self)
         new.experts = [p.config.to_dict() for p in parts]
         new.sites, new.target_modules = sites, list(modules)
-        classifier = new._first_classifier() if tensors is None else dict(tensors)
-        new._check_classifier(classifier)
-        return new, {**out, **classifier}
+        return new, {**out, **new.classifier(tensors)}
 
     def divided(self, tensors: Mapping[str, Tensor], directory: str) -> Divided:
         sites, experts = self.sites or {}, self.experts or []
@@ -157,8 +155,11 @@ class XLoraConfig(TargetedConfig):
             out |= {f"{name}.weight": (o, i), f"{name}.bias": (o,)}
         return out
 
-    def _first_classifier(self) -> dict[str, Tensor]:
-        """As those of new linear layers."""
+    def classifier(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """Those of a file, of which none may be missing; None for new ones, as those of linear layers."""
+        if tensors is not None:
+            self._check_classifier(tensors)
+            return dict(tensors)
         out: dict[str, Tensor] = {}
         bound = 0.0
         for name, shape in self._classifier().items():
@@ -170,10 +171,9 @@ class XLoraConfig(TargetedConfig):
         for name in self._classifier():
             if name not in tensors:
                 raise CheckpointError(
-                    f"{WHAT}: the adapter's file has no {name!r}. PEFT 0.21 leaves out all of the classifier whose names "
-                    "have that of an expert ('0', '1', ...) between dots when it writes it. Take them of the trained "
-                    f"model, {{n: t for n, t in model.state_dict().items() if {CLASSIFIER!r} in n}}, and save them into "
-                    "the file"
+                    f"{WHAT}: the adapter's file has no {name!r}. PEFT 0.21 leaves out what of the classifier has the "
+                    "name of an expert ('0', '1', ...) between dots. Take it from the trained model, "
+                    f"{{n: t for n, t in model.state_dict().items() if {CLASSIFIER!r} in n}}, and save that as the file"
                 )
 
     # -- sites -----------------------------------------------------------------------------------------------------

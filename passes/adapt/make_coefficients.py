@@ -33,7 +33,7 @@ from adaptc.passes.ir.free_fakes import FreeFakes
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.method_hooks import Slot
 from adaptc.passes.ir.propagate import propagate
-from adaptc.passes.ir.regions import COEFFICIENT, site_op
+from adaptc.passes.ir.regions import COEFFICIENT, FIRST_PASS, site_op
 from adaptc.passes.ir.trace import inline
 
 
@@ -71,8 +71,8 @@ class Coefficients:
                 return ids
         there = listing([n.name for n in found]) if found else "none"
         raise TargetError(
-            f"{a.method.name} acts on each token of a call in its own way, and needs a program with one input of token "
-            f"ids (batch, length); of this one, those looked up in an embedding are: {there}. Capture a model that takes "
+            f"{a.method.name} acts on each token of a call in its own way, and needs one input of token ids "
+            f"(batch, length); of this one, those looked up in an embedding are: {there}. Capture a model that takes "
             "input_ids, and not inputs_embeds or the tokens of a decoder beside them."
         )
 
@@ -119,8 +119,8 @@ class Coefficients:
         found = last_hidden(self.lifted, ids, first.width)
         if found is None:
             raise TargetError(
-                f"{a.method.name} is weighed by the last hidden state of the program, and there is none (batch, length, "
-                f"{first.width}) that its head reads, or that it gives: hidden_size must be that of the model, and the "
+                f"{a.method.name} is weighed by the last hidden state of the program, and its head reads none that is "
+                f"(batch, length, {first.width}), nor does it give one: hidden_size must be that of the model, and the "
                 "model one that gives logits, or hidden states, for its tokens"
             )
         tags, begin = _tags(a, name, ids), next(n for n in self.lifted.graph.nodes if n.op != "placeholder")
@@ -135,6 +135,7 @@ class Coefficients:
             constant = self._inlined(a, name, first.make, c.slots, ids, ids, front)
             own = [b for b in self.attachments if b.adapter == a.adapter and name in b.method.coefficients()]
             made = adapted(self.lifted, own, copies, {name: constant}, tags).get(made, made)
+        made.meta["custom"] = {"adaptc": {**made.meta["custom"]["adaptc"], FIRST_PASS: True}}
         self.made[key] = made
         return made
 

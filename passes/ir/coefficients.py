@@ -36,11 +36,12 @@ class FirstPass:
 class Coefficient:
     """``make(ids, *slots)`` of the token ids (batch, length) that a call gives, and of slots that all sites share, by
     name: a tensor (batch, length), or (batch, length, any). With ``first`` it is ``make(hidden, *slots)``, of the last
-    hidden state of that pass."""
+    hidden state of that pass; ``shown`` of the same gives what a caller may ask to see of it."""
 
     make: Callable[..., Tensor]
     slots: tuple[str, ...] = ()
     first: FirstPass | None = None
+    shown: Callable[..., Tensor] | None = None
 
 
 def along_tokens(c: Tensor, value: Tensor) -> Tensor:
