@@ -80,6 +80,7 @@ if TYPE_CHECKING:
     from adaptc.methods.vblora import VBLoRAConfig
     from adaptc.methods.vera import VeraConfig
     from adaptc.methods.waveft import WaveFTConfig
+    from adaptc.methods.xlora_config import XLoraConfig
     from adaptc.passes.ir.method import Initial, Method, Slot
     from adaptc.passes.ir.ops import Op
     from adaptc.program.adapted import AdaptedProgram
@@ -88,6 +89,7 @@ if TYPE_CHECKING:
     from adaptc.program.lorafa import lorafa_optimizer
     from adaptc.program.rank_allocator import RankAllocator, orthogonal_loss
     from adaptc.program.rescale import rescale_adapter_scale
+    from adaptc.program.scalings import xlora_scalings
     from adaptc.program.trainer_callback import check_gradients, trainer_callback
     from adaptc.reports.status import get_layer_status, get_model_status
     from adaptc.runtime.recompiles import assert_no_recompiles
@@ -122,6 +124,7 @@ PUBLIC = {
     "arrow_adapter": "adaptc.adapters.arrow",
     "convert_to_lora": "adaptc.adapters.to_lora",
     "subtract_adapter": "adaptc.adapters.subtract",
+    "xlora_scalings": "adaptc.program.scalings",
     "assert_no_recompiles": "adaptc.runtime.recompiles",
     "RankAllocator": "adaptc.program.rank_allocator",
     "orthogonal_loss": "adaptc.program.rank_allocator",
@@ -150,6 +153,7 @@ PUBLIC = {
     "MissConfig": "adaptc.methods.miss",
     "FourierFTConfig": "adaptc.methods.fourierft",
     "WaveFTConfig": "adaptc.methods.waveft",
+    "XLoraConfig": "adaptc.methods.xlora_config",
     "C3AConfig": "adaptc.methods.c3a",
     "LilyConfig": "adaptc.methods.lily",
     "PolyConfig": "adaptc.methods.poly",

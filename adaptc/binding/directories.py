@@ -15,9 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from adaptc.errors import CheckpointError, shown
-from adaptc.methods import AdapterConfig, Expert, config_class, names_in, routing
+from adaptc.methods import AdapterConfig, Part, config_class, names_in, routing
 from adaptc.methods.arrow import ArrowConfig
 from adaptc.peft_files.directory import AdapterFile, read_adapter, write_adapter
+from adaptc.peft_files.locate import plain_name
 from adaptc.peft_files.raw import RawFile, read_any
 from adaptc.peft_files.several import written_together
 
@@ -32,12 +33,12 @@ def read_whole(
         return file
     tasks, general = names_in(file.config)
 
-    def beside(name: str) -> Expert:
+    def beside(name: str) -> Part:
         try:
             one = read_adapter(file.path.parent, adapter_name=name, key_mapping=key_mapping)
         except CheckpointError as error:
             raise CheckpointError(f"{file.path} routes between the adapters beside it: {error}") from error
-        return Expert(of_file(one), one.tensors, str(one.path))
+        return Part(of_file(one), one.tensors, str(one.path))
 
     if not tasks:
         return file  # which says so where it is bound
@@ -71,12 +72,12 @@ def write_whole(
 ) -> Path:
     """As :func:`~adaptc.peft_files.directory.write_adapter`; of an adapter that files hold as several, each by its name
     in the directory. Returns the one that stands for all."""
-    parts = config.written(tensors)
-    if list(parts) == [""]:
-        (own, values), *_ = parts.values()
-        return write_adapter(path, own.to_dict(), values, adapter_name=adapter_name, **options)
-    root = Path(path) if adapter_name == "default" else Path(path) / adapter_name
-    with written_together(root, list(parts)) as stage:
-        for name, (own, values) in parts.items():
-            write_adapter(stage, own.to_dict(), values, adapter_name=name, **options)
+    root = Path(path) if adapter_name == "default" else Path(path) / plain_name(adapter_name, "adapter_name")
+    parts = config.written(tensors, str(root.absolute()))
+    if named := [n for n in parts if n]:  # first, so that what names them is never without them
+        with written_together(root, named) as stage:
+            for name in named:
+                write_adapter(stage, *parts[name], adapter_name=name, **options)
+    if "" in parts:
+        return write_adapter(path, *parts[""], adapter_name=adapter_name, **options)
     return root / list(parts)[-1]

@@ -30,10 +30,11 @@ from adaptc.binding.foreign import (
     with_targets,
 )
 from adaptc.binding.old_experts import restack
+from adaptc.binding.parts import gathered, has_parts
 from adaptc.binding.recipes import Recipes, structure
 from adaptc.binding.strength import joint, with_strength_of
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError, SwapError, shown
-from adaptc.methods import AdapterConfig, TargetedConfig
+from adaptc.methods import AdapterConfig, TargetedConfig, config_class
 from adaptc.patterns import limited
 from adaptc.peft_files.directory import AdapterFile, all_finite, read_config
 from adaptc.peft_files.given import given, is_state_dict
@@ -113,9 +114,10 @@ def fitted(
         file, config = translated(file, weights, component=component, config=config), None
     if file is None:
         assert config is not None
-        return config, None
+        return gathered(config, None, weights, of_file)
     new = restack(file, weights)
-    return (config, file) if new is file and config is not None else (of_file(new), new)
+    config, file = (config, file) if new is file and config is not None else (of_file(new), new)
+    return gathered(config, file, weights, of_file)
 
 
 def from_peft(config: Any) -> AdapterConfig:
@@ -309,6 +311,10 @@ def _bound(
         source = str(adapter.path)
         given(adapter.tensors, source)
         adapter = replace(adapter, tensors=rename(adapter.tensors, reading.key_mapping, source))
+    if isinstance(adapter, AdapterFile) and has_parts(config_class(str(adapter.config.get("peft_type")))):
+        stated = of_file(adapter) if config is None else as_config(config)
+        stated, adapter = gathered(stated, adapter, spec.weights, of_file)
+        config = None if config is None else stated
     if isinstance(adapter, RawFile):
         theirs = None if config is None else as_config(config)
         adapter = translated(adapter, spec.weights, component=reading.component_of(adapter), config=theirs)

@@ -21,21 +21,40 @@ from adaptc.binding.source import as_config
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation.cache import StepCache
 from adaptc.passes.ir.coefficients import Coefficient
+from adaptc.passes.ir.method import Method
 
 #: the position from which rows are adapted in which nothing has invoked an adapter
 NEVER = torch.iinfo(torch.int64).max
 
 
 def coefficients_of(adapters: Sequence[Any]) -> tuple[str, ...]:
-    """The names of the coefficients that these adapters read, as far as their configs say what they are."""
+    """The names of the coefficients of tokens that these adapters read, as far as their configs say what they are."""
     found: dict[str, None] = {}
     for one in adapters:
         try:
             method = as_config(one).method("", "linear")
         except AdaptcError:  # whoever compiles it says what it is
             continue
-        found |= dict.fromkeys(method.coefficients())
+        found |= dict.fromkeys(of_tokens(method))
     return tuple(found)
+
+
+def of_tokens(method: Method) -> list[str]:
+    """The names of a method's coefficients that are made of token ids alone."""
+    return [n for n, c in method.coefficients().items() if c.first is None]
+
+
+def whole_texts(adapters: Sequence[Any]) -> str:
+    """Why these adapters can only generate with whole texts, as far as their configs say what they are; '' for those
+    that can go on from a cache."""
+    for one in adapters:
+        try:
+            config = as_config(one)
+        except AdaptcError:  # whoever compiles it says what it is
+            continue
+        if config.whole_texts:
+            return config.whole_texts
+    return ""
 
 
 def refuse_acting(names: Sequence[str], what: str) -> None:
@@ -63,7 +82,8 @@ class Acting:
         made: dict[str, tuple[Coefficient, Sequence[Tensor]]] = {}
         values = {} if binding is None else binding.values
         for a in program.adaptation.attachments:
-            for name, c in a.method.coefficients().items():
+            for name in of_tokens(a.method):
+                c = a.method.coefficients()[name]
                 slots = [a.slots[s] for s in c.slots]
                 if name not in made and all(f in values for f in slots):
                     made[name] = (c, [values[f].detach() for f in slots])

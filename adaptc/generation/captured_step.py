@@ -37,9 +37,11 @@ def captured_step(
     max_length: int,
     positions: int | None,
     acts: Sequence[str] = (),
+    whole: str = "",
 ) -> tuple[AdaptedProgram, Facts]:
     """``capture``: makes a program of the model as a step; ``facts_of``: what is known of any step with such a cache
-    of so many positions. ``positions``: how many the model has, if it says so. ``acts``: inputs for adapters alone.
+    of so many positions. ``positions``: how many the model has, if it says so. ``acts``: inputs for adapters alone;
+    ``whole``: why there is to be no cache, if so.
     Warns where there is no cache. Raises CaptureError, and ConfigError for more positions than the step can have."""
     failed: list[CaptureError] = []
     try:
@@ -51,9 +53,9 @@ def captured_step(
     # last token of a text is never given to a step, so one less is enough for every text.
     short = None if positions is None else positions - 1
     ways = [(NOTHING, None), *([] if short is None else [(NOTHING, short)])]
-    if isinstance(layout, StateLayout):
+    if isinstance(layout, StateLayout) and not whole:
         ways = [(STATE, None), *ways]
-    elif layout is not None:
+    elif layout is not None and not whole:
         ways = [*([] if layout.window is None else [(WINDOW, None)]), (ROOM, None), (EXACT, short), *ways]
     for keeps, most in ways:
         held = layout if keeps != NOTHING and layout is not None else CacheLayout((), model.dtype)
@@ -64,7 +66,7 @@ def captured_step(
             continue
         known = facts_of(held, max_length if most is None else _bounded(max_length, most, positions))
         takes = step.example_inputs
-        why = _short(failed[0]) if failed else ""
+        why = whole or (_short(failed[0]) if failed else "")
         facts = Facts(
             **known,
             positions="position_ids" in takes,

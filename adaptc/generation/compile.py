@@ -17,7 +17,7 @@ from adaptc.binding.combine import named
 from adaptc.binding.source import as_config
 from adaptc.capture.example_inputs import is_pretrained_model
 from adaptc.errors import AdaptcError, CaptureError, ConfigError, shown
-from adaptc.generation.acting import coefficients_of, refuse_acting
+from adaptc.generation.acting import coefficients_of, refuse_acting, whole_texts
 from adaptc.generation.captured_step import captured_step
 from adaptc.generation.cross_facts import CrossFacts, check_side_by_side, decoder_positions, encoder_positions
 from adaptc.generation.cross_prove import prove_across
@@ -101,6 +101,8 @@ def _compiled(
         raise CaptureError(f"{name} does not generate: give a model for language modelling")
     if config.is_encoder_decoder:
         refuse_acting(acts, f"{name} has an encoder, and would generate")
+        if why := whole_texts(adapters):
+            raise ConfigError(f"{name} has an encoder, and generates from caches alone: {why}")
         return _across(model, adapter, options, max_batch, max_length, **how)
     _at_least_one(max_batch, "max_batch")
     positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -111,6 +113,7 @@ def _compiled(
         _at_most(max_length, positions),
         positions if isinstance(positions, int) else None,
         acts,
+        whole_texts(adapters),
     )
     return generator_of(program, facts)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation import checks
-from adaptc.generation.acting import Acting, refuse_acting
+from adaptc.generation.acting import Acting, of_tokens, refuse_acting
 from adaptc.generation.bank import GeneratorBank, bank_of
 from adaptc.generation.cache import StepCache
 from adaptc.generation.description import described
@@ -75,7 +75,7 @@ class Generator(Holder):
 
     def holding(self, program: AdaptedProgram) -> Self:
         """The same for another version of its program."""
-        reads = {n for a in program.adaptation.attachments for n in a.method.coefficients()}
+        reads = {n for a in program.adaptation.attachments for n in of_tokens(a.method)}
         refuse_acting(sorted(reads - set(self.facts.acts)), "a program that generates would be made")
         return type(self)(program, self.facts)
 

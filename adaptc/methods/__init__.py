@@ -7,9 +7,10 @@ from adaptc.methods._arrow_experts import names_in, routing
 from adaptc.methods._attention_config import AttentionConfig
 from adaptc.methods._config import AdapterConfig, TargetedConfig
 from adaptc.methods._default_targets import OTHER_MEANING, adapts_defaults
-from adaptc.methods._experts import Expert, Experts, apart, side_by_side
+from adaptc.methods._experts import Experts, apart, side_by_side
 from adaptc.methods._model_facts import ModelFacts
 from adaptc.methods._name_patterns import check_patterns, endings, pattern_value, value_table
+from adaptc.methods._parts import Part
 from adaptc.methods._program_config import ProgramConfig
 from adaptc.methods._registry import check_registered, config_class, is_own, method_of, register_method
 from adaptc.methods._sizes import check_sizes
@@ -21,9 +22,9 @@ __all__ = [
     "OTHER_MEANING",
     "AdapterConfig",
     "AttentionConfig",
-    "Expert",
     "Experts",
     "ModelFacts",
+    "Part",
     "ProgramConfig",
     "Stacked",
     "TargetedConfig",

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from adaptc.errors import ConfigError
 from adaptc.methods._config import TargetedConfig
-from adaptc.methods._experts import AXES, OWNER, SCALES, Expert, apart, side_by_side
+from adaptc.methods._experts import AXES, OWNER, SCALES, apart, side_by_side
 from adaptc.methods._name_patterns import value_table
+from adaptc.methods._parts import Part
 from adaptc.methods.arrow import ArrowConfig
 
 #: how PEFT calls the adapters, and the one that routes between them
@@ -35,7 +36,7 @@ _OWN: Mapping[str, Any] = {
 
 @torch.no_grad()
 def routing(
-    arrow: ArrowConfig, tasks: Sequence[Expert], general: Sequence[Expert] = ()
+    arrow: ArrowConfig, tasks: Sequence[Part], general: Sequence[Part] = ()
 ) -> tuple[TargetedConfig, dict[str, Tensor]]:
     """The config and the tensors of an adapter that routes between ``tasks``.
 
@@ -62,10 +63,10 @@ def routing(
     return config.replace(arrow_config=own, r=r, rank_pattern=ranks, **_OWN), dict(made.tensors)
 
 
-def _without_general(tasks: Sequence[Expert], general: Sequence[Expert]) -> list[Expert]:
+def _without_general(tasks: Sequence[Part], general: Sequence[Part]) -> list[Part]:
     side_by_side([*tasks, *general], "GenKnowSub", alike=True)  # which says what does not go together
     means: dict[str, Tensor] = {}
-    out: list[Expert] = []
+    out: list[Part] = []
     for t in tasks:
         tensors: dict[str, Tensor] = {}
         for key, value in t.tensors.items():
@@ -81,7 +82,7 @@ def _without_general(tasks: Sequence[Expert], general: Sequence[Expert]) -> list
     return out
 
 
-def _refuse_ranks(task: Expert, general: Expert, key: str) -> None:
+def _refuse_ranks(task: Part, general: Part, key: str) -> None:
     raise ConfigError(
         f"GenKnowSub takes factors from factors, so all adapters must be of one rank: {key!r} has shape "
         f"{tuple(task.tensors[key].shape)} in {task.source} and {tuple(general.tensors[key].shape)} in {general.source}"

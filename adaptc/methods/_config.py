@@ -19,6 +19,7 @@ from adaptc.errors import SHOWN, AdaptcWarning, ConfigError, nearest, shown
 from adaptc.methods._default_targets import adapts_defaults, defaults
 from adaptc.methods._model_facts import ModelFacts
 from adaptc.methods._name_patterns import MANY, matches_pattern, value_table
+from adaptc.methods._parts import Part, Written
 from adaptc.methods._united import united
 from adaptc.passes.ir.method import Method
 from adaptc.value_types import fitting, table
@@ -34,6 +35,8 @@ class AdapterConfig:
     peft_type: ClassVar[str] = ""
     #: fields PEFT has and adaptc does not support yet: refused when set to anything but the default
     refused: ClassVar[Mapping[str, str]] = {}
+    #: why a step that goes on from a cache cannot have it, so that it generates with whole texts; '' where one can
+    whole_texts: ClassVar[str] = ""
     #: attributes beside the fields, which no file can have: functions
     unsaved: ClassVar[tuple[str, ...]] = ()
     #: the field with the scale of a module times its rank; '' for methods that files of other formats have not
@@ -86,6 +89,20 @@ class AdapterConfig:
         """Whether a key of these tables is for the module ``name``: PEFT has one rule for LoRA, and others."""
         return matches_pattern(key, name)
 
+    # -- adapters made of others, which have files of their own --------------------------------------------------------
+
+    def parts(self) -> Mapping[str, str]:
+        """The adapters that are still to be read before this one is known: name -> directory; {} for none."""
+        return {}
+
+    def with_parts(
+        self, parts: Sequence[Part], tensors: Mapping[str, Tensor] | None, order: Sequence[str]
+    ) -> tuple[Self, dict[str, Tensor]]:
+        """This config with its :meth:`parts`, and the tensors of all of it. ``tensors``: those of its own file, None
+        for an adapter that is new; ``order``: the names of the model's tensors, in its order. Raises ConfigError or
+        CheckpointError for parts that do not go together."""
+        raise AssertionError(f"{type(self).__name__} has no with_parts()")
+
     def with_ranks(self, ranks: Mapping[str, int]) -> Self:
         """This config for an adapter whose sites have these sizes, by the names that :meth:`method` is asked with;
         itself where it has no words for them."""
@@ -99,10 +116,11 @@ class AdapterConfig:
             out[f.name] = sorted(value) if isinstance(value, (set, frozenset)) else value
         return out
 
-    def written(self, tensors: Mapping[str, Tensor]) -> Mapping[str, tuple[AdapterConfig, Mapping[str, Tensor]]]:
-        """What files hold an adapter of this config, with these tensors by bare keys, as: the configs and tensors of
-        adapters by name, the last of which stands for all. Most are held as they are, by no name."""
-        return {"": (self, tensors)}
+    def written(self, tensors: Mapping[str, Tensor], directory: str) -> Mapping[str, Written]:
+        """What files hold an adapter of this config, with these tensors by bare keys, as: the content of configs, and
+        the tensors, of adapters by the names that they have below ``directory``, '' for what lies there itself. The
+        last stands for all."""
+        return {"": (self.to_dict(), tensors)}
 
     def said(self) -> dict[str, Any]:
         """:meth:`to_dict` without what is at its default, for files in which that goes without saying."""

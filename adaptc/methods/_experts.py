@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import CheckpointError, ConfigError, listing, shown
-from adaptc.methods._config import AdapterConfig, TargetedConfig
+from adaptc.methods._config import TargetedConfig
 from adaptc.methods._name_patterns import value_table
+from adaptc.methods._parts import Part
 from adaptc.methods.lora import Lora
 
 #: the slots of an expert, by their names in files, and their axis of ranks
@@ -32,15 +33,6 @@ _MORE = ("modules_to_save", "trainable_token_indices", "target_parameters", "lay
 
 
 @dataclass(frozen=True, eq=False)
-class Expert:
-    """One adapter: its config, its tensors by bare keys, and what it is called in messages."""
-
-    config: AdapterConfig
-    tensors: Mapping[str, Tensor] = field(repr=False)
-    source: str
-
-
-@dataclass(frozen=True, eq=False)
 class Experts:
     """``tensors``: ``<module>.<slot>``, whose axis of ranks has ``ranks[module]``, the sum of those of its experts;
     ``<module>.lora_owner`` (rank,) of int64 and ``<module>.lora_scaling`` (rank,) of float64. ``count``: of experts."""
@@ -50,7 +42,7 @@ class Experts:
     count: int
 
 
-def side_by_side(experts: Sequence[Expert], what: str, *, alike: bool = False) -> Experts:
+def side_by_side(experts: Sequence[Part], what: str, *, alike: bool = False) -> Experts:
     """The experts, in their order. ``what``: who wants them, for messages. ``alike``: all must have the same modules.
 
     Raises ConfigError for adapters that are not plain LoRA, CheckpointError for tensors that do not go together.
@@ -116,7 +108,7 @@ class _Site:
     rank: int
 
 
-def _modules(e: Expert, what: str) -> dict[str, _Site]:
+def _modules(e: Part, what: str) -> dict[str, _Site]:
     """The sites of one adapter by module."""
     config = e.config
     if not isinstance(config, TargetedConfig) or type(method := _method(config, "")) is not Lora:
@@ -140,7 +132,7 @@ def _modules(e: Expert, what: str) -> dict[str, _Site]:
     return {m: _site(e, m, own) for m, own in slots.items()}
 
 
-def _site(e: Expert, module: str, slots: Mapping[str, Tensor]) -> _Site:
+def _site(e: Part, module: str, slots: Mapping[str, Tensor]) -> _Site:
     method = _method(e.config, module)
     rank = method.r
     sizes = [t.shape[AXES[n]] if t.ndim > 1 else None for n, t in slots.items()]
@@ -154,7 +146,7 @@ def _method(config: Any, module: str) -> Any:
     return config.method(module, "linear")
 
 
-def _joined(module: str, own: Sequence[tuple[int, Expert, _Site]]) -> dict[str, Tensor]:
+def _joined(module: str, own: Sequence[tuple[int, Part, _Site]]) -> dict[str, Tensor]:
     _, first, like = own[0]
     out: dict[str, Tensor] = {}
     for name, reference in like.slots.items():

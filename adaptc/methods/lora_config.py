@@ -11,8 +11,9 @@ from torch import Tensor
 from adaptc.errors import ConfigError
 from adaptc.methods._arrow_experts import routed_apart
 from adaptc.methods._checks import check_bias, check_integers, check_probability, check_ranks
-from adaptc.methods._config import AdapterConfig, TargetedConfig
+from adaptc.methods._config import TargetedConfig
 from adaptc.methods._name_patterns import pattern_value, value_table
+from adaptc.methods._parts import Written
 from adaptc.methods.alora import Alora
 from adaptc.methods.arrow import Arrow, ArrowConfig
 from adaptc.methods.dora import MAGNITUDE, Dora
@@ -163,8 +164,10 @@ class LoraConfig(TargetedConfig):
         out = super().to_dict()
         return out if self.arrow_config is None else out | {"arrow_config": asdict(ArrowConfig.of(self.arrow_config))}
 
-    def written(self, tensors: Mapping[str, Tensor]) -> Mapping[str, tuple[AdapterConfig, Mapping[str, Tensor]]]:
-        return super().written(tensors) if self.arrow_config is None else routed_apart(self, tensors)
+    def written(self, tensors: Mapping[str, Tensor], directory: str) -> Mapping[str, Written]:
+        if self.arrow_config is None:
+            return super().written(tensors, directory)
+        return {name: (config.to_dict(), own) for name, (config, own) in routed_apart(self, tensors).items()}
 
     def pattern_entries(self) -> dict[str, Mapping[str, Any]]:
         return {"rank_pattern": self.rank_pattern or {}, "alpha_pattern": self.alpha_pattern or {}}

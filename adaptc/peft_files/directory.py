@@ -75,6 +75,8 @@ class AdapterFile:
     """All floating data of the file in as few tensors as possible, where that is known."""
     origin: Origin = PEFT
     """What the file was before it was this."""
+    fresh: bool = False
+    """Whether it is a new adapter, made of files of others."""
 
     @property
     def nbytes(self) -> int:

@@ -53,7 +53,10 @@ _HEADER: dict[str, Any] = _PART | {
     "trail": [[(str, int)]],
     "order": Option([str]),
 }
-_TAG: dict[str, Any] = dict.fromkeys(["method", "adapter", "site", "role"], str) | {"fused": Option(bool)}
+_TAG: dict[str, Any] = dict.fromkeys(["method", "adapter", "site", "role"], str) | {
+    "fused": Option(bool),
+    "first_pass": Option(bool),
+}
 _OUT = _TAG | {
     "region": str,
     "base": str,

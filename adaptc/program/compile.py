@@ -73,7 +73,7 @@ class Adapter:
     @property
     def tell(self) -> Tell:
         """What is called for an entry of the config that binds to nothing."""
-        return refuse_entry if self.file is None else warn_of_entry
+        return refuse_entry if self.file is None or self.file.fresh else warn_of_entry
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ def _targeted(config: AdapterConfig) -> PlannedConfig:
 
 def _of_base(adapter: Adapter, captured: Captured) -> Adapter:
     """A new adapter, which names the model it is for as PEFT's do; one from a file says what its file says."""
-    if adapter.file is not None or captured.base is None:
+    if (adapter.file is not None and not adapter.file.fresh) or captured.base is None:
         return adapter
     base = captured.base
     values: dict[str, Any] = {"base_model_name_or_path": base.name}
@@ -295,7 +295,8 @@ def _transposed(model: Any) -> frozenset[str]:
 
 def _trainable(adapter: Adapter, training: bool) -> bool:
     """Files always say inference_mode; what says whether their adapter is to be trained is the program's purpose."""
-    return not adapter.config.inference_mode if adapter.file is None else training
+    new = adapter.file is None or adapter.file.fresh
+    return not adapter.config.inference_mode if new else training
 
 
 def _spec(

@@ -82,6 +82,13 @@ def _stack(
     first = tensors[0]
     shape = tuple(max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True))
     axis = slot.free[0] if slot.free else 0
+    others = [tuple(t.shape) for t in tensors if tuple(t.shape) != shape]
+    if others and isinstance(slot.apart, tuple):
+        raise AdaptcError(
+            f"{name!r} has shape {others[0]} in one adapter and {shape} in the largest, and none of "
+            f"{' and '.join(slot.apart)} can be filled up: rows of one batch have adapters that agree in them. Run "
+            "them in batches of their own"
+        )
     if any(t.requires_grad for t in tensors):
         sized = [_sized(t, shape, name, a, op) for t in tensors]
         sized += [torch.zeros_like(sized[0]) for _ in range(count - len(sized))]

@@ -145,7 +145,7 @@ def _free_axes(attachments: Sequence[Attachment], ops: Mapping[str, Op]) -> dict
             out.setdefault(a.slots[slot], {i: _Free(f"rank_{n}", t // unit, unit) for i, t in axes.items()})
         for slot, spec in specs.items():
             if spec.apart:
-                out.setdefault(a.slots[slot], {i: _Free(f"size_{n}_{slot}_{i}", 1) for i in spec.free})
+                out.setdefault(a.slots[slot], {i: _Free(f"size_{n}_{s}", 1) for i, s in spec.size_names(slot).items()})
     return out
 
 

@@ -52,7 +52,7 @@ class Inject(Pass):
         lifted.freeze()
         added: set[str] = set()
         ready = [self._lift(lifted, a, added) for a in self.attachments]
-        coefficients = Coefficients(lifted)
+        coefficients = Coefficients(lifted, attachments=ready)
         ready = [coefficients.of(a) for a in ready]
         latest = {place_of(tag): n for n in lifted.graph.nodes if (tag := region_tag(n))}
         traces: dict[Any, fx.Graph] = {}

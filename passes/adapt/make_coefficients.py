@@ -1,9 +1,10 @@
 """Make the coefficients of adapters, once in a program, for the regions that read them.
 
 Before: an opened program whose slots are there, and attachments of which some read coefficients
-(``passes.ir.coefficients``). After: in front of all other nodes those that compute them of the caller's token ids, each
-once for all sites that have the same slots, and the attachments with the names of their nodes. The nodes' tags say
-whose they are; a site whose output has not a place for each token is refused.
+(``passes.ir.coefficients``). After: in front of all other nodes those that compute them of the caller's token ids, or
+of what a first pass of the base makes of the call, each once for all sites that have the same slots, and the
+attachments with the names of their nodes. The nodes' tags say whose they are; a site whose output has not a place for
+each token is refused.
 
 A program that has an input called as a coefficient is given it: a step of a generation sees its own tokens, and what
 invoked the adapter may have come before them.
@@ -25,28 +26,31 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from adaptc.errors import MethodError, TargetError, listing
+from adaptc.passes.adapt.first_pass import adapted, computed_before
+from adaptc.passes.analysis.last_hidden import last_hidden
 from adaptc.passes.analysis.row_axes import input_with_rows
 from adaptc.passes.analysis.token_axes import why_not_along
 from adaptc.passes.analysis.token_places import lookups
 from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.coefficients import Coefficient, Extra
+from adaptc.passes.ir.coefficients import Coefficient, Extra, FirstPass
 from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.free_fakes import FreeFakes
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.method_hooks import Slot
 from adaptc.passes.ir.program_method import ProgramMethod
 from adaptc.passes.ir.propagate import propagate
-from adaptc.passes.ir.regions import COEFFICIENT, added_inputs, site_op
+from adaptc.passes.ir.regions import COEFFICIENT, FIRST_PASS, added_inputs, site_op
 from adaptc.passes.ir.trace import inline, trace
 
 
 @dataclass
 class Coefficients:
     """Those of one program. ``count``: None, or of how many adapters the slots have an axis in front; so have then the
-    coefficients. ``made``: what they are made of -> their nodes."""
+    coefficients. ``attachments``: all that the program gets. ``made``: what they are made of -> their nodes."""
 
     lifted: Lifted
     count: int | None = None
+    attachments: Sequence[Attachment] = ()
     made: dict[Any, fx.Node] = field(default_factory=dict)
 
     def of(self, a: Attachment) -> Attachment:
@@ -107,14 +111,14 @@ class Coefficients:
                 return ids
         there = listing([n.name for n in found]) if found else "none"
         raise TargetError(
-            f"{a.method.name} finds in the tokens of a call where it begins to act, and needs a program with one input "
-            f"of token ids (batch, length); of this one, those looked up in an embedding are: {there}. Capture a model "
-            "that takes input_ids, and not inputs_embeds or the tokens of a decoder beside them."
+            f"{a.method.name} acts on each token of a call in its own way, and needs one input of token ids "
+            f"(batch, length); of this one, those looked up in an embedding are: {there}. Capture a model that takes "
+            "input_ids, and not inputs_embeds or the tokens of a decoder beside them."
         )
 
     def _node(self, a: Attachment, name: str, c: Coefficient, ids: fx.Node) -> fx.Node:
         fqns = tuple(a.slots[s] for s in c.slots)
-        key = (c.make, fqns)
+        key = (c.make, fqns, c.first)
         spec = self.lifted.specs.get(name)
         if spec is not None and spec.kind == InputKind.USER_INPUT:
             if self.count is not None or any(k != key for k in self.made if not isinstance(k[0], str)):
@@ -124,18 +128,56 @@ class Coefficients:
                 )
             self.made[key] = self.lifted.nodes[name]
         if key not in self.made:
-            slots = [self.lifted.placeholders[f] for f in fqns]
-            specs = a.method.slots(site_op(self.lifted, a))
-            values = [(n.meta["val"], specs[s]) for n, s in zip(slots, c.slots, strict=True)]
-            region = _traced(c, name, ids.meta["val"], values, self.count)
             first = next(n for n in self.lifted.graph.nodes if n.op != "placeholder")
-            before = set(self.lifted.graph.nodes)
-            out = inline(self.lifted.graph, region, [ids, *slots], first, ids, _tags(a, name, ids))
-            new = set(self.lifted.graph.nodes) - before
-            propagate(self.lifted.graph, new, self.lifted.program.graph_module)
-            self.lifted.nodes.update({n.name: n for n in new})
-            self.made[key] = out
+            if c.first is None:
+                self.made[key] = self._inlined(a, name, c.make, c.slots, ids, ids, first)
+            else:
+                hidden = self._hidden(a, name, c, c.first, ids)
+                self.made[key] = self._inlined(a, name, c.make, c.slots, hidden, ids, first)
         return self.made[key]
+
+    def _inlined(
+        self, a: Attachment, name: str, make: Any, names: Sequence[str], of: fx.Node, ids: fx.Node, before: fx.Node
+    ) -> fx.Node:
+        """What ``make`` makes of a value and of slots, in front of ``before``."""
+        slots = [self.lifted.placeholders[a.slots[s]] for s in names]
+        specs = a.method.slots(site_op(self.lifted, a))
+        values = [(n.meta["val"], s, specs[s]) for n, s in zip(slots, names, strict=True)]
+        region = _traced(make, name, of.meta["val"], values, self.count)
+        there = set(self.lifted.graph.nodes)
+        out = inline(self.lifted.graph, region, [of, *slots], before, ids, _tags(a, name, ids))
+        new = set(self.lifted.graph.nodes) - there
+        propagate(self.lifted.graph, new, self.lifted.program.graph_module)
+        self.lifted.nodes.update({n.name: n for n in new})
+        return out
+
+    def _hidden(self, a: Attachment, name: str, c: Coefficient, first: FirstPass, ids: fx.Node) -> fx.Node:
+        """The last hidden state of a pass in front of the program's own. Raises TargetError where there is none."""
+        key = (first.width, first.make and (first.make, tuple(a.slots[s] for s in c.slots)))
+        if key in self.made:
+            return self.made[key]
+        found = last_hidden(self.lifted, ids, first.width)
+        if found is None:
+            raise TargetError(
+                f"{a.method.name} is weighed by the last hidden state of the program, and its head reads none that is "
+                f"(batch, length, {first.width}), nor does it give one: hidden_size must be that of the model, and the "
+                "model one that gives logits, or hidden states, for its tokens"
+            )
+        tags, begin = _tags(a, name, ids), next(n for n in self.lifted.graph.nodes if n.op != "placeholder")
+        made, copies = computed_before(self.lifted, found, tags)
+        if first.make is not None:
+            if self.count is not None:
+                raise TargetError(
+                    f"{a.method.name} acts in its own first pass (scaling_pass_value), which adapters of several rows "
+                    "cannot: give each a program of its own"
+                )
+            front = next(iter(copies.values())) if copies else begin
+            constant = self._inlined(a, name, first.make, c.slots, ids, ids, front)
+            own = [b for b in self.attachments if b.adapter == a.adapter and name in b.method.coefficients()]
+            made = adapted(self.lifted, own, copies, {name: constant}, tags).get(made, made)
+        made.meta["custom"] = {"adaptc": {**made.meta["custom"]["adaptc"], FIRST_PASS: True}}
+        self.made[key] = made
+        return made
 
 
 def _called(node: str, name: str) -> bool:
@@ -149,18 +191,19 @@ def _tags(a: Attachment, name: str, ids: fx.Node) -> Callable[[str], dict[str, A
 
 @exclusive
 def _traced(
-    c: Coefficient, name: str, ids: Tensor, slots: Sequence[tuple[Tensor, Slot]], count: int | None
+    make: Callable[..., Tensor], name: str, of: Tensor, slots: Sequence[tuple[Tensor, str, Slot]], count: int | None
 ) -> fx.Graph:
-    """What makes a coefficient, as a graph whose placeholders are the ids and the slots, for all sizes of both."""
+    """What makes a coefficient, as a graph whose placeholders are what it is made of and the slots, for all sizes of
+    both."""
     fakes, front = FreeFakes(), int(count is not None)
-    free = [[i + front for i in s.free] for _, s in slots]
-    inputs = [fakes.like(ids), *(fakes.like(t, free[i], f"free {i}") for i, (t, _) in enumerate(slots))]
+    free = [{i + front: f"free {n}" for i, n in spec.size_names(slot).items()} for _, slot, spec in slots]
+    inputs = [fakes.like(of), *(fakes.like(t, names) for (t, _, _), names in zip(slots, free, strict=True))]
 
-    def each(ids: Tensor, *slots: Tensor) -> Tensor:
-        return torch.stack([c.make(ids, *(s.select(0, k) for s in slots)) for k in range(count or 0)])
+    def each(of: Tensor, *slots: Tensor) -> Tensor:
+        return torch.stack([make(of, *(s.select(0, k) for s in slots)) for k in range(count or 0)])
 
     with fakes.mode, torch.no_grad():  # in the mode, so that an arange is one of its fakes and not a tensor
-        graph = make_fx(c.make if count is None else each, pre_dispatch=True)(*inputs).graph
+        graph = make_fx(make if count is None else each, pre_dispatch=True)(*inputs).graph
     graph.eliminate_dead_code()
     for node in graph.nodes:
         if node.op not in ("placeholder", "call_function", "output"):

@@ -20,7 +20,7 @@ from adaptc.passes.ir.ops import Op, operands
 from adaptc.passes.ir.pass_infra import GraphPass, PassResult
 from adaptc.passes.ir.program_method import PROGRAM
 from adaptc.passes.ir.propagate import propagate
-from adaptc.passes.ir.regions import node_tag, slot_nodes
+from adaptc.passes.ir.regions import COEFFICIENT, node_tag, slot_nodes
 from adaptc.passes.ir.trace import behind_inputs, fused_inputs, region_of, signature_of
 
 #: traces that are kept; the oldest goes first
@@ -54,7 +54,9 @@ class Respecialize(GraphPass):
         # Of these everything behind them may have another size.
         programs = {f for a in self.attachments if a.form == PROGRAM for f in a.slots.values()}
         made_of = {a.slots[n] for a in self.attachments for c in a.method.coefficients().values() for n in c.slots}
-        moved = {inputs[f] for f in stale & (programs | made_of)}
+        behind = {f for f in stale if f in programs | made_of or _makes_coefficients(inputs[f])}
+        # What is made of a coefficient of another size is computed with slots of other sizes.
+        moved = {inputs[f] for f in (stale if behind - programs else behind)}
         count = propagate(subject, moved, self.modules) if moved else 0
         others = [a for a in self.attachments if a.form != PROGRAM]
         by_id = {a.id: a for a in others if not stale.isdisjoint(a.slots.values())}
@@ -108,3 +110,8 @@ class Respecialize(GraphPass):
             raise MethodError(f"region of {a.id!r} depends on the rank: {[str(n.target) for n in traced]}")
         for old, new in zip(nodes, traced, strict=True):
             old.meta["val"] = new.meta["val"]
+
+
+def _makes_coefficients(slot: fx.Node) -> bool:
+    """Whether a slot is read in a first pass, in front of the program's own."""
+    return any(tag["role"] == COEFFICIENT for n in slot.users if (tag := node_tag(n)) is not None)

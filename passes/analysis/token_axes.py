@@ -68,7 +68,7 @@ def places_from(node: fx.Node) -> Sequence[fx.Node]:
 
 
 def sizes_of(tensor: Tensor) -> list[Any]:
-    """The sizes of its axes, as expressions."""
+    """The sizes of its axes as expressions, which are equal where the program knows them to be."""
     return [s.node.expr if isinstance(s, torch.SymInt) else sympy.Integer(s) for s in tensor.shape]
 
 

@@ -5,6 +5,10 @@ tokens that invoke it have come. Such a value is a *coefficient*. A method names
 (:meth:`~adaptc.passes.ir.method_hooks.Hooks.coefficients`) and finds them among its slots, under these names; the
 program makes each of them once, in front of all layers (``passes.adapt.make_coefficients``).
 
+Some coefficients follow from what the model itself makes of a call. Such a coefficient has a :class:`FirstPass`: the program then
+computes its last hidden state in a pass of its own, in front of the one whose results it gives
+(``passes.adapt.first_pass``), and the coefficient is made of that.
+
 Other values are no program's to make, and a caller gives them with each call: which task each row is of. A method
 names these inputs, too (:meth:`~adaptc.passes.ir.method_hooks.Hooks.inputs`), and one at a layer finds them in the same
 way; the program takes them as keywords.
@@ -26,12 +30,25 @@ Given = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
+class FirstPass:
+    """A pass of the base in front of the program's own: ``width`` is that of its last hidden state, (batch, length,
+    width), which comes without a gradient. ``make``: None for the base as it is, or how a coefficient is made for this
+    pass, of token ids and the same slots; the adapter then acts in it, weighed by that."""
+
+    width: int
+    make: Callable[..., Tensor] | None = None
+
+
+@dataclass(frozen=True)
 class Coefficient:
     """``make(ids, *slots)`` of the token ids (batch, length) that a call gives, and of slots that all sites share, by
-    name: a tensor (batch, length)."""
+    name: a tensor (batch, length), or (batch, length, any). With ``first`` it is ``make(hidden, *slots)``, of the last
+    hidden state of that pass; ``shown`` of the same gives what a caller may ask to see of it."""
 
     make: Callable[..., Tensor]
     slots: tuple[str, ...] = ()
+    first: FirstPass | None = None
+    shown: Callable[..., Tensor] | None = None
 
 
 @dataclass(frozen=True)

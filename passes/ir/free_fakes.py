@@ -44,11 +44,12 @@ class FreeFakes:
             self.sizes[name] = self.env.create_symintnode(symbol, hint=HINT, source=source)
         return self.sizes[name]
 
-    def like(self, value: Tensor, free: Collection[int] = (), name: str = "") -> Tensor:
+    def like(self, value: Tensor, free: Collection[int] | Mapping[int, str] = (), name: str = "") -> Tensor:
         """A fake like ``value``, with a size for each that is symbolic, and one called ``name`` along the axes
-        ``free``."""
+        ``free``, or called as these say."""
+        names = free if isinstance(free, Mapping) else dict.fromkeys(free, name)
         shape = [
-            self.size(name) if i in free else s if isinstance(s, int) else self.size(str(s))
+            self.size(names[i]) if i in names else s if isinstance(s, int) else self.size(str(s))
             for i, s in enumerate(value.shape)
         ]
         with self.mode:

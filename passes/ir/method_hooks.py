@@ -35,7 +35,8 @@ class Slot:
     the largest site of its adapter needs. Two adapters may have different largest sites, so the length may differ, and
     is cut or filled up with zeros when an adapter is bound.
 
-    ``apart``: its free sizes are its own, and none of them follows from the adapter's rank.
+    ``apart``: its free sizes are its own, and none of them follows from the adapter's rank. Names, one for each free
+    axis: sizes of one name are one size in all slots of the site that have it.
     """
 
     shape: tuple[int, ...]
@@ -47,7 +48,13 @@ class Slot:
     shared: bool = False
     shared_axes_cut: tuple[int, ...] = ()
     repeated: bool = False
-    apart: bool = False
+    apart: bool | tuple[str, ...] = False
+
+    def size_names(self, slot: str) -> dict[int, str]:
+        """Free axis -> what its size is called, of a slot whose sizes are its own and that is called ``slot``."""
+        if isinstance(self.apart, tuple):
+            return dict(zip(self.free, self.apart, strict=True))
+        return {i: f"{slot}_{i}" for i in self.free}
 
 
 class Place(Protocol):

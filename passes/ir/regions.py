@@ -14,7 +14,7 @@ saved to a file and loaded elsewhere is understood:
     header       in the first region of a program: what the program as a whole remembers
 
 What computes a coefficient (``passes.ir.coefficients``) is of no region: all sites of an adapter read it. Its nodes
-have tags of the role :data:`COEFFICIENT`.
+have tags of the role :data:`COEFFICIENT`; :data:`FIRST_PASS` marks the value that one is made of.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from adaptc.passes.ir.program_method import PROGRAM
 from adaptc.passes.ir.propagate import propagate
 
 COEFFICIENT = "coefficient"
+#: in the tag of the last hidden state of a first pass, which a coefficient is made of
+FIRST_PASS = "first_pass"
 
 
 def node_tag(node: fx.Node) -> dict[str, Any] | None:

@@ -1,0 +1,169 @@
+"""X-LoRA: LoRA experts, of which each token of a call has its own mix (Buehler and Buehler, arXiv 2402.07148).
+
+y' = y + g sum_i w_i s_i B_i A_i x with s_i = alpha_i / r_i, where the scalings w (batch, length[, layer], expert) come
+from a classifier on the last hidden state of the base, in a pass of its own in front of the one whose results count.
+
+Slots: the experts of a site side by side along one axis of ranks, in which an expert has as many as its own rank, none
+at a layer it does not adapt: ``lora_A.weight`` (ranks, in) and ``lora_B.weight`` (out, ranks), for embeddings
+``lora_embedding_A`` and ``lora_embedding_B``; ``xlora_expert`` (ranks,) says which of the classifier's outputs a rank
+is weighed by, and ``xlora_scaling`` (ranks,) has the s_i; both follow from the config. The scale g of the site is
+``global_scaling_weight``. Of the model: ``xlora_sharpness`` (1,), one over the temperature;
+``internal_xlora_classifier.layers.<i>.weight`` and ``.bias``, with <i> as in PEFT's ``Sequential``; those of the last
+layer have axes (layers, experts) in front here, and one of their product in files.
+
+In training the dropout of the experts acts once on what all of them read, and not on each apart. The sites are linear
+layers and embeddings that have a place for each token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from adaptc.errors import ConfigError, TargetError
+from adaptc.methods._checks import adapter_input
+from adaptc.methods._xlora_classifier import Choice, Classify, Constant
+from adaptc.passes.ir.coefficients import Coefficient, FirstPass
+from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots
+from adaptc.passes.ir.ops import Op, cast
+
+CLASSIFIER = "internal_xlora_classifier"
+EXPERT, SCALING, SHARPNESS = "xlora_expert", "xlora_scaling", "xlora_sharpness"
+#: the coefficient
+WEIGHTS = "xlora_weights"
+#: the names of the classifier's sizes
+SIZES = ("layers", "experts")
+
+
+def classifier_layers(depth: int, dropout: bool) -> list[str]:
+    """The names of the classifier's linear layers, which stand between activations and, if it has any, dropouts."""
+    return [f"{CLASSIFIER}.layers.{i * (3 if dropout else 2)}" for i in range(depth)]
+
+
+@dataclass(frozen=True)
+class XLora(Method):
+    """X-LoRA at one site. ``ranks`` and ``scales`` of the experts there, none where an expert lacks the site;
+    ``layer``: the number of the site among ``layers`` of the classifier's. ``dropout``: that of the experts."""
+
+    name: ClassVar[str] = "xlora"
+    stacks: ClassVar[bool] = True  # or experts would be done one by one, without a token's place
+    exact_sizes: ClassVar[bool] = True
+    takes_complex: ClassVar[bool] = False
+    swappable: ClassVar[frozenset[str]] = Method.swappable | {
+        *("ranks", "scales", "layer", "layers", "temperature", "trained_experts", "weight_of_all"),
+        *("classifier_dropout", "unequal_dropouts"),
+    }
+    file_names: ClassVar[tuple[str, ...]] = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
+
+    ranks: tuple[int, ...] = (8,)
+    scales: tuple[float, ...] = (1.0,)
+    layer: int = 0
+    layers: int = 1
+    hidden_size: int = 4096
+    depth: int = 1
+    size: int = 2048
+    drops_between: bool = True
+    classifier_dropout: float = 0.0
+    softmax: bool = True
+    softmax_topk: bool = False
+    top_k: int | None = None
+    temperature: float = 1.0
+    weight_of_all: float = 1.0
+    pass_value: float = 0.0
+    trained_experts: bool = False
+    unequal_dropouts: bool = False
+    dropout: float = 0.0
+    training: bool = False
+
+    def slots(self, op: Op) -> dict[str, Slot]:
+        if op.kind not in ("linear", "addmm", "embedding") or not op.callable:
+            raise TargetError(
+                f"X-LoRA weighs its experts token by token, which has a meaning at linear layers and embeddings alone, "
+                f"and not at a consumer of kind {op.kind!r}: leave the module out of the experts"
+            )
+        r, lora = sum(self.ranks), "lora_embedding_{}" if op.kind == "embedding" else "lora_{}.weight"
+        return {
+            lora.format("A"): Slot((r, op.in_features), free=(0,), trainable=self.trained_experts),
+            lora.format("B"): Slot((op.out_features, r), free=(1,), trainable=self.trained_experts),
+            EXPERT: Slot((r,), 0, (0,), torch.int64, trainable=False, saved=False),
+            SCALING: Slot((r,), 0.0, (0,), trainable=False, saved=False),
+            SHARPNESS: Slot((1,), 1.0, trainable=False, saved=False, shared=True),
+            **self._classifier(),
+        }
+
+    def _classifier(self) -> dict[str, Slot]:
+        out: dict[str, Slot] = {}
+        width = self.hidden_size
+        *inner, last = classifier_layers(self.depth, self.drops_between)
+        for name in inner:
+            out[f"{name}.weight"] = Slot((self.size, width), shared=True)
+            out[f"{name}.bias"] = Slot((self.size,), shared=True)
+            width = self.size
+        first = (self.layers, len(self.ranks))
+        out[f"{last}.weight"] = Slot((*first, width), free=(0, 1), shared=True, apart=SIZES)
+        out[f"{last}.bias"] = Slot(first, free=(0, 1), shared=True, apart=SIZES)
+        return out
+
+    def scale(self, op: Op) -> float:
+        return self.weight_of_all
+
+    def coefficients(self) -> Mapping[str, Coefficient]:
+        choice = Choice(self.softmax, self.top_k, self.softmax_topk)
+        constant = Constant(choice, self.pass_value) if self.pass_value else None
+        first = FirstPass(self.hidden_size, constant)
+        make = Classify(choice, self.classifier_dropout, self.training)
+        return {WEIGHTS: Coefficient(make, (SHARPNESS, *self._classifier()), first, make.scalings)}
+
+    def shares(self) -> bool:
+        return True
+
+    def minimal(self, op: Op) -> XLora:
+        return replace(self, ranks=(2, *(0 for _ in self.ranks[1:])))
+
+    def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
+        return Initial({**self.filled(op, W, dtype), **self.derived(op, W, dtype, {})})
+
+    def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
+        counts, count = torch.tensor(self.ranks), len(self.ranks)
+        return {
+            EXPERT: torch.repeat_interleave(self.layer * count + torch.arange(count), counts),
+            SCALING: torch.repeat_interleave(torch.tensor(self.scales, dtype=torch.float64), counts).to(dtype),
+            SHARPNESS: torch.tensor([1 / self.temperature], dtype=dtype),
+        }
+
+    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        out = dict(found)
+        for name, slot in self._classifier().items():
+            if slot.free and name in out and out[name].shape[:1] == (self.layers * len(self.ranks),):
+                out[name] = out[name].unflatten(0, (self.layers, len(self.ranks)))
+        return out
+
+    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
+        last = {n for n, s in self._classifier().items() if s.free}
+        return {n: t.flatten(0, 1) if n in last else t for n, t in slots.items()}
+
+    def check_merge(self, op: Op) -> str:
+        return "X-LoRA weighs its experts token by token, which no weight can"
+
+    def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
+        A, B, expert, scaling, *_ = slots.values()
+        h = op.down(adapter_input(self, op, x, A.dtype), op.bounded(A) if op.kind == "embedding" else A)
+        if WEIGHTS in slots:
+            weights = cast(slots[WEIGHTS].index_select(-1, expert), h.dtype)
+            h = h * (weights if h.ndim > 2 else weights.flatten(0, 1))
+        return cast(y + op.up(h * scaling, B) * scale, y.dtype)
+
+    def trained(self) -> Self:
+        if self.unequal_dropouts:
+            raise ConfigError(
+                "the experts of X-LoRA have lora_dropouts that differ, and here one acts for all of a layer: give them "
+                "one, in their adapter_config.json, or train without"
+            )
+        return super().trained()
+
+    def following(self, home: str) -> Any:
+        return None  # experts are of plain LoRA, which is not tied

@@ -1,0 +1,91 @@
+"""How much the experts of an adapter count at each token of a call, beside what the call gives.
+
+Before: a program, or what is bound to one, with an adapter whose coefficients follow from a first pass. After: what its
+method shows of them. Of the graph the part that computes the first pass is run, and nothing is changed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from adaptc.errors import ConfigError, listing
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.coefficients import Coefficient
+from adaptc.passes.ir.effects import sweep
+from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.passes.ir.lifted import copy_graph
+from adaptc.passes.ir.regions import FIRST_PASS, node_tag
+from adaptc.program.bound import Bound
+from adaptc.program.core import ProgramCore
+from adaptc.program.holder import check_program
+
+
+def xlora_scalings(program: ProgramCore | Bound, *args: Any, adapter_name: str | None = None, **inputs: Any) -> Tensor:
+    """What X-LoRA's classifier says of the tokens of one call, as PEFT's ``get_latest_scalings``.
+
+    ``program``: an :class:`AdaptedProgram`, or what ``bind`` gives; the inputs are those of a call, which is not made:
+    nothing but the pass that the classifier reads is computed. ``adapter_name``: of which adapter, where several act.
+
+    Returns (batch, length, layers, experts), in the dtype of the adapter and without a gradient: before ``top_k_lora``
+    chooses, and before ``global_scaling_weight``. Layers are those that are adapted, in the order of the model's;
+    without ``layerwise_scalings`` all of them have the same. Raises ConfigError for a program without such an adapter, and
+    AdaptcError for inputs that do not fit.
+    """
+    check_program(program, "xlora_scalings", Bound)
+    _, executor, binding, state = program.pinned_to()
+    a, name, c = _chosen(executor.attachments, binding.values, adapter_name)
+    arguments = executor.own_arguments(binding, state)
+    flat = executor.inputs(args, inputs, arguments.longer)
+    with GRAPHS:
+        part = _up_to_first_pass(executor.module, a.reads[name])
+    slots = [binding.values[a.slots[s]].detach() for s in c.slots]
+    with torch.no_grad():
+        hidden = part.forward(*arguments.lifted, *flat)
+        assert c.shown is not None
+        found = c.shown(hidden, *slots)
+    there = sum(b.adapter == a.adapter and name in b.reads and b.id in binding.methods for b in executor.attachments)
+    return found.expand(-1, -1, there, -1) if found.shape[2] == 1 else found
+
+
+def _chosen(attachments: Any, values: Any, adapter_name: str | None) -> tuple[Attachment, str, Coefficient]:
+    found: dict[str, tuple[Attachment, str, Coefficient]] = {}
+    for a in attachments:
+        for name, c in a.method.coefficients().items():
+            if c.shown is not None and all(a.slots[s] in values for s in c.slots):
+                found.setdefault(a.adapter, (a, name, c))
+    if adapter_name is not None:
+        found = {n: f for n, f in found.items() if n == adapter_name}
+    if len(found) != 1:
+        told = listing(map(repr, found)) if found else "none"
+        what = "" if adapter_name is None else f" called {adapter_name!r}"
+        raise ConfigError(
+            f"xlora_scalings is of one X-LoRA adapter{what} that a program runs, and of such this one has {told}"
+            + (": say which with adapter_name" if found else "")
+        )
+    return next(iter(found.values()))
+
+
+def _up_to_first_pass(module: fx.GraphModule, coefficient: str) -> fx.GraphModule:
+    """What computes the last hidden state of the pass that a coefficient is made of."""
+    graph = copy_graph(module.graph)
+    stack, seen = [n for n in graph.nodes if n.name == coefficient], set[fx.Node]()
+    while stack:
+        node = stack.pop()
+        tag = node_tag(node)
+        if tag is not None and tag.get(FIRST_PASS):
+            break
+        stack += [n for n in node.all_input_nodes if n not in seen]
+        seen |= set(node.all_input_nodes)
+    else:
+        raise AssertionError(f"{coefficient!r} is made of no first pass")
+    graph.output_node().args = (node,)
+    for other in reversed(graph.nodes):
+        if other is node:
+            break
+        if other.op not in ("output", "placeholder"):
+            graph.erase_node(other)
+    sweep(graph)
+    return fx.GraphModule(module, graph)

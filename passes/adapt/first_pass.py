@@ -1,0 +1,102 @@
+"""A pass of the base inside a program, in front of the program's own: its nodes once more, up to one of them.
+
+An adapter that acts in the first pass has regions there, too, which read coefficients of their own.
+
+Before: an opened program of the base alone, all of whose layers are as they were captured. After: in front of its nodes
+copies of those that one of them is computed with, on the same inputs and parameters; whoever unloads adapters finds
+them by their tags. A part of a program that writes to what outlives a call cannot be done twice, and is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from adaptc.errors import TargetError
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.effects import memory_groups, written
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.regions import node_tag, site_op
+from adaptc.passes.ir.trace import behind_inputs, inline, region_of
+
+#: what of a node's meta its copy has; not whose module it is, which has the layer itself
+_KEPT = ("val", "stack_trace", "tensor_meta", "unbacked_bindings")
+
+
+def computed_before(
+    lifted: Lifted, node: fx.Node, tag: Callable[[str], dict[str, Any]]
+) -> tuple[fx.Node, dict[fx.Node, fx.Node]]:
+    """The copy of ``node``, and node -> copy of all that it needed. Raises TargetError where that cannot be."""
+    wanted = _needed(lifted, node)
+    first = next(n for n in lifted.graph.nodes if n.op != "placeholder")
+    copies: dict[fx.Node, fx.Node] = {}
+    with lifted.graph.inserting_before(first):
+        for old in [n for n in lifted.graph.nodes if n in wanted]:
+            new = lifted.graph.node_copy(old, lambda n: copies.get(n, n))
+            custom = old.meta.get("custom")
+            kept = {k: old.meta[k] for k in _KEPT if k in old.meta}
+            new.meta = {**kept, "custom": {**(custom or {}), "adaptc": tag(str(len(copies)))}}
+            copies[old] = new
+            lifted.nodes[new.name] = new
+    return copies[node], copies
+
+
+def _needed(lifted: Lifted, node: fx.Node) -> set[fx.Node]:
+    """What a node is computed of, but for the inputs, with all that is written to the memory of it on the way."""
+    order = {n: i for i, n in enumerate(lifted.graph.nodes)}
+    memory = memory_groups(lifted.graph)
+    writers: dict[fx.Node, list[fx.Node]] = {}
+    for n in lifted.graph.nodes:
+        for value in written(n):
+            writers.setdefault(memory[value], []).append(n)
+    lasting = {memory[n] for n in lifted.graph.find_nodes(op="placeholder")}
+    wanted, stack = set(), [node]
+    while stack:
+        n = stack.pop()
+        if n in wanted or n.op == "placeholder" or node_tag(n) is not None:
+            continue
+        wanted.add(n)
+        stack += n.all_input_nodes
+        for writer in writers.get(memory[n], ()):
+            if memory[n] in lasting:
+                raise TargetError(
+                    f"the program computes its last hidden state with {writer.name!r} ({writer.target}), which writes "
+                    "to what outlives the call, so a first pass of it would change the second. Capture the model "
+                    "without a cache (use_cache=False), and in evaluation mode"
+                )
+            if order[writer] <= order[node]:
+                stack.append(writer)
+    return wanted
+
+
+def adapted(
+    lifted: Lifted,
+    attachments: Sequence[Attachment],
+    copies: Mapping[fx.Node, fx.Node],
+    coefficients: Mapping[str, fx.Node],
+    tag: Callable[[str], dict[str, Any]],
+) -> dict[fx.Node, fx.Node]:
+    """Let adapters act on ``copies``, with these values for the coefficients they read: copy -> its value adapted. They
+    are of methods that stand behind a layer."""
+    out: dict[fx.Node, fx.Node] = {}
+    there = set(lifted.graph.nodes)
+    for a in attachments:
+        scale = [] if a.scale_slot is None else [lifted.placeholders[a.scale_slot]]
+        reads = [coefficients[n] for n in a.method.coefficients()]
+        slots = [*(lifted.placeholders[f] for f in a.slots.values()), *reads, *scale]
+        for copy in [copies[n] for c in a.consumers if (n := lifted.nodes[c]) in copies]:
+            kind, inputs = behind_inputs(copy, copy)
+            names = [*a.slots, *a.method.coefficients()]
+            fakes = [n.meta["val"] for n in (*inputs, *slots)]
+            region = region_of(a.method, site_op(lifted, a).at(copy), kind, names, bool(scale), fakes)
+            users = list(copy.users)
+            new = inline(lifted.graph, region, [*inputs, *slots], copy.next, copy, tag)
+            for user in users:
+                user.replace_input_with(copy, new)
+            out[copy] = new
+    for node in set(lifted.graph.nodes) - there:
+        node.meta["custom"] = {"adaptc": tag("adapted")}
+        lifted.nodes[node.name] = node
+    return out
