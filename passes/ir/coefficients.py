@@ -5,8 +5,8 @@ tokens that invoke it have come. Such a value is a *coefficient*. A method names
 (:meth:`~adaptc.passes.ir.method_hooks.Hooks.coefficients`) and finds them among its slots, under these names; the
 program makes each of them once, in front of all layers (``passes.adapt.make_coefficients``).
 
-Some coefficients follow from what the model itself makes of a call. Such a coefficient has a :class:`FirstPass`: the program then
-computes its last hidden state in a pass of its own, in front of the one whose results it gives
+Some coefficients follow from what the model itself makes of a call. Such a one has a :class:`FirstPass`: the program
+then computes its last hidden state in a pass of its own, in front of the one whose results it gives
 (``passes.adapt.first_pass``), and the coefficient is made of that.
 
 Other values are no program's to make, and a caller gives them with each call: which task each row is of. A method
