@@ -14,7 +14,7 @@ from pathlib import Path
 from adaptc.errors import CheckpointError
 from adaptc.peft_files.format import CARD_NAME
 from adaptc.peft_files.locate import plain_name
-from adaptc.peft_files.staging import OLD, staging
+from adaptc.peft_files.staging import OLD, Stranded, staging
 
 
 @contextmanager
@@ -50,8 +50,11 @@ def _move(stage: Path, root: Path, names: Sequence[str]) -> None:
         if not os.path.lexists(root / CARD_NAME) and (stage / CARD_NAME).is_file():
             os.rename(stage / CARD_NAME, root / CARD_NAME)
     except BaseException:
-        for name in come:
-            os.rename(root / name, stage / name)
-        for name in gone:
-            os.rename(old / name, root / name)
+        try:
+            for name in come:
+                os.rename(root / name, stage / name)
+            for name in gone:
+                os.rename(old / name, root / name)
+        except OSError as error:
+            raise Stranded(f"{root} could not be put back as it was ({error}): what was there is in {old}") from error
         raise
