@@ -14,6 +14,7 @@ from typing import Any
 
 from adaptc.errors import ConfigError, nearest
 from adaptc.methods._config import AdapterConfig
+from adaptc.methods._refused import REFUSED
 from adaptc.passes.ir.method import Method
 
 #: peft_type -> "module:ConfigClass"
@@ -176,6 +177,8 @@ def config_class(peft_type: str) -> type[AdapterConfig]:
     """The config class for a ``peft_type`` as files have it."""
     kind = peft_type.rpartition(".")[2].upper()
     path = _find(CONFIGS, kind)
+    if path is None and kind in REFUSED:
+        raise ConfigError(f"peft_type {kind!r} is not supported: {REFUSED[kind]}.")
     if path is None:
         raise ConfigError(
             f"peft_type {peft_type!r} is not supported; supported are {', '.join(sorted(CONFIGS))}. A method of your "

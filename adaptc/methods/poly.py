@@ -107,6 +107,10 @@ class Poly(Method):
         a = slots.get(A)
         return self if a is None or a.ndim != 4 else replace(self, r=a.shape[3])
 
+    def rewrap(self, inner: Poly) -> Poly:
+        """Another layer's method, whose adapter this layer lacks: with as many tasks, and the code of this layer."""
+        return replace(inner, splits=self.splits)
+
     def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
         source = torch.device("cpu") if generator is None else generator.device
         shapes = {n: s.shape for n, s in self.slots(op).items()}

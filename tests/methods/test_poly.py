@@ -199,13 +199,20 @@ def test_saved_programs(tmp_path):
 
 
 def test_beside_another_adapter(tmp_path):
-    """Two adapters of one program read one input; and one that comes to a program later."""
+    """Two adapters of one program read one input; a site that one of them lacks has its number of tasks."""
     oracle = oracle_of("llama", tmp_path, target_modules=["q_proj"])
     more = [PolyConfig(**config_of("llama", target_modules=["k_proj"], n_tasks=3, n_splits=1, init_weights=False))]
     program = adaptc.compile(base("llama"), [PolyConfig(**config_of("llama", target_modules=["q_proj"])), *more])
     adaptc.swap(program, oracle.path)
     given = inputs("llama", 3, 5)
     assert_same(called(program, given), called(oracle.model, given))
+    for a in program.adaptation.attachments:  # a site that the adapter lacks has its tasks, and splits of its own
+        down, _, logits = (program.binding.values[f] for f in a.slots.values())
+        assert (len(down), len(logits)) == (1 if a.module.endswith("k_proj") else 2, 5)
+    both = adaptc.compile(base("llama"), {"one": oracle.path, "two": more[0].replace(n_tasks=5)})
+    assert_differs(called(both, given), called(oracle.model, given))
+    both.set_active(["one"])
+    assert_same(called(both, given), called(oracle.model, given))
 
 
 class Net(nn.Module):

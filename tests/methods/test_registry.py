@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -220,3 +221,13 @@ def test_an_installed_package_is_found_by_its_entry_point(
     assert program.binding.config.peft_type == "SIGNED"
     assert "signed_method" in sys.modules
     sys.modules.pop("signed_entry", None)
+
+
+def test_methods_of_peft_that_are_refused_say_why(tmp_path: Path) -> None:
+    """As a config of PEFT's, and as an adapter that it wrote."""
+    config = peft.ShadowConfig(r=3)
+    config.save_pretrained(str(tmp_path))
+    torch.save({"base_model.model.shadow_down.weight": torch.ones(3, 4)}, tmp_path / "adapter_model.bin")
+    for given in (config, tmp_path, {"peft_type": "SHADOW"}):
+        with pytest.raises(ConfigError, match="'SHADOW' is not supported: its adapter is a second decoder"):
+            adaptc.compile(nn.Linear(3, 4), given, example_inputs=torch.randn(2, 3))
