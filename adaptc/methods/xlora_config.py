@@ -40,7 +40,7 @@ class XLoraConfig(TargetedConfig):
     whole_texts: ClassVar[str] = (
         "X-LoRA's classifier reads the base's last hidden state, whose keys and values are not those of the adapter"
     )
-    samples: ClassVar[Sequence[Mapping[str, Any]]] = ()
+    samples: ClassVar[Sequence[Mapping[str, Any]]] = ({"hidden_size": 24, "adapters": {"0": "path"}},)
     refused: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(
             ("exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"),
@@ -69,10 +69,6 @@ class XLoraConfig(TargetedConfig):
         super().__post_init__()
         if self.hidden_size is None:
             self.hidden_size = 4096
-        if self.target_modules is not None and self.sites is None:
-            raise ConfigError(
-                "XLoraConfig.target_modules is not supported: the experts say which layers are adapted. Leave it out."
-            )
         if self.scaling_pass_value is None:
             raise ConfigError("XLoraConfig.scaling_pass_value must be a number; 1 / len(adapters) for all alike")
         check_integers(self, {n: getattr(self, n) for n in ("hidden_size", "xlora_depth", "xlora_size")})
@@ -97,6 +93,10 @@ class XLoraConfig(TargetedConfig):
     def parts(self) -> Mapping[str, str]:
         if self.sites is not None:
             return {}
+        if self.target_modules is not None:
+            raise ConfigError(
+                "XLoraConfig.target_modules is not supported: the experts say which layers are adapted. Leave it out."
+            )
         if not self.adapters:
             raise ConfigError(
                 "XLoraConfig.adapters names no experts: give the directories of LoRA adapters by name, such as "

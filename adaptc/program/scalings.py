@@ -31,8 +31,8 @@ def xlora_scalings(program: ProgramCore | Bound, *args: Any, adapter_name: str |
 
     Returns (batch, length, layers, experts), in the dtype of the adapter and without a gradient: before ``top_k_lora``
     chooses, and before ``global_scaling_weight``. Layers are those that are adapted, in the order of the model's;
-    without ``layerwise_scalings`` all of them have the same. Raises ConfigError for a program without such an adapter, and
-    AdaptcError for inputs that do not fit.
+    without ``layerwise_scalings`` all of them have the same. Raises ConfigError for a program without such an adapter,
+    and AdaptcError for inputs that do not fit.
     """
     check_program(program, "xlora_scalings", Bound)
     _, executor, binding, state = program.pinned_to()
