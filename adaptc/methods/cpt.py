@@ -148,7 +148,7 @@ class Cpt(VirtualTokens):
             raise ConfigError(
                 f"cpt_token_ids has {bad[0]}, and the model's embedding has rows 0 to {op.in_features - 1}"
             )
-        rows = W.detach()[:, torch.tensor(self.ids, device=W.device)].t().float().to(dtype)
+        rows = W.detach()[:, torch.tensor(self.ids, device=W.device)].t().contiguous().to(dtype)
         return Initial({PROMPT: rows, STEPS: torch.zeros_like(rows), **self._own(W.device)})
 
     def _own(self, device: torch.device) -> dict[str, Tensor]:

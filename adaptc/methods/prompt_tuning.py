@@ -89,7 +89,7 @@ def first_rows(method: VirtualTokens, op: Op, W: Tensor, generator: torch.Genera
             f"the tokenizer of the prompt's text has token {int(ids.max())}, and the model's embedding "
             f"{op.in_features} rows: name the model's own tokenizer in tokenizer_name_or_path"
         )
-    return W.detach()[:, ids.to(W.device)].t().float()
+    return W.detach()[:, ids.to(W.device)].t().contiguous().float()
 
 
 def text_ids(text: str, tokenizer: str, options: str) -> list[int]:
