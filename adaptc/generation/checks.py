@@ -193,6 +193,12 @@ def own_cache(facts: Facts, past: Any, rows: int | None) -> StepCache:
     return past
 
 
+def refuse_strange(given: Mapping[str, Any]) -> None:
+    """Raises AdaptcError for what nothing takes."""
+    if strange := [n for n, v in given.items() if v is not None]:
+        raise AdaptcError(f"{shown(strange[0])} is not an input of the program")
+
+
 def forward(ids: Any, embeds: Any, use_cache: Any, return_dict: Any, others: Mapping[str, Any]) -> None:
     """Raises AdaptcError for arguments of a step that mean something else than it does."""
     refuse(others)
@@ -200,7 +206,6 @@ def forward(ids: Any, embeds: Any, use_cache: Any, return_dict: Any, others: Map
         raise AdaptcError("use_cache=False is not taken: the program was captured with a cache. Leave it out")
     if return_dict is False:
         raise AdaptcError("return_dict=False is not taken: a step gives an object with logits and the cache")
-    if strange := [n for n, v in others.items() if n not in _REFUSED and v is not None]:
-        raise AdaptcError(f"{shown(strange[0])} is not an input of the program")
+    refuse_strange({n: v for n, v in others.items() if n not in _REFUSED})
     if (ids is None) == (embeds is None):
         raise AdaptcError("a step takes input_ids (batch, tokens), or inputs_embeds (batch, tokens, width) instead")

@@ -326,6 +326,7 @@ class Lifted:
         examples = {n: values[n] for n in left if n in values}
         signature = replace(
             first.signature,  # type: ignore[type-var]
+            inputs=[arg for arg in first.signature.inputs if arg.name in self.specs],  # type: ignore[union-attr]
             in_spec=pytree.tree_structure(((), dict.fromkeys(left, 0))),
             out_spec=pytree.tree_structure(dict.fromkeys(names, 0)),
             forward_arg_names=left,
