@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from adaptc.generation.compile import compile_for_generation
     from adaptc.generation.generator import Generator
     from adaptc.generation.report import report
-    from adaptc.methods import TargetedConfig, register_method
+    from adaptc.methods import ProgramConfig, TargetedConfig, VirtualTokens, register_method
     from adaptc.methods.adalora import AdaLoraConfig
     from adaptc.methods.adaption_prompt import AdaptionPromptConfig
     from adaptc.methods.boft import BOFTConfig
@@ -78,6 +78,7 @@ if TYPE_CHECKING:
     from adaptc.methods.waveft import WaveFTConfig
     from adaptc.passes.ir.method import Initial, Method, Slot
     from adaptc.passes.ir.ops import Op
+    from adaptc.passes.ir.program_method import Extra, ProgramMethod
     from adaptc.program.adapted import AdaptedProgram
     from adaptc.program.bank import Bank
     from adaptc.program.checkpoints import last_checkpoint
@@ -159,6 +160,10 @@ PUBLIC = {
     "register_method": "adaptc.methods",
     "check_method": "adaptc.verify.check_method",
     "TargetedConfig": "adaptc.methods",
+    "ProgramConfig": "adaptc.methods",
+    "VirtualTokens": "adaptc.methods",
+    "ProgramMethod": "adaptc.passes.ir.program_method",
+    "Extra": "adaptc.passes.ir.program_method",
     "Method": "adaptc.passes.ir.method",
     "Slot": "adaptc.passes.ir.method",
     "Initial": "adaptc.passes.ir.method",

@@ -60,9 +60,7 @@ class PromptEncoderConfig(ProgramConfig):
         if self.encoder_reparameterization_type == MLP:
             return PTuning(self.num_virtual_tokens, sides=self.sides, hidden=self.encoder_hidden_size or 0)
         layers, dropout = self.encoder_num_layers, self.encoder_dropout
-        return PTuning(
-            self.num_virtual_tokens, (), self.sides, LSTM, self.encoder_hidden_size or 0, layers, dropout
-        )
+        return PTuning(self.num_virtual_tokens, (), self.sides, LSTM, self.encoder_hidden_size or 0, layers, dropout)
 
 
 @dataclass(frozen=True)

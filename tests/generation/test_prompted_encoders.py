@@ -65,7 +65,7 @@ def test_tokens_are_those_of_peft(family, case, tmp_path):
     states = gen.get_encoder()(**inputs)
     mask = {"attention_mask": inputs["attention_mask"]}
     assert torch.equal(said(gen, mask, encoder_outputs=states), expected)
-    with pytest.raises(AdaptcError, match="'task_ids' is not an input|task_ids"):
+    with pytest.raises(AdaptcError, match="'task_ids' is not an input of the program"):
         gen.prefill(inputs["input_ids"], task_ids=start)
     written = file_tensors(adaptc.save_adapter(gen, tmp_path / "ours"))["prompt_embeddings"]
     torch.testing.assert_close(written, file_tensors(oracle.path)["prompt_embeddings"])

@@ -108,7 +108,7 @@ def test_saved_programs(tmp_path):
     assert adaptc.verify(found, FAMILIES["bart"].build()).ok
     loaded = adaptc.load(adaptc.save(found, tmp_path / "ours.pt2"))
     assert_same(called(loaded, inputs(3, 7, "left")).logits, called(oracle.model, inputs(3, 7, "left")).logits)
-    with pytest.raises(CheckpointError, match="'prompt_embeddings' has 7 rows, and .* as many for each of 2 stacks"):
+    with pytest.raises(CheckpointError, match=r"'prompt_embeddings' has 7 rows, and .* as many for each of 2 stacks"):
         adaptc.swap(loaded, {"prompt_embeddings": torch.zeros(7, 24)})
 
 
