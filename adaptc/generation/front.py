@@ -43,8 +43,8 @@ def taken(runs: Any) -> list[str]:
 def refuse_front(runs: Any, where: str) -> None:
     if found := begins(runs):
         raise AdaptcError(
-            f"{found[0].method.name} is not supported in {where} of what generates: they do not make the tokens that it "
-            "has in front"
+            f"{found[0].method.name} is not supported in {where} of what generates: they do not make the tokens that "
+            "it has in front"
         )
 
 

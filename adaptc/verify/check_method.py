@@ -143,8 +143,8 @@ def check_method(
     """
     if isinstance(config, ProgramConfig):
         raise ConfigError(
-            f"check_method tries methods of layers, and {type(config).__name__} is of the program: adaptc.compile tries "
-            "what such a method promises"
+            f"check_method tries methods of layers, and {type(config).__name__} is of the program: adaptc.compile "
+            "tries what such a method promises"
         )
     if not isinstance(config, TargetedConfig):
         raise ConfigError(f"check_method takes a config, such as LoraConfig(r=4), not a {type(config).__name__}")
