@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from adaptc.generation.compile import compile_for_generation
     from adaptc.generation.generator import Generator
     from adaptc.generation.report import report
-    from adaptc.methods import TargetedConfig, register_method
+    from adaptc.methods import ProgramConfig, TargetedConfig, VirtualTokens, register_method
     from adaptc.methods.adalora import AdaLoraConfig
     from adaptc.methods.adaption_prompt import AdaptionPromptConfig
     from adaptc.methods.arrow import ArrowConfig
@@ -81,8 +81,10 @@ if TYPE_CHECKING:
     from adaptc.methods.vera import VeraConfig
     from adaptc.methods.waveft import WaveFTConfig
     from adaptc.methods.xlora_config import XLoraConfig
+    from adaptc.passes.ir.coefficients import Extra
     from adaptc.passes.ir.method import Initial, Method, Slot
     from adaptc.passes.ir.ops import Op
+    from adaptc.passes.ir.program_method import ProgramMethod
     from adaptc.program.adapted import AdaptedProgram
     from adaptc.program.bank import Bank
     from adaptc.program.checkpoints import last_checkpoint
@@ -171,6 +173,10 @@ PUBLIC = {
     "register_method": "adaptc.methods",
     "check_method": "adaptc.verify.check_method",
     "TargetedConfig": "adaptc.methods",
+    "ProgramConfig": "adaptc.methods",
+    "VirtualTokens": "adaptc.methods",
+    "ProgramMethod": "adaptc.passes.ir.program_method",
+    "Extra": "adaptc.passes.ir.coefficients",
     "Method": "adaptc.passes.ir.method",
     "Slot": "adaptc.passes.ir.method",
     "Initial": "adaptc.passes.ir.method",

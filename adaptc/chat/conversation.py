@@ -74,7 +74,7 @@ class Conversation:
     def _forget(self) -> None:
         self._voice: Voice | None = None
         self._cache: Any = None
-        #: what is in the cache
+        #: what of the text is in the cache
         self._tokens: list[int] = []
 
     def ask(
@@ -86,10 +86,11 @@ class Conversation:
         ids = self._encoded(messages)
         generator = voice.generator
         self._go_on(voice, ids)
-        room = self._cache.max_length - len(ids)
+        most = self._cache.max_length - self._cache.begun
+        room = most - len(ids)
         if room < 1:
             raise AdaptcError(
-                f"the conversation has {len(ids)} tokens with this, and the program takes {self._cache.max_length}: "
+                f"the conversation has {len(ids)} tokens with this, and the program takes {most}: "
                 "/reset begins a new one, and --max-length says how long one may be"
             )
         config = choice.config(generator.generation_config, self.tokenizer, room)
@@ -106,7 +107,7 @@ class Conversation:
             self._forget()  # who knows how far it came
             raise
         said = out[0].tolist()
-        self._tokens = said[: self._cache.length]
+        self._tokens = said[: self._cache.length - self._cache.begun]
         new = said[len(ids) :]
         answer = self.tokenizer.decode(new, skip_special_tokens=True)
         self.messages = [*messages, {"role": "assistant", "content": answer}]
@@ -124,10 +125,11 @@ class Conversation:
             if known != wanted:
                 break
             same += 1
-        if not self._cache.can_crop(same):
+        if not self._cache.can_crop(self._cache.begun + same):
             self._cache, same = voice.generator.new_cache(), 0
-        if same < self._cache.length:
-            self._cache.crop(same - self._cache.length)
+        kept = self._cache.begun + same
+        if kept < self._cache.length:
+            self._cache.crop(kept - self._cache.length)
         self._tokens = self._tokens[:same]
 
     def _encoded(self, messages: list[dict[str, str]]) -> list[int]:

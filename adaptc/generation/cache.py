@@ -15,6 +15,7 @@ from torch import Tensor
 
 from adaptc.errors import AdaptcError
 from adaptc.generation.layout import CacheLayout
+from adaptc.generation.opening import Opening
 from adaptc.generation.ring import repacked, ring_size
 
 #: positions by which caches grow, at least
@@ -40,8 +41,8 @@ class StepCache:
         self.recording = False
         #: positions that a caller knows will be needed; no more memory than for these is taken at once
         self.expected: int | None = None
-        #: what it begins with, a tensor (1, heads, count, width) for each of its own; None for nothing
-        self.front: list[Tensor] | None = None
+        #: what it begins with; None for nothing
+        self.front: Opening | None = None
         self.length = 0
         self.rows = 0
         #: coefficient -> the position from which each row is adapted (see ``acting``)
@@ -52,17 +53,23 @@ class StepCache:
     @property
     def begun(self) -> int:
         """Positions that were in it before any text."""
-        return 0 if self.front is None else self.front[0].shape[2]
+        return 0 if self.front is None else self.front.count
 
-    def begin(self, front: list[Tensor]) -> None:
+    @property
+    def in_places(self) -> bool:
+        """Whether the positions of its tokens are their places, padding counted."""
+        return self.front is not None and self.front.in_places
+
+    def begin(self, front: Opening) -> None:
         """Nothing is in it but ``front``, from now on. It gets memory with the first step, which says for how many
         rows."""
-        self.front = [t.to(self.device, self.layout.dtype) for t in front]
+        self.front = front
         self.tensors, self.length, self.first, self.top = [], self.begun, 0, self.begun
 
     def _begin(self, rows: int) -> None:
+        """For so many rows, some of which may have the same text. Raises AdaptcError where it is for others."""
         assert self.front is not None
-        self.tensors = [t.expand(rows, -1, -1, -1).clone(memory_format=torch.contiguous_format) for t in self.front]
+        self.tensors = self.front.for_rows(rows)
         self.mask = torch.ones(rows, self.begun, dtype=torch.int64, device=self.device)
 
     # -- memory --------------------------------------------------------------------------------------------------------
@@ -131,6 +138,10 @@ class StepCache:
         ring = self.ring
         if ring is not None:
             self.first = max(self.first, self.top - ring)
+
+    def held(self) -> list[Tensor]:
+        """The tensors of all positions so far, of a cache that keeps them."""
+        return [t[:, :, : self.length].contiguous() for t in self.tensors]
 
     def seen(self, length: int) -> list[Tensor]:
         """The tensors as far as so many positions go."""

@@ -69,7 +69,7 @@ def arguments(facts: Facts, inputs: Tensor | None, kwargs: Mapping[str, Any]) ->
     front = past.begun
     if front and given is not None:
         raise AdaptcError(
-            f"inputs_embeds is not taken where the cache begins with {front} keys of the adapter's: give input_ids"
+            f"inputs_embeds is not taken where the cache begins with {front} tokens of the adapter's: give input_ids"
         )
     if length < before - front:
         raise AdaptcError(
@@ -119,8 +119,8 @@ def generation(
     begun = 0 if past is None else past.begun
     if past is not None and begun < past.length and begun and config.prefill_chunk_size:
         raise AdaptcError(
-            f"prefill_chunk_size is not taken where a cache with text in it begins with {begun} keys of the adapter's: "
-            "leave it out"
+            f"prefill_chunk_size is not taken where a cache with text in it begins with {begun} tokens of the "
+            "adapter's: leave it out"
         )
     fits(facts, rows, length + offset, f" ({batch} of {beams} sequences each)" if beams > 1 else "", begun)
     if past is not None and past.rows and past.rows != rows:
@@ -131,13 +131,13 @@ def generation(
 
 
 def fits(facts: Facts, rows: int, length: int, of: str = "", begun: int = 0) -> None:
-    """Raises AdaptcError where a cache cannot be so large; it begins with ``begun`` keys of an adapter's."""
+    """Raises AdaptcError where a cache cannot be so large; it begins with ``begun`` tokens of an adapter's."""
     if rows > facts.max_batch:
         raise AdaptcError(
             f"{rows} rows{of} are more than max_batch={facts.max_batch}: give fewer at a time, or compile with more"
         )
     if length > facts.max_length:
-        own = f", {begun} of them of keys that the adapter has in front," if begun else ""
+        own = f", {begun} of them of tokens that the adapter has in front," if begun else ""
         raise AdaptcError(
             f"{length} positions{own} are more than max_length={facts.max_length}: give fewer tokens, ask for fewer "
             "(max_new_tokens), or compile with more"
@@ -193,6 +193,12 @@ def own_cache(facts: Facts, past: Any, rows: int | None) -> StepCache:
     return past
 
 
+def refuse_strange(given: Mapping[str, Any]) -> None:
+    """Raises AdaptcError for what nothing takes."""
+    if strange := [n for n, v in given.items() if v is not None]:
+        raise AdaptcError(f"{shown(strange[0])} is not an input of the program")
+
+
 def forward(ids: Any, embeds: Any, use_cache: Any, return_dict: Any, others: Mapping[str, Any]) -> None:
     """Raises AdaptcError for arguments of a step that mean something else than it does."""
     refuse(others)
@@ -200,7 +206,6 @@ def forward(ids: Any, embeds: Any, use_cache: Any, return_dict: Any, others: Map
         raise AdaptcError("use_cache=False is not taken: the program was captured with a cache. Leave it out")
     if return_dict is False:
         raise AdaptcError("return_dict=False is not taken: a step gives an object with logits and the cache")
-    if strange := [n for n, v in others.items() if n not in _REFUSED and v is not None]:
-        raise AdaptcError(f"{shown(strange[0])} is not an input of the program")
+    refuse_strange({n: v for n, v in others.items() if n not in _REFUSED})
     if (ids is None) == (embeds is None):
         raise AdaptcError("a step takes input_ids (batch, tokens), or inputs_embeds (batch, tokens, width) instead")

@@ -7,26 +7,25 @@ adapted as ``adaptc.compile`` adapts; or an error, and the model as it was.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from adaptc.binding.combine import named
-from adaptc.binding.source import as_config
 from adaptc.capture.example_inputs import is_pretrained_model
-from adaptc.errors import AdaptcError, CaptureError, ConfigError, shown
+from adaptc.errors import CaptureError, ConfigError, shown
 from adaptc.generation.acting import coefficients_of, refuse_acting, whole_texts
 from adaptc.generation.captured_step import captured_step
 from adaptc.generation.cross_facts import CrossFacts, check_side_by_side, decoder_positions, encoder_positions
 from adaptc.generation.cross_prove import prove_across
 from adaptc.generation.cross_step import STATES, Encoded, stepping_across
+from adaptc.generation.front import refuse_without_cache
 from adaptc.generation.generator import Generator
 from adaptc.generation.kinds import generator_of
 from adaptc.generation.layout import CacheLayout, eval_mode
 from adaptc.generation.step import Step
-from adaptc.methods import ProgramConfig
 from adaptc.passes.ir.exclusive import exclusive
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.compile import compiled
@@ -94,7 +93,6 @@ def _compiled(
         raise CaptureError(f"compile_for_generation takes a transformers model, not a {type(model).__name__}")
     by_name = named(adapter)
     adapters = list(by_name.values()) if by_name is not None else adapter if isinstance(adapter, list) else [adapter]
-    _refuse_prompts(adapters)
     acts = coefficients_of(adapters)
     name, config = type(model).__name__, cast(Any, model.config)
     if not getattr(model, "can_generate", bool)():
@@ -115,6 +113,7 @@ def _compiled(
         acts,
         whole_texts(adapters),
     )
+    refuse_without_cache(program, facts, name)
     return generator_of(program, facts)
 
 
@@ -148,22 +147,6 @@ def _across(
     with eval_mode(model):
         prove_across(model, unloaded(program), facts)
     return generator_of(program, facts)
-
-
-def _refuse_prompts(adapters: Sequence[Any]) -> None:
-    """Raises ConfigError for adapters that put tokens in front of those of a program; keys and values in front are what
-    a cache begins with."""
-    for one in adapters:
-        try:
-            config = as_config(one)
-        except AdaptcError:  # whoever compiles it says what it is
-            continue
-        if isinstance(config, ProgramConfig) and not config.reads_attentions:
-            raise ConfigError(
-                f"{config.peft_type} is not supported in programs that generate: their steps go on from a cache, which "
-                "the tokens in front would have to enter once. adaptc.compile(model, config) gives a program that "
-                "computes logits with it"
-            )
 
 
 def _captured(

@@ -21,6 +21,7 @@ from adaptc.errors import AdaptcError
 from adaptc.generation import checks, cross_checks
 from adaptc.generation.cross_cache import CrossCache, cross_cache_class
 from adaptc.generation.cross_facts import CrossFacts
+from adaptc.generation.cross_front import for_encoder, mask_of_states, popped
 from adaptc.generation.cross_step import MASK, STATES, stepping_across
 from adaptc.generation.facts import past_name
 from adaptc.generation.generator import Generator, cut_positions
@@ -53,6 +54,8 @@ class EncoderDecoder(Generator):
         self.main_input_name = facts.main
         #: what calls run, while a generation goes on
         self.parts: Mapping[str, Part] | None = None
+        #: what tokens follow from that the adapter has in front
+        self.given: Mapping[str, Any] = {}
 
     def divided(self) -> Mapping[str, Sequence[str]]:
         return self.facts.parts
@@ -83,23 +86,28 @@ class EncoderDecoder(Generator):
         ``adapter_scale``: as for calls of programs, for this generation alone. Raises AdaptcError for what the program
         cannot do, before anything is decoded or a cache is written to.
         """
-        scale = kwargs.pop(SCALE, None)
+        scale, given = kwargs.pop(SCALE, None), popped(self._runs, kwargs)
+        if (states := cross_checks.given_states(kwargs.get("encoder_outputs"))) is not None:
+            kwargs["attention_mask"] = mask_of_states(self._runs, states, kwargs.get("attention_mask"))
         inputs, kwargs = cross_checks.arguments(self.facts, inputs, kwargs)
-        return self.pinned(scale=scale).generated(inputs, generation_config, kwargs)
+        new = self.pinned(scale=scale)
+        new.given = given
+        return new.generated(inputs, generation_config, kwargs)
 
     def prefill(  # type: ignore[override]
         self, inputs: Tensor, attention_mask: Tensor | None = None, **given: Any
     ) -> CrossCache:
         """The cache of what the encoder reads, to be decoded by :meth:`generate`, any number of times from copies of
-        it. ``given``: inputs that an adapter added."""
+        it. ``given``: inputs that an adapter added, such as ``task_ids``."""
         made, pinned = self.new_cache(), self.pinned()
+        pinned.given = popped(self._runs, given)
         extra = taken_from(self._runs, given, inputs.shape[0])
-        checks.forward(inputs, None, None, None, given)
+        checks.refuse_strange(given)
         with torch.no_grad():
             pinned.begin(made, pinned.encode(inputs, attention_mask, extra), attention_mask, extra)
         return made
 
-    def new_cache(self) -> CrossCache:
+    def new_cache(self) -> CrossCache:  # type: ignore[override]
         return cross_cache_class()(self.facts.layout, self.facts, self.facts.max_length, self.device)
 
     def pinned(self, offset: int = 0, scale: Any = None) -> Self:
@@ -126,12 +134,14 @@ class EncoderDecoder(Generator):
         if isinstance(self._runs, Assignment):
             self._runs.check_encoded(inputs.shape[0])
         given = {self.facts.main: inputs.contiguous(), "attention_mask": attention_mask.long().contiguous(), **extra}
-        return _run(self.kept_parts()["encode"], given)[STATES]
+        part = self.kept_parts()["encode"]
+        return _run(part, given | for_encoder(part.inputs, self._runs, self.given))[STATES]
 
     def begin(
         self, cache: CrossCache, states: Tensor, mask: Tensor | None, extra: Mapping[str, Tensor] = _NOTHING
     ) -> None:
         """What ``cache`` holds of ``states``, of which ``mask`` says what may be seen."""
+        mask = mask_of_states(self._runs, states, mask)
         cross_checks.states(self.facts, states, mask)
         if mask is None or self.facts.features is not None:
             mask = states.new_ones(states.shape[:2], dtype=torch.int64)
@@ -163,6 +173,7 @@ class EncoderDecoder(Generator):
         past = past_key_values if cache is None else cache
         # Whisper finds out the language so, in a step of its own.
         keeps = past is not None or use_cache is not False
+        given = popped(self._runs, others) if self.parts is None else self.given
         rows = decoder_input_ids.shape[0] if isinstance(decoder_input_ids, Tensor) else 0
         extra = taken_from(self._runs, others, rows) if rows else {}
         checks.forward(decoder_input_ids, None, use_cache if keeps else None, return_dict, others)
@@ -174,6 +185,7 @@ class EncoderDecoder(Generator):
         checks.tokens(self.facts, decoder_input_ids)
         checks.check_mask(decoder_attention_mask, (rows, tokens), before)
         pinned = self if self.parts is not None else self.pinned()
+        pinned.given = given
         if past.states is None:
             states = cross_checks.given_states(encoder_outputs)
             if states is None:
@@ -190,7 +202,7 @@ class EncoderDecoder(Generator):
             first = max(tokens - logits_to_keep, 0) if logits_to_keep else 0
             logits_to_keep = torch.arange(first, tokens, device=past.device)
         positions = slots[None] if decoder_position_ids is None else decoder_position_ids
-        given = {
+        inputs = {
             "decoder_input_ids": decoder_input_ids.long().contiguous(),
             "decoder_attention_mask": past.mask,
             "decoder_position_ids": positions.expand(rows, -1).contiguous(),
@@ -201,7 +213,7 @@ class EncoderDecoder(Generator):
             **dict(zip(self.facts.layout.names, past.tensors, strict=True)),
             **dict(zip(self.facts.cross.names, past.cross, strict=True)),
         }
-        logits = _run(pinned.kept_parts()["step"], given)["logits"]
+        logits = _run(pinned.kept_parts()["step"], inputs)["logits"]
         past.wrote(total)
         self.begun = True
         return _output(logits, past, keeps)

@@ -1,54 +1,166 @@
-"""What a fresh cache begins with: the keys and values of an adapter that puts some in front of a text.
+"""What a fresh cache begins with: that of an adapter which puts tokens in front of a text.
 
-Before: what runs a step program, and its adapter. After: a tensor for each input of the cache, (1, heads, count,
-width), computed once for each binding, or None where the adapter has none.
+Before: what runs a step program, and its adapter. After: an :class:`Opening`, or None where the adapter has nothing in
+front. Keys and values are the adapter's own; embeddings become what the step itself makes of them, as if they were the
+first tokens of a text. Both are computed once for each binding, or, where they follow from what a caller gives (the
+task of each row), once for each cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from adaptc.errors import AdaptcError, ConfigError
+from adaptc.generation import checks
+from adaptc.generation.facts import NOTHING, Facts
+from adaptc.generation.opening import Opening
+from adaptc.generation.ways import cache_for, run_as
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.program_method import ProgramMethod
-from adaptc.program.bound import Keeping
 
-_KNOWN: WeakKeyDictionary[Any, list[Tensor] | None] = WeakKeyDictionary()
+#: binding -> the writes to all that was read, and what followed from it
+_KNOWN: WeakKeyDictionary[Any, tuple[Any, Opening]] = WeakKeyDictionary()
 
 
 def begins(runs: Any) -> list[Attachment]:
     """The attachments of a program, or of what is bound to one, that say what a cache begins with."""
     adaptation = getattr(getattr(runs, "program", runs), "adaptation", None)
     attachments: Sequence[Attachment] = () if adaptation is None else adaptation.attachments
-    return [a for a in attachments if isinstance(a.method, ProgramMethod) and a.method.changes("cached")]
+    return [a for a in attachments if isinstance(a.method, ProgramMethod) and a.method.opening()]
 
 
-def binding_of(runs: Any) -> Any:
-    """The adapter that calls which begin now have."""
-    return runs.binding if isinstance(runs, Keeping) else runs.current
+def taken(runs: Any) -> list[str]:
+    """The inputs that these ask of a caller."""
+    methods = [a.method for a in begins(runs)]
+    return [n for m in methods if isinstance(m, ProgramMethod) for n, e in m.inputs().items() if e.place is None]
 
 
-def front_of(runs: Any, binding: Any) -> list[Tensor] | None:
-    """What a cache for ``binding`` begins with."""
-    found = begins(runs) if binding is not None and binding.values else []
-    if not found:
-        return None
-    if binding not in _KNOWN:
-        _KNOWN[binding] = _computed(found, binding)
-    return _KNOWN[binding]
+def refuse_front(runs: Any, where: str) -> None:
+    if found := begins(runs):
+        raise AdaptcError(
+            f"{found[0].method.name} is not supported in {where} of what generates: they do not make the tokens that "
+            "it has in front"
+        )
+
+
+def refuse_without_cache(runs: Any, facts: Facts, name: str) -> None:
+    """Raises ConfigError where there is no cache, or no embeddings, to begin with."""
+    for a in begins(runs):
+        if facts.keeps == NOTHING:
+            raise ConfigError(
+                f"{a.method.name} is what a cache begins with, and {name} generates without one: {facts.why}. "
+                "adaptc.compile(model, config) gives a program that computes logits with it"
+            )
+        if a.method.opening() == "prompt" and not facts.embeds:  # type: ignore[union-attr]
+            raise ConfigError(
+                f"{a.method.name} puts embeddings in front, and the forward of {name} takes no inputs_embeds. "
+                "adaptc.compile(model, config) gives a program that computes logits with it"
+            )
 
 
 @torch.no_grad()
-def _computed(found: Sequence[Attachment], binding: Any) -> list[Tensor] | None:
-    rows: list[Tensor] = []
-    for a in found:
-        method = a.method.evaluated()
-        assert isinstance(method, ProgramMethod)
-        slots = {n: binding.values[f].detach() for n, f in a.slots.items()}
-        if method.lengthens(slots):
-            rows.append(method.cached(slots, {}))
-    return [t.unsqueeze(0) for t in torch.cat(rows, 2)] if rows else None
+def front_of(
+    runs: Any, step: Callable[..., Any] | None, facts: Facts, device: torch.device, given: Mapping[str, Any]
+) -> Opening | None:
+    """What a cache begins with for the adapter that ``step`` keeps, by default the current one. ``given``: by name,
+    what :func:`taken` names. Raises AdaptcError for values that the adapter cannot have, and where it leaves no room
+    for a text."""
+    found = begins(runs)
+    step = runs.pinned() if step is None and found else step
+    binding: Any = getattr(step, "binding", None)
+    found = [] if binding is None else [a for a in found if all(f in binding.values for f in a.slots.values())]
+    fronts = [f for a in found if (f := _Front.of(a, binding)).count]
+    if not fronts:
+        _refuse_given(given)
+        return None
+    (front,) = fronts  # no two act together
+    assert step is not None
+    if front.count >= facts.max_length:
+        raise AdaptcError(
+            f"the adapter puts {front.count} tokens in front, which leaves no room for those of a text: "
+            f"max_length={facts.max_length}. Compile with more, or choose an adapter of fewer"
+        )
+    own = front.given(given, device)
+    if own:
+        checks.fits(facts, next(iter(own.values())).shape[0], front.count)
+        return front.opening(step, facts, device, own)
+    program = getattr(runs, "program", runs)
+    known = _KNOWN.get(binding)
+    if known is None or known[0] != _writes(program, binding):
+        made = front.opening(step, facts, device, own)
+        # What runs for the first time may lay weights out in another way, which is no write to them.
+        known = _KNOWN[binding] = _writes(program, binding), made
+    return known[1]
+
+
+class _Front:
+    """The tokens in front of one adapter's: ``count`` of them."""
+
+    def __init__(self, method: ProgramMethod, slots: Mapping[str, Tensor]) -> None:
+        self.method, self.slots = method, slots
+        self.count = int(method.lengthens(slots))
+
+    @classmethod
+    def of(cls, a: Attachment, binding: Any) -> _Front:
+        method = binding.methods.get(a.id, a.method).evaluated()
+        return cls(method, {n: binding.values[f].detach() for n, f in a.slots.items()})
+
+    def given(self, given: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+        """What the method asks of a caller. Raises AdaptcError for what is not there, or cannot be."""
+        wanted = {n: e for n, e in self.method.inputs().items() if e.place is None}
+        _refuse_given({n: v for n, v in given.items() if n not in wanted})
+        out: dict[str, Tensor] = {}
+        for name, extra in wanted.items():
+            value = given.get(name)
+            if not isinstance(value, Tensor) or value.ndim != len(extra.axes) or value.dtype != extra.dtype:
+                is_ = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else f"{value!r}"
+                raise AdaptcError(
+                    f"{self.method.name} needs {name}, a tensor ({', '.join(extra.axes)}) of {extra.dtype}; got {is_}"
+                )
+            out[name] = value.to(device)
+        if why := self.method.why_wrong(self.slots, out) if out else "":
+            raise AdaptcError(why)
+        return out
+
+    def opening(
+        self, step: Callable[..., Any], facts: Facts, device: torch.device, given: Mapping[str, Tensor]
+    ) -> Opening:
+        if self.method.opening() == "cached":
+            rows = self.method.cached(self.slots, given)
+            return Opening([t.unsqueeze(0).to(device, facts.layout.dtype) for t in rows], self.count)
+        rows = self.method.prompt(self.slots, given).to(device, facts.embeds_dtype)
+        return _read(rows if rows.ndim == 3 else rows.unsqueeze(0), step, facts, device)
+
+
+def _read(rows: Tensor, step: Callable[..., Any], facts: Facts, device: torch.device) -> Opening:
+    """What the cache holds after a text of these embeddings (batch, count, width)."""
+    batch, count = rows.shape[:2]
+    past = cache_for(facts, device)
+    past.expected = count
+    past.activate_past_recording()  # all positions, in layers that look back on a window too
+    past.reserve(batch, count)
+    inputs = {
+        "input_ids": torch.zeros(batch, count, dtype=torch.int64, device=device),
+        "inputs_embeds": rows.contiguous(),
+        "embedded": torch.tensor(True, device=device),
+    }
+    if facts.positions:
+        inputs["position_ids"] = torch.arange(count, device=device).expand(batch, -1).contiguous()
+    run_as(facts, step, past, inputs, count, 1)
+    return Opening(past.held(), count, in_places=True)
+
+
+def _refuse_given(given: Mapping[str, Any]) -> None:
+    if strange := [n for n, v in given.items() if v is not None]:
+        raise AdaptcError(f"{strange[0]} is not taken by the current adapter: leave it out")
+
+
+def _writes(program: Any, binding: Any) -> list[tuple[int, int]]:
+    """How often each tensor that a step may read was written to, and where it lies."""
+    tensors = [t for t in (*program.base_tensors.values(), *binding.values.values()) if isinstance(t, Tensor)]
+    return [(0 if t.is_inference() else t._version, t.data_ptr()) for t in tensors]

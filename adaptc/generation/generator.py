@@ -20,10 +20,11 @@ from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation import checks
 from adaptc.generation.acting import Acting, of_tokens, refuse_acting
 from adaptc.generation.bank import GeneratorBank, bank_of
+from adaptc.generation.behind import behind_front
 from adaptc.generation.cache import StepCache
 from adaptc.generation.description import described
 from adaptc.generation.facts import NOTHING, Facts, past_name
-from adaptc.generation.front import begins, binding_of, front_of
+from adaptc.generation.front import begins, front_of, refuse_front, taken
 from adaptc.generation.given import given_names, refuse_given, taken_from, with_given
 from adaptc.generation.package_files import carried
 from adaptc.generation.random_steps import drawn, pair
@@ -48,8 +49,6 @@ class Generator(Holder):
         self.config, self.generation_config = facts.config, facts.generation_config
         #: what a step calls, while a generation goes on
         self.step: Callable[..., Any] | None = None
-        #: what a cache begins with, while a generation goes on
-        self.front: list[Tensor] | None = None
         #: positions of its cache that its ``input_ids`` does not begin with
         self.offset = 0
         #: where the adapter acts, while a generation goes on
@@ -91,7 +90,7 @@ class Generator(Holder):
     def carried(self, tokenizer: Any) -> dict[str, bytes]:
         refuse_acting(self.facts.acts, "a package would be made of what generates")
         refuse_given(self._runs, "a package would be made of what generates")
-        _refuse_front(self._runs, "packages")
+        refuse_front(self._runs, "packages")
         return carried(self.facts, tokenizer)
 
     def drawn(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +118,7 @@ class Generator(Holder):
         {"de": 0.7, "style": 0.3}])``. ``limits`` and errors as for :meth:`AdaptedProgram.bank`."""
         refuse_acting(self.facts.acts, "a bank would be made of what generates")
         refuse_given(self._runs, "a bank would be made of what generates")
-        _refuse_front(self._runs, "banks")
+        refuse_front(self._runs, "banks")
         return bank_of(self, adapters, limits)
 
     @property
@@ -148,32 +147,22 @@ class Generator(Holder):
         ``past_key_values`` (or ``cache``): what :meth:`prefill` or an earlier call gave, to go on from; ``input_ids``
         then begins with the tokens that are in it, or, with an ``attention_mask`` for all of them, is what comes after.
         The cache is written to; ``cache.copy()`` keeps it as it was. ``adapter_scale``: as for calls of programs, for
-        this generation alone. What an adapter added to the inputs (``task_ids`` of Poly) is given by its name, with a
-        value for each prompt. Raises AdaptcError, before anything is computed, for what the program cannot do.
+        this generation alone. ``task_ids`` and their like, which an adapter asks for, have a value for each prompt.
+        Raises AdaptcError, before anything is computed, for what the program cannot do.
         """
         scale = kwargs.pop(SCALE, None)
         if begins(self._runs):
-            refuse_acting(self.facts.acts, "keys of another adapter would stand in front")
-            return self._generated_behind(inputs, generation_config, kwargs, scale)
+            refuse_acting(self.facts.acts, "tokens of another adapter would stand in front")
+            new = self.pinned(scale=scale)
+            kwargs = behind_front(new, inputs, generation_config, kwargs)
+            kwargs, new.offset = checks.arguments(self.facts, inputs, kwargs)
+            return new.generated(inputs, generation_config, kwargs)
         kwargs, offset = checks.arguments(self.facts, inputs, kwargs)
         new = self.pinned(offset, scale)
         if new.acting is not None:
             ids = kwargs.get("input_ids") if inputs is None else inputs
             ids = None if kwargs.get("inputs_embeds") is not None else ids
             new.acting = new.acting.for_prompt(ids, kwargs.get(past_name()), offset)
-        return new.generated(inputs, generation_config, kwargs)
-
-    def _generated_behind(
-        self, inputs: Tensor | None, generation_config: Any, kwargs: dict[str, Any], scale: Any
-    ) -> Any:
-        """The same where the adapter may have keys that a cache begins with."""
-        new = self.pinned(scale=scale)
-        ids = kwargs.get("input_ids") if inputs is None else inputs
-        if all(kwargs.get(name) is None for name in ("past_key_values", "cache")) and new.front is not None:
-            if kwargs.get("attention_mask") is None and isinstance(ids, Tensor):
-                kwargs = {**kwargs, "attention_mask": _seen(ids, generation_config or self.generation_config, kwargs)}
-            kwargs = {**kwargs, past_name(): new.new_cache()}
-        kwargs, new.offset = checks.arguments(self.facts, inputs, kwargs)
         return new.generated(inputs, generation_config, kwargs)
 
     def generated(self, inputs: Tensor | None, generation_config: Any, kwargs: dict[str, Any]) -> Any:
@@ -188,8 +177,8 @@ class Generator(Holder):
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None, **given: Any) -> StepCache:
         """The cache of a prompt (batch, tokens), to be continued by :meth:`generate`, any number of times from copies
-        of it. ``given``: inputs that an adapter added."""
-        made = self.new_cache()
+        of it. ``given``: inputs that an adapter added, such as ``task_ids``."""
+        made = self.new_cache(**{n: given.pop(n) for n in taken(self._runs) if n in given})
         checks.tokens(self.facts, input_ids)
         with torch.no_grad():
             positions = None
@@ -197,27 +186,23 @@ class Generator(Holder):
                 checks.check_mask(attention_mask, input_ids.shape, 0)
                 attention_mask = checks.behind(made.begun, attention_mask)
                 positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-                positions = positions[:, made.begun :]
+                positions = None if made.in_places else positions[:, made.begun :]
             self.forward(input_ids, attention_mask, positions, made, logits_to_keep=1, **given)
         return made
 
-    def new_cache(self) -> StepCache:
-        """One with nothing in it but what the current adapter has there."""
-        front = self.front if self.step is not None else front_of(self._runs, binding_of(self._runs))
+    def new_cache(self, **given: Any) -> StepCache:
+        """One with nothing in it but what the current adapter has there. ``given``: what that follows from, such as
+        ``task_ids`` (batch,). Raises AdaptcError for what the adapter does not take, or lacks."""
+        front = front_of(self._runs, self.step, self.facts, self.device, given)
         return cache_for(self.facts, self.device, front)
 
     def pinned(self, offset: int = 0, scale: Any = None) -> Self:
         """One that keeps the adapter that is current now, for a generation that does not begin with what is in its
         cache, ``offset`` positions. ``scale``: its ``adapter_scale``."""
         new, runs = copy.copy(self), self._runs
-        if self.step is None and begins(runs):
-            binding = None
-            while new.step is None or binding is not binding_of(runs):  # until nobody swapped between the two
-                binding, new.step = binding_of(runs), runs.pinned(scale)
-            new.front = front_of(runs, binding)
-        elif self.step is None:
+        if self.step is None:
             new.step = runs.pinned(scale)
-            if self.facts.acts:
+            if self.facts.acts and not begins(runs):
                 program = runs.program if isinstance(runs, Bound) else runs
                 new.acting = Acting.of(self.facts.acts, program, new.step.binding)  # type: ignore[union-attr]
         new.offset, new.begun = offset, False
@@ -245,15 +230,16 @@ class Generator(Holder):
         made, and is in the output.
         """
         bare = use_cache is False and self.facts.keeps == NOTHING
+        past = past_key_values if cache is None else cache
+        given = {} if past is not None else {n: others.pop(n) for n in taken(self._runs) if n in others}
         asked = inputs_embeds if input_ids is None else input_ids
         extra = taken_from(self._runs, others, asked.shape[0]) if isinstance(asked, Tensor) and asked.ndim else {}
         checks.forward(input_ids, inputs_embeds, None if bare else use_cache, return_dict, others)
         if inputs_embeds is not None:
             checks.embeddings(self.facts, inputs_embeds)
         rows, tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]  # type: ignore[union-attr]
-        past = past_key_values if cache is None else cache
         if past is None:
-            past = self.new_cache()
+            past = self.new_cache(**given)
             if isinstance(attention_mask, Tensor) and attention_mask.shape == (rows, tokens):
                 attention_mask = checks.behind(past.begun, attention_mask)
         else:
@@ -268,8 +254,8 @@ class Generator(Holder):
             past.mask[:, :total] = attention_mask
         inputs = self._tokens(input_ids, inputs_embeds, rows, tokens) | extra
         if self.facts.positions:
-            given = torch.arange(before, total)[None] if position_ids is None else position_ids
-            inputs["position_ids"] = given.to(past.device).expand(rows, -1).contiguous()
+            places = torch.arange(before, total)[None] if position_ids is None else position_ids
+            inputs["position_ids"] = places.to(past.device).expand(rows, -1).contiguous()
         if acting is not None:
             inputs |= acting.inputs(input_ids, past, rows, tokens)
         logits = run_as(self.facts, step, past, inputs, tokens, logits_to_keep)
@@ -310,6 +296,8 @@ class Generator(Holder):
             next_sequence_length = new.shape[1] + self.offset - past.length  # type: ignore[union-attr]
         if next_sequence_length is not None:
             new = new[:, -next_sequence_length:]
+        if getattr(past, "in_places", False):
+            kwargs.pop("position_ids", None)  # transformers counts what is seen
         cut_positions(kwargs, "position_ids", new.shape[1])
         # What ways to generate have of their own, such as a tokenizer, comes along; names were checked before.
         return {name: new, **{n: v for n, v in kwargs.items() if n not in checks.MODE}}
@@ -365,22 +353,6 @@ class Generator(Holder):
         f = self.facts
         what = "keeping" if isinstance(self._runs, Keeping) else "of"
         return f"generates with up to {f.max_batch} rows of {f.max_length} positions, {what}\n{self._runs!r}"
-
-
-def _refuse_front(runs: Any, where: str) -> None:
-    if found := begins(runs):
-        raise AdaptcError(
-            f"{found[0].method.name} is not supported in {where} of what generates: a cache begins with its keys, "
-            "which they do not make"
-        )
-
-
-def _seen(ids: Tensor, config: Any, given: Mapping[str, Any]) -> Tensor:
-    """The mask of a prompt that comes without one, as transformers makes it: padding is not seen, where it is no
-    end."""
-    pad, end = (given.get(n, getattr(config, n, None)) for n in ("pad_token_id", "eos_token_id"))
-    ends = [] if end is None else end if isinstance(end, list) else [end]
-    return ids.new_ones(ids.shape) if pad is None or pad in ends else ids.ne(pad).to(torch.int64)
 
 
 def cut_positions(kwargs: dict[str, Any], name: str, count: int) -> None:

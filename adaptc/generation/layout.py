@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from adaptc.errors import CaptureError
 from adaptc.passes.analysis.cache_inputs import KINDS as CACHED
-from adaptc.passes.analysis.cache_inputs import cache_name
+from adaptc.passes.analysis.cache_inputs import STATE, cache_name
 
 #: the classes of transformers whose state is keys and values at all positions, or at the last ones
 _ATTENTION = ("DynamicLayer", "DynamicSlidingWindowLayer")
@@ -118,7 +118,7 @@ class StateLayout(CacheLayout):
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(f"{self.prefix}state_{i}" for i in range(len(self.states)))
+        return tuple(cache_name(STATE, i, self.prefix) for i in range(len(self.states)))
 
     @property
     def sliding(self) -> tuple[bool, ...]:

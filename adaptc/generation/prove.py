@@ -64,7 +64,8 @@ def _in_pieces(step: Callable[..., Tensor], facts: Facts, ids: Tensor, mask: Ten
     if facts.keeps == STATE:
         states = facts.layout.zeros(_ROWS, device)
         each = [{"input_ids": ids[:, i : i + 1].contiguous(), "seen": mask[:, i].bool()} for i in range(length)]
-        return torch.cat([step(**one, **states) for one in each], 1)
+        more = _no_embeddings(facts, 1, device)
+        return torch.cat([step(**one, **more, **states) for one in each], 1)
     room = length + 3
     # As small as the largest piece allows, so that it is written over.
     ring = None if facts.window is None else min(room, facts.window + length // 2)
@@ -77,11 +78,16 @@ def _in_pieces(step: Callable[..., Tensor], facts: Facts, ids: Tensor, mask: Ten
         inputs |= {n: t[:, :, :seen] for n, t in cache.items()}
         if facts.positions:
             inputs["position_ids"] = positions[:, start:end].contiguous()
-        if facts.embeds:
-            shape = (_ROWS, end - start, facts.width)
-            inputs["inputs_embeds"] = torch.zeros(shape, dtype=facts.embeds_dtype, device=device)
-            inputs["embedded"] = torch.tensor(False, device=device)
+        inputs |= _no_embeddings(facts, end - start, device)
         inputs |= {n: torch.zeros_like(inputs["input_ids"], dtype=torch.bool) for n in facts.acts}
         slots = torch.arange(start, end, device=device)
         out.append(step(**inputs, slots=slots, keep=torch.arange(end - start, device=device)))
     return torch.cat(out, 1)
+
+
+def _no_embeddings(facts: Facts, tokens: int, device: torch.device) -> dict[str, Tensor]:
+    """What a step that takes embeddings is given beside tokens."""
+    if not facts.embeds:
+        return {}
+    nothing = torch.zeros(_ROWS, tokens, facts.width, dtype=facts.embeds_dtype, device=device)
+    return {"inputs_embeds": nothing, "embedded": torch.tensor(False, device=device)}

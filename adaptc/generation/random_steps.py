@@ -105,17 +105,24 @@ def _step(
         seen = torch.randint(0, 2, (rows,), generator=values).bool()
         states = facts.layout.zeros(rows, torch.device("cpu"))
         drawn = {n: torch.randn(t.shape, generator=values).to(t.dtype) for n, t in states.items()}
-        return {"input_ids": inputs["input_ids"][:, :1].contiguous(), "seen": seen, **drawn}
+        one = {"input_ids": inputs["input_ids"][:, :1].contiguous(), "seen": seen, **drawn}
+        return one | _embedded(facts, values, rows, 1)
     if facts.keeps != NOTHING:
         inputs["slots"] = slots
     if facts.positions:
         inputs["position_ids"] = slots.expand(rows, -1).contiguous()
-    if facts.embeds:
-        inputs["inputs_embeds"] = torch.randn(rows, tokens, facts.width, generator=values).to(facts.embeds_dtype)
-        inputs["embedded"] = torch.randint(0, 2, (), generator=values).bool()
+    inputs |= _embedded(facts, values, rows, tokens)
     for name in facts.acts:
         inputs[name] = torch.randint(0, 2, (rows, tokens), generator=values).bool()
     ring = None if facts.window is None else min(length, facts.window + tokens - 1)
     for name, shape in zip(facts.layout.names, facts.layout.shapes(rows, length, ring), strict=True):
         inputs[name] = torch.randn(shape, generator=values).to(facts.layout.dtype)
     return inputs
+
+
+def _embedded(facts: Facts, values: torch.Generator, rows: int, tokens: int) -> dict[str, Tensor]:
+    """What a step that takes embeddings is given beside tokens."""
+    if not facts.embeds:
+        return {}
+    drawn = torch.randn(rows, tokens, facts.width, generator=values).to(facts.embeds_dtype)
+    return {"inputs_embeds": drawn, "embedded": torch.randint(0, 2, (), generator=values).bool()}

@@ -4,10 +4,11 @@ Before: a causal transformers model whose layers keep the last inputs of a convo
 After, inside :func:`stepping_states`: the same module, whose ``forward`` takes plain tensors alone. A text is read
 token by token, since what reads several at once is a loop that a capture unrolls for one number of them.
 
-    input_ids  (batch, 1)  int64
-    seen       (batch,)    bool: rows whose token counts; the state of others stays as it was, as if they had none
-    state_i    (batch, ...)  of each layer, written in place
-    -> logits  (batch, 1, vocabulary)
+    input_ids      (batch, 1)         int64
+    inputs_embeds  (batch, 1, width)  taken instead where ``embedded`` () says so; both where the model takes embeddings
+    seen           (batch,)           bool: rows whose token counts; the state of others stays as it was
+    state_i        (batch, ...)       of each layer, written in place
+    -> logits      (batch, 1, vocabulary)
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from adaptc.capture.replaced_forward import keyword, replaced_forward
 from adaptc.errors import AdaptcError, CaptureError
 from adaptc.generation.cache import StepCache
 from adaptc.generation.layout import StateLayout
-from adaptc.generation.step import Step
+from adaptc.generation.step import Step, embedding
 
 _ROWS = 3
 
@@ -38,12 +39,19 @@ def stepping_states(model: nn.Module, layout: StateLayout) -> Iterator[Step]:
     past = next((n for n in ("cache", "cache_params", "past_key_values") if n in takes), None)
     if past is None:
         raise CaptureError(f"the forward of {type(model).__name__} takes no cache, so it cannot go on from one")
-    step, original = _example(model, layout), model.forward
+    step, original = _example(model, layout, "inputs_embeds" in takes), model.forward
 
-    def forward(input_ids: Tensor, seen: Tensor, **states: Tensor) -> Tensor:
+    def forward(
+        input_ids: Tensor,
+        seen: Tensor,
+        inputs_embeds: Tensor | None = None,
+        embedded: Tensor | None = None,
+        **states: Tensor,
+    ) -> Tensor:
         # The model writes to what it is given; rows without a token keep what they had.
         made = [states[name].clone() for name in layout.names]
-        logits = original(input_ids=input_ids, use_cache=True, **{past: _held(layout, made)}).logits
+        with embedding(model, inputs_embeds, embedded):
+            logits = original(input_ids=input_ids, use_cache=True, **{past: _held(layout, made)}).logits
         for name, new in zip(layout.names, made, strict=True):
             old = states[name]
             old.copy_(torch.where(seen.view(-1, *[1] * (new.ndim - 1)), new, old))
@@ -53,14 +61,20 @@ def stepping_states(model: nn.Module, layout: StateLayout) -> Iterator[Step]:
         yield step
 
 
-def _example(model: nn.Module, layout: StateLayout) -> Step:
+def _example(model: Any, layout: StateLayout, with_embeds: bool) -> Step:
     device, rows = next(model.parameters()).device, Dim("rows")
     inputs = {
         "input_ids": torch.arange(_ROWS, device=device)[:, None].contiguous(),
         "seen": torch.ones(_ROWS, dtype=torch.bool, device=device),
         **layout.zeros(_ROWS, device),
     }
-    return Step(inputs, {name: {0: rows} for name in inputs})
+    shapes: dict[str, Any] = {name: {0: rows} for name in inputs}
+    if with_embeds:
+        weight = model.get_input_embeddings().weight
+        inputs["inputs_embeds"] = torch.zeros(_ROWS, 1, weight.shape[1], dtype=weight.dtype, device=device)
+        inputs["embedded"] = torch.zeros((), dtype=torch.bool, device=device)
+        shapes |= {"inputs_embeds": {0: rows}, "embedded": {}}
+    return Step(inputs, shapes)
 
 
 def _held(layout: StateLayout, tensors: list[Tensor]) -> Any:
@@ -85,13 +99,13 @@ def run_states(
     step: Callable[..., Any], past: StepCache, inputs: Mapping[str, Tensor], tokens: int, keep: int | Tensor
 ) -> Tensor:
     """As ``pieces.run``, of a cache that holds a state."""
-    before, ids = past.length, inputs["input_ids"]
+    before = past.length
     wanted = range(max(tokens - keep, 0) if keep else 0, tokens) if isinstance(keep, int) else keep.tolist()
     states = dict(zip(past.layout.names, past.tensors, strict=True))
-    given = {n: t for n, t in inputs.items() if t.ndim == 1}
     logits: dict[int, Tensor] = {}
     for i in range(tokens):
-        found = step(input_ids=ids[:, i : i + 1].contiguous(), seen=past.mask[:, before + i].bool(), **given, **states)
+        one = {n: t[:, i : i + 1].contiguous() if t.ndim > 1 else t for n, t in inputs.items()}
+        found = step(**one, seen=past.mask[:, before + i].bool(), **states)
         past.wrote(before + i + 1)
         if i in wanted:
             logits[i] = found
@@ -113,15 +127,21 @@ class StateCache(StepCache):
     def reserve(self, rows: int, length: int) -> None:
         if not self.tensors:
             self.rows = rows
-            self.tensors = list(self.layout.zeros(rows, self.device).values())
+            if self.front is not None:
+                self._begin(rows)
+            else:
+                self.tensors = list(self.layout.zeros(rows, self.device).values())
         if length > self.mask.shape[1]:
             wider = torch.ones(rows, min(max(2 * length, 64), self.max_length), dtype=torch.int64, device=self.device)
             if self.length:
                 wider[:, : self.length] = self.mask[:, : self.length]
             self.mask = wider
 
+    def held(self) -> list[Tensor]:
+        return list(self.tensors)
+
     def can_crop(self, length: int) -> bool:
-        return length in (0, self.length)
+        return length in (0, self.begun, self.length)
 
     def crop(self, tokens_to_remove: int) -> None:
         left = min(self.length, tokens_to_remove) if tokens_to_remove > 0 else max(0, self.length + tokens_to_remove)
@@ -130,12 +150,12 @@ class StateCache(StepCache):
                 f"a state of {self.length} positions cannot be taken back to {left}: compute the text again with "
                 "gen.prefill(input_ids), and keep copies of what you go on from"
             )
-        if left == 0:
+        if left <= self.begun:
             self.reset()
 
     def reset(self) -> None:
         super().reset()
-        for t in self.tensors:
+        for t in self.tensors:  # none where it begins with something
             t.zero_()
 
 

@@ -76,7 +76,7 @@ def stepping(
         if keeps:
             inputs["logits_to_keep"] = keep
         inputs[past] = written_cache(tensors, slots, layout, rings)
-        with _embedding(model, *given):
+        with embedding(model, *given):
             logits = original(**inputs, use_cache=True).logits
         return logits if keeps else logits[:, keep]
 
@@ -86,7 +86,7 @@ def stepping(
 
 
 @contextlib.contextmanager
-def _embedding(model: Any, given: Tensor | None, wanted: Tensor | None) -> Iterator[None]:
+def embedding(model: Any, given: Tensor | None, wanted: Tensor | None) -> Iterator[None]:
     """The input embedding gives ``given`` where ``wanted`` is true."""
     if given is None or wanted is None:
         yield

@@ -13,6 +13,7 @@ from adaptc.generation.acting import refuse_acting
 from adaptc.generation.cache import StepCache, cache_class
 from adaptc.generation.facts import EXACT, NOTHING, STATE, WINDOW, Facts
 from adaptc.generation.layout import CacheLayout, StateLayout
+from adaptc.generation.opening import Opening
 from adaptc.generation.pieces import run
 from adaptc.generation.state_step import run_states, state_cache_class, stepping_states
 from adaptc.generation.step import Step, stepping
@@ -49,8 +50,8 @@ def run_as(
     return run(step, past, inputs, tokens, keep, facts.keeps == EXACT)
 
 
-def cache_for(facts: Facts, device: torch.device, front: list[Tensor] | None = None) -> StepCache:
-    """One with nothing in it but ``front``, if a step keeps keys and values."""
+def cache_for(facts: Facts, device: torch.device, front: Opening | None = None) -> StepCache:
+    """One with nothing in it but ``front``."""
     layout = TEXT if facts.keeps == NOTHING else facts.layout
     made = state_cache_class() if facts.keeps == STATE else cache_class()
     new = made(layout, facts, facts.max_length, device, facts.window)

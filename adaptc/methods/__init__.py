@@ -16,6 +16,7 @@ from adaptc.methods._registry import check_registered, config_class, is_own, met
 from adaptc.methods._sizes import check_sizes
 from adaptc.methods._stacked import Stacked
 from adaptc.methods._united import exactly, united
+from adaptc.methods._virtual_tokens import VirtualTokens
 from adaptc.methods._whole import TokenRows, Whole
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Stacked",
     "TargetedConfig",
     "TokenRows",
+    "VirtualTokens",
     "Whole",
     "adapts_defaults",
     "apart",

@@ -2,6 +2,9 @@
 
 How many there are is the size of a slot, so that a swap may change it, and none at all are the identity. A method of
 this kind says what its slots are, and what stands at the places: embeddings, or keys and values.
+
+An adapter of a model with an encoder and a decoder may have rows for each of the two stacks. They are slices of its
+slots, (2, count, ...), and one behind the other in files, (2 * count, ...). Those of the encoder come first.
 """
 
 from __future__ import annotations
@@ -14,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from adaptc.errors import CheckpointError
 from adaptc.passes.ir.coefficients import Given
-from adaptc.passes.ir.method_hooks import Slots
+from adaptc.passes.ir.method_hooks import Slot, Slots
 from adaptc.passes.ir.ops import Op
 from adaptc.passes.ir.program_method import ProgramMethod
 
@@ -25,7 +29,7 @@ PROMPT = "prompt_embeddings"
 @dataclass(frozen=True)
 class InFront(ProgramMethod):
     """``count``: how many tokens, which are as many as the rows of the slot :data:`PROMPT` unless :meth:`lengthens` is
-    overridden."""
+    overridden. ``sides``: for how many stacks of the model there are as many rows."""
 
     swappable: ClassVar[frozenset[str]] = frozenset({"count", "first", "training"})
     #: slot -> what PEFT's module of the prompt calls it
@@ -35,11 +39,12 @@ class InFront(ProgramMethod):
     count: int = 0
     #: how first values are made; what it holds is up to the method
     first: tuple[Any, ...] = ()
+    sides: int = 1
 
     # -- places --------------------------------------------------------------------------------------------------------
 
     def lengthens(self, slots: Slots) -> int:
-        return slots[PROMPT].shape[0]
+        return slots[PROMPT].shape[-2]
 
     def tokens(self, value: Tensor, slots: Slots, given: Given, plain: int) -> Tensor:
         return self.padded(value, slots, plain)
@@ -64,10 +69,37 @@ class InFront(ProgramMethod):
         return self.count
 
     def with_sizes_of(self, op: Op, slots: Slots) -> Any:
-        return replace(self, count=slots[PROMPT].shape[0]) if PROMPT in slots else self
+        if PROMPT not in slots:
+            return self
+        *stacks, count, _ = slots[PROMPT].shape
+        return replace(self, count=count if stacks else count // self.sides)
 
     def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         return replace(self, count=0).filled(op, W, dtype)
+
+    # -- stacks --------------------------------------------------------------------------------------------------------
+
+    def rows_of(self, width: int, *before: int) -> Slot:
+        """The slot of rows of this width for all stacks."""
+        stacks = (self.sides,) if self.sides > 1 else ()
+        shape = (*before, *stacks, self.count, width)
+        return Slot(shape, free=(len(shape) - 2,))
+
+    def divided(self, name: str, rows: Tensor, axis: int = 0) -> Tensor:
+        """Rows as files have them, by stacks. Raises CheckpointError for a number of rows that is not as many for
+        each."""
+        if self.sides == 1:
+            return rows
+        if rows.shape[axis] % self.sides:
+            raise CheckpointError(
+                f"{name!r} has {rows.shape[axis]} rows, and the config says that they are as many for each of "
+                f"{self.sides} stacks (num_transformer_submodules)"
+            )
+        return rows.unflatten(axis, (self.sides, -1))
+
+    def joined(self, rows: Tensor, axis: int = 0) -> Tensor:
+        """Inverse of :meth:`divided`."""
+        return rows if self.sides == 1 else rows.flatten(axis, axis + 1)
 
     def clash(self, other: Any) -> str:
         return "the first tokens" if isinstance(other, InFront) else ""

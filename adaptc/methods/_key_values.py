@@ -27,10 +27,10 @@ class KeyValueConfig(ProgramConfig):
     attentions: heads that several queries share count once."""
 
     reads_attentions: ClassVar[bool] = True
+    takes_encoders: ClassVar[bool] = False
 
     def resolved(self, facts: ModelFacts, width: int, found: Attentions | None = None) -> Self:
         assert found is not None
-        self.check_submodules()
         layers = getattr(facts.config, "num_hidden_layers", None)
         if isinstance(layers, int) and layers != len(found.nodes):
             raise TargetError(

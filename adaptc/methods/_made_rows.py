@@ -50,15 +50,18 @@ class MadeRows(InFront):
         raise AssertionError(f"{type(self).__name__} must define last()")
 
     def slots(self, op: Op) -> dict[str, Slot]:
-        trained, made = (Slot((self.count, width), free=(0,)) for width in self.sizes(op))
+        trained, made = map(self.rows_of, self.sizes(op))
         network = {f"{NETWORK}{n}": Slot(shape) for n, shape in self.network(op).items()}
         return {PROMPT: replace(made, trainable=False), TRAINED: trained, **network}
 
     def made(self, slots: Slots) -> Tensor:
-        """The rows, (count, width)."""
-        fixed = slots[PROMPT]
+        """The rows, (count, width), of all stacks."""
+        fixed, trained = slots[PROMPT], slots[TRAINED]
+        rows = self.through(self.joined(trained), slots)
         # Where there are no rows, a network that takes no fewer than one has made one.
-        return fixed + self.through(slots[TRAINED], slots)[: fixed.shape[0]]
+        if self.sides == 1:
+            return fixed + rows[: fixed.shape[0]]
+        return fixed + rows.view(self.sides, -1, fixed.shape[2])[:, : fixed.shape[1]]
 
     # -- values --------------------------------------------------------------------------------------------------------
 
@@ -68,9 +71,9 @@ class MadeRows(InFront):
         def uniform(shape: tuple[int, ...], inputs: int) -> Tensor:
             return (torch.rand(shape, generator=generator) * 2 - 1) / sqrt(inputs)
 
-        shapes, (trained, made) = self.network(op), self.sizes(op)
-        values = {PROMPT: torch.zeros(self.count, made)}
-        values[TRAINED] = torch.randn(self.count, trained, generator=generator)
+        shapes, slots = self.network(op), self.slots(op)
+        values = {PROMPT: torch.zeros(slots[PROMPT].shape)}
+        values[TRAINED] = torch.randn(slots[TRAINED].shape, generator=generator)
         for name, shape in shapes.items():
             values[f"{NETWORK}{name}"] = uniform(shape, self.reads(name, shapes))
         return Initial({n: t.to(W.device, dtype) for n, t in values.items()})
@@ -80,7 +83,7 @@ class MadeRows(InFront):
         return shapes[f"{name.rpartition('.')[0]}.weight"][1]
 
     def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        none = W.new_zeros((0, self.sizes(op)[1]), dtype=dtype)
+        none = W.new_zeros(replace(self, count=0).slots(op)[PROMPT].shape, dtype=dtype)
         return {**self._nothing(op, W.new_zeros((), dtype=dtype), 1), PROMPT: none}
 
     def _nothing(self, op: Op, zero: Tensor, count: int) -> dict[str, Tensor]:
@@ -94,19 +97,23 @@ class MadeRows(InFront):
             return dict(found)
         rows, network = found[PROMPT], {n: t for n, t in found.items() if n != PROMPT}
         if not network:
-            return {**self._nothing(op, rows.new_zeros(()), rows.shape[0]), PROMPT: rows}
+            rows = self.divided(PROMPT, rows)
+            return {**self._nothing(op, rows.new_zeros(()), rows.shape[-2]), PROMPT: rows}
         if lost := sorted(set(self.slots(op)) - set(found)):
             raise CheckpointError(
                 f"the file has some of the network that makes the rows, and lacks {lost[0]!r}: it needs all of it, or "
                 f"{PROMPT!r} alone"
             )
-        return {**network, PROMPT: torch.zeros_like(rows)}
+        network[TRAINED] = self.divided(TRAINED, network[TRAINED])
+        return {**network, PROMPT: self.divided(PROMPT, torch.zeros_like(rows))}
 
     def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
         with torch.no_grad():
-            rows = self.evaluated().made(slots)
+            rows = self.joined(self.evaluated().made(slots))
         none = not any(bool(slots[f"{NETWORK}{self.last()}.{n}"].any()) for n in ("weight", "bias"))
-        return {PROMPT: rows, **({} if none else {n: t for n, t in slots.items() if n != PROMPT})}
+        if none:
+            return {PROMPT: rows}
+        return {**slots, PROMPT: rows, TRAINED: self.joined(slots[TRAINED])}
 
     def untrainable(self, slots: Slots) -> str:
         if slots[PROMPT].numel() and bool(slots[PROMPT].any()):

@@ -34,6 +34,9 @@ class ProgramConfig(AdapterConfig):
     samples: ClassVar[Sequence[Mapping[str, Any]]] = ({"num_virtual_tokens": 5},)
     #: whether its method stands in the program's attentions
     reads_attentions: ClassVar[bool] = False
+    #: whether it is for models with an encoder and a decoder, and whether PEFT trains its decoder with rows of its own
+    takes_encoders: ClassVar[bool] = True
+    prompts_decoders: ClassVar[bool] = False
 
     num_virtual_tokens: int | None = None
     token_dim: int | None = None
@@ -60,24 +63,37 @@ class ProgramConfig(AdapterConfig):
         """This config with what it leaves to the model filled in, as PEFT's files have it; ``width``: that of the
         program's token embedding; ``found``: its attentions, if :attr:`reads_attentions`. Raises ConfigError where they
         do not agree."""
-        self.check_submodules()
         if self.token_dim not in (None, width):
             raise ConfigError(
                 f"{type(self).__name__}.token_dim={self.token_dim}, and the token embedding of this program has rows "
                 f"of {width}: leave it out"
             )
-        values: dict[str, Any] = {"token_dim": width, "num_transformer_submodules": 1}
+        both = self.takes_encoders and self.task_type == "SEQ_2_SEQ_LM"
+        values: dict[str, Any] = {"token_dim": width, "num_transformer_submodules": 2 if both else 1}
         for option, names in _SIZES.items():
             known = (v for n in names if isinstance(v := getattr(facts.config, n, None), int))
             values[option] = next(known, None)
         return self.completed(values)
 
-    def check_submodules(self) -> None:
-        if self.num_transformer_submodules not in (None, 1):
+    def check_sides(self, encodes: bool, generates: bool) -> None:
+        """Raises ConfigError where this config, resolved, has rows for more stacks than a program has, or does not
+        say that its decoder is trained without them. ``encodes``: it has an encoder and a decoder."""
+        if self.num_transformer_submodules not in ((1, 2) if encodes and self.takes_encoders else (1,)):
+            has = "an encoder and a decoder" if encodes else "one stack"
             raise ConfigError(
-                f"{type(self).__name__}.num_transformer_submodules={self.num_transformer_submodules} is not supported: "
-                "tokens are put in front of those of one stack. Leave it out."
+                f"{type(self).__name__}.num_transformer_submodules={self.num_transformer_submodules} is not supported "
+                f"for a model of {has}: leave it out, and task_type='SEQ_2_SEQ_LM' where there is no encoder"
             )
+        if self.num_transformer_submodules == 2 and self.prompts_decoders and not generates:
+            raise ConfigError(
+                f"{type(self).__name__}.num_transformer_submodules=2 (the default of task_type='SEQ_2_SEQ_LM') puts "
+                "tokens in front of the decoder's, too, which is not supported in programs that do not generate. Say "
+                "num_transformer_submodules=1"
+            )
+
+    @property
+    def sides(self) -> int:
+        return self.num_transformer_submodules or 1
 
     def with_ranks(self, ranks: Mapping[str, int]) -> Self:
         new = copy.copy(self)

@@ -14,8 +14,10 @@ from typing import Any
 
 from adaptc.errors import ConfigError, nearest
 from adaptc.methods._config import AdapterConfig
+from adaptc.methods._program_config import ProgramConfig
 from adaptc.methods._refused import REFUSED
 from adaptc.passes.ir.method import Method
+from adaptc.passes.ir.program_method import PLACES, ProgramMethod
 
 #: peft_type -> "module:ConfigClass"
 CONFIGS: dict[str, str] = {
@@ -104,7 +106,8 @@ def register_method(config: type[AdapterConfig], method: type[Method]) -> None:
     """Make a method of your own known to ``compile``, ``load`` and adapter files, under ``config.peft_type``.
 
     ``config`` is a dataclass derived from ``TargetedConfig`` whose ``method(name, kind)`` returns instances of
-    ``method``, a frozen dataclass derived from ``Method`` with a ``name`` of its own. A pair that is registered again,
+    ``method``, a frozen dataclass derived from ``Method`` with a ``name`` of its own; or from ``ProgramConfig``, and
+    ``ProgramMethod`` or ``VirtualTokens``. A pair that is registered again,
     as it is when its module is reloaded or its notebook cell runs once more, takes the place of the older one.
 
     Raises ConfigError for a name that is taken or missing, and for a method that lacks ``slots``, or has neither
@@ -145,7 +148,15 @@ def _check_defined(config: type[AdapterConfig], method: type[Method]) -> None:
 
     if not has("slots"):
         raise ConfigError(f"{method.__name__} must define slots(op), its tensors at a site")
-    if not (has("weight") or has("apply") or has("input")):
+    if issubclass(method, ProgramMethod) != issubclass(config, ProgramConfig):
+        raise ConfigError(
+            f"{config.__name__} and {method.__name__} are not of one kind: methods of the program have configs derived "
+            "from adaptc.ProgramConfig"
+        )
+    if issubclass(method, ProgramMethod):
+        if not any(getattr(method, n) is not getattr(ProgramMethod, n) for n in (*PLACES, "prompt")):
+            raise ConfigError(f"{method.__name__} must define what it makes of a place: {', '.join(PLACES)}")
+    elif not (has("weight") or has("apply") or has("input")):
         raise ConfigError(
             f"{method.__name__} must define weight(op, W, slots, scale), what it makes of a weight; or, if it means "
             "something for activations alone, apply() or input()"

@@ -9,6 +9,7 @@ A method of this kind says what its slots are and what rows they make (:meth:`Vi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,15 +31,28 @@ class VirtualTokens(InFront):
     """``count``: how many rows. They are those of the slot, unless :meth:`prompt` is overridden."""
 
     def slots(self, op: Op) -> dict[str, Slot]:
-        return {PROMPT: Slot((self.count, op.out_features), free=(0,))}
+        return {PROMPT: self.rows_of(op.out_features)}
 
     def prompt(self, slots: Slots, given: Given) -> Tensor:
         """The rows: (count, width), or (batch, count, width) where they differ."""
-        return slots[PROMPT]
+        return self.of_first(slots[PROMPT])
+
+    def of_first(self, rows: Tensor) -> Tensor:
+        """Of rows for all stacks those of the first one, which reads what a caller gives: PEFT's prompts of a decoder
+        act in training alone, if at all."""
+        return rows if self.sides == 1 else rows.select(-3, 0)
 
     def labels(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
         return self.padded(value, slots, IGNORED)
 
     def embedded(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
         rows = cast(self.prompt(slots, given), value.dtype).expand(value.shape[0], -1, -1)
-        return torch.cat([rows, value[:, slots[PROMPT].shape[0] :]], 1)
+        return torch.cat([rows, value[:, self.lengthens(slots) :]], 1)
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {n: self.divided(n, t) if n == PROMPT else t for n, t in found.items()}
+
+    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
+        return {n: self.joined(t) if n == PROMPT else t for n, t in slots.items()}

@@ -44,7 +44,7 @@ class CartridgeConfig(KeyValueConfig):
 
     def method(self, name: str, kind: str) -> Cartridge:
         assert self.num_virtual_tokens is not None
-        return Cartridge(self.num_virtual_tokens, (), *self.shape, self.num_frozen_tokens)
+        return Cartridge(self.num_virtual_tokens, (), 1, *self.shape, self.num_frozen_tokens)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ class CPTConfig(ProgramConfig):
     """PEFT's ``CPTConfig``: same names, same defaults. There are as many virtual tokens as ``cpt_token_ids``."""
 
     peft_type: ClassVar[str] = "CPT"
+    takes_encoders: ClassVar[bool] = False
     samples = ({"task_type": "CAUSAL_LM"},)
 
     cpt_token_ids: list[int] | None = None
@@ -80,7 +81,7 @@ class CPTConfig(ProgramConfig):
         ids, types = tuple(self.cpt_token_ids or ()), tuple(self.cpt_tokens_type_mask or ())
         decay = (self.opt_loss_decay_factor or 0.0) if self.opt_weighted_loss_type == "decay" else 1.0
         step, template = self.opt_projection_epsilon or 0.0, self.opt_projection_format_epsilon or 0.0
-        return Cpt(len(ids), (), ids, types, decay, step, template)
+        return Cpt(len(ids), (), 1, ids, types, decay, step, template)
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class Cpt(VirtualTokens):
             raise ConfigError(
                 f"cpt_token_ids has {bad[0]}, and the model's embedding has rows 0 to {op.in_features - 1}"
             )
-        rows = W.detach()[:, torch.tensor(self.ids, device=W.device)].t().float().to(dtype)
+        rows = W.detach()[:, torch.tensor(self.ids, device=W.device)].t().contiguous().to(dtype)
         return Initial({PROMPT: rows, STEPS: torch.zeros_like(rows), **self._own(W.device)})
 
     def _own(self, device: torch.device) -> dict[str, Tensor]:

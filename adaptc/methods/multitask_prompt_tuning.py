@@ -8,7 +8,7 @@ width), with no prefix. The program takes one more input, ``task_ids`` (batch,) 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,6 +37,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
 
     peft_type: ClassVar[str] = "MULTITASK_PROMPT_TUNING"
     inits: ClassVar[tuple[str, ...]] = (RANDOM, TEXT, SAMPLE_VOCAB, AVERAGE, EXACT, SHARED)
+    prompts_decoders: ClassVar[bool] = True
 
     prompt_tuning_init_state_dict_path: str | None = None
     prompt_tuning_init_task: int | None = 0
@@ -60,7 +61,8 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
 
     def method(self, name: str, kind: str) -> MultitaskPromptTuning:
         assert self.num_virtual_tokens is not None
-        return MultitaskPromptTuning(self.num_virtual_tokens, self.first(), self.num_tasks or 1, self.num_ranks or 1)
+        tasks, ranks = self.num_tasks or 1, self.num_ranks or 1
+        return MultitaskPromptTuning(self.num_virtual_tokens, self.first(), self.sides, tasks, ranks)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class MultitaskPromptTuning(VirtualTokens):
     ranks: int = 1
 
     def slots(self, op: Op) -> dict[str, Slot]:
-        cols = Slot((self.tasks, self.count, self.ranks), free=(1,))
+        cols = self.rows_of(self.ranks, self.tasks)
         return {**super().slots(op), COLS: cols, ROWS: Slot((self.tasks, self.ranks, op.out_features))}
 
     def inputs(self) -> Mapping[str, Extra]:
@@ -82,7 +84,7 @@ class MultitaskPromptTuning(VirtualTokens):
 
     def prompt(self, slots: Slots, given: Given) -> Tensor:
         cols, rows = (torch.index_select(slots[n], 0, given[TASKS]) for n in (COLS, ROWS))
-        return slots[PROMPT] * (cols @ rows)
+        return self.of_first(slots[PROMPT]) * (self.of_first(cols) @ rows)
 
     def why_wrong(self, slots: Slots, given: Given) -> str:
         tasks = slots[COLS].shape[0]
@@ -90,7 +92,8 @@ class MultitaskPromptTuning(VirtualTokens):
         return f"{TASKS} has {found[0]}, and the adapter has tasks from 0 to {tasks - 1}" if found else ""
 
     def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
-        shapes = {n: s.shape for n, s in self.slots(op).items()}
+        whole = replace(self, count=self.count * self.sides, sides=1)  # as files have it
+        shapes = {n: s.shape for n, s in whole.slots(op).items()}
         values = {n: 0.02 * torch.randn(shapes[n], generator=generator) for n in (COLS, ROWS)}
         if self.first and self.first[0] in (AVERAGE, EXACT, SHARED):
             values |= _of_source(*self.first)
@@ -102,7 +105,13 @@ class MultitaskPromptTuning(VirtualTokens):
                     f"{name!r} of {shown(self.first[1])} gives {tuple(values[name].shape)}, and the config {shape}: "
                     "num_virtual_tokens and num_ranks must be the source's, and num_tasks 1 where its tasks become one"
                 )
-        return Initial({n: t.to(W.device, dtype) for n, t in values.items()})
+        return Initial(self.read(op, {n: t.to(W.device, dtype) for n, t in values.items()}))
+
+    def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {n: self.divided(n, t, 1) if n == COLS else t for n, t in super().read(op, found).items()}
+
+    def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
+        return {n: self.joined(t, 1) if n == COLS else t for n, t in super().write(op, slots).items()}
 
 
 def _of_source(how: str, path: str, task: int) -> dict[str, Tensor]:

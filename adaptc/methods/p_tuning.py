@@ -58,9 +58,9 @@ class PromptEncoderConfig(ProgramConfig):
     def method(self, name: str, kind: str) -> PTuning:
         assert self.num_virtual_tokens is not None
         if self.encoder_reparameterization_type == MLP:
-            return PTuning(self.num_virtual_tokens, hidden=self.encoder_hidden_size or 0)
+            return PTuning(self.num_virtual_tokens, sides=self.sides, hidden=self.encoder_hidden_size or 0)
         layers, dropout = self.encoder_num_layers, self.encoder_dropout
-        return PTuning(self.num_virtual_tokens, (), LSTM, self.encoder_hidden_size or 0, layers, dropout)
+        return PTuning(self.num_virtual_tokens, (), self.sides, LSTM, self.encoder_hidden_size or 0, layers, dropout)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class PTuning(MadeRows, VirtualTokens):
         return out
 
     def prompt(self, slots: Slots, given: Given) -> Tensor:
-        return self.made(slots)
+        return self.of_first(self.made(slots))
 
     def through(self, x: Tensor, slots: Slots) -> Tensor:
         if self.encoder == LSTM:

@@ -54,8 +54,8 @@ class PrefixTuningConfig(KeyValueConfig):
         assert self.num_virtual_tokens is not None
         first = () if self.init_weights is None else (self.init_weights,)
         if self.prefix_projection:
-            return PrefixProjection(self.num_virtual_tokens, first, *self.shape, self.encoder_hidden_size or 0)
-        return PrefixTuning(self.num_virtual_tokens, first, *self.shape)
+            return PrefixProjection(self.num_virtual_tokens, first, 1, *self.shape, self.encoder_hidden_size or 0)
+        return PrefixTuning(self.num_virtual_tokens, first, 1, *self.shape)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class PromptTuningConfig(ProgramConfig):
 
     def method(self, name: str, kind: str) -> PromptTuning:
         assert self.num_virtual_tokens is not None
-        return PromptTuning(self.num_virtual_tokens, self.first())
+        return PromptTuning(self.num_virtual_tokens, self.first(), self.sides)
 
 
 @dataclass(frozen=True)
@@ -71,25 +71,27 @@ class PromptTuning(VirtualTokens):
     name: ClassVar[str] = "prompt_tuning"
 
     def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
-        return Initial({PROMPT: first_rows(self, op, W, generator).to(dtype)})
+        return Initial({PROMPT: self.divided(PROMPT, first_rows(self, op, W, generator).to(dtype))})
 
 
 def first_rows(method: VirtualTokens, op: Op, W: Tensor, generator: torch.Generator | None) -> Tensor:
-    """First values of the rows, (count, width) in float32; ``W`` canonical, so that its columns are tokens' rows."""
+    """First values of the rows of all stacks, (rows, width) in float32; ``W`` canonical, so that its columns are
+    tokens' rows."""
+    count = method.count * method.sides
     how, *more = method.first or (RANDOM,)
     if how == RANDOM:
-        return torch.randn(method.count, op.out_features, generator=generator).to(W.device)
+        return torch.randn(count, op.out_features, generator=generator).to(W.device)
     if how == SAMPLE_VOCAB:
-        ids = torch.randint(0, op.in_features, (method.count,), generator=generator)
+        ids = torch.randint(0, op.in_features, (count,), generator=generator)
     else:
         found = text_ids(*more)
-        ids = torch.tensor(found)[torch.arange(method.count) % len(found)]
+        ids = torch.tensor(found)[torch.arange(count) % len(found)]
     if int(ids.max()) >= op.in_features:
         raise ConfigError(
             f"the tokenizer of the prompt's text has token {int(ids.max())}, and the model's embedding "
             f"{op.in_features} rows: name the model's own tokenizer in tokenizer_name_or_path"
         )
-    return W.detach()[:, ids.to(W.device)].t().float()
+    return W.detach()[:, ids.to(W.device)].t().contiguous().float()
 
 
 def text_ids(text: str, tokenizer: str, options: str) -> list[int]:

@@ -44,6 +44,8 @@ from adaptc.passes.ir.method import Method
 from adaptc.passes.ir.method_checks import check_promises
 from adaptc.passes.ir.ops import Op, op_of
 from adaptc.passes.ir.pass_infra import PassManager
+from adaptc.passes.ir.program_checks import check_program_promises
+from adaptc.passes.ir.program_method import ProgramMethod
 from adaptc.patterns import limited
 from adaptc.peft_files.directory import AdapterFile
 from adaptc.peft_files.raw import RawFile
@@ -197,6 +199,9 @@ def _check_methods(spec: BindingSpec) -> None:
         check_registered(a.method)
         method, op = a.method.evaluated().unwrap(spec.ops[a.id])
         if not is_own(method):
+            if isinstance(method, ProgramMethod):
+                check_program_promises(method, op)
+                continue
             half = spec.weights[a.fqn].dtype.itemsize < 4
             foreign.setdefault(type(method), {})[(method, op, half)] = None
     for sites in foreign.values():

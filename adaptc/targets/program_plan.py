@@ -15,6 +15,7 @@ from torch.export.graph_signature import InputKind
 from adaptc.errors import ConfigError, TargetError, Tell, listing, refuse_entry
 from adaptc.methods import ModelFacts, ProgramConfig, Whole
 from adaptc.passes.analysis.attention_places import find_attentions
+from adaptc.passes.analysis.cache_inputs import first_of_cache
 from adaptc.passes.analysis.sites import Site, find_sites
 from adaptc.passes.analysis.token_places import Lookup, find_places, lookups, no_lookup
 from adaptc.passes.ir.attachment import Attachment
@@ -24,6 +25,9 @@ from adaptc.passes.ir.program_method import PROGRAM
 from adaptc.targets.name_rules import select_to_save
 from adaptc.targets.plan import Plan
 from adaptc.targets.whole_and_rows import Trained, outermost
+
+#: what the names of a decoder's inputs begin with, beside an encoder's
+_OF_DECODER = "decoder_"
 
 
 def plan_program(
@@ -42,6 +46,7 @@ def plan_program(
     op = op_of(site.kind, lifted.tensor(site.fqn), lookup.node)
     found = find_attentions(lifted, lookup, config.peft_type) if config.reads_attentions else None
     config = config.resolved(facts, op.out_features, found)
+    config.check_sides(has_encoder(facts, lifted), first_of_cache(lifted) is not None)
     method = config.method(site.module, site.kind)
     find_places(lifted, method, lookup)
     _check_length(config, program, lookup)
@@ -68,6 +73,12 @@ def _check_length(config: ProgramConfig, program: ExportedProgram, lookup: Looku
         )
 
 
+def has_encoder(facts: ModelFacts, lifted: Lifted) -> bool:
+    """Whether it is a program of an encoder and a decoder."""
+    known = getattr(facts.config, "is_encoder_decoder", False)
+    return bool(known) or any(name.startswith(f"{_OF_DECODER}input_ids") for name in lifted.specs)
+
+
 def token_embedding(
     config: ProgramConfig, facts: ModelFacts, lifted: Lifted, sites: Sequence[Site]
 ) -> tuple[Site, Lookup]:
@@ -82,18 +93,21 @@ def token_embedding(
     if not named and facts.input_embedding is None:
         # Of a bare program: what is looked up by the tokens' usual name, or all there is.
         named = [(s, x) for s, x in found if x.ids.name == "input_ids"] or found
-    decodes = next((n for n in ("decoder_input_ids", "decoder_attention_mask") if n in lifted.specs), None)
-    if len(named) == 1 and (decodes or getattr(facts.config, "is_encoder_decoder", False)):
-        raise TargetError(
-            f"{config.peft_type} is not supported for models with an encoder and a decoder, which have prompts of two "
-            "stacks in PEFT"
-        )
+    if has_encoder(facts, lifted):
+        if not config.takes_encoders:
+            raise TargetError(f"{config.peft_type} is not supported for models with an encoder and a decoder")
+        named = [(s, x) for s, x in named if not x.ids.name.startswith(_OF_DECODER)]
+        if not named:
+            raise TargetError(
+                f"{config.peft_type} puts tokens in front of those that an encoder reads, and the encoder of this "
+                "program reads no token ids"
+            )
     if not named:
         raise no_lookup(config.peft_type, there, facts.input_embedding)
     if len(named) > 1:
         where = listing(f"{s.module!r} (by {x.ids.name!r})" for s, x in named)
         raise TargetError(
             f"{config.peft_type} puts tokens in front of those of one stack, and the program looks tokens up "
-            f"{len(named)} times: {where}. Models with an encoder and a decoder are not supported."
+            f"{len(named)} times: {where}."
         )
     return named[0]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from adaptc.binding.bind import file_tensors
 from adaptc.binding.source import as_binding
 from adaptc.errors import AdaptcError, ConfigError, MethodError, TargetError
-from adaptc.methods import TargetedConfig, check_registered
+from adaptc.methods import ProgramConfig, TargetedConfig, check_registered
 from adaptc.passes.ir.method_checks import PROMISES_OF_CODE, PROMISES_OF_VALUES
 from adaptc.peft_files.directory import write_adapter
 from adaptc.program.adapted import AdaptedProgram
@@ -141,6 +141,11 @@ def check_method(
     Takes about half a minute. Raises ConfigError for what is no config and for sizes that cannot be used, and with
     ``raise_on_failure`` MethodError when a check failed.
     """
+    if isinstance(config, ProgramConfig):
+        raise ConfigError(
+            f"check_method tries methods of layers, and {type(config).__name__} is of the program: adaptc.compile "
+            "tries what such a method promises"
+        )
     if not isinstance(config, TargetedConfig):
         raise ConfigError(f"check_method takes a config, such as LoraConfig(r=4), not a {type(config).__name__}")
     if len(sizes) != 2 or sizes[0] == sizes[1] or any(s < 2 or s % 2 for s in sizes):

@@ -16,8 +16,7 @@ from adaptc.errors import PassError, TargetError
 from adaptc.passes.adapt.begin_cache import begin_cache
 from adaptc.passes.adapt.change_attention import put_in_front
 from adaptc.passes.adapt.trace_places import traced, values_of
-from adaptc.passes.analysis.cache_inputs import cache_inputs
-from adaptc.passes.analysis.token_places import Lookup, find_places, lookups
+from adaptc.passes.analysis.token_places import Lookup, cache_begun_by, find_places, lookups
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.coefficients import Extra
 from adaptc.passes.ir.lifted import Lifted
@@ -36,8 +35,8 @@ def change_places(lifted: Lifted, a: Attachment, latest: dict[tuple[str, ...], f
     method = a.method
     assert isinstance(method, ProgramMethod)
     lookup = _lookup(lifted, a)
-    if method.changes("cached") and (caches := cache_inputs(lifted)):
-        begin_cache(lifted, a, lookup, caches[0][0], tag)
+    if (first := cache_begun_by(lifted, lookup)) is not None:
+        begin_cache(lifted, a, lookup, first, tag)
         return
     places = sorted(find_places(lifted, method, lookup), key=lambda p: PLACES.index(p.name))
     there = {None, *(p.name for p in places)}

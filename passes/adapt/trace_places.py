@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -43,6 +44,17 @@ def traced(
         return getattr(method, place.name)(x, own, more, *rest[len(more) :], **place.options)
 
     return code_of(function, fakes, inputs, f"{method.name}.{place.name}()")
+
+
+def traced_opening(method: ProgramMethod, slots: Mapping[str, Tensor], op: Op) -> fx.Graph:
+    """What a cache begins with, as a graph whose placeholders are the slots; what is given is zero."""
+    fakes, name = FreeFakes(), method.opening()
+
+    def function(*rest: Tensor) -> Tensor:
+        given = {n: torch.zeros([1] * len(e.axes), dtype=e.dtype) for n, e in method.inputs().items()}
+        return getattr(method, name)(dict(zip(slots, rest, strict=True)), given)
+
+    return code_of(function, fakes, _own(fakes, method, slots, {}, op), f"{method.name}.{name}()")
 
 
 def traced_cached(method: ProgramMethod, slots: Mapping[str, Tensor], given: Mapping[str, Tensor], op: Op) -> fx.Graph:

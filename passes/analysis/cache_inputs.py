@@ -1,7 +1,7 @@
 """The cache among a program's inputs: what a step of generation goes on from.
 
 A program that was captured as a step takes the keys and values of each layer, (batch, heads, length, width), under the
-names that :func:`cache_name` gives. Before: an opened program. After: it is unchanged.
+names that :func:`cache_name` gives; or states, numbered through. Before: an opened program. After: it is unchanged.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from torch.export.graph_signature import InputKind
 from adaptc.passes.ir.lifted import Lifted
 
 KINDS = ("keys", "values")
+STATE = "state"
 
 
 def cache_name(kind: str, layer: int, prefix: str = "") -> str:
-    """What the input is called that has the ``kind`` ("keys", "values") of a layer."""
+    """What the input is called that has the ``kind`` ("keys", "values") of a layer, or the state of a number."""
     return f"{prefix}{kind}_{layer}"
 
 
@@ -26,11 +27,21 @@ def cache_inputs(lifted: Lifted) -> list[tuple[fx.Node, fx.Node]]:
     return list(_pairs(lifted))
 
 
+def first_of_cache(lifted: Lifted) -> fx.Node | None:
+    """The first input of the cache; None for a program that takes none."""
+    names = (cache_name(kind, 0) for kind in (KINDS[0], STATE))
+    return next((lifted.nodes[n] for n in names if _is_input(lifted, n)), None)
+
+
+def _is_input(lifted: Lifted, name: str) -> bool:
+    return name in lifted.specs and lifted.specs[name].kind == InputKind.USER_INPUT
+
+
 def _pairs(lifted: Lifted) -> Iterator[tuple[fx.Node, fx.Node]]:
     layer = 0
     while True:
         names = [cache_name(kind, layer) for kind in KINDS]
-        if any(n not in lifted.specs or lifted.specs[n].kind != InputKind.USER_INPUT for n in names):
+        if not all(_is_input(lifted, n) for n in names):
             return
         yield lifted.nodes[names[0]], lifted.nodes[names[1]]
         layer += 1

@@ -19,12 +19,12 @@ from torch import Tensor, fx
 from torch.export.graph_signature import InputKind, OutputKind
 
 from adaptc.errors import TargetError, listing
-from adaptc.passes.analysis.cache_inputs import cache_inputs
+from adaptc.passes.analysis.cache_inputs import first_of_cache
 from adaptc.passes.ir.effects import is_metadata_assert
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.module_paths import module_path, owners
 from adaptc.passes.ir.ops import CASTS, argument
-from adaptc.passes.ir.program_method import Place, ProgramMethod
+from adaptc.passes.ir.program_method import OPENINGS, Place, ProgramMethod
 from adaptc.passes.ir.regions import region_tag
 from adaptc.passes.ir.trees import pytree
 
@@ -78,8 +78,13 @@ def _source(lifted: Lifted, node: Any) -> fx.Node | None:
 
 def find_places(lifted: Lifted, method: ProgramMethod, lookup: Lookup) -> list[Place]:
     """The places of a lookup that ``method`` changes. Raises TargetError where the program has no place for it. In a
-    program that takes a cache, keys and values have none but that."""
-    if method.changes("cached") and cache_inputs(lifted):
+    program that takes a cache there is none but that."""
+    if cache_begun_by(lifted, lookup) is not None:
+        if not method.opening():
+            raise TargetError(
+                f"{method.name} does not say what a cache begins with, and the tokens of {lookup.ids.name!r} go into "
+                f"one: it needs a function called {' or '.join(OPENINGS)}"
+            )
         return []
     out = per_token(lifted, method, lookup)
     if not method.changes("cached"):
@@ -94,6 +99,22 @@ def find_places(lifted: Lifted, method: ProgramMethod, lookup: Lookup) -> list[P
             "this program: capture the model without that input."
         )
     return out
+
+
+def cache_begun_by(lifted: Lifted, lookup: Lookup) -> fx.Node | None:
+    """The first input of the cache that the tokens of a lookup are written to; None where there is none."""
+    first = first_of_cache(lifted)
+    if first is None:
+        return None
+    stack, seen = list(first.users), set(first.users)
+    while stack:
+        for node in stack.pop().all_input_nodes:
+            if node is lookup.node:
+                return first
+            if node not in seen:
+                seen.add(node)
+                stack.append(node)
+    return None
 
 
 def per_token(lifted: Lifted, method: ProgramMethod, lookup: Lookup) -> list[Place]:

@@ -15,10 +15,14 @@ each one it changes, called as the place is:
     loss(value, slots, given, logits, labels)  the loss; optional, of programs that give logits and take labels
     cached(slots, given)                       keys and values of tokens that come before those of a call, for each
                                                attention: (2 * attentions, heads, count, width of a head), in turn
+    prompt(slots, given)                       embeddings of tokens that come before those of a call: (count, width), or
+                                               (batch, count, width) where rows of a batch differ
 
 A method that has ``cached`` has none of labels, embedded and loss: the tokens of a call stay those of the program, and
-mask, positions and segments are longer for what is computed beside them only (``passes.adapt.change_attention``). In a
-program that takes its cache from its caller it says what that begins with (``passes.adapt.begin_cache``).
+mask, positions and segments are longer for what is computed beside them only (``passes.adapt.change_attention``).
+
+In a program that takes its cache from its caller, ``cached`` or ``prompt`` says what that begins with, and no place is
+changed (``passes.adapt.begin_cache``). So ``prompt`` must be all that ``embedded`` changes.
 
 All are pure and plain PyTorch. They are traced for all sizes at once: a size read off a slot's free axis, as in
 ``slots["prompt"].shape[0]``, is read in every call, so that swaps change it. ``given`` has the inputs that the method
@@ -45,6 +49,8 @@ PROGRAM = "program"
 PLACES = ("tokens", "attended", "positions", "segments", "labels", "embedded", "loss", "cached")
 #: the region of what a cache begins with
 BEGINS = "begins"
+#: functions that say what a cache begins with
+OPENINGS = ("cached", "prompt")
 #: the name of the size that an adapter may choose
 FREE = "free"
 
@@ -92,6 +98,13 @@ class ProgramMethod(Method):
 
     def cached(self, slots: Slots, given: Given) -> Tensor:
         raise AssertionError(f"{type(self).__name__} has no cached()")
+
+    def prompt(self, slots: Slots, given: Given) -> Tensor:
+        raise AssertionError(f"{type(self).__name__} has no prompt()")
+
+    def opening(self) -> str:
+        """Which of its functions says what a cache begins with: one of :data:`OPENINGS`, or '' for none."""
+        return next((name for name in OPENINGS if self.changes(name)), "")
 
     def free_size(self, slot: str) -> str:
         """The name of the size that a slot has along its free axes: slots of one name are as long as each other."""

@@ -141,7 +141,7 @@ def test_room_and_refusals(tmp_path):
     ids = text(2, 7, None)["input_ids"]
     assert gen.generate(ids, max_new_tokens=8, **GREEDY).shape == (2, 15)
     with pytest.raises(
-        AdaptcError, match=r"2[12] positions, 5 of them of keys that the adapter has in front,.*max_length=20"
+        AdaptcError, match=r"2[12] positions, 5 of them of tokens that the adapter has in front,.*max_length=20"
     ):
         gen.generate(ids, max_new_tokens=10, **GREEDY)
     with pytest.raises(MergeError, match="prefix_tuning"):

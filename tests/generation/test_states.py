@@ -109,8 +109,9 @@ def test_a_state_goes_on_and_is_forked(tmp_path: Path) -> None:
     assert torch.equal(generated(gen, text, past_key_values=start), alone)
     with pytest.raises(adaptc.AdaptcError, match="assisted decoding takes back what was guessed wrong"):
         generated(gen, prompt(1, 5), prompt_lookup_num_tokens=3)
-    with pytest.raises(adaptc.AdaptcError, match="inputs_embeds is not taken"):
-        gen.generate(inputs_embeds=torch.zeros(1, 3, 24))
+    embedded = model.get_input_embeddings()(text["input_ids"])
+    mask = text["attention_mask"]
+    assert torch.equal(generated(gen, {"inputs_embeds": embedded, "attention_mask": mask}), alone[:, 9:])
 
 
 def test_a_conversation() -> None:

@@ -94,21 +94,6 @@ def test_task_heads(head, tmp_path):
         torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
-@pytest.mark.few(1)
-def test_encoders_with_decoders_are_refused(name):
-    with pytest.raises(TargetError, match="encoder and a decoder"):
-        adaptc.compile(base(name), PromptTuningConfig(num_virtual_tokens=3))
-
-
-def test_generation_is_refused(tmp_path):
-    model = FAMILIES["llama"].build()
-    saved = adaptc.save_adapter(adaptc.compile(base("llama"), PromptTuningConfig(num_virtual_tokens=3)), tmp_path)
-    for adapter in (PromptTuningConfig(num_virtual_tokens=3), saved, {"task": saved}, [saved]):
-        with pytest.raises(ConfigError, match="PROMPT_TUNING is not supported in programs that generate"):
-            adaptc.compile_for_generation(model, adapter)
-
-
 def test_labels_in_all_batches_of_a_step():
     """The first label counts, since a token in front has it as its next one; logits of labelled tokens alone."""
     model = FAMILIES["llama"].build()

@@ -253,7 +253,7 @@ def test_rows_with_adapters_of_their_own(adapters, tmp_path):
         torch.testing.assert_close(got[i], want.logits[i], rtol=0, atol=2e-5)
     other = saved(peft_model("llama", adapters("llama", True)), tmp_path / "other")
     bank = program.bank({"a": paths[0], "c": other})
-    with pytest.raises(AdaptcError, match="layers and experts can be filled up.*agree in them"):
+    with pytest.raises(AdaptcError, match=r"layers and experts can be filled up.*agree in them"):
         called(bank, ids, adapters=["a", "c", "a"])
 
 
@@ -316,8 +316,8 @@ def test_refusals(adapters, tmp_path):
     with pytest.raises(ConfigError, match="of plain LoRA adapters"):
         adaptc.compile(base("llama"), config_of("llama", dora))
     uneven = experts("llama", tmp_path / "x", [(2, ["q_proj"])], lora_dropout=0.1)
+    config = config_of("llama", {**adapters("llama"), "3": uneven["0"]})
     with pytest.raises(ConfigError, match="lora_dropouts that differ"):
-        config = config_of("llama", {**adapters("llama"), "3": uneven["0"]})
         adaptc.compile(build("llama"), config, training=True)
     assert_same(called(program, tokens(2, 5)), before, 0)
     assert "xlora" in str(adaptc.report(program))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import adaptc
+from adaptc.generation.facts import past_name
 from tests.support.families import FAMILIES, VOCAB
 from tests.support.oracle import Oracle, assert_same, base, quiet
 
@@ -50,6 +51,30 @@ def labels(inputs: dict[str, Tensor]) -> Tensor:
 def called(module: Any, inputs: dict[str, Tensor]) -> Any:
     with torch.no_grad(), quiet(*SAID):
         return module(**inputs)
+
+
+def peft_generated(model: Any, **how: Any) -> Any:
+    """``model.generate`` of PEFT, which finds the cache under the name that transformers gave it once."""
+    now, then = past_name(), "past_key_values"
+    inner, outer = model.base_model_prepare_inputs_for_generation, model.prepare_inputs_for_generation
+
+    def renamed(out: dict[str, Any], old: str, new: str) -> dict[str, Any]:
+        return {new if n == old else n: v for n, v in out.items()}
+
+    def below(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        return renamed(inner(*args, **kwargs), now, then)
+
+    def above(*args: Any, task_ids: Any = None, **kwargs: Any) -> dict[str, Any]:
+        return renamed(outer(*args, task_ids=task_ids, **kwargs), then, now)
+
+    model.base_model_prepare_inputs_for_generation, model.prepare_inputs_for_generation = below, above
+    try:
+        with torch.no_grad(), quiet(*SAID), torch.random.fork_rng():
+            torch.manual_seed(5)
+            return model.generate(**how)
+    finally:
+        model.base_model_prepare_inputs_for_generation = inner
+        del model.prepare_inputs_for_generation
 
 
 #: calls with other numbers of tokens in front: (tokens, batch, length, padding)

@@ -1,0 +1,126 @@
+"""Virtual tokens in front of what an encoder reads, in models that have a decoder too, next to PEFT's."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import adaptc
+from adaptc import CPTConfig, MultitaskPromptTuningConfig, PrefixTuningConfig, PromptTuningConfig
+from adaptc.errors import CheckpointError, ConfigError, TargetError
+from tests.support.cover import examples
+from tests.support.families import FAMILIES, VOCAB
+from tests.support.oracle import assert_same, base, file_tensors, load_peft, quiet
+from tests.support.prompts import SAID, called, prompt_oracle, text
+
+SEQ = {"task_type": "SEQ_2_SEQ_LM"}
+LSTM = {"encoder_hidden_size": 13, "encoder_reparameterization_type": "LSTM"}
+CASES = {
+    "prompt": ("PromptTuningConfig", {}),
+    "one stack": ("PromptTuningConfig", {"num_transformer_submodules": 1}),
+    "mlp": ("PromptEncoderConfig", {"encoder_hidden_size": 13}),
+    "lstm": ("PromptEncoderConfig", LSTM),
+    "tasks": ("MultitaskPromptTuningConfig", {"num_transformer_submodules": 1, "num_tasks": 3, "num_ranks": 2}),
+}
+
+
+def inputs(batch, length, padding, decoded=5, name="decoder_input_ids"):
+    ids = torch.randint(4, VOCAB, (batch, decoded), generator=torch.Generator().manual_seed(batch))
+    return {**text(batch, length, padding), name: ids}
+
+
+@pytest.mark.few(6)
+@pytest.mark.parametrize("family", ["t5", "bart"])
+@pytest.mark.parametrize("case", CASES)
+def test_training(family, case, tmp_path):
+    """Losses and gradients, and files both ways: half of the rows is PEFT's decoder's, where there are any."""
+    cls, options = CASES[case]
+    config = {**SEQ, "num_virtual_tokens": 5, **options}
+    oracle = prompt_oracle(family, tmp_path / "peft", cls, **config)
+    program = adaptc.compile(FAMILIES[family].build(), getattr(adaptc, cls)(**config), training=True)
+    module, theirs = program.module(), dict(oracle.model.named_parameters(remove_duplicate=False))
+    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    assert trained.keys() == {n for n, p in theirs.items() if p.requires_grad}
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(theirs[name].view_as(p))
+    module.eval()
+    given_ = inputs(3, 7, "left", name="labels")
+    if case == "tasks":
+        given_["task_ids"] = torch.tensor([2, 0, 1])
+    got, want = module(**given_), oracle.model(**given_)
+    torch.testing.assert_close(got.loss, want.loss)
+    got.loss.backward()
+    want.loss.backward()
+    for name, p in trained.items():
+        wanted = theirs[name].grad
+        torch.testing.assert_close(p.grad.view_as(wanted), wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+    saved = adaptc.save_adapter(program, tmp_path / "ours")
+    mine, peers = file_tensors(saved), file_tensors(oracle.path)
+    for name, tensor in peers.items():
+        torch.testing.assert_close(mine[name], tensor)
+    if case != "tasks":
+        with quiet(*SAID):
+            loaded = load_peft(FAMILIES[family].build(), saved)
+        assert_same(called(loaded, inputs(2, 5, "left")), called(oracle.model, inputs(2, 5, "left")))
+
+
+@cache
+def program(family):
+    return adaptc.compile(base(family), PromptTuningConfig(**SEQ, num_virtual_tokens=3))
+
+
+@settings(max_examples=examples(12))
+@given(
+    family=st.sampled_from(["t5", "bart"]),
+    count=st.integers(1, 9),
+    size=st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 6)),
+    padding=st.sampled_from(["left", "right", None]),
+)
+def test_any_sizes(family, count, size, padding):
+    """The base's own embeddings behind the rows say what is right."""
+    rows = torch.randn(2 * count, 24, generator=torch.Generator().manual_seed(count))
+    model, (batch, length, decoded) = FAMILIES[family].build(), size
+    given_ = inputs(batch, length, padding, decoded)
+    mask = given_.get("attention_mask", torch.ones(batch, length, dtype=torch.int64))
+    table = model.get_input_embeddings()(given_["input_ids"])
+    longer = {
+        "inputs_embeds": torch.cat([rows[:count].expand(batch, -1, -1), table], 1),
+        "attention_mask": torch.nn.functional.pad(mask, (count, 0), value=1),
+        "decoder_input_ids": given_["decoder_input_ids"],
+    }
+    bound = program(family).bind({"prompt_embeddings": rows})
+    full = {**given_, "attention_mask": mask}
+    assert_same(called(bound, full).logits, called(model, longer).logits)
+    adaptc.swap(program(family), {"prompt_embeddings": rows})
+    assert_same(called(program(family), full).logits, called(model, longer).logits)
+    assert_same(called(program(family).bind(None), full).logits, called(model, full).logits)
+
+
+def test_saved_programs(tmp_path):
+    oracle = prompt_oracle("bart", tmp_path / "peft", **SEQ, num_virtual_tokens=5)
+    found = adaptc.compile(base("bart"), oracle.path)
+    found.validate()
+    assert adaptc.verify(found, FAMILIES["bart"].build()).ok
+    loaded = adaptc.load(adaptc.save(found, tmp_path / "ours.pt2"))
+    assert_same(called(loaded, inputs(3, 7, "left")).logits, called(oracle.model, inputs(3, 7, "left")).logits)
+    with pytest.raises(CheckpointError, match=r"'prompt_embeddings' has 7 rows, and .* as many for each of 2 stacks"):
+        adaptc.swap(loaded, {"prompt_embeddings": torch.zeros(7, 24)})
+
+
+def test_refusals():
+    for config in (CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[4, 5]), PrefixTuningConfig(num_virtual_tokens=3)):
+        with pytest.raises(TargetError, match=f"{config.peft_type} is not supported for models with an encoder and a"):
+            adaptc.compile(base("t5"), config)
+    with pytest.raises(TargetError, match="the encoder of this program reads no token ids"):
+        adaptc.compile(base("whisper"), PromptTuningConfig(num_virtual_tokens=3))
+    with pytest.raises(ConfigError, match="puts tokens in front of the decoder's, too"):
+        adaptc.compile(base("t5"), MultitaskPromptTuningConfig(**SEQ, num_virtual_tokens=3))
+    with pytest.raises(ConfigError, match="num_transformer_submodules=2 is not supported for a model of one stack"):
+        adaptc.compile(base("llama"), PromptTuningConfig(**SEQ, num_virtual_tokens=3))
+    with pytest.raises(ConfigError, match="num_transformer_submodules=3 is not supported"):
+        adaptc.compile(base("t5"), PromptTuningConfig(num_virtual_tokens=3, num_transformer_submodules=3))
