@@ -241,9 +241,10 @@ def test_a_conversation():
     adaptc.swap(gen, oracle("llama", 7).path)
     talk, voice, choice = Conversation(tokenizer()), Voice(gen, "task"), Choice(max_new_tokens=6, greedy=True)
     first = talk.ask(voice, "w5 w6 w7", choice)
-    assert first.computed == 6 + 5
+    # All tokens of the text, and of those that were chosen all but the last.
+    assert first.computed == 6 + len(first.text.split()) - first.cut
     second = talk.ask(voice, "w20", choice)
-    assert second.computed == 5 + 5
+    assert second.computed == 4 + first.cut + len(second.text.split()) - second.cut
     again = Conversation(tokenizer())
     again.messages = talk.messages[:2]
     assert again.ask(voice, "w20", choice).text == second.text
