@@ -66,7 +66,7 @@ class ArrowConfig:
             raise ConfigError(f"arrow_config must be an ArrowConfig, or a dict of its fields, got {shown(value)}")
         known = {f.name: f for f in dataclasses.fields(cls)}
         if odd := next((n for n in value if n not in known), None):
-            raise ConfigError(f"ArrowConfig has no field {shown(odd)}{did_you_mean(str(odd), known)}")
+            raise ConfigError(f"arrow_config: ArrowConfig has no field {shown(odd)}{did_you_mean(str(odd), known)}")
         new = cls(**{n: v for n, v in value.items() if known[n].init})
         names = {n: v for n, v in value.items() if not known[n].init}
         return new.naming(names.get("task_adapter_names"), names.get("gks_adapter_names"))
