@@ -294,7 +294,7 @@ class _Builder:
                 continue
             op = self.spec.ops[a.id]
             kin = (
-                kinds.get((type(a.method.unwrap(op)[0]), a.adapter)) if a.method.shares() or a.method.inputs() else None
+                kinds.get((type(a.method.unwrap(op)[0]), a.adapter)) if a.method.shares() or a.method.extras() else None
             )
             method = a.method if kin is None else a.method.rewrap(kin)
             values = method.absent(op, self.spec.canonical(a), self.spec.dtype(a))

@@ -37,7 +37,7 @@ def begins(runs: Any) -> list[Attachment]:
 def taken(runs: Any) -> list[str]:
     """The inputs that these ask of a caller."""
     methods = [a.method for a in begins(runs)]
-    return [n for m in methods if isinstance(m, ProgramMethod) for n, e in m.inputs().items() if e.place is None]
+    return [n for m in methods if isinstance(m, ProgramMethod) for n, e in m.extras().items() if e.place is None]
 
 
 def refuse_front(runs: Any, where: str) -> None:
@@ -112,7 +112,7 @@ class _Front:
 
     def given(self, given: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
         """What the method asks of a caller. Raises AdaptcError for what is not there, or cannot be."""
-        wanted = {n: e for n, e in self.method.inputs().items() if e.place is None}
+        wanted = {n: e for n, e in self.method.extras().items() if e.place is None}
         _refuse_given({n: v for n, v in given.items() if n not in wanted})
         out: dict[str, Tensor] = {}
         for name, extra in wanted.items():

@@ -30,7 +30,7 @@ def given_names(runs: Any) -> Names:
     found: dict[str, str] = {}
     for a in program.adaptation.attachments:
         if not isinstance(a.method, ProgramMethod):
-            found |= {a.reads[n]: n for n in a.method.inputs()}
+            found |= {a.reads[n]: n for n in a.method.extras()}
     executor = runs.ready().executor if found else None
     return {} if executor is None else {m: n for m, n in found.items() if m in executor.inputs.names}
 

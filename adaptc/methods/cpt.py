@@ -103,7 +103,7 @@ class Cpt(VirtualTokens):
         whole = Slot((self.count,), free=(0,), dtype=torch.int64, trainable=False, saved=False)
         return {PROMPT: replace(rows, trainable=False), STEPS: rows, IDS: whole, TYPES: whole}
 
-    def inputs(self) -> Mapping[str, Extra]:
+    def extras(self) -> Mapping[str, Extra]:
         return {GIVEN_TYPES: Extra(torch.int64, ("batch", "length"), place="labels", fill=LABEL)}
 
     def prompt(self, slots: Slots, given: Given) -> Tensor:

@@ -79,7 +79,7 @@ class MultitaskPromptTuning(VirtualTokens):
         cols = self.rows_of(self.ranks, self.tasks)
         return {**super().slots(op), COLS: cols, ROWS: Slot((self.tasks, self.ranks, op.out_features))}
 
-    def inputs(self) -> Mapping[str, Extra]:
+    def extras(self) -> Mapping[str, Extra]:
         return {TASKS: Extra(torch.int64)}
 
     def prompt(self, slots: Slots, given: Given) -> Tensor:

@@ -92,7 +92,7 @@ class Poly(Method):
             LOGITS: Slot((self.tasks, n, k), free=(0, 2), apart=True),
         }
 
-    def inputs(self) -> Mapping[str, Extra]:
+    def extras(self) -> Mapping[str, Extra]:
         return {TASKS: Extra(torch.int64)}
 
     def why_wrong(self, slots: Slots, given: Given) -> str:

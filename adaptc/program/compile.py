@@ -187,7 +187,7 @@ def compiled(
 
 def _added_fills(spec: BindingSpec) -> dict[str, tuple[str, str]]:
     """How inputs that adapters add are made where a caller leaves them out."""
-    extras = {n: e.fill for a in spec.attachments for n, e in a.method.inputs().items() if e.fill is not None}
+    extras = {n: e.fill for a in spec.attachments for n, e in a.method.extras().items() if e.fill is not None}
     return {n: (f"{FULL_LIKE}{fill}", "input_ids") for n, fill in extras.items()}
 
 

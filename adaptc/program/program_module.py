@@ -160,7 +160,7 @@ class ProgramModule(nn.Module):
                 )
         own = self.tensors()
         for a in self.program.adaptation.attachments:
-            given = {n: kwargs[m] for n in a.method.inputs() if (m := a.reads.get(n, n)) in kwargs}
+            given = {n: kwargs[m] for n in a.method.extras() if (m := a.reads.get(n, n)) in kwargs}
             if given and (why := a.method.why_wrong({n: own[f] for n, f in a.slots.items()}, given)):
                 return why
         return ""

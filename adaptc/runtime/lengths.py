@@ -39,7 +39,7 @@ class Lengths:
             if tag["site"] in by_id and tag["site"] not in found:
                 ids = _ids(names[tag["node"]], names)
                 found[tag["site"]] = str(ids.meta["val"].shape[1]), by_id[tag["site"]]
-        reading = [a for a in attachments if a.id not in by_id and a.method.inputs()]
+        reading = [a for a in attachments if a.id not in by_id and a.method.extras()]
         return cls(list(found.values()), reading)
 
     def in_binding(self, values: Mapping[str, Tensor]) -> dict[str, int]:
@@ -54,7 +54,7 @@ class Lengths:
         """What is asked of each call's flat inputs, called ``names``, by the methods that added some."""
         checks: dict[Any, _Check] = {}
         for a in (*(a for _, a in self.found), *self.reading):
-            at = {n: names.index(m) for n in a.method.inputs() if (m := a.reads.get(n, n)) in names}
+            at = {n: names.index(m) for n in a.method.extras() if (m := a.reads.get(n, n)) in names}
             slots = {n: values[f] for n, f in a.slots.items()}
             if at:  # at all layers of an adapter the same is asked
                 sizes = [t.shape[0] for t in slots.values() if t.ndim]

@@ -80,7 +80,7 @@ class _Verifier(Claims):
         self.adapted = bool(program.adaptation.attachments)
         #: inputs that the base does not take
         self.added = {
-            n for a in program.adaptation.attachments for m in a.method.inputs() for n in (m, a.reads.get(m, m))
+            n for a in program.adaptation.attachments for m in a.method.extras() for n in (m, a.reads.get(m, m))
         }
         self._base: list[Leaves] | None = None
 

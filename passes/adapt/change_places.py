@@ -40,7 +40,7 @@ def change_places(lifted: Lifted, a: Attachment, latest: dict[tuple[str, ...], f
         return
     places = sorted(find_places(lifted, method, lookup), key=lambda p: PLACES.index(p.name))
     there = {None, *(p.name for p in places)}
-    wanted = {n: e for n, e in method.inputs().items() if e.place in there}
+    wanted = {n: e for n, e in method.extras().items() if e.place in there}
     given = {name: _added(lifted, name, extra, lookup, latest) for name, extra in wanted.items()}
     slots = {n: lifted.placeholders[f] for n, f in a.slots.items()}
     # How long what the method made longer is, in terms of what it was.

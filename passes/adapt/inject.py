@@ -307,8 +307,8 @@ class _Injector:
         a = replace(self.a, form=self.form, why=self.why)
         more = {"region": kind, "base": base.name, "node": consumer.name, "attachment": a.to_dict()}
         if isinstance(a.method, ProgramMethod):
-            more["given"] = [n for n in a.method.inputs() if (n, "given") in self.latest]
-        elif given := [a.reads[n] for n in a.method.inputs()]:
+            more["given"] = [n for n in a.method.extras() if (n, "given") in self.latest]
+        elif given := [a.reads[n] for n in a.method.extras()]:
             more["given"] = given
         if self.header is not None:
             more["header"] = dict(self.header)

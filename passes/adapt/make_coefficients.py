@@ -56,7 +56,7 @@ class Coefficients:
     def of(self, a: Attachment) -> Attachment:
         """The attachment with the coefficients it reads, made where they are not yet. Raises TargetError for a site
         that has no place for them."""
-        added = {} if isinstance(a.method, ProgramMethod) else a.method.inputs()
+        added = {} if isinstance(a.method, ProgramMethod) else a.method.extras()
         given = {name: self._given(a, name, extra).name for name, extra in added.items()}
         wanted = a.method.coefficients()
         if not wanted:

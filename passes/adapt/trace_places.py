@@ -51,7 +51,7 @@ def traced_opening(method: ProgramMethod, slots: Mapping[str, Tensor], op: Op) -
     fakes, name = FreeFakes(), method.opening()
 
     def function(*rest: Tensor) -> Tensor:
-        given = {n: torch.zeros([1] * len(e.axes), dtype=e.dtype) for n, e in method.inputs().items()}
+        given = {n: torch.zeros([1] * len(e.axes), dtype=e.dtype) for n, e in method.extras().items()}
         return getattr(method, name)(dict(zip(slots, rest, strict=True)), given)
 
     return code_of(function, fakes, _own(fakes, method, slots, {}, op), f"{method.name}.{name}()")

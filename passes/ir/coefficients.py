@@ -10,7 +10,7 @@ then computes its last hidden state in a pass of its own, in front of the one wh
 (``passes.adapt.first_pass``), and the coefficient is made of that.
 
 Other values are no program's to make, and a caller gives them with each call: which task each row is of. A method
-names these inputs, too (:meth:`~adaptc.passes.ir.method_hooks.Hooks.inputs`), and one at a layer finds them in the same
+names these inputs, too (:meth:`~adaptc.passes.ir.method_hooks.Hooks.extras`), and one at a layer finds them in the same
 way; the program takes them as keywords.
 
 A function that makes one is pure, plain PyTorch and traced for all sizes at once: a size read off a slot's free axis is

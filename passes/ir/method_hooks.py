@@ -277,7 +277,7 @@ class Hooks:
         in a call (``passes.ir.coefficients``)."""
         return {}
 
-    def inputs(self) -> Mapping[str, Extra]:
+    def extras(self) -> Mapping[str, Extra]:
         """The inputs it adds to the program, by name. A method at a layer finds them among its slots."""
         return {}
 

@@ -46,7 +46,7 @@ def _nothing_is_the_base(method: ProgramMethod, op: Op, name: str) -> None:
 
 def _prompts(method: ProgramMethod, op: Op, name: str) -> None:
     """Slots of the method's own sizes, and of larger ones, which an adapter may choose."""
-    given = {n: torch.zeros([_ROWS] * len(e.axes), dtype=e.dtype) for n, e in method.inputs().items()}
+    given = {n: torch.zeros([_ROWS] * len(e.axes), dtype=e.dtype) for n, e in method.extras().items()}
     for more in (0, _MORE):
         slots = _slots(method, op, more)
         count = method.lengthens(slots)

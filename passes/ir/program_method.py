@@ -26,7 +26,7 @@ changed (``passes.adapt.begin_cache``). So ``prompt`` must be all that ``embedde
 
 All are pure and plain PyTorch. They are traced for all sizes at once: a size read off a slot's free axis, as in
 ``slots["prompt"].shape[0]``, is read in every call, so that swaps change it. ``given`` has the inputs that the method
-adds to the program, by name (:meth:`~adaptc.passes.ir.method_hooks.Hooks.inputs`).
+adds to the program, by name (:meth:`~adaptc.passes.ir.method_hooks.Hooks.extras`).
 """
 
 from __future__ import annotations

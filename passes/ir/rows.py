@@ -71,8 +71,8 @@ class InRows(Method):
     def rank(self) -> int | None:
         return self.inner.rank()
 
-    def inputs(self) -> Mapping[str, Extra]:
-        return self.inner.inputs()
+    def extras(self) -> Mapping[str, Extra]:
+        return self.inner.extras()
 
     def why_wrong(self, slots: Slots, given: Given) -> str:
         # All adapters have the same sizes.

@@ -29,7 +29,7 @@ class Leaned(VirtualTokens):
     def slots(self, op):
         return {**super().slots(op), "sides": Slot((2, op.out_features), fill=1.0)}
 
-    def inputs(self):
+    def extras(self):
         return {"side": Extra(torch.int64)}
 
     def prompt(self, slots, given):
