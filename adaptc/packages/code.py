@@ -19,6 +19,7 @@ from adaptc.packages.manifest import Input
 from adaptc.passes.ir.trees import pytree
 from adaptc.pt2_files.containers import check_registered, read_tree
 from adaptc.pt2_files.refusal import Refused, shown_path
+from adaptc.runtime.bounds import check_bounds
 from adaptc.runtime.call_inputs import Inputs
 from adaptc.runtime.layouts import laid, write_back
 
@@ -53,6 +54,9 @@ class Code:
         """The outputs with an adapter of the package."""
         flat = self.inputs(args, kwargs)
         given = [(v, i) for v, i in zip(flat, self._inputs, strict=True) if i.tensor is not None]
+        for value, want in given:
+            if want.bounds is not None:
+                check_bounds(want.name, value, want.bounds)
         taken = [self._arranged(v, i) for v, i in given]
         written = [(v, new, i) for (v, i), new in zip(given, taken, strict=True) if i.written and new is not v]
         out = self.constants.run(adapter if self._adapted else None, taken)

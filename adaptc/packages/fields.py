@@ -15,6 +15,7 @@ _CALLED: dict[str, Any] = {
             "constant": object,
             "order": [Length],
             "written": Option(bool),
+            "bounds": Option(Maybe([int])),
         }
     ],
     "ranges": Each([Maybe(int)]),

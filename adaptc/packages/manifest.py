@@ -88,13 +88,15 @@ class Room:
 @dataclass(frozen=True)
 class Input:
     """A flat input. ``order``: axes from the outermost to the innermost in memory, as the code was compiled for.
-    ``written``: whether the code writes to it."""
+    ``written``: whether the code writes to it; ``bounds``: the least and the greatest of its numbers, where the code
+    ends the process for others."""
 
     name: str
     tensor: TensorInput | None
     constant: Any = None
     order: tuple[int, ...] = ()
     written: bool = False
+    bounds: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -343,7 +345,8 @@ def _input(data: Mapping[str, Any]) -> Input:
     # torch has some numbers as expressions, too: of a size that turned out to be fixed.
     shape = [] if t is None else [int(n) if isinstance(n, str) and n.isdecimal() else n for n in t["shape"]]
     tensor = None if t is None else TensorInput(_dtype(t["dtype"]), tuple(shape))
-    return Input(data["name"], tensor, data["constant"], tuple(data["order"]), data.get("written", False))
+    bounds = None if data.get("bounds") is None else (int(data["bounds"][0]), int(data["bounds"][1]))
+    return Input(data["name"], tensor, data["constant"], tuple(data["order"]), data.get("written", False), bounds)
 
 
 def _room(data: Mapping[str, Any]) -> Room:

@@ -24,6 +24,7 @@ from adaptc.packages.manifest import WHOLE, Contents, Input, Manifest, PartOf, R
 from adaptc.packages.run import PackagedProgram
 from adaptc.packages.slot_table import ENTRY, slot_table
 from adaptc.passes.adapt.respecialize import Respecialize
+from adaptc.passes.analysis.index_bounds import index_bounds
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.lifted import Lifted
@@ -162,6 +163,7 @@ class Packer:
         longer = Lengths.of(program.graph, self.attachments).in_binding(self.values)
         ranges = {s: (low, high - longer.get(s, 0)) for s, (low, high) in inputs.ranges.items()}
         frozen, chosen = self._frozen()
+        flat = bounded(flat, frozen)
         manifest = Manifest(self.device(), header, flat, ranges, sites, self.rooms, bases, guards, chosen.data())
         return frozen, manifest, self.tensors
 
@@ -267,6 +269,12 @@ class Packer:
             base = {node.name for fqn, node in lifted.placeholders.items() if fqn not in self.rooms}
             products = ChooseProducts(base, choose_packaged, compiled=True)(lifted.graph).data
         return lifted.finish(), products
+
+
+def bounded(inputs: Sequence[Input], compiled: ExportedProgram) -> list[Input]:
+    """The inputs with what the code, which is made of ``compiled``, takes for granted of their numbers."""
+    found = index_bounds(Lifted(compiled))
+    return [replace(i, bounds=found.get(i.name)) for i in inputs]
 
 
 def _part(model: ExportedProgram, whole: Manifest, outputs: Sequence[str]) -> PartOf:

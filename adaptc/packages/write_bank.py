@@ -17,7 +17,7 @@ from adaptc.binding.binding import Binding
 from adaptc.errors import BackendError, ConfigError, shown
 from adaptc.methods import AdapterConfig
 from adaptc.packages.manifest import WHOLE, Manifest, PartOf, Site
-from adaptc.packages.write import Packer, check_target, padded, write_package
+from adaptc.packages.write import Packer, bounded, check_target, padded, write_package
 from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.program.bank import Bank
@@ -94,7 +94,7 @@ class _BankPacker(Packer):
         for name, (source, outputs) in _parts(self.bank).items():
             exported = source.exported(stack, self.count)
             inputs = Inputs.of(exported, source.fills, source.takes)
-            flat = self.inputs(exported, inputs)
+            flat = bounded(self.inputs(exported, inputs), exported)
             called[name] = PartOf(flat, dict(inputs.ranges), list(inputs.guards), list(outputs))
             models[name], chosen = self.chosen(Lifted(exported))
             products += chosen.data()

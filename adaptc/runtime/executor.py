@@ -20,6 +20,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError
+from adaptc.passes.analysis.index_bounds import index_bounds
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.costs import example_sizes
 from adaptc.passes.ir.exclusive import GRAPHS
@@ -30,6 +31,7 @@ from adaptc.passes.ir.storage import storage_key
 from adaptc.passes.ir.trees import pytree
 from adaptc.passes.lower.choose_products import Products
 from adaptc.passes.train.set_mode import set_mode
+from adaptc.runtime.bounds import check_bounds
 from adaptc.runtime.call_inputs import Inputs
 from adaptc.runtime.compiled_layouts import Layouts
 from adaptc.runtime.compiled_products import choose_compiled
@@ -101,6 +103,8 @@ class Executor:
         self._training = training
         self.variants = self._split()
         self._where = self.inputs.where()
+        bounds = index_bounds(opened) if self.compiles else {}
+        self._bounds = [(i, n, bounds[n]) for i, (n, _) in enumerate(self.inputs.expected) if n in bounds]
         self.lengths = Lengths.of(self.module.graph, attachments)
         self.fixed_kind = PLAIN if training else self.variants.kind(example_sizes(program))
         self._compiled: Callable[..., Any] | None = None
@@ -247,6 +251,8 @@ class Executor:
         flat = self.inputs(args, kwargs, arguments.longer)
         for check in arguments.checks:
             check(flat)
+        for i, name, bounds in self._bounds:
+            check_bounds(name, flat[i], bounds)
         outermost = begin_reading()
         try:
             return self._run(arguments, flat)

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from inspect import isroutine
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, fx
 from adaptc.errors import AdaptcError, MethodError
 from adaptc.passes.ir.lifted import fake_tensors
 from adaptc.passes.ir.method import Initial, Method
-from adaptc.passes.ir.method_hooks import Slot
+from adaptc.passes.ir.method_hooks import Hooks, Slot
 from adaptc.passes.ir.ops import TABLE, Op
 from adaptc.passes.ir.trace import difference, region_of
 
@@ -36,6 +37,7 @@ CLOSE = 1e-7
 def check_promises(method: Method, op: Op, half: bool = True, values: bool = True) -> None:
     """Raises MethodError for the first promise that is broken. ``half=False`` leaves out what is promised of a base in
     half precision, ``values=False`` what cannot be told without tensors."""
+    check_names(method)
     code = [p for p in PROMISES_OF_CODE if half or p is not code_keeps_dtypes]
     for promise in (*code, *(PROMISES_OF_VALUES if values else ())):
         try:
@@ -48,6 +50,15 @@ def check_promises(method: Method, op: Op, half: bool = True, values: bool = Tru
                 f"{_name(method)} failed where it was tried whether {what}, at {_site(op)}: "
                 f"{type(error).__name__}: {error}"
             ) from error
+
+
+def check_names(method: Method | type[Method]) -> None:
+    """Raises MethodError for an option that hides a function, which would be called in its place."""
+    functions = {n for c in (Hooks, Method) for n, v in vars(c).items() if isroutine(v) or isinstance(v, classmethod)}
+    if hidden := sorted({f.name for f in fields(method)} & functions):
+        raise MethodError(
+            f"{getattr(method, '__name__', type(method).__name__)} has an option called {hidden[0]!r}, as a function of every method is: give it another name"
+        )
 
 
 def code_has_right_sizes(method: Method, op: Op) -> None:

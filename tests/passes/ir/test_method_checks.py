@@ -13,9 +13,16 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import ConfigError, Initial, MethodError, Op, Slot, TargetError
-from adaptc.methods import TargetedConfig
+from adaptc.methods import TargetedConfig, config_class
+from adaptc.methods._registry import CONFIGS
 from adaptc.passes.ir.method import Method
-from adaptc.passes.ir.method_checks import PROMISES_OF_CODE, PROMISES_OF_VALUES, code_serves_all_sizes
+from adaptc.passes.ir.method_checks import (
+    PROMISES_OF_CODE,
+    PROMISES_OF_VALUES,
+    check_names,
+    check_promises,
+    code_serves_all_sizes,
+)
 from tests.support.method_checks import Subject
 from tests.support.method_table import BY_NAME, ENTRIES
 from tests.support.odd_methods import registered
@@ -375,3 +382,21 @@ def test_the_promise_of_sizes_sees_what_a_built_in_method_would_do_wrong(monkeyp
         code_serves_all_sizes(lora, op)
     with pytest.raises(TargetError):
         lora.slots(Op("weight", (7,)))
+
+
+def test_an_option_that_hides_a_function_is_refused() -> None:
+    Hiding = dataclasses.make_dataclass("Hiding", [("extras", int, 3)], bases=(Plain,), frozen=True)
+    with pytest.raises(MethodError, match="has an option called 'extras', as a function of every method is"):
+        check_promises(Hiding(), Op("linear", (3, 5)))
+
+
+def test_no_method_has_one() -> None:
+    configs = [config_class(kind) for kind in CONFIGS]  # which imports them
+    found, left = set[Any](), [Method]
+    while left:
+        found |= (new := set(left.pop().__subclasses__()) - found)
+        left += new
+    own = [c for c in found if c.__module__.startswith("adaptc.methods.")]
+    assert len(own) >= len(configs) - 2  # two names of one method, and layers that train as they are
+    for one in own:
+        check_names(one)

@@ -1,0 +1,77 @@
+"""How large the whole numbers of an input may be that name rows of a table: tokens, positions, tasks.
+
+Plain PyTorch raises for a number that names no row. Code that a compiler made ends the process, so whoever runs that
+has to ask first.
+
+Before: an opened program. After: it is unchanged. Looked at are tables whose size is known, and inputs that are seen
+through casts and views which leave nothing out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export.graph_signature import InputKind
+
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.ops import CASTS, argument
+from adaptc.passes.ir.regions import region_tag
+
+aten = torch.ops.aten
+
+_VIEWS = (
+    *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.expand.default),
+    *(aten.squeeze.dim, aten.squeeze.default, aten.clone.default, aten.alias.default, aten.contiguous.default),
+    *(aten.permute.default, aten.transpose.int, aten.flatten.using_ints),
+)
+
+Bounds = dict[str, tuple[int, int]]
+
+
+def index_bounds(lifted: Lifted) -> Bounds:
+    """Name of an input -> the least and the greatest number that may be in it."""
+    out: Bounds = {}
+    for node in lifted.graph.nodes:
+        for source, low, high in _looked_up(lifted, node):
+            known = out.get(source.name, (low, high))
+            out[source.name] = max(low, known[0]), min(high, known[1])
+    return out
+
+
+def _looked_up(lifted: Lifted, node: fx.Node) -> list[tuple[fx.Node, int, int]]:
+    """The inputs that ``node`` takes as names of rows, and what these may be."""
+    if node.target is aten.embedding.default:
+        found = [(argument(node, 0), 0, argument(node, 1), False)]
+    elif node.target is aten.index_select.default:
+        found = [(argument(node, 0), argument(node, 1), argument(node, 2), False)]
+    elif node.target is aten.index.Tensor:
+        indices = [(i, n) for i, n in enumerate(argument(node, 1)) if n is not None]
+        found = [(argument(node, 0), i, n, True) for i, n in indices]
+    else:
+        return []
+    out = []
+    for table, dim, index, negative in found:
+        source, shape = _source(lifted, index), table.meta["val"].shape
+        if source is not None and isinstance(shape[dim], int):
+            rows = shape[dim]
+            out.append((source, -rows if negative else 0, rows - 1))
+    return out
+
+
+def _source(lifted: Lifted, node: Any) -> fx.Node | None:
+    """The caller's whole numbers that ``node`` has, or those with more of an adapter's beside them."""
+    while node.op == "call_function":
+        tag = region_tag(node)
+        if tag is not None and tag["region"] == "tokens":
+            node = lifted.nodes[tag["base"]]
+        elif node.target in (*_VIEWS, *CASTS):
+            node = node.args[0]
+        else:
+            return None
+    if node.op != "placeholder" or lifted.specs[node.name].kind != InputKind.USER_INPUT:
+        return None
+    value = node.meta.get("val")
+    whole = isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32, torch.int16, torch.int8)
+    return node if whole else None
