@@ -10,7 +10,16 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from tests.benchmarks import against_peft, compiled, generating, many_adapters, methods, products, rewriting
+from tests.benchmarks import (
+    above_layers,
+    against_peft,
+    compiled,
+    generating,
+    many_adapters,
+    methods,
+    products,
+    rewriting,
+)
 from tests.benchmarks.harness import machine, markdown
 
 
@@ -42,6 +51,9 @@ def main() -> None:
         print(markdown(many_adapters.run(sides, Path(folder), 3 if quick else 5)), "\n")
         print(generating.memory(), "\n")
         del sides
+    print("## Methods above the layer\n")
+    with tempfile.TemporaryDirectory() as folder:
+        print(markdown(above_layers.run(Path(folder), 3 if quick else 5)), "\n")
     print("## Methods: SmolLM2-135M, float32, on all linear layers\n")
     print(methods.markdown(methods.run(rounds)))
 
