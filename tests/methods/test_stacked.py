@@ -17,8 +17,8 @@ from tests.support.method_table import Experts
 #: hooks that are right as they are: the stacked method has no form around a layer and no bias, no dropout there, and
 #: nothing nested; it is wrapped anew by those who settle sizes; what a method says of its files where there is no model
 #: is asked of the method alone; methods of a whole program, which say whether sizes mean something and what cannot be
-#: trained on, are never stacked, nor are those with coefficients or extras, which do experts themselves or refuse them; the rest
-#: follows from what it does say
+#: trained on, are never stacked, nor are those with coefficients or extras, which do experts themselves or refuse them;
+#: the rest follows from what it does say
 OWN = {
     *("file_names", "summed", "low_rank", "with_low_rank"),
     *("akin", "defines", "drops_input", "nested", "settle_shared_sizes", "grouped_slots", "name", "kin", "swappable"),
