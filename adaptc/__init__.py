@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from adaptc.adapters.adapter import Adapter, load_adapter
     from adaptc.adapters.arrow import arrow_adapter
     from adaptc.adapters.combine import combine
+    from adaptc.adapters.compose import compose_cartridge_adapters
+    from adaptc.adapters.past_key_values import prompt_embeddings_from_past_key_values
     from adaptc.adapters.subtract import subtract_adapter
     from adaptc.adapters.to_lora import convert_to_lora
     from adaptc.api import (
@@ -49,6 +51,10 @@ if TYPE_CHECKING:
     )
     from adaptc.generation.compile import compile_for_generation
     from adaptc.generation.generator import Generator
+    from adaptc.generation.kv_prefix import (
+        initialize_kv_prefix_from_past_key_values,
+        initialize_kv_prefix_from_text,
+    )
     from adaptc.generation.report import report
     from adaptc.methods import ProgramConfig, TargetedConfig, VirtualTokens, register_method
     from adaptc.methods.adalora import AdaLoraConfig
@@ -126,6 +132,10 @@ PUBLIC = {
     "arrow_adapter": "adaptc.adapters.arrow",
     "convert_to_lora": "adaptc.adapters.to_lora",
     "subtract_adapter": "adaptc.adapters.subtract",
+    "initialize_kv_prefix_from_text": "adaptc.generation.kv_prefix",
+    "initialize_kv_prefix_from_past_key_values": "adaptc.generation.kv_prefix",
+    "prompt_embeddings_from_past_key_values": "adaptc.adapters.past_key_values",
+    "compose_cartridge_adapters": "adaptc.adapters.compose",
     "xlora_scalings": "adaptc.program.scalings",
     "assert_no_recompiles": "adaptc.runtime.recompiles",
     "RankAllocator": "adaptc.program.rank_allocator",

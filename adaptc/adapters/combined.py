@@ -76,13 +76,18 @@ def check_same(adapters: Sequence[AdapterLike]) -> None:
                 f"{first.source} is a {first.config.peft_type} adapter and {a.source} one of {a.config.peft_type}; to "
                 f"combine adapters of different methods {AS_LORA}"
             )
+    tell_models(adapters)
+
+
+def tell_models(adapters: Sequence[AdapterLike]) -> None:
+    """Warns of names of different models."""
     names = dict.fromkeys(n for a in adapters if (n := a.config.base_model_name_or_path))
     if len(names) > 1:
         warnings.warn(
             f"the adapters name different models, {listing(map(repr, names), 3)}: what they make together has a "
             "meaning only where these are the same weights",
             AdaptcWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -7,6 +7,7 @@ and the memory goes with the object. It grows as it is needed, in layers that lo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, Self
 
@@ -142,6 +143,23 @@ class StepCache:
     def held(self) -> list[Tensor]:
         """The tensors of all positions so far, of a cache that keeps them."""
         return [t[:, :, : self.length].contiguous() for t in self.tensors]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer (rows, heads, length, width). Raises AdaptcError where not all positions are
+        kept or may be seen, and for states."""
+        if len(self.layout.names) != 2 * len(self):
+            raise AdaptcError("this cache keeps states, and no keys and values of single tokens")
+        if not self.tensors:
+            raise AdaptcError("nothing is in this cache yet: gen.prefill(input_ids) gives one of a text")
+        if self.first:
+            raise AdaptcError(
+                f"layers that look back on {self.window} positions keep those from {self.first} on: "
+                "cache.activate_past_recording(), before the first step, keeps all"
+            )
+        if self.padded:
+            raise AdaptcError("some positions of this cache are padding: give a text without")
+        held = self.held()
+        return iter(list(zip(held[::2], held[1::2], strict=True)))
 
     def seen(self, length: int) -> list[Tensor]:
         """The tensors as far as so many positions go."""

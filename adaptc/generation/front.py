@@ -80,11 +80,7 @@ def front_of(
         return None
     (front,) = fronts  # no two act together
     assert step is not None
-    if front.count >= facts.max_length:
-        raise AdaptcError(
-            f"the adapter puts {front.count} tokens in front, which leaves no room for those of a text: "
-            f"max_length={facts.max_length}. Compile with more, or choose an adapter of fewer"
-        )
+    check_room(front.count, facts)
     own = front.given(given, device)
     if own:
         checks.fits(facts, next(iter(own.values())).shape[0], front.count)
@@ -96,6 +92,15 @@ def front_of(
         # What runs for the first time may lay weights out in another way, which is no write to them.
         known = _KNOWN[binding] = _writes(program, binding), made
     return known[1]
+
+
+def check_room(count: int, facts: Facts) -> None:
+    """Raises AdaptcError where so many tokens in front leave no room for a text."""
+    if count >= facts.max_length:
+        raise AdaptcError(
+            f"the adapter puts {count} tokens in front, which leaves no room for those of a text: "
+            f"max_length={facts.max_length}. Compile with more, or choose an adapter of fewer"
+        )
 
 
 class _Front:

@@ -8,6 +8,8 @@ from adaptc.methods._attention_config import AttentionConfig
 from adaptc.methods._config import AdapterConfig, TargetedConfig
 from adaptc.methods._default_targets import OTHER_MEANING, adapts_defaults
 from adaptc.methods._experts import Experts, apart, side_by_side
+from adaptc.methods._in_front import PROMPT
+from adaptc.methods._key_values import KeyValueConfig, as_rows
 from adaptc.methods._model_facts import ModelFacts
 from adaptc.methods._name_patterns import check_patterns, endings, pattern_value, value_table
 from adaptc.methods._parts import Part
@@ -21,9 +23,11 @@ from adaptc.methods._whole import TokenRows, Whole
 
 __all__ = [
     "OTHER_MEANING",
+    "PROMPT",
     "AdapterConfig",
     "AttentionConfig",
     "Experts",
+    "KeyValueConfig",
     "ModelFacts",
     "Part",
     "ProgramConfig",
@@ -34,6 +38,7 @@ __all__ = [
     "Whole",
     "adapts_defaults",
     "apart",
+    "as_rows",
     "check_patterns",
     "check_registered",
     "check_sizes",

@@ -7,9 +7,11 @@ them: they stand where a cache has keys that were rotated before.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from adaptc.errors import ConfigError, TargetError
@@ -77,3 +79,8 @@ class KeyValues(InFront):
     def cached(self, slots: Slots, given: Given) -> Tensor:
         rows = self.rows(slots)
         return rows.view(rows.shape[0], 2 * self.layers, self.heads, self.width).permute(1, 2, 0, 3)
+
+
+def as_rows(cached: Sequence[Tensor]) -> Tensor:
+    """Inverse of :meth:`KeyValues.cached`: (count, row) of keys and values in turn, each (heads, count, width)."""
+    return torch.stack(list(cached)).permute(2, 0, 1, 3).flatten(1).contiguous()

@@ -67,7 +67,7 @@ def find_attentions(lifted: Lifted, lookup: Lookup, name: str) -> Attentions:
     shapes: dict[tuple[int, int], fx.Node] = {}
     for node in found:
         key, value = argument(node, KEY), argument(node, VALUE)
-        shape, other = (_unrepeated(n).meta["val"].shape for n in (key, value))
+        shape, other = (unrepeated(n).meta["val"].shape for n in (key, value))
         length = str(lookup.ids.meta["val"].shape[1])
         sizes = [str(n.meta["val"].shape[-2]) for n in (argument(node, QUERY), key, value)]
         if len(shape) != 4 or sizes != [length] * 3 or str(shape) != str(other):
@@ -106,6 +106,11 @@ def inside(lifted: Lifted, lookup: Lookup) -> set[fx.Node]:
         if node.op == "call_function" and not is_size(node) and (first or not out.isdisjoint(node.all_input_nodes)):
             out.add(node)
     return out
+
+
+def keys_and_values(attentions: Attentions) -> list[fx.Node]:
+    """Those of each attention of a program without a cache, in turn: (batch, heads, length, width)."""
+    return [unrepeated(argument(node, at)) for node in attentions.nodes for at in (KEY, VALUE)]
 
 
 def edges(lifted: Lifted, lookup: Lookup, attentions: Attentions, beside: Collection[fx.Node]) -> Iterator[Edge]:
@@ -153,7 +158,7 @@ def is_causal(node: fx.Node) -> bool:
     return bool(argument(node, CAUSAL))
 
 
-def _unrepeated(node: Any) -> fx.Node:
+def unrepeated(node: Any) -> fx.Node:
     """Keys or values before each head was repeated for the queries that share it."""
     found = node
     while isinstance(node, fx.Node) and node.target in _REPEATS and isinstance(node.args[0], fx.Node):

@@ -39,6 +39,16 @@ def part_of(program: ExportedProgram, names: Sequence[str]) -> ExportedProgram:
     return opened.finish_part(names)
 
 
+def cut_to(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
+    """Leave of a graph what computes these nodes, which are its outputs from now on. All its inputs stay."""
+    _read_sizes_inside(graph, _needed(graph, nodes, sizes=False))
+    kept, last = _needed(graph, nodes, sizes=True), graph.output_node()
+    last.args = (tuple(nodes),)
+    for node in reversed(list(graph.nodes)):
+        if node.op != "placeholder" and node is not last and node not in kept:
+            graph.erase_node(node)
+
+
 def _needed(graph: fx.Graph, roots: Collection[fx.Node], sizes: bool) -> set[fx.Node]:
     """The nodes that ``roots`` follow from; without ``sizes`` not the inputs that only a size is read off."""
     memory, found = memory_groups(graph), set[fx.Node]()

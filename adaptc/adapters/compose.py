@@ -1,0 +1,86 @@
+"""``compose_cartridge_adapters``: several cartridges, one behind the other, as one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptc.adapters.adapter import Adapter
+from adaptc.adapters.combined import tell_models
+from adaptc.adapters.of_program import as_object
+from adaptc.errors import CheckpointError, ConfigError, listing
+from adaptc.methods import PROMPT
+from adaptc.methods.cartridge import CartridgeConfig
+from adaptc.value_types import checked
+
+#: what adapters of one model have alike, in the order of PEFT's
+_ALIKE = ("task_type", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
+
+
+@checked("safe_serialization")
+def compose_cartridge_adapters(
+    adapter_paths: Sequence[Any],
+    *,
+    output_path: str | os.PathLike[str] | None = None,
+    safe_serialization: bool = True,
+) -> Adapter:
+    """One cartridge of several: the keys and values of the first, then those of the second, and so on (arXiv
+    2506.06266, section 4.2). Nothing is computed, and no model is needed.
+
+    ``adapter_paths``: at least two PEFT directories of cartridges, :class:`Adapter` objects, programs, or what ``bind``
+    returned. ``swap``, ``bind``, ``compile`` and ``save_adapter`` take the result like a directory; with
+    ``output_path`` it is written there, too, as PEFT's function of this name does, and ``safe_serialization=False``
+    writes it as a ``.bin``. ``num_virtual_tokens`` is the sum, and ``num_frozen_tokens`` that of the first, whose first
+    token is the one that attention sinks into.
+
+    Raises ConfigError for fewer than two, adapters of another method, such whose models differ (layers, heads, widths,
+    task), and such that train modules beside, CheckpointError for tensors that do not fit their config, or have no
+    token. Warns where the adapters name different models.
+    """
+    if isinstance(adapter_paths, (str, bytes, os.PathLike)) or not isinstance(adapter_paths, Sequence):
+        raise ConfigError(f"adapter_paths must be a list of cartridges, got {type(adapter_paths).__name__}")
+    if len(adapter_paths) < 2:
+        raise ConfigError(f"there are {len(adapter_paths)} cartridges, and at least 2 are needed to compose one")
+    adapters = [as_object(a) for a in adapter_paths]
+    rows = [_rows(a) for a in adapters]
+    first = adapters[0]
+    for a, r in zip(adapters, rows, strict=True):
+        for name in _ALIKE:
+            _check_alike(a, first, name, getattr(a.config, name), getattr(first.config, name))
+        _check_alike(a, first, "width of prompt_embeddings", r.shape[1], rows[0].shape[1])
+    tell_models(adapters)
+    made = torch.cat([r.to(rows[0].device) for r in rows])
+    source = f"the cartridges {listing((a.source for a in adapters), 3)}"
+    new = Adapter(first.config.replace(num_virtual_tokens=made.shape[0]), {PROMPT: made}, source)
+    if output_path is not None:
+        new.write(output_path, safe_serialization=safe_serialization)
+    elif not safe_serialization:
+        raise ConfigError("safe_serialization=False is how to write to output_path, and there is none: leave it out")
+    return new
+
+
+def _check_alike(a: Adapter, first: Adapter, name: str, found: Any, wanted: Any) -> None:
+    if found != wanted:
+        raise ConfigError(
+            f"{a.source} has {name} {found!r}, and {first.source} {wanted!r}: cartridges of one model and task go "
+            "behind each other"
+        )
+
+
+def _rows(a: Adapter) -> Tensor:
+    config = a.config
+    if not isinstance(config, CartridgeConfig):
+        raise ConfigError(f"{a.source} is a {config.peft_type} adapter, and cartridges are composed alone")
+    if more := sorted(a.tensors.keys() - {PROMPT}):
+        raise ConfigError(f"{a.source} trains modules beside its cartridge ({more[0]}), of which there can be one")
+    rows = a.tensors[PROMPT]
+    if rows.ndim != 2 or not rows.shape[0] or rows.shape[0] != config.num_virtual_tokens:
+        raise CheckpointError(
+            f"{a.source}: {PROMPT!r} has shape {tuple(rows.shape)}, and its config says num_virtual_tokens="
+            f"{config.num_virtual_tokens}: expected ({config.num_virtual_tokens}, 2 * layers * token_dim)"
+        )
+    return rows

@@ -1,0 +1,95 @@
+"""Keys and values of a cache as what an adapter puts in front of a text.
+
+Before: a cache of one sequence, of transformers' or of a program that generates. After: the first tokens of it in the
+form that prefix tuning and cartridges have; or an error that says what the cache does not have.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from adaptc.errors import AdaptcError, ConfigError, shown
+from adaptc.methods import as_rows
+
+_EXPECTED = (
+    "past_key_values is a cache of one sequence: one of transformers' with keys and values in every layer, pairs (key, "
+    "value) of each layer, or what gen.prefill(input_ids) gives"
+)
+
+
+def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_tokens: int) -> Tensor:
+    """The first ``num_virtual_tokens`` tokens of a cache as PEFT's files of prefix tuning and cartridges have them.
+
+    ``past_key_values``: a cache of transformers, what ``prefill`` of a generator gives, or for each layer its keys and
+    values, both (1, heads, length, width). Returns ``prompt_embeddings``, (num_virtual_tokens, 2 * layers * heads *
+    width) in the dtype of the cache and memory of its own: of each token the key of the first layer, its value, and so
+    on, as they stand in the cache (rotated, and one head for all queries that share it).
+
+    Raises ConfigError for a number of tokens that is no positive integer, and AdaptcError for a cache of several
+    sequences, of fewer tokens, of layers that differ in shape or keep no keys, and where layers that look back on a
+    window have forgotten the first tokens.
+    """
+    return as_rows([t[0] for t in first_of_cache(past_key_values, num_virtual_tokens)])
+
+
+def first_of_cache(past_key_values: Any, count: int) -> list[Tensor]:
+    """Keys and values in turn, each (1, heads, count, width), without a gradient. Errors as above."""
+    check_count(count)
+    pairs = _pairs(past_key_values)
+    if not pairs:
+        raise AdaptcError(f"there are no layers in this cache. {_EXPECTED}")
+    out: list[Tensor] = []
+    for i, (pair, length) in enumerate(pairs):
+        for what, t in zip(("keys", "values"), pair, strict=True):
+            where = f"the {what} of layer {i}"
+            if not isinstance(t, Tensor):
+                raise AdaptcError(f"{where} are {'none' if t is None else f'a {type(t).__name__}'}. {_EXPECTED}")
+            if t.ndim != 4 or t.shape[0] != 1:
+                raise AdaptcError(
+                    f"{where} have shape {tuple(t.shape)}, expected (1, heads, length, width): a cache of one sequence"
+                )
+            if length is not None and length > t.shape[2]:
+                raise AdaptcError(
+                    f"{where} are of {t.shape[2]} of the {length} tokens that the layer has seen: it keeps the last "
+                    "ones alone, and the first are needed. Read a text that is no longer than its window"
+                )
+            held = t.shape[2] if length is None else length
+            if held < count:
+                raise AdaptcError(f"{where} are of {held} tokens, and {count} are needed: read a longer text")
+            first = out[0] if out else t
+            if (t.shape[1], t.shape[3]) != (first.shape[1], first.shape[3]):
+                raise AdaptcError(
+                    f"{where} have {t.shape[1]} heads of {t.shape[3]}, and the keys of layer 0 {first.shape[1]} of "
+                    f"{first.shape[3]}: what stands in front is of one shape in all layers"
+                )
+            out.append(t.detach()[:, :, :count].to(first.device))
+    return out
+
+
+def check_count(count: Any) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ConfigError(f"num_virtual_tokens must be a positive integer, got {shown(count)}")
+
+
+def _pairs(cache: Any) -> list[tuple[tuple[Any, Any], int | None]]:
+    """Keys and values of each layer, and how many tokens it has seen, where that is known."""
+    layers = getattr(cache, "layers", None)
+    if isinstance(layers, (list, tuple)):
+        return [((getattr(x, "keys", None), getattr(x, "values", None)), _seen(x)) for x in layers]
+    try:
+        found = list(cache)
+    except TypeError:
+        found = [cache]
+    for layer in found:
+        if not isinstance(layer, (list, tuple)) or len(layer) < 2:
+            raise AdaptcError(f"got a {type(cache).__name__} of {type(layer).__name__}. {_EXPECTED}")
+    return [((layer[0], layer[1]), None) for layer in found]
+
+
+def _seen(layer: Any) -> int | None:
+    if not isinstance(getattr(layer, "keys", None), Tensor):
+        return None
+    length = layer.get_seq_length()
+    return int(length)

@@ -1,0 +1,175 @@
+"""First values of prefixes and cartridges from a text: the keys and values that the base makes of its first tokens.
+
+Before: a program, or what generates, with an adapter that puts keys and values in front. After: that adapter has those
+of the text, as if a cache began with it; or an error, and nothing has changed. What else the adapter has, such as
+modules that are trained as a whole, stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptc.adapters.adapter import Adapter
+from adaptc.adapters.past_key_values import check_count, first_of_cache
+from adaptc.binding.bind import file_tensors
+from adaptc.binding.binding import Binding
+from adaptc.binding.combine import part_of
+from adaptc.errors import AdaptcError, ConfigError, listing
+from adaptc.generation import checks
+from adaptc.generation.front import check_room
+from adaptc.generation.generator import Generator
+from adaptc.generation.text_ids import ids_of
+from adaptc.methods import PROMPT, KeyValueConfig, as_rows
+from adaptc.passes.analysis.cache_inputs import first_of_cache as first_of_step
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.program_method import ProgramMethod
+from adaptc.program.adapted import AdaptedProgram
+from adaptc.program.holder import Holder, check_program
+from adaptc.program.keys_of_text import keys_of_text
+from adaptc.program.swap import swapped
+from adaptc.value_types import checked
+
+
+@checked("adapter_name", "num_virtual_tokens")
+def initialize_kv_prefix_from_past_key_values(
+    program: AdaptedProgram | Generator,
+    *,
+    past_key_values: Any,
+    adapter_name: str | None = None,
+    num_virtual_tokens: int | None = None,
+) -> Tensor:
+    """PEFT's function of this name: the adapter of ``program`` becomes the first tokens of a cache.
+
+    ``program``: an :class:`AdaptedProgram` or a :class:`Generator` with a cartridge, or prefix tuning without
+    ``prefix_projection``. It is swapped, so that nothing is compiled, and saved as all adapters are; what is to be
+    trained from there is made afterwards (``program.module()``). ``past_key_values``: as for
+    :func:`prompt_embeddings_from_past_key_values`, of the same model. ``adapter_name``: which adapter, where several
+    act. ``num_virtual_tokens``: by default as many as it has; any number will do.
+
+    Returns ``prompt_embeddings`` (num_virtual_tokens, 2 * layers * heads * width), as the cache has them. The first
+    ``num_frozen_tokens`` of a cartridge do not train, whatever they are made of. Raises ConfigError for another
+    adapter, and what :func:`prompt_embeddings_from_past_key_values` and ``swap`` raise; nothing is changed then.
+    """
+    target = _Target.of(program, adapter_name, num_virtual_tokens, "initialize_kv_prefix_from_past_key_values")
+    return target.begin_with(past_key_values)
+
+
+@checked("adapter_name", "num_virtual_tokens", "use_chat_template", "max_length")
+def initialize_kv_prefix_from_text(
+    program: AdaptedProgram | Generator,
+    tokenizer: Any = None,
+    *,
+    text: str | Tensor | Sequence[int],
+    adapter_name: str | None = None,
+    num_virtual_tokens: int | None = None,
+    use_chat_template: bool = True,
+    max_length: int | None = None,
+) -> Tensor:
+    """PEFT's function of this name: the adapter of ``program`` becomes the keys and values that the base, without any
+    adapter, makes of the first tokens of a text (arXiv 2506.06266, section 3.2).
+
+    ``text``: a string, for ``tokenizer`` (by default the one that a generator came with), or the ids of its tokens,
+    (length,) or (1, length). ``use_chat_template``: a string is the system's turn of a conversation, where the
+    tokenizer has a template for these. ``max_length``: tokens of the text that are read at most. ``program``,
+    ``adapter_name``, ``num_virtual_tokens`` and what is returned as for
+    :func:`initialize_kv_prefix_from_past_key_values`.
+
+    A program reads the whole text, on which the keys of an encoder depend; a generator the first ``num_virtual_tokens``
+    tokens alone, on which later ones have no influence. Raises ConfigError for a text of fewer tokens, and where a
+    tokenizer is missing or not needed; AdaptcError for a text that is too long, and ids that are no tokens; nothing is
+    changed then.
+    """
+    target = _Target.of(program, adapter_name, num_virtual_tokens, "initialize_kv_prefix_from_text")
+    if tokenizer is None and isinstance(program, Generator):
+        tokenizer = program.tokenizer if isinstance(text, str) else None
+    ids = ids_of(text, tokenizer, use_chat_template, max_length)
+    if ids.shape[1] < target.count:
+        raise ConfigError(
+            f"the text has {ids.shape[1]} tokens, and {target.count} are put in front: give a longer one, or "
+            f"num_virtual_tokens={ids.shape[1]}"
+        )
+    if isinstance(program, Generator):
+        return target.begin_with(_read(program, ids[:, : target.count]))
+    found = keys_of_text(target.program, target.attachment(), ids)
+    return target.begin_with(list(zip(found[::2], found[1::2], strict=True)))
+
+
+def _read(generator: Generator, ids: Tensor) -> Any:
+    """The cache of the base after these tokens, all of them, in layers that look back on a window too."""
+    checks.tokens(generator.facts, ids)
+    base = generator.base
+    past = base.new_cache()
+    past.expected = ids.shape[1]
+    past.activate_past_recording()
+    with torch.no_grad():
+        base.forward(ids, past_key_values=past, logits_to_keep=1)
+    return past
+
+
+@dataclass(frozen=True)
+class _Target:
+    """The adapter of a program that gets other keys and values: ``count`` tokens of them."""
+
+    program: AdaptedProgram
+    name: str
+    binding: Binding
+    config: KeyValueConfig
+    count: int
+
+    @classmethod
+    def of(cls, program: Any, name: str | None, count: int | None, what: str) -> _Target:
+        inside = program.program if isinstance(program, Holder) else program
+        check_program(inside, what)
+        named = inside.binding.named
+        if name is not None and name not in named:
+            raise ConfigError(f"the program has no adapter called {name!r}; it has {listing(map(repr, named))}")
+        mine = [n for n, b in named.items() if isinstance(b.config, KeyValueConfig)]  # no two of them act together
+        chosen: str = (mine or list(named))[0] if name is None else name
+        config = named[chosen].config
+        if not isinstance(config, KeyValueConfig):
+            raise ConfigError(
+                f"{what} is for cartridges and prefix tuning, and {chosen!r} is a {config.peft_type} adapter"
+            )
+        if getattr(config, "prefix_projection", False):
+            raise ConfigError(
+                f"{chosen!r} makes its keys and values by a network (prefix_projection=True), which no text gives: "
+                "compile with a PrefixTuningConfig without prefix_projection"
+            )
+        count = config.num_virtual_tokens if count is None else count
+        check_count(count)
+        assert count is not None
+        if isinstance(program, Generator):
+            check_room(count, program.facts)
+        elif first_of_step(Lifted(inside, edit=False)) is not None:
+            raise AdaptcError(f"{what} takes what generates, and not the program inside, whose cache is its caller's")
+        return cls(inside, chosen, named[chosen], config, count)
+
+    def attachment(self) -> Attachment:
+        mine = [a for a in self.program.adaptation.attachments if isinstance(a.method, ProgramMethod)]
+        return next(a for a in mine if a.id in self.binding.methods)
+
+    def begin_with(self, past: Any) -> Tensor:
+        """What its adapter has from now on. Raises ConfigError for a cache of another model: rows of one width may be
+        of other layers and heads."""
+        cached = first_of_cache(past, self.count)
+        _, heads, _, width = cached[0].shape
+        found = {"num_layers": len(cached) // 2, "num_attention_heads": heads, "token_dim": heads * width}
+        for name, value in found.items():
+            if value != getattr(self.config, name):
+                raise ConfigError(
+                    f"the cache has {name}={value}, and the program {getattr(self.config, name)}: it is of another "
+                    "model"
+                )
+        rows = as_rows([t[0] for t in cached])
+        several, spec = bool(self.program.binding.parts), self.program.spec()
+        own = file_tensors(part_of(spec, self.name) if several else spec, self.binding.idle or self.binding)
+        config = self.config.replace(num_virtual_tokens=self.count)
+        new = Adapter(config, {**own, PROMPT: rows}, f"a cache of {self.count} tokens")
+        swapped(self.program, {self.name: new} if several else new)
+        return rows

@@ -1,0 +1,59 @@
+"""A text as token ids, from whatever a caller has of it.
+
+Before: a string and a tokenizer of transformers, or ids. After: ids (1, length) int64, at least one; or a ConfigError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptc.errors import ConfigError, shown
+
+
+def ids_of(
+    text: str | Tensor | Sequence[int], tokenizer: Any, use_chat_template: bool = True, max_length: int | None = None
+) -> Tensor:
+    """``use_chat_template``: a string is the system's turn of a conversation, where ``tokenizer`` has a template for
+    these. ``max_length``: tokens at most."""
+    if max_length is not None and max_length < 1:
+        raise ConfigError(f"max_length={max_length} leaves nothing of the text")
+    if isinstance(text, str):
+        if tokenizer is None:
+            raise ConfigError("the text is a string, and there is no tokenizer: give one, or the ids of its tokens")
+        ids = _tokenized(text, tokenizer, use_chat_template, max_length)
+    else:
+        if tokenizer is not None:
+            raise ConfigError("the text is given as token ids, which need no tokenizer: leave it out")
+        ids = _as_ids(text)
+    ids = ids if max_length is None else ids[:, :max_length]
+    if not ids.numel():
+        raise ConfigError("the text has no tokens")
+    return ids
+
+
+def _tokenized(text: str, tokenizer: Any, use_chat_template: bool, max_length: int | None) -> Tensor:
+    if use_chat_template and getattr(tokenizer, "chat_template", None):
+        turns = [{"role": "system", "content": text}]
+        ids = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False, return_tensors="pt")
+    else:
+        cut = {} if max_length is None else {"truncation": True, "max_length": max_length}
+        ids = tokenizer(text, return_tensors="pt", **cut)["input_ids"]
+    return _as_ids(ids)
+
+
+def _as_ids(given: Any) -> Tensor:
+    try:
+        ids = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"the text is a string or token ids, got {shown(given)}") from error
+    ids = ids[None] if ids.ndim == 1 else ids
+    whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    if ids.ndim != 2 or ids.shape[0] != 1 or not (whole or not ids.numel()):
+        raise ConfigError(
+            f"token ids are whole numbers (length,) or (1, length), of one text; got {tuple(ids.shape)} of {ids.dtype}"
+        )
+    return ids.to(torch.int64)

@@ -1,0 +1,96 @@
+"""The keys and values that the base of a program makes of a text.
+
+Before: a program with an adapter in front of its attentions, which says where these are. After: what each of them would
+put into a cache, of the base without any adapter. Of its graph nothing but what these follow from is run, once and
+eagerly; the program is as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from adaptc.errors import AdaptcError
+from adaptc.passes.analysis.attention_places import find_attentions, keys_and_values
+from adaptc.passes.analysis.token_places import PER_TOKEN, Lookup, lookups
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.passes.ir.lifted import Lifted, lifted_names, user_inputs
+from adaptc.passes.ir.part import cut_to
+from adaptc.program.adapted import AdaptedProgram
+
+
+@torch.no_grad()
+def keys_of_text(program: AdaptedProgram, a: Attachment, ids: Tensor) -> list[Tensor]:
+    """``a``: where the adapter stands; ``ids`` (1, length) int64. Keys and values in turn, each (1, heads, length,
+    width), as the program of the base computes them in inference.
+
+    Raises AdaptcError for more tokens than the program takes, for ids that it does not know, and for inputs of which
+    nothing is known for a text; MergeError where its base is not known.
+    """
+    base = program.base
+    with GRAPHS:
+        opened = Lifted(base.snapshot())
+        weight = opened.placeholders[a.fqn]
+        lookup = next(x for x in lookups(opened) if weight in x.node.all_input_nodes)
+        nodes = keys_and_values(find_attentions(opened, lookup, a.method.name))
+        _check(opened, lookup, ids)
+        cut_to(opened.graph, nodes)
+        inputs = _inputs(opened, lookup, ids.to(base.device))
+        module = fx.GraphModule(base.graph_module, opened.graph)
+        order = [n.name for n in opened.graph.find_nodes(op="placeholder")]
+    lifted = {name: opened.tensor(f) for name, f in lifted_names(base.graph_signature).items()}
+    try:
+        found = module.forward(*({**lifted, **inputs}[n] for n in order))
+    except (RuntimeError, IndexError) as error:
+        if "index out of" not in str(error):
+            raise
+        raise AdaptcError(
+            f"the text has {ids.shape[1]} tokens, which is more than the model has positions for: give fewer, or "
+            "max_length"
+        ) from error
+    return [t[:1] for t in found]
+
+
+def _check(opened: Lifted, lookup: Lookup, ids: Tensor) -> None:
+    length = lookup.ids.meta["val"].shape[1]
+    known = {str(k): v.upper for k, v in opened.program.range_constraints.items()}
+    most = length if isinstance(length, int) else known.get(str(length))
+    if most is not None and ids.shape[1] > most:
+        raise AdaptcError(
+            f"the text has {ids.shape[1]} tokens, and the program takes {most}: give fewer, or max_length={most}"
+        )
+    there = lookup.node.args[0].meta["val"].shape[0]  # type: ignore[union-attr]
+    if not 0 <= int(ids.min()) <= int(ids.max()) < there:
+        raise AdaptcError(f"the text has ids from {int(ids.min())} to {int(ids.max())}, and there are {there} tokens")
+
+
+def _inputs(opened: Lifted, lookup: Lookup, ids: Tensor) -> Mapping[str, Any]:
+    """The user's inputs, by name. What nothing reads is None."""
+    rows = lookup.ids.meta["val"].shape[0]
+    ids = ids.expand(rows if isinstance(rows, int) else 1, -1)
+    out: dict[str, Any] = {}
+    for name, want in user_inputs(opened.program).items():
+        place, node = PER_TOKEN.get(name), opened.nodes[name]
+        if node is lookup.ids:
+            value = ids.to(want.dtype)
+        elif not node.users:
+            value = None
+        elif not isinstance(want, Tensor):
+            value = want
+        elif place == "attended":
+            value = torch.ones_like(ids, dtype=want.dtype)
+        elif place == "positions":
+            value = torch.arange(ids.shape[1], dtype=want.dtype, device=ids.device).expand(want.shape[0], -1)
+        elif place == "segments":
+            value = torch.zeros_like(ids, dtype=want.dtype)
+        else:
+            raise AdaptcError(
+                f"the program reads {name!r} beside its tokens, and what that is for a text is not known: run the "
+                "model itself, and give adaptc.initialize_kv_prefix_from_past_key_values its cache"
+            )
+        out[name] = value
+    return out
