@@ -126,7 +126,7 @@ class _Target:
     def of(cls, program: Any, name: str | None, count: int | None, what: str) -> _Target:
         inside = program.program if isinstance(program, Holder) else program
         check_program(inside, what)
-        named = inside.binding.named
+        named = {n: b.idle or b for n, b in inside.binding.named.items()}  # of what is off, what it is when it acts
         if name is not None and name not in named:
             raise ConfigError(f"the program has no adapter called {name!r}; it has {listing(map(repr, named))}")
         mine = [n for n, b in named.items() if isinstance(b.config, KeyValueConfig)]  # no two of them act together
@@ -168,7 +168,7 @@ class _Target:
                 )
         rows = as_rows([t[0] for t in cached])
         several, spec = bool(self.program.binding.parts), self.program.spec()
-        own = file_tensors(part_of(spec, self.name) if several else spec, self.binding.idle or self.binding)
+        own = file_tensors(part_of(spec, self.name) if several else spec, self.binding)
         config = self.config.replace(num_virtual_tokens=self.count)
         new = Adapter(config, {**own, PROMPT: rows}, f"a cache of {self.count} tokens")
         swapped(self.program, {self.name: new} if several else new)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import adaptc
 from adaptc import CartridgeConfig, LoraConfig, PrefixTuningConfig
 from adaptc.errors import AdaptcError, ConfigError
+from adaptc.generation.facts import past_name
 from adaptc.generation.layout import cache_of
 from tests.support.chats import tokenizer
 from tests.support.cover import examples
@@ -142,6 +143,26 @@ def test_caches_of_generators():
         take(past, num_virtual_tokens=1)
 
 
+def test_half_precision_and_files(tmp_path):
+    """The adapter is float32 above a base of bfloat16, of which the values are; a file of a program does as it does."""
+    model = FAMILIES["qwen3"].build().to(torch.bfloat16)
+    prog = adaptc.compile(model, CartridgeConfig(num_virtual_tokens=3))
+    rows = adaptc.initialize_kv_prefix_from_text(prog, text=words(7))
+    assert rows.dtype == torch.bfloat16
+    assert torch.equal(torch.cat(list(prog.binding.values.values())), rows.float())
+    assert torch.equal(adaptc.prompt_embeddings_from_past_key_values(half(model, words(3)), num_virtual_tokens=3), rows)
+    loaded = adaptc.load(adaptc.save(prog, tmp_path / "saved.pt2"))
+    assert torch.equal(adaptc.initialize_kv_prefix_from_text(loaded, text=words(7)), rows)
+
+
+def half(model, ids):
+    """A cache of fixed room, most of which is empty."""
+    room = transformers.StaticCache(model.config, max_cache_len=11)
+    with torch.no_grad():
+        model(input_ids=ids, **{past_name(): room})
+    return room
+
+
 @settings(max_examples=examples(20))
 @given(
     layers=st.integers(1, 3),
@@ -232,6 +253,9 @@ def test_beside_other_adapters():
     assert prog.binding.parts["style"] is style
     assert prog.binding.parts["task"].config.num_virtual_tokens == 6
     close(adaptc.initialize_kv_prefix_from_text(prog, text=words(7)), rows)
+    prog.set_active("style")
+    close(adaptc.initialize_kv_prefix_from_text(prog, text=words(7)), rows)  # a swap turns it on
+    assert prog.active_adapters == ["style", "task"]
     with pytest.raises(ConfigError, match="'style' is a LORA adapter"):
         adaptc.initialize_kv_prefix_from_text(prog, text=words(7), adapter_name="style")
     with pytest.raises(ConfigError, match="no adapter called 'other'; it has 'style', 'task'"):
