@@ -16,7 +16,8 @@ import adaptc
 from adaptc import CartridgeConfig, LoraConfig, PrefixTuningConfig
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation.facts import past_name
-from adaptc.generation.layout import cache_of
+from adaptc.generation.layout import State, StateLayout, cache_of
+from adaptc.generation.state_step import state_cache_class
 from tests.support.chats import tokenizer
 from tests.support.cover import examples
 from tests.support.families import FAMILIES, VOCAB
@@ -136,6 +137,9 @@ def test_caches_of_generators():
         take(gen.base.prefill(ids, mask), num_virtual_tokens=1)
     with pytest.raises(AdaptcError, match=r"shape \(2, 2, 9, 8\).*one sequence"):
         take(gen.base.prefill(ids.expand(2, -1)), num_virtual_tokens=1)
+    states = StateLayout((), torch.float32, states=(State(0, "conv_states", 0, (3,), torch.float32),))
+    with pytest.raises(AdaptcError, match="keeps states"):
+        take(state_cache_class()(states, None, 9, torch.device("cpu")), num_virtual_tokens=1)
     sliding = generator("mistral")
     past = sliding.base.prefill(words(40))
     sliding.base.forward(words(1), past_key_values=past)
