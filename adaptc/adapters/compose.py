@@ -29,7 +29,7 @@ def compose_cartridge_adapters(
     safe_serialization: bool = True,
 ) -> Adapter:
     """One cartridge of several: the keys and values of the first, then those of the second, and so on (arXiv
-    2506.06266, section 4.2). Nothing is computed, and no model is needed.
+    2506.06266). Nothing is computed, and no model is needed.
 
     ``adapter_paths``: at least two PEFT directories of cartridges, :class:`Adapter` objects, programs, or what ``bind``
     returned. ``swap``, ``bind``, ``compile`` and ``save_adapter`` take the result like a directory; with

@@ -72,7 +72,7 @@ def initialize_kv_prefix_from_text(
     max_length: int | None = None,
 ) -> Tensor:
     """PEFT's function of this name: the adapter of ``program`` becomes the keys and values that the base, without any
-    adapter, makes of the first tokens of a text (arXiv 2506.06266, section 3.2).
+    adapter, makes of the first tokens of a text (arXiv 2506.06266).
 
     ``text``: a string, for ``tokenizer`` (by default the one that a generator came with), or the ids of its tokens,
     (length,) or (1, length). ``use_chat_template``: a string is the system's turn of a conversation, where the
