@@ -209,4 +209,5 @@ class XLoraConfig(TargetedConfig):
     def to_dict(self) -> dict[str, Any]:
         out = super().to_dict()
         own = {f.name for f in fields(AdapterConfig)} | {f.name for f in fields(XLoraConfig)}
-        return {k: v for k, v in out.items() if k == "peft_type" or (k in own and k not in self.refused)}
+        kept = {k: v for k, v in out.items() if k == "peft_type" or (k in own and k not in self.refused)}
+        return {k: v for k, v in kept.items() if v is not None or k not in (*_FOUND, "target_modules")}

@@ -103,7 +103,7 @@ class Executor:
         self._training = training
         self.variants = self._split()
         self._where = self.inputs.where()
-        bounds = index_bounds(opened) if self.compiles else {}
+        bounds = index_bounds(opened, small) if self.compiles else {}
         self._bounds = [(i, n, bounds[n]) for i, (n, _) in enumerate(self.inputs.expected) if n in bounds]
         self.lengths = Lengths.of(self.module.graph, attachments)
         self.fixed_kind = PLAIN if training else self.variants.kind(example_sizes(program))

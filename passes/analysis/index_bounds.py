@@ -3,12 +3,13 @@
 Plain PyTorch raises for a number that names no row. Code that a compiler made ends the process, so whoever runs that
 has to ask first.
 
-Before: an opened program. After: it is unchanged. Looked at are tables whose size is known, and inputs that are seen
-through casts and views which leave nothing out.
+Before: an opened program. After: it is unchanged. Looked at are tables whose size is known, and of slots where these
+keep their size, and inputs that are seen through casts and views which leave nothing out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -30,17 +31,18 @@ _VIEWS = (
 Bounds = dict[str, tuple[int, int]]
 
 
-def index_bounds(lifted: Lifted) -> Bounds:
-    """Name of an input -> the least and the greatest number that may be in it."""
+def index_bounds(lifted: Lifted, slots: Collection[str] = ()) -> Bounds:
+    """Name of an input -> the least and the greatest number that may be in it. ``slots``: the placeholders of tables
+    whose size may change from call to call."""
     out: Bounds = {}
     for node in lifted.graph.nodes:
-        for source, low, high in _looked_up(lifted, node):
+        for source, low, high in _looked_up(lifted, node, slots):
             known = out.get(source.name, (low, high))
             out[source.name] = max(low, known[0]), min(high, known[1])
     return out
 
 
-def _looked_up(lifted: Lifted, node: fx.Node) -> list[tuple[fx.Node, int, int]]:
+def _looked_up(lifted: Lifted, node: fx.Node, slots: Collection[str]) -> list[tuple[fx.Node, int, int]]:
     """The inputs that ``node`` takes as names of rows, and what these may be."""
     if node.target is aten.embedding.default:
         found = [(argument(node, 0), 0, argument(node, 1), False)]
@@ -54,10 +56,16 @@ def _looked_up(lifted: Lifted, node: fx.Node) -> list[tuple[fx.Node, int, int]]:
     out = []
     for table, dim, index, negative in found:
         source, shape = _source(lifted, index), table.meta["val"].shape
-        if source is not None and isinstance(shape[dim], int):
+        if source is not None and isinstance(shape[dim], int) and _behind_views(table).name not in slots:
             rows = shape[dim]
             out.append((source, -rows if negative else 0, rows - 1))
     return out
+
+
+def _behind_views(node: fx.Node) -> fx.Node:
+    while node.op == "call_function" and node.target in (*_VIEWS, *CASTS):
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _source(lifted: Lifted, node: Any) -> fx.Node | None:

@@ -83,6 +83,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "ADAPTION_PROMPT": {"adapter_len": 3, "adapter_layers": 2},
     "CPT": {"task_type": "CAUSAL_LM", "cpt_token_ids": [5, 7]},
     "ADALORA": {"total_step": 10},
+    "XLORA": {"hidden_size": 16, "adapters": {"0": "one"}},
     "C3A": {"block_size": 4},
     "VBLORA": {"vector_length": 4},
     "FOURIERFT": {"n_frequency": 10},
