@@ -1,7 +1,7 @@
 """Numbers that name no row of a table, found before compiled code meets them: it would end the process.
 
-Before: the values of a call's inputs. After: they are as they were, and each is within its bounds, or an error that says
-which is not. Values on another device than the processor are not waited for: there the code itself says it.
+Before: the values of a call's inputs. After: they are as they were, and each is within its bounds, or an error that
+says which is not. Values on another device than the processor are not waited for: there the code itself says it.
 """
 
 from __future__ import annotations

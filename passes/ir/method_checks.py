@@ -56,8 +56,9 @@ def check_names(method: Method | type[Method]) -> None:
     """Raises MethodError for an option that hides a function, which would be called in its place."""
     functions = {n for c in (Hooks, Method) for n, v in vars(c).items() if isroutine(v) or isinstance(v, classmethod)}
     if hidden := sorted({f.name for f in fields(method)} & functions):
+        name = getattr(method, "__name__", type(method).__name__)
         raise MethodError(
-            f"{getattr(method, '__name__', type(method).__name__)} has an option called {hidden[0]!r}, as a function of every method is: give it another name"
+            f"{name} has an option called {hidden[0]!r}, as a function of every method is: give it another name"
         )
 
 

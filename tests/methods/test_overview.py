@@ -37,8 +37,8 @@ def test_every_config_has_a_row_and_a_name_of_its_own():
 
 
 def test_every_config_is_in_the_table_of_tests():
-    """But for those whose sites are whole modules or the program, or whose programs take an input or a pass more, which tests of
-    their own cover."""
+    """But for those whose sites are whole modules or the program, or whose programs take an input or a pass more: tests
+    of their own cover these."""
     tested = {e.cls for e in ENTRIES}
     missing = {c.__name__ for k in CONFIGS if issubclass(c := config_class(k), TargetedConfig)} - tested
     assert missing <= {"LNTuningConfig", "PolyConfig", "XLoraConfig"}
