@@ -252,7 +252,7 @@ class AdaptedProgram(Strengths):
         a head run as one step each, with backwards of their own: equal gradients, of first order alone. Under
         ``torch.autocast`` it computes what the model would, and adapters keep float32 gradients. On a CPU the products
         of frozen layers and the gradients of their inputs are computed by what is fastest there, which is measured once
-        for each machine, in half a second each (``products`` of the module says what; ``ADAPTC_PRODUCTS=plain``, or
+        for each machine, in a second each (``products`` of the module says what; ``ADAPTC_PRODUCTS=plain``, or
         :attr:`fuse` off, leaves them to torch).
 
         ``gradient_checkpointing``: True to compute each repeated block again in the backward, for less memory, a number

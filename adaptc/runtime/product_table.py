@@ -2,7 +2,7 @@
 
 Before: nothing, a file, or a damaged one. After: :meth:`ProductTable.choice` says for a weight which kind of product to
 ask for, at which classes of rows, and why. It is measured when code for calls is first made that has a use for it, in
-a fraction of a second for each type of numbers, and never again on this processor with this torch and as many threads.
+a second for each type of numbers, and never again on this processor with this torch and as many threads.
 It lies in the folder ``ADAPTC_CACHE``, or the platform's own for caches. A file that cannot be read, or is of something
 else, is measured anew; where none can be written, each process measures for itself. ``ADAPTC_PRODUCTS=plain`` turns all
 of it off.
@@ -40,7 +40,7 @@ NOISE = 0.1
 #: the least rows and columns of a weight: thinner products have nothing to gain
 THIN = 128
 #: of the file
-FORMAT = 5
+FORMAT = 6
 _MOST_BYTES = 1 << 20
 
 

@@ -35,11 +35,13 @@ GRADIENTS = 3
 #: the classes at which the product of columns is measured: with more rows it has nothing to gain
 FEW = (0, 1)
 #: seconds for all of it; what does not fit in is left out, and so computed by linear
-BUDGET = 0.5
+BUDGET = 0.9
 #: operations of one product above which none is measured: a smaller weight says as much
 _MOST_WORK = 2e9
-#: times that each kind is measured, and the fewest that count
-_ROUNDS, _FEWEST = 6, 3
+#: times that each kind is measured at once, and the fewest that count
+_ROUNDS, _FEWEST = 4, 3
+#: how often all of it is measured: what disturbs one size for a moment is gone when its turn comes again
+_SWEEPS = 3
 #: bytes of the memory that weights are taken from, and how many at most, far apart: several times what near caches
 #: hold, which decides at few rows, where the kinds differ in how they wait for memory
 _POOL, _WEIGHTS = 128_000_000, 24
@@ -78,11 +80,13 @@ def _wanted(of: str = "") -> list[tuple[tuple[int, int], int, int]]:
 def _measure(pool: Tensor, measured: Kinds, of: str) -> Times:
     out: Times = {}
     end = time.perf_counter() + BUDGET
-    for size, rows, number in _wanted(of):
-        found = measured(pool, size, number, end)
-        if found is None:
-            break
-        out[(*size, rows)] = tuple(found)
+    for _ in range(_SWEEPS):
+        for size, rows, number in _wanted(of):
+            found = measured(pool, size, number, end)
+            if found is None:
+                return out
+            key = (*size, rows)
+            out[key] = tuple(map(min, found, out.get(key, found)))
     return out
 
 
