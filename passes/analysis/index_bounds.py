@@ -10,15 +10,13 @@ keep their size, and inputs that are seen through casts and views which leave no
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch.export.graph_signature import InputKind
+from torch import fx
 
+from adaptc.passes.analysis.token_places import given_numbers
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.ops import CASTS, argument
-from adaptc.passes.ir.regions import region_tag
 
 aten = torch.ops.aten
 
@@ -68,18 +66,7 @@ def _behind_views(node: fx.Node) -> fx.Node:
     return node
 
 
-def _source(lifted: Lifted, node: Any) -> fx.Node | None:
-    """The caller's whole numbers that ``node`` has, or those with more of an adapter's beside them."""
-    while node.op == "call_function":
-        tag = region_tag(node)
-        if tag is not None and tag["region"] == "tokens":
-            node = lifted.nodes[tag["base"]]
-        elif node.target in (*_VIEWS, *CASTS):
-            node = node.args[0]
-        else:
-            return None
-    if node.op != "placeholder" or lifted.specs[node.name].kind != InputKind.USER_INPUT:
-        return None
-    value = node.meta.get("val")
-    whole = isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32, torch.int16, torch.int8)
-    return node if whole else None
+def _source(lifted: Lifted, index: fx.Node) -> fx.Node | None:
+    """The input whose numbers are rows' names, and no mask."""
+    found = given_numbers(lifted, index, _VIEWS)
+    return None if found is None or found.meta["val"].dtype in (torch.bool, torch.uint8) else found

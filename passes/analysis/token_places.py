@@ -31,7 +31,8 @@ from adaptc.passes.ir.trees import pytree
 aten = torch.ops.aten
 
 _LOOKUP = aten.embedding.default
-_VIEWS = (aten.view.default, aten.reshape.default, aten.slice.Tensor, aten.unsqueeze.default, aten.clone.default)
+#: what shows an input's numbers, or some of them, in another form
+VIEWS = (aten.view.default, aten.reshape.default, aten.slice.Tensor, aten.unsqueeze.default, aten.clone.default)
 #: inputs of transformers' models with a value per token, beside the tokens themselves -> the place each is
 PER_TOKEN = {
     "attention_mask": "attended",
@@ -53,19 +54,20 @@ def lookups(lifted: Lifted) -> list[Lookup]:
     """All lookups of a program by whole numbers that a caller gives, in order."""
     found = []
     for node in lifted.graph.find_nodes(op="call_function", target=_LOOKUP):
-        ids = _source(lifted, argument(node, 1))
+        ids = given_numbers(lifted, argument(node, 1), VIEWS)
         if ids is not None:
             found.append(Lookup(node, ids))
     return found
 
 
-def _source(lifted: Lifted, node: Any) -> fx.Node | None:
-    """The caller's input that ``node`` is, seen through views, casts, and adapters that made it longer."""
+def given_numbers(lifted: Lifted, node: Any, views: Collection[Any]) -> fx.Node | None:
+    """The caller's input of whole numbers that ``node`` is, seen through ``views``, casts, and adapters that made it
+    longer."""
     while isinstance(node, fx.Node) and node.op == "call_function":
         tag = region_tag(node)
         if tag is not None and tag["region"] == "tokens":
             node = lifted.nodes[tag["base"]]
-        elif node.target in (*_VIEWS, *CASTS):
+        elif node.target in views or node.target in CASTS:
             node = node.args[0]
         else:
             return None
@@ -181,7 +183,7 @@ def _plain(lifted: Lifted, ids: fx.Node) -> int:
         for user in stack.pop().users:
             if user.target in (aten.eq.Scalar, aten.ne.Scalar):
                 special.add(argument(user, 1))
-            elif user.target in (*_VIEWS, *CASTS):
+            elif user.target in (*VIEWS, *CASTS):
                 stack.append(user)
     return next(i for i in range(len(special) + 1) if i not in special)
 

@@ -127,6 +127,26 @@ def optimizer_of(trained: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trainable(trained), lr=1e-2)
 
 
+def the_same_with_checkpoints(program: adaptc.AdaptedProgram, **inputs: Tensor) -> tuple[Any, dict[str, Tensor]]:
+    """A module in training, and its gradients of one step: with blocks that are computed again they are the same."""
+    grads: list[dict[str, Tensor]] = []
+    found: Any = None
+    for checkpoints in (False, True):
+        found = program.module()
+        if checkpoints:
+            found.gradient_checkpointing_enable()
+        found.train()
+        torch.manual_seed(3)
+        found(**inputs).loss.backward()
+        grads.append({n: p.grad.clone() for n, p in found.named_parameters() if p.grad is not None})
+        found.zero_grad()
+    assert grads[0]
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad)
+    return found, grads[0]
+
+
 def steps(
     loss_of: Callable[[], Tensor],
     parameters: list[nn.Parameter],
