@@ -51,6 +51,8 @@ def _needed(lifted: Lifted, node: fx.Node) -> set[fx.Node]:
     for n in lifted.graph.nodes:
         for value in written(n):
             writers.setdefault(memory[value], []).append(n)
+    # What reads the node's memory behind it, reads what was written there since.
+    last = max(order[n] for n in (node, *writers.get(memory[node], ())))
     lasting = {memory[n] for n in lifted.graph.find_nodes(op="placeholder")}
     wanted, stack = set(), [node]
     while stack:
@@ -66,7 +68,7 @@ def _needed(lifted: Lifted, node: fx.Node) -> set[fx.Node]:
                     "to what outlives the call, so a first pass of it would change the second. Capture the model "
                     "without a cache (use_cache=False), and in evaluation mode"
                 )
-            if order[writer] <= order[node]:
+            if order[writer] <= last:
                 stack.append(writer)
     return wanted
 

@@ -14,7 +14,8 @@ from adaptc.passes.ir.lifted import Lifted
 
 
 class Hidden(nn.Module):
-    """Two layers, whose second one's input is written to in place. ``counts``: and so is a buffer, before the first."""
+    """Two layers, whose second one's input is written to through a view. ``counts``: a buffer is written to, too, in
+    front of the first layer or behind the second."""
 
     def __init__(self, counts: str = "") -> None:
         super().__init__()
@@ -25,7 +26,7 @@ class Hidden(nn.Module):
         if self.counts == "before":
             x = x + self.seen.add_(1)
         h = self.down(x)
-        h.mul_(2)
+        h.view(-1).mul_(2)
         y = self.up(h)
         return y + self.seen.add_(1).sum() if self.counts == "after" else y
 
