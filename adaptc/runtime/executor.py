@@ -31,6 +31,7 @@ from adaptc.passes.ir.storage import storage_key
 from adaptc.passes.ir.trees import pytree
 from adaptc.passes.lower.choose_products import Products
 from adaptc.passes.train.set_mode import set_mode
+from adaptc.runtime.adapter_speeds import adapter_speed
 from adaptc.runtime.bounds import check_bounds
 from adaptc.runtime.call_inputs import Inputs
 from adaptc.runtime.compiled_layouts import Layouts
@@ -131,6 +132,7 @@ class Executor:
             fuse=bool(fuse),
             differentiable=self._training,
             pack=None if self.packing is None else self.packing.layer,
+            speeds=adapter_speed,
             choose=None if self._training or not wanted() else choose_compiled if self.compiles else choose,
         )
         lowered = runs_on_gpu(tensors.values()) if kernels is None else kernels

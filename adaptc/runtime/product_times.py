@@ -24,10 +24,13 @@ Times = dict[tuple[int, int, int], tuple[float, ...]]
 #: (pool, size of a weight, rows, when to end) -> the least time of each kind, None where there is none left
 Kinds = Callable[[Tensor, tuple[int, int], int, float], Sequence[float] | None]
 
-#: the name of times of weights that are transposed views
-TURNED = "turned"
+#: the name of times of weights that are transposed views, and of those of adapters
+TURNED, ADAPTERS = "turned", "adapters"
 #: weights that are measured
 SIZES = ((256, 256), (576, 576), (1536, 576), (576, 1536), (2048, 2048))
+#: factors of adapters that are measured, at the classes of few and of many rows: a narrow one and a wide one, whose
+#: difference is the work
+FACTORS, FACTOR_CLASSES = ((1024, 16), (1024, 80)), (1, 3)
 #: rows that stand for each class
 ROWS = (1, 3, 8, 96, 384)
 #: the first of the classes that gradients are measured at: who trains has more rows than a few
@@ -67,13 +70,16 @@ def measure_turned(dtype: torch.dtype) -> Times:
 
 
 def complete(times: Times, of: str = "") -> bool:
-    """Whether all was measured."""
-    return len(times) == len(_wanted(of))
+    """Whether all was measured, and nothing else."""
+    return set(times) == {(*size, c) for size, c, _ in _wanted(of)}
 
 
 def _wanted(of: str = "") -> list[tuple[tuple[int, int], int, int]]:
     """Size, class and number of rows of what is measured. Few rows first: they gain most."""
-    classes = list(zip(ALL_CLASSES, ROWS, strict=True))[GRADIENTS if of == TURNED else 0 :]
+    classes = list(zip(ALL_CLASSES, ROWS, strict=True))
+    if of == ADAPTERS:
+        return [(s, c, n) for c, n in classes if c in FACTOR_CLASSES for s in FACTORS]
+    classes = classes[GRADIENTS if of == TURNED else 0 :]
     return [(s, c, n) for c, n in classes for s in SIZES if 2 * n * s[0] * s[1] <= _MOST_WORK]
 
 

@@ -35,7 +35,7 @@ from adaptc.passes.optimize.canonicalize import Canonicalize
 from adaptc.passes.optimize.fold_scales import FoldScales
 from adaptc.passes.optimize.fuse_siblings import FuseSiblings
 from adaptc.passes.optimize.hoist import stages_of
-from adaptc.passes.optimize.sibling_cost import Crossing, crossing, stacking, widening
+from adaptc.passes.optimize.sibling_cost import Crossing, Speeds, crossing, speed, stacking, widening
 from adaptc.passes.optimize.sibling_groups import Group
 from adaptc.passes.optimize.write_siblings import Pack
 from adaptc.runtime.held_values import Shared, SplitGraph
@@ -63,7 +63,9 @@ class Fusion:
         lines = []
         if self.groups:
             adapters = f", {self.adapted} with an adapter" if self.adapted else ""
-            until = f" (stacked for up to {self.rows:.0f} rows)" if adapters and isfinite(self.rows) else ""
+            until = ""
+            if adapters and isfinite(self.rows):
+                until = f" (stacked for up to {self.rows:.0f} rows)" if self.rows >= 1 else " (each on its own)"
             if self.kernels:
                 until = f" (above {self.rows:.0f} rows)"
             lines.append(f"fused: {self.layers} layers in {self.groups} products{adapters}{until}")
@@ -87,7 +89,7 @@ class LiftedGraph:
     bindings or in each; ``packable``: those whose tensors may be moved into a buffer. ``limit``: bytes of memory for
     what is computed once. ``compiled``: a compiler gets it, and not an interpreter. ``fuse``: siblings may share
     products. ``differentiable``: gradients flow through it. ``choose``: see :class:`ChooseProducts`; ``pack``: see
-    :class:`PackProducts`.
+    :class:`PackProducts`; ``speeds``: of the products of adapters.
     """
 
     module: fx.GraphModule
@@ -101,6 +103,7 @@ class LiftedGraph:
     differentiable: bool = False
     choose: Callable[[int, int, dtype], Choice] | None = None
     pack: Make | None = None
+    speeds: Speeds = speed
 
     @cached_property
     def users(self) -> list[str]:
@@ -192,12 +195,12 @@ class GraphVariants:
 
     @exclusive_property
     def _stacked(self) -> Crossing:
-        return crossing(self.groups, stacking)
+        return crossing(self.groups, stacking, self.source.speeds)
 
     @exclusive_property
     def _wide(self) -> Crossing | None:
         """None where all that may be computed in float32 always is."""
-        return crossing(self.groups, widening) if any(g.narrow for g in self.groups) else None
+        return crossing(self.groups, widening, self.source.speeds) if any(g.narrow for g in self.groups) else None
 
     def cleaning(self) -> list[GraphPass]:
         """The passes that make of the graph what all variants are made from."""
