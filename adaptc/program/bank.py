@@ -13,6 +13,7 @@ beside them the stacks that were used last.
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -161,7 +162,7 @@ class Bank:
     def _binding(self, name: str, adapter: Any, options: Mapping[str, Any]) -> Binding:
         try:
             binding = as_binding(self._program, adapter, trainable=self.bare.training, **options)
-            self.limits.check(name, binding)
+            self.limits.check(name, binding, read=isinstance(adapter, (str, os.PathLike, Mapping)))
         except AdaptcError as error:
             error.add_note(f"It is adapter {name!r} of the bank.")
             raise

@@ -43,8 +43,9 @@ class Limits:
                 f"{self.capacity} at once: make it larger, or run the rows in several calls"
             )
 
-    def check(self, name: str, binding: Binding) -> None:
-        """Raises ConfigError or CheckpointError for an adapter that rows of one batch cannot have."""
+    def check(self, name: str, binding: Binding, *, read: bool = False) -> None:
+        """Raises ConfigError or CheckpointError for an adapter that rows of one batch cannot have. ``read``: its tensors
+        were looked through when it was made of a file or a state; only scales, which are a config's, were not."""
         if binding.base:
             raise CheckpointError(
                 f"adapter {name!r} brings a base of its own ({listing(map(repr, binding.base), 2)}), which rows of one "
@@ -55,8 +56,9 @@ class Limits:
                 f"adapter {name!r} is {len(binding.parts)} adapters that act together: add each of them, and give rows "
                 "a mix"
             )
-        if not all_finite(t.detach() for t in binding.values.values()):  # or that is not known in one pass
-            floats = ((n, t) for n, t in binding.values.items() if t.is_floating_point() or t.is_complex())
+        values = {n: t for n, t in binding.values.items() if not (read and t.ndim)}
+        if not all_finite(t.detach() for t in values.values()):  # or that is not known in one pass
+            floats = ((n, t) for n, t in values.items() if t.is_floating_point() or t.is_complex())
             if bad := next((n for n, t in floats if not bool(torch.isfinite(t).all())), None):
                 raise CheckpointError(f"adapter {name!r} is not finite: {bad!r} has NaN or infinity")
         ranks = [r for m in binding.methods.values() if (r := m.rank()) is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from pathlib import Path
 from typing import Any
@@ -308,6 +309,12 @@ def test_the_report(program: Any) -> None:
 OTHERS = {"nope.lora_A.weight": torch.randn(2, 5), "nope.lora_B.weight": torch.randn(5, 2)}
 BROKEN = {k: t.where(t != t.max(), float("nan")) for k, t in state(2).items()}
 
+
+def broken(binding: Any) -> Any:
+    values = {n: t * float("nan") if t.ndim else t for n, t in binding.values.items()}
+    return dataclasses.replace(binding, values=values)
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "another name": (lambda b: b(X, adapters=["a", "bb", None]), "no adapter 'bb'; it has 'a', 'b'; nearest are 'b'"),
     "too few": (lambda b: b(X, adapters=["a"]), "adapters has 1 entries, and 'x' has 3 rows"),
@@ -323,6 +330,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "other model": (lambda b: b.add("c", OTHERS), "compiled without the sites"),
     "other shapes": (lambda b: b.add("c", {k: t[..., :-1] for k, t in state(3).items()}), "has shape"),
     "not finite": (lambda b: b.add("c", BROKEN), "NaN or infinite"),
+    "a binding that is not finite": (lambda b: b.replace("b", broken(b["b"])), "'b' is not finite"),
     "rank": (lambda b: b.add("c", state(6)), "'c' has rank 6, and the bank takes ranks up to 5"),
     "taken": (lambda b: b.add("a", state(3)), "has an adapter 'a': bank.replace"),
     "not there": (lambda b: b.replace("c", state(3)), "no adapter 'c'"),
