@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adaptc.adapters.sites import AdapterLike
-from adaptc.binding.bind import EMBEDDINGS
+from adaptc.binding.builder import EMBEDDINGS
 from adaptc.errors import CheckpointError, ConfigError
 
 #: how far from one a sum of weights may be that were rounded

@@ -44,8 +44,8 @@ class Limits:
             )
 
     def check(self, name: str, binding: Binding, *, read: bool = False) -> None:
-        """Raises ConfigError or CheckpointError for an adapter that rows of one batch cannot have. ``read``: its tensors
-        were looked through when it was made of a file or a state; only scales, which are a config's, were not."""
+        """Raises ConfigError or CheckpointError for an adapter that rows of one batch cannot have. ``read``: its
+        tensors were looked through when it was made of a file or a state; only scales, of a config, were not."""
         if binding.base:
             raise CheckpointError(
                 f"adapter {name!r} brings a base of its own ({listing(map(repr, binding.base), 2)}), which rows of one "

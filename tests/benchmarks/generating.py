@@ -11,7 +11,9 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +41,16 @@ def run(sides: Sides, rounds: int = 5, inductor: bool = False) -> list[Row]:
     if inductor:
         made = adaptc.compile_for_generation(sides.base, adapter, max_batch=8, max_length=1024, backend="inductor")
         candidates |= {"adaptc, inductor": made, "gen.base, inductor": made.base}
+        packaged = adaptc.load_package(adaptc.package(gen, sides.dirs[0].parent / "generator.pt2"))
+        candidates |= {"adaptc, AOTInductor": packaged}
     rows: list[Row] = []
     for batch in (1, 8):
         calls = {name: _call(model, batch, PROMPT, NEW) for name, model in candidates.items()}
-        rows += _each(interleave(f"generate, batch {batch}, per new token", calls, "PEFT", rounds, 1), NEW)
+        with _peft_compiled(sides.peft) if inductor else nullcontext() as compiled:
+            if compiled is not None:
+                static = {"cache_implementation": "static", "disable_compile": True}
+                calls["PEFT, torch.compile, static cache"] = _call(compiled, batch, PROMPT, NEW, **static)
+            rows += _each(interleave(f"generate, batch {batch}, per new token", calls, "PEFT", rounds, 1), NEW)
     calls = {name: _call(model, 1, 512, 1) for name, model in candidates.items()}
     rows += interleave("first token of a prompt of 512", calls, "PEFT", rounds, 1)
     loop = adaptc.compile_for_generation(_least(), adaptc.LoraConfig(target_modules=["q_proj"]), max_batch=8)
@@ -53,14 +61,32 @@ def run(sides: Sides, rounds: int = 5, inductor: bool = False) -> list[Row]:
     return rows
 
 
-def _call(model: Any, batch: int, length: int, new: int) -> Callable[[], None]:
+@contextmanager
+def _peft_compiled(model: Any) -> Iterator[Any]:
+    """PEFT's model, whose steps are compiled when a cache of fixed length is passed: others go on as they were."""
+    inner = model.base_model.model
+    plain, code = inner.forward, torch.compile(inner.forward)
+
+    @wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        static = type(kwargs.get("past_key_values")).__name__ == "StaticCache"
+        return (code if static else plain)(*args, **kwargs)
+
+    inner.forward = forward
+    try:
+        yield model
+    finally:
+        inner.forward = plain
+
+
+def _call(model: Any, batch: int, length: int, new: int, **more: Any) -> Callable[[], None]:
     inputs = tokens(batch, length)
     inputs["input_ids"] %= model.config.vocab_size
     ends: dict[str, Any] = {"eos_token_id": None, "pad_token_id": 0}
 
     def call() -> None:
         with torch.no_grad():
-            out = model.generate(**inputs, max_new_tokens=new, do_sample=False, **ends)
+            out = model.generate(**inputs, max_new_tokens=new, do_sample=False, **ends, **more)
         assert out.shape == (batch, length + new)
 
     return call

@@ -1,5 +1,5 @@
-"""Promise 9 for adapters above the layer: threads call, swap, bind and write prompts, prefixes, routers and adapters that
-begin at a token, of other sizes, and each result is all of one adapter."""
+"""Promise 9 for adapters above the layer: threads call, swap, bind and write prompts, prefixes, routers and adapters
+that begin at a token, of other sizes, and each result is all of one adapter."""
 
 from __future__ import annotations
 
