@@ -37,11 +37,11 @@ def captured_step(
     max_length: int,
     positions: int | None,
     acts: Sequence[str] = (),
-    whole: str = "",
+    stateless: str = "",
 ) -> tuple[AdaptedProgram, Facts]:
     """``capture``: makes a program of the model as a step; ``facts_of``: what is known of any step with such a cache
     of so many positions. ``positions``: how many the model has, if it says so. ``acts``: inputs for adapters alone;
-    ``whole``: why there is to be no cache, if so.
+    ``stateless``: why it cannot go on from a state, if so.
     Warns where there is no cache. Raises CaptureError, and ConfigError for more positions than the step can have."""
     failed: list[CaptureError] = []
     try:
@@ -53,9 +53,9 @@ def captured_step(
     # last token of a text is never given to a step, so one less is enough for every text.
     short = None if positions is None else positions - 1
     ways = [(NOTHING, None), *([] if short is None else [(NOTHING, short)])]
-    if isinstance(layout, StateLayout) and not whole:
-        ways = [(STATE, None), *ways]
-    elif layout is not None and not whole:
+    if isinstance(layout, StateLayout):
+        ways = ways if stateless else [(STATE, None), *ways]
+    elif layout is not None:
         ways = [*([] if layout.window is None else [(WINDOW, None)]), (ROOM, None), (EXACT, short), *ways]
     for keeps, most in ways:
         held = layout if keeps != NOTHING and layout is not None else CacheLayout((), model.dtype)
@@ -66,7 +66,7 @@ def captured_step(
             continue
         known = facts_of(held, max_length if most is None else _bounded(max_length, most, positions))
         takes = step.example_inputs
-        why = whole or (_short(failed[0]) if failed else "")
+        why = _short(failed[0]) if failed else stateless if keeps == NOTHING else ""
         facts = Facts(
             **known,
             positions="position_ids" in takes,

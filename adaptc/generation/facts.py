@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -42,6 +42,20 @@ class Facts:
     why: str = field(default="", kw_only=True)
     #: coefficients that a step is given, a value for each of its tokens (see ``acting``)
     acts: tuple[str, ...] = field(default=(), kw_only=True)
+    #: the facts of the same step with another number of passes, by that
+    others: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def of_passes(self, passes: int) -> Self:
+        """Those of the same step with so many passes in it (see :class:`CacheLayout`): each time the same object, since
+        caches are of one."""
+        if passes == self.layout.passes:
+            return self
+        found = self.others.get(passes)
+        if found is None:
+            made = replace(self, layout=self.layout.of_passes(passes))
+            made.others[self.layout.passes] = self
+            found = self.others.setdefault(passes, made)
+        return found
 
     @property
     def window(self) -> int | None:
@@ -56,7 +70,8 @@ class Facts:
             return [f"state: {size(self.layout.nbytes(1, 0))} for each row; a prompt is read token by token"]
         window = self.window
         each = size(self.layout.nbytes(1, 1, None if window is None else 0))
-        note = f"cache: {len(self.layout.layers)} layers, {each} for each row and position"
+        twice = " in two passes" if self.layout.passes > 1 else ""
+        note = f"cache: {len(self.layout.layers)} layers{twice}, {each} for each row and position"
         if window is not None:
             kept = size(self.layout.nbytes(1, 0, window))
             note += f", and at most {kept} for each row in layers that keep the last {window}"

@@ -1,12 +1,14 @@
 """The cache among a program's inputs: what a step of generation goes on from.
 
 A program that was captured as a step takes the keys and values of each layer, (batch, heads, length, width), under the
-names that :func:`cache_name` gives; or states, numbered through. Before: an opened program. After: it is unchanged.
+names that :func:`cache_name` gives; or states, numbered through. A program that computes its last hidden state in a
+pass of its own first (``passes.adapt.first_pass``) has keys and values of that pass, too, whose names begin with
+:data:`FIRST`. Before: an opened program. After: it is unchanged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch import fx
 from torch.export.graph_signature import InputKind
@@ -15,6 +17,8 @@ from adaptc.passes.ir.lifted import Lifted
 
 KINDS = ("keys", "values")
 STATE = "state"
+#: before the names of the cache of a first pass
+FIRST = "first_"
 
 
 def cache_name(kind: str, layer: int, prefix: str = "") -> str:
@@ -31,6 +35,11 @@ def first_of_cache(lifted: Lifted) -> fx.Node | None:
     """The first input of the cache; None for a program that takes none."""
     names = (cache_name(kind, 0) for kind in (KINDS[0], STATE))
     return next((lifted.nodes[n] for n in names if _is_input(lifted, n)), None)
+
+
+def passes_of(inputs: Collection[str]) -> int:
+    """How many passes a step takes the cache of, by the names of its inputs."""
+    return 2 if cache_name(KINDS[0], 0, FIRST) in inputs else 1
 
 
 def _is_input(lifted: Lifted, name: str) -> bool:
