@@ -114,7 +114,7 @@ def _compiled(
         _at_most(max_length, positions),
         positions if isinstance(positions, int) else None,
         acts,
-        first and f"{first} reads a first pass of the model, and there is one state, of the other",
+        bool(first),
     )
     refuse_without_cache(program, facts, name)
     return generator_of(program, facts)

@@ -66,12 +66,12 @@ class Facts:
         """What a report says of the cache."""
         if self.keeps == NOTHING:
             return [f"no cache, so each token computes the whole text: {self.why}"]
+        passes = f" in {self.layout.passes} passes" if self.layout.passes > 1 else ""
         if self.keeps == STATE:
-            return [f"state: {size(self.layout.nbytes(1, 0))} for each row; a prompt is read token by token"]
+            return [f"state{passes}: {size(self.layout.nbytes(1, 0))} for each row; a prompt is read token by token"]
         window = self.window
         each = size(self.layout.nbytes(1, 1, None if window is None else 0))
-        twice = " in two passes" if self.layout.passes > 1 else ""
-        note = f"cache: {len(self.layout.layers)} layers{twice}, {each} for each row and position"
+        note = f"cache: {len(self.layout.layers)} layers{passes}, {each} for each row and position"
         if window is not None:
             kept = size(self.layout.nbytes(1, 0, window))
             note += f", and at most {kept} for each row in layers that keep the last {window}"

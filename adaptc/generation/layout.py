@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from adaptc.errors import CaptureError
 from adaptc.passes.analysis.cache_inputs import KINDS as CACHED
-from adaptc.passes.analysis.cache_inputs import FIRST, STATE, cache_name
+from adaptc.passes.analysis.cache_inputs import STATE, cache_name, pass_prefix
 
 #: the classes of transformers whose state is keys and values at all positions, or at the last ones
 _ATTENTION = ("DynamicLayer", "DynamicSlidingWindowLayer")
@@ -40,8 +40,8 @@ class LayerLayout:
 @dataclass(frozen=True)
 class CacheLayout:
     """The cache of a step program. ``dtype`` is that of all its tensors; their names begin with ``prefix``.
-    ``passes``: 2 where the program computes its last hidden state in a pass of its own first, which has keys and values
-    of its own behind the others."""
+    ``passes``: one more than 1 for each pass in which the program computes its last hidden state first, whose tensors
+    stand behind those of its own pass."""
 
     layers: tuple[LayerLayout, ...]
     dtype: torch.dtype
@@ -51,7 +51,7 @@ class CacheLayout:
     @property
     def names(self) -> tuple[str, ...]:
         """Of the inputs, keys and values by turns, layer by layer."""
-        before = (self.prefix, FIRST + self.prefix)[: self.passes]
+        before = [pass_prefix(i) + self.prefix for i in range(self.passes)]
         return tuple(cache_name(kind, i, p) for p in before for i in range(len(self.layers)) for kind in CACHED)
 
     def of_passes(self, passes: int) -> Self:
@@ -126,21 +126,22 @@ class StateLayout(CacheLayout):
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(cache_name(STATE, i, self.prefix) for i in range(len(self.states)))
+        before = [pass_prefix(i) + self.prefix for i in range(self.passes)]
+        return tuple(cache_name(STATE, i, p) for p in before for i in range(len(self.states)))
 
     @property
     def sliding(self) -> tuple[bool, ...]:
-        return (False,) * len(self.states)
+        return (False,) * len(self.names)
 
     def shapes(self, batch: int, length: int, ring: int | None = None) -> list[tuple[int, ...]]:
-        return [(batch, *state.sizes) for state in self.states]
+        return [(batch, *state.sizes) for state in self.states * self.passes]
 
     def zeros(self, batch: int, device: torch.device, length: int = 0, ring: int | None = None) -> dict[str, Tensor]:
-        made = zip(self.names, self.states, strict=True)
+        made = zip(self.names, self.states * self.passes, strict=True)
         return {name: torch.zeros(batch, *s.sizes, dtype=s.dtype, device=device) for name, s in made}
 
     def nbytes(self, batch: int, length: int, ring: int | None = None) -> int:
-        return batch * sum(prod(state.sizes) * state.dtype.itemsize for state in self.states)
+        return batch * sum(prod(state.sizes) * state.dtype.itemsize for state in self.states * self.passes)
 
     def kept_by(self, layer: int) -> int:
         """States of each kind in a layer."""

@@ -1,7 +1,7 @@
 """How many passes a step has in it, and so how many caches stand behind one another in that of its caller.
 
 A program whose adapter reads the model's last hidden state first (``passes.ir.coefficients.FirstPass``) computes each
-token twice in a step: in the first pass, and in its own, each with keys and values of all tokens before. The same step
+token twice in a step: in the first pass, and in its own, each with what it keeps of all tokens before. The same step
 without adapters has its own pass alone.
 
 Before: what runs a step program. After: the facts with a cache for it. A cache of other passes is refused by whatever
@@ -15,7 +15,7 @@ from typing import Any
 
 from adaptc.binding.source import as_config
 from adaptc.errors import AdaptcError
-from adaptc.generation.facts import NOTHING, STATE, Facts
+from adaptc.generation.facts import NOTHING, Facts
 from adaptc.passes.analysis.cache_inputs import passes_of
 from adaptc.passes.ir.lifted import user_inputs
 from adaptc.program.assigned import Assigned
@@ -26,7 +26,7 @@ from adaptc.rows.assignment import used
 
 def facts_for(facts: Facts, runs: Any) -> Facts:
     """``runs``: a program, a package, or what is bound to either."""
-    if facts.keeps in (NOTHING, STATE):
+    if facts.keeps == NOTHING:
         return facts
     if isinstance(runs, Assigned) and not used(runs.mixes):
         return facts.of_passes(1)  # a bank computes them with the base

@@ -18,7 +18,7 @@ from typing import Any
 from torch import fx
 
 from adaptc.errors import TargetError
-from adaptc.passes.analysis.cache_inputs import FIRST, cache_inputs
+from adaptc.passes.analysis.cache_inputs import all_of_cache, pass_prefix, passes_of
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.effects import memory_groups, written
 from adaptc.passes.ir.lifted import Lifted
@@ -31,17 +31,12 @@ _KEPT = ("val", "stack_trace", "tensor_meta", "unbacked_bindings")
 
 def own_cache(lifted: Lifted) -> dict[fx.Node, fx.Node]:
     """Each input of the cache -> one that is added to the program for a first pass; none for a program that takes no
-    keys and values. Raises TargetError where another first pass has them."""
+    cache."""
     made: dict[fx.Node, fx.Node] = {}
-    for node in (n for pair in cache_inputs(lifted) for n in pair):
-        name = f"{FIRST}{node.name}"
-        if name in lifted.specs:
-            raise TargetError(
-                "a program that generates has a cache for one first pass, and its adapters read two that differ "
-                "(scaling_pass_value): give each adapter a program of its own"
-            )
+    prefix = pass_prefix(passes_of(lifted.specs))
+    for node in all_of_cache(lifted):
         value = node.meta["val"]
-        made[node] = lifted.add_input(name, node, range(value.ndim), value.dtype)
+        made[node] = lifted.add_input(f"{prefix}{node.name}", node, range(value.ndim), value.dtype)
     return made
 
 
@@ -52,7 +47,8 @@ def computed_before(
     instead: Mapping[fx.Node, fx.Node] = MappingProxyType({}),
 ) -> tuple[fx.Node, dict[fx.Node, fx.Node]]:
     """The copy of ``node``, and node -> copy of all that it needed. ``instead``: inputs that may be written to, and
-    what the copies read and write in their place. Raises TargetError where that cannot be."""
+    what the copies read and write in their place, as much as the program does. Raises TargetError where that cannot
+    be."""
     wanted = _needed(lifted, node, instead)
     first = next(n for n in lifted.graph.nodes if n.op != "placeholder")
     copies: dict[fx.Node, fx.Node] = {}
@@ -76,10 +72,12 @@ def _needed(lifted: Lifted, node: fx.Node, free: Collection[fx.Node]) -> set[fx.
     for n in lifted.graph.nodes:
         for value in written(n):
             writers.setdefault(memory[value], []).append(n)
-    # What reads the node's memory behind it, reads what was written there since.
-    last = max(order[n] for n in (node, *writers.get(memory[node], ())))
+    # What reads the node's memory behind it, reads what was written there since. And the next call goes on from all
+    # that this one wrote to its cache, with or without a use of it.
+    roots = [node, *(w for n in free for w in writers.get(memory[n], ()))]
+    last = max(order[n] for n in (*roots, *writers.get(memory[node], ())))
     lasting = {memory[n] for n in lifted.graph.find_nodes(op="placeholder") if n not in free}
-    wanted, stack, seen = set(), [node], set()
+    wanted, stack, seen = set(), roots, set()
     while stack:
         n = stack.pop()
         if n in seen or node_tag(n) is not None:
