@@ -41,7 +41,7 @@ def captured_step(
 ) -> tuple[AdaptedProgram, Facts]:
     """``capture``: makes a program of the model as a step; ``facts_of``: what is known of any step with such a cache
     of so many positions. ``positions``: how many the model has, if it says so. ``acts``: inputs for adapters alone;
-    ``reads_first``: whether an adapter reads a first pass, which programs of whole texts may have where steps have none.
+    ``reads_first``: whether an adapter reads a first pass, which programs of whole texts may have where no step has.
     Warns where there is no cache. Raises CaptureError, and ConfigError for more positions than the step can have."""
     failed: list[CaptureError] = []
     try:
