@@ -114,7 +114,7 @@ def _compiled(
         _at_most(max_length, positions),
         positions if isinstance(positions, int) else None,
         acts,
-        bool(first),
+        bool(first) and not acts,  # which need a cache
     )
     refuse_without_cache(program, facts, name)
     return generator_of(program, facts)

@@ -121,12 +121,13 @@ class Coefficients:
         key = (c.make, fqns, c.first)
         spec = self.lifted.specs.get(name)
         if spec is not None and spec.kind == InputKind.USER_INPUT:
-            if self.count is not None or any(k != key for k in self.made if not isinstance(k[0], str)):
+            given = self.lifted.nodes[name]
+            if self.count is not None or any(k != key for k, node in self.made.items() if node is given):
                 raise TargetError(
                     f"the program takes {name!r} as an input, one for all its adapters: {a.method.name} of several "
                     "cannot be told apart in it. Give each a program of its own"
                 )
-            self.made[key] = self.lifted.nodes[name]
+            self.made[key] = given
         if key not in self.made:
             first = next(n for n in self.lifted.graph.nodes if n.op != "placeholder")
             if c.first is None:

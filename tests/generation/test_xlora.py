@@ -21,8 +21,10 @@ from adaptc.generation import pieces
 from adaptc.generation.facts import ROOM, STATE, WINDOW
 from tests.generation.models import generated, prompt
 from tests.generation.test_without_a_cache import Forgetful
+from tests.support import invoked
 from tests.support.cover import examples
 from tests.support.families import FAMILIES
+from tests.support.invoked import alora_oracle, invoking
 from tests.support.xlora import OTHERS, config_of, experts, peft_model, saved, scalings_of
 
 #: rotary and learned positions, and layers that look back on a window: all of them, or every other one
@@ -259,6 +261,17 @@ def test_an_adapter_that_comes_later() -> None:
         assert torch.equal(generated(gen, text, num_beams=2), generated(found.model, text, num_beams=2))
     gen.set_active("default")
     assert torch.equal(generated(gen, text), generated(gen.base, text))
+
+
+def test_beside_an_adapter_that_acts_from_a_token_on() -> None:
+    config = adaptc.LoraConfig(**invoked.config_of("llama", (5, 7)))
+    other, found = alora_oracle("llama", Path(mkdtemp()), (5, 7), seed=2), oracle("llama")
+    gen = made("llama", {"x": config_of("llama", found.experts, **LAYERWISE), "a": config})
+    adaptc.swap(gen, {"x": found.path, "a": other.path})
+    text = invoking((5, 7), 3, 9, "left")
+    for name, model in (("x", found.model), ("a", other.model)):
+        gen.set_active(name)
+        assert torch.equal(generated(gen, text), generated(model, text))
 
 
 def test_rows_with_experts_of_their_own() -> None:
