@@ -56,6 +56,7 @@ if TYPE_CHECKING:
         initialize_kv_prefix_from_text,
     )
     from adaptc.generation.report import report
+    from adaptc.generation.scalings import xlora_scalings
     from adaptc.methods import ProgramConfig, TargetedConfig, VirtualTokens, register_method
     from adaptc.methods.adalora import AdaLoraConfig
     from adaptc.methods.adaption_prompt import AdaptionPromptConfig
@@ -97,7 +98,6 @@ if TYPE_CHECKING:
     from adaptc.program.lorafa import lorafa_optimizer
     from adaptc.program.rank_allocator import RankAllocator, orthogonal_loss
     from adaptc.program.rescale import rescale_adapter_scale
-    from adaptc.program.scalings import xlora_scalings
     from adaptc.program.trainer_callback import check_gradients, trainer_callback
     from adaptc.reports.status import get_layer_status, get_model_status
     from adaptc.runtime.recompiles import assert_no_recompiles
@@ -136,7 +136,7 @@ PUBLIC = {
     "initialize_kv_prefix_from_past_key_values": "adaptc.generation.kv_prefix",
     "prompt_embeddings_from_past_key_values": "adaptc.adapters.past_key_values",
     "compose_cartridge_adapters": "adaptc.adapters.compose",
-    "xlora_scalings": "adaptc.program.scalings",
+    "xlora_scalings": "adaptc.generation.scalings",
     "assert_no_recompiles": "adaptc.runtime.recompiles",
     "RankAllocator": "adaptc.program.rank_allocator",
     "orthogonal_loss": "adaptc.program.rank_allocator",

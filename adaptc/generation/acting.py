@@ -44,19 +44,6 @@ def of_tokens(method: Method) -> list[str]:
     return [n for n, c in method.coefficients().items() if c.first is None]
 
 
-def whole_texts(adapters: Sequence[Any]) -> str:
-    """Why these adapters can only generate with whole texts, as far as their configs say what they are; '' for those
-    that can go on from a cache."""
-    for one in adapters:
-        try:
-            config = as_config(one)
-        except AdaptcError:  # whoever compiles it says what it is
-            continue
-        if config.whole_texts:
-            return config.whole_texts
-    return ""
-
-
 def refuse_acting(names: Sequence[str], what: str) -> None:
     """Raises ConfigError where there are coefficients and ``what`` cannot be given any."""
     if names:

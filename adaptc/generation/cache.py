@@ -145,9 +145,9 @@ class StepCache:
         return [t[:, :, : self.length].contiguous() for t in self.tensors]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values of each layer (rows, heads, length, width). Raises AdaptcError where not all positions are
-        kept or may be seen, and for states."""
-        if len(self.layout.names) != 2 * len(self):
+        """Keys and values of each layer (rows, heads, length, width), those of the program's own pass. Raises
+        AdaptcError where not all positions are kept or may be seen, and for states."""
+        if len(self.layout.of_passes(1).names) != 2 * len(self):
             raise AdaptcError("this cache keeps states, and no keys and values of single tokens")
         if not self.tensors:
             raise AdaptcError("nothing is in this cache yet: gen.prefill(input_ids) gives one of a text")
@@ -158,7 +158,7 @@ class StepCache:
             )
         if self.padded:
             raise AdaptcError("some positions of this cache are padding: give a text without")
-        held = self.held()
+        held = self.held()[: 2 * len(self)]
         return iter(list(zip(held[::2], held[1::2], strict=True)))
 
     def seen(self, length: int) -> list[Tensor]:

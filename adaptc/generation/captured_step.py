@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from adaptc.errors import AdaptcWarning, CaptureError, ConfigError
+from adaptc.errors import AdaptcWarning, CaptureError, ConfigError, TargetError
 from adaptc.generation.facts import EXACT, NOTHING, ROOM, STATE, WINDOW, Facts
 from adaptc.generation.layout import CacheLayout, StateLayout, eval_mode
 from adaptc.generation.prove import prove
@@ -37,11 +37,11 @@ def captured_step(
     max_length: int,
     positions: int | None,
     acts: Sequence[str] = (),
-    whole: str = "",
+    reads_first: bool = False,
 ) -> tuple[AdaptedProgram, Facts]:
     """``capture``: makes a program of the model as a step; ``facts_of``: what is known of any step with such a cache
     of so many positions. ``positions``: how many the model has, if it says so. ``acts``: inputs for adapters alone;
-    ``whole``: why there is to be no cache, if so.
+    ``reads_first``: whether an adapter reads a first pass, which programs of whole texts may have where no step has.
     Warns where there is no cache. Raises CaptureError, and ConfigError for more positions than the step can have."""
     failed: list[CaptureError] = []
     try:
@@ -53,20 +53,20 @@ def captured_step(
     # last token of a text is never given to a step, so one less is enough for every text.
     short = None if positions is None else positions - 1
     ways = [(NOTHING, None), *([] if short is None else [(NOTHING, short)])]
-    if isinstance(layout, StateLayout) and not whole:
+    if isinstance(layout, StateLayout):
         ways = [(STATE, None), *ways]
-    elif layout is not None and not whole:
+    elif layout is not None:
         ways = [*([] if layout.window is None else [(WINDOW, None)]), (ROOM, None), (EXACT, short), *ways]
     for keeps, most in ways:
         held = layout if keeps != NOTHING and layout is not None else CacheLayout((), model.dtype)
         try:
-            program, step = _captured(model, capture, keeps, held, most, acts)
+            program, step = _captured(model, capture, keeps, held, most, acts, reads_first and keeps != NOTHING)
         except CaptureError as error:
             failed.append(error)
             continue
         known = facts_of(held, max_length if most is None else _bounded(max_length, most, positions))
         takes = step.example_inputs
-        why = whole or (_short(failed[0]) if failed else "")
+        why = _short(failed[0]) if failed else ""
         facts = Facts(
             **known,
             positions="position_ids" in takes,
@@ -100,11 +100,14 @@ def _captured(
     layout: CacheLayout,
     most: int | None,
     acts: Sequence[str],
+    may_lack: bool,
 ) -> tuple[AdaptedProgram, Step]:
     with stepping_as(model, keeps, layout, most, acts) as step:
         try:
             return capture(step), step
-        except CaptureError as error:
+        except (CaptureError, TargetError) as error:
+            if isinstance(error, TargetError) and not may_lack:
+                raise
             raise CaptureError(f"{type(model).__name__} cannot be captured as {_CALLED[keeps]}: {error}") from error
 
 

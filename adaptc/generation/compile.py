@@ -16,7 +16,7 @@ from torch import nn
 from adaptc.binding.combine import named
 from adaptc.capture.example_inputs import is_pretrained_model
 from adaptc.errors import CaptureError, ConfigError, shown
-from adaptc.generation.acting import coefficients_of, refuse_acting, whole_texts
+from adaptc.generation.acting import coefficients_of, refuse_acting
 from adaptc.generation.captured_step import captured_step
 from adaptc.generation.cross_facts import CrossFacts, check_side_by_side, decoder_positions, encoder_positions
 from adaptc.generation.cross_prove import prove_across
@@ -26,6 +26,7 @@ from adaptc.generation.generator import Generator
 from adaptc.generation.kinds import generator_of
 from adaptc.generation.layout import CacheLayout, eval_mode
 from adaptc.generation.step import Step
+from adaptc.generation.two_passes import first_pass_of
 from adaptc.passes.ir.exclusive import exclusive
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.compile import compiled
@@ -93,14 +94,16 @@ def _compiled(
         raise CaptureError(f"compile_for_generation takes a transformers model, not a {type(model).__name__}")
     by_name = named(adapter)
     adapters = list(by_name.values()) if by_name is not None else adapter if isinstance(adapter, list) else [adapter]
-    acts = coefficients_of(adapters)
+    acts, first = coefficients_of(adapters), first_pass_of(adapters)
     name, config = type(model).__name__, cast(Any, model.config)
     if not getattr(model, "can_generate", bool)():
         raise CaptureError(f"{name} does not generate: give a model for language modelling")
     if config.is_encoder_decoder:
         refuse_acting(acts, f"{name} has an encoder, and would generate")
-        if why := whole_texts(adapters):
-            raise ConfigError(f"{name} has an encoder, and generates from caches alone: {why}")
+        if first:
+            raise ConfigError(
+                f"{name} has an encoder, and its answers have no first pass of their own, which {first} reads"
+            )
         return _across(model, adapter, options, max_batch, max_length, **how)
     _at_least_one(max_batch, "max_batch")
     positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -111,7 +114,7 @@ def _compiled(
         _at_most(max_length, positions),
         positions if isinstance(positions, int) else None,
         acts,
-        whole_texts(adapters),
+        bool(first) and not acts,  # which need a cache
     )
     refuse_without_cache(program, facts, name)
     return generator_of(program, facts)

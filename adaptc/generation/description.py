@@ -11,6 +11,7 @@ import torch
 from adaptc.generation.cross_facts import CROSS, CrossFacts
 from adaptc.generation.facts import KEEPS, NOTHING, ROOM, STATE, WINDOW, Facts
 from adaptc.generation.layout import KINDS, CacheLayout, LayerLayout, State, StateLayout
+from adaptc.passes.analysis.cache_inputs import passes_of
 from adaptc.pt2_files.forms import Length, Maybe, Option, check
 from adaptc.pt2_files.refusal import Refused, shown
 
@@ -91,7 +92,7 @@ def facts_of(
     kind = stored["config"].get("model_type")
     if kind not in CONFIG_MAPPING:
         raise Refused(f"this release of transformers has no model_type {kind!r}")
-    layout, across = _layout(stored), stored.get("across")
+    layout, across = _layout(stored).of_passes(passes_of(inputs)), stored.get("across")
     known = {
         "config": CONFIG_MAPPING[kind].from_dict(stored["config"]),
         "generation_config": GenerationConfig.from_dict(stored["generation_config"]),
@@ -134,7 +135,7 @@ def _layout(stored: Any, prefix: str = "") -> CacheLayout:
         if strange := [s["kind"] for s in stored["states"] if s["kind"] not in KINDS]:
             raise Refused(f"a state is one of {shown(strange[0])}")
         states = tuple(State(**s | {"sizes": tuple(s["sizes"]), "dtype": _dtype(s["dtype"])}) for s in stored["states"])
-        return StateLayout((), _dtype(stored["dtype"]), prefix, states)
+        return StateLayout((), _dtype(stored["dtype"]), prefix, states=states)
     return CacheLayout(tuple(LayerLayout(**layer) for layer in stored["layers"]), _dtype(stored["dtype"]), prefix)
 
 

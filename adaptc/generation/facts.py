@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -42,6 +42,20 @@ class Facts:
     why: str = field(default="", kw_only=True)
     #: coefficients that a step is given, a value for each of its tokens (see ``acting``)
     acts: tuple[str, ...] = field(default=(), kw_only=True)
+    #: the facts of the same step with another number of passes, by that
+    others: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def of_passes(self, passes: int) -> Self:
+        """Those of the same step with so many passes in it (see :class:`CacheLayout`): each time the same object, since
+        caches are of one."""
+        if passes == self.layout.passes:
+            return self
+        found = self.others.get(passes)
+        if found is None:
+            made = replace(self, layout=self.layout.of_passes(passes))
+            made.others[self.layout.passes] = self
+            found = self.others.setdefault(passes, made)
+        return found
 
     @property
     def window(self) -> int | None:
@@ -52,11 +66,12 @@ class Facts:
         """What a report says of the cache."""
         if self.keeps == NOTHING:
             return [f"no cache, so each token computes the whole text: {self.why}"]
+        passes = f" in {self.layout.passes} passes" if self.layout.passes > 1 else ""
         if self.keeps == STATE:
-            return [f"state: {size(self.layout.nbytes(1, 0))} for each row; a prompt is read token by token"]
+            return [f"state{passes}: {size(self.layout.nbytes(1, 0))} for each row; a prompt is read token by token"]
         window = self.window
         each = size(self.layout.nbytes(1, 1, None if window is None else 0))
-        note = f"cache: {len(self.layout.layers)} layers, {each} for each row and position"
+        note = f"cache: {len(self.layout.layers)} layers{passes}, {each} for each row and position"
         if window is not None:
             kept = size(self.layout.nbytes(1, 0, window))
             note += f", and at most {kept} for each row in layers that keep the last {window}"

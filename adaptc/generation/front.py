@@ -137,7 +137,8 @@ class _Front:
     ) -> Opening:
         if self.method.opening() == "cached":
             rows = self.method.cached(self.slots, given)
-            return Opening([t.unsqueeze(0).to(device, facts.layout.dtype) for t in rows], self.count)
+            own = [t.unsqueeze(0).to(device, facts.layout.dtype) for t in rows]
+            return Opening(own * facts.layout.passes, self.count)
         rows = self.method.prompt(self.slots, given).to(device, facts.embeds_dtype)
         return _read(rows if rows.ndim == 3 else rows.unsqueeze(0), step, facts, device)
 

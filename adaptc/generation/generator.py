@@ -28,6 +28,7 @@ from adaptc.generation.front import begins, front_of, refuse_front, taken
 from adaptc.generation.given import given_names, refuse_given, taken_from, with_given
 from adaptc.generation.package_files import carried
 from adaptc.generation.random_steps import drawn, pair
+from adaptc.generation.two_passes import facts_for
 from adaptc.generation.ways import cache_for, run_as, stepping_as
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.bound import Bound, Keeping
@@ -45,7 +46,7 @@ class Generator(Holder):
 
     def __init__(self, runs: Any, facts: Facts) -> None:
         #: a program, a package of one, or what is bound to either
-        self._runs, self.facts = runs, facts
+        self._runs, self.facts = runs, facts_for(facts, runs)
         self.config, self.generation_config = facts.config, facts.generation_config
         #: what a step calls, while a generation goes on
         self.step: Callable[..., Any] | None = None
@@ -105,7 +106,7 @@ class Generator(Holder):
         if not isinstance(model, nn.Module):
             yield model.program if isinstance(model, Generator) else model
             return
-        with stepping_as(model, self.facts.keeps, self.facts.layout, acts=self.facts.acts):
+        with stepping_as(model, self.facts.keeps, self.facts.layout.of_passes(1), acts=self.facts.acts):
             yield model
 
     def bind(self, adapter: Any, **options: Any) -> Self:

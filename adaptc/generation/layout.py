@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from adaptc.errors import CaptureError
 from adaptc.passes.analysis.cache_inputs import KINDS as CACHED
-from adaptc.passes.analysis.cache_inputs import STATE, cache_name
+from adaptc.passes.analysis.cache_inputs import STATE, cache_name, pass_prefix
 
 #: the classes of transformers whose state is keys and values at all positions, or at the last ones
 _ATTENTION = ("DynamicLayer", "DynamicSlidingWindowLayer")
@@ -39,16 +39,24 @@ class LayerLayout:
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """The cache of a step program. ``dtype`` is that of all its tensors; their names begin with ``prefix``."""
+    """The cache of a step program. ``dtype`` is that of all its tensors; their names begin with ``prefix``.
+    ``passes``: one more than 1 for each pass in which the program computes its last hidden state first, whose tensors
+    stand behind those of its own pass."""
 
     layers: tuple[LayerLayout, ...]
     dtype: torch.dtype
     prefix: str = ""
+    passes: int = field(default=1, kw_only=True)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Of the inputs, keys and values by turns, layer by layer."""
-        return tuple(cache_name(kind, i, self.prefix) for i in range(len(self.layers)) for kind in CACHED)
+        before = [pass_prefix(i) + self.prefix for i in range(self.passes)]
+        return tuple(cache_name(kind, i, p) for p in before for i in range(len(self.layers)) for kind in CACHED)
+
+    def of_passes(self, passes: int) -> Self:
+        """The same of a program with so many."""
+        return replace(self, passes=passes)
 
     @property
     def window(self) -> int | None:
@@ -59,7 +67,7 @@ class CacheLayout:
     @property
     def sliding(self) -> tuple[bool, ...]:
         """Of each of :attr:`names`, whether its layer is one of these."""
-        return tuple(layer.sliding is not None for layer in self.layers for _ in range(2))
+        return tuple(layer.sliding is not None for layer in self.layers for _ in range(2)) * self.passes
 
     def shapes(self, batch: int, length: int, ring: int | None = None) -> list[tuple[int, ...]]:
         """Of the inputs, in the order of :attr:`names`. ``ring``: places of those of sliding layers, where they have
@@ -69,7 +77,7 @@ class CacheLayout:
             for layer in self.layers
             for dim in (layer.key_dim, layer.value_dim)
         ]
-        return [(batch, heads, places, dim) for heads, places, dim in dims]
+        return [(batch, heads, places, dim) for heads, places, dim in dims * self.passes]
 
     def zeros(self, batch: int, device: torch.device, length: int = 0, ring: int | None = None) -> dict[str, Tensor]:
         """Such inputs, with nothing in them."""
@@ -118,21 +126,22 @@ class StateLayout(CacheLayout):
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(cache_name(STATE, i, self.prefix) for i in range(len(self.states)))
+        before = [pass_prefix(i) + self.prefix for i in range(self.passes)]
+        return tuple(cache_name(STATE, i, p) for p in before for i in range(len(self.states)))
 
     @property
     def sliding(self) -> tuple[bool, ...]:
-        return (False,) * len(self.states)
+        return (False,) * len(self.names)
 
     def shapes(self, batch: int, length: int, ring: int | None = None) -> list[tuple[int, ...]]:
-        return [(batch, *state.sizes) for state in self.states]
+        return [(batch, *state.sizes) for state in self.states * self.passes]
 
     def zeros(self, batch: int, device: torch.device, length: int = 0, ring: int | None = None) -> dict[str, Tensor]:
-        made = zip(self.names, self.states, strict=True)
+        made = zip(self.names, self.states * self.passes, strict=True)
         return {name: torch.zeros(batch, *s.sizes, dtype=s.dtype, device=device) for name, s in made}
 
     def nbytes(self, batch: int, length: int, ring: int | None = None) -> int:
-        return batch * sum(prod(state.sizes) * state.dtype.itemsize for state in self.states)
+        return batch * sum(prod(state.sizes) * state.dtype.itemsize for state in self.states * self.passes)
 
     def kept_by(self, layer: int) -> int:
         """States of each kind in a layer."""

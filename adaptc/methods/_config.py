@@ -35,8 +35,6 @@ class AdapterConfig:
     peft_type: ClassVar[str] = ""
     #: fields PEFT has and adaptc does not support yet: refused when set to anything but the default
     refused: ClassVar[Mapping[str, str]] = {}
-    #: why a step that goes on from a cache cannot have it, so that it generates with whole texts; '' where one can
-    whole_texts: ClassVar[str] = ""
     #: attributes beside the fields, which no file can have: functions
     unsaved: ClassVar[tuple[str, ...]] = ()
     #: the field with the scale of a module times its rank; '' for methods that files of other formats have not

@@ -37,9 +37,6 @@ class XLoraConfig(TargetedConfig):
     """
 
     peft_type: ClassVar[str] = "XLORA"
-    whole_texts: ClassVar[str] = (
-        "X-LoRA's classifier reads the base's last hidden state, whose keys and values are not those of the adapter"
-    )
     samples: ClassVar[Sequence[Mapping[str, Any]]] = ({"hidden_size": 24, "adapters": {"0": "path"}},)
     refused: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(

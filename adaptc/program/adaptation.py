@@ -56,6 +56,7 @@ _HEADER: dict[str, Any] = _PART | {
 _TAG: dict[str, Any] = dict.fromkeys(["method", "adapter", "site", "role"], str) | {
     "fused": Option(bool),
     "first_pass": Option(bool),
+    "given": Option([str]),
 }
 _OUT = _TAG | {
     "region": str,
@@ -63,7 +64,6 @@ _OUT = _TAG | {
     "node": str,
     "attachment": ATTACHMENT,
     "header": Option(dict),
-    "given": Option([str]),
 }
 
 
@@ -150,6 +150,7 @@ def check_tags(graph: fx.Graph) -> None:
     """Raises Refused where the tags of regions, which files alone can have changed, are not of the form that injection
     gives, or name nodes that are not there."""
     names = {node.name for node in graph.nodes}
+    inputs = {node.name for node in graph.find_nodes(op="placeholder")}
     for node in graph.nodes:
         tag = node_tag(node)
         if tag is None:
@@ -159,5 +160,7 @@ def check_tags(graph: fx.Graph) -> None:
             check(tag, _OUT if out else _TAG)
             if strange := [n for n in ((tag["base"], tag["node"]) if out else ()) if n not in names]:
                 raise Refused(f"it stands in for the node {shown(strange[0])}, which the program has not")
+            if strange := [n for n in tag.get("given", ()) if n not in inputs]:
+                raise Refused(f"it was given the input {shown(strange[0])}, which the program has not")
         except Refused as error:
             raise error.inside(f"the tag of node {node.name!r}, ") from None

@@ -17,23 +17,21 @@ from adaptc.passes.ir.coefficients import Coefficient
 from adaptc.passes.ir.effects import sweep
 from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.passes.ir.lifted import copy_graph
-from adaptc.passes.ir.regions import FIRST_PASS, node_tag
+from adaptc.passes.ir.regions import COEFFICIENT, FIRST_PASS, node_tag
 from adaptc.program.bound import Bound
 from adaptc.program.core import ProgramCore
 from adaptc.program.holder import check_program
 
 
-def xlora_scalings(program: ProgramCore | Bound, *args: Any, adapter_name: str | None = None, **inputs: Any) -> Tensor:
-    """What X-LoRA's classifier says of the tokens of one call, as PEFT's ``get_latest_scalings``.
+def check_scalings(program: ProgramCore | Bound, adapter_name: str | None) -> None:
+    """Raises as :func:`scalings_of` does, but for the inputs."""
+    check_program(program, "xlora_scalings", Bound)
+    _, executor, binding, _ = program.pinned_to()
+    _chosen(executor.attachments, binding.values, adapter_name)
 
-    ``program``: an :class:`AdaptedProgram`, or what ``bind`` gives; the inputs are those of a call, which is not made:
-    nothing but the pass that the classifier reads is computed. ``adapter_name``: of which adapter, where several act.
 
-    Returns (batch, length, layers, experts), in the dtype of the adapter and without a gradient: before ``top_k_lora``
-    chooses, and before ``global_scaling_weight``. Layers are those that are adapted, in the order of the model's;
-    without ``layerwise_scalings`` all of them have the same. Raises ConfigError for a program without such an adapter,
-    and AdaptcError for inputs that do not fit.
-    """
+def scalings_of(program: ProgramCore | Bound, *args: Any, adapter_name: str | None = None, **inputs: Any) -> Tensor:
+    """See ``adaptc.xlora_scalings``."""
     check_program(program, "xlora_scalings", Bound)
     _, executor, binding, state = program.pinned_to()
     a, name, c = _chosen(executor.attachments, binding.values, adapter_name)
@@ -85,7 +83,9 @@ def _up_to_first_pass(module: fx.GraphModule, coefficient: str) -> fx.GraphModul
     for other in reversed(graph.nodes):
         if other is node:
             break
-        if other.op not in ("output", "placeholder"):
+        # What the pass writes to its cache behind its result stays, for the next call to go on from.
+        tag = node_tag(other)
+        if other.op not in ("output", "placeholder") and (tag is None or tag["role"] != COEFFICIENT):
             graph.erase_node(other)
     sweep(graph)
     return fx.GraphModule(module, graph)

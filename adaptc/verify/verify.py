@@ -21,6 +21,8 @@ from adaptc.capture import random_inputs
 from adaptc.capture.random_inputs import Run
 from adaptc.errors import AdaptcError
 from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.regions import added_inputs
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.merge import merged, unmerged
 from adaptc.program.unload import unloaded
@@ -81,7 +83,7 @@ class _Verifier(Claims):
         #: inputs that the base does not take
         self.added = {
             n for a in program.adaptation.attachments for m in a.method.extras() for n in (m, a.reads.get(m, m))
-        }
+        } | {n.name for n in added_inputs(Lifted(program, edit=False))}
         self._base: list[Leaves] | None = None
 
     def checks(self) -> list[Check]:

@@ -7,7 +7,7 @@ attachments with the names of their nodes. The nodes' tags say whose they are; a
 each token is refused.
 
 A program that has an input called as a coefficient is given it: a step of a generation sees its own tokens, and what
-invoked the adapter may have come before them.
+invoked the adapter may have come before them. A first pass of such a step has a cache of its own among the inputs.
 
 Inputs that methods at layers add to a program are among the coefficients of a site: each is one keyword more, with a
 value for each row. A program whose parts have rows of their own, as an encoder and the decoder of a step, has one for
@@ -26,7 +26,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from adaptc.errors import MethodError, TargetError, listing
-from adaptc.passes.adapt.first_pass import adapted, computed_before
+from adaptc.passes.adapt.first_pass import adapted, computed_before, own_cache
 from adaptc.passes.analysis.last_hidden import last_hidden
 from adaptc.passes.analysis.row_axes import input_with_rows
 from adaptc.passes.analysis.token_axes import why_not_along
@@ -121,12 +121,13 @@ class Coefficients:
         key = (c.make, fqns, c.first)
         spec = self.lifted.specs.get(name)
         if spec is not None and spec.kind == InputKind.USER_INPUT:
-            if self.count is not None or any(k != key for k in self.made if not isinstance(k[0], str)):
+            given = self.lifted.nodes[name]
+            if self.count is not None or any(k != key for k, node in self.made.items() if node is given):
                 raise TargetError(
                     f"the program takes {name!r} as an input, one for all its adapters: {a.method.name} of several "
                     "cannot be told apart in it. Give each a program of its own"
                 )
-            self.made[key] = self.lifted.nodes[name]
+            self.made[key] = given
         if key not in self.made:
             first = next(n for n in self.lifted.graph.nodes if n.op != "placeholder")
             if c.first is None:
@@ -164,7 +165,8 @@ class Coefficients:
                 "model one that gives logits, or hidden states, for its tokens"
             )
         tags, begin = _tags(a, name, ids), next(n for n in self.lifted.graph.nodes if n.op != "placeholder")
-        made, copies = computed_before(self.lifted, found, tags)
+        caches = own_cache(self.lifted)
+        made, copies = computed_before(self.lifted, found, tags, caches)
         if first.make is not None:
             if self.count is not None:
                 raise TargetError(
@@ -175,7 +177,8 @@ class Coefficients:
             constant = self._inlined(a, name, first.make, c.slots, ids, ids, front)
             own = [b for b in self.attachments if b.adapter == a.adapter and name in b.method.coefficients()]
             made = adapted(self.lifted, own, copies, {name: constant}, tags).get(made, made)
-        made.meta["custom"] = {"adaptc": {**made.meta["custom"]["adaptc"], FIRST_PASS: True}}
+        more = {FIRST_PASS: True} | ({"given": [n.name for n in caches.values()]} if caches else {})
+        made.meta["custom"] = {"adaptc": {**made.meta["custom"]["adaptc"], **more}}
         self.made[key] = made
         return made
 

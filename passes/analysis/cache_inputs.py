@@ -1,12 +1,15 @@
 """The cache among a program's inputs: what a step of generation goes on from.
 
 A program that was captured as a step takes the keys and values of each layer, (batch, heads, length, width), under the
-names that :func:`cache_name` gives; or states, numbered through. Before: an opened program. After: it is unchanged.
+names that :func:`cache_name` gives; or states, numbered through. A program that computes its last hidden state in a
+pass of its own first (``passes.adapt.first_pass``) takes those of that pass, too, and so of each of several, under
+names that :func:`pass_prefix` begins. Before: an opened program. After: it is unchanged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from itertools import count, takewhile
 
 from torch import fx
 from torch.export.graph_signature import InputKind
@@ -27,10 +30,30 @@ def cache_inputs(lifted: Lifted) -> list[tuple[fx.Node, fx.Node]]:
     return list(_pairs(lifted))
 
 
+def all_of_cache(lifted: Lifted) -> list[fx.Node]:
+    """All inputs of the cache of the program's own pass: keys and values by turns, or states."""
+    if pairs := cache_inputs(lifted):
+        return [node for pair in pairs for node in pair]
+    names = takewhile(lambda name: _is_input(lifted, name), (cache_name(STATE, i) for i in count()))
+    return [lifted.nodes[name] for name in names]
+
+
 def first_of_cache(lifted: Lifted) -> fx.Node | None:
     """The first input of the cache; None for a program that takes none."""
     names = (cache_name(kind, 0) for kind in (KINDS[0], STATE))
     return next((lifted.nodes[n] for n in names if _is_input(lifted, n)), None)
+
+
+def pass_prefix(number: int) -> str:
+    """What names begin with that are of the cache of a pass: the program's own is number 0, and those in front of it
+    follow, in the order in which they were added."""
+    return "" if number == 0 else "first_" if number == 1 else f"first{number}_"
+
+
+def passes_of(inputs: Collection[str]) -> int:
+    """How many passes a step takes the cache of, by the names of its inputs; 1 where it takes none."""
+    firsts = ([cache_name(kind, 0, pass_prefix(i)) for kind in (KINDS[0], STATE)] for i in count(1))
+    return 1 + sum(1 for _ in takewhile(lambda names: any(n in inputs for n in names), firsts))
 
 
 def _is_input(lifted: Lifted, name: str) -> bool:

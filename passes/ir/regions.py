@@ -14,7 +14,8 @@ saved to a file and loaded elsewhere is understood:
     header       in the first region of a program: what the program as a whole remembers
 
 What computes a coefficient (``passes.ir.coefficients``) is of no region: all sites of an adapter read it. Its nodes
-have tags of the role :data:`COEFFICIENT`; :data:`FIRST_PASS` marks the value that one is made of.
+have tags of the role :data:`COEFFICIENT`; :data:`FIRST_PASS` marks the value that one is made of, whose tag has the
+inputs that were added for it, under "given" as well.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def site_op(lifted: Lifted, a: Attachment) -> Op:
 
 def added_inputs(lifted: Lifted) -> list[fx.Node]:
     """The inputs that methods added to an opened program."""
-    names = dict.fromkeys(n for node in lifted.graph.nodes if (t := region_tag(node)) for n in t.get("given", ()))
+    names = dict.fromkeys(n for node in lifted.graph.nodes if (t := node_tag(node)) for n in t.get("given", ()))
     return [lifted.nodes[n] for n in names]
 
 
@@ -140,6 +141,7 @@ def remove_regions(lifted: Lifted, ids: Iterable[str]) -> int:
     for node in reversed(lifted.graph.nodes):
         tag = node_tag(node)
         if tag is not None and tag["role"] == COEFFICIENT and not node.users:
+            given.update(dict.fromkeys(tag.get("given", ())))
             lifted.graph.erase_node(node)
             lifted.nodes.pop(node.name, None)
     for name in given:

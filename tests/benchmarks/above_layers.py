@@ -2,6 +2,7 @@
 
 ``python -m tests.benchmarks.above_layers`` prints these rows alone. aLoRA's last row is the time to the first token
 behind 512 that a conversation with the base has had: PEFT computes them again, and here their cache is gone on from.
+X-LoRA has two passes, for each of which PEFT computes the whole text again.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import adaptc
 from tests.benchmarks.harness import Row, interleave, machine, markdown
 from tests.benchmarks.model import RANK, smollm2, tokens
 from tests.support.prompts import peft_generated
+from tests.support.xlora import saved
 
 PROMPT, NEW, SAID = 16, 32, 512
 #: ids of no meaning, which invoke aLoRA
@@ -51,7 +53,24 @@ def run(folder: Path, rounds: int = 5) -> list[Row]:
         rows += _forward(name, base, theirs, adaptc.compile(base, path), rounds)
         gen = adaptc.compile_for_generation(base, path, max_batch=1, max_length=1024)
         rows += _conversation(theirs, gen, rounds) if name == "aLoRA" else _tokens(name, base, theirs, gen, rounds)
-    return rows
+    return rows + _mixed(base, folder, rounds)
+
+
+def _mixed(base: Any, folder: Path, rounds: int) -> list[Row]:
+    """X-LoRA of two experts."""
+    adapters = {str(i): str(folder / f"expert_{i}") for i in range(2)}
+    for path in adapters.values():
+        _peft(base, "LoraConfig", {"r": RANK, "target_modules": ["q_proj", "v_proj"]}).save_pretrained(path)
+    without = copy.deepcopy(base)
+    without.config.use_cache = False  # as PEFT wants it
+    theirs = _peft(without, "XLoraConfig", {"hidden_size": base.config.hidden_size, "adapters": adapters})
+    path = saved(theirs, folder / "mixed")
+    gen = adaptc.compile_for_generation(base, path, max_batch=1, max_length=1024)
+    name = "X-LoRA"
+    return [
+        *_forward(name, base, theirs, adaptc.compile(base, path), rounds),
+        *_tokens(name, base, theirs, gen, rounds),
+    ]
 
 
 def _peft(base: nn.Module, kind: str, options: dict[str, Any]) -> Any:

@@ -6,6 +6,7 @@ classifier nor the experts whole: here its reader is told of gpt2's, and files a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,16 @@ from tests.support.oracle import SAID, quiet, randomize
 EXPERTS: Mapping[str, Sequence[tuple[int, list[str]]]] = {
     "llama": ((3, ["q_proj", "v_proj"]), (5, ["q_proj", "down_proj"]), (2, ["o_proj", "embed_tokens"])),
     "gpt2": ((3, ["c_attn"]), (4, ["c_attn", "c_proj"]), (1, ["c_fc"])),
+    "mamba": ((3, ["in_proj"]), (2, ["in_proj", "x_proj"])),
+    "mistral": ((2, ["q_proj", "down_proj"]), (3, ["v_proj", "o_proj"])),
+    "gemma3_text": ((3, ["k_proj", "v_proj"]), (1, ["up_proj", "q_proj"]), (2, ["o_proj"])),
 }
 OTHERS: Mapping[str, Sequence[tuple[int, list[str]]]] = {
     "llama": ((1, ["q_proj", "v_proj"]), (4, ["down_proj"]), (6, ["o_proj"]), (2, ["embed_tokens", "q_proj"])),
     "gpt2": ((2, ["c_attn", "c_fc", "c_proj"]), (7, ["c_attn"])),
+    "mamba": ((1, ["x_proj"]), (4, ["in_proj"]), (2, ["in_proj"])),
+    "mistral": ((1, ["q_proj"]), (4, ["v_proj", "down_proj"]), (2, ["o_proj"])),
+    "gemma3_text": ((4, ["v_proj", "q_proj"]), (1, ["k_proj", "up_proj", "o_proj"])),
 }
 _read = theirs.set_peft_model_state_dict
 
@@ -58,8 +65,9 @@ def experts(name: str, path: Path, specs: Sequence[tuple[int, list[str]]] = (), 
 
 
 def _known(model: Any, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-    have = "model.model.transformer"
-    return _read(model, {k.replace(have, "model.transformer"): t for k, t in tensors.items()}, *args, **kwargs)
+    parts = ("transformer", "backbone")
+    found = {re.sub(f"^model.model.({'|'.join(parts)})", r"model.\1", k): t for k, t in tensors.items()}
+    return _read(model, found, *args, **kwargs)
 
 
 def peft_model(name: str, adapters: Mapping[str, str], seed: int = 0, model: Any = None, **options: Any) -> Any:
