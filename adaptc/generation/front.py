@@ -22,6 +22,8 @@ from adaptc.generation.opening import Opening
 from adaptc.generation.ways import cache_for, run_as
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.program_method import ProgramMethod
+from adaptc.program.bound import program_of
+from adaptc.program.core import ProgramCore
 
 #: binding -> the writes to all that was read, and what followed from it
 _KNOWN: WeakKeyDictionary[Any, tuple[Any, Opening]] = WeakKeyDictionary()
@@ -29,7 +31,7 @@ _KNOWN: WeakKeyDictionary[Any, tuple[Any, Opening]] = WeakKeyDictionary()
 
 def begins(runs: Any) -> list[Attachment]:
     """The attachments of a program, or of what is bound to one, that say what a cache begins with."""
-    adaptation = getattr(getattr(runs, "program", runs), "adaptation", None)
+    adaptation = getattr(program_of(runs), "adaptation", None)
     attachments: Sequence[Attachment] = () if adaptation is None else adaptation.attachments
     return [a for a in attachments if isinstance(a.method, ProgramMethod) and a.method.opening()]
 
@@ -85,13 +87,19 @@ def front_of(
     if own:
         checks.fits(facts, next(iter(own.values())).shape[0], front.count)
         return front.opening(step, facts, device, own)
-    program = getattr(runs, "program", runs)
+    program = program_of(runs)
     known = _KNOWN.get(binding)
     if known is None or known[0] != _writes(program, binding):
         made = front.opening(step, facts, device, own)
         # What runs for the first time may lay weights out in another way, which is no write to them.
         known = _KNOWN[binding] = _writes(program, binding), made
     return known[1]
+
+
+def count_in_front(runs: Any, binding: Any) -> int:
+    """How many tokens an adapter of ``runs`` puts in front of those of a text."""
+    found = [a for a in begins(runs) if all(f in binding.values for f in a.slots.values())]
+    return sum(_Front.of(a, binding).count for a in found)
 
 
 def check_room(count: int, facts: Facts) -> None:
@@ -167,5 +175,6 @@ def _refuse_given(given: Mapping[str, Any]) -> None:
 
 def _writes(program: Any, binding: Any) -> list[tuple[int, int]]:
     """How often each tensor that a step may read was written to, and where it lies."""
-    tensors = [t for t in (*program.base_tensors.values(), *binding.values.values()) if isinstance(t, Tensor)]
+    base = program.base_tensors if isinstance(program, ProgramCore) else {}  # nobody writes to a package
+    tensors = [t for t in (*base.values(), *binding.values.values()) if isinstance(t, Tensor)]
     return [(0 if t.is_inference() else t._version, t.data_ptr()) for t in tensors]

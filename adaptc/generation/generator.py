@@ -30,7 +30,7 @@ from adaptc.generation.package_files import carried
 from adaptc.generation.random_steps import drawn, pair
 from adaptc.generation.ways import cache_for, run_as, stepping_as
 from adaptc.program.adapted import AdaptedProgram
-from adaptc.program.bound import Bound, Keeping
+from adaptc.program.bound import Keeping, program_of
 from adaptc.program.holder import Holder
 from adaptc.program.views import SCALE
 
@@ -88,9 +88,6 @@ class Generator(Holder):
         return self.facts.notes()
 
     def carried(self, tokenizer: Any) -> dict[str, bytes]:
-        refuse_acting(self.facts.acts, "a package would be made of what generates")
-        refuse_given(self._runs, "a package would be made of what generates")
-        refuse_front(self._runs, "packages")
         return carried(self.facts, tokenizer)
 
     def drawn(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,8 +200,7 @@ class Generator(Holder):
         if self.step is None:
             new.step = runs.pinned(scale)
             if self.facts.acts and not begins(runs):
-                program = runs.program if isinstance(runs, Bound) else runs
-                new.acting = Acting.of(self.facts.acts, program, new.step.binding)  # type: ignore[union-attr]
+                new.acting = Acting.of(self.facts.acts, program_of(runs), new.step.binding)  # type: ignore[union-attr]
         new.offset, new.begun = offset, False
         return new
 

@@ -58,6 +58,11 @@ class BoundPackage(Keeping):
     def __init__(self, package: PackagedProgram, binding: Fitted) -> None:
         self.package, self.binding = package, binding
 
+    @property
+    def program(self) -> PackagedProgram:
+        """What it is bound to."""
+        return self.package
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run this adapter; inputs and output type are those of the package."""
         return self.package.run(self.binding, args, kwargs)
@@ -137,7 +142,7 @@ class PackagedProgram:
             )
             for name, part in called.items()
         }
-        missing = sorted({*m.rooms, *m.bases}.difference(*(code.names for code in self._codes.values())))
+        missing = sorted(self._fit.shapes.keys() - {n for code in self._codes.values() for n in code.names})
         if missing:
             raise BackendError(f"{self.path}: the compiled code has no constant {missing[0]!r}; package it again")
         if m.parts:
@@ -204,7 +209,7 @@ class PackagedProgram:
         """A callable that keeps the adapter that is current now, for calls that belong together. ``scale``: as
         ``adapter_scale`` of calls."""
         now = self._scaled(scale)
-        return lambda *args, **kwargs: self.run(now, args, kwargs)
+        return partial(_run, self, None) if now is None else BoundPackage(self, now)
 
     def _scaled(self, scale: Any) -> Fitted | None:
         return self._now if scale is None else scaled(self.spec(), self._adapted(), scale)
@@ -381,6 +386,10 @@ class PackagedProgram:
     def __repr__(self) -> str:
         adapter = "no adapter sites" if self.current is None else f"adapter {self.current.source!r}"
         return f"PackagedProgram({str(self.path)!r}, {len(self.manifest.sites)} sites, {adapter})"
+
+
+def _run(package: PackagedProgram, adapter: Fitted | None, *args: Any, **kwargs: Any) -> Any:
+    return package.run(adapter, args, kwargs)
 
 
 def _called(code: Code, adapter: Fitted | None, **kwargs: Any) -> Any:

@@ -79,6 +79,11 @@ class Keeping(ABC):
             )
 
 
+def program_of(runs: Any) -> Any:
+    """The program, or the package, that ``runs`` is, or is bound to."""
+    return getattr(runs, "program", runs)
+
+
 class Bound(Keeping):
     """Made by ``AdaptedProgram.bind``. ``form`` is what it stands in, ``why`` the reason.
 
