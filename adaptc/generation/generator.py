@@ -25,12 +25,12 @@ from adaptc.generation.cache import StepCache
 from adaptc.generation.description import described
 from adaptc.generation.facts import NOTHING, Facts, past_name
 from adaptc.generation.front import begins, front_of, refuse_front, taken
-from adaptc.generation.given import given_names, refuse_given, taken_from, with_given
+from adaptc.generation.given import given_names, taken_from, with_given
 from adaptc.generation.package_files import carried
 from adaptc.generation.random_steps import drawn, pair
 from adaptc.generation.ways import cache_for, run_as, stepping_as
 from adaptc.program.adapted import AdaptedProgram
-from adaptc.program.bound import Keeping, program_of
+from adaptc.program.bound import Keeping
 from adaptc.program.holder import Holder
 from adaptc.program.views import SCALE
 
@@ -113,8 +113,6 @@ class Generator(Holder):
     def bank(self, adapters: Mapping[str, Any] | None = None, **limits: Any) -> GeneratorBank:
         """Adapters by name, of which each prompt takes its own: ``gen.bank({...}).generate(ids, adapters=["fr", None,
         {"de": 0.7, "style": 0.3}])``. ``limits`` and errors as for :meth:`AdaptedProgram.bank`."""
-        refuse_acting(self.facts.acts, "a bank would be made of what generates")
-        refuse_given(self._runs, "a bank would be made of what generates")
         refuse_front(self._runs, "banks")
         return bank_of(self, adapters, limits)
 
@@ -200,7 +198,7 @@ class Generator(Holder):
         if self.step is None:
             new.step = runs.pinned(scale)
             if self.facts.acts and not begins(runs):
-                new.acting = Acting.of(self.facts.acts, program_of(runs), new.step.binding)  # type: ignore[union-attr]
+                new.acting = Acting.of(self.facts.acts, runs, new.step.binding)  # type: ignore[union-attr]
         new.offset, new.begun = offset, False
         return new
 

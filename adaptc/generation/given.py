@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.errors import AdaptcError, ConfigError
+from adaptc.errors import AdaptcError
 from adaptc.passes.ir.program_method import ProgramMethod
 from adaptc.packages.run import PackagedProgram
+from adaptc.program.assigned import Assignment
 from adaptc.program.bound import Keeping, program_of
 from adaptc.program.core import ProgramCore
 
@@ -26,7 +27,7 @@ Names = Mapping[str, str]
 def given_names(runs: Any) -> Names:
     """The inputs that adapters at layers added to a program, of those that ``runs`` takes; none where it is the base,
     which has no use for them."""
-    return {} if isinstance(runs, Keeping) and not runs.binding.methods else _added(runs)
+    return {} if isinstance(runs, Keeping) and not runs.adapted else _added(runs)
 
 
 def _added(runs: Any, everywhere: bool = False) -> Names:
@@ -50,17 +51,10 @@ def _expected(runs: Any) -> Mapping[str, Any]:
     program = program_of(runs)
     if isinstance(program, PackagedProgram):
         return dict(program.inputs.expected)
+    if isinstance(runs, Assignment):
+        runs = program if runs.adapted else program.base  # what is run where no row has an adapter
     executor = runs.ready().executor
     return {} if executor is None else dict(executor.inputs.expected)
-
-
-def refuse_given(runs: Any, what: str) -> None:
-    """Raises ConfigError where adapters read inputs that ``what`` cannot be given."""
-    if names := given_names(runs):
-        raise ConfigError(
-            f"{what} with an adapter that reads {', '.join(dict.fromkeys(names.values()))} for each row, which is not "
-            "supported. gen.generate(...) takes it as an argument"
-        )
 
 
 def taken_from(runs: Any, others: dict[str, Any], rows: int) -> dict[str, Tensor]:

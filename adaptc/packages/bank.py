@@ -64,8 +64,10 @@ class PackagedBank:
         """As :meth:`Bank.assigned`. While it is there, the places of its adapters are no other's."""
         mixes = mixes_of(adapters)
         with self._lock:
-            check_known(used(mixes), self._places)
-            made = PackagedAssignment(self._package, mixes, self._places, self.capacity)
+            names = used(mixes)
+            check_known(names, self._places)
+            own = {n: self._members[n] for n in names}
+            made = PackagedAssignment(self._package, mixes, self._places, self.capacity, own)
             self._assigned.add(made)
             return made
 

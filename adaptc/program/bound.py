@@ -66,6 +66,11 @@ class Keeping(ABC):
     def device(self) -> torch.device:
         """Where it runs."""
 
+    @property
+    def adapted(self) -> bool:
+        """Whether it is more than the base."""
+        return bool(self.binding.methods)
+
     def pinned(self, scale: Any = None) -> Callable[..., Any]:
         """As that of programs, which is itself. Raises ConfigError for a ``scale``, which it has of its own."""
         self._keeps(scale)

@@ -93,9 +93,9 @@ class Coefficients:
         return self.made[key]
 
     def _stacked(self, a: Attachment, name: str, node: fx.Node) -> fx.Node:
-        """The same for each of several adapters, whose axis is in front."""
+        """The same for each of several adapters, whose axis is in front: a caller gives each row what is its own."""
         count = self.count or 0
-        region = trace(lambda value: value.unsqueeze(0).expand(count, -1), [node.meta["val"]])
+        region = trace(lambda v: v.unsqueeze(0).expand(count, *[-1] * v.ndim), [node.meta["val"]])
         first = next(n for n in self.lifted.graph.nodes if n.op != "placeholder")
         before = set(self.lifted.graph.nodes)
         out = inline(self.lifted.graph, region, [node], first, node, _tags(a, name, node))
@@ -121,12 +121,14 @@ class Coefficients:
         key = (c.make, fqns, c.first)
         spec = self.lifted.specs.get(name)
         if spec is not None and spec.kind == InputKind.USER_INPUT:
-            if self.count is not None or any(k != key for k in self.made if not isinstance(k[0], str)):
+            if any(k != key for k in self.made if not isinstance(k[0], str)):
                 raise TargetError(
                     f"the program takes {name!r} as an input, one for all its adapters: {a.method.name} of several "
                     "cannot be told apart in it. Give each a program of its own"
                 )
-            self.made[key] = self.lifted.nodes[name]
+            if key not in self.made:
+                node = self.lifted.nodes[name]
+                self.made[key] = node if self.count is None else self._stacked(a, name, node)
         if key not in self.made:
             first = next(n for n in self.lifted.graph.nodes if n.op != "placeholder")
             if c.first is None:

@@ -110,8 +110,6 @@ def test_what_is_refused(family: str, tmp_path: Path) -> None:
     ):
         with pytest.raises(AdaptcError, match=message):
             said(gen, plain if tasks is None else {**plain, "task_ids": tasks})
-    with pytest.raises(ConfigError, match="reads task_ids for each row, which is not supported"):
-        gen.bank({})
     with pytest.raises(MergeError, match="cannot be merged"):
         adaptc.merge(gen)
 
