@@ -9,6 +9,7 @@ task of each row), once for each cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,9 +20,11 @@ from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation import checks
 from adaptc.generation.facts import NOTHING, Facts
 from adaptc.generation.opening import Opening
+from adaptc.generation.row_fronts import front_of_rows
 from adaptc.generation.ways import cache_for, run_as
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.program_method import ProgramMethod
+from adaptc.program.assigned import Assignment
 from adaptc.program.bound import program_of
 from adaptc.program.core import ProgramCore
 
@@ -40,14 +43,6 @@ def taken(runs: Any) -> list[str]:
     """The inputs that these ask of a caller."""
     methods = [a.method for a in begins(runs)]
     return [n for m in methods if isinstance(m, ProgramMethod) for n, e in m.extras().items() if e.place is None]
-
-
-def refuse_front(runs: Any, where: str) -> None:
-    if found := begins(runs):
-        raise AdaptcError(
-            f"{found[0].method.name} is not supported in {where} of what generates: they do not make the tokens that "
-            "it has in front"
-        )
 
 
 def refuse_without_cache(runs: Any, facts: Facts, name: str) -> None:
@@ -72,10 +67,28 @@ def front_of(
     """What a cache begins with for the adapter that ``step`` keeps, by default the current one. ``given``: by name,
     what :func:`taken` names. Raises AdaptcError for values that the adapter cannot have, and where it leaves no room
     for a text."""
-    found = begins(runs)
-    step = runs.pinned() if step is None and found else step
-    binding: Any = getattr(step, "binding", None)
-    found = [] if binding is None else [a for a in found if all(f in binding.values for f in a.slots.values())]
+    one = partial(_of_one, runs, facts, device)
+    if isinstance(runs, Assignment):
+        made = front_of_rows(
+            runs.mixes, lambda name, own: one(runs.adapters[name], runs.alone(name), own), facts, given
+        )
+        if made is None:
+            _refuse_given(given)
+        return made
+    step = runs.pinned() if step is None and begins(runs) else step
+    return one(getattr(step, "binding", None), step, given)
+
+
+def _of_one(
+    runs: Any,
+    facts: Facts,
+    device: torch.device,
+    binding: Any,
+    step: Callable[..., Any] | None,
+    given: Mapping[str, Any],
+) -> Opening | None:
+    """Of one adapter, which ``step`` keeps."""
+    found = [] if binding is None else [a for a in begins(runs) if all(f in binding.values for f in a.slots.values())]
     fronts = [f for a in found if (f := _Front.of(a, binding)).count]
     if not fronts:
         _refuse_given(given)
@@ -87,8 +100,7 @@ def front_of(
     if own:
         checks.fits(facts, next(iter(own.values())).shape[0], front.count)
         return front.opening(step, facts, device, own)
-    program = program_of(runs)
-    known = _KNOWN.get(binding)
+    known, program = _KNOWN.get(binding), program_of(runs)
     if known is None or known[0] != _writes(program, binding):
         made = front.opening(step, facts, device, own)
         # What runs for the first time may lay weights out in another way, which is no write to them.

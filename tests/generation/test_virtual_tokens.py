@@ -266,8 +266,6 @@ def test_room_and_refusals():
     adaptc.swap(gen, oracle("gpt2", 13).path)
     with pytest.raises(MergeError, match="prompt_tuning"):
         adaptc.merge(gen)
-    with pytest.raises(AdaptcError, match="prompt_tuning is not supported in banks"):
-        gen.bank({})
     with pytest.raises(AdaptcError, match="inputs_embeds is not taken"):
         gen.generate(inputs_embeds=torch.zeros(1, 3, 24), attention_mask=torch.ones(1, 3), max_new_tokens=2)
     with quiet(*SAID):
