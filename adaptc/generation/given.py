@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import AdaptcError
-from adaptc.passes.ir.program_method import ProgramMethod
 from adaptc.packages.run import PackagedProgram
+from adaptc.passes.ir.program_method import ProgramMethod
 from adaptc.program.assigned import Assignment
 from adaptc.program.bound import Keeping, program_of
 from adaptc.program.core import ProgramCore

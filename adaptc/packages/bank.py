@@ -34,8 +34,7 @@ class PackagedBank:
         self._package = package
         self.capacity: int = package.manifest.bank["count"]
         self._places: Mapping[str, int] = {n: k for k, n in enumerate(package.manifest.bank["names"])}
-        first = replace(package.binding, constants={}, source=str(package.path))
-        self._members: dict[str, Binding] = dict.fromkeys(self._places, first)
+        self._members: dict[str, Binding] = {n: package.member(k) for n, k in self._places.items()}
         self._each = sum(prod(r.shape) * r.dtype.itemsize for r in package.manifest.rooms.values())
         self._lock = threading.RLock()
         self._assigned: WeakSet[PackagedAssignment] = WeakSet()

@@ -28,6 +28,11 @@ from adaptc.pt2_files.refusal import Refused
 Shape = tuple[tuple[int, ...], torch.dtype]
 
 
+def member_key(place: int, fqn: str) -> str:
+    """The name of a tensor of the file: what no code reads of the adapter at a place of a bank."""
+    return f"member.{place}.{fqn}"
+
+
 class Fit:
     """How adapters fit one package. ``tensors``: those of its file; ``path``: the file, for messages."""
 
@@ -37,13 +42,19 @@ class Fit:
         self._unread = frozenset(f for f, room in manifest.rooms.items() if room.unread)
         #: what the compiled code has constants of
         self.shapes = {f: shape for f, shape in shapes.items() if f not in self._unread}
-        current = {f: tensors.get(f"current.{f}") for f in shapes}
+        kept = shapes if manifest.bank is None else self.shapes
+        current = {f: tensors.get(f"current.{f}") for f in kept}
         for fqn, value in current.items():
             if value is None or (tuple(value.shape), value.dtype) != shapes[fqn]:
                 raise Refused(f"the tensor 'current.{fqn}' is missing, or of another shape or dtype")
         #: the values the code was compiled with
         self._first = {f: t.to(device) for f, t in current.items() if t is not None}
         self.stored = {k: t.to(device) for k, t in tensors.items() if not k.startswith("current.")}
+        for place in range(0 if manifest.bank is None else len(manifest.bank["names"])):
+            for fqn, value in self.member(place).items():
+                room = manifest.rooms[fqn]
+                if (value.ndim, value.dtype) != (len(room.shape), room.dtype):
+                    raise Refused(f"the tensor {member_key(place, fqn)!r} is of another shape or dtype")
 
     def first(self, owner: object) -> Fitted:
         """The adapter that the package was made with. Asked for once: it is not kept here."""
@@ -57,6 +68,11 @@ class Fit:
         name = m.sites[0].attachment.adapter
         own = Binding(values, methods, config, name=name, source=str(self.path), factors=factors)
         return Fitted(**vars(own), constants=constants, owner=owner)
+
+    def member(self, place: int) -> dict[str, Tensor]:
+        """What no code reads of an adapter that the package of a bank was made with."""
+        found = {fqn: self.stored.get(member_key(place, fqn)) for fqn in self._unread}
+        return {fqn: value for fqn, value in found.items() if value is not None}
 
     def ranks(self) -> dict[str, int]:
         """Room for ranks at each site that has one, by the FQN of its parameter."""

@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -314,6 +315,10 @@ class PackagedProgram:
         """``adapter`` as the code takes it; arguments and errors are those of :meth:`swap`."""
         names = ("config", "adapter_name", "key_mapping", "component")
         return self._fitted(adapter, *(options.get(n) for n in names))
+
+    def member(self, place: int) -> Fitted:
+        """Of the package of a bank: an adapter that it was made with, whose values are in the code at this place."""
+        return replace(self.binding, values=self._fit.member(place), constants={}, source=str(self.path))
 
     def write(self, place: int, values: Mapping[str, Tensor] | None) -> None:
         """Of the package of a bank: put the values of one adapter at its place, in all code; None makes them zero."""

@@ -1,7 +1,7 @@
 """Slots that no code of a package reads: what a cache begins with, and the tokens by which an adapter is invoked.
 
-Who makes a cache, or the coefficients of a step, reads them instead. So they lie beside the code, of any size that their
-method has for them, and what a program computed of them is left out of it.
+Who makes a cache, or the coefficients of a step, reads them instead. So they lie beside the code, of any size that
+their method has for them, and what a program computed of them is left out of it.
 
 Before: a program with its slots. After :func:`take_out`: the same without those that nothing follows from.
 """

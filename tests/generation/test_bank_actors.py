@@ -1,4 +1,4 @@
-"""Banks of what generates with aLoRA and Poly: each prompt invoked by its own adapter's tokens, and with its own task."""
+"""Banks of what generates with aLoRA and Poly: each prompt has its own adapter's tokens to invoke it, and its own task."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tests.generation import test_alora as invoked
 from tests.generation import test_tasks as tasks
 from tests.generation.models import generated
 from tests.generation.test_bank import Mixed, row
+from tests.generation.test_packaged_actors import LONG, longer
 from tests.support.families import FAMILIES
 from tests.support.invoked import alora_oracle
 
-#: of another rank, and in part other tokens
 FAMILY = "llama"
 ROWS: list[Any] = ["one", "other", None, "other", "same", {"one": 0.6, "same": -0.3}]
 
@@ -117,3 +117,39 @@ def test_tasks_of_prompts(family: str) -> None:
     past = bank.prefill(**given, attention_mask=inputs["attention_mask"], task_ids=inputs["task_ids"], adapters=names)
     more = {"task_ids": inputs["task_ids"]} if family == "t5" else inputs
     assert torch.equal(tasks.said(Mixed(bank, names), more, past_key_values=past), out)
+
+
+def test_packages(tmp_path: Path) -> None:
+    """Of the bank in compiled code, and of an adapter that is put in, with more tokens and a larger rank."""
+    bank, inputs = alora_bank(), alora_text()
+    package = adaptc.load_package(adaptc.package(bank, tmp_path / "package.pt2", capacity=4))
+    for how in ({}, {"num_beams": 2}, {"do_sample": True}):
+        assert torch.equal(generated(Mixed(package, ROWS), inputs, **how), generated(Mixed(bank, ROWS), inputs, **how))
+    inputs["input_ids"][:, 2:11] = torch.tensor(LONG)
+    for one in (bank, package):
+        one.add("long", longer().path)
+    rows = ["long", None, "one", {"long": 0.5}, "same", "long"]
+    out = generated(Mixed(package, rows), inputs)
+    assert torch.equal(out, generated(Mixed(bank, rows), inputs))
+    assert torch.equal(out[:1], generated(longer().model, row(inputs, 0)))
+    assert torch.equal(out[1:2], generated(package.assigned([None]), row(inputs, 1)))
+    with pytest.raises(ConfigError, match="mixes 'one' and 'other', which begin to act at other tokens"):
+        generated(Mixed(package, [{"one": 0.5, "other": 0.5}] * 6), inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_packages_with_tasks(family: str, tmp_path: Path) -> None:
+    adapters = {"one": tasks.oracle(family).path, "other": tasks.oracle(family, seed=1).path}
+    bank, names = tasks.generator(family).bank(adapters), ["one", None, "other", "one"]
+    package = adaptc.load_package(adaptc.package(bank, tmp_path / "package.pt2", capacity=3))
+    inputs = tasks.text(4, 7, [4, 0, 2, 3], (2,))
+    plain = {n: t for n, t in inputs.items() if n != "task_ids"}
+    for how in ({}, {"num_beams": 2}):
+        expected = tasks.said(Mixed(bank, names), inputs, **how)
+        assert torch.equal(tasks.said(Mixed(package, names), inputs, **how), expected)
+    none: list[Any] = [None] * 4
+    assert torch.equal(tasks.said(Mixed(package, none), plain), tasks.said(Mixed(bank, none), plain))
+    for bad in (5, -1):  # which would end the process
+        with pytest.raises(AdaptcError, match=f"'task_ids' has {bad}, and the model looks up a row from 0 to 4"):
+            tasks.said(Mixed(package, names), {**plain, "task_ids": torch.tensor([0, bad, 1, 0])})

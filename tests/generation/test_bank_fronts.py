@@ -1,5 +1,5 @@
-"""Banks of what generates behind prompts and prefixes: each prompt of a batch has tokens of its own in front, as many as
-its adapter has, and gives what it gives alone and what PEFT gives."""
+"""Banks of what generates behind prompts and prefixes: each row has tokens of its own in front, as many as its adapter
+has, and gives what it gives alone and what PEFT gives."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load, save
 
 import adaptc
-from adaptc.errors import AdaptcError, ConfigError
+from adaptc.errors import AdaptcError, CheckpointError, ConfigError
 from adaptc.generation.facts import past_name
 from tests.generation.models import generated
 from tests.generation.test_bank import Mixed, row
 from tests.generation.test_prefixes import continued
 from tests.generation.test_virtual_tokens import TASKS, peft_said, said
+from tests.support.archives import read_records, with_hashes, write_records
 from tests.support.families import FAMILIES
 from tests.support.oracle import Oracle
 from tests.support.prompts import prompt_oracle, text
@@ -59,9 +61,10 @@ def test_a_prompt_gets_what_it_gets_alone(family: str, cls: str, how: dict[str, 
         out = said(Mixed(made, ROWS), inputs, **how)
         each = len(out) // 4
         for i, name in enumerate(ROWS):
-            assert torch.equal(
-                out[i * each : (i + 1) * each], said(alone(family, cls, name), row(inputs, i), **how)
-            ), (i, inputs)
+            assert torch.equal(out[i * each : (i + 1) * each], said(alone(family, cls, name), row(inputs, i), **how)), (
+                i,
+                inputs,
+            )
     assert torch.equal(said(Mixed(made, ["two"] * 4), inputs), said(alone(family, cls, "two"), inputs))
     assert torch.equal(said(Mixed(made, [None] * 4), inputs), said(alone(family, cls, None), inputs))
 
@@ -77,7 +80,9 @@ def test_peft_says_the_same(cls: str) -> None:
             assert torch.equal(out[i : i + 1], expected)
 
 
-@pytest.mark.parametrize(("family", "cls"), [("llama", PROMPT), ("llama", PREFIX), ("gemma3_text", PROMPT)])
+@pytest.mark.parametrize(
+    ("family", "cls"), [("llama", PROMPT), ("gpt2", PROMPT), ("llama", PREFIX), ("gemma3_text", PROMPT)]
+)
 def test_caches_are_continued(family: str, cls: str) -> None:
     """From prefill, from an earlier generation, from copies and chosen rows; with masks of all positions, too."""
     made, inputs = bank(family, cls), text(4, 8, "left")
@@ -185,3 +190,29 @@ def test_beside_lora(backend: str) -> None:
     assert torch.equal(out[1:2], said(plain, row(inputs, 1)))
     assert torch.equal(out[2:3], said(plain.base, row(inputs, 2)))
     assert torch.equal(out[3:], said(Mixed(made, names[3:]), row(inputs, 3)))
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("cls", [PROMPT, PREFIX])
+def test_packages(cls: str, tmp_path: Path) -> None:
+    """Of the bank in compiled code, and of adapters that are put in and replaced; a forged one is refused."""
+    made, inputs = bank(cls=cls), text(4, 7, "left")
+    path = adaptc.package(made, tmp_path / "package.pt2", capacity=3)
+    package = adaptc.load_package(path)
+    for how in ({}, {"num_beams": 2}, {"do_sample": True}):
+        assert torch.equal(said(Mixed(package, ROWS), inputs, **how), said(Mixed(made, ROWS), inputs, **how))
+    past = package.prefill(inputs["input_ids"][:, :4], inputs["attention_mask"][:, :4], adapters=ROWS)
+    expected = said(Mixed(made, ROWS), inputs)
+    assert torch.equal(said(Mixed(package, ROWS), inputs, past_key_values=past), expected)
+    for one in (made, package):
+        one.add("nine", oracle("llama", cls, 9).path)
+        one.replace("two", oracle("llama", cls, 5).path)
+    names: list[Any] = ["nine", None, "two", "seven"]
+    assert torch.equal(said(Mixed(package, names), inputs), said(Mixed(made, names), inputs))
+    records = read_records(path)
+    name = next(n for n in records if n.endswith(".safetensors"))
+    tensors = load(records[name])
+    key = next(n for n in tensors if n.startswith("member.1."))
+    records[name] = save({**tensors, key: tensors[key][0].contiguous()})
+    with pytest.raises(CheckpointError, match=r"'member.1.* of another shape or dtype"):
+        adaptc.load_package(write_records(tmp_path / "forged.pt2", with_hashes(records)))

@@ -139,7 +139,7 @@ def test_poly_says_what_peft_says() -> None:
     try:
         adaptc.swap(package, other.path)
         assert torch.equal(generated(package, inputs), generated(other.model, inputs))
-        with pytest.raises(SwapError, match="the compiled code takes .* alone; package the program with this adapter"):
+        with pytest.raises(SwapError, match=r"the compiled code takes .* alone; package the program with this adapter"):
             adaptc.swap(package, tasks.oracle("llama", seed=1, r=5, n_tasks=2, n_skills=7).path)
     finally:
         adaptc.swap(package, one.path)

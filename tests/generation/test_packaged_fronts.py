@@ -228,7 +228,7 @@ def test_encoders(tmp_path: Path) -> None:
         for how in HOWS:
             expected = said_across(same.model, {**inputs, **tasks}, **how)
             assert torch.equal(said_across(package, {**inputs, **tasks}, **how), expected)
-    with pytest.raises(SwapError, match="3, 24.* alone; package the program with this adapter"):
+    with pytest.raises(SwapError, match=r"3, 24.* alone; package the program with this adapter"):
         adaptc.swap(package, longer.path)
     with pytest.raises(SwapError, match="the package does not know which 'prompt_embeddings'"):
         _ = package.base

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import adaptc
-from adaptc.errors import AdaptcError, ConfigError, MergeError
+from adaptc.errors import AdaptcError, MergeError
 from tests.generation.models import generated, prompt
 from tests.support.cover import examples
 from tests.support.families import FAMILIES
