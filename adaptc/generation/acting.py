@@ -10,8 +10,9 @@ Before: a program, or what is bound to one. After: functions of token ids, with 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,7 +23,12 @@ from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation.cache import StepCache
 from adaptc.passes.ir.coefficients import Coefficient
 from adaptc.passes.ir.method import Method
+from adaptc.program.assigned import Assignment
+from adaptc.program.bound import program_of
 
+#: name of a coefficient -> how it is made, and of which tensors
+Made = Mapping[str, tuple[Coefficient, Sequence[Tensor]]]
+_NOTHING: Made = MappingProxyType({})
 #: the position from which rows are adapted in which nothing has invoked an adapter
 NEVER = torch.iinfo(torch.int64).max
 
@@ -55,36 +61,34 @@ def refuse_acting(names: Sequence[str], what: str) -> None:
 
 @dataclass(frozen=True)
 class Acting:
-    """``made``: name -> how, and of which tensors. ``prompt``: name -> a value for each token (rows, tokens) of the
-    text that a generation began with, behind ``offset`` positions; {} for steps that belong to none."""
+    """``made``: for each prompt, or once for all of them, what the coefficients of its adapter are made of; ``prompt``:
+    name -> a value for each token (rows, tokens) of the text that a generation began with, behind ``offset`` positions;
+    {} for steps that belong to none."""
 
     names: Sequence[str]
-    made: Mapping[str, tuple[Coefficient, Sequence[Tensor]]]
+    made: Sequence[Made]
     prompt: Mapping[str, Tensor] = field(default_factory=dict)
     offset: int = 0
 
     @classmethod
-    def of(cls, names: Sequence[str], program: Any, binding: Any) -> Acting:
-        """Of the adapter in ``binding``; nothing acts where it is the base."""
-        made: dict[str, tuple[Coefficient, Sequence[Tensor]]] = {}
-        values = {} if binding is None else binding.values
-        for a in program.adaptation.attachments:
-            for name in of_tokens(a.method):
-                c = a.method.coefficients()[name]
-                slots = [a.slots[s] for s in c.slots]
-                if name not in made and all(f in values for f in slots):
-                    made[name] = (c, [values[f].detach() for f in slots])
-        return cls(names, made)
+    def of(cls, names: Sequence[str], runs: Any, binding: Any) -> Acting:
+        """Of the adapter in ``binding``, or of those that an assignment has for its rows; nothing acts where it is the
+        base. Raises ConfigError for a mix of adapters that begin to act at other tokens."""
+        program = program_of(runs)
+        if not isinstance(runs, Assignment):
+            return cls(names, [_made(program, binding)])
+        known = {name: _made(program, b) for name, b in runs.adapters.items()}
+        return cls(names, [_of_mix([(n, known[n]) for n in mix]) for mix in runs.mixes])
 
     def for_prompt(self, ids: Tensor | None, past: StepCache | None, offset: int) -> Acting:
         """For a generation of this text. Raises ConfigError for one of embeddings, which invoke nothing."""
         if not self.names:
             return self
         if ids is None:
-            if self.made:
+            if made := [name for one in self.made for name in one]:
                 raise ConfigError(
-                    f"inputs_embeds have no tokens, by which {', '.join(self.made)} is found: give input_ids, or use "
-                    "gen.base"
+                    f"inputs_embeds have no tokens, by which {', '.join(dict.fromkeys(made))} is found: give "
+                    "input_ids, or use gen.base"
                 )
             return self
         before = self._before(past, offset) if offset else {}
@@ -111,16 +115,62 @@ class Acting:
         return found
 
     def _of(self, ids: Tensor, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        out: dict[str, Tensor] = {}
-        for name in self.names:
-            if name in self.made:
-                c, slots = self.made[name]
-                value = c.make(ids.to(slots[0].device), *slots)
-            else:
-                value = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
-            out[name] = value | before[name][:, None] if name in before and name in self.made else value
+        device = next((slots[0].device for one in self.made for _, slots in one.values() if slots), ids.device)
+        ids = ids.to(device)
+        out = {name: torch.zeros(ids.shape, dtype=torch.bool, device=device) for name in self.names}
+        for made, rows in self._groups(ids.shape[0]):
+            for name in self.names:
+                if name in made:
+                    c, slots = made[name]
+                    value = c.make(ids[rows], *slots)
+                    out[name][rows] = value | before[name][rows, None] if name in before else value
         return out
+
+    def _groups(self, rows: int) -> Iterator[tuple[Made, Any]]:
+        """What is made alike, with the rows that it is for: those of a prompt follow each other."""
+        if len(self.made) == 1:
+            yield self.made[0], slice(None)
+            return
+        each, rest = divmod(rows, len(self.made))
+        if rest:
+            raise AdaptcError(f"adapters has {len(self.made)} entries, and the batch has {rows} rows")
+        places: dict[int, list[int]] = {}
+        for i in range(rows):
+            places.setdefault(id(self.made[i // each]), []).append(i)
+        for found in places.values():
+            yield self.made[found[0] // each], found
 
     def _before(self, past: StepCache | None, start: int) -> dict[str, Tensor]:
         """Whether each row was adapted at the last of so many positions."""
         return {} if past is None else {n: t < start for n, t in past.since.items()}
+
+
+def _made(program: Any, binding: Any) -> Made:
+    """What the coefficients of one adapter are made of; nothing of the base."""
+    made: dict[str, tuple[Coefficient, Sequence[Tensor]]] = {}
+    values = {} if binding is None else binding.values
+    for a in program.adaptation.attachments:
+        for name in of_tokens(a.method):
+            c = a.method.coefficients()[name]
+            slots = [a.slots[s] for s in c.slots]
+            if name not in made and all(f in values for f in slots):
+                made[name] = (c, [values[f].detach() for f in slots])
+    return made
+
+
+def _of_mix(adapters: Sequence[tuple[str, Made]]) -> Made:
+    """Of the adapters of one row, which all begin to act at the same tokens."""
+    if not adapters:
+        return _NOTHING
+    first, one = adapters[0]
+    for name, other in adapters[1:]:
+        if one.keys() != other.keys() or any(not _same(one[n][1], other[n][1]) for n in one):
+            raise ConfigError(
+                f"a row mixes {first!r} and {name!r}, which begin to act at other tokens: a step has one beginning for "
+                "each row. Mix adapters that the same tokens invoke, or give the row one of them"
+            )
+    return one
+
+
+def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

@@ -60,9 +60,9 @@ class GeneratorBank:
             )
         return self._made(chosen).generate(inputs, generation_config, **kwargs)
 
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, adapters: Any) -> StepCache:
+    def prefill(self, *args: Any, adapters: Any, **kwargs: Any) -> StepCache:
         """As :meth:`Generator.prefill`, each row with its own adapters."""
-        return self.assigned(adapters).prefill(input_ids, attention_mask)
+        return self.assigned(adapters).prefill(*args, **kwargs)
 
     def add(self, name: str, adapter: Any, **options: Any) -> None:
         self.bank.add(name, adapter, **options)

@@ -46,6 +46,8 @@ class StepCache:
         self.front: Opening | None = None
         self.length = 0
         self.rows = 0
+        #: empty places in front of what each row begins with; None where there are none
+        self.ahead: Tensor | None = None
         #: coefficient -> the position from which each row is adapted (see ``acting``)
         self.since: dict[str, Tensor] = {}
         self.tensors: list[Tensor] = []
@@ -65,13 +67,49 @@ class StepCache:
         """Nothing is in it but ``front``, from now on. It gets memory with the first step, which says for how many
         rows."""
         self.front = front
-        self.tensors, self.length, self.first, self.top = [], self.begun, 0, self.begun
+        self.tensors, self.length, self.first, self.top, self.ahead = [], self.begun, 0, self.begun, None
 
     def _begin(self, rows: int) -> None:
         """For so many rows, some of which may have the same text. Raises AdaptcError where it is for others."""
         assert self.front is not None
-        self.tensors = self.front.for_rows(rows)
-        self.mask = torch.ones(rows, self.begun, dtype=torch.int64, device=self.device)
+        self.tensors, self.ahead = self.front.for_rows(rows), self.front.ahead_of(rows)
+        self.mask = self.opened(rows)
+
+    def opened(self, rows: int) -> Tensor:
+        """The mask of what it begins with, for so many rows."""
+        ahead = self._ahead(rows)
+        places = torch.arange(self.begun, device=self.device).expand(rows, -1)
+        return torch.ones_like(places) if ahead is None else (places >= ahead[:, None]).long()
+
+    def behind(self, mask: Tensor) -> Tensor:
+        """The mask of a text, with that of what the cache begins with in front."""
+        return torch.cat([self.opened(mask.shape[0]).to(mask), mask], 1)
+
+    def shown(self, mask: Tensor) -> Tensor:
+        """A mask of all positions, less the places in front that are empty."""
+        if self.begun == 0:
+            return mask
+        first = mask[:, : self.begun] * self.opened(mask.shape[0]).to(mask)
+        return torch.cat([first, mask[:, self.begun :]], 1)
+
+    def _ahead(self, rows: int) -> Tensor | None:
+        """:attr:`ahead`, or what it will be for so many rows."""
+        return self.ahead if self.tensors or self.front is None else self.front.ahead_of(rows)
+
+    def places(self, rows: int, tokens: int) -> Tensor:
+        """The places of so many new tokens, as a row has them alone: (1, tokens), or (rows, tokens)."""
+        at, ahead = torch.arange(self.length, self.length + tokens, device=self.device)[None], self._ahead(rows)
+        return at if ahead is None else at - ahead[:, None]
+
+    def positions(self, counted: Tensor | None) -> Tensor | None:
+        """Of new tokens (rows, tokens) in a text, ``counted`` by what is seen; None for their places. Where they are
+        their places, rows with nothing in front have them as they were counted."""
+        if counted is None or not self.in_places:
+            return counted
+        ahead = self._ahead(counted.shape[0])
+        if ahead is None:
+            return None
+        return torch.where((ahead == self.begun)[:, None], counted.to(self.device), self.places(*counted.shape))
 
     # -- memory --------------------------------------------------------------------------------------------------------
 
@@ -178,7 +216,7 @@ class StepCache:
         new.length, new.rows, new.front = self.length, self.rows, self.front
         new.first, new.top, new.recording = self.first, self.top, self.recording
         new.since = {n: t.clone() for n, t in self.since.items()}
-        new.tensors, new.mask = [t.clone() for t in self.tensors], self.mask.clone()
+        new.tensors, new.mask, new.ahead = [t.clone() for t in self.tensors], self.mask.clone(), self.ahead
         return new
 
     def __copy__(self) -> Self:
@@ -256,12 +294,14 @@ class StepCache:
         index = indices.to(self.device)
         self.tensors = [t.index_select(0, index) for t in self.tensors]
         self.since = {n: t.index_select(0, index) for n, t in self.since.items()}
+        self.ahead = None if self.ahead is None else self.ahead.index_select(0, index)
         self.mask, self.rows = self.mask.index_select(0, index), index.shape[0]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row ``repeats`` times, one behind the other."""
         self.tensors = [t.repeat_interleave(repeats, 0) for t in self.tensors]
         self.since = {n: t.repeat_interleave(repeats, 0) for n, t in self.since.items()}
+        self.ahead = None if self.ahead is None else self.ahead.repeat_interleave(repeats, 0)
         self.mask, self.rows = self.mask.repeat_interleave(repeats, 0), self.rows * repeats
 
     def activate_past_recording(self) -> None:

@@ -65,6 +65,7 @@ def arguments(facts: Facts, inputs: Tensor | None, kwargs: Mapping[str, Any]) ->
     before, (rows, length, *_) = past.length, prompt.shape
     if mask is not None and before and given is None and mask.ndim == 2 and mask.shape[1] == before + length:
         check_mask(mask, prompt.shape, before)
+        kwargs["attention_mask"] = past.shown(mask)
         return kwargs, before
     front = past.begun
     if front and given is not None:
@@ -78,9 +79,9 @@ def arguments(facts: Facts, inputs: Tensor | None, kwargs: Mapping[str, Any]) ->
         )
     check_mask(mask, prompt.shape, 0)
     if mask is not None and front:
-        kwargs["attention_mask"] = behind(front, mask)
+        kwargs["attention_mask"] = past.behind(mask)
     elif mask is None and (past.padded or front):
-        seen = past.mask[:, :before] if past.rows else past.mask.new_ones(rows, before)
+        seen = past.mask[:, :before] if past.rows else past.opened(rows)
         kwargs["attention_mask"] = torch.cat([seen, seen.new_ones(rows, length + front - before)], 1)
     if before == length + front and before > front:
         # Its logits are needed, and computing it once more writes what is there.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, Self
@@ -24,8 +25,10 @@ from adaptc.generation.cross_facts import CrossFacts
 from adaptc.generation.cross_front import for_encoder, mask_of_states, popped
 from adaptc.generation.cross_step import MASK, STATES, stepping_across
 from adaptc.generation.facts import past_name
+from adaptc.generation.front import count_in_front
 from adaptc.generation.generator import Generator, cut_positions
 from adaptc.generation.given import taken_from, with_given
+from adaptc.generation.package_files import carried
 from adaptc.generation.random_steps import drawn, pair, step_across
 from adaptc.packages.run import BoundPackage, PackagedProgram
 from adaptc.program.adapted import AdaptedProgram
@@ -59,6 +62,13 @@ class EncoderDecoder(Generator):
 
     def divided(self) -> Mapping[str, Sequence[str]]:
         return self.facts.parts
+
+    def carried(self, tokenizer: Any) -> dict[str, bytes]:
+        """Compiled code reads past the end of a table of positions, so that what is known says how many are left."""
+        facts, now = self.facts, getattr(self._runs, "current", None)
+        if facts.source is not None and now is not None:
+            facts = replace(facts, source=facts.source - count_in_front(self._runs, now))
+        return carried(facts, tokenizer)
 
     def drawn(self, options: Mapping[str, Any]) -> dict[str, Any]:
         return with_given(self._runs, drawn(self.facts, self.device, options, step_across))

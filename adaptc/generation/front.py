@@ -9,6 +9,7 @@ task of each row), once for each cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,9 +20,13 @@ from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation import checks
 from adaptc.generation.facts import NOTHING, Facts
 from adaptc.generation.opening import Opening
+from adaptc.generation.row_fronts import front_of_rows
 from adaptc.generation.ways import cache_for, run_as
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.program_method import ProgramMethod
+from adaptc.program.assigned import Assignment
+from adaptc.program.bound import program_of
+from adaptc.program.core import ProgramCore
 
 #: binding -> the writes to all that was read, and what followed from it
 _KNOWN: WeakKeyDictionary[Any, tuple[Any, Opening]] = WeakKeyDictionary()
@@ -29,7 +34,7 @@ _KNOWN: WeakKeyDictionary[Any, tuple[Any, Opening]] = WeakKeyDictionary()
 
 def begins(runs: Any) -> list[Attachment]:
     """The attachments of a program, or of what is bound to one, that say what a cache begins with."""
-    adaptation = getattr(getattr(runs, "program", runs), "adaptation", None)
+    adaptation = getattr(program_of(runs), "adaptation", None)
     attachments: Sequence[Attachment] = () if adaptation is None else adaptation.attachments
     return [a for a in attachments if isinstance(a.method, ProgramMethod) and a.method.opening()]
 
@@ -38,14 +43,6 @@ def taken(runs: Any) -> list[str]:
     """The inputs that these ask of a caller."""
     methods = [a.method for a in begins(runs)]
     return [n for m in methods if isinstance(m, ProgramMethod) for n, e in m.extras().items() if e.place is None]
-
-
-def refuse_front(runs: Any, where: str) -> None:
-    if found := begins(runs):
-        raise AdaptcError(
-            f"{found[0].method.name} is not supported in {where} of what generates: they do not make the tokens that "
-            "it has in front"
-        )
 
 
 def refuse_without_cache(runs: Any, facts: Facts, name: str) -> None:
@@ -70,10 +67,28 @@ def front_of(
     """What a cache begins with for the adapter that ``step`` keeps, by default the current one. ``given``: by name,
     what :func:`taken` names. Raises AdaptcError for values that the adapter cannot have, and where it leaves no room
     for a text."""
-    found = begins(runs)
-    step = runs.pinned() if step is None and found else step
-    binding: Any = getattr(step, "binding", None)
-    found = [] if binding is None else [a for a in found if all(f in binding.values for f in a.slots.values())]
+    one = partial(_of_one, runs, facts, device)
+    if isinstance(runs, Assignment):
+        made = front_of_rows(
+            runs.mixes, lambda name, own: one(runs.adapters[name], runs.alone(name), own), facts, given
+        )
+        if made is None:
+            _refuse_given(given)
+        return made
+    step = runs.pinned() if step is None and begins(runs) else step
+    return one(getattr(step, "binding", None), step, given)
+
+
+def _of_one(
+    runs: Any,
+    facts: Facts,
+    device: torch.device,
+    binding: Any,
+    step: Callable[..., Any] | None,
+    given: Mapping[str, Any],
+) -> Opening | None:
+    """Of one adapter, which ``step`` keeps."""
+    found = [] if binding is None else [a for a in begins(runs) if all(f in binding.values for f in a.slots.values())]
     fronts = [f for a in found if (f := _Front.of(a, binding)).count]
     if not fronts:
         _refuse_given(given)
@@ -85,13 +100,18 @@ def front_of(
     if own:
         checks.fits(facts, next(iter(own.values())).shape[0], front.count)
         return front.opening(step, facts, device, own)
-    program = getattr(runs, "program", runs)
-    known = _KNOWN.get(binding)
+    known, program = _KNOWN.get(binding), program_of(runs)
     if known is None or known[0] != _writes(program, binding):
         made = front.opening(step, facts, device, own)
         # What runs for the first time may lay weights out in another way, which is no write to them.
         known = _KNOWN[binding] = _writes(program, binding), made
     return known[1]
+
+
+def count_in_front(runs: Any, binding: Any) -> int:
+    """How many tokens an adapter of ``runs`` puts in front of those of a text."""
+    found = [a for a in begins(runs) if all(f in binding.values for f in a.slots.values())]
+    return sum(_Front.of(a, binding).count for a in found)
 
 
 def check_room(count: int, facts: Facts) -> None:
@@ -168,5 +188,6 @@ def _refuse_given(given: Mapping[str, Any]) -> None:
 
 def _writes(program: Any, binding: Any) -> list[tuple[int, int]]:
     """How often each tensor that a step may read was written to, and where it lies."""
-    tensors = [t for t in (*program.base_tensors.values(), *binding.values.values()) if isinstance(t, Tensor)]
+    base = program.base_tensors if isinstance(program, ProgramCore) else {}  # nobody writes to a package
+    tensors = [t for t in (*base.values(), *binding.values.values()) if isinstance(t, Tensor)]
     return [(0 if t.is_inference() else t._version, t.data_ptr()) for t in tensors]

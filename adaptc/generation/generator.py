@@ -24,14 +24,14 @@ from adaptc.generation.behind import behind_front
 from adaptc.generation.cache import StepCache
 from adaptc.generation.description import described
 from adaptc.generation.facts import NOTHING, Facts, past_name
-from adaptc.generation.front import begins, front_of, refuse_front, taken
-from adaptc.generation.given import given_names, refuse_given, taken_from, with_given
+from adaptc.generation.front import begins, front_of, taken
+from adaptc.generation.given import given_names, taken_from, with_given
 from adaptc.generation.package_files import carried
 from adaptc.generation.random_steps import drawn, pair
 from adaptc.generation.two_passes import facts_for
 from adaptc.generation.ways import cache_for, run_as, stepping_as
 from adaptc.program.adapted import AdaptedProgram
-from adaptc.program.bound import Bound, Keeping
+from adaptc.program.bound import Keeping
 from adaptc.program.holder import Holder
 from adaptc.program.views import SCALE
 
@@ -89,9 +89,6 @@ class Generator(Holder):
         return self.facts.notes()
 
     def carried(self, tokenizer: Any) -> dict[str, bytes]:
-        refuse_acting(self.facts.acts, "a package would be made of what generates")
-        refuse_given(self._runs, "a package would be made of what generates")
-        refuse_front(self._runs, "packages")
         return carried(self.facts, tokenizer)
 
     def drawn(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,9 +114,6 @@ class Generator(Holder):
     def bank(self, adapters: Mapping[str, Any] | None = None, **limits: Any) -> GeneratorBank:
         """Adapters by name, of which each prompt takes its own: ``gen.bank({...}).generate(ids, adapters=["fr", None,
         {"de": 0.7, "style": 0.3}])``. ``limits`` and errors as for :meth:`AdaptedProgram.bank`."""
-        refuse_acting(self.facts.acts, "a bank would be made of what generates")
-        refuse_given(self._runs, "a bank would be made of what generates")
-        refuse_front(self._runs, "banks")
         return bank_of(self, adapters, limits)
 
     @property
@@ -185,9 +179,9 @@ class Generator(Holder):
             positions = None
             if attention_mask is not None:
                 checks.check_mask(attention_mask, input_ids.shape, 0)
-                attention_mask = checks.behind(made.begun, attention_mask)
+                attention_mask = made.behind(attention_mask)
                 positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-                positions = None if made.in_places else positions[:, made.begun :]
+                positions = made.positions(positions[:, made.begun :])
             self.forward(input_ids, attention_mask, positions, made, logits_to_keep=1, **given)
         return made
 
@@ -204,8 +198,7 @@ class Generator(Holder):
         if self.step is None:
             new.step = runs.pinned(scale)
             if self.facts.acts and not begins(runs):
-                program = runs.program if isinstance(runs, Bound) else runs
-                new.acting = Acting.of(self.facts.acts, program, new.step.binding)  # type: ignore[union-attr]
+                new.acting = Acting.of(self.facts.acts, runs, new.step.binding)  # type: ignore[union-attr]
         new.offset, new.begun = offset, False
         return new
 
@@ -242,7 +235,7 @@ class Generator(Holder):
         if past is None:
             past = self.new_cache(**given)
             if isinstance(attention_mask, Tensor) and attention_mask.shape == (rows, tokens):
-                attention_mask = checks.behind(past.begun, attention_mask)
+                attention_mask = past.behind(attention_mask)
         else:
             past = checks.own_cache(self.facts, past, rows)
         before, total = past.length, past.length + tokens
@@ -252,10 +245,10 @@ class Generator(Holder):
         step, acting = now.step or self._runs, now.acting
         past.reserve(rows, total)
         if attention_mask is not None:
-            past.mask[:, :total] = attention_mask
+            past.mask[:, :total] = past.shown(attention_mask)
         inputs = self._tokens(input_ids, inputs_embeds, rows, tokens) | extra
         if self.facts.positions:
-            places = torch.arange(before, total)[None] if position_ids is None else position_ids
+            places = past.places(rows, tokens) if position_ids is None else position_ids
             inputs["position_ids"] = places.to(past.device).expand(rows, -1).contiguous()
         if acting is not None:
             inputs |= acting.inputs(input_ids, past, rows, tokens)
@@ -297,9 +290,9 @@ class Generator(Holder):
             next_sequence_length = new.shape[1] + self.offset - past.length  # type: ignore[union-attr]
         if next_sequence_length is not None:
             new = new[:, -next_sequence_length:]
-        if getattr(past, "in_places", False):
-            kwargs.pop("position_ids", None)  # transformers counts what is seen
         cut_positions(kwargs, "position_ids", new.shape[1])
+        if getattr(past, "in_places", False):  # transformers counts what is seen
+            kwargs["position_ids"] = past.positions(kwargs.get("position_ids"))  # type: ignore[union-attr]
         # What ways to generate have of their own, such as a tokenizer, comes along; names were checked before.
         return {name: new, **{n: v for n, v in kwargs.items() if n not in checks.MODE}}
 

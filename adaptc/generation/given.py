@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.errors import AdaptcError, ConfigError
+from adaptc.errors import AdaptcError
+from adaptc.packages.run import PackagedProgram
 from adaptc.passes.ir.program_method import ProgramMethod
-from adaptc.program.bound import Bound
+from adaptc.program.assigned import Assignment
+from adaptc.program.bound import Keeping, program_of
 from adaptc.program.core import ProgramCore
 
 #: name of an input -> what callers know it by
@@ -23,25 +25,36 @@ Names = Mapping[str, str]
 
 
 def given_names(runs: Any) -> Names:
-    """The inputs that adapters at layers added to a program, of those that ``runs`` takes."""
-    if not isinstance(runs, (ProgramCore, Bound)):
+    """The inputs that adapters at layers added to a program, of those that ``runs`` takes; none where it is the base,
+    which has no use for them."""
+    return {} if isinstance(runs, Keeping) and not runs.adapted else _added(runs)
+
+
+def _added(runs: Any, everywhere: bool = False) -> Names:
+    """All of them that the code takes, whichever adapter it runs with; ``everywhere``: those of what is not at layers,
+    too."""
+    program = program_of(runs)
+    if not isinstance(program, (ProgramCore, PackagedProgram)):
         return {}
-    program = runs.program if isinstance(runs, Bound) else runs
     found: dict[str, str] = {}
     for a in program.adaptation.attachments:
-        if not isinstance(a.method, ProgramMethod):
-            found |= {a.reads[n]: n for n in a.method.extras()}
-    executor = runs.ready().executor if found else None
-    return {} if executor is None else {m: n for m, n in found.items() if m in executor.inputs.names}
+        if everywhere or not isinstance(a.method, ProgramMethod):
+            found |= {a.reads.get(n, n): n for n in a.method.extras()}
+    if not found:
+        return {}
+    expected = _expected(runs)
+    return {m: n for m, n in found.items() if m in expected}
 
 
-def refuse_given(runs: Any, what: str) -> None:
-    """Raises ConfigError where adapters read inputs that ``what`` cannot be given."""
-    if names := given_names(runs):
-        raise ConfigError(
-            f"{what} with an adapter that reads {', '.join(dict.fromkeys(names.values()))} for each row, which is not "
-            "supported. gen.generate(...) takes it as an argument"
-        )
+def _expected(runs: Any) -> Mapping[str, Any]:
+    """The inputs that calls take, by name."""
+    program = program_of(runs)
+    if isinstance(program, PackagedProgram):
+        return dict(program.inputs.expected)
+    if isinstance(runs, Assignment):
+        runs = program if runs.adapted else program.base  # what is run where no row has an adapter
+    executor = runs.ready().executor
+    return {} if executor is None else dict(executor.inputs.expected)
 
 
 def taken_from(runs: Any, others: dict[str, Any], rows: int) -> dict[str, Tensor]:
@@ -60,15 +73,17 @@ def taken_from(runs: Any, others: dict[str, Any], rows: int) -> dict[str, Tensor
             )
             raise AdaptcError(f"{name} must be a tensor of {rows} whole numbers, one for each row; got {found}")
         out[called] = value.to(runs.device, torch.int64).contiguous()
+    for called in _added(runs).keys() - names.keys():
+        out[called] = torch.zeros(rows, dtype=torch.int64, device=runs.device)
     return out
 
 
 def with_given(runs: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Options of verify with such inputs among the drawn ones, of the first task."""
-    names = given_names(runs)
+    names = _added(runs, everywhere=True)
     if not names:
         return options
-    expected = dict(runs.ready().executor.inputs.expected)
+    expected = _expected(runs)
     for inputs in options["inputs"]:
         sizes = {s: t.shape[i] for n, t in inputs.items() for i, s in enumerate(expected[n].shape) if n in expected}
         for name in names.keys() - inputs.keys():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptc.binding.binding import Binding
 from adaptc.packages.manifest import Input
 from adaptc.packages.run import PackagedProgram
 from adaptc.program.assigned import Assignment, repeated
@@ -24,13 +25,23 @@ from adaptc.rows.code import KEYWORD
 class PackagedAssignment(Assignment):
     """Made by ``PackagedBank.assigned``. ``places``: of each adapter; ``count``: how many there are."""
 
-    def __init__(self, package: PackagedProgram, mixes: Mixes, places: Mapping[str, int], count: int) -> None:
-        super().__init__(mixes)
-        self._package, self._count = package, count
+    def __init__(
+        self,
+        package: PackagedProgram,
+        mixes: Mixes,
+        places: Mapping[str, int],
+        count: int,
+        adapters: Mapping[str, Binding],
+    ) -> None:
+        super().__init__(mixes, package, adapters)
+        self._package, self._count, self._places = package, count, places
         self._names = used(mixes)
         self._at = [places[n] for n in self._names]
         #: the places that nothing else may be put in
         self.taken = frozenset(self._at)
+
+    def alone(self, name: str) -> PackagedAssignment:
+        return PackagedAssignment(self._package, ({name: 1.0},), self._places, self._count, self.adapters)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(args, kwargs, self._rows(self._package.manifest.inputs, kwargs))

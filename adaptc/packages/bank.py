@@ -34,8 +34,7 @@ class PackagedBank:
         self._package = package
         self.capacity: int = package.manifest.bank["count"]
         self._places: Mapping[str, int] = {n: k for k, n in enumerate(package.manifest.bank["names"])}
-        first = replace(package.binding, constants={}, source=str(package.path))
-        self._members: dict[str, Binding] = dict.fromkeys(self._places, first)
+        self._members: dict[str, Binding] = {n: package.member(k) for n, k in self._places.items()}
         self._each = sum(prod(r.shape) * r.dtype.itemsize for r in package.manifest.rooms.values())
         self._lock = threading.RLock()
         self._assigned: WeakSet[PackagedAssignment] = WeakSet()
@@ -64,8 +63,10 @@ class PackagedBank:
         """As :meth:`Bank.assigned`. While it is there, the places of its adapters are no other's."""
         mixes = mixes_of(adapters)
         with self._lock:
-            check_known(used(mixes), self._places)
-            made = PackagedAssignment(self._package, mixes, self._places, self.capacity)
+            names = used(mixes)
+            check_known(names, self._places)
+            own = {n: self._members[n] for n in names}
+            made = PackagedAssignment(self._package, mixes, self._places, self.capacity, own)
             self._assigned.add(made)
             return made
 

@@ -24,15 +24,15 @@ from adaptc.errors import BackendError
 
 @dataclass(frozen=True, eq=False)
 class Fitted(Binding):
-    """A binding as a package holds it. ``values`` is empty: ``constants`` has them as the code takes them, by name, and
-    nobody writes to these. ``owner``: the package they fit."""
+    """A binding as a package holds it. ``constants`` has its values as the code takes them, by name, and nobody writes
+    to these; in ``values`` are those alone that no code reads. ``owner``: the package they fit."""
 
     constants: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     owner: object = None
 
     @property
     def nbytes(self) -> int:
-        return sum(t.untyped_storage().nbytes() for t in self.constants.values())
+        return sum(t.untyped_storage().nbytes() for t in (*self.constants.values(), *self.values.values()))
 
 
 class Constants:

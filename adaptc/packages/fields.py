@@ -43,6 +43,7 @@ FORM: dict[str, Any] = {
             "dtype": str,
             "padding": Maybe({"blocks": Length, "fill": (int, float)}),
             "identity": Maybe((int, float, bool)),
+            "unread": Option(bool),
         }
     ),
     "bases": [str],

@@ -28,19 +28,33 @@ from adaptc.pt2_files.refusal import Refused
 Shape = tuple[tuple[int, ...], torch.dtype]
 
 
+def member_key(place: int, fqn: str) -> str:
+    """The name of a tensor of the file: what no code reads of the adapter at a place of a bank."""
+    return f"member.{place}.{fqn}"
+
+
 class Fit:
     """How adapters fit one package. ``tensors``: those of its file; ``path``: the file, for messages."""
 
     def __init__(self, manifest: Manifest, tensors: Mapping[str, Tensor], device: torch.device, path: Path) -> None:
         self.manifest, self.device, self.path = manifest, device, path
-        self.shapes = _shapes(manifest, tensors)
-        current = {f: tensors.get(f"current.{f}") for f in self.shapes}
+        shapes = _shapes(manifest, tensors)
+        self._unread = frozenset(f for f, room in manifest.rooms.items() if room.unread)
+        #: what the compiled code has constants of
+        self.shapes = {f: shape for f, shape in shapes.items() if f not in self._unread}
+        kept = shapes if manifest.bank is None else self.shapes
+        current = {f: tensors.get(f"current.{f}") for f in kept}
         for fqn, value in current.items():
-            if value is None or (tuple(value.shape), value.dtype) != self.shapes[fqn]:
+            if value is None or (tuple(value.shape), value.dtype) != shapes[fqn]:
                 raise Refused(f"the tensor 'current.{fqn}' is missing, or of another shape or dtype")
         #: the values the code was compiled with
         self._first = {f: t.to(device) for f, t in current.items() if t is not None}
         self.stored = {k: t.to(device) for k, t in tensors.items() if not k.startswith("current.")}
+        for place in range(0 if manifest.bank is None else len(manifest.bank["names"])):
+            for fqn, value in self.member(place).items():
+                room = manifest.rooms[fqn]
+                if (value.ndim, value.dtype) != (len(room.shape), room.dtype):
+                    raise Refused(f"the tensor {member_key(place, fqn)!r} is of another shape or dtype")
 
     def first(self, owner: object) -> Fitted:
         """The adapter that the package was made with. Asked for once: it is not kept here."""
@@ -49,11 +63,16 @@ class Fit:
         ops = {s.attachment.id: s.op for s in m.sites}
         found = [s.attachment for s in m.sites if s.attachment.id in present]
         methods = joined({a.id: a.method.rebind(config, a).at(ops[a.id]) for a in found}, ops)
-        constants, self._first = self._first, {}
+        (constants, values), self._first = self._apart(self._first), {}
         factors = {site: f for site, f in m.header.get("factors", {}).items() if site in present}
         name = m.sites[0].attachment.adapter
-        own = Binding({}, methods, config, name=name, source=str(self.path), factors=factors)
+        own = Binding(values, methods, config, name=name, source=str(self.path), factors=factors)
         return Fitted(**vars(own), constants=constants, owner=owner)
+
+    def member(self, place: int) -> dict[str, Tensor]:
+        """What no code reads of an adapter that the package of a bank was made with."""
+        found = {fqn: self.stored.get(member_key(place, fqn)) for fqn in self._unread}
+        return {fqn: value for fqn, value in found.items() if value is not None}
 
     def ranks(self) -> dict[str, int]:
         """Room for ranks at each site that has one, by the FQN of its parameter."""
@@ -87,9 +106,10 @@ class Fit:
             own = binding.methods.get(a.id)
             specs = {} if own is None else own.slots(s.op)
             for name, fqn in a.slots.items():
-                if fqn not in out:
-                    given = binding.values.get(fqn)
-                    out[fqn] = self._value(s, name, given if name in specs else None, binding)
+                if fqn in out or (fqn in self._unread and name not in specs):
+                    continue  # who reads the slot sees that the adapter lacks it
+                given = binding.values.get(fqn)
+                out[fqn] = self._value(s, name, given if name in specs else None, binding)
             if a.scale_slot is not None:
                 out[a.scale_slot] = self._scale(a, binding)
         strange = sorted(set(binding.base) - set(self.manifest.bases))
@@ -98,13 +118,19 @@ class Fit:
         for fqn in self.manifest.bases:
             out[fqn] = binding.base.get(fqn, self.stored[f"base.{fqn}"]).detach().to(self.shapes[fqn][1])
         theirs = {memory_of(t) for t in (*binding.values.values(), *binding.base.values())}
-        constants = {}
+        made = {}
         for fqn, value in out.items():
             own_value = value.to(self.device)
-            constants[fqn] = own_value.clone() if memory_of(own_value) in theirs else own_value
+            made[fqn] = own_value.clone() if memory_of(own_value) in theirs else own_value
+        constants, values = self._apart(made)
         same: dict[str, Any] = {n: getattr(binding, n) for n in ("name", "source", "origin", "factors")}
-        bare = Binding({}, binding.methods, binding.config, **same)
+        bare = Binding(values, binding.methods, binding.config, **same)
         return Fitted(**vars(bare), constants=constants, owner=owner)
+
+    def _apart(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Those that the code has constants of, and those that it has none of."""
+        unread = {f: t for f, t in tensors.items() if f in self._unread}
+        return {f: t for f, t in tensors.items() if f not in unread}, unread
 
     def nothing(self, like: Binding) -> Binding:
         """A binding with which every site computes the base."""
@@ -141,7 +167,7 @@ class Fit:
 
     def _padded(self, s: Site, slot: str, value: Tensor, room: Room, binding: Binding) -> Tensor:
         shape = tuple(value.shape)
-        if shape == room.shape:
+        if shape == room.shape or room.unread:  # that its method has it so was seen when it was bound
             return value
         if room.padding is not None and room.padding.fits(shape, room.shape):
             return room.padding(value, room.shape)

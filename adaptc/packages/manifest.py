@@ -76,13 +76,15 @@ class Room:
     """A slot of the compiled code.
 
     ``padding`` None: values must have exactly ``shape``. ``identity``: the value of every element for which the site is
-    the base; None where it follows from the base weight and is stored as a tensor.
+    the base; None where it follows from the base weight and is stored as a tensor. ``unread``: the code has no such
+    slot, whose values have whatever size their adapter gives them (see ``packages.unread``).
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     padding: Padding | None = None
     identity: float | None = None
+    unread: bool = False
 
 
 @dataclass(frozen=True)
@@ -288,7 +290,7 @@ def _data(m: Manifest) -> dict[str, Any]:
     return plain | {
         **_called_data(m),
         "sites": [_site_data(s) for s in m.sites],
-        "rooms": {k: _strings(dataclasses.asdict(r)) for k, r in m.rooms.items()},
+        "rooms": {k: _room_data(r) for k, r in m.rooms.items()},
         "bases": list(m.bases),
         "parts": {name: {**_called_data(p), "outputs": list(p.outputs)} for name, p in m.parts.items()},
     }
@@ -300,6 +302,12 @@ def _called_data(m: PartOf | Manifest) -> dict[str, Any]:
         "ranges": {k: [None if isinf(v) else int(v) for v in bounds] for k, bounds in m.ranges.items()},
         "guards": list(m.guards),
     }
+
+
+def _room_data(room: Room) -> dict[str, Any]:
+    """Files without slots that are unread say nothing of them, as all did before there were any."""
+    plain = _strings(dataclasses.asdict(room))
+    return plain if room.unread else {k: v for k, v in plain.items() if k != "unread"}
 
 
 def _strings(value: Any) -> Any:
@@ -351,7 +359,7 @@ def _input(data: Mapping[str, Any]) -> Input:
 
 def _room(data: Mapping[str, Any]) -> Room:
     padding = None if data["padding"] is None else Padding(**data["padding"])
-    return Room(tuple(data["shape"]), _dtype(data["dtype"]), padding, data["identity"])
+    return Room(tuple(data["shape"]), _dtype(data["dtype"]), padding, data["identity"], data.get("unread", False))
 
 
 def _site(data: Mapping[str, Any]) -> Site:

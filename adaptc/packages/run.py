@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -57,6 +58,11 @@ class BoundPackage(Keeping):
 
     def __init__(self, package: PackagedProgram, binding: Fitted) -> None:
         self.package, self.binding = package, binding
+
+    @property
+    def program(self) -> PackagedProgram:
+        """What it is bound to."""
+        return self.package
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run this adapter; inputs and output type are those of the package."""
@@ -137,7 +143,7 @@ class PackagedProgram:
             )
             for name, part in called.items()
         }
-        missing = sorted({*m.rooms, *m.bases}.difference(*(code.names for code in self._codes.values())))
+        missing = sorted(self._fit.shapes.keys() - {n for code in self._codes.values() for n in code.names})
         if missing:
             raise BackendError(f"{self.path}: the compiled code has no constant {missing[0]!r}; package it again")
         if m.parts:
@@ -204,7 +210,7 @@ class PackagedProgram:
         """A callable that keeps the adapter that is current now, for calls that belong together. ``scale``: as
         ``adapter_scale`` of calls."""
         now = self._scaled(scale)
-        return lambda *args, **kwargs: self.run(now, args, kwargs)
+        return partial(_run, self, None) if now is None else BoundPackage(self, now)
 
     def _scaled(self, scale: Any) -> Fitted | None:
         return self._now if scale is None else scaled(self.spec(), self._adapted(), scale)
@@ -310,6 +316,10 @@ class PackagedProgram:
         names = ("config", "adapter_name", "key_mapping", "component")
         return self._fitted(adapter, *(options.get(n) for n in names))
 
+    def member(self, place: int) -> Fitted:
+        """Of the package of a bank: an adapter that it was made with, whose values are in the code at this place."""
+        return replace(self.binding, values=self._fit.member(place), constants={}, source=str(self.path))
+
     def write(self, place: int, values: Mapping[str, Tensor] | None) -> None:
         """Of the package of a bank: put the values of one adapter at its place, in all code; None makes them zero."""
         for code in self._codes.values():
@@ -381,6 +391,10 @@ class PackagedProgram:
     def __repr__(self) -> str:
         adapter = "no adapter sites" if self.current is None else f"adapter {self.current.source!r}"
         return f"PackagedProgram({str(self.path)!r}, {len(self.manifest.sites)} sites, {adapter})"
+
+
+def _run(package: PackagedProgram, adapter: Fitted | None, *args: Any, **kwargs: Any) -> Any:
+    return package.run(adapter, args, kwargs)
 
 
 def _called(code: Code, adapter: Fitted | None, **kwargs: Any) -> Any:

@@ -72,6 +72,8 @@ def _closed(s: Site, m: Manifest) -> str:
     a = s.attachment
     if not passes_through(a.method, s.op):
         return f"the method {a.method.name} makes slots of what files hold"
+    if any(m.rooms[fqn].unread for fqn in a.tensor_names):
+        return "who makes a cache reads its slots, and not the code"
     if a.fqn in m.bases:
         return "the adapter changes the base weight"
     return ""

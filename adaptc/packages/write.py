@@ -23,6 +23,7 @@ from adaptc.packages.compiling import code_folder, compiled
 from adaptc.packages.manifest import WHOLE, Contents, Input, Manifest, PartOf, Room, Site
 from adaptc.packages.run import PackagedProgram
 from adaptc.packages.slot_table import ENTRY, slot_table
+from adaptc.packages.unread import take_out, unread
 from adaptc.passes.adapt.respecialize import Respecialize
 from adaptc.passes.analysis.index_bounds import index_bounds
 from adaptc.passes.ir.attachment import Attachment
@@ -139,9 +140,11 @@ class Packer:
         self.rooms: dict[str, Room] = {}
         self.values: dict[str, Tensor] = {}
         self.tensors: dict[str, Tensor] = {}
+        self.unread: frozenset[str] = frozenset()
         self._paddings: dict[Any, dict[str, Padding] | None] = {}
 
     def run(self) -> tuple[ExportedProgram, Manifest, dict[str, Tensor]]:
+        self.unread = unread(self.program, [f for a in self.attachments for f in a.tensor_names])
         for a in self.attachments:
             self.site(a)
         if self.max_rank is not None and not any(r.padding for r in self.rooms.values()):
@@ -184,6 +187,9 @@ class Packer:
             if fqn in self.rooms:  # shared with a site that has been
                 continue
             value, padding, shape = self.binding.values[fqn].detach(), self.padding(a, name), shapes[name]
+            if fqn in self.unread:
+                self._beside(fqn)
+                continue
             constant = None if a.method.exact_sizes else _uniform(identity[name], spec)
             if a.id not in self.binding.methods and constant is not None and not spec.shared:
                 value = value.new_full(shape, constant)  # a site at the base, whatever its capacity
@@ -194,7 +200,13 @@ class Packer:
         if a.scale_slot is not None:
             value = self.binding.values[a.scale_slot].detach()
             self.values[a.scale_slot] = value.clone()
-            self.rooms[a.scale_slot] = Room(tuple(value.shape), value.dtype)
+            self.rooms[a.scale_slot] = Room(tuple(value.shape), value.dtype, unread=a.scale_slot in self.unread)
+
+    def _beside(self, fqn: str) -> None:
+        """A slot that no code reads, as it is."""
+        assert self.binding is not None
+        value = self.values[fqn] = self.binding.values[fqn].detach().clone(memory_format=torch.contiguous_format)
+        self.rooms[fqn] = Room(tuple(value.shape), value.dtype, unread=True)
 
     def _capacity(self, a: Attachment) -> dict[str, tuple[int, ...]]:
         """The shape each slot of a site gets."""
@@ -257,6 +269,7 @@ class Packer:
         for fqn, value in self.values.items():
             is_param = isinstance(lifted.state_dict[fqn], nn.Parameter)
             lifted.state_dict[fqn] = nn.Parameter(value, requires_grad=False) if is_param else value
+        take_out(lifted, self.unread)
         for node in lifted.graph.nodes:
             if "custom" in node.meta:  # the compiler writes into it, and copies of a graph share it
                 node.meta["custom"] = dict(node.meta["custom"])
@@ -280,7 +293,9 @@ def bounded(inputs: Sequence[Input], compiled: ExportedProgram) -> list[Input]:
 def _part(model: ExportedProgram, whole: Manifest, outputs: Sequence[str]) -> PartOf:
     """What a part takes, of what the whole does, and what it gives."""
     inputs, known = Inputs.of(model, {}), {i.name: i for i in whole.inputs}
-    return PartOf([known[name] for name in inputs.names], dict(inputs.ranges), list(inputs.guards), list(outputs))
+    # As the whole has them: the adapter's own tokens are in the sizes, and not in what a caller gives.
+    ranges = {size: whole.ranges.get(size, limits) for size, limits in inputs.ranges.items()}
+    return PartOf([known[name] for name in inputs.names], ranges, list(inputs.guards), list(outputs))
 
 
 def _seen_from(model: ExportedProgram, name: str, manifest: Manifest) -> Manifest:

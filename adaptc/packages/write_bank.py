@@ -16,7 +16,9 @@ from torch.export import ExportedProgram
 from adaptc.binding.binding import Binding
 from adaptc.errors import BackendError, ConfigError, shown
 from adaptc.methods import AdapterConfig
+from adaptc.packages.fit import member_key
 from adaptc.packages.manifest import WHOLE, Manifest, PartOf, Site
+from adaptc.packages.unread import take_out, unread
 from adaptc.packages.write import Packer, bounded, check_target, padded, write_package
 from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.lifted import Lifted
@@ -79,11 +81,16 @@ class _BankPacker(Packer):
 
     def packed(self) -> tuple[dict[str, ExportedProgram], Manifest, dict[str, Tensor]]:
         """The models, of a bank that is called part by part one for each part."""
+        self.unread = unread(self.program, [f for a in self.attachments for f in a.tensor_names])
         for a in self.attachments:
             self.site(a)
-        stacks = {fqn: self._stack(fqn) for fqn in self.rooms}
-        stack = Binding(stacks, {a.id: a.method for a in self.attachments}, AdapterConfig())
+        stacks = {fqn: self._stack(fqn) for fqn in self.rooms.keys() - self.unread}
         self.tensors |= {f"current.{fqn}": value for fqn, value in stacks.items()}
+        for k, member in enumerate(self.members.values()):
+            own = {f: member.values[f].detach() for f in self.unread}
+            self.tensors |= {member_key(k, f): t.clone() for f, t in own.items() if t.numel()}
+        nothing = {f: torch.zeros(self.count, *self.rooms[f].shape, dtype=self.rooms[f].dtype) for f in self.unread}
+        stack = Binding({**stacks, **nothing}, {a.id: a.method for a in self.attachments}, AdapterConfig())
         assert self.binding is not None
         header = self.program.adaptation.header(self.binding)
         sites = [
@@ -92,7 +99,9 @@ class _BankPacker(Packer):
         whole = not isinstance(self.bank, DividedBank)
         models, called, products = dict[str, ExportedProgram](), dict[str, PartOf](), []
         for name, (source, outputs) in _parts(self.bank).items():
-            exported = source.exported(stack, self.count)
+            lifted = Lifted(source.exported(stack, self.count))
+            take_out(lifted, self.unread & lifted.placeholders.keys())
+            exported = lifted.finish()
             inputs = Inputs.of(exported, source.fills, source.takes)
             flat = bounded(self.inputs(exported, inputs), exported)
             called[name] = PartOf(flat, dict(inputs.ranges), list(inputs.guards), list(outputs))

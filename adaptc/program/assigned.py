@@ -6,6 +6,7 @@ stack of adapters. After: a callable that keeps them, whatever becomes of the ba
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -16,7 +17,8 @@ from torch import Tensor
 from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError
 from adaptc.passes.ir.low_rank_rows import SIDE_BY_SIDE
-from adaptc.program.bound import Keeping
+from adaptc.program.bound import Bound, Keeping
+from adaptc.program.core import ProgramCore
 from adaptc.rows.assignment import Mixes, coefficients, used
 from adaptc.rows.code import KEYWORD, RowsSource
 from adaptc.runtime.executor import Executor
@@ -66,11 +68,20 @@ def repeated(mixes: Mixes, rows: int) -> Mixes:
 
 
 class Assignment(Keeping):
-    """What keeps an assignment: ``mixes``, with an entry for each row."""
+    """What keeps an assignment: ``mixes``, with an entry for each row. ``program``: what it is of; ``adapters``: by
+    name those in it, as they are kept."""
 
-    def __init__(self, mixes: Mixes) -> None:
-        self.mixes = mixes
+    def __init__(self, mixes: Mixes, program: Any, adapters: Mapping[str, Binding]) -> None:
+        self.mixes, self.program, self.adapters = mixes, program, adapters
         self.binding = replace(Binding.none(), source=", ".join(map(str, used(mixes))) or "the base")
+
+    @property
+    def adapted(self) -> bool:
+        return any(self.mixes)
+
+    @abstractmethod
+    def alone(self, name: str) -> Keeping:
+        """One of the same adapter for one row."""
 
     def check_encoded(self, rows: int) -> None:
         """Raises AdaptcError where others than all rows of the assignment are encoded, of which nothing tells which
@@ -86,11 +97,21 @@ class Assignment(Keeping):
 class Assigned(Assignment):
     """Made by ``Bank.assigned``. ``runs``: what computes it."""
 
-    def __init__(self, runs: Callable[..., Any] | Stack, mixes: Mixes, bank: Stacks) -> None:
-        super().__init__(mixes)
+    def __init__(
+        self,
+        runs: Callable[..., Any] | Stack,
+        mixes: Mixes,
+        bank: Stacks,
+        program: ProgramCore,
+        adapters: Mapping[str, Binding],
+    ) -> None:
+        super().__init__(mixes, program, adapters)
         self._runs, self._bank = runs, bank
         self._coefficients: dict[int, Tensor] = {}
         self._called = outside(_called)
+
+    def alone(self, name: str) -> Bound:
+        return Bound(self.program, self.adapters[name])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._called(self, args, kwargs)

@@ -28,14 +28,12 @@ from torch.export import ExportedProgram
 from adaptc.binding.binding import Binding
 from adaptc.binding.source import as_binding
 from adaptc.errors import AdaptcError, ConfigError, did_you_mean, listing, shown
-from adaptc.passes.adapt.unload import Unload
 from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.program.assigned import Assigned, Stack
+from adaptc.program.bank_of import bare_of, check_options
 from adaptc.program.bound import Bound
 from adaptc.program.core import ProgramCore
-from adaptc.program.unload import unloaded
 from adaptc.rows.assignment import Mixes, check_known, mixes_of, used
-from adaptc.rows.bare import Bare
 from adaptc.rows.code import RowsSource
 from adaptc.rows.limits import Limits
 from adaptc.rows.report import BankReport, bytes_of
@@ -73,7 +71,7 @@ class Bank:
         self._program = program.snapshot()
         self.loader, self._probes = loader, probes
         #: the program without adapters, and its sites
-        self.bare = _bare(self._program)
+        self.bare = bare_of(self._program)
         self._locate()
         #: ids of the sites that kernels of a GPU compute
         self.grouped = self._groupable() if self._uses_kernels() else frozenset[str]()
@@ -200,7 +198,8 @@ class Bank:
         """A callable that keeps this assignment and these adapters, for calls that belong together: a generation. It
         takes batches in which each row is there once, or so many times after each other (beams)."""
         mixes = mixes_of(adapters)
-        return Assigned(self._runs(mixes, self._needed(used(mixes))), mixes, self)
+        table = self._needed(used(mixes))
+        return Assigned(self._runs(mixes, table), mixes, self, self._program, table)
 
     def _needed(self, names: tuple[str, ...]) -> Mapping[str, Binding]:
         """The adapters that a call names, which keeps them whatever becomes of the bank."""
@@ -231,7 +230,7 @@ class Bank:
     def _runs(self, mixes: Mixes, table: Mapping[str, Binding]) -> Callable[..., Any] | Stack:
         """What computes an assignment: where all rows want the same a program of its own, else a stack."""
         names = used(mixes)
-        if not names:
+        if not names or not self.bare.attachments:
             return self._base()
         if all(mix == {names[0]: 1.0} for mix in mixes) and not self.bare.training:
             return self._alone(names[0], table)
@@ -395,30 +394,3 @@ class Bank:
 def _called(bank: Bank, args: tuple[Any, ...], kwargs: dict[str, Any], adapters: Any) -> Any:
     bank.source.check_call(len(mixes_of(adapters)), args, kwargs)
     return bank.assigned(adapters).run(args, kwargs)
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a keyword that is neither a limit nor an option of adapters."""
-    known = ("config", "adapter_name", "key_mapping", "component")
-    for name in options:
-        if name not in known:
-            limits = ("capacity", "max_rank", "max_bytes", "evict", "loader")
-            raise ConfigError(f"a bank has no option {name!r}{did_you_mean(name, [*limits, *known])}")
-
-
-def _bare(program: ProgramCore) -> Bare:
-    a = program.adaptation
-    if not a.attachments:
-        raise ConfigError("the program has no adapter sites, so there is nothing for a bank: compile it with a config")
-    if program.current is not None and len(parts := program.current.parts) > 1:
-        raise ConfigError(
-            f"the program has adapters that act together ({listing(map(repr, parts))}), which no row has apart: "
-            "compile it for [one, another], and give rows a mix"
-        )
-    with GRAPHS:
-        if a.training:
-            bare: ExportedProgram = Unload({k: program.base_tensors[k] for k in program.originals})(program).output
-        else:
-            bare = unloaded(program)
-        base = program.base_tensors
-        return Bare(bare, a.attachments, program.ops, base, a.fills, a.takes, a.training)

@@ -66,6 +66,11 @@ class Keeping(ABC):
     def device(self) -> torch.device:
         """Where it runs."""
 
+    @property
+    def adapted(self) -> bool:
+        """Whether it is more than the base."""
+        return bool(self.binding.methods)
+
     def pinned(self, scale: Any = None) -> Callable[..., Any]:
         """As that of programs, which is itself. Raises ConfigError for a ``scale``, which it has of its own."""
         self._keeps(scale)
@@ -77,6 +82,11 @@ class Keeping(ABC):
                 f"{SCALE}={shown(scale)}: what is bound keeps its adapter as it is; bind another, with "
                 "program.bind(adapter, scale=...)"
             )
+
+
+def program_of(runs: Any) -> Any:
+    """The program, or the package, that ``runs`` is, or is bound to."""
+    return getattr(runs, "program", runs)
 
 
 class Bound(Keeping):

@@ -18,6 +18,7 @@ from adaptc.errors import AdaptcError
 from adaptc.passes.ir.lifted import user_inputs
 from adaptc.program.assigned import Assigned, Assignment, Stack
 from adaptc.program.bank import Bank
+from adaptc.program.bound import Bound
 from adaptc.program.core import ProgramCore
 from adaptc.program.parts import Part, parts_with, pinned_parts
 from adaptc.rows.assignment import Mixes, mixes_of, used
@@ -53,7 +54,8 @@ class DividedBank(Bank):
     def assigned(self, adapters: Any) -> AssignedParts:  # type: ignore[override]
         """What keeps this assignment and these adapters, and gives the parts with them."""
         mixes = mixes_of(adapters)
-        return AssignedParts(self.parts(mixes, self._needed(used(mixes))), mixes, self.device)
+        table = self._needed(used(mixes))
+        return AssignedParts(self.parts(mixes, table), mixes, self.program, table)
 
     def parts(self, mixes: Mixes, table: Mapping[str, Binding]) -> Mapping[str, Part]:
         """Callables of all parts."""
@@ -62,8 +64,8 @@ class DividedBank(Bank):
             return found()
         out = {}
         for name, source in self.sources.items():
-            run = Assigned(found, mixes, _PartOf(self, name))
-            out[name] = Part(run, frozenset(user_inputs(source.program)))
+            run = Assigned(found, mixes, _PartOf(self, name), self.program, table)
+            out[name] = Part(run, frozenset(user_inputs(source.program)) | source.added)
         return out
 
     def _base(self) -> Callable[..., Any]:
@@ -106,9 +108,14 @@ class _PartOf:
 class AssignedParts(Assignment):
     """Made by :meth:`DividedBank.assigned`."""
 
-    def __init__(self, parts: Mapping[str, Part], mixes: Mixes, device: torch.device) -> None:
-        super().__init__(mixes)
-        self._parts, self._device = parts, device
+    def __init__(
+        self, parts: Mapping[str, Part], mixes: Mixes, program: ProgramCore, adapters: Mapping[str, Binding]
+    ) -> None:
+        super().__init__(mixes, program, adapters)
+        self._parts = parts
+
+    def alone(self, name: str) -> Bound:
+        return Bound(self.program, self.adapters[name])
 
     def parts(self, scale: Any = None) -> Mapping[str, Part]:
         """The callables. Raises ConfigError for a ``scale``."""
@@ -120,4 +127,4 @@ class AssignedParts(Assignment):
 
     @property
     def device(self) -> torch.device:
-        return self._device
+        return self.program.device

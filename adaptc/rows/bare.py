@@ -34,6 +34,11 @@ class Bare:
     training: bool
 
     @property
+    def added(self) -> frozenset[str]:
+        """The inputs that adapters add to the code for rows."""
+        return frozenset(n for a in self.attachments for n in a.method.extras())
+
+    @property
     def written(self) -> frozenset[str]:
         """FQNs of base tensors that calls write to."""
         lifted = Lifted(self.program, edit=False)

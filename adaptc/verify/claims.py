@@ -5,13 +5,19 @@ Before: inputs that were drawn or given. After each run: buffers that it wrote t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from adaptc.capture.random_inputs import Run
+from adaptc.passes.ir.attachment import Attachment
 from adaptc.verify.compare import Leaves, copied_tree, leaves
 from adaptc.verify.preserve_state import Buffers
 from adaptc.verify.report import Check
+
+
+def added(attachments: Iterable[Attachment]) -> set[str]:
+    """The keyword inputs that adapters added to a program, which its base does not take."""
+    return {n for a in attachments for m in a.method.extras() for n in (m, a.reads.get(m, m))}
 
 
 class Claims:

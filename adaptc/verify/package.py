@@ -18,11 +18,12 @@ from torch.export import ExportedProgram
 
 from adaptc.capture import random_inputs
 from adaptc.capture.random_inputs import Run
+from adaptc.errors import SwapError
 from adaptc.packages.run import PackagedProgram
 from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.verify import package_inputs
-from adaptc.verify.claims import Claims
+from adaptc.verify.claims import Claims, added
 from adaptc.verify.compare import Leaves, compare, differ
 from adaptc.verify.preserve_state import Buffers, evaluating
 from adaptc.verify.report import Check, VerifyReport
@@ -102,19 +103,25 @@ class _PackageClaims(Claims):
             return Check(name, None, note=NO_SITES)
         if self.package.adaptation.residual or (self.program and self.program.adaptation.residual):
             return Check(name, None, note=NO_BASE)
+        try:
+            base = self.package.base
+        except SwapError as error:  # of slots that have no such values in this size
+            return Check(name, None, note=str(error))
         call = self.model
         if self.program is not None:
             call = self.program.base
         elif isinstance(call, ExportedProgram):
             call = call.module()
         with GRAPHS:  # a capture in another thread has what calls modules patched for all of them
-            expected = self.outputs(call)
-        return self._compare(name, expected, self.outputs(self.package.base))
+            expected = self.outputs(call, added(self.package.adaptation.attachments))
+        return self._compare(name, expected, self.outputs(base))
 
     def swap_and_back(self, name: str) -> Check:
         if self.now is None:
             return Check(name, None, note=NO_SITES)
         current = self._with(self.now)
+        if not self.now.constants:
+            return Check(name, None, note="no code reads its slots")
         before, other, after = self.outputs(current), self.outputs(self._shaken()), self.outputs(current)
         if not any(map(differ, before, other)):
             return Check(name, False, note="an adapter of other values gives the same outputs: its slots are not read")
@@ -130,11 +137,10 @@ class _PackageClaims(Claims):
         values = dict(self.now.constants)
         for s in self.package.manifest.sites:
             for slot, spec in s.attachment.method.slots(s.op).items():
-                fqn = s.attachment.slots[slot]
-                value = values[fqn]
-                if spec.trainable and value.is_floating_point():
+                value = values.get(s.attachment.slots[slot])  # None of what no code reads
+                if value is not None and spec.trainable and value.is_floating_point():
                     noise = torch.randn(value.shape, generator=generator) * 0.05
-                    values[fqn] = value + noise.to(value)
+                    values[s.attachment.slots[slot]] = value + noise.to(value)
         return self._with(replace(self.now, constants=values))
 
     def _compare(self, name: str, expected: list[Leaves], found: list[Leaves]) -> Check:

@@ -26,7 +26,7 @@ from adaptc.passes.ir.regions import added_inputs
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.merge import merged, unmerged
 from adaptc.program.unload import unloaded
-from adaptc.verify.claims import Claims
+from adaptc.verify.claims import Claims, added
 from adaptc.verify.compare import Leaves, compare, differ, digests
 from adaptc.verify.preserve_state import Buffers, evaluating
 from adaptc.verify.report import Check, VerifyReport
@@ -81,9 +81,8 @@ class _Verifier(Claims):
         self.program, self.model = program, model
         self.adapted = bool(program.adaptation.attachments)
         #: inputs that the base does not take
-        self.added = {
-            n for a in program.adaptation.attachments for m in a.method.extras() for n in (m, a.reads.get(m, m))
-        } | {n.name for n in added_inputs(Lifted(program, edit=False))}
+        self.added = added(program.adaptation.attachments)
+        self.added |= {n.name for n in added_inputs(Lifted(program, edit=False))}
         self._base: list[Leaves] | None = None
 
     def checks(self) -> list[Check]:

@@ -52,6 +52,8 @@ class Coefficients:
     count: int | None = None
     attachments: Sequence[Attachment] = ()
     made: dict[Any, fx.Node] = field(default_factory=dict)
+    #: inputs that a step has for coefficients -> what these are made of elsewhere
+    given: dict[str, Any] = field(default_factory=dict)
 
     def of(self, a: Attachment) -> Attachment:
         """The attachment with the coefficients it reads, made where they are not yet. Raises TargetError for a site
@@ -93,9 +95,9 @@ class Coefficients:
         return self.made[key]
 
     def _stacked(self, a: Attachment, name: str, node: fx.Node) -> fx.Node:
-        """The same for each of several adapters, whose axis is in front."""
+        """The same for each of several adapters, whose axis is in front: a caller gives each row what is its own."""
         count = self.count or 0
-        region = trace(lambda value: value.unsqueeze(0).expand(count, -1), [node.meta["val"]])
+        region = trace(lambda v: v.unsqueeze(0).expand(count, *[-1] * v.ndim), [node.meta["val"]])
         first = next(n for n in self.lifted.graph.nodes if n.op != "placeholder")
         before = set(self.lifted.graph.nodes)
         out = inline(self.lifted.graph, region, [node], first, node, _tags(a, name, node))
@@ -121,13 +123,14 @@ class Coefficients:
         key = (c.make, fqns, c.first)
         spec = self.lifted.specs.get(name)
         if spec is not None and spec.kind == InputKind.USER_INPUT:
-            given = self.lifted.nodes[name]
-            if self.count is not None or any(k != key for k, node in self.made.items() if node is given):
+            if self.given.setdefault(name, key) != key:
                 raise TargetError(
                     f"the program takes {name!r} as an input, one for all its adapters: {a.method.name} of several "
                     "cannot be told apart in it. Give each a program of its own"
                 )
-            self.made[key] = given
+            if key not in self.made:
+                node = self.lifted.nodes[name]
+                self.made[key] = node if self.count is None else self._stacked(a, name, node)
         if key not in self.made:
             first = next(n for n in self.lifted.graph.nodes if n.op != "placeholder")
             if c.first is None:

@@ -66,7 +66,22 @@ def _behind_views(node: fx.Node) -> fx.Node:
     return node
 
 
+def _below_copies(node: fx.Node) -> fx.Node | None:
+    """What ``node`` has one copy of, of several that lie along an axis of their own; None where it is no such thing."""
+    node = _behind_views(node)
+    if node.target is not aten.select.int:
+        return None
+    copies, axis = argument(node, 0), argument(node, 1)
+    if copies.target is not aten.expand.default:
+        return None
+    of = copies.args[0]
+    shape, own = copies.meta["val"].shape, of.meta["val"].shape
+    return of if len(shape) == len(own) and own[axis] == 1 else None
+
+
 def _source(lifted: Lifted, index: fx.Node) -> fx.Node | None:
     """The input whose numbers are rows' names, and no mask."""
     found = given_numbers(lifted, index, _VIEWS)
+    while found is None and (copied := _below_copies(index)) is not None:
+        index, found = copied, given_numbers(lifted, copied, _VIEWS)
     return None if found is None or found.meta["val"].dtype in (torch.bool, torch.uint8) else found

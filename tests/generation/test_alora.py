@@ -169,10 +169,6 @@ def test_refusals(tmp_path: Path) -> None:
     gen, config = generator("llama"), LoraConfig(**config_of("llama", CALL))
     with pytest.raises(ConfigError, match=r"give input_ids, or use gen.base"):
         gen.generate(inputs_embeds=torch.zeros(1, 3, gen.facts.width), max_new_tokens=2)
-    with pytest.raises(ConfigError, match="a bank would be made of what generates with an adapter that acts"):
-        gen.bank({})
-    with pytest.raises(ConfigError, match="a package would be made of what generates with an adapter that acts"):
-        adaptc.package(gen, tmp_path / "package.pt2")
     plain = adaptc.compile_for_generation(FAMILIES["llama"].build(), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ConfigError, match="a program that generates would be made with an adapter that acts"):
         plain.add_adapter("late", config, recompile=True)

@@ -146,8 +146,6 @@ def test_room_and_refusals(tmp_path):
         gen.generate(ids, max_new_tokens=10, **GREEDY)
     with pytest.raises(MergeError, match="prefix_tuning"):
         adaptc.merge(gen)
-    with pytest.raises(AdaptcError, match="not supported in banks"):
-        gen.bank({})
     with pytest.raises(AdaptcError, match="not supported in packages"):
         adaptc.package(gen, tmp_path / "package.pt2")
     with pytest.raises(AdaptcError, match="inputs_embeds is not taken"):

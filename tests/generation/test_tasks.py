@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import adaptc
-from adaptc.errors import AdaptcError, ConfigError, MergeError
+from adaptc.errors import AdaptcError, MergeError
 from tests.generation.models import generated, prompt
 from tests.support.cover import examples
 from tests.support.families import FAMILIES
@@ -110,9 +110,6 @@ def test_what_is_refused(family: str, tmp_path: Path) -> None:
     ):
         with pytest.raises(AdaptcError, match=message):
             said(gen, plain if tasks is None else {**plain, "task_ids": tasks})
-    for refused in (lambda: gen.bank({}), lambda: adaptc.package(gen, tmp_path / "p")):
-        with pytest.raises(ConfigError, match="reads task_ids for each row, which is not supported"):
-            refused()
     with pytest.raises(MergeError, match="cannot be merged"):
         adaptc.merge(gen)
 

@@ -42,12 +42,32 @@ def inputs(rows: int = 3, length: int = 4) -> dict[str, Tensor]:
     return {n: torch.randint(m, (rows, length), generator=g) for n, m in most.items()}
 
 
+def copies(ids: Tensor, other: Tensor, words: Tensor) -> Tensor:
+    """``ids`` is seen through one copy of several; of ``other`` a row is chosen, and the rest may be anything."""
+    x = words[ids.unsqueeze(0).expand(3, -1, -1).select(0, 1).long()] + words[ids.unsqueeze(0).expand(2, -1, -1)[1]]
+    return x + words[other.unsqueeze(0).expand(2, -1, -1).select(1, 0)].sum(0)
+
+
 def program(**options: Any) -> adaptc.AdaptedProgram:
     config = LoraConfig(r=2, target_modules=["up"], init_lora_weights=False)
     return adaptc.compile(Tables().eval(), config, example_inputs=inputs(), **options)
 
 
 WRONG = [("ids", ROWS), ("ids", -1), ("places", 7), ("kinds", 3), ("kinds", -4)]
+
+
+def test_one_of_several_copies_is_looked_up() -> None:
+    class Copies(nn.Module):
+        def forward(self, ids: Tensor, other: Tensor) -> Tensor:
+            return copies(ids, other, self.words)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Parameter(torch.randn(ROWS, 5))
+
+    given = {n: t for n, t in inputs().items() if n in ("ids",)} | {"other": inputs()["ids"]}
+    exported = torch.export.export(Copies(), (), given, strict=False)
+    assert index_bounds(Lifted(exported)) == {"ids": (-ROWS, ROWS - 1)}
 
 
 def test_what_a_program_looks_up() -> None:

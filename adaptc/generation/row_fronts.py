@@ -1,0 +1,81 @@
+"""What a fresh cache begins with where each row has an adapter of its own.
+
+Before: for each row its mix, and what a cache of one adapter begins with. After: one :class:`Opening` for all rows.
+Those of fewer tokens have empty places ahead of them, which are not seen, so that all texts begin at one place; their
+positions are counted as in a batch of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from adaptc.errors import AdaptcError, ConfigError
+from adaptc.generation.facts import STATE, Facts
+from adaptc.generation.opening import Opening
+from adaptc.rows.assignment import Mixes
+
+Opened = Callable[[str, Mapping[str, Any]], Opening | None]
+
+
+def front_of_rows(mixes: Mixes, opened: Opened, facts: Facts, given: Mapping[str, Any]) -> Opening | None:
+    """``opened``: what a cache begins with for the adapter of a name, of what a caller gave for rows of it; None for
+    nothing. None where no row begins with anything. Raises ConfigError for a row that has such an adapter in a mix, and
+    AdaptcError for values that are not one for each row."""
+    rows: dict[str, list[int]] = {}
+    for i, mix in enumerate(mixes):
+        for name in mix:
+            rows.setdefault(name, []).append(i)
+    found: dict[str, Opening] = {}
+    for name, index in rows.items():
+        one = opened(name, {n: _of(n, v, index, len(mixes)) for n, v in given.items() if v is not None})
+        if one is not None:
+            found[name] = one
+            _check_alone(name, [mixes[i] for i in index])
+    if not found:
+        return None
+    if len({one.in_places for one in found.values()}) > 1:
+        raise ConfigError(
+            f"{' and '.join(map(repr, found))} put embeddings and keys in front, whose positions are counted in two "
+            "ways: generate with each in a batch of its own"
+        )
+    return _joined(found, rows, len(mixes), facts)
+
+
+def _of(name: str, value: Any, index: list[int], count: int) -> Any:
+    """Of a value for each row those of some."""
+    if not isinstance(value, Tensor) or not value.ndim:
+        return value  # which the adapter refuses
+    if value.shape[0] != count:
+        raise AdaptcError(f"{name} has {value.shape[0]} entries, and adapters has {count}: give one for each row")
+    return value[index]
+
+
+def _check_alone(name: str, mixes: list[Mapping[str, float]]) -> None:
+    for mix in mixes:
+        if mix != {name: 1.0}:
+            raise ConfigError(
+                f"a row has the mix {dict(mix)}, and {name!r} puts tokens in front, which are there or are not: give "
+                f"the row {name!r} alone"
+            )
+
+
+def _joined(found: Mapping[str, Opening], rows: Mapping[str, list[int]], count: int, facts: Facts) -> Opening:
+    longest, first = max(one.count for one in found.values()), next(iter(found.values()))
+    ahead = torch.full((count,), longest, device=first.tensors[0].device)
+    out: list[Tensor] = []
+    for like in first.tensors:
+        sizes = like.shape[1:] if facts.keeps == STATE else (like.shape[1], longest, like.shape[3])
+        out.append(like.new_zeros(count, *sizes))
+    for name, one in found.items():
+        index = torch.tensor(rows[name], device=ahead.device)
+        empty = longest - one.count
+        ahead[index] = empty
+        for made, own in zip(out, one.tensors, strict=True):
+            wide = own.expand(len(index), *own.shape[1:])
+            made[index] = wide if facts.keeps == STATE else pad(wide, (0, 0, empty, 0))
+    return Opening(out, longest, first.in_places, ahead)

@@ -1,0 +1,52 @@
+"""What a bank is made of: a program without its adapters, the sites where rows have theirs, and options that are known.
+
+Before: a program with adapter sites. After: its base, as one exported program, and the sites that its code computes.
+What an adapter puts at the beginning of a cache is no site of these: whoever makes the cache gives each row its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.export import ExportedProgram
+
+from adaptc.errors import ConfigError, did_you_mean, listing
+from adaptc.passes.adapt.unload import Unload
+from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.passes.ir.program_method import BEGINS
+from adaptc.passes.ir.regions import region_tag
+from adaptc.program.core import ProgramCore
+from adaptc.program.unload import unloaded
+from adaptc.rows.bare import Bare
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a keyword that is neither a limit nor an option of adapters."""
+    known = ("config", "adapter_name", "key_mapping", "component")
+    for name in options:
+        if name not in known:
+            limits = ("capacity", "max_rank", "max_bytes", "evict", "loader")
+            raise ConfigError(f"a bank has no option {name!r}{did_you_mean(name, [*limits, *known])}")
+
+
+def bare_of(program: ProgramCore) -> Bare:
+    """Raises ConfigError for a program that no row can have adapters of its own in."""
+    a = program.adaptation
+    if not a.attachments:
+        raise ConfigError("the program has no adapter sites, so there is nothing for a bank: compile it with a config")
+    if program.current is not None and len(parts := program.current.parts) > 1:
+        raise ConfigError(
+            f"the program has adapters that act together ({listing(map(repr, parts))}), which no row has apart: "
+            "compile it for [one, another], and give rows a mix"
+        )
+    with GRAPHS:
+        if a.training:
+            bare: ExportedProgram = Unload({k: program.base_tensors[k] for k in program.originals})(program).output
+        else:
+            bare = unloaded(program)
+        base = program.base_tensors
+        tags = [tag for node in program.graph.nodes if (tag := region_tag(node)) is not None]
+        begins = {tag["site"] for tag in tags if tag["region"] == BEGINS}
+        sites = [one for one in a.attachments if one.id not in begins]
+        return Bare(bare, sites, program.ops, base, a.fills, a.takes, a.training)
