@@ -19,6 +19,10 @@ from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation import generator as generators
 from adaptc.generation import pieces
 from adaptc.generation.facts import ROOM, STATE, WINDOW
+from adaptc.passes.ir.lifted import copy_graph
+from adaptc.passes.ir.regions import node_tag
+from adaptc.program.adaptation import check_tags
+from adaptc.pt2_files.refusal import Refused
 from tests.generation.models import generated, prompt
 from tests.generation.test_without_a_cache import Forgetful
 from tests.support import invoked
@@ -211,6 +215,17 @@ def test_files_reports_and_verification(tmp_path: Path) -> None:
     assert torch.equal(generated(bare, text), generated(plain, text))
     again = adaptc.load(adaptc.save(bare, tmp_path / "bare.pt2"))
     assert torch.equal(generated(again, text), generated(plain, text))
+
+
+@pytest.mark.parametrize("given", [["nowhere"], ["embedding"], "keys_0", [3], None])
+def test_tags_that_name_no_inputs_are_refused(given: Any) -> None:
+    """As files of strangers may have them."""
+    graph = copy_graph(generator().program.graph)
+    check_tags(graph)
+    node = next(n for n in graph.nodes if (t := node_tag(n)) and "given" in t)
+    node.meta["custom"] = {"adaptc": {**node.meta["custom"]["adaptc"], "given": given}}
+    with pytest.raises(Refused, match=r"was given the input '(nowhere|embedding)', which the program has not|expected"):
+        check_tags(graph)
 
 
 def test_caches_of_other_passes_are_refused() -> None:
