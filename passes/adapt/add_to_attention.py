@@ -43,7 +43,7 @@ def add_to_attention(lifted: Lifted, a: Attachment, latest: dict[tuple[str, ...]
         raise PassError(f"site {a.id!r}: {a.consumers} must be one projection")
     layer = layer_behind(lifted, lifted.nodes[a.consumers[0]])
     behind = TABLE[layer.behind.target][0] == "addmm"
-    base = _output(layer.behind, latest) if behind else layer.core
+    base = _output(layer.behind, latest) if behind else layer.core.node
     y = base
     while (y.name,) in latest:
         y = latest[(y.name,)]
@@ -52,7 +52,7 @@ def add_to_attention(lifted: Lifted, a: Attachment, latest: dict[tuple[str, ...]
     inputs = [y, *reads, *slots]
     code = _traced(method, layer, list(a.slots), [n.meta["val"] for n in inputs], site_op(lifted, a), behind)
     users, before = list(y.users), set(lifted.graph.nodes)
-    out = inline(lifted.graph, code, inputs, y.next, layer.core, tag(base, REGION, layer.behind))
+    out = inline(lifted.graph, code, inputs, y.next, layer.core.node, tag(base, REGION, layer.behind))
     for user in users:
         user.replace_input_with(y, out)
     latest[(base.name,)] = out
@@ -87,7 +87,7 @@ def _traced(
         own, rest = dict(zip(names, rest[len(rest) - len(names) :], strict=True)), rest[: len(rest) - len(names)]
         tokens, given = method.tokens(own), iter(rest)
         keys, values = (_projected(tokens, p, given, heads) for p in (layer.key, layer.value))
-        added = method.attend(query, keys, values, own, layer.scale)
+        added = method.attend(query, keys, values, own, layer.scored)
         if behind:
             added = added.transpose(1, 2).flatten(2)
         return cast(y + added, y.dtype)
