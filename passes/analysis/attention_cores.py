@@ -1,8 +1,8 @@
 """Attentions in a graph, in any form that is understood, as one description that all forms fill.
 
-PyTorch's op is one form. The other is written out: a product of queries and keys, what is done to these scores (a scale,
-a cap, a bias, a mask), a softmax along the keys, and a product of its chances with values. Heads have an axis of their
-own, or share the first one with the batch.
+PyTorch's op is one form. The other is written out: a product of queries and keys, what is done to these scores (a
+scale, a cap, a bias, a mask), a softmax along the keys, and a product of its chances with values. Heads have an axis of
+their own, or share the first one with the batch.
 
 Before: an opened program, with adapters in it or not. After: it is unchanged. What looks like an attention and is not
 understood is told with a reason.
@@ -27,20 +27,28 @@ aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 #: positions of its arguments
 _QUERY, _KEY, _VALUE, _MASK, _CAUSAL = 0, 1, 2, 3, 5
-_SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
+_SOFTMAX: tuple[Any, ...] = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 #: products of two tensors, and where their factors are
-_PRODUCTS = {aten.matmul.default: (0, 1), aten.bmm.default: (0, 1), aten.baddbmm.default: (1, 2)}
-_TURNS = (aten.transpose.int, aten.permute.default, aten.mT.default)
+_PRODUCTS: dict[Any, tuple[int, int]] = {
+    aten.matmul.default: (0, 1),
+    aten.bmm.default: (0, 1),
+    aten.baddbmm.default: (1, 2),
+}
+_WHERES: dict[Any, tuple[int, ...]] = {
+    aten.where.self: (1, 2),
+    aten.where.ScalarOther: (1,),
+    aten.where.ScalarSelf: (2,),
+}
+_TURNS: tuple[Any, ...] = (aten.transpose.int, aten.permute.default, aten.mT.default)
 #: views whose second argument is a shape
-SHAPED = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default)
+SHAPED: tuple[Any, ...] = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default)
 #: what chances go through before they weigh values
-_BEHIND = (
+_BEHIND: tuple[Any, ...] = (
     *SHAPED,
     *CASTS,
     aten.dropout.default,
     aten.mul.Tensor,
-    aten.where.self,
-    aten.where.ScalarOther,
+    *_WHERES,
     aten.masked_fill.Scalar,
     aten.slice.Tensor,
     aten.clone.default,
@@ -48,14 +56,13 @@ _BEHIND = (
     aten.type_as.default,
 )
 #: what adds to scores or hides some
-_ADDS = (
+_ADDS: tuple[Any, ...] = (
     *SHAPED,
     *CASTS,
     *_SOFTMAX,
     aten.add.Tensor,
     aten.add_.Tensor,
-    aten.where.self,
-    aten.where.ScalarOther,
+    *_WHERES,
     aten.masked_fill.Scalar,
     aten.masked_fill_.Scalar,
     aten.masked_fill.Tensor,
@@ -65,7 +72,7 @@ _ADDS = (
     aten.type_as.default,
 )
 #: what is done to scores one by one
-_EACH = (
+_EACH: tuple[Any, ...] = (
     *CASTS,
     aten.mul.Tensor,
     aten.mul_.Tensor,
@@ -124,14 +131,19 @@ class Core:
             return reader is self.node and argument(reader, _MASK) is node
         return reader in self.scores and all(argument(o.reader, o.at) is not node for o in self._factors(reader))
 
+    def factor(self) -> float | None:
+        """The factor on products, of a product that adds; None for others."""
+        adds = self.scores[:1] and self.scores[0].target == aten.baddbmm.default
+        return float(argument(self.scores[0], 4)) if adds else None
+
     def _factors(self, reader: fx.Node) -> tuple[Operand, ...]:
         return tuple(Operand(reader, at) for at in _PRODUCTS.get(reader.target, ()))
 
     def each(self) -> tuple[list[fx.Node], fx.Node | None]:
         """What it does to each score before it adds anything, in order; and the first op behind that which does more
-        than to add or hide, None where there is none."""
+        than to add or hide, None where there is none. A product that adds does nothing else before."""
         rest, found = list(self.scores[1:]), []
-        while rest and rest[0].target in _EACH and len(rest[0].all_input_nodes) == 1:
+        while self.factor() is None and rest and rest[0].target in _EACH and len(rest[0].all_input_nodes) == 1:
             found.append(rest.pop(0))
         return found, next((n for n in rest if n.target not in _ADDS), None)
 
@@ -152,15 +164,14 @@ def find_cores(lifted: Lifted) -> tuple[list[Core], list[Near]]:
 
 def none_found(near: list[Near]) -> str:
     """What was looked for, and the nearest that there is."""
-    if not near:
-        return f"looked for scaled_dot_product_attention, and for {WRITTEN_OUT}"
-    return f"looked for scaled_dot_product_attention, and for {WRITTEN_OUT}; nearest is {near[0].node.name!r}: {near[0].why}"
+    nearest = f"; nearest is {near[0].node.name!r}: {near[0].why}" if near else ""
+    return f"looked for scaled_dot_product_attention, and for {WRITTEN_OUT}{nearest}"
 
 
 def core_of(lifted: Lifted, node: fx.Node) -> Core | Near | None:
     """The attention that gives ``node``; None where it does not look like one."""
     if node.target == SDPA:
-        return Core(node, *(Operand(node, at) for at in (_QUERY, _KEY, _VALUE)))
+        return Core(node, Operand(node, _QUERY), Operand(node, _KEY), Operand(node, _VALUE))
     if node.target not in _PRODUCTS:
         return None
     chances, values = (argument(node, at) for at in _PRODUCTS[node.target])
@@ -198,7 +209,7 @@ def _written_out(node: fx.Node, product: fx.Node, softmax: fx.Node, scores: list
     if other := next((n for n in (scores[-1], node) if _read_by(n, node, keys)), None):
         raise _NotUnderstood(f"{other.name!r} has not as many chances as there are keys")
     at_query, at_key = _PRODUCTS[product.target]
-    query = Operand(product, at_query)
+    query = _with_heads(Operand(product, at_query), alone=False)[0]
     key, own = _with_heads(Operand(product, at_key, turned=True))
     value, others = _with_heads(Operand(node, _PRODUCTS[node.target][1]))
     return Core(node, query, key, value, tuple(scores), (*own, *others))
@@ -208,14 +219,16 @@ def _read_by(last: fx.Node, node: fx.Node, keys: str) -> bool:
     return last is not node and _shape(last)[-1:] != [keys]
 
 
-def _with_heads(operand: Operand) -> tuple[Operand, list[tuple[fx.Node, int]]]:
-    """The operand where heads have an axis of their own, and the views between."""
-    node, turned, views = operand.node, operand.turned, []
+def _with_heads(operand: Operand, alone: bool = True) -> tuple[Operand, list[tuple[fx.Node, int]]]:
+    """The operand where heads have an axis of their own, and the views between; ``alone``: which nothing else reads."""
+    turned = operand.turned
+    node: Any = operand.node
+    views: list[tuple[fx.Node, int]] = []
     if len(_shape(node)) == 4:
         return operand, []
-    reader = operand.reader
     while True:
-        if not isinstance(node, fx.Node) or len([u for u in node.users if not is_metadata_assert(u)]) != 1:
+        readers = [u for u in node.users if not is_metadata_assert(u)] if isinstance(node, fx.Node) else []
+        if not readers or (alone and len(readers) > 1):
             raise _NotUnderstood(f"what {operand.reader.name!r} reads has heads and batches on one axis, or none")
         if _swaps(node):
             turned = not turned
@@ -223,12 +236,12 @@ def _with_heads(operand: Operand) -> tuple[Operand, list[tuple[fx.Node, int]]]:
             return Operand(node, 0, turned), [(node, 2 if turned else 1), *views]
         else:
             raise _NotUnderstood(f"{node.name!r} has no axis of heads, nor is it a view of what has one")
-        reader, node = node, node.args[0]
+        node = node.args[0]
 
 
 def _back_to_softmax(node: Any, turned: bool = False) -> list[fx.Node] | None:
     """From what weighs values back to its softmax."""
-    path = []
+    path: list[fx.Node] = []
     allowed = (*_BEHIND, *_TURNS) if turned else _BEHIND
     while isinstance(node, fx.Node) and node.op == "call_function":
         path.append(node)
@@ -236,14 +249,16 @@ def _back_to_softmax(node: Any, turned: bool = False) -> list[fx.Node] | None:
             return path
         if node.target not in allowed:
             return None
-        at = 1 if node.target in (aten.where.self, aten.where.ScalarOther) else 0
-        node = argument(node, at)
+        read = [argument(node, at) for at in _WHERES.get(node.target, (0,))]
+        node = max(read, key=lambda n: len(_shape(n)))
     return None
 
 
 def _products(lifted: Lifted, softmax: fx.Node) -> list[fx.Node]:
     """The products of two activations that the scores of a softmax are made of."""
-    found, seen, stack = [], set(), [softmax.args[0]]
+    found: list[fx.Node] = []
+    seen: set[fx.Node] = set()
+    stack: list[Any] = [softmax.args[0]]
     while stack:
         node = stack.pop()
         if not isinstance(node, fx.Node) or node in seen or not _is_tensor(node) or node.op != "call_function":

@@ -22,7 +22,7 @@ from adaptc.passes.analysis.attention_cores import SDPA, Core, Operand, core_of
 from adaptc.passes.ir.costs import at_sizes, example_sizes, size_expression
 from adaptc.passes.ir.effects import has_view_schema
 from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.ops import CASTS, TABLE, argument, operands
+from adaptc.passes.ir.ops import CASTS, TABLE, operands
 from adaptc.passes.ir.regions import node_tag, region_tag
 
 aten = torch.ops.aten
@@ -68,6 +68,8 @@ class AttentionLayer:
         if self.core.node.target == SDPA:
             scale: Any = self.core.node.kwargs.get("scale")
             return products * (float(self.query.meta["val"].shape[-1]) ** -0.5 if scale is None else float(scale))
+        if (factor := self.core.factor()) is not None:
+            return products * factor
         for node in self.core.each()[0]:
             products = _out_of_place(node.target)(products, *node.args[1:], **node.kwargs)
         return products
@@ -103,7 +105,9 @@ def layer_behind(lifted: Lifted, behind: fx.Node) -> AttentionLayer:
     query = _tokens_own(lifted, core.query)
     shape = query.meta["val"].shape
     if len(shape) != 4 or not all(isinstance(shape[i], int) for i in (1, 3)):
-        raise TargetError(f"the queries of {core.node.name!r} have shape {tuple(map(str, shape))}; needed are four axes")
+        raise TargetError(
+            f"the queries of {core.node.name!r} have shape {tuple(map(str, shape))}; needed are four axes"
+        )
     heads, width = int(shape[1]), int(shape[3])
     key = _projection(lifted, core, "keys", core.key, lambda total: (total // width, width))
     value = _projection(lifted, core, "values", core.value, lambda n: (key.heads.count, n // key.heads.count))
@@ -124,7 +128,7 @@ def _out_of_place(op: Any) -> Any:
     name = op._schema.name.partition("::")[2]
     if not name.endswith("_"):
         return op
-    return getattr(getattr(aten, name.removesuffix("_")), op._overloadname)
+    return getattr(getattr(aten, name.removesuffix("_")), op._schema.overload_name or "default")
 
 
 def _core(lifted: Lifted, node: fx.Node) -> Core | None:

@@ -44,7 +44,7 @@ class Attentions:
 
 @dataclass(frozen=True)
 class Edge:
-    """``reader`` is inside and reads ``node``, which is beside; ``masks``: as a mask or a bias of an attention's keys."""
+    """``reader`` is inside and reads ``node``, which is beside; ``masks``: as a mask or bias of an attention's keys."""
 
     node: fx.Node
     reader: fx.Node
@@ -59,7 +59,9 @@ def find_attentions(lifted: Lifted, lookup: Lookup, name: str) -> Attentions:
     cores, near = find_cores(lifted)
     found, near = [c for c in cores if c.node in tokens], [n for n in near if n.node in tokens]
     if not found or near:
-        what = f"and {'not all' if found else 'no'} attention of the tokens of {lookup.ids.name!r} in the program itself"
+        what = (
+            f"and {'not all' if found else 'no'} attention of the tokens of {lookup.ids.name!r} in the program itself"
+        )
         raise TargetError(
             f"{name} puts keys and values in front of those of each attention, {what} is understood: "
             f"{none_found(near)}. Capture the model with attn_implementation='sdpa', if it has it, and with no part of "
