@@ -323,8 +323,6 @@ def test_one_program_for_several_methods(tmp_path):
     for path, program in zip([*saved, saved[0]], [*alone, alone[0]], strict=True):
         adaptc.swap(both, path)
         assert_same(called(both, text(3, 7)), called(program, text(3, 7)))
-    with pytest.raises(ConfigError, match="the first tokens"):
-        adaptc.compile(base("llama"), dict(zip("ab", configs, strict=True)))
 
 
 def test_reports_and_refusals():
