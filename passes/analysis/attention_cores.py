@@ -42,6 +42,8 @@ _WHERES: dict[Any, tuple[int, ...]] = {
 _TURNS: tuple[Any, ...] = (aten.transpose.int, aten.permute.default, aten.mT.default)
 #: views whose second argument is a shape
 SHAPED: tuple[Any, ...] = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default)
+#: what may leave a tensor as it is
+_SAME: tuple[Any, ...] = (*SHAPED, *CASTS, aten.clone.default)
 #: what chances go through before they weigh values
 _BEHIND: tuple[Any, ...] = (
     *SHAPED,
@@ -102,9 +104,10 @@ class Operand:
 
     def upright(self) -> tuple[fx.Node, bool]:
         """The node, seen through what turned it; and whether it is turned still."""
-        if self.turned and _swaps(self.node):
-            return self.node.args[0], False  # type: ignore[return-value]
-        return self.node, self.turned
+        node: Any = self.node
+        while self.turned and node.target in _SAME and _shape(node.args[0]) == _shape(node):
+            node = node.args[0]
+        return (node.args[0], False) if self.turned and _swaps(node) else (self.node, self.turned)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.export.graph_signature import InputKind
 
 from adaptc.errors import TargetError
-from adaptc.passes.analysis.attention_cores import Core, Operand, find_cores, none_found
+from adaptc.passes.analysis.attention_cores import SHAPED, Core, Operand, find_cores, none_found
 from adaptc.passes.analysis.cache_inputs import cache_inputs
 from adaptc.passes.analysis.token_places import Lookup
 from adaptc.passes.ir.lifted import Lifted
@@ -27,7 +27,7 @@ from adaptc.passes.ir.regions import node_tag, region_tag
 aten = torch.ops.aten
 
 #: ops between keys and what reads them that only repeat heads
-_REPEATS = (aten.reshape.default, aten.view.default, aten.expand.default, aten.unsqueeze.default, aten.slice.Tensor)
+_REPEATS = (*SHAPED, aten.unsqueeze.default, aten.slice.Tensor, aten.clone.default)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.export import Dim
 
 import adaptc
 from adaptc import AdaptionPromptConfig, CartridgeConfig, LoraConfig, PrefixTuningConfig
@@ -143,6 +144,25 @@ def test_half_precision() -> None:
         outs.append(called(program.bind({"prompt_embeddings": rows}), text(3, 7)).logits)
     assert outs[0].dtype == torch.bfloat16
     assert_same({"logits": outs[0]}, {"logits": outs[1]}, 3e-2)
+
+
+def test_programs_in_other_ops() -> None:
+    """A program that was decomposed before: products of three axes, and softmax in the ops that backends have."""
+    model, free = written_out("llama"), {0: Dim.AUTO, 1: Dim.AUTO}
+    inputs = {**text(2, 6), "use_cache": False}
+    shapes = {"input_ids": free, "attention_mask": free, "use_cache": None}
+    captured = torch.export.export(model, (), inputs, dynamic_shapes=shapes).run_decompositions()
+    assert not captured.graph.find_nodes(op="call_function", target=torch.ops.aten.matmul.default)
+    config = PrefixTuningConfig(num_virtual_tokens=5, num_layers=2)
+    programs = [adaptc.compile(captured, config), adaptc.compile(base("llama"), config)]
+    for count in (5, 1, 8):
+        rows = torch.randn(count, 64, generator=torch.Generator().manual_seed(count))
+        one, two = (
+            called(p.bind({"prompt_embeddings": rows}), {**text(3, 7, "left"), **more}).logits
+            for p, more in zip(programs, ({"use_cache": False}, {}), strict=True)
+        )
+        assert_same({"logits": one}, {"logits": two})
+    assert_same(called(adaptc.unload(programs[0]), {**text(3, 7), "use_cache": False}), called(model, text(3, 7)))
 
 
 def bidirectional(name: str) -> tuple[Any, Any]:
