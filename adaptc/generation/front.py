@@ -90,19 +90,19 @@ def _of_one(
     """Of one adapter, which ``step`` keeps."""
     found = [] if binding is None else [a for a in begins(runs) if all(f in binding.values for f in a.slots.values())]
     fronts = [f for a in found if (f := _Front.of(a, binding)).count]
+    fronts.sort(key=lambda f: f.method.opening() != "cached")  # keys and values come before all tokens
+    _refuse_given({n: v for n, v in given.items() if not any(n in f.wanted for f in fronts)})
     if not fronts:
-        _refuse_given(given)
         return None
-    (front,) = fronts  # no two act together
     assert step is not None
-    check_room(front.count, facts)
-    own = front.given(given, device)
-    if own:
-        checks.fits(facts, next(iter(own.values())).shape[0], front.count)
-        return front.opening(step, facts, device, own)
+    check_room(count := sum(f.count for f in fronts), facts)
+    own = [f.given(given, device) for f in fronts]
+    if rows := [t.shape[0] for values in own for t in values.values()]:
+        checks.fits(facts, rows[0], count)
+        return _opened(fronts, step, facts, device, own)
     known, program = _KNOWN.get(binding), program_of(runs)
     if known is None or known[0] != _writes(program, binding):
-        made = front.opening(step, facts, device, own)
+        made = _opened(fronts, step, facts, device, own)
         # What runs for the first time may lay weights out in another way, which is no write to them.
         known = _KNOWN[binding] = _writes(program, binding), made
     return known[1]
@@ -112,6 +112,21 @@ def count_in_front(runs: Any, binding: Any) -> int:
     """How many tokens an adapter of ``runs`` puts in front of those of a text."""
     found = [a for a in begins(runs) if all(f in binding.values for f in a.slots.values())]
     return sum(_Front.of(a, binding).count for a in found)
+
+
+def _opened(
+    fronts: Sequence[_Front],
+    step: Callable[..., Any],
+    facts: Facts,
+    device: torch.device,
+    given: Sequence[Mapping[str, Tensor]],
+) -> Opening:
+    """What several have in front, one behind the other."""
+    made: Opening | None = None
+    for front, own in zip(fronts, given, strict=True):
+        made = front.opening(step, facts, device, own, made)
+    assert made is not None
+    return made
 
 
 def check_room(count: int, facts: Facts) -> None:
@@ -135,12 +150,14 @@ class _Front:
         method = binding.methods.get(a.id, a.method).evaluated()
         return cls(method, {n: binding.values[f].detach() for n, f in a.slots.items()})
 
+    @property
+    def wanted(self) -> Mapping[str, Any]:
+        return {n: e for n, e in self.method.extras().items() if e.place is None}
+
     def given(self, given: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
         """What the method asks of a caller. Raises AdaptcError for what is not there, or cannot be."""
-        wanted = {n: e for n, e in self.method.extras().items() if e.place is None}
-        _refuse_given({n: v for n, v in given.items() if n not in wanted})
         out: dict[str, Tensor] = {}
-        for name, extra in wanted.items():
+        for name, extra in self.wanted.items():
             value = given.get(name)
             if not isinstance(value, Tensor) or value.ndim != len(extra.axes) or value.dtype != extra.dtype:
                 is_ = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else f"{value!r}"
@@ -153,32 +170,42 @@ class _Front:
         return out
 
     def opening(
-        self, step: Callable[..., Any], facts: Facts, device: torch.device, given: Mapping[str, Tensor]
+        self,
+        step: Callable[..., Any],
+        facts: Facts,
+        device: torch.device,
+        given: Mapping[str, Tensor],
+        before: Opening | None,
     ) -> Opening:
+        """``before``: what comes before it."""
         if self.method.opening() == "cached":
+            assert before is None
             rows = self.method.cached(self.slots, given)
             own = [t.unsqueeze(0).to(device, facts.layout.dtype) for t in rows]
             return Opening(own * facts.layout.passes, self.count)
         rows = self.method.prompt(self.slots, given).to(device, facts.embeds_dtype)
-        return _read(rows if rows.ndim == 3 else rows.unsqueeze(0), step, facts, device)
+        return _read(rows if rows.ndim == 3 else rows.unsqueeze(0), step, facts, device, before)
 
 
-def _read(rows: Tensor, step: Callable[..., Any], facts: Facts, device: torch.device) -> Opening:
+def _read(
+    rows: Tensor, step: Callable[..., Any], facts: Facts, device: torch.device, before: Opening | None
+) -> Opening:
     """What the cache holds after a text of these embeddings (batch, count, width)."""
     batch, count = rows.shape[:2]
-    past = cache_for(facts, device)
-    past.expected = count
+    begun = 0 if before is None else before.count
+    past = cache_for(facts, device, before)
+    past.expected = begun + count
     past.activate_past_recording()  # all positions, in layers that look back on a window too
-    past.reserve(batch, count)
+    past.reserve(batch, begun + count)
     inputs = {
         "input_ids": torch.zeros(batch, count, dtype=torch.int64, device=device),
         "inputs_embeds": rows.contiguous(),
         "embedded": torch.tensor(True, device=device),
     }
     if facts.positions:
-        inputs["position_ids"] = torch.arange(count, device=device).expand(batch, -1).contiguous()
+        inputs["position_ids"] = torch.arange(begun, begun + count, device=device).expand(batch, -1).contiguous()
     run_as(facts, step, past, inputs, count, 1)
-    return Opening(past.held(), count, in_places=True)
+    return Opening(past.held(), begun + count, in_places=True)
 
 
 def _refuse_given(given: Mapping[str, Any]) -> None:

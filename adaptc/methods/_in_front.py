@@ -102,7 +102,9 @@ class InFront(ProgramMethod):
         return rows if self.sides == 1 else rows.flatten(axis, axis + 1)
 
     def clash(self, other: Any) -> str:
-        return "the first tokens" if isinstance(other, InFront) else ""
+        # Keys and values come before all tokens, and leave the first of these alone.
+        same = isinstance(other, InFront) and self.changes("cached") == other.changes("cached")
+        return "the first tokens" if same else ""
 
     def fqn(self, place: str, slot: str, adapter: str) -> str:
         return f"prompt_encoder.{adapter}.{self.modules.get(slot, slot)}"

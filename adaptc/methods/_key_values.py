@@ -34,14 +34,14 @@ class KeyValueConfig(ProgramConfig):
     def resolved(self, facts: ModelFacts, width: int, found: Attentions | None = None) -> Self:
         assert found is not None
         layers = getattr(facts.config, "num_hidden_layers", None)
-        if isinstance(layers, int) and layers != len(found.nodes):
+        if isinstance(layers, int) and layers != found.count:
             raise TargetError(
                 f"{self.peft_type} puts keys and values in front of those of each layer, of which the model's config "
-                f"has {layers}, and {len(found.nodes)} attentions of its tokens were found in the program: models that "
+                f"has {layers}, and {found.count} attentions of its tokens were found in the program: models that "
                 "have layers of another kind, or some that share their keys, are not supported"
             )
         values = {
-            "num_layers": len(found.nodes),
+            "num_layers": found.count,
             "num_attention_heads": found.heads,
             "token_dim": found.heads * found.width,
         }

@@ -34,9 +34,8 @@ class ProgramConfig(AdapterConfig):
     samples: ClassVar[Sequence[Mapping[str, Any]]] = ({"num_virtual_tokens": 5},)
     #: whether its method stands in the program's attentions
     reads_attentions: ClassVar[bool] = False
-    #: whether it is for models with an encoder and a decoder, and whether PEFT trains its decoder with rows of its own
+    #: whether it is for models with an encoder and a decoder
     takes_encoders: ClassVar[bool] = True
-    prompts_decoders: ClassVar[bool] = False
 
     num_virtual_tokens: int | None = None
     token_dim: int | None = None
@@ -75,20 +74,14 @@ class ProgramConfig(AdapterConfig):
             values[option] = next(known, None)
         return self.completed(values)
 
-    def check_sides(self, encodes: bool, generates: bool) -> None:
-        """Raises ConfigError where this config, resolved, has rows for more stacks than a program has, or does not
-        say that its decoder is trained without them. ``encodes``: it has an encoder and a decoder."""
+    def check_sides(self, encodes: bool) -> None:
+        """Raises ConfigError where this config, resolved, has rows for more stacks than a program has. ``encodes``: it
+        has an encoder and a decoder."""
         if self.num_transformer_submodules not in ((1, 2) if encodes and self.takes_encoders else (1,)):
             has = "an encoder and a decoder" if encodes else "one stack"
             raise ConfigError(
                 f"{type(self).__name__}.num_transformer_submodules={self.num_transformer_submodules} is not supported "
                 f"for a model of {has}: leave it out, and task_type='SEQ_2_SEQ_LM' where there is no encoder"
-            )
-        if self.num_transformer_submodules == 2 and self.prompts_decoders and not generates:
-            raise ConfigError(
-                f"{type(self).__name__}.num_transformer_submodules=2 (the default of task_type='SEQ_2_SEQ_LM') puts "
-                "tokens in front of the decoder's, too, which is not supported in programs that do not generate. Say "
-                "num_transformer_submodules=1"
             )
 
     @property

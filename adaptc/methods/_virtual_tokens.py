@@ -38,16 +38,22 @@ class VirtualTokens(InFront):
         return self.of_first(slots[PROMPT])
 
     def of_first(self, rows: Tensor) -> Tensor:
-        """Of rows for all stacks those of the first one, which reads what a caller gives: PEFT's prompts of a decoder
-        act in training alone, if at all."""
-        return rows if self.sides == 1 else rows.select(-3, 0)
+        """Of rows for all stacks those of the first one, which reads what a caller gives."""
+        return self.of_side(rows, 0)
+
+    def of_side(self, rows: Tensor, side: int) -> Tensor:
+        return rows if self.sides == 1 else rows.select(-3, side)
 
     def labels(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
         return self.padded(value, slots, IGNORED)
 
     def embedded(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
-        rows = cast(self.prompt(slots, given), value.dtype).expand(value.shape[0], -1, -1)
-        return torch.cat([rows, value[:, self.lengthens(slots) :]], 1)
+        return self.behind(self.prompt(slots, given), value)
+
+    def behind(self, rows: Tensor, value: Tensor) -> Tensor:
+        """Embeddings of which the first are these rows."""
+        own = cast(rows, value.dtype).expand(value.shape[0], -1, -1)
+        return torch.cat([own, value[:, rows.shape[-2] :]], 1)
 
     # -- files ---------------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from adaptc.errors import ConfigError
 from adaptc.methods._attention_config import AttentionConfig
 from adaptc.methods._checks import check_integers
-from adaptc.passes.ir.attention_method import AttentionMethod
+from adaptc.passes.ir.attention_method import AttentionMethod, Scored
 from adaptc.passes.ir.method import Initial, Slot, Slots
 from adaptc.passes.ir.ops import Op, cast
 
@@ -84,7 +84,7 @@ class AdaptionPrompt(AttentionMethod):
     def tokens(self, slots: Slots) -> Tensor:
         return slots[PROMPT][0]
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, slots: Slots, scale: float) -> Tensor:
-        scores = (query @ cast(keys, query.dtype).mT) * scale
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, slots: Slots, scored: Scored) -> Tensor:
+        scores = scored(query @ cast(keys, query.dtype).mT)
         chances = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
         return cast(slots[GATE] * chances, values.dtype) @ values

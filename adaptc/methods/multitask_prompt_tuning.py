@@ -18,7 +18,7 @@ from torch import Tensor
 
 from adaptc.errors import ConfigError, shown
 from adaptc.methods._checks import check_integers
-from adaptc.methods._virtual_tokens import PROMPT, VirtualTokens
+from adaptc.methods._virtual_tokens import IGNORED, PROMPT, VirtualTokens
 from adaptc.methods.prompt_tuning import RANDOM, SAMPLE_VOCAB, TEXT, PromptTuningConfig, first_rows
 from adaptc.passes.ir.coefficients import Extra, Given
 from adaptc.passes.ir.method import Initial
@@ -37,7 +37,6 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
 
     peft_type: ClassVar[str] = "MULTITASK_PROMPT_TUNING"
     inits: ClassVar[tuple[str, ...]] = (RANDOM, TEXT, SAMPLE_VOCAB, AVERAGE, EXACT, SHARED)
-    prompts_decoders: ClassVar[bool] = True
 
     prompt_tuning_init_state_dict_path: str | None = None
     prompt_tuning_init_task: int | None = 0
@@ -83,8 +82,35 @@ class MultitaskPromptTuning(VirtualTokens):
         return {TASKS: Extra(torch.int64)}
 
     def prompt(self, slots: Slots, given: Given) -> Tensor:
+        return self._rows(slots, given, 0)
+
+    def _rows(self, slots: Slots, given: Given, side: int) -> Tensor:
         cols, rows = (torch.index_select(slots[n], 0, given[TASKS]) for n in (COLS, ROWS))
-        return self.of_first(slots[PROMPT]) * (self.of_first(cols) @ rows)
+        return self.of_side(slots[PROMPT], side) * (self.of_side(cols, side) @ rows)
+
+    # -- a decoder's places --------------------------------------------------------------------------------------------
+
+    def decodes(self) -> bool:
+        return self.sides == 2
+
+    def decoder_tokens(self, value: Tensor, slots: Slots, given: Given, plain: int) -> Tensor:
+        return self.padded(value, slots, plain)
+
+    def decoder_attended(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
+        return self.padded(value, slots, 1)
+
+    def decoder_labels(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
+        return self.padded(value, slots, IGNORED)
+
+    def decoder_shifted(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
+        n = self.lengthens(slots)
+        # The first token is the first of a text, and stands in front of its labels.
+        return torch.cat([value[:, :n], value[:, :1], value[:, n + 1 :]], 1)
+
+    def decoder_embedded(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
+        return self.behind(self._rows(slots, given, 1), value)
+
+    # -- values --------------------------------------------------------------------------------------------------------
 
     def why_wrong(self, slots: Slots, given: Given) -> str:
         tasks = slots[COLS].shape[0]

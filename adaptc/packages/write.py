@@ -31,6 +31,7 @@ from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.method import Slot
 from adaptc.passes.ir.part import part_of
+from adaptc.passes.ir.program_method import ProgramMethod
 from adaptc.passes.lower.choose_products import ChooseProducts, Products
 from adaptc.passes.train.set_mode import SetMode
 from adaptc.peft_files.staging import replacing
@@ -190,7 +191,8 @@ class Packer:
             if fqn in self.unread:
                 self._beside(fqn)
                 continue
-            constant = None if a.method.exact_sizes else _uniform(identity[name], spec)
+            # Tokens that an adapter adds are there in any size but none, whatever their values.
+            constant = None if isinstance(a.method, ProgramMethod) else _uniform(identity[name], spec)
             if a.id not in self.binding.methods and constant is not None and not spec.shared:
                 value = value.new_full(shape, constant)  # a site at the base, whatever its capacity
             self.values[fqn] = padded(a, name, value, padding, shape)

@@ -38,7 +38,7 @@ def keys_of_text(program: AdaptedProgram, a: Attachment, ids: Tensor) -> list[Te
         lookup = next(x for x in lookups(opened) if weight in x.node.all_input_nodes)
         nodes = keys_and_values(find_attentions(opened, lookup, a.method.name))
         _check(opened, lookup, ids)
-        cut_to(opened.graph, nodes)
+        cut_to(opened.graph, [n for n, _ in nodes])
         inputs = _inputs(opened, lookup, ids.to(base.device))
         module = fx.GraphModule(base.graph_module, opened.graph)
         order = [n.name for n in opened.graph.find_nodes(op="placeholder")]
@@ -52,7 +52,7 @@ def keys_of_text(program: AdaptedProgram, a: Attachment, ids: Tensor) -> list[Te
             f"the text has {ids.shape[1]} tokens, which is more than the model has positions for: give fewer, or "
             "max_length"
         ) from error
-    return [t[:1] for t in found]
+    return [(t.mT if turned else t)[:1] for t, (_, turned) in zip(found, nodes, strict=True)]
 
 
 def _check(opened: Lifted, lookup: Lookup, ids: Tensor) -> None:

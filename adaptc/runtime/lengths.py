@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from adaptc.errors import AdaptcError
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.method import Method
-from adaptc.passes.ir.program_method import BEGINS, ProgramMethod
+from adaptc.passes.ir.program_method import BEGINS, DECODER_LENGTHS, ProgramMethod
 from adaptc.passes.ir.regions import region_tag
 
 
@@ -31,14 +31,15 @@ class Lengths:
     def of(cls, graph: fx.Graph, attachments: Sequence[Attachment]) -> Lengths:
         by_id = {a.id: a for a in attachments if isinstance(a.method, ProgramMethod)}
         names = {n.name: n for n in graph.nodes} if by_id else {}
-        found: dict[str, tuple[str, Attachment]] = {}
+        found: dict[tuple[str, str], tuple[str, Attachment]] = {}
         for node in graph.nodes if by_id else ():
             tag = region_tag(node)
             if tag is None or tag["region"] == BEGINS:  # in a cache, whose length is its owner's concern
                 continue
-            if tag["site"] in by_id and tag["site"] not in found:
-                ids = _ids(names[tag["node"]], names)
-                found[tag["site"]] = str(ids.meta["val"].shape[1]), by_id[tag["site"]]
+            if tag["site"] in by_id:
+                own = names[tag["base"]] if tag["region"] in DECODER_LENGTHS else _ids(names[tag["node"]], names)
+                size = str(own.meta["val"].shape[1])
+                found.setdefault((tag["site"], size), (size, by_id[tag["site"]]))
         reading = [a for a in attachments if a.id not in by_id and a.method.extras()]
         return cls(list(found.values()), reading)
 

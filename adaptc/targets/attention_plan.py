@@ -11,7 +11,8 @@ from torch.export import ExportedProgram
 
 from adaptc.errors import TargetError, did_you_mean, listing
 from adaptc.methods import AttentionConfig, ModelFacts
-from adaptc.passes.analysis.attention_layers import cores, layer_behind, projection_behind
+from adaptc.passes.analysis.attention_cores import find_cores, none_found
+from adaptc.passes.analysis.attention_layers import layer_behind, projection_behind
 from adaptc.passes.analysis.sites import Site, find_sites
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.lifted import Lifted
@@ -60,12 +61,13 @@ def _chosen(config: AttentionConfig, facts: ModelFacts, lifted: Lifted) -> list[
     kind, known = config.peft_type, owners([*lifted.state_dict, *lifted.constants])
     if "decoder_input_ids" in lifted.specs or getattr(facts.config, "is_encoder_decoder", False):
         raise TargetError(f"{kind} is not supported for models with an encoder and a decoder, nor is it in PEFT")
-    found = [(module_path(core, known), core) for core in cores(lifted)]
+    cores, near = find_cores(lifted)
+    found = [(module_path(core.node, known), core.node) for core in cores]
     if not found:
         raise TargetError(
-            f"{kind} adds to what attentions give, and no scaled_dot_product_attention was found in the program "
-            "itself. Capture the model with attn_implementation='sdpa', if it has it, and with no part of it inside a "
-            "block (no_grad, autocast, cond)"
+            f"{kind} adds to what attentions give, and no attention in the program itself is understood: "
+            f"{none_found(near)}. Capture the model with attn_implementation='sdpa', if it has it, and with no part of "
+            "it inside a block (no_grad, autocast, cond)"
         )
     name = config.target_modules or _last(found[-1][0])
     named = [(path, core) for path, core in found if path == name or path.endswith(f".{name}")]

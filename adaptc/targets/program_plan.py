@@ -15,7 +15,7 @@ from torch.export.graph_signature import InputKind
 from adaptc.errors import ConfigError, TargetError, Tell, listing, refuse_entry
 from adaptc.methods import ModelFacts, ProgramConfig, Whole
 from adaptc.passes.analysis.attention_places import find_attentions
-from adaptc.passes.analysis.cache_inputs import first_of_cache
+from adaptc.passes.analysis.decoder_places import decoder_places
 from adaptc.passes.analysis.sites import Site, find_sites
 from adaptc.passes.analysis.token_places import Lookup, find_places, lookups, no_lookup
 from adaptc.passes.ir.attachment import Attachment
@@ -46,9 +46,11 @@ def plan_program(
     op = op_of(site.kind, lifted.tensor(site.fqn), lookup.node)
     found = find_attentions(lifted, lookup, config.peft_type) if config.reads_attentions else None
     config = config.resolved(facts, op.out_features, found)
-    config.check_sides(has_encoder(facts, lifted), first_of_cache(lifted) is not None)
+    config.check_sides(has_encoder(facts, lifted))
     method = config.method(site.module, site.kind)
     find_places(lifted, method, lookup)
+    if method.decodes():
+        decoder_places(lifted, method, lookup)
     _check_length(config, program, lookup)
     names = (lookup.node.name,)
     a = Attachment("", site.module, site.param, site.kind, method, adapter, PROGRAM, names, name=site.module)

@@ -19,10 +19,10 @@ from adaptc.targets.plan import Plan
 def union(
     plans: Sequence[Plan], training: bool, backend: str, form: str = "auto", *, apart: bool = False
 ) -> list[Attachment]:
-    """All attachments, what replaces whole weights first, and last what changes the program as it then is: keys and
-    values in front of the program's own tokens before tokens in front of those. The first plan's own keep their ids.
-    ``form`` is for those that do not need a certain one. ``apart``: no two plans share one, since their adapters, of
-    different names, are to act together."""
+    """All attachments, what replaces whole weights first, and last what changes the program as it then is: what adds
+    to attentions, keys and values in front of the program's own tokens, and tokens in front of those. The first plan's
+    own keep their ids. ``form`` is for those that do not need a certain one. ``apart``: no two plans share one, since
+    their adapters, of different names, are to act together."""
     out: list[Attachment] = []
     for p in plans:
         for a in p.attachments:
@@ -41,7 +41,11 @@ def union(
 
 
 def _of_program(a: Attachment) -> int:
-    return 0 if a.form != PROGRAM else 1 if isinstance(a.method, ProgramMethod) and a.method.changes("cached") else 2
+    if a.form != PROGRAM:
+        return 0
+    if not isinstance(a.method, ProgramMethod):
+        return 1
+    return 2 if a.method.changes("cached") else 3
 
 
 def _number(a: Attachment, others: Sequence[Attachment], rivals: Sequence[Attachment]) -> int:

@@ -43,7 +43,7 @@ def add_to_attention(lifted: Lifted, a: Attachment, latest: dict[tuple[str, ...]
         raise PassError(f"site {a.id!r}: {a.consumers} must be one projection")
     layer = layer_behind(lifted, lifted.nodes[a.consumers[0]])
     behind = TABLE[layer.behind.target][0] == "addmm"
-    base = _output(layer.behind, latest) if behind else layer.core
+    base = _output(layer.behind, latest) if behind else layer.core.node
     y = base
     while (y.name,) in latest:
         y = latest[(y.name,)]
@@ -52,7 +52,7 @@ def add_to_attention(lifted: Lifted, a: Attachment, latest: dict[tuple[str, ...]
     inputs = [y, *reads, *slots]
     code = _traced(method, layer, list(a.slots), [n.meta["val"] for n in inputs], site_op(lifted, a), behind)
     users, before = list(y.users), set(lifted.graph.nodes)
-    out = inline(lifted.graph, code, inputs, y.next, layer.core, tag(base, REGION, layer.behind))
+    out = inline(lifted.graph, code, inputs, y.next, layer.core.node, tag(base, REGION, layer.behind))
     for user in users:
         user.replace_input_with(y, out)
     latest[(base.name,)] = out
@@ -76,23 +76,31 @@ def _traced(
     method: AttentionMethod, layer: AttentionLayer, names: Sequence[str], values: Sequence[Tensor], op: Op, behind: bool
 ) -> fx.Graph:
     """The region as a graph without values: of the attention's output, the query, weights and biases, and the slots."""
-    fakes, specs = FreeFakes(), method.slots(op)
+    heads = int(layer.query.meta["val"].shape[1])
+    fakes, specs = FreeFakes(_shared_axes(values[0], layer.query.meta["val"])), method.slots(op)
     count = len(values) - len(names)
     free = [specs[n].free for n in names]
     inputs = [fakes.like(t) for t in values[:count]]
     inputs += [fakes.like(t, axes, _FREE) for t, axes in zip(values[count:], free, strict=True)]
-    heads = int(layer.query.meta["val"].shape[1])
 
     def function(y: Tensor, query: Tensor, *rest: Tensor) -> Tensor:
         own, rest = dict(zip(names, rest[len(rest) - len(names) :], strict=True)), rest[: len(rest) - len(names)]
         tokens, given = method.tokens(own), iter(rest)
         keys, values = (_projected(tokens, p, given, heads) for p in (layer.key, layer.value))
-        added = method.attend(query, keys, values, own, layer.scale)
+        added = method.attend(query, keys, values, own, layer.scored)
         if behind:
             added = added.transpose(1, 2).flatten(2)
+        elif y.ndim == 3:  # heads and batches are one axis
+            added = added.flatten(0, 1)
         return cast(y + added, y.dtype)
 
     return code_of(function, fakes, inputs, method.name)
+
+
+def _shared_axes(y: Tensor, query: Tensor) -> dict[str, list[str]]:
+    """The size of an axis that heads and batches share."""
+    own, batch = str(y.shape[0]), str(query.shape[0])
+    return {} if own == batch or y.ndim != 3 else {own: [batch] * int(query.shape[1])}
 
 
 def _projected(tokens: Tensor, p: Projection, given: Any, heads: int) -> Tensor:

@@ -24,19 +24,8 @@ from torch.nn import functional as F
 
 from adaptc.errors import TargetError
 from adaptc.passes.adapt.trace_places import code_of, traced, traced_cached, values_of
-from adaptc.passes.analysis.attention_places import (
-    KEY,
-    MASK,
-    QUERY,
-    VALUE,
-    Edge,
-    changing,
-    edges,
-    find_attentions,
-    inside,
-    is_causal,
-    is_size,
-)
+from adaptc.passes.analysis.attention_cores import SHAPED, Core
+from adaptc.passes.analysis.attention_places import Edge, changing, edges, find_attentions, inside, is_size
 from adaptc.passes.analysis.token_places import Lookup
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.free_fakes import FreeFakes
@@ -95,8 +84,8 @@ class _InFront:
                 cuts[key] = self._cut(edge, rows)
             if (own := cuts[key]) is not None:
                 edge.reader.replace_input_with(edge.node, own)
-        for i, node in enumerate(attentions.nodes):
-            self._attend(node, rows, i)
+        for i, core in enumerate(attentions.cores):
+            self._attend(core, rows, i)
         self._propagate()
         for slot, value in none.items():
             slot.meta["val"] = value
@@ -193,20 +182,35 @@ class _InFront:
 
     # -- attention -----------------------------------------------------------------------------------------------------
 
-    def _attend(self, node: fx.Node, rows: fx.Node, index: int) -> None:
-        for position, at in ((KEY, 2 * index), (VALUE, 2 * index + 1)):
-            own, fakes = argument(node, position), FreeFakes()
-            code = code_of(_joined(at), fakes, [fakes.like(own.meta["val"]), *self._rows(fakes, rows)], "joined")
-            set_argument(node, position, self._inlined(code, [own, rows], node, own, "cached"))
-        if is_causal(node) and argument(node, MASK) is None:
-            self._order(node, rows)
+    def _attend(self, core: Core, rows: fx.Node, index: int) -> None:
+        for operand, at in ((core.key, 2 * index), (core.value, 2 * index + 1)):
+            own, fakes = operand.node, FreeFakes()
+            inputs = [fakes.like(own.meta["val"]), *self._rows(fakes, rows)]
+            code = code_of(_joined(at, operand.turned), fakes, inputs, "joined")
+            out = self._inlined(code, [own, rows], operand.reader, own, "cached")
+            set_argument(operand.reader, operand.at, out)
+        for node, axis in (*core.views, *((n, -1) for n in core.scores)):
+            self._free(node, axis)
+        if core.orders:
+            self._order(core, rows)
 
-    def _order(self, node: fx.Node, rows: fx.Node) -> None:
-        """Rows in front of the queries of an attention that masks by order, and their results cut away."""
-        query, users, fakes = argument(node, QUERY), list(node.users), FreeFakes()
+    def _free(self, node: fx.Node, axis: int) -> None:
+        """Let a view take as many keys as there are: what it has now is what it had, for as many as it had."""
+        if node.target in SHAPED and self._counts_keys(sizes := list(argument(node, 1)), axis):
+            sizes[axis] = -1
+            set_argument(node, 1, sizes)
+            self.fresh.add(node)
+
+    def _counts_keys(self, sizes: Sequence[Any], axis: int) -> bool:
+        return isinstance(sizes[axis], fx.Node) and self._counts(sizes[axis]) and -1 not in sizes
+
+    def _order(self, core: Core, rows: fx.Node) -> None:
+        """Rows in front of the queries of an attention that masks by order itself, and their results cut away."""
+        node, query, fakes = core.node, core.query.node, FreeFakes()
+        users = list(node.users)
         inputs = [fakes.like(query.meta["val"]), *self._rows(fakes, rows)]
         code = code_of(_padded, fakes, inputs, "padded")
-        set_argument(node, QUERY, self._inlined(code, [query, rows], node, query, "cached"))
+        set_argument(node, core.query.at, self._inlined(code, [query, rows], node, query, "cached"))
         out = fakes.like(node.meta["val"])
         code = code_of(_cut([2]), fakes, [out, inputs[1]], "cut")
         own = self._inlined(code, [node, rows], node.next, node, "cached")
@@ -252,12 +256,13 @@ class _InFront:
         self.fresh.clear()
 
 
-def _joined(index: int) -> Callable[[Tensor, Tensor], Tensor]:
+def _joined(index: int, turned: bool) -> Callable[[Tensor, Tensor], Tensor]:
     def joined(x: Tensor, front: Tensor) -> Tensor:
         heads, groups = front[index], x.shape[1] // front.shape[1]
         if groups > 1:  # the program has repeated its own for the queries that share them
-            heads = heads.unsqueeze(1).expand(-1, groups, -1, -1).reshape(x.shape[1], -1, x.shape[3])
-        return torch.cat([heads.to(x.dtype).unsqueeze(0).expand(x.shape[0], -1, -1, -1), x], 2)
+            heads = heads.unsqueeze(1).expand(-1, groups, -1, -1).reshape(x.shape[1], front.shape[2], front.shape[3])
+        heads = heads.mT if turned else heads
+        return torch.cat([heads.to(x.dtype).unsqueeze(0).expand(x.shape[0], -1, -1, -1), x], 3 if turned else 2)
 
     return joined
 

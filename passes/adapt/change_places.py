@@ -16,11 +16,12 @@ from adaptc.errors import PassError, TargetError
 from adaptc.passes.adapt.begin_cache import begin_cache
 from adaptc.passes.adapt.change_attention import put_in_front
 from adaptc.passes.adapt.trace_places import traced, values_of
+from adaptc.passes.analysis.decoder_places import decoder_places
 from adaptc.passes.analysis.token_places import Lookup, cache_begun_by, find_places, lookups
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.coefficients import Extra
 from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.program_method import FREE, PLACES, Place, ProgramMethod
+from adaptc.passes.ir.program_method import DECODER_LENGTHS, DECODER_PLACES, FREE, PLACES, Place, ProgramMethod
 from adaptc.passes.ir.propagate import propagate
 from adaptc.passes.ir.regions import site_op
 from adaptc.passes.ir.trace import inline
@@ -38,14 +39,20 @@ def change_places(lifted: Lifted, a: Attachment, latest: dict[tuple[str, ...], f
     if (first := cache_begun_by(lifted, lookup)) is not None:
         begin_cache(lifted, a, lookup, first, tag)
         return
-    places = sorted(find_places(lifted, method, lookup), key=lambda p: PLACES.index(p.name))
+    found = [
+        *find_places(lifted, method, lookup),
+        *(decoder_places(lifted, method, lookup) if method.decodes() else ()),
+    ]
+    places = sorted(found, key=lambda p: (*PLACES, *DECODER_PLACES).index(p.name))
     there = {None, *(p.name for p in places)}
     wanted = {n: e for n, e in method.extras().items() if e.place in there}
     given = {name: _added(lifted, name, extra, lookup, latest) for name, extra in wanted.items()}
     slots = {n: lifted.placeholders[f] for n, f in a.slots.items()}
     # How long what the method made longer is, in terms of what it was.
-    length, more = lookup.ids.meta["val"].shape[1], method.lengthens(values_of(slots))
-    sums = {str(length + more): (str(length), FREE)} if more else {}
+    more = method.lengthens(values_of(slots))
+    own = [lookup.ids.meta["val"].shape[1]]
+    own += [p.node.meta["val"].shape[1] for p in places if p.name in DECODER_LENGTHS]
+    sums = {str(length + more): (str(length), FREE) for length in own} if more else {}
     changed: set[fx.Node] = set()
     try:
         if method.changes("cached"):

@@ -18,17 +18,15 @@ import torch
 from torch import Tensor, fx
 
 from adaptc.errors import TargetError
+from adaptc.passes.analysis.attention_cores import SDPA, Core, Operand, core_of
 from adaptc.passes.ir.costs import at_sizes, example_sizes, size_expression
 from adaptc.passes.ir.effects import has_view_schema
 from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.ops import CASTS, TABLE, argument, operands
+from adaptc.passes.ir.ops import CASTS, TABLE, operands
 from adaptc.passes.ir.regions import node_tag, region_tag
 
 aten = torch.ops.aten
 
-CORE = aten.scaled_dot_product_attention.default
-#: positions of its arguments
-_QUERY, _KEY, _VALUE = 0, 1, 2
 #: ops that move numbers, beside those that are views by their schema
 _MOVES = (aten.reshape.default, aten.contiguous.default, aten.clone.default, aten.flatten.using_ints, operator.getitem)
 _PROJECTIONS = ("linear", "addmm")
@@ -57,20 +55,24 @@ class Projection:
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """``core`` is the attention, ``query`` what it reads, ``scale`` its factor on products, ``behind`` the projection
-    that reads what it gives."""
+    """``core`` is the attention, ``query`` what it reads, ``behind`` the projection that reads what it gives."""
 
-    core: fx.Node
+    core: Core
     query: fx.Node
-    scale: float
     key: Projection
     value: Projection
     behind: fx.Node
 
-
-def cores(lifted: Lifted) -> list[fx.Node]:
-    """The attentions of a program, in order."""
-    return list(lifted.graph.find_nodes(op="call_function", target=CORE))
+    def scored(self, products: Tensor) -> Tensor:
+        """What it makes of products of queries and keys before it adds anything: a scale, a cap."""
+        if self.core.node.target == SDPA:
+            scale: Any = self.core.node.kwargs.get("scale")
+            return products * (float(self.query.meta["val"].shape[-1]) ** -0.5 if scale is None else float(scale))
+        if (factor := self.core.factor()) is not None:
+            return products * factor
+        for node in self.core.each()[0]:
+            products = _out_of_place(node.target)(products, *node.args[1:], **node.kwargs)
+        return products
 
 
 def projection_behind(lifted: Lifted, core: fx.Node) -> fx.Node:
@@ -95,44 +97,73 @@ def projection_behind(lifted: Lifted, core: fx.Node) -> fx.Node:
 
 def layer_behind(lifted: Lifted, behind: fx.Node) -> AttentionLayer:
     """The layer whose projection this is. Raises TargetError where its keys or values are not made as one can tell."""
-    near = _near(lifted, operands(behind)[0], lambda n: n.target == CORE)
+    near = _near(lifted, operands(behind)[0], lambda n: _core(lifted, n) is not None)
     if len(near) != 1:
         raise TargetError(f"{behind.name!r} must read what one attention gives, and it reads {len(near)}")
-    core = near[0]
-    query = argument(core, _QUERY)
+    core = _core(lifted, near[0])
+    assert core is not None
+    query = _tokens_own(lifted, core.query)
     shape = query.meta["val"].shape
     if len(shape) != 4 or not all(isinstance(shape[i], int) for i in (1, 3)):
-        raise TargetError(f"the queries of {core.name!r} have shape {tuple(map(str, shape))}; needed are four axes")
+        raise TargetError(
+            f"the queries of {core.node.name!r} have shape {tuple(map(str, shape))}; needed are four axes"
+        )
     heads, width = int(shape[1]), int(shape[3])
-    scale: Any = core.kwargs.get("scale")
-    key = _projection(lifted, core, _KEY, lambda total: (total // width, width))
-    value = _projection(lifted, core, _VALUE, lambda total: (key.heads.count, total // key.heads.count))
+    key = _projection(lifted, core, "keys", core.key, lambda total: (total // width, width))
+    value = _projection(lifted, core, "values", core.value, lambda n: (key.heads.count, n // key.heads.count))
     if heads % key.heads.count:
         raise TargetError(
-            f"{core.name!r} has {heads} heads of queries, and {key.heads.count} of keys do not divide them"
+            f"{core.node.name!r} has {heads} heads of queries, and {key.heads.count} of keys do not divide them"
         )
-    return AttentionLayer(core, query, width**-0.5 if scale is None else float(scale), key, value, behind)
+    if (other := core.each()[1]) is not None:
+        raise TargetError(
+            f"{other.name!r} = {other.target} changes the scores of {core.node.name!r}, and it is not known what they "
+            "are for other tokens: known are a scale, a cap (tanh), biases and masks. Capture the model with "
+            "attn_implementation='sdpa', if it has it"
+        )
+    return AttentionLayer(core, query, key, value, behind)
 
 
-def _projection(lifted: Lifted, core: fx.Node, at: int, shape: Callable[[int], tuple[int, int]]) -> Projection:
-    what = {_KEY: "keys", _VALUE: "values"}[at]
-    operand = argument(core, at)
+def _out_of_place(op: Any) -> Any:
+    name = op._schema.name.partition("::")[2]
+    if not name.endswith("_"):
+        return op
+    return getattr(getattr(aten, name.removesuffix("_")), op._schema.overload_name or "default")
+
+
+def _core(lifted: Lifted, node: fx.Node) -> Core | None:
+    found = core_of(lifted, node)
+    return found if isinstance(found, Core) else None
+
+
+def _tokens_own(lifted: Lifted, operand: Operand) -> fx.Node:
+    """What an attention reads of a call's tokens, without what others put in front of it."""
+    node = operand.node
+    while (tag := region_tag(node)) is not None and tag["region"] == "cached":
+        node = lifted.nodes[tag["base"]]
+    return node
+
+
+def _projection(
+    lifted: Lifted, core: Core, what: str, read: Operand, shape: Callable[[int], tuple[int, int]]
+) -> Projection:
+    operand, name = _tokens_own(lifted, read), core.node.name
     found = _near(lifted, operand, lambda n: _projects(lifted, n))
     if len(found) != 1:
         names = ", ".join(repr(n.name) for n in found[:3])
-        raise TargetError(f"the {what} of {core.name!r} must be made by one linear layer; found {names or 'none'}")
+        raise TargetError(f"the {what} of {name!r} must be made by one linear layer; found {names or 'none'}")
     node = found[0]
     columns = _columns(lifted, node, operand)
     count, width = shape(len(columns))
     if not count or not width or len(columns) != count * width:
         raise TargetError(
-            f"{node.name!r} makes {len(columns)} numbers a token for the {what} of {core.name!r}, and heads of {width} "
+            f"{node.name!r} makes {len(columns)} numbers a token for the {what} of {name!r}, and heads of {width} "
             "are needed"
         )
     step = columns[width] - columns[0] if count > 1 else width
     heads = Heads(columns[0], step, count, width)
     if columns != [heads.start + i * step + j for i in range(count) for j in range(width)]:
-        raise TargetError(f"the {what} of {core.name!r} are laid out in {node.name!r} as no known model has them")
+        raise TargetError(f"the {what} of {name!r} are laid out in {node.name!r} as no known model has them")
     _, weight, bias = operands(node)
     owner = _parameter(lifted, weight)
     assert owner is not None
@@ -176,7 +207,7 @@ def _near(lifted: Lifted, start: fx.Node, wanted: Callable[[fx.Node], bool]) -> 
             continue
         if wanted(node):
             found.append(node)
-        elif node.target != CORE and not _projects(lifted, node):
+        elif not _projects(lifted, node) and _core(lifted, node) is None:
             stack += node.all_input_nodes
     return found
 

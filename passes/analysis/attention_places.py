@@ -18,34 +18,33 @@ from torch import Tensor, fx
 from torch.export.graph_signature import InputKind
 
 from adaptc.errors import TargetError
+from adaptc.passes.analysis.attention_cores import SHAPED, Core, Operand, find_cores, none_found
 from adaptc.passes.analysis.cache_inputs import cache_inputs
 from adaptc.passes.analysis.token_places import Lookup
 from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.ops import argument
 from adaptc.passes.ir.regions import node_tag, region_tag
 
 aten = torch.ops.aten
 
-_ATTENTION = aten.scaled_dot_product_attention.default
-#: positions of its arguments
-QUERY, KEY, VALUE, MASK, CAUSAL = 0, 1, 2, 3, 5
 #: ops between keys and what reads them that only repeat heads
-_REPEATS = (aten.reshape.default, aten.view.default, aten.expand.default, aten.unsqueeze.default, aten.slice.Tensor)
+_REPEATS = (*SHAPED, aten.unsqueeze.default, aten.slice.Tensor, aten.clone.default)
 
 
 @dataclass(frozen=True)
 class Attentions:
-    """The attentions of a lookup's tokens to each other, in order, or the inputs with their keys where a program takes
-    those from a cache. All have keys and values of ``heads`` heads of ``width``, which queries may share in groups."""
+    """The attentions of a lookup's tokens to each other, in order; of a program that takes keys from a cache there are
+    none, but as many as it has. All have keys and values of ``heads`` heads of ``width``, which queries may share in
+    groups."""
 
-    nodes: tuple[fx.Node, ...]
+    cores: tuple[Core, ...]
+    count: int
     heads: int
     width: int
 
 
 @dataclass(frozen=True)
 class Edge:
-    """``reader`` is inside and reads ``node``, which is beside; ``masks``: as the mask of an attention."""
+    """``reader`` is inside and reads ``node``, which is beside; ``masks``: as a mask or bias of an attention's keys."""
 
     node: fx.Node
     reader: fx.Node
@@ -57,32 +56,42 @@ def find_attentions(lifted: Lifted, lookup: Lookup, name: str) -> Attentions:
     if pairs := cache_inputs(lifted):
         return _cached(pairs, name)
     tokens = inside(lifted, lookup)
-    found = [n for n in lifted.graph.find_nodes(op="call_function", target=_ATTENTION) if n in tokens]
-    if not found:
+    cores, near = find_cores(lifted)
+    found, near = [c for c in cores if c.node in tokens], [n for n in near if n.node in tokens]
+    if not found or near:
+        what = (
+            f"and {'not all' if found else 'no'} attention of the tokens of {lookup.ids.name!r} in the program itself"
+        )
         raise TargetError(
-            f"{name} puts keys and values in front of those of each attention, and no scaled_dot_product_attention of "
-            f"the tokens of {lookup.ids.name!r} was found in the program itself. Capture the model with "
-            "attn_implementation='sdpa', if it has it, and with no part of it inside a block (no_grad, autocast, cond)"
+            f"{name} puts keys and values in front of those of each attention, {what} is understood: "
+            f"{none_found(near)}. Capture the model with attn_implementation='sdpa', if it has it, and with no part of "
+            "it inside a block (no_grad, autocast, cond)"
         )
     shapes: dict[tuple[int, int], fx.Node] = {}
-    for node in found:
-        key, value = argument(node, KEY), argument(node, VALUE)
-        shape, other = (unrepeated(n).meta["val"].shape for n in (key, value))
-        length = str(lookup.ids.meta["val"].shape[1])
-        sizes = [str(n.meta["val"].shape[-2]) for n in (argument(node, QUERY), key, value)]
+    length = str(lookup.ids.meta["val"].shape[1])
+    for core in found:
+        shape, other = (_upright(c) for c in (core.key, core.value))
+        sizes = [str(core.query.node.meta["val"].shape[-2]), *(str(s[-2]) for s in (shape, other))]
         if len(shape) != 4 or sizes != [length] * 3 or str(shape) != str(other):
             raise TargetError(
-                f"{name} puts keys and values in front of those of each attention, and {node.name!r} has keys of shape "
-                f"{_text(shape)} and values of shape {_text(other)}: needed is one shape (batch, heads, "
+                f"{name} puts keys and values in front of those of each attention, and {core.node.name!r} has keys of "
+                f"shape {_text(shape)} and values of shape {_text(other)}: needed is one shape (batch, heads, "
                 f"length, width) for both, of the {length} tokens of {lookup.ids.name!r}"
             )
-        shapes.setdefault((int(shape[1]), int(shape[3])), node)
-    return Attentions(tuple(found), *_one(shapes, name))
+        shapes.setdefault((int(shape[1]), int(shape[3])), core.node)
+    return Attentions(tuple(found), len(found), *_one(shapes, name))
+
+
+def _upright(operand: Operand) -> tuple[Any, ...]:
+    """The shape of keys or values, before each head was repeated for the queries that share it."""
+    node, turned = operand.upright()
+    shape = tuple(unrepeated(node).meta["val"].shape)
+    return (*shape[:-2], shape[-1], shape[-2]) if turned else shape
 
 
 def _cached(pairs: Sequence[tuple[fx.Node, fx.Node]], name: str) -> Attentions:
     shapes = {(int(n.meta["val"].shape[1]), int(n.meta["val"].shape[3])): n for pair in pairs for n in pair}
-    return Attentions(tuple(keys for keys, _ in pairs), *_one(shapes, name))
+    return Attentions((), len(pairs), *_one(shapes, name))
 
 
 def _one(shapes: Mapping[tuple[int, int], fx.Node], name: str) -> tuple[int, int]:
@@ -108,26 +117,31 @@ def inside(lifted: Lifted, lookup: Lookup) -> set[fx.Node]:
     return out
 
 
-def keys_and_values(attentions: Attentions) -> list[fx.Node]:
-    """Those of each attention of a program without a cache, in turn: (batch, heads, length, width)."""
-    return [unrepeated(argument(node, at)) for node in attentions.nodes for at in (KEY, VALUE)]
+def keys_and_values(attentions: Attentions) -> list[tuple[fx.Node, bool]]:
+    """Those of each attention of a program without a cache, in turn: (batch, heads, length, width), and whether the
+    last two axes are the other way round."""
+    found = [operand.upright() for core in attentions.cores for operand in (core.key, core.value)]
+    return [(unrepeated(node), turned) for node, turned in found]
 
 
 def edges(lifted: Lifted, lookup: Lookup, attentions: Attentions, beside: Collection[fx.Node]) -> Iterator[Edge]:
     """Where what is beside the tokens goes in before, or at, an attention."""
-    tokens, before = inside(lifted, lookup), set(attentions.nodes)
+    tokens, before = inside(lifted, lookup), {c.node for c in attentions.cores}
     stack = list(before)
     while stack:
         fresh = set(stack.pop().all_input_nodes) - before
         before |= fresh
         stack += fresh
+    readers: dict[fx.Node, list[Core]] = {}
+    for core in attentions.cores:
+        for node in (core.node, *core.scores):
+            readers.setdefault(node, []).append(core)
     for reader in lifted.graph.nodes:
         if reader not in tokens or reader not in before or tokens.isdisjoint(reader.all_input_nodes):
             continue  # what begins with the tokens' own ids reads those
         for node in reader.all_input_nodes:
             if node in beside and node not in tokens and not is_size(node):
-                mask = argument(reader, MASK) if reader.target == _ATTENTION else None
-                yield Edge(node, reader, mask is node)
+                yield Edge(node, reader, any(core.biases(node, reader) for core in readers.get(reader, ())))
 
 
 def changing(lifted: Lifted, lookup: Lookup) -> set[fx.Node]:
@@ -151,11 +165,6 @@ def changing(lifted: Lifted, lookup: Lookup) -> set[fx.Node]:
 
 def is_size(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))
-
-
-def is_causal(node: fx.Node) -> bool:
-    """Whether an attention masks by order itself."""
-    return bool(argument(node, CAUSAL))
 
 
 def unrepeated(node: Any) -> fx.Node:

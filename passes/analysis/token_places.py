@@ -90,7 +90,7 @@ def find_places(lifted: Lifted, method: ProgramMethod, lookup: Lookup) -> list[P
         return []
     out = per_token(lifted, method, lookup)
     if not method.changes("cached"):
-        last = _exit(lifted, lookup.node)
+        last = exit_of(lifted, lookup.node)
         out.append(Place("embedded", last, tuple(last.users)))
         if method.changes("loss") and (found := _loss(lifted)) is not None:
             out.append(found)
@@ -123,7 +123,7 @@ def per_token(lifted: Lifted, method: ProgramMethod, lookup: Lookup) -> list[Pla
     """The places that are inputs with a value per token, the tokens first. Raises TargetError for inputs as long as
     they are of which nothing is known. A method that leaves the tokens as they are leaves their labels, too."""
     length = _length(lookup.ids)
-    out = [Place("tokens", lookup.ids, _readers(lookup.ids), {"plain": _plain(lifted, lookup.ids)})]
+    out = [Place("tokens", lookup.ids, read_by(lookup.ids), {"plain": plain_id(lifted, lookup.ids)})]
     for name, spec in lifted.specs.items():
         node = lifted.nodes[name]
         value = node.meta.get("val")
@@ -139,7 +139,7 @@ def per_token(lifted: Lifted, method: ProgramMethod, lookup: Lookup) -> list[Pla
                 f"Known are inputs of two axes called {listing(PER_TOKEN)}: capture the model without {name!r}."
             )
         if place != "labels" or not method.changes("cached"):
-            out.append(Place(place, node, _readers(node)))
+            out.append(Place(place, node, read_by(node)))
     return out
 
 
@@ -158,7 +158,7 @@ def _length(ids: fx.Node) -> str:
     return str(shape[1])
 
 
-def _readers(node: fx.Node) -> tuple[fx.Node, ...]:
+def read_by(node: fx.Node) -> tuple[fx.Node, ...]:
     # Checks of what the caller gave are of what the caller gave.
     return tuple(u for u in node.users if not is_metadata_assert(u))
 
@@ -175,7 +175,7 @@ def _loss(lifted: Lifted) -> Place | None:
     return Place("loss", loss, (lifted.graph.output_node(),), reads=(logits, labels))  # type: ignore[arg-type]
 
 
-def _plain(lifted: Lifted, ids: fx.Node) -> int:
+def plain_id(lifted: Lifted, ids: fx.Node) -> int:
     """The least id that the program does not tell from others: models find padding, or the end, by comparing ids."""
     special: set[Any] = set()
     stack = [ids, *(n for n in lifted.graph.nodes if (t := region_tag(n)) and t["region"] == "tokens")]
@@ -188,7 +188,7 @@ def _plain(lifted: Lifted, ids: fx.Node) -> int:
     return next(i for i in range(len(special) + 1) if i not in special)
 
 
-def _exit(lifted: Lifted, lookup: fx.Node) -> fx.Node:
+def exit_of(lifted: Lifted, lookup: fx.Node) -> fx.Node:
     """What the module of a lookup gives: the lookup, or what the module makes of it before others read it."""
     known = owners([*lifted.state_dict, *lifted.constants])
     adapted = {tag["base"]: n for n in lifted.graph.nodes if (tag := region_tag(n))}

@@ -5,15 +5,16 @@ saved and swapped as all slots are. What it means is said by two functions inste
 PyTorch, which are traced for all sizes at once:
 
     tokens(slots) -> (count, width)                what the layer's own projections make keys and values of
-    attend(query, keys, values, slots, scale)      what is added: (batch, heads, length, width of a value)
+    attend(query, keys, values, slots, scored)     what is added: (batch, heads, length, width of a value)
 
 ``query`` is that of the attention, (batch, heads, length, width), after whatever the model does to it; ``keys`` and
-``values`` are (heads, count, width) of the tokens, as the projections make them; ``scale`` is the attention's own
-factor on its products.
+``values`` are (heads, count, width) of the tokens, as the projections make them; ``scored`` is what the attention makes
+of products of queries and keys before it adds anything: its scale, its cap.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,6 +24,9 @@ from torch import Tensor
 from adaptc.passes.ir.method import Initial, Method
 from adaptc.passes.ir.method_hooks import Slots
 from adaptc.passes.ir.ops import Op
+
+#: products of queries and keys -> scores
+Scored = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class AttentionMethod(Method):
     def tokens(self, slots: Slots) -> Tensor:
         raise AssertionError(f"{type(self).__name__} must define tokens()")
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, slots: Slots, scale: float) -> Tensor:
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, slots: Slots, scored: Scored) -> Tensor:
         raise AssertionError(f"{type(self).__name__} must define attend()")
 
     def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:

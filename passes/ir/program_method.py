@@ -18,6 +18,13 @@ each one it changes, called as the place is:
     prompt(slots, given)                       embeddings of tokens that come before those of a call: (count, width), or
                                                (batch, count, width) where rows of a batch differ
 
+In a program with an encoder and a decoder these are the encoder's. A method that :meth:`~ProgramMethod.decodes` puts
+tokens in front of the decoder's, too (``passes.analysis.decoder_places``), and has functions for its places:
+
+    decoder_tokens, decoder_attended, decoder_labels, decoder_embedded: called as tokens() and so on
+    decoder_shifted(value, slots, given) -> value'    token ids (batch, length as of decoder_labels()) that the program
+                                                      makes of labels: these moved one on, behind a first token
+
 A method that has ``cached`` has none of labels, embedded and loss: the tokens of a call stay those of the program, and
 mask, positions and segments are longer for what is computed beside them only (``passes.adapt.change_attention``).
 
@@ -47,6 +54,10 @@ from adaptc.passes.ir.ops import Op
 PROGRAM = "program"
 #: the places there are, in the order in which they are changed
 PLACES = ("tokens", "attended", "positions", "segments", "labels", "embedded", "loss", "cached")
+#: those of a decoder beside an encoder
+DECODER_PLACES = ("decoder_tokens", "decoder_attended", "decoder_labels", "decoder_shifted", "decoder_embedded")
+#: of these the ones that are inputs as long as its tokens
+DECODER_LENGTHS = ("decoder_tokens", "decoder_labels")
 #: the region of what a cache begins with
 BEGINS = "begins"
 #: functions that say what a cache begins with
@@ -101,6 +112,10 @@ class ProgramMethod(Method):
 
     def prompt(self, slots: Slots, given: Given) -> Tensor:
         raise AssertionError(f"{type(self).__name__} has no prompt()")
+
+    def decodes(self) -> bool:
+        """Whether it puts tokens in front of a decoder's, too: it has the functions of a decoder's places then."""
+        return False
 
     def opening(self) -> str:
         """Which of its functions says what a cache begins with: one of :data:`OPENINGS`, or '' for none."""

@@ -7,6 +7,7 @@ keys and values of tokens.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -45,9 +46,13 @@ def by_head(name: str) -> Made:
 
 
 @contextlib.contextmanager
-def extra_tokens(model: nn.Module, slots: Mapping[str, tuple[Tensor, Tensor]], made: Made = apart) -> Iterator[None]:
-    """While it holds, the modules of ``model`` named in ``slots`` attend to a prompt (1, count, width) with a gate."""
-    usual = ALL_ATTENTION_FUNCTIONS["sdpa"]
+def extra_tokens(
+    model: nn.Module, slots: Mapping[str, tuple[Tensor, Tensor]], made: Made = apart, written_out: bool = False
+) -> Iterator[None]:
+    """While it holds, the modules of ``model`` named in ``slots`` attend to a prompt (1, count, width) with a gate;
+    ``written_out``: those of a model whose attention is not PyTorch's."""
+    own_code = sys.modules[type(model).__module__]
+    usual = own_code.eager_attention_forward if written_out else ALL_ATTENTION_FUNCTIONS["sdpa"]
     by_module = {id(model.get_submodule(n)): pair for n, pair in slots.items()}
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
@@ -58,10 +63,18 @@ def extra_tokens(model: nn.Module, slots: Mapping[str, tuple[Tensor, Tensor]], m
         own = (t.transpose(0, 1) for t in made(module, prompt[0], query.shape[1], query.shape[3]))
         keys, values = (t.repeat_interleave(query.shape[1] // t.shape[0], 0) for t in own)
         scores = torch.einsum("bhqd,hnd->bhqn", query, keys) * (query.shape[3] ** -0.5 if scale is None else scale)
+        if cap := options.get("softcap"):
+            scores = cap * (scores / cap).tanh()
         return out + gate * torch.einsum("bhqn,hnd->bqhd", scores.softmax(-1), values), rest
 
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+    def put(function: Any) -> None:
+        if written_out:
+            own_code.eager_attention_forward = function
+        else:
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = function
+
+    put(attend)
     try:
         yield
     finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = usual
+        put(usual)
