@@ -249,6 +249,12 @@ def test_packages(adapters, tmp_path):
     program = adaptc.compile(base("llama"), saved(wrapped, tmp_path / "a"))
     runner = adaptc.load_package(adaptc.package(program, tmp_path / "package.pt2"))
     assert_same(called(runner, tokens(2, 5)), called(wrapped, tokens(2, 5)))
+    model = FAMILIES["llama"].build()
+    assert_same(called(runner.base, tokens(2, 5)), called(model, tokens(2, 5)))
+    assert adaptc.verify(runner, model).ok
+    other = saved(peft_model("llama", experts("llama", tmp_path / "one", [(3, ["q_proj"])])), tmp_path / "b")
+    with pytest.raises(SwapError, match="the compiled code takes .* alone"):
+        adaptc.swap(runner, other)
 
 
 @pytest.mark.parametrize(
