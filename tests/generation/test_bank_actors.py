@@ -1,4 +1,4 @@
-"""Banks of what generates with aLoRA and Poly: prompts are invoked by their own adapter, and have tasks of their own."""
+"""Banks of what generates with aLoRA and Poly: a prompt is invoked by its own adapter, and has a task of its own."""
 
 from __future__ import annotations
 

@@ -253,7 +253,7 @@ def test_packages(adapters, tmp_path):
     assert_same(called(runner.base, tokens(2, 5)), called(model, tokens(2, 5)))
     assert adaptc.verify(runner, model).ok
     other = saved(peft_model("llama", experts("llama", tmp_path / "one", [(3, ["q_proj"])])), tmp_path / "b")
-    with pytest.raises(SwapError, match="the compiled code takes .* alone"):
+    with pytest.raises(SwapError, match="the compiled code takes"):
         adaptc.swap(runner, other)
 
 
