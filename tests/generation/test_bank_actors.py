@@ -1,4 +1,4 @@
-"""Banks of what generates with aLoRA and Poly: each prompt has its own adapter's tokens to invoke it, and its own task."""
+"""Banks of what generates with aLoRA and Poly: what invokes a prompt is its own adapter's tokens, its task its own."""
 
 from __future__ import annotations
 
