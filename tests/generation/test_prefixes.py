@@ -146,8 +146,6 @@ def test_room_and_refusals(tmp_path):
         gen.generate(ids, max_new_tokens=10, **GREEDY)
     with pytest.raises(MergeError, match="prefix_tuning"):
         adaptc.merge(gen)
-    with pytest.raises(AdaptcError, match="not supported in packages"):
-        adaptc.package(gen, tmp_path / "package.pt2")
     with pytest.raises(AdaptcError, match="inputs_embeds is not taken"):
         gen.generate(inputs_embeds=torch.zeros(1, 3, 24), attention_mask=torch.ones(1, 3), max_new_tokens=2)
     with pytest.raises((TargetError, ConfigError), match="PREFIX_TUNING"):
