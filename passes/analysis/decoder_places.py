@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.export.graph_signature import InputKind
 
 from adaptc.errors import TargetError
+from adaptc.passes.analysis.cache_inputs import first_of_cache
 from adaptc.passes.analysis.token_places import Lookup, exit_of, plain_id, read_by
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.ops import argument
@@ -27,11 +28,11 @@ _TRIED = (5, 7, 4, 6)
 
 
 def decoder_places(lifted: Lifted, method: ProgramMethod, lookup: Lookup) -> list[Place]:
-    """``lookup``: the encoder's. None of a program that has no decoder. Raises TargetError where the decoder's own
-    lookup is not found."""
+    """``lookup``: the encoder's. None of a program that has no decoder, or whose decoder goes on from a cache: what
+    generates does so without them, as in PEFT. Raises TargetError where the decoder's own lookup is not found."""
     ids, mask, labels = (lifted.nodes.get(n) if n in lifted.specs else None for n in (IDS, MASK, LABELS))
     given = labels if ids is None else ids
-    if given is None:
+    if given is None or first_of_cache(lifted) is not None:
         return []
     found = [
         n for n in lifted.graph.find_nodes(op="call_function", target=aten.embedding.default) if n is not lookup.node
