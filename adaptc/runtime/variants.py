@@ -30,6 +30,7 @@ from adaptc.passes.ir.modes import AUTOCAST_DEVICES
 from adaptc.passes.ir.pass_infra import GraphPass, PassManager, PassResult, Trail
 from adaptc.passes.lower.choose_products import Choice, ChooseProducts, Products
 from adaptc.passes.lower.pack_products import Make, PackProducts
+from adaptc.passes.optimize.add_in_place import AddInPlace
 from adaptc.passes.optimize.bind_calls import BindCalls
 from adaptc.passes.optimize.canonicalize import Canonicalize
 from adaptc.passes.optimize.fold_scales import FoldScales
@@ -246,7 +247,7 @@ class GraphVariants:
         split = SplitGraph(module, [*s.names, *names], {*s.base, *names}, s.slots, s.limit, s.compiled)
         run, trail = split.main, (*self.cleaned.trail, *trail, *split.trail)
         products = Products()
-        passes: list[GraphPass] = [] if s.compiled else [BindCalls()]
+        passes: list[GraphPass] = [] if s.compiled else [AddInPlace(), BindCalls()]
         if s.pack is not None:
             passes = [PackProducts({*s.base, *names}, s.pack), *passes]
         if s.choose is not None:

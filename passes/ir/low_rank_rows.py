@@ -5,14 +5,17 @@
 Before: ``x`` (rows * n, *, in) and ``y`` (rows * n, *, out), whose first axis has the ``n`` of each row in one stretch;
 ``A`` (count, rank, in), ``B`` (count, out, rank), ``scale`` (count,) or (), and ``c`` (rows, count). After: a new
 tensor of the dtype of ``y``. Two ways give it, equal up to rounding: one product with the factors of all adapters side
-by side, for stretches of few positions, and a product for each stretch and each adapter that it has, where rows of the
-base cost nothing and no row pays for another's adapter. The operator is for inference on any device; programs that are
-exported or trained have the same in plain operators.
+by side, for stretches of few positions, and products for the rows of each adapter, where rows of the base cost nothing
+and no row pays for another's adapter: one for each stretch of rows with the same, or, where most rows have another one
+than the row before, one batch of products for all rows after each other that have one adapter. The operator is for
+inference on any device; programs that are exported or trained have the same in plain operators. With an underscore it
+gives ``y`` itself, changed in place.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 from weakref import ref
 
@@ -25,6 +28,7 @@ SIDE_BY_SIDE = 16
 
 _LIBRARY = torch.library.Library("adaptc", "FRAGMENT")
 _LIBRARY.define("low_rank_rows(Tensor x, Tensor y, Tensor A, Tensor B, Tensor scale, Tensor c) -> Tensor")
+_LIBRARY.define("low_rank_rows_(Tensor x, Tensor(a!) y, Tensor A, Tensor B, Tensor scale, Tensor c) -> Tensor(a!)")
 
 
 def low_rank_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> Tensor:
@@ -52,25 +56,69 @@ def by_stretches(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: T
     """Products for the rows of each adapter alone."""
     wide = torch.promote_types(y.dtype, A.dtype)
     out = y.to(wide, copy=True) if wide != y.dtype else y.clone(memory_format=torch.contiguous_format)
+    _add_stretches(x, out, A, B, scale, c)
+    return out.to(y.dtype)
+
+
+def _add_stretches(x: Tensor, out: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> None:
+    """The same, added to a contiguous ``out`` of the wider dtype."""
+    rows = c.shape[0]
     x, flat = x.to(A.dtype).reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
-    positions = flat.shape[0] // c.shape[0] if c.shape[0] else 0
+    positions = flat.shape[0] // rows if rows else 0
     factors = _scales(scale)
-    for first, last, k, weight in _stretches(c):
-        rows = slice(first * positions, last * positions)
-        h = torch.mm(x[rows], A[k].t())
-        target = flat[rows]
+    stretches, runs = _read(c)
+    for first, adapters, weights in runs:
+        mixed = [w * factors[k % len(factors)] for k, w in zip(adapters, weights, strict=True)]
+        alike = all(w == mixed[0] for w in mixed)
+        if not alike and A.dtype.itemsize < 4:  # which would round the weights
+            stretches = [
+                *stretches,
+                *((first + i, first + i + 1, k, w) for i, (k, w) in enumerate(zip(adapters, weights))),
+            ]
+            continue
+        last = first + len(adapters)
+        h = torch.bmm(x[first * positions : last * positions].view(-1, positions, x.shape[-1]), _of(A, adapters).mT)
+        if not alike:
+            h.mul_(torch.tensor(mixed, dtype=h.dtype, device=h.device).view(-1, 1, 1))
+        alpha = mixed[0] if alike else 1.0
+        target, up = flat[first * positions : last * positions].view(-1, positions, flat.shape[-1]), _of(B, adapters).mT
+        if h.dtype == target.dtype:
+            target.baddbmm_(h, up, alpha=alpha)
+        else:
+            target.add_(torch.bmm(h, up), alpha=alpha)
+    for first, last, k, weight in stretches:
+        rows_of = slice(first * positions, last * positions)
+        h = torch.mm(x[rows_of], A[k].t())
+        target = flat[rows_of]
         if h.dtype == target.dtype:
             target.addmm_(h, B[k].t(), alpha=weight * factors[k % len(factors)])
         else:
             target.add_(torch.mm(h, B[k].t()), alpha=weight * factors[k % len(factors)])
-    return out.to(y.dtype)
+
+
+def _of(factors: Tensor, adapters: Sequence[int]) -> Tensor:
+    """Those of some adapters, without a copy where they lie one after the other."""
+    first = adapters[0]
+    if list(adapters) == list(range(first, first + len(adapters))):
+        return factors[first : first + len(adapters)]
+    return factors[list(adapters)]
+
+
+def _few(x: Tensor, c: Tensor) -> bool:
+    rows, width = c.shape[0], x.shape[-1]
+    positions = x.numel() // (rows * width) if rows and width else 0
+    return positions * c.shape[1] <= SIDE_BY_SIDE or c.device.type != "cpu"
 
 
 def _computed(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> Tensor:
-    rows, width = c.shape[0], x.shape[-1]
-    positions = x.numel() // (rows * width) if rows and width else 0
-    few = positions * c.shape[1] <= SIDE_BY_SIDE or c.device.type != "cpu"
-    return (side_by_side if few else by_stretches)(x, y, A, B, scale, c)
+    return (side_by_side if _few(x, c) else by_stretches)(x, y, A, B, scale, c)
+
+
+def _in_place(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> Tensor:
+    if _few(x, c) or y.dtype != torch.promote_types(y.dtype, A.dtype) or not y.is_contiguous():
+        return y.copy_(_computed(x, y, A, B, scale, c))
+    _add_stretches(x, y, A, B, scale, c)
+    return y
 
 
 def _fake(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> Tensor:
@@ -78,7 +126,15 @@ def _fake(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) 
 
 
 _LIBRARY.impl("low_rank_rows", _computed, "CompositeExplicitAutograd")
+_LIBRARY.impl("low_rank_rows_", _in_place, "CompositeExplicitAutograd")
 torch.library.register_fake("adaptc::low_rank_rows", _fake, lib=_LIBRARY)
+torch.library.register_fake("adaptc::low_rank_rows_", lambda x, y, A, B, scale, c: y, lib=_LIBRARY)
+
+
+#: (first row, row after the last, adapter, weight) of rows after each other with one weight of one adapter
+Stretches = list[tuple[int, int, int, float]]
+#: (first row, the adapter of each row from there, its weight): rows after each other that have one adapter each
+Runs = list[tuple[int, list[int], list[float]]]
 
 
 class _Kept(threading.local):
@@ -86,27 +142,47 @@ class _Kept(threading.local):
 
     def __init__(self) -> None:
         self.c: Any = None
-        self.stretches: list[tuple[int, int, int, float]] = []
+        self.found: tuple[Stretches, Runs] = [], []
         self.version = -1
 
 
 _KEPT = _Kept()
 
 
-def _stretches(c: Tensor) -> list[tuple[int, int, int, float]]:
-    """(first row, row after the last, adapter, weight) of rows after each other with one weight of one adapter."""
+def _read(c: Tensor) -> tuple[Stretches, Runs]:
+    """What is to be added, each row's adapters once in the one or the other."""
     if _KEPT.c is not None and _KEPT.c() is c and _KEPT.version == c._version:
-        return _KEPT.stretches
-    found: list[tuple[int, int, int, float]] = []
-    for k, column in enumerate(c.t().tolist()):
-        start = 0
-        for row in range(1, len(column) + 1):
-            if row == len(column) or column[row] != column[start]:
-                if column[start]:
-                    found.append((start, row, k, column[start]))
-                start = row
-    _KEPT.c, _KEPT.stretches, _KEPT.version = ref(c), found, c._version
+        return _KEPT.found
+    found = divided(c.tolist())
+    _KEPT.c, _KEPT.found, _KEPT.version = ref(c), found, c._version
     return found
+
+
+def divided(rows: Sequence[Sequence[float]]) -> tuple[Stretches, Runs]:
+    """Of the coefficients of each row."""
+    stretches: Stretches = []
+    for k in range(len(rows[0]) if rows else 0):
+        start = 0
+        for row in range(1, len(rows) + 1):
+            if row == len(rows) or rows[row][k] != rows[start][k]:
+                if rows[start][k]:
+                    stretches.append((start, row, k, rows[start][k]))
+                start = row
+    alone = sum(last - first == 1 for first, last, _, _ in stretches)
+    if 2 * alone <= len(stretches) or len(stretches) < 2:
+        return stretches, []
+    runs: Runs = []
+    owned = {i: k for i, row in enumerate(rows) if len(k := [j for j, w in enumerate(row) if w]) == 1}
+    for i in sorted(owned):
+        (k,) = owned[i]
+        if not runs or runs[-1][0] + len(runs[-1][1]) != i:
+            runs.append((i, [], []))
+        runs[-1][1].append(k)
+        runs[-1][2].append(rows[i][k])
+    runs = [run for run in runs if len(run[1]) > 1]
+    inside = {i for first, adapters, _ in runs for i in range(first, first + len(adapters))}
+    rest = [(i, i + 1, k, w) for i, row in enumerate(rows) if i not in inside for k, w in enumerate(row) if w]
+    return rest, runs
 
 
 def _scales(scale: Tensor) -> list[float]:

@@ -7,9 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptc.passes.ir.low_rank_rows import by_stretches, low_rank_rows, side_by_side
+from adaptc.passes.ir.low_rank_rows import by_stretches, divided, low_rank_rows, side_by_side
 
-WAYS = [side_by_side, by_stretches, low_rank_rows]
+
+def in_place(x, y, A, B, scale, c):
+    given = y.clone()
+    out = torch.ops.adaptc.low_rank_rows_(x, given, A, B, scale, c)
+    assert out.data_ptr() == given.data_ptr()
+    return out
+
+
+WAYS = [side_by_side, by_stretches, low_rank_rows, in_place]
 
 
 def case(rows: int, positions: int, count: int, rank: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -51,3 +59,40 @@ def test_nothing_is_written_to_what_it_reads(way):
     before = [t.clone() for t in tensors]
     way(*tensors)
     assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(st.sampled_from([0.0, 0.0, 0.0, 1.0, -0.5]), min_size=4, max_size=4), max_size=9))
+def test_each_row_has_its_adapters_once(rows):
+    stretches, runs = divided(rows)
+    found = [(i, k, w) for first, last, k, w in stretches for i in range(first, last)]
+    for first, adapters, weights in runs:
+        assert len(adapters) > 1
+        found += [(first + i, k, w) for i, (k, w) in enumerate(zip(adapters, weights, strict=True))]
+    assert sorted(found) == [(i, k, w) for i, row in enumerate(rows) for k, w in enumerate(row) if w]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("adapters", "weights"),
+    [
+        ((0, 1, 2, None), (1.0, 1.0, 1.0)),
+        ((2, 0, None, 1, 0), (0.5, -1.0, 1.5, 0.25)),
+        ((3, None, 1, 3, 2, 0, None, None, 1), (1.0,) * 6),
+    ],
+)
+def test_a_batch_of_products_for_rows_of_one_adapter_each(adapters, weights, dtype):
+    c = torch.zeros(len(adapters), 4)
+    for i, w in zip([i for i, k in enumerate(adapters) if k is not None], weights, strict=True):
+        c[i, adapters[i]] = w
+    assert len(divided(c.tolist())[1]) > 0
+    tensors = [t.to(dtype) for t in case(len(adapters), 11, 4, 3, seed=4)[:5]]
+    x, y, A, B, scale = tensors
+    each = torch.einsum("rpi,kji,koj->krpo", *(t.double() for t in (x, A, B)))
+    expected = y.double() + torch.einsum("rk,k,krpo->rpo", c.double(), scale.double(), each)
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2}[dtype]
+    for way in (by_stretches, in_place):
+        found = way(x, y, A, B, scale, c)
+        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+        nothing = [i for i, k in enumerate(adapters) if k is None]
+        assert torch.equal(found[nothing], y[nothing])

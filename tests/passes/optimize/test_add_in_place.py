@@ -1,0 +1,55 @@
+"""Sums of rows are in place where nobody else reads what they are added to, and nowhere else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from adaptc.passes.ir.lifted import copy_graph
+from adaptc.passes.ir.low_rank_rows import low_rank_rows
+from adaptc.passes.optimize.add_in_place import AddInPlace
+
+linear, ours = torch.ops.aten.linear.default, torch.ops.adaptc
+
+
+def alone(x: Tensor, w: Tensor, *rest: Tensor) -> Any:
+    return low_rank_rows(x, linear(x, w), *rest)
+
+
+def twice(x: Tensor, w: Tensor, *rest: Tensor) -> Any:
+    return low_rank_rows(x, low_rank_rows(x, linear(x, w), *rest), *rest)
+
+
+def read_again(x: Tensor, w: Tensor, *rest: Tensor) -> Any:
+    y = linear(x, w)
+    return low_rank_rows(x, y, *rest), y
+
+
+def a_view(x: Tensor, w: Tensor, *rest: Tensor) -> Any:
+    return low_rank_rows(x, torch.ops.aten.view.default(x, [3, 11, 7]), *rest)
+
+
+def an_input(x: Tensor, w: Tensor, *rest: Tensor) -> Any:
+    return low_rank_rows(x, x, *rest)
+
+
+@pytest.mark.parametrize(
+    ("function", "count", "width"), [(alone, 1, 5), (twice, 2, 5), (read_again, 0, 5), (a_view, 0, 7), (an_input, 0, 7)]
+)
+def test_where_it_fires(function: Any, count: int, width: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, w, A, B = (torch.randn(*s, generator=g) for s in ((3, 11, 7), (5, 7), (2, 4, 7), (2, width, 4)))
+    inputs = (x, w, A, B, torch.tensor([0.5, 1.5]), torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 2.0]]))
+    module = make_fx(function, pre_dispatch=True)(*inputs)
+    before = [t.clone() for t in inputs]
+    expected = module(*inputs)
+    result = AddInPlace()(copy_graph(module.graph))
+    assert result.count == count
+    assert sum(n.target is ours.low_rank_rows_.default for n in result.output.nodes) == count
+    found = fx.GraphModule(module, result.output)(*inputs)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert all(torch.equal(t, b) for t, b in zip(inputs, before, strict=True))
