@@ -71,10 +71,8 @@ def _add_stretches(x: Tensor, out: Tensor, A: Tensor, B: Tensor, scale: Tensor, 
         mixed = [w * factors[k % len(factors)] for k, w in zip(adapters, weights, strict=True)]
         alike = all(w == mixed[0] for w in mixed)
         if not alike and A.dtype.itemsize < 4:  # which would round the weights
-            stretches = [
-                *stretches,
-                *((first + i, first + i + 1, k, w) for i, (k, w) in enumerate(zip(adapters, weights))),
-            ]
+            own = enumerate(zip(adapters, weights, strict=True), first)
+            stretches = [*stretches, *((i, i + 1, k, w) for i, (k, w) in own)]
             continue
         last = first + len(adapters)
         h = torch.bmm(x[first * positions : last * positions].view(-1, positions, x.shape[-1]), _of(A, adapters).mT)
