@@ -46,7 +46,7 @@ $(VENV)/.demo.stamp: pyproject.toml Makefile | $(BIN)/python
 test: lint
 	$(RUN_ENV) $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
-test-long: lint
+test-long: $(VENV)/.test.stamp
 	$(RUN_ENV) $(BIN)/python -m pytest --long -n $(WORKERS) $(PYTEST_ARGS)
 
 test-all: lint

@@ -220,8 +220,11 @@ def test_rows_without_a_label_are_left_out_where_asked(autocast: bool) -> None:
         both[rows] = (loss, logits, [p.grad for p in module.parameters() if p.grad is not None])
     kept = (labels_of(x) > 4).reshape(5, 3, 1)
     assert 0 < kept.sum() < 15
-    torch.testing.assert_close(both["labelled"][1], both["all"][1] * kept, rtol=0, atol=0)
-    torch.testing.assert_close(both["labelled"][0], both["all"][0], rtol=1e-6, atol=0)
+    assert not both["labelled"][1].masked_select(~kept).any()
+    # A library may sum in another order for fewer rows, as MKL does on some processors.
+    rounding = {"rtol": 2**-7, "atol": 2**-7} if autocast else {"rtol": 1e-6, "atol": 4e-6}
+    torch.testing.assert_close(both["labelled"][1], both["all"][1] * kept, **rounding)
+    torch.testing.assert_close(both["labelled"][0], both["all"][0], rtol=2**-7 if autocast else 1e-6, atol=0)
     torch.testing.assert_close(both["labelled"][2], both["all"][2], rtol=1e-5, atol=1e-5)
 
 
