@@ -23,7 +23,7 @@ from transformers import (
 
 import adaptc
 from adaptc import AdaptionPromptConfig, LoraConfig
-from tests.support.extra_tokens import apart, by_head, extra_tokens, one_behind_the_other
+from tests.support.extra_tokens import apart, by_head, drawn, extra_tokens, one_behind_the_other
 from tests.support.families import FAMILIES, VOCAB, perturb
 from tests.support.method_checks import FILE, quiet, short, sound
 
@@ -189,12 +189,7 @@ def test_any_model_by_the_formula(name: str) -> None:
     family = FAMILIES[name]
     model = family.build()
     program = adaptc.compile(model, AdaptionPromptConfig(**OPTIONS), example_inputs=family.inputs(2, 6))
-    torch.manual_seed(4)
-    slots = {}
-    with torch.no_grad():
-        for a in program.adaptation.attachments:
-            prompt, gate = (program.binding.values[a.slots[n]] for n in ("adaption_prompt", "adaption_gate"))
-            slots[a.key] = prompt.copy_(torch.randn_like(prompt)), gate.copy_(torch.randn_like(gate))
+    slots = drawn(program)
     inputs = family.inputs(3, 9)
     with extra_tokens(model, slots, MADE[name]):
         expected = logits(model, inputs)

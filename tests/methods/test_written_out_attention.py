@@ -1,9 +1,8 @@
-"""Prefixes and adaption prompts in attention that is written out: next to PEFT, and to PyTorch's own attention."""
+"""Prefixes in attention that is written out: next to PEFT, and to PyTorch's own attention."""
 
 from __future__ import annotations
 
 import copy
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import adaptc
-from adaptc import AdaptionPromptConfig, CartridgeConfig, LoraConfig, PrefixTuningConfig
-from adaptc.errors import TargetError
-from tests.support.extra_tokens import apart, by_head, extra_tokens
-from tests.support.families import FAMILIES, VOCAB, perturb
-from tests.support.oracle import Oracle, assert_differs, assert_same, file_tensors, gradients, quiet
+from adaptc import AdaptionPromptConfig, CartridgeConfig, PrefixTuningConfig
+from tests.support.families import FAMILIES, perturb
+from tests.support.oracle import Oracle, assert_differs, assert_same, file_tensors, gradients, quiet, same_gradients
 from tests.support.prompts import SAID, called, labels, text
+from tests.support.written_out import attended, base, written_out
 
 #: grouped queries, one layer for all three, normed queries, a cap, softmax in float32, heads and batches on one axis,
 #: masks by ``where``
@@ -29,30 +27,9 @@ NAMES = ["llama", "gpt2", "qwen3", "gemma2", "gpt_neox", "bloom", "gpt_neo"]
 BOTH = ["llama", "gpt2", "qwen3", "gpt_neox"]
 
 
-def written_out(name: str) -> Any:
-    model = FAMILIES[name].build()
-    model.set_attn_implementation("eager")
-    return model
-
-
-@cache
-def base(name: str) -> adaptc.AdaptedProgram:
-    model, example = written_out(name), FAMILIES[name].inputs(2, 6)
-    found = adaptc.compile(model, LoraConfig(r=2, target_modules="all-linear"), example_inputs=example)
-    program = adaptc.unload(found)
-    assert not program.graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default)
-    return program
-
-
 def prefix(name: str, path: Path, cls: str = "PrefixTuningConfig", seed: int = 0, **config: Any) -> Oracle:
     config = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 5, **config}
     return Oracle.of(name, getattr(peft, cls)(**config), path, model=written_out(name), seed=seed)
-
-
-def attended(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Logits of tokens that count: with a window, one that is padding may see nothing at all, and is anything."""
-    logits = called(model, inputs).logits
-    return {"logits": logits[inputs["attention_mask"].bool()] if "attention_mask" in inputs else logits}
 
 
 @pytest.mark.few(7)
@@ -84,9 +61,7 @@ def test_training(name: str, tmp_path: Path) -> None:
         got, want = module(**inputs), oracle.model(**inputs)
     torch.testing.assert_close(got.loss, want.loss)
     ours, theirs = gradients(module, got), gradients(oracle.model, want)
-    assert sorted(ours) == sorted(theirs)
-    for key, value in theirs.items():
-        torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
+    same_gradients(ours, theirs)
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -232,203 +207,3 @@ class behind_a_cache:
             return usual(x, None if mask is None else nn.functional.pad(mask, (self.count, 0)), **options)
 
         return forward
-
-
-# -- adaption prompts --------------------------------------------------------------------------------------------------
-
-OPTIONS = {"adapter_len": 5, "adapter_layers": 2}
-
-
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
-def test_adaption_prompts_are_those_of_peft(name: str, tmp_path: Path) -> None:
-    settings = copy.deepcopy(FAMILIES[name].build().config)
-    settings.head_dim = None if name == "gpt2" else 6  # PEFT's are as wide together as the model
-    torch.manual_seed(4)
-    model = type(FAMILIES[name].build())(settings).eval()
-    model.set_attn_implementation("eager")
-    with quiet(*SAID):
-        config = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", **OPTIONS)
-        theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for p in theirs.parameters():
-            if p.requires_grad:
-                p.copy_(torch.randn_like(p) * 0.7)
-    theirs.save_pretrained(str(tmp_path))
-    program = adaptc.compile(model, tmp_path, training=True)
-    for padding in ("left", None):
-        inputs = text(3, 7, padding)
-        assert_same({"logits": called(program, inputs).logits}, {"logits": called(theirs, inputs).logits})
-        assert_differs({"logits": called(theirs, inputs).logits}, {"logits": called(model, inputs).logits})
-    module = program.module().eval()
-    grads = []
-    for m in (module, theirs):
-        (m(**text(3, 7)).logits * torch.linspace(-1, 2, VOCAB)).sum().backward()
-        grads.append([p.grad for p in m.parameters() if p.requires_grad])
-    for ours, wanted in zip(*(sorted(g, key=lambda t: tuple(t.shape)) for g in grads), strict=True):
-        assert ours.shape == wanted.shape
-    total = [sum(float((g * g).sum()) for g in found) for found in grads]
-    assert abs(total[0] - total[1]) < 1e-4 * total[1]
-
-
-@pytest.mark.parametrize("name", ["gemma2", "qwen3", "gpt_neox"])
-def test_adaption_prompts_by_the_formula(name: str, tmp_path: Path) -> None:
-    """What the model makes of scores before it adds a mask is made of those of the tokens, too: Gemma 2 caps them."""
-    model, program = written_out(name), adaptc.compile(base(name), AdaptionPromptConfig(**OPTIONS))
-    if name == "gemma2":  # so that the cap acts
-        for module in model.modules():
-            if hasattr(module, "attn_logit_softcapping"):
-                module.attn_logit_softcapping = 2.0
-        program = adaptc.compile(model, AdaptionPromptConfig(**OPTIONS))
-    torch.manual_seed(4)
-    slots = {}
-    with torch.no_grad():
-        for a in program.adaptation.attachments:
-            prompt, gate = (program.binding.values[a.slots[n]] for n in ("adaption_prompt", "adaption_gate"))
-            slots[a.key] = prompt.copy_(torch.randn_like(prompt)), gate.copy_(torch.randn_like(gate))
-    inputs = text(3, 9, "left")
-    made = by_head("query_key_value") if name == "gpt_neox" else apart
-    with extra_tokens(model, slots, made, written_out=True):
-        expected = called(model, inputs).logits
-    assert_same({"logits": called(program, inputs).logits}, {"logits": expected})
-    assert_differs({"logits": expected}, {"logits": called(model, inputs).logits})
-    loaded = adaptc.load(adaptc.save(program, tmp_path / "program.pt2"))
-    assert_same({"logits": called(loaded, inputs).logits}, {"logits": expected})
-    short = {f: t[:, :2] if t.ndim == 3 else t for f, t in program.binding.values.items()}
-    with adaptc.assert_no_recompiles():
-        adaptc.swap(program, {f.replace(".default", ""): t for f, t in short.items()})
-    with extra_tokens(model, {k: (p[:, :2], g) for k, (p, g) in slots.items()}, made, written_out=True):
-        assert_same({"logits": called(program, inputs).logits}, {"logits": called(model, inputs).logits})
-    assert_same(attended(adaptc.unload(program), inputs), attended(model, inputs))
-
-
-# -- forms -------------------------------------------------------------------------------------------------------------
-
-HEADS, WIDTH = 3, 4
-
-
-def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    return (q @ k.transpose(2, 3) / 2 + mask).softmax(-1) @ v
-
-
-def chosen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    scores = torch.where(mask < 0, -1e9, (q * 0.5) @ k.transpose(-1, -2))
-    return torch.softmax(scores, 3, dtype=torch.float64).to(v.dtype) @ v
-
-
-def filled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    scores = torch.matmul(q, k.permute(0, 1, 3, 2)).mul_(0.5).masked_fill(mask < 0, -1e9)
-    return torch.matmul(scores.softmax(-1), v)
-
-
-def one_axis(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    b, h, length, w = q.shape
-    q, k, v = (t.reshape(b * h, -1, w) for t in (q, k, v))
-    bias = mask.expand(b, h, length, length).reshape(b * h, length, length)
-    scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=0.5)
-    return torch.bmm(scores.view(b, h, length, length).softmax(-1).view(b * h, length, length), v).view(b, h, length, w)
-
-
-def turned_before(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    b, h, length, w = q.shape
-    keys = k.transpose(2, 3).reshape(b * h, w, length)
-    scores = torch.bmm(q.reshape(b * h, length, w), keys).view(b, h, length, length) * 0.5 + mask
-    return torch.bmm(scores.softmax(-1).reshape(b * h, length, length), v.reshape(b * h, length, w)).view(q.shape)
-
-
-def sunk(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """One more score that stands for nothing."""
-    scores = q @ k.mT * 0.5 + mask
-    sink = torch.full((1, 1, 1, 1), 0.3).expand(*scores.shape[:3], 1)
-    return torch.cat([scores, sink], -1).softmax(-1)[..., :-1] @ v
-
-
-class Written(nn.Module):
-    """An attention of tokens without a mask of the caller's; ``front``: keys and values (heads, count, width)."""
-
-    def __init__(self, attend: Any) -> None:
-        super().__init__()
-        self.attend, inner = attend, HEADS * WIDTH
-        self.table, self.mix = nn.Embedding(31, 10), nn.Linear(10, 3 * inner)
-        self.o, self.out = nn.Linear(inner, 10), nn.Linear(10, 7)
-
-    def forward(self, ids: Tensor, front: Any = None) -> Tensor:
-        b, length = ids.shape
-        q, k, v = (t.view(b, length, HEADS, WIDTH).transpose(1, 2) for t in self.mix(self.table(ids)).chunk(3, -1))
-        there = torch.arange(length)
-        mask = torch.where(there[:, None] < there[None, :], -1e9, 0.0)[None, None]
-        if front is not None:
-            k, v = (torch.cat([f.expand(b, -1, -1, -1), t], 2) for f, t in zip(front, (k, v), strict=True))
-            mask = nn.functional.pad(mask, (front[0].shape[1], 0))
-        y = self.attend(q, k, v, mask)
-        return self.out(self.o(y.transpose(1, 2).reshape(b, length, HEADS * WIDTH)))
-
-
-@pytest.mark.parametrize("attend", [plain, chosen, filled, one_axis, turned_before, sunk])
-def test_forms(attend: Any) -> None:
-    torch.manual_seed(0)
-    model, ids = Written(attend).eval(), torch.arange(15).reshape(3, 5)
-    program = adaptc.compile(model, PrefixTuningConfig(num_virtual_tokens=4), example_inputs=(ids,))
-    by_hand = Written(sunk if attend is sunk else plain).eval()
-    by_hand.load_state_dict(model.state_dict())
-    for count in (7, 1, 4):
-        rows = torch.randn(count, 2 * HEADS * WIDTH)
-        adaptc.swap(program, {"prompt_embeddings": rows})
-        front = rows.view(count, 2, HEADS, WIDTH).permute(1, 2, 0, 3)
-        with torch.no_grad():
-            expected = by_hand(ids[:2], front)
-            torch.testing.assert_close(program(ids[:2]), expected)
-            assert float((expected - model(ids[:2])).abs().max()) > 1e-2
-    torch.testing.assert_close(program.bind(None)(ids), model(ids))
-    torch.testing.assert_close(adaptc.unload(program)(ids), model(ids))
-    if attend in (filled, chosen, one_axis):
-        adaption(model, by_hand, ids)
-
-
-def adaption(model: nn.Module, by_hand: Any, ids: Tensor) -> None:
-    program = adaptc.compile(model, AdaptionPromptConfig(adapter_len=3, adapter_layers=1), example_inputs=(ids,))
-    slots = {n: program.binding.values[f] for n, f in program.adaptation.attachments[0].slots.items()}
-    with torch.no_grad():
-        for t in slots.values():
-            t.copy_(torch.randn_like(t))
-        made = by_hand.mix(slots["adaption_prompt"][0]).view(3, 3, HEADS, WIDTH).permute(1, 2, 0, 3)
-        gate = slots["adaption_gate"]
-        usual = by_hand.attend
-        by_hand.attend = lambda q, k, v, m: usual(q, k, v, m) + gate * ((q @ made[1].mT / 2).softmax(-1) @ made[2])
-        torch.testing.assert_close(program(ids[:2]), by_hand(ids[:2]))
-    by_hand.attend = usual
-
-
-def two_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    return (q @ k.mT + (q * 2) @ (k + 1).mT + mask).softmax(-1) @ v
-
-
-def other_axis(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    return (q @ k.mT + mask).softmax(-2) @ v
-
-
-def turned_chances(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    return (v.mT @ (q @ k.mT + mask).softmax(-1).mT).mT
-
-
-@pytest.mark.parametrize(
-    ("attend", "message"),
-    [
-        (two_products, r"nearest is 'softmax': its scores are made of 2 products, 'matmul"),
-        (other_axis, "nearest is 'softmax': it is not along the last axis"),
-        (turned_chances, "nearest is 'softmax': its chances are the second factor of 'matmul_1'"),
-    ],
-)
-@pytest.mark.parametrize("config", [PrefixTuningConfig(num_virtual_tokens=4), AdaptionPromptConfig(**OPTIONS)])
-def test_what_is_not_understood_is_named(attend: Any, message: str, config: Any) -> None:
-    with pytest.raises(TargetError, match=f"looked for scaled_dot_product_attention, and for a softmax.*{message}"):
-        adaptc.compile(Written(attend).eval(), config, example_inputs=(torch.arange(15).reshape(3, 5),))
-
-
-def test_scores_that_other_tokens_have_not() -> None:
-    def weighed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        return ((q @ k.mT + mask) * torch.arange(1, k.shape[2] + 1)).softmax(-1) @ v
-
-    ids = torch.arange(15).reshape(3, 5)
-    with pytest.raises(TargetError, match=r"'mul' = aten.mul.Tensor changes the scores of 'matmul_1'"):
-        adaptc.compile(Written(weighed), AdaptionPromptConfig(adapter_len=3, adapter_layers=1), example_inputs=(ids,))

@@ -45,6 +45,17 @@ def by_head(name: str) -> Made:
     return made
 
 
+def drawn(program: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Random values for the adaption prompts of a program, which it has from then on, by their module."""
+    torch.manual_seed(4)
+    slots = {}
+    with torch.no_grad():
+        for a in program.adaptation.attachments:
+            prompt, gate = (program.binding.values[a.slots[n]] for n in ("adaption_prompt", "adaption_gate"))
+            slots[a.key] = prompt.copy_(torch.randn_like(prompt)), gate.copy_(torch.randn_like(gate))
+    return slots
+
+
 @contextlib.contextmanager
 def extra_tokens(
     model: nn.Module, slots: Mapping[str, tuple[Tensor, Tensor]], made: Made = apart, written_out: bool = False

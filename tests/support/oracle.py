@@ -156,6 +156,13 @@ def gradients(module: nn.Module, out: Any) -> dict[str, Tensor]:
     return found  # type: ignore[return-value]
 
 
+def same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """By file key, of the same parameters: sums in another order, whose rounding goes with the largest of a tensor."""
+    assert sorted(ours) == sorted(theirs)
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
+
+
 def file_tensors(directory: Path) -> dict[str, Tensor]:
     return load_file(directory / "adapter_model.safetensors")
 
