@@ -18,24 +18,27 @@ LAYOUTS = st.sampled_from(["contiguous", "wider", "transposed", "strided"])
 SCALES = st.sampled_from([0.5, 2.0, -1.0, 1.0, 0.0, 0.3])
 
 
-def matrix(rows: int, cols: int, dtype: torch.dtype, layout: str = "contiguous", seed: int = 0) -> Tensor:
+def matrix(
+    rows: int, cols: int, dtype: torch.dtype, layout: str = "contiguous", seed: int = 0, between: float = torch.nan
+) -> Tensor:
     """Normal values, in memory as ``layout`` says; what lies between them is NaN, which shows where it is read."""
-    return _laid_out(torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed)).to(dtype), layout)
+    values = torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return _laid_out(values, layout, between)
 
 
 def whole(rows: int, cols: int, dtype: torch.dtype, layout: str = "contiguous", seed: int = 0) -> Tensor:
     """Whole numbers from -3 to 3: sums of their products are exact in float32, in whatever order."""
     values = torch.randint(-3, 4, (rows, cols), generator=torch.Generator().manual_seed(seed))
-    return _laid_out(values.to(dtype), layout)
+    return _laid_out(values.to(dtype), layout, torch.nan)
 
 
-def _laid_out(values: Tensor, layout: str) -> Tensor:
+def _laid_out(values: Tensor, layout: str, between: float) -> Tensor:
     rows, cols = values.shape
     room = {
         "contiguous": lambda: values.clone(),
-        "wider": lambda: values.new_full((rows, cols + 5), torch.nan)[:, 2 : cols + 2],
-        "transposed": lambda: values.new_full((cols, rows + 3), torch.nan)[:, 3:].T,
-        "strided": lambda: values.new_full((2 * rows, 3 * cols), torch.nan)[::2, ::3],
+        "wider": lambda: values.new_full((rows, cols + 5), between)[:, 2 : cols + 2],
+        "transposed": lambda: values.new_full((cols, rows + 3), between)[:, 3:].T,
+        "strided": lambda: values.new_full((2 * rows, 3 * cols), between)[::2, ::3],
     }[layout]()
     return room.copy_(values)
 
