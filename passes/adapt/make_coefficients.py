@@ -27,7 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from adaptc.errors import MethodError, TargetError, listing
 from adaptc.passes.adapt.first_pass import adapted, computed_before, own_cache
-from adaptc.passes.analysis.last_hidden import last_hidden
+from adaptc.passes.analysis.last_hidden import hidden_widths, last_hidden
 from adaptc.passes.analysis.row_axes import input_with_rows
 from adaptc.passes.analysis.token_axes import why_not_along
 from adaptc.passes.analysis.token_places import lookups
@@ -41,6 +41,10 @@ from adaptc.passes.ir.program_method import ProgramMethod
 from adaptc.passes.ir.propagate import propagate
 from adaptc.passes.ir.regions import COEFFICIENT, FIRST_PASS, added_inputs, site_op
 from adaptc.passes.ir.trace import inline, trace
+
+_NO_HIDDEN = (
+    ": hidden_size must be that of the model, and the model one that gives logits, or hidden states, for its tokens"
+)
 
 
 @dataclass
@@ -162,10 +166,11 @@ class Coefficients:
             return self.made[key]
         found = last_hidden(self.lifted, ids, first.width)
         if found is None:
+            widths = " or ".join(map(str, hidden_widths(self.lifted, ids)[:1]))
             raise TargetError(
                 f"{a.method.name} is weighed by the last hidden state of the program, and its head reads none that is "
-                f"(batch, length, {first.width}), nor does it give one: hidden_size must be that of the model, and the "
-                "model one that gives logits, or hidden states, for its tokens"
+                f"(batch, length, {first.width}), nor does it give one"
+                + (f"; it reads one of {widths} values: give hidden_size={widths}" if widths else _NO_HIDDEN)
             )
         tags, begin = _tags(a, name, ids), next(n for n in self.lifted.graph.nodes if n.op != "placeholder")
         caches = own_cache(self.lifted)

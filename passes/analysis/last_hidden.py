@@ -39,16 +39,25 @@ _THROUGH = (
 def last_hidden(lifted: Lifted, ids: fx.Node, width: int) -> fx.Node | None:
     """The node with the hidden state (batch, length, width) of the tokens ``ids`` (batch, length), the one that comes
     last before the head; None where there is none."""
-    bare: fx.Node | None = None
+    return next((n for n in _candidates(lifted, ids) if n.meta["val"].shape[2] == width), None)
+
+
+def hidden_widths(lifted: Lifted, ids: fx.Node) -> list[int]:
+    """The widths for which there is a last hidden state of ``ids``, the one that the head reads first."""
+    widths = [n.meta["val"].shape[2] for n in _candidates(lifted, ids)]
+    return [w for w in dict.fromkeys(widths) if isinstance(w, int)]
+
+
+def _candidates(lifted: Lifted, ids: fx.Node) -> Iterator[fx.Node]:
+    """What may be the last hidden state of ``ids``: what a head reads, and then what is given."""
+    bare: list[fx.Node] = []
     for output in _outputs(lifted):
         for node in _behind(output):
             if node.op == "call_function" and node.target in TABLE:
-                found = next((n for n in _behind(argument(node, TABLE[node.target][1])) if _is(n, ids, width)), None)
-                if found is not None:
-                    return found
-            elif bare is None and _is(node, ids, width):
-                bare = node
-    return bare
+                yield from (n for n in _behind(argument(node, TABLE[node.target][1])) if _is(n, ids))
+            elif _is(node, ids):
+                bare.append(node)
+    yield from bare
 
 
 def _outputs(lifted: Lifted) -> Iterator[fx.Node]:
@@ -69,8 +78,8 @@ def _behind(node: fx.Node) -> Iterator[fx.Node]:
         node = inputs[0]
 
 
-def _is(node: fx.Node, ids: fx.Node, width: int) -> bool:
+def _is(node: fx.Node, ids: fx.Node) -> bool:
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.ndim != 3 or node.op != "call_function":
         return False
-    return sizes_of(value) == [*sizes_of(ids.meta["val"]), width] and value.is_floating_point()
+    return sizes_of(value)[:2] == sizes_of(ids.meta["val"]) and value.is_floating_point()

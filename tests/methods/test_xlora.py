@@ -88,6 +88,17 @@ def test_outputs(name, options, adapters, tmp_path):
     assert len(bare.graph.nodes) == len(base(name).graph.nodes)
 
 
+def test_a_head_that_reads_less_than_the_layers_give(adapters, tmp_path):
+    """OPT projects the last hidden state before its head; PEFT's classifier is given what the head is."""
+    wrapped = peft_model("opt", adapters("opt"))
+    program = adaptc.compile(base("opt"), saved(wrapped, tmp_path))
+    ids = tokens(3, 7)
+    assert_same(called(program, ids), called(wrapped, ids), 2e-5)  # sums in another order, of large weights
+    assert_differs(called(program, ids), called(FAMILIES["opt"].build(), ids))
+    with pytest.raises(TargetError, match="give hidden_size=20"):
+        adaptc.compile(base("opt"), config_of("opt", adapters("opt")).replace(hidden_size=24))
+
+
 @given(st.data())
 @settings(deadline=None)
 def test_what_experts_count(data):
@@ -271,7 +282,7 @@ def test_packages(adapters, tmp_path):
         ({"target_modules": ["q_proj"]}, "the experts say which layers are adapted"),
         ({"layers_to_transform": [1]}, "the experts say which layers are adapted"),
         ({"modules_to_save": ["lm_head"]}, "X-LoRA trains its classifier"),
-        ({"hidden_size": 23}, r"reads none that is \(batch, length, 23\)"),
+        ({"hidden_size": 23}, r"reads none that is \(batch, length, 23\).*reads one of 24 values: give hidden_size=24"),
     ],
 )
 def test_configs(options, message, adapters):

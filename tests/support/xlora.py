@@ -30,6 +30,7 @@ EXPERTS: Mapping[str, Sequence[tuple[int, list[str]]]] = {
     "mamba": ((3, ["in_proj"]), (2, ["in_proj", "x_proj"])),
     "mistral": ((2, ["q_proj", "down_proj"]), (3, ["v_proj", "o_proj"])),
     "gemma3_text": ((3, ["k_proj", "v_proj"]), (1, ["up_proj", "q_proj"]), (2, ["o_proj"])),
+    "opt": ((3, ["q_proj", "k_proj"]), (2, ["v_proj", "out_proj"])),
 }
 OTHERS: Mapping[str, Sequence[tuple[int, list[str]]]] = {
     "llama": ((1, ["q_proj", "v_proj"]), (4, ["down_proj"]), (6, ["o_proj"]), (2, ["embed_tokens", "q_proj"])),
@@ -48,7 +49,9 @@ def build(name: str) -> Any:
 
 
 def width(name: str) -> int:
-    return build(name).config.hidden_size
+    """Of what the head reads, which some models project the last hidden state to."""
+    config = build(name).config
+    return getattr(config, "word_embed_proj_dim", config.hidden_size)
 
 
 def experts(name: str, path: Path, specs: Sequence[tuple[int, list[str]]] = (), **options: Any) -> dict[str, str]:
