@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import adaptc
 from adaptc.adapters.of_program import as_object
 from tests.support.combining import IDS, TARGETS, Net, changes, loaded, net, peft_model, saved
-from tests.support.method_checks import adapter_parameters
+from tests.support.subject import adapter_parameters
 
 KINDS = ["up", "mix", "turned", "down"]
 

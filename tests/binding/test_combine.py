@@ -14,7 +14,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 import adaptc
-from tests.support.method_checks import adapter_parameters, close, sound
+from tests.support.subject import adapter_parameters, close, sound
 
 
 class Net(nn.Module):

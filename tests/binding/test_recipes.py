@@ -22,8 +22,8 @@ from adaptc.errors import CheckpointError, SwapError
 from adaptc.peft_files import layouts as _layouts
 from adaptc.peft_files.snapshot import Opened
 from tests.support.custom_models import UpDown
-from tests.support.method_checks import FILE, randomized, subject
 from tests.support.method_table import ENTRIES
+from tests.support.subject import FILE, randomized, subject
 
 LONG = "adaptc.binding.source.bind"
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import adaptc
-from tests.support.method_checks import quiet, sound
 from tests.support.method_table import BY_NAME
+from tests.support.subject import quiet, sound
 
 #: defined by lengths, orders, real transforms and rotations
 REAL = ("dora", "oft", "boft", "hra", "vblora", "fourierft", "waveft", "c3a")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations as parametrized
 
 import adaptc
-from tests.support.method_checks import FILE, quiet
+from tests.support.subject import FILE, quiet
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning"),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import adaptc
-from tests.support.method_checks import FILE, close, loss, quiet
+from tests.support.subject import FILE, close, loss, quiet
 
 ROWS, WIDTH, OUT = 11, 7, 5
 EVERY = torch.randperm(ROWS, generator=torch.Generator().manual_seed(3)).reshape(1, ROWS)

@@ -25,7 +25,7 @@ import adaptc
 from adaptc import AdaptionPromptConfig, LoraConfig
 from tests.support.extra_tokens import apart, by_head, drawn, extra_tokens, one_behind_the_other
 from tests.support.families import FAMILIES, VOCAB, perturb
-from tests.support.method_checks import FILE, quiet, short, sound
+from tests.support.subject import FILE, quiet, short, sound
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,

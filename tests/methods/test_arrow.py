@@ -24,8 +24,8 @@ from adaptc.methods.arrow import Arrow, top_right_singular_vector
 from adaptc.passes.ir.ops import Op
 from tests.support.arrow import lora, lora_of, peft_model, peft_rule, targets
 from tests.support.families import FAMILIES
-from tests.support.method_checks import sound
 from tests.support.oracle import SAID, assert_differs, assert_same, base, file_tensors, quiet, run
+from tests.support.subject import sound
 
 NAMES = ["llama", "gpt2"]
 LINEAR = Op("linear", (5, 7), torch.ops.aten.linear.default, ())

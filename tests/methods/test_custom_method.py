@@ -19,8 +19,9 @@ from torch import nn
 import adaptc
 from adaptc.methods import _registry
 from tests.support.custom_models import One
-from tests.support.method_checks import CHECKS, Subject
+from tests.support.method_checks import CHECKS
 from tests.support.method_table import Entry
+from tests.support.subject import Subject
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_method.py"
 

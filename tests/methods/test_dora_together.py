@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc.errors import ConfigError
-from tests.support.method_checks import close, sound
+from tests.support.subject import close, sound
 
 
 class Net(nn.Module):

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import adaptc
-from tests.support.method_checks import CHECKS, Subject, adapter_parameters, cases, close, refusals, subject
+from tests.support.method_checks import CHECKS, cases, refusals
 from tests.support.method_table import BY_NAME, ENTRIES
+from tests.support.subject import Subject, adapter_parameters, close, subject
 
 
 @pytest.mark.few(160)

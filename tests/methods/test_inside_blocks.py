@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch._higher_order_ops.map import map as map_rows
 
 import adaptc
-from tests.support.method_checks import FILE, Subject, close, sound, subject, targets
 from tests.support.method_table import ENTRIES, LAYERS
+from tests.support.subject import FILE, Subject, close, sound, subject, targets
 
 BLOCKS = ("no_grad", "autocast", "cond", "map", "cond_in_no_grad")
 #: torch's own, while it captures branches

@@ -10,8 +10,8 @@ import torch
 
 import adaptc
 from adaptc import ConfigError
-from tests.support.method_checks import close, quiet, sound, subject
 from tests.support.method_table import ENTRIES
+from tests.support.subject import close, quiet, sound, subject
 
 #: which float32 holds exactly, as PEFT's scales of LoHa are then
 FACTOR = -0.375

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import adaptc
 from tests.support.cover import examples
-from tests.support.method_checks import adapter_parameters
+from tests.support.subject import adapter_parameters
 
 UP, DOWN, BOTH = ["up"], ["down"], ["up", "down"]
 

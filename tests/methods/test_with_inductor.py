@@ -7,8 +7,8 @@ import warnings
 import pytest
 
 import adaptc
-from tests.support.method_checks import close, randomized, sound, subject
 from tests.support.method_table import ENTRIES
+from tests.support.subject import close, randomized, sound, subject
 
 CASES = [(e.name, layer) for e in ENTRIES for layer in ("linear",) if layer in e.layers()]
 CASES += [(n, "conv2d") for n in ("loha", "hra", "ia3_inputs", "vera")] + [("oft", "embedding"), ("lokr", "experts")]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 import adaptc
-from tests.support.method_checks import close, randomized, subject
+from tests.support.subject import close, randomized, subject
 
 
 @pytest.mark.few(1)

@@ -15,8 +15,8 @@ import adaptc
 from adaptc import AdaptcError, CheckpointError, LoraConfig
 from adaptc.peft_files.directory import read_adapter
 from tests.support.custom_models import UpDown
-from tests.support.method_checks import FILE, randomized, subject
 from tests.support.method_table import ENTRIES
+from tests.support.subject import FILE, randomized, subject
 
 A, B = "up.lora_A.weight", "up.lora_B.weight"
 

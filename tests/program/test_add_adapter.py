@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import AdaptcError, IA3Config, LoraConfig, MergeError, OFTConfig, SwapError, TargetError
-from tests.support.method_checks import close, sound
+from tests.support.subject import close, sound
 
 
 class Net(nn.Module):

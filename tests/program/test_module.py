@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 import adaptc
 from adaptc import AdaptcError, CheckpointError, LoraConfig
-from tests.support.method_checks import subject
 from tests.support.method_table import ENTRIES
+from tests.support.subject import subject
 from tests.support.training import CONFIG, batch, first_values, model, module, peft_model, trainable
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import AdaptcError, AdaptcWarning, CheckpointError, ConfigError, LoraConfig, SwapError
-from tests.support.method_checks import close, quiet, sound
+from tests.support.subject import close, quiet, sound
 
 
 class Block(nn.Module):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import adaptc
-from tests.support.method_checks import Subject, captured, randomized
 from tests.support.method_table import BY_NAME
+from tests.support.subject import Subject, captured, randomized
 
 METHODS = ["lora", "dora", "oft", "ia3", "fourierft", "lokr", "shira"]
 

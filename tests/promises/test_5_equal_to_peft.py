@@ -13,7 +13,7 @@ from torch import nn
 
 import adaptc
 from tests.support.families import FAMILIES
-from tests.support.method_checks import keys_of, loss, quiet, short
+from tests.support.subject import keys_of, loss, quiet, short
 
 MODELS = ["llama", "bert", "t5"]
 METHODS: dict[str, dict[str, Any]] = {

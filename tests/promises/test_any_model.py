@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 import adaptc
-from tests.support.method_checks import adapter_parameters, quiet, sound
 from tests.support.method_table import ENTRIES, Entry
 from tests.support.random_models import RandomModel, blocks_of, nested
+from tests.support.subject import adapter_parameters, quiet, sound
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",

@@ -12,8 +12,8 @@ import adaptc
 from adaptc import LoraConfig
 from adaptc.reports.norms import CHANGE, Norms, SiteNorms
 from tests.support.custom_models import UpDown
-from tests.support.method_checks import subject
 from tests.support.method_table import BY_NAME
+from tests.support.subject import subject
 from tests.support.training import CONFIG, VOCABULARY, model
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import AdaptcError
-from tests.support.method_checks import quiet
+from tests.support.subject import quiet
 
 
 class Net(nn.Module):

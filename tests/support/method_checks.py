@@ -1,19 +1,11 @@
 """What must hold of every method at every kind of layer: checks that run over ``method_table``.
 
-The oracle is PEFT where it has the layer, or else torch itself: the layer called with the weight that the method's
-``weight`` makes of its own, or for a method without one what its ``apply`` makes of the layer's output. All answer the
-same questions: outputs, gradients of the adapter tensors, merged weights.
+Each is given one method at one layer (``subject``), whose oracle is PEFT or torch, and a folder of its own.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import tempfile
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,245 +13,22 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
 
 import adaptc
-from adaptc.methods import config_class
-from adaptc.passes.ir.attachment import Attachment
-from tests.support.method_table import BY_NAME, ENTRIES, LAYERS, Entry, Layer
-
-FILE = "adapter_model.safetensors"
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Whatever PEFT has to say."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def loss(out: Tensor) -> Tensor:
-    """A number that weighs every output differently."""
-    return (out * torch.linspace(-1, 2, out.numel(), dtype=out.dtype).reshape(out.shape)).sum()
-
-
-def close(found: Any, expected: Any, tolerance: float = 1e-10) -> None:
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-
-
-def sound(program: torch.export.ExportedProgram) -> None:
-    program.graph.lint()
-    program.validate()
-
-
-def targets(layer: str) -> dict[str, Any]:
-    return {"target_parameters": ["layer.matrices"]} if layer == "experts" else {"target_modules": ["layer"]}
-
-
-def adapter_parameters(program: adaptc.AdaptedProgram) -> dict[str, Tensor]:
-    """Key in files -> the program's own tensor, of the trainable slots."""
-    out = {}
-    for a in program.adaptation.attachments:
-        for name, slot in a.method.slots(program.ops[a.id]).items():
-            if slot.trainable:
-                out[a.file_key(name, slot)] = program.binding.values[a.slots[name]]
-    return out
-
-
-@cache
-def captured(layer: str, widths: tuple[int, int], dtype: torch.dtype) -> tuple[nn.Module, adaptc.AdaptedProgram]:
-    """A model of one layer, and its program without an adapter: captured once for all methods."""
-    model = LAYERS[layer].model(widths).to(dtype)
-    args = tuple(a.to(dtype) if a.is_floating_point() else a for a in LAYERS[layer].args(widths, 3))
-    config = adaptc.LoraConfig(r=3, **targets(layer))
-    return model, adaptc.unload(adaptc.compile(model, config, example_inputs=args))
-
-
-@dataclass(eq=False)
-class Subject:
-    """One entry at one layer: a model, an adapter with random tensors on disk, and what they compute together."""
-
-    entry: Entry
-    layer: str
-
-    @property
-    def kind(self) -> Layer:
-        return LAYERS[self.layer]
-
-    @property
-    def by_peft(self) -> bool:
-        return self.layer in self.entry.peft
-
-    @property
-    def tolerance(self) -> float:
-        return self.entry.tolerance if self.by_peft else 1e-9
-
-    def args(self, batch: int) -> tuple[Tensor, ...]:
-        return self.kind.args(self.entry.widths, batch)
-
-    @property
-    def base(self) -> nn.Module:
-        return captured(self.layer, self.entry.widths, torch.float64)[0]
-
-    def config(self, **changes: Any) -> Any:
-        cls = getattr(adaptc, self.entry.cls)
-        return cls(**{**targets(self.layer), **self.entry.config, **changes})
-
-    def compile(self, adapter: Any = None, **options: Any) -> adaptc.AdaptedProgram:
-        adapter = self.directory if adapter is None else adapter
-        return adaptc.compile(captured(self.layer, self.entry.widths, torch.float64)[1], adapter, **options)
-
-    @cached_property
-    def wrapped(self) -> Any:
-        """PEFT's model with random tensors."""
-        cls = getattr(peft, self.entry.cls)
-        with quiet():
-            torch.manual_seed(7)
-            model = peft.get_peft_model(
-                self.kind.model(self.entry.widths), cls(**{**targets(self.layer), **self.entry.config})
-            )
-            saved = {short(k) for k in peft.get_peft_model_state_dict(model)}
-        torch.manual_seed(5)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                # PEFT may train what no file of its holds (AdaLoRA's number of ranks above a float64 base).
-                p.requires_grad_(p.requires_grad and not saved.isdisjoint(keys_of(short(name))))
-                if p.requires_grad:
-                    p.copy_(self.entry.fill(name, p))
-        return model.eval()
-
-    @cached_property
-    def directory(self) -> Path:
-        """An adapter written by PEFT, or by adaptc where PEFT has none."""
-        self._temporary = tempfile.TemporaryDirectory()
-        path = Path(self._temporary.name)
-        if self.by_peft:
-            with quiet():
-                self.wrapped.save_pretrained(str(path))
-            return path
-        return randomized(self, self.config(), path)
-
-    @cached_property
-    def program(self) -> adaptc.AdaptedProgram:
-        return self.compile()
-
-    @property
-    def attachment(self) -> Attachment:
-        (a,) = self.program.adaptation.attachments
-        return a
-
-    # -- the oracle's answers -----------------------------------------------------------------------------------------
-
-    def named(self, slots: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
-        """The slots and the scale of the site, with these in their place."""
-        a, values = self.attachment, self.program.binding.values
-        found = {
-            n: slots.get(n, values[f].double() if values[f].is_floating_point() else values[f])
-            for n, f in a.slots.items()
-        }
-        return found, None if a.scale_slot is None else values[a.scale_slot].double()
-
-    def made(self, slots: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The layer's parameters as the method makes them of the base's and of these slots."""
-        a, op = self.attachment, self.program.ops[self.attachment.id]
-        (named, scale), method, layer = self.named(slots), a.method, self.base.layer
-        weight = getattr(layer, a.param)
-        out = {a.param: op.stored(method.weight(op, op.canonical(weight.detach()), named, scale))}
-        bias = getattr(layer, "bias", None)
-        if method.has_bias() and op.callable:
-            new = method.bias(op, None if bias is None else bias.detach(), named, scale)
-            if new is not None:
-                out["bias"] = new
-        return out
-
-    def forward(self, slots: dict[str, Tensor], *args: Tensor) -> Tensor:
-        """The model with those parameters, or with what the method makes of the layer's output, run by torch."""
-        if not self.entry.weight:
-            return self.behind(slots, *args)
-        made, model = self.made(slots), self.base
-        if any(t.shape != getattr(model.layer, n).shape for n, t in made.items()):  # dense where there were groups
-            model = copy.deepcopy(model)
-            model.layer.groups = 1
-        return torch.func.functional_call(model, {f"layer.{n}": t for n, t in made.items()}, args)
-
-    def behind(self, slots: dict[str, Tensor], *args: Tensor) -> Tensor:
-        a, op = self.attachment, self.program.ops[self.attachment.id]
-        (named, scale), layer = self.named(slots), self.base.layer
-        weight = op.canonical(getattr(layer, a.param).detach())
-
-        def hook(_: nn.Module, given: tuple[Tensor], y: Tensor) -> Tensor:
-            return a.method.apply(op, given[0], y, weight, layer.bias, named, scale)
-
-        handle = layer.register_forward_hook(hook)
-        try:
-            return self.base(*args)
-        finally:
-            handle.remove()
-
-    def expected(self, batch: int) -> Tensor:
-        args = self.args(batch)
-        with torch.no_grad():
-            return self.wrapped(*args) if self.by_peft else self.forward({}, *args)
-
-    def gradients(self, batch: int) -> dict[str, Tensor]:
-        args = self.args(batch)
-        if self.by_peft:
-            self.wrapped.zero_grad()
-            loss(self.wrapped(*args)).backward()
-            named = {n: p.grad for n, p in self.wrapped.named_parameters() if p.requires_grad and p.grad is not None}
-            return {short(n): g for n, g in named.items()}
-        a, op = self.attachment, self.program.ops[self.attachment.id]
-        specs = a.method.slots(op)
-        leaves = {
-            n: self.program.binding.values[f].detach().double().requires_grad_()
-            for n, f in a.slots.items()
-            if specs[n].trainable
-        }
-        loss(self.forward(leaves, *args)).backward()
-        return {a.file_key(n, specs[n]): t.grad for n, t in leaves.items() if t.grad is not None}
-
-    def merged(self) -> dict[str, Tensor]:
-        if not self.by_peft:
-            return {f"layer.{n}": t for n, t in self.made({}).items()}
-        with quiet():
-            return copy.deepcopy(self.wrapped).merge_and_unload().state_dict()
-
-
-def short(name: str) -> str:
-    """The key in files of a parameter of PEFT's model."""
-    for prefix in ("base_model.model.", "base_model."):
-        name = name.removeprefix(prefix)
-    parts = [p for p in name.split(".") if p != "default"]
-    return ".".join(parts)
-
-
-def keys_of(name: str) -> tuple[str, ...]:
-    """PEFT drops ``weight`` from some keys of its files, and the site from those of tensors that all sites share."""
-    return (name, name.removesuffix(".weight"), name.rpartition(".")[2])
-
-
-def key_of(found: dict[str, Tensor], name: str) -> str:
-    return next((n for n in keys_of(name) if n in found), name)
-
-
-def randomized(s: Subject, config: Any, path: Path, seed: int = 5) -> Path:
-    """An adapter of this config with random tensors, written by adaptc."""
-    torch.manual_seed(seed)
-    program = s.compile(config)
-    with torch.no_grad():
-        for key, p in adapter_parameters(program).items():
-            if p.is_floating_point():
-                p.copy_(s.entry.fill(key, p))
-    return Path(adaptc.save_adapter(program, path))
-
-
-@cache
-def subject(entry: str, layer: str) -> Subject:
-    return Subject(BY_NAME[entry], layer)
-
-
-# -- the checks -------------------------------------------------------------------------------------------------------
+from adaptc.binding.bind import first_values
+from tests.support.method_table import ENTRIES
+from tests.support.subject import (
+    FILE,
+    Subject,
+    adapter_parameters,
+    captured,
+    close,
+    key_of,
+    loss,
+    quiet,
+    randomized,
+    sound,
+)
 
 
 def check_outputs(s: Subject, tmp_path: Path) -> None:
@@ -304,8 +73,6 @@ def check_first_values(s: Subject, tmp_path: Path) -> None:
 
 def check_absent(s: Subject, tmp_path: Path) -> None:
     """The method's identity values leave the layer as it is, exactly up to rounding, and have finite gradients."""
-    from adaptc.binding.bind import first_values
-
     program = s.compile(s.config())
     identity = first_values(program.spec(trainable=True), s.config(), only={})
     assert not identity.methods
@@ -494,6 +261,3 @@ def cases(names: list[str] | None = None) -> list[Any]:
 
 def refusals() -> list[tuple[str, str]]:
     return [(e.name, n) for e in ENTRIES for n in e.refused]
-
-
-__all__ = ["CHECKS", "cases", "config_class", "refusals", "subject"]

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import adaptc
 from adaptc import AdaptcWarning, CheckpointError, ConfigError, LoraConfig, SwapError, TargetError
-from tests.support.method_checks import close, sound
 from tests.support.oracle import randomize
+from tests.support.subject import close, sound
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore:.*fan_in_fan_out.*", "ignore:.*tied.*")
 X = torch.tensor([[3, 8, 36, 1, 3], [0, 2, 8, 5, 8]])

@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 import adaptc
 from adaptc.passes.adapt.open_blocks import OpenBlocks
-from tests.support.method_checks import quiet
 from tests.support.pass_checks import sound
+from tests.support.subject import quiet
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 

@@ -23,9 +23,9 @@ from adaptc.passes.ir.method_checks import (
     check_promises,
     code_serves_all_sizes,
 )
-from tests.support.method_checks import Subject
 from tests.support.method_table import BY_NAME, ENTRIES
 from tests.support.odd_methods import registered
+from tests.support.subject import Subject
 
 
 @dataclasses.dataclass(frozen=True)
