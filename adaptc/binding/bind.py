@@ -67,6 +67,7 @@ def bind(
     tensors or in the dtype of their slot, SwapError for keys of sites the program does not have.
     """
     check_finite(tensors, source)
+    config = _completed(config, spec)
     builder = Builder(spec, config, tensors.values() if copy else ())
     builder.of_file = True
     left = dict.fromkeys(tensors)
@@ -99,6 +100,15 @@ def bind(
             f"{source} holds no tensor for any site of the program, so it would do nothing; unload() gives the base"
         )
     return builder.done(source)
+
+
+def _completed(config: AdapterConfig, spec: BindingSpec) -> AdapterConfig:
+    """``config`` with what it leaves to the model, as the sites have it."""
+    for a in spec.attachments:
+        values, make = a.method.of_model(), getattr(config, "method", None)
+        if values and make is not None and a.method.akin(make(a.name or a.module, a.kind)):
+            config = config.completed(values)
+    return config
 
 
 def _as_found(config: AdapterConfig, spec: BindingSpec, methods: Sequence[tuple[Attachment, Method]]) -> AdapterConfig:

@@ -179,10 +179,12 @@ def _other_code(spec: BindingSpec, config: AdapterConfig, keys: list[str]) -> st
     """In which options the adapter differs from the code of a site that these keys are of, if that is why."""
     for a in spec.attachments:
         here, own = a.method.structure(), a.method.rebind(config, a).at(spec.ops[a.id]).structure()
-        if here != own and any(k.startswith(f"{a.key}.") for k in keys):
+        files = {a.file_key(n, s) for n, s in a.method.slots(spec.ops[a.id]).items()}
+        if here != own and any(k in files or k.startswith(f"{a.key}.") for k in keys):
             names = [n for n in own if own[n] != here.get(n)]
             at, has = (", ".join(f"{n}={d.get(n)!r}" for n in names) for d in (here, own))
-            return f"The code at {a.key!r} was compiled for {at}, and the adapter has {has}"
+            where = f"at {a.key!r}" if a.key else f"of {a.method.name}"
+            return f"The code {where} was compiled for {at}, and the adapter has {has}"
     return ""
 
 

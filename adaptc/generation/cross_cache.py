@@ -1,8 +1,9 @@
 """The cache of an encoder-decoder: what was made of the encoder's states, once, beside the decoder's own positions.
 
-Before: a cache with nothing in it, or one that ``gen.prefill`` gave. After :meth:`CrossCache.begin`: it knows the
-states, which of them may be seen, and their keys and values, for rows that are decoded from then on. All rows move
-together: beams that are put in order, repeated or chosen take their states with them.
+Before: a cache with nothing in it but what an adapter begins the decoder's positions with, or one that ``gen.prefill``
+gave. After :meth:`CrossCache.see`: it knows the states, which of them may be seen, and their keys and values, for rows
+that are decoded from then on. All rows move together: beams that are put in order, repeated or chosen take their states
+with them. Who asks for its length is told of decoded tokens alone.
 """
 
 from __future__ import annotations
@@ -25,7 +26,12 @@ class CrossCache(StepCache):
     states_mask: Tensor | None = None
     cross: Sequence[Tensor] = ()
 
-    def begin(self, states: Tensor, mask: Tensor, cross: Sequence[Tensor]) -> None:
+    @property
+    def decoded(self) -> int:
+        """How many tokens were decoded."""
+        return self.length - self.begun
+
+    def see(self, states: Tensor, mask: Tensor, cross: Sequence[Tensor]) -> None:
         """All that is decoded with it reads these states."""
         self.rows, self.states, self.states_mask, self.cross = states.shape[0], states, mask, tuple(cross)
 
@@ -44,6 +50,14 @@ class CrossCache(StepCache):
         self.rows, self.states, self.states_mask, self.cross = 0, None, None, ()
         self.tensors, self.mask = [], self.mask.new_ones(0, 0)
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.decoded
+
+    get_query_offset = get_seq_length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove + self.begun if tokens_to_remove > 0 else tokens_to_remove)
+
     def batch_select_indices(self, indices: Tensor) -> None:
         index = indices.to(self.device)
         self._each(lambda t: t.index_select(0, index))
@@ -56,6 +70,7 @@ class CrossCache(StepCache):
     def _each(self, change: Any) -> None:
         self.tensors = [change(t) for t in self.tensors]
         self.mask = change(self.mask) if self.tensors else self.mask
+        self.ahead = None if self.ahead is None else change(self.ahead)
         self.cross = tuple(change(t) for t in self.cross)
         if self.states is not None and self.states_mask is not None:
             self.states, self.states_mask = change(self.states), change(self.states_mask)

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.errors import AdaptcError
+from adaptc.errors import AdaptcError, ConfigError
 from adaptc.generation import checks
 from adaptc.generation.cross_cache import CrossCache
 from adaptc.generation.cross_facts import CrossFacts
 from adaptc.generation.facts import past_name
+from adaptc.generation.opening import Opening
 
 
 def arguments(facts: CrossFacts, inputs: Tensor | None, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -59,18 +60,18 @@ def _going_on(facts: CrossFacts, past: CrossCache, inputs: Any, given: Any, kwar
         what = facts.main if given is None else "encoder_outputs"
         raise AdaptcError(f"the cache knows what the encoder read: leave {what} out, or the cache")
     ids, mask = kwargs.get("decoder_input_ids"), kwargs.get("decoder_attention_mask")
-    if past.length and (ids is None or ids.shape[1] <= past.length):
+    if past.decoded and (ids is None or ids.shape[1] <= past.decoded):
         raise AdaptcError(
-            f"the cache holds {past.length} positions: give decoder_input_ids with the tokens of all of them and at "
+            f"the cache holds {past.decoded} positions: give decoder_input_ids with the tokens of all of them and at "
             "least one more"
         )
     if ids is not None:
         same_rows(past.rows, ids.shape[0])
         checks.check_mask(mask, ids.shape, 0)
-    if past.length and mask is None:
+    if past.decoded and mask is None:
         # Without one transformers would take all tokens for new ones.
-        new = past.mask.new_ones(past.rows, ids.shape[1] - past.length)  # type: ignore[union-attr]
-        kwargs["decoder_attention_mask"] = torch.cat([past.mask[:, : past.length], new], 1)
+        new = past.mask.new_ones(past.rows, ids.shape[1] - past.decoded)  # type: ignore[union-attr]
+        kwargs["decoder_attention_mask"] = torch.cat([past.mask[:, past.begun : past.length], new], 1)
     known: Any = BaseModelOutput(last_hidden_state=past.states)  # type: ignore[arg-type]
     return {**kwargs, "encoder_outputs": known, "attention_mask": past.states_mask, past_name(): past}
 
@@ -131,10 +132,19 @@ def same_rows(encoded: int, decoded: int) -> None:
         raise AdaptcError(f"{encoded} rows were encoded, and decoder_input_ids has {decoded}: give as many")
 
 
+def places(facts: CrossFacts, front: Opening) -> None:
+    """Raises ConfigError for rows that begin at several places of a cache, where a program knows tokens by these."""
+    if not facts.positions and front.ahead is not None and bool(front.ahead.any()):
+        raise ConfigError(
+            f"the adapters of these rows put several numbers of tokens in front, up to {front.count}, and this model "
+            "counts the positions of all rows alike: generate those of each number in a batch of their own"
+        )
+
+
 def nothing_decoded(past: CrossCache) -> None:
     """Raises AdaptcError for several sequences of each row of a cache that some were decoded with."""
-    if past.length:
+    if past.decoded:
         raise AdaptcError(
-            f"the cache holds {past.length} positions of one sequence each, and several are asked for: leave out "
+            f"the cache holds {past.decoded} positions of one sequence each, and several are asked for: leave out "
             "num_beams and num_return_sequences, or go on from what gen.prefill(...) gave"
         )

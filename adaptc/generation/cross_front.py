@@ -1,7 +1,9 @@
-"""Tokens of an adapter's in front of those that an encoder reads.
+"""What adapters have in front, in programs with an encoder: tokens before those that it reads, keys and values before
+those of the decoder's tokens.
 
-The program's encoder puts them there itself, at the places of its tokens. What is left to do: what they follow from is
-handed to it, and its states are more than the mask of a caller has numbers for.
+The program's encoder puts tokens there itself, at the places of its own. What is left to do: what they follow from is
+handed to it, and its states are more than the mask of a caller has numbers for. With keys and values the decoder's own
+cache begins, as that of a model without an encoder does.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ from torch import Tensor
 from adaptc.errors import AdaptcError
 from adaptc.generation.checks import behind
 from adaptc.generation.front import begins, taken
+
+#: what the encoder reads in front, and what the decoder's cache begins with
+ENCODED, DECODED = ("prompt",), ("cached",)
 
 
 def popped(runs: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -32,6 +37,6 @@ def for_encoder(takes: Collection[str], runs: Any, given: Mapping[str, Any]) -> 
 
 def mask_of_states(runs: Any, states: Any, mask: Any) -> Any:
     """The mask of what an encoder gave, whose first states may be of the adapter's tokens, which are seen."""
-    if not begins(runs) or not isinstance(mask, Tensor) or not isinstance(states, Tensor) or mask.ndim != 2:
+    if not begins(runs, ENCODED) or not isinstance(mask, Tensor) or not isinstance(states, Tensor) or mask.ndim != 2:
         return mask
     return behind(max(states.shape[1] - mask.shape[1], 0), mask)

@@ -22,10 +22,10 @@ from adaptc.errors import AdaptcError
 from adaptc.generation import checks, cross_checks
 from adaptc.generation.cross_cache import CrossCache, cross_cache_class
 from adaptc.generation.cross_facts import CrossFacts
-from adaptc.generation.cross_front import for_encoder, mask_of_states, popped
+from adaptc.generation.cross_front import DECODED, ENCODED, for_encoder, mask_of_states, popped
 from adaptc.generation.cross_step import MASK, STATES, stepping_across
 from adaptc.generation.facts import past_name
-from adaptc.generation.front import count_in_front
+from adaptc.generation.front import count_in_front, front_of
 from adaptc.generation.generator import Generator, cut_positions
 from adaptc.generation.given import taken_from, with_given
 from adaptc.generation.package_files import carried
@@ -67,7 +67,7 @@ class EncoderDecoder(Generator):
         """Compiled code reads past the end of a table of positions, so that what is known says how many are left."""
         facts, now = self.facts, getattr(self._runs, "current", None)
         if facts.source is not None and now is not None:
-            facts = replace(facts, source=facts.source - count_in_front(self._runs, now))
+            facts = replace(facts, source=facts.source - count_in_front(self._runs, now, ENCODED))
         return carried(facts, tokenizer)
 
     def drawn(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,7 +109,8 @@ class EncoderDecoder(Generator):
     ) -> CrossCache:
         """The cache of what the encoder reads, to be decoded by :meth:`generate`, any number of times from copies of
         it. ``given``: inputs that an adapter added, such as ``task_ids``."""
-        made, pinned = self.new_cache(), self.pinned()
+        pinned = self.pinned()
+        made = pinned.new_cache()
         pinned.given = popped(self._runs, given)
         extra = taken_from(self._runs, given, inputs.shape[0])
         checks.refuse_strange(given)
@@ -118,7 +119,13 @@ class EncoderDecoder(Generator):
         return made
 
     def new_cache(self) -> CrossCache:  # type: ignore[override]
-        return cross_cache_class()(self.facts.layout, self.facts, self.facts.max_length, self.device)
+        """One with nothing in it but what the current adapter has in front of what is decoded."""
+        made = cross_cache_class()(self.facts.layout, self.facts, self.facts.max_length, self.device)
+        step = self.kept_parts()["step"]
+        if (front := front_of(self._runs, step, self.facts, self.device, {}, DECODED)) is not None:
+            cross_checks.places(self.facts, front)
+            made.begin(front)
+        return made
 
     def pinned(self, offset: int = 0, scale: Any = None) -> Self:
         """One that keeps the adapter that is current now, in all its parts."""
@@ -157,7 +164,7 @@ class EncoderDecoder(Generator):
             mask = states.new_ones(states.shape[:2], dtype=torch.int64)
         made = _run(self.kept_parts()["cross"], {STATES: states.contiguous(), **extra})
         cross = [made[name].contiguous() for name in self.facts.cross.names]
-        cache.begin(states, mask.long().contiguous(), cross)
+        cache.see(states, mask.long().contiguous(), cross)
 
     def forward(  # type: ignore[override]
         self,
@@ -188,14 +195,14 @@ class EncoderDecoder(Generator):
         extra = taken_from(self._runs, others, rows) if rows else {}
         checks.forward(decoder_input_ids, None, use_cache if keeps else None, return_dict, others)
         assert decoder_input_ids is not None
-        past = self.new_cache() if past is None else cross_checks.own(self.facts, past)
-        rows, tokens = decoder_input_ids.shape
-        before, total = past.length, past.length + tokens
-        checks.fits(self.facts, rows, total)
-        checks.tokens(self.facts, decoder_input_ids)
-        checks.check_mask(decoder_attention_mask, (rows, tokens), before)
         pinned = self if self.parts is not None else self.pinned()
         pinned.given = given
+        past = pinned.new_cache() if past is None else cross_checks.own(self.facts, past)
+        rows, tokens = decoder_input_ids.shape
+        before, total = past.length, past.length + tokens
+        checks.fits(self.facts, rows, total, begun=past.begun)
+        checks.tokens(self.facts, decoder_input_ids)
+        checks.check_mask(decoder_attention_mask, (rows, tokens), past.decoded)
         if past.states is None:
             states = cross_checks.given_states(encoder_outputs)
             if states is None:
@@ -206,12 +213,12 @@ class EncoderDecoder(Generator):
         cross_checks.same_rows(past.rows, rows)
         past.reserve(rows, total)
         if decoder_attention_mask is not None:
-            past.mask[:, :total] = decoder_attention_mask
+            past.mask[:, past.begun : total] = decoder_attention_mask
         slots = torch.arange(before, total, device=past.device)
         if isinstance(logits_to_keep, int):
             first = max(tokens - logits_to_keep, 0) if logits_to_keep else 0
             logits_to_keep = torch.arange(first, tokens, device=past.device)
-        positions = slots[None] if decoder_position_ids is None else decoder_position_ids
+        positions = past.places(rows, tokens) if decoder_position_ids is None else decoder_position_ids
         inputs = {
             "decoder_input_ids": decoder_input_ids.long().contiguous(),
             "decoder_attention_mask": past.mask,
@@ -238,10 +245,11 @@ class EncoderDecoder(Generator):
     ) -> dict[str, Any]:
         """What a step takes of the state of a generation."""
         kwargs.pop("is_first_iteration", None)
-        mask = kwargs.get("decoder_attention_mask")
+        mask, past = kwargs.get("decoder_attention_mask"), kwargs.get(past_name())
         if self.facts.positions and mask is not None and "decoder_position_ids" not in kwargs:
             # As transformers' whisper does: positions count the tokens that are seen.
-            kwargs["decoder_position_ids"] = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
+            seen = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
+            kwargs["decoder_position_ids"] = seen + getattr(past, "begun", 0)
         if next_sequence_length is not None:
             input_ids = input_ids[:, -next_sequence_length:]
         cut_positions(kwargs, "decoder_position_ids", input_ids.shape[1])
@@ -265,7 +273,8 @@ class EncoderDecoder(Generator):
             past = model_kwargs[name] = self.new_cache()
         elif each > 1:
             past.batch_repeat_interleave(each)
-        past.expected = max_cache_length
+        past.expected = max_cache_length + past.begun
+        checks.fits(self.facts, batch_size * each, past.expected, begun=past.begun)
 
     def __repr__(self) -> str:
         return f"encodes, and {super().__repr__()}"

@@ -23,7 +23,7 @@ from adaptc.generation.opening import Opening
 from adaptc.generation.row_fronts import front_of_rows
 from adaptc.generation.ways import cache_for, run_as
 from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.program_method import ProgramMethod
+from adaptc.passes.ir.program_method import OPENINGS, ProgramMethod
 from adaptc.program.assigned import Assignment
 from adaptc.program.bound import program_of
 from adaptc.program.core import ProgramCore
@@ -32,11 +32,12 @@ from adaptc.program.core import ProgramCore
 _KNOWN: WeakKeyDictionary[Any, tuple[Any, Opening]] = WeakKeyDictionary()
 
 
-def begins(runs: Any) -> list[Attachment]:
-    """The attachments of a program, or of what is bound to one, that say what a cache begins with."""
+def begins(runs: Any, openings: Sequence[str] = OPENINGS) -> list[Attachment]:
+    """The attachments of a program, or of what is bound to one, that say what a cache begins with, by one of these
+    functions."""
     adaptation = getattr(program_of(runs), "adaptation", None)
     attachments: Sequence[Attachment] = () if adaptation is None else adaptation.attachments
-    return [a for a in attachments if isinstance(a.method, ProgramMethod) and a.method.opening()]
+    return [a for a in attachments if isinstance(a.method, ProgramMethod) and a.method.opening() in openings]
 
 
 def taken(runs: Any) -> list[str]:
@@ -62,12 +63,17 @@ def refuse_without_cache(runs: Any, facts: Facts, name: str) -> None:
 
 @torch.no_grad()
 def front_of(
-    runs: Any, step: Callable[..., Any] | None, facts: Facts, device: torch.device, given: Mapping[str, Any]
+    runs: Any,
+    step: Any,
+    facts: Facts,
+    device: torch.device,
+    given: Mapping[str, Any],
+    openings: Sequence[str] = OPENINGS,
 ) -> Opening | None:
     """What a cache begins with for the adapter that ``step`` keeps, by default the current one. ``given``: by name,
-    what :func:`taken` names. Raises AdaptcError for values that the adapter cannot have, and where it leaves no room
-    for a text."""
-    one = partial(_of_one, runs, facts, device)
+    what :func:`taken` names; ``openings``: as for :func:`begins`. Raises AdaptcError for values that the adapter cannot
+    have, and where it leaves no room for a text."""
+    one = partial(_of_one, runs, facts, device, openings)
     if isinstance(runs, Assignment):
         made = front_of_rows(
             runs.mixes, lambda name, own: one(runs.adapters[name], runs.alone(name), own), facts, given
@@ -83,12 +89,13 @@ def _of_one(
     runs: Any,
     facts: Facts,
     device: torch.device,
+    openings: Sequence[str],
     binding: Any,
     step: Callable[..., Any] | None,
     given: Mapping[str, Any],
 ) -> Opening | None:
     """Of one adapter, which ``step`` keeps."""
-    found = [] if binding is None else [a for a in begins(runs) if all(f in binding.values for f in a.slots.values())]
+    found = [] if binding is None else _with_slots(runs, binding, openings)
     fronts = [f for a in found if (f := _Front.of(a, binding)).count]
     fronts.sort(key=lambda f: f.method.opening() != "cached")  # keys and values come before all tokens
     _refuse_given({n: v for n, v in given.items() if not any(n in f.wanted for f in fronts)})
@@ -108,10 +115,14 @@ def _of_one(
     return known[1]
 
 
-def count_in_front(runs: Any, binding: Any) -> int:
+def count_in_front(runs: Any, binding: Any, openings: Sequence[str] = OPENINGS) -> int:
     """How many tokens an adapter of ``runs`` puts in front of those of a text."""
-    found = [a for a in begins(runs) if all(f in binding.values for f in a.slots.values())]
-    return sum(_Front.of(a, binding).count for a in found)
+    return sum(_Front.of(a, binding).count for a in _with_slots(runs, binding, openings))
+
+
+def _with_slots(runs: Any, binding: Any, openings: Sequence[str]) -> list[Attachment]:
+    """Of these attachments those that a binding has."""
+    return [a for a in begins(runs, openings) if all(f in binding.values for f in a.slots.values())]
 
 
 def _opened(

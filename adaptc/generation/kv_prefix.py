@@ -26,6 +26,7 @@ from adaptc.generation.generator import Generator
 from adaptc.generation.text_ids import ids_of
 from adaptc.methods import PROMPT, KeyValueConfig, as_rows
 from adaptc.passes.analysis.cache_inputs import first_of_cache as first_of_step
+from adaptc.passes.analysis.decoder_places import decoder_lookup
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.program_method import ProgramMethod
@@ -86,6 +87,12 @@ def initialize_kv_prefix_from_text(
     changed then.
     """
     target = _Target.of(program, adapter_name, num_virtual_tokens, "initialize_kv_prefix_from_text")
+    if decoder_lookup(Lifted(target.program, edit=False))[0] is not None:
+        raise ConfigError(
+            "initialize_kv_prefix_from_text reads a text as a model of one stack does, and this one has an encoder, "
+            "which would have to read something, too: run the model, and give what its decoder's cache holds to "
+            "initialize_kv_prefix_from_past_key_values"
+        )
     if tokenizer is None and isinstance(program, Generator):
         tokenizer = program.tokenizer if isinstance(text, str) else None
     ids = ids_of(text, tokenizer, use_chat_template, max_length)
@@ -140,6 +147,11 @@ class _Target:
             raise ConfigError(
                 f"{chosen!r} makes its keys and values by a network (prefix_projection=True), which no text gives: "
                 "compile with a PrefixTuningConfig without prefix_projection"
+            )
+        if config.sides > 1:
+            raise ConfigError(
+                f"several layers have one pair of keys and values in {chosen!r}, whose num_transformer_submodules is "
+                f"{config.sides}, and a cache has a pair for each: compile with num_transformer_submodules=1"
             )
         count = config.num_virtual_tokens if count is None else count
         check_count(count)

@@ -240,7 +240,9 @@ class PackagedProgram:
         """The same with an adapter of this package."""
         if not self.manifest.parts:
             return {}
-        return {n: Part(partial(_called, c, adapter), frozenset(c.inputs.names)) for n, c in self._codes.items()}
+        return {
+            n: Part(partial(_called, c, adapter), frozenset(c.inputs.names), adapter) for n, c in self._codes.items()
+        }
 
     @checked("adapter_name", "key_mapping", "component")
     def swap(

@@ -74,9 +74,9 @@ def staging(near: Path) -> Iterator[Path]:
 def _begin(stage: Path) -> int:
     """Make a stage; returns its lock, -1 where there are none. It has its name only once it is locked."""
     begun = stage.with_name(_UNLOCKED + stage.name.removeprefix(STAGE_PREFIX))
-    begun.mkdir()
     lock = -1
     try:
+        begun.mkdir()
         if fcntl is not None:
             lock = os.open(begun, os.O_RDONLY)
             with suppress(OSError):  # some network filesystems have no locks, for those who clean up neither

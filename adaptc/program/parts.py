@@ -29,10 +29,12 @@ from adaptc.runtime.outside_compilers import outside
 
 @dataclass(frozen=True)
 class Part:
-    """A callable of some outputs, by name, and the names of the inputs that it takes."""
+    """A callable of some outputs, by name, and the names of the inputs that it takes. ``binding``: the adapter that it
+    keeps, where it keeps one."""
 
     run: Callable[..., dict[str, Tensor]]
     inputs: Collection[str]
+    binding: Any = None
 
 
 def pinned_parts(
@@ -64,7 +66,7 @@ def _pinned(executor: Executor, reads: Binding, state: Mapping[str, Tensor]) -> 
     own = {n: t for n, t in state.items() if n in executor.base}
     arguments = executor.own_arguments(reads, own)
     # No function of its own: torch remembers those that its compilers leave alone, with all that they hold.
-    return Part(partial(outside(_called), executor, arguments), frozenset(executor.inputs.names))
+    return Part(partial(outside(_called), executor, arguments), frozenset(executor.inputs.names), reads)
 
 
 def _called(executor: Executor, arguments: Arguments, **kwargs: Any) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ looked for and what there is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
@@ -15,7 +15,7 @@ from torch.export.graph_signature import InputKind
 from adaptc.errors import ConfigError, TargetError, Tell, listing, refuse_entry
 from adaptc.methods import ModelFacts, ProgramConfig, Whole
 from adaptc.passes.analysis.attention_places import find_attentions
-from adaptc.passes.analysis.decoder_places import decoder_places
+from adaptc.passes.analysis.decoder_places import decoder_lookup, decoder_places
 from adaptc.passes.analysis.sites import Site, find_sites
 from adaptc.passes.analysis.token_places import Lookup, find_places, lookups, no_lookup
 from adaptc.passes.ir.attachment import Attachment
@@ -50,7 +50,7 @@ def plan_program(
     method = config.method(site.module, site.kind)
     find_places(lifted, method, lookup)
     if method.decodes():
-        decoder_places(lifted, method, lookup)
+        decoder_places(lifted, method)
     _check_length(config, program, lookup)
     names = (lookup.node.name,)
     a = Attachment("", site.module, site.param, site.kind, method, adapter, PROGRAM, names, name=site.module)
@@ -98,6 +98,8 @@ def token_embedding(
     if has_encoder(facts, lifted):
         if not config.takes_encoders:
             raise TargetError(f"{config.peft_type} is not supported for models with an encoder and a decoder")
+        if config.reads_attentions:
+            return _decoders(config, lifted, by_node)
         named = [(s, x) for s, x in named if not x.ids.name.startswith(_OF_DECODER)]
         if not named:
             raise TargetError(
@@ -113,3 +115,15 @@ def token_embedding(
             f"{len(named)} times: {where}."
         )
     return named[0]
+
+
+def _decoders(config: ProgramConfig, lifted: Lifted, by_node: Mapping[str, Site]) -> tuple[Site, Lookup]:
+    """What a decoder looks its tokens up in, of a model that has an encoder, too."""
+    lookup, instead = decoder_lookup(lifted)
+    if lookup is None or lookup.node.name not in by_node:
+        raise TargetError(
+            f"{config.peft_type} puts keys and values in front of those of a decoder's tokens, and "
+            f"{instead or 'the program has neither decoder_input_ids nor labels'}. Capture the model with its "
+            "decoder_input_ids, or labels, as an input"
+        )
+    return by_node[lookup.node.name], lookup

@@ -28,6 +28,7 @@ from adaptc.passes.analysis.attention_cores import SHAPED, Core
 from adaptc.passes.analysis.attention_places import Edge, changing, edges, find_attentions, inside, is_size
 from adaptc.passes.analysis.token_places import Lookup
 from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.effects import writers
 from adaptc.passes.ir.free_fakes import FreeFakes
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.ops import Op, argument, set_argument
@@ -118,12 +119,12 @@ class _InFront:
                 continue
             needed.add(node)
             stack += [] if self._counts(node) else node.all_input_nodes
-        length: fx.Node | None = None
+        length, written_by = None, writers(self.lifted.graph)
         ids, inner, tokens = self.longer[self.lookup.ids], self._inner(), inside(self.lifted, self.lookup)
         for node in list(self.lifted.graph.nodes):
-            if node not in needed:
-                continue
-            self._check(node, tokens)
+            if node not in needed or not (self._counts(node) or any(n in self.longer for n in node.all_input_nodes)):
+                continue  # an encoder's states, for one, are what they are whatever a decoder reads
+            self._check(node, tokens, [w for w in written_by.get(node, ()) if w not in needed])
             if node.op == "placeholder":
                 continue  # a size or a value of the caller's that is no longer than it was
             if self._counts(node):
@@ -143,14 +144,14 @@ class _InFront:
         length = self.lookup.ids.meta["val"].shape[1]
         return is_size(node) and str(node.meta["val"]) == str(length)
 
-    def _check(self, node: fx.Node, tokens: set[fx.Node]) -> None:
+    def _check(self, node: fx.Node, tokens: set[fx.Node], written_by: Sequence[fx.Node]) -> None:
         name, tag = self._method().name, node_tag(node)
         if tag is not None:
             raise TargetError(
                 f"{name}: the {tag['method']} adapter {tag['adapter']!r} changes {node.name!r}, which is computed "
                 "beside the tokens and would be computed for more of them. Leave that layer out of its targets"
             )
-        if "unbacked_bindings" in node.meta or node.op not in ("placeholder", "call_function"):
+        if "unbacked_bindings" in node.meta or node.op not in ("placeholder", "call_function") or written_by:
             raise TargetError(
                 f"{name}: {node.name!r} = {node.target} is computed beside the tokens, and it is not known what it is "
                 "for more of them"

@@ -16,7 +16,7 @@ from adaptc.errors import PassError, TargetError
 from adaptc.passes.adapt.begin_cache import begin_cache
 from adaptc.passes.adapt.change_attention import put_in_front
 from adaptc.passes.adapt.trace_places import traced, values_of
-from adaptc.passes.analysis.decoder_places import decoder_places
+from adaptc.passes.analysis.decoder_places import decoder_lookup, decoder_places
 from adaptc.passes.analysis.token_places import Lookup, cache_begun_by, find_places, lookups
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.coefficients import Extra
@@ -41,7 +41,7 @@ def change_places(lifted: Lifted, a: Attachment, latest: dict[tuple[str, ...], f
         return
     found = [
         *find_places(lifted, method, lookup),
-        *(decoder_places(lifted, method, lookup) if method.decodes() else ()),
+        *(decoder_places(lifted, method) if method.decodes() else ()),
     ]
     places = sorted(found, key=lambda p: (*PLACES, *DECODER_PLACES).index(p.name))
     there = {None, *(p.name for p in places)}
@@ -73,6 +73,8 @@ def change_places(lifted: Lifted, a: Attachment, latest: dict[tuple[str, ...], f
 
 def _lookup(lifted: Lifted, a: Attachment) -> Lookup:
     found = [x for x in lookups(lifted) if x.node.name in a.consumers]
+    if not found and (decoded := decoder_lookup(lifted)[0]) is not None and decoded.node.name in a.consumers:
+        return decoded
     if len(found) != 1:
         raise PassError(f"site {a.id!r}: {len(found)} of {a.consumers} look up what a caller gives")
     return found[0]
@@ -107,7 +109,9 @@ def _change(
     region = traced(method, place, node.meta["val"], values_of(slots), values_of(given), values, op, sums)
     before = set(lifted.graph.nodes)
     inputs = [node, *slots.values(), *given.values(), *reads]
-    at = node.next if node.op != "placeholder" else next(n for n in lifted.graph.nodes if n.op != "placeholder")
+    # In front of who reads it first: what it is may be written to it after it was made.
+    first = set(readers) if node.op != "placeholder" else None
+    at = next(n for n in lifted.graph.nodes if (n.op != "placeholder" if first is None else n in first))
     out = inline(lifted.graph, region, inputs, at, lookup.node, tag(node, place.name, lookup.node))
     for reader in readers:
         reader.replace_input_with(node, out)

@@ -171,7 +171,8 @@ class _Writer:
         parameters = [self.lifted.placeholders[a.fqn] for a, _ in replaced]
         places = [own.index(read) for _, read in replaced]
         call = _again(node, own, [read.meta["val"].dtype for _, read in replaced], places)
-        each = [Replaced(s, p) for s, p in zip(sites, places, strict=True)]
+        biases = [_bias_place(a, node, read, own) for a, read in replaced]
+        each = [Replaced(*one) for one in zip(sites, places, biases, strict=True)]
         inputs = [y, node, *own, *parameters, self.c, *slots]
         region = self._region(None, partial(call_of, call, each, where, len(own)), inputs)
         self._behind(node, region, inputs)
@@ -200,6 +201,14 @@ class _Writer:
             if node not in known:
                 del node.meta["custom"]
         return out
+
+
+def _bias_place(a: Attachment, node: fx.Node, read: fx.Node, own: Sequence[fx.Node]) -> int | None:
+    """``Replaced.bias`` of what a method makes of a layer's weight."""
+    if node.target not in TABLE or operands(node)[1] is not read or not a.method.has_bias():
+        return None
+    bias = operands(node)[2]
+    return -1 if bias is None else own.index(bias)
 
 
 def _layer(node: fx.Node) -> Op:

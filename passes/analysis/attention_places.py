@@ -57,7 +57,9 @@ def find_attentions(lifted: Lifted, lookup: Lookup, name: str) -> Attentions:
         return _cached(pairs, name)
     tokens = inside(lifted, lookup)
     cores, near = find_cores(lifted)
-    found, near = [c for c in cores if c.node in tokens], [n for n in near if n.node in tokens]
+    # What tokens attend to beside each other, as to those of an encoder, has nothing in front.
+    found = [c for c in cores if c.node in tokens and c.key.node in tokens]
+    near = [n for n in near if n.node in tokens]
     if not found or near:
         what = (
             f"and {'not all' if found else 'no'} attention of the tokens of {lookup.ids.name!r} in the program itself"

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.export.graph_signature import InputKind
+from torch.nn import functional as F
 
 from adaptc.errors import TargetError
 from adaptc.passes.analysis.cache_inputs import first_of_cache
 from adaptc.passes.analysis.token_places import Lookup, exit_of, plain_id, read_by
+from adaptc.passes.ir.effects import writers
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.ops import argument
 from adaptc.passes.ir.program_method import Place, ProgramMethod
@@ -27,22 +29,39 @@ IDS, MASK, LABELS = "decoder_input_ids", "decoder_attention_mask", "labels"
 _TRIED = (5, 7, 4, 6)
 
 
-def decoder_places(lifted: Lifted, method: ProgramMethod, lookup: Lookup) -> list[Place]:
-    """``lookup``: the encoder's. None of a program that has no decoder, or whose decoder goes on from a cache: what
-    generates does so without them, as in PEFT. Raises TargetError where the decoder's own lookup is not found."""
-    ids, mask, labels = (lifted.nodes.get(n) if n in lifted.specs else None for n in (IDS, MASK, LABELS))
+def decoder_lookup(lifted: Lifted) -> tuple[Lookup | None, str]:
+    """The lookup of a decoder's tokens, by its token ids, or by labels moved one on; or None, and what was found
+    instead, which is nothing where the program has no decoder."""
+    ids, labels = (lifted.nodes.get(n) if n in lifted.specs else None for n in (IDS, LABELS))
     given = labels if ids is None else ids
-    if given is None or first_of_cache(lifted) is not None:
+    if given is None:
+        return None, ""
+    found = lifted.graph.find_nodes(op="call_function", target=aten.embedding.default)
+    own = [n for n in found if _reads(lifted, n, given, shifted=ids is None)]
+    if len(own) == 1:
+        return Lookup(own[0], given), ""
+    how = "token ids as they are" if ids is not None else "labels moved one on, behind a first token"
+    return None, f"{len(own)} lookups by {given.name!r} were found: looked for one by {how}"
+
+
+def decoder_places(lifted: Lifted, method: ProgramMethod) -> list[Place]:
+    """None of a program that has no decoder, or whose decoder goes on from a cache: what generates does so without
+    them, as in PEFT. Raises TargetError where the decoder's own lookup is not found."""
+    if first_of_cache(lifted) is not None:
         return []
-    found = [
-        n for n in lifted.graph.find_nodes(op="call_function", target=aten.embedding.default) if n is not lookup.node
-    ]
-    own = [n for n in found if _reads(lifted, argument(n, 1), given, shifted=ids is None)]
-    if len(own) != 1:
-        how = "token ids as they are" if ids is not None else "labels moved one on, behind a first token"
+    lookup, instead = decoder_lookup(lifted)
+    if instead:
         raise TargetError(
-            f"{method.name} puts tokens in front of a decoder's, and {len(own)} lookups by {given.name!r} were found: "
-            f"looked for one by {how}. Say num_transformer_submodules=1, and only the encoder has tokens in front"
+            f"{method.name} puts tokens in front of a decoder's, and {instead}. Say num_transformer_submodules=1, and "
+            "only the encoder has tokens in front"
+        )
+    if lookup is None:
+        return []
+    ids, mask, labels = (lifted.nodes.get(n) if n in lifted.specs else None for n in (IDS, MASK, LABELS))
+    if ids is None and not _begins_alike(lifted, lookup):
+        raise TargetError(
+            f"{method.name} puts tokens in front of a decoder's, and of {LABELS!r} that are longer in front the model "
+            f"makes another first token: capture it with {IDS}, or say num_transformer_submodules=1"
         )
     out = []
     if ids is not None:
@@ -52,25 +71,44 @@ def decoder_places(lifted: Lifted, method: ProgramMethod, lookup: Lookup) -> lis
     if labels is not None:
         out.append(Place("decoder_labels", labels, read_by(labels)))
     if ids is None:
-        shifted = argument(own[0], 1)
-        out.append(Place("decoder_shifted", shifted, read_by(shifted)))
-    last = exit_of(lifted, own[0])
+        shifted = argument(lookup.node, 1)
+        out.append(Place("decoder_shifted", shifted, _read_at_last(lifted, shifted)))
+    last = exit_of(lifted, lookup.node)
     return [*out, Place("decoder_embedded", last, tuple(last.users))]
 
 
-def _reads(lifted: Lifted, index: Any, given: fx.Node, shifted: bool) -> bool:
-    """Whether an index is what is given, or that moved one on."""
+def _read_at_last(lifted: Lifted, node: fx.Node) -> tuple[fx.Node, ...]:
+    """Those who read it when nothing writes to it any more."""
+    place = {n: i for i, n in enumerate(lifted.graph.nodes)}
+    last = max((place[w] for w in writers(lifted.graph).get(node, ())), default=-1)
+    return tuple(u for u in read_by(node) if place[u] > last)
+
+
+def _reads(lifted: Lifted, lookup: fx.Node, given: fx.Node, shifted: bool) -> bool:
+    """Whether the index of a lookup is what is given, or that moved one on."""
     wanted = torch.tensor([_TRIED])
-    found = _tried(lifted, index, given, wanted)
+    found = _tried(lifted, lookup, given, wanted)
     if found is None or found.shape != wanted.shape:
         return False
     return torch.equal(found[:, 1:], wanted[:, :-1]) if shifted else torch.equal(found, wanted)
 
 
-def _tried(lifted: Lifted, index: Any, given: fx.Node, value: Tensor) -> Tensor | None:
-    """What an index is for a value of ``given``; None where it follows from parameters. In-place ops are run, too."""
+def _begins_alike(lifted: Lifted, lookup: Lookup) -> bool:
+    """Whether labels that do not count, in front of others, are moved on with these, behind the same first token."""
+    some = torch.tensor([_TRIED])
+    plain, longer = (_tried(lifted, lookup.node, lookup.ids, t) for t in (some, F.pad(some, (2, 0), value=-100)))
+    if plain is None or longer is None:
+        return False
+    return torch.equal(longer[:, :1], plain[:, :1]) and torch.equal(longer[:, 3:], plain[:, 1:])
+
+
+def _tried(lifted: Lifted, lookup: fx.Node, given: fx.Node, value: Tensor) -> Tensor | None:
+    """What the index of a lookup is for a value of ``given``; None where it follows from parameters. In-place ops are
+    run, too, all that come before the lookup."""
     known: dict[fx.Node, Any] = {}
     for node in lifted.graph.nodes:
+        if node is lookup:
+            break
         if node.op == "placeholder":
             spec, like = lifted.specs[node.name], node.meta.get("val")
             if node is given:
@@ -87,9 +125,7 @@ def _tried(lifted: Lifted, index: Any, given: fx.Node, value: Tensor) -> Tensor 
                 known[node] = node.target(*args, **{**kwargs, **_here(kwargs)})
             except (RuntimeError, TypeError, ValueError, IndexError):
                 continue  # it does not take what is tried, and nothing that follows from it is known
-        if node is index:
-            break
-    found = known.get(index)
+    found = known.get(argument(lookup, 1))
     return found if isinstance(found, Tensor) else None
 
 

@@ -36,7 +36,9 @@ VIEWS = (aten.view.default, aten.reshape.default, aten.slice.Tensor, aten.unsque
 #: inputs of transformers' models with a value per token, beside the tokens themselves -> the place each is
 PER_TOKEN = {
     "attention_mask": "attended",
+    "decoder_attention_mask": "attended",
     "position_ids": "positions",
+    "decoder_position_ids": "positions",
     "token_type_ids": "segments",
     "labels": "labels",
 }

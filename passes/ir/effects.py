@@ -143,6 +143,16 @@ def touched(graph: fx.Graph) -> tuple[set[fx.Node], set[fx.Node]]:
     return dirty, dirty | {n for n in graph.nodes if memory[n] in returned}
 
 
+def writers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Node -> those that may write to its memory, in order; of nodes that have such."""
+    memory = memory_groups(graph)
+    found: dict[Any, list[fx.Node]] = {}
+    for node in graph.nodes:
+        for group in dict.fromkeys(memory[n] for n in written(node)):
+            found.setdefault(group, []).append(node)
+    return {n: found[memory[n]] for n in graph.nodes if memory[n] in found}
+
+
 def memory_groups(graph: fx.Graph, fresh: Collection[Any] = ()) -> UnionFind:
     """The nodes of a graph in groups that may share memory. ``fresh``: functions that are no ops, and whose values
     are memory of their own."""

@@ -227,6 +227,10 @@ class Hooks:
         new: Any = None if make is None else make(place.name or place.module, place.kind)
         return new if self.akin(new) else self
 
+    def of_model(self) -> dict[str, Any]:
+        """What the model says of options that a config may leave to it, by name."""
+        return {}
+
     def evaluated(self) -> Self:
         """This method as it is in inference, without dropout."""
         return dataclasses.replace(self, training=False) if self.training else self  # type: ignore[call-arg]

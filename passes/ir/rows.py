@@ -162,10 +162,12 @@ def output_of(site: Site, where: RowAxis, biased: bool) -> Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Replaced:
-    """A parameter that adapters replace in a call: its site, and its place among the call's arguments."""
+    """A parameter that adapters replace in a call: its site, and its place among the call's arguments. ``bias``: that
+    of the layer's bias, -1 where it has none, of a method that changes it, too; None for all others."""
 
     site: Site
     place: int
+    bias: int | None = None
 
 
 def call_of(
@@ -187,11 +189,18 @@ def call_of(
             slots = slots[one.site.tensors :]
 
         def adapted(k: int) -> Tensor:
-            new = {}
+            new: dict[int, Tensor] = {}
+            shifts = []
             for one, p, mine in zip(sites, parameters, parts, strict=True):
                 _, s, z = mine[k]
                 new[one.place] = changed(one.site, p, s, z)
-            return call(new, tensors)
+            for one, mine in zip(sites, parts, strict=True):
+                if one.bias is not None:
+                    b = None if one.bias < 0 else new.get(one.bias, tensors[one.bias])
+                    made = one.site.method.bias(one.site.op, b, *mine[k][1:])
+                    if made is not None:
+                        shifts.append(one.site.op.along_out(made if b is None else made - b, y))
+            return sum(shifts, call(new, tensors))
 
         return _sum(latest, y, ((c[..., k], adapted(k)) for k in range(sites[0].site.count)))
 

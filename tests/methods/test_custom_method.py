@@ -19,7 +19,7 @@ from torch import nn
 import adaptc
 from adaptc.methods import _registry
 from tests.support.custom_models import One
-from tests.support.method_checks import CHECKS
+from tests.support.method_checks import CHECKS, check_rows
 from tests.support.method_table import Entry
 from tests.support.subject import Subject
 
@@ -90,6 +90,19 @@ def test_it_passes_the_generic_checks(
     example: ModuleType, check: Callable[..., None], layer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the built-in methods must do, a method of one's own does as well: all it takes is an entry."""
+    checked(example, check, layer, tmp_path, monkeypatch)
+
+
+def test_rows_of_a_bank_have_a_bias_of_their_own(
+    example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a call has other weights for each row, and the method changes the bias as well."""
+    checked(example, check_rows, "conv2d_groups", tmp_path, monkeypatch)
+
+
+def checked(
+    example: ModuleType, check: Callable[..., None], layer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     adaptc.register_method(example.GainConfig, example.Gain)
     monkeypatch.setattr(adaptc, "GainConfig", example.GainConfig, raising=False)
     subject = Subject(Entry("gain", "GainConfig", {"r": 4}, peft=(), other={"r": 3}), layer)

@@ -6,6 +6,7 @@ one of the two it may be: calls, graph, tensors and files agree on which. Then t
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 import threading
@@ -24,6 +25,7 @@ import adaptc.kernels
 import adaptc.passes
 from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.peft_files import torch_writer
+from adaptc.peft_files.staging import replacing
 from tests.support.gated_net import X, compiled, state
 
 #: folders of the code that is interrupted
@@ -152,6 +154,30 @@ def interrupted(deed: Callable[..., None], points: int, folder: Path, first: int
     thread.join()
     assert free == [True], "other threads wait for ever"
     return came
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_an_interrupt_at_any_line_of_a_write_leaves_one_file(tmp_path: Path) -> None:
+    """Of all lines, since few of them make or move something."""
+
+    def written(text: str) -> None:
+        with replacing(tmp_path / "file") as new:
+            new.write_text(text)
+
+    with Lines() as lines:
+        written("0")
+    came = 0
+    for n in range(1, lines.count + 1):
+        old = (tmp_path / "file").read_text()
+        with contextlib.suppress(KeyboardInterrupt):
+            came += 1
+            with Lines(n):
+                written(str(n))
+            came -= 1
+        assert (tmp_path / "file").read_text() in (old, str(n))
+        written(str(-n))
+        assert [p.name for p in tmp_path.iterdir()] == ["file"], f"line {n} leaves something behind"
+    assert came > 40
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
