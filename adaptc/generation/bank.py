@@ -6,8 +6,9 @@ entry for each prompt, which its beams and samples keep to the end. What a promp
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -45,7 +46,7 @@ class GeneratorBank:
         return type(self._generator)(runs, self._generator.facts)
 
     def generate(
-        self, inputs: Tensor | None = None, generation_config: Any = None, *, adapters: Any, **kwargs: Any
+        self, inputs: Tensor | None = None, generation_config: Any = None, *, adapters: Any = ..., **kwargs: Any
     ) -> Any:
         """As :meth:`Generator.generate`. ``adapters``: for each prompt a name, None for the base, or a dict of names
         and weights. Raises AdaptcError for another number of entries than prompts, and as the bank does."""
@@ -60,7 +61,7 @@ class GeneratorBank:
             )
         return self._made(chosen).generate(inputs, generation_config, **kwargs)
 
-    def prefill(self, *args: Any, adapters: Any, **kwargs: Any) -> StepCache:
+    def prefill(self, *args: Any, adapters: Any = ..., **kwargs: Any) -> StepCache:
         """As :meth:`Generator.prefill`, each row with its own adapters."""
         return self.assigned(adapters).prefill(*args, **kwargs)
 
@@ -76,6 +77,30 @@ class GeneratorBank:
     def report(self) -> BankReport:
         return self.bank.report()
 
+    @property
+    def capacity(self) -> int | None:
+        """As :attr:`Bank.capacity`."""
+        return self.bank.capacity
+
+    @property
+    def adapters(self) -> Mapping[str, Any]:
+        """The adapters by name, as they are now."""
+        return self.bank.adapters
+
+    @property
+    def nbytes(self) -> int:
+        """As :attr:`Bank.nbytes`."""
+        return self.bank.nbytes
+
+    @property
+    def held(self) -> int:
+        """As :attr:`Bank.held`."""
+        return self.bank.held
+
+    def __getitem__(self, name: str) -> Any:
+        """As of :class:`Bank`."""
+        return self.bank[name]
+
     def __contains__(self, name: object) -> bool:
         return name in self.bank
 
@@ -84,6 +109,16 @@ class GeneratorBank:
 
     def __len__(self) -> int:
         return len(self.bank)
+
+    def __copy__(self) -> Self:
+        """As of :class:`Bank`: adapters go and come in each alone."""
+        return type(self)(self._generator, copy.copy(self.bank))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return type(self)(copy.deepcopy(self._generator, memo), copy.deepcopy(self.bank, memo))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.bank.__reduce_ex__(protocol)
 
     def __repr__(self) -> str:
         return f"generates with {self.bank!r}"
