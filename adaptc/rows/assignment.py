@@ -64,8 +64,10 @@ def _is_number(weight: Any) -> bool:
     """Not NaN either, which is not less than anything."""
     if not isinstance(weight, Real) or isinstance(weight, bool):
         return False
-    value: Any = weight
-    return bool(abs(value) <= LARGEST)
+    try:
+        return abs(float(weight)) <= LARGEST
+    except OverflowError:
+        return False
 
 
 def used(mixes: Mixes) -> tuple[str, ...]:
