@@ -18,6 +18,7 @@ from adaptc.program.bank import Bank
 from adaptc.program.bound import Keeping
 from adaptc.program.core import ProgramCore
 from adaptc.program.divided_bank import DividedBank
+from adaptc.rows.assignment import mixes_of
 from adaptc.rows.report import BankReport
 
 
@@ -53,16 +54,13 @@ class GeneratorBank:
         prompts = inputs
         for name in (self._generator.main_input_name, "inputs_embeds"):
             prompts = kwargs.get(name) if prompts is None else prompts
-        chosen = self.bank.assigned(adapters)
-        if isinstance(prompts, Tensor) and prompts.shape[0] != len(chosen.mixes):
-            raise AdaptcError(
-                f"adapters has {len(chosen.mixes)} entries, and there are {prompts.shape[0]} prompts: give one for "
-                "each, None for the base"
-            )
-        return self._made(chosen).generate(inputs, generation_config, **kwargs)
+        check_count(adapters, prompts)
+        return self.assigned(adapters).generate(inputs, generation_config, **kwargs)
 
     def prefill(self, *args: Any, adapters: Any = ..., **kwargs: Any) -> StepCache:
         """As :meth:`Generator.prefill`, each row with its own adapters."""
+        given = (kwargs.get(name) for name in (self._generator.main_input_name, "inputs"))
+        check_count(adapters, args[0] if args else next((t for t in given if t is not None), None))
         return self.assigned(adapters).prefill(*args, **kwargs)
 
     def add(self, name: str, adapter: Any, **options: Any) -> None:
@@ -122,6 +120,16 @@ class GeneratorBank:
 
     def __repr__(self) -> str:
         return f"generates with {self.bank!r}"
+
+
+def check_count(adapters: Any, prompts: Any) -> None:
+    """Raises AdaptcError where there are not as many entries as prompts, before any adapter is loaded for them."""
+    count = len(mixes_of(adapters))
+    if isinstance(prompts, Tensor) and prompts.ndim and prompts.shape[0] != count:
+        raise AdaptcError(
+            f"adapters has {count} entries, and there are {prompts.shape[0]} prompts: give one for each, None for the "
+            "base"
+        )
 
 
 def bank_of(generator: Any, adapters: Mapping[str, Any] | None, limits: Mapping[str, Any]) -> GeneratorBank:
