@@ -166,10 +166,18 @@ def _int(value: Any) -> int:
     return int(value)
 
 
+def finite_in_float32(value: Any) -> bool:
+    """Of a real number of any type and size."""
+    try:
+        return abs(float(value)) <= _LARGEST  # false for NaN, too
+    except OverflowError:
+        return False
+
+
 def _float(value: Any) -> float | int:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise Misfit("a number", value)
-    if not -_LARGEST <= value <= _LARGEST:  # false for NaN, too
+    if not finite_in_float32(value):
         raise Misfit("a number that is finite in float32", value, near=True)
     if isinstance(value, (int, np.integer)):
         return int(value)

@@ -57,6 +57,9 @@ class Adapter:
         size = sum(t.numel() for t in self.tensors.values())
         return f"<Adapter: {self.config.peft_type}, {len(self.tensors)} tensors, {size:,d} parameters: {self.source}>"
 
+    def __reduce__(self) -> Any:
+        return type(self), (self.config, dict(self.tensors), self.source, self.report)
+
     def as_file(self) -> AdapterFile:
         """As a directory that was read: what binds adapters takes it so."""
         return AdapterFile(self.config.to_dict(), self.tensors, Path(self.source))

@@ -7,11 +7,13 @@ to, of which the result is cut to a rank by a singular value decomposition.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import torch
 
 from adaptc.errors import ConfigError, did_you_mean, shown
+from adaptc.value_types import finite_in_float32
 
 #: rules -> (which entries are left out first, whether signs are elected)
 RULES: dict[str, tuple[str, bool]] = {
@@ -109,8 +111,8 @@ class Options:
 
 def weight_of(value: Any, source: str) -> float:
     """A weight as a number. Raises ConfigError for what is none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise ConfigError(f"the weight of {source} must be a number, got {shown(value)}")
-    if not abs(value) <= torch.finfo(torch.float32).max:
-        raise ConfigError(f"the weight of {source} is {value}; it must be finite")
+    if not finite_in_float32(value):
+        raise ConfigError(f"the weight of {source} is {shown(value)}; it must be finite")
     return float(value)

@@ -20,7 +20,7 @@ from adaptc.adapters.as_lora import cut_of
 from adaptc.adapters.model_tensors import Layers, ModelTensors, layers_of, tensors_of
 from adaptc.adapters.report import FitReport, SiteFit
 from adaptc.adapters.truncated import Cut, truncated
-from adaptc.errors import CheckpointError, ConfigError, listing
+from adaptc.errors import CheckpointError, ConfigError, did_you_mean, listing, shown
 from adaptc.methods import exactly
 from adaptc.methods.lora_config import LoraConfig
 from adaptc.passes.ir.low_rank import LowRank
@@ -55,6 +55,7 @@ def subtract_adapter(
     layers = layers_of(model_b, model_a)
     with tensors_of(model_a) as a, tensors_of(model_b) as b:
         _check_names(a, b)
+        _check_targets(target_modules, [k.rpartition(".")[0] for k in b.keys])
         found = _Found(f"{a.source} - {b.source}", layers, cut)
         for key in b.keys:
             module, _, param = key.rpartition(".")
@@ -168,6 +169,16 @@ def _check_names(a: ModelTensors, b: ModelTensors) -> None:
                 f"{one.source} has {listing(map(repr, missing), 3)}, and {other.source} has not: the two are not one "
                 "model trained on"
             )
+
+
+def _check_targets(targets: str | list[str] | None, modules: list[str]) -> None:
+    """Raises ConfigError for an entry that none of the ``modules`` is meant by."""
+    entries = [] if targets is None else [targets] if isinstance(targets, str) else [[t] for t in targets]
+    for entry in entries:
+        if not any(map(_chooser(entry), modules)):
+            name = entry if isinstance(entry, str) else entry[0]
+            near = did_you_mean(name, dict.fromkeys(m.rpartition(".")[2] for m in modules))
+            raise ConfigError(f"target_modules: {shown(name)} chooses no module that has tensors{near}")
 
 
 def _chooser(targets: str | list[str] | None) -> Any:

@@ -163,6 +163,8 @@ def chosen_sites(spec: BindingSpec, part: Binding, name: str, modules: Modules) 
         )
     if modules is None:
         return [a.id for a in present if a.id in able]
+    if not isinstance(modules, Iterable):
+        raise ConfigError(f"modules={shown(modules)} must be the name of a module, or a list of names")
     out: dict[str, None] = {}
     for entry in [modules] if isinstance(modules, str) else list(modules):
         found = [a for a in present if _chooses(entry, a, whole=isinstance(modules, str))]

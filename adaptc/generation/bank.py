@@ -6,8 +6,9 @@ entry for each prompt, which its beams and samples keep to the end. What a promp
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from adaptc.program.bank import Bank
 from adaptc.program.bound import Keeping
 from adaptc.program.core import ProgramCore
 from adaptc.program.divided_bank import DividedBank
+from adaptc.rows.assignment import mixes_of
 from adaptc.rows.report import BankReport
 
 
@@ -45,23 +47,20 @@ class GeneratorBank:
         return type(self._generator)(runs, self._generator.facts)
 
     def generate(
-        self, inputs: Tensor | None = None, generation_config: Any = None, *, adapters: Any, **kwargs: Any
+        self, inputs: Tensor | None = None, generation_config: Any = None, *, adapters: Any = ..., **kwargs: Any
     ) -> Any:
         """As :meth:`Generator.generate`. ``adapters``: for each prompt a name, None for the base, or a dict of names
         and weights. Raises AdaptcError for another number of entries than prompts, and as the bank does."""
         prompts = inputs
         for name in (self._generator.main_input_name, "inputs_embeds"):
             prompts = kwargs.get(name) if prompts is None else prompts
-        chosen = self.bank.assigned(adapters)
-        if isinstance(prompts, Tensor) and prompts.shape[0] != len(chosen.mixes):
-            raise AdaptcError(
-                f"adapters has {len(chosen.mixes)} entries, and there are {prompts.shape[0]} prompts: give one for "
-                "each, None for the base"
-            )
-        return self._made(chosen).generate(inputs, generation_config, **kwargs)
+        check_count(adapters, prompts)
+        return self.assigned(adapters).generate(inputs, generation_config, **kwargs)
 
-    def prefill(self, *args: Any, adapters: Any, **kwargs: Any) -> StepCache:
+    def prefill(self, *args: Any, adapters: Any = ..., **kwargs: Any) -> StepCache:
         """As :meth:`Generator.prefill`, each row with its own adapters."""
+        given = (kwargs.get(name) for name in (self._generator.main_input_name, "inputs"))
+        check_count(adapters, args[0] if args else next((t for t in given if t is not None), None))
         return self.assigned(adapters).prefill(*args, **kwargs)
 
     def add(self, name: str, adapter: Any, **options: Any) -> None:
@@ -76,6 +75,30 @@ class GeneratorBank:
     def report(self) -> BankReport:
         return self.bank.report()
 
+    @property
+    def capacity(self) -> int | None:
+        """As :attr:`Bank.capacity`."""
+        return self.bank.capacity
+
+    @property
+    def adapters(self) -> Mapping[str, Any]:
+        """The adapters by name, as they are now."""
+        return self.bank.adapters
+
+    @property
+    def nbytes(self) -> int:
+        """As :attr:`Bank.nbytes`."""
+        return self.bank.nbytes
+
+    @property
+    def held(self) -> int:
+        """As :attr:`Bank.held`."""
+        return self.bank.held
+
+    def __getitem__(self, name: str) -> Any:
+        """As of :class:`Bank`."""
+        return self.bank[name]
+
     def __contains__(self, name: object) -> bool:
         return name in self.bank
 
@@ -85,8 +108,28 @@ class GeneratorBank:
     def __len__(self) -> int:
         return len(self.bank)
 
+    def __copy__(self) -> Self:
+        """As of :class:`Bank`: adapters go and come in each alone."""
+        return type(self)(self._generator, copy.copy(self.bank))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return type(self)(copy.deepcopy(self._generator, memo), copy.deepcopy(self.bank, memo))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.bank.__reduce_ex__(protocol)
+
     def __repr__(self) -> str:
         return f"generates with {self.bank!r}"
+
+
+def check_count(adapters: Any, prompts: Any) -> None:
+    """Raises AdaptcError where there are not as many entries as prompts, before any adapter is loaded for them."""
+    count = len(mixes_of(adapters))
+    if isinstance(prompts, Tensor) and prompts.ndim and prompts.shape[0] != count:
+        raise AdaptcError(
+            f"adapters has {count} entries, and there are {prompts.shape[0]} prompts: give one for each, None for the "
+            "base"
+        )
 
 
 def bank_of(generator: Any, adapters: Mapping[str, Any] | None, limits: Mapping[str, Any]) -> GeneratorBank:

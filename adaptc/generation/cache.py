@@ -7,7 +7,7 @@ and the memory goes with the object. It grows as it is needed, in layers that lo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, Self
 
@@ -94,7 +94,21 @@ class StepCache:
 
     def _ahead(self, rows: int) -> Tensor | None:
         """:attr:`ahead`, or what it will be for so many rows."""
-        return self.ahead if self.tensors or self.front is None else self.front.ahead_of(rows)
+        if self.tensors or self.front is None:
+            return None if self.ahead is None else self._of_prompts(self.ahead, rows)
+        return self.front.ahead_of(rows)
+
+    def _of_prompts(self, values: Tensor, rows: int) -> Tensor:
+        """Of what is known of each row, that of so many prompts, of which each may have several rows."""
+        return values[:: max(len(values) // rows, 1)]
+
+    def whole(self, mask: Tensor) -> Tensor:
+        """The mask of a text that begins with what is in the cache: what may not be seen there, and what ``mask``
+        (prompts, tokens) leaves out. Positions that it began with are in front."""
+        whole = self.behind(mask) if self.begun else mask.clone()
+        if self.tensors:
+            whole[:, : self.length] *= self._of_prompts(self.mask[:, : self.length], mask.shape[0]).to(whole)
+        return whole
 
     def places(self, rows: int, tokens: int) -> Tensor:
         """The places of so many new tokens, as a row has them alone: (1, tokens), or (rows, tokens)."""
@@ -225,6 +239,12 @@ class StepCache:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self.copy()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise AdaptcError(
+            "a cache cannot be pickled, for it belongs to what it was made with: keep the tokens, and compute them "
+            "again with gen.prefill(input_ids)"
+        )
+
     # -- what transformers asks of a cache -----------------------------------------------------------------------------
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -265,6 +285,14 @@ class StepCache:
         """Whether what comes after so many positions can be computed from what is kept."""
         return self.window is None or length == 0 or max(0, length - self.window + 1) >= self.first
 
+    def check_crop(self, left: int) -> None:
+        """Raises AdaptcError where so many positions cannot be gone on from."""
+        if not self.can_crop(left):
+            raise AdaptcError(
+                f"{left} positions would be left of {self.length}, and layers that look back on {self.window} keep "
+                f"those from {self.first} on: compute the text again with gen.prefill(input_ids)"
+            )
+
     @property
     def is_croppable(self) -> bool:
         return self.recording or self.first == 0
@@ -274,16 +302,22 @@ class StepCache:
         had it. What it began with stays. Raises AdaptcError where sliding layers have forgotten what comes before."""
         left = min(self.length, tokens_to_remove) if tokens_to_remove > 0 else max(0, self.length + tokens_to_remove)
         left = max(left, min(self.begun, self.length))
-        if not self.can_crop(left):
-            raise AdaptcError(
-                f"{left} positions would be left of {self.length}, and layers that look back on {self.window} keep "
-                f"those from {self.first} on: compute the text again with gen.prefill(input_ids)"
-            )
+        self.check_crop(left)
         self.length = left
         if left == 0:
             self.first = self.top = 0
         if self.tensors:
             self.mask[:, self.length :] = 1
+
+    def take_back(self) -> Callable[[], None]:
+        """Forget the last position. What this gives puts it in again, as long as no step was taken."""
+        kept, mask = dict(vars(self)), self.mask.clone()
+
+        def put_back() -> None:
+            vars(self).update(kept, mask=mask)
+
+        self.crop(-1)
+        return put_back
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row ``beam_idx[i]`` was."""

@@ -24,6 +24,8 @@ _REFUSED = {
     "compile_config": "compile_for_generation(..., backend='inductor') compiles it",
     "labels": "it gives no loss: compile the model with adaptc.compile(model, config, training=True)",
     "token_type_ids": "it was captured without it: leave it out",
+    "adapters": "each prompt has adapters of its own in a bank, gen.bank({...}).generate(ids, adapters=[...])",
+    "adapter_names": "each prompt has adapters of its own in a bank, gen.bank({...}).generate(ids, adapters=[...])",
 }
 
 #: arguments of ways to generate, which transformers hands on to steps
@@ -40,8 +42,9 @@ MODE = frozenset(
 )
 
 
-def arguments(facts: Facts, inputs: Tensor | None, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
-    """Those of ``generate``, and how many positions are in the cache that ``input_ids`` does not begin with."""
+def arguments(facts: Facts, inputs: Tensor | None, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], int, bool]:
+    """Those of ``generate``; how many positions are in the cache that ``input_ids`` does not begin with; and whether it
+    holds the whole prompt, so that the last token has to be computed once more, for its logits."""
     kwargs = dict(kwargs)
     past = kwargs.pop("past_key_values", None)
     past = kwargs.pop("cache", None) if past is None else past
@@ -51,22 +54,25 @@ def arguments(facts: Facts, inputs: Tensor | None, kwargs: Mapping[str, Any]) ->
     ids, given = kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("inputs_embeds")
     if ids is not None:
         tokens(facts, ids)
+        if ids.shape[1] == 0 and given is None:
+            raise AdaptcError("input_ids has no tokens: give one at least, or leave it out for bos_token_id")
     if given is not None:
         embeddings(facts, given)
     mask, prompt = kwargs.get("attention_mask"), ids if given is None else given
     if past is None:
         if prompt is not None:
             check_mask(mask, prompt.shape, 0)
-        return kwargs, 0
+        return kwargs, 0, False
     if prompt is None:
         raise AdaptcError("a cache is continued by tokens: give input_ids")
     own_cache(facts, past, None)
     kwargs[past_name()] = past
     before, (rows, length, *_) = past.length, prompt.shape
-    if mask is not None and before and given is None and mask.ndim == 2 and mask.shape[1] == before + length:
-        check_mask(mask, prompt.shape, before)
+    if past.rows and past.rows % rows:
+        raise AdaptcError(f"the cache has {past.rows} rows and this generation {rows}: give a prompt for each")
+    if isinstance(mask, Tensor) and before and given is None and mask.shape == (rows, before + length):
         kwargs["attention_mask"] = past.shown(mask)
-        return kwargs, before
+        return kwargs, before, False
     front = past.begun
     if front and given is not None:
         raise AdaptcError(
@@ -80,13 +86,10 @@ def arguments(facts: Facts, inputs: Tensor | None, kwargs: Mapping[str, Any]) ->
     check_mask(mask, prompt.shape, 0)
     if mask is not None and front:
         kwargs["attention_mask"] = past.behind(mask)
-    elif mask is None and (past.padded or front):
-        seen = past.mask[:, :before] if past.rows else past.opened(rows)
-        kwargs["attention_mask"] = torch.cat([seen, seen.new_ones(rows, length + front - before)], 1)
-    if before == length + front and before > front:
-        # Its logits are needed, and computing it once more writes what is there.
-        past.crop(-1)
-    return kwargs, front
+    again = before == length + front and before > front
+    if again:
+        past.check_crop(before - 1)
+    return kwargs, front, again
 
 
 def behind(count: int, mask: Tensor) -> Tensor:
@@ -159,6 +162,27 @@ def tokens(facts: Facts, ids: Any) -> None:
         )
 
 
+def step(facts: Facts, rows: int, count: int, positions: Any, keep: Any) -> None:
+    """Raises AdaptcError for what cannot be for a step of ``count`` tokens in each of so many rows: no tokens,
+    positions of others, logits of others."""
+    if count == 0:
+        raise AdaptcError("a step has no tokens: give one at least")
+    if facts.positions and positions is not None:
+        shape = tuple(positions.shape) if isinstance(positions, Tensor) else None
+        if shape not in ((rows, count), (1, count)) or positions.is_floating_point():
+            found = f"a {type(positions).__name__}" if shape is None else f"{shape} of {positions.dtype}"
+            raise AdaptcError(f"position_ids must be a tensor {(rows, count)} of int64, got {found}")
+    if isinstance(keep, Tensor) and keep.ndim == 1 and keep.dtype == torch.int64:
+        if keep.numel() == 0 or (int(keep.min()) >= 0 and int(keep.max()) < count):
+            return
+    elif isinstance(keep, int) and not isinstance(keep, bool) and keep >= 0:
+        return
+    raise AdaptcError(
+        f"logits_to_keep={shown(keep)} must be a number of tokens, 0 for all, or a tensor (logits,) of int64 of those "
+        f"among {count} that logits are wanted of"
+    )
+
+
 def embeddings(facts: Facts, given: Any) -> None:
     """Raises AdaptcError for what is no (batch, tokens, width)."""
     if not facts.embeds:
@@ -166,6 +190,8 @@ def embeddings(facts: Facts, given: Any) -> None:
     if not isinstance(given, Tensor) or given.ndim != 3 or given.shape[-1] != facts.width:
         found = tuple(given.shape) if isinstance(given, Tensor) else f"a {type(given).__name__}"
         raise AdaptcError(f"inputs_embeds must be a tensor (batch, tokens, {facts.width}), got {found}")
+    if given.shape[0] == 0:
+        raise AdaptcError("inputs_embeds has no rows")
 
 
 def check_mask(mask: Any, shape: Sequence[int], before: int) -> None:

@@ -8,7 +8,6 @@ in between.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -129,7 +128,7 @@ class EncoderDecoder(Generator):
 
     def pinned(self, offset: int = 0, scale: Any = None) -> Self:
         """One that keeps the adapter that is current now, in all its parts."""
-        new = copy.copy(self)
+        new = self.twin()
         new.parts, new.begun = self.kept_parts(scale), False
         return new
 

@@ -149,24 +149,30 @@ class Generator(Holder):
         if begins(self._runs):
             refuse_acting(self.facts.acts, "tokens of another adapter would stand in front")
             new = self.pinned(scale=scale)
-            kwargs = behind_front(new, inputs, generation_config, kwargs)
-            kwargs, new.offset = checks.arguments(self.facts, inputs, kwargs)
-            return new.generated(inputs, generation_config, kwargs)
-        kwargs, offset = checks.arguments(self.facts, inputs, kwargs)
+            kwargs = behind_front(new, inputs, kwargs)
+            kwargs, new.offset, again = checks.arguments(self.facts, inputs, kwargs)
+            return new.generated(inputs, generation_config, kwargs, again)
+        kwargs, offset, again = checks.arguments(self.facts, inputs, kwargs)
         new = self.pinned(offset, scale)
         if new.acting is not None:
             ids = kwargs.get("input_ids") if inputs is None else inputs
             ids = None if kwargs.get("inputs_embeds") is not None else ids
             new.acting = new.acting.for_prompt(ids, kwargs.get(past_name()), offset)
-        return new.generated(inputs, generation_config, kwargs)
+        return new.generated(inputs, generation_config, kwargs, again)
 
-    def generated(self, inputs: Tensor | None, generation_config: Any, kwargs: dict[str, Any]) -> Any:
-        """What transformers' ``generate`` gives, of one that is pinned."""
+    def generated(
+        self, inputs: Tensor | None, generation_config: Any, kwargs: dict[str, Any], again: bool = False
+    ) -> Any:
+        """What transformers' ``generate`` gives, of one that is pinned. ``again``: the cache holds all of the prompt,
+        whose last token is computed once more, which writes what is there."""
+        put_back = kwargs[past_name()].take_back() if again else None
         try:
             with torch.no_grad():
                 return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
-        except ValueError as error:
-            if self.begun or isinstance(error, AdaptcError):
+        except BaseException as error:
+            if not self.begun and put_back is not None:
+                put_back()
+            if self.begun or isinstance(error, AdaptcError) or not isinstance(error, ValueError):
                 raise
             raise ConfigError(str(error)) from error  # of what transformers refuses, before anything was computed
 
@@ -194,13 +200,20 @@ class Generator(Holder):
     def pinned(self, offset: int = 0, scale: Any = None) -> Self:
         """One that keeps the adapter that is current now, for a generation that does not begin with what is in its
         cache, ``offset`` positions. ``scale``: its ``adapter_scale``."""
-        new, runs = copy.copy(self), self._runs
+        new, runs = self.twin(), self._runs
         if self.step is None:
             new.step = runs.pinned(scale)
             if self.facts.acts and not begins(runs):
                 new.acting = Acting.of(self.facts.acts, runs, new.step.binding)  # type: ignore[union-attr]
         new.offset, new.begun = offset, False
         return new
+
+    def __copy__(self) -> Self:
+        """One that is swapped by itself, on the same weights."""
+        return type(self)(copy.copy(self._runs), self.facts)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return type(self)(copy.deepcopy(self._runs, memo), copy.deepcopy(self.facts, memo))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)
@@ -231,6 +244,8 @@ class Generator(Holder):
         checks.forward(input_ids, inputs_embeds, None if bare else use_cache, return_dict, others)
         if inputs_embeds is not None:
             checks.embeddings(self.facts, inputs_embeds)
+        elif self.step is None:  # those of a generation were looked at when it began
+            checks.tokens(self.facts, input_ids)
         rows, tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]  # type: ignore[union-attr]
         if past is None:
             past = self.new_cache(**given)
@@ -241,10 +256,13 @@ class Generator(Holder):
         before, total = past.length, past.length + tokens
         checks.fits(self.facts, rows, total, begun=past.begun)
         checks.check_mask(attention_mask, (rows, tokens), before)
+        checks.step(self.facts, rows, tokens, position_ids, logits_to_keep)
         now = self.pinned() if self.facts.acts and self.acting is None else self
         step, acting = now.step or self._runs, now.acting
         past.reserve(rows, total)
-        if attention_mask is not None:
+        if attention_mask is None:
+            past.mask[:, before:total] = 1
+        else:
             past.mask[:, :total] = past.shown(attention_mask)
         inputs = self._tokens(input_ids, inputs_embeds, rows, tokens) | extra
         if self.facts.positions:
@@ -252,9 +270,9 @@ class Generator(Holder):
             inputs["position_ids"] = places.to(past.device).expand(rows, -1).contiguous()
         if acting is not None:
             inputs |= acting.inputs(input_ids, past, rows, tokens)
+        self.begun = True
         logits = run_as(self.facts, step, past, inputs, tokens, logits_to_keep)
         past.fit(1)
-        self.begun = True
         return _output(logits, None if bare else past)
 
     def _tokens(self, ids: Tensor | None, embeds: Tensor | None, rows: int, tokens: int) -> dict[str, Tensor]:
@@ -312,6 +330,13 @@ class Generator(Holder):
         if past is None:
             past = model_kwargs[name] = self.new_cache()
         past.expected = max_cache_length + offset
+
+    def _prepare_attention_mask_for_generation(
+        self, inputs_tensor: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
+    ) -> Tensor:
+        mask = super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)  # type: ignore[misc]
+        past = model_kwargs.get(past_name())
+        return mask if past is None else past.whole(mask)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         own = given_names(self._runs).values()

@@ -38,7 +38,7 @@ def xlora_scalings(
     if not isinstance(program, Generator):
         return scalings_of(program, *args, adapter_name=adapter_name, **inputs)
     check_scalings(program.runs, adapter_name)
-    looking = copy.copy(program)
+    looking = program.twin()
     looking.step = partial(scalings_of, program.runs, adapter_name=adapter_name)
     given = {n: copy.copy(inputs.pop(n, None)) for n in ("past_key_values", "cache")}
     before = next((past.length for past in given.values() if isinstance(past, StepCache)), 0)

@@ -143,20 +143,22 @@ class StateCache(StepCache):
     def can_crop(self, length: int) -> bool:
         return length in (0, self.begun, self.length)
 
-    def crop(self, tokens_to_remove: int) -> None:
-        left = min(self.length, tokens_to_remove) if tokens_to_remove > 0 else max(0, self.length + tokens_to_remove)
+    def check_crop(self, left: int) -> None:
         if not self.can_crop(left):
             raise AdaptcError(
                 f"a state of {self.length} positions cannot be taken back to {left}: compute the text again with "
                 "gen.prefill(input_ids), and keep copies of what you go on from"
             )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        left = min(self.length, tokens_to_remove) if tokens_to_remove > 0 else max(0, self.length + tokens_to_remove)
+        self.check_crop(left)
         if left <= self.begun:
             self.reset()
 
     def reset(self) -> None:
         super().reset()
-        for t in self.tensors:  # none where it begins with something
-            t.zero_()
+        self.tensors = [torch.zeros_like(t) for t in self.tensors]  # none where it begins with something
 
 
 @cache

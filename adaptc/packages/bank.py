@@ -52,7 +52,7 @@ class PackagedBank:
         """The largest rank an adapter may have at each site that has one, by the FQN of the site's parameter."""
         return self._package.ranks
 
-    def __call__(self, *args: Any, adapters: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, adapters: Any = ..., **kwargs: Any) -> Any:
         """As :meth:`Bank.__call__`."""
         if self._package.manifest.parts:
             raise AdaptcError("this bank is of a program that is called part by part: call what it generates with")

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from adaptc.binding.binding import Binding
-from adaptc.errors import AdaptcError
+from adaptc.errors import AdaptcError, ConfigError, shown
 from adaptc.passes.ir.low_rank_rows import SIDE_BY_SIDE
 from adaptc.program.bound import Bound, Keeping
 from adaptc.program.core import ProgramCore
+from adaptc.program.views import SCALE
 from adaptc.rows.assignment import Mixes, coefficients, used
 from adaptc.rows.code import KEYWORD, RowsSource
 from adaptc.runtime.executor import Executor
@@ -78,6 +79,13 @@ class Assignment(Keeping):
     @property
     def adapted(self) -> bool:
         return any(self.mixes)
+
+    def _keeps(self, scale: Any) -> None:
+        if scale is not None:
+            raise ConfigError(
+                f"{SCALE}={shown(scale)} is not taken where each row has adapters of its own: give a row a weight, as "
+                "in adapters=[{'fr': 0.5}, ...]"
+            )
 
     @abstractmethod
     def alone(self, name: str) -> Keeping:

@@ -335,6 +335,8 @@ class Bank:
         Raises AdaptcError for a name that the bank has not, and ConfigError where there is none.
         """
         table = self._table
+        if isinstance(adapters, str) or not all(isinstance(n, str) for n in adapters or ()):
+            raise ConfigError(f"adapters={shown(adapters)} must be a list of names, or None for all adapters")
         names = tuple(table) if adapters is None else tuple(adapters)
         check_known(names, table)
         if not names:

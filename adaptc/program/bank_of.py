@@ -27,6 +27,10 @@ def check_options(options: Mapping[str, Any]) -> None:
     for name in options:
         if name not in known:
             limits = ("capacity", "max_rank", "max_bytes", "evict", "loader")
+            if name == "scale":
+                raise ConfigError(
+                    "scale is of one adapter: bank.add(name, adapter, scale=...), or a weight in its rows"
+                )
             raise ConfigError(f"a bank has no option {name!r}{did_you_mean(name, [*limits, *known])}")
 
 

@@ -66,6 +66,25 @@ class Holder(ABC):
     def as_program(self, model: Any) -> AbstractContextManager[Any]:
         """A context in which ``model``, which it was made from, takes what its program takes."""
 
+    def twin(self) -> Self:
+        """Another object of the same, for what a call notes on it."""
+        new = object.__new__(type(self))
+        vars(new).update(vars(self))
+        return new
+
+    @abstractmethod
+    def __copy__(self) -> Self: ...
+
+    @abstractmethod
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self: ...
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise AdaptcError(
+            f"a {type(self).__name__} cannot be pickled: write what was compiled with adaptc.save(..., 'name.pt2'), "
+            "and its adapters with adaptc.save_adapter, and read them where they are needed; copy.deepcopy gives one "
+            "with tensors of its own"
+        )
+
     def set_scale(self, scale: float, adapter: str | None = None, modules: str | Iterable[str] | None = None) -> None:
         """As :meth:`AdaptedProgram.set_scale`."""
         self.program.set_scale(scale, adapter, modules)

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import AdaptcError, did_you_mean, listing, shown
-
-LARGEST = torch.finfo(torch.float32).max
+from adaptc.value_types import finite_in_float32
 
 Mixes = tuple[Mapping[str, float], ...]
 """For each row the weights of its adapters, by name."""
@@ -61,11 +60,7 @@ def _mix(row: int, one: Any) -> dict[str, float]:
 
 
 def _is_number(weight: Any) -> bool:
-    """Not NaN either, which is not less than anything."""
-    if not isinstance(weight, Real) or isinstance(weight, bool):
-        return False
-    value: Any = weight
-    return bool(abs(value) <= LARGEST)
+    return isinstance(weight, Real) and not isinstance(weight, bool) and finite_in_float32(weight)
 
 
 def used(mixes: Mixes) -> tuple[str, ...]:

@@ -16,8 +16,11 @@ from adaptc.errors import AdaptcError, did_you_mean, listing
 #: keywords of other libraries' calls that ask for what a program does not do -> what it does instead
 _NOT_YET = {
     "adapter_names": "rows of one call have adapters of their own in a bank: prog.bank({...})(..., adapters=[...])",
+    "adapters": "rows of one call have adapters of their own in a bank: prog.bank({...})(..., adapters=[...])",
+    "adapter_scale": "what is bound keeps its adapter as it is, and rows of a bank have weights: "
+    "prog.bind(adapter, scale=...), or adapters=[{'fr': 0.5}, ...]",
     "alora_offsets": "where activated LoRA acts is found in input_ids by the program itself",
-    "task_ids": "adapters that are mixed by task are not supported: prog.bind(adapter) gives a callable for each",
+    "task_ids": "no adapter of the program is mixed by task, as Poly is: prog.bind(adapter) gives a callable for each",
 }
 #: keywords by which transformers models are asked for an answer of another form -> values for what a program does
 ANSWERS: Mapping[str, tuple[Any, ...]] = {

@@ -146,7 +146,7 @@ def select(
             f"layers_to_transform: no targeted module lies in layer {listing(lost)}; layers with targeted modules "
             f"are {listing(sorted(seen_layers)) or 'none'}" + layers.hint()
         )
-    if not chosen:
+    if not chosen and len(missing) < max(len(targets.keys), 1):  # or all was told
         tell(_explain_nothing(targets, left_out))
     if linear is None:
         for name, type_ in model.others.items():

@@ -15,7 +15,7 @@ from typing import Any, cast
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from adaptc.errors import ConfigError, TargetError, Tell, nearest, refuse_entry
+from adaptc.errors import ConfigError, TargetError, Tell, nearest, refuse_entry, shown
 from adaptc.methods import (
     OTHER_MEANING,
     AttentionConfig,
@@ -155,6 +155,12 @@ class _Planner:
         biases = self.trained.biases(self.config.bias, {a.id for a in replaced}, main)
         attachments = [*biases, *replaced, *main, *extra, *rows]
         if not attachments:
+            c = self.config
+            if named := [n for n in (c.target_modules, c.target_parameters, c.modules_to_save) if n]:
+                raise TargetError(
+                    f"the config adapts nothing here: the program has none of {shown(named[0])}, but "
+                    f"{self._some(modules)}. Is it the model that the adapter was made for?"
+                )
             raise TargetError(
                 "the config adapts nothing: target_modules, target_parameters, modules_to_save and "
                 "trainable_token_indices are all empty. Name at least one module; the program has "

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
+from collections import OrderedDict
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -171,6 +176,30 @@ def test_tokens_are_combined_where_they_are_the_same():
     adaptc.combine([(tokens([1, 2]), 0.5), (tokens([1, 2]), 0.5)])
     with pytest.raises(ConfigError, match=r"trains the rows .*\[1, 2\].*only adapters with the same"):
         adaptc.combine([(tokens([1, 2]), 0.5), (tokens([1, 3]), 0.5)])
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda a: pickle.loads(pickle.dumps(a))])
+def test_an_adapter_is_copied_and_pickled(how: Any):
+    made = adaptc.convert_to_lora(
+        lora(), torch.nn.Sequential(OrderedDict(up=torch.nn.Linear(7, 5))), rank=2, example_inputs=torch.randn(2, 7)
+    )
+    for one in (lora(), made):
+        other = how(one)
+        assert other.config.to_dict() == one.config.to_dict()
+        assert (other.source, repr(other)) == (one.source, repr(one))
+        assert all(map(torch.equal, other.tensors.values(), one.tensors.values()))
+        for name, tensor in one.tensors.items():
+            assert (other.tensors[name].data_ptr() == tensor.data_ptr()) is (how is copy.copy)
+    assert str(how(made).report) == str(made.report)
+
+
+@pytest.mark.parametrize("weight", [np.float16(0.5), np.float32(0.5), np.int64(2), Fraction(1, 2)])
+def test_numbers_of_any_kind_are_weights(weight: Any):
+    for found, want in (
+        (adaptc.combine([(lora(), weight)], method="cat"), adaptc.combine([(lora(), float(weight))], method="cat")),
+        (lora() * weight, lora() * float(weight)),
+    ):
+        assert all(map(torch.equal, found.tensors.values(), want.tensors.values()))
 
 
 def test_an_adapter_takes_peft_configs_and_says_what_it_is(tmp_path: Path):

@@ -154,6 +154,20 @@ def broken(kind: str, tmp_path: Path) -> tuple[Any, Any, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
+    ("targets", "named"),
+    [(["up", "dwn"], "'dwn'"), ("up|dwn.*x", None), ("dwn.*", r"'dwn\.\*'"), (["u"], "'u'"), ([""], "''")],
+)
+def test_a_target_that_there_is_not_is_named(targets: Any, named: str | None):
+    base = {"up.weight": torch.randn(7, 10), "down.weight": torch.randn(10, 7)}
+    tuned = {n: t + 1 for n, t in base.items()}
+    if named is None:
+        assert adaptc.subtract_adapter(tuned, base, rank=1, target_modules=targets).tensors
+        return
+    with pytest.raises(adaptc.ConfigError, match=f"target_modules: {named} chooses no module that has tensors"):
+        adaptc.subtract_adapter(tuned, base, rank=1, target_modules=targets)
+
+
+@pytest.mark.parametrize(
     ("kind", "said"),
     {
         "the same": "no weight differs",

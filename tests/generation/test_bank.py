@@ -84,6 +84,9 @@ def test_refused_by_name():
         made.generate(**inputs, adapters=["first", None, "second"], max_new_tokens=2)
     with pytest.raises(adaptc.AdaptcError, match="no adapter 'third'"):
         made.generate(**inputs, adapters=["third"] * 4, max_new_tokens=2)
+    for rows in (["first"], ["first", "second"], [None] * 5):
+        with pytest.raises(adaptc.AdaptcError, match=f"{len(rows)} entries, and there are 4 prompts"):
+            made.prefill(**inputs, adapters=rows)
     made.remove("second")
     made.add("third", case("llama").adapters["second"])
     assert list(made) == ["first", "third"]
@@ -91,3 +94,18 @@ def test_refused_by_name():
     assert "third" in made
     assert "2 adapters" in repr(made)
     assert "third" in str(made.report())
+
+
+def test_a_call_of_other_rows_loads_nothing():
+    dirs, asked = case("llama").adapters, []
+
+    def loader(name: str) -> Any:
+        asked.append(name)
+        return dirs["first" if name < "c" else "second"]
+
+    made, inputs = generator().bank(capacity=2, evict=True, loader=loader), prompt(4, 6)
+    generated(Mixed(made, ["a", "b", None, "a"]), inputs, new=2)
+    for call in (made.generate, made.prefill):
+        with pytest.raises(adaptc.AdaptcError, match="2 entries, and there are 4 prompts"):
+            call(inputs["input_ids"], adapters=["c", "d"])
+    assert (sorted(made), asked) == (["a", "b"], ["a", "b"])

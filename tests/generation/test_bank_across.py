@@ -95,9 +95,9 @@ def test_refused_by_name() -> None:
     ):
         with pytest.raises(adaptc.AdaptcError, match=message):
             said(Mixed(made, names), given)
-    with pytest.raises(adaptc.AdaptcError, match="4 entries, and 2 rows are encoded"):
+    with pytest.raises(adaptc.AdaptcError, match="4 entries, and there are 2 prompts"):
         made.prefill(given["input_ids"][:2], adapters=NAMES)
-    with pytest.raises(adaptc.ConfigError, match="keeps its adapter"):
+    with pytest.raises(adaptc.ConfigError, match="give a row a weight"):
         said(Mixed(made, NAMES), given, adapter_scale=0.5)
     assert isinstance(made.bank, DividedBank)
     for call in (made.bank.exported, lambda: made.bank(**given, adapters=NAMES), made.bank.assigned(NAMES)):

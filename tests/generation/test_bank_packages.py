@@ -93,7 +93,7 @@ def test_refused_by_name(tmp_path: Path) -> None:
     for names, message in ((["first"] * 3, "3 entries, and there are 4"), (["third"] * 4, "no adapter 'third'")):
         with pytest.raises(adaptc.AdaptcError, match=message):
             generated(Mixed(packaged, names), given)
-    with pytest.raises(adaptc.ConfigError, match="keeps its adapter"):
+    with pytest.raises(adaptc.ConfigError, match="give a row a weight"):
         generated(Mixed(packaged, NAMES), given, adapter_scale=0.5)
     with pytest.raises(adaptc.ConfigError, match="a tokenizer goes into"):
         adaptc.package(generator().program.bank(), tmp_path / "one.pt2", tokenizer=tokenizer())

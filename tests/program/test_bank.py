@@ -355,6 +355,8 @@ def test_a_refusal_changes_nothing(case: str, program: Any, singles: dict[str | 
 
 
 def test_options_that_there_are_not(program: Any) -> None:
+    with pytest.raises(adaptc.ConfigError, match=r"scale is of one adapter: bank\.add"):
+        program.bank({"a": state(2)}, scale=0.5)
     for option in ("capacty", "form"):
         with pytest.raises(adaptc.ConfigError, match=f"a bank has no option '{option}'"):
             program.bank(**{option: 3})

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import adaptc
 from adaptc import LoraConfig
@@ -125,6 +126,13 @@ def test_an_exported_bank_needs_no_adaptc(names: list[str], tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     with pytest.raises(adaptc.ConfigError, match="the bank is empty"):
         compiled(2).bank().exported()
+
+
+@pytest.mark.parametrize("names", ["a", [None], [3]])
+def test_what_is_exported_is_named_in_a_list(names: Any) -> None:
+    made = adaptc.compile(nn.Linear(5, 7), adaptc.LoraConfig(r=2, target_modules="all-linear"), example_inputs=X[:2])
+    with pytest.raises(adaptc.ConfigError, match="must be a list of names"):
+        made.bank({"a": made.binding}).exported(names)
 
 
 def test_a_program_read_from_a_file_has_banks(tmp_path: Path) -> None:

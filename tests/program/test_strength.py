@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -201,6 +202,13 @@ def test_what_calls_ask_for_is_remembered_and_let_go(twins: Twins) -> None:
     assert not ours.running.others
 
 
+@pytest.mark.parametrize("factor", [np.float16(0.5), np.float32(0.5), np.int64(2)])
+def test_numbers_of_numpy_are_factors(twins: Twins, factor: Any) -> None:
+    twins.ours.set_scale(factor, "task")
+    twins.scale(float(factor), "task")
+    twins.check()
+
+
 def test_a_swap_is_of_one_adapter_as_it_was_made(twins: Twins, folder: Path) -> None:
     ours = twins.ours
     ours.set_scale(0.5, "style")
@@ -333,6 +341,7 @@ BAD = {
     "a module of the other": (lambda p: p.set_scale(0.5, "task", ["up", "embed"]), "'embed' chooses nothing"),
     "saved as a whole": (lambda p: p.set_scale(0.5, "style", "head"), "'head.weight'.*no scale there"),
     "no module": (lambda p: p.set_scale(0.5, "style", []), "empty list"),
+    "modules by number": (lambda p: p.set_scale(0.5, "style", 3), "modules=3 must be the name of a module"),
     "an expression": (lambda p: p.set_scale(0.5, "style", "(up"), "modules"),
     "active, no such name": (lambda p: p.set_active(["style", "taste"]), "'taste'"),
     "active, no names": (lambda p: p.set_active(3), "a list of names"),

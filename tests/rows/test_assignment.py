@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -33,13 +34,13 @@ def test_names_are_in_the_order_in_which_they_come_first() -> None:
     assert used(mixes_of(["fr", None, {"de": 1, "fr": 2}, {"style": 0.0}])) == ("fr", "de")
 
 
-@pytest.mark.parametrize("weight", [2, 0.5, -1e3, np.float32(0.5), np.int64(3), 3e38])
+@pytest.mark.parametrize("weight", [2, 0.5, -1e3, np.float32(0.5), np.float16(0.5), np.int64(3), Fraction(1, 3), 3e38])
 def test_numbers_of_any_kind_are_weights(weight: Any) -> None:
     assert mixes_of([{"de": weight}])[0] == {"de": float(weight)}
 
 
 @pytest.mark.parametrize(
-    "weight", [float("nan"), float("inf"), 1e300, 10**400, True, "nan", None, 1j, np.float64("nan")]
+    "weight", [float("nan"), float("inf"), 1e300, 10**400, Fraction(10**400), True, "nan", None, 1j, np.float64("nan")]
 )
 def test_a_weight_that_is_no_number_of_float32_is_refused(weight: Any) -> None:
     with pytest.raises(adaptc.AdaptcError, match=r"adapters\[1\] gives 'de' the weight .*finite in float32"):

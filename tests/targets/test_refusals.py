@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 
 import peft
 import pytest
+import torch
+from torch import nn
 
+import adaptc
 from adaptc.errors import AdaptcError, ConfigError, TargetError
 from adaptc.methods._name_patterns import pattern_value, unused_patterns
 from adaptc.targets.name_rules import Candidate, select, select_to_save
@@ -50,6 +54,21 @@ SMALL = [
 def test_what_matches_nothing_is_refused(options, message):
     with pytest.raises(TargetError, match=message):
         select(SMALL, **options, all_names=MODEL)
+
+
+def test_an_adapter_of_another_model_says_that_it_may_be(tmp_path):
+    """Its config names modules, and none of them is here."""
+    other = nn.Sequential(OrderedDict(query=nn.Linear(5, 3)))
+    config = adaptc.LoraConfig(target_modules=["query"], init_lora_weights=False)
+    adaptc.save_adapter(adaptc.compile(other, config, example_inputs=torch.randn(2, 5)), tmp_path / "a")
+    model = nn.Sequential(OrderedDict(up=nn.Linear(5, 3)))
+    with (
+        pytest.warns(adaptc.AdaptcWarning, match="'query' matches no module"),
+        pytest.raises(
+            TargetError, match=r"none of \['query'\], but up\. Is it the model that the adapter was made for"
+        ),
+    ):
+        adaptc.compile(model, tmp_path / "a", example_inputs=torch.randn(2, 5))
 
 
 @pytest.mark.parametrize(
