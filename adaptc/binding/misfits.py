@@ -27,6 +27,17 @@ from adaptc.peft_files.directory import all_finite
 LARGEST = torch.finfo(torch.float32).max
 
 
+def check_rank(a: Attachment, method: Method, found: Mapping[str, Tensor], source: str) -> None:
+    """Raises CheckpointError for an adapter whose tensors, off which its rank is read, have none: configs refuse it."""
+    if method.rank() != 0:
+        return
+    told = ", ".join(f"{n!r} {tuple(t.shape)}" for n, t in found.items() if not t.numel())
+    raise CheckpointError(
+        f"{source}: {told} at site {a.fqn!r} would do nothing: there are no values in it. Leave the tensors of the site "
+        "out, and bind None for the base."
+    )
+
+
 def check_shapes(a: Attachment, op: Op, method: Method, found: Mapping[str, Tensor], source: str) -> None:
     """Raises SwapError for slots the program lacks at a site, CheckpointError for missing and misshapen tensors."""
     compiled = a.method.slots(op)
