@@ -31,7 +31,8 @@ MLP, LSTM = "MLP", "LSTM"
 @dataclass
 class PromptEncoderConfig(ProgramConfig):
     """PEFT's ``PromptEncoderConfig``: same names, same defaults. ``encoder_hidden_size`` is by default the width of the
-    embeddings; an MLP has three layers whatever ``encoder_num_layers`` says, and no dropout, as in PEFT, of which it warns."""
+    embeddings; an MLP has three layers and no dropout, whatever ``encoder_num_layers`` and ``encoder_dropout`` say, as
+    in PEFT: an AdaptcWarning tells of it."""
 
     peft_type: ClassVar[str] = "P_TUNING"
 
