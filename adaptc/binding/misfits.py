@@ -31,7 +31,7 @@ def check_rank(a: Attachment, method: Method, found: Mapping[str, Tensor], sourc
     """Raises CheckpointError for an adapter whose tensors, off which its rank is read, have none: configs refuse it."""
     if method.rank() != 0:
         return
-    told = ", ".join(f"{n!r} {tuple(t.shape)}" for n, t in found.items() if not t.numel())
+    told = ", ".join(f"{n!r} of shape {tuple(t.shape)}" for n, t in found.items() if not t.numel())
     raise CheckpointError(
         f"{source}: {told} at site {a.fqn!r} would do nothing, since it has no values. Leave the tensors of the site "
         "out, and bind None for the base."
