@@ -15,7 +15,7 @@ from torch import Tensor
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.builder import EMBEDDINGS, Builder, cut_or_filled
 from adaptc.binding.file_keys import keys_of, second_name
-from adaptc.binding.misfits import check_kinds, check_shapes, unbound
+from adaptc.binding.misfits import check_kinds, check_rank, check_shapes, unbound
 from adaptc.errors import CheckpointError, ConfigError, SwapError, TargetError
 from adaptc.methods import AdapterConfig, check_sizes
 from adaptc.passes.ir.attachment import Attachment
@@ -73,12 +73,17 @@ def bind(
     left = dict.fromkeys(tensors)
     present = _present(spec, config, tensors, left, fit=fit)
     if fit:
+        for a, method, found in present:
+            check_rank(a, method, found, source)
         builder.config = _as_found(config, spec, [(a, method) for a, method, _ in present])
     builder.share({a.id: method for a, method, _ in present})
     for a, method, found in present:
         op = spec.ops[a.id]
         check_kinds(a, op, method, found, spec.dtype(a), source, read=False)
-        found = method.read(op, found)
+        try:
+            found = method.read(op, found)
+        except CheckpointError as error:
+            raise CheckpointError(f"{source}: {error}") from None
         check_shapes(a, op, method, found, source)
         check_kinds(a, op, method, found, spec.dtype(a), source, read=True)
         if spec.trainable and (why := method.untrainable(found)):

@@ -27,6 +27,17 @@ from adaptc.peft_files.directory import all_finite
 LARGEST = torch.finfo(torch.float32).max
 
 
+def check_rank(a: Attachment, method: Method, found: Mapping[str, Tensor], source: str) -> None:
+    """Raises CheckpointError for an adapter whose tensors, off which its rank is read, have none: configs refuse it."""
+    if method.rank() != 0:
+        return
+    told = ", ".join(f"{n!r} of shape {tuple(t.shape)}" for n, t in found.items() if not t.numel())
+    raise CheckpointError(
+        f"{source}: {told} at site {a.fqn!r} would do nothing, since it has no values. Leave the tensors of the site "
+        "out, and bind None for the base."
+    )
+
+
 def check_shapes(a: Attachment, op: Op, method: Method, found: Mapping[str, Tensor], source: str) -> None:
     """Raises SwapError for slots the program lacks at a site, CheckpointError for missing and misshapen tensors."""
     compiled = a.method.slots(op)
@@ -139,7 +150,7 @@ def unbound(
     """The error for keys that no slot has taken, of all of an adapter's ``tensors``."""
     named = [(a, a.file_key(n, s)) for a in spec.attachments for n, s in a.method.slots(spec.ops[a.id]).items()]
     known = [key for _, key in named]
-    few = "; ".join(f"{k!r} (nearest: {', '.join(nearest(k, known, 2)) or 'none'})" for k in keys[:3])
+    few = "; ".join(repr(k) if k in known else _with_nearest(k, known) for k in keys[:3])
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
     head = f"{source}: {len(keys)} of its tensors have no slot in the program: {few}{more}."
     tails = {key.removeprefix(f"{a.key}.") for a, key in named}
@@ -161,6 +172,10 @@ def unbound(
     )
 
 
+def _with_nearest(key: str, known: Sequence[str]) -> str:
+    return f"{key!r} (nearest: {', '.join(nearest(key, known, 2)) or 'none'})"
+
+
 def _either(mappings: Sequence[Mapping[str, str]]) -> str:
     """Mappings as the argument they are."""
     return " or ".join(f"key_mapping={{{_pairs(m)}}}" for m in mappings[:3])
@@ -179,12 +194,12 @@ def _other_code(spec: BindingSpec, config: AdapterConfig, keys: list[str]) -> st
     """In which options the adapter differs from the code of a site that these keys are of, if that is why."""
     for a in spec.attachments:
         here, own = a.method.structure(), a.method.rebind(config, a).at(spec.ops[a.id]).structure()
-        files = {a.file_key(n, s) for n, s in a.method.slots(spec.ops[a.id]).items()}
-        if here != own and any(k in files or k.startswith(f"{a.key}.") for k in keys):
+        # Files have no name of a module in front of what stands for the whole program.
+        mine = {a.file_key(n, s) for n, s in a.method.slots(spec.ops[a.id]).items()}
+        if here != own and any(k in mine or k.startswith(f"{a.key}.") for k in keys):
             names = [n for n in own if own[n] != here.get(n)]
             at, has = (", ".join(f"{n}={d.get(n)!r}" for n in names) for d in (here, own))
-            where = f"at {a.key!r}" if a.key else f"of {a.method.name}"
-            return f"The code {where} was compiled for {at}, and the adapter has {has}"
+            return f"The code at {a.key or a.fqn!r} was compiled for {at}, and the adapter has {has}"
     return ""
 
 

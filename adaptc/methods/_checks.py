@@ -6,14 +6,16 @@ weight is a matrix. And the input of an adapter beside a layer, with its dropout
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptc.errors import ConfigError, TargetError
+from adaptc.errors import AdaptcWarning, ConfigError, TargetError, shown
 from adaptc.passes.ir.method import Method
 from adaptc.passes.ir.ops import Op
 
@@ -40,6 +42,14 @@ def check_probability(config: Any, *options: str, certain: bool = False) -> None
             raise ConfigError(
                 f"{type(config).__name__}.{option} must lie in {'[0, 1]' if certain else '[0, 1)'}, got {value!r}"
             )
+
+
+def tell_unused(config: Any, options: Collection[str], why: str) -> None:
+    """Warns of options that were set and do nothing beside the others, where PEFT's files may have them so."""
+    usual = {f.name: f.default for f in fields(config)}
+    said = [f"{n}={shown(getattr(config, n))}" for n in options if getattr(config, n) != usual[n]]
+    if said:
+        warnings.warn(f"{type(config).__name__}: {', '.join(said)} has no effect {why}", AdaptcWarning, stacklevel=4)
 
 
 def check_bias(config: Any, only: str) -> None:

@@ -69,7 +69,7 @@ class InFront(ProgramMethod):
         return self.count
 
     def with_sizes_of(self, op: Op, slots: Slots) -> Any:
-        if PROMPT not in slots:
+        if PROMPT not in slots or slots[PROMPT].ndim < 2:
             return self
         *stacks, count, _ = slots[PROMPT].shape
         return replace(self, count=count if stacks else count // self.sides)
@@ -86,8 +86,11 @@ class InFront(ProgramMethod):
         return Slot(shape, free=(len(shape) - 2,))
 
     def divided(self, name: str, rows: Tensor, axis: int = 0) -> Tensor:
-        """Rows as files have them, by stacks. Raises CheckpointError for a number of rows that is not as many for
-        each."""
+        """Rows as files have them, by stacks. Raises CheckpointError for what is no rows, and for a number of them that
+        is not as many for each."""
+        if rows.ndim != axis + 2:
+            what = "a row for each token" if not axis else f"{axis + 2} axes"
+            raise CheckpointError(f"{name!r} has shape {tuple(rows.shape)}; expected {what}")
         if self.sides == 1:
             return rows
         if rows.shape[axis] % self.sides:

@@ -88,13 +88,13 @@ class Cartridge(KeyValues):
 
     def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         rest = {n: t for n, t in found.items() if n != PROMPT}
-        return {**rest, **self._split(found[PROMPT])} if PROMPT in found else rest
+        return {**rest, **self._split(self.divided(PROMPT, found[PROMPT]))} if PROMPT in found else rest
 
     def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
         return {PROMPT: self.rows(slots).detach()}
 
     def with_sizes_of(self, op: Op, slots: Slots) -> Any:
         if FROZEN not in slots or TRAINED not in slots:
-            return replace(self, count=slots[PROMPT].shape[0]) if PROMPT in slots else self
+            return super().with_sizes_of(op, slots)
         frozen = slots[FROZEN].shape[0]
         return replace(self, count=frozen + slots[TRAINED].shape[0], frozen=frozen)

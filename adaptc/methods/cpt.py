@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaptc.errors import ConfigError, shown
+from adaptc.methods._checks import tell_unused
 from adaptc.methods._program_config import ProgramConfig
 from adaptc.methods._virtual_tokens import IGNORED, PROMPT, VirtualTokens
 from adaptc.passes.ir.coefficients import Extra, Given
@@ -76,6 +77,9 @@ class CPTConfig(ProgramConfig):
         for option in ("opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon"):
             if getattr(self, option) is None or getattr(self, option) < 0:
                 raise ConfigError(f"{name}.{option} must be a number of at least 0, got {getattr(self, option)!r}")
+        if self.opt_weighted_loss_type == "none":
+            why = "with opt_weighted_loss_type='none': 'decay' is what weighs labels by it"
+            tell_unused(self, ("opt_loss_decay_factor",), why)
 
     def method(self, name: str, kind: str) -> Cpt:
         ids, types = tuple(self.cpt_token_ids or ()), tuple(self.cpt_tokens_type_mask or ())

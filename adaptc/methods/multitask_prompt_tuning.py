@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from adaptc.errors import ConfigError, shown
-from adaptc.methods._checks import check_integers
+from adaptc.methods._checks import check_integers, tell_unused
 from adaptc.methods._virtual_tokens import IGNORED, PROMPT, VirtualTokens
 from adaptc.methods.prompt_tuning import RANDOM, SAMPLE_VOCAB, TEXT, PromptTuningConfig, first_rows
 from adaptc.passes.ir.coefficients import Extra, Given
@@ -48,6 +48,9 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         name, how = type(self).__name__, self.prompt_tuning_init
         if how in (AVERAGE, EXACT, SHARED) and not self.prompt_tuning_init_state_dict_path:
             raise ConfigError(f"{name}.prompt_tuning_init={how!r} needs prompt_tuning_init_state_dict_path")
+        if how not in (AVERAGE, EXACT, SHARED):
+            why = f"with prompt_tuning_init={how!r}: {AVERAGE!r}, {EXACT!r} and {SHARED!r} are what read it"
+            tell_unused(self, ("prompt_tuning_init_state_dict_path",), why)
         if self.num_ranks is None or self.num_tasks is None or self.prompt_tuning_init_task is None:
             raise ConfigError(f"{name}: num_ranks, num_tasks and prompt_tuning_init_task are integers, and not None")
         check_integers(self, {"num_ranks": self.num_ranks, "num_tasks": self.num_tasks})

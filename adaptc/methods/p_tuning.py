@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaptc.errors import ConfigError, shown
-from adaptc.methods._checks import check_integers, check_probability
+from adaptc.methods._checks import check_integers, check_probability, tell_unused
 from adaptc.methods._made_rows import NETWORK, MadeRows
 from adaptc.methods._model_facts import ModelFacts
 from adaptc.methods._program_config import ProgramConfig
@@ -31,7 +31,8 @@ MLP, LSTM = "MLP", "LSTM"
 @dataclass
 class PromptEncoderConfig(ProgramConfig):
     """PEFT's ``PromptEncoderConfig``: same names, same defaults. ``encoder_hidden_size`` is by default the width of the
-    embeddings; an MLP has three layers whatever ``encoder_num_layers`` says, and no dropout, as in PEFT."""
+    embeddings; an MLP has three layers and no dropout, whatever ``encoder_num_layers`` and ``encoder_dropout`` say, as
+    in PEFT: an AdaptcWarning tells of it."""
 
     peft_type: ClassVar[str] = "P_TUNING"
 
@@ -51,6 +52,11 @@ class PromptEncoderConfig(ProgramConfig):
         if self.encoder_hidden_size is not None:
             check_integers(self, {"encoder_hidden_size": self.encoder_hidden_size})
         check_probability(self, "encoder_dropout")
+        if kind == MLP:
+            why = "on an MLP, which has three layers; encoder_reparameterization_type='LSTM' is what has them"
+            tell_unused(self, ("encoder_num_layers", "encoder_dropout"), why)
+        elif self.encoder_num_layers == 1:
+            tell_unused(self, ("encoder_dropout",), "on an LSTM of one layer: it acts between layers")
 
     def resolved(self, facts: ModelFacts, width: int, found: Attentions | None = None) -> Self:
         return super().resolved(facts, width, found).completed({"encoder_hidden_size": width})

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import ConfigError, shown
+from adaptc.methods._checks import tell_unused
 from adaptc.methods._program_config import ProgramConfig
 from adaptc.methods._virtual_tokens import PROMPT, VirtualTokens
 from adaptc.passes.ir.method import Initial
@@ -49,6 +50,9 @@ class PromptTuningConfig(ProgramConfig):
                     raise ConfigError(f"{name}.prompt_tuning_init='TEXT' needs {option}")
         elif self.tokenizer_kwargs:
             raise ConfigError(f"{name}.tokenizer_kwargs is for prompt_tuning_init='TEXT': leave it out")
+        if self.prompt_tuning_init != TEXT:
+            why = f"with prompt_tuning_init={self.prompt_tuning_init!r}: 'TEXT' is what reads it"
+            tell_unused(self, ("prompt_tuning_init_text",), why)
         if "trust_remote_code" in (self.tokenizer_kwargs or {}):
             raise ConfigError(f"{name}.tokenizer_kwargs: trust_remote_code would run code of others; leave it out")
 

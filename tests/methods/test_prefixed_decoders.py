@@ -210,7 +210,7 @@ def test_refusals(tmp_path):
     found = adaptc.compile(build("bart"), CONFIG)
     other = adaptc.compile(build("bart"), PrefixTuningConfig(**SEQ, num_virtual_tokens=3))
     before = called(found, inputs()).logits
-    with pytest.raises(SwapError, match="of prefix_tuning was compiled for submodules=1, and the adapter has submod"):
+    with pytest.raises(SwapError, match="was compiled for submodules=1, and the adapter has submodules=2"):
         adaptc.swap(found, adaptc.save_adapter(other, tmp_path))
     with pytest.raises(MergeError, match="prefix_tuning changes what the program reads"):
         adaptc.merge(found)
