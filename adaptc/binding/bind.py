@@ -67,7 +67,7 @@ def bind(
     tensors or in the dtype of their slot, SwapError for keys of sites the program does not have.
     """
     check_finite(tensors, source)
-    config = _completed(config, spec)
+    config = _completed(config, spec, source)
     builder = Builder(spec, config, tensors.values() if copy else ())
     builder.of_file = True
     left = dict.fromkeys(tensors)
@@ -107,12 +107,20 @@ def bind(
     return builder.done(source)
 
 
-def _completed(config: AdapterConfig, spec: BindingSpec) -> AdapterConfig:
-    """``config`` with what it leaves to the model, as the sites have it."""
+def _completed(config: AdapterConfig, spec: BindingSpec, source: str) -> AdapterConfig:
+    """``config`` with what it leaves to the model, as the sites have it. Raises CheckpointError where it says otherwise
+    of what is the model's alone."""
     for a in spec.attachments:
-        values, make = a.method.of_model(), getattr(config, "method", None)
-        if values and make is not None and a.method.akin(make(a.name or a.module, a.kind)):
-            config = config.completed(values)
+        values, make = a.method.of_model(spec.ops[a.id]), getattr(config, "method", None)
+        if not values or make is None or not a.method.akin(make(a.name or a.module, a.kind)):
+            continue
+        width = values.get("token_dim")
+        if getattr(config, "token_dim", None) not in (None, width):
+            raise CheckpointError(
+                f"{source}: its config says token_dim={config.token_dim}, and the program has {width}. The adapter was "  # type: ignore[attr-defined]
+                "made for another model, or its config does not belong to its weights."
+            )
+        config = config.completed(values)
     return config
 
 

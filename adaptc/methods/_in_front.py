@@ -77,6 +77,9 @@ class InFront(ProgramMethod):
     def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         return replace(self, count=0).filled(op, W, dtype)
 
+    def of_model(self, op: Op) -> dict[str, Any]:
+        return {"token_dim": op.out_features}
+
     # -- stacks --------------------------------------------------------------------------------------------------------
 
     def rows_of(self, width: int, *before: int) -> Slot:

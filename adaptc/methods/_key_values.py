@@ -26,6 +26,7 @@ from adaptc.methods._program_config import ProgramConfig
 from adaptc.passes.analysis.attention_places import Attentions
 from adaptc.passes.ir.coefficients import Given
 from adaptc.passes.ir.method_hooks import Slots
+from adaptc.passes.ir.ops import Op
 
 
 @dataclass
@@ -79,7 +80,7 @@ class KeyValues(InFront):
         """How many numbers there are for a token."""
         return 2 * self.layers * self.heads * self.width
 
-    def of_model(self) -> dict[str, Any]:
+    def of_model(self, op: Op) -> dict[str, Any]:
         heads = {"num_attention_heads": self.heads, "token_dim": self.heads * self.width}
         return {"num_layers": self.layers, **heads, "num_transformer_submodules": self.submodules}
 

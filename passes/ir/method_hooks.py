@@ -227,7 +227,7 @@ class Hooks:
         new: Any = None if make is None else make(place.name or place.module, place.kind)
         return new if self.akin(new) else self
 
-    def of_model(self) -> dict[str, Any]:
+    def of_model(self, op: Op) -> dict[str, Any]:
         """What the model says of options that a config may leave to it, by name."""
         return {}
 

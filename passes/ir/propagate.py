@@ -10,7 +10,7 @@ need on symbolic sizes. Public: ``make_fx``, which has it on, and makes a graph 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ from torch._dispatch.python import enable_python_dispatcher
 from adaptc.errors import PassError
 from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.lifted import fake_mode_of, sizes_stay_free
+from adaptc.passes.ir.ops import argument
+
+aten = torch.ops.aten
 
 
 @exclusive
@@ -56,11 +59,29 @@ def _value(node: fx.Node, modules: nn.Module | None) -> Any:
     args, kwargs = fx.map_arg(node.args, of), fx.map_arg(node.kwargs, of)
     try:
         with torch.no_grad():
+            if (cut := _cut_short(node, of)) is not None:
+                return cut
             return node.target(*args, **kwargs)  # type: ignore[operator]
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         shapes = [tuple(n.meta["val"].shape) for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
         raise PassError(f"{node.name} = {node.target} does not take tensors of shapes {shapes}: {first}") from error
+
+
+def _cut_short(node: fx.Node, of: Callable[[fx.Node], Any]) -> Tensor | None:
+    """What a slice gives that was as long as a call says, of a tensor of fixed length; None for all else. torch looks
+    whether the sizes of the capture go beyond that tensor, and they may with more tokens in front; calls are held
+    against what there is room for."""
+    old = node.meta.get("val")
+    if node.target is not aten.slice.Tensor or not isinstance(old, Tensor):
+        return None
+    x, dim, start, end, step = (of(a) if isinstance(a := argument(node, i), fx.Node) else a for i in range(5))
+    fixed = isinstance(x.shape[dim], int) and step == 1 and (start or 0) == 0
+    if not fixed or not isinstance(end, torch.SymInt) or not isinstance(old.shape[dim], torch.SymInt):
+        return None
+    sizes = list(x.shape)
+    sizes[dim] = end
+    return x.new_empty_strided(sizes, x.stride())
 
 
 def _shown(value: Any) -> Any:

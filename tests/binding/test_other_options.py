@@ -4,9 +4,10 @@ calls its tensors in files, and proposes no name that a tensor has already."""
 from __future__ import annotations
 
 import pytest
+import torch
 
 import adaptc
-from adaptc.errors import SwapError
+from adaptc.errors import CheckpointError, SwapError
 from tests.support.oracle import base, file_tensors
 
 TOKENS = {"num_virtual_tokens": 3}
@@ -44,3 +45,15 @@ def test_options_are_named(name, tmp_path):
         adaptc.swap(program, folder)
     for key in file_tensors(adaptc.save_adapter(program, tmp_path / "own")):
         assert f"{key.removeprefix('base_model.model.')!r} (nearest" not in str(raised.value)
+
+
+def test_a_config_that_says_another_width_of_the_model():
+    """What would be written of it could not be read."""
+    program, rows = adaptc.compile(base("llama"), adaptc.PromptTuningConfig(**TOKENS)), torch.randn(5, 24)
+    other, own = (adaptc.PromptTuningConfig(num_virtual_tokens=5, token_dim=width) for width in (99, 24))
+    before = program.binding
+    with pytest.raises(CheckpointError, match="token_dim=99, and the program has 24"):
+        adaptc.swap(program, {"prompt_embeddings": rows}, config=other)
+    assert program.binding is before
+    adaptc.swap(program, {"prompt_embeddings": rows}, config=own)
+    assert program.binding.config.token_dim == 24

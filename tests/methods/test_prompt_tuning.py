@@ -263,3 +263,21 @@ def test_lora_programs_refuse_prompts(tmp_path):
     program = adaptc.compile(base("llama"), LoraConfig(r=3, target_modules=["q_proj"]))
     with pytest.raises(SwapError, match="prompt_embeddings"):
         adaptc.swap(program, oracle.path)
+
+
+def test_as_many_tokens_as_a_table_of_positions_leaves_room_for():
+    """BERT cuts its positions from a buffer of fixed length; the capture's example with so many tokens goes beyond it."""
+    model = FAMILIES["bert"].build()
+    for first in (5, 63):
+        program = adaptc.compile(base("bert"), PromptTuningConfig(num_virtual_tokens=first))
+        for count in (59, 63, 1):
+            rows = torch.randn(count, 24, generator=torch.Generator().manual_seed(count))
+            adaptc.swap(program, {"prompt_embeddings": rows})
+            program.validate()
+            for length in (1, 64 - count):
+                inputs = text(2, length, None)
+                table = model.get_input_embeddings()(inputs["input_ids"])
+                expected = called(model, {"inputs_embeds": torch.cat([rows.expand(2, -1, -1), table], 1)}).logits
+                assert_same(called(program, inputs).logits, expected)
+        with pytest.raises(AdaptcError, match="Give 63 tokens at most, or an adapter of fewer"):
+            called(program, text(2, 64, None))
