@@ -266,7 +266,7 @@ def test_lora_programs_refuse_prompts(tmp_path):
 
 
 def test_as_many_tokens_as_a_table_of_positions_leaves_room_for():
-    """BERT cuts its positions from a buffer of fixed length; the capture's example with so many tokens goes beyond it."""
+    """BERT cuts positions from a buffer of fixed length; the capture's example with so many tokens goes beyond it."""
     model = FAMILIES["bert"].build()
     for first in (5, 63):
         program = adaptc.compile(base("bert"), PromptTuningConfig(num_virtual_tokens=first))
