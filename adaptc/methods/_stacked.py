@@ -118,6 +118,9 @@ class Stacked(Method):
     def rebind(self, config: Any, place: Place) -> Method:
         return replace(self, inner=self.inner.rebind(config, place))
 
+    def of_model(self, op: Op) -> dict[str, Any]:
+        return self.inner.of_model(self.each(op))
+
     def at(self, op: Op) -> Method:
         return replace(self, inner=self.inner.at(self.each(op)))
 
