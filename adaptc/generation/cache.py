@@ -309,15 +309,10 @@ class StepCache:
         if self.tensors:
             self.mask[:, self.length :] = 1
 
-    def take_back(self) -> Callable[[], None]:
-        """Forget the last position. What this gives puts it in again, as long as no step was taken."""
+    def kept(self) -> Callable[[], None]:
+        """What this gives makes it again what it is now, as long as no step was taken."""
         kept, mask = dict(vars(self)), self.mask.clone()
-
-        def put_back() -> None:
-            vars(self).update(kept, mask=mask)
-
-        self.crop(-1)
-        return put_back
+        return lambda: vars(self).update(kept, mask=mask)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row ``beam_idx[i]`` was."""

@@ -202,6 +202,7 @@ class EncoderDecoder(Generator):
         checks.fits(self.facts, rows, total, begun=past.begun)
         checks.tokens(self.facts, decoder_input_ids)
         checks.check_mask(decoder_attention_mask, (rows, tokens), past.decoded)
+        checks.step(self.facts, rows, tokens, decoder_position_ids, logits_to_keep)
         if past.states is None:
             states = cross_checks.given_states(encoder_outputs)
             if states is None:
@@ -211,7 +212,9 @@ class EncoderDecoder(Generator):
             pinned.begin(past, states, attention_mask, extra)
         cross_checks.same_rows(past.rows, rows)
         past.reserve(rows, total)
-        if decoder_attention_mask is not None:
+        if decoder_attention_mask is None:
+            past.mask[:, before:total] = 1
+        else:
             past.mask[:, past.begun : total] = decoder_attention_mask
         slots = torch.arange(before, total, device=past.device)
         if isinstance(logits_to_keep, int):
@@ -268,12 +271,13 @@ class EncoderDecoder(Generator):
         if past is not None and each > 1:
             cross_checks.nothing_decoded(past)
         checks.generation(self.facts, generation_config, generation_mode, batch_size, max_cache_length, None, 0)
+        made = self.new_cache() if past is None else past
+        checks.fits(self.facts, batch_size * each, max_cache_length + made.begun, begun=made.begun)
         if past is None:
-            past = model_kwargs[name] = self.new_cache()
+            model_kwargs[name] = made
         elif each > 1:
             past.batch_repeat_interleave(each)
-        past.expected = max_cache_length + past.begun
-        checks.fits(self.facts, batch_size * each, past.expected, begun=past.begun)
+        made.expected = max_cache_length + made.begun
 
     def __repr__(self) -> str:
         return f"encodes, and {super().__repr__()}"

@@ -165,7 +165,10 @@ class Generator(Holder):
     ) -> Any:
         """What transformers' ``generate`` gives, of one that is pinned. ``again``: the cache holds all of the prompt,
         whose last token is computed once more, which writes what is there."""
-        put_back = kwargs[past_name()].take_back() if again else None
+        past = kwargs.get(past_name())
+        put_back = None if past is None else past.kept()
+        if again and past is not None:
+            past.crop(-1)
         try:
             with torch.no_grad():
                 return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]

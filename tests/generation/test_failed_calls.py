@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import adaptc
+from adaptc.generation import encoder_decoder
 from adaptc.generation.cache import StepCache
 from tests.generation.models import generated, generator, prompt
 from tests.generation.test_states import both
@@ -56,6 +57,49 @@ def test_a_cache_of_the_whole_prompt_is_as_it_was(kind: str) -> None:
         assert now == facts, what
         assert all(map(torch.equal, tensors, same)), what
     assert torch.equal(generated(gen, text, past_key_values=past), generated(gen, text))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_cache_of_an_encoder_is_as_it_was() -> None:
+    """Beams have rows of their own in it, which a call that failed before has not made."""
+    gen, ids = generator("t5"), torch.tensor([[5, 9, 11], [7, 4, 20]])
+    past, start = gen.prefill(ids), torch.ones(2, 1, dtype=torch.int64)
+    facts = past.rows, past.length, past.states.shape, [t.shape for t in past.cross]
+    for what, how in {**BAD, "beams": {"num_beams": 2, "logits_processor": 3}, "several": {"num_beams": 99}}.items():
+        how = {"max_new_tokens": 3, "do_sample": False, **how}
+        how["max_new_tokens"] = how.pop("new", how["max_new_tokens"])
+        with pytest.raises((adaptc.AdaptcError, AttributeError, TypeError)):
+            gen.generate(past_key_values=past, decoder_input_ids=start, **how)
+        assert (past.rows, past.length, past.states.shape, [t.shape for t in past.cross]) == facts, what
+    how = {"max_new_tokens": 3, "do_sample": False, "decoder_start_token_id": 1, "num_beams": 2}
+    found = gen.generate(past_key_values=past, decoder_input_ids=start, **how)
+    assert torch.equal(found, gen.generate(ids, **how))
+
+
+def test_a_step_of_a_decoder_that_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    gen, ids, new = generator("t5"), torch.tensor([[5, 9, 11], [7, 4, 20]]), torch.tensor([[4, 5], [7, 8]])
+    past = gen.prefill(ids)
+    gen.forward(decoder_input_ids=new, past_key_values=past)
+    expected = gen.forward(decoder_input_ids=new, past_key_values=past.copy()).logits
+    for given, message in (
+        ({"decoder_input_ids": new[:, :0]}, "has no tokens"),
+        ({"decoder_input_ids": new, "logits_to_keep": "all"}, "logits_to_keep='all' must be a number"),
+        ({"decoder_input_ids": new, "logits_to_keep": torch.tensor([2])}, "those among 2"),
+    ):
+        with pytest.raises(adaptc.AdaptcError, match=message):
+            gen.forward(past_key_values=past, **given)
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder_decoder, "_run", fail)
+        mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+        with pytest.raises(RuntimeError, match="out of memory"):
+            gen.forward(decoder_input_ids=new, decoder_attention_mask=mask, past_key_values=past)
+    assert past.length == 2
+    found = gen.forward(decoder_input_ids=new, past_key_values=past).logits
+    torch.testing.assert_close(found, expected)
 
 
 STEPS: dict[str, tuple[dict[str, Any], str]] = {
