@@ -112,7 +112,7 @@ def _completed(config: AdapterConfig, spec: BindingSpec, source: str) -> Adapter
     of what is the model's alone."""
     for a in spec.attachments:
         values, make = a.method.of_model(spec.ops[a.id]), getattr(config, "method", None)
-        if not values or make is None or not a.method.akin(make(a.name or a.module, a.kind)):
+        if not values or make is None or type(make(a.name or a.module, a.kind)) is not type(a.method):
             continue
         width = values.get("token_dim")
         if getattr(config, "token_dim", None) not in (None, width):
