@@ -141,3 +141,37 @@ def test_scores_that_other_tokens_have_not() -> None:
     ids = torch.arange(15).reshape(3, 5)
     with pytest.raises(TargetError, match=r"'mul' = aten.mul.Tensor changes the scores of 'matmul_1'"):
         adaptc.compile(Written(weighed), AdaptionPromptConfig(adapter_len=3, adapter_layers=1), example_inputs=(ids,))
+
+
+class WrittenPositions(torch.nn.Module):
+    """Positions that are written one after the other into a tensor of zeros."""
+
+    def __init__(self, whole: bool) -> None:
+        super().__init__()
+        self.whole = whole
+        self.table, self.places, self.out = (
+            torch.nn.Embedding(31, 12),
+            torch.nn.Embedding(40, 12),
+            torch.nn.Linear(12, 31),
+        )
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        places = torch.zeros_like(input_ids)
+        counted = torch.arange(input_ids.shape[1])
+        places = places + counted if self.whole else places
+        if not self.whole:
+            places[:] = counted
+        x = (self.table(input_ids) + self.places(places)).unflatten(-1, (3, 4)).transpose(1, 2)
+        y = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_is_written_to_beside_the_tokens_is_not_taken_for_what_it_was(whole: bool) -> None:
+    config = adaptc.PrefixTuningConfig(num_virtual_tokens=3)
+    given = {"input_ids": torch.randint(31, (2, 5))}
+    if whole:
+        assert adaptc.compile(WrittenPositions(True).eval(), config, example_inputs=given)(**given).shape == (2, 5, 31)
+        return
+    with pytest.raises(adaptc.TargetError, match="beside the tokens, and it is not known what it is for more of them"):
+        adaptc.compile(WrittenPositions(False).eval(), config, example_inputs=given)
