@@ -22,6 +22,7 @@ from adaptc.passes.ir.lifted import Lifted, user_inputs
 from adaptc.passes.ir.ops import operands
 from adaptc.passes.ir.rows import InRows, RowAxis, grouped
 from adaptc.passes.ir.trees import pytree
+from adaptc.rows.apart import ends_of
 from adaptc.rows.bare import Bare
 from adaptc.rows.locate import Rows, locate, rows_of
 from adaptc.rows.stacks import with_starts
@@ -43,8 +44,8 @@ class RowsSource(Bare):
     @classmethod
     @exclusive
     def of(cls, bare: Bare, probes: Sequence[Mapping[str, Any]] = ()) -> RowsSource:
-        """``probes`` as for :func:`locate`. Raises TargetError, which names the site, where rows cannot have adapters
-        of their own."""
+        """``probes`` as for :func:`locate`. Raises TargetError, which names the site, the output or the buffer, where
+        rows cannot have adapters of their own."""
         program, ops = bare.program, bare.ops
         _check_names(program)
         rows, lifted = rows_of(program), Lifted(program, edit=False)
@@ -57,8 +58,14 @@ class RowsSource(Bare):
                     wanted.setdefault(node.name, a)
                 if around(a, op) and a.method.has_input(op.at(node)):
                     wanted.setdefault(operands(node)[0].name, a)
-        axes, why = locate(program, rows, wanted, probes)
+        ends = ends_of(program)
+        axes, why = locate(program, rows, wanted, probes, ends, {a.fqn for a in bare.attachments})
         for name, reason in why.items():
+            if name not in wanted:
+                raise TargetError(
+                    f"the rows of a batch cannot have adapters of their own: {ends[name].name}: {reason}. Run the rows "
+                    "of each adapter as a batch of their own, with prog.bind"
+                )
             raise TargetError(
                 f"{wanted[name].fqn!r} cannot have another adapter for each row of a batch: {reason}. Leave the module "
                 "out of the targets, or run the rows of each adapter as a batch of their own, with prog.bind"

@@ -39,8 +39,9 @@ class RowAxis:
 
     def rows(self, places: Any, size: int, count: int) -> Any:
         """The row that each of ``places`` along an axis of this ``size`` belongs to, of ``count`` rows."""
-        each = size // count
-        return places // each if self.order == "rows outside" else places % count
+        if self.order == "rows outside":
+            return places // (size // count)
+        return places % count if self.order == "rows inside" else places
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,130 @@
+"""Whether the rows of a batch are apart in a value: which axes may have them, and what changed with one of them.
+
+Before: a value as the graph has it, and what changed there as one row of the inputs after the other was replaced. After:
+the ways in which the value may have rows, and for each whether all that changed is of that row. What a program gives,
+and what it writes to, has a reason here why not (:class:`End`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind
+
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.rows import ORDERS, RowAxis
+from adaptc.passes.ir.trees import named_leaves, pytree
+from adaptc.runtime.state import written_to
+
+#: of the largest change: what a change of a row leaves in others where it is rounded otherwise there (products of other
+#: sizes); what mixes rows changes them by far more
+SHARE = 1e-3
+MIXED = "what one row of the batch is changes what others are there, so rows are not apart"
+
+
+@dataclass(frozen=True)
+class End:
+    """Where what rows compute ends: ``name`` as users know it, its ``value`` in the graph. ``written``: calls write to
+    it, and later ones read it; all else callers read."""
+
+    name: str
+    value: Tensor
+    written: bool = False
+
+    def mixed(self, size: Any, changes: Sequence[Tensor | None]) -> str:
+        """Why rows are not apart there, '' where they are: nothing changed, or what did is of the row that was
+        replaced. A number without axes that callers read (a loss) is of the whole batch, and of no row."""
+        if reason := size_depends(changes):
+            return reason
+        if not any(bool(c.any()) for c in changes if c is not None) or not (self.value.ndim or self.written):
+            return ""
+        if len(changes) == 1 and not free(size):
+            return ""
+        ways = [*choices(self.value, size)]
+        # A buffer may have room for more rows than a call has.
+        ways += [RowAxis(i) for i in range(self.value.ndim)] if self.written else []
+        if any(apart(way, changes) for way in ways):
+            return ""
+        return MIXED if ways else f"{tuple(self.value.shape)} has no axis for the {size} rows, and what they are changes it"
+
+
+def ends_of(program: ExportedProgram) -> dict[str, End]:
+    """Name of a node -> what a program gives there, or writes to."""
+    lifted = Lifted(program, edit=False)
+    nodes, last = lifted.nodes, program.graph.output_node()
+    out: dict[str, End] = {}
+    inputs = {s.arg.name: str(s.target or s.arg.name) for s in program.graph_signature.input_specs}
+    for name in sorted(written_to(program.graph)):
+        out[name] = End(f"what is written to {inputs[name]!r}", nodes[name].meta["val"], True)
+    leaves: list[Any] = []
+    for spec, node in zip(program.graph_signature.output_specs, last.args[0], strict=True):  # type: ignore[arg-type]
+        if spec.kind == OutputKind.USER_OUTPUT:
+            leaves.append(node)
+        elif (found := nodes.get(getattr(node, "name", ""))) is not None:
+            out.setdefault(found.name, End(f"what is written to {spec.target!r}", found.meta["val"], True))
+    of = program.call_spec.out_spec
+    named = named_leaves(leaves if of is None else pytree.tree_unflatten(leaves, of))
+    for path, node in named:
+        value = getattr(node, "meta", {}).get("val")
+        if isinstance(value, Tensor):
+            out.setdefault(node.name, End(f"the output {path}" if len(named) > 1 else "the output", value))
+    return out
+
+
+def choices(value: Any, size: Any) -> Iterator[RowAxis]:
+    if not isinstance(value, Tensor):
+        return
+    rows = expression(size)
+    for axis, n in enumerate(value.shape):
+        if expression(n) == rows:
+            yield RowAxis(axis)
+    for axis, n in enumerate(value.shape):
+        each = sympy.simplify(expression(n) / rows)
+        whole = each.is_integer and (rows.is_number or rows.free_symbols.isdisjoint(each.free_symbols))
+        if each != 1 and whole and (rows.is_number or rows.free_symbols <= expression(n).free_symbols):
+            yield from (RowAxis(axis, order) for order in ORDERS[1:])
+
+
+def expression(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
+
+
+def free(size: Any) -> bool:
+    return not expression(size).is_number
+
+
+def apart(where: RowAxis, changes: Sequence[Tensor | None]) -> bool:
+    """Whether each row changed places of its own alone."""
+    for row, changed in enumerate(changes):
+        if changed is None:
+            return False
+        others = [i for i in range(changed.ndim) if i != where.axis]
+        along = changed.any(others) if others and changed.ndim > 1 else changed.reshape(-1)
+        places = along.nonzero().flatten()
+        if not bool((where.rows(places, along.numel(), len(changes)) == row).all()):
+            return False
+    return True
+
+
+def changed(a: Any, b: Any) -> Tensor | None:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape:
+        return None
+    if not (a.is_floating_point() or a.is_complex()):
+        return a != b
+    if not a.numel():
+        return torch.zeros_like(a, dtype=torch.bool)
+    off, rounding = (a - b).abs(), 4 * torch.finfo(a.dtype).eps
+    size = float(a.abs().nan_to_num(posinf=0.0).max())
+    near = off <= max(SHARE * float(off.nan_to_num(posinf=0.0).max()), rounding * size)
+    return ~(near | (a == b) | (a.isnan() & b.isnan()))
+
+
+def size_depends(changes: Sequence[Tensor | None]) -> str:
+    depends = "the number of values there depends on what they are, so rows cannot be followed"
+    return depends if any(c is None for c in changes) else ""
