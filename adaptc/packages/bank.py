@@ -2,14 +2,15 @@
 
 Before: a file that ``packages.write_bank`` wrote. After: calls compute what the bank did. An adapter that is put in is
 copied to its place between two calls, one pass over its bytes; nothing is compiled, and no call sees a part of it. What
-a call that has begun uses, or a generation, stays where it is until that has ended.
+a call that has begun uses, or a generation, stays where it is until that has ended. Which adapters there are, and where,
+is one value that is replaced as a whole, after a place that no name has was written to.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,14 @@ from adaptc.rows.assignment import check_known, mixes_of, used
 from adaptc.rows.report import BankReport
 
 
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """An adapter, and its place in the code."""
+
+    place: int
+    member: Binding
+
+
 class PackagedBank:
     """Made by ``adaptc.load_package``."""
 
@@ -33,8 +42,8 @@ class PackagedBank:
         assert package.manifest.bank is not None
         self._package = package
         self.capacity: int = package.manifest.bank["count"]
-        self._places: Mapping[str, int] = {n: k for k, n in enumerate(package.manifest.bank["names"])}
-        self._members: dict[str, Binding] = {n: package.member(k) for n, k in self._places.items()}
+        names = package.manifest.bank["names"]
+        self._now: Mapping[str, Placed] = {n: Placed(k, package.member(k)) for k, n in enumerate(names)}
         self._each = sum(prod(r.shape) * r.dtype.itemsize for r in package.manifest.rooms.values())
         self._lock = threading.RLock()
         self._assigned: WeakSet[PackagedAssignment] = WeakSet()
@@ -63,28 +72,29 @@ class PackagedBank:
         """As :meth:`Bank.assigned`. While it is there, the places of its adapters are no other's."""
         mixes = mixes_of(adapters)
         with self._lock:
-            names = used(mixes)
-            check_known(names, self._places)
-            own = {n: self._members[n] for n in names}
-            made = PackagedAssignment(self._package, mixes, self._places, self.capacity, own)
+            names, now = used(mixes), self._now
+            check_known(names, now)
+            places, own = {n: now[n].place for n in names}, {n: now[n].member for n in names}
+            made = PackagedAssignment(self._package, mixes, places, self.capacity, own)
             self._assigned.add(made)
             return made
 
-    def _free(self, name: str) -> int:
-        """A place for an adapter."""
-        kept = {place for one in self._assigned for place in one.taken}
-        free = sorted(set(range(self.capacity)) - set(self._places.values()) - kept)
-        if not free:
-            goes_on = len(kept - set(self._places.values()))
-            raise ConfigError(
-                f"the bank has no room for {name!r}: the package was made for {self.capacity} adapters"
-                + (f", and generations that go on keep {goes_on} that are gone" if goes_on else "")
-                + ". Remove one, or package the bank with a larger capacity"
-            )
-        return free[0]
+    def _free(self) -> int | None:
+        """A place that nothing is in, or kept in; None where there is none."""
+        taken = {one.place for one in self._now.values()} | self._kept()
+        return next((k for k in range(self.capacity) if k not in taken), None)
 
-    def _used(self, place: int) -> bool:
-        return any(place in one.taken for one in self._assigned)
+    def _kept(self) -> set[int]:
+        """Places of what assignments keep."""
+        return {place for one in self._assigned for place in one.taken}
+
+    def _no_room(self, name: str) -> ConfigError:
+        goes_on = len(self._kept() - {one.place for one in self._now.values()})
+        return ConfigError(
+            f"the bank has no room for {name!r}: the package was made for {self.capacity} adapters"
+            + (f", and generations that go on keep {goes_on} that are gone" if goes_on else "")
+            + ". Remove one, or package the bank with a larger capacity"
+        )
 
     def add(self, name: str, adapter: Any, **options: Any) -> None:
         """Put an adapter in a free place; as :meth:`Bank.add`, for ranks up to :attr:`ranks`. Raises ConfigError where
@@ -93,46 +103,60 @@ class PackagedBank:
             raise ConfigError(f"the name of an adapter is a string, not {shown(name)}")
         fitted = self._package.fitted(adapter, **options)
         with self._lock:
-            if name in self._places:
+            if name in self._now:
                 raise ConfigError(f"the bank has an adapter {name!r}: bank.replace puts another in its place")
-            self._put(name, self._free(name), fitted)
+            self._put(name, self._free(), fitted)
 
-    def _put(self, name: str, place: int, fitted: Fitted) -> None:
+    def _put(self, name: str, place: int | None, fitted: Fitted) -> None:
+        if place is None:
+            raise self._no_room(name)
+        new = {**self._now, name: Placed(place, replace(fitted, constants={}))}
         self._package.write(place, fitted.constants)
-        self._places = {**self._places, name: place}
-        self._members[name] = replace(fitted, constants={})
+        self._now = new
 
     def replace(self, name: str, adapter: Any, **options: Any) -> None:
         """Put another adapter in the place of one; as :meth:`add`, which takes a free place where calls that have begun
         keep this one."""
-        check_known([name], self._places)
+        check_known([name], self._now)
         fitted = self._package.fitted(adapter, **options)
         with self._lock:
-            check_known([name], self._places)
-            place = self._places[name]
-            self._put(name, self._free(name) if self._used(place) else place, fitted)
+            check_known([name], self._now)
+            own, place = self._now[name].place, self._free()
+            if place is None and own not in self._kept():
+                self._write_over(name, own, fitted)
+            else:
+                self._put(name, place, fitted)
+
+    def _write_over(self, name: str, place: int, fitted: Fitted) -> None:
+        """Put an adapter where the one of that name is, since no other place is free: its values are gone with the
+        first byte, so what is interrupted is done to its end."""
+        new = {**self._now, name: Placed(place, replace(fitted, constants={}))}
+        try:
+            self._package.write(place, fitted.constants)
+            self._now = new
+        except BaseException:
+            self._package.write(place, fitted.constants)
+            self._now = new
+            raise
 
     def remove(self, name: str) -> None:
         """Let go of an adapter. Raises AdaptcError for a name that there is not."""
         with self._lock:
-            check_known([name], self._places)
-            if not self._used(self._places[name]):
-                self._package.write(self._places[name], None)
-            self._places = {n: k for n, k in self._places.items() if n != name}
-            del self._members[name]
+            check_known([name], self._now)
+            self._now = {n: one for n, one in self._now.items() if n != name}
 
     def __contains__(self, name: object) -> bool:
-        return name in self._places
+        return name in self._now
 
     def __iter__(self) -> Iterator[str]:
-        return iter(list(self._places))
+        return iter(self._now)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._now)
 
     def report(self) -> BankReport:
         """The adapters in it, each with the bytes of its place."""
-        return BankReport(dict(self._members), capacity=self.capacity, each=self._each)
+        return BankReport({n: one.member for n, one in self._now.items()}, capacity=self.capacity, each=self._each)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise AdaptcError(

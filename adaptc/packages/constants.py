@@ -50,6 +50,7 @@ class Constants:
         self._lock = threading.Lock()
         self._held: Fitted | None = first
         self._buffers: dict[str, Tensor] = {}
+        self._given: dict[str, Tensor] = {}
         self._done: Any = None
 
     def run(self, fitted: Fitted | None, inputs: list[Tensor]) -> list[Tensor]:
@@ -64,16 +65,15 @@ class Constants:
             self._note()
             return out
 
-    def write(self, place: int, values: Mapping[str, Tensor] | None) -> None:
-        """Put the values of one adapter at its place in those of all, of a bank; None makes them zero. No call sees a
-        part of it."""
+    def write(self, place: int, values: Mapping[str, Tensor]) -> None:
+        """Put the values of one adapter at its place in those of all, of a bank. No call sees a part of it."""
         with self._lock, torch.no_grad():
             self._wait()
             if not self._buffers and self._held is not None:
                 self._fill(self._held.constants)
                 self._held = None  # its values are in the code now, and nobody else has them
             for fqn, buffer in self._buffers.items():
-                buffer[place].zero_() if values is None else buffer[place].copy_(values[fqn])
+                buffer[place].copy_(values[fqn])
 
     def _fill(self, values: Mapping[str, Tensor]) -> None:
         """The code gets tensors of ours to read once, and later fills write to them: torch keeps what
@@ -86,6 +86,8 @@ class Constants:
             fqn: torch.empty(shape, dtype=dtype, device=self._device).copy_(values[fqn])
             for fqn, (shape, dtype) in self._shapes.items()
         }
+        # The code reads them from here on, were what follows interrupted: whoever frees them would crash it.
+        self._given = buffers
         try:
             self._loader.load_constants(buffers, use_inactive=False, check_full_update=False, user_managed=True)
         except Exception as error:

@@ -322,8 +322,8 @@ class PackagedProgram:
         """Of the package of a bank: an adapter that it was made with, whose values are in the code at this place."""
         return replace(self.binding, values=self._fit.member(place), constants={}, source=str(self.path))
 
-    def write(self, place: int, values: Mapping[str, Tensor] | None) -> None:
-        """Of the package of a bank: put the values of one adapter at its place, in all code; None makes them zero."""
+    def write(self, place: int, values: Mapping[str, Tensor]) -> None:
+        """Of the package of a bank: put the values of one adapter at its place, in all code."""
         for code in self._codes.values():
             code.constants.write(place, values)
 

@@ -6,8 +6,9 @@ stack of adapters. After: a callable that keeps them, whatever becomes of the ba
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -39,9 +40,14 @@ class Stack:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.binding.values.values())
 
+    @property
+    def pairs(self) -> Iterable[tuple[str, Binding]]:
+        """Each name with its binding."""
+        return zip(self.names, self.members, strict=True)
+
     def serves(self, names: tuple[str, ...], table: Mapping[str, Binding]) -> bool:
         """Whether all that a call uses is here, as it is now, and not much else."""
-        own = dict(zip(self.names, self.members, strict=True))
+        own = dict(self.pairs)
         return all(own.get(n) is table[n] for n in names) and len(self.names) <= 2 * len(names)
 
 
@@ -57,6 +63,8 @@ class Stacks(Protocol):
     def device(self) -> torch.device: ...
 
     def code(self, stack: Stack, long: bool) -> Executor: ...
+
+    def keeping(self, mixes: Mixes, table: Mapping[str, Binding]) -> Any: ...
 
 
 def repeated(mixes: Mixes, rows: int) -> Mixes:
@@ -120,6 +128,11 @@ class Assigned(Assignment):
 
     def alone(self, name: str) -> Bound:
         return Bound(self.program, self.adapters[name])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Assigned:
+        """The same with tensors of its own, on a copy of its bank that goes on from what calls wrote."""
+        bank = copy.deepcopy(self._bank, memo)
+        return bank.keeping(self.mixes, copy.deepcopy(dict(self.adapters), memo))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._called(self, args, kwargs)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
@@ -33,6 +32,7 @@ from adaptc.program.assigned import Assigned, Stack
 from adaptc.program.bank_of import bare_of, check_options
 from adaptc.program.bound import Bound
 from adaptc.program.core import ProgramCore
+from adaptc.program.holdings import Holdings
 from adaptc.rows.assignment import Mixes, check_known, mixes_of, used
 from adaptc.rows.code import RowsSource
 from adaptc.rows.limits import Limits
@@ -43,10 +43,6 @@ from adaptc.runtime.gpu_variants import check_triton, runs_on_gpu
 from adaptc.runtime.outside_compilers import outside
 from adaptc.runtime.state import own_copies
 from adaptc.tables import size
-
-#: stacks that are kept: of the calls that differ most from each other in what they use
-STACKS = 2
-
 
 class Bank:
     """Made by ``AdaptedProgram.bank``. Iterating gives the names, in the order of their last use."""
@@ -77,11 +73,8 @@ class Bank:
         self.grouped = self._groupable() if self._uses_kernels() else frozenset[str]()
         #: FQN -> what calls write to, of this bank alone
         self.state: Mapping[str, Tensor] = own_copies(self.bare.base, self.bare.written)
-        self._table: Mapping[str, Binding] = {}
-        self._order: OrderedDict[str, None] = OrderedDict()
+        self._now = Holdings()
         self._codes: dict[tuple[str, int, bool], Executor] = {}
-        self._stacks: OrderedDict[int, Stack] = OrderedDict()
-        self._bound: dict[str, Bound] = {}
         self._lock = threading.RLock()
         self._called = outside(_called)
         if not isinstance(adapters or {}, Mapping):
@@ -115,47 +108,32 @@ class Bank:
         """
         if not isinstance(name, str) or not name:
             raise ConfigError(f"the name of an adapter is a string, not {shown(name)}")
-        if name in self._table:
-            raise ConfigError(f"the bank has an adapter {name!r}: bank.replace puts another in its place")
-        self._put(name, self._binding(name, adapter, options))
+        if name in self._now.adapters:
+            raise _taken(name)
+        binding = self._binding(name, adapter, options)
+        with self._lock:
+            if name in self._now.adapters:
+                raise _taken(name)
+            self._now = self._with(self._now, name, binding)
 
     def replace(self, name: str, adapter: Any, **options: Any) -> None:
         """Put another adapter in the place of one; as :meth:`add`."""
-        check_known([name], self._table)
-        self._put(name, self._binding(name, adapter, options), known=True)
+        check_known([name], self._now.adapters)
+        binding = self._binding(name, adapter, options)
+        with self._lock:
+            check_known([name], self._now.adapters)
+            self._now = self._with(self._now, name, binding)
 
     def remove(self, name: str) -> None:
         """Let go of an adapter. Calls that have begun keep it. Raises AdaptcError for a name that there is not."""
         with self._lock:
-            check_known([name], self._table)
-            self._drop([name])
+            check_known([name], self._now.adapters)
+            self._now = self._now.without([name])
 
-    def _put(self, name: str, binding: Binding, known: bool = False, needed: Collection[str] = ()) -> None:
-        with self._lock:
-            if known:
-                check_known([name], self._table)
-            elif name in self._table:
-                raise ConfigError(f"the bank has an adapter {name!r}: bank.replace puts another in its place")
-            self._drop(self.limits.leaving(self._table, self._order, name, binding, needed))
-            self._table = {**self._table, name: binding}
-            self._order[name] = None
-            self._order.move_to_end(name)
-            self._forget([name])
-
-    def _drop(self, names: list[str]) -> None:
-        self._table = {n: b for n, b in self._table.items() if n not in names}
-        for name in names:
-            self._order.pop(name, None)
-        self._forget(names)
-
-    def _forget(self, names: list[str]) -> None:
-        """Stacks that hold what is no longer in the bank."""
-        for name in names:
-            self._bound.pop(name, None)
-        for key, stack in list(self._stacks.items()):
-            own = zip(stack.names, stack.members, strict=True)
-            if any(self._table.get(n) is not b for n, b in own):
-                del self._stacks[key]
+    def _with(self, held: Holdings, name: str, binding: Binding, needed: Collection[str] = ()) -> Holdings:
+        """What is held with one more adapter. Raises ConfigError where there is no room."""
+        gone = self.limits.leaving(held.adapters, held.order, name, binding, needed)
+        return held.with_adapter(name, binding, gone)
 
     def _binding(self, name: str, adapter: Any, options: Mapping[str, Any]) -> Binding:
         try:
@@ -167,21 +145,20 @@ class Bank:
         return binding
 
     def __contains__(self, name: object) -> bool:
-        return name in self._table
+        return name in self._now.adapters
 
     def __iter__(self) -> Iterator[str]:
-        with self._lock:
-            return iter(list(self._order))
+        return iter(self._now.order)
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self._now.adapters)
 
     def __getitem__(self, name: str) -> Binding:
         """The adapter of that name, bound to the program. Raises KeyError where there is none."""
-        found = self._table.get(name)
-        if found is None:
-            raise KeyError(f"the bank has no adapter {name!r}{did_you_mean(name, self._table)}")
-        return found
+        held = self._now.adapters
+        if name not in held:
+            raise KeyError(f"the bank has no adapter {name!r}{did_you_mean(name, held)}")
+        return held[name]
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -198,34 +175,36 @@ class Bank:
         """A callable that keeps this assignment and these adapters, for calls that belong together: a generation. It
         takes batches in which each row is there once, or so many times after each other (beams)."""
         mixes = mixes_of(adapters)
-        table = self._needed(used(mixes))
+        return self.keeping(mixes, self._needed(used(mixes)))
+
+    def keeping(self, mixes: Mixes, table: Mapping[str, Binding]) -> Assigned:
+        """The same of adapters that need not be in the bank."""
         return Assigned(self._runs(mixes, table), mixes, self, self._program, table)
 
     def _needed(self, names: tuple[str, ...]) -> Mapping[str, Binding]:
         """The adapters that a call names, which keeps them whatever becomes of the bank."""
         self.limits.check_call(names)
-        table = self._table
+        table = self._now.adapters
         found = {n: table[n] for n in names if n in table}
         missing = [n for n in names if n not in found]
         if missing and self.loader is None:
             check_known(missing, table)
-        found |= {n: self._load(n, names) for n in missing}
+        loaded = {n: self._load(n) for n in missing}
         with self._lock:
-            for name in names:
-                if name in self._order:
-                    self._order.move_to_end(name)
+            held = self._now
+            for name, binding in loaded.items():
+                if name not in held.adapters:  # else another thread was first
+                    held = self._with(held, name, binding, names)
+                found[name] = held.adapters[name]
+            self._now = held.used(names)
         return found
 
-    def _load(self, name: str, needed: Collection[str]) -> Binding:
+    def _load(self, name: str) -> Binding:
         assert self.loader is not None
         found = self.loader(name)
         if found is None:
             raise AdaptcError(f"the bank has no adapter {name!r}, and its loader gave none{did_you_mean(name, self)}")
-        binding = self._binding(name, found, {})
-        with self._lock:
-            if name not in self._table:  # another thread was first
-                self._put(name, binding, needed=needed)
-            return self._table[name]
+        return self._binding(name, found, {})
 
     def _runs(self, mixes: Mixes, table: Mapping[str, Binding]) -> Callable[..., Any] | Stack:
         """What computes an assignment: where all rows want the same a program of its own, else a stack."""
@@ -250,32 +229,25 @@ class Bank:
         return self._with_state(self._program, table[name]) if self.state else self._bound_to(name, table)
 
     def _bound_to(self, name: str, table: Mapping[str, Binding]) -> Bound:
-        with self._lock:
-            found = self._bound.get(name)
-            if found is None or found.binding is not table[name]:
-                found = Bound(self._program, table[name])
-                if self._table.get(name) is table[name]:
-                    self._bound[name] = found
-            return found
+        found = self._now.bound.get(name)
+        if found is None or found.binding is not table[name]:
+            found = Bound(self._program, table[name])
+            with self._lock:
+                self._now = self._now.with_bound(name, found)
+        return found
 
     def _stack(self, names: tuple[str, ...], table: Mapping[str, Binding]) -> Stack:
-        with self._lock:
-            for key, stack in self._stacks.items():
-                if stack.serves(names, table):
-                    self._stacks.move_to_end(key)
-                    return stack
-        count = self._count(len(names))
-        members = tuple(table[n] for n in names)
-        source = self.bare
-        made = stacked(members, source.attachments, source.ops, count, self.grouped)
-        stack = Stack(names, members, count, made)
-        with self._lock:
-            # Of adapters that train a stack is made in every call, for it must follow them.
-            if not source.training and all(self._table.get(n) is b for n, b in zip(names, members, strict=True)):
-                self._stacks[id(stack)] = stack
-                while len(self._stacks) > STACKS:
-                    self._stacks.popitem(last=False)
-        return stack
+        found = next((s for s in self._now.stacks if s.serves(names, table)), None)
+        if found is None:
+            count = self._count(len(names))
+            members = tuple(table[n] for n in names)
+            made = stacked(members, self.bare.attachments, self.bare.ops, count, self.grouped)
+            found = Stack(names, members, count, made)
+        # Of adapters that train a stack is made in every call, for it must follow them.
+        if not self.bare.training:
+            with self._lock:
+                self._now = self._now.with_stack(found)
+        return found
 
     def _count(self, needed: int) -> int:
         """The number of places of a stack: compiled code has one, for as many as the bank may hold."""
@@ -326,7 +298,7 @@ class Bank:
     @property
     def adapters(self) -> Mapping[str, Binding]:
         """The adapters by name, as they are now."""
-        return self._table
+        return self._now.adapters
 
     def exported(self, adapters: list[str] | None = None) -> ExportedProgram:
         """A plain exported program of these adapters (all by default), which takes their coefficients, a float32 tensor
@@ -334,7 +306,7 @@ class Bank:
 
         Raises AdaptcError for a name that the bank has not, and ConfigError where there is none.
         """
-        table = self._table
+        table = self._now.adapters
         if isinstance(adapters, str) or not all(isinstance(n, str) for n in adapters or ()):
             raise ConfigError(f"adapters={shown(adapters)} must be a list of names, or None for all adapters")
         names = tuple(table) if adapters is None else tuple(adapters)
@@ -349,37 +321,39 @@ class Bank:
     @property
     def nbytes(self) -> int:
         """Bytes of all adapters; what several share counts once."""
-        return bytes_of(self._table.values())
+        return bytes_of(self._now.adapters.values())
 
     @property
     def held(self) -> int:
         """Bytes of the stacks that are kept."""
-        with self._lock:
-            return sum(s.nbytes for s in self._stacks.values())
+        return sum(s.nbytes for s in self._now.stacks)
 
     def report(self) -> BankReport:
         """A table of the adapters with their sites, ranks and bytes, and what calls keep beside them."""
-        with self._lock:
-            adapters = {n: self._table[n] for n in self._order}
-            stacks = tuple(s.names for s in self._stacks.values())
-            return BankReport(adapters, self.held, stacks, self.limits.capacity, self.limits.max_bytes)
+        now = self._now
+        adapters = {n: now.adapters[n] for n in now.order}
+        held, stacks = sum(s.nbytes for s in now.stacks), tuple(s.names for s in now.stacks)
+        return BankReport(adapters, held, stacks, self.limits.capacity, self.limits.max_bytes)
 
     def __repr__(self) -> str:
         limits = f" of {self.limits.capacity}" if self.limits.capacity else ""
-        names = f": {listing(map(repr, self._table))}" if self._table else ""
+        names = f": {listing(map(repr, self._now.adapters))}" if len(self) else ""
         return f"<Bank: {len(self)}{limits} adapters, {size(self.nbytes)}{names}>"
 
     def __copy__(self) -> Bank:
-        """One of its own with the same adapters, which go and come in each alone."""
+        """One of its own with the same adapters, which go and come in each alone; its buffers begin as the program's
+        are."""
         return self._like(self._program, dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Bank:
-        """The same with tensors of its own."""
-        return self._like(copy.deepcopy(self._program, memo), partial(copy.deepcopy, memo=memo))
+        """The same with tensors of its own, which goes on from what its calls wrote."""
+        made = self._like(copy.deepcopy(self._program, memo), partial(copy.deepcopy, memo=memo))
+        made.state = own_copies(self.state, self.state)
+        return made
 
     def _like(self, program: ProgramCore, adapters: Callable[[dict[str, Binding]], dict[str, Binding]]) -> Bank:
-        with self._lock:
-            held = {n: self._table[n] for n in self._order}
+        now = self._now
+        held = {n: now.adapters[n] for n in now.order}
         limits = {f.name: getattr(self.limits, f.name) for f in fields(self.limits)}
         return self._again(program, adapters(held), loader=self.loader, probes=self._probes, **limits)
 
@@ -391,6 +365,10 @@ class Bank:
             "a bank cannot be pickled: write its program with adaptc.save, its adapters with adaptc.save_adapter, and "
             "make another where they are read; copy.deepcopy(bank) gives one with tensors of its own"
         )
+
+
+def _taken(name: str) -> ConfigError:
+    return ConfigError(f"the bank has an adapter {name!r}: bank.replace puts another in its place")
 
 
 def _called(bank: Bank, args: tuple[Any, ...], kwargs: dict[str, Any], adapters: Any) -> Any:

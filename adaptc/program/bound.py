@@ -36,6 +36,7 @@ from adaptc.runtime.executor import Arguments, Executor
 from adaptc.runtime.held_values import Held
 from adaptc.runtime.options import RunOptions, check_limit
 from adaptc.runtime.outside_compilers import outside
+from adaptc.runtime.state import own_copies
 from adaptc.tables import size
 
 FORMS = ("apply", "weight", "auto")
@@ -97,7 +98,12 @@ class Bound(Keeping):
     """
 
     def __init__(
-        self, program: ProgramCore, adapter: Binding | None, form: str = "apply", memory_limit: int | None = None
+        self,
+        program: ProgramCore,
+        adapter: Binding | None,
+        form: str = "apply",
+        memory_limit: int | None = None,
+        state: Mapping[str, Tensor] | None = None,
     ) -> None:
         binding = adapter or replace(Binding.none(), source="the base")
         self.program, self.binding = program, binding
@@ -108,7 +114,8 @@ class Bound(Keeping):
             self._runs, self._weights = own_weights(program, binding)
             self._reads = self._runs.current or Binding.none()
         ready = self._runs.ready()
-        self._state = {} if ready.executor is None else ready.executor.own_state(self._reads)
+        assert ready.executor is not None
+        self._state = ready.executor.own_state(self._reads) if state is None else own_copies(state, state)
         self._now = _Now(ready.options, ready.executor, self._arguments(ready.executor))
         self._called = outside(_called)
         program.memory.join(self)
@@ -171,6 +178,7 @@ class Bound(Keeping):
         return own if arguments is None else own + arguments.held
 
     def __copy__(self) -> Bound:
+        """Another on the same tensors, whose buffers begin as the program's are now."""
         return Bound(self.program, self._adapter, self.form)
 
     @property
@@ -178,7 +186,9 @@ class Bound(Keeping):
         return self.binding if self.binding.methods or self.binding.values else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Bound:
-        return Bound(copy.deepcopy(self.program, memo), copy.deepcopy(self._adapter, memo), self.form)
+        """The same with tensors of its own, which goes on from what its calls wrote."""
+        program, adapter = copy.deepcopy(self.program, memo), copy.deepcopy(self._adapter, memo)
+        return Bound(program, adapter, self.form, state=self._state)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise AdaptcError(

@@ -7,6 +7,7 @@ part says for itself: an encoder may read one row for several that are decoded.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from adaptc.program.bank import Bank
 from adaptc.program.bound import Bound
 from adaptc.program.core import ProgramCore
 from adaptc.program.parts import Part, parts_with, pinned_parts
-from adaptc.rows.assignment import Mixes, mixes_of, used
+from adaptc.rows.assignment import Mixes
 from adaptc.rows.code import RowsSource
 from adaptc.runtime.executor import Executor
 
@@ -51,11 +52,9 @@ class DividedBank(Bank):
         """Refused: the parts of one call may have several numbers of rows."""
         raise AdaptcError("this bank is of a program that is called part by part: call what it generates with")
 
-    def assigned(self, adapters: Any) -> AssignedParts:  # type: ignore[override]
+    def keeping(self, mixes: Mixes, table: Mapping[str, Binding]) -> AssignedParts:  # type: ignore[override]
         """What keeps this assignment and these adapters, and gives the parts with them."""
-        mixes = mixes_of(adapters)
-        table = self._needed(used(mixes))
-        return AssignedParts(self.parts(mixes, table), mixes, self.program, table)
+        return AssignedParts(self.parts(mixes, table), mixes, self, table)
 
     def parts(self, mixes: Mixes, table: Mapping[str, Binding]) -> Mapping[str, Part]:
         """Callables of all parts."""
@@ -109,10 +108,10 @@ class AssignedParts(Assignment):
     """Made by :meth:`DividedBank.assigned`."""
 
     def __init__(
-        self, parts: Mapping[str, Part], mixes: Mixes, program: ProgramCore, adapters: Mapping[str, Binding]
+        self, parts: Mapping[str, Part], mixes: Mixes, bank: DividedBank, adapters: Mapping[str, Binding]
     ) -> None:
-        super().__init__(mixes, program, adapters)
-        self._parts = parts
+        super().__init__(mixes, bank.program, adapters)
+        self._parts, self._bank = parts, bank
 
     def alone(self, name: str) -> Bound:
         return Bound(self.program, self.adapters[name])
@@ -121,6 +120,10 @@ class AssignedParts(Assignment):
         """The callables. Raises ConfigError for a ``scale``."""
         self._keeps(scale)
         return self._parts
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AssignedParts:
+        bank = copy.deepcopy(self._bank, memo)
+        return bank.keeping(self.mixes, copy.deepcopy(dict(self.adapters), memo))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise AdaptcError("this assignment is of a program that is called part by part: call one of its parts")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import adaptc
+from tests.support.interrupts import at_every_line
 
 
 class Net(nn.Module):
@@ -112,3 +114,40 @@ def test_a_fresh_process_runs_it(made):
     expected = bank(x, adapters=["c", None, {"a": 0.3, "c": 0.5}]).double().sum().item()
     bank.remove("c")
     assert float(done.stdout) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_an_interrupt_at_any_line_leaves_the_old_or_the_new_adapters(made, full):
+    """In a place that is free, and, where none is, in the one of the adapter that goes."""
+    program, _, path, dirs = made
+    packaged = adaptc.load_package(path)
+    x = torch.randn(3, 2, 7)
+    ready = {n: program.bind(d).binding for n, d in dirs.items()}
+    alone = {n: program.bind(b)(x) for n, b in ready.items()}
+    source = {n: "of " + n for n in dirs}
+    ready = {n: dataclasses.replace(b, source=source[n]) for n, b in ready.items()}
+    names = ("a", "b", "c") if full else ("a", "b")
+
+    def reset():
+        for name in list(packaged):
+            packaged.remove(name)
+        for name in names:
+            packaged.add(name, ready[name])
+
+    def seen():
+        adapters = packaged.report().adapters
+        assert list(adapters) == list(packaged)
+        return [(n, b.source) for n, b in adapters.items()]
+
+    def works():
+        now = dict(seen())
+        chosen = [*now, None, None][:3]
+        found = packaged(x, adapters=chosen)
+        for row, name in enumerate(chosen):
+            if name is not None:
+                torch.testing.assert_close(found[row], alone[now[name][-1]][row])
+
+    files = ("/packages/bank.py", "/packages/run.py", "/packages/constants.py")
+    deeds = [lambda: packaged.replace("a", ready["d"]), lambda: packaged.remove("a")]
+    for deed in deeds if full else [*deeds, lambda: packaged.add("d", ready["d"])]:
+        assert at_every_line(deed, reset, seen, works, files) >= 4

@@ -112,37 +112,6 @@ def test_the_rows_of_nested_inputs() -> None:
         bank(inputs(4), adapters=["a", None, "a"])
 
 
-def test_buffers_that_calls_write_to_are_the_bank_s() -> None:
-    """One state for all its calls, whichever way they are computed; it begins as the program's is."""
-
-    class Counting(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(5, 7)
-            self.register_buffer("count", torch.zeros(()))
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            self.count.add_(1)
-            return self.layer(x), self.count.clone()
-
-    made = adaptc.compile(
-        Counting().eval(), LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False), example_inputs=X[:2]
-    )
-    made(X)
-    before = float(made.state_dict["count"])
-    bank = made.bank({"a": made.binding, "b": state_of(made, 1)})
-    assert float(made.state_dict["count"]) == before
-    for turn, chosen in enumerate((["a"] * 3, [None] * 3, ["a", None, "b"], ["b"] * 3, [None, "a", None], [None] * 3)):
-        assert float(bank(X, adapters=chosen)[1]) == before + turn + 1
-    assert float(made.state_dict["count"]) == before
-    assert float(copy.copy(bank)(X, adapters=["a"] * 3)[1]) == before + 1
-
-
-def state_of(program: Any, seed: int) -> dict[str, Tensor]:
-    draw = torch.Generator().manual_seed(seed)
-    return {k: torch.randn(t.shape, generator=draw) for k, t in program.module().state_dict().items()}
-
-
 @pytest.mark.parametrize(
     "options", [{"fuse": False}, {"hoist_limit": 0}, {"pack": "float32"}, {"form": "weight"}, {"kernels": True}]
 )

@@ -8,62 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import sys
 import threading
 from collections.abc import Callable
-from linecache import getline
 from pathlib import Path
-from types import FrameType
-from typing import Any, Self
 
 import pytest
 import torch
 from torch import Tensor
 
 import adaptc
-import adaptc.kernels
-import adaptc.passes
 from adaptc.passes.ir.exclusive import GRAPHS
-from adaptc.peft_files import torch_writer
 from adaptc.peft_files.staging import replacing
 from tests.support.gated_net import X, compiled, state
-
-#: folders of the code that is interrupted
-OURS = tuple(str(Path(str(m.__file__)).parent) + "/" for m in (adaptc, adaptc.passes, adaptc.kernels))
-
-
-def ours(frame: FrameType) -> bool:
-    name = frame.f_code.co_filename
-    # C++ calls the writer, and ends the process for what is raised there.
-    return name.startswith(OURS) and name != torch_writer.__file__
-
-
-class Lines:
-    """Counts the lines of adaptc that run in a block, and stops it at one of them."""
-
-    def __init__(self, stop: int | None = None) -> None:
-        self.count, self.stop = 0, stop
-
-    def __enter__(self) -> Self:
-        self.old = sys.gettrace()
-        sys.settrace(self._call)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(self.old)
-
-    def _call(self, frame: FrameType, event: str, arg: Any) -> Any:
-        return self._line if ours(frame) else None
-
-    def _line(self, frame: FrameType, event: str, arg: Any) -> Any:
-        # The line of a `with` comes again just before its block is left, where Python handles no signal.
-        if event == "line" and not getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
-            self.count += 1
-            if self.count == self.stop:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return self._line
-
+from tests.support.interrupts import Lines
 
 def swapping(p: adaptc.AdaptedProgram, folder: Path) -> None:
     adaptc.swap(p, state(5))

@@ -1,0 +1,77 @@
+"""Interrupts at chosen lines: a trace function raises KeyboardInterrupt at the n-th line of adaptc that runs in a block."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from linecache import getline
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import adaptc
+import adaptc.kernels
+import adaptc.passes
+from adaptc.peft_files import torch_writer
+
+#: folders of the code that is interrupted
+OURS = tuple(str(Path(str(m.__file__)).parent) + "/" for m in (adaptc, adaptc.passes, adaptc.kernels))
+
+
+class Lines:
+    """Counts the lines of adaptc that run in a block, and stops it at one of them. ``files``: ends of the names of the
+    files that count, all by default."""
+
+    def __init__(self, stop: int | None = None, files: tuple[str, ...] = ("",)) -> None:
+        self.count, self.stop, self.files = 0, stop, files
+
+    def __enter__(self) -> Self:
+        self.old = sys.gettrace()
+        sys.settrace(self._call)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self.old)
+
+    def _counts(self, name: str) -> bool:
+        # C++ calls the writer, and ends the process for what is raised there.
+        return name.startswith(OURS) and name != torch_writer.__file__ and name.endswith(self.files)
+
+    def _call(self, frame: FrameType, event: str, arg: Any) -> Any:
+        return self._line if self._counts(frame.f_code.co_filename) else None
+
+    def _line(self, frame: FrameType, event: str, arg: Any) -> Any:
+        # The line of a `with` comes again just before its block is left, where Python handles no signal.
+        if event == "line" and not getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
+            self.count += 1
+            if self.count == self.stop:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self._line
+
+
+def at_every_line(
+    deed: Callable[[], Any],
+    reset: Callable[[], Any],
+    seen: Callable[[], Any],
+    works: Callable[[], Any],
+    files: tuple[str, ...],
+) -> int:
+    """Interrupt a deed at every line of some files: what is ``seen`` afterwards is what was before it, or what is after
+    it, and it ``works``. ``reset`` makes what was before. How many interrupts came."""
+    reset()
+    old = seen()
+    with Lines(files=files) as lines:
+        deed()
+    new, came = seen(), 0
+    for n in range(1, lines.count + 1):
+        reset()
+        assert seen() == old
+        try:
+            with Lines(n, files):
+                deed()
+        except KeyboardInterrupt:
+            came += 1
+        assert seen() in (old, new), f"line {n}"
+        works()
+    return came
