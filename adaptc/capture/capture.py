@@ -27,6 +27,7 @@ from adaptc.capture.failures import in_terms_of
 from adaptc.capture.free_sizes import Free, export, export_free, export_stated
 from adaptc.capture.made_inputs import example_of
 from adaptc.capture.model_loss import loss_type, means_over_next_labels
+from adaptc.capture.model_state import preserve_state
 from adaptc.capture.replaced_forward import keyword, replaced_forward
 from adaptc.capture.single_sizes import differing, left_alone, results, runnable
 from adaptc.errors import AdaptcWarning, CaptureError
@@ -209,9 +210,8 @@ def _captured_program(program: ExportedProgram, config: Any, training: bool) -> 
 @contextlib.contextmanager
 def _prepared(model: nn.Module, training: bool) -> Iterator[None]:
     """Train or eval mode, no key-value cache in the outputs, gradients on; everything as before afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
     configs = {
-        id(config): (config, dict(vars(config)))
+        id(config): config
         for module in model.modules()
         if type(config := getattr(module, "config", None)).__module__.startswith("transformers.")
     }
@@ -221,21 +221,13 @@ def _prepared(model: nn.Module, training: bool) -> Iterator[None]:
             AdaptcWarning,
             stacklevel=4,
         )
-    try:
-        model.train(training)
-        for config, _ in configs.values():
+    with preserve_state(model, training, traced=True):
+        for config in configs.values():
             if getattr(config, "use_cache", False):
                 vars(config)["use_cache"] = False
         # The model's own no_grad blocks are then kept as such, and the caller's mode leaves no trace in the graph.
         with torch.enable_grad():
             yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        # Models also write to their config while they run, such as the problem type they infer from the labels.
-        for config, before in configs.values():
-            vars(config).clear()
-            vars(config).update(before)
 
 
 @contextlib.contextmanager
@@ -383,7 +375,7 @@ def _same_outputs(
     tensors = _tensors((args, kwargs, list(model.parameters())))
     if training or any(t.device.type == "meta" for t in tensors):
         return True
-    with left_alone(model, program):
+    with left_alone(model):
         expected, expected_tree = results(model(*args, **kwargs))
         try:
             found, found_tree = results(runnable(program)(*args, **kwargs))

@@ -2,7 +2,7 @@
 
 Before: an error of ``torch.export`` with torch's advice. After: the same error, which names the input that torch cannot
 take, or, where the inputs were made from the model's config, says what they were and asks for others: nobody is told to
-check inputs that they did not give.
+check inputs that they did not give. It also says whether the model itself runs on these inputs.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from adaptc.capture.free_sizes import what_failed
+from adaptc.capture.free_sizes import said, what_failed
+from adaptc.capture.model_state import preserve_state
+from adaptc.capture.single_sizes import left_alone, runs_here
 from adaptc.errors import CaptureError, listing
-from adaptc.passes.ir.trees import named_leaves
+from adaptc.passes.ir.trees import named_leaves, pytree
 from adaptc.tables import dtype_name
 
 _UNSUPPORTED = re.compile(r"Unsupported input type <class '([\w.<>]+)'>")
@@ -33,24 +36,52 @@ def in_terms_of(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], *, mad
         yield
     except CaptureError as error:
         cause = error.__cause__
-        text = None if cause is None else _told(model, args, kwargs, cause, made)
-        if text is None:
+        if cause is None:
             raise
-        raise CaptureError(text) from cause
+        raise CaptureError(_told(model, args, kwargs, error, cause, made)) from cause
 
 
-def _told(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], cause: BaseException, made: bool) -> str | None:
-    """Another text for the error, where there is a better one."""
+def _told(
+    model: nn.Module, args: tuple, kwargs: Mapping[str, Any], error: CaptureError, cause: BaseException, made: bool
+) -> str:
+    """The text of the error, or a better one."""
     if found := _UNSUPPORTED.search(str(cause)):
         return _unsupported(model, args, kwargs, found[1])
+    eager = _without_capture(model, args, kwargs)
     if not made or type(cause).__name__ in _OF_TORCH or _OUTPUT in str(cause):
-        return None
+        return f"{error}{eager}"
     takes = ", ".join(inspect.signature(model.forward).parameters)
     return (
         f"{what_failed(model, cause)}. No example_inputs were given, and the inputs made from its config do not suit "
         f"it: {listing(_inputs(model, args, kwargs).values())}. Pass example_inputs, a dict of keyword inputs (its "
-        f"forward takes {takes})"
+        f"forward takes {takes}){eager}"
     )
+
+
+def _without_capture(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> str:
+    """Whether the model itself runs on the inputs, in a sentence; '' where that is not tried."""
+    if not runs_here(model, args, kwargs):
+        return ""
+    copies = pytree.tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs)))
+    try:
+        with left_alone(model):
+            model(*copies[0], **copies[1])
+    except Exception as error:  # whatever a model has to say to such inputs
+        return f". The model itself fails on these inputs, too: {said(error)}"
+    return ". The model itself runs on these inputs"
+
+
+def run_model(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a model gives in eval mode and without gradients; it is left as it was. Raises CaptureError for one that
+    fails on these inputs."""
+    try:
+        with preserve_state(model, training=False), torch.no_grad():
+            return model(*args, **kwargs)
+    except Exception as error:  # whatever a model has to say to such inputs
+        raise CaptureError(
+            f"{type(model).__name__} itself fails, before anything is captured: {said(error)}. It was given "
+            f"{listing(_inputs(model, args, kwargs).values())}. Check that it runs on these without adaptc"
+        ) from error
 
 
 def _unsupported(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], kind: str) -> str:

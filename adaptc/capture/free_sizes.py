@@ -30,6 +30,7 @@ from torch.fx.experimental import _config
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from adaptc.capture.known_limits import known_limits
+from adaptc.capture.model_state import preserve_state
 from adaptc.errors import CaptureError
 from adaptc.passes.ir.lifted import user_inputs
 from adaptc.passes.ir.trees import pytree
@@ -49,7 +50,7 @@ def export(
     printed, graph = io.StringIO(), ""
     try:
         patched = _config.patch(backed_size_oblivious=guarded)  # type: ignore[attr-defined]  # made when it is loaded
-        with contextlib.redirect_stderr(printed), patched:
+        with contextlib.redirect_stderr(printed), patched, preserve_state(model, traced=True):
             return torch.export.export(model, args, dict(kwargs), dynamic_shapes=shapes, strict=False, **options)
     except Exception as error:
         graph = str(getattr(error, "partial_fx_graph", ""))
@@ -224,6 +225,11 @@ def explain(model: nn.Module, error: BaseException) -> str:
 
 def what_failed(model: nn.Module, error: BaseException) -> str:
     """That ``model`` could not be captured, torch's reason, and where it came up."""
+    return f"{type(model).__name__} could not be captured: {said(error)}"
+
+
+def said(error: BaseException) -> str:
+    """An error of a model or of torch in a line, and where it came up."""
     outside = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
@@ -232,4 +238,4 @@ def what_failed(model: nn.Module, error: BaseException) -> str:
     kind, where = type(error).__name__, ""
     if outside and kind != "UserError":
         where = f", at {outside[-1].filename}:{outside[-1].lineno} `{outside[-1].line}`"
-    return f"{type(model).__name__} could not be captured: {kind}: {reason_of(error)}{where}"
+    return f"{kind}: {reason_of(error)}{where}"

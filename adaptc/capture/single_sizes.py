@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
-from adaptc.passes.analysis.program_facts import written_tensors
+from adaptc.capture.model_state import preserve_state
 from adaptc.passes.ir.lifted import user_inputs
 from adaptc.passes.ir.trees import pytree
 
@@ -31,23 +31,26 @@ LARGEST = 4 << 30
 
 def differing(model: nn.Module, program: ExportedProgram, args: tuple, kwargs: Mapping[str, Any]) -> list[str]:
     """Where the two differ: one line for each input and axis."""
-    tensors = [*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, dict(kwargs)))]
-    tensors = [t for t in tensors if isinstance(t, Tensor)]
-    if any(t.device.type == "meta" for t in tensors) or sum(t.nbytes for t in tensors) > LARGEST:
-        return []
-    axes = _free_axes(program)
+    axes = _free_axes(program) if runs_here(model, args, kwargs) else {}
     if not axes:
         return []
     module, out = runnable(program), list[str]()
     names = list(user_inputs(program))
     for where in axes.values():
-        if not _same(model, module, program, *_cut(args, kwargs, where)):
+        if not _same(model, module, *_cut(args, kwargs, where)):
             out += [f"size 1 of axis {axis} of input {names[i]!r}" for i, axis in where]
     everywhere = [w for where in axes.values() for w in where]
-    if not out and len(axes) > 1 and not _same(model, module, program, *_cut(args, kwargs, everywhere)):
+    if not out and len(axes) > 1 and not _same(model, module, *_cut(args, kwargs, everywhere)):
         out.append("sizes of 1 alone")
     # A model may compute something else every time, and torch's module of a program confuses some names of modules.
-    return out if out and _same(model, module, program, args, kwargs) else []
+    return out if out and _same(model, module, args, kwargs) else []
+
+
+def runs_here(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a model and its inputs have values, and are small enough to be run to find something out."""
+    tensors = [*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, dict(kwargs)))]
+    tensors = [t for t in tensors if isinstance(t, Tensor)]
+    return all(t.device.type != "meta" for t in tensors) and sum(t.nbytes for t in tensors) <= LARGEST
 
 
 def runnable(program: ExportedProgram) -> Callable[..., Any]:
@@ -94,27 +97,19 @@ def _cut(args: tuple, kwargs: Mapping[str, Any], where: list[tuple[int, int]]) -
 
 
 @contextlib.contextmanager
-def left_alone(model: nn.Module, program: ExportedProgram) -> Iterator[None]:
-    """What runs inside leaves a model as it was, and torch's random numbers; gradients are off. ``program`` tells which
-    of its parameters a call writes to."""
-    kept = [(t, t.detach().clone()) for t in [*model.buffers(), *written_tensors(program)]]
-    devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
-    with torch.random.fork_rng(sorted(d.index or 0 for d in devices)), torch.no_grad():
-        try:
-            yield
-        finally:
-            for t, before in kept:
-                if not torch.equal(t, before):
-                    t.copy_(before)
+def left_alone(model: nn.Module) -> Iterator[None]:
+    """What runs inside, the model or a program of its tensors, leaves it as it was; gradients are off."""
+    with preserve_state(model), torch.no_grad():
+        yield
 
 
-def _same(model: nn.Module, module: Any, program: ExportedProgram, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+def _same(model: nn.Module, module: Any, args: tuple, kwargs: Mapping[str, Any]) -> bool:
     """Whether both compute the same; a size that one of them refuses is no difference."""
     copies = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
     try:
-        with left_alone(model, program):
+        with left_alone(model):
             expected, expected_tree = results(model(*args, **kwargs))
-        with left_alone(model, program):
+        with left_alone(model):
             found, found_tree = results(module(*copies[0], **copies[1]))
     except Exception:  # whatever a model has to say to such sizes
         return True

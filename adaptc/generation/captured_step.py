@@ -13,7 +13,7 @@ from typing import Any
 
 from adaptc.errors import AdaptcWarning, CaptureError, ConfigError, TargetError
 from adaptc.generation.facts import EXACT, NOTHING, ROOM, STATE, WINDOW, Facts
-from adaptc.generation.layout import CacheLayout, StateLayout, eval_mode
+from adaptc.generation.layout import CacheLayout, StateLayout
 from adaptc.generation.prove import prove
 from adaptc.generation.step import Step
 from adaptc.generation.ways import stepping_as
@@ -76,8 +76,7 @@ def captured_step(
             acts=tuple(acts),
         )
         try:
-            with eval_mode(model):
-                prove(model, unloaded(program).module(check_guards=False), facts)
+            prove(model, unloaded(program).module(check_guards=False), facts)
         except CaptureError as error:
             failed.append(error)
             continue

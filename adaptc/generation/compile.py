@@ -24,7 +24,7 @@ from adaptc.generation.cross_step import STATES, Encoded, stepping_across
 from adaptc.generation.front import refuse_without_cache
 from adaptc.generation.generator import Generator
 from adaptc.generation.kinds import generator_of
-from adaptc.generation.layout import CacheLayout, eval_mode
+from adaptc.generation.layout import CacheLayout
 from adaptc.generation.step import Step
 from adaptc.generation.two_passes import first_pass_of
 from adaptc.passes.ir.exclusive import exclusive
@@ -147,8 +147,7 @@ def _across(
         hidden=step.example_inputs[STATES].shape[-1],
         strides=encoded.strides,
     )
-    with eval_mode(model):
-        prove_across(model, unloaded(program), facts)
+    prove_across(model, unloaded(program), facts)
     return generator_of(program, facts)
 
 

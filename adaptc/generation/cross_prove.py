@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from adaptc.capture.failures import run_model
 from adaptc.errors import CaptureError
 from adaptc.generation.cross_facts import CrossFacts
 from adaptc.generation.cross_step import MASK, STATES
@@ -37,7 +38,7 @@ def prove_across(model: Any, program: ExportedProgram, facts: CrossFacts) -> Non
         given["attention_mask"][0, :_PADDED] = 0
     else:
         given[facts.main] = torch.randn(_ROWS, *facts.features, generator=draw).to(first)
-    expected = model(**given, decoder_input_ids=ids, use_cache=False).logits.float()
+    expected = run_model(model, **given, decoder_input_ids=ids, use_cache=False).logits.float()
     found = _in_pieces(program, facts, given, ids).float()
     error, size = (found - expected).abs().max(), expected.abs().max()
     allowed = (1e-3 if facts.layout.dtype.itemsize >= 4 else 0.1) * size

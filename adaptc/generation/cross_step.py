@@ -26,10 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from adaptc.capture.failures import run_model
 from adaptc.capture.replaced_forward import keyword, replaced_forward
 from adaptc.errors import CaptureError
 from adaptc.generation.attention import packed_attention
-from adaptc.generation.layout import CacheLayout, cache_of, eval_mode
+from adaptc.generation.layout import CacheLayout, cache_of
 from adaptc.generation.step import Step, example_step, written_cache
 
 STATES, MASK = "states", "states_mask"
@@ -72,9 +73,9 @@ class Encoded:
             raise CaptureError(f"the encoder of {name} reads {main}, and generation is for tokens and for whisper")
         bare = cls(main, features, strides, CacheLayout((), torch.float32), CacheLayout((), torch.float32))
         first = next(model.parameters())
-        with eval_mode(model), torch.no_grad():
-            ids = torch.zeros(1, 2, dtype=torch.int64, device=first.device)
-            out = model(**{main: bare.example(1, first.device, first.dtype)}, decoder_input_ids=ids, use_cache=True)
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=first.device)
+        source = {main: bare.example(1, first.device, first.dtype)}
+        out = run_model(model, **source, decoder_input_ids=ids, use_cache=True)
         found = cache_of(out)
         own, cross = (getattr(found, f"{which}_attention_cache", None) for which in ("self", "cross"))
         return cls(main, features, strides, CacheLayout.of_cache(name, own), CacheLayout.of_cache(name, cross, CROSS))
@@ -124,8 +125,7 @@ def _example(model: nn.Module, encoded: Encoded, with_positions: bool) -> Step:
         shapes["attention_mask"] = {0: sources, 1: read}
         inputs[MASK] = torch.ones(decoded, _POSITIONS, dtype=torch.int64, device=device)
         shapes[MASK] = {0: rows, 1: positions}
-    with eval_mode(model), torch.no_grad():
-        width = model.get_encoder()(inputs[encoded.main])[0].shape[-1]  # type: ignore[operator]
+    width = run_model(model.get_encoder(), inputs[encoded.main])[0].shape[-1]  # type: ignore[operator]
     inputs[STATES] = torch.zeros(decoded, _POSITIONS, width, dtype=encoded.cross.dtype, device=device)
     shapes[STATES] = {0: rows, 1: positions}
     for name, shape in zip(encoded.cross.names, encoded.cross.shapes(decoded, _POSITIONS), strict=True):

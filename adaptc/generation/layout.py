@@ -6,8 +6,7 @@ found by running the model once; or an error that says why the model's state is 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Self
@@ -15,6 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from adaptc.capture.failures import run_model
 from adaptc.errors import CaptureError
 from adaptc.passes.analysis.cache_inputs import KINDS as CACHED
 from adaptc.passes.analysis.cache_inputs import STATE, cache_name, pass_prefix
@@ -90,10 +90,9 @@ class CacheLayout:
 
     @classmethod
     def of(cls, model: nn.Module) -> CacheLayout:
-        """Runs ``model`` on two tokens. Raises CaptureError for a model whose state is something else."""
-        with eval_mode(model), torch.no_grad():
-            ids = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
-            out = model(input_ids=ids, use_cache=True)
+        """Runs ``model`` on two tokens. Raises CaptureError where it fails, or its state is something else."""
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
+        out = run_model(model, input_ids=ids, use_cache=True)
         return cls.of_cache(type(model).__name__, cache_of(out))
 
     @classmethod
@@ -175,15 +174,3 @@ def _layer(name: str, index: int, layer: Any) -> LayerLayout:
         )
     window = layer.sliding_window if kind == "DynamicSlidingWindowLayer" else None
     return LayerLayout(keys.shape[1], keys.shape[-1], values.shape[-1], window)
-
-
-@contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and the model's modes as they were afterwards."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for m, mode in modes:
-            m.training = mode

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptc.capture.failures import run_model
 from adaptc.errors import CaptureError
 from adaptc.generation.facts import EXACT, NOTHING, ROOM, STATE, WINDOW, Facts
 
@@ -42,7 +43,7 @@ def prove(model: Any, step: Callable[..., Tensor], facts: Facts) -> None:
     mask[0, :_PADDED] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     given: dict[str, Tensor] = {"position_ids": positions} if facts.positions else {}
-    expected = model(input_ids=ids, attention_mask=mask, use_cache=False, **given).logits
+    expected = run_model(model, input_ids=ids, attention_mask=mask, use_cache=False, **given).logits
     found = _in_pieces(step, facts, ids, mask, positions)
     seen = mask.bool()
     error = (found[seen].float() - expected[seen].float()).abs().max()

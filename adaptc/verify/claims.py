@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
+from adaptc.capture.model_state import preserve_state
 from adaptc.capture.random_inputs import Run
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.verify.compare import Leaves, copied_tree, leaves
@@ -38,6 +39,7 @@ class Claims:
         found = []
         for run in self.runs:
             kwargs = {k: v for k, v in run.kwargs.items() if k not in without}
-            found.append(leaves(call(*copied_tree(run.args), **copied_tree(kwargs))))
+            with preserve_state(call):
+                found.append(leaves(call(*copied_tree(run.args), **copied_tree(kwargs))))
             self.buffers.restore()
         return found

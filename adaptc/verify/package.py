@@ -17,6 +17,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from adaptc.capture import random_inputs
+from adaptc.capture.model_state import preserve_state
 from adaptc.capture.random_inputs import Run
 from adaptc.errors import SwapError
 from adaptc.packages.run import PackagedProgram
@@ -25,7 +26,7 @@ from adaptc.program.adapted import AdaptedProgram
 from adaptc.verify import package_inputs
 from adaptc.verify.claims import Claims, added
 from adaptc.verify.compare import Leaves, compare, differ
-from adaptc.verify.preserve_state import Buffers, evaluating
+from adaptc.verify.preserve_state import Buffers
 from adaptc.verify.report import Check, VerifyReport
 from adaptc.verify.verify import NO_BASE, TOLERANCE
 
@@ -63,7 +64,7 @@ def verify_package(
     else:
         runs = package_inputs.draw(package, wanted, seed, model)
     exported = model if isinstance(model, ExportedProgram) else None
-    with torch.no_grad(), evaluating(model), Buffers(exported, model) as buffers:
+    with torch.no_grad(), preserve_state(model, training=False, traced=True), Buffers(exported, model) as buffers:
         claims = _PackageClaims(package, model, program, runs, atol, seed, buffers)
         checks = [
             claims.tried("package equals program", claims.package_equals_program),

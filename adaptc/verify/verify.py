@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 
 from adaptc.binding.bind import first_values
 from adaptc.capture import random_inputs
+from adaptc.capture.model_state import preserve_state
 from adaptc.capture.random_inputs import Run
 from adaptc.errors import AdaptcError
 from adaptc.passes.ir.exclusive import GRAPHS
@@ -28,7 +29,7 @@ from adaptc.program.merge import merged, unmerged
 from adaptc.program.unload import unloaded
 from adaptc.verify.claims import Claims, added
 from adaptc.verify.compare import Leaves, compare, differ, digests
-from adaptc.verify.preserve_state import Buffers, evaluating
+from adaptc.verify.preserve_state import Buffers
 from adaptc.verify.report import Check, VerifyReport
 
 #: largest difference allowed, relative to the largest magnitude of an output, by the coarsest dtype of the weights
@@ -67,7 +68,7 @@ def verify_program(
     else:
         wanted = 3 if shapes is None else shapes
         runs = random_inputs.draw(program, shapes=wanted, seed=seed, vocabulary=_vocabulary(model))
-    with torch.no_grad(), evaluating(model), Buffers(program, model) as buffers:
+    with torch.no_grad(), preserve_state(model, training=False, traced=True), Buffers(program, model) as buffers:
         checks = _Verifier(program, model, runs, atol, seed, buffers).checks()
     strength = "" if program.current is None else program.current.strength()
     return VerifyReport.of(checks, (r.text for r in runs), seed, raise_on_failure, strength)

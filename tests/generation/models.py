@@ -16,6 +16,7 @@ from torch import Tensor
 
 import adaptc
 from tests.support.families import FAMILIES, VOCAB
+from tests.support.model_state import changes, state_of
 
 #: positions that the tiny models have
 POSITIONS = 64
@@ -58,11 +59,15 @@ def case(family: str) -> Case:
 
 @cache
 def generator(family: str = "llama", backend: str = "eager", adapter: str = "first") -> Any:
-    """One that the tests of a process share: those that swap it give its adapter back."""
+    """One that the tests of a process share: those that swap it give its adapter back. Of each family that is met here
+    the model must be as it was."""
     found = case(family)
-    return adaptc.compile_for_generation(
+    before = state_of(found.model)
+    gen = adaptc.compile_for_generation(
         found.model, found.adapters[adapter], max_batch=12, max_length=48, backend=backend
     )
+    assert changes(before, state_of(found.model)) == []
+    return gen
 
 
 def prompt(rows: int = 3, length: int = 7, padding: tuple[int, ...] = (), seed: int = 0) -> dict[str, Tensor]:

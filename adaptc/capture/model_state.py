@@ -1,0 +1,241 @@
+"""The state of a user's model, which no run and no capture of it may change.
+
+Before: a module whose code is about to run, on its own tensors or traced. After: its attributes, what its containers
+and helper objects hold, parameters, buffers and other tensors, gradients, hooks, modes and generators are as before,
+and so are the random numbers of torch, Python and NumPy. What did not change is not written to, so that other threads
+may use the model meanwhile.
+
+Private torch use, with the public route that was tried: ``TorchDispatchMode``, which sees every write, so that of all
+parameters only those that are written to are copied. Public: ``TorchFunctionMode``, which does not see what torch's own
+functions do inside (``embedding`` shortens rows of its weight); ``Tensor._version`` tells too late, and is as private.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from adaptc.passes.ir.storage import memory_of
+from adaptc.passes.ir.trees import pytree
+
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+_LEAVES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+#: packages whose objects belong to whichever model holds them, beside those that the model's classes are from
+_HELPERS = {"transformers", "types"}
+#: whose modules of programs look after what they keep, for many threads
+_OWN = __name__.partition(".")[0]
+
+
+@contextlib.contextmanager
+def preserve_state(model: Any, training: bool | None = None, *, traced: bool = False) -> Iterator[None]:
+    """A block in which ``model`` is run or captured; afterwards it is as it was, whether or not the block failed.
+
+    ``training``: the mode of the model inside, None for its own. ``traced``: it is traced alone, or run in inner
+    blocks, so that nothing writes to its parameters. Results that may be part of a buffer must be copied inside. What
+    is no module is left as it is.
+    """
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    state = _State(model)
+    writes = contextlib.nullcontext() if traced else _Writes(state.parameters)
+    try:
+        if training is not None and any(mode != training for _, _, mode in state.modules):
+            model.train(training)
+        with writes:
+            yield
+    finally:
+        state.restore(writes.copies if isinstance(writes, _Writes) else ())
+
+
+class _State:
+    """All that the code of a model may change, at one time."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = [(m, type(m), m.training) for m in model.modules()]
+        self.homes = {_package(kind) for _, kind, _ in self.modules} - {"torch", "builtins", _OWN} | _HELPERS
+        #: containers, with what they hold
+        self.held: list[tuple[Any, list[Any]]] = []
+        self.tensors: list[_Kept] = []
+        self.others: list[Callable[[], object]] = list(_global_generators(model))
+        self._seen: dict[int, Any] = {}
+        found: list[Any] = [model]
+        while found:
+            found += self._note(found.pop())
+        self.parameters = [t.tensor for t in self.tensors if isinstance(t.tensor, nn.Parameter)]
+
+    def _note(self, value: Any) -> Iterable[Any]:
+        """Write down what ``value`` holds, and give it."""
+        if isinstance(value, _LEAVES) or id(value) in self._seen:
+            return ()
+        self._seen[id(value)] = value  # which keeps it, and its id
+        if isinstance(value, Tensor):
+            self.tensors.append(_Kept(value))
+            return ()
+        if isinstance(value, dict):
+            items = list(value.items())
+            self.held.append((value, items))
+            return [v for _, v in items]
+        if isinstance(value, (list, set, deque)):
+            self.held.append((value, list(value)))
+            return list(value)
+        if isinstance(value, (tuple, frozenset)):
+            return value
+        if (put_back := _own_way(value)) is not None:
+            self.others.append(put_back)
+            return ()
+        if isinstance(value, nn.Module):  # a scripted one has its tensors elsewhere
+            own = [] if _package(type(value)) == _OWN else [vars(value)]
+            return [*own, *value.parameters(recurse=False), *value.buffers(recurse=False)]
+        own = getattr(value, "__dict__", None)
+        known = isinstance(own, dict) and any(_package(c) in self.homes for c in type(value).__mro__)
+        return [own] if known else ()
+
+    def restore(self, copies: Iterable[tuple[Tensor, Tensor]]) -> None:
+        for held, before in self.held:
+            _put_back(held, before)
+        for module, kind, training in self.modules:
+            if type(module) is not kind:
+                module.__class__ = kind
+            if module.training != training:
+                module.training = training
+        with torch.no_grad():
+            for tensor in self.tensors:
+                tensor.restore()
+            for alias, before in copies:
+                alias.copy_(before)
+        for put_back in self.others:
+            put_back()
+
+
+class _Kept:
+    """A tensor, its memory and flags; of what is no parameter also its values, since much writes to buffers unseen."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.alias, self.copy = tensor, None, None
+        if type(tensor) not in _PLAIN or tensor.layout != torch.strided or tensor.is_meta:
+            return  # its class says what may be done with it
+        self.alias = tensor.data
+        self.flags = tensor.requires_grad, tensor.grad if tensor.is_leaf else None
+        if not isinstance(tensor, nn.Parameter):
+            self.copy = self.alias.clone()
+
+    def restore(self) -> None:
+        tensor, alias = self.tensor, self.alias
+        if alias is None:
+            return
+        if _place(tensor) != _place(alias):
+            tensor.data = alias
+        if tensor.is_leaf:
+            requires_grad, grad = self.flags
+            if tensor.requires_grad != requires_grad:
+                tensor.requires_grad_(requires_grad)
+            if tensor.grad is not grad:
+                tensor.grad = grad
+        # By the alias, so that graphs which saved the tensor for a backward stay valid.
+        if self.copy is not None and not torch.equal(alias, self.copy):
+            alias.copy_(self.copy)
+
+
+class _Writes(TorchDispatchMode):
+    """Keeps a copy of each of these tensors that something is about to write to, the first time."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.copies: list[tuple[Tensor, Tensor]] = []
+        self.waiting: dict[int, list[Tensor]] = {}
+        for t in tensors:
+            if type(t) in _PLAIN and t.layout == torch.strided and not t.is_meta and t.numel():
+                self.waiting.setdefault(memory_of(t), []).append(t.data)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        schema = getattr(func, "_schema", None)  # blocks of control flow have none
+        if schema is not None and schema.is_mutable:
+            for i, argument in enumerate(schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    self._keep(args[i] if i < len(args) else kwargs.get(argument.name))
+        return func(*args, **kwargs)
+
+    def _keep(self, written: Any) -> None:
+        for t in pytree.tree_leaves(written):
+            if type(t) in _PLAIN and t.layout == torch.strided and not t.is_meta and t.numel():
+                self.copies += [(alias, alias.clone()) for alias in self.waiting.pop(memory_of(t), [])]
+
+
+def _place(t: Tensor) -> tuple[Any, ...]:
+    return t.data_ptr(), tuple(t.shape), t.stride(), t.dtype, t.device
+
+
+def _package(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
+
+
+def _put_back(held: Any, before: list[Any]) -> None:
+    """Give a container what it held, if it holds anything else; by its base's own ways, whatever its class forbids."""
+    if isinstance(held, dict):
+        now = list(held.items())
+        if len(now) == len(before) and all(a[0] is b[0] and a[1] is b[1] for a, b in zip(now, before, strict=True)):
+            return
+        base = OrderedDict if isinstance(held, OrderedDict) else dict
+        wanted = dict(before)
+        same_order = [k for k, _ in now if k in wanted] == [k for k, _ in before]
+        for key, _ in now:
+            if not same_order or key not in wanted:
+                base.__delitem__(held, key)
+        for key, value in before:
+            base.__setitem__(held, key, value)
+    elif isinstance(held, set):
+        if len(held) != len(before) or any(v not in held for v in before):
+            set.clear(held)
+            set.update(held, before)
+    else:
+        now = list(held)
+        if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
+            base = deque if isinstance(held, deque) else list
+            base.clear(held)
+            base.extend(held, before)
+
+
+def _global_generators(model: nn.Module) -> Iterator[Callable[[], object]]:
+    """What puts back the random numbers that any code may draw."""
+    state = torch.get_rng_state()
+    yield lambda: torch.set_rng_state(state)
+    for device in sorted({t.device.index or 0 for t in model.parameters() if t.device.type == "cuda"}):
+        on_gpu = torch.cuda.get_rng_state(device)
+        yield lambda device=device, on_gpu=on_gpu: torch.cuda.set_rng_state(on_gpu, device)
+    of_python = random.getstate()
+    yield lambda: random.setstate(of_python)
+    if (numpy := sys.modules.get("numpy.random")) is not None:
+        of_numpy = numpy.get_state()
+        yield lambda: numpy.set_state(of_numpy)
+
+
+def _own_way(value: Any) -> Callable[[], object] | None:
+    """What puts back a generator of random numbers or an array; None for anything else."""
+    if isinstance(value, torch.Generator):
+        state = value.get_state()
+        return lambda: value.set_state(state)
+    if isinstance(value, random.Random):
+        of_python = value.getstate()
+        return lambda: value.setstate(of_python)
+    if _package(type(value)) != "numpy":
+        return None
+    bits, fill = getattr(value, "bit_generator", None), getattr(value, "__setitem__", None)
+    if bits is not None:
+        of_numpy = bits.state
+        return lambda: setattr(bits, "state", of_numpy)
+    if fill is None:
+        return None
+    array = value.copy()
+    return lambda: fill(..., array) if value.flags.writeable else None
