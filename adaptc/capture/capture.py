@@ -49,7 +49,8 @@ class Source:
 
     ``config``: a copy. ``inputs``: the names that ``forward`` takes, in order. ``input_embedding`` and
     ``output_embedding``: module paths, None when unknown. ``loss_type`` and ``means_over_next_labels``: see
-    ``model_loss``.
+    ``model_loss``. ``conversions``: how transformers renamed the keys of the files that the model is from, None where
+    it is from none.
     """
 
     kind: type
@@ -60,6 +61,7 @@ class Source:
     output_embedding: str | None
     loss_type: str | None
     means_over_next_labels: bool
+    conversions: Any = None
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,7 @@ def _source(model: nn.Module) -> Source:
         _path_of(model, "get_output_embeddings"),
         loss_type(model),
         means_over_next_labels(model),
+        vars(model).get("_weight_conversions"),
     )
 
 

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from adaptc.errors import CheckpointError, shown
+from adaptc.pt2_files.refusal import reason
 
+#: names of the files that tokenizers are made of
+_OF_TOKENIZERS = re.compile(r"tokenizer.*|vocab.*|merges\.txt|.*\.(model|spm|bpe|tiktoken)")
 _EXPECTED = "expected a transformers model directory (config.json and weights), or a program (.pt2)"
 
 
@@ -37,6 +41,14 @@ def read_skeleton(path: Path) -> Any:
             return kind(kind.config_class.from_pretrained(path, local_files_only=True))
     except Exception as error:
         raise CheckpointError(f"transformers cannot make {kind.__name__} of {path}: {shown(str(error))}") from error
+
+
+def why_no_tokenizer(path: Path, error: Exception) -> str:
+    """Why no tokenizer could be read from ``path``, in a line. Of a directory without one transformers says what to
+    install."""
+    if path.is_dir() and not any(_OF_TOKENIZERS.fullmatch(p.name) for p in path.iterdir()):
+        return "no file of one is there"
+    return reason(error)
 
 
 def is_gguf(path: Path) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from adaptc.api import load, load_package
-from adaptc.capture.model_files import is_gguf, read_gguf, read_model
+from adaptc.capture.model_files import is_gguf, read_gguf, read_model, why_no_tokenizer
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError, shown
 from adaptc.generation.compile import compile_for_generation
 from adaptc.generation.generator import Generator
@@ -146,5 +146,6 @@ def _tokenizer(path: Path) -> Any:
     except Exception as error:  # tokenizers, sentencepiece and json each have their own types
         raise CheckpointError(
             f"there is no tokenizer in {path} that transformers can load: write one there "
-            f"(tokenizer.save_pretrained(...)), or name its directory with --tokenizer ({shown(str(error))})"
+            f"(tokenizer.save_pretrained(...)), or name its directory with --tokenizer "
+            f"({why_no_tokenizer(path, error)})"
         ) from error

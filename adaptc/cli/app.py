@@ -10,14 +10,20 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import os
 import shutil
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+
+#: what ends with the command that runs
+_until_done: ContextVar[ExitStack] = ContextVar("until_done")
 
 C = TypeVar("C", bound=Callable[..., None])
 
@@ -65,7 +71,8 @@ def plain_errors(command: C) -> C:
     def run(*args: Any, **kwargs: Any) -> None:
         from adaptc.errors import AdaptcError, AdaptcWarning
 
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), ExitStack() as stack:
+            _until_done.set(stack)
             usual = warnings.showwarning
             warnings.simplefilter("always", AdaptcWarning)
 
@@ -117,9 +124,12 @@ def tell(as_json: bool, report: Any = None, wrote: Path | None = None) -> None:
         typer.echo(printable(f"wrote {wrote}"))
 
 
-def place(argument: Path | None, option: Path | None, force: bool) -> Path:
-    """Where to write, known before any work is done. Raises AdaptcError for what is there already."""
+def place(argument: Path | None, option: Path | None, force: bool, *reads: Path | None) -> Path:
+    """Where to write, known before any work is done. ``reads``: what the command reads, which stays as it is unless its
+    own name was given for the output, with ``force``. Without that, the command's writes replace nothing, not even what
+    came in the meantime. Raises AdaptcError for what is there already, and for another name of what is read."""
     from adaptc.errors import CheckpointError
+    from adaptc.peft_files.staging import only_new
 
     if (argument is None) == (option is None):
         raise typer.BadParameter("give the output once, as -o OUT or as the last argument", param_hint="'--output'")
@@ -128,7 +138,24 @@ def place(argument: Path | None, option: Path | None, force: bool) -> Path:
     full = any(out.iterdir()) if out.is_dir() else out.exists()
     if full and not force:
         raise CheckpointError(f"{out} is there already; --force replaces it")
+    for read in reads:
+        if read is not None and full and _hides(out, read):
+            raise CheckpointError(
+                f"{out} leads to {read}, which the command reads and would lose. Choose another name, or give the name "
+                "itself to replace it"
+            )
+    if not force:
+        _until_done.get().enter_context(only_new(out))
     return out
+
+
+def _hides(out: Path, read: Path) -> bool:
+    """Whether writing ``out`` replaces something of ``read``, and does not say so."""
+    named, other = Path(os.path.abspath(out)), Path(os.path.abspath(read))
+    if named == other:
+        return False
+    real, source = Path(os.path.realpath(named)), Path(os.path.realpath(other))
+    return real == source or source in real.parents or (real == source.parent and source.suffix != ".pt2")
 
 
 def mapping(text: str | None) -> dict[str, str] | None:

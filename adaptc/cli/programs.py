@@ -119,7 +119,7 @@ def compile_(
     adaptc = facade()
     _check_generate(generate, training, {"--max-batch": max_batch, "--max-length": max_length})
 
-    path = place(out, output, force)
+    path = place(out, output, force, model, adapter)
     given = adapter.is_dir() or (adapter.is_file() and adapter.suffix != ".json")
     config = str(adapter) if given else config_of(adapter)
     options: dict[str, Any] = {"key_mapping": mapping(key_mapping), "component": component}
@@ -145,34 +145,70 @@ def _check_generate(generate: bool, training: bool, sizes: Mapping[str, int | No
 @app.command()
 @plain_errors
 def merge(
-    program: Program,
-    out: Out = None,
+    program: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PROG.pt2|MODEL",
+            help="A program with an adapter, or a transformers model directory.",
+            show_default=False,
+        ),
+    ],
+    second: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="ADAPTER|OUT",
+            help="Where to write the result; of a MODEL, with --output, the adapter to merge.",
+            show_default=False,
+        ),
+    ] = None,
     output: Output = None,
     force: Force = False,
     adapter: Annotated[
-        Path | None, typer.Option(metavar="ADAPTER", help="Merge this adapter instead of the program's own.")
+        Path | None,
+        typer.Option(metavar="ADAPTER", help="The adapter to merge; by default the program's own.", show_default=False),
     ] = None,
     key_mapping: KeyMapping = None,
     component: Component = None,
     safe: Annotated[bool, typer.Option(help="Refuse weights that are not finite.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Fold the adapter into the weights: a plain program, and how much rounding each weight took.
+    """Fold the adapter into the weights, and tell how much rounding each weight took.
 
-    The result runs with torch.export.load, without adaptc.
+    Of a program: a plain program, which runs with torch.export.load, without adaptc. Of a model directory: a model
+    directory, with its tokenizer, which from_pretrained loads: adaptc merge MODEL ADAPTER -o DIR.
     """
+    whole = program.is_dir()
+    if whole:
+        from adaptc.chat.screen import settle_libraries
+
+        settle_libraries()
     adaptc = facade()
 
-    path = place(out, output, force)
+    if whole and output is not None and second is not None:
+        if adapter is not None:
+            raise typer.BadParameter(f"give the adapter once, as {second} or as --adapter", param_hint="'--adapter'")
+        adapter, second = second, None
+    path = place(second, output, force, program, adapter)
     if adapter is None and (key_mapping is not None or component is not None):
         option = "--component" if key_mapping is None else "--key-mapping"
         raise typer.BadParameter("it is for the adapter that --adapter names", param_hint=f"'{option}'")
-    adapted = adaptc.load(program)
-    if adapter is not None:
-        adaptc.swap(adapted, adapter, key_mapping=mapping(key_mapping), component=component)
+    options: dict[str, Any] = {"key_mapping": mapping(key_mapping), "component": component}
+    if whole:
+        from adaptc.capture.model_files import read_model
+        from adaptc.program.model_directory import check_place, write_model_of
+
+        if adapter is None:
+            raise typer.BadParameter("which adapter is to be merged into the model?", param_hint="'ADAPTER'")
+        check_place(path)
+        adapted = adaptc.compile(read_model(program), str(adapter), **options)
+    else:
+        adapted = adaptc.load(program)
+        if adapter is not None:
+            adaptc.swap(adapted, adapter, **options)
     merged = adaptc.merge(adapted, safe=safe, keep_base=False, progress=sys.stderr.isatty())
     inside = merged.program if isinstance(merged, adaptc.Generator) else merged
-    tell(as_json, inside.merge_report, adaptc.save(merged, path))
+    wrote = write_model_of(merged, path, beside=program) if whole else adaptc.save(merged, path)
+    tell(as_json, inside.merge_report, wrote)
 
 
 @app.command()
@@ -190,7 +226,7 @@ def swap(
     """Give a program another adapter, of any rank, at any of its sites."""
     adaptc = facade()
 
-    path = place(out, output, force)
+    path = place(out, output, force, program, adapter)
     adapted = adaptc.load(program)
     report = adaptc.swap(adapted, adapter, key_mapping=mapping(key_mapping), component=component)
     tell(as_json, report, adaptc.save(adapted, path))
@@ -204,7 +240,7 @@ def unload(
     """Take the adapter out: the base as a plain program."""
     adaptc = facade()
 
-    path = place(out, output, force)
+    path = place(out, output, force, program)
     tell(as_json, wrote=adaptc.save(adaptc.unload(adaptc.load(program)), path))
 
 
@@ -223,7 +259,7 @@ def lower(
     """Put fused GPU kernels into the graph, in the place of the adapters' own nodes. Needs a GPU and triton."""
     adaptc = facade()
 
-    path = place(out, output, force)
+    path = place(out, output, force, program)
     lowered = adaptc.lower(adaptc.load(program, device=device))
     tell(as_json, adaptc.report(lowered), adaptc.save(lowered, path))
 
@@ -259,7 +295,7 @@ def package(
     """
     adaptc = facade()
 
-    path = place(out, output, force)
+    path = place(out, output, force, program, tokenizer)
     options: dict[str, Any] = {"max_rank": max_rank, "products": products, "tokenizer": tokenizer}
     tell(as_json, wrote=adaptc.package(adaptc.load(program), path, **options))
 

@@ -58,7 +58,7 @@ def export_adapter(
     of diffusers or kohya."""
     adaptc = facade()
 
-    path = place(out, output, force)
+    path = place(out, output, force, program)
     written = adaptc.save_adapter(adaptc.load(program), path, base_model=base_model, format=form, component=component)
     tell(as_json, wrote=written)
 
@@ -101,11 +101,12 @@ def combine(
 
     adaptc = facade()
 
-    path = place(None, output, force)
+    weighted = [_weighted(g) for g in given]
+    path = place(None, output, force, model, *(Path(adapter) for adapter, _ in weighted))
     options: dict[str, Any] = {"key_mapping": mapping(key_mapping), "model": _model(model)}
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     made = adaptc.combine(
-        [_weighted(g) for g in given],
+        weighted,
         method=method,
         density=density,
         majority_sign_method=majority_sign,
@@ -139,7 +140,7 @@ def to_lora(
     """Make LoRA of an adapter of any method that changes weights, and tell how near it is."""
     adaptc = facade()
 
-    path, kept = place(out, output, force), _kept(rank, energy)
+    path, kept = place(out, output, force, source, model), _kept(rank, energy)
     adapter: Any = adaptc.load(source) if source.suffix == ".pt2" else source
     options: dict[str, Any] = {"key_mapping": mapping(key_mapping), "component": component}
     _write(adaptc.convert_to_lora(adapter, _model(model), rank=kept, **options), path, as_json)
@@ -168,7 +169,7 @@ def extract(
     """Make LoRA of what MODEL_A has changed of MODEL_B: directories or files of safetensors, read tensor by tensor."""
     adaptc = facade()
 
-    path, kept = place(out, output, force), _kept(rank, energy)
+    path, kept = place(out, output, force, model_a, model_b), _kept(rank, energy)
     _write(adaptc.subtract_adapter(model_a, model_b, rank=kept, target_modules=target or None), path, as_json)
 
 

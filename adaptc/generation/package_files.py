@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from adaptc.capture.model_files import why_no_tokenizer
 from adaptc.errors import CheckpointError, ConfigError
 from adaptc.generation.description import NAME, described, facts_of
 from adaptc.generation.facts import Facts
@@ -63,7 +64,7 @@ def _tokenizer(given: Any) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # files of strangers can break any of their readers
-        raise ConfigError(f"{path} has no tokenizer that can be read: {reason(error)}") from error
+        raise ConfigError(f"{path} has no tokenizer that can be read: {why_no_tokenizer(path, error)}") from error
 
 
 def _files_of(tokenizer: Any, facts: Facts) -> dict[str, bytes]:

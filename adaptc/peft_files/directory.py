@@ -36,6 +36,7 @@ from adaptc.peft_files.format import (
     SAFE_NAME,
     bare_key,
     bare_keys,
+    check_no_model,
     file_key,
     jsonable,
     stored_config,
@@ -203,6 +204,7 @@ def write_adapter(
     for p in (root, out):
         if p.exists() and not p.is_dir():
             raise CheckpointError(f"cannot write an adapter to {p}: it is a file. Choose a directory.")
+    check_no_model(out)
     stored = stored_config(config, base_model)
     if not tensors:
         raise CheckpointError(f"cannot write an adapter to {out}: it has no tensors, so it would do nothing.")
@@ -220,11 +222,11 @@ def write_adapter(
             card = write_card(root / CARD_NAME, stage / CARD_NAME, stored, tags)
             for file in stage.iterdir():
                 _staging.sync(file)
-            _staging.commit(stage, out, body=body, head=CONFIG_NAME, stale=stale)
+            _staging.commit(stage, out, bodies=[body], head=CONFIG_NAME, stale=[stale])
             if card:  # last and alone: no adapter depends on what it says
                 try:
                     _staging.place(stage / CARD_NAME, root / CARD_NAME)
-                except OSError as exc:
+                except (OSError, CheckpointError) as exc:
                     warnings.warn(f"{root / CARD_NAME} could not be updated: {exc}", AdaptcWarning, stacklevel=2)
         _staging.remove_abandoned(out, with_old_files=True)
     except CheckpointError:

@@ -11,6 +11,7 @@ What must hold: ``bare_key(file_key(k, t), t) == k`` for every key and method, s
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -24,6 +25,8 @@ CONFIG_NAME = "adapter_config.json"
 SAFE_NAME = "adapter_model.safetensors"
 BIN_NAME = "adapter_model.bin"
 CARD_NAME = "README.md"
+MODEL_CONFIG = "config.json"
+_MODEL_WEIGHTS = re.compile(r"(model|pytorch_model)([.-].*)?\.(safetensors|bin)(\.index\.json)?")
 PEFT_VERSION = "0.21.2"
 """The PEFT release whose file format is written; recorded as ``peft_version`` in configs that name none."""
 
@@ -132,3 +135,15 @@ def write_card(existing: Path, new: Path, config: Mapping[str, Any], more_tags: 
     )
     metadata_save(new, meta)
     return True
+
+
+def check_no_model(directory: Path) -> None:
+    """Raise CheckpointError for the directory of a model: with an adapter's config in it, transformers takes it for an
+    adapter, and does not load the model any more."""
+    if (directory / CONFIG_NAME).exists() or not (directory / MODEL_CONFIG).is_file():
+        return
+    if weights := sorted(p.name for p in directory.iterdir() if _MODEL_WEIGHTS.fullmatch(p.name)):
+        raise CheckpointError(
+            f"cannot write an adapter to {directory}: it holds a model ({MODEL_CONFIG}, {weights[0]}), which could not "
+            f"be loaded with {CONFIG_NAME} beside it. Choose another directory."
+        )

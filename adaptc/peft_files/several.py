@@ -14,7 +14,7 @@ from pathlib import Path
 from adaptc.errors import CheckpointError
 from adaptc.peft_files.format import CARD_NAME
 from adaptc.peft_files.locate import plain_name
-from adaptc.peft_files.staging import OLD, Stranded, staging
+from adaptc.peft_files.staging import OLD, Stranded, check_new, staging
 
 
 @contextmanager
@@ -42,6 +42,7 @@ def _move(stage: Path, root: Path, names: Sequence[str]) -> None:
     come: list[str] = []
     try:
         for name in names:
+            check_new(root / name)
             if os.path.lexists(root / name):
                 os.rename(root / name, old / name)
                 gone.append(name)

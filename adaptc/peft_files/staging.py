@@ -15,8 +15,9 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 
@@ -33,6 +34,8 @@ _UNLOCKED = ".adaptc-begin-"
 #: in a stage: where a commit puts the files that it replaces
 OLD = "old"
 _DAY = 24 * 3600.0
+#: what the writes of a block may make and not replace
+_only_new: ContextVar[tuple[Path, ...]] = ContextVar("only_new", default=())
 
 
 class Stranded(CheckpointError):
@@ -111,39 +114,89 @@ def replacing(path: Path, name: str = "new") -> Iterator[Path]:
         sync_names(target.parent)
 
 
-def commit(stage: Path, target: Path, *, body: str, head: str, stale: str) -> None:
-    """Move ``stage/body`` (weights) and ``stage/head`` (config) into ``target`` as one change; drop ``target/stale``.
+@contextmanager
+def only_new(path: Path) -> Iterator[None]:
+    """While the block runs, its writes make ``path``, a file or a directory, and replace nothing there: who was first
+    stays. Writes raise CheckpointError where something is there by then."""
+    before = _only_new.get()
+    token = _only_new.set((*before, Path(os.path.realpath(path))))
+    try:
+        yield
+    finally:
+        _only_new.reset(token)
 
-    ``head`` makes the directory readable, so a head and a body of different writes must never be seen together. When
-    the head does not change and nothing is stale the whole change is one rename. Otherwise the old head leaves first
-    and the new one arrives last: an exception puts everything back, and a process killed in between leaves a directory
-    without a head, which every reader refuses. Files that are links stay links.
+
+def must_be_new(target: Path) -> bool:
+    """Whether ``target`` must not replace what is there (see :func:`only_new`)."""
+    real = Path(os.path.realpath(target))
+    return any(path == real or path in real.parents for path in _only_new.get())
+
+
+def check_new(target: Path) -> None:
+    """Raise CheckpointError where something is at ``target`` that must not be replaced."""
+    if must_be_new(target) and os.path.lexists(target):
+        raise _taken(target)
+
+
+def _taken(target: Path) -> CheckpointError:
+    return CheckpointError(f"{target} was made by somebody else in the meantime, and stays. Choose another name.")
+
+
+def put(new: Path, target: Path) -> None:
+    """Rename ``new`` to ``target``. Raises CheckpointError, with both as they were, where it must not replace what is
+    there."""
+    if not must_be_new(target):
+        os.replace(new, target)
+        return
+    try:
+        os.link(new, target)  # which, unlike a rename, fails where there is a file
+        new.unlink()
+    except FileExistsError:
+        raise _taken(target) from None
+    except OSError:  # a filesystem without links: an empty file holds the name for as long as the rename takes
+        try:
+            os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            raise _taken(target) from None
+        os.replace(new, target)
+
+
+def commit(stage: Path, target: Path, *, bodies: Sequence[str], head: str, stale: Sequence[str]) -> None:
+    """Move the files ``bodies`` (weights) and ``head`` (config) of ``stage`` into ``target`` as one change; drop the
+    files ``stale`` of ``target``.
+
+    ``head`` makes the directory readable, so a head and bodies of different writes must never be seen together. When
+    the head does not change, there is one body and nothing is stale, the whole change is one rename. Otherwise the old
+    head leaves first and the new one arrives last: an exception puts everything back, and a process killed in between
+    leaves a directory without a head, which every reader refuses. Files that are links stay links.
     """
     old = stage / OLD
     # The target of a link is moved, and not the link, except where it is to go.
-    place = {n: Path(os.path.realpath(target / n)) for n in (head, body)} | {stale: target / stale}
-    for name in (head, body):
-        keep_mode(place[name], stage / name)
-    same = place[head].is_file() and place[head].read_bytes() == (stage / head).read_bytes()
-    if same and not os.path.lexists(place[stale]):
-        os.replace(stage / body, place[body])
+    places = {n: Path(os.path.realpath(target / n)) for n in (head, *bodies)}
+    gone = {n: target / n for n in stale if os.path.lexists(target / n)}
+    for name, path in places.items():
+        check_new(path)
+        keep_mode(path, stage / name)
+    same = places[head].is_file() and places[head].read_bytes() == (stage / head).read_bytes()
+    if same and not gone and len(bodies) == 1:
+        os.replace(stage / bodies[0], places[bodies[0]])
     else:
         old.mkdir()
         try:
-            for name in (head, body, stale):
-                if os.path.lexists(place[name]):
-                    os.replace(place[name], old / name)
-            for name in (body, head):
-                os.replace(stage / name, place[name])
+            for name, path in (places | gone).items():
+                if os.path.lexists(path):
+                    os.replace(path, old / name)
+            for name in (*bodies, head):
+                put(stage / name, places[name])
         except BaseException as exc:
             try:
-                # The new head first: with the old body it must not be seen.
-                for name in (head, body):
+                # The new head first: with old bodies it must not be seen.
+                for name, path in places.items():
                     if not (stage / name).exists():
-                        os.replace(place[name], stage / name)
-                for name in (body, stale, head):
+                        os.replace(path, stage / name)
+                for name in (*bodies, *gone, head):
                     if os.path.lexists(old / name):
-                        os.replace(old / name, place[name])
+                        os.replace(old / name, (places | gone)[name])
             except OSError as again:
                 raise Stranded(
                     f"could not write to {target} ({exc}), nor put the old files back ({again}): they are in {old}."
@@ -196,7 +249,7 @@ def place(new: Path, target: Path) -> None:
     """Rename a staged file to ``target``, or to what that links to, with the permissions of what was there."""
     target = Path(os.path.realpath(target))
     keep_mode(target, new)
-    os.replace(new, target)
+    put(new, target)
 
 
 def keep_mode(old: Path, new: Path) -> None:

@@ -6,6 +6,7 @@ inside, and a program that it gives is held in the same way.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,6 +16,7 @@ from typing import Any, Self, TypeVar
 
 from adaptc.errors import AdaptcError
 from adaptc.program.adapted import AdaptedProgram
+from adaptc.program.model_directory import write_model_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -120,6 +122,11 @@ class Holder(ABC):
         inside = self._inside("add_adapter")
         new = inside.add_adapter(name, adapter, recompile=recompile)
         return self if new is inside else self.holding(new)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """Write the model of a program that was merged or unloaded as a transformers directory. ``options`` and errors
+        as for ``adaptc.merge(program).module().save_pretrained``, AdaptcError where there is an adapter."""
+        write_model_of(self._inside("save_pretrained"), save_directory, **options)
 
     def _inside(self, name: str) -> Any:
         """The program, for what a package has not."""

@@ -25,6 +25,8 @@ from adaptc.passes.train.checkpoint import checkpoint
 from adaptc.passes.train.recomputed import Recomputed
 from adaptc.passes.train.set_mode import set_mode
 from adaptc.program.core import ProgramCore
+from adaptc.program.in_parts import first_of, mesh_of, whole
+from adaptc.program.model_directory import taken, write_model
 from adaptc.program.module_files import write_module
 from adaptc.program.program_module import Making, ProgramModule, forward_taking, tables_of
 
@@ -268,17 +270,28 @@ class PretrainedModule(ProgramModule):
         save_embedding_layers: bool = False,
         **options: Any,
     ) -> None:
-        """Write the adapter as a PEFT directory, where ``is_main_process``. ``state_dict``: tensors in PEFT's keys, to
-        be written instead. Of a module that FSDP2 holds in parts all processes call it, and the first writes.
+        """Write the adapter as a PEFT directory, or, of a program that was merged or unloaded, the model as a
+        transformers directory, where ``is_main_process``. ``state_dict``: tensors to be written instead, in PEFT's keys
+        or in the model's. Of a module that FSDP2 holds in parts all processes call it, and the first writes.
 
-        ``model.safetensors`` in it is a second name of the adapter's weights, which Trainer looks for when it resumes.
-        Raises ConfigError for other options, and CheckpointError as ``adaptc.save_adapter`` does, and where the
-        directory has a ``model.safetensors`` that is something else.
+        In an adapter's directory ``model.safetensors`` is a second name of its weights, which Trainer looks for when it
+        resumes. Of a model ``options`` are ``max_shard_size`` and ``save_original_format``, as transformers has them.
+        Raises ConfigError for other options, CheckpointError as ``adaptc.save_adapter`` does and as
+        :func:`adaptc.program.model_directory.write_model` does, and where an adapter's directory has a
+        ``model.safetensors`` that is something else.
         """
         if push_to_hub:
             raise ConfigError("push_to_hub=True: write the directory, and push it with huggingface_hub")
-        if odd := sorted(k for k, v in options.items() if v is not None):
-            raise ConfigError(f"save_pretrained of a program writes its adapter, and takes no {', '.join(odd)}")
+        options = {k: v for k, v in options.items() if v is not None}
+        if self.program.current is None:
+            options |= {"safe_serialization": safe_serialization, "save_embedding_layers": save_embedding_layers}
+            self._save_model(save_directory, is_main_process, state_dict, taken(options))
+            return
+        if options:
+            raise ConfigError(
+                f"save_pretrained of a program writes its adapter, and takes no {', '.join(sorted(options))}; "
+                "adaptc.merge(program).module().save_pretrained writes the model"
+            )
         write_module(
             self,
             save_directory,
@@ -289,6 +302,21 @@ class PretrainedModule(ProgramModule):
             base_model=self.name_or_path or None,
             save_embedding_layers=save_embedding_layers,
         )
+
+    def _save_model(
+        self,
+        path: str | os.PathLike[str],
+        here: bool,
+        state: Mapping[str, Tensor] | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        own = self.tensors()
+        own = {k: own[k] for k in self.program.state_dict if k in own}
+        mesh = next((m for t in own.values() if (m := mesh_of(t)) is not None), None)
+        own = {k: whole(t) for k, t in own.items()} if state is None else dict(state)
+        with first_of(mesh) as first:
+            if first and (here or mesh is not None):
+                write_model(self.source, own, path, **options)
 
 
 @cache

@@ -254,8 +254,9 @@ class ProgramModule(nn.Module):
         return {file_key(k, binding.config.peft_type): t for k, t in file_tensors(program.spec(), binding).items()}
 
     def state_dict(self, *args: Any, base: bool = False, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The adapter in PEFT's keys, otherwise as torch has it; with ``base`` all tensors by FQN."""
-        self._whole = base
+        """The adapter in PEFT's keys, otherwise as torch has it; with ``base``, and of a program without an adapter,
+        all tensors by FQN."""
+        self._whole = base or self.program.current is None
         try:
             return super().state_dict(*args, **kwargs)
         finally:
@@ -338,9 +339,11 @@ def _take_adapter(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> N
 
 
 def _miss_no_base(module: Any, found: Any) -> None:
-    """The base stays what it is: nobody need bring it."""
+    """The base stays what it is: nobody need bring it, where there is an adapter."""
     current = module.program.current
-    slots = set() if current is None else set(current.values)
+    if current is None:
+        return
+    slots = set(current.values)
     base = module.tensors().keys() - slots
     missing: list[str] = found.missing_keys
     missing[:] = [k for k in missing if not _one_of(k, base) or _one_of(k, slots)]
