@@ -1,0 +1,196 @@
+"""Commands that write: a model with its adapter merged, and what they must not replace."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import adaptc
+from adaptc import CheckpointError, LoraConfig
+from adaptc.peft_files import staging
+from adaptc.peft_files.directory import write_adapter
+from tests.generation.packaged import tokenizer
+from tests.test_cli import Files, call, files, refused
+
+__all__ = ["files"]
+IDS = torch.arange(14).reshape(2, 7)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, its tokenizer, and an adapter."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=3, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    (folder / "model" / "LICENSE").write_text("mine")
+    prog = adaptc.compile(model, LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False))
+    adaptc.save_adapter(prog, folder / "adapter")
+    torch.save(prog(input_ids=IDS).logits, folder / "logits.pt")
+    adaptc.save(prog, folder / "adapted.pt2")
+    return folder
+
+
+def test_merge_a_model_and_an_adapter(made: Path, tmp_path: Path) -> None:
+    found = json.loads(call("merge", made / "model", made / "adapter", "-o", tmp_path / "m", "--json").stdout)
+    assert found["wrote"] == str(tmp_path / "m")
+    assert call("merge", made / "model", tmp_path / "n", "--adapter", made / "adapter").stdout.endswith("n\n")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    with torch.no_grad():
+        got = merged(input_ids=IDS).logits
+    torch.testing.assert_close(got, torch.load(made / "logits.pt"), rtol=1e-4, atol=1e-5)
+    names = [{p.name for p in d.iterdir()} for d in (made / "model", tmp_path / "m", tmp_path / "n")]
+    assert names[0] == names[1] == names[2]
+    ids = [
+        transformers.AutoTokenizer.from_pretrained(d)("w9 w3")["input_ids"] for d in (made / "model", tmp_path / "m")
+    ]
+    assert ids[0] == ids[1]
+
+
+def test_merge_a_model_refuses(made: Path, tmp_path: Path) -> None:
+    model, adapter = made / "model", made / "adapter"
+    refused("merge", model, adapter, "-o", adapter, "--force", said="holds an adapter")
+    refused("merge", model, adapter, "-o", model, said="is there already; --force replaces it")
+    assert "which adapter" in call("merge", model, "-o", tmp_path / "m", code=2).stderr
+    assert "once" in call("merge", model, adapter, "-o", tmp_path / "m", "--adapter", adapter, code=2).stderr
+    prompt = adaptc.compile(
+        transformers.AutoModelForCausalLM.from_pretrained(model),
+        adaptc.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    )
+    adaptc.save_adapter(prompt, tmp_path / "prompt")
+    said = call("merge", model, tmp_path / "prompt", "-o", tmp_path / "m", code=1).stderr
+    assert "prompt_tuning changes what the program reads, which no weight can hold" in said
+    assert not (tmp_path / "m").exists()
+
+
+def test_an_adapter_does_not_go_into_a_model(made: Path) -> None:
+    """Which could not be loaded any more."""
+    before = sorted(p.name for p in (made / "model").iterdir())
+    refused("export-adapter", made / "adapted.pt2", "-o", made / "model", "--force", said="it holds a model")
+    assert sorted(p.name for p in (made / "model").iterdir()) == before
+    transformers.AutoModelForCausalLM.from_pretrained(made / "model")
+
+
+# -- what is there -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["merge", "swap", "unload", "compile"])
+def test_another_name_of_what_is_read_is_not_replaced(files: Files, tmp_path: Path, command: str) -> None:
+    read = files.base if command == "compile" else files.program
+    before = read.read_bytes()
+    more = [files.adapter] if command in ("swap", "compile") else []
+    (tmp_path / "link.pt2").symlink_to(read)
+    (tmp_path / "folder").symlink_to(read.parent)
+    for out in (tmp_path / "link.pt2", tmp_path / "folder" / read.name):
+        refused(command, read, *more, "-o", out, "--force", said=f"leads to {read}, which the command reads")
+    if more:
+        weights = files.adapter / "adapter_model.safetensors"
+        refused(command, read, *more, "-o", weights, "--force", said=f"leads to {files.adapter}, which the command")
+    assert read.read_bytes() == before
+
+
+def test_directories_that_are_read_are_not_replaced_under_another_name(files: Files, tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(files.adapter)
+    refused("combine", f"{files.adapter}=1", "-o", tmp_path / "a", "--force", said=f"leads to {files.adapter}")
+    weights = files.adapter / "adapter_model.safetensors"
+    words = ("to-lora", weights, "--model", files.base, "--rank", 1, "-o", files.adapter, "--force")
+    refused(*words, said=f"leads to {weights}")
+
+
+def raced(monkeypatch: pytest.MonkeyPatch, come: Any) -> None:
+    """Let ``come`` happen between a command's look at its output and its write."""
+    begin = staging._begin
+
+    def late(stage: Path) -> int:
+        come()
+        return begin(stage)
+
+    monkeypatch.setattr(staging, "_begin", late)
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("command", ["merge", "swap", "compile"])
+def test_who_was_first_stays(
+    files: Files, tmp_path: Path, command: str, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.pt2"
+    raced(monkeypatch, lambda: out.write_text("another's"))
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    words = [command, files.base if command == "compile" else files.program]
+    words += [] if command == "merge" else [files.adapter]
+    refused(*words, "-o", out, said="made by somebody else in the meantime")
+    assert out.read_text() == "another's"
+    assert [p.name for p in tmp_path.iterdir()] == ["out.pt2"]
+    call(*words, "-o", out, "--force")
+    adaptc.load(out)
+
+
+def no_links(*_: Any) -> None:
+    raise PermissionError(1, "Operation not permitted")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_who_was_first_stays_of_directories(
+    files: Files, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    raced(monkeypatch, lambda: (out / name).write_text("another's"))
+    refused("export-adapter", files.program, "-o", out, said="made by somebody else in the meantime")
+    assert [p.name for p in out.iterdir()] == [name]
+    assert (out / name).read_text() == "another's"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_many_writers_at_once_one_wins(tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    written: list[str] = []
+    start = threading.Barrier(6)
+
+    def write(i: int) -> None:
+        file, folder = tmp_path / "file", tmp_path / "folder"
+        start.wait()
+        with staging.only_new(file):
+            try:
+                with staging.replacing(file) as new:
+                    new.write_text(str(i))
+                written.append(f"file {i}")
+            except CheckpointError:
+                pass
+        start.wait()
+        with staging.only_new(folder):
+            try:
+                write_adapter(folder, {"peft_type": "LORA", "r": i}, {"a.lora_A.weight": torch.full((1, 2), float(i))})
+                written.append(f"folder {i}")
+            except CheckpointError:
+                pass
+
+    threads = [threading.Thread(target=write, args=(i,)) for i in range(6)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    (of_file,) = (w for w in written if w.startswith("file"))
+    assert (tmp_path / "file").read_text() == of_file.removeprefix("file ")
+    (of_folder,) = (w for w in written if w.startswith("folder"))
+    found = json.loads((tmp_path / "folder" / "adapter_config.json").read_text())
+    assert str(found["r"]) == of_folder.removeprefix("folder ")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_names_are_new_for_one_command_alone(files: Files, tmp_path: Path) -> None:
+    call("unload", files.program, tmp_path / "o.pt2")
+    call("unload", files.program, "-o", tmp_path / "o.pt2", "--force")
+    adaptc.save(files.own, tmp_path / "o.pt2")
+    assert not staging.must_be_new(tmp_path / "o.pt2")
