@@ -34,6 +34,7 @@ from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.groups import groups
 from adaptc.methods import AdapterConfig
 from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.locks import free_in_children
 from adaptc.passes.ir.method import Method, Slot
 from adaptc.passes.ir.ops import Op
 from adaptc.peft_files.directory import all_finite
@@ -110,7 +111,7 @@ class Recipes:
         self.ops = ops
         #: the names a binding must have values for
         self.needed = frozenset(f for a in attachments for f in a.tensor_names)
-        self._lock = threading.Lock()
+        self._lock = free_in_children(threading.Lock())
         self.known: OrderedDict[Hashable, Recipe | None] = OrderedDict()
         self._fitting: weakref.WeakSet[Binding] = weakref.WeakSet()
 

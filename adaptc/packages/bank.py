@@ -23,6 +23,7 @@ from adaptc.errors import AdaptcError, ConfigError, listing, shown
 from adaptc.packages.assigned import PackagedAssignment
 from adaptc.packages.constants import Fitted
 from adaptc.packages.run import PackagedProgram
+from adaptc.passes.ir.locks import free_in_children
 from adaptc.rows.assignment import check_known, mixes_of, used
 from adaptc.rows.report import BankReport
 
@@ -45,7 +46,7 @@ class PackagedBank:
         names = package.manifest.bank["names"]
         self._now: Mapping[str, Placed] = {n: Placed(k, package.member(k)) for k, n in enumerate(names)}
         self._each = sum(prod(r.shape) * r.dtype.itemsize for r in package.manifest.rooms.values())
-        self._lock = threading.RLock()
+        self._lock = free_in_children(threading.RLock())
         self._assigned: WeakSet[PackagedAssignment] = WeakSet()
 
     @property

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from adaptc.binding.binding import Binding
 from adaptc.errors import BackendError
+from adaptc.passes.ir.locks import free_in_children
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +48,7 @@ class Constants:
         first: Fitted | None,
     ) -> None:
         self._loader, self._shapes, self._device = loader, shapes, device
-        self._lock = threading.Lock()
+        self._lock = free_in_children(threading.Lock())
         self._held: Fitted | None = first
         self._buffers: dict[str, Tensor] = {}
         self._given: dict[str, Tensor] = {}

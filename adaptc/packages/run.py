@@ -36,6 +36,7 @@ from adaptc.packages.fit import Fit
 from adaptc.packages.manifest import WHOLE, Contents, PartOf
 from adaptc.packages.scale import scaled
 from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.passes.ir.locks import free_in_children
 from adaptc.passes.ir.trees import pytree
 from adaptc.patterns import limited
 from adaptc.peft_files.directory import AdapterFile
@@ -125,7 +126,7 @@ class PackagedProgram:
             self.recipes = Recipes(self.adaptation.attachments, self.ops)
             self._fit = Fit(m, contents.tensors, self.device, self.path)
             self.understood = None if understand is None else understand(contents)
-            self._owner, self._setting = object(), threading.Lock()
+            self._owner, self._setting = object(), free_in_children(threading.Lock())
             self._now = self._fit.first(self._owner) if m.sites else None
         loaded = self._load()
         called = m.parts or {WHOLE: PartOf(m.inputs, m.ranges, m.guards)}

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, deserialize
 from torch import Tensor
 
 from adaptc.errors import CheckpointError
+from adaptc.passes.ir.locks import free_in_children
 from adaptc.peft_files.safe_io import MAX_JSON, load_safetensors
 from adaptc.peft_files.snapshot import Opened
 
@@ -68,7 +69,7 @@ class Layout:
 
 
 _known: OrderedDict[tuple[bytes, int], Layout] = OrderedDict()
-_lock = threading.Lock()
+_lock = free_in_children(threading.Lock())
 
 
 def load(file: Opened) -> tuple[dict[str, Tensor], list[Tensor]]:

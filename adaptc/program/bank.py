@@ -28,6 +28,7 @@ from adaptc.binding.binding import Binding
 from adaptc.binding.source import as_binding
 from adaptc.errors import AdaptcError, ConfigError, did_you_mean, listing, shown
 from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.passes.ir.locks import free_in_children
 from adaptc.program.assigned import Assigned, Stack
 from adaptc.program.bank_of import bare_of, check_options
 from adaptc.program.bound import Bound
@@ -75,7 +76,7 @@ class Bank:
         self.state: Mapping[str, Tensor] = own_copies(self.bare.base, self.bare.written)
         self._now = Holdings()
         self._codes: dict[tuple[str, int, bool], Executor] = {}
-        self._lock = threading.RLock()
+        self._lock = free_in_children(threading.RLock())
         self._called = outside(_called)
         if not isinstance(adapters or {}, Mapping):
             raise ConfigError(f"adapters={shown(adapters)} must be a dict of adapters by name")

@@ -16,6 +16,7 @@ from torch import fx
 from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError
 from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.passes.ir.locks import free_in_children
 from adaptc.program.views import SCALE, views
 from adaptc.runtime.executor import Arguments, Executor
 from adaptc.runtime.options import RunOptions
@@ -97,7 +98,7 @@ class RunState:
     bound: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
     codes: weakref.WeakValueDictionary[RunOptions, Executor] = field(default_factory=weakref.WeakValueDictionary)
     parts: weakref.WeakKeyDictionary[Executor, dict[Any, Executor]] = field(default_factory=weakref.WeakKeyDictionary)
-    lock: threading.RLock = field(default_factory=threading.RLock)
+    lock: threading.RLock = field(default_factory=lambda: free_in_children(threading.RLock()))
 
     def switch(self, now: Running) -> None:
         """What calls read from now on, to be made anew; what is bound follows its limit. The caller has the lock."""

@@ -25,6 +25,7 @@ from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.costs import example_sizes
 from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.locks import free_in_children
 from adaptc.passes.ir.ops import Op
 from adaptc.passes.ir.pass_infra import Trail
 from adaptc.passes.ir.storage import storage_key
@@ -97,7 +98,7 @@ class Executor:
         self.state = frozenset((found | {n for _, n in self._mutated}) & self.base.keys())
         small = {name for n, name in zip(self.lifted_names, self.names, strict=True) if n in slots}
         self._layouts = Layouts(self.module.graph, set(self.names), small, written) if self.compiles else None
-        self._binding = threading.Lock()
+        self._binding = free_in_children(threading.Lock())
         pack = options.pack if wanted() and not training else None
         self.packing = None if pack is None else Packs(PACKS[pack])
         self._packs: dict[str, list[list[str]]] = {}
@@ -317,7 +318,7 @@ class Arguments:
         self._values = [known[n] for n in executor.lifted_names]
         self.prefixes: dict[str, Prefix] = {}
         self._buffers: dict[str, Sequence[Tensor | None]] = {}
-        self._lock, self._making = threading.Lock(), threading.Lock()
+        self._lock, self._making = free_in_children(threading.Lock()), free_in_children(threading.Lock())
         self._settled: dict[str, str] = {}
         #: free size -> how many tokens this binding puts in front of those of a call
         self.longer = executor.lengths.in_binding(binding.values)

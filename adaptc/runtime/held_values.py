@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from adaptc.passes.ir.locks import free_in_children
 from adaptc.passes.ir.modes import AUTOCAST_DEVICES
 from adaptc.passes.ir.pass_infra import Trail
 from adaptc.passes.ir.storage import memory_of
@@ -172,7 +173,7 @@ class Shared:
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
-        self._lock = threading.Lock()
+        self._lock = free_in_children(threading.Lock())
         self._made: _Made | None = None
 
     def made(self, lifted: Sequence[Any]) -> _Made:
@@ -215,7 +216,7 @@ class Prefix:
     ) -> None:
         self.code, self.originals, self.lay, self.moving = code, tuple(originals), lay, moving
         self.shared, self.room = shared, room
-        self._lock = threading.Lock() if lock is None else lock
+        self._lock = free_in_children(threading.Lock()) if lock is None else lock
         self.lifted = tuple(lay(list(originals)))
         same = all(new is old for new, old in zip(self.lifted, self.originals, strict=True))
         self.state: _State | None = None if code.stages or not same else _State(self.lifted, self.lifted)

@@ -18,12 +18,13 @@ from weakref import WeakValueDictionary, ref
 import torch
 from torch import Tensor
 
+from adaptc.passes.ir.locks import free_in_children
 from adaptc.passes.ir.product import fits, onednn, product
 from adaptc.passes.lower.choose_products import Choice, Products
 from adaptc.runtime.pack_times import PACKED, choose_packed, packed
 from adaptc.tables import size
 
-_lock = threading.Lock()
+_lock = free_in_children(threading.Lock())
 #: where a weight lies, and what it is -> a packed copy that somebody holds
 _known: WeakValueDictionary[Any, Tensor] = WeakValueDictionary()
 

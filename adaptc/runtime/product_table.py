@@ -26,9 +26,11 @@ from typing import Any
 
 import torch
 
-from adaptc.errors import ConfigError, shown
+from adaptc.errors import CheckpointError, ConfigError, shown
+from adaptc.passes.ir.locks import free_in_children
 from adaptc.passes.ir.product import ALL_CLASSES, LINEAR, ONEDNN, takes
 from adaptc.passes.lower.choose_products import Choice
+from adaptc.peft_files.snapshot import Opened
 from adaptc.runtime.product_times import TURNED, Times, complete, measure, measure_turned
 
 SWITCH, FOLDER = "ADAPTC_PRODUCTS", "ADAPTC_CACHE"
@@ -152,7 +154,7 @@ class ProductTable:
         return size, self.times[size]
 
 
-_lock = threading.Lock()
+_lock = free_in_children(threading.Lock())
 _known: dict[str, ProductTable] = {}
 
 
@@ -210,11 +212,10 @@ def choose_for_gradient(out: int, width: int, dtype: torch.dtype) -> Choice:
 def read(path: Path, what: Mapping[str, Any]) -> Times | None:
     """The times in a file, or None where it is no table of ``what``."""
     try:
-        with path.open("rb") as f:
-            text = f.read(_MOST_BYTES + 1)
-        if len(text) > _MOST_BYTES:
-            return None
-        data = json.loads(text)
+        with Opened(path) as file:  # which refuses what is no plain file: a pipe would be waited for
+            if file.size > _MOST_BYTES:
+                return None
+            data = json.loads(file.bytes())
         if {k: data[k] for k in what} != dict(what):
             return None
         times: Times = {}
@@ -226,7 +227,7 @@ def read(path: Path, what: Mapping[str, Any]) -> Times | None:
                 return None
             times[out, width, rows] = seconds
         return times if complete(times, what.get("of", "")) else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
+    except (CheckpointError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         return None
 
 

@@ -22,9 +22,10 @@ from threading import get_ident
 import torch
 from torch import Tensor, nn
 
+from adaptc.passes.ir.locks import free_in_children
 from adaptc.passes.ir.storage import storage_key
 
-_lock = threading.Lock()
+_lock = free_in_children(threading.Lock())
 #: where memory begins -> tensors that were made to share it; entries are checked when used, for memory is given back
 _aliases: dict[int, list[weakref.ref[Tensor]]] = {}
 #: entries from which on those of tensors that are gone are looked for

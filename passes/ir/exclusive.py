@@ -14,10 +14,12 @@ import threading
 from collections.abc import Callable
 from typing import Any, Generic, ParamSpec, TypeVar
 
+from adaptc.passes.ir.locks import free_in_children
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
-GRAPHS = threading.RLock()
+GRAPHS = free_in_children(threading.RLock())
 
 
 def exclusive(function: Callable[P, R]) -> Callable[P, R]:
