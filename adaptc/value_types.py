@@ -223,6 +223,15 @@ def _plain(value: Any, depth: int = 0) -> Any:
     return value
 
 
+def is_deep(value: Any, left: int = DEEPEST) -> bool:
+    """Whether lists and dicts lie deeper in one another than they may in a config."""
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, _LISTS):
+        return False
+    return left <= 0 or any(is_deep(v, left - 1) for v in value)
+
+
 def _one_of(allowed: Sequence[Any], value: Any) -> Any:
     if any(type(value) is type(a) and value == a for a in allowed):
         return value

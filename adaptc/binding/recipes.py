@@ -160,7 +160,7 @@ def structure(spec: BindingSpec, config: Any, tensors: Mapping[str, Tensor], *mo
         out.append((key, t.shape, t.dtype, t.device))
     try:
         frozen = _frozen(config if isinstance(config, dict) else vars(config))
-    except _NotPlain:
+    except (_NotPlain, RecursionError):  # who makes the config refuses what is too deep
         return None
     # Parameters that the program shares with its model move and change their dtype with it.
     weights = [(w.dtype, w.device) for w in (spec.weights[a.fqn] for a in spec.attachments)]

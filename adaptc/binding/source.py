@@ -6,7 +6,6 @@ A binding owns its values: a directory is read into memory of its own, and tenso
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -39,6 +38,8 @@ from adaptc.patterns import limited
 from adaptc.peft_files.directory import AdapterFile, all_finite, read_config
 from adaptc.peft_files.given import given, is_state_dict
 from adaptc.peft_files.raw import RawFile, rename
+from adaptc.peft_files.safe_io import read_json_object
+from adaptc.peft_files.snapshot import Opened, Unsettled
 from adaptc.value_types import checked
 
 
@@ -83,14 +84,13 @@ def as_config(config: Any) -> AdapterConfig:
 def config_of(path: Path) -> AdapterConfig:
     """From a JSON file with the content of ``adapter_config.json``. Raises CheckpointError for anything else."""
     try:
-        data = json.loads(path.read_bytes())
-    except FileNotFoundError:
+        with Opened(path) as file:
+            data = read_json_object(file)
+    except Unsettled:
         raise CheckpointError(
             f"there is no file {path}; expected an adapter directory, or the JSON of a config"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as the JSON of a config: {shown(str(error))}") from error
-    if not isinstance(data, dict) or "peft_type" not in data:
+    if "peft_type" not in data:
         raise CheckpointError(f"{path} is no config of an adapter: expected a JSON object with a 'peft_type'")
     return from_dict(data)
 

@@ -8,7 +8,6 @@ run, and nothing was fetched.
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 
 from adaptc.errors import CheckpointError, shown
+from adaptc.peft_files.safe_io import read_json_object
+from adaptc.peft_files.snapshot import Opened, Unsettled
 from adaptc.pt2_files.refusal import reason
 
 #: names of the files that tokenizers are made of
@@ -54,9 +55,9 @@ def why_no_tokenizer(path: Path, error: Exception) -> str:
 def is_gguf(path: Path) -> bool:
     """Whether it begins as such a file does."""
     try:
-        with path.open("rb") as file:
+        with Opened(path) as opened, open(opened.fd, "rb", closefd=False) as file:
             return file.read(4) == b"GGUF"
-    except OSError:
+    except (CheckpointError, OSError):
         return False
 
 
@@ -78,12 +79,13 @@ def read_gguf(path: Path, dtype: str | None = None) -> Any:
 def _class(path: Path) -> Any:
     """The class of transformers that a directory's config names."""
     try:
-        config = json.loads((path / "config.json").read_bytes())
-    except FileNotFoundError:
+        with Opened(path / "config.json") as file:
+            config = read_json_object(file)
+    except Unsettled:
         raise CheckpointError(f"there is no model in {path}: {_EXPECTED}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path / 'config.json'} cannot be read ({shown(str(error))}): {_EXPECTED}") from error
-    names = config.get("architectures") if isinstance(config, dict) else None
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} {_EXPECTED[0].upper()}{_EXPECTED[1:]}") from error
+    names = config.get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 else None
     import transformers
 

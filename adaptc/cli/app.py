@@ -163,7 +163,7 @@ def mapping(text: str | None) -> dict[str, str] | None:
         return None
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise typer.BadParameter(f"{text!r} is no JSON: {error}", param_hint="'--key-mapping'") from None
     if not isinstance(found, dict):
         raise typer.BadParameter(f"{text!r} is no JSON object", param_hint="'--key-mapping'")

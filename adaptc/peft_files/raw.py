@@ -25,6 +25,7 @@ from adaptc.peft_files.formats import diffusers
 from adaptc.peft_files.key_mapping import renamed, rules_of
 from adaptc.peft_files.snapshot import Opened, settled
 from adaptc.peft_files.staging import abandoned, stages
+from adaptc.value_types import DEEPEST, is_deep
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +141,8 @@ def _configs(file: Opened) -> dict[str, Any] | None:
         value = json.loads(text)
         if not isinstance(value, dict):
             raise ValueError(f"it is a {type(value).__name__}")
+        if is_deep(value):
+            raise ValueError(f"it is nested deeper than {DEEPEST}")
     except (ValueError, RecursionError) as exc:
         raise CheckpointError(
             f"{file.path}: {diffusers.METADATA} in its header is not a JSON object of config fields ({exc}). Save or "

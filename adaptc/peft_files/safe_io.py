@@ -23,6 +23,7 @@ from torch import Tensor
 from adaptc.errors import CheckpointError
 from adaptc.peft_files.snapshot import Opened
 from adaptc.peft_files.torch_writer import writing
+from adaptc.value_types import DEEPEST, is_deep
 
 MAX_JSON = 16 << 20  # the largest real adapter configs are a few hundred KiB
 
@@ -41,6 +42,10 @@ def read_json_object(file: Opened) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not valid JSON ({reason}).{lfs} Save or download it again.") from exc
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object of config fields, but holds a {type(value).__name__}.")
+    if is_deep(value):
+        raise CheckpointError(
+            f"{path} has lists and dicts nested deeper than {DEEPEST}, which no config is. Save or download it again."
+        )
     return value
 
 

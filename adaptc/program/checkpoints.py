@@ -15,6 +15,7 @@ from pathlib import Path
 
 from adaptc.errors import CheckpointError
 from adaptc.peft_files.directory import read_adapter
+from adaptc.peft_files.snapshot import Opened
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 #: what Trainer writes last
@@ -42,6 +43,7 @@ def last_checkpoint(directory: str | os.PathLike[str]) -> str | None:
 
 def _finished(folder: Path) -> bool:
     try:
-        return isinstance(json.loads((folder / STATE).read_bytes()), dict)
-    except (OSError, ValueError):
+        with Opened(folder / STATE) as file:
+            return isinstance(json.loads(file.bytes()), dict)
+    except (CheckpointError, OSError, ValueError, RecursionError):
         return False

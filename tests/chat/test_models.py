@@ -152,7 +152,8 @@ def test_what_is_missing_is_named(chats: Chats, tmp_path: Path) -> None:
         opened(tmp_path / "m", How())
     bare = tmp_path / "bare"
     chats.model.save_pretrained(bare)
-    with pytest.raises(adaptc.CheckpointError, match=r"there is no tokenizer in .*bare.*save_pretrained.*--tokenizer") as said:
+    wanted = r"there is no tokenizer in .*bare.*save_pretrained.*--tokenizer"
+    with pytest.raises(adaptc.CheckpointError, match=wanted) as said:
         opened(bare, How())
     assert "no file of one is there" in str(said.value)
     assert "sentencepiece" not in str(said.value), "what transformers says of its own installation"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from adaptc.runtime.product_table import (
     wanted,
 )
 from adaptc.runtime.product_times import TURNED, Times, complete, measure, measure_turned
+from tests.support.hurried import hurried
 
 KEYS = [(*size, rows) for size, rows, _ in product_times._wanted()]
 TIMES: Times = {key: (2.0, 1.0 if key[2] < 2 else 1.95) for key in KEYS}
@@ -153,6 +155,28 @@ def test_damaged_and_foreign_files_are_made_anew(damage: Callable[[str], str], p
     assert product_table(torch.float32, measuring).times == TIMES
     assert measuring.count == 1
     assert file.read_text() == whole
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "link to nothing", "not to be read"])
+def test_what_is_no_plain_file_is_not_waited_for(kind: str, place: Path) -> None:
+    product_table(torch.float32, Measuring())
+    (file,) = place.iterdir()
+    file.unlink()
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    elif kind == "not to be read":
+        file.write_text("[]")
+        file.chmod(0)
+    else:
+        file.symlink_to("/dev/zero" if kind == "device" else "/nowhere")
+    again()
+    measuring = Measuring()
+    with hurried():
+        assert product_table(torch.float32, measuring).times == TIMES
+    assert measuring.count == 1
+    assert len(list(place.iterdir())) == 1
 
 
 def test_where_nothing_can_be_written_each_process_measures(place: Path) -> None:
