@@ -124,10 +124,6 @@ class Vera(Method):
         # PEFT keeps them in the dtype of the base first.
         return {"vera_A": a.to(W.dtype).to(dtype), "vera_B": b.to(W.dtype).to(dtype)}
 
-    def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        # Not smaller than this method: other sites may read the shared slots too.
-        return {n: torch.zeros(s.shape, dtype=dtype, device=W.device) for n, s in self.slots(op).items()}
-
     def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
         return {**self.identity(op, W, dtype), **self._drawn(op, W, dtype)}
 

@@ -112,6 +112,10 @@ class Method(Hooks):
         """Whether the method means something for a weight; if not, it can only stand around a layer."""
         return self.defines("weight")
 
+    def check_merge(self, op: Op) -> str | None:
+        """Say why this site cannot be merged, or give None when it can. A method without :meth:`weight` cannot."""
+        return None if self.has_weight() else f"{self.name} has no form on the weight"
+
     def looks_at_base(self) -> bool:
         """Whether :meth:`weight_over` is another one than :meth:`weight`."""
         return self.defines("weight_over")

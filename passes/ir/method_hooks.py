@@ -158,8 +158,12 @@ class Hooks:
     # -- values at sites that an adapter lacks, or has no tensors for --------------------------------------------------
 
     def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Values for which the site computes exactly the base, as small as the free axes allow."""
-        return self.minimal(op).filled(op, W, dtype)
+        """Return values for which the site computes exactly the base, as small as the free axes allow.
+
+        A slot that other sites read too has the size of the adapter there, and the others have the sizes that go with
+        it."""
+        read_elsewhere = any(s.shared and s.free and not s.apart for s in self.slots(op).values())
+        return (self if read_elsewhere else self.minimal(op)).filled(op, W, dtype)
 
     def filled(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Every slot at its fill, in the size it has with these options."""

@@ -98,6 +98,50 @@ def test_every_function_of_the_protocol_has_a_line_on_the_page() -> None:
     assert names_in_tables(WRITING) == (public - follow) | of_programs
 
 
+def low_rank_rows() -> list[list[str]]:
+    """The cells of the table of a low-rank product's shapes: kind, A, B, whether there is a down_up."""
+    text = WRITING.read_text(encoding="utf-8")
+    table = text.partition("| kind of `op` | A | B |")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    return [[kind.strip(), *rest] for first, *rest in rows for kind in first.partition(";")[0].split(",")]
+
+
+ATEN = torch.ops.aten
+PLAIN = ((1,), (0,), (1,), 1)
+GROUPED = ((2, 1), (1, 0), (1, 1), 2)
+#: kind -> the op of a layer, and an input for it where it can be called
+LOW_RANK = {
+    "linear": (adaptc.Op("linear", (5, 7), ATEN.linear.default), torch.randn(3, 7)),
+    "addmm": (adaptc.Op("addmm", (5, 7), ATEN.addmm.default), torch.randn(3, 7)),
+    "embedding": (adaptc.Op("embedding", (5, 7), ATEN.embedding.default, (-1, False, False)), torch.tensor([1, 6])),
+    "conv1d": (adaptc.Op("conv1d", (5, 7, 3), ATEN.conv1d.default, PLAIN), torch.randn(2, 7, 9)),
+    "conv2d": (adaptc.Op("conv2d", (6, 7, 3, 2), ATEN.conv2d.default, GROUPED), torch.randn(2, 14, 9, 8)),
+    "conv3d": (adaptc.Op("conv3d", (5, 7, 3, 2, 1), ATEN.conv3d.default, PLAIN), torch.randn(2, 7, 5, 4, 3)),
+    "conv_transpose": (adaptc.Op("conv_transpose", (5, 7, 3)), None),
+    "weight": (adaptc.Op("weight", (5, 7)), None),
+    "experts": (adaptc.Op("experts", (3, 5, 7)), None),
+    "experts_t": (adaptc.Op("experts_t", (3, 5, 7)), None),
+}
+
+
+def test_the_table_of_low_rank_shapes_has_every_kind() -> None:
+    assert [row[0] for row in low_rank_rows()] == list(LOW_RANK)
+
+
+@pytest.mark.parametrize("row", low_rank_rows(), ids=lambda row: row[0])
+def test_low_rank_products_take_the_shapes_of_the_page(row: list[str]) -> None:
+    kind, down, up, around = row
+    op, x = LOW_RANK[kind]
+    sizes = {"r": 4, "inputs": op.in_features, "outputs": op.out_features, "groups": op.groups, "experts": op.experts}
+    sizes |= {"kernel": op.kernel, "ones": (1,) * len(op.kernel)}
+    A, B = (torch.randn(eval(shape, sizes)) for shape in (down, up))
+    product = op.product(A, B)
+    assert product.shape == (op.shape if op.groups == 1 else (op.out_features, op.in_features, *op.kernel))
+    assert op.callable == (around == "yes") == (x is not None)
+    if x is not None:
+        torch.testing.assert_close(op.down_up(x, A, B), op(x, product), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_and_paths_lead_somewhere(document: Path) -> None:
     text = document.read_text(encoding="utf-8")

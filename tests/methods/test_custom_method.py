@@ -7,10 +7,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -23,19 +23,90 @@ from tests.support.method_checks import CHECKS, check_rows
 from tests.support.method_table import Entry
 from tests.support.subject import Subject
 
+
+@dataclass(frozen=True)
+class Behind(adaptc.Method):
+    """What a layer gives, bent once more: no weight does that, and nothing else says so."""
+
+    name: ClassVar[str] = "behind"
+
+    def slots(self, op: adaptc.Op) -> dict[str, adaptc.Slot]:
+        return {"behind_gain": adaptc.Slot((op.out_features,))}
+
+    def apply(self, op: adaptc.Op, x: Any, y: Any, W: Any, b: Any, slots: Any, scale: Any) -> torch.Tensor:
+        return (y + slots["behind_gain"] * torch.tanh(y)).to(y.dtype)
+
+
+@dataclass(frozen=True)
+class Common(adaptc.Method):
+    """W' = W + B A with one A for all layers, whose rank an adapter chooses."""
+
+    name: ClassVar[str] = "common"
+    swappable: ClassVar[frozenset[str]] = adaptc.Method.swappable | {"inputs"}
+    r: int = 4
+    inputs: int = 0
+
+    def slots(self, op: adaptc.Op) -> dict[str, adaptc.Slot]:
+        rows, columns = op.matrix_shape
+        down = (self.r, max(self.inputs, columns))
+        return {
+            "common_A": adaptc.Slot(down, free=(0,), shared=True, shared_axes_cut=(1,)),
+            "common_B": adaptc.Slot((rows, self.r), free=(1,)),
+        }
+
+    def shares(self) -> bool:
+        return True
+
+    @classmethod
+    def settle_shared_sizes(cls, sites: Any) -> list[Any]:
+        return [replace(m, inputs=max(o.matrix_shape[1] for _, o in sites)) for m, _ in sites]
+
+    def minimal(self, op: adaptc.Op) -> Common:
+        return replace(self, r=2)
+
+    def init(self, op: adaptc.Op, W: Any, dtype: torch.dtype, generator: Any = None) -> adaptc.Initial:
+        return adaptc.Initial({n: torch.randn_like(t) for n, t in self.filled(op, W, dtype).items()})
+
+    def weight(self, op: adaptc.Op, W: Any, slots: Any, scale: Any) -> torch.Tensor:
+        down = slots["common_A"].narrow(1, 0, op.matrix_shape[1])
+        return (W + op.unmatrix(slots["common_B"] @ down)).to(W.dtype)
+
+
+@dataclass
+class BehindConfig(adaptc.TargetedConfig):
+    peft_type: ClassVar[str] = "BEHIND"
+
+    def method(self, name: str, kind: str) -> Behind:
+        return Behind()
+
+
+@dataclass
+class CommonConfig(adaptc.TargetedConfig):
+    peft_type: ClassVar[str] = "COMMON"
+    r: int = 4
+
+    def method(self, name: str, kind: str) -> Common:
+        return Common(self.r)
+
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_method.py"
 
 
 @pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is registered is registered for one test."""
+    for table in ("CONFIGS", "METHODS", "_registered"):
+        monkeypatch.setattr(_registry, table, dict(getattr(_registry, table)))
+
+
+@pytest.fixture
+def example(registry: None, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The example as a module, its method registered for one test."""
     spec = importlib.util.spec_from_file_location("custom_method", EXAMPLE)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "custom_method", module)
-    for table in ("CONFIGS", "METHODS", "_registered"):
-        monkeypatch.setattr(_registry, table, dict(getattr(_registry, table)))
     spec.loader.exec_module(module)
     return module
 
@@ -123,3 +194,27 @@ def test_names_that_are_taken(example: ModuleType) -> None:
 
     with pytest.raises(adaptc.ConfigError, match="'LORA' is the name of"):
         adaptc.register_method(GainConfig, example.Gain)
+
+
+def test_a_method_without_a_weight_is_not_merged_and_says_so(registry: None) -> None:
+    adaptc.register_method(BehindConfig, Behind)
+    net, x = One(nn.Linear(5, 7)).eval(), torch.randn(3, 5)
+    program = adaptc.compile(net, BehindConfig(target_modules=["layer"]), example_inputs=x)
+    with pytest.raises(adaptc.MergeError, match=r"'layer.weight\|behind' cannot be merged: behind has no form"):
+        adaptc.merge(program)
+    assert adaptc.verify(program, net).ok
+
+
+@pytest.mark.parametrize("layers", [["0"], ["1"], ["0", "2"]], ids="-".join)
+def test_layers_that_an_adapter_lacks_have_what_it_shares_in_its_size(
+    registry: None, layers: list[str], tmp_path: Path
+) -> None:
+    """The shared tensor is one in the program: of the adapter's rank, and as long as its widest layer reads."""
+    adaptc.register_method(CommonConfig, Common)
+    net, x = nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 4), nn.Linear(4, 8)).eval(), torch.randn(3, 6)
+    program = adaptc.compile(net, CommonConfig(r=5, target_modules=["0", "1", "2"]), example_inputs=x)
+    other = adaptc.compile(net, CommonConfig(r=3, target_modules=layers), example_inputs=x)
+    adaptc.swap(program, adaptc.save_adapter(other, tmp_path / "other"))
+    assert not torch.allclose(other(x), net(x))
+    torch.testing.assert_close(program(x), other(x))
+    torch.testing.assert_close(adaptc.merge(program)(x), other(x))
