@@ -182,6 +182,8 @@ def read(path: Path) -> Contents:
 def is_package(path: Path) -> bool:
     """Whether a file has compiled code in it, as far as its table of contents tells: no promise that it is whole."""
     try:
+        if not path.is_file():  # a pipe would be waited for
+            return False
         with zipfile.ZipFile(path) as archive:
             return any("/data/aotinductor/" in name for name in archive.namelist())
     except (OSError, ValueError, zipfile.BadZipFile):
