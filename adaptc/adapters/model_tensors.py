@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from adaptc.capture.model_files import read_skeleton
+from adaptc.capture.quantised import check_not_quantised
 from adaptc.errors import CheckpointError, ConfigError, shown
 from adaptc.passes.ir.ops import Op, aten
 
@@ -61,8 +62,9 @@ class _OnDisk:
 
 @contextmanager
 def tensors_of(model: Any) -> Iterator[ModelTensors]:
-    """Raises CheckpointError for files, ConfigError for what is no model."""
+    """Raises CheckpointError for files, ConfigError for what is no model, CaptureError for one that is quantised."""
     if isinstance(model, nn.Module):
+        check_not_quantised(model)
         yield _InMemory(type(model).__name__, _once(model.state_dict(), _tied(model)))
     elif isinstance(model, Mapping) and model and all(isinstance(t, Tensor) for t in model.values()):
         yield _InMemory("a state dict", model)

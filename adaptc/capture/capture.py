@@ -28,6 +28,7 @@ from adaptc.capture.free_sizes import Free, export, export_free, export_stated
 from adaptc.capture.made_inputs import example_of
 from adaptc.capture.model_loss import loss_type, means_over_next_labels
 from adaptc.capture.model_state import preserve_state
+from adaptc.capture.quantised import check_not_quantised
 from adaptc.capture.replaced_forward import keyword, replaced_forward
 from adaptc.capture.single_sizes import differing, left_alone, results, runnable
 from adaptc.errors import AdaptcWarning, CaptureError
@@ -120,10 +121,12 @@ def capture(
     An ``ExportedProgram`` is taken as it is, not copied, and keeps the mode it was exported in. Of both, embeddings
     with ``max_norm`` come to write to nothing (see ``BoundRows``): where rows are too long, the program has its own.
 
-    Raises :class:`CaptureError` with torch's reason in a line; the original error is its cause.
+    Raises :class:`CaptureError` with torch's reason in a line, whose cause is the original error; and for quantised
+    models.
     """
     program = _as_program(model)
     if program is not None:
+        check_not_quantised(program)
         if example_inputs is not None or not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
             raise CaptureError(
                 "an exported program already has its inputs and shapes: leave out example_inputs and dynamic_shapes, "
@@ -138,6 +141,7 @@ def capture(
     # A module from torch.compile would put `_orig_mod.` in front of every name.
     if type(model).__name__ == "OptimizedModule" and isinstance(getattr(model, "_orig_mod", None), nn.Module):
         model = model.get_submodule("_orig_mod")
+    check_not_quantised(model)
     with _prepared(model, training):
         program = BoundRows()(_export_module(model, example_inputs, dynamic_shapes, training)).output
     call_by_first_name(program, model)

@@ -15,6 +15,7 @@ from torch import nn
 
 from adaptc.binding.combine import named
 from adaptc.capture.example_inputs import is_pretrained_model
+from adaptc.capture.quantised import check_not_quantised
 from adaptc.errors import CaptureError, ConfigError, shown
 from adaptc.generation.acting import coefficients_of, refuse_acting
 from adaptc.generation.captured_step import captured_step
@@ -92,6 +93,7 @@ def _compiled(
     """See :func:`compile_for_generation`; ``how`` as for :func:`compiled`."""
     if not isinstance(model, nn.Module) or not is_pretrained_model(model):
         raise CaptureError(f"compile_for_generation takes a transformers model, not a {type(model).__name__}")
+    check_not_quantised(model)
     by_name = named(adapter)
     adapters = list(by_name.values()) if by_name is not None else adapter if isinstance(adapter, list) else [adapter]
     acts, first = coefficients_of(adapters), first_pass_of(adapters)

@@ -20,6 +20,7 @@ from pathlib import Path
 from threading import Lock
 from typing import BinaryIO
 
+from adaptc.passes.ir.locks import free_in_children
 from adaptc.pt2_files.refusal import Refused, shown
 
 _MOST_RECORDS = 200_000
@@ -45,7 +46,7 @@ class Archive:
     def __init__(self, file: BinaryIO, *, on_disk: bool = False) -> None:
         self._file = file
         self._number = file.fileno() if on_disk and hasattr(os, "preadv") else None
-        self._lock = Lock()
+        self._lock = free_in_children(Lock())
         self.size = file.seek(0, os.SEEK_END)
         self._check_directory()
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import pytest
 
 from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.passes.ir.locks import free_in_children
+from tests.support.guides import ROOT
 
 START = """
 import os, sys, threading, time, warnings
@@ -145,3 +147,11 @@ def test_the_lock_of_the_thread_that_forks_stays_its_own() -> None:
 
     with GRAPHS:
         assert in_child(held_once) == 0
+
+
+def test_every_lock_is_known() -> None:
+    """Or a child of a fork waits for it."""
+    known = re.compile(r"free_in_children\((threading\.)?R?Lock\(\)\)")
+    files = [f for folder in ("adaptc", "passes", "kernels") for f in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 100
+    assert not [f.name for f in files if re.search(r"\bR?Lock\b\(\)", known.sub("", f.read_text()))]

@@ -1,0 +1,162 @@
+"""Models whose weights are quantised: refused by name before anything is captured.
+
+Before: a module, or an exported program, of any library; none is imported. After: nothing, where all its weights are
+plain tensors of numbers, or a CaptureError that names the first layer that holds others, and the way to plain ones.
+
+Known are the classes of layers and of tensors by the library that they are from, torch's own quantised tensors and
+modules, tensors that wrap others, and weights that are packed into whole numbers or stored in 8-bit floats.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from adaptc.errors import CaptureError
+
+#: packages whose layers and tensors hold quantised weights
+_LIBRARIES = frozenset(
+    {
+        "aqlm",
+        "auto_gptq",
+        "auto_round",
+        "awq",
+        "bitsandbytes",
+        "compressed_tensors",
+        "eetq",
+        "fbgemm_gpu",
+        "flute",
+        "fp_quant",
+        "gptqmodel",
+        "hqq",
+        "quanto",
+        "quark",
+        "spqr_quant",
+        "torchao",
+        "vptq",
+    }
+)
+#: parts of ``transformers.integrations`` that do
+_INTEGRATIONS = frozenset(
+    {
+        "awq",
+        "bitnet",
+        "bitsandbytes",
+        "compressed_tensors",
+        "eetq",
+        "fbgemm_fp8",
+        "finegrained_fp8",
+        "fouroversix",
+        "fp_quant",
+        "gemma_quant",
+        "higgs",
+        "hqq",
+        "metal_quantization",
+        "mxfp4",
+        "nvfp4",
+        "quanto",
+        "sinq",
+        "spqr",
+        "torchao",
+        "vptq",
+    }
+)
+#: parts of other packages
+_INSIDE = (
+    "diffusers.quantizers.",
+    "optimum.gptq.",
+    "optimum.quanto.",
+    "torch.ao.nn.intrinsic.quantized.",
+    "torch.ao.nn.quantized.",
+    "torch.ao.nn.sparse.quantized.",
+)
+#: layers of these libraries that hold plain weights
+_PLAIN = frozenset({"bitsandbytes.nn.modules.Embedding", "bitsandbytes.nn.modules.StableEmbedding"})
+#: names that packed weights have, and no others
+_PACKED = frozenset({"qweight", "weight_packed", "packed_weight", "W_q", "weight_q"})
+_ADVICE = (
+    "adaptc adapts plain weights in float32, bfloat16 or float16: dequantise the model first (model.dequantize() where "
+    "transformers quantised it), or load it without a quantization_config and with dtype=torch.bfloat16"
+)
+
+
+def check_not_quantised(model: nn.Module | ExportedProgram) -> None:
+    """Raise CaptureError for a quantised model."""
+    name = type(model).__name__
+    if isinstance(model, ExportedProgram):
+        found = next(((k, w) for k, t in model.state_dict.items() if (w := _why_tensor(t))), None)
+        if found:
+            raise CaptureError(f"the program is quantised: {found[0]!r} is {found[1]}. {_ADVICE}")
+        return
+    for path, module in model.named_modules():
+        if (why := _why_module(module)) is not None:
+            raise CaptureError(f"{name} is quantised: {path!r} is a {_class(type(module))}{why}. {_ADVICE}")
+    if how := _says_so(model):
+        raise CaptureError(f"{name} says that it is quantised ({how}). {_ADVICE}")
+
+
+def _why_module(module: nn.Module) -> str | None:
+    """What to say of a module that holds quantised weights, beside its class."""
+    kind = type(module)
+    full = _class(kind)
+    if _of_library(kind) and full not in _PLAIN:
+        return ""
+    own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+    for name, t in own.items():
+        if why := _why_tensor(t):
+            return f", whose {name!r} is {why}"
+    packed = next((n for n in own if n in _PACKED and _is_whole(own[n])), None)
+    weight = own.get("weight")
+    if packed is None and hasattr(module, "in_features") and (_is_bytes(weight) or _is_small_float(weight)):
+        packed = "weight"
+    return None if packed is None else f", whose {packed!r} is stored as {own[packed].dtype}"
+
+
+def _why_tensor(t: Any) -> str | None:
+    """What a tensor is that holds no plain numbers."""
+    if not isinstance(t, Tensor):
+        return None
+    kind = type(t)
+    if t.is_quantized:
+        return f"a quantised tensor ({t.dtype})"
+    # A DTensor wraps plain numbers, of which each process holds a part.
+    wraps = hasattr(kind, "__tensor_flatten__") and not kind.__module__.startswith("torch.distributed.")
+    return f"a {_class(kind)}" if wraps or _of_library(kind) else None
+
+
+def _of_library(kind: type) -> bool:
+    where = kind.__module__
+    integration = where.removeprefix("transformers.integrations.").partition(".")[0]
+    known = where.partition(".")[0] in _LIBRARIES or f"{where}.".startswith(_INSIDE)
+    return known or (where.startswith("transformers.integrations.") and integration in _INTEGRATIONS)
+
+
+def _class(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _is_whole(t: Any) -> bool:
+    return isinstance(t, Tensor) and not (t.is_floating_point() or t.is_complex())
+
+
+def _is_bytes(t: Any) -> bool:
+    return isinstance(t, Tensor) and t.dtype in (torch.uint8, torch.int8)
+
+
+def _is_small_float(t: Any) -> bool:
+    return isinstance(t, Tensor) and t.is_floating_point() and t.itemsize == 1
+
+
+def _says_so(model: nn.Module) -> str | None:
+    """How a model of transformers says it was quantised, unless its weights were made plain when it was loaded."""
+    quantiser = vars(model).get("hf_quantizer")
+    config = getattr(quantiser, "quantization_config", None)
+    if quantiser is None or vars(model).get("is_quantized") is not True:
+        return None
+    if getattr(config, "dequantize", False) is True or getattr(config, "run_compressed", True) is False:
+        return None
+    method = getattr(config, "quant_method", None)
+    return str(getattr(method, "value", method) or type(quantiser).__name__)
