@@ -1,7 +1,7 @@
 """What all commands share: how outputs are named, what is told, and errors in one line.
 
-Every command reads files and writes one; none changes what it reads, and none replaces what is there unless it is told
-to. Exit codes: 0 done, 1 an error of adaptc (one line on stderr) or a verification that failed, 2 wrong usage. What a
+Every command reads files and writes one. None replaces what is there unless it is told to, nor what it reads under
+another name. Exit codes: 0 done, 1 an error of adaptc (one line on stderr) or a verification that failed, 2 wrong usage. What a
 command found goes to stdout, as tables or as JSON. Only typer is imported before a command runs.
 """
 
