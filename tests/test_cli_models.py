@@ -28,7 +28,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, its tokenizer, and an adapter."""
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    sizes = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 1}
+    sizes: dict[str, Any] = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 1}
     config = transformers.LlamaConfig(**sizes, num_attention_heads=3, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     model = transformers.LlamaForCausalLM(config).eval()
     model.save_pretrained(folder / "model")

@@ -90,6 +90,10 @@ def config_of(path: Path) -> AdapterConfig:
         raise CheckpointError(
             f"there is no file {path}; expected an adapter directory, or the JSON of a config"
         ) from None
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{path} is no config of an adapter, a JSON object with a 'peft_type': {error}"
+        ) from error.__cause__
     if "peft_type" not in data:
         raise CheckpointError(f"{path} is no config of an adapter: expected a JSON object with a 'peft_type'")
     return from_dict(data)

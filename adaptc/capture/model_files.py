@@ -84,7 +84,7 @@ def _class(path: Path) -> Any:
     except Unsettled:
         raise CheckpointError(f"there is no model in {path}: {_EXPECTED}") from None
     except CheckpointError as error:
-        raise CheckpointError(f"{error} {_EXPECTED[0].upper()}{_EXPECTED[1:]}") from error
+        raise CheckpointError(f"{path / 'config.json'} cannot be read ({error}): {_EXPECTED}") from error
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 else None
     import transformers

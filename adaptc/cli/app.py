@@ -1,8 +1,8 @@
 """What all commands share: how outputs are named, what is told, and errors in one line.
 
 Every command reads files and writes one. None replaces what is there unless it is told to, nor what it reads under
-another name. Exit codes: 0 done, 1 an error of adaptc (one line on stderr) or a verification that failed, 2 wrong usage. What a
-command found goes to stdout, as tables or as JSON. Only typer is imported before a command runs.
+another name. Exit codes: 0 done, 1 an error of adaptc (one line on stderr) or a verification that failed, 2 wrong
+usage. What a command found goes to stdout, as tables or as JSON. Only typer is imported before a command runs.
 """
 
 from __future__ import annotations

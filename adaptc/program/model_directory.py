@@ -143,8 +143,9 @@ def _filled(source: Source, state: Mapping[str, Tensor]) -> Any:
                 "adaptc.save"
             )
     tied = _ties(model)
-    wanted = dict(model.state_dict())
-    held = {k: state[k if k in state else tied.get(k, k)] for k in wanted if k in state or tied.get(k) in state}
+    wanted: dict[str, Tensor] = dict(model.state_dict())
+    names = {k: k if k in state else tied.get(k, k) for k in wanted}
+    held = {k: state[name] for k, name in names.items() if name in state}
     _check_fits(model, wanted, held, state)
     model.load_state_dict(_apart(held, tied), strict=True, assign=True)
     model.generation_config = copy.deepcopy(source.generation_config)

@@ -102,7 +102,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 def llama() -> Any:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 61, "hidden_size": WIDTH, "intermediate_size": 20, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {"vocab_size": 61, "hidden_size": WIDTH, "intermediate_size": 20, "num_hidden_layers": 2}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=3)).eval()
 
 
