@@ -72,6 +72,10 @@ class GeneratorBank:
     def remove(self, name: str) -> None:
         self.bank.remove(name)
 
+    def warm(self, adapters: int | None = None) -> None:
+        """As :meth:`Bank.warm`. A package is compiled as it is."""
+        self.bank.warm(adapters)
+
     def report(self) -> BankReport:
         return self.bank.report()
 

@@ -195,17 +195,17 @@ class Lora(Method):
         if op.experts or op.groups > 1:
             return None
         A, B = slots[next(iter(slots))], list(slots.values())[1]
-        count, wide = A.shape[0], A.dtype
+        wide = A.dtype
         mix = cast(mix, wide if wide.itemsize >= 4 else torch.float32) * scale
         down, up = A.flatten(0, 1), B.transpose(0, 1).flatten(1, 2)
+        # The weight of each rank, made of ones as they lie, so that no number of adapters or ranks is in the graph.
+        each = (mix.unsqueeze(-1) * torch.ones_like(A.flatten(2).select(2, 0), dtype=mix.dtype)).flatten(-2)
         if op.is_conv:
             h = op.down(adapter_input(self, op, x, wide), down)
-            h = cast(weighted(h.unflatten(1, (count, -1)), mix.movedim(-1, 1)), wide)
-            delta = op.up(h.flatten(1, 2), up.flatten(1))
+            delta = op.up(cast(weighted(h, each.movedim(-1, 1).squeeze(-1)), wide), up.flatten(1))
         else:
             h = op.down(adapter_input(self, op, x, wide), op.bounded(down) if op.kind == "embedding" else down)
-            h = cast(weighted(h.unflatten(-1, (count, -1)), mix.movedim(-1, -2)), wide)
-            delta = torch.nn.functional.linear(h.flatten(-2), up)
+            delta = torch.nn.functional.linear(cast(weighted(h, each.squeeze(-2)), wide), up)
         if self.with_bias:
             biases = mix @ cast(slots["lora_B.bias"], mix.dtype)
             delta = delta + (biases.movedim(-1, 1).squeeze(-1) if op.is_conv else biases.squeeze(-2))

@@ -2,8 +2,8 @@
 
 Before: a file that ``packages.write_bank`` wrote. After: calls compute what the bank did. An adapter that is put in is
 copied to its place between two calls, one pass over its bytes; nothing is compiled, and no call sees a part of it. What
-a call that has begun uses, or a generation, stays where it is until that has ended. Which adapters there are, and where,
-is one value that is replaced as a whole, after a place that no name has was written to.
+a call that has begun uses, or a generation, stays where it is until that has ended. Which adapters there are, and
+where, is one value that is replaced as a whole, after a place that no name has was written to.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from adaptc.packages.assigned import PackagedAssignment
 from adaptc.packages.constants import Fitted
 from adaptc.packages.run import PackagedProgram
 from adaptc.passes.ir.locks import free_in_children
+from adaptc.program.warm import most_of
 from adaptc.rows.assignment import check_known, mixes_of, used
 from adaptc.rows.report import BankReport
 
@@ -145,6 +146,10 @@ class PackagedBank:
         with self._lock:
             check_known([name], self._now)
             self._now = {n: one for n, one in self._now.items() if n != name}
+
+    def warm(self, adapters: int | None = None) -> None:
+        """As :meth:`Bank.warm`: there is nothing to make, since all was compiled ahead of time."""
+        most_of(adapters, self.capacity, len(self))
 
     def __contains__(self, name: object) -> bool:
         return name in self._now

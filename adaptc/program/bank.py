@@ -5,9 +5,9 @@ their own would. Adapters come and go while calls run: what a call reads is one 
 whole, so a call that has begun keeps the adapters it began with. Nothing is compiled anew for another adapter, another
 rank or another assignment.
 
-Calls in which all rows want the same run the program, or its base, as they are. All others run code with coefficients
-(see ``rows``), on a stack of the adapters in use, which is kept for the next call: the bank holds its adapters, and
-beside them the stacks that were used last.
+Calls in which all rows want the same run the program, or its base, as they are, where that compiles nothing. All others
+run code with coefficients (see ``rows``), on a stack of the adapters in use, which is kept for the next call: the bank
+holds its adapters, and beside them the stacks that were used last.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from torch.export import ExportedProgram
 from adaptc.binding.binding import Binding
 from adaptc.binding.source import as_binding
 from adaptc.errors import AdaptcError, ConfigError, did_you_mean, listing, shown
-from adaptc.passes.ir.exclusive import GRAPHS
 from adaptc.passes.ir.locks import free_in_children
 from adaptc.program.assigned import Assigned, Stack
+from adaptc.program.bank_code import BankCode
 from adaptc.program.bank_of import bare_of, check_options
 from adaptc.program.bound import Bound
 from adaptc.program.core import ProgramCore
 from adaptc.program.holdings import Holdings
+from adaptc.program.warm import warm_bank
 from adaptc.rows.assignment import Mixes, check_known, mixes_of, used
 from adaptc.rows.code import RowsSource
 from adaptc.rows.limits import Limits
@@ -44,6 +45,7 @@ from adaptc.runtime.gpu_variants import check_triton, runs_on_gpu
 from adaptc.runtime.outside_compilers import outside
 from adaptc.runtime.state import own_copies
 from adaptc.tables import size
+
 
 class Bank:
     """Made by ``AdaptedProgram.bank``. Iterating gives the names, in the order of their last use."""
@@ -69,13 +71,14 @@ class Bank:
         self.loader, self._probes = loader, probes
         #: the program without adapters, and its sites
         self.bare = bare_of(self._program)
-        self._locate()
+        #: where the rows are, by part; of a program that is called as a whole there is one
+        self.sources = self._located()
         #: ids of the sites that kernels of a GPU compute
         self.grouped = self._groupable() if self._uses_kernels() else frozenset[str]()
+        self.codes = BankCode(self.sources, self._program.options, self.limits, self.bare.training, self.grouped)
         #: FQN -> what calls write to, of this bank alone
         self.state: Mapping[str, Tensor] = own_copies(self.bare.base, self.bare.written)
         self._now = Holdings()
-        self._codes: dict[tuple[str, int, bool], Executor] = {}
         self._lock = free_in_children(threading.RLock())
         self._called = outside(_called)
         if not isinstance(adapters or {}, Mapping):
@@ -83,13 +86,18 @@ class Bank:
         for name, adapter in (adapters or {}).items():
             self.add(name, adapter, **options)
 
-    def _locate(self) -> None:
-        """Find where the rows are."""
-        #: what its code is made of
-        self.source = RowsSource.of(self.bare, self._probes)
+    def _located(self) -> Mapping[str, RowsSource]:
+        return {"": RowsSource.of(self.bare, self._probes)}
+
+    @property
+    def source(self) -> RowsSource:
+        """Where the rows of a program that is called as a whole are."""
+        return self.sources[""]
 
     def _groupable(self) -> frozenset[str]:
-        return self.source.groupable
+        """A site in several parts has one stack for all of them."""
+        refused = {a.id for s in self.sources.values() for a in s.attachments if a.id not in s.groupable}
+        return frozenset(a.id for a in self.bare.attachments) - refused
 
     def _uses_kernels(self) -> bool:
         options = self._program.options
@@ -210,11 +218,19 @@ class Bank:
     def _runs(self, mixes: Mixes, table: Mapping[str, Binding]) -> Callable[..., Any] | Stack:
         """What computes an assignment: where all rows want the same a program of its own, else a stack."""
         names = used(mixes)
-        if not names or not self.bare.attachments:
+        if not self.bare.attachments or not (names or self._compiles(self._program.running.base)):
             return self._base()
-        if all(mix == {names[0]: 1.0} for mix in mixes) and not self.bare.training:
+        alone = bool(names) and all(mix == {names[0]: 1.0} for mix in mixes) and not self.bare.training
+        if alone and not self._compiles(self._program):
             return self._alone(names[0], table)
         return self._stack(names, table)
+
+    def _compiles(self, program: Any) -> bool:
+        """Whether calls of a program, None for one that nobody has made, would compile something."""
+        if not self.codes.compiles:
+            return False
+        made = program is not None and program.running.executor is not None
+        return not made or not all(code.compiled for code in self.codes_of(program))
 
     def _base(self) -> Callable[..., Any]:
         base: ProgramCore = self._program.base  # type: ignore[attr-defined]
@@ -238,42 +254,40 @@ class Bank:
         return found
 
     def _stack(self, names: tuple[str, ...], table: Mapping[str, Binding]) -> Stack:
-        found = next((s for s in self._now.stacks if s.serves(names, table)), None)
+        kept = self._now.stacks
+        found = next((s for s in reversed(kept) if s.serves(names, table)), None)
         if found is None:
-            count = self._count(len(names))
             members = tuple(table[n] for n in names)
-            made = stacked(members, self.bare.attachments, self.bare.ops, count, self.grouped)
-            found = Stack(names, members, count, made)
+            found = self._stacked(names, members, self.codes.count(len(names)))
         # Of adapters that train a stack is made in every call, for it must follow them.
         if not self.bare.training:
             with self._lock:
                 self._now = self._now.with_stack(found)
         return found
 
-    def _count(self, needed: int) -> int:
-        """The number of places of a stack: compiled code has one, for as many as the bank may hold."""
-        options = self._program.options
-        if options.backend == "inductor":
-            return max(self.limits.capacity or 8, needed, 2)
-        most = max(needed, 2)
-        return most if most <= 8 else -(-most // 4) * 4
+    def _stacked(self, names: tuple[str, ...], members: tuple[Binding, ...], count: int) -> Stack:
+        source, like = self.bare, members or (self._program.binding,)
+        return Stack(names, members, count, stacked(like, source.attachments, source.ops, count, self.grouped))
+
+    def empty_stack(self, count: int) -> Stack:
+        """One with so many places that has no adapter of the bank."""
+        return self._stacked((), (), count)
 
     def code(self, stack: Stack, long: bool) -> Executor:
         """What computes calls on a stack, of ``long`` rows or short ones; made at the first such call."""
-        return self._code(self.source, "", stack, long)
+        return self.codes.of("", stack, long)
 
-    def _code(self, source: RowsSource, part: str, stack: Stack, long: bool) -> Executor:
-        options = self._program.options
-        # Kernels are for any number of positions.
-        long = long and options.backend == "eager" and not self.bare.training and not self.grouped
-        key = part, stack.count, long
-        code = self._codes.get(key)
-        if code is None:
-            with GRAPHS:
-                code = self._codes.get(key)
-                if code is None:
-                    code = self._codes[key] = source.code(stack.binding, stack.count, options, long, self.grouped)
-        return code
+    def codes_of(self, program: ProgramCore) -> list[Executor]:
+        """What computes calls of a program, made now if it was not."""
+        return [program.executor()]
+
+    def warm(self, adapters: int | None = None) -> None:
+        """Make all code now that calls of up to so many ``adapters`` need, so that none of them waits for it; by
+        default of as many as the bank may hold, or has. Other calls go on meanwhile, so a thread of its own may do it.
+
+        Raises ConfigError for what is no number of adapters that it may hold.
+        """
+        warm_bank(self, adapters)
 
     @property
     def device(self) -> torch.device:

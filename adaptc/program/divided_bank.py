@@ -21,7 +21,7 @@ from adaptc.program.assigned import Assigned, Assignment, Stack
 from adaptc.program.bank import Bank
 from adaptc.program.bound import Bound
 from adaptc.program.core import ProgramCore
-from adaptc.program.parts import Part, parts_with, pinned_parts
+from adaptc.program.parts import Part, codes_of, parts_with, pinned_parts
 from adaptc.rows.assignment import Mixes
 from adaptc.rows.code import RowsSource
 from adaptc.runtime.executor import Executor
@@ -40,13 +40,9 @@ class DividedBank(Bank):
         self.divided = parts
         super().__init__(program, adapters, **options)
 
-    def _locate(self) -> None:
-        self.sources = {n: RowsSource.of(self.bare.part(outs), self._probes) for n, outs in self.divided.items()}
-
-    def _groupable(self) -> frozenset[str]:
-        """A site in several parts has one stack for all of them."""
-        refused = {a.id for s in self.sources.values() for a in s.attachments if a.id not in s.groupable}
-        return frozenset(a.id for a in self.bare.attachments) - refused
+    def _located(self) -> Mapping[str, RowsSource]:
+        parts = {n: self.bare.part(outputs) for n, outputs in self.divided.items()}
+        return {n: RowsSource.of(part, self._probes) for n, part in parts.items()}
 
     def __call__(self, *args: Any, adapters: Any = ..., **kwargs: Any) -> Any:
         """Refused: the parts of one call may have several numbers of rows."""
@@ -76,9 +72,8 @@ class DividedBank(Bank):
     def _alone(self, name: str, table: Mapping[str, Binding]) -> Callable[..., Any]:
         return lambda: parts_with(self._program, table[name], self.state, self.divided)
 
-    def code_of(self, part: str, stack: Stack, long: bool) -> Executor:
-        """As :meth:`code`, of one part."""
-        return self._code(self.sources[part], part, stack, long)
+    def codes_of(self, program: ProgramCore) -> list[Executor]:
+        return codes_of(program, self.divided)
 
     def exported(self, adapters: list[str] | None = None) -> ExportedProgram:
         """Refused, as calls are."""
@@ -101,7 +96,7 @@ class _PartOf:
         return self._bank.device
 
     def code(self, stack: Stack, long: bool) -> Executor:
-        return self._bank.code_of(self._name, stack, long)
+        return self._bank.codes.of(self._name, stack, long)
 
 
 class AssignedParts(Assignment):

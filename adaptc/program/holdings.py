@@ -31,12 +31,12 @@ class Holdings:
         """With an adapter, new or in the place of one, and without those that are ``gone`` for it."""
         left = self.without(gone)
         order = (*(n for n in left.order if n != name), name)
-        return replace(left, adapters={**left.adapters, name: binding}, order=order)._settled()
+        return replace(left, adapters={**left.adapters, name: binding}, order=order).settled()
 
     def without(self, names: Collection[str]) -> Self:
         """Without these adapters."""
         left = {n: b for n, b in self.adapters.items() if n not in names}
-        return replace(self, adapters=left, order=tuple(n for n in self.order if n not in names))._settled()
+        return replace(self, adapters=left, order=tuple(n for n in self.order if n not in names)).settled()
 
     def used(self, names: Collection[str]) -> Self:
         """After a call that used these."""
@@ -55,9 +55,9 @@ class Holdings:
 
     def with_bound(self, name: str, bound: Any) -> Self:
         """With what was bound to the program, where its adapter is held still."""
-        return replace(self, bound={**self.bound, name: bound})._settled()
+        return replace(self, bound={**self.bound, name: bound}).settled()
 
-    def _settled(self) -> Self:
+    def settled(self) -> Self:
         """Without what was made of adapters that are not, or no longer, held."""
         held = self.adapters
         stacks = tuple(s for s in self.stacks if all(held.get(n) is b for n, b in s.pairs))

@@ -52,6 +52,12 @@ def parts_with(
     return _parts(program, program.executor(), binding, state, parts)
 
 
+def codes_of(program: ProgramCore, parts: Mapping[str, Sequence[str]]) -> list[Executor]:
+    """What computes them, made now if it was not."""
+    anchor = program.executor()
+    return [_executor(program, anchor, tuple(outputs)) for outputs in parts.values()]
+
+
 def _parts(
     runs: ProgramCore,
     anchor: Executor,

@@ -1,13 +1,13 @@
 """Whether the rows of a batch are apart in a value: which axes may have them, and what changed with one of them.
 
-Before: a value as the graph has it, and what changed there as one row of the inputs after the other was replaced. After:
-the ways in which the value may have rows, and for each whether all that changed is of that row. What a program gives,
-and what it writes to, has a reason here why not (:class:`End`).
+Before: a value as the graph has it, and what changed there as one row of the inputs after the other was replaced.
+After: the ways in which the value may have rows, and for each whether all that changed is of that row. What a program
+gives, and what it writes to, has a reason here why not (:class:`End`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,11 @@ class End:
         ways += [RowAxis(i) for i in range(self.value.ndim)] if self.written else []
         if any(apart(way, changes) for way in ways):
             return ""
-        return MIXED if ways else f"{tuple(self.value.shape)} has no axis for the {size} rows, and what they are changes it"
+        return (
+            MIXED
+            if ways
+            else f"{tuple(self.value.shape)} has no axis for the {size} rows, and what they are changes it"
+        )
 
 
 def ends_of(program: ExportedProgram) -> dict[str, End]:

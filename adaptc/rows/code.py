@@ -1,7 +1,8 @@
 """The code that gives each row of a batch adapters of its own, for a number of adapters.
 
 Before: a program without adapters, its sites, and where the rows are. After: an executor whose calls take one more
-keyword, the coefficients (rows, count). Made once for each number of adapters; nothing in it is of any one of them.
+keyword, the coefficients (rows, count). Nothing in it is of any one adapter. It is the same for every number of them
+where they lie side by side in products, and one for each number where they are computed one after the other.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.export import ExportedProgram
 from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError, ConfigError, TargetError
 from adaptc.passes.adapt.inject_rows import InjectRows, around, check_site, read_at
+from adaptc.passes.adapt.row_counts import any_number
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.lifted import Lifted, user_inputs
@@ -118,6 +120,17 @@ class RowsSource(Bare):
                 out.add(a.id)
         return frozenset(out)
 
+    @property
+    def side_by_side(self) -> bool:
+        """Whether the adapters of some site lie side by side in products."""
+        return any(a.method.has_rows() for a in self.attachments)
+
+    @exclusive
+    def any_number(self, grouped: Collection[str] = ()) -> bool:
+        """Whether the code is the same for every number of adapters. ``grouped`` as for :meth:`code`."""
+        lifted = Lifted(self.program, edit=False)
+        return any_number(lifted, self.attachments, self.ops, self.axes, self.rows.size, grouped)
+
     def exported(
         self, stack: Binding, count: int, at_once: bool = False, grouped: Collection[str] = ()
     ) -> ExportedProgram:
@@ -130,10 +143,17 @@ class RowsSource(Bare):
 
     @exclusive
     def code(
-        self, stack: Binding, count: int, options: RunOptions, long: bool, grouped: Collection[str] = ()
+        self,
+        stack: Binding,
+        count: int,
+        options: RunOptions,
+        long: bool,
+        grouped: Collection[str] = (),
+        free: bool = False,
     ) -> Executor:
         """Code for ``count`` adapters; of ``stack`` the shapes alone matter. ``long``: for rows of many positions, with
-        operators that compute each row's own adapters alone. ``grouped``: the sites that are so in ``stack``."""
+        operators that compute each row's own adapters alone. ``grouped``: the sites that are so in ``stack``.
+        ``free``: calls may have any number of adapters (:meth:`any_number`)."""
         program = self.exported(stack, count, long, grouped)
         pairs = []
         for i, a in enumerate(self.attachments):
@@ -141,7 +161,7 @@ class RowsSource(Bare):
             # Where several methods stand at one weight, their ids differ by the number.
             pairs.append((replace(of, method=InRows(a.method, count, lies), variant=i), a))
         many, ops = [new for new, _ in pairs], {new.id: self.ops[a.id] for new, a in pairs}
-        inputs = Inputs.of(program, self.fills, self.takes)
+        inputs = Inputs.of(program, self.fills, self.takes, {(KEYWORD, 1)} if free else ())
         return Executor(program, many, ops, replace(options, kernels=False), inputs, self.training, self.base)
 
 

@@ -31,12 +31,15 @@ def stacked(
     count: int,
     grouped: Collection[str] = (),
 ) -> Binding:
-    """A binding of ``bindings``, up to ``count`` of them; what is left is zero. Gradients flow to their values.
+    """A binding of ``bindings``, up to ``count`` of them; what is left is the first once more, which is as finite as it
+    is alone. Gradients flow to their values.
     ``grouped``: ids of sites whose tensors lie as kernels of a GPU read them (``adaptc.kernels.grouped_rows``).
 
     Raises AdaptcError where their sizes cannot be brought together.
     """
     values: dict[str, Tensor] = {}
+    source = f"{len(bindings)} adapters"
+    bindings = [*bindings, *[bindings[0]] * (count - len(bindings))]
     for a in attachments:
         op = ops[a.id]
         if a.id in grouped:
@@ -48,7 +51,7 @@ def stacked(
                 values[fqn] = _stack([b.values[fqn] for b in bindings], count, slot, name, a, op)
         if a.scale_slot is not None and a.scale_slot not in values:
             values[a.scale_slot] = _stack([b.values[a.scale_slot] for b in bindings], count, Slot(()), "", a, op)
-    return Binding(values, {a.id: a.method for a in attachments}, AdapterConfig(), source=f"{len(bindings)} adapters")
+    return Binding(values, {a.id: a.method for a in attachments}, AdapterConfig(), source=source)
 
 
 def with_starts(a: Attachment) -> Attachment:
@@ -59,14 +62,14 @@ def with_starts(a: Attachment) -> Attachment:
 def _grouped(bindings: Sequence[Binding], a: Attachment, op: Op, count: int) -> dict[str, Tensor]:
     """The tensors of one site: an adapter's ranks below those of the one before it, and where they begin and end."""
     values: dict[str, Tensor] = {}
-    largest, ranks = 0, [0] * count
+    largest, ranks = 0, [0]
     for name, slot in a.method.slots(op).items():
         tensors, (axis,) = [b.values[a.slots[name]] for b in bindings], slot.free
         # In memory the axis of adapters is the outermost, and that of ranks is next.
         turned = [t.movedim(axis, 0) for t in tensors]
         made = _stack(turned, count, replace(slot, free=()), name, a, op, axis)
         largest, values[a.slots[name]] = made.shape[1], made.movedim(1, axis + 1)
-        ranks[: len(bindings)] = [t.shape[0] if a.id in b.methods else 0 for t, b in zip(turned, bindings, strict=True)]
+        ranks = [t.shape[0] if a.id in b.methods else 0 for t, b in zip(turned, bindings, strict=True)]
     assert a.scale_slot is not None
     scale = _stack([b.values[a.scale_slot] for b in bindings], count, Slot(()), "", a, op)
     values[a.scale_slot] = torch.stack([scale, torch.zeros_like(scale)], 1).flatten()
@@ -90,13 +93,11 @@ def _stack(
             "them in batches of their own"
         )
     if any(t.requires_grad for t in tensors):
-        sized = [_sized(t, shape, name, a, op) for t in tensors]
-        sized += [torch.zeros_like(sized[0]) for _ in range(count - len(sized))]
-        return torch.stack(sized)
+        return torch.stack([_sized(t, shape, name, a, op) for t in tensors])
     room = (*shape[:axis], count, *shape[axis:])
     dtype = first.dtype
     with torch.inference_mode(False), torch.no_grad():  # later calls may be of another mode
-        out = torch.zeros(room, dtype=dtype, device=first.device).movedim(axis, 0)
+        out = torch.empty(room, dtype=dtype, device=first.device).movedim(axis, 0)
         for k, t in enumerate(tensors):
             out[k].copy_(_sized(t.detach(), shape, name, a, op, turned))
     return out

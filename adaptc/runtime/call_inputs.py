@@ -6,7 +6,7 @@ would fit. What was checked once is not checked again: the work of a call does n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from types import MappingProxyType
@@ -69,16 +69,21 @@ class Inputs:
 
     @classmethod
     def of(
-        cls, program: ExportedProgram, fills: Mapping[str, Sequence[str]], takes: Sequence[str] | None = None
+        cls,
+        program: ExportedProgram,
+        fills: Mapping[str, Sequence[str]],
+        takes: Sequence[str] | None = None,
+        free: Collection[tuple[str, int]] = (),
     ) -> Inputs:
-        """The inputs a program was captured with."""
+        """The inputs a program was captured with. ``free``: names and axes of those that may have other sizes there."""
         spec = program.call_spec.in_spec
         if spec is None:
             raise AdaptcError("the program has no input spec; export it with torch.export.export")
         expected: list[tuple[str, Any]] = []
         for name, value in user_inputs(program).items():
             if isinstance(value, Tensor):
-                value = TensorInput(value.dtype, tuple(n if isinstance(n, int) else str(n) for n in value.shape))
+                sizes = (f"free_{name}_{i}" if (name, i) in free else n for i, n in enumerate(value.shape))
+                value = TensorInput(value.dtype, tuple(n if isinstance(n, int) else str(n) for n in sizes))
             expected.append((name, value))
         ranges = {str(k): (float(v.lower), float(v.upper)) for k, v in program.range_constraints.items()}
         return cls(spec, fills, expected, ranges, guards_of(program), takes or first_names(program))

@@ -305,6 +305,11 @@ class Executor:
                 self._compiled = compile_lifted(split.module, split, variant.code, targets, self.attachments, self.ops)
             return self._compiled
 
+    @property
+    def compiled(self) -> bool:
+        """Whether no call compiles anything any more."""
+        return self._compiled is not None or not self.compiles
+
 
 class Arguments:
     """What one binding gives to each variant of a program, made when that variant is first called with it."""

@@ -78,6 +78,10 @@ class GpuVariants(GraphVariants):
         s = self.source
         return [LowerSiblings(s.packable, s.stages, s.users)]
 
+    @property
+    def kinds(self) -> list[str]:
+        return [PLAIN, APART] if self.fuses else [PLAIN]
+
     def kind(self, sizes: Mapping[str, int]) -> str:
         return PLAIN if not self.fuses or self._few(sizes) else APART
 

@@ -158,6 +158,11 @@ class GraphVariants:
                     found = self._variants[kind] = self._make(kind)
         return found
 
+    @property
+    def kinds(self) -> list[str]:
+        """Those that calls of some sizes take."""
+        return [*([] if self._wide is None else [WIDE]), STACKED, APART] if self.fuses else [PLAIN]
+
     def kind(self, sizes: Mapping[str, int]) -> str:
         """The variant that costs least in a call with these sizes."""
         if not self.fuses:

@@ -156,7 +156,7 @@ def check_bank(program: adaptc.AdaptedProgram, plain: Any, grouped: Any, device:
     (stack,) = (s for s in grouped._now.stacks if s.names[0] == "a")
     found = {f.split(".")[0]: torch.diff(t)[::2].tolist() for f, t in stack.binding.values.items() if STARTS in f}
     assert found == {"up": [17, 17, 1], "down": [17, 17, 0]}
-    used = {str(n.target) for code in grouped._codes.values() for n in code.module.graph.nodes}
+    used = {str(n.target) for code in grouped.codes.made for n in code.module.graph.nodes}
     assert "adaptc.grouped_rows.default" in used
 
 

@@ -88,9 +88,10 @@ def test_inductor_compiles_once(tmp_path: Path) -> None:
     def close(adapters: Any, x: torch.Tensor = X) -> None:
         torch.testing.assert_close(bank(x, adapters=adapters), eager(x, adapters=adapters), rtol=1e-4, atol=1e-4)
 
-    for chosen in (["a", None, "b"], ["a"] * 3, [None] * 3):
-        close(chosen)
+    close([None] * 3)
     with adaptc.assert_no_recompiles():
+        close(["a"] * 3)
+        close(["a", None, "b"])
         close(CHOSEN)
         bank.add("c", state(3))
         close(["c", "b", "a"])

@@ -1,4 +1,4 @@
-"""Interrupts at chosen lines: a trace function raises KeyboardInterrupt at the n-th line of adaptc that runs in a block."""
+"""Interrupts at chosen lines: a trace function raises KeyboardInterrupt at the n-th line of adaptc that runs."""
 
 from __future__ import annotations
 

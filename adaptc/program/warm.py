@@ -1,0 +1,78 @@
+"""Make the code of a bank before calls need it.
+
+Before: a bank, with or without adapters. After: no call of up to so many adapters makes code, whatever its rows want
+and however many there are. Calls that need nothing new go on meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from adaptc.binding.binding import Binding
+from adaptc.errors import ConfigError, shown
+from adaptc.program.assigned import Stack
+from adaptc.program.bank_code import BankCode
+from adaptc.program.core import ProgramCore
+from adaptc.rows.limits import Limits
+from adaptc.runtime.executor import Arguments, Executor
+
+
+class Warmable(Protocol):
+    """What is asked of a bank."""
+
+    limits: Limits
+    state: Mapping[str, Tensor]
+    codes: BankCode
+
+    @property
+    def program(self) -> ProgramCore: ...
+
+    def __len__(self) -> int: ...
+
+    def empty_stack(self, count: int) -> Stack: ...
+
+    def codes_of(self, program: ProgramCore) -> Iterable[Executor]: ...
+
+
+def most_of(adapters: int | None, capacity: int | None, held: int) -> int:
+    """How many adapters a call may name, by default as many as there may be, or else as there are. Raises ConfigError
+    for what is no number of adapters that there may be."""
+    if adapters is None:
+        return capacity or max(held, 2)
+    number = isinstance(adapters, int) and not isinstance(adapters, bool)
+    if not number or adapters < 1 or (capacity is not None and adapters > capacity):
+        until = "" if capacity is None else f" to {capacity}, which the bank may hold"
+        raise ConfigError(f"adapters={shown(adapters)} is no number of adapters from 1{until}")
+    return adapters
+
+
+def warm_bank(bank: Warmable, adapters: int | None) -> None:
+    """``adapters`` as for :func:`most_of`."""
+    most = most_of(adapters, bank.limits.capacity, len(bank))
+    base: Any = bank.program.base  # type: ignore[attr-defined]
+    for program, binding in ((base, Binding.none()), (bank.program, bank.program.binding)):
+        for code in bank.codes_of(program):
+            _warm(code, binding, bank.state)
+    for count in sorted({bank.codes.count(n) for n in range(1, most + 1)}):
+        stack = bank.empty_stack(count)
+        for code in bank.codes.every(stack):
+            _warm(code, stack.binding, bank.state)
+
+
+def _warm(code: Executor, binding: Binding, state: Mapping[str, Tensor]) -> None:
+    """Make what calls of any sizes would make: the code, and what is computed once of the base."""
+    if code.compiles:
+        code.compile()
+    arguments = code.own_arguments(binding, {n: t for n, t in state.items() if n in code.base})
+    for kind in _kinds(code, arguments):
+        arguments.get(kind).values()
+
+
+def _kinds(code: Executor, arguments: Arguments) -> Iterable[str]:
+    if code.compiles or arguments.moving:
+        return [code.fixed_kind]
+    kinds = code.variants.kinds
+    return kinds if code.options.hoist_limit is None else {arguments.settle(kind): None for kind in kinds}

@@ -1,0 +1,84 @@
+"""Whether code for rows is the same for every number of adapters.
+
+Before: what ``inject_rows`` would inject. After: whether each of its regions, traced for two adapters and for three, is
+one graph. Where adapters are computed one after the other it is not; where they lie side by side in products it is, as
+long as nobody writes their number into an operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from adaptc.passes.adapt.inject_rows import Axes, around, read_at
+from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.ops import Op
+from adaptc.passes.ir.rows import RowAxis, Site, output_of
+from adaptc.passes.ir.trace import behind_inputs, signature_of, trace
+
+
+def any_number(
+    lifted: Lifted,
+    attachments: Sequence[Attachment],
+    ops: Mapping[str, Op],
+    axes: Axes,
+    rows: Any,
+    grouped: Collection[str] = (),
+) -> bool:
+    """``rows``: their number in the graph; all else as for ``InjectRows``."""
+    known: dict[Any, bool] = {}
+    for a in attachments:
+        if a.method.coefficients() or a.method.extras():
+            return False
+        for node, _ in read_at(lifted, a):
+            op = ops[a.id].at(node)
+            if not around(a, ops[a.id]) or a.method.has_input(op):
+                return False
+            if a.id in grouped:  # kernels read where each adapter is
+                continue
+            where, fakes = axes[node.name], [n.meta["val"] for n in behind_inputs(node, node)[1]]
+            key = (a.method, op, where, signature_of(fakes))
+            if key not in known:
+                known[key] = all(_same(lifted, a, op, where, fakes, rows, at_once) for at_once in (False, True))
+            if not known[key]:
+                return False
+    return True
+
+
+def _same(
+    lifted: Lifted, a: Attachment, op: Op, where: RowAxis, fakes: Sequence[Tensor], rows: Any, at_once: bool
+) -> bool:
+    two, three = (_region(lifted, a, op, where, fakes, rows, at_once, count) for count in (2, 3))
+    return str(two) == str(three)
+
+
+def _region(
+    lifted: Lifted,
+    a: Attachment,
+    op: Op,
+    where: RowAxis,
+    fakes: Sequence[Tensor],
+    rows: Any,
+    at_once: bool,
+    count: int,
+) -> fx.Graph:
+    site = Site(a.method, op, tuple(a.input_names), a.scale_slot is not None, count, at_once)
+    biased = len(fakes) > 3
+    with nullcontext() if lifted.fake_mode is None else lifted.fake_mode:
+        own = list(_slots(a, op, count, fakes[0].device))
+        c = torch.empty([rows, count], device=fakes[0].device)
+    return trace(partial(output_of, site, where, biased)(), [*fakes, c, *own])
+
+
+def _slots(a: Attachment, op: Op, count: int, device: torch.device) -> Iterator[Tensor]:
+    specs = a.method.slots(op)
+    for name in a.input_names:
+        yield torch.empty([count, *specs[name].shape], dtype=specs[name].dtype or torch.float32, device=device)
+    if a.scale_slot is not None:
+        yield torch.empty([count], device=device)

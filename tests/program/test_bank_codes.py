@@ -1,0 +1,168 @@
+"""How much code a bank makes: none for another assignment, few for other numbers of adapters, all of it at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adaptc
+from adaptc import LoraConfig
+from adaptc.methods.lora import Lora
+from adaptc.runtime.executor import Executor
+from adaptc.runtime.variants import GraphVariants
+from tests.support.gated_net import compiled as gated
+from tests.support.gated_net import state
+
+NAMES = [f"n{i}" for i in range(11)]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.side, self.down = nn.Linear(5, 7), nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(x)) * self.side(x))
+
+
+def inputs(length: int, rows: int = 12) -> Tensor:
+    return torch.randn(rows, length, 5, generator=torch.Generator().manual_seed(length))
+
+
+@torch.no_grad()
+def program_and_adapters(config: Any, **options: Any) -> tuple[adaptc.AdaptedProgram, dict[str, Any]]:
+    made = adaptc.compile(Net().eval(), config, example_inputs=inputs(4, 2), **options)
+    out = {}
+    for seed, name in enumerate(NAMES):
+        draw = torch.Generator().manual_seed(seed)
+        values = {
+            n: t + 0.3 * torch.randn(t.shape, generator=draw) if t.ndim and t.is_floating_point() else t
+            for n, t in made.binding.values.items()
+        }
+        out[name] = replace(made.binding, values=values)
+    return made, out
+
+
+def chosen(count: int, rows: int = 12) -> list[str | None]:
+    return [NAMES[i % count] for i in range(rows - 1)] + [None] if count else [None] * rows
+
+
+def noted(plain: Any, out: list[str]) -> Any:
+    def build(*args: Any, **kwargs: Any) -> Any:
+        out.append(plain.__qualname__)
+        return plain(*args, **kwargs)
+
+    return build
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is built, one entry for each code of a program, or of rows, and for each graph that calls run."""
+    out: list[str] = []
+    for owner, name in ((Executor, "__init__"), (GraphVariants, "_make")):
+        monkeypatch.setattr(owner, name, noted(getattr(owner, name), out))
+    return out
+
+
+def check(bank: Any, made: adaptc.AdaptedProgram, adapters: dict[str, Any], count: int, length: int) -> None:
+    x, names = inputs(length), chosen(count)
+    with torch.no_grad():
+        found = bank(x, adapters=names)
+        alone = {n: made.bind(adapters[n])(x) if n else made.base(x) for n in set(names)}
+    torch.testing.assert_close(found, torch.stack([alone[n][i] for i, n in enumerate(names)]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_bias": True}])
+def test_of_adapters_side_by_side_there_is_one_code_for_all_numbers(options: dict[str, Any], built: list[str]) -> None:
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, **options)
+    made, adapters = program_and_adapters(config)
+    bank = made.bank(adapters)
+    for length in (1, 30):
+        check(bank, made, adapters, 3, length)
+    codes = len(bank.codes.made)
+    assert codes <= 2
+    for length in (1, 30):
+        for count in (2, 5, 11, 7, 4):
+            bank(inputs(length), adapters=chosen(count))
+        check(bank, made, adapters, 11, length)
+        check(bank, made, adapters, 2, length)
+    assert len(bank.codes.made) <= 2
+    before = len(built)
+    for count in range(1, 12):
+        bank(inputs(2), adapters=chosen(count))
+    assert len(built) == before
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"bias": "all"}], ids=["dora", "biases"])
+def test_of_adapters_one_after_the_other_there_is_one_for_each_power_of_two(options: dict[str, Any]) -> None:
+    made, adapters = program_and_adapters(LoraConfig(r=2, target_modules=["up"], **options))
+    bank = made.bank(adapters)
+    for count in (3, 5, 4, 7, 2):
+        check(bank, made, adapters, count, 2)
+    assert {s.count for s in bank._now.stacks} <= {2, 4, 8}
+    assert len(bank.codes.made) == 3
+    small = made.bank({n: adapters[n] for n in NAMES[:5]}, capacity=5)
+    check(small, made, adapters, 5, 2)
+    assert [s.count for s in small._now.stacks] == [5]
+
+
+def test_a_form_that_writes_the_number_down_has_code_for_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(
+        self: Any, op: Any, x: Tensor, y: Tensor, W: Tensor, b: Any, slots: Any, scale: Any, mix: Tensor
+    ) -> Tensor:
+        A, B = slots.values()
+        h = torch.einsum("...i,kri->...kr", x, A) * (mix.squeeze(-2) * scale).unsqueeze(-1)
+        return y + h.reshape(*x.shape[:-1], A.shape[0] * A.shape[1]) @ B.transpose(0, 1).flatten(1).mT
+
+    monkeypatch.setattr(Lora, "rows", rows)
+    monkeypatch.setattr(Lora, "rows_at_once", lambda *args: None)
+    made, adapters = program_and_adapters(LoraConfig(r=2, target_modules=["up"]))
+    bank = made.bank(adapters)
+    assert not bank.codes.any_number
+    for count in (2, 3):
+        check(bank, made, adapters, count, 2)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"hoist_limit": 0}], ids=["lora", "dora", "no_memory"])
+def test_a_warm_bank_makes_nothing_in_calls(options: dict[str, Any], built: list[str]) -> None:
+    limit = {"hoist_limit": options.pop("hoist_limit")} if "hoist_limit" in options else {}
+    config = LoraConfig(r=2, target_modules=["up", "side"], **options)
+    made, adapters = program_and_adapters(config, **limit)
+    bank = made.bank({n: adapters[n] for n in NAMES[:8]})
+    bank.warm()
+    assert bank.held == 0
+    assert len(built) > 3
+    before = len(built)
+    for length in (1, 64):
+        for count in (0, 1, 2, 3, 8):
+            bank(inputs(length), adapters=chosen(count))
+        bank(inputs(length), adapters=["n3"] * 12)
+    assert len(built) == before, built[before:]
+    bank.warm()
+    bank.add("n8", adapters["n8"])
+    assert len(built) == before
+    check(bank, made, adapters, 8, 2)
+
+
+def test_a_bank_that_is_empty_is_warmed_for_as_many_as_it_may_hold(built: list[str]) -> None:
+    made, adapters = program_and_adapters(LoraConfig(r=2, target_modules=["up"], use_dora=True))
+    bank = made.bank(capacity=4, evict=True, loader=adapters.__getitem__)
+    bank.warm()
+    before = len(built)
+    for count in range(5):
+        bank(inputs(2), adapters=chosen(count))
+    assert len(built) == before
+
+
+@pytest.mark.parametrize("wrong", [0, 5, True, "many", 2.0])
+def test_what_is_no_number_of_adapters_is_refused(wrong: Any, built: list[str]) -> None:
+    bank = gated(2).bank({"a": state(2)}, capacity=4)
+    before = len(built)
+    with pytest.raises(adaptc.ConfigError, match="is no number of adapters from 1 to 4, which the bank may hold"):
+        bank.warm(wrong)
+    assert len(built) == before
