@@ -72,8 +72,8 @@ class AdaptedProgram(Strengths):
         and ``loader``, a function of a name, gives an adapter that is not there. ``max_rank``: the largest rank it
         takes. The bank keeps the program as it is now: a later swap is nothing to it.
 
-        Raises TargetError, which names the site, where the rows of a batch are not apart (statistics over the batch,
-        experts), and what :meth:`Bank.add` raises.
+        Raises TargetError, which names the site, the output or the buffer, where the rows of a batch are not apart
+        (statistics over the batch, experts), and what :meth:`Bank.add` raises.
         """
         return Bank(self, adapters, **limits)
 

@@ -255,7 +255,7 @@ class Bank:
 
     def _stack(self, names: tuple[str, ...], table: Mapping[str, Binding]) -> Stack:
         kept = self._now.stacks
-        found = next((s for s in reversed(kept) if s.serves(names, table)), None)
+        found = next((s for s in reversed(kept) if not names or s.serves(names, table)), None)
         if found is None:
             members = tuple(table[n] for n in names)
             found = self._stacked(names, members, self.codes.count(len(names)))

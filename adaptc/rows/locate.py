@@ -192,7 +192,9 @@ def _values(
     lifted = [t.clone() if s.arg.name in written else t for s, t in zip(specs, lifted, strict=True)]
     # What is written to an input stays there, too.
     own = [t.clone() if isinstance(t, Tensor) else t for t in flat]
-    return _Recorder(program.graph_module, set(names)).record([*lifted, *own])
+    gpus = {t.device.index or 0 for t in (*lifted, *own) if isinstance(t, Tensor) and t.is_cuda}
+    with torch.random.fork_rng(sorted(gpus)):  # every run draws the same numbers, and none of the caller's
+        return _Recorder(program.graph_module, set(names)).record([*lifted, *own])
 
 
 class _Recorder(fx.Interpreter):

@@ -87,7 +87,7 @@ class Method(Hooks):
     ) -> Tensor | None:
         """y + the sum over k of mix[..., k] * (y'_k - y), for several adapters at once: ``slots`` and ``scale`` have an
         axis of them in front, ``mix`` broadcasts to (*y.shape, adapters). Optional and cheaper than one after the
-        other; None where it is not."""
+        other; None where it is not. Where no operator has their number, one code serves all numbers of them."""
         return None
 
     def rows_at_once(self, op: Op, x: Tensor, y: Tensor, slots: Slots, scale: Scale, c: Tensor) -> Tensor | None:

@@ -134,3 +134,31 @@ def test_a_loss_is_of_all_rows_with_the_adapters_they_have() -> None:
     program = compiled(lambda n, x, z: {"z": z, "loss": z.square().mean()}, None, False)
     found = program.bank({"a": program.binding})(X, adapters=["a", None, None, "a"])
     torch.testing.assert_close(found["loss"], found["z"].square().mean())
+
+
+class Dropping(nn.Module):
+    def __init__(self, behind: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.drop, self.behind = nn.Linear(5, 7), nn.Linear(7, 3), nn.Dropout(0.5), behind
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.down(self.up(x))) if self.behind else self.down(self.drop(self.up(x)))
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_dropout_of_programs_that_train_does_not_mix_rows(behind: bool) -> None:
+    """It draws the same numbers in every run, and none of the caller's."""
+    config = adaptc.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    program = adaptc.compile(Dropping(behind), config, example_inputs=X[:2], training=True)
+    before = torch.get_rng_state()
+    bank = program.bank({"a": program.binding})
+    assert torch.equal(torch.get_rng_state(), before)
+    found, one = bank(X, adapters=["a", None, "a", "a"]), program.bind(program.binding)(X)
+    torch.testing.assert_close(found[0], one[0])
+
+
+def test_random_numbers_of_a_program_do_not_mix_its_rows() -> None:
+    program = compiled(lambda n, x, z: z + torch.randn_like(z), None, False)
+    before = torch.get_rng_state()
+    program.bank({"a": program.binding})
+    assert torch.equal(torch.get_rng_state(), before)
