@@ -54,7 +54,8 @@ class Stack:
 class Stacks(Protocol):
     """Who has the code that stacks run in, and the buffers, by FQN, that it writes to."""
 
-    source: RowsSource
+    @property
+    def source(self) -> RowsSource: ...
 
     @property
     def state(self) -> Mapping[str, Tensor]: ...

@@ -229,8 +229,9 @@ class Bank:
         """Whether calls of a program, None for one that nobody has made, would compile something."""
         if not self.codes.compiles:
             return False
-        made = program is not None and program.running.executor is not None
-        return not made or not all(code.compiled for code in self.codes_of(program))
+        if program is None or program.running.executor is None:
+            return True
+        return not all(code.compiled for code in self.codes_of(program))
 
     def _base(self) -> Callable[..., Any]:
         base: ProgramCore = self._program.base  # type: ignore[attr-defined]

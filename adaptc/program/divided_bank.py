@@ -98,6 +98,13 @@ class _PartOf:
     def code(self, stack: Stack, long: bool) -> Executor:
         return self._bank.codes.of(self._name, stack, long)
 
+    def keeping(self, mixes: Mixes, table: Mapping[str, Binding]) -> Any:
+        """What computes the part of an assignment."""
+        return self._bank.parts(mixes, table)[self._name].run
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _PartOf:
+        return _PartOf(copy.deepcopy(self._bank, memo), self._name)
+
 
 class AssignedParts(Assignment):
     """Made by :meth:`DividedBank.assigned`."""

@@ -92,7 +92,7 @@ def locate(
         for name in open_:
             seen = [c[name] for c in changes]
             fitting[name] = [c for c in fitting[name] if apart(c, seen)]
-            told[name] |= {row for row, places in enumerate(seen) if bool(places.any())}
+            told[name] |= {row for row, places in enumerate(seen) if places is not None and bool(places.any())}
             why[name] = size_depends(seen) or MIXED
         symbolic, count = free(rows.size), len(changes)
         # One axis that has the symbol of the rows is theirs. A size that is a number may have it from elsewhere.
@@ -200,12 +200,12 @@ def _values(
 class _Recorder(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, names: set[str]) -> None:
         super().__init__(module)
+        self.inputs = module.graph.find_nodes(op="placeholder")
         self.names, self.found = names, {}
 
     def record(self, flat: Sequence[Any]) -> dict[str, Any]:
         super().run(*flat)
-        inputs = self.module.graph.find_nodes(op="placeholder")
-        return self.found | {n.name: t for n, t in zip(inputs, flat, strict=True) if n.name in self.names}
+        return self.found | {n.name: t for n, t in zip(self.inputs, flat, strict=True) if n.name in self.names}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
