@@ -10,6 +10,7 @@ from torch import Tensor
 
 import adaptc
 from tests.generation.models import case, generated, generator, prompt
+from tests.support.builds import noted
 
 NAMES: list[Any] = ["first", None, "second", {"first": 0.6, "second": -0.4}]
 
@@ -109,3 +110,14 @@ def test_a_call_of_other_rows_loads_nothing():
         with pytest.raises(adaptc.AdaptcError, match="2 entries, and there are 4 prompts"):
             call(inputs["input_ids"], adapters=["c", "d"])
     assert (sorted(made), asked) == (["a", "b"], ["a", "b"])
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_warm_bank_makes_nothing_while_it_generates(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, built = bank(family), noted(monkeypatch)
+    made.warm()
+    assert built
+    before = len(built)
+    for adapters in (NAMES, [None] * 4, ["first"] * 4, ["first", None, "second", "second"]):
+        generated(Mixed(made, adapters), prompt(4, 6), new=2)
+    assert len(built) == before, built[before:]

@@ -149,6 +149,9 @@ def check_bank(program: adaptc.AdaptedProgram, plain: Any, grouped: Any, device:
         assert torch.equal(out[1], grouped(ids, adapters=["b", None, "b", "a", "c"])[1])
         beams = ids.repeat_interleave(2, 0)
         torch.testing.assert_close(grouped.assigned(CHOSEN)(beams)[::2], out, rtol=1e-5, atol=2e-6)
+    fewer: list[Any] = [{"a": 0.5}, None, "a", None, {"a": -1.0}]
+    torch.testing.assert_close(grouped(ids, adapters=fewer), plain(ids, adapters=fewer), rtol=1e-5, atol=2e-6)
+    assert len(grouped.codes.made) == 1  # for any number of adapters
     for one in (plain, grouped):
         one.replace("a", one["b"])
     torch.testing.assert_close(grouped(ids, adapters=CHOSEN), plain(ids, adapters=CHOSEN), rtol=1e-5, atol=2e-6)

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 import adaptc
 from adaptc import LoraConfig
 from adaptc.methods.lora import Lora
-from adaptc.runtime.executor import Executor
-from adaptc.runtime.variants import GraphVariants
+from tests.support.builds import noted
 from tests.support.gated_net import compiled as gated
 from tests.support.gated_net import state
 
@@ -52,21 +51,9 @@ def chosen(count: int, rows: int = 12) -> list[str | None]:
     return [NAMES[i % count] for i in range(rows - 1)] + [None] if count else [None] * rows
 
 
-def noted(plain: Any, out: list[str]) -> Any:
-    def build(*args: Any, **kwargs: Any) -> Any:
-        out.append(plain.__qualname__)
-        return plain(*args, **kwargs)
-
-    return build
-
-
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is built, one entry for each code of a program, or of rows, and for each graph that calls run."""
-    out: list[str] = []
-    for owner, name in ((Executor, "__init__"), (GraphVariants, "_make")):
-        monkeypatch.setattr(owner, name, noted(getattr(owner, name), out))
-    return out
+    return noted(monkeypatch)
 
 
 def check(bank: Any, made: adaptc.AdaptedProgram, adapters: dict[str, Any], count: int, length: int) -> None:
