@@ -24,6 +24,7 @@ from torch.export import ExportedProgram
 
 from adaptc.capture.example_inputs import BATCH, is_pretrained_model
 from adaptc.capture.failures import in_terms_of
+from adaptc.capture.fixed_sizes import fixed_sizes, names_of
 from adaptc.capture.free_sizes import Free, export, export_free, export_stated
 from adaptc.capture.made_inputs import example_of
 from adaptc.capture.model_loss import loss_type, means_over_next_labels
@@ -274,18 +275,31 @@ def _export_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any, t
                 program, fixed = export_free(model, args2, kwargs2, _free_of((args2, kwargs2)))
                 if not fixed and _same_outputs(model, program, args, kwargs, training):
                     again = partial(_export_guarded, model, args2, kwargs2, _free_of((args2, kwargs2)))
-                    return _guarded(model, program, args2, kwargs2, again, training)
+                    program = _guarded(model, program, args2, kwargs2, again, training)
+                    _tell_fixed(model, program, args2, kwargs2, _free_of((args2, kwargs2)), fixed)
+                    return program
         program, fixed = export_free(model, args, kwargs, free)
         again = partial(_export_guarded, model, args, kwargs, free)
         program = _guarded(model, program, args, kwargs, again, training)
-    if fixed:
-        warnings.warn(
-            f"{type(model).__name__} was captured for fewer sizes than asked: {'; '.join(fixed)}. Calls with other "
-            "sizes fail. Other example_inputs (no dimension of size 1) or explicit dynamic_shapes may help",
-            AdaptcWarning,
-            stacklevel=3,
-        )
+    _tell_fixed(model, program, args, kwargs, free, fixed)
     return program
+
+
+def _tell_fixed(
+    model: nn.Module, program: ExportedProgram, args: tuple, kwargs: Mapping[str, Any], free: Free, fixed: list[str]
+) -> None:
+    """Warn of sizes that are fixed: those of ``fixed``, which were to be free, and others that might have been."""
+    flat = pytree.tree_leaves((args, dict(kwargs)))
+    names = names_of(args, kwargs, list(inspect.signature(model.forward).parameters))
+    told = [*fixed, *fixed_sizes(program, names, lambda i: free(flat[i]))]
+    if told:
+        warnings.warn(
+            f"{type(model).__name__} was captured for some sizes alone: {'; '.join(told)}. Calls with other sizes "
+            "fail. Capture it with example_inputs of the sizes that are wanted; other example_inputs (no dimension of "
+            "size 1) or explicit dynamic_shapes may keep them free, where the model's code takes any",
+            AdaptcWarning,
+            stacklevel=4,
+        )
 
 
 def _export_guarded(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], free: Free) -> ExportedProgram:

@@ -29,6 +29,7 @@ from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fix
 from torch.fx.experimental import _config
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
+from adaptc.capture.fixed_sizes import names_of
 from adaptc.capture.known_limits import known_limits
 from adaptc.capture.model_state import preserve_state
 from adaptc.errors import CaptureError
@@ -176,19 +177,16 @@ def _fixed(
     free: Free,
     failures: list[Exception],
 ) -> list[str]:
-    names = list(inspect.signature(model.forward).parameters)
+    names = names_of(args, kwargs, list(inspect.signature(model.forward).parameters))
     reason = f" ({reason_of(failures[0])})" if failures else ""
     lines: list[str] = []
-    given = pytree.tree_leaves_with_path((args, dict(kwargs)))
-    for (path, value), traced in zip(given, user_inputs(program).values(), strict=True):
+    given = pytree.tree_leaves((args, dict(kwargs)))
+    for name, value, traced in zip(names, given, user_inputs(program).values(), strict=True):
         if not isinstance(value, Tensor):
             continue
-        step = path[1]
-        name = names[min(step.idx, len(names) - 1)] if isinstance(step, pytree.SequenceKey) else step.key  # type: ignore
         for i, wanted in free(value).items():
             if wanted is not None and isinstance(traced, Tensor) and not free_symbols(traced.shape[i]):
-                where = f"{name}{pytree.keystr(path[2:])}"
-                lines.append(f"dimension {i} ({wanted}) of input {where!r} is fixed at {value.shape[i]}{reason}")
+                lines.append(f"dimension {i} ({wanted}) of input {name!r} is fixed at {value.shape[i]}{reason}")
     return lines
 
 

@@ -153,6 +153,8 @@ class Inputs:
                 wanted = f"{want.dtype} with {len(want.shape)} axes"
                 raise AdaptcError(f"input {name!r}: expected {wanted}, got {value.dtype} with {value.ndim}")
             for axis, (got, size) in enumerate(zip(value.shape, want.shape, strict=True)):
+                if isinstance(size, str) and not symbols(size) and (exact := expression(size)) is not None:
+                    size = exact({})  # the tracer found out late that it is a number
                 if isinstance(size, int) or size.isidentifier():
                     self._check_size(name, axis, got, size, sizes, longer)
                 else:
@@ -174,7 +176,8 @@ class Inputs:
             if got != size:
                 raise AdaptcError(
                     f"input {name!r}: axis {axis} has size {got}, but the program was captured for exactly {size}; "
-                    "capture with dynamic_shapes that leave this axis free"
+                    f"capture the model with example_inputs of size {got} there or, where it takes any size, with "
+                    "dynamic_shapes that leave this axis free"
                 )
             return
         where = f"axis {axis} of {name!r}"

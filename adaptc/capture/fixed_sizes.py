@@ -1,0 +1,165 @@
+"""Sizes of inputs that a program has fixed, of those that its user may want to vary.
+
+Before: a captured program, and which sizes were to be free where the model lets them. After: those that are not (the
+height of an image, the length of a sequence). What a layer's weights ask for, such as the features of a linear layer or
+the channels of a convolution, can be nothing else and is left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+from adaptc.passes.ir.blocks import Call
+from adaptc.passes.ir.lifted import guards_of, lifted_names, user_inputs
+from adaptc.passes.ir.ops import TABLE, TRANSPOSED, argument, operands
+from adaptc.passes.ir.trees import pytree
+
+aten = torch.ops.aten
+_PRODUCTS = (aten.matmul.default, aten.mm.default, aten.bmm.default)
+_RECURRENT = (
+    *(aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input),
+    *(aten.lstm_cell.default, aten.gru_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default),
+)
+_ONE_SIZE = re.compile(r"L(?:\[[^\[\]]+\])+\.size\(\)\[\d+\]")
+_OF_CHANNELS = (aten.batch_norm.default, aten.group_norm.default, aten.instance_norm.default, aten.prelu.default)
+_OF_LAST = (aten.layer_norm.default, aten.rms_norm.default)
+_BINARY = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
+#: ops that change sizes and leave axes where they are
+_IN_PLACE = (aten.constant_pad_nd.default, aten.pad.default, aten.slice.Tensor, aten.cat.default)
+
+#: for each axis of a value which axis of the input it is
+Axes = tuple[int | None, ...]
+
+
+def fixed_sizes(program: ExportedProgram, names: Sequence[str], free: Callable[[int], dict[int, Any]]) -> list[str]:
+    """A line for each. ``names`` of the flat inputs; ``free``: position of an input -> its axes that were to be free,
+    with None where the model decides. Sizes of one, which may stand for any by broadcasting, are left out."""
+    nodes = {n.name: n for n in program.graph.find_nodes(op="placeholder")}
+    lines: list[str] = []
+    for i, (node, value) in enumerate(user_inputs(program).items()):
+        if not isinstance(value, Tensor):
+            continue
+        axes = [a for a, wanted in free(i).items() if wanted is None and _fixed(value.shape[a])]
+        widths = _widths(program, nodes[node]) if axes else set()
+        lines += [f"dimension {a} of input {names[i]!r} is fixed at {value.shape[a]}" for a in axes if a not in widths]
+    return lines + [f"{text} in every call" for text in _fixed_together(program)]
+
+
+def _fixed_together(program: ExportedProgram) -> Iterator[str]:
+    """Conditions by which free sizes have a number to make up, such as that of an image's patches."""
+    for guard in guards_of(program):
+        left, equal, number = guard.rpartition(" == ")
+        several = _ONE_SIZE.search(left) and not _ONE_SIZE.fullmatch(left.strip("() "))
+        if equal and number.isdecimal() and several and "%" not in left and "Mod" not in left:
+            yield re.sub(r"L\['([^']*)'\]((?:\[[^\[\]]+\])*)\.size\(\)", r"\1\2.shape", guard)
+
+
+def _fixed(size: Any) -> bool:
+    return (isinstance(size, int) or not size.node.expr.free_symbols) and int(size) != 1
+
+
+def _widths(program: ExportedProgram, source: fx.Node) -> set[int]:
+    """Axes of an input that weights are as large as, as far as its values are followed."""
+    given = _computed(program)
+    found: set[int] = set()
+    todo: list[tuple[fx.Node, Axes, fx.GraphModule]] = [
+        (source, tuple(range(source.meta["val"].ndim)), program.graph_module)
+    ]
+    seen: set[tuple[fx.Node, Axes]] = set()
+    while todo:
+        now, axes, module = todo.pop()
+        if (now, axes) in seen:
+            continue
+        seen.add((now, axes))
+        for user in now.users:
+            found |= {axes[a] for a in _asked(user, now, given) if axes[a] is not None}  # type: ignore[misc]
+            if (moved := _moved(user, now, axes)) is not None:
+                todo.append((user, moved, module))
+            if (call := Call.of(user, module)) is not None:
+                for at, handed, _ in call.operands():
+                    bodies = call.bodies() if handed is now else ()
+                    todo += [(body.graph.find_nodes(op="placeholder")[at], axes, body) for body in bodies]
+    return found
+
+
+def _computed(program: ExportedProgram) -> set[fx.Node]:
+    """What depends on the user's inputs; within blocks, anything may."""
+    held = lifted_names(program.graph_signature)
+    found: set[fx.Node] = set()
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            inner = module is not program.graph_module
+            own = node.op == "placeholder" and (inner or node.name not in held)
+            if own or not found.isdisjoint(node.all_input_nodes):
+                found.add(node)
+    return found
+
+
+def _asked(user: fx.Node, now: fx.Node, given: set[fx.Node]) -> Iterator[int]:
+    """Axes of ``now`` whose sizes the weights that ``user`` reads have."""
+    ndim = now.meta["val"].ndim
+    if user.target in TABLE and operands(user)[0] is now and TABLE[user.target][0] != "embedding":
+        kind = TABLE[user.target][0]
+        yield ndim - 1 - (int(kind[4]) if kind.startswith("conv") else 0)
+    elif user.target in TRANSPOSED and argument(user, 0) is now:
+        yield ndim - 1 - (argument(user, 1).meta["val"].ndim - 2)
+    elif user.target in _PRODUCTS:
+        left, right = user.args[:2]
+        other = right if left is now else left
+        if other not in given:
+            yield ndim - 1 if left is now else max(ndim - 2, 0)
+    elif user.target in _RECURRENT and user.args[0] is now:
+        yield ndim - 1
+    elif user.target in _OF_CHANNELS and user.args[0] is now and ndim > 1:
+        yield 1
+    elif user.target in _OF_LAST and user.args[0] is now:
+        yield from range(ndim - len(argument(user, 1)), ndim)
+    elif user.target in _BINARY:
+        for other in user.args[:2]:
+            if isinstance(other, fx.Node) and other is not now and other not in given:
+                sizes = [i - other.meta["val"].ndim for i, s in enumerate(other.meta["val"].shape) if s != 1]
+                if len(sizes) == 1 and sizes[0] + ndim >= 0:
+                    yield sizes[0] + ndim
+
+
+def _moved(user: fx.Node, now: fx.Node, axes: Axes) -> Axes | None:
+    """The axes of what ``user`` makes of ``now``; None where they are not followed."""
+    old, new = now.meta["val"], user.meta.get("val")
+    if not isinstance(new, Tensor) or user.op != "call_function":
+        return None
+    first = bool(user.args) and user.args[0] is now
+    if first and user.target is aten.permute.default:
+        order: Any = user.args[1]
+        return tuple(axes[i] for i in order)
+    if first and user.target is aten.transpose.int:
+        swapped = list(axes)
+        a, b = (int(argument(user, i)) for i in (1, 2))
+        swapped[a], swapped[b] = swapped[b], swapped[a]
+        return tuple(swapped)
+    if first and user.target is aten.select.int:
+        at = int(argument(user, 1)) % old.ndim
+        return (*axes[:at], *axes[at + 1 :])
+    if first and user.target is aten.unsqueeze.default:
+        at = int(argument(user, 1)) % new.ndim
+        return (*axes[:at], None, *axes[at:])
+    if new.ndim != old.ndim:
+        return None
+    same = all(str(a) == str(b) for a, b in zip(old.shape, new.shape, strict=True))
+    moves = user.target in (aten.view.default, aten.reshape.default, *_PRODUCTS, *TABLE)
+    return axes if user.target in _IN_PLACE or (same and not moves) else None
+
+
+def names_of(args: tuple, kwargs: Any, parameters: Sequence[str]) -> list[str]:
+    """The flat inputs, as ``forward`` calls them."""
+    out: list[str] = []
+    for path, _ in pytree.tree_leaves_with_path((args, dict(kwargs))):
+        step: Any = path[1]
+        first = parameters[min(step.idx, len(parameters) - 1)] if isinstance(step, pytree.SequenceKey) else step.key
+        out.append(f"{first}{pytree.keystr(path[2:])}")
+    return out
