@@ -34,6 +34,7 @@ from adaptc.capture.replaced_forward import keyword, replaced_forward
 from adaptc.capture.single_sizes import differing, left_alone, results, runnable
 from adaptc.errors import AdaptcWarning, CaptureError
 from adaptc.passes.adapt.bound_rows import BoundRows
+from adaptc.passes.adapt.linear_products import LinearProducts
 from adaptc.passes.analysis.program_facts import (
     all_module_types,
     call_by_first_name,
@@ -42,7 +43,11 @@ from adaptc.passes.analysis.program_facts import (
     keyword_inputs,
     qualified,
 )
+from adaptc.passes.analysis.sites import mark_linear
 from adaptc.passes.ir.trees import pytree
+
+#: by name, since transformers is not imported
+_LINEAR_CLASSES = ("torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D")
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +110,8 @@ class Captured:
     takes: tuple[str, ...] = ()
     source: Source | None = None
     base: Base | None = None
+    #: modules whose class derives from one of linear layers; of modules alone
+    linear: frozenset[str] = frozenset()
 
 
 def capture(
@@ -144,8 +151,10 @@ def capture(
         model = model.get_submodule("_orig_mod")
     check_not_quantised(model)
     with _prepared(model, training):
-        program = BoundRows()(_export_module(model, example_inputs, dynamic_shapes, training)).output
+        program = _canonical(_export_module(model, example_inputs, dynamic_shapes, training))
     call_by_first_name(program, model)
+    linear = _linear_modules(model)
+    mark_linear(program, linear)
     config = getattr(model, "config", None)
     pretrained = is_pretrained_model(model)
     return Captured(
@@ -159,7 +168,14 @@ def capture(
         takes=_takes(model),
         source=_source(model) if pretrained else None,
         base=Base.of(model),
+        linear=linear,
     )
+
+
+def _linear_modules(model: nn.Module) -> frozenset[str]:
+    """Modules of classes that derive from those that are linear layers to PEFT."""
+    kinds = {type(m): any(qualified(c) in _LINEAR_CLASSES for c in type(m).__mro__[1:]) for m in model.modules()}
+    return frozenset(n for n, m in model.named_modules(remove_duplicate=False) if kinds[type(m)])
 
 
 def _takes(model: nn.Module) -> tuple[str, ...]:
@@ -205,9 +221,14 @@ def _as_program(model: object) -> ExportedProgram | None:
     return next(iter(programs.values()))
 
 
+def _canonical(program: ExportedProgram) -> ExportedProgram:
+    """The same program, in the forms that adapters know layers by."""
+    return LinearProducts()(BoundRows()(program).output).output
+
+
 def _captured_program(program: ExportedProgram, config: Any, training: bool) -> Captured:
     return Captured(
-        program=BoundRows()(program).output,
+        program=_canonical(program),
         training=is_training(program, default=training),
         model_type=getattr(config, "model_type", None),
         module_types=all_module_types(program),

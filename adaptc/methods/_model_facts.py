@@ -19,6 +19,8 @@ class ModelFacts:
     input_embedding: str | None = None
     #: modules that store stacked experts as (experts, in, out)
     transposed: frozenset[str] = frozenset()
+    #: modules whose class derives from a linear layer's
+    linear: frozenset[str] = frozenset()
     #: whether only the program is known, not the module it came from
     bare: bool = False
     #: the config of a transformers model

@@ -136,6 +136,7 @@ def planned(
         captured.output_embedding,
         captured.input_embedding,
         _transposed(model),
+        captured.linear,
         bare=not isinstance(model, nn.Module),
         config=None if captured.source is None else captured.source.config,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -94,6 +95,8 @@ class CoverageReport(Report):
     norms: Norms = field(default=Norms(), repr=False)
     #: adapter -> what its file was
     origins: Mapping[str, Origin] = field(default_factory=dict)
+    #: parameters of the base that nothing adapts, and their shapes
+    unadapted: Sequence[tuple[str, tuple[int, ...]]] = ()
     #: which adapters are off or scaled, in words
     strength: str = ""
     #: of what holds the program, and generates with it
@@ -126,6 +129,7 @@ class CoverageReport(Report):
         made["norms"] = Norms.of(program, changes)
         made["origins"] = {n: p.origin for n, p in parts.items()}
         made["strength"] = binding.strength()
+        made["unadapted"] = unadapted(program)
         return cls(sites, a.matches, left_out, trainable, total, names, kinds, binding.source, **made)
 
     @property
@@ -155,7 +159,14 @@ class CoverageReport(Report):
         for o in self.origins.values():
             head += "" if o == PEFT else f"\nfrom a file in the format {o}"
             head += f"; not of this program: {o.left}" if o.others else ""
-        tables = [self._sites(), self._forms(), self._entries(), self._omitted(), *self.norms.parts()]
+        tables = [
+            self._sites(),
+            self._forms(),
+            self._entries(),
+            self._omitted(),
+            self._unadapted(),
+            *self.norms.parts(),
+        ]
         line = self.parameters_line() + self._passes()
         products = [str(p) for p in (self.products, *self.training)]
         return [head, *self.notes, *tables, str(self.held), str(self.fusion), *products, str(self.packed), line]
@@ -163,8 +174,8 @@ class CoverageReport(Report):
     def data(self) -> dict[str, Any]:
         """``adapter``, ``peft_type``, ``source``, ``strength``, ``formats`` (adapter -> that of its file), ``merged``
         (from what), ``sites`` (one dict each), ``matches`` (target entry -> modules), ``left_out`` (module, why),
-        ``trainable``, ``total``, ``products`` (one dict for each line), ``training`` (which products -> the same),
-        ``packed`` (count and bytes), ``passes``, ``norms`` and ``notes`` (lines)."""
+        ``unadapted`` (parameter, shape), ``trainable``, ``total``, ``products`` (one dict for each line), ``training``
+        (which products -> the same), ``packed`` (count and bytes), ``passes``, ``norms`` and ``notes`` (lines)."""
         return {
             "adapter": self.adapter,
             "peft_type": self.peft_type,
@@ -175,6 +186,7 @@ class CoverageReport(Report):
             "sites": [_site_data(s) for s in self.sites],
             "matches": plain(self.matches),
             "left_out": [{"module": name, "why": why} for name, why in self.left_out],
+            "unadapted": [{"parameter": name, "shape": list(shape)} for name, shape in self.unadapted],
             "trainable": self.trainable,
             "total": self.total,
             "products": self.products.data(),
@@ -245,6 +257,20 @@ class CoverageReport(Report):
         rows = [(times(tail, len(names)), why, shortened(names, sep="\n")) for (tail, why), names in groups.items()]
         return Table(["left out", "why", "modules"], rows)
 
+    def _unadapted(self) -> Table:
+        """One row for parameters of one shape that differ in the number of their layer alone; the largest first."""
+        groups: dict[tuple[int, ...], list[str]] = {}
+        for name, shape in self.unadapted:
+            groups.setdefault(shape, []).append(name)
+        rows = [
+            (times(text, n), " x ".join(map(str, shape)), prod(shape) * n)
+            for shape, names in groups.items()
+            for text, n in collapse(names)
+        ]
+        rows.sort(key=lambda row: -row[2])
+        columns = ["unadapted parameter", Column("shape", keep=True), Column("params", right=True, keep=True)]
+        return Table(columns, [(*row[:2], f"{row[2]:,d}") for row in rows])
+
 
 def _site_data(s: SiteCoverage) -> dict[str, Any]:
     slots = {n: {"shape": list(shape), "dtype": dtype_name(dtype)} for n, (shape, dtype) in s.slots.items()}
@@ -290,6 +316,17 @@ def count_parameters(program: AdaptedProgram) -> tuple[int, int]:
     trainable = sum(t.numel() for t in own.values() if t.requires_grad)
     added = sum(t.numel() for f, t in own.items() if f not in in_place)
     return trainable, added + base_parameters(program, binding.values)
+
+
+def unadapted(program: AdaptedProgram) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """(name, shape) of each parameter of the base that no adapter changes; a weight with several names counts once."""
+    slots, state = program.binding.values, program.state_dict
+    taken = {storage_key(state[a.fqn]) for a in program.adaptation.attachments if a.fqn in state}
+    found: dict[Any, tuple[str, tuple[int, ...]]] = {}
+    for fqn, t in state.items():
+        if fqn not in slots and isinstance(t, nn.Parameter) and storage_key(t) not in taken:
+            found.setdefault(storage_key(t), (fqn, tuple(t.shape)))
+    return tuple(found.values())
 
 
 def base_parameters(program: AdaptedProgram, slots: Iterable[str]) -> int:

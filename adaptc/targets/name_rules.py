@@ -37,12 +37,24 @@ class Candidate:
     """A module that could be adapted.
 
     ``name`` is its path in the model, ``type`` its qualified class name, ``kind`` how its weight is consumed
-    ("linear", "addmm", "embedding", "conv2d", "weight", ...).
+    ("linear", "addmm", "embedding", "conv2d", "weight", ...). ``linear``: its class derives from a linear layer's,
+    whatever it is called.
     """
 
     name: str
     type: str
     kind: str
+    linear: bool = False
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is a linear layer to PEFT."""
+        return self.kind in _LINEAR_KINDS and (self.linear or bool(_LINEAR_CLASS.search(self.type)))
+
+    def why_not_linear(self) -> str:
+        if self.kind not in ("linear", "addmm"):
+            return "not a linear layer"
+        return f"a product, but its class{_of_type(self.type)} is no linear layer; name it to adapt it"
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,7 @@ def select(
     output_embedding: str | None = None,
     task_type: str | None = None,
     all_names: Sequence[str] | Mapping[str, str] = (),
+    parameters: Sequence[str] = (),
     tell: Tell = refuse_entry,
 ) -> Selection:
     """The candidates that ``target_modules`` selects.
@@ -78,7 +91,8 @@ def select(
     "all-linear" (every linear layer but ``output_embedding``). ``exclude_modules`` is read the same way.
     ``layers_to_transform`` keeps the given layer indices among suffix matches; full names are not filtered by it.
     Everything at or below a name in ``modules_to_save``, or below the head that ``task_type`` trains, is left out.
-    ``all_names`` are all module names of the model, best as a mapping to class names; they only improve messages.
+    ``all_names`` are all module names of the model, best as a mapping to class names, and ``parameters`` names of
+    parameters; they only improve messages.
 
     ``tell`` is called when an entry matches nothing or nothing is selected (an empty list does select nothing); by
     default, it raises TargetError. Raises :class:`ConfigError` for options that do not go together or are not valid
@@ -96,7 +110,7 @@ def select(
     known = dict(all_names) if isinstance(all_names, Mapping) else dict.fromkeys(all_names, "")
     names = list(dict.fromkeys(c.name for c in candidates))
     adaptable = set(names)
-    model = _Model(names, {n: t for n, t in known.items() if n and n not in adaptable})
+    model = _Model(names, {n: t for n, t in known.items() if n and n not in adaptable}, parameters)
 
     excluded = _Entries("exclude_modules", exclude_modules or ())
     _require_used(excluded, model, tell)
@@ -109,7 +123,7 @@ def select(
     layers = _Layers(layers_to_transform, layers_pattern)
     linear = None
     if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
-        linear = {c.name for c in candidates if c.kind in _LINEAR_KINDS and _LINEAR_CLASS.search(c.type)}
+        linear = {c.name: "" if c.is_linear else c.why_not_linear() for c in candidates}
 
     matches: dict[str, list[str]] = {}
     hit: set[str] = set()
@@ -122,7 +136,7 @@ def select(
         elif name == output_embedding:
             keys, unmatched = [], "the output head"
         else:
-            keys, unmatched = list(targets.keys) if name in linear else [], "not a linear layer"
+            keys, unmatched = [] if linear[name] else list(targets.keys), linear[name]
         hit.update(keys)
         if keys and layers.wanted is not None:
             seen_layers.update(i for i in [layers.index(name)] if i is not None)
@@ -183,10 +197,11 @@ def select_to_save(
 
 
 class _Model:
-    """The module names there are: adaptable ones, others with their class, and which of them hold modules."""
+    """The module names there are: adaptable ones, others with their class, and which of them hold modules; and those of
+    parameters."""
 
-    def __init__(self, names: list[str], others: dict[str, str]):
-        self.names, self.others = names, others
+    def __init__(self, names: list[str], others: dict[str, str], parameters: Sequence[str]):
+        self.names, self.others, self.parameters = names, others, parameters
         self.parents = {n.rpartition(".")[0] for n in (*names, *others)}
 
 
@@ -314,6 +329,10 @@ def _why_missing(entries: _Entries, entry: str, model: _Model) -> str:
             below = "(.*\\.)?" + re.escape(entry) + "\\..*"
             return f"{what} is a container, and what it holds stays adapted; to exclude all of it write {below!r}"
         return what + (f"; it holds {listing(map(repr, inside))}" if inside else "")
+    held = next((f for f in model.parameters if entry in entries.matching(f)), None)
+    if held is not None and entries.option == "target_modules":
+        way = repr([held if entries.regex else entry])
+        return f"matches no module, but the parameter {held!r}: name it in target_parameters={way}"
     if not entries.regex and re.search(r"[*\\|()\[\]^$+?]", entry):
         return "matches nothing: list items are names, not regular expressions; pass one string instead of a list"
     return "matches no module" + did_you_mean(entry, model.names)

@@ -199,7 +199,7 @@ class _Planner:
     def _select(self, modules: Mapping[str, list[Site]], targets: Any) -> Selection:
         c = self.config
         return select(
-            [self._candidate(name, sites[0].kind) for name, sites in modules.items()],
+            [self._candidate(name, sites) for name, sites in modules.items()],
             target_modules=targets,
             exclude_modules=c.exclude_modules,
             layers_to_transform=c.layers_to_transform,
@@ -208,12 +208,14 @@ class _Planner:
             output_embedding=self.head,
             task_type=c.task_type,
             all_names=self.names,
+            parameters=[s.fqn for s in self.sites],
             tell=self.tell,
         )
 
-    def _candidate(self, name: str, kind: str) -> Candidate:
-        type_ = self.names.get(name, "")
-        return Candidate(name, type_, "linear" if name in self.computed and type_.endswith("Linear") else kind)
+    def _candidate(self, name: str, sites: Sequence[Site]) -> Candidate:
+        type_, main = self.names.get(name, ""), sites[0]
+        kind = "linear" if name in self.computed and type_.endswith("Linear") else main.kind
+        return Candidate(name, type_, kind, name in self.facts.linear or main.linear)
 
     def _module(self, name: str, sites: Sequence[Site], selection: Selection) -> Iterable[Attachment]:
         if name in self.computed:

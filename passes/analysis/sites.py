@@ -15,9 +15,9 @@ from torch.export.graph_signature import InputKind
 
 from adaptc.passes.analysis.program_facts import module_types
 from adaptc.passes.ir.blocks import inside
-from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.lifted import Lifted, lifted_names
 from adaptc.passes.ir.module_paths import module_path, owners
-from adaptc.passes.ir.ops import CASTS, TABLE, TRANSPOSED, argument
+from adaptc.passes.ir.ops import CASTS, LINEAR, TABLE, TRANSPOSED, argument
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Site:
     """One consumed parameter. ``kind`` is 'weight' when no table entry fits and only the weight form is defined.
 
     ``tied`` tells that other consumers read the same placeholder and are not part of this site. ``module_type`` is the
-    qualified class name of the owning module, '' when the program does not say.
+    qualified class name of the owning module, '' when the program does not say. ``linear``: the program says that this
+    class derives from one of linear layers.
     """
 
     module: str
@@ -35,6 +36,7 @@ class Site:
     consumers: tuple[str, ...]
     tied: bool = False
     module_type: str = ""
+    linear: bool = False
 
     @property
     def fqn(self) -> str:
@@ -51,6 +53,16 @@ def consumers(placeholder: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
                 stack.append(user)
             elif user.op != "output" and "_assert" not in str(user.target):
                 yield user, source
+
+
+def mark_linear(program: ExportedProgram, modules: Collection[str]) -> None:
+    """Write to the nodes that read the weights of these modules that their classes are linear layers."""
+    held = lifted_names(program.graph_signature)
+    for node in program.graph.find_nodes(op="placeholder"):
+        owner, _, name = held.get(node.name, "").rpartition(".")
+        if name == "weight" and owner in modules:
+            for reader, _ in consumers(node):
+                reader.meta["custom"] = {**(reader.meta.get("custom") or {}), LINEAR: True}
 
 
 def is_cast(user: fx.Node, source: fx.Node) -> bool:
@@ -144,6 +156,7 @@ def _sites_of(
                 consumers=tuple(n.name for n, _ in mine),
                 tied=len({n for n, _ in mine}) != len({n for n, _ in used}),
                 module_type=types.get(module, ""),
+                linear=any((n.meta.get("custom") or {}).get(LINEAR) for n, _ in mine),
             )
 
 

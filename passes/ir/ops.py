@@ -54,6 +54,8 @@ CASTS = (
 GROUPS = "adaptc_groups"
 #: custom meta of a lookup in an embedding with max_norm: the largest norm of a row, and which norm
 BOUND = "adaptc_max_norm"
+#: custom meta of what reads the weight of a module whose class derives from a linear layer's
+LINEAR = "adaptc_linear"
 #: custom meta of a node that stands for a layer inside a block (see ``blocks``)
 INSIDE = "adaptc_inside"
 _BY_NAME = {str(target): target for target in TABLE}

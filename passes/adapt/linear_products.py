@@ -1,0 +1,105 @@
+"""Products with a transposed parameter, written as what they are: linear layers.
+
+Before: a captured program, in which a layer computes ``x @ W.T`` or ``x @ W.T + b`` itself, as Falcon's does. After:
+``linear(x, W)`` or ``linear(x, W, b)`` in its place, which every method has a form for. Without a bias torch gives the
+same bits. With one it rounds once, and not after the product as well, and methods that change the bias see it.
+
+A product is left as it is where its weight is read anywhere else (a tied head), lies in a block of control flow, or is
+not a matrix. A bias is taken in where it is a parameter of the weight's own module that is added to nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from adaptc.passes.analysis.sites import consumers
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.ops import argument
+from adaptc.passes.ir.pass_infra import Pass, PassResult
+
+aten = torch.ops.aten
+_PRODUCTS = (aten.matmul.default, aten.mm.default)
+
+
+@dataclass(frozen=True)
+class LinearProducts(Pass):
+    """The program itself where there is none. Its count is that of layers."""
+
+    name: ClassVar[str] = "linear_products"
+
+    def apply(self, subject: ExportedProgram) -> PassResult[ExportedProgram]:
+        still = Lifted(subject, edit=False)
+        wanted = [fqn for fqn in still.placeholders if _product_of(still, fqn) is not None]
+        if not wanted:
+            return PassResult(subject, 0)
+        lifted, count = Lifted(subject), 0
+        for fqn in wanted:
+            found = _product_of(lifted, fqn)
+            if found is not None:
+                _rewrite(lifted, fqn, *found)
+                count += 1
+        return PassResult(lifted.finish(), count)
+
+
+def _product_of(lifted: Lifted, fqn: str) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """(weight as it is read, its transpose, the product) of a parameter that is read by one product alone."""
+    source = lifted.placeholders[fqn]
+    weight = source.meta["val"]
+    if lifted.specs[source.name].kind != InputKind.PARAMETER or not isinstance(weight, Tensor) or weight.ndim != 2:
+        return None
+    read = list(consumers(source))
+    if len(read) != 1 or not _transposes(read[0][0]) or len(read[0][0].users) != 1:
+        return None
+    turned, held = read[0]
+    product = next(iter(turned.users))
+    left: Any = product.args[0] if product.target in _PRODUCTS else None
+    if not isinstance(left, fx.Node) or left is turned or product.args[1] is not turned:
+        return None
+    x = left.meta.get("val")
+    return (held, turned, product) if isinstance(x, Tensor) and x.ndim > 1 and x.dtype == weight.dtype else None
+
+
+def _transposes(node: fx.Node) -> bool:
+    """Whether a node swaps the axes of a matrix."""
+    if node.target in (aten.t.default, aten.numpy_T.default, aten.mT.default):
+        return True
+    if node.target is aten.permute.default:
+        return [int(i) % 2 for i in argument(node, 1)] == [1, 0]
+    return node.target is aten.transpose.int and {int(argument(node, i)) % 2 for i in (1, 2)} == {0, 1}
+
+
+def _rewrite(lifted: Lifted, fqn: str, held: fx.Node, turned: fx.Node, product: fx.Node) -> None:
+    bias, last = _bias(lifted, fqn, product), product
+    if bias is not None:
+        last = next(iter(product.users))
+    arguments = (product.args[0], held) if bias is None else (product.args[0], held, bias)
+    with lifted.graph.inserting_before(last):
+        new = lifted.graph.call_function(aten.linear.default, arguments)
+    new.meta = dict(product.meta) | {"val": last.meta["val"]}
+    last.replace_all_uses_with(new)
+    for node in dict.fromkeys((last, product, turned)):
+        lifted.graph.erase_node(node)
+        lifted.nodes.pop(node.name, None)
+    lifted.nodes[new.name] = new
+
+
+def _bias(lifted: Lifted, fqn: str, product: fx.Node) -> fx.Node | None:
+    """What is added to the product and to nothing else, where it is a bias of the weight's module."""
+    if len(product.users) != 1:
+        return None
+    add = next(iter(product.users))
+    if add.target is not aten.add.Tensor or add.kwargs or product not in add.args or len(add.args) != 2:
+        return None
+    other = add.args[1] if add.args[0] is product else add.args[0]
+    own = lifted.placeholders.get(f"{fqn.rpartition('.')[0]}.bias".removeprefix("."))
+    value = None if own is None else own.meta["val"]
+    if other is not own or own is None or len(own.users) != 1 or lifted.specs[own.name].kind != InputKind.PARAMETER:
+        return None
+    width, wanted = product.meta["val"].shape[-1], product.meta["val"].dtype
+    return own if value.shape == (width,) and value.dtype == wanted else None
