@@ -56,7 +56,8 @@ def _fixed_together(program: ExportedProgram) -> Iterator[str]:
     for guard in guards_of(program):
         left, equal, number = guard.rpartition(" == ")
         several = _ONE_SIZE.search(left) and not _ONE_SIZE.fullmatch(left.strip("() "))
-        if equal and number.isdecimal() and several and "%" not in left and "Mod" not in left:
+        whole = number.isdecimal() and int(number) > 1 and " or " not in left and " and " not in left
+        if equal and whole and several and "%" not in left and "Mod" not in left:
             yield re.sub(r"L\['([^']*)'\]((?:\[[^\[\]]+\])*)\.size\(\)", r"\1\2.shape", guard)
 
 
@@ -96,7 +97,8 @@ def _computed(program: ExportedProgram) -> set[fx.Node]:
         for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
             inner = module is not program.graph_module
             own = node.op == "placeholder" and (inner or node.name not in held)
-            if own or not found.isdisjoint(node.all_input_nodes):
+            # What is cut to as many rows as an input has is still made of weights alone.
+            if own or (isinstance(node.meta.get("val"), Tensor) and not found.isdisjoint(node.all_input_nodes)):
                 found.add(node)
     return found
 
@@ -120,12 +122,35 @@ def _asked(user: fx.Node, now: fx.Node, given: set[fx.Node]) -> Iterator[int]:
         yield 1
     elif user.target in _OF_LAST and user.args[0] is now:
         yield from range(ndim - len(argument(user, 1)), ndim)
+    elif user.target is aten.bilinear.default and now in user.args[:2]:
+        yield ndim - 1
     elif user.target in _BINARY:
-        for other in user.args[:2]:
-            if isinstance(other, fx.Node) and other is not now and other not in given:
-                sizes = [i - other.meta["val"].ndim for i, s in enumerate(other.meta["val"].shape) if s != 1]
-                if len(sizes) == 1 and sizes[0] + ndim >= 0:
-                    yield sizes[0] + ndim
+        others = [n for n in user.args[:2] if isinstance(n, fx.Node) and n is not now]
+        from_end = [i - n.meta["val"].ndim for n in others for i in (_made(n) if n in given else _one_size(n))]
+        yield from (i + ndim for i in from_end if i + ndim >= 0)
+
+
+def _one_size(held: fx.Node) -> Iterator[int]:
+    """The axis of what is made of weights alone, such as a scale of each channel; none of a table."""
+    sizes = [i for i, size in enumerate(held.meta["val"].shape) if isinstance(size, int) and size != 1]
+    if len(sizes) == 1:
+        yield sizes[0]
+
+
+def _made(value: fx.Node) -> Iterator[int]:
+    """The axis of a computed value that a layer's weights made as large as it is."""
+    while value.op == "call_function" and isinstance(value.meta.get("val"), Tensor):
+        if value.target in TABLE:
+            kind, ndim = TABLE[value.target][0], value.meta["val"].ndim
+            yield ndim - 1 - (int(kind[4]) if kind.startswith("conv") else 0)
+            return
+        shape = value.meta["val"].shape
+        above = [
+            n for n in value.all_input_nodes if isinstance(v := n.meta.get("val"), Tensor) and _alike(v.shape, shape)
+        ]
+        if not above:
+            return
+        value = above[0]
 
 
 def _moved(user: fx.Node, now: fx.Node, axes: Axes) -> Axes | None:
@@ -148,11 +173,27 @@ def _moved(user: fx.Node, now: fx.Node, axes: Axes) -> Axes | None:
     if first and user.target is aten.unsqueeze.default:
         at = int(argument(user, 1)) % new.ndim
         return (*axes[:at], None, *axes[at:])
-    if new.ndim != old.ndim:
+    if first and user.target in (aten.view.default, aten.reshape.default, aten.flatten.using_ints):
+        return _reshaped(list(map(str, old.shape)), list(map(str, new.shape)), axes)
+    if new.ndim != old.ndim or user.target in (*_PRODUCTS, *TABLE):
         return None
-    same = all(str(a) == str(b) for a, b in zip(old.shape, new.shape, strict=True))
-    moves = user.target in (aten.view.default, aten.reshape.default, *_PRODUCTS, *TABLE)
-    return axes if user.target in _IN_PLACE or (same and not moves) else None
+    return axes if user.target in _IN_PLACE or _alike(old.shape, new.shape) else None
+
+
+def _alike(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return list(map(str, a)) == list(map(str, b))
+
+
+def _reshaped(old: list[str], new: list[str], axes: Axes) -> Axes:
+    """The axes at both ends that stay as large as they are."""
+    out: list[int | None] = [None] * len(new)
+    for step in (1, -1):
+        for i in range(min(len(old), len(new))):
+            at = i if step == 1 else -1 - i
+            if old[at] != new[at]:
+                break
+            out[at] = axes[at]
+    return tuple(out)
 
 
 def names_of(args: tuple, kwargs: Any, parameters: Sequence[str]) -> list[str]:

@@ -17,6 +17,9 @@ from tests.support.oracle import assert_same
 from tests.support.site_cases import LORA, floats, ids
 from tests.support.site_checks import adapter_parameters, bare, close, quiet, sound
 
+#: its time, in a loop
+pytestmark = pytest.mark.filterwarnings("ignore:Recurrent was captured for some sizes alone")
+
 DROPPED = {
     "lstm": (lambda: Recurrent(nn.LSTM(7, 5, batch_first=True)), floats(3, 7), {"target_modules": ["rnn"]}),
     "transposed": (lambda: One(nn.ConvTranspose1d(5, 7, 3)), floats(5, 11), {"target_modules": ["layer"]}),

@@ -7,6 +7,9 @@ import pytest
 from tests.support.site_cases import PARAMETERS, UNUSUAL
 from tests.support.site_checks import every_check, subject
 
+#: its time, in a loop
+pytestmark = pytest.mark.filterwarnings("ignore:Recurrent was captured for some sizes alone")
+
 
 @pytest.mark.filterwarnings("ignore:The tensor attributes self.rnn._flat_weights:UserWarning")
 @every_check(UNUSUAL)
