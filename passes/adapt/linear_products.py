@@ -98,8 +98,7 @@ def _bias(lifted: Lifted, fqn: str, product: fx.Node) -> fx.Node | None:
         return None
     other = add.args[1] if add.args[0] is product else add.args[0]
     own = lifted.placeholders.get(f"{fqn.rpartition('.')[0]}.bias".removeprefix("."))
-    value = None if own is None else own.meta["val"]
     if other is not own or own is None or len(own.users) != 1 or lifted.specs[own.name].kind != InputKind.PARAMETER:
         return None
-    width, wanted = product.meta["val"].shape[-1], product.meta["val"].dtype
-    return own if value.shape == (width,) and value.dtype == wanted else None
+    value, made = own.meta["val"], product.meta["val"]
+    return own if value.shape == made.shape[-1:] and value.dtype == made.dtype else None

@@ -22,7 +22,7 @@ class Table(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.cut, self.head = nn.Conv2d(3, 6, 4, stride=4), nn.Linear(6, 5)
-        self.register_buffer("mean", torch.randn(1, 3, 1, 1))
+        self.mean = nn.Buffer(torch.randn(1, 3, 1, 1))
         self.positions = nn.Parameter(torch.randn(1, 12, 6))
 
     def forward(self, x: Tensor) -> Tensor:
