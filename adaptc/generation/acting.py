@@ -111,7 +111,8 @@ class Acting:
         for name, on in found.items():
             first = torch.where(on.any(1), start + on.long().argmax(1), NEVER)
             known = past.since.get(name)
-            past.since[name] = first if known is None else torch.where(known < start, known, first)
+            since = first if known is None else torch.where(known < start, known, first)
+            past.since = {**past.since, name: since}
         return found
 
     def _of(self, ids: Tensor, before: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,10 +14,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from adaptc.errors import AdaptcError
+from adaptc.errors import AdaptcError, shown
 from adaptc.generation.layout import CacheLayout
 from adaptc.generation.opening import Opening
-from adaptc.generation.ring import repacked, ring_size
+from adaptc.generation.ring import Extent, repacked, ring_size
 
 #: positions by which caches grow, at least
 _STEP = 64
@@ -36,8 +36,12 @@ class StepCache:
         self.layout, self.owner, self.max_length, self.device = layout, owner, max_length, device
         #: positions that sliding layers keep at least, in rings; None where they keep all
         self.window = window
-        #: the first position that the rings hold, and the one after the last that was ever written to them
-        self.first = self.top = 0
+        #: of :attr:`tensors`, which get a new one whenever there are new ones
+        self.extent = Extent()
+        #: whether a step writes to it, or was interrupted while it did, so that nobody knows what it holds
+        self.unfinished = False
+        #: whether a generation goes on with it, whose steps alone may write to it
+        self.generating = False
         #: whether all positions are kept from now on, to be taken back
         self.recording = False
         #: positions that a caller knows will be needed; no more memory than for these is taken at once
@@ -54,6 +58,16 @@ class StepCache:
         self.mask = torch.ones(0, 0, dtype=torch.int64, device=device)
 
     @property
+    def first(self) -> int:
+        """The first position that the rings hold."""
+        return self.extent.first
+
+    @property
+    def top(self) -> int:
+        """The position after the last that was ever written to the rings."""
+        return self.extent.top
+
+    @property
     def begun(self) -> int:
         """Positions that were in it before any text."""
         return 0 if self.front is None else self.front.count
@@ -66,13 +80,14 @@ class StepCache:
     def begin(self, front: Opening) -> None:
         """Nothing is in it but ``front``, from now on. It gets memory with the first step, which says for how many
         rows."""
-        self.front = front
-        self.tensors, self.length, self.first, self.top, self.ahead = [], self.begun, 0, self.begun, None
+        empty = {**self._emptied(), "tensors": [], "ahead": None, "since": {}, "unfinished": False}
+        self._set(front=front, length=front.count, extent=Extent(0, front.count), **empty)
 
     def _begin(self, rows: int) -> None:
         """For so many rows, some of which may have the same text. Raises AdaptcError where it is for others."""
         assert self.front is not None
-        self.tensors, self.ahead = self.front.for_rows(rows), self.front.ahead_of(rows)
+        tensors, extent = self.front.for_rows(rows), Extent(0, self.begun)
+        self._set(tensors=tensors, ahead=self.front.ahead_of(rows), extent=extent)
         self.mask = self.opened(rows)
 
     def opened(self, rows: int) -> Tensor:
@@ -172,25 +187,29 @@ class StepCache:
 
     def _move(self, rows: int, room: int, ring: int | None) -> None:
         """What is there to tensors of other sizes."""
-        old, now, new = self.tensors, self.ring, []
+        old, now, extent = self.tensors, self.ring, Extent(self.first, self.top)
+        new: list[Tensor] = []
         if now is not None and ring is not None:
-            self.first, self.top = max(self.first, self.length - min(now, ring)), self.length
+            extent = Extent(max(self.first, self.length - min(now, ring)), self.length)
         for i, shape in enumerate(self.layout.shapes(rows, room, ring)):
             if old and old[i].shape == shape:
                 new.append(old[i])
                 continue
             # Zeros: what is masked is multiplied by zero, and must be finite.
             made = torch.zeros(shape, dtype=self.layout.dtype, device=self.device)
-            kept = self.first if ring is not None and self.layout.sliding[i] else 0
+            kept = extent.first if ring is not None and self.layout.sliding[i] else 0
             new.append(repacked(old[i] if old else None, made, kept, self.length))
-        self.tensors = new
+        self._set(tensors=new, extent=extent)
+
+    def writes(self, length: int) -> None:
+        """A step is about to fill so many positions: what it writes over is held no more, whether it ends or not."""
+        ring, top = self.ring, max(self.top, length)
+        self.extent.first = self.first if ring is None else max(self.first, top - ring)
+        self.extent.top = top
 
     def wrote(self, length: int) -> None:
         """So many positions are filled now, by a step."""
-        self.length, self.top = length, max(self.top, length)
-        ring = self.ring
-        if ring is not None:
-            self.first = max(self.first, self.top - ring)
+        self.length = length
 
     def held(self) -> list[Tensor]:
         """The tensors of all positions so far, of a cache that keeps them."""
@@ -199,6 +218,7 @@ class StepCache:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Keys and values of each layer (rows, heads, length, width), those of the program's own pass. Raises
         AdaptcError where not all positions are kept or may be seen, and for states."""
+        self.check_finished()
         if len(self.layout.of_passes(1).names) != 2 * len(self):
             raise AdaptcError("this cache keeps states, and no keys and values of single tokens")
         if not self.tensors:
@@ -228,7 +248,7 @@ class StepCache:
         """One of its own memory, to go on from here in another way."""
         new = type(self)(self.layout, self.owner, self.max_length, self.device, self.window)
         new.length, new.rows, new.front = self.length, self.rows, self.front
-        new.first, new.top, new.recording = self.first, self.top, self.recording
+        new.extent, new.recording, new.unfinished = Extent(self.first, self.top), self.recording, self.unfinished
         new.since = {n: t.clone() for n, t in self.since.items()}
         new.tensors, new.mask, new.ahead = [t.clone() for t in self.tensors], self.mask.clone(), self.ahead
         return new
@@ -277,9 +297,12 @@ class StepCache:
         if self.front is not None:
             self.begin(self.front)
             return
-        self.length = self.first = self.top = 0
-        self.since = {}
-        self.mask.fill_(1)
+        empty = {"mask": torch.ones_like(self.mask), "length": 0, "extent": Extent(), "since": {}}
+        self._set(unfinished=False, **empty | self._emptied())
+
+    def _emptied(self) -> dict[str, Any]:
+        """What else is another one where nothing has been computed."""
+        return {}
 
     def can_crop(self, length: int) -> bool:
         """Whether what comes after so many positions can be computed from what is kept."""
@@ -305,14 +328,9 @@ class StepCache:
         self.check_crop(left)
         self.length = left
         if left == 0:
-            self.first = self.top = 0
+            self.extent.first = self.extent.top = 0
         if self.tensors:
-            self.mask[:, self.length :] = 1
-
-    def kept(self) -> Callable[[], None]:
-        """What this gives makes it again what it is now, as long as no step was taken."""
-        kept, mask = dict(vars(self)), self.mask.clone()
-        return lambda: vars(self).update(kept, mask=mask)
+            self.mask[:, left:] = 1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row ``beam_idx[i]`` was."""
@@ -320,18 +338,57 @@ class StepCache:
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """The same, of any number of rows."""
-        index = indices.to(self.device)
-        self.tensors = [t.index_select(0, index) for t in self.tensors]
-        self.since = {n: t.index_select(0, index) for n, t in self.since.items()}
-        self.ahead = None if self.ahead is None else self.ahead.index_select(0, index)
-        self.mask, self.rows = self.mask.index_select(0, index), index.shape[0]
+        index = self._checked(indices)
+        self._set(rows=index.shape[0], **self._each(lambda t: t.index_select(0, index)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row ``repeats`` times, one behind the other."""
-        self.tensors = [t.repeat_interleave(repeats, 0) for t in self.tensors]
-        self.since = {n: t.repeat_interleave(repeats, 0) for n, t in self.since.items()}
-        self.ahead = None if self.ahead is None else self.ahead.repeat_interleave(repeats, 0)
-        self.mask, self.rows = self.mask.repeat_interleave(repeats, 0), self.rows * repeats
+        if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 1:
+            raise AdaptcError(f"repeats={shown(repeats)} must be a number of one or more: how often each row is there")
+        self._set(rows=self.rows * repeats, **self._each(lambda t: t.repeat_interleave(repeats, 0)))
+
+    def _checked(self, indices: Any) -> Tensor:
+        """``indices`` on the cache's device. Raises AdaptcError for what are no rows of it."""
+        if not isinstance(indices, Tensor) or indices.ndim != 1 or indices.dtype not in (torch.int64, torch.int32):
+            found = f"{tuple(indices.shape)} of {indices.dtype}" if isinstance(indices, Tensor) else shown(indices)
+            raise AdaptcError(f"rows of a cache are chosen by a tensor (rows,) of int64, got {found}")
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.rows:
+            raise AdaptcError(f"the cache has {self.rows} rows, and rows {shown(indices.tolist())} are asked for")
+        return indices.to(self.device)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """What has rows, with them changed."""
+        return {
+            "tensors": [change(t) for t in self.tensors],
+            "since": {n: change(t) for n, t in self.since.items()},
+            "ahead": None if self.ahead is None else change(self.ahead),
+            "mask": change(self.mask) if self.tensors else self.mask,
+        }
+
+    def _set(self, **attributes: Any) -> None:
+        """All of these at once: an interrupt comes before it, or after."""
+        vars(self).update(attributes)
+
+    # -- calls that fail -----------------------------------------------------------------------------------------------
+
+    @property
+    def intact(self) -> bool:
+        """Whether the text can be gone on from, whatever a step that did not end has written."""
+        return self.can_crop(self.length)
+
+    def last_position(self) -> list[Tensor]:
+        """Views of what is held of the last position, which a generation of a prompt that is all there computes once
+        more."""
+        last = self.length - 1
+        return [t[:, :, last % t.shape[2]] for t in self.tensors] if last >= 0 else []
+
+    def check_finished(self, inside: bool = False) -> None:
+        """Raises AdaptcError where a call that wrote to it did not end. ``inside``: who asks is the generation."""
+        if self.unfinished or (self.generating and not inside):
+            raise AdaptcError(
+                "a call that writes to this cache was interrupted, or goes on, so what the cache holds is not known: "
+                "compute the text again with gen.prefill(input_ids), or call cache.reset() and give the whole text"
+            )
 
     def activate_past_recording(self) -> None:
         """All positions are kept from now on, so that any that are computed can be taken back."""

@@ -65,7 +65,7 @@ def arguments(facts: Facts, inputs: Tensor | None, kwargs: Mapping[str, Any]) ->
         return kwargs, 0, False
     if prompt is None:
         raise AdaptcError("a cache is continued by tokens: give input_ids")
-    own_cache(facts, past, None)
+    own_cache(facts, past, None).check_finished()
     kwargs[past_name()] = past
     before, (rows, length, *_) = past.length, prompt.shape
     if past.rows and past.rows % rows:

@@ -8,7 +8,7 @@ with them. Who asks for its length is told of decoded tokens alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, Self
@@ -22,9 +22,11 @@ class CrossCache(StepCache):
     """``states`` (rows, positions, hidden), ``states_mask`` (rows, positions), and ``cross``, the keys and values of
     the states, layer by layer; None and nothing before there are states."""
 
-    states: Tensor | None = None
-    states_mask: Tensor | None = None
-    cross: Sequence[Tensor] = ()
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.states: Tensor | None = None
+        self.states_mask: Tensor | None = None
+        self.cross: Sequence[Tensor] = ()
 
     @property
     def decoded(self) -> int:
@@ -33,7 +35,7 @@ class CrossCache(StepCache):
 
     def see(self, states: Tensor, mask: Tensor, cross: Sequence[Tensor]) -> None:
         """All that is decoded with it reads these states."""
-        self.rows, self.states, self.states_mask, self.cross = states.shape[0], states, mask, tuple(cross)
+        self._set(rows=states.shape[0], states=states, states_mask=mask, cross=tuple(cross))
 
     @property
     def nbytes(self) -> int:
@@ -45,10 +47,9 @@ class CrossCache(StepCache):
         new.states, new.states_mask, new.cross = self.states, self.states_mask, self.cross
         return new
 
-    def reset(self) -> None:
-        super().reset()
-        self.rows, self.states, self.states_mask, self.cross = 0, None, None, ()
-        self.tensors, self.mask = [], self.mask.new_ones(0, 0)
+    def _emptied(self) -> dict[str, Any]:
+        gone = {"rows": 0, "states": None, "states_mask": None, "cross": ()}
+        return {**gone, "tensors": [], "mask": self.mask.new_ones(0, 0)}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.decoded
@@ -58,22 +59,10 @@ class CrossCache(StepCache):
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove + self.begun if tokens_to_remove > 0 else tokens_to_remove)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        index = indices.to(self.device)
-        self._each(lambda t: t.index_select(0, index))
-        self.rows = index.shape[0]
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._each(lambda t: t.repeat_interleave(repeats, 0))
-        self.rows *= repeats
-
-    def _each(self, change: Any) -> None:
-        self.tensors = [change(t) for t in self.tensors]
-        self.mask = change(self.mask) if self.tensors else self.mask
-        self.ahead = None if self.ahead is None else change(self.ahead)
-        self.cross = tuple(change(t) for t in self.cross)
-        if self.states is not None and self.states_mask is not None:
-            self.states, self.states_mask = change(self.states), change(self.states_mask)
+    def _each(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        seen = {"states": self.states, "states_mask": self.states_mask}
+        made = {name: None if t is None else change(t) for name, t in seen.items()}
+        return {**super()._each(change), **made, "cross": tuple(change(t) for t in self.cross)}
 
     # -- as transformers' own whisper reads one ------------------------------------------------------------------------
 

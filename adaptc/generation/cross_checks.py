@@ -47,7 +47,8 @@ def arguments(facts: CrossFacts, inputs: Tensor | None, kwargs: Mapping[str, Any
             same_rows(read.shape[0], ids.shape[0])
             checks.check_mask(kwargs.get("decoder_attention_mask"), ids.shape, 0)
         return inputs, kwargs
-    return None, _going_on(facts, own(facts, past), inputs, given, kwargs)
+    (held := own(facts, past)).check_finished()
+    return None, _going_on(facts, held, inputs, given, kwargs)
 
 
 def _going_on(facts: CrossFacts, past: CrossCache, inputs: Any, given: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

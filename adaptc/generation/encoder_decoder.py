@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from adaptc.errors import AdaptcError
 from adaptc.generation import checks, cross_checks
+from adaptc.generation.cache_change import CacheChange
 from adaptc.generation.cross_cache import CrossCache, cross_cache_class
 from adaptc.generation.cross_facts import CrossFacts
 from adaptc.generation.cross_front import DECODED, ENCODED, for_encoder, mask_of_states, popped
@@ -196,46 +197,51 @@ class EncoderDecoder(Generator):
         assert decoder_input_ids is not None
         pinned = self if self.parts is not None else self.pinned()
         pinned.given = given
-        past = pinned.new_cache() if past is None else cross_checks.own(self.facts, past)
+        if past is None:
+            past = pinned.new_cache()
+        else:
+            past = cross_checks.own(self.facts, past)
+            past.check_finished(inside=self.parts is not None)
         rows, tokens = decoder_input_ids.shape
         before, total = past.length, past.length + tokens
         checks.fits(self.facts, rows, total, begun=past.begun)
         checks.tokens(self.facts, decoder_input_ids)
         checks.check_mask(decoder_attention_mask, (rows, tokens), past.decoded)
         checks.step(self.facts, rows, tokens, decoder_position_ids, logits_to_keep)
-        if past.states is None:
-            states = cross_checks.given_states(encoder_outputs)
-            if states is None:
-                source = input_features if self.facts.features else input_ids
-                states = pinned.encode(cross_checks.needed(self.facts, source), attention_mask, extra)
-            cross_checks.same_rows(states.shape[0], rows)
-            pinned.begin(past, states, attention_mask, extra)
-        cross_checks.same_rows(past.rows, rows)
-        past.reserve(rows, total)
-        if decoder_attention_mask is None:
-            past.mask[:, before:total] = 1
-        else:
-            past.mask[:, past.begun : total] = decoder_attention_mask
-        slots = torch.arange(before, total, device=past.device)
-        if isinstance(logits_to_keep, int):
-            first = max(tokens - logits_to_keep, 0) if logits_to_keep else 0
-            logits_to_keep = torch.arange(first, tokens, device=past.device)
-        positions = past.places(rows, tokens) if decoder_position_ids is None else decoder_position_ids
-        inputs = {
-            "decoder_input_ids": decoder_input_ids.long().contiguous(),
-            "decoder_attention_mask": past.mask,
-            "decoder_position_ids": positions.expand(rows, -1).contiguous(),
-            "slots": slots,
-            "keep": logits_to_keep,
-            **extra,
-            MASK: past.states_mask,
-            **dict(zip(self.facts.layout.names, past.tensors, strict=True)),
-            **dict(zip(self.facts.cross.names, past.cross, strict=True)),
-        }
-        logits = _run(pinned.kept_parts()["step"], inputs)["logits"]
-        past.wrote(total)
-        self.begun = True
-        return _output(logits, past, keeps)
+        with CacheChange(past):
+            if past.states is None:
+                states = cross_checks.given_states(encoder_outputs)
+                if states is None:
+                    source = input_features if self.facts.features else input_ids
+                    states = pinned.encode(cross_checks.needed(self.facts, source), attention_mask, extra)
+                cross_checks.same_rows(states.shape[0], rows)
+                pinned.begin(past, states, attention_mask, extra)
+            cross_checks.same_rows(past.rows, rows)
+            past.reserve(rows, total)
+            if decoder_attention_mask is None:
+                past.mask[:, before:total] = 1
+            else:
+                past.mask[:, past.begun : total] = decoder_attention_mask
+            slots = torch.arange(before, total, device=past.device)
+            if isinstance(logits_to_keep, int):
+                first = max(tokens - logits_to_keep, 0) if logits_to_keep else 0
+                logits_to_keep = torch.arange(first, tokens, device=past.device)
+            positions = past.places(rows, tokens) if decoder_position_ids is None else decoder_position_ids
+            inputs = {
+                "decoder_input_ids": decoder_input_ids.long().contiguous(),
+                "decoder_attention_mask": past.mask,
+                "decoder_position_ids": positions.expand(rows, -1).contiguous(),
+                "slots": slots,
+                "keep": logits_to_keep,
+                **extra,
+                MASK: past.states_mask,
+                **dict(zip(self.facts.layout.names, past.tensors, strict=True)),
+                **dict(zip(self.facts.cross.names, past.cross, strict=True)),
+            }
+            logits = _run(pinned.kept_parts()["step"], inputs)["logits"]
+            past.wrote(total)
+            self.begun = True
+            return _output(logits, past, keeps)
 
     # -- what transformers asks of a model -----------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from adaptc.generation.acting import Acting, of_tokens, refuse_acting
 from adaptc.generation.bank import GeneratorBank, bank_of
 from adaptc.generation.behind import behind_front
 from adaptc.generation.cache import StepCache
+from adaptc.generation.cache_change import CacheChange
 from adaptc.generation.description import described
 from adaptc.generation.facts import NOTHING, Facts, past_name
 from adaptc.generation.front import begins, front_of, taken
@@ -166,18 +167,16 @@ class Generator(Holder):
         """What transformers' ``generate`` gives, of one that is pinned. ``again``: the cache holds all of the prompt,
         whose last token is computed once more, which writes what is there."""
         past = kwargs.get(past_name())
-        put_back = None if past is None else past.kept()
-        if again and past is not None:
-            past.crop(-1)
-        try:
-            with torch.no_grad():
-                return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
-        except BaseException as error:
-            if not self.begun and put_back is not None:
-                put_back()
-            if self.begun or isinstance(error, AdaptcError) or not isinstance(error, ValueError):
-                raise
-            raise ConfigError(str(error)) from error  # of what transformers refuses, before anything was computed
+        with contextlib.nullcontext() if past is None else CacheChange(past, generating=True):
+            if again and past is not None:
+                past.crop(-1)
+            try:
+                with torch.no_grad():
+                    return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
+            except ValueError as error:
+                if self.begun or isinstance(error, AdaptcError):
+                    raise
+                raise ConfigError(str(error)) from error  # of what transformers refuses, before it computes anything
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None, **given: Any) -> StepCache:
         """The cache of a prompt (batch, tokens), to be continued by :meth:`generate`, any number of times from copies
@@ -256,27 +255,29 @@ class Generator(Holder):
                 attention_mask = past.behind(attention_mask)
         else:
             past = checks.own_cache(self.facts, past, rows)
+            past.check_finished(inside=self.step is not None)
         before, total = past.length, past.length + tokens
         checks.fits(self.facts, rows, total, begun=past.begun)
         checks.check_mask(attention_mask, (rows, tokens), before)
         checks.step(self.facts, rows, tokens, position_ids, logits_to_keep)
         now = self.pinned() if self.facts.acts and self.acting is None else self
         step, acting = now.step or self._runs, now.acting
-        past.reserve(rows, total)
-        if attention_mask is None:
-            past.mask[:, before:total] = 1
-        else:
-            past.mask[:, :total] = past.shown(attention_mask)
-        inputs = self._tokens(input_ids, inputs_embeds, rows, tokens) | extra
-        if self.facts.positions:
-            places = past.places(rows, tokens) if position_ids is None else position_ids
-            inputs["position_ids"] = places.to(past.device).expand(rows, -1).contiguous()
-        if acting is not None:
-            inputs |= acting.inputs(input_ids, past, rows, tokens)
-        self.begun = True
-        logits = run_as(self.facts, step, past, inputs, tokens, logits_to_keep)
-        past.fit(1)
-        return _output(logits, None if bare else past)
+        with CacheChange(past):
+            past.reserve(rows, total)
+            if attention_mask is None:
+                past.mask[:, before:total] = 1
+            else:
+                past.mask[:, :total] = past.shown(attention_mask)
+            inputs = self._tokens(input_ids, inputs_embeds, rows, tokens) | extra
+            if self.facts.positions:
+                places = past.places(rows, tokens) if position_ids is None else position_ids
+                inputs["position_ids"] = places.to(past.device).expand(rows, -1).contiguous()
+            if acting is not None:
+                inputs |= acting.inputs(input_ids, past, rows, tokens)
+            self.begun = True
+            logits = run_as(self.facts, step, past, inputs, tokens, logits_to_keep)
+            past.fit(1)
+            return _output(logits, None if bare else past)
 
     def _tokens(self, ids: Tensor | None, embeds: Tensor | None, rows: int, tokens: int) -> dict[str, Tensor]:
         """Tokens, or embeddings instead, as the step takes both."""

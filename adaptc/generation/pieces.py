@@ -65,6 +65,7 @@ def _call(
     if visible < past.room:
         mask, tensors = mask[:, :visible], past.seen(visible)
     slots = torch.arange(*where, device=past.device)
+    past.writes(where[1])
     logits = step(
         **inputs, attention_mask=mask, slots=slots, keep=keep, **dict(zip(past.layout.names, tensors, strict=True))
     )

@@ -37,6 +37,15 @@ class Places:
         return cls(last - torch.remainder(last - torch.arange(size, device=slots.device), size))
 
 
+@dataclass
+class Extent:
+    """Of tensors with rings in them: the ``first`` position that they hold, and the ``top`` one, after the last that
+    was ever written to them."""
+
+    first: int = 0
+    top: int = 0
+
+
 class Masks:
     """A function of transformers that makes masks, which understands :class:`Places`."""
 

@@ -27,6 +27,7 @@ from adaptc.capture.replaced_forward import keyword, replaced_forward
 from adaptc.errors import AdaptcError, CaptureError
 from adaptc.generation.cache import StepCache
 from adaptc.generation.layout import StateLayout
+from adaptc.generation.ring import Extent
 from adaptc.generation.step import Step, embedding
 
 _ROWS = 3
@@ -105,6 +106,7 @@ def run_states(
     logits: dict[int, Tensor] = {}
     for i in range(tokens):
         one = {n: t[:, i : i + 1].contiguous() if t.ndim > 1 else t for n, t in inputs.items()}
+        past.writes(before + i + 1)
         found = step(**one, seen=past.mask[:, before + i].bool(), **states)
         past.wrote(before + i + 1)
         if i in wanted:
@@ -130,7 +132,7 @@ class StateCache(StepCache):
             if self.front is not None:
                 self._begin(rows)
             else:
-                self.tensors = list(self.layout.zeros(rows, self.device).values())
+                self._set(tensors=list(self.layout.zeros(rows, self.device).values()), extent=Extent())
         if length > self.mask.shape[1]:
             wider = torch.ones(rows, min(max(2 * length, 64), self.max_length), dtype=torch.int64, device=self.device)
             if self.length:
@@ -139,6 +141,10 @@ class StateCache(StepCache):
 
     def held(self) -> list[Tensor]:
         return list(self.tensors)
+
+    @property
+    def intact(self) -> bool:
+        return self.top <= self.length
 
     def can_crop(self, length: int) -> bool:
         return length in (0, self.begun, self.length)
@@ -156,9 +162,11 @@ class StateCache(StepCache):
         if left <= self.begun:
             self.reset()
 
-    def reset(self) -> None:
-        super().reset()
-        self.tensors = [torch.zeros_like(t) for t in self.tensors]  # none where it begins with something
+    def _emptied(self) -> dict[str, Any]:
+        return {"tensors": [torch.zeros_like(t) for t in self.tensors]}
+
+    def last_position(self) -> list[Tensor]:
+        return []  # nothing of a state is computed once more
 
 
 @cache

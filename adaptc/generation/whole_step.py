@@ -63,6 +63,7 @@ def run_whole(
     """As ``pieces.run``, of a cache that holds the text."""
     before, total = past.length, past.length + tokens
     ids, positions = (t[:, 0, :, 0] for t in past.tensors)
+    past.writes(total)
     ids[:, before:total] = inputs["input_ids"]
     given = {n: t for n, t in inputs.items() if t.ndim == 1} | {"input_ids": ids[:, :total].contiguous()}
     if "position_ids" in inputs:
