@@ -29,7 +29,7 @@ class CacheChange:
         self.kept = kept
         vars(past)[self.mark] = True
 
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         past, kept = self.past, self.kept
         if kind is None:
             vars(past)[self.mark] = kept[self.mark]

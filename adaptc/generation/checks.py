@@ -15,6 +15,7 @@ from torch import Tensor
 from adaptc.errors import AdaptcError, shown
 from adaptc.generation.cache import StepCache
 from adaptc.generation.facts import NOTHING, STATE, Facts, past_name
+from adaptc.runtime.call_names import call_with_tensors
 
 #: arguments that ask for what a step program does not do -> what to do instead; anything but None and False is refused
 _REFUSED = {
@@ -49,8 +50,7 @@ def arguments(facts: Facts, inputs: Tensor | None, kwargs: Mapping[str, Any]) ->
     past = kwargs.pop("past_key_values", None)
     past = kwargs.pop("cache", None) if past is None else past
     refuse(kwargs)
-    if kwargs.get("use_cache") is False and facts.keeps != NOTHING:
-        raise AdaptcError("use_cache=False is not taken: the program was captured with a cache. Leave it out")
+    with_cache(facts, kwargs)
     ids, given = kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("inputs_embeds")
     if ids is not None:
         tokens(facts, ids)
@@ -90,6 +90,22 @@ def arguments(facts: Facts, inputs: Tensor | None, kwargs: Mapping[str, Any]) ->
     if again:
         past.check_crop(before - 1)
     return kwargs, front, again
+
+
+def with_cache(facts: Facts, kwargs: dict[str, Any]) -> None:
+    """The arguments of ``generate``, in place, with the cache that the program was captured with. A generation config
+    that training left with ``use_cache=False`` says nothing of tokens. Raises AdaptcError where a caller says so."""
+    if kwargs.get("return_dict") is False:
+        raise AdaptcError(
+            "return_dict=False is not taken by generate, which gives tokens: return_dict_in_generate says whether they "
+            "come in an object with scores and the cache"
+        )
+    kwargs.pop("return_dict", None)
+    if facts.keeps == NOTHING:
+        return
+    if kwargs.get("use_cache") is False:
+        raise AdaptcError("use_cache=False is not taken: the program was captured with a cache. Leave it out")
+    kwargs["use_cache"] = True
 
 
 def behind(count: int, mask: Tensor) -> Tensor:
@@ -152,7 +168,8 @@ def tokens(facts: Facts, ids: Any) -> None:
     """Raises AdaptcError for what is no (batch, tokens) of the vocabulary."""
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32) or ids.ndim != 2:
         found = f"{tuple(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
-        raise AdaptcError(f"input_ids must be a tensor (batch, tokens) of int64, got {found}")
+        call = "" if isinstance(ids, Tensor) else f". {call_with_tensors('gen.generate', [], 'input_ids')}"
+        raise AdaptcError(f"input_ids must be a tensor (batch, tokens) of int64, got {found}{call}")
     if ids.shape[0] == 0:
         raise AdaptcError("input_ids has no rows")
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < facts.vocabulary:
@@ -226,13 +243,11 @@ def refuse_strange(given: Mapping[str, Any]) -> None:
         raise AdaptcError(f"{shown(strange[0])} is not an input of the program")
 
 
-def forward(ids: Any, embeds: Any, use_cache: Any, return_dict: Any, others: Mapping[str, Any]) -> None:
+def forward(ids: Any, embeds: Any, use_cache: Any, others: Mapping[str, Any]) -> None:
     """Raises AdaptcError for arguments of a step that mean something else than it does."""
     refuse(others)
     if use_cache is False:
         raise AdaptcError("use_cache=False is not taken: the program was captured with a cache. Leave it out")
-    if return_dict is False:
-        raise AdaptcError("return_dict=False is not taken: a step gives an object with logits and the cache")
     refuse_strange({n: v for n, v in others.items() if n not in _REFUSED})
     if (ids is None) == (embeds is None):
         raise AdaptcError("a step takes input_ids (batch, tokens), or inputs_embeds (batch, tokens, width) instead")

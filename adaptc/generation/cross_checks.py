@@ -31,8 +31,7 @@ def arguments(facts: CrossFacts, inputs: Tensor | None, kwargs: Mapping[str, Any
     for name in ("inputs_embeds", "decoder_inputs_embeds"):
         if kwargs.get(name) is not None:
             raise AdaptcError(f"{name} is not taken by a program with an encoder: give {facts.main}")
-    if kwargs.get("use_cache") is False:
-        raise AdaptcError("use_cache=False is not taken: the program was captured with a cache. Leave it out")
+    checks.with_cache(facts, kwargs)
     ids, mask = kwargs.get("decoder_input_ids"), kwargs.get("attention_mask")
     if ids is not None:
         checks.tokens(facts, ids)
@@ -95,6 +94,8 @@ def source(facts: CrossFacts, inputs: Any, mask: Any) -> None:
     """Raises AdaptcError for what is no input of the encoder."""
     if facts.features is None:
         checks.tokens(facts, inputs)
+        if inputs.shape[1] == 0:
+            raise AdaptcError("input_ids has no tokens: give the encoder one at least")
         checks.check_mask(mask, inputs.shape, 0)
         if facts.source is not None and inputs.shape[1] > facts.source:
             raise AdaptcError(f"{inputs.shape[1]} tokens are more than the {facts.source} that the encoder is for")
@@ -110,7 +111,12 @@ def given_states(outputs: Any) -> Tensor | None:
     """The encoder's states in what it gave, whatever form that has."""
     if outputs is None or isinstance(outputs, Tensor):
         return outputs
-    return outputs[0]
+    try:
+        return outputs[0]
+    except (TypeError, LookupError):
+        raise AdaptcError(
+            f"encoder_outputs must be what the encoder gave, gen.get_encoder()(...), got a {type(outputs).__name__}"
+        ) from None
 
 
 def states(facts: CrossFacts, given: Any, mask: Any) -> None:

@@ -26,6 +26,7 @@ from adaptc.generation.cross_front import DECODED, ENCODED, for_encoder, mask_of
 from adaptc.generation.cross_step import MASK, STATES, stepping_across
 from adaptc.generation.facts import past_name
 from adaptc.generation.front import count_in_front, front_of
+from adaptc.generation.generate_options import check_options
 from adaptc.generation.generator import Generator, cut_positions
 from adaptc.generation.given import taken_from, with_given
 from adaptc.generation.package_files import carried
@@ -37,6 +38,7 @@ from adaptc.program.bound import Bound
 from adaptc.program.core import ProgramCore
 from adaptc.program.parts import Part, pinned_parts
 from adaptc.program.views import SCALE
+from adaptc.runtime.answers import as_asked
 
 _NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
@@ -96,6 +98,7 @@ class EncoderDecoder(Generator):
         ``adapter_scale``: as for calls of programs, for this generation alone. Raises AdaptcError for what the program
         cannot do, before anything is decoded or a cache is written to.
         """
+        check_options(kwargs, generation_config, self.facts.vocabulary)
         scale, given = kwargs.pop(SCALE, None), popped(self._runs, kwargs)
         if (states := cross_checks.given_states(kwargs.get("encoder_outputs"))) is not None:
             kwargs["attention_mask"] = mask_of_states(self._runs, states, kwargs.get("attention_mask"))
@@ -193,7 +196,7 @@ class EncoderDecoder(Generator):
         given = popped(self._runs, others) if self.parts is None else self.given
         rows = decoder_input_ids.shape[0] if isinstance(decoder_input_ids, Tensor) else 0
         extra = taken_from(self._runs, others, rows) if rows else {}
-        checks.forward(decoder_input_ids, None, use_cache if keeps else None, return_dict, others)
+        checks.forward(decoder_input_ids, None, use_cache if keeps else None, others)
         assert decoder_input_ids is not None
         pinned = self if self.parts is not None else self.pinned()
         pinned.given = given
@@ -241,7 +244,7 @@ class EncoderDecoder(Generator):
             logits = _run(pinned.kept_parts()["step"], inputs)["logits"]
             past.wrote(total)
             self.begun = True
-            return _output(logits, past, keeps)
+            return as_asked(_output(logits, past, keeps), return_dict)
 
     # -- what transformers asks of a model -----------------------------------------------------------------------------
 
@@ -317,7 +320,7 @@ class Encoder:
         # Others are the decoder's, which checks them.
         extra = taken_from(self.owner.runs, kwargs, source.shape[0])
         states: Any = self.owner.encode(source, attention_mask, extra)
-        return BaseModelOutput(last_hidden_state=states)
+        return as_asked(BaseModelOutput(last_hidden_state=states), return_dict)
 
 
 class Whisper(EncoderDecoder):

@@ -26,6 +26,7 @@ from adaptc.generation.cache_change import CacheChange
 from adaptc.generation.description import described
 from adaptc.generation.facts import NOTHING, Facts, past_name
 from adaptc.generation.front import begins, front_of, taken
+from adaptc.generation.generate_options import check_options
 from adaptc.generation.given import given_names, taken_from, with_given
 from adaptc.generation.package_files import carried
 from adaptc.generation.random_steps import drawn, pair
@@ -35,6 +36,7 @@ from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.bound import Keeping
 from adaptc.program.holder import Holder
 from adaptc.program.views import SCALE
+from adaptc.runtime.answers import as_asked
 
 
 class Generator(Holder):
@@ -146,6 +148,7 @@ class Generator(Holder):
         this generation alone. ``task_ids`` and their like, which an adapter asks for, have a value for each prompt.
         Raises AdaptcError, before anything is computed, for what the program cannot do.
         """
+        check_options(kwargs, generation_config, self.facts.vocabulary)
         scale = kwargs.pop(SCALE, None)
         if begins(self._runs):
             refuse_acting(self.facts.acts, "tokens of another adapter would stand in front")
@@ -173,7 +176,7 @@ class Generator(Holder):
             try:
                 with torch.no_grad():
                     return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
-            except ValueError as error:
+            except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, OSError) as error:
                 if self.begun or isinstance(error, AdaptcError):
                     raise
                 raise ConfigError(str(error)) from error  # of what transformers refuses, before it computes anything
@@ -236,14 +239,14 @@ class Generator(Holder):
         """One step: the logits of new tokens (batch, tokens), whose keys and values go into the cache.
 
         ``attention_mask``: (batch, positions), of those in the cache and the new ones. Without a cache a new one is
-        made, and is in the output.
+        made, and is in the output. ``return_dict=False`` gives the output as a tuple.
         """
         bare = use_cache is False and self.facts.keeps == NOTHING
         past = past_key_values if cache is None else cache
         given = {} if past is not None else {n: others.pop(n) for n in taken(self._runs) if n in others}
         asked = inputs_embeds if input_ids is None else input_ids
         extra = taken_from(self._runs, others, asked.shape[0]) if isinstance(asked, Tensor) and asked.ndim else {}
-        checks.forward(input_ids, inputs_embeds, None if bare else use_cache, return_dict, others)
+        checks.forward(input_ids, inputs_embeds, None if bare else use_cache, others)
         if inputs_embeds is not None:
             checks.embeddings(self.facts, inputs_embeds)
         elif self.step is None:  # those of a generation were looked at when it began
@@ -277,7 +280,7 @@ class Generator(Holder):
             self.begun = True
             logits = run_as(self.facts, step, past, inputs, tokens, logits_to_keep)
             past.fit(1)
-            return _output(logits, None if bare else past)
+            return as_asked(_output(logits, None if bare else past), return_dict)
 
     def _tokens(self, ids: Tensor | None, embeds: Tensor | None, rows: int, tokens: int) -> dict[str, Tensor]:
         """Tokens, or embeddings instead, as the step takes both."""

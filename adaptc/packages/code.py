@@ -47,8 +47,8 @@ class Code:
         _check_specs(path, specs)
         spec = pytree.treespec_loads(specs[0])
         self._inputs = inputs
-        self.inputs = checker(spec, inputs, header, ranges, guards)
         self._out_spec = pytree.treespec_loads(specs[1])
+        self.inputs = checker(spec, inputs, header, ranges, guards, self._out_spec)
 
     def run(self, adapter: Fitted | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The outputs with an adapter of the package."""
@@ -62,7 +62,7 @@ class Code:
         out = self.constants.run(adapter if self._adapted else None, taken)
         for value, new, want in written:
             write_back(value, new, repr(want.name))
-        return pytree.tree_unflatten(out, self._out_spec)
+        return self.inputs.calls.as_asked(pytree.tree_unflatten(out, self._out_spec), args, kwargs)
 
     def _arranged(self, value: Tensor, want: Input) -> Tensor:
         """In the memory layout of the example inputs, which the code takes for granted."""
@@ -77,10 +77,11 @@ def checker(
     header: Mapping[str, Any],
     ranges: Mapping[str, tuple[float, float]],
     guards: Sequence[str],
+    gives: Any = None,
 ) -> Inputs:
-    """What flattens and checks arguments that lie as ``spec`` says."""
+    """What flattens and checks arguments that lie as ``spec`` says, of what answers as ``gives`` does."""
     expected = [(i.name, i.constant if i.tensor is None else i.tensor) for i in inputs]
-    return Inputs(spec, header["fills"], expected, ranges, guards, header.get("takes", ()))
+    return Inputs(spec, header["fills"], expected, ranges, guards, header.get("takes", ()), gives)
 
 
 def _check_specs(path: Path, specs: list[str]) -> None:

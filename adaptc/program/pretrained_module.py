@@ -133,7 +133,11 @@ class PretrainedModule(ProgramModule):
 
     def forward(self, *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
         """What the model's own ``forward`` takes. Raises AdaptcError for what the program was not captured for."""
-        args, kwargs = self.inputs.calls.arranged(args, kwargs)
+        out = self._answer(*self.inputs.calls.arranged(args, kwargs), num_items_in_batch)
+        return self.inputs.calls.as_asked(out, args, kwargs)
+
+    def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_items_in_batch: Any) -> Any:
+        """Of a call with the program's own inputs."""
         labels = kwargs.get("labels")
         out = super().forward(*args, **kwargs)
         if labels is None or not hasattr(out, "loss"):

@@ -120,14 +120,15 @@ class ProgramModule(nn.Module):
 
         Raises AdaptcError that names the input which is missing, too many, on another device or of another size.
         """
+        asked = args, kwargs
         args, kwargs = self.inputs.complete(args, kwargs)
         if torch.compiler.is_compiling():
             self.constraints.hold(self)
-            return self.graph_module(*args, **kwargs)
+            return self.inputs.calls.as_asked(self.graph_module(*args, **kwargs), *asked)
         self._check(self.inputs(args, kwargs))
         self.constraints.hold(self)
         try:
-            return self.graph_module(*args, **kwargs)
+            return self.inputs.calls.as_asked(self.graph_module(*args, **kwargs), *asked)
         except ZeroDivisionError as error:
             raise AdaptcError(self._why_zero(args, kwargs)) from error
         except (IndexError, RuntimeError) as error:

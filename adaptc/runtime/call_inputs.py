@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 from adaptc.errors import AdaptcError, listing
 from adaptc.passes.ir.lifted import guards_of, user_inputs
 from adaptc.passes.ir.trees import pytree
+from adaptc.runtime.answers import Answer
 from adaptc.runtime.call_names import CallNames
 from adaptc.runtime.size_conditions import condition, expression, solved, symbols
 
@@ -51,6 +52,7 @@ class Inputs:
         ranges: Mapping[str, tuple[float, float]],
         guards: Sequence[str] = (),
         takes: Sequence[str] = (),
+        gives: pytree.TreeSpec | None = None,
     ) -> None:
         self.spec, self.fills, self.expected, self.ranges = spec, fills, expected, ranges
         self.guards, self.takes = tuple(guards), tuple(takes)
@@ -61,9 +63,8 @@ class Inputs:
         self.plain = all(c.is_leaf() for c in children)
         flat = [name for name, _ in expected]
         constants = {n: want for n, want in expected if not isinstance(want, TensorInput)} if self.plain else {}
-        none = {n for n, want in constants.items() if want is None}
         positional = [*self.takes[: self.n_args], *(f"input_{i}" for i in range(len(self.takes), self.n_args))]
-        self.calls = CallNames(positional, self.names, self.takes, fills, none)
+        self.calls = CallNames(positional, self.names, self.takes, fills, constants, Answer.of(gives))
         self._conditions = [c for g in self.guards if (c := condition(g, flat)) is not None]
         self._seen: set[Any] = set()
 
@@ -86,7 +87,9 @@ class Inputs:
                 value = TensorInput(value.dtype, tuple(n if isinstance(n, int) else str(n) for n in sizes))
             expected.append((name, value))
         ranges = {str(k): (float(v.lower), float(v.upper)) for k, v in program.range_constraints.items()}
-        return cls(spec, fills, expected, ranges, guards_of(program), takes or first_names(program))
+        return cls(
+            spec, fills, expected, ranges, guards_of(program), takes or first_names(program), program.call_spec.out_spec
+        )
 
     def __call__(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], longer: Mapping[str, int] = NOT_LONGER
@@ -99,7 +102,12 @@ class Inputs:
         key = tuple((v.shape, v.dtype) if isinstance(v, Tensor) else v for v in flat)
         if longer:
             key = (*key, *longer.items())
-        if key not in self._seen:
+        try:
+            seen = key in self._seen
+        except TypeError:  # a list, an array: nothing that a tensor's place takes
+            self._check(flat, longer)
+            return flat
+        if not seen:
             self._check(flat, longer)
             if len(self._seen) < 4096:
                 self._seen.add(key)
@@ -122,12 +130,20 @@ class Inputs:
                 how, like = self.fills[name]
                 if like not in done:
                     raise AdaptcError(self._usage(f"input {like!r} is missing"))
+                if not isinstance(done[like], Tensor):
+                    raise AdaptcError(self.calls.not_a_tensor(like, done[like]))
                 done[name] = fill(how, done[like])
         return args, done
 
     def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         flat, spec = pytree.tree_flatten((args, kwargs))
         if spec != self.spec:
+            places = zip(
+                (*args, *kwargs.values()), [c for s in self.spec.children() for c in s.children()], strict=True
+            )
+            for name, (value, meant) in zip((*self.calls.positional, *self.names), places, strict=True):
+                if meant.is_leaf() and value is not None and isinstance(value, (list, tuple, Mapping)):
+                    raise AdaptcError(self.calls.not_a_tensor(name, value))
             raise AdaptcError(self._usage(f"the inputs have another structure: {spec}"))
         return flat
 
@@ -148,7 +164,7 @@ class Inputs:
                     )
                 continue
             if not isinstance(value, Tensor):
-                raise AdaptcError(f"input {name!r} must be a tensor, got {type(value).__name__}")
+                raise AdaptcError(self.calls.not_a_tensor(name, value))
             if value.dtype != want.dtype or value.ndim != len(want.shape):
                 wanted = f"{want.dtype} with {len(want.shape)} axes"
                 raise AdaptcError(f"input {name!r}: expected {wanted}, got {value.dtype} with {value.ndim}")

@@ -8,10 +8,11 @@ which is missing or too many, and what is taken instead.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from adaptc.errors import AdaptcError, did_you_mean, listing
+from adaptc.runtime.answers import ANSWERS, RETURN_DICT, Answer, as_asked
 
 #: keywords of other libraries' calls that ask for what a program does not do -> what it does instead
 _NOT_YET = {
@@ -22,41 +23,48 @@ _NOT_YET = {
     "alora_offsets": "where activated LoRA acts is found in input_ids by the program itself",
     "task_ids": "no adapter of the program is mixed by task, as Poly is: prog.bind(adapter) gives a callable for each",
 }
-#: keywords by which transformers models are asked for an answer of another form -> values for what a program does
-ANSWERS: Mapping[str, tuple[Any, ...]] = {
-    "use_cache": (None, False),
-    "return_dict": (None, True),
-    "output_attentions": (None, False),
-    "output_hidden_states": (None, False),
-    "output_router_logits": (None, False),
-    "logits_to_keep": (None, 0),
-}
 
 
 @dataclass(frozen=True)
 class CallNames:
     """``positional`` and ``keywords``: what the program was captured with. ``takes``: what the model's ``forward``
-    takes, in order, as far as that is known. ``fills``: keywords that may be left out. ``none``: inputs that were
-    captured as None."""
+    takes, in order, as far as that is known. ``fills``: keywords that may be left out. ``constants``: inputs that were
+    captured as values of Python. ``answer``: what the program gives."""
 
     positional: Sequence[str]
     keywords: Sequence[str]
     takes: Sequence[str]
     fills: Collection[str]
-    none: Collection[str]
+    constants: Mapping[str, Any]
+    answer: Answer
+    #: inputs that need not be given, since all values that are taken mean what was captured
+    known: Mapping[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        known = {n: v for n, v in self.constants.items() if v is None or n in ANSWERS}
+        object.__setattr__(self, "known", known)
 
     def as_captured(self, kwargs: Mapping[str, Any]) -> bool:
         """Whether keywords are those of the program, with nothing to be made for them."""
-        return all(n in kwargs and (kwargs[n] is not None or n not in self.fills) for n in self.keywords)
+        return all(
+            n in kwargs and (kwargs[n] is not None or n not in self.fills) and n not in ANSWERS for n in self.keywords
+        )
+
+    def as_asked(self, out: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What the program gave, as the ``return_dict`` of a call says."""
+        asked = kwargs.get(RETURN_DICT)
+        if asked is None and len(args) > len(self.positional) and RETURN_DICT in self.takes:
+            asked = dict(zip(self.takes, args, strict=False)).get(RETURN_DICT)
+        return as_asked(out, asked)
 
     def arranged(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """See the module docstring."""
         given = self._by_name(args, kwargs)
         own = [*self.positional, *self.keywords]
-        if strange := [n for n, v in given.items() if n not in own and not self._left_out(n, v)]:
-            raise AdaptcError(" ".join([*map(self._refusal, strange), self.usage()]))
+        if strange := [n for n, v in given.items() if not self._taken(n, v, own)]:
+            raise AdaptcError(" ".join([*(self._refusal(n, given[n]) for n in strange), self.usage()]))
         found = {n: v for n, v in given.items() if n in own and (v is not None or n not in self.fills)}
-        found |= {n: None for n in self.none if n in own and n not in found}
+        found |= {n: v for n, v in self.known.items() if n in own and (n not in found or n in ANSWERS)}
         if missing := [n for n in own if n not in found and n not in self.fills]:
             raise AdaptcError(f"missing {_inputs(missing)}. {self.usage()}")
         return tuple(found[n] for n in self.positional), {n: found[n] for n in self.keywords if n in found}
@@ -70,23 +78,29 @@ class CallNames:
             raise AdaptcError(f"got {_inputs(twice)} by position and by name. {self.usage()}")
         return given | dict(kwargs)
 
-    def _left_out(self, name: str, value: Any) -> bool:
-        """Whether an input that the program has not asks for what it does anyhow."""
-        if name not in self.takes and name not in ANSWERS:
-            return False
-        return value is None or any(value is same for same in ANSWERS.get(name, ()))
+    def _taken(self, name: str, value: Any, own: Collection[str]) -> bool:
+        """Whether it is an input of the program, ``own``, or asks for what the program does anyhow."""
+        if name in ANSWERS and (name not in own or name in self.constants):
+            same = name in self.constants and (value is None or value is self.constants[name])
+            return same or self.answer.has(name, value)
+        return name in own or (value is None and name in self.takes)
 
-    def _refusal(self, name: str) -> str:
+    def _refusal(self, name: str, value: Any) -> str:
         if name in _NOT_YET:
             return f"{name!r} is not taken: {_NOT_YET[name]}."
+        if name in ANSWERS:
+            return self.answer.refusal(name, value)
         if name in self.takes:
             return (
                 f"{name!r} is an input of the model, but the program was captured without it: "
                 f"capture with example_inputs that have it."
             )
-        if name in ANSWERS:
-            return f"{name!r} would change the answer, which is fixed as it was captured: capture the model so."
         return f"{name!r} is not an input of the program{did_you_mean(name, [*self.positional, *self.keywords])}."
+
+    def not_a_tensor(self, name: str, value: Any) -> str:
+        """What is wrong with a value in the place of a tensor, and the call with tensors."""
+        names = [n for n in (*self.positional, *self.keywords) if n not in self.fills and n not in self.constants]
+        return f"input {name!r} must be a tensor, got {type(value).__name__}. {call_with_tensors('prog', names, name)}"
 
     def usage(self) -> str:
         """What the program takes."""
@@ -98,6 +112,15 @@ class CallNames:
         optional = [n for n in self.keywords if n in self.fills]
         may = f" ({', '.join(map(repr, optional))} may be left out)" if optional else ""
         return f"The program takes {' and '.join(parts) or 'no inputs'}{may}, as it was captured."
+
+
+def call_with_tensors(function: str, names: Sequence[str], name: str) -> str:
+    """A call of ``function`` with tensors for these inputs, and for the one called ``name``."""
+    named = [name] if name not in names else names
+    call = f"Give tensors: {function}({', '.join(f'{n}=torch.as_tensor({n})' for n in named)})"
+    if "input_ids" in (*names, name):
+        return f"{call}, or of a tokenizer {function}(**tokenizer(texts, return_tensors='pt'))"
+    return call
 
 
 def _inputs(names: Sequence[str]) -> str:

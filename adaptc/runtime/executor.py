@@ -258,7 +258,7 @@ class Executor:
             check_bounds(name, flat[i], bounds)
         outermost = begin_reading()
         try:
-            return self._run(arguments, flat)
+            return self.inputs.calls.as_asked(self._run(arguments, flat), args, kwargs)
         except (RuntimeError, IndexError) as error:
             if arguments.longer and "index out of" in str(error):
                 raise out_of_rows(arguments.longer, self.inputs.shapes(flat)) from error

@@ -161,7 +161,9 @@ CHANGES: dict[str, Callable[[StepCache], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "state", "t5", pytest.param("prompt", marks=pytest.mark.slow), "alora"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "gemma2", "state", "t5", pytest.param("prompt", marks=pytest.mark.slow), "alora"]
+)
 def test_rows_are_changed_or_as_they_were(kind: str) -> None:
     """At every line, of what a caller does with a cache itself."""
     gen, start = made(kind)

@@ -1,0 +1,99 @@
+"""The options of ``generate`` by their types, before transformers or torch would stumble over them.
+
+Before: what a caller gives by name, and a generation config. After: nothing, or a ConfigError that names the option and
+what it takes. What values mean, and which exclude each other, transformers checks itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
+from typing import Any
+
+from torch import Tensor
+
+from adaptc.errors import ConfigError, shown
+
+_WHOLE = (
+    "max_length max_new_tokens min_length min_new_tokens num_beams num_return_sequences top_k no_repeat_ngram_size "
+    "encoder_no_repeat_ngram_size prompt_lookup_num_tokens max_matching_ngram_size num_assistant_tokens "
+    "prefill_chunk_size"
+)
+_NUMBERS = (
+    "temperature top_p min_p typical_p epsilon_cutoff eta_cutoff repetition_penalty encoder_repetition_penalty "
+    "length_penalty guidance_scale max_time"
+)
+_FLAGS = (
+    "do_sample use_cache output_scores output_logits return_dict_in_generate renormalize_logits remove_invalid_values "
+    "synced_gpus"
+)
+_TOKENS = (
+    "eos_token_id pad_token_id bos_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id "
+    "suppress_tokens begin_suppress_tokens"
+)
+#: options that are counted from one
+_AT_LEAST_ONE = ("num_beams", "num_return_sequences")
+#: tokens that are written, so the vocabulary must have them
+_WRITTEN = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _tokens(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.ndim < 2 and not value.is_floating_point()
+    return _whole(value) or (isinstance(value, (list, tuple)) and all(map(_tokens, value)))
+
+
+def _callables(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(callable, value))
+
+
+#: what an option takes, and how that is known
+_Rule = tuple[str, Callable[[Any], bool]]
+_RULES: dict[str, _Rule] = {
+    **dict.fromkeys(_WHOLE.split(), ("a whole number", _whole)),
+    **dict.fromkeys(
+        _NUMBERS.split(), ("a number", lambda v: isinstance(v, (Real, Tensor)) and not isinstance(v, bool))
+    ),
+    **dict.fromkeys(_FLAGS.split(), ("True or False", lambda v: isinstance(v, bool))),
+    **dict.fromkeys(_TOKENS.split(), ("the number of a token, or a list of them", _tokens)),
+    "logits_processor": ("a list of functions of ids and scores", _callables),
+    "stopping_criteria": ("a list of functions of ids and scores", _callables),
+    "prefix_allowed_tokens_fn": ("a function of a row and its ids", callable),
+    "streamer": ("an object with put and end", lambda v: hasattr(v, "put") and hasattr(v, "end")),
+    "assistant_model": (
+        "a model of transformers, or what generates here",
+        lambda v: hasattr(v, "generate") and hasattr(v, "config"),
+    ),
+    "tokenizer": ("a tokenizer of transformers", lambda v: hasattr(v, "get_vocab")),
+    "assistant_tokenizer": ("a tokenizer of transformers", lambda v: hasattr(v, "get_vocab")),
+    "negative_prompt_ids": ("a tensor (batch, tokens)", lambda v: isinstance(v, Tensor) and v.ndim == 2),
+    "watermarking_config": ("a WatermarkingConfig", lambda v: hasattr(v, "validate") or isinstance(v, dict)),
+}
+
+
+def check_options(given: Mapping[str, Any], config: Any, vocabulary: int) -> None:
+    """``given``: by name; ``config``: None, or a generation config. Raises ConfigError for an option of another type,
+    and for tokens to be written that are not among ``vocabulary``."""
+    from transformers import GenerationConfig
+
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise ConfigError(
+            f"generation_config must be a transformers.GenerationConfig, got {shown(config)}: "
+            "GenerationConfig(**options) makes one of a dict"
+        )
+    for options in ({} if config is None else vars(config), given):
+        for name, (wanted, fits) in _RULES.items():
+            value = options.get(name)
+            if value is not None and not fits(value):
+                raise ConfigError(f"{name}={shown(value)} is not taken by generate: it must be {wanted}")
+        for name in _AT_LEAST_ONE:
+            if (value := options.get(name)) is not None and value < 1:
+                raise ConfigError(f"{name}={shown(value)} is not taken by generate: it must be one or more")
+    for name in _WRITTEN:
+        value = given.get(name)
+        if _whole(value) and not 0 <= value < vocabulary:
+            raise ConfigError(f"{name}={shown(value)} is outside the vocabulary of {vocabulary} tokens")
