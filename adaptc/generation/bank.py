@@ -44,7 +44,7 @@ class GeneratorBank:
         return self._generator.tokenizer
 
     def _made(self, runs: Keeping) -> Any:
-        return type(self._generator)(runs, self._generator.facts)
+        return self._generator.with_runs(runs)
 
     def generate(
         self, inputs: Tensor | None = None, generation_config: Any = None, *, adapters: Any = ..., **kwargs: Any

@@ -30,15 +30,15 @@ class CacheChange:
         vars(past)[self.mark] = True
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        # The mark goes last of all: what is interrupted before it is gone has failed.
+        vars(self.past).update({self.mark: self.kept[self.mark]} if kind is None else self._put_back())
+
+    def _put_back(self) -> dict[str, bool]:
+        """The cache as it was, marked as long as it is not; the marks that are right then."""
         past, kept = self.past, self.kept
-        if kind is None:
-            vars(past)[self.mark] = kept[self.mark]
-            return
-        # The marks stay until all else is there again.
         vars(past).update(kept, unfinished=True)
         for now, was in zip(past.last_position(), self.last, strict=False):
             now.copy_(was)
-        if past.intact:
-            vars(past).update(unfinished=kept["unfinished"])
-        elif past.length <= past.begun:
+        if not past.intact and past.length <= past.begun:
             past.reset()  # there is nothing in it but what it begins with
+        return {"unfinished": kept["unfinished"] or not past.intact}

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from adaptc.errors import ConfigError
+from adaptc.errors import shown as shown_value
 from adaptc.generation.cross_facts import CROSS, CrossFacts
 from adaptc.generation.facts import KEEPS, NOTHING, ROOM, STATE, WINDOW, Facts
 from adaptc.generation.layout import KINDS, CacheLayout, LayerLayout, State, StateLayout
@@ -55,8 +57,8 @@ def described(facts: Facts) -> dict[str, str]:
     """The text beside a program, by its name."""
     stored = {
         "format": FORMAT,
-        "config": json.loads(facts.config.to_json_string(use_diff=False)),
-        "generation_config": json.loads(facts.generation_config.to_json_string(use_diff=False)),
+        "config": _written(facts.config, "config"),
+        "generation_config": _written(facts.generation_config, "generation_config"),
         "layers": [vars(layer) for layer in facts.layout.layers],
         "dtype": _name(facts.layout.dtype),
         **{name: getattr(facts, name) for name in _PLAIN},
@@ -82,7 +84,6 @@ def facts_of(
 ) -> Facts:
     """Inverse of :func:`described`, for a program that was saved with it: its inputs, and those of its outputs that
     have names. Raises Refused."""
-    from transformers import GenerationConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if not isinstance(stored, dict) or stored.get("format") != FORMAT:
@@ -95,7 +96,7 @@ def facts_of(
     layout, across = _layout(stored).of_passes(passes_of(inputs)), stored.get("across")
     known = {
         "config": CONFIG_MAPPING[kind].from_dict(stored["config"]),
-        "generation_config": GenerationConfig.from_dict(stored["generation_config"]),
+        "generation_config": _generation_config(stored["generation_config"]),
         "layout": layout,
         **{name: stored[name] for name in _PLAIN},
         "embeds_dtype": _dtype(stored["embeds_dtype"]),
@@ -128,6 +129,34 @@ def facts_of(
     if lost or not {*layout.names, *cross.names, facts.main} <= set(inputs):
         raise Refused("its program has no such parts")
     return facts
+
+
+def _written(config: Any, name: str) -> Any:
+    """A config as JSON has it. Raises ConfigError for an attribute that it has not."""
+    try:
+        return json.loads(config.to_json_string(use_diff=False))
+    except (TypeError, ValueError) as error:
+        for key, value in vars(config).items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError):
+                raise ConfigError(
+                    f"gen.{name}.{key} is {shown_value(value)}, which no file of a program can hold: give numbers, "
+                    f"texts, lists and dicts, or take it away with del gen.{name}.{key}"
+                ) from error
+        raise ConfigError(f"gen.{name} cannot be written: {error}") from error
+
+
+def _generation_config(stored: dict[str, Any]) -> Any:
+    """With the attributes that somebody added, which transformers leaves out of one that was made of a model's
+    config."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig.from_dict(stored)
+    for name, value in stored.items():
+        if not hasattr(config, name):
+            setattr(config, name, value)
+    return config
 
 
 def _layout(stored: Any, prefix: str = "") -> CacheLayout:

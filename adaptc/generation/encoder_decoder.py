@@ -67,7 +67,7 @@ class EncoderDecoder(Generator):
 
     def carried(self, tokenizer: Any) -> dict[str, bytes]:
         """Compiled code reads past the end of a table of positions, so that what is known says how many are left."""
-        facts, now = self.facts, getattr(self._runs, "current", None)
+        facts, now = self._known(), getattr(self._runs, "current", None)
         if facts.source is not None and now is not None:
             facts = replace(facts, source=facts.source - count_in_front(self._runs, now, ENCODED))
         return carried(facts, tokenizer)

@@ -88,3 +88,11 @@ def past_name() -> str:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     return "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def step_output(logits: torch.Tensor, past: Any) -> Any:
+    """What a step gives, as models of transformers do."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    fields: dict[str, Any] = {past_name(): past}
+    return CausalLMOutputWithPast(logits=logits, **fields)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any, Self
 
@@ -24,12 +25,13 @@ from adaptc.generation.behind import behind_front
 from adaptc.generation.cache import StepCache
 from adaptc.generation.cache_change import CacheChange
 from adaptc.generation.description import described
-from adaptc.generation.facts import NOTHING, Facts, past_name
+from adaptc.generation.facts import NOTHING, Facts, past_name, step_output
 from adaptc.generation.front import begins, front_of, taken
 from adaptc.generation.generate_options import check_options
 from adaptc.generation.given import given_names, taken_from, with_given
 from adaptc.generation.package_files import carried
 from adaptc.generation.random_steps import drawn, pair
+from adaptc.generation.step import token_inputs
 from adaptc.generation.two_passes import facts_for
 from adaptc.generation.ways import cache_for, run_as, stepping_as
 from adaptc.program.adapted import AdaptedProgram
@@ -80,10 +82,20 @@ class Generator(Holder):
         """The same for another version of its program."""
         reads = {n for a in program.adaptation.attachments for n in of_tokens(a.method)}
         refuse_acting(sorted(reads - set(self.facts.acts)), "a program that generates would be made")
-        return type(self)(program, self.facts)
+        return self.with_runs(program)
+
+    def with_runs(self, runs: Any) -> Self:
+        """The same for another program, or for what is bound to one, with the configs of this one."""
+        new = type(self)(runs, self.facts)
+        new.config, new.generation_config = self.config, self.generation_config
+        return new
+
+    def _known(self) -> Any:
+        """The facts, with the configs that it has by now."""
+        return replace(self.facts, config=self.config, generation_config=self.generation_config)
 
     def beside(self) -> dict[str, str]:
-        return described(self.facts)
+        return described(self._known())
 
     def divided(self) -> Mapping[str, Sequence[str]] | None:
         return None
@@ -92,7 +104,7 @@ class Generator(Holder):
         return self.facts.notes()
 
     def carried(self, tokenizer: Any) -> dict[str, bytes]:
-        return carried(self.facts, tokenizer)
+        return carried(self._known(), tokenizer)
 
     def drawn(self, options: Mapping[str, Any]) -> dict[str, Any]:
         return with_given(self._runs, drawn(self.facts, self.device, options))
@@ -112,7 +124,7 @@ class Generator(Holder):
     def bind(self, adapter: Any, **options: Any) -> Self:
         """One that keeps ``adapter`` whatever this one is swapped to; None gives the base. ``options`` and errors as
         for :meth:`AdaptedProgram.bind`."""
-        return type(self)(self.program.bind(adapter, **options), self.facts)
+        return self.with_runs(self.program.bind(adapter, **options))
 
     def bank(self, adapters: Mapping[str, Any] | None = None, **limits: Any) -> GeneratorBank:
         """Adapters by name, of which each prompt takes its own: ``gen.bank({...}).generate(ids, adapters=["fr", None,
@@ -122,7 +134,7 @@ class Generator(Holder):
     @property
     def base(self) -> Self:
         """The model without adapters: it shares the weights, and pays for nothing else."""
-        return type(self)(self.program.base, self.facts)
+        return self.with_runs(self.program.base)
 
     @property
     def tokenizer(self) -> Any:
@@ -215,10 +227,12 @@ class Generator(Holder):
 
     def __copy__(self) -> Self:
         """One that is swapped by itself, on the same weights."""
-        return type(self)(copy.copy(self._runs), self.facts)
+        return self.with_runs(copy.copy(self._runs))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return type(self)(copy.deepcopy(self._runs, memo), copy.deepcopy(self.facts, memo))
+        new = type(self)(copy.deepcopy(self._runs, memo), copy.deepcopy(self.facts, memo))
+        new.config, new.generation_config = copy.deepcopy((self.config, self.generation_config), memo)
+        return new
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)
@@ -271,7 +285,7 @@ class Generator(Holder):
                 past.mask[:, before:total] = 1
             else:
                 past.mask[:, :total] = past.shown(attention_mask)
-            inputs = self._tokens(input_ids, inputs_embeds, rows, tokens) | extra
+            inputs = token_inputs(self.facts, self.device, input_ids, inputs_embeds, rows, tokens) | extra
             if self.facts.positions:
                 places = past.places(rows, tokens) if position_ids is None else position_ids
                 inputs["position_ids"] = places.to(past.device).expand(rows, -1).contiguous()
@@ -280,20 +294,7 @@ class Generator(Holder):
             self.begun = True
             logits = run_as(self.facts, step, past, inputs, tokens, logits_to_keep)
             past.fit(1)
-            return as_asked(_output(logits, None if bare else past), return_dict)
-
-    def _tokens(self, ids: Tensor | None, embeds: Tensor | None, rows: int, tokens: int) -> dict[str, Tensor]:
-        """Tokens, or embeddings instead, as the step takes both."""
-        facts, device = self.facts, self.device
-        if ids is None:
-            ids = torch.zeros(rows, tokens, dtype=torch.int64, device=device)
-        out = {"input_ids": ids.to(device, torch.int64).contiguous()}
-        if facts.embeds:
-            out["embedded"] = torch.tensor(embeds is not None, device=device)
-            if embeds is None:
-                embeds = torch.zeros(1, dtype=facts.embeds_dtype, device=device).expand(rows, tokens, facts.width)
-            out["inputs_embeds"] = embeds.to(device, facts.embeds_dtype)
-        return out
+            return as_asked(step_output(logits, None if bare else past), return_dict)
 
     # -- what transformers asks of a model -----------------------------------------------------------------------------
 
@@ -394,10 +395,3 @@ def generator_class() -> type[Generator]:
     from transformers import GenerationMixin
 
     return type("Generator", (Generator, GenerationMixin), {"__module__": __name__})
-
-
-def _output(logits: Tensor, past: StepCache | None) -> Any:
-    from transformers.modeling_outputs import CausalLMOutputWithPast
-
-    fields: dict[str, Any] = {past_name(): past}
-    return CausalLMOutputWithPast(logits=logits, **fields)  # type: ignore[arg-type]

@@ -145,6 +145,21 @@ def example_step(
     return Step(inputs, shapes)
 
 
+def token_inputs(
+    facts: Any, device: torch.device, ids: Tensor | None, embeds: Tensor | None, rows: int, tokens: int
+) -> dict[str, Tensor]:
+    """Tokens, or embeddings instead, as the step takes both."""
+    if ids is None:
+        ids = torch.zeros(rows, tokens, dtype=torch.int64, device=device)
+    out = {"input_ids": ids.to(device, torch.int64).contiguous()}
+    if facts.embeds:
+        out["embedded"] = torch.tensor(embeds is not None, device=device)
+        if embeds is None:
+            embeds = torch.zeros(1, dtype=facts.embeds_dtype, device=device).expand(rows, tokens, facts.width)
+        out["inputs_embeds"] = embeds.to(device, facts.embeds_dtype)
+    return out
+
+
 def written_cache(tensors: list[Tensor], slots: Tensor, layout: CacheLayout, rings: bool = False) -> Any:
     """A cache of transformers over these tensors, which writes at ``slots`` and shows all positions; models mask those
     that are not to be seen. ``rings``: those of sliding layers are rings."""

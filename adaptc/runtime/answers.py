@@ -22,7 +22,7 @@ _OUTPUTS: Mapping[str, tuple[str, ...]] = {
 ANSWERS: Mapping[str, tuple[Any, ...]] = {
     RETURN_DICT: (None,),
     "logits_to_keep": (None, 0),
-    **{name: (None,) for name in _OUTPUTS},
+    **dict.fromkeys(_OUTPUTS, (None,)),
 }
 
 
