@@ -80,8 +80,9 @@ class StepCache:
     def begin(self, front: Opening) -> None:
         """Nothing is in it but ``front``, from now on. It gets memory with the first step, which says for how many
         rows."""
-        empty = {**self._emptied(), "tensors": [], "ahead": None, "since": {}, "unfinished": False}
-        self._set(front=front, length=front.count, extent=Extent(0, front.count), **empty)
+        empty = {**self._emptied(), "tensors": [], "ahead": None, "since": {}}
+        marks = {"unfinished": False, "generating": False}
+        self._set(front=front, length=front.count, extent=Extent(0, front.count), **marks, **empty)
 
     def _begin(self, rows: int) -> None:
         """For so many rows, some of which may have the same text. Raises AdaptcError where it is for others."""
@@ -298,7 +299,7 @@ class StepCache:
             self.begin(self.front)
             return
         empty = {"mask": torch.ones_like(self.mask), "length": 0, "extent": Extent(), "since": {}}
-        self._set(unfinished=False, **empty | self._emptied())
+        self._set(unfinished=False, generating=False, **empty | self._emptied())
 
     def _emptied(self) -> dict[str, Any]:
         """What else is another one where nothing has been computed."""

@@ -57,8 +57,8 @@ def made(kind: str) -> tuple[Any, StepCache]:
 
 
 KINDS = ["llama", "gemma2", "mistral", "gpt_neo", "state", "text", "t5", "rows", "prefix", "prompt", "alora"]
-#: lines on which a step has ended, and nobody was told
-AT_THE_END = 2
+#: lines around the blocks of a call, where nothing is wrong yet and nobody is told
+AT_THE_END = 4
 #: those of which a step writes over what came before, so that not all can be put back
 WRITTEN_OVER = {"gemma2", "mistral", "state", "prompt"}
 
@@ -109,8 +109,8 @@ def interrupted(kind: str, deed: Callable[..., Any], points: int) -> tuple[int, 
             came += 1
         else:
             continue  # what is remembered, no run does again
-        if past.unfinished:
-            for cut in (past, past.copy()):
+        if past.unfinished or past.generating:
+            for cut in (past, past.copy()) if past.unfinished else (past,):
                 with pytest.raises(adaptc.AdaptcError, match=REFUSED):
                     stepping(gen, cut)
             past.reset()
