@@ -95,5 +95,5 @@ def check_options(given: Mapping[str, Any], config: Any, vocabulary: int) -> Non
                 raise ConfigError(f"{name}={shown(value)} is not taken by generate: it must be one or more")
     for name in _WRITTEN:
         value = given.get(name)
-        if _whole(value) and not 0 <= value < vocabulary:
+        if value is not None and _whole(value) and not 0 <= value < vocabulary:
             raise ConfigError(f"{name}={shown(value)} is outside the vocabulary of {vocabulary} tokens")

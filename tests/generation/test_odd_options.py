@@ -107,7 +107,7 @@ def understood(files: dict[str, bytes]) -> Any:
 
 def test_what_was_added_to_a_generation_config_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gen = generator()
-    config = GenerationConfig.from_model_config(case("llama").model.config)
+    config: Any = GenerationConfig.from_model_config(case("llama").model.config)
     config._from_model_config = True
     config.house_rules, config.retries = {"tone": ["kind", "short"]}, 7
     monkeypatch.setattr(gen, "generation_config", config)

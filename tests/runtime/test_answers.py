@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import BatchEncoding
-from transformers.modeling_outputs import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 import adaptc
 from adaptc import AdaptcError, LoraConfig
