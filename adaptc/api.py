@@ -22,6 +22,7 @@ from adaptc.adapters.write import written
 from adaptc.errors import ConfigError, MergeError, shown
 from adaptc.generation.bank import GeneratorBank
 from adaptc.generation.files import generator_in
+from adaptc.generation.of_module import generate
 from adaptc.generation.packaged import load_generation
 from adaptc.packages.run import BoundPackage, PackagedProgram
 from adaptc.packages.write import package_program
@@ -35,6 +36,9 @@ from adaptc.program.holder import Holder, check_program, of_programs, through_ho
 from adaptc.program.lower import lowered
 from adaptc.program.merge import merged, unmerged
 from adaptc.program.module_files import check_followed
+from adaptc.program.packed_calls import PackedCalls
+from adaptc.program.packing import packed, read_bounds
+from adaptc.program.pretrained_module import PretrainedModule
 from adaptc.program.swap import swapped
 from adaptc.program.unload import unloaded
 from adaptc.program.views import check_unseen
@@ -386,3 +390,8 @@ def load_package(path: str | os.PathLike[str]) -> Any:
     any of their code is loaded, BackendError for one that was packaged without adaptc or does not run on this machine.
     """
     return load_generation(Path(path))
+
+
+# What modules capture their models again for needs what is made of them.
+PretrainedModule.generating = generate
+PackedCalls.packing, PackedCalls.reading = packed, read_bounds

@@ -31,6 +31,7 @@ from adaptc.capture.model_loss import loss_type, means_over_next_labels
 from adaptc.capture.model_state import preserve_state
 from adaptc.capture.quantised import check_not_quantised
 from adaptc.capture.replaced_forward import keyword, replaced_forward
+from adaptc.capture.shell import Shell
 from adaptc.capture.single_sizes import differing, left_alone, results, runnable
 from adaptc.errors import AdaptcWarning, CaptureError
 from adaptc.passes.adapt.bound_rows import BoundRows
@@ -57,7 +58,7 @@ class Source:
     ``config``: a copy. ``inputs``: the names that ``forward`` takes, in order. ``input_embedding`` and
     ``output_embedding``: module paths, None when unknown. ``loss_type`` and ``means_over_next_labels``: see
     ``model_loss``. ``conversions``: how transformers renamed the keys of the files that the model is from, None where
-    it is from none.
+    it is from none. ``shell``: of a model that generates, captured for training, what it is captured from again.
     """
 
     kind: type
@@ -69,6 +70,7 @@ class Source:
     loss_type: str | None
     means_over_next_labels: bool
     conversions: Any = None
+    shell: Shell | None = None
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,10 @@ class Captured:
     asked for when none depends on the mode). ``output_embedding`` and ``input_embedding``: module paths, None when
     unknown. ``module_types``: module path -> qualified class name such as ``torch.nn.modules.linear.Linear``; the root
     has path "". ``fills``: keyword inputs a caller may leave out -> (how, of which input): "ones_like"; "ignore_like",
-    int64 of the same shape holding -100; "ignore_rows", int64 of its first dimension only, holding -100. Losses ignore
-    -100: the loss of such a call is not a number, and every other output is as without labels. ``base``: what the model
-    is called, of modules alone.
+    int64 of the same shape holding -100; "ignore_rows", int64 of its first dimension only, holding -100; "nan_rows:"
+    with a type and the sizes of a row behind, that is filled with nan. The loss of a call without labels is not a
+    number, and every other output is as the model gives it without them. ``base``: what the model is called, of modules
+    alone.
     """
 
     program: ExportedProgram
@@ -166,7 +169,7 @@ def capture(
         module_types={name: qualified(type(module)) for name, module in model.named_modules(remove_duplicate=False)},
         fills=fills_of(program, bool(getattr(config, "is_encoder_decoder", False))) if pretrained else {},
         takes=_takes(model),
-        source=_source(model) if pretrained else None,
+        source=_source(model, program, training) if pretrained else None,
         base=Base.of(model),
         linear=linear,
     )
@@ -185,7 +188,9 @@ def _takes(model: nn.Module) -> tuple[str, ...]:
     return tuple(p.name for p in named if p.kind is not p.VAR_KEYWORD)
 
 
-def _source(model: nn.Module) -> Source:
+def _source(model: nn.Module, program: ExportedProgram, training: bool) -> Source:
+    again = training and getattr(model, "can_generate", bool)()
+    kept = {n for held in (program.state_dict, program.constants) for n, t in held.items() if isinstance(t, Tensor)}
     return Source(
         type(model),
         copy.deepcopy(getattr(model, "config", None)),
@@ -196,6 +201,7 @@ def _source(model: nn.Module) -> Source:
         loss_type(model),
         means_over_next_labels(model),
         vars(model).get("_weight_conversions"),
+        Shell.of(model, kept) if again else None,
     )
 
 

@@ -131,6 +131,23 @@ def write_as(
     return write_file(writer.file(Path(path)), content)
 
 
+def has_other_model(directory: Path) -> bool:
+    """Whether the name that Trainer looks for is there, and is not that of the adapter beside it."""
+    weights, name = directory / SAFE_NAME, directory / TRAINER_NAME
+    own = weights.is_file() and name.is_file() and cmp(weights, name, shallow=False)
+    return os.path.lexists(name) and not own
+
+
+@contextmanager
+def without_link(directory: Path) -> Iterator[None]:
+    """Writes of an adapter into ``directory`` after which its weights have one name there: a second one, of an adapter
+    that was there before, would be of another one. A whole model under that name stays."""
+    old = not has_other_model(directory)
+    yield
+    if old:
+        (directory / TRAINER_NAME).unlink(missing_ok=True)
+
+
 @contextmanager
 def linked_for_trainer(directory: Path) -> Iterator[None]:
     """Writes of an adapter into ``directory`` after which its weights have a second name there, under which Trainer
@@ -139,13 +156,12 @@ def linked_for_trainer(directory: Path) -> Iterator[None]:
     Raises CheckpointError, before anything is written, where that name is something else's, such as a whole model's.
     """
     weights, name = directory / SAFE_NAME, directory / TRAINER_NAME
-    if os.path.lexists(name):
-        if not (weights.is_file() and name.is_file() and cmp(weights, name, shallow=False)):
-            raise CheckpointError(
-                f"{name} is there, and not this adapter's: it would be lost, or Trainer would resume from it. Choose "
-                "another directory"
-            )
-        name.unlink()  # so that it is never of an older adapter than its neighbour
+    if has_other_model(directory):
+        raise CheckpointError(
+            f"{name} is there, and not this adapter's: it would be lost, or Trainer would resume from it. Choose "
+            "another directory"
+        )
+    name.unlink(missing_ok=True)  # so that it is never of an older adapter than its neighbour
     try:
         yield
     finally:

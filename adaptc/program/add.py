@@ -63,7 +63,7 @@ def added(program: ProgramCore, name: str, adapter: Any, recompile: bool, compil
             "another program that has them, on the same base; adaptc.swap exchanges an adapter for another at its sites"
         )
     old = {n: part.idle or part for n, part in known.items()}
-    files = {n: _File(_as_file(still, n, part)) for n, part in old.items()}
+    files = {n: InMemory(as_file(still, n, part)) for n, part in old.items()}
     made = compiling.compiled(base, {**files, name: adapter}, still.options, **options)
     adaptation = replace(
         made.adaptation,
@@ -76,7 +76,7 @@ def added(program: ProgramCore, name: str, adapter: Any, recompile: bool, compil
 
 
 @dataclass(frozen=True)
-class _File:
+class InMemory:
     """An adapter of a program, as ``compile`` takes it."""
 
     file: AdapterFile
@@ -85,7 +85,8 @@ class _File:
         return self.file
 
 
-def _as_file(program: ProgramCore, name: str, part: Binding) -> AdapterFile:
+def as_file(program: ProgramCore, name: str, part: Binding) -> AdapterFile:
+    """What a file of a program's adapter would hold."""
     spec = program.spec()
     own = part_of(spec, name) if program.binding.parts else spec
     return AdapterFile(part.config.to_dict(), file_tensors(own, part), Path(part.source or name), origin=part.origin)

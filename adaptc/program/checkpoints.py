@@ -16,6 +16,7 @@ from pathlib import Path
 from adaptc.errors import CheckpointError
 from adaptc.peft_files.directory import read_adapter
 from adaptc.peft_files.snapshot import Opened
+from adaptc.program.adapter_files import TRAINER_NAME, has_other_model
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 #: what Trainer writes last
@@ -28,17 +29,37 @@ def last_checkpoint(directory: str | os.PathLike[str]) -> str | None:
 
     Raises CheckpointError where the directory cannot be read, or a finished checkpoint's adapter is damaged.
     """
-    try:
-        numbers = {int(m[1]): p for p in Path(directory).iterdir() if (m := _NAME.fullmatch(p.name)) and p.is_dir()}
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise CheckpointError(f"cannot look for checkpoints in {directory}: {error}") from error
-    for _, folder in sorted(numbers.items(), reverse=True):
+    for _, folder in sorted(_checkpoints(Path(directory)).items(), reverse=True):
         if _finished(folder):
             read_adapter(folder)
             return str(folder)
     return None
+
+
+def _checkpoints(directory: Path) -> dict[int, Path]:
+    """Those in the directory of a run, by their steps; none where there is no directory."""
+    try:
+        return {int(m[1]): p for p in directory.iterdir() if (m := _NAME.fullmatch(p.name)) and p.is_dir()}
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise CheckpointError(f"cannot look for checkpoints in {directory}: {error}") from error
+
+
+def is_checkpoint(directory: str | os.PathLike[str]) -> bool:
+    """Whether a directory has the name of one of Trainer's checkpoints."""
+    return _NAME.fullmatch(Path(directory).name) is not None
+
+
+def check_no_model(directory: str | os.PathLike[str], done: int, last: int) -> None:
+    """Raises CheckpointError where a run that writes to ``directory``, from step ``done`` to ``last``, would find a
+    ``model.safetensors`` that is not an adapter's: of a whole model, which the adapter's would hide or be taken for."""
+    steps = {n: p for n, p in _checkpoints(Path(directory)).items() if done < n <= last}
+    if found := next((f for f in (Path(directory), *steps.values()) if has_other_model(f)), None):
+        raise CheckpointError(
+            f"{found / TRAINER_NAME} is there, and not an adapter's. The run would write its adapters beside it: "
+            "choose another output_dir, or move that file"
+        )
 
 
 def _finished(folder: Path) -> bool:

@@ -7,14 +7,13 @@ directory with what was trained, written once; or an error for whoever would wri
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError, shown
-from adaptc.program.adapter_files import linked_for_trainer, write_current
+from adaptc.program.adapter_files import linked_for_trainer, without_link, write_current
 from adaptc.program.core import ProgramCore
 from adaptc.program.in_parts import first_of, mesh_of, whole
 from adaptc.program.program_module import ProgramModule
@@ -46,7 +45,7 @@ def write_module(
     written = Path(path)
     with first_of(mesh) as first:
         if first and (here or mesh is not None):
-            with linked_for_trainer(written) if for_trainer else nullcontext():
+            with linked_for_trainer(written) if for_trainer else without_link(written):
                 written = write_current(module.program, path, binding, **options)
     return written
 

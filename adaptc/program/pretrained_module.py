@@ -11,7 +11,7 @@ import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,47 +19,21 @@ from torch import Tensor, fx, nn
 from adaptc.binding.source import as_binding
 from adaptc.capture.capture import Source
 from adaptc.errors import AdaptcError, ConfigError, shown
-from adaptc.passes.ir.module_paths import module_path, owners_of
 from adaptc.passes.ir.program_method import ProgramMethod
 from adaptc.passes.train.checkpoint import checkpoint
 from adaptc.passes.train.recomputed import Recomputed
 from adaptc.passes.train.set_mode import set_mode
+from adaptc.program.checkpoints import is_checkpoint
 from adaptc.program.core import ProgramCore
 from adaptc.program.in_parts import first_of, mesh_of, whole
 from adaptc.program.model_directory import taken, write_model
+from adaptc.program.layer_tensors import Tensors, open_port
 from adaptc.program.module_files import write_module
+from adaptc.program.packed_calls import PackedCalls
 from adaptc.program.program_module import Making, ProgramModule, forward_taking, tables_of
+from adaptc.program.reference_model import warn_of_copied_model, warn_of_second_model
 
 _IGNORED = -100
-
-
-class Tensors(nn.Module):
-    """The ``weight`` and ``bias`` of a layer of a program, as they are now; hooks on it see and change what the layer
-    gives. ``bias`` is None for a layer without one."""
-
-    def __init__(self, holder: nn.Module, weight: str) -> None:
-        super().__init__()
-        vars(self)["_where"] = holder, weight
-
-    @property
-    def weight(self) -> Tensor:
-        holder, name = vars(self)["_where"]
-        return getattr(holder, name)
-
-    @property
-    def bias(self) -> Tensor | None:
-        return getattr(vars(self)["_where"][0], "bias", None)
-
-    @property
-    def num_embeddings(self) -> int:
-        return self.weight.shape[0]
-
-    @property
-    def embedding_dim(self) -> int:
-        return self.weight.shape[1]
-
-    def forward(self, y: Tensor) -> Tensor:
-        return y
 
 
 class Backbone(nn.Module):
@@ -77,6 +51,9 @@ class Backbone(nn.Module):
         from transformers.modeling_outputs import BaseModelOutput
 
         whole: PretrainedModule = vars(self)["whole"]
+        other, kwargs = whole.packed_calls.taking(kwargs)
+        if other is not whole:
+            return other.base_model(*args, **kwargs)
         args, kwargs = whole.inputs.complete(args, kwargs)
         whole.constraints.hold(whole)
         return BaseModelOutput(last_hidden_state=vars(self)["graph_module"](*args, **kwargs))
@@ -93,8 +70,13 @@ def share(whole: nn.Module, graph: fx.GraphModule) -> None:
 class PretrainedModule(ProgramModule):
     """See the module docstring; made by :func:`pretrained`."""
 
+    #: the model's class
+    kind: ClassVar[type] = nn.Module
+    #: of a module and what ``generate`` was given: what it gives; set by who makes programs that generate
+    generating: ClassVar[Callable[..., Any]]
+
     def __init__(self, program: ProgramCore, owner: ProgramCore, graph: fx.GraphModule, making: Making) -> None:
-        port = _open_port(graph, program)
+        port = open_port(graph, program)
         super().__init__(program, owner, graph, making)
         source = self.source
         self.config = copy.deepcopy(source.config)
@@ -107,6 +89,7 @@ class PretrainedModule(ProgramModule):
         #: what is added to a loss, where something is
         self.penalty: Callable[[], Tensor] | None = None
         vars(self).update(port=port, backbone=None)
+        self.packed_calls = PackedCalls(self)
 
     @property
     def source(self) -> Source:
@@ -124,6 +107,16 @@ class PretrainedModule(ProgramModule):
         own = any(m.changes("loss") for m, _ in self._program_methods())
         return self.source.means_over_next_labels and "labels" in self.inputs.names and not aux and not own
 
+    def _check_pad(self) -> None:
+        """Raises AdaptcError where a trainer changed the token that models of classes look for, to find a row's end."""
+        if "SequenceClassification" in self.kind.__name__:
+            now, captured = (c.get_text_config().pad_token_id for c in (self.config, self.source.config))
+            if now != captured:
+                raise AdaptcError(
+                    f"pad_token_id is {now!r}, and the program was captured with {captured!r}, by which it finds the "
+                    f"end of a row: set model.config.pad_token_id = {now!r}, and compile the model again"
+                )
+
     def _program_methods(self) -> list[tuple[ProgramMethod, dict[str, Tensor]]]:
         """Methods that speak of the program, with their slots."""
         binding = self.program.current
@@ -133,6 +126,11 @@ class PretrainedModule(ProgramModule):
 
     def forward(self, *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
         """What the model's own ``forward`` takes. Raises AdaptcError for what the program was not captured for."""
+        other, kwargs = self.packed_calls.taking(kwargs)
+        if other is not self:
+            other.penalty = self.penalty
+            return other.forward(*args, num_items_in_batch=num_items_in_batch, **kwargs)
+        self._check_pad()
         out = self._answer(*self.inputs.calls.arranged(args, kwargs), num_items_in_batch)
         return self.inputs.calls.as_asked(out, args, kwargs)
 
@@ -154,6 +152,11 @@ class PretrainedModule(ProgramModule):
         if self.penalty is not None:
             out.loss = out.loss + self.penalty()
         return out
+
+    @property
+    def again(self) -> bool:
+        """Whether the model can be captured again: the program is adapted, was captured for training, and generates."""
+        return self.source.shell is not None and bool(self.program.adaptation.attachments)
 
     def why_wrong(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         """Also tokens and labels that the vocabulary does not have."""
@@ -178,6 +181,16 @@ class PretrainedModule(ProgramModule):
 
     # -- what transformers asks of a model -----------------------------------------------------------------------------
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's weights. Warns a trainer that is about to load a second model of it."""
+        warn_of_second_model(self)
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ProgramModule:
+        warn_of_copied_model()
+        return super().__deepcopy__(memo)
+
     def get_input_embeddings(self) -> Tensors:
         """Hooks on it act on the embeddings (NEFTune). Raises AdaptcError where the program has none that it knows."""
         if vars(self)["port"] is None:
@@ -185,17 +198,25 @@ class PretrainedModule(ProgramModule):
         return vars(self)["port"]
 
     def get_output_embeddings(self) -> Tensors:
-        """Weight and bias of the output layer. Raises AdaptcError for one that has an adapter, whose weight says only
-        half of what it computes, and where the program has none that it knows."""
+        """Weight and bias of the output layer, those of ``modules_to_save`` where they are trained. Raises AdaptcError
+        for one with another adapter, whose weight says only half of what it computes, and where the program has none
+        that it knows."""
         path = self.source.output_embedding
         if path is None or not hasattr(self.get_submodule(path), "weight"):
             raise AdaptcError("the program does not know its output layer")
-        if any(a.module == path for a in self.program.adaptation.attachments):
-            raise AdaptcError(
-                f"the output layer {path!r} has an adapter, so its weight alone is not what it computes; leave it out "
-                "of target_modules and modules_to_save, or train without what asks for it"
-            )
-        return Tensors(self.get_submodule(path), "weight")
+        layer = self.get_submodule(path)
+        places = {n: (layer, n) for n in ("weight", "bias") if getattr(layer, n, None) is not None}
+        for a in self.program.adaptation.attachments:
+            if a.module != path:
+                continue
+            if not a.method.replaces or len(a.slots) != 1 or a.param not in places:
+                raise AdaptcError(
+                    f"the output layer {path!r} has an adapter, so its weight alone is not what it computes; leave it "
+                    "out of target_modules, or train without what asks for it"
+                )
+            holder, _, name = next(iter(a.slots.values())).rpartition(".")
+            places[a.param] = self.get_submodule(holder), name
+        return Tensors(places["weight"], places.get("bias"))
 
     @property
     def base_model(self) -> nn.Module:
@@ -204,11 +225,11 @@ class PretrainedModule(ProgramModule):
         self.get_output_embeddings()
         if vars(self)["backbone"] is None:
             graph = self.making.graph(self.program, self.source.output_embedding)
-            _open_port(graph, self.program, vars(self)["port"])
+            open_port(graph, self.program, vars(self)["port"])
             if self.checkpointed is not None:
                 checkpoint(graph, self.checkpointed)
             vars(self)["backbone"] = Backbone(self, graph)
-            set_mode(graph, self.training)
+            set_mode(graph, self.training, self.drops)
             self._set_flags(self.training)
         return vars(self)["backbone"]
 
@@ -254,10 +275,19 @@ class PretrainedModule(ProgramModule):
 
     set_output_embeddings = resize_token_embeddings = set_input_embeddings
 
-    def generate(self, *_: Any, **__: Any) -> Any:
-        raise AdaptcError(
-            "a program has no cache to generate with: save the adapter (adaptc.save_adapter) and load it into the model"
-        )
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Whether :meth:`generate` may do what the model's does."""
+        return bool(getattr(cls.kind, "can_generate", bool)())
+
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        """As the model's ``generate``, with the adapter as it is now, in eval mode whatever mode the module is in.
+
+        The first call captures a program that generates on the module's own tensors, as
+        ``adaptc.compile_for_generation`` does. Raises AdaptcError for a module whose program was not captured for
+        training, and as that function and its ``generate`` do.
+        """
+        return type(self).generating(self, inputs, generation_config, **kwargs)
 
     def push_to_hub(self, *_: Any, **__: Any) -> Any:
         raise AdaptcError(
@@ -278,11 +308,11 @@ class PretrainedModule(ProgramModule):
         transformers directory, where ``is_main_process``. ``state_dict``: tensors to be written instead, in PEFT's keys
         or in the model's. Of a module that FSDP2 holds in parts all processes call it, and the first writes.
 
-        In an adapter's directory ``model.safetensors`` is a second name of its weights, which Trainer looks for when it
-        resumes. Of a model ``options`` are ``max_shard_size`` and ``save_original_format``, as transformers has them.
-        Raises ConfigError for other options, CheckpointError as ``adaptc.save_adapter`` does and as
-        :func:`adaptc.program.model_directory.write_model` does, and where an adapter's directory has a
-        ``model.safetensors`` that is something else.
+        In a checkpoint of Trainer's (``checkpoint-10``) ``model.safetensors`` is a second name of the adapter's
+        weights, which Trainer looks for when it resumes. Of a model ``options`` are ``max_shard_size`` and
+        ``save_original_format``, as transformers has them. Raises ConfigError for other options, CheckpointError as
+        ``adaptc.save_adapter`` does and as :func:`adaptc.program.model_directory.write_model` does, and where a
+        checkpoint has a ``model.safetensors`` that is something else.
         """
         if push_to_hub:
             raise ConfigError("push_to_hub=True: write the directory, and push it with huggingface_hub")
@@ -301,7 +331,7 @@ class PretrainedModule(ProgramModule):
             save_directory,
             None if state_dict is None else as_binding(self.program, state_dict),
             here=is_main_process,
-            for_trainer=safe_serialization,
+            for_trainer=safe_serialization and is_checkpoint(save_directory),
             safe_serialization=safe_serialization,
             base_model=self.name_or_path or None,
             save_embedding_layers=save_embedding_layers,
@@ -332,6 +362,7 @@ def pretrained(kind: type, n_args: int, names: tuple[str, ...], optional: frozen
         "forward": forward_taking(PretrainedModule, n_args, names, optional),
         "main_input_name": getattr(kind, "main_input_name", "input_ids"),
         "config_class": getattr(kind, "config_class", None),
+        "kind": kind,
         "__module__": __name__,
     }
     return type(kind.__name__, (PretrainedModule, PreTrainedModel), own)
@@ -342,24 +373,3 @@ def _without_loss(out: Any) -> Any:
     if not hasattr(out, "loss") or not isinstance(out, dict):
         return out
     return type(out)(**{k: v for k, v in out.items() if k != "loss"})
-
-
-def _open_port(graph: fx.GraphModule, program: ProgramCore, port: Tensors | None = None) -> Tensors | None:
-    """Lead what the input embeddings give through a module that can have hooks, a new one or ``port``."""
-    source = program.adaptation.source
-    path = None if source is None else source.input_embedding
-    known = owners_of(program)
-    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default):
-        weight = node.args[0]
-        if path and module_path(node, known) == path and weight.op == "get_attr":
-            holder, _, name = str(weight.target).rpartition(".")
-            port = port or Tensors(graph.get_submodule(holder), name)
-            target = next(n for i in range(10**6) if not hasattr(graph, n := f"input_embeddings{i or ''}"))
-            graph.add_submodule(target, port)
-            with graph.graph.inserting_after(node):
-                through = graph.graph.call_module(target, (node,))
-            through.meta = dict(node.meta)
-            node.replace_all_uses_with(through, delete_user_cb=lambda user, through=through: user is not through)
-            graph.recompile()
-            return port
-    return None

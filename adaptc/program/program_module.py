@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, ClassVar, Literal, Protocol, Self
@@ -41,6 +41,7 @@ from adaptc.program.constraints import Constraints
 from adaptc.program.core import ProgramCore
 from adaptc.program.describe import described_module
 from adaptc.program.in_parts import as_held, whole
+from adaptc.program.layer_tensors import AllDropout
 
 #: where a graph to train has what was chosen for the products of its base
 PRODUCTS = "adaptc_products"
@@ -93,6 +94,9 @@ class ProgramModule(nn.Module):
         self._whole = False
         #: how many repeated blocks are computed again at a time, None where all is kept
         self.checkpointed: int | Literal["auto"] | None = None
+        # No child: the tables are those of the graph.
+        vars(self)["dropout"] = AllDropout(self.set_dropout) if program.adaptation.training else None
+        self.drops = True
         self._set_flags(program.adaptation.training)
         self.constraints = Constraints(program)
         self.register_state_dict_post_hook(_keep_adapter)
@@ -188,9 +192,21 @@ class ProgramModule(nn.Module):
             )
         if mode != self.training:
             for graph in self.graph_modules():
-                set_mode(graph, mode)
+                set_mode(graph, mode, self.drops)
         self._set_flags(mode)
         return self
+
+    def set_dropout(self, on: bool) -> None:
+        """Whether layers of dropout act in training; that of attention, which is no layer, does as it was captured."""
+        self.drops = on
+        for graph in self.graph_modules():
+            set_mode(graph, self.training, on)
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Those that hold tensors, and one for all dropout, for who looks for such layers (TRL's disable_dropout)."""
+        yield from super().modules()
+        if (dropout := vars(self).get("dropout")) is not None:
+            yield dropout
 
     def _set_flags(self, mode: bool) -> None:
         self.training = mode
@@ -244,6 +260,17 @@ class ProgramModule(nn.Module):
         parameters = self.named_parameters(remove_duplicate=False)
         return dict(parameters) | dict(self.named_buffers(remove_duplicate=False))
 
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """How many numbers are trained, and how many parameters hold in all, tied ones once; as PEFT's models say."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+
+    def print_trainable_parameters(self) -> None:
+        """The same in a line, with the part that is trained in percent."""
+        trained, count = self.get_nb_trainable_parameters()
+        part = 100 * trained / max(count, 1)
+        print(f"trainable params: {trained:,d} || all params: {count:,d} || trainable%: {part:.4f}")
+
     def adapter_state(self) -> dict[str, Tensor]:
         """The adapter as it is now, in the keys of PEFT's files. Of adapters that act together, their slots by FQN."""
         program = self.program
@@ -287,6 +314,8 @@ class ProgramModule(nn.Module):
             p.requires_grad_(own.requires_grad)
         if self.checkpointed is not None:
             new.checkpoint(self.checkpointed)
+        if not self.drops:
+            new.set_dropout(False)
         return new.train(self.training)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

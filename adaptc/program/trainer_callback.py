@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from adaptc.errors import AdaptcError, ConfigError, shown
 from adaptc.methods.adalora import AdaLoraConfig
+from adaptc.program.checkpoints import check_no_model
 from adaptc.program.core import ProgramCore
 from adaptc.program.rank_allocator import RankAllocator, orthogonal_loss
 
@@ -67,11 +68,13 @@ class _Between:
         self.hooks: list[Any] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if getattr(args, "predict_with_generate", False):
+        if getattr(args, "predict_with_generate", False) and not getattr(kwargs["model"], "again", False):
             raise ConfigError(
-                "predict_with_generate=True: a program has no cache to generate with. Leave it out, and generate with "
-                "the model that the adapter is loaded into"
+                "predict_with_generate=True: this module does not generate. Leave it out, or train that of a model "
+                "that does, adaptc.compile(model, config, training=True).module()"
             )
+        if args.should_save:
+            check_no_model(args.output_dir, state.global_step, state.max_steps)
         if isinstance(self.program.binding.config, AdaLoraConfig):
             self.allocator = RankAllocator(self.program)
             kwargs["model"].penalty = partial(orthogonal_loss, self.program)

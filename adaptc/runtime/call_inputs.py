@@ -25,6 +25,9 @@ from adaptc.runtime.size_conditions import condition, expression, solved, symbol
 
 #: how an input that an adapter added is made, with the number behind
 FULL_LIKE = "full_like:"
+#: how labels that are no classes are made, with their type and the sizes of a row behind
+NAN_ROWS = "nan_rows:"
+_FLOATS = {str(t).removeprefix("torch."): t for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 NOT_LONGER: Mapping[str, int] = MappingProxyType({})
 
 
@@ -265,5 +268,9 @@ def fill(how: str, like: Tensor) -> Tensor:
         return torch.ones_like(like)
     if how.startswith(FULL_LIKE):
         return torch.full_like(like, int(how.removeprefix(FULL_LIKE)))
+    if how.startswith(NAN_ROWS):
+        kind, *sizes = how.removeprefix(NAN_ROWS).split(",")
+        rows = (like.shape[0], *map(int, sizes))
+        return torch.full(rows, torch.nan, dtype=_FLOATS.get(kind, torch.float32), device=like.device)
     shape = like.shape if how == "ignore_like" else like.shape[:1]
     return torch.full(shape, -100, dtype=torch.int64, device=like.device)

@@ -100,6 +100,11 @@ def fills_of(program: ExportedProgram, encoder_decoder: bool) -> dict[str, tuple
             fills["labels"] = ("ignore_rows", main)
         elif main == "input_ids" and labels.ndim == inputs[main].ndim and not encoder_decoder:
             fills["labels"] = ("ignore_like", main)
+    if labels is not None and main is not None and labels.is_floating_point():
+        sizes = [n for n in labels.shape[1:] if isinstance(n, int)]
+        if len(sizes) == labels.ndim - 1:
+            kind = str(labels.dtype).removeprefix("torch.")
+            fills["labels"] = (f"nan_rows:{','.join(map(str, (kind, *sizes)))}", main)
     return fills
 
 

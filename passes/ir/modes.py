@@ -38,20 +38,21 @@ class Flag:
     statistics: int | None = None
 
 
-_DROPOUT = Flag(2, probability=1)
+#: of layers of dropout
+DROPOUT = Flag(2, probability=1)
 _NORM = Flag(5, statistics=3)
 _RNNS = (aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu)
 
 FLAGS: dict[Any, Flag] = {
-    aten.dropout.default: _DROPOUT,
-    aten.dropout_.default: _DROPOUT,
-    aten.native_dropout.default: _DROPOUT,
-    aten.feature_dropout.default: _DROPOUT,
-    aten.feature_dropout_.default: _DROPOUT,
-    aten.alpha_dropout.default: _DROPOUT,
-    aten.alpha_dropout_.default: _DROPOUT,
-    aten.feature_alpha_dropout.default: _DROPOUT,
-    aten.feature_alpha_dropout_.default: _DROPOUT,
+    aten.dropout.default: DROPOUT,
+    aten.dropout_.default: DROPOUT,
+    aten.native_dropout.default: DROPOUT,
+    aten.feature_dropout.default: DROPOUT,
+    aten.feature_dropout_.default: DROPOUT,
+    aten.alpha_dropout.default: DROPOUT,
+    aten.alpha_dropout_.default: DROPOUT,
+    aten.feature_alpha_dropout.default: DROPOUT,
+    aten.feature_alpha_dropout_.default: DROPOUT,
     aten.batch_norm.default: _NORM,
     aten.instance_norm.default: _NORM,
     aten.native_batch_norm.default: _NORM,

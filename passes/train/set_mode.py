@@ -14,7 +14,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from adaptc.passes.ir.lifted import Lifted, copy_graph
-from adaptc.passes.ir.modes import COUNTER, FLAGS, KEPT, SDPA, SDPA_DROPOUT, mode_of
+from adaptc.passes.ir.modes import COUNTER, DROPOUT, FLAGS, KEPT, SDPA, SDPA_DROPOUT, mode_of
 from adaptc.passes.ir.ops import argument, set_argument
 from adaptc.passes.ir.pass_infra import GraphPass, Pass, PassResult
 from adaptc.passes.train.recomputed import Recomputed
@@ -46,6 +46,8 @@ class SetGraphMode(GraphPass):
     name: ClassVar[str] = "set_mode"
 
     training: bool = False
+    #: whether layers of dropout act in training; that of attention does in any case
+    dropout: bool = True
 
     def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
         module, count = subject.owning_module, 0
@@ -55,14 +57,15 @@ class SetGraphMode(GraphPass):
             body = getattr(holder, name, None) if inner is not None else None
             if isinstance(body, fx.GraphModule):
                 copied = fx.GraphModule(body, copy_graph(body.graph))
-                changed = set_mode(copied, self.training)
+                changed = set_mode(copied, self.training, self.dropout)
                 if changed:
                     setattr(holder, name, copied)
                 count += changed
             elif node.target is SDPA:
                 count += self._attention(node)
             elif mode_of(node) is not None:
-                count += _set(node, FLAGS[node.target].position, self.training)
+                flag = FLAGS[node.target]
+                count += _set(node, flag.position, self.training and (self.dropout or flag is not DROPOUT))
             elif node.target is aten.add_.Tensor and str(getattr(node.args[0], "target", "")).endswith(COUNTER):
                 count += _set(node, 1, int(self.training))
         return PassResult(subject, count)
@@ -77,9 +80,9 @@ class SetGraphMode(GraphPass):
         return False
 
 
-def set_mode(module: fx.GraphModule, training: bool) -> int:
-    """Set the mode of a module in place; returns how many ops changed."""
-    count = SetGraphMode(training)(module.graph).count
+def set_mode(module: fx.GraphModule, training: bool, dropout: bool = True) -> int:
+    """Set the mode of a module in place; returns how many ops changed. ``dropout``: see :class:`SetGraphMode`."""
+    count = SetGraphMode(training, dropout)(module.graph).count
     if count:
         module.recompile()
     return count

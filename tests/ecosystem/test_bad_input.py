@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor
 
 import adaptc
-from adaptc import AdaptcError, ConfigError, LoraConfig
+from adaptc import AdaptcError, CheckpointError, ConfigError, LoraConfig
 from tests.support.training import CONFIG, VOCABULARY, Data, arguments, batch, first_values, model, module, train
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -95,25 +95,42 @@ def test_what_has_nothing_to_train(how: str, tmp_path: Path) -> None:
 
 
 def test_generation_is_refused_before_the_first_step(tmp_path: Path) -> None:
-    """By the callback, which knows the options; else at the first evaluation."""
-
-    def run(callbacks: Any) -> None:
-        options = arguments(tmp_path, eval_strategy="steps", eval_steps=1, predict_with_generate=True)
-        transformers.Seq2SeqTrainer(
-            model=trained,
-            args=transformers.Seq2SeqTrainingArguments(**options),
-            callbacks=callbacks,
-            train_dataset=Data(),
-            eval_dataset=Data(7),
-            compute_metrics=lambda _: {},
-        ).train()
-
+    """By the callback, which knows the options, of a module that does not generate."""
     trained = module()
-    with pytest.raises(ConfigError, match="predict_with_generate=True: a program has no cache"):
-        run([adaptc.trainer_callback(trained.owner)])
+    base = trained.owner.base.module()
+    options = {"predict_with_generate": True, "eval_strategy": "steps", "eval_steps": 1}
+    callback = adaptc.trainer_callback(trained.owner)
+    args = transformers.Seq2SeqTrainingArguments(**arguments(tmp_path, **options))
+    with pytest.raises(ConfigError, match="predict_with_generate=True: this module does not generate"):
+        callback.on_train_begin(args, None, None, model=base)
     unchanged(trained, tmp_path)
-    with pytest.raises(AdaptcError, match="no cache to generate with"):
-        run(None)
+
+
+@pytest.mark.parametrize("where", [".", "checkpoint-2"])
+def test_a_model_where_a_run_would_write_is_found_before_the_first_step(where: str, tmp_path: Path) -> None:
+    """Of checkpoints, those that the run will come to; what an adapter has under that name is the run's own."""
+    trained = module()
+    whole = tmp_path / where / "model.safetensors"
+    whole.parent.mkdir(exist_ok=True)
+    whole.write_bytes(b"a whole model")
+    callbacks = [adaptc.trainer_callback(trained.owner)]
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    with pytest.raises(CheckpointError, match=r"model.safetensors is there, and not an adapter's.*output_dir"):
+        train(trained, tmp_path, callbacks=callbacks, **options)
+    before = first_values()
+    assert all(torch.equal(t, before[k]) for k, t in trained.state_dict().items()), "a step was taken"
+    assert whole.read_bytes() == b"a whole model"
+    whole.unlink()
+    other = tmp_path / "checkpoint-9" / "model.safetensors"
+    other.parent.mkdir()
+    other.write_bytes(b"of a longer run")
+    for _ in range(2):
+        _, trainer = train(trained, tmp_path, callbacks=[adaptc.trainer_callback(trained.owner)], **options)
+    trainer.save_model()
+    names = {p.name for p in tmp_path.iterdir() if p.is_file()}
+    assert "adapter_model.safetensors" in names
+    assert "model.safetensors" not in names, "the adapter under a second name"
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").is_file(), "Trainer resumes from that name"
 
 
 @pytest.mark.parametrize("option", ["fp16_full_eval", "bf16_full_eval"])
@@ -140,8 +157,6 @@ def test_what_would_change_the_program() -> None:
     for call in (trained.resize_token_embeddings, trained.set_input_embeddings):
         with pytest.raises(AdaptcError, match="compile it again"):
             call(VOCABULARY + 2)
-    with pytest.raises(AdaptcError, match="no cache to generate with"):
-        trained.generate(batch()["input_ids"])
     with pytest.raises(AdaptcError, match="a program is not pushed"):
         trained.push_to_hub("somebody/something")
     with pytest.raises(ConfigError, match="push_to_hub=True"):

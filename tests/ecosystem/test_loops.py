@@ -68,6 +68,10 @@ def test_accelerate_trains_it_and_goes_on_from_what_it_saved(tmp_path: Path) -> 
     assert not torch.equal(next(iter(before.values())), next(iter(first_values().values())))
 
 
+def test_the_part_that_trains_is_pefts() -> None:
+    assert module().get_nb_trainable_parameters() == peft_model().get_nb_trainable_parameters()
+
+
 def test_an_optimizer_of_peft_takes_it() -> None:
     """LoRA+ has a learning rate of its own for the factors that its names tell."""
 

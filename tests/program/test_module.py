@@ -357,27 +357,53 @@ def test_what_torch_makes_of_programs_finds_what_it_expects() -> None:
 
 
 def test_a_model_beside_the_adapter_is_not_lost(tmp_path: Path) -> None:
-    """A directory may hold a whole model under the name that Trainer looks for."""
+    """A directory may hold a whole model under the name that Trainer looks for in its checkpoints."""
     trained = module()
-    whole = tmp_path / "model.safetensors"
-    whole.write_bytes(b"a whole model")
-    with pytest.raises(CheckpointError, match="not this adapter's"):
-        trained.save_pretrained(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
-    assert whole.read_bytes() == b"a whole model"
+    for name in ("checkpoint-3", "last"):
+        folder = tmp_path / name
+        folder.mkdir()
+        whole = folder / "model.safetensors"
+        whole.write_bytes(b"a whole model")
+        if name == "last":
+            trained.save_pretrained(folder)
+            assert load_file(folder / "adapter_model.safetensors").keys() == trained.state_dict().keys()
+        else:
+            with pytest.raises(CheckpointError, match="not this adapter's"):
+                trained.save_pretrained(folder)
+            assert [p.name for p in folder.iterdir()] == ["model.safetensors"]
+        assert whole.read_bytes() == b"a whole model"
 
 
 def test_the_second_name_is_of_the_last_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained = module()
+    """It is there in Trainer's checkpoints alone, and of no older adapter where a directory was one."""
+    trained, folder = module(), tmp_path / "checkpoint-3"
     for copies in (False, True):  # of filesystems without links
         if copies:
             monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError("no links")))
         for _ in range(2):
             with torch.no_grad():
                 trainable(trained)[0].add_(1)
-            trained.save_pretrained(tmp_path)
-            found = load_file(tmp_path / "model.safetensors")
+            trained.save_pretrained(folder)
+            found = load_file(folder / "model.safetensors")
             assert all(torch.equal(found[k], t) for k, t in trained.state_dict().items())
+    last = folder.rename(tmp_path / "last")
+    with torch.no_grad():
+        trainable(trained)[0].add_(1)
+    trained.save_pretrained(last)
+    assert not (last / "model.safetensors").exists()
+
+
+def test_the_part_that_trains_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """As PEFT's models tell it, of the parameters that there are, tied ones once."""
+    trained = module()
+    mine = {id(p): p.numel() for p in trained.parameters()}
+    tuned = sum(p.numel() for p in trainable(trained))
+    assert trained.get_nb_trainable_parameters() == (tuned, sum(mine.values()))
+    trained.print_trainable_parameters()
+    part = f"{100 * tuned / sum(mine.values()):.4f}"
+    assert capsys.readouterr().out == (
+        f"trainable params: {tuned:,d} || all params: {sum(mine.values()):,d} || trainable%: {part}\n"
+    )
 
 
 def test_options_of_save_pretrained_are_taken_or_refused(tmp_path: Path) -> None:

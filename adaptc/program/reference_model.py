@@ -1,0 +1,70 @@
+"""Trainers that are about to load, or to copy, a second model as the reference of the one they train.
+
+PEFT's models turn their adapter off for that. A trainer does not take a program's module for one, but may be given the
+base's, which shares the weights. It asks nobody before it loads, so what is looked at is who asks for the dtype that
+the second model shall have: TRL asks for nothing else there.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from types import FrameType
+from typing import Any
+
+from adaptc.errors import AdaptcWarning
+
+#: trainers that take a reference model
+_TAKE = ("DPOTrainer", "KTOTrainer")
+#: those that make their own unless beta is 0
+_MAKE = ("GRPOTrainer", "RLOOTrainer")
+_SHARED = "prog.base.module() is the same reference, on the weights that are there"
+
+
+def warn_of_second_model(module: Any) -> None:
+    """Called by what a trainer asks for when it loads a reference for ``module``; warns where one does."""
+    frame = inspect.currentframe()
+    asked = frame.f_back.f_back if frame is not None and frame.f_back is not None else None
+    if asked is None or asked.f_code.co_name != "__init__":
+        return
+    trainer = asked.f_locals.get("self")
+    names = {c.__name__ for c in type(trainer).__mro__ if c.__module__.startswith("trl.")}
+    if getattr(trainer, "model", None) is not module:
+        return
+    if names & {*_TAKE} and asked.f_locals.get("ref_model") is None:
+        warnings.warn(
+            f"{type(trainer).__name__} is about to load a second model as the reference. {_SHARED}: give it as "
+            "ref_model=prog.base.module()",
+            AdaptcWarning,
+            stacklevel=_depth(asked),
+        )
+    elif names & {*_MAKE}:
+        warnings.warn(
+            f"{type(trainer).__name__} is about to load a second model as the reference, for beta is not 0. {_SHARED}: "
+            "make the trainer with beta=0.0, and give it both as examples/training.md shows",
+            AdaptcWarning,
+            stacklevel=_depth(asked),
+        )
+
+
+def warn_of_copied_model() -> None:
+    """Called where a module is copied; warns where the copy is to be a reference."""
+    frame = inspect.currentframe()
+    for _ in range(4):
+        frame = None if frame is None else frame.f_back
+        if frame is not None and frame.f_code.co_name.endswith("create_reference_model"):
+            warnings.warn(
+                f"a trainer is about to copy the whole model as the reference, with its adapter as it is. {_SHARED}, "
+                "without an adapter: give it as ref_model=prog.base.module()",
+                AdaptcWarning,
+                stacklevel=_depth(frame),
+            )
+            return
+
+
+def _depth(frame: FrameType) -> int:
+    """Where ``frame`` was called from, as a level for a warning of this file."""
+    here, depth = inspect.currentframe(), 0
+    while here is not None and here is not frame:
+        here, depth = here.f_back, depth + 1
+    return depth + 1
