@@ -15,6 +15,7 @@ from pathlib import Path
 
 from adaptc.errors import CheckpointError
 from adaptc.peft_files.directory import read_adapter
+from adaptc.peft_files.format import check_no_model
 from adaptc.peft_files.snapshot import Opened
 from adaptc.program.adapter_files import TRAINER_NAME, has_other_model
 
@@ -51,15 +52,17 @@ def is_checkpoint(directory: str | os.PathLike[str]) -> bool:
     return _NAME.fullmatch(Path(directory).name) is not None
 
 
-def check_no_model(directory: str | os.PathLike[str], done: int, last: int) -> None:
+def check_output(directory: str | os.PathLike[str], done: int, last: int) -> None:
     """Raises CheckpointError where a run that writes to ``directory``, from step ``done`` to ``last``, would find a
-    ``model.safetensors`` that is not an adapter's: of a whole model, which the adapter's would hide or be taken for."""
+    whole model, which its adapters would hide or be taken for."""
     steps = {n: p for n, p in _checkpoints(Path(directory)).items() if done < n <= last}
-    if found := next((f for f in (Path(directory), *steps.values()) if has_other_model(f)), None):
-        raise CheckpointError(
-            f"{found / TRAINER_NAME} is there, and not an adapter's. The run would write its adapters beside it: "
-            "choose another output_dir, or move that file"
-        )
+    for folder in (Path(directory), *steps.values()):
+        check_no_model(folder)
+        if has_other_model(folder):
+            raise CheckpointError(
+                f"{folder / TRAINER_NAME} is there, and not an adapter's. The run would write its adapters beside it: "
+                "choose another output_dir, or move that file"
+            )
 
 
 def _finished(folder: Path) -> bool:

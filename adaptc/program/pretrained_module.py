@@ -26,8 +26,8 @@ from adaptc.passes.train.set_mode import set_mode
 from adaptc.program.checkpoints import is_checkpoint
 from adaptc.program.core import ProgramCore
 from adaptc.program.in_parts import first_of, mesh_of, whole
-from adaptc.program.model_directory import taken, write_model
 from adaptc.program.layer_tensors import Tensors, open_port
+from adaptc.program.model_directory import taken, write_model
 from adaptc.program.module_files import write_module
 from adaptc.program.packed_calls import PackedCalls
 from adaptc.program.program_module import Making, ProgramModule, forward_taking, tables_of

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from adaptc.errors import AdaptcError, ConfigError, shown
 from adaptc.methods.adalora import AdaLoraConfig
-from adaptc.program.checkpoints import check_no_model
+from adaptc.program.checkpoints import check_output
 from adaptc.program.core import ProgramCore
 from adaptc.program.rank_allocator import RankAllocator, orthogonal_loss
 
@@ -74,7 +74,7 @@ class _Between:
                 "that does, adaptc.compile(model, config, training=True).module()"
             )
         if args.should_save:
-            check_no_model(args.output_dir, state.global_step, state.max_steps)
+            check_output(args.output_dir, state.global_step, state.max_steps)
         if isinstance(self.program.binding.config, AdaLoraConfig):
             self.allocator = RankAllocator(self.program)
             kwargs["model"].penalty = partial(orthogonal_loss, self.program)

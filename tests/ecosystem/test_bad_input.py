@@ -120,7 +120,11 @@ def test_a_model_where_a_run_would_write_is_found_before_the_first_step(where: s
     before = first_values()
     assert all(torch.equal(t, before[k]) for k, t in trained.state_dict().items()), "a step was taken"
     assert whole.read_bytes() == b"a whole model"
-    whole.unlink()
+    whole.rename(whole.with_name("pytorch_model.bin"))
+    (whole.parent / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="it holds a model"):
+        train(trained, tmp_path, callbacks=callbacks, **options)
+    (whole.parent / "config.json").unlink()
     other = tmp_path / "checkpoint-9" / "model.safetensors"
     other.parent.mkdir()
     other.write_bytes(b"of a longer run")
