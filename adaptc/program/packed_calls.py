@@ -38,9 +38,10 @@ class PackedCalls:
         if not isinstance(positions, Tensor) or not module.again or module.config.is_encoder_decoder:
             return module, kwargs
         if told := [n for n in BOUNDS if kwargs.pop(n, None) is not None]:
-            if self._read is None:
-                self._read = outside(type(self).reading)(module)
-            if read := [n for n in told if n in self._read]:
+            known = self._read
+            if known is None:
+                known = self._read = outside(type(self).reading)(module)
+            if read := [n for n in told if n in known]:
                 raise AdaptcError(
                     f"{listing(map(repr, read))} cannot be given: the model computes something else with it than "
                     "without, and is captured without. Train without packing and padding_free"

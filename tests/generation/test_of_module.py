@@ -102,8 +102,8 @@ def test_the_model_may_change_or_be_gone_meanwhile() -> None:
 
 def test_an_encoder_is_generated_with_while_trainer_evaluates(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
-    ids = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+    sizes: dict[str, Any] = {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    ids: dict[str, Any] = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
     base = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, **ids)).eval()
     config = {"r": 3, "lora_alpha": 7, "target_modules": ["q", "v"], "task_type": "SEQ_2_SEQ_LM"}
     program = adaptc.compile(base, adaptc.LoraConfig(**config), training=True)

@@ -393,6 +393,31 @@ def test_the_second_name_is_of_the_last_adapter(tmp_path: Path, monkeypatch: pyt
     assert not (last / "model.safetensors").exists()
 
 
+def test_dropout_is_found_as_a_layer_and_turned_off() -> None:
+    """As trainers do it, which go through the modules. Copies are as it is, and changes of mode leave it so."""
+    config = adaptc.LoraConfig(**{**CONFIG, "lora_dropout": 0.5})
+    trained = adaptc.compile(model(), config, training=True).module().train()
+    trained.load_state_dict(first_values())
+    found = [m for m in trained.modules() if isinstance(m, nn.Dropout)]
+    assert found
+    ids = batch()["input_ids"]
+
+    def draws(one: Any) -> bool:
+        return not torch.equal(one(input_ids=ids).logits, one(input_ids=ids).logits)
+
+    assert draws(trained)
+    with pytest.raises(adaptc.AdaptcError, match="dropout of 0.3 is not set"):
+        found[0].p = 0.3
+    for m in found:
+        m.p = 0
+    assert [m.p for m in found] == [0]
+    assert not draws(trained)
+    assert not draws(trained.eval().train())
+    assert not draws(copy.deepcopy(trained))
+    kept = [n for n, _ in trained.named_modules() if "drop" in n]
+    assert kept == [], "a module of its own among those that hold tensors"
+
+
 def test_the_part_that_trains_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     """As PEFT's models tell it, of the parameters that there are, tied ones once."""
     trained = module()
