@@ -187,7 +187,7 @@ def _put_back(held: Any, before: list[Any]) -> None:
         now = list(held.items())
         if len(now) == len(before) and all(a[0] is b[0] and a[1] is b[1] for a, b in zip(now, before, strict=True)):
             return
-        base = OrderedDict if isinstance(held, OrderedDict) else dict
+        base: Any = OrderedDict if isinstance(held, OrderedDict) else dict
         wanted = dict(before)
         same_order = [k for k, _ in now if k in wanted] == [k for k, _ in before]
         for key, _ in now:
@@ -202,7 +202,7 @@ def _put_back(held: Any, before: list[Any]) -> None:
     else:
         now = list(held)
         if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
-            base = deque if isinstance(held, deque) else list
+            base: Any = deque if isinstance(held, deque) else list
             base.clear(held)
             base.extend(held, before)
 

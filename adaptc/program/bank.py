@@ -46,6 +46,7 @@ from adaptc.runtime.outside_compilers import outside
 from adaptc.runtime.state import own_copies
 from adaptc.tables import size
 
+
 class Bank:
     """Made by ``AdaptedProgram.bank``. Iterating gives the names, in the order of their last use."""
 

@@ -7,7 +7,7 @@ gives, and what it writes to, has a reason here why not (:class:`End`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ class End:
         ways += [RowAxis(i) for i in range(self.value.ndim)] if self.written else []
         if any(apart(way, changes) for way in ways):
             return ""
-        return MIXED if ways else f"{tuple(self.value.shape)} has no axis for the {size} rows, and what they are changes it"
+        return MIXED if ways else f"{tuple(self.value.shape)} has no axis for the {size} rows, which change it"
 
 
 def ends_of(program: ExportedProgram) -> dict[str, End]:

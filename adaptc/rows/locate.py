@@ -173,9 +173,9 @@ def _instead_of_zeros(program: ExportedProgram, fqns: Collection[str]) -> dict[s
         t = opened.tensor(fqn).detach()
         # The first value tells of most weights that they are not.
         if t.is_floating_point() and t.numel() and not (t[(0,) * t.ndim] or t.any()):
-            out[str(opened.specs[opened.placeholders[fqn].name].target)] = torch.randn(
-                t.shape, generator=generator
-            ).to(t)
+            out[str(opened.specs[opened.placeholders[fqn].name].target)] = torch.randn(t.shape, generator=generator).to(
+                t
+            )
     return out
 
 

@@ -406,7 +406,7 @@ def test_dropout_is_found_as_a_layer_and_turned_off() -> None:
         return not torch.equal(one(input_ids=ids).logits, one(input_ids=ids).logits)
 
     assert draws(trained)
-    with pytest.raises(adaptc.AdaptcError, match="dropout of 0.3 is not set"):
+    with pytest.raises(adaptc.AdaptcError, match=r"dropout of 0\.3 is not set"):
         found[0].p = 0.3
     for m in found:
         m.p = 0

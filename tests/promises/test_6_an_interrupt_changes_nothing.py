@@ -22,6 +22,7 @@ from adaptc.peft_files.staging import replacing
 from tests.support.gated_net import X, compiled, state
 from tests.support.interrupts import Lines
 
+
 def swapping(p: adaptc.AdaptedProgram, folder: Path) -> None:
     adaptc.swap(p, state(5))
 
