@@ -29,6 +29,7 @@ from torch.library import triton_op
 from adaptc.kernels._ahead import Ahead
 from adaptc.kernels._launch import as_scale, check, check_floats, on_device_of, runs_kernels, wrap_triton
 from adaptc.kernels._tile import TYPES, ahead, blocks, check_factors, low_rank_tile, tile_of, tiles
+from adaptc.op_rules import plain_in_transforms
 
 
 @triton.jit
@@ -193,6 +194,7 @@ def _none(ctx: Any, grad: Tensor) -> tuple[None, ...]:
 
 
 _norm_op.register_autograd(_none, setup_context=_no_gradient)
+plain_in_transforms("dora_norm", lambda *tensors: reference_dora_norm(*tensors).detach())
 
 
 # No default for the bias: torch leaves arguments that have theirs out of what the gradient is told of.
@@ -241,6 +243,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _epilogue_op.register_autograd(_backward, setup_context=_save)
+plain_in_transforms("dora_epilogue", reference_dora_epilogue)
 
 
 def dora_norm(W: Tensor, A: Tensor, B: Tensor, scale: float | Tensor) -> Tensor:

@@ -51,6 +51,7 @@ from adaptc.kernels._grouping import (
     sum_type,
 )
 from adaptc.kernels._launch import check, check_floats, runs_kernels
+from adaptc.op_rules import plain_in_transforms
 
 __all__ = [
     "Chunks",
@@ -210,6 +211,26 @@ def _outer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 grouped_shrink.register_autograd(_shrink_backward, setup_context=_save)
 grouped_expand.register_autograd(_expand_backward, setup_context=_save_expand)
 grouped_outer.register_autograd(_outer_backward, setup_context=_save)
+
+
+def _plain_shrink(x: Tensor, bank: Tensor, starts: Tensor, *rest: Any) -> Tensor:
+    *table, chunk, max_rank = rest
+    return reference_grouped_shrink(x, bank, starts, Chunks(*table), chunk, max_rank)
+
+
+def _plain_expand(y: Tensor, h: Tensor, bank: Tensor, starts: Tensor, scales: Tensor, *rest: Any) -> Tensor:
+    *table, chunk = rest
+    return reference_grouped_expand(y, h, bank, starts, scales, Chunks(*table), chunk)
+
+
+def _plain_outer(h: Tensor, v: Tensor, starts: Tensor, *rest: Any) -> Tensor:
+    *table, chunk, n_rows = rest
+    return reference_grouped_outer(h, v, starts, Chunks(*table), chunk, n_rows)
+
+
+plain_in_transforms("grouped_shrink", _plain_shrink)
+plain_in_transforms("grouped_expand", _plain_expand)
+plain_in_transforms("grouped_outer", _plain_outer)
 
 
 def grouped_lora(

@@ -22,9 +22,11 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from adaptc.kernels._grouping import Chunks, chunks, rows_per_chunk
+from adaptc.kernels._grouping import Chunks, chunks, rows_per_chunk, sum_type
 from adaptc.kernels._launch import check
 from adaptc.kernels.grouped_lora import grouped_expand, grouped_shrink
+from adaptc.op_rules import plain_in_transforms
+from adaptc.torch_modes import plainly
 
 _LIBRARY = torch.library.Library("adaptc", "FRAGMENT")
 _LIBRARY.define("grouped_rows(Tensor x, Tensor y, Tensor A, Tensor B, Tensor starts, Tensor scale, Tensor c) -> Tensor")
@@ -64,6 +66,21 @@ _LIBRARY.impl("grouped_rows", _computed, "CompositeExplicitAutograd")
 torch.library.register_fake("adaptc::grouped_rows", _fake, lib=_LIBRARY)
 
 
+def plain_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, starts: Tensor, scale: Tensor, c: Tensor) -> Tensor:
+    """The meaning of :func:`grouped_rows`, in plain operators: every row by the factors of every adapter."""
+    ranks, dtype = torch.diff(starts)[::2], sum_type(x, y, A)
+    own = (torch.arange(A.shape[1], device=A.device) < ranks[:, None])[:, :, None]
+    A, B = A.where(own, 0).to(dtype), B.where(own.mT, 0).to(dtype)
+    mix = (c.to(dtype) * scale[::2].to(dtype)).repeat_interleave(x.shape[0] // max(c.shape[0], 1), 0)
+    mix = mix.view(mix.shape[0], *([1] * (x.ndim - 2)), -1, 1)
+    h = (x.to(dtype) @ A.flatten(0, 1).t()).unflatten(-1, A.shape[:2])
+    h = (h * mix).masked_fill(mix == 0, 0)
+    return (y.to(dtype) + h.flatten(-2) @ B.transpose(0, 1).flatten(1).t()).to(y.dtype)
+
+
+plain_in_transforms("grouped_rows", plain_rows, constant=range(7))
+
+
 class _Kept(threading.local):
     """What was worked out of the last coefficients, by the number of positions; of a stream, whose memory it is."""
 
@@ -82,7 +99,8 @@ def _passes(c: Tensor, T: int) -> list[Pass]:
         _KEPT.c, _KEPT.version, _KEPT.stream, _KEPT.passes = ref(c), c._version, stream, {}
     found = _KEPT.passes.get(T)
     if found is None:
-        found = _KEPT.passes[T] = _made(c, T)
+        with plainly():
+            found = _KEPT.passes[T] = _made(c, T)
     return found
 
 

@@ -32,6 +32,7 @@ from torch.library import triton_op
 from adaptc.kernels._ahead import Ahead
 from adaptc.kernels._launch import INTERPRETED, check, check_floats, on_device_of, runs_kernels, wrap_triton
 from adaptc.kernels._tile import NAMES, TYPES, low_rank_tile, tile_of
+from adaptc.op_rules import plain_in_transforms
 
 # A kernel sees only constants of its own module.
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -258,6 +259,10 @@ def reference_lora_down(x: Tensor, A: Tensor, scale: Tensor | None = None) -> Te
 
 def reference_lora_up_add(y: Tensor, h: Tensor, B: Tensor, scale: Tensor) -> Tensor:
     return (y + scale * product(h, B)).to(y.dtype).contiguous()
+
+
+plain_in_transforms("lora_down", reference_lora_down, constant=(2,))
+plain_in_transforms("lora_up_add", reference_lora_up_add, constant=(3,))
 
 
 def _ahead_down(base: str, adapter: str, rank: int, of_gradient: bool) -> Ahead:

@@ -47,6 +47,7 @@ from adaptc.kernels.lora_epilogue import (
     product,
     reference_lora_down,
 )
+from adaptc.op_rules import plain_in_transforms
 
 #: rows up to which one kernel does it all: the least that matrix instructions take
 FEW_ROWS = 16
@@ -202,6 +203,9 @@ _lora_linear_op.register_autograd(_backward, setup_context=_save)
 def reference_lora_linear(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
     y = product(x, W) + scale * product(reference_lora_down(x, A), B)
     return (y if bias is None else y + bias).to(W.dtype)
+
+
+plain_in_transforms("lora_linear", reference_lora_linear, constant=(5,))
 
 
 def _ahead(base: str, adapter: str, n_cols: int, rank: int) -> Ahead:

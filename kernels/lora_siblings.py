@@ -30,6 +30,7 @@ from adaptc.kernels._ahead import Ahead
 from adaptc.kernels._launch import check, check_floats, on_device_of, runs_kernels, wrap_triton
 from adaptc.kernels._tile import NAMES, TYPES, low_rank_tile
 from adaptc.kernels.lora_epilogue import UP_BLOCK_N, empty, lora_down, new_like, product, up_blocks
+from adaptc.op_rules import plain_in_transforms
 
 #: what a row of a table says about a block of columns of y, in this order: its first column, how many it has, where it
 #: begins within the layer, the layer's width, first column of h, rank and beginning in B, and which layer it is
@@ -122,10 +123,15 @@ def sibling_table(widths: Sequence[int], ranks: Sequence[int], device: torch.dev
     return torch.tensor(rows, dtype=torch.int64, device=device).reshape(-1, FIELDS)
 
 
-@custom_op("adaptc::sibling_table", mutates_args=())
-def _table_op(matrices: Sequence[Tensor]) -> Tensor:
+def table_of(matrices: Sequence[Tensor]) -> Tensor:
+    """:func:`sibling_table` of these up projections, each (width, rank)."""
     widths, ranks = zip(*(B.shape for B in matrices), strict=True)
     return sibling_table(widths, ranks, matrices[0].device)
+
+
+@custom_op("adaptc::sibling_table", mutates_args=())
+def _table_op(matrices: Sequence[Tensor]) -> Tensor:
+    return table_of(matrices)
 
 
 @_table_op.register_fake
@@ -202,6 +208,8 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 
 
 lora_up_add_siblings.register_autograd(_backward, setup_context=_save)
+plain_in_transforms("lora_up_add_siblings", reference_lora_up_add_siblings, constant=(4,))
+plain_in_transforms("sibling_table", table_of)
 
 
 def _ahead(base: str, adapter: str, aligned: bool) -> Ahead:

@@ -26,6 +26,7 @@ from torch.library import triton_op
 from adaptc.kernels._ahead import Ahead
 from adaptc.kernels._launch import as_scale, check, on_device_of, runs_kernels, wrap_triton
 from adaptc.kernels._tile import TYPES, ahead, blocks, check_factors, low_rank_tile, tile_of, tiles
+from adaptc.op_rules import refused_in_transforms
 
 
 @triton.jit
@@ -122,6 +123,10 @@ def _(W: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> None:
 @_merge_saving_op.register_fake
 def _(W: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
     return _new_saved(W)
+
+
+for _name in ("merge_", "merge_saving_"):
+    refused_in_transforms(_name, "it writes to a weight in place. Merge outside, or compute W + scale * (B @ A)")
 
 
 @torch.no_grad()

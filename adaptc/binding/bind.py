@@ -94,7 +94,7 @@ def bind(
     builder.identities({a.id: method for a, method, _ in present})
     for key in list(left):
         twin = second_name(spec, key)
-        if twin is not None and twin in tensors and not torch.equal(tensors[key], tensors[twin]):
+        if twin is not None and twin in tensors and not _alike(tensors[key], tensors[twin]):
             raise CheckpointError(f"{source}: {key!r} and {twin!r} are one tensor in the model, and differ in the file")
         if twin in tensors or builder.beside(key, tensors[key], source):
             del left[key]
@@ -105,6 +105,14 @@ def bind(
             f"{source} holds no tensor for any site of the program, so it would do nothing; unload() gives the base"
         )
     return builder.done(source)
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of a file have the same values, in whatever types: of float8 and another one there is no
+    common type."""
+    if one.dtype != other.dtype:
+        one, other = (t.double() if t.is_floating_point() else t for t in (one, other))
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _completed(config: AdapterConfig, spec: BindingSpec, source: str) -> AdapterConfig:

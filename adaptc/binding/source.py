@@ -40,6 +40,7 @@ from adaptc.peft_files.given import given, is_state_dict
 from adaptc.peft_files.raw import RawFile, rename
 from adaptc.peft_files.safe_io import read_json_object
 from adaptc.peft_files.snapshot import Opened, Unsettled
+from adaptc.torch_modes import plainly
 from adaptc.value_types import checked
 
 
@@ -182,6 +183,7 @@ class Reading:
 
 @checked("adapter_name", "key_mapping", "component")
 @limited()
+@plainly()
 def as_binding(
     target: Bindable,
     adapter: Any,

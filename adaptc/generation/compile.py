@@ -16,6 +16,7 @@ from torch import nn
 from adaptc.binding.combine import named
 from adaptc.capture.example_inputs import is_pretrained_model
 from adaptc.capture.quantised import check_not_quantised
+from adaptc.capture.where_made import where_made
 from adaptc.errors import CaptureError, ConfigError, shown
 from adaptc.generation.acting import coefficients_of, refuse_acting
 from adaptc.generation.captured_step import captured_step
@@ -87,6 +88,7 @@ def compile_for_generation(
 
 
 @exclusive
+@where_made
 def _compiled(
     model: Any, adapter: Any, options: RunOptions, *, max_batch: int, max_length: int | None, **how: Any
 ) -> Generator:

@@ -27,6 +27,7 @@ from adaptc.passes.ir.program_method import OPENINGS, ProgramMethod
 from adaptc.program.assigned import Assignment
 from adaptc.program.bound import program_of
 from adaptc.program.core import ProgramCore
+from adaptc.torch_modes import plainly
 
 #: binding -> the writes to all that was read, and what followed from it
 _KNOWN: WeakKeyDictionary[Any, tuple[Any, Opening]] = WeakKeyDictionary()
@@ -109,7 +110,8 @@ def _of_one(
         return _opened(fronts, step, facts, device, own)
     known, program = _KNOWN.get(binding), program_of(runs)
     if known is None or known[0] != _writes(program, binding):
-        made = _opened(fronts, step, facts, device, own)
+        with plainly():
+            made = _opened(fronts, step, facts, device, own)
         # What runs for the first time may lay weights out in another way, which is no write to them.
         known = _KNOWN[binding] = _writes(program, binding), made
     return known[1]

@@ -19,14 +19,16 @@ from adaptc.errors import ConfigError
 from adaptc.methods._checks import check_integers, check_matrix
 from adaptc.passes.ir.method import Initial, Method, Slot, Slots
 from adaptc.passes.ir.ops import Op
+from adaptc.torch_modes import plainly
 
 
 @lru_cache(maxsize=64)
 def _drawn(total: int, seed: int | None, count: int) -> Tensor:
-    generator = torch.Generator()
-    if seed is not None:
-        generator.manual_seed(seed)
-    return torch.randperm(total, generator=generator)[:count].clone()
+    with plainly():
+        generator = torch.Generator()
+        if seed is not None:
+            generator.manual_seed(seed)
+        return torch.randperm(total, generator=generator)[:count].clone()
 
 
 def drawn(total: int, seed: int | None, count: int) -> Tensor:

@@ -24,6 +24,7 @@ from adaptc.methods._checks import adapter_input, check_integers, check_matrix, 
 from adaptc.methods._config import TargetedConfig
 from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots
 from adaptc.passes.ir.ops import Op, cast
+from adaptc.torch_modes import plainly
 
 
 @dataclass
@@ -72,7 +73,7 @@ def bases(key: int, r: int, small: int, large: int, sparsity: str, dtype: torch.
     """A (r, 1, small) and B (large, n, r) as PEFT draws them, with standard deviation one, on the CPU; to be copied,
     never written to. ``dtype``: what dense ones are drawn in. Raises ConfigError for one without spread."""
     n = -(-small // r)
-    with torch.inference_mode(False), torch.no_grad():
+    with plainly(), torch.no_grad():
         generator = torch.Generator(device="cpu").manual_seed(key)
         if sparsity:
             keep = 1 / (2 * (sqrt(small) if sparsity == "very_sparse" else 3))

@@ -20,6 +20,7 @@ from adaptc.methods._checks import adapter_input, check_integers, check_matrix, 
 from adaptc.methods._config import TargetedConfig
 from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots
 from adaptc.passes.ir.ops import Op, cast
+from adaptc.torch_modes import plainly
 
 
 @dataclass
@@ -57,7 +58,7 @@ class VeraConfig(TargetedConfig):
 @lru_cache(maxsize=4)
 def projections(key: int, r: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
     """A (r, inputs) and B (outputs, r) as PEFT draws them, float32 on the CPU; to be copied, never written to."""
-    with torch.inference_mode(False), torch.no_grad():
+    with plainly(), torch.no_grad():
         generator = torch.Generator(device="cpu").manual_seed(key)
         shapes = ((r, inputs), (outputs, r))
         a, b = (torch.empty(s, dtype=torch.float32, device="cpu") for s in shapes)

@@ -19,7 +19,7 @@ from adaptc.packages.manifest import Input
 from adaptc.passes.ir.trees import pytree
 from adaptc.pt2_files.containers import check_registered, read_tree
 from adaptc.pt2_files.refusal import Refused, shown_path
-from adaptc.runtime.bounds import check_bounds
+from adaptc.runtime.bounds import check_bounds, check_followed
 from adaptc.runtime.call_inputs import Inputs
 from adaptc.runtime.layouts import laid, write_back
 
@@ -53,6 +53,7 @@ class Code:
     def run(self, adapter: Fitted | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The outputs with an adapter of the package."""
         flat = self.inputs(args, kwargs)
+        check_followed(self.inputs.expected, flat, "A package has none: make it of the program anew, with adaptc.load")
         given = [(v, i) for v, i in zip(flat, self._inputs, strict=True) if i.tensor is not None]
         for value, want in given:
             if want.bounds is not None:

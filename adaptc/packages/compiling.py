@@ -22,7 +22,7 @@ import torch
 from torch.export import ExportedProgram
 
 from adaptc.errors import BackendError
-from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.passes.ir.exclusive import on_graphs
 from adaptc.peft_files.torch_writer import writing
 
 OPTIONS: Mapping[str, Any] = {
@@ -58,7 +58,7 @@ def compiled(
 
     files: dict[str, Any] = {}
     try:
-        with GRAPHS, torch.no_grad():
+        with on_graphs(), torch.no_grad():
             for name, program in models.items():
                 args, kwargs = program.example_inputs  # type: ignore[misc]  # checked by the caller
                 module, folder = program.module(check_guards=False), code / name

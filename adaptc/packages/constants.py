@@ -21,6 +21,7 @@ from torch import Tensor
 from adaptc.binding.binding import Binding
 from adaptc.errors import BackendError
 from adaptc.passes.ir.locks import free_in_children
+from adaptc.torch_modes import outside_transforms, plainly
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,11 +57,12 @@ class Constants:
 
     def run(self, fitted: Fitted | None, inputs: list[Tensor]) -> list[Tensor]:
         """The outputs of the code with these values; ``inputs`` is emptied. None: it has none to fill."""
-        with self._lock, torch.no_grad():
+        with self._lock, outside_transforms(), torch.no_grad():
             self._wait()
             if fitted is not self._held and fitted is not None:
                 self._held = None  # until all is copied: what is interrupted is copied anew
-                self._fill(fitted.constants)
+                with plainly():
+                    self._fill(fitted.constants)
                 self._held = fitted
             out = self._loader.boxed_run(inputs)
             self._note()
@@ -68,7 +70,7 @@ class Constants:
 
     def write(self, place: int, values: Mapping[str, Tensor]) -> None:
         """Put the values of one adapter at its place in those of all, of a bank. No call sees a part of it."""
-        with self._lock, torch.no_grad():
+        with self._lock, plainly(), torch.no_grad():
             self._wait()
             if not self._buffers and self._held is not None:
                 self._fill(self._held.constants)

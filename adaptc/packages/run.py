@@ -35,7 +35,7 @@ from adaptc.packages.constants import Fitted
 from adaptc.packages.fit import Fit
 from adaptc.packages.manifest import WHOLE, Contents, PartOf
 from adaptc.packages.scale import scaled
-from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.passes.ir.exclusive import on_graphs
 from adaptc.passes.ir.locks import free_in_children
 from adaptc.passes.ir.trees import pytree
 from adaptc.patterns import limited
@@ -48,6 +48,7 @@ from adaptc.program.views import SCALE
 from adaptc.reports.results import SwapReport
 from adaptc.runtime.held_values import Held
 from adaptc.runtime.options import check_limit
+from adaptc.torch_modes import plainly
 from adaptc.value_types import checked
 
 
@@ -165,7 +166,7 @@ class PackagedProgram:
         from torch.export.pt2_archive._package import load_pt2
 
         try:
-            with GRAPHS, tempfile.TemporaryDirectory() as folder:
+            with on_graphs(), tempfile.TemporaryDirectory() as folder:
                 # torch takes a name of UTF-8 alone, which a folder above the file may not have.
                 link = Path(folder, "package.pt2")
                 link.symlink_to(self.path.absolute())
@@ -214,12 +215,13 @@ class PackagedProgram:
         return partial(_run, self, None) if now is None else BoundPackage(self, now)
 
     def _scaled(self, scale: Any) -> Fitted | None:
-        return self._now if scale is None else scaled(self.spec(), self._adapted(), scale)
+        with plainly():
+            return self._now if scale is None else scaled(self.spec(), self._adapted(), scale)
 
     def set_scale(self, scale: float, adapter: str | None = None, modules: str | Iterable[str] | None = None) -> None:
         """Multiply the scale that the current adapter was made with, as :meth:`AdaptedProgram.set_scale` does, whose
         options and errors it has."""
-        with self._setting:
+        with self._setting, plainly():
             self._now = scaled(self.spec(), self._adapted(), scale, adapter, modules)
 
     def run(self, adapter: Fitted | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -329,6 +331,7 @@ class PackagedProgram:
             code.constants.write(place, values)
 
     @limited()
+    @plainly()
     def _fitted(
         self,
         adapter: Any,

@@ -24,6 +24,7 @@ from adaptc.packages.manifest import WHOLE, Contents, Input, Manifest, PartOf, R
 from adaptc.packages.run import PackagedProgram
 from adaptc.packages.slot_table import ENTRY, slot_table
 from adaptc.packages.unread import take_out, unread
+from adaptc.packages.zero_sizes import not_zero
 from adaptc.passes.adapt.respecialize import Respecialize
 from adaptc.passes.analysis.index_bounds import index_bounds
 from adaptc.passes.ir.attachment import Attachment
@@ -168,6 +169,7 @@ class Packer:
         ranges = {s: (low, high - longer.get(s, 0)) for s, (low, high) in inputs.ranges.items()}
         frozen, chosen = self._frozen()
         flat = bounded(flat, frozen)
+        guards += not_zero(frozen, inputs)
         manifest = Manifest(self.device(), header, flat, ranges, sites, self.rooms, bases, guards, chosen.data())
         return frozen, manifest, self.tensors
 
@@ -297,7 +299,8 @@ def _part(model: ExportedProgram, whole: Manifest, outputs: Sequence[str]) -> Pa
     inputs, known = Inputs.of(model, {}), {i.name: i for i in whole.inputs}
     # As the whole has them: the adapter's own tokens are in the sizes, and not in what a caller gives.
     ranges = {size: whole.ranges.get(size, limits) for size, limits in inputs.ranges.items()}
-    return PartOf([known[name] for name in inputs.names], ranges, list(inputs.guards), list(outputs))
+    guards = [*inputs.guards, *not_zero(model, inputs)]
+    return PartOf([known[name] for name in inputs.names], ranges, guards, list(outputs))
 
 
 def _seen_from(model: ExportedProgram, name: str, manifest: Manifest) -> Manifest:

@@ -15,6 +15,7 @@ from torch.nn import Parameter
 
 from adaptc.errors import CheckpointError
 from adaptc.peft_files.directory import bare_key
+from adaptc.torch_modes import transformed
 
 _EXPECTED = "expected a dense torch.Tensor that holds its values"
 
@@ -52,6 +53,11 @@ def _fault(value: Any) -> str:
         )
     if type(value) not in (Tensor, Parameter):
         return f"a {type(value).__name__}, whose values only its own class knows; give it as a plain tensor"
+    if transformed(value):
+        return (
+            "a tensor that a transform of torch.func, or a forward-mode derivative, follows and that ends with it "
+            "(torch.func.functional_call(prog.module(), parameters, inputs) is a call by such tensors)"
+        )
     if value.is_meta:
         return "a tensor on the device meta, which has no values"
     if value.is_quantized:

@@ -16,12 +16,13 @@ from torch.export import ExportedProgram
 from adaptc.binding.source import as_binding
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.passes.analysis.graph_view import graph_view
-from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.passes.ir.exclusive import on_graphs
 from adaptc.passes.ir.forgetting import forget_code
 from adaptc.passes.ir.lifted import Lifted, lifted_names
 from adaptc.passes.ir.module_paths import owners_of
 from adaptc.passes.ir.pass_infra import Trail
 from adaptc.passes.lower.choose_products import Products
+from adaptc.passes.optimize.bind_calls import BindSizes
 from adaptc.passes.train.backbone import cut_at_head
 from adaptc.passes.train.fuse_training import fuse_training
 from adaptc.program.bank import Bank
@@ -96,7 +97,7 @@ class AdaptedProgram(Strengths):
         ``site``: the parameter of one, or its module; then it is only what stands there. Raises ConfigError where
         there is no such site.
         """
-        with GRAPHS:
+        with on_graphs():
             still = self.snapshot()
             return graph_view(still.graph_module, lifted_names(still.graph_signature), sites_at(still, site))
 
@@ -268,7 +269,7 @@ class AdaptedProgram(Strengths):
         With ``check_guards=False``, as torch's compilers ask, it is the plain ``fx.GraphModule`` that they work on, and
         else a :class:`ProgramModule`.
         """
-        with GRAPHS:
+        with on_graphs():
             still = self.snapshot()
             if not check_guards:
                 return ModuleOf(False, logits).graph(still)
@@ -283,7 +284,7 @@ class AdaptedProgram(Strengths):
 
     def run_decompositions(self, *args: Any, **kwargs: Any) -> ExportedProgram:
         """As torch's: a plain program in other operators."""
-        with GRAPHS:
+        with on_graphs():
             return Lifted(self.snapshot()).finish().run_decompositions(*args, **kwargs)
 
 
@@ -315,5 +316,8 @@ class ModuleOf:
         chosen = (choose, choose_for_gradient) if fuse and self.check_guards and wanted() else None
         result = fuse_training(graph, fuse=fuse, logits=logits, choose=chosen)
         found = {} if chosen is None else result.data[-1]
+        if self.check_guards:  # a compiler's graph stays in operators
+            BindSizes()(graph.graph)
+            graph.recompile()
         graph.meta[PRODUCTS] = tuple(Products(choices, what) for what, choices in found.items())
         return graph

@@ -25,6 +25,7 @@ from adaptc.rows.assignment import Mixes, coefficients, used
 from adaptc.rows.code import KEYWORD, RowsSource
 from adaptc.runtime.executor import Executor
 from adaptc.runtime.outside_compilers import outside
+from adaptc.torch_modes import plainly
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +153,8 @@ class Assigned(Assignment):
     def _for(self, stack: Stack, rows: int) -> Tensor:
         found = self._coefficients.get(rows)
         if found is None:
-            found = coefficients(repeated(self.mixes, rows), stack.names, stack.count, self.device)
+            with plainly():
+                found = coefficients(repeated(self.mixes, rows), stack.names, stack.count, self.device)
             self._coefficients = {rows: found}
         return found
 

@@ -16,6 +16,7 @@ import copy
 import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
@@ -45,11 +46,14 @@ from adaptc.runtime.gpu_variants import check_triton, runs_on_gpu
 from adaptc.runtime.outside_compilers import outside
 from adaptc.runtime.state import own_copies
 from adaptc.tables import size
+from adaptc.torch_modes import plainly
+
 
 
 class Bank:
     """Made by ``AdaptedProgram.bank``. Iterating gives the names, in the order of their last use."""
 
+    @plainly()
     def __init__(
         self,
         program: ProgramCore,
@@ -268,7 +272,9 @@ class Bank:
 
     def _stacked(self, names: tuple[str, ...], members: tuple[Binding, ...], count: int) -> Stack:
         source, like = self.bare, members or (self._program.binding,)
-        return Stack(names, members, count, stacked(like, source.attachments, source.ops, count, self.grouped))
+        # What trains is followed by whatever the call is in, and kept by nobody.
+        with nullcontext() if source.training else plainly():
+            return Stack(names, members, count, stacked(like, source.attachments, source.ops, count, self.grouped))
 
     def empty_stack(self, count: int) -> Stack:
         """One with so many places that has no adapter of the bank."""

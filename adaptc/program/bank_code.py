@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.passes.ir.exclusive import on_graphs
 from adaptc.program.assigned import Stack
 from adaptc.rows.code import RowsSource
 from adaptc.rows.limits import Limits
@@ -49,7 +49,7 @@ class BankCode:
         """Whether it is the same for all numbers of adapters."""
         found = self._any_number
         if found is None:
-            with GRAPHS:
+            with on_graphs():
                 found = not self.compiles and all(s.any_number(self.grouped) for s in self.sources.values())
                 self._any_number = found
         return found
@@ -72,7 +72,7 @@ class BankCode:
         key = part, None if free else stack.count, long
         code = self._made.get(key)
         if code is None:
-            with GRAPHS:
+            with on_graphs():
                 code = self._made.get(key)
                 if code is None:
                     code = source.code(stack.binding, stack.count, self._options, long, self.grouped, free)

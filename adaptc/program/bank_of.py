@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 from adaptc.errors import ConfigError, did_you_mean, listing
 from adaptc.passes.adapt.unload import Unload
-from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.passes.ir.exclusive import on_graphs
 from adaptc.passes.ir.program_method import BEGINS
 from adaptc.passes.ir.regions import region_tag
 from adaptc.program.core import ProgramCore
@@ -44,7 +44,7 @@ def bare_of(program: ProgramCore) -> Bare:
             f"the program has adapters that act together ({listing(map(repr, parts))}), which no row has apart: "
             "compile it for [one, another], and give rows a mix"
         )
-    with GRAPHS:
+    with on_graphs():
         if a.training:
             bare: ExportedProgram = Unload({k: program.base_tensors[k] for k in program.originals})(program).output
         else:

@@ -21,6 +21,7 @@ from adaptc.binding.foreign import components_of
 from adaptc.binding.source import as_adapter, as_config, fitted
 from adaptc.capture.capture import Captured, capture
 from adaptc.capture.replicate_layers import replicate_layers
+from adaptc.capture.where_made import where_made
 from adaptc.errors import ConfigError, Tell, refuse_entry, shown, warn_of_entry
 from adaptc.methods import (
     AdapterConfig,
@@ -106,6 +107,7 @@ class Planned:
 
 @limited()
 @exclusive
+@where_made
 def planned(
     model: Any,
     config: Any,
@@ -154,6 +156,7 @@ def planned(
 
 
 @exclusive
+@where_made
 def compiled(
     model: Any, config: Any, options: RunOptions, *, generator: torch.Generator | None = None, **planning: Any
 ) -> AdaptedProgram:

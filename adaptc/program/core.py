@@ -30,7 +30,7 @@ from adaptc.binding.recipes import Recipes
 from adaptc.errors import AdaptcError, SwapError
 from adaptc.passes.adapt.move import Move, usable
 from adaptc.passes.adapt.respecialize import Respecialize
-from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.passes.ir.exclusive import on_graphs
 from adaptc.passes.ir.forgetting import forget_code
 from adaptc.passes.ir.lifted import Lifted, copy_graph
 from adaptc.passes.ir.regions import set_header, site_op
@@ -43,6 +43,7 @@ from adaptc.program.views import MOST, SCALE, as_seen, key_of, view_of
 from adaptc.runtime.executor import Arguments, Executor
 from adaptc.runtime.options import RunOptions
 from adaptc.runtime.outside_compilers import outside
+from adaptc.torch_modes import plainly
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +150,7 @@ class ProgramCore(ProgramValues):
         target = usable(device)
         if target == self.device:
             return self
-        with GRAPHS:
+        with on_graphs():
             still = self.snapshot()
             moved = Move(target)(still).program
             return still.like(moved, lambda t: t.to(target), lambda b: b.to(target))
@@ -174,7 +175,7 @@ class ProgramCore(ProgramValues):
         return self.snapshot()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        with GRAPHS:
+        with on_graphs():
             still = self.snapshot()
             lifted = Lifted(still)
             clone_tensors(lifted, memo)
@@ -251,7 +252,8 @@ class ProgramCore(ProgramValues):
             raise SwapError(f"{SCALE}={scale!r}: the program has no adapter; it was merged or unloaded")
         found = now.others.get(key)
         if found is None:
-            found = as_seen(self.spec(), now.binding, view_of(self), scale)
+            with plainly():
+                found = as_seen(self.spec(), now.binding, view_of(self), scale)
             with self._run.lock:
                 while len(now.others) >= MOST:
                     now.others.pop(next(iter(now.others)))
@@ -260,7 +262,7 @@ class ProgramCore(ProgramValues):
         return replace(now, binding=found, arguments=now.executor.arguments(found))
 
     def _code(self, options: RunOptions) -> Executor:
-        with GRAPHS:
+        with on_graphs():
             now = self._run.now
             if now.executor is not None and now.options is options:  # another thread was first
                 return now.executor
@@ -314,7 +316,7 @@ class ProgramCore(ProgramValues):
     def remembered_base(self, make: Callable[[], Any]) -> Any:
         """The program without adapters: the one made before, or one made now."""
         while (now := self._run.now).base is None:
-            with GRAPHS:
+            with on_graphs():
                 made = self._run.now.base or make()
             with self._run.lock:
                 if self._run.now.options is now.options:
@@ -327,7 +329,7 @@ class ProgramCore(ProgramValues):
         found, binding = run.exported, run.now.binding
         if binding is None or found.shows(binding):
             return found
-        with GRAPHS:
+        with on_graphs():
             found, binding = run.exported, run.now.binding
             if binding is not None and not found.shows(binding):
                 found = self._follow(found, binding)

@@ -17,7 +17,7 @@ from adaptc.errors import AdaptcError
 from adaptc.passes.analysis.attention_places import find_attentions, keys_and_values
 from adaptc.passes.analysis.token_places import PER_TOKEN, Lookup, lookups
 from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.passes.ir.exclusive import on_graphs
 from adaptc.passes.ir.lifted import Lifted, lifted_names, user_inputs
 from adaptc.passes.ir.part import cut_to
 from adaptc.program.adapted import AdaptedProgram
@@ -32,7 +32,7 @@ def keys_of_text(program: AdaptedProgram, a: Attachment, ids: Tensor) -> list[Te
     nothing is known for a text; MergeError where its base is not known.
     """
     base = program.base
-    with GRAPHS:
+    with on_graphs():
         opened = Lifted(base.snapshot())
         weight = opened.placeholders[a.fqn]
         lookup = next(x for x in lookups(opened) if weight in x.node.all_input_nodes)

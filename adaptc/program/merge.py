@@ -19,7 +19,7 @@ from torch import Tensor
 
 from adaptc.errors import MergeError
 from adaptc.passes.adapt.merge import Merge, SiteMerge
-from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.passes.ir.exclusive import on_graphs
 from adaptc.passes.ir.pass_infra import Pass, PassManager
 from adaptc.passes.train.set_mode import SetMode
 from adaptc.program.core import Origin, ProgramCore
@@ -61,7 +61,7 @@ def merged(
 ) -> tuple[P, Sequence[SiteMerge]]:
     """The merged program, and a row per weight for the report; see ``adaptc.merge``. ``progress`` wraps the sequence of
     weights. Raises MergeError, with ``program`` unchanged."""
-    with GRAPHS:
+    with on_graphs():
         if keep_base:
             still = program.snapshot()
             return _merged(still, Origin(program, still.binding), None, safe, progress)

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from adaptc.binding.binding import Binding
-from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.passes.ir.exclusive import on_graphs
 from adaptc.passes.ir.forgetting import forget_code
 from adaptc.passes.ir.part import part_of
 from adaptc.passes.ir.regions import node_tag
@@ -84,7 +84,7 @@ def _executor(runs: ProgramCore, anchor: Executor, outputs: tuple[str, ...]) -> 
     known = runs.memory.parts.setdefault(anchor, {})
     made = known.get(outputs)
     if made is None:
-        with GRAPHS:
+        with on_graphs():
             made = known.get(outputs)
             if made is None:
                 made = known[outputs] = _made(runs, anchor, outputs)

@@ -32,7 +32,7 @@ from torch import Tensor, fx, nn
 from adaptc.binding.bind import file_tensors
 from adaptc.binding.binding import Binding
 from adaptc.binding.source import as_binding
-from adaptc.errors import AdaptcError
+from adaptc.errors import AdaptcError, CheckpointError, did_you_mean
 from adaptc.passes.lower.choose_products import Products
 from adaptc.passes.train.checkpoint import checkpoint, set_checkpointing
 from adaptc.passes.train.set_mode import set_mode
@@ -134,24 +134,17 @@ class ProgramModule(nn.Module):
         try:
             return self.inputs.calls.as_asked(self.graph_module(*args, **kwargs), *asked)
         except ZeroDivisionError as error:
-            raise AdaptcError(self._why_zero(args, kwargs)) from error
+            why = self.inputs.why_zero(self.inputs(args, kwargs), error)
+            raise AdaptcError(why or "the model divides by a number that is zero for these inputs") from error
         except (IndexError, RuntimeError) as error:
+            if why := self.inputs.why_zero(self.inputs(args, kwargs), error):
+                raise AdaptcError(why) from error
             if wrong := self.why_wrong(args, kwargs):
                 raise AdaptcError(wrong) from error
             raise
 
     def _device(self) -> torch.device | None:
         return next((t.device for t in self.parameters()), None)
-
-    def _why_zero(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        """What a division by zero in a call is about: the model's, or one of a condition on sizes."""
-        given = zip(self.inputs.expected, self.inputs(args, kwargs), strict=True)
-        empty = [f"{n!r} has shape {tuple(t.shape)}" for (n, _), t in given if isinstance(t, Tensor) and not t.numel()]
-        if not empty:
-            return "the model divides by a number that is zero for these inputs"
-        return (
-            f"the model, or its capture, divides by a size that is zero here: {', '.join(empty)}; leave such calls out"
-        )
 
     def why_wrong(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         """What may be wrong with a call that a layer refused, as far as one can tell."""
@@ -304,6 +297,32 @@ class ProgramModule(nn.Module):
         """Has PEFT's keys as attributes."""
         return AnyKey()
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's. Raises CheckpointError or SwapError for what does not fit; then nothing is loaded."""
+        own, current = self.tensors(), self.program.current
+        kind = "" if current is None else current.config.peft_type
+        if strict and current is not None and not any(bare_key(k, kind) is not None for k in state_dict.keys() - own):
+            missing = [k for k in self.state_dict(base=True) if k in current.values and k not in state_dict]
+            if missing:
+                raise CheckpointError(
+                    f"state dict: {missing[0]!r} is missing, and the keys of the adapter as PEFT has them are, too"
+                )
+        for key, value in state_dict.items():
+            if key not in own and strict and (current is None or bare_key(key, kind) is None):
+                near = did_you_mean(key, [*own, *self.adapter_state()])
+                raise CheckpointError(
+                    f"state dict: {key!r} is no tensor of the module{near}; drop it, or load with strict=False"
+                )
+            if isinstance(value, Tensor) and key in own and value.shape != own[key].shape:
+                raise CheckpointError(
+                    f"state dict: {key!r} has shape {tuple(value.shape)}, and the module has it as "
+                    f"{tuple(own[key].shape)}: the state is of another model, or of an adapter of another rank"
+                )
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            raise CheckpointError(f"the module does not take this state dict: {error}") from error
+
     def __deepcopy__(self, memo: dict[int, Any]) -> ProgramModule:
         program = copy.deepcopy(self.program, memo)
         return self.like_this(self.making(program, program))
@@ -363,6 +382,12 @@ def _take_adapter(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> N
     if not adapter:
         return
     values = as_binding(program, {k: whole(t) for k, t in adapter.items()}, own=False).values
+    for fqn, t in values.items():
+        if t.shape != own[fqn].shape:
+            raise CheckpointError(
+                f"state dict: {fqn!r} would have shape {tuple(t.shape)}, and the module has it as "
+                f"{tuple(own[fqn].shape)}: an adapter of another rank is for prog.swap(), and a module made after it"
+            )
     for key in adapter:
         del state[prefix + key]
     state.update({prefix + fqn: as_held(t, own[fqn]) for fqn, t in values.items()})

@@ -15,7 +15,7 @@ from torch import fx
 
 from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError
-from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.passes.ir.exclusive import on_graphs
 from adaptc.passes.ir.locks import free_in_children
 from adaptc.program.views import SCALE, views
 from adaptc.runtime.executor import Arguments, Executor
@@ -115,7 +115,7 @@ class RunState:
 
     def code(self, options: RunOptions, make: Callable[[], Executor]) -> Executor:
         """The code for calls with other options than the program's, shared by all who are bound to it."""
-        with GRAPHS:
+        with on_graphs():
             made = self.codes.get(options)
             if made is None:
                 made = self.codes[options] = make()

@@ -15,7 +15,7 @@ from adaptc.errors import ConfigError, listing
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.coefficients import Coefficient
 from adaptc.passes.ir.effects import sweep
-from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.passes.ir.exclusive import on_graphs
 from adaptc.passes.ir.lifted import copy_graph
 from adaptc.passes.ir.regions import COEFFICIENT, FIRST_PASS, node_tag
 from adaptc.program.bound import Bound
@@ -37,7 +37,7 @@ def scalings_of(program: ProgramCore | Bound, *args: Any, adapter_name: str | No
     a, name, c = _chosen(executor.attachments, binding.values, adapter_name)
     arguments = executor.own_arguments(binding, state)
     flat = executor.inputs(args, inputs, arguments.longer)
-    with GRAPHS:
+    with on_graphs():
         part = _up_to_first_pass(executor.module, a.reads[name])
     slots = [binding.values[a.slots[s]].detach() for s in c.slots]
     with torch.no_grad():

@@ -16,6 +16,7 @@ from adaptc.binding.strength import activated, factor_of, multiplied, scaled, wi
 from adaptc.program.add import Compiling, added
 from adaptc.program.core import ProgramCore
 from adaptc.program.views import seen
+from adaptc.torch_modes import plainly
 
 
 class Strengths(ProgramCore):
@@ -92,11 +93,13 @@ class Strengths(ProgramCore):
         whatever ``adaptc.compile`` raises.
         """
         assert self.compiling is not None
-        return added(self, name, adapter, recompile, self.compiling)
+        with plainly():
+            return added(self, name, adapter, recompile, self.compiling)
 
     def _set(self, change: Callable[[BindingSpec, Binding], Binding]) -> None:
         """Again, of the binding that is current then, where another thread was first."""
         old, new = None, None
         while old is None or new is None or not self.exchange(old, new):
             old = self.binding
-            new = self.recipes.note(change(self.spec(), old))
+            with plainly():
+                new = self.recipes.note(change(self.spec(), old))

@@ -24,7 +24,7 @@ from torch._export.serde.serialize import ExportedProgramDeserializer
 from torch.export import ExportedProgram
 
 from adaptc.errors import CheckpointError
-from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.passes.ir.exclusive import on_graphs
 from adaptc.pt2_files import operators, records
 from adaptc.pt2_files.archive import opened
 from adaptc.pt2_files.consistent import check_consistent
@@ -64,7 +64,7 @@ class SavedProgram:
             check_registered(set(self.types))
             for target, names in sorted(self.targets.items()):
                 operators.check_exists(target, names)
-            with GRAPHS:
+            with on_graphs():
                 with _at(records.SAMPLES):
                     samples = read_samples(self.samples)
                 return ExportedProgramDeserializer().deserialize(

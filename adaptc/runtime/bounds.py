@@ -1,14 +1,19 @@
-"""Numbers that name no row of a table, found before compiled code meets them: it would end the process.
+"""What compiled code must not be given, found before it meets it: it would end the process, or compute nonsense.
 
-Before: the values of a call's inputs. After: they are as they were, and each is within its bounds, or an error that
-says which is not. Values on another device than the processor are not waited for: there the code itself says it.
+Before: the values of a call's inputs. After: they are as they were, and numbers that name a row of a table are within
+its bounds, and nobody follows a derivative through them; or an error says which input is wrong. Values on another
+device than the processor are not waited for: there the code itself says it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
-from adaptc.errors import AdaptcError
+from adaptc.errors import AdaptcError, BackendError
+from adaptc.torch_modes import transformed
 
 
 def check_bounds(name: str, value: Tensor, bounds: tuple[int, int]) -> None:
@@ -24,3 +29,14 @@ def check_bounds(name: str, value: Tensor, bounds: tuple[int, int]) -> None:
         f"input {name!r} has {wrong}, and the model looks up a row from {max(low, 0)} to {high} with it: a token that "
         "the vocabulary lacks, a position beyond the last, or their like. Nothing was computed"
     )
+
+
+def check_followed(expected: Sequence[tuple[str, Any]], flat: Sequence[Any], way: str) -> None:
+    """Raises BackendError for an input that a transform of ``torch.func`` or a forward-mode derivative follows: code
+    that is compiled is not told. ``expected``: the names of the inputs, as ``Inputs`` has them; ``way``: what to do."""
+    for (name, _), value in zip(expected, flat, strict=True):
+        if transformed(value):
+            raise BackendError(
+                f"input {name!r} is followed by a transform of torch.func or a forward-mode derivative, and compiled "
+                f"code has no derivatives and no rule for vmap. {way}"
+            )

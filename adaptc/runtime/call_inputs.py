@@ -237,6 +237,29 @@ class Inputs:
         named = zip(flat, self.expected, strict=True)
         return listing(f"{name!r}: {tuple(v.shape)}" for v, (name, _) in named if isinstance(v, Tensor))
 
+    def empty(self, flat: Sequence[Any]) -> list[str]:
+        """The tensors of a call that have a size of zero, for messages."""
+        named = zip(flat, self.expected, strict=True)
+        return [f"{n!r} has shape {tuple(v.shape)}" for v, (n, _) in named if isinstance(v, Tensor) and not v.numel()]
+
+    def why_zero(self, flat: Sequence[Any], error: Exception) -> str:
+        """What is wrong with a call that failed with ``error``, where a size of zero is; '' where none is."""
+        if not (empty := self.empty(flat)):
+            return ""
+        divides = isinstance(error, ZeroDivisionError)
+        does = "divides by a size that is zero here" if divides else "does not compute with a size of zero"
+        return f"the model, or its capture, {does}: {', '.join(empty)}; leave such calls out"
+
+    def why_broken(self, flat: Sequence[Any], error: Exception) -> str:
+        """What is wrong with a call in which an assertion of the graph failed; '' for any other ``error``."""
+        if not str(error).startswith("Runtime assertion failed"):
+            return ""
+        first = str(error).splitlines()[0]
+        return (
+            f"these inputs break what the model, or its capture, holds them to: {first}. The shapes are "
+            f"{self.shapes(flat)}"
+        )
+
     def _check_conditions(self, flat: Sequence[Any], longer: Mapping[str, int]) -> None:
         shapes: list[Sequence[int]] = [v.shape if isinstance(v, Tensor) else () for v in flat]
         if longer:

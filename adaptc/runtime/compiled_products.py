@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from adaptc.op_rules import batched_by
 from adaptc.passes.ir.product import ALL_CLASSES, LINEAR, ONEDNN, product, takes
 from adaptc.passes.lower.choose_products import Choice
 from adaptc.runtime.product_table import choose, choose_for_all, spared
@@ -37,11 +38,16 @@ _library.define(
     "product_called(Tensor x, Tensor weight, Tensor? bias, str kind, int[] classes, int[] columns) -> Tensor"
 )
 _library.impl("product_called", product, "CPU")
+# Which looks for derivatives itself, so that nothing more is called where there are none.
+_library.impl("product_called", product, "AutogradCPU")
 
 
 @torch.library.register_fake("adaptc::product_called", lib=_library)
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, classes: list[int], columns: list[int]) -> Tensor:
     return F.linear(x, weight, bias)
+
+
+batched_by("product_called", lambda x, weight, bias, *_: F.linear(x, weight, bias))
 
 
 @cache

@@ -23,7 +23,7 @@ from adaptc.errors import AdaptcError
 from adaptc.passes.analysis.index_bounds import index_bounds
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.costs import example_sizes
-from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.passes.ir.exclusive import on_graphs
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.locks import free_in_children
 from adaptc.passes.ir.ops import Op
@@ -33,7 +33,7 @@ from adaptc.passes.ir.trees import pytree
 from adaptc.passes.lower.choose_products import Products
 from adaptc.passes.train.set_mode import set_mode
 from adaptc.runtime.adapter_speeds import adapter_speed
-from adaptc.runtime.bounds import check_bounds
+from adaptc.runtime.bounds import check_bounds, check_followed
 from adaptc.runtime.call_inputs import Inputs
 from adaptc.runtime.compiled_layouts import Layouts
 from adaptc.runtime.compiled_products import choose_compiled
@@ -47,6 +47,7 @@ from adaptc.runtime.product_table import choose, wanted
 from adaptc.runtime.state import own_copies, written_to
 from adaptc.runtime.variants import PLAIN, Fusion, GraphVariants, LiftedGraph, sizes_of
 from adaptc.runtime.weight_buffers import begin_reading, end_reading, pack, packable, packed
+from adaptc.torch_modes import outside_transforms, plainly
 
 
 class Executor:
@@ -190,7 +191,7 @@ class Executor:
             tensors = [self.base[m] for m in members]
             found = packed(tensors)
             if found is None:
-                with GRAPHS:  # whoever else reads weights for long holds it
+                with on_graphs():  # as who reads weights for long
                     found = pack(tensors)
             out.append(found)
         return out
@@ -254,35 +255,36 @@ class Executor:
         flat = self.inputs(args, kwargs, arguments.longer)
         for check in arguments.checks:
             check(flat)
+        if self.compiles:
+            check_followed(self.inputs.expected, flat, "Set prog.backend = 'eager' for it, or call prog.module()")
         for i, name, bounds in self._bounds:
             check_bounds(name, flat[i], bounds)
         outermost = begin_reading()
         try:
             return self.inputs.calls.as_asked(self._run(arguments, flat), args, kwargs)
-        except (RuntimeError, IndexError) as error:
+        except (RuntimeError, IndexError, ZeroDivisionError) as error:
+            if why := self.inputs.why_zero(flat, error):
+                raise AdaptcError(why) from error
             if arguments.longer and "index out of" in str(error):
                 raise out_of_rows(arguments.longer, self.inputs.shapes(flat)) from error
-            if not str(error).startswith("Runtime assertion failed"):
-                raise
-            first = str(error).splitlines()[0]
-            raise AdaptcError(
-                f"these inputs break what the model, or its capture, holds them to: {first}. The shapes are "
-                f"{self.inputs.shapes(flat)}"
-            ) from error
+            if why := self.inputs.why_broken(flat, error):
+                raise AdaptcError(why) from error
+            raise
         finally:
             if outermost:
                 end_reading()
 
     def _run(self, arguments: Arguments, flat: Sequence[Any]) -> Any:
-        if self.compiles:
+        # A size of zero may end a process in compiled code.
+        if self.compiles and not self.inputs.empty(flat):
             code, layouts = self._compiled or self.compile(), self._layouts
             assert layouts is not None
-            with torch.no_grad():
+            with outside_transforms(), torch.no_grad():
                 taken = layouts.users(flat)
                 out = code(*arguments.get(self.fixed_kind).values(), *taken)
                 layouts.write_back(flat, taken)
-        elif any(map(torch.is_autocast_enabled, self.variants.devices)):
-            # The caller has casts of its own on, which nothing was fused or held with.
+        elif self.compiles or any(map(torch.is_autocast_enabled, self.variants.devices)):
+            # The caller may have casts of its own on, with which nothing was fused.
             out = self.module.forward(*arguments.lifted, *flat)
         else:
             kind = PLAIN if arguments.moving else self.variants.kind(sizes_of(flat, self._where))
@@ -296,7 +298,7 @@ class Executor:
 
     def compile(self) -> Callable[..., Any]:
         """Compile now instead of at the first call."""
-        with GRAPHS:
+        with on_graphs():
             if self._compiled is None:
                 variant = self.variants.get(self.fixed_kind)
                 targets: dict[str, str | None] = {p.name: None for p in variant.packs}
@@ -342,7 +344,7 @@ class Arguments:
         if found is None:
             owner = self._owner()
             buffers = owner.buffers(kind, self._own)  # which may have to wait, and so holds no lock
-            with self._lock:
+            with self._lock, plainly():
                 found = self.prefixes.get(kind)
                 if found is None:
                     self._buffers[kind] = buffers

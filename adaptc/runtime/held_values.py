@@ -12,9 +12,8 @@ of every call.
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import astuple, dataclass
 from operator import attrgetter, methodcaller
 from typing import Any
@@ -23,11 +22,11 @@ import torch
 from torch import Tensor, fx
 
 from adaptc.passes.ir.locks import free_in_children
-from adaptc.passes.ir.modes import AUTOCAST_DEVICES
 from adaptc.passes.ir.pass_infra import Trail
 from adaptc.passes.ir.storage import memory_of
 from adaptc.passes.optimize.hoist import Hoist, Hoisting, Prologue
 from adaptc.tables import size
+from adaptc.torch_modes import plainly
 
 aten = torch.ops.aten
 
@@ -89,7 +88,7 @@ class Stage:
         self.count = len(prologue.outputs)
 
     def run(self, values: Sequence[Any]) -> tuple[Any, ...]:
-        with _plain():
+        with plainly(), torch.no_grad():  # what is kept must not depend on the call that happens to make it
             # Not the module itself: while any thread traces, torch.fx has what calls modules patched for all of them.
             return self.module.forward(*(values[i] for i in self.inputs))
 
@@ -225,7 +224,7 @@ class Prefix:
         """Lifted and hoisted inputs; what is stale is made anew, by one thread."""
         state = self.state
         if state is None or not state.fresh():
-            with self._lock:
+            with self._lock, plainly():
                 state = self.state
                 if state is None or not state.fresh():
                     state = self.state = self._make()
@@ -284,15 +283,3 @@ def _contiguous(graph: fx.Graph) -> None:
     with graph.inserting_before(output):
         results = [graph.call_function(aten.contiguous.default, (n,)) for n in output.args[0]]  # type: ignore[union-attr]
     output.args = (tuple(results),)
-
-
-@contextlib.contextmanager
-def _plain() -> Iterator[None]:
-    """Values that are kept must not depend on the state of the call that happens to make them."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        for device in AUTOCAST_DEVICES:
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield

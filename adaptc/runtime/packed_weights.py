@@ -23,6 +23,7 @@ from adaptc.passes.ir.product import fits, onednn, product
 from adaptc.passes.lower.choose_products import Choice, Products
 from adaptc.runtime.pack_times import PACKED, choose_packed, packed
 from adaptc.tables import size
+from adaptc.torch_modes import plainly
 
 _lock = free_in_children(threading.Lock())
 #: where a weight lies, and what it is -> a packed copy that somebody holds
@@ -111,7 +112,7 @@ class PackedLayer:
         return copy if fresh else self._pack(weight)
 
     def _pack(self, weight: Tensor) -> Tensor:
-        with _lock, torch.no_grad():
+        with _lock, plainly(), torch.no_grad():
             # Read before: a write in between makes the copy stale.
             place, version = weight.data_ptr(), weight._version
             key = (place, tuple(weight.shape), weight.stride(), weight.dtype)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptc.passes.ir.modes import AUTOCAST_DEVICES
-from adaptc.passes.ir.product import ALL_CLASSES, ONEDNN, by_columns, in_transform, product, row_class
+from adaptc.passes.ir.product import ALL_CLASSES, ONEDNN, by_columns, product, row_class
+from adaptc.torch_modes import AUTOCAST_DEVICES, in_transform
 
 #: (rows, columns of a weight, class of rows) -> seconds of linear, of oneDNN, and of columns where they are measured
 Times = dict[tuple[int, int, int], tuple[float, ...]]

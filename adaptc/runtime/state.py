@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from adaptc.passes.ir.effects import memory_groups, written
 from adaptc.passes.ir.storage import memory_of
+from adaptc.torch_modes import plainly
 
 
 def written_to(graph: fx.Graph) -> set[str]:
@@ -26,6 +27,7 @@ def written_to(graph: fx.Graph) -> set[str]:
     return {n.name for n in graph.find_nodes(op="placeholder") if memory[n] in dirty}
 
 
+@plainly()
 @torch.no_grad()
 def own_copies(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     """A copy of each of the named tensors, and of whatever shares memory with one of them."""

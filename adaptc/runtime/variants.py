@@ -24,9 +24,8 @@ from typing import Any
 
 from torch import Tensor, dtype, fx
 
-from adaptc.passes.ir.exclusive import GRAPHS, exclusive_property
+from adaptc.passes.ir.exclusive import exclusive_property, on_graphs
 from adaptc.passes.ir.lifted import copy_graph
-from adaptc.passes.ir.modes import AUTOCAST_DEVICES
 from adaptc.passes.ir.pass_infra import GraphPass, PassManager, PassResult, Trail
 from adaptc.passes.lower.choose_products import Choice, ChooseProducts, Products
 from adaptc.passes.lower.pack_products import Make, PackProducts
@@ -40,6 +39,7 @@ from adaptc.passes.optimize.sibling_cost import Crossing, Speeds, crossing, spee
 from adaptc.passes.optimize.sibling_groups import Group
 from adaptc.passes.optimize.write_siblings import Pack
 from adaptc.runtime.held_values import Shared, SplitGraph
+from adaptc.torch_modes import AUTOCAST_DEVICES
 
 PLAIN, STACKED, APART, WIDE = "plain", "stacked", "apart", "wide"
 
@@ -152,7 +152,7 @@ class GraphVariants:
         """The variant of a kind, made now if it was not."""
         found = self._variants.get(kind)
         if found is None:
-            with GRAPHS:
+            with on_graphs():
                 found = self._variants.get(kind)
                 if found is None:
                     found = self._variants[kind] = self._make(kind)

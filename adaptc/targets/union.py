@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from adaptc.passes.adapt.choose_forms import compilable
 from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.method_checks import check_class
 from adaptc.passes.ir.program_method import PROGRAM, ProgramMethod
 from adaptc.targets.plan import Plan
 
@@ -51,6 +52,7 @@ def _of_program(a: Attachment) -> int:
 def _number(a: Attachment, others: Sequence[Attachment], rivals: Sequence[Attachment]) -> int:
     """Which of the adapters its slots belong to: one of its own at its weight. Sites that share a slot must be of one
     structure, and have a number that no other one has."""
+    check_class(type(a.method))
     if not a.method.shares():
         taken = {o.adapter for o in rivals}
         return next(n for n in range(len(rivals) + 1) if (f"{a.adapter}_{n}" if n else a.adapter) not in taken)

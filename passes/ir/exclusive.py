@@ -4,17 +4,22 @@ Programs made of one another share fake tensors, their shape environment and par
 torch for all threads of the process. So whoever traces, rewrites, validates, reads or writes a graph holds one lock,
 :data:`GRAPHS`, for as long as it takes. Calls and swaps do without it: they read what was made before.
 
+Tensors that are made meanwhile are kept. So whatever a caller has on in torch (transforms, modes, autocast, inference
+mode) is off for whoever takes the lock by :func:`on_graphs`.
+
 What must hold: whoever holds another lock does not ask for this one, so that no two threads wait for each other.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, ParamSpec, TypeVar
 
 from adaptc.passes.ir.locks import free_in_children
+from adaptc.torch_modes import plainly
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -22,12 +27,36 @@ R = TypeVar("R")
 GRAPHS = free_in_children(threading.RLock())
 
 
+class _Held:
+    """The thread that took the lock by :func:`on_graphs`. A child that was forked has none of its parent's threads."""
+
+    by: int | None = None
+
+
+_HELD = _Held()
+
+
+@contextlib.contextmanager
+def on_graphs() -> Iterator[None]:
+    """:data:`GRAPHS`, with nothing on in torch that was on outside. What its holder enters after that stays on."""
+    with GRAPHS:
+        if _HELD.by == threading.get_ident():
+            yield
+            return
+        with plainly():
+            try:
+                _HELD.by = threading.get_ident()
+                yield
+            finally:
+                _HELD.by = None
+
+
 def exclusive(function: Callable[P, R]) -> Callable[P, R]:
     """``function``, run by one thread at a time, and while no other works on graphs."""
 
     @functools.wraps(function)
     def alone(*args: P.args, **kwargs: P.kwargs) -> R:
-        with GRAPHS:
+        with on_graphs():
             return function(*args, **kwargs)
 
     return alone
@@ -44,7 +73,7 @@ class exclusive_property(Generic[R]):
         if owner is None:
             return self  # type: ignore[return-value]
         known, name = vars(owner), self.function.__name__
-        with GRAPHS:
+        with on_graphs():
             if name not in known:
                 known[name] = self.function(owner)
         return known[name]

@@ -8,8 +8,11 @@ tensor of the dtype of ``y``. Two ways give it, equal up to rounding: one produc
 by side, for stretches of few positions, and products for the rows of each adapter, where rows of the base cost nothing
 and no row pays for another's adapter: one for each stretch of rows with the same, or, where most rows have another one
 than the row before, one batch of products for all rows after each other that have one adapter. The operator is for
-inference on any device; programs that are exported or trained have the same in plain operators. With an underscore it
-gives ``y`` itself, changed in place.
+inference on any device; programs that are exported or trained have the same in plain operators. Calls of graphs go to
+:func:`called` and :func:`called_in_place`, which changes ``y`` and gives it back.
+
+The products of each adapter read ``c`` and ``scale`` as numbers. Where somebody differentiates these, and in transforms
+of ``torch.func`` and forward mode, the one product with all factors is made, which torch can follow.
 """
 
 from __future__ import annotations
@@ -23,12 +26,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from adaptc.op_rules import plain_in_transforms
+from adaptc.torch_modes import followed
+
 #: positions of a row times adapters up to which one product with all factors is faster, and plain operators are, too
 SIDE_BY_SIDE = 16
 
 _LIBRARY = torch.library.Library("adaptc", "FRAGMENT")
 _LIBRARY.define("low_rank_rows(Tensor x, Tensor y, Tensor A, Tensor B, Tensor scale, Tensor c) -> Tensor")
-_LIBRARY.define("low_rank_rows_(Tensor x, Tensor(a!) y, Tensor A, Tensor B, Tensor scale, Tensor c) -> Tensor(a!)")
 
 
 def low_rank_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> Tensor:
@@ -112,7 +117,20 @@ def _computed(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tens
     return (side_by_side if _few(x, c) else by_stretches)(x, y, A, B, scale, c)
 
 
-def _in_place(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> Tensor:
+def _as_numbers(*tensors: Tensor) -> bool:
+    """Whether the last two, which are ``scale`` and ``c``, may be read as numbers: no derivative needs them."""
+    return not (followed(*tensors) or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors[-2:])))
+
+
+def called(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> Tensor:
+    """The operator without its dispatch."""
+    return (_computed if _as_numbers(x, y, A, B, scale, c) else side_by_side)(x, y, A, B, scale, c)
+
+
+def called_in_place(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> Tensor:
+    """The same in the memory of ``y``; in that of a new tensor where a derivative needs both."""
+    if not _as_numbers(x, y, A, B, scale, c):
+        return side_by_side(x, y, A, B, scale, c)
     if _few(x, c) or y.dtype != torch.promote_types(y.dtype, A.dtype) or not y.is_contiguous():
         return y.copy_(_computed(x, y, A, B, scale, c))
     _add_stretches(x, y, A, B, scale, c)
@@ -124,9 +142,8 @@ def _fake(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) 
 
 
 _LIBRARY.impl("low_rank_rows", _computed, "CompositeExplicitAutograd")
-_LIBRARY.impl("low_rank_rows_", _in_place, "CompositeExplicitAutograd")
 torch.library.register_fake("adaptc::low_rank_rows", _fake, lib=_LIBRARY)
-torch.library.register_fake("adaptc::low_rank_rows_", lambda x, y, A, B, scale, c: y, lib=_LIBRARY)
+plain_in_transforms("low_rank_rows", side_by_side, constant=range(6))
 
 
 #: (first row, row after the last, adapter, weight) of rows after each other with one weight of one adapter

@@ -12,14 +12,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
-from inspect import isroutine
+from functools import cache, lru_cache
+from inspect import getattr_static, isroutine
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from adaptc.errors import AdaptcError, MethodError
+from adaptc.errors import AdaptcError, MethodError, shown
 from adaptc.passes.ir.lifted import fake_tensors
 from adaptc.passes.ir.method import Initial, Method
 from adaptc.passes.ir.method_hooks import Hooks, Slot
@@ -53,13 +53,28 @@ def check_promises(method: Method, op: Op, half: bool = True, values: bool = Tru
 
 
 def check_names(method: Method | type[Method]) -> None:
-    """Raises MethodError for an option that hides a function, which would be called in its place."""
+    """Raises MethodError for an option, or a value of the class, that hides a function, which would be called in its
+    place."""
     functions = {n for c in (Hooks, Method) for n, v in vars(c).items() if isroutine(v) or isinstance(v, classmethod)}
     if hidden := sorted({f.name for f in fields(method)} & functions):
         name = getattr(method, "__name__", type(method).__name__)
         raise MethodError(
             f"{name} has an option called {hidden[0]!r}, as a function of every method is: give it another name"
         )
+    check_class(method if isinstance(method, type) else type(method))
+
+
+@cache
+def check_class(kind: type[Method]) -> None:
+    """Raises MethodError for a value of a class that hides a function of methods."""
+    for base in (Hooks, Method):
+        for name, function in vars(base).items():
+            found = getattr_static(kind, name)
+            if isroutine(function) and not (isroutine(found) or isinstance(found, (classmethod, staticmethod))):
+                raise MethodError(
+                    f"{kind.__name__}.{name} is {shown(found)}, and a function of every method has that name: write "
+                    f"def {name}(...), or give the value another name"
+                )
 
 
 def code_has_right_sizes(method: Method, op: Op) -> None:

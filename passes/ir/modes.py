@@ -16,9 +16,6 @@ from adaptc.passes.ir.ops import argument
 
 aten = torch.ops.aten
 
-#: device types whose autocast a caller may have on
-AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
-
 SDPA = aten.scaled_dot_product_attention.default
 #: where the dropout probability of attention stands among its arguments
 SDPA_DROPOUT = 4

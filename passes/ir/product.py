@@ -18,8 +18,6 @@ Private torch use, with the public route that was tried:
   ``torch.utils.mkldnn`` packs a copy of each weight and returns tensors of another layout.
 - its overload ``binary``: the same, added to another tensor. Public: ``addmm``, which goes where ``F.linear`` goes.
 - ``torch.ops.mkldnn._is_mkldnn_bf16_supported``: without bfloat16 in the processor the op above raises. Public: none.
-- ``torch._C._functorch.maybe_current_level``: whether a transform of ``torch.func`` is on, under which an op without
-  derivatives would give zeros. Public: none.
 """
 
 from __future__ import annotations
@@ -30,11 +28,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from adaptc.errors import BackendError, shown
+from adaptc.op_rules import plain_in_transforms
+from adaptc.torch_modes import in_transform
 
 LINEAR, ONEDNN = "linear", "onednn"
 KINDS = (LINEAR, ONEDNN)
@@ -73,11 +72,6 @@ def takes(dtype: torch.dtype) -> bool:
     if _pointwise is None or not torch.backends.mkldnn.enabled:
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and _bfloat16())
-
-
-def in_transform() -> bool:
-    """Whether a transform of ``torch.func`` is on."""
-    return maybe_current_level() is not None
 
 
 def product(
@@ -206,3 +200,11 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 
 
 product_op.register_autograd(_backward, setup_context=_save)
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, *_: Any) -> Tensor:
+    _check(kind)
+    return F.linear(x, weight, bias)
+
+
+plain_in_transforms("product", _plain)

@@ -1,7 +1,7 @@
 """What adapters of rows add is added in place, where nobody else reads what it is added to.
 
 Before: a graph of calls for an interpreter. After: the same values; ``adaptc::low_rank_rows`` has become
-``low_rank_rows_`` where its ``y`` was just computed by a layer and has no other reader. A new tensor for the sum costs
+``called_in_place`` where its ``y`` was just computed by a layer and has no other reader. A new tensor for the sum costs
 as much as the adapters themselves: it is large, so its memory is fresh, and each page is found at the first touch.
 """
 
@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-import adaptc.passes.ir.low_rank_rows
-import adaptc.passes.ir.product  # noqa: F401  # both make torch know their ops
+import adaptc.passes.ir.product  # noqa: F401  # makes torch know its op
+from adaptc.passes.ir.low_rank_rows import called_in_place
 from adaptc.passes.ir.ops import argument
 from adaptc.passes.ir.pass_infra import GraphPass, PassResult
 
@@ -27,7 +27,7 @@ _FRESH: tuple[Any, ...] = (
     aten.mm.default,
     ours.product.default,
     ours.low_rank_rows.default,
-    ours.low_rank_rows_.default,
+    called_in_place,
 )
 
 
@@ -43,6 +43,6 @@ class AddInPlace(GraphPass):
             y = argument(node, 1)
             read = [n for n in node.all_input_nodes if n is not y]
             if y.target in _FRESH and list(y.users) == [node] and len(read) == len(node.args) - 1:
-                node.target = ours.low_rank_rows_.default
+                node.target = called_in_place
                 count += 1
         return PassResult(subject, count)

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.nn import functional as F
 
+from adaptc.passes.ir.low_rank_rows import called
 from adaptc.passes.ir.pass_infra import GraphPass, PassResult
 from adaptc.passes.ir.product import product
+from adaptc.torch_modes import in_transform
 
 aten = torch.ops.aten
 
@@ -58,11 +60,17 @@ _FUNCTIONS: dict[Any, tuple[str, ...]] = {
 _METHODS: dict[Any, str] = {
     aten.view.default: "view",
     aten.expand.default: "expand",
-    aten.addmm_.default: "addmm_",
     aten.t.default: "t",
+    # of which vmap knows nothing else
+    aten.sym_size.int: "size",
 }
 #: type -> the method that casts to it, which costs half of what the overload does
 _CASTS = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "half", torch.float64: "double"}
+
+
+def _add_product(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """total += x y, in transforms by an addition, for which vmap has a rule."""
+    return total.add_(x @ y) if in_transform() else total.addmm_(x, y)
 
 
 def _table() -> dict[Any, Any]:
@@ -71,10 +79,25 @@ def _table() -> dict[Any, Any]:
         packet = getattr(aten, function.__name__)
         out |= {getattr(packet, o): function for o in overloads}
     out[torch.ops.adaptc.product.default] = product
+    out[aten.addmm_.default] = _add_product
+    out[torch.ops.adaptc.low_rank_rows.default] = called
     return out
 
 
 TABLE: dict[Any, Any] = _table()
+
+
+@dataclass(frozen=True)
+class BindSizes(GraphPass):
+    """Sizes alone, for graphs that a compiler may get. The count is that of the sizes."""
+
+    name: ClassVar[str] = "bind_sizes"
+
+    def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
+        sizes = list(subject.find_nodes(op="call_function", target=aten.sym_size.int))
+        for node in sizes:
+            node.op, node.target = "call_method", _METHODS[aten.sym_size.int]
+        return PassResult(subject, len(sizes))
 
 
 @dataclass(frozen=True)

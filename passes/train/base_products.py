@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptc.passes.ir.product import add_product, in_transform, product, product_op
+from adaptc.passes.ir.product import add_product, product, product_op
 from adaptc.passes.train.autocast import autocast_dtype, cast, without_autocast
+from adaptc.passes.train.first_order import plain_only
 
 #: of one type of numbers: kind and classes of rows of the product, and of the gradient of its input
 Kinds = tuple[torch.dtype, str, Sequence[int], str, Sequence[int]]
@@ -45,18 +46,14 @@ def base_gradient(g: Tensor, w: Tensor, told: Told, total: Tensor | None = None)
 
 def frozen_linear(x: Tensor, w: Tensor, b: Tensor | None, told: Told) -> Tensor:
     """``F.linear`` of a layer that is not trained, differentiable in x as often as one likes; where the layer trains
-    after all, and in transforms of ``torch.func``, torch's own."""
-    if w.requires_grad or (b is not None and b.requires_grad) or _left_alone():
+    after all, in transforms of ``torch.func`` and in forward mode, torch's own."""
+    if w.requires_grad or (b is not None and b.requires_grad) or torch.compiler.is_exporting() or plain_only(x, w, b):
         return F.linear(x, w, b)
     dtype = autocast_dtype(x)
     x, w, b = cast(x, dtype), cast(w, dtype), cast(b, dtype)
     if not (x.requires_grad and torch.is_grad_enabled()):
         return base_product(x, w, b, told)
     return _Frozen.apply(x, w, b, told)
-
-
-def _left_alone() -> bool:
-    return torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and in_transform())
 
 
 class _Frozen(torch.autograd.Function):

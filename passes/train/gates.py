@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
-from torch.autograd.function import once_differentiable
 
 from adaptc.passes.ir.effects import sweep, touched
 from adaptc.passes.ir.pass_infra import GraphPass, PassResult
 from adaptc.passes.train.autocast import without_autocast
+from adaptc.passes.train.first_order import first_order, plain_only
 
 aten = torch.ops.aten
 
@@ -66,8 +66,8 @@ def _alike(a: Any, b: fx.Node) -> bool:
 
 def gated(a: Tensor, b: Tensor, act: Any, options: dict[str, Any]) -> Tensor:
     """act(a) * b, for a and b of one shape and type. Gradients for both, once. Where autocast made them of two
-    types, as it was written."""
-    if a.dtype != b.dtype:
+    types, and in transforms of ``torch.func``, as it was written."""
+    if a.dtype != b.dtype or plain_only(a, b):
         return act(a, **options) * b
     return _Gated.apply(a, b, act, options)
 
@@ -85,7 +85,7 @@ class _Gated(torch.autograd.Function):
         ctx.save_for_backward(a, b)
 
     @staticmethod
-    @once_differentiable
+    @first_order("a gated activation")
     @without_autocast
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors

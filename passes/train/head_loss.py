@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from adaptc.passes.train.autocast import autocast_dtype, cast, without_autocast
 from adaptc.passes.train.base_products import Told, base_gradient, base_product
+from adaptc.passes.train.first_order import first_order, plain_only
 
 #: numbers that a piece of the gradient of the logits may have: some megabytes, which caches hold
 PIECE = 2**21
@@ -48,14 +48,35 @@ def loss_of_layer(
     The mean or the sum over the rows whose label is not ``ignored``. ``returned``: type of the logits, None for that
     of the product; ``high``: what they are cast to for the loss, None for their own. ``labelled``: logits of other rows
     are zero, and take no work. Gradients for x, w and b, once. Under autocast the product is in its type, the loss
-    float32. ``told``: what computes the products with w, torch where nothing is said.
+    float32. ``told``: what computes the products with w, torch where nothing is said. In transforms of ``torch.func``
+    and forward mode plain operators compute all of it.
     """
     if labels.dtype not in INDICES or labels.numel() * x.shape[-1] != x.numel():
         # Torch says what is wrong with these labels.
         F.cross_entropy(F.linear(x, w, b).reshape(-1, w.shape[0]), labels, ignore_index=ignored)
+    if plain_only(x, w, b, labels):
+        return _written_out(x, w, b, labels.long(), returned, high, "mean" if mean else "sum", ignored, labelled)
     # Outside of the step, where a compiler can stop for it.
     at = _chosen(labels != ignored, 0) if labelled else None
     return _Loss.apply(x, w, b, labels.long(), at, autocast_dtype(x), returned, high, mean, ignored, told)
+
+
+def _written_out(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    labels: Tensor,
+    returned: torch.dtype | None,
+    high: torch.dtype | None,
+    reduction: str,
+    ignored: int,
+    labelled: bool,
+) -> tuple[Tensor, Tensor]:
+    logits = cast(F.linear(x, w, b), returned)
+    if labelled:
+        logits = torch.where((labels != ignored).view(*x.shape[:-1], 1), logits, 0)
+    flat = cast(logits.reshape(-1, w.shape[0]), high)
+    return logits, F.cross_entropy(flat, labels, ignore_index=ignored, reduction=reduction)
 
 
 class _Loss(torch.autograd.Function):
@@ -102,7 +123,7 @@ class _Loss(torch.autograd.Function):
         return logits, loss
 
     @staticmethod
-    @once_differentiable
+    @first_order("the loss with the head")
     @without_autocast
     def backward(ctx: Any, g_logits: Tensor | None, g_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         x, w, labels, logits, lse, at = ctx.saved_tensors

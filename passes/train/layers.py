@@ -23,13 +23,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
-from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from adaptc.passes.ir.effects import sweep, touched
 from adaptc.passes.ir.ops import argument
 from adaptc.passes.ir.pass_infra import GraphPass, PassResult
 from adaptc.passes.train.autocast import autocast_dtype, cast, without_autocast
 from adaptc.passes.train.base_products import Told, base_gradient, base_product
+from adaptc.passes.train.first_order import first_order, plain_only
 
 aten = torch.ops.aten
 
@@ -136,9 +137,20 @@ def layers_with_lora(
 ) -> Sequence[Tensor]:
     """All y_i, see the module docstring. x (..., K), low the same or None for x; W_i (N_i, K), A_i (R_i, K), B_i
     (N_i, R_i), s_i 0-d. Gradients for all of them, once: they cannot be differentiated again. Under autocast y_i are of
-    its type. ``told``: what computes the products with each W_i, torch where nothing is said."""
+    its type. ``told``: what computes the products with each W_i, torch where nothing is said. In transforms of
+    ``torch.func`` and forward mode plain operators compute all of it."""
+    if plain_only(x, low, *weights, *biases, *downs, *ups, *scales):
+        return _written_out(x, x if low is None else low, weights, biases, downs, ups, scales)
     told = told or [()] * len(weights)
     return _Layers.apply(told, autocast_dtype(x), x, low, *weights, *biases, *downs, *ups, *scales)
+
+
+def _written_out(x: Tensor, low: Tensor, *lists: Sequence[Any]) -> Sequence[Tensor]:
+    out: list[Tensor] = []
+    for w, b, down, up, s in zip(*lists, strict=True):
+        y, change = F.linear(x, w, b), s * F.linear(F.linear(low, down), up)
+        out.append((y.to(change.dtype) + change).to(y.dtype))
+    return out
 
 
 class _Layers(torch.autograd.Function):
@@ -161,17 +173,21 @@ class _Layers(torch.autograd.Function):
             wide = y.to(h.dtype).addmm_(part * s, up.t()).to(y.dtype)
             out.append(wide.reshape(*x.shape[:-1], wide.shape[-1]))
         both = ctx.own and any(ctx.needs_input_grad[4 : 4 + n])
+        # The inputs themselves, where nothing was cast: by them a derivative of the gradient comes back here.
+        source = x if low is None else low
+        into, rows = source if cast(source, dtype) is source else into, x if cast(x, dtype) is x else rows
         # Weights and factors belong to the module, so keeping them costs nothing; autograd keeps what autocast made
         # of them, too.
         ctx.save_for_backward(into, rows if both else None, h, *weights, *downs, *ups, *scales)
         return tuple(out)
 
     @staticmethod
-    @once_differentiable
+    @first_order("a layer with its adapter")
     @without_autocast
     def backward(ctx: Any, *gs: Tensor | None) -> tuple[Tensor | None, ...]:
         n = len(ctx.told)
         low, x, h, *tensors = ctx.saved_tensors
+        low, x = low.reshape(-1, low.shape[-1]), None if x is None else x.reshape(-1, x.shape[-1])
         weights, downs, ups, scales = (tensors[i * n : (i + 1) * n] for i in range(4))
         needs_x, needs_low, *needs = ctx.needs_input_grad[2:]
         need_w, need_b, need_down, need_up, need_scale = (needs[i * n : (i + 1) * n] for i in range(5))

@@ -109,10 +109,24 @@ def test_what_does_not_fit_is_named_and_changes_nothing() -> None:
     with pytest.raises(CheckpointError, match=r"lora_A.weight' is missing"):
         trained.load_state_dict(missing)
     wider = {k: torch.ones(7, t.shape[1]) if "lora_A" in k else torch.ones(t.shape[0], 7) for k, t in state.items()}
-    with pytest.raises(RuntimeError, match=r"size mismatch for up\.lora_A"):
+    with pytest.raises(CheckpointError, match=r"'up\.lora_A\S*' would have shape \(7, .*another rank is for prog.swap"):
         trained.load_state_dict(wider)
-    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "strange"'):
-        trained.load_state_dict({**state, "strange": torch.ones(1)})
+    base = trained.state_dict(base=True)
+    bad: list[tuple[dict[str, torch.Tensor], str]] = [
+        (
+            {**state, "strange": torch.ones(1)},
+            r"'strange' is no tensor of the module; drop it",
+        ),
+        ({**base, "up.wight": torch.ones(1)}, r"'up\.wight' is no tensor of the module.*up\.weight"),
+        ({**base, "up.weight": torch.ones(2, 2)}, r"'up\.weight' has shape \(2, 2\), and the module has it as"),
+        (
+            {k: t + 1 for k, t in base.items() if "lora_A" not in k},
+            r"lora_A\S*' is missing, and the keys of the adapter as PEFT has them",
+        ),
+    ]
+    for wrong, match in bad:
+        with pytest.raises(CheckpointError, match="(?s)" + match):
+            trained.load_state_dict(wrong)
     assert trained.load_state_dict({}, strict=False).missing_keys
     assert all(torch.equal(t, state[k]) for k, t in trained.state_dict().items())
 

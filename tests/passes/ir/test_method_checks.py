@@ -390,6 +390,25 @@ def test_an_option_that_hides_a_function_is_refused() -> None:
         check_promises(Hiding(), Op("linear", (3, 5)))
 
 
+@pytest.mark.parametrize("name", ["shares", "extras", "minimal", "settle_shared_sizes"])
+def test_a_value_of_the_class_that_hides_a_function_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``shares = True`` in a class is no field, and was called all the same."""
+    Hiding = dataclasses.dataclass(frozen=True)(type("Hiding", (Plain,), {"name": "hiding", name: True}))
+
+    @dataclasses.dataclass
+    class HidingConfig(TargetedConfig):
+        peft_type: ClassVar[str] = "HIDING"
+
+        def method(self, name: str, kind: str) -> Method:
+            return Hiding()
+
+    registered(monkeypatch, HidingConfig, Hiding)
+    own = HidingConfig(target_modules=["0"])
+    for adapters in (own, [own, adaptc.LoraConfig(r=2, target_modules=["0"])]):
+        with pytest.raises(MethodError, match=rf"Hiding\.{name} is True, and a function of every method has that name"):
+            adaptc.compile(net(), adapters, example_inputs=torch.randn(3, 6))
+
+
 def test_no_method_has_one() -> None:
     configs = [config_class(kind) for kind in CONFIGS]  # which imports them
     found, left = set[Any](), [Method]

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from adaptc.passes.ir.lifted import copy_graph
-from adaptc.passes.ir.low_rank_rows import low_rank_rows
+from adaptc.passes.ir.low_rank_rows import called_in_place, low_rank_rows
 from adaptc.passes.optimize.add_in_place import AddInPlace
 
 linear, ours = torch.ops.aten.linear.default, torch.ops.adaptc
@@ -49,7 +49,7 @@ def test_where_it_fires(function: Any, count: int, width: int) -> None:
     expected = module(*inputs)
     result = AddInPlace()(copy_graph(module.graph))
     assert result.count == count
-    assert sum(n.target is ours.low_rank_rows_.default for n in result.output.nodes) == count
+    assert sum(n.target is called_in_place for n in result.output.nodes) == count
     found = fx.GraphModule(module, result.output)(*inputs)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert all(torch.equal(t, b) for t, b in zip(inputs, before, strict=True))

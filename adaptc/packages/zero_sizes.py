@@ -1,0 +1,70 @@
+"""Sizes of zero that compiled code must not be given: it divides by them, and ends the process.
+
+Before: a program that is about to be compiled. After: conditions on the sizes of calls, as ``torch.export`` writes
+them, that leave out each size of zero with which the graph itself does not compute, and sequences of no tokens in
+attention, by which torch's kernel for processors divides. Nothing is computed to find them.
+
+Private torch use, with the public route that was tried:
+- ``FakeTensorMode``: operators on tensors without values. Public: the device ``meta``, on which a graph that makes
+  tensors on another device fails.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+
+from adaptc.passes.ir.costs import example_sizes, size_expression
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.runtime.call_inputs import Inputs, TensorInput
+from adaptc.runtime.size_conditions import expression
+
+
+def not_zero(program: ExportedProgram, inputs: Inputs) -> list[str]:
+    """The conditions, one for each size that must not be zero."""
+    where = inputs.where()
+    bad = _lengths(program) & where.keys()
+    bad |= {n for n in where if n not in bad and not _computes(program, inputs, {**example_sizes(program), n: 0})}
+    return [f"L['{inputs.expected[i][0]}'].size()[{axis}] >= 1" for i, axis in (where[n] for n in sorted(bad))]
+
+
+def _lengths(program: ExportedProgram) -> set[str]:
+    """The free sizes that the lengths of sequences in attention are made of."""
+    found: set[str] = set()
+    for node in program.graph.nodes:
+        if "scaled_dot_product" in str(node.target):
+            for operand in node.args[:2]:
+                found |= {str(s) for s in size_expression(operand.meta["val"].shape[-2]).free_symbols}
+    return found
+
+
+def _computes(program: ExportedProgram, inputs: Inputs, sizes: dict[str, int]) -> bool:
+    """Whether the graph computes with these sizes, on tensors without values."""
+    lifted, mode = Lifted(program, edit=False), FakeTensorMode()
+    users: list[Any] = []
+    for _, want in inputs.expected:
+        if isinstance(want, TensorInput):
+            shape = [n if isinstance(n, int) else _size(n, sizes) for n in want.shape]
+            with mode:
+                want = torch.empty(shape, dtype=want.dtype)
+        users.append(want)
+    held = [lifted.tensor(fqn) for fqn in lifted.placeholders]
+    fakes = [mode.from_tensor(t) if isinstance(t, Tensor) else t for t in held]
+    try:
+        with mode, torch.no_grad():
+            program.graph_module.forward(*fakes, *users)
+    except Exception:  # whatever the operators of a graph say of such sizes
+        return False
+    return True
+
+
+def _size(text: str, sizes: dict[str, int]) -> int:
+    function = expression(text)
+    try:
+        return 1 if function is None else max(int(function(sizes)), 0)
+    except (KeyError, ZeroDivisionError):
+        return 1
