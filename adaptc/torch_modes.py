@@ -9,8 +9,8 @@ Private torch use, with the public route that was tried:
   is on, and whether a tensor is one of its own. Public: none; it shows in no attribute of a tensor.
 - ``torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack``: what a transform does not see. Public: another
   thread, which has nothing on, and which waits for ever for the locks that the caller holds.
-- ``torch.utils._python_dispatch._disable_current_modes`` and ``_len_torch_dispatch_stack``: the same for dispatch
-  modes. Public: none leaves a mode that somebody else has entered.
+- ``torch.utils._python_dispatch._disable_current_modes`` and ``torch._C._len_torch_dispatch_stack``: the same for
+  dispatch modes. Public: none leaves a mode that somebody else has entered.
 - ``torch.overrides._pop_mode_temporarily`` and ``_get_current_function_mode_stack``: the same for function modes, of
   which ``torch.device`` is one. Public: ``torch._C.DisableTorchFunction`` turns off those that an export enters, too.
 """
@@ -23,11 +23,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import is_functorch_wrapped_tensor, maybe_current_level
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporarily
-from torch.utils._python_dispatch import _disable_current_modes, _len_torch_dispatch_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 #: device types whose autocast a caller may have on
 AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
