@@ -53,7 +53,7 @@ class Code:
     def run(self, adapter: Fitted | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The outputs with an adapter of the package."""
         flat = self.inputs(args, kwargs)
-        check_followed(self.inputs.expected, flat, "A package has none: make it of the program anew, with adaptc.load")
+        check_followed(self.inputs.expected, flat, "Call the program that it was packaged from")
         given = [(v, i) for v, i in zip(flat, self._inputs, strict=True) if i.tensor is not None]
         for value, want in given:
             if want.bounds is not None:

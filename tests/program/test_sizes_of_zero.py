@@ -83,6 +83,12 @@ for call in (made, packaged, packaged.base):
         else:
             raise AssertionError(shape)
     assert call(IDS).shape == (2, 3)
+try:
+    torch.func.vmap(packaged)(IDS[None])
+except adaptc.BackendError as error:
+    assert "Call the program that it was packaged from" in str(error), error
+else:
+    raise AssertionError("vmap")
 print("alive")
 """
 
