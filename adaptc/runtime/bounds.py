@@ -31,7 +31,11 @@ def check_bounds(name: str, value: Tensor, bounds: tuple[int, int]) -> None:
     )
 
 
-def check_followed(expected: Sequence[tuple[str, Any]], flat: Sequence[Any], way: str) -> None:
+#: what to do in place of a call of compiled code
+EAGER = "Set prog.backend = 'eager', or call prog.module()"
+
+
+def check_followed(expected: Sequence[tuple[str, Any]], flat: Sequence[Any], way: str = EAGER) -> None:
     """Raises BackendError for an input that a transform of ``torch.func`` or a forward-mode derivative follows: code
     that is compiled is not told. ``expected``: the names of the inputs, as ``Inputs`` has them; ``way``: what to do."""
     for (name, _), value in zip(expected, flat, strict=True):

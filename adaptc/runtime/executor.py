@@ -256,7 +256,7 @@ class Executor:
         for check in arguments.checks:
             check(flat)
         if self.compiles:
-            check_followed(self.inputs.expected, flat, "Set prog.backend = 'eager', or call prog.module()")
+            check_followed(self.inputs.expected, flat)
         for i, name, bounds in self._bounds:
             check_bounds(name, flat[i], bounds)
         outermost = begin_reading()
@@ -275,7 +275,6 @@ class Executor:
                 end_reading()
 
     def _run(self, arguments: Arguments, flat: Sequence[Any]) -> Any:
-        # In compiled code a size of zero may end a process.
         if self.compiles and not self.inputs.empty(flat):
             code, layouts = self._compiled or self.compile(), self._layouts
             assert layouts is not None
@@ -284,7 +283,7 @@ class Executor:
                 out = code(*arguments.get(self.fixed_kind).values(), *taken)
                 layouts.write_back(flat, taken)
         elif self.compiles or any(map(torch.is_autocast_enabled, self.variants.devices)):
-            # The caller may have casts of its own on, which nothing was fused with.
+            # Sizes of zero, or casts of the caller's, which nothing was made for.
             out = self.module.forward(*arguments.lifted, *flat)
         else:
             kind = PLAIN if arguments.moving else self.variants.kind(sizes_of(flat, self._where))
