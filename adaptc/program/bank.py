@@ -49,7 +49,6 @@ from adaptc.tables import size
 from adaptc.torch_modes import plainly
 
 
-
 class Bank:
     """Made by ``AdaptedProgram.bank``. Iterating gives the names, in the order of their last use."""
 
