@@ -66,12 +66,14 @@ def read_gguf(path: Path, dtype: str | None = None) -> Any:
     what transformers cannot load, or where the package gguf is missing."""
     if importlib.util.find_spec("gguf") is None:
         raise CheckpointError(f"{path} is a GGUF file, which transformers reads with the package gguf: install it")
-    from transformers import AutoModelForCausalLM
+    import transformers
 
+    options: dict[str, Any] = {"gguf_file": path.name, "dtype": dtype or "float32", "local_files_only": True}
+    # Versions of transformers that have this class may keep the blocks of the file as weights.
+    if (kept := getattr(transformers, "GgufConfig", None)) is not None:
+        options["quantization_config"] = kept(dequantize=True)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=dtype or "float32", local_files_only=True
-        )
+        return transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options)
     except Exception as error:  # as above, and gguf's own
         raise CheckpointError(f"transformers cannot load the model in {path}: {shown(str(error))}") from error
 

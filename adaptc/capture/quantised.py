@@ -52,6 +52,7 @@ _INTEGRATIONS = frozenset(
         "fouroversix",
         "fp_quant",
         "gemma_quant",
+        "gguf",
         "higgs",
         "hqq",
         "metal_quantization",
@@ -64,6 +65,8 @@ _INTEGRATIONS = frozenset(
         "vptq",
     }
 )
+#: methods whose quantised layers are all of classes above; a model without any has plain weights, whatever it says
+_BY_CLASS = frozenset({"gguf"})
 #: parts of other packages
 _INSIDE = (
     "diffusers.quantizers.",
@@ -159,4 +162,5 @@ def _says_so(model: nn.Module) -> str | None:
     if getattr(config, "dequantize", False) is True or getattr(config, "run_compressed", True) is False:
         return None
     method = getattr(config, "quant_method", None)
-    return str(getattr(method, "value", method) or type(quantiser).__name__)
+    name = str(getattr(method, "value", method) or type(quantiser).__name__)
+    return None if name in _BY_CLASS else name

@@ -87,6 +87,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "eetq": (lambda: named("EetqLinear", "eetq.modules.qlinear")(WIDTH, WIDTH), "EetqLinear"),
     "quanto": (lambda: named("QLinear", "optimum.quanto.nn.qlinear")(WIDTH, WIDTH), "QLinear"),
     "transformers' own": (lambda: AutoBitLinear(WIDTH, WIDTH, bias=False), r"integrations.bitnet.AutoBitLinear"),
+    "gguf": (lambda: named("GgufLinear", "transformers.integrations.gguf.utils")(WIDTH, WIDTH), "GgufLinear"),
     "packed": (lambda: with_tensor("qweight", whole(torch.int32)), r"whose 'qweight' is stored as torch.int32"),
     "int8": (lambda: with_tensor("weight", whole()), r"whose 'weight' is stored as torch.int8"),
     "float8": (
@@ -137,9 +138,9 @@ def test_quantised_tensors_and_programs() -> None:
         adaptc.compile(program, LoraConfig(r=2, target_modules=["0"]))
 
 
-def said(**config: Any) -> Any:
+def said(method: str = "new_one", **config: Any) -> Any:
     model = llama()
-    quantiser = SimpleNamespace(quantization_config=SimpleNamespace(quant_method="new_one", **config))
+    quantiser = SimpleNamespace(quantization_config=SimpleNamespace(quant_method=method, **config))
     vars(model).update(is_quantized=True, hf_quantizer=quantiser)
     return model
 
@@ -154,6 +155,8 @@ def test_what_a_model_says_of_itself() -> None:
     [
         lambda: said(dequantize=True),
         lambda: said(run_compressed=False),
+        # transformers turns most GGUF files into plain weights, without a word in the config.
+        lambda: said("gguf"),
         lambda: nn.Sequential(named("StableEmbedding", "bitsandbytes.nn.modules", nn.Embedding)(5, 3)),
         lambda: nn.MultiheadAttention(8, 2),
         lambda: nn.Sequential(nn.BatchNorm1d(4), nn.Embedding(5, 3)),
