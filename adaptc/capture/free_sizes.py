@@ -32,6 +32,7 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 from adaptc.capture.fixed_sizes import names_of
 from adaptc.capture.known_limits import known_limits
 from adaptc.capture.model_state import preserve_state
+from adaptc.capture.traced_once import Once, traced_once
 from adaptc.errors import CaptureError
 from adaptc.passes.ir.lifted import user_inputs
 from adaptc.passes.ir.trees import pytree
@@ -51,8 +52,15 @@ def export(
     printed, graph = io.StringIO(), ""
     try:
         patched = _config.patch(backed_size_oblivious=guarded)  # type: ignore[attr-defined]  # made when it is loaded
-        with contextlib.redirect_stderr(printed), patched, preserve_state(model, traced=True):
-            return torch.export.export(model, args, dict(kwargs), dynamic_shapes=shapes, strict=False, **options)
+        for copies in (traced_once, contextlib.nullcontext):
+            with contextlib.redirect_stderr(printed), patched, preserve_state(model, traced=True):
+                with copies(model) as once:
+                    program = torch.export.export(
+                        model, args, dict(kwargs), dynamic_shapes=shapes, strict=False, **options
+                    )
+                if not isinstance(once, Once) or once.sound():
+                    return program
+        raise AssertionError("an export without copies is final")
     except Exception as error:
         graph = str(getattr(error, "partial_fx_graph", ""))
         raise CaptureError(explain(model, error)) from error

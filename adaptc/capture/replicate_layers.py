@@ -20,8 +20,8 @@ from adaptc.errors import ConfigError, shown
 _LISTS = ("layers", "h", "encoder.layer", "decoder.layers")
 
 
-# How a layer's modules say which one they belong to, counted from 0 or 1: where they keep their keys and values.
-_INDEX = {"layer_idx", "layer_id", "layer_number", "layer_num", "layer_index", "block_idx", "block_id", "block_index"}
+#: How a layer's modules say which one they belong to, counted from 0 or 1: where they keep their keys and values.
+INDEX = {"layer_idx", "layer_id", "layer_number", "layer_num", "layer_index", "block_idx", "block_id", "block_index"}
 
 
 #: layers that a replicated model may have, whatever it began with
@@ -53,7 +53,7 @@ def replicate_layers(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> nn.
         used.add(i)
     for position, (layer, source) in enumerate(zip(restacked, indices, strict=True)):
         for module in layer.modules():
-            for name_of_index in _INDEX & vars(module).keys():
+            for name_of_index in INDEX & vars(module).keys():
                 value = vars(module)[name_of_index]
                 if type(value) is int:
                     setattr(module, name_of_index, value + position - source)

@@ -70,6 +70,7 @@ def stepping(
     def forward(**inputs: Any) -> Tensor:
         slots, keep = inputs.pop("slots"), inputs.pop("keep")
         tensors = [inputs.pop(n) for n in names]
+        _learn_sizes(inputs["input_ids"], tensors, layout, rings)
         given = inputs.pop("inputs_embeds", None), inputs.pop("embedded", None)
         for name in acts:
             del inputs[name]
@@ -83,6 +84,16 @@ def stepping(
     masks = ring_masks() if rings else contextlib.nullcontext()
     with replaced_forward(model, forward, list(map(keyword, step.example_inputs))), packed_attention(), masks:
         yield step
+
+
+def _learn_sizes(ids: Tensor, tensors: list[Tensor], layout: CacheLayout, rings: bool) -> None:
+    """Let torch's tracer find at once that all layers of a cache have the same sizes, which layers would tell it one by
+    one. The layers are then equal to it, and traced once."""
+    first: dict[bool, Tensor] = {}
+    for i, t in enumerate(tensors):
+        like = first.setdefault(rings and layout.sliding[i], t)
+        if t.shape[0] != ids.shape[0] or t.shape[2] != like.shape[2]:
+            raise CaptureError(f"the cache has {t.shape[0]} rows for {ids.shape[0]} of tokens, or layers of other sizes")
 
 
 @contextlib.contextmanager
@@ -167,7 +178,11 @@ def written_cache(tensors: list[Tensor], slots: Tensor, layout: CacheLayout, rin
 
     pairs = zip(layout.layers, tensors[::2], tensors[1::2], strict=True)
     found = [(keys, values, slots, layer.sliding is not None) for layer, keys, values in pairs]
-    return Cache(layers=[_layer_class()(*one, one[-1] and rings) for one in found])
+    layers = [_layer_class()(*one, one[-1] and rings) for one in found]
+    made = Cache(layers=layers)
+    # What a layer of the model has of it, for captures that copy equal layers.
+    vars(made)["traced_layer"] = lambda i: (layers[i].held, (layers[i].is_sliding, layers[i].ring))
+    return made
 
 
 @cache

@@ -7,6 +7,9 @@ torch for all threads of the process. So whoever traces, rewrites, validates, re
 Tensors that are made meanwhile are kept. So whatever a caller has on in torch (transforms, modes, autocast, inference
 mode) is off for whoever takes the lock by :func:`on_graphs`.
 
+A graph is a million small objects that all live on. Python's collector would look through them again and again, for a
+fifth of the time of a capture and more, so it rests meanwhile.
+
 What must hold: whoever holds another lock does not ask for this one, so that no two threads wait for each other.
 """
 
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -43,12 +47,16 @@ def on_graphs() -> Iterator[None]:
         if _HELD.by == threading.get_ident():
             yield
             return
+        collects = gc.isenabled()
         with plainly():
             try:
                 _HELD.by = threading.get_ident()
+                gc.disable()
                 yield
             finally:
                 _HELD.by = None
+                if collects:
+                    gc.enable()
 
 
 def exclusive(function: Callable[P, R]) -> Callable[P, R]:

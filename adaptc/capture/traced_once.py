@@ -1,0 +1,178 @@
+"""Trace one of a model's equal layers, and copy its nodes for the others.
+
+Before: a model that ``torch.export`` is about to trace. After: the graph that it would trace; of layers that are equal,
+three or so were run, and the others are copies. What decides is what tracing did: two layers in a row must have traced
+the same nodes, without writing to an attribute, returning anything unknown, or reading which layer they are (but for a
+cache that says what it has for each). A layer that is given anything else is traced, as any layer is.
+
+Tracing takes by far the most of the time of a capture, and the same time for each of the layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.nn.modules import module as torch_module
+
+from adaptc.capture.equal_modules import equal_layers, equal_values, index_attributes
+from adaptc.capture.layer_calls import Call, Segment, Unknown
+
+
+class Once:
+    """What was traced of groups of equal layers."""
+
+    def __init__(self) -> None:
+        self.copies = 0
+        self.used: list[Segment] = []
+
+    def sound(self) -> bool:
+        """Whether later nodes used of the copied calls only what these returned, which copies have, too."""
+        return not any(segment.leaks() for segment in self.used)
+
+
+@contextlib.contextmanager
+def traced_once(model: nn.Module) -> Iterator[Once]:
+    """A block in which exports of ``model`` copy equal layers. The model is as it was afterwards.
+
+    Where :meth:`Once.sound` is false afterwards, what was exported must be exported again without this block.
+    """
+    once = Once()
+    with contextlib.ExitStack() as stack:
+        if not _watched(model):
+            for layers in equal_layers(model):
+                _Group(once, layers).enter(stack)
+        yield once
+
+
+def _watched(model: nn.Module) -> bool:
+    """Whether hooks that see all modules are there."""
+    names = ("_global_forward_hooks", "_global_forward_pre_hooks")
+    return any(getattr(torch_module, name, None) for name in names)
+
+
+class _Group:
+    """Equal layers of one list."""
+
+    def __init__(self, once: Once, layers: list[tuple[str, nn.Module]]) -> None:
+        self.once, self.layers = once, layers
+        self.indices = index_attributes([layer for _, layer in layers])
+        self.tracer: Any = None
+        self.last: Segment | None = None
+        self.proven: Segment | None = None
+        self.called: set[int] = set()
+        self.read = False
+
+    def enter(self, stack: contextlib.ExitStack) -> None:
+        for path, layer in self.layers:
+            modules = dict(layer.named_modules())
+            for name in dict.fromkeys(name for name, _ in self.indices):
+                attributes = [a for n, a in self.indices if n == name]
+                stack.callback(setattr, modules[name], "__class__", type(modules[name]))
+                modules[name].__class__ = _noting(type(modules[name]), attributes, self._note)
+            stack.callback(vars(layer).pop, "forward", None)
+            vars(layer)["forward"] = self._wrapped(path, layer)
+
+    def _note(self) -> None:
+        self.read = True
+
+    def _wrapped(self, path: str, layer: nn.Module) -> Callable[..., Any]:
+        forward = layer.forward
+
+        @functools.wraps(forward)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            mode = get_proxy_mode()  # of this thread
+            tracer: Any = None if mode is None else mode.tracer
+            if tracer is None or not hasattr(tracer, "scope_root") or getattr(tracer, "enable_attr_proxy", True):
+                return forward(*args, **kwargs)
+            if tracer is not self.tracer:
+                self.tracer, self.last, self.proven = tracer, None, None
+                self.called.clear()
+            try:
+                if id(layer) in self.called:
+                    raise Unknown
+                self.called.add(id(layer))
+                given = Call(layer, path, args, kwargs, self._index(layer))
+            except Unknown:
+                self.last = None
+                return forward(*args, **kwargs)
+            if self.proven is not None:
+                with contextlib.suppress(Unknown):
+                    out = self.proven.copied(given, tracer)
+                    self.once.copies += 1
+                    return out
+            return self._trace(forward, given, tracer)
+
+        return call
+
+    def _index(self, layer: nn.Module) -> int | None:
+        modules = dict(layer.named_modules())
+        found = {vars(modules[name])[attribute] for name, attribute in self.indices}
+        return found.pop() if len(found) == 1 else None
+
+    def _trace(self, forward: Callable[..., Any], call: Call, tracer: Any) -> Any:
+        before, attributes = call.nodes(tracer), _attributes(call.layer)
+        end = next(reversed(tracer.graph.nodes), None)
+        outer, self.read = self.read, False
+        out = forward(*call.args, **call.kwargs)
+        read, self.read = self.read, outer or self.read
+        segment = None
+        with contextlib.suppress(Unknown):
+            if not (read and not call.caches) and _unchanged(attributes) and end is not None:
+                segment = Segment(call, before, _after(end), out, tracer)
+        if segment is not None and self.last is not None and self.last.like(segment):
+            self.proven = segment
+            self.once.used.append(segment)
+        self.last = segment
+        return out
+
+
+def _noting(kind: type, attributes: list[str], note: Callable[[], None]) -> type:
+    """Return a class like ``kind`` that calls ``note`` when one of these attributes is read."""
+
+    def noting(name: str) -> property:
+        def read(self: Any) -> Any:
+            note()
+            try:
+                return vars(self)[name]
+            except KeyError:
+                raise AttributeError(name) from None
+
+        def write(self: Any, value: Any) -> None:
+            vars(self)[name] = value
+
+        return property(read, write)
+
+    names = {name: noting(name) for name in attributes}
+    same = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind)(kind.__name__, (kind,), {**names, **same})
+
+
+def _after(node: fx.Node) -> list[fx.Node]:
+    nodes = []
+    while (node := node.next).op != "root":
+        nodes.append(node)
+    return nodes
+
+
+def _attributes(layer: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
+    """All that the modules of a layer hold, with copies of containers."""
+    held = [d for m in layer.modules() for d in (vars(m), m._buffers, m._parameters)]
+    return [
+        (now, dict(now), {k: copy.copy(v) for k, v in now.items() if isinstance(v, (list, dict, set))})
+        for now in held
+    ]
+
+
+def _unchanged(attributes: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]) -> bool:
+    return all(
+        now.keys() == before.keys()
+        and all(now[k] is before[k] for k in now)
+        and all(now[k] == v for k, v in containers.items() if k not in ("_buffers", "_parameters"))
+        for now, before, containers in attributes
+    )
