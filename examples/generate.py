@@ -1,6 +1,6 @@
 """Text from a step with a cache: adapters swapped and bound, a conversation that goes on, a prompt computed once.
 
-`make demo` runs it on the adapters that quickstart.py trained: python examples/generate.py PIRATE TELEGRAM
+`make demo-all` runs it on the adapters that quickstart.py trained: python examples/generate.py PIRATE TELEGRAM
 """
 
 from __future__ import annotations

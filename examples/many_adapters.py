@@ -1,7 +1,7 @@
 """Three adapters and the base answer one batch: each prompt is written on by an adapter of its own, or a mix. Then the
 same in compiled code, into which a fourth adapter is put.
 
-`make demo` runs it on the adapters that quickstart.py trained: python examples/many_adapters.py PIRATE TELEGRAM
+`make demo-all` runs it on the adapters that quickstart.py trained: python examples/many_adapters.py PIRATE TELEGRAM
 """
 
 from __future__ import annotations

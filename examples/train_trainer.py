@@ -1,4 +1,4 @@
-"""An adapter trained by transformers' Trainer, stopped half way, and gone on with. Run it with `make demo`.
+"""An adapter trained by transformers' Trainer, stopped half way, and gone on with. `make demo-all` runs it.
 
 SmolLM2-135M-Instruct learns to answer like a pirate from the twelve lines in pirate.txt. Trainer writes checkpoints,
 each of which is a PEFT adapter directory; a second run goes on from the first of them, and takes the same steps. It
