@@ -21,26 +21,29 @@ def main(model: Any, tokenizer: Any, pirate: str, telegram: str) -> None:
     def ids(question: str) -> torch.Tensor:
         return torch.tensor([quickstart.encode_question(tokenizer, question)])
 
-    def show(title: str, tokens: torch.Tensor) -> None:
-        print(f"{title:11}", *(tokenizer.decode(row[-32:], skip_special_tokens=True) for row in tokens), sep="\n  ")
+    def show(title: str, asked: torch.Tensor, tokens: torch.Tensor) -> None:
+        answers = tokens[:, asked.shape[1] :]  # what is returned begins with what was asked
+        print(f"{title:11}", *tokenizer.batch_decode(answers, skip_special_tokens=True), sep="\n  ")
 
     prompt = ids(quickstart.QUESTION)
-    show("pirate", gen.generate(prompt, **options))  # all of transformers' generation: beams, sampling, streamers, ...
+    show(
+        "pirate", prompt, gen.generate(prompt, **options)
+    )  # all of transformers' generation: beams, sampling, streamers, ...
     adaptc.swap(gen, telegram)  # between calls, or while one runs: that one keeps the adapter it began with
-    show("telegram", gen.generate(prompt, **options))
-    show("base", gen.base.generate(prompt, **options))
+    show("telegram", prompt, gen.generate(prompt, **options))
+    show("base", prompt, gen.base.generate(prompt, **options))
 
     bound = gen.bind(pirate)  # keeps its adapter, in any thread
     cache = bound.prefill(prompt)  # the caller's: what is in it is not computed again
     answer = bound.generate(prompt, past_key_values=cache, **options)
     again = torch.cat([answer, ids("And without sugar?")], 1)
-    show("goes on", bound.generate(again, past_key_values=cache, **options))
+    show("goes on", again, bound.generate(again, past_key_values=cache, **options))
 
     prefix = gen.prefill(prompt)  # one pass, several texts
     for seed in (1, 2):
         torch.manual_seed(seed)
         sampled = {**options, "do_sample": True, "temperature": 0.7}
-        show(f"sample {seed}", gen.generate(prompt, past_key_values=prefix.copy(), **sampled))
+        show(f"sample {seed}", prompt, gen.generate(prompt, past_key_values=prefix.copy(), **sampled))
 
 
 if __name__ == "__main__":

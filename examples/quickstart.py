@@ -191,6 +191,7 @@ def main(out: Path, adapters: Path) -> int:
     torch.set_num_threads(1)
 
     heading("1. Load a model")
+    console.print(f"Reading {GGUF} ...")
     model, tokenizer = load_model()
     console.print(f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters")
 
@@ -257,7 +258,8 @@ def main(out: Path, adapters: Path) -> int:
     console.print(f"merged.pt2 has {file.stat().st_size / 1e6:.0f} MB")
     found = run_without_adaptc(file, tokens)
     console.print(f"largest difference of a logit: {(found - expected).abs().max():.1e}")
-    check("a process without adaptc computes the same", torch.allclose(found, expected, rtol=1e-4, atol=1e-4))
+    # adaptc chooses its matmuls by how fast they are here: the two differ by float32's rounding, through 30 layers.
+    check("a process without adaptc computes the same", torch.allclose(found, expected, rtol=1e-3, atol=1e-3))
 
     heading("7. Unmerge")
     unmerged = adaptc.unmerge(merged)
