@@ -26,9 +26,7 @@ def main(model: Any, tokenizer: Any, pirate: str, telegram: str) -> None:
         print(f"{title:11}", *tokenizer.batch_decode(answers, skip_special_tokens=True), sep="\n  ")
 
     prompt = ids(quickstart.QUESTION)
-    show(
-        "pirate", prompt, gen.generate(prompt, **options)
-    )  # all of transformers' generation: beams, sampling, streamers, ...
+    show("pirate", prompt, gen.generate(prompt, **options))  # transformers' own: beams, sampling, streamers, ...
     adaptc.swap(gen, telegram)  # between calls, or while one runs: that one keeps the adapter it began with
     show("telegram", prompt, gen.generate(prompt, **options))
     show("base", prompt, gen.base.generate(prompt, **options))
