@@ -161,12 +161,19 @@ def test_text_is_generated_in_every_way_that_is_shown(
         made = adaptc.LoraConfig(r=3, target_modules=["v_proj", "down_proj"], init_lora_weights=False)
         adaptc.save_adapter(adaptc.compile(model, made), tmp_path / name)
     monkeypatch.setattr(quickstart, "QUESTION", "w9 w12")
-    generate.main(model, chats.tokenizer(), str(tmp_path / "pirate"), str(tmp_path / "telegram"))
+    adapters = [str(tmp_path / name) for name in ("pirate", "telegram")]
+    generate.main(model, chats.tokenizer(), *adapters)
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     titles = ["pirate", "telegram", "base", "goes on", "sample 1", "sample 2"]
     assert lines[::2] == titles
     assert len(set(lines[1::2])) == len(titles)
     assert all(len(line.split()) == 32 for line in lines[1:8:2])  # sampled ones may end
+    # An answer that ends early is printed without the question before it.
+    third = lines[1].split()[2]
+    model.generation_config.eos_token_id = chats.tokenizer().convert_tokens_to_ids(third)
+    generate.main(model, chats.tokenizer(), *adapters)
+    ended = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert ended[:2] == ["pirate", lines[1].partition(third)[0] + third]
 
 
 def test_one_batch_is_answered_by_many_adapters(
