@@ -66,7 +66,7 @@ def losses(done: Trainer) -> list[float]:
 
 def main() -> int:
     torch.manual_seed(0)
-    # Two threads that share their cores with other processes wait for each other: one is never much slower.
+    # One thread: several wait for each other at every step where other processes use the same cores.
     torch.set_num_threads(1)
     check = quickstart.Checks()
     model, tokenizer = quickstart.load_model()
