@@ -29,7 +29,10 @@ _RECURRENT = (
 _ONE_SIZE = re.compile(r"L(?:\[[^\[\]]+\])+\.size\(\)\[\d+\]")
 _OF_CHANNELS = (aten.batch_norm.default, aten.group_norm.default, aten.instance_norm.default, aten.prelu.default)
 _OF_LAST = (aten.layer_norm.default, aten.rms_norm.default)
-_BINARY = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
+_BINARY = (
+    *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor),
+    *(aten.add_.Tensor, aten.sub_.Tensor, aten.mul_.Tensor, aten.div_.Tensor),
+)
 #: ops that change sizes and leave axes where they are
 _IN_PLACE = (aten.constant_pad_nd.default, aten.pad.default, aten.slice.Tensor, aten.cat.default)
 
@@ -116,6 +119,8 @@ def _asked(user: fx.Node, now: fx.Node, given: set[fx.Node]) -> Iterator[int]:
         other = right if left is now else left
         if other not in given:
             yield ndim - 1 if left is now else max(ndim - 2, 0)
+    elif user.target is aten.einsum.default:
+        yield from _of_equation(user, now, given)
     elif user.target in _RECURRENT and user.args[0] is now:
         yield ndim - 1
     elif user.target in _OF_CHANNELS and user.args[0] is now and ndim > 1:
@@ -128,6 +133,20 @@ def _asked(user: fx.Node, now: fx.Node, given: set[fx.Node]) -> Iterator[int]:
         others = [n for n in user.args[:2] if isinstance(n, fx.Node) and n is not now]
         from_end = [i - n.meta["val"].ndim for n in others for i in (_made(n) if n in given else _one_size(n))]
         yield from (i + ndim for i in from_end if i + ndim >= 0)
+
+
+def _of_equation(einsum: fx.Node, now: fx.Node, given: set[fx.Node]) -> Iterator[int]:
+    """Axes of ``now`` that have a letter in common with an operand made of weights alone."""
+    equation, operands_ = str(argument(einsum, 0)), argument(einsum, 1)
+    terms = equation.replace(" ", "").partition("->")[0].split(",")
+    for term, operand in zip(terms, operands_, strict=True):
+        if operand is not now:
+            continue
+        ndim, letters = now.meta["val"].ndim, term.replace("...", "")
+        held = {c for t, o in zip(terms, operands_, strict=True) if o not in given for c in t}
+        first, dots, _ = term.partition("...")
+        wide = ndim - len(letters) if dots else 0
+        yield from (i if i < len(first) else i + wide for i, c in enumerate(letters) if c in held)
 
 
 def _one_size(held: fx.Node) -> Iterator[int]:
@@ -159,6 +178,10 @@ def _moved(user: fx.Node, now: fx.Node, axes: Axes) -> Axes | None:
     if not isinstance(new, Tensor) or user.op != "call_function":
         return None
     first = bool(user.args) and user.args[0] is now
+    if user.target is aten.embedding.default and argument(user, 1) is now:
+        return (*axes, None)
+    if first and user.target is aten.linear.default:
+        return (*axes[:-1], None)
     if first and user.target is aten.permute.default:
         order: Any = user.args[1]
         return tuple(axes[i] for i in order)

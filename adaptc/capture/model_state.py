@@ -47,10 +47,12 @@ def preserve_state(model: Any, training: bool | None = None, *, traced: bool = F
         return
     state = _State(model)
     writes = contextlib.nullcontext() if traced else _Writes(state.parameters)
+    # Dynamo never again compiles a function that it met under a mode, such as a branch of torch.cond.
+    eager = contextlib.nullcontext() if traced else torch.compiler.set_stance("force_eager")
     try:
         if training is not None and any(mode != training for _, _, mode in state.modules):
             model.train(training)
-        with writes:
+        with eager, writes:
             yield
     finally:
         state.restore(writes.copies if isinstance(writes, _Writes) else ())

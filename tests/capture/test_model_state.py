@@ -234,3 +234,34 @@ def test_families_with_inputs_of_their_own_are_as_they_were(name: str) -> None:
     model = FAMILIES[name].build()
     unchanged(model, lambda: capture(model, FAMILIES[name].inputs(2, 5), training=True))
     unchanged(model, lambda: capture(model, FAMILIES[name].inputs(1, 5)))
+
+
+class Compiled(nn.Module):
+    """Branches by ``torch.cond``, and compiles a part of itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.graphs = nn.Linear(5, 7), nn.Linear(5, 7), list[Any]()
+        self.scaled = torch.compile(self._scaled, backend=self._backend, fullgraph=True)
+
+    def _backend(self, module: Any, inputs: Any) -> Any:
+        self.graphs.append(module)
+        return module.forward
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x * 2 + 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(self.scaled(x).sum() > 0, lambda t: self.a(t), lambda t: self.b(t), (x,))
+
+
+def test_what_a_model_compiles_is_compiled_afterwards() -> None:
+    """Dynamo skips for ever what it met while somebody watched all ops."""
+    torch.compiler.reset()
+    model, x = Compiled(), torch.rand(3, 5)
+    program = adaptc.compile(model, LoraConfig(r=2, target_modules=["a", "b"]), example_inputs=x)
+    model.graphs.clear()
+    torch.testing.assert_close(model(x), program(x))
+    assert len(model.graphs) == 1
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    torch.testing.assert_close(torch.func.functional_call(model, state, (x,)), program(x))
