@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from adaptc.capture.example_inputs import BATCH, is_pretrained_model
+from adaptc.capture.example_inputs import is_pretrained_model
 from adaptc.capture.failures import in_terms_of
 from adaptc.capture.fixed_sizes import fixed_sizes, names_of
 from adaptc.capture.free_sizes import Free, export, export_free, export_stated
+from adaptc.capture.given_inputs import arguments, free_of, grown, tensors_in
 from adaptc.capture.made_inputs import example_of
 from adaptc.capture.model_loss import loss_type, means_over_next_labels
 from adaptc.capture.model_state import preserve_state
@@ -289,21 +290,21 @@ def _export_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any, t
         args, kwargs = (), example.kwargs
         free: Free = example.free
     else:
-        args, kwargs = _arguments(model, example_inputs)
-        free = _free_of((args, kwargs))
+        args, kwargs = arguments(model, example_inputs)
+        free = free_of((args, kwargs))
 
     with _flat_forward(model, kwargs), in_terms_of(model, args, kwargs, made=example_inputs is None):
         if not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
             program = export_stated(model, args, kwargs, dynamic_shapes)
             again = partial(export, model, args, kwargs, dynamic_shapes, guarded=True)
             return _guarded(model, program, args, kwargs, again, training)
-        for args2, kwargs2 in _grown(args, kwargs) if example_inputs is not None else ():
+        for args2, kwargs2 in grown(args, kwargs) if example_inputs is not None else ():
             with contextlib.suppress(CaptureError):
-                program, fixed = export_free(model, args2, kwargs2, _free_of((args2, kwargs2)))
+                program, fixed = export_free(model, args2, kwargs2, free_of((args2, kwargs2)))
                 if not fixed and _same_outputs(model, program, args, kwargs, training):
-                    again = partial(_export_guarded, model, args2, kwargs2, _free_of((args2, kwargs2)))
+                    again = partial(_export_guarded, model, args2, kwargs2, free_of((args2, kwargs2)))
                     program = _guarded(model, program, args2, kwargs2, again, training)
-                    _tell_fixed(model, program, args2, kwargs2, _free_of((args2, kwargs2)), fixed)
+                    _tell_fixed(model, program, args2, kwargs2, free_of((args2, kwargs2)), fixed)
                     return program
         program, fixed = export_free(model, args, kwargs, free)
         again = partial(_export_guarded, model, args, kwargs, free)
@@ -361,58 +362,6 @@ def _guarded(
     return program
 
 
-def _arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
-    if isinstance(example_inputs, Tensor):
-        args, kwargs = (example_inputs,), {}
-    elif isinstance(example_inputs, tuple):
-        args, kwargs = example_inputs, {}
-    elif isinstance(example_inputs, Mapping):
-        args, kwargs = (), dict(example_inputs)
-    else:
-        raise CaptureError(
-            f"example_inputs is a {type(example_inputs).__name__}: give a tensor, a tuple of positional inputs or a "
-            "dict of keyword inputs"
-        )
-    try:
-        inspect.signature(model.forward).bind(*args, **kwargs)
-    except TypeError as error:
-        names = ", ".join(inspect.signature(model.forward).parameters)
-        raise CaptureError(f"example_inputs do not fit {type(model).__name__}.forward({names}): {error}") from error
-    return args, kwargs
-
-
-def _free_of(inputs: tuple[tuple, Mapping[str, Any]]) -> Free:
-    """Every dimension; those that are 0th and as large as the first input's are one batch."""
-    batch = next((t.shape[0] for t in _tensors(inputs)), None)
-
-    def free(tensor: Tensor) -> dict[int, str | None]:
-        return {i: BATCH if i == 0 and size == batch else None for i, size in enumerate(tensor.shape)}
-
-    return free
-
-
-def _tensors(inputs: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim > 0]
-
-
-def _grown(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[tuple[tuple, dict[str, Any]]]:
-    """The inputs with more of what they have one of: torch takes a dimension of size 1 in the example for a constant.
-    First all such dimensions, then the batch alone."""
-    tensors = _tensors((args, kwargs))
-    single = bool(tensors) and all(t.shape[0] == 1 for t in tensors)
-    inner = any(size == 1 for t in tensors for size in t.shape[1:])
-    for axes in ([True] if inner else []) + ([False] if single else []):
-
-        def grow(t: Tensor, inside: bool = axes) -> Tensor:
-            for i, size in enumerate(t.shape):
-                # Other sizes than the batch's two, or they would be taken for the batch.
-                times = (2 if single else 1) if i == 0 else 3 if inside and size == 1 else 1
-                t = torch.cat([t] * times, i)
-            return t
-
-        yield pytree.tree_map_only(Tensor, grow, (args, dict(kwargs)))
-
-
 def _same_outputs(
     model: nn.Module, program: ExportedProgram, args: tuple, kwargs: Mapping[str, Any], training: bool
 ) -> bool:
@@ -420,7 +369,7 @@ def _same_outputs(
 
     A model that branches on a size of 1 is traced on its other branch, with no guard that says so.
     """
-    tensors = _tensors((args, kwargs, list(model.parameters())))
+    tensors = tensors_in((args, kwargs, list(model.parameters())))
     if training or any(t.device.type == "meta" for t in tensors):
         return True
     with left_alone(model):

@@ -17,7 +17,19 @@ from adaptc.capture.replicate_layers import INDEX
 #: fewer equal layers are not worth the comparison
 FEWEST = 4
 #: values without a state
-SIMPLE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format)
+SIMPLE = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -57,10 +69,10 @@ def index_attributes(layers: list[nn.Module]) -> list[tuple[str, str]]:
 def _equal(a: nn.Module, b: nn.Module, *, outermost: bool = False) -> bool:
     if type(a) is not type(b) or not _plain(a, outermost) or not _plain(b, outermost):
         return False
-    if not _same_tensors(a._parameters, b._parameters) or not _same_tensors(a._buffers, b._buffers):
-        return False
     own, theirs = vars(a), vars(b)
-    if own.keys() != theirs.keys() or a._modules.keys() != b._modules.keys():
+    if any(not _same_tensors(own[name], theirs[name]) for name in ("_parameters", "_buffers")):
+        return False
+    if own.keys() != theirs.keys() or own["_modules"].keys() != theirs["_modules"].keys():
         return False
     for name, value in own.items():
         if name in ("_parameters", "_buffers", "_modules") or (name.startswith("_") and "_hook" in name):
@@ -68,7 +80,7 @@ def _equal(a: nn.Module, b: nn.Module, *, outermost: bool = False) -> bool:
         both_numbers = type(value) is int and type(theirs[name]) is int
         if not (name in INDEX and both_numbers) and not equal_values(value, theirs[name]):
             return False
-    pairs = zip(a._modules.values(), b._modules.values(), strict=True)
+    pairs = zip(own["_modules"].values(), theirs["_modules"].values(), strict=True)
     return all(x is y is None or (x is not None and y is not None and _equal(x, y)) for x, y in pairs)
 
 

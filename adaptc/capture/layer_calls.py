@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C import DisableTorchFunction
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_slot, track_tensor_tree
 
 from adaptc.capture.equal_modules import SIMPLE, equal_values, kind_of
@@ -68,7 +69,8 @@ class Call:
         elif callable(of_layer := getattr(value, "traced_layer", None)):
             if self.index is None:
                 raise Unknown
-            tensors, facts = of_layer(self.index)
+            found: Any = of_layer(self.index)
+            tensors, facts = found
             for i, t in enumerate(tensors):
                 self.tensors["cache", f"{path}.{i}"] = t
             self.rest.append(facts)
@@ -147,11 +149,17 @@ class Segment:
             role = self.roles.get(a)
             return role == other.roles.get(b) and (role is not None or a is b)
         if isinstance(a, (tuple, list)):
-            return type(a) is type(b) and len(a) == len(b) and all(self._like(x, y, same, other) for x, y in zip(a, b, strict=True))
+            return (
+                type(a) is type(b)
+                and len(a) == len(b)
+                and all(self._like(x, y, same, other) for x, y in zip(a, b, strict=True))
+            )
         if isinstance(a, dict):
             return type(a) is type(b) and a.keys() == b.keys() and all(self._like(a[k], b[k], same, other) for k in a)
         if isinstance(a, slice):
-            return isinstance(b, slice) and self._like((a.start, a.stop, a.step), (b.start, b.stop, b.step), same, other)
+            return isinstance(b, slice) and self._like(
+                (a.start, a.stop, a.step), (b.start, b.stop, b.step), same, other
+            )
         return equal_values(a, b)
 
     def leaks(self) -> bool:
@@ -168,7 +176,7 @@ class Segment:
             raise Unknown
         new = self._mapping(call.nodes(tracer))
         made: dict[int, Tensor] = {}
-        with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
+        with disable_proxy_modes_tracing(), DisableTorchFunction():
             made |= {id(t): _another(t) for t, _ in self.made}
         prefix, path = self.call.path, call.path
         for node in self.nodes:
@@ -204,7 +212,7 @@ class Segment:
 
 
 def _without_unused_sizes(nodes: list[fx.Node]) -> list[fx.Node]:
-    """The nodes but for sizes that none of them reads. torch computes these, or finds them in a cache, as it happens."""
+    """Return the nodes but for sizes that none reads, which torch computes or finds in a cache, as it happens."""
     kept: dict[fx.Node, None] = {}
     for node in reversed(nodes):
         size = isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, bool, int, float))

@@ -20,7 +20,7 @@ from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.modules import module as torch_module
 
-from adaptc.capture.equal_modules import equal_layers, equal_values, index_attributes
+from adaptc.capture.equal_modules import equal_layers, index_attributes
 from adaptc.capture.layer_calls import Call, Segment, Unknown
 
 
@@ -162,10 +162,9 @@ def _after(node: fx.Node) -> list[fx.Node]:
 
 def _attributes(layer: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
     """All that the modules of a layer hold, with copies of containers."""
-    held = [d for m in layer.modules() for d in (vars(m), m._buffers, m._parameters)]
+    held = [d for m in layer.modules() for d in (vars(m), vars(m)["_buffers"], vars(m)["_parameters"])]
     return [
-        (now, dict(now), {k: copy.copy(v) for k, v in now.items() if isinstance(v, (list, dict, set))})
-        for now in held
+        (now, dict(now), {k: copy.copy(v) for k, v in now.items() if isinstance(v, (list, dict, set))}) for now in held
     ]
 
 

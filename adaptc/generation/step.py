@@ -93,7 +93,7 @@ def _learn_sizes(ids: Tensor, tensors: list[Tensor], layout: CacheLayout, rings:
     for i, t in enumerate(tensors):
         like = first.setdefault(rings and layout.sliding[i], t)
         if t.shape[0] != ids.shape[0] or t.shape[2] != like.shape[2]:
-            raise CaptureError(f"the cache has {t.shape[0]} rows for {ids.shape[0]} of tokens, or layers of other sizes")
+            raise CaptureError(f"a layer of the cache has sizes {tuple(t.shape)}, other than the tokens or the first")
 
 
 @contextlib.contextmanager

@@ -129,6 +129,7 @@ def test_the_report_tells_what_matched_and_what_was_left_out_and_why() -> None:
         assert left in text
 
 
+@pytest.mark.filterwarnings("ignore:Sequential was captured for some sizes alone")  # Flatten, in front of a layer
 def test_the_adapter_of_every_matched_site_changes_the_output() -> None:
     """A match that adapts nothing would be the worst of all."""
     torch.manual_seed(2)

@@ -99,7 +99,7 @@ def test_the_pipelines_of_the_product_check_every_pass(name: str, checked: list[
         assert set(went) <= set(checked), set(went) - set(checked)
 
     program = adaptc.compile(net(), CONFIGS[name], example_inputs=X, training=True)
-    assert checked == ["bound_rows", "inject"]
+    assert checked == ["bound_rows", "linear_products", "inject"]
     assert [p for p, _ in program.adaptation.trail] == ["inject"]
     with torch.no_grad():
         program(X)

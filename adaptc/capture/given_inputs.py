@@ -1,0 +1,71 @@
+"""The example inputs that a user gives: as positional and keyword inputs, their free sizes, and larger ones of them.
+
+Before: what a call was given as ``example_inputs``. After: inputs that fit the model's ``forward``. torch's tracer takes
+a size of one for a constant, so there are also copies of the inputs with more rows, or more of what they have one of.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptc.capture.example_inputs import BATCH
+from adaptc.capture.free_sizes import Free
+from adaptc.errors import CaptureError
+from adaptc.passes.ir.trees import pytree
+
+
+def arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
+    if isinstance(example_inputs, Tensor):
+        args, kwargs = (example_inputs,), {}
+    elif isinstance(example_inputs, tuple):
+        args, kwargs = example_inputs, {}
+    elif isinstance(example_inputs, Mapping):
+        args, kwargs = (), dict(example_inputs)
+    else:
+        raise CaptureError(
+            f"example_inputs is a {type(example_inputs).__name__}: give a tensor, a tuple of positional inputs or a "
+            "dict of keyword inputs"
+        )
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        names = ", ".join(inspect.signature(model.forward).parameters)
+        raise CaptureError(f"example_inputs do not fit {type(model).__name__}.forward({names}): {error}") from error
+    return args, kwargs
+
+
+def free_of(inputs: tuple[tuple, Mapping[str, Any]]) -> Free:
+    """Every dimension; those that are 0th and as large as the first input's are one batch."""
+    batch = next((t.shape[0] for t in tensors_in(inputs)), None)
+
+    def free(tensor: Tensor) -> dict[int, str | None]:
+        return {i: BATCH if i == 0 and size == batch else None for i, size in enumerate(tensor.shape)}
+
+    return free
+
+
+def tensors_in(inputs: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim > 0]
+
+
+def grown(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[tuple[tuple, dict[str, Any]]]:
+    """The inputs with more of what they have one of: torch takes a dimension of size 1 in the example for a constant.
+    First all such dimensions, then the batch alone."""
+    tensors = tensors_in((args, kwargs))
+    single = bool(tensors) and all(t.shape[0] == 1 for t in tensors)
+    inner = any(size == 1 for t in tensors for size in t.shape[1:])
+    for axes in ([True] if inner else []) + ([False] if single else []):
+
+        def grow(t: Tensor, inside: bool = axes) -> Tensor:
+            for i, size in enumerate(t.shape):
+                # Other sizes than the batch's two, or they would be taken for the batch.
+                times = (2 if single else 1) if i == 0 else 3 if inside and size == 1 else 1
+                t = torch.cat([t] * times, i)
+            return t
+
+        yield pytree.tree_map_only(Tensor, grow, (args, dict(kwargs)))
