@@ -99,6 +99,7 @@ if TYPE_CHECKING:
     from adaptc.program.rank_allocator import RankAllocator, orthogonal_loss
     from adaptc.program.rescale import rescale_adapter_scale
     from adaptc.program.trainer_callback import check_gradients, trainer_callback
+    from adaptc.progress import get_verbosity, set_verbosity
     from adaptc.reports.status import get_layer_status, get_model_status
     from adaptc.runtime.recompiles import assert_no_recompiles
     from adaptc.verify.check_method import check_method
@@ -144,6 +145,8 @@ PUBLIC = {
     "trainer_callback": "adaptc.program.trainer_callback",
     "check_gradients": "adaptc.program.trainer_callback",
     "last_checkpoint": "adaptc.program.checkpoints",
+    "set_verbosity": "adaptc.progress",
+    "get_verbosity": "adaptc.progress",
     # what one holds
     "AdaptedProgram": "adaptc.program.adapted",
     "Bank": "adaptc.program.bank",

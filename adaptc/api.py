@@ -42,7 +42,7 @@ from adaptc.program.pretrained_module import PretrainedModule
 from adaptc.program.swap import swapped
 from adaptc.program.unload import unloaded
 from adaptc.program.views import check_unseen
-from adaptc.reports.results import MergeReport, SwapReport, bar
+from adaptc.reports.results import MergeReport, SwapReport
 from adaptc.runtime.options import RunOptions
 from adaptc.value_types import checked
 from adaptc.verify.package import verify_package
@@ -203,7 +203,7 @@ def merge(
     check_unseen(program, "merge")
     check_followed(program)
     source = program.binding.source
-    new, rows = merged(program, safe=safe, keep_base=keep_base, progress=bar("merging", progress))
+    new, rows = merged(program, safe=safe, keep_base=keep_base, progress=progress)
     new.merge_report = MergeReport(rows, source)
     return new
 

@@ -47,6 +47,7 @@ from adaptc.passes.analysis.program_facts import (
 )
 from adaptc.passes.analysis.sites import mark_linear
 from adaptc.passes.ir.trees import pytree
+from adaptc.progress import stage
 
 #: by name, since transformers is not imported
 _LINEAR_CLASSES = ("torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D")
@@ -154,7 +155,7 @@ def capture(
     if type(model).__name__ == "OptimizedModule" and isinstance(getattr(model, "_orig_mod", None), nn.Module):
         model = model.get_submodule("_orig_mod")
     check_not_quantised(model)
-    with _prepared(model, training):
+    with stage(f"capturing {type(model).__name__}"), _prepared(model, training):
         program = _canonical(_export_module(model, example_inputs, dynamic_shapes, training))
     call_by_first_name(program, model)
     linear = _linear_modules(model)
@@ -292,6 +293,7 @@ def _export_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any, t
     else:
         args, kwargs = arguments(model, example_inputs)
         free = free_of((args, kwargs))
+    name = type(model).__name__
 
     with _flat_forward(model, kwargs), in_terms_of(model, args, kwargs, made=example_inputs is None):
         if not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
@@ -299,14 +301,15 @@ def _export_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any, t
             again = partial(export, model, args, kwargs, dynamic_shapes, guarded=True)
             return _guarded(model, program, args, kwargs, again, training)
         for args2, kwargs2 in grown(args, kwargs) if example_inputs is not None else ():
-            with contextlib.suppress(CaptureError):
+            with contextlib.suppress(CaptureError), stage(f"exporting {name} with larger example inputs"):
                 program, fixed = export_free(model, args2, kwargs2, free_of((args2, kwargs2)))
                 if not fixed and _same_outputs(model, program, args, kwargs, training):
                     again = partial(_export_guarded, model, args2, kwargs2, free_of((args2, kwargs2)))
                     program = _guarded(model, program, args2, kwargs2, again, training)
                     _tell_fixed(model, program, args2, kwargs2, free_of((args2, kwargs2)), fixed)
                     return program
-        program, fixed = export_free(model, args, kwargs, free)
+        with stage(f"exporting {name} with free sizes"):
+            program, fixed = export_free(model, args, kwargs, free)
         again = partial(_export_guarded, model, args, kwargs, free)
         program = _guarded(model, program, args, kwargs, again, training)
     _tell_fixed(model, program, args, kwargs, free, fixed)
@@ -348,7 +351,7 @@ def _guarded(
     if not where:
         return program
     guarded = None
-    with contextlib.suppress(CaptureError):
+    with contextlib.suppress(CaptureError), stage(f"exporting {type(model).__name__} with guards on sizes of one"):
         guarded = again()
     if guarded is not None and not differing(model, guarded, args, kwargs):
         return guarded

@@ -85,7 +85,7 @@ def _equal(a: nn.Module, b: nn.Module, *, outermost: bool = False) -> bool:
 
 
 def _plain(module: nn.Module, outermost: bool) -> bool:
-    """Whether a call of a module runs the code of its class alone. Hooks of the layer itself run outside its forward."""
+    """Whether a call of a module runs the code of its class alone. Hooks of the layer itself run outside of it."""
     if isinstance(module, torch.jit.ScriptModule):
         return False
     hooks = () if outermost else _HOOKS

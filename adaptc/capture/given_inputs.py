@@ -1,7 +1,8 @@
 """The example inputs that a user gives: as positional and keyword inputs, their free sizes, and larger ones of them.
 
-Before: what a call was given as ``example_inputs``. After: inputs that fit the model's ``forward``. torch's tracer takes
-a size of one for a constant, so there are also copies of the inputs with more rows, or more of what they have one of.
+Before: what a call was given as ``example_inputs``. After: inputs that fit the model's ``forward``. torch's tracer
+takes a size of one for a constant, so there are also copies of the inputs with more rows, or more of what they have one
+of.
 """
 
 from __future__ import annotations

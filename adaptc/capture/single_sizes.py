@@ -24,6 +24,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from adaptc.capture.model_state import preserve_state
 from adaptc.passes.ir.lifted import user_inputs
 from adaptc.passes.ir.trees import pytree
+from adaptc.progress import stage
 
 #: a model of more bytes is not run to find out
 LARGEST = 4 << 30
@@ -34,6 +35,17 @@ def differing(model: nn.Module, program: ExportedProgram, args: tuple, kwargs: M
     axes = _free_axes(program) if runs_here(model, args, kwargs) else {}
     if not axes:
         return []
+    with stage(f"checking the program of {type(model).__name__} against the model at sizes of one"):
+        return _differing(model, program, args, kwargs, axes)
+
+
+def _differing(
+    model: nn.Module,
+    program: ExportedProgram,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    axes: Mapping[str, list[tuple[int, int]]],
+) -> list[str]:
     module, out = runnable(program), list[str]()
     names = list(user_inputs(program))
     for where in axes.values():

@@ -201,8 +201,14 @@ def options(
         list[Path] | None,
         typer.Option("--import", metavar="FILE.py", help="Run this file first: it registers a method of your own."),
     ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tell each stage of long work on stderr.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress of long work on a terminal.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
+    if verbose and quiet:
+        raise typer.BadParameter("it is the opposite of --quiet", param_hint="'--verbose'")
+    if verbose or quiet:
+        facade().set_verbosity("info" if verbose else "error")
     _import(imported)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -205,7 +204,7 @@ def merge(
         adapted = adaptc.load(program)
         if adapter is not None:
             adaptc.swap(adapted, adapter, **options)
-    merged = adaptc.merge(adapted, safe=safe, keep_base=False, progress=sys.stderr.isatty())
+    merged = adaptc.merge(adapted, safe=safe, keep_base=False)
     inside = merged.program if isinstance(merged, adaptc.Generator) else merged
     wrote = write_model_of(merged, path, beside=program) if whole else adaptc.save(merged, path)
     tell(as_json, inside.merge_report, wrote)

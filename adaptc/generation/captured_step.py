@@ -19,6 +19,7 @@ from adaptc.generation.step import Step
 from adaptc.generation.ways import stepping_as
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.unload import unloaded
+from adaptc.progress import stage
 
 _LONGEST = 300
 _CALLED = {
@@ -57,10 +58,12 @@ def captured_step(
         ways = [(STATE, None), *ways]
     elif layout is not None:
         ways = [*([] if layout.window is None else [(WINDOW, None)]), (ROOM, None), (EXACT, short), *ways]
-    for keeps, most in ways:
+    name = type(model).__name__
+    for number, (keeps, most) in enumerate(ways, 1):
         held = layout if keeps != NOTHING and layout is not None else CacheLayout((), model.dtype)
         try:
-            program, step = _captured(model, capture, keeps, held, most, acts, reads_first and keeps != NOTHING)
+            with stage(f"compiling {name} as {_CALLED[keeps]} (attempt {number} of at most {len(ways)})"):
+                program, step = _captured(model, capture, keeps, held, most, acts, reads_first and keeps != NOTHING)
         except CaptureError as error:
             failed.append(error)
             continue
@@ -76,14 +79,14 @@ def captured_step(
             acts=tuple(acts),
         )
         try:
-            prove(model, unloaded(program).module(check_guards=False), facts)
+            with stage(f"checking {_CALLED[keeps]} against {name}"):
+                prove(model, unloaded(program).module(check_guards=False), facts)
         except CaptureError as error:
             failed.append(error)
             continue
         if keeps == NOTHING:
             warnings.warn(
-                f"{type(model).__name__} generates without a cache, so each token takes the time of the whole text: "
-                f"{why}",
+                f"{name} generates without a cache, so each token takes the time of the whole text: {why}",
                 AdaptcWarning,
                 stacklevel=6,
             )

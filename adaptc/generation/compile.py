@@ -33,6 +33,7 @@ from adaptc.passes.ir.exclusive import exclusive
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.compile import compiled
 from adaptc.program.unload import unloaded
+from adaptc.progress import stage
 from adaptc.runtime.options import RunOptions
 from adaptc.value_types import checked
 
@@ -133,13 +134,12 @@ def _across(
     length = _at_most(max_length, decoder_positions(config))
     _at_least_one(max_batch, "max_batch")
     encoded = Encoded.of(model)
-    with stepping_across(model, encoded) as step:
+    name = type(model).__name__
+    with stage(f"compiling {name} as an encoder and a step"), stepping_across(model, encoded) as step:
         try:
             program = _captured(model, adapter, options, step, how)
         except CaptureError as error:
-            raise CaptureError(
-                f"{type(model).__name__} cannot be captured as an encoder and a step: {error}"
-            ) from error
+            raise CaptureError(f"{name} cannot be captured as an encoder and a step: {error}") from error
     facts = CrossFacts(
         **_common(model, encoded.own, max_batch, length),
         positions="decoder_position_ids" in step.example_inputs,
@@ -151,7 +151,8 @@ def _across(
         hidden=step.example_inputs[STATES].shape[-1],
         strides=encoded.strides,
     )
-    prove_across(model, unloaded(program), facts)
+    with stage(f"checking the encoder and the step against {name}"):
+        prove_across(model, unloaded(program), facts)
     return generator_of(program, facts)
 
 

@@ -24,6 +24,7 @@ from torch.export import ExportedProgram
 from adaptc.errors import BackendError
 from adaptc.passes.ir.exclusive import on_graphs
 from adaptc.peft_files.torch_writer import writing
+from adaptc.progress import stage
 
 OPTIONS: Mapping[str, Any] = {
     "aot_inductor.package": True,
@@ -59,13 +60,14 @@ def compiled(
     files: dict[str, Any] = {}
     try:
         with on_graphs(), torch.no_grad():
-            for name, program in models.items():
+            for number, (name, program) in enumerate(models.items(), 1):
                 args, kwargs = program.example_inputs  # type: ignore[misc]  # checked by the caller
                 module, folder = program.module(check_guards=False), code / name
                 folder.mkdir()
                 options = {"aot_inductor.output_path": str(folder), "aot_inductor.metadata": dict(metadata[name])}
-                files[name] = aot_compile(module, args, kwargs, options={**OPTIONS, **options})
-            with writing(file) as archive:
+                with stage(f"compiling {name!r} with AOTInductor ({number} of {len(models)})"):
+                    files[name] = aot_compile(module, args, kwargs, options={**OPTIONS, **options})
+            with stage("packaging the compiled code"), writing(file) as archive:
                 package_aoti(archive, files)  # lists, as asked for
     except Exception as error:
         if (full := _disk_error(error)) is not None:

@@ -38,6 +38,7 @@ from adaptc.passes.train.set_mode import SetMode
 from adaptc.peft_files.staging import replacing
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.core import ProgramCore
+from adaptc.progress import stage
 from adaptc.runtime.call_inputs import Inputs
 from adaptc.runtime.compiled_products import choose_packaged
 from adaptc.runtime.lengths import Lengths
@@ -92,7 +93,8 @@ def package_program(
         )
     if program.example_inputs is None:
         raise BackendError("the program has no example inputs, which compiling needs; capture it with torch.export")
-    frozen, manifest, tensors = Packer(program, max_rank, products).run()
+    with stage("preparing the program for its package"):
+        frozen, manifest, tensors = Packer(program, max_rank, products).run()
     models = {WHOLE: frozen}
     if parts:
         models = {name: part_of(frozen, outputs) for name, outputs in parts.items()}
@@ -125,7 +127,8 @@ def write_package(
         # Beside the target: there must be room for it here anyway.
         with replacing(path, "new.pt2") as new, code_folder(new) as code:
             compiled(models, code, new, tables)
-            _package_file.write(new, Contents(manifest, tensors, carried))
+            with stage(f"writing the package {path.name}"):
+                _package_file.write(new, Contents(manifest, tensors, carried))
     except OSError as error:
         raise CheckpointError(f"could not write {path}: {error}. What was there before is unchanged.") from error
     return path

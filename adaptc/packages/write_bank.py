@@ -24,6 +24,7 @@ from adaptc.passes.ir.exclusive import exclusive
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.program.bank import Bank
 from adaptc.program.divided_bank import DividedBank
+from adaptc.progress import stage
 from adaptc.rows.code import RowsSource
 from adaptc.runtime.call_inputs import Inputs
 
@@ -55,7 +56,8 @@ def package_bank(
     largest = max(members, key=ranks.__getitem__)
     wanted = max_rank or bank.max_rank or max(ranks.values()) or None
     packer = _BankPacker(bank, members, members[largest], wanted, products, max(count, 2))
-    models, manifest, tensors = packer.packed()
+    with stage(f"preparing a bank of {len(members)} adapters for its package"):
+        models, manifest, tensors = packer.packed()
     return write_package(path, models, manifest, tensors, carried or {})
 
 

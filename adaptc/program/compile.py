@@ -53,6 +53,7 @@ from adaptc.peft_files.raw import RawFile
 from adaptc.program.adaptation import Adaptation
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.add import Compiling
+from adaptc.progress import stage
 from adaptc.runtime.call_inputs import FULL_LIKE
 from adaptc.runtime.options import RunOptions
 from adaptc.runtime.weight_buffers import alias
@@ -164,11 +165,13 @@ def compiled(
     p = planned(model, config, options, **planning)
     spec, captured = p.spec, p.captured
     _check_methods(spec)
-    if named(config) is None:
-        binding = _first_binding(spec, p.plans[0], p.adapters[0], generator)
-    else:
-        parts = {a.name: _first_binding(part_of(spec, a.name), None, a, generator) for a in p.adapters}
-        binding = together(parts, spec.attachments)
+    name = "the program" if captured.base is None else captured.base.class_name
+    with stage(f"making the adapter's values at {len(spec.attachments)} sites of {name}"):
+        if named(config) is None:
+            binding = _first_binding(spec, p.plans[0], p.adapters[0], generator)
+        else:
+            parts = {a.name: _first_binding(part_of(spec, a.name), None, a, generator) for a in p.adapters}
+            binding = together(parts, spec.attachments)
     adaptation = Adaptation(
         spec.attachments,
         matches={k: v for one in p.plans for k, v in one.matches.items()},
@@ -181,7 +184,8 @@ def compiled(
         source=captured.source,
     )
     inject = Inject(spec.attachments, binding.values, adaptation.header(binding), captured.training)
-    done = PassManager([inject])(captured.program)
+    with stage(f"inserting adapters at {len(spec.attachments)} sites of {name}"):
+        done = PassManager([inject])(captured.program)
     adaptation = replace(adaptation, attachments=done.data[0], trail=done.trail)
     alias([*captured.program.state_dict.values(), *done.output.state_dict.values()])
     forget_code()

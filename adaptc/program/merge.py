@@ -23,6 +23,7 @@ from adaptc.passes.ir.exclusive import on_graphs
 from adaptc.passes.ir.pass_infra import Pass, PassManager
 from adaptc.passes.train.set_mode import SetMode
 from adaptc.program.core import Origin, ProgramCore
+from adaptc.progress import stage
 
 P = TypeVar("P", bound=ProgramCore)
 
@@ -57,16 +58,16 @@ def merged(
     *,
     safe: bool = True,
     keep_base: bool = True,
-    progress: Callable[[Sequence[Any]], Any] = iter,
+    progress: bool = False,
 ) -> tuple[P, Sequence[SiteMerge]]:
-    """The merged program, and a row per weight for the report; see ``adaptc.merge``. ``progress`` wraps the sequence of
-    weights. Raises MergeError, with ``program`` unchanged."""
-    with on_graphs():
+    """The merged program, and a row per weight for the report; see ``adaptc.merge``. ``progress``: a terminal shows
+    it from the start. Raises MergeError, with ``program`` unchanged."""
+    with on_graphs(), stage(f"merging {len(program.binding.methods)} sites", always=progress) as merging:
         if keep_base:
             still = program.snapshot()
-            return _merged(still, Origin(program, still.binding), None, safe, progress)
+            return _merged(still, Origin(program, still.binding), None, safe, merging.over)
         with program.held_still():
-            return _merged(program, None, program.release, safe, progress)
+            return _merged(program, None, program.release, safe, merging.over)
 
 
 def _merged(

@@ -16,6 +16,7 @@ from adaptc.errors import ConfigError, shown
 from adaptc.program.assigned import Stack
 from adaptc.program.bank_code import BankCode
 from adaptc.program.core import ProgramCore
+from adaptc.progress import stage
 from adaptc.rows.limits import Limits
 from adaptc.runtime.executor import Arguments, Executor
 
@@ -53,13 +54,15 @@ def warm_bank(bank: Warmable, adapters: int | None) -> None:
     """``adapters`` as for :func:`most_of`."""
     most = most_of(adapters, bank.limits.capacity, len(bank))
     base: Any = bank.program.base  # type: ignore[attr-defined]
-    for program, binding in ((base, Binding.none()), (bank.program, bank.program.binding)):
-        for code in bank.codes_of(program):
-            _warm(code, binding, bank.state)
-    for count in sorted({bank.codes.count(n) for n in range(1, most + 1)}):
-        stack = bank.empty_stack(count)
-        for code in bank.codes.every(stack):
-            _warm(code, stack.binding, bank.state)
+    with stage("warming the program of the bank"):
+        for program, binding in ((base, Binding.none()), (bank.program, bank.program.binding)):
+            for code in bank.codes_of(program):
+                _warm(code, binding, bank.state)
+    with stage(f"warming the bank for calls of up to {most} adapters") as warming:
+        for count in warming.over(sorted({bank.codes.count(n) for n in range(1, most + 1)})):
+            stack = bank.empty_stack(count)
+            for code in bank.codes.every(stack):
+                _warm(code, stack.binding, bank.state)
 
 
 def _warm(code: Executor, binding: Binding, state: Mapping[str, Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import isnan, nan
@@ -14,20 +14,6 @@ from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.method import Method
 from adaptc.peft_files.origin import PEFT, Origin
 from adaptc.tables import WIDTH, Column, Report, Table, as_text, dtype_name, number, plain, shortened, small
-
-
-def bar(what: str, show: bool) -> Callable[[Sequence[Any]], Any]:
-    """A progress bar on stderr around a sequence, or the sequence itself."""
-    if not show:
-        return iter
-
-    def track(items: Sequence[Any]) -> Any:
-        from rich.console import Console
-        from rich.progress import track as rich_track
-
-        return rich_track(items, description=what, console=Console(stderr=True))
-
-    return track
 
 
 @dataclass(frozen=True, repr=False)

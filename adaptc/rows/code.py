@@ -24,6 +24,7 @@ from adaptc.passes.ir.lifted import Lifted, user_inputs
 from adaptc.passes.ir.ops import operands
 from adaptc.passes.ir.rows import InRows, RowAxis, grouped
 from adaptc.passes.ir.trees import pytree
+from adaptc.progress import stage
 from adaptc.rows.apart import ends_of
 from adaptc.rows.bare import Bare
 from adaptc.rows.locate import Rows, locate, rows_of
@@ -61,7 +62,8 @@ class RowsSource(Bare):
                 if around(a, op) and a.method.has_input(op.at(node)):
                     wanted.setdefault(operands(node)[0].name, a)
         ends = ends_of(program)
-        axes, why = locate(program, rows, wanted, probes, ends, {a.fqn for a in bare.attachments})
+        with stage("finding the rows of the batch in the program"):
+            axes, why = locate(program, rows, wanted, probes, ends, {a.fqn for a in bare.attachments})
         for name, reason in why.items():
             if name not in wanted:
                 raise TargetError(
@@ -154,7 +156,8 @@ class RowsSource(Bare):
         """Code for ``count`` adapters; of ``stack`` the shapes alone matter. ``long``: for rows of many positions, with
         operators that compute each row's own adapters alone. ``grouped``: the sites that are so in ``stack``.
         ``free``: calls may have any number of adapters (:meth:`any_number`)."""
-        program = self.exported(stack, count, long, grouped)
+        with stage(f"making the code of a bank for {'any number of' if free else count} adapters"):
+            program = self.exported(stack, count, long, grouped)
         pairs = []
         for i, a in enumerate(self.attachments):
             of, lies = with_starts(a) if a.id in grouped else a, a.id in grouped

@@ -31,6 +31,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from adaptc.errors import BackendError
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.ops import Op
+from adaptc.progress import stage
 from adaptc.runtime.held_values import SplitGraph
 from adaptc.runtime.layouts import empty_in, order_of
 from adaptc.runtime.rank_padding import Padding, paddings
@@ -108,7 +109,7 @@ def compile_lifted(
             # Where standalone_compile looks for the fake mode, and with it the symbols, to use.
             node.meta["example_value"] = next(f for f in fakes if isinstance(f, Tensor))
     try:
-        with torch.no_grad():
+        with stage(f"compiling a program of {len(attachments)} sites with inductor"), torch.no_grad():
             return standalone_compile(main, fakes, dynamic_shapes="from_graph")
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaptc.passes.ir.product import ALL_CLASSES, ONEDNN, by_columns, product, row_class
+from adaptc.progress import stage
 from adaptc.torch_modes import AUTOCAST_DEVICES, in_transform
 
 #: (rows, columns of a weight, class of rows) -> seconds of linear, of oneDNN, and of columns where they are measured
@@ -26,6 +27,13 @@ Kinds = Callable[[Tensor, tuple[int, int], int, float], Sequence[float] | None]
 
 #: the name of times of weights that are transposed views, and of those of adapters
 TURNED, ADAPTERS = "turned", "adapters"
+#: what is measured, as a log calls it
+_CALLED = {
+    "": "matmuls",
+    TURNED: "matmuls of gradients",
+    ADAPTERS: "matmuls of adapters",
+    "packed": "matmuls of packed weights",
+}
 #: weights that are measured
 SIZES = ((256, 256), (576, 576), (1536, 576), (576, 1536), (2048, 2048))
 #: factors of adapters that are measured, at the classes of few and of many rows: a narrow one and a wide one, whose
@@ -61,7 +69,10 @@ def measure(dtype: torch.dtype, kinds: Kinds | None = None, of: str = "") -> Tim
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         pool = torch.full((_POOL // dtype.itemsize,), 0.5, dtype=dtype, device="cpu")
-        return _measure(pool, kinds or _kinds, of) if type(pool) is Tensor else {}
+        if type(pool) is not Tensor:
+            return {}
+        with stage(f"timing {_CALLED.get(of, of)} in {str(dtype).removeprefix('torch.')}"):
+            return _measure(pool, kinds or _kinds, of)
 
 
 def measure_turned(dtype: torch.dtype) -> Times:

@@ -28,7 +28,7 @@ from adaptc.peft_files.directory import write_adapter
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.compile import compiled, planned
 from adaptc.program.files import load_program, save_program
-from adaptc.reports.results import bar
+from adaptc.progress import stage
 from adaptc.runtime.options import RunOptions
 from adaptc.tables import Column, Report, Table, plain
 from adaptc.verify.verify import verify_program
@@ -136,7 +136,8 @@ def check_method(
 
     ``config``: one of your method, registered with :func:`adaptc.register_method`; its targets are not looked at.
     ``sizes``: inputs and outputs of the layers, for methods that need sizes of a kind (both even; different, or an
-    axis taken for the other would not be noticed). ``progress`` shows a bar on stderr.
+    axis taken for the other would not be noticed). ``progress`` shows a bar on a
+    terminal from the start.
 
     Takes about half a minute. Raises ConfigError for what is no config and for sizes that cannot be used, and with
     ``raise_on_failure`` MethodError when a check failed.
@@ -152,8 +153,9 @@ def check_method(
         raise ConfigError(f"sizes={sizes!r} must be two different even numbers, the inputs and outputs of layers")
     checks: list[MethodCheck] = []
     refused: dict[str, str] = {}
-    with torch.random.fork_rng(devices=[]):
-        for name in bar("checking", progress)(list(LAYERS)):
+    text = f"checking the method of {type(config).__name__}"
+    with stage(text, always=progress) as checking, torch.random.fork_rng(devices=[]):
+        for name in checking.over(LAYERS):
             torch.manual_seed(0)
             try:
                 checks += _Trial(config, name, sizes).run()

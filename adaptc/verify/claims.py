@@ -11,6 +11,7 @@ from typing import Any
 from adaptc.capture.model_state import preserve_state
 from adaptc.capture.random_inputs import Run
 from adaptc.passes.ir.attachment import Attachment
+from adaptc.progress import stage
 from adaptc.verify.compare import Leaves, copied_tree, leaves
 from adaptc.verify.preserve_state import Buffers
 from adaptc.verify.report import Check
@@ -29,7 +30,8 @@ class Claims:
 
     def tried(self, name: str, check: Callable[[str], Check]) -> Check:
         try:
-            return check(name)
+            with stage(f"verifying: {name}"):
+                return check(name)
         except Exception as error:  # whatever goes wrong inside is what the report is for
             first = (str(error).strip() or "no message").splitlines()[0]
             return Check(name, False, note=f"{type(error).__name__}: {first}")

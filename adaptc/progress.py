@@ -1,0 +1,235 @@
+"""Tells what long work does: a line on the logger ``adaptc`` for each stage, and a status line on a terminal.
+
+Before: work that takes seconds or more. After: :func:`stage` has logged its beginning and its end at level INFO. A
+terminal has shown the innermost stage meanwhile, with its count where it has one, and is as it was. The status line is
+a thread's own, begins after :data:`DELAY` seconds, and is the only one of the process. None is shown where stderr is
+no terminal, at levels above WARNING, where the environment turns bars off, or beside a live display of rich.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from adaptc.errors import AdaptcWarning, ConfigError, shown
+
+T = TypeVar("T")
+
+VARIABLE = "ADAPTC_VERBOSITY"
+#: the names of levels, as transformers has them
+LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+    "critical": logging.CRITICAL,
+}
+#: of the environment: what turns off the bars of tqdm and of Hugging Face's libraries
+SILENCE = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")
+#: seconds after which a status line is shown, and between two of its pictures
+DELAY, EVERY = 1.0, 0.125
+
+LOGGER = logging.getLogger("adaptc")
+
+
+def get_verbosity() -> int:
+    """Return the level of adaptc's logger, one of the levels of ``logging``, such as ``logging.WARNING``."""
+    return LOGGER.getEffectiveLevel()
+
+
+def set_verbosity(level: int | str) -> None:
+    """Set the level of adaptc's logger, as ``transformers.logging.set_verbosity`` does.
+
+    ``level``: a level of ``logging``, or "debug", "info", "warning", "error" or "critical". At "info" each stage of
+    long work has a line when it begins and when it ends. At "warning", the default, a terminal shows a status line
+    while work takes long. At "error" and "critical" it shows none. The environment variable ``ADAPTC_VERBOSITY`` sets
+    the first level. Raises ConfigError for what is no level.
+    """
+    LOGGER.setLevel(_level(level))
+
+
+def _level(value: Any) -> int:
+    if isinstance(value, str) and value.lower() in LEVELS:
+        return LEVELS[value.lower()]
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise ConfigError(
+        f"verbosity {shown(value)} is no level: give one of {', '.join(map(repr, LEVELS))}, or a level of logging, "
+        "such as logging.INFO"
+    )
+
+
+class _Handler(logging.Handler):
+    """Writes to stderr what no other handler gets: who configures logging has lines once, and where they want them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        others = [*LOGGER.handlers, *(logging.getLogger().handlers if LOGGER.propagate else ())]
+        if sys.stderr is None or any(h is not self for h in others):
+            return
+        try:
+            sys.stderr.write(f"{self.format(record)}\n")  # as it is now: a status line may stand in front of it
+            sys.stderr.flush()
+        except Exception:
+            self.handleError(record)
+
+
+def _configure() -> None:
+    """Give the logger its handler, and its first level where nobody has set one."""
+    handler = _Handler()
+    handler.setFormatter(logging.Formatter("[adaptc] %(message)s"))
+    LOGGER.addHandler(handler)
+    if LOGGER.level != logging.NOTSET:
+        return
+    wanted = os.environ.get(VARIABLE) or "warning"
+    LOGGER.setLevel(LEVELS.get(wanted.lower(), logging.WARNING))
+    if wanted.lower() not in LEVELS:
+        warnings.warn(
+            f"{VARIABLE}={shown(wanted)} in the environment is no level: set it to one of {', '.join(LEVELS)}",
+            AdaptcWarning,
+            stacklevel=2,
+        )
+
+
+class Stage:
+    """Made by :func:`stage`; a context manager that can be entered once."""
+
+    def __init__(self, text: str, always: bool) -> None:
+        self.text, self.always = text, always
+        self.begun, self.done, self.total = 0.0, 0, 0
+
+    def __enter__(self) -> Self:
+        LOGGER.info("%s", self.text)
+        self.begun = time.perf_counter()
+        _line.begin(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        _line.end(self)
+        how = "done in" if kind is None else "failed after" if issubclass(kind, Exception) else "stopped after"
+        LOGGER.info("%s: %s %.1f s", self.text, how, time.perf_counter() - self.begun)
+
+    def over(self, items: Collection[T]) -> Iterator[T]:
+        """Iterate over ``items``, and let the status line count them."""
+        # Counts for the stage, which ends by itself: an iterator that an error leaves behind holds no status line.
+        self.done, self.total = 0, len(items)
+        for item in items:
+            yield item
+            self.done += 1
+
+
+def stage(text: str, *, always: bool = False) -> Stage:
+    """Return a context manager for work that may take long. ``text``: what is done, and to what, such as
+    ``capturing LlamaForCausalLM``. ``always``: a terminal shows it at once, at any level."""
+    return Stage(text, always)
+
+
+class _StatusLine:
+    """The one status line of the process, and the stages that are open, of all threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._open: list[Stage] = []
+        #: what shows the line, and what ends it; None where none is shown
+        self._shown: tuple[threading.Thread, threading.Event] | None = None
+
+    def begin(self, one: Stage) -> None:
+        with self._lock:
+            self._open.append(one)
+            if self._shown is None and self._wanted(one.always):
+                with suppress(Exception):  # no terminal, and no lack of threads, is a reason for work to fail
+                    self._shown = self._started(one.always)
+
+    def end(self, one: Stage) -> None:
+        with self._lock:
+            if one in self._open:  # not in a process that was forked meanwhile
+                self._open.remove(one)
+            if self._open or self._shown is None:
+                return
+            (thread, ended), self._shown = self._shown, None
+        ended.set()
+        if thread is not threading.current_thread():  # which a garbage collection may be in
+            thread.join()
+
+    def forget(self) -> None:
+        """Begin anew in a process that was forked: the thread that shows the line is not there."""
+        was = self._shown
+        self.__init__()
+        if was is not None and _is_proxy(sys.stderr):
+            sys.stderr = sys.stderr.rich_proxied_file  # type: ignore[union-attr]
+
+    def _wanted(self, always: bool) -> bool:
+        if not (always or LOGGER.isEnabledFor(logging.WARNING)) or any(map(_is_on, SILENCE)):
+            return False
+        if any(map(_is_proxy, (sys.stdout, sys.stderr))):  # somebody has a live display, which ours would write over
+            return False
+        try:
+            return sys.stderr.isatty()
+        except (AttributeError, ValueError):  # there is none, or it is closed
+            return False
+
+    def _started(self, always: bool) -> tuple[threading.Thread, threading.Event]:
+        from rich.console import Console
+
+        ended = threading.Event()
+        console = Console(file=sys.stderr)
+        thread = threading.Thread(target=self._show, args=(console, ended, always), name="adaptc-status", daemon=True)
+        thread.start()
+        return thread, ended
+
+    def _show(self, console: Any, ended: threading.Event, always: bool) -> None:
+        """Runs in a thread of its own, which an interrupt of the user's never reaches: the line is always taken off."""
+        from rich.live import Live
+        from rich.spinner import Spinner
+
+        if (not always and ended.wait(DELAY)) or sys.stderr is not console.file or not self._wanted(always):
+            return
+        spinner = Spinner("dots" if console.encoding.startswith("utf") else "line")
+        # Stdout is left alone: it may be a file. What is written to stderr comes above the line.
+        line = Live(
+            console=console,
+            get_renderable=lambda: self._picture(spinner),
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=False,
+        )
+        with suppress(Exception), line:  # rich's own errors, and those of terminals that are gone
+            while not ended.wait(EVERY):
+                line.refresh()
+
+    def _picture(self, spinner: Any) -> Any:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        grid = Table.grid(padding=(0, 1))
+        for one in self._open[-1:]:  # at once: other threads change the list
+            cells = [spinner, Text(one.text, no_wrap=True, overflow="crop")]
+            if one.total:
+                count = Text(f"{one.done} of {one.total}", no_wrap=True)
+                cells += [ProgressBar(one.total, one.done, width=20), count]
+            seconds = int(time.perf_counter() - one.begun)
+            grid.add_row(*cells, Text(f"{seconds // 60}:{seconds % 60:02}", no_wrap=True))
+        return grid
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "on", "yes", "true")
+
+
+def _is_proxy(stream: Any) -> bool:
+    """Whether it is what a live display of rich puts in the place of a stream; rich need not be imported."""
+    return type(stream).__module__ == "rich.file_proxy"
+
+
+_line = _StatusLine()
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no forks
+    os.register_at_fork(after_in_child=_line.forget)
+_configure()
