@@ -295,7 +295,7 @@ def test_nothing_is_printed_where_there_is_no_terminal(
     assert capsys.readouterr() == ("", "")
 
 
-def test_commands_are_verbose_or_quiet(tmp_path: Path, caplog: Log) -> None:
+def test_commands_are_verbose_or_quiet(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     saved = str(adaptc.save(program(), tmp_path / "program.pt2"))
     caplog.set_level(logging.INFO, LOGGER.name)  # what pytest keeps, too
     for flag, level in (("-q", logging.ERROR), ("--quiet", logging.ERROR), ("--verbose", logging.INFO)):
