@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -131,19 +131,69 @@ def stage(text: str, *, always: bool = False) -> Stage:
     return Stage(text, always)
 
 
+class _Above:
+    """Stands in the place of stderr while there is a status line, which gives way to what others write.
+
+    rich's own stand-in is not used: it puts back what stderr was when it began, which in another thread may have been
+    the string that a ``redirect_stderr`` of that moment wrote to. This one passes on what is written after its end.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.shown = stream, True
+        self._lock = threading.RLock()
+        #: whether the line is there, and whether others have written a part of a line
+        self._drawn = self._begun = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        if not self.shown:
+            return self.stream.write(text)
+        with self._lock:
+            self._erase()
+            self._begun = not text.endswith("\n") if text else self._begun
+            return self.stream.write(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def draw(self, line: str) -> None:
+        """Show ``line`` in the place of the last one, but not behind what others have begun."""
+        with self._lock:
+            if not self._begun:
+                self._erase()
+                self._drawn = True
+                self.stream.write(line)
+                self.stream.flush()
+
+    def end(self) -> None:
+        """Take the line off."""
+        with self._lock:
+            self.shown = False
+            self._erase()
+            self.stream.flush()
+
+    def _erase(self) -> None:
+        if self._drawn:
+            self._drawn = False
+            self.stream.write("\r\x1b[2K")
+
+
 class _StatusLine:
     """The one status line of the process, and the stages that are open, of all threads."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._open: list[Stage] = []
-        #: what shows the line, and what ends it; None where none is shown
-        self._shown: tuple[threading.Thread, threading.Event] | None = None
+        #: what shows the line, what ends it, and what stands for stderr meanwhile; None where none is shown
+        self._shown: tuple[threading.Thread, threading.Event, _Above] | None = None
 
     def begin(self, one: Stage) -> None:
         with self._lock:
             self._open.append(one)
-            if self._shown is None and self._wanted(one.always):
+            if self._shown is None and _wanted(one.always):
                 with suppress(Exception):  # no terminal, and no lack of threads, is a reason for work to fail
                     self._shown = self._started(one.always)
 
@@ -153,7 +203,7 @@ class _StatusLine:
                 self._open.remove(one)
             if self._open or self._shown is None:
                 return
-            (thread, ended), self._shown = self._shown, None
+            (thread, ended, _), self._shown = self._shown, None
         ended.set()
         if thread is not threading.current_thread():  # which a garbage collection may be in
             thread.join()
@@ -162,49 +212,42 @@ class _StatusLine:
         """Begin anew in a process that was forked: the thread that shows the line is not there."""
         was = self._shown
         self.__init__()
-        if was is not None and _is_proxy(sys.stderr):
-            sys.stderr = sys.stderr.rich_proxied_file  # type: ignore[union-attr]
+        if was is not None:
+            _put_back(was[2])
 
-    def _wanted(self, always: bool) -> bool:
-        if not (always or LOGGER.isEnabledFor(logging.WARNING)) or any(map(_is_on, SILENCE)):
-            return False
-        if any(map(_is_proxy, (sys.stdout, sys.stderr))):  # somebody has a live display, which ours would write over
-            return False
-        try:
-            return sys.stderr.isatty()
-        except (AttributeError, ValueError):  # there is none, or it is closed
-            return False
-
-    def _started(self, always: bool) -> tuple[threading.Thread, threading.Event]:
+    def _started(self, always: bool) -> tuple[threading.Thread, threading.Event, _Above]:
         from rich.console import Console
 
-        ended = threading.Event()
-        console = Console(file=sys.stderr)
-        thread = threading.Thread(target=self._show, args=(console, ended, always), name="adaptc-status", daemon=True)
+        if isinstance(sys.stderr, _Above):  # left by a ``redirect_stderr`` that ended after the last line
+            _put_back(sys.stderr)
+        above, ended = _Above(sys.stderr), threading.Event()
+        args = (above, Console(file=above.stream), ended, always)
+        thread = threading.Thread(target=self._show, args=args, name="adaptc-status", daemon=True)
         thread.start()
-        return thread, ended
+        return thread, ended, above
 
-    def _show(self, console: Any, ended: threading.Event, always: bool) -> None:
+    def _show(self, above: _Above, console: Any, ended: threading.Event, always: bool) -> None:
         """Runs in a thread of its own, which an interrupt of the user's never reaches: the line is always taken off."""
-        from rich.live import Live
         from rich.spinner import Spinner
 
-        if (not always and ended.wait(DELAY)) or sys.stderr is not console.file or not self._wanted(always):
+        if not always and ended.wait(DELAY):
+            return
+        if sys.stderr is not above.stream or not _wanted(always) or console.is_dumb_terminal or console.legacy_windows:
             return
         spinner = Spinner("dots" if console.encoding.startswith("utf") else "line")
-        # Stdout is left alone: it may be a file. What is written to stderr comes above the line.
-        line = Live(
-            console=console,
-            get_renderable=lambda: self._picture(spinner),
-            auto_refresh=False,
-            transient=True,
-            redirect_stdout=False,
-        )
-        with suppress(Exception), line:  # rich's own errors, and those of terminals that are gone
-            while not ended.wait(EVERY):
-                line.refresh()
+        with suppress(Exception):  # of terminals that are gone
+            sys.stderr = above  # type: ignore[assignment]
+            try:
+                above.draw(self._picture(console, spinner))
+                while not ended.wait(EVERY):
+                    above.draw(self._picture(console, spinner))
+            finally:
+                try:
+                    above.end()
+                finally:
+                    _put_back(above)
 
-    def _picture(self, spinner: Any) -> Any:
+    def _picture(self, console: Any, spinner: Any) -> str:
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
@@ -213,11 +256,30 @@ class _StatusLine:
         for one in self._open[-1:]:  # at once: other threads change the list
             cells = [spinner, Text(one.text, no_wrap=True, overflow="crop")]
             if one.total:
-                count = Text(f"{one.done} of {one.total}", no_wrap=True)
-                cells += [ProgressBar(one.total, one.done, width=20), count]
+                cells += [ProgressBar(one.total, one.done, width=20), Text(f"{one.done} of {one.total}", no_wrap=True)]
             seconds = int(time.perf_counter() - one.begun)
             grid.add_row(*cells, Text(f"{seconds // 60}:{seconds % 60:02}", no_wrap=True))
-        return grid
+        with console.capture() as captured:
+            console.print(grid, width=max(1, console.width - 1))  # a full line would begin the next one
+        return captured.get().partition("\n")[0]
+
+
+def _put_back(above: _Above) -> None:
+    """Make stderr what it was, unless somebody else has put another in its place since."""
+    above.shown = False
+    if sys.stderr is above:
+        sys.stderr = above.stream
+
+
+def _wanted(always: bool) -> bool:
+    if not (always or LOGGER.isEnabledFor(logging.WARNING)) or any(map(_is_on, SILENCE)):
+        return False
+    if any(map(_is_proxy, (sys.stdout, sys.stderr))):  # somebody has a live display, which ours would write over
+        return False
+    try:
+        return sys.stderr.isatty()
+    except (AttributeError, ValueError):  # there is none, or it is closed
+        return False
 
 
 def _is_on(variable: str) -> bool:

@@ -323,7 +323,7 @@ def shown(text):
     end = time.monotonic() + 60
     while "adaptc-status" not in [t.name for t in threading.enumerate()] and time.monotonic() < end:
         time.sleep(0.01)
-    while type(sys.stderr).__module__ != "rich.file_proxy" and time.monotonic() < end:
+    while sys.stderr is first and time.monotonic() < end:
         time.sleep(0.01)
     time.sleep(0.2)
 
@@ -341,9 +341,8 @@ def session(code: str, **environment: str) -> Run:
 
 
 def check_clean(run: Run, *lines: str) -> None:
-    """Nothing is left of the status line, and the cursor is seen again."""
+    """Nothing is left of the status line."""
     assert (run.code, run.screen) == (0, ["before", *lines, "after"])
-    assert run.shown.count("\x1b[?25l") == run.shown.count("\x1b[?25h")
 
 
 def test_a_terminal_shows_the_innermost_stage_and_its_count_and_is_cleaned() -> None:
@@ -440,20 +439,65 @@ def test_a_forked_process_shows_nothing_of_its_parents() -> None:
     check_clean(run)
 
 
-def test_a_live_display_of_the_users_own_stays_alone() -> None:
+def test_what_others_write_stands_above_the_line_in_one_piece() -> None:
     run = session("""
+        with stage("work"):
+            shown("work")
+            print("the first part", end="", file=sys.stderr, flush=True)
+            time.sleep(0.2)
+            sys.stderr.writelines([" and the rest\\n", "more\\n"])
+            time.sleep(0.2)
+    """)
+    check_clean(run, "the first part and the rest", "more")
+
+
+def test_stderr_that_others_put_in_its_place_meanwhile_comes_back() -> None:
+    """A ``redirect_stderr`` in one thread may begin or end while the line of another does."""
+    run = session("""
+        import contextlib, io
+        usual = progress._wanted
+        def meanwhile(always):
+            if threading.current_thread() is not threading.main_thread():
+                sys.stderr = io.StringIO()  # after the line has seen that this is the terminal
+                return True
+            return usual(always)
+        progress._wanted = meanwhile
+        with stage("begins"):
+            shown("begins")
+            time.sleep(0.2)
+            sys.stderr = first  # as the other thread has it again
+        assert sys.stderr is first
+        progress._wanted = usual
+        other = contextlib.redirect_stderr(io.StringIO())
+        with stage("ends"):
+            shown("ends")
+            other.__enter__()
+        other.__exit__(None, None, None)
+        print("told", file=sys.stderr)
+        with stage("again"):
+            shown("again")
+    """)
+    check_clean(run, "told")
+    for text in ("begins", "ends", "again"):
+        assert text in run.shown
+
+
+@pytest.mark.parametrize("options", ["", ", redirect_stderr=False"])
+def test_a_live_display_of_the_users_own_stays_alone(options: str) -> None:
+    code = """
         from rich.console import Console
         from rich.progress import Progress
         import torch, adaptc
         net = torch.nn.Sequential(torch.nn.Linear(7, 5))
-        with Progress(console=Console(stderr=True), transient=True) as bar:
+        with Progress(console=Console(stderr=True), transient=True OPTIONS) as bar:
             task = bar.add_task("the user's", total=2)
             config = adaptc.LoraConfig(r=2, target_modules=["0"])
             prog = adaptc.compile(net, config, example_inputs=torch.randn(3, 7))
             adaptc.merge(prog, progress=True)
             bar.advance(task)
         os._exit(0)  # torch's own threads are there still
-    """)
+    """
+    run = session(code.replace(" OPTIONS", options))
     assert run.code == 0
     assert "the user's" in run.shown
     assert "capturing" not in run.shown
