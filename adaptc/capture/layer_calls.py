@@ -100,7 +100,7 @@ class Segment:
     def __init__(
         self, call: Call, before: Mapping[Role, fx.Node | None], nodes: list[fx.Node], out: Any, tracer: Any
     ) -> None:
-        self.call, self.nodes, self.out = call, _without_unused_sizes(nodes), out
+        self.call, self.nodes, self.out = call, [n for n in nodes if not _is_size(n)], out
         self.inside = inside = dict.fromkeys(nodes)
         self.roles: dict[fx.Node, Role] = {}
         for role, node in before.items():
@@ -144,6 +144,8 @@ class Segment:
 
     def _like(self, a: Any, b: Any, same: Mapping[fx.Node, fx.Node], other: Segment) -> bool:
         if isinstance(a, fx.Node):
+            if _is_size(a):
+                return isinstance(b, fx.Node) and _is_size(b) and str(a.meta["val"]) == str(b.meta["val"])
             if a in same or not isinstance(b, fx.Node):
                 return same.get(a) is b
             role = self.roles.get(a)
@@ -167,7 +169,7 @@ class Segment:
         known = {node for _, node in self.made} | set(self.written.values())
         values = [n for n in self.nodes if n not in known and isinstance(n.meta.get("val"), (Tensor, tuple, list))]
         # torch.export adds asserts of sizes and dtypes when all is traced.
-        return any(user not in self.inside and not _returns_nothing(user) for node in values for user in node.users)
+        return any(user not in self.inside and not _asks_size(user) for node in values for user in node.users)
 
     def copied(self, call: Call, tracer: Any) -> Any:
         """Return what ``call`` returns, whose nodes are now in the graph. Raises :class:`Unknown` and adds nothing
@@ -211,19 +213,15 @@ class Segment:
         return new
 
 
-def _without_unused_sizes(nodes: list[fx.Node]) -> list[fx.Node]:
-    """Return the nodes but for sizes that none reads, which torch computes or finds in a cache, as it happens."""
-    kept: dict[fx.Node, None] = {}
-    for node in reversed(nodes):
-        size = isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, bool, int, float))
-        if not size or any(user in kept for user in node.users):
-            kept[node] = None
-    return list(reversed(kept))
+def _is_size(node: fx.Node) -> bool:
+    """Whether a node is a number. Equal layers have the same, whose node torch takes from whichever tensor it finds."""
+    return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, bool, int, float))
 
 
-def _returns_nothing(node: fx.Node) -> bool:
+def _asks_size(node: fx.Node) -> bool:
+    """Whether a node gives a size of its input, which is the same for all layers, or nothing at all."""
     schema = getattr(node.target, "_schema", None)
-    return schema is not None and not schema.returns
+    return schema is not None and (not schema.returns or schema.name.startswith("aten::sym_"))
 
 
 def _reads_graphs(node: fx.Node) -> bool:

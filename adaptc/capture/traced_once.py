@@ -11,7 +11,6 @@ Tracing takes by far the most of the time of a capture, and the same time for ea
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -69,19 +68,19 @@ class _Group:
         self.read = False
 
     def enter(self, stack: contextlib.ExitStack) -> None:
-        for path, layer in self.layers:
+        for _, layer in self.layers:
             modules = dict(layer.named_modules())
             for name in dict.fromkeys(name for name, _ in self.indices):
                 attributes = [a for n, a in self.indices if n == name]
                 stack.callback(setattr, modules[name], "__class__", type(modules[name]))
                 modules[name].__class__ = _noting(type(modules[name]), attributes, self._note)
             stack.callback(vars(layer).pop, "forward", None)
-            vars(layer)["forward"] = self._wrapped(path, layer)
+            vars(layer)["forward"] = self._wrapped(layer)
 
     def _note(self) -> None:
         self.read = True
 
-    def _wrapped(self, path: str, layer: nn.Module) -> Callable[..., Any]:
+    def _wrapped(self, layer: nn.Module) -> Callable[..., Any]:
         forward = layer.forward
 
         @functools.wraps(forward)
@@ -97,7 +96,7 @@ class _Group:
                 if id(layer) in self.called:
                     raise Unknown
                 self.called.add(id(layer))
-                given = Call(layer, path, args, kwargs, self._index(layer))
+                given = Call(layer, _path(layer, tracer), args, kwargs, self._index(layer))
             except Unknown:
                 self.last = None
                 return forward(*args, **kwargs)
@@ -132,6 +131,14 @@ class _Group:
         return out
 
 
+def _path(layer: nn.Module, tracer: Any) -> str:
+    """Return the path of a layer as the tracer writes it into nodes."""
+    try:
+        return tracer.path_of_module(layer)
+    except (NameError, AttributeError):
+        raise Unknown from None
+
+
 def _noting(kind: type, attributes: list[str], note: Callable[[], None]) -> type:
     """Return a class like ``kind`` that calls ``note`` when one of these attributes is read."""
 
@@ -160,18 +167,22 @@ def _after(node: fx.Node) -> list[fx.Node]:
     return nodes
 
 
-def _attributes(layer: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
-    """All that the modules of a layer hold, with copies of containers."""
+def _attributes(layer: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return all that the modules of a layer hold, each with what it is now."""
     held = [d for m in layer.modules() for d in (vars(m), vars(m)["_buffers"], vars(m)["_parameters"])]
-    return [
-        (now, dict(now), {k: copy.copy(v) for k, v in now.items() if isinstance(v, (list, dict, set))}) for now in held
-    ]
+    return [(now, {k: _content(v) for k, v in now.items()}) for now in held]
 
 
-def _unchanged(attributes: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]) -> bool:
-    return all(
-        now.keys() == before.keys()
-        and all(now[k] is before[k] for k in now)
-        and all(now[k] == v for k, v in containers.items() if k not in ("_buffers", "_parameters"))
-        for now, before, containers in attributes
-    )
+def _content(value: Any) -> Any:
+    """Return what tells whether a value was replaced, or a container in it was written to."""
+    if type(value) in (list, tuple):
+        return id(value), [_content(v) for v in value]
+    if type(value) is dict:
+        return id(value), [(k, _content(v)) for k, v in value.items()]
+    if type(value) is set:
+        return id(value), set(value)
+    return id(value)
+
+
+def _unchanged(attributes: list[tuple[dict[str, Any], dict[str, Any]]]) -> bool:
+    return all({k: _content(v) for k, v in now.items()} == before for now, before in attributes)
