@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from adaptc.errors import AdaptcWarning, ConfigError, shown
+from adaptc.locks import free_in_children
 
 T = TypeVar("T")
 
@@ -140,7 +141,7 @@ class _Above:
 
     def __init__(self, stream: Any) -> None:
         self.stream, self.shown = stream, True
-        self._lock = threading.RLock()
+        self._lock = free_in_children(threading.RLock())
         #: whether the line is there, and whether others have written a part of a line
         self._drawn = self._begun = False
 
@@ -185,7 +186,7 @@ class _StatusLine:
     """The one status line of the process, and the stages that are open, of all threads."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._lock = free_in_children(threading.RLock())
         self._open: list[Stage] = []
         #: what shows the line, what ends it, and what stands for stderr meanwhile; None where none is shown
         self._shown: tuple[threading.Thread, threading.Event, _Above] | None = None

@@ -32,9 +32,9 @@ from torch.nn import Parameter
 
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.groups import groups
+from adaptc.locks import free_in_children
 from adaptc.methods import AdapterConfig
 from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.locks import free_in_children
 from adaptc.passes.ir.method import Method, Slot
 from adaptc.passes.ir.ops import Op
 from adaptc.peft_files.directory import all_finite

@@ -101,7 +101,7 @@ def _computed(program: ExportedProgram) -> set[fx.Node]:
             inner = module is not program.graph_module
             own = node.op == "placeholder" and (inner or node.name not in held)
             # What is cut to as many rows as an input has is still made of weights alone.
-            if own or (isinstance(node.meta.get("val"), Tensor) and not found.isdisjoint(node.all_input_nodes)):
+            if own or (_is_tensor(node) and not found.isdisjoint(node.all_input_nodes)):
                 found.add(node)
     return found
 
@@ -130,7 +130,7 @@ def _asked(user: fx.Node, now: fx.Node, given: set[fx.Node]) -> Iterator[int]:
     elif user.target is aten.bilinear.default and now in user.args[:2]:
         yield ndim - 1
     elif user.target in _BINARY:
-        others = [n for n in user.args[:2] if isinstance(n, fx.Node) and n is not now]
+        others = [n for n in user.args[:2] if n is not now and isinstance(n, fx.Node) and _is_tensor(n)]
         from_end = [i - n.meta["val"].ndim for n in others for i in (_made(n) if n in given else _one_size(n))]
         yield from (i + ndim for i in from_end if i + ndim >= 0)
 
@@ -147,6 +147,10 @@ def _of_equation(einsum: fx.Node, now: fx.Node, given: set[fx.Node]) -> Iterator
         first, dots, _ = term.partition("...")
         wide = ndim - len(letters) if dots else 0
         yield from (i if i < len(first) else i + wide for i, c in enumerate(letters) if c in held)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
 
 
 def _one_size(held: fx.Node) -> Iterator[int]:

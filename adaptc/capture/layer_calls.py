@@ -5,10 +5,10 @@ Before: a layer, its inputs, and the tracer of ``torch.export``. After: a :class
 traced, in which every tensor from outside has such a role or is the same in all calls. Equal segments of two layers
 differ in their tensors alone, and a copy of one for a third layer is what tracing that layer would give.
 
-Private torch use, with the public route that was tried: ``get_proxy_slot``, ``track_tensor_tree`` and
-``disable_proxy_modes_tracing`` of ``torch.fx.experimental.proxy_tensor``, which tell the node of a tensor and make a
-tensor of a node while a trace is under way. Public: a custom op in place of each layer, replaced after the export, for
-which caches and their writes in place would have to be inputs and outputs of the op.
+Private torch use, with the public route that was tried: ``get_proxy_slot``, ``track_tensor_tree``, ``get_proxy_mode``
+and ``disable_proxy_modes_tracing`` of ``torch.fx.experimental.proxy_tensor``, which tell the node of a tensor, and make
+a tensor of a node, while a trace is under way. Public: a custom op in place of each layer, replaced afterwards, for which
+caches and their writes in place would have to be inputs and outputs of the op.
 """
 
 from __future__ import annotations
@@ -20,11 +20,26 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._C import DisableTorchFunction
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_slot, track_tensor_tree
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    get_proxy_slot,
+    track_tensor_tree,
+)
 
 from adaptc.capture.equal_modules import SIMPLE, equal_values, kind_of
 
 Role = tuple[str, str]
+
+
+def current_tracer() -> Any:
+    """Return what makes the graph of this thread's ``torch.export``, None outside of one.
+
+    Also None where two modules of the model are one: torch gives each a stand-in, which this file knows nothing of.
+    """
+    mode = get_proxy_mode()
+    tracer: Any = None if mode is None else mode.tracer
+    return tracer if hasattr(tracer, "scope_root") and not getattr(tracer, "enable_attr_proxy", True) else None
 
 
 class Unknown(Exception):

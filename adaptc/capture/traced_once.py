@@ -16,11 +16,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import fx, nn
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.modules import module as torch_module
 
 from adaptc.capture.equal_modules import equal_layers, index_attributes
-from adaptc.capture.layer_calls import Call, Segment, Unknown
+from adaptc.capture.layer_calls import Call, Segment, Unknown, current_tracer
 
 
 class Once:
@@ -85,9 +84,8 @@ class _Group:
 
         @functools.wraps(forward)
         def call(*args: Any, **kwargs: Any) -> Any:
-            mode = get_proxy_mode()  # of this thread
-            tracer: Any = None if mode is None else mode.tracer
-            if tracer is None or not hasattr(tracer, "scope_root") or getattr(tracer, "enable_attr_proxy", True):
+            tracer = current_tracer()
+            if tracer is None:
                 return forward(*args, **kwargs)
             if tracer is not self.tracer:
                 self.tracer, self.last, self.proven = tracer, None, None

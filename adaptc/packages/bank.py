@@ -20,10 +20,10 @@ import torch
 
 from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError, ConfigError, listing, shown
+from adaptc.locks import free_in_children
 from adaptc.packages.assigned import PackagedAssignment
 from adaptc.packages.constants import Fitted
 from adaptc.packages.run import PackagedProgram
-from adaptc.passes.ir.locks import free_in_children
 from adaptc.program.warm import most_of
 from adaptc.rows.assignment import check_known, mixes_of, used
 from adaptc.rows.report import BankReport

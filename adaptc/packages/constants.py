@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adaptc.binding.binding import Binding
 from adaptc.errors import BackendError
-from adaptc.passes.ir.locks import free_in_children
+from adaptc.locks import free_in_children
 from adaptc.torch_modes import outside_transforms, plainly
 
 

@@ -29,6 +29,7 @@ from adaptc.binding.foreign import translated
 from adaptc.binding.recipes import Recipes
 from adaptc.binding.source import as_binding, as_config, from_dict
 from adaptc.errors import AdaptcError, BackendError, ConfigError, SwapError, shown
+from adaptc.locks import free_in_children
 from adaptc.packages import manifest as _package_file
 from adaptc.packages.code import Code, checker
 from adaptc.packages.constants import Fitted
@@ -36,7 +37,6 @@ from adaptc.packages.fit import Fit
 from adaptc.packages.manifest import WHOLE, Contents, PartOf
 from adaptc.packages.scale import scaled
 from adaptc.passes.ir.exclusive import on_graphs
-from adaptc.passes.ir.locks import free_in_children
 from adaptc.passes.ir.trees import pytree
 from adaptc.patterns import limited
 from adaptc.peft_files.directory import AdapterFile

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, deserialize
 from torch import Tensor
 
 from adaptc.errors import CheckpointError
-from adaptc.passes.ir.locks import free_in_children
+from adaptc.locks import free_in_children
 from adaptc.peft_files.safe_io import MAX_JSON, load_safetensors
 from adaptc.peft_files.snapshot import Opened
 

@@ -28,7 +28,7 @@ from torch.export import ExportedProgram
 from adaptc.binding.binding import Binding
 from adaptc.binding.source import as_binding
 from adaptc.errors import AdaptcError, ConfigError, did_you_mean, listing, shown
-from adaptc.passes.ir.locks import free_in_children
+from adaptc.locks import free_in_children
 from adaptc.program.assigned import Assigned, Stack
 from adaptc.program.bank_code import BankCode
 from adaptc.program.bank_of import bare_of, check_options

@@ -20,7 +20,7 @@ from pathlib import Path
 from threading import Lock
 from typing import BinaryIO
 
-from adaptc.passes.ir.locks import free_in_children
+from adaptc.locks import free_in_children
 from adaptc.pt2_files.refusal import Refused, shown
 
 _MOST_RECORDS = 200_000

@@ -20,12 +20,12 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError
+from adaptc.locks import free_in_children
 from adaptc.passes.analysis.index_bounds import index_bounds
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.costs import example_sizes
 from adaptc.passes.ir.exclusive import on_graphs
 from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.locks import free_in_children
 from adaptc.passes.ir.ops import Op
 from adaptc.passes.ir.pass_infra import Trail
 from adaptc.passes.ir.storage import storage_key

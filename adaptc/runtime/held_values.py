@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from adaptc.passes.ir.locks import free_in_children
+from adaptc.locks import free_in_children
 from adaptc.passes.ir.pass_infra import Trail
 from adaptc.passes.ir.storage import memory_of
 from adaptc.passes.optimize.hoist import Hoist, Hoisting, Prologue

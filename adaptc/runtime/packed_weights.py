@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary, ref
 import torch
 from torch import Tensor
 
-from adaptc.passes.ir.locks import free_in_children
+from adaptc.locks import free_in_children
 from adaptc.passes.ir.product import fits, onednn, product
 from adaptc.passes.lower.choose_products import Choice, Products
 from adaptc.runtime.pack_times import PACKED, choose_packed, packed

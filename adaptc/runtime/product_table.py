@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from adaptc.errors import CheckpointError, ConfigError, shown
-from adaptc.passes.ir.locks import free_in_children
+from adaptc.locks import free_in_children
 from adaptc.passes.ir.product import ALL_CLASSES, LINEAR, ONEDNN, takes
 from adaptc.passes.lower.choose_products import Choice
 from adaptc.peft_files.snapshot import Opened

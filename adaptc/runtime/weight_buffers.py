@@ -22,7 +22,7 @@ from threading import get_ident
 import torch
 from torch import Tensor, nn
 
-from adaptc.passes.ir.locks import free_in_children
+from adaptc.locks import free_in_children
 from adaptc.passes.ir.storage import storage_key
 
 _lock = free_in_children(threading.Lock())

@@ -118,13 +118,13 @@ def deeper(model: Any) -> Any:
 
 
 #: families whose layers are copied, in whatever mode they are
-COPIED = {"llama", "gpt2", "gpt_neox", "phi", "bert", "roberta", "opt", "mistral", "qwen2", "gemma", "vit", "t5"}
+COPIED = {"llama", "gpt2", "gpt_neox", "phi", "bert", "roberta", "opt", "mistral", "qwen2", "vit", "t5"}
 
 
 @pytest.mark.filterwarnings("ignore:.* was captured for some sizes alone")
 @pytest.mark.few(6)
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+@pytest.mark.parametrize("name", sorted(n for n, f in FAMILIES.items() if f.kind != "image"))
 def test_families_are_captured_as_in_full(name: str, training: bool, counted: Counted) -> None:
     model = deeper(FAMILIES[name].build())
     inputs = FAMILIES[name].inputs(2, 5)
@@ -135,7 +135,7 @@ def test_families_are_captured_as_in_full(name: str, training: bool, counted: Co
 
 
 @pytest.mark.few(6)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "qwen3", "gemma2", "t5", "mamba", "bloom"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "qwen3", "t5", "mamba", "bloom"])
 def test_steps_with_a_cache(name: str, counted: Counted) -> None:
     model = deeper(FAMILIES[name].build())
     config = LoraConfig(r=2, target_modules="all-linear")

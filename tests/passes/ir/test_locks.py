@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from adaptc.locks import free_in_children
 from adaptc.passes.ir.exclusive import GRAPHS
-from adaptc.passes.ir.locks import free_in_children
 from tests.support.guides import ROOT
 
 START = """
