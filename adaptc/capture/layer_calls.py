@@ -7,8 +7,8 @@ differ in their tensors alone, and a copy of one for a third layer is what traci
 
 Private torch use, with the public route that was tried: ``get_proxy_slot``, ``track_tensor_tree``, ``get_proxy_mode``
 and ``disable_proxy_modes_tracing`` of ``torch.fx.experimental.proxy_tensor``, which tell the node of a tensor, and make
-a tensor of a node, while a trace is under way. Public: a custom op in place of each layer, replaced afterwards, for which
-caches and their writes in place would have to be inputs and outputs of the op.
+a tensor of a node, while a trace is under way. Public: a custom op in place of each layer, replaced afterwards, for
+which caches and their writes in place would have to be inputs and outputs of the op.
 """
 
 from __future__ import annotations
