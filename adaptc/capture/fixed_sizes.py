@@ -200,7 +200,7 @@ def _moved(user: fx.Node, now: fx.Node, axes: Axes) -> Axes | None:
     if first and user.target is aten.unsqueeze.default:
         at = int(argument(user, 1)) % new.ndim
         return (*axes[:at], None, *axes[at:])
-    if first and user.target in (aten.view.default, aten.reshape.default, aten.flatten.using_ints):
+    if first and user.target in (aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int):
         return _reshaped(list(map(str, old.shape)), list(map(str, new.shape)), axes)
     if new.ndim != old.ndim or user.target in (*_PRODUCTS, *TABLE):
         return None

@@ -13,6 +13,7 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.core.function import AppliedUndef
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
@@ -34,6 +35,21 @@ _SUMS = {
     aten.linalg_solve_triangular: 0,
     aten.linalg_solve: 0,
     aten.linalg_inv: 0,
+}
+#: functions in torch's expressions of sizes that sympy has by other names (torch.utils._sympy.functions)
+_FUNCTIONS = {
+    "FloorDiv": lambda a, b: sympy.floor(a / b),
+    "CleanDiv": lambda a, b: a / b,
+    "CeilDiv": lambda a, b: sympy.ceiling(a / b),
+    "IntTrueDiv": lambda a, b: a / b,
+    "PythonMod": lambda a, b: a - b * sympy.floor(a / b),
+    "ModularIndexing": lambda a, b, c: sympy.Mod(sympy.floor(a / b), c),
+    "PowByNatural": lambda a, b: a**b,
+    "CeilToInt": sympy.ceiling,
+    "FloorToInt": sympy.floor,
+    "TruncToInt": sympy.floor,
+    "ToFloat": lambda a: a,
+    "Identity": lambda a: a,
 }
 _CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.conv3d)
 
@@ -92,7 +108,10 @@ def size_expression(size: Any) -> Any:
 @cache
 def _parsed(text: str) -> Any:
     """A symbolic size as an expression of positive integers."""
-    parsed: Any = sympy.sympify(text)
+    parsed: Any = sympy.sympify(text, locals=_FUNCTIONS)
+    # What torch's expressions may have besides is a size that nothing is known of.
+    for unknown in parsed.atoms(AppliedUndef):
+        parsed = parsed.xreplace({unknown: sympy.Symbol(str(unknown))})
     return parsed.subs({s: sympy.Symbol(str(s), integer=True, positive=True) for s in parsed.free_symbols})
 
 
