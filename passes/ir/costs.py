@@ -14,6 +14,7 @@ from typing import Any
 import sympy
 import torch
 from sympy.core.function import AppliedUndef
+from sympy.parsing.sympy_parser import parse_expr
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
@@ -37,7 +38,7 @@ _SUMS = {
     aten.linalg_inv: 0,
 }
 #: functions in torch's expressions of sizes that sympy has by other names (torch.utils._sympy.functions)
-_FUNCTIONS = {
+_FUNCTIONS: dict[str, Any] = {
     "FloorDiv": lambda a, b: sympy.floor(a / b),
     "CleanDiv": lambda a, b: a / b,
     "CeilDiv": lambda a, b: sympy.ceiling(a / b),
@@ -108,7 +109,7 @@ def size_expression(size: Any) -> Any:
 @cache
 def _parsed(text: str) -> Any:
     """A symbolic size as an expression of positive integers."""
-    parsed: Any = sympy.sympify(text, locals=_FUNCTIONS)
+    parsed: Any = parse_expr(text, local_dict=_FUNCTIONS)
     # What torch's expressions may have besides is a size that nothing is known of.
     for unknown in parsed.atoms(AppliedUndef):
         parsed = parsed.xreplace({unknown: sympy.Symbol(str(unknown))})
