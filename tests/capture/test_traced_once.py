@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from adaptc.capture.equal_modules import equal_layers, index_attributes
 from tests.support.families import FAMILIES, perturb
 
 LAYERS = 7
+UP = LoraConfig(r=2, target_modules=["up"])
 _COUNTS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"}
 
 
@@ -428,3 +430,33 @@ def test_groups() -> None:
     ((group),) = equal_layers(net)
     assert [path for path, _ in group] == [f"layers.{i}" for i in range(LAYERS)]
     assert index_attributes([layer for _, layer in group]) == [("", "layer_idx")]
+
+
+def test_an_interrupt_leaves_the_model_as_it_was() -> None:
+    def raises(self: Any, x: Tensor) -> Tensor:
+        if self.layer_idx == 1:
+            raise KeyboardInterrupt
+        return Layer.forward(self, x)
+
+    net = Net(of(raises))
+    kinds, own = [type(m) for m in net.modules()], [dict(vars(m)) for m in net.modules()]
+    with pytest.raises(KeyboardInterrupt):
+        capture(net, torch.rand(3, 5, 6))
+    assert [type(m) for m in net.modules()] == kinds
+    assert [dict(vars(m)) for m in net.modules()] == own
+
+
+def test_two_captures_at_once() -> None:
+    net, x, found = Net(), torch.rand(3, 5, 6), list[Any]()
+
+    def make() -> None:
+        found.append(adaptc.compile(net, UP, example_inputs=x).base.snapshot())
+
+    threads = [threading.Thread(target=make) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    same(found[0], found[1])
+    same(found[0], found[2])
+    assert all("forward" not in vars(layer) for layer in net.layers)
