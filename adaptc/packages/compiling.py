@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,7 +63,9 @@ def compiled(
 
     files: dict[str, Any] = {}
     try:
-        with on_graphs(), torch.no_grad():
+        with on_graphs(), torch.no_grad(), warnings.catch_warnings():
+            # torch copies its own tree specs with a class that it has deprecated.
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             for number, (name, program) in enumerate(models.items(), 1):
                 args, kwargs = program.example_inputs  # type: ignore[misc]  # checked by the caller
                 module, folder = program.module(check_guards=False), code / name
