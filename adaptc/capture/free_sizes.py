@@ -32,6 +32,7 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 from adaptc.capture.fixed_sizes import names_of
 from adaptc.capture.known_limits import known_limits
 from adaptc.capture.model_state import preserve_state
+from adaptc.capture.quick_sizes import quick_sizes
 from adaptc.capture.traced_once import Once, traced_once
 from adaptc.errors import CaptureError
 from adaptc.passes.ir.lifted import user_inputs
@@ -54,7 +55,7 @@ def export(
         patched = _config.patch(backed_size_oblivious=guarded)  # type: ignore[attr-defined]  # made when it is loaded
         for copies in (traced_once, contextlib.nullcontext):
             with contextlib.redirect_stderr(printed), patched, preserve_state(model, traced=True):
-                with copies(model) as once:
+                with copies(model) as once, quick_sizes():
                     program = torch.export.export(
                         model, args, dict(kwargs), dynamic_shapes=shapes, strict=False, **options
                     )
