@@ -6,7 +6,7 @@ Functions of sympy that walk through an expression meet each part once, and a qu
 polynomial with whole coefficients is left as the division made it: ``sympy.simplify`` takes a second for each of these
 and changes nothing.
 
-Private use, with the public route that was tried: the name ``sympy`` in ``torch.utils._sympy.functions``, whose
+Private torch use, with the public route that was tried: ``sympy`` in ``torch.utils._sympy.functions``, whose
 ``simplify`` is another one meanwhile (public: replacing ``sympy.simplify``, for everybody); and ``Basic._xreplace``,
 which tells classes that replace parts in a way of their own (public: none).
 """
