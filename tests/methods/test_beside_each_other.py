@@ -92,7 +92,8 @@ def differentiable(parts: dict[str, Path], inputs: dict[str, Tensor]) -> tuple[T
 def check(program: Any, parts: dict[str, Path]) -> None:
     for size, padding in (((3, 7), "left"), ((1, 2), None), ((2, 11), "right")):
         inputs = text(*size, padding)
-        assert_same({"y": called(program, inputs).logits}, {"y": formula(parts, inputs)}, 1e-5)
+        # Sums in another order, in float32: on some processors 3e-5 apart after two softmaxes of random tokens.
+        assert_same({"y": called(program, inputs).logits}, {"y": formula(parts, inputs)}, 5e-5)
 
 
 @pytest.mark.parametrize("kinds", TOGETHER, ids="+".join)

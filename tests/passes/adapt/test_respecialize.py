@@ -74,6 +74,7 @@ NAMES = [
 
 @pytest.mark.few(4)
 @pytest.mark.filterwarnings("ignore:The tensor attributes self.rnn._flat_weights")
+@pytest.mark.filterwarnings("ignore:Recurrent was captured for some sizes alone")  # an LSTM's time
 @pytest.mark.parametrize("name", NAMES)
 def test_swaps_of_rank(name: str) -> None:
     """Up and down, through ``swap``: the program is valid, saves, and every value is what a fresh run gives."""
