@@ -30,6 +30,9 @@ NAN_ROWS = "nan_rows:"
 _FLOATS = {str(t).removeprefix("torch."): t for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 NOT_LONGER: Mapping[str, int] = MappingProxyType({})
 
+#: characters of a condition that are shown
+_LONGEST = 240
+
 
 @dataclass(frozen=True)
 class TensorInput:
@@ -271,10 +274,16 @@ class Inputs:
             if c.broken(shapes):
                 found = {self.expected[i][0]: tuple(shapes[i]) for i, _ in c.reads}
                 raise AdaptcError(
-                    f"the program was captured where {c.text}, which these inputs break: "
+                    f"the program was captured where {_short(c.text)}, which these inputs break: "
                     + ", ".join(f"{n!r} has shape {s}" for n, s in found.items())
                     + ". Capture the model once more with example_inputs of such sizes, for a program of its own"
                 )
+
+
+def _short(condition: str) -> str:
+    """A condition on sizes without the middle of a long one, which has the same parts again and again."""
+    half = _LONGEST // 2
+    return condition if len(condition) <= _LONGEST else f"{condition[:half]} ... {condition[-half:]}"
 
 
 def first_names(program: ExportedProgram) -> tuple[str, ...]:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils._sympy import functions
 from torch.utils._sympy.functions import FloorDiv, PythonMod
 
+import adaptc
+from adaptc import LoraConfig
 from adaptc.capture import free_sizes, quick_sizes
 from adaptc.capture.capture import capture
 
@@ -99,3 +101,17 @@ def test_the_program_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     for n in (31, 44, 63):
         y = torch.rand(3, n, 4)
         torch.testing.assert_close(found.module()(y), model(y))
+
+
+def test_a_condition_of_many_terms_is_shown_in_short() -> None:
+    class Deep(Windows):
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x)
+            return out if x.shape[0] * out.shape[1] > 40 else out * 2
+
+    torch.manual_seed(0)
+    x = torch.rand(2, 31, 4)
+    program = adaptc.compile(Deep().eval(), LoraConfig(r=2, target_modules=["lin"]), example_inputs=x)
+    with pytest.raises(adaptc.AdaptcError, match=r"captured where .* \.\.\. .*, which these inputs break") as raised:
+        program(torch.rand(2, 7, 4))
+    assert len(str(raised.value)) < 600
