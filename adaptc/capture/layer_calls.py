@@ -1,9 +1,9 @@
 """A call of a layer while a model is traced: its tensors by role, and the nodes that it adds to the graph.
 
-Before: a layer, its inputs, and the tracer of ``torch.export``. After: a :class:`Call`, whose tensors have a role each
-(an input, a parameter or buffer, a tensor of the cache for this layer); and a :class:`Segment`, the nodes that the call
-traced, in which every tensor from outside has such a role or is the same in all calls. Equal segments of two layers
-differ in their tensors alone, and a copy of one for a third layer is what tracing that layer would give.
+Before: a layer, its inputs, and the tracer of ``torch.export``. After: a :class:`LayerCall`, whose tensors have a role
+each (an input, a parameter or buffer, a tensor of the cache for this layer); and a :class:`Segment`, the nodes that the
+call traced, in which every tensor from outside has such a role or is the same in all calls. Equal segments of two
+layers differ in their tensors alone, and a copy of one for a third layer is what tracing that layer would give.
 
 Private torch use, with the public route that was tried: ``get_proxy_slot``, ``track_tensor_tree``, ``get_proxy_mode``
 and ``disable_proxy_modes_tracing`` of ``torch.fx.experimental.proxy_tensor``, which tell the node of a tensor, and make
@@ -47,7 +47,7 @@ class Unknown(Exception):
 
 
 @dataclass
-class Call:
+class LayerCall:
     """The tensors of a call by role, and all else that it is given. Raises :class:`Unknown` when it is made."""
 
     layer: nn.Module
@@ -95,7 +95,7 @@ class Call:
         else:
             raise Unknown
 
-    def like(self, other: Call) -> bool:
+    def like(self, other: LayerCall) -> bool:
         """Whether two calls are given the same but for the values of tensors."""
         return self.kinds == other.kinds and equal_values(self.rest, other.rest)
 
@@ -113,7 +113,7 @@ class Segment:
     """The nodes that a call traced. Raises :class:`Unknown` where they cannot be copied for other layers."""
 
     def __init__(
-        self, call: Call, before: Mapping[Role, fx.Node | None], nodes: list[fx.Node], out: Any, tracer: Any
+        self, call: LayerCall, before: Mapping[Role, fx.Node | None], nodes: list[fx.Node], out: Any, tracer: Any
     ) -> None:
         self.call, self.nodes, self.out = call, [n for n in nodes if not _is_size(n)], out
         self.inside = inside = dict.fromkeys(nodes)
@@ -186,7 +186,7 @@ class Segment:
         # torch.export adds asserts of sizes and dtypes when all is traced.
         return any(user not in self.inside and not _asks_size(user) for node in values for user in node.users)
 
-    def copied(self, call: Call, tracer: Any) -> Any:
+    def copied(self, call: LayerCall, tracer: Any) -> Any:
         """Return what ``call`` returns, whose nodes are now in the graph. Raises :class:`Unknown` and adds nothing
         where it is not given what this segment's call was."""
         if not self.call.like(call) or self.leaks():

@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch.nn.modules import module as torch_module
 
 from adaptc.capture.equal_modules import equal_layers, index_attributes
-from adaptc.capture.layer_calls import Call, Segment, Unknown, current_tracer
+from adaptc.capture.layer_calls import LayerCall, Segment, Unknown, current_tracer
 
 
 class Once:
@@ -94,7 +94,7 @@ class _Group:
                 if id(layer) in self.called:
                     raise Unknown
                 self.called.add(id(layer))
-                given = Call(layer, _path(layer, tracer), args, kwargs, self._index(layer))
+                given = LayerCall(layer, _path(layer, tracer), args, kwargs, self._index(layer))
             except Unknown:
                 self.last = None
                 return forward(*args, **kwargs)
@@ -112,7 +112,7 @@ class _Group:
         found = {vars(modules[name])[attribute] for name, attribute in self.indices}
         return found.pop() if len(found) == 1 else None
 
-    def _trace(self, forward: Callable[..., Any], call: Call, tracer: Any) -> Any:
+    def _trace(self, forward: Callable[..., Any], call: LayerCall, tracer: Any) -> Any:
         before, attributes = call.nodes(tracer), _attributes(call.layer)
         end = next(reversed(tracer.graph.nodes), None)
         outer, self.read = self.read, False
