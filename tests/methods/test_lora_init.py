@@ -120,8 +120,9 @@ def test_weight_is_conserved(scheme, out, inner, data):
     if scheme == "pissa":
         S = torch.linalg.svdvals(W)
         left = torch.linalg.svdvals(rest)
-        torch.testing.assert_close(left[: len(S) - r], S[r:], rtol=1e-13, atol=1e-14)
-        torch.testing.assert_close(A @ A.T, B.T @ B, rtol=1e-13, atol=1e-14)
+        # Singular vectors are orthogonal to a few of float64's steps (2e-16) for each of up to 19 terms.
+        torch.testing.assert_close(left[: len(S) - r], S[r:], rtol=1e-13, atol=4e-14)
+        torch.testing.assert_close(A @ A.T, B.T @ B, rtol=1e-13, atol=4e-14)
 
 
 @pytest.mark.parametrize("scheme", ["pissa", "olora"])
