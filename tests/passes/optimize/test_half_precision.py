@@ -107,7 +107,7 @@ def test_no_form_is_further_from_the_truth(
         for x in (of(dtype, *lead, 5, seed=2), strided):
             found, plain, rounded = errors(model, fused, x)
             # Where few numbers are summed up, the luck of single roundings is as large as the error itself.
-            assert found <= 2 * plain + 2 * rounded + 1e-6
+            assert found <= 1.5 * plain + 3 * rounded + 1e-6
     finally:
         torch.set_num_threads(before)
 
