@@ -32,8 +32,9 @@ from adaptc.capture.model_loss import loss_type, means_over_next_labels
 from adaptc.capture.model_state import preserve_state
 from adaptc.capture.quantised import check_not_quantised
 from adaptc.capture.replaced_forward import keyword, replaced_forward
+from adaptc.capture.run_graph import guarded_module
 from adaptc.capture.shell import Shell
-from adaptc.capture.single_sizes import differing, left_alone, results, runnable
+from adaptc.capture.single_sizes import differing, left_alone, results
 from adaptc.errors import AdaptcWarning, CaptureError
 from adaptc.passes.adapt.bound_rows import BoundRows
 from adaptc.passes.adapt.linear_products import LinearProducts
@@ -378,7 +379,7 @@ def _same_outputs(
     with left_alone(model):
         expected, expected_tree = results(model(*args, **kwargs))
         try:
-            found, found_tree = results(runnable(program)(*args, **kwargs))
+            found, found_tree = results(guarded_module(program)(*args, **kwargs))
         except Exception:  # guards of a branch that the example does not take
             return False
     return expected_tree == found_tree and all(

@@ -5,7 +5,7 @@ each (an input, a parameter or buffer, a tensor of the cache for this layer); an
 call traced, in which every tensor from outside has such a role or is the same in all calls. Equal segments of two
 layers differ in their tensors alone, and a copy of one for a third layer is what tracing that layer would give.
 
-Private torch use, with the public route that was tried: ``get_proxy_slot``, ``track_tensor_tree``, ``get_proxy_mode``
+Private torch use, with the public route that was tried: ``get_proxy_slot``, ``track_tensor``, ``get_proxy_mode``
 and ``disable_proxy_modes_tracing`` of ``torch.fx.experimental.proxy_tensor``, which tell the node of a tensor, and make
 a tensor of a node, while a trace is under way. Public: a custom op in place of each layer, replaced afterwards, for
 which caches and their writes in place would have to be inputs and outputs of the op.
@@ -24,7 +24,7 @@ from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
     get_proxy_mode,
     get_proxy_slot,
-    track_tensor_tree,
+    track_tensor,
 )
 
 from adaptc.capture.equal_modules import SIMPLE, equal_values, kind_of
@@ -206,11 +206,9 @@ class Segment:
                 }
             new[node] = copy
         for t, node in self.made:
-            track_tensor_tree(made[id(t)], fx.Proxy(new[node], tracer), constant=None, tracer=tracer)
+            track_tensor(made[id(t)], fx.Proxy(new[node], tracer), constant=None, tracer=tracer)
         for role, node in self.written.items():
-            traced = new[node].meta["val"]
-            track_tensor_tree(call.tensors[role], fx.Proxy(new[node], tracer), constant=None, tracer=tracer)
-            new[node].meta["val"] = traced  # the write itself was not run
+            track_tensor(call.tensors[role], fx.Proxy(new[node], tracer), constant=None, tracer=tracer)
         theirs = {id(t): call.tensors[role] for role, t in self.call.tensors.items()}
         return _with_tensors(self.out, {**theirs, **made})
 

@@ -35,27 +35,32 @@ _OWN = __name__.partition(".")[0]
 
 
 @contextlib.contextmanager
-def preserve_state(model: Any, training: bool | None = None, *, traced: bool = False) -> Iterator[None]:
-    """A block in which ``model`` is run or captured; afterwards it is as it was, whether or not the block failed.
+def preserve_state(model: Any, training: bool | None = None, *, traced: bool = False) -> Iterator[Callable[[], None]]:
+    """Run or capture ``model`` in a block, after which it is as it was, whether or not the block failed.
 
+    The block is given a function that does the same in between, for blocks that run the model several times.
     ``training``: the mode of the model inside, None for its own. ``traced``: it is traced alone, or run in inner
     blocks, so that nothing writes to its parameters. Results that may be part of a buffer must be copied inside. What
     is no module is left as it is.
     """
     if not isinstance(model, nn.Module):
-        yield
+        yield lambda: None
         return
     state = _State(model)
     writes = contextlib.nullcontext() if traced else _Writes(state.parameters)
     # Dynamo never again compiles a function that it met under a mode, such as a branch of torch.cond.
     eager = contextlib.nullcontext() if traced else torch.compiler.set_stance("force_eager")
+
+    def restore() -> None:
+        state.restore(writes.copies if isinstance(writes, _Writes) else ())
+
     try:
         if training is not None and any(mode != training for _, _, mode in state.modules):
             model.train(training)
         with eager, writes:
-            yield
+            yield restore
     finally:
-        state.restore(writes.copies if isinstance(writes, _Writes) else ())
+        restore()
 
 
 class _State:

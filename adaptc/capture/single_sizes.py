@@ -13,15 +13,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, OutputKind
 
 from adaptc.capture.model_state import preserve_state
+from adaptc.capture.run_graph import guarded_module, run_graph
 from adaptc.passes.ir.lifted import user_inputs
 from adaptc.passes.ir.trees import pytree
 from adaptc.progress import stage
@@ -46,16 +45,27 @@ def _differing(
     kwargs: Mapping[str, Any],
     axes: Mapping[str, list[tuple[int, int]]],
 ) -> list[str]:
-    module, out = runnable(program), list[str]()
     names = list(user_inputs(program))
-    for where in axes.values():
-        if not _same(model, module, *_cut(args, kwargs, where)):
-            out += [f"size 1 of axis {axis} of input {names[i]!r}" for i, axis in where]
-    everywhere = [w for where in axes.values() for w in where]
-    if not out and len(axes) > 1 and not _same(model, module, *_cut(args, kwargs, everywhere)):
-        out.append("sizes of 1 alone")
-    # A model may compute something else every time, and torch's module of a program confuses some names of modules.
-    return out if out and _same(model, module, args, kwargs) else []
+    with left_alone(model) as restore:
+
+        def same(run: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> bool:
+            return _same(model, run, args, kwargs, restore)
+
+        def found(run: Callable[..., Any]) -> list[str]:
+            apart = [where for where in axes.values() if not same(run, *_cut(args, kwargs, where))]
+            if apart:
+                return [f"size 1 of axis {axis} of input {names[i]!r}" for where in apart for i, axis in where]
+            everywhere = [w for where in axes.values() for w in where]
+            alike = len(axes) == 1 or same(run, *_cut(args, kwargs, everywhere))
+            return [] if alike else ["sizes of 1 alone"]
+
+        # The graph checks no guards: what it is found to do counts only where the module does it, too.
+        if not found(partial(run_graph, program)):
+            return []
+        module = guarded_module(program)
+        out = found(module)
+        # A model may compute something else every time, and torch's module of a program confuses names of modules.
+        return out if out and same(module, args, kwargs) else []
 
 
 def runs_here(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> bool:
@@ -63,25 +73,6 @@ def runs_here(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> bool:
     tensors = [*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, dict(kwargs)))]
     tensors = [t for t in tensors if isinstance(t, Tensor)]
     return all(t.device.type != "meta" for t in tensors) and sum(t.nbytes for t in tensors) <= LARGEST
-
-
-def runnable(program: ExportedProgram) -> Callable[..., Any]:
-    """What a program computes, of inputs as its example's; with the program's own tensors."""
-    try:
-        return program.module()
-    except SyntaxError:  # torch's code of a module in a path such as "in.q", which is no expression of Python
-        return partial(_run, program)
-
-
-def _run(program: ExportedProgram, *args: Any, **kwargs: Any) -> Any:
-    """The same by the graph that takes all tensors as inputs."""
-    signature, held = program.graph_signature, {**program.constants, **program.state_dict}
-    flat = iter(pytree.tree_leaves((args, kwargs)))
-    values = [next(flat) if s.kind == InputKind.USER_INPUT else held[s.target] for s in signature.input_specs]  # type: ignore[index]
-    found = program.graph_module(*values)
-    wanted = [s.kind == OutputKind.USER_OUTPUT for s in signature.output_specs]
-    tree: Any = program.call_spec.out_spec
-    return pytree.tree_unflatten(list(compress(found, wanted)), tree)
 
 
 def _free_axes(program: ExportedProgram) -> dict[str, list[tuple[int, int]]]:
@@ -109,22 +100,26 @@ def _cut(args: tuple, kwargs: Mapping[str, Any], where: list[tuple[int, int]]) -
 
 
 @contextlib.contextmanager
-def left_alone(model: nn.Module) -> Iterator[None]:
-    """What runs inside, the model or a program of its tensors, leaves it as it was; gradients are off."""
-    with preserve_state(model), torch.no_grad():
-        yield
+def left_alone(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """What runs inside, the model or a program of its tensors, leaves it as it was; gradients are off. See
+    :func:`preserve_state`."""
+    with preserve_state(model) as restore, torch.no_grad():
+        yield restore
 
 
-def _same(model: nn.Module, module: Any, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+def _same(
+    model: nn.Module, run: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any], restore: Callable[[], None]
+) -> bool:
     """Whether both compute the same; a size that one of them refuses is no difference."""
     copies = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
     try:
-        with left_alone(model):
-            expected, expected_tree = results(model(*args, **kwargs))
-        with left_alone(model):
-            found, found_tree = results(module(*copies[0], **copies[1]))
+        expected, expected_tree = results(model(*args, **kwargs))
+        restore()
+        found, found_tree = results(run(*copies[0], **copies[1]))
     except Exception:  # whatever a model has to say to such sizes
         return True
+    finally:
+        restore()
     return expected_tree == found_tree and all(map(_close, expected, found))
 
 

@@ -35,10 +35,9 @@ class PackedAttention:
         is_causal: bool | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        plain = isinstance(attention_mask, Tensor) and attention_mask.ndim == 4 and attention_mask.dtype == torch.bool
         special = any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux", "sinks"))
         # Other threads may run the same model while this one captures it.
-        if not torch.compiler.is_exporting() or not plain or special:
+        if not torch.compiler.is_exporting() or not _plain(attention_mask) or special:
             return self.usual(
                 module,
                 query,
@@ -75,15 +74,44 @@ class PackedAttention:
         self._masks.append((mask, groups, made))
         return made
 
+    def masking(self, usual: Callable[..., Any]) -> Callable[..., Any]:
+        """Return transformers' mask function with what the layers read made right after it. Were it made in the first
+        layer, that one would be another than those after it, which are traced once where they are equal."""
+
+        def mask(*args: Any, **kwargs: Any) -> Any:
+            made, dtype = usual(*args, **kwargs), kwargs.get("dtype")
+            groups = _groups(kwargs.get("config"))
+            if torch.compiler.is_exporting() and _plain(made) and groups and isinstance(dtype, torch.dtype):
+                self._mask(made, groups, dtype)
+            return made
+
+        return mask
+
+
+def _groups(config: Any) -> int | None:
+    """How many query heads read one head of keys, where the config says so."""
+    heads = getattr(config, "num_attention_heads", None)
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    if not isinstance(heads, int) or not isinstance(kept, int) or kept < 1 or heads % kept:
+        return None
+    return heads // kept
+
+
+def _plain(mask: Any) -> bool:
+    """Whether a mask is one of bools for each row, head, query and key."""
+    return isinstance(mask, Tensor) and mask.ndim == 4 and mask.dtype == torch.bool
+
 
 @contextlib.contextmanager
 def packed_attention() -> Iterator[None]:
     """Captures inside it have :class:`PackedAttention`."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ATTENTION
 
-    usual = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = PackedAttention(usual)
+    usual, mask = ATTENTION["sdpa"], MASKS["sdpa"]
+    packed = PackedAttention(usual)
+    ATTENTION["sdpa"], MASKS["sdpa"] = packed, packed.masking(mask)  # type: ignore[assignment]
     try:
         yield
     finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = usual
+        ATTENTION["sdpa"], MASKS["sdpa"] = usual, mask

@@ -1,6 +1,6 @@
 """The step that a causal model can be captured as: the first of three that says what the model says.
 
-Before: a model, and how programs are made of it. After: its step program and the facts of it, with a cache that has
+Before: a model, and how it is captured. After: its captured step and the facts of it, with a cache that has
 room for more, else with one whose room ends with the step's tokens, else without a cache; or a CaptureError with what
 each of these failed at.
 """
@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+from adaptc.capture.run_graph import run_graph
 from adaptc.errors import AdaptcWarning, CaptureError, ConfigError, TargetError
 from adaptc.generation.facts import EXACT, NOTHING, ROOM, STATE, WINDOW, Facts
 from adaptc.generation.layout import CacheLayout, StateLayout
 from adaptc.generation.prove import prove
 from adaptc.generation.step import Step
 from adaptc.generation.ways import stepping_as
-from adaptc.program.adapted import AdaptedProgram
-from adaptc.program.unload import unloaded
+from adaptc.program.compile import Planned
 from adaptc.progress import stage
 
 _LONGEST = 300
@@ -33,14 +34,14 @@ _CALLED = {
 
 def captured_step(
     model: Any,
-    capture: Callable[[Step], AdaptedProgram],
+    capture: Callable[[Step], Planned],
     facts_of: Callable[[CacheLayout, int], dict[str, Any]],
     max_length: int,
     positions: int | None,
     acts: Sequence[str] = (),
     reads_first: bool = False,
-) -> tuple[AdaptedProgram, Facts]:
-    """``capture``: makes a program of the model as a step; ``facts_of``: what is known of any step with such a cache
+) -> tuple[Planned, Facts]:
+    """``capture``: captures the model as a step; ``facts_of``: what is known of any step with such a cache
     of so many positions. ``positions``: how many the model has, if it says so. ``acts``: inputs for adapters alone;
     ``reads_first``: whether an adapter reads a first pass, which programs of whole texts may have where no step has.
     Warns where there is no cache. Raises CaptureError, and ConfigError for more positions than the step can have."""
@@ -62,8 +63,8 @@ def captured_step(
     for number, (keeps, most) in enumerate(ways, 1):
         held = layout if keeps != NOTHING and layout is not None else CacheLayout((), model.dtype)
         try:
-            with stage(f"compiling {name} as {_CALLED[keeps]} (attempt {number} of at most {len(ways)})"):
-                program, step = _captured(model, capture, keeps, held, most, acts, reads_first and keeps != NOTHING)
+            with stage(f"capturing {name} as {_CALLED[keeps]} (attempt {number} of at most {len(ways)})"):
+                planned, step = _captured(model, capture, keeps, held, most, acts, reads_first and keeps != NOTHING)
         except CaptureError as error:
             failed.append(error)
             continue
@@ -80,7 +81,7 @@ def captured_step(
         )
         try:
             with stage(f"checking {_CALLED[keeps]} against {name}"):
-                prove(model, unloaded(program).module(check_guards=False), facts)
+                prove(model, partial(run_graph, planned.captured.program), facts)
         except CaptureError as error:
             failed.append(error)
             continue
@@ -90,20 +91,20 @@ def captured_step(
                 AdaptcWarning,
                 stacklevel=6,
             )
-        return program, facts
+        return planned, facts
     first, last = failed[0], failed[-1]
     raise CaptureError(f"{first}. Nor without a cache: {last}" if last is not first else str(first)) from first
 
 
 def _captured(
     model: Any,
-    capture: Callable[[Step], AdaptedProgram],
+    capture: Callable[[Step], Planned],
     keeps: str,
     layout: CacheLayout,
     most: int | None,
     acts: Sequence[str],
     may_lack: bool,
-) -> tuple[AdaptedProgram, Step]:
+) -> tuple[Planned, Step]:
     with stepping_as(model, keeps, layout, most, acts) as step:
         try:
             return capture(step), step

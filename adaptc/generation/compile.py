@@ -30,9 +30,7 @@ from adaptc.generation.layout import CacheLayout
 from adaptc.generation.step import Step
 from adaptc.generation.two_passes import first_pass_of
 from adaptc.passes.ir.exclusive import exclusive
-from adaptc.program.adapted import AdaptedProgram
-from adaptc.program.compile import compiled
-from adaptc.program.unload import unloaded
+from adaptc.program.compile import Planned, adapted, planned
 from adaptc.progress import stage
 from adaptc.runtime.options import RunOptions
 from adaptc.value_types import checked
@@ -112,15 +110,17 @@ def _compiled(
         return _across(model, adapter, options, max_batch, max_length, **how)
     _at_least_one(max_batch, "max_batch")
     positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    program, facts = captured_step(
+    values = how.pop("generator")
+    planned_step, facts = captured_step(
         model,
-        lambda step: _captured(model, adapter, options, step, how),
+        lambda step: _planned(model, adapter, options, step, how),
         lambda layout, length: _common(model, layout, max_batch, length),
         _at_most(max_length, positions),
         positions if isinstance(positions, int) else None,
         acts,
         bool(first) and not acts,  # which need a cache
     )
+    program = adapted(planned_step, options, values)
     refuse_without_cache(program, facts, name)
     return generator_of(program, facts)
 
@@ -134,10 +134,10 @@ def _across(
     length = _at_most(max_length, decoder_positions(config))
     _at_least_one(max_batch, "max_batch")
     encoded = Encoded.of(model)
-    name = type(model).__name__
-    with stage(f"compiling {name} as an encoder and a step"), stepping_across(model, encoded) as step:
+    name, values = type(model).__name__, how.pop("generator")
+    with stage(f"capturing {name} as an encoder and a step"), stepping_across(model, encoded) as step:
         try:
-            program = _captured(model, adapter, options, step, how)
+            planned_step = _planned(model, adapter, options, step, how)
         except CaptureError as error:
             raise CaptureError(f"{name} cannot be captured as an encoder and a step: {error}") from error
     facts = CrossFacts(
@@ -152,14 +152,12 @@ def _across(
         strides=encoded.strides,
     )
     with stage(f"checking the encoder and the step against {name}"):
-        prove_across(model, unloaded(program), facts)
-    return generator_of(program, facts)
+        prove_across(model, planned_step.captured.program, facts)
+    return generator_of(adapted(planned_step, options, values), facts)
 
 
-def _captured(
-    model: nn.Module, adapter: Any, options: RunOptions, step: Step, how: Mapping[str, Any]
-) -> AdaptedProgram:
-    return compiled(
+def _planned(model: nn.Module, adapter: Any, options: RunOptions, step: Step, how: Mapping[str, Any]) -> Planned:
+    return planned(
         model, adapter, options, example_inputs=step.example_inputs, dynamic_shapes=step.dynamic_shapes, **how
     )
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from adaptc.capture.failures import run_model
+from adaptc.capture.run_graph import run_graph
 from adaptc.errors import CaptureError
 from adaptc.generation.cross_facts import CrossFacts
 from adaptc.generation.cross_step import MASK, STATES
@@ -54,7 +55,7 @@ def _in_pieces(program: ExportedProgram, facts: CrossFacts, given: dict[str, Ten
 
     def run(name: str, **known: Any) -> Any:
         takes = parts[name].call_spec.in_spec.children()[1].context  # type: ignore[union-attr]
-        return parts[name].module(check_guards=False)(**{n: known[n] for n in takes})
+        return run_graph(parts[name], **{n: known[n] for n in takes})
 
     known: dict[str, Any] = {**given, **run("encode", **given)}
     known |= run("cross", **known)

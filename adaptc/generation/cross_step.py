@@ -31,7 +31,7 @@ from adaptc.capture.replaced_forward import keyword, replaced_forward
 from adaptc.errors import CaptureError
 from adaptc.generation.attention import packed_attention
 from adaptc.generation.layout import CacheLayout, cache_of
-from adaptc.generation.step import Step, example_step, written_cache
+from adaptc.generation.step import Step, example_step, learn_sizes, written_cache
 
 STATES, MASK = "states", "states_mask"
 #: what the names of its keys and values begin with
@@ -93,6 +93,7 @@ def stepping_across(model: nn.Module, encoded: Encoded) -> Iterator[Step]:
     original, encoder = model.forward, model.get_encoder()  # type: ignore[operator]
 
     def forward(**inputs: Any) -> dict[str, Tensor]:
+        learn_sizes(inputs, step.dynamic_shapes)
         slots, keep, states = inputs.pop("slots"), inputs.pop("keep"), inputs.pop(STATES)
         own = [inputs.pop(n) for n in encoded.own.names]
         cross = [inputs.pop(n) for n in encoded.cross.names]

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -68,9 +68,9 @@ def stepping(
     original, keeps, names = model.forward, "logits_to_keep" in takes, layout.names
 
     def forward(**inputs: Any) -> Tensor:
+        learn_sizes(inputs, step.dynamic_shapes)
         slots, keep = inputs.pop("slots"), inputs.pop("keep")
         tensors = [inputs.pop(n) for n in names]
-        _learn_sizes(inputs["input_ids"], tensors, layout, rings)
         given = inputs.pop("inputs_embeds", None), inputs.pop("embedded", None)
         for name in acts:
             del inputs[name]
@@ -82,18 +82,20 @@ def stepping(
         return logits if keeps else logits[:, keep]
 
     masks = ring_masks() if rings else contextlib.nullcontext()
-    with replaced_forward(model, forward, list(map(keyword, step.example_inputs))), packed_attention(), masks:
+    with replaced_forward(model, forward, list(map(keyword, step.example_inputs))), masks, packed_attention():
         yield step
 
 
-def _learn_sizes(ids: Tensor, tensors: list[Tensor], layout: CacheLayout, rings: bool) -> None:
-    """Let torch's tracer find at once that all layers of a cache have the same sizes, which layers would tell it one by
-    one. The layers are then equal to it, and traced once."""
-    first: dict[bool, Tensor] = {}
-    for i, t in enumerate(tensors):
-        like = first.setdefault(rings and layout.sliding[i], t)
-        if t.shape[0] != ids.shape[0] or t.shape[2] != like.shape[2]:
-            raise CaptureError(f"a layer of the cache has sizes {tuple(t.shape)}, other than the tokens or the first")
+def learn_sizes(inputs: Mapping[str, Any], dynamic_shapes: Mapping[str, Any]) -> None:
+    """Let torch's tracer find at once which free sizes are one size, which the layers would tell it one by one. Equal
+    layers are then equal to it from the first on, and traced once. Raises CaptureError where such sizes differ."""
+    first: dict[int, tuple[str, Any]] = {}
+    for name, axes in dynamic_shapes.items():
+        for axis, dim in axes.items():
+            size = inputs[name].shape[axis]
+            other, like = first.setdefault(id(dim), (name, size))
+            if size != like:
+                raise CaptureError(f"axis {axis} of {name!r} has size {size}, but must be {like} as in {other!r}")
 
 
 @contextlib.contextmanager

@@ -104,6 +104,8 @@ class Planned:
     adapters: Sequence[Adapter]
     plans: Sequence[Plan]
     spec: BindingSpec
+    #: whether the adapters came by name, and each has values of its own
+    apart: bool
 
 
 @limited()
@@ -153,7 +155,7 @@ def planned(
         ops = {**_ops(base, [a for a in p.attachments if a.id not in spec.ops]), **spec.ops}
         methods = joined({a.id: a.method for a in p.attachments}, ops)
         check_sizes(p.config, [(a, methods[a.id], ops[a.id]) for a in p.attachments])
-    return Planned(captured, adapters, plans, spec)
+    return Planned(captured, adapters, plans, spec, by_name is not None)
 
 
 @exclusive
@@ -162,12 +164,17 @@ def compiled(
     model: Any, config: Any, options: RunOptions, *, generator: torch.Generator | None = None, **planning: Any
 ) -> AdaptedProgram:
     """See ``adaptc.compile``; ``planning`` as for :func:`planned`."""
-    p = planned(model, config, options, **planning)
+    return adapted(planned(model, config, options, **planning), options, generator)
+
+
+@exclusive
+def adapted(p: Planned, options: RunOptions, generator: torch.Generator | None = None) -> AdaptedProgram:
+    """The second half of ``adaptc.compile``: the captured program with its adapters, whose values are made here."""
     spec, captured = p.spec, p.captured
     _check_methods(spec)
     name = "the program" if captured.base is None else captured.base.class_name
     with stage(f"making the adapter's values at {len(spec.attachments)} sites of {name}"):
-        if named(config) is None:
+        if not p.apart:
             binding = _first_binding(spec, p.plans[0], p.adapters[0], generator)
         else:
             parts = {a.name: _first_binding(part_of(spec, a.name), None, a, generator) for a in p.adapters}
@@ -189,7 +196,7 @@ def compiled(
     adaptation = replace(adaptation, attachments=done.data[0], trail=done.trail)
     alias([*captured.program.state_dict.values(), *done.output.state_dict.values()])
     forget_code()
-    forget_sizes(done.output.graph, captured=isinstance(model, nn.Module))
+    forget_sizes(done.output.graph, captured=captured.base is not None)
     return AdaptedProgram(done.output, adaptation, binding, options)
 
 
