@@ -260,7 +260,18 @@ def test_a_package_says_what_it_compiles(tmp_path: Path, log: Log) -> None:
         "writing the package net.pt2",
     ]
     assert adaptc.verify(adaptc.load_package(made), prog, shapes=1).ok
-    assert begun(log)[0] == "verifying: package equals program"
+    assert begun(log)[:2] == ["reading the package net.pt2", "verifying: package equals program"]
+
+
+def test_files_say_that_they_are_read_and_written(tmp_path: Path, log: Log) -> None:
+    sizes = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=2)).eval()
+    merged = adaptc.merge(adaptc.compile(model, adaptc.LoraConfig(r=3, target_modules=["q_proj"])))
+    begun(log)
+    adaptc.load(adaptc.save(merged, tmp_path / "net.pt2"))
+    assert begun(log) == ["writing net.pt2", "reading net.pt2"]
+    merged.module().save_pretrained(tmp_path / "model")
+    assert begun(log) == ["writing LlamaForCausalLM to model"]
 
 
 def test_timing_says_what_is_timed(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,10 +289,10 @@ def test_generation_says_what_it_captures_and_checks(log: Log) -> None:
     adaptc.compile_for_generation(model, adaptc.LoraConfig(r=3, target_modules=["q_proj"]), max_batch=2, max_length=32)
     found = begun(log)
     wanted = [
-        "compiling LlamaForCausalLM as a step with its cache (attempt 1 of at most 4)",
+        "capturing LlamaForCausalLM as a step with its cache (attempt 1 of at most 4)",
         "capturing LlamaForCausalLM",
-        "inserting adapters at 1 sites of LlamaForCausalLM",
         "checking a step with its cache against LlamaForCausalLM",
+        "inserting adapters at 1 sites of LlamaForCausalLM",
     ]
     assert [t for t in found if t in wanted] == wanted
 

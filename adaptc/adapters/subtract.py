@@ -64,6 +64,13 @@ def subtract_adapter(
     return found.adapter()
 
 
+def _same_codes(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors, of which one is of whole numbers or of floats of one byte, hold the same."""
+    if a.dtype != b.dtype:
+        return False
+    return torch.equal(*(t.view(torch.uint8) if t.is_floating_point() else t for t in (a, b)))
+
+
 class _Found:
     """Collects what differs, layer by layer."""
 
@@ -82,13 +89,18 @@ class _Found:
                 f"{key!r} has shape {tuple(new.shape)} in {a.source} and {tuple(old.shape)} in {b.source}: the two are "
                 "not one model trained on (a resized vocabulary has to be cut first)"
             )
-        if torch.equal(new, old):
+        stored = [t.dtype for t in (new, old) if not t.is_floating_point() or t.itemsize == 1]
+        # A scale of their own makes numbers of such codes, and the scales of the two models may differ.
+        if stored and not _same_codes(new, old):
+            raise CheckpointError(
+                f"{key!r} is stored as {stored[0]} and differs, and LoRA is for real weights: dequantise models that "
+                "are quantised first (model.dequantize(), then save_pretrained)"
+            )
+        if stored or torch.equal(new, old):
             return
         for value, source in ((new, a.source), (old, b.source)):
             if not bool(value.isfinite().all()):
                 raise CheckpointError(f"{source}: {key!r} holds values that are NaN or infinite")
-        if not new.is_floating_point():
-            raise CheckpointError(f"{key!r} is {new.dtype} and differs; LoRA is for real weights")
         op = self.layers.op(module, param, tuple(old.shape))
         if op is not None:
             high = torch.float64 if old.dtype == torch.float64 else torch.float32

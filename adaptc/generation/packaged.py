@@ -16,12 +16,14 @@ from adaptc.packages.bank import PackagedBank
 from adaptc.packages.manifest import Contents
 from adaptc.packages.report import PackageReport
 from adaptc.packages.run import PackagedProgram
+from adaptc.progress import stage
 
 
 def load_generation(path: Path) -> Generator | PackagedProgram | PackagedBank | GeneratorBank:
     """Of a bank a bank. Raises as :class:`PackagedProgram` does, before any code is loaded also for what the package
     says of generation."""
-    found = PackagedProgram(path, understood)
+    with stage(f"reading the package {path.name}"):
+        found = PackagedProgram(path, understood)
     held = found if found.manifest.bank is None else PackagedBank(found)
     if found.understood is None:
         return held

@@ -49,6 +49,8 @@ class PackagedBank:
         self._each = sum(prod(r.shape) * r.dtype.itemsize for r in package.manifest.rooms.values())
         self._lock = free_in_children(threading.RLock())
         self._assigned: WeakSet[PackagedAssignment] = WeakSet()
+        #: adapters whose places may hold parts of two, after interrupts
+        self._torn: frozenset[str] = frozenset()
 
     @property
     def path(self) -> Path:
@@ -76,6 +78,10 @@ class PackagedBank:
         with self._lock:
             names, now = used(mixes), self._now
             check_known(names, now)
+            if torn := self._torn & {*names}:
+                raise AdaptcError(
+                    f"the adapter {min(torn)!r} is not whole, since bank.replace was interrupted twice: call it again"
+                )
             places, own = {n: now[n].place for n in names}, {n: now[n].member for n in names}
             made = PackagedAssignment(self._package, mixes, places, self.capacity, own)
             self._assigned.add(made)
@@ -115,6 +121,7 @@ class PackagedBank:
         new = {**self._now, name: Placed(place, replace(fitted, constants={}))}
         self._package.write(place, fitted.constants)
         self._now = new
+        self._torn -= {name}
 
     def replace(self, name: str, adapter: Any, **options: Any) -> None:
         """Put another adapter in the place of one; as :meth:`add`, which takes a free place where calls that have begun
@@ -131,14 +138,16 @@ class PackagedBank:
 
     def _write_over(self, name: str, place: int, fitted: Fitted) -> None:
         """Put an adapter where the one of that name is, since no other place is free: its values are gone with the
-        first byte, so what is interrupted is done to its end."""
+        first byte, so what is interrupted is done to its end. Interrupted again, it is refused from then on."""
         new = {**self._now, name: Placed(place, replace(fitted, constants={}))}
+        whole = self._torn - {name}
         try:
+            self._torn = whole | {name}
             self._package.write(place, fitted.constants)
-            self._now = new
+            self._now, self._torn = new, whole
         except BaseException:
             self._package.write(place, fitted.constants)
-            self._now = new
+            self._now, self._torn = new, whole
             raise
 
     def remove(self, name: str) -> None:
@@ -146,6 +155,7 @@ class PackagedBank:
         with self._lock:
             check_known([name], self._now)
             self._now = {n: one for n, one in self._now.items() if n != name}
+            self._torn -= {name}
 
     def warm(self, adapters: int | None = None) -> None:
         """As :meth:`Bank.warm`: there is nothing to make, since all was compiled ahead of time."""

@@ -40,6 +40,7 @@ from adaptc.peft_files.torch_writer import writing
 from adaptc.program.adaptation import Adaptation, check_format, check_header, check_tags
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.program_module import ProgramModule
+from adaptc.progress import stage
 from adaptc.pt2_files.program import read
 from adaptc.pt2_files.refusal import Refused, reason, shown_path
 from adaptc.pt2_files.seal import seal
@@ -57,7 +58,7 @@ def save_program(program: ExportedProgram, path: Path, beside: Mapping[str, str]
         _check_all_act(program, path)
     program = _readable(program, path)
     try:
-        with replacing(path, "new.pt2") as new:
+        with stage(f"writing {path.name}"), replacing(path, "new.pt2") as new:
             with writing(new) as file, _without_alarm(program):
                 torch.export.save(program, file, extra_files=dict(beside or {}))
             seal(new)
@@ -115,10 +116,11 @@ def load_program(path: Path, options: RunOptions, device: torch.device | str | N
     if not path.is_file():
         raise CheckpointError(f"there is no file {shown_path(path)}")
     target = None if device is None else usable(device)
-    saved = read(path)
-    if saved.uses("adaptc"):
-        register_kernels(str(path))
-    program = saved.program()
+    with stage(f"reading {path.name}"):
+        saved = read(path)
+        if saved.uses("adaptc"):
+            register_kernels(str(path))
+        program = saved.program()
     try:
         loaded = from_program(program, options, str(path))
     except (CheckpointError, BackendError):

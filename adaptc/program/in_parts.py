@@ -27,6 +27,11 @@ def whole(t: Tensor) -> Tensor:
     return t if mesh_of(t) is None else t.full_tensor()  # type: ignore[attr-defined]
 
 
+def take_apart(module: Any) -> None:
+    """Have FSDP hold its parameters in parts again, which are whole for a while after a forward pass."""
+    module.state_dict()  # before which it does
+
+
 def as_held(t: Tensor, own: Tensor) -> Tensor:
     """A whole tensor, which every process has, as ``own`` is held."""
     if mesh_of(own) is None:
@@ -52,4 +57,4 @@ def first_of(mesh: Any) -> Iterator[bool]:
         for group in mesh.get_all_groups():
             dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=group)
     if failed:
-        raise CheckpointError("the first process could not write the adapter: its error says why")
+        raise CheckpointError("the first process could not write: its error says why")

@@ -29,6 +29,7 @@ from adaptc.peft_files import staging
 from adaptc.peft_files.format import CONFIG_NAME as ADAPTER_CONFIG
 from adaptc.peft_files.format import MODEL_CONFIG as CONFIG
 from adaptc.program.core import ProgramCore
+from adaptc.progress import stage
 
 _TIE = "tie_word_embeddings"
 #: files of weights, also of other formats and divisions, which a reader would prefer or mix with the new ones
@@ -97,15 +98,15 @@ def write_model(
     given = {"max_shard_size": max_shard_size, "save_original_format": save_original_format}
     options = {k: v for k, v in given.items() if v is not None}
     try:
-        with staging.staging(target) as stage:
-            model.save_pretrained(stage, **options)
+        with stage(f"writing {source.kind.__name__} to {target.name}"), staging.staging(target) as aside:
+            model.save_pretrained(aside, **options)
             if beside is not None:
-                _copy_beside(beside, stage)
-            names = [p.name for p in stage.iterdir() if p.name != CONFIG]
+                _copy_beside(beside, aside)
+            names = [p.name for p in aside.iterdir() if p.name != CONFIG]
             for name in (*names, CONFIG):
-                staging.sync(stage / name)
+                staging.sync(aside / name)
             stale = [p.name for p in target.iterdir() if _WEIGHTS.fullmatch(p.name) and p.name not in names]
-            staging.commit(stage, target, bodies=names, head=CONFIG, stale=stale)
+            staging.commit(aside, target, bodies=names, head=CONFIG, stale=stale)
         staging.remove_abandoned(target, with_old_files=True)
     except CheckpointError:
         raise

@@ -15,7 +15,7 @@ from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError, shown
 from adaptc.program.adapter_files import linked_for_trainer, without_link, write_current
 from adaptc.program.core import ProgramCore
-from adaptc.program.in_parts import first_of, mesh_of, whole
+from adaptc.program.in_parts import first_of, mesh_of, take_apart, whole
 from adaptc.program.program_module import ProgramModule
 
 
@@ -37,8 +37,7 @@ def write_module(
     """
     mesh = None
     if binding is None:
-        # FSDP takes its tensors apart again before a state is made of them.
-        module.state_dict()
+        take_apart(module)
         binding = module.binding()
         mesh = next((m for t in binding.values.values() if (m := mesh_of(t)) is not None), None)
         binding = replace(binding, values={k: whole(t) for k, t in binding.values.items()})

@@ -25,7 +25,7 @@ from adaptc.passes.train.recomputed import Recomputed
 from adaptc.passes.train.set_mode import set_mode
 from adaptc.program.checkpoints import is_checkpoint
 from adaptc.program.core import ProgramCore
-from adaptc.program.in_parts import first_of, mesh_of, whole
+from adaptc.program.in_parts import first_of, mesh_of, take_apart, whole
 from adaptc.program.layer_tensors import Tensors, open_port
 from adaptc.program.model_directory import taken, write_model
 from adaptc.program.module_files import write_module
@@ -344,6 +344,7 @@ class PretrainedModule(ProgramModule):
         state: Mapping[str, Tensor] | None,
         options: Mapping[str, Any],
     ) -> None:
+        take_apart(self)
         own = self.tensors()
         own = {k: own[k] for k in self.program.state_dict if k in own}
         mesh = next((m for t in own.values() if (m := mesh_of(t)) is not None), None)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 import adaptc
 from adaptc.adapters import model_tensors
@@ -188,3 +188,25 @@ def test_bad_models_are_refused(kind: str, said: str, tmp_path: Path):
     a, b, options = broken(kind, tmp_path)
     with pytest.raises(adaptc.AdaptcError, match=said):
         adaptc.subtract_adapter(a, b, **options)
+
+
+@pytest.mark.parametrize("kept", ["file", "state dict"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_quantised_weights_are_refused_where_they_differ(dtype: torch.dtype, kept: str, tmp_path: Path):
+    """Beside plain weights that differ, codes that are the same, and a count that is no weight."""
+    codes = torch.arange(70).reshape(7, 10).to(dtype)
+    base = {"in.weight": torch.randn(7, 10), "up.weight": codes, "norm.steps": torch.tensor(3)}
+    tuned = {**base, "in.weight": base["in.weight"] + 1}
+
+    def given(state: dict[str, Tensor], name: str) -> Any:
+        if kept == "state dict":
+            return state
+        save_file({k: t.contiguous() for k, t in state.items()}, tmp_path / f"{name}.safetensors")
+        return tmp_path / f"{name}.safetensors"
+
+    found = adaptc.subtract_adapter(given(tuned, "a"), given(base, "b"), rank=1)
+    assert {k.rpartition(".lora_")[0].removeprefix("base_model.model.") for k in found.tensors} == {"in"}
+    for other in (codes.flip(0), torch.randn(7, 10)):
+        for a, b in (({**tuned, "up.weight": other}, base), (base, {**base, "up.weight": other})):
+            with pytest.raises(adaptc.CheckpointError, match=f"'up.weight' is stored as {dtype} .*dequantise"):
+                adaptc.subtract_adapter(given(a, "c"), given(b, "d"), rank=1)

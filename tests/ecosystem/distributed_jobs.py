@@ -125,6 +125,17 @@ def fsdp_goes_on(folder: Path) -> dict[str, Any]:
     return {"losses": found, "loaded": again}
 
 
+def merged(folder: Path) -> dict[str, Any]:
+    """A merged model whose weights lie in two processes, written whole by the first."""
+    one = adaptc.merge(module().owner).module()
+    whole = one(**own_rows()).logits
+    fully_shard(one)
+    assert torch.equal(one(**own_rows()).logits, whole)
+    one.save_pretrained(folder / "merged", is_main_process=dist.get_rank() == 0)
+    assert (folder / "merged/config.json").is_file(), "back before it is written"
+    return {"rows": {k: t for k, t in own_rows().items() if k != "labels"}, "logits": whole.detach()}
+
+
 #: two rows in each process, which are the four that one has
 TRAINER: dict[str, Any] = {
     "per_device_train_batch_size": 2,

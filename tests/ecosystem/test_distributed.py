@@ -9,6 +9,7 @@ from typing import Any
 
 import peft
 import torch
+import transformers
 from safetensors.torch import load_file
 
 import adaptc
@@ -64,6 +65,13 @@ def test_two_processes_are_as_one(tmp_path: Path) -> None:
     assert not (tmp_path / "stale").exists()
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model()), str(tmp_path / "four")).eval()
     torch.testing.assert_close(logits(loaded), logits(one.eval()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_merged_model_in_two_processes_is_written_whole(tmp_path: Path) -> None:
+    found = together(tmp_path, "merged")["merged"]
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**found["rows"]).logits, found["logits"], rtol=1e-5, atol=1e-6)
 
 
 def test_a_trainer_in_two_processes_is_as_in_one(tmp_path: Path) -> None:

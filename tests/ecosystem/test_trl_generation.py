@@ -158,6 +158,11 @@ def of_rloo(policy: Any, folder: Path, **more: Any) -> Any:
     return RLOOTrainer(policy, args=args, reward_funcs=reward, train_dataset=prompts(), processing_class=tokenizer())
 
 
+def of_grpo(policy: Any, folder: Path) -> Any:
+    args = GRPOConfig(**options(folder), num_generations=2, beta=0.5)
+    return GRPOTrainer(policy, args=args, reward_funcs=reward, train_dataset=prompts(), processing_class=tokenizer())
+
+
 def of_online_dpo(policy: Any, folder: Path) -> Any:
     args = OnlineDPOConfig(**options(folder))
     return OnlineDPOTrainer(
@@ -173,7 +178,7 @@ def told(make: Any) -> list[str]:
     return [str(w.message) for w in caught if issubclass(w.category, adaptc.AdaptcWarning)]
 
 
-@pytest.mark.parametrize("make", [of_dpo, of_kto, of_rloo, of_online_dpo])
+@pytest.mark.parametrize("make", [of_dpo, of_kto, of_rloo, of_grpo, of_online_dpo])
 def test_a_second_model_is_told_of_before_it_is_there(make: Any, trained: Any, tmp_path: Path) -> None:
     said = told(lambda: make(trained, tmp_path))
     assert len(said) == 1

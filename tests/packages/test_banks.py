@@ -151,3 +151,38 @@ def test_an_interrupt_at_any_line_leaves_the_old_or_the_new_adapters(made, full)
     deeds = [lambda: packaged.replace("a", ready["d"]), lambda: packaged.remove("a")]
     for deed in deeds if full else [*deeds, lambda: packaged.add("d", ready["d"])]:
         assert at_every_line(deed, reset, seen, works, files) >= 4
+
+
+def test_an_adapter_that_was_interrupted_twice_is_refused_until_it_is_replaced(made, monkeypatch):
+    program, _, path, dirs = made
+    packaged = adaptc.load_package(path)
+    ready = {n: program.bind(d).binding for n, d in dirs.items()}
+    packaged.add("c", ready["c"])
+    x, write = torch.randn(3, 2, 7), type(packaged._package).write
+    others = packaged(x, adapters=["b", "c", None])
+
+    class Cut(dict):
+        def __getitem__(self, name):
+            if name != next(iter(self)):
+                raise KeyboardInterrupt
+            return super().__getitem__(name)
+
+    def torn(self, place, values):
+        write(self, place, Cut(values))
+
+    def interrupted():
+        with monkeypatch.context() as m:
+            m.setattr(type(packaged._package), "write", torn)
+            with pytest.raises(KeyboardInterrupt):
+                packaged.replace("a", ready["d"])
+        with pytest.raises(adaptc.AdaptcError, match=r"'a' is not whole, since bank.replace was interrupted twice"):
+            packaged(x, adapters=["b", {"a": 0.5}, None])
+
+    interrupted()
+    assert torch.equal(packaged(x, adapters=["b", "c", None]), others)
+    packaged.replace("a", ready["d"])
+    torch.testing.assert_close(packaged(x, adapters=["a"] * 3), program.bind(ready["d"])(x))
+    interrupted()
+    packaged.remove("a")
+    packaged.add("a", ready["a"])
+    torch.testing.assert_close(packaged(x, adapters=["a"] * 3), program.bind(ready["a"])(x))
