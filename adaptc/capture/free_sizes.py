@@ -60,6 +60,9 @@ def export(
                         model, args, dict(kwargs), dynamic_shapes=shapes, strict=False, **options
                     )
                 if not isinstance(once, Once) or once.sound():
+                    # Models make masks that none of their layers reads.
+                    if program.graph.eliminate_dead_code():
+                        program.graph_module.recompile()
                     return program
         raise AssertionError("an export without copies is final")
     except Exception as error:
