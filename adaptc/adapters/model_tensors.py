@@ -96,8 +96,9 @@ def _files(path: Path) -> list[Path]:
             names = set(json.loads((path / INDEX).read_bytes())["weight_map"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path / INDEX} cannot be read ({shown(str(error))})") from error
-        # A name with a path in it could lead anywhere.
-        files = [path / n for n in sorted(map(str, names)) if Path(n).name == n]
+        if odd := [n for n in sorted(map(str, names)) if Path(n).name != n]:  # a path could lead anywhere
+            raise CheckpointError(f"{path / INDEX} names {shown(odd[0])}, and all files of a model lie beside it")
+        files = [path / n for n in sorted(map(str, names))]
         if missing := [f.name for f in files if not f.is_file()]:
             raise CheckpointError(f"{path} lacks {missing[0]}, which its index names")
         return files

@@ -75,7 +75,9 @@ def _kept(u: Tensor, s: Tensor, vh: Tensor, cut: Cut) -> tuple[LowRank, float]:
                 f"svd_clamp={cut.clamp}: entries would be cut down to {most_allowed:.3g}, which leaves nothing of "
                 "them; it must be nearer to 1"
             )
+        whole = (u[:, :, :most] * s[:, None]) @ vh[:, :most]
         up, down = up.clamp(-most_allowed, most_allowed), down.clamp(-most_allowed, most_allowed)
+        left = float((whole - up @ down).double().square().sum())
     return LowRank(down.contiguous(), up.contiguous()), (left / total) ** 0.5 if total else 0.0
 
 

@@ -64,8 +64,9 @@ def _of_base(key: str) -> bool:
 def _check_tokens(key: str, adapters: Sequence[AdapterLike]) -> None:
     """Rows are known by the config alone."""
     rows = [getattr(a.config, "trainable_token_indices", None) for a in adapters]
-    if "trainable_tokens" in key and any(r != rows[0] for r in rows):
+    other = next((i for i, r in enumerate(rows) if r != rows[0]), None)
+    if "trainable_tokens" in key and other is not None:
         raise ConfigError(
-            f"{key!r}: {adapters[0].source} trains the rows {rows[0]}, and another adapter {rows[-1]}; only adapters "
-            "with the same trainable_token_indices can be combined"
+            f"{key!r}: {adapters[0].source} trains the rows {rows[0]}, and {adapters[other].source} {rows[other]}; "
+            "only adapters with the same trainable_token_indices can be combined"
         )

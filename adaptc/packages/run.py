@@ -316,10 +316,19 @@ class PackagedProgram:
             )
         return BoundPackage(self, self._fit.fitted(self._fit.nothing(now), self._owner))
 
-    def fitted(self, adapter: Any, **options: Any) -> Fitted:
-        """``adapter`` as the code takes it; arguments and errors are those of :meth:`swap`."""
-        names = ("config", "adapter_name", "key_mapping", "component")
-        return self._fitted(adapter, *(options.get(n) for n in names))
+    @checked("adapter_name", "key_mapping", "component")
+    def fitted(
+        self,
+        adapter: Any,
+        *,
+        config: Any = None,
+        adapter_name: str | None = None,
+        key_mapping: Mapping[str, str] | None = None,
+        component: str | None = None,
+        scale: Any = None,
+    ) -> Fitted:
+        """Return ``adapter`` as the code takes it; arguments and errors are those of :meth:`swap`."""
+        return self._fitted(adapter, config, adapter_name, key_mapping, component, scale)
 
     def member(self, place: int) -> Fitted:
         """Of the package of a bank: an adapter that it was made with, whose values are in the code at this place."""

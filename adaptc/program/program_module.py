@@ -32,7 +32,7 @@ from torch import Tensor, fx, nn
 from adaptc.binding.bind import file_tensors
 from adaptc.binding.binding import Binding
 from adaptc.binding.source import as_binding
-from adaptc.errors import AdaptcError, CheckpointError, did_you_mean
+from adaptc.errors import AdaptcError, CheckpointError, did_you_mean, shown
 from adaptc.passes.lower.choose_products import Products
 from adaptc.passes.train.checkpoint import checkpoint, set_checkpointing
 from adaptc.passes.train.set_mode import set_mode
@@ -94,6 +94,8 @@ class ProgramModule(nn.Module):
         self._whole = False
         #: how many repeated blocks are computed again at a time, None where all is kept
         self.checkpointed: int | Literal["auto"] | None = None
+        #: how many its graphs were divided for, None where they were not
+        self._divided: int | Literal["auto"] | None = None
         # No child: the tables are those of the graph.
         vars(self)["dropout"] = AllDropout(self.set_dropout) if program.adaptation.training else None
         self.drops = True
@@ -209,17 +211,24 @@ class ProgramModule(nn.Module):
 
     def checkpoint(self, every: int | Literal["auto"] = "auto") -> None:
         """Compute repeated blocks of the graph again in the backward, ``every`` so many at a time, "auto" one; or turn
-        that on again. Raises ConfigError and AdaptcError as ``AdaptedProgram.module`` says."""
+        that on again. Raises ConfigError and AdaptcError as ``AdaptedProgram.module`` says, and AdaptcError for another
+        number than that of the first time."""
         if not self.program.adaptation.training:
             raise AdaptcError(
                 "gradient_checkpointing works in training mode, and the program was captured for inference: "
                 "compile(model, config, training=True)"
             )
+        if self._divided is not None and every not in ("auto", self._divided):
+            raise AdaptcError(
+                f"the graph of this module computes {self._divided!r} blocks at a time again, and cannot change to "
+                f"{shown(every)}: make another module, program.module(gradient_checkpointing={shown(every)})"
+            )
+        every = every if self._divided is None else self._divided
         for graph in self.graph_modules():
             if not set_checkpointing(graph, True):
                 checkpoint(graph, every)
         self._set_flags(self.training)
-        self.checkpointed = every
+        self.checkpointed = self._divided = every
 
     def keep_activations(self) -> None:
         """Turn off what :meth:`checkpoint` turned on."""

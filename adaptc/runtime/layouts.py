@@ -50,9 +50,8 @@ def empty_in(order: Sequence[int], shape: Sequence[Any], like: Tensor) -> Tensor
 
 def laid(value: Tensor, order: Sequence[int]) -> Tensor:
     """``value`` in an order: itself, or a copy."""
-    if value.is_contiguous() and tuple(order) == _plain(len(order)):
-        return value
-    return value.permute(tuple(order)).contiguous().permute(_back(order))
+    turned = value.permute(tuple(order))
+    return value if turned.is_contiguous() else turned.contiguous().permute(_back(order))
 
 
 def write_back(given: Tensor, taken: Tensor, name: str) -> None:

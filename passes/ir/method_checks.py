@@ -380,9 +380,10 @@ def _same(method: Method, op: Op, function: str, what: str, found: Tensor | None
     claims: Mapping[str, str] = {
         "identity": f"with the values of identity() the {what} must be that of the layer without an adapter",
         "apply": "the form around the layer (input, apply) must be the layer with the weight that weight() makes",
+        "weight_over": "weight_over() of a base that is the weight itself must be what weight() makes of it",
     }
-    advice = {"identity": ". Give each Slot the fill for which it has no effect, or define identity()", "apply": ""}
-    raise MethodError(f"{_name(method)}: {claims[function]}; at {_site(op)} {how}{advice[function]}")
+    advice = {"identity": ". Give each Slot the fill for which it has no effect, or define identity()"}
+    raise MethodError(f"{_name(method)}: {claims[function]}; at {_site(op)} {how}{advice.get(function, '')}")
 
 
 def _name(method: Method) -> str:

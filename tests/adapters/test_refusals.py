@@ -176,6 +176,8 @@ def test_tokens_are_combined_where_they_are_the_same():
     adaptc.combine([(tokens([1, 2]), 0.5), (tokens([1, 2]), 0.5)])
     with pytest.raises(ConfigError, match=r"trains the rows .*\[1, 2\].*only adapters with the same"):
         adaptc.combine([(tokens([1, 2]), 0.5), (tokens([1, 3]), 0.5)])
+    with pytest.raises(ConfigError, match=r"trains the rows .*, and \[1, 3\] {'table': \[1, 3\]}; only"):
+        adaptc.combine([(tokens([1, 2]), 0.5), (tokens([1, 3]), 0.25), (tokens([1, 2]), 0.25)])
 
 
 @pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda a: pickle.loads(pickle.dumps(a))])

@@ -144,6 +144,9 @@ def broken(kind: str, tmp_path: Path) -> tuple[Any, Any, dict[str, Any]]:
     elif kind == "index":
         (tmp_path / model_tensors.INDEX).write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
         other = tmp_path
+    elif kind == "elsewhere":
+        (tmp_path / model_tensors.INDEX).write_text(json.dumps({"weight_map": {"a": "../gone.safetensors"}}))
+        other = tmp_path
     elif kind == "whole":
         other = dict(state) | {"norm.weight": torch.ones(3)}
         state = dict(state) | {"norm.weight": torch.zeros(3)}
@@ -180,6 +183,7 @@ def test_a_target_that_there_is_not_is_named(targets: Any, named: str | None):
         "no tensors": "no .safetensors files",
         "damaged": "no readable safetensors file",
         "index": "lacks gone.safetensors",
+        "elsewhere": "names '../gone.safetensors', and all files",
         "whole": "'norm.weight'.*no matrix that LoRA has a form for",
         "model": "a model is a module",
     }.items(),

@@ -153,6 +153,22 @@ def test_an_interrupt_at_any_line_leaves_the_old_or_the_new_adapters(made, full)
         assert at_every_line(deed, reset, seen, works, files) >= 4
 
 
+def test_options_of_an_adapter_are_those_of_a_swap_or_refused(made):
+    """A scale that was left out without a word is another adapter."""
+    program, _, path, dirs = made
+    packaged = adaptc.load_package(path)
+    x = torch.randn(3, 2, 7)
+    expected = program.bind(dirs["c"], scale=0.25)(x)
+    packaged.add("c", dirs["c"], scale=0.25)
+    torch.testing.assert_close(packaged(x, adapters=["c"] * 3), expected)
+    packaged.replace("a", dirs["c"], scale=0.25)
+    torch.testing.assert_close(packaged(x, adapters=["a"] * 3), expected)
+    assert not torch.allclose(expected, program.bind(dirs["c"])(x))
+    for deed in (packaged.add, packaged.replace):
+        with pytest.raises(TypeError, match="scales"):
+            deed("b" if deed == packaged.replace else "d", dirs["d"], scales=0.25)
+
+
 def test_an_adapter_that_was_interrupted_twice_is_refused_until_it_is_replaced(made, monkeypatch):
     program, _, path, dirs = made
     packaged = adaptc.load_package(path)

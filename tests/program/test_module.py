@@ -327,6 +327,17 @@ def test_checkpoints_are_turned_on_and_off_by_trainers() -> None:
         trained.activation_checkpointing_enable(offload=True)
 
 
+def test_another_number_of_blocks_needs_another_module() -> None:
+    trained = module()
+    trained.checkpoint(2)
+    trained.keep_activations()
+    trained.checkpoint()
+    assert trained.checkpointed == 2
+    with pytest.raises(adaptc.AdaptcError, match=r"computes 2 blocks at a time again, and cannot change to 1"):
+        trained.checkpoint(1)
+    assert trained.checkpointed == 2
+
+
 def test_the_part_before_the_head_is_in_the_mode_of_the_whole() -> None:
     prog = adaptc.compile(model(), LoraConfig(**CONFIG, lora_dropout=0.5), training=True)
     trained = prog.module()

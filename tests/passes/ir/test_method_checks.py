@@ -119,6 +119,13 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         },
         r"Wrong\.apply\(\) depends on",
     ),
+    "another form over a changed weight": (
+        {
+            "weight": lambda self, op, W, slots, scale: changed(W, slots),
+            "weight_over": lambda self, op, base, W, slots, scale: changed(W, slots) + 1,
+        },
+        r"weight_over\(\) of a base that is the weight itself must be what weight\(\) makes of it; .* they differ by",
+    ),
     "too many axes": (
         {"weight": lambda self, op, W, slots, scale: changed(W, slots).unsqueeze(0)},
         r"weight\(\) must return a tensor of shape \(10, 6\) and dtype torch.float32, got \(1, 10, 6\)",

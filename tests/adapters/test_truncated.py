@@ -1,0 +1,20 @@
+"""Matrices cut to a rank: the error that is told is the distance of the factors' product."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from adaptc.adapters.truncated import Cut, truncated, truncated_sum
+from adaptc.passes.ir.low_rank import LowRank
+
+
+@pytest.mark.parametrize("cut", [Cut(rank=3), Cut(energy=0.8), Cut(rank=3, clamp=0.8), Cut(clamp=0.9, full=True)])
+def test_the_error_is_the_distance(cut: Cut) -> None:
+    generator = torch.Generator().manual_seed(0)
+    up, down = (torch.randn(2, *s, generator=generator, dtype=torch.float64) for s in ((11, 5), (5, 7)))
+    matrix = up @ down
+    for part, error in (truncated(matrix, cut), truncated_sum([LowRank(down, up)], [1.0], cut)):
+        found = torch.linalg.vector_norm(part.up @ part.down - matrix) / torch.linalg.vector_norm(matrix)
+        assert error == pytest.approx(float(found), abs=1e-12)
+        assert error > 1e-3
