@@ -88,6 +88,7 @@ $(TRAINED): ;
 lint: $(VENV)/.test.stamp tree
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m tests.house.prose
 	$(BIN)/pyright --project pyproject.toml --pythonpath $(BIN)/python
 	cd $(TREE) && $(abspath $(BIN))/lint-imports --config $(CURDIR)/pyproject.toml --no-cache
 

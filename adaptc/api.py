@@ -1,7 +1,8 @@
-"""The functions a user calls. Each is short: it names the steps, and the steps live in the files they are about.
+"""Define the functions that a user calls. Each is short: the steps are in the modules that it imports.
 
-All of them leave their inputs as they were, except ``swap``, whose whole effect is the new current binding, and
-``merge(..., keep_base=False)``, which gives up the program it is handed. A call that raises changed nothing.
+All of them leave their inputs as they were, with two exceptions: ``swap``, whose only effect is the new current
+binding, and ``merge(..., keep_base=False)``, after which the program must not be used. A call that raises changed
+nothing.
 """
 
 from __future__ import annotations
@@ -71,31 +72,35 @@ def compile(
     checkpoint: int | Literal["auto"] | None = None,
     pack: str | None = None,
 ) -> AdaptedProgram:
-    """Capture ``model`` and adapt it.
+    """Capture ``model``, adapt it, and return the adapted program.
 
-    ``model``: an nn.Module (with ``example_inputs``: a tensor, a tuple, or a dict of keywords), a transformers model or
-    a UNet or Flux denoiser of diffusers (``example_inputs`` are made from its config where none are given), an
-    ExportedProgram, or what ``transformers.exporters`` returns. ``adapter``: a config, a ``peft`` config, an adapter
-    with its weights (a PEFT directory, a file of diffusers, kohya, LyCORIS or torchtune, or a state dict with such
-    keys), or a list of these: then the program gets the union of their sites and is bound to the first. A dict of these
-    by name makes adapters that act together, each on what the ones before it made of the weights. ``config``: of one
-    adapter with weights, instead of what its file says; where it has no ``target_modules``, those are the modules that
-    the keys name. Alone it is the adapter. ``component``: which one to take of a file that has several (a UNet's and a
-    text encoder's), where the names of modules do not tell. ``training=True`` captures the training behaviour (dropout,
-    and the loss of a transformers model). ``backend``: "eager" or "inductor". ``form``: "apply" puts adapters around
-    the layers, "weight" in front of their weights, "auto" chooses per site what costs less (``report`` says why).
-    ``autocast_adapter_dtype``: adapters of half-precision bases are float32. ``key_mapping``: regular expression ->
-    replacement, applied to the keys of adapter files (PEFT's rule); refused where ``adapter`` is none. ``generator``
-    draws first values; by default torch's global generator. ``hoist_limit``: bytes of memory for what calls of the
-    program, in inference, compute once per adapter instead of every time; None for any number (see
-    :attr:`AdaptedProgram.hoist_limit`). ``fuse``: layers that read one tensor share a product in calls of the program
-    (see :attr:`AdaptedProgram.fuse`). ``checkpoint``: how many repeated blocks its modules compute again at a time in
-    the backward, "auto" for one, for less memory; None keeps all (see :attr:`AdaptedProgram.checkpoint`).
-    ``pack``: "float32" or "bf16", the type of base weights of which calls on a CPU may hold packed copies, for more
-    memory; None for no copies (see :attr:`AdaptedProgram.pack`).
+    ``model``: an nn.Module, a transformers model, a UNet or Flux denoiser of diffusers, an ExportedProgram, or the
+    result of ``transformers.exporters``. ``example_inputs``: a tensor, a tuple, or a dict of keywords. An nn.Module
+    needs them; for models of transformers and diffusers they are made from the config where none are given.
 
-    The values of the model are not modified, and its parameters are shared, not copied; at the first call of a program
-    that fuses, the memory of sibling weights moves into one buffer, so let no other thread run the model then.
+    ``adapter``: a config, a ``peft`` config, or an adapter with its weights: a PEFT directory, a file of diffusers,
+    kohya, LyCORIS or torchtune, or a state dict with such keys. It may be a list of these: the program then gets the
+    union of their sites and is bound to the first. A dict of these by name makes adapters that act together, each on
+    the weights as changed by the ones before it. ``config``: the config of one adapter with weights, in place of the
+    one in its file. Without ``target_modules`` it targets the modules that the keys name. Given without ``adapter``, it
+    is the adapter. ``component``: the part to take of a file that has several (a UNet's and a text encoder's), where
+    the names of modules do not tell. ``key_mapping``: regular expression -> replacement, applied to the keys of adapter
+    files (PEFT's rule); refused where ``adapter`` is none.
+
+    ``training=True`` captures the training behaviour: dropout, and the loss of a transformers model. ``backend``:
+    "eager" or "inductor". ``form``: "apply" puts adapters around the layers, "weight" in front of their weights, and
+    "auto" chooses the cheaper form per site (``report`` says why). ``autocast_adapter_dtype``: adapters of
+    half-precision bases are float32. ``generator`` draws first values; by default torch's global generator.
+
+    ``hoist_limit``: bytes of memory for hoisted values, which calls in inference compute once per adapter instead of
+    every time; None for any number (see :attr:`AdaptedProgram.hoist_limit`). ``fuse``: layers that read one tensor
+    share a matmul in calls of the program (see :attr:`AdaptedProgram.fuse`). ``checkpoint``: to save memory, how many
+    repeated blocks are computed again at a time in the backward; "auto" for one, None to keep all activations (see
+    :attr:`AdaptedProgram.checkpoint`). ``pack``: "float32" or "bf16", the type of base weights of which calls on a CPU
+    may hold packed copies, at the cost of memory; None for no copies (see :attr:`AdaptedProgram.pack`).
+
+    The values of the model are not modified, and its parameters are shared, not copied. The first call of a program
+    that fuses moves the memory of sibling weights into one buffer; let no other thread run the model then.
     Raises CaptureError, ConfigError, TargetError, CheckpointError or BackendError.
     """
     options = RunOptions(backend, hoist_limit, fuse, checkpoint=checkpoint, pack=pack)
@@ -130,11 +135,11 @@ def create_arrow_model(
     general_adapter_paths: Sequence[Any] | None = None,
     **options: Any,
 ) -> AdaptedProgram:
-    """PEFT's ``create_arrow_model``: ``base_model`` with an adapter that routes each token between LoRA adapters.
+    """Return ``base_model`` with an adapter that routes each token between LoRA adapters, as PEFT's function does.
 
-    It is ``compile(base_model, arrow_adapter(...), **options)``: :func:`adaptc.arrow_adapter` says what the adapters
-    may be, and makes the next ones to swap to; :func:`compile` has the ``options``. There is nothing to train, as in
-    PEFT, and no weight to merge into. Raises what the two raise.
+    It is ``compile(base_model, arrow_adapter(...), **options)``. :func:`adaptc.arrow_adapter` documents the adapters,
+    and makes further ones to swap to; :func:`compile` documents the ``options``. As in PEFT, nothing is trained, and
+    the adapter cannot be merged. Raises the errors of both.
     """
     adapter = arrow_adapter(task_specific_adapter_paths, arrow_config, general_adapter_paths)
     return compile(base_model, adapter, **options)
@@ -151,22 +156,24 @@ def swap(
     component: str | None = None,
     scale: float | Mapping[str, float] | None = None,
 ) -> SwapReport:
-    """Make ``adapter`` the current one: a PEFT directory, a file or a state dict of any format that :func:`compile`
-    takes, a binding, or what ``prog.bind`` returned. ``component``, ``key_mapping`` and ``config`` as there; the report
-    says what was found. ``scale``: a factor on the scale it was made with, as ``prog.set_scale`` sets it.
+    """Make ``adapter`` the current adapter of ``program``, and return a report of what was found.
 
-    Any rank, alpha, and any subset of the program's sites (the others take identity values); nothing is compiled or
-    copied but the adapter's own tensors. For a bare state dict the scale follows ``config`` if given, else the
-    program's alpha and the tensors' ranks. ``key_mapping``: regular expression -> replacement, applied to the keys of
-    the directory or state dict (PEFT's rule), without their ``base_model.model.``; where all keys differ from the
-    program's by what they begin with, the error has the mapping that fits. Atomic: calls that have begun finish with
-    the adapter they began with.
+    ``adapter``: a PEFT directory, a file or a state dict of any format that :func:`compile` takes, a binding, or a
+    result of ``prog.bind``. ``component`` and ``config``: see :func:`compile`. ``scale``: a factor on the scale that
+    the adapter was made with, as ``prog.set_scale`` sets it. ``key_mapping``: regular expression -> replacement,
+    applied to the keys of the directory or state dict (PEFT's rule), without their ``base_model.model.``. Where all
+    keys differ from the program's by a prefix, the error has the mapping that fits.
 
-    Raises SwapError (naming the site) when the adapter needs a site the program was not compiled for, CheckpointError
-    for damaged files, wrong shapes, missing keys or NaN; the program is then unchanged.
+    The adapter may have any rank and alpha, and any subset of the program's sites; the other sites get identity values.
+    Nothing is compiled, and only the adapter's own tensors are copied. For a bare state dict the scale follows
+    ``config`` if given, else the program's alpha and the tensors' ranks. The swap is atomic: calls that have begun
+    finish with the adapter that they began with.
 
-    ``program`` may be a package, of :func:`load_package`: then ranks have a limit, and adapters that change base
-    weights need a package that holds these (see :meth:`PackagedProgram.swap`).
+    Raises SwapError, which names the site, where the adapter needs a site that the program was not compiled for. Raises
+    CheckpointError for damaged files, wrong shapes, missing keys or NaN. The program is then unchanged.
+
+    ``program`` may be a package of :func:`load_package`. Then ranks have a limit, and adapters that change base weights
+    need a package that holds these weights (see :meth:`PackagedProgram.swap`).
     """
     options: dict[str, Any] = {"config": config, "adapter_name": adapter_name, "key_mapping": key_mapping}
     options |= {"component": component, "scale": scale}
@@ -179,9 +186,9 @@ def swap(
 
 
 def bind(program: AdaptedProgram | PackagedProgram, adapter: Any, **options: Any) -> Bound | BoundPackage:
-    """A callable that keeps ``adapter`` whatever ``program`` is swapped to, for any thread; None gives the base.
+    """Return a callable that keeps ``adapter`` whatever ``program`` is swapped to, for any thread; None gives the base.
 
-    ``options`` and errors: :meth:`AdaptedProgram.bind`, and for packages :meth:`PackagedProgram.bind`, which it is.
+    :meth:`AdaptedProgram.bind`, and for packages :meth:`PackagedProgram.bind`, document the ``options`` and errors.
     """
     check_program(program, "bind", PackagedProgram, Holder)
     return program.bind(adapter, **options)
@@ -192,12 +199,15 @@ def bind(program: AdaptedProgram | PackagedProgram, adapter: Any, **options: Any
 def merge(
     program: AdaptedProgram, *, safe: bool = True, keep_base: bool = True, progress: bool = False
 ) -> AdaptedProgram:
-    """A plain ATen program with the current adapter folded into the weights; ``.merge_report`` tells each site's error.
+    """Return a plain ATen program with the current adapter folded into the weights.
 
-    Changes are computed in float32 (float64 for float64 weights) and rounded once. ``safe`` refuses results that are
-    not finite. With ``keep_base`` the result keeps a reference to what it replaced and ``unmerge`` gives it back bit
-    for bit; without it, each old weight is freed before the next new one is made (fused siblings, which have one
-    memory, with the last of them) and ``program`` must not be used any more.
+    Its ``.merge_report`` has the rounding error of each site. Changes are computed in float32 (float64 for float64
+    weights) and rounded once. ``safe`` refuses results that are not finite.
+
+    With ``keep_base`` the result keeps a reference to the weights that it replaced, and ``unmerge`` restores them bit
+    for bit. Without it, each old weight is freed before the next new one is made, and ``program`` must not be used any
+    more. Fused siblings share memory, which is freed with the last of them.
+
     Raises MergeError, with ``program`` unchanged, and AdaptcError where its module trains other tensors than it has.
     """
     check_unseen(program, "merge")
@@ -210,7 +220,7 @@ def merge(
 
 @through_holders
 def unmerge(program: AdaptedProgram) -> AdaptedProgram:
-    """The adapted program ``program`` was merged from, with the adapter it had then: every bit as it was.
+    """Return the adapted program that ``program`` was merged from, with the adapter it had then, bit for bit.
 
     Raises MergeError where it was merged with ``keep_base=False``, loaded from a file, or never merged.
     """
@@ -225,7 +235,7 @@ def unmerge(program: AdaptedProgram) -> AdaptedProgram:
 
 @of_programs
 def unload(program: AdaptedProgram) -> AdaptedProgram:
-    """The base: no adapter, every base tensor the object it was before compile.
+    """Return the base program without any adapter; every base tensor is the object it was before compile.
 
     Raises MergeError for a program whose file held only an adapter's own version of the base.
     """
@@ -234,20 +244,20 @@ def unload(program: AdaptedProgram) -> AdaptedProgram:
 
 @of_programs
 def lower(program: AdaptedProgram) -> AdaptedProgram:
-    """The program with its adapters as fused Triton kernels in its graph, for files and artifacts that run on a GPU.
+    """Return the program with its adapters as fused Triton kernels in its graph, for files that run on a GPU.
 
-    Calls need no lowering: those of a program on a GPU run kernels anyhow (:attr:`AdaptedProgram.kernels`). Where a
-    site has no kernels its region stays ATen, and ``report`` says why. The result swaps, merges, unloads and saves as
-    ``program`` does; ``program`` stays plain ATen. Loading it needs adaptc, triton and a GPU.
+    Calls of a program need no lowering: on a GPU they run kernels anyway (:attr:`AdaptedProgram.kernels`). Where a site
+    has no kernels its region stays ATen, and ``report`` says why. The result swaps, merges, unloads and saves as
+    ``program`` does; ``program`` stays plain ATen. Loading the result needs adaptc, triton and a GPU.
     Raises BackendError where the base is not on a GPU, or triton is not installed.
     """
     return lowered(program)
 
 
 def save(program: ExportedProgram | Holder, path: str | os.PathLike[str]) -> Path:
-    """Write a program as ``.pt2`` (torch.export's format), aside first and then moved into place.
+    """Write a program as ``.pt2`` (torch.export's format), to a temporary file that is then moved to ``path``.
 
-    An adapted program carries its sites, slots and config in its graph; a merged or unloaded one is plain ATen and
+    An adapted program has its sites, slots and config in its graph. A merged or unloaded program is plain ATen and
     needs no adaptc to run. Raises AdaptcError for a program whose module trains other tensors than the program has.
     """
     beside = program.beside() if isinstance(program, Holder) else None
@@ -267,16 +277,16 @@ def load(
     fuse: bool = True,
     device: torch.device | str | None = None,
 ) -> Any:
-    """Read a ``.pt2`` written by :func:`save` or ``torch.export.save``: an :class:`AdaptedProgram`, whose adapters are
-    known again from the graph, or, of what generates, a :class:`Generator` again.
+    """Read a ``.pt2`` written by :func:`save` or ``torch.export.save``.
 
-    ``backend``, ``hoist_limit`` and ``fuse`` as for :func:`compile`; a program without adapters is never fused unasked.
-    ``device``: where its tensors and its adapter go; None leaves them where they were.
+    Returns an :class:`AdaptedProgram`, whose adapters are found in the graph, or for a saved :class:`Generator` a
+    Generator. ``backend``, ``hoist_limit`` and ``fuse``: see :func:`compile`; a program without adapters is never fused
+    unasked. ``device``: the device of its tensors and its adapter; None leaves them where they were.
 
     Nothing in the file is run, and its tensors own their memory. Raises CheckpointError for files that are missing,
-    damaged, of another format, or hold what could run code: pickled weights and objects, example inputs that are not
-    tensors and plain values, operators that reach beyond the program, compiled code. BackendError for one whose kernels
-    cannot run here.
+    damaged or of another format, and for files with anything that could run code. That is pickled weights and objects,
+    example inputs other than tensors and plain values, operators that reach beyond the program, and compiled code.
+    Raises BackendError for a program whose kernels cannot run here.
     """
     program = load_program(Path(path), RunOptions(backend, hoist_limit, fuse), device)
     return generator_in(Path(path), program) or program
@@ -295,22 +305,24 @@ def save_adapter(
     format: str = "peft",
     component: str | None = None,
 ) -> Path:
-    """Write the current adapter as a PEFT adapter directory; returns the directory that holds it.
+    """Write the current adapter as a PEFT adapter directory, and return the directory that holds it.
 
-    ``format="diffusers"``: a ``pytorch_lora_weights.safetensors`` in the directory ``path``, or the file ``path``
-    itself; ``component`` ("unet", "transformer", "text_encoder", ...) is put in front of its keys, as pipelines want
-    it. ``format="kohya"``: the file ``path``, of ``component``, which it needs. Both return the file. They hold LoRA,
-    DoRA and LoKr, kohya also LoHa; what one cannot hold raises CheckpointError, as do disks that are full.
+    ``peft.PeftModel.from_pretrained(model, path)`` loads it. ``base_model`` is recorded as base_model_name_or_path. Of
+    adapters that act together, the one called ``adapter_name`` is written, under its name as PEFT does.
+    ``save_embedding_layers`` adds the base weights of ``embed_tokens`` and ``lm_head``, which an adapter needs if its
+    vocabulary was resized. (PEFT also adds them whenever one of the two is targeted.)
 
-    Of adapters that act together the one called ``adapter_name`` is written, under its name as PEFT does.
-    ``peft.PeftModel.from_pretrained(model, path)`` loads it. ``base_model`` is recorded as base_model_name_or_path.
-    ``save_embedding_layers`` adds the base weights of ``embed_tokens`` and ``lm_head``, which an adapter needs whose
-    vocabulary was resized (PEFT also adds them whenever one of the two is targeted).
+    ``format="diffusers"`` writes a ``pytorch_lora_weights.safetensors`` in the directory ``path``, or the file ``path``
+    itself. ``component`` ("unet", "transformer", "text_encoder", ...) is put in front of its keys, as pipelines need
+    it. ``format="kohya"`` writes the file ``path`` and needs ``component``. Both return the file. They hold LoRA, DoRA
+    and LoKr, kohya also LoHa.
 
-    ``program`` may be a module that ``program.module()`` made. It must be one that FSDP2 holds in parts: then every
-    process makes the call, the first one writes, and all return when it has. Raises AdaptcError for a program whose
-    module trains other tensors than the program has, and CheckpointError where the directory cannot be written.
-    An :class:`Adapter` is written as a PEFT directory alone, and has no embeddings to add.
+    ``program`` may be a module that ``program.module()`` made. Where FSDP2 has sharded that module, it must be: then
+    every process makes the call, the first one writes, and all return when it has. An :class:`Adapter` can only be
+    written as a PEFT directory, and has no embeddings to add.
+
+    Raises AdaptcError for a program whose module trains other tensors than the program has. Raises CheckpointError for
+    an adapter that the format cannot hold, and where the path cannot be written.
     """
     options: dict[str, Any] = {
         "adapter_name": adapter_name,
@@ -326,11 +338,10 @@ def save_adapter(
 def verify(
     program: AdaptedProgram | PackagedProgram | Holder, model: nn.Module | AdaptedProgram | None = None, **options: Any
 ) -> VerifyReport:
-    """Run the program against the model it came from on random inputs of several shapes; see
-    :func:`adaptc.verify.verify.verify_program` for ``options``.
+    """Compare the program with the model it came from on random inputs of several shapes, and return a report.
 
-    A package is run against the program it was made from, or against the model; the options are the same (see
-    :func:`adaptc.verify.package.verify_package`).
+    :func:`adaptc.verify.verify.verify_program` documents the ``options``. A package is compared with the program it was
+    made from, or with the model; the options are the same (see :func:`adaptc.verify.package.verify_package`).
     """
     if isinstance(program, PackagedProgram):
         return verify_package(program, model, **options)
@@ -352,14 +363,16 @@ def package(
     tokenizer: Any = None,
     capacity: int | None = None,
 ) -> Path:
-    """Compile ahead of time with AOTInductor into one file with swappable adapters; see ``adaptc.packages.write``.
+    """Compile ``program`` ahead of time with AOTInductor into one file with swappable adapters; return its path.
 
-    The file is machine code, which runs when it is loaded. ``products``: "measured" computes the base by what is
-    fastest on this machine, "plain" by torch.
+    The file is machine code, which runs when it is loaded; ``adaptc.packages.write`` has the details. ``max_rank``: the
+    largest rank of later swaps, by default the present ranks. ``products``: "measured" uses the fastest matmuls on this
+    machine for the base, "plain" uses torch's.
 
-    Of what generates it holds the step (and the encoder), its generation config, and ``tokenizer``: one of
-    transformers, or the directory of one. Of a bank it has room for ``capacity`` adapters, by default one more than
-    there are, and :func:`load_package` gives one again. ConfigError for either where it does not belong.
+    The package of a :class:`Generator` holds the step (and the encoder), the generation config, and ``tokenizer``: a
+    transformers tokenizer, or the directory of one. The package of a bank has room for ``capacity`` adapters, by
+    default one more than there are, and :func:`load_package` returns a bank. Raises ConfigError for a ``tokenizer`` or
+    ``capacity`` with a program that takes none.
     """
     inside: Any = program
     carried = parts = None
@@ -381,17 +394,19 @@ def package(
 
 
 def load_package(path: str | os.PathLike[str]) -> Any:
-    """A runner for a file written by :func:`package`: call it, ``swap`` its adapter, ``bind`` others beside it. Of what
-    generates, a :class:`Generator` again, which needs none of the model's own code; ``.tokenizer`` is the one it was
-    packaged with.
+    """Return a runner for a file written by :func:`package`: call it, ``swap`` its adapter, ``bind`` further ones.
 
-    A package is machine code, which runs as it is loaded: load only those whose author you trust. Hashes in the file
-    tell damage; they are no signature. Raises CheckpointError for files that are missing, damaged or changed, before
-    any of their code is loaded, BackendError for one that was packaged without adaptc or does not run on this machine.
+    For a packaged :class:`Generator` it is a Generator, which needs none of the model's own code; its ``.tokenizer`` is
+    the one it was packaged with.
+
+    A package is machine code, which runs as it is loaded: load only packages whose author you trust. Hashes in the file
+    detect damage; they are no signature. Raises CheckpointError for files that are missing, damaged or changed, before
+    any of their code is loaded. Raises BackendError for a file that was packaged without adaptc or does not run on this
+    machine.
     """
     return load_generation(Path(path))
 
 
-# What modules capture their models again for needs what is made of them.
+# Modules capture their models again for these; set here, since importing them there would be a circle.
 PretrainedModule.generating = generate
 PackedCalls.packing, PackedCalls.reading = packed, read_bounds

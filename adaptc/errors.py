@@ -1,4 +1,4 @@
-"""Every error and warning adaptc raises.
+"""Define every error and warning that adaptc raises, and the helpers that word their messages.
 
 A message names the key, the site, what was expected, what was found, and what to do next. Callers can rely on two
 things: every failure of adaptc is an :class:`AdaptcError`, and a call that raised one changed nothing.
@@ -14,74 +14,77 @@ from itertools import islice
 
 
 class AdaptcError(Exception):
-    """Base class of all adaptc errors."""
+    """The base class of all adaptc errors."""
 
 
 class CaptureError(AdaptcError):
-    """The model could not be captured as an exported program."""
+    """An error for a model that cannot be captured as an exported program."""
 
 
 class ConfigError(AdaptcError, ValueError):
-    """A config holds a value, or a combination of values, that cannot be honoured."""
+    """An error for a config with a value, or a combination of values, that cannot be honoured."""
 
 
 class MethodError(AdaptcError):
-    """A method of a user's own does not keep what the protocol promises (see examples/writing_methods.md)."""
+    """An error for a user's own method that breaks a promise of the protocol (see examples/writing_methods.md)."""
 
 
 class TargetError(AdaptcError, ValueError):
-    """A target entry binds to no site, or to one the method has no meaning for."""
+    """An error for a target entry that binds to no site, or to a site for which the method has no meaning."""
 
 
 class CheckpointError(AdaptcError):
-    """An adapter file is missing, damaged, unsafe, or does not fit the program."""
+    """An error for an adapter file that is missing, damaged or unsafe, or does not fit the program."""
 
 
 class SwapError(AdaptcError):
-    """An adapter cannot be bound to the sites the program was compiled with."""
+    """An error for an adapter that cannot be bound to the sites that the program was compiled with."""
 
 
 class MergeError(AdaptcError):
-    """A merge is not defined, not finite, or cannot be undone."""
+    """An error for a merge that is not defined or not finite, or that cannot be undone."""
 
 
 class PassError(AdaptcError):
-    """A pass left a program that is not valid: a bug in the pass, never in the model."""
+    """An error for a pass that left an invalid program: a bug in the pass, never in the model."""
 
 
 class BackendError(AdaptcError):
-    """A backend is unknown, unavailable, or failed to compile the program."""
+    """An error for a backend that is unknown or unavailable, or that failed to compile the program."""
 
 
 class RecompileError(AdaptcError, AssertionError):
-    """A guarded block compiled something although it promised not to."""
+    """An error for a guarded block that compiled something although it must not."""
 
 
 class AdaptcWarning(UserWarning):
-    """Something worth knowing that does not change the meaning of a program."""
+    """A warning that is worth knowing and does not change the meaning of a program."""
 
 
-#: what is told that an entry of a config binds to nothing
+#: a function that is called with the message that an entry of a config binds to nothing
 Tell = Callable[[str], None]
 
 
 def refuse_entry(message: str) -> None:
-    """Of a config that is being written: it is misspelled. Raises TargetError."""
+    """Raise TargetError for an entry that binds to nothing: in a config that a user writes, it is misspelled."""
     raise TargetError(message)
 
 
 def warn_of_entry(message: str) -> None:
-    """Of the config of a file: the adapter is what its tensors are, and each of those is bound all the same."""
+    """Warn of an entry that binds to nothing in the config of a file, whose tensors are all bound all the same."""
     warnings.warn(f"the adapter's config has what binds to nothing here: {message}", AdaptcWarning, stacklevel=3)
 
 
-#: how many candidates a misspelled name is compared with, and how much of it: comparing takes long
+#: how many candidates a misspelled name is compared with, and how many characters of it: comparing is slow
 SEARCHED, LONGEST = 20_000, 300
 
 
 def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
-    """The candidates a user most likely meant by ``name``: by spelling, of all of it, or of as many of a candidate's
-    last components, or of the last one."""
+    """Return the candidates that a user most likely meant by ``name``, at most ``n``.
+
+    Spellings are compared in whole, then as far as ``name`` has dotted components at a candidate's end, then by the
+    last component.
+    """
     pool = list(dict.fromkeys(islice(candidates, SEARCHED)))
     name = name[:LONGEST]
     close = difflib.get_close_matches(name, pool, n=n, cutoff=0.75)
@@ -100,25 +103,25 @@ SHOWN = 3
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """ "; nearest are ...", for the end of a message; '' when nothing is near."""
+    """Return "; nearest are ..." for the end of a message; '' where no candidate is near."""
     close = nearest(name, candidates)
     return f"; nearest are {listing(map(repr, close))}" if close else ""
 
 
 def listing(items: Iterable[object], most: int = 8) -> str:
-    """The first ``most`` items, and how many there are when these are not all."""
+    """Return the first ``most`` items, and the number of all where there are more."""
     shown = [str(i) for i in items]
     return ", ".join(shown[:most]) + (f", ... ({len(shown)} in all)" if len(shown) > most else "")
 
 
 def and_more(items: Sized) -> str:
-    """ "; and 4 more" where a message has named the first ``SHOWN`` of ``items``; '' where that was all."""
+    """Return "; and 4 more" for a message that has named the first ``SHOWN`` of ``items``; '' where that was all."""
     rest = len(items) - SHOWN
     return f"; and {rest} more" if rest > 0 else ""
 
 
 class _Short(reprlib.Repr):
-    """``repr`` of anything, from any depth, of any length, and of objects that cannot say what they are."""
+    """A ``repr`` that is short for values of any depth and length, and works for objects whose own ``repr`` fails."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,9 +1,11 @@
-"""What transforms of ``torch.func`` and forward-mode derivatives make of ops of adaptc.
+"""Give ops of adaptc rules for transforms of ``torch.func`` and forward-mode derivatives.
 
-Before: an op that torch knows, with a kernel and maybe a backward. After: under ``grad``, ``jvp``, ``vmap`` and what is
-made of them, and where a tensor has a tangent, it computes by plain operators, which torch can follow; or it raises an
-error that names it. Otherwise it is what it was. Without such a rule torch takes an op for a constant, and derivatives
-are zero without a word. Every op under ``adaptc::`` has one: ``tests/kernels/test_op_rules.py`` looks.
+Such an op is registered with torch, with a kernel and maybe a backward. Under ``grad``, ``jvp`` and ``vmap``, and where
+a tensor has a tangent, a rule makes it compute by plain operators, which torch can differentiate. Another kind of rule
+raises an error that names the op. Everywhere else the op runs its own kernel.
+
+Without a rule torch takes an op for a constant, and derivatives are silently zero. Every op under ``adaptc::`` has a
+rule: ``tests/kernels/test_op_rules.py`` checks that.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch import Tensor
 from adaptc.errors import BackendError
 from adaptc.torch_modes import followed
 
-#: the keys of kernels that look for derivatives; "Autograd", which stands for all, is taken where an op has a backward
+#: the dispatch keys at which rules are registered; the general key "Autograd" is taken where an op has a backward
 KEYS = ("AutogradCPU", "AutogradCUDA", "AutogradMeta")
 #: names of the ops that have a rule
 RULES: set[str] = set()
@@ -25,9 +27,9 @@ _LIBRARY = torch.library.Library("adaptc", "FRAGMENT")
 
 
 def plain_in_transforms(name: str, plain: Callable[..., Any], constant: Sequence[int] = ()) -> None:
-    """Let ``adaptc::name`` compute by ``plain``, of the same arguments, wherever its own derivative would be lost.
+    """Let ``adaptc::name`` compute by ``plain``, with the same arguments, wherever its own derivative would be lost.
 
-    ``constant``: positions of arguments that the op's own backward takes for constants, and ``plain`` does not.
+    ``constant``: positions of arguments to which the op's own backward gives no gradient, and ``plain`` does.
     """
     op = getattr(torch.ops.adaptc, name).default
     for key in KEYS:
@@ -37,15 +39,18 @@ def plain_in_transforms(name: str, plain: Callable[..., Any], constant: Sequence
 
 
 def batched_by(name: str, plain: Callable[..., Any]) -> None:
-    """Let ``vmap`` of ``adaptc::name`` be that of ``plain``: of an op whose kernel looks for derivatives itself."""
+    """Let ``vmap`` of ``adaptc::name`` compute by ``plain``, for an op that handles derivatives in its own kernel."""
 
-    # Not by ``register_vmap``, whose rules are given values without their batch and cannot call vmap again.
+    # Not by register_vmap: its rules get values without their batch axis, and so cannot run plain under vmap.
     _LIBRARY.impl(name, plain, "FuncTorchBatched")
     RULES.add(name)
 
 
 def refused_in_transforms(name: str, way: str) -> None:
-    """Let ``adaptc::name`` raise BackendError there, and where a gradient is wanted; ``way``: what to do instead."""
+    """Let ``adaptc::name`` raise BackendError in transforms, in forward mode, and where a gradient is wanted.
+
+    ``way``: what to do instead, for the message.
+    """
 
     def refuse(*args: Any) -> NoReturn:
         raise BackendError(
@@ -67,5 +72,5 @@ def _rule(own: Any, plain: Callable[..., Any], constant: tuple[int, ...]) -> Cal
 
 
 def _wanted(args: Sequence[Any], places: Sequence[int]) -> bool:
-    """Whether the gradient of one of these arguments is."""
+    """Return whether one of the tensors among ``args`` at ``places`` requires a gradient."""
     return any(i < len(args) and isinstance(args[i], Tensor) and args[i].requires_grad for i in places)

@@ -1,10 +1,12 @@
-"""Regular expressions that a user or a file wrote: the one place that compiles and tries them.
+"""Compile and match regular expressions that a user or a file wrote, without the risk of a hang.
 
-They mean what they mean to Python's ``re``, as in PEFT, but cannot hang: ``re`` says whether an expression is valid,
-and the package ``regex``, which stops when its time is up, tries it (the two differ on ``\\B`` in an empty string, and
-on what is a letter among marks that combine with one). Before: any string. After: a :class:`Pattern`, or
-a ConfigError that names the option and the expression. Refused is what is longer than ``LONGEST``, and what takes
-longer than ``SECONDS``, which all expressions tried in one ``limited`` block share.
+They have the meaning of Python's ``re``, as in PEFT. ``re`` decides whether an expression is valid; the package
+``regex``, which has a timeout, matches it. The two differ on ``\\B`` in an empty string, and on which combining marks
+are letters.
+
+:func:`compiled` gives a :class:`Pattern`, or raises a ConfigError that names the option and the expression. Expressions
+longer than ``LONGEST`` are refused, and those that take longer than ``SECONDS``. All expressions that are matched in
+one ``limited`` block share that time.
 """
 
 from __future__ import annotations
@@ -23,16 +25,16 @@ from adaptc.errors import ConfigError, shown
 
 T = TypeVar("T")
 
-# Nothing in these can be matched in two ways, so Python's own engine, which is faster, cannot hang on one.
+# Such expressions match in one way only, so Python's own engine, which is faster, cannot hang on them.
 _PLAIN = re.compile(r"(?:[\w.]|\\[.\-_])*")
-#: characters of one expression: compiling takes as long as it has
+#: the most characters of one expression, since the time to compile grows with them
 LONGEST = 20_000
-#: of a thread's processor time, for compiling and trying; an honest expression takes microseconds a name
+#: seconds of the thread's processor time for compiling and matching; a usual expression takes microseconds per name
 SECONDS = 0.5
-# Python's compiler goes through the characters of a range one by one where their case does not matter.
+# Where case is ignored, Python's compiler goes through the characters of a range one by one: long ranges are refused.
 _IGNORES_CASE = re.compile(r"\(\?[a-zA-Z]*i")
 _LONG_RANGE = re.compile(r"-(\\[uUN]|[^\x00-\x7f])")
-# What re takes for itself and regex for something else: a brace that is no repeat, and a bracket inside a set.
+# Two tokens mean themselves to re and something else to regex: a brace that is no repeat, and a bracket inside a set.
 _TOKEN = re.compile(r"\\.|\{(?:\d+(?:,\d*)?|,\d*)\}|.", re.DOTALL)
 _REPEAT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 
@@ -41,7 +43,7 @@ _left: ContextVar[list[float] | None] = ContextVar("adaptc_pattern_seconds", def
 
 @contextmanager
 def limited() -> Iterator[None]:
-    """Expressions compiled and tried in this block have ``SECONDS`` together. A block inside another is part of it."""
+    """Run the block with ``SECONDS`` for all expressions that it compiles and matches; an inner block shares them."""
     if _left.get() is not None:
         yield
         return
@@ -53,14 +55,17 @@ def limited() -> Iterator[None]:
 
 
 class Pattern:
-    """An expression of ``option``; ``written`` is what of it the user wrote, for messages."""
+    """A regular expression of ``option``. ``written``: the part of it that the user wrote, for messages."""
 
     def __init__(self, option: str, text: str, written: str) -> None:
         self.option, self.pattern, self.written = option, text, written
         self._regex = self._timed(lambda seconds: _compiled(text))
 
     def match(self, name: str) -> Any:
-        """As that of ``re.Pattern``, with an object like ``re.Match``; so are the others."""
+        """Return the match at the start of ``name``, like ``re.Pattern.match``.
+
+        This and the other methods raise ConfigError where the time is up.
+        """
         return self._timed(self._regex.match, name)
 
     def fullmatch(self, name: str) -> Any:
@@ -70,7 +75,10 @@ class Pattern:
         return self._timed(self._regex.search, name)
 
     def subn(self, replacement: str, name: str) -> tuple[str, int]:
-        """Raises ConfigError for a replacement that does not fit the expression."""
+        """Return ``name`` with matches replaced, and their number, like ``re.Pattern.subn``.
+
+        Raises ConfigError for a replacement that does not fit the expression.
+        """
         try:
             re.compile(self.pattern).subn(replacement, "")  # reads the replacement; there is nothing to search
             return self._timed(self._regex.subn, replacement, name)
@@ -99,9 +107,10 @@ class Pattern:
 
 
 def compiled(option: str, text: str, written: str | None = None) -> Pattern | re.Pattern[str]:
-    """The expression ``text`` of an option. ``written``: what of it the user wrote, for messages; None for all of it.
+    """Return the compiled expression ``text`` of ``option``.
 
-    Raises ConfigError for one that is not valid, is too long, or comes when the time is up.
+    ``written``: the part of it that the user wrote, for messages; None for all of it. Raises ConfigError for an
+    expression that is not valid or too long, and where the time is up.
     """
     written = text if written is None else written
     if len(written) < LONGEST and _PLAIN.fullmatch(written):
@@ -120,11 +129,13 @@ def _compiled(text: str) -> Any:
 
 
 def _same_to_regex(text: str) -> str:
-    """``text`` with what only ``regex`` would read something into made literal. Raises re.error where its repeats
-    stand for more than ``LONGEST`` characters, since ``regex`` makes room for all of them."""
+    """Return ``text`` with escapes for the characters that are literal to ``re`` and special to ``regex``.
+
+    Raises re.error where its repeats expand to more than ``LONGEST`` characters, since ``regex`` allocates all of them.
+    """
     out: list[str] = []
-    opened = -1  # where the set that is being read began to have characters, or -1 outside of any
-    sizes, last = [0], 0  # of the groups that are open, and of what a repeat would be for
+    opened = -1  # the index of the first character of the set that is being read, or -1 outside of sets
+    sizes, last = [0], 0  # the expanded sizes of the open groups, and of the item that a repeat would apply to
     for found in _TOKEN.finditer(text):
         token = found[0]
         repeat = _REPEAT.fullmatch(token) if opened < 0 else None

@@ -1,9 +1,9 @@
-"""Tells what long work does: a line on the logger ``adaptc`` for each stage, and a status line on a terminal.
+"""Report the progress of long work: log lines on the logger ``adaptc``, and a status line on a terminal.
 
-Before: work that takes seconds or more. After: :func:`stage` has logged its beginning and its end at level INFO. A
-terminal has shown the innermost stage meanwhile, with its count where it has one, and is as it was. The status line is
-a thread's own, begins after :data:`DELAY` seconds, and is the only one of the process. None is shown where stderr is
-no terminal, at levels above WARNING, where the environment turns bars off, or beside a live display of rich.
+:func:`stage` logs the beginning and the end of its work at level INFO. Meanwhile a terminal shows the innermost stage,
+with its count where it has one; afterwards the line is erased. A thread of its own draws the line, from :data:`DELAY`
+seconds on, and a process has only one line. There is none where stderr is no terminal, and none at levels above
+WARNING. Nor is there one where the environment turns progress bars off, or while rich has a live display.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ LEVELS = {
     "error": logging.ERROR,
     "critical": logging.CRITICAL,
 }
-#: of the environment: what turns off the bars of tqdm and of Hugging Face's libraries
+#: environment variables that turn off the progress bars of tqdm and of Hugging Face's libraries
 SILENCE = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")
-#: seconds after which a status line is shown, and between two of its pictures
+#: seconds before a status line is shown, and between two of its updates
 DELAY, EVERY = 1.0, 0.125
 
 LOGGER = logging.getLogger("adaptc")
@@ -52,7 +52,7 @@ def set_verbosity(level: int | str) -> None:
     ``level``: a level of ``logging``, or "debug", "info", "warning", "error" or "critical". At "info" each stage of
     long work has a line when it begins and when it ends. At "warning", the default, a terminal shows a status line
     while work takes long. At "error" and "critical" it shows none. The environment variable ``ADAPTC_VERBOSITY`` sets
-    the first level. Raises ConfigError for what is no level.
+    the first level. Raises ConfigError for any other value.
     """
     LOGGER.setLevel(_level(level))
 
@@ -69,21 +69,25 @@ def _level(value: Any) -> int:
 
 
 class _Handler(logging.Handler):
-    """Writes to stderr what no other handler gets: who configures logging has lines once, and where they want them."""
+    """A handler that writes to stderr only where no other handler gets the record.
+
+    So a user who configures logging sees each line once, in the place of their choice.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         others = [*LOGGER.handlers, *(logging.getLogger().handlers if LOGGER.propagate else ())]
         if sys.stderr is None or any(h is not self for h in others):
             return
         try:
-            sys.stderr.write(f"{self.format(record)}\n")  # as it is now: a status line may stand in front of it
+            # sys.stderr is read at each call, since a status line replaces it by an object that gives way.
+            sys.stderr.write(f"{self.format(record)}\n")
             sys.stderr.flush()
         except Exception:
             self.handleError(record)
 
 
 def _configure() -> None:
-    """Give the logger its handler, and its first level where nobody has set one."""
+    """Give the logger its handler, and the level of the environment where no level is set."""
     handler = _Handler()
     handler.setFormatter(logging.Formatter("[adaptc] %(message)s"))
     LOGGER.addHandler(handler)
@@ -100,7 +104,7 @@ def _configure() -> None:
 
 
 class Stage:
-    """Made by :func:`stage`; a context manager that can be entered once."""
+    """A context manager for a stage of long work, made by :func:`stage`; it can be entered once."""
 
     def __init__(self, text: str, always: bool) -> None:
         self.text, self.always = text, always
@@ -119,7 +123,7 @@ class Stage:
 
     def over(self, items: Collection[T]) -> Iterator[T]:
         """Iterate over ``items``, and let the status line count them."""
-        # Counts for the stage, which ends by itself: an iterator that an error leaves behind holds no status line.
+        # The stage shows the count and ends by itself, so an iterator that an error leaves behind keeps no status line.
         self.done, self.total = 0, len(items)
         for item in items:
             yield item
@@ -127,22 +131,25 @@ class Stage:
 
 
 def stage(text: str, *, always: bool = False) -> Stage:
-    """Return a context manager for work that may take long. ``text``: what is done, and to what, such as
-    ``capturing LlamaForCausalLM``. ``always``: a terminal shows it at once, at any level."""
+    """Return a context manager for work that may take long.
+
+    ``text``: what is done, and to what, such as ``capturing LlamaForCausalLM``. ``always``: a terminal shows it at
+    once, at any level.
+    """
     return Stage(text, always)
 
 
 class _Above:
-    """Stands in the place of stderr while there is a status line, which gives way to what others write.
+    """A replacement for stderr while there is a status line: it erases the line before other code writes.
 
-    rich's own stand-in is not used: it puts back what stderr was when it began, which in another thread may have been
-    the string that a ``redirect_stderr`` of that moment wrote to. This one passes on what is written after its end.
+    rich's own replacement is not used, since at its end it restores the stderr of its beginning. In another thread that
+    may have been the string of a ``redirect_stderr``. This one passes on text that is written to it after its end.
     """
 
     def __init__(self, stream: Any) -> None:
         self.stream, self.shown = stream, True
         self._lock = free_in_children(threading.RLock())
-        #: whether the line is there, and whether others have written a part of a line
+        #: whether the status line is drawn, and whether other code has written a line without its end
         self._drawn = self._begun = False
 
     def __getattr__(self, name: str) -> Any:
@@ -161,7 +168,7 @@ class _Above:
             self.write(line)
 
     def draw(self, line: str) -> None:
-        """Show ``line`` in the place of the last one, but not behind what others have begun."""
+        """Show ``line`` in the place of the last one, unless other code has written a line without its end."""
         with self._lock:
             if not self._begun:
                 self._erase()
@@ -170,7 +177,7 @@ class _Above:
                 self.stream.flush()
 
     def end(self) -> None:
-        """Take the line off."""
+        """Erase the status line for good."""
         with self._lock:
             self.shown = False
             self._erase()
@@ -183,34 +190,34 @@ class _Above:
 
 
 class _StatusLine:
-    """The one status line of the process, and the stages that are open, of all threads."""
+    """The one status line of the process, and the open stages of all threads."""
 
     def __init__(self) -> None:
         self._lock = free_in_children(threading.RLock())
         self._open: list[Stage] = []
-        #: what shows the line, what ends it, and what stands for stderr meanwhile; None where none is shown
+        #: the thread that draws the line, the event that ends it, and the replacement of stderr; None without a line
         self._shown: tuple[threading.Thread, threading.Event, _Above] | None = None
 
     def begin(self, one: Stage) -> None:
         with self._lock:
             self._open.append(one)
             if self._shown is None and _wanted(one.always):
-                with suppress(Exception):  # no terminal, and no lack of threads, is a reason for work to fail
+                with suppress(Exception):  # a broken terminal, or a lack of threads, must not make the work fail
                     self._shown = self._started(one.always)
 
     def end(self, one: Stage) -> None:
         with self._lock:
-            if one in self._open:  # not in a process that was forked meanwhile
+            if one in self._open:  # a process that was forked inside the stage has forgotten it
                 self._open.remove(one)
             if self._open or self._shown is None:
                 return
             (thread, ended, _), self._shown = self._shown, None
         ended.set()
-        if thread is not threading.current_thread():  # which a garbage collection may be in
+        if thread is not threading.current_thread():  # a garbage collection in that thread may end a stage
             thread.join()
 
     def forget(self) -> None:
-        """Begin anew in a process that was forked: the thread that shows the line is not there."""
+        """Start afresh in a forked process, which lacks the thread that draws the line."""
         was = self._shown
         self.__init__()
         if was is not None:
@@ -219,7 +226,7 @@ class _StatusLine:
     def _started(self, always: bool) -> tuple[threading.Thread, threading.Event, _Above]:
         from rich.console import Console
 
-        if isinstance(sys.stderr, _Above):  # left by a ``redirect_stderr`` that ended after the last line
+        if isinstance(sys.stderr, _Above):  # a redirect_stderr restored it after the last line had ended
             _put_back(sys.stderr)
         above, ended = _Above(sys.stderr), threading.Event()
         args = (above, Console(file=above.stream), ended, always)
@@ -228,7 +235,10 @@ class _StatusLine:
         return thread, ended, above
 
     def _show(self, above: _Above, console: Any, ended: threading.Event, always: bool) -> None:
-        """Runs in a thread of its own, which an interrupt of the user's never reaches: the line is always taken off."""
+        """Draw the line until ``ended`` is set.
+
+        It runs in a thread of its own, which a keyboard interrupt never reaches, so the line is always erased.
+        """
         from rich.spinner import Spinner
 
         if not always and ended.wait(DELAY):
@@ -236,7 +246,7 @@ class _StatusLine:
         if sys.stderr is not above.stream or not _wanted(always) or console.is_dumb_terminal or console.legacy_windows:
             return
         spinner = Spinner("dots" if console.encoding.startswith("utf") else "line")
-        with suppress(Exception):  # of terminals that are gone
+        with suppress(Exception):  # the terminal may be gone
             sys.stderr = above  # type: ignore[assignment]
             try:
                 above.draw(self._picture(console, spinner))
@@ -254,19 +264,19 @@ class _StatusLine:
         from rich.text import Text
 
         grid = Table.grid(padding=(0, 1))
-        for one in self._open[-1:]:  # at once: other threads change the list
+        for one in self._open[-1:]:  # a slice, since other threads may empty the list between a test and an index
             cells = [spinner, Text(one.text, no_wrap=True, overflow="crop")]
             if one.total:
                 cells += [ProgressBar(one.total, one.done, width=20), Text(f"{one.done} of {one.total}", no_wrap=True)]
             seconds = int(time.perf_counter() - one.begun)
             grid.add_row(*cells, Text(f"{seconds // 60}:{seconds % 60:02}", no_wrap=True))
         with console.capture() as captured:
-            console.print(grid, width=max(1, console.width - 1))  # a full line would begin the next one
+            console.print(grid, width=max(1, console.width - 1))  # on a full line, a terminal wraps to the next one
         return captured.get().partition("\n")[0]
 
 
 def _put_back(above: _Above) -> None:
-    """Make stderr what it was, unless somebody else has put another in its place since."""
+    """Restore stderr, unless other code has replaced it since."""
     above.shown = False
     if sys.stderr is above:
         sys.stderr = above.stream
@@ -275,7 +285,7 @@ def _put_back(above: _Above) -> None:
 def _wanted(always: bool) -> bool:
     if not (always or LOGGER.isEnabledFor(logging.WARNING)) or any(map(_is_on, SILENCE)):
         return False
-    if any(map(_is_proxy, (sys.stdout, sys.stderr))):  # somebody has a live display, which ours would write over
+    if any(map(_is_proxy, (sys.stdout, sys.stderr))):  # rich has a live display, which the line would overwrite
         return False
     try:
         return sys.stderr.isatty()
@@ -288,7 +298,7 @@ def _is_on(variable: str) -> bool:
 
 
 def _is_proxy(stream: Any) -> bool:
-    """Whether it is what a live display of rich puts in the place of a stream; rich need not be imported."""
+    """Return whether ``stream`` is rich's replacement for a stream during a live display, without importing rich."""
     return type(stream).__module__ == "rich.file_proxy"
 
 

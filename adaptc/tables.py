@@ -1,7 +1,7 @@
-"""Tables for reports, as text, as HTML and as plain data, and the short form of many module paths.
+"""Write tables for reports as text, HTML and plain data, and many module paths in a short form.
 
 Everything here makes strings; nothing looks at a program. Text is plain ASCII but for what the user's own names hold,
-so that it can be printed anywhere; in HTML those names are escaped.
+so that it can be printed anywhere. In HTML those names are escaped.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from math import isfinite, isnan, prod
 from typing import Any
 
 WIDTH = 120
-#: below this, columns would have to be dropped
+#: the narrowest table in characters; below it, columns would have to be dropped
 NARROWEST = 100
 
 
 @dataclass(frozen=True)
 class Column:
-    """A heading; ``right`` aligns numbers, ``keep`` never wraps."""
+    """A heading. ``right`` aligns numbers, ``keep`` never wraps."""
 
     name: str
     right: bool = False
@@ -30,14 +30,14 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Headings, and rows of as many cells. As text and as HTML it is '' when there is no row."""
+    """A table of headings, and rows of as many cells. As text and as HTML it is '' when there is no row."""
 
     columns: Sequence[Column | str]
     rows: Sequence[Sequence[Any]]
 
     def text(self, width: int = WIDTH) -> str:
-        """Without trailing blanks. Cells are cut into lines, never left out, so it takes ``NARROWEST`` columns at
-        least."""
+        """Return the table as text without trailing blanks. Cells are cut into lines, never left out, so it is at least
+        ``NARROWEST`` characters wide."""
         return table(self.columns, self.rows, width=width)
 
     def html(self) -> str:
@@ -56,24 +56,24 @@ def _cell(tag: str, value: Any, right: bool) -> str:
 
 
 def paragraph(text: str) -> str:
-    """Lines of text as HTML."""
+    """Return lines of text as an HTML paragraph; '' for no text."""
     return f"<p>{'<br>'.join(escape(line) for line in text.splitlines())}</p>" if text else ""
 
 
 class Report(ABC):
-    """What was found or done: ``print`` gives tables, a notebook shows them, ``repr`` is the first line, and ``data()``
-    has the numbers as JSON does."""
+    """A report of what was found or done. ``print`` gives tables, a notebook shows them, ``repr`` is the first line,
+    and ``data()`` has the numbers as JSON does."""
 
     @abstractmethod
     def parts(self) -> Iterable[str | Table]:
-        """Sections of text, and tables; empty ones are left out."""
+        """Return sections of text, and tables; empty ones are left out when they are shown."""
 
     @abstractmethod
     def data(self) -> dict[str, Any]:
-        """The same as dicts, lists, strings and numbers; what is no number is None."""
+        """Return the report as dicts, lists, strings and numbers; None where a number is not finite."""
 
     def render(self, width: int = WIDTH) -> str:
-        """The report as text."""
+        """Return the report as text."""
         return as_text(self.parts(), width)
 
     def __str__(self) -> str:
@@ -88,12 +88,13 @@ class Report(ABC):
 
 
 def as_text(parts: Iterable[str | Table], width: int = WIDTH) -> str:
-    """Sections as text, each at ``width``."""
+    """Return sections and tables as one text; tables are ``width`` characters wide at most."""
     return join(*(p if isinstance(p, str) else p.text(width) for p in parts))
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON has it: numbers that are not finite are None, and what JSON has no word for is its ``str``."""
+    """Return a value as JSON has it: numbers that are not finite are None, and what JSON has no word for is its
+    ``str``."""
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):
@@ -106,7 +107,7 @@ def plain(value: Any) -> Any:
 
 
 def table(columns: Sequence[Column | str], rows: Iterable[Sequence[Any]], *, width: int = WIDTH) -> str:
-    """:meth:`Table.text` of these."""
+    """Return the text of a table with these columns and rows, as :meth:`Table.text` describes it."""
     cells = [[str(c) for c in row] for row in rows]
     if not cells:
         return ""
@@ -129,17 +130,17 @@ def table(columns: Sequence[Column | str], rows: Iterable[Sequence[Any]], *, wid
 
 
 def join(*parts: str) -> str:
-    """Sections with a blank line between them; empty ones are dropped."""
+    """Join sections with a blank line between them; empty ones are dropped."""
     return "\n\n".join(p for p in parts if p)
 
 
 def pattern(path: str) -> tuple[str | None, ...]:
-    """A module path with None for every number in it: equal for the same layer of every block."""
+    """Return the components of a module path, with None for every number: equal for the same layer of every block."""
     return tuple(None if _is_number(part) else part for part in path.split("."))
 
 
 def numbers_of(path: str) -> str:
-    """The numbers in a module path, which tell a layer from the same one of another block: ``3``, ``0.5``."""
+    """Return the numbers in a module path, which tell a layer from the same one of another block: ``3``, ``0.5``."""
     return ".".join(part for part in path.split(".") if _is_number(part))
 
 
@@ -148,9 +149,9 @@ def _is_number(part: str) -> bool:
 
 
 def collapse(paths: Iterable[str]) -> list[tuple[str, int]]:
-    """(short form, how many paths it stands for), exactly covering ``paths``: ``layers.{0..29}.q_proj``, 30.
+    """Return (short form, how many paths it stands for), exactly covering ``paths``: ``layers.{0..29}.q_proj``, 30.
 
-    Numbers that vary together are never written as a product that has more members than there are paths.
+    A short form never stands for a path that is not there: numbers that vary together are split over several forms.
     """
     groups: dict[tuple[str | None, ...], set[tuple[int, ...]]] = {}
     for path in paths:
@@ -166,7 +167,7 @@ def collapse(paths: Iterable[str]) -> list[tuple[str, int]]:
 
 
 def _covers(indices: set[tuple[int, ...]]) -> list[tuple[tuple[int, ...], ...]]:
-    """Products of sets that together are exactly ``indices``."""
+    """Return Cartesian products of sets that together are exactly ``indices``."""
     if () in indices:
         return [()]
     rests: dict[int, set[tuple[int, ...]]] = {}
@@ -194,24 +195,24 @@ def times(text: str, count: int) -> str:
 
 
 def shortened(paths: Iterable[str], most: int = 4, sep: str = ", ") -> str:
-    """The collapsed paths, the first ``most`` of them, and how many paths the others stand for."""
+    """Return the first ``most`` of the collapsed paths, and how many paths the others stand for."""
     forms = collapse(paths)
     rest = sum(n for _, n in forms[most:])
     return sep.join([*(text for text, _ in forms[:most]), *([f"and {rest} more"] if rest else [])])
 
 
 def small(value: float) -> str:
-    """An error or a difference: three digits, and a plain 0 when there is none."""
+    """Return an error or a difference as text: three digits, and a plain 0 when there is none."""
     return "0" if value == 0 else f"{value:.2e}"
 
 
 def number(value: float) -> str:
-    """The same, and a dash for what is not a number."""
+    """Return an error or a difference as :func:`small` writes it, and a dash for NaN."""
     return "-" if isnan(value) else small(value)
 
 
 def size(nbytes: int) -> str:
-    """An amount of memory, in units of 1024: the one way in which bytes are printed."""
+    """Return an amount of memory as text, in units of 1024. Bytes are printed in no other way."""
     amount = float(nbytes)
     for unit in ("B", "KiB", "MiB"):
         if amount < 1024:
@@ -225,6 +226,6 @@ def dtype_name(dtype: Any) -> str:
 
 
 def shape_text(shape: Sequence[Any], dtype: Any) -> str:
-    """``4x64``, and the dtype when it is not float32."""
+    """Return a shape as ``4x64``, with the dtype behind it when it is not float32."""
     name = dtype_name(dtype)
     return " ".join(p for p in ("x".join(map(str, shape)), "" if name == "float32" else name) if p)

@@ -1,18 +1,17 @@
-"""What a thread has on in torch while it calls: transforms of ``torch.func``, modes, autocast, inference mode.
+"""Detect and switch off a thread's modes: transforms of ``torch.func``, torch modes, autocast, inference mode.
 
-Before: a call, under whatever its caller has on. After: :func:`plainly` is where tensors are made that are kept, which
-are what they would be with nothing on; and :func:`followed` and :func:`transformed` say what an op without derivatives,
-or compiled code, must not be given.
+Tensors that are kept beyond a call are made in :func:`plainly`, so that they do not depend on the caller's modes.
+:func:`followed` and :func:`transformed` tell where an op without derivatives, or compiled code, must not run.
 
 Private torch use, with the public route that was tried:
-- ``torch._C._functorch.maybe_current_level`` and ``is_functorch_wrapped_tensor``: whether a transform of ``torch.func``
-  is on, and whether a tensor is one of its own. Public: none; it shows in no attribute of a tensor.
-- ``torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack``: what a transform does not see. Public: another
-  thread, which has nothing on, and which waits for ever for the locks that the caller holds.
-- ``torch.utils._python_dispatch._disable_current_modes`` and ``torch._C._len_torch_dispatch_stack``: the same for
-  dispatch modes. Public: none leaves a mode that somebody else has entered.
-- ``torch.overrides._pop_mode_temporarily`` and ``_get_current_function_mode_stack``: the same for function modes, of
-  which ``torch.device`` is one. Public: ``torch._C.DisableTorchFunction`` turns off those that an export enters, too.
+- ``torch._C._functorch.maybe_current_level`` and ``is_functorch_wrapped_tensor``: they tell whether a transform of
+  ``torch.func`` is on, and whether it has wrapped a tensor. Public: none; no attribute of a tensor shows it.
+- ``torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack``: it hides computation from transforms. Public:
+  another thread has no transforms, but it would wait for ever for the locks that the caller holds.
+- ``torch.utils._python_dispatch._disable_current_modes`` and ``torch._C._len_torch_dispatch_stack``: they hide
+  computation from dispatch modes. Public: no route leaves a mode that other code has entered.
+- ``torch.overrides._pop_mode_temporarily`` and ``_get_current_function_mode_stack``: they hide computation from
+  function modes, such as ``torch.device``. Public: ``torch._C.DisableTorchFunction`` turns off an export's own, too.
 """
 
 from __future__ import annotations
@@ -30,22 +29,22 @@ from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
-#: device types whose autocast a caller may have on
+#: device types whose autocast :func:`plainly` switches off
 AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
 def in_transform() -> bool:
-    """Whether a transform of ``torch.func`` is on."""
+    """Return whether a transform of ``torch.func`` is on."""
     return maybe_current_level() is not None
 
 
 def transformed(value: Any) -> bool:
-    """Whether a transform of ``torch.func``, or a forward-mode derivative, follows this tensor."""
+    """Return whether ``value`` is a tensor that a transform of ``torch.func`` has wrapped, or that has a tangent."""
     return isinstance(value, Tensor) and (is_functorch_wrapped_tensor(value) or _has_tangent(value))
 
 
 def followed(*values: Any) -> bool:
-    """Whether a derivative without a backward is taken: a transform is on, or a tensor has a tangent."""
+    """Return whether a derivative is taken other than by backward: a transform is on, or a tensor has a tangent."""
     return in_transform() or any(isinstance(v, Tensor) and _has_tangent(v) for v in values)
 
 
@@ -54,14 +53,16 @@ def _has_tangent(t: Tensor) -> bool:
 
 
 def outside_transforms() -> AbstractContextManager[Any]:
-    """Compute where no transform of ``torch.func`` is on, for code that cannot be followed by one."""
+    """Run the block with no transform of ``torch.func`` on, for code that has no rule for transforms."""
     return temporarily_clear_interpreter_stack() if in_transform() else nullcontext()
 
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """Compute as a thread with nothing on: what is made here may be kept. Gradients stay on or off, and are off where
-    inference mode was on."""
+    """Run the block with no transform, mode, autocast or inference mode on, so that its tensors may be kept.
+
+    Gradients stay on or off as they were; they are off where inference mode was on.
+    """
     with ExitStack() as stack:
         stack.enter_context(outside_transforms())
         for _ in _get_current_function_mode_stack():

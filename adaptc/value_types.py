@@ -1,10 +1,11 @@
-"""What an option may hold, read off its annotation: one table for the fields of configs, whether they come from files
-or from objects, and for the options of functions.
+"""Check what an option may hold, as its annotation says, for the fields of configs and the options of functions.
 
-Before: any value. After: a rule gives the value as plain Python types, or raises :class:`Misfit` that says where in it
-something else was found. Numbers are of 64 bits and finite in float32, which is what they become; truth
-values are no numbers; strings can be written as UTF-8. An annotation that is not understood here is left unchecked, and
-so are objects where it says ``Any``.
+Configs are checked alike whether they come from files or from objects. A rule returns the value as plain Python types,
+or raises :class:`Misfit` that says where in it something else was found.
+
+Integers have at most 64 bits, and numbers are finite in float32, which is what they become. Booleans are no numbers.
+Strings can be written as UTF-8. An annotation that is not understood here is left unchecked, and so are objects where
+it says ``Any``.
 """
 
 from __future__ import annotations
@@ -27,27 +28,28 @@ from adaptc.errors import ConfigError, shown
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-#: how deep lists and dicts may lie in one another where an annotation says nothing of them
+#: the depth to which lists and dicts may be nested where an annotation says nothing of them
 DEEPEST = 32
 _LARGEST = torch.finfo(torch.float32).max
 _LISTS = (list, tuple, set, frozenset)
 
 
 class Misfit(Exception):
-    """``value``, found at ``path`` in a field, is not what was ``wanted``. ``near``: its type is right."""
+    """A value that does not fit: ``value``, found at ``path`` in a field, is not what was ``wanted``. ``near``: its
+    type is right."""
 
     def __init__(self, wanted: str, value: Any, path: str = "", near: bool = False) -> None:
         super().__init__(wanted)
         self.wanted, self.value, self.path, self.near = wanted, value, path, near or bool(path)
 
     def inside(self, step: Any) -> Misfit:
-        """The same, seen from the container that has the value at ``step``."""
+        """Return this misfit as seen from the container that has the value at ``step``."""
         return Misfit(self.wanted, self.value, f"[{step!r}]{self.path}")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """``check`` gives back a value that fits, or raises :class:`Misfit`; ``wanted`` says what fits."""
+    """A rule for a value. ``check`` returns a value that fits, or raises :class:`Misfit`; ``wanted`` says what fits."""
 
     wanted: str
     check: Callable[[Any], Any]
@@ -57,7 +59,7 @@ _tables: WeakKeyDictionary[type, dict[str, Rule]] = WeakKeyDictionary()
 
 
 def table(config: type) -> Mapping[str, Rule]:
-    """The rules of a dataclass by field, without the fields whose annotations are not understood."""
+    """Return the rules of a dataclass by field, without the fields whose annotations are not understood."""
     if config not in _tables:
         found = {f.name: rule_of(hint) for f in fields(config) if (hint := _hint(config, f.name)) is not None}
         _tables[config] = {name: rule for name, rule in found.items() if rule is not None}
@@ -65,7 +67,8 @@ def table(config: type) -> Mapping[str, Rule]:
 
 
 def checked(*options: str) -> Callable[[F], F]:
-    """A decorator: calls whose ``options`` do not hold what their annotations say raise ConfigError."""
+    """Return a decorator for functions: a call raises ConfigError where one of these keyword ``options`` is not what
+    its annotation says."""
 
     def decorate(function: F) -> F:
         @functools.wraps(function)
@@ -83,7 +86,8 @@ def checked(*options: str) -> Callable[[F], F]:
 
 
 def fitting(option: str, rule: Rule, value: Any) -> Any:
-    """``value``, as the rule has it. Raises ConfigError that names the option and the place in it that is wrong."""
+    """Return ``value`` in the form that the rule gives it. Raises ConfigError that names the option and the place in it
+    that is wrong."""
     try:
         return rule.check(value)
     except Misfit as m:
@@ -92,7 +96,8 @@ def fitting(option: str, rule: Rule, value: Any) -> Any:
 
 
 def _hint(config: type, name: str) -> Any:
-    """The annotation of a field as an object; None where its words mean nothing in the module it was written in."""
+    """Return the annotation of a field as an object; None where its names mean nothing in the module it was written
+    in."""
     owner = next(c for c in config.__mro__ if name in vars(c).get("__annotations__", ()))
     holder = types.SimpleNamespace(__annotations__={name: vars(owner)["__annotations__"][name]})
     module = sys.modules.get(owner.__module__)
@@ -103,7 +108,7 @@ def _hint(config: type, name: str) -> Any:
 
 
 def rule_of(hint: Any) -> Rule | None:
-    """The rule for an annotation; None for one that is not understood."""
+    """Return the rule for an annotation; None for one that is not understood."""
     if hint in _LEAVES:
         return _LEAVES[hint]
     origin, args = typing.get_origin(hint) or hint, typing.get_args(hint)
@@ -128,7 +133,7 @@ def rule_of(hint: Any) -> Rule | None:
 
 
 def _plural(wanted: str) -> str:
-    """Of "an integer": integers."""
+    """Return the plural of what is wanted: "integers" for "an integer"."""
     return " or ".join(w.partition(" ")[2] + "s" if w.startswith(("a ", "an ")) else w for w in wanted.split(" or "))
 
 
@@ -167,7 +172,7 @@ def _int(value: Any) -> int:
 
 
 def finite_in_float32(value: Any) -> bool:
-    """Of a real number of any type and size."""
+    """Return whether a real number, of any type and size, is finite in float32."""
     try:
         return abs(float(value)) <= _LARGEST  # false for NaN, too
     except OverflowError:
@@ -204,7 +209,8 @@ def _str(value: Any) -> str:
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """Anything; but numbers and strings must fit, and lists and dicts must have a bottom."""
+    """Return ``value``, whatever it is. Numbers and strings in it must fit, and lists and dicts in it must not be
+    nested deeper than :data:`DEEPEST`."""
     if depth > DEEPEST:
         raise Misfit(f"nested no deeper than {DEEPEST}", value, near=True)
     if isinstance(value, float):
@@ -224,7 +230,7 @@ def _plain(value: Any, depth: int = 0) -> Any:
 
 
 def is_deep(value: Any, left: int = DEEPEST) -> bool:
-    """Whether lists and dicts lie deeper in one another than they may in a config."""
+    """Return whether lists and dicts are nested deeper than they may be in a config."""
     if isinstance(value, Mapping):
         value = value.values()
     elif not isinstance(value, _LISTS):

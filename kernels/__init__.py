@@ -1,7 +1,7 @@
 """Triton kernels, one family per file: jit kernels, launcher, op with a fake, and a torch reference.
 
-Imported as ``adaptc.kernels``, which needs triton and makes torch know the ops. This is the list of them; what runs on
-which device is decided inside each: on a GPU its kernels, elsewhere its reference.
+Importing ``adaptc.kernels`` needs triton, and registers the ops with torch. This file lists them. Each op runs its
+kernels on a GPU and its reference elsewhere.
 """
 
 from adaptc.kernels._launch import INTERPRETED

@@ -1,11 +1,11 @@
-"""Compiling kernels ahead of time, for a GPU that need not be present, and what the result would cost there.
+"""Compile kernels ahead of time, for a GPU that need not be present, and report what they would use there.
 
-Each kernel module lists what is worth checking in ``AHEAD``: one :class:`Ahead` per kernel and set of types.
-:func:`compile_ahead` takes one to a binary and reads off registers, spills and shared memory.
+Each kernel module lists in ``AHEAD`` the kernels to check: one :class:`Ahead` per kernel and set of types.
+:func:`compile_ahead` compiles one to a binary and reads off registers, spills and shared memory.
 
-A launch passes more than types to the compiler: which pointers and integers are multiples of 16. Wide loads and
-asynchronous copies, and with them the shared memory of the pipeline's stages, exist only for those, so the aligned
-kernel is another one than the unaligned, and both occur.
+A launch passes more than types to the compiler: it also says which pointers and integers are multiples of 16. Wide
+loads and asynchronous copies exist only for those, and with them the shared memory of the pipeline's stages. So the
+aligned kernel differs from the unaligned one, and both occur.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 @dataclass(frozen=True)
 class Ahead:
-    """One kernel with the types it is launched with.
+    """A kernel with the types it is launched with.
 
-    ``signature`` has every argument in any order: a pointer ``*bf16``, a number ``i32``, ``i64`` or ``fp32``, or
-    ``constexpr``, whose value stands in ``constexprs``. A stride that is always 1 in a launch is a constexpr there.
+    ``signature`` has every argument, in any order: a pointer ``*bf16``, a number ``i32``, ``i64`` or ``fp32``, or
+    ``constexpr``. The values of the last stand in ``constexprs``. A stride that is always 1 in a launch is a constexpr.
     """
 
     kernel: Any
@@ -60,7 +60,10 @@ class Ahead:
         num_warps: int = 4,
         **constexprs: Any,
     ) -> Ahead:
-        """A record from types of elements by pointer; ``ones`` are strides that are 1, all other arguments i32."""
+        """Return a record; ``pointers`` maps pointer arguments to element types, ``ones`` are the strides that are 1.
+
+        All arguments that are in neither, nor in ``constexprs``, are i32.
+        """
         fixed = dict.fromkeys(ones, 1) | constexprs
         kinds = {n: f"*{t}" for n, t in pointers.items()} | dict.fromkeys(fixed, "constexpr")
         signature = {n: kinds.get(n, "i32") for n in kernel.arg_names}
@@ -69,7 +72,7 @@ class Ahead:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one kernel takes on the GPU it was compiled for."""
+    """The resources that a kernel uses on the GPU it was compiled for."""
 
     n_spills: int
     """Bytes of local memory of each thread. Kernels have no arrays there, so all of it is spilled registers."""
@@ -80,9 +83,10 @@ class Compiled:
 
 
 def compile_ahead(a: Ahead, capability: int, *, aligned: bool = True) -> Compiled:
-    """Compile ``a`` for compute capability ``capability`` (80, 90), with ``aligned`` arguments or any.
+    """Compile ``a`` for compute capability ``capability`` (80, 90).
 
-    Raises BackendError if the record does not fit its kernel, or triton interprets kernels in this process.
+    ``aligned`` says that pointers and integers are multiples of 16; otherwise nothing is known of them. Raises
+    BackendError if the record does not fit its kernel, or triton interprets kernels in this process.
     """
     if not isinstance(a.kernel, JITFunction):
         raise BackendError(
@@ -111,7 +115,7 @@ def compile_ahead(a: Ahead, capability: int, *, aligned: bool = True) -> Compile
 
 
 def _usage(cubin: bytes, name: str) -> tuple[int, int]:
-    """Registers and bytes of local memory of each thread."""
+    """Return the registers, and the bytes of local memory, of each thread of the kernel in ``cubin``."""
     tool: Any = knobs.nvidia.cuobjdump
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")

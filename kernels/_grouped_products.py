@@ -1,11 +1,11 @@
-"""The kernels of :mod:`adaptc.kernels.grouped_lora`: products of rows with the matrices of each row's own adapter.
+"""Kernels of :mod:`adaptc.kernels.grouped_lora`: matmuls of rows with the factors of each row's own adapter.
 
 Rows come in chunks (:mod:`adaptc.kernels._grouping`); a program takes one chunk and one block of columns. Sums are
 float32. Nothing is added up by atomics: each element of a result has one program that writes it.
 
-Before: the chunks are cut to at most BLOCK_M rows, and ``starts`` ascends within the bank. The elements of a row are
-side by side, and the rows of x, y, h and v may be anywhere; the bank and the results are contiguous.
-After: of a row of h only the columns below the rank of its adapter are written or read.
+The chunks must have at most BLOCK_M rows, and ``starts`` must ascend within the bank. The elements of a row must be
+contiguous, while the rows of x, y, h and v may have any stride. The bank and the results are contiguous. In a row of h,
+only the columns below the rank of its adapter are written or read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def _dot(left, right, acc):
-    """acc + left @ right, exact up to float32 rounding where the types differ."""
+    """Return acc + left @ right, in exact float32 where the types differ."""
     # The interpreter multiplies the bits of bfloat16 as integers.
     if _INTERPRETED or left.dtype != right.dtype:
         left = left.to(tl.float32)
@@ -38,13 +38,13 @@ def _dot(left, right, acc):
 
 @triton.jit
 def _dot_sums(left, right, acc):
-    """acc + left @ right for ``left`` in float32, with the matrix instructions of ``right``'s type if it has any."""
+    """Return acc + left @ right for ``left`` in float32, with the matrix instructions of ``right``'s type if any."""
     if right.dtype == tl.bfloat16:
         high = left.to(tl.bfloat16)
         low = (left - high.to(tl.float32)).to(tl.bfloat16)
         return _dot(high, right, _dot(low, right, acc))
     elif right.dtype == tl.float16:
-        # Not in two parts of float16, whose range h may exceed.
+        # Not split in two as for bfloat16: h may exceed the range of float16.
         return tl.dot(left, right.to(tl.float32), acc, input_precision="tf32x3")
     else:
         return tl.dot(left, right, acc, input_precision="ieee")
@@ -52,21 +52,25 @@ def _dot_sums(left, right, acc):
 
 @triton.jit
 def _adapter(starts_ptr, adapter, n_adapters, R):
-    """The first row of an adapter in the bank, its rank (0 if there is no such adapter), and if that is at most R."""
+    """Return the first row of an adapter in the bank, its rank, and whether the row's result is defined.
+
+    The rank is at most R, and 0 if there is no such adapter. The result is defined for rows of the base, and for an
+    adapter that exists and whose rank is at most R.
+    """
     known = (adapter >= 0) & (adapter < n_adapters)
     first = tl.load(starts_ptr + adapter, mask=known, other=0)
     rank = tl.load(starts_ptr + adapter + 1, mask=known, other=0) - first
     return first.to(tl.int64), tl.minimum(rank, R), (adapter < n_adapters) & (rank <= R)
 
 
-# Numbers that change from batch to batch: not to compile one more kernel where one is a multiple of 16.
+# T and n_adapters change from batch to batch. Specialised, they would compile another kernel for a multiple of 16.
 @triton.jit(do_not_specialize=["T", "n_adapters"])
 def _shrink_kernel(
     x_ptr, bank_ptr, h_ptr, starts_ptr, order_ptr, adapter_ptr, start_ptr, length_ptr,
     T, K, R, n_adapters, x_row, span,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """h[s, p, r]: the part of h[p, r] from the s-th ``span`` of k, for one chunk and one tile of ranks."""
+    """Write h[s, p, r], the part of h[p, r] from the s-th ``span`` of k, for one chunk and one tile of ranks."""
     c = tl.program_id(0)
     part = tl.program_id(2)
     first, rank, _ = _adapter(starts_ptr, tl.load(adapter_ptr + c), n_adapters, R)
@@ -94,7 +98,7 @@ def _expand_kernel(
     N, R, n_adapters, y_row, h_row,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out for the rows of one chunk and one block of columns; rows without an adapter are copied."""
+    """Write out for the rows of one chunk and one block of columns; rows without an adapter are copied."""
     c = tl.program_id(0)
     length = tl.load(length_ptr + c)
     if length > 0:
@@ -105,7 +109,7 @@ def _expand_kernel(
         p = (tl.load(start_ptr + c) + m).to(tl.int64)
         rows = tl.load(order_ptr + p, mask=m < length, other=0).to(tl.int64)
         ok = (m < length)[:, None] & (n < N)[None, :]
-        # Before the product, which then hides the wait for memory.
+        # Loaded before the matmul, which then hides the wait for memory.
         y = tl.load(y_ptr + rows[:, None] * y_row + n[None, :], mask=ok, other=0.0)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for r0 in range(0, rank, BLOCK_R):
@@ -117,7 +121,7 @@ def _expand_kernel(
             acc = _dot_sums(h, b, acc)
         scale = tl.load(scales_ptr + adapter, mask=(adapter >= 0) & (adapter < n_adapters), other=0.0)
         sums = (y.to(tl.float32) + scale * acc).to(y.dtype)
-        # Not y + 0, which is not y where that is -0.
+        # Copied, since y + 0 is +0 where y is -0.
         sums = tl.where(rank > 0, sums, y)
         sums = tl.where(fits, sums, float("nan"))
         tl.store(out_ptr + rows[:, None] * N + n[None, :], sums.to(y.dtype), mask=ok)
@@ -128,7 +132,7 @@ def _outer_kernel(
     h_ptr, v_ptr, out_ptr, starts_ptr, begins_ptr, order_ptr, W, R, n_adapters, h_row, v_row,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one adapter: sums over all of its rows, in their order."""
+    """Write one tile of one adapter: sums over all rows of the batch that belong to it, in their order."""
     adapter = tl.program_id(0)
     first, rank, _ = _adapter(starts_ptr, adapter, n_adapters, R)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -149,23 +153,29 @@ def _outer_kernel(
 
 
 def _rows(t: Tensor) -> Tensor:
-    """``t`` with the elements of a row side by side; rows may be anywhere, also one row for all."""
+    """Return ``t``, copied where the elements of a row are not contiguous; rows may have any stride, also 0."""
     return t if t.stride(1) == 1 else t.contiguous()
 
 
 def _empty(*sizes: Any) -> bool:
-    """Whether a grid over these sizes has no program, which a GPU refuses. Symbolic sizes count as positive."""
+    """Return whether a grid over these sizes has no program, which a GPU refuses. Symbolic sizes count as positive."""
     return any(statically_known_true(s == 0) for s in sizes)
 
 
 def _shrink_blocks(chunk: int, R: Any, exact: bool) -> dict[str, int]:
-    """``exact``: products of float32 are made without matrix instructions, from registers, which hold small tiles."""
+    """Return the blocks of the shrink kernel.
+
+    ``exact`` is for float32 matmuls. They use no matrix instructions but registers, which hold only small tiles.
+    """
     rows = max(16, triton.next_power_of_2(chunk))
     return {"BLOCK_M": rows, "BLOCK_R": _rank_block(R, exact), "BLOCK_K": 32 if exact else 128 if rows < 64 else 64}
 
 
 def _expand_blocks(chunk: int, exact: bool) -> dict[str, int]:
-    """The tile of sums, of y and of out are in registers together, so that it is the same size for all chunks."""
+    """Return the blocks of the expand kernel.
+
+    The tiles of the sums, of y and of out are in registers together, so a tile has about the same size for all chunks.
+    """
     rows = max(16, triton.next_power_of_2(chunk))
     return {"BLOCK_M": rows, "BLOCK_R": 16, "BLOCK_N": min(64, 2048 // rows) if exact else min(128, 4096 // rows)}
 
@@ -179,9 +189,9 @@ def _rank_block(R: Any, exact: bool) -> int:
 
 
 def _parts(T: Any, K: Any, rank_tiles: Any, chunk: int, block_k: int) -> int:
-    """Into how many parts the sum over K is split, to fill a GPU of about 130 processors twice if T is small.
+    """Return the number of parts of the sum over K, such that a small T fills a GPU of about 130 processors twice.
 
-    A symbolic T may be large as well as small, and then each part is a result to be added up.
+    A symbolic T may turn out large, and then each part costs memory and time to be added up, so it gets few parts.
     """
     most = min(256 // max(triton.cdiv(T, chunk) * rank_tiles, 1), 16) if isinstance(T, int) else 4
     return max(min(most, K // (4 * block_k)) if isinstance(K, int) else most, 1)
@@ -237,7 +247,7 @@ def launch_outer(h: Tensor, v: Tensor, starts: Tensor, table: Chunks, n_rows: in
 
 
 def _ahead() -> list[Ahead]:
-    """Each kernel with the blocks of few rows and of many."""
+    """Return records of each kernel with the blocks for few rows and for many."""
     indices = dict.fromkeys(["starts_ptr", "order_ptr", "adapter_ptr", "start_ptr", "length_ptr", "begins_ptr"], "*i32")
     sizes = dict.fromkeys(["T", "K", "N", "W", "R", "n_adapters", "span", "x_row", "y_row", "h_row", "v_row"], "i32")
     sums = {"h_ptr": "*fp32", "scales_ptr": "*fp32"}

@@ -1,9 +1,10 @@
-"""Rows of one batch that belong to different adapters, cut into chunks that each belong to one; and products on them.
+"""Cut the rows of a batch with per-row adapters into chunks of one adapter each, and compute reference matmuls on them.
 
-A kernel program works on one chunk, so its rows share the adapter's matrices, and a group of any length is spread over
-many programs (the segments of Punica, arXiv:2310.18547, and S-LoRA, arXiv:2311.03285, cut evenly). Everything here is
-torch operations on whole tensors, with shapes that follow from shapes alone: nothing waits for the device, and a
-captured CUDA graph can be replayed with another assignment of rows.
+A kernel program works on one chunk, so its rows share the adapter's factors. A group of any length is spread over many
+programs. Chunks are the segments of Punica (arXiv:2310.18547) and S-LoRA (arXiv:2311.03285), cut evenly.
+
+Everything here is torch ops on whole tensors, with shapes that follow from shapes alone. So nothing waits for the
+device, and a captured CUDA graph can be replayed with another assignment of rows.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Chunks(NamedTuple):
 
 
 def chunk_count(n_rows: int, n_adapters: int, chunk: int) -> int:
-    """C: as many chunks as any assignment of rows can need.
+    """Return C, the number of chunks that any assignment of rows can need.
 
     Cutting T rows of G groups needs at most ceil(T / chunk) + G - 1 chunks. The groups are the adapters, the rows of
     the base, and the rows whose adapter does not exist.
@@ -39,11 +40,11 @@ def chunk_count(n_rows: int, n_adapters: int, chunk: int) -> int:
 
 
 def rows_per_chunk(n_rows: int) -> int:
-    """The size of chunks that a batch is cut into: small for few rows, so that there are programs enough.
+    """Return the size of the chunks that a batch is cut into: small for few rows, so that there are programs enough.
 
-    A number that is a symbol gets one size, since another number of rows is no reason to compile anew.
+    A symbolic number of rows always gets the same size, so that another batch compiles nothing anew.
     """
-    # A symbol is an int to torch.compile.
+    # Under torch.compile, isinstance says that a symbolic size is an int.
     if torch.compiler.is_compiling() or not isinstance(n_rows, int):
         return 32
     return 16 if n_rows <= 512 else 32 if n_rows <= 2048 else 64
@@ -52,8 +53,8 @@ def rows_per_chunk(n_rows: int) -> int:
 def chunks(index: Tensor, n_adapters: int, chunk: int) -> Chunks:
     """Cut the rows into chunks of one adapter and at most ``chunk`` rows each.
 
-    ``index`` is (T,), int32 or int64: the adapter of each row, or -1. Other numbers that are no adapter's stand for one
-    that does not exist. Raises BackendError for another shape or dtype.
+    ``index`` is (T,), int32 or int64: the adapter of each row, or -1 for the base. Any other number outside of
+    0 to ``n_adapters`` - 1 stands for an adapter that does not exist. Raises BackendError for another shape or dtype.
     """
     if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
         raise BackendError(f"index: expected (rows,) of int32 or int64, found {tuple(index.shape)} of {index.dtype}.")
@@ -66,7 +67,7 @@ def chunks(index: Tensor, n_adapters: int, chunk: int) -> Chunks:
     def numbers(start: int, end: int) -> Tensor:
         return torch.arange(start, end, device=device, dtype=index.dtype)
 
-    # The last edge begins a group of no rows, which the chunks that nobody needs fall into.
+    # The last edge begins an empty group, to which the spare chunks belong.
     begins = torch.searchsorted(ordered, numbers(-1, n_adapters + 2))
     counts = torch.diff(begins, append=begins[-1:])
     used = (counts + (chunk - 1)) // chunk
@@ -82,39 +83,45 @@ def chunks(index: Tensor, n_adapters: int, chunk: int) -> Chunks:
 
 
 def adapter_begins(table: Chunks, n_adapters: int) -> Tensor:
-    """(n + 1,) int32: the position at which the rows of each adapter begin, and at last where those of the last end."""
+    """Return (n + 1,) int32: the positions at which the rows of each adapter begin, and where those of the last end."""
     wanted = torch.arange(n_adapters + 1, device=table.adapter.device, dtype=torch.int32)
     starts = torch.cat([table.start, table.start.new_full((1,), table.order.shape[0])])
     return starts[torch.searchsorted(table.adapter, wanted)]
 
 
 def adapter_at(table: Chunks) -> Tensor:
-    """(T,) int32: the adapter of the row at each position."""
+    """Return (T,) int32: the adapter of the row at each position."""
     position = torch.arange(table.order.shape[0], device=table.order.device, dtype=torch.int32)
     return table.adapter[torch.searchsorted(table.start, position, right=True) - 1]
 
 
 def per_adapter(values: Tensor, adapter: Tensor) -> Tensor:
-    """``values`` (n,) of each of ``adapter`` (any shape), 0 for the base and for adapters that do not exist."""
+    """Return values[adapter], with 0 for the base and for adapters that do not exist.
+
+    ``values`` is (n,), and the result has the shape of ``adapter``, which is any.
+    """
     n = values.shape[0]
     known = (adapter >= 0) & (adapter < n)
     return torch.cat([values, values.new_zeros(1)])[torch.where(known, adapter, n)]
 
 
 def sum_type(*tensors: Tensor) -> torch.dtype:
-    """What products of these are summed in."""
+    """Return the dtype in which matmuls of these are summed: float64 if one of them is, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def _places(table: Chunks, chunk: int) -> tuple[Tensor, Tensor]:
-    """(C, chunk): the positions of each chunk, and which of them there are; the others stand at T, after the last."""
+    """Return the positions of the rows of each chunk, (C, chunk), and a mask of those that exist; the others are T."""
     within = torch.arange(chunk, device=table.start.device)
     there = within < table.length[:, None]
     return torch.where(there, table.start[:, None] + within, table.order.shape[0]), there
 
 
 def _own(starts: Tensor, table: Chunks, R: int, n_rows: int) -> tuple[Tensor, Tensor]:
-    """(C, R): the bank's rows of each chunk's adapter, and which of them there are; the others are past the last."""
+    """Return the bank's rows of each chunk's adapter, (C, R), and a mask of those that exist.
+
+    The others are ``n_rows``, which is past the bank's last row.
+    """
     first, rank = (per_adapter(v, table.adapter)[:, None] for v in (starts[:-1], torch.diff(starts)))
     column = torch.arange(R, device=starts.device)
     own = column < rank
@@ -122,12 +129,12 @@ def _own(starts: Tensor, table: Chunks, R: int, n_rows: int) -> tuple[Tensor, Te
 
 
 def _take(t: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """t[rows] in ``dtype``, and zeros for the row past the last."""
+    """Return t[rows] in ``dtype``, with zeros for the row past the last."""
     return torch.cat([t.to(dtype), t.new_zeros(1, t.shape[1], dtype=dtype)])[rows]
 
 
 def reference_grouped_shrink(x: Tensor, bank: Tensor, starts: Tensor, table: Chunks, chunk: int, R: int) -> Tensor:
-    """h, (T, R) float32 (float64 for float64), zero beyond the own rank."""
+    """Return h, (T, R) float32 (float64 for float64 inputs), which is zero beyond the rank of a row's adapter."""
     dtype, T = sum_type(x, bank), x.shape[0]
     at, _ = _places(table, chunk)
     rows, _ = _own(starts, table, R, bank.shape[0])
@@ -139,7 +146,7 @@ def reference_grouped_shrink(x: Tensor, bank: Tensor, starts: Tensor, table: Chu
 def reference_grouped_expand(
     y: Tensor, h: Tensor, bank: Tensor, starts: Tensor, scales: Tensor, table: Chunks, chunk: int
 ) -> Tensor:
-    """out, (T, N) of y's type: summed in float32 (float64 for float64), rounded once."""
+    """Return out, (T, N) of y's dtype: summed in float32 (float64 for float64 inputs), rounded once."""
     dtype, (T, N), n = sum_type(y, h, bank), y.shape, starts.shape[0] - 1
     at, _ = _places(table, chunk)
     rows, own = _own(starts, table, h.shape[1], bank.shape[0])
@@ -155,7 +162,7 @@ def reference_grouped_expand(
 
 
 def reference_grouped_outer(h: Tensor, v: Tensor, starts: Tensor, table: Chunks, chunk: int, n_rows: int) -> Tensor:
-    """(n_rows, W) float32 (float64 for float64), zero for rows of the bank that belong to no adapter."""
+    """Return (n_rows, W) in float32 (float64 for float64 inputs), zero for rows of the bank without an adapter."""
     dtype, T, W = sum_type(h, v), h.shape[0], v.shape[1]
     at, _ = _places(table, chunk)
     rows, own = _own(starts, table, h.shape[1], n_rows)

@@ -1,4 +1,4 @@
-"""What every op needs around its launch: where kernels run, on which device, and what a scale may be."""
+"""Helpers that every op needs around its launch: where kernels run, on which device, and checks of arguments."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from triton.runtime.jit import JITFunction
 
 from adaptc.errors import BackendError
 
-#: Whether triton interprets kernels on the CPU. It decides when a kernel is defined, so for a whole process.
+#: True where triton interprets kernels on the CPU. It decides when a kernel is defined, so for a whole process.
 INTERPRETED: bool = bool(knobs.runtime.interpret)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def wrap_triton(kernel: Any) -> Any:
-    """torch's ``wrap_triton``, for interpreted kernels too: torch before 2.13 refuses them.
+    """Return torch's ``wrap_triton`` of ``kernel``, or an interpreted kernel itself: torch before 2.13 refuses those.
 
-    It has torch's name because ``triton_op`` reads in the source which kernels an op wraps.
+    The name must be torch's: ``triton_op`` looks for it in the source of an op to find the kernels it wraps.
     """
     return _wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
 
 
 def runs_kernels(x: Tensor) -> bool:
-    """Whether an op on ``x`` launches its kernel; elsewhere it computes its reference."""
+    """Return whether an op on ``x`` launches its kernel; otherwise it computes its reference."""
     return x.is_cuda or (INTERPRETED and x.device.type == "cpu")
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """Make the device of ``x`` the current one: triton launches there, wherever the tensors are."""
+    """Run the block with the device of ``x`` as the current one: triton launches there, wherever the tensors are."""
     return torch.cuda.device(x.device) if x.is_cuda and torch.cuda.is_initialized() else nullcontext()
 
 
 def as_scale(scale: float | Tensor, like: Tensor) -> Tensor:
-    """A 0-d tensor beside ``like``. A tensor, so that another scale is neither a wait for the GPU nor a new kernel.
+    """Return ``scale`` as a 0-d tensor on the device of ``like``.
 
-    Raises BackendError for a tensor of more than one number.
+    As a tensor, another scale needs no wait for the GPU and no new kernel. Raises BackendError for a tensor with axes.
     """
     if isinstance(scale, Tensor):
         check("scale", scale.ndim == 0, "a number or a 0-d tensor", f"a tensor of shape {tuple(scale.shape)}")

@@ -1,4 +1,4 @@
-"""One tile of a product over the rank: what all kernels that add a low-rank term to a matrix have in common."""
+"""Compute one tile of a matmul over the rank, for all kernels that add a low-rank term to a matrix."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def tile_of(n_cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Rows and columns of this program's tile, row after row of tiles so that neighbours read memory in order.
+    """Return the rows and columns of this program's tile.
 
-    They are int64, since an offset of a large matrix is beyond int32. The grid has one axis because only the first
-    may be longer than 65535.
+    Programs go row after row of tiles, so that neighbours read memory in order. The indices are int64, since an offset
+    in a large matrix exceeds int32. The grid has one axis because only the first may be longer than 65535.
     """
     across = tl.cdiv(n_cols, BLOCK_N)
     pid = tl.program_id(0)
@@ -48,10 +48,10 @@ def low_rank_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """left (n_rows, rank) @ right (rank, n_cols) at ``rows`` and ``cols``, in float32; zero beyond the edges.
+    """Return left (n_rows, rank) @ right (rank, n_cols) at ``rows`` and ``cols``, in float32; zero beyond the edges.
 
-    The rank is an ordinary argument and not a constant, so that a swap to another rank makes no guard under
-    torch.compile, and no kernel but for another alignment.
+    The rank is an ordinary argument and not a constant. So a swap to another rank makes no guard under torch.compile,
+    and a new kernel only for another alignment.
     """
     tile = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, rank, BLOCK_R):
@@ -70,7 +70,7 @@ def low_rank_tile(
 
 
 class Blocks(NamedTuple):
-    """What a launch of a kernel on tiles passes beside its arguments."""
+    """The options of a launch of a kernel on tiles, besides its arguments."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -79,9 +79,10 @@ class Blocks(NamedTuple):
 
 
 def blocks(left: torch.dtype, right: torch.dtype) -> Blocks:
-    """The same for all shapes, so that under torch.compile neither a batch size nor a rank makes a guard.
+    """Return the blocks for factors of these dtypes.
 
-    As large as can be without spilled registers where nothing is aligned, as with an odd rank.
+    They are the same for all shapes, so that under torch.compile neither a batch size nor a rank makes a guard. They
+    are the largest whose registers do not spill where nothing is aligned, as with an odd rank.
     """
     if left == right != torch.float32:
         return Blocks(64, 128, 32, num_warps=8)
@@ -90,7 +91,7 @@ def blocks(left: torch.dtype, right: torch.dtype) -> Blocks:
 
 
 def tiles(n_rows: int, n_cols: int, t: Blocks) -> tuple[int]:
-    """The grid for a matrix."""
+    """Return the grid for a matrix: one axis with a program per tile."""
     return (triton.cdiv(n_rows, t.BLOCK_M) * triton.cdiv(n_cols, t.BLOCK_N),)
 
 
@@ -103,7 +104,7 @@ def check_factors(op: str, W: Tensor, A: Tensor, B: Tensor) -> None:
     check_floats(op, W=W, A=A, B=B)
 
 
-#: Types of elements of a weight and of its factors that are checked ahead of time; the last is how peft trains.
+#: (dtype of a weight, dtype of its factors) that are compiled ahead of time; the last pair is how PEFT trains.
 TYPES = (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32"))
 NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -111,6 +112,6 @@ NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def ahead(
     kernel: Any, name: str, pointers: Mapping[str, str], ones: Collection[str], factors: str, **fixed: Any
 ) -> Ahead:
-    """A record of a kernel whose factors are of type ``factors``."""
+    """Return the record of a kernel with tiles whose factors have element type ``factors``; see ``Ahead.of``."""
     t = blocks(NAMES[factors], NAMES[factors])
     return Ahead.of(kernel, name, pointers, ones, factors != "fp32", **fixed, **t._asdict())

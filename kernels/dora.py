@@ -1,4 +1,4 @@
-"""DoRA's two costs beside LoRA (Liu et al., arXiv 2402.09353): lengths of rows of W + s B A, and a gain on the output.
+"""Compute DoRA's two extra steps over LoRA (Liu et al., arXiv 2402.09353): row norms of W + s B A, and an output gain.
 
     dora_norm(W, A, B, scale)                  n = |W + s B A| row by row, float32, (out,)
     dora_epilogue(y0, h, B, g, scale, b)       y = g (y0 + s h B^T) + b
@@ -7,13 +7,13 @@ W: (out, in); A: (r, in); B: (out, r); h = x A^T: (..., r); y0 = x W^T without b
 optional bias b: (out,); all with any strides; scale: a number or a 0-d tensor. Each tensor is float32, bfloat16 or
 float16 on its own; other devices than a GPU take float64 too. Sums are made in float32, and results rounded once.
 
-Lengths. |w|^2 + 2 s <w, v> + s^2 |v|^2, with v the row of B A, needs no more than W A^T and A A^T. But its terms cancel
-where s v is near -w: their rounding, of the order of eps |w|^2, may then exceed the length, or turn the sum negative.
-So each tile of B A is made in registers, added to the tile of W, and squared after the sum: squares do not cancel, so
-the only error beyond a few eps is that of the sum W + s B A itself, as if it were made in float32 and stored. W is read
-once; one number per row and tile is written, and summed up in an order that no scheduling changes.
+Norms. |w|^2 + 2 s <w, v> + s^2 |v|^2, with v the row of B A, needs no more than W A^T and A A^T. But its terms cancel
+where s v is near -w. Their rounding, of the order of eps |w|^2, may then exceed the norm, or turn the sum negative. So
+each tile of B A is made in registers, added to the tile of W, and squared after the sum. Squares do not cancel. The
+only error beyond a few eps is that of the sum W + s B A itself, as if made in float32 and stored. W is read once. One
+number per row and tile is written, and these are summed up in an order that no scheduling changes.
 
-Gradients. DoRA takes the length for a constant, so dora_norm has none; dora_epilogue has those of all its tensors.
+Gradients. DoRA takes the norm for a constant, so dora_norm has none; dora_epilogue has those of all its tensors.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _squares_kernel(
 ):
     rows, cols = tile_of(n_cols, BLOCK_M, BLOCK_N)
     mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
-    # Before the product, which then hides the wait for memory.
+    # Loaded before the matmul, which then hides the wait for memory.
     w = tl.load(w_ptr + rows[:, None] * w_row + cols[None, :] * w_col, mask=mask, other=0.0)
     scale = tl.load(scale_ptr).to(tl.float32)
     update = low_rank_tile(
@@ -105,7 +105,7 @@ def _epilogue_kernel(
 
 
 def _launch_squares(W: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
-    """Sums of squares by tile of columns: (tiles, out)."""
+    """Return the sums of squares of each row, by tile of columns: (tiles, out), float32."""
     (n_rows, n_cols), t = W.shape, blocks(B.dtype, A.dtype)
     sums = W.new_empty((triton.cdiv(n_cols, t.BLOCK_N), n_rows), dtype=torch.float32)
     if sums.numel() == 0:
@@ -158,7 +158,7 @@ def _launch_epilogue(y0: Tensor, h: Tensor, B: Tensor, g: Tensor, scale: Tensor,
 
 
 def reference_dora_norm(W: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
-    """Lengths of the rows of W + scale * B A, in float32 (float64 for float64): (out,)."""
+    """Return the norms of the rows of W + scale * B A, (out,), in float32 (float64 for float64)."""
     high = torch.promote_types(W.dtype, torch.float32)
     turned = W.to(high) + scale.to(high) * (B.to(high) @ A.to(high))
     return turned.square().sum(1).sqrt()
@@ -167,7 +167,7 @@ def reference_dora_norm(W: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> Tenso
 def reference_dora_epilogue(
     y0: Tensor, h: Tensor, B: Tensor, g: Tensor, scale: Tensor, b: Tensor | None = None
 ) -> Tensor:
-    """g * (y0 + scale * h B^T) + b, in float32 (float64 for float64), rounded once to the type of y0."""
+    """Return g * (y0 + scale * h B^T) + b, in float32 (float64 for float64), rounded once to the dtype of y0."""
     high = torch.promote_types(y0.dtype, torch.float32)
     y = g.to(high) * (y0.to(high) + scale.to(high) * (h.to(high) @ B.to(high).T))
     return (y if b is None else y + b.to(high)).to(y0.dtype)
@@ -197,7 +197,7 @@ _norm_op.register_autograd(_none, setup_context=_no_gradient)
 plain_in_transforms("dora_norm", lambda *tensors: reference_dora_norm(*tensors).detach())
 
 
-# No default for the bias: torch leaves arguments that have theirs out of what the gradient is told of.
+# No default for the bias: torch does not pass arguments at their defaults to the setup of the gradient.
 @triton_op("adaptc::dora_epilogue", mutates_args=())
 def _epilogue_op(y0: Tensor, h: Tensor, B: Tensor, g: Tensor, scale: Tensor, b: Tensor | None) -> Tensor:
     if runs_kernels(y0):
@@ -212,7 +212,7 @@ def _(y0: Tensor, h: Tensor, B: Tensor, g: Tensor, scale: Tensor, b: Tensor | No
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     y0, h, B, g, scale, b = inputs
-    # The largest of them, and needed for the gradient of the gain alone.
+    # y0 is the largest tensor, and only the gradient of the gain needs it.
     ctx.save_for_backward(y0 if ctx.needs_input_grad[3] else None, h, B, g, scale)
     ctx.bias_dtype = None if b is None else b.dtype
 
@@ -221,7 +221,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     y0, h, B, g, scale = ctx.saved_tensors
     needs_y0, needs_h, needs_B, needs_g, needs_scale, needs_b = ctx.needs_input_grad
     d_y0 = d_h = d_B = d_g = d_scale = d_b = None
-    # Products in the type a plain product of these tensors would have, all else in float32.
+    # Matmuls in the dtype that a plain matmul of these tensors would have, all else in float32.
     low = torch.promote_types(dy.dtype, torch.promote_types(h.dtype, B.dtype))
     high = torch.promote_types(dy.dtype, torch.float32)
     gain, s, wide = g.to(high), scale.to(high), dy.to(high)
@@ -247,9 +247,9 @@ plain_in_transforms("dora_epilogue", reference_dora_epilogue)
 
 
 def dora_norm(W: Tensor, A: Tensor, B: Tensor, scale: float | Tensor) -> Tensor:
-    """Lengths of the rows of W + scale * B A: (out,), float32, a constant to autograd.
+    """Return the norms of the rows of W + scale * B A: (out,), float32 (float64 for float64), a constant to autograd.
 
-    Raises BackendError for shapes, types or devices it is not defined for.
+    Raises BackendError for shapes, dtypes or devices it is not defined for.
     """
     check_factors("dora_norm", W, A, B)
     return _norm_op(W, A, B, as_scale(scale, W))
@@ -258,9 +258,9 @@ def dora_norm(W: Tensor, A: Tensor, B: Tensor, scale: float | Tensor) -> Tensor:
 def dora_epilogue(
     y0: Tensor, h: Tensor, B: Tensor, g: Tensor, scale: float | Tensor, b: Tensor | None = None
 ) -> Tensor:
-    """g * (y0 + scale * h B^T) + b: (..., out), contiguous, of the type of y0.
+    """Return g * (y0 + scale * h B^T) + b: (..., out), contiguous, of the dtype of y0.
 
-    Raises BackendError for shapes, types or devices it is not defined for.
+    Raises BackendError for shapes, dtypes or devices it is not defined for.
     """
     op = "dora_epilogue"
     check(op, y0.ndim >= 2, "y0 of shape (..., out)", tuple(y0.shape))

@@ -1,28 +1,31 @@
-"""LoRA for a batch whose rows belong to different adapters, each of its own rank.
+"""Compute LoRA for a batch whose rows belong to different adapters, each of its own rank.
 
-A bank of adapters, which mixes them row by row, is what they are for (:mod:`adaptc.kernels.grouped_rows`).
+:mod:`adaptc.kernels.grouped_rows` uses these ops for banks, which mix adapters row by row.
 
     out[t] = y[t] + scales[i] * (x[t] A_i^T) B_i        with i = index[t]; out[t] = y[t] where index[t] is -1
 
-x (T, K) and y (T, N) are rows of the input and of the output of a layer. A *bank* has the matrices of n adapters, the
-ranks of one below those of another: A is (S, K), B is (S, N), and adapter i has rows starts[i] to starts[i + 1] of
-both. B_i is thus the transpose of what a LoRA layer holds: a program reads few ranks of many columns, and from (N, S)
-it would read a few numbers of each of many rows. ``starts`` is (n + 1,) int32, ``scales`` (n,) float32, ``index`` (T,)
-int32 or int64. x, y, A and B are float32, bfloat16 or float16, each on its own; on the CPU they and ``scales`` may be
-float64.
+x (T, K) and y (T, N) are rows of the input and of the output of a layer. A *bank* has the factors of n adapters, the
+ranks of one below those of another. A is (S, K), B is (S, N), and adapter i has rows starts[i] to starts[i + 1] of
+both. So B_i is the transpose of the factor that a LoRA layer holds. A program then reads few ranks of many columns,
+while from (N, S) it would read a few numbers of each of many rows.
 
-Three products make it up, each a kernel and an op on *chunks* (:mod:`adaptc.kernels._grouping`). Each is a derivative
-of the others, so gradients of any order need no more:
+``starts`` is (n + 1,) int32, ``scales`` (n,) float32, ``index`` (T,) int32 or int64. x, y, A and B are float32,
+bfloat16 or float16, each on its own; on the CPU they and ``scales`` may be float64.
+
+The computation has three matmuls, each a kernel and an op on *chunks* (:mod:`adaptc.kernels._grouping`). Each is a
+derivative of the others, so gradients of any order need no more:
 
     grouped_shrink  h[p]   = x[order[p]] A_i^T             (T, R) float32, at sorted positions p
     grouped_expand  out[t] = y[t] + scales[i] * h[p] B_i   with t = order[p]
     grouped_outer   A_i    = sum over p of h[p]^T x[order[p]]
 
-Ranks are not padded: of a row of h only the columns below the own rank are written or read, and tiles beyond it are not
-visited. Sums are float32 and out is rounded once. Products of float32, and of two types, are exact float32 (no TF32);
-where h meets a bank in half precision it counts with 16 bits or more. No atomics: the same inputs give the same bits,
-and the order of the rows changes none. Rows of the base come out bit by bit. A row whose adapter does not exist, or has
-a higher rank than was allowed for, comes out as NaN: an error would have to wait for the device.
+Ranks are not padded: in a row of h only the columns below its adapter's rank are written or read, and tiles beyond it
+are not visited. Sums are float32 and out is rounded once. Matmuls of float32, and of two dtypes, are exact float32 (no
+TF32). Where h meets a bank in half precision, it counts with 16 bits of precision or more. No atomics: the same inputs
+give the same bits, and the order of the rows changes none. Rows of the base are copied bit by bit.
+
+A row whose adapter does not exist, or has a higher rank than was allowed for, comes out as NaN. To raise an error would
+wait for the device.
 
 Sources: Punica (arXiv:2310.18547), S-LoRA (arXiv:2311.03285).
 """
@@ -66,7 +69,7 @@ __all__ = [
 
 
 def _same(size: Any, expected: Any) -> bool:
-    """Whether two sizes are equal; symbolic ones where nothing says that they are not."""
+    """Return whether two sizes are equal; symbolic sizes count as equal unless they are known to differ."""
     return not statically_known_true(size != expected)
 
 
@@ -102,7 +105,10 @@ def grouped_shrink(
     x: Tensor, bank: Tensor, starts: Tensor, order: Tensor, adapter: Tensor, start: Tensor, length: Tensor,
     chunk: int, max_rank: int,
 ) -> Tensor:  # fmt: skip
-    """h (T, max_rank) in float32: x (T, K) times the own rows of the bank (S, K); undefined beyond the own rank."""
+    """Return h (T, max_rank) in float32: x (T, K) times the rows in the bank (S, K) of each row's own adapter.
+
+    Columns beyond the rank of a row's adapter are undefined.
+    """
     table = Chunks(order, adapter, start, length)
     _check("grouped_shrink", x, bank, starts, table, chunk)
     if runs_kernels(x):
@@ -115,7 +121,10 @@ def grouped_expand(
     y: Tensor, h: Tensor, bank: Tensor, starts: Tensor, scales: Tensor,
     order: Tensor, adapter: Tensor, start: Tensor, length: Tensor, chunk: int,
 ) -> Tensor:  # fmt: skip
-    """y (T, N) plus the scaled product of h (T, R), float32, with the own rows of the bank (S, N), in y's type."""
+    """Return y (T, N) plus the scaled matmul of h (T, R) with the bank's rows of each row's own adapter, in y's dtype.
+
+    The bank is (S, N), and h is float32.
+    """
     table = Chunks(order, adapter, start, length)
     _check("grouped_expand", y, bank, starts, table, chunk, h, scales)
     if runs_kernels(y):
@@ -128,7 +137,10 @@ def grouped_outer(
     h: Tensor, v: Tensor, starts: Tensor, order: Tensor, adapter: Tensor, start: Tensor, length: Tensor,
     chunk: int, n_rows: int,
 ) -> Tensor:  # fmt: skip
-    """(n_rows, W) in float32: for each rank of each adapter the sum of v (T, W) weighted by h (T, R), float32."""
+    """Return (n_rows, W) in float32: for each rank of each adapter the sum of v (T, W), weighted by h (T, R).
+
+    A sum is over the rows of its own adapter. h is float32.
+    """
     table = Chunks(order, adapter, start, length)
     _check("grouped_outer", v, v, starts, table, chunk, h)
     if runs_kernels(v):
@@ -171,7 +183,7 @@ def _shrink_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _expand_alone(like: Tensor, h: Tensor, bank: Tensor, starts: Tensor, table: Chunks, chunk: int) -> Tensor:
-    """The product that grouped_expand adds to y, of the shape and type of ``like``."""
+    """Return the matmul that grouped_expand adds to y, unscaled, with the shape and dtype of ``like``."""
     zero = like.new_zeros((1, like.shape[1])).expand(like.shape)
     ones = torch.ones(starts.shape[0] - 1, device=like.device)
     return grouped_expand(zero, h, bank, starts, ones, *table, chunk)
@@ -190,7 +202,7 @@ def _expand_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     own = torch.arange(h.shape[1], device=h.device) < per_adapter(torch.diff(starts), adapter)[:, None]
     dh = dbank = dscales = None
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[4]:
-        # Beyond the own rank memory may hold anything, also NaN, which times 0 would reach the sums.
+        # Beyond the adapter's rank memory may hold anything. NaN times 0 would reach the sums, so zeros replace it.
         product = torch.where(own, grouped_shrink(grad, bank, starts, *table, ctx.chunk, h.shape[1]), 0)
         h = torch.where(own, h, 0)
         dh = (product * scale).to(h.dtype)
@@ -237,15 +249,17 @@ def grouped_lora(
     x: Tensor, y: Tensor, A: Tensor, B: Tensor, starts: Tensor, scales: Tensor, index: Tensor | Chunks,
     *, max_rank: int | None = None, chunk: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """y (T, N) plus the update of each row's adapter, see the module; differentiable in x, y, A, B and ``scales``.
+    """Return y (T, N) plus the update of each row's adapter, as the module docstring says.
 
-    Layers of one batch can share ``chunks(index, n_adapters, chunk)``, given as ``index``, along with the same
-    ``chunk`` (by default ``rows_per_chunk(T)``). ``max_rank`` is the highest rank there may be in ``starts``. Without
-    it, it is read from ``starts``, which waits for the device: give it inside torch.compile and CUDA graphs.
-    Raises BackendError for shapes, types or devices that do not fit.
+    It is differentiable in x, y, A, B and ``scales``. Layers of one batch can share ``chunks(index, n_adapters,
+    chunk)``, given as ``index``, along with the same ``chunk`` (by default ``rows_per_chunk(T)``).
+
+    ``max_rank`` is the highest rank that ``starts`` may have. None reads it from ``starts``, which waits for the
+    device: give it inside torch.compile and CUDA graphs. Raises BackendError for shapes, dtypes or devices that do not
+    fit.
     """
     n = starts.shape[0] - 1
-    # No size in a text: torch.compile would take it for a constant.
+    # Shapes and no f-string with a size: torch.compile would make the size a constant.
     check("grouped_lora", _same(A.shape[0], B.shape[0]), "as many rows in B as in A", (B.shape, A.shape))
     check("grouped_lora", _same(x.shape[0], y.shape[0]), "as many rows in y as in x", (y.shape, x.shape))
     chunk = rows_per_chunk(x.shape[0]) if chunk is None else chunk
@@ -259,7 +273,7 @@ def grouped_lora(
 def reference_grouped_lora(
     x: Tensor, y: Tensor, A: Tensor, B: Tensor, starts: Tensor, scales: Tensor, index: Tensor
 ) -> Tensor:
-    """The meaning of :func:`grouped_lora`, adapter by adapter."""
+    """Return the result of :func:`grouped_lora`, computed adapter by adapter."""
     dtype, out, edges = sum_type(x, y, A, B), y.clone(), starts.tolist()
     for i, (start, end) in enumerate(pairwise(edges)):
         rows = (index == i).nonzero().squeeze(1)

@@ -1,16 +1,17 @@
-"""A bank's rows on adapters of their own, by the products of :mod:`adaptc.kernels.grouped_lora`.
+"""Compute per-row adapters of a bank, by the matmuls of :mod:`adaptc.kernels.grouped_lora`.
 
     y + sum_k c[row, k] * scale[2 k] * (x A_k^T) B_k^T
 
-Before: ``x`` (rows * n, *, K) and ``y`` (rows * n, *, N), whose first axis has the ``n`` of each row in one stretch;
-``A`` (count, R, K), and ``B`` (count, N, R), which lies in memory as (count, R, N): the ranks of one adapter below
-those of another, as the kernels read them. ``starts`` (2 count + 1,) int32: adapter k has the ranks from starts[2 k] to
-starts[2 k + 1], and those up to the next are filling, which nothing reads; ``scale`` has a number for each of these
-stretches. ``c`` (rows, count). After: a new tensor of the dtype of ``y``.
+``x`` is (rows * n, *, K) and ``y`` (rows * n, *, N); the ``n`` entries of a batch row are consecutive. ``A`` is
+(count, R, K). ``B`` is (count, N, R), and lies in memory as (count, R, N): the kernels read the ranks of one adapter
+below those of another. ``c`` is (rows, count). The result is a new tensor of y's dtype.
 
-A row that has no adapter is copied, and one pays for the rank of its own alone. Of rows that mix adapters each of them
-takes a pass, between which the sums stay in float32. Which rows go together is worked out once for each ``c``, on the
-CPU: all layers of a call, and all calls of a generation, are of one.
+``starts`` is (2 count + 1,) int32. Adapter k has the ranks from starts[2 k] to starts[2 k + 1]. Those from there to
+starts[2 k + 2] are padding, which nothing reads. ``scale`` has a number for each of these 2 count stretches.
+
+A row without an adapter is copied, and a row pays only for the rank of its own adapter. Rows that mix adapters take one
+pass per adapter, and sums stay in float32 between passes. The grouping of rows is computed on the CPU, once for each
+tensor ``c``. All layers of a call, and all calls of a generation, share one.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ Pass = tuple[Chunks, int, Tensor | None]
 
 
 def grouped_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, starts: Tensor, scale: Tensor, c: Tensor) -> Tensor:
-    """See the module docstring. Raises BackendError for shapes, types or devices that do not fit."""
+    """Return y plus the updates of each row's adapters, as the module docstring says.
+
+    Raises BackendError for shapes, dtypes or devices that do not fit.
+    """
     return torch.ops.adaptc.grouped_rows(x, y, A, B, starts, scale, c)
 
 
@@ -67,7 +71,7 @@ torch.library.register_fake("adaptc::grouped_rows", _fake, lib=_LIBRARY)
 
 
 def plain_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, starts: Tensor, scale: Tensor, c: Tensor) -> Tensor:
-    """The meaning of :func:`grouped_rows`, in plain operators: every row by the factors of every adapter."""
+    """Return the result of :func:`grouped_rows` by plain ops, which multiply every row by every adapter's factors."""
     ranks, dtype = torch.diff(starts)[::2], sum_type(x, y, A)
     own = (torch.arange(A.shape[1], device=A.device) < ranks[:, None])[:, :, None]
     A, B = A.where(own, 0).to(dtype), B.where(own.mT, 0).to(dtype)
@@ -82,7 +86,10 @@ plain_in_transforms("grouped_rows", plain_rows, constant=range(7))
 
 
 class _Kept(threading.local):
-    """What was worked out of the last coefficients, by the number of positions; of a stream, whose memory it is."""
+    """The grouping of rows for the last coefficients ``c`` of a thread, by the number of positions.
+
+    Its tensors belong to the CUDA stream on which they were made, so another stream makes its own.
+    """
 
     def __init__(self) -> None:
         self.c: Any = None

@@ -1,4 +1,4 @@
-"""LoRA's two projections beside a product that cuBLAS computes (Hu et al., arXiv 2106.09685).
+"""Compute LoRA's two projections, next to a base matmul that cuBLAS computes (Hu et al., arXiv 2106.09685).
 
     lora_down(x, A, scale)         h = scale * x A^T, or x A^T without a scale
     lora_up_add(y, h, B, scale)    y' = y + scale * h B^T
@@ -8,12 +8,12 @@ float32, bfloat16 or float16 on its own; other devices than a GPU take float64 t
 as PEFT does where it keeps adapters in float32 beside a base in half precision; y' has y's type.
 
 The two have opposite shapes (as in Punica, arXiv 2310.18547, and S-LoRA, arXiv 2311.03285). Down reads long rows for a
-few numbers, and fills a GPU only if the sum over K is split over programs; for sites that share x, their A stacked to
-(sum of ranks, K) make one call. Up reads a few numbers for each of many outputs: what it costs is y, read once and
-written once.
+few numbers, and fills a GPU only if the sum over K is split over programs. For sites that share x, their A stacked to
+(sum of ranks, K) make one call. Up reads a few numbers for each of many outputs: its cost is y, read once and written
+once.
 
-Sums are float32, and what leaves is rounded once; products of float32 are exact float32 (no TF32). No atomics: the same
-inputs give the same bits. All tensors but the scale have gradients, without a kernel for them: each is a down
+Sums are float32, and results are rounded once; matmuls of float32 are exact float32 (no TF32). No atomics: the same
+inputs give the same bits. All tensors but the scale have gradients, without a kernel for them. Each is a down
 projection of other matrices, where the larger is cast as it is read and not copied.
 """
 
@@ -37,16 +37,17 @@ from adaptc.op_rules import plain_in_transforms
 # A kernel sees only constants of its own module.
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
-#: columns that a program of the up projection writes, for all types, since tables of siblings are made of such blocks
+#: the columns that a program of the up projection writes; one number for all dtypes, since the table of sibling layers
+#: has a row for each such block
 UP_BLOCK_N = 64
 
-#: programs that fill a GPU of about 130 multiprocessors twice
+#: the number of programs that fill a GPU of about 130 multiprocessors twice
 PROGRAMS = 256
 
 
 @triton.jit
 def dot_as(left, right, acc):
-    """acc + left @ right with ``left`` rounded to the type of ``right``."""
+    """Return acc + left @ right, with ``left`` rounded to the dtype of ``right``."""
     left = left.to(right.dtype)
     # The interpreter multiplies the bits of bfloat16 as integers.
     if _INTERPRETED:
@@ -60,7 +61,7 @@ def _down_kernel(
     x_ptr, a_ptr, scale_ptr, h_ptr, n_rows, K, rank, span, x_row, x_col, a_rank, a_col,
     HAS_SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """h[s, m, r]: the part of h[m, r] from the s-th ``span`` of k, a multiple of BLOCK_K."""
+    """Write h[s, m, r], the part of h[m, r] from the s-th ``span`` of k; ``span`` is a multiple of BLOCK_K."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     part = tl.program_id(2)
@@ -88,7 +89,7 @@ def _up_add_kernel(
 ):  # fmt: skip
     rows, cols = tile_of(n_cols, BLOCK_M, BLOCK_N)
     mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
-    # Before the product, which then hides the wait for memory.
+    # Loaded before the matmul, which then hides the wait for memory.
     y = tl.load(y_ptr + rows[:, None] * y_row + cols[None, :] * y_col, mask=mask, other=0.0)
     scale = tl.load(scale_ptr).to(tl.float32)
     update = low_rank_tile(
@@ -99,12 +100,15 @@ def _up_add_kernel(
 
 
 def empty(*sizes: Any) -> bool:
-    """Whether a grid over these sizes has no program, which a GPU refuses. Symbolic sizes count as positive."""
+    """Return whether a grid over these sizes has no program, which a GPU refuses. Symbolic sizes count as positive."""
     return any(statically_known_true(size == 0) for size in sizes)
 
 
 def down_blocks(dtype: torch.dtype, rank: Any) -> tuple[dict[str, int], int]:
-    """Blocks and warps. A symbolic rank gets the smallest blocks: it must not become a constant of compiled code."""
+    """Return blocks and the number of warps for the down projection by factors of this dtype and rank.
+
+    A symbolic rank gets the smallest blocks: it must not become a constant of compiled code.
+    """
     # Exact float32 products are not made by tensor cores and hold their operands in registers: small tiles.
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_R": 16, "BLOCK_K": 32}, 4
@@ -122,7 +126,10 @@ def up_blocks(left: torch.dtype, right: torch.dtype) -> dict[str, int]:
 
 
 def _parts(n_rows: Any, K: Any, rank: Any, t: dict[str, int]) -> int:
-    """Into how many parts the sum over K is split. With a symbolic size, as for few rows, where it matters most."""
+    """Return the number of parts of the sum over K.
+
+    Symbolic sizes get as many parts as few rows would, where splitting matters most.
+    """
     parts = 16
     if isinstance(n_rows, int) and isinstance(rank, int):
         parts = min(parts, PROGRAMS // (triton.cdiv(n_rows, t["BLOCK_M"]) * triton.cdiv(rank, t["BLOCK_R"])))
@@ -149,7 +156,10 @@ def launch_down(x: Tensor, A: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def launch_up_add(y: Tensor, h: Tensor, B: Tensor, scale: Tensor, out: Tensor) -> Tensor:
-    """Write to ``out``, which may be ``y`` itself: a program reads its tile before it writes it."""
+    """Write y + scale * h B^T to ``out``, and return it.
+
+    ``out`` may be ``y`` itself: a program reads its tile before it writes it.
+    """
     (n_rows, n_cols), t = y.shape, up_blocks(h.dtype, B.dtype)
     if not empty(n_rows, n_cols):
         with on_device_of(y):
@@ -166,14 +176,14 @@ def new_like(y: Tensor) -> Tensor:
 
 @triton_op("adaptc::lora_down", mutates_args=())
 def lora_down(x: Tensor, A: Tensor, scale: Tensor | None = None) -> Tensor:
-    """scale * x A^T, or x A^T: x (M, K), A (R, K), scale () -> (M, R) of A's type."""
+    """Return scale * x A^T, or x A^T without a scale: x (M, K), A (R, K), scale () -> (M, R) of A's dtype."""
     _check_down(x, A, scale)
     return launch_down(x, A, scale) if runs_kernels(x) else reference_lora_down(x, A, scale)
 
 
 @triton_op("adaptc::lora_up_add", mutates_args=())
 def lora_up_add(y: Tensor, h: Tensor, B: Tensor, scale: Tensor) -> Tensor:
-    """y + scale * h B^T: y (M, N), h (M, R), B (N, R), scale () -> (M, N) of y's type."""
+    """Return y + scale * h B^T: y (M, N), h (M, R), B (N, R), scale () -> (M, N) of y's dtype."""
     _check_up_add(y, h, B, scale)
     return launch_up_add(y, h, B, scale, new_like(y)) if runs_kernels(y) else reference_lora_up_add(y, h, B, scale)
 
@@ -191,7 +201,7 @@ def _(y: Tensor, h: Tensor, B: Tensor, scale: Tensor) -> Tensor:
 
 
 def check_scale(op: str, scale: Tensor | None, like: Tensor, shape: tuple[int, ...] = ()) -> None:
-    """Raise BackendError unless ``scale`` is None, or a tensor of that shape beside ``like``."""
+    """Raise BackendError unless ``scale`` is None, or a tensor of that shape on the device of ``like``."""
     if scale is not None:
         check(op, tuple(scale.shape) == shape, f"a scale of shape {shape}", tuple(scale.shape))
         check(op, scale.device == like.device, f"a scale on {like.device}, where the other tensors are", scale.device)
@@ -247,7 +257,7 @@ lora_up_add.register_autograd(_up_add_backward, setup_context=_save_up_add)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right^T in float32, the type that kernels sum in; in float64 if one of them is."""
+    """Return left @ right^T in float32, in which kernels sum; in float64 if one of the two is."""
     high = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
     return left.to(high) @ right.to(high).t()
 
@@ -266,7 +276,7 @@ plain_in_transforms("lora_up_add", reference_lora_up_add, constant=(3,))
 
 
 def _ahead_down(base: str, adapter: str, rank: int, of_gradient: bool) -> Ahead:
-    """``of_gradient``: with the strides and the scale of a gradient for B."""
+    """Return the record of a down projection; ``of_gradient`` gives it the strides and the scale of a gradient of B."""
     pointers = {"x_ptr": base, "a_ptr": adapter, "scale_ptr": "fp32", "h_ptr": adapter}
     name = f"lora_down-{base}-{adapter}-rank{rank}{'-gradient' if of_gradient else ''}"
     ones = ("x_row", "a_rank") if of_gradient else ("x_col", "a_col")

@@ -1,23 +1,26 @@
-"""A linear layer with LoRA as one op (Hu et al., arXiv 2106.09685).
+"""Compute a linear layer with LoRA as one op (Hu et al., arXiv 2106.09685).
 
     lora_linear(x, W, bias, A, B, scale)    y = x W^T + bias + scale * (x A^T) B^T
 
 x (..., K), W (N, K), A (R, K), B (N, R), of any strides; bias (N,) or None; scale a number or a 0-d tensor, read on the
-device. x, W and bias are of one type, float32, bfloat16 or float16, and A and B of one, which may be another: PEFT
-keeps adapters in float32 beside a base in half precision. Other devices than a GPU take float64 too. y has W's type.
-x is cast to A's type for the adapter, and h = x A^T rounded to it, as in the eager layers; everything else is float32,
-exact for products of float32 (no TF32), until y is rounded. No atomics: the same inputs give the same bits.
+device. x, W and bias have one dtype: float32, bfloat16 or float16. A and B have one dtype, which may be another: PEFT
+keeps adapters in float32 over a base in half precision. Other devices than a GPU take float64 too. y has W's dtype.
 
-Up to 16 rows (decoding) one kernel does it all: each program owns a block of columns of y and goes over K once, with
-one tile of x for both x W^T and h. W is read once, and that is nearly all the time there is: a launch for h, or reading
-y back to add to it, would be large beside it. The price is that every program computes all of h for itself. For each
-block of columns that is R K elements of A, R / BLOCK_N of what the program reads of W, from the L2 cache after the
-first, and as many more products. With more rows cuBLAS is the faster at x W^T, and the price would be paid once more
-for each 16: they take cuBLAS, a down projection, and an up projection that adds in place
-(:mod:`adaptc.kernels.lora_epilogue`). There the base's product is rounded to W's type before the sum is.
+For the adapter x is cast to A's dtype, and h = x A^T is rounded to it, as in the eager layers. Everything else is
+float32 until y is rounded, and exact for matmuls of float32 (no TF32). No atomics: the same inputs give the same bits.
 
-The backward computes h anew instead of keeping it: R is small, so that takes R / N of the time of the layer's own
-product, and autograd would keep a tensor for every layer and token. W gets a gradient only if it asks for one.
+Up to 16 rows (decoding) one kernel does it all. Each program owns a block of columns of y and goes over K once, with
+one tile of x for both x W^T and h. W is read once, which takes nearly all the time. A launch for h, or reading y back
+to add to it, would take long in comparison. The price is that every program computes all of h for itself. For that, a
+program reads R K elements of A, which is R / BLOCK_N of its reads of W. After the first program they come from the L2
+cache. It multiplies as many more numbers.
+
+For more rows cuBLAS is faster at x W^T, and the price would be paid again for every 16 rows. They take cuBLAS, a down
+projection, and an up projection that adds in place (:mod:`adaptc.kernels.lora_epilogue`). There the base's matmul is
+rounded to W's dtype before the sum is.
+
+The backward computes h again instead of keeping it. R is small, so that takes R / N of the time of the layer's own
+matmul. Autograd would keep a tensor for every layer and token. W gets a gradient only if it asks for one.
 """
 
 from __future__ import annotations
@@ -49,10 +52,10 @@ from adaptc.kernels.lora_epilogue import (
 )
 from adaptc.op_rules import plain_in_transforms
 
-#: rows up to which one kernel does it all: the least that matrix instructions take
+#: the number of rows up to which one kernel does it all: the fewest that matrix instructions take
 FEW_ROWS = 16
 
-#: more than triton's default, since waiting for W is all there is to hide
+#: pipeline stages: more than triton's default, since most of the time goes to waiting for W
 STAGES = 4
 
 
@@ -83,7 +86,7 @@ def _few_rows_kernel(
         h = dot_as(x, a, h)
     b = tl.load(b_cols + r[:, None] * b_rank, mask=rank_ok[:, None] & col_ok, other=0.0)
     update = dot_as(h, b, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
-    # Ranks above BLOCK_R: once more over x and A, but not over W.
+    # Ranks above BLOCK_R read x and A again, but not W.
     for above in range(BLOCK_R, rank, BLOCK_R):
         r = (above + tl.arange(0, BLOCK_R)).to(tl.int64)
         rank_ok = r < rank
@@ -103,7 +106,10 @@ def _few_rows_kernel(
 
 
 def few_rows_blocks(base: torch.dtype, adapter: torch.dtype, n_cols: Any, rank: Any) -> tuple[dict[str, int], int]:
-    """Blocks and warps. A symbolic rank gets the smallest blocks: it must not become a constant of compiled code."""
+    """Return blocks and the number of warps for few rows.
+
+    A symbolic rank gets the smallest blocks: it must not become a constant of compiled code.
+    """
     # Exact float32 products are not made by tensor cores and hold their operands in registers: small tiles.
     if torch.float32 in (base, adapter):
         return {"BLOCK_M": FEW_ROWS, "BLOCK_N": 16, "BLOCK_K": 32, "BLOCK_R": 16}, 4
@@ -130,7 +136,7 @@ def _launch_few_rows(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Te
 
 
 def _launch(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
-    # A symbolic number of rows takes what is right for any: a guard here would compile anew for a longer prompt.
+    # A symbolic number of rows takes the path for any number: a guard here would compile anew for a longer prompt.
     if statically_known_true(x.shape[0] <= FEW_ROWS):
         return _launch_few_rows(x, W, bias, A, B, scale)
     y = F.linear(x, W, bias)
@@ -151,9 +157,9 @@ def _(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: Te
 
 
 def lora_linear(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float | Tensor) -> Tensor:
-    """x W^T + bias + scale * (x A^T) B^T: x (..., K), W (N, K), bias (N,), A (R, K), B (N, R) -> (..., N).
+    """Return x W^T + bias + scale * (x A^T) B^T: x (..., K), W (N, K), bias (N,), A (R, K), B (N, R) -> (..., N).
 
-    Gradients for all but the scale. Raises BackendError for shapes, types or devices it is not defined for.
+    All tensors but the scale have gradients. Raises BackendError for shapes, dtypes or devices it is not defined for.
     """
     check("lora_linear", x.ndim > 0, "x of shape (..., K)", tuple(x.shape))
     rows = x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)

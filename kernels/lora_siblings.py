@@ -1,18 +1,19 @@
-"""LoRA's up projection onto layers that share their input: query, key and value, or gate and up.
+"""Compute LoRA's up projection for sibling layers, which share their input: query, key and value, or gate and up.
 
     lora_up_add_siblings(y, h, B, table, scales, widths)    y' = y + scale_i * h_i B_i^T in the columns of each layer i
 
-The layers have their W and their A stacked, so that one product gives y (M, sum of widths) and one down projection h
-(M, sum of ranks), both of any strides. B (sum of widths times ranks,) holds their matrices transposed, (rank, width),
-one after another (:func:`sibling_factors`): a program reads few ranks of many columns. A table (:func:`sibling_table`)
-names for each block of columns of y the columns of h, the part of B and the scale that belong to it, so that the zeros
-of a block-diagonal B are neither stored nor multiplied, and ranks and scales may differ. A swap to other ranks is
-another table of the same shape: nothing is compiled.
+The layers have their W and their A stacked. So one matmul gives y (M, sum of widths), and one down projection gives h
+(M, sum of ranks), both of any strides. B (sum of widths times ranks,) holds their factors transposed, (rank, width),
+one after another (:func:`sibling_factors`): a program then reads few ranks of many columns.
+
+A table (:func:`sibling_table`) says for each block of columns of y which columns of h, which part of B and which scale
+belong to it. So the zeros of a block-diagonal B are neither stored nor multiplied, and ranks and scales may differ. A
+swap to other ranks is another table of the same shape: nothing is compiled.
 
 y, h, B and scales are float32, bfloat16 or float16 each on its own; other devices than a GPU take float64 too. Sums are
-float32, exact for products of float32 (no TF32), and y', which has y's type, is rounded once. No atomics: the same
-inputs give the same bits. Gradients for y, h and B go by torch ops and through the block-diagonal matrix, as they are
-not what siblings are for: it is small, having as many columns as h.
+float32, exact for matmuls of float32 (no TF32), and y', which has y's dtype, is rounded once. No atomics: the same
+inputs give the same bits. Gradients for y, h and B use torch ops and the block-diagonal matrix, since this op is for
+inference. That matrix is small: it has as many columns as h.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from adaptc.kernels._tile import NAMES, TYPES, low_rank_tile
 from adaptc.kernels.lora_epilogue import UP_BLOCK_N, empty, lora_down, new_like, product, up_blocks
 from adaptc.op_rules import plain_in_transforms
 
-#: what a row of a table says about a block of columns of y, in this order: its first column, how many it has, where it
-#: begins within the layer, the layer's width, first column of h, rank and beginning in B, and which layer it is
+#: the number of fields in a table's row for a block of columns of y, in this order: its first column, its number of
+#: columns, its first column within the layer, then the layer's width, first column of h, rank, begin in B, and number
 FIELDS = 8
 
 # A kernel sees only constants of its own module, and of this type.
@@ -62,7 +63,7 @@ def _siblings_kernel(
     within = tl.arange(0, BLOCK_N).to(tl.int64)
     cols = (first + within)[None, :]
     mask = (rows < n_rows)[:, None] & (within < n_block)[None, :]
-    # Before the product, which then hides the wait for memory.
+    # Loaded before the matmul, which then hides the wait for memory.
     y = tl.load(y_ptr + rows[:, None] * y_row + cols * y_col, mask=mask, other=0.0)
     update = low_rank_tile(
         h, b_ptr + b_first, rows, within, n_rows, n_block, rank, h_row, h_rank, width, 1, BLOCK_M, BLOCK_N, BLOCK_R
@@ -87,11 +88,13 @@ def _launch(y: Tensor, h: Tensor, B: Tensor, table: Tensor, scales: Tensor, widt
 def lora_up_add_siblings(
     y: Tensor, h: Tensor, B: Tensor, table: Tensor, scales: Tensor, widths: Sequence[int]
 ) -> Tensor:
-    """y (M, sum of widths) and what h (M, sum of ranks) adds to it: a tensor like y.
+    """Return y (M, sum of widths) plus scale_i * h_i B_i^T in the columns of each layer i: a tensor like y.
 
-    B (sum of widths times ranks,) from :func:`sibling_factors`, ``table`` from :func:`sibling_table`; scales (layers,).
-    Gradients for y, h and B. Raises BackendError for shapes, types or devices it is not defined for. Not for a table of
-    other ranks than those of B and h, which cannot be told without waiting for the device.
+    h is (M, sum of ranks), B (sum of widths times ranks,) from :func:`sibling_factors`, ``table`` from
+    :func:`sibling_table`, and scales (layers,). y, h and B have gradients.
+
+    Raises BackendError for shapes, dtypes or devices it is not defined for. It does not check that the ranks in the
+    table are those of B and h, which would wait for the device.
     """
     _check(y, h, B, table, scales, widths)
     run = _launch if runs_kernels(y) else reference_lora_up_add_siblings
@@ -105,13 +108,15 @@ def _(y: Tensor, h: Tensor, B: Tensor, table: Tensor, scales: Tensor, widths: Se
 
 
 def sibling_factors(matrices: Sequence[Tensor]) -> Tensor:
-    """Up projections, each (width, rank), in the form that the op takes them: (sum of widths times ranks,)."""
+    """Return up projections, each (width, rank), in the form that the op takes: (sum of widths times ranks,)."""
     return torch.cat([B.t().reshape(-1) for B in matrices])
 
 
 def sibling_table(widths: Sequence[int], ranks: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """The table (blocks of columns, FIELDS), int64, for layers of these widths and ranks. The blocks do not depend on
-    the ranks. Raises BackendError unless there is a rank for each width."""
+    """Return the table (blocks of columns, FIELDS), int64, for layers of these widths and ranks.
+
+    The number of blocks does not depend on the ranks. Raises BackendError unless there is a rank for each width.
+    """
     check("sibling_table", len(widths) == len(ranks), "a rank for each width", f"{len(ranks)} for {len(widths)}")
     rows, column, h_column, begin = [], 0, 0, 0
     for layer, (width, rank) in enumerate(zip(widths, ranks, strict=True)):
@@ -124,7 +129,7 @@ def sibling_table(widths: Sequence[int], ranks: Sequence[int], device: torch.dev
 
 
 def table_of(matrices: Sequence[Tensor]) -> Tensor:
-    """:func:`sibling_table` of these up projections, each (width, rank)."""
+    """Return the :func:`sibling_table` of these up projections, each (width, rank), on the device of the first."""
     widths, ranks = zip(*(B.shape for B in matrices), strict=True)
     return sibling_table(widths, ranks, matrices[0].device)
 
@@ -159,14 +164,14 @@ def _check(y: Tensor, h: Tensor, B: Tensor, table: Tensor, scales: Tensor, width
 
 
 def _at_columns(table: Tensor, n_cols: int) -> tuple[Tensor, ...]:
-    """The fields for each column of y, each (N,), the third as the column's place in its layer."""
+    """Return the table's fields for each column of y, each (N,); the third is the column's place in its layer."""
     column = torch.arange(n_cols, device=table.device)
     fields = table[torch.searchsorted(table[:, 0].contiguous(), column, right=True) - 1].unbind(1)
     return *fields[:2], fields[2] + column - fields[0], *fields[3:]
 
 
 def _block_diagonal(B: Tensor, table: Tensor, n_cols: int, n_ranks: int) -> Tensor:
-    """B as a matrix (N, sum of ranks), from what the table says and so without waiting for the device."""
+    """Return B as a block-diagonal matrix (N, sum of ranks), by the table, without waiting for the device."""
     _, _, within, width, h_column, rank, begin, _ = (t[:, None] for t in _at_columns(table, n_cols))
     r = torch.arange(n_ranks, device=table.device) - h_column
     place = torch.where((r >= 0) & (r < rank), begin + r * width + within, B.shape[0])
@@ -174,7 +179,7 @@ def _block_diagonal(B: Tensor, table: Tensor, n_cols: int, n_ranks: int) -> Tens
 
 
 def _from_block_diagonal(dense: Tensor, table: Tensor, size: int) -> Tensor:
-    """What stands in a matrix (N, sum of ranks) where the elements of B do, in their order: (size,)."""
+    """Return the elements of a matrix (N, sum of ranks) at the places of B's elements, in B's order: (size,)."""
     place = torch.arange(size, device=table.device)
     # A layer of rank 0 begins in B where the next one does: the last that begins there is the one with elements.
     block = torch.searchsorted(table[:, 6].contiguous(), place, right=True) - 1

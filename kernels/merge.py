@@ -1,6 +1,6 @@
-"""Merging a low-rank update into a weight in place, one tile at a time.
+"""Merge a low-rank update into a weight in place, one tile at a time.
 
-No program uses these yet: a bank of adapters will, to fold the one in use into the weights and take it out again.
+No program uses these ops yet. A bank will, to merge the adapter in use into the weights and take it out again.
 
     merge_(W, A, B, scale)               W <- round(W + scale * B A)
     merge_saving_(W, A, B, scale)        the same, and the old W as a new tensor, in one pass over W
@@ -9,10 +9,10 @@ No program uses these yet: a bank of adapters will, to fold the one in use into 
 W: (out, in), any strides without overlap; A: (r, in); B: (out, r); scale: a number or a 0-d tensor. Each tensor is
 float32, bfloat16 or float16 on its own; other devices than a GPU take float64 too. A and B share no memory with W.
 
-The sum is made in float32 and rounded to the type of W once. Nothing of the size of W is allocated but ``saved``. The
-order in which a product over the rank is summed up is the hardware's, so the sum may differ from the reference's by the
-rounding of float32, and where that lies on the border between two values of W's type, the result by one unit in the
-last place. Subtracting the product again would not give W back: the saved values do.
+The sum is made in float32 and rounded to the dtype of W once. Nothing of the size of W is allocated but ``saved``. The
+hardware chooses the order in which a matmul over the rank is summed up. So the sum may differ from the reference's by
+the rounding of float32. Where that lies on the border between two values of W's dtype, the result differs by one unit
+in the last place. Subtracting scale * B A again would not give W back: the saved values do.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _merge_kernel(
     rows, cols = tile_of(n_cols, BLOCK_M, BLOCK_N)
     mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
     place = w_ptr + rows[:, None] * w_row + cols[None, :] * w_col
-    # Before the product, which then hides the wait for memory.
+    # Loaded before the matmul, which then hides the wait for memory.
     w = tl.load(place, mask=mask, other=0.0)
     if SAVE:
         tl.store(saved_ptr + rows[:, None] * n_cols + cols[None, :], w, mask=mask)
@@ -87,7 +87,7 @@ def _launch(W: Tensor, saved: Tensor | None, A: Tensor, B: Tensor, scale: Tensor
 
 
 def reference_merge(W: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
-    """The merged weight as a new tensor: summed in float32 (float64 for float64), rounded once."""
+    """Return the merged weight as a new tensor: summed in float32 (float64 for float64), rounded once."""
     high = torch.promote_types(W.dtype, torch.float32)
     return (W.to(high) + scale.to(high) * (B.to(high) @ A.to(high))).to(W.dtype)
 
@@ -131,9 +131,9 @@ for _name in ("merge_", "merge_saving_"):
 
 @torch.no_grad()
 def merge_(W: Tensor, A: Tensor, B: Tensor, scale: float | Tensor) -> None:
-    """W <- round(W + scale * B A), in place. Autograd does not see it.
+    """Set W to round(W + scale * B A), in place. Autograd does not see it.
 
-    Raises BackendError for shapes, types, devices or strides it is not defined for, W unchanged.
+    Raises BackendError for shapes, dtypes, devices or strides it is not defined for; W is unchanged then.
     """
     _check("merge_", W, A, B)
     _merge_op(W, A, B, as_scale(scale, W))
@@ -141,14 +141,17 @@ def merge_(W: Tensor, A: Tensor, B: Tensor, scale: float | Tensor) -> None:
 
 @torch.no_grad()
 def merge_saving_(W: Tensor, A: Tensor, B: Tensor, scale: float | Tensor) -> Tensor:
-    """:func:`merge_`, and what W was before: (out, in), contiguous, of the type of W."""
+    """Set W to round(W + scale * B A), in place, and return the old W: (out, in), contiguous, of W's dtype.
+
+    Raises BackendError as :func:`merge_` does.
+    """
     _check("merge_saving_", W, A, B)
     return _merge_saving_op(W, A, B, as_scale(scale, W))
 
 
 @torch.no_grad()
 def unmerge_(W: Tensor, saved: Tensor) -> None:
-    """Write ``saved`` back to W, exactly. Raises BackendError if it is not of W's shape and type."""
+    """Write ``saved`` back to W, exactly. Raises BackendError if it is not of W's shape and dtype."""
     check("unmerge_", W.shape == saved.shape, f"saved values of shape {tuple(W.shape)}", tuple(saved.shape))
     check("unmerge_", W.dtype == saved.dtype, f"saved values in {W.dtype}, since a conversion rounds", saved.dtype)
     W.copy_(saved)

@@ -1,1 +1,1 @@
-"""Adapters outside of any program: as objects, combined with one another, and made of changed weights."""
+"""Handle adapters outside of any program: as objects, combined with one another, and made from changed weights."""

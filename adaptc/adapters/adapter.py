@@ -1,4 +1,4 @@
-"""An adapter as an object: its config and its tensors, outside of any program, with the arithmetic of changes."""
+"""Define an adapter as an object: its config and tensors, outside of any program, with task arithmetic."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ from adaptc.peft_files.raw import RawFile, of_peft
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """What a PEFT directory holds: ``config``, and ``tensors`` by PEFT's keys, with or without ``base_model.model.``.
+    """The content of a PEFT directory: ``config``, and ``tensors`` by PEFT's keys, with or without
+    ``base_model.model.``.
 
-    ``swap``, ``bind``, ``compile`` and ``combine`` take it like a directory, ``save_adapter`` writes it. ``source``
-    says in messages what it is. ``report``: of one that was made by :func:`adaptc.convert_to_lora` or
-    :func:`adaptc.subtract_adapter`, how near it is to what it was made of.
+    ``swap``, ``bind``, ``compile`` and ``combine`` take it like a directory, and ``save_adapter`` writes it. ``source``
+    names it in messages. ``report`` is set on results of :func:`adaptc.convert_to_lora` and
+    :func:`adaptc.subtract_adapter`, and tells how near the adapter is to its original; otherwise None.
 
-    ``a + b``, ``a - b``, ``0.5 * a``, ``-a`` and ``a / 2`` are task arithmetic: the changes of the weights are added
-    and scaled, exactly, so that ranks add up (``adaptc.combine`` has other ways). Sums of IA3 are those of its
+    ``a + b``, ``a - b``, ``0.5 * a``, ``-a`` and ``a / 2`` are task arithmetic. The changes of the weights are added
+    and scaled exactly, so that ranks add up; ``adaptc.combine`` has other ways. Sums of IA3 adapters are sums of their
     factors, as in PEFT.
 
-    Its tensors are shared with whoever made it, and are not to be written to. Raises CheckpointError for tensors that
-    are none, or not finite, ConfigError for what is no config.
+    Its tensors are shared with its maker, and must not be written to. Making one raises CheckpointError for values that
+    are no tensors or not finite, and ConfigError for a bad config.
     """
 
     config: AdapterConfig
@@ -61,15 +62,16 @@ class Adapter:
         return type(self), (self.config, dict(self.tensors), self.source, self.report)
 
     def as_file(self) -> AdapterFile:
-        """As a directory that was read: what binds adapters takes it so."""
+        """Return the adapter as a directory that was read, for code that binds adapters."""
         return AdapterFile(self.config.to_dict(), self.tensors, Path(self.source))
 
     def write(self, path: str | os.PathLike[str], **options: Any) -> Path:
-        """As a PEFT directory; ``options`` as for :func:`adaptc.binding.directories.write_whole`."""
+        """Write the adapter as a PEFT directory; ``options`` are those of
+        :func:`adaptc.binding.directories.write_whole`."""
         return write_whole(path, self.config, self.tensors, **options)
 
     def to(self, device: torch.device | str) -> Adapter:
-        """The same on a device."""
+        """Return the adapter with its tensors on ``device``."""
         return Adapter(self.config, {k: t.to(device) for k, t in self.tensors.items()}, self.source, self.report)
 
     def __add__(self, other: Any) -> Adapter:
@@ -105,7 +107,7 @@ def _sum(a: Adapter, b: Adapter, sign: float, word: str) -> Adapter:
 
 
 def _made(adapters: list[Adapter], weights: list[float], source: str) -> Adapter:
-    """The exact sum, in the way that the adapters' method has one."""
+    """Return the exact weighted sum of the adapters, as their method defines it."""
     return Adapter(*combined(adapters, weights, Options(), "cat"), source)
 
 
@@ -116,11 +118,12 @@ def load_adapter(
     adapter_name: str | None = None,
     key_mapping: Mapping[str, str] | None = None,
 ) -> Adapter:
-    """An adapter of a PEFT directory as an object, in memory of its own.
+    """Load the adapter of a PEFT directory as an object, in memory of its own.
 
-    ``adapter_name`` picks one of several in the directory, ``key_mapping`` renames keys, both as for :func:`swap`.
-    ``config`` stands for the file's own, and is needed for weights that have none beside them. Raises CheckpointError
-    and ConfigError; of other formats than PEFT's, whose keys are known with the model alone, it says the way.
+    ``adapter_name`` picks one of several in the directory, and ``key_mapping`` renames keys, both as for :func:`swap`.
+    ``config`` replaces the file's own, and is needed for weights that have none beside them. Raises CheckpointError and
+    ConfigError. The keys of other formats than PEFT's are known only with the model, so for those the error says what
+    to do.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise AdaptcError(f"load_adapter takes the path of an adapter, not a {type(path).__name__}")

@@ -1,8 +1,4 @@
-"""``arrow_adapter``: LoRA adapters as one adapter that routes between them.
-
-Before: whatever a user hands over as adapters. After: an :class:`~adaptc.adapters.adapter.Adapter` that programs are
-compiled with and swapped to, or an error.
-"""
+"""Make one adapter of LoRA adapters with Arrow routing between them (``arrow_adapter``)."""
 
 from __future__ import annotations
 
@@ -20,17 +16,19 @@ from adaptc.methods.arrow import ArrowConfig
 def arrow_adapter(
     task_specific_adapter_paths: Sequence[Any], arrow_config: Any, general_adapter_paths: Sequence[Any] | None = None
 ) -> Adapter:
-    """Arrow (arXiv 2405.11157): one adapter in which each token of a call chooses among LoRA adapters, layer by layer.
+    """Return an Arrow adapter (arXiv 2405.11157), in which each token chooses among LoRA adapters, layer by layer.
 
-    ``task_specific_adapter_paths``: PEFT directories of plain LoRA adapters, or :class:`Adapter` objects, at the same
-    linear layers. Their ranks and scales may differ. ``arrow_config``: an :class:`ArrowConfig`, or peft's. With
-    ``use_gks`` the mean A and B of ``general_adapter_paths`` are taken from those of each (GenKnowSub); no tensor of
-    the caller's is written to. ``compile``, ``swap``, ``bind`` and ``compile_for_generation`` take the result like a
-    directory, and programs swap to any number of adapters of any ranks. ``save_adapter`` writes the adapters, and the
-    ``arrow_router`` that routes between them, as PEFT does: a directory of it is an adapter again.
+    ``task_specific_adapter_paths`` are PEFT directories of plain LoRA adapters, or :class:`Adapter` objects, at the
+    same linear layers. Their ranks and scales may differ. ``arrow_config`` is an :class:`ArrowConfig`, or peft's. With
+    ``use_gks`` the mean A and B of ``general_adapter_paths`` are subtracted from those of each adapter (GenKnowSub). No
+    tensor of the caller's is written to.
+
+    ``compile``, ``swap``, ``bind`` and ``compile_for_generation`` take the result like a directory. Programs swap to
+    any number of adapters of any ranks. ``save_adapter`` writes the adapters, and the ``arrow_router`` that routes
+    between them, as PEFT does; the path of that directory is an adapter again.
 
     Raises ConfigError for adapters that are not plain LoRA or have other modules, and for general adapters without
-    ``use_gks``, CheckpointError for files and shapes.
+    ``use_gks``. Raises CheckpointError for files and shapes.
     """
     arrow = ArrowConfig.of(arrow_config)
     tasks = _experts("task_specific_adapter_paths", task_specific_adapter_paths)

@@ -1,7 +1,6 @@
-"""Changes of weights as an adapter of LoRA: the factors, PEFT's keys and the config.
+"""Turn changes of weights into a LoRA adapter: the factors, PEFT's keys and the config.
 
-Before: the sites of a program, and the change at each. After: tensors and a config that PEFT and adaptc read, with
-scale one. Biases that change are LoRA's own (``lora_bias``).
+PEFT and adaptc can read the result, which has scale 1. Biases that change become LoRA's own (``lora_bias``).
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from adaptc.peft_files.directory import all_finite
 
 @dataclass(frozen=True)
 class Made:
-    """An adapter of LoRA before it is an object."""
+    """A LoRA adapter before it is an object: config, tensors, and the report on its fit."""
 
     config: LoraConfig
     tensors: Mapping[str, Tensor]
@@ -35,7 +34,10 @@ class Made:
 
 
 def cut_of(rank: object) -> Cut:
-    """An integer is a rank, a fraction the part of the energy that is kept (PEFT's rule). Raises ConfigError."""
+    """Return the cut for ``rank``: an integer is a rank, a fraction the part of the energy to keep (PEFT's rule).
+
+    Raises ConfigError for any other value.
+    """
     if isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1:
         return Cut(rank)
     if isinstance(rank, float) and 0 < rank <= 1:
@@ -55,8 +57,12 @@ def as_lora(
     source: str,
     others: Mapping[str, Tensor],
 ) -> Made:
-    """``sites``: each with what computes its change, one at a time. ``config`` chooses them, ``others`` are tensors
-    beside them. Raises ConfigError where nothing changes or LoRA has no form, CheckpointError for what is not finite.
+    """Return the LoRA adapter that has these changes, cut to a rank.
+
+    ``sites`` pairs each attachment with a function that computes its change; one change is computed at a time.
+    ``config`` is that of the original adapter and chooses the sites. ``others`` are tensors that the adapter has
+    besides. Raises ConfigError where no weight changes or LoRA has no form for a change, and CheckpointError for values
+    that are not finite.
     """
     parts: dict[str, tuple[Attachment, Op, LowRank]] = {}
     rows: list[SiteFit] = []
@@ -95,7 +101,7 @@ def as_lora(
 
 def _slots(lora: LoraConfig, a: Attachment, op: Op, part: LowRank, biased: bool) -> dict[str, Tensor]:
     method = lora.method(a.name or a.module, a.kind)
-    if a.name not in ("", a.module, a.fqn):  # a layer inside an adapted one
+    if a.name not in ("", a.module, a.fqn):  # a layer that is nested in an adapted one
         method = method.nested()
     like = {n: torch.empty(s.shape, device="meta") for n, s in method.slots(op).items()}
     scale = method.scale(op)
@@ -115,7 +121,7 @@ def _check(change: Change, a: Attachment, source: str) -> None:
 
 
 def _config(config: TargetedConfig, sites: Sequence[Attachment]) -> LoraConfig:
-    """LoRA's, with what ``config`` says of where it is."""
+    """Return the config of LoRA at ``sites``, with the options of ``config`` that choose where an adapter is."""
     own = {f.name for f in fields(TargetedConfig)} | {"bias", "trainable_token_indices", "layer_replication"}
     values = {n: getattr(config, n) for n in own if n != "peft_version"}
     values["bias"] = "lora_only" if str(values["bias"]).endswith("_only") else values["bias"]

@@ -1,7 +1,7 @@
-"""What an adapter of a program changes, weight by weight, by the definition of its method.
+"""Compute the changes that an adapter of a program makes to weights, by the definition of its method.
 
-A change is ``weight(W) - W`` in float32 (float64 for such weights), of the model's own W, whatever base the adapter was
-trained on. Nothing of the program is changed, and one weight at a time is held.
+A change is ``weight(W) - W`` in float32, or float64 for float64 weights. W is the model's own weight, whatever base the
+adapter was trained on. The program is unchanged, and one weight at a time is in memory.
 """
 
 from __future__ import annotations
@@ -22,14 +22,21 @@ from adaptc.passes.ir.ops import Op
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """``matrix`` (blocks, rows, columns) as :class:`~adaptc.passes.ir.low_rank.LowRank` has it; ``bias`` (out,)."""
+    """The change of one weight and its bias.
+
+    ``matrix`` (blocks, rows, columns) is as in :class:`~adaptc.passes.ir.low_rank.LowRank`. ``bias`` is (out,), None
+    where no bias changes.
+    """
 
     matrix: Tensor
     bias: Tensor | None
 
 
 class Changes:
-    """Of one adapter: the attachments of its method by weight, and the tensors of the others as they are in files."""
+    """The changes of one adapter: its attachments by weight, and its other tensors as files have them.
+
+    Making one raises ConfigError for a method that changes no weights by matrices.
+    """
 
     def __init__(self, spec: BindingSpec, binding: Binding) -> None:
         config = binding.config
@@ -54,7 +61,11 @@ class Changes:
 
     @torch.no_grad()
     def at(self, fqn: str) -> Change:
-        """Raises ConfigError where the method changes no weight, or one that is no matrix."""
+        """Return the change of the weight called ``fqn``.
+
+        Raises ConfigError where the method acts on activations, the weight is no real matrix, or LoRA has no tensor for
+        the bias.
+        """
         spec, group = self.spec, self.sites[fqn]
         stored = spec.weights[fqn].detach()
         if stored.ndim < 2 or not stored.is_floating_point():
@@ -100,7 +111,8 @@ def _dense(op: Op, canonical: Tensor) -> Tensor:
 
 
 def _blocks(op: Op, canonical: Tensor) -> Tensor:
-    """As LoRA has it: one matrix for each expert, or for each group of outputs, which read all inputs."""
+    """Return the change as LoRA has it: a matrix for each expert, or for each group of outputs, which read all
+    inputs."""
     if op.experts:
         return canonical
     return canonical.reshape(op.groups, canonical.shape[0] // op.groups, -1)

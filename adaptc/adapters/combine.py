@@ -1,4 +1,5 @@
-"""``combine``: what a user hands over as adapters and weights, and the two ways to one adapter."""
+"""Combine several adapters into one (``combine``), from their tensors alone or by their changes of a model's
+weights."""
 
 from __future__ import annotations
 
@@ -46,31 +47,34 @@ def combine(
     model: Any = None,
     example_inputs: Any = None,
 ) -> Adapter:
-    """One adapter of several, each with a weight: an ordinary adapter, as an object that ``swap``, ``bind``,
-    ``compile`` and ``save_adapter`` take.
+    """Return one adapter made of several, each with a weight, as an object that ``swap``, ``bind`` and ``compile``
+    take.
 
-    ``adapters``: weights by PEFT directory, or pairs of an adapter and its weight; there adapters may also be state
-    dicts (with ``config``), :class:`Adapter` objects, programs, and what ``prog.bind`` returned. Weights may be
-    negative. Ranks, alphas, layers and patterns may differ; each layer is made of the adapters that have it.
+    ``save_adapter`` writes it. ``adapters`` maps PEFT directories to weights, or is a list of (adapter, weight) pairs.
+    In pairs, adapters may also be state dicts (with ``config``), :class:`Adapter` objects, programs, and results of
+    ``prog.bind``. Weights may be negative. Ranks, alphas, layers and patterns may differ. Each layer is made of the
+    adapters that have it.
 
-    ``method``: PEFT's combination types, with PEFT's numbers. "cat" is the exact sum, whose ranks add up; "svd" (the
-    default for LoRA) is the sum cut to ``svd_rank``, by default the largest rank; "linear", "ties", "dare_linear",
-    "dare_ties" and "magnitude_prune" act on the two factors apart, which is an approximation; with "_svd" behind (but
-    for linear) on the changes of the weights, cut as "svd" is. ``density``: the part of the entries that is kept.
-    ``majority_sign_method``: "total" elects signs by sums, "frequency" by heads. ``svd_clamp``: the quantile of the
-    factors' entries that larger ones are cut down to. ``svd_full_matrices`` and ``svd_driver`` (on a GPU) are torch's,
-    and change how the result is computed alone. ``generator`` draws for dare; by default torch's global one. Methods
-    whose change is linear in one tensor (IA3, C3A, FourierFT, WaveFT, MiSS) have the weighted sum, "linear".
+    ``method`` is one of PEFT's combination types, with PEFT's numbers. "cat" is the exact sum, whose ranks add up.
+    "svd", the default for LoRA, is the sum cut to ``svd_rank``, by default the largest rank. "linear", "ties",
+    "dare_linear", "dare_ties" and "magnitude_prune" act on each of the two factors, which is an approximation. All but
+    "linear" may end in "_svd": they then act on the changes of the weights, cut as "svd" cuts them. Methods whose
+    change is linear in one tensor (IA3, C3A, FourierFT, WaveFT, MiSS) have only the weighted sum, "linear".
 
-    The result has scale one (alpha = r): rsLoRA, and ``lora_bias``, are taken for what they do. Tensors that are
-    trained whole are averaged, if the weights of the adapters that have them sum to one.
+    ``density`` is the part of the entries that is kept. ``majority_sign_method`` "total" elects signs by sums,
+    "frequency" by counts. ``svd_clamp`` is the quantile of the factors' entries to which larger ones are clamped.
+    ``svd_full_matrices`` and ``svd_driver`` (on a GPU) are torch's, and change only how the result is computed.
+    ``generator`` draws for dare; by default torch's global one does.
 
-    ``model``: as for :func:`compile`, with ``example_inputs``, or a program. Then what the adapters change of its
-    weights is combined, for adapters of any methods (DoRA, LoHa, PiSSA, ...), into LoRA; the methods are those that
-    end in svd.
+    The result has scale 1 (alpha = r). rsLoRA's scale and ``lora_bias`` are accounted for. Tensors that are trained
+    whole are averaged, if the weights of the adapters that have them sum to one.
 
-    Computed in float32, or float64 where an adapter is. Raises ConfigError for options and adapters that do not go
-    together, CheckpointError for files, shapes, and values that are not finite.
+    ``model`` is as for :func:`compile`, with ``example_inputs``, or a program. With it, the adapters' changes of its
+    weights are combined into LoRA. Adapters of any methods (DoRA, LoHa, PiSSA, ...) can then be combined, by the
+    methods that end in svd.
+
+    All is computed in float32, or in float64 where an adapter has it. Raises ConfigError for options and adapters that
+    do not go together. Raises CheckpointError for files, shapes, and values that are not finite.
     """
     pairs = _pairs(adapters)
     options = Options(
@@ -81,7 +85,7 @@ def combine(
     source = " + ".join(f"{w:g} * {_named(a)}" for a, w in pairs)
     weights = [w for _, w in pairs]
     if model is not None:
-        # Files may be of any format there, whose keys the model tells.
+        # With a model, files may be of any format, since the model tells what their keys mean.
         given = [a if isinstance(a, (str, os.PathLike)) else as_object(a, config=config) for a, _ in pairs]
         return combined_changes(given, weights, options, model, example_inputs, key_mapping, source)
     objects = [as_object(a, config=config, key_mapping=key_mapping) for a, _ in pairs]

@@ -1,7 +1,7 @@
-"""Several adapters made into one, from their configs and tensors alone.
+"""Combine adapters of one method into one, from their configs and tensors alone.
 
-Before: adapters of one method, and a weight for each. After: the config and the tensors of one ordinary adapter of that
-method, or an error. Each site is made of the adapters that have it.
+The result is the config and the tensors of an ordinary adapter of that method. Each site is made of the adapters that
+have it.
 """
 
 from __future__ import annotations
@@ -36,8 +36,11 @@ _ZERO = (
 def combined(
     adapters: Sequence[AdapterLike], weights: Sequence[float], options: Options, default: str = "svd"
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """``default``: the method of products, where the options name none. Raises ConfigError for options and adapters
-    that do not go together, CheckpointError for tensors."""
+    """Return the config and tensors of the weighted combination of ``adapters``.
+
+    ``default`` is the method for low-rank adapters where the options name none. Raises ConfigError for options and
+    adapters that do not go together, and CheckpointError for bad tensors.
+    """
     check_same(adapters)
     device = next(iter(adapters[0].tensors.values())).device
     taken = [sites_of(a, device) for a in adapters]
@@ -64,7 +67,8 @@ def combined(
 
 
 def check_same(adapters: Sequence[AdapterLike]) -> None:
-    """Raises ConfigError for none, and for adapters of different methods; warns of names of different models."""
+    """Raise ConfigError where there are no adapters, or adapters of different methods; warn where they name different
+    models."""
     if not adapters:
         raise ConfigError(
             "there are no adapters to combine: give a dict of directories and weights, or a list of pairs"
@@ -80,7 +84,7 @@ def check_same(adapters: Sequence[AdapterLike]) -> None:
 
 
 def tell_models(adapters: Sequence[AdapterLike]) -> None:
-    """Warns of names of different models."""
+    """Warn where the adapters name different base models."""
     names = dict.fromkeys(n for a in adapters if (n := a.config.base_model_name_or_path))
     if len(names) > 1:
         warnings.warn(
@@ -106,7 +110,7 @@ def _check_config(adapter: AdapterLike) -> None:
 
 
 def _grouped(sites: Sequence[dict[str, Site]]) -> dict[str, list[tuple[int, Site]]]:
-    """Of each site, the adapters that have it, by their places."""
+    """Return for each site's key the adapters that have it, as (index of the adapter, site)."""
     keys = dict.fromkeys(k for one in sites for k in one)
     return {k: [(i, one[k]) for i, one in enumerate(sites) if k in one] for k in keys}
 
@@ -118,7 +122,7 @@ def _products(
     parts: dict[str, list[tuple[int, Site]]],
     products: dict[str, list[Any]],
 ) -> tuple[dict[str, Tensor], dict[str, int], bool]:
-    """Tensors by key, ranks by module, and whether there is a bias."""
+    """Return the combined low-rank tensors by key, the ranks by module, and whether there is a bias."""
     largest = max(s.method.rank() or 1 for group in parts.values() for _, s in group)
     made: dict[str, tuple[Site, LowRank, int]] = {}
     for key, group in parts.items():
@@ -132,7 +136,7 @@ def _products(
                     f"{_shapes(first)}, found {_shapes(site)}): they are of different models"
                 )
         site = group[0][1]
-        # A rank is divided among the groups of a convolution, and not among experts.
+        # The groups of a convolution divide the rank among them. Experts each have the full rank.
         split = max((site.method.rank() or 1) // max(found[0].rank, 1), 1)
         rank = -(-(options.svd_rank or largest) // split)
         made[key] = site, summed(found, [weights[i] for i, _ in group], options, rank), split
@@ -171,7 +175,10 @@ def _sums(
     options: Options,
     parts: dict[str, list[tuple[int, Site]]],
 ) -> dict[str, Tensor]:
-    """For methods whose change is linear in one tensor: its weighted sum; all others must be the same."""
+    """Return the combined tensors of methods whose change is linear in one tensor, as its weighted sum.
+
+    All other tensors of a site must be equal. Raises ConfigError for other methods and options.
+    """
     kind = adapters[0].config.peft_type
     options = options.of("linear")
     out: dict[str, Tensor] = {}
@@ -220,7 +227,7 @@ def _united(adapters: Sequence[AdapterLike], sites: Sequence[dict[str, Site]]) -
 
 
 def _check_methods(config: TargetedConfig, parts: dict[str, list[tuple[int, Site]]]) -> None:
-    """Options of the adapters are in the result as they were."""
+    """Raise ConfigError where the united config does not give a site the options that its adapters have."""
     for key, group in parts.items():
         _, site = group[0]
         if config.method(site.names[0], "linear") != site.method:

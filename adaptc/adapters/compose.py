@@ -1,4 +1,4 @@
-"""``compose_cartridge_adapters``: several cartridges, one behind the other, as one."""
+"""Compose several cartridges into one, one after the other (``compose_cartridge_adapters``)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from adaptc.methods import PROMPT
 from adaptc.methods.cartridge import CartridgeConfig
 from adaptc.value_types import checked
 
-#: what adapters of one model have alike, in the order of PEFT's
+#: options in which cartridges of one model agree, in PEFT's order
 _ALIKE = ("task_type", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
 
 
@@ -28,18 +28,17 @@ def compose_cartridge_adapters(
     output_path: str | os.PathLike[str] | None = None,
     safe_serialization: bool = True,
 ) -> Adapter:
-    """One cartridge of several: the keys and values of the first, then those of the second, and so on (arXiv
-    2506.06266). Nothing is computed, and no model is needed.
+    """Return one cartridge with the KV prefix of the first, then that of the second, and so on (arXiv 2506.06266).
 
-    ``adapter_paths``: at least two PEFT directories of cartridges, :class:`Adapter` objects, programs, or what ``bind``
-    returned. ``swap``, ``bind``, ``compile`` and ``save_adapter`` take the result like a directory; with
-    ``output_path`` it is written there, too, as PEFT's function of this name does, and ``safe_serialization=False``
-    writes it as a ``.bin``. ``num_virtual_tokens`` is the sum, and ``num_frozen_tokens`` that of the first, whose first
-    token is the one that attention sinks into.
+    No model is needed and nothing is computed. ``adapter_paths`` are at least two PEFT directories of cartridges,
+    :class:`Adapter` objects, programs, or results of ``bind``. ``swap``, ``bind``, ``compile`` and ``save_adapter``
+    take the result like a directory. With ``output_path`` it is also written there, as PEFT's function of this name
+    does. ``safe_serialization=False`` writes it as a ``.bin``. ``num_virtual_tokens`` is the sum. ``num_frozen_tokens``
+    is that of the first cartridge, whose first token is the attention sink.
 
-    Raises ConfigError for fewer than two, adapters of another method, such whose models differ (layers, heads, widths,
-    task), and such that train modules beside, CheckpointError for tensors that do not fit their config, or have no
-    token. Warns where the adapters name different models.
+    Raises ConfigError for fewer than two cartridges and for adapters of another method. It does so too for cartridges
+    whose models differ (layers, heads, widths, task), and for such that also train modules. Raises CheckpointError for
+    tensors that do not fit their config, or have no token. Warns where the adapters name different models.
     """
     if isinstance(adapter_paths, (str, bytes, os.PathLike)) or not isinstance(adapter_paths, Sequence):
         raise ConfigError(f"adapter_paths must be a list of cartridges, got {type(adapter_paths).__name__}")

@@ -1,8 +1,8 @@
-"""Changes of one weight by several adapters, each a product of two factors, made into one such product.
+"""Combine several adapters' low-rank changes of one weight into one low-rank change, of scale 1.
 
-The result has scale one. ``cat`` is the exact sum. The rules on factors (``linear``, ``ties``, ...) are PEFT's: half of
-each weight and scale, as a square root, goes to either factor, so that products of one adapter's factor with another's
-are in the result. The rules on changes (``svd``, ``ties_svd``, ...) are applied to the products, and cut to a rank.
+``cat`` is the exact sum. The rules on factors (``linear``, ``ties``, ...) are PEFT's. Each factor takes the square root
+of the adapter's weight times its scale. So the result has matmuls of one adapter's factor with another's. The rules on
+changes (``svd``, ``ties_svd``, ...) are applied to the multiplied factors, and cut to a rank.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from adaptc.passes.ir.low_rank import LowRank
 
 
 def summed(parts: Sequence[LowRank], weights: Sequence[float], options: Options, rank: int) -> LowRank:
-    """``rank``: of a block, what the methods that decompose cut to."""
+    """Return the weighted combination of ``parts``. ``rank`` is the rank per block to which the svd methods cut."""
     if options.method == "cat":
         down = [p.down * (w * p.scale) for p, w in zip(parts, weights, strict=True)]
         change = LowRank(torch.cat(down, 1), torch.cat([p.up for p in parts], 2))
@@ -43,7 +43,8 @@ def _of_changes(parts: Sequence[LowRank], weights: Sequence[float], options: Opt
 
 
 def _bias(parts: Sequence[LowRank], weights: Sequence[float], options: Options) -> Tensor | None:
-    """Biases are no factors: the rule is applied to what they add."""
+    """Return the combined bias, or None where no part has one. The rule is applied to the scaled biases, which have no
+    factors."""
     like = next((p.bias for p in parts if p.bias is not None), None)
     if like is None:
         return None

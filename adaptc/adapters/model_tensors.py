@@ -1,7 +1,7 @@
-"""Models as tensors by name, one at a time, whatever they are kept in, and what kind of layer each weight is of.
+"""Read models as tensors by name, one at a time, from a module, a state dict, or safetensors files.
 
-Before: a module, a state dict, or safetensors files. After: tensors that are read when they are asked for, and dropped
-when the caller drops them. Nothing of a model is run, and no code of a directory.
+A tensor is read when it is asked for, and freed when the caller drops it. This file also tells what kind of layer each
+weight belongs to. Neither a model nor code of a directory is run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CONVS[nn.Conv3d] = ("conv3d", aten.conv3d.default)
 
 
 class ModelTensors(Protocol):
-    """``keys``: the names there are. Asking for one reads it."""
+    """The tensors of a model by name. ``keys`` has the names, and indexing reads a tensor."""
 
     @property
     def source(self) -> str: ...
@@ -48,7 +48,7 @@ class _InMemory:
 
 @dataclass(frozen=True, eq=False)
 class _OnDisk:
-    """``keys``: name -> the file that has it, open."""
+    """The tensors of safetensors files. ``keys`` maps each name to the open file that has it."""
 
     source: str
     keys: Mapping[str, Any]
@@ -62,7 +62,10 @@ class _OnDisk:
 
 @contextmanager
 def tensors_of(model: Any) -> Iterator[ModelTensors]:
-    """Raises CheckpointError for files, ConfigError for what is no model, CaptureError for one that is quantised."""
+    """Run the block with the tensors of ``model``.
+
+    Raises CheckpointError for files, ConfigError for a value that is no model, and CaptureError for a quantised one.
+    """
     if isinstance(model, nn.Module):
         check_not_quantised(model)
         yield _InMemory(type(model).__name__, _once(model.state_dict(), _tied(model)))
@@ -109,14 +112,14 @@ def _files(path: Path) -> list[Path]:
 
 
 class Layers:
-    """What is known of the layers: their modules, or nothing where ``model`` is None."""
+    """The layers of a model: its modules by path. Without a model, every matrix counts as a linear layer's weight."""
 
     def __init__(self, model: nn.Module | None) -> None:
         self.modules = None if model is None else dict(model.named_modules(remove_duplicate=False))
         self.tied = {} if model is None else _tied(model)
 
     def op(self, module: str, param: str, shape: tuple[int, ...]) -> Op | None:
-        """The op of a weight that LoRA has a form for; None for all other tensors."""
+        """Return the op of a weight for which LoRA has a form, or None for all other tensors."""
         if param != "weight" or len(shape) < 2:
             return None
         if self.modules is None:
@@ -131,7 +134,7 @@ class Layers:
                     "no LoRA is near the change; leave it out of target_modules"
                 )
             return Op("embedding", (shape[1], shape[0]), aten.embedding.default)
-        if type(layer).__name__ == "Conv1D":  # of transformers, a linear layer whose weight is turned
+        if type(layer).__name__ == "Conv1D":  # transformers' linear layer with a transposed weight
             return Op("addmm", (shape[1], shape[0]), aten.addmm.default)
         for kind, (name, target) in _CONVS.items():
             if isinstance(layer, kind):
@@ -139,12 +142,12 @@ class Layers:
         return None
 
     def twins(self, key: str) -> list[str]:
-        """The modules whose weight is the one called ``key``."""
+        """Return the modules whose weight is tied to the one called ``key``."""
         return [n.rpartition(".")[0] for n, first in self.tied.items() if first == key]
 
 
 def layers_of(*models: Any) -> Layers:
-    """Of the first of the models that says what its layers are."""
+    """Return the layers of the first model that tells them: a module, or a directory with a ``config.json``."""
     for model in models:
         if isinstance(model, nn.Module):
             return Layers(model)
@@ -154,7 +157,7 @@ def layers_of(*models: Any) -> Layers:
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
-    """Names of parameters that are another one's, by the first."""
+    """Return for each name of a tied parameter the first name of that parameter."""
     first: dict[int, str] = {}
     out = {}
     for name, p in model.named_parameters(remove_duplicate=False):

@@ -1,4 +1,4 @@
-"""Adapters of programs as objects: what a program, or what is bound to one, holds, by PEFT's keys."""
+"""Make adapter objects of programs, of their bindings, and of other forms of adapters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from adaptc.program.holder import inside
 
 
 def as_object(adapter: Any, *, config: Any = None, key_mapping: Mapping[str, str] | None = None) -> Adapter:
-    """An adapter from whatever stands for one. ``config``: of state dicts. Raises AdaptcErrors."""
+    """Return the adapter object for an adapter in any form. ``config`` is for state dicts.
+
+    Raises ConfigError for a state dict without it, and AdaptcError for anything that is no adapter.
+    """
     if isinstance(adapter, Adapter):
         return adapter
     if isinstance(adapter, (str, os.PathLike)):
@@ -42,7 +45,7 @@ def as_object(adapter: Any, *, config: Any = None, key_mapping: Mapping[str, str
 
 
 def program_and_binding(adapter: ProgramCore | Bound) -> tuple[ProgramCore, Binding]:
-    """The program of an adapter, and its values there. Raises ConfigError where there is none, or there are several."""
+    """Return the program and the binding of ``adapter``. Raises ConfigError where that has no adapter, or several."""
     program = adapter if isinstance(adapter, ProgramCore) else adapter.program
     binding = adapter.binding
     if not binding.values:
@@ -56,6 +59,9 @@ def program_and_binding(adapter: ProgramCore | Bound) -> tuple[ProgramCore, Bind
 
 
 def of_program(program: ProgramCore, binding: Binding) -> Adapter:
-    """Its tensors are the program's own; it is as it was made, whatever its scale is now."""
+    """Return the binding's adapter with the scale that it was made with, whatever its scale is now.
+
+    The tensors are the program's own.
+    """
     binding = as_made(binding)
     return Adapter(binding.config, file_tensors(program.spec(), binding), binding.source or "the program's adapter")

@@ -1,7 +1,8 @@
-"""How adapters are combined: PEFT's combination types and their options, checked before anything is computed.
+"""Define the options by which adapters are combined, and check them before anything is computed.
 
-A type is a rule for the sums, and where it is applied: to the two factors of each adapter, or to what they multiply out
-to, of which the result is cut to a rank by a singular value decomposition.
+They are PEFT's combination types and their options. A type is a rule for sums, and the place where it is applied. It
+acts on the two factors of each adapter, or on their matmul. In the second case the result is cut to a rank by a
+singular value decomposition.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from adaptc.errors import ConfigError, did_you_mean, shown
 from adaptc.value_types import finite_in_float32
 
-#: rules -> (which entries are left out first, whether signs are elected)
+#: rules -> (which entries are dropped first, whether signs are elected)
 RULES: dict[str, tuple[str, bool]] = {
     "linear": ("", False),
     "magnitude_prune": ("smallest", False),
@@ -30,7 +31,10 @@ DRIVERS = ("gesvd", "gesvdj", "gesvda")
 
 @dataclass(frozen=True)
 class Options:
-    """The options of ``adaptc.combine``, under PEFT's names. ``method`` None: what fits the adapters' own method."""
+    """The options of ``adaptc.combine``, under PEFT's names.
+
+    ``method`` None means the method that suits the adapters.
+    """
 
     method: str | None = None
     density: float | None = None
@@ -43,13 +47,13 @@ class Options:
 
     @property
     def rule(self) -> str:
-        """The rule of the sums."""
+        """Return the rule of the sums, a key of :data:`RULES`."""
         assert self.method is not None
         return "linear" if self.method in ("svd", "cat") else self.method.removesuffix("_svd")
 
     @property
     def dense(self) -> bool:
-        """Whether it is applied to the changes of the weights, and not to their factors."""
+        """Return whether the rule is applied to the changes of the weights, and not to their factors."""
         assert self.method is not None
         return self.method.endswith("svd")
 
@@ -62,7 +66,8 @@ class Options:
         return RULES[self.rule][1]
 
     def of(self, default: str) -> Options:
-        """These options with the method that is meant, checked. Raises ConfigError."""
+        """Return these options with the method filled in, checked. Raises ConfigError for options that do not go
+        together."""
         new = replace(self, method=default if self.method is None else self.method)
         if new.method not in METHODS:
             near = did_you_mean(str(new.method), METHODS)
@@ -93,7 +98,8 @@ class Options:
         return new
 
     def check_density(self) -> None:
-        """Of options whose method is known. Raises ConfigError."""
+        """Raise ConfigError where ``density`` is missing, out of range, or not an option of the method, which must be
+        known."""
         if not self.prunes:
             if self.density is not None:
                 raise ConfigError(
@@ -110,7 +116,7 @@ class Options:
 
 
 def weight_of(value: Any, source: str) -> float:
-    """A weight as a number. Raises ConfigError for what is none."""
+    """Return a weight as a float. Raises ConfigError where it is no finite number."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ConfigError(f"the weight of {source} must be a number, got {shown(value)}")
     if not finite_in_float32(value):

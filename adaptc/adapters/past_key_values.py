@@ -1,7 +1,6 @@
-"""Keys and values of a cache as what an adapter puts in front of a text.
+"""Turn a KV cache of one sequence into a KV prefix, as prefix tuning and cartridges have it.
 
-Before: a cache of one sequence, of transformers' or of a program that generates. After: the first tokens of it in the
-form that prefix tuning and cartridges have; or an error that says what the cache does not have.
+The cache is transformers', or that of a generator program. An error says what the cache lacks.
 """
 
 from __future__ import annotations
@@ -20,22 +19,27 @@ _EXPECTED = (
 
 
 def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_tokens: int) -> Tensor:
-    """The first ``num_virtual_tokens`` tokens of a cache as PEFT's files of prefix tuning and cartridges have them.
+    """Return the first ``num_virtual_tokens`` tokens of a KV cache as PEFT's files of prefix tuning and cartridges have
+    them.
 
-    ``past_key_values``: a cache of transformers, what ``prefill`` of a generator gives, or for each layer its keys and
-    values, both (1, heads, length, width). Returns ``prompt_embeddings``, (num_virtual_tokens, 2 * layers * heads *
-    width) in the dtype of the cache and memory of its own: of each token the key of the first layer, its value, and so
-    on, as they stand in the cache (rotated, and one head for all queries that share it).
+    ``past_key_values`` is a transformers cache, or what ``prefill`` of a generator gives. It may also be the (key,
+    value) pairs of the layers, each tensor (1, heads, length, width). The result is ``prompt_embeddings``
+    (num_virtual_tokens, 2 * layers * heads * width), in the cache's dtype and in memory of its own. Each row has a
+    token's key of the first layer, its value, and so on for each layer. They are as in the cache: rotated, and with one
+    head for all queries that share it.
 
-    Raises ConfigError for a number of tokens that is no positive integer, and AdaptcError for a cache of several
-    sequences, of fewer tokens, of layers that differ in shape or keep no keys, and where layers that look back on a
-    window have forgotten the first tokens.
+    Raises ConfigError where the number of tokens is no positive integer. Raises AdaptcError for a cache of several
+    sequences or of fewer tokens, and for layers that differ in shape or have no keys. It does so too where layers with
+    a sliding window have dropped the first tokens.
     """
     return as_rows([t[0] for t in first_of_cache(past_key_values, num_virtual_tokens)])
 
 
 def first_of_cache(past_key_values: Any, count: int) -> list[Tensor]:
-    """Keys and values in turn, each (1, heads, count, width), without a gradient. Errors as above."""
+    """Return keys and values in turn, layer by layer, each (1, heads, count, width), without gradients.
+
+    Raises like :func:`prompt_embeddings_from_past_key_values`.
+    """
     check_count(count)
     pairs = _pairs(past_key_values)
     if not pairs:
@@ -74,7 +78,8 @@ def check_count(count: Any) -> None:
 
 
 def _pairs(cache: Any) -> list[tuple[tuple[Any, Any], int | None]]:
-    """Keys and values of each layer, and how many tokens it has seen, where that is known."""
+    """Return (keys, values) of each layer, with the number of tokens that it was given, None where that is not
+    known."""
     layers = getattr(cache, "layers", None)
     if isinstance(layers, (list, tuple)):
         return [((getattr(x, "keys", None), getattr(x, "values", None)), _seen(x)) for x in layers]

@@ -1,4 +1,4 @@
-"""How near an adapter of LoRA is to the changes it was made of."""
+"""Report how near a LoRA adapter is to the changes of weights that it was made from."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from adaptc.tables import Column, Report, Table, shortened, small
 
 @dataclass(frozen=True)
 class SiteFit:
-    """One weight: the ``rank`` that was kept of ``full``, the Frobenius norm of its ``change``, and of what was left
-    out, relative to that, as ``error``."""
+    """The fit of one weight: the ``rank`` that was kept of ``full``, and two Frobenius norms.
+
+    ``change`` is the norm of the change. ``error`` is that of the part that was left out, divided by ``change``.
+    """
 
     site: str
     rank: int
@@ -24,7 +26,7 @@ class SiteFit:
 
 @dataclass(frozen=True, repr=False)
 class FitReport(Report):
-    """One :class:`SiteFit` for each weight. ``whole``: modules that are in the adapter as they are."""
+    """A report with one :class:`SiteFit` for each weight. ``whole`` lists modules that the adapter has whole."""
 
     source: str
     sites: Sequence[SiteFit]
@@ -32,13 +34,14 @@ class FitReport(Report):
 
     @property
     def error(self) -> float:
-        """Of all weights together."""
+        """Return the relative error of all weights together."""
         total = sum(s.change**2 for s in self.sites)
         return sqrt(sum((s.change * s.error) ** 2 for s in self.sites) / total) if total else 0.0
 
     @property
     def kept(self) -> float:
-        """The part of the energy, the sum of the squares of the singular values, that the adapter has."""
+        """Return the part of the energy that the adapter has, where energy is the sum of the squared singular
+        values."""
         return 1 - self.error**2
 
     def parts(self, most: int = 20) -> list[str | Table]:
@@ -54,7 +57,7 @@ class FitReport(Report):
         return [head, Table(["weight", *numbers], rows), "\n".join(t for t in (more, whole) if t)]
 
     def data(self) -> dict[str, Any]:
-        """``source``, ``error``, ``kept``, ``whole``, ``weights`` (one dict each)."""
+        """Return a dict of ``source``, ``error``, ``kept``, ``whole``, and ``weights``, a list with one dict each."""
         return {
             "source": self.source,
             "error": self.error,

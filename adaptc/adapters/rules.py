@@ -1,7 +1,7 @@
-"""The rules by which tensors of several adapters become one: weighted sums, of what is left after some is left out.
+"""Combine tensors of several adapters by PEFT's rules: weighted sums, with or without pruning and sign election.
 
-TIES: Yadav et al., arXiv 2306.01708. DARE: Yu et al., arXiv 2311.03099. With PEFT's conventions: signs are elected of
-the tensors without their weights, a tie goes to plus, and a mean is over the adapters that agree with the sign.
+TIES: Yadav et al., arXiv 2306.01708. DARE: Yu et al., arXiv 2311.03099. Conventions are PEFT's. Signs are elected by
+the tensors without their weights, a tie is positive, and a mean is over the adapters that agree with the sign.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from adaptc.adapters.options import Options
 
 
 def mixed(tensors: Sequence[Tensor], weights: Sequence[float], options: Options) -> Tensor:
-    """One tensor of those of several adapters. Where sizes differ, as ranks may, the shorter ones count as zeros."""
+    """Return the combined tensor. Where sizes differ, as ranks may, shorter tensors are padded with zeros."""
     if options.prunes and options.density is not None and options.density < 1:
         tensors = [_pruned(t, options.density, options) for t in tensors]
     largest = [max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]

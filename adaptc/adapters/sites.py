@@ -1,7 +1,7 @@
-"""An adapter taken apart without a model: which of its tensors are at which site, and which are something else.
+"""Split an adapter into its sites without a model: tensors at each site, and tensors of another kind.
 
-Before: a config, and tensors by their bare keys. After: for each site the adapter's method there with its own options,
-and its tensors by their names; what is left are tensors that were trained whole, or belong to the base.
+Input is a config and tensors by bare keys. Each site has the adapter's method with its own options, and tensors by
+name. The other tensors were trained whole, or belong to the base.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from adaptc.methods import AdapterConfig, TargetedConfig
 from adaptc.passes.ir.low_rank import LowRank
 from adaptc.passes.ir.method import Method
 
-#: PEFT's wrapper around an adapted module, which is in the keys of what it has inside
+#: PEFT's wrapper around an adapted module, whose name is in the keys of the tensors inside
 _WRAPPER = ".base_layer"
 
 
 class AdapterLike(Protocol):
-    """A config and tensors by bare keys; ``source`` says in messages what it is."""
+    """An object with a config and tensors by bare keys; ``source`` names it in messages."""
 
     @property
     def config(self) -> AdapterConfig: ...
@@ -35,8 +35,11 @@ class AdapterLike(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """``key`` is what the keys of its tensors begin with. ``names``: of the module, or of the parameters that it may
-    be, for which the config has one method; ``whole`` where it is the module."""
+    """The tensors of an adapter at one module or parameter.
+
+    ``key`` is the prefix of its tensors' keys. ``names`` is the name of the module, or of the parameters that it may
+    be; the config has one method for all of them. ``whole`` says that the site is the module, and not a parameter.
+    """
 
     key: str
     method: Method
@@ -45,14 +48,18 @@ class Site:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def low_rank(self, source: str) -> LowRank | None:
-        """What it adds to the weight, as a product. Raises CheckpointError that names the site."""
+        """Return the change that the site adds to the weight as a low-rank product, or None where the method has no
+        such form.
+
+        Raises CheckpointError with the name of the site.
+        """
         try:
             return self.method.low_rank(self.tensors)
         except CheckpointError as error:
             raise CheckpointError(f"{source}: {self.key!r}: {error}") from None
 
 
-#: the way out of what tensors alone do not tell
+#: the advice in errors for adapters whose tensors alone do not tell their change
 AS_LORA = (
     "give model=, the model they are for, and a method that ends in svd: their changes of its weights are then "
     "combined, into an adapter of LoRA. adaptc.convert_to_lora(adapter, model, rank=...) makes LoRA of one of them"
@@ -60,8 +67,10 @@ AS_LORA = (
 
 
 def sites_of(adapter: AdapterLike, device: torch.device) -> tuple[dict[str, Site], dict[str, Tensor]]:
-    """The sites by key, and the other tensors, on a device. Floating tensors are in float32, or float64 where they
-    were. Raises CheckpointError and ConfigError."""
+    """Return the sites by key, and the other tensors by key, all on ``device``.
+
+    Floating tensors become float32, or stay float64. Raises CheckpointError and ConfigError.
+    """
     config, source = adapter.config, adapter.source
     if not isinstance(config, TargetedConfig):
         raise ConfigError(f"{source}: a {type(config).__name__} chooses no layers, so there is nothing to combine")
@@ -88,7 +97,7 @@ def sites_of(adapter: AdapterLike, device: torch.device) -> tuple[dict[str, Site
 
 
 def _site(key: str, config: TargetedConfig, source: str) -> Site:
-    module = key.partition(_WRAPPER)[0]  # as PEFT calls it before it is wrapped
+    module = key.partition(_WRAPPER)[0]  # the module's name before PEFT wraps it
     ends = [(e, f"{module}.{e.rpartition('.')[2]}".removeprefix(".")) for e in config.target_parameters or ()]
     parameters = [n for e, n in ends if n == e or n.endswith(f".{e}")]
     methods = {n: config.method(n, "linear") for n in parameters or [module]}
@@ -102,7 +111,10 @@ def _site(key: str, config: TargetedConfig, source: str) -> Site:
 
 
 def in_full(key: str, tensor: Tensor, source: str) -> Tensor:
-    """A tensor in the precision that sums are computed in."""
+    """Return a tensor without gradient, in the precision of sums: float32, or float64 where it was. Integers stay.
+
+    Raises CheckpointError for complex tensors.
+    """
     if tensor.is_complex():
         raise CheckpointError(f"{source}: {key!r} is {tensor.dtype}; complex adapters are not combined")
     if not tensor.is_floating_point():
@@ -111,7 +123,7 @@ def in_full(key: str, tensor: Tensor, source: str) -> Tensor:
 
 
 def _part(key: str, config: TargetedConfig) -> tuple[str, str] | None:
-    """(site, name) of a key; None where it is not of the adapter's method."""
+    """Return (site, tensor name) of a key, or None where it is no tensor of the adapter's method."""
     for name in config.method("", "linear").file_names:
         if key == name or key.endswith(f".{name}"):
             return key.removesuffix(name).removesuffix("."), name

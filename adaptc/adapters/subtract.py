@@ -1,8 +1,8 @@
-"""``subtract_adapter``: what fine-tuning changed, as an adapter: the difference of two models, cut to a rank.
+"""Make an adapter from what fine-tuning changed: the difference of two models, cut to a rank (``subtract_adapter``).
 
-The two are read tensor by tensor, so that there is one weight of each in memory, and the factors. Every tensor that
-differs is told of: matrices become LoRA, biases of such layers LoRA's own, and what is neither (norms, lengths) is
-trained whole.
+The models are read tensor by tensor, so memory holds one weight of each, and the factors. Every tensor that differs is
+accounted for. Matrices become LoRA, biases of such layers LoRA's own, and other tensors (norms, lengths) are trained
+whole.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ def subtract_adapter(
     rank: float,
     target_modules: str | list[str] | None = None,
 ) -> Adapter:
-    """The adapter that makes ``model_a`` of ``model_b``: LoRA of what a merged or fine-tuned model changed of its base.
+    """Return the adapter that turns ``model_b`` into ``model_a``: LoRA of what a fine-tuned model changed of its base.
 
-    Each is a module, a state dict, a ``.safetensors`` file, or a directory of such files (with
-    ``model.safetensors.index.json`` where there are several) as transformers writes them; files are read one tensor at
-    a time. ``rank``: as for :func:`convert_to_lora`, an integer, or the part of the energy to keep of each weight.
-    ``target_modules``: endings of names, or an expression for whole names, of the modules to take; by default all that
-    changed. Which layers are embeddings or have their weight turned (GPT-2's) is known of modules, and of directories
-    with a ``config.json``; of others every matrix is that of a linear layer.
+    Each model is a module, a state dict, a ``.safetensors`` file, or a directory of such files as transformers writes
+    them. Several files need ``model.safetensors.index.json``. Files are read one tensor at a time. ``rank`` is as for
+    :func:`convert_to_lora`: an integer, or the part of the energy to keep of each weight. ``target_modules`` chooses
+    modules by endings of names, or by an expression for whole names; the default is every module that changed. Modules,
+    and directories with a ``config.json``, tell which layers are embeddings or have a transposed weight (GPT-2's).
+    Otherwise every matrix counts as a linear layer's.
 
-    ``.report`` of the result tells the error of each weight. Changed tensors that are no matrices (norms) are in the
-    adapter as they are (``modules_to_save``), where ``target_modules`` names none. Raises CheckpointError for files,
-    for tensors that differ in name or shape, or are not finite; ConfigError where nothing changed, and for layers whose
-    change has no form in LoRA.
+    ``.report`` of the result has the error of each weight. Changed tensors that are no matrices (norms) are in the
+    adapter whole (``modules_to_save``); with ``target_modules`` they raise. Raises CheckpointError for files, and for
+    tensors that differ in name or shape or are not finite. Raises ConfigError where nothing changed, and for layers
+    whose change has no form in LoRA.
     """
     cut = cut_of(rank)
     chosen = _chooser(target_modules)
@@ -65,14 +65,14 @@ def subtract_adapter(
 
 
 def _same_codes(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors, of which one is of whole numbers or of floats of one byte, hold the same."""
+    """Return whether two tensors have equal dtypes and values, where one is of integers or of 8-bit floats."""
     if a.dtype != b.dtype:
         return False
     return torch.equal(*(t.view(torch.uint8) if t.is_floating_point() else t for t in (a, b)))
 
 
 class _Found:
-    """Collects what differs, layer by layer."""
+    """A collector of the tensors that differ, layer by layer."""
 
     def __init__(self, source: str, layers: Layers, cut: Cut) -> None:
         self.source, self.layers, self.cut = source, layers, cut
@@ -90,7 +90,7 @@ class _Found:
                 "not one model trained on (a resized vocabulary has to be cut first)"
             )
         stored = [t.dtype for t in (new, old) if not t.is_floating_point() or t.itemsize == 1]
-        # A scale of their own makes numbers of such codes, and the scales of the two models may differ.
+        # A separate scale turns such codes into numbers, and the scales of the two models may differ.
         if stored and not _same_codes(new, old):
             raise CheckpointError(
                 f"{key!r} is stored as {stored[0]} and differs, and LoRA is for real weights: dequantise models that "
@@ -124,7 +124,10 @@ class _Found:
             )
 
     def _tied(self, module: str, op: Op, part: LowRank, shape: tuple[int, ...]) -> None:
-        """The same change at another layer that reads the weight: a head reads the rows that an embedding gives."""
+        """Record the same change at another layer that reads the weight.
+
+        A head and an embedding read one weight in transposed layouts, so the factors swap between them.
+        """
         other = self.layers.op(module, "weight", shape)
         if other is not None:
             turned = LowRank(part.up.mT.contiguous(), part.down.mT.contiguous())
@@ -135,7 +138,7 @@ class _Found:
         return weight in b.keys and self.layers.op(module, "weight", tuple(b[weight].shape)) is not None
 
     def _whole(self, key: str, module: str, a: ModelTensors) -> None:
-        """All of a module, as PEFT keeps what is trained whole."""
+        """Record all tensors of a module, as PEFT stores a module that is trained whole."""
         inside = [k for k in a.keys if k.startswith(f"{module}.")]
         if not module or any("." in k.removeprefix(f"{module}.") for k in inside):
             raise ConfigError(
@@ -184,7 +187,7 @@ def _check_names(a: ModelTensors, b: ModelTensors) -> None:
 
 
 def _check_targets(targets: str | list[str] | None, modules: list[str]) -> None:
-    """Raises ConfigError for an entry that none of the ``modules`` is meant by."""
+    """Raise ConfigError for an entry that chooses none of the ``modules``."""
     entries = [] if targets is None else [targets] if isinstance(targets, str) else [[t] for t in targets]
     for entry in entries:
         if not any(map(_chooser(entry), modules)):

@@ -1,4 +1,5 @@
-"""``convert_to_lora``, and combinations by the changes of a model's weights: any method in, LoRA out."""
+"""Convert adapters of any method to LoRA (``convert_to_lora``), alone or combined by their changes of a model's
+weights."""
 
 from __future__ import annotations
 
@@ -39,16 +40,17 @@ def convert_to_lora(
     key_mapping: Mapping[str, str] | None = None,
     component: str | None = None,
 ) -> Adapter:
-    """The adapter of LoRA that is nearest to ``adapter``: what that changes of each weight, cut to a rank.
+    """Return the LoRA adapter nearest to ``adapter``: the changes that it makes to each weight, cut to a rank.
 
-    ``adapter``: a program, or what generates with one, whose current adapter is meant, or what ``bind`` returned; or,
-    with the ``model`` it is for, whatever :func:`compile` takes. ``model`` and ``example_inputs`` as there. ``rank``:
-    an integer, or a fraction above 0 and at most 1, the part of the energy (the sum of the squares of the singular
-    values) to keep of each weight, from which its rank follows. Every method that changes weights has a LoRA; how near
-    it is, ``.report`` of the result tells for each weight. Tensors that are trained whole stay as they are. The result
-    has scale one (alpha = r).
+    ``adapter`` is a program or generator, whose current adapter is meant, or a result of ``bind``. With the ``model``
+    that it is for, it is any adapter that :func:`compile` takes. ``model`` and ``example_inputs`` are as for
+    :func:`compile`. ``rank`` is an integer, or a fraction above 0 and at most 1. A fraction is the part of the energy
+    (the sum of the squared singular values) to keep of each weight, which decides its rank. Every method that changes
+    weights has a LoRA; ``.report`` of the result has the error of each weight. Tensors that are trained whole stay as
+    they are. The result has scale 1 (alpha = r).
 
-    Raises ConfigError for methods and layers that LoRA has no form for, CheckpointError for adapters that do not fit.
+    Raises ConfigError for methods and layers for which LoRA has no form, and CheckpointError for adapters that do not
+    fit.
     """
     cut, adapter = cut_of(rank), inside(adapter)
     if isinstance(adapter, (ProgramCore, Bound)):
@@ -89,7 +91,8 @@ def combined_changes(
     key_mapping: Mapping[str, str] | None,
     source: str,
 ) -> Adapter:
-    """What adapters of any methods change of a model's weights, by a rule for sums, as LoRA."""
+    """Return the LoRA of the changes that several adapters of any methods make to a model's weights, combined by a
+    rule."""
     options = options.of("svd")
     if not options.dense:
         raise ConfigError(
@@ -127,7 +130,7 @@ def combined_changes(
 
 
 class _Named:
-    """An adapter as messages name it."""
+    """An adapter with the attributes that messages and :func:`averaged` need."""
 
     def __init__(self, changes: Changes) -> None:
         self.config, self.tensors, self.source = changes.config, changes.others, changes.binding.source

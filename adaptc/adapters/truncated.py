@@ -1,7 +1,7 @@
-"""Matrices cut to a rank: the nearest product of two factors, and how far it is.
+"""Cut matrices to a rank: the nearest product of two factors, and its error.
 
-Before: (blocks, rows, columns). After: as many factors, the upper ones with the singular values in them, all of one
-rank. The decomposition is torch's exact one.
+Matrices are (blocks, rows, columns). All blocks get factors of one rank, and the up factors contain the singular
+values. The decomposition is torch's exact one.
 """
 
 from __future__ import annotations
@@ -18,8 +18,12 @@ from adaptc.passes.ir.low_rank import LowRank
 
 @dataclass(frozen=True)
 class Cut:
-    """How matrices are cut: to ``rank``, or to the least rank that keeps the part ``energy`` of the sum of the squares
-    of the singular values. ``clamp``: a quantile of the factors' entries that larger ones are cut down to."""
+    """The rule by which matrices are cut: to ``rank``, or to the least rank that keeps the part ``energy`` of their
+    energy.
+
+    Energy is the sum of the squared singular values. ``clamp`` is a quantile of the factors' entries to which larger
+    ones are clamped.
+    """
 
     rank: int | None = None
     energy: float | None = None
@@ -29,15 +33,19 @@ class Cut:
 
 
 def truncated(matrix: Tensor, cut: Cut) -> tuple[LowRank, float]:
-    """The factors, and the norm of what they leave out relative to that of the matrix."""
+    """Return the factors, and the Frobenius norm of the dropped terms divided by that of the matrix.
+
+    The error does not count what ``cut.clamp`` takes from the factors.
+    """
     return _kept(*_decomposed(matrix, cut), cut)
 
 
 def truncated_sum(parts: Sequence[LowRank], weights: Sequence[float], cut: Cut) -> tuple[LowRank, float]:
-    """The same for a weighted sum of products, which need not be multiplied out."""
+    """Return the factors and error of a weighted sum of low-rank products, where possible without multiplying them
+    out."""
     up = torch.cat([p.up * (w * p.scale) for p, w in zip(parts, weights, strict=True)], 2)
     down = torch.cat([p.down for p in parts], 1)
-    # Entries are cut down by their signs, too, and those of the factors are as the decomposition has them.
+    # Clamping depends on the signs of the factors' entries, which must be those of the full decomposition.
     if cut.clamp is not None or cut.full or up.shape[2] >= min(up.shape[1], down.shape[2]):
         return truncated(up @ down, cut)
     left, upper = torch.linalg.qr(up)
@@ -63,7 +71,7 @@ def _kept(u: Tensor, s: Tensor, vh: Tensor, cut: Cut) -> tuple[LowRank, float]:
     squares = s.double().square()
     rank = min(cut.rank or most, most)
     if cut.energy is not None:
-        # Of the energy of all blocks in the first terms of each, which have one rank.
+        # All blocks have one rank, so the energy counts that all of them keep together.
         within = squares.sum(0).cumsum(0)
         rank = min(rank, int(torch.searchsorted(within, cut.energy * within[-1] * (1 - 1e-12))) + 1)
     total, left = float(squares.sum()), float(squares[:, rank:].sum())
@@ -82,7 +90,7 @@ def _kept(u: Tensor, s: Tensor, vh: Tensor, cut: Cut) -> tuple[LowRank, float]:
 
 
 def _quantile(values: Tensor, q: float) -> float:
-    """``torch.quantile`` for any number of values, of which it takes some millions only."""
+    """Return ``torch.quantile`` for any number of values; torch's own is limited to some millions."""
     place = q * (values.numel() - 1)
     low = int(place)
     ordered = values.sort().values[low : low + 2]

@@ -1,7 +1,7 @@
-"""Tensors that adapters train whole: of ``modules_to_save``, biases, rows for tokens.
+"""Average tensors that adapters train whole: those of ``modules_to_save``, biases, and rows of tokens.
 
-They are no changes but values, W_i, so a weighted sum of changes is sum(w_i W_i) + (1 - sum(w_i)) W. Without a model W
-is not known: the weights of the adapters that have a tensor must sum to one.
+They are values W_i, not changes, so a weighted sum of changes is sum(w_i W_i) + (1 - sum(w_i)) W. Without a model, W is
+not known. Then the weights of the adapters that have a tensor must sum to one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from adaptc.adapters.sites import AdapterLike
 from adaptc.binding.builder import EMBEDDINGS
 from adaptc.errors import CheckpointError, ConfigError
 
-#: how far from one a sum of weights may be that were rounded
+#: how far from one a sum of rounded weights may be
 _ROUNDING = 1e-6
 
 
@@ -25,8 +25,12 @@ def averaged(
     others: Sequence[Mapping[str, Tensor]],
     base: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """``others``: of each adapter, what is not of its method. ``base``: by the same keys, what there was before, where
-    that is known. Raises ConfigError and CheckpointError."""
+    """Return the weighted average of each tensor that adapters train whole, by key.
+
+    ``others`` has, for each adapter, the tensors that are not of its method. ``base`` has the base values by the same
+    keys, where they are known. Raises ConfigError where only a model could tell the base value, and CheckpointError for
+    shapes that differ.
+    """
     out: dict[str, Tensor] = {}
     for key in dict.fromkeys(k for one in others for k in one):
         has = [i for i, one in enumerate(others) if key in one]
@@ -56,13 +60,14 @@ def averaged(
 
 
 def _of_base(key: str) -> bool:
-    """Whether a key is that of an embedding or a head of the base, which PEFT may write beside an adapter."""
+    """Return whether a key is that of a base embedding or head, which PEFT may write beside an adapter."""
     module, _, param = key.removesuffix(".base_layer.weight").rpartition(".")
     return key.endswith(".base_layer.weight") or (param == "weight" and module.rpartition(".")[2] in EMBEDDINGS)
 
 
 def _check_tokens(key: str, adapters: Sequence[AdapterLike]) -> None:
-    """Rows are known by the config alone."""
+    """Raise ConfigError where adapters train rows of different tokens. The tensor does not tell its tokens, the config
+    does."""
     rows = [getattr(a.config, "trainable_token_indices", None) for a in adapters]
     other = next((i for i, r in enumerate(rows) if r != rows[0]), None)
     if "trainable_tokens" in key and other is not None:

@@ -1,7 +1,4 @@
-"""The adapter of whatever has one, written: of a program, of a module that trains one, or one that is an object.
-
-Before: anything a user hands over. After: what ``adaptc.save_adapter`` says is on disk, or an error, and no file.
-"""
+"""Write the adapter of a program, of a training module, or of an adapter object (``adaptc.save_adapter``)."""
 
 from __future__ import annotations
 
@@ -20,7 +17,11 @@ from adaptc.program.views import check_unseen
 
 
 def written(program: Any, path: str | os.PathLike[str], options: Mapping[str, Any]) -> Path:
-    """See ``adaptc.save_adapter``, which has the ``options``."""
+    """Write the adapter of ``program`` to ``path``, and return the path that was written.
+
+    ``options`` are those of ``adaptc.save_adapter``. Raises ConfigError for options that need a model where there is
+    none, and AdaptcError for anything that has no adapter.
+    """
     if isinstance(program, Adapter):
         own = ("adapter_name", "safe_serialization", "base_model")
         said = {n: v not in (None, False, "peft") for n, v in options.items() if n not in own}

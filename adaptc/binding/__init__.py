@@ -1,1 +1,1 @@
-"""From what a user hands over as an adapter to values for the slots of a program."""
+"""Turn the adapters that users give into values for the slots of a program."""

@@ -1,7 +1,7 @@
-"""From tensors to a binding, and back.
+"""Make a binding from an adapter's tensors, and tensors for files from a binding.
 
-Before: tensors by their names in PEFT's files, or nothing (first values, identity values). After: a :class:`Binding`
-that has a value for every slot of the spec, or an error and nothing else.
+The tensors are named as in PEFT's files. Without a file, a binding has first values or identity values. A
+:class:`Binding` always has a value for every slot of the spec.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ def first_values(
     generator: torch.Generator | None = None,
     only: Mapping[str, Method] | None = None,
 ) -> Binding:
-    """Each method's own initial values; with ``only``, at these attachments with these methods of the adapter's own,
-    and identity values at the others."""
+    """Return a binding with each method's own initial values.
+
+    With ``only``, just these attachments have initial values, of the methods that it gives by attachment id. All other
+    attachments then have identity values.
+    """
     builder = Builder(spec, config)
     present = [a for a in spec.attachments if only is None or a.id in only]
     own = {a.id: a.method if only is None else only[a.id] for a in present}
@@ -40,7 +43,7 @@ def first_values(
         method = own[a.id]
         init = method.init(spec.ops[a.id], spec.canonical(a), spec.dtype(a), generator)
         op, slots = spec.ops[a.id], init.slots
-        if any(n not in slots for n in a.method.slots(op)):  # the program has slots this adapter's options do without
+        if any(n not in slots for n in a.method.slots(op)):  # slots that this adapter's options do not have
             slots = {**a.method.identity(op, spec.canonical(a), spec.dtype(a)), **slots}
         builder.put(a, method, slots, init.base)
     builder.identities(own)
@@ -57,14 +60,15 @@ def bind(
     fit: bool,
     copy: bool = False,
 ) -> Binding:
-    """Bind file tensors to the slots.
+    """Bind the tensors of a file to the slots.
 
-    ``config`` is the adapter's own. With ``fit`` ranks are read off the tensors (a bare state dict); without it the
-    config rules and a shape that disagrees is an error. Sites of which the adapter has no tensor take identity values.
-    ``copy``: the tensors are the caller's, and no value may lie in their memory.
+    ``config`` is the adapter's own. With ``fit``, ranks are read off the tensors, as for a bare state dict. Without it
+    the config gives the ranks, and a shape that disagrees is an error. Sites for which the adapter has no tensor take
+    identity values. ``copy`` says that the tensors are the caller's, so no value may share their memory.
 
-    Raises CheckpointError for missing keys, wrong shapes, dtypes of another kind and values that are not finite, in the
-    tensors or in the dtype of their slot, SwapError for keys of sites the program does not have.
+    Raises CheckpointError for missing keys, wrong shapes and dtypes of another kind. It does so too for values that are
+    not finite, in the tensors or in the dtype of their slot. Raises SwapError for keys of sites that the program does
+    not have.
     """
     check_finite(tensors, source)
     config = _completed(config, spec, source)
@@ -108,16 +112,20 @@ def bind(
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of a file have the same values, in whatever types: of float8 and another one there is no
-    common type."""
+    """Return whether two tensors of a file have equal values, whatever their floating dtypes.
+
+    They are compared as float64, since torch has no common dtype of float8 and another.
+    """
     if one.dtype != other.dtype:
         one, other = (t.double() if t.is_floating_point() else t for t in (one, other))
     return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _completed(config: AdapterConfig, spec: BindingSpec, source: str) -> AdapterConfig:
-    """``config`` with what it leaves to the model, as the sites have it. Raises CheckpointError where it says otherwise
-    of what is the model's alone."""
+    """Return ``config`` with the options that it leaves to the model, such as ``token_dim``, taken from the sites.
+
+    Raises CheckpointError where the config states another ``token_dim`` than the program has.
+    """
     for a in spec.attachments:
         values, make = a.method.of_model(spec.ops[a.id]), getattr(config, "method", None)
         if not values or make is None or type(make(a.name or a.module, a.kind)) is not type(a.method):
@@ -133,8 +141,10 @@ def _completed(config: AdapterConfig, spec: BindingSpec, source: str) -> Adapter
 
 
 def _as_found(config: AdapterConfig, spec: BindingSpec, methods: Sequence[tuple[Attachment, Method]]) -> AdapterConfig:
-    """``config`` with the ranks that tensors turned out to have, so that what is written of it can be read; as it is
-    where it has no words for them."""
+    """Return ``config`` with the ranks that the tensors have, so that a file written with it can be read.
+
+    Returns ``config`` unchanged where its options cannot express these ranks.
+    """
     ranks = {a.name or a.module: rank for a, method in methods if (rank := method.rank()) is not None}
     new = config.with_ranks(ranks)
     told = all(a.method.rebind(new, a).at(spec.ops[a.id]).rank() == method.rank() for a, method in methods)
@@ -147,9 +157,10 @@ _Found = tuple[Attachment, Method, dict[str, Tensor]]
 def _present(
     spec: BindingSpec, config: AdapterConfig, tensors: Mapping[str, Tensor], left: dict[str, None], *, fit: bool
 ) -> list[_Found]:
-    """The attachments an adapter has, each with its own method and tensors; what they take is dropped from ``left``.
+    """Return the attachments that the adapter has, each with the adapter's own method and tensors.
 
-    An adapter whose options need other code than an attachment's does not have that attachment.
+    Keys of these tensors are removed from ``left``. An attachment whose code does not suit the adapter's options is
+    left out.
     """
     out: list[_Found] = []
     shared: set[str] = set()
@@ -178,7 +189,7 @@ def _present(
 
 
 def _check_followers(spec: BindingSpec, present: Collection[str]) -> None:
-    """Raises SwapError for an adapter that has only some of the sites whose slots are one tensor (tied layers)."""
+    """Raise SwapError for an adapter that has only some of the sites whose slots are one tensor (tied layers)."""
     first: dict[str, Attachment] = {}
     for a in spec.attachments:
         for name, slot in a.method.slots(spec.ops[a.id]).items():
@@ -191,7 +202,7 @@ def _check_followers(spec: BindingSpec, present: Collection[str]) -> None:
 
 
 def _slots_if_any(method: Method, op: Op) -> Mapping[str, Slot]:
-    """The slots a method has at a site; none where its options have no meaning there and it may have no tensors."""
+    """Return the slots of a method at a site, or none where its options have no meaning there."""
     try:
         return method.slots(op)
     except (TargetError, ConfigError):
@@ -199,7 +210,8 @@ def _slots_if_any(method: Method, op: Op) -> Mapping[str, Slot]:
 
 
 def joined(methods: Mapping[str, Method], ops: Mapping[str, Op]) -> dict[str, Method]:
-    """The methods of one adapter, by attachment id, each knowing what ``settle_shared_sizes`` tells."""
+    """Return the methods of one adapter, by attachment id, with the sizes that ``settle_shared_sizes`` settles among
+    them."""
     out: dict[str, Method] = dict(methods)
     parts = {i: m.unwrap(ops[i]) for i, m in methods.items()}
     for kind in dict.fromkeys(type(m) for m, _ in parts.values()):
@@ -210,7 +222,10 @@ def joined(methods: Mapping[str, Method], ops: Mapping[str, Op]) -> dict[str, Me
 
 
 def _derived(a: Attachment, op: Op, method: Method, spec: BindingSpec, found: Slots) -> dict[str, Tensor]:
-    """Slots that are in no file: they follow from the config, or the adapter's own method does not have them."""
+    """Return values for the slots of ``a`` that have no tensor in ``found``.
+
+    They follow from the config. Where the adapter's own method lacks a slot, it gets its identity value.
+    """
     own = method.slots(op)
     missing = [n for n in a.method.slots(op) if n not in found]
     if not missing:
@@ -222,7 +237,7 @@ def _derived(a: Attachment, op: Op, method: Method, spec: BindingSpec, found: Sl
 
 
 def file_tensors(spec: BindingSpec, binding: Binding) -> dict[str, Tensor]:
-    """A binding as PEFT's files have it: bare key -> tensor, only for sites the adapter has."""
+    """Return a binding's tensors by the bare keys of PEFT's files, for the sites that the adapter has."""
     out: dict[str, Tensor] = {}
     for a in spec.attachments:
         method: Any = binding.methods.get(a.id)
@@ -240,7 +255,10 @@ def file_tensors(spec: BindingSpec, binding: Binding) -> dict[str, Tensor]:
 
 
 def embedding_tensors(spec: BindingSpec, binding: Binding) -> dict[str, Tensor]:
-    """The base weights of embeddings and output heads, under PEFT's keys: inside the wrapper where one is adapted."""
+    """Return the base weights of embeddings and output heads under PEFT's keys.
+
+    The key of an adapted one has ``base_layer`` in it, as inside of PEFT's wrapper.
+    """
     wrapped = {a.module for a in spec.attachments if a.id in binding.methods and not a.method.replaces}
     out: dict[str, Tensor] = {}
     for fqn, base in spec.weights.items():

@@ -1,8 +1,8 @@
-"""Bindings, and what they must fill.
+"""Hold the values of adapters: bindings, and the specs that say what a binding must have.
 
-A :class:`Binding` is one full set of slot values for the sites of a program: immutable, with a value of the right dtype
-and a legal shape for every slot. It never writes to the program; the runtime passes it along with each call. A
-:class:`BindingSpec` is what a program, or a package of one, asks of a binding.
+A :class:`Binding` is one full set of slot values for the sites of a program. It is immutable, and has a value of the
+right dtype and a legal shape for every slot. It never writes to the program; the runtime passes it along with each
+call. A :class:`BindingSpec` is what a program, or a package of one, asks of a binding.
 """
 
 from __future__ import annotations
@@ -24,14 +24,20 @@ from adaptc.peft_files.origin import PEFT, Origin
 
 @dataclass(frozen=True, eq=False)
 class Binding:
-    """``values``: slot and scale FQN -> tensor. ``base``: base parameters this adapter replaces (PiSSA's residual).
-    ``methods``: attachment id -> the method with this adapter's own options; only sites the adapter has are in it.
-    ``carried``: by key, what its file holds beside slots: tensors the program does not read, changed base weights.
-    ``parts``: where several adapters act together, each by its name; their values are in ``values``.
-    ``bases``: of the base parameters in ``base``, what they were, as :func:`~adaptc.binding.fits.fingerprint` tells.
-    ``origin``: the format of the file it was made of, and what of that file is not in it.
-    ``factors``: attachment id -> what the scale it was made with is multiplied by, where that is not 1; it is in
-    ``values``. ``idle``: of an adapter that is turned off, which has identity values, what it is when it acts."""
+    """The slot values of an adapter, or of several that act together, for all sites of a program.
+
+    ``values`` maps the FQN of a slot or scale to its tensor. ``base`` holds the base weights that this adapter replaces
+    (PiSSA's residual). ``methods`` maps attachment id to the method with this adapter's own options, for the sites that
+    the adapter has. ``carried`` holds, by key, other tensors of its file: tensors that the program does not read, and
+    changed base weights. ``parts`` holds each of several adapters that act together, by name; their values are in
+    ``values``.
+
+    ``bases`` maps the FQN of each base weight in ``base`` to the :func:`~adaptc.binding.fits.fingerprint` of the
+    original. ``origin`` is the format of the file it was made from, and what it left out of that file. ``factors`` maps
+    attachment id to the factor on the original scale, where that is not 1; ``values`` has the multiplied scale.
+    ``idle`` is the active form of an adapter that is turned off, whose own values are identity values; None for an
+    active adapter.
+    """
 
     values: Mapping[str, Tensor]
     methods: Mapping[str, Method]
@@ -48,16 +54,16 @@ class Binding:
 
     @property
     def named(self) -> Mapping[str, Binding]:
-        """Its adapters by name: its parts, or itself."""
+        """Return the binding's adapters by name: its parts, or itself."""
         return self.parts or {self.name: self}
 
     @property
     def off(self) -> list[str]:
-        """The names of those that are turned off."""
+        """Return the names of the adapters that are turned off."""
         return [n for n, part in self.named.items() if part.idle is not None]
 
     def strength(self) -> str:
-        """How strongly its adapters act, in words; '' where all do as they were made."""
+        """Return in words which adapters are off or scaled; '' where all act with their original scale."""
         told = []
         for name, part in self.named.items():
             if part.idle is not None:
@@ -70,7 +76,8 @@ class Binding:
         return ", ".join(told)
 
     def summary(self, there: int = 0) -> str:
-        """Its methods, where it comes from, its ranks and how many sites it has, of ``there`` that a program has."""
+        """Return a text of its methods, source, ranks and number of sites, out of the program's ``there`` sites if that
+        is more."""
         parts = self.named
         kinds = " + ".join(dict.fromkeys(p.config.peft_type or "no" for p in parts.values()))
         ranks = sorted({r for m in self.methods.values() if (r := m.rank()) is not None})
@@ -85,12 +92,14 @@ class Binding:
 
     @classmethod
     def none(cls) -> Binding:
-        """That of a program without adapters."""
+        """Return the empty binding, of a program without adapters."""
         return cls({}, {}, AdapterConfig())
 
     def to(self, device: torch.device | str) -> Binding:
-        """The same values on a device; a tensor that several names share stays one. Raises BackendError where there is
-        no such device."""
+        """Return a binding with the same values on ``device``. A tensor under several names stays one tensor.
+
+        Raises BackendError where there is no such device.
+        """
         device = usable(device)
         moved: dict[int, Tensor] = {}
 
@@ -115,11 +124,12 @@ class Binding:
 
 @dataclass(frozen=True, eq=False)
 class BindingSpec:
-    """What a binding must fill: attachments, their ops and base weights, and the dtype rule for adapter tensors.
+    """The attachments that a binding must have values for, their ops and base weights, and the dtype rule for adapters.
 
-    ``weights`` holds all base tensors; ``unread``: key -> FQN of those that files of whole modules hold unread;
-    ``residual``: those of which only the adapter's own version is known (a PiSSA program that was loaded from a file).
-    ``bounds``: what rows of embeddings keep to (``Op.bound``), by FQN; those of adapted ones may be left out.
+    ``weights`` holds all base weights by FQN. ``unread`` maps a file key to the FQN of a base weight that the program
+    does not read, but that files of whole modules hold. ``residual`` lists base weights of which only the adapter's own
+    version is known, as in a PiSSA program that was loaded from a file. ``bounds`` maps FQN to the limit on an
+    embedding's row norms (``Op.bound``); adapted embeddings may be left out.
     """
 
     attachments: Sequence[Attachment]
@@ -132,7 +142,7 @@ class BindingSpec:
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def bound(self, fqn: str) -> tuple[float, float] | None:
-        """What the rows of a base weight keep to."""
+        """Return the limit on the row norms of a base weight, or None where it has none."""
         own = (self.ops[a.id].bound for a in self.attachments if a.fqn == fqn)
         return next((b for b in own if b is not None), self.bounds.get(fqn))
 
@@ -140,17 +150,21 @@ class BindingSpec:
         return f"<BindingSpec: {len(self.attachments)} sites of a program with {len(self.weights)} base tensors>"
 
     def dtype(self, a: Attachment) -> torch.dtype:
-        """Adapter dtype at a site: with autocast, float32 above half-precision bases (as in PEFT); else the base's."""
+        """Return the adapter dtype at a site: float32 for half-precision weights with autocast, as in PEFT, else the
+        weight's."""
         base = self.weights[a.fqn].dtype
         return torch.float32 if self.autocast and base in (torch.float16, torch.bfloat16) else base
 
     def canonical(self, a: Attachment) -> Tensor:
-        """The base weight of a site in the layout that methods see."""
+        """Return the base weight of a site in the layout that methods see."""
         weight = self.weights[a.fqn].detach()
         return self.ops[a.id].canonical(weight) if weight.ndim > 1 else weight
 
     def wrap(self, value: Tensor, trainable: bool, present: bool) -> Tensor:
-        """``value`` as the program holds it: a parameter if it is ``trainable``."""
+        """Return ``value`` as the program holds it: a parameter if it is ``trainable``, and a plain tensor otherwise.
+
+        It requires gradients only where the spec is trainable and the adapter is ``present`` at the site.
+        """
         # Training writes to parameters and running statistics, and must not write to the caller's tensors.
         value = value.detach().clone() if self.trainable else value.detach()
         if not trainable:

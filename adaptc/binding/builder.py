@@ -1,7 +1,6 @@
-"""What a binding is built from, slot by slot.
+"""Build a binding slot by slot, from a spec and one adapter's tensors that fit it.
 
-Before: a spec, and tensors of one adapter that fit it. After: a :class:`Binding` whose values lie in no memory that is
-the caller's, or an error and nothing else.
+No value of the :class:`Binding` shares memory with the caller's tensors.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.method import Method, Slot
 from adaptc.passes.ir.storage import memory_of, storage_key
 
-#: where PEFT's models keep a module that is trained as a whole, and what it was
+#: keys of biases inside PEFT's wrapper of a module that is trained as a whole, and of the original module
 WRAPPED = re.compile(r"\.(original_module|modules_to_save\.[^.]+)\.(.*\.)?bias$")
 #: names of layers whose base weights PEFT may write to a file
 EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
 class Builder:
-    """Collects values slot by slot."""
+    """A collector of slot values for one binding."""
 
     def __init__(self, spec: BindingSpec, config: AdapterConfig, theirs: Iterable[Tensor] = ()) -> None:
-        """``theirs``: tensors whose memory no value may lie in."""
+        """Start without values. No value may share the memory of a tensor in ``theirs``."""
         self.spec, self.config = spec, config
         self.theirs = frozenset(memory_of(t) for t in theirs if t.numel())
         self.casts: list[Cast] = []
@@ -49,7 +48,7 @@ class Builder:
         self.carried: dict[str, Tensor] = {}
 
     def share(self, methods: Mapping[str, Method]) -> None:
-        """Before any values: the methods that the adapter has, some of whose slots may be one tensor."""
+        """Note which slots of these methods are one tensor. Call it before any values are put."""
         self.groups = groups(self.spec.attachments, self.spec.ops, methods, self.spec.weights)
 
     def put(self, a: Attachment, method: Method, tensors: Mapping[str, Tensor], base: Tensor | None) -> None:
@@ -66,19 +65,20 @@ class Builder:
             self._replace(a.fqn, op.stored(base).contiguous())
 
     def _replace(self, fqn: str, value: Tensor) -> None:
-        """Another base weight, under every name it has."""
+        """Replace a base weight under each of its names."""
         new, old = torch.nn.Parameter(value.detach(), requires_grad=False), storage_key(self.spec.weights[fqn])
         self.base |= {f: new for f, t in self.spec.weights.items() if f == fqn or storage_key(t) == old}
 
     def beside(self, key: str, value: Tensor, source: str) -> bool:
-        """Take a tensor that no slot is for: one the program does not read, or a base weight.
+        """Take a tensor for which there is no slot: one that the program does not read, or a base weight.
 
-        PEFT writes the weights of adapted or resized embeddings to the file and loads them into the base.
+        PEFT writes the weights of adapted or resized embeddings to the file, and loads them into the base. Returns
+        False where the tensor is of neither kind. Raises CheckpointError for a wrong shape or kind of numbers.
         """
-        if WRAPPED.search(key):  # with bias="all" PEFT also writes the insides of its wrappers, copies of other keys
+        if WRAPPED.search(key):  # with bias="all" PEFT also writes its wrappers' inner biases, copies of other keys
             return True
         fqn = self.spec.unread.get(key) or base_name(key)
-        inside = key != fqn and key.endswith(".weight")  # a bias in a wrapper is one the adapter has trained
+        inside = key != fqn and key.endswith(".weight")  # a bias inside a wrapper was trained by the adapter
         if fqn not in self.spec.weights or not (inside or key in self.spec.unread or self._embeds(key)):
             return False
         base = self.spec.weights[fqn]
@@ -104,18 +104,22 @@ class Builder:
         return True
 
     def _own(self, value: Tensor) -> Tensor:
-        """``value`` in memory that is not the caller's: it is copied only if it is not so already."""
+        """Return ``value``, copied where it shares memory with the caller's tensors."""
         return value.detach().clone() if memory_of(value) in self.theirs else value
 
     def _embeds(self, key: str) -> bool:
-        """Whether ``key`` is a weight that is, by PEFT's names, an embedding or an output head."""
+        """Return whether ``key`` is the weight of an embedding or output head by PEFT's names, and is not trained as a
+        whole."""
         module = key.removesuffix(".weight")
         saved = self.config.modules_to_save or ()
         return module.rpartition(".")[2] in EMBEDDINGS and not any(module.endswith(m) for m in saved)
 
     def identities(self, present: Mapping[str, Method]) -> None:
-        """Values for all sites the adapter does not have. Where they share a slot, or an input,
-        which the sizes of the slots go with, it has the others' sizes."""
+        """Set values for all sites that the adapter does not have.
+
+        Where such a site shares a slot or an extra input with the adapter's other sites, its values have the sizes of
+        theirs.
+        """
         kinds: dict[Any, Method] = {}
         for a in self.spec.attachments:
             if (m := present.get(a.id)) is not None:
@@ -142,7 +146,7 @@ class Builder:
                 self._check_one(a, name, slot, first, tensors[name])
                 self.values[fqn] = self.values[first]
             else:
-                # What several sites share may belong to several programs too, and is nobody's to write to.
+                # A shared tensor may belong to several programs, too, and none of them may write to it.
                 given = cut_or_filled(tensors[name], slot)
                 value = given.to(*wanted, copy=slot.shared)
                 if present:
@@ -160,7 +164,7 @@ class Builder:
             self.values[fqn] = torch.tensor(scale, dtype=kind, device=device)
 
     def _check_one(self, a: Attachment, name: str, slot: Slot, fqn: str, value: Tensor) -> None:
-        """Raises CheckpointError where a slot that several sites have is given values that differ."""
+        """Raise CheckpointError where a file gives different values for one slot that several sites share."""
         key, first = self.given.get(fqn, ("", value))
         if self.of_file and first is not value and not torch.equal(first, value.to(first)):
             why = f"{self.config.peft_type} has one for both" if fqn in self.groups else "ensure_weight_tying"
@@ -177,7 +181,7 @@ class Builder:
 
 
 def cut_or_filled(value: Tensor, slot: Slot) -> Tensor:
-    """``value`` with the length ``slot`` has along the axes that are cut: cut, or filled up with zeros that nobody
+    """Return ``value`` with the length that ``slot`` has along its cut axes: cut, or filled up with zeros that nothing
     reads."""
     for axis in slot.shared_axes_cut:
         have, want = value.shape[axis], slot.shape[axis]

@@ -1,7 +1,7 @@
-"""Several adapters in one program: those that act together, each by its name, and methods that know of each other.
+"""Combine several adapters, each with a name, into one binding in which they act together.
 
-Adapters with names have their own attachments, one composed on the other in the order given. Before: the spec of the
-program, and a binding of each to its own part of it. After: one binding of all.
+Each adapter has attachments of its own, and one is composed on the other in the given order. This takes the program's
+spec, and a binding of each adapter to its own part of the program.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ from adaptc.peft_files.origin import PEFT
 
 
 def part_of(spec: BindingSpec, name: str) -> BindingSpec:
-    """The spec of one of several adapters that act together."""
+    """Return the spec of one of several adapters that act together."""
     return replace(spec, attachments=[a for a in spec.attachments if a.adapter == name])
 
 
 def together(
     parts: Mapping[str, Binding], attachments: Sequence[Attachment], others: Mapping[str, Tensor] | None = None
 ) -> Binding:
-    """One binding of several adapters that act together. ``others``: the values of attachments that are no adapter's
-    any more. Raises ConfigError where two of them change a base weight, or set what only one of them can."""
+    """Return one binding of several adapters that act together.
+
+    ``others`` holds the values of attachments that no longer belong to an adapter. Raises ConfigError where two
+    adapters change the same base weight, or train what only one of them can.
+    """
     _check_clashes(parts, attachments)
     first = next(iter(parts.values()))
     own: dict[str, Any] = {n: {} for n in ("values", "methods", "base", "carried", "bases", "factors")}
@@ -70,7 +73,10 @@ def _check_clashes(parts: Mapping[str, Binding], attachments: Sequence[Attachmen
 
 
 def named(config: Any) -> dict[str, Any] | None:
-    """``config`` as adapters by name, if that is what it is, and not the content of one config."""
+    """Return ``config`` as a dict of adapters by name, or None where it is one config or a state dict.
+
+    Raises ConfigError for a name that is no text, is empty or has a dot.
+    """
     if not isinstance(config, Mapping) or "peft_type" in config or not config or is_state_dict(config):
         return None
     bad = [n for n in config if not isinstance(n, str) or not n or "." in n]
@@ -80,7 +86,8 @@ def named(config: Any) -> dict[str, Any] | None:
 
 
 def joint_spec(spec: BindingSpec) -> BindingSpec:
-    """The spec with methods that know of each other, over all plans: shared slots are large enough for every site."""
+    """Return a spec whose methods know of each other across all plans, so that shared slots are large enough for every
+    site."""
     by_adapter: dict[str, list[Attachment]] = {}
     for a in spec.attachments:
         by_adapter.setdefault(a.adapter, []).append(a)

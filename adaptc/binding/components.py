@@ -1,8 +1,8 @@
-"""Which component of a file is a model's: adapters of pipelines hold those of a UNet and of text encoders together.
+"""Choose the component of an adapter file that belongs to a model.
 
-A component is the model's where all its keys name modules that the model has, of the right sizes. Before: what the keys
-of a file say. After: the parts of one component, each with its module; what is left of the file by component; or a
-CheckpointError. Nothing is left out unsaid: the others are in the report.
+Adapters for pipelines hold tensors of a UNet and of text encoders in one file. A component is the model's where all of
+its keys name modules of the model, of the right sizes. The components that are not chosen are reported, with the number
+of their tensors.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from adaptc.peft_files.formats.parts import Format, Part, component_of
 
 @dataclass(frozen=True)
 class Chosen:
-    """``modules``: of each part of ``component`` the module of the model. ``others``: component -> number of
-    tensors."""
+    """The component of a file that was chosen for a model.
+
+    ``modules`` pairs each part of ``component`` with the model's module. ``others`` maps each other component to its
+    number of tensors.
+    """
 
     component: str
     modules: Sequence[tuple[Part, str]]
@@ -36,13 +39,14 @@ def choose(
     component: str | None,
     source: str,
 ) -> Chosen:
-    """The component of a model with these names; ``component`` says which where the caller knows it.
+    """Return the component that belongs to a model whose modules are ``names``; ``component`` says which, if the caller
+    knows.
 
-    Raises CheckpointError where none fits, several do, or a key of the one that does names no module.
+    Raises CheckpointError where no component fits, several do, or a key of the chosen one names no module.
     """
     whole = [] if component else [(p, names.find(p, "", source)) for p in parts if not p.flat]
     if whole and len(whole) == len(parts) and all(m is not None for _, m in whole):
-        # Names of the model that begin as a component's do.
+        # The model's own module names may begin with the name of a component.
         return Chosen("", [(p, m) for p, m in whole if m is not None], {})
     groups: dict[str, list[Part]] = {}
     for p in parts:
@@ -86,7 +90,7 @@ def _fitting(found: _Found, tensors: Mapping[str, Tensor], names: ModuleNames, s
 
 
 def _sized(part: Part, t: Tensor, shape: Sequence[int]) -> bool:
-    """Whether a factor has the size of the weight on its side, which layers store either way round."""
+    """Return whether a factor's size is that of its side of the weight. Layers may store the weight transposed."""
     if len(shape) < 2 or t.ndim < 2:
         return True
     if part.slot in ("lora_A.weight", "hada_w1_b"):

@@ -1,7 +1,7 @@
-"""Adapters as they lie on disk, where one may be several: Arrow's are LoRA adapters, and beside them who routes.
+"""Read and write adapters that may be several directories on disk.
 
-Before: a path, of a directory or a file of any format. After :func:`read_whole`: one adapter, made of all that it
-names. After :func:`write_whole`: all that files hold an adapter as, complete, or what was there before.
+An Arrow adapter is LoRA adapters with a router beside them. Reading makes one adapter of all that it names. Writing
+writes all of its directories, or leaves what was there before.
 """
 
 from __future__ import annotations
@@ -26,8 +26,12 @@ from adaptc.peft_files.several import written_together
 def read_whole(
     path: str | os.PathLike[str], *, adapter_name: str | None = None, key_mapping: Mapping[str, str] | None = None
 ) -> AdapterFile | RawFile:
-    """As :func:`~adaptc.peft_files.raw.read_any`, and of an adapter that routes between others beside it, with theirs.
-    General adapters are taken away where its config says so, as PEFT does each time it loads one."""
+    """Read an adapter as :func:`~adaptc.peft_files.raw.read_any` does, together with adapters beside it that it routes
+    between.
+
+    General adapters are subtracted from the others where the config says so, as PEFT does each time it loads one.
+    Raises CheckpointError where an adapter that it names cannot be read.
+    """
     file = read_any(path, adapter_name=adapter_name, key_mapping=key_mapping)
     if isinstance(file, RawFile) or not file.config.get("arrow_config"):
         return file
@@ -41,21 +45,22 @@ def read_whole(
         return Part(of_file(one), one.tensors, str(one.path))
 
     if not tasks:
-        return file  # which says so where it is bound
+        return file  # binding it raises the error
     arrow = ArrowConfig.of(file.config["arrow_config"])
     config, tensors = routing(arrow, [beside(n) for n in tasks], [beside(n) for n in general])
     return replace(file, config=config.to_dict(), tensors=tensors, runs=())
 
 
 def from_dict(data: Mapping[str, Any]) -> AdapterConfig:
-    """From the content of ``adapter_config.json``."""
+    """Return the config with the content of an ``adapter_config.json``."""
     kind = data.get("peft_type")
     cls = config_class(kind if isinstance(kind, str) else shown(kind))
     return cls.from_dict(data)
 
 
 def of_file(file: AdapterFile) -> AdapterConfig:
-    """The config of a file. How EVA chose the first values is of no matter any more: it leaves the base as it was."""
+    """Return the config of a file, without EVA's options, which only choose first values and leave the base as it
+    was."""
     data = dict(file.config)
     if data.get("init_lora_weights") == "eva":
         data |= {"init_lora_weights": True, "eva_config": None}
@@ -70,11 +75,15 @@ def write_whole(
     adapter_name: str = "default",
     **options: Any,
 ) -> Path:
-    """As :func:`~adaptc.peft_files.directory.write_adapter`; of an adapter that files hold as several, each by its name
-    in the directory. Returns the one that stands for all."""
+    """Write an adapter as :func:`~adaptc.peft_files.directory.write_adapter` does, and return the path of its
+    directory.
+
+    An adapter that files hold as several is written as one directory per name. The path is then that of the directory
+    that stands for all.
+    """
     root = Path(path) if adapter_name == "default" else Path(path) / plain_name(adapter_name, "adapter_name")
     parts = config.written(tensors, str(root.absolute()))
-    if named := [n for n in parts if n]:  # first, so that what names them is never without them
+    if named := [n for n in parts if n]:  # first, so that the directory which names them never lies there without them
         with written_together(root, named) as stage:
             for name in named:
                 write_adapter(stage, *parts[name], adapter_name=name, **options)

@@ -1,7 +1,7 @@
-"""Keys of adapter files that are another name of something: of a slot, or of a base tensor.
+"""Find the keys of adapter files that are second names of a slot or of a base tensor.
 
-PEFT writes a tensor that several of its modules share under each of them, and base tensors by their path in the wrapped
-model. Here each slot has one key that is read; the others must agree with it.
+PEFT writes a tensor that several of its modules share under each of them. It writes base tensors under their path in
+the wrapped model. Each slot has one key here that is read, and its other keys must hold equal values.
 """
 
 from __future__ import annotations
@@ -13,21 +13,24 @@ from adaptc.passes.ir.storage import storage_key
 
 
 def base_name(key: str) -> str:
-    """The FQN of a base weight, from its key in a file, where PEFT's wrappers are part of the path."""
+    """Return the FQN of a base weight from its key in a file, which has PEFT's ``base_layer`` in its path."""
     return key.replace(".base_layer.", ".")
 
 
 def keys_of(a: Attachment, name: str, slot: Slot) -> list[str]:
-    """All keys that files have for a slot of an attachment; the first is the one that is read."""
+    """Return all keys that files have for a slot of an attachment. The first is the one that is read."""
     first = a.file_key(name, slot)
-    # What all sites share is repeated under each site, what tied modules have in common under each of them.
+    # A tensor shared by all sites is repeated under each site, and one shared by tied modules under each of these.
     again = f"{a.key if slot.shared else a.module}.{name}"
     return [first, again] if slot.repeated and again != first else [first]
 
 
 def second_name(spec: BindingSpec, key: str) -> str | None:
-    """The key of the tensor that ``key`` is another name of: of a slot that files repeat, or of a tensor trained whole,
-    as BERT's head has its bias under two."""
+    """Return the key that is read for the tensor which ``key`` also names, or None where ``key`` is no second name.
+
+    Such a tensor is a slot that files repeat, or one that is trained whole and has two names, like the bias of BERT's
+    head.
+    """
     for a in spec.attachments:
         if key.startswith((f"{a.key}.", f"{a.module}.")):
             for name, slot in a.method.slots(spec.ops[a.id]).items():
@@ -40,8 +43,8 @@ def second_name(spec: BindingSpec, key: str) -> str | None:
 
 
 def _same_tensor(spec: BindingSpec, a: Attachment, key: str) -> bool:
-    """Whether ``key`` is that of a tensor which is the one ``a`` trains as a whole, under another name."""
-    # Beyond the module that is trained, a copy of it is tied to nothing.
+    """Return whether ``key`` is another name of the base tensor that ``a`` trains as a whole."""
+    # PEFT trains a copy of the module, whose tensors are tied to none outside of it.
     inside = key.startswith(f"{a.key}.")
     path = a.method.inner_path(key.removeprefix(f"{a.key}."))
     if path is None:

@@ -1,8 +1,8 @@
-"""Whether a ready binding fits a program it was perhaps not made for.
+"""Check that a finished binding fits a program for which it may not have been made.
 
-Before: a binding whose names are those of the program's slots. After: nothing, or a SwapError that names the slot and
-what differs. Shapes, dtypes and the code of each site are compared; and where the adapter has its own version of base
-weights (PiSSA), these must be of this base, which is known by its content: :func:`fingerprint`.
+The binding has the names of the program's slots. Shapes, dtypes and the code of each site are compared. Where the
+adapter has its own version of base weights (PiSSA), the base must be the one it was made for, told by
+:func:`fingerprint`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _BIND = "Bind the adapter to this program: prog.bind(...) or adaptc.swap(prog, .
 
 
 def fingerprint(weight: Tensor) -> str:
-    """Equal for weights of equal shape, dtype and bits."""
+    """Return a hash of a weight, which is equal for weights of equal shape, dtype and bits."""
     plain = weight.detach().cpu().contiguous()
     data = plain.view(torch.uint8) if plain.ndim else plain.reshape(1).view(torch.uint8)
     return hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)} ".encode() + data.numpy().tobytes()).hexdigest()
 
 
 def check_fits(spec: BindingSpec, binding: Binding) -> None:
-    """Raises SwapError where ``binding`` is of another program than ``spec`` in a way that matters."""
+    """Raise SwapError, with the slot and the difference, where ``binding`` does not fit the program of ``spec``."""
     for a in spec.attachments:
         _check_site(spec, a, binding)
     for fqn in spec.residual:

@@ -1,8 +1,9 @@
-"""Adapters of other formats than PEFT's, for a model: its component, its modules, and the config that PEFT would have.
+"""Translate adapters of other formats to PEFT's, for a given model: component, modules, and the config that PEFT would
+have.
 
-Before: tensors under the keys of a file, what its header says, and the weights of the model. After: an
-:class:`AdapterFile` with bare keys and a config whose targets are the modules the keys name, exactly; or an error, and
-nothing else. What a file does not say is never made up: the caller has to.
+The tensors come with the keys of their file and its header. The result is an :class:`AdapterFile` with bare keys, whose
+config targets exactly the modules that the keys name. Facts that a file does not state are never made up: the caller
+must give them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from adaptc.peft_files.formats.parts import ALPHA, Part, component_of
 from adaptc.peft_files.origin import Origin
 from adaptc.peft_files.raw import RawFile, of_peft
 
-#: fields of a config that choose modules, which the keys of a file do
+#: fields of a config that choose modules; here the keys of the file choose them
 _CHOOSING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
 
 
@@ -38,10 +39,10 @@ def translated(
     component: str | None = None,
     config: AdapterConfig | None = None,
 ) -> AdapterFile:
-    """``raw`` as PEFT's keys and config, for a model with these weights.
+    """Return ``raw`` with PEFT's keys and config, for a model with these weights.
 
-    ``config``: the caller's, instead of what the file says; the targets it leaves open are those of the keys. Raises
-    CheckpointError, and ConfigError where no config says what the tensors are.
+    ``config`` is the caller's, and counts instead of the file's. Targets that it leaves open are those of the keys.
+    Raises CheckpointError, and ConfigError where no config says what the tensors are.
     """
     source = str(raw.path)
     first = next(iter(raw.tensors))
@@ -84,8 +85,12 @@ def translated(
 
 
 def of_other_format(key: str, weights: Mapping[str, Tensor]) -> bool:
-    """Whether a key, the first of a state dict, may be of another format than PEFT's, for a model with these weights:
-    GPT-2 has a module that is called as diffusers call a component, ``transformer``."""
+    """Return whether ``key``, the first key of a state dict, may be of another format than PEFT's, for a model of
+    ``weights``.
+
+    A key that names a module of the model is PEFT's: GPT-2 has a module ``transformer``, which diffusers has as a
+    component.
+    """
     if foreign(key) or not of_component(key):
         return foreign(key)
     return not any(key.startswith(f"{module}.") for module in ModuleNames(weights).shapes)
@@ -94,8 +99,11 @@ def of_other_format(key: str, weights: Mapping[str, Tensor]) -> bool:
 def with_targets(
     config: TargetedConfig, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]
 ) -> TargetedConfig:
-    """``config`` with the modules that PEFT's keys name as its targets, if it names none: those with a tensor of an
-    adapter, not the modules that are in a file as a whole."""
+    """Return ``config`` with the modules that PEFT's keys name as its targets, where it names no targets itself.
+
+    These are the modules with adapter tensors, not modules that the file holds as a whole. Raises CheckpointError where
+    no key names a module of the model.
+    """
     if config.target_modules is not None:
         return config
     names, found = ModuleNames(weights), {}
@@ -115,8 +123,10 @@ def with_targets(
 
 
 def components_of(raw: RawFile) -> list[str]:
-    """The components that the keys of a file name; none of a file with PEFT's keys, or of one model's alone. Raises
-    CheckpointError for keys of no known format."""
+    """Return the components that the keys of a file name; none for PEFT's keys, or for keys of one model alone.
+
+    Raises CheckpointError for keys of no known format.
+    """
     if any(map(of_peft, raw.tensors)):
         return []
     _, parts = detect(raw.tensors, str(raw.path))
@@ -124,7 +134,7 @@ def components_of(raw: RawFile) -> list[str]:
 
 
 def nothing_to_choose(component: str | None, source: str) -> None:
-    """Raises ConfigError where a component is asked for of a file with PEFT's keys."""
+    """Raise ConfigError where a component is asked for of a file with PEFT's keys."""
     if component is not None:
         raise ConfigError(
             f"component={component!r}: {source} has PEFT's keys, which are of one model and name no component; leave "
@@ -133,7 +143,7 @@ def nothing_to_choose(component: str | None, source: str) -> None:
 
 
 def _of_peft(raw: RawFile, weights: Mapping[str, Tensor], config: AdapterConfig | None, source: str) -> AdapterFile:
-    """A file of PEFT's without its directory."""
+    """Return a file with PEFT's keys that is given without its directory, with its config."""
     stored = raw.beside if config is None else config.to_dict()
     if stored is None:
         raise CheckpointError(
@@ -165,8 +175,10 @@ def _layers(chosen: Chosen, tensors: Mapping[str, Tensor], names: ModuleNames, s
 
 
 def _targets(modules: Sequence[str], names: ModuleNames) -> dict[str, Any]:
-    """Fields that choose exactly these modules. A name in PEFT's list also stands for every module that ends with
-    it."""
+    """Return the config fields that choose exactly these modules.
+
+    A name in PEFT's list also chooses every module whose path ends with it, so such modules are excluded.
+    """
     wanted = frozenset(modules)
     more = [m for m in names.shapes if m not in wanted and any(end in wanted for end in endings(m))]
     out: dict[str, Any] = {"target_modules": list(modules)}
@@ -180,10 +192,10 @@ def _completed(config: AdapterConfig, targets: Mapping[str, Any]) -> AdapterConf
 
 
 def _stated(raw: RawFile, chosen: Chosen, kind: str) -> dict[str, Any] | None:
-    """The config that a file has for a component; None where it has none."""
+    """Return the config that a file states for a component, or None where it states none."""
     if raw.configs is not None:
         prefix = f"{chosen.component}." if chosen.component else ""
-        # A component's fields have its name in front where there is one.
+        # A component's fields are prefixed with its name.
         fields = {k: v for k, v in raw.configs.items() if component_of(k)[0] == chosen.component}
         if fields:
             return {"peft_type": kind} | {k.removeprefix(prefix): v for k, v in fields.items()}
@@ -193,18 +205,20 @@ def _stated(raw: RawFile, chosen: Chosen, kind: str) -> dict[str, Any] | None:
 
 
 def _says(raw: RawFile, parts: Sequence[Part]) -> bool:
-    """Whether a file whose keys name no component tells what its scales are: by an alpha, by names that PEFT has not,
-    or by where diffusers keeps its files."""
+    """Return whether a file whose keys name no component states its scales.
+
+    It does by an alpha, by names that PEFT's keys do not have, or by its file name, which is one of diffusers'.
+    """
     return any(p.slot == ALPHA or p.flat or not p.key.endswith(p.slot) for p in parts) or raw.path.name in (SAFE, BIN)
 
 
 def _patterns(kind: str, layers: Mapping[str, Layer]) -> dict[str, Any]:
-    """Ranks and alphas of all modules as the fields of a config."""
+    """Return the config fields for the ranks and alphas of all modules."""
     r, ranks = value_table({m: made.rank for m, made in layers.items()})
     alpha, alphas = value_table({m: made.rank if made.alpha is None else made.alpha for m, made in layers.items()})
     return {"r": r, "rank_pattern": ranks, config_class(kind).alpha_field: alpha, "alpha_pattern": alphas}
 
 
 def in_memory(tensors: Mapping[str, Tensor]) -> RawFile:
-    """A state dict of a caller as a file."""
+    """Return a caller's state dict as a file."""
     return RawFile(tensors, Path("state dict"))

@@ -1,8 +1,7 @@
-"""Slots that are one tensor for a group of sites of an adapter, as Lily's factors are.
+"""Find slots that are one tensor for a group of sites of an adapter, such as Lily's factors.
 
-The program has a slot at each site, and so have files. Before: the methods of one adapter. After: which slots are to
-hold one tensor. Whoever makes values for them makes one for all, so that it is trained once; what moves or copies
-values keeps one tensor one.
+The program and its files have a slot at each site of the group. Code that makes values makes one tensor for all of
+them, so that it is trained once. Code that moves or copies values keeps it one tensor.
 """
 
 from __future__ import annotations
@@ -17,8 +16,10 @@ from adaptc.passes.ir.ops import Op
 def groups(
     attachments: Sequence[Attachment], ops: Mapping[str, Op], methods: Mapping[str, Method], order: Iterable[str]
 ) -> dict[str, str]:
-    """FQN of each slot that is of a group -> FQN of that of the group's first site. ``methods``: those of one adapter,
-    by attachment id; ``order``: the FQNs of the model's parameters."""
+    """Return for each slot of a group, by FQN, the FQN of the slot at the group's first site.
+
+    ``methods`` are those of one adapter, by attachment id. ``order`` has the FQNs of the model's parameters.
+    """
     place = {fqn: i for i, fqn in enumerate(order)}
     present = [a for a in attachments if a.id in methods]
     present.sort(key=lambda a: place.get(a.fqn, len(place)))

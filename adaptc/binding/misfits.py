@@ -1,7 +1,6 @@
-"""What does not fit: the checks of an adapter's tensors against the slots of a program, and what their errors say.
+"""Check an adapter's tensors against the slots of a program, and explain what does not fit.
 
-Before: tensors found for a site, or keys that nothing has taken. After: nothing, or the error that names the key, what
-was expected there, and what to do.
+Each error names the key, what was expected there, and what to do.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from adaptc.passes.ir.method import Method
 from adaptc.passes.ir.ops import Op
 from adaptc.peft_files.directory import all_finite
 
-#: what a scale may be, either way
+#: the largest magnitude that a scale may have
 LARGEST = torch.finfo(torch.float32).max
 
 
 def check_rank(a: Attachment, method: Method, found: Mapping[str, Tensor], source: str) -> None:
-    """Raises CheckpointError for an adapter whose tensors, off which its rank is read, have none: configs refuse it."""
+    """Raise CheckpointError where the rank read off an adapter's tensors is 0, which configs refuse."""
     if method.rank() != 0:
         return
     told = ", ".join(f"{n!r} of shape {tuple(t.shape)}" for n, t in found.items() if not t.numel())
@@ -39,7 +38,8 @@ def check_rank(a: Attachment, method: Method, found: Mapping[str, Tensor], sourc
 
 
 def check_shapes(a: Attachment, op: Op, method: Method, found: Mapping[str, Tensor], source: str) -> None:
-    """Raises SwapError for slots the program lacks at a site, CheckpointError for missing and misshapen tensors."""
+    """Raise SwapError for slots that the program lacks at a site, and CheckpointError for missing and misshapen
+    tensors."""
     compiled = a.method.slots(op)
     for slot, spec in method.slots(op).items():
         if not spec.saved:
@@ -73,8 +73,12 @@ def check_kinds(
     *,
     read: bool,
 ) -> None:
-    """Raises CheckpointError for tensors of a kind of numbers that their slots do not hold. ``dtype``: that of slots
-    which name none. Before the method has ``read`` them, a tensor need not be of the kind its slot is."""
+    """Raise CheckpointError for tensors with a kind of numbers (boolean, integer, real, complex) that their slots
+    cannot hold.
+
+    ``dtype`` is that of slots that name none. Unless the method has ``read`` them, only boolean and complex tensors are
+    checked, since the method may convert others.
+    """
     slots = method.slots(op)
     for name, t in found.items():
         wanted = (slots[name].dtype if name in slots else None) or dtype
@@ -83,7 +87,8 @@ def check_kinds(
 
 
 def check_kind(key: str, t: Tensor, wanted: torch.dtype, source: str) -> None:
-    """Raises CheckpointError where a cast to ``wanted`` would drop a part of what the numbers are."""
+    """Raise CheckpointError where a cast of ``t`` to ``wanted`` would lose a part of its numbers, such as the imaginary
+    one."""
     have = _kind(t.dtype)
     if have != _kind(wanted) and (have, _kind(wanted)) != ("real", "complex"):
         raise CheckpointError(
@@ -100,7 +105,7 @@ def _kind(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Cast:
-    """A tensor of an adapter, and what it became in a slot or base weight called ``fqn``."""
+    """A tensor of an adapter, and the tensor that was made of it for the slot or base weight called ``fqn``."""
 
     key: str
     fqn: str
@@ -110,7 +115,7 @@ class Cast:
 
 @torch.no_grad()
 def check_casts(casts: Sequence[Cast], source: str) -> None:
-    """Raises CheckpointError where values do not fit into the dtype of their slot."""
+    """Raise CheckpointError where values do not fit into the dtype of their slot."""
     changed = [c for c in casts if c.given.dtype != c.made.dtype]
     real = [c for c in changed if c.made.is_floating_point() or c.made.is_complex()]
     lost: list[Cast] = []
@@ -131,7 +136,7 @@ def _finite(t: Tensor) -> Tensor:
 
 
 def finite_scale(scale: Any, a: Attachment, config: AdapterConfig) -> float:
-    """A method's scale, which is a number that float32 can hold. Raises ConfigError for anything else."""
+    """Return a method's scale as a float. Raises ConfigError where it is no number that is finite in float32."""
     try:
         found = float(scale)
     except (TypeError, ValueError, OverflowError):
@@ -147,7 +152,7 @@ def finite_scale(scale: Any, a: Attachment, config: AdapterConfig) -> float:
 def unbound(
     spec: BindingSpec, config: AdapterConfig, keys: list[str], source: str, tensors: Mapping[str, Tensor]
 ) -> SwapError:
-    """The error for keys that no slot has taken, of all of an adapter's ``tensors``."""
+    """Return the error for ``keys``, which no slot has taken, of all of an adapter's ``tensors``."""
     named = [(a, a.file_key(n, s)) for a in spec.attachments for n, s in a.method.slots(spec.ops[a.id]).items()]
     known = [key for _, key in named]
     few = "; ".join(repr(k) if k in known else _with_nearest(k, known) for k in keys[:3])
@@ -177,7 +182,7 @@ def _with_nearest(key: str, known: Sequence[str]) -> str:
 
 
 def _either(mappings: Sequence[Mapping[str, str]]) -> str:
-    """Mappings as the argument they are."""
+    """Return mappings as the argument ``key_mapping=``, to be shown in an error."""
     return " or ".join(f"key_mapping={{{_pairs(m)}}}" for m in mappings[:3])
 
 
@@ -186,15 +191,16 @@ def _pairs(mapping: Mapping[str, str]) -> str:
 
 
 def _raw(text: str) -> str:
-    """A string as one writes expressions."""
+    """Return the literal of a regular expression, as a raw string where it has backslashes."""
     return f'r"{text}"' if "\\" in text and '"' not in text and text.isprintable() else repr(text)
 
 
 def _other_code(spec: BindingSpec, config: AdapterConfig, keys: list[str]) -> str:
-    """In which options the adapter differs from the code of a site that these keys are of, if that is why."""
+    """Return a sentence on the options in which the adapter differs from the code of a site of these keys, '' where
+    none."""
     for a in spec.attachments:
         here, own = a.method.structure(), a.method.rebind(config, a).at(spec.ops[a.id]).structure()
-        # Files have no name of a module in front of what stands for the whole program.
+        # A slot that stands for the whole program has no module path in its key.
         mine = {a.file_key(n, s) for n, s in a.method.slots(spec.ops[a.id]).items()}
         if here != own and any(k in mine or k.startswith(f"{a.key}.") for k in keys):
             names = [n for n in own if own[n] != here.get(n)]
@@ -204,7 +210,7 @@ def _other_code(spec: BindingSpec, config: AdapterConfig, keys: list[str]) -> st
 
 
 def _other_method(spec: BindingSpec, config: AdapterConfig, keys: list[str]) -> str:
-    """Where the program has an adapter of another method, if that is why."""
+    """Return a sentence on the other method that the program has at a site of these keys, or '' where there is none."""
     sites = {_site_of(k) for k in keys}
     for a in spec.attachments:
         if a.key in sites:
@@ -213,7 +219,10 @@ def _other_method(spec: BindingSpec, config: AdapterConfig, keys: list[str]) -> 
 
 
 def _site_of(key: str) -> str:
-    """The module path in a key, as far as the parts look like one: PEFT's names of tensors have an underscore."""
+    """Return the module path in a key.
+
+    It ends before one of the last three parts that has an underscore, as PEFT's tensor names have.
+    """
     parts = key.split(".")
     cut = next((i for i in range(len(parts) - 1, 0, -1) if "_" in parts[i] and i >= len(parts) - 3), len(parts))
     return ".".join(parts[:cut])

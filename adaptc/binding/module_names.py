@@ -1,8 +1,7 @@
-"""The modules that an adapter file of another format means, among those of a model.
+"""Find the modules of a model that the keys of another format's adapter file mean.
 
-Before: names as a file spells them: in full, or with underscores for dots, of this release of a library or another, of
-diffusers or of the original code. After: the one module of the model that has such a name; or None, or a
-CheckpointError where several have it.
+A file may spell a name in full or with underscores for dots. It may use the names of another release of a library, of
+diffusers, or of the original code.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from adaptc.errors import CheckpointError, nearest
 from adaptc.peft_files.formats.ldm import original_names
 from adaptc.peft_files.formats.parts import Part
 
-#: what transformers has in front of the layers of a text encoder, or has not
+#: the prefix that the layers of a text encoder have in some releases of transformers
 _OUTER = "text_model."
 
 
 class ModuleNames:
-    """Of a model with these weights: every module that has one called ``weight``."""
+    """The names of a model's modules that have a weight called ``weight``, in the spellings that files use."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self.shapes = {
@@ -29,7 +28,7 @@ class ModuleNames:
             if fqn.endswith(".weight") and isinstance(t, Tensor)
         }
         self._original = original_names(self.shapes)
-        # What a name of the model's own means rules; other spellings come after it.
+        # The model's own names come before other spellings.
         others = dict(self._original)
         for name in self.shapes:
             others.setdefault(name.removeprefix(_OUTER) if name.startswith(_OUTER) else _OUTER + name, name)
@@ -37,7 +36,8 @@ class ModuleNames:
         self._dotted = [{n: [n] for n in self.shapes}, {spelled: [name] for spelled, name in others.items()}]
 
     def find(self, part: Part, component: str, source: str) -> str | None:
-        """The module that ``part`` is of, whose names begin with ``component`` where that is not ''.
+        """Return the module of ``part``, or None where the model has none. A non-empty ``component`` prefixes the
+        part's names.
 
         Raises CheckpointError where several modules have the name.
         """
@@ -58,7 +58,7 @@ class ModuleNames:
         return None
 
     def near(self, part: Part) -> Sequence[str]:
-        """Names in the model that are close to what ``part`` says, spelled as it spells them."""
+        """Return names of modules that are close to the name of ``part``, in the spelling that ``part`` uses."""
         names = list(self._flat[0]) if part.flat else list(self.shapes)
         return nearest(part.modules[0], names, 2)
 

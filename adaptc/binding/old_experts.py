@@ -1,10 +1,10 @@
-"""Adapter files made when every expert was a module of its own, for models that stack all experts in one parameter.
+"""Convert adapter files in which every expert is a module of its own, for models that stack all experts in one
+parameter.
 
-transformers 5 keeps the experts of a mixture in two 3-D parameters, ``experts.gate_up_proj`` and
-``experts.down_proj``; until then each expert had linear layers ``w1``, ``w3``, ``w2`` (Mixtral) or ``gate_proj``,
-``up_proj``, ``down_proj``. Before: a file with LoRA tensors of such layers. After: the same adapter as LoRA on the
-stacked parameters, exactly: the factors of gate and up become one of twice the rank, with the up projections in
-diagonal blocks. PEFT converts such files, too.
+transformers 5 keeps the experts of a mixture in two 3-D parameters, ``experts.gate_up_proj`` and ``experts.down_proj``.
+Before, each expert had linear layers ``w1``, ``w3``, ``w2`` (Mixtral) or ``gate_proj``, ``up_proj``, ``down_proj``.
+LoRA tensors of such layers become LoRA on the stacked parameters, exactly. The factors of gate and up become one of
+twice the rank, with their B factors in diagonal blocks. PEFT converts such files, too.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ Pieces = dict[tuple[int, str, str], Tensor]
 
 
 def restack(file: AdapterFile, weights: Mapping[str, Tensor]) -> AdapterFile:
-    """``file`` for the model with these weights; the very same object when no key in it is of the old kind.
+    """Return ``file`` for the model with these weights, or the same object when no key in it is of the old kind.
 
-    Raises CheckpointError when an expert or a part of a stacked parameter is missing, ConfigError when the file gives
-    single experts ranks or alphas of their own.
+    Raises CheckpointError when an expert or a projection of a stacked parameter is missing. Raises ConfigError when the
+    file gives single experts ranks or alphas of their own.
     """
     homes: dict[str, Pieces] = {}
     rest: dict[str, Tensor] = {}
@@ -55,7 +55,7 @@ def restack(file: AdapterFile, weights: Mapping[str, Tensor]) -> AdapterFile:
     for home, pieces in homes.items():
         mine = [name for name in STACKED if home in made[name]]
         for i, name in enumerate(mine):
-            # The first of two is the inner wrapper in PEFT's models.
+            # In PEFT's models the first of two parameters has the inner wrapper.
             place = f"{home}.experts" + ".base_layer" * (len(mine) - 1 - i)
             a, b = _stack(pieces, STACKED[name], weights[f"{home}.{name}"].shape[0], f"{file.path}: {home}.experts")
             rest[f"{place}.lora_A.weight"], rest[f"{place}.lora_B.weight"] = a, b
@@ -63,7 +63,8 @@ def restack(file: AdapterFile, weights: Mapping[str, Tensor]) -> AdapterFile:
 
 
 def _home(path: str, weights: Mapping[str, Tensor]) -> str | None:
-    """The module that holds ``experts`` now, if the experts of ``path`` are stacked."""
+    """Return the path of the module that holds ``experts`` in the model, or None where the experts of ``path`` are not
+    stacked."""
     candidates = (path, f"{path}.".replace(_OLD_NAME, ".mlp.")[:-1])
     return next((c for c in candidates if any(f"{c}.{n}" in weights for n in STACKED)), None)
 
@@ -73,7 +74,8 @@ def _has(pieces: Pieces, parts: Collection[str]) -> bool:
 
 
 def _stack(pieces: Pieces, parts: tuple[str, ...], experts: int, where: str) -> tuple[Tensor, Tensor]:
-    """A (experts * r, in) expert-major and B (out, r * experts) rank-major, as for any stacked parameter."""
+    """Return A (experts * r, in), ordered by expert, and B (out, r * experts), ordered by rank, as stacked parameters
+    have."""
     downs: list[Tensor] = []
     ups: list[Tensor] = []
     for e in range(experts):

@@ -1,10 +1,10 @@
-"""Adapters made of others that have files of their own (X-LoRA's experts): all of it as one file in memory.
+"""Gather adapters that are made of others with files of their own, such as X-LoRA's experts, into one file in memory.
 
-Before: a config that names other adapters, and its own file if it has one. After: an :class:`AdapterFile` with the
-tensors of all, whose config knows them; or an error that names the part that is missing or does not fit.
+The config names the other adapters, and the adapter may have a file of its own. The result has the tensors of all, and
+a config that lists them. An error names a part that is missing or does not fit.
 
-A part is looked for below the file that names it, in a directory called by its number, as PEFT writes it; if there is
-none that can be read as an adapter of its own, at the path that the config has.
+A part is looked for below the file that names it, in a directory called by its number, as PEFT writes it. If none there
+can be read as an adapter of its own, the part is read from the path in the config.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _OF_WHOLE_MODEL = "lora_model."
 
 
 def has_parts(kind: type[AdapterConfig]) -> bool:
-    """Whether adapters with such a config may have parts."""
+    """Return whether adapters with a config of this class may have parts."""
     return kind.parts is not AdapterConfig.parts
 
 
@@ -38,8 +38,10 @@ def gathered(
     weights: Mapping[str, Tensor],
     config_of: Callable[[AdapterFile], AdapterConfig],
 ) -> tuple[AdapterConfig, AdapterFile | None]:
-    """Both with the parts that ``config`` names; as they are where it names none. ``file``: that of the adapter, None
-    for a new one; ``weights``: the model's, by name."""
+    """Return ``config`` and ``file`` with the parts that ``config`` names, or unchanged where it names none.
+
+    ``file`` is the adapter's own, None for a new adapter. ``weights`` are the model's, by name.
+    """
     names = config.parts()
     if not names:
         return config, file
@@ -57,8 +59,10 @@ def gathered(
 
 
 def _without_base(tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:
-    """Without the base weights that PEFT writes beside adapted embeddings. Raises CheckpointError where they are not
-    the model's: another part, or the base alone, would read them."""
+    """Return ``tensors`` without the base weights that PEFT writes beside adapted embeddings.
+
+    Raises CheckpointError where they differ from the model's weights, since all parts share one base.
+    """
     out = dict(tensors)
     for key, tensor in tensors.items():
         base = weights.get(base_name(key))

@@ -1,11 +1,11 @@
-"""Recipes: how a binding is made of an adapter's tensors, remembered from one adapter for all of its structure.
+"""Remember how a binding is made from an adapter's tensors, for all adapters of the same structure.
 
 Two adapters have one structure where their configs are equal and their tensors agree in keys, shapes, dtypes and
-devices. Before: a binding that :func:`adaptc.binding.bind` made. After: for each of its values the key of the tensor it
-is, or the constant; the next binding of that structure is a loop over these, equal in every value, method and name.
+devices. A recipe is learned from a binding that :func:`adaptc.binding.bind` made. It has for each value the key of its
+tensor, or the constant. The next binding of that structure is a loop over these, equal in every value, method and name.
 
-That is right only where a value cannot depend on what the adapter's tensors hold, or on the base, so there is a recipe
-only where all of this is so, and every other adapter goes the long way:
+That is right only where no value depends on the contents of the adapter's tensors, or on the base. So there is a recipe
+only where all of the following holds, and every other adapter is bound in full:
 
 - the methods leave :meth:`Method.read` and :meth:`Method.derived` as they are, so a slot has the file's tensor itself;
 - all keys are those of slots, each slot is one site's own, and the adapter changes nothing of the base;
@@ -13,8 +13,8 @@ only where all of this is so, and every other adapter goes the long way:
   fills; a method that makes them of the weight (DoRA) has a recipe where it needs none;
 - where ranks are read off the tensors, the method reads the same ones off tensors without values.
 
-What depends on values is checked for every adapter: the caller looks for NaN and infinity, and a recipe looks whether
-what it casts fits the slot's dtype.
+Checks of values are made for every adapter. The caller looks for NaN and infinity. A recipe checks that the values it
+casts fit the slot's dtype.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from adaptc.passes.ir.method import Method, Slot
 from adaptc.passes.ir.ops import Op
 from adaptc.peft_files.directory import all_finite
 
-#: recipes, and structures that have none, kept per program; the one not used for longest goes first
+#: the number of structures kept per program, with or without a recipe; the least recently used is dropped first
 MOST = 16
 _PLAIN = (Tensor, Parameter)
 
 
 @dataclass(frozen=True)
 class _Taken:
-    """A value that is the adapter's own tensor; ``to`` None where it has the slot's device and dtype already."""
+    """A value that is the adapter's own tensor. ``to`` is None where it already has the slot's device and dtype."""
 
     fqn: str
     key: str
@@ -69,11 +69,11 @@ class _Filled:
 
 
 class Recipe:
-    """Made of one binding; call it with the tensors of another adapter of the same structure."""
+    """A recipe learned from one binding, to be called with the tensors of another adapter of the same structure."""
 
     def __init__(self, binding: Binding, taken: list[_Taken], filled: list[_Filled], fit: bool) -> None:
         self.kind = type(binding.config)
-        # With the ranks of its tensors, which the next ones have too.
+        # A config with the ranks of the tensors, which are those of the next adapter's tensors, too.
         self._config = binding.config if fit else None
         self._order, self._methods, self._name = tuple(binding.values), dict(binding.methods), binding.name
         self._parameters = [(t.fqn, t.key) for t in taken if t.to is None and t.parameter]
@@ -83,7 +83,10 @@ class Recipe:
     def __call__(
         self, config: AdapterConfig, tensors: Mapping[str, Tensor], source: str, *, copy: bool
     ) -> Binding | None:
-        """``copy``: values that would lie in ``tensors`` are copied. None where a cast does not keep values finite."""
+        """Return the binding of these tensors, or None where a cast makes a value infinite.
+
+        ``copy`` copies the values that would share memory with ``tensors``.
+        """
         values: dict[str, Any] = dict.fromkeys(self._order)
         for fqn, key in self._parameters:
             values[fqn] = Parameter(tensors[key].detach().clone() if copy else tensors[key], requires_grad=False)
@@ -104,8 +107,10 @@ class Recipe:
 
 
 class Recipes:
-    """What is remembered for one program, and for those that are made of it with its adaptation and ops; a pass makes
-    a program with others, which starts with none."""
+    """The recipes of one program, and of the programs made from it that share its adaptation and ops.
+
+    A pass makes a program with other ops, which starts without recipes.
+    """
 
     def __init__(self, attachments: Sequence[Attachment], ops: Mapping[str, Op]) -> None:
         self.ops = ops
@@ -116,12 +121,12 @@ class Recipes:
         self._fitting: weakref.WeakSet[Binding] = weakref.WeakSet()
 
     def fit(self, binding: Binding) -> bool:
-        """Whether the binding is known to fit the program."""
+        """Return whether the binding is known to fit the program."""
         with self._lock:
             return binding in self._fitting
 
     def note(self, binding: Binding) -> Binding:
-        """Remember that the binding fits, as it was made for the program or has been checked."""
+        """Remember that the binding fits, since it was made for the program or has been checked; return it."""
         with self._lock:
             self._fitting.add(binding)
         return binding
@@ -135,7 +140,7 @@ class Recipes:
     def learn(
         self, structure: Hashable, spec: BindingSpec, binding: Binding, tensors: Mapping[str, Tensor], *, fit: bool
     ) -> None:
-        """Remember how ``binding`` was made of ``tensors``, by the keys these have; or that it has no recipe."""
+        """Remember how ``binding`` was made from ``tensors``, by their keys, or that its structure has no recipe."""
         if structure is None or spec.ops is not self.ops or spec.trainable:
             return
         with self._lock:
@@ -149,8 +154,10 @@ class Recipes:
 
 
 def structure(spec: BindingSpec, config: Any, tensors: Mapping[str, Tensor], *more: Hashable) -> Hashable | None:
-    """Equal for two adapters that one recipe is for; None where no recipe may be used or made. ``config`` is the
-    config, or the content of its file; ``more`` whatever else the binding depends on."""
+    """Return a key that is equal for two adapters with one recipe, or None where no recipe may be used or made.
+
+    ``config`` is a config, or the content of its file. ``more`` is whatever else the binding depends on.
+    """
     if spec.trainable:
         return None
     out: list[Hashable] = []
@@ -160,9 +167,9 @@ def structure(spec: BindingSpec, config: Any, tensors: Mapping[str, Tensor], *mo
         out.append((key, t.shape, t.dtype, t.device))
     try:
         frozen = _frozen(config if isinstance(config, dict) else vars(config))
-    except (_NotPlain, RecursionError):  # who makes the config refuses what is too deep
+    except (_NotPlain, RecursionError):  # making the config refuses one that is nested too deep
         return None
-    # Parameters that the program shares with its model move and change their dtype with it.
+    # Weights shared with the model change their dtype and device when the user moves the model, and slots follow them.
     weights = [(w.dtype, w.device) for w in (spec.weights[a.fqn] for a in spec.attachments)]
     return more, type(config), frozen, tuple(weights), tuple(out)
 
@@ -172,7 +179,10 @@ class _NotPlain(Exception):
 
 
 def _frozen(value: Any) -> Hashable:
-    """Equal for values that no config can tell apart: of plain types, with the order that dicts have."""
+    """Return a hashable key, equal for plain values that no config can tell apart. The order of dicts counts.
+
+    Raises _NotPlain for a value of any other type.
+    """
     kind = type(value)
     if kind is str or value is None:
         return value
@@ -188,7 +198,7 @@ def _frozen(value: Any) -> Hashable:
 
 
 def _recipe(spec: BindingSpec, binding: Binding, tensors: Mapping[str, Tensor], *, fit: bool) -> Recipe | None:
-    """The recipe of ``binding``, if it is certain that there is one."""
+    """Return the recipe of ``binding``, or None where it is not certain that one is right."""
     if binding.base or binding.carried or binding.parts:
         return None
     if groups(spec.attachments, spec.ops, binding.methods, spec.weights):
@@ -233,13 +243,14 @@ def _recipe(spec: BindingSpec, binding: Binding, tensors: Mapping[str, Tensor], 
 
 
 def passes_through(method: Method, op: Op) -> bool:
-    """Whether the method gives slots the tensors of a file as they are, and each site its own."""
+    """Return whether the method gives each site's slots the file's tensors unchanged, and shares none between sites."""
     plain = not method.defines("read", "derived", "unwrap")
     return plain and not method.shares() and not method.keys(op) and not method.moves_base()
 
 
 def _constants(a: Attachment, op: Op, own: Method | None) -> Mapping[str, Slot] | None:
-    """The slots whose ``fill`` is the value where an adapter has no tensor; None where the weight may decide."""
+    """Return the slots whose ``fill`` is the value where an adapter has no tensor, or None where the weight may
+    decide."""
     methods = [a.method] if own is None else [a.method, own]
     if any(m.defines("identity", "absent") for m in methods):
         return None
@@ -247,19 +258,19 @@ def _constants(a: Attachment, op: Op, own: Method | None) -> Mapping[str, Slot] 
 
 
 def _sized_by_shapes(a: Attachment, op: Op, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether the method finds an adapter's sizes without the values of its tensors."""
+    """Return whether the method finds an adapter's sizes without the values of its tensors."""
     method = a.method.rebind(config, a).at(op)
     try:
         specs = {**a.method.slots(op), **method.slots(op)}
         found = {n: tensors[k] for n, s in specs.items() if (k := a.file_key(n, s)) in tensors}
         blank = {n: t.detach().to("meta") for n, t in found.items()}
         return method.with_sizes_of(op, blank) == method.with_sizes_of(op, found)
-    except Exception:  # whatever a method does with a tensor that has no values
+    except Exception:  # a method may fail in any way on a meta tensor
         return False
 
 
 def _is(t: _Taken, tensor: Tensor, value: Tensor) -> bool:
-    """Whether ``value`` is what the recipe makes of ``tensor``, or a copy of it."""
+    """Return whether ``value`` is what the recipe makes of ``tensor``, or a copy of it."""
     if t.to is not None:
         return _same(tensor.detach().to(*t.to), value)
     return value.stride() == tensor.detach().clone().stride() and _same(tensor.detach(), value)

@@ -1,7 +1,8 @@
-"""What a user may hand over as an adapter, turned into a config or a binding.
+"""Turn what a user gives as an adapter into a config or a binding.
 
-A config object of adaptc or peft, a PEFT adapter directory, a file of another format, a state dict, or a ready Binding.
-A binding owns its values: a directory is read into memory of its own, and tensors of a caller are copied, once.
+The user may give a config object of adaptc or peft, or a PEFT adapter directory. Other forms are a file of another
+format, a state dict, and a finished Binding. A binding owns its values: a directory is read into memory of its own, and
+a caller's tensors are copied once.
 """
 
 from __future__ import annotations
@@ -47,9 +48,11 @@ from adaptc.value_types import checked
 def as_adapter(
     adapter: Any, key_mapping: Mapping[str, str] | None = None
 ) -> tuple[AdapterConfig | None, AdapterFile | RawFile | None]:
-    """A config, and the adapter's file when it is one, or an object that can be taken for one (``as_file``); of a file
-    of another format, and of a state dict, the config is known once the model is. Raises ConfigError or
-    CheckpointError."""
+    """Return the config of an adapter, and its file where it has one, or is an object with ``as_file``.
+
+    The config is None for a file of another format and for a state dict, since it takes the model to know it. Raises
+    ConfigError or CheckpointError.
+    """
     if is_state_dict(adapter):
         tensors = rename(given(adapter, "state dict"), key_mapping, "state dict")
         return None, in_memory(_copied(tensors))
@@ -67,9 +70,12 @@ def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def as_config(config: Any) -> AdapterConfig:
-    """A config from whatever says one, a directory included. Raises ConfigError or CheckpointError."""
+    """Return a config from any object or path that gives one, an adapter directory included.
+
+    Raises ConfigError or CheckpointError.
+    """
     if isinstance(config, AdapterConfig):
-        config.check_types()  # of what was set since it was made
+        config.check_types()  # fields may have been set since it was made
         return config
     if isinstance(config, (str, os.PathLike)):
         return from_dict(read_config(config))
@@ -83,7 +89,8 @@ def as_config(config: Any) -> AdapterConfig:
 
 
 def config_of(path: Path) -> AdapterConfig:
-    """From a JSON file with the content of ``adapter_config.json``. Raises CheckpointError for anything else."""
+    """Return the config in a JSON file with the content of an ``adapter_config.json``. Raises CheckpointError for other
+    files."""
     try:
         with Opened(path) as file:
             data = read_json_object(file)
@@ -107,8 +114,10 @@ def fitted(
     component: str | None = None,
     stated: bool = False,
 ) -> tuple[AdapterConfig, AdapterFile | None]:
-    """Both for a model with these weights, where the file is of another format, or was made for an older layout of it.
-    ``config`` is that of a PEFT directory or, if it was ``stated``, the caller's: the keys give targets it leaves open.
+    """Return ``config`` and ``file`` for a model with these weights.
+
+    A file of another format, or for an older layout of the model, is converted. ``config`` is that of a PEFT directory.
+    If ``stated``, it is the caller's, and the keys give the targets that it leaves open.
     """
     if stated and isinstance(file, AdapterFile):
         if isinstance(config, TargetedConfig):
@@ -126,10 +135,13 @@ def fitted(
 
 
 def from_peft(config: Any) -> AdapterConfig:
-    """From a config object of the peft library, which need not be importable here."""
+    """Return a config from a config object of the peft library, which need not be importable here.
+
+    Raises ConfigError where its ``to_dict()`` fails.
+    """
     try:
         data = dict(config.to_dict())
-    except Exception as error:  # whatever an object that is no config of peft's has to say
+    except Exception as error:  # an object that is no peft config may fail in any way
         raise ConfigError(f"{type(config).__name__}.to_dict() gives no config: {shown(error)}") from error
     data["peft_type"] = getattr(data.get("peft_type"), "value", data.get("peft_type"))
     data["task_type"] = getattr(data.get("task_type"), "value", data.get("task_type"))
@@ -143,16 +155,16 @@ def from_peft(config: Any) -> AdapterConfig:
 
 
 class Bindable(Protocol):
-    """What an adapter can be bound to: a program, or a package of one."""
+    """A thing that an adapter can be bound to: a program, or a package of one."""
 
     @property
     def current(self) -> Binding | None:
-        """The binding in use; None where there are no sites."""
+        """Return the binding in use, or None where there are no sites."""
         ...
 
     @property
     def device(self) -> torch.device:
-        """Where its first site is."""
+        """Return the device of the first site."""
         ...
 
     @property
@@ -163,8 +175,10 @@ class Bindable(Protocol):
 
 @dataclass(frozen=True)
 class Reading:
-    """How a file is read: which adapter of a directory, which renaming of keys, which component; ``several``: it is one
-    of several, of which some may have no components."""
+    """The options for reading a file: the adapter of a directory, the renaming of keys, and the component.
+
+    ``several`` says that the file is one of several, some of which may have no components.
+    """
 
     adapter_name: str | None = None
     key_mapping: Mapping[str, str] | None = None
@@ -172,12 +186,12 @@ class Reading:
     several: bool = False
 
     def nothing_to_choose(self, source: str) -> None:
-        """Raises ConfigError where a component is asked for of the file at ``source``, whose keys name none."""
+        """Raise ConfigError where a component is asked for of the file at ``source``, whose keys name none."""
         if not self.several:
             nothing_to_choose(self.component, source)
 
     def component_of(self, raw: RawFile) -> str | None:
-        """The one to take of a file of another format."""
+        """Return the component to take from a file of another format, or None where the keys are to tell."""
         return None if self.several and self.component is not None and not components_of(raw) else self.component
 
 
@@ -196,15 +210,20 @@ def as_binding(
     own: bool = True,
     scale: Any = None,
 ) -> Binding:
-    """``adapter`` bound to the slots of ``target``, of which nothing changes.
+    """Return ``adapter`` bound to the slots of ``target``, which is left unchanged.
 
-    ``key_mapping``: regular expression -> replacement, for adapters whose keys were written for other module names; a
-    binding has none, and is refused with one. ``component``: which one to take of a file that has several, where the
-    names of modules do not tell. A state dict has PEFT's keys, with or without ``base_model.model.``; its scale comes
-    from ``config``, or else from the current adapter's config, with the rank of the tensors. One with the keys of
-    another format is read as a file of it. Without ``own`` values may lie in the caller's tensors: for one who copies
-    them before anybody else can write there. What is bound to a program stands for its adapter. ``scale``: a factor on
-    the scale it was made with, or factors by name; None leaves it. Raises SwapError, CheckpointError or ConfigError.
+    ``key_mapping`` maps a regular expression to its replacement, for keys that were written for other module names.
+    ``component`` chooses from a file with several, where module names do not tell. ``adapter_name`` chooses from a
+    directory of adapters. An adapter that is bound already is refused with any of these, and with ``config``. A
+    program, or what is bound to one, stands for its adapter.
+
+    A state dict has PEFT's keys, with or without ``base_model.model.``. Its scale comes from ``config``. Without that
+    it comes from the current adapter's config, with the rank of the tensors. A state dict with the keys of another
+    format is read like a file of that format. Without ``own``, values may share the memory of the caller's tensors.
+    That is for callers who copy them before other code can write there.
+
+    ``scale`` is a factor on the original scale, or factors by adapter name; None leaves the scale as it is. Raises
+    SwapError, CheckpointError or ConfigError.
     """
     current = target.current
     if current is None:
@@ -213,7 +232,7 @@ def as_binding(
         raise SwapError(
             "None is no adapter. prog.bind(None) gives a callable of the base, and adaptc.unload the base itself"
         )
-    # What is bound to a program, or a program, stands for its adapter.
+    # A program, and what is bound to one, has its adapter in `binding`.
     binding = adapter if isinstance(adapter, Binding) else getattr(adapter, "binding", None)
     if isinstance(binding, Binding):
         asked = {"key_mapping": key_mapping or None, "config": config, "adapter_name": adapter_name}
@@ -235,7 +254,7 @@ def as_binding(
 
 
 def _strong(target: Bindable, binding: Binding, scale: Any, names: Iterable[str] | None = None) -> Binding:
-    """A binding that fits, and fits, with the factors that go with it."""
+    """Return ``binding``, which fits ``target``, with the factors of ``scale``; note that the new binding fits, too."""
     return binding if scale is None else target.recipes.note(with_strength_of(target.spec(), binding, scale, names))
 
 
@@ -263,7 +282,10 @@ def _checked(target: Bindable, binding: Binding) -> Binding:
 def _together(
     target: Bindable, current: Binding, adapter: Any, config: Any, trainable: bool, reading: Reading
 ) -> Binding:
-    """Adapters by name for a program in which several act together; those not named stay, None turns one off."""
+    """Return a binding in which the named adapters of several that act together are exchanged.
+
+    Adapters that are not named stay, and None turns one off.
+    """
     parts = dict(current.parts)
     if not isinstance(adapter, Mapping) or not adapter or not parts.keys() >= adapter.keys():
         raise SwapError(
@@ -278,7 +300,7 @@ def _together(
         if new is None:
             parts[name] = first_values(own, parts[name].config, only={})
         else:
-            # A part has a spec of its own, which the program's recipes are not for.
+            # Recipes are for the spec of the whole program, and a part has its own.
             parts[name] = _bound(own, new, config, reading, parts[name].config, None, True)
     if reading.several and reading.component not in (None, *(parts[n].origin.component for n in adapter)):
         raise ConfigError(
@@ -324,7 +346,7 @@ def _bound(
     if isinstance(adapter, RawFile):
         theirs = None if config is None else as_config(config)
         adapter = translated(adapter, spec.weights, component=reading.component_of(adapter), config=theirs)
-        config = None  # it is the file's now
+        config = None  # translated() put it into the file
     elif isinstance(adapter, AdapterFile):
         reading.nothing_to_choose(source)
     else:
@@ -338,7 +360,7 @@ def _bound(
 def _of_file(
     recipes: Recipes | None, spec: BindingSpec, file: AdapterFile, source: str, config: Any, *, copy: bool
 ) -> Binding:
-    """A file's tensors, with ``config`` instead of the file's own unless it is None."""
+    """Return the binding of a file's tensors, with ``config``, or with the file's own config if that is None."""
     kind = None if recipes is None or config is not None else structure(spec, file.config, file.tensors)
     recipe = None if recipes is None or kind is None else recipes.find(kind)
     if recipe is not None:
@@ -365,7 +387,8 @@ def _of_mapping(
     *,
     copy: bool,
 ) -> Binding:
-    """A state dict, with ``config`` or, if that is None, with ``theirs`` and the rank of the tensors."""
+    """Return the binding of a state dict with ``config``, or if that is None, with ``theirs`` and the rank of the
+    tensors."""
     tensors, fit = given(adapter, "state dict", theirs.peft_type), config is None
     tensors = rename(tensors, key_mapping, "state dict")
     own = theirs if config is None else as_config(config)
@@ -373,7 +396,8 @@ def _of_mapping(
     recipe = None if recipes is None or kind is None else recipes.find(kind)
     if recipe is not None:
         made = recipe(own, tensors, "state dict", copy=copy)
-        # Of copies, what was copied counts. Scales, which have no axes, are the config's.
+        # The caller may write to its tensors meanwhile, so copies are checked, not originals. Scales, which have no
+        # axes, come from the config.
         if made is not None and all_finite([v for v in made.values.values() if v.ndim] if copy else tensors.values()):
             return made
     binding = bind(spec, own, tensors, "state dict", fit=fit, copy=copy)

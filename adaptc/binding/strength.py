@@ -1,10 +1,9 @@
-"""How strongly the adapters of a binding act: factors on their scales, which of them are off, which are gone.
+"""Set how strongly the adapters of a binding act: factors on their scales, which are off, and which are removed.
 
-Before: a binding of a program, whose methods know the scales they were made with. After: another one with the same
-adapters, of which none of the tensors was written to or copied; the old one is as it was. A factor is always on the
-scale that an adapter was made with, so that the last one counts: setting 0.5 twice is 0.5.
-
-Scales are tensors of a binding as all others are, so whatever takes a binding takes one with other scales.
+Each function returns another binding with the same adapters. It neither writes to nor copies any adapter tensor, and
+leaves the old binding as it was. A factor is always on the adapter's original scale, so the last one counts: setting
+0.5 twice gives 0.5. Scales are tensors of a binding like others, so all code that takes a binding takes one with other
+scales.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ _FACTOR = rule_of(float)
 
 
 def factor_of(value: Any, option: str = "scale") -> float:
-    """A factor. Raises ConfigError for what is no finite number."""
+    """Return ``value`` as a factor. Raises ConfigError where it is no finite number."""
     assert _FACTOR is not None
     return float(fitting(option, _FACTOR, value))
 
 
 def check_names(binding: Binding, names: Iterable[Any]) -> None:
-    """Raises ConfigError for a name that is none of the binding's adapters."""
+    """Raise ConfigError for a name that is none of the binding's adapters."""
     for name in names:
         if not isinstance(name, str) or name not in binding.named:
             raise ConfigError(
@@ -48,10 +47,11 @@ def check_names(binding: Binding, names: Iterable[Any]) -> None:
 def scaled(
     spec: BindingSpec, binding: Binding, scale: Any, adapter: str | None = None, modules: Modules = None
 ) -> Binding:
-    """``binding`` with a factor on the scale of one adapter, at the modules that are chosen, or at all that have one.
+    """Return ``binding`` with a factor on one adapter's scale, at the chosen modules or at all that have a scale.
 
-    ``adapter`` may be left out where there is one. Raises ConfigError for a name or entry that chooses nothing, and for
-    methods, or modules, that have no scale."""
+    ``adapter`` may be left out where there is only one. Raises ConfigError for a name or entry that chooses nothing,
+    and for methods or modules without a scale.
+    """
     if isinstance(scale, str):
         raise ConfigError(
             f"the factor comes first, and then whose it is: set_scale(0.5, adapter={shown(scale)}), not {shown(scale)}"
@@ -62,8 +62,10 @@ def scaled(
 
 
 def multiplied(spec: BindingSpec, binding: Binding, multiplier: float) -> Binding:
-    """``binding`` with the factors of all its adapters multiplied, wherever they have a scale. Raises ConfigError where
-    none has."""
+    """Return ``binding`` with all factors of all its adapters multiplied, wherever they have a scale.
+
+    Raises ConfigError where no adapter has a scale.
+    """
     parts = dict(binding.named)
     found = False
     for name, part in parts.items():
@@ -77,8 +79,10 @@ def multiplied(spec: BindingSpec, binding: Binding, multiplier: float) -> Bindin
 
 
 def activated(spec: BindingSpec, binding: Binding, adapters: Any) -> Binding:
-    """``binding`` in which these adapters act, and the others do not. ``adapters``: a name, names, or a mapping of
-    names to factors, which are then theirs. Raises ConfigError as :func:`scaled` does."""
+    """Return ``binding`` with these adapters active and all others turned off.
+
+    ``adapters`` is a name, names, or a mapping of names to their new factors. Raises ConfigError like :func:`scaled`.
+    """
     if isinstance(adapters, str):
         adapters = [adapters]
     if not isinstance(adapters, (Mapping, Sequence, set, frozenset)):
@@ -92,7 +96,7 @@ def activated(spec: BindingSpec, binding: Binding, adapters: Any) -> Binding:
         part = (part.idle or part) if name in adapters else turned_off(own, part)
         if isinstance(adapters, Mapping) and name in adapters:
             factor = factor_of(adapters[name], f"the factor of {name!r}")
-            # What has no scale acts as it was made, which is what a factor of one says.
+            # A method without a scale acts as it was made. A factor of 1 asks for just that, and must not raise.
             if factor != 1 or scaled_sites(own, part):
                 part = _scaled(own, part, name, factor)
         parts[name] = part
@@ -100,8 +104,11 @@ def activated(spec: BindingSpec, binding: Binding, adapters: Any) -> Binding:
 
 
 def with_strength_of(spec: BindingSpec, binding: Binding, scale: Any, names: Iterable[str] | None = None) -> Binding:
-    """``binding`` with what a caller says of its scale beside it: a factor for the adapters of these ``names`` (None:
-    for all), or factors by name; None says nothing."""
+    """Return ``binding`` with the ``scale`` that a caller gave along with its adapter.
+
+    ``scale`` is a factor for the adapters called ``names``, or for all where that is None. It may also map names to
+    factors. None changes nothing.
+    """
     if scale is None:
         return binding
     given = scale if isinstance(scale, Mapping) else dict.fromkeys(names or binding.named, scale)
@@ -113,7 +120,10 @@ def with_strength_of(spec: BindingSpec, binding: Binding, scale: Any, names: Ite
 
 
 def without(spec: BindingSpec, binding: Binding, name: str) -> Binding:
-    """``binding`` without one of several adapters, whose sites compute what they would without it."""
+    """Return ``binding`` without one of several adapters. Its sites then compute as if it were not there.
+
+    Raises ConfigError for an unknown name, and SwapError for the only adapter.
+    """
     check_names(binding, [name])
     left = {n: part for n, part in binding.parts.items() if n != name}
     if not left:
@@ -122,7 +132,7 @@ def without(spec: BindingSpec, binding: Binding, name: str) -> Binding:
 
 
 def joint(spec: BindingSpec, parts: Mapping[str, Binding]) -> Binding:
-    """One binding of several adapters; attachments of names that are not among them have identity values."""
+    """Return one binding of several adapters. Attachments of any other adapter get identity values."""
     gone = [a for a in spec.attachments if a.adapter not in parts]
     config = next(iter(parts.values())).config
     others = first_values(replace(spec, attachments=gone), config, only={}).values if gone else {}
@@ -130,13 +140,15 @@ def joint(spec: BindingSpec, parts: Mapping[str, Binding]) -> Binding:
 
 
 def scaled_sites(spec: BindingSpec, binding: Binding) -> list[Attachment]:
-    """The attachments at which the binding has a scale."""
+    """Return the attachments at which the binding has a scale."""
     return [a for a in spec.attachments if (m := binding.methods.get(a.id)) is not None and _has_scale(spec, a, m)]
 
 
 def turned_off(spec: BindingSpec, part: Binding) -> Binding:
-    """One adapter, which knows what it is when it acts, with identity values. Raises SwapError where there is no base
-    that these would leave alone."""
+    """Return one adapter with identity values, which keeps its active form in ``idle``.
+
+    Raises SwapError where the program does not have the original base weights.
+    """
     if part.idle is not None:
         return part
     if lost := list(spec.residual):
@@ -150,7 +162,10 @@ def turned_off(spec: BindingSpec, part: Binding) -> Binding:
 
 @limited()
 def chosen_sites(spec: BindingSpec, part: Binding, name: str, modules: Modules) -> list[str]:
-    """The ids of attachments of one adapter that ``modules`` chooses and that have a scale."""
+    """Return the ids of one adapter's attachments that ``modules`` chooses and that have a scale.
+
+    Raises ConfigError where there are none, and for an entry that chooses nothing.
+    """
     part = part.idle or part
     present = [a for a in spec.attachments if a.id in part.methods]
     able = {a.id for a in scaled_sites(spec, part)}
@@ -181,7 +196,7 @@ def chosen_sites(spec: BindingSpec, part: Binding, name: str, modules: Modules) 
 
 
 def _near(entry: str, modules: Iterable[str]) -> str:
-    """The runs of components that an entry may stand for: as many as it has, and whole names."""
+    """Return a hint with module names close to ``entry``: runs of as many components as it has, and whole names."""
     size = entry.count(".") + 1
     paths = [m.split(".") for m in modules]
     runs = [".".join(p[i : i + size]) for p in paths for i in range(len(p) - size + 1)]
@@ -189,7 +204,10 @@ def _near(entry: str, modules: Iterable[str]) -> str:
 
 
 def _chooses(entry: Any, a: Attachment, whole: bool) -> bool:
-    """Whether an entry is a run of whole components of where an attachment is, or an expression for all of it."""
+    """Return whether an entry chooses an attachment.
+
+    An entry is a run of whole components of its path, or with ``whole`` a regular expression for all of it.
+    """
     if not isinstance(entry, str) or not entry:
         raise ConfigError(f"modules: entries must be non-empty strings, found {shown(entry)}")
     if f".{entry}." in f".{a.fqn}.":
@@ -223,7 +241,7 @@ def _scaled(spec: BindingSpec, part: Binding, name: str, scale: Any, modules: Mo
 
 
 def _with_factors(spec: BindingSpec, part: Binding, factors: Mapping[str, float]) -> Binding:
-    """One adapter with these factors, by attachment; the others stay."""
+    """Return one adapter with these factors, by attachment id. Its other factors stay."""
     if part.idle is not None:
         idle = _with_factors(spec, part.idle, factors)
         return part if idle is part.idle else replace(part, idle=idle)

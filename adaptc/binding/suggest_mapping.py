@@ -1,9 +1,8 @@
-"""The ``key_mapping`` with which an adapter's keys would be those of a program.
+"""Suggest the ``key_mapping`` that turns an adapter's keys into those of a program.
 
-Before: keys of an adapter, of which some bind to nothing, and the keys that would bind. After: mappings under which
-every key of the adapter is one of the latter and no two are the same, or nothing. Only what keys begin with is
-exchanged, as it differs where one model lies in another: ``model.layers`` and ``model.model.layers``. At most ``MOST``
-such beginnings are: beyond that the adapter is another model's.
+Under a suggested mapping every key of the adapter is a key that binds, and no two become the same. Only prefixes of
+keys are exchanged, since these differ where one model is nested in another: ``model.layers`` and
+``model.model.layers``. A mapping exchanges at most ``MOST`` prefixes; beyond that the adapter is another model's.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from adaptc.peft_files.key_mapping import mapped, rules_of
 
-#: beginnings that one mapping may exchange (a text encoder's and a denoiser's, say)
+#: prefixes that one mapping may exchange, such as a text encoder's and a denoiser's
 MOST = 3
-#: keys of the program that those of the adapter are compared with
+#: the number of keys of a program beyond which no mapping is searched for
 SEARCHED = 100_000
 
 _Pair = tuple[str, str]
@@ -23,10 +22,10 @@ _Pair = tuple[str, str]
 
 
 def mappings_for(keys: Sequence[str], sites: Iterable[str], tails: Iterable[str]) -> list[dict[str, str]]:
-    """Mappings that make each of ``keys`` one of ``f"{site}.{tail}"``; several where these do not tell which is meant.
+    """Return mappings that turn each of ``keys`` into one of ``f"{site}.{tail}"``; several where it is ambiguous.
 
-    ``tails``: what tensors are called at a site. Of a site's name, the last component must agree at least; the model
-    itself, "", is a site that follows the others.
+    ``tails`` are the names of tensors at a site. At least the last component of a site's name must agree. The model
+    itself, "", counts as a site.
     """
     tails = sorted(set(tails), key=len, reverse=True)
     ends: dict[str, list[list[str]]] = {}
@@ -54,8 +53,8 @@ def mappings_for(keys: Sequence[str], sites: Iterable[str], tails: Iterable[str]
 
 
 def _mapping(pairs: Sequence[_Pair], keys: Sequence[str], known: set[str]) -> dict[str, str] | None:
-    """The pairs as expressions, if they do what they should to keys that fit already, too."""
-    # The first expression that matches rules, so what is longer comes first.
+    """Return the pairs as a mapping of regular expressions, or None where keys that fit already would no longer fit."""
+    # The first expression that matches is applied, so longer prefixes come first.
     ordered = sorted(pairs, key=lambda pair: -len(pair[0]))
     mapping = {f"^{re.escape(old)}": new.replace("\\", r"\\") for old, new in ordered}
     rules = rules_of(mapping)
@@ -64,9 +63,9 @@ def _mapping(pairs: Sequence[_Pair], keys: Sequence[str], known: set[str]) -> di
 
 
 def _pairs(key: str, ends: Mapping[str, list[list[str]]], tails: Iterable[str]) -> dict[_Pair, int]:
-    """What may take the place of what ``key`` begins with, and in how many components the rest of the site agrees.
+    """Return (prefix of ``key``, its replacement) pairs, each with the number of components in which the rest agrees.
 
-    ``ends``: last component of a site -> the sites that have it, in components.
+    ``ends`` maps the last component of a site to the sites that have it, as lists of components.
     """
     tail = next((t for t in tails if key.endswith(f".{t}")), None)
     if tail is None:

@@ -1,1 +1,1 @@
-"""Any model as an exported program, and what its graph does not say of it."""
+"""Capture any model as an exported program, with facts of the model that its graph does not hold."""

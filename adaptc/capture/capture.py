@@ -1,9 +1,10 @@
-"""Capture: any model becomes a ``torch.export`` program in the training dialect, with what adapters need to know of it.
+"""Capture a model as a ``torch.export`` program in the training dialect, with the facts that adapters need of the
+model.
 
-Before: an ``nn.Module``, a transformers ``PreTrainedModel``, an ``ExportedProgram``, or what
-``transformers.exporters`` returns. After: a program whose outputs equal the model's for every size of the dimensions
-that were kept free, and a model that is exactly as it was (parameters, flags, training mode, config), whether or not
-the capture succeeded. transformers is never imported from here.
+The model is an ``nn.Module``, a transformers ``PreTrainedModel``, an ``ExportedProgram``, or what
+``transformers.exporters`` returns. The program's outputs equal the model's for every size of the dimensions that were
+kept free. The model's parameters, flags, training mode and config are unchanged, whether or not the capture succeeded.
+This file never imports transformers.
 """
 
 from __future__ import annotations
@@ -50,18 +51,20 @@ from adaptc.passes.analysis.sites import mark_linear
 from adaptc.passes.ir.trees import pytree
 from adaptc.progress import stage
 
-#: by name, since transformers is not imported
+#: the classes that PEFT takes for linear layers, by name, since transformers is not imported
 _LINEAR_CLASSES = ("torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D")
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """What a program remembers of the transformers model it was captured from, for those who ask its module.
+    """The facts of a transformers model that its captured program keeps, for code that asks the program's module for
+    them.
 
-    ``config``: a copy. ``inputs``: the names that ``forward`` takes, in order. ``input_embedding`` and
-    ``output_embedding``: module paths, None when unknown. ``loss_type`` and ``means_over_next_labels``: see
-    ``model_loss``. ``conversions``: how transformers renamed the keys of the files that the model is from, None where
-    it is from none. ``shell``: of a model that generates, captured for training, what it is captured from again.
+    ``config`` is a copy. ``inputs`` are the names of ``forward``'s parameters, in order. ``input_embedding`` and
+    ``output_embedding`` are module paths, None when unknown. ``loss_type`` and ``means_over_next_labels`` are told in
+    ``model_loss``. ``conversions`` are the renamings of keys that transformers applied to the model's weight files,
+    None for a model that was loaded from no file. ``shell`` serves to capture the model again, for other inputs. It is
+    set only for a model that can generate and was captured for training.
     """
 
     kind: type
@@ -78,8 +81,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Base:
-    """What adapters call the model they are of: where its weights are from, None when it does not say, and its
-    class."""
+    """The base model as adapter files name it: its ``name_or_path``, None where it has none, its class and that class's
+    module."""
 
     name: str | None
     class_name: str
@@ -95,14 +98,15 @@ class Base:
 class Captured:
     """A captured program, and facts of the model that its graph does not hold.
 
-    ``training``: the graph holds the behaviour of train mode (for an ``ExportedProgram``: as its nodes say, and as
-    asked for when none depends on the mode). ``output_embedding`` and ``input_embedding``: module paths, None when
-    unknown. ``module_types``: module path -> qualified class name such as ``torch.nn.modules.linear.Linear``; the root
-    has path "". ``fills``: keyword inputs a caller may leave out -> (how, of which input): "ones_like"; "ignore_like",
-    int64 of the same shape holding -100; "ignore_rows", int64 of its first dimension only, holding -100; "nan_rows:"
-    with a type and the sizes of a row behind, that is filled with nan. The loss of a call without labels is not a
-    number, and every other output is as the model gives it without them. ``base``: what the model is called, of modules
-    alone.
+    ``training`` says that the graph holds the behaviour of train mode. For an ``ExportedProgram`` its nodes tell, and
+    the mode that was asked for counts where no node depends on the mode. ``output_embedding`` and ``input_embedding``
+    are module paths, None when unknown. ``module_types`` maps a module path to a qualified class name such as
+    ``torch.nn.modules.linear.Linear``; the root has path "". ``base`` names the model, and is set for modules only.
+
+    ``fills`` maps each keyword input that a caller may leave out to (how, the input that gives the shape). "ones_like"
+    fills with ones. "ignore_like" is int64 of the same shape, filled with -100. "ignore_rows" is int64 of the first
+    dimension only, filled with -100. "nan_rows:", followed by a dtype and the sizes of a row, is filled with nan.
+    Without labels the loss is nan, and every other output is what the model gives without labels.
     """
 
     program: ExportedProgram
@@ -112,11 +116,12 @@ class Captured:
     input_embedding: str | None = None
     module_types: dict[str, str] = field(default_factory=dict)
     fills: dict[str, tuple[str, str]] = field(default_factory=dict)
-    #: what the model's ``forward`` takes, in order; empty where that is not known
+    #: the names of ``forward``'s parameters, in order; empty where they are not known
     takes: tuple[str, ...] = ()
     source: Source | None = None
     base: Base | None = None
-    #: modules whose class derives from one of linear layers; of modules alone
+    #: paths of modules whose class derives from ``nn.Linear`` or transformers' ``Conv1D``; set for captured modules
+    #: only
     linear: frozenset[str] = frozenset()
 
 
@@ -125,18 +130,19 @@ def capture(
 ) -> Captured:
     """Capture ``model`` as an exported program.
 
-    ``example_inputs``: a tensor, a tuple of positional inputs, or a dict of keyword inputs; not needed for a
-    transformers model, or a denoiser of diffusers, whose config tells what it takes. ``dynamic_shapes``: "auto" keeps
-    dimension 0 of every tensor free, and every other dimension the model lets be free (an :class:`AdaptcWarning` names
-    what had to be fixed); anything else goes to ``torch.export.export`` as it is. ``training``: capture train mode, and
-    for a transformers model without ``example_inputs`` the loss, too. Otherwise eval mode is captured, whatever mode
-    the model is in.
+    ``example_inputs`` is a tensor, a tuple of positional inputs, or a dict of keyword inputs. A transformers model or a
+    denoiser of diffusers needs none, since its config tells what it takes. With ``dynamic_shapes`` "auto", dimension 0
+    of every tensor is free, and every other dimension that the model allows. An :class:`AdaptcWarning` names the
+    dimensions that had to be fixed. Any other ``dynamic_shapes`` goes to ``torch.export.export`` unchanged.
+    ``training`` captures train mode, and with it the loss of a transformers model that has no ``example_inputs``.
+    Otherwise eval mode is captured, whatever mode the model is in.
 
-    An ``ExportedProgram`` is taken as it is, not copied, and keeps the mode it was exported in. Of both, embeddings
-    with ``max_norm`` come to write to nothing (see ``BoundRows``): where rows are too long, the program has its own.
+    An ``ExportedProgram`` is used itself, not copied, and keeps the mode that it was exported in. Embeddings with
+    ``max_norm`` no longer write to their weight (see ``BoundRows``). Where that weight has rows that are too long, the
+    program gets a weight of its own.
 
-    Raises :class:`CaptureError` with torch's reason in a line, whose cause is the original error; and for quantised
-    models.
+    Raises :class:`CaptureError` with torch's reason in one line, and with the original error as its cause. Also raises
+    it for quantised models.
     """
     program = _as_program(model)
     if program is not None:
@@ -152,7 +158,7 @@ def capture(
             f"cannot capture a {type(model).__name__}: give an nn.Module, a transformers model, an ExportedProgram, or "
             "what transformers.exporters returns"
         )
-    # A module from torch.compile would put `_orig_mod.` in front of every name.
+    # A module from torch.compile would prefix every name with `_orig_mod.`.
     if type(model).__name__ == "OptimizedModule" and isinstance(getattr(model, "_orig_mod", None), nn.Module):
         model = model.get_submodule("_orig_mod")
     check_not_quantised(model)
@@ -179,13 +185,13 @@ def capture(
 
 
 def _linear_modules(model: nn.Module) -> frozenset[str]:
-    """Modules of classes that derive from those that are linear layers to PEFT."""
+    """Return the paths of modules whose class derives from a class that PEFT takes for a linear layer."""
     kinds = {type(m): any(qualified(c) in _LINEAR_CLASSES for c in type(m).__mro__[1:]) for m in model.modules()}
     return frozenset(n for n, m in model.named_modules(remove_duplicate=False) if kinds[type(m)])
 
 
 def _takes(model: nn.Module) -> tuple[str, ...]:
-    """The names that ``forward`` takes, up to where it takes any number of positional inputs."""
+    """Return the names of ``forward``'s parameters that come before ``*args``, without ``**kwargs``."""
     parameters = inspect.signature(model.forward).parameters.values()
     named = itertools.takewhile(lambda p: p.kind is not p.VAR_POSITIONAL, parameters)
     return tuple(p.name for p in named if p.kind is not p.VAR_KEYWORD)
@@ -209,7 +215,10 @@ def _source(model: nn.Module, program: ExportedProgram, training: bool) -> Sourc
 
 
 def _as_program(model: object) -> ExportedProgram | None:
-    """The one program in ``model``, or None when it is not an export at all."""
+    """Return the one program in ``model``, or None when it is no export.
+
+    Raises CaptureError for an export of several programs, or of anything but ``torch.export`` programs.
+    """
     if isinstance(model, ExportedProgram):
         return model
     components = model if isinstance(model, Mapping) else getattr(model, "components", None)
@@ -231,7 +240,7 @@ def _as_program(model: object) -> ExportedProgram | None:
 
 
 def _canonical(program: ExportedProgram) -> ExportedProgram:
-    """The same program, in the forms that adapters know layers by."""
+    """Return a program that computes what ``program`` does, in the form whose layers adapters recognise."""
     return LinearProducts()(BoundRows()(program).output).output
 
 
@@ -247,7 +256,10 @@ def _captured_program(program: ExportedProgram, config: Any, training: bool) -> 
 
 @contextlib.contextmanager
 def _prepared(model: nn.Module, training: bool) -> Iterator[None]:
-    """Train or eval mode, no key-value cache in the outputs, gradients on; everything as before afterwards."""
+    """Run the block with ``model`` in train or eval mode, without a KV cache in its outputs, and with gradients on.
+
+    The model is restored afterwards.
+    """
     configs = {
         id(config): config
         for module in model.modules()
@@ -263,14 +275,18 @@ def _prepared(model: nn.Module, training: bool) -> Iterator[None]:
         for config in configs.values():
             if getattr(config, "use_cache", False):
                 vars(config)["use_cache"] = False
-        # The model's own no_grad blocks are then kept as such, and the caller's mode leaves no trace in the graph.
+        # The caller's own grad mode would be traced into the graph. With gradients on, only the model's own no_grad
+        # blocks are.
         with torch.enable_grad():
             yield
 
 
 @contextlib.contextmanager
 def _flat_forward(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Name every keyword of ``kwargs`` in ``forward``: no shape can be stated for what lands in its ``**kwargs``."""
+    """Run the block with ``model.forward`` naming every key of ``kwargs``.
+
+    ``torch.export`` takes no dynamic shapes for an input that ends up in ``forward``'s ``**kwargs``.
+    """
     parameters = inspect.signature(model.forward).parameters
     if all(name in parameters for name in kwargs):
         yield
@@ -320,7 +336,8 @@ def _export_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any, t
 def _tell_fixed(
     model: nn.Module, program: ExportedProgram, args: tuple, kwargs: Mapping[str, Any], free: Free, fixed: list[str]
 ) -> None:
-    """Warn of sizes that are fixed: those of ``fixed``, which were to be free, and others that might have been."""
+    """Warn of the fixed sizes: those in ``fixed``, which should have been free, and others that might have been
+    free."""
     flat = pytree.tree_leaves((args, dict(kwargs)))
     names = names_of(args, kwargs, list(inspect.signature(model.forward).parameters))
     told = [*fixed, *fixed_sizes(program, names, lambda i: free(flat[i]))]
@@ -346,8 +363,10 @@ def _guarded(
     again: Callable[[], ExportedProgram],
     training: bool,
 ) -> ExportedProgram:
-    """``program``, or one that refuses the sizes of one for which it is not what ``model`` is; ``again`` exports the
-    model so."""
+    """Return ``program``, or one with guards where ``program`` computes something else than ``model`` at sizes of 1.
+
+    ``again`` exports the model with such guards. Warns where the guards do not tell the two apart.
+    """
     where = [] if training else differing(model, program, args, kwargs)
     if not where:
         return program
@@ -369,9 +388,9 @@ def _guarded(
 def _same_outputs(
     model: nn.Module, program: ExportedProgram, args: tuple, kwargs: Mapping[str, Any], training: bool
 ) -> bool:
-    """Whether a program traced on two rows does on the one row of the user's example what the model does.
+    """Return whether a program traced on two rows gives the model's outputs on the user's example of one row.
 
-    A model that branches on a size of 1 is traced on its other branch, with no guard that says so.
+    A model that branches on a size of 1 is traced on its other branch, without a guard that says so.
     """
     tensors = tensors_in((args, kwargs, list(model.parameters())))
     if training or any(t.device.type == "meta" for t in tensors):
@@ -380,7 +399,7 @@ def _same_outputs(
         expected, expected_tree = results(model(*args, **kwargs))
         try:
             found, found_tree = results(guarded_module(program)(*args, **kwargs))
-        except Exception:  # guards of a branch that the example does not take
+        except Exception:  # guards of a branch that the example does not take raise it
             return False
     return expected_tree == found_tree and all(
         e.shape == f.shape and torch.allclose(e, f, rtol=1e-2, atol=1e-3, equal_nan=True)
@@ -391,7 +410,8 @@ def _same_outputs(
 
 
 def _path_of(model: nn.Module, getter: str) -> str | None:
-    """The path of the module that ``model.getter()`` returns, when there is such a method and it knows."""
+    """Return the path of the module that ``model.getter()`` returns, or None where the model has no such method or
+    module."""
     try:
         found = getattr(model, getter)()
     except (AttributeError, NotImplementedError, TypeError):

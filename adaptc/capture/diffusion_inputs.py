@@ -1,8 +1,8 @@
-"""Example inputs for the denoisers of diffusers, made from their config.
+"""Make example inputs for the denoisers of diffusers from their config.
 
-Before: a diffusers ``ModelMixin`` (this file never imports diffusers). After: keyword inputs as its pipelines pass
-them, on its device and in its dtype, and for each tensor the dimensions that are free, by name, as ``example_inputs``
-has it. Only what the config asks for is passed, and what is not known here is refused by the field that asks for it.
+The inputs of a diffusers ``ModelMixin`` are keyword inputs as its pipelines pass them, on its device and in its dtype.
+Each tensor's free dimensions are given by name, as in ``example_inputs``. Only inputs that the config asks for are
+passed. A config field that asks for an unknown input is refused by name. This file never imports diffusers.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from adaptc.errors import CaptureError
 
 TEXT, IMAGE = "text", "image"
 _SIZES = {BATCH: 3, TEXT: 7, IMAGE: 13}
-#: height and width in units of what the model halves them to
+#: height and width of the smallest feature map that the model makes of the example
 _HEIGHT, _WIDTH = 3, 5
 
 
 def is_diffusion_model(model: object) -> bool:
-    """Whether ``model`` is a model of diffusers, told by the names of its classes."""
+    """Return whether ``model`` is a diffusers model, told by the names of its classes."""
     return any(c.__name__ == "ModelMixin" and c.__module__.startswith("diffusers.") for c in type(model).__mro__)
 
 
 def example_for_diffusion(model: Any, *, training: bool) -> Example:
-    """Inputs for ``model``. With ``training`` each row has a time step of its own; otherwise a UNet's rows share one.
+    """Return example inputs for ``model``.
 
-    Raises :class:`CaptureError` for a model that is not known here, and for a config that asks for what is not.
+    With ``training`` each row has a time step of its own. Otherwise the rows of a UNet share one. Raises
+    :class:`CaptureError` for an unknown class of model, and for a config that asks for unknown inputs.
     """
     make = next((_MAKERS[c.__name__] for c in type(model).__mro__ if c.__name__ in _MAKERS), None)
     if make is None:
@@ -45,7 +46,7 @@ def example_for_diffusion(model: Any, *, training: bool) -> Example:
 
 
 class _Maker:
-    """Collects inputs. ``need`` and the rest read the model's config."""
+    """A collector of a model's example inputs, which reads the sizes from the model's config."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.config = model, model.config
@@ -58,7 +59,10 @@ class _Maker:
         return getattr(self.config, field, None)
 
     def need(self, field: str, *known: Any) -> Any:
-        """A field's value, which must be a number, or one of ``known``. Raises CaptureError for anything else."""
+        """Return the config's value of ``field``, which must be an int, or one of ``known`` where those are given.
+
+        Raises CaptureError for any other value.
+        """
         value = self.get(field)
         if value not in known if known else not isinstance(value, int):
             raise CaptureError(
@@ -68,7 +72,8 @@ class _Maker:
         return value
 
     def put(self, name: str, *sizes: int | str | None, dtype: torch.dtype | None = None) -> None:
-        """An input of these sizes; those with a name are free. ``name.key`` is for a dict."""
+        """Add an input of these sizes, whose named sizes are free. A ``name`` of the form ``outer.key`` is an entry of
+        a dict."""
         shape = [_SIZES[s] if isinstance(s, str) else s for s in sizes]
         self.dims[name] = {i: s for i, s in enumerate(sizes) if isinstance(s, str)}
         value = self._values(torch.Size(shape), dtype or self.dtype)  # type: ignore[arg-type]
@@ -84,7 +89,8 @@ class _Maker:
         return torch.linspace(-1, 1, shape.numel(), device=self.device).reshape(shape).to(dtype)
 
     def image(self) -> None:
-        """``sample``, of sizes that the model can halve as often as it does; its height and width are free."""
+        """Add ``sample`` (batch, channels, height, width), whose height and width are free multiples of the model's
+        total downsampling."""
         unit = 2 ** max(len(self.get("block_out_channels") or ()) - 1, 0)
         self.put("sample", BATCH, self.need("in_channels"), unit * _HEIGHT, unit * _WIDTH)
         times = f"{unit}*" if unit > 1 else ""
@@ -114,7 +120,7 @@ def _unet_of_texts(m: _Maker, training: bool) -> None:
 
 
 def _several(m: _Maker) -> int | None:
-    """The one width that every block reads, where the config has one for each."""
+    """Return the one cross-attention width where the config lists a width for each block, and None otherwise."""
     widths = m.get("cross_attention_dim")
     if not isinstance(widths, (list, tuple)) or m.get("encoder_hid_dim_type") is not None:
         return None

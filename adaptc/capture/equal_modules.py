@@ -1,7 +1,7 @@
 """Find layers of a list that run the same code on tensors of the same kinds.
 
-Before: a model. After: for each ``ModuleList`` or ``Sequential`` in it, groups of children that are equal but for the
-values of their tensors and the numbers that say which layer they are. What cannot be compared makes layers unequal.
+For each ``ModuleList`` or ``Sequential`` of a model, this gives groups of children that are equal. Only their tensors'
+values and their layer numbers may differ. Layers with an attribute that cannot be compared count as unequal.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from adaptc.capture.replicate_layers import INDEX
 
-#: fewer equal layers are not worth the comparison
+#: the smallest group of equal layers for which the comparison pays
 FEWEST = 4
-#: values without a state
+#: types whose values are immutable and are compared by ``==``
 SIMPLE = (
     type(None),
     bool,
@@ -56,7 +56,8 @@ def equal_layers(model: nn.Module) -> Iterator[list[tuple[str, nn.Module]]]:
 
 
 def index_attributes(layers: list[nn.Module]) -> list[tuple[str, str]]:
-    """Return the (path in a layer, attribute) whose value tells these equal layers apart."""
+    """Return each (module path within a layer, attribute) whose value differs among ``layers``, such as
+    ``layer_idx``."""
     named = [dict(layer.named_modules()) for layer in layers]
     return [
         (path, name)
@@ -85,7 +86,10 @@ def _equal(a: nn.Module, b: nn.Module, *, outermost: bool = False) -> bool:
 
 
 def _plain(module: nn.Module, outermost: bool) -> bool:
-    """Whether a call of a module runs the code of its class alone. Hooks of the layer itself run outside of it."""
+    """Return whether a call of ``module`` runs the code of its class alone.
+
+    Hooks of the outermost layer do not count, since they run outside of its ``forward``.
+    """
     if isinstance(module, torch.jit.ScriptModule):
         return False
     hooks = () if outermost else _HOOKS
@@ -97,7 +101,7 @@ def _same_tensors(a: dict[str, Tensor | None], b: dict[str, Tensor | None]) -> b
 
 
 def kind_of(t: Any) -> Any:
-    """Return all that tracing knows of a tensor, sizes as expressions; of anything else its type."""
+    """Return all that tracing knows of a tensor, with sizes as text; for any other value return its type."""
     if not isinstance(t, Tensor):
         return type(t)
     sizes = [str(s) for s in t.shape]
@@ -106,7 +110,10 @@ def kind_of(t: Any) -> Any:
 
 
 def equal_values(a: Any, b: Any) -> bool:
-    """Whether two values of attributes or arguments are the same object, or equal values without a state."""
+    """Return whether two values of attributes or arguments are the same object, or equal and immutable.
+
+    Tuples, lists, sets and dicts are compared by their contents.
+    """
     if a is b:
         return True
     if type(a) is not type(b):

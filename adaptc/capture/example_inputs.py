@@ -1,8 +1,8 @@
-"""Example inputs for a transformers model, made from its config: nothing but the model is needed to capture it.
+"""Make example inputs for a transformers model from its config, so that capturing it needs nothing but the model.
 
-Before: a transformers ``PreTrainedModel`` (this file never imports transformers). After: keyword inputs the model's
-``forward`` accepts, on its device and in its dtype, and for each tensor the dimensions that are free, by name. Equal
-names mean equal sizes; sizes of different names differ in the example, so that no two dimensions are taken for one.
+The inputs are keyword inputs that the model's ``forward`` accepts, on its device and in its dtype. Each tensor's free
+dimensions are given by name. Equal names mean equal sizes. Sizes of different names differ in the example, so that
+torch does not take two dimensions for one. This file never imports transformers.
 """
 
 from __future__ import annotations
@@ -26,36 +26,38 @@ _TOKEN_LABELS = ("CausalLM", "LMHeadModel", "MaskedLM", "ConditionalGeneration")
 
 @dataclass(frozen=True)
 class Example:
-    """``dims[name][i]`` names the free dimension ``i`` of input ``name``; None leaves its constraints to torch. The
-    tensors of an input that is a dict are called ``name.key``."""
+    """Keyword inputs for one call of a model, and the names of their free dimensions.
+
+    ``dims[name][i]`` names the free dimension ``i`` of input ``name``. None leaves that dimension's constraints to
+    torch. The tensors of an input that is a dict are called ``name.key``.
+    """
 
     kwargs: dict[str, Any]
     dims: dict[str, dict[int, str | None]]
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors, by the names that ``dims`` has."""
+        """Return all tensors, by the names that ``dims`` uses."""
         out: dict[str, Tensor] = {}
         for name, value in self.kwargs.items():
             out |= {f"{name}.{k}": t for k, t in value.items()} if isinstance(value, dict) else {name: value}
         return out
 
     def free(self, tensor: Tensor) -> dict[int, str | None]:
-        """The free dimensions of one of them."""
+        """Return the free dimensions of ``tensor``, which must be one of the example's tensors."""
         return next(self.dims.get(name, {}) for name, t in self.tensors().items() if t is tensor)
 
 
 def is_pretrained_model(model: object) -> bool:
-    """Whether ``model`` is a transformers model, told by the names of its classes."""
+    """Return whether ``model`` is a transformers model, told by the names of its classes."""
     return any(
         c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.") for c in type(model).__mro__
     )
 
 
 def example_for(model: Any, *, training: bool) -> Example:
-    """Inputs for ``model``, with labels (so that the loss is captured) when ``training`` and ``forward`` takes them.
+    """Return example inputs for ``model``, with labels where ``training`` is set and ``forward`` takes them.
 
-    May write the problem type those labels stand for to the config: the caller restores the config.
-
+    With labels the loss is captured. May write the problem type of the labels to the config, which the caller restores.
     Raises :class:`CaptureError` when the config does not tell what the model takes.
     """
     parameters = inspect.signature(model.forward).parameters
@@ -73,7 +75,7 @@ def example_for(model: Any, *, training: bool) -> Example:
         _vision(model, parameters, kwargs, dims, IMAGES)
     if training:
         _labels(model, parameters, kwargs, dims)
-    # Given such labels the model shifts them into the decoder's inputs itself, as a trainer expects.
+    # Given such labels, the model makes decoder_input_ids by shifting them, as a trainer expects.
     shifted = dims.get("labels", {}).get(1) == DECODER_SEQUENCE
     if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters and not shifted:
         _put(kwargs, dims, "decoder_input_ids", _ids(model, BATCH, DECODER_SEQUENCE), (BATCH, DECODER_SEQUENCE))
@@ -81,8 +83,11 @@ def example_for(model: Any, *, training: bool) -> Example:
 
 
 def _is_dual_encoder(model: Any) -> bool:
-    """Whether texts and images are encoded apart and compared (CLIP, SigLIP): its forward needs both, any number of
-    each. Where images are part of the text (LLaVA), there is no encoder of texts."""
+    """Return whether the model encodes texts and images apart and compares them, as CLIP and SigLIP do.
+
+    Its ``forward`` needs both, and takes any number of each. Where images are part of the text (LLaVA), there is no
+    separate text encoder.
+    """
     return all(hasattr(model, f"get_{kind}_features") for kind in ("text", "image"))
 
 
@@ -114,7 +119,8 @@ def _text(model: Any, parameters: Any, kwargs: dict, dims: dict) -> None:
 def _vision(model: Any, parameters: Any, kwargs: dict, dims: dict, batch: str = BATCH) -> None:
     config = getattr(model.config, "vision_config", None) or model.config
     size = getattr(config, "image_size", None)
-    # Without an image size the architecture is convolutional and takes any: two sizes, so that they stay two.
+    # Without an image size the model is convolutional and takes any. Height and width differ, or torch would take them
+    # for one size.
     height, width = (size if isinstance(size, (list, tuple)) else (size, size)) if size else (64, 96)
     channels = getattr(config, "num_channels", None) or 3
     shape = (_SIZES[batch], int(channels), int(height), int(width))
@@ -136,7 +142,7 @@ def _audio(model: Any, parameters: Any, kwargs: dict, dims: dict) -> None:
 
 
 def _labels(model: Any, parameters: Any, kwargs: dict, dims: dict) -> None:
-    """Add what the model's loss is computed from, with the shape and dtype its task class asks for."""
+    """Add the inputs of the model's loss, with the shape and dtype that its task class asks for."""
     batch, device = _SIZES[BATCH], model.device
     rows = torch.zeros(batch, dtype=torch.long, device=device)
     classes = [c.__name__ for c in type(model).__mro__]
@@ -166,7 +172,8 @@ def _labels(model: Any, parameters: Any, kwargs: dict, dims: dict) -> None:
         elif problem == "regression" or (problem is None and count == 1):
             rows = rows.to(model.dtype)
         elif problem is None:
-            # What the model would infer from these labels, and some (DeBERTa) by looking at their values.
+            # The model would infer this from the labels, and some models (DeBERTa) by reading their values, which
+            # cannot be traced.
             model.config.problem_type = "single_label_classification"
         _put(kwargs, dims, "labels", rows, (BATCH,))
     elif is_a(*_TOKEN_LABELS):

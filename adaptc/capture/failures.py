@@ -1,8 +1,8 @@
-"""What a failed capture says, in terms of what the user gave.
+"""Explain a failed capture in terms of the inputs that the user gave.
 
-Before: an error of ``torch.export`` with torch's advice. After: the same error, which names the input that torch cannot
-take, or, where the inputs were made from the model's config, says what they were and asks for others: nobody is told to
-check inputs that they did not give. It also says whether the model itself runs on these inputs.
+An error of ``torch.export`` becomes a CaptureError that names the input which torch cannot take. Where the inputs were
+made from the model's config, the error lists them and asks for others. Nobody is told to check inputs that they did not
+give. The error also says whether the model itself runs on these inputs.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ from adaptc.passes.ir.trees import named_leaves, pytree
 from adaptc.tables import dtype_name
 
 _UNSUPPORTED = re.compile(r"Unsupported input type <class '([\w.<>]+)'>")
-#: errors that are about the model's code as torch reads it, whatever the inputs are
+#: names of torch's errors that are about the model's code, whatever the inputs are
 _OF_TORCH = ("UserError", "GuardOnDataDependentSymNode", "Unsupported", "ConstraintViolationError")
 _OUTPUT = "not a known type"
 
 
 @contextlib.contextmanager
 def in_terms_of(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], *, made: bool) -> Iterator[None]:
-    """A block in which ``model`` is captured with these inputs; ``made``: by adaptc, since none were given."""
+    """Run the block, which captures ``model`` with these inputs, with clearer messages in its CaptureErrors.
+
+    ``made`` says that adaptc made the inputs, since none were given.
+    """
     try:
         yield
     except CaptureError as error:
@@ -44,7 +47,7 @@ def in_terms_of(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], *, mad
 def _told(
     model: nn.Module, args: tuple, kwargs: Mapping[str, Any], error: CaptureError, cause: BaseException, made: bool
 ) -> str:
-    """The text of the error, or a better one."""
+    """Return the text of ``error``, or a clearer one."""
     if found := _UNSUPPORTED.search(str(cause)):
         return _unsupported(model, args, kwargs, found[1])
     eager = _without_capture(model, args, kwargs)
@@ -59,25 +62,27 @@ def _told(
 
 
 def _without_capture(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> str:
-    """Whether the model itself runs on the inputs, in a sentence; '' where that is not tried."""
+    """Return a sentence that says whether the model itself runs on the inputs, or '' where running it is not tried."""
     if not runs_here(model, args, kwargs):
         return ""
     copies = pytree.tree_map_only(Tensor, Tensor.clone, (args, dict(kwargs)))
     try:
         with left_alone(model):
             model(*copies[0], **copies[1])
-    except Exception as error:  # whatever a model has to say to such inputs
+    except Exception as error:  # a model may raise anything on such inputs
         return f". The model itself fails on these inputs, too: {said(error)}"
     return ". The model itself runs on these inputs"
 
 
 def run_model(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """What a model gives in eval mode and without gradients; it is left as it was. Raises CaptureError for one that
-    fails on these inputs."""
+    """Return the model's outputs in eval mode and without gradients, and leave the model unchanged.
+
+    Raises CaptureError where the model fails on these inputs.
+    """
     try:
         with preserve_state(model, training=False), torch.no_grad():
             return model(*args, **kwargs)
-    except Exception as error:  # whatever a model has to say to such inputs
+    except Exception as error:  # a model may raise anything on such inputs
         raise CaptureError(
             f"{type(model).__name__} itself fails, before anything is captured: {said(error)}. It was given "
             f"{listing(_inputs(model, args, kwargs).values())}. Check that it runs on these without adaptc"
@@ -109,7 +114,7 @@ def _name(kind: type) -> str:
 
 
 def _leaves(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Every leaf of the inputs, by the name that ``forward`` has for it and the path in it."""
+    """Return every leaf of the inputs, by its parameter name in ``forward`` followed by its path within that input."""
     names = list(inspect.signature(model.forward).parameters)
     out: dict[str, Any] = {}
     for i, value in enumerate(args):
@@ -121,7 +126,7 @@ def _leaves(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[st
 
 
 def _inputs(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, str]:
-    """The same as text."""
+    """Return every leaf of the inputs as text: a tensor's dtype and shape, and any other value's repr."""
     return {
         name: f"{name} {dtype_name(v.dtype)}{list(v.shape)}" if isinstance(v, Tensor) else f"{name}={v!r}"
         for name, v in _leaves(model, args, kwargs).items()

@@ -1,8 +1,8 @@
-"""Sizes of inputs that a program has fixed, of those that its user may want to vary.
+"""Find input sizes that a program has fixed although its user may want to vary them.
 
-Before: a captured program, and which sizes were to be free where the model lets them. After: those that are not (the
-height of an image, the length of a sequence). What a layer's weights ask for, such as the features of a linear layer or
-the channels of a convolution, can be nothing else and is left out.
+These are sizes such as the height of an image or the length of a sequence, which were to be free where the model
+allows. Sizes that a layer's weights demand are left out, since they can have no other value. Examples are the features
+of a linear layer and the channels of a convolution.
 """
 
 from __future__ import annotations
@@ -33,16 +33,19 @@ _BINARY = (
     *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor),
     *(aten.add_.Tensor, aten.sub_.Tensor, aten.mul_.Tensor, aten.div_.Tensor),
 )
-#: ops that change sizes and leave axes where they are
+#: ops that change sizes and keep the order of axes
 _IN_PLACE = (aten.constant_pad_nd.default, aten.pad.default, aten.slice.Tensor, aten.cat.default)
 
-#: for each axis of a value which axis of the input it is
+#: for each axis of a value, the axis of the input that it comes from, None where it comes from none
 Axes = tuple[int | None, ...]
 
 
 def fixed_sizes(program: ExportedProgram, names: Sequence[str], free: Callable[[int], dict[int, Any]]) -> list[str]:
-    """A line for each. ``names`` of the flat inputs; ``free``: position of an input -> its axes that were to be free,
-    with None where the model decides. Sizes of one, which may stand for any by broadcasting, are left out."""
+    """Return one line of text for each fixed size.
+
+    ``names`` are the names of the flat inputs. ``free`` gives for an input's position the axes that were to be free,
+    with None where the model decides. Sizes of 1 are left out, since they may broadcast to any size.
+    """
     nodes = {n.name: n for n in program.graph.find_nodes(op="placeholder")}
     lines: list[str] = []
     for i, (node, value) in enumerate(user_inputs(program).items()):
@@ -55,7 +58,8 @@ def fixed_sizes(program: ExportedProgram, names: Sequence[str], free: Callable[[
 
 
 def _fixed_together(program: ExportedProgram) -> Iterator[str]:
-    """Conditions by which free sizes have a number to make up, such as that of an image's patches."""
+    """Yield each guard by which several sizes together must give one number, such as the number of an image's
+    patches."""
     for guard in guards_of(program):
         left, equal, number = guard.rpartition(" == ")
         several = _ONE_SIZE.search(left) and not _ONE_SIZE.fullmatch(left.strip("() "))
@@ -69,7 +73,7 @@ def _fixed(size: Any) -> bool:
 
 
 def _widths(program: ExportedProgram, source: fx.Node) -> set[int]:
-    """Axes of an input that weights are as large as, as far as its values are followed."""
+    """Return the axes of an input whose sizes must equal a weight's, as far as the input's values can be followed."""
     given = _computed(program)
     found: set[int] = set()
     todo: list[tuple[fx.Node, Axes, fx.GraphModule]] = [
@@ -93,21 +97,22 @@ def _widths(program: ExportedProgram, source: fx.Node) -> set[int]:
 
 
 def _computed(program: ExportedProgram) -> set[fx.Node]:
-    """What depends on the user's inputs; within blocks, anything may."""
+    """Return the nodes that depend on the user's inputs. Every placeholder of an inner graph counts as such."""
     held = lifted_names(program.graph_signature)
     found: set[fx.Node] = set()
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
             inner = module is not program.graph_module
             own = node.op == "placeholder" and (inner or node.name not in held)
-            # What is cut to as many rows as an input has is still made of weights alone.
+            # A table of weights that is sliced to an input's length has a size among its inputs, but is still made of
+            # weights alone.
             if own or (_is_tensor(node) and not found.isdisjoint(node.all_input_nodes)):
                 found.add(node)
     return found
 
 
 def _asked(user: fx.Node, now: fx.Node, given: set[fx.Node]) -> Iterator[int]:
-    """Axes of ``now`` whose sizes the weights that ``user`` reads have."""
+    """Yield the axes of ``now`` whose sizes must equal sizes of the weights that ``user`` reads."""
     ndim = now.meta["val"].ndim
     if user.target in TABLE and operands(user)[0] is now and TABLE[user.target][0] != "embedding":
         kind = TABLE[user.target][0]
@@ -136,7 +141,7 @@ def _asked(user: fx.Node, now: fx.Node, given: set[fx.Node]) -> Iterator[int]:
 
 
 def _of_equation(einsum: fx.Node, now: fx.Node, given: set[fx.Node]) -> Iterator[int]:
-    """Axes of ``now`` that have a letter in common with an operand made of weights alone."""
+    """Yield the axes of ``now`` whose letter in the einsum equation also stands in an operand made of weights alone."""
     equation, operands_ = str(argument(einsum, 0)), argument(einsum, 1)
     terms = equation.replace(" ", "").partition("->")[0].split(",")
     for term, operand in zip(terms, operands_, strict=True):
@@ -154,14 +159,15 @@ def _is_tensor(node: fx.Node) -> bool:
 
 
 def _one_size(held: fx.Node) -> Iterator[int]:
-    """The axis of what is made of weights alone, such as a scale of each channel; none of a table."""
+    """Yield the one axis of a tensor of weights whose size is not 1, as of a scale per channel; nothing unless there is
+    one."""
     sizes = [i for i, size in enumerate(held.meta["val"].shape) if isinstance(size, int) and size != 1]
     if len(sizes) == 1:
         yield sizes[0]
 
 
 def _made(value: fx.Node) -> Iterator[int]:
-    """The axis of a computed value that a layer's weights made as large as it is."""
+    """Yield the axis of a computed value whose size is the output width of the layer that computed it."""
     while value.op == "call_function" and isinstance(value.meta.get("val"), Tensor):
         if value.target in TABLE:
             kind, ndim = TABLE[value.target][0], value.meta["val"].ndim
@@ -177,7 +183,7 @@ def _made(value: fx.Node) -> Iterator[int]:
 
 
 def _moved(user: fx.Node, now: fx.Node, axes: Axes) -> Axes | None:
-    """The axes of what ``user`` makes of ``now``; None where they are not followed."""
+    """Return the input axis of each axis of ``user``'s value, or None where ``user``'s axes cannot be followed."""
     old, new = now.meta["val"], user.meta.get("val")
     if not isinstance(new, Tensor) or user.op != "call_function":
         return None
@@ -212,7 +218,7 @@ def _alike(a: Sequence[Any], b: Sequence[Any]) -> bool:
 
 
 def _reshaped(old: list[str], new: list[str], axes: Axes) -> Axes:
-    """The axes at both ends that stay as large as they are."""
+    """Return the input axis of each axis after a reshape, for the leading and trailing axes that keep their size."""
     out: list[int | None] = [None] * len(new)
     for step in (1, -1):
         for i in range(min(len(old), len(new))):
@@ -224,7 +230,8 @@ def _reshaped(old: list[str], new: list[str], axes: Axes) -> Axes:
 
 
 def names_of(args: tuple, kwargs: Any, parameters: Sequence[str]) -> list[str]:
-    """The flat inputs, as ``forward`` calls them."""
+    """Return the names of the flat inputs: the parameter's name in ``forward``, followed by the path within that
+    input."""
     out: list[str] = []
     for path, _ in pytree.tree_leaves_with_path((args, dict(kwargs))):
         step: Any = path[1]

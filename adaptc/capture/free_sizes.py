@@ -1,11 +1,11 @@
-"""Export with as many free dimensions as the model lets be free, and say which ones it does not.
+"""Export with as many free dimensions as the model allows, and say which wanted dimensions are fixed.
 
-Before: a module, inputs, and for every tensor the dimensions that should be free. After: a program, and one line for
-each dimension that was wanted and is fixed. Dimensions are first given by name, which also states which of them are
-equal and leaves sizes 0 and 1 in range; then as hints, which torch relates and bounds by itself; then dimension 0
-alone; then none.
+Dimensions are first given by name. That also states which of them are equal, and leaves sizes 0 and 1 in range. The
+next attempt gives them as hints, which torch relates and bounds by itself. Then only dimension 0 is free, and then
+none.
 
 Private torch use, with the public route that was tried:
+
 - ``torch.fx.experimental._config.backed_size_oblivious``: sizes of 0 and 1 are traced as all others. Public: named
   ``Dim``s, for which the tracer still assumes two and more, and takes one branch of ``if x.shape[0] == 1`` unseen;
   ``torch.export.dynamic_shapes`` with unbacked sizes refuses such a branch instead of guarding it.
@@ -48,8 +48,10 @@ when torch is to find out."""
 def export(
     model: nn.Module, args: tuple, kwargs: Mapping[str, Any], shapes: Any, guarded: bool = False, **options: Any
 ) -> ExportedProgram:
-    """``torch.export.export`` in non-strict mode, failing with a :class:`CaptureError` that says why. ``guarded``: what
-    the model asks of sizes being 0 or 1 becomes a guard."""
+    """Run ``torch.export.export`` in non-strict mode; raise a :class:`CaptureError` that says why where it fails.
+
+    ``guarded`` turns the model's branches on sizes of 0 or 1 into guards.
+    """
     printed, graph = io.StringIO(), ""
     try:
         patched = _config.patch(backed_size_oblivious=guarded)  # type: ignore[attr-defined]  # made when it is loaded
@@ -69,15 +71,18 @@ def export(
         graph = str(getattr(error, "partial_fx_graph", ""))
         raise CaptureError(explain(model, error)) from error
     finally:
-        # On a data-dependent branch torch prints the graph so far: thousands of lines, before an error of one.
+        # On a data-dependent branch torch prints the whole graph so far, thousands of lines before a short error.
         sys.stderr.write(printed.getvalue().replace(graph, "").strip("\n"))
 
 
 def export_free(
     model: nn.Module, args: tuple, kwargs: Mapping[str, Any], free: Free, guarded: bool = False
 ) -> tuple[ExportedProgram, list[str]]:
-    """The program with the most free dimensions, and a line for each that was wanted and is fixed. ``guarded``: see
-    :func:`export`; dimensions are hints then, since names are promises for all sizes."""
+    """Return the program with the most free dimensions, and one line for each wanted dimension that is fixed.
+
+    ``guarded`` is as in :func:`export`. Dimensions are then hints, since a named dimension promises that all its sizes
+    work.
+    """
     failures: list[Exception] = []
     last: CaptureError | None = None
     wanted: Free = (lambda t: dict.fromkeys(free(t))) if guarded else free
@@ -97,7 +102,7 @@ def export_free(
 
 
 def export_stated(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], shapes: Any) -> ExportedProgram:
-    """The program with exactly these dynamic shapes."""
+    """Return the program with exactly these dynamic shapes."""
     try:
         return export(model, args, kwargs, shapes)
     except CaptureError as error:
@@ -106,12 +111,15 @@ def export_stated(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], shap
     return export(model, args, kwargs, shapes, **_DEFERRED)
 
 
-#: guards become assertions of the graph
+#: makes torch turn guards into assertions in the graph
 _DEFERRED = {"prefer_deferred_runtime_asserts_over_guards": True}
 
 
 def _unproven(error: BaseException | None) -> bool:
-    """Whether it is a guard that always holds, but that torch cannot prove (grouped-query attention on torch 2.11)."""
+    """Return whether torch failed on a guard that always holds but that it cannot prove.
+
+    Grouped-query attention on torch 2.11 has such a guard.
+    """
     text = str(error)
     return "Constraints violated" in text and "Suggested fixes" not in text
 
@@ -146,22 +154,23 @@ def _attempts(
 
 
 def _dim(name: str, dims: dict[str, Any], limits: Mapping[str, Mapping[str, int]]) -> Any:
-    """The dimension called ``name``, which ``dims`` keeps; ``4*name`` is four times as large."""
+    """Return the dimension called ``name``, made once and kept in ``dims``. ``4*name`` is four times that dimension."""
     factor, _, base = name.rpartition("*")
     found = dims.setdefault(base, Dim(base, **limits.get(base, {})))
     return int(factor) * found if factor else found
 
 
 def _refined(message: str, shapes: dict[str, Any]) -> Any:
-    """``shapes`` with the bounds torch suggests, or None when it suggests none, or to fix a dimension."""
-    # torch reads its suggestions from its message, and stumbles over the paragraph that follows them.
+    """Return ``shapes`` with the bounds that torch suggests, or None when it suggests none or suggests to fix a
+    dimension."""
+    # torch's parser of suggestions fails on the paragraph that follows them in the message.
     suggestions = message.split("\n\nThe error above")[0]
     leaves, tree = pytree.tree_flatten(shapes)
-    # torch cannot refine shapes with hints among them, of which its suggestions are not.
+    # torch cannot refine shapes that have hints among them. Its suggestions never name a hint.
     bare = pytree.tree_unflatten([None if isinstance(v, type(Dim.AUTO)) else v for v in leaves], tree)
     try:
         refined = refine_dynamic_shapes_from_suggested_fixes(suggestions, bare)
-    except Exception:  # they are prose, and not all of them can be read
+    except Exception:  # suggestions are prose, and torch cannot parse all of them
         return None
     both = zip(leaves, pytree.tree_leaves(refined), strict=True)
     refined = pytree.tree_unflatten([v if isinstance(v, type(Dim.AUTO)) else new for v, new in both], tree)
@@ -170,7 +179,8 @@ def _refined(message: str, shapes: dict[str, Any]) -> Any:
 
 
 def _spec(value: Any, make: Callable[[Tensor], Any]) -> Any:
-    """``value`` with every tensor replaced by its shape spec, in the containers torch.export compares against."""
+    """Return ``value`` with every tensor replaced by its shape spec, in the containers that torch.export compares
+    with."""
     if isinstance(value, Tensor):
         return make(value)
     if type(value) in (list, tuple):
@@ -203,7 +213,8 @@ def _fixed(
 
 
 def reason_of(error: BaseException) -> str:
-    """What torch found, in a line: the root error's first line, or the first violated constraint if it is about one."""
+    """Return torch's reason in one line: the root error's first line, or the first constraint that it names as
+    violated."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -215,7 +226,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def explain(model: nn.Module, error: BaseException) -> str:
-    """Why ``model`` could not be exported, where, and what to try."""
+    """Return why ``model`` could not be exported, where that came up, and what to try."""
     reason, kind = reason_of(error), type(error).__name__
     if kind == "GuardOnDataDependentSymNode":
         advice = (
@@ -234,12 +245,12 @@ def explain(model: nn.Module, error: BaseException) -> str:
 
 
 def what_failed(model: nn.Module, error: BaseException) -> str:
-    """That ``model`` could not be captured, torch's reason, and where it came up."""
+    """Return a line that says that ``model`` could not be captured, with torch's reason and where it came up."""
     return f"{type(model).__name__} could not be captured: {said(error)}"
 
 
 def said(error: BaseException) -> str:
-    """An error of a model or of torch in a line, and where it came up."""
+    """Return an error of a model or of torch in one line, with the source line outside of torch where it came up."""
     outside = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)

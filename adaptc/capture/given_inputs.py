@@ -1,8 +1,7 @@
-"""The example inputs that a user gives: as positional and keyword inputs, their free sizes, and larger ones of them.
+"""Prepare the example inputs that a user gives: bind them to ``forward``, and find their free sizes.
 
-Before: what a call was given as ``example_inputs``. After: inputs that fit the model's ``forward``. torch's tracer
-takes a size of one for a constant, so there are also copies of the inputs with more rows, or more of what they have one
-of.
+torch's tracer takes a size of 1 for a constant. So this file also makes copies of the inputs in which such sizes are
+larger.
 """
 
 from __future__ import annotations
@@ -41,7 +40,10 @@ def arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple, dict[str, A
 
 
 def free_of(inputs: tuple[tuple, Mapping[str, Any]]) -> Free:
-    """Every dimension; those that are 0th and as large as the first input's are one batch."""
+    """Return a function that names every dimension of a tensor as free.
+
+    A dimension 0 of the first tensor's batch size is called "batch". All others are None, so that torch relates them.
+    """
     batch = next((t.shape[0] for t in tensors_in(inputs)), None)
 
     def free(tensor: Tensor) -> dict[int, str | None]:
@@ -55,8 +57,10 @@ def tensors_in(inputs: Any) -> list[Tensor]:
 
 
 def grown(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[tuple[tuple, dict[str, Any]]]:
-    """The inputs with more of what they have one of: torch takes a dimension of size 1 in the example for a constant.
-    First all such dimensions, then the batch alone."""
+    """Yield copies of the inputs whose dimensions of size 1 are larger, since torch takes a size of 1 for a constant.
+
+    The first copy enlarges all such dimensions, and the second only the batch.
+    """
     tensors = tensors_in((args, kwargs))
     single = bool(tensors) and all(t.shape[0] == 1 for t in tensors)
     inner = any(size == 1 for t in tensors for size in t.shape[1:])
@@ -64,7 +68,7 @@ def grown(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[tuple[tuple, dict[
 
         def grow(t: Tensor, inside: bool = axes) -> Tensor:
             for i, size in enumerate(t.shape):
-                # Other sizes than the batch's two, or they would be taken for the batch.
+                # Inner sizes grow to 3, since torch would take another 2 for the batch.
                 times = (2 if single else 1) if i == 0 else 3 if inside and size == 1 else 1
                 t = torch.cat([t] * times, i)
             return t

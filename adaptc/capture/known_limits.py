@@ -1,7 +1,7 @@
-"""Models that branch on a size, told by their modules: what torch would find out by a first export that fails.
+"""Tell the sizes at which known models branch, from their modules, which saves a first export that fails.
 
-Before: any module. After: for sizes by name, the range in which it does one and the same thing. What is not known here
-is still found, from torch's message, at the price of another export.
+For each named size this gives the largest for which the model's code takes one branch. Limits that are not known here
+are still read from torch's message, which costs another export.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Any
 from torch import nn
 
 #: class of a module -> (name of a size, the largest it may have). diffusers' upsampling copies batches of 64 and more
-#: to work around a fault of torch, which is another branch.
+#: to work around a fault of torch, and so takes another branch.
 _LARGEST = {"diffusers.models.upsampling.Upsample2D": ("batch", 63)}
 
 
 def known_limits(model: nn.Module) -> dict[str, int]:
-    """Name of a size -> the largest that ``model`` is captured for."""
+    """Return for each limited size, by name, the largest that ``model`` is captured for."""
     found: dict[str, int] = {}
     for kind in {type(m) for m in model.modules()}:
         if (limit := _LARGEST.get(f"{kind.__module__}.{kind.__qualname__}")) is not None:
@@ -27,7 +27,8 @@ def known_limits(model: nn.Module) -> dict[str, int]:
 
 
 def _positions(model: nn.Module) -> int | None:
-    """How many tokens a model of transformers has positions for, where it cuts them from a table (BERT, CLIP)."""
+    """Return how many position_ids a transformers model has in a buffer that it slices (BERT, CLIP); None for other
+    models."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     vocabulary = getattr(text, "vocab_size", None)

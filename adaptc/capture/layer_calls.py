@@ -1,14 +1,14 @@
-"""A call of a layer while a model is traced: its tensors by role, and the nodes that it adds to the graph.
+"""Describe one call of a layer during tracing: its tensors by role, and the nodes that it adds to the graph.
 
-Before: a layer, its inputs, and the tracer of ``torch.export``. After: a :class:`LayerCall`, whose tensors have a role
-each (an input, a parameter or buffer, a tensor of the cache for this layer); and a :class:`Segment`, the nodes that the
-call traced, in which every tensor from outside has such a role or is the same in all calls. Equal segments of two
-layers differ in their tensors alone, and a copy of one for a third layer is what tracing that layer would give.
+A :class:`LayerCall` gives each tensor of the call a role: an input, a parameter or buffer, or a tensor of the KV cache
+for this layer. A :class:`Segment` holds the nodes that the call traced. Each tensor that it reads from outside has such
+a role, or is the same in all calls. Equal segments of two layers differ in their tensors only. A copy of one for a
+third layer is then what tracing that layer would give.
 
-Private torch use, with the public route that was tried: ``get_proxy_slot``, ``track_tensor``, ``get_proxy_mode``
-and ``disable_proxy_modes_tracing`` of ``torch.fx.experimental.proxy_tensor``, which tell the node of a tensor, and make
-a tensor of a node, while a trace is under way. Public: a custom op in place of each layer, replaced afterwards, for
-which caches and their writes in place would have to be inputs and outputs of the op.
+Private torch use, with the public route that was tried: ``get_proxy_slot``, ``track_tensor``, ``get_proxy_mode`` and
+``disable_proxy_modes_tracing`` of ``torch.fx.experimental.proxy_tensor``. They find the node of a tensor, and assign a
+node to a tensor, while a trace is under way. Public: a custom op in place of each layer, replaced afterwards. Caches
+and their writes in place would have to be inputs and outputs of that op.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ Role = tuple[str, str]
 
 
 def current_tracer() -> Any:
-    """Return what makes the graph of this thread's ``torch.export``, None outside of one.
+    """Return the tracer of this thread's ``torch.export``, or None outside of one.
 
-    Also None where two modules of the model are one: torch gives each a stand-in, which this file knows nothing of.
+    Also returns None where one module object is in the model twice. torch then replaces each by a stand-in that this
+    file cannot handle.
     """
     mode = get_proxy_mode()
     tracer: Any = None if mode is None else mode.tracer
@@ -43,18 +44,21 @@ def current_tracer() -> Any:
 
 
 class Unknown(Exception):
-    """A call has something of which it cannot be told whether calls of other layers have the same."""
+    """An exception for a call with a value that cannot be compared with that of other layers' calls."""
 
 
 @dataclass
 class LayerCall:
-    """The tensors of a call by role, and all else that it is given. Raises :class:`Unknown` when it is made."""
+    """The tensors of one call of a layer, by role, and all other values that the call is given.
+
+    Making one raises :class:`Unknown` where a value cannot be compared.
+    """
 
     layer: nn.Module
     path: str
     args: tuple
     kwargs: Mapping[str, Any]
-    #: which layer this is, for a cache that has tensors by layer; None where nothing says so
+    #: the layer's number, which a cache needs to find its tensors; None where no attribute says it
     index: int | None
     tensors: dict[Role, Tensor] = field(default_factory=dict)
     rest: list[Any] = field(default_factory=list)
@@ -96,7 +100,7 @@ class LayerCall:
             raise Unknown
 
     def like(self, other: LayerCall) -> bool:
-        """Whether two calls are given the same but for the values of tensors."""
+        """Return whether two calls are given equal values, apart from the values of tensors."""
         return self.kinds == other.kinds and equal_values(self.rest, other.rest)
 
     def nodes(self, tracer: Any) -> dict[Role, fx.Node | None]:
@@ -104,13 +108,14 @@ class LayerCall:
 
 
 def node_of(t: Tensor, tracer: Any) -> fx.Node | None:
-    """Return the node that a tensor is in the graph, None for one that is none or that is a known constant."""
+    """Return the graph node of tensor ``t``, or None where it has no node or is a known constant."""
     slot: Any = get_proxy_slot(t, tracer, None)
     return None if slot is None or slot.constant is not None else slot.proxy.node
 
 
 class Segment:
-    """The nodes that a call traced. Raises :class:`Unknown` where they cannot be copied for other layers."""
+    """The nodes that one call of a layer traced. Making one raises :class:`Unknown` where the nodes cannot be
+    copied."""
 
     def __init__(
         self, call: LayerCall, before: Mapping[Role, fx.Node | None], nodes: list[fx.Node], out: Any, tracer: Any
@@ -126,11 +131,11 @@ class Segment:
             if node.op != "call_function" or "unbacked_bindings" in node.meta or _reads_graphs(node):
                 raise Unknown
         after = call.nodes(tracer)
-        #: what is written in place: the role's tensor is another node afterwards
+        #: roles whose tensors the call wrote to in place -> the tensor's node after the call
         self.written = {role: node for role, node in after.items() if node is not before[role] and node in inside}
         if any(after[role] is not before[role] and role not in self.written for role in after):
             raise Unknown
-        #: (tensor, node) of what is returned and was computed by the call
+        #: (tensor, node) of each returned tensor that the call computed
         self.made: list[tuple[Tensor, fx.Node]] = []
         own = {id(t) for t in call.tensors.values()}
         for t in _tensors_in(out):
@@ -143,7 +148,7 @@ class Segment:
                 raise Unknown
 
     def like(self, other: Segment) -> bool:
-        """Whether two segments are equal but for the tensors that have a role."""
+        """Return whether two segments are equal, apart from which tensors have the roles."""
         if len(self.nodes) != len(other.nodes) or not self.call.like(other.call):
             return False
         same: dict[fx.Node, fx.Node] = {}
@@ -180,15 +185,18 @@ class Segment:
         return equal_values(a, b)
 
     def leaks(self) -> bool:
-        """Whether anything but what it returned or wrote was used by later nodes; sizes may be."""
+        """Return whether later nodes use a tensor that the call neither returned nor wrote to. Uses of a size do not
+        count."""
         known = {node for _, node in self.made} | set(self.written.values())
         values = [n for n in self.nodes if n not in known and isinstance(n.meta.get("val"), (Tensor, tuple, list))]
-        # torch.export adds asserts of sizes and dtypes when all is traced.
+        # torch.export adds asserts of sizes and dtypes at the end of tracing, which use inner nodes of every segment.
         return any(user not in self.inside and not _asks_size(user) for node in values for user in node.users)
 
     def copied(self, call: LayerCall, tracer: Any) -> Any:
-        """Return what ``call`` returns, whose nodes are now in the graph. Raises :class:`Unknown` and adds nothing
-        where it is not given what this segment's call was."""
+        """Copy this segment's nodes into the graph for ``call``, and return what ``call`` would return.
+
+        Raises :class:`Unknown` where ``call`` is given something else than this segment's call was.
+        """
         if not self.call.like(call) or self.leaks():
             raise Unknown
         new = self._mapping(call.nodes(tracer))
@@ -227,12 +235,15 @@ class Segment:
 
 
 def _is_size(node: fx.Node) -> bool:
-    """Whether a node is a number. Equal layers have the same, whose node torch takes from whichever tensor it finds."""
+    """Return whether a node's value is a number.
+
+    Equal layers have equal sizes, but torch reads each from whichever tensor it finds, so their nodes may differ.
+    """
     return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, bool, int, float))
 
 
 def _asks_size(node: fx.Node) -> bool:
-    """Whether a node gives a size of its input, which is the same for all layers, or nothing at all."""
+    """Return whether a node gives a size of its input, which is equal for all layers, or returns nothing."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and (not schema.returns or schema.name.startswith("aten::sym_"))
 
@@ -246,7 +257,7 @@ def _moved(path: str, old: str, new: str) -> str:
 
 
 def _another(t: Tensor) -> Tensor:
-    """Return a fake tensor of the same sizes, which is no leaf where it needs gradients."""
+    """Return a new fake tensor like ``t``, which is not a leaf where it needs gradients."""
     with t.fake_mode, torch.no_grad():  # type: ignore[attr-defined]  # of fake tensors
         new = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
     if not t.requires_grad:

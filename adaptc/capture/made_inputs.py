@@ -1,8 +1,4 @@
-"""Inputs for a model that came without any: who can make them, by the library that the model is of.
-
-Before: any module. After: inputs that its ``forward`` accepts, with their free dimensions, or a CaptureError that says
-what to pass.
-"""
+"""Make example inputs for a model that came without any, by the library that its class is from."""
 
 from __future__ import annotations
 
@@ -14,7 +10,10 @@ from adaptc.errors import CaptureError
 
 
 def example_of(model: Any, *, training: bool) -> Example:
-    """Raises CaptureError where the model's config does not tell what it takes, or it has none."""
+    """Return example inputs that the model's ``forward`` accepts, with their free dimensions.
+
+    Raises CaptureError where the model has no config, or the config does not tell what the model takes.
+    """
     if is_pretrained_model(model):
         return example_for(model, training=training)
     if is_diffusion_model(model):

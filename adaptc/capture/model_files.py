@@ -1,8 +1,7 @@
-"""Models from transformers' directories (``config.json`` and weights), as ``model.save_pretrained`` writes them, and
-from GGUF files.
+"""Read models from transformers directories (``config.json`` and weights) and from GGUF files.
 
-Before: a directory, or a file. After: the model that it names, with its head, or an error; no code of the directory was
-run, and nothing was fetched.
+A directory gives the model class that its config names, head included. No code from the directory is run, and nothing
+is downloaded.
 """
 
 from __future__ import annotations
@@ -19,14 +18,16 @@ from adaptc.peft_files.safe_io import read_json_object
 from adaptc.peft_files.snapshot import Opened, Unsettled
 from adaptc.pt2_files.refusal import reason
 
-#: names of the files that tokenizers are made of
+#: names of tokenizer files
 _OF_TOKENIZERS = re.compile(r"tokenizer.*|vocab.*|merges\.txt|.*\.(model|spm|bpe|tiktoken)")
 _EXPECTED = "expected a transformers model directory (config.json and weights), or a program (.pt2)"
 
 
 def read_model(path: Path, dtype: str | None = None) -> Any:
-    """The model in a directory, in a dtype of torch by name, or in that of its file. Raises CheckpointError where there
-    is none, or where transformers cannot load it."""
+    """Return the model in a directory, in the torch dtype called ``dtype``, or None for the dtype of its files.
+
+    Raises CheckpointError where the directory has no model, or transformers cannot load it.
+    """
     kind = _class(path)
     try:
         return kind.from_pretrained(path, local_files_only=True, dtype=dtype or "auto")
@@ -35,7 +36,10 @@ def read_model(path: Path, dtype: str | None = None) -> Any:
 
 
 def read_skeleton(path: Path) -> Any:
-    """The same model without its weights (on the device meta), of its config alone."""
+    """Return the model that a directory's config describes, on the meta device, without its weights.
+
+    Raises CheckpointError where there is no config, or transformers cannot make the model.
+    """
     kind = _class(path)
     try:
         with torch.device("meta"):
@@ -45,15 +49,17 @@ def read_skeleton(path: Path) -> Any:
 
 
 def why_no_tokenizer(path: Path, error: Exception) -> str:
-    """Why no tokenizer could be read from ``path``, in a line. Of a directory without one transformers says what to
-    install."""
+    """Return one line on why no tokenizer could be read from ``path``, where ``error`` is what transformers raised.
+
+    For a directory without tokenizer files, transformers' message only says what to install.
+    """
     if path.is_dir() and not any(_OF_TOKENIZERS.fullmatch(p.name) for p in path.iterdir()):
         return "no file of one is there"
     return reason(error)
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether it begins as such a file does."""
+    """Return whether the file begins with the GGUF magic bytes; False where it cannot be read."""
     try:
         with Opened(path) as opened, open(opened.fd, "rb", closefd=False) as file:
             return file.read(4) == b"GGUF"
@@ -62,24 +68,30 @@ def is_gguf(path: Path) -> bool:
 
 
 def read_gguf(path: Path, dtype: str | None = None) -> Any:
-    """The causal model in a GGUF file, whose weights become numbers of ``dtype`` (float32). Raises CheckpointError for
-    what transformers cannot load, or where the package gguf is missing."""
+    """Return the causal language model in a GGUF file, with weights dequantised to ``dtype``, or to float32 where it is
+    None.
+
+    Raises CheckpointError where transformers cannot load the file, or where the package gguf is missing.
+    """
     if importlib.util.find_spec("gguf") is None:
         raise CheckpointError(f"{path} is a GGUF file, which transformers reads with the package gguf: install it")
     import transformers
 
     options: dict[str, Any] = {"gguf_file": path.name, "dtype": dtype or "float32", "local_files_only": True}
-    # Versions of transformers that have this class may keep the blocks of the file as weights.
+    # Versions of transformers that have this class may keep the file's quantised blocks as weights.
     if (kept := getattr(transformers, "GgufConfig", None)) is not None:
         options["quantization_config"] = kept(dequantize=True)
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options)
-    except Exception as error:  # as above, and gguf's own
+    except Exception as error:  # transformers, safetensors, torch and gguf each have their own types for damaged files
         raise CheckpointError(f"transformers cannot load the model in {path}: {shown(str(error))}") from error
 
 
 def _class(path: Path) -> Any:
-    """The class of transformers that a directory's config names."""
+    """Return the transformers class that a directory's config names.
+
+    Raises CheckpointError where there is no readable config, or it does not name exactly one model class.
+    """
     try:
         with Opened(path / "config.json") as file:
             config = read_json_object(file)

@@ -1,7 +1,7 @@
-"""What a transformers model's loss is: whether it is the mean over the labels that count, each of the next token.
+"""Tell whether a transformers model's loss is the mean over next-token labels.
 
-Trainers that take several batches a step divide the sum over all of them by the labels of all of them, which a module
-can only do where it knows what its loss was divided by.
+A trainer that accumulates gradients divides the summed loss of several batches by the number of labels in all of them.
+A module can do that only where it knows what its loss was divided by.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from torch import nn
 
 
 def means_over_next_labels(model: nn.Module) -> bool:
-    """Whether the model's ``forward`` takes its loss from transformers' ``loss_function``, and that is the one of
-    causal language models. What classes without a known loss have (``GPT2LMHeadModel``) is that one too."""
+    """Return whether ``forward`` takes its loss from transformers' ``loss_function``, and that is the causal LM loss.
+
+    Classes without a known loss (``GPT2LMHeadModel``) use the causal LM loss, too.
+    """
     from transformers import PreTrainedModel
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
     if not isinstance(model, PreTrainedModel) or hasattr(model, "_loss_function"):
-        return False  # the latter: a function of the user's
+        return False  # a user's own loss function is in ``_loss_function``
     code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
     if code is None or "loss_function" not in code.co_names:
         return False
@@ -28,6 +30,6 @@ def means_over_next_labels(model: nn.Module) -> bool:
 
 
 def loss_type(model: nn.Module) -> str | None:
-    """transformers' name of the loss, which Trainer asks for; None where there is none."""
+    """Return transformers' name of the model's loss, which Trainer reads, or None where it has none."""
     found = getattr(model, "loss_type", None)
     return found if isinstance(found, str) else None

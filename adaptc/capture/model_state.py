@@ -1,13 +1,12 @@
-"""The state of a user's model, which no run and no capture of it may change.
+"""Save and restore the state of a user's model, which no run and no capture of it may change.
 
-Before: a module whose code is about to run, on its own tensors or traced. After: its attributes, what its containers
-and helper objects hold, parameters, buffers and other tensors, gradients, hooks, modes and generators are as before,
-and so are the random numbers of torch, Python and NumPy. What did not change is not written to, so that other threads
-may use the model meanwhile.
+Restored are parameters, buffers and other tensors, gradients, attributes, and the contents of containers and of the
+model's other objects. So are hooks, modes and generators, and the random state of torch, Python and NumPy. State that
+did not change is not written to, so other threads may use the model meanwhile.
 
-Private torch use, with the public route that was tried: ``TorchDispatchMode``, which sees every write, so that of all
-parameters only those that are written to are copied. Public: ``TorchFunctionMode``, which does not see what torch's own
-functions do inside (``embedding`` shortens rows of its weight); ``Tensor._version`` tells too late, and is as private.
+Private torch use, with the public route that was tried: ``TorchDispatchMode``. It sees every write, so only parameters
+that are written to are copied. Public: ``TorchFunctionMode``, which does not see what torch's own functions do inside
+(``embedding`` shortens rows of its weight). ``Tensor._version`` tells too late, and is as private.
 """
 
 from __future__ import annotations
@@ -28,27 +27,27 @@ from adaptc.passes.ir.trees import pytree
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 _LEAVES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
-#: packages whose objects belong to whichever model holds them, beside those that the model's classes are from
+#: packages whose objects belong to the model that holds them, besides the packages of the model's own classes
 _HELPERS = {"transformers", "types"}
-#: whose modules of programs look after what they keep, for many threads
+#: this package, whose modules of programs protect their own state and serve many threads
 _OWN = __name__.partition(".")[0]
 
 
 @contextlib.contextmanager
 def preserve_state(model: Any, training: bool | None = None, *, traced: bool = False) -> Iterator[Callable[[], None]]:
-    """Run or capture ``model`` in a block, after which it is as it was, whether or not the block failed.
+    """Run the block, which runs or captures ``model``, and restore the model afterwards, even where the block fails.
 
-    The block is given a function that does the same in between, for blocks that run the model several times.
-    ``training``: the mode of the model inside, None for its own. ``traced``: it is traced alone, or run in inner
-    blocks, so that nothing writes to its parameters. Results that may be part of a buffer must be copied inside. What
-    is no module is left as it is.
+    The block is given a function that restores the model at once, for blocks that run the model several times.
+    ``training`` is the model's mode inside the block, None for its own. ``traced`` says that nothing in the block
+    writes to the model's parameters: it is only traced, or run in inner blocks. Results that may be part of a buffer
+    must be copied inside the block. A ``model`` that is not a module is left alone.
     """
     if not isinstance(model, nn.Module):
         yield lambda: None
         return
     state = _State(model)
     writes = contextlib.nullcontext() if traced else _Writes(state.parameters)
-    # Dynamo never again compiles a function that it met under a mode, such as a branch of torch.cond.
+    # Otherwise Dynamo would never again compile a function that it met under a mode, such as a branch of torch.cond.
     eager = contextlib.nullcontext() if traced else torch.compiler.set_stance("force_eager")
 
     def restore() -> None:
@@ -64,12 +63,12 @@ def preserve_state(model: Any, training: bool | None = None, *, traced: bool = F
 
 
 class _State:
-    """All that the code of a model may change, at one time."""
+    """A record of the state that a model's code may change, as it was when this was made."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = [(m, type(m), m.training) for m in model.modules()]
         self.homes = {_package(kind) for _, kind, _ in self.modules} - {"torch", "builtins", _OWN} | _HELPERS
-        #: containers, with what they hold
+        #: containers, each with its saved contents
         self.held: list[tuple[Any, list[Any]]] = []
         self.tensors: list[_Kept] = []
         self.others: list[Callable[[], object]] = list(_global_generators(model))
@@ -80,10 +79,10 @@ class _State:
         self.parameters = [t.tensor for t in self.tensors if isinstance(t.tensor, nn.Parameter)]
 
     def _note(self, value: Any) -> Iterable[Any]:
-        """Write down what ``value`` holds, and give it."""
+        """Save the state of ``value``, and return the values that it holds."""
         if isinstance(value, _LEAVES) or id(value) in self._seen:
             return ()
-        self._seen[id(value)] = value  # which keeps it, and its id
+        self._seen[id(value)] = value  # keeps the object alive, so that no other gets its id
         if isinstance(value, Tensor):
             self.tensors.append(_Kept(value))
             return ()
@@ -124,7 +123,10 @@ class _State:
 
 
 class _Kept:
-    """A tensor, its memory and flags; of what is no parameter also its values, since much writes to buffers unseen."""
+    """A tensor with its saved memory and flags. Tensors that are not parameters also have their values saved.
+
+    Much code writes to buffers in ways that a dispatch mode does not see.
+    """
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor, self.alias, self.copy = tensor, None, None
@@ -147,13 +149,14 @@ class _Kept:
                 tensor.requires_grad_(requires_grad)
             if tensor.grad is not grad:
                 tensor.grad = grad
-        # By the alias, so that graphs which saved the tensor for a backward stay valid.
+        # Writing to the alias leaves the tensor's version counter alone, so autograd graphs that saved the tensor stay
+        # valid.
         if self.copy is not None and not torch.equal(alias, self.copy):
             alias.copy_(self.copy)
 
 
 class _Writes(TorchDispatchMode):
-    """Keeps a copy of each of these tensors that something is about to write to, the first time."""
+    """A dispatch mode that copies each of the given tensors before its first write."""
 
     supports_higher_order_operators = True
 
@@ -189,7 +192,10 @@ def _package(kind: type) -> str:
 
 
 def _put_back(held: Any, before: list[Any]) -> None:
-    """Give a container what it held, if it holds anything else; by its base's own ways, whatever its class forbids."""
+    """Restore a container's saved contents where they differ.
+
+    It calls the methods of the built-in base class, since a subclass may forbid changes.
+    """
     if isinstance(held, dict):
         now = list(held.items())
         if len(now) == len(before) and all(a[0] is b[0] and a[1] is b[1] for a, b in zip(now, before, strict=True)):
@@ -215,7 +221,7 @@ def _put_back(held: Any, before: list[Any]) -> None:
 
 
 def _global_generators(model: nn.Module) -> Iterator[Callable[[], object]]:
-    """What puts back the random numbers that any code may draw."""
+    """Yield functions that restore the global random states of torch, its CUDA devices, Python and NumPy."""
     state = torch.get_rng_state()
     yield lambda: torch.set_rng_state(state)
     for device in sorted({t.device.index or 0 for t in model.parameters() if t.device.type == "cuda"}):
@@ -229,7 +235,7 @@ def _global_generators(model: nn.Module) -> Iterator[Callable[[], object]]:
 
 
 def _own_way(value: Any) -> Callable[[], object] | None:
-    """What puts back a generator of random numbers or an array; None for anything else."""
+    """Return a function that restores a random generator or a NumPy array, or None for any other value."""
     if isinstance(value, torch.Generator):
         state = value.get_state()
         return lambda: value.set_state(state)

@@ -1,10 +1,9 @@
-"""Models whose weights are quantised: refused by name before anything is captured.
+"""Refuse models with quantised weights by name, before anything is captured.
 
-Before: a module, or an exported program, of any library; none is imported. After: nothing, where all its weights are
-plain tensors of numbers, or a CaptureError that names the first layer that holds others, and the way to plain ones.
-
-Known are the classes of layers and of tensors by the library that they are from, torch's own quantised tensors and
-modules, tensors that wrap others, and weights that are packed into whole numbers or stored in 8-bit floats.
+A module or exported program passes where all its weights are plain tensors of numbers. Otherwise a CaptureError names
+the first quantised layer, and how to get plain weights. This file knows the libraries' classes of layers and tensors,
+torch's own quantised tensors and modules, and tensors that wrap others. It also knows weights that are packed into
+integers or stored in 8-bit floats. It imports none of the libraries.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _LIBRARIES = frozenset(
         "vptq",
     }
 )
-#: parts of ``transformers.integrations`` that do
+#: submodules of ``transformers.integrations`` with layers that hold quantised weights
 _INTEGRATIONS = frozenset(
     {
         "awq",
@@ -65,9 +64,10 @@ _INTEGRATIONS = frozenset(
         "vptq",
     }
 )
-#: methods whose quantised layers are all of classes above; a model without any has plain weights, whatever it says
+#: methods whose quantised layers are all of classes above; a model without such layers is plain, whatever its config
+#: says
 _BY_CLASS = frozenset({"gguf"})
-#: parts of other packages
+#: prefixes of modules in other packages with quantised layers
 _INSIDE = (
     "diffusers.quantizers.",
     "optimum.gptq.",
@@ -78,7 +78,7 @@ _INSIDE = (
 )
 #: layers of these libraries that hold plain weights
 _PLAIN = frozenset({"bitsandbytes.nn.modules.Embedding", "bitsandbytes.nn.modules.StableEmbedding"})
-#: names that packed weights have, and no others
+#: names that only packed weights have
 _PACKED = frozenset({"qweight", "weight_packed", "packed_weight", "W_q", "weight_q"})
 _ADVICE = (
     "adaptc adapts plain weights in float32, bfloat16 or float16: dequantise the model first (model.dequantize() where "
@@ -102,7 +102,7 @@ def check_not_quantised(model: nn.Module | ExportedProgram) -> None:
 
 
 def _why_module(module: nn.Module) -> str | None:
-    """What to say of a module that holds quantised weights, beside its class."""
+    """Return what to say of a module with quantised weights after its class name, or None for a plain module."""
     kind = type(module)
     full = _class(kind)
     if _of_library(kind) and full not in _PLAIN:
@@ -119,13 +119,13 @@ def _why_module(module: nn.Module) -> str | None:
 
 
 def _why_tensor(t: Any) -> str | None:
-    """What a tensor is that holds no plain numbers."""
+    """Return what kind of quantised tensor ``t`` is, or None where it holds plain numbers."""
     if not isinstance(t, Tensor):
         return None
     kind = type(t)
     if t.is_quantized:
         return f"a quantised tensor ({t.dtype})"
-    # A DTensor wraps plain numbers, of which each process holds a part.
+    # A DTensor wraps plain numbers, of which each process holds a shard.
     wraps = hasattr(kind, "__tensor_flatten__") and not kind.__module__.startswith("torch.distributed.")
     return f"a {_class(kind)}" if wraps or _of_library(kind) else None
 
@@ -154,7 +154,8 @@ def _is_small_float(t: Any) -> bool:
 
 
 def _says_so(model: nn.Module) -> str | None:
-    """How a model of transformers says it was quantised, unless its weights were made plain when it was loaded."""
+    """Return the quantisation method that a transformers model names, or None where its weights were made plain on
+    loading."""
     quantiser = vars(model).get("hf_quantizer")
     config = getattr(quantiser, "quantization_config", None)
     if quantiser is None or vars(model).get("is_quantized") is not True:

@@ -1,14 +1,13 @@
 """Make torch's arithmetic of sizes faster while a model is traced.
 
-Before: a model that pads to whole windows and divides by them, such as Swin, at any image size. torch writes each of
-its sizes as an expression of those before it, in which the same parts come thousands of times. After: the same program.
-Functions of sympy that walk through an expression meet each part once, and a quotient of many terms that is a
-polynomial with whole coefficients is left as the division made it: ``sympy.simplify`` takes a second for each of these
-and changes nothing.
+A model that pads to whole windows, such as Swin, computes sizes from sizes when it takes any image size. torch writes
+each as an expression in which the same parts occur thousands of times. Here the sympy functions that walk an expression
+visit each part once. A large quotient that came out as a polynomial with integer coefficients is not simplified:
+``sympy.simplify`` takes a second for each and changes nothing. The captured program is the same.
 
 Private torch use, with the public route that was tried: ``sympy`` in ``torch.utils._sympy.functions``, whose
-``simplify`` is another one meanwhile (public: replacing ``sympy.simplify``, for everybody); and ``Basic._xreplace``,
-which tells classes that replace parts in a way of their own (public: none).
+``simplify`` is replaced meanwhile. Public: replacing ``sympy.simplify`` for all code. ``Basic._xreplace`` tells which
+classes replace parts in a way of their own. Public: none.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ import sympy
 from sympy import Basic
 from torch.utils._sympy import functions
 
-#: parts of an expression, from which on it is not simplified
+#: the number of parts from which on a polynomial is not simplified
 MANY = 60
 
 
 @contextlib.contextmanager
 def quick_sizes() -> Iterator[None]:
-    """A block in which exports compute with sizes of many terms faster, and to the same."""
+    """Run the block with faster arithmetic of sizes in exports, which gives the same results."""
     quick: Any = ModuleType("sympy")
     vars(quick).update(vars(sympy))
     quick.simplify = simplified
@@ -47,19 +46,23 @@ def quick_sizes() -> Iterator[None]:
 
 
 def simplified(expression: Any) -> Any:
-    """Return ``sympy.simplify(expression)``, or the expression itself where that takes long and changes nothing."""
+    """Return ``sympy.simplify(expression)``, or a large polynomial itself, for which that is slow and changes
+    nothing."""
     large = next(islice(sympy.preorder_traversal(expression), MANY, None), None) is not None
     return expression if large and _is_polynomial(expression) else sympy.simplify(expression)
 
 
 def _is_polynomial(expression: Any) -> bool:
-    """Whether nothing is divided in an expression, as in what a common divisor was taken out of."""
+    """Return whether an expression has integer coefficients only and no negative powers."""
     whole = all(number.q == 1 for number in expression.atoms(sympy.Rational))
     return whole and not any(power.exp.is_negative for power in expression.atoms(sympy.Pow))
 
 
 class _Walks:
-    """sympy's walks through expressions, each part of which is met once. Parts are known by identity, and kept."""
+    """Replacements for sympy's walks through expressions, which visit each part once.
+
+    Visited parts are known by their id, and are kept so that the id stays theirs.
+    """
 
     def __init__(self) -> None:
         self._atoms: dict[tuple[int, tuple[type, ...]], tuple[Basic, frozenset[Basic]]] = {}

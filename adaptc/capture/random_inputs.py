@@ -1,7 +1,6 @@
-"""Random inputs for a program, made from what the program says of its inputs: dtypes, fixed sizes, ranges of free ones.
+"""Draw random inputs for an exported program from the dtypes, fixed sizes and ranges of free sizes that it states.
 
-Before: any exported program. After: complete inputs it accepts, with token ids below the number of rows of the
-embedding they are looked up in, and masks that pad some rows on the left or right.
+Token ids are below the number of rows of the embedding that looks them up. Masks pad some rows on the left or right.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from adaptc.passes.ir.trees import pytree
 
 aten = torch.ops.aten
 
-#: ops that move integers about and leave their values as they are, by name
+#: ops that move integers without changing their values, by name
 _MOVES = {
     *("view", "reshape", "_unsafe_view", "flatten", "unsqueeze", "squeeze", "expand", "permute", "transpose", "t"),
     *("slice", "select", "slice_scatter", "copy", "pad", "constant_pad_nd", "masked_fill"),
@@ -32,7 +31,7 @@ _MOVES = {
 
 @dataclass(frozen=True)
 class Run:
-    """Inputs of one call, and their shapes in words."""
+    """The inputs of one call, and a text of their shapes."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -51,7 +50,11 @@ class Run:
 
 
 def given(inputs: Any) -> list[Run]:
-    """The caller's own inputs: a dict of keyword inputs, a tuple of positional ones, a tensor, or a list of these."""
+    """Return one :class:`Run` for each of the caller's own inputs.
+
+    ``inputs`` is a dict of keyword inputs, a tuple of positional inputs, a tensor, or a list of these. Raises
+    AdaptcError for anything else and for an empty list.
+    """
     runs = []
     for one in inputs if isinstance(inputs, list) else [inputs]:
         if isinstance(one, Mapping):
@@ -65,7 +68,7 @@ def given(inputs: Any) -> list[Run]:
     return runs
 
 
-@exclusive  # fake tensors say "meta" of their device while another thread computes with them
+@exclusive  # fake tensors give "meta" as their device while another thread computes with them
 def draw(
     program: ExportedProgram,
     *,
@@ -73,13 +76,12 @@ def draw(
     seed: int = 0,
     vocabulary: int | None = None,
 ) -> list[Run]:
-    """Random inputs, one :class:`Run` per shape.
+    """Draw random inputs, one :class:`Run` per shape.
 
-    ``shapes``: how many runs, the first with the sizes of the capture, the others with sizes drawn; or for each run a
-    dict of input name -> shape, in which case sizes it does not fix are drawn. ``vocabulary`` bounds token ids that no
-    embedding in the graph bounds. Equal arguments give equal inputs, and torch's own random state is not touched.
-
-    Raises AdaptcError for shapes the program cannot take.
+    An int for ``shapes`` is the number of runs: the first has the sizes of the capture, the others have random sizes.
+    Otherwise ``shapes`` has for each run a dict of input name -> shape, and the sizes that it does not fix are drawn.
+    ``vocabulary`` bounds token ids that no embedding in the graph bounds. Equal arguments give equal inputs, and
+    torch's own random state is not touched. Raises AdaptcError for shapes that the program cannot take.
     """
     wanted: Sequence[Mapping[str, Sequence[int]]] = [{}] * shapes if isinstance(shapes, int) else list(shapes)
     if not wanted:
@@ -96,7 +98,11 @@ def random_value(
     bound: Callable[[], int],
     generator: torch.Generator,
 ) -> Tensor:
-    """A random tensor for an input, by its name and dtype; integers are below ``bound()``."""
+    """Return a random tensor for an input, by its name and dtype. Integers are below ``bound()``.
+
+    An input whose name ends with "mask" is filled like an attention_mask. One whose name has "position" counts up from
+    0.
+    """
     if name.endswith("mask") and shape:
         value = _mask(shape, generator)
     elif dtype.is_complex:
@@ -141,12 +147,13 @@ class _Sampler:
         found = [b for b in _bounds(self.nodes[name]) if b > 0]
         if not found and self.vocabulary and name.endswith("ids"):
             return self.vocabulary
-        # Two values suit flags and types; an integer that nothing looks up has no bound to break.
+        # An integer that nothing looks up has no bound to break, and two values suit flags and token_type_ids.
         return min(found, default=2)
 
 
 def _mask(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Ones, with up to a third of each row's last axis zero, at its left or right end."""
+    """Return a mask of ones, int64, in which up to a third of each row's last axis is zero, at its left or right
+    end."""
     rows, length = torch.Size(shape[:-1]).numel(), shape[-1]
     cut = torch.randint(0, length // 3 + 1, (rows, 1), generator=generator)
     left = torch.randint(0, 2, (rows, 1), generator=generator).bool()
@@ -155,7 +162,7 @@ def _mask(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def _bounds(start: fx.Node) -> Iterator[int]:
-    """Numbers of rows of everything the values of an integer input are looked up in."""
+    """Yield the number of rows of every table in which an integer input's values are looked up."""
     seen, stack = {start}, [start]
     while stack:
         node = stack.pop()
@@ -169,7 +176,8 @@ def _bounds(start: fx.Node) -> Iterator[int]:
 
 
 def _looked_up(user: fx.Node, index: fx.Node) -> int | None:
-    """How many rows ``user`` can look ``index`` up in; None when that is not what it does, or not known."""
+    """Return the number of rows of the table in which ``user`` looks ``index`` up, or None where it does not or has no
+    fixed number."""
     args, table, axis = user.args, None, 0
     if user.target in (aten.embedding.default, aten.embedding_bag.padding_idx) and args[1] is index:
         table = args[0]

@@ -1,7 +1,7 @@
-"""Sizes for the free dimensions of a program's inputs, drawn within the ranges it was captured with.
+"""Draw sizes for the free dimensions of a program's inputs, within the ranges that it was captured with.
 
-Before: an exported program. After: a value for every size symbol of its inputs, such that every range and every
-relation between sizes holds. Values stay near those of the capture: a model may have a table of positions that ends.
+Every size symbol gets a value, such that every range and every relation between sizes holds. Values stay near those of
+the capture, since a model may have a table of positions that ends.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ Sizes = Mapping[Any, int]
 
 
 class SizeSampler:
-    """``inputs``: name -> what the program's graph has for it: a fake tensor, a size, or a constant."""
+    """A sampler of sizes for one program.
+
+    ``inputs`` maps each input's name to its value in the graph: a fake tensor, a size, or a constant.
+    """
 
     def __init__(self, program: ExportedProgram, inputs: Mapping[str, Any], generator: torch.Generator) -> None:
         self.inputs, self.generator = inputs, generator
@@ -31,9 +34,10 @@ class SizeSampler:
         self.captured = self._captured(pytree.tree_leaves(example) if example is not None else [])
 
     def sizes(self, fixed: Mapping[str, Sequence[int]], *, as_captured: bool = False) -> Sizes:
-        """Values for all symbols. ``fixed``: input name -> shape it must have; or all ``as_captured``, where known.
+        """Return values for all size symbols.
 
-        Raises AdaptcError for names and shapes the program does not have.
+        ``fixed`` gives the shape that an input must have, by its name. ``as_captured`` takes the sizes of the capture
+        where they are known. Raises AdaptcError for names and shapes that the program does not have.
         """
         pinned = self.captured if as_captured else self._pinned(fixed)
         exprs = [expression(s) for want in self.inputs.values() for s in dims(want)]
@@ -75,7 +79,7 @@ class SizeSampler:
     def _draw(self, symbol: Any) -> int:
         low, high = self._range(symbol)
         had = self.captured.get(symbol, 4)
-        lower, upper = max(low, had // 2, 1), max(had, 4)  # a small batch may grow a little
+        lower, upper = max(low, had // 2, 1), max(had, 4)  # up to 4, so that a batch captured small may grow
         upper = max(lower, upper if high is None else min(upper, high))
         return int(torch.randint(lower, upper + 1, (), generator=self.generator))
 
@@ -104,7 +108,7 @@ class SizeSampler:
 
 
 def expression(size: Any) -> Any:
-    """A size as a sympy expression."""
+    """Return a size as a sympy expression."""
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
 
 
@@ -113,7 +117,7 @@ def evaluate(expr: Any, sizes: Sizes) -> int:
 
 
 def dims(want: Any) -> Sequence[Any]:
-    """The sizes of a tensor, or of a size itself; none of a constant."""
+    """Return the sizes of a tensor, a size itself as a list of one, or nothing for a constant."""
     return want.shape if isinstance(want, Tensor) else [want] if isinstance(want, torch.SymInt) else []
 
 

@@ -1,8 +1,4 @@
-"""A module with another ``forward`` for a while, such as one that names the inputs which a capture is to have.
-
-Before: a module, what stands in for its forward, and the parameters to show. After: the module as it was, whether its
-forward was its class's or its own.
-"""
+"""Replace a module's ``forward`` for a while, for example by one that names the inputs of a capture."""
 
 from __future__ import annotations
 
@@ -18,7 +14,10 @@ from torch import nn
 def replaced_forward(
     model: nn.Module, forward: Callable[..., Any], parameters: Sequence[inspect.Parameter]
 ) -> Iterator[None]:
-    """``model`` with another forward, which shows these parameters."""
+    """Run the block with ``forward`` as the model's forward, whose signature has these parameters.
+
+    Afterwards the model has its former forward, whether that is its class's or an attribute of its own.
+    """
     own = {name: value for name, value in vars(model).items() if name == "forward"}
     vars(forward)["__signature__"] = inspect.Signature(list(parameters))
     vars(model)["forward"] = forward
@@ -30,5 +29,5 @@ def replaced_forward(
 
 
 def keyword(name: str) -> inspect.Parameter:
-    """A parameter that is given by its name alone."""
+    """Return a keyword-only parameter called ``name``."""
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)

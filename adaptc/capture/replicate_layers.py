@@ -1,9 +1,8 @@
-"""Layer replication: a deeper model whose new layers share the weights of the ones they repeat.
+"""Replicate layers: make a deeper model whose new layers share the weights of the layers that they repeat.
 
-Before: a model with one list of decoder or encoder layers. After: another model object, whose list holds the layers of
-the given ranges in order, each a module of its own (so that each can have its own adapter) over the very same
-parameters. The model that was given is untouched. This is what PEFT's ``LoraConfig.layer_replication`` asks for (the
-depth up-scaling of SOLAR, https://arxiv.org/abs/2312.15166).
+The new model's list holds the layers of the given ranges in order. Each layer is a module of its own over the same
+parameters, so each can have its own adapter. The given model is untouched. This implements PEFT's
+``LoraConfig.layer_replication`` (the depth up-scaling of SOLAR, https://arxiv.org/abs/2312.15166).
 """
 
 from __future__ import annotations
@@ -16,25 +15,26 @@ from torch import Tensor, nn
 
 from adaptc.errors import ConfigError, shown
 
-# Where the list lies, seen from the innermost backbone.
+# Paths of the layer list, from the innermost backbone.
 _LISTS = ("layers", "h", "encoder.layer", "decoder.layers")
 
 
-#: How a layer's modules say which one they belong to, counted from 0 or 1: where they keep their keys and values.
+#: Attributes in which a layer's modules keep the layer's number, from 0 or 1; a KV cache is indexed by it.
 INDEX = {"layer_idx", "layer_id", "layer_number", "layer_num", "layer_index", "block_idx", "block_id", "block_index"}
 
 
-#: layers that a replicated model may have, whatever it began with
+#: the number of layers that any replicated model may have
 MOST = 1024
 
 
 def replicate_layers(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> nn.Module:
-    """A copy of ``model`` whose layer list is ``[layers[i] for start, end in ranges for i in range(start, end)]``.
+    """Return a copy of ``model`` whose layer list is ``[layers[i] for start, end in ranges for i in range(start,
+    end)]``.
 
-    Parameters and buffers are the model's own objects; modules and the config are copies. ``layer_idx`` counts anew,
-    and the config says how many layers there are and, for what it lists by layer, which.
+    Parameters and buffers are the model's own objects; modules and the config are copies. ``layer_idx`` counts anew.
+    The config's number of layers and its lists with an entry for each layer are adjusted.
 
-    Raises :class:`ConfigError` when the list of layers is not found or a range does not lie in it.
+    Raises :class:`ConfigError` when the list of layers is not found, or a range does not lie in it.
     """
     owner, name = _find(model)
     layers = getattr(model.get_submodule(owner), name)
@@ -43,7 +43,7 @@ def replicate_layers(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> nn.
 
     memo = _shared(model)
     replica = copy.deepcopy(model, dict(memo))
-    # The copies of one layer keep referring to the one config of the new model.
+    # Without this a copied layer would have a config of its own, which is not the new model's.
     configs = {id(c): c for m in replica.modules() if (c := getattr(m, "config", None)) is not None}
     stack = getattr(replica.get_submodule(owner), name)
     used: set[int] = set()
@@ -64,7 +64,7 @@ def replicate_layers(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> nn.
 
 
 def _find(model: nn.Module) -> tuple[str, str]:
-    """The path of the module that holds the layer list, and the list's name in it."""
+    """Return the path of the module that holds the layer list, and the list's name in it."""
     path: list[str] = []
     module = model
     while True:
@@ -75,7 +75,7 @@ def _find(model: nn.Module) -> tuple[str, str]:
                 owner = getattr(owner, parent, None)
             if isinstance(getattr(owner, name, None), nn.ModuleList):
                 return ".".join([*path, *parents]), name
-        # A backbone is called `model`, or as the class says: `transformer`, `bert`, `gpt_neox`.
+        # A backbone is called `model`, or what its class says: `transformer`, `bert`, `gpt_neox`.
         prefixes = ("model", getattr(module, "base_model_prefix", ""), "bert")
         step = next((p for p in prefixes if p and isinstance(getattr(module, p, None), nn.Module)), None)
         if step is None or getattr(module, step) is module:
@@ -112,7 +112,7 @@ def _indices(ranges: Sequence[tuple[int, int]], count: int, where: str) -> list[
 
 
 def _shared(model: nn.Module) -> dict[int, Any]:
-    """What ``copy.deepcopy`` must not copy: every tensor the model holds, registered or not."""
+    """Return the memo by which ``copy.deepcopy`` shares every tensor of the model, registered or not."""
     tensors: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     for module in model.modules():
         tensors.update({id(v): v for v in vars(module).values() if isinstance(v, Tensor)})

@@ -1,8 +1,7 @@
-"""Run a program with its own tensors: by its graph as it is, or as torch's module of it.
+"""Run a program on its own tensors: by its graph, or by torch's module of it.
 
-Before: an exported program. After: functions of the program's inputs. Making torch's module takes half a second for a
-model of 30 layers, since a second graph is made and written as Python code; the graph itself is ready. The module
-checks torch's guards on sizes, which the graph does not.
+The graph is ready to run. torch's module takes half a second for a model of 30 layers, since torch makes a second graph
+and writes it as Python code. The module checks torch's guards on sizes, which the graph does not.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from adaptc.passes.ir.trees import pytree
 
 
 def run_graph(program: ExportedProgram, *args: Any, **kwargs: Any) -> Any:
-    """Run the graph of ``program``, which takes all tensors as inputs, and return its outputs in their containers.
+    """Run the graph of ``program`` on these inputs, and return its outputs in their containers.
 
-    Keyword arguments may come in any order. Guards on sizes are not checked. Tensors that the program writes to, its
-    own and those of the caller, are written to as far as the graph does so itself.
+    Keyword arguments may come in any order. Guards on sizes are not checked. Tensors of the program or of the caller
+    are written to only where the graph itself writes in place.
     """
     signature, owned = program.graph_signature, {**program.constants, **program.state_dict}
     keys = program.call_spec.in_spec.children()[1].context  # type: ignore[union-attr]
@@ -35,8 +34,11 @@ def run_graph(program: ExportedProgram, *args: Any, **kwargs: Any) -> Any:
 
 
 def guarded_module(program: ExportedProgram) -> Callable[..., Any]:
-    """Return torch's module of ``program``, which refuses sizes that its guards exclude."""
+    """Return torch's module of ``program``, which refuses sizes that its guards exclude.
+
+    Where torch cannot make one, the function that is returned runs the graph, without guards.
+    """
     try:
         return program.module()
-    except SyntaxError:  # torch's code of a module in a path such as "in.q", which is no expression of Python
+    except SyntaxError:  # torch's generated code for a path such as "in.q", which is no Python expression
         return partial(run_graph, program)

@@ -1,8 +1,7 @@
-"""A model's modules without its tensors: what the same model can be captured from again, for other inputs.
+"""Copy a model's modules without its tensors, so that the same model can be captured again for other inputs.
 
-Before: a model, and the names of tensors that somebody else keeps. After: a copy of its modules that holds none of
-those tensors, so it takes no memory and nothing that happens to the model reaches it; :meth:`Shell.filled` gives a
-model on whatever the tensors are by then.
+The copy holds none of the tensors that somebody else keeps. So it takes no memory, and later changes to the model do
+not reach it. :meth:`Shell.filled` makes a model on the tensors as they are by then.
 """
 
 from __future__ import annotations
@@ -17,15 +16,21 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, eq=False)
 class Shell:
-    """``modules``: the copy; ``places``: name -> the tensor on no device that stands for it there. Tied tensors have
-    one. Tensors that nobody else keeps are in ``modules`` themselves."""
+    """A copy of a model's modules, in which meta tensors stand for the tensors that are kept elsewhere.
+
+    ``modules`` is the copy. ``places`` maps a tensor's name to its meta tensor; tied tensors share one. Tensors that
+    nobody else keeps are in ``modules`` themselves.
+    """
 
     modules: nn.Module
     places: Mapping[str, Tensor] = field(repr=False)
 
     @classmethod
     def of(cls, model: nn.Module, names: Collection[str]) -> Shell | None:
-        """``names``: of the tensors that are kept elsewhere. None for a model that cannot be copied."""
+        """Return a shell of ``model``, or None for a model that cannot be copied.
+
+        ``names`` are the names of the tensors that are kept elsewhere.
+        """
         tensors = dict(model.named_parameters(remove_duplicate=False))
         tensors |= dict(model.named_buffers(remove_duplicate=False))
         memo = {id(t): t for t in tensors.values()}
@@ -33,11 +38,11 @@ class Shell:
         places = {n: memo[id(t)] for n, t in tensors.items() if n in names}
         try:
             return cls(copy.deepcopy(model, memo), places)
-        except Exception:  # whatever objects that somebody put into the model have to say
+        except Exception:  # any error that a foreign object in the model may raise when it is copied
             return None
 
     def filled(self, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """A model on these tensors, not on copies of them. Raises KeyError for a name that is missing."""
+        """Return a model on these tensors themselves, not on copies. Raises KeyError for a missing name."""
         memo = {id(place): tensors[name] for name, place in self.places.items()}
         memo |= {id(t): t for t in (*self.modules.parameters(), *self.modules.buffers()) if id(t) not in memo}
         return copy.deepcopy(self.modules, memo)

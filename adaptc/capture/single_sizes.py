@@ -1,11 +1,8 @@
-"""Whether a program does for sizes of one what its model does.
+"""Find out whether a program computes at sizes of 1 what its model computes.
 
-torch's tracer takes free sizes for two or more. A model that branches on a size of one is traced on its other branch,
-with no guard that says so. Whether such a branch matters only values can tell: most of them (no causal mask for one
-token) change nothing.
-
-Before: a model and the program captured of it, with the example inputs. After: the free sizes for which the two differ,
-each cut to one; the model's tensors and torch's random numbers are as they were.
+torch's tracer takes free sizes for two or more. A model that branches on a size of 1 is traced on its other branch,
+with no guard that says so. Only running both tells whether such a branch matters. Most (no causal mask for one token)
+change nothing. The model's tensors and torch's random state are unchanged afterwards.
 """
 
 from __future__ import annotations
@@ -25,12 +22,15 @@ from adaptc.passes.ir.lifted import user_inputs
 from adaptc.passes.ir.trees import pytree
 from adaptc.progress import stage
 
-#: a model of more bytes is not run to find out
+#: the bytes of tensors beyond which a model is not run to find out
 LARGEST = 4 << 30
 
 
 def differing(model: nn.Module, program: ExportedProgram, args: tuple, kwargs: Mapping[str, Any]) -> list[str]:
-    """Where the two differ: one line for each input and axis."""
+    """Return one line for each input and axis at whose size 1 the program and the model differ.
+
+    The example inputs are cut to size 1 along each free size in turn, and along all at once.
+    """
     axes = _free_axes(program) if runs_here(model, args, kwargs) else {}
     if not axes:
         return []
@@ -59,24 +59,26 @@ def _differing(
             alike = len(axes) == 1 or same(run, *_cut(args, kwargs, everywhere))
             return [] if alike else ["sizes of 1 alone"]
 
-        # The graph checks no guards: what it is found to do counts only where the module does it, too.
+        # The graph checks no guards. A difference that it shows counts only where the guarded module shows it, too.
         if not found(partial(run_graph, program)):
             return []
         module = guarded_module(program)
         out = found(module)
-        # A model may compute something else every time, and torch's module of a program confuses names of modules.
+        # A difference counts only where both agree on the uncut example. Otherwise the model may be random, or torch
+        # may have confused module names.
         return out if out and same(module, args, kwargs) else []
 
 
 def runs_here(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a model and its inputs have values, and are small enough to be run to find something out."""
+    """Return whether the model and its inputs have values, and take at most :data:`LARGEST` bytes."""
     tensors = [*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, dict(kwargs)))]
     tensors = [t for t in tensors if isinstance(t, Tensor)]
     return all(t.device.type != "meta" for t in tensors) and sum(t.nbytes for t in tensors) <= LARGEST
 
 
 def _free_axes(program: ExportedProgram) -> dict[str, list[tuple[int, int]]]:
-    """Free size -> the (flat input, axis) that have it; without those that others are computed from."""
+    """Return for each free size its (flat input, axis) pairs. Sizes from which other sizes are computed are left
+    out."""
     found: dict[str, list[tuple[int, int]]] = {}
     bound: set[str] = set()
     for i, value in enumerate(user_inputs(program).values()):
@@ -101,8 +103,11 @@ def _cut(args: tuple, kwargs: Mapping[str, Any], where: list[tuple[int, int]]) -
 
 @contextlib.contextmanager
 def left_alone(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """What runs inside, the model or a program of its tensors, leaves it as it was; gradients are off. See
-    :func:`preserve_state`."""
+    """Run the block without gradients, and restore ``model`` afterwards.
+
+    The block may run the model, or a program of its tensors. It is given the function of :func:`preserve_state` that
+    restores the model at once.
+    """
     with preserve_state(model) as restore, torch.no_grad():
         yield restore
 
@@ -110,13 +115,13 @@ def left_alone(model: nn.Module) -> Iterator[Callable[[], None]]:
 def _same(
     model: nn.Module, run: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any], restore: Callable[[], None]
 ) -> bool:
-    """Whether both compute the same; a size that one of them refuses is no difference."""
+    """Return whether both compute the same. Where one of them refuses a size, they count as the same."""
     copies = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
     try:
         expected, expected_tree = results(model(*args, **kwargs))
         restore()
         found, found_tree = results(run(*copies[0], **copies[1]))
-    except Exception:  # whatever a model has to say to such sizes
+    except Exception:  # a model may raise anything at such sizes
         return True
     finally:
         restore()
@@ -124,7 +129,7 @@ def _same(
 
 
 def results(value: Any) -> tuple[list[Any], Any]:
-    """Copies: a result may be part of a buffer."""
+    """Return the flat results and their tree. Tensors are copied, since a result may be part of a buffer."""
     flat, tree = pytree.tree_flatten(value)
     return [v.clone() if isinstance(v, Tensor) else v for v in flat], tree
 
@@ -137,6 +142,6 @@ def _close(expected: Any, found: Any) -> bool:
     if not expected.is_floating_point() or not expected.numel():
         return True
     size = float(expected.abs().nan_to_num().max())
-    # Both compute with the same kernels, and a branch that matters shows in the first digits.
+    # Both use the same kernels, and a branch that matters changes the leading digits.
     tolerance = 1e-3 if expected.itemsize >= 4 else 5e-2
     return torch.allclose(expected.float(), found.float(), rtol=0, atol=tolerance * max(size, 1e-3), equal_nan=True)

@@ -1,11 +1,11 @@
-"""Trace one of a model's equal layers, and copy its nodes for the others.
+"""Trace some of a model's equal layers during ``torch.export``, and copy their nodes for the others.
 
-Before: a model that ``torch.export`` is about to trace. After: the graph that it would trace; of layers that are equal,
-three or so were run, and the others are copies. What decides is what tracing did: two layers in a row must have traced
-the same nodes, without writing to an attribute, returning anything unknown, or reading which layer they are (but for a
-cache that says what it has for each). A layer that is given anything else is traced, as any layer is.
+The graph is the one that full tracing would give, but only about three layers of a group are run. Copying starts once
+two consecutive layers have traced the same nodes. Neither may write to an attribute, return an unknown value, or read
+its layer number. Reading it is allowed where a cache tells what it holds for each layer. A layer that is given anything
+else is traced as usual.
 
-Tracing takes by far the most of the time of a capture, and the same time for each of the layers.
+Tracing takes most of the time of a capture, and the same time for each layer.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from adaptc.capture.layer_calls import LayerCall, Segment, Unknown, current_trac
 
 
 class Once:
-    """What was traced of groups of equal layers."""
+    """The result of tracing equal layers once: how many calls were copied, and from which segments."""
 
     def __init__(self) -> None:
         self.copies = 0
         self.used: list[Segment] = []
 
     def sound(self) -> bool:
-        """Whether later nodes used of the copied calls only what these returned, which copies have, too."""
+        """Return whether later nodes used only what the copied calls returned or wrote, which copies have, too."""
         return not any(segment.leaks() for segment in self.used)
 
 
 @contextlib.contextmanager
 def traced_once(model: nn.Module) -> Iterator[Once]:
-    """A block in which exports of ``model`` copy equal layers. The model is as it was afterwards.
+    """Run the block, in which exports of ``model`` copy equal layers, and restore the model afterwards.
 
-    Where :meth:`Once.sound` is false afterwards, what was exported must be exported again without this block.
+    Where :meth:`Once.sound` is false afterwards, the model must be exported again outside of this block.
     """
     once = Once()
     with contextlib.ExitStack() as stack:
@@ -49,13 +49,13 @@ def traced_once(model: nn.Module) -> Iterator[Once]:
 
 
 def _watched(model: nn.Module) -> bool:
-    """Whether hooks that see all modules are there."""
+    """Return whether global forward hooks, which see all modules, are registered."""
     names = ("_global_forward_hooks", "_global_forward_pre_hooks")
     return any(getattr(torch_module, name, None) for name in names)
 
 
 class _Group:
-    """Equal layers of one list."""
+    """A group of equal layers of one list, with the last traced segment and the one that is proven fit for copying."""
 
     def __init__(self, once: Once, layers: list[tuple[str, nn.Module]]) -> None:
         self.once, self.layers = once, layers
@@ -130,7 +130,7 @@ class _Group:
 
 
 def _path(layer: nn.Module, tracer: Any) -> str:
-    """Return the path of a layer as the tracer writes it into nodes."""
+    """Return the path of a layer as the tracer writes it into nodes. Raises Unknown where the tracer has none."""
     try:
         return tracer.path_of_module(layer)
     except (NameError, AttributeError):
@@ -138,7 +138,7 @@ def _path(layer: nn.Module, tracer: Any) -> str:
 
 
 def _noting(kind: type, attributes: list[str], note: Callable[[], None]) -> type:
-    """Return a class like ``kind`` that calls ``note`` when one of these attributes is read."""
+    """Return a subclass of ``kind`` that calls ``note`` when one of these attributes is read."""
 
     def noting(name: str) -> property:
         def read(self: Any) -> Any:
@@ -166,13 +166,13 @@ def _after(node: fx.Node) -> list[fx.Node]:
 
 
 def _attributes(layer: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Return all that the modules of a layer hold, each with what it is now."""
+    """Return the attribute dicts of a layer's modules, each with a snapshot of its contents."""
     held = [d for m in layer.modules() for d in (vars(m), vars(m)["_buffers"], vars(m)["_parameters"])]
     return [(now, {k: _content(v) for k, v in now.items()}) for now in held]
 
 
 def _content(value: Any) -> Any:
-    """Return what tells whether a value was replaced, or a container in it was written to."""
+    """Return a snapshot of a value that changes where the value is replaced, or a container in it is written to."""
     if type(value) in (list, tuple):
         return id(value), [_content(v) for v in value]
     if type(value) is dict:

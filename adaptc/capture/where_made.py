@@ -1,7 +1,6 @@
-"""Models whose tensors belong to what was on in torch when they were made.
+"""Run functions of a model under the torch mode in which its tensors were made.
 
-Before: a model, or a program of one. After: what is made of it is made where its tensors can be used; or an error that
-names the tensor which will end with a transform.
+A model that belongs to a ``torch.func`` transform is refused, with the name of the tensor that ends with the transform.
 """
 
 from __future__ import annotations
@@ -22,8 +21,12 @@ R = TypeVar("R")
 
 
 def where_made(function: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """Run a function of a model in inference mode where the model was made in it: no gradient may be recorded with such
-    tensors. Raises CaptureError for a model that belongs to a transform of ``torch.func``."""
+    """Wrap a function of a model so that it runs in inference mode where the model's tensors were made in inference
+    mode.
+
+    No gradient may be recorded with such tensors. The wrapper raises CaptureError for a model that belongs to a
+    transform of ``torch.func``.
+    """
 
     @wraps(function)
     def run(model: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:

@@ -1,1 +1,1 @@
-"""A chat at a prompt: a model that answers line by line, and adapters that are swapped while it goes on."""
+"""Chat at a prompt with a model that answers line by line, and swap its adapters meanwhile."""

@@ -1,7 +1,6 @@
-"""The commands of a chat: lines that begin with a slash.
+"""Run the commands of a chat: lines that begin with a slash.
 
-Before: such a line. After: what it asks for is done and told; or an AdaptcError that says what to type, and nothing
-changed.
+A wrong command raises an AdaptcError that says what to type, and nothing changes.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from adaptc.errors import AdaptcError, did_you_mean
 
 
 class Leave(Exception):
-    """The chat is to end."""
+    """The exception that ends the chat."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """``takes``: what follows it, for messages; '' for nothing."""
+    """A command of a chat. ``takes`` names its argument, for messages; '' for none."""
 
     run: Callable[[str], None]
     takes: str
@@ -29,7 +28,7 @@ class Command:
 
 
 class Commands:
-    """What they work on."""
+    """The commands of a chat, with the adapters, the conversation and the screen that they act on."""
 
     def __init__(self, voices: Voices, conversation: Conversation, screen: Screen) -> None:
         self.voices, self.conversation, self.screen = voices, conversation, screen
@@ -79,6 +78,6 @@ class Commands:
 
 
 def told(voice: Voice) -> str:
-    """Who answers now, and how long the swap took."""
+    """Return a line that says which adapter answers now, and how long the swap took."""
     who = "the base" if voice.name is None else f"adapter {voice.name}"
     return f"{who}" if voice.seconds is None else f"{who}: swapped in {1000 * voice.seconds:.1f} ms"

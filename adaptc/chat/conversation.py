@@ -1,7 +1,7 @@
-"""A conversation: what was said, and the cache of it.
+"""Hold a conversation: its messages, and the cache of its tokens.
 
-Before: a tokenizer, and a line that somebody typed. After: the answer, and a cache that the next answer goes on from,
-as far as the text begins with the same tokens and the same voice speaks; or an error, and nothing was said.
+An answer reuses the cache as far as the text begins with the same tokens and the same voice answers. A call that fails
+leaves the messages as they were.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from adaptc.errors import AdaptcError, ConfigError, shown
 
 @dataclass(frozen=True)
 class Choice:
-    """How tokens are chosen: greedily, or by sampling at a ``temperature``; as the model's own generation config says
-    where neither is given. ``seed``: of a chat's sampling."""
+    """The way tokens are chosen: greedily, or by sampling at a ``temperature``.
+
+    Without either, the model's own generation config decides. ``seed`` is for the sampling of a whole chat.
+    """
 
     max_new_tokens: int = 256
     temperature: float | None = None
@@ -32,7 +34,7 @@ class Choice:
             raise ConfigError("greedy and temperature exclude each other: give one of them")
 
     def config(self, own: Any, tokenizer: Any, room: int) -> Any:
-        """A generation config: the model's ``own`` with this choice, for ``room`` tokens at most."""
+        """Return the model's generation config ``own`` with this choice, for at most ``room`` new tokens."""
         ends = own.eos_token_id
         ends = [ends] if isinstance(ends, int) else list(ends or [])
         ends += [e for e in [tokenizer.eos_token_id] if e is not None and e not in ends]
@@ -51,7 +53,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Answer:
-    """``cut``: it ended because of its length. ``computed``: tokens that were not in the cache."""
+    """An answer of the model. ``cut`` says that it reached its maximum length; ``computed`` counts tokens not cached
+    before."""
 
     text: str
     cut: bool
@@ -59,7 +62,7 @@ class Answer:
 
 
 class Conversation:
-    """``system``: what comes before everything, or None."""
+    """The messages of a chat and their cache. ``system`` is the message before all others, or None."""
 
     def __init__(self, tokenizer: Any, system: str | None = None) -> None:
         self.tokenizer, self._system = tokenizer, system
@@ -67,21 +70,23 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """As if nothing had been said."""
+        """Forget all messages but the system message, and the cache."""
         self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
         self._forget()
 
     def _forget(self) -> None:
         self._voice: Voice | None = None
         self._cache: Any = None
-        #: what of the text is in the cache
+        #: the tokens that are in the cache
         self._tokens: list[int] = []
 
     def ask(
         self, voice: Voice, text: str, choice: Choice, *, streamer: Any = None, stopped: Callable[[], bool] = bool
     ) -> Answer:
-        """What ``voice`` answers, token by token into ``streamer``, until it is ``stopped``. Raises AdaptcError where
-        the conversation is too long, or cannot be written as the model expects it."""
+        """Return the answer of ``voice`` to ``text``; its tokens go to ``streamer`` until ``stopped`` returns True.
+
+        Raises AdaptcError where the conversation is too long, or where the chat template does not take it.
+        """
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self._encoded(messages)
         generator = voice.generator
@@ -104,7 +109,7 @@ class Conversation:
                 stopping_criteria=[_criterion(stopped)],
             )
         except BaseException:
-            self._forget()  # who knows how far it came
+            self._forget()  # the cache may hold part of the answer
             raise
         said = out[0].tolist()
         self._tokens = said[: self._cache.length - self._cache.begun]
@@ -115,9 +120,9 @@ class Conversation:
         return Answer(answer, len(new) == config.max_new_tokens and not ended, self._cache.length - known)
 
     def _go_on(self, voice: Voice, ids: Sequence[int]) -> None:
-        """Leaves in the cache what ``voice`` has computed of ``ids``."""
+        """Keep in the cache what ``voice`` has already computed for ``ids``, and drop everything else."""
         if voice is not self._voice:
-            # The keys and values of another adapter.
+            # The cache holds the keys and values of another adapter.
             self._forget()
             self._voice, self._cache = voice, voice.generator.new_cache()
         same = 0
@@ -133,7 +138,8 @@ class Conversation:
         self._tokens = self._tokens[:same]
 
     def _encoded(self, messages: list[dict[str, str]]) -> list[int]:
-        """By the tokenizer's chat template; without one as lines of text."""
+        """Return the token ids of ``messages`` by the tokenizer's chat template; without one, each message is a line of
+        text."""
         if getattr(self.tokenizer, "chat_template", None) is None:
             return self._tokens_of("".join(m["content"] + "\n" for m in messages), special=True)
         try:

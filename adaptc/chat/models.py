@@ -1,8 +1,7 @@
-"""What a chat is with: something that generates, a tokenizer, and how to make more programs of the same model.
+"""Open the model of a chat: a transformers directory, a GGUF file, or a saved program or package that generates.
 
-Before: the path of a transformers directory, a GGUF file, or a saved program or package that generates. After: an
-:class:`Opened`, read from local files alone; or an error that says what is missing. No code of the files was run, but
-for a package, which is machine code.
+Only local files are read. No code in them runs, except for a package, which is machine code. An error says what is
+missing.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from adaptc.methods.lora_config import LoraConfig
 from adaptc.packages.manifest import is_package
 from adaptc.runtime.options import RunOptions
 
-#: what a model is captured for when nobody has named an adapter: most adapters fit, with any rank
+#: the config that a model is captured with when no adapter is named: most adapters fit it, with any rank
 _USUAL = LoraConfig(r=8, target_modules="all-linear")
 
 
 @dataclass(frozen=True)
 class How:
-    """Options of a chat that its model is opened with; None leaves each to the model."""
+    """The options with which a chat's model is opened; None leaves an option to the model."""
 
     max_length: int | None = None
     backend: str = "eager"
@@ -38,16 +37,19 @@ class How:
     tokenizer: Path | None = None
 
     def __post_init__(self) -> None:
-        RunOptions(self.backend, None, True)  # a wrong name is told before a model is read
+        RunOptions(self.backend, None, True)  # raises for a wrong backend before a model is read
         if self.dtype is not None and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ConfigError(f"dtype={shown(self.dtype)} is no dtype of torch: give float32, bfloat16 or float16")
 
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """``made``: programs that are there already. ``own``: adapters that came with them, by name. ``capture(adapter)``:
-    one more program of the same weights, for an adapter that none of them takes; ``capture(None)`` for most adapters;
-    None where there is no model to capture."""
+    """The opened model of a chat.
+
+    ``made`` has the programs that exist already, and ``own`` the adapters that came with them, by name.
+    ``capture(adapter)`` makes a further program of the same weights, for an adapter that no existing program takes.
+    ``capture(None)`` makes one that most adapters fit. ``capture`` is None where there is no model to capture.
+    """
 
     tokenizer: Any
     capture: Callable[[Any], Generator] | None
@@ -56,7 +58,8 @@ class Opened:
 
 
 def opened(path: Path, how: How) -> Opened:
-    """See the module docstring. Raises CheckpointError."""
+    """Open what is at ``path``; see the module docstring. Raises CheckpointError, and ConfigError for options that do
+    not fit."""
     if path.is_dir() or is_gguf(path):
         return _opened_model(path, how)
     if not path.is_file():
@@ -101,7 +104,7 @@ def _opened_package(path: Path, how: How) -> Opened:
 
 
 def _leave_out(how: How, *names: str) -> None:
-    """Raises ConfigError for options that are settled when a program is made."""
+    """Raise ConfigError for options that are settled when a program is made."""
     for name in names:
         if getattr(how, name) != getattr(How(), name):
             raise ConfigError(f"{name} is part of a saved program: leave it out, or give the model it was made of")
@@ -134,7 +137,8 @@ def _device(name: str) -> torch.device:
 
 
 def _tokenizer(path: Path) -> Any:
-    """Of a directory, or inside a GGUF file. Raises CheckpointError."""
+    """Return the tokenizer in a directory or inside a GGUF file. Raises CheckpointError where there is none that
+    loads."""
     from transformers import AutoTokenizer
 
     inside = is_gguf(path)
@@ -143,7 +147,7 @@ def _tokenizer(path: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **more)
     except AdaptcError:
         raise
-    except Exception as error:  # tokenizers, sentencepiece and json each have their own types
+    except Exception as error:  # tokenizers, sentencepiece and json raise types of their own
         raise CheckpointError(
             f"there is no tokenizer in {path} that transformers can load: write one there "
             f"(tokenizer.save_pretrained(...)), or name its directory with --tokenizer "

@@ -1,6 +1,6 @@
-"""What a chat reads and writes: lines in, text out as it comes, what goes on beside it to stderr.
+"""Read the lines of a chat from stdin, write answers to stdout, and write notes to stderr.
 
-Before: a terminal, a pipe or a file. After: each line once, without its end; ctrl-C during an answer stops the answer.
+Input is a terminal, a pipe or a file. Ctrl-C during an answer stops the answer.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 
 import typer
 
-#: control characters but tab and newline: what a model says must not steer the terminal
+#: control characters except tab and newline, which an answer could steer the terminal with
 _STEERING = {c: None for c in [*range(32), *range(127, 160)] if chr(c) not in "\t\n"}
 
 
 class Screen:
-    """See the module docstring."""
+    """The input and output of a chat; see the module docstring."""
 
     def __init__(self) -> None:
         self._typed = sys.stdin.isatty()
@@ -31,10 +31,10 @@ class Screen:
             sys.stdin.reconfigure(errors="surrogateescape")
         if self._typed:
             with contextlib.suppress(ImportError):
-                importlib.import_module("readline")  # arrow keys and earlier lines
+                importlib.import_module("readline")  # importing it gives arrow keys and history
 
     def lines(self) -> Iterator[str]:
-        """What is typed, to the end of the input. Ctrl-C forgets a line that was begun."""
+        """Yield the lines that are typed, without their line ends. Ctrl-C drops a line that was begun."""
         while True:
             try:
                 line = input("> ") if self._typed else sys.stdin.readline()
@@ -50,16 +50,16 @@ class Screen:
             yield line.removesuffix("\n").encode("utf-8", "replace").decode()
 
     def write(self, text: str) -> None:
-        """More of an answer."""
+        """Write the next part of an answer, without control characters."""
         typer.echo(_printable(text.translate(_STEERING)), nl=False)
         sys.stdout.flush()
 
     def line(self, text: str) -> None:
-        """What a command found."""
+        """Write a line of a command's result."""
         typer.echo(_printable(text))
 
     def note(self, text: str) -> None:
-        """What goes on."""
+        """Write a note about progress to stderr."""
         typer.secho(_printable(text), err=True, dim=True)
 
     def error(self, text: str) -> None:
@@ -67,14 +67,14 @@ class Screen:
 
     @contextlib.contextmanager
     def working(self, what: str) -> Iterator[None]:
-        """Says what takes long, and how long it took."""
+        """Run the block with a note of what it does before it, and of the seconds that it took after it."""
         self.note(f"{what} ...")
         start = time.perf_counter()
         yield
         self.note(f"{what}: {time.perf_counter() - start:.1f} s")
 
     def streamer(self, tokenizer: Any) -> Any:
-        """A streamer of transformers that writes an answer here."""
+        """Return a transformers streamer that writes an answer here."""
         return _streamer_class()(tokenizer, self.write)
 
 
@@ -99,8 +99,11 @@ def _streamer_class() -> type:
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
-    """Gives a function that tells whether ctrl-C was pressed. A second time it is a KeyboardInterrupt, for what does
-    not ask. In threads other than the main one nobody presses it."""
+    """Run the block with a function that returns whether ctrl-C was pressed.
+
+    A second ctrl-C raises KeyboardInterrupt, for code that does not call the function. Outside the main thread the
+    function always returns False.
+    """
     pressed: list[int] = []
 
     def press(number: int, frame: Any) -> None:
@@ -121,7 +124,8 @@ def interrupts() -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the messages of transformers; its bars are left to terminals."""
+    """Run the block with transformers' messages below errors off, and without its progress bars where stderr is no
+    terminal."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -137,8 +141,10 @@ def quiet() -> Iterator[None]:
 
 
 def settle_libraries() -> None:
-    """Nothing is fetched, whatever a file names, and bars are left to terminals. Before torch and transformers are
-    imported, since this is read then."""
+    """Set the environment so that nothing is downloaded, and no progress bars appear where stderr is no terminal.
+
+    Call it before torch and transformers are imported, because they read the environment then.
+    """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")

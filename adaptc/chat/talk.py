@@ -1,7 +1,6 @@
-"""A chat from its first line to its last.
+"""Run a chat from its first line to its last.
 
-Before: a path, adapters by name, and options. After: every line was answered or was a command, in order; errors were
-told and the chat went on.
+Each line is answered or run as a command, in order. Errors are shown, and the chat goes on.
 """
 
 from __future__ import annotations
@@ -20,7 +19,10 @@ from adaptc.errors import AdaptcError, CheckpointError
 
 
 def talk(model: Path, adapters: Mapping[str, Path], *, system: str | None, choice: Choice, how: How) -> None:
-    """Read lines from stdin and answer them on stdout. Raises AdaptcError where there is nothing to talk to."""
+    """Read lines from stdin and answer them on stdout.
+
+    Raises AdaptcError where ``model`` or an adapter cannot be read or compiled.
+    """
     for name, path in adapters.items():
         if not path.exists():
             raise CheckpointError(f"adapter {name}: there is no directory or file {path}")

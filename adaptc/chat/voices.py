@@ -1,7 +1,7 @@
-"""Who answers: the model as it is, or with one of its adapters, swapped live.
+"""Choose who answers: the base model, or the model with one of its adapters, swapped live.
 
-Before: an opened model and adapters by name. After each change: a new :class:`Voice`; after one that failed, the one
-there was. A voice is current from its making to the next.
+Each change makes a new :class:`Voice`. A change that fails keeps the current one. A voice may be used until the next
+one is made.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from adaptc.chat.models import Opened
 from adaptc.errors import AdaptcError, CaptureError, CheckpointError, SwapError, did_you_mean, listing
 from adaptc.generation.generator import Generator
 
-#: tells what is being done while it takes long
+#: function that returns a context which shows what is being done and how long it took
 Working = Callable[[str], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, eq=False)
 class Voice:
-    """``name``: of the adapter; None for the base. ``seconds``: of the swap; None where a program was made for it."""
+    """A generator and the adapter it answers with.
+
+    ``name`` is the adapter's; None for the base. ``seconds`` is the time of the swap; None where there was none.
+    """
 
     generator: Generator
     name: str | None
@@ -34,7 +37,10 @@ class Voice:
 
 
 class Voices:
-    """``adapters``: by name, where each is. ``working`` and ``note`` tell what goes on."""
+    """The adapters that a chat can answer with, and the programs that they run in.
+
+    ``adapters`` maps a name to a path. ``working`` and ``note`` show progress.
+    """
 
     def __init__(
         self, opened: Opened, adapters: Mapping[str, Path], working: Working, note: Callable[[str], object] = str
@@ -50,7 +56,10 @@ class Voices:
         self.current = self._base() if first is None else self._with(first)
 
     def use(self, name: str) -> Voice:
-        """Answer with the adapter of this name, or in this directory or file. Raises AdaptcError."""
+        """Answer with the adapter called ``name``, or in the directory or file ``name``, and return its voice.
+
+        Raises AdaptcError where there is no such adapter, or no program takes it.
+        """
         if name not in self.adapters:
             path = Path(name).expanduser()
             if not path.exists():
@@ -66,7 +75,7 @@ class Voices:
         return voice
 
     def base(self) -> Voice:
-        """Answer without an adapter."""
+        """Answer without an adapter, and return this voice."""
         self.current = self._base()
         return self.current
 
@@ -93,8 +102,10 @@ class Voices:
         return Voice(self._prepared(self._plain), None)
 
     def _together(self, paths: list[Path]) -> None:
-        """One program for all, if there can be one; else each gets its own when it is asked for, or says what is wrong
-        with it."""
+        """Capture one program for the adapters at ``paths``, if one can take them all.
+
+        Otherwise each adapter gets a program when it is asked for, which also raises what is wrong with it.
+        """
         try:
             self._captured(paths)
         except CaptureError:
@@ -112,7 +123,8 @@ class Voices:
         return made
 
     def _prepared(self, generator: Generator) -> Generator:
-        """Its first call makes what is made once, such as compiled code, which is not left to the first answer."""
+        """Return ``generator`` after a first call, so that compiling and other work done once does not delay the first
+        answer."""
         if not any(generator is g for g in self._ran):
             with self._working("preparing"):
                 generator.prefill(torch.zeros(1, 1, dtype=torch.int64, device=generator.device))

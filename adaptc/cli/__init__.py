@@ -7,5 +7,5 @@ __all__ = ["app", "chat", "main", "programs", "with_adapters"]
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Run the command; it is the entry point of the console script."""
     app(prog_name="adaptc")

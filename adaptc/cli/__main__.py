@@ -1,4 +1,4 @@
-"""``python -m adaptc.cli`` is the command."""
+"""Run the ``adaptc`` command as ``python -m adaptc.cli``."""
 
 from adaptc.cli import main
 

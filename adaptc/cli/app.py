@@ -1,8 +1,8 @@
-"""What all commands share: how outputs are named, what is told, and errors in one line.
+"""Define the app and what all commands share: arguments, the choice of the output path, reports and errors.
 
-Every command reads files and writes one. None replaces what is there unless it is told to, nor what it reads under
-another name. Exit codes: 0 done, 1 an error of adaptc (one line on stderr) or a verification that failed, 2 wrong
-usage. What a command found goes to stdout, as tables or as JSON. Only typer is imported before a command runs.
+Every command reads files and writes one. No command replaces an existing file without ``--force``, or a file that it
+reads under another name. Exit codes: 0 done, 1 an error of adaptc (one line on stderr) or a failed verification, 2
+wrong usage. Reports go to stdout, as tables or as JSON. Only typer is imported before a command runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-#: what ends with the command that runs
+#: the contexts that are left when the running command ends
 _until_done: ContextVar[ExitStack] = ContextVar("until_done")
 
 C = TypeVar("C", bound=Callable[..., None])
@@ -65,7 +65,7 @@ KeyMapping = Annotated[
 
 
 def plain_errors(command: C) -> C:
-    """Errors of adaptc as one red line, warnings as yellow ones."""
+    """Return ``command`` with adaptc's errors printed as one red line, and its warnings as yellow lines."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -93,7 +93,7 @@ def plain_errors(command: C) -> C:
 
 
 def facade() -> Any:
-    """``adaptc`` itself, imported when a command runs."""
+    """Return the package ``adaptc``, imported only when a command runs."""
     import adaptc
 
     return adaptc
@@ -104,7 +104,7 @@ def say(what: str, text: str, colour: str) -> None:
 
 
 def printable(text: str) -> str:
-    """With escapes for what no terminal can show: file names and configs may hold bytes that are no text."""
+    """Return ``text`` with escapes for bytes that are no text, which file names and configs may hold."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -113,7 +113,7 @@ def print_report(report: Any) -> None:
 
 
 def tell(as_json: bool, report: Any = None, wrote: Path | None = None) -> None:
-    """What a command found and wrote, as text or as one JSON object."""
+    """Print a command's report and the path it wrote, as text or as one JSON object."""
     if as_json:
         found = {} if report is None else report.data()
         typer.echo(json.dumps(found if wrote is None else {**found, "wrote": printable(str(wrote))}))
@@ -125,9 +125,12 @@ def tell(as_json: bool, report: Any = None, wrote: Path | None = None) -> None:
 
 
 def place(argument: Path | None, option: Path | None, force: bool, *reads: Path | None) -> Path:
-    """Where to write, known before any work is done. ``reads``: what the command reads, which stays as it is unless its
-    own name was given for the output, with ``force``. Without that, the command's writes replace nothing, not even what
-    came in the meantime. Raises AdaptcError for what is there already, and for another name of what is read."""
+    """Return the path to write to, before any work is done.
+
+    ``reads``: the files that the command reads. One of them is replaced only where the output has its own name, with
+    ``force``. Without ``force`` the command replaces no file at all, not even one that appears while it runs. Raises
+    AdaptcError where the path exists, and where it is another name of a file that is read.
+    """
     from adaptc.errors import CheckpointError
     from adaptc.peft_files.staging import only_new
 
@@ -150,7 +153,7 @@ def place(argument: Path | None, option: Path | None, force: bool, *reads: Path 
 
 
 def _hides(out: Path, read: Path) -> bool:
-    """Whether writing ``out`` replaces something of ``read``, and does not say so."""
+    """Return whether writing ``out`` would replace a part of ``read`` under another name."""
     named, other = Path(os.path.abspath(out)), Path(os.path.abspath(read))
     if named == other:
         return False
@@ -181,12 +184,12 @@ def _version(show: bool) -> None:
 def _import(files: list[Path] | None) -> None:
     """Run Python files, as importing them would: they register methods."""
     for file in files or []:
-        name = f"imported_by_adaptc.{file.stem}"  # its own name may be that of a library
+        name = f"imported_by_adaptc.{file.stem}"  # prefixed, since a file may have the name of a library
         spec = importlib.util.spec_from_file_location(name, file)
         if spec is None or spec.loader is None or not file.is_file():
             say("error", f"--import {file}: there is no such Python file", "red")
             raise typer.Exit(1)
-        sys.path.append(str(file.parent))  # files beside it can be imported, but none in the place of a library
+        sys.path.append(str(file.parent))  # last, so that files beside it can be imported but replace no library
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""The command that talks to a model at a prompt."""
+"""Define the command ``adaptc chat``, which talks to a model at a prompt."""
 
 from __future__ import annotations
 

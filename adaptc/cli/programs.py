@@ -1,4 +1,4 @@
-"""Commands on programs: look at them, make, swap, merge, package and verify them."""
+"""Define the commands on programs: show, compile, merge, swap, unload, lower, package, verify; and ``methods``."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def show(
     ],
     as_json: Json = False,
 ) -> None:
-    """What a program adapts and with which tensors, what a package takes, or what an adapter holds."""
+    """Show what a program adapts and with which tensors, what a package takes, or what an adapter holds."""
     if path.is_dir() or path.suffix in (".safetensors", ".bin"):
         from adaptc.reports.adapter import AdapterReport
 
@@ -52,7 +52,7 @@ def show(
     if is_package(path):
         from adaptc.generation.packaged import report_of
 
-        tell(as_json, report_of(path))  # its code stays in the file
+        tell(as_json, report_of(path))  # reads the manifest only: loading a package would run its code
         return
     adaptc = facade()
 
@@ -62,7 +62,7 @@ def show(
 @app.command()
 @plain_errors
 def methods(as_json: Json = False) -> None:
-    """The methods there are, what each means, and which layers it takes: around them, or on their weights."""
+    """List the methods, what each means, and which layers it takes: around them, or on their weights."""
     from adaptc.methods.overview import overview, render
 
     if as_json:
@@ -123,7 +123,7 @@ def compile_(
     config = str(adapter) if given else config_of(adapter)
     options: dict[str, Any] = {"key_mapping": mapping(key_mapping), "component": component}
     if generate:
-        # A program has been captured otherwise already, and is no model.
+        # A saved program cannot be captured again as a step with a cache, so only models are read here.
         found = read_gguf(model, None) if is_gguf(model) else read_model(model)
         options |= {"max_batch": max_batch or 8, "max_length": max_length}
         program = adaptc.compile_for_generation(found, config, **options)

@@ -1,4 +1,5 @@
-"""Commands on adapters: write that of a program, combine several, make LoRA of others and of changed models."""
+"""Define the commands on adapters: export one from a program, combine several, and make LoRA of other adapters or of
+changed models."""
 
 from __future__ import annotations
 
@@ -174,7 +175,7 @@ def extract(
 
 
 def _weighted(text: str) -> tuple[str, float]:
-    """Of DIR=WEIGHT."""
+    """Return the directory and the weight of ``DIR=WEIGHT``; raise BadParameter for anything else."""
     path, _, weight = text.rpartition("=")
     try:
         return path or text, float(weight)

@@ -1,1 +1,1 @@
-"""Generation: a causal model as one step program with its cache among its inputs, driven by transformers' generate."""
+"""Generate text with a causal model as one step program that takes its cache, driven by transformers' ``generate``."""

@@ -1,11 +1,9 @@
-"""Where adapters act that begin at a token: coefficients that a step program is given, and does not make.
+"""Compute the token coefficients of aLoRA adapters, which act from an invocation token onwards, as inputs of a step.
 
-A step sees the tokens of one call, and what invoked an adapter may have come before them. So its program has each
-coefficient (``passes.ir.coefficients``) among its inputs, a value for each new token, and whoever calls it makes them:
-of the whole prompt where a generation goes on from one; of the new tokens, and of what the cache remembers, where a
-caller takes steps of its own. What a generation writes itself invokes nothing, as in PEFT, but stays adapted.
-
-Before: a program, or what is bound to one. After: functions of token ids, with the adapter's own slots in them.
+A step sees only the tokens of one call, and the tokens that invoke an adapter may have come earlier. So a step program
+takes each coefficient (``passes.ir.coefficients``) as an input, with a value for each new token. A generation computes
+them from its whole prompt. A caller who takes single steps gets them from the new tokens and from what the cache
+remembers. Tokens that a generation writes invoke nothing, as in PEFT, but stay adapted.
 """
 
 from __future__ import annotations
@@ -26,32 +24,32 @@ from adaptc.passes.ir.method import Method
 from adaptc.program.assigned import Assignment
 from adaptc.program.bound import program_of
 
-#: name of a coefficient -> how it is made, and of which tensors
+#: coefficient name -> the coefficient, and the slots that it is computed from
 Made = Mapping[str, tuple[Coefficient, Sequence[Tensor]]]
 _NOTHING: Made = MappingProxyType({})
-#: the position from which rows are adapted in which nothing has invoked an adapter
+#: the position from which a row is adapted that has not invoked an adapter
 NEVER = torch.iinfo(torch.int64).max
 
 
 def coefficients_of(adapters: Sequence[Any]) -> tuple[str, ...]:
-    """The names of the coefficients of tokens that these adapters read, as far as their configs say what they are."""
+    """Return the names of the token coefficients that ``adapters`` read, as far as their configs can be read here."""
     found: dict[str, None] = {}
     for one in adapters:
         try:
             method = as_config(one).method("", "linear")
-        except AdaptcError:  # whoever compiles it says what it is
+        except AdaptcError:  # the compilation raises this error
             continue
         found |= dict.fromkeys(of_tokens(method))
     return tuple(found)
 
 
 def of_tokens(method: Method) -> list[str]:
-    """The names of a method's coefficients that are made of token ids alone."""
+    """Return the names of a method's coefficients that follow from token ids alone."""
     return [n for n, c in method.coefficients().items() if c.first is None]
 
 
 def refuse_acting(names: Sequence[str], what: str) -> None:
-    """Raises ConfigError where there are coefficients and ``what`` cannot be given any."""
+    """Raise ConfigError where ``names`` has coefficients; ``what`` says in the message what cannot take them."""
     if names:
         raise ConfigError(
             f"{what} with an adapter that acts from a token onwards ({', '.join(names)}), which is not supported. "
@@ -61,9 +59,12 @@ def refuse_acting(names: Sequence[str], what: str) -> None:
 
 @dataclass(frozen=True)
 class Acting:
-    """``made``: for each prompt, or once for all of them, what the coefficients of its adapter are made of; ``prompt``:
-    name -> a value for each token (rows, tokens) of the text that a generation began with, behind ``offset`` positions;
-    {} for steps that belong to none."""
+    """The token coefficients of one generation, or of single steps.
+
+    ``made`` has an entry for each prompt, or one for all: the coefficients of its adapter with their slots. ``prompt``
+    maps a name to the values (rows, tokens), bool, for the text that the generation began with. This text stands behind
+    ``offset`` positions of the cache. ``prompt`` is {} for steps that belong to no generation.
+    """
 
     names: Sequence[str]
     made: Sequence[Made]
@@ -72,8 +73,11 @@ class Acting:
 
     @classmethod
     def of(cls, names: Sequence[str], runs: Any, binding: Any) -> Acting:
-        """Of the adapter in ``binding``, or of those that an assignment has for its rows; nothing acts where it is the
-        base. Raises ConfigError for a mix of adapters that begin to act at other tokens."""
+        """Return the coefficients of the adapter in ``binding``, or of each row's adapters where ``runs`` is an
+        assignment.
+
+        The base has none. Raises ConfigError for a row that mixes adapters with different invocation tokens.
+        """
         program = program_of(runs)
         if not isinstance(runs, Assignment):
             return cls(names, [_made(program, binding)])
@@ -81,7 +85,10 @@ class Acting:
         return cls(names, [_of_mix([(n, known[n]) for n in mix]) for mix in runs.mixes])
 
     def for_prompt(self, ids: Tensor | None, past: StepCache | None, offset: int) -> Acting:
-        """For a generation of this text. Raises ConfigError for one of embeddings, which invoke nothing."""
+        """Return the coefficients for a generation of the text ``ids`` (rows, tokens).
+
+        Raises ConfigError where ``ids`` is None, for inputs_embeds have no tokens that could invoke an adapter.
+        """
         if not self.names:
             return self
         if ids is None:
@@ -95,7 +102,8 @@ class Acting:
         return Acting(self.names, self.made, self._of(ids, before), offset)
 
     def inputs(self, ids: Tensor | None, past: StepCache, rows: int, tokens: int) -> dict[str, Tensor]:
-        """What a step of new tokens (rows, tokens) is given, and ``past`` remembers of it."""
+        """Return the coefficients (rows, tokens), bool, of a step of new tokens by name, and note them in
+        ``past.since``."""
         if not self.names:
             return {}
         start = past.length
@@ -128,7 +136,7 @@ class Acting:
         return out
 
     def _groups(self, rows: int) -> Iterator[tuple[Made, Any]]:
-        """What is made alike, with the rows that it is for: those of a prompt follow each other."""
+        """Yield each distinct entry of ``made`` with its rows; the rows of a prompt follow one another."""
         if len(self.made) == 1:
             yield self.made[0], slice(None)
             return
@@ -142,12 +150,12 @@ class Acting:
             yield self.made[found[0] // each], found
 
     def _before(self, past: StepCache | None, start: int) -> dict[str, Tensor]:
-        """Whether each row was adapted at the last of so many positions."""
+        """Return, by name, whether each row was adapted at the last of the first ``start`` positions: (rows,), bool."""
         return {} if past is None else {n: t < start for n, t in past.since.items()}
 
 
 def _made(program: Any, binding: Any) -> Made:
-    """What the coefficients of one adapter are made of; nothing of the base."""
+    """Return the token coefficients of the adapter in ``binding`` with their slots; empty for the base."""
     made: dict[str, tuple[Coefficient, Sequence[Tensor]]] = {}
     values = {} if binding is None else binding.values
     for a in program.adaptation.attachments:
@@ -160,7 +168,7 @@ def _made(program: Any, binding: Any) -> Made:
 
 
 def _of_mix(adapters: Sequence[tuple[str, Made]]) -> Made:
-    """Of the adapters of one row, which all begin to act at the same tokens."""
+    """Return the coefficients of one row's adapters. Raises ConfigError where they have different invocation tokens."""
     if not adapters:
         return _NOTHING
     first, one = adapters[0]

@@ -1,8 +1,8 @@
-"""Attention of a step: grouped queries are attended together, so that no step copies the cache once for each group.
+"""Compute grouped-query attention in a step without repeating the keys and values for each query head.
 
-Before: a model whose attention is transformers' "sdpa". After, while it is captured: queries that share a head of keys
-lie behind one another as rows of one product. In transformers' own form every head of keys is copied for each query
-head that reads it, which for a step is the whole cache.
+While a model with "sdpa" attention is captured, the queries that share a key head become further rows of one matmul.
+transformers' own form repeats each key head for every query head that reads it. In a step that would copy the whole
+cache.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 class PackedAttention:
-    """See the module docstring. Takes what transformers' function takes, which is ``usual`` and does the rest."""
+    """A replacement of transformers' "sdpa" attention function, with the same arguments.
+
+    ``usual`` is transformers' function. It computes all cases that are not packed.
+    """
 
     def __init__(self, usual: Callable[..., Any]) -> None:
         self.usual = usual
@@ -53,7 +56,8 @@ class PackedAttention:
         batch, heads, length, dim = query.shape
         groups = heads // key.shape[1]
         mask = self._mask(attention_mask, groups, query.dtype)
-        # contiguous: torch would otherwise ask how it lies, for which it has no answer that holds for all sizes.
+        # contiguous: ``view`` would otherwise depend on the strides, for which torch has no answer that holds for all
+        # sizes.
         rows = query.contiguous().view(batch, key.shape[1], groups * length, dim) if groups > 1 else query
         out = scaled_dot_product_attention(rows, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
         if groups == 1:
@@ -62,7 +66,7 @@ class PackedAttention:
         return apart.contiguous().view(batch, length, heads, value.shape[-1]), None
 
     def _mask(self, mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-        """What is added to the scores, made once for all layers that read one mask."""
+        """Return the float mask that is added to the scores, made once for all layers that read the same ``mask``."""
         for known, times, made in self._masks:
             if known is mask and times == groups:
                 return made
@@ -75,8 +79,11 @@ class PackedAttention:
         return made
 
     def masking(self, usual: Callable[..., Any]) -> Callable[..., Any]:
-        """Return transformers' mask function with what the layers read made right after it. Were it made in the first
-        layer, that one would be another than those after it, which are traced once where they are equal."""
+        """Return transformers' mask function, changed so that it also makes the float mask that the layers read.
+
+        Were that mask made in the first layer, this layer would differ from the others, which are traced once where all
+        are equal.
+        """
 
         def mask(*args: Any, **kwargs: Any) -> Any:
             made, dtype = usual(*args, **kwargs), kwargs.get("dtype")
@@ -89,7 +96,7 @@ class PackedAttention:
 
 
 def _groups(config: Any) -> int | None:
-    """How many query heads read one head of keys, where the config says so."""
+    """Return how many query heads read one key head; None where the config does not say so."""
     heads = getattr(config, "num_attention_heads", None)
     kept = getattr(config, "num_key_value_heads", None) or heads
     if not isinstance(heads, int) or not isinstance(kept, int) or kept < 1 or heads % kept:
@@ -98,13 +105,13 @@ def _groups(config: Any) -> int | None:
 
 
 def _plain(mask: Any) -> bool:
-    """Whether a mask is one of bools for each row, head, query and key."""
+    """Return whether ``mask`` is a bool tensor with the four axes row, head, query and key."""
     return isinstance(mask, Tensor) and mask.ndim == 4 and mask.dtype == torch.bool
 
 
 @contextlib.contextmanager
 def packed_attention() -> Iterator[None]:
-    """Captures inside it have :class:`PackedAttention`."""
+    """Run the block with :class:`PackedAttention` in the place of transformers' "sdpa" attention and masks."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ATTENTION
 

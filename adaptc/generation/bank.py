@@ -1,7 +1,7 @@
-"""Generation in which each prompt has adapters of its own.
+"""Generate with different adapters for each prompt of a batch.
 
-Before: a step program with adapter sites, and adapters that fit. After: ``generate(..., adapters=[...])``, with one
-entry for each prompt, which its beams and samples keep to the end. What a prompt gets is what it gets alone.
+``generate(..., adapters=[...])`` takes one entry for each prompt. All beams and samples of a prompt keep its entry to
+the end. Each prompt gets the tokens that it would get alone.
 """
 
 from __future__ import annotations
@@ -23,24 +23,28 @@ from adaptc.rows.report import BankReport
 
 
 class GeneratorBank:
-    """Made by :meth:`Generator.bank`; what is said of adapters in :class:`adaptc.program.bank.Bank` holds here."""
+    """A generator over a bank of adapters, made by :meth:`Generator.bank`.
+
+    Names, mixes and limits of adapters are as for :class:`adaptc.program.bank.Bank`.
+    """
 
     def __init__(self, generator: Any, bank: Any) -> None:
         self._generator = generator
-        #: the bank of the step program: a :class:`Bank`, or the package of one
+        #: the :class:`Bank` of the step program, or a packaged bank
         self.bank = bank
 
     def assigned(self, adapters: Any) -> Any:
-        """A generator that keeps an assignment, with an entry for each prompt."""
+        """Return a generator that keeps the assignment ``adapters``, with an entry for each prompt."""
         return self._made(self.bank.assigned(adapters))
 
     def carried(self, tokenizer: Any) -> dict[str, bytes]:
-        """As :meth:`Generator.carried`."""
+        """Return the files that a package carries beside its code, by path. Raises ConfigError for a tokenizer that
+        does not fit."""
         return self._generator.carried(tokenizer)
 
     @property
     def tokenizer(self) -> Any:
-        """As :attr:`Generator.tokenizer`."""
+        """Return the tokenizer that came with the package; None where there is none."""
         return self._generator.tokenizer
 
     def _made(self, runs: Keeping) -> Any:
@@ -49,8 +53,12 @@ class GeneratorBank:
     def generate(
         self, inputs: Tensor | None = None, generation_config: Any = None, *, adapters: Any = ..., **kwargs: Any
     ) -> Any:
-        """As :meth:`Generator.generate`. ``adapters``: for each prompt a name, None for the base, or a dict of names
-        and weights. Raises AdaptcError for another number of entries than prompts, and as the bank does."""
+        """Generate with adapters of its own for each prompt; all other arguments are those of
+        :meth:`Generator.generate`.
+
+        ``adapters`` has an entry for each prompt: a name, None for the base, or a dict of names and weights. Raises
+        AdaptcError where the number of entries is not that of the prompts, and as the bank does.
+        """
         prompts = inputs
         for name in (self._generator.main_input_name, "inputs_embeds"):
             prompts = kwargs.get(name) if prompts is None else prompts
@@ -58,7 +66,10 @@ class GeneratorBank:
         return self.assigned(adapters).generate(inputs, generation_config, **kwargs)
 
     def prefill(self, *args: Any, adapters: Any = ..., **kwargs: Any) -> StepCache:
-        """As :meth:`Generator.prefill`, each row with its own adapters."""
+        """Return the cache of a batch of prompts, each read with its own ``adapters``; see :meth:`Generator.prefill`.
+
+        Raises AdaptcError where the number of entries is not that of the prompts.
+        """
         given = (kwargs.get(name) for name in (self._generator.main_input_name, "inputs"))
         check_count(adapters, args[0] if args else next((t for t in given if t is not None), None))
         return self.assigned(adapters).prefill(*args, **kwargs)
@@ -73,7 +84,8 @@ class GeneratorBank:
         self.bank.remove(name)
 
     def warm(self, adapters: int | None = None) -> None:
-        """As :meth:`Bank.warm`. A package is compiled as it is."""
+        """Compile the code for up to ``adapters`` adapters in advance; see :meth:`Bank.warm`. A package is compiled
+        already."""
         self.bank.warm(adapters)
 
     def report(self) -> BankReport:
@@ -81,26 +93,26 @@ class GeneratorBank:
 
     @property
     def capacity(self) -> int | None:
-        """As :attr:`Bank.capacity`."""
+        """Return how many adapters the bank may hold; None for any number."""
         return self.bank.capacity
 
     @property
     def adapters(self) -> Mapping[str, Any]:
-        """The adapters by name, as they are now."""
+        """Return the adapters that the bank holds now, by name."""
         return self.bank.adapters
 
     @property
     def nbytes(self) -> int:
-        """As :attr:`Bank.nbytes`."""
+        """Return the bytes of all adapters; tensors that several share count once."""
         return self.bank.nbytes
 
     @property
     def held(self) -> int:
-        """As :attr:`Bank.held`."""
+        """Return the bytes of the stacks of adapters that the bank keeps for its next calls."""
         return self.bank.held
 
     def __getitem__(self, name: str) -> Any:
-        """As of :class:`Bank`."""
+        """Return the adapter called ``name``, bound to the program. Raises KeyError where there is none."""
         return self.bank[name]
 
     def __contains__(self, name: object) -> bool:
@@ -113,7 +125,7 @@ class GeneratorBank:
         return len(self.bank)
 
     def __copy__(self) -> Self:
-        """As of :class:`Bank`: adapters go and come in each alone."""
+        """Return a bank with the same adapters; adding or removing one affects only the bank it is done on."""
         return type(self)(self._generator, copy.copy(self.bank))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -127,7 +139,7 @@ class GeneratorBank:
 
 
 def check_count(adapters: Any, prompts: Any) -> None:
-    """Raises AdaptcError where there are not as many entries as prompts, before any adapter is loaded for them."""
+    """Raise AdaptcError where there are not as many entries as prompts, before any adapter is loaded for them."""
     count = len(mixes_of(adapters))
     if isinstance(prompts, Tensor) and prompts.ndim and prompts.shape[0] != count:
         raise AdaptcError(
@@ -137,7 +149,10 @@ def check_count(adapters: Any, prompts: Any) -> None:
 
 
 def bank_of(generator: Any, adapters: Mapping[str, Any] | None, limits: Mapping[str, Any]) -> GeneratorBank:
-    """Of what generates with a program. Raises ConfigError for a package, which was made for one adapter at a time."""
+    """Return the bank of ``generator``, with ``adapters`` by name and the ``limits`` of :class:`Bank`.
+
+    Raises ConfigError for a package, whose code was compiled for one adapter at a time.
+    """
     program, parts, probes = generator.program, generator.divided(), generator.probes()
     if not isinstance(program, ProgramCore):
         raise ConfigError(

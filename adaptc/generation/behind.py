@@ -1,7 +1,6 @@
-"""The arguments of a generation whose text stands behind tokens of the adapter's.
+"""Prepare the arguments of a generation with an adapter that has virtual tokens.
 
-Before: what a caller gives to ``generate``. After: the same with a cache that begins with these tokens, so that the
-text is what comes after them; as it was where the adapter has none.
+The text then stands behind the virtual tokens in a cache that begins with them.
 """
 
 from __future__ import annotations
@@ -17,7 +16,11 @@ from adaptc.generation.front import taken
 
 
 def behind_front(gen: Any, inputs: Tensor | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """``gen``: a generator that keeps its adapter. Raises AdaptcError for what the adapter does not take."""
+    """Return the arguments of ``generate``, with a cache that begins with the adapter's virtual tokens.
+
+    ``gen`` is a generator that keeps its adapter. The arguments stay as they are where the adapter has no virtual
+    tokens. Raises AdaptcError for arguments that the adapter does not take.
+    """
     kwargs = dict(kwargs)
     given = {name: kwargs.pop(name) for name in taken(gen.runs) if name in kwargs}
     ids = kwargs.get("input_ids") if inputs is None else inputs

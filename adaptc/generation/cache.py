@@ -1,8 +1,9 @@
-"""The cache that a caller holds: keys and values of every layer, for some rows and the positions seen so far.
+"""Keep the keys and values of every layer, for the rows of a batch and the positions computed so far.
 
-It belongs to whoever made it: nothing of it is in a program, so one program serves any number of them in any threads,
-and the memory goes with the object. It grows as it is needed, in layers that look back on a window up to that. It is a
-``transformers.Cache`` as far as generation asks: beams reorder it, assisted decoding cuts it.
+A cache belongs to its caller. The program holds no part of it, so one program serves any number of caches in any
+threads. Its memory is freed with the object. It grows as needed; a sliding-window layer grows no further than its
+window and the tokens of a step. It is a ``transformers.Cache`` as far as generation needs one: beam search reorders it,
+and assisted decoding crops it.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ from adaptc.generation.layout import CacheLayout
 from adaptc.generation.opening import Opening
 from adaptc.generation.ring import Extent, repacked, ring_size
 
-#: positions by which caches grow, at least
+#: the multiple of positions to which a cache grows
 _STEP = 64
 
 
 class StepCache:
-    """``length`` positions of ``rows`` rows are filled; ``mask`` says which of them may be seen (batch, length)."""
+    """A cache of keys and values for ``rows`` rows, with ``length`` positions filled.
 
-    #: transformers would otherwise build masks for it, and compile
+    ``mask`` (rows, room), int64, is the attention mask over all positions that there is memory for.
+    """
+
+    #: False, since transformers would otherwise build masks for the cache and compile the step
     is_compileable = False
     is_initialized = True
 
@@ -34,106 +38,123 @@ class StepCache:
         self, layout: CacheLayout, owner: Any, max_length: int, device: torch.device, window: int | None = None
     ) -> None:
         self.layout, self.owner, self.max_length, self.device = layout, owner, max_length, device
-        #: positions that sliding layers keep at least, in rings; None where they keep all
+        #: the positions that sliding-window layers keep at least, in rings; None where every layer keeps all positions
         self.window = window
-        #: of :attr:`tensors`, which get a new one whenever there are new ones
+        #: the positions that the rings in :attr:`tensors` cover; replaced whenever the tensors are
         self.extent = Extent()
-        #: whether a step writes to it, or was interrupted while it did, so that nobody knows what it holds
+        #: whether a step is writing to the cache, or was interrupted while it wrote, so that the contents are unknown
         self.unfinished = False
-        #: whether a generation goes on with it, whose steps alone may write to it
+        #: whether a generation is using the cache, so that only its own steps may write to it
         self.generating = False
-        #: whether all positions are kept from now on, to be taken back
+        #: whether all positions are kept from now on, so that any of them can be cropped
         self.recording = False
-        #: positions that a caller knows will be needed; no more memory than for these is taken at once
+        #: the number of positions that the caller will need, or None; memory taken in advance stops there
         self.expected: int | None = None
-        #: what it begins with; None for nothing
+        #: the virtual tokens that the cache begins with; None for none
         self.front: Opening | None = None
         self.length = 0
         self.rows = 0
-        #: empty places in front of what each row begins with; None where there are none
+        #: (rows,) the number of empty positions before each row's virtual tokens; None where no row has any
         self.ahead: Tensor | None = None
-        #: coefficient -> the position from which each row is adapted (see ``acting``)
+        #: coefficient name -> (rows,) the position from which each row is adapted (see ``acting``)
         self.since: dict[str, Tensor] = {}
         self.tensors: list[Tensor] = []
         self.mask = torch.ones(0, 0, dtype=torch.int64, device=device)
 
     @property
     def first(self) -> int:
-        """The first position that the rings hold."""
+        """Return the first position that the rings hold."""
         return self.extent.first
 
     @property
     def top(self) -> int:
-        """The position after the last that was ever written to the rings."""
+        """Return the position after the last one that was ever written to the rings."""
         return self.extent.top
 
     @property
     def begun(self) -> int:
-        """Positions that were in it before any text."""
+        """Return the number of positions that the cache began with, for virtual tokens."""
         return 0 if self.front is None else self.front.count
 
     @property
     def in_places(self) -> bool:
-        """Whether the positions of its tokens are their places, padding counted."""
+        """Return whether position_ids are cache positions, with padding counted."""
         return self.front is not None and self.front.in_places
 
     def begin(self, front: Opening) -> None:
-        """Nothing is in it but ``front``, from now on. It gets memory with the first step, which says for how many
-        rows."""
+        """Empty the cache and let it begin with ``front``.
+
+        Memory is allocated by the first step, which says how many rows there are.
+        """
         empty = {**self._emptied(), "tensors": [], "ahead": None, "since": {}}
         marks = {"unfinished": False, "generating": False}
         self._set(front=front, length=front.count, extent=Extent(0, front.count), **marks, **empty)
 
     def _begin(self, rows: int) -> None:
-        """For so many rows, some of which may have the same text. Raises AdaptcError where it is for others."""
+        """Allocate the virtual tokens for ``rows`` rows; several rows may belong to one prompt.
+
+        Raises AdaptcError where ``rows`` is not a multiple of the rows of :attr:`front`.
+        """
         assert self.front is not None
         tensors, extent = self.front.for_rows(rows), Extent(0, self.begun)
         self._set(tensors=tensors, ahead=self.front.ahead_of(rows), extent=extent)
         self.mask = self.opened(rows)
 
     def opened(self, rows: int) -> Tensor:
-        """The mask of what it begins with, for so many rows."""
+        """Return the mask (rows, begun) of the virtual tokens, int64: 0 at empty positions."""
         ahead = self._ahead(rows)
         places = torch.arange(self.begun, device=self.device).expand(rows, -1)
         return torch.ones_like(places) if ahead is None else (places >= ahead[:, None]).long()
 
     def behind(self, mask: Tensor) -> Tensor:
-        """The mask of a text, with that of what the cache begins with in front."""
+        """Prepend the mask of the virtual tokens to ``mask`` (rows, tokens); returns (rows, begun + tokens)."""
         return torch.cat([self.opened(mask.shape[0]).to(mask), mask], 1)
 
     def shown(self, mask: Tensor) -> Tensor:
-        """A mask of all positions, less the places in front that are empty."""
+        """Return ``mask`` (rows, positions) with zeros at the empty positions before each row's virtual tokens."""
         if self.begun == 0:
             return mask
         first = mask[:, : self.begun] * self.opened(mask.shape[0]).to(mask)
         return torch.cat([first, mask[:, self.begun :]], 1)
 
     def _ahead(self, rows: int) -> Tensor | None:
-        """:attr:`ahead`, or what it will be for so many rows."""
+        """Return :attr:`ahead` for ``rows`` rows, or what it will be once memory is allocated."""
         if self.tensors or self.front is None:
             return None if self.ahead is None else self._of_prompts(self.ahead, rows)
         return self.front.ahead_of(rows)
 
     def _of_prompts(self, values: Tensor, rows: int) -> Tensor:
-        """Of what is known of each row, that of so many prompts, of which each may have several rows."""
+        """Return the entries of ``values`` (cache rows, ...) for ``rows`` prompts.
+
+        A prompt may have several consecutive rows; the entry of its first row is taken.
+        """
         return values[:: max(len(values) // rows, 1)]
 
     def whole(self, mask: Tensor) -> Tensor:
-        """The mask of a text that begins with what is in the cache: what may not be seen there, and what ``mask``
-        (prompts, tokens) leaves out. Positions that it began with are in front."""
+        """Return the mask (prompts, begun + tokens) of a text whose first tokens are in the cache.
+
+        A position is masked where ``mask`` (prompts, tokens) or the cache's own mask leaves it out.
+        """
         whole = self.behind(mask) if self.begun else mask.clone()
         if self.tensors:
             whole[:, : self.length] *= self._of_prompts(self.mask[:, : self.length], mask.shape[0]).to(whole)
         return whole
 
     def places(self, rows: int, tokens: int) -> Tensor:
-        """The places of so many new tokens, as a row has them alone: (1, tokens), or (rows, tokens)."""
+        """Return the positions of the next ``tokens`` tokens, int64, counted from each row's first virtual token.
+
+        The shape is (1, tokens), or (rows, tokens) where the cache has empty positions at its beginning.
+        """
         at, ahead = torch.arange(self.length, self.length + tokens, device=self.device)[None], self._ahead(rows)
         return at if ahead is None else at - ahead[:, None]
 
     def positions(self, counted: Tensor | None) -> Tensor | None:
-        """Of new tokens (rows, tokens) in a text, ``counted`` by what is seen; None for their places. Where they are
-        their places, rows with nothing in front have them as they were counted."""
+        """Return the position_ids (rows, tokens) of new tokens; None leaves them to :meth:`places`.
+
+        ``counted`` (rows, tokens) are the position_ids that follow from the attention mask, or None. They are returned
+        as they are unless :attr:`in_places`. Then rows without virtual tokens keep them, and all others have cache
+        positions.
+        """
         if counted is None or not self.in_places:
             return counted
         ahead = self._ahead(counted.shape[0])
@@ -145,12 +166,12 @@ class StepCache:
 
     @property
     def room(self) -> int:
-        """Positions that there is memory for."""
+        """Return the number of positions that there is memory for."""
         return self.mask.shape[1] if self.tensors else 0
 
     @property
     def ring(self) -> int | None:
-        """Places of the rings."""
+        """Return the number of positions in each ring; None where the cache has no rings or no memory yet."""
         if self.window is None or not self.tensors:
             return None
         return next(t.shape[2] for t, sliding in zip(self.tensors, self.layout.sliding, strict=True) if sliding)
@@ -160,7 +181,7 @@ class StepCache:
         return sum(t.nbytes for t in self.tensors)
 
     def reserve(self, rows: int, length: int) -> None:
-        """Room for so many positions in all; what is there stays."""
+        """Allocate memory for at least ``length`` positions of ``rows`` rows, and keep the filled ones."""
         if self.tensors and length <= self.room:
             return
         if self.front is not None and not self.tensors:
@@ -178,7 +199,7 @@ class StepCache:
         self.mask = mask
 
     def fit(self, tokens: int) -> None:
-        """Rings are large enough for a step of so many tokens, and not much larger."""
+        """Resize the rings so that they are large enough for a step of ``tokens`` tokens, and not much larger."""
         now = self.ring
         if self.window is None or now is None:
             return
@@ -187,7 +208,8 @@ class StepCache:
             self._move(self.rows, self.room, size)
 
     def _move(self, rows: int, room: int, ring: int | None) -> None:
-        """What is there to tensors of other sizes."""
+        """Move the filled positions to tensors for ``room`` positions, with rings of ``ring`` positions (None: no
+        rings)."""
         old, now, extent = self.tensors, self.ring, Extent(self.first, self.top)
         new: list[Tensor] = []
         if now is not None and ring is not None:
@@ -196,29 +218,35 @@ class StepCache:
             if old and old[i].shape == shape:
                 new.append(old[i])
                 continue
-            # Zeros: what is masked is multiplied by zero, and must be finite.
+            # Zeros, because masked values are multiplied by zero and must be finite.
             made = torch.zeros(shape, dtype=self.layout.dtype, device=self.device)
             kept = extent.first if ring is not None and self.layout.sliding[i] else 0
             new.append(repacked(old[i] if old else None, made, kept, self.length))
         self._set(tensors=new, extent=extent)
 
     def writes(self, length: int) -> None:
-        """A step is about to fill so many positions: what it writes over is held no more, whether it ends or not."""
+        """Note that a step is about to fill the cache up to ``length`` positions.
+
+        The positions that it overwrites in a ring count as dropped, whether the step ends or not.
+        """
         ring, top = self.ring, max(self.top, length)
         self.extent.first = self.first if ring is None else max(self.first, top - ring)
         self.extent.top = top
 
     def wrote(self, length: int) -> None:
-        """So many positions are filled now, by a step."""
+        """Note that a step has filled the cache up to ``length`` positions."""
         self.length = length
 
     def held(self) -> list[Tensor]:
-        """The tensors of all positions so far, of a cache that keeps them."""
+        """Return each tensor's filled positions (rows, heads, length, width), for a cache that keeps all positions."""
         return [t[:, :, : self.length].contiguous() for t in self.tensors]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values of each layer (rows, heads, length, width), those of the program's own pass. Raises
-        AdaptcError where not all positions are kept or may be seen, and for states."""
+        """Iterate over the (keys, values) of each layer, (rows, heads, length, width), in the program's own pass.
+
+        Raises AdaptcError where the cache is empty, keeps states, has dropped positions, or has masked ones. It also
+        raises where a call that writes to the cache did not end.
+        """
         self.check_finished()
         if len(self.layout.of_passes(1).names) != 2 * len(self):
             raise AdaptcError("this cache keeps states, and no keys and values of single tokens")
@@ -235,18 +263,18 @@ class StepCache:
         return iter(list(zip(held[::2], held[1::2], strict=True)))
 
     def seen(self, length: int) -> list[Tensor]:
-        """The tensors as far as so many positions go."""
+        """Return the tensors cut to the first ``length`` positions; a ring that has wrapped around stays whole."""
         ring = self.ring
         cut = [ring is None or not sliding or max(self.top, length) <= ring for sliding in self.layout.sliding]
         return [t[:, :, :length] if c else t for t, c in zip(self.tensors, cut, strict=True)]
 
     @property
     def padded(self) -> bool:
-        """Whether positions that were filled may not be seen."""
+        """Return whether a filled position is masked."""
         return self.length > 0 and not bool(self.mask[:, : self.length].all())
 
     def copy(self) -> Self:
-        """One of its own memory, to go on from here in another way."""
+        """Return a cache with its own memory, to continue from these positions in another way."""
         new = type(self)(self.layout, self.owner, self.max_length, self.device, self.window)
         new.length, new.rows, new.front = self.length, self.rows, self.front
         new.extent, new.recording, new.unfinished = Extent(self.first, self.top), self.recording, self.unfinished
@@ -294,7 +322,7 @@ class StepCache:
     is_linear = is_dummy = is_sliding
 
     def reset(self) -> None:
-        """As if nothing had been computed."""
+        """Forget all that was computed; the virtual tokens that the cache begins with stay."""
         if self.front is not None:
             self.begin(self.front)
             return
@@ -302,15 +330,15 @@ class StepCache:
         self._set(unfinished=False, generating=False, **empty | self._emptied())
 
     def _emptied(self) -> dict[str, Any]:
-        """What else is another one where nothing has been computed."""
+        """Return the further attributes, by name, that a subclass has when nothing is computed."""
         return {}
 
     def can_crop(self, length: int) -> bool:
-        """Whether what comes after so many positions can be computed from what is kept."""
+        """Return whether a cache cropped to ``length`` positions still holds all that the next token attends to."""
         return self.window is None or length == 0 or max(0, length - self.window + 1) >= self.first
 
     def check_crop(self, left: int) -> None:
-        """Raises AdaptcError where so many positions cannot be gone on from."""
+        """Raise AdaptcError where the cache cannot be cropped to ``left`` positions."""
         if not self.can_crop(left):
             raise AdaptcError(
                 f"{left} positions would be left of {self.length}, and layers that look back on {self.window} keep "
@@ -322,8 +350,11 @@ class StepCache:
         return self.recording or self.first == 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` positions; a positive number is how many stay, as transformers once
-        had it. What it began with stays. Raises AdaptcError where sliding layers have forgotten what comes before."""
+        """Forget the last ``-tokens_to_remove`` positions; the virtual tokens that the cache began with stay.
+
+        A positive ``tokens_to_remove`` is the number of positions that stay, as in older transformers. Raises
+        AdaptcError where sliding-window layers have dropped positions that the next token attends to.
+        """
         left = min(self.length, tokens_to_remove) if tokens_to_remove > 0 else max(0, self.length + tokens_to_remove)
         left = max(left, min(self.begun, self.length))
         self.check_crop(left)
@@ -334,22 +365,25 @@ class StepCache:
             self.mask[:, left:] = 1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row ``beam_idx[i]`` was."""
+        """Replace each row i by row ``beam_idx[i]``."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """The same, of any number of rows."""
+        """Keep the rows ``indices`` (rows,), in this order; a row may be there several times."""
         index = self._checked(indices)
         self._set(rows=index.shape[0], **self._each(lambda t: t.index_select(0, index)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row ``repeats`` times, one behind the other."""
+        """Repeat each row ``repeats`` times; its copies follow one another."""
         if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 1:
             raise AdaptcError(f"repeats={shown(repeats)} must be a number of one or more: how often each row is there")
         self._set(rows=self.rows * repeats, **self._each(lambda t: t.repeat_interleave(repeats, 0)))
 
     def _checked(self, indices: Any) -> Tensor:
-        """``indices`` on the cache's device. Raises AdaptcError for what are no rows of it."""
+        """Return ``indices`` on the cache's device.
+
+        Raises AdaptcError for anything but a tensor (rows,) of int64 or int32 whose entries are rows of the cache.
+        """
         if not isinstance(indices, Tensor) or indices.ndim != 1 or indices.dtype not in (torch.int64, torch.int32):
             found = f"{tuple(indices.shape)} of {indices.dtype}" if isinstance(indices, Tensor) else shown(indices)
             raise AdaptcError(f"rows of a cache are chosen by a tensor (rows,) of int64, got {found}")
@@ -358,7 +392,7 @@ class StepCache:
         return indices.to(self.device)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        """What has rows, with them changed."""
+        """Return the attributes that have a row axis, by name, with ``change`` applied to each tensor."""
         return {
             "tensors": [change(t) for t in self.tensors],
             "since": {n: change(t) for n, t in self.since.items()},
@@ -367,24 +401,29 @@ class StepCache:
         }
 
     def _set(self, **attributes: Any) -> None:
-        """All of these at once: an interrupt comes before it, or after."""
+        """Set all attributes in one update, so that an interrupt leaves all or none of them changed."""
         vars(self).update(attributes)
 
     # -- calls that fail -----------------------------------------------------------------------------------------------
 
     @property
     def intact(self) -> bool:
-        """Whether the text can be gone on from, whatever a step that did not end has written."""
+        """Return whether the next step can go on from the cache, whatever an interrupted step has overwritten."""
         return self.can_crop(self.length)
 
     def last_position(self) -> list[Tensor]:
-        """Views of what is held of the last position, which a generation of a prompt that is all there computes once
-        more."""
+        """Return views of the last position in each tensor.
+
+        A generation whose whole prompt is cached computes this position again, and needs its old values if it fails.
+        """
         last = self.length - 1
         return [t[:, :, last % t.shape[2]] for t in self.tensors] if last >= 0 else []
 
     def check_finished(self, inside: bool = False) -> None:
-        """Raises AdaptcError where a call that wrote to it did not end. ``inside``: who asks is the generation."""
+        """Raise AdaptcError where a call that writes to the cache was interrupted or is still running.
+
+        ``inside`` says that the generation that uses the cache is asking.
+        """
         if self.unfinished or (self.generating and not inside):
             raise AdaptcError(
                 "a call that writes to this cache was interrupted, or goes on, so what the cache holds is not known: "
@@ -392,7 +431,7 @@ class StepCache:
             )
 
     def activate_past_recording(self) -> None:
-        """All positions are kept from now on, so that any that are computed can be taken back."""
+        """Keep all positions that are computed from now on, so that any of them can be cropped."""
         self.recording = True
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
@@ -404,7 +443,7 @@ class StepCache:
 
 @cache
 def cache_class() -> type:
-    """:class:`StepCache` that is a ``transformers.Cache``."""
+    """Return :class:`StepCache` as a subclass of ``transformers.Cache``."""
     from transformers.cache_utils import Cache
 
     return type("StepCache", (StepCache, Cache), {"__module__": __name__, "__hash__": object.__hash__})

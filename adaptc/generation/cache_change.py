@@ -1,8 +1,8 @@
-"""What a call does to a cache that its caller holds: all of it, or nothing.
+"""Make a call's change to its caller's cache all or nothing.
 
-Before: a cache, and a call that is about to write to it. After a call that ended: what it wrote. After one that raised
-or was interrupted, at whatever line: the cache as it was. Where a step has written over what that needs (a state, the
-places of a ring), it is marked instead, and every later call refuses it.
+After a call that ended, the cache holds what the call wrote. After one that raised or was interrupted, at whatever
+line, the cache is as it was. A step may have overwritten what that needs, such as a state or places of a ring. Then the
+cache is marked as unfinished, and every later call refuses it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from adaptc.generation.cache import StepCache
 
 
 class CacheChange:
-    """A context in which ``past`` is written to. ``generating``: by all steps of a generation, not by one. The mark is
-    there from the first line to the last, so that nothing that happens in between, or in here, goes unseen."""
+    """A context in which a call writes to the cache ``past``.
+
+    ``generating`` says that all steps of a generation write, and not one step. The cache is marked from the first line
+    to the last, so no interrupt goes unnoticed, in the block or in this class.
+    """
 
     def __init__(self, past: StepCache, generating: bool = False) -> None:
         self.past, self.mark = past, "generating" if generating else "unfinished"
@@ -30,15 +33,15 @@ class CacheChange:
         vars(past)[self.mark] = True
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        # The mark goes last of all: what is interrupted before it is gone has failed.
+        # The mark is removed last: a call that is interrupted before that counts as failed.
         vars(self.past).update({self.mark: self.kept[self.mark]} if kind is None else self._put_back())
 
     def _put_back(self) -> dict[str, bool]:
-        """The cache as it was, marked as long as it is not; the marks that are right then."""
+        """Restore the cache, which stays marked until that is done, and return the marks that it has then."""
         past, kept = self.past, self.kept
         vars(past).update(kept, unfinished=True)
         for now, was in zip(past.last_position(), self.last, strict=False):
             now.copy_(was)
         if not past.intact and past.length <= past.begun:
-            past.reset()  # there is nothing in it but what it begins with
+            past.reset()  # the cache holds nothing but virtual tokens
         return {"unfinished": kept["unfinished"] or not past.intact}

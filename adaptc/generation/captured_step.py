@@ -1,8 +1,8 @@
-"""The step that a causal model can be captured as: the first of three that says what the model says.
+"""Capture a causal model as the first kind of step whose logits are the model's.
 
-Before: a model, and how it is captured. After: its captured step and the facts of it, with a cache that has
-room for more, else with one whose room ends with the step's tokens, else without a cache; or a CaptureError with what
-each of these failed at.
+A step with rings for sliding windows is tried first, or one with a recurrent state. Then come a cache with room for
+more positions, one that ends with the step's tokens, and no cache at all. The result is the captured step and its
+facts, or a CaptureError with the reasons.
 """
 
 from __future__ import annotations
@@ -41,18 +41,24 @@ def captured_step(
     acts: Sequence[str] = (),
     reads_first: bool = False,
 ) -> tuple[Planned, Facts]:
-    """``capture``: captures the model as a step; ``facts_of``: what is known of any step with such a cache
-    of so many positions. ``positions``: how many the model has, if it says so. ``acts``: inputs for adapters alone;
-    ``reads_first``: whether an adapter reads a first pass, which programs of whole texts may have where no step has.
-    Warns where there is no cache. Raises CaptureError, and ConfigError for more positions than the step can have."""
+    """Return the captured step of ``model`` and its facts.
+
+    ``capture`` captures the model as a step. ``facts_of(layout, length)`` returns the facts that hold for any step with
+    such a cache. ``max_length`` is the number of positions asked for, ``positions`` how many the model has, or None.
+    ``acts`` names inputs that only adapters read. ``reads_first`` says that an adapter reads a duplicated base pass.
+    Such a pass may fit a program of whole texts where no step has one.
+
+    Warns where the step has no cache. Raises CaptureError where every kind fails, and ConfigError for more positions
+    than the step can have.
+    """
     failed: list[CaptureError] = []
     try:
         layout = CacheLayout.of(model)
     except CaptureError as error:
         layout = None
         failed.append(error)
-    # A model that has a table of as many positions as it is for takes another branch where all of them are used. The
-    # last token of a text is never given to a step, so one less is enough for every text.
+    # A model with a table of positions takes another branch where all of them are used. The last token of a text is
+    # never given to a step, so one position less is enough for every text.
     short = None if positions is None else positions - 1
     ways = [(NOTHING, None), *([] if short is None else [(NOTHING, short)])]
     if isinstance(layout, StateLayout):
@@ -121,6 +127,6 @@ def _bounded(asked: int, most: int, positions: int | None) -> int:
 
 
 def _short(error: CaptureError) -> str:
-    """What it says, without the advice, which is for captures that are final."""
+    """Return the message of ``error``, shortened, without its advice, which is for captures that fail for good."""
     text = str(error).partition(" What to try:")[0].strip()
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

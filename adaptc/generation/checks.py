@@ -1,7 +1,6 @@
-"""What a generation is refused for, before anything is computed.
+"""Refuse arguments of a generation before anything is computed.
 
-Before: what a caller gives. After: what transformers takes, with all that must hold for the step program; or an
-AdaptcError that names what does not, and no cache was written to.
+Each check raises an AdaptcError that names what is wrong, and no cache has been written to.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from adaptc.generation.cache import StepCache
 from adaptc.generation.facts import NOTHING, STATE, Facts, past_name
 from adaptc.runtime.call_names import call_with_tensors
 
-#: arguments that ask for what a step program does not do -> what to do instead; anything but None and False is refused
+#: arguments that ask for what a step program cannot do -> what to do instead; None and False are let through
 _REFUSED = {
     "output_attentions": "its layers give no attention weights: ask the model itself",
     "output_hidden_states": "it gives no hidden states: ask the model itself",
@@ -29,7 +28,7 @@ _REFUSED = {
     "adapter_names": "each prompt has adapters of its own in a bank, gen.bank({...}).generate(ids, adapters=[...])",
 }
 
-#: arguments of ways to generate, which transformers hands on to steps
+#: arguments of generation modes, which transformers hands on to steps
 MODE = frozenset(
     {
         "tokenizer",
@@ -44,8 +43,12 @@ MODE = frozenset(
 
 
 def arguments(facts: Facts, inputs: Tensor | None, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], int, bool]:
-    """Those of ``generate``; how many positions are in the cache that ``input_ids`` does not begin with; and whether it
-    holds the whole prompt, so that the last token has to be computed once more, for its logits."""
+    """Return the checked arguments of ``generate``, an offset, and whether the last token is computed again.
+
+    The offset is the number of cache positions whose tokens are not part of ``input_ids``. The last token is computed
+    again where the cache holds the whole prompt, since its logits are needed. Raises AdaptcError for arguments that the
+    program or its cache cannot take.
+    """
     kwargs = dict(kwargs)
     past = kwargs.pop("past_key_values", None)
     past = kwargs.pop("cache", None) if past is None else past
@@ -93,8 +96,11 @@ def arguments(facts: Facts, inputs: Tensor | None, kwargs: Mapping[str, Any]) ->
 
 
 def with_cache(facts: Facts, kwargs: dict[str, Any]) -> None:
-    """The arguments of ``generate``, in place, with the cache that the program was captured with. A generation config
-    that training left with ``use_cache=False`` says nothing of tokens. Raises AdaptcError where a caller says so."""
+    """Set ``use_cache`` in the arguments of ``generate``, in place, to what the program was captured with.
+
+    A generation config that training left with ``use_cache=False`` is overridden. Raises AdaptcError where a caller
+    passes ``use_cache=False`` to a program with a cache, or ``return_dict=False``.
+    """
     if kwargs.get("return_dict") is False:
         raise AdaptcError(
             "return_dict=False is not taken by generate, which gives tokens: return_dict_in_generate says whether they "
@@ -109,12 +115,12 @@ def with_cache(facts: Facts, kwargs: dict[str, Any]) -> None:
 
 
 def behind(count: int, mask: Tensor) -> Tensor:
-    """A mask for so many more positions that are seen in front."""
+    """Prepend ``count`` ones to ``mask`` (batch, tokens); returns (batch, count + tokens)."""
     return torch.cat([mask.new_ones(mask.shape[0], count), mask], 1)
 
 
 def refuse(given: Mapping[str, Any]) -> None:
-    """Raises AdaptcError for what the program does not do."""
+    """Raise AdaptcError for an argument that asks for what the program cannot do."""
     for name, why in _REFUSED.items():
         value = given.get(name)
         if value is not None and value is not False:
@@ -124,8 +130,11 @@ def refuse(given: Mapping[str, Any]) -> None:
 def generation(
     facts: Facts, config: Any, mode: Any, batch: int, length: int, past: StepCache | None, offset: int
 ) -> None:
-    """``config``: the generation config as it is used; ``batch`` rows, before beams; ``length``: positions that a cache
-    needs, beside ``offset`` that are in it already."""
+    """Check a generation as transformers has prepared it, and raise AdaptcError for what the program cannot do.
+
+    ``config`` is the generation config in use, and ``batch`` the number of rows before beams. ``length`` is the number
+    of positions that the cache needs beside the ``offset`` that it already holds.
+    """
     refuse({name: getattr(config, name, None) for name in _REFUSED})
     if config.use_cache is False and facts.keeps != NOTHING:
         raise AdaptcError("use_cache=False is not taken: the program was captured with a cache. Leave it out")
@@ -151,7 +160,11 @@ def generation(
 
 
 def fits(facts: Facts, rows: int, length: int, of: str = "", begun: int = 0) -> None:
-    """Raises AdaptcError where a cache cannot be so large; it begins with ``begun`` tokens of an adapter's."""
+    """Raise AdaptcError where a cache cannot have ``rows`` rows or ``length`` positions.
+
+    ``begun`` is the number of positions that are virtual tokens, and ``of`` explains the rows; both are for the
+    message.
+    """
     if rows > facts.max_batch:
         raise AdaptcError(
             f"{rows} rows{of} are more than max_batch={facts.max_batch}: give fewer at a time, or compile with more"
@@ -165,7 +178,7 @@ def fits(facts: Facts, rows: int, length: int, of: str = "", begun: int = 0) -> 
 
 
 def tokens(facts: Facts, ids: Any) -> None:
-    """Raises AdaptcError for what is no (batch, tokens) of the vocabulary."""
+    """Raise AdaptcError for anything but token ids (batch, tokens), int64 or int32, within the vocabulary."""
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32) or ids.ndim != 2:
         found = f"{tuple(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
         call = "" if isinstance(ids, Tensor) else f". {call_with_tensors('gen.generate', [], 'input_ids')}"
@@ -180,8 +193,11 @@ def tokens(facts: Facts, ids: Any) -> None:
 
 
 def step(facts: Facts, rows: int, count: int, positions: Any, keep: Any) -> None:
-    """Raises AdaptcError for what cannot be for a step of ``count`` tokens in each of so many rows: no tokens,
-    positions of others, logits of others."""
+    """Raise AdaptcError for a step without tokens, and for position_ids or ``logits_to_keep`` that do not fit its
+    tokens.
+
+    The step has ``count`` tokens in each of ``rows`` rows. ``keep`` is the ``logits_to_keep``.
+    """
     if count == 0:
         raise AdaptcError("a step has no tokens: give one at least")
     if facts.positions and positions is not None:
@@ -201,7 +217,7 @@ def step(facts: Facts, rows: int, count: int, positions: Any, keep: Any) -> None
 
 
 def embeddings(facts: Facts, given: Any) -> None:
-    """Raises AdaptcError for what is no (batch, tokens, width)."""
+    """Raise AdaptcError for anything but embeddings (batch, tokens, width), or where the step takes none."""
     if not facts.embeds:
         raise AdaptcError("inputs_embeds is not taken: a step takes tokens alone")
     if not isinstance(given, Tensor) or given.ndim != 3 or given.shape[-1] != facts.width:
@@ -212,8 +228,10 @@ def embeddings(facts: Facts, given: Any) -> None:
 
 
 def check_mask(mask: Any, shape: Sequence[int], before: int) -> None:
-    """Raises AdaptcError for a mask that is not one number for each position: in the cache, and of a prompt of this
-    shape."""
+    """Raise AdaptcError for a mask that is not (batch, ``before`` + tokens), for a prompt of ``shape`` (batch, tokens).
+
+    ``before`` is the number of positions in the cache. None is no mask, and passes.
+    """
     if mask is None:
         return
     wanted = (shape[0], before + shape[1])
@@ -224,7 +242,11 @@ def check_mask(mask: Any, shape: Sequence[int], before: int) -> None:
 
 
 def own_cache(facts: Facts, past: Any, rows: int | None) -> StepCache:
-    """``past``, a cache of this program, or of what is bound to it, with so many rows."""
+    """Return ``past`` if it is a cache of this program, or of what is bound to it, with ``rows`` rows; else raise
+    AdaptcError.
+
+    ``rows`` None means any number.
+    """
     if not isinstance(past, StepCache):
         raise AdaptcError(
             f"a {type(past).__name__} is no cache of this program: gen.prefill(input_ids) and gen.generate(..., "
@@ -238,13 +260,14 @@ def own_cache(facts: Facts, past: Any, rows: int | None) -> StepCache:
 
 
 def refuse_strange(given: Mapping[str, Any]) -> None:
-    """Raises AdaptcError for what nothing takes."""
+    """Raise AdaptcError for an argument that is not an input of the program."""
     if strange := [n for n, v in given.items() if v is not None]:
         raise AdaptcError(f"{shown(strange[0])} is not an input of the program")
 
 
 def forward(ids: Any, embeds: Any, use_cache: Any, others: Mapping[str, Any]) -> None:
-    """Raises AdaptcError for arguments of a step that mean something else than it does."""
+    """Raise AdaptcError for arguments of ``forward`` that a step cannot take, and unless one of tokens and embeddings
+    is given."""
     refuse(others)
     if use_cache is False:
         raise AdaptcError("use_cache=False is not taken: the program was captured with a cache. Leave it out")

@@ -1,7 +1,7 @@
-"""From a model and a config to an object that generates.
+"""Compile a transformers model and an adapter to an object that generates.
 
-Before: whatever is handed to ``adaptc.compile_for_generation``. After: a :class:`Generator` over one step program,
-adapted as ``adaptc.compile`` adapts; or an error, and the model as it was.
+One step program is captured and adapted as ``adaptc.compile`` does it. Where that fails, an error is raised and the
+model is as it was.
 """
 
 from __future__ import annotations
@@ -55,18 +55,20 @@ def compile_for_generation(
     fuse: bool = True,
     pack: str | None = None,
 ) -> Generator:
-    """Capture a transformers model that generates as a step with its cache, adapt it, and give what generates with it.
+    """Capture a transformers model as a step with its cache, adapt it, and return a generator.
 
-    The result has transformers' own ``generate``: greedy, sampling, beams, streamers, stop strings, logits processors.
-    One program takes prompts and single tokens; its cache is the caller's, made for each call. ``max_batch``: rows of a
-    cache at most, beams counted; ``max_length``: positions at most, None for as many as the model has. All else as for
-    :func:`adaptc.compile`. ``swap``, ``merge``, ``unload``, ``save``, ``save_adapter``, ``report`` and the other
-    functions take it as they take programs (``.program`` is the one inside); ``.bind(adapter)`` has a ``generate`` of
-    its own. A model with an encoder (T5, BART, whisper) is one program, too, whose parts are called apart: its encoder
-    and what attention makes of the encoder's states run once for each generation.
+    The generator has transformers' own ``generate``: greedy, sampling, beams, streamers, stop strings, logits
+    processors. One program takes prompts and single tokens. The cache belongs to the caller and is made for each call.
+    ``max_batch`` is the most rows of a cache, beams counted. ``max_length`` is the most positions; None for as many as
+    the model has. All other arguments are those of :func:`adaptc.compile`.
 
-    A model that cannot be captured with a cache computes the whole text for each token, and says so in a warning and
-    in ``report``. Raises CaptureError for one that can be captured in neither way, and as :func:`adaptc.compile` does.
+    ``swap``, ``merge``, ``unload``, ``save``, ``save_adapter``, ``report`` and the other functions take a generator as
+    they take programs. Its ``.program`` is the program inside, and ``.bind(adapter)`` returns a generator that keeps
+    one adapter. A model with an encoder (T5, BART, whisper) is one program, too, whose parts are called separately. The
+    encoder's states and the cross-attention's keys and values are computed once per generation.
+
+    A model that cannot be captured with a cache computes the whole text for each token. A warning and ``report`` say
+    so. Raises CaptureError for a model that can be captured in neither way, and the errors of :func:`adaptc.compile`.
     """
     if adapter is None:
         adapter, config = config, None
@@ -91,7 +93,7 @@ def compile_for_generation(
 def _compiled(
     model: Any, adapter: Any, options: RunOptions, *, max_batch: int, max_length: int | None, **how: Any
 ) -> Generator:
-    """See :func:`compile_for_generation`; ``how`` as for :func:`compiled`."""
+    """Return the generator of :func:`compile_for_generation`; ``how`` has the further arguments of :func:`planned`."""
     if not isinstance(model, nn.Module) or not is_pretrained_model(model):
         raise CaptureError(f"compile_for_generation takes a transformers model, not a {type(model).__name__}")
     check_not_quantised(model)
@@ -118,7 +120,7 @@ def _compiled(
         _at_most(max_length, positions),
         positions if isinstance(positions, int) else None,
         acts,
-        bool(first) and not acts,  # which need a cache
+        bool(first) and not acts,  # token coefficients need a cache
     )
     program = adapted(planned_step, options, values)
     refuse_without_cache(program, facts, name)
@@ -128,7 +130,7 @@ def _compiled(
 def _across(
     model: Any, adapter: Any, options: RunOptions, max_batch: int, max_length: int | None, **how: Any
 ) -> Generator:
-    """The same of a model with an encoder."""
+    """Return the generator of a model with an encoder; the arguments are those of :func:`_compiled`."""
     config = model.config
     check_side_by_side(config, type(model).__name__)
     length = _at_most(max_length, decoder_positions(config))
@@ -163,7 +165,7 @@ def _planned(model: nn.Module, adapter: Any, options: RunOptions, step: Step, ho
 
 
 def _common(model: Any, layout: CacheLayout, max_batch: int, max_length: int) -> dict[str, Any]:
-    """What is known of any model's step."""
+    """Return the facts that hold for the step of any model, by name."""
     embedding = model.get_input_embeddings().weight
     return {
         "config": copy.deepcopy(model.config),
@@ -178,7 +180,10 @@ def _common(model: Any, layout: CacheLayout, max_batch: int, max_length: int) ->
 
 
 def _at_most(asked: Any, most: Any) -> int:
-    """``asked``, or ``most`` where nothing is."""
+    """Return ``asked``, or ``most`` where that is None.
+
+    ``most`` is the model's number of positions. Raises ConfigError for a larger number, and where neither is known.
+    """
     if asked is None:
         if not isinstance(most, int):
             raise ConfigError("max_length=None takes what the model has positions for, which its config does not say")

@@ -1,9 +1,8 @@
-"""The cache of an encoder-decoder: what was made of the encoder's states, once, beside the decoder's own positions.
+"""Keep the decoder's own positions and the cross-attention's keys and values of an encoder-decoder.
 
-Before: a cache with nothing in it but what an adapter begins the decoder's positions with, or one that ``gen.prefill``
-gave. After :meth:`CrossCache.see`: it knows the states, which of them may be seen, and their keys and values, for rows
-that are decoded from then on. All rows move together: beams that are put in order, repeated or chosen take their states
-with them. Who asks for its length is told of decoded tokens alone.
+A new cache holds nothing but an adapter's virtual tokens for the decoder. :meth:`CrossCache.see` gives it the encoder's
+states, their mask, and their keys and values. All rows change together: beams that are reordered, repeated or selected
+take their states along. The cache reports the number of decoded tokens as its length.
 """
 
 from __future__ import annotations
@@ -19,8 +18,11 @@ from adaptc.generation.cache import StepCache
 
 
 class CrossCache(StepCache):
-    """``states`` (rows, positions, hidden), ``states_mask`` (rows, positions), and ``cross``, the keys and values of
-    the states, layer by layer; None and nothing before there are states."""
+    """A cache for an encoder-decoder, with the encoder's states beside the decoder's keys and values.
+
+    ``states`` is (rows, positions, hidden) and ``states_mask`` (rows, positions). ``cross`` has the keys and values of
+    the states, layer by layer. Without states they are None, None and empty.
+    """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -30,11 +32,12 @@ class CrossCache(StepCache):
 
     @property
     def decoded(self) -> int:
-        """How many tokens were decoded."""
+        """Return the number of decoded tokens."""
         return self.length - self.begun
 
     def see(self, states: Tensor, mask: Tensor, cross: Sequence[Tensor]) -> None:
-        """All that is decoded with it reads these states."""
+        """Set the encoder's ``states``, their ``mask``, and their keys and values ``cross``, which all decoded tokens
+        attend to."""
         self._set(rows=states.shape[0], states=states, states_mask=mask, cross=tuple(cross))
 
     @property
@@ -42,7 +45,10 @@ class CrossCache(StepCache):
         return super().nbytes + sum(t.nbytes for t in self.cross)
 
     def copy(self) -> Self:
-        """One of its own memory, to go on from here in another way. States are never written to, and shared."""
+        """Return a cache with its own memory, to continue from these positions in another way.
+
+        The encoder's states are shared, because nothing writes to them.
+        """
         new = super().copy()
         new.states, new.states_mask, new.cross = self.states, self.states_mask, self.cross
         return new
@@ -86,7 +92,7 @@ def _layers(tensors: Sequence[Tensor]) -> Any:
 
 @cache
 def cross_cache_class() -> type:
-    """:class:`CrossCache` that is a ``transformers.Cache``."""
+    """Return :class:`CrossCache` as a subclass of ``transformers.Cache``."""
     from transformers.cache_utils import Cache
 
     return type("CrossCache", (CrossCache, Cache), {"__module__": __name__, "__hash__": object.__hash__})

@@ -1,7 +1,6 @@
-"""What a generation of an encoder-decoder is refused for, before anything is computed.
+"""Refuse arguments of an encoder-decoder's generation before anything is computed.
 
-Before: what a caller gives. After: what transformers takes, with all that must hold for the program's parts; or an
-AdaptcError that names what does not, and no cache was written to.
+Each check raises an AdaptcError that names what is wrong, and no cache has been written to.
 """
 
 from __future__ import annotations
@@ -21,7 +20,10 @@ from adaptc.generation.opening import Opening
 
 
 def arguments(facts: CrossFacts, inputs: Tensor | None, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Those of ``generate``: what the encoder reads, and the rest."""
+    """Return the checked arguments of ``generate``: the encoder's input, or None, and all others by name.
+
+    Raises AdaptcError for arguments that the program or its cache cannot take.
+    """
     kwargs = dict(kwargs)
     named, past = kwargs.pop(facts.main, None), kwargs.pop("past_key_values", None)
     if inputs is not None and named is not None:
@@ -51,7 +53,7 @@ def arguments(facts: CrossFacts, inputs: Tensor | None, kwargs: Mapping[str, Any
 
 
 def _going_on(facts: CrossFacts, past: CrossCache, inputs: Any, given: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with a cache, which knows what the encoder read."""
+    """Return the arguments of a generation that continues from ``past``, which knows what the encoder read."""
     from transformers.modeling_outputs import BaseModelOutput
 
     if past.states is None:
@@ -77,21 +79,21 @@ def _going_on(facts: CrossFacts, past: CrossCache, inputs: Any, given: Any, kwar
 
 
 def own(facts: CrossFacts, past: Any) -> CrossCache:
-    """``past``, a cache of this program, or of what is bound to it."""
+    """Return ``past`` if it is a cache of this program, or of what is bound to it; else raise AdaptcError."""
     found = checks.own_cache(facts, past, None)
     assert isinstance(found, CrossCache)
     return found
 
 
 def needed(facts: CrossFacts, source: Tensor | None) -> Tensor:
-    """What the encoder reads, which must be there."""
+    """Return the encoder's input ``source``. Raises AdaptcError where it is None."""
     if source is None:
         raise AdaptcError(f"there is nothing to encode: give {facts.main}, encoder_outputs, or a cache of gen.prefill")
     return source
 
 
 def source(facts: CrossFacts, inputs: Any, mask: Any) -> None:
-    """Raises AdaptcError for what is no input of the encoder."""
+    """Raise AdaptcError for an input or mask that the encoder cannot take."""
     if facts.features is None:
         checks.tokens(facts, inputs)
         if inputs.shape[1] == 0:
@@ -108,7 +110,10 @@ def source(facts: CrossFacts, inputs: Any, mask: Any) -> None:
 
 
 def given_states(outputs: Any) -> Tensor | None:
-    """The encoder's states in what it gave, whatever form that has."""
+    """Return the last hidden states in the encoder's output, a tensor or a model output; None for None.
+
+    Raises AdaptcError for anything else.
+    """
     if outputs is None or isinstance(outputs, Tensor):
         return outputs
     try:
@@ -120,7 +125,7 @@ def given_states(outputs: Any) -> Tensor | None:
 
 
 def states(facts: CrossFacts, given: Any, mask: Any) -> None:
-    """Raises AdaptcError for what no encoder of this model gave."""
+    """Raise AdaptcError for states or a mask that no encoder of this model gave."""
     found = tuple(given.shape) if isinstance(given, Tensor) else f"a {type(given).__name__}"
     if not isinstance(given, Tensor) or given.ndim != 3 or given.shape[2] != facts.hidden:
         raise AdaptcError(f"encoder_outputs must hold a tensor (batch, positions, {facts.hidden}); got {found}")
@@ -134,13 +139,13 @@ def states(facts: CrossFacts, given: Any, mask: Any) -> None:
 
 
 def same_rows(encoded: int, decoded: int) -> None:
-    """Raises AdaptcError where the two sides differ in rows."""
+    """Raise AdaptcError where the encoder and the decoder have different numbers of rows."""
     if encoded != decoded:
         raise AdaptcError(f"{encoded} rows were encoded, and decoder_input_ids has {decoded}: give as many")
 
 
 def places(facts: CrossFacts, front: Opening) -> None:
-    """Raises ConfigError for rows that begin at several places of a cache, where a program knows tokens by these."""
+    """Raise ConfigError for rows with different numbers of virtual tokens, where the model takes no position_ids."""
     if not facts.positions and front.ahead is not None and bool(front.ahead.any()):
         raise ConfigError(
             f"the adapters of these rows put several numbers of tokens in front, up to {front.count}, and this model "
@@ -149,7 +154,7 @@ def places(facts: CrossFacts, front: Opening) -> None:
 
 
 def nothing_decoded(past: CrossCache) -> None:
-    """Raises AdaptcError for several sequences of each row of a cache that some were decoded with."""
+    """Raise AdaptcError where several sequences per row are asked for and the cache already holds decoded tokens."""
     if past.decoded:
         raise AdaptcError(
             f"the cache holds {past.decoded} positions of one sequence each, and several are asked for: leave out "

@@ -1,4 +1,4 @@
-"""What is known of the program of an encoder-decoder beside its graph."""
+"""Hold what is known of an encoder-decoder's program besides its graph."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ __all__ = ["CROSS", "CrossFacts", "check_side_by_side", "decoder_positions", "en
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class CrossFacts(Facts):
-    """``main``: the name of what the encoder reads, tokens or features of the shape ``features`` (without the batch);
-    ``source``: how many tokens at most, None for any. ``cross``: the layout of keys and values of its states, which are
-    ``hidden`` wide. ``strides``: of whisper's convolutions."""
+    """The facts of an encoder-decoder's program that its graph does not hold.
+
+    ``main`` is the name of the encoder's input: tokens, or features of the shape ``features`` without the batch.
+    ``source`` is the most tokens that the encoder reads; None for any number. ``cross`` is the layout of the
+    cross-attention's keys and values. ``hidden`` is the width of the encoder's states. ``strides`` are those of
+    whisper's convolutions.
+    """
 
     main: str
     features: tuple[int, ...] | None
@@ -30,7 +34,7 @@ class CrossFacts(Facts):
 
     @property
     def encoded(self) -> Encoded:
-        """How the model is captured."""
+        """Return the description of the model's encoder with which it is captured."""
         return Encoded(self.main, self.features, self.strides, self.layout, self.cross)
 
     def notes(self) -> list[str]:
@@ -39,17 +43,17 @@ class CrossFacts(Facts):
 
     @property
     def parts(self) -> Mapping[str, Sequence[str]]:
-        """The outputs of each part of the program."""
+        """Return the outputs of each part of the program, by the part's name."""
         return {"encode": [STATES], "cross": self.cross.names, "step": ["logits"]}
 
 
 def decoder_positions(config: Any) -> int | None:
-    """What the decoder has positions for; None where they are not numbered."""
+    """Return the number of positions that the decoder has; None where the config does not say."""
     return _number(config, "max_target_positions", "max_position_embeddings")
 
 
 def encoder_positions(config: Any) -> int | None:
-    """What the encoder has positions for; None where they are not numbered."""
+    """Return the number of positions that the encoder has; None where the config does not say."""
     return _number(config, "max_source_positions", "max_position_embeddings")
 
 
@@ -58,6 +62,6 @@ def _number(config: Any, *names: str) -> int | None:
 
 
 def check_side_by_side(config: Any, name: str) -> None:
-    """Raises CaptureError for a model that is put together of two others, whose parts have configs of their own."""
+    """Raise CaptureError for a model that combines two models with configs of their own."""
     if getattr(config, "encoder", None) is not None and getattr(config, "decoder", None) is not None:
         raise CaptureError(f"{name} is put together of two models, and generation is for models that are one")

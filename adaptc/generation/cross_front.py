@@ -1,9 +1,8 @@
-"""What adapters have in front, in programs with an encoder: tokens before those that it reads, keys and values before
-those of the decoder's tokens.
+"""Handle the virtual tokens of adapters in programs with an encoder.
 
-The program's encoder puts tokens there itself, at the places of its own. What is left to do: what they follow from is
-handed to it, and its states are more than the mask of a caller has numbers for. With keys and values the decoder's own
-cache begins, as that of a model without an encoder does.
+The program's encoder adds the virtual tokens of a prompt itself. The inputs that they depend on are passed to it. Its
+states are then more than the positions of the caller's mask. The decoder's cache begins with a KV prefix, as in a model
+without an encoder.
 """
 
 from __future__ import annotations
@@ -17,17 +16,20 @@ from adaptc.errors import AdaptcError
 from adaptc.generation.checks import behind
 from adaptc.generation.front import begins, taken
 
-#: what the encoder reads in front, and what the decoder's cache begins with
+#: the openings of the encoder, and those of the decoder's cache
 ENCODED, DECODED = ("prompt",), ("cached",)
 
 
 def popped(runs: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What adapters ask of a caller, by name, which is in ``kwargs`` no more."""
+    """Remove the inputs that adapters' virtual tokens depend on from ``kwargs`` and return them by name."""
     return {name: value for name in taken(runs) if (value := kwargs.pop(name, None)) is not None}
 
 
 def for_encoder(takes: Collection[str], runs: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Of these what the encoder takes. Raises AdaptcError for what it lacks."""
+    """Return those of the ``given`` inputs that the encoder takes, whose names are in ``takes``.
+
+    Raises AdaptcError for a missing one.
+    """
     names = [n for n in taken(runs) if n in takes]
     for name in names:
         if not isinstance(given.get(name), Tensor):
@@ -36,7 +38,7 @@ def for_encoder(takes: Collection[str], runs: Any, given: Mapping[str, Any]) -> 
 
 
 def mask_of_states(runs: Any, states: Any, mask: Any) -> Any:
-    """The mask of what an encoder gave, whose first states may be of the adapter's tokens, which are seen."""
+    """Return the mask of the encoder's states: ``mask`` with ones in front for the adapter's virtual tokens."""
     if not begins(runs, ENCODED) or not isinstance(mask, Tensor) or not isinstance(states, Tensor) or mask.ndim != 2:
         return mask
     return behind(max(states.shape[1] - mask.shape[1], 0), mask)

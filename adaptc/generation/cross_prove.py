@@ -1,7 +1,7 @@
-"""Whether the parts of an encoder-decoder's program, with the caches between them, say what its model says without.
+"""Check that the parts of an encoder-decoder's program compute with their caches what the model computes without.
 
-Before: a model, and its program without adapters. After: nothing, where what is decoded in three pieces has the model's
-logits for every token that is no padding, on either side; else a CaptureError. See ``prove``.
+The decoder takes its tokens in three chunks. Its logits must be the model's, with padding on the encoder's side; else a
+CaptureError says how far they differ. See ``prove``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ _ROWS, _TOKENS, _READ, _PADDED = 2, 8, 6, 2
 
 @torch.no_grad()
 def prove_across(model: Any, program: ExportedProgram, facts: CrossFacts) -> None:
-    """See the module docstring."""
+    """Raise CaptureError where the logits of the program's parts differ from the model's; see the module docstring.
+
+    Nothing is checked on the meta device, nor for a program of fewer than three positions.
+    """
     first = next(model.parameters())
     length = min(_TOKENS, facts.max_length)
     if first.device.type == "meta" or length < 3:

@@ -1,16 +1,16 @@
-"""The step of an encoder-decoder: three parts of one program, which have nothing in common but weights.
+"""Turn an encoder-decoder into its step: three parts of one program, which share nothing but weights.
 
-Before: a transformers model with an encoder. After, inside :func:`stepping_across`: the same module, whose ``forward``
-takes plain tensors alone and gives, by name, what each part computes. One program is captured, adapted, swapped and
-saved as any other; calls run one part of it at a time (``adaptc.program.parts``).
+Inside :func:`stepping_across` the model's ``forward`` takes plain tensors alone and gives the results of all parts by
+name. One program is captured, adapted, swapped and saved as any other. Calls run one part of it at a time
+(``adaptc.program.parts``).
 
-    encode   what the encoder reads, and its mask            -> states (batch, positions, hidden)
+    encode   the encoder's input, and its mask               -> states (batch, positions, hidden)
     cross    states                                          -> cross_keys_i, cross_values_i, of each layer
-    step     as of a decoder alone, and                      -> logits
+    step     the inputs of a decoder's step (see ``step``),  -> logits
              states_mask (batch, positions), cross_keys_i, cross_values_i
 
-Keys and values of the encoder's states are outputs of one part and inputs of another, so they are computed once for
-each generation. The rows that are encoded are free of those that are decoded: beams share an encoding.
+The cross-attention's keys and values are outputs of one part and inputs of another, so they are computed once per
+generation. The number of encoded rows is independent of the number of decoded rows: beams share one encoding.
 """
 
 from __future__ import annotations
@@ -34,17 +34,20 @@ from adaptc.generation.layout import CacheLayout, cache_of
 from adaptc.generation.step import Step, example_step, learn_sizes, written_cache
 
 STATES, MASK = "states", "states_mask"
-#: what the names of its keys and values begin with
+#: the prefix of the names of the cross-attention's keys and values
 CROSS = "cross_"
-#: sizes of the example, other than those of the step's
+#: sizes of the example inputs, different from those of the step's
 _SOURCES, _READ, _POSITIONS = 4, 7, 9
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What a model's encoder reads: ``main``, tokens (batch, length) or ``features`` of a fixed shape (batch, ...).
-    ``strides``: by which whisper's convolutions shorten them. ``own`` and ``cross``: the decoder's caches, of its own
-    positions and of the encoder's."""
+    """A description of what a model's encoder reads, and of the decoder's caches.
+
+    ``main`` is the name of its input: tokens (batch, length), or features of the fixed shape (batch, *``features``).
+    ``strides`` are those of whisper's convolutions, which shorten the features. ``own`` is the layout of the decoder's
+    own cache, ``cross`` that of the cross-attention.
+    """
 
     main: str
     features: tuple[int, ...] | None
@@ -59,8 +62,11 @@ class Encoded:
 
     @classmethod
     def of(cls, model: nn.Module) -> Encoded:
-        """Runs ``model`` once. Raises CaptureError for one whose encoder reads anything else, or whose state is no
-        cache of keys and values."""
+        """Return the description that running ``model`` once gives.
+
+        Raises CaptureError for a model whose encoder reads anything but tokens or whisper's features, or whose cache
+        has anything but keys and values.
+        """
         name, main = type(model).__name__, str(getattr(model, "main_input_name", ""))
         features: tuple[int, ...] | None = None
         strides = 1, 1
@@ -83,8 +89,10 @@ class Encoded:
 
 @contextlib.contextmanager
 def stepping_across(model: nn.Module, encoded: Encoded) -> Iterator[Step]:
-    """``model`` as its three parts; as it was afterwards. Raises CaptureError for a model whose forward takes no
-    cache."""
+    """Run the block with ``model`` as its three parts; its own forward is restored afterwards.
+
+    Raises CaptureError for a model whose forward takes no cache, or no ``encoder_outputs``.
+    """
     takes = inspect.signature(model.forward).parameters
     past = next((n for n in ("cache", "past_key_values") if n in takes), None)
     if past is None or "encoder_outputs" not in takes:
@@ -152,7 +160,8 @@ def _layer_class() -> type:
     from transformers.cache_utils import DynamicLayer
 
     class CrossLayer(DynamicLayer):
-        """Shows what was computed before, and keeps apart what would be computed now."""
+        """A cache layer that shows the keys and values it was made with, and notes those that the model computes
+        now."""
 
         def __init__(self, keys: Tensor, values: Tensor) -> None:
             super().__init__()
@@ -163,6 +172,6 @@ def _layer_class() -> type:
             return self.held
 
         def get_seq_length(self) -> int:
-            return 0  # so that it asks for what would be computed
+            return 0  # so that the model computes its own keys and values
 
     return CrossLayer

@@ -1,4 +1,4 @@
-"""What is known of a step program as a text, which is saved beside the program, and read again."""
+"""Write the facts of a step program as JSON, which is saved beside the program, and read them again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAME = "adaptc.generation.json"
 FORMAT = 1
 
 _LAYERS = [{"heads": Length, "key_dim": Length, "value_dim": Length, "sliding": Maybe(Length)}]
-#: of a model with an encoder
+#: the form of what is stored of a model with an encoder
 _ACROSS: dict[str, Any] = {
     "main": str,
     "features": Maybe([Length]),
@@ -54,7 +54,10 @@ _PLAIN = ("max_batch", "max_length", "positions", "embeds", "vocabulary", "width
 
 
 def described(facts: Facts) -> dict[str, str]:
-    """The text beside a program, by its name."""
+    """Return the facts as JSON, by the name of the file beside the program.
+
+    Raises ConfigError where a config has an attribute that JSON cannot hold.
+    """
     stored = {
         "format": FORMAT,
         "config": _written(facts.config, "config"),
@@ -82,8 +85,12 @@ def described(facts: Facts) -> dict[str, str]:
 def facts_of(
     stored: Any, inputs: Collection[str], tokenizer: Callable[[], Any] | None = None, outputs: Collection[str] = ()
 ) -> Facts:
-    """Inverse of :func:`described`, for a program that was saved with it: its inputs, and those of its outputs that
-    have names. Raises Refused."""
+    """Return the facts that :func:`described` has stored, for the program that was saved with them.
+
+    ``inputs`` are the names of the program's inputs, ``outputs`` those of its outputs that have names. ``tokenizer``
+    returns the tokenizer that came with the program. Raises Refused where the facts cannot be read or do not fit the
+    program.
+    """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if not isinstance(stored, dict) or stored.get("format") != FORMAT:
@@ -132,7 +139,7 @@ def facts_of(
 
 
 def _written(config: Any, name: str) -> Any:
-    """A config as JSON has it. Raises ConfigError for an attribute that it has not."""
+    """Return a config as JSON values. Raises ConfigError for an attribute that JSON cannot hold."""
     try:
         return json.loads(config.to_json_string(use_diff=False))
     except (TypeError, ValueError) as error:
@@ -148,8 +155,10 @@ def _written(config: Any, name: str) -> Any:
 
 
 def _generation_config(stored: dict[str, Any]) -> Any:
-    """With the attributes that somebody added, which transformers leaves out of one that was made of a model's
-    config."""
+    """Return the generation config, including attributes that users added.
+
+    transformers drops these from a generation config that was made from a model's config.
+    """
     from transformers import GenerationConfig
 
     config = GenerationConfig.from_dict(stored)

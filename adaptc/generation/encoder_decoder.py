@@ -1,8 +1,7 @@
-"""What generates with an encoder-decoder: the encoder once, what attention makes of its states once, then steps.
+"""Generate with an encoder-decoder: encode and project to cross-attention keys and values once, then run steps.
 
-Before: a program of three parts (``cross_step``) and what it was captured from. After: transformers' own ``generate``
-over them. A call takes the adapter when it begins, for all parts together, and keeps it to the end, whatever is swapped
-in between.
+The program has three parts (see ``cross_step``), and transformers' own ``generate`` runs over them. A call takes the
+current adapter when it begins, for all parts together. It keeps the adapter to the end, whatever is swapped meanwhile.
 """
 
 from __future__ import annotations
@@ -44,10 +43,11 @@ _NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class EncoderDecoder(Generator):
-    """Made by ``adaptc.compile_for_generation`` of a model with an encoder: T5, BART, mBART, whisper and their like.
+    """A generator over a model with an encoder, made by ``adaptc.compile_for_generation``: T5, BART, mBART, whisper and
+    others.
 
-    ``.program`` is one program of both sides, so whatever is done with it, a swap for example, is done to both; its
-    ``hoist_limit`` is what each of its three parts may hold. ``.program(...)`` computes all of them at once.
+    ``.program`` is one program for both sides, so a swap, for example, changes both. Its ``hoist_limit`` applies to
+    each of the three parts. ``.program(...)`` computes all parts at once.
     """
 
     facts: CrossFacts
@@ -57,16 +57,20 @@ class EncoderDecoder(Generator):
     ) -> None:
         super().__init__(runs, facts)
         self.main_input_name = facts.main
-        #: what calls run, while a generation goes on
+        #: the program's parts with the pinned adapter, while a generation is running
         self.parts: Mapping[str, Part] | None = None
-        #: what tokens follow from that the adapter has in front
+        #: the caller's inputs, such as ``task_ids``, that the encoder's virtual tokens depend on
         self.given: Mapping[str, Any] = {}
 
     def divided(self) -> Mapping[str, Sequence[str]]:
         return self.facts.parts
 
     def carried(self, tokenizer: Any) -> dict[str, bytes]:
-        """Compiled code reads past the end of a table of positions, so that what is known says how many are left."""
+        """Return the files that a package carries beside its code, by path.
+
+        The encoder's maximum of tokens is reduced by the virtual tokens. Compiled code does not check the table of
+        positions, and would read past its end.
+        """
         facts, now = self._known(), getattr(self._runs, "current", None)
         if facts.source is not None and now is not None:
             facts = replace(facts, source=facts.source - count_in_front(self._runs, now, ENCODED))
@@ -89,14 +93,15 @@ class EncoderDecoder(Generator):
     # -- calls ---------------------------------------------------------------------------------------------------------
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
-        """As transformers' ``generate``, with the adapter that is current when it is called.
+        """Generate as transformers' ``generate`` does, with the adapter that is current at the call.
 
-        ``input_ids`` (batch, tokens), or ``input_features`` (batch, mels, frames) of whisper, with an
-        ``attention_mask`` for either side's padding; or ``encoder_outputs``, which the encoder gave, with the mask.
-        ``decoder_input_ids``: what the answer begins with. ``past_key_values`` (or ``cache``): what :meth:`prefill` or
-        an earlier call gave, to go on from, with the tokens that are in it as ``decoder_input_ids``.
-        ``adapter_scale``: as for calls of programs, for this generation alone. Raises AdaptcError for what the program
-        cannot do, before anything is decoded or a cache is written to.
+        The encoder reads ``input_ids`` (batch, tokens), or ``input_features`` (batch, mels, frames) for whisper. An
+        ``attention_mask`` marks padding on the left or the right. ``encoder_outputs`` takes the place of the encoder's
+        input, together with the mask. ``decoder_input_ids`` are the first tokens of the answer. ``past_key_values`` (or
+        ``cache``) is a cache of :meth:`prefill` or of an earlier call, to continue from. ``decoder_input_ids`` then
+        holds the tokens that are in it. ``adapter_scale`` is as for calls of programs, for this generation alone.
+
+        Raises AdaptcError for what the program cannot do, before anything is decoded or a cache is written to.
         """
         check_options(kwargs, generation_config, self.facts.vocabulary)
         scale, given = kwargs.pop(SCALE, None), popped(self._runs, kwargs)
@@ -110,8 +115,11 @@ class EncoderDecoder(Generator):
     def prefill(  # type: ignore[override]
         self, inputs: Tensor, attention_mask: Tensor | None = None, **given: Any
     ) -> CrossCache:
-        """The cache of what the encoder reads, to be decoded by :meth:`generate`, any number of times from copies of
-        it. ``given``: inputs that an adapter added, such as ``task_ids``."""
+        """Return a cache of what the encoder makes of ``inputs``, from which :meth:`generate` decodes.
+
+        Copies of it can be decoded any number of times. ``given`` has the inputs that an adapter added, such as
+        ``task_ids``.
+        """
         pinned = self.pinned()
         made = pinned.new_cache()
         pinned.given = popped(self._runs, given)
@@ -122,7 +130,7 @@ class EncoderDecoder(Generator):
         return made
 
     def new_cache(self) -> CrossCache:  # type: ignore[override]
-        """One with nothing in it but what the current adapter has in front of what is decoded."""
+        """Return a cache that holds nothing but the current adapter's KV prefix for the decoder."""
         made = cross_cache_class()(self.facts.layout, self.facts, self.facts.max_length, self.device)
         step = self.kept_parts()["step"]
         if (front := front_of(self._runs, step, self.facts, self.device, {}, DECODED)) is not None:
@@ -131,13 +139,14 @@ class EncoderDecoder(Generator):
         return made
 
     def pinned(self, offset: int = 0, scale: Any = None) -> Self:
-        """One that keeps the adapter that is current now, in all its parts."""
+        """Return a generator that keeps the adapter that is current now, in all parts."""
         new = self.twin()
         new.parts, new.begun = self.kept_parts(scale), False
         return new
 
     def kept_parts(self, scale: Any = None) -> Mapping[str, Part]:
-        """The program's parts, all with one adapter: that of the generation, or of now."""
+        """Return the program's parts by name, all with one adapter: the generation's, or else the one that is current
+        now."""
         if self.parts is not None:
             return self.parts
         runs = self._runs
@@ -147,7 +156,10 @@ class EncoderDecoder(Generator):
     def encode(
         self, inputs: Tensor, attention_mask: Tensor | None = None, extra: Mapping[str, Tensor] = _NOTHING
     ) -> Tensor:
-        """The encoder's states (batch, positions, hidden). ``extra``: inputs that adapters added, by name."""
+        """Return the encoder's last hidden states (batch, positions, hidden).
+
+        ``extra`` has the inputs that adapters added, by name.
+        """
         cross_checks.source(self.facts, inputs, attention_mask)
         if attention_mask is None:
             attention_mask = inputs.new_ones(inputs.shape[:2], dtype=torch.int64)
@@ -160,7 +172,10 @@ class EncoderDecoder(Generator):
     def begin(
         self, cache: CrossCache, states: Tensor, mask: Tensor | None, extra: Mapping[str, Tensor] = _NOTHING
     ) -> None:
-        """What ``cache`` holds of ``states``, of which ``mask`` says what may be seen."""
+        """Compute the cross-attention's keys and values of ``states`` and store them in ``cache``.
+
+        ``mask`` (batch, positions) is the attention mask of what the encoder read; None where nothing is padding.
+        """
         mask = mask_of_states(self._runs, states, mask)
         cross_checks.states(self.facts, states, mask)
         if mask is None or self.facts.features is not None:
@@ -185,13 +200,14 @@ class EncoderDecoder(Generator):
         return_dict: bool | None = None,
         **others: Any,
     ) -> Any:
-        """One step: the logits of the decoder's new tokens (batch, tokens), whose keys and values go into the cache.
+        """Compute one step: the logits of the decoder's new tokens (batch, tokens), whose keys and values go into the
+        cache.
 
-        The encoder runs where there is neither a cache with its states nor ``encoder_outputs``. Without a cache a new
-        one is made, and is in the output, unless ``use_cache`` is False.
+        The encoder runs where there is neither a cache with its states nor ``encoder_outputs``. Without a cache, a new
+        one is made. It is returned in the output, unless ``use_cache`` is False.
         """
         past = past_key_values if cache is None else cache
-        # Whisper finds out the language so, in a step of its own.
+        # Whisper detects the language in a step of its own with use_cache=False, whose new cache is not returned.
         keeps = past is not None or use_cache is not False
         given = popped(self._runs, others) if self.parts is None else self.given
         rows = decoder_input_ids.shape[0] if isinstance(decoder_input_ids, Tensor) else 0
@@ -254,11 +270,11 @@ class EncoderDecoder(Generator):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """What a step takes of the state of a generation."""
+        """Return the arguments of the next step: the new tokens and their position_ids."""
         kwargs.pop("is_first_iteration", None)
         mask, past = kwargs.get("decoder_attention_mask"), kwargs.get(past_name())
         if self.facts.positions and mask is not None and "decoder_position_ids" not in kwargs:
-            # As transformers' whisper does: positions count the tokens that are seen.
+            # As transformers' whisper does: position_ids count the tokens that the mask lets through.
             seen = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
             kwargs["decoder_position_ids"] = seen + getattr(past, "begun", 0)
         if next_sequence_length is not None:
@@ -293,7 +309,7 @@ class EncoderDecoder(Generator):
 
 
 class Encoder:
-    """The encoder of a generation, as transformers calls one."""
+    """The encoder of a generator, with the interface of a transformers encoder."""
 
     def __init__(self, owner: EncoderDecoder) -> None:
         self.owner, self.main_input_name = owner, owner.facts.main
@@ -317,24 +333,24 @@ class Encoder:
         checks.refuse({"output_attentions": output_attentions, "output_hidden_states": output_hidden_states})
         facts = self.owner.facts
         source = cross_checks.needed(facts, input_features if facts.features else input_ids)
-        # Others are the decoder's, which checks them.
+        # All further arguments are the decoder's, which checks them.
         extra = taken_from(self.owner.runs, kwargs, source.shape[0])
         states: Any = self.owner.encode(source, attention_mask, extra)
         return as_asked(BaseModelOutput(last_hidden_state=states), return_dict)
 
 
 class Whisper(EncoderDecoder):
-    """Of audio: transformers' own generation of whisper, with its languages, tasks, timestamps and long recordings."""
+    """A generator for whisper, with transformers' own handling of languages, tasks, timestamps and long recordings."""
 
     @property
     def model(self) -> Any:
-        """What whisper's generation reads of the model inside."""
+        """Return the encoder and the config, which whisper's generation reads off the inner model."""
         return SimpleNamespace(encoder=self.get_encoder(), config=self.config)
 
 
 @cache
 def encoder_decoder_class(audio: bool) -> type[EncoderDecoder]:
-    """The one that is a ``transformers.GenerationMixin``, or whisper's."""
+    """Return the generator's class as a subclass of ``transformers.GenerationMixin``, or of whisper's for ``audio``."""
     from transformers import GenerationMixin
     from transformers.models.whisper.generation_whisper import WhisperGenerationMixin
 

@@ -1,4 +1,4 @@
-"""What is known of a step program beside its graph, and what this release of transformers calls things."""
+"""Hold what is known of a step program besides its graph, and the names that the installed transformers uses."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ import torch
 from adaptc.generation.layout import CacheLayout
 from adaptc.tables import size
 
-#: what a step has of the tokens before its own: a cache with room for more, which is masked, and whose sliding layers
-#: keep their window alone; the same with all positions in every layer; a cache whose room ends with the step's own
-#: tokens, for models whose masks follow from its size; a state instead of a cache; or nothing, and the whole text is
-#: given
+#: how a step knows the tokens before its own. WINDOW: a cache with room for more positions, masked, whose
+#: sliding-window layers keep only their window. ROOM: the same with all positions in every layer. EXACT: a cache that
+#: ends with the step's tokens, for models whose masks follow from its size. STATE: a recurrent state. NOTHING: no
+#: cache, and each step is given the whole text.
 WINDOW, ROOM, EXACT, STATE, NOTHING = KEEPS = ("window", "room", "exact", "state", "nothing")
 
 
 @dataclass(frozen=True, eq=False)
 class Facts:
-    """``config``, ``generation_config``: copies of the model's. ``max_batch``, ``max_length``: rows and positions that
-    a cache has at most. ``positions``, ``embeds``: whether the step takes position ids, and embeddings. ``vocabulary``,
-    ``width``: how many tokens there are, and the size of their embeddings. ``tokenizer``: gives the
-    one that came with the program, if one did. ``keeps``: see :data:`KEEPS`; ``why``: what the model does not allow,
-    where it is not the first of them that it could be."""
+    """The facts of a step program that its graph does not hold.
+
+    ``config`` and ``generation_config`` are copies of the model's. ``max_batch`` and ``max_length`` are the most rows
+    and positions that a cache may have. ``positions`` and ``embeds`` say whether the step takes position_ids, and
+    inputs_embeds. ``vocabulary`` is the number of tokens, ``width`` the size of their embeddings. ``tokenizer`` returns
+    the tokenizer that came with the program; None for none. ``keeps`` is one of :data:`KEEPS`. ``why`` says why a
+    better kind of step failed for the model; '' where none did.
+    """
 
     config: Any
     generation_config: Any
@@ -40,14 +43,16 @@ class Facts:
     tokenizer: Callable[[], Any] | None = field(default=None, kw_only=True)
     keeps: str = field(default=ROOM, kw_only=True)
     why: str = field(default="", kw_only=True)
-    #: coefficients that a step is given, a value for each of its tokens (see ``acting``)
+    #: the token coefficients that a step takes, with a value for each of its tokens (see ``acting``)
     acts: tuple[str, ...] = field(default=(), kw_only=True)
-    #: the facts of the same step with another number of passes, by that
+    #: number of passes -> the facts of the same step with so many
     others: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
 
     def of_passes(self, passes: int) -> Self:
-        """Those of the same step with so many passes in it (see :class:`CacheLayout`): each time the same object, since
-        caches are of one."""
+        """Return the facts of the same step with ``passes`` passes in it (see :class:`CacheLayout`).
+
+        The same number gives the same object each time, because a cache belongs to the facts that it was made for.
+        """
         if passes == self.layout.passes:
             return self
         found = self.others.get(passes)
@@ -59,11 +64,11 @@ class Facts:
 
     @property
     def window(self) -> int | None:
-        """Positions that sliding layers of the cache keep, None for all."""
+        """Return the size of the sliding window that the cache's rings keep; None where all positions are kept."""
         return self.layout.window if self.keeps == WINDOW else None
 
     def notes(self) -> list[str]:
-        """What a report says of the cache."""
+        """Return the lines of a report about the cache."""
         if self.keeps == NOTHING:
             return [f"no cache, so each token computes the whole text: {self.why}"]
         passes = f" in {self.layout.passes} passes" if self.layout.passes > 1 else ""
@@ -84,14 +89,14 @@ class Facts:
 
 @cache
 def past_name() -> str:
-    """What this release of transformers calls a cache."""
+    """Return the name that the installed transformers gives to a cache: "cache" or "past_key_values"."""
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     return "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 def step_output(logits: torch.Tensor, past: Any) -> Any:
-    """What a step gives, as models of transformers do."""
+    """Return the logits and the cache of a step as a transformers model output."""
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     fields: dict[str, Any] = {past_name(): past}

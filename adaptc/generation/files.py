@@ -1,6 +1,6 @@
-"""A saved generator, known again from what stands beside its program in the file.
+"""Read a saved generator from the facts that stand beside its program in the file.
 
-The program is a program like any other; a text beside it holds the model's config, its generation config, and the
+The program is stored like any other. A JSON text beside it holds the model's config, its generation config, and the
 layout of its cache.
 """
 
@@ -19,15 +19,17 @@ from adaptc.pt2_files.refusal import Refused, reason, shown_path
 
 
 def generator_in(path: Path, program: AdaptedProgram) -> Generator | None:
-    """The generator that was saved to ``path``, whose program was read; None where it is a program alone. Raises
-    CheckpointError where what stands beside the program cannot be read."""
+    """Return the generator that was saved to ``path``, whose ``program`` was read; None for a program alone.
+
+    Raises CheckpointError where the facts beside the program cannot be read.
+    """
     stored = read_beside(path, NAME)
     if stored is None:
         return None
     try:
         facts = facts_of(stored, program.adaptation.inputs(program).names, outputs=outputs_of(program))
         return generator_of(program, facts)
-    except Exception as error:  # configs of strangers can break any of their readers
+    except Exception as error:  # transformers raises many types for a broken config
         why = str(error) if isinstance(error, Refused) else reason(error)
         raise CheckpointError(
             f"{shown_path(path)}: what it says of generation cannot be read: {why}. Save it again from the model"

@@ -1,9 +1,8 @@
-"""What a fresh cache begins with: that of an adapter which puts tokens in front of a text.
+"""Compute what a fresh cache begins with: the virtual tokens of a prompt or prefix adapter.
 
-Before: what runs a step program, and its adapter. After: an :class:`Opening`, or None where the adapter has nothing in
-front. Keys and values are the adapter's own; embeddings become what the step itself makes of them, as if they were the
-first tokens of a text. Both are computed once for each binding, or, where they follow from what a caller gives (the
-task of each row), once for each cache.
+A KV prefix is taken from the adapter's slots. Prompt embeddings are run through the step as the first tokens of a text,
+and their keys and values are kept. Both are computed once per binding. Where they depend on inputs that a caller gives,
+such as ``task_ids``, they are computed once per cache.
 """
 
 from __future__ import annotations
@@ -29,26 +28,29 @@ from adaptc.program.bound import program_of
 from adaptc.program.core import ProgramCore
 from adaptc.torch_modes import plainly
 
-#: binding -> the writes to all that was read, and what followed from it
+#: binding -> how often each tensor that was read had been written to then, and the :class:`Opening` computed from them
 _KNOWN: WeakKeyDictionary[Any, tuple[Any, Opening]] = WeakKeyDictionary()
 
 
 def begins(runs: Any, openings: Sequence[str] = OPENINGS) -> list[Attachment]:
-    """The attachments of a program, or of what is bound to one, that say what a cache begins with, by one of these
-    functions."""
+    """Return the attachments that say what a cache begins with, by one of the methods ``openings``.
+
+    ``runs`` is a program, or what is bound to one. :data:`OPENINGS` says which methods there are.
+    """
     adaptation = getattr(program_of(runs), "adaptation", None)
     attachments: Sequence[Attachment] = () if adaptation is None else adaptation.attachments
     return [a for a in attachments if isinstance(a.method, ProgramMethod) and a.method.opening() in openings]
 
 
 def taken(runs: Any) -> list[str]:
-    """The inputs that these ask of a caller."""
+    """Return the names of the inputs that the attachments of :func:`begins` ask of a caller, such as ``task_ids``."""
     methods = [a.method for a in begins(runs)]
     return [n for m in methods if isinstance(m, ProgramMethod) for n, e in m.extras().items() if e.place is None]
 
 
 def refuse_without_cache(runs: Any, facts: Facts, name: str) -> None:
-    """Raises ConfigError where there is no cache, or no embeddings, to begin with."""
+    """Raise ConfigError where an adapter has virtual tokens and the step has no cache, or takes no embeddings for a
+    prompt."""
     for a in begins(runs):
         if facts.keeps == NOTHING:
             raise ConfigError(
@@ -71,9 +73,12 @@ def front_of(
     given: Mapping[str, Any],
     openings: Sequence[str] = OPENINGS,
 ) -> Opening | None:
-    """What a cache begins with for the adapter that ``step`` keeps, by default the current one. ``given``: by name,
-    what :func:`taken` names; ``openings``: as for :func:`begins`. Raises AdaptcError for values that the adapter cannot
-    have, and where it leaves no room for a text."""
+    """Return what a cache begins with for the adapter that ``step`` keeps; None where it has no virtual tokens.
+
+    ``step`` None means the adapter that is current now. ``given`` has the values of the inputs that :func:`taken`
+    names. ``openings`` is as for :func:`begins`. Raises AdaptcError for values that the adapter cannot take, and where
+    the virtual tokens leave no room for a text.
+    """
     one = partial(_of_one, runs, facts, device, openings)
     if isinstance(runs, Assignment):
         made = front_of_rows(
@@ -95,10 +100,11 @@ def _of_one(
     step: Callable[..., Any] | None,
     given: Mapping[str, Any],
 ) -> Opening | None:
-    """Of one adapter, which ``step`` keeps."""
+    """Return what a cache begins with for the one adapter in ``binding``, which ``step`` runs with; None for
+    nothing."""
     found = [] if binding is None else _with_slots(runs, binding, openings)
     fronts = [f for a in found if (f := _Front.of(a, binding)).count]
-    fronts.sort(key=lambda f: f.method.opening() != "cached")  # keys and values come before all tokens
+    fronts.sort(key=lambda f: f.method.opening() != "cached")  # a KV prefix stands before all prompt embeddings
     _refuse_given({n: v for n, v in given.items() if not any(n in f.wanted for f in fronts)})
     if not fronts:
         return None
@@ -112,18 +118,18 @@ def _of_one(
     if known is None or known[0] != _writes(program, binding):
         with plainly():
             made = _opened(fronts, step, facts, device, own)
-        # What runs for the first time may lay weights out in another way, which is no write to them.
+        # Read after the run: a first run may lay weights out anew, which changes their addresses and is no write.
         known = _KNOWN[binding] = _writes(program, binding), made
     return known[1]
 
 
 def count_in_front(runs: Any, binding: Any, openings: Sequence[str] = OPENINGS) -> int:
-    """How many tokens an adapter of ``runs`` puts in front of those of a text."""
+    """Return the number of virtual tokens of the adapter in ``binding``."""
     return sum(_Front.of(a, binding).count for a in _with_slots(runs, binding, openings))
 
 
 def _with_slots(runs: Any, binding: Any, openings: Sequence[str]) -> list[Attachment]:
-    """Of these attachments those that a binding has."""
+    """Return the attachments of :func:`begins` whose slots are all in ``binding``."""
     return [a for a in begins(runs, openings) if all(f in binding.values for f in a.slots.values())]
 
 
@@ -134,7 +140,7 @@ def _opened(
     device: torch.device,
     given: Sequence[Mapping[str, Tensor]],
 ) -> Opening:
-    """What several have in front, one behind the other."""
+    """Return the :class:`Opening` of several attachments, whose virtual tokens follow one another."""
     made: Opening | None = None
     for front, own in zip(fronts, given, strict=True):
         made = front.opening(step, facts, device, own, made)
@@ -143,7 +149,7 @@ def _opened(
 
 
 def check_room(count: int, facts: Facts) -> None:
-    """Raises AdaptcError where so many tokens in front leave no room for a text."""
+    """Raise AdaptcError where ``count`` virtual tokens leave no room for a text."""
     if count >= facts.max_length:
         raise AdaptcError(
             f"the adapter puts {count} tokens in front, which leaves no room for those of a text: "
@@ -152,7 +158,7 @@ def check_room(count: int, facts: Facts) -> None:
 
 
 class _Front:
-    """The tokens in front of one adapter's: ``count`` of them."""
+    """The ``count`` virtual tokens of one attachment."""
 
     def __init__(self, method: ProgramMethod, slots: Mapping[str, Tensor]) -> None:
         self.method, self.slots = method, slots
@@ -168,7 +174,10 @@ class _Front:
         return {n: e for n, e in self.method.extras().items() if e.place is None}
 
     def given(self, given: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-        """What the method asks of a caller. Raises AdaptcError for what is not there, or cannot be."""
+        """Return the inputs that the method takes from a caller, by name, on ``device``.
+
+        Raises AdaptcError for a missing value, another shape or dtype, and values that the method refuses.
+        """
         out: dict[str, Tensor] = {}
         for name, extra in self.wanted.items():
             value = given.get(name)
@@ -190,7 +199,7 @@ class _Front:
         given: Mapping[str, Tensor],
         before: Opening | None,
     ) -> Opening:
-        """``before``: what comes before it."""
+        """Return what a cache begins with: these virtual tokens behind ``before``, or alone where that is None."""
         if self.method.opening() == "cached":
             assert before is None
             rows = self.method.cached(self.slots, given)
@@ -203,12 +212,12 @@ class _Front:
 def _read(
     rows: Tensor, step: Callable[..., Any], facts: Facts, device: torch.device, before: Opening | None
 ) -> Opening:
-    """What the cache holds after a text of these embeddings (batch, count, width)."""
+    """Return what the cache holds after ``before`` and a text of the embeddings ``rows`` (batch, count, width)."""
     batch, count = rows.shape[:2]
     begun = 0 if before is None else before.count
     past = cache_for(facts, device, before)
     past.expected = begun + count
-    past.activate_past_recording()  # all positions, in layers that look back on a window too
+    past.activate_past_recording()  # sliding-window layers keep all positions, too
     past.reserve(batch, begun + count)
     inputs = {
         "input_ids": torch.zeros(batch, count, dtype=torch.int64, device=device),
@@ -227,7 +236,7 @@ def _refuse_given(given: Mapping[str, Any]) -> None:
 
 
 def _writes(program: Any, binding: Any) -> list[tuple[int, int]]:
-    """How often each tensor that a step may read was written to, and where it lies."""
-    base = program.base_tensors if isinstance(program, ProgramCore) else {}  # nobody writes to a package
+    """Return (number of writes, address) of each tensor that a step may read."""
+    base = program.base_tensors if isinstance(program, ProgramCore) else {}  # the weights of a package are constant
     tensors = [t for t in (*base.values(), *binding.values.values()) if isinstance(t, Tensor)]
     return [(0 if t.is_inference() else t._version, t.data_ptr()) for t in tensors]

@@ -1,7 +1,7 @@
-"""The options of ``generate`` by their types, before transformers or torch would stumble over them.
+"""Check the options of ``generate`` by their types, before transformers or torch fails on them.
 
-Before: what a caller gives by name, and a generation config. After: nothing, or a ConfigError that names the option and
-what it takes. What values mean, and which exclude each other, transformers checks itself.
+A wrong type raises a ConfigError that names the option and what it takes. transformers itself checks the meaning of
+values, and which options exclude each other.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _TOKENS = (
     "eos_token_id pad_token_id bos_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id "
     "suppress_tokens begin_suppress_tokens"
 )
-#: options that are counted from one
+#: options that must be at least one
 _AT_LEAST_ONE = ("num_beams", "num_return_sequences")
-#: tokens that are written, so the vocabulary must have them
+#: options for tokens that are generated, which the vocabulary must therefore have
 _WRITTEN = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
 
 
@@ -51,7 +51,7 @@ def _callables(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(map(callable, value))
 
 
-#: what an option takes, and how that is known
+#: (what the option takes, for the message; whether a value is that)
 _Rule = tuple[str, Callable[[Any], bool]]
 _RULES: dict[str, _Rule] = {
     **dict.fromkeys(_WHOLE.split(), ("a whole number", _whole)),
@@ -76,8 +76,10 @@ _RULES: dict[str, _Rule] = {
 
 
 def check_options(given: Mapping[str, Any], config: Any, vocabulary: int) -> None:
-    """``given``: by name; ``config``: None, or a generation config. Raises ConfigError for an option of another type,
-    and for tokens to be written that are not among ``vocabulary``."""
+    """Raise ConfigError for an option of a wrong type, and for a token to be generated that the vocabulary lacks.
+
+    ``given`` has the options by name, ``config`` is a generation config or None, ``vocabulary`` the number of tokens.
+    """
     from transformers import GenerationConfig
 
     if config is not None and not isinstance(config, GenerationConfig):

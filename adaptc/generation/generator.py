@@ -1,8 +1,8 @@
-"""The object that generates: transformers' own generation over a step program, with adapters.
+"""Generate with adapters: transformers' own ``generate`` over a step program.
 
-Before: a step program and what it was captured from. After: ``generate`` with everything that transformers' has,
-written by nobody here. A call of ``generate`` takes the adapter when it begins and keeps it to the end, whatever is
-swapped in between; the cache belongs to the call, or to the caller who hands one in.
+All of ``generate``'s features are transformers' own code. A call of ``generate`` takes the current adapter when it
+begins and keeps it to the end, whatever is swapped meanwhile. The cache belongs to the call, or to the caller who
+passes one in.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ from adaptc.runtime.answers import as_asked
 
 
 class Generator(Holder):
-    """Made by ``adaptc.compile_for_generation``. ``config``, ``generation_config``: the model's, copied."""
+    """A generator over a step program, made by ``adaptc.compile_for_generation``.
+
+    ``config`` and ``generation_config`` are copies of the model's.
+    """
 
     main_input_name = "input_ids"
     base_model_prefix = "model"
@@ -50,24 +53,27 @@ class Generator(Holder):
     _is_stateful = False
 
     def __init__(self, runs: Any, facts: Facts) -> None:
-        #: a program, a package of one, or what is bound to either
+        #: a program, a package of one, or an adapter bound to either
         self._runs, self.facts = runs, facts_for(facts, runs)
         self.config, self.generation_config = facts.config, facts.generation_config
-        #: what a step calls, while a generation goes on
+        #: the callable that computes a step, while a generation is running
         self.step: Callable[..., Any] | None = None
-        #: positions of its cache that its ``input_ids`` does not begin with
+        #: the number of cache positions whose tokens are not part of ``input_ids``
         self.offset = 0
-        #: where the adapter acts, while a generation goes on
+        #: the tokens at which an aLoRA adapter acts, while a generation is running
         self.acting: Acting | None = None
-        #: whether a step was computed
+        #: whether this generation has computed a step
         self.begun = False
 
     # -- the program inside --------------------------------------------------------------------------------------------
 
     @property
     def program(self) -> Any:
-        """The step program, which swap, merge, save and the other functions of adaptc work on: an
-        :class:`AdaptedProgram`, or a :class:`PackagedProgram`."""
+        """Return the step program, an :class:`AdaptedProgram` or a :class:`PackagedProgram`.
+
+        ``swap``, ``merge``, ``save`` and the other functions of adaptc work on it. Raises AdaptcError for a generator
+        that keeps one adapter.
+        """
         if isinstance(self._runs, Keeping):
             raise AdaptcError(
                 f"this generator keeps {self._runs.binding.source!r}: swap, merge and save the one that it was bound to"
@@ -79,19 +85,22 @@ class Generator(Holder):
         return self._runs
 
     def holding(self, program: AdaptedProgram) -> Self:
-        """The same for another version of its program."""
+        """Return a generator with these facts for another version of the program.
+
+        Raises ConfigError where the program's adapters read token coefficients that this step does not take.
+        """
         reads = {n for a in program.adaptation.attachments for n in of_tokens(a.method)}
         refuse_acting(sorted(reads - set(self.facts.acts)), "a program that generates would be made")
         return self.with_runs(program)
 
     def with_runs(self, runs: Any) -> Self:
-        """The same for another program, or for what is bound to one, with the configs of this one."""
+        """Return a generator with this one's configs for ``runs``: another program, or an adapter bound to one."""
         new = type(self)(runs, self.facts)
         new.config, new.generation_config = self.config, self.generation_config
         return new
 
     def _known(self) -> Any:
-        """The facts, with the configs that it has by now."""
+        """Return the facts with the configs as they are now; callers may have changed these."""
         return replace(self.facts, config=self.config, generation_config=self.generation_config)
 
     def beside(self) -> dict[str, str]:
@@ -110,7 +119,7 @@ class Generator(Holder):
         return with_given(self._runs, drawn(self.facts, self.device, options))
 
     def probes(self) -> list[dict[str, Tensor]]:
-        """Two steps of rows that differ, for finding where the rows are."""
+        """Return the inputs of two steps whose rows differ, which show where the rows lie in each tensor."""
         return pair(self.facts, self.device)
 
     @contextlib.contextmanager
@@ -122,23 +131,29 @@ class Generator(Holder):
             yield model
 
     def bind(self, adapter: Any, **options: Any) -> Self:
-        """One that keeps ``adapter`` whatever this one is swapped to; None gives the base. ``options`` and errors as
-        for :meth:`AdaptedProgram.bind`."""
+        """Return a generator that keeps ``adapter``, whatever this one is swapped to; None gives the base.
+
+        ``options`` and errors are those of :meth:`AdaptedProgram.bind`.
+        """
         return self.with_runs(self.program.bind(adapter, **options))
 
     def bank(self, adapters: Mapping[str, Any] | None = None, **limits: Any) -> GeneratorBank:
-        """Adapters by name, of which each prompt takes its own: ``gen.bank({...}).generate(ids, adapters=["fr", None,
-        {"de": 0.7, "style": 0.3}])``. ``limits`` and errors as for :meth:`AdaptedProgram.bank`."""
+        """Return a bank of adapters by name, of which each prompt of a batch takes its own.
+
+        ``gen.bank({...}).generate(ids, adapters=["fr", None, {"de": 0.7, "style": 0.3}])`` generates with it.
+        ``limits`` and errors are those of :meth:`AdaptedProgram.bank`.
+        """
         return bank_of(self, adapters, limits)
 
     @property
     def base(self) -> Self:
-        """The model without adapters: it shares the weights, and pays for nothing else."""
+        """Return a generator for the model without adapters; it shares the weights and needs no further memory for
+        them."""
         return self.with_runs(self.program.base)
 
     @property
     def tokenizer(self) -> Any:
-        """The one that is in its package; None where there is none."""
+        """Return the tokenizer that came with the package; None where there is none."""
         return None if self.facts.tokenizer is None else self.facts.tokenizer()
 
     @property
@@ -152,12 +167,14 @@ class Generator(Holder):
     # -- calls ---------------------------------------------------------------------------------------------------------
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
-        """As transformers' ``generate``, with the adapter that is current when it is called.
+        """Generate as transformers' ``generate`` does, with the adapter that is current at the call.
 
-        ``past_key_values`` (or ``cache``): what :meth:`prefill` or an earlier call gave, to go on from; ``input_ids``
-        then begins with the tokens that are in it, or, with an ``attention_mask`` for all of them, is what comes after.
-        The cache is written to; ``cache.copy()`` keeps it as it was. ``adapter_scale``: as for calls of programs, for
-        this generation alone. ``task_ids`` and their like, which an adapter asks for, have a value for each prompt.
+        ``past_key_values`` (or ``cache``) is a cache of :meth:`prefill` or of an earlier call, to continue from.
+        ``input_ids`` then begins with the tokens that are in the cache. With an ``attention_mask`` for all tokens, it
+        may instead hold the new tokens alone. The call writes to the cache; ``cache.copy()`` keeps it as it was.
+        ``adapter_scale`` is as for calls of programs, for this generation alone. Inputs that an adapter asks for, such
+        as ``task_ids``, have a value for each prompt.
+
         Raises AdaptcError, before anything is computed, for what the program cannot do.
         """
         check_options(kwargs, generation_config, self.facts.vocabulary)
@@ -179,8 +196,11 @@ class Generator(Holder):
     def generated(
         self, inputs: Tensor | None, generation_config: Any, kwargs: dict[str, Any], again: bool = False
     ) -> Any:
-        """What transformers' ``generate`` gives, of one that is pinned. ``again``: the cache holds all of the prompt,
-        whose last token is computed once more, which writes what is there."""
+        """Return what transformers' ``generate`` gives, for a pinned generator.
+
+        ``again`` says that the cache holds the whole prompt. Its last token is then computed again for its logits,
+        which overwrites that position.
+        """
         past = kwargs.get(past_name())
         with contextlib.nullcontext() if past is None else CacheChange(past, generating=True):
             if again and past is not None:
@@ -191,11 +211,14 @@ class Generator(Holder):
             except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, OSError) as error:
                 if self.begun or isinstance(error, AdaptcError):
                     raise
-                raise ConfigError(str(error)) from error  # of what transformers refuses, before it computes anything
+                raise ConfigError(str(error)) from error  # transformers refused an argument
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None, **given: Any) -> StepCache:
-        """The cache of a prompt (batch, tokens), to be continued by :meth:`generate`, any number of times from copies
-        of it. ``given``: inputs that an adapter added, such as ``task_ids``."""
+        """Return the cache of a prompt (batch, tokens), from which :meth:`generate` continues.
+
+        Copies of it can be continued any number of times. ``given`` has the inputs that an adapter added, such as
+        ``task_ids``.
+        """
         made = self.new_cache(**{n: given.pop(n) for n in taken(self._runs) if n in given})
         checks.tokens(self.facts, input_ids)
         with torch.no_grad():
@@ -209,14 +232,20 @@ class Generator(Holder):
         return made
 
     def new_cache(self, **given: Any) -> StepCache:
-        """One with nothing in it but what the current adapter has there. ``given``: what that follows from, such as
-        ``task_ids`` (batch,). Raises AdaptcError for what the adapter does not take, or lacks."""
+        """Return a cache that holds nothing but the virtual tokens of the current adapter.
+
+        ``given`` has the inputs that these depend on, such as ``task_ids`` (batch,). Raises AdaptcError for inputs that
+        the adapter does not take, or lacks.
+        """
         front = front_of(self._runs, self.step, self.facts, self.device, given)
         return cache_for(self.facts, self.device, front)
 
     def pinned(self, offset: int = 0, scale: Any = None) -> Self:
-        """One that keeps the adapter that is current now, for a generation that does not begin with what is in its
-        cache, ``offset`` positions. ``scale``: its ``adapter_scale``."""
+        """Return a generator that keeps the adapter that is current now, for one generation.
+
+        ``offset`` is the number of cache positions whose tokens are not part of its ``input_ids``. ``scale`` is the
+        ``adapter_scale``.
+        """
         new, runs = self.twin(), self._runs
         if self.step is None:
             new.step = runs.pinned(scale)
@@ -226,7 +255,7 @@ class Generator(Holder):
         return new
 
     def __copy__(self) -> Self:
-        """One that is swapped by itself, on the same weights."""
+        """Return a generator on the same weights whose adapter is swapped independently."""
         return self.with_runs(copy.copy(self._runs))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -250,10 +279,10 @@ class Generator(Holder):
         return_dict: bool | None = None,
         **others: Any,
     ) -> Any:
-        """One step: the logits of new tokens (batch, tokens), whose keys and values go into the cache.
+        """Compute one step: the logits of new tokens (batch, tokens), whose keys and values go into the cache.
 
-        ``attention_mask``: (batch, positions), of those in the cache and the new ones. Without a cache a new one is
-        made, and is in the output. ``return_dict=False`` gives the output as a tuple.
+        ``attention_mask`` (batch, positions) covers the positions in the cache and the new ones. Without a cache, a new
+        one is made and returned in the output. ``return_dict=False`` gives the output as a tuple.
         """
         bare = use_cache is False and self.facts.keeps == NOTHING
         past = past_key_values if cache is None else cache
@@ -263,7 +292,7 @@ class Generator(Holder):
         checks.forward(input_ids, inputs_embeds, None if bare else use_cache, others)
         if inputs_embeds is not None:
             checks.embeddings(self.facts, inputs_embeds)
-        elif self.step is None:  # those of a generation were looked at when it began
+        elif self.step is None:  # a generation checks its tokens when it begins
             checks.tokens(self.facts, input_ids)
         rows, tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]  # type: ignore[union-attr]
         if past is None:
@@ -306,20 +335,21 @@ class Generator(Holder):
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """What a step takes of the state of a generation: the new tokens, and their positions."""
+        """Return the arguments of the next step: the new tokens and their position_ids."""
         embedded = inputs_embeds is not None and is_first_iteration
         name, new = ("inputs_embeds", inputs_embeds) if embedded else ("input_ids", input_ids)
         assert new is not None
         past = kwargs.get(past_name())
         if next_sequence_length is None and is_first_iteration and getattr(past, "begun", 0):
-            # transformers takes a text whose mask is longer for one that is new, and part of it may be in the cache.
+            # transformers takes a text whose mask is longer than its tokens for a new one. Part of it may be in the
+            # cache.
             next_sequence_length = new.shape[1] + self.offset - past.length  # type: ignore[union-attr]
         if next_sequence_length is not None:
             new = new[:, -next_sequence_length:]
         cut_positions(kwargs, "position_ids", new.shape[1])
-        if getattr(past, "in_places", False):  # transformers counts what is seen
+        if getattr(past, "in_places", False):  # transformers counts by the attention_mask
             kwargs["position_ids"] = past.positions(kwargs.get("position_ids"))  # type: ignore[union-attr]
-        # What ways to generate have of their own, such as a tokenizer, comes along; names were checked before.
+        # Arguments of generation modes, such as a tokenizer, are handed on to steps; their names were checked before.
         return {name: new, **{n: v for n, v in kwargs.items() if n not in checks.MODE}}
 
     def _prepare_cache_for_generation(
@@ -334,7 +364,7 @@ class Generator(Holder):
         past = model_kwargs.get(name)
         checks.generation(self.facts, generation_config, generation_mode, batch_size, max_cache_length, past, offset)
         if past is None and generation_config.use_cache is False:
-            return  # of a program without a cache: the text is given anew for each token
+            return  # a program without a cache gets the whole text for each token
         if past is None:
             past = model_kwargs[name] = self.new_cache()
         past.expected = max_cache_length + offset
@@ -356,7 +386,7 @@ class Generator(Holder):
         return super()._get_stopping_criteria(generation_config, stopping_criteria, tokenizer)  # type: ignore[misc]
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: continuous batching runs the layers of a model, with a cache in pages."""
+        """Raise AdaptcError: continuous batching runs the layers of a model, with a paged cache."""
         raise AdaptcError(
             "generate_batch needs the layers of a model: give gen.generate rows that are padded on the left"
         )
@@ -383,7 +413,7 @@ class Generator(Holder):
 
 
 def cut_positions(kwargs: dict[str, Any], name: str, count: int) -> None:
-    """Of the positions of all tokens, if they are given, leave those of the last ``count``."""
+    """Cut the position_ids ``kwargs[name]``, if given, to those of the last ``count`` tokens."""
     positions = kwargs.get(name)
     if positions is not None and positions.shape[-1] != count:
         kwargs[name] = positions[:, -count:]
@@ -391,7 +421,7 @@ def cut_positions(kwargs: dict[str, Any], name: str, count: int) -> None:
 
 @cache
 def generator_class() -> type[Generator]:
-    """:class:`Generator` that is a ``transformers.GenerationMixin``."""
+    """Return :class:`Generator` as a subclass of ``transformers.GenerationMixin``."""
     from transformers import GenerationMixin
 
     return type("Generator", (Generator, GenerationMixin), {"__module__": __name__})

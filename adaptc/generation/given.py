@@ -1,8 +1,7 @@
-"""Inputs that adapters add to steps, with a value for each row: which task a prompt is of.
+"""Pass inputs that adapters add to a step, with a value for each row, such as ``task_ids``.
 
-Before: what runs a step program, and the arguments of a call of it. After: what each step is given by name; or an error
-that says what is missing, and no cache was written to. In ``generate`` they are arguments like the model's own, so
-transformers repeats them for beams and samples.
+A missing or wrong value raises AdaptcError before a cache is written to. In ``generate`` these inputs are arguments
+like the model's own, so transformers repeats them for beams and samples.
 """
 
 from __future__ import annotations
@@ -20,19 +19,20 @@ from adaptc.program.assigned import Assignment
 from adaptc.program.bound import Keeping, program_of
 from adaptc.program.core import ProgramCore
 
-#: name of an input -> what callers know it by
+#: name of a program's input -> name of the caller's argument
 Names = Mapping[str, str]
 
 
 def given_names(runs: Any) -> Names:
-    """The inputs that adapters at layers added to a program, of those that ``runs`` takes; none where it is the base,
-    which has no use for them."""
+    """Return the inputs that adapters at layers added and that ``runs`` uses; empty where it keeps the base."""
     return {} if isinstance(runs, Keeping) and not runs.adapted else _added(runs)
 
 
 def _added(runs: Any, everywhere: bool = False) -> Names:
-    """All of them that the code takes, whichever adapter it runs with; ``everywhere``: those of what is not at layers,
-    too."""
+    """Return the inputs that adapters at layers added to the program's code, whichever adapter it runs with.
+
+    ``everywhere`` adds the inputs of methods that are not at layers.
+    """
     program = program_of(runs)
     if not isinstance(program, (ProgramCore, PackagedProgram)):
         return {}
@@ -47,19 +47,23 @@ def _added(runs: Any, everywhere: bool = False) -> Names:
 
 
 def _expected(runs: Any) -> Mapping[str, Any]:
-    """The inputs that calls take, by name."""
+    """Return the inputs that calls of ``runs`` take, by name."""
     program = program_of(runs)
     if isinstance(program, PackagedProgram):
         return dict(program.inputs.expected)
     if isinstance(runs, Assignment):
-        runs = program if runs.adapted else program.base  # what is run where no row has an adapter
+        runs = program if runs.adapted else program.base  # rows without any adapter run on the base
     executor = runs.ready().executor
     return {} if executor is None else dict(executor.inputs.expected)
 
 
 def taken_from(runs: Any, others: dict[str, Any], rows: int) -> dict[str, Tensor]:
-    """What a step of so many rows is given, taken out of the other arguments of a call. Raises AdaptcError for what is
-    missing, and for what is no value for each row."""
+    """Remove the adapters' inputs from ``others`` and return them as a step of ``rows`` rows takes them: (rows,),
+    int64.
+
+    Inputs that ``runs`` does not use are zeros. Raises AdaptcError for a missing value, or one that is not a whole
+    number for each row.
+    """
     out: dict[str, Tensor] = {}
     names = given_names(runs)
     values = {n: others.pop(n, None) for n in dict.fromkeys(names.values())}
@@ -79,7 +83,7 @@ def taken_from(runs: Any, others: dict[str, Any], rows: int) -> dict[str, Tensor
 
 
 def with_given(runs: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Options of verify with such inputs among the drawn ones, of the first task."""
+    """Add zeros (the first task) for the adapters' inputs to the drawn ``inputs`` of verify's ``options``."""
     names = _added(runs, everywhere=True)
     if not names:
         return options

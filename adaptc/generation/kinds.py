@@ -1,4 +1,4 @@
-"""Which class generates with a program, by what is known of it."""
+"""Choose the class that generates with a program, by the program's facts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from adaptc.generation.generator import Generator, generator_class
 
 
 def generator_of(runs: Any, facts: Facts) -> Generator:
-    """``runs``: a program, or a package of one."""
+    """Return the generator that runs ``runs``: a program, or a package of one."""
     if isinstance(facts, CrossFacts):
         return encoder_decoder_class(facts.features is not None)(runs, facts)
     return generator_class()(runs, facts)

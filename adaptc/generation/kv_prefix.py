@@ -1,8 +1,8 @@
-"""First values of prefixes and cartridges from a text: the keys and values that the base makes of its first tokens.
+"""Initialize the KV prefix of prefix tuning and cartridges from a text.
 
-Before: a program, or what generates, with an adapter that puts keys and values in front. After: that adapter has those
-of the text, as if a cache began with it; or an error, and nothing has changed. What else the adapter has, such as
-modules that are trained as a whole, stays.
+The keys and values are those that the base model computes for the text's first tokens. Where something is wrong, an
+error is raised and nothing has changed. Other tensors of the adapter, such as modules that are trained as a whole,
+stay.
 """
 
 from __future__ import annotations
@@ -45,17 +45,18 @@ def initialize_kv_prefix_from_past_key_values(
     adapter_name: str | None = None,
     num_virtual_tokens: int | None = None,
 ) -> Tensor:
-    """PEFT's function of this name: the adapter of ``program`` becomes the first tokens of a cache.
+    """Set the KV prefix of the adapter of ``program`` to the first tokens of a cache, as PEFT's function of this name.
 
-    ``program``: an :class:`AdaptedProgram` or a :class:`Generator` with a cartridge, or prefix tuning without
-    ``prefix_projection``. It is swapped, so that nothing is compiled, and saved as all adapters are; what is to be
-    trained from there is made afterwards (``program.module()``). ``past_key_values``: as for
-    :func:`prompt_embeddings_from_past_key_values`, of the same model. ``adapter_name``: which adapter, where several
-    act. ``num_virtual_tokens``: by default as many as it has; any number will do.
+    ``program`` is an :class:`AdaptedProgram` or a :class:`Generator` with a cartridge, or with prefix tuning without
+    ``prefix_projection``. The adapter is swapped, so nothing is compiled, and it is saved as all adapters are. To train
+    it further, call ``program.module()`` afterwards. ``past_key_values`` is as for
+    :func:`prompt_embeddings_from_past_key_values`, from the same model. ``adapter_name`` says which adapter, where
+    several act. ``num_virtual_tokens`` may be any number; None keeps the adapter's own.
 
-    Returns ``prompt_embeddings`` (num_virtual_tokens, 2 * layers * heads * width), as the cache has them. The first
-    ``num_frozen_tokens`` of a cartridge do not train, whatever they are made of. Raises ConfigError for another
-    adapter, and what :func:`prompt_embeddings_from_past_key_values` and ``swap`` raise; nothing is changed then.
+    Returns ``prompt_embeddings`` (num_virtual_tokens, 2 * layers * heads * width), with the values in the cache. The
+    first ``num_frozen_tokens`` of a cartridge do not train, whatever they were made from. Raises ConfigError for
+    another kind of adapter, and the errors of :func:`prompt_embeddings_from_past_key_values` and ``swap``. Nothing is
+    changed then.
     """
     target = _Target.of(program, adapter_name, num_virtual_tokens, "initialize_kv_prefix_from_past_key_values")
     return target.begin_with(past_key_values)
@@ -72,19 +73,19 @@ def initialize_kv_prefix_from_text(
     use_chat_template: bool = True,
     max_length: int | None = None,
 ) -> Tensor:
-    """PEFT's function of this name: the adapter of ``program`` becomes the keys and values that the base, without any
-    adapter, makes of the first tokens of a text (arXiv 2506.06266).
+    """Set the KV prefix of the adapter of ``program`` from a text, as PEFT's function of this name.
 
-    ``text``: a string, for ``tokenizer`` (by default the one that a generator came with), or the ids of its tokens,
-    (length,) or (1, length). ``use_chat_template``: a string is the system's turn of a conversation, where the
-    tokenizer has a template for these. ``max_length``: tokens of the text that are read at most. ``program``,
-    ``adapter_name``, ``num_virtual_tokens`` and what is returned as for
+    The keys and values are those that the base, without any adapter, computes for the text's first tokens (arXiv
+    2506.06266). ``text`` is a string for ``tokenizer``, or token ids (length,) or (1, length). ``tokenizer`` None means
+    the one that a generator came with. With ``use_chat_template``, a string becomes the system turn of a conversation
+    if the tokenizer has a chat template. ``max_length`` is the most tokens of the text that are read; None for all.
+    ``program``, ``adapter_name``, ``num_virtual_tokens`` and the result are as for
     :func:`initialize_kv_prefix_from_past_key_values`.
 
-    A program reads the whole text, on which the keys of an encoder depend; a generator the first ``num_virtual_tokens``
-    tokens alone, on which later ones have no influence. Raises ConfigError for a text of fewer tokens, and where a
-    tokenizer is missing or not needed; AdaptcError for a text that is too long, and ids that are no tokens; nothing is
-    changed then.
+    A program reads the whole text, because an encoder's keys depend on all of it. A generator reads only the first
+    ``num_virtual_tokens`` tokens, because later ones have no influence. Raises ConfigError for a text of fewer tokens,
+    and for a missing or unneeded tokenizer. Raises AdaptcError for a text that is too long, and for invalid token ids.
+    Nothing is changed then.
     """
     target = _Target.of(program, adapter_name, num_virtual_tokens, "initialize_kv_prefix_from_text")
     if decoder_lookup(Lifted(target.program, edit=False))[0] is not None:
@@ -108,7 +109,7 @@ def initialize_kv_prefix_from_text(
 
 
 def _read(generator: Generator, ids: Tensor) -> Any:
-    """The cache of the base after these tokens, all of them, in layers that look back on a window too."""
+    """Return the base's cache after the tokens ``ids``, which keeps all positions in sliding-window layers, too."""
     checks.tokens(generator.facts, ids)
     base = generator.base
     past = base.new_cache()
@@ -121,7 +122,7 @@ def _read(generator: Generator, ids: Tensor) -> Any:
 
 @dataclass(frozen=True)
 class _Target:
-    """The adapter of a program that gets other keys and values: ``count`` tokens of them."""
+    """The adapter of a program whose KV prefix is replaced by one of ``count`` virtual tokens."""
 
     program: AdaptedProgram
     name: str
@@ -133,10 +134,10 @@ class _Target:
     def of(cls, program: Any, name: str | None, count: int | None, what: str) -> _Target:
         inside = program.program if isinstance(program, Holder) else program
         check_program(inside, what)
-        named = {n: b.idle or b for n, b in inside.binding.named.items()}  # of what is off, what it is when it acts
+        named = {n: b.idle or b for n, b in inside.binding.named.items()}  # as they are when enabled
         if name is not None and name not in named:
             raise ConfigError(f"the program has no adapter called {name!r}; it has {listing(map(repr, named))}")
-        mine = [n for n, b in named.items() if isinstance(b.config, KeyValueConfig)]  # no two of them act together
+        mine = [n for n, b in named.items() if isinstance(b.config, KeyValueConfig)]  # at most one of them is active
         chosen: str = (mine or list(named))[0] if name is None else name
         config = named[chosen].config
         if not isinstance(config, KeyValueConfig):
@@ -167,8 +168,10 @@ class _Target:
         return next(a for a in mine if a.id in self.binding.methods)
 
     def begin_with(self, past: Any) -> Tensor:
-        """What its adapter has from now on. Raises ConfigError for a cache of another model: rows of one width may be
-        of other layers and heads."""
+        """Swap the adapter to the KV prefix of the cache ``past`` and return its rows.
+
+        Raises ConfigError for a cache of another model: rows of the same width may come from other layers and heads.
+        """
         cached = first_of_cache(past, self.count)
         _, heads, _, width = cached[0].shape
         found = {"num_layers": len(cached) // 2, "num_attention_heads": heads, "token_dim": heads * width}

@@ -1,7 +1,7 @@
-"""What the cache of a model consists of: which tensors, and how they are called as inputs of its step program.
+"""Describe the tensors of a model's cache, and how they are called as inputs of its step program.
 
-Before: a causal transformers model. After: a layout with one pair of keys and values for each layer that has its own,
-found by running the model once; or an error that says why the model's state is no such cache.
+The layout is found by running the model once. Attention layers have one pair of keys and values each; recurrent layers
+have states. Any other cache raises CaptureError with the reason.
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ from adaptc.errors import CaptureError
 from adaptc.passes.analysis.cache_inputs import KINDS as CACHED
 from adaptc.passes.analysis.cache_inputs import STATE, cache_name, pass_prefix
 
-#: the classes of transformers whose state is keys and values at all positions, or at the last ones
+#: the cache layers of transformers that keep keys and values, of all positions or of a sliding window
 _ATTENTION = ("DynamicLayer", "DynamicSlidingWindowLayer")
-#: the one whose state is that of convolutions and recurrences
+#: the cache layer of transformers that keeps the states of convolutions and recurrences
 _STATE = "LinearAttentionLayer"
 KINDS = ("conv_states", "recurrent_states")
 
 
 @dataclass(frozen=True)
 class LayerLayout:
-    """Keys are (batch, ``heads``, length, ``key_dim``), values (batch, ``heads``, length, ``value_dim``). ``sliding``:
-    positions that the layer looks back on; None for all."""
+    """The sizes of one layer's keys (batch, ``heads``, length, ``key_dim``) and values (batch, ``heads``, length,
+    ``value_dim``).
+
+    ``sliding`` is the size of the layer's sliding window; None for full attention.
+    """
 
     heads: int
     key_dim: int
@@ -39,9 +42,12 @@ class LayerLayout:
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """The cache of a step program. ``dtype`` is that of all its tensors; their names begin with ``prefix``.
-    ``passes``: one more than 1 for each pass in which the program computes its last hidden state first, whose tensors
-    stand behind those of its own pass."""
+    """The keys and values that a step program takes, layer by layer.
+
+    ``dtype`` is that of all its tensors, and their names begin with ``prefix``. ``passes`` is 1, plus 1 for each
+    duplicated base pass that gives the adapter a last hidden state. The tensors of such a pass follow those of the
+    program's own pass.
+    """
 
     layers: tuple[LayerLayout, ...]
     dtype: torch.dtype
@@ -50,28 +56,31 @@ class CacheLayout:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the inputs, keys and values by turns, layer by layer."""
+        """Return the names of the inputs: keys and values in turn, layer by layer, one pass after another."""
         before = [pass_prefix(i) + self.prefix for i in range(self.passes)]
         return tuple(cache_name(kind, i, p) for p in before for i in range(len(self.layers)) for kind in CACHED)
 
     def of_passes(self, passes: int) -> Self:
-        """The same of a program with so many."""
+        """Return the layout of the same cache for a program with ``passes`` passes."""
         return replace(self, passes=passes)
 
     @property
     def window(self) -> int | None:
-        """What its sliding layers look back on; None where there are none, or it is not the same for all."""
+        """Return the size of the sliding window; None where no layer has one, or where their sizes differ."""
         found = {layer.sliding for layer in self.layers if layer.sliding is not None}
         return found.pop() if len(found) == 1 else None
 
     @property
     def sliding(self) -> tuple[bool, ...]:
-        """Of each of :attr:`names`, whether its layer is one of these."""
+        """Return, for each of :attr:`names`, whether its layer has a sliding window."""
         return tuple(layer.sliding is not None for layer in self.layers for _ in range(2)) * self.passes
 
     def shapes(self, batch: int, length: int, ring: int | None = None) -> list[tuple[int, ...]]:
-        """Of the inputs, in the order of :attr:`names`. ``ring``: places of those of sliding layers, where they have
-        fewer than there are positions."""
+        """Return the shapes of the inputs, in the order of :attr:`names`.
+
+        ``ring`` is the number of positions in the tensors of sliding-window layers; None where these have ``length``,
+        too.
+        """
         dims = [
             (layer.heads, length if ring is None or layer.sliding is None else ring, dim)
             for layer in self.layers
@@ -80,24 +89,30 @@ class CacheLayout:
         return [(batch, heads, places, dim) for heads, places, dim in dims * self.passes]
 
     def zeros(self, batch: int, device: torch.device, length: int = 0, ring: int | None = None) -> dict[str, Tensor]:
-        """Such inputs, with nothing in them."""
+        """Return the inputs by name, filled with zeros."""
         shapes = zip(self.names, self.shapes(batch, length, ring), strict=True)
         return {name: torch.zeros(shape, dtype=self.dtype, device=device) for name, shape in shapes}
 
     def nbytes(self, batch: int, length: int, ring: int | None = None) -> int:
-        """What a cache of so many rows and positions takes."""
+        """Return the bytes of a cache of ``batch`` rows and ``length`` positions; ``ring`` as for :meth:`shapes`."""
         return sum(map(prod, self.shapes(batch, length, ring))) * self.dtype.itemsize
 
     @classmethod
     def of(cls, model: nn.Module) -> CacheLayout:
-        """Runs ``model`` on two tokens. Raises CaptureError where it fails, or its state is something else."""
+        """Return the layout of the cache that ``model`` makes of two tokens.
+
+        Raises CaptureError where running the model fails, or where it gives another kind of cache.
+        """
         ids = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
         out = run_model(model, input_ids=ids, use_cache=True)
         return cls.of_cache(type(model).__name__, cache_of(out))
 
     @classmethod
     def of_cache(cls, name: str, found: Any, prefix: str = "") -> CacheLayout:
-        """That of a cache which a model called ``name`` gave. Raises CaptureError for one of something else."""
+        """Return the layout of ``found``, a cache that a model called ``name`` returned.
+
+        Raises CaptureError for a cache of anything but keys and values, or states.
+        """
         layers = getattr(found, "layers", None)
         if not layers:
             raise CaptureError(f"{name} gives no cache of keys and values, so there is nothing to go on from")
@@ -108,7 +123,7 @@ class CacheLayout:
 
 @dataclass(frozen=True)
 class State:
-    """A tensor (batch, *``sizes``): the one numbered ``index`` of its ``kind`` in a layer."""
+    """A state tensor (batch, *``sizes``) of a layer: number ``index`` among those of its ``kind``."""
 
     layer: int
     kind: str
@@ -119,7 +134,7 @@ class State:
 
 @dataclass(frozen=True)
 class StateLayout(CacheLayout):
-    """Of a model whose layers keep states, layer by layer, instead of keys and values."""
+    """The states that a step program of a recurrent model takes instead of keys and values, layer by layer."""
 
     states: tuple[State, ...] = ()
 
@@ -143,12 +158,12 @@ class StateLayout(CacheLayout):
         return batch * sum(prod(state.sizes) * state.dtype.itemsize for state in self.states * self.passes)
 
     def kept_by(self, layer: int) -> int:
-        """States of each kind in a layer."""
+        """Return the number of states of each kind in the layer ``layer``."""
         return 1 + max(state.index for state in self.states if state.layer == layer)
 
     @classmethod
     def of_layers(cls, layers: Sequence[Any]) -> StateLayout:
-        """That of layers of transformers' cache that a model wrote to."""
+        """Return the layout of the layers of a transformers cache that a model wrote to."""
         states = tuple(
             State(i, kind, index, tuple(tensor.shape[1:]), tensor.dtype)
             for i, layer in enumerate(layers)
@@ -160,7 +175,7 @@ class StateLayout(CacheLayout):
 
 
 def cache_of(output: Any) -> Any:
-    """The cache in a model's output, under the name that this release of transformers has for it."""
+    """Return the cache in a model's output, under the name that the installed transformers gives it; None for none."""
     return getattr(output, "cache", None) or getattr(output, "past_key_values", None)
 
 

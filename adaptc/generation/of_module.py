@@ -1,8 +1,8 @@
-"""A module that trains generates, by a step program on the same tensors.
+"""Let a module that is being trained generate, by a step program on the same tensors.
 
-Before: a module of a program that was captured for training from a transformers model that generates. After: a
-generator for it, captured once, when it is first asked for. Its adapter is bound anew for each generation, to the
-parameters that the module has then, so nothing that was computed of older values is used again.
+The module belongs to a program that was captured for training from a transformers model that generates. The step
+program is captured once, when it is first needed. Each generation binds the adapter anew to the module's current
+parameters, so no value that was computed from older ones is used.
 """
 
 from __future__ import annotations
@@ -20,30 +20,34 @@ from adaptc.program.pretrained_module import PretrainedModule
 from adaptc.program.recapture import adapter_of, aside, model_of
 from adaptc.program.swap import swapped
 
-#: rows, and positions of a model that numbers none: memory is the only limit, for a cache is as large as its call
+#: the most rows, and the most positions where the model numbers none: only memory limits them, as caches grow with a
+#: call
 _MANY = 2**24
 
 
 def generate(module: PretrainedModule, inputs: Tensor | None, generation_config: Any, **kwargs: Any) -> Any:
-    """What ``module`` generates with the parameters that it has now, in eval mode and in its own dtype whatever mode
-    and autocast are. Raises AdaptcError for a module that cannot, and as :meth:`Generator.generate` does."""
-    kwargs.pop("labels", None)  # Trainer gives them, and models generate the same with them
+    """Generate with the parameters that ``module`` has now, in eval mode and its own dtype, whatever its mode and
+    autocast are.
+
+    Raises AdaptcError for a module that cannot generate, and the errors of :meth:`Generator.generate`.
+    """
+    kwargs.pop("labels", None)  # Trainer passes labels, which change nothing in generation
     with torch.autocast(module.device.type, enabled=False):
         return _bound(module).generate(inputs, generation_config, **kwargs)
 
 
 @exclusive
 def _bound(module: PretrainedModule) -> Generator:
-    """A generator whose adapter is the module's as it is now; several threads may have one at once."""
+    """Return a generator with the module's current adapter; each thread that asks gets one of its own."""
     frozen = [t for t in module.parameters() if not t.requires_grad]
     known = vars(module).get("generator")
-    # Whoever replaces a weight wants that one.
+    # A frozen weight that was replaced must be captured anew, as the program holds the old tensor.
     if known is None or [*map(id, known[0])] != [*map(id, frozen)]:
         with aside(module):
             known = vars(module)["generator"] = frozen, _captured(module)
     made: Generator = known[1]
     binding = module.binding()
-    # Of adapters for several sets of sites the generator has those of the current one.
+    # Adapters of a module may have different sites; the generator has the sites of the current one only.
     swapped(made.program, binding if binding.values.keys() == made.program.recipes.needed else adapter_of(module))
     new = made.twin()
     new.generation_config = module.generation_config

@@ -1,7 +1,6 @@
-"""What a fresh cache begins with, as tensors, wherever they come from.
+"""Hold the tensors that a fresh cache begins with: what a model keeps of an adapter's virtual tokens.
 
-Before: an adapter that puts tokens in front of those of a text. After: what the cache holds of them, as if they had
-been read: keys and values, or states.
+They are keys and values, or states, as if the virtual tokens had been read. Their source does not matter here.
 """
 
 from __future__ import annotations
@@ -16,11 +15,13 @@ from adaptc.errors import AdaptcError
 
 @dataclass(frozen=True, eq=False)
 class Opening:
-    """``tensors``: one for each of the cache's own, (1, ...), or (rows, ...) where each row of a batch has its own;
-    ``count``: how many tokens they are of. ``in_places``: the positions of all tokens are their places in the cache,
-    padding counted, as in PEFT's prompt methods; else those of a text follow from its mask. ``ahead``: (rows,) how many
-    places are empty in front of a row's own tokens, where rows have several numbers of them; None where all have
-    ``count``."""
+    """The cache's contents for ``count`` virtual tokens, in ``tensors``: one for each tensor of the cache.
+
+    Each tensor is (1, ...), or (rows, ...) where rows have virtual tokens of their own. ``in_places`` says how
+    position_ids count. With True they are cache positions with padding counted, as in PEFT's prompt methods. With False
+    those of a text follow from its attention_mask. ``ahead`` (rows,) is the number of empty positions before a row's
+    own virtual tokens; None where every row has ``count`` of them.
+    """
 
     tensors: Sequence[Tensor]
     count: int
@@ -28,12 +29,15 @@ class Opening:
     ahead: Tensor | None = None
 
     def for_rows(self, rows: int) -> list[Tensor]:
-        """The tensors in memory of their own, row after row as often as there are sequences of it."""
+        """Return copies of the tensors for ``rows`` rows; each row is repeated for the sequences of its prompt.
+
+        Raises AdaptcError where ``rows`` is not a multiple of the tensors' rows.
+        """
         each = self._each(rows)
         return [t.repeat_interleave(each, 0).contiguous() for t in self.tensors]
 
     def ahead_of(self, rows: int) -> Tensor | None:
-        """``ahead``, in the same way."""
+        """Return ``ahead`` for ``rows`` rows, repeated as in :meth:`for_rows`."""
         return None if self.ahead is None else self.ahead.repeat_interleave(self._each(rows), 0)
 
     def _each(self, rows: int) -> int:

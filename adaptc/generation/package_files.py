@@ -1,7 +1,6 @@
-"""What a package of a step carries beside its code: what is known of the step, and a tokenizer.
+"""Convert the facts of a step and a tokenizer to the files in its package, and back.
 
-Before: the facts of a step and a tokenizer, or files that :func:`carried` gave. After: files by their paths, or the
-facts and the tokenizer again. Only files that are data are taken: no tokenizer with code of its own.
+Only data files are taken: a tokenizer with code of its own is refused.
 """
 
 from __future__ import annotations
@@ -25,13 +24,16 @@ _TOKENIZER = "tokenizer/"
 
 
 def carried(facts: Facts, tokenizer: Any = None) -> dict[str, bytes]:
-    """Path -> file. Raises ConfigError for what is no tokenizer of this program."""
+    """Return the files of a package by path. Raises ConfigError for anything but a tokenizer that fits the program."""
     files = {name: text.encode() for name, text in described(facts).items()}
     return files if tokenizer is None else files | _files_of(_tokenizer(tokenizer), facts)
 
 
 def understood(contents: Contents) -> Facts | None:
-    """Inverse of :func:`carried`; None for a package of a program alone. Raises Refused."""
+    """Return the facts from the files that :func:`carried` made; None for a package of a program alone.
+
+    Raises Refused where they cannot be read or do not fit the program.
+    """
     files = contents.carried
     if NAME not in files:
         if files:
@@ -49,7 +51,7 @@ def understood(contents: Contents) -> Facts | None:
 
 
 def _tokenizer(given: Any) -> Any:
-    """The object, of a directory or itself."""
+    """Return the tokenizer that ``given`` is, or that its directory holds. Raises ConfigError for anything else."""
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     if isinstance(given, PreTrainedTokenizerBase):
@@ -63,7 +65,7 @@ def _tokenizer(given: Any) -> Any:
         raise ConfigError(f"tokenizer: there is no directory {path}")
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # files of strangers can break any of their readers
+    except Exception as error:  # transformers raises many types for broken files
         raise ConfigError(f"{path} has no tokenizer that can be read: {why_no_tokenizer(path, error)}") from error
 
 
@@ -85,7 +87,8 @@ def _files_of(tokenizer: Any, facts: Facts) -> dict[str, bytes]:
 
 
 def _reader(files: Mapping[str, bytes]) -> Callable[[], Any]:
-    """What reads the tokenizer when it is first wanted, which takes longer than to load the package."""
+    """Return a function that reads the tokenizer when it is first needed, because that takes longer than loading a
+    package."""
 
     @cache
     def read() -> Any:

@@ -1,7 +1,6 @@
-"""A package that generates, known from the files that it carries.
+"""Load a package as what it holds: a generator over compiled code, a bank that generates, or any other program.
 
-Before: a file that ``adaptc.package`` wrote. After: of a step with its facts a :class:`Generator` over compiled code,
-or a bank that generates; of any other program the package itself.
+The files in the package that ``adaptc.package`` wrote say which of these it is.
 """
 
 from __future__ import annotations
@@ -20,8 +19,10 @@ from adaptc.progress import stage
 
 
 def load_generation(path: Path) -> Generator | PackagedProgram | PackagedBank | GeneratorBank:
-    """Of a bank a bank. Raises as :class:`PackagedProgram` does, before any code is loaded also for what the package
-    says of generation."""
+    """Return the generator, or the bank that generates, in a package; the package itself where it generates nothing.
+
+    Raises the errors of :class:`PackagedProgram`. Facts that cannot be read raise before any code is loaded.
+    """
     with stage(f"reading the package {path.name}"):
         found = PackagedProgram(path, understood)
     held = found if found.manifest.bank is None else PackagedBank(found)
@@ -32,7 +33,7 @@ def load_generation(path: Path) -> Generator | PackagedProgram | PackagedBank | 
 
 
 def report_of(path: Path) -> PackageReport:
-    """The report of a file, none of whose code is loaded. Raises as :class:`PackagedProgram` does."""
+    """Return the report of a package file without loading its code. Raises the errors of :class:`PackagedProgram`."""
 
     def notes(contents: Contents) -> list[str]:
         facts = understood(contents)

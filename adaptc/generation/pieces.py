@@ -1,11 +1,11 @@
-"""A call of a step program on a cache; long prompts go through it in pieces.
+"""Call a step program on a cache, with chunked prefill for long prompts.
 
-Before: tokens for the positions after those that are filled, and a cache with room for them. After: their keys and
-values are in the cache; the result is the logits of the tokens that were asked for.
+New tokens follow the filled positions of a cache that has room for them. Their keys and values are written to the
+cache, and the logits of the wanted tokens are returned.
 
-A step masks what may not be seen, and computes it nevertheless. In pieces, each of which sees the positions up to its
-end alone, a long prompt needs little more than half of the attention. (Compiled code takes whole tensors, so a part of
-a cache is copied for it, and back, which is little beside that.)
+A step also computes the attention to positions that its mask hides. In chunked prefill each chunk sees only the
+positions up to its own end. So a long prompt needs little more than half of the attention. Compiled code takes whole
+tensors, so a cut cache is copied for it and back, which costs little beside the attention.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from adaptc.generation.cache import StepCache
 
-#: tokens of a piece: enough for products to be as fast as they get
+#: the tokens of a chunk: enough for matmuls to run at full speed
 PIECE = 512
 
 
@@ -30,14 +30,17 @@ def run(
     keep: int | Tensor,
     exact: bool = False,
 ) -> Tensor:
-    """``inputs``: those that have a value for each of the ``tokens``, which stand along axis 1, and those that have no
-    such axis. ``keep``: of how many of the last tokens logits are wanted, 0 for all, or of which. ``exact``: the step
-    is for caches that end with its tokens."""
+    """Run a step on ``tokens`` new tokens and write them to ``past``; returns the logits (batch, kept, vocabulary).
+
+    ``inputs`` are tensors with the tokens along axis 1, or with fewer than two axes. ``keep`` is the number of last
+    tokens whose logits are wanted, 0 for all, or a tensor of token indices. ``exact`` says that the step takes a cache
+    that ends with its tokens.
+    """
     before = past.length
     if not isinstance(keep, int) or not 0 < keep <= PIECE or tokens <= PIECE:
         index = _last(keep, tokens, past.device) if isinstance(keep, int) else keep.to(past.device)
         return _call(step, past, inputs, (before, before + tokens), before + tokens if exact else past.room, index)
-    # The last piece is the one with the logits, and so the largest; those before it are as many as are needed.
+    # The last chunk is full, so that it has all tokens whose logits are wanted. The first chunk takes the remainder.
     starts = [0, *range(tokens % PIECE or PIECE, tokens, PIECE)]
     logits = None
     for start, end in zip(starts, [*starts[1:], tokens], strict=True):

@@ -1,8 +1,8 @@
-"""Whether a step program, with the cache that it writes, says what its model says without one.
+"""Check that a step program computes with its cache what its model computes without one.
 
-Before: a model, and its step program without adapters. After: nothing, where a prompt taken in three pieces (several
-tokens, one, and the rest) gives the model's logits for every token that is no padding; else a CaptureError. Models may
-take paths for caches of other kinds that no guard of the capture knows of; tokens must never be wrong for it.
+A prompt is taken in three chunks: several tokens, one, and the rest. Its logits must be the model's for every token
+that is no padding; else a CaptureError says how far they differ. A model may take another path for another kind of
+cache, which no guard of the capture knows of. Such a model must never give wrong tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from adaptc.capture.failures import run_model
 from adaptc.errors import CaptureError
 from adaptc.generation.facts import EXACT, NOTHING, ROOM, STATE, WINDOW, Facts
 
-#: tokens of the prompt, at most; windows that are no longer are passed
+#: the most tokens of the prompt; sliding windows that are shorter are exceeded
 _TOKENS = 24
 _ROWS, _PADDED = 2, 3
 _WITH = {
@@ -32,7 +32,11 @@ _WITH = {
 
 @torch.no_grad()
 def prove(model: Any, step: Callable[..., Tensor], facts: Facts) -> None:
-    """See the module docstring. ``step``: called with the inputs of the step program."""
+    """Raise CaptureError where the logits of ``step`` differ from the model's; see the module docstring.
+
+    ``step`` is called with the inputs of the step program. Nothing is checked on the meta device, nor for a program of
+    at most five positions.
+    """
     device = next(model.parameters()).device
     length = min(_TOKENS, facts.max_length)
     if device.type == "meta" or length <= _PADDED + 2:
@@ -68,7 +72,7 @@ def _in_pieces(step: Callable[..., Tensor], facts: Facts, ids: Tensor, mask: Ten
         more = _no_embeddings(facts, 1, device)
         return torch.cat([step(**one, **more, **states) for one in each], 1)
     room = length + 3
-    # As small as the largest piece allows, so that it is written over.
+    # The ring is as small as the largest chunk allows, so that positions in it are overwritten.
     ring = None if facts.window is None else min(room, facts.window + length // 2)
     cache = facts.layout.zeros(_ROWS, device, room, ring)
     wide = torch.cat([mask, mask.new_ones(_ROWS, room - length)], 1)
@@ -87,7 +91,7 @@ def _in_pieces(step: Callable[..., Tensor], facts: Facts, ids: Tensor, mask: Ten
 
 
 def _no_embeddings(facts: Facts, tokens: int, device: torch.device) -> dict[str, Tensor]:
-    """What a step that takes embeddings is given beside tokens."""
+    """Return the unused embedding inputs that go with tokens; {} where the step takes no embeddings."""
     if not facts.embeds:
         return {}
     nothing = torch.zeros(_ROWS, tokens, facts.width, dtype=facts.embeds_dtype, device=device)

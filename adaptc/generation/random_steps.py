@@ -1,7 +1,7 @@
-"""Random steps: inputs of a step program, as a generation would give them.
+"""Draw random inputs of a step program, as a generation would give them.
 
-Before: the facts of a step. After: prompts of several sizes for caches with something in them, for verification of
-compiled code, which does not say by itself that tokens go where there is room.
+They are prompts of several sizes for caches with tokens in them. Verification of compiled code uses them, because
+compiled code does not record that tokens go to free positions of a cache.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ _MOST = 7
 def drawn(
     facts: Facts, device: torch.device, options: Mapping[str, Any], step: Callable[..., dict[str, Tensor]] | None = None
 ) -> dict[str, Any]:
-    """``options`` of verify, with ``inputs`` in the place of ``shapes``, of which ``step`` makes each. Raises
-    AdaptcError for shapes that are no number."""
+    """Return the ``options`` of verify with drawn ``inputs`` in the place of the number ``shapes``; ``step`` draws
+    each.
+
+    Given ``inputs`` stay. Raises AdaptcError where ``shapes`` is not a number of at least one.
+    """
     options = dict(options)
     if options.get("inputs") is not None:
         return options
@@ -46,8 +49,10 @@ def _number(draw: torch.Generator, least: int, most: int) -> int:
 def step_across(
     facts: CrossFacts, draw: torch.Generator, values: torch.Generator | None = None, rows: int | None = None
 ) -> dict[str, Tensor]:
-    """Of a program with an encoder: a step, and beside it other rows that are encoded. ``values``: what draws all but
-    sizes."""
+    """Draw the inputs of an encoder-decoder's program: a step, and independent rows for the encoder.
+
+    ``draw`` draws the sizes, and ``values`` all else; None means ``draw``.
+    """
     sources, values = rows, draw if values is None else values
     renamed = {"input_ids", "attention_mask", "position_ids"}
     inputs = {f"decoder_{n}" if n in renamed else n: t for n, t in _step(facts, draw, values, rows).items()}
@@ -68,8 +73,10 @@ def step_across(
 
 
 def pair(facts: Any, device: torch.device, step: Callable[..., Any] | None = None) -> list[dict[str, Tensor]]:
-    """Inputs of two steps of three rows with equal sizes, which differ in their tokens and in what the cache holds.
-    ``step`` makes each."""
+    """Draw the inputs of two steps of three rows, with equal sizes but different tokens and cache contents.
+
+    ``step`` draws each; None means the step of a causal model.
+    """
     out = []
     for seed in (1, 2):
         sizes, values = torch.Generator().manual_seed(7), torch.Generator().manual_seed(seed)
@@ -83,7 +90,8 @@ def pair(facts: Any, device: torch.device, step: Callable[..., Any] | None = Non
 def _step(
     facts: Facts, draw: torch.Generator, values: torch.Generator | None = None, rows: int | None = None
 ) -> dict[str, Tensor]:
-    """``values``: what draws all but sizes."""
+    """Draw the inputs of a causal model's step: ``draw`` draws the sizes, and ``values`` all else; None means
+    ``draw``."""
     values = draw if values is None else values
 
     def number(least: int, most: int) -> int:
@@ -121,7 +129,7 @@ def _step(
 
 
 def _embedded(facts: Facts, values: torch.Generator, rows: int, tokens: int) -> dict[str, Tensor]:
-    """What a step that takes embeddings is given beside tokens."""
+    """Draw the embedding inputs that go with tokens; {} where the step takes no embeddings."""
     if not facts.embeds:
         return {}
     drawn = torch.randn(rows, tokens, facts.width, generator=values).to(facts.embeds_dtype)

@@ -1,7 +1,4 @@
-"""What there is to say of whatever holds adapters: a program, a package, what generates, a bank of any of them.
-
-Before: one of these. After: a report that prints as tables and is data.
-"""
+"""Report on anything that holds adapters: a program, a package, a generator, or a bank of any of them."""
 
 from __future__ import annotations
 
@@ -37,12 +34,14 @@ def report(program: Bank | GeneratorBank | PackagedBank, *, changes: bool = Fals
 def report(
     program: AdaptedProgram | PackagedProgram | Bank | GeneratorBank | PackagedBank, *, changes: bool = False
 ) -> CoverageReport | PackageReport | BankReport:
-    """What was adapted and what was left out, and the norms of the adapter's tensors; prints as tables.
+    """Return a report of what was adapted, what was left out, and the adapter's norms; it prints as tables.
 
-    ``changes``: also how much the adapter changes each weight, as a part of the weight's own norm, which computes every
-    adapted weight once, one at a time. Of a package: its file, its adapter, the room for others and its inputs, as a
-    :class:`~adaptc.packages.report.PackageReport`; its weights are in compiled code, so with ``changes`` it raises
-    AdaptcError. Of a bank: its adapters, as :meth:`Bank.report` has them; with ``changes`` it raises AdaptcError.
+    ``changes`` also gives how much the adapter changes each weight, relative to the weight's own norm. That computes
+    every adapted weight once, one at a time.
+
+    A package's report has its file, its adapter, the room for others and its inputs, as a
+    :class:`~adaptc.packages.report.PackageReport`. Its weights are in compiled code, so ``changes`` raises AdaptcError.
+    A bank's report has its adapters, as :meth:`Bank.report` gives them, and ``changes`` raises AdaptcError, too.
     """
     if isinstance(program, (Bank, GeneratorBank, PackagedBank)):
         if changes:

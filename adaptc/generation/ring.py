@@ -1,11 +1,11 @@
-"""Layers that look back on a window keep no more than it: position p lies at p modulo the size of a ring.
+"""Keep sliding-window layers no larger than their window: position p lies at p modulo the size of a ring buffer.
 
-Before: a ring of R places and a step of T tokens, R being at least the window and T - 1, or all positions there are. So
-nothing that a token of the step looks back on is written over by another, and the step needs no copy of the ring: which
-position lies where follows from the last one.
+For steps of T tokens, a ring has at least window + T - 1 places, or one for every position. So no token of a step
+overwrites a position that another one attends to, and the step needs no copy of the ring. The last position alone
+determines which position lies at which place.
 
-transformers' models make their masks for positions that lie in order. While a model is captured with rings, the
-functions that make masks are told the position of each place instead; all else of a mask is the model's own.
+transformers makes its masks for positions that lie in order. While a model is captured with rings, the mask functions
+are given the position at each place instead. Everything else in a mask is the model's own.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from torch import Tensor
 
 from adaptc.errors import CaptureError
 
-#: of a window, how much more a ring may keep than it must before it is packed anew
+#: the part of the window, 1 / _SLACK, that a ring may keep beyond what it must before it is made smaller
 _SLACK = 8
 
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """Which position lies at each place of a ring, where ``slots`` are those of the step; less than 0 for none.
-    Stands for the offset of positions that lie in order."""
+    """The position at each place of a ring after a step, int64; negative where the place is empty.
+
+    It is passed where transformers expects the offset of positions that lie in order.
+    """
 
     positions: Tensor
 
@@ -39,15 +41,21 @@ class Places:
 
 @dataclass
 class Extent:
-    """Of tensors with rings in them: the ``first`` position that they hold, and the ``top`` one, after the last that
-    was ever written to them."""
+    """The range of positions in tensors with rings.
+
+    ``first`` is the first position that they hold. ``top`` is the position after the last one that was ever written.
+    """
 
     first: int = 0
     top: int = 0
 
 
 class Masks:
-    """A function of transformers that makes masks, which understands :class:`Places`."""
+    """A replacement of one of transformers' mask functions that accepts :class:`Places` as the offset of keys.
+
+    ``usual`` is transformers' function. ``added`` gives a float mask that is added to the scores instead of a bool
+    mask.
+    """
 
     def __init__(self, usual: Callable[..., Any], added: bool) -> None:
         self.usual, self.added = usual, added
@@ -57,7 +65,7 @@ class Masks:
         if not isinstance(places, Places):
             return self.usual(*args, **how)
         if args or how.get("use_vmap"):
-            # The next way to capture the model is tried then, with all positions kept.
+            # The model is then captured in the next way, with all positions kept.
             raise CaptureError("its masks are made of functions that take one position at a time, which rings have not")
         kept, device = places.positions, places.positions.device
         tokens = torch.arange(how["q_length"], device=device) + how["q_offset"]
@@ -77,7 +85,7 @@ class Masks:
 
 @contextlib.contextmanager
 def ring_masks() -> Iterator[None]:
-    """Captures inside it have :class:`Masks`."""
+    """Run the block with :class:`Masks` in the place of transformers' "sdpa" and "eager" mask functions."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as FUNCTIONS
 
     usual = {name: FUNCTIONS[name] for name in ("sdpa", "eager")}
@@ -91,14 +99,20 @@ def ring_masks() -> Iterator[None]:
 
 
 def ring_size(window: int, before: int, tokens: int, room: int, now: int) -> int:
-    """How large a ring is to be for a step of so many tokens after those ``before``, where there is room for ``room``
-    positions: the window, or what the step needs; ``now`` where it is not much larger."""
+    """Return how many places a ring needs for a step of ``tokens`` tokens after ``before`` others.
+
+    There is memory for ``room`` positions, and the ring has ``now`` places. That is the result where it is enough and
+    not much larger than the window or the step needs.
+    """
     needed = max(min(room, window), min(before + tokens, window + tokens - 1))
     return now if needed <= now <= max(needed, min(room, window + window // _SLACK)) else needed
 
 
 def repacked(old: Tensor | None, made: Tensor, first: int, length: int) -> Tensor:
-    """``made``, a ring of another size, with the positions from ``first`` up to ``length``, which ``old`` holds."""
+    """Copy the positions from ``first`` up to ``length`` out of the ring ``old`` into ``made``, a ring of another size.
+
+    Returns ``made``. With ``old`` None nothing is copied.
+    """
     if old is not None and first < length:
         positions = torch.arange(first, length, device=made.device)
         made[:, :, positions % made.shape[2]] = old[:, :, positions % old.shape[2]]

@@ -1,8 +1,7 @@
-"""What a fresh cache begins with where each row has an adapter of its own.
+"""Compute what a fresh cache begins with where each row has an adapter of its own.
 
-Before: for each row its mix, and what a cache of one adapter begins with. After: one :class:`Opening` for all rows.
-Those of fewer tokens have empty places ahead of them, which are not seen, so that all texts begin at one place; their
-positions are counted as in a batch of their own.
+The result is one :class:`Opening` for all rows. A row with fewer virtual tokens has masked empty positions before them,
+so that all texts begin at one position of the cache. Its position_ids are those of a batch of its own.
 """
 
 from __future__ import annotations
@@ -23,9 +22,12 @@ Opened = Callable[[str, Mapping[str, Any]], Opening | None]
 
 
 def front_of_rows(mixes: Mixes, opened: Opened, facts: Facts, given: Mapping[str, Any]) -> Opening | None:
-    """``opened``: what a cache begins with for the adapter of a name, of what a caller gave for rows of it; None for
-    nothing. None where no row begins with anything. Raises ConfigError for a row that has such an adapter in a mix, and
-    AdaptcError for values that are not one for each row."""
+    """Return what a cache begins with for rows of these ``mixes``; None where no row has virtual tokens.
+
+    ``opened(name, given)`` returns what a cache begins with for one adapter, from the values for its rows. ``given``
+    has a value for each row of the batch. Raises ConfigError for a row that mixes an adapter with virtual tokens, and
+    for prompts and KV prefixes in one batch. Raises AdaptcError for values that are not one for each row.
+    """
     rows: dict[str, list[int]] = {}
     for i, mix in enumerate(mixes):
         for name in mix:
@@ -47,9 +49,12 @@ def front_of_rows(mixes: Mixes, opened: Opened, facts: Facts, given: Mapping[str
 
 
 def _of(name: str, value: Any, index: list[int], count: int) -> Any:
-    """Of a value for each row those of some."""
+    """Return the entries of ``value`` for the rows ``index``.
+
+    Raises AdaptcError where ``value`` does not have ``count`` entries, one for each row of the batch.
+    """
     if not isinstance(value, Tensor) or not value.ndim:
-        return value  # which the adapter refuses
+        return value  # the adapter refuses it with a message of its own
     if value.shape[0] != count:
         raise AdaptcError(f"{name} has {value.shape[0]} entries, and adapters has {count}: give one for each row")
     return value[index]

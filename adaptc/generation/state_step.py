@@ -1,13 +1,13 @@
-"""The step of a model that keeps a state instead of keys and values (Mamba): one token, and the state after it.
+"""Turn a recurrent model such as Mamba into its step: one token, and the states after it.
 
-Before: a causal transformers model whose layers keep the last inputs of a convolution and the state of a recurrence.
-After, inside :func:`stepping_states`: the same module, whose ``forward`` takes plain tensors alone. A text is read
-token by token, since what reads several at once is a loop that a capture unrolls for one number of them.
+The model's layers keep the last inputs of a convolution and the state of a recurrence. Inside :func:`stepping_states`
+its ``forward`` takes plain tensors alone. A text is read token by token: a step of several tokens would be a loop,
+which a capture unrolls for one fixed number of them.
 
     input_ids      (batch, 1)         int64
-    inputs_embeds  (batch, 1, width)  taken instead where ``embedded`` () says so; both where the model takes embeddings
-    seen           (batch,)           bool: rows whose token counts; the state of others stays as it was
-    state_i        (batch, ...)       of each layer, written in place
+    inputs_embeds  (batch, 1, width)  replaces the embeddings where ``embedded`` () is true; both only where supported
+    seen           (batch,)           bool: rows whose token counts; the states of all others stay as they were
+    state_i        (batch, ...)       each layer's states, written in place
     -> logits      (batch, 1, vocabulary)
 """
 
@@ -35,7 +35,10 @@ _ROWS = 3
 
 @contextlib.contextmanager
 def stepping_states(model: nn.Module, layout: StateLayout) -> Iterator[Step]:
-    """``model`` as its step; as it was afterwards. Raises CaptureError for a model whose forward takes no cache."""
+    """Run the block with ``model`` as its step; its own forward is restored afterwards.
+
+    Raises CaptureError for a model whose forward takes no cache.
+    """
     takes = inspect.signature(model.forward).parameters
     past = next((n for n in ("cache", "cache_params", "past_key_values") if n in takes), None)
     if past is None:
@@ -49,7 +52,7 @@ def stepping_states(model: nn.Module, layout: StateLayout) -> Iterator[Step]:
         embedded: Tensor | None = None,
         **states: Tensor,
     ) -> Tensor:
-        # The model writes to what it is given; rows without a token keep what they had.
+        # The model writes to the tensors that it is given, and rows without a token must keep their states.
         made = [states[name].clone() for name in layout.names]
         with embedding(model, inputs_embeds, embedded):
             logits = original(input_ids=input_ids, use_cache=True, **{past: _held(layout, made)}).logits
@@ -79,7 +82,7 @@ def _example(model: Any, layout: StateLayout, with_embeds: bool) -> Step:
 
 
 def _held(layout: StateLayout, tensors: list[Tensor]) -> Any:
-    """A cache of transformers on these tensors, of a text that was begun."""
+    """Return a transformers cache on ``tensors`` that counts as already begun."""
     from transformers.cache_utils import Cache, LinearAttentionLayer
 
     layers: list[Any] = []
@@ -99,7 +102,10 @@ def _held(layout: StateLayout, tensors: list[Tensor]) -> Any:
 def run_states(
     step: Callable[..., Any], past: StepCache, inputs: Mapping[str, Tensor], tokens: int, keep: int | Tensor
 ) -> Tensor:
-    """As ``pieces.run``, of a cache that holds a state."""
+    """Read new tokens one at a time, with the states in ``past``; returns the logits that ``keep`` asks for.
+
+    The arguments are those of :func:`pieces.run`.
+    """
     before = past.length
     wanted = range(max(tokens - keep, 0) if keep else 0, tokens) if isinstance(keep, int) else keep.tolist()
     states = dict(zip(past.layout.names, past.tensors, strict=True))
@@ -115,7 +121,7 @@ def run_states(
 
 
 class StateCache(StepCache):
-    """What was read, as a state of a size that no length changes: nothing of it can be taken back."""
+    """A cache of the states after a text, whose size no length changes; no token can be taken back."""
 
     layout: StateLayout  # type: ignore[assignment]
 
@@ -166,12 +172,12 @@ class StateCache(StepCache):
         return {"tensors": [torch.zeros_like(t) for t in self.tensors]}
 
     def last_position(self) -> list[Tensor]:
-        return []  # nothing of a state is computed once more
+        return []  # no token of a state cache is computed again
 
 
 @cache
 def state_cache_class() -> type:
-    """:class:`StateCache` that is a ``transformers.Cache``."""
+    """Return :class:`StateCache` as a subclass of ``transformers.Cache``."""
     from transformers.cache_utils import Cache
 
     return type("StateCache", (StateCache, Cache), {"__module__": __name__, "__hash__": object.__hash__})

@@ -1,20 +1,19 @@
-"""The step: a causal model's forward with its cache as tensors among its inputs, written in place.
+"""Turn a causal model into its step: a forward that takes the cache as tensors and writes it in place.
 
-Before: a causal transformers model and the layout of its cache. After, inside :func:`stepping`: the same module, whose
-``forward`` takes plain tensors alone and gives logits, so that it is captured, adapted and compiled as any other. Sizes
-are free: rows, tokens (one, or a whole prompt), positions that the cache has room for, and tokens whose logits are
-wanted.
+Inside :func:`stepping` the model's ``forward`` takes plain tensors alone and gives logits. So it is captured, adapted
+and compiled as any other forward. Four sizes are free: rows, tokens (one, or a whole prompt), positions of the cache,
+and tokens whose logits are wanted.
 
     input_ids       (batch, tokens)         int64
-    inputs_embeds   (batch, tokens, width)  taken instead of the tokens' embeddings where
-    embedded        ()                      bool says so; both are there where the model takes embeddings
-    attention_mask  (batch, length)         int64: which positions of the cache may be seen; later ones never are
-    position_ids    (batch, tokens)         int64: of each token in its text
-    slots           (tokens,)               int64: where in the cache the tokens go; one after the other
-    keep            (kept,)                 int64: which tokens' logits are wanted
-    alora_acts      (batch, tokens)         bool: where an adapter acts that begins at a token (``acting``)
-    keys_i          (batch, heads, length, dim)  and values_i, of each layer; (batch, heads, ring, dim) of those that
-                                                 keep a window (see ``ring``)
+    inputs_embeds   (batch, tokens, width)  replace the tokens' embeddings where ``embedded`` is true
+    embedded        ()                      bool; only models that take inputs_embeds have these two inputs
+    attention_mask  (batch, length)         int64, of the cache; positions after a token are always masked
+    position_ids    (batch, tokens)         int64
+    slots           (tokens,)               int64: the consecutive positions of the cache that the tokens go to
+    keep            (kept,)                 int64: the indices of the tokens whose logits are wanted
+    alora_acts      (batch, tokens)         bool: where an aLoRA adapter acts (see ``acting``)
+    keys_i          (batch, heads, length, dim)  and values_i, for each layer; (batch, heads, ring, dim) for layers that
+                                                 keep a sliding window (see ``ring``)
     -> logits       (batch, kept, vocabulary)
 """
 
@@ -37,14 +36,17 @@ from adaptc.generation.attention import packed_attention
 from adaptc.generation.layout import CacheLayout
 from adaptc.generation.ring import Places, ring_masks
 
-#: sizes of the example: all different, and none of them one, which torch would take for a constant
+#: sizes of the example inputs: all different and none of them one, because torch would specialize on these
 _ROWS, _TOKENS, _LENGTH, _KEPT, _RING = 3, 5, 11, 2, 7
 
 
 @dataclass(frozen=True)
 class Step:
-    """How a model is captured: ``adaptc.compile(model, ..., example_inputs, dynamic_shapes)`` inside of
-    :func:`stepping`."""
+    """The example inputs of a step and their free sizes, for ``adaptc.compile(model, ..., example_inputs,
+    dynamic_shapes)``.
+
+    The model is captured with them inside of :func:`stepping`.
+    """
 
     example_inputs: dict[str, Tensor]
     dynamic_shapes: dict[str, dict[int, Any]]
@@ -54,9 +56,12 @@ class Step:
 def stepping(
     model: nn.Module, layout: CacheLayout, most: int | None = None, rings: bool = False, acts: Sequence[str] = ()
 ) -> Iterator[Step]:
-    """``model`` as its step; as it was afterwards. ``most``: positions that tokens and cache have at most, None for
-    any. ``rings``: sliding layers keep their window. ``acts``: inputs for adapters alone. Raises CaptureError for a
-    model whose forward takes no cache."""
+    """Run the block with ``model`` as its step; its own forward is restored afterwards.
+
+    ``most`` bounds the positions of tokens and cache; None for any number. With ``rings``, sliding-window layers keep
+    only their window. ``acts`` names inputs that only adapters read. Raises CaptureError for a model whose forward
+    takes no cache.
+    """
     takes = inspect.signature(model.forward).parameters
     past = next((n for n in ("cache", "past_key_values") if n in takes), None)
     if past is None:
@@ -87,8 +92,11 @@ def stepping(
 
 
 def learn_sizes(inputs: Mapping[str, Any], dynamic_shapes: Mapping[str, Any]) -> None:
-    """Let torch's tracer find at once which free sizes are one size, which the layers would tell it one by one. Equal
-    layers are then equal to it from the first on, and traced once. Raises CaptureError where such sizes differ."""
+    """Compare the free sizes that must be equal, so that torch's tracer learns at once that they are.
+
+    Otherwise the first layer would teach it. That layer would then differ from the others, which are traced once where
+    all are equal. Raises CaptureError where such sizes differ.
+    """
     first: dict[int, tuple[str, Any]] = {}
     for name, axes in dynamic_shapes.items():
         for axis, dim in axes.items():
@@ -100,7 +108,7 @@ def learn_sizes(inputs: Mapping[str, Any], dynamic_shapes: Mapping[str, Any]) ->
 
 @contextlib.contextmanager
 def embedding(model: Any, given: Tensor | None, wanted: Tensor | None) -> Iterator[None]:
-    """The input embedding gives ``given`` where ``wanted`` is true."""
+    """Run the block with an input embedding that gives ``given`` where ``wanted`` is true."""
     if given is None or wanted is None:
         yield
         return
@@ -121,7 +129,8 @@ def example_step(
     most: int | None = None,
     rings: bool = False,
 ) -> Step:
-    """Inputs of a step of ``model``, and which of their sizes are free."""
+    """Return the example inputs of a step of ``model`` and their free sizes; the options are as for
+    :func:`stepping`."""
     device = next(model.parameters()).device
     rows, kept = Dim("rows"), Dim("kept")
     tokens, length = (Dim(n) if most is None else Dim(n, max=most) for n in ("tokens", "length"))
@@ -161,7 +170,7 @@ def example_step(
 def token_inputs(
     facts: Any, device: torch.device, ids: Tensor | None, embeds: Tensor | None, rows: int, tokens: int
 ) -> dict[str, Tensor]:
-    """Tokens, or embeddings instead, as the step takes both."""
+    """Return tokens, or embeddings instead, as the inputs of a step, which has both where it takes embeddings."""
     if ids is None:
         ids = torch.zeros(rows, tokens, dtype=torch.int64, device=device)
     out = {"input_ids": ids.to(device, torch.int64).contiguous()}
@@ -174,15 +183,18 @@ def token_inputs(
 
 
 def written_cache(tensors: list[Tensor], slots: Tensor, layout: CacheLayout, rings: bool = False) -> Any:
-    """A cache of transformers over these tensors, which writes at ``slots`` and shows all positions; models mask those
-    that are not to be seen. ``rings``: those of sliding layers are rings."""
+    """Return a transformers cache over ``tensors`` that writes at ``slots`` and shows all positions to attention.
+
+    The model's mask hides the positions that a token may not attend to. With ``rings``, the tensors of sliding-window
+    layers are rings.
+    """
     from transformers.cache_utils import Cache
 
     pairs = zip(layout.layers, tensors[::2], tensors[1::2], strict=True)
     found = [(keys, values, slots, layer.sliding is not None) for layer, keys, values in pairs]
     layers = [_layer_class()(*one, one[-1] and rings) for one in found]
     made = Cache(layers=layers)
-    # What a layer of the model has of it, for captures that copy equal layers.
+    # Captures that copy equal layers ask by this which tensors and settings belong to layer i.
     vars(made)["traced_layer"] = lambda i: (layers[i].held, (layers[i].is_sliding, layers[i].ring))
     return made
 
@@ -192,7 +204,7 @@ def _layer_class() -> type:
     from transformers.cache_utils import StaticLayer
 
     class WrittenLayer(StaticLayer):
-        """A layer of transformers' static cache on tensors of a caller's, at slots that are given."""
+        """A layer of transformers' static cache over given tensors, written at given positions."""
 
         def __init__(self, keys: Tensor, values: Tensor, slots: Tensor, sliding: bool, ring: bool) -> None:
             super().__init__(keys.shape[2])

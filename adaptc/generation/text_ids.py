@@ -1,7 +1,4 @@
-"""A text as token ids, from whatever a caller has of it.
-
-Before: a string and a tokenizer of transformers, or ids. After: ids (1, length) int64, at least one; or a ConfigError.
-"""
+"""Convert a text to token ids (1, length), int64, from a string with its tokenizer or from ids."""
 
 from __future__ import annotations
 
@@ -17,8 +14,12 @@ from adaptc.errors import ConfigError, shown
 def ids_of(
     text: str | Tensor | Sequence[int], tokenizer: Any, use_chat_template: bool = True, max_length: int | None = None
 ) -> Tensor:
-    """``use_chat_template``: a string is the system's turn of a conversation, where ``tokenizer`` has a template for
-    these. ``max_length``: tokens at most."""
+    """Return the token ids (1, length), int64, of ``text``, with at least one token.
+
+    With ``use_chat_template``, a string becomes the system turn of a conversation if ``tokenizer`` has a chat template.
+    ``max_length`` is the most tokens. Raises ConfigError for anything but a text with its tokenizer, or ids of one
+    text.
+    """
     if max_length is not None and max_length < 1:
         raise ConfigError(f"max_length={max_length} leaves nothing of the text")
     if isinstance(text, str):

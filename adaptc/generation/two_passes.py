@@ -1,11 +1,11 @@
-"""How many passes a step has in it, and so how many caches stand behind one another in that of its caller.
+"""Find how many passes a step has, and so how many caches its caller's cache holds one after another.
 
-A program whose adapter reads the model's last hidden state first (``passes.ir.coefficients.FirstPass``) computes each
-token twice in a step: in the first pass, and in its own, each with what it keeps of all tokens before. The same step
-without adapters has its own pass alone.
+An adapter such as X-LoRA reads the model's last hidden state first (``passes.ir.coefficients.FirstPass``). A step with
+such an adapter computes each token twice: in the duplicated base pass, and in its own. Each pass keeps its own keys and
+values. The same step without adapters has its own pass alone.
 
-Before: what runs a step program. After: the facts with a cache for it. A cache of other passes is refused by whatever
-refuses those of other programs, since part of it was never computed.
+A cache of another number of passes belongs to other facts, so it is refused like one of another program: part of it was
+never computed.
 """
 
 from __future__ import annotations
@@ -25,22 +25,24 @@ from adaptc.rows.assignment import used
 
 
 def facts_for(facts: Facts, runs: Any) -> Facts:
-    """``runs``: a program, a package, or what is bound to either."""
+    """Return the facts with the cache layout that ``runs`` needs: a program, a package, or what is bound to either."""
     if facts.keeps == NOTHING:
         return facts
     if isinstance(runs, Assigned) and not used(runs.mixes):
-        return facts.of_passes(1)  # a bank computes them with the base
+        return facts.of_passes(1)  # a bank runs rows without any adapter on the base
     program = runs.program if isinstance(runs, Bound) else runs
     return facts.of_passes(passes_of(user_inputs(program))) if isinstance(program, ProgramCore) else facts
 
 
 def first_pass_of(adapters: Sequence[Any]) -> str:
-    """The name of a method among those of these adapters that reads a first pass, as far as their configs say what they
-    are; '' where none does."""
+    """Return the name of a method among ``adapters`` that reads a duplicated base pass; '' where there is none.
+
+    An adapter whose config cannot be read here is passed over.
+    """
     for one in adapters:
         try:
             method = as_config(one).method("", "linear")
-        except AdaptcError:  # whoever compiles it says what it is
+        except AdaptcError:  # the compilation raises this error
             continue
         if any(c.first is not None for c in method.coefficients().values()):
             return method.name

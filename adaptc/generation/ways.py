@@ -1,4 +1,4 @@
-"""How a step is captured and called, by what it keeps of the tokens before its own (``facts.KEEPS``)."""
+"""Capture and call a step in the way that fits what it keeps of earlier tokens (``facts.KEEPS``)."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ from adaptc.generation.whole_step import TEXT, run_whole, stepping_whole
 def stepping_as(
     model: nn.Module, keeps: str, layout: CacheLayout, most: int | None = None, acts: Sequence[str] = ()
 ) -> AbstractContextManager[Step]:
-    """A context in which ``model`` is its step; see ``stepping``. Raises ConfigError for ``acts`` where there is no
-    cache of keys and values."""
+    """Return a context in which ``model`` has the forward of its step; see :func:`stepping`.
+
+    Raises ConfigError for ``acts`` where the step has no cache of keys and values.
+    """
     if keeps == NOTHING:
         refuse_acting(acts, f"{type(model).__name__} would generate without a cache")
         return stepping_whole(model, most)
@@ -42,7 +44,7 @@ def run_as(
     tokens: int,
     keep: int | Tensor,
 ) -> Tensor:
-    """The logits of new tokens, which are in the cache afterwards; see ``pieces.run``."""
+    """Return the logits of new tokens and write these into the cache; see :func:`pieces.run`."""
     if facts.keeps == NOTHING:
         return run_whole(step, past, inputs, tokens, keep)
     if facts.keeps == STATE:
@@ -51,7 +53,7 @@ def run_as(
 
 
 def cache_for(facts: Facts, device: torch.device, front: Opening | None = None) -> StepCache:
-    """One with nothing in it but ``front``."""
+    """Return a cache that holds nothing but ``front``."""
     layout = TEXT if facts.keeps == NOTHING else facts.layout
     made = state_cache_class() if facts.keeps == STATE else cache_class()
     new = made(layout, facts, facts.max_length, device, facts.window)

@@ -1,9 +1,9 @@
-"""The step of a model that is captured without a cache: each is given the whole text.
+"""Turn a causal model into a step without a cache, which is given the whole text each time.
 
-Before: a causal transformers model. After, inside :func:`stepping_whole`: the same module, whose ``forward`` takes
-plain tensors alone: those of ``step`` without a cache, and as many positions as tokens. Between steps a cache of tokens
-and positions stands in for one of keys and values, so whatever goes on from a cache goes on from it: the same answers,
-and all of the text computed again for each.
+Inside :func:`stepping_whole` the model's ``forward`` takes the inputs of ``step`` without those of a cache, and as many
+mask positions as tokens. Between steps a :class:`StepCache` holds token ids and position_ids in the place of keys and
+values. So generation continues from it as from any cache and gives the same answers. Each step computes the whole text
+again.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ from adaptc.generation.cache import StepCache
 from adaptc.generation.layout import CacheLayout, LayerLayout
 from adaptc.generation.step import Step, example_step
 
-#: of a cache that holds the text: as keys its tokens, as values their positions
+#: the layout of a cache that holds a text: its token ids as keys, its position_ids as values
 TEXT = CacheLayout((LayerLayout(1, 1, 1),), torch.int64)
 
 
 @contextlib.contextmanager
 def stepping_whole(model: nn.Module, most: int | None = None) -> Iterator[Step]:
-    """``model`` as its step; as it was afterwards. ``most``: tokens at most, None for any. Raises CaptureError for a
-    model whose forward takes no mask, so that rows of a batch could not differ in length."""
+    """Run the block with ``model`` as its step without a cache; its own forward is restored afterwards.
+
+    ``most`` bounds the tokens; None for any number. Raises CaptureError for a model whose forward takes no
+    attention_mask, because the rows of a batch could not differ in length.
+    """
     takes = inspect.signature(model.forward).parameters
     if "attention_mask" not in takes:
         raise CaptureError(f"the forward of {type(model).__name__} takes no attention_mask")
@@ -50,7 +53,7 @@ def stepping_whole(model: nn.Module, most: int | None = None) -> Iterator[Step]:
 
 
 def _whole(step: Step) -> Step:
-    """With a mask of as many positions as there are tokens."""
+    """Return ``step`` without ``slots`` and with an attention_mask of as many positions as tokens."""
     inputs, shapes = dict(step.example_inputs), dict(step.dynamic_shapes)
     del inputs["slots"], shapes["slots"]
     inputs["attention_mask"], shapes["attention_mask"] = torch.ones_like(inputs["input_ids"]), shapes["input_ids"]
@@ -60,7 +63,10 @@ def _whole(step: Step) -> Step:
 def run_whole(
     step: Callable[..., Any], past: StepCache, inputs: Mapping[str, Tensor], tokens: int, keep: int | Tensor
 ) -> Tensor:
-    """As ``pieces.run``, of a cache that holds the text."""
+    """Run a step on new tokens and all earlier ones, which ``past`` holds; returns the logits that ``keep`` asks for.
+
+    The arguments are those of :func:`pieces.run`.
+    """
     before, total = past.length, past.length + tokens
     ids, positions = (t[:, 0, :, 0] for t in past.tensors)
     past.writes(total)

@@ -1,6 +1,6 @@
 """Adapter methods, one file each: a config, the slots, their init, and what the method means as a function.
 
-What other packages use of them is here; the modules with a leading underscore are this package's own.
+Other packages import the names below; modules with a leading underscore are private to this package.
 """
 
 from adaptc.methods._arrow_experts import names_in, routing

@@ -1,4 +1,7 @@
-"""``python -m adaptc.methods [PAGE.md]``: the table of methods in Markdown, printed or put between a page's markers."""
+"""Print the table of methods in Markdown, or write it between the markers of a page.
+
+Usage: ``python -m adaptc.methods [PAGE.md]``.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ BLOCK = re.compile(r"(<!-- methods:[^\n]*-->\n).*?(<!-- /methods -->)", re.DOTAL
 
 
 def filled(text: str) -> str:
-    """``text`` with the table between the markers."""
+    """Return ``text`` with the table of methods between its markers."""
     return BLOCK.sub(lambda m: f"{m[1]}{markdown()}\n{m[2]}", text)
 
 

@@ -1,8 +1,9 @@
-"""An Arrow adapter made of LoRA adapters, and taken apart again: configs and tensors, no model and no files.
+"""Make one Arrow adapter of LoRA adapters, and split it into them again.
 
-Before: plain LoRA adapters at the same modules. After: one adapter that routes between them, as programs bind it. With
-GenKnowSub (aclanthology.org/2025.acl-short.54) the mean A and the mean B of general adapters are taken from the A and
-the B of each; the caller's tensors stay as they are.
+Everything here works on configs and tensors, with no model and no files. The LoRA adapters must be plain and adapt the
+same modules; the Arrow adapter that routes between them is in the form that programs bind. With GenKnowSub
+(aclanthology.org/2025.acl-short.54) the mean A and the mean B of general adapters are subtracted from the A and the B
+of each adapter. The caller's tensors stay as they are.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from adaptc.methods._name_patterns import value_table
 from adaptc.methods._parts import Part
 from adaptc.methods.arrow import ArrowConfig
 
-#: how PEFT calls the adapters, and the one that routes between them
+#: PEFT's names: prefixes of task adapters and of general adapters, and the name of the adapter that routes
 TASK, GENERAL, ROUTER = "task_", "gks_", "arrow_router"
 
-#: options of plain LoRA that mean nothing where several are routed between: each expert has its own
+#: options of plain LoRA that have no meaning for an Arrow adapter, since each expert has its own: option -> default
 _OWN: Mapping[str, Any] = {
     "lora_alpha": 8,
     "alpha_pattern": {},
@@ -38,10 +39,10 @@ _OWN: Mapping[str, Any] = {
 def routing(
     arrow: ArrowConfig, tasks: Sequence[Part], general: Sequence[Part] = ()
 ) -> tuple[TargetedConfig, dict[str, Tensor]]:
-    """The config and the tensors of an adapter that routes between ``tasks``.
+    """Return the config and the tensors of an adapter that routes between ``tasks``.
 
-    Raises ConfigError for adapters that are not plain LoRA, or general ones without ``use_gks`` or the other way round,
-    CheckpointError where modules or shapes differ.
+    Raises ConfigError for adapters that are not plain LoRA, for ``general`` adapters without ``arrow.use_gks``, and for
+    ``use_gks`` without general adapters. Raises CheckpointError where modules or shapes differ.
     """
     if arrow.use_gks and not general:
         raise ConfigError("use_gks=True takes the mean of general adapters away, and there are none: name at least one")
@@ -57,14 +58,14 @@ def routing(
     assert isinstance(first, TargetedConfig)  # or it would not be plain LoRA
     r, ranks = value_table(made.ranks)
     names = [f"{TASK}{i}" for i in range(len(tasks))]
-    # What was taken away is gone: the adapter that there is now routes between what is left.
+    # The general adapters are subtracted above: with use_gks left on, they would be subtracted again on loading.
     own = replace(arrow, use_gks=False).naming(names, [])
     config = first.united(configs, [list(made.ranks)] * len(configs))
     return config.replace(arrow_config=own, r=r, rank_pattern=ranks, **_OWN), dict(made.tensors)
 
 
 def _without_general(tasks: Sequence[Part], general: Sequence[Part]) -> list[Part]:
-    side_by_side([*tasks, *general], "GenKnowSub", alike=True)  # which says what does not go together
+    side_by_side([*tasks, *general], "GenKnowSub", alike=True)  # only for its errors where adapters do not fit
     means: dict[str, Tensor] = {}
     out: list[Part] = []
     for t in tasks:
@@ -95,7 +96,10 @@ def _full(t: Tensor) -> Tensor:
 
 @torch.no_grad()
 def routed_apart(config: Any, tensors: Mapping[str, Tensor]) -> dict[str, tuple[TargetedConfig, dict[str, Tensor]]]:
-    """Inverse of :func:`routing`, by the names that PEFT knows them by: the adapters, and last the one that routes."""
+    """Split an Arrow adapter into its LoRA adapters and PEFT's router, by PEFT's names: the inverse of :func:`routing`.
+
+    The router comes last. Raises ConfigError for a tensor that belongs to none of the LoRA adapters.
+    """
     arrow = ArrowConfig.of(config.arrow_config)
     names = arrow.task_adapter_names or []
     if more := next((k for k in tensors if not k.endswith((*AXES, OWNER, SCALES))), None):
@@ -110,8 +114,11 @@ def routed_apart(config: Any, tensors: Mapping[str, Tensor]) -> dict[str, tuple[
 
 
 def names_in(config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Of a config as files have it: the names of the adapters beside it that it routes between, and of the general
-    ones that are taken away from these. None of a config of another method, or of one that says itself what it is."""
+    """Return the names of the task adapters and of the general adapters that ``config``, read from a file, refers to.
+
+    Both are adapters beside the file. The second list is empty without ``use_gks``, and both are for a config whose
+    ``arrow_config`` is no mapping.
+    """
     found = config.get("arrow_config")
     if not isinstance(found, Mapping):
         return [], []

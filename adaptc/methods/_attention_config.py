@@ -1,6 +1,7 @@
-"""Configs of methods that add to what attentions give: they choose layers of attention and no weights.
+"""Define the base class of configs whose methods add to an attention's output.
 
-Where the attentions are is found in the program, and what the config leaves to the model is filled in when they are.
+Such a config chooses attention layers and no weights. The attentions are found in the program; fields that the config
+leaves to the model are filled in then.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from adaptc.passes.ir.attention_method import AttentionMethod
 
 @dataclass
 class AttentionConfig(AdapterConfig):
-    """``target_modules``: the name of the modules of attention, by default that of the last one of the program;
-    ``adapter_layers``: how many, from the last one back."""
+    """A config that chooses attention layers.
 
-    #: as for configs that choose layers
+    ``target_modules``: the name of the attention modules, by default that of the program's last one.
+    ``adapter_layers``: how many of them are adapted, counted from the last one back.
+    """
+
+    #: the fields of an example config: those that have no default
     samples: ClassVar[Sequence[Mapping[str, Any]]] = ({"adapter_len": 10, "adapter_layers": 30},)
 
-    # Options of configs that choose layers.
+    # Configs that choose layers have these options; generic code reads them of all configs.
     layer_replication = cast("Any", None)
 
     target_modules: str | None = None

@@ -1,7 +1,7 @@
-"""What many methods check, or do to their inputs, in one place each.
+"""Check options and sites as many methods need it, and prepare the input of an adapter around a layer.
 
-Of configs: ranges of integers and probabilities, whose types ``adaptc.value_types`` has checked. Of sites: that the
-weight is a matrix. And the input of an adapter beside a layer, with its dropout.
+Configs are checked for the ranges of integers and probabilities; ``adaptc.value_types`` has checked their types before.
+Sites are checked for a weight that is a matrix.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from adaptc.passes.ir.ops import Op
 
 
 def check_integers(config: Any, values: Mapping[str, Any], least: int = 1) -> None:
-    """Raises ConfigError where one of ``values`` (option -> integer) is less than ``least``."""
+    """Raise ConfigError where one of ``values`` (option -> integer) is less than ``least``."""
     what = "a positive integer" if least == 1 else f"an integer of at least {least}"
     for name, value in values.items():
         if value < least:
@@ -29,13 +29,13 @@ def check_integers(config: Any, values: Mapping[str, Any], least: int = 1) -> No
 
 
 def check_ranks(config: Any) -> None:
-    """Raises ConfigError where ``r``, or a rank in ``rank_pattern``, is not positive."""
+    """Raise ConfigError where ``r``, or a rank in ``rank_pattern``, is not positive."""
     patterns = {f"rank_pattern[{k!r}]": v for k, v in (config.rank_pattern or {}).items()}
     check_integers(config, {"r": config.r, **patterns})
 
 
 def check_probability(config: Any, *options: str, certain: bool = False) -> None:
-    """Raises ConfigError where an option is no probability; ``certain``: whether it may be 1."""
+    """Raise ConfigError where one of ``options`` is no probability. ``certain``: whether it may be 1."""
     for option in options:
         value = getattr(config, option)
         if not 0.0 <= value <= 1.0 or (value == 1.0 and not certain):
@@ -45,7 +45,10 @@ def check_probability(config: Any, *options: str, certain: bool = False) -> None
 
 
 def tell_unused(config: Any, options: Collection[str], why: str) -> None:
-    """Warns of options that were set and do nothing beside the others, where PEFT's files may have them so."""
+    """Warn of each of ``options`` that is set and has no effect; ``why`` ends the message.
+
+    It is no error, since files of PEFT may set these options. The warning names the caller of the config's constructor.
+    """
     usual = {f.name: f.default for f in fields(config)}
     said = [f"{n}={shown(getattr(config, n))}" for n in options if getattr(config, n) != usual[n]]
     if said:
@@ -53,23 +56,23 @@ def tell_unused(config: Any, options: Collection[str], why: str) -> None:
 
 
 def check_bias(config: Any, only: str) -> None:
-    """Raises ConfigError where ``bias`` is not one of "none", "all" and ``only``."""
+    """Raise ConfigError where ``bias`` is not one of "none", "all" and ``only``."""
     if config.bias not in ("none", "all", only):
         raise ConfigError(f"{type(config).__name__}.bias must be 'none', 'all' or {only!r}, got {config.bias!r}")
 
 
 def check_matrix(method: str, op: Op) -> None:
-    """Raises TargetError at a weight with fewer than two axes."""
+    """Raise TargetError at a weight with fewer than two axes."""
     if len(op.shape) < 2:
         raise TargetError(f"{method} needs a weight with two axes or more, and this one has shape {op.shape}")
 
 
 def drops(method: Method, op: Op) -> bool:
-    """Whether a method drops some of its input at this site. Indices are never dropped."""
+    """Return whether ``method`` applies dropout to the input of ``op``. An embedding's input is indices: no dropout."""
     return method.drops_input() and op.kind != "embedding"
 
 
 def adapter_input(method: Method, op: Op, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """What an adapter beside a layer reads: the layer's input in the adapter's dtype, in training with dropout."""
+    """Return the layer's input in ``dtype``, the adapter's, with the method's dropout in training."""
     x = op.as_input(x, dtype)
     return F.dropout(x, method.dropout, training=True) if drops(method, op) else x

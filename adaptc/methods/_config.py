@@ -1,7 +1,7 @@
-"""Configs: PEFT's names, fields and defaults, and the three ways one comes to be (written, from peft, from a file).
+"""Define the base classes of configs, with PEFT's names, fields and defaults.
 
-Before: any mapping or object with PEFT's fields. After: a config whose every field is either honoured or at its
-default; a field that is set and not supported is refused by name when the config is made.
+A config is written in code, made of peft's own config, or read from a file. Each of its fields is either honoured or at
+its default: the constructor refuses a field that is set and not supported, by name.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS
 class AdapterConfig:
     """Fields common to all PEFT configs (file format: ``adapter_config.json``)."""
 
-    #: PEFT's name of the method in files
+    #: PEFT's name for the method in files
     peft_type: ClassVar[str] = ""
-    #: fields PEFT has and adaptc does not support yet: refused when set to anything but the default
+    #: fields that PEFT has and adaptc does not support: field -> why; refused when set to anything but the default
     refused: ClassVar[Mapping[str, str]] = {}
-    #: attributes beside the fields, which no file can have: functions
+    #: attributes that are no fields because no file can hold them: functions
     unsaved: ClassVar[tuple[str, ...]] = ()
-    #: the field with the scale of a module times its rank; '' for methods that files of other formats have not
+    #: the field that holds a module's scale times its rank; '' for methods that no file of another format holds
     alpha_field: ClassVar[str] = ""
 
-    # An option of configs that choose layers, which make a field of it.
+    # Configs that choose layers make a field of this option; generic code reads it of all configs.
     modules_to_save = cast("Any", None)
 
     task_type: str | None = None
@@ -64,7 +64,10 @@ class AdapterConfig:
             raise ConfigError(f"task_type={shown(self.task_type)} is not one of {', '.join(TASK_TYPES)}")
 
     def check_types(self) -> None:
-        """Raises ConfigError where a field holds what its annotation does not allow; see ``adaptc.value_types``."""
+        """Convert each field to the type of its annotation; raise ConfigError where that cannot be done.
+
+        The rules are in ``adaptc.value_types``.
+        """
         for name, rule in table(type(self)).items():
             value = getattr(self, name)
             new = fitting(f"{type(self).__name__}.{name}", rule, value)
@@ -72,42 +75,52 @@ class AdapterConfig:
                 setattr(self, name, new)
 
     def method(self, name: str, kind: str) -> Method:
-        """The method with the options it has at module ``name`` (rank and alpha patterns resolved)."""
+        """Return the method with the options it has at module ``name``, rank and alpha patterns resolved.
+
+        ``kind``: the kind of the op that consumes the weight.
+        """
         raise AssertionError(f"{type(self).__name__} must define method()")
 
     def name_endings(self) -> dict[str, Collection[str]]:
-        """Further lists of endings of module names, by field name: each must end one."""
+        """Return further lists of endings of module names, by field. Each must end the name of one of the modules."""
         return {}
 
     def pattern_entries(self) -> dict[str, Mapping[str, Any]]:
-        """Per-module option tables, by field name: each key must match a targeted module."""
+        """Return the tables of per-module options, by field. Each key must match an adapted module."""
         return {}
 
     def pattern_matches(self, key: str, name: str) -> bool:
-        """Whether a key of these tables is for the module ``name``: PEFT has one rule for LoRA, and others."""
+        """Return whether ``key`` of such a table matches the module ``name``.
+
+        The default is LoRA's rule; some methods have another one in PEFT, and override this.
+        """
         return matches_pattern(key, name)
 
-    # -- adapters made of others, which have files of their own --------------------------------------------------------
+    # -- adapters made of other adapters, which have files of their own ------------------------------------------------
 
     def parts(self) -> Mapping[str, str]:
-        """The adapters that are still to be read before this one is known: name -> directory; {} for none."""
+        """Return the adapters that must be read before this one is complete: name -> directory; {} for none."""
         return {}
 
     def with_parts(
         self, parts: Sequence[Part], tensors: Mapping[str, Tensor] | None, order: Sequence[str]
     ) -> tuple[Self, dict[str, Tensor]]:
-        """This config with its :meth:`parts`, and the tensors of all of it. ``tensors``: those of its own file, None
-        for an adapter that is new; ``order``: the names of the model's tensors, in its order. Raises ConfigError or
-        CheckpointError for parts that do not go together."""
+        """Return this config completed with its :meth:`parts`, and the tensors of the whole adapter.
+
+        ``tensors``: the tensors of its own file, None for a new adapter. ``order``: the names of the model's tensors,
+        in the model's order. Raises ConfigError or CheckpointError for parts that do not fit together.
+        """
         raise AssertionError(f"{type(self).__name__} has no with_parts()")
 
     def with_ranks(self, ranks: Mapping[str, int]) -> Self:
-        """This config for an adapter whose sites have these sizes, by the names that :meth:`method` is asked with;
-        itself where it has no words for them."""
+        """Return this config for an adapter with these ranks; the config itself where it cannot express them.
+
+        ``ranks``: module name, as :meth:`method` takes it, -> rank.
+        """
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """As ``adapter_config.json`` has it: plain JSON types, sets as sorted lists."""
+        """Return the content of ``adapter_config.json``: plain JSON types, sets as sorted lists."""
         out: dict[str, Any] = {"peft_type": self.peft_type}
         for f in fields(self):
             value = getattr(self, f.name)
@@ -115,19 +128,25 @@ class AdapterConfig:
         return out
 
     def written(self, tensors: Mapping[str, Tensor], directory: str) -> Mapping[str, Written]:
-        """What files hold an adapter of this config, with these tensors by bare keys, as: the content of configs, and
-        the tensors, of adapters by the names that they have below ``directory``, '' for what lies there itself. The
-        last stands for all."""
+        """Return the adapters that files hold for this one: subdirectory -> (content of the config, tensors).
+
+        ``tensors``: the tensors of the whole adapter, by bare keys. ``directory``: where the files will be. The
+        subdirectory '' stands for ``directory`` itself. The last entry is the adapter that stands for all of them.
+        """
         return {"": (self.to_dict(), tensors)}
 
     def said(self) -> dict[str, Any]:
-        """:meth:`to_dict` without what is at its default, for files in which that goes without saying."""
+        """Return :meth:`to_dict` without the fields that are at their default."""
         usual = {f.name: default_of(f) for f in fields(self)}
         return {k: v for k, v in self.to_dict().items() if k not in usual or v != usual[k]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """From ``adapter_config.json``. Keys PEFT has never had are dropped with a warning that names them."""
+        """Return the config for the content of an ``adapter_config.json``.
+
+        Keys that are no fields are dropped with a warning that names them. Raises ConfigError for a key that is no
+        string, and for the constructor's reasons.
+        """
         known = {f.name for f in fields(cls)}
         odd = next((k for k in data if not isinstance(k, str)), None)
         if odd is not None:
@@ -146,8 +165,11 @@ class AdapterConfig:
 
     @classmethod
     def options_of(cls, modules: Sequence[Mapping[str, Tensor]], shapes: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """The options, beside ranks and alphas, that an adapter has whose modules have these tensors by slot, at
-        weights of these shapes. For files without a config. Raises ConfigError where no options give all of them."""
+        """Return the options, other than ranks and alphas, that follow from an adapter's tensors.
+
+        ``modules``: for each module its tensors by slot; ``shapes``: for each module the shape of its weight. This is
+        for files without a config. Raises ConfigError where no options give all of these tensors.
+        """
         return {}
 
     def replace(self, **changes: Any) -> Self:
@@ -157,8 +179,10 @@ class AdapterConfig:
         return new
 
     def completed(self, values: Mapping[str, Any]) -> Self:
-        """This config with ``values`` in those of the fields that are None. What the user wrote is not checked again:
-        defaults need not fit it in the way the user's own words must."""
+        """Return this config with ``values`` in those of its fields that are None.
+
+        The constructor's checks do not run again: default values need not pass the checks made of a user's values.
+        """
         new = copy.copy(self)
         for name, value in values.items():
             if getattr(self, name) is None:
@@ -172,20 +196,23 @@ def default_of(f: dataclasses.Field[Any]) -> Any:
 
 @dataclass
 class TargetedConfig(AdapterConfig):
-    """Fields of configs that choose layers. Every method may have all of them here. In PEFT most methods lack one or
-    another (``target_parameters`` is LoRA's alone), and a file that has it makes PEFT warn: but for LoRA, files have
-    the optional ones only when they are set."""
+    """Fields of configs that choose layers.
 
-    #: fields of an example of each method the config stands for: those that have no default, or choose the method
+    Here every method has all of them. In PEFT most methods lack some (``target_parameters`` is LoRA's alone), and PEFT
+    warns of a file that has them. So, except for LoRA, files have the optional fields only where they are set.
+    """
+
+    #: for each method that the config can choose, the fields of an example: those without a default, or that choose it
     samples: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
-    #: the field with the probability that an input of the adapter is dropped, for methods that have one
+    #: the field with the dropout probability of the adapter's input; '' for methods without one
     dropout_field: ClassVar[str] = ""
-    #: whether files have the optional fields of this class even where they are not set
+    #: whether files have the optional fields of this class where they are not set, too
     writes_all: ClassVar[bool] = False
-    #: what ``target_modules`` names: "matrices" to adapt, "modules" to train as a whole, or tables to train "rows" of
+    #: the kind of thing that ``target_modules`` names: "matrices" to adapt, "modules" to train as a whole, or tables of
+    #: which "rows" are trained
     unit: ClassVar[str] = "matrices"
 
-    # Options of some methods, which make fields of them. Not annotated: they would get a place among the fields.
+    # Some methods make fields of these options. They are not annotated, or dataclasses would make fields of them here.
     bias = cast("Any", "none")
     trainable_token_indices = cast("Any", None)
     layer_replication = cast("Any", None)
@@ -220,18 +247,20 @@ class TargetedConfig(AdapterConfig):
             raise ConfigError(f"{type(self).__name__}.bias must be 'none', 'all' or {own!r}, got {bias!r}")
 
     def resolved(self, facts: ModelFacts) -> Self:
-        """This config with the fields it leaves to the model filled in from what is known of it, as in PEFT's files.
+        """Return this config with the fields that it leaves to the model filled in, as PEFT's files have them.
 
-        Called before the config is planned, and what is planned is what gets saved. What stays None is found in the
-        graph, if it can be. A method whose defaults are not in ``_default_targets`` overrides it.
+        It is called before sites are planned, and the resolved config is the one that is saved. For a field that stays
+        None, the graph is searched. A method whose defaults are not in ``_default_targets`` overrides this.
         """
         named = self.target_parameters and not adapts_defaults(facts.model_type)
         found = defaults(self.peft_type, facts.model_type, facts.types)
         return self.completed({k: v for k, v in found.items() if not (named and k == "target_modules")})
 
     def with_ranks(self, ranks: Mapping[str, int]) -> Self:
-        """This config for an adapter whose modules have these ranks, by the names that :meth:`method` is asked with;
-        itself where it has no rank, or one for all where there are several."""
+        """Return this config for an adapter with these ranks (module name, as :meth:`method` takes it, -> rank).
+
+        A config without ``r`` is returned as it is. Without a ``rank_pattern`` it gets the most frequent rank.
+        """
         own = {f.name for f in fields(self)}
         if "r" not in own or not ranks:
             return self
@@ -245,8 +274,10 @@ class TargetedConfig(AdapterConfig):
         return new
 
     def united(self, configs: Sequence[Any], names: Sequence[Sequence[str]]) -> Self:
-        """This config, the first of ``configs``, with the sites of all of them: the modules called ``names`` of each,
-        and what else its file holds. All are of this class."""
+        """Return this config, the first of ``configs``, with fields that choose the sites of all of them.
+
+        ``names``: for each config the names of its modules. All configs are of this class.
+        """
         new = copy.copy(self)
         for name, value in united(configs, names).items():
             setattr(new, name, value)

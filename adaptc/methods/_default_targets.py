@@ -1,9 +1,9 @@
-"""Fields a config may leave to the type of the model, where the graph does not answer: names per architecture.
+"""Give the default values of config fields that depend on the architecture: names of modules per model type.
 
-Most methods adapt the query and value projections, and those are found in the graph (``passes.analysis.attention``),
-whatever the architecture calls them: such methods need no names here. The tables hold where PEFT 0.21.2 means something
-else, since an adapter made there with defaults must come out the same here. They are facts about architectures, keyed
-by ``config.model_type`` of transformers.
+Most methods adapt the query and value projections. Those are found in the graph (``passes.analysis.attention``),
+whatever the architecture calls them, so such methods need no names here. The tables hold the cases in which PEFT 0.21.2
+adapts other layers: an adapter that PEFT made with defaults must adapt the same layers here. Their keys are
+``config.model_type`` of transformers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ALL_OF_LLAMA = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
 _LLAMAS = ("llama", "llama4", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3", "phi")
 _FUSED = ("gpt_neox", "RefinedWeb", "RefinedWebModel", "falcon")
 
-#: all projections of a few encoders, else query and value
+#: all projections for a few model types; the others adapt query and value
 _SOME_WHOLE: Names = {
     "t5": "q k v o wi wo",
     "mt5": "q k v o wi_0 wi_1 wo",
@@ -31,7 +31,7 @@ _SOME_WHOLE: Names = {
     "opt": _ALL_OF_BART,
     "deberta-v2": "query_proj key_proj value_proj dense",
 }
-#: the second layer of the MLP where query and value are one layer with the key, else query and value
+#: the second layer of the MLP for types whose query, key and value are one layer; the others adapt query and value
 _MLP_OF_GPT2: Names = {"gpt2": "mlp.c_proj", "gpt_bigcode": "mlp.c_proj"}
 
 _FEEDFORWARD: Names = {
@@ -100,10 +100,10 @@ TABLES: Mapping[str, Mapping[str, Names]] = MappingProxyType(
         "OSF": {"target_modules": _WHOLE},
     }
 )
-#: methods that mean other layers than query and value: the graph cannot stand in for an unknown type
+#: methods that adapt other layers than query and value, so that the graph gives no default for an unknown model type
 OTHER_MEANING = frozenset({"IA3", "LN_TUNING", "BEFT", "OSF", "TRAINABLE_TOKENS"})
 
-#: types whose default layers PEFT adapts even where ``target_parameters`` name others: those of its table
+#: model types in PEFT's table of defaults, whose default layers PEFT adapts even where ``target_parameters`` is given
 _BESIDE_PARAMETERS = frozenset(
     {"bart", "bert", "blip-2", "bloom", "btlm", "chatglm", "codegen", "deberta", "deberta-v2", "electra", "falcon"}
     | {"gemma", "gemma2", "gemma3_text", "gemma4", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "layoutlm"}
@@ -113,15 +113,15 @@ _BESIDE_PARAMETERS = frozenset(
 
 
 def adapts_defaults(model_type: str | None) -> bool:
-    """Whether a config that names parameters, and no modules, has its default modules adapted as well."""
+    """Return whether a config with ``target_parameters`` and no ``target_modules`` adapts its default modules too."""
     return model_type in _BESIDE_PARAMETERS
 
 
 def defaults(peft_type: str, model_type: str | None, modules: Iterable[str] = ()) -> dict[str, Any]:
-    """Field -> names that a method's config has by default for a type of model; fields without a default are left out.
+    """Return the default names of a method's config for a model type: field -> names; {} where there is no default.
 
-    ``modules`` are the paths of the model's modules: a name that ends none of them is left out, as a type has variants
-    (T5's gated feed-forward layers have other names). Empty: every name is kept.
+    ``modules``: the paths of the model's modules. A name that ends none of them is left out, since a model type has
+    variants: T5's gated feed-forward layers have other names. Without ``modules`` every name is kept.
     """
     paths = list(modules)
     out: dict[str, Any] = {}

@@ -1,11 +1,12 @@
-"""Several LoRA adapters side by side, as experts: their ranks one after the other, and whose each rank is.
+"""Join LoRA adapters as experts along one axis of ranks, and split them again.
 
-Before: configs and tensors of plain LoRA adapters, by PEFT's bare keys, of ranks that may differ. After: for each
-module one A and one B that have the ranks of all its experts, and for each rank the number of its expert and that
-one's scale; or an error that names the adapter and the option or key. :func:`apart` is the inverse.
+:func:`side_by_side` takes configs and tensors of plain LoRA adapters, by PEFT's bare keys; their ranks may differ. For
+each module it gives one A and one B with the ranks of all experts one after the other. For each rank it gives the
+number of its expert (the owner) and the expert's scale. Errors name the adapter and the option or key. :func:`apart`
+is the inverse.
 
-So a site has one free size, the sum of the ranks, and nothing is filled up: with h = A x the experts together are
-B (w[owner] s h), where w is what a router gives each of them.
+So a site has one free size, the sum of the ranks, and nothing is padded. With h = A x, the experts together compute
+B (w[owner] s h), where w is the router's weight of each expert.
 """
 
 from __future__ import annotations
@@ -23,19 +24,23 @@ from adaptc.methods._name_patterns import value_table
 from adaptc.methods._parts import Part
 from adaptc.methods.lora import Lora
 
-#: the slots of an expert, by their names in files, and their axis of ranks
+#: the slots of an expert, by their names in files -> their axis of ranks
 AXES = {"lora_A.weight": 0, "lora_B.weight": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
-#: beside these: the expert of each rank, and its scale
+#: further slots of the joined experts: the number of each rank's expert, and the scale of that expert
 OWNER, SCALES = "lora_owner", "lora_scaling"
 
-#: options with which an adapter is more than the products that are stacked
+#: options with which an adapter holds more than the A and B that are joined
 _MORE = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "ensure_weight_tying")
 
 
 @dataclass(frozen=True, eq=False)
 class Experts:
-    """``tensors``: ``<module>.<slot>``, whose axis of ranks has ``ranks[module]``, the sum of those of its experts;
-    ``<module>.lora_owner`` (rank,) of int64 and ``<module>.lora_scaling`` (rank,) of float64. ``count``: of experts."""
+    """The joined tensors of several LoRA adapters.
+
+    ``tensors``: ``<module>.<slot>``, with ``ranks[module]`` entries along its axis of ranks; ``<module>.lora_owner``
+    (ranks,), int64; ``<module>.lora_scaling`` (ranks,), float64. ``ranks[module]`` is the sum of the experts' ranks
+    there. ``count``: the number of experts.
+    """
 
     tensors: Mapping[str, Tensor] = field(repr=False)
     ranks: Mapping[str, int]
@@ -43,9 +48,10 @@ class Experts:
 
 
 def side_by_side(experts: Sequence[Part], what: str, *, alike: bool = False) -> Experts:
-    """The experts, in their order. ``what``: who wants them, for messages. ``alike``: all must have the same modules.
+    """Join the experts in the given order.
 
-    Raises ConfigError for adapters that are not plain LoRA, CheckpointError for tensors that do not go together.
+    ``what``: the method that needs them, for messages. ``alike``: all must adapt the same modules. Raises ConfigError
+    for no adapters and for adapters that are not plain LoRA, CheckpointError for tensors that do not fit together.
     """
     if not experts:
         raise ConfigError(f"{what} needs the directory of at least one LoRA adapter, and there is none")
@@ -71,9 +77,11 @@ def side_by_side(experts: Sequence[Part], what: str, *, alike: bool = False) -> 
 def apart(
     joined: Mapping[str, Tensor], config: TargetedConfig, count: int
 ) -> list[tuple[TargetedConfig, dict[str, Tensor]]]:
-    """The ``count`` experts of :attr:`Experts.tensors` as adapters of their own. ``config``: of plain LoRA, with what
-    they have in common; ranks and alphas are filled in. At a module all have the largest of their ranks, since PEFT
-    routes between adapters of one rank alone; what is filled up is zero."""
+    """Split :attr:`Experts.tensors` into its ``count`` experts, each a config and tensors of its own.
+
+    ``config``: a plain LoRA config with the options that the experts share; ranks and alphas are filled in. At a module
+    all experts get the largest of their ranks, padded with zeros, since PEFT routes only between adapters of one rank.
+    """
     owners = {k.removesuffix(f".{OWNER}"): t for k, t in joined.items() if k.endswith(f".{OWNER}")}
     most = {m: max(int((t == i).sum()) for i in range(count)) for m, t in owners.items()}
     out = []
@@ -109,7 +117,7 @@ class _Site:
 
 
 def _modules(e: Part, what: str) -> dict[str, _Site]:
-    """The sites of one adapter by module."""
+    """Return the sites of one adapter by module; raise ConfigError or CheckpointError where it is not plain LoRA."""
     config = e.config
     if not isinstance(config, TargetedConfig) or type(method := _method(config, "")) is not Lora:
         kind = config.peft_type if not isinstance(config, TargetedConfig) else _method(config, "").name
@@ -173,6 +181,6 @@ def _beside(t: Tensor, axis: int) -> list[int]:
 
 
 def _number(alpha: float) -> float | int:
-    """As it was written, where rounding alone is between: files have whole numbers mostly."""
+    """Return an alpha as an integer where only rounding makes it differ: most files have whole numbers."""
     near = round(alpha)
     return near if abs(alpha - near) <= 1e-6 * max(abs(alpha), 1) else alpha

@@ -1,10 +1,11 @@
-"""Tokens in front of those of a call: what mask, positions and token types are for them, whatever they are.
+"""Define the base class of methods that put virtual tokens, or a KV prefix, in front of a call's tokens.
 
-How many there are is the size of a slot, so that a swap may change it, and none at all are the identity. A method of
-this kind says what its slots are, and what stands at the places: embeddings, or keys and values.
+It extends attention_mask, position_ids and token_type_ids. The number of virtual tokens is the size of a slot, so that
+a swap may change it; zero virtual tokens are the identity. A subclass defines its slots, and the embeddings, or the
+keys and values, of the virtual tokens.
 
-An adapter of a model with an encoder and a decoder may have rows for each of the two stacks. They are slices of its
-slots, (2, count, ...), and one behind the other in files, (2 * count, ...). Those of the encoder come first.
+In a model with an encoder and a decoder an adapter may have rows for each of the two stacks. Its slots then have shape
+(2, count, ...). Its files have (2 * count, ...), the encoder's rows first.
 """
 
 from __future__ import annotations
@@ -28,16 +29,19 @@ PROMPT = "prompt_embeddings"
 
 @dataclass(frozen=True)
 class InFront(ProgramMethod):
-    """``count``: how many tokens, which are as many as the rows of the slot :data:`PROMPT` unless :meth:`lengthens` is
-    overridden. ``sides``: for how many stacks of the model there are as many rows."""
+    """A method with ``count`` virtual tokens.
+
+    ``count`` is the number of rows of the slot :data:`PROMPT`, unless :meth:`lengthens` is overridden. ``sides``: the
+    number of stacks (1 or 2) for which there are ``count`` rows each.
+    """
 
     swappable: ClassVar[frozenset[str]] = frozenset({"count", "first", "training"})
-    #: slot -> what PEFT's module of the prompt calls it
+    #: slot -> its name in PEFT's prompt encoder module
     modules: ClassVar[Mapping[str, str]] = {PROMPT: "embedding.weight"}
     file_names: ClassVar[tuple[str, ...]] = (PROMPT,)
 
     count: int = 0
-    #: how first values are made; what it holds is up to the method
+    #: the scheme of the first values, in a form of the subclass's own
     first: tuple[Any, ...] = ()
     sides: int = 1
 
@@ -83,14 +87,16 @@ class InFront(ProgramMethod):
     # -- stacks --------------------------------------------------------------------------------------------------------
 
     def rows_of(self, width: int, *before: int) -> Slot:
-        """The slot of rows of this width for all stacks."""
+        """Return the slot for the rows of all stacks: (*before[, sides], count, width), with ``count`` free."""
         stacks = (self.sides,) if self.sides > 1 else ()
         shape = (*before, *stacks, self.count, width)
         return Slot(shape, free=(len(shape) - 2,))
 
     def divided(self, name: str, rows: Tensor, axis: int = 0) -> Tensor:
-        """Rows as files have them, by stacks. Raises CheckpointError for what is no rows, and for a number of them that
-        is not as many for each."""
+        """Return ``rows`` as files have them with ``axis`` split into (sides, count), or as they are for one stack.
+
+        Raises CheckpointError for a tensor without ``axis`` + 2 axes, and for rows that ``sides`` does not divide.
+        """
         if rows.ndim != axis + 2:
             what = "a row for each token" if not axis else f"{axis + 2} axes"
             raise CheckpointError(f"{name!r} has shape {tuple(rows.shape)}; expected {what}")
@@ -104,11 +110,11 @@ class InFront(ProgramMethod):
         return rows.unflatten(axis, (self.sides, -1))
 
     def joined(self, rows: Tensor, axis: int = 0) -> Tensor:
-        """Inverse of :meth:`divided`."""
+        """Return ``rows`` as files have them: the inverse of :meth:`divided`."""
         return rows if self.sides == 1 else rows.flatten(axis, axis + 1)
 
     def clash(self, other: Any) -> str:
-        # Keys and values come before all tokens, and leave the first of these alone.
+        # A KV prefix leaves the first tokens of the program alone, so it does not clash with virtual tokens.
         same = isinstance(other, InFront) and self.changes("cached") == other.changes("cached")
         return "the first tokens" if same else ""
 

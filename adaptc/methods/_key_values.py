@@ -1,13 +1,13 @@
-"""Keys and values in front of those of a call's tokens, for each attention of a program.
+"""Define the base classes of methods that put a KV prefix in front of the keys and values of each attention.
 
-File key: ``prompt_embeddings`` (num_virtual_tokens, 2 * num_layers * token_dim), in PEFT's order: of each token the key
-of the first layer, its value, the key of the second, and so on, ``token_dim`` being all heads of keys. Nothing rotates
-them: they stand where a cache has keys that were rotated before.
+File key: ``prompt_embeddings`` (num_virtual_tokens, 2 * num_layers * token_dim), in PEFT's order. A token's row holds
+the key of the first layer, its value, the key of the second layer, and so on; ``token_dim`` is the width of all key
+heads. The keys are not rotated: like the keys in a cache, they stand behind the rotation.
 
-In a model with an encoder and a decoder they are those of the decoder's attention to its own tokens. PEFT reads a file
-whose config says ``num_transformer_submodules=2``, which a ``task_type`` of SEQ_2_SEQ_LM makes the default, as if every
-other pair were of the attention to the encoder: layer i has pair 2 i, from the first again behind the last, and half of
-the pairs, or more, are read by nobody. Files mean the same here; with 1 each layer has its own.
+In a model with an encoder and a decoder, the prefix is that of the decoder's self-attention. With
+``num_transformer_submodules=2``, the default for a ``task_type`` of SEQ_2_SEQ_LM, PEFT reads a file as if every other
+pair were for the cross-attention. Layer i then has pair 2 i modulo the number of layers, and half of the pairs or more
+are unused. Files mean the same here. With 1, each layer has its own pair.
 """
 
 from __future__ import annotations
@@ -31,8 +31,11 @@ from adaptc.passes.ir.ops import Op
 
 @dataclass
 class KeyValueConfig(ProgramConfig):
-    """``num_layers``, ``num_attention_heads`` and ``token_dim`` are those of keys and values, found in the program's
-    attentions: heads that several queries share count once."""
+    """A config of a method with a KV prefix.
+
+    ``num_layers``, ``num_attention_heads`` and ``token_dim`` describe keys and values, and are found in the program's
+    attentions. A key head that several query heads share (grouped-query attention) counts once.
+    """
 
     reads_attentions: ClassVar[bool] = True
 
@@ -60,15 +63,21 @@ class KeyValueConfig(ProgramConfig):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Layers, heads, the width of a head, and :attr:`KeyValues.submodules`; zeros while they are not known."""
+        """Return (layers, key heads, width of a head, :attr:`KeyValues.submodules`).
+
+        The first three are 0 until :meth:`resolved` has found them.
+        """
         heads = self.num_attention_heads or 0
         return self.num_layers or 0, heads, (self.token_dim or 0) // max(heads, 1), self.sides
 
 
 @dataclass(frozen=True)
 class KeyValues(InFront):
-    """``layers``, ``heads`` and ``width`` (of a head): as the config has them. ``submodules``: by how many of a row's
-    pairs the layers are apart."""
+    """A method with a KV prefix for each attention of a program.
+
+    ``layers``, ``heads`` and ``width`` (of a head): as the config has them. ``submodules``: the step, in pairs of a
+    row, from one layer's key and value to those of the next layer.
+    """
 
     layers: int = 0
     heads: int = 0
@@ -77,7 +86,7 @@ class KeyValues(InFront):
 
     @property
     def row(self) -> int:
-        """How many numbers there are for a token."""
+        """Return the length of a token's row: the keys and values of all layers."""
         return 2 * self.layers * self.heads * self.width
 
     def of_model(self, op: Op) -> dict[str, Any]:
@@ -85,7 +94,7 @@ class KeyValues(InFront):
         return {"num_layers": self.layers, **heads, "num_transformer_submodules": self.submodules}
 
     def rows(self, slots: Slots) -> Tensor:
-        """(count, row)"""
+        """Return the rows of all virtual tokens: (count, row)."""
         raise AssertionError(f"{type(self).__name__} must define rows()")
 
     def cached(self, slots: Slots, given: Given) -> Tensor:
@@ -97,5 +106,8 @@ class KeyValues(InFront):
 
 
 def as_rows(cached: Sequence[Tensor]) -> Tensor:
-    """Inverse of :meth:`KeyValues.cached`: (count, row) of keys and values in turn, each (heads, count, width)."""
+    """Return the rows (count, row) for a KV prefix: the inverse of :meth:`KeyValues.cached`.
+
+    ``cached``: the keys and values of each layer in turn, each (heads, count, width).
+    """
     return torch.stack(list(cached)).permute(2, 0, 1, 3).flatten(1).contiguous()

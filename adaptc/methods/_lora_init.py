@@ -1,9 +1,8 @@
-"""Initial LoRA tensors: A, B and, for the schemes that move a part of the weight into them, the rest of the weight.
+"""Make the initial A and B of LoRA and, for schemes that move a part of the weight into them, the rest of the weight.
 
-Before: a weight in canonical layout and the shapes of the two slots. After: new tensors; the weight passed in is never
-written to. With ``generator=None`` the global generator is read in the same order as PEFT 0.21.2 reads it, so that
-one seed gives both the same adapter. Schemes that need data or a quantiser (eva, corda, loftq, lora_ga) or another
-variant of the method (mica) are not initial values of two tensors and have no place here.
+With ``generator=None`` the global generator is read in the same order as in PEFT 0.21.2, so that one seed gives the
+same adapter in both. Some schemes are not here because they are more than initial values of two tensors. Those are eva,
+corda, loftq and lora_ga, which need data or a quantiser, and mica, a variant of the method.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def init_lora(
     dtype: torch.dtype,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(A, B, new W or None) for ``init_lora_weights=scheme``, on the device of ``W``.
+    """Return (A, B, new W or None) for ``init_lora_weights=scheme``, on the device of ``W``.
 
     ``W``: (out, in), embeddings (width, vocabulary), convolutions (out, in/groups, *kernel); any float dtype, never
     modified. A and B have the given shapes and ``dtype``; new W has the shape and dtype of ``W`` and satisfies
@@ -47,7 +46,7 @@ def init_lora(
     of W; "pissa_niter_N" finds them by N subspace iterations. "olora" (Büyükakyüz 2024, arXiv 2406.01775): the first r
     terms of W = QR. Embeddings take True, False and "gaussian" (which means True there), convolutions the same three.
 
-    Raises :class:`ConfigError` for an unknown scheme, one the kind of layer cannot have, or an unusable r.
+    Raises :class:`ConfigError` for an unknown scheme, a scheme that this kind of layer cannot have, or an unusable r.
     """
     name = scheme.lower() if isinstance(scheme, str) else scheme
     niter = _NITER.fullmatch(name) if isinstance(name, str) else None
@@ -84,7 +83,7 @@ def init_lora(
         A, B = _pissa(W, r, scale, niter and int(niter[1]), generator)
     A, B = (t.to(device=W.device, dtype=dtype).contiguous() for t in (A, B))
     if of_matrix and name != "orthogonal":
-        # From A and B as they will be used: rounded factors then cost nothing but what W itself rounds.
+        # Taken from A and B after rounding to their dtype: with the exact factors, new W + scale B A would not be W.
         wide = _wide(W)
         rest = torch.sub(wide, B.to(wide.dtype) @ A.to(wide.dtype), alpha=scale).to(W.dtype).contiguous()
     return A, B, rest
@@ -129,7 +128,7 @@ def _normal(t: Tensor, std: float, generator: torch.Generator | None) -> None:
 def _orthogonal(
     r: int, n_in: int, n_out: int, device: torch.device, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """Rows of A in the span of half of an orthonormal basis, columns of B in the other half: B A = 0."""
+    """Return A and B with B A = 0: the two halves of one orthonormal basis span the columns of A and the rows of B."""
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, generator=generator)
@@ -158,7 +157,7 @@ def _pissa(
 
 @contextlib.contextmanager
 def _global_generator_from(generator: torch.Generator, device: torch.device) -> Iterator[None]:
-    """Inside, the global generator of ``device`` continues from ``generator``; afterwards it is as it was."""
+    """Run the block with the global generator of ``device`` seeded from ``generator``, and restore its state after."""
     seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
     on_cuda = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if on_cuda else []):

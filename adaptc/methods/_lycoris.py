@@ -1,6 +1,6 @@
-"""What LoHa and LoKr share: PEFT's common options, a factorised convolution kernel, what training drops, first values.
+"""Define the common base of LoHa and LoKr: options, factorised convolution kernels, dropout and first values.
 
-Source of the kernel: FedPara (Hyeon-Woo et al., arXiv 2108.06098), proposition 3.
+Source of the factorised kernel: FedPara (Hyeon-Woo et al., arXiv 2108.06098), proposition 3.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from adaptc.methods._name_patterns import pattern_value
 from adaptc.passes.ir.method import Initial, Method
 from adaptc.passes.ir.ops import Op
 
-#: fills a tensor with first values
+#: a function that fills a tensor with first values
 Fill = Callable[[Tensor, torch.Generator | None], None]
 
 
@@ -30,7 +30,7 @@ class LycorisConfig(TargetedConfig):
     """The fields LoHa's and LoKr's configs have in common, as PEFT has them. Raises ConfigError for illegal values."""
 
     alpha_field: ClassVar[str] = "alpha"
-    #: what ``init_weights`` may be
+    #: the values that ``init_weights`` may have
     schemes: ClassVar[tuple[Any, ...]] = (True, False)
 
     r: int = 8
@@ -59,7 +59,7 @@ class LycorisConfig(TargetedConfig):
         return {"rank_pattern": self.rank_pattern or {}, "alpha_pattern": self.alpha_pattern or {}}
 
     def options(self, name: str) -> dict[str, Any]:
-        """The fields of a :class:`Lycoris` method at module ``name``."""
+        """Return the fields of a :class:`Lycoris` method at module ``name``."""
         return {
             "r": pattern_value(self.rank_pattern, name, self.r),
             "alpha": pattern_value(self.alpha_pattern, name, self.alpha),
@@ -72,7 +72,10 @@ class LycorisConfig(TargetedConfig):
 
 @dataclass(frozen=True)
 class Lycoris(Method):
-    """W' = W + (alpha / r) * delta. ``rank_dropout`` drops rows of the delta, ``module_dropout`` all of it."""
+    """A method W' = W + (alpha / r) * delta.
+
+    In training ``rank_dropout`` drops rows of the delta, and ``module_dropout`` all of it.
+    """
 
     swappable: ClassVar[frozenset[str]] = frozenset(
         {"r", "alpha", "rank_dropout", "module_dropout", "scheme", "training"}
@@ -90,27 +93,27 @@ class Lycoris(Method):
         return self.alpha / self.r
 
     def has_factored_kernel(self, op: Op) -> bool:
-        """Whether kernel positions have a factor of their own; kernels of a single one have not."""
+        """Return whether the kernel positions have a factor of their own: never for a kernel of one position."""
         return self.factor_kernel and any(k != 1 for k in op.kernel)
 
     def kernel_shape(self, op: Op) -> tuple[int, ...]:
-        """The last axes of the factor for kernel positions, which are never fewer than two in files."""
+        """Return the last axes of the factor for kernel positions: at least two, as in files."""
         return op.kernel if len(op.kernel) > 1 else (*op.kernel, 1)
 
     def check(self, op: Op) -> None:
         check_matrix(type(self).__name__, op)
 
     def kept(self, op: Op, like: Tensor, centred: bool) -> Tensor | None:
-        """What training leaves of each row of the delta: (out,) factors, or None when nothing is ever dropped.
+        """Return the dropout factor of each row of the delta, (out,), or None where nothing is ever dropped.
 
-        ``centred`` divides by the share of rows left, so that the delta keeps its size.
+        ``centred`` divides by the share of rows left, so that the delta keeps its size. ``like``: the delta.
         """
         if not self.training or not (self.rank_dropout or self.module_dropout):
             return None
         rows = torch.ones(op.shape[0], dtype=like.dtype, device=like.device)
         if self.rank_dropout:
             rows = F.dropout(rows, self.rank_dropout, training=True).sign()
-            if centred:  # where no row is left there is nothing to divide by
+            if centred:  # clamped, since no row may be left, and 0 / 0 is NaN
                 rows = rows / rows.mean().clamp(min=1 / op.shape[0])
         if self.module_dropout:
             rows = rows * F.dropout(torch.ones_like(rows[:1]), self.module_dropout, training=True).sign()
@@ -119,7 +122,10 @@ class Lycoris(Method):
     def drawn(
         self, op: Op, how: Mapping[str, Fill], W: Tensor, dtype: torch.dtype, generator: torch.Generator | None
     ) -> Initial:
-        """First values from the initialisers ``how``, in that order. PEFT draws in the default dtype, and casts."""
+        """Return first values from the initialisers ``how`` (slot -> fill), drawn in that order.
+
+        They are drawn in the default dtype and then cast, as PEFT does.
+        """
         specs = self.slots(op)
         source = torch.device("cpu") if generator is None else generator.device
         out: dict[str, Tensor] = {}
@@ -139,16 +145,25 @@ def zeros(t: Tensor, generator: torch.Generator | None) -> None:
 
 
 def kernel_down(t: Tensor, b: Tensor) -> Tensor:
-    """``t`` (i, j, *kernel) and ``b`` (j, in) -> (i, in, prod(kernel)): sum over j. No rank becomes a number."""
+    """Return the sum over j of ``t`` (i, j, *kernel) times ``b`` (j, in): (i, in, prod(kernel)).
+
+    It is written so that tracing records no rank as a constant.
+    """
     return torch.matmul(b.t(), t.flatten(2))
 
 
 def padded(op: Op, x: Tensor, delta: Tensor) -> Tensor:
-    """``delta`` (*x.shape, width) without a gradient where the embedding ``op`` gives none: at its padding index."""
+    """Return ``delta`` (*x.shape, width), detached where ``x`` is the padding index of the embedding ``op``.
+
+    The embedding itself gives no gradient to that row either.
+    """
     padding = op.rest[0] if op.rest else -1
     return delta if padding < 0 else torch.where((x == padding).unsqueeze(-1), delta.detach(), delta)
 
 
 def can_look_up(op: Op) -> bool:
-    """Whether changing the rows that are read is changing the table: not if gradients are divided by their counts."""
+    """Return whether ``op`` is an embedding at which changing the rows that are read equals changing the table.
+
+    With ``scale_grad_by_freq`` it does not, since gradients are then divided by how often a row is read.
+    """
     return op.kind == "embedding" and not (len(op.rest) > 1 and op.rest[1])

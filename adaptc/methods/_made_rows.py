@@ -1,10 +1,10 @@
-"""Rows in front that a small trained network makes of others.
+"""Define the base class of methods whose virtual-token rows are the output of a small trained network.
 
-File key: ``prompt_embeddings``, what the network gives, which is all that PEFT writes and reads. adaptc writes the
-network beside it, under ``prompt_encoder.``, so that training goes on from a file; PEFT leaves that where it is.
+File key: ``prompt_embeddings``, the network's output, which is all that PEFT writes and reads. adaptc writes the
+network too, under ``prompt_encoder.``, so that training can continue from a file; PEFT ignores those tensors.
 
-The rows are ``fixed + network(trained)``: in training ``fixed`` is zero, and of a file of PEFT's the network is. The
-network is computed once per binding where nothing trains.
+The rows are ``fixed + network(trained)``. In training ``fixed`` is zero; for a file of PEFT's the network's output is
+zero. Where nothing trains, the network is computed once per binding.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ TRAINED = f"{NETWORK}embedding.weight"
 
 @dataclass(frozen=True)
 class MadeRows(InFront):
-    """A method of this kind says what its network is."""
+    """A method whose rows a network makes; a subclass defines the network."""
 
     modules: ClassVar[Mapping[str, str]] = {PROMPT: PROMPT}
 
     def sizes(self, op: Op) -> tuple[int, int]:
-        """The width of the rows that are trained, and of those that are made of them."""
+        """Return the width of the trained rows, the network's input, and the width of its output."""
         return op.out_features, op.out_features
 
     def network(self, op: Op) -> dict[str, tuple[int, ...]]:
-        """Parameter -> its shape, by PEFT's names."""
+        """Return the shapes of the network's parameters, by PEFT's names."""
         raise AssertionError(f"{type(self).__name__} must define network()")
 
     def through(self, x: Tensor, slots: Slots) -> Tensor:
-        """What the network gives for rows."""
+        """Return the network's output for the rows ``x`` (rows, input width): (rows, output width)."""
         raise AssertionError(f"{type(self).__name__} must define through()")
 
     def last(self) -> str:
-        """The network's last layer: where it is zero, so is what the network gives."""
+        """Return the name of the network's last layer: where its parameters are zero, so is the network's output."""
         raise AssertionError(f"{type(self).__name__} must define last()")
 
     def slots(self, op: Op) -> dict[str, Slot]:
@@ -55,10 +55,10 @@ class MadeRows(InFront):
         return {PROMPT: replace(made, trainable=False), TRAINED: trained, **network}
 
     def made(self, slots: Slots) -> Tensor:
-        """The rows, (count, width), of all stacks."""
+        """Return the rows of all stacks: (count, width), or (sides, count, width) for more than one stack."""
         fixed, trained = slots[PROMPT], slots[TRAINED]
         rows = self.through(self.joined(trained), slots)
-        # Where there are no rows, a network that takes no fewer than one has made one.
+        # The identity has no rows but one trained row, since an LSTM takes no empty input: that row is cut off here.
         if self.sides == 1:
             return fixed + rows[: fixed.shape[0]]
         return fixed + rows.view(self.sides, -1, fixed.shape[2])[:, : fixed.shape[1]]
@@ -66,7 +66,10 @@ class MadeRows(InFront):
     # -- values --------------------------------------------------------------------------------------------------------
 
     def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
-        """As torch begins its layers: normal numbers for rows, uniform ones by the width of what a layer reads."""
+        """Return first values as torch initialises its layers.
+
+        Rows are normal random numbers. The network's parameters are uniform within 1 / sqrt(input width of the layer).
+        """
 
         def uniform(shape: tuple[int, ...], inputs: int) -> Tensor:
             return (torch.rand(shape, generator=generator) * 2 - 1) / sqrt(inputs)
@@ -79,7 +82,7 @@ class MadeRows(InFront):
         return Initial({n: t.to(W.device, dtype) for n, t in values.items()})
 
     def reads(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """How many numbers the layer of a parameter reads."""
+        """Return the input width of the layer that has the parameter ``name``."""
         return shapes[f"{name.rpartition('.')[0]}.weight"][1]
 
     def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -87,7 +90,10 @@ class MadeRows(InFront):
         return {**self._nothing(op, W.new_zeros((), dtype=dtype), 1), PROMPT: none}
 
     def _nothing(self, op: Op, zero: Tensor, count: int) -> dict[str, Tensor]:
-        """A network that gives zeros for ``count`` rows, of one element in memory."""
+        """Return zeros for all slots at ``count`` rows, each a view of the one element ``zero``.
+
+        A network with these values gives zeros.
+        """
         return {n: zero.expand(s.shape) for n, s in replace(self, count=count).slots(op).items()}
 
     # -- files ---------------------------------------------------------------------------------------------------------
@@ -123,7 +129,7 @@ class MadeRows(InFront):
             )
         return ""
 
-    #: the config of the method that trains the rows themselves
+    #: a phrase for messages: the config whose method trains the rows themselves
     instead: ClassVar[str] = ""
 
     def fqn(self, place: str, slot: str, adapter: str) -> str:

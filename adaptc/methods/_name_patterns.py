@@ -1,8 +1,10 @@
-"""Options by module: PEFT's two rules for tables whose keys are regular expressions for names.
+"""Look up per-module options by PEFT's two rules for tables whose keys are regular expressions.
 
-``rank_pattern`` and its like: a key is an expression for the end of a name, starting at a dot or at the front.
-``n_frequency_pattern`` of FourierFT and ``block_size_pattern`` of C3A (``dotted_*``): a key is an expression for what
-follows a dot, an alternation in it is not kept together, and the whole name counts only where no expression matches.
+``rank_pattern`` and its like: a key matches the end of a module name, starting at a dot or at the front.
+
+``n_frequency_pattern`` of FourierFT and ``block_size_pattern`` of C3A (the functions ``dotted_*``): a key matches the
+part of a name behind some dot. It is not put in parentheses, so an alternation in it splits the whole expression. A key
+that equals the whole name counts only where no expression matches.
 """
 
 from __future__ import annotations
@@ -19,17 +21,18 @@ from adaptc.patterns import Pattern, compiled
 T = TypeVar("T")
 V = TypeVar("V")
 
-#: keys of a table that are tried one by one; and the most there may be, which no model has modules for
+#: the number of keys below which all are tried one by one, and the most keys a table may have; no model has as many
+#: modules
 FEW, MANY = 64, 100_000
 
 _PLAIN = re.compile(r"(?:[\w.]|\\\.)+")
 
 
 def pattern_value(pattern: Mapping[str, T] | None, name: str, default: T) -> T:
-    """The value ``rank_pattern`` or ``alpha_pattern`` gives the module ``name``: the first key that matches wins.
+    """Return the value of the first key of ``rank_pattern`` or ``alpha_pattern`` that matches the module ``name``.
 
-    A key is a regular expression for the end of the name, starting at a dot or at the front. Raises
-    :class:`ConfigError` when it is not a valid one.
+    A key is a regular expression for the end of the name, starting at a dot or at the front. Without a match, return
+    ``default``. Raises :class:`ConfigError` for a key that is no valid expression.
     """
     if not pattern:
         return default
@@ -39,7 +42,7 @@ def pattern_value(pattern: Mapping[str, T] | None, name: str, default: T) -> T:
 
 @lru_cache(maxsize=8)
 def _by_ending(keys: tuple[str, ...]) -> Mapping[str, Sequence[int]]:
-    """The places of the keys, by the literal ending a name must have for them."""
+    """Return the indices of the keys by the literal ending that a name must have to match them."""
     out: dict[str, list[int]] = {}
     for i, key in enumerate(keys):
         out.setdefault(_ending(key), []).append(i)
@@ -47,7 +50,7 @@ def _by_ending(keys: tuple[str, ...]) -> Mapping[str, Sequence[int]]:
 
 
 def _likely(keys: tuple[str, ...], name: str) -> list[str]:
-    """Those of many keys that may be for ``name``, in order: one table for all the layers of a model has thousands."""
+    """Return the keys that may match ``name``, in order: a table with a key for each layer has thousands."""
     places = _by_ending(keys)
     return [keys[i] for i in sorted(i for start in range(len(name) + 1) for i in places.get(name[start:], ()))]
 
@@ -55,7 +58,10 @@ def _likely(keys: tuple[str, ...], name: str) -> list[str]:
 def unused_patterns(
     pattern: Mapping[str, object] | None, names: Iterable[str], matches: Callable[[str, str], bool] | None = None
 ) -> list[str]:
-    """The keys of ``rank_pattern`` or ``alpha_pattern`` that match none of ``names``, in order."""
+    """Return the keys of ``pattern`` that match none of ``names``, in order.
+
+    ``matches(key, name)``: the option's rule, where it is not that of ``rank_pattern``.
+    """
     names = list(names)
     if matches is not None or len(pattern or {}) < FEW:
         return [key for key in pattern or {} if not any((matches or matches_pattern)(key, n) for n in names)]
@@ -75,10 +81,10 @@ def check_patterns(
     matches: Callable[[str, str], bool] | None = None,
     tell: Tell = refuse_entry,
 ) -> None:
-    """Tells when a key of ``pattern`` (the option named ``option``) matches no adapted module; by default, raises
-    :class:`TargetError`.
+    """Call ``tell`` with a message where a key of ``pattern`` matches no adapted module; by default, raise TargetError.
 
-    ``matches(key, name)`` is the rule of the option, where it has one of its own.
+    ``option``: the name of the option; ``names``: the adapted modules. ``matches(key, name)``: the option's rule, where
+    it is not that of ``rank_pattern``.
     """
     unused = unused_patterns(pattern, names, matches)
     if unused:
@@ -87,9 +93,11 @@ def check_patterns(
 
 
 def value_table(values: Mapping[str, V]) -> tuple[V, dict[str, V]]:
-    """The most frequent value, and PEFT's table of the others, by names of modules. Its first key that matches the end
-    of a name rules, so longer names come first, and one that ends as another's is there even with the frequent
-    value."""
+    """Return the most frequent of ``values`` (module name -> value), and PEFT's table of the other values.
+
+    In that table the first key that matches the end of a name wins, so longer names come first. A module with the most
+    frequent value is in the table, too, where its name ends with that of a module with another value.
+    """
     (most, _), *_ = Counter(values.values()).most_common(1)
     others = {m for m, v in values.items() if v != most}
     keys = sorted((m for m in values if m in others or any(end in others for end in endings(m))), key=len, reverse=True)
@@ -97,7 +105,7 @@ def value_table(values: Mapping[str, V]) -> tuple[V, dict[str, V]]:
 
 
 def endings(module: str) -> list[str]:
-    """What the name of a module ends with, from dot to dot, without the whole of it."""
+    """Return the parts of ``module`` that start behind one of its dots, longest first, without the whole name."""
     pieces = module.split(".")
     return [".".join(pieces[i:]) for i in range(1, len(pieces))]
 
@@ -108,25 +116,28 @@ def _ending(key: str) -> str:
 
 @lru_cache(maxsize=65536)
 def _pattern_rule(key: str) -> tuple[str, Pattern | re.Pattern[str]]:
-    """The regular expression of a key, and a literal ending that rules out most names before it is tried."""
+    """Return a literal ending that every matching name has, a cheap first test, and the regular expression of a key."""
     return _ending(key), compiled("rank_pattern or alpha_pattern", rf"(.*\.)?({key})$", key)
 
 
 def matches_pattern(key: str, name: str) -> bool:
-    """Whether a key of ``rank_pattern`` or ``alpha_pattern`` is for the module ``name``."""
+    """Return whether a key of ``rank_pattern`` or ``alpha_pattern`` matches the module ``name``."""
     ending, regex = _pattern_rule(key)
     return name.endswith(ending) and regex.match(name) is not None
 
 
 def dotted_value(pattern: Mapping[str, T] | None, name: str, default: T) -> T:
-    """The value of the first key that matches the module ``name``. Raises ConfigError for a bad expression."""
+    """Return the value of the first key that matches the module ``name`` by the dotted rule, else ``default``.
+
+    Raises ConfigError for a key that is no valid expression.
+    """
     pattern = pattern or {}
     key = next((k for k in pattern if _rule(k).match(name)), name)
     return pattern.get(key, default)
 
 
 def dotted_match(key: str, name: str) -> bool:
-    """Whether a key of such a table is for the module ``name``."""
+    """Return whether a key matches the module ``name`` by the dotted rule, or is the whole name."""
     return key == name or _rule(key).match(name) is not None
 
 

@@ -1,4 +1,4 @@
-"""Adapters that are made of others, which have files of their own: what is read of those, and what is written."""
+"""Hold what is read and written of the adapters of which another adapter is made, each with files of its own."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-#: the content of a config as files have it, and tensors by bare keys
+#: an adapter to write: the content of its config as files have it, and its tensors by bare keys
 Written = tuple[Mapping[str, Any], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One of them as it was read: ``config`` an AdapterConfig, tensors by bare keys; ``source`` for messages."""
+    """An adapter that was read as a part of another one.
+
+    ``config``: an AdapterConfig. ``tensors``: by bare keys. ``source``: its name in messages.
+    """
 
     config: Any
     tensors: Mapping[str, Tensor] = field(repr=False)

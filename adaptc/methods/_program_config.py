@@ -1,7 +1,7 @@
-"""Configs of methods that speak of the program and not of single layers: PEFT's ``PromptLearningConfig``.
+"""Define the base class of configs whose methods change the program as a whole: PEFT's ``PromptLearningConfig``.
 
-They choose no layers. Where the method stands, its token embedding, is found in the program, and what the config leaves
-to the model is filled in when that is known.
+Such a config chooses no layers. Its method is attached at the token embedding, which is found in the program; fields
+that the config leaves to the model are filled in then.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from adaptc.methods._model_facts import ModelFacts
 from adaptc.passes.analysis.attention_places import Attentions
 from adaptc.passes.ir.program_method import ProgramMethod
 
-#: field -> the names that models' configs have for it, as PEFT reads them
+#: field -> its names in the configs of models, in the order in which PEFT tries them
 _SIZES: Mapping[str, tuple[str, ...]] = {
     "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
     "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
@@ -27,14 +27,17 @@ _SIZES: Mapping[str, tuple[str, ...]] = {
 
 @dataclass
 class ProgramConfig(AdapterConfig):
-    """Fields common to PEFT's configs of prompt methods. ``token_dim``, ``num_transformer_submodules``,
-    ``num_attention_heads`` and ``num_layers`` are the model's, and filled in."""
+    """Fields common to PEFT's configs of prompt methods.
 
-    #: as for configs that choose layers
+    ``token_dim``, ``num_transformer_submodules``, ``num_attention_heads`` and ``num_layers`` are properties of the
+    model, and are filled in from it.
+    """
+
+    #: the fields of an example config: those that have no default
     samples: ClassVar[Sequence[Mapping[str, Any]]] = ({"num_virtual_tokens": 5},)
-    #: whether its method stands in the program's attentions
+    #: whether :meth:`resolved` needs the program's attentions
     reads_attentions: ClassVar[bool] = False
-    #: whether it is for models with an encoder and a decoder
+    #: whether the method supports models with an encoder and a decoder
     takes_encoders: ClassVar[bool] = True
 
     num_virtual_tokens: int | None = None
@@ -44,7 +47,7 @@ class ProgramConfig(AdapterConfig):
     num_layers: int | None = None
     modules_to_save: list[str] | None = None
 
-    # Options of configs that choose layers.
+    # Configs that choose layers have these options; generic code reads them of all configs.
     layer_replication = cast("Any", None)
 
     def __post_init__(self) -> None:
@@ -59,9 +62,11 @@ class ProgramConfig(AdapterConfig):
         raise AssertionError(f"{type(self).__name__} must define method()")
 
     def resolved(self, facts: ModelFacts, width: int, found: Attentions | None = None) -> Self:
-        """This config with what it leaves to the model filled in, as PEFT's files have it; ``width``: that of the
-        program's token embedding; ``found``: its attentions, if :attr:`reads_attentions`. Raises ConfigError where they
-        do not agree."""
+        """Return this config with the fields that it leaves to the model filled in, as PEFT's files have them.
+
+        ``width``: the width of the program's token embedding. ``found``: the program's attentions, None unless
+        :attr:`reads_attentions`. Raises ConfigError where a field contradicts the program.
+        """
         if self.token_dim not in (None, width):
             raise ConfigError(
                 f"{type(self).__name__}.token_dim={self.token_dim}, and the token embedding of this program has rows "
@@ -75,8 +80,10 @@ class ProgramConfig(AdapterConfig):
         return self.completed(values)
 
     def check_sides(self, encodes: bool) -> None:
-        """Raises ConfigError where this config, resolved, has rows for more stacks than a program has. ``encodes``: it
-        has an encoder and a decoder."""
+        """Raise ConfigError where this resolved config has rows for more stacks than the program has.
+
+        ``encodes``: whether the program has an encoder and a decoder.
+        """
         if self.num_transformer_submodules not in ((1, 2) if encodes and self.takes_encoders else (1,)):
             has = "an encoder and a decoder" if encodes else "one stack"
             raise ConfigError(

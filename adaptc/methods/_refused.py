@@ -1,11 +1,10 @@
-"""Methods of PEFT that adaptc knows and does not have, each with the reason, for whoever hands in one of their configs
-or adapters."""
+"""List the methods of PEFT that adaptc refuses, with the reason that the error for their configs and adapters gives."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-#: PEFT's type name -> why, and what to do
+#: PEFT's type name -> why it is refused, and what to do instead
 REFUSED: Mapping[str, str] = {
     "SHADOW": (
         "its adapter is a second decoder, of the base's own class, which runs in front of the base in every call, with "

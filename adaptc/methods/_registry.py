@@ -1,7 +1,7 @@
-"""The table of methods: PEFT's type name -> where its config and method live. Classes are imported when first used.
+"""Map PEFT's type names and the names of methods to their classes, which are imported when first used.
 
-Methods of other distributions are found through the entry points of the group ``adaptc.methods``, which are loaded when
-a name is looked up that is not in the table; each is a module, or a function, that calls :func:`register_method`.
+Other distributions add methods through the entry points of the group ``adaptc.methods``. Each names a module, or a
+function, that calls :func:`register_method`. They are loaded when a name is looked up that is not in the table.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ CONFIGS: dict[str, str] = {
     "CARTRIDGE": "adaptc.methods.cartridge:CartridgeConfig",
     "CPT": "adaptc.methods.cpt:CPTConfig",
     "ADAPTION_PROMPT": "adaptc.methods.adaption_prompt:AdaptionPromptConfig",
-    # An older name of the same method, which new files do not have.
+    # The older name of MiSS, which only old files have.
     "BONE": "adaptc.methods.miss:MissConfig",
 }
 
@@ -93,12 +93,12 @@ METHODS: dict[str, str] = {
     "trainable_tokens": "adaptc.methods._whole:TokenRows",
 }
 
-#: of other distributions that want to add to these tables
+#: the group of entry points through which other distributions add methods
 GROUP = "adaptc.methods"
 
-#: registered classes, which need not be importable by name (they may be local to a script)
+#: "module:Class" -> a registered class, which need not be importable by name (it may be local to a script)
 _registered: dict[str, Any] = {}
-#: whether entry points were loaded
+#: not empty once the entry points were loaded
 _searched: list[bool] = []
 
 
@@ -106,12 +106,12 @@ def register_method(config: type[AdapterConfig], method: type[Method]) -> None:
     """Make a method of your own known to ``compile``, ``load`` and adapter files, under ``config.peft_type``.
 
     ``config`` is a dataclass derived from ``TargetedConfig`` whose ``method(name, kind)`` returns instances of
-    ``method``, a frozen dataclass derived from ``Method`` with a ``name`` of its own; or from ``ProgramConfig``, and
-    ``ProgramMethod`` or ``VirtualTokens``. A pair that is registered again,
-    as it is when its module is reloaded or its notebook cell runs once more, takes the place of the older one.
+    ``method``, a frozen dataclass derived from ``Method`` with a ``name`` of its own. For a method of the program as a
+    whole, derive from ``ProgramConfig``, and from ``ProgramMethod`` or ``VirtualTokens``. A pair that is registered
+    again replaces the older one: that happens when its module is reloaded or its notebook cell runs once more.
 
-    Raises ConfigError for a name that is taken or missing, and for a method that lacks ``slots``, or has neither
-    ``weight`` nor a form around a layer. :func:`adaptc.check_method` tries what a method computes.
+    Raises ConfigError for a name that is taken or missing. So it does for a method that lacks ``slots``, or has neither
+    ``weight`` nor a form around a layer. :func:`adaptc.check_method` tests what a method computes.
     """
     _check_defined(config, method)
     kind, name = config.peft_type, method.name
@@ -164,7 +164,7 @@ def _check_defined(config: type[AdapterConfig], method: type[Method]) -> None:
 
 
 def check_registered(method: Method) -> None:
-    """Raises ConfigError for a method that no table knows: a program of it could be saved, and never be loaded."""
+    """Raise ConfigError for a method that is not registered: a program with it could be saved, but never loaded."""
     inner = method.options().get("method") if method.name == "stacked" else method.name
     if _find(METHODS, str(inner)) is None or _find(METHODS, method.name) is None:
         raise ConfigError(
@@ -179,13 +179,13 @@ def check_registered(method: Method) -> None:
 
 
 def is_own(method: Method) -> bool:
-    """Whether a method is one of adaptc's, which its tests try at every kind of layer."""
+    """Return whether ``method`` is one of adaptc's own, which adaptc's tests cover at every kind of layer."""
     path = _path(type(method))
     return METHODS.get(method.name) == path and path not in _registered
 
 
 def config_class(peft_type: str) -> type[AdapterConfig]:
-    """The config class for a ``peft_type`` as files have it."""
+    """Return the config class for a ``peft_type`` as files have it; raise ConfigError for an unknown or refused one."""
     kind = peft_type.rpartition(".")[2].upper()
     path = _find(CONFIGS, kind)
     if path is None and kind in REFUSED:
@@ -199,7 +199,7 @@ def config_class(peft_type: str) -> type[AdapterConfig]:
 
 
 def method_of(data: Mapping[str, Any]) -> Method:
-    """The method that files call ``data["method"]``, with ``data["options"]``."""
+    """Return the method named ``data["method"]`` in files, with ``data["options"]``; raise ConfigError if unknown."""
     path = _find(METHODS, data["method"])
     if path is None:
         close = nearest(data["method"], METHODS, 1)
@@ -231,5 +231,5 @@ def _load(path: str) -> Any:
     module, _, name = path.partition(":")
     found = getattr(importlib.import_module(module), name)
     if path in CONFIGS.values():
-        found.__module__ = "adaptc"  # where users import it from, whoever was first to load it
+        found.__module__ = "adaptc"  # users import it from there; without this, it would depend on the first import
     return found

@@ -1,8 +1,8 @@
-"""Methods that turn the inputs of a layer: x' = x R, which is W' = W R^T on the rows of the weight.
+"""Define the base class of methods that rotate the inputs of a layer: x' = x R, or W' = W R^T on the weight's rows.
 
-A subclass says how rows are turned. Everything else follows: a layer that reads each input at one place only has its
-input turned, at the cost of the rotation alone; an embedding has its vectors turned; all others get the turned weight.
-Half-precision tensors are turned by rotations made in float32, for which alone there are solvers.
+A subclass defines how rows are rotated. At a layer that reads each input channel at one place only, the input is
+rotated, which costs the rotation alone. At an embedding the looked-up vectors are rotated. All other layers get the
+rotated weight. Rotations for half-precision tensors are made in float32, since torch has no linear solver below it.
 """
 
 from __future__ import annotations
@@ -21,23 +21,26 @@ from adaptc.passes.ir.ops import Op, cast
 
 @dataclass(frozen=True)
 class Rotation(Method):
-    """``turn`` is the method: rows v (..., n) -> v R, or v R^T going ``back``; n is ``width(op)``."""
+    """A method defined by its rotation, :meth:`turn`.
+
+    It takes rows v (..., n) and gives v R, or v R^T with ``back``; n is ``width(op)``.
+    """
 
     takes_complex: ClassVar[bool] = False
 
     def width(self, op: Op) -> int:
-        """Length of the vectors that are turned: those of an embedding, else the rows of the weight as a matrix."""
+        """Return the length of the rotated vectors: an embedding's width, else the weight's columns as a matrix."""
         check_matrix(self.name.upper(), op)
         return op.out_features if op.kind == "embedding" else op.matrix_shape[1]
 
     def drops_input(self) -> bool:
-        return False  # what is dropped is blocks of the rotation, in either form
+        return False  # dropout acts on blocks of the rotation, in the form on the weight as in that around the layer
 
     def turn(self, op: Op, v: Tensor, slots: Slots, back: bool = False) -> Tensor:
         raise AssertionError(f"{type(self).__name__} must define turn()")
 
     def turns_input(self, op: Op) -> bool:
-        """Whether a row of the weight is what one place of the input meets."""
+        """Return whether rotating the input equals rotating the rows of the weight."""
         return op.pointwise
 
     def has_input(self, op: Op) -> bool:
@@ -71,29 +74,32 @@ def _dtype(slots: Slots) -> torch.dtype:
 
 
 def solvable(t: Tensor) -> Tensor:
-    """``t`` in a dtype there are solvers for."""
+    """Return ``t`` in a dtype that torch has solvers for: float32, or float64 as it is."""
     return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
 
 def cayley(K: Tensor) -> Tensor:
-    """(I - K)(I + K)^-1 of skew matrices (..., b, b): rotations."""
+    """Return the rotations (I - K)(I + K)^-1 of skew-symmetric matrices ``K`` (..., b, b)."""
     eye = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
     return solve(eye + K, eye - K, left=False)
 
 
 def solve(A: Tensor, B: Tensor, left: bool = True) -> Tensor:
-    """A X = B, or X A = B, for matrices that cannot be singular: so nobody waits for a GPU to say that they are not."""
+    """Return X with A X = B, or X A = B for ``left=False``; ``A`` must not be singular.
+
+    The check for singular matrices is left out, since it would wait for the GPU.
+    """
     return torch.linalg.solve_ex(A, B, left=left).result
 
 
 def blockwise(v: Tensor, R: Tensor) -> Tensor:
-    """Rows v (..., k b) times the block-diagonal matrix of ``R`` (k, b, b)."""
+    """Return rows ``v`` (..., k b) times the block-diagonal matrix of the blocks ``R`` (k, b, b)."""
     k, b, _ = R.shape
     return torch.bmm(v.reshape(-1, k, b).transpose(0, 1), R).transpose(0, 1).reshape(v.shape)
 
 
 def keep_some(R: Tensor, p: float) -> Tensor:
-    """Matrices (..., b, b), each replaced by the identity with probability ``p``."""
+    """Return matrices ``R`` (..., b, b), each replaced by the identity with probability ``p``."""
     kept = torch.nn.functional.dropout(torch.ones_like(R[..., :1, :1]), p, training=True).sign()
     return kept * R + (1 - kept) * torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
 

@@ -1,7 +1,7 @@
-"""Whether an adapter's tensors can be had at all: asked of the slots' shapes, before there is any of them.
+"""Refuse adapters that do not fit into memory, by the shapes of their slots, before any tensor is made.
 
-A rank may be larger than the layer, so no size is wrong of itself. What is refused is more than there is memory for,
-and shapes that no tensor can have.
+A rank may be larger than the layer, so no size is wrong in itself. Refused are adapters larger than the memory, and
+shapes that no tensor can have.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from adaptc.passes.ir.method import Method
 from adaptc.passes.ir.method_hooks import Place, Slot
 from adaptc.passes.ir.ops import Op
 
-#: bytes that there are always taken to be
+#: bytes of memory that are assumed to be free always
 SMALL = 2**28
-#: bytes, where the system does not say how much memory there is
+#: bytes of memory that are assumed where the system does not say how much there is
 _UNKNOWN = 2**43
 
 
 def check_sizes(config: Any, sites: Iterable[tuple[Place, Method, Op]]) -> None:
-    """Raises ConfigError where the slots of these sites are larger than memory, naming the option and the slot.
+    """Raise ConfigError where the slots of ``sites`` are larger than memory, naming the option and the slot.
 
-    Sizes are in float32, what first values are drawn in. A shared slot counts once."""
+    Sizes are counted in float32, in which first values are drawn. A shared slot counts once.
+    """
     total, limit, shared = 0, SMALL, set()
     known: dict[tuple[Method, Op], Mapping[str, Slot]] = {}  # most layers of a model are alike
     for place, method, op in sites:
@@ -55,7 +56,10 @@ def _bytes(slot: Slot) -> int:
 
 
 def _options(config: Any, op: Op) -> str:
-    """The sizes in a config that are larger than the layer, which must be to blame; if there are none, all of them."""
+    """Return the config's name with the sizes that are probably to blame, for a message.
+
+    They are the integers that are larger than the layer and not tiny beside the largest one; without any, all of them.
+    """
     found: dict[str, int] = {}
     for name, value in vars(config).items():
         entries = value if isinstance(value, Mapping) else {"": value}
@@ -69,7 +73,7 @@ def _options(config: Any, op: Op) -> str:
 
 
 def _memory() -> int:
-    """Bytes that are free on the machine, of the part of it this process may use, and all of its GPUs."""
+    """Return the bytes of free main memory, at most the limit of this process's control group, plus all GPU memory."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         found = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

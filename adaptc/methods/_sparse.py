@@ -1,7 +1,7 @@
-"""What methods share that change a matrix by few coefficients at fixed places: the places, and a dense matrix of them.
+"""Draw the places of sparse coefficients, and make dense matrices of them, for methods that change few entries.
 
-Places are drawn as PEFT draws them, so that a seed means the same places. A dense matrix is made by adding: room at the
-end of a slot, which holds zeros and the place zero, changes nothing.
+Places are drawn as PEFT draws them, so that a seed gives the same places. A dense matrix is made by adding values up:
+the padding at the end of a slot, zeros at place zero, then changes nothing.
 """
 
 from __future__ import annotations
@@ -32,22 +32,23 @@ def _drawn(total: int, seed: int | None, count: int) -> Tensor:
 
 
 def drawn(total: int, seed: int | None, count: int) -> Tensor:
-    """``count`` distinct numbers below ``total``, int64 on the CPU, from a generator of their own.
+    """Return ``count`` distinct numbers below ``total``, int64 on the CPU, from a generator seeded with ``seed``.
 
-    Layers of one size have the same, and drawing them for a large one takes a while, so they are drawn once.
+    Results are cached, since layers of one size have the same numbers and drawing them for a large layer is slow. With
+    ``seed`` None the generator has its default seed.
     """
     return _drawn(total, seed, count).clone()
 
 
 def scattered(shape: tuple[int, int], places: Tensor, values: Tensor) -> Tensor:
-    """A dense matrix with ``values`` added at the flat ``places``."""
+    """Return a dense matrix of this shape, with ``values`` (n,) added at the flat ``places`` (n,)."""
     rows, columns = shape
     flat = torch.zeros(rows * columns, dtype=values.dtype, device=values.device)
     return flat.index_add(0, places, values).reshape(rows, columns)
 
 
 def at_least_float32(*tensors: Tensor) -> torch.dtype:
-    """The widest dtype of ``tensors``, and wide enough for transforms that have no half-precision form."""
+    """Return the widest dtype of ``tensors``, at least float32: Fourier transforms have no half-precision form."""
     dtype = torch.float32
     for t in tensors:
         dtype = torch.promote_types(dtype, t.dtype)
@@ -55,14 +56,14 @@ def at_least_float32(*tensors: Tensor) -> torch.dtype:
 
 
 def check_counts(config: Any, option: str) -> None:
-    """Raises ConfigError where an option, or its table of patterns, holds an integer that is not positive."""
+    """Raise ConfigError where ``option``, or ``<option>_pattern``, holds an integer that is not positive."""
     pattern = getattr(config, f"{option}_pattern") or {}
     patterns = {f"{option}_pattern[{k!r}]": v for k, v in pattern.items()}
     check_integers(config, {option: getattr(config, option), **patterns})
 
 
 def check_seed(config: Any) -> None:
-    """Raises ConfigError where ``random_loc_seed`` is None: without a seed, no file could be read back."""
+    """Raise ConfigError where ``random_loc_seed`` is None: without a seed, no file could be read back."""
     if config.random_loc_seed is None:
         raise ConfigError(
             f"{type(config).__name__}.random_loc_seed must be an integer, got None: the places of the coefficients "
@@ -72,7 +73,7 @@ def check_seed(config: Any) -> None:
 
 @dataclass(frozen=True)
 class Spectrum(Method):
-    """``r`` coefficients of a transform of the matrix, at places drawn with ``seed``."""
+    """A method with ``r`` coefficients of a transform of the weight, at places drawn with ``seed``."""
 
     prefix: ClassVar[str] = ""
     swappable: ClassVar[frozenset[str]] = Method.swappable | {"scaling", "seed", "zeros"}
@@ -124,12 +125,12 @@ class Spectrum(Method):
         return Initial({self.spectrum: values, **self.derived(op, W, dtype, {})})
 
     def first(self, generator: torch.Generator | None) -> Tensor:
-        """First coefficients, drawn in float32."""
+        """Return the first values of the coefficients, (r,), drawn in float32."""
         raise AssertionError(f"{type(self).__name__} must define first()")
 
     def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
         return {self.places: self.drawn(op).to(W.device)}
 
     def drawn(self, op: Op) -> Tensor:
-        """The flat places of the coefficients in the matrix."""
+        """Return the flat places of the coefficients in the weight as a matrix: (r,), int64 on the CPU."""
         return drawn(prod(op.matrix_shape), self.seed, self.r)

@@ -1,7 +1,7 @@
-"""Any method at a weight that stacks the matrices of experts: the method itself, once per expert.
+"""Apply a method to a weight that stacks the matrices of experts: once per expert.
 
-Slots are the method's own with an axis of experts in front; what all sites share stays shared. Files of other libraries
-have no such tensors but LoRA's, which says itself what it does with experts.
+Slots are the method's own with an axis of experts in front; slots that all sites share stay shared. Of other libraries
+only LoRA has files with adapters of stacked experts, and LoRA defines its own layout for them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from adaptc.passes.ir.ops import Op
 
 @dataclass(frozen=True)
 class Stacked(Method):
-    """``inner`` at each expert of a weight (experts, out, in)."""
+    """The method ``inner`` at each expert of a weight (experts, out, in)."""
 
     name: ClassVar[str] = "stacked"
     stacks: ClassVar[bool] = True
@@ -83,7 +83,7 @@ class Stacked(Method):
 
     @staticmethod
     def each(op: Op) -> Op:
-        """The op of one expert's weight."""
+        """Return the op of one expert's weight."""
         return Op("weight", op.shape[1:])
 
     def slots(self, op: Op) -> dict[str, Slot]:

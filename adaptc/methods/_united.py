@@ -1,7 +1,7 @@
-"""The fields of a config that choose modules, for the sites of several adapters of one method.
+"""Make the fields of a config that choose modules, for the sites of several adapters of one method.
 
-Before: the configs of adapters, and the modules that each has tensors for. After: fields that choose these modules.
-They are the configs' own lists put together where that says the same, or else an expression for just these names.
+The fields choose the modules for which any of the adapters has tensors. They are the union of the configs' own lists
+where that chooses these modules, or else a regular expression for just their names.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-#: options that narrow what ``target_modules`` names
+#: options that narrow the choice of ``target_modules``
 NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def united(configs: Sequence[Any], names: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """``names``: of each config, its modules. Parameters, modules trained whole and biases are put together as well."""
+    """Return the fields, option -> value, that choose the modules of all ``configs``.
+
+    ``names``: for each config its modules. Target parameters, modules to save and biases are united as well.
+    """
     out: dict[str, Any] = {}
     for field in ("target_parameters", "modules_to_save"):
         lists = [list(v) for c in configs if (v := getattr(c, field)) is not None]
@@ -34,8 +37,10 @@ def united(configs: Sequence[Any], names: Sequence[Sequence[str]]) -> dict[str, 
 
 
 def exactly(names: Sequence[str]) -> str:
-    """A regular expression for just these names; '' for none. Layers that differ in their number alone share an
-    alternative."""
+    """Return a regular expression that matches just these names; '' for no names.
+
+    Names that differ only in the number of the layer share one alternative.
+    """
     layers: dict[tuple[str, str], list[str]] = {}
     for name in dict.fromkeys(names):
         number = _NUMBER.search(name)

@@ -1,10 +1,10 @@
-"""Virtual tokens: learned rows in front of the embeddings of a call's tokens, whatever makes the rows.
+"""Define the base class of methods with virtual tokens: learned rows in front of a call's token embeddings.
 
-The program is given tokens, mask, positions and labels that are longer by as many, and the first rows of its embeddings
-are replaced. Every size in it follows, since sizes are read off inputs, and so does the number of rows: it is the size
-of the slot ``prompt_embeddings``. No rows at all are the identity.
+The program gets input_ids, attention_mask, position_ids and labels that are longer by the number of virtual tokens. The
+first rows of its embeddings are replaced. All sizes in the program follow, since they are read off its inputs. The
+number of rows is the size of the slot ``prompt_embeddings``; zero rows are the identity.
 
-A method of this kind says what its slots are and what rows they make (:meth:`VirtualTokens.prompt`).
+A subclass defines its slots and the rows that they make (:meth:`VirtualTokens.prompt`).
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from adaptc.passes.ir.ops import Op, cast
 
 __all__ = ["IGNORED", "PROMPT", "VirtualTokens"]
 
-#: what losses leave out
+#: the label that losses ignore
 IGNORED = -100
 
 
 @dataclass(frozen=True)
 class VirtualTokens(InFront):
-    """``count``: how many rows. They are those of the slot, unless :meth:`prompt` is overridden."""
+    """A method with ``count`` virtual tokens, whose rows are those of the slot unless :meth:`prompt` is overridden."""
 
     def slots(self, op: Op) -> dict[str, Slot]:
         return {PROMPT: self.rows_of(op.out_features)}
 
     def prompt(self, slots: Slots, given: Given) -> Tensor:
-        """The rows: (count, width), or (batch, count, width) where they differ."""
+        """Return the rows: (count, width), or (batch, count, width) where rows of the batch differ."""
         return self.of_first(slots[PROMPT])
 
     def of_first(self, rows: Tensor) -> Tensor:
-        """Of rows for all stacks those of the first one, which reads what a caller gives."""
+        """Return, of rows for all stacks, those of the first stack, which reads the caller's tokens."""
         return self.of_side(rows, 0)
 
     def of_side(self, rows: Tensor, side: int) -> Tensor:
@@ -51,7 +51,7 @@ class VirtualTokens(InFront):
         return self.behind(self.prompt(slots, given), value)
 
     def behind(self, rows: Tensor, value: Tensor) -> Tensor:
-        """Embeddings of which the first are these rows."""
+        """Return embeddings ``value`` (batch, length, width) with the first ones replaced by ``rows``."""
         own = cast(rows, value.dtype).expand(value.shape[0], -1, -1)
         return torch.cat([own, value[:, rows.shape[-2] :]], 1)
 

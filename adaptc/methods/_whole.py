@@ -1,7 +1,7 @@
-"""Whole parameters as slots: ``modules_to_save`` and trainable biases, and single rows: trainable tokens.
+"""Train whole parameters (``modules_to_save``, biases) or single rows (trainable tokens) as slots.
 
-W' = slot for a whole parameter; its identity is the base itself. W'[i] = slot row for the chosen token indices i
-(PEFT's trainable tokens); all other rows are the base.
+For a whole parameter W' = slot; its identity is the base weight. For trainable tokens W'[i] is a row of the slot at the
+chosen token indices i; all other rows are the base weight's.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from adaptc.passes.ir.ops import Op, cast
 
 @dataclass(frozen=True)
 class Whole(Method):
-    """The parameter itself is trained. ``slot`` is its name in the file, ``place`` the module the program keeps it in,
-    which may be the first part of ``slot``; ``submodules`` is what keys have in front of a path inside its submodules.
+    """A method that trains the parameter itself.
+
+    ``slot``: its name in files. ``place``: the module in which the program keeps it, which may be the first part of
+    ``slot``. ``submodules``: the prefix that keys have before a path inside submodules.
 
     Buffers of a trained module (running statistics) are slots too, changed by the program but not by an optimizer.
     """
@@ -37,11 +39,11 @@ class Whole(Method):
     place: str = "modules_to_save"
     trainable: bool = True
     submodules: str = ""
-    #: the module whose tensor it is, where that is another one
+    #: the module to which the tensor belongs, where it is not the site's own
     home: str = ""
 
     def at_path(self, path: str) -> str:
-        """The slot of the parameter at ``path`` in a module, for a method whose ``slot`` is how they all begin."""
+        """Return the slot of the parameter at ``path`` in a module, for a method whose ``slot`` is a common prefix."""
         return f"{self.slot}{self.submodules if '.' in path else ''}{path}"
 
     def slots(self, op: Op) -> dict[str, Slot]:
@@ -79,10 +81,11 @@ class Whole(Method):
 
 @dataclass(frozen=True)
 class TokenRows(Method):
-    """Rows of an embedding, or of a head tied to one, replaced by trained ones. Canonical W is (width, vocab).
+    """A method that replaces rows of an embedding, or of a head tied to one, by trained rows.
 
-    The index slot holds each index plus one, so that zeros, which the runtime pads with, stand for no row. ``within``
-    is the module of a wrapper that PEFT's keys name, if any. ``scheme`` False: random first values.
+    An embedding's canonical W is (width, vocab). The index slot holds each token index plus one, so that zeros, with
+    which the runtime pads, stand for no row. ``within``: the wrapper module that PEFT's keys name, '' for none.
+    ``scheme`` False: random first values.
     """
 
     name: ClassVar[str] = "trainable_tokens"
@@ -157,12 +160,12 @@ class TokenRows(Method):
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         delta, index = self._rows(op, W, slots), slots[self.INDEX]
         rows = W.t() if op.kind == "embedding" else W
-        # Unused entries write to a row in front of the others.
+        # Unused entries have index 0, and write to an extra first row that is cut off again.
         rows = torch.index_copy(torch.cat([rows[:1], rows]), 0, index, delta)[1:]
         return rows.t() if op.kind == "embedding" else rows
 
     def _rows(self, op: Op, W: Tensor, slots: Slots) -> Tensor:
-        """The trained rows (tokens, width) as the layer reads them."""
+        """Return the trained rows (tokens, width) as the layer reads them: within ``max_norm`` at an embedding."""
         delta = cast(slots[self.DELTA], W.dtype)
         return op.bounded(delta.t()).t() if op.kind == "embedding" else delta
 
@@ -179,7 +182,7 @@ class TokenRows(Method):
             if padding >= 0:  # embedding gives this row no gradient
                 row = torch.where((x == padding).unsqueeze(-1), row.detach(), row)
             return torch.where(match.any(-1, keepdim=True), row, y)
-        # What the replaced rows add to their logits; a bias of the layer stays as it is.
+        # Only the difference of the rows is added to their logits, so that a bias of the layer stays as it is.
         at, used = (index - 1).clamp(min=0), (index > 0).unsqueeze(-1)
         change = torch.nn.functional.linear(x, (delta - W[at]) * used)
         return torch.index_add(y, -1, at, change)

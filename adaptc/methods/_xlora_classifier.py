@@ -1,9 +1,10 @@
-"""X-LoRA's classifier: how much each expert counts at each token, of the last hidden state of the base.
+"""Compute X-LoRA's scalings: how much each expert counts at each token, from the base's last hidden state.
 
-A stack of linear layers with ReLU in between gives a number for each layer of the model (or one for all) and expert.
-These are *scalings*, by a softmax or as they are; of them the largest alone may count. Shapes: hidden (batch, length,
-width) -> (batch, length, layers, experts), in the dtype of the classifier. Where layers, experts and sharpness come
-from is in the tensors, so that one function serves adapters of any number of both.
+The classifier is a stack of linear layers with ReLU in between. It gives a logit for each expert and each layer of the
+model, or one layer for all. *Scalings* are the softmax of the logits, or the logits themselves; only the largest may be
+kept. Shapes: hidden (batch, length, width) -> (batch, length, layers, experts), in the classifier's dtype.
+
+The numbers of layers and experts are sizes of the tensors, so one function serves adapters with any numbers of both.
 """
 
 from __future__ import annotations
@@ -17,20 +18,28 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Choice:
-    """What follows from the scalings: ``softmax`` over all experts, ``top_k`` of them (None: all), ``softmax_topk``
-    over those chosen."""
+    """The rule by which logits become scalings.
+
+    ``softmax``: over all experts. ``top_k``: how many experts are kept, None for all. ``softmax_topk``: another softmax
+    over the kept experts.
+    """
 
     softmax: bool = True
     top_k: int | None = None
     softmax_topk: bool = False
 
     def scaled(self, logits: Tensor, sharpness: Tensor) -> Tensor:
-        """``sharpness``: one over the temperature, so that an adapter that is all zeros has scalings, too."""
+        """Return the scalings for ``logits`` (..., experts), before any expert is left out.
+
+        ``sharpness`` is one over the temperature, so that an adapter whose tensors are all zeros has finite scalings.
+        """
         return torch.softmax(logits * sharpness, -1) if self.softmax else logits
 
     def chosen(self, scalings: Tensor) -> Tensor:
-        """Scalings of the same shape, of which those that do not count are zero. A scaling of zero counts as not
-        chosen, as in PEFT."""
+        """Return ``scalings`` (..., experts) with zeros for the experts that are left out.
+
+        An expert whose scaling is zero counts as left out, as in PEFT.
+        """
         if self.top_k is not None:
             _, best = torch.topk(scalings, self.top_k, dim=-1)
             kept = torch.zeros_like(scalings).scatter(-1, best, 1.0)
@@ -44,8 +53,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class Classify:
-    """``(hidden, sharpness, weight, bias, ...)`` -> (batch, length, layers * experts). The weights of all layers but
-    the last are as those of ``Linear``; the last has (layers, experts, in) and (layers, experts)."""
+    """A function ``(hidden, sharpness, weight, bias, ...)`` -> scalings (batch, length, layers * experts).
+
+    Weights and biases are those of the classifier's layers in order, in the shapes of ``Linear``. The last layer has
+    a weight (layers, experts, in) and a bias (layers, experts).
+    """
 
     choice: Choice
     dropout: float = 0.0
@@ -67,8 +79,11 @@ class Classify:
 
 @dataclass(frozen=True)
 class Constant:
-    """``(ids, sharpness, weight, bias, ...)`` -> (batch, length, layers * experts), all of one value that the choice
-    is then made of: how experts count in the pass that the classifier reads."""
+    """A function ``(ids, sharpness, weight, bias, ...)`` -> constant scalings (batch, length, layers * experts).
+
+    All scalings are ``value`` before experts are left out. They weigh the experts in the base pass whose hidden state
+    the classifier reads.
+    """
 
     choice: Choice
     value: float

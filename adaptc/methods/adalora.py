@@ -1,10 +1,12 @@
 """AdaLoRA: W' = W + s B (E * A), an SVD whose singular values E are cut while training (arXiv 2303.10512).
 
-s = alpha / (init_r + 1e-5): the rank an adapter began with, also after some of it was cut. Slots, in PEFT's shapes:
-``lora_A`` (r, in), ``lora_E`` (r, 1), ``lora_B`` (out, r), with all of a convolution's inputs and kernel positions in
-the columns of A; stacked experts have an axis of experts in front. ``rank_pattern`` in the config says which of the
-``init_r`` terms are left at each site, under ``<key of the site>.lora_E``; files hold those alone.
-``adaptc.RankAllocator`` makes it, and ``adaptc.orthogonal_loss`` is the part of the loss that comes with it.
+s = alpha / (init_r + 1e-5), with the initial rank even after terms were cut. Slots, in PEFT's shapes: ``lora_A``
+(r, in), ``lora_E`` (r, 1), ``lora_B`` (out, r). The columns of A hold all of a convolution's inputs and kernel
+positions; stacked experts have an axis of experts in front.
+
+``rank_pattern`` in the config has a mask of the ``init_r`` terms that are left at each site, under
+``<key of the site>.lora_E``; files hold only those terms. ``adaptc.RankAllocator`` makes the masks, and
+``adaptc.orthogonal_loss`` is AdaLoRA's additional loss.
 """
 
 from __future__ import annotations
@@ -94,7 +96,10 @@ class AdaLoraConfig(LoraConfig):
             self.rank_pattern = {k: self._plain(k, v) for k, v in self.rank_pattern.items()}
 
     def _plain(self, key: str, mask: Any) -> list[Any]:
-        """A mask as a list of bools, or of such lists, one per expert. Raises ConfigError for anything else."""
+        """Return ``mask`` as a list of bools, or as a list of such lists, one per expert.
+
+        Raises ConfigError for any other value, and for a ``key`` that is no key of ``rank_pattern``.
+        """
         try:
             table = torch.as_tensor(mask).to(torch.bool)
         except (TypeError, ValueError, RuntimeError):
@@ -112,7 +117,7 @@ class AdaLoraConfig(LoraConfig):
         return self  # its ranks are masks
 
     def pattern_entries(self) -> dict[str, Mapping[str, Any]]:
-        # The modules in the keys of sites: PEFT's wrappers and what a module calls its parameters are no part of them.
+        # Only the module's part of each key: the names of PEFT's wrappers and of the parameter match no module.
         sites = {(_site(k) or "").partition(".base_layer")[0]: v for k, v in (self.rank_pattern or {}).items()}
         return {"rank_pattern": sites}
 
@@ -129,9 +134,9 @@ class AdaLoraConfig(LoraConfig):
         )
 
     def kept(self, key: str) -> tuple[Any, ...] | None:
-        """Which of the ``init_r`` terms are left at the site with this key, by ``rank_pattern``; None for all.
+        """Return the mask of the ``init_r`` terms that are left at the site with this key; None for all.
 
-        A mask, or one for each of a stack of experts.
+        At stacked experts it is a tuple of masks, one per expert.
         """
         found = next((v for k, v in (self.rank_pattern or {}).items() if _site(k) == key), None)
         return None if found is None else _frozen(found)
@@ -139,7 +144,7 @@ class AdaLoraConfig(LoraConfig):
 
 @dataclass(frozen=True)
 class AdaLora(Method):
-    """AdaLoRA at one site. ``kept`` are the terms that a file of this adapter holds, of the first ``init_r``."""
+    """AdaLoRA at one site. ``kept``: the mask of the terms, of ``init_r``, that the adapter's file holds; None: all."""
 
     name: ClassVar[str] = "adalora"
     kin: ClassVar[str] = "lora"
@@ -188,7 +193,7 @@ class AdaLora(Method):
     def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.kept is None or _terms(self.kept):
             return dict(found)
-        # No code is made for a rank of zero: terms of zeros do the same.
+        # Regions have no code for rank 0, so a site without terms gets terms of zeros.
         return {n: t if t.numel() else t.new_zeros(self.slots(op)[n].shape) for n, t in found.items()}
 
     def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
@@ -228,7 +233,10 @@ class AdaLora(Method):
 
 
 def _site(key: str) -> str | None:
-    """The key of a site from one of ``rank_pattern``, which ends with the adapter's name until PEFT has saved it."""
+    """Return the key of the site for a key of ``rank_pattern``; None where it is no such key.
+
+    PEFT's keys end with the adapter's name until the adapter was saved.
+    """
     match = re.fullmatch(r"(?:(.+)\.)?lora_E(?:\.[^.]+)?", key)
     return None if match is None else match[1] or ""
 
@@ -238,7 +246,7 @@ def _frozen(mask: Any) -> tuple[Any, ...]:
 
 
 def _mask(kept: Any) -> Tensor:
-    """The terms that at least one expert keeps."""
+    """Return the mask (init_r,), bool, of the terms that at least one expert keeps."""
     mask = torch.tensor(kept, dtype=torch.bool)
     return mask if mask.ndim == 1 else mask.any(0)
 

@@ -1,13 +1,14 @@
 """Adaption prompt: y' = y + g softmax(q K^T / sqrt(d)) V, with K and V of learned tokens (Zhang et al., 2303.16199).
 
-LLaMA-Adapter: at each of the last layers, what an attention gives is added to by what its queries find in tokens of the
-layer's own, of which its own projections make keys and values. There is one softmax for these, and another for the
-model's own tokens. A gate g of zero is no change. Queries are those of the attention (turned by their positions, and
-normed where the model does that), products are scaled as the attention scales its own, and keys and values are what the
-projections give. The projection behind the attention reads the sum; in PEFT a bias of it is added once more, and here
-it is not.
+LLaMA-Adapter: each of the last layers has learned tokens of its own, of which the layer's projections make K and V. The
+queries of the attention attend to them with a softmax of their own, apart from the model's tokens. The result is added
+to the attention's output; a gate g of zero is no change.
 
-Slots, of a layer's attention: ``adaption_prompt`` (1, adapter_len, width of the model) and ``adaption_gate`` (1,).
+q is the attention's query after rotary embedding, and after normalisation where the model has one. Scores are scaled
+as the attention scales its own. K and V are the plain outputs of the projections, without rotary embedding. The output
+projection reads the sum. PEFT adds that projection's bias a second time; adaptc does not.
+
+Slots of a layer's attention: ``adaption_prompt`` (1, adapter_len, width of the model) and ``adaption_gate`` (1,).
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ PROMPT, GATE = "adaption_prompt", "adaption_gate"
 
 @dataclass
 class AdaptionPromptConfig(AttentionConfig):
-    """PEFT's ``AdaptionPromptConfig``: same names, same defaults. ``adapter_len`` is the number of tokens of a layer
-    and ``adapter_layers`` that of the layers, from the last one back; both must be given. Raises ConfigError where they
-    are not, or not positive."""
+    """PEFT's ``AdaptionPromptConfig``: same names, same defaults.
+
+    ``adapter_len``: the number of learned tokens of a layer. ``adapter_layers``: the number of adapted layers, counted
+    from the last one back. Raises ConfigError where one of them is missing or not positive.
+    """
 
     peft_type: ClassVar[str] = "ADAPTION_PROMPT"
 
@@ -55,7 +58,7 @@ class AdaptionPromptConfig(AttentionConfig):
 
 @dataclass(frozen=True)
 class AdaptionPrompt(AttentionMethod):
-    """``count`` tokens at one layer."""
+    """Adaption prompt with ``count`` learned tokens at one layer."""
 
     name: ClassVar[str] = "adaption_prompt"
     file_names: ClassVar[tuple[str, ...]] = (PROMPT, GATE)

@@ -1,12 +1,12 @@
 """aLoRA: LoRA from the tokens that invoke it onwards, and the base before them (Greenewald et al., arXiv 2504.12397).
 
-y' = y + c (s B A x), with c one from where the last occurrence of the invocation tokens begins in a row, zero before
-it, and zero in a row that has none. So keys and values of the base up to there are also those of the adapter, and a
-cache of them can be continued.
+y' = y + c (s B A x). c is one from the first token of the last occurrence of the invocation tokens in a row of the
+batch, and zero before it; it is zero in a row without them. So up to there the adapter's keys and values are the
+base's, and a KV cache of the base can be continued.
 
-Slots: LoRA's, and ``alora_invocation_tokens`` of the model, which follow from the config: each id plus one, filled up
-with zeros, which stand for any token or none, to a multiple of eight. The sites are linear layers whose output has a
-place for each token: PEFT has no aLoRA at others either.
+Slots: LoRA's, and the shared slot ``alora_invocation_tokens``, which follows from the config. It holds each token id
+plus one, padded to a multiple of eight with zeros that match any token or none. Sites are linear layers whose output
+has an entry for each token: PEFT has no aLoRA at other layers either.
 """
 
 from __future__ import annotations
@@ -26,30 +26,33 @@ from adaptc.passes.ir.method import Initial, Scale, Slot, Slots
 from adaptc.passes.ir.ops import Op, cast
 
 TOKENS = "alora_invocation_tokens"
-#: the coefficient
+#: the name of the coefficient c
 ACTS = "alora_acts"
-#: sizes of the slot of tokens are multiples of it, so that most adapters have one size
+#: the size of the token slot is a multiple of it, so that most adapters have the same size
 ROOM = 8
 
 
 def acts(ids: Tensor, sought: Tensor) -> Tensor:
-    """Whether the adapter acts at a token: (batch, length), for ids (batch, length) and the slot of tokens."""
+    """Return whether the adapter acts at each token, (batch, length) of bool.
+
+    ``ids``: input_ids (batch, length). ``sought``: the slot ``alora_invocation_tokens``.
+    """
     length = ids.shape[1]
     at = torch.arange(length, device=ids.device)
     places = at.unsqueeze(1) + torch.arange(sought.shape[0], device=ids.device)
     there = ids[:, places.clamp(max=length - 1)] + 1
     begins = ((there == sought) & (places < length) | (sought == 0)).all(-1)
-    # One more than the place, so that zero is left for rows that have none.
+    # Positions are counted from one, so that zero stands for a row without the invocation tokens.
     last = torch.where(begins, at + 1, 0).amax(1, keepdim=True)
     return (last > 0) & (at + 1 >= last)
 
 
 @dataclass(frozen=True)
 class Alora(Lora):
-    """aLoRA at one site. ``tokens``: the ids that invoke it, in order."""
+    """aLoRA at one site. ``tokens``: the ids of the invocation tokens, in order."""
 
     name: ClassVar[str] = "alora"
-    stacks: ClassVar[bool] = True  # or experts would be done one by one, without a token's place
+    stacks: ClassVar[bool] = True  # else it would be applied per expert, where the position of a token is unknown
     swappable: ClassVar[frozenset[str]] = Lora.swappable | {"tokens"}
 
     tokens: tuple[int, ...] = ()
@@ -61,7 +64,7 @@ class Alora(Lora):
                 f"kind {op.kind!r}: leave it out, or use LoRA (alora_invocation_tokens=None)"
             )
         size = -(-max(len(self.tokens), 1) // ROOM) * ROOM
-        # No token has the fill's id: identity values never act.
+        # The fill -1 equals no id plus one, so that the adapter never acts with identity values.
         slot = Slot((size,), -1, (0,), torch.int64, trainable=False, saved=False, shared=True, apart=True)
         return {**super().slots(op), TOKENS: slot}
 
@@ -93,16 +96,16 @@ class Alora(Lora):
         return "aLoRA acts on some tokens and not on others, which no weight can"
 
     def low_rank(self, found: Slots) -> None:
-        return None  # what it adds is not added everywhere
+        return None  # B A x is not added at every token
 
     def following(self, home: str) -> None:
-        return None  # at the embedding it has no meaning
+        return None  # it has no meaning at the tied embedding
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         A, B, *_ = slots.values()
         h = op.down(adapter_input(self, op, x, A.dtype), A)
         on = along_tokens(slots[ACTS], h) if ACTS in slots else None
-        # Chosen and not multiplied: what is not finite where it does not act stays out.
+        # Not multiplied by c: a NaN or infinity at a token where the adapter does not act would stay NaN.
         h = h if on is None else torch.where(on, h, 0)
         delta = op.up(h, B)
         if self.with_bias:

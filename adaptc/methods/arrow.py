@@ -1,13 +1,14 @@
 """Arrow: y' = y + sum_e c_e s_e B_e A_e x, where each token chooses among LoRA adapters (Ostapenko et al., 2405.11157).
 
-The prototype of an adapter is the first right singular vector p_e of B_e A_e. A token x has the ``top_k`` adapters with
-the largest abs(x p_e), and c is the softmax of these over ``router_temperature``, zero for the others; of equal ones
-those that come first are chosen. So the rule of a site follows from its adapters, and nothing is trained.
+The prototype of an adapter is the first right singular vector p_e of B_e A_e. A token x gets the ``top_k`` adapters
+with the largest abs(x p_e); of equal ones the first. c is the softmax of their abs(x p_e) over ``router_temperature``,
+and zero for the others. So the routing at a site follows from its adapters, and nothing is trained.
 
-Slots: ``lora_A.weight`` (R, in) and ``lora_B.weight`` (out, R) with the ranks of all adapters one after the other,
-``lora_owner`` (R,) and ``lora_scaling`` (R,), whose they are and its s. There follow ``lora_arrow.prototypes``
-(adapters, in), divided by the temperature, and ``lora_arrow.counts``, the number of adapters and ``top_k``. A swap may
-change all of it. No file has such tensors: PEFT's have the adapters, and beside them a config that names them.
+Slots: ``lora_A.weight`` (R, in) and ``lora_B.weight`` (out, R) hold the ranks of all adapters one after the other.
+``lora_owner`` (R,) has the number of each rank's adapter, and ``lora_scaling`` (R,) its s. Two slots follow from these
+and the config: ``lora_arrow.prototypes`` (adapters, in), divided by the temperature, and ``lora_arrow.counts`` (2,),
+the number of adapters and ``top_k``. A swap may change all of them. No file has these slots: PEFT's files hold the
+single adapters, and beside them a config that names them.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ PROTOTYPES, COUNTS = "lora_arrow.prototypes", "lora_arrow.counts"
 class ArrowConfig:
     """PEFT's ``ArrowConfig``: same names, same defaults, for :func:`adaptc.create_arrow_model`.
 
-    ``top_k``: of how many adapters a token has a part; where there are fewer, of all. ``router_temperature``: what
-    their scores are divided by before the softmax. ``use_gks``: GenKnowSub, the mean A and B of general adapters is
-    taken from those of the others. ``rng_seed`` is kept for PEFT, whose prototypes are found from a random vector; here
-    they are exact, and nothing is drawn. ``task_adapter_names`` and ``gks_adapter_names`` are filled in where the
-    adapters are known. Raises ConfigError for values without a meaning.
+    ``top_k``: how many adapters act on a token; all of them where there are fewer. ``router_temperature``: the divisor
+    of the scores before the softmax. ``use_gks``: GenKnowSub, which subtracts the mean A and B of general adapters from
+    those of the task adapters. ``rng_seed``: kept for PEFT, which finds prototypes from a random vector. Here they are
+    exact, and nothing is drawn. ``task_adapter_names`` and ``gks_adapter_names`` are filled in when the adapters are
+    known. Raises ConfigError for values without a meaning.
     """
 
     top_k: int = 3
@@ -59,7 +60,10 @@ class ArrowConfig:
 
     @classmethod
     def of(cls, value: Any) -> ArrowConfig:
-        """From one, from peft's own, or from the dict that files have. Raises ConfigError for anything else."""
+        """Return the config for ``value``: an ArrowConfig, peft's ArrowConfig, or the dict that files have.
+
+        Raises ConfigError for any other value, and for a dict with an unknown field.
+        """
         if type(value).__name__ == cls.__name__ and dataclasses.is_dataclass(value):
             value = {f.name: getattr(value, f.name, None) for f in dataclasses.fields(cls)}
         if not isinstance(value, Mapping):
@@ -72,7 +76,7 @@ class ArrowConfig:
         return new.naming(names.get("task_adapter_names"), names.get("gks_adapter_names"))
 
     def naming(self, tasks: list[str] | None, general: list[str] | None = None) -> ArrowConfig:
-        """This config for adapters with these names."""
+        """Return this config for adapters with these names: ``tasks`` to route between, ``general`` to subtract."""
         new = copy.copy(self)
         new.task_adapter_names, new.gks_adapter_names = tasks, general
         new.__post_init__()
@@ -125,7 +129,7 @@ class Arrow(Method):
         raise TargetError("Arrow has no meaning in MultiheadAttention, as in PEFT; leave it out")
 
     def following(self, home: str) -> None:
-        return None  # at an embedding it has no meaning
+        return None  # it has no meaning at the tied embedding
 
     def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
         raise ConfigError(
@@ -158,7 +162,7 @@ class Arrow(Method):
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         x = cast(x, slots[A].dtype)
         prototypes = slots[PROTOTYPES]
-        # Without reading how many there are, which a swap may change.
+        # Counted by cumsum: arange over the size would record the number of adapters, which a swap may change.
         number = torch.ones_like(prototypes.select(1, 0), dtype=torch.int64).cumsum(0)
         c = routed(F.linear(x, prototypes).abs(), number, slots[COUNTS])
         h = F.linear(x, slots[A]) * (c.index_select(-1, slots[OWNER]) * slots[SCALES])
@@ -166,20 +170,26 @@ class Arrow(Method):
 
 
 def routed(scores: Tensor, number: Tensor, counts: Tensor) -> Tensor:
-    """What each adapter gets, for ``scores`` (..., adapters): the softmax of the ``counts[1]`` largest, zero for the
-    others. ``number`` (adapters,) counts them from one; those behind the first ``counts[0]`` are none."""
+    """Return the weight of each adapter: the softmax of the ``counts[1]`` largest ``scores``, zero for the others.
+
+    ``scores``: (..., adapters). ``number`` (adapters,): 1, 2, and so on. ``counts`` (2,): the number of adapters and
+    ``top_k``; entries of ``scores`` beyond the number of adapters are padding.
+    """
     lowest = torch.finfo(scores.dtype).min
     scores = torch.where(number <= counts[0], scores, lowest)
-    # Counted and not sorted: how many to take is a value that a swap may change, and there are few.
+    # Not topk, which needs its k as a constant: a swap may change top_k. The pairs are few.
     mine, other = scores.unsqueeze(-1), scores.unsqueeze(-2)
     before = (other > mine) | ((other == mine) & (number < number.unsqueeze(-1)))
     return F.softmax(torch.where(before.sum(-1) < counts[1], scores, lowest), dim=-1)
 
 
 def top_right_singular_vector(a: Tensor, b: Tensor) -> Tensor:
-    """Of ``b @ a``, for ``a`` (r, in) and ``b`` (out, r): (in,) in float64, of length one and either sign; zero where
-    the product is. It is found among the r directions that there are: with the Gram matrix G of ``a`` and that of
-    ``b``, C, the vector is a' C G^(1/2) w for the first eigenvector w of G^(1/2) C G^(1/2)."""
+    """Return the first right singular vector of ``b @ a``, for ``a`` (r, in) and ``b`` (out, r).
+
+    The result is (in,) in float64, of length one and either sign, and zero where the matmul is zero. Only matrices of
+    size r are decomposed. G and C are the Gram matrices of ``a`` and ``b``, and w is the first eigenvector of
+    G^(1/2) C G^(1/2); then the vector is a' C G^(1/2) w.
+    """
     a, b = a.double(), b.double()
     values, vectors = torch.linalg.eigh(a @ a.T)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T

@@ -1,8 +1,9 @@
 """BOFT: W' = diag(s) W Q^T, Q a product of butterfly factors (Liu et al., arXiv 2311.06243).
 
-Slots, in PEFT's shapes: ``boft_R`` (m, n/b, b, b), of which the skew parts count, and ``boft_s`` (out, 1), at
-convolutions (1, out). Factor i is a block-diagonal rotation between two permutations, which take the halves of the
-blocks of size b in every run of b 2^i, even ones first; for factor 0 they change nothing. Q = F_(m-1) ... F_1 F_0.
+Slots, in PEFT's shapes: ``boft_R`` (m, n/b, b, b), of which only the skew-symmetric part matters, and ``boft_s``
+(out, 1), at convolutions (1, out). Factor i is a block-diagonal rotation between a permutation and its inverse. The
+permutation acts on the halves of blocks of size b: in every run of b 2^i entries it puts the even halves first. For
+factor 0 it is the identity. Q = F_(m-1) ... F_1 F_0.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from adaptc.passes.ir.ops import Op, cast
 
 @dataclass
 class BOFTConfig(TargetedConfig):
-    """PEFT's ``BOFTConfig``: same names, same defaults. Either ``boft_block_size`` or ``boft_block_num`` is 0.
+    """PEFT's ``BOFTConfig``: same names, same defaults. Either ``boft_block_size`` or ``boft_block_num`` must be 0.
 
-    ``boft_n_butterfly_factor`` is honoured everywhere (PEFT takes 1 where it cannot compile its CUDA extension).
+    ``boft_n_butterfly_factor`` is always honoured; PEFT uses 1 where it cannot compile its CUDA extension.
     """
 
     peft_type: ClassVar[str] = "BOFT"
@@ -66,7 +67,10 @@ class BOFTConfig(TargetedConfig):
 
 @dataclass(frozen=True)
 class Boft(Rotation):
-    """BOFT at one site. ``dropout`` is the share of the blocks of one factor that is the identity while training."""
+    """BOFT at one site.
+
+    ``dropout``: in training, the share of one factor's blocks that become the identity, spread over all factors.
+    """
 
     name: ClassVar[str] = "boft"
     swappable: ClassVar[frozenset[str]] = frozenset({"dropout", "scheme", "training"})
@@ -79,13 +83,14 @@ class Boft(Rotation):
     training: bool = False
 
     def block(self, op: Op) -> int:
-        """The size of a block. Raises TargetError if blocks and butterflies do not go into the width."""
+        """Return the size of a block; raise TargetError where blocks and butterfly factors do not divide the width."""
         n, m = self.width(op), self.factors
         field, asked = ("boft_block_size", self.size) if self.size else ("boft_block_num", self.number)
 
         def fits(d: int) -> bool:
             b = d if self.size else n // d
-            # The blocks must halve m - 1 times; of a larger m, 2 ** (m - 1) would be more than memory holds.
+            # The number of blocks must be divisible by 2 ** (m - 1). The test by bits comes first, since for a huge m
+            # that power would not fit into memory.
             return m == 1 or (b % 2 == 0 and m <= (n // b).bit_length() and (n // b) % 2 ** (m - 1) == 0)
 
         if n % asked or not fits(asked):
@@ -110,7 +115,10 @@ class Boft(Rotation):
         return Initial({n: t.to(dtype) for n, t in values.items()})
 
     def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Without its CUDA extension PEFT has one factor, whatever the config says; the others are the identity."""
+        """Return the slots, with identity factors added where the file has one factor only.
+
+        PEFT without its CUDA extension has one factor, whatever the config says.
+        """
         R = found.get("boft_R")
         if R is None or R.ndim != 4 or R.shape[0] != 1 or self.factors == 1:
             return dict(found)
@@ -118,8 +126,11 @@ class Boft(Rotation):
         return {**found, "boft_R": torch.cat([R, more])}
 
     def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
-        """Inverse of :meth:`read`: one factor where all but the first are the identity, which no training leaves them.
-        Where the first is the identity too, nothing was trained, and the config says how many there are."""
+        """Return the tensors of a file: the inverse of :meth:`read`.
+
+        Only the first factor is written where all others are the identity, which training never leaves them. Where the
+        first is the identity too, nothing was trained, and all factors are written.
+        """
         if self.factors == 1:
             return dict(slots)
         R = slots["boft_R"]
@@ -158,7 +169,10 @@ class Boft(Rotation):
 
 
 def _halves(v: Tensor, b: int, i: int, apart: bool) -> Tensor:
-    """Permute the halves of blocks of ``b`` in runs of b 2^i: (pair, side) to (side, pair), going ``apart``."""
+    """Permute the halves of blocks of ``b`` in every run of b 2^i entries of ``v`` (..., n).
+
+    With ``apart`` the even halves of a run come first, and then the odd ones; without, the inverse.
+    """
     if i == 0:
         return v
     inner = (2**i, 2) if apart else (2, 2**i)

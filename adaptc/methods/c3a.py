@@ -2,7 +2,7 @@
 
 Slot ``c3a_kernel`` (rows/b, columns/b, b), float: block (m, n) has kernel[m, n, (p - k) mod b] in its row k and column
 p. Both sizes of the weight as one matrix must be multiples of b, the block size. A circulant block is a convolution, so
-beside a linear layer it is a product of spectra.
+at a linear layer its matmul is computed with Fourier transforms.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ RANDOM = ("xavier_uniform", "gaussian", "kaiming_uniform")
 class C3AConfig(TargetedConfig):
     """PEFT's ``C3AConfig``: same names, same defaults.
 
-    ``init_weights``: True starts at zeros; "xavier_uniform", the default, and what False means too, "kaiming_uniform"
-    and "gaussian" at random values, which change the model. Raises ConfigError for block sizes that are not positive
-    integers and other values of ``init_weights``.
+    ``init_weights``: True starts at zeros. "xavier_uniform" (the default, and the meaning of False), "kaiming_uniform"
+    and "gaussian" start at random values, which change the model. Raises ConfigError for block sizes that are not
+    positive integers and for other values of ``init_weights``.
     """
 
     peft_type: ClassVar[str] = "C3A"
@@ -64,7 +64,7 @@ class C3AConfig(TargetedConfig):
 
 @dataclass(frozen=True)
 class C3A(Method):
-    """See the module docstring."""
+    """C3A at one site, with blocks of size ``block``. ``scheme``: the ``init_weights`` of the config."""
 
     name: ClassVar[str] = "c3a"
     file_names: ClassVar[tuple[str, ...]] = (KERNEL,)
@@ -101,7 +101,7 @@ class C3A(Method):
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         rows, columns = op.matrix_shape
         w, b = cast(slots[KERNEL], at_least_float32(W, slots[KERNEL])), self.block
-        # The kernel over and over, in rows that are one entry longer than it, is a block with its rows in reverse.
+        # Reading the repeated kernel in rows of b + 1 entries shifts each row by one: a block with its rows in reverse.
         turning = w.unsqueeze(-2).expand(*w.shape[:2], b + 1, b).reshape(*w.shape[:2], b, b + 1)[..., :b]
         blocks = turning.flip(-2).roll(1, -2)
         change = blocks.transpose(1, 2).reshape(rows, columns) / columns
@@ -114,7 +114,7 @@ class C3A(Method):
         wide = at_least_float32(x, slots[KERNEL])
         w = _spectrum(cast(slots[KERNEL], wide) / op.in_features)
         x = _spectrum(cast(x, wide).unflatten(-1, (-1, self.block)))
-        # Times the conjugate of w: a real product of pairs, which compilers can work with.
+        # Times the conjugate of w, written in real numbers: compilers cannot work with complex ones.
         real, imaginary = w.unbind(-1)
         pairs = torch.stack([torch.stack([real, -imaginary], -1), torch.stack([imaginary, real], -1)], -2)
         out = torch.view_as_complex(torch.einsum("...nfc,mnfcd->...mfd", x, pairs).contiguous())
@@ -122,5 +122,5 @@ class C3A(Method):
 
 
 def _spectrum(t: Tensor) -> Tensor:
-    """Of real rows, in pairs of a real and an imaginary part."""
+    """Return the Fourier transform of real rows (..., b): (..., b // 2 + 1, 2), real and imaginary parts."""
     return torch.view_as_real(torch.fft.rfft(t))

@@ -1,8 +1,8 @@
 """Cartridge: keys and values in front of those of every attention, distilled from a text (Eyuboglu et al., arXiv
 2506.06266).
 
-File key: ``prompt_embeddings`` (num_virtual_tokens, 2 * num_layers * token_dim). The first ``num_frozen_tokens`` of
-them do not train.
+File key: ``prompt_embeddings`` (num_virtual_tokens, 2 * num_layers * token_dim). The rows of the first
+``num_frozen_tokens`` tokens are not trained.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class CartridgeConfig(KeyValueConfig):
 
 @dataclass(frozen=True)
 class Cartridge(KeyValues):
-    """``first`` is not used; ``frozen`` of ``count`` tokens do not train."""
+    """Cartridge: a KV prefix of ``count`` tokens, of which the first ``frozen`` are not trained. ``first``: unused."""
 
     name: ClassVar[str] = "cartridge"
     swappable: ClassVar[frozenset[str]] = KeyValues.swappable | {"frozen"}

@@ -2,9 +2,12 @@
 2410.17222).
 
 File key: ``prompt_embeddings`` (tokens, width), the rows after their steps, which is all that PEFT writes and reads.
-adaptc writes the two apart beside it, under ``prompt_encoder.``, so that training goes on from a file. The context's
-labels count in the loss, and so do those of a call that ``input_type_mask`` (batch, length), an input of programs with
-labels that may be left out, says to: the types that four divides. With "decay" older groups of labels weigh less.
+adaptc writes rows and steps too, under ``prompt_encoder.``, so that training can continue from a file.
+
+The context's labels count in the loss. A program with labels takes one more input that may be left out,
+``input_type_mask`` (batch, length), the types of a call's tokens, 4 by default. The label of a call's token counts
+where its type plus the context's largest type is a multiple of 4, and never for type 0. With
+``opt_weighted_loss_type="decay"`` older groups of labels have less weight.
 """
 
 from __future__ import annotations
@@ -30,14 +33,15 @@ from adaptc.passes.ir.ops import Op
 ROWS, STEPS = "prompt_encoder.embedding.weight", "prompt_encoder.delta_embedding.weight"
 IDS, TYPES = "prompt_encoder.token_ids", "prompt_encoder.token_types"
 GIVEN_TYPES = "input_type_mask"
-#: of how many kinds tokens are: the template and the input of an example, the template of its output, and its label
+#: the number of kinds of tokens (a type modulo it is the kind: template and input of an example, template of its
+#: output, label), and the type of a label
 KINDS, LABEL = 4, 4
 LEAST = 1e-10
 
 
 @dataclass
 class CPTConfig(ProgramConfig):
-    """PEFT's ``CPTConfig``: same names, same defaults. There are as many virtual tokens as ``cpt_token_ids``."""
+    """PEFT's ``CPTConfig``: same names, same defaults. ``num_virtual_tokens`` is the length of ``cpt_token_ids``."""
 
     peft_type: ClassVar[str] = "CPT"
     takes_encoders: ClassVar[bool] = False
@@ -90,7 +94,11 @@ class CPTConfig(ProgramConfig):
 
 @dataclass(frozen=True)
 class Cpt(VirtualTokens):
-    """``first`` is not used; ``step`` and ``template`` bound the steps of inputs, and of templates."""
+    """CPT with the context's token ``ids`` and ``types``.
+
+    ``step`` and ``template``: the largest length of a step of input tokens and of template tokens, at width 2048.
+    ``decay``: the factor on the weight of a group of labels for each later group. ``first``: unused.
+    """
 
     name: ClassVar[str] = "cpt"
     swappable: ClassVar[frozenset[str]] = VirtualTokens.swappable | {"ids", "types", "step", "template"}
@@ -112,12 +120,12 @@ class Cpt(VirtualTokens):
 
     def prompt(self, slots: Slots, given: Given) -> Tensor:
         steps, still = slots[STEPS], slots[STEPS].detach()
-        # Labels stay, and so does what is of no type. The bound is no part of the gradient.
+        # Tokens that are labels or of type 0 are not moved. The gradient is that of the unbounded steps, as in PEFT.
         moved = torch.remainder(slots[TYPES], KINDS) != 0
         return slots[PROMPT] + self._bounded(slots).detach() + torch.where(moved.unsqueeze(-1), steps, still) - still
 
     def _bounded(self, slots: Slots) -> Tensor:
-        """The steps, none longer than its token may move."""
+        """Return the steps (tokens, width), each shortened to the largest length that its token's type allows."""
         steps, kind = slots[STEPS], torch.remainder(slots[TYPES], KINDS)
         size = sqrt(steps.shape[1] / 2048)
         most = torch.where(kind == 2, self.step * size, self.template * size)
@@ -136,7 +144,7 @@ class Cpt(VirtualTokens):
         types, wanted = _types(slots, given)[:, 1:], labels[:, 1:]
         each = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), wanted, reduction="none", ignore_index=IGNORED)
         is_label = _is_label(types)
-        # A group of labels weighs the less the more groups come after it in its row.
+        # The weight of a group of labels falls with the number of later groups in its row.
         later = is_label.unsqueeze(1) & (types.unsqueeze(1) > types.unsqueeze(2))
         same = (types.unsqueeze(1) == types.unsqueeze(2)) & is_label.unsqueeze(1)
         first = is_label & (torch.tril(same, -1).sum(2) == 0)
@@ -184,7 +192,10 @@ class Cpt(VirtualTokens):
 
 
 def _types(slots: Slots, given: Given) -> Tensor:
-    """The type of every token, those of a call behind those of the context."""
+    """Return the types of all tokens, (batch, context + length): first the context's, then the call's.
+
+    Types of the call are moved beyond the context's largest type, so that groups of labels stay apart.
+    """
     theirs = given[GIVEN_TYPES]
     own = slots[TYPES].expand(theirs.shape[0], -1)
     most = F.pad(slots[TYPES], (0, 1)).amax()  # of none, zero

@@ -1,11 +1,11 @@
 """DoRA: the rows of W + s B A, turned by LoRA, with lengths trained apart (Liu et al., arXiv 2402.09353).
 
-W' = g (W + s B A) row by row, g = m / |W + s B A|; the gradient takes the length in the denominator for a constant.
-Where other adapters changed W before, the length is that with the model's own weight in its place, as in PEFT.
+W' = g (W + s B A) row by row, with g = m / |W + s B A|; the length in the denominator gets no gradient. Where other
+adapters changed W before, that length is computed from the base weight, as in PEFT.
 
-Slots: LoRA's, and ``lora_magnitude_vector``, the lengths m: (out,), of embeddings (width,), of convolutions
-(1, out, 1...), of stacked experts (experts, out). A row of a convolution is all that makes one output channel. Rows of
-length zero have g = 1, so that they compute what LoRA would until they have a direction.
+Slots: LoRA's, and ``lora_magnitude_vector``, the lengths m. Its shape is (out,), at embeddings (width,), at
+convolutions (1, out, 1...), at stacked experts (experts, out). A row of a convolution is all of the weight for one
+output channel. Rows of length zero have g = 1: they act as in LoRA until they have a direction.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAGNITUDE = "lora_magnitude_vector"
 
 @dataclass(frozen=True)
 class Dora(Lora):
-    """DoRA at one site. ``dropout`` acts on the input of all that is added to the layer's own output."""
+    """DoRA at one site. In training ``dropout`` acts on the input of everything added to the layer's own output."""
 
     name: ClassVar[str] = "dora"
     takes_complex: ClassVar[bool] = False
@@ -47,18 +47,18 @@ class Dora(Lora):
         return self._with_lengths(op, W, super().identity(op, W, dtype))
 
     def absent(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        # Other adapters may have changed the weight, so no length is right: an infinite one stands for any.
+        # Other adapters may have changed the weight, so no finite length means no change: infinity stands for g = 1.
         values = super().identity(op, W, dtype)
         return {**values, MAGNITUDE: torch.full_like(values[MAGNITUDE], torch.inf)}
 
     def following(self, home: str) -> None:
-        return None  # its lengths are those of rows, and the rows of the two layers are not the same
+        return None  # it has a length for each row, and the rows of an embedding are not those of the tied layer
 
     def nested(self) -> Dora:
         return self  # PEFT has no DoRA in MultiheadAttention, and so no files in which it is applied twice
 
     def low_rank(self, found: Slots) -> None:
-        return None  # its lengths are those of the model's weights
+        return None  # its change depends on the lengths of the base weight's rows
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
         full = self._turned(op, W, slots, scale)
@@ -99,13 +99,13 @@ class Dora(Lora):
         return super().fqn(place, f"{slot}.weight" if slot == MAGNITUDE else slot, adapter)
 
     def _turned(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
-        """W + s B A, in the wider dtype of the two, dense where a convolution has groups."""
+        """Return W + s B A, in the wider dtype of the two, dense where a convolution has groups."""
         A, B = self._factors(op, slots)
         wide = torch.promote_types(W.dtype, A.dtype)
         return cast(op.dense(W), wide) + op.product(cast(A, wide), cast(B, wide)) * scale
 
     def _gain(self, slots: Slots, lengths: Tensor) -> Tensor:
-        # Rounded as the magnitudes are, lengths that did not change give exactly one.
+        # Rounded to the magnitudes' dtype, so that lengths that did not change give a gain of exactly one.
         magnitude = slots[MAGNITUDE].reshape(lengths.shape)
         lengths = cast(cast(lengths, magnitude.dtype), lengths.dtype)
         none = lengths == 0
@@ -120,6 +120,6 @@ class Dora(Lora):
 
 
 def _lengths(op: Op, full: Tensor) -> Tensor:
-    """The length of each row, in float32 or better: (out,), or (experts, out)."""
+    """Return the length of each row, in float32 or wider: (out,), or (experts, out) for stacked experts."""
     high = torch.promote_types(full.dtype, torch.float32)
     return torch.linalg.vector_norm(full, dim=tuple(range(2 if op.experts else 1, full.ndim)), dtype=high)

@@ -1,7 +1,7 @@
 """FourierFT: W' = W + s Re(ifft2(S)) with a spectrum S of few entries (Gao et al., arXiv 2405.03003).
 
-Slot ``fourierft_spectrum`` (n,), float; where in the spectrum its entries are is drawn from ``random_loc_seed`` and not
-in files. The transform is that of the weight as one matrix, in float32 or wider.
+Slot ``fourierft_spectrum`` (n,), float. The places of its entries in the spectrum are drawn from ``random_loc_seed``
+and are not in files. The spectrum has the shape of the weight as one matrix; the transform runs in float32 or wider.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class FourierFTConfig(TargetedConfig):
     """PEFT's ``FourierFTConfig``: same names, same defaults. ``fan_in_fan_out`` follows from the layer.
 
     ``init_weights`` True starts at zeros; False, the default, at a random spectrum, which changes the model. Raises
-    ConfigError for numbers of frequencies that are not positive integers, and a seed that is none.
+    ConfigError for numbers of frequencies that are not positive integers, and for a seed of None.
     """
 
     peft_type: ClassVar[str] = "FOURIERFT"
@@ -61,7 +61,7 @@ class FourierFTConfig(TargetedConfig):
 
 @dataclass(frozen=True)
 class FourierFT(Spectrum):
-    """See the module docstring. ``r`` is the number of entries, a size that adapters choose."""
+    """FourierFT at one site, with ``r`` entries of the spectrum, a size that adapters choose."""
 
     name: ClassVar[str] = "fourierft"
     takes_complex: ClassVar[bool] = False
@@ -69,7 +69,7 @@ class FourierFT(Spectrum):
     file_names: ClassVar[tuple[str, ...]] = ("fourierft_spectrum",)
 
     def first(self, generator: torch.Generator | None) -> Tensor:
-        # Drawn even where zeros are asked for, as PEFT does: what is drawn after it stays the same.
+        # Drawn even for zeros, as in PEFT: else one seed would give later layers other values than PEFT.
         values = torch.randn(self.r, generator=generator)
         return torch.zeros_like(values) if self.zeros else values
 

@@ -1,8 +1,8 @@
 """HRA: W' = W H_1 H_2 ... H_r, reflections H_i = I - 2 u_i u_i^T / |u_i|^2 (Yuan et al., arXiv 2405.17484).
 
-Slot, in PEFT's shape: ``hra_u`` (n, r). The product is computed in one piece, as I - U T U^T with T triangular
-(Schreiber and Van Loan, 1989), so that the rank stays free. A column of zeros is no reflection. With ``apply_GS`` the
-vectors are made orthogonal first, and the product is I - 2 P, P the projection on what they span.
+Slot, in PEFT's shape: ``hra_u`` (n, r). The product of reflections is computed as I - U T U^T, with T triangular
+(Schreiber and Van Loan, 1989); no code depends on the rank. A column of zeros stands for the identity. With
+``apply_GS`` the vectors are made orthogonal first. The product is then I - 2 P, with P the projection on their span.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Hra(Rotation):
     def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
         pairs = self.scheme and self.r % 2 == 0 and not self.orthogonal
         if self.scheme and not pairs:
-            # Pairs of equal vectors cannot be made orthogonal: what PEFT starts from there is rounding noise.
+            # Equal vectors cannot be made orthogonal: PEFT makes pairs with apply_GS too, and gets rounding noise.
             why = "apply_GS=True, which leaves no two equal" if self.orthogonal else f"the odd r={self.r}"
             warnings.warn(
                 f"HRA starts from the unchanged layer by reflecting twice at each vector, which {why} does not allow: "
@@ -90,13 +90,13 @@ class Hra(Rotation):
         return v - (v @ V) @ U.mT if back else v - (v @ U) @ V.mT
 
     def _factors(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """U and V, both (n, r), with H_1 ... H_r = I - V U^T."""
+        """Return U and V, both (n, r), with H_1 ... H_r = I - V U^T."""
         squares = (u * u).sum(0)
         used = squares > 0
         U = u * torch.where(used, squares, 1).rsqrt()
         gram = U.mT @ U
         if self.orthogonal:
-            # The diagonal keeps vectors that are zero, or depend on others, from making this singular.
+            # Without the addition on the diagonal, vectors that are zero or depend on others would make this singular.
             ridge = torch.where(used, 4 * torch.finfo(u.dtype).eps, 1.0).to(u.dtype)
             return U, 2 * solve(gram + torch.diag_embed(ridge), U, left=False)
         # T^-1 is the part of U^T U above the diagonal, and one half on it.

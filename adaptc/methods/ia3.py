@@ -2,8 +2,8 @@
 
     W' = diag(l) W,  b' = l b        feed-forward:  W' = W diag(l),  b' = b
 
-Slot ``ia3_l``, in PEFT's shapes: (out, 1), feed-forward (1, in); kernels (1, channels, 1...), where the channels of a
-grouped convolution are those of all groups. Embeddings scale their columns, as feed-forward layers one token each.
+Slot ``ia3_l``, in PEFT's shapes: (out, 1), feed-forward (1, in); for convolutions (1, channels, 1...), with the
+channels of all groups. At an embedding there is one factor per column of the vectors or, feed-forward, one per token.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class IA3Config(TargetedConfig):
     """PEFT's ``IA3Config``: same names, same defaults.
 
     ``feedforward_modules``: the targets whose inputs are scaled, as endings of module names or a regular expression
-    for whole names; [] for none. ``fan_in_fan_out`` is kept for files; the program says how a weight is stored.
+    for whole names; [] for none. ``fan_in_fan_out`` is kept for files only: the program shows how a weight is stored.
     """
 
     peft_type: ClassVar[str] = "IA3"
@@ -63,7 +63,8 @@ class IA3Config(TargetedConfig):
         if inner is None or isinstance(inner, str):
             return new
         if self.feedforward_modules is None and not isinstance(targets, (str, NoneType)) and set(inner) - set(targets):
-            # The model's own names need not be among the targets the user chose; as an expression they may be in files.
+            # The model's default names need not be among the user's targets. As a list, they would be refused when the
+            # config is read from its file; as an expression they are not.
             return new.replace(feedforward_modules=f".*({'|'.join(map(re.escape, inner))})")
         return new
 
@@ -102,7 +103,7 @@ class IA3Config(TargetedConfig):
 
 @dataclass(frozen=True)
 class IA3(Method):
-    """IA3 at one site: ``feedforward`` scales its inputs. ``scheme`` False draws first values from a normal."""
+    """IA3 at one site. ``feedforward``: scales its inputs. ``scheme`` False: first values are normal random numbers."""
 
     name: ClassVar[str] = "ia3"
     file_names: ClassVar[tuple[str, ...]] = (SLOT,)

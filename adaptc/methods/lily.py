@@ -1,12 +1,12 @@
 """Lily: y' = y + s sum_i p_i B_i A x, where p is the mean over all tokens of softmax(R A x) (Zhong et al., 2407.09946).
 
-A layer chooses among factors B that all layers with the same target entry and shape have in common; ``stride_A`` of
-these in a row have one A. Only the router R is a layer's own. As in PEFT p is the mean over all tokens of the batch,
-padding too: what a row gets depends on the rows it is called with, and a step of generation sees its own tokens alone.
-So there is no weight that does the same, and rows of one batch cannot have adapters of their own.
+All layers with the same target entry and weight shape share their factors B; each run of ``stride_A`` of these layers
+shares one A. Only the router R is a layer's own. As in PEFT, p is the mean over all tokens of the batch, padding
+included. So the result of a row depends on the other rows of its batch, and a step of generation averages over its own
+tokens only. No weight does the same, and per-row adapters are not possible.
 
 Slots: ``lily_A.weight`` (r, in), ``lily_router.weight`` (n, r) and ``lily_B.weight``, here (n, r, out), and in PEFT's
-files (n r, out). Files have them under each layer, also where they are one tensor.
+files (n r, out). Files repeat shared tensors under each layer.
 """
 
 from __future__ import annotations
@@ -52,8 +52,10 @@ class LilyConfig(TargetedConfig):
         return Lily(self.r, self.num_B, self.scaling, self.stride_A, self._entry(name), self.init_weights)
 
     def _entry(self, name: str) -> str:
-        """The target entry that a module has in common with those it shares factors with: the longest that ends its
-        name. One expression is one entry, and of "all-linear" it is the last part of the name."""
+        """Return the target entry of the module ``name``, by which modules share factors: the longest that ends it.
+
+        A regular expression is one entry. For "all-linear" the entry is the last part of the name.
+        """
         if isinstance(self.target_modules, str):
             return name.rpartition(".")[2] if self.target_modules.lower() == _ALL_LINEAR else self.target_modules
         entries = {*(self.target_modules or ()), *(self.target_parameters or ())}
@@ -62,13 +64,13 @@ class LilyConfig(TargetedConfig):
 
 @dataclass(frozen=True)
 class Lily(Method):
-    """Lily at one site. ``entry`` and ``stride``: which sites have factors in common; ``scheme`` False draws B, too."""
+    """Lily at one site. ``entry`` and ``stride``: which sites share factors. ``scheme`` False: B is random, too."""
 
     name: ClassVar[str] = "lily"
     file_names: ClassVar[tuple[str, ...]] = (A, B, ROUTER)
     swappable: ClassVar[frozenset[str]] = Method.swappable | {"scaling", "stride", "entry"}
     row_wise: ClassVar[bool] = False
-    takes_complex: ClassVar[bool] = False  # chances have an order
+    takes_complex: ClassVar[bool] = False  # a softmax has no meaning for complex numbers
 
     r: int = 32
     count: int = 2
@@ -120,7 +122,8 @@ class Lily(Method):
             return torch.nn.init.kaiming_uniform_(t, a=math.sqrt(5), generator=generator)
 
         shapes = {A: (self.r, inputs), B: (self.count * self.r, out), ROUTER: (self.count, self.r)}
-        for shape in shapes.values():  # PEFT makes layers, which draw values, and then draws again
+        # PEFT makes layers, which draw values, and then draws again: without this, one seed would give other values.
+        for shape in shapes.values():
             drawn(*shape)
         values = {name: drawn(*shapes[name]) for name in (A, ROUTER)}
         values[B] = torch.zeros(shapes[B]) if self.scheme else drawn(*shapes[B])

@@ -1,8 +1,8 @@
 """LN tuning: modules are trained as whole copies, by default the LayerNorms (Zhao et al., arXiv 2312.11420).
 
-The method is ``Whole`` at every parameter of a targeted module, whatever its type, with PEFT's keys
-``<module>.ln_tuning_layers.<parameter>``. At a module of modules PEFT leaves the name of the adapter in them,
-``<module>.ln_tuning_layers.default.<path>``, and finds no others.
+The method is ``Whole`` at every parameter of a targeted module, whatever the module's type, with PEFT's keys
+``<module>.ln_tuning_layers.<parameter>``. For parameters of submodules PEFT leaves the adapter's name in the key,
+``<module>.ln_tuning_layers.default.<path>``, and reads no other keys.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ _NORM = re.compile(r"(Layer|RMS)_?Norm\w*$", re.IGNORECASE)
 
 @dataclass
 class LNTuningConfig(TargetedConfig):
-    """PEFT's ``LNTuningConfig``: same names, same defaults. ``target_modules`` may name modules of any type; by default
-    those of PEFT's table, or for an architecture it does not know every LayerNorm and RMSNorm."""
+    """PEFT's ``LNTuningConfig``: same names, same defaults.
+
+    ``target_modules`` may name modules of any type. The default is PEFT's table; for an architecture that is not in it,
+    every LayerNorm and RMSNorm.
+    """
 
     peft_type: ClassVar[str] = "LN_TUNING"
     unit: ClassVar[str] = "modules"

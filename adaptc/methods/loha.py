@@ -1,8 +1,8 @@
 """LoHa: W' = W + (alpha / r) (A1 B1) * (A2 B2), product by entries (FedPara: Hyeon-Woo et al., arXiv 2108.06098).
 
 Slots, in PEFT's shapes, for i = 1, 2: ``hada_wi_a`` (out, r) and ``hada_wi_b`` (r, in[*kernel]). A convolution with
-``use_effective_conv2d`` and a kernel of more than one position: ``hada_ti`` (r, r, *kernel), with 1 as a second size
-of one-dimensional kernels, ``hada_wi_a`` (r, out) and ``hada_wi_b`` (r, in). ``in`` is that of one group.
+``use_effective_conv2d`` and a kernel of more than one position has ``hada_ti`` (r, r, *kernel), ``hada_wi_a`` (r, out)
+and ``hada_wi_b`` (r, in). There a one-dimensional kernel has 1 as a second size. ``in`` is that of one group.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class LoHa(Lycoris):
         return cast(W + op.unmatrix(delta), W.dtype)
 
     def has_apply(self, op: Op) -> bool:
-        # Elsewhere the product by entries needs the whole matrix.
+        # At other layers the elementwise product needs the whole matrix, which the form on the weight makes as well.
         return can_look_up(op)
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
@@ -87,7 +87,7 @@ class LoHa(Lycoris):
         return cast(y + padded(op, x, delta), y.dtype)
 
     def _factors(self, op: Op, slots: Slots) -> list[tuple[Tensor, Tensor]]:
-        """Two pairs (out, r), (r, in*kernel)."""
+        """Return the two pairs (A, B) of shapes (out, r) and (r, in*kernel)."""
         pairs = [(slots[f"hada_w{i}_a"], slots[f"hada_w{i}_b"]) for i in "12"]
         if not self.has_factored_kernel(op):
             return pairs

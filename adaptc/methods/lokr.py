@@ -1,10 +1,13 @@
 """LoKr: W' = W + (alpha / r) kron(W1, W2) (Yeh et al., arXiv 2309.14859; Edalati et al., arXiv 2212.10650).
 
-The output and input sizes are split as out = l k and in = m n (of one group). Slots, in PEFT's shapes: ``lokr_w1``
-(l, m), or with ``decompose_both`` and a small rank ``lokr_w1_a`` (l, r) and ``lokr_w1_b`` (r, m); ``lokr_w2``
-(k, n[, *kernel]), or with a rank below half of k or n ``lokr_w2_a`` (k, r) and ``lokr_w2_b`` (r, n[*kernel]). With
-``use_effective_conv2d`` and a kernel of more than one position the latter are ``lokr_t2`` (r, r, *kernel), with 1 as a
-second size of one-dimensional kernels, ``lokr_w2_a`` (r, k) and ``lokr_w2_b`` (r, n).
+The output and input sizes are split as out = l k and in = m n (of one group). Slots, in PEFT's shapes:
+
+- W1: ``lokr_w1`` (l, m), or with ``decompose_both`` and a rank below half of max(l, m) ``lokr_w1_a`` (l, r) and
+  ``lokr_w1_b`` (r, m).
+- W2: ``lokr_w2`` (k, n[, *kernel]), or with a rank below half of max(k, n) ``lokr_w2_a`` (k, r) and ``lokr_w2_b``
+  (r, n[*kernel]).
+- A factorised W2 with ``use_effective_conv2d`` and a kernel of more than one position: ``lokr_t2`` (r, r, *kernel),
+  ``lokr_w2_a`` (r, k) and ``lokr_w2_b`` (r, n). A one-dimensional kernel has 1 as a second size.
 """
 
 from __future__ import annotations
@@ -48,7 +51,8 @@ class LoKrConfig(LycorisConfig):
 
     @classmethod
     def options_of(cls, modules: Sequence[Mapping[str, Tensor]], shapes: Sequence[Sequence[int]]) -> dict[str, Any]:
-        # Sizes split as (l, k) and (m, n) under the factor; a factor shows as the smaller part of what it divides.
+        # Each size is split by the factor alone, so the factor is -1 or the first part of a split: the first value that
+        # gives all splits is taken.
         splits: list[tuple[int, int]] = []
         for m, shape in zip(modules, shapes, strict=True):
             (l, n1), (k, n2) = _sizes(m, "lokr_w1"), _sizes(m, "lokr_w2", prod(shape[2:]))  # noqa: E741  # the paper's
@@ -79,8 +83,7 @@ class LoKrConfig(LycorisConfig):
 class LoKr(Lycoris):
     """LoKr at one site, of any kind with a weight of two axes or more.
 
-    ``whole`` tells of W1 and W2 whether they are one tensor each; None where the rank and the sizes of the site are to
-    decide, as they do in :meth:`at`.
+    ``whole``: whether W1, and whether W2, is one tensor. None: :meth:`at` decides by the rank and the site's sizes.
     """
 
     name: ClassVar[str] = "lokr"
@@ -92,7 +95,7 @@ class LoKr(Lycoris):
     whole: tuple[bool, bool] | None = None
 
     def split(self, op: Op) -> tuple[tuple[int, int], tuple[int, int]]:
-        """((l, k), (m, n)) of the weight's first two sizes."""
+        """Return ((l, k), (m, n)), the splits of the weight's first two sizes."""
         return factors(op.shape[0], self.factor), factors(op.shape[1], self.factor)
 
     def at(self, op: Op) -> LoKr:
@@ -176,13 +179,19 @@ class LoKr(Lycoris):
         return cast(y + delta * scale, y.dtype)
 
     def _rows(self, op: Op, x: Tensor, first: Tensor, down: Tensor, up: Tensor | None) -> Tensor:
-        """Column v of a Kronecker product is that of column v // n of one factor with column v % n of the other."""
+        """Return the delta's vectors for the token indices ``x``: (*x.shape, width).
+
+        Column v of a Kronecker product is the product of column v // n of one factor and column v % n of the other.
+        """
         _, (_, n) = self.split(op)
         left, right = F.embedding(x // n, first.t()), _up(F.embedding(x % n, down.t()), up)
         return (left.unsqueeze(-1) * right.unsqueeze(-2)).flatten(-2)
 
     def _channels(self, op: Op, x: Tensor, first: Tensor, down: Tensor, up: Tensor | None) -> Tensor:
-        """Each of the m parts of the channels through the second factor, and the parts mixed by the first."""
+        """Return the delta's output of a convolution: the second factor acts on each of m parts of the channels.
+
+        The first factor then mixes the parts.
+        """
         _, (m, n) = self.split(op)
         axis = x.ndim - len(op.kernel) - 1  # 0 without a batch
         parts = x.unflatten(axis, (m, n)).flatten(0, axis)
@@ -191,9 +200,10 @@ class LoKr(Lycoris):
         return mixed if axis else mixed.squeeze(0)
 
     def _misplaced(self, op: Op) -> bool:
-        """Whether files mean another product: PEFT's of a whole W2 with one kernel axis puts l at n, m at the kernel.
+        """Return whether the site has PEFT's misaligned Kronecker product: a Conv1d with W2 in one tensor.
 
-        Adapters are trained with it, so it is what their tensors mean.
+        PEFT then multiplies l with n, and m with the kernel axis. Adapters are trained with that product, so it is what
+        their tensors mean.
         """
         return op.kind == "conv1d" and (self.at(op).whole or (True, True))[1]
 
@@ -201,7 +211,7 @@ class LoKr(Lycoris):
         return slots["lokr_w1"] if "lokr_w1" in slots else slots["lokr_w1_a"] @ slots["lokr_w1_b"]
 
     def _second(self, op: Op, slots: Slots) -> tuple[Tensor, Tensor | None]:
-        """(B, A) of W2 = A B: B (r, n[, *kernel]) and A (k, r); or (W2, None) where it is one tensor."""
+        """Return (B, A) of W2 = A B, with B (r, n[, *kernel]) and A (k, r); or (W2, None) where W2 is one tensor."""
         if "lokr_w2" in slots:
             return slots["lokr_w2"], None
         _, (_, n) = self.split(op)
@@ -212,7 +222,7 @@ class LoKr(Lycoris):
 
 
 def _sizes(tensors: Mapping[str, Tensor], name: str, positions: int = 1) -> tuple[int, int]:
-    """(rows, columns) of one of the two factors, by the tensors it has; a kernel has ``positions``."""
+    """Return (rows, columns) of W1 or W2, read off its ``tensors``. ``positions``: the number of kernel positions."""
     if name in tensors:
         return tuple(tensors[name].shape[:2])  # type: ignore[return-value]
     a, b = tensors[f"{name}_a"], tensors[f"{name}_b"]
@@ -227,8 +237,10 @@ def _up(h: Tensor, a: Tensor | None) -> Tensor:
 
 @cache
 def factors(size: int, factor: int = -1) -> tuple[int, int]:
-    """``size`` as a product: ``factor`` and the rest where that divides it, else the pair of divisors closest to each
-    other, smaller first, whose smaller one is at most ``factor`` (-1: any)."""
+    """Return two factors of ``size``: ``factor`` and the quotient where ``factor`` divides it.
+
+    Otherwise they are the two divisors closest to each other, smaller first, the smaller at most ``factor`` (-1: any).
+    """
     if factor > 0 and size % factor == 0:
         return factor, size // factor
     limit = isqrt(size) if factor < 0 else min(isqrt(size), factor)

@@ -1,8 +1,8 @@
 """LoRA: W' = W + s B A, s = alpha / r or alpha / sqrt(r) (Hu et al., arXiv 2106.09685; Kalajdzievski, 2312.03732).
 
-Slots, in PEFT's shapes: ``lora_A.weight`` (r, in[, *kernel]) and ``lora_B.weight`` (out, r/groups[, 1...]); embeddings
-``lora_embedding_A`` (r, vocab) and ``lora_embedding_B`` (width, r); stacked experts (r*E, in), expert-major, and
-(out, r*E), rank-major; ``lora_B.bias`` (out,) with ``lora_bias``.
+Slots, in PEFT's shapes: ``lora_A.weight`` (r, in[, *kernel]) and ``lora_B.weight`` (out, r/groups[, 1...]); at
+embeddings ``lora_embedding_A`` (r, vocab) and ``lora_embedding_B`` (width, r). For E stacked experts A is (r*E, in),
+expert-major, and B is (out, r*E), rank-major. With ``lora_bias`` there is ``lora_B.bias`` (out,).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from adaptc.passes.ir.ops import Op, cast
 
 @dataclass(frozen=True)
 class Lora(Method):
-    """LoRA at one site. ``dropout`` acts on the input of the down projection, while training only.
+    """LoRA at one site. ``dropout`` acts on the input of the down projection, in training only.
 
-    ``repeat`` is how often PEFT adds B A: twice at the ``out_proj`` of a MultiheadAttention, whose wrapper adds it and
-    then has the inner layer add it again. Adapters are trained that way, so it is what their files mean.
+    ``repeat``: how often PEFT adds B A. At the ``out_proj`` of a MultiheadAttention it is 2: PEFT's wrapper adds B A,
+    and the wrapped layer adds it again. Adapters are trained that way, so it is what their files mean.
     """
 
     name: ClassVar[str] = "lora"
@@ -198,7 +198,8 @@ class Lora(Method):
         wide = A.dtype
         mix = cast(mix, wide if wide.itemsize >= 4 else torch.float32) * scale
         down, up = A.flatten(0, 1), B.transpose(0, 1).flatten(1, 2)
-        # The weight of each rank, made of ones as they lie, so that no number of adapters or ranks is in the graph.
+        # The weight of each rank: multiplied by ones in the shape of A, so that the graph has neither the number of
+        # adapters nor a rank as a constant.
         each = (mix.unsqueeze(-1) * torch.ones_like(A.flatten(2).select(2, 0), dtype=mix.dtype)).flatten(-2)
         if op.is_conv:
             h = op.down(adapter_input(self, op, x, wide), down)
@@ -250,15 +251,17 @@ class Lora(Method):
         return op.bounded(A) if op.kind == "embedding" else A, B
 
     def constrained(self, op: Op, slots: Slots) -> dict[str, Tensor]:
-        # PEFT looks rows of A up as those of the weight, with max_norm, which moves them.
+        # PEFT looks rows of A up with the embedding's max_norm, which shortens them in place.
         bound = {"lora_embedding_A"} if op.bound and op.kind == "embedding" else ()
         return {n: op.bounded(slots[n]) for n in bound}
 
 
 @dataclass(frozen=True)
 class LoraTied(Lora):
-    """LoRA at a linear layer that is tied to the embedding ``home`` and changes with it: A is the embedding's B turned,
-    and B its A. Files have them once more as any linear layer has."""
+    """LoRA at a linear layer that is tied to the embedding ``home`` and changes with it.
+
+    A is the transpose of the embedding's B, and B that of its A. Files have both once more, as for any linear layer.
+    """
 
     name: ClassVar[str] = "lora_tied"
 

@@ -1,4 +1,4 @@
-"""``LoraConfig``: the options of LoRA and its variants, under PEFT's names."""
+"""Define ``LoraConfig``: the options of LoRA and its variants, under PEFT's names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from adaptc.methods.lora import Lora
 
 NOT_YET = "this LoRA variant is not implemented"
 
-#: fields that each ask for another computation than LoRA's
+#: fields that each choose a variant of LoRA; at most one may be set
 VARIANTS = (
     "use_dora",
     "alora_invocation_tokens",
@@ -39,7 +39,7 @@ class LoraConfig(TargetedConfig):
     """PEFT's ``LoraConfig``: same names, same defaults. Unsupported fields raise ConfigError when set.
 
     ``ensure_weight_tying``: layers tied to the input embedding change with it, whichever of them is named. PEFT has two
-    parameters on one memory for that, and here it is one, whose gradient is the sum.
+    parameters on one memory for that; here it is one parameter, whose gradient is the sum.
     """
 
     peft_type: ClassVar[str] = "LORA"
@@ -144,7 +144,7 @@ class LoraConfig(TargetedConfig):
                 )
 
     def check_common(self) -> None:
-        """What AdaLoRA's config checks too."""
+        """Raise ConfigError for illegal values of the fields that AdaLoRA's config has, too."""
         check_probability(self, "lora_dropout")
         check_bias(self, "lora_only")
 
@@ -173,7 +173,10 @@ class LoraConfig(TargetedConfig):
         return {"rank_pattern": self.rank_pattern or {}, "alpha_pattern": self.alpha_pattern or {}}
 
     def of_low_rank(self, ranks: Mapping[str, int], bias: bool) -> LoraConfig:
-        """This config for plain LoRA of these ranks, by the names of modules, that is scaled by one."""
+        """Return this config for plain LoRA with a scale of one and these ranks (module name -> rank).
+
+        ``bias``: whether the adapter has ``lora_B.bias``.
+        """
         r, others = value_table(ranks)
         return self.replace(
             r=r,

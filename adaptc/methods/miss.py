@@ -4,10 +4,12 @@
     W'[o, i] = W[o, i] + M[i mod r, o mod mini_r]                           init_weights="mini"
     W'[o]    = W[o] + W[o] M[o] + M[o], in blocks of r by r                 init_weights="bat", o a block of rows
 
-W is the weight as a matrix: kernels in its columns, embeddings (width, vocabulary). Slot ``miss_block``: (r, out), mini
-(r, mini_r), bat (out/r, r, r). ``fold`` (r, columns), which is in no file, has a one where a column takes a row of M,
-so that no rank is part of the code: W' = W + M^T fold, and the layer adds M^T (fold x). PEFT's older Bone is the same
-method with ``bone_block`` for ``miss_block``; its files are read, and written as MiSS.
+W is the weight as a matrix: kernels in its columns, embeddings (width, vocabulary). Slot ``miss_block``: (r, out); for
+mini (r, mini_r); for bat (out/r, r, r).
+
+Slot ``fold`` (r, columns), which is in no file, has a one where a column of W takes a row of M. With it no rank is part
+of the code: W' = W + M^T fold, and the layer adds M^T (fold x). PEFT's older Bone is the same method with
+``bone_block`` for ``miss_block``; its files are read, and written as MiSS.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ MODES = (True, False, "bat", "mini")
 
 @dataclass
 class MissConfig(TargetedConfig):
-    """PEFT's ``MissConfig``: same names, same defaults. Also read from files of peft_type BONE."""
+    """PEFT's ``MissConfig``: same names, same defaults. Files of peft_type BONE give this config, too."""
 
     peft_type: ClassVar[str] = "MISS"
     dropout_field: ClassVar[str] = "miss_dropout"
@@ -61,8 +63,10 @@ class MissConfig(TargetedConfig):
 
 @dataclass(frozen=True)
 class Miss(Method):
-    """MiSS at one site; ``mode`` is "", "bat" or "mini". ``dropout`` acts on the input of what is added to the layer's
-    output, while training only. PEFT has none of it in bat."""
+    """MiSS at one site; ``mode`` is "", "bat" or "mini".
+
+    ``dropout`` acts on the input of the part added to the layer's output, in training only. PEFT has no dropout in bat.
+    """
 
     name: ClassVar[str] = "miss"
     file_names: ClassVar[tuple[str, ...]] = (BLOCK,)
@@ -157,16 +161,16 @@ class Miss(Method):
         return cast(y + op.down_up(x, down, up), y.dtype)
 
     def _cheap(self, op: Op) -> bool:
-        """Whether the change factors through the rank."""
+        """Return whether the change of the weight is a matmul of two matrices of rank r."""
         return self.mode != "bat" and op.groups == 1
 
     def _block(self, op: Op, slots: Slots) -> Tensor:
-        """M with a column for every output."""
+        """Return M (r, out), with a column for every output."""
         block = slots[BLOCK]
         return block.repeat(1, op.matrix_shape[0] // self.mini_r) if self.mode == "mini" else block
 
     def _change(self, op: Op, W: Tensor, slots: Slots) -> Tensor:
-        """W' - W, in the wider of the two dtypes."""
+        """Return W' - W, in the wider dtype of weight and block for bat, else in the block's."""
         if self.mode != "bat":
             return op.unmatrix(self._block(op, slots).t() @ slots[FOLD])
         block, r = slots[BLOCK], self.r

@@ -2,7 +2,7 @@
 2303.02861).
 
 File keys: ``prompt_embeddings`` (n, width), ``prefix_task_cols`` (tasks, n, ranks), ``prefix_task_rows`` (tasks, ranks,
-width), with no prefix. The program takes one more input, ``task_ids`` (batch,) of int64.
+width), with no module path. The program takes one more input, ``task_ids`` (batch,), int64.
 """
 
 from __future__ import annotations
@@ -31,9 +31,12 @@ AVERAGE, EXACT, SHARED = "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOUR
 
 @dataclass
 class MultitaskPromptTuningConfig(PromptTuningConfig):
-    """PEFT's ``MultitaskPromptTuningConfig``: same names, same defaults. Of a source, the tensors in
-    ``prompt_tuning_init_state_dict_path``, "AVERAGE_SOURCE_TASKS" and "EXACT_SOURCE_TASK" make one task (the mean, or
-    ``prompt_tuning_init_task``), and "ONLY_SOURCE_SHARED" takes the rows alone."""
+    """PEFT's ``MultitaskPromptTuningConfig``: same names, same defaults.
+
+    Three values of ``prompt_tuning_init`` start from the tensors in ``prompt_tuning_init_state_dict_path``.
+    "AVERAGE_SOURCE_TASKS" takes the mean of their tasks, and "EXACT_SOURCE_TASK" the task ``prompt_tuning_init_task``;
+    the adapter then has one task. "ONLY_SOURCE_SHARED" takes ``prompt_embeddings`` alone.
+    """
 
     peft_type: ClassVar[str] = "MULTITASK_PROMPT_TUNING"
     inits: ClassVar[tuple[str, ...]] = (RANDOM, TEXT, SAMPLE_VOCAB, AVERAGE, EXACT, SHARED)
@@ -69,7 +72,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
 
 @dataclass(frozen=True)
 class MultitaskPromptTuning(VirtualTokens):
-    """See the module docstring."""
+    """Multitask prompt tuning with ``tasks`` tasks, whose factors C and R have rank ``ranks``."""
 
     name: ClassVar[str] = "multitask_prompt_tuning"
     file_names: ClassVar[tuple[str, ...]] = (PROMPT, COLS, ROWS)
@@ -107,7 +110,8 @@ class MultitaskPromptTuning(VirtualTokens):
 
     def decoder_shifted(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
         n = self.lengthens(slots)
-        # The first token is the first of a text, and stands in front of its labels.
+        # The program put its start token in front of the labels of the virtual tokens; it belongs behind them, in front
+        # of the labels of the text.
         return torch.cat([value[:, :n], value[:, :1], value[:, n + 1 :]], 1)
 
     def decoder_embedded(self, value: Tensor, slots: Slots, given: Given) -> Tensor:
@@ -144,7 +148,10 @@ class MultitaskPromptTuning(VirtualTokens):
 
 
 def _of_source(how: str, path: str, task: int) -> dict[str, Tensor]:
-    """What first values take from a file of tensors."""
+    """Return the first values that are read from the file ``path``: rows, and for ``how`` other than SHARED one task.
+
+    Raises ConfigError where the file cannot be read, lacks a tensor, or has no task number ``task``.
+    """
     try:
         source = load_file(path) if Path(path).suffix == ".safetensors" else torch.load(path, weights_only=True)
         found = {n: source[n].float().cpu() for n in (PROMPT, *(() if how == SHARED else (COLS, ROWS)))}

@@ -1,8 +1,9 @@
 """OFT: x' = x R with R orthogonal and block-diagonal (Qiu et al., arXiv 2306.07280; Liu et al., 2506.19847).
 
-Slots, in PEFT's shapes: ``oft_R.weight`` (n/b, b(b-1)/2), at embeddings ``oft_embedding_R.weight``; one row if the
-blocks share theirs. A row is the upper triangle of a skew matrix Q, and its block is (I - Q)(I + Q)^-1, or without an
-inverse a polynomial near (I + Q)(I - Q)^-1. These turn in opposite senses: which it is, is part of what a file means.
+Slots, in PEFT's shapes: ``oft_R.weight`` (n/b, b(b-1)/2), at embeddings ``oft_embedding_R.weight``; one row with
+``block_share``. A row is the upper triangle of a skew-symmetric matrix Q. Its block is (I - Q)(I + Q)^-1, or with
+``use_cayley_neumann`` a polynomial near (I + Q)(I - Q)^-1. These two rotate in opposite directions, so a file means
+something only together with that option.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from adaptc.methods._rotation import Rotation, blockwise, cayley, divisors, keep
 from adaptc.passes.ir.method import Initial, Scale, Slot, Slots
 from adaptc.passes.ir.ops import Op, cast
 
-#: of the Cayley-Neumann series; it has converged long before
+#: the most terms of the Cayley-Neumann series, which has converged long before
 MOST_TERMS = 256
 
 
 @dataclass
 class OFTConfig(TargetedConfig):
-    """PEFT's ``OFTConfig``: same names, same defaults. Either ``r`` (blocks per layer) or ``oft_block_size`` is 0.
+    """PEFT's ``OFTConfig``: same names, same defaults. Either ``r`` (blocks per layer) or ``oft_block_size`` must be 0.
 
-    ``module_dropout`` replaces blocks by the identity while training (PEFT reads it and does nothing).
+    ``module_dropout`` replaces blocks by the identity in training; PEFT reads the option and ignores it.
     """
 
     peft_type: ClassVar[str] = "OFT"
@@ -105,7 +106,7 @@ class OFTConfig(TargetedConfig):
 
 @dataclass(frozen=True)
 class Oft(Rotation):
-    """OFT at one site. ``terms`` 0 stands for the exact Cayley transform, ``radius`` 0 for no constraint."""
+    """OFT at one site. ``terms`` 0: the exact Cayley transform. ``radius`` 0: no constraint."""
 
     name: ClassVar[str] = "oft"
     swappable: ClassVar[frozenset[str]] = frozenset({"dropout", "scheme", "training"})
@@ -120,12 +121,15 @@ class Oft(Rotation):
     training: bool = False
 
     def width(self, op: Op) -> int:
-        # All groups of a convolution: in PEFT, blocks go over the channels of the input.
+        # The channels of all groups of a convolution, since PEFT's blocks cover all channels of the input.
         n = super().width(op)
         return n if op.kind == "embedding" else op.in_features * prod(op.kernel)
 
     def block(self, op: Op) -> int:
-        """The size of a block: the divisor of the width nearest to what was asked for."""
+        """Return the size of a block.
+
+        It is the divisor of the width nearest to ``size``, or the width over its divisor nearest to ``blocks``.
+        """
         n, asked = self.width(op), self.size or self.blocks
         fits = asked if n % asked == 0 else min(divisors(n), key=lambda d: abs(d - asked))
         return fits if self.size else n // fits
@@ -158,7 +162,7 @@ class Oft(Rotation):
             return super().weight(op, W, slots, scale)
         if op.matrix_shape[1] % self.block(op):
             return super().weight(op, op.dense(W), slots, scale)
-        # No block reaches over two groups: one row of every group, side by side, is a row of the full width.
+        # No block spans two groups: rows of all groups, put side by side, form one row of the full width.
         rows = W.reshape(op.groups, -1, op.matrix_shape[1]).transpose(0, 1)
         turned = super().weight(op, rows, slots, scale)
         return turned.transpose(0, 1).reshape(W.shape)
@@ -170,14 +174,16 @@ class Oft(Rotation):
         return (v.unflatten(-1, (-1, b)) @ R[0]).flatten(-2) if self.share else blockwise(v, R)
 
     def rotations(self, b: int, rows: Tensor) -> Tensor:
-        """The blocks (rows, b, b) of R."""
+        """Return the blocks of R, (rows, b, b), for the slot ``rows`` (rows, b(b-1)/2)."""
         Q = self._inside(_skew(solvable(rows), b))
         R = _neumann(Q, self.terms) if self.terms else cayley(Q)
         return keep_some(R, self.dropout) if self.training and self.dropout and not self.share else R
 
     def _inside(self, Q: Tensor) -> Tensor:
-        """``Q`` with each block inside the radius. The gradient is that at the point where it landed, as if the
-        parameter had been moved there, which is what PEFT does."""
+        """Return ``Q`` (rows, b, b) with each block shortened to the radius.
+
+        The gradient is that at the shortened block, as if the parameter had been moved there: PEFT moves it.
+        """
         if not self.radius:
             return Q
         q = Q.detach()
@@ -188,7 +194,10 @@ class Oft(Rotation):
         return torch.where(norm <= radius, blocks, blocks * (radius / norm))
 
     def constrained(self, op: Op, slots: Slots) -> dict[str, Tensor]:
-        """Rows whose blocks are inside the radius: a block has each number of its row twice."""
+        """Return the rows shortened so that their blocks are inside the radius; {} without a radius.
+
+        A block has each number of its row twice, so its norm is sqrt(2) times the row's.
+        """
         if not self.radius:
             return {}
         return {
@@ -197,10 +206,10 @@ class Oft(Rotation):
 
 
 def _skew(rows: Tensor, b: int) -> Tensor:
-    """Upper triangles (k, b(b-1)/2) -> skew matrices (k, b, b)."""
+    """Return the skew-symmetric matrices (k, b, b) with the upper triangles ``rows`` (k, b(b-1)/2)."""
     if b == 1:
         return rows.sum(1).reshape(-1, 1, 1)
-    # Where each entry of a matrix stands in its row.
+    # The index, in the row of the slot, of each entry of the matrix.
     at = torch.arange(b, device=rows.device)
     i, j = at.unsqueeze(1), at
     low = torch.minimum(i, j)
@@ -209,7 +218,10 @@ def _skew(rows: Tensor, b: int) -> Tensor:
 
 
 def _neumann(Q: Tensor, terms: int) -> Tensor:
-    """I + 2Q + 2Q^2 + ... + Q^(terms - 1), the last power once; three terms are four, as PEFT counts."""
+    """Return I + 2Q + 2Q^2 + ... + Q^(terms - 1), the last power without the factor 2.
+
+    ``terms`` of 3 gives the same sum as 4, as in PEFT.
+    """
     R = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device) + 2 * Q
     if terms == 2:
         return R

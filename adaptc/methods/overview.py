@@ -1,6 +1,7 @@
-"""What each method supports, found out by asking the methods: the table of the guide and of ``adaptc methods``.
+"""Find out what each method supports, for the table in the guide and in ``adaptc methods``.
 
-Nothing here is written by hand but the sample layers. After: one row per config class, from the registry.
+Each method of the registry is asked at sample layers; only these layers are written by hand. The first paragraph of a
+method's module docstring, ``Name: meaning (source).``, gives three of the columns.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from adaptc.tables import table
 
 aten = torch.ops.aten
 
-#: heading -> sample ops, of sizes that every default block size divides
+#: heading of a column -> sample ops, with sizes that every default block size divides
 KINDS: dict[str, tuple[Op, ...]] = {
     "linear": (Op("linear", (512, 768), aten.linear.default), Op("addmm", (512, 768), aten.addmm.default)),
     "embedding": (Op("embedding", (512, 768), aten.embedding.default, (-1, False, False)),),
@@ -45,9 +46,12 @@ KINDS: dict[str, tuple[Op, ...]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One method. ``kinds``: heading -> "around" (the layer), "weight" (in front of it) or "" where it is refused;
-    none of a method that speaks of the program. ``rank``: whether a swap may change a size; ``meaning`` and ``source``
-    from its file's first line."""
+    """A row of the table: a method.
+
+    ``kinds``: heading -> "around" (the layer), "weight" (in front of it) or "" where the method is refused; empty for a
+    method of the program as a whole. ``rank``: whether a swap may change a size. ``shared``: whether sites share slots.
+    ``method``, ``meaning`` and ``source`` are read from the method's module docstring.
+    """
 
     config: str
     method: str
@@ -59,7 +63,7 @@ class Row:
 
 
 def overview() -> list[Row]:
-    """A row for each registered config, in the order of the registry."""
+    """Return a row for each sample of each registered config, in the registry's order: first methods of layers."""
     classes = list(dict.fromkeys(map(config_class, CONFIGS)))
     layers = [_row(c, sample) for c in classes if issubclass(c, TargetedConfig) for sample in c.samples]
     return layers + [_program_row(c) for c in classes if issubclass(c, (ProgramConfig, AttentionConfig))]
@@ -76,7 +80,7 @@ def _program_row(cls: type[ProgramConfig | AttentionConfig]) -> Row:
 def _row(cls: type[TargetedConfig], sample: Mapping[str, Any]) -> Row:
     config = cls(target_modules=["layer"], **sample)
     method = type(config.method("layer", "linear"))
-    # Methods that several configs share are explained where each config is.
+    # Several configs share Whole and TokenRows: the module of the config says what the method does there.
     home = CONFIGS[config.peft_type].partition(":")[0] if issubclass(method, (Whole, TokenRows)) else method.__module__
     title, meaning, source = _first_line(home)
     kinds: dict[str, str] = {}
@@ -116,7 +120,7 @@ def _method_at(config: TargetedConfig, op: Op) -> Method | None:
 
 
 def _first_line(module: str) -> tuple[str, str, str]:
-    """Name, meaning and source, from ``Name: meaning (source).``"""
+    """Return name, meaning and arXiv number from the module's docstring, ``Name: meaning (source).``"""
     text = " ".join((inspect.getdoc(importlib.import_module(module)) or "").split("\n\n")[0].split())
     title, _, rest = text.partition(": ")
     found = re.search(r"(?:arXiv )?(\d{4}\.\d{5})", rest)
@@ -125,7 +129,7 @@ def _first_line(module: str) -> tuple[str, str, str]:
 
 
 def markdown() -> str:
-    """The overview as Markdown tables: methods of layers, and those of the program."""
+    """Return the overview as two Markdown tables: methods of layers, and methods of the program as a whole."""
     rows = overview()
     parts = [_markdown([r for r in rows if r.kinds], list(KINDS)), _markdown([r for r in rows if not r.kinds], [])]
     between = "These speak of the program, whose token embedding or attentions they find, and not of single weights:"
@@ -143,7 +147,7 @@ def _markdown(rows: Sequence[Row], kinds: Sequence[str]) -> str:
 
 
 def render(width: int) -> str:
-    """The overview as text."""
+    """Return the overview as a table of plain text, ``width`` characters wide."""
     rows = [
         (r.config, r.meaning, *(r.kinds.get(k) or "-" for k in KINDS), "yes" if r.rank else "no") for r in overview()
     ]

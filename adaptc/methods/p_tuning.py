@@ -1,7 +1,8 @@
 """P-tuning: rows in front of the token embeddings, made by a small trained network (Liu et al., arXiv 2103.10385).
 
-File key: ``prompt_embeddings`` (num_virtual_tokens, width), what the network gives, with the network beside it under
-``prompt_encoder.``, which PEFT neither writes nor reads. The network has three layers, or is an LSTM under two.
+File key: ``prompt_embeddings`` (num_virtual_tokens, width), the network's output. The network itself is under
+``prompt_encoder.``, which PEFT neither writes nor reads. It is an MLP of three layers, or an LSTM with an MLP of two
+layers behind it.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ MLP, LSTM = "MLP", "LSTM"
 
 @dataclass
 class PromptEncoderConfig(ProgramConfig):
-    """PEFT's ``PromptEncoderConfig``: same names, same defaults. ``encoder_hidden_size`` is by default the width of the
-    embeddings; an MLP has three layers and no dropout, whatever ``encoder_num_layers`` and ``encoder_dropout`` say, as
-    in PEFT: an AdaptcWarning tells of it."""
+    """PEFT's ``PromptEncoderConfig``: same names, same defaults.
+
+    ``encoder_hidden_size`` is by default the width of the embeddings. As in PEFT, an MLP always has three layers and no
+    dropout: where ``encoder_num_layers`` or ``encoder_dropout`` is set, an AdaptcWarning says so.
+    """
 
     peft_type: ClassVar[str] = "P_TUNING"
 
@@ -71,7 +74,11 @@ class PromptEncoderConfig(ProgramConfig):
 
 @dataclass(frozen=True)
 class PTuning(MadeRows, VirtualTokens):
-    """``layers`` and ``dropout``: of an LSTM. ``hidden`` 0: the width of the embeddings."""
+    """P-tuning with ``count`` virtual tokens.
+
+    ``encoder``: "MLP" or "LSTM". ``layers`` and ``dropout``: those of an LSTM. ``hidden``: the hidden size of the
+    network, 0 for the width of the embeddings.
+    """
 
     name: ClassVar[str] = "p_tuning"
     instead: ClassVar[str] = "a PromptTuningConfig"

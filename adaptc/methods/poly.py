@@ -1,13 +1,14 @@
-"""Poly: y' = y + s x A_t B_t, where A_t and B_t are mixes of skills that a router has for the task t of a row (Ponti et
-al., arXiv 2202.13914).
+"""Poly: y' = y + s x A_t B_t; a router mixes A_t and B_t of skills for the task t of a row (Ponti et al., arXiv
+2202.13914).
 
-With several splits (MHR, Caccia et al., 2211.03831) each stretch of the inputs, and of the outputs, has a mix of its
-own. The weights of a mix are sigmoids of the router's logits over their sum; in training each is drawn from a relaxed
-Bernoulli distribution of these logits, with the numbers that PEFT draws from the same seed. s is one over the rank.
+With several splits (MHR, Caccia et al., 2211.03831) inputs and outputs are cut into equal stretches, each with a mix of
+its own. The weights of a mix are sigmoids of the router's logits, divided by their sum. In training they are drawn from
+a relaxed Bernoulli distribution of these logits, with the random numbers that PEFT draws from the same seed. s is one
+over the rank.
 
 Slots: ``poly_lora_A`` (splits, skills, in / splits, r), ``poly_lora_B`` (splits, skills, r, out / splits) and
-``poly_router.module_logits``, here (tasks, splits, skills), and in PEFT's files (tasks, splits * skills). The program
-takes one more input, ``task_ids`` (batch,) of int64.
+``poly_router.module_logits`` (tasks, splits, skills). PEFT's files have the logits as (tasks, splits * skills). The
+program takes one more input, ``task_ids`` (batch,), int64.
 """
 
 from __future__ import annotations
@@ -58,13 +59,13 @@ class PolyConfig(TargetedConfig):
 
 @dataclass(frozen=True)
 class Poly(Method):
-    """Poly at one site. ``scheme`` False draws B, too."""
+    """Poly at one site. ``scheme`` False: the first values of B are random, too."""
 
     name: ClassVar[str] = "poly"
     file_names: ClassVar[tuple[str, ...]] = (A, B, LOGITS)
     swappable: ClassVar[frozenset[str]] = Method.swappable | {"skills", "tasks"}
     exact_sizes: ClassVar[bool] = True
-    takes_complex: ClassVar[bool] = False  # chances have an order
+    takes_complex: ClassVar[bool] = False  # the router's probabilities are real numbers
 
     r: int = 8
     skills: int = 4
@@ -108,7 +109,10 @@ class Poly(Method):
         return self if a is None or a.ndim != 4 else replace(self, r=a.shape[3])
 
     def rewrap(self, inner: Poly) -> Poly:
-        """Another layer's method, whose adapter this layer lacks: with as many tasks, and the code of this layer."""
+        """Return ``inner``, the method at another layer of the adapter, with the number of splits of this layer.
+
+        It serves a layer that the adapter lacks: its identity must have as many tasks as the adapter.
+        """
         return replace(inner, splits=self.splits)
 
     def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
@@ -140,7 +144,7 @@ class Poly(Method):
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
         a = slots[A]
-        # Where there is no program there are no tasks: a layer alone is tried with the first.
+        # A layer tested without a program has no task_ids: it gets the first task.
         tasks = slots[TASKS] if TASKS in slots else torch.zeros(x.shape[:1], dtype=torch.int64, device=x.device)
         mix = self._mix(torch.index_select(slots[LOGITS], 0, tasks))
         down = torch.einsum("bqs,qsdr->bqdr", mix, a).flatten(1, 2)
@@ -150,9 +154,10 @@ class Poly(Method):
         return cast(y + (rows @ down @ up).reshape(y.shape) * scale, y.dtype)
 
     def _mix(self, logits: Tensor) -> Tensor:
-        """The weight of each skill, for logits (batch, splits, skills)."""
+        """Return the weight of each skill, (batch, splits, skills), for ``logits`` of the same shape."""
         if self.training:
-            # With ``eval()`` the first factor is one and nothing is added: a mode is set at ops of dropout.
+            # eval() switches off the dropout ops of a program and nothing else, so a dropout of 1.0 shows the mode: it
+            # gives zeros in training. In eval mode it gives ones, and no noise is added.
             still = F.dropout(torch.ones_like(logits), 1.0, training=True)
             eps = torch.finfo(logits.dtype).eps
             drawn = torch.rand_like(logits).clamp(eps, 1 - eps)

@@ -1,8 +1,8 @@
 """Prefix tuning: learned keys and values in front of those of every attention (Li and Liang, arXiv 2101.00190).
 
-File key: ``prompt_embeddings`` (num_virtual_tokens, 2 * num_layers * token_dim). With ``prefix_projection`` a network
-of two layers makes them of rows that train with it. PEFT writes and reads what the network gives; adaptc writes the
-network beside it, under ``prompt_encoder.``, so that training goes on from a file.
+File key: ``prompt_embeddings`` (num_virtual_tokens, 2 * num_layers * token_dim). With ``prefix_projection`` these rows
+are the output of a network of two layers, whose input rows are trained with it. PEFT writes and reads the output only.
+adaptc writes the network too, under ``prompt_encoder.``, so that training can continue from a file.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ ZERO = "zero"
 
 @dataclass
 class PrefixTuningConfig(KeyValueConfig):
-    """PEFT's ``PrefixTuningConfig``: same names, same defaults. ``init_weights`` "zero" begins with zeros, which are
-    attended to as all keys are; ``encoder_hidden_size`` is by default ``token_dim``."""
+    """PEFT's ``PrefixTuningConfig``: same names, same defaults.
+
+    ``init_weights`` "zero" starts from zeros. That changes the model, since keys of zeros are attended to like others.
+    ``encoder_hidden_size`` is by default ``token_dim``.
+    """
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
 
@@ -60,7 +63,7 @@ class PrefixTuningConfig(KeyValueConfig):
 
 @dataclass(frozen=True)
 class PrefixTuning(KeyValues):
-    """See the module docstring. ``first`` is ("zero",) or empty."""
+    """Prefix tuning without a network: the KV prefix itself is trained. ``first``: ("zero",) or empty."""
 
     name: ClassVar[str] = "prefix_tuning"
 
@@ -77,7 +80,7 @@ class PrefixTuning(KeyValues):
 
 @dataclass(frozen=True)
 class PrefixProjection(MadeRows, KeyValues):
-    """``hidden``: the width between the two layers."""
+    """Prefix tuning with a network. ``hidden``: the width between its two layers."""
 
     name: ClassVar[str] = "prefix_projection"
     instead: ClassVar[str] = "a PrefixTuningConfig without prefix_projection"

@@ -1,7 +1,7 @@
 """Prompt tuning: learned rows in front of the token embeddings (Lester et al., arXiv 2104.08691).
 
-File key: ``prompt_embeddings`` (num_virtual_tokens, width), with no prefix. The rows begin as normal random numbers, as
-the embeddings of random tokens, or as those of a text, repeated or cut to the number of rows.
+File key: ``prompt_embeddings`` (num_virtual_tokens, width), with no module path. The first values are normal random
+numbers, the embeddings of random tokens, or those of a text, repeated or cut to the number of rows.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ RANDOM, TEXT, SAMPLE_VOCAB = "RANDOM", "TEXT", "SAMPLE_VOCAB"
 
 @dataclass
 class PromptTuningConfig(ProgramConfig):
-    """PEFT's ``PromptTuningConfig``: same names, same defaults. ``prompt_tuning_init`` "TEXT" takes the embeddings of
-    ``prompt_tuning_init_text``, as the tokenizer of ``tokenizer_name_or_path`` reads it, "SAMPLE_VOCAB" those of random
-    tokens."""
+    """PEFT's ``PromptTuningConfig``: same names, same defaults.
+
+    ``prompt_tuning_init`` "RANDOM" starts from normal random numbers, and "SAMPLE_VOCAB" from the embeddings of random
+    tokens. "TEXT" takes the embeddings of ``prompt_tuning_init_text``, tokenized by ``tokenizer_name_or_path``.
+    """
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     inits: ClassVar[tuple[str, ...]] = (RANDOM, TEXT, SAMPLE_VOCAB)
@@ -57,7 +59,7 @@ class PromptTuningConfig(ProgramConfig):
             raise ConfigError(f"{name}.tokenizer_kwargs: trust_remote_code would run code of others; leave it out")
 
     def first(self) -> tuple[Any, ...]:
-        """How first values are made, as a method has it."""
+        """Return the scheme of the first values in the form of the method's field ``first``."""
         if self.prompt_tuning_init != TEXT:
             return (self.prompt_tuning_init,)
         options = json.dumps(self.tokenizer_kwargs or {}, sort_keys=True)
@@ -70,7 +72,7 @@ class PromptTuningConfig(ProgramConfig):
 
 @dataclass(frozen=True)
 class PromptTuning(VirtualTokens):
-    """See the module docstring."""
+    """Prompt tuning with ``count`` virtual tokens. ``first``: the config's scheme of the first values."""
 
     name: ClassVar[str] = "prompt_tuning"
 
@@ -79,8 +81,11 @@ class PromptTuning(VirtualTokens):
 
 
 def first_rows(method: VirtualTokens, op: Op, W: Tensor, generator: torch.Generator | None) -> Tensor:
-    """First values of the rows of all stacks, (rows, width) in float32; ``W`` canonical, so that its columns are
-    tokens' rows."""
+    """Return the first values of the rows of all stacks, (rows, width) in float32.
+
+    ``W``: the canonical embedding weight (width, vocabulary). Raises ConfigError where the tokenizer gives a token that
+    the embedding lacks.
+    """
     count = method.count * method.sides
     how, *more = method.first or (RANDOM,)
     if how == RANDOM:
@@ -99,7 +104,10 @@ def first_rows(method: VirtualTokens, op: Op, W: Tensor, generator: torch.Genera
 
 
 def text_ids(text: str, tokenizer: str, options: str) -> list[int]:
-    """The tokens of a text. Raises ConfigError where there is no such tokenizer, or the text has none."""
+    """Return the token ids of ``text``; raise ConfigError where there is no such tokenizer, or the text has no tokens.
+
+    ``options``: keyword arguments of the tokenizer, as JSON.
+    """
     from transformers import AutoTokenizer
 
     try:

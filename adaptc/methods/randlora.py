@@ -1,9 +1,10 @@
 """RandLoRA: W' = W + s B (l * A * g), a sum of n = ceil(min(out, in) / r) random bases (Albert et al., 2502.00987).
 
-Slots, in PEFT's shapes, with S and L the smaller and the larger size of the weight: ``randlora_lambda`` (r, n) and
-``randlora_gamma`` (n, S) of each site; ``randlora_A`` (r, 1, S) and ``randlora_B`` (L, n, r) of the model, as large as
-its largest site needs, frozen. A is multiplied to (r n, S), rank-major, and B flattened to (L, n r), basis-major, so
-the two are not paired rank by rank; transposed where in > out. Files repeat A and B under every site. s = alpha / r.
+Slots, in PEFT's shapes, with S and L the smaller and the larger size of the weight: each site has ``randlora_lambda``
+(r, n) and ``randlora_gamma`` (n, S). All sites share the frozen ``randlora_A`` (r, 1, S) and ``randlora_B`` (L, n, r),
+as large as the largest site needs. A is multiplied to (r n, S), rank-major, and B flattened to (L, n r), basis-major,
+so the two are not paired rank by rank. Where in > out, the result is transposed. Files repeat A and B under every site.
+s = alpha / r.
 
 The rank is part of the structure: n follows from it, so no size is free of another.
 """
@@ -63,15 +64,18 @@ class RandLoraConfig(TargetedConfig):
 
 
 def _low_precision() -> torch.dtype:
-    """What PEFT draws dense bases in; it depends on the machine, as in PEFT."""
+    """Return the dtype in which PEFT draws dense bases; as in PEFT, it depends on the GPU."""
     cuda = torch.cuda.is_available()
     return torch.bfloat16 if not cuda or torch.cuda.is_bf16_supported() else torch.float16
 
 
 @lru_cache(maxsize=2)
 def bases(key: int, r: int, small: int, large: int, sparsity: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A (r, 1, small) and B (large, n, r) as PEFT draws them, with standard deviation one, on the CPU; to be copied,
-    never written to. ``dtype``: what dense ones are drawn in. Raises ConfigError for one without spread."""
+    """Return the bases A (r, 1, small) and B (large, n, r) as PEFT draws them, with standard deviation one, on the CPU.
+
+    They are cached: copy them, never write to them. ``dtype``: in which dense bases are drawn. Raises ConfigError for a
+    basis whose values are all equal.
+    """
     n = -(-small // r)
     with plainly(), torch.no_grad():
         generator = torch.Generator(device="cpu").manual_seed(key)
@@ -95,9 +99,9 @@ def bases(key: int, r: int, small: int, large: int, sparsity: str, dtype: torch.
 
 @dataclass(frozen=True)
 class RandLora(Method):
-    """RandLoRA at one site. ``inputs`` and ``outputs``: the largest sizes in the adapter, 0 for this site's own.
+    """RandLoRA at one site. ``inputs`` and ``outputs``: the largest sizes among the adapter's sites, 0 for this site's.
 
-    ``dropout`` acts on the input of the adapter, while training only. ``saved``: whether the bases are in files.
+    ``dropout`` acts on the input of the adapter, in training only. ``saved``: whether the bases are in files.
     """
 
     name: ClassVar[str] = "randlora"
@@ -128,7 +132,7 @@ class RandLora(Method):
         }
 
     def _count(self, small: int) -> int:
-        """How many bases a weight with ``small`` rows or columns needs to have full rank."""
+        """Return how many bases a weight with the smaller size ``small`` needs for full rank."""
         return -(-small // self.r)
 
     def _most(self, op: Op) -> tuple[int, int]:
@@ -160,7 +164,7 @@ class RandLora(Method):
     def _drawn(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         most = self._most(op)
         a, b = bases(self.key, self.r, min(most), max(most), self.sparsity, _low_precision())
-        # PEFT keeps them in the dtype of the base first.
+        # PEFT holds them in the base weight's dtype before it casts them, which rounds them.
         return {"randlora_A": a.to(W.dtype).to(dtype), "randlora_B": b.to(W.dtype).to(dtype)}
 
     def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
@@ -170,13 +174,13 @@ class RandLora(Method):
         return self.alpha / self.r
 
     def _factors(self, op: Op, slots: Slots) -> tuple[Tensor, Tensor]:
-        """down (n r, columns) and up (rows, n r)."""
+        """Return the down projection (n r, columns) and the up projection (rows, n r)."""
         rows, columns = op.matrix_shape
         small, n = min(rows, columns), self._count(min(rows, columns))
         first, gamma = slots["randlora_lambda"], slots["randlora_gamma"]
         A = cast(slots["randlora_A"].narrow(2, 0, small), first.dtype)
         A = (first.unsqueeze(-1) * A * gamma).flatten(0, 1)
-        # Basis-major: the bases a site needs are the first columns, and nothing is copied.
+        # Basis-major, so that a site's bases are the first columns and need no copy.
         B = slots["randlora_B"].flatten(1).narrow(1, 0, n * self.r).narrow(0, 0, max(rows, columns))
         B = cast(B, first.dtype)
         return (A, B) if small == columns else (B.t(), A.t())

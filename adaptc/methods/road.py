@@ -5,9 +5,10 @@
     [ alpha1 cos(theta1)   -alpha2 sin(theta2) ]
     [ alpha3 sin(theta3)    alpha4 cos(theta4) ]
 
-road_1 has one angle and scale for all four, road_2 one for each row of the block, road_4 four. Slots ``road_theta``
-and ``road_alpha``, each (out/2,), (out,) or (2 out,), group by group; road_4 has the cosines of a group before its
-sines. Rows are output channels: the width of an embedding, the channels of a convolution.
+A block of road_1 has one angle and one scale, road_2 one of each per row, road_4 four of each. The slots
+``road_theta`` and ``road_alpha`` are each (out/2,), (out,) or (2 out,), group by group; for road_4 a group has the
+entries of its cosines before those of its sines. Rows are output channels: the width of an embedding, the channels of a
+convolution.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots
 from adaptc.passes.ir.ops import Op, cast
 
 THETA, ALPHA = "road_theta", "road_alpha"
-#: variant -> parameters per row, times two
+#: variant -> the length of each slot per pair of rows
 SIZES = {"road_1": 1, "road_2": 2, "road_4": 4}
 
 
@@ -53,7 +54,7 @@ class RoadConfig(TargetedConfig):
 
 @dataclass(frozen=True)
 class Road(Method):
-    """RoAd at one site. ``scheme`` False draws first values near those of no change."""
+    """RoAd at one site. ``scheme`` False: random first values around the identity."""
 
     name: ClassVar[str] = "road"
 
@@ -84,7 +85,7 @@ class Road(Method):
         return Initial(values)
 
     def weight(self, op: Op, W: Tensor, slots: Slots, scale: Scale) -> Tensor:
-        # Rows of one group of a convolution stay among themselves, or the weight has to read all inputs.
+        # Where a RoAd group spans groups of the convolution, the new weight reads all inputs, so it must be dense.
         apart = op.out_features // op.groups % self.group_size == 0
         return self._turn(W if apart else op.dense(W), 0, slots)
 
@@ -95,14 +96,14 @@ class Road(Method):
         return self._turn(y, y.ndim - 1 - len(op.kernel), slots)
 
     def _turn(self, t: Tensor, axis: int, slots: Slots) -> Tensor:
-        """R t, along an axis as long as there are outputs."""
+        """Return R t, with R acting along ``axis``, whose size is the number of outputs."""
         first, second = (c.reshape(-1, *[1] * (t.ndim - 1 - axis)) for c in self._columns(slots))
         upper, lower = t.unflatten(axis, (-1, 2, self.group_size // 2)).unbind(axis + 1)
         turned = torch.stack((-lower, upper), axis + 1).flatten(axis, axis + 2)
         return cast(t * first + turned * second, t.dtype)
 
     def _columns(self, slots: Slots) -> tuple[Tensor, Tensor]:
-        """What each output takes of itself and of its partner, (out,) each."""
+        """Return the factors of each output and of its partner in the result, (out,) each."""
         half, theta, alpha = self.group_size // 2, slots[THETA], slots[ALPHA]
         if self.variant == "road_4":
             (theta, other), (alpha, scale) = (v.reshape(-1, 2, 2 * half).unbind(1) for v in (theta, alpha))

@@ -1,8 +1,8 @@
 """SHiRA: W' = W + s D, where D has r (rows + columns) entries at chosen places and zeros elsewhere
 (Bhardwaj et al., arXiv 2406.13175).
 
-Slots ``shira_weight`` (n,), float, and ``shira_indices`` (2, n), int32: row and column of each entry in the weight as
-one matrix. Both are in files.
+Slots: ``shira_weight`` (n,), float, and ``shira_indices`` (2, n), int32, the row and column of each entry in the weight
+as one matrix. Both are in files.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ WEIGHT, INDICES = "shira_weight", "shira_indices"
 class ShiraConfig(TargetedConfig):
     """PEFT's ``ShiraConfig``: same names, same defaults. ``fan_in_fan_out`` follows from the layer.
 
-    With ``mask_type="random"`` places are drawn from ``random_seed`` (None: always the same ones). For places of one's
-    own, set the attribute ``mask_fn``, which is in no file: a function of a layer (``weight``, ``in_features`` and
-    ``out_features`` of the matrix; anything but a linear layer is shown as one of its matrix) and r, and of
-    ``random_seed`` if ``mask_type`` is "random" and it takes one, that gives a mask of the weight's shape with r
-    (rows + columns) ones. Raises ConfigError for an r that is no positive integer.
+    With ``mask_type="random"`` places are drawn from ``random_seed`` (None: always the same ones). To choose places
+    yourself, set the attribute ``mask_fn``, which is in no file. It is called as ``mask_fn(layer, r)`` and returns a
+    mask of the weight's shape with r (rows + columns) ones. ``layer`` has ``weight``, ``in_features`` and
+    ``out_features``; for any layer it is a linear layer with the weight as one matrix. With ``mask_type="random"`` the
+    function also gets ``random_seed``, if it takes an argument of that name.
+
+    Raises ConfigError for an r that is no positive integer.
     """
 
     peft_type: ClassVar[str] = "SHIRA"
@@ -59,7 +61,7 @@ class ShiraConfig(TargetedConfig):
 
 @dataclass(frozen=True)
 class Shira(Method):
-    """See the module docstring."""
+    """SHiRA at one site, with r (rows + columns) entries. ``zeros``: first values are zeros, else random."""
 
     name: ClassVar[str] = "shira"
     swappable: ClassVar[frozenset[str]] = Method.swappable | {"seed", "mask_type", "zeros", "mask_fn"}
@@ -106,14 +108,17 @@ class Shira(Method):
     def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:
         rows, columns = op.matrix_shape
         n = self.r * (rows + columns)
-        # The mask comes first, as in PEFT: one of the user's own may read the global generator.
+        # The mask comes before the values, as in PEFT: a mask_fn may read the global generator, so the order matters.
         at = self._mask(op, W, n)
         values = torch.zeros(n) if self.zeros else torch.randn(n, generator=generator)
         indices = torch.stack([at // columns, at % columns]).to(torch.int32)
         return Initial({WEIGHT: values.to(W.device, dtype), INDICES: indices.to(W.device)})
 
     def _mask(self, op: Op, W: Tensor, n: int) -> Tensor:
-        """The flat places, in order."""
+        """Return the ``n`` flat places of the entries, in ascending order.
+
+        Raises ConfigError for an unknown ``mask_type`` without a ``mask_fn``, and for a mask of another shape or count.
+        """
         if self.mask_fn is None:
             if self.mask_type != "random":
                 raise ConfigError(

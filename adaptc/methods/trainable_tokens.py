@@ -1,7 +1,7 @@
 """Trainable tokens: single rows of an embedding are trained, all others stay (PEFT's ``TrainableTokensConfig``).
 
-The method is ``TokenRows``. File key: ``<module>.trainable_tokens_delta`` (tokens, width), the rows themselves, under
-the path of the embedding and again under that of every module tied to it.
+The method is ``TokenRows``. File key: ``<module>.trainable_tokens_delta`` (tokens, width), the rows themselves. It is
+there under the path of the embedding, and again under that of every module tied to it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from adaptc.methods._whole import TokenRows
 
 @dataclass
 class TrainableTokensConfig(TargetedConfig):
-    """PEFT's ``TrainableTokensConfig``: same names, same defaults. ``target_modules`` is by default the input
-    embedding, which heads tied to it follow; ``init_weights=False`` starts from random rows, not the embedding's."""
+    """PEFT's ``TrainableTokensConfig``: same names, same defaults.
+
+    ``target_modules`` is by default the input embedding; heads tied to it change with it. ``init_weights=False`` starts
+    from random rows instead of the embedding's.
+    """
 
     peft_type: ClassVar[str] = "TRAINABLE_TOKENS"
     unit: ClassVar[str] = "rows"
@@ -33,7 +36,7 @@ class TrainableTokensConfig(TargetedConfig):
     def resolved(self, facts: ModelFacts) -> Self:
         if not self.token_indices:
             raise ConfigError("TrainableTokensConfig.token_indices is empty: name the rows to train")
-        # A string, as in PEFT's files: the whole path and no other module that ends like it.
+        # A string, as in PEFT's files, matches the whole path only; a list would match other modules with that ending.
         new = super().resolved(facts)
         return new.completed({"target_modules": facts.input_embedding}) if facts.input_embedding else new
 

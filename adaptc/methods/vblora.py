@@ -1,12 +1,13 @@
 """VB-LoRA: W' = W + B A, both made of vectors that all sites take from one bank (Li et al., arXiv 2405.15179).
 
-Slots, in PEFT's shapes, with b = ``vector_length``: ``vblora_logits_A`` (r, in/b, vectors) and ``vblora_logits_B``
-(out/b, r, vectors) of each site; ``vblora_vector_bank`` (vectors, b) of the model, trained. Each piece of length b is
-the mean of its ``topk`` vectors, weighed by the softmax of their logits. Beyond PEFT's linear layers, W is the weight
-as a matrix, kernels in its columns.
+Slots, in PEFT's shapes, with b = ``vector_length``: each site has ``vblora_logits_A`` (r, in/b, vectors) and
+``vblora_logits_B`` (out/b, r, vectors); all sites share ``vblora_vector_bank`` (vectors, b), which is trained. Each
+piece of length b is the mean of its ``topk`` vectors, weighted by the softmax of their logits. Beyond PEFT's linear
+layers, W is the weight as a matrix, kernels in its columns.
 
-``save_only_topk_weights`` files have ``<logits>_topk_indices`` and ``<logits>_topk_weights`` in place of the logits,
-the last weight left out since they add up to one. Such an adapter can be run and merged, not trained.
+Files with ``save_only_topk_weights`` have ``<logits>_topk_indices`` and ``<logits>_topk_weights`` in place of the
+logits. The last weight is left out, since the weights add up to one. Such an adapter can be run and merged, but not
+trained.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from adaptc.passes.ir.ops import Op, cast
 A, B, BANK = "vblora_logits_A", "vblora_logits_B", "vblora_vector_bank"
 RANKS = "vblora_ranks"
 INDICES, WEIGHTS = "_topk_indices", "_topk_weights"
-#: the logit of a vector that is not among the best: its weight is zero in every dtype, and it is no infinity
+#: the logit of a vector outside the top k: finite, and its softmax is zero in every dtype
 NEVER = -1e4
 
 
@@ -76,9 +77,10 @@ class VBLoRAConfig(TargetedConfig):
 
 @dataclass(frozen=True)
 class VBLoRA(Method):
-    """VB-LoRA at one site. ``dropout`` acts on the input of the adapter, while training only.
+    """VB-LoRA at one site. ``dropout`` acts on the input of the adapter, in training only.
 
-    No logits choose nothing, so a slot that is not in files says which ranks count: none at a site without adapter.
+    No logits give zero, so the slot ``vblora_ranks``, which is not in files, masks the ranks: zeros at a site that the
+    adapter lacks.
     """
 
     name: ClassVar[str] = "vblora"
@@ -171,7 +173,7 @@ class VBLoRA(Method):
                 f"{name + INDICES!r} holds indices from {int(index.min())} to {int(index.max())}, and the bank has "
                 f"{self.vectors} vectors"
             )
-        # Rounding may leave less than nothing for the last one.
+        # Rounding may make the last weight negative, whose log is NaN.
         last = (1 - weights.sum(-1, keepdim=True)).clamp(min=0)
         logits = torch.cat([weights, last], -1).log().clamp(min=NEVER)
         return logits.new_full((*shape[:-1], self.vectors), NEVER).scatter(-1, index, logits)
@@ -191,7 +193,7 @@ class VBLoRA(Method):
     # -- meaning -------------------------------------------------------------------------------------------------------
 
     def _factors(self, op: Op, slots: Slots) -> tuple[Tensor, Tensor]:
-        """down (r, columns) and up (rows, r)."""
+        """Return A (r, columns) and B (rows, r), made of the bank's vectors."""
 
         def mixed(logits: Tensor) -> Tensor:
             best, index = logits.topk(self.topk, dim=-1)

@@ -1,9 +1,9 @@
 """VeRA: W' = W + diag(b) B diag(d) A, with one frozen random pair A, B for all sites (Kopiczko et al., 2310.11454).
 
-Slots, in PEFT's shapes: ``vera_lambda_b`` (out,) and ``vera_lambda_d`` (r,) of each site; ``vera_A`` (r, most inputs of
-any site) and ``vera_B`` (most outputs, r) of the model, of which a site reads the first columns and rows. They are in
-files with ``save_projection``, and else follow from ``projection_prng_key``, bit for bit as PEFT draws them. Beyond
-PEFT's linear layers, W is the weight as a matrix, kernels in its columns.
+Slots, in PEFT's shapes: each site has ``vera_lambda_b`` (out,) and ``vera_lambda_d`` (r,). All sites share ``vera_A``
+(r, largest in of any site) and ``vera_B`` (largest out, r); a site reads their first columns and rows. With
+``save_projection`` both are in files. Without, they follow from ``projection_prng_key``, bit for bit as PEFT draws
+them. Beyond PEFT's linear layers, W is the weight as a matrix, kernels in its columns.
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ class VeraConfig(TargetedConfig):
 
 @lru_cache(maxsize=4)
 def projections(key: int, r: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
-    """A (r, inputs) and B (outputs, r) as PEFT draws them, float32 on the CPU; to be copied, never written to."""
+    """Return A (r, inputs) and B (outputs, r) as PEFT draws them, float32 on the CPU.
+
+    They are cached: copy them, never write to them.
+    """
     with plainly(), torch.no_grad():
         generator = torch.Generator(device="cpu").manual_seed(key)
         shapes = ((r, inputs), (outputs, r))
@@ -67,9 +70,9 @@ def projections(key: int, r: int, inputs: int, outputs: int) -> tuple[Tensor, Te
 
 @dataclass(frozen=True)
 class Vera(Method):
-    """VeRA at one site. ``inputs`` and ``outputs``: sizes of the largest site of the adapter, 0 for this site's own.
+    """VeRA at one site. ``inputs`` and ``outputs``: the largest sizes among the adapter's sites, 0 for this site's.
 
-    ``dropout`` acts on the input of the adapter, while training only. ``saved``: whether the projections are in files.
+    ``dropout`` acts on the input of the adapter, in training only. ``saved``: whether the projections are in files.
     """
 
     name: ClassVar[str] = "vera"
@@ -122,7 +125,7 @@ class Vera(Method):
     def _drawn(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         specs = self.slots(op)
         a, b = projections(self.key, self.r, specs["vera_A"].shape[1], specs["vera_B"].shape[0])
-        # PEFT keeps them in the dtype of the base first.
+        # PEFT holds them in the base weight's dtype before it casts them, which rounds them.
         return {"vera_A": a.to(W.dtype).to(dtype), "vera_B": b.to(W.dtype).to(dtype)}
 
     def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
@@ -147,7 +150,7 @@ class Vera(Method):
         return op.callable and op.groups == 1
 
     def apply(self, op: Op, x: Tensor, y: Tensor, W: Tensor, b: Tensor | None, slots: Slots, scale: Scale) -> Tensor:
-        # The vectors scale activations: scaled projections would be as large as the weight, once per site.
+        # The vectors scale activations, not A and B: each site would need scaled copies of the shared projections.
         out, B, d, A = self._parts(op, slots)
         x = adapter_input(self, op, x, d.dtype)
         h = op(x, A.reshape(-1, *op.shape[1:]))

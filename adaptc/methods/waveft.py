@@ -1,8 +1,8 @@
 """WaveFT: W' = W + s IDWT2(C) with few wavelet coefficients C, or W + s C (Bilican et al., arXiv 2505.12532).
 
-Slot ``waveft_spectrum`` (n,), float. Where its coefficients are is drawn from ``random_loc_seed``, and the filters of
-the wavelet are PyWavelets' own: neither is in files. The transform has one level and is that of the weight as one
-matrix, with room for the filters around it.
+Slot ``waveft_spectrum`` (n,), float. The places of its coefficients are drawn from ``random_loc_seed``, and the
+wavelet's filters come from PyWavelets: neither is in files. The transform has one level and acts on the weight as one
+matrix, padded at its edges by the length of the filters.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from adaptc.methods._sparse import Spectrum, at_least_float32, check_counts, che
 from adaptc.passes.ir.method import Method, Scale, Slot, Slots
 from adaptc.passes.ir.ops import Op, cast
 
-#: the families PEFT's config takes; of most of them its layers have no filters
+#: the wavelet families that PEFT's config accepts, though its layers have filters for few of them
 FAMILIES = (
     *(f"db{n}" for n in range(1, 39)),
     *(f"sym{n}" for n in range(2, 21)),
@@ -39,9 +39,9 @@ FILTERS = "waveft_filters"
 class WaveFTConfig(TargetedConfig):
     """PEFT's ``WaveFTConfig``: same names, same defaults. ``fan_in_fan_out`` follows from the layer.
 
-    With ``proportional_parameters`` the layers share ``n_frequency`` times their number by size, and
-    ``n_frequency_pattern`` has no say. Raises ConfigError for an unknown wavelet, numbers of frequencies that are not
-    positive integers, a seed that is none, and where PyWavelets is missing.
+    With ``proportional_parameters`` a layer's number of coefficients is in proportion to its size, with ``n_frequency``
+    as the mean; ``n_frequency_pattern`` then has no effect. Raises ConfigError for an unknown wavelet, numbers of
+    frequencies that are not positive integers, a seed of None, and where PyWavelets is missing.
     """
 
     peft_type: ClassVar[str] = "WAVEFT"
@@ -94,7 +94,7 @@ class WaveFTConfig(TargetedConfig):
 
 
 def wavelet(family: str) -> Any:
-    """PyWavelets' wavelet. Raises ConfigError without PyWavelets."""
+    """Return PyWavelets' ``Wavelet`` for ``family``; raise ConfigError where PyWavelets is not installed."""
     try:
         pywt: Any = importlib.import_module("pywt")
     except ImportError:
@@ -107,9 +107,9 @@ def wavelet(family: str) -> Any:
 
 @dataclass(frozen=True)
 class WaveFT(Spectrum):
-    """See the module docstring. ``taps``: half the length of the filters, on which the code depends, or 0 without any.
+    """WaveFT at one site. ``taps``: half the length of the filters, on which the code depends; 0 without a wavelet.
 
-    ``proportional``: ``r`` is the mean over all layers, of which :meth:`settle_shared_sizes` gives each its share.
+    ``proportional``: ``r`` is still the mean over all layers, until :meth:`settle_shared_sizes` gives each its share.
     """
 
     name: ClassVar[str] = "waveft"
@@ -124,12 +124,12 @@ class WaveFT(Spectrum):
 
     def slots(self, op: Op) -> dict[str, Slot]:
         slots = super().slots(op)
-        if self.taps:  # of even and odd entries of the result: the taps on coefficients of low and of high frequency
+        if self.taps:  # axes: even or odd entries of the result; low or high frequencies; taps
             slots[FILTERS] = Slot((2, 2, self.taps), trainable=False, saved=False)
         return slots
 
     def at(self, op: Op) -> WaveFT:
-        return self if self.proportional else super().at(op)  # a mean, which no layer has
+        return self if self.proportional else super().at(op)  # a mean may exceed a small layer, which gets less
 
     def with_sizes_of(self, op: Op, slots: Slots) -> WaveFT:
         return dataclasses.replace(super().with_sizes_of(op, slots), proportional=False)
@@ -154,8 +154,8 @@ class WaveFT(Spectrum):
             return super().derived(op, W, dtype, found)
         at, columns = self.drawn(op), op.matrix_shape[1]
         height, width = self._half(op)
-        # The coefficients are four quarters: low and high frequencies along the rows, times low and high along the
-        # columns. PEFT lays them out with the upper right and the lower left one exchanged.
+        # The coefficients form four quarters: low and high frequencies along the rows, times low and high along the
+        # columns. PEFT's layout has the upper right and the lower left quarter exchanged.
         row, column = (i + self.taps - 1 for i in (at // columns, at % columns))
         low, right = row >= height, column >= width
         at = right * height + row % height
@@ -169,7 +169,7 @@ class WaveFT(Spectrum):
         return w.rec_lo, w.rec_hi
 
     def _half(self, op: Op) -> tuple[int, int]:
-        """Rows and columns of one quarter of the coefficients, with room for the filters at the edges."""
+        """Return the rows and columns of one quarter of the coefficients, padded for the filters at the edges."""
         rows, columns = op.matrix_shape
         return (rows + 1) // 2 + self.taps - 1, (columns + 1) // 2 + self.taps - 1
 
@@ -187,5 +187,8 @@ class WaveFT(Spectrum):
 
 
 def _synthesised(rows: Tensor, filters: Tensor) -> Tensor:
-    """Each row of coefficients, those of low frequencies before those of high ones, as the row that it stands for."""
+    """Return the inverse wavelet transform of each row of ``rows`` (n, 2 half): (n, 2 (half - taps + 1)).
+
+    A row holds the coefficients of low frequencies and then those of high ones. ``filters``: (2, 2, taps).
+    """
     return F.conv1d(rows.unflatten(1, (2, -1)), filters).transpose(1, 2).flatten(1)

@@ -1,18 +1,21 @@
 """X-LoRA: LoRA experts, of which each token of a call has its own mix (Buehler and Buehler, arXiv 2402.07148).
 
-y' = y + g sum_i w_i s_i B_i A_i x with s_i = alpha_i / r_i, where the scalings w (batch, length[, layer], expert) come
-from a classifier on the last hidden state of the base, in a pass of its own in front of the one whose results count.
+y' = y + g sum_i w_i s_i B_i A_i x, with s_i = alpha_i / r_i. The scalings w (batch, length[, layer], expert) come from
+a classifier on the base's last hidden state. The program computes that state in a duplicated base pass, in front of the
+pass whose results it gives.
 
-Slots: the experts of a site side by side along one axis of ranks, in which an expert has as many as its own rank, none
-at a layer it does not adapt: ``lora_A.weight`` (ranks, in) and ``lora_B.weight`` (out, ranks), for embeddings
-``lora_embedding_A`` and ``lora_embedding_B``; ``xlora_expert`` (ranks,) says which of the classifier's outputs a rank
-is weighed by, and ``xlora_scaling`` (ranks,) has the s_i; both follow from the config. The scale g of the site is
-``global_scaling_weight``. Of the model: ``xlora_sharpness`` (1,), one over the temperature;
-``internal_xlora_classifier.layers.<i>.weight`` and ``.bias``, with <i> as in PEFT's ``Sequential``; those of the last
-layer have axes (layers, experts) in front here, and one of their product in files.
+Slots of a site: ``lora_A.weight`` (ranks, in) and ``lora_B.weight`` (out, ranks), for embeddings ``lora_embedding_A``
+and ``lora_embedding_B``. They hold the experts side by side along one axis of ranks. An expert takes as many entries as
+its own rank, and none at a layer that it does not adapt. ``xlora_expert`` (ranks,) is the index of the classifier's
+output that weighs a rank, and ``xlora_scaling`` (ranks,) has the s_i. Both follow from the config. The scale g of the
+site is ``global_scaling_weight``.
 
-In training the dropout of the experts acts once on what all of them read, and not on each apart. The sites are linear
-layers and embeddings that have a place for each token.
+Slots that all sites share: ``xlora_sharpness`` (1,), one over the temperature, and
+``internal_xlora_classifier.layers.<i>.weight`` and ``.bias``, with <i> as in PEFT's ``Sequential``. Those of the last
+layer start with the axes (layers, experts) here, and with one axis of their product in files.
+
+In training the experts' dropout acts once on the input that all of them read, not on each expert separately. Sites are
+linear layers and embeddings whose output has an entry for each token.
 """
 
 from __future__ import annotations
@@ -33,24 +36,30 @@ from adaptc.passes.ir.ops import Op, cast
 
 CLASSIFIER = "internal_xlora_classifier"
 EXPERT, SCALING, SHARPNESS = "xlora_expert", "xlora_scaling", "xlora_sharpness"
-#: the coefficient
+#: the name of the coefficient w
 WEIGHTS = "xlora_weights"
-#: the names of the classifier's sizes
+#: the names of the free sizes of the classifier's last layer
 SIZES = ("layers", "experts")
 
 
 def classifier_layers(depth: int, dropout: bool) -> list[str]:
-    """The names of the classifier's linear layers, which stand between activations and, if it has any, dropouts."""
+    """Return the names of the classifier's ``depth`` linear layers in PEFT's ``Sequential``.
+
+    Activations stand between them and, with ``dropout``, dropout layers.
+    """
     return [f"{CLASSIFIER}.layers.{i * (3 if dropout else 2)}" for i in range(depth)]
 
 
 @dataclass(frozen=True)
 class XLora(Method):
-    """X-LoRA at one site. ``ranks`` and ``scales`` of the experts there, none where an expert lacks the site;
-    ``layer``: the number of the site among ``layers`` of the classifier's. ``dropout``: that of the experts."""
+    """X-LoRA at one site.
+
+    ``ranks`` and ``scales``: those of the experts, 0 where an expert lacks the site. ``layer``: the index of the site
+    among the classifier's ``layers``. ``dropout``: the experts' dropout.
+    """
 
     name: ClassVar[str] = "xlora"
-    stacks: ClassVar[bool] = True  # or experts would be done one by one, without a token's place
+    stacks: ClassVar[bool] = True  # else it would be applied per expert, where the position of a token is unknown
     exact_sizes: ClassVar[bool] = True
     takes_complex: ClassVar[bool] = False
     swappable: ClassVar[frozenset[str]] = Method.swappable | {
@@ -166,4 +175,4 @@ class XLora(Method):
         return super().trained()
 
     def following(self, home: str) -> Any:
-        return None  # experts are of plain LoRA, which is not tied
+        return None  # experts are plain LoRA adapters, which have no tied layers

@@ -1,4 +1,4 @@
-"""``XLoraConfig``: the options of X-LoRA, under PEFT's names, and what is known of its experts once they were read."""
+"""Define ``XLoraConfig``: the options of X-LoRA, under PEFT's names, and two fields that describe its experts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from adaptc.methods._parts import Part, Written
 from adaptc.methods.xlora import CLASSIFIER, XLora, classifier_layers
 
 WHAT = "X-LoRA"
-#: fields that are no option of PEFT's: where the experts are, and what they are
+#: fields that PEFT does not have: the configs of the experts, and their ranks and scales at each site
 _FOUND = ("experts", "sites")
 
 
@@ -28,12 +28,12 @@ _FOUND = ("experts", "sites")
 class XLoraConfig(TargetedConfig):
     """PEFT's ``XLoraConfig``: same names, same defaults. The experts say which layers are adapted.
 
-    ``adapters``: name -> directory of a plain LoRA adapter, its ranks and layers as it likes; here the names are any,
-    and where PEFT runs an adapter they must be ``'0'``, ``'1'``, .... ``hidden_size``: that of the model, 4096 where it
-    is None. ``scaling_pass_value``: how much each expert counts in the pass that the classifier reads.
+    ``adapters``: name -> directory of a plain LoRA adapter, of any ranks and layers. Names are free here; PEFT runs an
+    adapter only if they are ``'0'``, ``'1'``, and so on. ``hidden_size``: the model's, 4096 for None.
+    ``scaling_pass_value``: the scaling of every expert in the duplicated base pass that the classifier reads.
 
-    Two fields are filled in when the experts are read: ``experts``, their configs, and ``sites``, layer -> rank and
-    scale of each expert there, in the order of the model's layers, by which ``layerwise_scalings`` counts them.
+    Two fields are filled in when the experts are read. ``experts``: their configs. ``sites``: layer -> rank and scale
+    of each expert there. It is in the order of the model's layers, in which ``layerwise_scalings`` numbers them.
     """
 
     peft_type: ClassVar[str] = "XLORA"
@@ -121,7 +121,7 @@ class XLoraConfig(TargetedConfig):
 
     def written(self, tensors: Mapping[str, Tensor], directory: str) -> Mapping[str, Written]:
         sites, experts = self.sites or {}, self.experts or []
-        names = [str(i) for i in range(len(experts))]  # as PEFT calls them, whatever they were called
+        names = [str(i) for i in range(len(experts))]  # PEFT runs the adapter only with these names
         found: list[dict[str, Tensor]] = [{} for _ in experts]
         own: dict[str, Tensor] = {}
         for key, tensor in tensors.items():
@@ -144,7 +144,7 @@ class XLoraConfig(TargetedConfig):
         return len(self.sites or ()) if self.layerwise_scalings else 1
 
     def _classifier(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of its tensors in files."""
+        """Return the shapes of the classifier's tensors in files, by name."""
         widths = [self.hidden_size or 0, *[self.xlora_size] * (self.xlora_depth - 1)]
         outs = [*widths[1:], self._layers * len(self.experts or ())]
         out: dict[str, tuple[int, ...]] = {}
@@ -153,7 +153,10 @@ class XLoraConfig(TargetedConfig):
         return out
 
     def classifier(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """Those of a file, of which none may be missing; None for new ones, as those of linear layers."""
+        """Return the classifier's tensors: a file's ``tensors``, or for None new ones as torch initialises ``Linear``.
+
+        Raises CheckpointError where one is missing in the file.
+        """
         if tensors is not None:
             self._check_classifier(tensors)
             return dict(tensors)

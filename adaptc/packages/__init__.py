@@ -1,1 +1,1 @@
-"""Programs compiled ahead of time with AOTInductor, whose adapters can still be swapped."""
+"""Compile programs ahead of time with AOTInductor, and run them with adapters that can still be swapped."""

@@ -1,7 +1,7 @@
-"""An assignment of the adapters in a package to the rows of a batch, for calls that belong together.
+"""Assign the adapters of a packaged bank to the rows of a batch, for calls that belong together.
 
-Before: for each row its mix, and the place of each adapter in the compiled code. After: a callable that keeps them. As
-long as it is there the bank puts nothing else in these places, so a generation ends with the adapters it began with.
+An assignment has the mix of adapters of each row, and the place of each adapter in the compiled code. While it exists
+the bank puts nothing else in these places. So a generation ends with the adapters it began with.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from adaptc.rows.code import KEYWORD
 
 
 class PackagedAssignment(Assignment):
-    """Made by ``PackagedBank.assigned``. ``places``: of each adapter; ``count``: how many there are."""
+    """A callable that runs a packaged bank with per-row adapters; ``PackagedBank.assigned`` makes it.
+
+    ``places`` maps the name of each adapter to its place. ``count`` is the number of places in the code.
+    """
 
     def __init__(
         self,
@@ -37,7 +40,7 @@ class PackagedAssignment(Assignment):
         self._package, self._count, self._places = package, count, places
         self._names = used(mixes)
         self._at = [places[n] for n in self._names]
-        #: the places that nothing else may be put in
+        #: the places that no other adapter may be put in
         self.taken = frozenset(self._at)
 
     def alone(self, name: str) -> PackagedAssignment:
@@ -47,11 +50,11 @@ class PackagedAssignment(Assignment):
         return self.run(args, kwargs, self._rows(self._package.manifest.inputs, kwargs))
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int) -> Any:
-        """A call of so many rows."""
+        """Run a call with so many rows."""
         return self._package.run(None, args, {**kwargs, KEYWORD: self._coefficients(rows)})
 
     def parts(self, scale: Any = None) -> Mapping[str, Part]:
-        """Those of the package, with these adapters. Raises ConfigError for a ``scale``."""
+        """Return the parts of the package with these adapters, by name. Raises ConfigError for a ``scale``."""
         self._keeps(scale)
         parts, inputs = self._package.parts_with(None), self._package.manifest.parts
         return {n: Part(partial(self._part, p, inputs[n].inputs), {*p.inputs} - {KEYWORD}) for n, p in parts.items()}
@@ -60,7 +63,7 @@ class PackagedAssignment(Assignment):
         return part.run(**kwargs, **{KEYWORD: self._coefficients(self._rows(inputs, kwargs))})
 
     def _rows(self, inputs: Sequence[Input], kwargs: Mapping[str, Any]) -> int:
-        """How many rows a call has, as one of its inputs says."""
+        """Return how many rows a call has: as its inputs tell, else as many as the assignment."""
         shapes = {i.name: i.tensor.shape for i in inputs if i.tensor is not None}
         size = shapes[KEYWORD][0]
         if isinstance(size, int):

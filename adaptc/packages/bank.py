@@ -1,9 +1,9 @@
-"""Run the package of a bank: each row of a batch on its own mix of the adapters in it, and others put in their places.
+"""Run the package of a bank, with per-row adapters, and add, replace and remove its adapters.
 
-Before: a file that ``packages.write_bank`` wrote. After: calls compute what the bank did. An adapter that is put in is
-copied to its place between two calls, one pass over its bytes; nothing is compiled, and no call sees a part of it. What
-a call that has begun uses, or a generation, stays where it is until that has ended. Which adapters there are, and
-where, is one value that is replaced as a whole, after a place that no name has was written to.
+Calls of a file that ``packages.write_bank`` wrote compute what the bank did. An adapter that is added is copied to a
+place in the code between two calls, one pass over its bytes. Nothing is compiled, and no call sees a part of it.
+Adapters that a call or a generation uses stay in their places until it has ended. One table says which adapters there
+are, and where. It is replaced as a whole, after a place that is in no table was written to.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from adaptc.rows.report import BankReport
 
 @dataclass(frozen=True, eq=False)
 class Placed:
-    """An adapter, and its place in the code."""
+    """An adapter of a bank, and its place in the code."""
 
     place: int
     member: Binding
 
 
 class PackagedBank:
-    """Made by ``adaptc.load_package``."""
+    """The package of a bank, called with adapters for each row; ``adaptc.load_package`` makes it."""
 
     def __init__(self, package: PackagedProgram) -> None:
         assert package.manifest.bank is not None
@@ -49,7 +49,7 @@ class PackagedBank:
         self._each = sum(prod(r.shape) * r.dtype.itemsize for r in package.manifest.rooms.values())
         self._lock = free_in_children(threading.RLock())
         self._assigned: WeakSet[PackagedAssignment] = WeakSet()
-        #: adapters whose places may hold parts of two, after interrupts
+        #: the names of adapters whose places may hold a mix of two adapters' values, after interrupts
         self._torn: frozenset[str] = frozenset()
 
     @property
@@ -62,18 +62,25 @@ class PackagedBank:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """The largest rank an adapter may have at each site that has one, by the FQN of the site's parameter."""
+        """Return the largest rank that an adapter may have at each site with a rank, by the FQN of its parameter."""
         return self._package.ranks
 
     def __call__(self, *args: Any, adapters: Any = ..., **kwargs: Any) -> Any:
-        """As :meth:`Bank.__call__`."""
+        """Run a batch; ``adapters`` names those of each row, as for :meth:`Bank.__call__`.
+
+        Raises AdaptcError where the program is called part by part.
+        """
         if self._package.manifest.parts:
             raise AdaptcError("this bank is of a program that is called part by part: call what it generates with")
         chosen = self.assigned(adapters)
         return chosen.run(args, kwargs, len(chosen.mixes))
 
     def assigned(self, adapters: Any) -> PackagedAssignment:
-        """As :meth:`Bank.assigned`. While it is there, the places of its adapters are no other's."""
+        """Return a callable that keeps these adapters for its rows; ``adapters`` is as for :meth:`Bank.assigned`.
+
+        While it exists, no other adapter is written to the places of its adapters. Raises AdaptcError for a name that
+        the bank does not have, and for an adapter that two interrupts of :meth:`replace` left incomplete.
+        """
         mixes = mixes_of(adapters)
         with self._lock:
             names, now = used(mixes), self._now
@@ -88,12 +95,12 @@ class PackagedBank:
             return made
 
     def _free(self) -> int | None:
-        """A place that nothing is in, or kept in; None where there is none."""
+        """Return a place that no adapter of the bank and no assignment uses; None where there is none."""
         taken = {one.place for one in self._now.values()} | self._kept()
         return next((k for k in range(self.capacity) if k not in taken), None)
 
     def _kept(self) -> set[int]:
-        """Places of what assignments keep."""
+        """Return the places that assignments keep."""
         return {place for one in self._assigned for place in one.taken}
 
     def _no_room(self, name: str) -> ConfigError:
@@ -105,8 +112,11 @@ class PackagedBank:
         )
 
     def add(self, name: str, adapter: Any, **options: Any) -> None:
-        """Put an adapter in a free place; as :meth:`Bank.add`, for ranks up to :attr:`ranks`. Raises ConfigError where
-        there is no free place."""
+        """Add an adapter to the bank, in a free place; its ranks may be up to :attr:`ranks`.
+
+        Options are those of :meth:`PackagedProgram.fitted`. Raises ConfigError where there is no free place, or where
+        the bank has the name, and whatever :meth:`PackagedProgram.swap` raises.
+        """
         if not isinstance(name, str) or not name:
             raise ConfigError(f"the name of an adapter is a string, not {shown(name)}")
         fitted = self._package.fitted(adapter, **options)
@@ -124,8 +134,12 @@ class PackagedBank:
         self._torn -= {name}
 
     def replace(self, name: str, adapter: Any, **options: Any) -> None:
-        """Put another adapter in the place of one; as :meth:`add`, which takes a free place where calls that have begun
-        keep this one."""
+        """Replace the adapter called ``name`` by another.
+
+        It goes to a free place where there is one, so calls that have begun keep the old one. Without a free place it
+        is written over the old one, or ConfigError is raised where an assignment keeps that. Options and further errors
+        are those of :meth:`add`.
+        """
         check_known([name], self._now)
         fitted = self._package.fitted(adapter, **options)
         with self._lock:
@@ -137,8 +151,11 @@ class PackagedBank:
                 self._put(name, place, fitted)
 
     def _write_over(self, name: str, place: int, fitted: Fitted) -> None:
-        """Put an adapter where the one of that name is, since no other place is free: its values are gone with the
-        first byte, so what is interrupted is done to its end. Interrupted again, it is refused from then on."""
+        """Write an adapter over the one called ``name``, since no other place is free.
+
+        The first byte destroys the old values, so a write that is interrupted is done again to its end. Where that is
+        interrupted too, the adapter is refused from then on.
+        """
         new = {**self._now, name: Placed(place, replace(fitted, constants={}))}
         whole = self._torn - {name}
         try:
@@ -151,14 +168,17 @@ class PackagedBank:
             raise
 
     def remove(self, name: str) -> None:
-        """Let go of an adapter. Raises AdaptcError for a name that there is not."""
+        """Remove an adapter from the bank. Raises AdaptcError for a name that the bank does not have."""
         with self._lock:
             check_known([name], self._now)
             self._now = {n: one for n, one in self._now.items() if n != name}
             self._torn -= {name}
 
     def warm(self, adapters: int | None = None) -> None:
-        """As :meth:`Bank.warm`: there is nothing to make, since all was compiled ahead of time."""
+        """Check ``adapters`` as :meth:`Bank.warm` does; nothing is left to make, since all code was compiled ahead.
+
+        Raises ConfigError for what is no number of adapters that a call may name.
+        """
         most_of(adapters, self.capacity, len(self))
 
     def __contains__(self, name: object) -> bool:
@@ -171,7 +191,7 @@ class PackagedBank:
         return len(self._now)
 
     def report(self) -> BankReport:
-        """The adapters in it, each with the bytes of its place."""
+        """Return the report of the adapters in it, each with the bytes of its place."""
         return BankReport({n: one.member for n, one in self._now.items()}, capacity=self.capacity, each=self._each)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -1,7 +1,7 @@
-"""The compiled code of a package, or of one part of it: called as the program that it was made from.
+"""Call the compiled code of a package, or of one part of it, like the program that it was made from.
 
-Before: what torch loaded, and what the manifest says of its inputs. After: calls with any adapter that fits the
-package, whose arguments are checked against the sizes that the code was compiled for, and laid as it takes them.
+Calls take any adapter that was fitted to the package. Their arguments are checked against the sizes that the code was
+compiled for, and laid out in memory as it takes them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,12 @@ from adaptc.runtime.layouts import laid, write_back
 
 
 class Code:
-    """``loader``: torch's, with its one set of constants; of these the code has those that ``names`` says.
-    ``constants`` runs it with any of their values."""
+    """The compiled code of a program or of one part, with the checks of its arguments.
+
+    ``loader`` is torch's, with its one set of constants. ``shapes`` has the shape and dtype of every constant of the
+    package that adapters fill. ``names`` are the FQNs of the constants that this code has. ``first`` is the adapter
+    that it was compiled with. Raises BackendError for outputs or inputs of types that are not registered here.
+    """
 
     def __init__(
         self,
@@ -51,7 +55,10 @@ class Code:
         self.inputs = checker(spec, inputs, header, ranges, guards, self._out_spec)
 
     def run(self, adapter: Fitted | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The outputs with an adapter of the package."""
+        """Return the outputs of a call with an adapter that was fitted to the package.
+
+        Raises AdaptcError for arguments that do not fit, and BackendError for inputs whose derivatives are followed.
+        """
         flat = self.inputs(args, kwargs)
         check_followed(self.inputs.expected, flat, "Call the program that it was packaged from")
         given = [(v, i) for v, i in zip(flat, self._inputs, strict=True) if i.tensor is not None]
@@ -66,7 +73,10 @@ class Code:
         return self.inputs.calls.as_asked(pytree.tree_unflatten(out, self._out_spec), args, kwargs)
 
     def _arranged(self, value: Tensor, want: Input) -> Tensor:
-        """In the memory layout of the example inputs, which the code takes for granted."""
+        """Return an input in the memory layout of the example inputs, which the code relies on.
+
+        Raises AdaptcError for an input on another device type.
+        """
         if value.device.type != self._device.type:
             raise AdaptcError(f"input {want.name!r} is on {value.device}, and the package runs on {self._device}")
         return laid(value, want.order)
@@ -80,13 +90,16 @@ def checker(
     guards: Sequence[str],
     gives: Any = None,
 ) -> Inputs:
-    """What flattens and checks arguments that lie as ``spec`` says, of what answers as ``gives`` does."""
+    """Return what flattens and checks arguments of the tree ``spec``; ``gives`` is the tree of the outputs if known."""
     expected = [(i.name, i.constant if i.tensor is None else i.tensor) for i in inputs]
     return Inputs(spec, header["fills"], expected, ranges, guards, header.get("takes", ()), gives)
 
 
 def _check_specs(path: Path, specs: list[str]) -> None:
-    """Check the trees of inputs and outputs, and import the types of transformers in them, which registers them."""
+    """Import transformers' types in the trees of inputs and outputs, which registers them with torch.
+
+    Raises BackendError for a tree that has other types.
+    """
     try:
         check_registered({name for spec in specs for name in read_tree(spec).types})
     except Refused as error:

@@ -1,10 +1,10 @@
 """Compile programs into one archive with AOTInductor.
 
-Before: exported programs by name, with constants as they are to be kept. After: an archive of their code, or an error
-that says in a line what is missing, and nothing beside it.
+The exported programs come by name, with their constants as they are to be kept. Where compiling fails, an error says in
+one line what is missing, and nothing is left beside the archive.
 
 Private torch use, with the public route that was tried: ``torch._inductor.aot_compile`` and ``package_aoti`` are the
-two halves of ``aoti_compile_and_package``, which as a whole leaves a copy of all weights in the user's compiler cache,
+two halves of ``aoti_compile_and_package``. As a whole, that leaves a copy of all weights in the user's compiler cache,
 under a name that programs of equal code share.
 """
 
@@ -29,21 +29,24 @@ from adaptc.progress import stage
 
 OPTIONS: Mapping[str, Any] = {
     "aot_inductor.package": True,
-    # Without these two, small slots become literals in the code, and slots that hold one value are computed with.
+    # Without these two, small slots become literals in the code, and slots that hold a single value are folded into it.
     "always_keep_tensor_constants": True,
     "joint_graph_constant_folding": False,
-    # Of the code that calls kernels, which are compiled with all optimisation: a model of 30 layers takes a quarter
-    # less time to package (51 s for 67), and its calls no more (31.0 ms a token, and 31.4 with O1).
+    # This is for the code that calls the kernels; kernels themselves are compiled with all optimisation. A model of 30
+    # layers is packaged in 51 s instead of 67 s, and its calls are no slower (31.0 ms a token, 31.4 ms with O1).
     "aot_inductor.compile_wrapper_opt_level": "O0",
-    # As many threads as where the file runs, not as where it was compiled.
+    # The code uses as many threads as there are where it runs, not where it was compiled.
     "cpp.dynamic_threads": True,
 }
 
 
 @contextmanager
 def code_folder(new: Path) -> Iterator[Path]:
-    """Where the compiler works: beside the new file, or elsewhere if it could not read such a path. It is gone before
-    the file is."""
+    """Run the block with a temporary folder for the compiler.
+
+    It lies beside the file ``new``, or in the system's folder where the compiler could not read such a path. It is
+    removed at the end of the block.
+    """
     try:
         str(new).encode()
         near = new.parent
@@ -56,15 +59,18 @@ def code_folder(new: Path) -> Iterator[Path]:
 def compiled(
     models: Mapping[str, ExportedProgram], code: Path, file: Path, metadata: Mapping[str, Mapping[str, str]]
 ) -> None:
-    """An AOTInductor archive of these models with these entries in their metadata, and everything the compiler leaves
-    behind in ``code``. Raises OSError where the disk is at fault."""
+    """Compile ``models`` by name into the AOTInductor archive ``file``.
+
+    ``metadata`` has entries for each model. Everything the compiler leaves behind is in the folder ``code``. Raises
+    OSError where the disk is at fault, and BackendError where anything else is.
+    """
     from torch._inductor import aot_compile
     from torch._inductor.package.package import package_aoti
 
     files: dict[str, Any] = {}
     try:
         with on_graphs(), torch.no_grad(), warnings.catch_warnings():
-            # torch copies its own tree specs with a class that it has deprecated.
+            # torch copies its own tree specs by a class that it has deprecated.
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             for number, (name, program) in enumerate(models.items(), 1):
                 args, kwargs = program.example_inputs  # type: ignore[misc]  # checked by the caller
@@ -74,7 +80,7 @@ def compiled(
                 with stage(f"compiling {name!r} with AOTInductor ({number} of {len(models)})"):
                     files[name] = aot_compile(module, args, kwargs, options={**OPTIONS, **options})
             with stage("packaging the compiled code"), writing(file) as archive:
-                package_aoti(archive, files)  # lists, as asked for
+                package_aoti(archive, files)  # ``aot_inductor.package`` makes each entry a list of files
     except Exception as error:
         if (full := _disk_error(error)) is not None:
             raise full from error
@@ -85,7 +91,10 @@ _DISK = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
 def _disk_error(error: BaseException) -> OSError | None:
-    """What the disk said, if that is why compiling failed; compilers say it in texts of their own."""
+    """Return the error of the disk, if that is why compiling failed; None otherwise.
+
+    Compilers report it in texts of their own, so the messages are searched, too.
+    """
     for e in _chain(error):
         if isinstance(e, OSError) and e.errno in _DISK:
             return e

@@ -1,11 +1,11 @@
-"""The constants of compiled code that adapters fill: the values of one adapter at a time, in memory of ours.
+"""Run compiled code with the values of any adapter in its constants.
 
 The code is compiled with one set of constants and reads them in every call. Loading it once per adapter would hold the
-base once per adapter, too. So each adapter keeps values of its own, and a call that finds another's in the code copies
-its own in first: one pass over the bytes of an adapter.
+base once per adapter, too. So each adapter keeps values of its own. A call that finds another adapter's values in the
+code copies its own in first: one pass over the bytes of an adapter.
 
-Before a call: a set of values for every constant, of exactly its shape and dtype. After: the result is of these values
-alone, whatever other threads call. Calls take turns, as torch's loader with its one set of constants lets them anyway.
+An adapter has a value for every constant, of exactly its shape and dtype. A call's result is of these values alone,
+whatever other threads call. Calls take turns; torch's loader with its one set of constants allows no more anyway.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ from adaptc.torch_modes import outside_transforms, plainly
 
 @dataclass(frozen=True, eq=False)
 class Fitted(Binding):
-    """A binding as a package holds it. ``constants`` has its values as the code takes them, by name, and nobody writes
-    to these; in ``values`` are those alone that no code reads. ``owner``: the package they fit."""
+    """A binding as a package holds it.
+
+    ``constants`` has its values as the code takes them, by FQN; nobody writes to these. ``values`` has only the slots
+    that no code reads. ``owner`` is a token of the package that the values fit.
+    """
 
     constants: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     owner: object = None
@@ -38,8 +41,11 @@ class Fitted(Binding):
 
 
 class Constants:
-    """Runs the code of one package. ``shapes``: constant -> its shape and dtype; ``first``: what the code was compiled
-    with."""
+    """The constants of compiled code that adapters fill, and the loader that runs the code.
+
+    ``shapes`` maps each constant to its shape and dtype. ``first`` is the adapter that the code was compiled with, None
+    where the program has no sites.
+    """
 
     def __init__(
         self,
@@ -56,11 +62,14 @@ class Constants:
         self._done: Any = None
 
     def run(self, fitted: Fitted | None, inputs: list[Tensor]) -> list[Tensor]:
-        """The outputs of the code with these values; ``inputs`` is emptied. None: it has none to fill."""
+        """Return the outputs of the code with the values of ``fitted``; ``inputs`` is emptied.
+
+        None leaves the constants as they are: for code without slots, and for a bank.
+        """
         with self._lock, outside_transforms(), torch.no_grad():
             self._wait()
             if fitted is not self._held and fitted is not None:
-                self._held = None  # until all is copied: what is interrupted is copied anew
+                self._held = None  # set again when all is copied: after an interrupt the next call copies anew
                 with plainly():
                     self._fill(fitted.constants)
                 self._held = fitted
@@ -69,18 +78,21 @@ class Constants:
             return out
 
     def write(self, place: int, values: Mapping[str, Tensor]) -> None:
-        """Put the values of one adapter at its place in those of all, of a bank. No call sees a part of it."""
+        """Write the values of one adapter of a bank to its place in the constants of all; no call sees a part of it."""
         with self._lock, plainly(), torch.no_grad():
             self._wait()
             if not self._buffers and self._held is not None:
                 self._fill(self._held.constants)
-                self._held = None  # its values are in the code now, and nobody else has them
+                self._held = None  # the buffers have its values now, so the adapter's own copy can be freed
             for fqn, buffer in self._buffers.items():
                 buffer[place].copy_(values[fqn])
 
     def _fill(self, values: Mapping[str, Tensor]) -> None:
-        """The code gets tensors of ours to read once, and later fills write to them: torch keeps what
-        ``load_constants(user_managed=True)`` replaces alive for ever, so a fresh set each time would leak."""
+        """Copy ``values`` into the constants of the code. Raises BackendError where the code does not take them.
+
+        The first fill makes the loader read buffers of this object, and later ones write to these buffers. torch keeps
+        what ``load_constants(user_managed=True)`` replaces alive for ever, so a new set each time would leak.
+        """
         if self._buffers:
             for fqn, buffer in self._buffers.items():
                 buffer.copy_(values[fqn])
@@ -89,7 +101,7 @@ class Constants:
             fqn: torch.empty(shape, dtype=dtype, device=self._device).copy_(values[fqn])
             for fqn, (shape, dtype) in self._shapes.items()
         }
-        # The code reads them from here on, were what follows interrupted: whoever frees them would crash it.
+        # Kept before the load: if that is interrupted, the code may read the buffers, and freeing them would crash it.
         self._given = buffers
         try:
             self._loader.load_constants(buffers, use_inactive=False, check_full_update=False, user_managed=True)
@@ -99,7 +111,7 @@ class Constants:
         self._buffers = buffers
 
     def _wait(self) -> None:
-        """A thread may have a stream of its own, and the call before may be running on another still."""
+        """Make the current stream wait for the last call, which may still run on another thread's stream."""
         if self._done is not None:
             torch.accelerator.current_stream(self._device).wait_event(self._done)
 

@@ -1,4 +1,4 @@
-"""What the fields of a package's manifest must be."""
+"""Define the form of a package's manifest, which a file's fields are checked against."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CALLED: dict[str, Any] = {
     "ranges": Each([Maybe(int)]),
     "guards": Option([str]),
 }
-#: a type, or a list of one form, or an object of exactly these fields
+#: the form of a manifest; a form is a type, a list of one form, or an object of exactly these fields
 FORM: dict[str, Any] = {
     "format": Length,
     "device": str,

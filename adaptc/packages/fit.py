@@ -1,8 +1,7 @@
-"""An adapter as the constants of a package: padded to their shapes, in their dtypes, on the package's device.
+"""Fit adapters to a package: pad their values to the shapes of its constants, in their dtypes, on its device.
 
-Before: a manifest, and the tensors of its file. After :meth:`Fit.fitted`: a value for every constant that adapters
-fill, or an error and nothing has changed. The compiled code checks no shapes itself and would read past the end of a
-tensor, so all is checked here.
+:meth:`Fit.fitted` gives a value for every constant that adapters fill, or raises and changes nothing. The compiled code
+checks no shapes itself and would read past the end of a tensor, so shapes are checked here.
 """
 
 from __future__ import annotations
@@ -29,18 +28,21 @@ Shape = tuple[tuple[int, ...], torch.dtype]
 
 
 def member_key(place: int, fqn: str) -> str:
-    """The name of a tensor of the file: what no code reads of the adapter at a place of a bank."""
+    """Return the name in the file of a slot that no code reads, of the adapter at a place of a bank."""
     return f"member.{place}.{fqn}"
 
 
 class Fit:
-    """How adapters fit one package. ``tensors``: those of its file; ``path``: the file, for messages."""
+    """The fit of adapters to one package, from its manifest and the ``tensors`` of its file.
+
+    ``path`` is the file, for messages. Raises Refused where a tensor is missing, or of another shape or dtype.
+    """
 
     def __init__(self, manifest: Manifest, tensors: Mapping[str, Tensor], device: torch.device, path: Path) -> None:
         self.manifest, self.device, self.path = manifest, device, path
         shapes = _shapes(manifest, tensors)
         self._unread = frozenset(f for f, room in manifest.rooms.items() if room.unread)
-        #: what the compiled code has constants of
+        #: FQN -> shape and dtype of each constant of the compiled code that adapters fill
         self.shapes = {f: shape for f, shape in shapes.items() if f not in self._unread}
         kept = shapes if manifest.bank is None else self.shapes
         current = {f: tensors.get(f"current.{f}") for f in kept}
@@ -57,7 +59,7 @@ class Fit:
                     raise Refused(f"the tensor {member_key(place, fqn)!r} is of another shape or dtype")
 
     def first(self, owner: object) -> Fitted:
-        """The adapter that the package was made with. Asked for once: it is not kept here."""
+        """Return the adapter that the package was made with. It may be called once: the values are not kept here."""
         m = self.manifest
         present, config = set(m.header["present"]), from_dict(m.header["config"])
         ops = {s.attachment.id: s.op for s in m.sites}
@@ -70,12 +72,12 @@ class Fit:
         return Fitted(**vars(own), constants=constants, owner=owner)
 
     def member(self, place: int) -> dict[str, Tensor]:
-        """What no code reads of an adapter that the package of a bank was made with."""
+        """Return the slots that no code reads, by FQN, of the adapter that a bank was packaged with at ``place``."""
         found = {fqn: self.stored.get(member_key(place, fqn)) for fqn in self._unread}
         return {fqn: value for fqn, value in found.items() if value is not None}
 
     def ranks(self) -> dict[str, int]:
-        """Room for ranks at each site that has one, by the FQN of its parameter."""
+        """Return the largest rank that there is room for at each site with a rank, by the FQN of its parameter."""
         found = {s.attachment.fqn: self.room_for_rank(s) for s in self.manifest.sites}
         return {fqn: rank for fqn, rank in found.items() if rank is not None}
 
@@ -85,7 +87,7 @@ class Fit:
         return s.attachment.method.with_sizes_of(s.op, shapes).rank()
 
     def check_base(self, own: AdapterConfig) -> None:
-        """Refuse adapters whose slots go with a changed base, unless the base is in the file."""
+        """Raise SwapError for an adapter of config ``own`` that changes base weights which the file does not hold."""
         for s in self.manifest.sites:
             a = s.attachment
             if a.method.rebind(own, a).moves_base() and a.fqn not in self.manifest.bases:
@@ -97,17 +99,20 @@ class Fit:
                 )
 
     def fitted(self, binding: Binding, owner: object) -> Fitted:
-        """``binding`` for the compiled code, in memory of its own. Raises SwapError for a rank above the room there is
-        and for a base that is not the package's, CheckpointError for values that do not fit its dtypes."""
+        """Return ``binding`` as the compiled code takes it, in memory of its own.
+
+        Raises SwapError for a rank above the room there is, and for changed base weights that are fixed in the package.
+        Raises CheckpointError for values that are not finite in the package's dtype.
+        """
         out: dict[str, Tensor] = {}
-        # Sites that the adapter has come first: a slot they share with one it has not is theirs.
+        # Sites that the adapter has come first: a slot that they share with a site it lacks gets their value.
         for s in sorted(self.manifest.sites, key=lambda s: s.attachment.id not in binding.methods):
             a = s.attachment
             own = binding.methods.get(a.id)
             specs = {} if own is None else own.slots(s.op)
             for name, fqn in a.slots.items():
                 if fqn in out or (fqn in self._unread and name not in specs):
-                    continue  # who reads the slot sees that the adapter lacks it
+                    continue  # left out: whoever reads an unread slot must see that the adapter lacks it
                 given = binding.values.get(fqn)
                 out[fqn] = self._value(s, name, given if name in specs else None, binding)
             if a.scale_slot is not None:
@@ -128,12 +133,12 @@ class Fit:
         return Fitted(**vars(bare), constants=constants, owner=owner)
 
     def _apart(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Those that the code has constants of, and those that it has none of."""
+        """Return two mappings: the tensors that the code has constants for, and the others."""
         unread = {f: t for f, t in tensors.items() if f in self._unread}
         return {f: t for f, t in tensors.items() if f not in unread}, unread
 
     def nothing(self, like: Binding) -> Binding:
-        """A binding with which every site computes the base."""
+        """Return a binding without an adapter at any site, with the config of ``like``."""
         scales = {s.attachment.scale_slot: s.attachment.method.scale(s.op) for s in self.manifest.sites}
         values = {f: torch.tensor(float(v or 0)) for f, v in scales.items() if f is not None}
         return Binding(values, {}, like.config, source="the base")
@@ -156,7 +161,7 @@ class Fit:
                     f"{binding.source}: {slot!r} at {s.attachment.fqn!r} is not finite in {room.dtype}, the dtype of "
                     "the package; package with a wider adapter dtype"
                 )
-        if room.identity is not None:  # one element in memory
+        if room.identity is not None:  # expanded, so it takes the memory of one element
             return torch.full((), room.identity, dtype=room.dtype, device=self.device).expand(room.shape)
         if f"identity.{fqn}" not in self.stored:
             raise SwapError(
@@ -167,7 +172,7 @@ class Fit:
 
     def _padded(self, s: Site, slot: str, value: Tensor, room: Room, binding: Binding) -> Tensor:
         shape = tuple(value.shape)
-        if shape == room.shape or room.unread:  # that its method has it so was seen when it was bound
+        if shape == room.shape or room.unread:  # binding has checked the shape of an unread slot by its method
             return value
         if room.padding is not None and room.padding.fits(shape, room.shape):
             return room.padding(value, room.shape)
@@ -186,7 +191,10 @@ class Fit:
 
 
 def _shapes(m: Manifest, tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
-    """Of every constant that adapters fill."""
+    """Return FQN -> shape and dtype of each slot, scale and base weight that adapters fill.
+
+    In a bank an axis of adapters comes first. Raises Refused where a base weight is missing in ``tensors``.
+    """
     front = () if m.bank is None else (m.bank["count"],)
     out: dict[str, Shape] = {fqn: ((*front, *room.shape), room.dtype) for fqn, room in m.rooms.items()}
     for fqn in m.bases:

@@ -1,12 +1,13 @@
-"""What a packaged program knows of itself: the manifest inside the ``.pt2`` file, next to the compiled code.
+"""Read and write the manifest of a packaged program, which lies in the ``.pt2`` file beside the compiled code.
 
-Format: records added to the archive AOTInductor writes. ``data/extra/adaptc.json`` is the :class:`Manifest`;
-``data/adaptc/tensors.safetensors`` holds tensors that cannot be read back from compiled code: the adapter it was made
-with, and what follows from the base weights (torch's loader reads everything under ``data/extra`` as text, so they lie
-outside). Beside it are files that are not of the program itself, such as a tokenizer, in ``data/adaptc/carried``.
-torch's own loader ignores all of them. The manifest has the sha256 of every other record, and one of itself: a package
-that was damaged or edited is refused before its code is loaded. That is no signature: who forges a package can forge
-them, and its code runs.
+The format adds records to the archive that AOTInductor writes. ``data/extra/adaptc.json`` is the :class:`Manifest`.
+``data/adaptc/tensors.safetensors`` holds tensors that cannot be read back from compiled code. They are the adapter that
+the package was made with, and tensors made from base weights. They lie outside ``data/extra``, where torch's loader
+reads every record as text. ``data/adaptc/carried`` has files that are not of the program itself, such as a tokenizer.
+torch's own loader ignores all of these records.
+
+The manifest has the sha256 of every other record, and one of itself. So a package that was damaged or edited is refused
+before its code is loaded. That is no signature: whoever forges a package can forge the hashes, and its code runs.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ FORMAT = 4
 MANIFEST = "data/extra/adaptc.json"
 TENSORS = "data/adaptc/tensors.safetensors"
 CARRIED = "data/adaptc/carried/"
-#: the name of the model in a package of one, and what the names of others look like
+#: the name of the model in a package of one model, and the pattern of the names of parts
 WHOLE = "model"
 _MODEL = "[a-z]{1,32}"
 
 _MOST_JSON = 64 << 20
-#: the path of a file that is carried: no part of it begins with a dot
+#: the pattern of the path of a carried file: no part of it begins with a dot
 _FILE = r"\w[\w.\-]*(/\w[\w.\-]*){0,3}"
-# What torch reads of the rest is code alone: programs and weights beside it would be unpickled.
+# The records that a package may have. torch would unpickle programs and weights that lie beside its code.
 _KNOWN = re.compile(
     r"archive_format|archive_version|byteorder|version|\.data/[\w.]+|\.format_version|\.storage_alignment"
     rf"|data/aotinductor/{_MODEL}/[\w.\-]+"
@@ -63,7 +64,7 @@ _KNOWN = re.compile(
 
 @dataclass(frozen=True)
 class Site:
-    """An attachment, its op, and the shape and dtype of the base weight as it is stored."""
+    """A site: its attachment, its op, and the shape and dtype of the base weight as it is stored."""
 
     attachment: Attachment
     op: Op
@@ -73,11 +74,12 @@ class Site:
 
 @dataclass(frozen=True)
 class Room:
-    """A slot of the compiled code.
+    """The room that the compiled code has for one slot.
 
-    ``padding`` None: values must have exactly ``shape``. ``identity``: the value of every element for which the site is
-    the base; None where it follows from the base weight and is stored as a tensor. ``unread``: the code has no such
-    slot, whose values have whatever size their adapter gives them (see ``packages.unread``).
+    Values are padded to ``shape`` by ``padding``; where that is None they must have exactly this shape. Where every
+    element is ``identity``, the site computes the base. None means that no single value does, so a tensor is stored if
+    there is one. ``unread`` says that the code reads no such slot. Then an adapter's values keep their own size (see
+    ``packages.unread``).
     """
 
     shape: tuple[int, ...]
@@ -89,9 +91,12 @@ class Room:
 
 @dataclass(frozen=True)
 class Input:
-    """A flat input. ``order``: axes from the outermost to the innermost in memory, as the code was compiled for.
-    ``written``: whether the code writes to it; ``bounds``: the least and the greatest of its numbers, where the code
-    ends the process for others."""
+    """A flat input: a ``tensor``, or None for an input that was captured as the Python value ``constant``.
+
+    ``order`` has the axes from the outermost to the innermost in memory, as the code was compiled for. ``written``
+    says that the code writes to the input. ``bounds`` are the least and the greatest number that it may hold: for
+    others the code would end the process. None means any number.
+    """
 
     name: str
     tensor: TensorInput | None
@@ -103,8 +108,11 @@ class Input:
 
 @dataclass(frozen=True)
 class PartOf:
-    """A model of the package that is called by itself: the flat inputs that it takes, what it takes for granted of
-    their sizes, as of a whole program, and the names of what it gives."""
+    """A part of the program, a model of the package that is called by itself.
+
+    It has its flat inputs, the ``ranges`` and ``guards`` of their sizes as a whole program has them, and the names of
+    its outputs.
+    """
 
     inputs: Sequence[Input]
     ranges: Mapping[str, tuple[float, float]]
@@ -114,9 +122,13 @@ class PartOf:
 
 @dataclass(frozen=True)
 class Manifest:
-    """``header`` is the program's (``Adaptation.header``); ``bases`` are the base parameters an adapter may replace.
-    ``parts``: name -> one of several models that make up the program, in the order of its outputs; none where it is
-    one."""
+    """The facts of a packaged program that its compiled code does not tell.
+
+    ``header`` is the program's (``Adaptation.header``). ``ranges`` has the least and the greatest value of each free
+    size. ``rooms`` has the room of each slot and scale, by FQN. ``bases`` are the FQNs of base parameters that an
+    adapter may replace. ``parts`` has the models that make up the program, by name and in the order of its outputs; it
+    is empty where the program is one model.
+    """
 
     device: str
     header: Mapping[str, Any]
@@ -125,11 +137,11 @@ class Manifest:
     sites: Sequence[Site] = ()
     rooms: Mapping[str, Room] = field(default_factory=dict)
     bases: Sequence[str] = ()
-    #: what else than ``ranges`` the compiled code takes for granted of sizes
+    #: conditions on sizes that the compiled code relies on, beside ``ranges``
     guards: Sequence[str] = ()
-    #: what computes the base's products, as ``Products.data`` says it
+    #: the kinds of matmul that compute the base, as ``Products.data`` gives them
     products: Sequence[Mapping[str, Any]] = ()
-    #: of a bank: how many adapters there is room for, and the names of those that are in it, by place
+    #: "count", how many adapters a bank has room for, and "names", of those in it, by place; None for no bank
     bank: Mapping[str, Any] | None = None
     parts: Mapping[str, PartOf] = field(default_factory=dict)
     torch: str = torch.__version__
@@ -138,8 +150,10 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Contents:
-    """All that a package holds beside its code. ``carried``: path -> a file of whoever wrote the package, which nothing
-    here reads."""
+    """The contents of a package beside its code.
+
+    ``carried`` maps paths to the bytes of files that whoever wrote the package added, and that nothing here reads.
+    """
 
     manifest: Manifest
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -147,7 +161,7 @@ class Contents:
 
 
 def write(path: Path, contents: Contents) -> None:
-    """Add its records to an archive that AOTInductor wrote."""
+    """Add the records of ``contents`` to an archive that AOTInductor wrote."""
     with opened(path) as archive:
         root, hashes = archive.root, {name: archive.sha256(name) for name in archive.records}
     with zipfile.ZipFile(path, "a") as writer:
@@ -166,13 +180,16 @@ def _digest(plain: Mapping[str, Any]) -> str:
 
 
 def can_carry(name: str) -> bool:
-    """Whether a file may have this path in a package."""
+    """Return whether a carried file may have this path in a package."""
     return re.fullmatch(_FILE, name, re.ASCII) is not None
 
 
 def read(path: Path) -> Contents:
-    """Every record was compared with its hash. Raises CheckpointError for files that are missing, damaged or of another
-    kind, BackendError for a package that holds compiled code but no manifest."""
+    """Return the contents of a package, after comparing every record with its hash.
+
+    Raises CheckpointError for files that are missing, damaged or of another kind. Raises BackendError for a package
+    that holds compiled code but no manifest.
+    """
     if not path.is_file():
         raise CheckpointError(f"there is no file {shown_path(path)}")
     with refusing(path), opened(path) as archive:
@@ -180,9 +197,9 @@ def read(path: Path) -> Contents:
 
 
 def is_package(path: Path) -> bool:
-    """Whether a file has compiled code in it, as far as its table of contents tells: no promise that it is whole."""
+    """Return whether a file has compiled code in it, as far as its table of contents tells; it may be damaged."""
     try:
-        if not path.is_file():  # a pipe would be waited for
+        if not path.is_file():  # reading a pipe would wait for ever
             return False
         with zipfile.ZipFile(path) as archive:
             return any("/data/aotinductor/" in name for name in archive.namelist())
@@ -192,7 +209,7 @@ def is_package(path: Path) -> bool:
 
 @contextmanager
 def refusing(path: Path) -> Iterator[None]:
-    """Whatever goes wrong with a file is a CheckpointError that names it."""
+    """Run the block with every error turned into a CheckpointError that names the file, BackendError excepted."""
     try:
         yield
     except (CheckpointError, BackendError):
@@ -207,7 +224,7 @@ def refusing(path: Path) -> Iterator[None]:
 def _read(path: Path, archive: Archive) -> Contents:
     if MANIFEST not in archive.records:
         raise _no_manifest(path, list(archive.records))
-    data = loads(archive.read(MANIFEST, _MOST_JSON), infinite=True)  # inputs that are constants may be
+    data = loads(archive.read(MANIFEST, _MOST_JSON), infinite=True)  # an input may be the constant inf
     if not isinstance(data, dict) or "format" not in data:
         raise Refused("its manifest has no format number")
     if data["format"] != FORMAT:
@@ -232,7 +249,10 @@ def _read(path: Path, archive: Archive) -> Contents:
 
 
 def _check_sites(manifest: Manifest) -> None:
-    """The parts fit one another: options that are no numbers give slots without sizes, and each slot has its room."""
+    """Raise Refused where sites, rooms, bank and header of a manifest do not fit one another.
+
+    A forged option that is no number, for example, gives slots without sizes.
+    """
     for s in manifest.sites:
         a = s.attachment
         slots = a.method.slots(s.op)
@@ -251,7 +271,7 @@ def _check_sites(manifest: Manifest) -> None:
 
 
 def _check_parts(manifest: Manifest, records: Iterable[str]) -> None:
-    """The code is that of the parts, which take inputs of the whole."""
+    """Raise Refused where the archive has code of other models than the parts, or a part has an unknown input."""
     code = {name: name.split("/")[2] for name in records if name.startswith("data/aotinductor/")}
     wanted = set(manifest.parts) or {WHOLE}
     if strange := sorted(name for name, model in code.items() if model not in wanted):
@@ -287,7 +307,7 @@ def _no_manifest(path: Path, names: Sequence[str]) -> BackendError | CheckpointE
 
 
 def _data(m: Manifest) -> dict[str, Any]:
-    """A manifest as plain JSON values; :func:`_manifest` is the inverse."""
+    """Return a manifest as plain JSON values; :func:`_manifest` is the inverse."""
     plain = {f.name: getattr(m, f.name) for f in dataclasses.fields(m)}
     return plain | {
         **_called_data(m),
@@ -307,7 +327,7 @@ def _called_data(m: PartOf | Manifest) -> dict[str, Any]:
 
 
 def _room_data(room: Room) -> dict[str, Any]:
-    """Files without slots that are unread say nothing of them, as all did before there were any."""
+    """Return a room as plain JSON values. ``unread`` is written only where it is True, so older files stay the same."""
     plain = _strings(dataclasses.asdict(room))
     return plain if room.unread else {k: v for k, v in plain.items() if k != "unread"}
 
@@ -345,14 +365,14 @@ def _manifest(data: Mapping[str, Any]) -> Manifest:
 
 
 def _called(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known of the inputs of a model."""
+    """Return the inputs, ranges and guards of a model, from its entry in a manifest."""
     ranges = {k: (-inf if low is None else low, inf if up is None else up) for k, (low, up) in data["ranges"].items()}
     return {"inputs": [_input(i) for i in data["inputs"]], "ranges": ranges, "guards": data.get("guards", ())}
 
 
 def _input(data: Mapping[str, Any]) -> Input:
     t = data["tensor"]
-    # torch has some numbers as expressions, too: of a size that turned out to be fixed.
+    # torch writes some fixed sizes as expressions, where tracing found out late that they are fixed.
     shape = [] if t is None else [int(n) if isinstance(n, str) and n.isdecimal() else n for n in t["shape"]]
     tensor = None if t is None else TensorInput(_dtype(t["dtype"]), tuple(shape))
     bounds = None if data.get("bounds") is None else (int(data["bounds"][0]), int(data["bounds"][1]))

@@ -1,4 +1,4 @@
-"""What a package is: its file, its adapter and the room for others, and the inputs it takes."""
+"""Report on a package: its file, its adapter, the room for other adapters, and the inputs it takes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,12 @@ from adaptc.tables import Column, Report, Table, collapse, dtype_name, plain, si
 
 @dataclass(frozen=True)
 class PackageSite:
-    """A parameter whose adapter can be swapped. ``rank``: of the current adapter, None where its method has none or
-    ``present`` is False: the adapter leaves the site at the base. ``room``: the largest rank another may have."""
+    """A parameter whose adapter can be swapped.
+
+    ``present`` is False where the current adapter leaves the site at the base. ``rank`` is that of the current adapter,
+    None where its method has no rank or where ``present`` is False. ``room`` is the largest rank that another adapter
+    may have, None for a method without a rank.
+    """
 
     fqn: str
     kind: str
@@ -35,8 +39,11 @@ class PackageSite:
 
 @dataclass(frozen=True)
 class PackageInput:
-    """A flat input. A size that may differ from call to call has a name. ``dtype`` None: it was captured as
-    ``constant``, and must be that."""
+    """A flat input of a package.
+
+    A size that may differ from call to call is given by its name. ``dtype`` is None for an input that was captured as
+    the Python value ``constant``; calls must give that value.
+    """
 
     name: str
     dtype: torch.dtype | None
@@ -46,9 +53,12 @@ class PackageInput:
 
 @dataclass(frozen=True, repr=False)
 class PackageReport(Report):
-    """``nbytes`` of the file; ``torch``: the version that compiled it. ``adapter``: where the current one came from, ''
-    where there are no sites. ``ranges``: name of a size -> the least and the greatest it may be. ``products``: what
-    computes those of the base's linear layers, and why, chosen on the machine that made it."""
+    """A report on a package, as text, tables and data.
+
+    ``nbytes`` is the size of the file, ``torch`` the version that compiled it. ``adapter`` says where the current
+    adapter came from, '' where there are no sites. ``ranges`` maps the name of a size to the least and the greatest
+    it may be. ``products`` says what computes the base's linear layers, and why, as chosen where the package was made.
+    """
 
     path: Path
     device: str
@@ -60,22 +70,24 @@ class PackageReport(Report):
     inputs: tuple[PackageInput, ...]
     ranges: Mapping[str, tuple[float, float]]
     products: tuple[Mapping[str, Any], ...] = ()
-    #: of what generates with it
+    #: lines on the files that the package carries, as those for generation
     notes: tuple[str, ...] = ()
-    #: how the adapter is scaled, in words
+    #: the scaling of the adapter, in words; '' for none
     strength: str = ""
 
     @classmethod
     def of(cls, package: PackagedProgram) -> PackageReport:
-        """The report of a package as it is now."""
+        """Return the report of a package as it is now."""
         return cls._made(package.path, package.manifest, package.current, package.ranks)
 
     @classmethod
     def read(
         cls, path: str | os.PathLike[str], notes: Callable[[Contents], Sequence[str]] | None = None
     ) -> PackageReport:
-        """The report of a file, with the adapter it was packaged with; none of its code is loaded. ``notes``: of what
-        it carries. Raises as ``adaptc.load_package`` does."""
+        """Return the report of a file, with the adapter it was packaged with; none of its code is loaded.
+
+        ``notes`` gives lines on what the file carries. Errors are those of ``adaptc.load_package``.
+        """
         file = Path(path)
         contents = _package_file.read(file)
         manifest = contents.manifest
@@ -114,7 +126,7 @@ class PackageReport(Report):
         )
 
     def parts(self) -> list[str | Table]:
-        """Layers that differ in their number alone share a row."""
+        """Return the lines and tables of the report; layers that differ in their number alone share a row."""
         head = f"package {self.path}: {size(self.nbytes)}, compiled by torch {self.torch} for {self.device}"
         if not self.sites:
             adapter = "no adapter: it was packaged from a merged or unloaded program"
@@ -127,9 +139,12 @@ class PackageReport(Report):
         return ["\n".join([head, adapter, *chosen, *self.notes]), self._sites(), self._inputs(), self._ranges()]
 
     def data(self) -> dict[str, Any]:
-        """``path``, ``device``, ``torch``, ``bytes``, ``adapter``, ``peft_type``, ``strength``, ``sites`` and
-        ``inputs`` (one dict each), ``ranges`` (size -> least and greatest, None for any), ``products`` (one dict for
-        each line), ``notes`` (lines)."""
+        """Return the report as plain values.
+
+        The keys are ``path``, ``device``, ``torch``, ``bytes``, ``adapter``, ``peft_type``, ``strength``, ``sites``,
+        ``inputs``, ``ranges``, ``products`` and ``notes``. ``sites``, ``inputs`` and ``products`` are lists of dicts.
+        ``ranges`` maps a size to its least and greatest value, None for any. ``notes`` has lines.
+        """
         return {
             "path": str(self.path),
             "device": self.device,

@@ -1,7 +1,7 @@
 """Run a packaged program, swap its adapter, and bind others beside it.
 
-Before: a file that ``adaptc.package`` wrote. After a swap: calls compute the new adapter, padded to the slots of the
-compiled code, or, when the adapter was refused, nothing has changed. What calls read is one value, replaced as a whole.
+After a swap, calls compute the new adapter, padded to the slots of the compiled code. A refused adapter changes
+nothing. Calls read their adapter from one attribute, which a swap replaces as a whole.
 
 Private torch use, with the public route that was tried:
 - ``loader`` of the loaded package: calling the package itself parses its tree specs anew each time.
@@ -53,7 +53,7 @@ from adaptc.value_types import checked
 
 
 class BoundPackage(Keeping):
-    """One adapter bound to a package, made by :meth:`PackagedProgram.bind`: it keeps it, whatever is swapped."""
+    """A callable that runs a package with one adapter, whatever is swapped; :meth:`PackagedProgram.bind` makes it."""
 
     form, why = "apply", "the form that the package was compiled in"
     binding: Fitted
@@ -63,7 +63,7 @@ class BoundPackage(Keeping):
 
     @property
     def program(self) -> PackagedProgram:
-        """What it is bound to."""
+        """Return the package that the adapter is bound to."""
         return self.package
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -71,7 +71,7 @@ class BoundPackage(Keeping):
         return self.package.run(self.binding, args, kwargs)
 
     def parts(self, scale: Any = None) -> dict[str, Part]:
-        """Those of the package, with this adapter. ``scale`` as for :meth:`pinned`."""
+        """Return the parts of the package with this adapter, by name. Raises ConfigError for a ``scale``."""
         self._keeps(scale)
         return self.package.parts_with(self.binding)
 
@@ -81,7 +81,7 @@ class BoundPackage(Keeping):
 
     @property
     def held(self) -> Held:
-        """The memory of its values."""
+        """Return the memory of the adapter's values."""
         return Held(len(self.binding.constants), self.binding.nbytes)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -96,21 +96,21 @@ class BoundPackage(Keeping):
 
 
 class PackagedProgram:
-    """A file written by ``adaptc.package``: call it like the program it was made from, ``swap`` its adapter, ``bind``
-    others beside it.
+    """A program in a file written by ``adaptc.package``: call it like the program it was made from, ``swap`` its
+    adapter, ``bind`` others beside it.
 
-    Any thread may call, swap and bind at any time, and each result is all of one adapter. Calls take turns, since the
-    code has one set of constants. A call whose adapter is not the one that ran last first copies it into the code:
-    padded to the room there is for ranks, one pass over its bytes.
+    Any thread may call, swap and bind at any time, and each result is that of one adapter alone. Calls take turns,
+    since the code has one set of constants. A call whose adapter is not the one that ran last first copies it into the
+    code. It is padded to the room there is for ranks, so this is one pass over its bytes.
 
-    A package is machine code, which runs as it is loaded: load only those whose author you trust. What is checked
-    first, by the hashes in its manifest, is that the file is as it was written.
+    A package is machine code, which runs as it is loaded: load only packages whose author you trust. The hashes in its
+    manifest are checked first; they say only that the file is as it was written.
 
-    Raises CheckpointError when the file is missing, damaged, changed or of another kind, BackendError when it was
-    packaged without adaptc or its code does not run on this machine.
+    Raises CheckpointError when the file is missing, damaged, changed or of another kind. Raises BackendError when it
+    was packaged without adaptc, or when its code does not run on this machine.
 
-    ``understood``: what the files that it carries mean, made before any code is loaded; whatever it raises says that
-    the package is damaged. None where it gives None.
+    ``understand`` reads the contents of the file, such as the files that it carries, before any code is loaded. Its
+    result is ``understood``, None without it. What it raises becomes a CheckpointError, unless it is a BackendError.
     """
 
     def __init__(self, path: Path | str, understand: Callable[[Contents], Any] | None = None) -> None:
@@ -118,9 +118,9 @@ class PackagedProgram:
         contents = _package_file.read(self.path)
         m = contents.manifest
         self.manifest = m
-        # Where only an adapter's own version of the base was known, no other adapter may be bound to it.
+        # The base is known only as the packaged adapter changed it there, so no other adapter may be bound to it.
         residual = [fqn for fqn in m.header.get("residual", ()) if fqn not in m.bases]
-        with _package_file.refusing(self.path):  # all that the manifest says, before any code is loaded
+        with _package_file.refusing(self.path):  # the whole manifest is understood before any code is loaded
             self.device = torch.device(m.device)
             self.adaptation = Adaptation([s.attachment for s in m.sites], fills=m.header["fills"], residual=residual)
             self.ops = {s.attachment.id: s.op for s in m.sites}
@@ -161,13 +161,13 @@ class PackagedProgram:
         )
 
     def _load(self) -> Mapping[str, Any]:
-        """Each model that was compiled, by its name."""
+        """Return each compiled model of the file, by its name."""
         from torch._inductor import aoti_load_package
         from torch.export.pt2_archive._package import load_pt2
 
         try:
             with on_graphs(), tempfile.TemporaryDirectory() as folder:
-                # torch takes a name of UTF-8 alone, which a folder above the file may not have.
+                # torch takes UTF-8 paths alone, and a folder above the file may have another name.
                 link = Path(folder, "package.pt2")
                 link.symlink_to(self.path.absolute())
                 if self.manifest.parts:
@@ -183,18 +183,21 @@ class PackagedProgram:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """The largest rank an adapter may have at each site that has one, by the FQN of the site's parameter."""
+        """Return the largest rank that an adapter may have at each site with a rank, by the FQN of its parameter."""
         return self._fit.ranks()
 
     @property
     def current(self) -> Fitted | None:
-        """The current adapter; None where there are no sites."""
+        """Return the current adapter; None where there are no sites."""
         return self._now
 
     @property
     def binding(self) -> Fitted:
-        """The current adapter, which ``swap`` and ``bind`` of this package take back. Its config and methods can be
-        read; its values are in the form that the compiled code takes."""
+        """Return the current adapter, which ``swap`` and ``bind`` of this package take back.
+
+        Its config and methods can be read; its values are in the form that the compiled code takes. Raises AdaptcError
+        where there are no sites.
+        """
         now = self._now
         if now is None:
             raise AdaptcError(f"{self.path} has no adapter; it was packaged from a merged or unloaded program")
@@ -202,15 +205,19 @@ class PackagedProgram:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the current adapter; inputs and output type are those of the program that was packaged.
-        ``adapter_scale``: a factor as for :meth:`set_scale`, for this call alone."""
+
+        ``adapter_scale`` is a factor as for :meth:`set_scale`, for this call alone.
+        """
         now = self._now
         if SCALE in kwargs and SCALE not in self.inputs.names:
             now = self._scaled(kwargs.pop(SCALE))
         return self.run(now, args, kwargs)
 
     def pinned(self, scale: Any = None) -> Callable[..., Any]:
-        """A callable that keeps the adapter that is current now, for calls that belong together. ``scale``: as
-        ``adapter_scale`` of calls."""
+        """Return a callable that keeps the adapter that is current now, for calls that belong together.
+
+        ``scale`` is as ``adapter_scale`` of calls.
+        """
         now = self._scaled(scale)
         return partial(_run, self, None) if now is None else BoundPackage(self, now)
 
@@ -219,13 +226,15 @@ class PackagedProgram:
             return self._now if scale is None else scaled(self.spec(), self._adapted(), scale)
 
     def set_scale(self, scale: float, adapter: str | None = None, modules: str | Iterable[str] | None = None) -> None:
-        """Multiply the scale that the current adapter was made with, as :meth:`AdaptedProgram.set_scale` does, whose
-        options and errors it has."""
+        """Multiply the scale that the current adapter was made with by ``scale``.
+
+        Options and errors are those of :meth:`AdaptedProgram.set_scale`.
+        """
         with self._setting, plainly():
             self._now = scaled(self.spec(), self._adapted(), scale, adapter, modules)
 
     def run(self, adapter: Fitted | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The same with an adapter of this package."""
+        """Return the outputs with ``adapter``, which was fitted to this package; None for a package without sites."""
         if not self.manifest.parts:
             return self._codes[WHOLE].run(adapter, args, kwargs)
         given = {i.name: v for i, v in zip(self.manifest.inputs, self.inputs(args, kwargs), strict=True)}
@@ -235,12 +244,15 @@ class PackagedProgram:
         return out
 
     def parts(self, scale: Any = None) -> dict[str, Part]:
-        """Its parts, each with the adapter that is current now, for calls of one at a time. Nothing for a package that
-        is called as a whole. ``scale``: as ``adapter_scale`` of calls."""
+        """Return the parts of the program by name, each with the adapter that is current now.
+
+        Each part is called by itself. A package that is called as a whole has none. ``scale`` is as ``adapter_scale``
+        of calls.
+        """
         return self.parts_with(self._scaled(scale))
 
     def parts_with(self, adapter: Fitted | None) -> dict[str, Part]:
-        """The same with an adapter of this package."""
+        """Return the parts of the program by name, each with ``adapter``, which was fitted to this package."""
         if not self.manifest.parts:
             return {}
         return {
@@ -258,13 +270,14 @@ class PackagedProgram:
         component: str | None = None,
         scale: float | Mapping[str, float] | None = None,
     ) -> SwapReport:
-        """Make ``adapter`` the current one; arguments and report are those of ``adaptc.swap``. The names of modules
-        that a package knows are those of its sites.
+        """Make ``adapter`` the current one; arguments and report are those of ``adaptc.swap``.
 
-        Sites of which the adapter has no tensors become the base. Nothing waits for it, and calls that have begun
-        finish with the adapter they began with. Raises SwapError for an adapter of too large a rank, for one that needs
-        other sites, and for one that changes the base weights (PiSSA, OLoRA), and CheckpointError for damaged files,
-        wrong shapes and values that are not finite; the current adapter then stays.
+        A package knows the names of its sites' modules only. Sites for which the adapter has no tensors become the
+        base. No call waits for a swap, and calls that have begun finish with the adapter they began with.
+
+        Raises SwapError for an adapter of too large a rank, for one that needs other sites, and for one that changes
+        base weights (PiSSA, OLoRA). Raises CheckpointError for damaged files, wrong shapes and values that are not
+        finite. The current adapter stays where an error is raised.
         """
         start = time.perf_counter()
         new = self._fitted(adapter, config, adapter_name, key_mapping, component, scale)
@@ -285,12 +298,12 @@ class PackagedProgram:
         form: str = "apply",
         memory_limit: int | None = None,
     ) -> BoundPackage:
-        """A callable that keeps this adapter, whatever the package is swapped to, and can be used from any thread.
+        """Return a callable that keeps this adapter, whatever the package is swapped to; any thread may use it.
 
-        Arguments and errors are those of :meth:`swap`; None gives the base, as :attr:`base` has it. It holds the
-        adapter's values, padded to the room there is, and shares the code and the base. ``form`` and ``memory_limit``
-        are for programs: compiled code has the one form that it was packaged in, which "apply" and "auto" give;
-        ConfigError for "weight".
+        Arguments and errors are those of :meth:`swap`; None gives the base, as :attr:`base` has it. The callable holds
+        the adapter's values, padded to the room there is, and shares the code and the base. ``form`` and
+        ``memory_limit`` exist for programs. Compiled code has the one form that it was packaged in, which "apply" and
+        "auto" give; "weight" raises ConfigError.
         """
         check_limit(memory_limit, "memory_limit")
         if form not in ("apply", "auto"):
@@ -306,8 +319,10 @@ class PackagedProgram:
 
     @property
     def base(self) -> BoundPackage:
-        """The package with no adapter at any site, beside the current one. Raises SwapError where it holds the base as
-        its own adapter changed it alone, and where it has no sites."""
+        """Return a callable with no adapter at any site, which leaves the current adapter as it is.
+
+        Raises SwapError where the package holds the base only as its own adapter changed it, and where it has no sites.
+        """
         now = self._adapted()
         if lost := list(self.adaptation.residual):
             raise SwapError(
@@ -331,11 +346,11 @@ class PackagedProgram:
         return self._fitted(adapter, config, adapter_name, key_mapping, component, scale)
 
     def member(self, place: int) -> Fitted:
-        """Of the package of a bank: an adapter that it was made with, whose values are in the code at this place."""
+        """Return an adapter that the package of a bank was made with; the code has its values at this place."""
         return replace(self.binding, values=self._fit.member(place), constants={}, source=str(self.path))
 
     def write(self, place: int, values: Mapping[str, Tensor]) -> None:
-        """Of the package of a bank: put the values of one adapter at its place, in all code."""
+        """Write the values of one adapter at its place in the package of a bank, in the code of every part."""
         for code in self._codes.values():
             code.constants.write(place, values)
 
@@ -353,14 +368,14 @@ class PackagedProgram:
         now = self._adapted()
         held = getattr(adapter, "binding", None)
         if isinstance(held, Fitted):
-            adapter = held  # for which the package stands, or what is bound to it
+            adapter = held  # a package, or a callable bound to one, stands for its adapter
         if isinstance(adapter, Fitted):
             if adapter.owner is not self._owner:
                 raise SwapError(
                     f"the binding of {adapter.source!r} belongs to another package; bind the adapter's own files here"
                 )
             return adapter if scale is None else scaled(self.spec(), adapter, scale)
-        if isinstance(adapter, (str, PathLike)):  # once, so that what is checked is what is bound
+        if isinstance(adapter, (str, PathLike)):  # read once, so that the files that are checked are those bound
             adapter = read_whole(adapter, adapter_name=adapter_name, key_mapping=key_mapping)
             adapter_name = key_mapping = None
         if isinstance(adapter, RawFile):
@@ -371,7 +386,7 @@ class PackagedProgram:
             self._check_base(adapter, config, now)
         options: dict[str, Any] = {"config": config, "adapter_name": adapter_name, "key_mapping": key_mapping}
         options |= {"component": component, "scale": scale}
-        binding = as_binding(self, adapter, own=False, **options)  # what is fitted is copied
+        binding = as_binding(self, adapter, own=False, **options)  # not a copy: fitting copies
         return self._fit.fitted(binding, self._owner)
 
     def _adapted(self) -> Fitted:
@@ -390,10 +405,10 @@ class PackagedProgram:
             self._fit.check_base(now.config)
         elif isinstance(adapter, AdapterFile):
             self._fit.check_base(from_dict(adapter.config))
-        # else it is no adapter, which binding it says
+        # Anything else is no adapter, and ``as_binding`` raises for it.
 
     def spec(self, trainable: bool = False) -> BindingSpec:
-        """What ``adaptc.binding`` fills. Base weights that are not in the file are NaN, and so is all made of them."""
+        """Return what a binding must fill. Base weights that are not in the file are NaN (0 where not floating)."""
         weights: dict[str, Tensor] = {}
         for s in self.manifest.sites:
             fqn = s.attachment.fqn

@@ -1,7 +1,7 @@
-"""Factors on the scales of an adapter that a package holds.
+"""Multiply the scales of an adapter that a package holds.
 
-Before: an adapter as the constants of compiled code, and what its methods say of its scales. After: another one, of
-which the scales alone are new tensors; whatever is refused changes nothing.
+The result shares all tensors with the adapter it was made from, except for the scales. Whatever is refused changes
+nothing.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from adaptc.packages.constants import Fitted
 def scaled(
     spec: BindingSpec, fitted: Fitted, scale: Any, adapter: str | None = None, modules: Modules = None
 ) -> Fitted:
-    """``fitted`` with a factor on its scale, or the one that a mapping has for its name; as ``set_scale`` of programs
-    in all else. Raises ConfigError as that does."""
+    """Return ``fitted`` with its original scale multiplied by ``scale``.
+
+    ``scale`` is a factor, or factors by adapter name; a name that a mapping lacks counts as 1. ``adapter`` and
+    ``modules``, and the errors, are those of ``AdaptedProgram.set_scale``.
+    """
     names = list(scale) if isinstance(scale, Mapping) else [] if adapter is None else [adapter]
     check_names(fitted, names)
     if isinstance(scale, Mapping):

@@ -1,7 +1,7 @@
-"""What a program in C++ must know to fill a package's slots: a small table of text in the metadata of the package.
+"""Write the table of slots by which a C++ program can fill them: a short text in the metadata of a package.
 
 ``AOTIModelPackageLoader::get_metadata()`` gives it under the name :data:`ENTRY`. Lines end with a newline and have
-fields with tabs between them, ``-`` where there is nothing to say:
+fields with tabs between them, ``-`` where a field is empty:
 
     adaptc_slots  1
     input     name  dtype  sizes  axes         a size that may differ has a name; axes from the outermost in memory
@@ -10,12 +10,12 @@ fields with tabs between them, ``-`` where there is nothing to say:
     slot      key   constant  dtype  sizes  padded  blocks  fill  identity
     closed    fqn   why                        a site whose slots are not what files hold; load it with adaptc
 
-A ``slot`` belongs to the site above it. ``key``: in PEFT's files, without ``base_model.model.``. ``padded``: the axes
-that may be shorter in a file. Such an axis is ``blocks`` blocks of equal size, and each gets ``fill`` at its end.
-``identity``: the value of every element with which the site computes the base, for adapters that lack it. Lists have
-commas between their numbers. examples/cpp reads it.
+A ``slot`` belongs to the site above it. ``key`` is its key in PEFT's files, without ``base_model.model.``. ``padded``
+has the axes that may be shorter in a file. Such an axis is ``blocks`` blocks of equal size, and each gets ``fill`` at
+its end. Where every element has the value ``identity``, the site computes the base: it fills the slots of adapters that
+lack the site. Lists have commas between their numbers. examples/cpp reads the table.
 
-Before: a manifest. After: text that says all of it that is needed for methods whose slots are the files' own tensors.
+The table is enough for methods whose slots are the files' own tensors. Sites of other methods are ``closed``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ VERSION = 1
 
 
 def slot_table(m: Manifest) -> str:
-    """The table of a package. A tab or a newline in a name is written as an escape, which then fits no constant."""
+    """Return the table of a package. A tab or newline in a name is escaped, so that name fits no constant."""
     lines = [(ENTRY, VERSION), *map(_input, m.inputs)]
     seen: set[str] = set()
     for s in m.sites:
@@ -68,7 +68,7 @@ def _room(r: Room, free: Iterable[int]) -> tuple[Any, ...]:
 
 
 def _closed(s: Site, m: Manifest) -> str:
-    """Why files do not hold the slots of a site as they are; '' where they do."""
+    """Return why a file's tensors cannot be copied to the slots of a site as they are; '' where they can."""
     a = s.attachment
     if not passes_through(a.method, s.op):
         return f"the method {a.method.name} makes slots of what files hold"

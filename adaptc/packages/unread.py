@@ -1,9 +1,8 @@
-"""Slots that no code of a package reads: what a cache begins with, and the tokens by which an adapter is invoked.
+"""Find and remove the slots that no code of a package reads.
 
-Who makes a cache, or the coefficients of a step, reads them instead. So they lie beside the code, of any size that
-their method has for them, and what a program computed of them is left out of it.
-
-Before: a program with its slots. After :func:`take_out`: the same without those that nothing follows from.
+They are KV prefixes and prompts that a cache begins with, and the tokens that invoke an adapter. Whoever makes a cache,
+or the coefficients of a step, reads them instead. So they lie beside the code, in any size that their method allows,
+and the program has no input for them.
 """
 
 from __future__ import annotations
@@ -17,16 +16,19 @@ from adaptc.passes.ir.lifted import Lifted
 
 
 def unread(program: ExportedProgram, fqns: Iterable[str]) -> frozenset[str]:
-    """Those of these slots that nothing which a call gives, or writes, follows from. The program is as it was."""
+    """Return the slots in ``fqns`` whose values affect neither an output nor a tensor that a call writes to.
+
+    The program is not changed.
+    """
     lifted = Lifted(program)
     sweep(lifted.graph)
     return frozenset(f for f in fqns if not lifted.placeholders[f].users)
 
 
 def take_out(lifted: Lifted, fqns: Collection[str]) -> None:
-    """Erase them, and whatever is not needed, from an opened program."""
+    """Erase the slots ``fqns``, and all nodes without effect, from an opened program."""
     if fqns:
         sweep(lifted.graph)
     for fqn in fqns:
-        if fqn in lifted.placeholders:  # else it had another name, which went with it
+        if fqn in lifted.placeholders:  # a tied slot goes with the first of its names
             lifted.remove(fqn)

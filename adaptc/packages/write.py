@@ -1,8 +1,8 @@
-"""Programs compiled ahead of time into one file whose adapters can still be swapped.
+"""Compile a program ahead of time into one file whose adapters can still be swapped.
 
 :func:`package_program` compiles with AOTInductor and keeps every slot as a named constant of a fixed shape. Slots are
-padded to a capacity, so that adapters of any rank up to it fit. The file needs neither the model nor adaptc to run with
-the adapter it was packaged with (``torch._inductor.aoti_load_package``); ``packages.run`` runs it and swaps.
+padded to a capacity, so that adapters of any rank up to it fit. With the adapter it was packaged with, the file needs
+neither the model nor adaptc to run (``torch._inductor.aoti_load_package``). ``packages.run`` runs it and swaps.
 """
 
 from __future__ import annotations
@@ -61,22 +61,24 @@ def package_program(
     carried: Mapping[str, bytes] | None = None,
     parts: Mapping[str, Sequence[str]] | None = None,
 ) -> Path:
-    """Compile ``program``, with its current adapter, into the file ``path`` (``.pt2``); returns ``path``.
+    """Compile ``program``, with its current adapter, into the file ``path`` (``.pt2``) and return ``path``.
 
-    ``max_rank`` is the largest rank that later swaps may have, at every site; by default each site keeps the larger of
-    its current rank and the one it was compiled with. Larger slots cost memory and time. ``carried``: path
-    -> a file that lies in the package, and that only who put it there reads. ``parts``: name -> outputs of one of
-    several parts, which share no computation and together are the program: each is a model of its own in the file. The
-    names are of small letters. ``program`` is not changed. A merged or unloaded program gives a package without slots.
-    The file is machine code, which runs when somebody loads it: it is for those who trust you.
+    ``max_rank`` is the largest rank that later swaps may have, at every site. By default each site keeps the larger of
+    its current rank and the one it was compiled with. Larger slots cost memory and time. ``carried`` maps paths in the
+    package to the bytes of files that adaptc does not read. ``parts`` divides the program into parts that share no
+    computation: it maps the name of each, in small letters, to its outputs. Each is a model of its own in the file.
 
-    ``products``: "measured" has oneDNN compute those float32 layers of the base that it computes faster on this machine
-    (the report of the package says which, and why), which is right on others too, if not the fastest there; "plain"
-    leaves them all to torch, as ``ADAPTC_PRODUCTS=plain`` does.
+    ``program`` is not changed. A merged or unloaded program gives a package without slots. The file is machine code,
+    which runs when somebody loads it: it is for those who trust you.
 
-    Raises ConfigError for a ``max_rank`` that is too small or cannot be had, and other values of ``products``,
-    BackendError where it cannot be compiled (no C++ compiler, for one), CheckpointError where the file cannot be
-    written; ``path`` is then as it was.
+    ``products`` says what computes the base's float32 layers. With "measured", oneDNN computes those that it computes
+    faster on this machine; the report of the package says which, and why. That is right on other machines too, if not
+    the fastest there. "plain" leaves them all to torch, as ``ADAPTC_PRODUCTS=plain`` does.
+
+    Raises ConfigError for a ``max_rank`` that is too small or cannot be had, and for other values of ``products``. It
+    raises ConfigError, too, for a program whose adapter is off or one of several. Raises BackendError where the program
+    cannot be compiled, as without a C++ compiler. Raises CheckpointError where the file cannot be written. ``path`` is
+    then as it was.
     """
     if not isinstance(program, AdaptedProgram):
         raise ConfigError(f"package takes what adaptc.compile or adaptc.load gives, not a {type(program).__name__}")
@@ -103,7 +105,7 @@ def package_program(
 
 
 def check_target(path: Path, max_rank: int | None, products: str) -> None:
-    """Raises CheckpointError for a place where no package can be, and ConfigError for options that are none."""
+    """Raise CheckpointError for a path where no package can be written, ConfigError for options of other values."""
     if path.suffix != ".pt2" or not path.parent.is_dir():
         raise CheckpointError(f"cannot package to {path}: the name must end in .pt2 and its directory must exist")
     if max_rank is not None and (not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < 1):
@@ -119,12 +121,16 @@ def write_package(
     tensors: Mapping[str, Tensor],
     carried: Mapping[str, bytes],
 ) -> Path:
-    """Compile programs, and put what is known of them beside the code; ``path`` is as it was where that fails."""
+    """Compile programs and write a package of them to ``path``, which is as it was where that fails.
+
+    The manifest, ``tensors`` and the files ``carried`` lie beside the code. Raises CheckpointError where the file
+    cannot be written.
+    """
     tables: dict[str, dict[str, str]] = {name: {} for name in models}
-    if manifest.bank is None:  # the table is of one adapter
+    if manifest.bank is None:  # the table describes the slots of a single adapter
         tables = {n: {ENTRY: slot_table(_seen_from(m, n, manifest))} for n, m in models.items()}
     try:
-        # Beside the target: there must be room for it here anyway.
+        # Both lie beside the target, on a disk that must have room for the package anyway.
         with replacing(path, "new.pt2") as new, code_folder(new) as code:
             compiled(models, code, new, tables)
             with stage(f"writing the package {path.name}"):
@@ -135,7 +141,11 @@ def write_package(
 
 
 class Packer:
-    """What goes into one package: a program with padded slots, its manifest, and tensors made of base weights."""
+    """The contents of one package in the making: a program with padded slots, its manifest, and its tensors.
+
+    ``rooms`` maps the FQN of a slot to its room in the compiled code, and ``values`` to its padded value. ``tensors``
+    are those of the file: the current adapter, base weights that adapters replace, and identity values.
+    """
 
     def __init__(self, program: ProgramCore, max_rank: int | None, products: str) -> None:
         self.program, self.max_rank, self.products = program, max_rank, products
@@ -157,7 +167,7 @@ class Packer:
         binding, program, adaptation = self.binding, self.program, self.program.adaptation
         bases = [] if binding is None else list(binding.base)
         self.tensors |= {f"base.{fqn}": self.program.base_tensors[fqn] for fqn in bases}
-        # Calls of other adapters write over it, and it must come back.
+        # Calls with other adapters write over the code's constants, and the current adapter must come back.
         current = {} if binding is None else {**self.values, **binding.base}
         self.tensors |= {f"current.{fqn}": value for fqn, value in current.items()}
         inputs = adaptation.inputs(program)
@@ -167,7 +177,7 @@ class Packer:
             header = adaptation.header(binding)
         sites = [Site(a, program.ops[a.id], tuple(w.shape), w.dtype) for a in self.attachments for w in [self.base(a)]]
         flat, guards = self.inputs(program, inputs), list(inputs.guards)
-        # The number of tokens that adapters put in front is that of the package.
+        # Virtual tokens are as many as in the packaged adapter, so they shorten what a caller may give.
         longer = Lengths.of(program.graph, self.attachments).in_binding(self.values)
         ranges = {s: (low, high - longer.get(s, 0)) for s, (low, high) in inputs.ranges.items()}
         frozen, chosen = self._frozen()
@@ -196,10 +206,10 @@ class Packer:
             if fqn in self.unread:
                 self._beside(fqn)
                 continue
-            # Tokens that an adapter adds are there in any size but none, whatever their values.
+            # No uniform value turns a program method off: virtual tokens act whatever their values are.
             constant = None if isinstance(a.method, ProgramMethod) else _uniform(identity[name], spec)
             if a.id not in self.binding.methods and constant is not None and not spec.shared:
-                value = value.new_full(shape, constant)  # a site at the base, whatever its capacity
+                value = value.new_full(shape, constant)  # the adapter lacks the site: no value to pad, so fill it
             self.values[fqn] = padded(a, name, value, padding, shape)
             self.rooms[fqn] = Room(shape, value.dtype, padding, constant)
             if constant is None and _fits(identity[name], padding, shape):
@@ -210,13 +220,13 @@ class Packer:
             self.rooms[a.scale_slot] = Room(tuple(value.shape), value.dtype, unread=a.scale_slot in self.unread)
 
     def _beside(self, fqn: str) -> None:
-        """A slot that no code reads, as it is."""
+        """Add a slot that no code reads, with its value unpadded."""
         assert self.binding is not None
         value = self.values[fqn] = self.binding.values[fqn].detach().clone(memory_format=torch.contiguous_format)
         self.rooms[fqn] = Room(tuple(value.shape), value.dtype, unread=True)
 
     def _capacity(self, a: Attachment) -> dict[str, tuple[int, ...]]:
-        """The shape each slot of a site gets."""
+        """Return the shape that each slot of a site gets, by slot name. Raises ConfigError for a wrong ``max_rank``."""
         assert self.binding is not None
         op, own = self.program.ops[a.id], self.binding.methods.get(a.id)
         current = {n: tuple(self.binding.values[f].shape) for n, f in a.slots.items()}
@@ -253,7 +263,7 @@ class Packer:
         return (self._paddings[key] or {}).get(slot)
 
     def inputs(self, program: ExportedProgram, inputs: Inputs) -> list[Input]:
-        """The inputs of a program as its manifest has them."""
+        """Return the flat inputs of a program as its manifest has them."""
         args, kwargs = program.example_inputs  # type: ignore[misc]  # checked by the caller
         written = {*written_to(program.graph), *program.graph_signature.user_inputs_to_mutate.values()}
         out = []
@@ -266,8 +276,10 @@ class Packer:
         return out
 
     def _frozen(self) -> tuple[ExportedProgram, Products]:
-        """The program as it is compiled: in inference mode, with padded slots and chosen products; it shares base
-        tensors with the old."""
+        """Return the program to compile, and the matmuls chosen for its base.
+
+        It is in inference mode, has padded slots, and shares base tensors with the program that is packaged.
+        """
         training = self.program.adaptation.training
         lifted = Lifted(SetMode(training=False)(self.program).program if training else self.program)
         names = {fqn: node.name for fqn, node in lifted.placeholders.items()}
@@ -283,7 +295,7 @@ class Packer:
         return self.chosen(lifted)
 
     def chosen(self, lifted: Lifted) -> tuple[ExportedProgram, Products]:
-        """An opened program with the products of its base chosen, where they are wanted."""
+        """Choose the matmuls of an opened program's base, unless ``products`` is "plain"; return it and the choices."""
         products = Products()
         if self.products != "plain" and wanted():
             base = {node.name for fqn, node in lifted.placeholders.items() if fqn not in self.rooms}
@@ -292,22 +304,22 @@ class Packer:
 
 
 def bounded(inputs: Sequence[Input], compiled: ExportedProgram) -> list[Input]:
-    """The inputs with what the code, which is made of ``compiled``, takes for granted of their numbers."""
+    """Return the inputs with the bounds of their indices: those that code made of ``compiled`` takes for granted."""
     found = index_bounds(Lifted(compiled))
     return [replace(i, bounds=found.get(i.name)) for i in inputs]
 
 
 def _part(model: ExportedProgram, whole: Manifest, outputs: Sequence[str]) -> PartOf:
-    """What a part takes, of what the whole does, and what it gives."""
+    """Return the manifest's entry for a part: its inputs, among those of the whole, and the names of its outputs."""
     inputs, known = Inputs.of(model, {}), {i.name: i for i in whole.inputs}
-    # As the whole has them: the adapter's own tokens are in the sizes, and not in what a caller gives.
+    # The ranges of the whole: they leave out the virtual tokens, which a caller does not give.
     ranges = {size: whole.ranges.get(size, limits) for size, limits in inputs.ranges.items()}
     guards = [*inputs.guards, *not_zero(model, inputs)]
     return PartOf([known[name] for name in inputs.names], ranges, guards, list(outputs))
 
 
 def _seen_from(model: ExportedProgram, name: str, manifest: Manifest) -> Manifest:
-    """Of a part: its inputs, and the sites whose slots it has."""
+    """Return the manifest as it is for one part: with the part's inputs, and the sites whose slots it has."""
     if not manifest.parts:
         return manifest
     sites = [s for s in manifest.sites if all(fqn in model.state_dict for fqn in s.attachment.tensor_names)]
@@ -315,13 +327,16 @@ def _seen_from(model: ExportedProgram, name: str, manifest: Manifest) -> Manifes
 
 
 def _at_least(slot: Slot, current: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a slot, with room for what is there now where no rank tells its size."""
+    """Return the shape of a slot, where axes whose sizes no rank tells are at least as large as ``current``."""
     free = slot.free if slot.apart else ()
     return tuple(max(n, current[i]) if i in free else n for i, n in enumerate(slot.shape))
 
 
 def padded(a: Attachment, slot: str, value: Tensor, padding: Padding | None, shape: tuple[int, ...]) -> Tensor:
-    """A copy with memory of its own: constants that share memory would be one constant."""
+    """Return a padded copy of ``value`` with memory of its own: constants that share memory would become one.
+
+    Raises ConfigError where it cannot be padded to ``shape``.
+    """
     if not _fits(value, padding, shape):
         raise ConfigError(f"site {a.fqn!r}: slot {slot!r} of shape {tuple(value.shape)} cannot be padded to {shape}")
     return (value if padding is None else padding(value, shape)).clone(memory_format=torch.contiguous_format)

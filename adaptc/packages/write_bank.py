@@ -1,7 +1,7 @@
-"""Package a bank: the code for rows, with room for so many adapters, and those that are in it.
+"""Package a bank: its code for per-row adapters, room for a number of adapters, and the adapters that are in it.
 
-Before: a bank. After: a package whose constants have an axis of adapters in front of what a package of one has, and
-which takes the coefficients of a call as one more input. ``packages.bank`` runs it, and puts others in.
+The constants of the package have an axis of adapters in front of the axes that a package of one adapter has. It takes
+the coefficients of a call as one more input. ``packages.bank`` runs it, and adds other adapters.
 """
 
 from __future__ import annotations
@@ -39,10 +39,15 @@ def package_bank(
     products: str = "measured",
     carried: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """``capacity``: how many adapters there is room for, by default as many as the bank may hold, or else as it has,
-    and one more; each costs its memory, and time in every call. ``max_rank``: the largest rank of any, by default the
-    largest of those in it. All else, and errors, as for ``package_program``; ConfigError for a bank that is empty, or
-    has more."""
+    """Compile ``bank`` into the file ``path`` (``.pt2``) and return ``path``.
+
+    ``capacity`` is the number of adapters that there is room for, at least two. By default it is as many as the bank
+    may hold, or one more than it has where that is unlimited. Each place costs memory, and time in every call.
+    ``max_rank`` is the largest rank that an adapter may have. By default it is the bank's own limit, or the largest
+    rank in it. ``products``, ``carried`` and further errors are as for ``package_program``.
+
+    Raises ConfigError for a bank that is empty, for one with more adapters than ``capacity``, and for a packaged one.
+    """
     if not isinstance(bank, Bank):
         raise ConfigError(f"a {type(bank).__name__} is a package already: package the bank that it was made of")
     check_target(path, max_rank, products)
@@ -66,7 +71,10 @@ def _rank(b: Binding) -> int:
 
 
 def _parts(bank: Bank) -> dict[str, tuple[RowsSource, Sequence[str]]]:
-    """What is compiled by itself, and the names of what it gives."""
+    """Return name -> (what is compiled by itself, the names of its outputs), one entry for each part of the bank.
+
+    A bank that is called as a whole is one part, and lists no outputs.
+    """
     if isinstance(bank, DividedBank):
         return {name: (source, bank.divided[name]) for name, source in bank.sources.items()}
     return {WHOLE: (bank.source, ())}
@@ -82,7 +90,10 @@ class _BankPacker(Packer):
         self.bank, self.members, self.count = bank, members, count
 
     def packed(self) -> tuple[dict[str, ExportedProgram], Manifest, dict[str, Tensor]]:
-        """The models, of a bank that is called part by part one for each part."""
+        """Return the models by name, the manifest and the tensors of the package.
+
+        A bank that is called part by part has a model for each part.
+        """
         self.unread = unread(self.program, [f for a in self.attachments for f in a.tensor_names])
         for a in self.attachments:
             self.site(a)

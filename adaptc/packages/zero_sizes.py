@@ -1,8 +1,8 @@
-"""Sizes of zero that compiled code must not be given: it divides by them, and ends the process.
+"""Find the sizes of zero that compiled code must not be given, since it would divide by them and end the process.
 
-Before: a program that is about to be compiled. After: conditions on the sizes of calls, as ``torch.export`` writes
-them, that leave out each size of zero with which the graph itself does not compute, and sequences of no tokens in
-attention, by which torch's kernel for processors divides. Nothing is computed to find them.
+The results are conditions on the sizes of calls, as ``torch.export`` writes them. They exclude each size of zero at
+which the graph itself fails. They exclude attention over no tokens, too: torch's CPU kernel divides by the length.
+Nothing is computed to find them.
 
 Private torch use, with the public route that was tried:
 - ``FakeTensorMode``: operators on tensors without values. Public: the device ``meta``, on which a graph that makes
@@ -25,7 +25,7 @@ from adaptc.runtime.size_conditions import expression
 
 
 def not_zero(program: ExportedProgram, inputs: Inputs) -> list[str]:
-    """The conditions, one for each size that must not be zero."""
+    """Return one condition for each free size that must not be zero, such as ``L['x'].size()[0] >= 1``."""
     where = inputs.where()
     bad = _lengths(program) & where.keys()
     bad |= {n for n in where if n not in bad and not _computes(program, inputs, {**example_sizes(program), n: 0})}
@@ -33,7 +33,7 @@ def not_zero(program: ExportedProgram, inputs: Inputs) -> list[str]:
 
 
 def _lengths(program: ExportedProgram) -> set[str]:
-    """The free sizes that the lengths of sequences in attention are made of."""
+    """Return the names of the free sizes in the lengths of attention's queries and keys."""
     found: set[str] = set()
     for node in program.graph.nodes:
         if "scaled_dot_product" in str(node.target):
@@ -43,7 +43,7 @@ def _lengths(program: ExportedProgram) -> set[str]:
 
 
 def _computes(program: ExportedProgram, inputs: Inputs, sizes: dict[str, int]) -> bool:
-    """Whether the graph computes with these sizes, on tensors without values."""
+    """Return whether the graph runs with these sizes (free size -> value), on fake tensors."""
     lifted, mode = Lifted(program, edit=False), FakeTensorMode()
     users: list[Any] = []
     for _, want in inputs.expected:

@@ -1,1 +1,1 @@
-"""PEFT adapter directories as bytes and keys; no graph, no model."""
+"""Read and write PEFT adapter directories as bytes and keys, without a graph or a model."""

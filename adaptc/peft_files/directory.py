@@ -1,14 +1,11 @@
-"""PEFT adapter directories as files: config and tensors in, config and tensors out. No model is involved.
+"""Read and write PEFT adapter directories: config and tensors in, config and tensors out. No model is involved.
 
 Format (PEFT 0.21): ``adapter_config.json``, ``adapter_model.safetensors`` or ``adapter_model.bin``, ``README.md``. The
-adapter ``default`` lives at the root of the directory, any other in a sub-directory of its name; the model card is
+adapter ``default`` lies at the root of the directory, any other in a sub-directory of its name. The model card is
 always at the root.
 
-Keys here are *bare*: without the ``base_model.model.`` of the file, which is put back exactly on the way out
-(``format`` has the rule). A file in which no key has a prefix is taken as bare already; a file that mixes the two is
-refused.
-
-Before :func:`write_adapter`: bare keys. After it: the new adapter complete, or the directory as it was.
+Keys here are *bare*: without the file's prefix ``base_model.model.``, which writing restores exactly (``format`` has
+the rule). The keys of a file without any prefix count as bare. A file in which only some keys have a prefix is refused.
 """
 
 from __future__ import annotations
@@ -64,8 +61,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class AdapterFile:
-    """One adapter as it was on disk at one moment. ``tensors`` maps bare keys to tensors in the file's own dtypes, in
-    memory of their own: whatever becomes of the file does not reach them."""
+    """An adapter as it was on disk at one moment.
+
+    ``tensors`` maps bare keys to tensors in the file's own dtypes. They have memory of their own, so later changes to
+    the file do not reach them.
+    """
 
     config: dict[str, Any]
     tensors: Mapping[str, Tensor] = field(repr=False)
@@ -81,17 +81,17 @@ class AdapterFile:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of tensor data."""
+        """Return the number of bytes of tensor data."""
         return sum(t.nbytes for t in self.tensors.values())
 
 
 def read_config(
     path: str | os.PathLike[str], *, adapter_name: str | None = None, subfolder: str | None = None
 ) -> dict[str, Any]:
-    """``adapter_config.json`` of one adapter, as read; ``path`` and the rest as in :func:`read_adapter`.
+    """Return the content of one adapter's ``adapter_config.json``. The arguments are those of :func:`read_adapter`.
 
-    A ``runtime_config`` is dropped with a warning, as PEFT does: it is not part of an adapter.
-    Raises CheckpointError when there is no config, it is no JSON object, or it has no ``peft_type``.
+    A ``runtime_config`` is dropped with a warning, as PEFT does, since it is not part of an adapter. Raises
+    CheckpointError when there is no config, it is no JSON object, or it has no ``peft_type``.
     """
 
     def read() -> dict[str, Any]:
@@ -113,16 +113,16 @@ def read_adapter(
 
     ``path`` is the directory PEFT saved to, or the sub-directory of a named adapter. ``adapter_name`` picks one of
     several; None takes the one at the root, or the only one there is. ``key_mapping`` maps regular expressions to
-    replacements (``key_mapping`` has the rule). safetensors is preferred to ``.bin``. Nothing of the file stays mapped
-    or open.
+    replacements; the module ``key_mapping`` has the rule. safetensors is preferred to ``.bin``. No file stays mapped or
+    open.
 
-    Config and weights are of one moment: while :func:`write_adapter` replaces them the read waits, for half a second at
-    most, and where a file changes under the read it starts again (``snapshot`` has what programs that write in place
-    can still do).
+    Config and weights are of one moment. While :func:`write_adapter` replaces them the read waits, for half a second at
+    most. Where a file changes during the read, the read starts again. ``snapshot`` says what programs that write in
+    place can still break.
 
-    Raises CheckpointError for missing, damaged or unsafe files, unknown key prefixes, files that kept changing, and
-    keys that coincide after the mapping; ConfigError for a bad expression or device. Values are not looked at: see
-    :func:`check_finite`.
+    Raises CheckpointError for missing, damaged or unsafe files, unknown key prefixes, and files that kept changing. It
+    does so too for keys that coincide after the mapping. Raises ConfigError for a bad expression or device. Values are
+    not checked: see :func:`check_finite`.
     """
     rules = rules_of(key_mapping)
     try:
@@ -147,7 +147,10 @@ def read_adapter(
 def _read(
     path: str | os.PathLike[str], adapter_name: str | None, subfolder: str | None
 ) -> tuple[dict[str, Any], Path, str, dict[str, Tensor], Sequence[Tensor]]:
-    """Config, directory, name of the weights, tensors and runs, or Unsettled where they may not belong together."""
+    """Return config, directory, name of the weights file, tensors and runs of one adapter.
+
+    Raises Unsettled where they may not belong together.
+    """
     where = locate(path, adapter_name, subfolder)
     with open_config(where) as head:
         config = checked(config_in, head)
@@ -164,13 +167,16 @@ def _read(
                 raw, runs = checked(_safefile.load_pickle, body), ()
             body.check()
         head.check()
-    if locate(path, adapter_name, subfolder) != where:  # the one that was wanted had been hidden by a write
+    if locate(path, adapter_name, subfolder) != where:  # a write had hidden the adapter that was asked for
         raise Unsettled(f"{os.fspath(path)} kept changing while it was read. Read it again when that is done.")
     return config, where, name, raw, runs
 
 
 def checked(read: Callable[[Opened], T], file: Opened) -> T:
-    """What ``read`` makes of a file. What it says against one that is changing is not said."""
+    """Return what ``read`` returns for ``file``.
+
+    Where it raises CheckpointError and the file has changed meanwhile, raises Unsettled instead.
+    """
     try:
         return read(file)
     except CheckpointError:
@@ -188,16 +194,16 @@ def write_adapter(
     base_model: str | None = None,
     tags: Sequence[str] = (),
 ) -> Path:
-    """Write an adapter that PEFT loads; returns the directory that holds it.
+    """Write an adapter that PEFT loads, and return the directory that holds it.
 
-    ``config`` needs ``peft_type``; it is stored as PEFT does (``inference_mode`` true, no ``runtime_config``, sets as
-    lists, sorted keys, ``peft_version`` filled in). ``tensors`` has bare keys, any shapes, dtypes and strides; shared
-    and strided tensors are copied. ``base_model`` fills in ``base_model_name_or_path``; ``tags`` are more tags for the
+    ``config`` needs ``peft_type``. It is stored as PEFT stores it: ``inference_mode`` true, no ``runtime_config``, sets
+    as lists, sorted keys, ``peft_version`` filled in. ``tensors`` has bare keys, any shapes, dtypes and strides; shared
+    and strided tensors are copied. ``base_model`` fills in ``base_model_name_or_path``. ``tags`` are more tags for the
     model card. An existing model card keeps its body and its own metadata. Weights of the other format, which PEFT
     might prefer, are removed.
 
-    Everything is written aside and renamed into place; links stay links, and existing files keep their permissions.
-    What killed writes have left in the directory is removed. Raises CheckpointError, with the directory as it was.
+    Everything is written aside and renamed into place. Links stay links, and existing files keep their permissions.
+    Leftovers of killed writes in the directory are removed. Raises CheckpointError, and leaves the directory as it was.
     """
     root = Path(path)
     out = root if adapter_name == "default" else root / plain_name(adapter_name, "adapter_name")
@@ -210,7 +216,7 @@ def write_adapter(
         raise CheckpointError(f"cannot write an adapter to {out}: it has no tensors, so it would do nothing.")
     body, stale = (SAFE_NAME, BIN_NAME) if safe_serialization else (BIN_NAME, SAFE_NAME)
     try:
-        # Sorted for readers, but not inside: of several keys of rank_pattern that match a module the first one rules.
+        # Sorted for readers, but not inside: of several keys of rank_pattern that match a module, PEFT takes the first.
         text = json.dumps(dict(sorted(stored.items())), indent=2, default=jsonable)
     except (TypeError, ValueError) as exc:
         raise CheckpointError(f"cannot write {out / CONFIG_NAME}: {exc}. Config values must fit in JSON.") from exc
@@ -223,7 +229,7 @@ def write_adapter(
             for file in stage.iterdir():
                 _staging.sync(file)
             _staging.commit(stage, out, bodies=[body], head=CONFIG_NAME, stale=[stale])
-            if card:  # last and alone: no adapter depends on what it says
+            if card:  # last and by itself, since no adapter depends on it
                 try:
                     _staging.place(stage / CARD_NAME, root / CARD_NAME)
                 except (OSError, CheckpointError) as exc:
@@ -255,9 +261,10 @@ def check_finite(tensors: Mapping[str, Tensor], source: str | os.PathLike[str] =
 
 @torch.no_grad()
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no floating tensor holds NaN or infinity, in one pass and with one wait per device and dtype.
+    """Return whether no floating tensor holds NaN or infinity, in one pass with one wait per device and dtype.
 
-    Either makes the sum of its tensor NaN or infinite. So does an overflow of finite values: False means not known.
+    NaN or infinity makes the sum of its tensor NaN or infinite. An overflow of finite values does so, too, so False
+    means not known.
     """
     sums: dict[Any, list[Tensor]] = {}
     for t in tensors:

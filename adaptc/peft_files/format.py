@@ -1,4 +1,4 @@
-"""The conventions of PEFT adapter directories: file names, key prefixes, the stored form of a config, the model card.
+"""State the conventions of PEFT adapter directories: file names, key prefixes, stored configs and the model card.
 
 Keys are *bare* everywhere in adaptc. In a file they carry a prefix that depends on the method:
 
@@ -6,7 +6,7 @@ Keys are *bare* everywhere in adaptc. In a file they carry a prefix that depends
 - ``base_model.<name>``: of the whole model (``base_model.vera_A``), bare ``<name>``; the names are :data:`MODEL_LEVEL`;
 - prompt methods: ``prompt_embeddings`` and its like have no prefix, modules saved beside them have ``base_model.``.
 
-What must hold: ``bare_key(file_key(k, t), t) == k`` for every key and method, so nothing is guessed on the way back.
+``bare_key(file_key(k, t), t) == k`` holds for every key and method, so reading never guesses.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ MODEL_LEVEL: Mapping[str, frozenset[str]] = MappingProxyType(
 """First key component of the tensors that belong to a whole model, by ``peft_type``."""
 
 _PROMPT_TYPES = frozenset({"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE", "CPT"})
-#: first parts of keys without a prefix; ``prompt_encoder`` is what adaptc writes beside PEFT's tensors
+#: first components of keys without a prefix; adaptc adds ``prompt_encoder`` to PEFT's tensors
 _PROMPT_KEYS = frozenset({"prompt_embeddings", "prefix_task_cols", "prefix_task_rows", "prompt_encoder"})
 MODULE, _MODEL = "base_model.model.", "base_model."
 
 
 def file_key(key: str, peft_type: str) -> str:
-    """The key a bare ``key`` has in a file of method ``peft_type``. Inverse of :func:`bare_key`."""
+    """Return the key that the bare ``key`` has in a file of method ``peft_type``. Inverse of :func:`bare_key`."""
     if peft_type in _PROMPT_TYPES:
         return key if key.split(".", 1)[0] in _PROMPT_KEYS else _MODEL + key
     return (_MODEL if key.split(".", 1)[0] in MODEL_LEVEL.get(peft_type, ()) else MODULE) + key
 
 
 def bare_key(key: str, peft_type: str) -> str | None:
-    """``key`` of a file without its prefix, or None when it has none that ``peft_type`` knows."""
+    """Return a file's ``key`` without its prefix, or None when it has none that ``peft_type`` knows."""
     if peft_type in _PROMPT_TYPES:
         if key.split(".", 1)[0] in _PROMPT_KEYS:
             return key
@@ -71,7 +71,7 @@ def bare_key(key: str, peft_type: str) -> str | None:
 
 
 def bare_keys(file: Path, keys: list[str], peft_type: str) -> dict[str, str]:
-    """Each of ``keys`` with its bare form. Raises CheckpointError when some have a known prefix and others do not."""
+    """Return each of ``keys`` with its bare form. Raises CheckpointError when only some have a known prefix."""
     bare = {k: bare_key(k, peft_type) for k in keys}
     if not any(k.startswith(_MODEL) for k in keys):
         return {k: k for k in keys}
@@ -85,7 +85,7 @@ def bare_keys(file: Path, keys: list[str], peft_type: str) -> dict[str, str]:
 
 
 def stored_config(config: Mapping[str, Any], base_model: str | None) -> dict[str, Any]:
-    """``config`` as PEFT stores it. Raises CheckpointError when it names no method."""
+    """Return ``config`` as PEFT stores it. Raises CheckpointError when it names no method."""
     stored = {k: v for k, v in config.items() if k != "runtime_config"}
     kind = stored.get("peft_type")
     kind = kind.value if isinstance(kind, Enum) else kind
@@ -99,7 +99,8 @@ def stored_config(config: Mapping[str, Any], base_model: str | None) -> dict[str
 
 
 def jsonable(value: Any) -> Any:
-    """``json.dumps`` default: sets become sorted lists (PEFT's order follows the hash seed), enums their value."""
+    """Convert a value for ``json.dumps``: sets become sorted lists (PEFT's order follows the hash seed), enums their
+    value."""
     if isinstance(value, (set, frozenset)):
         return sorted(value, key=lambda v: (str(type(v)), v))
     if isinstance(value, Enum):
@@ -108,7 +109,10 @@ def jsonable(value: Any) -> Any:
 
 
 def write_card(existing: Path, new: Path, config: Mapping[str, Any], more_tags: Sequence[str] = ()) -> bool:
-    """Write the model card ``new``, from ``existing`` if there is one. False when that one cannot be understood."""
+    """Write the model card ``new``, based on ``existing`` if that file is there.
+
+    Returns False, with a warning, when the metadata of ``existing`` cannot be read.
+    """
     from huggingface_hub import metadata_load, metadata_save
 
     base = config.get("base_model_name_or_path")
@@ -116,7 +120,7 @@ def write_card(existing: Path, new: Path, config: Mapping[str, Any], more_tags: 
         text = existing.read_text(encoding="utf-8") if existing.is_file() else ""
         meta = dict(metadata_load(existing) or {}) if text else {}
         tags = {*(meta.get("tags") or []), *more_tags}
-    except Exception as exc:  # YAML by hand: any parser error means the same
+    except Exception as exc:  # people edit the YAML, and any parser error means that it cannot be read
         warnings.warn(f"{existing} left as it is: its metadata cannot be read ({exc})", AdaptcWarning, stacklevel=3)
         return False
     if base:
@@ -138,8 +142,10 @@ def write_card(existing: Path, new: Path, config: Mapping[str, Any], more_tags: 
 
 
 def check_no_model(directory: Path) -> None:
-    """Raise CheckpointError for the directory of a model: with an adapter's config in it, transformers takes it for an
-    adapter, and does not load the model any more."""
+    """Raise CheckpointError for the directory of a model.
+
+    With an adapter config in it, transformers would take it for an adapter, and no longer load the model.
+    """
     if (directory / CONFIG_NAME).exists() or not (directory / MODEL_CONFIG).is_file():
         return
     if weights := sorted(p.name for p in directory.iterdir() if _MODEL_WEIGHTS.fullmatch(p.name)):

@@ -1,7 +1,7 @@
-"""Tensors as a caller gave them, before anything relies on them.
+"""Check the tensors that a caller gives, before anything relies on them.
 
-Before: any mapping. After: bare keys, each with one plain dense tensor that has its values in memory, or a
-CheckpointError that names the key and what was found there. Values are not looked at.
+Each bare key gets one plain dense tensor whose values are in memory. Otherwise a CheckpointError names the key and what
+was found there. Values are not checked.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ _EXPECTED = "expected a dense torch.Tensor that holds its values"
 
 
 def is_state_dict(value: Any) -> bool:
-    """Whether a value is tensors by name."""
+    """Return whether ``value`` is a non-empty mapping of tensors."""
     return isinstance(value, Mapping) and bool(value) and all(isinstance(t, Tensor) for t in value.values())
 
 
 def given(tensors: Mapping[Any, Any], source: str, peft_type: str | None = None) -> dict[str, Tensor]:
-    """``tensors`` with bare keys; without a ``peft_type`` they are so already."""
+    """Return ``tensors`` with bare keys. Without a ``peft_type`` the keys are taken for bare.
+
+    Raises CheckpointError for a value that cannot be bound, and for two spellings of one key.
+    """
     out: dict[str, Tensor] = {}
     spelled: dict[str, str] = {}
     for key, value in tensors.items():
@@ -45,7 +48,7 @@ def given(tensors: Mapping[Any, Any], source: str, peft_type: str | None = None)
 
 
 def _fault(value: Any) -> str:
-    """What keeps a value from being a tensor to bind; nothing for one that can be bound."""
+    """Return what keeps a value from being bound as a tensor, or '' for one that can be bound."""
     if not isinstance(value, Tensor):
         kind = type(value).__name__
         return {"NoneType": "None", "ndarray": "a NumPy array (torch.from_numpy makes a tensor of it)"}.get(
@@ -67,7 +70,7 @@ def _fault(value: Any) -> str:
     if value.layout is not torch.strided:
         return f"a tensor of layout {value.layout}; to_dense() gives its values"
     reach = value.numel()
-    if not value.is_contiguous():  # then it reaches farther than its elements, or, where it is expanded, less far
+    if not value.is_contiguous():  # strided tensors reach farther than their elements, expanded ones less far
         reach = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
     if (value.storage_offset() + reach) * value.itemsize > value.untyped_storage().nbytes():
         return "a tensor whose memory was given up"

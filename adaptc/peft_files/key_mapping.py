@@ -1,7 +1,7 @@
-"""Renaming the keys of an adapter that was written for other module names (PEFT's ``key_mapping``).
+"""Rename the keys of an adapter that was written for other module names (PEFT's ``key_mapping``).
 
-Before: bare keys, from a file or from a caller. After: bare keys, none of them twice. On each key the first expression
-that matches anywhere is substituted, and no other is tried, as ``peft.utils.save_and_load.load_peft_weights`` does.
+Keys are bare before and after, and no two become one. On each key the first expression that matches anywhere is
+substituted, and no other is tried, as ``peft.utils.save_and_load.load_peft_weights`` does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ Rules = Sequence[tuple[Pattern | re.Pattern[str], str]]
 
 
 def rules_of(key_mapping: Mapping[str, str] | None) -> Rules:
-    """The rules in the order they are tried. Raises ConfigError for what is no expression, or no mapping of them."""
+    """Return the rules in the order in which they are tried. Raises ConfigError for anything but a dict of
+    expressions."""
     try:
         return [(compiled("key_mapping", pattern), new) for pattern, new in (key_mapping or {}).items()]
     except (AttributeError, TypeError, RuntimeError) as exc:
@@ -26,7 +27,7 @@ def rules_of(key_mapping: Mapping[str, str] | None) -> Rules:
 
 
 def mapped(key: str, rules: Rules) -> str:
-    """One bare key after the rules. Raises ConfigError where a replacement does not fit its expression."""
+    """Return one bare key after the rules. Raises ConfigError where a replacement does not fit its expression."""
     for pattern, new in rules:
         try:
             key, hits = pattern.subn(new, key)
@@ -38,9 +39,10 @@ def mapped(key: str, rules: Rules) -> str:
 
 
 def renamed(keys: Mapping[str, str], rules: Rules, source: object) -> dict[str, str]:
-    """``keys``: key as written -> bare key. Gives bare key after the rules -> key as written, in the same order.
+    """Return bare key after the rules -> key as written, in the order of ``keys``, which maps key as written -> bare
+    key.
 
-    Raises CheckpointError where two keys become one, and ConfigError as :func:`mapped` does.
+    Raises CheckpointError where two keys become one, and ConfigError like :func:`mapped`.
     """
     origin: dict[str, str] = {}
     for key, bare in keys.items():

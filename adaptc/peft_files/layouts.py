@@ -1,13 +1,13 @@
-"""safetensors files as tensors, by layouts that are known: where in the file each tensor lies.
+"""Read safetensors files by known layouts, which say where in the file each tensor lies.
 
-Before: a file that is open. After: one buffer of our own, filled in one pass over the file, and tensors that are views
-of it, so that nothing that becomes of the file reaches them; or a CheckpointError.
+An open file is read in one pass into one buffer of adaptc's own. The tensors are views of that buffer, so later changes
+to the file do not reach them. A damaged file raises CheckpointError.
 
-The library maps files, or copies what it is given twice over, so it is left to judge headers alone: it is given the
-header without the data, and must have nothing to say but that the data is missing. What became of a header is
-remembered under a digest of its bytes and the size of the file, on which alone the answer rests; the next file with
-that header is not parsed. Adapters of one structure that were written by one program have one header. What lies in a
-file in another way than it does in most is left to the library with all its data.
+The safetensors library maps files, or copies its input twice, so here it only judges headers. It is given the header
+without the data, and must find no fault but the missing data. The layout is kept under a digest of the header's bytes
+and the size of the file, which decide it fully. The next file with that header is not parsed. Adapters of one
+structure, written by one program, have one header. A file with an unusual layout is left to the library, with all its
+data.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from adaptc.locks import free_in_children
 from adaptc.peft_files.safe_io import MAX_JSON, load_safetensors
 from adaptc.peft_files.snapshot import Opened
 
-#: layouts kept; the one not used for longest goes first
+#: the number of layouts kept; the least recently used is dropped first
 MOST = 32
-#: longest header whose layout is kept, some ten thousand tensors
+#: the bytes of the longest header whose layout is kept, some ten thousand tensors
 LONGEST = 1 << 20
-#: where the data begins in memory is a multiple of this, a cache line
+#: the alignment in bytes of the data in memory, a cache line
 _ALIGNED = 64
-#: what the library says of a header that is right when there is no data behind it
+#: the library's error for a correct header without data
 _NO_DATA = "incomplete metadata, file not fully covered"
 _DTYPES = {
     "BOOL": torch.bool,
@@ -61,8 +61,11 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Layout:
-    """``tensors``: (key, dtype, shape, first byte of the data, elements); ``runs``: (dtype, first byte, elements) of
-    all floating data."""
+    """The places of a file's tensors.
+
+    ``tensors`` has for each tensor (key, dtype, shape, first byte of the data, elements). ``runs`` has (dtype, first
+    byte, elements) of consecutive floating data.
+    """
 
     tensors: tuple[tuple[str, torch.dtype, tuple[int, ...], int, int], ...]
     runs: tuple[tuple[torch.dtype, int, int], ...]
@@ -73,7 +76,11 @@ _lock = free_in_children(threading.Lock())
 
 
 def load(file: Opened) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Every tensor of ``file``, and where its layout is known all its floating data in as few tensors as possible."""
+    """Return every tensor of ``file``, and all its floating data in as few tensors as possible where its layout is
+    known.
+
+    Raises CheckpointError for a damaged file.
+    """
     whole = _read(file)
     header = _header(whole)
     if not header:
@@ -95,7 +102,7 @@ def load(file: Opened) -> tuple[dict[str, Tensor], list[Tensor]]:
 
 
 def header_texts(file: Opened) -> dict[str, str]:
-    """What the header of a file that :func:`load` has read says beside its tensors."""
+    """Return the texts of the header's ``__metadata__``, of a file that :func:`load` has read."""
     first = bytearray(8)
     file.into(first)
     length = min(int.from_bytes(first, "little"), file.size - 8)
@@ -111,13 +118,14 @@ def header_texts(file: Opened) -> dict[str, str]:
 
 
 def _read(file: Opened) -> Any:
-    """The bytes of a file, as an array whose part behind the header is aligned."""
+    """Return the bytes of a file as a uint8 array, in which the data after the header is aligned."""
     first = bytearray(8)
     if file.size >= 8:
         file.into(first)
     length = int.from_bytes(first, "little")
     try:
-        # Not torch.empty: its memory is aligned, and so mostly new to the process, which takes longer than the reading.
+        # Not torch.empty: it aligns, so its memory is mostly new to the process, and the page faults take longer than
+        # the reading.
         room = np.empty(_ALIGNED + file.size, np.uint8)
     except (ValueError, MemoryError) as exc:
         raise CheckpointError(f"{file.path} has {file.size} bytes, for which there is no memory here") from exc
@@ -128,7 +136,7 @@ def _read(file: Opened) -> Any:
 
 
 def _header(whole: Any) -> bytes:
-    """The header with its length in front; nothing where there is none, or it is too long to keep."""
+    """Return the header with its 8-byte length, or b"" where there is none, or its layout is not kept."""
     length = int.from_bytes(whole[:8].tobytes(), "little")
     if whole.size < 8 or length > min(LONGEST, whole.size - 8) or sys.byteorder != "little":
         return b""
@@ -144,11 +152,14 @@ def _views(layout: Layout, data: Any) -> tuple[dict[str, Tensor], list[Tensor]]:
 
 
 def _layout(header: bytes, size: int) -> Layout | None:
-    """Where the tensors of a file lie; None unless the library has nothing against its header, and the header gives
-    each byte to one tensor, aligned and in the order of the offsets."""
+    """Return the layout of a file of ``size`` bytes with this header, or None where the library must read it.
+
+    The library must find no fault in the header. Each byte must belong to one tensor, aligned and in the order of
+    offsets.
+    """
     try:
         deserialize(header)
-        return None  # there is no data at all
+        return None  # the header is complete without data, so there is none
     except SafetensorError as exc:
         if _NO_DATA not in str(exc):
             return None
@@ -165,7 +176,7 @@ def _layout(header: bytes, size: int) -> Layout | None:
             found[key], end = (key, dtype, shape, start, count), stop
         if len(header) + end != size:
             return None
-    except (KeyError, TypeError, ValueError, RecursionError):  # a kind of file that is new
+    except (KeyError, TypeError, ValueError, RecursionError):  # an unknown dtype, or a header of another form
         return None
     return Layout(tuple(found[key] for key in entries), _runs(list(found.values())))
 
@@ -173,7 +184,7 @@ def _layout(header: bytes, size: int) -> Layout | None:
 def _runs(
     tensors: list[tuple[str, torch.dtype, tuple[int, ...], int, int]],
 ) -> tuple[tuple[torch.dtype, int, int], ...]:
-    """Floating tensors in the order of their bytes, those of one dtype that follow each other as one."""
+    """Return the floating tensors in the order of their bytes, with neighbours of one dtype joined to one run."""
     runs: list[tuple[torch.dtype, int, int]] = []
     for _, own, _, at, elements in tensors:
         if not (own.is_floating_point or own.is_complex):
@@ -187,7 +198,7 @@ def _runs(
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object that names nothing twice."""
+    """Return a JSON object as a dict. Raises ValueError where it has a name twice."""
     out = dict(pairs)
     if len(out) != len(pairs):
         raise ValueError("a name is there twice")

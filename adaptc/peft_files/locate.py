@@ -1,7 +1,7 @@
 """Find one adapter among the files of a directory, and read its config.
 
-Before: whatever path and names the caller has. After: the directory that holds exactly one adapter's files, or a
-CheckpointError that lists what is there. Names cannot lead out of the directory; hidden directories are never adapters.
+Names cannot lead out of the directory, and hidden directories are never adapters. Where there is no adapter, or more
+than one, a CheckpointError lists what is there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from adaptc.peft_files.staging import OLD, abandoned, stages
 
 
 def locate(path: str | os.PathLike[str], adapter_name: str | None, subfolder: str | None) -> Path:
-    """The directory with the files of one adapter; arguments as in :func:`adaptc.peft_files.directory.read_adapter`."""
+    """Return the directory with the files of one adapter.
+
+    The arguments are those of :func:`adaptc.peft_files.directory.read_adapter`.
+    """
     try:
         return _locate(path, adapter_name, subfolder)
     except OSError as exc:
@@ -54,10 +57,10 @@ def _locate(path: str | os.PathLike[str], adapter_name: str | None, subfolder: s
         raise Unsettled(f"{root} has no adapter {adapter_name!r}. Adapters there: {have}. {listing(root)}", False)
     if holds(root):
         return root
-    # The adapter wanted may be the one that is gone: take no other in its place.
+    # A write may have hidden the adapter at the root. Another one must not be taken in its place.
     if hint := _interrupted(root):
         raise CheckpointError(f"{root} holds no adapter.{hint} {listing(root)}")
-    if holds(root):  # a write that hid it is done by now
+    if holds(root):  # the write that hid it has ended
         return root
     if (len(named) == 1 and adapter_name is None) or "default" in named:
         return root / ("default" if "default" in named else named[0])
@@ -70,14 +73,14 @@ def _locate(path: str | os.PathLike[str], adapter_name: str | None, subfolder: s
 
 
 def plain_name(name: str, what: str) -> str:
-    """``name``, if it can only mean an entry of the directory it is joined to."""
+    """Return ``name`` where it can only mean an entry of a directory. Raises CheckpointError otherwise."""
     if not name or name.startswith(".") or set(name) & set("/\\\0"):
         raise CheckpointError(f"{what} {name!r} must be a plain name: no path separators, no leading dot.")
     return name
 
 
 def listing(where: Path, wanted: str = "") -> str:
-    """A sentence for an error: the entries of ``where``, or those close to ``wanted`` when there are any."""
+    """Return a sentence for an error: the entries of ``where``, or those close to ``wanted`` when there are any."""
     names = sorted(p.name + ("/" if p.is_dir() else "") for p in where.iterdir())
     if close := nearest(wanted, [n.rstrip("/") for n in names]) if wanted else []:
         return f"Close names in {where}: {', '.join(close)}."
@@ -86,7 +89,7 @@ def listing(where: Path, wanted: str = "") -> str:
 
 
 def open_config(where: Path) -> Opened:
-    """The open config file of the adapter in ``where``. Raises as :func:`config_in`."""
+    """Return the open config file of the adapter in ``where``. Raises Unsettled where there is none."""
     if not (where / CONFIG_NAME).is_file():
         hint = _interrupted(where)
         raise Unsettled(f"{where} has no {CONFIG_NAME}, so its method is unknown.{hint} {listing(where)}", False)
@@ -94,7 +97,10 @@ def open_config(where: Path) -> Opened:
 
 
 def config_in(opened: Opened) -> dict[str, Any]:
-    """The config in a file; has a ``peft_type`` string and no ``runtime_config``."""
+    """Return the config in a file, which has a ``peft_type`` string, without its ``runtime_config``.
+
+    Raises CheckpointError where it has no such string.
+    """
     file = opened.path
     config = read_json_object(opened)
     if not isinstance(config.get("peft_type"), str):
@@ -109,7 +115,7 @@ def config_in(opened: Opened) -> dict[str, Any]:
 
 
 def _interrupted(where: Path) -> str:
-    """What to say of the stages in ``where``. Raises Unsettled while one has a writer."""
+    """Return a sentence on an interrupted write to ``where``, or ''. Raises Unsettled while a write is under way."""
     left = stages(where)
     if any(not abandoned(s) for s in left):
         raise Unsettled(

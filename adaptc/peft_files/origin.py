@@ -1,4 +1,4 @@
-"""What an adapter was before it was PEFT's keys and a config: its format, and which part of its file it is."""
+"""Record the file format that an adapter came from, and which part of its file it is."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Origin:
-    """What an adapter was made of. ``format``: how its file names tensors. ``component``: which of the components in it
-    was taken, '' where it names none; ``others``: those that were not, with how many tensors each has."""
+    """The format and component of the file that an adapter was made from.
+
+    ``format`` says how the file names tensors. ``component`` is the one that was taken, '' where the file names none.
+    ``others`` maps each component that was not taken to its number of tensors.
+    """
 
     format: str = "PEFT"
     component: str = ""
@@ -21,7 +24,7 @@ class Origin:
 
     @property
     def left(self) -> str:
-        """What was not taken, in words; '' where that is nothing."""
+        """Return in words the components that were not taken, or '' where there are none."""
         return ", ".join(f"{name or 'the rest'} ({n} tensors)" for name, n in self.others.items())
 
 

@@ -1,8 +1,8 @@
-"""Adapter files that are not PEFT directories: one file of tensors, with what its header says.
+"""Read adapter files that are not PEFT directories: one file of tensors, with the texts of its header.
 
-Before: a path that somebody gave us, of a file, or of a directory that is not PEFT's. After: its tensors under the keys
-they have there, in memory of their own, and the header's texts; or a CheckpointError. Bounds and refusals are those of
-PEFT's files (``safe_io``, ``layouts``, ``snapshot``): nothing is run, and what changes under the read is read again.
+The tensors have the keys of the file and memory of their own. Limits and refusals are those of PEFT's files
+(``safe_io``, ``layouts``, ``snapshot``). No code of a file is run, and a file that changes during the read is read
+again.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ from adaptc.value_types import DEEPEST, is_deep
 
 @dataclass(frozen=True, eq=False)
 class RawFile:
-    """``tensors`` under the keys of the file. ``configs``: what its header says of the adapters in it, as JSON has it,
-    None where it says nothing. ``beside``: the config that lies beside a file which has none in it."""
+    """An adapter file's tensors, under the keys of the file, with its configs.
+
+    ``configs`` is the JSON that its header has on the adapters in it, None where it has none. ``beside`` is the content
+    of a config file in the same directory, for a file that needs one; None otherwise.
+    """
 
     tensors: Mapping[str, Tensor] = field(repr=False)
     path: Path
@@ -40,25 +43,26 @@ class RawFile:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of tensor data."""
+        """Return the number of bytes of tensor data."""
         return sum(t.nbytes for t in self.tensors.values())
 
 
 def read_any(
     path: str | os.PathLike[str], *, adapter_name: str | None = None, key_mapping: Mapping[str, str] | None = None
 ) -> AdapterFile | RawFile:
-    """A PEFT directory as :func:`read_adapter` reads it, any other file as it is.
+    """Read a PEFT directory as :func:`read_adapter` does, and any other file with its own keys.
 
-    ``path``: a PEFT directory, one of PEFT's files of weights beside its config, a directory with diffusers'
-    ``pytorch_lora_weights`` or with a single ``.safetensors`` file, or a file: ``.safetensors``, or of ``torch.save``.
-    ``key_mapping`` is applied to the keys as :func:`rename` does. Raises CheckpointError and ConfigError.
+    ``path`` may be a PEFT directory, or one of PEFT's weight files beside its config. It may also be a directory with
+    diffusers' ``pytorch_lora_weights`` or with a single ``.safetensors`` file. Else it is a file: ``.safetensors``, or
+    one of ``torch.save``. ``key_mapping`` is applied to the keys as :func:`rename` does. Raises CheckpointError and
+    ConfigError.
     """
     file = _raw_path(Path(path), adapter_name)
     if file is None:
         return read_adapter(path, adapter_name=adapter_name, key_mapping=key_mapping)
     if file.name in (SAFE_NAME, BIN_NAME) and (file.parent / CONFIG_NAME).is_file():
         return read_adapter(file.parent, key_mapping=key_mapping)
-    rules_of(key_mapping)  # which is told before anything is read
+    rules_of(key_mapping)  # raises for a bad mapping before anything is read
     tensors, configs, beside = settled(lambda: _read(file))
     if not tensors:
         raise CheckpointError(f"{file} holds no tensors at all.")
@@ -66,9 +70,9 @@ def read_any(
 
 
 def rename(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None, source: object) -> dict[str, Tensor]:
-    """``tensors`` under their new keys: what PEFT puts in front of its own is no part of what is renamed, and stays.
+    """Return ``tensors`` under their renamed keys. PEFT's prefix ``base_model.model.`` is not renamed, and stays.
 
-    Raises as :func:`~adaptc.peft_files.key_mapping.renamed` does.
+    Raises like :func:`~adaptc.peft_files.key_mapping.renamed`.
     """
     rules = rules_of(key_mapping)
     if not rules:
@@ -78,7 +82,7 @@ def rename(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None,
 
 
 def _raw_path(path: Path, adapter_name: str | None) -> Path | None:
-    """The file to read by itself; None where PEFT's rules find the adapter, or say why there is none."""
+    """Return the file to read by itself, or None where PEFT's rules find the adapter or explain why there is none."""
     try:
         if path.is_file():
             if adapter_name not in (None, "default"):
@@ -90,7 +94,7 @@ def _raw_path(path: Path, adapter_name: str | None) -> Path | None:
             return None
         if any((path / n).is_file() for n in (CONFIG_NAME, SAFE_NAME, BIN_NAME)):
             return None
-        if any(not abandoned(s) for s in stages(path)):  # what is there now is not what will be
+        if any(not abandoned(s) for s in stages(path)):  # a write is under way, so other files will be there soon
             return None
         entries = sorted(path.iterdir())
         if any(not d.name.startswith(".") and (d / CONFIG_NAME).is_file() for d in entries if d.is_dir()):
@@ -113,7 +117,7 @@ def _raw_path(path: Path, adapter_name: str | None) -> Path | None:
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None, dict[str, Any] | None]:
     configs = beside = None
     with Opened(file) as body:
-        # By what it is, and not by its name: many are called .ckpt and .pt.
+        # Any other suffix is taken for torch.save, since many files are called .ckpt and .pt.
         if file.suffix == ".safetensors":
             tensors, _ = checked(layouts.load, body)
             configs = checked(_configs, body)
@@ -128,12 +132,13 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None, dict[st
 
 
 def of_peft(key: str) -> bool:
-    """Whether a key has the prefix of PEFT's files."""
+    """Return whether a key has the prefix of PEFT's files."""
     return key.startswith("base_model.")
 
 
 def _configs(file: Opened) -> dict[str, Any] | None:
-    """The configs that diffusers writes into a header. Raises CheckpointError where they are no JSON object."""
+    """Return the configs that diffusers writes into a header, or None. Raises CheckpointError where they are no JSON
+    object."""
     text = layouts.header_texts(file).get(diffusers.METADATA)
     if text is None:
         return None

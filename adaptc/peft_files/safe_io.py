@@ -1,9 +1,8 @@
-"""Files from strangers in, files that survive a crash out: the byte level under :mod:`adaptc.peft_files.directory`.
+"""Read files from strangers safely, and write files that survive a crash: the byte level of ``adaptc.peft_files``.
 
-Before: a path somebody gave us; its content may be cut short, forged or hostile.
-After reading: tensors in memory of our own, or a :class:`CheckpointError` that names the file, and nothing was
-executed.
-After writing: the file, complete, in the stage (``staging``) it is made in.
+The content of a file may be cut short, forged or hostile. Reading gives tensors in memory of adaptc's own, or a
+:class:`CheckpointError` that names the file. It never executes anything. Writing makes a complete file inside a stage
+(``staging``).
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ MAX_JSON = 16 << 20  # the largest real adapter configs are a few hundred KiB
 
 
 def read_json_object(file: Opened) -> dict[str, Any]:
-    """The JSON object in ``file``. Raises CheckpointError when it is unreadable, no JSON, or no object."""
+    """Return the JSON object in ``file``. Raises CheckpointError when it is unreadable, no JSON, or no object."""
     path = file.path
     if file.size > MAX_JSON:
         raise CheckpointError(f"{path} is {file.size} bytes long; a config is never that large. Was it overwritten?")
@@ -50,7 +49,8 @@ def read_json_object(file: Opened) -> dict[str, Any]:
 
 
 def load_safetensors(path: Path, whole: Any) -> dict[str, Tensor]:
-    """Every tensor in ``whole``, the bytes of ``path`` as an array. Raises CheckpointError for a damaged file."""
+    """Return every tensor in ``whole``, the bytes of ``path`` as an array. Raises CheckpointError for a damaged
+    file."""
     try:
         return load(whole.tobytes())
     except Exception as exc:  # the parser and torch raise many types on forged input; all mean the same here
@@ -62,10 +62,11 @@ def load_safetensors(path: Path, whole: Any) -> dict[str, Tensor]:
 
 
 def load_pickle(file: Opened) -> dict[str, Tensor]:
-    """Every tensor of a ``torch.save`` file, loaded with ``weights_only=True`` into memory of its own.
+    """Return every tensor of a ``torch.save`` file, loaded with ``weights_only=True`` into memory of its own.
 
-    Raises CheckpointError for a file that would run code, is damaged, is compressed (``torch.save`` never does that,
-    so it can only be a decompression bomb), or holds anything but a flat dict of dense tensors.
+    Raises CheckpointError for a file that would run code, is damaged, or holds anything but a flat dict of dense
+    tensors. It does so too for a compressed file: ``torch.save`` never compresses, so it can only be a decompression
+    bomb.
     """
     way_out = "Ask for adapter_model.safetensors, or convert the file in a sandbox if you trust its author."
     path = file.path
@@ -78,12 +79,12 @@ def load_pickle(file: Opened) -> dict[str, Tensor]:
                             f"{path} is a compressed archive, which torch.save never writes. {way_out}"
                         )
             f.seek(0)
-            # Not mapped: a file that is cut short while it is read is then an error, and what it becomes is no matter.
+            # Not mapped: a file that is cut short during the read then raises, and later changes to it do not matter.
             value = torch.load(f, map_location="cpu", weights_only=True, mmap=False)
     except CheckpointError:
         raise
     except Exception as exc:  # unpickling forged bytes raises anything
-        # torch's own message advises weights_only=False: the one thing not to do with a file from a stranger
+        # torch's own message advises weights_only=False, which must not be used for a file from a stranger
         call = re.search(r"GLOBAL ([\w.]+)", str(exc))
         why = f"it would call {call[1]}" if call else f"it is damaged or no file of tensors ({type(exc).__name__})"
         raise CheckpointError(
@@ -98,13 +99,13 @@ def load_pickle(file: Opened) -> dict[str, Tensor]:
             raise CheckpointError(f"{path}: entry {key!r} is {found}, expected a name and a tensor. {way_out}")
         odd = t.layout != torch.strided or t.is_quantized or t.is_nested or t.is_meta
         if odd or t.nbytes > t.untyped_storage().nbytes():
-            # an expanded tensor costs nothing here and terabytes at the first clone
+            # an expanded tensor takes no memory here, and terabytes at the first clone
             raise CheckpointError(f"{path}: {key!r} {tuple(t.shape)} is not a plain dense tensor. {way_out}")
     return {key: t.detach() for key, t in value.items()}
 
 
 def dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same values as contiguous CPU tensors that each own their storage, as both file formats need."""
+    """Return the values as contiguous CPU tensors that each own their storage, as both file formats need."""
     out: dict[str, Tensor] = {}
     seen: set[int] = set()
     for key, t in tensors.items():
@@ -123,11 +124,14 @@ def dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def save_tensors(
     tensors: Mapping[str, Tensor], path: Path, *, safe: bool, header: Mapping[str, str] | None = None
 ) -> None:
-    """Write ``tensors`` (from :func:`dense`) to ``path``, with more texts in the ``header`` of a safetensors file. Lets
-    the library's own exceptions through."""
+    """Write ``tensors`` (from :func:`dense`) to ``path``, as safetensors where ``safe`` and with ``torch.save``
+    otherwise.
+
+    ``header`` has more texts for the header of a safetensors file. The libraries' own exceptions are not converted.
+    """
     if safe:
         save_file(dict(tensors), path, metadata={"format": "pt", **(header or {})})
-        # safetensors creates its file for the owner alone; a shared adapter follows the umask like any other file
+        # safetensors makes its file readable for the owner only; an adapter must follow the umask like any other file
         umask_probe = path.with_name(f"{path.name}.mode")
         umask_probe.touch()
         path.chmod(umask_probe.stat().st_mode & 0o777)
@@ -151,7 +155,7 @@ def _lfs_hint(start: bytes) -> str:
 
 
 def _header_fault(start: bytes, size: int) -> str:
-    """What is wrong with a safetensors header length, in words; empty when that is not the fault."""
+    """Return in words what is wrong with a safetensors header's length, or '' when nothing is."""
     if size < 8:
         return f"it is {size} bytes long, too short to hold a header"
     if (n := int.from_bytes(start[:8], "little")) > size - 8:

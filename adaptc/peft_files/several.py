@@ -1,7 +1,6 @@
-"""Several directories written as one: made in a stage beside their places, then renamed into them.
+"""Write several directories as one change: make them in a stage beside their places, then rename them into place.
 
-Before: a directory, and the names of those that are to be in it. After: all of the new ones, or an exception and the
-old ones as they were.
+Either all of the new directories are there afterwards, or the old ones are as they were.
 """
 
 from __future__ import annotations
@@ -19,8 +18,11 @@ from adaptc.peft_files.staging import OLD, Stranded, check_new, staging
 
 @contextmanager
 def written_together(root: Path, names: Sequence[str]) -> Iterator[Path]:
-    """Where to write directories of these names, which the block does; they are in ``root`` afterwards, and a model
-    card where there was none. Raises CheckpointError for names and places that are none, and for full disks."""
+    """Run the block with a stage in which it writes directories of these names, then move them into ``root``.
+
+    A model card is moved, too, where ``root`` has none. Raises CheckpointError for bad names and places, and for full
+    disks.
+    """
     for name in names:
         place = root / plain_name(name, "adapter_name")
         if place.exists() and not place.is_dir():

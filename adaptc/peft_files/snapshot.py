@@ -1,13 +1,12 @@
-"""Reads of files that somebody may be writing to: what was read is of one moment, or the read is tried again.
+"""Read files that another program may be writing to: what is read is of one moment, or is read again.
 
-A file is opened once, read once, and looked at again at the end, while it is still open: where its path names another
-file by then, or its size or time has changed, what was read may be half of a change. A writer of adapters takes the
-config away before the new weights appear, so a config that is still there after the weights were read belongs to them.
-That the file is open keeps its number from being given to the next one.
+A file is opened once, read once, and checked at the end while it is still open. Where its path names another file by
+then, or its size or time has changed, the data may be half of a change. An open file keeps its inode number, so that no
+new file can get it. adaptc's writer removes the config before the new weights appear. So a config that is still there
+after the weights were read belongs to them.
 
-Before: a function that reads and, at the end, checks. After: what it read at a quiet moment, or a CheckpointError.
 Nothing stays mapped or open. Programs that write weights and config in place, one after the other, as PEFT does, give
-no sign between the two; whoever reads while these write must have them write aside, and rename the directory.
+no sign in between. Anyone who reads during such writes must have the files written aside, and rename the directory.
 """
 
 from __future__ import annotations
@@ -22,15 +21,18 @@ from typing import Any, Self, TypeVar
 from adaptc.errors import CheckpointError
 
 T = TypeVar("T")
-#: seconds to wait before another try, about half a second in all
+#: the seconds to wait before each new try, about half a second in all
 PAUSES = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256)
-#: how often what is missing is looked for again although nothing says that somebody writes
+#: the number of new tries for a missing file where nothing shows that a write is under way
 LOOKS = 2
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
 class Unsettled(CheckpointError):
-    """What was found may be half of a change; the next try tells. ``certain``: something did change."""
+    """An error that may come from half of a change, so that the read should be tried again.
+
+    ``certain`` says that something did change.
+    """
 
     def __init__(self, message: str, certain: bool = True) -> None:
         super().__init__(message)
@@ -38,7 +40,10 @@ class Unsettled(CheckpointError):
 
 
 def settled(read: Callable[[], T]) -> T:
-    """What ``read`` returns as soon as it does not raise :class:`Unsettled`."""
+    """Return what ``read`` returns, as soon as it does not raise :class:`Unsettled`.
+
+    Raises CheckpointError where it still does at the last try.
+    """
     looks = 0
     for pause in PAUSES:
         try:
@@ -55,8 +60,10 @@ def settled(read: Callable[[], T]) -> T:
 
 
 class Opened:
-    """A file that is open for reading. Raises CheckpointError where it cannot be, :class:`Unsettled` when it is gone;
-    ``with`` closes it."""
+    """A file that is open for reading; ``with`` closes it.
+
+    Making one raises CheckpointError where the file cannot be opened, and :class:`Unsettled` where it is gone.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -82,13 +89,14 @@ class Opened:
         os.close(self.fd)
 
     def bytes(self) -> bytes:
-        """All of it. Raises as :meth:`into`."""
+        """Return the content of the file. Raises like :meth:`into`."""
         data = bytearray(self.size)
         self.into(data)
         return bytes(data)
 
     def into(self, memory: Any) -> None:
-        """Fill ``memory`` from the beginning of the file, in one pass. Raises where the file has become shorter."""
+        """Fill ``memory`` from the beginning of the file, in one pass. Raises Unsettled where the file has become
+        shorter."""
         left, at = memoryview(memory).cast("B"), 0
         try:
             while left:
@@ -100,7 +108,7 @@ class Opened:
             raise CheckpointError(f"{self.path} cannot be read: {exc}.") from exc
 
     def check(self) -> None:
-        """Raise :class:`Unsettled` where this is not the file, as it is, that its path names."""
+        """Raise :class:`Unsettled` where the file has changed since it was opened, or its path names another one."""
         try:
             same = self._then == _identity(os.fstat(self.fd)) == _identity(os.stat(self.path))
         except OSError:

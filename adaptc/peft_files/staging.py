@@ -1,11 +1,11 @@
-"""Writes that end with the new files or the old ones: made in a stage beside their place, then renamed into it.
+"""Write files so that either the new or the old ones are there: make them in a stage beside their place, then rename.
 
-Before: a place to write to. After: all of the new, or an exception and the place as it was, with nothing left behind.
-A killed process leaves its stage, which the next write to the place removes.
+An exception leaves the place as it was, with nothing left behind. A killed process leaves its stage, which the next
+write to the place removes.
 
 A stage is a hidden directory with a lock (``flock``) that its writer holds. The lock ends with the process, so a stage
-whose lock can be had belongs to nobody. Locks of other machines may be invisible here, and a stage's name begins with
-the boot it is from: one of another boot is taken for dead when nothing in it has changed for a day.
+whose lock can be taken belongs to nobody. Locks of other machines may be invisible here, so a stage's name begins with
+an id of the boot it was made under. A stage of another boot counts as dead when nothing in it has changed for a day.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from adaptc.errors import CheckpointError
 
 try:
     import fcntl
-except ImportError:  # not on Windows, where stages are removed after a day alone
+except ImportError:  # absent on Windows, where stages are removed only after a day
     fcntl = None
 
 STAGE_PREFIX = ".adaptc-write-"
-#: what a stage is called until it is locked
+#: the prefix of a stage's name until it is locked
 _UNLOCKED = ".adaptc-begin-"
-#: in a stage: where a commit puts the files that it replaces
+#: the directory in a stage to which a commit moves the files that it replaces
 OLD = "old"
 _DAY = 24 * 3600.0
-#: what the writes of a block may make and not replace
+#: the paths that writes of the current block may make but not replace
 _only_new: ContextVar[tuple[Path, ...]] = ContextVar("only_new", default=())
 
 
 class Stranded(CheckpointError):
-    """A commit failed and so did putting the old files back: they are still in the stage, which stays."""
+    """An error of a commit that failed and could not put the old files back. They are in the stage, which stays."""
 
 
 @contextmanager
 def staging(near: Path) -> Iterator[Path]:
-    """A stage inside ``near`` (so renames out of it stay on one filesystem), gone afterwards.
+    """Run the block with a stage inside ``near``, and remove the stage afterwards.
 
-    ``near`` itself is used, not its parent: an adapter directory may be a mount point. Missing directories down to
-    ``near`` are made, and removed again when the block raises.
+    The stage lies inside ``near`` and not beside it, since an adapter directory may be a mount point and renames must
+    stay on one filesystem. Missing directories down to ``near`` are made, and removed again when the block raises.
     """
     made: list[Path] = []
     stage, lock = near / f"{STAGE_PREFIX}{_boot()}-{uuid.uuid4().hex}", -1
@@ -75,14 +75,17 @@ def staging(near: Path) -> Iterator[Path]:
 
 
 def _begin(stage: Path) -> int:
-    """Make a stage; returns its lock, -1 where there are none. It has its name only once it is locked."""
+    """Make a stage and return the descriptor of its lock, or -1 where there are no locks.
+
+    The stage gets its name only once it is locked.
+    """
     begun = stage.with_name(_UNLOCKED + stage.name.removeprefix(STAGE_PREFIX))
     lock = -1
     try:
         begun.mkdir()
         if fcntl is not None:
             lock = os.open(begun, os.O_RDONLY)
-            with suppress(OSError):  # some network filesystems have no locks, for those who clean up neither
+            with suppress(OSError):  # some network filesystems have no locks, for cleaners neither
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.rename(begun, stage)
     except BaseException:
@@ -96,10 +99,11 @@ def _begin(stage: Path) -> int:
 
 @contextmanager
 def replacing(path: Path, name: str = "new") -> Iterator[Path]:
-    """Where to write what becomes the file ``path``, called ``name`` until then.
+    """Run the block with the path of a new file called ``name``, which then becomes the file ``path``.
 
-    A symbolic link stays one, and its target is written. An existing file's permissions are kept; a new one follows
-    the umask. Raises CheckpointError where ``path`` is no place for a file; of the block and the OS lets all through.
+    A symbolic link stays one, and its target is written. An existing file's permissions are kept; a new file follows
+    the umask. Raises CheckpointError where ``path`` is no place for a file. Errors of the block and of the OS pass
+    through.
     """
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
@@ -116,8 +120,10 @@ def replacing(path: Path, name: str = "new") -> Iterator[Path]:
 
 @contextmanager
 def only_new(path: Path) -> Iterator[None]:
-    """While the block runs, its writes make ``path``, a file or a directory, and replace nothing there: who was first
-    stays. Writes raise CheckpointError where something is there by then."""
+    """Run the block so that its writes may make ``path``, a file or a directory, but replace nothing there.
+
+    Writes raise CheckpointError where another process has made ``path`` by then.
+    """
     before = _only_new.get()
     token = _only_new.set((*before, Path(os.path.realpath(path))))
     try:
@@ -127,7 +133,7 @@ def only_new(path: Path) -> Iterator[None]:
 
 
 def must_be_new(target: Path) -> bool:
-    """Whether ``target`` must not replace what is there (see :func:`only_new`)."""
+    """Return whether a write must not replace ``target`` (see :func:`only_new`)."""
     real = Path(os.path.realpath(target))
     return any(path == real or path in real.parents for path in _only_new.get())
 
@@ -143,13 +149,15 @@ def _taken(target: Path) -> CheckpointError:
 
 
 def put(new: Path, target: Path) -> None:
-    """Rename ``new`` to ``target``. Raises CheckpointError, with both as they were, where it must not replace what is
-    there."""
+    """Rename ``new`` to ``target``.
+
+    Raises CheckpointError, with both left as they were, where a file is there that must not be replaced.
+    """
     if not must_be_new(target):
         os.replace(new, target)
         return
     try:
-        os.link(new, target)  # which, unlike a rename, fails where there is a file
+        os.link(new, target)  # a link, unlike a rename, fails where there is a file
         new.unlink()
     except FileExistsError:
         raise _taken(target) from None
@@ -162,16 +170,16 @@ def put(new: Path, target: Path) -> None:
 
 
 def commit(stage: Path, target: Path, *, bodies: Sequence[str], head: str, stale: Sequence[str]) -> None:
-    """Move the files ``bodies`` (weights) and ``head`` (config) of ``stage`` into ``target`` as one change; drop the
-    files ``stale`` of ``target``.
+    """Move the files ``bodies`` (weights) and ``head`` (config) of ``stage`` into ``target`` as one change.
 
-    ``head`` makes the directory readable, so a head and bodies of different writes must never be seen together. When
-    the head does not change, there is one body and nothing is stale, the whole change is one rename. Otherwise the old
-    head leaves first and the new one arrives last: an exception puts everything back, and a process killed in between
-    leaves a directory without a head, which every reader refuses. Files that are links stay links.
+    The files ``stale`` of ``target`` are dropped. The head makes the directory readable, so a head and bodies of
+    different writes must never be seen together. When the head does not change, there is one body and nothing is stale,
+    one rename is the whole change. Otherwise the old head leaves first and the new one arrives last. An exception puts
+    everything back. A process killed in between leaves a directory without a head, which every reader refuses. Links
+    stay links.
     """
     old = stage / OLD
-    # The target of a link is moved, and not the link, except where it is to go.
+    # For a link its target is replaced, so that the link stays; stale links themselves are removed.
     places = {n: Path(os.path.realpath(target / n)) for n in (head, *bodies)}
     gone = {n: target / n for n in stale if os.path.lexists(target / n)}
     for name, path in places.items():
@@ -190,7 +198,7 @@ def commit(stage: Path, target: Path, *, bodies: Sequence[str], head: str, stale
                 put(stage / name, places[name])
         except BaseException as exc:
             try:
-                # The new head first: with old bodies it must not be seen.
+                # The new head leaves first, since it must not be seen with old bodies.
                 for name, path in places.items():
                     if not (stage / name).exists():
                         os.replace(path, stage / name)
@@ -206,8 +214,11 @@ def commit(stage: Path, target: Path, *, bodies: Sequence[str], head: str, stale
 
 
 def remove_abandoned(near: Path, *, with_old_files: bool = False) -> None:
-    """Remove stages in ``near`` whose writers are dead. Those of an interrupted commit hold the only copy of the files
-    that it was to replace, so they stay until these have a successor (``with_old_files``)."""
+    """Remove stages in ``near`` whose writers are dead.
+
+    The stage of an interrupted commit holds the only copy of the files that it was to replace. It stays unless
+    ``with_old_files`` says that these have a successor.
+    """
     with suppress(OSError):
         for stage in stages(near):
             if abandoned(stage) and (with_old_files or not (stage / OLD).is_dir()):
@@ -222,7 +233,7 @@ def stages(near: Path) -> list[Path]:
 
 
 def abandoned(stage: Path) -> bool:
-    """Whether the writer of a stage is surely dead."""
+    """Return whether the writer of a stage is surely dead."""
     try:
         if fcntl is None or stage.name.removeprefix(STAGE_PREFIX).partition("-")[0] != _boot():
             newest = max(p.lstat().st_mtime for p in (stage, *stage.rglob("*")))
@@ -239,7 +250,7 @@ def abandoned(stage: Path) -> bool:
 
 @cache
 def _boot() -> str:
-    """What tells the running system from every other, and from itself before it was started."""
+    """Return an id of the running boot of this machine, or of the machine where the boot has no id."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")[:12]
     return f"{uuid.getnode():012x}"
@@ -253,13 +264,13 @@ def place(new: Path, target: Path) -> None:
 
 
 def keep_mode(old: Path, new: Path) -> None:
-    """The permissions of ``old``, where there is one, for the file that replaces it."""
+    """Give ``new`` the permissions of the file ``old`` that it replaces, where there is one."""
     with suppress(FileNotFoundError):
         new.chmod(stat.S_IMODE(old.stat().st_mode) & 0o777)
 
 
 def sync(path: Path) -> None:
-    """Push a file's content to the disk, so a rename never becomes durable before what it renames."""
+    """Flush a file's content to the disk, so that a rename never becomes durable before the content."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -268,7 +279,7 @@ def sync(path: Path) -> None:
 
 
 def sync_names(directory: Path) -> None:
-    """Push renames to the disk. They have happened, so what the disk says of it now is no failure of the write."""
+    """Flush a directory's renames to the disk. An error is ignored, since the renames have already happened."""
     if os.name == "posix":
         with suppress(OSError):
             sync(directory)

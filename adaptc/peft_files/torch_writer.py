@@ -1,12 +1,11 @@
-"""A file for torch's archive writer, which ends the process when a write raises.
+"""Provide a file for torch's archive writer, which ends the process when a write raises.
 
-``torch.save`` and ``torch.export.save`` write their archives in C++. There an error of the disk, or one that a Python
-file raises, is thrown once more while the writer is destroyed, and C++ then calls ``std::terminate``. So nothing may
-raise inside: the file takes everything, remembers the first error, and raises it when torch is done. A signal's handler
-may raise at any line of Python, so in the main thread, where handlers run, they wait until then as well.
+``torch.save`` and ``torch.export.save`` write their archives in C++. There an error of a write is thrown once more
+while the writer is destroyed, and C++ then calls ``std::terminate``. So this file never raises inside. It accepts
+everything, remembers the first error, and raises it when torch is done. A signal handler may raise at any line of
+Python. In the main thread, where handlers run, signals therefore wait until then as well.
 
-Before: a path. After: the file is complete, or the first error, also one of Ctrl-C. Paths that are not UTF-8, which
-torch's own files refuse, are as good as others.
+Paths that are not UTF-8 work, too, which torch's own files refuse.
 """
 
 from __future__ import annotations
@@ -24,13 +23,17 @@ from typing import IO, Any, cast
 
 @contextmanager
 def writing(path: Path) -> Iterator[IO[bytes]]:
-    """A new file to hand to torch. Raises what the disk raised, or a signal's handler, when the block is done."""
+    """Run the block with a new file to hand to torch.
+
+    Afterwards it raises the first error of the disk, or what a delayed signal handler raises, such as
+    KeyboardInterrupt.
+    """
     file = _Unraising(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666))
     try:
         with _signals_later(file):
             yield cast(IO[bytes], file)
     except BaseException as exc:
-        if file.error is not None and exc is not file.error:  # the cause of what torch says
+        if file.error is not None and exc is not file.error:  # torch's error is only a consequence of it
             raise file.error from exc
         raise
     finally:
@@ -41,17 +44,19 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def _signals_later(file: _Unraising) -> Iterator[None]:
-    """Signals that come in the block are handled after it. One that Python answers with KeyboardInterrupt also ends
-    the writing, as nobody will want the file."""
+    """Run the block, and handle signals that come during it afterwards.
+
+    A signal that raises KeyboardInterrupt also ends the writing, since nobody will want the file.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield  # handlers run in the main thread alone
+        yield  # handlers run only in the main thread
         return
     handlers = {n: h for n in signal.valid_signals() if callable(h := signal.getsignal(n))}
     came: list[tuple[int, FrameType | None]] = []
     inside = [True]
 
     def later(number: int, frame: FrameType | None) -> None:
-        if not inside:  # it stayed, since a handler that was put back before it raised
+        if not inside:  # restoring an earlier handler raised, so this one stayed
             handlers[signal.Signals(number)](number, frame)
             return
         came.append((number, frame))
@@ -73,12 +78,15 @@ def _signals_later(file: _Unraising) -> Iterator[None]:
 
 
 class _Unraising(io.RawIOBase):
-    """Seekable in name alone: torch writes from the beginning to the end, and asks once, when all is written."""
+    """A file that never raises, and is seekable only in name.
+
+    torch writes from the beginning to the end, and seeks once, when all is written.
+    """
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self.error: BaseException | None = None
-        #: nothing more is written
+        #: whether all later writes are ignored
         self.stop = False
 
     def write(self, data: Any) -> int:
@@ -86,7 +94,7 @@ class _Unraising(io.RawIOBase):
         try:
             left = memoryview(data).cast("B")
             size = left.nbytes
-            # After an error, and when torch destroys a writer late, there is nothing to write to any more.
+            # After an error there is nothing to write to, nor when torch destroys a writer after finish().
             while left and self.error is None and not self.stop and self._fd >= 0:
                 left = left[os.write(self._fd, left) :]
         except BaseException as exc:

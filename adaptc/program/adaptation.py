@@ -1,7 +1,7 @@
-"""What a program remembers of how it was adapted, and the header by which files remember it.
+"""Record how a program was adapted, and write and read the header by which files remember it.
 
-The header is the part that does not follow from the regions in the graph. It is written and read here alone; its format
-has a number, and a file of another format is refused by name.
+The header is the part that does not follow from the regions in the graph, and only this file writes and reads it. Its
+format has a number. A file of another format is refused with an error that names the file.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from adaptc.pt2_files.forms import Each, Length, Maybe, Option, check
 from adaptc.pt2_files.refusal import Refused, shown
 from adaptc.runtime.call_inputs import Inputs
 
-#: of the header and of region tags
+#: number of the format of the header and of region tags
 FORMAT = 2
 
-#: what Attachment.to_dict gives
+#: form of the dicts that Attachment.to_dict gives
 ATTACHMENT: dict[str, Any] = {
     **dict.fromkeys(["key", "module", "param", "kind", "method", "adapter", "form", "entry", "name", "why"], str),
     "consumers": [str],
@@ -69,28 +69,32 @@ _OUT = _TAG | {
 
 @dataclass(frozen=True, eq=False)
 class Adaptation:
-    """``matches``: target entry -> the modules it selected; ``left_out``: (module, why). ``fills``: how keyword inputs
-    that a caller leaves out are made. ``training``: captured for training. ``autocast``: adapters of half-precision
-    bases are float32. ``trail``: the passes the program went through, with their counts."""
+    """A record of how a program was adapted.
+
+    ``matches``: target entry -> the modules it selected. ``left_out``: (module, why). ``fills``: keyword input -> how
+    it is made where a caller leaves it out. ``training``: the program was captured for training. ``autocast``: adapters
+    of half-precision bases are float32. ``trail``: the passes that the program went through, with their counts.
+    """
 
     attachments: Sequence[Attachment] = ()
     matches: Mapping[str, Sequence[str]] = field(default_factory=dict)
     left_out: Sequence[Sequence[str]] = ()
     fills: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    #: what the model's ``forward`` takes, in order; empty where that is not known
+    #: names of the inputs that the model's ``forward`` takes, in order; empty where they are not known
     takes: Sequence[str] = ()
     training: bool = False
     autocast: bool = True
-    #: base parameters of which only the adapter's own version is known (a PiSSA program loaded from a file)
+    #: FQNs of base parameters of which only the adapter's own version is known (a PiSSA program loaded from a file)
     residual: Sequence[str] = ()
-    #: key -> FQN of tensors of modules trained as a whole that the program does not read, but files hold
+    #: key -> FQN of tensors that the program does not read, but files hold, as parts of modules trained as a whole
     unread: Mapping[str, str] = field(default_factory=dict)
     trail: Sequence[tuple[str, int]] = ()
-    #: the model it was captured from; files do not say
+    #: the model that the program was captured from; None where a file was loaded, since files do not say
     source: Source | None = None
 
     def header(self, binding: Binding) -> dict[str, Any]:
-        """Plain JSON values: the order of the attachments, and what of ``binding`` the tensors do not say."""
+        """Return the header as plain JSON values: this record, the order of its attachments, and what the tensors do
+        not say of ``binding``."""
         return {
             "format": FORMAT,
             "config": binding.config.to_dict(),
@@ -112,23 +116,24 @@ class Adaptation:
 
     @classmethod
     def from_header(cls, stored: Mapping[str, Any], attachments: Sequence[Attachment]) -> Adaptation:
-        """Inverse of :meth:`header`, for these attachments, which come in the order that the header tells."""
+        """Return the record that a header holds, with these attachments in the order that the header tells. Inverse of
+        :meth:`header`."""
         order = {site: i for i, site in enumerate(stored.get("order", ()))}
         attachments = sorted(attachments, key=lambda a: order.get(a.id, len(order)))
         kept = ("matches", "left_out", "fills", "training", "autocast", "residual", "unread", "trail")
         return cls(attachments, **{name: stored[name] for name in kept}, takes=stored.get("takes", ()))
 
     def inputs(self, program: ExportedProgram) -> Inputs:
-        """How calls of ``program``, which has this adaptation, are read."""
+        """Return what reads the arguments of calls of ``program``, which has this adaptation."""
         return Inputs.of(program, self.fills, self.takes)
 
     def bare(self) -> Adaptation:
-        """That of the program without its adapters."""
+        """Return the adaptation of the program without its adapters."""
         return Adaptation(fills=self.fills, takes=self.takes, trail=self.trail, source=self.source)
 
 
 def check_format(stored: Mapping[str, Any], source: str) -> None:
-    """Raises CheckpointError for a header that this adaptc does not read."""
+    """Raise CheckpointError for a header of another format than this adaptc reads."""
     found = stored.get("format")
     if found != FORMAT:
         raise CheckpointError(
@@ -138,8 +143,8 @@ def check_format(stored: Mapping[str, Any], source: str) -> None:
 
 
 def check_header(stored: Any, sites: Collection[str]) -> None:
-    """Raises Refused where a header is not of the form that :meth:`Adaptation.header` gives, or speaks of sites that
-    are not among these (ids of attachments)."""
+    """Raise Refused where a header does not have the form that :meth:`Adaptation.header` gives, or names a site that is
+    not in ``sites`` (ids of attachments)."""
     check(stored, _HEADER)
     for part in (stored, *stored["parts"].values()):
         if strange := [site for site in part["present"] if site not in sites]:
@@ -147,8 +152,11 @@ def check_header(stored: Any, sites: Collection[str]) -> None:
 
 
 def check_tags(graph: fx.Graph) -> None:
-    """Raises Refused where the tags of regions, which files alone can have changed, are not of the form that injection
-    gives, or name nodes that are not there."""
+    """Raise Refused where the tags of regions do not have the form that injection gives, or name nodes that are not
+    there.
+
+    Only a file can have such tags.
+    """
     names = {node.name for node in graph.nodes}
     inputs = {node.name for node in graph.find_nodes(op="placeholder")}
     for node in graph.nodes:

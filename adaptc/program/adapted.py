@@ -1,7 +1,7 @@
-"""AdaptedProgram: the program users hold. An exported program that knows its adapters.
+"""Define AdaptedProgram, the program that users hold: an exported program that knows its adapters.
 
-It *is* a ``torch.export.ExportedProgram``: everything that takes one takes it. On top it is callable, can be swapped,
-bound, trained and moved; its state, and how it keeps itself consistent, is in ``core``.
+It *is* a ``torch.export.ExportedProgram``: everything that takes one takes it. Beyond that it can be called, swapped,
+bound, trained and moved. Its state, and how that stays consistent, is in ``core``.
 """
 
 from __future__ import annotations
@@ -41,20 +41,22 @@ from adaptc.runtime.variants import Fusion
 
 
 class AdaptedProgram(Strengths):
-    """A program with adapters. Made by ``adaptc.compile`` and ``adaptc.load``, not by hand."""
+    """A program with adapters, made by ``adaptc.compile`` and ``adaptc.load``, not by hand."""
 
     def bind(self, adapter: Any, *, form: str = "apply", memory_limit: int | None = None, **options: Any) -> Bound:
-        """A callable that keeps this adapter and can be used from any thread.
+        """Return a callable that keeps this adapter and can be used from any thread.
 
         ``adapter``: a directory, a file or a state dict as ``adaptc.swap`` takes them, or a :class:`Binding`; errors
-        and ``options`` as there (``scale=0.5``). None gives the base, as :attr:`base` has it.
-        ``form``: "apply" shares the program's code and base; "weight" runs the base's graph on weights of its own, as
-        fast as the base, for the memory of the adapted weights (``held`` says how much); "auto" decides by the work
-        that the adapter adds to a call and by ``memory_limit``, in bytes, None for any (``why`` gives the reason).
-        In the weight form later writes to base tensors are not followed. Raises MergeError where a method has none.
+        and ``options`` as there (``scale=0.5``). None gives the base, as :attr:`base` has it, and takes no options.
 
-        Buffers that calls write to (a cache, a counter) are copied now and belong to the callable: neither the program
-        nor anything else that is bound sees what its calls write there.
+        ``form``: "apply" shares the program's code and base. "weight" runs the base's graph on weights of its own. It
+        is as fast as the base, for the memory of the adapted weights (``held`` says how much). It does not follow later
+        writes to base tensors, and raises MergeError where a method has no form on the weight. "auto" decides by the
+        work that the adapter adds to a call, and by ``memory_limit``, in bytes, None for no limit; ``why`` gives the
+        reason.
+
+        Buffers that calls write to (a cache, a counter) are copied now and belong to the callable. Neither the program
+        nor anything else that is bound to it sees what its calls write there.
         """
         if adapter is None:
             if said := [name for name, value in options.items() if value is not None]:
@@ -65,37 +67,39 @@ class AdaptedProgram(Strengths):
         return Bound(self, as_binding(self, adapter, **options), form, memory_limit)
 
     def bank(self, adapters: Mapping[str, Any] | None = None, **limits: Any) -> Bank:
-        """Adapters by name, of which each row of a batch takes its own: ``bank(**inputs, adapters=["fr", None, {"de":
-        0.7, "style": 0.3}])``.
+        """Return a bank: adapters by name, of which each row of a batch takes its own.
 
-        ``adapters``: what :meth:`bind` takes, by name; more come with ``bank.add``. ``capacity``, ``max_bytes``: how
-        many it may hold, and how many bytes of them; with ``evict=True`` those used least recently go when it is full,
-        and ``loader``, a function of a name, gives an adapter that is not there. ``max_rank``: the largest rank it
-        takes. The bank keeps the program as it is now: a later swap is nothing to it.
+        A call is ``bank(**inputs, adapters=["fr", None, {"de": 0.7, "style": 0.3}])``. ``adapters``: name -> what
+        :meth:`bind` takes; ``bank.add`` adds more. ``capacity``, ``max_bytes``: how many adapters, and how many bytes
+        of them, the bank may hold. With ``evict=True`` the least recently used adapters go when it is full. ``loader``:
+        a function of a name that gives an adapter which is not there. ``max_rank``: the largest rank that the bank
+        takes. The bank keeps the program as it is now: later swaps do not reach it.
 
-        Raises TargetError, which names the site, the output or the buffer, where the rows of a batch are not apart
-        (statistics over the batch, experts), and what :meth:`Bank.add` raises.
+        Raises TargetError where a row's values depend on other rows of the batch (statistics over the batch, experts);
+        it names the site, the output or the buffer. Raises what :meth:`Bank.add` raises.
         """
         return Bank(self, adapters, **limits)
 
     # -- how it shows itself -------------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        """Three lines: the adapter, the inputs, and the size and options; ``adaptc.report`` says more."""
+        """Return three lines: the adapter, the inputs, and the size and options; ``adaptc.report`` says more."""
         return described(self)
 
     def __str__(self) -> str:
-        """The same: torch's dump of the graph is ``print(program.graph_view())``, with the adapters marked."""
+        """Return the three lines of ``repr``. ``print(program.graph_view())`` is torch's dump of the graph, with the
+        adapters marked."""
         return described(self)
 
     def _repr_html_(self) -> str:
         return table_of(self).html()
 
     def graph_view(self, site: str | None = None) -> str:
-        """The graph as text, a line for each node, with what adapters added in a frame that names the site.
+        """Return the graph as text, a line for each node, with a frame that names the site around the nodes of each
+        region.
 
-        ``site``: the parameter of one, or its module; then it is only what stands there. Raises ConfigError where
-        there is no such site.
+        ``site``: a parameter with an adapter, or its module, to see only what stands there; None for the whole graph.
+        Raises ConfigError where there is no such site.
         """
         with on_graphs():
             still = self.snapshot()
@@ -103,10 +107,11 @@ class AdaptedProgram(Strengths):
 
     @property
     def base(self) -> AdaptedProgram:
-        """The program without adapters, for requests that want none: it shares the weights, and pays for nothing else.
+        """Return the program without adapters, for requests that want none. It shares the weights, and no adapter costs
+        it anything.
 
-        Equal to the unadapted model up to rounding, since siblings share a product here too; ``adaptc.unload`` gives
-        the one that is equal to the bit. Raises MergeError as ``adaptc.unload`` does.
+        It equals the unadapted model up to rounding, since sibling layers share a matmul here too. ``adaptc.unload``
+        gives a program that is equal to the bit. Raises MergeError as ``adaptc.unload`` does.
         """
         fuse = self.fuse
         return self.remembered_base(lambda: unloaded(self).with_options(fuse=fuse))
@@ -115,8 +120,11 @@ class AdaptedProgram(Strengths):
 
     @property
     def backend(self) -> str:
-        """What runs the graph: "eager" or "inductor". Setting it makes the code anew. Raises BackendError for any other
-        value, and where the program was made for another backend."""
+        """Return what runs the graph: "eager" or "inductor".
+
+        Setting it discards the code of calls, which the next call makes again. Raises BackendError for any other value,
+        and where the program was made for another backend.
+        """
         return self.options.backend
 
     @backend.setter
@@ -125,12 +133,13 @@ class AdaptedProgram(Strengths):
 
     @property
     def fuse(self) -> bool | frozenset[str]:
-        """Whether layers that read one tensor share a product; False computes every layer on its own.
+        """Return whether layers that read the same tensor share a matmul; False computes every layer on its own.
 
-        It is for the eager backend, fused kernels, and :meth:`module`; code for a compiler on the CPU is never fused.
+        It acts on the eager backend, fused kernels and :meth:`module`; code for a compiler on the CPU is never fused.
+        Fused weights lie in one buffer, and the parameters are views of it, so no weight is held twice. A set names the
+        weights that may be moved into such a buffer.
 
-        Fused weights lie in one buffer, of which the parameters are views: nothing is held twice. A set names the
-        weights that may be moved. Setting it makes the code anew. Raises ConfigError for any other value.
+        Setting it discards the code of calls, which the next call makes again. Raises ConfigError for any other value.
         """
         return self.options.fuse
 
@@ -140,10 +149,12 @@ class AdaptedProgram(Strengths):
 
     @property
     def kernels(self) -> bool | None:
-        """Whether calls run adapters as fused Triton kernels (``adaptc.kernels``), where their methods have them.
+        """Return whether calls run adapters as fused Triton kernels (``adaptc.kernels``), where their methods have
+        them.
 
         None: where the base is on a GPU. True elsewhere computes what the kernels would, with torch alone. ``report``
-        says which sites have none, and why. Setting it makes the code anew. Raises ConfigError for any other value.
+        says which sites have none, and why. Setting it discards the code of calls, which the next call makes again.
+        Raises ConfigError for any other value.
         """
         return self.options.kernels
 
@@ -153,13 +164,15 @@ class AdaptedProgram(Strengths):
 
     @property
     def hoist_limit(self) -> int | None:
-        """Bytes that values computed once per binding may hold; None for any number, 0 to compute all in every call.
+        """Return how many bytes the hoisted values of one binding may hold; None for any number, 0 to hoist nothing.
 
-        Over the limit, values that save least work for their bytes are computed in every call. Which these are goes by
-        the sizes of the current adapter when the program is first called; of an adapter with larger slots, whose values
-        do not fit, all are. Setting it makes the code anew (inductor compiles), frees what the program and all that is
-        bound to it hold, and is the limit of each of them from then on; what :meth:`bind` gave in the weight form keeps
-        its weights. Raises ConfigError for anything but None and numbers from 0.
+        Hoisted values are computed once per binding. Over the limit, those that save least work for their bytes are
+        computed in every call instead. They are chosen by the sizes of the current adapter when the program is first
+        called. Where an adapter has larger slots, and its values do not fit, all are computed in every call.
+
+        Setting it discards the code of calls, which the next call makes again (inductor compiles). It frees the hoisted
+        values of the program and of all that is bound to it, and limits each of them from then on. What :meth:`bind`
+        gave in the weight form keeps its weights. Raises ConfigError for anything but None and integers from 0.
         """
         return self.options.hoist_limit
 
@@ -169,14 +182,17 @@ class AdaptedProgram(Strengths):
 
     @property
     def pack(self) -> str | None:
-        """The type of the base's weights that calls may read packed copies of: "float32", "bf16", or None for none.
+        """Return the dtype of the base weights that calls may read packed copies of: "float32", "bf16", or None for
+        none.
 
-        A packed copy lies as oneDNN reads it fastest, beside the weight, which stays: memory for time, and only at the
-        numbers of rows at which it was measured to be faster. It is made in the first such call, in the type that the
-        weight has; nothing is rounded. :attr:`packed` and ``report`` say what is held and why. Setting it makes the
-        code anew; None frees all copies. With ``ADAPTC_PRODUCTS=plain`` nothing is packed. Raises ConfigError for any
-        other value, where no weight has this type, and where the program trains; BackendError where the backend is not
-        "eager".
+        A packed copy has the layout that oneDNN reads fastest. It lies beside the weight, which stays, so it costs
+        memory. Calls read it only at numbers of rows at which it was measured to be faster. The first such call makes
+        it, in the dtype of the weight; nothing is rounded. :attr:`packed` and ``report`` say what is held and why. With
+        ``ADAPTC_PRODUCTS=plain`` nothing is packed.
+
+        Setting it discards the code of calls, which the next call makes again; None frees all copies. Raises
+        ConfigError for any other value, where the weights on the CPU all have another dtype, and where the program
+        trains. Raises BackendError where the backend is not "eager".
         """
         return self.options.pack
 
@@ -186,8 +202,11 @@ class AdaptedProgram(Strengths):
 
     @property
     def checkpoint(self) -> int | Literal["auto"] | None:
-        """How many repeated blocks the modules that :meth:`module` makes compute again at a time, "auto" for one; None
-        where they keep all for the backward. Raises ConfigError for any other value."""
+        """Return how many repeated blocks at a time the modules of :meth:`module` recompute in the backward: a number,
+        or "auto" for one.
+
+        None keeps all activations for the backward. Raises ConfigError for any other value.
+        """
         return self.options.checkpoint
 
     @checkpoint.setter
@@ -198,27 +217,30 @@ class AdaptedProgram(Strengths):
 
     @property
     def held(self) -> Held:
-        """What is computed once for the current binding; nothing before its first call."""
+        """Return the memory of the current binding's hoisted values; nothing before its first call."""
         arguments = self.running.arguments
         return Held() if arguments is None else arguments.held
 
     @property
     def fusion(self) -> Fusion:
-        """Which layers that read one tensor share a product; nothing before the first call."""
+        """Return which layers that read the same tensor share a matmul; nothing before the first call."""
         executor = self.running.executor
         return Fusion() if executor is None else executor.fusion
 
     @property
     def products(self) -> Products:
-        """What computes the products of the base's linear layers, and why (see ``report``); nothing before the first
-        call, and where ``ADAPTC_PRODUCTS=plain`` is set. Modules to train have their own:
-        ``prog.module().products``."""
+        """Return what computes the matmuls of the base's linear layers, and why (see ``report``).
+
+        It is empty before the first call, and where ``ADAPTC_PRODUCTS=plain`` is set. Modules to train have their own:
+        ``prog.module().products``.
+        """
         executor = self.running.executor
         return Products() if executor is None else executor.products
 
     @property
     def packed(self) -> PackedWeights:
-        """The packed copies that calls have made so far, those of its parts too, where :attr:`pack` allows them."""
+        """Return the packed copies that calls of the program and of its parts have made so far, where :attr:`pack`
+        allows them."""
         executor = self.running.executor
         if executor is None:
             return PackedWeights()
@@ -227,8 +249,10 @@ class AdaptedProgram(Strengths):
 
     @property
     def passes(self) -> dict[str, Trail]:
-        """The passes it went through, with how much each changed: "program" for its graph, and those of
-        each variant of it that calls have made so far."""
+        """Return the passes that the program went through, with how much each changed: "program" for its graph.
+
+        The other keys are the variants of the graph that calls have made so far.
+        """
         executor = self.running.executor
         return {
             "program": tuple((n, c) for n, c in self.adaptation.trail),
@@ -243,31 +267,35 @@ class AdaptedProgram(Strengths):
         gradient_checkpointing: bool | int | Literal["auto"] | None = None,
         logits: str = "all",
     ) -> Any:
-        """An ``nn.Module`` to train: its parameters are the program's own; only adapter parameters require grad.
+        """Return an ``nn.Module`` to train. Its parameters are the program's own, and only adapter parameters require
+        grad.
 
-        Its ``state_dict`` is the adapter in PEFT's keys. Of a program that was captured from a transformers model it is
-        a ``PreTrainedModel``, which trainers take as they take PEFT's.
+        Its ``state_dict`` is the adapter in PEFT's keys. For a program that was captured from a transformers model it
+        is a ``PreTrainedModel``, which trainers take as they take PEFT's.
 
         ``train()`` and ``eval()`` switch dropout and batch norm, for programs compiled with ``training=True``. Where
-        there is something to train and :attr:`fuse` is on, layers with LoRA, gated activations and the cross entropy of
-        a head run as one step each, with backwards of their own: equal gradients, of first order alone. Under
-        ``torch.autocast`` it computes what the model would, and adapters keep float32 gradients. On a CPU the products
-        of frozen layers and the gradients of their inputs are computed by what is fastest there, which is measured once
-        for each machine, in a second each (``products`` of the module says what; ``ADAPTC_PRODUCTS=plain``, or
-        :attr:`fuse` off, leaves them to torch).
+        there is something to train and :attr:`fuse` is on, three things run as one step each, with backwards of their
+        own: layers with LoRA, gated activations, and the cross entropy of a head. Their gradients are equal, and of
+        first order alone. Under ``torch.autocast`` the module computes what the model would, and adapters keep float32
+        gradients.
 
-        ``gradient_checkpointing``: True to compute each repeated block again in the backward, for less memory, a number
-        for as many blocks at a time; in training mode, and with equal gradients; None as :attr:`checkpoint` says.
-        Raises ConfigError for any other value, and AdaptcError for programs captured for inference, which are never in
-        training mode, and where no block is repeated or can be computed twice. An AdaptcWarning tells of blocks that
-        cannot.
+        On a CPU, whatever is fastest there computes the matmuls of frozen layers and the gradients of their inputs. It
+        is measured once on each computer, in a second each; ``products`` of the module says what was chosen.
+        ``ADAPTC_PRODUCTS=plain``, or :attr:`fuse` off, leaves these matmuls to torch.
 
-        ``logits``: "labelled" leaves the rows whose label is the ignored index out of the head: loss and gradients are
-        equal, and these rows are zero in the logits it returns. Raises ConfigError for values other than "all" and
-        "labelled", and for the latter where the program's loss does not allow it or nothing is fused.
+        ``gradient_checkpointing``: True recomputes each repeated block in the backward, to save memory, and a number
+        that many blocks at a time. It acts in training mode, and gradients are equal. None does as :attr:`checkpoint`
+        says. Raises ConfigError for any other value. Raises AdaptcError for programs captured for inference, which are
+        never in training mode, and where no block is repeated or can be recomputed. An AdaptcWarning tells of blocks
+        that cannot.
 
-        With ``check_guards=False``, as torch's compilers ask, it is the plain ``fx.GraphModule`` that they work on, and
-        else a :class:`ProgramModule`.
+        ``logits``: "labelled" leaves the rows whose label is the ignored index out of the head. Loss and gradients are
+        equal, and these rows are zero in the logits that are returned. Raises ConfigError for values other than "all"
+        and "labelled". It raises the same for "labelled" where the program's loss does not allow it, or nothing is
+        fused.
+
+        ``check_guards=False``, which torch's compilers pass, gives the plain ``fx.GraphModule`` that they work on; else
+        the result is a :class:`ProgramModule`.
         """
         with on_graphs():
             still = self.snapshot()
@@ -283,14 +311,14 @@ class AdaptedProgram(Strengths):
             return made
 
     def run_decompositions(self, *args: Any, **kwargs: Any) -> ExportedProgram:
-        """As torch's: a plain program in other operators."""
+        """Return a plain program in other operators, as ``ExportedProgram.run_decompositions`` does."""
         with on_graphs():
             return Lifted(self.snapshot()).finish().run_decompositions(*args, **kwargs)
 
 
 @dataclass(frozen=True)
 class ModuleOf:
-    """How :meth:`AdaptedProgram.module` was asked to make a module."""
+    """The arguments of :meth:`AdaptedProgram.module` that say how a module is made of a program."""
 
     check_guards: bool
     logits: str
@@ -302,7 +330,11 @@ class ModuleOf:
         return kind(program, owner, self.graph(program), self)
 
     def graph(self, program: ProgramCore, head: str | None = None) -> fx.GraphModule:
-        """See :class:`Making`."""
+        """Return the graph module that a :class:`ProgramModule` runs; with ``head``, only as far as the linear layer of
+        that path.
+
+        Raises AdaptcError where the program does not end in one linear layer ``head``.
+        """
         graph = ExportedProgram.module(program, check_guards=self.check_guards)
         values = {} if program.current is None else program.current.values
         trainable = {id(t) for t in values.values() if t.requires_grad}
@@ -312,11 +344,11 @@ class ModuleOf:
             raise AdaptcError(f"the program does not end in one linear layer {head!r}, so it has no part before it")
         fuse = bool(trainable and program.options.fuse)
         logits = self.logits if head is None else "all"
-        # What a compiler of torch's, or the writer of a package, asks for stays in operators of theirs.
+        # Torch's compilers and the writer of packages ask without guards: they can only take torch's own operators.
         chosen = (choose, choose_for_gradient) if fuse and self.check_guards and wanted() else None
         result = fuse_training(graph, fuse=fuse, logits=logits, choose=chosen)
         found = {} if chosen is None else result.data[-1]
-        if self.check_guards:  # a compiler's graph stays in operators
+        if self.check_guards:  # the graph that a compiler asks for, without guards, keeps its sizes as operators
             BindSizes()(graph.graph)
             graph.recompile()
         graph.meta[PRODUCTS] = tuple(Products(choices, what) for what, choices in found.items())

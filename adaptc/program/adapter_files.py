@@ -1,4 +1,4 @@
-"""The current adapter of a program as a directory that PEFT reads, or as a file of another format."""
+"""Write the current adapter of a program as a directory that PEFT reads, or as a file of another format."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from adaptc.peft_files.formats.writing import Adapted, write_file
 from adaptc.peft_files.staging import replacing
 from adaptc.program.core import ProgramCore
 
-#: where transformers' Trainer looks for weights when it goes on from a checkpoint
+#: the name under which transformers' Trainer looks for weights when it resumes from a checkpoint
 TRAINER_NAME = "model.safetensors"
 
 
@@ -39,7 +39,10 @@ def write_current(
     format: str = "peft",
     component: str | None = None,
 ) -> Path:
-    """See ``adaptc.save_adapter``. ``binding``: what to write, None for the program's current one."""
+    """Write an adapter of ``program`` as ``adaptc.save_adapter`` does; returns the path written.
+
+    ``binding``: what to write, None for the program's current one.
+    """
     binding, spec = program.binding if binding is None else binding, program.spec()
     if binding.parts:
         if adapter_name not in binding.parts:
@@ -80,7 +83,8 @@ def write_current(
 
 
 def as_made(binding: Binding) -> Binding:
-    """One adapter as files have it, whether it is on or off; warns where it is scaled, which no file says."""
+    """Return an adapter as files hold it: turned on, even where it is off. Warns where it is scaled, which no file
+    says."""
     binding = binding.idle or binding
     if binding.factors:
         factor = next(iter(binding.factors.values()))
@@ -96,8 +100,10 @@ def as_made(binding: Binding) -> Binding:
 def write_as(
     path: str | os.PathLike[str], spec: BindingSpec, binding: Binding, format: str, component: str | None
 ) -> Path:
-    """Write ``binding`` in a format of others. Raises ConfigError for a format that is none, CheckpointError for what
-    it cannot hold."""
+    """Write ``binding`` in a format other than PEFT's.
+
+    Raises ConfigError for a format that does not exist, CheckpointError for tensors that the format cannot hold.
+    """
     writer = WRITERS.get(format)
     if writer is None:
         raise ConfigError(f"format={format!r} is not one of peft, {', '.join(WRITERS)}")
@@ -132,7 +138,8 @@ def write_as(
 
 
 def has_other_model(directory: Path) -> bool:
-    """Whether the name that Trainer looks for is there, and is not that of the adapter beside it."""
+    """Return whether ``directory`` has a file under the name that Trainer looks for that is not the adapter beside
+    it."""
     weights, name = directory / SAFE_NAME, directory / TRAINER_NAME
     own = weights.is_file() and name.is_file() and cmp(weights, name, shallow=False)
     return os.path.lexists(name) and not own
@@ -140,8 +147,10 @@ def has_other_model(directory: Path) -> bool:
 
 @contextmanager
 def without_link(directory: Path) -> Iterator[None]:
-    """Writes of an adapter into ``directory`` after which its weights have one name there: a second one, of an adapter
-    that was there before, would be of another one. A whole model under that name stays."""
+    """Run the block, which writes an adapter into ``directory``, and then remove a second name for its weights.
+
+    That name would be of the adapter that was there before. A whole model under that name stays.
+    """
     old = not has_other_model(directory)
     yield
     if old:
@@ -150,10 +159,11 @@ def without_link(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def linked_for_trainer(directory: Path) -> Iterator[None]:
-    """Writes of an adapter into ``directory`` after which its weights have a second name there, under which Trainer
-    finds them: the same file, or a copy of it where the filesystem has no links.
+    """Run the block, which writes an adapter into ``directory``, and then give its weights a second name for Trainer to
+    find.
 
-    Raises CheckpointError, before anything is written, where that name is something else's, such as a whole model's.
+    The name is a link to the same file, or a copy of it where the filesystem has no links. Raises CheckpointError,
+    before anything is written, where something else has that name, such as a whole model.
     """
     weights, name = directory / SAFE_NAME, directory / TRAINER_NAME
     if has_other_model(directory):
@@ -161,7 +171,7 @@ def linked_for_trainer(directory: Path) -> Iterator[None]:
             f"{name} is there, and not this adapter's: it would be lost, or Trainer would resume from it. Choose "
             "another directory"
         )
-    name.unlink(missing_ok=True)  # so that it is never of an older adapter than its neighbour
+    name.unlink(missing_ok=True)  # or a write that fails could leave an older adapter under this name
     try:
         yield
     finally:

@@ -1,8 +1,8 @@
-"""One more adapter by name, for a program that is there already.
+"""Add one more adapter by name to a program.
 
-Before: a program with adapters. After: where an adapter of that name was taken out and left its sites, the program
-itself has the new one, put in place as a swap does; else, if that was asked for, there is another program with sites
-for all of them, on the same base tensors, and the old one is as it was. Nothing is made anew unasked.
+Where a deleted adapter of that name left sites that the new one fits, the program itself gets it, as by a swap. Else,
+with ``recompile``, the result is another program with sites for all adapters, on the same base tensors; the old one
+stays as it was. Without ``recompile`` nothing is compiled, and SwapError is raised.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from adaptc.tables import shortened
 
 @dataclass(frozen=True)
 class Compiling:
-    """What makes programs: ``planned`` and ``compiled``, the halves of ``adaptc.compile``, which are made of what
-    programs are."""
+    """The two halves of ``adaptc.compile``, handed in because the module that has them (``compile``) imports this
+    one."""
 
     planned: Callable[..., Any]
     compiled: Callable[..., Any]
 
 
 def added(program: ProgramCore, name: str, adapter: Any, recompile: bool, compiling: Compiling) -> Any:
-    """See ``AdaptedProgram.add_adapter``."""
-    named({name: None})  # or the name is refused
+    """Return ``program`` with one more adapter, called ``name``; see ``AdaptedProgram.add_adapter``."""
+    named({name: None})  # raises ConfigError for a name that is not allowed
     still = program.snapshot()
     if name in (known := still.binding.named):
         how = f"{{{name!r}: adapter}}" if still.binding.parts else "adapter"
@@ -77,7 +77,7 @@ def added(program: ProgramCore, name: str, adapter: Any, recompile: bool, compil
 
 @dataclass(frozen=True)
 class InMemory:
-    """An adapter of a program, as ``compile`` takes it."""
+    """An adapter of a program in a form that ``compile`` takes."""
 
     file: AdapterFile
 
@@ -86,7 +86,7 @@ class InMemory:
 
 
 def as_file(program: ProgramCore, name: str, part: Binding) -> AdapterFile:
-    """What a file of a program's adapter would hold."""
+    """Return what a file of the program's adapter ``name`` would hold."""
     spec = program.spec()
     own = part_of(spec, name) if program.binding.parts else spec
     return AdapterFile(part.config.to_dict(), file_tensors(own, part), Path(part.source or name), origin=part.origin)
@@ -97,12 +97,13 @@ def _place(a: Attachment) -> tuple[str, str]:
 
 
 def _takes(there: Attachment | None, wanted: Attachment) -> bool:
-    """Whether an attachment's code serves another one's method."""
+    """Return whether the code of the attachment ``there`` can run the method of ``wanted``; False where ``there`` is
+    None."""
     return there is not None and there.method.structure() == wanted.method.structure()
 
 
 def _put(program: ProgramCore, name: str, plan: Any) -> None:
-    """The adapter that was planned, at the sites that another one of its name has left."""
+    """Bind the planned adapter at the sites that a deleted adapter of its name left, and make that binding current."""
     adapter = plan.adapters[0]
     while True:
         now, spec = program.binding, program.spec(program.adaptation.training)
@@ -126,7 +127,8 @@ def _methods(own: BindingSpec, planned: BindingSpec) -> dict[str, Any]:
 
 
 def _carried_over(old: ProgramCore, new: Any, parts: Mapping[str, Binding]) -> Binding:
-    """The new program's binding, in which the adapters that were there have their own tensors, factors and states."""
+    """Return the new program's binding, in which the old adapters keep their tensors, factors, and whether they are
+    on."""
     spec, binding = new.spec(), new.binding
     made = dict(binding.parts)
     for name, part in parts.items():
@@ -143,7 +145,10 @@ def _carried_over(old: ProgramCore, new: Any, parts: Mapping[str, Binding]) -> B
 
 
 def _same_sites(old: Sequence[Attachment], new: Sequence[Attachment], name: str) -> dict[str, str]:
-    """The id of each attachment of an adapter -> its id in the new program."""
+    """Return id in the old program -> id in the new one, for each attachment of the adapter ``name``.
+
+    Where the old program has a single adapter, its attachments may have another name.
+    """
     there = {_place(a): a.id for a in new if a.adapter == name}
     return {a.id: there[_place(a)] for a in old if _place(a) in there and (a.adapter == name or _single(old))}
 

@@ -1,7 +1,7 @@
-"""An assignment of adapters to the rows of a batch, kept for calls that belong together.
+"""Keep an assignment of adapters to the rows of a batch, for calls that belong together.
 
-Before: for each row its mix, and what computes such a call: a program as it is, where all rows want the same, or a
-stack of adapters. After: a callable that keeps them, whatever becomes of the bank that they come from.
+An assignment takes the mix of each row, and what computes it: a callable where all rows want the same, else a stack of
+adapters. It keeps its adapters even where the bank that they come from drops them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ from adaptc.torch_modes import plainly
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """Adapters side by side: names and bindings by place, the number of places, and what code for so many reads."""
+    """Adapters stacked for calls that mix them by row.
+
+    ``names`` and ``members``: the adapters and their bindings, by place. ``count``: the number of places that the code
+    reads, of which some may be filler. ``binding``: the stacked tensors.
+    """
 
     names: tuple[str, ...]
     members: tuple[Binding, ...]
@@ -43,17 +47,21 @@ class Stack:
 
     @property
     def pairs(self) -> Iterable[tuple[str, Binding]]:
-        """Each name with its binding."""
+        """Return each name with its binding."""
         return zip(self.names, self.members, strict=True)
 
     def serves(self, names: tuple[str, ...], table: Mapping[str, Binding]) -> bool:
-        """Whether all that a call uses is here, as it is now, and not much else."""
+        """Return whether the stack has the adapters ``names`` as ``table`` has them now, and at most twice as many
+        adapters."""
         own = dict(self.pairs)
         return all(own.get(n) is table[n] for n in names) and len(self.names) <= 2 * len(names)
 
 
 class Stacks(Protocol):
-    """Who has the code that stacks run in, and the buffers, by FQN, that it writes to."""
+    """The owner of the code that stacks run in: a bank, or one part of it.
+
+    ``state``: FQN -> a buffer that this code writes to.
+    """
 
     @property
     def source(self) -> RowsSource: ...
@@ -70,8 +78,10 @@ class Stacks(Protocol):
 
 
 def repeated(mixes: Mixes, rows: int) -> Mixes:
-    """The mix of each of so many rows: each of ``mixes`` several times after each other (beams). Raises AdaptcError
-    where they do not come out even."""
+    """Return the mix of each of ``rows`` rows, with each of ``mixes`` equally many times in succession (beams).
+
+    Raises AdaptcError where ``rows`` is no multiple of the number of mixes.
+    """
     each, rest = divmod(rows, len(mixes)) if mixes else (0, rows)
     if rest:
         raise AdaptcError(f"adapters has {len(mixes)} entries, and the batch has {rows} rows")
@@ -79,8 +89,11 @@ def repeated(mixes: Mixes, rows: int) -> Mixes:
 
 
 class Assignment(Keeping):
-    """What keeps an assignment: ``mixes``, with an entry for each row. ``program``: what it is of; ``adapters``: by
-    name those in it, as they are kept."""
+    """A callable that keeps an assignment of adapters to rows.
+
+    ``mixes``: the mix of each row. ``program``: the program that the bank is of. ``adapters``: name -> the binding of
+    each adapter in ``mixes``.
+    """
 
     def __init__(self, mixes: Mixes, program: Any, adapters: Mapping[str, Binding]) -> None:
         self.mixes, self.program, self.adapters = mixes, program, adapters
@@ -99,11 +112,11 @@ class Assignment(Keeping):
 
     @abstractmethod
     def alone(self, name: str) -> Keeping:
-        """One of the same adapter for one row."""
+        """Return a callable of the program with the adapter ``name`` alone."""
 
     def check_encoded(self, rows: int) -> None:
-        """Raises AdaptcError where others than all rows of the assignment are encoded, of which nothing tells which
-        they are."""
+        """Raise AdaptcError where a call encodes another number of rows than the assignment has: nothing tells which
+        rows they are."""
         if rows != len(self.mixes):
             raise AdaptcError(
                 f"adapters has {len(self.mixes)} entries, and {rows} rows are encoded: give one entry for each row. "
@@ -113,7 +126,10 @@ class Assignment(Keeping):
 
 
 class Assigned(Assignment):
-    """Made by ``Bank.assigned``. ``runs``: what computes it."""
+    """An assignment whose calls run the whole program, or one part of it; made by ``Bank.assigned``.
+
+    ``runs``: a callable where all rows want the same, else the stack.
+    """
 
     def __init__(
         self,
@@ -132,7 +148,7 @@ class Assigned(Assignment):
         return Bound(self.program, self.adapters[name])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Assigned:
-        """The same with tensors of its own, on a copy of its bank that goes on from what calls wrote."""
+        """Return an assignment with tensors of its own, on a copy of its bank that continues from what calls wrote."""
         bank = copy.deepcopy(self._bank, memo)
         return bank.keeping(self.mixes, copy.deepcopy(dict(self.adapters), memo))
 

@@ -1,13 +1,15 @@
-"""A bank: adapters by name, of which each row of a batch takes one, none, or a mix.
+"""Serve batches whose rows each use an adapter of their own, none, or a weighted mix.
 
-Before: a program with adapter sites, and adapters that fit them. After: a callable whose rows compute what programs of
-their own would. Adapters come and go while calls run: what a call reads is one frozen table, which is replaced as a
-whole, so a call that has begun keeps the adapters it began with. Nothing is compiled anew for another adapter, another
-rank or another assignment.
+A bank takes a program with adapter sites, and adapters that fit them. Each row of a call gets what a program with that
+row's adapters alone would compute. A new adapter, a new rank or another assignment to rows compiles nothing. Code is
+made at the first call, and for a call of more adapters than the code has places for (see ``bank_code``).
 
-Calls in which all rows want the same run the program, or its base, as they are, where that compiles nothing. All others
-run code with coefficients (see ``rows``), on a stack of the adapters in use, which is kept for the next call: the bank
-holds its adapters, and beside them the stacks that were used last.
+Adapters come and go while calls run. A call reads one frozen :class:`Holdings`, which is replaced as a whole, so it
+keeps the adapters that it began with.
+
+A call whose rows all want one adapter, or all the base, runs the program or its base directly. It does not where that
+would compile something. All other calls run code that takes coefficients (see ``rows``), on a stack of the adapters in
+use. Besides its adapters, the bank holds the stacks that were used last.
 """
 
 from __future__ import annotations
@@ -50,7 +52,10 @@ from adaptc.torch_modes import plainly
 
 
 class Bank:
-    """Made by ``AdaptedProgram.bank``. Iterating gives the names, in the order of their last use."""
+    """Adapters by name for the rows of a program's batches, made by ``AdaptedProgram.bank``.
+
+    Iterating yields the names, least recently used first.
+    """
 
     @plainly()
     def __init__(
@@ -74,12 +79,12 @@ class Bank:
         self.loader, self._probes = loader, probes
         #: the program without adapters, and its sites
         self.bare = bare_of(self._program)
-        #: where the rows are, by part; of a program that is called as a whole there is one
+        #: part -> where the rows of the batch are in it; a program that is called as a whole is the only part, ""
         self.sources = self._located()
-        #: ids of the sites that kernels of a GPU compute
+        #: ids of the sites that fused GPU kernels compute
         self.grouped = self._groupable() if self._uses_kernels() else frozenset[str]()
         self.codes = BankCode(self.sources, self._program.options, self.limits, self.bare.training, self.grouped)
-        #: FQN -> what calls write to, of this bank alone
+        #: FQN -> this bank's own copy of a tensor that calls write to (a cache, a counter)
         self.state: Mapping[str, Tensor] = own_copies(self.bare.base, self.bare.written)
         self._now = Holdings()
         self._lock = free_in_children(threading.RLock())
@@ -94,11 +99,12 @@ class Bank:
 
     @property
     def source(self) -> RowsSource:
-        """Where the rows of a program that is called as a whole are."""
+        """Return where the rows are, for a program that is called as a whole."""
         return self.sources[""]
 
     def _groupable(self) -> frozenset[str]:
-        """A site in several parts has one stack for all of them."""
+        """Return the ids of the sites that GPU kernels can compute. A site that is in several parts has one stack for
+        all of them, so every part must allow it."""
         refused = {a.id for s in self.sources.values() for a in s.attachments if a.id not in s.groupable}
         return frozenset(a.id for a in self.bare.attachments) - refused
 
@@ -113,10 +119,10 @@ class Bank:
     # -- adapters ------------------------------------------------------------------------------------------------------
 
     def add(self, name: str, adapter: Any, **options: Any) -> None:
-        """Take in an adapter: a directory, a file, a state dict or a binding; ``options`` as for ``adaptc.swap``.
+        """Add an adapter: a directory, a file, a state dict or a binding; ``options`` as for ``adaptc.swap``.
 
-        Raises ConfigError for a name that is taken, or where the bank is full; CheckpointError or SwapError for an
-        adapter that does not fit, or is not finite. Then the bank is as it was.
+        Raises ConfigError for a name that is taken, or where the bank is full. Raises CheckpointError or SwapError for
+        an adapter that does not fit, or is not finite. After an error the bank is unchanged.
         """
         if not isinstance(name, str) or not name:
             raise ConfigError(f"the name of an adapter is a string, not {shown(name)}")
@@ -129,7 +135,11 @@ class Bank:
             self._now = self._with(self._now, name, binding)
 
     def replace(self, name: str, adapter: Any, **options: Any) -> None:
-        """Put another adapter in the place of one; as :meth:`add`."""
+        """Replace the adapter called ``name`` by another one; arguments as for :meth:`add`.
+
+        Raises AdaptcError for a name that the bank does not have. An adapter that does not fit, or for which there is
+        no room, raises as in :meth:`add`. After an error the bank is unchanged.
+        """
         check_known([name], self._now.adapters)
         binding = self._binding(name, adapter, options)
         with self._lock:
@@ -137,13 +147,18 @@ class Bank:
             self._now = self._with(self._now, name, binding)
 
     def remove(self, name: str) -> None:
-        """Let go of an adapter. Calls that have begun keep it. Raises AdaptcError for a name that there is not."""
+        """Remove an adapter; calls that have begun keep it. Raises AdaptcError for a name that the bank does not
+        have."""
         with self._lock:
             check_known([name], self._now.adapters)
             self._now = self._now.without([name])
 
     def _with(self, held: Holdings, name: str, binding: Binding, needed: Collection[str] = ()) -> Holdings:
-        """What is held with one more adapter. Raises ConfigError where there is no room."""
+        """Return ``held`` with one more adapter, and without those that the limits evict for it, which are never
+        ``needed`` ones.
+
+        Raises ConfigError where there is no room.
+        """
         gone = self.limits.leaving(held.adapters, held.order, name, binding, needed)
         return held.with_adapter(name, binding, gone)
 
@@ -166,7 +181,7 @@ class Bank:
         return len(self._now.adapters)
 
     def __getitem__(self, name: str) -> Binding:
-        """The adapter of that name, bound to the program. Raises KeyError where there is none."""
+        """Return the adapter called ``name``, bound to the program. Raises KeyError where there is none."""
         held = self._now.adapters
         if name not in held:
             raise KeyError(f"the bank has no adapter {name!r}{did_you_mean(name, held)}")
@@ -176,25 +191,34 @@ class Bank:
 
     def __call__(self, *args: Any, adapters: Any = ..., **kwargs: Any) -> Any:
         """Run the program. ``adapters`` has an entry for each row of the batch: a name, None for the base, or a dict of
-        names and weights, whose changes are added up with these weights.
+        names and weights. A dict adds up the changes of its adapters, each times its weight.
 
-        Raises AdaptcError for a name that the bank has not (after the loader was asked), and for another number of rows
-        than the batch has; then nothing was computed.
+        Raises AdaptcError for a name that the bank does not have, after the loader was asked. Raises AdaptcError where
+        the batch has another number of rows than ``adapters``. In both cases nothing was computed.
         """
         return self._called(self, args, kwargs, adapters)
 
     def assigned(self, adapters: Any) -> Assigned:
-        """A callable that keeps this assignment and these adapters, for calls that belong together: a generation. It
-        takes batches in which each row is there once, or so many times after each other (beams)."""
+        """Return a callable that keeps this assignment and these adapters, for calls that belong together, such as a
+        generation.
+
+        It takes batches that have each row once, or each row equally many times in succession (beams).
+        """
         mixes = mixes_of(adapters)
         return self.keeping(mixes, self._needed(used(mixes)))
 
     def keeping(self, mixes: Mixes, table: Mapping[str, Binding]) -> Assigned:
-        """The same of adapters that need not be in the bank."""
+        """Return a callable that keeps the assignment ``mixes`` and the adapters of ``table``, which need not be in the
+        bank."""
         return Assigned(self._runs(mixes, table), mixes, self, self._program, table)
 
     def _needed(self, names: tuple[str, ...]) -> Mapping[str, Binding]:
-        """The adapters that a call names, which keeps them whatever becomes of the bank."""
+        """Return the adapters that a call names, and note that they were used. The loader loads those that are missing.
+        The call keeps them even if the bank drops them meanwhile.
+
+        Raises AdaptcError for a name that neither the bank nor its loader has, ConfigError where the limits allow no
+        more.
+        """
         self.limits.check_call(names)
         table = self._now.adapters
         found = {n: table[n] for n in names if n in table}
@@ -219,7 +243,11 @@ class Bank:
         return self._binding(name, found, {})
 
     def _runs(self, mixes: Mixes, table: Mapping[str, Binding]) -> Callable[..., Any] | Stack:
-        """What computes an assignment: where all rows want the same a program of its own, else a stack."""
+        """Return what computes an assignment: a callable where all rows want the base, or one adapter with weight 1;
+        else a stack.
+
+        A stack does it as well where that callable would compile something, and for adapters that train.
+        """
         names = used(mixes)
         if not self.bare.attachments or not (names or self._compiles(self._program.running.base)):
             return self._base()
@@ -229,7 +257,8 @@ class Bank:
         return self._stack(names, table)
 
     def _compiles(self, program: Any) -> bool:
-        """Whether calls of a program, None for one that nobody has made, would compile something."""
+        """Return whether calls of ``program`` would compile something; None stands for a base that nobody has made
+        yet."""
         if not self.codes.compiles:
             return False
         if program is None or program.running.executor is None:
@@ -241,7 +270,7 @@ class Bank:
         return self._with_state(base, Binding.none()) if self.state else base.pinned()
 
     def _with_state(self, program: ProgramCore, binding: Binding) -> Callable[..., Any]:
-        """A program on the buffers of the bank."""
+        """Return a callable that runs ``program`` with ``binding`` on the buffers of the bank."""
         code = program.executor()
         arguments = code.own_arguments(binding, self.state)
         return lambda *args, **kwargs: code(arguments, args, kwargs)
@@ -263,7 +292,7 @@ class Bank:
         if found is None:
             members = tuple(table[n] for n in names)
             found = self._stacked(names, members, self.codes.count(len(names)))
-        # Of adapters that train a stack is made in every call, for it must follow them.
+        # A kept stack would miss the optimizer's updates of adapters that train, so their stack is made in every call.
         if not self.bare.training:
             with self._lock:
                 self._now = self._now.with_stack(found)
@@ -271,27 +300,28 @@ class Bank:
 
     def _stacked(self, names: tuple[str, ...], members: tuple[Binding, ...], count: int) -> Stack:
         source, like = self.bare, members or (self._program.binding,)
-        # What trains is followed by whatever the call is in, and kept by nobody.
+        # A stack of adapters that train is not kept, and the caller's transforms and modes must see how it is made.
         with nullcontext() if source.training else plainly():
             return Stack(names, members, count, stacked(like, source.attachments, source.ops, count, self.grouped))
 
     def empty_stack(self, count: int) -> Stack:
-        """One with so many places that has no adapter of the bank."""
+        """Return a stack with ``count`` places that holds no adapter of the bank, for making code."""
         return self._stacked((), (), count)
 
     def code(self, stack: Stack, long: bool) -> Executor:
-        """What computes calls on a stack, of ``long`` rows or short ones; made at the first such call."""
+        """Return the code of calls on ``stack``, made at the first such call. ``long``: as for :meth:`BankCode.of`."""
         return self.codes.of("", stack, long)
 
     def codes_of(self, program: ProgramCore) -> list[Executor]:
-        """What computes calls of a program, made now if it was not."""
+        """Return the code of calls of ``program``, made now if it was not."""
         return [program.executor()]
 
     def warm(self, adapters: int | None = None) -> None:
-        """Make all code now that calls of up to so many ``adapters`` need, so that none of them waits for it; by
-        default of as many as the bank may hold, or has. Other calls go on meanwhile, so a thread of its own may do it.
+        """Make now all code that calls of up to ``adapters`` adapters need, so that no call waits for it.
 
-        Raises ConfigError for what is no number of adapters that it may hold.
+        None stands for the capacity, or without one for the number of adapters in the bank, and at least two. Other
+        calls go on meanwhile, so a thread of its own may do it. Raises ConfigError for anything but a number from 1 to
+        the capacity.
         """
         warm_bank(self, adapters)
 
@@ -303,29 +333,30 @@ class Bank:
 
     @property
     def capacity(self) -> int | None:
-        """How many adapters it may hold; None for any number."""
+        """Return the largest number of adapters that the bank may hold; None for any number."""
         return self.limits.capacity
 
     @property
     def max_rank(self) -> int | None:
-        """The largest rank that it takes; None for any."""
+        """Return the largest rank that the bank takes; None for any."""
         return self.limits.max_rank
 
     @property
     def program(self) -> ProgramCore:
-        """The program, as it was when the bank was made."""
+        """Return the program, as it was when the bank was made."""
         return self._program
 
     @property
     def adapters(self) -> Mapping[str, Binding]:
-        """The adapters by name, as they are now."""
+        """Return the adapters by name, as they are now."""
         return self._now.adapters
 
     def exported(self, adapters: list[str] | None = None) -> ExportedProgram:
-        """A plain exported program of these adapters (all by default), which takes their coefficients, a float32 tensor
-        (rows, adapters) in this order, as one more keyword, ``adapter_coefficients``. Nothing of adaptc is in it.
+        """Return a plain exported program of these adapters, or of all for None, in which nothing of adaptc is left.
 
-        Raises AdaptcError for a name that the bank has not, and ConfigError where there is none.
+        It takes one more keyword, ``adapter_coefficients``: float32 (rows, adapters), with the adapters in the order
+        given. Raises AdaptcError for a name that the bank does not have. Raises ConfigError for anything but a list of
+        names or None, and where there is no adapter.
         """
         table = self._now.adapters
         if isinstance(adapters, str) or not all(isinstance(n, str) for n in adapters or ()):
@@ -335,22 +366,22 @@ class Bank:
         if not names:
             raise ConfigError("the bank is empty, so there is nothing to export")
         made = stacked([table[n] for n in names], self.bare.attachments, self.bare.ops, len(names))
-        # Archives want tensors as they lie in memory.
+        # Slots in a stack are strided views; archives want contiguous tensors.
         made = replace(made, values={f: t.detach().contiguous() for f, t in made.values.items()})
         return self.source.exported(made, len(names))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all adapters; what several share counts once."""
+        """Return the bytes of all adapters; a tensor that several share counts once."""
         return bytes_of(self._now.adapters.values())
 
     @property
     def held(self) -> int:
-        """Bytes of the stacks that are kept."""
+        """Return the bytes of the stacks that the bank keeps."""
         return sum(s.nbytes for s in self._now.stacks)
 
     def report(self) -> BankReport:
-        """A table of the adapters with their sites, ranks and bytes, and what calls keep beside them."""
+        """Return a table of the adapters with their sites, ranks and bytes, and the stacks that the bank keeps."""
         now = self._now
         adapters = {n: now.adapters[n] for n in now.order}
         held, stacks = sum(s.nbytes for s in now.stacks), tuple(s.names for s in now.stacks)
@@ -362,12 +393,12 @@ class Bank:
         return f"<Bank: {len(self)}{limits} adapters, {size(self.nbytes)}{names}>"
 
     def __copy__(self) -> Bank:
-        """One of its own with the same adapters, which go and come in each alone; its buffers begin as the program's
-        are."""
+        """Return a bank that begins with the same adapters and the buffers of the program; adding to one does not
+        change the other."""
         return self._like(self._program, dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Bank:
-        """The same with tensors of its own, which goes on from what its calls wrote."""
+        """Return a bank with tensors of its own, whose buffers continue from what this bank's calls wrote."""
         made = self._like(copy.deepcopy(self._program, memo), partial(copy.deepcopy, memo=memo))
         made.state = own_copies(self.state, self.state)
         return made

@@ -1,8 +1,9 @@
-"""The code of a bank: made when a call first needs it, and kept for all that follow.
+"""Make the code of a bank when a call first needs it, and keep it for later calls.
 
-Before: where the rows are in a program, or in each of its parts. After: code for stacks of adapters, as few of it as
-there can be: where adapters lie side by side in products one for all numbers of them, else one for each power of two,
-and for a compiler one for as many as the bank may hold.
+It is made for the whole program, or for each of its parts, and there is as little of it as possible. Where adapters lie
+side by side in matmuls, one code serves any number of adapters. Else there is one for each power of two, and in
+training one for each number. A compiler makes one for the bank's capacity; without a capacity, one for 8 adapters and
+one for each power of two above.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from adaptc.runtime.options import RunOptions
 
 
 class BankCode:
-    """``sources``: what it is made of, by part; ``grouped``: ids of the sites that kernels of a GPU compute."""
+    """The code of a bank. ``sources``: part -> what its code is made of. ``grouped``: ids of the sites that GPU kernels
+    compute."""
 
     def __init__(
         self,
@@ -36,17 +38,17 @@ class BankCode:
 
     @property
     def compiles(self) -> bool:
-        """Whether a compiler makes it."""
+        """Return whether a compiler makes the code."""
         return self._options.backend != "eager"
 
     @property
     def made(self) -> list[Executor]:
-        """All that there is."""
+        """Return all code that was made so far."""
         return list(self._made.values())
 
     @property
     def any_number(self) -> bool:
-        """Whether it is the same for all numbers of adapters."""
+        """Return whether one code serves any number of adapters."""
         found = self._any_number
         if found is None:
             with on_graphs():
@@ -55,7 +57,7 @@ class BankCode:
         return found
 
     def count(self, needed: int) -> int:
-        """The number of places of a stack of so many adapters."""
+        """Return the number of places of a stack for ``needed`` adapters."""
         least, capacity = max(needed, 2), self._limits.capacity
         if self.compiles:
             least = max(capacity or 8, least)
@@ -65,9 +67,14 @@ class BankCode:
         return power if capacity is None else max(min(power, capacity), least)
 
     def of(self, part: str, stack: Stack, long: bool) -> Executor:
-        """What computes a part of calls on a stack, of ``long`` rows or short ones."""
+        """Return the code of a part for calls on ``stack``, made now if it was not.
+
+        ``long``: the rows have so many positions that each row's own adapters are computed alone, see
+        ``low_rank_rows``.
+        """
         free, source = self.any_number, self.sources[part]
-        # Kernels are for any number of positions, and so is what is computed one adapter after the other.
+        # Code differs by the length of rows only where adapters lie side by side, and nothing else computes them:
+        # GPU kernels, compiled code and training have one code for all lengths.
         long = long and source.side_by_side and not (self.compiles or self._training or self.grouped)
         key = part, None if free else stack.count, long
         code = self._made.get(key)
@@ -80,6 +87,6 @@ class BankCode:
         return code
 
     def every(self, stack: Stack) -> list[Executor]:
-        """What computes calls on a stack: all parts, of rows of every length."""
+        """Return the code of all parts for calls on ``stack``, with rows of any length, made now if it was not."""
         found = [self.of(part, stack, long) for part in self.sources for long in (False, True)]
         return list(dict.fromkeys(found))

@@ -1,7 +1,7 @@
-"""What a bank is made of: a program without its adapters, the sites where rows have theirs, and options that are known.
+"""Check the options of a bank, and find what its code is made of: the base, and the sites where rows have adapters.
 
-Before: a program with adapter sites. After: its base, as one exported program, and the sites that its code computes.
-What an adapter puts at the beginning of a cache is no site of these: whoever makes the cache gives each row its own.
+The base is one exported program. A KV prefix that an adapter puts at the beginning of a cache is no site here: whoever
+makes the cache gives each row its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from adaptc.rows.bare import Bare
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a keyword that is neither a limit nor an option of adapters."""
+    """Raise ConfigError for a keyword that is neither a limit of a bank nor an option of adapters."""
     known = ("config", "adapter_name", "key_mapping", "component")
     for name in options:
         if name not in known:
@@ -35,7 +35,10 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def bare_of(program: ProgramCore) -> Bare:
-    """Raises ConfigError for a program that no row can have adapters of its own in."""
+    """Return the program without its adapters, and the sites where rows can have their own.
+
+    Raises ConfigError for a program without adapter sites, and for one whose adapters act together.
+    """
     a = program.adaptation
     if not a.attachments:
         raise ConfigError("the program has no adapter sites, so there is nothing for a bank: compile it with a config")

@@ -1,14 +1,14 @@
-"""One adapter bound to a program: a callable that keeps it, whatever the program is swapped to.
+"""Bind one adapter to a program: a callable that keeps it, whatever the program is swapped to.
 
-It stands in one of two forms, which compute the same up to rounding:
+It takes one of two forms, which compute the same up to rounding:
 
     apply    the program's own code with this adapter's tensors: no memory but theirs
     weight   the base's graph on weights of its own, W' = weight(W) made once: as fast as the base, and as large, over
              the adapted weights
 
-``auto`` takes the weight form where the adapter would cost a call more than a twentieth of the adapted layers' own work
-(symbolic, at the sizes of the example inputs), the weights fit a memory limit, and are not in half precision, where
-rounding W' once is not what the program does.
+``auto`` takes the weight form where three things hold. The adapter would cost a call more than a twentieth of the
+adapted layers' own work (symbolic, at the sizes of the example inputs). The weights fit a memory limit. They are not in
+half precision, where rounding W' once is not what the program does.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ from adaptc.runtime.state import own_copies
 from adaptc.tables import size
 
 FORMS = ("apply", "weight", "auto")
-#: the part of the adapted layers' work above which an adapter is worth weights of its own
+#: share of the adapted layers' own work above which an adapter is worth weights of its own
 SHARE = 0.05
 
 
 @dataclass(frozen=True, eq=False)
 class _Now:
-    """What a call in the apply form reads, replaced as a whole; no code and arguments before the first call."""
+    """The options, code and arguments that calls read, replaced as a whole; code and arguments are None until they are
+    made."""
 
     options: RunOptions
     executor: Executor | None = None
@@ -56,7 +57,7 @@ class _Now:
 class Keeping(ABC):
     """A callable that keeps one adapter, whatever its program is swapped to."""
 
-    #: the adapter
+    #: the adapter that calls use
     binding: Any
 
     @abstractmethod
@@ -65,15 +66,18 @@ class Keeping(ABC):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where it runs."""
+        """Return the device that it runs on."""
 
     @property
     def adapted(self) -> bool:
-        """Whether it is more than the base."""
+        """Return whether it has an adapter at any site; the base has none."""
         return bool(self.binding.methods)
 
     def pinned(self, scale: Any = None) -> Callable[..., Any]:
-        """As that of programs, which is itself. Raises ConfigError for a ``scale``, which it has of its own."""
+        """Return the callable itself, which keeps its adapter already; programs return another one here.
+
+        Raises ConfigError for a ``scale``: the callable has its own.
+        """
         self._keeps(scale)
         return self
 
@@ -86,15 +90,16 @@ class Keeping(ABC):
 
 
 def program_of(runs: Any) -> Any:
-    """The program, or the package, that ``runs`` is, or is bound to."""
+    """Return the program, or the package, that ``runs`` is, or that it is bound to."""
     return getattr(runs, "program", runs)
 
 
 class Bound(Keeping):
-    """Made by ``AdaptedProgram.bind``. ``form`` is what it stands in, ``why`` the reason.
+    """An adapter bound to a program, made by ``AdaptedProgram.bind``. ``form`` is the form that it takes, ``why`` the
+    reason.
 
-    It runs with the options that the program had when it was bound, but for the limit on what is computed once
-    (:attr:`AdaptedProgram.hoist_limit`), which it follows.
+    It runs with the options that the program had when it was bound. Only the limit on hoisted values,
+    :attr:`AdaptedProgram.hoist_limit`, follows the program.
     """
 
     def __init__(
@@ -124,7 +129,7 @@ class Bound(Keeping):
         return self._called(self, args, kwargs)
 
     def pinned_to(self, scale: Any = None) -> tuple[ProgramCore, Executor, Binding, Mapping[str, Tensor]]:
-        """What calls run: the program, its code, the binding, and state that is not the program's."""
+        """Return what calls run: the program, its code, the binding, and state that is not the program's."""
         self._keeps(scale)
         now = self.ready()
         assert now.executor is not None
@@ -135,7 +140,7 @@ class Bound(Keeping):
         return self.program.device
 
     def ready(self) -> _Now:
-        """What calls read, with their code, which is made now if it was not."""
+        """Return what calls read, with their code, which is made now if it was not."""
         while True:
             now = self._now
             if now.arguments is not None:
@@ -157,28 +162,32 @@ class Bound(Keeping):
         return None if executor is None else executor.own_arguments(self._reads, self._state)
 
     def limit(self, nbytes: int | None) -> None:
-        """What it holds that is computed once may take so many bytes from now on; where they were others, what was held
-        is freed. Called by its program."""
+        """Set the limit, in bytes, on the hoisted values; a new limit frees those that are held. Called by its
+        program."""
         if nbytes != self._now.options.hoist_limit:
             self._now = _Now(replace(self._now.options, hoist_limit=nbytes))
             if self._runs is not self.program:
-                self._runs.set_options(hoist_limit=nbytes)  # which remembers code, too
+                self._runs.set_options(hoist_limit=nbytes)  # its code holds hoisted values, too
 
     @property
     def state(self) -> Mapping[str, Tensor]:
-        """FQN -> what its calls write to, in place, and no other's: caches and statistics."""
+        """Return FQN -> the tensor that calls write to in place (caches and statistics), which belongs to this callable
+        alone."""
         return self._state
 
     @property
     def held(self) -> Held:
-        """What is computed once for this binding: in the weight form its weights, else nothing before its first
-        call, and nothing again when :attr:`AdaptedProgram.hoist_limit` was set until the next one."""
+        """Return the memory that this binding holds: the weights of the weight form, and hoisted values.
+
+        There are no hoisted values before the first call, nor between a change of :attr:`AdaptedProgram.hoist_limit`
+        and the next call.
+        """
         own = Held(len(self._weights), sum(t.nbytes for t in self._weights))
         arguments = self._now.arguments
         return own if arguments is None else own + arguments.held
 
     def __copy__(self) -> Bound:
-        """Another on the same tensors, whose buffers begin as the program's are now."""
+        """Return another callable on the same tensors, whose buffers begin as the program's are now."""
         return Bound(self.program, self._adapter, self.form)
 
     @property
@@ -186,7 +195,7 @@ class Bound(Keeping):
         return self.binding if self.binding.methods or self.binding.values else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Bound:
-        """The same with tensors of its own, which goes on from what its calls wrote."""
+        """Return a callable with tensors of its own, whose buffers continue from what this one's calls wrote."""
         program, adapter = copy.deepcopy(self.program, memo), copy.deepcopy(self._adapter, memo)
         return Bound(program, adapter, self.form, state=self._state)
 
@@ -208,17 +217,20 @@ def _called(bound: Bound, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 @exclusive
 def own_weights(program: ProgramCore, binding: Binding) -> tuple[ProgramCore, tuple[Tensor, ...]]:
-    """The base's program on the weights that ``binding`` makes, and those weights; all others are shared."""
+    """Return the base's program on the weights that ``binding`` makes, and those weights; all others are shared."""
     made, _ = merged(program.with_binding(binding))
     shared = {storage_key(t) for t in program.base_tensors.values() if isinstance(t, Tensor)}
     new = {f: t for f, t in made.state_dict.items() if isinstance(t, Tensor) and storage_key(t) not in shared}
-    # Of siblings, only weights that are this binding's own may move into one buffer.
+    # Fused siblings move into one buffer. Weights that are shared with the program must stay where they are.
     made.set_options(fuse=frozenset(new))
     return made, tuple({storage_key(t): t for t in new.values()}.values())
 
 
 def choose(program: ProgramCore, binding: Binding, form: str, limit: int | None) -> tuple[str, str]:
-    """(form, why). Raises ConfigError for a form that does not exist, and for a limit that is no number of bytes."""
+    """Return the form for ``binding``, and why.
+
+    Raises ConfigError for a form that does not exist, and for a limit that is no number of bytes.
+    """
     if not isinstance(form, str) or form not in FORMS:
         raise ConfigError(f"form={shown(form)} is not one of {', '.join(FORMS)}")
     check_limit(limit, "memory_limit")
@@ -244,7 +256,10 @@ def choose(program: ProgramCore, binding: Binding, form: str, limit: int | None)
 @exclusive
 @torch.no_grad()
 def overhead(program: ProgramCore) -> float:
-    """The work of a program's regions over that of the layers they stand at, for one call at the example sizes."""
+    """Return the work of a program's regions over that of the layers they stand at, for one call at the example sizes.
+
+    It is 0 where the regions stand at no such layer.
+    """
     program = program.snapshot()
     graph, sizes = program.graph, example_sizes(program)
     layers = {name for a in program.adaptation.attachments for name in a.consumers}

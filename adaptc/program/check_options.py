@@ -1,8 +1,4 @@
-"""Whether a program can run with these options.
-
-Before: the sites and base tensors of a program, and options that are checked each on its own. After: nothing, or an
-error, and nothing has changed.
-"""
+"""Check whether a program can run with its options, each of which was checked on its own before."""
 
 from __future__ import annotations
 
@@ -18,7 +14,11 @@ from adaptc.runtime.options import PACKS, RunOptions
 
 
 def check_options(options: RunOptions, adaptation: Adaptation, base: Iterable[Any]) -> None:
-    """Raises BackendError for a form that the backend cannot compile, ConfigError for weights that are not packed."""
+    """Raise BackendError for a form that the backend cannot compile, ConfigError for weights that cannot be packed as
+    asked.
+
+    ``base``: the base tensors of the program. Nothing is changed.
+    """
     for a in adaptation.attachments:
         if compilable(a, options.backend) != a:
             raise BackendError(

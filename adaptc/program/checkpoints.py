@@ -1,9 +1,8 @@
-"""Which of the checkpoints that transformers' Trainer wrote a run can go on from.
+"""Find the checkpoint of transformers' Trainer that a run can resume from.
 
-Before: the directory of a run, whose process may have been killed while it wrote. After: nothing is changed.
-
-Trainer writes a checkpoint file by file, ``trainer_state.json`` last, and takes the newest folder for the last
-checkpoint whatever is in it. So a folder whose state cannot be read is one that was never finished.
+The process of the run may have been killed while it wrote. Trainer writes a checkpoint file by file,
+``trainer_state.json`` last, and takes the newest folder for the last checkpoint whatever is in it. So a folder whose
+state cannot be read was never finished. Nothing on disk is changed.
 """
 
 from __future__ import annotations
@@ -20,15 +19,16 @@ from adaptc.peft_files.snapshot import Opened
 from adaptc.program.adapter_files import TRAINER_NAME, has_other_model
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-#: what Trainer writes last
+#: the file of a checkpoint that Trainer writes last
 STATE = "trainer_state.json"
 
 
 def last_checkpoint(directory: str | os.PathLike[str]) -> str | None:
-    """The newest complete checkpoint in the directory of a Trainer's run, for ``resume_from_checkpoint``; None where
-    there is none, as ``resume_from_checkpoint`` takes it. Those that a killed process left unfinished are passed over.
+    """Return the newest complete checkpoint in the directory of a Trainer's run, for ``resume_from_checkpoint``.
 
-    Raises CheckpointError where the directory cannot be read, or a finished checkpoint's adapter is damaged.
+    None where there is none, which ``resume_from_checkpoint`` takes too. Checkpoints that a killed process left
+    unfinished are passed over. Raises CheckpointError where the directory cannot be read, or a finished checkpoint's
+    adapter is damaged.
     """
     for _, folder in sorted(_checkpoints(Path(directory)).items(), reverse=True):
         if _finished(folder):
@@ -38,7 +38,7 @@ def last_checkpoint(directory: str | os.PathLike[str]) -> str | None:
 
 
 def _checkpoints(directory: Path) -> dict[int, Path]:
-    """Those in the directory of a run, by their steps; none where there is no directory."""
+    """Return steps -> folder for the checkpoints in ``directory``; none where it does not exist."""
     try:
         return {int(m[1]): p for p in directory.iterdir() if (m := _NAME.fullmatch(p.name)) and p.is_dir()}
     except FileNotFoundError:
@@ -48,13 +48,15 @@ def _checkpoints(directory: Path) -> dict[int, Path]:
 
 
 def is_checkpoint(directory: str | os.PathLike[str]) -> bool:
-    """Whether a directory has the name of one of Trainer's checkpoints."""
+    """Return whether a directory has the name of one of Trainer's checkpoints."""
     return _NAME.fullmatch(Path(directory).name) is not None
 
 
 def check_output(directory: str | os.PathLike[str], done: int, last: int) -> None:
-    """Raises CheckpointError where a run that writes to ``directory``, from step ``done`` to ``last``, would find a
-    whole model, which its adapters would hide or be taken for."""
+    """Raise CheckpointError where a run that writes to ``directory`` would find a whole model there.
+
+    The run goes from step ``done`` to ``last``. Its adapters would hide that model, or be taken for it.
+    """
     steps = {n: p for n, p in _checkpoints(Path(directory)).items() if done < n <= last}
     for folder in (Path(directory), *steps.values()):
         check_no_model(folder)

@@ -1,7 +1,7 @@
-"""From a model and configs to a program: capture, plan, first values, inject.
+"""Compile a model and configs into a program: capture, plan, first values, inject.
 
-Before: whatever a user hands to ``adaptc.compile``. After: a program with a region at every site that any of the
-adapters asks for, bound to the first of them; or an error, and the model as it was.
+The program has a region at every site that any of the adapters asks for. It is bound to the first adapter, or to all of
+them together where they came by name. After an error the model is as it was.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ PlannedConfig = TargetedConfig | ProgramConfig | AttentionConfig
 
 @dataclass(frozen=True)
 class Adapter:
-    """What the user wants at the sites of one adapter: its config, its file if it came as one, and its name."""
+    """An adapter as the user asks for it: its config, its file if it came as one, and its name."""
 
     name: str
     config: PlannedConfig
@@ -76,19 +76,20 @@ class Adapter:
 
     @property
     def tell(self) -> Tell:
-        """What is called for an entry of the config that binds to nothing."""
+        """Return what is called for an entry of the config that binds to nothing: it warns where a file has the config,
+        else it raises TargetError."""
         return refuse_entry if self.file is None or self.file.fresh else warn_of_entry
 
 
 @dataclass(frozen=True)
 class Asked:
-    """An adapter before the model is known, of which files of other formats make their config."""
+    """An adapter before the model is known; the model's weights decide what config and file it has (see :meth:`at`)."""
 
     name: str
     config: PlannedConfig | None
     file: AdapterFile | RawFile | None
     component: str | None = None
-    #: whether the config is the caller's, and not that of the file
+    #: whether the caller gave the config, in place of the file's
     stated: bool = False
 
     def at(self, base: Lifted) -> Adapter:
@@ -98,13 +99,13 @@ class Asked:
 
 @dataclass(frozen=True)
 class Planned:
-    """A captured model, and what is to become of it: the sites of all adapters, and what they are bound with."""
+    """A captured model, and the plan for it: the sites of all adapters, and what bindings must fill."""
 
     captured: Captured
     adapters: Sequence[Adapter]
     plans: Sequence[Plan]
     spec: BindingSpec
-    #: whether the adapters came by name, and each has values of its own
+    #: whether the adapters came by name, so that each has attachments and values of its own
     apart: bool
 
 
@@ -126,7 +127,7 @@ def planned(
     component: str | None = None,
     override: Any = None,
 ) -> Planned:
-    """The first half of ``adaptc.compile``: all that is known before there are values."""
+    """Capture ``model`` and plan its sites: the first half of ``adaptc.compile``, which makes no values yet."""
     if not isinstance(form, str) or form not in FORMS:
         raise ConfigError(f"form={shown(form)} is not one of {', '.join(FORMS)}")
     by_name = named(config)
@@ -163,13 +164,14 @@ def planned(
 def compiled(
     model: Any, config: Any, options: RunOptions, *, generator: torch.Generator | None = None, **planning: Any
 ) -> AdaptedProgram:
-    """See ``adaptc.compile``; ``planning`` as for :func:`planned`."""
+    """Compile ``model`` as ``adaptc.compile`` does; ``planning`` as for :func:`planned`."""
     return adapted(planned(model, config, options, **planning), options, generator)
 
 
 @exclusive
 def adapted(p: Planned, options: RunOptions, generator: torch.Generator | None = None) -> AdaptedProgram:
-    """The second half of ``adaptc.compile``: the captured program with its adapters, whose values are made here."""
+    """Return the captured program with its adapters, whose values are made here: the second half of
+    ``adaptc.compile``."""
     spec, captured = p.spec, p.captured
     _check_methods(spec)
     name = "the program" if captured.base is None else captured.base.class_name
@@ -201,14 +203,17 @@ def adapted(p: Planned, options: RunOptions, generator: torch.Generator | None =
 
 
 def _added_fills(spec: BindingSpec) -> dict[str, tuple[str, str]]:
-    """How inputs that adapters add are made where a caller leaves them out."""
+    """Return how inputs that adapters add are made where a caller leaves them out: name -> (how, from which input)."""
     extras = {n: e.fill for a in spec.attachments for n, e in a.method.extras().items() if e.fill is not None}
     return {n: (f"{FULL_LIKE}{fill}", "input_ids") for n, fill in extras.items()}
 
 
 def _check_methods(spec: BindingSpec) -> None:
-    """Methods that are not adaptc's own are held to their promises before there is a program that relies on them. The
-    promises about values are tried where the weight is smallest, since they take as long as the weight is large."""
+    """Check that methods that are not adaptc's own keep their promises, before there is a program that relies on them.
+
+    The promises about values are tried where the weight is smallest, since trying them takes longer for a larger
+    weight.
+    """
     foreign: dict[type[Method], dict[tuple[Method, Op, bool], None]] = {}
     for a in spec.attachments:
         check_registered(a.method)
@@ -252,7 +257,8 @@ def _asked(
                 "state dict; give configs themselves in the first place"
             )
         parsed = [(n, as_config(override), file) for n, _, file in parsed]
-    # Of several files some may be of one model alone; a single one says itself that it has no components.
+    # Of several files some may have no components, and ``component`` is not for those. A single file gets it in any
+    # case, and raises itself where it has none.
     alone = component is None or len(parsed) == 1
     meant = [isinstance(f, RawFile) and (alone or bool(components_of(f))) for *_, f in parsed]
     if component is not None and not any(meant):
@@ -273,7 +279,10 @@ def _targeted(config: AdapterConfig) -> PlannedConfig:
 
 
 def _of_base(adapter: Adapter, captured: Captured) -> Adapter:
-    """A new adapter, which names the model it is for as PEFT's do; one from a file says what its file says."""
+    """Return a new adapter with a config that names the model it is for, as PEFT's configs do.
+
+    An adapter from a file is returned as it is: it says what its file says.
+    """
     if (adapter.file is not None and not adapter.file.fresh) or captured.base is None:
         return adapter
     base = captured.base
@@ -307,14 +316,17 @@ def _replicated(model: Any, configs: Sequence[PlannedConfig]) -> Any:
 
 
 def _transposed(model: Any) -> frozenset[str]:
-    """Modules that store stacked experts as (experts, in, out), by transformers' own flag."""
+    """Return the modules that store stacked experts as (experts, in, out), by transformers' own flag."""
     if not isinstance(model, nn.Module):
         return frozenset()
     return frozenset(n for n, m in model.named_modules() if getattr(m, "is_transposed", False))
 
 
 def _trainable(adapter: Adapter, training: bool) -> bool:
-    """Files always say inference_mode; what says whether their adapter is to be trained is the program's purpose."""
+    """Return whether the adapter's tensors are to be trained.
+
+    Files always say inference_mode, so for an adapter from a file the program's purpose decides.
+    """
     new = adapter.file is None or adapter.file.fresh
     return not adapter.config.inference_mode if new else training
 
@@ -335,7 +347,7 @@ def _ops(base: Lifted, attachments: Sequence[Attachment]) -> dict[str, Op]:
 def _first_binding(
     spec: BindingSpec, first: Plan | None, adapter: Adapter, generator: torch.Generator | None
 ) -> Binding:
-    """What an adapter starts with; ``first`` is its plan, None when the spec is its own."""
+    """Return the binding that an adapter starts with. ``first``: its plan, None where ``spec`` has its sites alone."""
     if adapter.file is not None:
         own = bind(spec, adapter.config, adapter.file.tensors, str(adapter.file.path), fit=False)
         return replace(own, origin=adapter.file.origin)

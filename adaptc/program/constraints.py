@@ -1,7 +1,7 @@
-"""Values that training keeps to: parameters are moved back before each call that gradients are taken of.
+"""Hold parameters to their constraints in training: they are moved back before each call that gradients are taken of.
 
-Before: an optimizer may have moved an adapter's parameters anywhere. After: they are what their methods'
-:meth:`constrained` makes of them, which is what they are already where nobody has moved them since the last call.
+An optimizer may have moved an adapter's parameters anywhere. They become what their methods' :meth:`constrained` makes
+of them. That is what they already are where nobody has moved them since the last call.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from adaptc.program.core import ProgramCore
 
 
 class Constraints:
-    """Those of the adapter that ``program`` is bound to; most have none."""
+    """The constraints on the adapter that ``program`` is bound to; most adapters have none."""
 
     def __init__(self, program: ProgramCore) -> None:
         self._sites: list[tuple[Method, Op, Mapping[str, str]]] = []
@@ -28,7 +28,7 @@ class Constraints:
                 self._sites.append((method, op, a.slots))
 
     def hold(self, module: nn.Module) -> None:
-        """Move the parameters of ``module`` back, in place. Only those that are trained, where gradients are on."""
+        """Move the parameters of ``module`` back, in place; only those that train, and only where gradients are on."""
         if not self._sites or not torch.is_grad_enabled():
             return
         compiling = torch.compiler.is_compiling()
@@ -37,8 +37,9 @@ class Constraints:
                 slots = {n: _tensor(module, f) for n, f in fqns.items()}
                 for name, value in method.constrained(op, slots).items():
                     if slots[name].requires_grad:
-                        # A graph that still waits for its backward may have read it: what has not moved since is
-                        # written as it was, and autograd need not count it. Optimizers count, or fuse and do not.
+                        # A write that autograd counts would fail the backward of an earlier call that read this
+                        # parameter. Without an optimizer's step in between, the same value is written, so it need not
+                        # be counted; a step is counted by the optimizer itself, unless it is fused.
                         (slots[name] if compiling else slots[name].data).copy_(value)
 
 

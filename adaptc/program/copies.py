@@ -1,6 +1,6 @@
-"""Copies of a program's tensors, in which what was one tensor stays one.
+"""Copy a program's tensors, so that what was one tensor stays one.
 
-Before: a program opened for editing. After ``clone_tensors``: tensors of its own, as ``copy.deepcopy`` would make them.
+``clone_tensors`` gives a program that was opened for editing tensors of its own, as ``copy.deepcopy`` would.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from adaptc.passes.ir.storage import storage_key
 
 
 def clone_tensors(lifted: Lifted, memo: dict[int, Any]) -> None:
-    """Give ``lifted`` clones in the place of its tensors; ``memo`` is that of the copy."""
+    """Replace the tensors of ``lifted`` by clones. ``memo``: that of the ``copy.deepcopy`` that this is part of."""
     for tensors in (lifted.state_dict, lifted.constants):
         clones: dict[Any, Any] = {}
         for name, t in tensors.items():
@@ -26,6 +26,6 @@ def clone_tensors(lifted: Lifted, memo: dict[int, Any]) -> None:
 
 
 def mapped(t: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """``function`` of a tensor, as a parameter if it is one."""
+    """Return ``function`` of a tensor, as a parameter if the tensor is one."""
     new = function(t.detach())
     return nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new

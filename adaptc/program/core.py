@@ -1,15 +1,15 @@
-"""The state of a program with adapters: frozen values that say what it is, and what it remembers while it runs.
+"""Keep the state of a program with adapters: frozen values that say what it is, and what it remembers while it runs.
 
     frozen       adaptation, binding, options, originals, origin     replaced as a whole, never written to
     disposable   ``RunState``: the code of calls, memos, a lock        another one may take its place at any time
 
-It *is* a ``torch.export.ExportedProgram``: everything that takes one takes it. A swap only replaces the binding; the
-state dict and the graph's fake values follow when somebody looks at them. There is one constructor, and copies by
-``with_binding`` and ``with_options`` share code and base until one of them changes.
+The program *is* a ``torch.export.ExportedProgram``: everything that takes one takes it. A swap only replaces the
+binding. The state dict and the graph's fake values follow when somebody looks at them. There is one constructor. The
+copies that ``with_binding`` and ``with_options`` make share code and base until one of them changes.
 
-Any thread may do anything at any time. What a call reads is one value, :class:`Running`, and what the exported program
-shows is another, :class:`Exported`; both are made aside, frozen, and put in place by one assignment, so whatever is
-interrupted has changed nothing. Who needs more than one look takes a ``snapshot()`` first, which nobody else swaps.
+Any thread may do anything at any time. A call reads one value, :class:`Running`, and the exported program shows another
+one, :class:`Exported`. Both are made aside, are frozen, and are put in place by one assignment, so an interrupted
+change changes nothing. Code that looks more than once takes a ``snapshot()`` first, which nobody else swaps.
 """
 
 from __future__ import annotations
@@ -48,15 +48,18 @@ from adaptc.torch_modes import plainly
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """The program a merge was made of, and the binding it had."""
+    """The program that a merged program was made from, and the binding that it had then."""
 
     program: ProgramCore
     binding: Binding
 
 
 class ProgramCore(ProgramValues):
-    """See the module docstring. ``program`` gives the exported parts: a program that a pass has just made, which then
-    belongs to this one, or another program with adapters, with which this one shares them."""
+    """An exported program with a binding that calls read and that a swap replaces.
+
+    ``program`` gives the exported parts. It is a program that a pass has just made, which then belongs to this one, or
+    another program with adapters, which then shares them.
+    """
 
     def __init__(
         self,
@@ -67,7 +70,7 @@ class ProgramCore(ProgramValues):
         originals: Mapping[str, Tensor] | None = None,
         origin: Origin | None = None,
     ) -> None:
-        # Without adapters a program computes what its graph says, to the bit.
+        # Without adapters a program computes what its graph says, to the bit, which fused matmuls would not.
         options = RunOptions(fuse=bool(adaptation.attachments)) if options is None else options
         # torch's constructor would compile the graph's code and validate it once more, a tenth of a second for a small
         # language model, and there is no other public way from one program object to another.
@@ -75,7 +78,7 @@ class ProgramCore(ProgramValues):
         self._adaptation, self._origin = adaptation, origin
         self.given_up = False
         self._called = outside(called)
-        #: the report of the merge that made it
+        #: the report of the merge that made the program; None for all others
         self.merge_report: Any = None
         now = Running(binding, options)
         if isinstance(program, ProgramCore) and program.adaptation is adaptation:
@@ -103,34 +106,38 @@ class ProgramCore(ProgramValues):
 
     @property
     def origin(self) -> Origin | None:
-        """What it was merged from, where that was kept."""
+        """Return the program that this one was merged from, and its binding; None where they were not kept."""
         return self._origin
 
     # -- others like it ------------------------------------------------------------------------------------------------
 
     def with_binding(self, binding: Binding | None) -> Self:
-        """A program of its own with another current binding; code and base are shared until one of them changes."""
+        """Return a program with another current binding; code and base are shared until one of the two programs
+        changes."""
         return self._sharing(binding, self.options)
 
     def with_options(self, **changes: Any) -> Self:
-        """The same with other options (see :class:`RunOptions`)."""
+        """Return a program that shares graph and weights but runs with ``changes`` applied to its
+        :class:`RunOptions`."""
         now = self._run.now
         return self._sharing(now.binding, replace(now.options, **changes))
 
     def snapshot(self) -> Self:
-        """The same as it is now, for whoever looks at it more than once: no other thread swaps or sets this one."""
+        """Return a copy that shares everything and stays as the program is now, for code that looks at it more than
+        once: no other thread swaps it or sets its options."""
         self._exported()  # made once for all snapshots
         now = self._run.now
         return self._sharing(now.binding, now.options)
 
     def with_tensors(self, tensors: Mapping[str, Any]) -> Self:
-        """The same on other tensors of the same shapes, all those of its state dict; for programs without adapters."""
+        """Return a program that shares the graph, on other tensors of the same shapes. ``tensors`` is a whole state
+        dict; for programs without adapters."""
         new = self._sharing(None, self.options)
         new.replace_tensors(tensors)
         return new
 
     def replace_tensors(self, tensors: Mapping[str, Any]) -> None:
-        """Its state dict, as a whole: before it runs for the first time."""
+        """Replace the whole state dict, before the program runs for the first time."""
         run = self._run
         self._base, self._meant = dict(tensors), {}
         run.now = Running(None, run.now.options)
@@ -142,10 +149,11 @@ class ProgramCore(ProgramValues):
         return new
 
     def to(self, device: torch.device | str) -> Self:
-        """A program on that device, its current adapter included; this one, and what is bound to it, stay.
+        """Return a program on ``device``, with its current adapter; this program, and what is bound to it, stay where
+        they are.
 
-        A binding made for this program is refused by the other: bind the adapter there, or move it, ``binding.to``.
-        Raises BackendError for a device that there is not.
+        A binding made for this program is refused by the other: bind the adapter there, or move it with ``binding.to``.
+        Raises BackendError for a device that does not exist.
         """
         target = usable(device)
         if target == self.device:
@@ -162,7 +170,11 @@ class ProgramCore(ProgramValues):
         binding: Callable[[Binding], Binding],
         origin: Origin | None = None,
     ) -> Self:
-        """One of ``program``, which has copies of this one's tensors: ``tensor`` and ``binding`` copy the rest."""
+        """Return a program with the exported parts of ``program``, which has copies of this one's tensors.
+
+        ``tensor`` and ``binding`` make the copies of the originals and of the current binding. ``origin``: None keeps
+        this program's own.
+        """
         now = self._run.now
         own = None if now.binding is None else binding(now.binding)
         originals = {k: mapped(t, tensor) for k, t in self.originals.items()}
@@ -194,43 +206,49 @@ class ProgramCore(ProgramValues):
         """Run the current binding; same output type as the captured model. Safe while other threads swap.
 
         Inputs may have any strides and any size of free dimensions. ``adapter_scale``: for this call alone, a factor as
-        for ``set_scale``, or a dict of names and factors as for ``set_active``; the last few are remembered, each with
-        what is computed once for it. Buffers that the model writes to, such as caches,
-        are the program's: each call sees what calls before it wrote, whatever was swapped in between.
-        ``torch.compile`` leaves it as it is. Raises AdaptcError that names the input which does not fit.
+        for ``set_scale``, or a dict of names and factors as for ``set_active``. The last few are remembered, each with
+        its hoisted values. Buffers that the model writes to, such as caches, are the program's: each call sees what
+        calls before it wrote, whatever was swapped in between. ``torch.compile`` leaves the call as it is. Raises an
+        AdaptcError that names the input which does not fit.
         """
         return self._called(self, args, kwargs)
 
     def pinned(self, scale: Any = None) -> Callable[..., Any]:
-        """A callable that keeps the binding that is current now, for calls that belong together. Made without looking
-        at the graph; it shares the code, and what calls write to, with the program. ``scale``: as ``adapter_scale`` of
-        calls. Its ``binding`` is the one that it keeps."""
+        """Return a callable that keeps the current binding, for calls that belong together; its ``binding`` is that
+        binding.
+
+        It shares the code, and the buffers that calls write to, with the program. Making it does not look at the graph.
+        ``scale``: as ``adapter_scale`` of calls.
+        """
         now = self.ready_for(scale)
         made: Any = partial(outside(called_as), now)
         made.binding = now.binding
         return made
 
     def pinned_to(self, scale: Any = None) -> tuple[Self, Executor, Binding, Mapping[str, Tensor]]:
-        """What calls that begin now run: the program, its code, the binding, and state that is not the program's."""
+        """Return what calls that begin now run: the program, its code, the binding, and no state, since they share the
+        program's."""
         now = self.ready_for(scale)
         assert now.executor is not None
         return self, now.executor, now.binding or Binding.none(), {}
 
     def executor(self) -> Executor:
-        """The code of calls, made on first use."""
+        """Return the code of calls, made on first use."""
         made = self.ready().executor
         assert made is not None
         return made
 
     def arguments(self) -> Arguments:
-        """What the current binding gives to that code."""
+        """Return the inputs that the current binding gives to the code of calls."""
         made = self.ready().arguments
         assert made is not None
         return made
 
     def ready(self) -> Running:
-        """What calls read, with their code, which is made now if it was not. Raises AdaptcError for a program that a
-        merge took the base from."""
+        """Return what calls read, with their code, which is made now if it was not.
+
+        Raises AdaptcError for a program whose base a merge took.
+        """
         run = self._run
         while True:
             self._check_whole()
@@ -243,8 +261,11 @@ class ProgramCore(ProgramValues):
                     return run.now
 
     def ready_for(self, scale: Any) -> Running:
-        """The same for a call of this thread that asks for ``scale`` (see ``views``). Raises ConfigError for one that
-        the adapters have not, SwapError where there is no adapter, or no base to turn them off for."""
+        """Return what a call of this thread reads that asks for ``scale``, with its code (see ``views``).
+
+        Raises ConfigError for adapters and methods that ``scale`` is not for. Raises SwapError where there is no
+        adapter, or no base to turn adapters off for.
+        """
         key, now = key_of(self, scale), self.ready()
         if key is None or (now.binding is None and scale is None):
             return now
@@ -282,7 +303,7 @@ class ProgramCore(ProgramValues):
             run.now = replace(now, binding=binding, arguments=arguments, others={})
 
     def exchange(self, old: Binding, new: Binding) -> bool:
-        """:meth:`install` where ``old`` is the current one still; whether it was."""
+        """Make ``new`` the current binding if ``old`` still is; return whether it was."""
         with self._run.lock:
             same = self._run.now.binding is old
             if same and new is not old:
@@ -290,12 +311,13 @@ class ProgramCore(ProgramValues):
             return same
 
     def follow(self) -> None:
-        """Follow base tensors of :attr:`state_dict` that were given other memory in a way that torch does not count:
-        ``param.data = tensor``, ``param.set_(tensor)``, ``torch.utils.swap_tensors``. Calls then read what is there.
-        (The model's own parameters are other objects, which share their memory until they are given another.)
+        """Make calls read base tensors of :attr:`state_dict` again after they were given other memory. Needed only
+        after writes that torch does not count: ``param.data = tensor``, ``param.set_(tensor)``,
+        ``torch.utils.swap_tensors``.
 
-        ``swap``, ``bind``, ``merge`` and ``save`` do so of themselves; what is bound already stays as it is. Raises
-        AdaptcError for a tensor whose shape, dtype or device is another one now, which the program was not made for.
+        The model's own parameters are other objects, which share this memory until they are given another. ``swap``,
+        ``bind``, ``merge`` and ``save`` do this of themselves; what is bound already stays as it is. Raises AdaptcError
+        for a tensor that now has another shape, dtype or device than the program was made for.
         """
         self.check_base()
         with self._run.lock:
@@ -303,7 +325,7 @@ class ProgramCore(ProgramValues):
             self._run.switch(Running(now.binding, now.options))
 
     def set_options(self, **changes: Any) -> None:
-        """Change how it runs. Raises as :class:`RunOptions` does; then nothing has changed."""
+        """Change how the program runs. Raises as :class:`RunOptions` does; then nothing has changed."""
         options = replace(self.options, **changes)
         check_options(options, self._adaptation, self._base.values())
         with self._run.lock:
@@ -314,7 +336,7 @@ class ProgramCore(ProgramValues):
     # -- the exported program follows ----------------------------------------------------------------------------------
 
     def remembered_base(self, make: Callable[[], Any]) -> Any:
-        """The program without adapters: the one made before, or one made now."""
+        """Return the program without adapters that was made before, or that ``make`` makes now."""
         while (now := self._run.now).base is None:
             with on_graphs():
                 made = self._run.now.base or make()
@@ -324,7 +346,8 @@ class ProgramCore(ProgramValues):
         return now.base
 
     def _exported(self) -> Exported:
-        """What there is to see of the current binding, made now if nobody has looked since it came."""
+        """Return the graph and tensors that show the current binding, made now if nobody has looked since it was
+        installed."""
         run = self._run
         found, binding = run.exported, run.now.binding
         if binding is None or found.shows(binding):
@@ -347,26 +370,26 @@ class ProgramCore(ProgramValues):
         return Exported(fx.GraphModule(old.module, graph), tensors, weakref.ref(binding))
 
     def _show(self, exported: Exported) -> None:
-        """As torch's own methods see it."""
+        """Put ``exported`` where torch's own methods see it."""
         self._run.exported = exported
         self._graph_module, self._state_dict = exported.module, exported.tensors
 
     def release(self, fqn: str) -> None:
-        """Give up a base tensor, and what an adapter made of it (a merge that does not keep the base)."""
+        """Give up a base tensor, and what an adapter made of it, for a merge that does not keep the base."""
         run = self._run
         with run.lock:
             self.given_up = True
             binding = run.now.binding
             if binding is not None and fqn in binding.base:
                 binding = replace(binding, base={k: v for k, v in binding.base.items() if k != fqn})
-            # What was remembered of merges at other sites holds base tensors too.
+            # The memory of merges at other sites holds base tensors too, and would keep them alive.
             run.now, run.merged = Running(binding, run.now.options), {}
             self._base = {k: t for k, t in self._base.items() if k != fqn}
             shown = {k: t for k, t in run.exported.tensors.items() if k != fqn}
             self._show(Exported(run.exported.module, shown, None if binding is None else weakref.ref(binding)))
 
     def held_still(self) -> Any:
-        """A context in which nobody swaps it."""
+        """Return the lock under which nobody swaps the program, as a context manager."""
         return self._run.lock
 
     @property

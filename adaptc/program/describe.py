@@ -1,7 +1,7 @@
-"""What a program is, in a few words: for ``repr``, and as a table for notebooks.
+"""Describe a program in a few words: for ``repr``, and as a table for notebooks.
 
-Before: any program, while other threads swap it, merge it or work on its graph. After: text; nothing was computed,
-nothing waited for, and nothing of the program changed. What is not known (a binding that was let go) is left out.
+Other threads may swap, merge or rewrite the program meanwhile. Nothing is computed, nothing is waited for, and nothing
+of the program changes. What is not known (a binding that was let go) is left out.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from adaptc.passes.ir.storage import storage_key
 from adaptc.program.core import ProgramCore
 from adaptc.tables import Table, dtype_name, shortened
 
-#: inputs that are named before the others are counted
+#: number of inputs that are shown by name; the others are counted
 MOST = 6
 
 
 def described(program: ProgramCore) -> str:
-    """Three lines: the adapter, the inputs, and the size, place and options."""
+    """Return three lines: the adapter, the inputs, and the size, place and options."""
     found = facts(program)
     lines = [
         f"{type(program).__name__}: {found['adapter']}",
@@ -39,7 +39,8 @@ def described(program: ProgramCore) -> str:
 
 
 def described_module(module: nn.Module, program: ProgramCore) -> str:
-    """The same of the module of a program: what trains, and in which mode it is."""
+    """Return three lines about the module of a program: the adapter, the inputs, and what trains and in which mode it
+    is."""
     found, own = facts(program), _once(module.parameters())
     trained = _elements(p for p in own if p.requires_grad)
     kinds = dict.fromkeys(f"{dtype_name(p.dtype)} on {p.device}" for p in own)
@@ -53,7 +54,7 @@ def described_module(module: nn.Module, program: ProgramCore) -> str:
 
 
 def table_of(program: ProgramCore) -> Table:
-    """The same as a table, with the sites."""
+    """Return a table of the adapter, sites, inputs, size and options."""
     rows = list(facts(program).items())
     if sites := program.adaptation.attachments:
         rows.insert(1, ("sites", shortened((a.fqn.removesuffix(".weight") for a in sites), most=8, sep="\n")))
@@ -61,7 +62,7 @@ def table_of(program: ProgramCore) -> Table:
 
 
 def sites_at(program: ProgramCore, site: str | None) -> list[str] | None:
-    """Ids of the attachments at a parameter or module; None where none is asked for.
+    """Return the ids of the attachments at a parameter or module; None where ``site`` is None.
 
     Raises ConfigError, with the nearest names, where nothing is attached there.
     """
@@ -76,7 +77,8 @@ def sites_at(program: ProgramCore, site: str | None) -> list[str] | None:
 
 
 def facts(program: ProgramCore) -> dict[str, str]:
-    """Adapter, inputs, parameters, and how it runs, each in a line."""
+    """Return four lines of text by name: "adapter", "inputs", "parameters", and "runs", which says how the program
+    runs."""
     now = program.running
     base, slots = program.bare_state(), {} if now.binding is None else now.binding.values
     options = [now.options.backend]
@@ -100,7 +102,8 @@ def _adapter(program: ProgramCore, binding: Binding | None) -> str:
 
 
 def _inputs(program: ProgramCore) -> str:
-    """Names, dtypes and sizes; a size that is free has a letter, equal ones the same."""
+    """Return the names, dtypes and sizes of the inputs as text. A free size is a letter; equal sizes have the same
+    letter."""
     found = inputs_of(program.memory.exported.module.graph, program.graph_signature)
     letters: dict[Any, str] = {}
     names = (f"{c}{n or ''}" for n in count() for c in ascii_lowercase)
@@ -126,7 +129,8 @@ def _size(size: Any, letters: dict[Any, str], names: Iterator[str]) -> str:
 
 
 def _parameters(base: Mapping[str, Any], slots: Mapping[str, Any]) -> str:
-    """How many elements there are of the adapter and of the base, whatever has two names once, and where they are."""
+    """Return how many elements the adapter and the base have, and where the base is; a tensor with two names counts
+    once."""
     own, below = (_once(t for t in of.values() if isinstance(t, nn.Parameter)) for of in (slots, base))
     kinds = dict.fromkeys(f"{dtype_name(t.dtype)} on {t.device}" for t in below)
     where = f" in {', '.join(kinds)}" if kinds else ""

@@ -1,8 +1,8 @@
-"""A bank of a program that is called part by part: the parts of one call all know which adapters a row has.
+"""Define the bank of a program that is called part by part, such as an encoder and a decoder.
 
-Before: a program whose outputs are a dict of tensors, and which of them are each part's. After: assignments that give
-a callable of each part. Adapters are held and stacked once, for all parts; code is made for each. What rows are, every
-part says for itself: an encoder may read one row for several that are decoded.
+It takes a program whose outputs are a dict of tensors, and the outputs that belong to each part. An assignment gives a
+callable of each part, all with the same adapters for a row. Adapters are held and stacked once for all parts; code is
+made for each. Every part says for itself what its rows are: an encoder may read one row for several that are decoded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from adaptc.runtime.executor import Executor
 
 
 class DividedBank(Bank):
-    """``parts``: name -> outputs of each; all else as for :class:`Bank`."""
+    """A bank of a program that is called part by part. ``parts``: part -> names of its outputs; all else as for
+    :class:`Bank`."""
 
     def __init__(
         self,
@@ -45,15 +46,16 @@ class DividedBank(Bank):
         return {n: RowsSource.of(part, self._probes) for n, part in parts.items()}
 
     def __call__(self, *args: Any, adapters: Any = ..., **kwargs: Any) -> Any:
-        """Refused: the parts of one call may have several numbers of rows."""
+        """Raise AdaptcError: the parts of one call may have different numbers of rows, so there is no single call."""
         raise AdaptcError("this bank is of a program that is called part by part: call what it generates with")
 
     def keeping(self, mixes: Mixes, table: Mapping[str, Binding]) -> AssignedParts:  # type: ignore[override]
-        """What keeps this assignment and these adapters, and gives the parts with them."""
+        """Return an assignment that keeps ``mixes`` and the adapters of ``table``, and gives a callable of each
+        part."""
         return AssignedParts(self.parts(mixes, table), mixes, self, table)
 
     def parts(self, mixes: Mixes, table: Mapping[str, Binding]) -> Mapping[str, Part]:
-        """Callables of all parts."""
+        """Return the callable of each part for the assignment ``mixes``, with the adapters of ``table``."""
         found = self._runs(mixes, table)
         if not isinstance(found, Stack):
             return found()
@@ -76,7 +78,7 @@ class DividedBank(Bank):
         return codes_of(program, self.divided)
 
     def exported(self, adapters: list[str] | None = None) -> ExportedProgram:
-        """Refused, as calls are."""
+        """Raise AdaptcError: a program that is called part by part is not one exported program."""
         raise AdaptcError("this bank is of a program that is called part by part, which no one exported program is")
 
     def _again(self, program: ProgramCore, adapters: Mapping[str, Any], **options: Any) -> Bank:
@@ -84,7 +86,7 @@ class DividedBank(Bank):
 
 
 class _PartOf:
-    """Who has the code and the buffers of one part."""
+    """The owner of the code and the buffers of one part, for :class:`Assigned`."""
 
     def __init__(self, bank: DividedBank, name: str) -> None:
         self._bank, self._name = bank, name
@@ -99,7 +101,7 @@ class _PartOf:
         return self._bank.codes.of(self._name, stack, long)
 
     def keeping(self, mixes: Mixes, table: Mapping[str, Binding]) -> Any:
-        """What computes the part of an assignment."""
+        """Return what computes this part of the assignment ``mixes``, with the adapters of ``table``."""
         return self._bank.parts(mixes, table)[self._name].run
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _PartOf:
@@ -107,7 +109,7 @@ class _PartOf:
 
 
 class AssignedParts(Assignment):
-    """Made by :meth:`DividedBank.assigned`."""
+    """An assignment that gives a callable of each part, made by :meth:`DividedBank.assigned`."""
 
     def __init__(
         self, parts: Mapping[str, Part], mixes: Mixes, bank: DividedBank, adapters: Mapping[str, Binding]
@@ -119,7 +121,8 @@ class AssignedParts(Assignment):
         return Bound(self.program, self.adapters[name])
 
     def parts(self, scale: Any = None) -> Mapping[str, Part]:
-        """The callables. Raises ConfigError for a ``scale``."""
+        """Return the callable of each part. Raises ConfigError for a ``scale``, since each row has adapters of its
+        own."""
         self._keeps(scale)
         return self._parts
 

@@ -1,4 +1,5 @@
-"""Programs on disk: torch.export's own format, written atomically, understood again from the graph's tags alone."""
+"""Write programs to disk in torch.export's own format, atomically, and understand them again from the graph's tags
+alone."""
 
 from __future__ import annotations
 
@@ -50,8 +51,11 @@ from adaptc.runtime.options import RunOptions
 
 @exclusive
 def save_program(program: ExportedProgram, path: Path, beside: Mapping[str, str] | None = None) -> Path:
-    """``beside``: texts that go into the same file, by name. Raises CheckpointError when the file cannot be written;
-    what was at ``path`` is then unchanged. A symbolic link stays one, and an existing file keeps its permissions."""
+    """Write ``program`` to ``path``, and return the path. ``beside``: name -> text that goes into the same file.
+
+    Raises CheckpointError when the file cannot be written; what was at ``path`` is then unchanged. A symbolic link
+    stays one, and an existing file keeps its permissions.
+    """
     if isinstance(program, AdaptedProgram):
         program.check_base()
         program = program.snapshot()
@@ -71,8 +75,11 @@ def save_program(program: ExportedProgram, path: Path, beside: Mapping[str, str]
 
 @contextlib.contextmanager
 def _without_alarm(program: ExportedProgram) -> Iterator[None]:
-    """torch warns of memory that no tensor fills, which it writes as it is: of one number that stands for many (what
-    makes rows and is nothing, after a swap to rows alone) that is all there is."""
+    """Run the block without torch's warning about memory that no tensor fills, which torch writes as it is.
+
+    The warning is no alarm for tensors that are views of one number, where that number is all there is. A program has
+    such slots after a swap to a PEFT file of virtual tokens alone, without the network that made them.
+    """
     with warnings.catch_warnings():
         if any(isinstance(t, Tensor) and 0 in t.stride() and t.numel() > 1 for t in program.state_dict.values()):
             warnings.filterwarnings("ignore", "No complete tensor found in the group", UserWarning)
@@ -89,7 +96,10 @@ def _check_all_act(program: AdaptedProgram, path: Path) -> None:
 
 
 def _readable(program: ExportedProgram, path: Path) -> ExportedProgram:
-    """What computes the same, without the empty blocks that torch writes and then cannot read."""
+    """Return a program that computes the same, without the empty blocks that torch writes and then cannot read.
+
+    Raises CheckpointError for other blocks that give no value.
+    """
     root = program.graph_module
     empty = [c.node.name for c in calls(root) if c.is_empty()]
     for name, module in root.named_modules():
@@ -110,9 +120,12 @@ def _readable(program: ExportedProgram, path: Path) -> ExportedProgram:
 
 @exclusive
 def load_program(path: Path, options: RunOptions, device: torch.device | str | None = None) -> AdaptedProgram:
-    """Raises CheckpointError when the file is missing, damaged or not a program, BackendError when it holds kernels
-    that cannot run here, or there is no such device. ``device``: where to, with all its tensors; None leaves them where
-    they were saved from."""
+    """Read a program from a file. ``device``: the device for all its tensors; None leaves them where they were saved
+    from.
+
+    Raises CheckpointError when the file is missing, damaged or not a program. Raises BackendError when it holds kernels
+    that cannot run here, or where there is no such device.
+    """
     if not path.is_file():
         raise CheckpointError(f"there is no file {shown_path(path)}")
     target = None if device is None else usable(device)
@@ -140,9 +153,11 @@ def load_program(path: Path, options: RunOptions, device: torch.device | str | N
 def from_program(
     program: ExportedProgram, options: RunOptions | None = None, source: str = "program"
 ) -> AdaptedProgram:
-    """An AdaptedProgram of any program; one without regions has no adapter and can only be called and saved.
+    """Return an AdaptedProgram of any exported program; one without regions has no adapter and can only be called and
+    saved.
 
-    Raises CheckpointError where its regions are of another format.
+    ``source``: the name of the program in errors, and as the source of its binding. Raises CheckpointError where its
+    regions are of another format.
     """
     options = options or RunOptions()
     lifted = Lifted(program)
@@ -162,7 +177,7 @@ def from_program(
     made = lifted.finish()
     wanted = [compilable(a, options.backend) for a in adaptation.attachments]
     if wanted != adaptation.attachments:
-        # The file has forms that its backend cannot compile for every rank.
+        # The program has forms that this backend cannot compile for every rank (see ``compilable``).
         done = PassManager([Unload(), Inject(wanted, binding.values, stored)])(made)
         made, adaptation = done.output, replace(adaptation, attachments=done.data[1])
     return AdaptedProgram(made, adaptation, binding, options)
@@ -171,7 +186,7 @@ def from_program(
 def unpickled_module(
     data: bytes, source: Source | None, options: RunOptions, logits: str, training: bool, every: Any
 ) -> ProgramModule:
-    """What :func:`_pickled` took apart."""
+    """Return the module that :func:`_pickled` took apart."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "module.pt2"
         path.write_bytes(data)
@@ -233,9 +248,9 @@ def _one_binding(lifted: Lifted, found: Sequence[Attachment], stored: dict[str, 
             if not torch.equal(one, other):
                 raise CheckpointError(f"{first!r} and {fqn!r} are one tensor of its adapter, and differ")
             values[fqn] = lifted.state_dict[fqn] = one
-    # What the base was is not known, so a binding of this program fits where its own version of the base is.
+    # The original base is not in the file, so a binding of this program fits only where the base is this changed one.
     bases = {fqn: fingerprint(lifted.tensor(fqn)) for fqn in stored["residual"] if fqn in lifted.state_dict}
-    # What the adapter was made with times this is the scale that the file has.
+    # The file holds the scale in effect: the scale that the adapter was made with, times this factor.
     factors = {site: factor for site, factor in stored.get("factors", {}).items() if site in methods}
     own: dict[str, Any] = {"carried": carried, "bases": bases, "factors": factors}
     return Binding(values, methods, config, name=found[0].adapter, source=source, **own)

@@ -1,7 +1,6 @@
-"""What holds a program and does more with it than call it, such as generate text.
+"""Let the functions of adaptc take objects that hold a program and do more with it than call it, such as generate text.
 
-Before: a function of a program, and something that is one or holds one. After: the function works on the program
-inside, and a program that it gives is held in the same way.
+A function that gets such an object works on the program inside. A program that it returns is held in the same way.
 """
 
 from __future__ import annotations
@@ -22,54 +21,61 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Holder(ABC):
-    """Derive from it, and the functions of adaptc take it for the program that it holds."""
+    """An object that holds a program; the functions of adaptc take a derived class for the program inside."""
 
     @property
     @abstractmethod
     def program(self) -> Any:
-        """The program inside, or the package of one. Raises AdaptcError where there is none that may be changed."""
+        """Return the program inside, or the package of one. Raises AdaptcError where there is none that may be
+        changed."""
 
     @property
     @abstractmethod
     def runs(self) -> Any:
-        """What it calls: the program inside, or what is bound to it."""
+        """Return what calls run: the program inside, or what is bound to it."""
 
     @property
     def binding(self) -> Any:
-        """The adapter that it calls it with."""
+        """Return the adapter that calls use."""
         return self.runs.binding
 
     @abstractmethod
     def holding(self, program: AdaptedProgram) -> Self:
-        """The same for another version of its program: merged, unloaded, lowered."""
+        """Return a holder like this one of another version of its program: merged, unloaded, lowered."""
 
     @abstractmethod
     def beside(self) -> dict[str, str]:
-        """Texts by name that are saved in the file of its program, from which it is made again."""
+        """Return name -> text that is saved in the file of the program, from which the holder is made again."""
 
     @abstractmethod
     def carried(self, tokenizer: Any) -> dict[str, bytes]:
-        """Files by path that are carried in a package of its program, from which it is made again. Raises ConfigError
-        for a tokenizer that does not fit, and where it cannot be packaged."""
+        """Return path -> file that goes into a package of the program, from which the holder is made again.
+
+        Raises ConfigError for a tokenizer that does not fit, and where the holder cannot be packaged.
+        """
 
     @abstractmethod
     def drawn(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """``options`` of verify with inputs, for a package of its program, which says too little of them."""
+        """Return ``options`` of verify with inputs added, for a package, which says too little of its inputs to draw
+        them."""
 
     @abstractmethod
     def divided(self) -> Mapping[str, Sequence[str]] | None:
-        """Part -> its outputs, of a program whose parts are called one at a time, also in a package."""
+        """Return part -> names of its outputs, for a program whose parts are called one at a time, in a package too.
+
+        None for a program that is called as a whole.
+        """
 
     @abstractmethod
     def notes(self) -> Sequence[str]:
-        """Lines of a report: what it does with its program."""
+        """Return lines of a report that say what the holder does with its program."""
 
     @abstractmethod
     def as_program(self, model: Any) -> AbstractContextManager[Any]:
-        """A context in which ``model``, which it was made from, takes what its program takes."""
+        """Run the block with ``model``, which the holder was made from, changed to take what the program takes."""
 
     def twin(self) -> Self:
-        """Another object of the same, for what a call notes on it."""
+        """Return another object with the same attributes, for what one call notes on it."""
         new = object.__new__(type(self))
         vars(new).update(vars(self))
         return new
@@ -88,59 +94,68 @@ class Holder(ABC):
         )
 
     def set_scale(self, scale: float, adapter: str | None = None, modules: str | Iterable[str] | None = None) -> None:
-        """As :meth:`AdaptedProgram.set_scale`."""
+        """Multiply the scale that an adapter was made with; see :meth:`AdaptedProgram.set_scale`."""
         self.program.set_scale(scale, adapter, modules)
 
     def set_active(self, adapters: str | Sequence[str] | Mapping[str, float]) -> None:
-        """As :meth:`AdaptedProgram.set_active`."""
+        """Let these adapters act, and no others; see :meth:`AdaptedProgram.set_active`."""
         self._inside("set_active").set_active(adapters)
 
     @property
     def active_adapters(self) -> list[str]:
-        """As :attr:`AdaptedProgram.active_adapters`."""
+        """Return the names of the adapters that act; see :attr:`AdaptedProgram.active_adapters`."""
         return self._inside("active_adapters").active_adapters
 
     @property
     def available_adapters(self) -> list[str]:
-        """As :attr:`AdaptedProgram.available_adapters`."""
+        """Return the names of all adapters; see :attr:`AdaptedProgram.available_adapters`."""
         return self._inside("available_adapters").available_adapters
 
     def disabled(self) -> AbstractContextManager[None]:
-        """As :meth:`AdaptedProgram.disabled`."""
+        """Return a context manager in which calls compute the base; see :meth:`AdaptedProgram.disabled`."""
         return self._inside("disabled").disabled()
 
     def rescaled(self, multiplier: float) -> AbstractContextManager[None]:
-        """As :meth:`AdaptedProgram.rescaled`."""
+        """Return a context manager in which calls have the scales of all adapters multiplied; see
+        :meth:`AdaptedProgram.rescaled`."""
         return self._inside("rescaled").rescaled(multiplier)
 
     def delete_adapter(self, name: str) -> None:
-        """As :meth:`AdaptedProgram.delete_adapter`."""
+        """Delete one of several adapters; see :meth:`AdaptedProgram.delete_adapter`."""
         self._inside("delete_adapter").delete_adapter(name)
 
     def add_adapter(self, name: str, adapter: Any, *, recompile: bool = False) -> Self:
-        """As :meth:`AdaptedProgram.add_adapter`."""
+        """Return a holder of the program with one more adapter, which may be this one; see
+        :meth:`AdaptedProgram.add_adapter`."""
         inside = self._inside("add_adapter")
         new = inside.add_adapter(name, adapter, recompile=recompile)
         return self if new is inside else self.holding(new)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
-        """Write the model of a program that was merged or unloaded as a transformers directory. ``options`` and errors
-        as for ``adaptc.merge(program).module().save_pretrained``, AdaptcError where there is an adapter."""
+        """Write the model of a program that was merged or unloaded as a transformers directory.
+
+        ``options`` and errors: as for ``adaptc.merge(program).module().save_pretrained``. Raises AdaptcError where the
+        program has an adapter.
+        """
         write_model_of(self._inside("save_pretrained"), save_directory, **options)
 
     def _inside(self, name: str) -> Any:
-        """The program, for what a package has not."""
+        """Return the program inside. Raises AdaptcError, in the name of ``name``, where it is a package, which cannot
+        do this."""
         check_program(self.program, name)
         return self.program
 
 
 def inside(value: Any) -> Any:
-    """What a holder calls; anything else as it is."""
+    """Return what a holder calls; any other ``value`` is returned as it is."""
     return value.runs if isinstance(value, Holder) else value
 
 
 def of_programs(function: F) -> F:
-    """:func:`through_holders` for a function that needs the graph, which packages have not: raises AdaptcError."""
+    """Wrap ``function``, which needs the graph of a program, to take holders too (see :func:`through_holders`).
+
+    The result raises AdaptcError for a package, which has no graph.
+    """
 
     @wraps(function)
     def taking(program: Any, *args: Any, **kwargs: Any) -> Any:
@@ -151,7 +166,7 @@ def of_programs(function: F) -> F:
 
 
 def check_program(program: Any, name: str, *others: type) -> None:
-    """Raises AdaptcError for what is no program, nor one of ``others``, in the name of a function."""
+    """Raise AdaptcError, in the name of the function ``name``, for what is neither a program nor one of ``others``."""
     if not isinstance(program, (AdaptedProgram, *others)):
         raise AdaptcError(
             f"{name} takes what adaptc.compile or adaptc.load gives, not a {type(program).__name__}; of a package or "
@@ -160,7 +175,10 @@ def check_program(program: Any, name: str, *others: type) -> None:
 
 
 def through_holders(function: F) -> F:
-    """``function``, whose first argument is a program, for holders, too."""
+    """Wrap ``function``, whose first argument is a program, to take holders too.
+
+    It works on the program inside, and a program that it returns is held in the same way.
+    """
 
     @wraps(function)
     def taking(program: Any, *args: Any, **kwargs: Any) -> Any:
@@ -173,7 +191,7 @@ def through_holders(function: F) -> F:
 
 
 def noted(function: F) -> F:
-    """``function``, which gives a report of a program, for holders, too: with their notes."""
+    """Wrap ``function``, which returns a report of a program, to take holders too and add their notes to the report."""
 
     @wraps(function)
     def taking(program: Any, *args: Any, **kwargs: Any) -> Any:

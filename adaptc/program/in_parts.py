@@ -1,7 +1,7 @@
-"""Tensors of which each of several processes holds a part (FSDP2), as the whole, and back.
+"""Gather tensors that FSDP2 shards over several processes, and shard them again.
 
-Before and after: a ``DTensor`` on a mesh of processes is in parts; every other tensor is whole. What is in parts is put
-together by all processes of its mesh: each must make the same calls.
+A ``DTensor`` on a device mesh is a sharded tensor; every other tensor is whole. Gathering one is a collective
+operation: all processes of its mesh must make the same calls.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from adaptc.errors import CheckpointError
 
 
 def mesh_of(t: Tensor) -> Any:
-    """The processes that hold parts of a tensor, None for one that is whole."""
+    """Return the device mesh over which ``t`` is sharded; None for a whole tensor, and outside of torch.distributed."""
     return getattr(t, "device_mesh", None) if dist.is_available() and dist.is_initialized() else None
 
 
 def whole(t: Tensor) -> Tensor:
-    """All of a tensor."""
+    """Return ``t`` gathered from all processes of its mesh, or ``t`` itself where it is whole."""
     return t if mesh_of(t) is None else t.full_tensor()  # type: ignore[attr-defined]
 
 
 def take_apart(module: Any) -> None:
-    """Have FSDP hold its parameters in parts again, which are whole for a while after a forward pass."""
-    module.state_dict()  # before which it does
+    """Have FSDP2 shard the parameters of ``module`` again, which a forward pass leaves gathered for a while."""
+    module.state_dict()  # FSDP2 shards them in its hook that runs before this
 
 
 def as_held(t: Tensor, own: Tensor) -> Tensor:
-    """A whole tensor, which every process has, as ``own`` is held."""
+    """Return ``t``, a whole tensor that every process has, sharded as ``own`` is. Each process cuts its shard from its
+    own copy."""
     if mesh_of(own) is None:
         return t
     from torch.distributed.tensor import distribute_tensor
@@ -44,8 +45,11 @@ def as_held(t: Tensor, own: Tensor) -> Tensor:
 
 @contextmanager
 def first_of(mesh: Any) -> Iterator[bool]:
-    """Whether this process is the first of a mesh; True for None. All processes leave together, and raise
-    CheckpointError where one of them raises."""
+    """Run the block with whether this process is the first of ``mesh``; True where ``mesh`` is None.
+
+    All processes of the mesh leave the block together. Where the block raises in one of them, the others raise
+    CheckpointError.
+    """
     if mesh is None:
         yield True
         return

@@ -1,8 +1,7 @@
-"""The keys and values that the base of a program makes of a text.
+"""Compute the keys and values that the base of a program makes of a text, for an adapter that is a KV prefix.
 
-Before: a program with an adapter in front of its attentions, which says where these are. After: what each of them would
-put into a cache, of the base without any adapter. Of its graph nothing but what these follow from is run, once and
-eagerly; the program is as it was.
+The adapter's method says which attentions the prefix stands in front of. The base runs without any adapter, once and
+eagerly, and only the nodes that these keys and values depend on run. The program does not change.
 """
 
 from __future__ import annotations
@@ -25,11 +24,14 @@ from adaptc.program.adapted import AdaptedProgram
 
 @torch.no_grad()
 def keys_of_text(program: AdaptedProgram, a: Attachment, ids: Tensor) -> list[Tensor]:
-    """``a``: where the adapter stands; ``ids`` (1, length) int64. Keys and values in turn, each (1, heads, length,
-    width), as the program of the base computes them in inference.
+    """Return the keys and values of a text at each attention: key, value, key, value, ..., each (1, heads, tokens, head
+    width).
 
-    Raises AdaptcError for more tokens than the program takes, for ids that it does not know, and for inputs of which
-    nothing is known for a text; MergeError where its base is not known.
+    ``a``: the attachment of the KV prefix. ``ids``: the token ids of the text, (1, tokens), int64. The base computes as
+    in inference, without dropout and gradients.
+
+    Raises AdaptcError for more tokens than the program takes, and for ids outside the vocabulary. Raises AdaptcError,
+    too, for an input whose value for a text is not known, and MergeError where the program does not know its base.
     """
     base = program.base
     with on_graphs():
@@ -69,7 +71,8 @@ def _check(opened: Lifted, lookup: Lookup, ids: Tensor) -> None:
 
 
 def _inputs(opened: Lifted, lookup: Lookup, ids: Tensor) -> Mapping[str, Any]:
-    """The user's inputs, by name. What nothing reads is None."""
+    """Return the program's inputs by name, for the text ``ids`` (1, tokens) or copies of it where the batch size is
+    fixed. Inputs that no node reads are None."""
     rows = lookup.ids.meta["val"].shape[0]
     ids = ids.expand(rows if isinstance(rows, int) else 1, -1)
     out: dict[str, Any] = {}

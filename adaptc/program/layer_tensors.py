@@ -1,7 +1,7 @@
-"""Layers of a program as objects, for who asks a model for one of them: its tensors, and hooks on what it gives.
+"""Stand in for layers of a program, for code that asks a model for a layer to read its tensors or to hook its output.
 
-Before: the graph of a module. After: the same, with what the input embeddings give led through a module that can have
-hooks; it computes what it did.
+:func:`open_port` changes a graph so that the output of the input embeddings passes through such a module. The graph
+computes the same as before.
 """
 
 from __future__ import annotations
@@ -17,8 +17,12 @@ from adaptc.program.core import ProgramCore
 
 
 class Tensors(nn.Module):
-    """The ``weight`` and ``bias`` of a layer of a program, as they are now; hooks on it see and change what the layer
-    gives. ``bias``: of a layer that has one; each is given as the module that holds it, and its name there."""
+    """A stand-in for a layer of a program, with the layer's current ``weight`` and ``bias``.
+
+    It returns its input unchanged. Where a graph calls it on the layer's output, hooks on it see and change that
+    output. ``weight`` and ``bias`` are given as the module that holds the tensor and the tensor's name there. ``bias``
+    is None for a layer without one.
+    """
 
     def __init__(self, weight: tuple[nn.Module, str], bias: tuple[nn.Module, str] | None = None) -> None:
         super().__init__()
@@ -45,8 +49,10 @@ class Tensors(nn.Module):
 
 
 class AllDropout(nn.Dropout):
-    """Stands for all layers of dropout of a graph, for who looks for such layers to set their ``p`` to 0. ``switch``:
-    called with whether they are to act."""
+    """A stand-in for all dropout layers of a graph, for code that looks for such layers to set their ``p`` to 0.
+
+    ``switch`` is called with False when that code turns dropout off.
+    """
 
     def __init__(self, switch: Callable[[bool], None]) -> None:
         nn.Module.__init__(self)
@@ -55,7 +61,8 @@ class AllDropout(nn.Dropout):
 
     @property
     def p(self) -> float:  # type: ignore[override]  # torch has a plain attribute
-        """0 where they are off; what each has otherwise is in the graph."""
+        """Return 0.0 where dropout is off, else 0.5 as a mark that it is on; the graph holds the rate of each layer.
+        Only 0 can be assigned, which turns dropout off; any other value raises AdaptcError."""
         return 0.5 if vars(self)["_on"] else 0.0
 
     @p.setter
@@ -73,7 +80,12 @@ class AllDropout(nn.Dropout):
 
 
 def open_port(graph: fx.GraphModule, program: ProgramCore, port: Tensors | None = None) -> Tensors | None:
-    """Lead what the input embeddings give through a module that can have hooks, a new one or ``port``."""
+    """Lead the output of the input embeddings through ``port``, or through a new :class:`Tensors`, and return that
+    module.
+
+    Returns None, and changes nothing, where the program does not know its input embeddings or the graph does not look
+    up their weight.
+    """
     source = program.adaptation.source
     path = None if source is None else source.input_embedding
     known = owners_of(program)

@@ -1,8 +1,9 @@
-"""LoRA-FA: LoRA with its down projections frozen, and an optimizer that follows the gradient of the whole weight.
+"""Train LoRA with its down projections frozen (LoRA-FA), by an optimizer that follows the gradient of the whole weight.
 
-Zhang et al., arXiv 2308.03303; step by step what PEFT's ``create_lorafa_optimizer`` does. Before: a program with LoRA
-that is trained through ``program.module()``. After: A no longer requires grad, and each step moves B by what comes
-nearest to a step of the weight itself: its gradient times (A A^T)^-1 / s^2, in Adam's averages.
+Zhang et al., arXiv 2308.03303; each step is that of PEFT's ``create_lorafa_optimizer``. The program has LoRA and is
+trained through ``program.module()``. A no longer requires grad. Each step moves B as Adam does, by the gradient of B
+times (A A^T)^-1 / s^2, where s is the scale. Of all moves of B, this one is nearest to a step of the weight along its
+own gradient.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from adaptc.passes.ir.attachment import Attachment
 from adaptc.program.core import ProgramCore
 from adaptc.program.program_module import ProgramModule
 
-#: added to the diagonal of A A^T, as PEFT does
+#: the damping that is added to the diagonal of A A^T, as in PEFT
 _DAMPING = 1e-8
 
 
@@ -36,14 +37,15 @@ def lorafa_optimizer(
     eps: float = 1e-6,
     correct_bias: bool = True,
 ) -> torch.optim.Optimizer:
-    """An optimizer for the LoRA adapter of a program, or of a module of one, whose A it freezes.
+    """Return an optimizer for the LoRA adapter of a program, or of a module of one, and freeze the adapter's A.
 
-    It is used like any other, in a loop or as ``Trainer(..., optimizers=(optimizer, None))``. Rank and scale are those
-    of each layer. What else the adapter trains (whole modules, biases, trainable tokens) gets Adam's steps, with
-    ``weight_decay`` apart from them. The products are in float32 at least; PEFT rounds them to bfloat16.
+    It is used like any other, in a loop or as ``Trainer(..., optimizers=(optimizer, None))``. Each layer keeps its own
+    rank and scale. The adapter's other trainable tensors (whole modules, biases, trainable tokens) get Adam's steps.
+    ``weight_decay`` is decoupled from these steps, as in AdamW. Matmuls run in float32 at least; PEFT rounds them to
+    bfloat16.
 
-    Raises AdaptcError where the adapter is not LoRA, has DoRA or is not trainable, ConfigError for values that are not
-    possible.
+    Raises AdaptcError where the adapter is not LoRA, has DoRA or is not trainable. Raises ConfigError for values that
+    are not possible.
     """
     wrong = {
         "lr": lr < 0,
@@ -66,7 +68,8 @@ def lorafa_optimizer(
 
 @dataclass(frozen=True)
 class Pair:
-    """The factors of one layer. ``experts``: how many they are stacked for, 0 for none."""
+    """The LoRA factors of one layer: ``down`` is A, ``up`` is B. ``experts``: the number of experts that the factors
+    are stacked for; 0 where the layer has none."""
 
     down: Tensor
     up: Tensor
@@ -74,21 +77,23 @@ class Pair:
     experts: int
 
     def projected(self) -> Tensor:
-        """The gradient of B that moves the weight along its own."""
+        """Return the gradient of B times (A A^T)^-1 / s^2, in B's shape and dtype. A step of B along it moves the
+        weight along the weight's own gradient."""
         grad = self.up.grad
         assert grad is not None
         high = torch.promote_types(grad.dtype, torch.float32)
         A, g = self.down.detach().to(high).flatten(1), grad.to(high).flatten(1)
         n = max(self.experts, 1)
-        A = A.reshape(n, -1, A.shape[-1])  # one expert after the other
-        g = g.reshape(g.shape[0], -1, n).movedim(-1, 0)  # one rank after the other
+        A = A.reshape(n, -1, A.shape[-1])  # the rows of A lie expert by expert
+        g = g.reshape(g.shape[0], -1, n).movedim(-1, 0)  # the columns of B lie rank by rank
         damped = A @ A.mT + _DAMPING * torch.eye(A.shape[1], dtype=high, device=A.device)
         new = g @ torch.linalg.pinv(damped, hermitian=True) / self.scale.to(g) ** 2
         return new.movedim(0, -1).reshape(grad.shape).to(grad.dtype)
 
 
 class LoraFA(torch.optim.Optimizer):
-    """Made by :func:`lorafa_optimizer`. Its state is two averages and a count for each parameter that is trained."""
+    """A torch optimizer made by :func:`lorafa_optimizer`. Its state for each trainable parameter is two moving averages
+    and a step count."""
 
     def __init__(self, pairs: Iterable[Pair], others: Iterable[Tensor], options: dict[str, Any]) -> None:
         self._pairs = {id(p.up): p for p in pairs}
@@ -123,7 +128,8 @@ class LoraFA(torch.optim.Optimizer):
 
 
 def _trained(program: ProgramCore, binding: Binding) -> tuple[list[Pair], list[Tensor]]:
-    """The pairs of A and B, and all else that is trained."""
+    """Return the A and B pairs of a program's LoRA sites, and its other trainable tensors. Raises AdaptcError for an
+    adapter that is not LoRA."""
     for part in binding.parts.values() or [binding]:
         if part.config.peft_type != "LORA":
             raise AdaptcError(

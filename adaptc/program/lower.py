@@ -1,4 +1,5 @@
-"""Lower: a program with its adapters as fused kernels in its graph, for files and artifacts that run on a GPU."""
+"""Lower a program: write its adapters as fused Triton kernels into its graph, for files and artifacts that run on a
+GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ P = TypeVar("P", bound=ProgramCore)
 
 
 def lowered(program: P) -> P:
-    """See ``adaptc.lower``. Raises BackendError where the base is not on a GPU, or triton is not installed."""
+    """Return ``program`` with its adapters as fused Triton kernels; ``adaptc.lower`` tells more. Raises BackendError
+    where the base is not on a GPU, or triton is not installed."""
     check_triton()
     if not runs_on_gpu(program.base_tensors.values()):
         raise BackendError(
@@ -27,7 +29,7 @@ def lowered(program: P) -> P:
 
 @exclusive
 def with_kernels(program: P) -> P:
-    """``program`` with kernels in its graph, wherever it is."""
+    """Return ``program`` with Triton kernels in its graph, on whatever device its base is."""
     program = program.snapshot()
     a = program.adaptation
     done = Lower(a.attachments, program.ops)(program)

@@ -1,12 +1,13 @@
-"""Merge and unmerge: from one program to another.
+"""Merge the adapter of a program into its weights, and give back the program that a merge came from.
 
-Before: a program with adapters. After a merge: a plain program with the adapter folded into its weights, that knows
-where it came from. The graph of a merged program does not depend on an adapter's values, so it is made once: where the
-same sites were merged before, the new program has that graph and the weights this merge makes, which takes no more than
-making them. The graph is remembered without its weights, and only where a merge changes nothing but weights of one
-shape: not where biases are merged, grouped convolutions become dense, or the base is given up.
+A merged program is a plain program with the adapter folded into its weights. It remembers the program it came from. Its
+graph does not depend on the adapter's values, so it is made once for each set of sites and remembered without its
+weights. A later merge at the same sites computes new weights and no graph.
 
-Unmerge gives the program back that a merge came from, by reference: nothing is subtracted, so nothing can drift.
+The graph is remembered only where a merge changes nothing but weights, and these keep their shapes. It is not
+remembered where biases are merged, grouped convolutions become dense, or the base is given up.
+
+Unmerge returns the original program by reference. Nothing is subtracted, so no rounding error can build up.
 """
 
 from __future__ import annotations
@@ -30,8 +31,11 @@ P = TypeVar("P", bound=ProgramCore)
 
 @dataclass(frozen=True, eq=False)
 class Remembered:
-    """A merged program without the weights that were merged. ``names``: under which it has each of them; ``order``: all
-    names of its state dict; ``untied``: of each weight."""
+    """A merged program without its merged weights.
+
+    ``names``: for each merged weight, its names in the state dict. ``order``: all names of the state dict, in order.
+    ``untied``: for each merged weight, whether the merge untied it.
+    """
 
     program: ProgramCore
     names: Sequence[Sequence[str]]
@@ -47,7 +51,8 @@ class Remembered:
         return cls(kept, names, list(state), [r.untied for r in rows])
 
     def again(self, weights: Sequence[Tensor]) -> ProgramCore:
-        """One of its own, with these weights."""
+        """Return a new program that shares this graph and has ``weights`` as its merged weights, one for each entry of
+        ``names``."""
         own = {n: w for names, w in zip(self.names, weights, strict=True) for n in names}
         state = self.program.state_dict
         return self.program.with_tensors({n: own[n] if n in own else state[n] for n in self.order})
@@ -60,8 +65,10 @@ def merged(
     keep_base: bool = True,
     progress: bool = False,
 ) -> tuple[P, Sequence[SiteMerge]]:
-    """The merged program, and a row per weight for the report; see ``adaptc.merge``. ``progress``: a terminal shows
-    it from the start. Raises MergeError, with ``program`` unchanged."""
+    """Return the merged program, and one :class:`SiteMerge` per merged weight; ``adaptc.merge`` tells more.
+
+    ``progress``: show progress in a terminal from the start. Raises MergeError, and leaves ``program`` unchanged.
+    """
     with on_graphs(), stage(f"merging {len(program.binding.methods)} sites", always=progress) as merging:
         if keep_base:
             still = program.snapshot()
@@ -82,7 +89,7 @@ def _merged(
     present = [a for a in program.adaptation.attachments if a.id in binding.methods]
     rest = tuple(a.id for a in program.adaptation.attachments if a.id not in binding.methods)
     fold = Merge(present, dict(binding.values), safe, release, progress, rest)
-    del binding  # it may hold base tensors
+    del binding  # it may hold base tensors, which ``release`` could not free then
     key = tuple(a.id for a in present)
     plain = release is None and not any(a.method.has_bias() for a in present)
     shapes = {k: t.shape for k, t in program.base_tensors.items() if isinstance(t, Tensor)}
@@ -109,8 +116,10 @@ def _of(program: P, made: Any, adaptation: Any, origin: Origin | None) -> P:
 
 
 def unmerged(program: ProgramCore) -> ProgramCore:
-    """The program that ``program`` was merged from, with the binding it had then. Raises MergeError where it was given
-    up (``keep_base=False``) or never known."""
+    """Return the program that ``program`` was merged from, with the binding it had then, on the device of ``program``.
+
+    Raises MergeError where that program was given up (``keep_base=False``) or never known.
+    """
     origin = program.origin
     if origin is None:
         raise MergeError(

@@ -1,12 +1,12 @@
-"""A program without adapters as a directory of a transformers model, which ``from_pretrained`` loads.
+"""Write a program without adapters as the directory of a transformers model, which ``from_pretrained`` loads.
 
-Before: tensors under the names that the captured model had, and what is remembered of that model. After: config,
-generation config and safetensors, written by transformers' own ``save_pretrained``, with the keys that files of this
-model have; or an error, and the directory as it was.
+The tensors have the names that the captured model gave them. Config, generation config and safetensors are written by
+transformers' own ``save_pretrained``, with the keys that files of this model have. Where that fails, the directory
+stays as it was.
 
-The model's class is made anew from the config, without memory, and takes the tensors. What a class has no place for is
-refused by name: a bias that a merge has added, a weight of another shape. Weights that were tied, and are no longer,
-are written with ``tie_word_embeddings`` off.
+The model's class is made from the config on the meta device, and takes the tensors. A tensor that the class has no
+place for is refused by name: a bias that a merge added, or a weight of another shape. Where tied weights were untied,
+``tie_word_embeddings`` is written as False.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from adaptc.program.core import ProgramCore
 from adaptc.progress import stage
 
 _TIE = "tie_word_embeddings"
-#: files of weights, also of other formats and divisions, which a reader would prefer or mix with the new ones
+#: weight files of any format and sharding, which a reader would prefer to the new ones or mix with them
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
-#: what a directory of a model has beside the model: tokenizers, processors, templates of chats, licences
+#: files that a model's directory has beside the model: tokenizers, processors, chat templates, licences
 _BESIDE = re.compile(r".*\.(json|jinja|txt|model|tiktoken|vocab|bpe|spm)|(LICEN[CS]E|NOTICE).*")
 _NOT_BESIDE = re.compile(r"config\.json|generation_config\.json|adapter_.*|.*\.index\.json|\..*")
 
@@ -42,10 +42,12 @@ _NOT_BESIDE = re.compile(r"config\.json|generation_config\.json|adapter_.*|.*\.i
 def write_model_of(
     program: ProgramCore, path: str | os.PathLike[str], *, beside: Path | None = None, **options: Any
 ) -> Path:
-    """Write a program that was merged or unloaded. ``beside`` and ``options`` as for :func:`write_model`.
+    """Write the model of a program that was merged or unloaded; returns the directory.
 
-    Raises as that does, ConfigError for other options, and AdaptcError where the program has an adapter, or does not
-    know its transformers model, as one from a file."""
+    ``beside`` and ``options`` are those of :func:`write_model`. Raises as that does, and ConfigError for other options.
+    Raises AdaptcError where the program has an adapter, or does not know its transformers model, as one read from a
+    file.
+    """
     source = program.adaptation.source
     if program.current is not None:
         raise AdaptcError(
@@ -62,8 +64,10 @@ def write_model_of(
 
 
 def taken(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What :func:`write_model` takes of the options of transformers' ``save_pretrained``; None and defaults are
-    nothing. Raises ConfigError for others."""
+    """Return those of ``options``, keywords of transformers' ``save_pretrained``, that :func:`write_model` takes.
+
+    Options that are None or have transformers' default value are dropped. Raises ConfigError for any other option.
+    """
     usual = {"safe_serialization": True, "push_to_hub": False, "is_main_process": True, "save_embedding_layers": False}
     asked = {k: v for k, v in options.items() if v is not None and (k not in usual or v != usual[k])}
     if odd := sorted(asked.keys() - {"max_shard_size", "save_original_format"}):
@@ -83,14 +87,15 @@ def write_model(
     save_original_format: bool | None = None,
     beside: Path | None = None,
 ) -> Path:
-    """Write the model that ``source`` remembers with the tensors of ``state``; returns the directory.
+    """Write a model with the class and config of ``source`` and the tensors of ``state``; returns the directory.
 
-    ``state``: by the names of the model's own state dict, tied weights under one name or all. ``max_shard_size`` and
-    ``save_original_format``: transformers' own, None for its defaults. ``beside``: a model's directory, whose tokenizer
-    and processor are copied. Weights of other formats in the directory are removed.
+    ``state``: tensors by their names in the model's state dict, tied weights under one of their names or all.
+    ``max_shard_size`` and ``save_original_format``: options of transformers' ``save_pretrained``, None for its
+    defaults. ``beside``: a model's directory, from which tokenizer and processor files are copied. Weight files of
+    other formats or shardings in the directory are removed.
 
-    Raises CheckpointError, with the directory as it was, where the class has no place for a tensor or lacks one, where
-    the directory is an adapter's, and for what transformers or the disk refuse.
+    Raises CheckpointError where the class has no place for a tensor, or lacks one. Raises CheckpointError, too, where
+    the directory holds an adapter, and for errors of transformers or the disk. The directory is then as it was.
     """
     target = Path(path)
     check_place(target)
@@ -119,7 +124,7 @@ def write_model(
 
 
 def check_place(target: Path) -> None:
-    """Raise CheckpointError where no model may be written."""
+    """Raise CheckpointError where ``target`` is a file, or a directory that holds an adapter."""
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"cannot write a model to {target}: it is a file. Choose a directory.")
     if os.path.lexists(target / ADAPTER_CONFIG):
@@ -130,7 +135,7 @@ def check_place(target: Path) -> None:
 
 
 def _filled(source: Source, state: Mapping[str, Tensor]) -> Any:
-    """A model of the class that has these tensors."""
+    """Return a model with the class and config of ``source`` that holds the tensors of ``state``."""
     config = copy.deepcopy(source.config)
     model = _made(source.kind, config)
     if torn := _torn(model, state):
@@ -151,16 +156,17 @@ def _filled(source: Source, state: Mapping[str, Tensor]) -> Any:
     model.load_state_dict(_apart(held, tied), strict=True, assign=True)
     model.generation_config = copy.deepcopy(source.generation_config)
     if source.conversions is not None:
-        vars(model)["_weight_conversions"] = source.conversions  # where transformers keeps them
+        vars(model)["_weight_conversions"] = source.conversions  # transformers reads them there when it writes
     return model.train(False)
 
 
 def _made(kind: type, config: Any) -> Any:
-    """A model without memory."""
+    """Return a ``kind`` made of ``config`` on the meta device. Raises CheckpointError where ``kind`` cannot be made of
+    a config alone."""
     try:
         with torch.device("meta"):
             return kind(config)
-    except Exception as error:  # a class of a user's own may want anything
+    except Exception as error:  # a user's own class may take any arguments and raise any error
         raise CheckpointError(
             f"{kind.__name__} cannot be made of its config alone ({type(error).__name__}: {shown(str(error))}), as it "
             "must be to be written. Load the weights into a model of yours: program.state_dict has them by name"
@@ -168,12 +174,12 @@ def _made(kind: type, config: Any) -> Any:
 
 
 def _ties(model: Any) -> dict[str, str]:
-    """Name -> the name that it is tied to."""
+    """Return the weights that the class ties: name -> the name that it is tied to."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def _torn(model: Any, state: Mapping[str, Tensor]) -> tuple[str, str] | None:
-    """Two names that the class ties and that have different tensors."""
+    """Return two names that the class ties and that have different tensors in ``state``; None where there are none."""
     return next(
         ((a, b) for a, b in _ties(model).items() if a in state and b in state and _differ(state[a], state[b])), None
     )
@@ -184,8 +190,11 @@ def _differ(a: Tensor, b: Tensor) -> bool:
 
 
 def _can_untie(model: nn.Module, config: Any) -> bool:
-    """Set a config to untied weights; whether that is all it does. T5's config takes it for another scale of outputs
-    when it is read, and other models compute something else where it is set."""
+    """Set ``config`` to untied weights, and return whether that changes nothing but the ties.
+
+    It is False where the config ties weights again when it is read back, and where a module's ``forward`` reads the
+    option. T5's config, for one, takes the option for another scale of the outputs.
+    """
     for one in _with_ties(config):
         setattr(one, _TIE, False)
     read = type(config).from_dict(config.to_dict())
@@ -194,7 +203,7 @@ def _can_untie(model: nn.Module, config: Any) -> bool:
 
 
 def _with_ties(config: Any) -> list[Any]:
-    """A config and those inside it that say whether weights are tied."""
+    """Return the config and the configs inside it that have the option ``tie_word_embeddings``."""
     return [one for one in (config, *vars(config).values()) if hasattr(one, _TIE)]
 
 
@@ -208,7 +217,7 @@ def _asks_for_ties(kind: type[nn.Module]) -> bool:
 def _check_fits(
     model: nn.Module, wanted: Mapping[str, Tensor], held: Mapping[str, Tensor], state: Mapping[str, Tensor]
 ) -> None:
-    """Raises CheckpointError for tensors that the class has no place for, lacks, or has of another shape."""
+    """Raise CheckpointError for tensors that the class has no place for, lacks, or has in another shape."""
     name = type(model).__name__
     buffers = {k for k, _ in model.named_buffers(remove_duplicate=False)}
     odd = [k for k in state if k not in wanted and k not in buffers]
@@ -230,7 +239,8 @@ def _check_fits(
 
 
 def _apart(held: Mapping[str, Tensor], tied: Mapping[str, str]) -> dict[str, Tensor]:
-    """The same, with tied weights one tensor, and others in memory of their own: files have each once."""
+    """Return ``held`` with each tied weight as one tensor and every other tensor in memory of its own. Files then hold
+    each tensor once."""
     out: dict[str, Tensor] = {}
     seen: set[Any] = set()
     for key, t in held.items():

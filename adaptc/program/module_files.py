@@ -1,7 +1,7 @@
-"""The adapter that a module has now, as a directory; and who may not write that of its program instead.
+"""Write the adapter that a module has now, and refuse to write its program's where that is out of date.
 
-Before: a module made of a program, whose parameters somebody may have replaced since: FSDP2 by parts of them. After: a
-directory with what was trained, written once; or an error for whoever would write what the program still has.
+The parameters of a module may have been replaced since the module was made: FSDP2 puts sharded tensors in their place.
+What is trained then is in the module alone, and the program still has the tensors from before.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ def write_module(
     for_trainer: bool = False,
     **options: Any,
 ) -> Path:
-    """Write the adapter of ``module``; returns the directory. ``binding``: what to write instead. ``here``: whether
-    this process writes, where it has all. ``for_trainer``: under the name, too, that Trainer looks for. ``options``:
-    those of :func:`write_current`.
+    """Write the adapter of ``module``; returns the directory.
 
-    Where the module is held in parts all processes call it. The first of them writes, and all return when it has.
-    Raises as :func:`write_current` does, and CheckpointError where another process could not write.
+    ``binding``: a binding to write instead, None for the module's. ``here``: whether this process writes, where every
+    process has whole tensors. ``for_trainer``: write the weights under the name that Trainer looks for, too.
+    ``options``: those of :func:`write_current`.
+
+    All processes call it where the module is sharded. The first of them writes, and all return when it has. Raises as
+    :func:`write_current` does, and CheckpointError where another process could not write.
     """
     mesh = None
     if binding is None:
@@ -50,14 +52,16 @@ def write_module(
 
 
 def check_followed(program: ProgramCore) -> None:
-    """Raises AdaptcError where a module of the program trains other tensors than the program has: what they learn is
-    not in it, and what is made of it would be of the adapter as it was before."""
+    """Raise AdaptcError where a module of the program trains other tensors than the program has.
+
+    The program then lacks what these tensors learn. A file or a merged program would have the adapter from before.
+    """
     if program.current is None:
         return
     now = program.current.values
     for module in list(program.memory.modules):
         own = module.tensors()
-        # Scales are buffers, of which torch makes new ones whenever a module is moved.
+        # Trainable tensors only: scales are buffers, which torch replaces whenever a module is moved.
         trained = {k: t for k, t in module.program.binding.values.items() if t.requires_grad and k in own}
         known = [k for k, t in trained.items() if now.get(k) is t]
         lost = [k for k in known if own[k] is not now[k]]

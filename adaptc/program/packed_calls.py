@@ -1,7 +1,8 @@
-"""Which module takes a call: that of the program, or one of the same model captured with ``position_ids`` as well.
+"""Choose the module that takes a call: the program's own, or one of the same model captured with ``position_ids``.
 
-Before: the keywords of a call. After: a module that takes them, made when it is first needed. Of what trainers say to
-kernels that have to be told where sequences begin nothing is left; where the model reads it, the call is refused.
+The second module is made when a call first needs it. Trainers that pack sequences also pass the bounds of these
+sequences, for kernels that need to be told. These keywords are dropped; where the model reads them, the call is
+refused.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ from torch import Tensor
 from adaptc.errors import AdaptcError, listing
 from adaptc.runtime.outside_compilers import outside
 
-#: where the sequences of packed rows begin, for kernels that do not find it in their positions
+#: keywords that say where the sequences of packed rows begin, for kernels that do not read position_ids
 BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
 class PackedCalls:
-    """Those of ``module``, a ``PretrainedModule``. ``modules``: whether there is a mask -> the one that takes it."""
+    """The modules for calls of ``module``, a ``PretrainedModule``, with ``position_ids``. ``modules``: whether a call
+    has an attention_mask -> the module that takes it."""
 
-    #: of a module and whether there is a mask: the module that takes ``position_ids``; see ``packing``
+    #: a function that makes the module that takes ``position_ids``, of a module and whether there is a mask; ``api``
+    #: sets it to ``packing.packed``
     packing: ClassVar[Callable[[Any, bool], Any]]
-    #: of a module: which of :data:`BOUNDS` its model reads
+    #: a function that returns which of :data:`BOUNDS` a module's model reads; ``packing.read_bounds``
     reading: ClassVar[Callable[[Any], Collection[str]]]
 
     def __init__(self, module: Any) -> None:
@@ -32,8 +35,11 @@ class PackedCalls:
         self._read: Collection[str] | None = None
 
     def taking(self, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """The module for a call with these keywords, and what it is called with. Raises AdaptcError for bounds of
-        sequences that the model reads."""
+        """Return the module for a call with ``kwargs``, and the keywords to call it with.
+
+        The keywords lack the bounds of sequences, and ``position_ids`` of one row are expanded to the batch. Raises
+        AdaptcError for bounds of sequences that the model reads.
+        """
         module, kwargs, positions = self.module, dict(kwargs), kwargs.get("position_ids")
         if not isinstance(positions, Tensor) or not module.again or module.config.is_encoder_decoder:
             return module, kwargs

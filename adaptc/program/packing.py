@@ -1,11 +1,11 @@
-"""Calls with ``position_ids``: rows that hold several sequences, one behind the other.
+"""Make a module that takes ``position_ids``, for rows that hold several packed sequences.
 
-Before: a module of a program that was captured with tokens and a mask, as trainers call it that pad. After: a second
-one, of the same model captured with ``position_ids`` as well. Where there is no mask, transformers then lets each
-token see its own sequence alone. The second module reads the first one's parameters, whoever replaces them.
+The first module was captured with tokens and a mask, as trainers that pad call it. The second one is of the same model,
+captured with ``position_ids`` as well. Without a mask, transformers then lets each token attend to its own sequence
+alone. The second module reads the first one's parameters, whoever replaces them.
 
-Trainers also say where sequences begin to kernels that need to be told (``cu_seq_lens_q`` and its like). That is taken
-where the model itself computes the same without it, which is tried once.
+Trainers also pass the bounds of sequences to kernels that need them (``cu_seq_lens_q`` and its like). They are accepted
+where the model itself computes the same without them. One run of the model tells whether it does.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ from adaptc.program.packed_calls import BOUNDS
 from adaptc.program.pretrained_module import PretrainedModule
 from adaptc.program.recapture import adapter_of, aside, model_of
 
-#: positions of three sequences in one row
+#: position_ids of three packed sequences in one row
 _POSITIONS = (0, 1, 2, 0, 1, 0, 1, 2, 3)
 
 
 @exclusive
 def packed(module: PretrainedModule, masked: bool) -> PretrainedModule:
-    """The module of the same model that takes ``position_ids``, and an ``attention_mask`` where ``masked``."""
+    """Return a module of the same model and adapter as ``module`` that takes ``position_ids``, and an
+    ``attention_mask`` where ``masked``. Raises AdaptcError where the program has sites that the current adapter
+    lacks."""
     program, binding = module.program, module.binding()
     with aside(module):
         rows, count = 3, 7
@@ -54,13 +56,13 @@ def packed(module: PretrainedModule, masked: bool) -> PretrainedModule:
 
 
 def _share(module: PretrainedModule, new: PretrainedModule) -> None:
-    """Let ``new`` read what ``module`` has, and run under its hooks."""
+    """Let ``new`` read the parameters and buffers of ``module``, and run the hooks on its input embeddings."""
     for path, holder in [("", module), *module.named_modules()]:
         theirs = _holder(new, path)
         if theirs is not None:
             for own in (theirs, new.graph_module) if not path else (theirs,):
                 vars(own)["_parameters"] = vars(holder)["_parameters"]
-                if path:  # beside parameters the root has what one graph was traced with
+                if path:  # the root's buffers include constants of its own graph, which differ between the two
                     vars(own)["_buffers"] = vars(holder)["_buffers"]
     port = vars(module)["port"]
     children = vars(new)["_modules"]
@@ -78,7 +80,11 @@ def _holder(new: nn.Module, path: str) -> nn.Module | None:
 
 @exclusive
 def read_bounds(module: PretrainedModule) -> list[str]:
-    """Which of :data:`BOUNDS` the model reads: with them, beside positions, it computes something else."""
+    """Return which of :data:`BOUNDS` the model reads: those that change its logits when they are given beside
+    ``position_ids``.
+
+    Returns all of them where only several at once change the logits, and where the model refuses them.
+    """
     model, device = model_of(module).train(), module.device
     positions = torch.tensor([_POSITIONS], device=device)
     ids = torch.arange(len(_POSITIONS), device=device)[None] % module.config.vocab_size
@@ -89,7 +95,7 @@ def read_bounds(module: PretrainedModule) -> list[str]:
     told: dict[str, Any] = dict(zip(BOUNDS, (ends, ends, longest, longest, index), strict=True))
 
     def found(**more: Any) -> Tensor:
-        torch.manual_seed(0)  # of dropout
+        torch.manual_seed(0)  # both runs draw the same dropout
         return model(input_ids=ids, position_ids=positions, use_cache=False, **more).logits
 
     with aside(module), torch.no_grad():
@@ -99,4 +105,4 @@ def read_bounds(module: PretrainedModule) -> list[str]:
                 return []
             return [n for n, value in told.items() if not torch.equal(plain, found(**{n: value}))] or list(BOUNDS)
         except (TypeError, ValueError, RuntimeError):
-            return list(BOUNDS)  # it does not take them, or not one without the others
+            return list(BOUNDS)  # the model does not take them, or not one alone

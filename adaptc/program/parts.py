@@ -1,9 +1,8 @@
-"""Calls of a part of a program: of some of its outputs, with the inputs that these need.
+"""Call a part of a program: some of its outputs, computed from the inputs that these need.
 
-Before: a program, or what is bound to one, whose outputs are a dict of tensors. After: callables of its parts that keep
-the adapter that is current now, all of them the same one. Code of a part is made when it is first called and is
-remembered with the program's own; of state, adapter and base a part has none of its own, so nothing but the program
-needs to be swapped, merged or saved.
+The program, or what is bound to one, has a dict of tensors as its outputs. The parts made at once all keep the adapter
+that is current then. The code of a part is made when it is first needed, and the program remembers it beside its own. A
+part has no state, adapter or base of its own, so only the program needs to be swapped, merged or saved.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from adaptc.runtime.outside_compilers import outside
 
 @dataclass(frozen=True)
 class Part:
-    """A callable of some outputs, by name, and the names of the inputs that it takes. ``binding``: the adapter that it
-    keeps, where it keeps one."""
+    """A callable of some of a program's outputs, by name, and the names of the inputs that it takes. ``binding``: the
+    adapter that it keeps, None where it keeps none."""
 
     run: Callable[..., dict[str, Tensor]]
     inputs: Collection[str]
@@ -40,20 +39,27 @@ class Part:
 def pinned_parts(
     program: ProgramCore | Bound, parts: Mapping[str, Sequence[str]], scale: Any = None
 ) -> dict[str, Part]:
-    """One for each of ``parts``, which are names of outputs. ``scale``: as ``adapter_scale`` of calls. Raises
-    ConfigError for a name that is none."""
+    """Return a callable for each entry of ``parts`` (name -> names of outputs), all pinned to the adapter of this
+    moment.
+
+    ``scale``: the ``adapter_scale`` of their calls. Raises ConfigError for a name that is not an output.
+    """
     return _parts(*program.pinned_to(scale), parts)
 
 
 def parts_with(
     program: ProgramCore, binding: Binding, state: Mapping[str, Tensor], parts: Mapping[str, Sequence[str]]
 ) -> dict[str, Part]:
-    """The same of a binding, and of a caller's own ``state``: by FQN what calls write to."""
+    """Return a callable for each entry of ``parts``, pinned to ``binding`` and to the caller's own ``state``.
+
+    ``state``: FQN -> a buffer that calls write to, in place of the program's. Raises ConfigError for a name that is not
+    an output.
+    """
     return _parts(program, program.executor(), binding, state, parts)
 
 
 def codes_of(program: ProgramCore, parts: Mapping[str, Sequence[str]]) -> list[Executor]:
-    """What computes them, made now if it was not."""
+    """Return the code of each of ``parts``, made now where it was not made before."""
     anchor = program.executor()
     return [_executor(program, anchor, tuple(outputs)) for outputs in parts.values()]
 
@@ -71,7 +77,8 @@ def _parts(
 def _pinned(executor: Executor, reads: Binding, state: Mapping[str, Tensor]) -> Part:
     own = {n: t for n, t in state.items() if n in executor.base}
     arguments = executor.own_arguments(reads, own)
-    # No function of its own: torch remembers those that its compilers leave alone, with all that they hold.
+    # A partial of one function for all parts: torch keeps each function that its compilers leave alone, and a
+    # closure would keep executor and arguments alive for as long.
     return Part(partial(outside(_called), executor, arguments), frozenset(executor.inputs.names), reads)
 
 
@@ -80,7 +87,7 @@ def _called(executor: Executor, arguments: Arguments, **kwargs: Any) -> dict[str
 
 
 def _executor(runs: ProgramCore, anchor: Executor, outputs: tuple[str, ...]) -> Executor:
-    """The code of one part, beside that of the whole."""
+    """Return the code of the part with ``outputs``, remembered beside ``anchor``, the code of the whole program."""
     known = runs.memory.parts.setdefault(anchor, {})
     made = known.get(outputs)
     if made is None:

@@ -1,8 +1,8 @@
-"""The module of a program that was a transformers model, as transformers' trainers expect one.
+"""Make the module of a program that was a transformers model one that transformers' trainers take as a model.
 
-Before: a program that remembers its model. After: a :class:`ProgramModule` that is a ``PreTrainedModel`` under the
-model's class name. It has the model's config, takes what that model's ``forward`` takes, as far as it changes nothing,
-and saves an adapter directory. What would change the program (other embeddings, caches, generation) is refused by name.
+It is a :class:`ProgramModule` and a ``PreTrainedModel`` under the model's class name. It has the model's config,
+accepts the arguments of the model's ``forward`` as far as they change nothing, and saves an adapter directory. Whatever
+would change the program, such as other embeddings, is refused by name.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ _IGNORED = -100
 
 
 class Backbone(nn.Module):
-    """A program without its head. Takes what the module ``whole`` takes; ``last_hidden_state`` is what the head reads.
+    """A program without its head, whose ``last_hidden_state`` is what the head would read.
 
-    ``graph``: made by ``cut_at_head``; it reads the tensors of ``whole``.
+    It takes the inputs of the module ``whole``. ``graph``: a graph that ``cut_at_head`` cut; it reads the tensors of
+    ``whole``.
     """
 
     def __init__(self, whole: PretrainedModule, graph: fx.GraphModule) -> None:
@@ -60,7 +61,8 @@ class Backbone(nn.Module):
 
 
 def share(whole: nn.Module, graph: fx.GraphModule) -> None:
-    """Let a graph read the tensors of ``whole``, but run what it has of its own: blocks, and segments of them."""
+    """Let ``graph`` read the tensors of ``whole``. It keeps the submodules that it runs itself: blocks, and segments
+    that the backward computes again."""
     own = {n: m for n, m in graph.named_children() if isinstance(m, (fx.GraphModule, Recomputed))}
     vars(graph).update(tables_of(whole))
     theirs = dict(whole.named_children())
@@ -68,11 +70,12 @@ def share(whole: nn.Module, graph: fx.GraphModule) -> None:
 
 
 class PretrainedModule(ProgramModule):
-    """See the module docstring; made by :func:`pretrained`."""
+    """A module of a program that was a transformers model. :func:`pretrained` makes the subclasses that are used, which
+    are ``PreTrainedModel`` as well."""
 
     #: the model's class
     kind: ClassVar[type] = nn.Module
-    #: of a module and what ``generate`` was given: what it gives; set by who makes programs that generate
+    #: a function that generates, of a module and the arguments of its ``generate``; ``api`` sets it
     generating: ClassVar[Callable[..., Any]]
 
     def __init__(self, program: ProgramCore, owner: ProgramCore, graph: fx.GraphModule, making: Making) -> None:
@@ -83,10 +86,10 @@ class PretrainedModule(ProgramModule):
         self.generation_config = copy.deepcopy(source.generation_config)
         self.name_or_path = str(getattr(source.config, "name_or_path", "") or "")
         self.loss_type = source.loss_type
-        #: what TRL notes on models, so as to warn once
+        #: the warnings that TRL has given, which it notes on the model so as to give each once
         self.warnings_issued: dict[str, bool] = {}
         self.all_tied_weights_keys: dict[str, str] = {}
-        #: what is added to a loss, where something is
+        #: a function whose value is added to each loss; None for no addition
         self.penalty: Callable[[], Tensor] | None = None
         vars(self).update(port=port, backbone=None)
         self.packed_calls = PackedCalls(self)
@@ -101,14 +104,15 @@ class PretrainedModule(ProgramModule):
 
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """Whether calls take ``num_items_in_batch``: the labels that count in all batches of one step, by which the
-        sum of the losses is then divided."""
+        """Return whether calls take ``num_items_in_batch``: the number of labels that count in all batches of one step.
+        The loss is then the sum over labels divided by that number."""
         aux = bool(getattr(self.config, "output_router_logits", False))
         own = any(m.changes("loss") for m, _ in self._program_methods())
         return self.source.means_over_next_labels and "labels" in self.inputs.names and not aux and not own
 
     def _check_pad(self) -> None:
-        """Raises AdaptcError where a trainer changed the token that models of classes look for, to find a row's end."""
+        """Raise AdaptcError where a trainer changed the ``pad_token_id`` by which a sequence classifier finds the end
+        of a row."""
         if "SequenceClassification" in self.kind.__name__:
             now, captured = (c.get_text_config().pad_token_id for c in (self.config, self.source.config))
             if now != captured:
@@ -118,14 +122,19 @@ class PretrainedModule(ProgramModule):
                 )
 
     def _program_methods(self) -> list[tuple[ProgramMethod, dict[str, Tensor]]]:
-        """Methods that speak of the program, with their slots."""
+        """Return the methods that change the program and not a layer (:class:`ProgramMethod`), each with its slots by
+        name."""
         binding = self.program.current
         values = {} if binding is None else binding.values
         found = [(a.method, a.slots) for a in self.program.adaptation.attachments]
         return [(m, {n: values[f] for n, f in slots.items()}) for m, slots in found if isinstance(m, ProgramMethod)]
 
     def forward(self, *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
-        """What the model's own ``forward`` takes. Raises AdaptcError for what the program was not captured for."""
+        """Run the program on the arguments of the model's own ``forward``, and return what that returns.
+
+        ``num_items_in_batch``: see :attr:`accepts_loss_kwargs`. Raises AdaptcError for inputs that the program was not
+        captured for.
+        """
         other, kwargs = self.packed_calls.taking(kwargs)
         if other is not self:
             other.penalty = self.penalty
@@ -135,7 +144,8 @@ class PretrainedModule(ProgramModule):
         return self.inputs.calls.as_asked(out, args, kwargs)
 
     def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_items_in_batch: Any) -> Any:
-        """Of a call with the program's own inputs."""
+        """Return the output for the program's own inputs, with ``num_items_in_batch`` and the penalty worked into its
+        loss."""
         labels = kwargs.get("labels")
         out = super().forward(*args, **kwargs)
         if labels is None or not hasattr(out, "loss"):
@@ -143,11 +153,11 @@ class PretrainedModule(ProgramModule):
         if num_items_in_batch is not None:
             if not self.accepts_loss_kwargs:
                 raise AdaptcError("num_items_in_batch has no meaning for this program: its loss is no mean over labels")
-            # Tokens in front have a next one that counts, where they are the first.
+            # The first label of a row is not predicted, since no token precedes it, unless virtual tokens do.
             longer = [m.lengthens(slots) for m, slots in self._program_methods() if m.changes("labels")]
             first = 0 if any(longer) else 1
             count = (labels[..., first:] != _IGNORED).sum()
-            # A batch without labels that count has no loss, and adds nothing.
+            # The mean over no labels is NaN: a batch in which none counts adds nothing.
             out.loss = torch.where(count > 0, out.loss * (count / num_items_in_batch), 0.0)
         if self.penalty is not None:
             out.loss = out.loss + self.penalty()
@@ -155,11 +165,13 @@ class PretrainedModule(ProgramModule):
 
     @property
     def again(self) -> bool:
-        """Whether the model can be captured again: the program is adapted, was captured for training, and generates."""
+        """Return whether the model can be captured again: the program has adapters, was captured for training, and
+        generates."""
         return self.source.shell is not None and bool(self.program.adaptation.attachments)
 
     def why_wrong(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-        """Also tokens and labels that the vocabulary does not have."""
+        """Return the likely fault of a call that a layer refused, as the base class does. Token ids and labels outside
+        the vocabulary count, too."""
         if found := super().why_wrong(args, kwargs):
             return found
         port = vars(self)["port"]
@@ -176,14 +188,16 @@ class PretrainedModule(ProgramModule):
         return ""
 
     def _classes(self) -> int | None:
-        """How many there are to choose from in the loss, where that is a word each."""
+        """Return the number of classes that the loss chooses from where these are tokens, which is the vocabulary size;
+        else None."""
         return getattr(self.config, "vocab_size", None) if self.source.means_over_next_labels else None
 
     # -- what transformers asks of a model -----------------------------------------------------------------------------
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the model's weights. Warns a trainer that is about to load a second model of it."""
+        """Return the dtype of the first floating-point parameter, and warn a trainer that is about to load a second
+        model of it."""
         warn_of_second_model(self)
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
@@ -192,15 +206,18 @@ class PretrainedModule(ProgramModule):
         return super().__deepcopy__(memo)
 
     def get_input_embeddings(self) -> Tensors:
-        """Hooks on it act on the embeddings (NEFTune). Raises AdaptcError where the program has none that it knows."""
+        """Return a stand-in for the input embeddings; hooks on it change the embeddings of calls (NEFTune). Raises
+        AdaptcError where the program does not know its input embeddings."""
         if vars(self)["port"] is None:
             raise AdaptcError("the program does not know its input embeddings")
         return vars(self)["port"]
 
     def get_output_embeddings(self) -> Tensors:
-        """Weight and bias of the output layer, those of ``modules_to_save`` where they are trained. Raises AdaptcError
-        for one with another adapter, whose weight says only half of what it computes, and where the program has none
-        that it knows."""
+        """Return the weight and bias of the output layer, those of ``modules_to_save`` where they are trained.
+
+        Raises AdaptcError for a layer with an adapter of another kind: its weight alone is not what the layer computes.
+        Raises AdaptcError, too, where the program does not know its output layer.
+        """
         path = self.source.output_embedding
         if path is None or not hasattr(self.get_submodule(path), "weight"):
             raise AdaptcError("the program does not know its output layer")
@@ -220,8 +237,8 @@ class PretrainedModule(ProgramModule):
 
     @property
     def base_model(self) -> nn.Module:
-        """The program without its head: trainers that compute their own loss call it. Raises AdaptcError as
-        :meth:`get_output_embeddings` does."""
+        """Return the program without its head, which trainers call that compute their own loss. Raises AdaptcError as
+        :meth:`get_output_embeddings` does, and where the program does not end in one linear layer."""
         self.get_output_embeddings()
         if vars(self)["backbone"] is None:
             graph = self.making.graph(self.program, self.source.output_embedding)
@@ -240,8 +257,8 @@ class PretrainedModule(ProgramModule):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Any = None, every_n_layers: int = 1, offload: bool = False
     ) -> None:
-        """Compute repeated blocks again in the backward. Raises ConfigError for what torch's checkpoint is not asked
-        for here: reentrant ones, layers left out, memory elsewhere."""
+        """Compute repeated blocks again in the backward. Raises ConfigError for options of torch's checkpoint that a
+        program does not have: reentrant checkpoints, layers left out, activations in other memory."""
         asked = {"every_n_layers": every_n_layers, "offload": offload, **(activation_checkpointing_kwargs or {})}
         known = {"every_n_layers": (1,), "offload": (False,), "use_reentrant": (False, None)}
         known["preserve_rng_state"] = (True,)
@@ -253,7 +270,7 @@ class PretrainedModule(ProgramModule):
         self.checkpoint()
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **more: Any) -> None:
-        """The same under its older name."""
+        """Compute repeated blocks again in the backward: the older name of :meth:`activation_checkpointing_enable`."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **more)
 
     def activation_checkpointing_disable(self) -> None:
@@ -268,7 +285,7 @@ class PretrainedModule(ProgramModule):
     is_gradient_checkpointing = is_activation_checkpointing
 
     def tie_weights(self, *_: Any, **__: Any) -> None:
-        """The program's weights are tied as the model's were."""
+        """Do nothing: the program's weights are tied as the model's were."""
 
     def set_input_embeddings(self, *_: Any, **__: Any) -> Any:
         raise AdaptcError("the embeddings of a program are part of its graph: change the model, and compile it again")
@@ -277,15 +294,16 @@ class PretrainedModule(ProgramModule):
 
     @classmethod
     def can_generate(cls) -> bool:
-        """Whether :meth:`generate` may do what the model's does."""
+        """Return whether the model's class generates, so that :meth:`generate` may."""
         return bool(getattr(cls.kind, "can_generate", bool)())
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
-        """As the model's ``generate``, with the adapter as it is now, in eval mode whatever mode the module is in.
+        """Generate as the model's ``generate`` does, with the current adapter, in eval mode whatever mode the module is
+        in.
 
         The first call captures a program that generates on the module's own tensors, as
         ``adaptc.compile_for_generation`` does. Raises AdaptcError for a module whose program was not captured for
-        training, and as that function and its ``generate`` do.
+        training. Raises, too, as that function and its ``generate`` do.
         """
         return type(self).generating(self, inputs, generation_config, **kwargs)
 
@@ -304,15 +322,19 @@ class PretrainedModule(ProgramModule):
         save_embedding_layers: bool = False,
         **options: Any,
     ) -> None:
-        """Write the adapter as a PEFT directory, or, of a program that was merged or unloaded, the model as a
-        transformers directory, where ``is_main_process``. ``state_dict``: tensors to be written instead, in PEFT's keys
-        or in the model's. Of a module that FSDP2 holds in parts all processes call it, and the first writes.
+        """Write the adapter as a PEFT directory, where ``is_main_process``; without an adapter, write a transformers
+        directory.
 
-        In a checkpoint of Trainer's (``checkpoint-10``) ``model.safetensors`` is a second name of the adapter's
-        weights, which Trainer looks for when it resumes. Of a model ``options`` are ``max_shard_size`` and
-        ``save_original_format``, as transformers has them. Raises ConfigError for other options, CheckpointError as
-        ``adaptc.save_adapter`` does and as :func:`adaptc.program.model_directory.write_model` does, and where a
-        checkpoint has a ``model.safetensors`` that is something else.
+        ``state_dict``: tensors to write instead, in PEFT's keys or in the model's. All processes call it for a module
+        that FSDP2 shards, and the first one writes. Only a program that was merged or unloaded takes ``options``, which
+        are transformers' ``max_shard_size`` and ``save_original_format``.
+
+        In a checkpoint of Trainer's (``checkpoint-10``) the adapter's weights have ``model.safetensors`` as a second
+        name, which Trainer looks for when it resumes.
+
+        Raises ConfigError for other options, and CheckpointError as ``adaptc.save_adapter`` and
+        :func:`adaptc.program.model_directory.write_model` do. Raises CheckpointError, too, where a checkpoint has a
+        ``model.safetensors`` that is something else.
         """
         if push_to_hub:
             raise ConfigError("push_to_hub=True: write the directory, and push it with huggingface_hub")
@@ -356,7 +378,11 @@ class PretrainedModule(ProgramModule):
 
 @cache
 def pretrained(kind: type, n_args: int, names: tuple[str, ...], optional: frozenset[str]) -> type[PretrainedModule]:
-    """The class of modules of programs that were a ``kind``. Trainers read its name and what ``forward`` takes."""
+    """Return the class of modules for programs that were a ``kind`` and take these inputs.
+
+    ``n_args``: the number of positional inputs. ``names``: the keyword inputs, of which those in ``optional`` may be
+    left out. Trainers read the class's name and the signature of its ``forward``.
+    """
     from transformers import PreTrainedModel
 
     own = {
@@ -370,7 +396,7 @@ def pretrained(kind: type, n_args: int, names: tuple[str, ...], optional: frozen
 
 
 def _without_loss(out: Any) -> Any:
-    """What a model gives that was not given labels."""
+    """Return a model's output without its loss, as the model returns it for a call without labels."""
     if not hasattr(out, "loss") or not isinstance(out, dict):
         return out
     return type(out)(**{k: v for k, v in out.items() if k != "loss"})

@@ -1,20 +1,20 @@
-"""The ``nn.Module`` of a program: what trainers, optimizers and hooks are written for.
+"""Make a program an ``nn.Module``, which trainers, optimizers and hooks work with.
 
-Before: a program, and the graph module that ``torch.export`` makes of it, rewritten for training. After: one module
-with the program's own parameters under the program's own names, which
+The module has the program's own parameters under the program's own names. It runs the graph module that
+``torch.export`` makes of the program, rewritten for training. It
 
 - takes what ``prog()`` takes, fills what it fills, and says which input is wrong;
 - is saved as the adapter alone, in PEFT's keys, and loaded from them: ``state_dict(base=True)`` has everything;
 - switches dropout and batch norm in its graph with ``train()`` and ``eval()``;
 - is copied by ``copy.deepcopy`` (base and all, as modules are), and pickled as the program's file.
 
-The graph module is no child of it: the two share their tables of parameters, buffers and children, so that whoever
-replaces a parameter (``to``, FSDP) does it for both, and no name has a prefix.
+The graph module is not a child of it. The two share their tables of parameters, buffers and children. Code that
+replaces a parameter (``to``, FSDP) thus replaces it for both, and no name has a prefix.
 
 Private torch use, with the public route that was tried: the tables of ``nn.Module`` (``_parameters`` and its like).
-Public: ``register_parameter`` on both, which does not follow what replaces a parameter of one of them. And
-``_fqn_modifiers``, where ``torch.distributed.checkpoint`` asks what a state's keys are called as attributes: there is
-no public name for it, and without it ``get_model_state_dict`` fails on keys that are no attributes.
+Public: ``register_parameter`` on both, which does not follow code that replaces a parameter of one of them.
+``_fqn_modifiers``, too: ``torch.distributed.checkpoint`` asks it for the attributes that a state's keys stand for.
+There is no public name for it. Without it, ``get_model_state_dict`` fails on keys that are not attributes.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from adaptc.program.describe import described_module
 from adaptc.program.in_parts import as_held, whole
 from adaptc.program.layer_tensors import AllDropout
 
-#: where a graph to train has what was chosen for the products of its base
+#: the entry of a training graph's ``meta`` that holds the kernels chosen for matmuls with base weights
 PRODUCTS = "adaptc_products"
 _TABLES = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 
 
 class Making(Protocol):
-    """How modules are made of programs. ``logits``: see ``AdaptedProgram.module``."""
+    """A maker of modules for programs. ``logits``: see ``AdaptedProgram.module``."""
 
     @property
     def logits(self) -> str: ...
@@ -57,18 +57,20 @@ class Making(Protocol):
     def __call__(self, program: ProgramCore, owner: ProgramCore) -> ProgramModule: ...
 
     def graph(self, program: ProgramCore, head: str | None = None) -> fx.GraphModule:
-        """What the module runs; with ``head``, only as far as the layer of that path. Raises AdaptcError where that is
-        not possible."""
+        """Return the graph that the module of ``program`` runs. With ``head``, the path of the last layer, the graph
+        ends in what that layer reads. Raises AdaptcError where the program does not end in that layer."""
         ...
 
 
 def tables_of(module: nn.Module) -> dict[str, Any]:
-    """The tables of a module, for one that is to share them: whoever replaces a parameter does it for both."""
+    """Return the tables of parameters, buffers and children of ``module``, for a module that is to share them.
+    Replacing a parameter in one of the two then replaces it in both."""
     return {name: vars(module)[name] for name in _TABLES}
 
 
 class AnyKey:
-    """Has itself under every name, for who only wants to know whether a key is there."""
+    """An object that is its own attribute under every name without a leading underscore, for code that only tests
+    whether a key exists."""
 
     def __getattr__(self, name: str) -> AnyKey:
         if name.startswith("_"):
@@ -77,26 +79,27 @@ class AnyKey:
 
 
 class ProgramModule(nn.Module):
-    """Made by :meth:`AdaptedProgram.module`. ``program``: a snapshot, which nobody swaps, of ``owner``."""
+    """The module of a program, made by :meth:`AdaptedProgram.module`. ``program``: a snapshot of ``owner``, which
+    nobody swaps."""
 
     graph_module: fx.GraphModule
-    #: of a module: a function and its arguments, by which ``pickle`` makes it again; set by who writes programs
+    #: a function that returns how ``pickle`` makes a module again: a callable and its arguments; ``files`` sets it
     pickled: ClassVar[Callable[[ProgramModule], tuple[Any, ...]]]
 
     def __init__(self, program: ProgramCore, owner: ProgramCore, graph: fx.GraphModule, making: Making) -> None:
         nn.Module.__init__(self)
-        # The graph is no attribute that torch sees, or it would be a child.
+        # Past ``__setattr__``, by which torch would make the graph module a child.
         vars(self).update(tables_of(graph), graph_module=graph)
         self.program, self.owner, self.making = program, owner, making
         self.made_on = self._device()
         owner.memory.modules.add(self)
         self.inputs = program.adaptation.inputs(program)
         self._whole = False
-        #: how many repeated blocks are computed again at a time, None where all is kept
+        #: the number of repeated blocks that are computed again at a time; None where all activations are kept
         self.checkpointed: int | Literal["auto"] | None = None
-        #: how many its graphs were divided for, None where they were not
+        #: the number of blocks that its graphs were divided for, or None before the first time
         self._divided: int | Literal["auto"] | None = None
-        # No child: the tables are those of the graph.
+        # Not a child either: the graph module shares the table of children, and would have one more.
         vars(self)["dropout"] = AllDropout(self.set_dropout) if program.adaptation.training else None
         self.drops = True
         self._set_flags(program.adaptation.training)
@@ -106,7 +109,7 @@ class ProgramModule(nn.Module):
         self.register_load_state_dict_post_hook(_miss_no_base)
 
     def __getattr__(self, name: str) -> Any:
-        """What a module has, or else what a graph module has: ``graph``, ``code``, ``recompile``, ..."""
+        """Return an attribute of the module, or else of its graph module: ``graph``, ``code``, ``recompile``, ..."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -116,15 +119,16 @@ class ProgramModule(nn.Module):
             return getattr(graph, name)
 
     def __repr__(self) -> str:
-        """Three lines. The modules in it hold tensors alone: ``named_modules()`` has them, ``graph`` what is done."""
+        """Return a description in three lines. Submodules hold tensors alone: ``named_modules()`` lists them, and
+        ``graph`` shows the computation."""
         return described_module(self, self.program)
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The inputs the program was captured with; those that it fills may be left out.
+        """Run the program on the inputs it was captured with; those that it fills may be left out.
 
-        Raises AdaptcError that names the input which is missing, too many, on another device or of another size.
+        Raises AdaptcError that names an input which is missing, too many, on another device or of another size.
         """
         asked = args, kwargs
         args, kwargs = self.inputs.complete(args, kwargs)
@@ -149,7 +153,8 @@ class ProgramModule(nn.Module):
         return next((t.device for t in self.parameters()), None)
 
     def why_wrong(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-        """What may be wrong with a call that a layer refused, as far as one can tell."""
+        """Return the likely fault of a call that a layer refused; '' where none is found. It looks for tensors that
+        were converted to another dtype, and for extra inputs that a method does not take."""
         meant = {fqn: dtype for fqn, (_, dtype, _) in self.program.meant.items()}
         for fqn, t in self.tensors().items():
             if t.dtype != meant.get(fqn, t.dtype):
@@ -179,7 +184,8 @@ class ProgramModule(nn.Module):
     # -- modes ---------------------------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> Self:
-        """Raises AdaptcError for a program that was captured for inference, when ``mode`` is true."""
+        """Switch the graph to training mode, or to inference mode. Raises AdaptcError where ``mode`` is True and the
+        program was captured for inference."""
         if mode and not self.program.adaptation.training:
             raise AdaptcError(
                 "the program was captured for inference, without its dropout; compile(model, config, training=True) to "
@@ -192,13 +198,15 @@ class ProgramModule(nn.Module):
         return self
 
     def set_dropout(self, on: bool) -> None:
-        """Whether layers of dropout act in training; that of attention, which is no layer, does as it was captured."""
+        """Turn dropout layers on or off for training mode. The dropout inside attention, which is no layer, stays as it
+        was captured."""
         self.drops = on
         for graph in self.graph_modules():
             set_mode(graph, self.training, on)
 
     def modules(self) -> Iterator[nn.Module]:
-        """Those that hold tensors, and one for all dropout, for who looks for such layers (TRL's disable_dropout)."""
+        """Yield the modules that hold tensors, and an :class:`AllDropout` for code that looks for dropout layers (TRL's
+        disable_dropout)."""
         yield from super().modules()
         if (dropout := vars(self).get("dropout")) is not None:
             yield dropout
@@ -210,9 +218,11 @@ class ProgramModule(nn.Module):
                 m.training = mode
 
     def checkpoint(self, every: int | Literal["auto"] = "auto") -> None:
-        """Compute repeated blocks of the graph again in the backward, ``every`` so many at a time, "auto" one; or turn
-        that on again. Raises ConfigError and AdaptcError as ``AdaptedProgram.module`` says, and AdaptcError for another
-        number than that of the first time."""
+        """Compute repeated blocks of the graph again in the backward, ``every`` blocks at a time; "auto" is one.
+
+        A graph that was set up before is only turned on again, with its own number of blocks. Raises ConfigError and
+        AdaptcError as ``AdaptedProgram.module`` says, and AdaptcError for another number than the first time.
+        """
         if not self.program.adaptation.training:
             raise AdaptcError(
                 "gradient_checkpointing works in training mode, and the program was captured for inference: "
@@ -231,50 +241,56 @@ class ProgramModule(nn.Module):
         self.checkpointed = self._divided = every
 
     def keep_activations(self) -> None:
-        """Turn off what :meth:`checkpoint` turned on."""
+        """Keep all activations for the backward again: turn off what :meth:`checkpoint` turned on."""
         for graph in self.graph_modules():
             set_checkpointing(graph, False)
         self.checkpointed = None
 
     def graph_modules(self) -> Sequence[fx.GraphModule]:
-        """All that calls may run."""
+        """Return all graph modules that calls may run."""
         return [self.graph_module]
 
     @property
     def products(self) -> tuple[Products, ...]:
-        """What computes the products of frozen layers and the gradients of their inputs, for each type of numbers;
-        nothing where that was left to torch."""
+        """Return the kernels chosen for the matmuls of frozen layers, and for the gradients of their inputs, by dtype.
+        Empty where all are left to torch."""
         return self.graph_module.meta.get(PRODUCTS, ())
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def binding(self) -> Binding:
-        """The program's, with the tensors that the module has now. Raises AdaptcError for one without an adapter.
+        """Return the program's binding, with the tensors that the module has now. Raises AdaptcError for a program
+        without an adapter.
 
-        What is trained may be known better by now: AdaLoRA's ranks, as long as nobody swaps."""
+        The owner's binding is taken while it has the same tensors. It may know more: AdaLoRA's ranks, which training
+        cuts.
+        """
         own, binding, now = self.tensors(), self.program.binding, self.owner.current
         if now is not None and all(now.values.get(k) is t for k, t in binding.values.items()):
             binding = now
         return replace(binding, values={k: own.get(k, t) for k, t in binding.values.items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        """All parameters and buffers by FQN, tied ones under each of their names."""
+        """Return all parameters and buffers by FQN, tied ones under each of their names."""
         parameters = self.named_parameters(remove_duplicate=False)
         return dict(parameters) | dict(self.named_buffers(remove_duplicate=False))
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """How many numbers are trained, and how many parameters hold in all, tied ones once; as PEFT's models say."""
+        """Return the numbers of trainable and of all parameter elements, tied ones counted once, as PEFT's models
+        do."""
         sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
         return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
 
     def print_trainable_parameters(self) -> None:
-        """The same in a line, with the part that is trained in percent."""
+        """Print both numbers of :meth:`get_nb_trainable_parameters` and the trainable share in percent, in PEFT's
+        line."""
         trained, count = self.get_nb_trainable_parameters()
         part = 100 * trained / max(count, 1)
         print(f"trainable params: {trained:,d} || all params: {count:,d} || trainable%: {part:.4f}")
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """The adapter as it is now, in the keys of PEFT's files. Of adapters that act together, their slots by FQN."""
+        """Return the adapter's current tensors in the keys of PEFT's files; empty without an adapter. Several adapters
+        that act together have their slots by FQN instead."""
         program = self.program
         if program.current is None:
             return {}
@@ -284,8 +300,8 @@ class ProgramModule(nn.Module):
         return {file_key(k, binding.config.peft_type): t for k, t in file_tensors(program.spec(), binding).items()}
 
     def state_dict(self, *args: Any, base: bool = False, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The adapter in PEFT's keys, otherwise as torch has it; with ``base``, and of a program without an adapter,
-        all tensors by FQN."""
+        """Return the adapter's tensors in PEFT's keys; the arguments are torch's. With ``base``, and for a program
+        without an adapter, return all tensors by FQN."""
         self._whole = base or self.program.current is None
         try:
             return super().state_dict(*args, **kwargs)
@@ -294,20 +310,21 @@ class ProgramModule(nn.Module):
 
     @property
     def whole(self) -> bool:
-        """Whether the state that is being made has the base as well."""
+        """Return whether the state dict that is being made includes the base."""
         return self._whole
 
     def _fqn_modifiers(self) -> dict[str, str]:
-        """First part of a key -> the attribute under which torch is to look for the rest."""
+        """Return a map from the first part of a key to the attribute under which torch looks for the rest."""
         return {"base_model": "adapter_keys"}
 
     @property
     def adapter_keys(self) -> AnyKey:
-        """Has PEFT's keys as attributes."""
+        """Return an object that has all of PEFT's keys as attributes."""
         return AnyKey()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's. Raises CheckpointError or SwapError for what does not fit; then nothing is loaded."""
+        """Load a state dict of the adapter or of all tensors, as torch's method does. Raises CheckpointError or
+        SwapError for one that does not fit, and then loads nothing."""
         own, current = self.tensors(), self.program.current
         kind = "" if current is None else current.config.peft_type
         if strict and current is not None and not any(bare_key(k, kind) is not None for k in state_dict.keys() - own):
@@ -337,7 +354,8 @@ class ProgramModule(nn.Module):
         return self.like_this(self.making(program, program))
 
     def like_this(self, new: ProgramModule) -> ProgramModule:
-        """``new``, a module of a copy of the program, in the mode of this one and with what trains here."""
+        """Return ``new``, a module of a copy of the program, in this module's mode, and with the same parameters
+        trainable."""
         for p, own in zip(new.parameters(), self.parameters(), strict=True):
             p.requires_grad_(own.requires_grad)
         if self.checkpointed is not None:
@@ -351,7 +369,8 @@ class ProgramModule(nn.Module):
 
 
 def forward_taking(kind: type, n_args: int, names: Sequence[str], optional: Collection[str]) -> Callable[..., Any]:
-    """``kind.forward`` that says what it takes, which trainers ask it."""
+    """Return ``kind.forward`` with a signature that names the program's inputs, since trainers inspect it. The
+    arguments are those of :func:`plain`."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return kind.forward(self, *args, **kwargs)
@@ -367,7 +386,11 @@ def forward_taking(kind: type, n_args: int, names: Sequence[str], optional: Coll
 
 @cache
 def plain(n_args: int, names: tuple[str, ...], optional: frozenset[str]) -> type[ProgramModule]:
-    """The class of modules of programs that take these inputs."""
+    """Return the class of modules for programs that take these inputs.
+
+    ``n_args``: the number of positional inputs. ``names``: the keyword inputs, of which those in ``optional`` may be
+    left out.
+    """
     own = {"forward": forward_taking(ProgramModule, n_args, names, optional), "__module__": __name__}
     return type("ProgramModule", (ProgramModule,), own)
 
@@ -381,7 +404,8 @@ def _keep_adapter(module: Any, state: dict[str, Any], prefix: str, _: Any) -> No
 
 
 def _take_adapter(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Tensors under PEFT's keys become those of the slots they are for. Raises as ``adaptc.swap`` does."""
+    """Replace tensors in ``state`` that are under PEFT's keys by the slots that they stand for. Raises as
+    ``adaptc.swap`` does."""
     program = module.program
     if program.current is None or program.binding.parts:
         return
@@ -403,7 +427,8 @@ def _take_adapter(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> N
 
 
 def _miss_no_base(module: Any, found: Any) -> None:
-    """The base stays what it is: nobody need bring it, where there is an adapter."""
+    """Take base tensors out of the missing keys of a load, where there is an adapter: a state dict need not hold the
+    base."""
     current = module.program.current
     if current is None:
         return
@@ -414,6 +439,6 @@ def _miss_no_base(module: Any, found: Any) -> None:
 
 
 def _one_of(key: str, names: Any) -> bool:
-    """Whether a key is one of the names, or one with a prefix."""
+    """Return whether ``key``, or what is left of it without a prefix, is one of ``names``."""
     parts = key.split(".")
     return any(".".join(parts[i:]) in names for i in range(len(parts)))

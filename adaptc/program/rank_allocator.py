@@ -1,9 +1,9 @@
-"""Training AdaLoRA: which singular values are cut when, and the part of the loss that keeps its factors orthogonal.
+"""Train AdaLoRA: cut singular values step by step, and compute the loss term that keeps its factors orthogonal.
 
-Zhang et al., arXiv 2303.10512; step by step what PEFT's ``update_and_allocate`` and its model's forward do. Before: a
-program compiled from an ``AdaLoraConfig`` that is trained through ``program.module()``. After each step: the singular
-values of the least important terms are zero, and the program's binding knows which they are, so that ``save_adapter``
-writes the others alone.
+Zhang et al., arXiv 2303.10512; each step is that of PEFT's ``update_and_allocate`` and its model's forward. The program
+is compiled from an ``AdaLoraConfig`` and trained through ``program.module()``. After each cut, the singular values of
+the least important terms are zero. The program's binding knows which these are, so ``save_adapter`` writes only the
+others.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ _SLOTS = ("lora_A", "lora_E", "lora_B")
 
 
 def orthogonal_loss(program: ProgramCore) -> Tensor:
-    """What AdaLoRA adds to a loss: ``orth_reg_weight`` times the mean of |P P^T - I| over all A and B^T.
+    """Return the term that AdaLoRA adds to a loss: ``orth_reg_weight`` times the mean of |P P^T - I| over all A and
+    B^T.
 
     PEFT's model adds it to the ``loss`` of its output; here the caller does, before ``backward()``::
 
         loss = module(**batch).loss + adaptc.orthogonal_loss(program)
 
-    Returns a scalar in the adapter's dtype. Raises AdaptcError when the program's adapter is not AdaLoRA.
+    The norm is Frobenius'. Returns a scalar in the adapter's dtype. Raises AdaptcError when the program's adapter is
+    not AdaLoRA.
     """
     terms = []
     for site in _sites(program).values():
@@ -42,10 +44,10 @@ def orthogonal_loss(program: ProgramCore) -> Tensor:
 
 
 class RankAllocator:
-    """Cuts the ranks of an AdaLoRA adapter while it is trained.
+    """An allocator that cuts the ranks of an AdaLoRA adapter while it is trained.
 
-    Made once, before training. After ``loss.backward()``, with the gradients still there, and after the optimizer's
-    step (as PEFT advises)::
+    Make one before training. Call it after ``loss.backward()``, with the gradients still there, and after the
+    optimizer's step (as PEFT advises)::
 
         allocator = adaptc.RankAllocator(program)
         ...
@@ -53,12 +55,12 @@ class RankAllocator:
         allocator.update_and_allocate(step)
         optimizer.zero_grad()
 
-    Up to step ``total_step - tfinal`` it follows the importance of every term, and every ``deltaT`` steps after
-    ``tinit`` sets all singular values but the most important ones to zero, fewer each time; from then on the terms are
-    fixed. ``rank_pattern`` says which are left.
+    Up to step ``total_step - tfinal`` it follows the importance of every term. Every ``deltaT`` steps after ``tinit``
+    it sets all singular values but the most important ones to zero, and keeps fewer each time. From then on the terms
+    are fixed. ``rank_pattern`` says which are left.
 
-    Raises AdaptcError when the program's adapter is not AdaLoRA, is not trainable, or has been cut already; ConfigError
-    when ``target_r`` is greater than ``init_r``.
+    Raises AdaptcError when the program's adapter is not AdaLoRA, is not trainable, or has been cut already. Raises
+    ConfigError when ``target_r`` is greater than ``init_r``.
     """
 
     def __init__(self, program: ProgramCore) -> None:
@@ -80,14 +82,16 @@ class RankAllocator:
 
     @property
     def rank_pattern(self) -> dict[str, Any] | None:
-        """``<key of the site>.lora_E`` -> the terms that are left, as PEFT writes it; None before the first cut."""
+        """Return ``<key of the site>.lora_E`` -> a list that says of each term whether it is left, in PEFT's form; None
+        before the first cut."""
         return _config(self._program).rank_pattern
 
     @torch.no_grad()
     def update_and_allocate(self, step: int) -> None:
-        """To be called once per training step; ``step`` is its number, beginning with 0 or 1, as in PEFT.
+        """Follow the importance of terms, and cut ranks where this step is one for it. Call it once per training step.
 
-        Raises AdaptcError when gradients are missing, or the program was swapped to another adapter.
+        ``step``: the number of the step, beginning with 0 or 1, as in PEFT. Raises AdaptcError when gradients are
+        missing, or the program was swapped to another adapter.
         """
         config = _config(self._program)
         if any(t is not self._sites[k][n] for k, s in _sites(self._program).items() for n, t in s.items()):
@@ -113,13 +117,14 @@ class RankAllocator:
         return {key.removesuffix("lora_E").removesuffix("."): mask for key, mask in config.rank_pattern.items()}
 
     def _budget(self, config: AdaLoraConfig, step: int) -> int:
-        """How many terms may stay: falling with the cube of what is left of the time."""
+        """Return the number of terms that may stay at ``step``. It falls from the first to the last number with the
+        cube of the time that is left."""
         assert config.total_step is not None
         left = 1 - (step - config.tinit) / (config.total_step - config.tfinal - config.tinit)
         return int((self._first - self._last) * left**3 + self._last)
 
     def _follow(self, config: AdaLoraConfig) -> None:
-        """Moving averages of the sensitivity |p dL/dp| of every number, and of how uncertain that is."""
+        """Update the moving averages of the sensitivity |p dL/dp| of every element, and of the uncertainty of that."""
         for key, site in self._sites.items():
             for name, p in site.items():
                 if p.grad is None:
@@ -156,10 +161,10 @@ class RankAllocator:
             E.masked_fill_(~mask.to(E.device).unsqueeze(-1), 0.0)
 
     def _note(self, pattern: dict[str, Any]) -> None:
-        """Let the program's binding know which terms are left; its tensors stay the ones that are trained."""
+        """Write the terms that are left into the program's binding; its tensors stay the ones that are trained."""
         program = self._program
         binding = program.binding
-        config = copy.copy(binding.config)  # checked when it was made; a copy by its constructor would warn again
+        config = copy.copy(binding.config)  # a copy by its constructor would give its warnings again
         config.rank_pattern = pattern  # type: ignore[attr-defined]
         attachments = {a.id: a for a in program.adaptation.attachments}
         methods = {
@@ -177,7 +182,8 @@ def _config(program: ProgramCore) -> AdaLoraConfig:
 
 
 def _sites(program: ProgramCore) -> dict[str, dict[str, Tensor]]:
-    """Key of each AdaLoRA site of the current adapter -> its three tensors."""
+    """Return, for each AdaLoRA site of the current adapter by its key, its tensors ``lora_A``, ``lora_E`` and
+    ``lora_B``."""
     _config(program)
     binding = program.binding
     found = {

@@ -1,7 +1,7 @@
-"""The model of a module, captured once more: what for, and with which adapter.
+"""Prepare the model and the adapter of a module to be captured once more.
 
-Before: a module of a program that was captured for training, whose source has a shell. After: the model on the tensors
-that the module has now, and its adapter as ``compile`` takes it; the module is as it was.
+The module is one of a program that was captured for training, whose source has a shell. The model is made on the
+tensors that the module has now. The adapter is in a form that ``compile`` takes. The module does not change.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from adaptc.program.pretrained_module import PretrainedModule
 
 
 def model_of(module: PretrainedModule) -> nn.Module:
-    """The model, on the tensors that the module has now. Raises AdaptcError where it cannot be made again, and for a
-    module that is held in parts."""
+    """Return the model of ``module``, on the tensors that the module has now. Raises AdaptcError where it cannot be
+    made again, and for a module that FSDP2 shards."""
     shell = module.source.shell
     if shell is None or not module.again:
         raise AdaptcError(
@@ -37,14 +37,16 @@ def model_of(module: PretrainedModule) -> nn.Module:
         )
     program = module.program
     constants = {n: t for n, t in program.constants.items() if isinstance(t, Tensor)}
-    # An adapter that changed the base does so again, from what it was before.
+    # ``originals`` come last: an adapter that changes the base (PiSSA) does so again when it is compiled.
     return shell.filled({**constants, **program.bare_state(), **own, **program.originals})
 
 
 def adapter_of(module: PretrainedModule) -> Any:
-    """The adapter as it is now, in memory, or adapters by name. Layers that the model repeats are not repeated again.
+    """Return the current adapter of ``module`` as an in-memory file; several adapters that act together by name.
 
-    Raises as the binding of a module does."""
+    Their configs ask for no layer replication, since the model has the repeated layers already. Raises as the binding
+    of a module does.
+    """
     binding = module.binding()
     parts = {n: p.idle or p for n, p in binding.parts.items()}
     files = {n: as_file(module.program, n, p) for n, p in (parts or {binding.name: binding.idle or binding}).items()}
@@ -54,7 +56,7 @@ def adapter_of(module: PretrainedModule) -> Any:
 
 @contextmanager
 def aside(module: PretrainedModule) -> Iterator[None]:
-    """A block whose captures are those of any other time: nothing that is drawn there changes what the training draws,
-    and no autocast is written into a graph."""
+    """Run the block so that captures in it neither depend on training nor change it: the random state is put back after
+    it, and autocast is off, so that it is not written into a graph."""
     with torch.random.fork_rng(), torch.autocast(module.device.type, enabled=False):
         yield

@@ -1,8 +1,9 @@
-"""Trainers that are about to load, or to copy, a second model as the reference of the one they train.
+"""Warn where a trainer is about to load or copy a second model as the reference of the one it trains.
 
-PEFT's models turn their adapter off for that. A trainer does not take a program's module for one, but may be given the
-base's, which shares the weights. It asks nobody before it loads, so what is looked at is who asks for the dtype that
-the second model shall have: TRL asks for nothing else there.
+PEFT's models turn their adapter off for that. Trainers do not take a program's module for a PEFT model, but accept the
+base's module, which shares the weights. A trainer calls no hook before it loads a reference, but reads the ``dtype`` of
+the model that it trains. So that property looks at who reads it. TRL's trainers ask the model for nothing else at that
+point.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from adaptc.errors import AdaptcWarning
 
 #: trainers that take a reference model
 _TAKE = ("DPOTrainer", "KTOTrainer")
-#: those that make their own unless beta is 0
+#: trainers that make their own reference model unless beta is 0
 _MAKE = ("GRPOTrainer", "RLOOTrainer")
 _SHARED = "prog.base.module() is the same reference, on the weights that are there"
 
 
 def warn_of_second_model(module: Any) -> None:
-    """Called by what a trainer asks for when it loads a reference for ``module``; warns where one does."""
+    """Warn where a trainer that is about to load a reference for ``module`` is the caller of the property that calls
+    this."""
     frame = inspect.currentframe()
     asked = frame.f_back.f_back if frame is not None and frame.f_back is not None else None
     if asked is None or asked.f_code.co_name != "__init__":
@@ -48,7 +50,7 @@ def warn_of_second_model(module: Any) -> None:
 
 
 def warn_of_copied_model() -> None:
-    """Called where a module is copied; warns where the copy is to be a reference."""
+    """Warn where the ``copy.deepcopy`` that calls this is to make a reference model."""
     frame = inspect.currentframe()
     for _ in range(4):
         frame = None if frame is None else frame.f_back
@@ -63,7 +65,7 @@ def warn_of_copied_model() -> None:
 
 
 def _depth(frame: FrameType) -> int:
-    """Where ``frame`` was called from, as a level for a warning of this file."""
+    """Return the ``stacklevel`` by which a warning of this file points to the caller of ``frame``."""
     here, depth = inspect.currentframe(), 0
     while here is not None and here is not frame:
         here, depth = here.f_back, depth + 1

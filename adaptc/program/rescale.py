@@ -1,4 +1,4 @@
-"""PEFT's ``rescale_adapter_scale``, for programs and what holds one."""
+"""PEFT's ``rescale_adapter_scale``, for programs and objects that hold one."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from adaptc.program.holder import of_programs
 
 @of_programs
 def rescale_adapter_scale(program: AdaptedProgram, multiplier: float) -> AbstractContextManager[None]:
-    """A block in which calls of ``program`` have the scales of all its adapters multiplied by ``multiplier``; after it
-    they are what they were. A factor between 0 and 1 lies between the base and the fine-tuned model (WiSE-FT).
+    """Run the block with the scales of all adapters of ``program`` multiplied by ``multiplier``, as its calls see them.
 
-    It holds for calls that this thread, or this task of asyncio, begins in the block; ``merge`` and ``save``, which
-    would see nothing of it, are refused there. Raises ConfigError for what is no finite number, and where no method has
-    a scale. It is ``program.rescaled(multiplier)``.
+    After the block they are what they were. A factor between 0 and 1 lies between the base and the fine-tuned model
+    (WiSE-FT).
+
+    It holds for calls that this thread, or this task of asyncio, begins in the block. ``merge`` and ``save`` are
+    refused there, since they would not see it. Raises ConfigError for a multiplier that is not a finite number, and
+    where no method has a scale. It is ``program.rescaled(multiplier)``.
     """
     return program.rescaled(multiplier)

@@ -1,6 +1,6 @@
-"""The values by which a program runs and shows itself, each replaced as a whole.
+"""Hold the values by which a program runs and shows itself, each of which is replaced as a whole.
 
-Before an assignment of one of them: the new value is complete. After: whoever reads it has all of it, in any thread.
+A new value is complete before it is assigned. Whoever reads it, in any thread, has all of it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,12 @@ from adaptc.runtime.options import RunOptions
 
 @dataclass(frozen=True, eq=False)
 class Running:
-    """What a call reads: the binding, how the program runs, and, once they were made, the code for both and the base's
-    program. ``others``: the binding with other scales, for calls that ask for them, by what they ask."""
+    """The values that a call reads: the binding and the options, and the code and arguments for them once these were
+    made.
+
+    ``base``: the program of the base, once it was made. ``others``: what a call asks for -> the binding with these
+    other scales.
+    """
 
     binding: Binding | None
     options: RunOptions
@@ -37,8 +41,10 @@ class Running:
 
 @dataclass(frozen=True, eq=False)
 class Exported:
-    """What an exported program shows, graph and tensors, and the binding they are those of; None at first. It is held
-    weakly: when it is current no more, what was computed for it may go."""
+    """The graph and tensors that an exported program shows, and the binding that the tensors belong to; None at first.
+
+    The binding is held weakly, so that the values hoisted for it are freed when it is no longer current.
+    """
 
     module: fx.GraphModule
     tensors: dict[str, Any]
@@ -49,7 +55,7 @@ class Exported:
 
 
 def called(program: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A call of ``program``, with the binding it has when the call begins."""
+    """Call ``program`` with the binding that it has when the call begins."""
     now = program.running
     if SCALE in kwargs or views():
         now, kwargs = asked(program, kwargs)
@@ -59,21 +65,22 @@ def called(program: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def asked(program: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """What a call reads that may ask for other scales than the program's, and the inputs of the model."""
+    """Return what a call that may ask for other scales reads, and the inputs of the model: ``kwargs`` without the
+    scale. A model whose own input has that name keeps it."""
     now, inputs = program.ready(), dict(kwargs)
     mine = SCALE in now.executor.inputs.names or SCALE in now.executor.inputs.takes
     return program.ready_for(None if mine else inputs.pop(SCALE, None)), inputs
 
 
 def called_as(now: Running, *args: Any, **kwargs: Any) -> Any:
-    """A call as a program was when it was made ready, whatever it is now."""
+    """Call a program as it was when ``now`` was made ready, whatever it has become since."""
     assert now.executor is not None
     assert now.arguments is not None
     return now.executor(now.arguments, args, kwargs)
 
 
 def check_replaced(base: Mapping[str, Any], meant: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raises AdaptcError where a base tensor is not of the shape, dtype and device that was meant."""
+    """Raise AdaptcError where a base tensor has another shape, dtype or device than ``meant`` says."""
     for fqn, (shape, dtype, device) in meant.items():
         t = base.get(fqn)
         if t is not None and (t.shape, t.dtype, t.device) != (shape, dtype, device):
@@ -85,10 +92,13 @@ def check_replaced(base: Mapping[str, Any], meant: Mapping[str, tuple[Any, ...]]
 
 @dataclass(eq=False)
 class RunState:
-    """What a program remembers while it runs. ``traces``, ``merged``: what was traced and merged before. ``modules``
-    and ``bound``: the modules and callables made of it that still are, and ``codes`` what the latter run where their
-    options are not the program's; ``parts``: beside each code, that of parts of the program. The lock is for
-    assignments that follow from what was there; it is never held for long."""
+    """The memory of a running program.
+
+    ``traces`` and ``merged``: memos of traced regions and of merged programs. ``modules`` and ``bound``: the modules
+    and callables made of the program that still exist. ``codes``: the code of bound callables whose options are not the
+    program's. ``parts``: for the code of a whole program, the code of its parts. ``lock``: for assignments that depend
+    on the value before them; it is never held for long.
+    """
 
     now: Running
     exported: Exported
@@ -101,20 +111,22 @@ class RunState:
     lock: threading.RLock = field(default_factory=lambda: free_in_children(threading.RLock()))
 
     def switch(self, now: Running) -> None:
-        """What calls read from now on, to be made anew; what is bound follows its limit. The caller has the lock."""
+        """Let calls read ``now`` from here on, and make bound callables follow its limit on hoisted values. The caller
+        holds the lock."""
         self.now = now
         self.codes.clear()
         for bound in self.bound:
             bound.limit(now.options.hoist_limit)
 
     def join(self, bound: Any) -> None:
-        """``bound`` follows the limit on what is computed once, from now on."""
+        """Make ``bound`` follow the program's limit on hoisted values from now on."""
         with self.lock:
             self.bound.add(bound)
             bound.limit(self.now.options.hoist_limit)
 
     def code(self, options: RunOptions, make: Callable[[], Executor]) -> Executor:
-        """The code for calls with other options than the program's, shared by all who are bound to it."""
+        """Return the code for calls with ``options`` other than the program's, shared by all bound callables; ``make``
+        makes it."""
         with on_graphs():
             made = self.codes.get(options)
             if made is None:

@@ -1,7 +1,7 @@
-"""How much the experts of an adapter count at each token of a call, beside what the call gives.
+"""Compute the weights of an adapter's experts at each token of a call, without the call's own result.
 
-Before: a program, or what is bound to one, with an adapter whose coefficients follow from a first pass. After: what its
-method shows of them. Of the graph the part that computes the first pass is run, and nothing is changed.
+The adapter's coefficients depend on a first pass of the model, as X-LoRA's do. Only the part of the graph that computes
+this pass runs, and nothing is changed. The adapter's method says what to show of it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ from adaptc.program.holder import check_program
 
 
 def check_scalings(program: ProgramCore | Bound, adapter_name: str | None) -> None:
-    """Raises as :func:`scalings_of` does, but for the inputs."""
+    """Raise what :func:`scalings_of` would raise for this program and name, whatever the inputs. It is ConfigError
+    where the program runs no such adapter, or runs several and ``adapter_name`` chooses none."""
     check_program(program, "xlora_scalings", Bound)
     _, executor, binding, _ = program.pinned_to()
     _chosen(executor.attachments, binding.values, adapter_name)
 
 
 def scalings_of(program: ProgramCore | Bound, *args: Any, adapter_name: str | None = None, **inputs: Any) -> Tensor:
-    """See ``adaptc.xlora_scalings``."""
+    """Return the weights of the experts, (batch, tokens, adapted layers, experts), for the inputs of a call.
+    ``adaptc.xlora_scalings`` tells more."""
     check_program(program, "xlora_scalings", Bound)
     _, executor, binding, state = program.pinned_to()
     a, name, c = _chosen(executor.attachments, binding.values, adapter_name)
@@ -67,7 +69,7 @@ def _chosen(attachments: Any, values: Any, adapter_name: str | None) -> tuple[At
 
 
 def _up_to_first_pass(module: fx.GraphModule, coefficient: str) -> fx.GraphModule:
-    """What computes the last hidden state of the pass that a coefficient is made of."""
+    """Return a graph that ends in the last hidden state of the first pass that ``coefficient`` is made of."""
     graph = copy_graph(module.graph)
     stack, seen = [n for n in graph.nodes if n.name == coefficient], set[fx.Node]()
     while stack:
@@ -83,7 +85,7 @@ def _up_to_first_pass(module: fx.GraphModule, coefficient: str) -> fx.GraphModul
     for other in reversed(graph.nodes):
         if other is node:
             break
-        # What the pass writes to its cache behind its result stays, for the next call to go on from.
+        # The pass writes to its cache after its result; these nodes stay, or the next call would miss these tokens.
         tag = node_tag(other)
         if other.op not in ("output", "placeholder") and (tag is None or tag["role"] != COEFFICIENT):
             graph.erase_node(other)

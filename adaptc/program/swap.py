@@ -1,7 +1,7 @@
-"""Another adapter for a program, put in place.
+"""Swap the adapter of a program for another one, while any threads call and swap it.
 
-Before: a program that any threads call and swap. After: the new binding is the current one; or an error, and the old
-one is. Where adapters act together and threads change different ones of them, all of these changes are there.
+The new binding becomes the current one, or an error leaves the old one in place. Where adapters act together and
+threads swap different ones of them, all of these changes are kept.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from adaptc.program.core import ProgramCore
 
 
 def swapped(program: ProgramCore, adapter: Any, **options: Any) -> Binding:
-    """See ``adaptc.swap``; ``options`` as for :func:`as_binding`. Gives what is current now."""
+    """Bind ``adapter`` to ``program``, make that the current binding and return it; ``adaptc.swap`` tells more.
+    ``options``: those of :func:`as_binding`."""
     trainable = program.adaptation.training
     while True:
         old = program.current

@@ -1,8 +1,8 @@
-"""What happens between the steps of a training: gradients are looked at, and ranks are cut.
+"""Check gradients and cut ranks between the steps of a training.
 
-Before: a program that trains through ``program.module()``. After each step: an adapter of finite values, and for
-AdaLoRA the ranks that its config wants. For loops of one's own there are :func:`check_gradients` and ``RankAllocator``;
-for transformers' Trainer :func:`trainer_callback` calls both.
+The program trains through ``program.module()``. After each step the adapter has finite values, and for AdaLoRA the
+ranks that its config wants. A loop of one's own calls :func:`check_gradients` and ``RankAllocator``. For transformers'
+Trainer, :func:`trainer_callback` calls both.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ from adaptc.program.rank_allocator import RankAllocator, orthogonal_loss
 
 
 def check_gradients(module: nn.Module, scaler: Any = None) -> None:
-    """Raises AdaptcError that names the parameters whose gradients are not finite; to be called after ``backward()``,
-    before gradients are clipped, which spreads what is wrong to all, and before the optimizer's step, which would spoil
-    the adapter for good. Takes one pass over the adapter's gradients.
+    """Raise AdaptcError that names the parameters whose gradients are not finite.
+
+    Call it after ``backward()``. Call it before gradients are clipped, which spreads a bad value to all of them. Call
+    it before the optimizer's step, which would spoil the adapter for good. It takes one pass over the adapter's
+    gradients.
 
     ``scaler``: the ``torch.amp.GradScaler`` of a loop in float16. It leaves out steps whose gradients are not finite,
-    and makes its scale smaller, so those are no error until the scale is at most 1, where no smaller one can help.
+    and makes its scale smaller. Such gradients are thus an error only once the scale is at most 1, where a smaller one
+    cannot help.
     """
     named = {n: p.grad.detach().abs().sum() for n, p in module.named_parameters() if p.grad is not None}
     if wrong := _not_finite(named):
@@ -50,12 +53,14 @@ def _refuse(wrong: Sequence[str], count: int, scaler: Any) -> None:
 
 
 def trainer_callback(program: ProgramCore) -> Any:
-    """A ``transformers.TrainerCallback`` for a Trainer whose model is ``program.module()``.
+    """Return a ``transformers.TrainerCallback`` for a Trainer whose model is ``program.module()``.
 
-    Before each step it looks for gradients that are not finite, and raises AdaptcError with their names; where a scaler
-    leaves such steps out (fp16), as :func:`check_gradients` says. For AdaLoRA it adds ``orthogonal_loss`` to the loss,
-    as PEFT's model does, and cuts ranks after each step as :class:`RankAllocator` says; raises as that does when
-    training begins, and ConfigError for options of the trainer that a program cannot serve.
+    Before each step it raises AdaptcError with the names of gradients that are not finite. Where a scaler leaves such
+    steps out (fp16), it raises as :func:`check_gradients` says. For AdaLoRA it adds ``orthogonal_loss`` to the loss, as
+    PEFT's model does, and cuts ranks after each step as :class:`RankAllocator` says.
+
+    When training begins it raises as :class:`RankAllocator` does, and ConfigError for options of the trainer that a
+    program cannot serve.
     """
     return _kind()(program)
 
@@ -78,7 +83,7 @@ class _Between:
         if isinstance(self.program.binding.config, AdaLoraConfig):
             self.allocator = RankAllocator(self.program)
             kwargs["model"].penalty = partial(orthogonal_loss, self.program)
-        # Trainer clips gradients before it asks, so what each of them was is looked at when it is made.
+        # Trainer clips gradients before it calls back, so each one is summed by a hook when it is accumulated.
         self.forget()
         for name, p in kwargs["model"].named_parameters():
             if p.requires_grad:

@@ -1,4 +1,4 @@
-"""Unload: the base of a program, with no adapter, every base tensor the object it was before compile."""
+"""Unload a program: give its base, without an adapter and with every base tensor the object it was before compile."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ P = TypeVar("P", bound=ProgramCore)
 
 @exclusive
 def unloaded(program: P) -> P:
-    """See ``adaptc.unload``. Raises MergeError where the base is not known."""
+    """Return the base of ``program``; ``adaptc.unload`` tells more. Raises MergeError where the base is not known."""
     program = program.snapshot()
     a = program.adaptation
     if a.residual:

@@ -1,7 +1,7 @@
-"""What a program with adapters is, to look at: the values it was made of, and those it runs by now.
+"""Read what a program with adapters is: the values it was made of, and those it runs by now.
 
-Before: an exported program whose constructor (``core``) has set them. After a look: nothing is computed, copied or
-changed. What is replaced while a program runs is read here in one place; it is put there in ``core``.
+The constructor in ``core`` sets these values. Reading one computes, copies and changes nothing. Values that are
+replaced while a program runs are read here in one place, and are replaced in ``core``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from adaptc.runtime.options import RunOptions
 
 
 class ProgramValues(ExportedProgram):
-    """See the module docstring."""
+    """An exported program with the values that a program with adapters is made of, to read."""
 
     _adaptation: Adaptation
     _ops: Mapping[str, Op]
@@ -32,7 +32,7 @@ class ProgramValues(ExportedProgram):
     _run: RunState
     _base: dict[str, Any]
     _meant: Mapping[str, Any]
-    #: whether a merge took its base tensors away
+    #: whether a merge with ``keep_base=False`` took its base tensors
     given_up: bool
 
     @property
@@ -41,17 +41,17 @@ class ProgramValues(ExportedProgram):
 
     @property
     def ops(self) -> Mapping[str, Op]:
-        """Attachment id -> the op at its site."""
+        """Return a map from the id of each attachment to the op at its site."""
         return self._ops
 
     @property
     def current(self) -> Binding | None:
-        """The current binding; None where the program has no adapters."""
+        """Return the current binding; None where the program has no adapters."""
         return self._run.now.binding
 
     @property
     def binding(self) -> Binding:
-        """The current binding. Raises AdaptcError where the program has no adapters."""
+        """Return the current binding. Raises AdaptcError where the program has no adapters."""
         binding = self._run.now.binding
         if binding is None:
             raise AdaptcError("the program has no adapter; it was merged or unloaded")
@@ -59,23 +59,24 @@ class ProgramValues(ExportedProgram):
 
     @property
     def options(self) -> RunOptions:
-        """How it runs."""
+        """Return the options by which the program runs."""
         return self._run.now.options
 
     @property
     def originals(self) -> Mapping[str, Tensor]:
-        """Base parameters of which the state dict has the current adapter's own version, as they were."""
+        """Return the original base parameters, by FQN, that the state dict has in the current adapter's own version."""
         state = self.state_dict
         return {k: t for k, t in self.bare_state().items() if k in state and state[k] is not t}
 
     @property
     def recipes(self) -> Recipes:
-        """How bindings are made, remembered from one adapter to the next."""
+        """Return the recipes for making bindings, which are remembered from one adapter to the next."""
         return self._recipes
 
     @property
     def device(self) -> torch.device:
-        """Where the first site is, or the first parameter."""
+        """Return the device of the first site's parameter, else of the first tensor in the state dict; the CPU where
+        there is none."""
         attachments, state = self._adaptation.attachments, self._state_dict
         if attachments and attachments[0].fqn in state:
             return state[attachments[0].fqn].device
@@ -83,40 +84,43 @@ class ProgramValues(ExportedProgram):
 
     @property
     def running(self) -> Running:
-        """What calls read, with their code as far as they have made it."""
+        """Return the values that calls read, with their code where calls have made it."""
         return self._run.now
 
     @property
     def memory(self) -> RunState:
-        """What programs that share the graph share, too."""
+        """Return the memory of the running program: memos, modules, bound callables and their code."""
         return self._run
 
     @property
     def base_tensors(self) -> Mapping[str, Tensor]:
-        """FQN -> base parameter as it was before any adapter changed it (PiSSA and OLoRA do)."""
+        """Return FQN -> base parameter as it was before any adapter changed it (PiSSA and OLoRA do). Raises AdaptcError
+        where a merge took the base."""
         self._check_whole()
         return self._base
 
     @property
     def meant(self) -> Mapping[str, Any]:
-        """Shape, dtype and device of its base tensors when it was made."""
+        """Return FQN -> (shape, dtype, device) of each base tensor when the program was made."""
         return self._meant
 
     def bare_state(self) -> dict[str, Tensor]:
-        """The same of a program that may have given them up."""
+        """Return :attr:`base_tensors` as far as they are left, also of a program whose base a merge took."""
         return self._base
 
     def spec(self, trainable: bool = False) -> BindingSpec:
-        """What a binding must fill. Raises AdaptcError where a base tensor is no longer what it was made for."""
+        """Return what a binding must fill. Raises AdaptcError where a base tensor is no longer what the program was
+        made for."""
         self.check_base()
         a = self._adaptation
-        # Of the graph as it was last shown, for no adapter changes them, and whoever wants it anew waits for others.
+        # Read off the graph that was shown last: no adapter changes the bounds, and an up-to-date graph would have to
+        # wait for the lock on graphs.
         bounds = bounds_of(self._run.exported.module.graph, self._graph_signature)
         base = self.base_tensors
         return BindingSpec(a.attachments, self._ops, base, a.autocast, trainable, a.unread, a.residual, bounds)
 
     def check_base(self) -> None:
-        """Raises AdaptcError where a base tensor is no longer what the program was made for."""
+        """Raise AdaptcError where a base tensor is no longer what the program was made for."""
         check_replaced(self._base, self._meant)
 
     def _check_whole(self) -> None:

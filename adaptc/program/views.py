@@ -1,8 +1,8 @@
-"""How calls of one thread see a program: its adapters off, or their scales multiplied, while a block lasts.
+"""Let the calls of one thread see a program with its adapters off, or their scales multiplied, while a block lasts.
 
-Before: any program. Inside ``seen``: calls that begin in this thread, or in this task of asyncio, compute what the
-block says; the program is as it was, and so are the calls of all others. After, whatever was raised: nothing is left.
-Blocks may be nested, of one program and of several.
+Inside of :func:`seen`, calls that begin in this thread, or in this task of asyncio, compute what the block says. The
+program and the calls of all others do not change. After the block nothing is left of it, whatever was raised. Blocks
+may be nested, of one program and of several.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.strength import activated, factor_of, multiplied, with_strength_of
 from adaptc.errors import AdaptcError
 
-#: the option of calls that says how strongly adapters act
+#: the keyword of calls that scales the adapters
 SCALE = "adapter_scale"
-#: bindings with other scales that are remembered beside the current one; each may hold what is computed once for it
+#: the number of bindings with other scales that are remembered beside the current one; each may keep hoisted values
 MOST = 4
 
 
 @dataclass(frozen=True)
 class View:
-    """``off``: the base is computed; ``factor``: what all scales are multiplied by."""
+    """A view of a program. ``off``: calls compute the base. ``factor``: the number by which all scales are
+    multiplied."""
 
     off: bool = False
     factor: float = 1.0
@@ -38,13 +39,14 @@ views = _views.get
 
 
 def view_of(program: Any) -> View:
-    """How this thread sees ``program``."""
+    """Return the view of ``program`` that this thread or task has."""
     return next((view for seen, view in reversed(views()) if seen is program), _PLAIN)
 
 
 @contextmanager
 def seen(program: Any, off: bool = False, factor: float = 1.0) -> Iterator[None]:
-    """A block in which this thread sees ``program`` so; what is around it holds as well."""
+    """Run the block with a view of ``program`` for this thread or task. It adds to the views of blocks around it:
+    factors multiply, and adapters that are off stay off."""
     before, around = views(), view_of(program)
     _views.set((*before, (program, View(around.off or off, around.factor * factor))))
     try:
@@ -54,7 +56,7 @@ def seen(program: Any, off: bool = False, factor: float = 1.0) -> Iterator[None]
 
 
 def check_unseen(program: Any, name: str) -> None:
-    """Raises AdaptcError, in the name of a function, inside of a block that only calls see."""
+    """Raise AdaptcError inside of a block that only calls see, for the function ``name`` that would not see it."""
     view = view_of(program)
     if view != _PLAIN:
         block = "program.disabled()" if view.off else f"a block that multiplies its scales by {view.factor:g}"
@@ -65,8 +67,8 @@ def check_unseen(program: Any, name: str) -> None:
 
 
 def key_of(program: Any, scale: Any) -> Hashable:
-    """What a call asks for, by its view and its ``adapter_scale``; None for the program as it is. Raises ConfigError
-    for factors that are none."""
+    """Return a key for what a call asks for, by its view and its ``adapter_scale``; None for the program as it is.
+    Raises ConfigError for factors that are not finite numbers."""
     view = view_of(program)
     if scale is None and view == _PLAIN:
         return None
@@ -76,7 +78,8 @@ def key_of(program: Any, scale: Any) -> Hashable:
 
 
 def as_seen(spec: BindingSpec, binding: Binding, view: View, scale: Any) -> Binding:
-    """``binding`` as a call takes it. Raises ConfigError for names and methods that the scale is not for."""
+    """Return ``binding`` as a call with this view and ``adapter_scale`` reads it. Raises ConfigError for names that are
+    no adapter, and for methods without a scale."""
     if view.off:
         return activated(spec, binding, [])
     if isinstance(scale, Mapping):

@@ -1,7 +1,7 @@
 """Make the code of a bank before calls need it.
 
-Before: a bank, with or without adapters. After: no call of up to so many adapters makes code, whatever its rows want
-and however many there are. Calls that need nothing new go on meanwhile.
+The bank may be empty. Afterwards no call of up to the given number of adapters makes code, whatever its rows want and
+however many there are. Calls that need no new code go on meanwhile.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from adaptc.runtime.executor import Arguments, Executor
 
 
 class Warmable(Protocol):
-    """What is asked of a bank."""
+    """A bank, as far as :func:`warm_bank` uses it."""
 
     limits: Limits
     state: Mapping[str, Tensor]
@@ -39,8 +39,11 @@ class Warmable(Protocol):
 
 
 def most_of(adapters: int | None, capacity: int | None, held: int) -> int:
-    """How many adapters a call may name, by default as many as there may be, or else as there are. Raises ConfigError
-    for what is no number of adapters that there may be."""
+    """Return the number of adapters that a call may name: ``adapters``, or by default the capacity, or else the number
+    held, at least 2.
+
+    Raises ConfigError for ``adapters`` that is not a number from 1 to the capacity.
+    """
     if adapters is None:
         return capacity or max(held, 2)
     number = isinstance(adapters, int) and not isinstance(adapters, bool)
@@ -51,7 +54,8 @@ def most_of(adapters: int | None, capacity: int | None, held: int) -> int:
 
 
 def warm_bank(bank: Warmable, adapters: int | None) -> None:
-    """``adapters`` as for :func:`most_of`."""
+    """Make the code for calls of up to ``adapters`` adapters, and compute the hoisted values. ``adapters`` is read as
+    :func:`most_of` says, which raises."""
     most = most_of(adapters, bank.limits.capacity, len(bank))
     base: Any = bank.program.base  # type: ignore[attr-defined]
     with stage("warming the program of the bank"):
@@ -66,7 +70,7 @@ def warm_bank(bank: Warmable, adapters: int | None) -> None:
 
 
 def _warm(code: Executor, binding: Binding, state: Mapping[str, Tensor]) -> None:
-    """Make what calls of any sizes would make: the code, and what is computed once of the base."""
+    """Make what a call of any size would make: compiled code, and the hoisted values."""
     if code.compiles:
         code.compile()
     arguments = code.own_arguments(binding, {n: t for n, t in state.items() if n in code.base})

@@ -1,8 +1,8 @@
-"""A zip archive as torch writes it, opened once: which records it has, and the bytes of each.
+"""Read a zip archive as torch writes it, opened once: its records, and the bytes of each.
 
-Before: an open file; its content may be cut short, forged or hostile.
-After: records that are stored as they are (torch never compresses), lie inside the file, do not overlap, and have one
-name each, all in one folder. Bytes that are read have the checksum that the archive gives, or are refused.
+The content of the file may be cut short, forged or hostile. Records must be uncompressed (torch never compresses), lie
+inside the file and not overlap. Each must have a name of its own, and all lie in one folder. Bytes that do not have the
+archive's checksum are refused.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from adaptc.pt2_files.refusal import Refused, shown
 
 _MOST_RECORDS = 200_000
 _MOST_DIRECTORY = 64 << 20
-_CHUNK = 1 << 18  # read and summed while it is in the cache
+_CHUNK = 1 << 18  # a chunk is read, and summed while it is in the cache
 _FLAGS = 0x808  # sizes after the data, names in UTF-8
 _NAME = re.compile(r"[^/\\\x00-\x1f\x7f:]+(/[^/\\\x00-\x1f\x7f:]+)+")
 
 
 @dataclass(frozen=True)
 class Record:
-    """Where a record lies. ``name`` is without the folder that all records are in."""
+    """The place of a record in the file. ``name`` is without the folder that all records are in."""
 
     name: str
     offset: int
@@ -54,14 +54,14 @@ class Archive:
                 entries, start = found.infolist(), found.start_dir
         except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, EOFError) as error:
             raise Refused(f"it is not a zip archive, or is cut short or damaged ({error})") from error
-        #: ``root``: the folder that all records are in
+        #: ``root`` is the folder that all records are in; ``records`` has them by their names inside it
         self.root, self.records = _inside(self._records(entries, start))
 
     def _check_directory(self) -> None:
-        """Refuse a directory too long to be parsed, before it is."""
+        """Refuse a directory that is too long, before it is parsed."""
         tail = self.read_at(max(0, self.size - 42), min(self.size, 42))
-        # torch writes no comment after the end. A zip inside this one, whose end a reader would find where this file
-        # is cut short, does not count.
+        # torch writes no comment after the end record, so it must be the last. Otherwise a zip inside of a file that is
+        # cut short could be taken for the file.
         if tail[-22:-18] != b"PK\5\6":
             raise Refused("it is not a zip archive, or is cut short")
         count, length = struct.unpack("<HL", tail[-12:-6])
@@ -106,7 +106,7 @@ class Archive:
             yield Record(name, offset, entry.file_size, entry.CRC)
 
     def read_at(self, offset: int, size: int) -> bytes:
-        """These bytes of the file; fewer where it ends."""
+        """Return ``size`` bytes of the file from ``offset``, or fewer where the file ends."""
         out = bytearray(size)
         return bytes(out[: self._read_into(memoryview(out), offset)])
 
@@ -117,14 +117,14 @@ class Archive:
         return done
 
     def _read_once(self, view: memoryview, offset: int) -> int:
-        if self._number is not None:  # several threads at once
+        if self._number is not None:  # without the lock, since preadv has no file position to share
             return os.preadv(self._number, [view], offset)
         with self._lock:
             self._file.seek(offset)
             return self._file.readinto(view)  # type: ignore[attr-defined]  # of every binary file
 
     def fill(self, record: Record, view: memoryview) -> None:
-        """Read a record into memory of exactly its size."""
+        """Read a record into ``view``, which has exactly its size."""
         self._through(record, lambda start, size: view[start : start + size])
 
     def _through(
@@ -133,7 +133,11 @@ class Archive:
         room: Callable[[int, int], memoryview],
         each: Callable[[memoryview], object] = lambda part: None,
     ) -> None:
-        """Read a record part by part, each into what ``room`` gives for its start and size."""
+        """Read a record chunk by chunk into the memory that ``room`` returns for a start and size, and call ``each``
+        with it.
+
+        Raises Refused where the checksum of the record is another one.
+        """
         checksum = 0
         for start in range(0, record.size, _CHUNK):
             part = room(start, min(_CHUNK, record.size - start))
@@ -145,13 +149,13 @@ class Archive:
             raise Refused("its bytes do not have the checksum of the archive: it is damaged", f"record {record.name!r}")
 
     def sha256(self, name: str) -> str:
-        """Of a record's bytes, which are never in memory as a whole."""
+        """Return the hex SHA-256 of a record's bytes, which are never in memory as a whole."""
         record, out = self.records[name], hashlib.sha256()
         self._through(record, lambda start, size: memoryview(bytearray(size)), out.update)
         return out.hexdigest()
 
     def read(self, name: str, most: int) -> bytes:
-        """All bytes of a record that may have ``most``."""
+        """Return all bytes of a record. Raises Refused where it is missing, or has more than ``most`` bytes."""
         record = self.records.get(name)
         if record is None:
             raise Refused(f"there is no record {name!r}")
@@ -164,19 +168,19 @@ class Archive:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Archive]:
-    """The archive at ``path``: what is checked and what is read are the bytes of one open file."""
+    """Run the block with the archive at ``path``. All that is checked and read comes from one open file."""
     with path.open("rb", buffering=0) as file:
         yield Archive(file, on_disk=True)  # type: ignore[arg-type]  # a FileIO is as good
 
 
 def _with_next(entries: list[zipfile.ZipInfo], end: int) -> Iterator[tuple[zipfile.ZipInfo, int]]:
-    """Each entry, and where the next one begins."""
+    """Return each entry with the offset at which the next one begins, which is ``end`` for the last."""
     starts = [e.header_offset for e in entries[1:]] + [end]
     return zip(entries, starts, strict=True)
 
 
 def _inside(records: Iterator[Record]) -> tuple[str, Mapping[str, Record]]:
-    """The one folder that all are in, and the records by their names inside it."""
+    """Return the one folder that all records are in, and the records by their names inside it."""
     out: dict[str, Record] = {}
     roots: set[str] = set()
     for r in records:

@@ -1,4 +1,4 @@
-"""Texts that were saved beside a program, by their names."""
+"""Read texts that were saved beside a program in its file, by name."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from adaptc.errors import CheckpointError
 from adaptc.pt2_files.archive import opened
 from adaptc.pt2_files.refusal import Refused, reason, shown_path
 
-#: bytes of one that are read, at most
+#: the most bytes of a text that are read
 _MOST = 16 << 20
 
 
 def read_beside(path: Path, name: str) -> Any:
-    """The JSON value in the text ``name`` of a file of a program; None where it has no such text. Raises
-    CheckpointError for one that cannot be read."""
+    """Return the JSON value in the text ``name`` of a program's file, or None where the file has no such text.
+
+    Raises CheckpointError where it cannot be read.
+    """
     try:
         with opened(path) as archive:
             record = next((r for r in (f"extra/{name}", f"data/extra/{name}") if r in archive.records), None)

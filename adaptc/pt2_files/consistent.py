@@ -1,5 +1,7 @@
-"""Whether the parts of a program's file fit one another: names that are used exist, and tensors are as the graph has
-them. torch assumes it, and fails late, or computes with other numbers, where it is not so."""
+"""Check that the parts of a program's file fit one another: names exist, and tensors are as the graph has them.
+
+torch assumes this. Where it is not so, torch fails late, or computes with other numbers.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,10 @@ _SYMS = (schema.SymIntArgument, schema.SymFloatArgument, schema.SymBoolArgument)
 
 @dataclasses.dataclass
 class Uses:
-    """What a program asks of the process that loads it: operators, with the names of their arguments, and types of its
-    inputs and outputs."""
+    """The requirements of a program on the process that loads it.
+
+    ``targets`` maps each operator to the names of its arguments. ``types`` are the types of its inputs and outputs.
+    """
 
     targets: dict[str, set[str]] = dataclasses.field(default_factory=dict)
     types: set[str] = dataclasses.field(default_factory=set)
@@ -27,13 +31,13 @@ class Uses:
 def check_consistent(
     parts: schema.ExportedProgram, weights: schema.PayloadConfig, constants: schema.PayloadConfig
 ) -> Uses:
-    """Raises Refused, with the place in the program's JSON."""
+    """Return what the program uses. Raises Refused, with the place in the program's JSON, where parts do not fit."""
     uses = Uses()
     module = parts.graph_module
     _step(".graph_module.graph", lambda: _graph(module.graph, uses))
     for text in module.graph.inputs:
         if text.type == "as_string":
-            plain(text.value)  # becomes part of the source of guards
+            plain(text.value)  # torch writes it into the source of guards
     _step(".graph_module.signature", lambda: _signature(module, weights, constants))
     for at, entry in enumerate(module.module_call_graph):
         if entry.signature is not None:
@@ -51,7 +55,7 @@ def _step(place: str, check: Any) -> None:
 
 
 def _names(value: Any) -> Iterator[str]:
-    """The values of the graph that an argument is made of."""
+    """Yield the names of the graph's values that occur in an argument."""
     if isinstance(value, list):
         for v in value:
             yield from _names(v)
@@ -128,14 +132,14 @@ def _signature(module: schema.GraphModule, weights: schema.PayloadConfig, consta
 
 
 def _tensor(fqn: str, name: str, table: schema.PayloadConfig, graph: schema.Graph) -> None:
-    """A stored tensor is the one that the graph was made for."""
+    """Raise Refused where a stored tensor has another dtype or shape than the graph was made for."""
     if fqn not in table.config:
         raise Refused(f"no tensor called {fqn!r} is in the file")
     if name not in graph.tensor_values:
         raise Refused(f"the graph has no tensor {name!r}, which {fqn!r} should be")
     found, wanted = table.config[fqn].tensor_meta, graph.tensor_values[name]
     if found is None:
-        return  # refused where it is read
+        return  # read_tensors() refuses it
     sizes = [[s.value if s.type == "as_int" else None for s in m.sizes] for m in (found, wanted)]
     same = len(sizes[0]) == len(sizes[1]) and all(None in (a, b) or a == b for a, b in zip(*sizes, strict=True))
     if not same or found.dtype != wanted.dtype:
@@ -152,7 +156,7 @@ def _calls(module: schema.GraphModule, entry: schema.ModuleCallEntry, uses: Uses
     for tree in trees:
         uses.types |= tree.types
     for key in trees[0].keywords or ():
-        identifier(str(key))  # printed as an argument of forward
+        identifier(str(key))  # torch writes it into the source of forward
     if entry.fqn:
         return
     specs = module.signature

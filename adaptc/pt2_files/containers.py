@@ -1,8 +1,8 @@
-"""The trees of inputs and outputs (torch's tree specs): which containers, with which keys, a file may name.
+"""Check the trees of inputs and outputs (torch's tree specs): which containers, with which keys, a file may name.
 
 torch imports what such a text names: the class of an enum, the factory of a defaultdict, and, through transformers, the
-class of a cache's parts. So containers are those of Python and torch, output types of transformers, and types that
-somebody registered in this process.
+class of a cache's parts. So allowed are the containers of Python and torch, output types of transformers, and types
+that somebody registered in this process.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ _FACTORIES = frozenset(
     [("collections", "OrderedDict")]
     + [("builtins", n) for n in ("list", "dict", "set", "tuple", "int", "float", "str", "bool")]
 )
-#: types of transformers that torch knows once their module is imported; a file cannot name any other module to import
+#: output types of transformers, which torch knows once their module is imported; a file can name no other module to
+#: import
 _TRANSFORMERS = re.compile(r"(transformers\.(?:modeling_outputs|models\.\w+\.modeling_\w+))\.(\w+)", re.ASCII)
-# What a cache of transformers may be rebuilt of (see transformers.exporters).
+# The classes from which a transformers cache may be rebuilt (see transformers.exporters).
 _PARTS = re.compile(
     r"builtins:(tuple|list|set|frozenset|dict)|collections:(OrderedDict|deque)|transformers(\.\w+)+:[A-Z]\w*", re.ASCII
 )
@@ -34,16 +35,16 @@ _MOST_DEPTH = 100
 
 @dataclass
 class Tree:
-    """A tree spec that was checked: how many leaves it has, and which types it needs registered."""
+    """A checked tree spec: its number of leaves, and the types that must be registered."""
 
     leaves: int = 0
     types: set[str] = field(default_factory=set)
-    #: keys of the second of two children, where that is a dict: names of keyword inputs
+    #: names of keyword inputs, which are the keys of the second of two children; None where that is no dict
     keywords: list[Any] | None = None
 
 
 def read_tree(text: str) -> Tree:
-    """Check a tree spec as torch writes it."""
+    """Return the tree of a tree spec as torch writes it. Raises Refused for any other text."""
     data = loads(text, "a tree of inputs or outputs")
     if not isinstance(data, list) or len(data) != 2 or data[0] != 1 or isinstance(data[0], bool):
         raise Refused(f"expected a tree of inputs or outputs of format 1, found {shown(text)}")
@@ -131,7 +132,10 @@ def _keys(keys: Any, count: int) -> None:
 
 
 def _harmless(value: Any) -> None:
-    """Of a type that others registered: no class is imported for its context but the parts of a transformers cache."""
+    """Refuse the context of a registered type where it names a class to import or call.
+
+    Only classes that are parts of a transformers cache may be named.
+    """
     if isinstance(value, dict):
         if "__enum__" in value:
             raise Refused(f"it names the enum {shown(value.get('fqn'))}, which would be imported")
@@ -149,7 +153,7 @@ def _harmless(value: Any) -> None:
 
 
 def check_registered(types: set[str]) -> None:
-    """Import the output types of transformers among these; refuse a type that torch does not know even so."""
+    """Import the output types of transformers among these, and refuse a type that torch then does not know."""
     for name in sorted(types):
         if name not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE and (match := _TRANSFORMERS.fullmatch(name)):
             try:

@@ -1,8 +1,9 @@
-"""Expressions over sizes, which torch evaluates as Python: only numbers, symbols, operators and known functions pass.
+"""Check expressions over sizes, which torch evaluates as Python: only numbers, symbols, operators and known functions
+pass.
 
 torch.export writes an expression as sympy's ``srepr`` (``Mul(Integer(2), Symbol('s7', integer=True))``), the name of a
-range as sympy's ``str``, and guards as Python over the inputs (``L['x'].size()[0] >= 2``). All three are read here as
-Python's syntax tree, and nothing is evaluated.
+range as sympy's ``str``, and guards as Python over the inputs (``L['x'].size()[0] >= 2``). This file reads all three as
+Python's syntax tree and evaluates nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _ASSUMPTIONS = words(
     "integer positive negative nonnegative nonpositive nonzero zero real rational finite extended_real"
 )
 _CONSTANTS = frozenset(["oo", "int_oo", "true", "false", "nan", "zoo"])
-# torch.utils._sympy.functions, and what of sympy torch writes for sizes.
+# The functions of torch.utils._sympy.functions, and those of sympy that torch writes for sizes.
 _FUNCTIONS = words(
     """
     FloorDiv ModularIndexing Where PythonMod Mod CleanDiv CeilToInt FloorToInt CeilDiv Max Min PowByNatural FloatPow
@@ -36,14 +37,14 @@ _FUNCTIONS = words(
 ) | {f"OpaqueUnaryFn_{n}" for n in words("sqrt cos cosh sin sinh tan tanh asin acos atan exp log asinh log2")}
 _SHIFTS = frozenset(["LShift", "RShift"])
 _MOST_POWER = 16
-_MOST_TERMS = 512  # of an expression, multiplied out
-_MOST_BITS = 8_192  # of a number in it
+_MOST_TERMS = 512  # the most terms of a multiplied-out expression
+_MOST_BITS = 8_192  # the most bits of a number in it
 _MOST_DEPTH = 64
 
 
 @dataclass(frozen=True)
 class _Cost:
-    """What evaluating takes at most: terms once multiplied out, and bits of the largest number."""
+    """An upper bound on the cost of evaluating: the terms once multiplied out, and the bits of the largest number."""
 
     terms: int = 1
     bits: int = 64
@@ -54,9 +55,9 @@ class _Cost:
         return self
 
 
-@functools.lru_cache(4_096)  # a program writes the same few thousands of times
+@functools.lru_cache(4_096)  # a program repeats a few expressions thousands of times
 def sizes(text: str) -> str:
-    """Refuse what is no expression over sizes, or one whose evaluation could take for ever."""
+    """Return ``text``. Raises Refused where it is no expression over sizes, or could take very long to evaluate."""
     _cost(_parsed(text), 0)
     return text
 
@@ -100,7 +101,8 @@ def _power(base: _Cost, exponent: ast.expr) -> _Cost:
 
 
 def _number(node: ast.expr) -> int | float | None:
-    """The number that a node spells, as ``-2``, ``Integer(-2)`` or ``Rational(1, 2)``."""
+    """Return the number that a node spells as ``-2``, ``Integer(-2)`` or ``Rational(1, 2)``; None for any other
+    node."""
     match node:
         case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
             return value
@@ -200,7 +202,7 @@ def _is_small(node: ast.expr) -> bool:
 
 # -- guards ----------------------------------------------------------------------------------------------------------
 
-# No sign that ends a line, a string or a statement: torch pastes guards into the source of a function.
+# torch pastes guards into the source of a function, so no sign may end a line, a string or a statement there.
 _GUARD = re.compile(r"[\w .,()\[\]'<>=!+\-*/%&|^~]+")
 _METHODS = frozenset(["size", "stride", "storage_offset", "dim", "numel"])
 _CALLS = frozenset(
@@ -213,7 +215,7 @@ _MODULES = {
 
 
 def guard(text: str) -> str:
-    """Refuse what is no condition on the sizes and values of inputs."""
+    """Return ``text``. Raises Refused where it is no condition on the sizes and values of inputs."""
     if not _GUARD.fullmatch(text):
         raise Refused(f"expected a condition on inputs, found {shown(text)}")
     _guard(_parsed(text, "a condition on inputs"), 0)

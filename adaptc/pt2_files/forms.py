@@ -1,4 +1,4 @@
-"""The form of JSON data: types all the way down, so that nothing that reads it can stumble."""
+"""Check the form of JSON data: the types of all values inside it, so that code that reads it cannot fail on them."""
 
 from __future__ import annotations
 
@@ -8,27 +8,30 @@ from adaptc.pt2_files.refusal import Refused, shown
 
 
 class Each:
-    """An object whose keys are names, and whose values are all of one form."""
+    """The form of an object with any keys, whose values all have one form."""
 
     def __init__(self, form: Any) -> None:
         self.form = form
 
 
 class Maybe(Each):
-    """Null, or a value of this form."""
+    """The form of a value that may be null."""
 
 
 class Option(Each):
-    """A field that may be left out."""
+    """The form of a field that may be left out."""
 
 
 class Length:
-    """A size, or the number of an axis."""
+    """The form of a size or of an axis number: an int from 0 to 2**63 - 1."""
 
 
 def check(value: Any, form: Any) -> None:
-    """Raises Refused, with the place, where ``value`` is not of this form: a type, a tuple of types, a list with the
-    form of its items, or a dict with the forms of exactly these fields."""
+    """Raise Refused, with the place, where ``value`` does not have this form.
+
+    A form is a type or a tuple of types. A list has the form of its items, and a dict the forms of exactly these
+    fields.
+    """
     if isinstance(form, Maybe):
         if value is not None:
             check(value, form.form)

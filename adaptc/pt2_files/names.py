@@ -1,7 +1,7 @@
-"""Which texts of a file may become a name, because torch writes them into Python source that it runs.
+"""Check texts of a file that become names, since torch writes them into Python source that it runs.
 
-A node's name is printed as a variable, a parameter's as an attribute path with quotes around what is no identifier, and
-other texts inside quotes or behind a comment sign. None of them may end what it is printed in.
+torch prints a node's name as a variable. A parameter's name becomes an attribute path, with quotes around parts that
+are no identifier. Other texts stand inside quotes or after a comment sign. None of them may end what it is printed in.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from adaptc.pt2_files.refusal import Refused, shown
 
-# Control characters, and what Python or C++ may take for the end of a line.
+# Control characters, and those that Python or C++ may take for the end of a line.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _NOT_PLAIN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029'\"\\\\{}]")
 _BREAKS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
@@ -20,7 +20,7 @@ _LONGEST = 4_096
 
 
 def words(text: str) -> frozenset[str]:
-    """A table of names."""
+    """Return the words of ``text`` as a set of names."""
     return frozenset(text.split())
 
 
@@ -31,7 +31,10 @@ def identifier(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """A parameter's or a module's path, or a constant: anything but quotes, backslashes, braces and control signs."""
+    """Return ``text``, the path of a parameter or module, or a constant.
+
+    Raises Refused where it has quotes, backslashes, braces or control characters, or is very long.
+    """
     if _NOT_PLAIN.search(text) or len(text) > _LONGEST:
         raise Refused(f"expected a text without quotes, backslashes, braces and line ends, found {shown(text)}")
     return text
@@ -44,17 +47,20 @@ def one_line(text: str) -> str:
 
 
 def message(text: str) -> str:
-    """Words for people: what could end a comment becomes a space."""
+    """Return a text for people, in which a space replaces every character that could end a comment."""
     return _CONTROL.sub(" ", text)
 
 
 def lines(text: str) -> str:
-    """Words for people, on several lines."""
+    """Return a text for people, which may have several lines, with spaces for other control characters."""
     return _BREAKS.sub(" ", text)
 
 
 def loads(text: str | bytes, what: str = "JSON", *, infinite: bool = False) -> Any:
-    """JSON as its standard has it: a NaN is none unless ``infinite``, nor is a number of thousands of digits."""
+    """Return the value of a JSON text. Raises Refused where it is not JSON by its standard.
+
+    NaN is refused unless ``infinite``, and so are numbers of thousands of digits and repeated keys.
+    """
     constant = float if infinite else _no_constant
     try:
         return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=constant)

@@ -1,13 +1,13 @@
-"""Which operators a file may name.
+"""Check which operators a file may name.
 
-torch looks a target up as a path of attributes below ``torch``, ``math`` or ``operator`` and calls whatever it finds,
-so that ``torch.os.system`` would do. Here a target is an operator of the dispatcher, one of the higher-order operators
-that exports have, or a function on sizes, and nothing that opens files, starts code or reaches other processes.
+torch looks a target up as a path of attributes below ``torch``, ``math`` or ``operator``, and calls whatever it finds.
+``torch.os.system`` would do. Here a target is an operator of the dispatcher, a higher-order operator that exports have,
+or a function on sizes. Operators that open files, start code or reach other processes are refused.
 
-Private torch use, with the public route that was tried: ``torch._ops`` has the classes of operators, and
-``_dispatch_get_all_op_names`` tells the dispatcher's from those of TorchScript (``aten::save`` writes a file); no
-public module lists either. ``_SYM_OPS`` is torch's own table of functions on sizes, and ``predispatch`` has what vmap
-leaves in a graph.
+Private torch use, with the public route that was tried: ``torch._ops`` has the classes of operators.
+``_dispatch_get_all_op_names`` tells the dispatcher's operators from TorchScript's (``aten::save`` writes a file). No
+public module lists either. ``_SYM_OPS`` is torch's own table of functions on sizes, and ``predispatch`` has the
+functions that vmap leaves in a graph.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _OP = re.compile(r"torch\.ops\.([A-Za-z_]\w*)\.([A-Za-z_]\w*)\.([A-Za-z_]\w*)", 
 _HIGHER = re.compile(r"torch\.ops\.higher_order\.([A-Za-z_]\w*)", re.ASCII)
 _VMAP = re.compile(r"torch\._functorch\.predispatch\.([A-Za-z_]\w*)", re.ASCII)
 
-# Of torch itself: other processes, other devices' queues, profilers, memory behind torch's back, debugging.
+# Namespaces of torch that reach other processes, devices' queues, profilers, memory behind torch's back, or debuggers.
 _REFUSED_SPACES = words(
     """
     c10d c10d_functional _c10d_functional _c10d_functional_autograd symm_mem fsdp rpc _dtensor inductor inductor_prims
@@ -41,7 +41,7 @@ _REFUSED_SPACES = words(
 )
 _REFUSED_OPS = frozenset(["aten.from_file"])
 
-# Those that hold subgraphs or plain operators, and nothing compiled, packed or printed.
+# Higher-order operators that hold subgraphs or plain operators, and nothing compiled, packed or printed.
 _HIGHER_ORDER = words(
     """
     cond map_impl map while_loop while_loop_stack_output scan associative_scan wrap wrap_with_set_grad_enabled
@@ -52,7 +52,7 @@ _HIGHER_ORDER = words(
 
 
 def syntax(target: str) -> str:
-    """Refuse a target that names no operator, before anything is looked up."""
+    """Return ``target``. Raises Refused where it names no allowed operator. Nothing is looked up in torch."""
     if match := _OP.fullmatch(target):
         space, name, _ = match.groups()
         if space in _REFUSED_SPACES or f"{space}.{name}" in _REFUSED_OPS or name.startswith("__import"):
@@ -68,8 +68,10 @@ def syntax(target: str) -> str:
 
 
 def check_exists(target: str, names: AbstractSet[str]) -> None:
-    """Refuse a target (of :func:`syntax`) that torch would not find here, or not as an operator, or not with arguments
-    of these names: torch leaves out those that it does not know."""
+    """Refuse a target of :func:`syntax` that torch does not have here as an operator with arguments of these names.
+
+    torch would leave out arguments that it does not know.
+    """
     if target in _on_sizes():
         return
     if match := _VMAP.fullmatch(target):

@@ -1,13 +1,12 @@
-"""A ``.pt2`` file as an exported program, without anything in it being run.
+"""Read a ``.pt2`` file as an exported program, without running anything in it.
 
-Before: a path that somebody gave us.
-After :func:`read`: a :class:`SavedProgram`, all of which was checked, or a CheckpointError that names the file, the
-record, the place in it, what was expected and what was found. Nothing was imported and no operator looked up yet.
-After :meth:`SavedProgram.program`: the program, or a CheckpointError.
+:func:`read` gives a :class:`SavedProgram`, all of which was checked. Otherwise a CheckpointError names the file, the
+record, the place in it, what was expected and what was found. Nothing is imported, and no operator is looked up, before
+:meth:`SavedProgram.program` makes the program.
 
 Private torch use, with the public route that was tried: ``ExportedProgramDeserializer`` is what ``torch.export.load``
-calls in the end; before that, it unpickles, loads compiled code and opens the file a second time, and has no option to
-leave that out.
+calls in the end. Before that, ``torch.export.load`` unpickles, loads compiled code and opens the file a second time,
+and has no option to leave that out.
 """
 
 from __future__ import annotations
@@ -43,8 +42,11 @@ _MOST_SAMPLES = 4 << 30
 
 @dataclass(frozen=True)
 class SavedProgram:
-    """What a file holds, checked but for its example inputs, whose types may have to be imported. ``targets``: the
-    operators of its nodes, with the names of their arguments; ``types``: of inputs and outputs."""
+    """The content of a program's file, checked except for its example inputs, whose types may have to be imported.
+
+    ``targets`` maps the operators of its nodes to the names of their arguments. ``types`` are those of inputs and
+    outputs.
+    """
 
     path: Path
     parts: schema.ExportedProgram
@@ -55,11 +57,14 @@ class SavedProgram:
     types: AbstractSet[str]
 
     def uses(self, space: str) -> bool:
-        """Whether it calls operators of this namespace of ``torch.ops``."""
+        """Return whether it calls operators of this namespace of ``torch.ops``."""
         return any(t.startswith(f"torch.ops.{space}.") for t in self.targets)
 
     def program(self) -> ExportedProgram:
-        """Raises CheckpointError for operators and types that are not known here, and where the graph is not one."""
+        """Return the exported program.
+
+        Raises CheckpointError for operators and types that are not known here, and where the graph is no valid one.
+        """
         with _refusals(self.path):
             check_registered(set(self.types))
             for target, names in sorted(self.targets.items()):
@@ -103,7 +108,7 @@ def read(path: Path) -> SavedProgram:
 
 
 def _is_later(data: Any) -> bool:
-    """Whether a torch newer than this one wrote the file, whose new fields torch means older ones to leave out."""
+    """Return whether a newer torch wrote the file; its new fields are meant to be ignored by older versions."""
     version = data.get("schema_version") if isinstance(data, dict) else None
     minor = version.get("minor") if isinstance(version, dict) else None
     return type(minor) is int and minor > schema.SCHEMA_VERSION[1]
@@ -111,7 +116,7 @@ def _is_later(data: Any) -> bool:
 
 @contextmanager
 def _at(record: str) -> Iterator[None]:
-    """Names the record in what is refused inside."""
+    """Run the block with the name of ``record`` added to the place of a Refused that it raises."""
     try:
         yield
     except Refused as error:
@@ -120,7 +125,7 @@ def _at(record: str) -> Iterator[None]:
 
 @contextmanager
 def _refusals(path: Path) -> Iterator[None]:
-    """Whatever goes wrong with a file is a CheckpointError that names it."""
+    """Run the block, and turn any error of it into a CheckpointError that names the file."""
     try:
         yield
     except CheckpointError:

@@ -1,4 +1,4 @@
-"""Which records a ``.pt2`` file of a program has, and what other archives are."""
+"""List the records that a program's ``.pt2`` file has, and recognise archives of other kinds."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _KNOWN = re.compile(
 def check_program(archive: Archive) -> None:
     """Refuse archives of other kinds, and records that a program does not have.
 
-    Files beside the program (``extra_files``) and objects are allowed here, and never read: what uses an object is
-    refused where it does.
+    Files beside the program (``extra_files``) and pickled objects are allowed here, and are never read. A use of such
+    an object is refused where it occurs.
     """
     found = archive.records
     if any(n.startswith("data/aotinductor/") for n in found):

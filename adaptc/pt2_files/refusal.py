@@ -1,4 +1,4 @@
-"""Why a file is refused, told by the place in it where that is."""
+"""Define the error for refused files, which tells the reason and the place in the file."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-_LONGEST = 400  # of a place, in a message
+_LONGEST = 400  # the most characters of a place in a message
 
 
 class Refused(Exception):
-    """``why`` says what was expected and found. Whoever reads an outer part of the file puts the place before it, with
-    :meth:`inside`."""
+    """An error on a part of a file. ``why`` says what was expected and what was found.
+
+    Code that reads an outer part of the file prepends its place with :meth:`inside`.
+    """
 
     def __init__(self, why: str, place: str = "") -> None:
         super().__init__(why)
@@ -29,7 +31,7 @@ class Refused(Exception):
 
 
 def shown(value: Any, most: int = 60) -> str:
-    """A value of a file, short enough for a message and on one line."""
+    """Return a value of a file as text for a message: short, and on one line."""
     if isinstance(value, (dict, list)):
         return f"a {type(value).__name__} of {len(value)}"
     text = repr(value[: most + 1] if isinstance(value, str) else value)
@@ -37,7 +39,8 @@ def shown(value: Any, most: int = 60) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, on one line; torch puts whole tracebacks into its messages."""
+    """Return an exception's type and the first line of its message, since torch puts whole tracebacks into its
+    messages."""
     text = str(error).strip()[:2000]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     first = lines[0] if lines else ""
@@ -45,5 +48,5 @@ def reason(error: BaseException) -> str:
 
 
 def shown_path(path: Path) -> str:
-    """A path for a message; what of it is no UTF-8 as escapes, so that the message can be printed."""
+    """Return a path for a message, with escapes for bytes that are not UTF-8, so that the message can be printed."""
     return os.fsencode(path).decode(errors="backslashreplace")

@@ -1,5 +1,7 @@
-"""The example inputs of a program: a pickle in the file, of which only tensors and plain values are read, in containers
-that torch knows (see :mod:`adaptc.pt2_files.containers`)."""
+"""Read the example inputs of a program from the pickle in its file.
+
+Only tensors and plain values are read, in containers that torch knows (see :mod:`adaptc.pt2_files.containers`).
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,11 @@ _WAY_OUT = "save the program again with example inputs that are tensors, numbers
 
 
 def read_samples(data: bytes) -> Any:
-    """(positional inputs, keyword inputs), or None where the record is empty.
+    """Return (positional inputs, keyword inputs), or None where the record is empty.
 
-    Raises Refused for what could run code, for anything but tensors and plain values, and for bombs. Changes a global
-    table of torch while it runs: hold :data:`~adaptc.passes.ir.exclusive.GRAPHS`."""
+    Raises Refused for what could run code, for anything but tensors and plain values, and for decompression bombs. It
+    changes a global table of torch while it runs: hold :data:`~adaptc.passes.ir.exclusive.GRAPHS`.
+    """
     if not data:
         return None
     inner = Archive(io.BytesIO(data))
@@ -53,8 +56,10 @@ def read_samples(data: bytes) -> Any:
 
 
 def _classes() -> set[type]:
-    """Of inputs that are containers of tensors: what somebody registered with torch in this process, and the layers of
-    transformers' caches."""
+    """Return the classes of containers of tensors that inputs may have.
+
+    These are the classes that somebody registered with torch in this process, and those of transformers' caches.
+    """
     found = {cls for cls in pytree.SUPPORTED_SERIALIZED_TYPES if isinstance(cls, type) and cls.__module__ != "builtins"}
     caches: Any = sys.modules.get("transformers.cache_utils")
     if caches is not None:
@@ -64,7 +69,8 @@ def _classes() -> set[type]:
 
 
 class _Walk:
-    """Through containers that a pickle may have nested, or used in many places, without end."""
+    """A check of nested containers with limits, since a pickle may nest them, or use one in many places, without
+    end."""
 
     def __init__(self) -> None:
         self.seen = 0
@@ -94,7 +100,7 @@ class _Walk:
 
     @staticmethod
     def _key(key: Any) -> None:
-        # torch prints these into the source of the guards of a module.
+        # torch prints keys into the source of a module's guards.
         if isinstance(key, str):
             plain(key)
         elif not isinstance(key, (type(None), bool, int, float)):

@@ -1,10 +1,10 @@
-"""JSON data as the dataclasses of torch's schema, each value of exactly the type that the schema says.
+"""Build the dataclasses of torch's schema from JSON data, with each value of exactly the type that the schema says.
 
-torch's own reader takes any value for any field, leaves out fields it does not know, and looks type hints up anew for
-every object. Here the hints are looked up once, and every text passes the table of :mod:`adaptc.pt2_files.texts`.
+torch's own reader takes any value for any field, and ignores fields that it does not know. It looks type hints up anew
+for every object. Here the hints are looked up once, and every text passes the table of :mod:`adaptc.pt2_files.texts`.
 
 Private torch use, with the public route that was tried: ``torch._export.serde.schema`` is the format of a ``.pt2``
-file, ``_Union`` what its unions are made as, ``_SERIALIZE_TO_TORCH_DTYPE`` its table of the numbers of dtypes; no
+file. ``_Union`` is the base of its unions, and ``_SERIALIZE_TO_TORCH_DTYPE`` its table of the numbers of dtypes. No
 public module has any of them.
 """
 
@@ -32,15 +32,16 @@ __all__ = ["DTYPES", "Builder", "schema"]
 DTYPES: Mapping[int, torch.dtype] = _SERIALIZE_TO_TORCH_DTYPE
 
 _FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
-_MOST_GRAPHS = 6  # inside one another: torch repeats the text of each in the errors of all around it
-_MOST_INSIDE = 50  # unions inside one another
+_MOST_GRAPHS = 6  # nested in one another; torch repeats the text of each in the errors of all around it
+_MOST_INSIDE = 50  # unions nested in one another
 
 Build = Callable[[Any], Any]
 Class = typing.TypeVar("Class")
 
 
 class Builder:
-    """Builds one file's objects. ``lenient``: the file is of a later torch, whose new fields are left out."""
+    """A builder of one file's objects. ``lenient`` says that a later torch wrote the file, whose new fields are left
+    out."""
 
     def __init__(self, lenient: bool = False) -> None:
         self._lenient = lenient
@@ -48,7 +49,7 @@ class Builder:
         self._known: dict[Any, Build] = {}
 
     def build(self, cls: type[Class], data: Any) -> Class:
-        """Raises Refused, with the place in the data."""
+        """Return an object of ``cls`` with this data. Raises Refused, with the place in the data."""
         try:
             return self._of_class(cls)(data)
         except RecursionError as error:
@@ -56,7 +57,7 @@ class Builder:
 
     def _of_class(self, cls: Any) -> Build:
         if cls not in self._known:
-            # Put in place before it is made: classes hold one another.
+            # A placeholder comes first, since classes refer to one another.
             self._known[cls] = lambda data: self._known[cls](data)
             self._known[cls] = self._union(cls) if issubclass(cls, _Union) else self._record(cls)
         return self._known[cls]
@@ -107,7 +108,7 @@ class Builder:
             except Refused as error:
                 raise error.inside(f".{kind}") from None
             self._inside -= 1
-            # What cls.create does, ten times as fast: it lists the fields of the class four times.
+            # The same as cls.create, and ten times as fast, since that lists the fields of the class four times.
             out = object.__new__(cls)
             vars(out).update(blank)
             vars(out)[kind], vars(out)["_type"] = built, tags[kind]

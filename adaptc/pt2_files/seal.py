@@ -1,7 +1,7 @@
-"""A hash of all records in a record of its own, so that a file that somebody edited or a disk damaged is refused.
+"""Seal a file with a hash of all its records, so that a file that was edited or damaged on disk is refused.
 
-It is over the names, sizes and checksums that the archive gives for its records; the checksums are compared where the
-records are read. It is no signature: who forges a file can forge it, and files of torch have none.
+The hash is over the names, sizes and checksums that the archive states for its records. The checksums are compared
+where the records are read. It is no signature: a forger can forge it, too, and files of torch have none.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 from adaptc.pt2_files.archive import Archive, opened
 from adaptc.pt2_files.refusal import Refused
 
-#: torch.export.load takes it for one of the files that users put beside a program
+#: torch.export.load takes this record for one of the extra files that users put beside a program
 SEAL = "data/extra/adaptc.sha256"
 
 
 def seal(path: Path) -> None:
-    """Add the record to an archive that torch wrote. Raises OSError."""
+    """Add the record with the hash to an archive that torch wrote. Raises OSError."""
     with opened(path) as archive:
         text, root = _hash(archive), archive.root
     with zipfile.ZipFile(path, "a") as writer:
@@ -26,7 +26,7 @@ def seal(path: Path) -> None:
 
 
 def check_seal(archive: Archive) -> None:
-    """Raises Refused where there is such a record and it is of other records."""
+    """Raise Refused where the archive has a seal, and that is of other records."""
     if SEAL in archive.records and archive.read(SEAL, 64) != _hash(archive).encode():
         raise Refused("it was changed after adaptc.save wrote it, or is damaged", f"record {SEAL!r}")
 

@@ -1,8 +1,7 @@
-"""The weights and constants of a program: raw bytes, with their dtype, sizes and strides in a table beside them.
+"""Read the weights and constants of a program: raw bytes, with a table of their dtypes, sizes and strides.
 
-Before: a table that has the types of torch's schema (``PayloadConfig``).
-After: tensors that own their memory, alias one another where the table says so, and lie inside what their records hold;
-the bytes were read once, straight into that memory.
+The table has the types of torch's schema (``PayloadConfig``). Tensors own their memory, alias one another where the
+table says so, and lie within their records. The bytes are read once, straight into that memory.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from adaptc.pt2_files.archive import Archive
 from adaptc.pt2_files.refusal import Refused
 from adaptc.pt2_files.schema import DTYPES, schema
 
-# A tensor may read elements several times over (expanded weights); one that would take this much more when it is
-# written out is a bomb.
+# An expanded weight reads elements several times over. One that needs this many more bytes once it is written out is a
+# bomb.
 _MOST_EXPANDED = 1 << 30
 _THREADS = 4
 _LARGE = 4 << 20
 
 
 def read_tensors(archive: Archive, folder: str, table: schema.PayloadConfig) -> dict[str, Tensor]:
-    """Every tensor of ``table``, whose records lie in ``folder``."""
+    """Return every tensor of ``table``, whose records lie in ``folder``."""
     shapes = {name: _each(name, lambda m=meta: _Shape(archive, folder, m)) for name, meta in table.config.items()}
     wanted = {s.record: s.on_device for s in shapes.values() if s.record is not None}
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -52,18 +51,20 @@ def _memory(archive: Archive, record: str) -> Tensor:
 
 
 def _empty(size: int) -> Tensor:
-    """Bytes of the process's own. Large ones in large pages where the system has them, which pays for the checksums:
-    most of the time that reading takes is that of the first touch of each page."""
+    """Return ``size`` uninitialised bytes as a uint8 tensor, in huge pages for large sizes where the system has them.
+
+    Most of the time of reading is the first touch of each page. Huge pages save more than the checksums cost.
+    """
     if size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size, dtype=torch.uint8)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
+    with suppress(OSError):  # a kernel may have no huge pages
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 class _Shape:
-    """One entry of the table, checked against the length of its record."""
+    """An entry of the table, checked against the length of its record."""
 
     def __init__(self, archive: Archive, folder: str, meta: schema.PayloadMeta) -> None:
         if meta.use_pickle:
@@ -86,7 +87,8 @@ class _Shape:
         self.record = self._checked(record, archive.records[record].size)
 
     def _checked(self, record: str, length: int) -> str | None:
-        """The record, or None where there is nothing to read."""
+        """Return the name of the record, or None where there is nothing to read. Raises Refused where the tensor does
+        not fit."""
         count = 1
         for size in self.sizes:
             count *= size
@@ -126,7 +128,7 @@ def _dtype(meta: schema.TensorMeta) -> torch.dtype:
 
 
 def _plain(size: Any) -> int:
-    """A size of a tensor with values: a number, not negative."""
+    """Return a size, stride or offset as an int. Raises Refused where it is symbolic or negative."""
     if size.type != "as_int" or not 0 <= size.as_int < 2**63:
         raise Refused(f"expected a size, stride or offset of a tensor, found {size.value}")
     return size.as_int

@@ -1,7 +1,6 @@
-"""What each text of a program's JSON may be: a table over the fields of torch's schema.
+"""Check each text of a program's JSON by a table over the fields of torch's schema.
 
-A field that is not in the table is refused where it holds a text, so that what a later torch adds is never handed to it
-unread.
+A text in a field that is not in the table is refused, so that fields of a later torch never reach torch unchecked.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ Check = Callable[[str], str]
 
 _DEVICES = re.compile(r"[a-z][a-z0-9_]{0,30}")
 _PAYLOAD = re.compile(r"(weight|tensor)_\d{1,7}")
-# A path of attributes below torch that is looked up to describe where a node came from; it is never called.
+# A path of attributes below torch, which torch looks up to describe where a node came from, and never calls.
 _SOURCE = re.compile(r"[\w$]+,[A-Za-z_][\w.$]*", re.ASCII)
 _MESSAGES = frozenset(["msg", "assert_msg", "message", "err_msg"])
 
@@ -78,7 +77,7 @@ def _from_node(text: str) -> str:
 
 
 def _origins(data: Any) -> None:
-    """Compilers print these names behind a comment sign."""
+    """Check the nodes that a node came from, since compilers print their names after a comment sign."""
     if not isinstance(data, list):
         raise Refused(f"expected a list of the nodes that a node came from, found {shown(data)}")
     for entry in data:
@@ -109,7 +108,7 @@ def _metadata_text(key: str) -> Check:
     }.get(key, message)
 
 
-#: (class, field) of the schema -> what its texts must be, and what is made of them
+#: (class, field) of the schema -> the check of its texts, which may also change them
 FIELDS: dict[tuple[str, str], Check] = {
     ("Device", "type"): _device,
     ("SymExpr", "expr_str"): sizes,
@@ -149,7 +148,7 @@ FIELDS: dict[tuple[str, str], Check] = {
     ("PayloadMeta", "path_name"): _payload,
 }
 
-#: (class, field) -> what the keys of a dict must be
+#: (class, field) -> the check of a dict's keys
 KEYS: dict[tuple[str, str], Check] = {
     ("Argument", "as_string_to_argument"): plain,
     ("Node", "metadata"): one_line,
@@ -165,7 +164,7 @@ KEYS: dict[tuple[str, str], Check] = {
     ("PayloadConfig", "config"): plain,
 }
 
-#: (class, field) of a dict of texts -> by its key, what the text must be
+#: (class, field) of a dict of texts -> a function from key to the check of its text
 BY_KEY: dict[tuple[str, str], Callable[[str], Check]] = {
     ("Node", "metadata"): _metadata_text,
     ("GraphModule", "metadata"): lambda key: _custom if key == "custom" else message,
@@ -173,7 +172,7 @@ BY_KEY: dict[tuple[str, str], Callable[[str], Check]] = {
 
 
 def spoken(arguments: Any) -> None:
-    """Words for people in the arguments of an assertion may have line ends, which become spaces (in JSON data)."""
+    """Replace line ends by spaces in the message texts of an assertion's arguments, in place in the JSON data."""
     for entry in arguments if isinstance(arguments, list) else ():
         if isinstance(entry, dict) and entry.get("name") in _MESSAGES and isinstance(entry.get("arg"), dict):
             text = entry["arg"].get("as_string")

@@ -1,1 +1,1 @@
-"""What was adapted, swapped, merged: numbers that print as tables."""
+"""Report what was adapted, swapped and merged: numbers that print as tables."""

@@ -1,4 +1,4 @@
-"""What an adapter directory or file holds, without a model: its config and its tensors."""
+"""Report what an adapter directory or file holds, without a model: its config and its tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from adaptc.tables import Column, Report, Table, collapse, dtype_name, plain, si
 
 @dataclass(frozen=True, repr=False)
 class AdapterReport(Report):
-    """``tensors``: key without PEFT's prefix -> (shape, dtype). ``config``: the fields that are set to anything."""
+    """A report of one adapter's files. ``tensors``: key without PEFT's prefix -> (shape, dtype). ``config``: the fields
+    that are set to anything."""
 
     path: Path
     config: Mapping[str, Any]
@@ -28,7 +29,8 @@ class AdapterReport(Report):
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> AdapterReport:
-        """Raises CheckpointError as :func:`adaptc.peft_files.raw.read_any` does."""
+        """Read the adapter at ``path`` and report it. Raises CheckpointError as :func:`adaptc.peft_files.raw.read_any`
+        does."""
         file = read_any(path)
         if isinstance(file, RawFile):
             return cls.of_raw(file)
@@ -38,8 +40,8 @@ class AdapterReport(Report):
 
     @classmethod
     def of_raw(cls, file: RawFile) -> AdapterReport:
-        """Of a file in another format, whose config is known only with a model: its format, and tensors by
-        component."""
+        """Report a file in another format, or in PEFT's without its config. Only a model tells its config, so the
+        report has the format, and the number of tensors of each component."""
         if any(map(of_peft, file.tensors)):
             form, components = "PEFT, without its config", Counter[str]()
         else:
@@ -55,7 +57,8 @@ class AdapterReport(Report):
         return sum(prod(shape) for shape, _ in self.tensors.values())
 
     def parts(self) -> list[str | Table]:
-        """Tensors that differ in a layer's number alone share a row."""
+        """Return the headline, the config and the tensors. Tensors that differ in a layer's number alone share a
+        row."""
         groups: dict[tuple[str, str], list[str]] = {}
         for key, (shape, dtype) in self.tensors.items():
             groups.setdefault(("x".join(map(str, shape)), dtype_name(dtype)), []).append(key)
@@ -69,7 +72,7 @@ class AdapterReport(Report):
         ]
 
     def data(self) -> dict[str, Any]:
-        """``path``, ``config``, ``tensors`` (key -> shape and dtype), ``parameters``, ``bytes``."""
+        """Return ``path``, ``config``, ``tensors`` (key -> shape and dtype), ``parameters`` and ``bytes``."""
         tensors = {k: {"shape": list(shape), "dtype": dtype_name(d)} for k, (shape, d) in self.tensors.items()}
         return {
             "path": str(self.path),

@@ -1,7 +1,7 @@
-"""Coverage: what of a program is adapted, by which entry, with which tensors, and what was left out and why.
+"""Report coverage: what of a program is adapted, by which entry, with which tensors, and what was left out and why.
 
-Parameter counts follow PEFT's ``get_nb_trainable_parameters`` on the same model and config: a weight with two names
-counts once, a module in ``modules_to_save`` counts twice (the frozen original stays), a trained bias once.
+Parameter counts follow PEFT's ``get_nb_trainable_parameters`` on the same model and config. A weight with two names
+counts once. A module in ``modules_to_save`` counts twice, since the frozen original stays. A trained bias counts once.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from adaptc.tables import (
     times,
 )
 
-#: target entries that are the full name of a module, of which so many have a row each
+#: the most target entries that are full module names and have a row each; more of them share one row
 FEW = 12
 
 
 @dataclass(frozen=True)
 class SiteCoverage:
-    """One adapted parameter.
+    """The coverage of one adapted parameter.
 
-    ``slots``: name in PEFT's files -> (shape, dtype), as the current adapter has them. ``params``: how many elements
-    the trainable ones have; a slot that several sites share counts at the first. ``present``: False when the current
-    adapter, or this one of several, has nothing at this site. ``rank`` None: the method has none. ``why``: what decided
-    the form. ``adapter``: its name, which tells apart those that act together. ``factor``: on the scale it was made
-    with.
+    ``slots``: name in PEFT's files -> (shape, dtype), as the current adapter has them. ``params``: the number of
+    elements in trainable slots; a slot that several sites share counts at the first. ``present``: False where the
+    current adapter, or this one of several, has nothing at this site. ``rank``: None where the method has none.
+    ``why``: the reason for the ``form``. ``adapter``: its name, which tells apart adapters that act together.
+    ``factor``: the factor on the scale that the adapter was made with.
     """
 
     fqn: str
@@ -69,13 +69,19 @@ class SiteCoverage:
 
 @dataclass(frozen=True, repr=False)
 class CoverageReport(Report):
-    """``matches``: target entry -> the modules it selected. ``left_out``: (module, why). ``trainable`` and ``total``:
-    numbers of parameters, as PEFT counts them. ``adapter`` '' and no sites: the program has no adapter. ``held``: what
-    calls of the program compute once, ``fusion``: which layers share a product, ``products``: what computes those of
-    the base, ``packed``: what of it has a packed copy; nothing before the first call. ``training``: what computes those
-    of a module that trains it, of the modules that there are. ``passes``: those the program went through, with how much
-    each changed, and those of the code of its calls.
-    ``norms``: of the adapter's tensors at each site, as they were when the report was made."""
+    """A report of what of a program is adapted, and how calls compute it.
+
+    ``matches``: target entry -> the modules it selected. ``left_out``: (module, why). ``trainable`` and ``total``:
+    numbers of parameters, as PEFT counts them. A program without an adapter has no sites, and ``adapter`` is ''.
+
+    ``held``: the hoisted values of calls. ``fusion``: which layers share a matmul. ``products``: the kernels chosen for
+    matmuls with base weights. ``packed``: the base weights that have a packed copy. These are empty before the first
+    call.
+
+    ``training``: the kernels chosen for matmuls of the first module of the program that has any. ``passes``: the passes
+    that the program and the code of its calls went through, with the number of changes of each. ``norms``: norms of the
+    adapter's tensors at each site when the report was made.
+    """
 
     sites: tuple[SiteCoverage, ...]
     matches: Mapping[str, Sequence[str]]
@@ -93,20 +99,20 @@ class CoverageReport(Report):
     packed: PackedWeights = field(default=PackedWeights(), repr=False)
     passes: Mapping[str, Trail] = field(default_factory=dict, repr=False)
     norms: Norms = field(default=Norms(), repr=False)
-    #: adapter -> what its file was
+    #: adapter -> the format and component of the file that it was read from
     origins: Mapping[str, Origin] = field(default_factory=dict)
     #: parameters of the base that nothing adapts, and their shapes
     unadapted: Sequence[tuple[str, tuple[int, ...]]] = ()
     #: which adapters are off or scaled, in words
     strength: str = ""
-    #: of what holds the program, and generates with it
+    #: lines about the object that holds the program and generates with it
     notes: tuple[str, ...] = ()
 
     @classmethod
     @exclusive
     def of(cls, program: AdaptedProgram, changes: bool = False) -> CoverageReport:
         training = next((m.products for m in list(program.memory.modules) if m.products), ())
-        packed = program.packed  # which the program itself knows of its parts
+        packed = program.packed  # before the snapshot, which knows nothing of the code of the program's parts
         program = program.snapshot()
         a = program.adaptation
         if not a.attachments:
@@ -137,13 +143,14 @@ class CoverageReport(Report):
         return 100 * self.trainable / self.total if self.total else 0.0
 
     def parameters_line(self) -> str:
-        """As PEFT's ``print_trainable_parameters`` writes it."""
+        """Return the line that PEFT's ``print_trainable_parameters`` prints."""
         return (
             f"trainable params: {self.trainable:,d} || all params: {self.total:,d} || trainable%: {self.percentage:.4f}"
         )
 
     def parts(self) -> list[str | Table]:
-        """Layers that differ in their number alone share a row."""
+        """Return the sections and tables of the report. In tables, layers that differ in their number alone share a
+        row."""
         if not self.sites:
             how = f"it is plain, merged from {self.merged}" if self.merged else "it is a plain program"
             products = "".join(f"{text}\n" for text in (str(self.products), str(self.packed)) if text)
@@ -172,10 +179,22 @@ class CoverageReport(Report):
         return [head, *self.notes, *tables, str(self.held), str(self.fusion), *products, str(self.packed), line]
 
     def data(self) -> dict[str, Any]:
-        """``adapter``, ``peft_type``, ``source``, ``strength``, ``formats`` (adapter -> that of its file), ``merged``
-        (from what), ``sites`` (one dict each), ``matches`` (target entry -> modules), ``left_out`` (module, why),
-        ``unadapted`` (parameter, shape), ``trainable``, ``total``, ``products`` (one dict for each line), ``training``
-        (which products -> the same), ``packed`` (count and bytes), ``passes``, ``norms`` and ``notes`` (lines)."""
+        """Return the report as a dict of plain values.
+
+        - ``adapter``, ``peft_type``, ``source``, ``strength``: strings.
+        - ``formats``: adapter -> the format of its file.
+        - ``merged``: the source of the adapter that was merged, '' for none.
+        - ``sites``: one dict for each site.
+        - ``matches``: target entry -> modules.
+        - ``left_out``: dicts with ``module`` and ``why``.
+        - ``unadapted``: dicts with ``parameter`` and ``shape``.
+        - ``trainable``, ``total``: numbers of parameters.
+        - ``products``: one dict for each line; ``training``: which products -> the same.
+        - ``packed``: ``count`` and ``bytes``.
+        - ``passes``: where -> [pass, number of changes].
+        - ``norms``: the data of :class:`~adaptc.reports.norms.Norms`.
+        - ``notes``: lines.
+        """
         return {
             "adapter": self.adapter,
             "peft_type": self.peft_type,
@@ -223,7 +242,7 @@ class CoverageReport(Report):
         return Table(["site", *kept[:3], numbers[0], kept[3], numbers[1]], rows)
 
     def _forms(self) -> Table:
-        """Why sites have the form they have, one row for each reason that was weighed."""
+        """Return a table of the reasons for the sites' forms, with a row for each reason that was weighed."""
         groups: dict[tuple[str, str, str], list[str]] = {}
         for s in self.sites:
             if s.why:
@@ -235,7 +254,8 @@ class CoverageReport(Report):
         return Table([Column("form", keep=True), Column("method", keep=True), "why", "sites"], rows)
 
     def _entries(self) -> Table:
-        """How many modules each entry selected, of those that are the same layer of another block."""
+        """Return a table of the modules that each target entry selected, out of all modules that are the same layer of
+        some block."""
         rows = []
         full = [entry for entry, modules in self.matches.items() if list(modules) == [entry]]
         if len(full) > FEW:  # files of other formats name every module
@@ -250,7 +270,7 @@ class CoverageReport(Report):
         return Table(["target entry", Column("matches", right=True, keep=True), "modules", "not in"], rows)
 
     def _omitted(self) -> Table:
-        """One row for a reason and a last path component."""
+        """Return a table of the modules that were left out, with a row for each reason and last path component."""
         groups: dict[tuple[str, str], list[str]] = {}
         for name, why in self.left_out:
             groups.setdefault((name.rpartition(".")[2], why), []).append(name)
@@ -258,7 +278,8 @@ class CoverageReport(Report):
         return Table(["left out", "why", "modules"], rows)
 
     def _unadapted(self) -> Table:
-        """One row for parameters of one shape that differ in the number of their layer alone; the largest first."""
+        """Return a table of the parameters that no adapter changes, the largest first. Those of one shape that differ
+        in a layer's number alone share a row."""
         groups: dict[tuple[int, ...], list[str]] = {}
         for name, shape in self.unadapted:
             groups.setdefault(shape, []).append(name)
@@ -299,7 +320,8 @@ def _site(program: AdaptedProgram, binding: Binding, a: Attachment, seen: set[in
 
 
 def count_parameters(program: AdaptedProgram) -> tuple[int, int]:
-    """(trainable, all) parameters of the program with its current adapter. Sites the adapter lacks do not count."""
+    """Return (trainable, all) parameters of the program with its current adapter. Sites the adapter lacks do not
+    count."""
     binding = program.binding
     own: dict[int, Tensor] = {}  # several slots may be one tensor
     in_place: set[int] = set()
@@ -319,7 +341,8 @@ def count_parameters(program: AdaptedProgram) -> tuple[int, int]:
 
 
 def unadapted(program: AdaptedProgram) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """(name, shape) of each parameter of the base that no adapter changes; a weight with several names counts once."""
+    """Return (name, shape) of each parameter of the base that no adapter changes; a weight with several names counts
+    once."""
     slots, state = program.binding.values, program.state_dict
     taken = {storage_key(state[a.fqn]) for a in program.adaptation.attachments if a.fqn in state}
     found: dict[Any, tuple[str, tuple[int, ...]]] = {}
@@ -330,7 +353,8 @@ def unadapted(program: AdaptedProgram) -> tuple[tuple[str, tuple[int, ...]], ...
 
 
 def base_parameters(program: AdaptedProgram, slots: Iterable[str]) -> int:
-    """Elements of the base's parameters; a weight that has several names counts once."""
+    """Return the number of elements in the base's parameters, without those named in ``slots``. A weight with several
+    names counts once."""
     skip = set(slots)
     found = {
         storage_key(t): t.numel()

@@ -1,6 +1,6 @@
-"""Norms of an adapter's tensors, and of what it makes of each weight: what training did, and where it did nothing.
+"""Report norms of an adapter's tensors, and of the change of each weight: what training did, and where it did nothing.
 
-Before: a program with an adapter. After: numbers, taken when they were asked for; the program may be trained on.
+The norms are those of the moment when they are asked for; the program may be trained on.
 """
 
 from __future__ import annotations
@@ -19,43 +19,47 @@ from adaptc.passes.adapt.merge import Merge
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.tables import Column, Report, Table, collapse, numbers_of, pattern, plain, small, times
 
-#: how the change of a weight is called among the tensors of its site
+#: the name of the row with a weight's change, among the tensors of its site
 CHANGE = "change / weight"
 
 
 @dataclass(frozen=True)
 class SiteNorms:
-    """Frobenius norms at one site. ``slots``: of each of the adapter's tensors there, by its name in PEFT's files.
-    ``change`` of what the adapter adds to the weight, ``weight`` of the base's: None where it was not asked for, or the
-    method has no weight; adapters that act together share them."""
+    """The Frobenius norms at one site.
+
+    ``slots``: the norm of each of the adapter's tensors there, by its name in PEFT's files. ``change``: the norm of
+    what the adapter adds to the weight; adapters that act together share it. ``weight``: the norm of the base weight.
+    Both are None where they were not asked for, or the method changes no weight.
+    """
 
     fqn: str
     slots: Mapping[str, float]
     change: float | None = None
     weight: float | None = None
-    #: its name, where several act together
+    #: the adapter's name, where several act together
     adapter: str = ""
 
     @property
     def relative(self) -> float | None:
-        """The change over the weight; None where there is none to tell."""
+        """Return the change over the weight; None where either is unknown or the weight is zero."""
         return self.change / self.weight if self.change is not None and self.weight else None
 
     def values(self) -> dict[str, float]:
-        """All that a table shows of it."""
+        """Return all norms that a table shows of the site, by the name of the row."""
         change = self.relative
         return {**self.slots, **({} if change is None else {CHANGE: change})}
 
 
 @dataclass(frozen=True, repr=False)
 class Norms(Report):
-    """One :class:`SiteNorms` for each site that the adapter has, in the order of the program's sites."""
+    """A report of the norms at each site that the adapter has, in the order of the program's sites."""
 
     sites: Sequence[SiteNorms] = ()
 
     @classmethod
     def of(cls, program: AdaptedProgram, changes: bool) -> Norms:
-        """Of a program that nobody swaps meanwhile. ``changes``: every adapted weight is computed, one at a time."""
+        """Return the norms of a program that nobody swaps meanwhile. ``changes``: also compute the change of every
+        adapted weight, one weight at a time."""
         binding = program.binding
         made = dict(_changes(program, binding)) if changes else {}
         known: dict[str, float] = {}
@@ -71,15 +75,15 @@ class Norms(Report):
         return cls(tuple(sites))
 
     def parts(self) -> list[Table]:
-        """A row for a tensor of layers that differ in their number alone, and in which of them it is smallest and
-        largest."""
+        """Return a table with a row for each tensor of layers that differ in their number alone. It has the median of
+        their norms, and the layers in which the norm is smallest and largest."""
         rows = [row for members in _alike(self.sites) for row in _rows(members)]
         columns = [Column(n, right=True, keep=True) for n in ("median", "smallest", "in", "largest", "in")]
         return [Table(["site", Column("norm of", keep=True), *columns], rows)]
 
     def data(self) -> dict[str, Any]:
-        """By the site's parameter, and its adapter where several act together: ``slots`` (name -> norm), ``change`` and
-        ``weight``."""
+        """Return the site's parameter -> ``slots`` (name -> norm), ``change`` and ``weight``. Where several adapters
+        act together, the key also has the adapter's name."""
         return {
             _named(s.fqn, s.adapter): {"slots": plain(s.slots), "change": s.change, "weight": s.weight}
             for s in self.sites
@@ -91,7 +95,7 @@ def _named(site: str, adapter: str) -> str:
 
 
 def _alike(sites: Iterable[SiteNorms]) -> list[list[SiteNorms]]:
-    """The sites that are one layer of several blocks, with the same tensors."""
+    """Return the sites in groups: the same layer of several blocks, with the same tensors."""
 
     def key(site: SiteNorms) -> Any:
         return pattern(site.fqn), site.adapter, tuple(site.values())
@@ -113,7 +117,7 @@ def _rows(members: Sequence[SiteNorms]) -> Iterable[tuple[str, ...]]:
 
 
 def _norm(fqn: str, values: Mapping[str, Tensor], known: dict[str, float]) -> float:
-    """A slot that several sites share is read once."""
+    """Return the norm of the slot ``fqn`` as a number; ``known`` has it for a slot that several sites share."""
     if fqn not in known:
         known[fqn] = float(
             torch.linalg.vector_norm(
@@ -124,7 +128,7 @@ def _norm(fqn: str, values: Mapping[str, Tensor], known: dict[str, float]) -> fl
 
 
 def _real(t: Tensor) -> bool:
-    """Positions and the like have no norm."""
+    """Return whether ``t`` has a norm: positions and the like are integers."""
     return t.is_floating_point() or t.is_complex()
 
 

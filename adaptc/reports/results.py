@@ -1,4 +1,4 @@
-"""Reports: what was adapted, swapped, merged, verified. Dataclasses with the numbers, which print as tables."""
+"""Report what was swapped and merged, in dataclasses with the numbers, which print as tables."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from adaptc.tables import WIDTH, Column, Report, Table, as_text, dtype_name, num
 
 @dataclass(frozen=True, repr=False)
 class SwapReport(Report):
-    """``sites`` the adapter has, ``identity`` weights that it leaves at the base, ``seconds`` it took. Of adapters that
-    act together it speaks of all of them: a weight is left where none of them has a site.
-    ``origin``: the format of its file, the component it is of, and the others that the file has and the program does
-    not.
+    """A report of a swap.
 
-    What has to be counted is, when it is first asked for: most reports are not read.
+    ``sites``: the number of sites that the adapter has. ``identity``: the weights that it leaves at the base.
+    ``seconds``: the time that the swap took. ``origin``: the format of the adapter's file, the component that was
+    taken, and the components that were not. The report of adapters that act together is of all of them: a weight is
+    left at the base where none has a site.
+
+    Counts are made when they are first asked for, since most reports are not read.
     """
 
     source: str
@@ -34,7 +36,7 @@ class SwapReport(Report):
 
     @classmethod
     def of(cls, attachments: Sequence[Attachment], binding: Binding, seconds: float = nan) -> SwapReport:
-        """The report of a swap to ``binding`` in a program with these attachments."""
+        """Return the report of a swap to ``binding`` in a program with these attachments."""
         return cls(binding.source, attachments, binding.methods, seconds, binding.origin)
 
     @cached_property
@@ -60,7 +62,8 @@ class SwapReport(Report):
         return [f"{self.source}{form}: {self.sites} of {total} sites{rank}{took}{rest}"]
 
     def data(self) -> dict[str, Any]:
-        """``source``, ``format``, ``sites`` (how many), ``left_at_the_base`` (FQNs), ``ranks``, ``seconds``."""
+        """Return ``source``, ``format``, ``sites`` (their number), ``left_at_the_base`` (FQNs), ``ranks`` and
+        ``seconds``."""
         return {
             "source": self.source,
             "format": str(self.origin),
@@ -73,10 +76,10 @@ class SwapReport(Report):
 
 @dataclass(frozen=True, repr=False)
 class MergeReport(Report):
-    """One :class:`SiteMerge` per merged weight, and where the adapter came from.
+    """A report of a merge: one :class:`SiteMerge` per merged weight, and where the adapter came from.
 
-    A site's ``delta`` is the largest change of an element, its ``error`` the largest rounding of one to the weight's
-    dtype; their quotient tells how much of the change rounding may hide.
+    A site's ``delta`` is the largest change of an element, and its ``error`` the largest rounding of one to the
+    weight's dtype. Their quotient tells how much of the change rounding may hide.
     """
 
     sites: Sequence[SiteMerge]
@@ -88,20 +91,21 @@ class MergeReport(Report):
 
     @property
     def max_delta(self) -> float:
-        """0 where no site changed; sites whose weight changed its shape have no delta and do not count."""
+        """Return the largest change of an element; 0 where no site changed. Sites whose weight changed its shape have
+        no delta and do not count."""
         return max((s.delta for s in self.sites if not isnan(s.delta)), default=0.0)
 
     @property
     def untied(self) -> tuple[str, ...]:
-        """Weights that were tied to another name and are weights of their own now."""
+        """Return the weights that were tied to another name and are weights of their own now."""
         return tuple(s.fqn for s in self.sites if s.untied)
 
     def worst(self) -> list[SiteMerge]:
-        """The sites, largest error first."""
+        """Return the sites, largest error first."""
         return sorted(self.sites, key=lambda s: (s.error, _relative(s)), reverse=True)
 
     def render(self, width: int = WIDTH, most: int = 20) -> str:
-        """The report as text, with the ``most`` sites of largest error."""
+        """Return the report as text, with the ``most`` sites of largest error."""
         return as_text(self.parts(most), width)
 
     def parts(self, most: int = 20) -> list[str | Table]:
@@ -124,7 +128,8 @@ class MergeReport(Report):
         return [head, Table(["weight", "dtype", *numbers, "untied"], rows), more]
 
     def data(self) -> dict[str, Any]:
-        """``source``, ``largest_change``, ``largest_error``, ``untied`` (FQNs), ``weights`` (one dict each)."""
+        """Return ``source``, ``largest_change``, ``largest_error``, ``untied`` (FQNs) and ``weights`` (one dict
+        each)."""
         return {
             "source": self.source,
             "largest_change": plain(self.max_delta),
@@ -138,7 +143,7 @@ class MergeReport(Report):
 
 
 def _relative(s: SiteMerge) -> float:
-    """Rounding error relative to the change; not a number where there is no change to compare with."""
+    """Return the rounding error relative to the change; NaN where there is no change to compare with."""
     return s.error / s.delta if s.delta and not isnan(s.delta) else nan
 
 

@@ -1,7 +1,7 @@
-"""The status of a program's adapters, layer by layer and as a whole, under the names that PEFT has for it.
+"""Report the status of a program's adapters, layer by layer and as a whole, under the names that PEFT has for it.
 
-Before: a program with adapters. After: plain dataclasses, as things are now; what differs between layers is
-"irregular". ``merged_adapters`` are always none: a merged program is another one, without adapters.
+The dataclasses show the state of the moment. A value that differs between layers is "irregular". ``merged_adapters`` is
+always empty: a merged program is another one, without adapters.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ Irregular = Literal["irregular"]
 
 @dataclass(frozen=True)
 class LayerStatus:
-    """One adapted module. ``name``: its path in the model; ``module_type``: method and class, such as ``lora.Linear``.
+    """The status of one adapted module.
 
-    ``active_adapters``: those of the program that act; ``available_adapters``: those that adapt this layer.
-    ``enabled``: False inside of ``program.disabled()``. ``requires_grad`` and ``devices``: by adapter, of those here.
-    ``scales``: the factor that each of them has on the scale it was made with, which PEFT does not tell.
+    ``name``: its path in the model. ``module_type``: method and class, such as ``lora.Linear``. ``active_adapters``:
+    the adapters of the program that act. ``available_adapters``: the adapters that have this layer. ``enabled``: False
+    inside of ``program.disabled()``. ``requires_grad`` and ``devices``: by adapter, for the adapters of this layer.
+    ``scales``: the factor of each adapter on the scale it was made with, which PEFT does not tell.
     """
 
     name: str
@@ -48,7 +49,7 @@ class LayerStatus:
 
 
 class LayerStatuses(list[LayerStatus]):
-    """A list of them, which prints as a table; layers that differ in their number alone share a row."""
+    """A list of :class:`LayerStatus` that prints as a table; layers that differ in their number alone share a row."""
 
     def __repr__(self) -> str:
         groups: dict[tuple[str, ...], list[str]] = {}
@@ -63,9 +64,12 @@ class LayerStatuses(list[LayerStatus]):
 
 @dataclass(frozen=True, repr=False)
 class ModelStatus:
-    """All of a program. ``base_model_type``: the class of a transformers model, "other" where it is not known.
-    ``trainable_params`` and ``total_params``: as PEFT counts them, those of adapters that are off among the latter
-    alone. The rest is what the layers agree in."""
+    """The status of a whole program.
+
+    ``base_model_type``: the class of a transformers model, "other" where it is not known. ``trainable_params`` and
+    ``total_params``: counted as in PEFT; those of adapters that are off are in the total alone. The other fields are
+    what the layers agree in.
+    """
 
     base_model_type: str
     adapter_model_type: str
@@ -90,7 +94,7 @@ class ModelStatus:
 @of_programs
 @exclusive
 def get_layer_status(program: AdaptedProgram) -> LayerStatuses:
-    """The status of each adapted module, with the fields of ``peft.get_layer_status``; it prints as a table.
+    """Return the status of each adapted module, with the fields of ``peft.get_layer_status``; it prints as a table.
 
     Names are those of the model's modules, without what PEFT's wrapper puts in front of them. Raises AdaptcError where
     the program has no adapter.
@@ -128,7 +132,7 @@ def get_layer_status(program: AdaptedProgram) -> LayerStatuses:
 @of_programs
 @exclusive
 def get_model_status(program: AdaptedProgram) -> ModelStatus:
-    """The status of a program's adapters, with the fields of ``peft.get_model_status``; it prints as a table.
+    """Return the status of a program's adapters, with the fields of ``peft.get_model_status``; it prints as a table.
 
     Raises AdaptcError where the program has no adapter.
     """
@@ -192,7 +196,8 @@ def _scale(binding: Binding, name: str, group: list[Attachment]) -> float | Irre
 
 
 def _own(program: AdaptedProgram, parts: Mapping[str, Binding], in_place: bool = True) -> list[Tensor]:
-    """The trainable tensors of these adapters; without ``in_place`` those alone that PEFT adds to the model."""
+    """Return the trainable tensors of the adapters in ``parts``, each once. Without ``in_place``, return only those
+    that PEFT adds to the model, and not those that stand for a tensor of the model."""
     out: dict[int, Tensor] = {}  # several slots may be one tensor
     for a in program.adaptation.attachments:
         part = parts.get(a.adapter)
@@ -205,7 +210,7 @@ def _own(program: AdaptedProgram, parts: Mapping[str, Binding], in_place: bool =
 
 
 def _agreed(values: Iterable[Any]) -> Any:
-    """The value that all are; ``"irregular"`` where they are several."""
+    """Return the value that all ``values`` are; ``"irregular"`` where they differ."""
     found = list(dict.fromkeys(values))
     return found[0] if len(found) == 1 else "irregular"
 
@@ -215,7 +220,7 @@ def _names(names: Iterable[str]) -> str:
 
 
 def _by_name(values: Mapping[str, Any]) -> str:
-    """One text where all names have the same, or one for each name."""
+    """Return one text where all names have the same value, else one for each name."""
     texts = {n: _names(v) if isinstance(v, list) else f"{v}" for n, v in values.items()}
     return (
         next(iter(texts.values()))

@@ -1,1 +1,2 @@
-"""Rows of one batch on different adapters: where rows are, which adapters they want, and the code that computes it."""
+"""Compute rows of one batch on different adapters: find where rows are, read which adapters they want, make the
+code."""

@@ -1,8 +1,8 @@
-"""Whether the rows of a batch are apart in a value: which axes may have them, and what changed with one of them.
+"""Check whether the rows of a batch stay apart in a value: which axes may have them, and what changed with one of them.
 
-Before: a value as the graph has it, and what changed there as one row of the inputs after the other was replaced.
-After: the ways in which the value may have rows, and for each whether all that changed is of that row. What a program
-gives, and what it writes to, has a reason here why not (:class:`End`).
+It takes a value as the graph has it, and what changed there when each row of the inputs was replaced in turn. It gives
+the axes along which the value may have rows, and for each whether all that changed is of the replaced row. For what a
+program returns or writes to (:class:`End`), it gives the reason why rows are not apart.
 """
 
 from __future__ import annotations
@@ -22,24 +22,31 @@ from adaptc.passes.ir.rows import ORDERS, RowAxis
 from adaptc.passes.ir.trees import named_leaves, pytree
 from adaptc.runtime.state import written_to
 
-#: of the largest change: what a change of a row leaves in others where it is rounded otherwise there (products of other
-#: sizes); what mixes rows changes them by far more
+#: share of the largest change up to which a change is rounding: with one row replaced, others may be rounded otherwise
+#: (matmuls of other sizes); what mixes rows changes them by far more
 SHARE = 1e-3
 MIXED = "what one row of the batch is changes what others are there, so rows are not apart"
 
 
 @dataclass(frozen=True)
 class End:
-    """Where what rows compute ends: ``name`` as users know it, its ``value`` in the graph. ``written``: calls write to
-    it, and later ones read it; all else callers read."""
+    """A value in which what rows compute leaves the program.
+
+    ``name``: what users know it by. ``value``: the value in the graph. ``written``: whether calls write to it and later
+    calls read it; all other ends are read by callers.
+    """
 
     name: str
     value: Tensor
     written: bool = False
 
     def mixed(self, size: Any, changes: Sequence[Tensor | None]) -> str:
-        """Why rows are not apart there, '' where they are: nothing changed, or what did is of the row that was
-        replaced. A number without axes that callers read (a loss) is of the whole batch, and of no row."""
+        """Return why rows are not apart there; '' where they are.
+
+        ``size``: the number of rows in the graph. ``changes``: for each row what changed when it was replaced, as
+        :func:`changed` gives it. Rows are apart where nothing changed, or where all that changed is of the replaced
+        row. A number without axes that callers read (a loss) is of the whole batch, and of no row.
+        """
         if reason := size_depends(changes):
             return reason
         if not any(bool(c.any()) for c in changes if c is not None) or not (self.value.ndim or self.written):
@@ -55,7 +62,7 @@ class End:
 
 
 def ends_of(program: ExportedProgram) -> dict[str, End]:
-    """Name of a node -> what a program gives there, or writes to."""
+    """Return name of a node -> what the program returns there, or writes to."""
     lifted = Lifted(program, edit=False)
     nodes, last = lifted.nodes, program.graph.output_node()
     out: dict[str, End] = {}
@@ -78,6 +85,8 @@ def ends_of(program: ExportedProgram) -> dict[str, End]:
 
 
 def choices(value: Any, size: Any) -> Iterator[RowAxis]:
+    """Yield the axes along which ``value`` may have the rows: first those of their number, then those of a multiple of
+    it."""
     if not isinstance(value, Tensor):
         return
     rows = expression(size)
@@ -100,7 +109,7 @@ def free(size: Any) -> bool:
 
 
 def apart(where: RowAxis, changes: Sequence[Tensor | None]) -> bool:
-    """Whether each row changed places of its own alone."""
+    """Return whether each row, when it was replaced, changed only its own positions along the axis ``where``."""
     for row, changed in enumerate(changes):
         if changed is None:
             return False
@@ -113,6 +122,8 @@ def apart(where: RowAxis, changes: Sequence[Tensor | None]) -> bool:
 
 
 def changed(a: Any, b: Any) -> Tensor | None:
+    """Return where two values of a node differ by more than rounding, a bool tensor of their shape; None where shapes
+    differ."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape:
         return None
     if not (a.is_floating_point() or a.is_complex()):
@@ -126,5 +137,6 @@ def changed(a: Any, b: Any) -> Tensor | None:
 
 
 def size_depends(changes: Sequence[Tensor | None]) -> str:
+    """Return why rows cannot be followed where a replaced row changed the shape of the value; '' where none did."""
     depends = "the number of values there depends on what they are, so rows cannot be followed"
     return depends if any(c is None for c in changes) else ""

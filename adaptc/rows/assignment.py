@@ -1,7 +1,7 @@
-"""What callers say of the rows of a batch: no adapter, one, or a weighted mix; turned into coefficients.
+"""Turn what callers say of the rows of a batch (no adapter, one, or a weighted mix) into coefficients.
 
-Before: one entry per row. After: for each row its adapters with their weights, in which every name is one that there is
-and every weight a finite number; weights of zero are gone.
+Callers give one entry per row. It becomes a mix: the row's adapters with their weights, which are finite numbers. Names
+are checked against those of the bank, and weights of zero are dropped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ Mixes = tuple[Mapping[str, float], ...]
 
 
 def mixes_of(adapters: Any) -> Mixes:
-    """``adapters`` as callers write it: a list with, for each row, None, a name, or a dict of names and weights.
+    """Return the mixes of ``adapters`` as callers write it: a list with, for each row, None, a name, or a dict of names
+    and weights.
 
     Raises AdaptcError for anything else, also where it was left out (``...``).
     """
@@ -64,12 +65,12 @@ def _is_number(weight: Any) -> bool:
 
 
 def used(mixes: Mixes) -> tuple[str, ...]:
-    """The names in ``mixes``, in the order in which they come first."""
+    """Return the names in ``mixes``, in the order in which they come first."""
     return tuple(dict.fromkeys(name for mix in mixes for name in mix))
 
 
 def check_known(names: Collection[str], known: Collection[str]) -> None:
-    """Raises AdaptcError for a name that is not among the ``known``."""
+    """Raise AdaptcError for a name that is not among the ``known``."""
     for name in names:
         if name not in known:
             raise AdaptcError(
@@ -79,7 +80,10 @@ def check_known(names: Collection[str], known: Collection[str]) -> None:
 
 
 def coefficients(mixes: Mixes, names: Sequence[str], count: int, device: torch.device) -> Tensor:
-    """(rows, count), float32: the weight of the adapter at each of the places ``names``; all others are zero."""
+    """Return the coefficients of a call, float32 (rows, count): for each row the weight of the adapter at each place.
+
+    ``names`` are the adapters at the first places. All other coefficients are zero.
+    """
     at = {name: i for i, name in enumerate(names)}
     out = torch.zeros(len(mixes), count)
     for row, mix in enumerate(mixes):

@@ -1,7 +1,6 @@
-"""A program without adapters, and the sites where rows have adapters of their own.
+"""Hold a program without adapters, and the sites where rows have adapters of their own.
 
-Before: a program whose adapters were taken out, and where they stood. After: what code for rows is made beside, of the
-program as a whole or of a part of it, which computes some of its outputs.
+Code for rows is made of it, for the program as a whole or for a part of it that computes some of its outputs.
 """
 
 from __future__ import annotations
@@ -23,7 +22,10 @@ from adaptc.runtime.state import written_to
 
 @dataclass(frozen=True, eq=False)
 class Bare:
-    """``base``: base tensors by FQN. ``fills``, ``takes``: as for :class:`Inputs`. ``training``: the adapters train."""
+    """A program whose adapters were taken out, and the sites where they stood.
+
+    ``base``: FQN -> base tensor. ``fills``, ``takes``: as for :class:`Inputs`. ``training``: the adapters train.
+    """
 
     program: ExportedProgram
     attachments: Sequence[Attachment]
@@ -35,12 +37,12 @@ class Bare:
 
     @property
     def added(self) -> frozenset[str]:
-        """The inputs that adapters add to the code for rows."""
+        """Return the names of the inputs that adapters add to the code for rows."""
         return frozenset(n for a in self.attachments for n in a.method.extras())
 
     @property
     def written(self) -> frozenset[str]:
-        """FQNs of base tensors that calls write to."""
+        """Return the FQNs of base tensors that calls write to."""
         lifted = Lifted(self.program, edit=False)
         names = written_to(self.program.graph)
         found = {f for f, node in lifted.placeholders.items() if node.name in names}
@@ -50,7 +52,8 @@ class Bare:
 
     @exclusive
     def part(self, outputs: Sequence[str]) -> Self:
-        """The part of these outputs, with the sites that are in it; a weight that several parts read is in each."""
+        """Return the part that computes these outputs, with the sites that are in it; a weight that several parts read
+        is in each."""
         program = part_of(self.program, outputs)
         nodes = {n.name for n in program.graph.nodes}
         inside = [replace(a, consumers=tuple(c for c in a.consumers if c in nodes)) for a in self.attachments]

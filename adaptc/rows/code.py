@@ -1,8 +1,9 @@
-"""The code that gives each row of a batch adapters of its own, for a number of adapters.
+"""Make the code that gives each row of a batch adapters of its own.
 
-Before: a program without adapters, its sites, and where the rows are. After: an executor whose calls take one more
-keyword, the coefficients (rows, count). Nothing in it is of any one adapter. It is the same for every number of them
-where they lie side by side in products, and one for each number where they are computed one after the other.
+It takes a program without adapters, its sites, and where the rows are. Calls of the executor that it gives take one
+more keyword, the coefficients (rows, count). Nothing in the code is of any one adapter. Where adapters lie side by side
+in matmuls, one code serves every number of them. Where they are computed one after the other, there is one code for
+each number.
 """
 
 from __future__ import annotations
@@ -33,13 +34,16 @@ from adaptc.runtime.call_inputs import Inputs
 from adaptc.runtime.executor import Executor
 from adaptc.runtime.options import RunOptions
 
-#: the name of the coefficients among the inputs
+#: the name of the input that takes the coefficients
 KEYWORD = "adapter_coefficients"
 
 
 @dataclass(frozen=True, eq=False)
 class RowsSource(Bare):
-    """With where the rows are: what code for them is made of."""
+    """A program without adapters, with its sites and where the rows are: what code for rows is made of.
+
+    ``axes``: name of a node -> where the rows are in its value.
+    """
 
     rows: Rows
     axes: Mapping[str, RowAxis]
@@ -47,8 +51,11 @@ class RowsSource(Bare):
     @classmethod
     @exclusive
     def of(cls, bare: Bare, probes: Sequence[Mapping[str, Any]] = ()) -> RowsSource:
-        """``probes`` as for :func:`locate`. Raises TargetError, which names the site, the output or the buffer, where
-        rows cannot have adapters of their own."""
+        """Return ``bare`` with where its rows are. ``probes``: as for :func:`locate`.
+
+        Raises TargetError, which names the site, the output or the buffer, where rows cannot have adapters of their
+        own.
+        """
         program, ops = bare.program, bare.ops
         _check_names(program)
         rows, lifted = rows_of(program), Lifted(program, edit=False)
@@ -77,8 +84,10 @@ class RowsSource(Bare):
         return cls(**vars(bare), rows=rows, axes=axes)
 
     def check_call(self, count: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Raises AdaptcError for a call with so many entries for rows whose batch has another number of them. What else
-        is wrong with it the call itself says."""
+        """Raise AdaptcError for a call whose batch does not have ``count`` rows, the number of entries in ``adapters``.
+
+        It also refuses coefficients given by the caller. What else is wrong with a call, the call itself says.
+        """
         if KEYWORD in kwargs:
             raise AdaptcError(f"{KEYWORD!r} is made of adapters=[...], and is not given to a bank")
         first = self.first(args, kwargs)
@@ -90,16 +99,20 @@ class RowsSource(Bare):
 
     @property
     def axis(self) -> int:
-        """That of the rows in :meth:`first`."""
+        """Return the axis of the rows in :meth:`first`."""
         return self.rows.of[1]
 
     def first(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-        """The input of a call whose sizes say the number of rows; None where they do not."""
+        """Return the input of a call whose size along :attr:`axis` is the number of rows; None where the call has
+        none."""
         value = self._given(self.rows.of[0], args, kwargs)
         return value if isinstance(value, Tensor) and value.ndim > self.axis else None
 
     def _given(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """What a call has for one input, by its place among all where inputs lie in one another."""
+        """Return what a call has for the input ``name``; None where that is not found.
+
+        Where inputs are nested, it is found by its place among all their leaves.
+        """
         if name in kwargs:
             return kwargs[name]
         if name in (places := list(self.takes)) and places.index(name) < len(args):
@@ -111,7 +124,7 @@ class RowsSource(Bare):
 
     @property
     def groupable(self) -> frozenset[str]:
-        """Ids of the sites that kernels of a GPU can compute."""
+        """Return the ids of the sites that GPU kernels can compute."""
         lifted, out = Lifted(self.program, edit=False), set[str]()
         for a in self.attachments:
             op = self.ops[a.id]
@@ -124,20 +137,23 @@ class RowsSource(Bare):
 
     @property
     def side_by_side(self) -> bool:
-        """Whether the adapters of some site lie side by side in products."""
+        """Return whether the adapters of some site lie side by side in matmuls."""
         return any(a.method.has_rows() for a in self.attachments)
 
     @exclusive
     def any_number(self, grouped: Collection[str] = ()) -> bool:
-        """Whether the code is the same for every number of adapters. ``grouped`` as for :meth:`code`."""
+        """Return whether one code serves every number of adapters. ``grouped``: as for :meth:`code`."""
         lifted = Lifted(self.program, edit=False)
         return any_number(lifted, self.attachments, self.ops, self.axes, self.rows.size, grouped)
 
     def exported(
         self, stack: Binding, count: int, at_once: bool = False, grouped: Collection[str] = ()
     ) -> ExportedProgram:
-        """The program with coefficients, of the adapters in ``stack``: plain ATen, for whoever takes those; with
-        operators of adaptc where they are ``at_once``, or the sites ``grouped`` in ``stack``."""
+        """Return the program with coefficients as an input, and the adapters of ``stack`` as buffers.
+
+        It is plain ATen. With ``at_once``, or with ids of sites that are ``grouped`` in ``stack``, it has operators of
+        adaptc.
+        """
         sites = [with_starts(a) if a.id in grouped else a for a in self.attachments]
         return InjectRows(sites, stack.values, self.axes, self.rows.of, count, KEYWORD, at_once, grouped)(
             self.program
@@ -153,15 +169,18 @@ class RowsSource(Bare):
         grouped: Collection[str] = (),
         free: bool = False,
     ) -> Executor:
-        """Code for ``count`` adapters; of ``stack`` the shapes alone matter. ``long``: for rows of many positions, with
-        operators that compute each row's own adapters alone. ``grouped``: the sites that are so in ``stack``.
-        ``free``: calls may have any number of adapters (:meth:`any_number`)."""
+        """Return code for ``count`` adapters. Only the shapes in ``stack`` matter, not its values.
+
+        ``long``: for rows of many positions, with operators that compute each row's own adapters alone. ``grouped``:
+        ids of the sites whose tensors in ``stack`` lie as GPU kernels read them. ``free``: calls may have any number of
+        adapters (:meth:`any_number`).
+        """
         with stage(f"making the code of a bank for {'any number of' if free else count} adapters"):
             program = self.exported(stack, count, long, grouped)
         pairs = []
         for i, a in enumerate(self.attachments):
             of, lies = with_starts(a) if a.id in grouped else a, a.id in grouped
-            # Where several methods stand at one weight, their ids differ by the number.
+            # All methods are called "rows" here, so the ids of several at one weight differ by the number alone.
             pairs.append((replace(of, method=InRows(a.method, count, lies), variant=i), a))
         many, ops = [new for new, _ in pairs], {new.id: self.ops[a.id] for new, a in pairs}
         inputs = Inputs.of(program, self.fills, self.takes, {(KEYWORD, 1)} if free else ())
@@ -169,7 +188,7 @@ class RowsSource(Bare):
 
 
 def _check_names(program: ExportedProgram) -> None:
-    """Raises ConfigError for a program with an input that is called as what rows are told by."""
+    """Raise ConfigError for a program with an input that has the name of ``adapters`` or of the coefficients."""
     spec = program.call_spec.in_spec
     keywords = () if spec is None else spec.children()[1].context or ()
     taken = ({"adapters"} & set(keywords)) | ({KEYWORD} & set(user_inputs(program)))

@@ -1,7 +1,7 @@
-"""What a bank may hold: how many adapters, how many bytes, which ranks, and who goes for another one.
+"""Keep a bank within its limits: how many adapters, how many bytes, which ranks, and which adapters go for another one.
 
-Before: limits as a caller states them, and an adapter that fits the program. After: the names to let go of for it, or
-an error that says why there is no room, or why no row of a batch can take it.
+For an adapter that fits the program, it gives the names to let go. It raises where there is no room, or where no row of
+a batch can take the adapter.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from adaptc.tables import size
 
 @dataclass(frozen=True)
 class Limits:
-    """None for no limit. Raises ConfigError for what is no limit."""
+    """The limits of a bank, None for no limit. Raises ConfigError for a value that is no limit."""
 
     capacity: int | None = None
     max_rank: int | None = None
@@ -36,7 +36,7 @@ class Limits:
             raise ConfigError(f"evict={shown(self.evict)} must be True or False")
 
     def check_call(self, names: Collection[str]) -> None:
-        """Raises ConfigError where one call needs more adapters than there may be."""
+        """Raise ConfigError where one call needs more adapters than there may be."""
         if self.capacity is not None and len(names) > self.capacity:
             raise ConfigError(
                 f"the call names {len(names)} adapters ({listing(map(repr, names))}), and the bank holds "
@@ -44,8 +44,11 @@ class Limits:
             )
 
     def check(self, name: str, binding: Binding, *, read: bool = False) -> None:
-        """Raises ConfigError or CheckpointError for an adapter that rows of one batch cannot have. ``read``: its
-        tensors were looked through when it was made of a file or a state; only scales, of a config, were not."""
+        """Raise ConfigError or CheckpointError for an adapter that rows of one batch cannot have.
+
+        ``read``: the adapter was made from a file or a state dict, where its tensors were checked for NaN. Only its
+        scales, which come from a config, are checked here then.
+        """
         if binding.base:
             raise CheckpointError(
                 f"adapter {name!r} brings a base of its own ({listing(map(repr, binding.base), 2)}), which rows of one "
@@ -57,7 +60,7 @@ class Limits:
                 "a mix"
             )
         values = {n: t for n, t in binding.values.items() if not (read and t.ndim)}
-        if not all_finite(t.detach() for t in values.values()):  # or that is not known in one pass
+        if not all_finite(t.detach() for t in values.values()):  # False also where the sums cannot tell: look at each
             floats = ((n, t) for n, t in values.items() if t.is_floating_point() or t.is_complex())
             if bad := next((n for n, t in floats if not bool(torch.isfinite(t).all())), None):
                 raise CheckpointError(f"adapter {name!r} is not finite: {bad!r} has NaN or infinity")
@@ -68,7 +71,8 @@ class Limits:
     def leaving(
         self, table: Mapping[str, Binding], order: Collection[str], name: str, binding: Binding, needed: Collection[str]
     ) -> list[str]:
-        """Whom to let go of ``table`` for another adapter: those first in ``order``, but none that is ``needed``.
+        """Return the names to remove from ``table`` for another adapter: the first in ``order``, but none that is
+        ``needed``.
 
         Raises ConfigError where there is no room.
         """
@@ -86,7 +90,7 @@ class Limits:
         return gone
 
     def _full(self, bindings: list[Binding]) -> str:
-        """What is exceeded with these; '' for nothing."""
+        """Return which limit these bindings exceed, as text; '' for none."""
         if self.capacity is not None and len(bindings) > self.capacity:
             return f"it holds no more than {self.capacity}"
         if self.max_bytes is not None and (nbytes := bytes_of(bindings)) > self.max_bytes:

@@ -1,11 +1,13 @@
 """Find where the rows of a batch are in the values of a program, and prove that they stay apart.
 
-Before: a program, and the nodes to be looked at. After: a :class:`RowAxis` for each, or a reason why there is none.
-Symbolic sizes say which axes there may be: one whose size is the number of rows, or a multiple of it, with each row's
-share in one stretch or spread evenly. Which of these it is, and whether rows mix (statistics over the batch, attention
-across it, tokens sorted by expert), is seen by running the program on random inputs, then with one row after the other
-replaced: all that changed must be of that row. Where nothing changes, and there is more than one way, there is none.
-What the program gives, and what it writes to, is looked at in the same runs: there it need not be told which way it is.
+For each node in question it gives a :class:`RowAxis`, or a reason why there is none. Symbolic sizes say which axes
+there may be. The size of such an axis is the number of rows, or a multiple of it. In a multiple, each row's share is
+one stretch or spread evenly.
+
+Runs tell which of these it is, and whether rows mix (statistics over the batch, attention across it, tokens sorted by
+expert). The program runs on random inputs, then with one row after the other replaced: all that changes must be of that
+row. Where nothing changes, and there is more than one candidate, no axis is given. The same runs show whether rows mix
+in what the program returns and writes to; there the axis need not be known.
 """
 
 from __future__ import annotations
@@ -29,18 +31,21 @@ from adaptc.passes.ir.trees import pytree
 from adaptc.rows.apart import MIXED, End, apart, changed, choices, expression, free, size_depends
 from adaptc.runtime.state import written_to
 
-#: rows that are run, where their number is free: of the first numbers that it may have one, a prime if it can be
+#: numbers of rows to run with where their number is free: the first that the program takes, so a prime if it can be
 ROWS = (3, 2, 4, 1)
-#: other free sizes where the example inputs are not known
+#: size of other free axes where the example inputs are not known
 LENGTH = 4
-#: seeds of the random inputs: where the first ones do not tell where rows are, others may
+#: seeds of the random inputs: where the first does not tell where the rows are, the next may
 SEEDS = (11, 12, 13)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """``inputs``: name -> axis of the user's inputs that have a row of the batch at each place; ``size``: the number of
-    rows as the graph has it, a number or a symbol. ``of``: the first of the inputs."""
+    """The batch of a program.
+
+    ``inputs``: name of a user's input -> its axis that has the rows. ``size``: the number of rows as the graph has it,
+    a number or a symbol. ``of``: the first of the inputs, and its axis.
+    """
 
     inputs: Mapping[str, int]
     size: Any
@@ -51,9 +56,9 @@ class Rows:
 
 
 def rows_of(program: ExportedProgram) -> Rows:
-    """The batch of a program: the size that the first axis of its first tensor input has, of those where it is free.
+    """Return the batch of a program: the size of the first axis of the first tensor input in which that axis is free.
 
-    Raises TargetError where no input has an axis.
+    Where it is free in none, the first tensor input gives the batch. Raises TargetError where no input has an axis.
     """
     tensors = {n: v for n, v in user_inputs(program).items() if isinstance(v, Tensor) and v.ndim}
     if not tensors:
@@ -72,10 +77,13 @@ def locate(
     ends: Mapping[str, End] = MappingProxyType({}),
     adapted: Collection[str] = (),
 ) -> tuple[dict[str, RowAxis], dict[str, str]]:
-    """(node -> where the rows are in its value, node -> why nowhere) for nodes called ``wanted``. ``probes``: two sets
-    of keyword inputs of equal shapes, for a program that says too little of its inputs to have them drawn. ``ends``:
-    what must be apart as well, of which there is an entry only where it is not. ``adapted``: FQNs of parameters that
-    adapters change: where they are zero others are taken, for zeros would hide what mixes in front of them."""
+    """Return (node -> where the rows are in its value, node -> why nowhere) for the nodes called ``wanted``.
+
+    ``probes``: two sets of keyword inputs of equal shapes, for a program whose inputs cannot be drawn at random.
+    ``ends``: node -> a value in which rows must be apart as well; the second dict has an entry for it only where they
+    are not. ``adapted``: FQNs of parameters that adapters change. Those that are zero are replaced by random values,
+    for zeros would hide what mixes rows in front of them.
+    """
     nodes = {n.name: n for n in program.graph.nodes if n.name in wanted}
     fitting = {name: list(choices(node.meta["val"], rows.size)) for name, node in nodes.items()}
     why = {n: f"its value {tuple(nodes[n].meta['val'].shape)} has no axis for the {rows.size} rows" for n in wanted}
@@ -95,7 +103,8 @@ def locate(
             told[name] |= {row for row, places in enumerate(seen) if places is not None and bool(places.any())}
             why[name] = size_depends(seen) or MIXED
         symbolic, count = free(rows.size), len(changes)
-        # One axis that has the symbol of the rows is theirs. A size that is a number may have it from elsewhere.
+        # A single axis with the symbol of the rows is theirs. Where the batch is fixed, another axis may merely have
+        # an equal size, so a change must have told every row there.
         open_ = {
             n
             for n in open_
@@ -115,8 +124,10 @@ def _changes(
     probes: Sequence[Mapping[str, Any]],
     replaced: Mapping[str, Tensor],
 ) -> list[dict[str, Tensor | None]]:
-    """For each row what changed at the nodes when it was replaced; None for another number of values. ``probes``: two
-    sets of inputs, by name; ``replaced``: other values of parameters, by FQN."""
+    """Return for each row what changed at the nodes when it was replaced (see :func:`~adaptc.rows.apart.changed`).
+
+    ``probes``: two sets of inputs, by name. ``replaced``: FQN -> other values of a parameter.
+    """
     fakes = user_inputs(program)
     one, other = ([inputs[n] for n in fakes] for inputs in probes)
     first = next(v for n, v in zip(fakes, one, strict=True) if n in rows.inputs)
@@ -130,7 +141,10 @@ def _changes(
 
 
 def _drawn(program: ExportedProgram, rows: Rows, seed: int) -> list[dict[str, Any]]:
-    """Two sets of random inputs of the same sizes, of as few rows as there can be."""
+    """Return two sets of random inputs of the same sizes, with the first number in :data:`ROWS` that the program takes.
+
+    Where the number of rows is fixed, or the program takes none of these, they have the sizes of the capture.
+    """
 
     def by_name(run: Run) -> dict[str, Any]:
         return dict(zip(user_inputs(program), pytree.tree_leaves((run.args, run.kwargs)), strict=True))
@@ -138,13 +152,14 @@ def _drawn(program: ExportedProgram, rows: Rows, seed: int) -> list[dict[str, An
     for count in ROWS if free(rows.size) else ():
         try:
             return [by_name(r) for r in draw(program, shapes=[_shapes(program, rows, count)] * 2, seed=seed)]
-        except AdaptcError:  # so many there cannot be
+        except AdaptcError:  # the program does not take this number of rows
             continue
     return [by_name(draw(program, shapes=1, seed=s)[0]) for s in (seed, seed + len(SEEDS))]
 
 
 def _shapes(program: ExportedProgram, rows: Rows, count: int) -> dict[str, Sequence[int]]:
-    """Shapes with so many rows and, as far as they are known, the other sizes of the capture."""
+    """Return the shapes of inputs with ``count`` rows, and other sizes as in the example inputs where these are
+    known."""
     fakes = user_inputs(program)
     examples = pytree.tree_leaves(program.example_inputs) if program.example_inputs is not None else []
     known = dict(zip(fakes, examples, strict=False))
@@ -157,7 +172,7 @@ def _shapes(program: ExportedProgram, rows: Rows, count: int) -> dict[str, Seque
 
 
 def _with_row(one: Any, other: Any, axis: int | None, row: int) -> Any:
-    """``one`` with a row of ``other``."""
+    """Return ``one`` with a row of ``other``; ``one`` itself where the input has no rows."""
     if axis is None or not isinstance(one, Tensor) or one.shape != other.shape:
         return one
     out = one.clone()
@@ -166,12 +181,12 @@ def _with_row(one: Any, other: Any, axis: int | None, row: int) -> Any:
 
 
 def _instead_of_zeros(program: ExportedProgram, fqns: Collection[str]) -> dict[str, Tensor]:
-    """Random values for those of the parameters that are zero everywhere."""
+    """Return random values for those of the parameters that are zero everywhere."""
     opened, generator = Lifted(program, edit=False), torch.Generator().manual_seed(0)
     out: dict[str, Tensor] = {}
     for fqn in fqns:
         t = opened.tensor(fqn).detach()
-        # The first value tells of most weights that they are not.
+        # For most weights the first value already tells that they are not zero.
         if t.is_floating_point() and t.numel() and not (t[(0,) * t.ndim] or t.any()):
             out[str(opened.specs[opened.placeholders[fqn].name].target)] = torch.randn(t.shape, generator=generator).to(
                 t
@@ -183,14 +198,14 @@ def _instead_of_zeros(program: ExportedProgram, fqns: Collection[str]) -> dict[s
 def _values(
     program: ExportedProgram, flat: Sequence[Any], names: Collection[str], replaced: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """The values of nodes in one call; of what it writes to, those after it."""
+    """Return the values of nodes in one call; for inputs and buffers that it writes to, the values after it."""
     opened = Lifted(program, edit=False)
     specs = [s for s in program.graph_signature.input_specs if s.kind != InputKind.USER_INPUT]
     lifted = [replaced.get(str(s.target), opened.tensor(str(s.target))) for s in specs]
-    # What the program writes to must not be changed by being looked at.
+    # A run here must not change the buffers that the program writes to.
     written = written_to(program.graph)
     lifted = [t.clone() if s.arg.name in written else t for s, t in zip(specs, lifted, strict=True)]
-    # What is written to an input stays there, too.
+    # Nor may it change the caller's inputs, which the program may write to as well.
     own = [t.clone() if isinstance(t, Tensor) else t for t in flat]
     gpus = {t.device.index or 0 for t in (*lifted, *own) if isinstance(t, Tensor) and t.is_cuda}
     with torch.random.fork_rng(sorted(gpus)):  # every run draws the same numbers, and none of the caller's

@@ -1,4 +1,4 @@
-"""What a bank holds, as a table and as numbers."""
+"""Report what a bank holds, as a table and as numbers."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ from adaptc.tables import Column, Report, Table, plain, size
 
 
 def bytes_of(bindings: Iterable[Binding]) -> int:
-    """Of all their tensors; what several share counts once."""
+    """Return the bytes of all tensors of these bindings; a tensor that several share counts once."""
     return sum({storage_key(t): t.nbytes for b in bindings for t in b.values.values()}.values())
 
 
 @dataclass(frozen=True, repr=False)
 class BankReport(Report):
-    """The ``adapters`` by name, in the order of their last use; ``held``: bytes of the stacks that calls made of them;
-    ``stacks``: the names in each; ``capacity`` and ``max_bytes``: its limits, None for none."""
+    """A report of a bank.
+
+    ``adapters``: name -> binding, most recently used last. ``held``: bytes of the stacks that calls made of them.
+    ``stacks``: the names in each stack. ``capacity`` and ``max_bytes``: the bank's limits, None for none.
+    """
 
     adapters: Mapping[str, Binding] = field(repr=False)
     held: int = 0
     stacks: tuple[tuple[str, ...], ...] = ()
     capacity: int | None = None
     max_bytes: int | None = None
-    #: bytes of each adapter, where its tensors do not tell them: in compiled code all places are of one size
+    #: bytes of each adapter where its tensors do not tell: in compiled code all places have one size; else None
     each: int | None = None
 
     @property

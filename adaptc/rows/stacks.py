@@ -1,8 +1,8 @@
-"""The tensors of several adapters side by side, as the code for rows reads them.
+"""Stack the tensors of several adapters, as the code for rows reads them.
 
-Before: bindings of one program. After: one of their stack: each slot and each scale has an axis of adapters in front;
-smaller ranks are filled up in the way that leaves their adapter as it is. In memory the axis lies beside the rank, so
-that a product over the ranks of all adapters reads it as it is.
+Each slot and each scale gets an axis of adapters in front. Smaller ranks are padded in the way that leaves their
+adapter as it is. In memory the axis of adapters lies beside that of the ranks. So a matmul over the ranks of all
+adapters reads the tensor without a copy.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ def stacked(
     count: int,
     grouped: Collection[str] = (),
 ) -> Binding:
-    """A binding of ``bindings``, up to ``count`` of them; what is left is the first once more, which is as finite as it
-    is alone. Gradients flow to their values.
-    ``grouped``: ids of sites whose tensors lie as kernels of a GPU read them (``adaptc.kernels.grouped_rows``).
+    """Return a binding with ``count`` places that stacks ``bindings``, which are at most so many. Gradients flow to
+    their values.
 
-    Raises AdaptcError where their sizes cannot be brought together.
+    Places that are left over repeat the first binding, which is as finite there as it is alone. ``grouped``: ids of
+    sites whose tensors lie as GPU kernels read them (``adaptc.kernels.grouped_rows``). Raises AdaptcError where the
+    sizes of the bindings cannot be brought together.
     """
     values: dict[str, Tensor] = {}
     source = f"{len(bindings)} adapters"
@@ -55,17 +56,21 @@ def stacked(
 
 
 def with_starts(a: Attachment) -> Attachment:
-    """With the slot of a grouped site that says where ranks are."""
+    """Return the attachment of a grouped site with the slot that says where the ranks of each adapter begin and end."""
     return replace(a, slots={**a.slots, STARTS: f"{a.scale_slot}.{STARTS}"})
 
 
 def _grouped(bindings: Sequence[Binding], a: Attachment, op: Op, count: int) -> dict[str, Tensor]:
-    """The tensors of one site: an adapter's ranks below those of the one before it, and where they begin and end."""
+    """Return the tensors of one grouped site, in which the ranks of one adapter follow those of the one before it.
+
+    The starts, int32 (2 * count + 1,), say where the ranks of each adapter begin and end, and then where all end. The
+    scale (2 * count,) has a zero after each adapter's, for the padding behind its ranks.
+    """
     values: dict[str, Tensor] = {}
     largest, ranks = 0, [0]
     for name, slot in a.method.slots(op).items():
         tensors, (axis,) = [b.values[a.slots[name]] for b in bindings], slot.free
-        # In memory the axis of adapters is the outermost, and that of ranks is next.
+        # Kernels want the axis of adapters outermost in memory, and that of ranks next.
         turned = [t.movedim(axis, 0) for t in tensors]
         made = _stack(turned, count, replace(slot, free=()), name, a, op, axis)
         largest, values[a.slots[name]] = made.shape[1], made.movedim(1, axis + 1)
@@ -81,7 +86,10 @@ def _grouped(bindings: Sequence[Binding], a: Attachment, op: Op, count: int) -> 
 def _stack(
     tensors: Sequence[Tensor], count: int, slot: Slot, name: str, a: Attachment, op: Op, turned: int = 0
 ) -> Tensor:
-    """``turned``: the axis that was brought to the front of each."""
+    """Return one slot, or the scale, of all bindings, padded to the largest sizes and stacked (count, ...).
+
+    ``turned``: the axis that was brought to the front of each tensor.
+    """
     first = tensors[0]
     shape = tuple(max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True))
     axis = slot.free[0] if slot.free else 0
@@ -96,7 +104,7 @@ def _stack(
         return torch.stack([_sized(t, shape, name, a, op) for t in tensors])
     room = (*shape[:axis], count, *shape[axis:])
     dtype = first.dtype
-    with torch.inference_mode(False), torch.no_grad():  # later calls may be of another mode
+    with torch.inference_mode(False), torch.no_grad():  # later calls outside inference mode could not use it
         out = torch.empty(room, dtype=dtype, device=first.device).movedim(axis, 0)
         for k, t in enumerate(tensors):
             out[k].copy_(_sized(t.detach(), shape, name, a, op, turned))

@@ -1,1 +1,1 @@
-"""Running programs: options, arguments, the code of calls, and what is held between them."""
+"""Run programs: options, the arguments and code of calls, and the values that are kept between calls."""

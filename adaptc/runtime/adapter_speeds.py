@@ -1,9 +1,9 @@
-"""How fast the thin products of adapters are here: measured once per machine, and kept like the times of products.
+"""Measure how fast the thin matmuls of adapters are on this machine, once, and keep the times in a file.
 
-Before: a processor, or a table that is kept. After: :func:`adapter_speed`, by which the forms of fused adapters are
-weighed. What a product costs whatever its size, what it costs to read an adapter, and what an operation costs differ
-several times between processors, and with them how many rows the fewest products are worth. Nothing is measured under
-``ADAPTC_PRODUCTS=plain`` or for types that the processor does not multiply: what holds then is the pass's own guess.
+:func:`adapter_speed` gives the costs by which the forms of fused adapters are compared. There are three: a fixed cost
+of each matmul, the cost of reading an adapter's numbers, and the cost of an operation. All differ several times between
+processors, and so does the number of rows up to which the form with the fewest matmuls is fastest. Nothing is measured
+under ``ADAPTC_PRODUCTS=plain``, nor for dtypes that oneDNN does not multiply here. The pass's own guess holds then.
 """
 
 from __future__ import annotations
@@ -18,18 +18,21 @@ from adaptc.passes.optimize.sibling_cost import DISPATCH, Speed, speed
 from adaptc.runtime.product_table import product_table, wanted
 from adaptc.runtime.product_times import ADAPTERS, FACTOR_CLASSES, FACTORS, ROWS, Times, least, measure, operands
 
-#: seconds of an operation, in which costs are told: of those that a dispatch is worth, in its four microseconds
+#: the seconds of one operation, the unit of costs: a dispatch takes four microseconds and costs ``DISPATCH`` operations
 OPERATION = 4e-6 / DISPATCH
 
 
 def adapter_speed(dtype: torch.dtype) -> Speed:
-    """Of products with the factors of adapters of ``dtype``."""
+    """Return the speed of matmuls with adapter factors of ``dtype``, measured or guessed."""
     times = product_table(dtype, measure_adapters, ADAPTERS).times if wanted() else {}
     return speed_of(times) or speed(dtype)
 
 
 def speed_of(times: Times) -> Speed | None:
-    """What times say, as a line through few and many rows; None where they say nothing, or what cannot be."""
+    """Return the speed that ``times`` give, by a line through few and many rows.
+
+    None where times are missing, or where noise makes a fixed cost or the cost of an operation zero or less.
+    """
     (narrow, wide), (few, many) = FACTORS, FACTOR_CLASSES
     found = [times.get((*size, rows)) for rows in (few, many) for size in (narrow, wide)]
     if None in found:
@@ -46,7 +49,7 @@ def speed_of(times: Times) -> Speed | None:
 
 
 def measure_adapters(dtype: torch.dtype) -> Times:
-    """Times of both products of an adapter, as they are made."""
+    """Measure both matmuls of an adapter, down and up with its addition, and return their times."""
     return measure(dtype, _both, ADAPTERS)
 
 

@@ -1,7 +1,6 @@
-"""The form of a program's answer, which options of transformers' calls ask for.
+"""Handle the options of transformers' calls that choose the form of the outputs, such as ``return_dict``.
 
-Before: the structure of the outputs that a program was captured with. After: which of these options ask for what the
-program gives anyhow, and the answer as ``return_dict`` asks for it.
+A program's outputs are fixed when it is captured. An option is taken where it asks for what the program gives anyhow.
 """
 
 from __future__ import annotations
@@ -11,14 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 RETURN_DICT = "return_dict"
-#: options that ask for another output -> what its names end with
+#: options that ask for another output -> the endings of that output's name
 _OUTPUTS: Mapping[str, tuple[str, ...]] = {
     "output_attentions": ("attentions",),
     "output_hidden_states": ("hidden_states",),
     "output_router_logits": ("router_logits",),
     "use_cache": ("past_key_values", "cache_params", "cache"),
 }
-#: options of answers -> the values that ask for nothing else than what every program gives
+#: options of outputs -> the values that every program's outputs satisfy
 ANSWERS: Mapping[str, tuple[Any, ...]] = {
     RETURN_DICT: (None,),
     "logits_to_keep": (None, 0),
@@ -28,21 +27,21 @@ ANSWERS: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Answer:
-    """``kind``: the class of the output; ``names``: of the values in it, where they have any."""
+    """The form of a program's outputs: their class ``kind``, and the ``names`` of its fields if it has any."""
 
     kind: type
     names: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, spec: Any) -> Answer:
-        """``spec``: the tree of a program's outputs."""
+        """Return the form of a program's outputs, from the tree ``spec`` of its outputs."""
         if spec is None or spec.type is None:
             return cls(object)
         names = spec.context if isinstance(spec.context, (list, tuple)) else ()
         return cls(spec.type, tuple(n for n in names if isinstance(n, str)))
 
     def has(self, option: str, value: Any) -> bool:
-        """Whether an option of :data:`ANSWERS` asks for what the program gives."""
+        """Return whether a value for an option of :data:`ANSWERS` asks for what the program gives."""
         if any(value is same for same in ANSWERS[option]):
             return True
         if option == RETURN_DICT:
@@ -53,7 +52,7 @@ class Answer:
         return False
 
     def refusal(self, option: str, value: Any) -> str:
-        """What to do about an option that asks for something else."""
+        """Return a message that says what to do about an option that asks for something else."""
         if option == RETURN_DICT:
             kind = "values without a class" if self.kind is object else f"a {self.kind.__name__}"
             return f"'return_dict' is {value!r}, and the program gives {kind}: leave it out."
@@ -62,5 +61,5 @@ class Answer:
 
 
 def as_asked(out: Any, return_dict: Any) -> Any:
-    """What a program gives, as a tuple of what it has where ``return_dict`` is False."""
+    """Return a program's output ``out``, as a plain tuple where ``return_dict`` is False and it can be one."""
     return out.to_tuple() if return_dict is False and hasattr(out, "to_tuple") else out

@@ -1,8 +1,8 @@
-"""What compiled code must not be given, found before it meets it: it would end the process, or compute nonsense.
+"""Refuse inputs with which compiled code would end the process or compute nonsense.
 
-Before: the values of a call's inputs. After: they are as they were, and numbers that name a row of a table are within
-its bounds, and nobody follows a derivative through them; or an error says which input is wrong. Values on another
-device than the processor are not waited for: there the code itself says it.
+Indices into a table must be within its rows, and no derivative may be followed through an input. An error says which
+input is wrong. Values that are not on the CPU are not checked, since that would wait for the device. There the code
+itself raises.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from adaptc.torch_modes import transformed
 
 
 def check_bounds(name: str, value: Tensor, bounds: tuple[int, int]) -> None:
-    """Raises AdaptcError for a number in the input ``name`` that is not within ``bounds``, both of which may be."""
+    """Raise AdaptcError for a number in the input ``name`` that is outside ``bounds`` (least, greatest), inclusive."""
     if value.device.type != "cpu" or not value.numel():
         return
     low, high = bounds
@@ -36,8 +36,11 @@ EAGER = "Set prog.backend = 'eager', or call prog.module()"
 
 
 def check_followed(expected: Sequence[tuple[str, Any]], flat: Sequence[Any], way: str = EAGER) -> None:
-    """Raises BackendError for an input that a transform of ``torch.func`` or a forward-mode derivative follows: code
-    that is compiled is not told. ``expected``: the names of the inputs, as ``Inputs`` has them; ``way``: what to do."""
+    """Raise BackendError for an input that a transform of ``torch.func`` or a forward-mode derivative follows.
+
+    Compiled code would silently lose the derivative. ``expected`` has the names of the inputs, as ``Inputs`` has them.
+    ``way`` is the advice that ends the message.
+    """
     for (name, _), value in zip(expected, flat, strict=True):
         if transformed(value):
             raise BackendError(

@@ -1,7 +1,7 @@
-"""The arguments of a call: flattened as the program was captured, and checked against the sizes it was captured for.
+"""Flatten the arguments of a call as the graph takes them, and check them against the sizes of the capture.
 
-Before: what a user passes. After: a flat list that the graph takes, or an error that says which input is wrong and what
-would fit. What was checked once is not checked again: the work of a call does not grow with what is known to be right.
+An error says which input is wrong and what would fit. Shapes and dtypes that passed once are remembered, so later calls
+with the same ones are not checked again.
 """
 
 from __future__ import annotations
@@ -23,31 +23,35 @@ from adaptc.runtime.answers import Answer
 from adaptc.runtime.call_names import CallNames
 from adaptc.runtime.size_conditions import condition, expression, solved, symbols
 
-#: how an input that an adapter added is made, with the number behind
+#: the start of the rule for an input that an adapter added; the number that fills it follows
 FULL_LIKE = "full_like:"
-#: how labels that are no classes are made, with their type and the sizes of a row behind
+#: the start of the rule for labels that are no classes; their dtype and the sizes of a row follow
 NAN_ROWS = "nan_rows:"
 _FLOATS = {str(t).removeprefix("torch."): t for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 NOT_LONGER: Mapping[str, int] = MappingProxyType({})
 
-#: characters of a condition that are shown
+#: the most characters of a condition that a message shows
 _LONGEST = 240
 
 
 @dataclass(frozen=True)
 class TensorInput:
-    """What a tensor input must look like. A size is a number, or the name of the symbol it was captured as."""
+    """The dtype and shape that a tensor input must have.
+
+    A size is a number, the name of a symbol (any size in its range), or an expression over symbols such as ``2*s7``.
+    """
 
     dtype: torch.dtype
     shape: tuple[int | str, ...]
 
 
 class Inputs:
-    """Flattens and checks the arguments of a call.
+    """The inputs of a program: an object that is called with a call's arguments and returns them flat and checked.
 
-    ``expected`` has a :class:`TensorInput` or a constant for every flat input, by name; ``ranges`` the least and the
-    greatest size of each symbol; ``guards`` what else torch assumed of sizes when it captured the program. ``takes``:
-    see :class:`CallNames`.
+    ``spec`` is the tree of (args, kwargs). ``fills`` gives the rules for keyword inputs that may be left out.
+    ``expected`` has the name of every flat input, with a :class:`TensorInput` or the constant it was captured as.
+    ``ranges`` has the least and the greatest size of each symbol. ``guards`` are the other conditions that torch
+    assumed of sizes in the capture. ``takes`` is as for :class:`CallNames`. ``gives`` is the tree of the outputs.
     """
 
     def __init__(
@@ -82,7 +86,11 @@ class Inputs:
         takes: Sequence[str] | None = None,
         free: Collection[tuple[str, int]] = (),
     ) -> Inputs:
-        """The inputs a program was captured with. ``free``: names and axes of those that may have other sizes there."""
+        """Return the inputs that a program was captured with.
+
+        ``free`` has the (name, axis) of sizes that may differ although they were captured as numbers. Raises
+        AdaptcError for a program without an input spec.
+        """
         spec = program.call_spec.in_spec
         if spec is None:
             raise AdaptcError("the program has no input spec; export it with torch.export.export")
@@ -100,7 +108,10 @@ class Inputs:
     def __call__(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], longer: Mapping[str, int] = NOT_LONGER
     ) -> list[Any]:
-        """``longer``: free size -> how much is added to it before the program sees it."""
+        """Return the arguments as a flat list; raise AdaptcError for those that do not fit.
+
+        ``longer`` maps a free size to the number of virtual tokens that an adapter adds to it inside the graph.
+        """
         if len(kwargs) != len(self.names) or len(args) != self.n_args or not self.calls.as_captured(kwargs):
             args, kwargs = self.complete(args, kwargs)
         ordered = {n: kwargs[n] for n in self.names}
@@ -110,7 +121,7 @@ class Inputs:
             key = (*key, *longer.items())
         try:
             seen = key in self._seen
-        except TypeError:  # a list, an array: nothing that a tensor's place takes
+        except TypeError:  # unhashable: a list or an array in the place of a tensor, which the check refuses
             self._check(flat, longer)
             return flat
         if not seen:
@@ -120,7 +131,7 @@ class Inputs:
         return flat
 
     def where(self) -> dict[str, tuple[int, int]]:
-        """Free size -> a flat input, and its axis, that has it."""
+        """Return free size -> the (flat input, axis) that has it."""
         out: dict[str, tuple[int, int]] = {}
         for i, (_, want) in enumerate(self.expected):
             sizes = want.shape if isinstance(want, TensorInput) else ()
@@ -128,8 +139,10 @@ class Inputs:
         return out
 
     def complete(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The inputs as the program was captured, with what was left out. Raises AdaptcError for one that it has not,
-        and one that is missing."""
+        """Return the arguments as the program was captured, with the keyword inputs that were left out filled in.
+
+        Raises AdaptcError for an input that the program does not take, and for one that is missing.
+        """
         args, done = self.calls.arranged(args, kwargs)
         for name in self.names:
             if name not in done:
@@ -157,7 +170,10 @@ class Inputs:
         return f"{what}. {self.calls.usage()}"
 
     def _check(self, flat: Sequence[Any], longer: Mapping[str, int]) -> None:
-        """Sizes and dtypes the graph was specialised on; anything else would compute nonsense or fail far inside."""
+        """Raise AdaptcError for sizes and dtypes that the graph was not captured for.
+
+        They would compute nonsense, or fail deep inside the graph. ``longer``: as for :meth:`__call__`.
+        """
         sizes: dict[str, tuple[int, str]] = {}
         made: list[tuple[str, int, int, str]] = []
         if len(flat) != len(self.expected):
@@ -176,7 +192,7 @@ class Inputs:
                 raise AdaptcError(f"input {name!r}: expected {wanted}, got {value.dtype} with {value.ndim}")
             for axis, (got, size) in enumerate(zip(value.shape, want.shape, strict=True)):
                 if isinstance(size, str) and not symbols(size) and (exact := expression(size)) is not None:
-                    size = exact({})  # the tracer found out late that it is a number
+                    size = exact({})  # an expression without symbols: the tracer found out late that it is a number
                 if isinstance(size, int) or size.isidentifier():
                     self._check_size(name, axis, got, size, sizes, longer)
                 else:
@@ -209,11 +225,14 @@ class Inputs:
         self._check_range(where, got, size, longer.get(size, 0))
 
     def _check_made(self, name: str, axis: int, got: int, size: str, sizes: dict[str, tuple[int, str]]) -> None:
-        """A size that is an expression, such as twice another one."""
+        """Raise AdaptcError where a size breaks its expression over other sizes, such as ``2*s7``.
+
+        A single symbol of the expression that no input has by itself is solved for, and added to ``sizes``.
+        """
         where, function = f"axis {axis} of {name!r}", expression(size)
         unknown = [s for s in symbols(size) if s not in sizes]
         if function is None or len(unknown) > 1:
-            return  # the graph says whether it fits
+            return  # the graph itself fails where the size does not fit
         known = {s: n for s, (n, _) in sizes.items()}
         if unknown:
             found = solved(size, known, unknown[0], got)
@@ -228,7 +247,7 @@ class Inputs:
 
     def _check_range(self, where: str, got: int, size: str, more: int = 0) -> None:
         low, high = self.ranges.get(size, (0, inf))
-        # torch's tracer writes 2 where it has not looked at 0 and 1; what they would break is among the guards.
+        # torch's tracer writes 2 as the least size without having tried 0 and 1; what these would break is a guard.
         low = 0 if low <= 2 else low
         if not low <= got + more <= high:
             added = f" and the adapter puts {more} tokens in front: {got + more} is" if more else ","
@@ -236,17 +255,17 @@ class Inputs:
             raise AdaptcError(f"{where} has size {got}{added} outside the captured range [{low:g}, {high:g}]{way}")
 
     def shapes(self, flat: Sequence[Any]) -> str:
-        """Those of a call's tensors, by name, for messages."""
+        """Return the names and shapes of a call's tensors, for messages."""
         named = zip(flat, self.expected, strict=True)
         return listing(f"{name!r}: {tuple(v.shape)}" for v, (name, _) in named if isinstance(v, Tensor))
 
     def empty(self, flat: Sequence[Any]) -> list[str]:
-        """The tensors of a call that have a size of zero, for messages."""
+        """Return a text for each tensor of a call that has a size of zero, for messages."""
         named = zip(flat, self.expected, strict=True)
         return [f"{n!r} has shape {tuple(v.shape)}" for v, (n, _) in named if isinstance(v, Tensor) and not v.numel()]
 
     def why_zero(self, flat: Sequence[Any], error: Exception) -> str:
-        """What is wrong with a call that failed with ``error``, where a size of zero is; '' where none is."""
+        """Return a message for a call that failed with ``error`` and has a size of zero; '' where no size is zero."""
         if not (empty := self.empty(flat)):
             return ""
         divides = isinstance(error, ZeroDivisionError)
@@ -254,7 +273,7 @@ class Inputs:
         return f"the model, or its capture, {does}: {', '.join(empty)}; leave such calls out"
 
     def why_broken(self, flat: Sequence[Any], error: Exception) -> str:
-        """What is wrong with a call in which an assertion of the graph failed; '' for any other ``error``."""
+        """Return a message for a call in which an assertion of the graph failed; '' for any other ``error``."""
         if not str(error).startswith("Runtime assertion failed"):
             return ""
         first = str(error).splitlines()[0]
@@ -281,13 +300,13 @@ class Inputs:
 
 
 def _short(condition: str) -> str:
-    """A condition on sizes without the middle of a long one, which has the same parts again and again."""
+    """Return a condition on sizes, without the middle if it is long: long ones repeat their parts."""
     half = _LONGEST // 2
     return condition if len(condition) <= _LONGEST else f"{condition[:half]} ... {condition[-half:]}"
 
 
 def first_names(program: ExportedProgram) -> tuple[str, ...]:
-    """What is known of the names of a program's positional inputs."""
+    """Return the names of a program's positional inputs; () where the program does not record them."""
     spec, signature = program.call_spec.in_spec, program.module_call_graph[0].signature
     names = None if signature is None else signature.forward_arg_names
     count = 0 if spec is None else len(spec.children()[0].children())
@@ -295,7 +314,11 @@ def first_names(program: ExportedProgram) -> tuple[str, ...]:
 
 
 def fill(how: str, like: Tensor) -> Tensor:
-    """A keyword input that was left out, made from another one; the rules are those of ``Captured.fills``."""
+    """Return a keyword input that was left out, made from the input ``like``; ``how`` is a rule of ``Captured.fills``.
+
+    "ones_like" and "full_like:N" have the shape of ``like``. Labels are -100, int64, of the shape of ``like``
+    ("ignore_like") or one for each row. "nan_rows:dtype,sizes" gives NaN for each row.
+    """
     if how == "ones_like":
         return torch.ones_like(like)
     if how.startswith(FULL_LIKE):

@@ -1,8 +1,8 @@
-"""Which of a call's arguments is which of a program's inputs.
+"""Match a call's arguments to a program's inputs.
 
-Before: positional inputs and keywords, as the model itself would take them. After: exactly the positional inputs and
-the keywords that the program was captured with, but for those that it makes itself; or an error that names each input
-which is missing or too many, and what is taken instead.
+A call may give positional inputs and keywords in any way that the model itself takes. The result has exactly the
+positional inputs and keywords that the program was captured with, without those that it fills in itself. An error names
+each input that is missing or not taken, and what the program takes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from adaptc.errors import AdaptcError, did_you_mean, listing
 from adaptc.runtime.answers import ANSWERS, RETURN_DICT, Answer, as_asked
 
-#: keywords of other libraries' calls that ask for what a program does not do -> what it does instead
+#: keywords of other libraries' calls that a program does not take -> what to do instead
 _NOT_YET = {
     "adapter_names": "rows of one call have adapters of their own in a bank: prog.bank({...})(..., adapters=[...])",
     "adapters": "rows of one call have adapters of their own in a bank: prog.bank({...})(..., adapters=[...])",
@@ -27,9 +27,12 @@ _NOT_YET = {
 
 @dataclass(frozen=True)
 class CallNames:
-    """``positional`` and ``keywords``: what the program was captured with. ``takes``: what the model's ``forward``
-    takes, in order, as far as that is known. ``fills``: keywords that may be left out. ``constants``: inputs that were
-    captured as values of Python. ``answer``: what the program gives."""
+    """The names of a program's inputs, and how a call's arguments are matched to them.
+
+    The program was captured with the inputs ``positional`` and ``keywords``. ``takes`` has the parameters of the
+    model's ``forward`` in order, as far as they are known. Keywords in ``fills`` may be left out.
+    ``constants`` are the inputs that were captured as Python values. ``answer`` is the form of the outputs.
+    """
 
     positional: Sequence[str]
     keywords: Sequence[str]
@@ -37,7 +40,7 @@ class CallNames:
     fills: Collection[str]
     constants: Mapping[str, Any]
     answer: Answer
-    #: inputs that need not be given, since all values that are taken mean what was captured
+    #: inputs that need not be given, with their captured values: constants that are None or ask for a form of outputs
     known: Mapping[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -45,20 +48,24 @@ class CallNames:
         object.__setattr__(self, "known", known)
 
     def as_captured(self, kwargs: Mapping[str, Any]) -> bool:
-        """Whether keywords are those of the program, with nothing to be made for them."""
+        """Return whether ``kwargs`` give each keyword of the program a value, so that nothing is to be arranged."""
         return all(
             n in kwargs and (kwargs[n] is not None or n not in self.fills) and n not in ANSWERS for n in self.keywords
         )
 
     def as_asked(self, out: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """What the program gave, as the ``return_dict`` of a call says."""
+        """Return the output ``out`` in the form that the call's ``return_dict`` asks for."""
         asked = kwargs.get(RETURN_DICT)
         if asked is None and len(args) > len(self.positional) and RETURN_DICT in self.takes:
             asked = dict(zip(self.takes, args, strict=False)).get(RETURN_DICT)
         return as_asked(out, asked)
 
     def arranged(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """See the module docstring."""
+        """Return the positional inputs and the keywords of the program, from a call's arguments.
+
+        Keywords that the program fills in are left out where the call does not give them. Raises AdaptcError for inputs
+        that are missing, given twice or not taken.
+        """
         given = self._by_name(args, kwargs)
         own = [*self.positional, *self.keywords]
         if strange := [n for n, v in given.items() if not self._taken(n, v, own)]:
@@ -79,7 +86,7 @@ class CallNames:
         return given | dict(kwargs)
 
     def _taken(self, name: str, value: Any, own: Collection[str]) -> bool:
-        """Whether it is an input of the program, ``own``, or asks for what the program does anyhow."""
+        """Return whether an argument is taken: an input in ``own``, or a value that asks for what the program gives."""
         if name in ANSWERS and (name not in own or name in self.constants):
             same = name in self.constants and (value is None or value is self.constants[name])
             return same or self.answer.has(name, value)
@@ -98,12 +105,12 @@ class CallNames:
         return f"{name!r} is not an input of the program{did_you_mean(name, [*self.positional, *self.keywords])}."
 
     def not_a_tensor(self, name: str, value: Any) -> str:
-        """What is wrong with a value in the place of a tensor, and the call with tensors."""
+        """Return a message for a value that is given in place of a tensor; it shows the call with tensors."""
         names = [n for n in (*self.positional, *self.keywords) if n not in self.fills and n not in self.constants]
         return f"input {name!r} must be a tensor, got {type(value).__name__}. {call_with_tensors('prog', names, name)}"
 
     def usage(self) -> str:
-        """What the program takes."""
+        """Return a sentence that says what inputs the program takes."""
         parts = []
         if self.positional:
             parts.append(f"{len(self.positional)} positional {_inputs(self.positional)}")
@@ -115,7 +122,10 @@ class CallNames:
 
 
 def call_with_tensors(function: str, names: Sequence[str], name: str) -> str:
-    """A call of ``function`` with tensors for these inputs, and for the one called ``name``."""
+    """Return a hint that shows a call of ``function`` with tensors for ``names``, or for ``name`` where it is not one.
+
+    With ``input_ids`` among them it also shows a call with a tokenizer's output.
+    """
     named = [name] if name not in names else names
     call = f"Give tensors: {function}({', '.join(f'{n}=torch.as_tensor({n})' for n in named)})"
     if "input_ids" in (*names, name):

@@ -1,7 +1,7 @@
-"""The layouts that compiled code of a graph takes for granted, and its inputs in these.
+"""Lay out the inputs of compiled code in memory as it was compiled for.
 
-Before: inputs of any strides. After: inputs in the orders that :mod:`adaptc.runtime.inductor` compiles for, copied only
-where they lie otherwise; and what the code wrote to such a copy is in the caller's tensor, too.
+An input of other strides than :mod:`adaptc.runtime.inductor` compiled for is copied. What the code writes to such a
+copy is then written to the caller's tensor, too.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from adaptc.runtime.layouts import laid, order_of, write_back
 
 
 class Layouts:
-    """``names``: the placeholders of lifted inputs; ``slots``: those of them whose sizes may change; ``written``:
-    placeholders that the graph writes to."""
+    """The memory layouts that the compiled code of a graph takes for granted, as an order of axes for each input.
+
+    ``names`` are the placeholders of lifted inputs; those in ``slots`` may change their sizes, and are contiguous.
+    ``written`` are the placeholders that the graph writes to.
+    """
 
     def __init__(
         self, graph: fx.Graph, names: Collection[str], slots: Collection[str], written: Collection[str]
@@ -37,8 +40,11 @@ class Layouts:
         self._state = {n for n in written if n in names}
 
     def lifted(self, names: Sequence[str], values: Sequence[Any]) -> list[Any]:
-        """Values of the lifted inputs with these names; others, which packing made, are contiguous. Raises BackendError
-        for one that the graph writes to and that would have to be copied."""
+        """Return the values of the lifted inputs ``names`` in the layouts of the code.
+
+        Slots, and the buffers that packing made, are laid out contiguously. Raises BackendError for an input that the
+        graph writes to and that is not contiguous.
+        """
         out: list[Any] = []
         for name, value in zip(names, values, strict=True):
             new = laid(value, self._lifted.get(name) or range(value.ndim)) if isinstance(value, Tensor) else value
@@ -51,11 +57,14 @@ class Layouts:
         return out
 
     def users(self, flat: Sequence[Any]) -> list[Any]:
-        """The user's inputs."""
+        """Return the user's inputs ``flat`` in the layouts of the code."""
         return [v if order is None else laid(v, order) for v, order in zip(flat, self._users, strict=True)]
 
     def write_back(self, flat: Sequence[Any], taken: Sequence[Any]) -> None:
-        """After a call that took ``taken`` for ``flat``. Raises AdaptcError where elements of a tensor share memory."""
+        """Copy what a call wrote to ``taken`` back to the user's inputs ``flat``.
+
+        Raises AdaptcError where elements of a user's tensor share memory.
+        """
         for i in self._written:
             if taken[i] is not flat[i]:
                 write_back(flat[i], taken[i], f"number {i}")

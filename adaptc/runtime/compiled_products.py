@@ -1,10 +1,9 @@
-"""Chosen products in compiled code: ``adaptc::product`` as a call of torch's own op, from Python or from C++.
+"""Lower ``adaptc::product`` to torch's own op in code that inductor compiles.
 
-Before: a graph with ``adaptc::product`` that inductor is about to compile. After: each of them is a call of
-``mkldnn::_linear_pointwise`` on the weight as it lies, without an op of Python in between, and without anything of
-adaptc in what AOTInductor writes. One piece of code computes calls of any number of rows, so it is chosen for
-all of them. Where columns save more than an op of Python costs, code that Python calls keeps that op, which looks at
-the rows of each call.
+Each ``adaptc::product`` of a graph becomes a call of ``mkldnn::_linear_pointwise`` on the weight as it lies. No op of
+Python runs in between, and nothing of adaptc is in the code that AOTInductor writes. One piece of code computes calls
+of any number of rows, so the kind of matmul is chosen for all of them. The op of Python is kept in one case: where
+Python calls the code, and the columns matmul saves more than the op costs. The op chooses by the rows of each call.
 
 Private torch use, with the public route that was tried:
 - ``torch._inductor.lowering.register_lowering``, ``fallback_handler`` and ``torch._inductor.mkldnn_ir.LinearUnary``:
@@ -27,18 +26,18 @@ from adaptc.passes.ir.product import ALL_CLASSES, LINEAR, ONEDNN, product, takes
 from adaptc.passes.lower.choose_products import Choice
 from adaptc.runtime.product_table import choose, choose_for_all, spared
 
-#: seconds that an op of Python costs in compiled code, at most
+#: the most seconds that an op of Python costs in compiled code
 CALL = 30e-6
 
 
-#: ``adaptc::product`` in code that is compiled already, where nothing asks for gradients: a call of it takes ten
-#: microseconds less than one of an op that has them
+#: the library of ``adaptc::product_called``: ``adaptc::product`` without gradients, for code that is compiled already,
+#: where a call of it takes ten microseconds less
 _library = torch.library.Library("adaptc", "FRAGMENT")
 _library.define(
     "product_called(Tensor x, Tensor weight, Tensor? bias, str kind, int[] classes, int[] columns) -> Tensor"
 )
 _library.impl("product_called", product, "CPU")
-# Which looks for derivatives itself, so that nothing more is called where there are none.
+# ``product`` looks for derivatives itself, so calls without any need no autograd op around it.
 _library.impl("product_called", product, "AutogradCPU")
 
 
@@ -52,7 +51,7 @@ batched_by("product_called", lambda x, weight, bias, *_: F.linear(x, weight, bia
 
 @cache
 def teach_inductor() -> bool:
-    """Tell inductor what to make of ``adaptc::product``; False where this torch has no way to."""
+    """Register the lowering of ``adaptc::product`` with inductor; return False where this torch has no way to."""
     try:
         from torch._inductor.ir import TensorBox
         from torch._inductor.lowering import fallback_handler, register_lowering, view
@@ -75,22 +74,25 @@ def teach_inductor() -> bool:
 
 
 def choose_packaged(out: int, width: int, dtype: torch.dtype) -> Choice:
-    """The same for code that may run on another machine than this one: right on all of them, if not the fastest. Where
-    a processor has no bfloat16, oneDNN refuses it."""
+    """Return the matmul for a weight (out, width) in code that may run on another machine.
+
+    It is right on all machines, if not the fastest. Half precision is always linear: oneDNN raises for bfloat16 where
+    the processor has none.
+    """
     if dtype.itemsize < 4:
         return Choice(LINEAR, (), "another machine may have no half precision")
     return choose_everywhere(out, width, dtype)
 
 
 def choose_compiled(out: int, width: int, dtype: torch.dtype) -> Choice:
-    """The product for a weight of (out, width) in code that inductor compiles and Python calls."""
+    """Return the matmul for a weight (out, width) in code that inductor compiles and Python calls."""
     if takes(dtype) and spared(out, width, dtype) > CALL:
         return choose(out, width, dtype)
     return choose_everywhere(out, width, dtype)
 
 
 def choose_everywhere(out: int, width: int, dtype: torch.dtype) -> Choice:
-    """The same without an op of Python: one kind for calls of any number of rows."""
+    """Return the matmul for a weight (out, width) in code without an op of Python: one kind at any number of rows."""
     if not takes(dtype) or teach_inductor():
         return choose_for_all(out, width, dtype)
     return Choice(LINEAR, (), "inductor of this torch takes no other")

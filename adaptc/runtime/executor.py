@@ -1,8 +1,8 @@
-"""The runtime: calls the lifted graph with base tensors, one binding's tensors and the user's inputs.
+"""Call the lifted graph with base tensors, one binding's slots and the user's inputs.
 
-Slots are inputs of the graph, so a swap is a change of arguments: nothing is copied, nothing is compiled again, and a
-call that has begun keeps the binding it began with. An :class:`Executor` holds the code of one program; it has no state
-that a call changes, but for values that are computed once per binding (see ``held_values``).
+Slots are inputs of the graph, so a swap only changes arguments: nothing is copied, and nothing is compiled again. A
+call that has begun keeps the binding it began with. An :class:`Executor` holds the code of one program. A call changes
+only its caches (code, and the hoisted values of ``held_values``) and the buffers that the program itself writes to.
 """
 
 from __future__ import annotations
@@ -51,8 +51,12 @@ from adaptc.torch_modes import outside_transforms, plainly
 
 
 class Executor:
-    """The callable code of a program. ``inputs``: how calls of it are read; ``training``: it was captured for
-    training; ``base``: base tensors as they were before an adapter changed them, by FQN."""
+    """The callable code of a program.
+
+    ``inputs`` flattens and checks the arguments of calls; by default they are those the program was captured with.
+    ``training`` says that the program was captured for training. ``base`` maps FQNs to base tensors as they were before
+    an adapter changed them; all other base tensors come from the program.
+    """
 
     def __init__(
         self,
@@ -65,7 +69,7 @@ class Executor:
         base: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.options, self.attachments, self.ops = options, attachments, ops
-        opened = Lifted(program)  # not kept: it knows the program, and that its binding
+        opened = Lifted(program)  # not kept: it refers to the program, and so to the program's binding
         self.module = fx.GraphModule(program.graph_module, opened.graph)
         if training:
             set_mode(self.module, False)
@@ -74,8 +78,8 @@ class Executor:
         signature = program.graph_signature
         lifted = [s for s in signature.input_specs if s.kind != InputKind.USER_INPUT]
         self.lifted_names = [s.target for s in lifted]
-        # The state holds what the current adapter made of the base; other bindings start from the base itself. Slots
-        # are no part of it: the code outlives the binding it was made with.
+        # The program holds base weights as its current adapter changed them (PiSSA's residual); other bindings start
+        # from the unchanged ones. Slots are left out: the code outlives the binding it was made with.
         known = base or {}
         slots = {f for a in attachments for f in a.tensor_names}
         names = [n for n in self.lifted_names if n is not None and n not in slots]
@@ -114,8 +118,11 @@ class Executor:
         self._arguments: WeakKeyDictionary[Binding, Arguments] = WeakKeyDictionary()
 
     def _split(self) -> GraphVariants:
-        """What is frozen: of the base for all bindings, of the slots for one that is not trained. A program that trains
-        holds nothing of its slots."""
+        """Return the variants of the graph, told which inputs are frozen and may be hoisted from.
+
+        The base is frozen for all bindings, except for tensors that calls write to. Slots are frozen for each binding;
+        a program that trains freezes none of them.
+        """
         mutated = {storage_key(self.base[n]) for n in self.state}
         index = dict(zip(self.lifted_names, self.names, strict=True))
         slots = {f for a in self.attachments for f in a.tensor_names}
@@ -144,27 +151,29 @@ class Executor:
 
     @property
     def trails(self) -> dict[str, Trail]:
-        """The passes that the code of calls went through, by variant."""
+        """Return the passes that each variant made so far went through, by variant."""
         return self.variants.trails
 
     @property
     def products(self) -> Products:
-        """What computes the base's products in the variant that was made first."""
+        """Return what computes the base's matmuls in the variant that was made first."""
         return next(iter(self.variants.products.values()), Products())
 
     @property
     def packed(self) -> PackedWeights:
-        """The copies of weights that calls have made so far."""
+        """Return the packed copies of weights that calls hold now."""
         return held_by([self.packing])
 
     @property
     def fusion(self) -> Fusion:
-        """Which layers share a product."""
+        """Return which layers share a matmul."""
         return self.variants.fusion
 
     def arguments(self, binding: Binding) -> Arguments:
-        """The inputs of the graph for one binding, but for the user's; made once per binding, and again where base
-        tensors were given other memory since."""
+        """Return the graph's inputs for one binding, without the user's.
+
+        They are made once per binding, and again where base tensors have moved to other memory since.
+        """
         with self._binding:
             made = self._arguments.get(binding)
             if made is None or not made.settled():
@@ -172,17 +181,20 @@ class Executor:
             return made
 
     def own_state(self, binding: Binding) -> dict[str, Tensor]:
-        """Copies of what calls write to, as it is now, for a callable of its own."""
+        """Return copies of the tensors that calls write to, as they are now, for a callable with its own state."""
         known = {n: t for n, t in {**self.base, **binding.base}.items() if isinstance(t, Tensor)}
         return own_copies(known, self.state) if self.state else {}
 
     def own_arguments(self, binding: Binding, state: Mapping[str, Tensor]) -> Arguments:
-        """Those of a callable with :meth:`own_state`."""
+        """Return the arguments of a callable that writes to the tensors in ``state`` instead of the program's."""
         return Arguments(self, binding, state) if state else self.arguments(binding)
 
     def buffers(self, kind: str, own: Collection[str]) -> list[Tensor | None]:
-        """The buffers that one variant reads siblings from, which lie there from now on; None where some of them are
-        called ``own``: of a base that only one binding has."""
+        """Return the buffers that one variant reads sibling weights from, and move the weights into them.
+
+        An entry is None, and nothing moves, where a member is in ``own``: the tensors of a base that only one binding
+        has.
+        """
         out: list[Tensor | None] = []
         for members in self._siblings(kind):
             if not set(own).isdisjoint(members):
@@ -191,18 +203,18 @@ class Executor:
             tensors = [self.base[m] for m in members]
             found = packed(tensors)
             if found is None:
-                with on_graphs():  # as who reads weights for long
+                with on_graphs():  # whoever reads weights for long, as a save does, holds this lock too
                     found = pack(tensors)
             out.append(found)
         return out
 
     def lie_in(self, kind: str, buffers: Sequence[Tensor | None]) -> bool:
-        """Whether the siblings of a variant that was called lie in these buffers still."""
+        """Return whether the sibling weights of a variant still lie in the buffers that :meth:`buffers` gave."""
         pairs = zip(self._siblings(kind), buffers, strict=True)
         return all(b is None or packed([self.base[m] for m in members]) is b for members, b in pairs)
 
     def _siblings(self, kind: str) -> list[list[str]]:
-        """For each buffer of a variant the names of those that lie in it."""
+        """Return, for each buffer of a variant, the FQNs of the weights that lie in it."""
         known = self._packs.get(kind)
         if known is None:
             names = dict(zip(self.names, self.lifted_names, strict=True))
@@ -218,9 +230,11 @@ class Executor:
         room: Callable[[], int | None],
         lock: threading.Lock,
     ) -> Prefix:
-        """What one variant takes for ``values`` of the lifted inputs, of which those called ``own`` are of a base
-        that only this binding has; ``buffers`` as :meth:`buffers` gave them, ``room`` and ``lock`` as for
-        :class:`Prefix`."""
+        """Return the prefix of one variant for ``values`` of the lifted inputs.
+
+        The inputs called ``own`` belong to a base that only this binding has, so values hoisted from them are not
+        shared. ``buffers`` are those that :meth:`buffers` gave. ``room`` and ``lock`` are as for :class:`Prefix`.
+        """
         variant, names = self.variants.get(kind), self.names
         at = {n: i for i, n in enumerate(names)}
         differ = {i for i, n in enumerate(self.lifted_names) if n in own}
@@ -240,7 +254,7 @@ class Executor:
         return Prefix(variant.split, values, lay, moving, shared, room, lock)
 
     def _lay(self, values: list[Any], names: Sequence[str | None]) -> list[Any]:
-        """As compiled code takes them."""
+        """Return the lifted inputs ``names`` with ranks of one padded to two, in the layouts that were compiled for."""
         assert self._layouts is not None
         roomy = with_room(values, names=names, attachments=self.attachments, ops=self.ops, training=self._training)
         return self._layouts.lifted([*self.names, *(str(n) for n in names[len(self.names) :])], roomy)
@@ -248,7 +262,7 @@ class Executor:
     def detached(self, values: Sequence[Any]) -> list[Any]:
         if self.differentiable:
             return list(values)
-        # A tensor that wants no gradient stays the object it is: where its memory moves, so must what a call reads.
+        # A tensor without requires_grad stays the same object: ``tensor.data = ...`` must reach the next call.
         return [v.detach() if isinstance(v, Tensor) and v.requires_grad else v for v in values]
 
     def __call__(self, arguments: Arguments, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -283,7 +297,7 @@ class Executor:
                 out = code(*arguments.get(self.fixed_kind).values(), *taken)
                 layouts.write_back(flat, taken)
         elif self.compiles or any(map(torch.is_autocast_enabled, self.variants.devices)):
-            # Sizes of zero, or casts of the caller's, which nothing was made for.
+            # Compiled code may divide by a size of zero, and variants were made without the caller's autocast.
             out = self.module.forward(*arguments.lifted, *flat)
         else:
             kind = PLAIN if arguments.moving else self.variants.kind(sizes_of(flat, self._where))
@@ -296,7 +310,7 @@ class Executor:
         return pytree.tree_unflatten([out[i] for i in self._user_outs], self._out_spec)
 
     def compile(self) -> Callable[..., Any]:
-        """Compile now instead of at the first call."""
+        """Compile now instead of at the first call, and return the compiled code."""
         with on_graphs():
             if self._compiled is None:
                 variant = self.variants.get(self.fixed_kind)
@@ -308,15 +322,18 @@ class Executor:
 
     @property
     def compiled(self) -> bool:
-        """Whether no call compiles anything any more."""
+        """Return whether no call compiles anything any more."""
         return self._compiled is not None or not self.compiles
 
 
 class Arguments:
-    """What one binding gives to each variant of a program, made when that variant is first called with it."""
+    """The inputs that one binding gives to each variant of a program, made when that variant is first called with it.
+
+    ``state`` replaces the tensors that calls write to, by FQN.
+    """
 
     def __init__(self, executor: Executor, binding: Binding, state: Mapping[str, Tensor] | None = None) -> None:
-        # Weak: the executor knows it too, and what gives up a base must not wait for a garbage collection.
+        # Weak: the executor refers to this object too, and a cycle would keep a base until the next garbage collection.
         self._executor = ref(executor)
         own = {**binding.base, **(state or {})}
         self._own = frozenset(own)
@@ -326,35 +343,37 @@ class Arguments:
         self._buffers: dict[str, Sequence[Tensor | None]] = {}
         self._lock, self._making = free_in_children(threading.Lock()), free_in_children(threading.Lock())
         self._settled: dict[str, str] = {}
-        #: free size -> how many tokens this binding puts in front of those of a call
+        #: free size -> how many virtual tokens this binding puts in front of a call's tokens
         self.longer = executor.lengths.in_binding(binding.values)
         self.checks = executor.lengths.checks(binding.values, [n for n, _ in executor.inputs.expected])
-        #: whether adapter tensors may change at any time
+        #: whether a slot requires grad, so that an optimizer may write to it at any time
         self.moving = any(v.requires_grad for v in binding.values.values())
 
     @property
     def executor(self) -> Executor | None:
-        """The one it was made for; whoever calls with it holds that."""
+        """Return the executor it was made for, None where that is gone; whoever calls with it keeps the executor."""
         return self._executor()
 
     def get(self, kind: str) -> Prefix:
-        """The prefix for one variant."""
+        """Return the prefix for one variant."""
         found = self.prefixes.get(kind)
         if found is None:
             owner = self._owner()
-            buffers = owner.buffers(kind, self._own)  # which may have to wait, and so holds no lock
+            buffers = owner.buffers(kind, self._own)  # before the lock is taken: it may wait for another one
             with self._lock, plainly():
                 found = self.prefixes.get(kind)
                 if found is None:
                     self._buffers[kind] = buffers
-                    room = partial(_room, ref(self), kind)  # weak: what is given up is freed at once
+                    room = partial(_room, ref(self), kind)  # weak: a cycle would delay freeing this object
                     found = owner.prefix(self._values, self._own, kind, buffers, room, self._making)
                     self.prefixes[kind] = found
         return found
 
     def settle(self, kind: str) -> str:
-        """The variant that calls take which would take this one: one that they took before, where the limit leaves no
-        room for the values of both."""
+        """Return the variant that calls run which would run ``kind``.
+
+        It is the first one they ran where ``hoist_limit`` leaves no room for the hoisted values of another.
+        """
         found = self._settled.get(kind)
         if found is None:
             owner = self._owner()
@@ -367,17 +386,17 @@ class Arguments:
         return found
 
     def settled(self) -> bool:
-        """Whether all that it gives is of tensors that lie where they lay."""
+        """Return whether every tensor that the prefixes were made from still has the same memory address."""
         owner, made = self._owner(), list(self.prefixes.items())
         return all(p.settled() and owner.lie_in(kind, self._buffers[kind]) for kind, p in made)
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor that calls take for a lifted input."""
+        """Return the tensor that calls pass for the lifted input with the FQN ``name``."""
         return self._values[self._owner().lifted_names.index(name)]
 
     @property
     def lifted(self) -> list[Any]:
-        """The inputs of the graph as it was captured."""
+        """Return the lifted inputs of the graph as it was captured, before hoisting."""
         return self._owner().detached(self._values)
 
     def _owner(self) -> Executor:
@@ -387,12 +406,12 @@ class Arguments:
 
     @property
     def held(self) -> Held:
-        """What is computed once for the binding, for all variants it was called with."""
+        """Return the memory of the binding's hoisted values, over all variants it was called with."""
         return sum((p.held for p in self.prefixes.values()), Held())
 
 
 def _room(arguments: ref[Arguments], kind: str) -> int | None:
-    """Bytes that one variant may hold, beside what the others of a binding do."""
+    """Return how many bytes one variant may hoist, beside those of the binding's other variants; None: any."""
     mine = arguments()
     owner = None if mine is None else mine.executor
     limit = None if owner is None else owner.options.hoist_limit

@@ -1,10 +1,10 @@
-"""The variants of a program's graph on a GPU: its adapters as fused kernels.
+"""Make the variants of a program's graph on a GPU, with its adapters as fused kernels.
 
-    plain    every region whose method has kernels          for few rows, and where adapter tensors are trained
-    apart    and siblings in one product and one kernel     for many rows
+    plain    a kernel for each region whose method has one     for few rows, and where slots are trained
+    apart    siblings in one matmul and one kernel besides     for many rows
 
-Both are made of one lowered graph, as ``variants`` makes its own of a clean one. On other devices the kernels' ops
-compute their references, so that all of this can be tried without a GPU.
+Both are made of one lowered graph. On other devices the kernels' ops compute their references, so that all of this can
+be tried without a GPU.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from adaptc.runtime.variants import APART, PLAIN, Fusion, GraphVariants, LiftedG
 
 
 def runs_on_gpu(tensors: Iterable[Any]) -> bool:
-    """Whether kernels can run on these tensors."""
+    """Return whether kernels can run on these tensors: triton is installed, and a tensor is on a CUDA device."""
     return find_spec("triton") is not None and any(isinstance(t, Tensor) and t.is_cuda for t in tensors)
 
 
 def check_triton() -> None:
-    """Raises BackendError where there is no triton, which the ops of kernels are made of."""
+    """Raise BackendError where triton is not installed, in which the kernels are written."""
     if find_spec("triton") is None:
         raise BackendError("fused kernels need triton, which is not installed: pip install triton")
 
 
 def register_kernels(what: str) -> None:
-    """Make torch know the ops that ``what`` is made of. Raises BackendError where they cannot run."""
+    """Register with torch the ops of fused kernels, which ``what`` holds. Raises BackendError where they cannot run."""
     check_triton()
-    from adaptc.kernels import INTERPRETED  # and with it all ops
+    from adaptc.kernels import INTERPRETED  # the import registers all ops
 
     if not torch.cuda.is_available() and not INTERPRETED:
         raise BackendError(
@@ -52,8 +52,11 @@ def register_kernels(what: str) -> None:
 
 
 class GpuVariants(GraphVariants):
-    """``attachments`` and ``ops``: those of the program; ``placeholders``: the names of those of lifted inputs, by FQN.
-    The rest as for its base."""
+    """The variants of one lifted graph on a GPU, each made when it is first asked for.
+
+    ``attachments`` and ``ops`` are the program's. ``placeholders`` maps the FQN of a lifted input to its placeholder.
+    Raises BackendError where triton is not installed.
+    """
 
     def __init__(
         self,
@@ -64,7 +67,7 @@ class GpuVariants(GraphVariants):
     ) -> None:
         check_triton()
         super().__init__(source)
-        # Calls are inference, whatever the program was captured for.
+        # Variants run inference, so dropout of methods is off even if the program was captured for training.
         self.attachments = [replace(a, method=a.method.evaluated()) for a in attachments]
         self.ops, self.placeholders = ops, placeholders
 

@@ -1,13 +1,12 @@
-"""Hoisted values at run time: made once for a binding, and again when a tensor they were made from has changed.
+"""Compute hoisted values once for a binding, and again when a tensor they were made from has changed.
 
-Before: a lifted graph split by ``Hoist``, and all lifted inputs of one binding. After: a :class:`Prefix`, which
-gives the arguments of the main graph for every call. What follows from the base alone is shared by all bindings.
+A lifted graph split by ``Hoist`` and all lifted inputs of one binding give a :class:`Prefix`. It returns the arguments
+of the main graph for every call. Values that depend on the base alone are shared by all bindings.
 
-Every tensor counts the writes to it (``_version``; there is no other public or private sign of one), so a write through
-torch is seen by the next call. Not seen are writes past that count: through ``tensor.data``, NumPy or a custom kernel.
-That a tensor was given other memory (``tensor.data = ...``) is seen when somebody asks: ``settled``. That is why slots
-that still require grad, which optimizers write to in ways of their own, are never held: for them the prologue is part
-of every call.
+Every tensor counts the writes to it (``_version``; torch has no other sign of one). So the next call sees a write that
+went through torch. It does not see writes past that count: through ``tensor.data``, NumPy or a custom kernel. New
+memory of a tensor (``tensor.data = ...``) is seen only when ``settled`` is asked. Optimizers write to slots in ways of
+their own. So values of slots that require grad are never kept: for them the prologue runs in every call.
 """
 
 from __future__ import annotations
@@ -35,9 +34,12 @@ _version, _place = attrgetter("_version"), methodcaller("data_ptr")
 
 @dataclass(frozen=True)
 class Held:
-    """Memory of values that are computed once: ``nbytes`` in ``count`` values for one binding, and ``shared_nbytes`` in
-    ``shared`` values for all bindings together. Views of other tensors count, and hold no bytes of their own.
-    ``wide_nbytes``: of these bytes, those of copies in float32 that are made from half precision alone."""
+    """The memory of hoisted values.
+
+    ``count`` values hold ``nbytes`` for one binding. ``shared`` values hold ``shared_nbytes`` for all bindings
+    together. Views of other tensors count as values and hold no bytes. ``wide_nbytes`` are those of these bytes that
+    hold float32 copies of half-precision tensors.
+    """
 
     count: int = 0
     nbytes: int = 0
@@ -49,7 +51,7 @@ class Held:
         return Held(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def __str__(self) -> str:
-        """One line; '' where nothing is held."""
+        """Return one line; '' where nothing is hoisted."""
         of = [(self.count, self.nbytes, "for this adapter"), (self.shared, self.shared_nbytes, "for all adapters")]
         shown = [f"{count} values {whom} ({size(nbytes)})" for count, nbytes, whom in of if count]
         if self.wide_nbytes:
@@ -59,7 +61,11 @@ class Held:
 
 @dataclass(frozen=True, eq=False)
 class _Made:
-    """Values, the versions of tensors they would be stale without, and where the tensors they were made from lay."""
+    """The hoisted values of one stage, and what tells that they are stale.
+
+    They are stale when a tensor in ``watched`` no longer has its version in ``versions``. They are stale, too, when one
+    in ``sources`` no longer has its memory address in ``places``.
+    """
 
     values: tuple[Any, ...] = ()
     watched: tuple[Tensor, ...] = ()
@@ -77,7 +83,11 @@ class _Made:
 
 
 class Stage:
-    """A prologue as code. ``inputs`` and ``sources`` count lifted inputs first, then the values of earlier stages."""
+    """A prologue as code.
+
+    ``inputs`` and ``sources`` are positions in one list: the lifted inputs, then the values of all stages in order.
+    ``contiguous`` makes the results contiguous, for compiled code.
+    """
 
     def __init__(self, prologue: Prologue, index: dict[str, int], contiguous: bool) -> None:
         if contiguous:
@@ -89,13 +99,17 @@ class Stage:
 
     def run(self, values: Sequence[Any]) -> tuple[Any, ...]:
         with plainly(), torch.no_grad():  # what is kept must not depend on the call that happens to make it
-            # Not the module itself: while any thread traces, torch.fx has what calls modules patched for all of them.
+            # Not the module itself: while any thread traces, torch.fx has patched ``nn.Module.__call__`` for all.
             return self.module.forward(*(values[i] for i in self.inputs))
 
     def make(self, lifted: Sequence[Any], before: Sequence[Any], originals: Sequence[Any]) -> _Made:
-        """Run, and note what to watch. ``originals``: what ``lifted`` was made from, where the two differ."""
+        """Run the prologue, and note which tensors make its values stale.
+
+        ``before`` are the values of earlier stages. ``originals`` are the tensors that ``lifted`` was laid out from:
+        writes go to these.
+        """
         read = sorted({i for s in self.sources for i in s})
-        # Read before the values are made: a write in between makes them stale.
+        # Versions are read before the values are made, so that a write in between makes the values stale.
         versions = {i: originals[i]._version for i in read if not originals[i].is_inference()}
         out = self.run([*lifted, *before])
         inputs = {memory_of(lifted[i]) for i in read}
@@ -111,10 +125,11 @@ class Stage:
 
 
 class SplitGraph:
-    """A program's graph with what its frozen inputs allow taken out.
+    """A program's graph, split into prologues that are hoisted and the main graph that calls run.
 
-    ``names``: the placeholders of lifted inputs, in order. ``base`` and ``slots``: those that are frozen, for all
-    bindings or in each. ``limit``: bytes the hoisted values of one binding may hold, None for any, 0 to hoist nothing.
+    ``names`` are the placeholders of lifted inputs, in order. Of these, ``base`` are frozen for all bindings and
+    ``slots`` within each. ``limit`` bounds the bytes that one binding's hoisted values may hold: None for any, 0 to
+    hoist nothing. ``compiled`` says that a compiler gets the main graph, so views and constants stay in it.
     """
 
     def __init__(
@@ -127,9 +142,9 @@ class SplitGraph:
         compiled: bool,
     ) -> None:
         self.module, self.main, self.stages, self.kept = module, module, [], list(range(len(names)))
-        #: the pass it went through, if it did
+        #: the record of the hoist pass; () where ``limit`` is 0
         self.trail: Trail = ()
-        #: bytes of the hoisted values, for slots as large as those that the graph has
+        #: bytes of the hoisted values, for slots of the sizes that the graph has
         self.nbytes = 0
         if limit == 0:
             return
@@ -148,19 +163,19 @@ class SplitGraph:
 
     @property
     def base_inputs(self) -> set[int]:
-        """Positions of the lifted inputs that values for all bindings are made from."""
+        """Return the positions of the lifted inputs that values shared by all bindings are made from."""
         return self._sources(0)
 
     @property
     def slot_inputs(self) -> set[int]:
-        """Positions of the lifted inputs that values of one binding are made from, the base's among them."""
+        """Return the positions of the lifted inputs, base weights included, that one binding's values are made from."""
         return self._sources(1)
 
     def _sources(self, stage: int) -> set[int]:
         return {i for names in self.stages[stage].sources for i in names} if self.stages else set()
 
     def inputs(self, lifted: Sequence[Any]) -> list[Any]:
-        """The main graph's lifted and hoisted inputs, made now and not kept: fake inputs give fakes."""
+        """Return the main graph's lifted and hoisted inputs, computed now and not kept; fake inputs give fake ones."""
         values = list(lifted)
         for stage in self.stages:
             values += stage.module(*(values[i] for i in stage.inputs))
@@ -168,7 +183,7 @@ class SplitGraph:
 
 
 class Shared:
-    """What follows from the base alone, for all bindings that leave the base as it is."""
+    """The values hoisted from the base alone, for all bindings that do not change the base."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
@@ -184,8 +199,11 @@ class Shared:
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """All that a prefix has made, replaced as a whole: ``inputs`` of the main graph, of the ``lifted`` inputs.
-    ``moving``: they lack the values of the slots, which are made for each call."""
+    """The values that a prefix has made, replaced as a whole.
+
+    ``inputs`` of the main graph were made of the ``lifted`` inputs. Where ``moving``, they lack the values hoisted from
+    slots, which each call computes.
+    """
 
     lifted: tuple[Any, ...]
     inputs: tuple[Any, ...]
@@ -196,11 +214,12 @@ class _State:
 
 
 class Prefix:
-    """The inputs of the main graph for one binding, but for the user's.
+    """The inputs of the main graph for one binding, without the user's.
 
-    ``originals``: its lifted tensors; ``lay``: what the graph takes for them. ``moving``: the slots may change at any
-    time. ``shared`` None: the binding has another base than others. ``room``: how many bytes may be held now, None for
-    any; values of slots above that are made for each call. ``lock``: of all prefixes that this room is for.
+    ``originals`` are the binding's lifted tensors, which ``lay`` pads and lays out as the graph takes them. ``moving``
+    says that slots may change at any time. ``shared`` is None where the binding has a base of its own. ``room`` returns
+    how many bytes may be kept now, None for any; where values would exceed it, those of slots are computed in each
+    call. ``lock`` is shared by all prefixes that this room is for.
     """
 
     def __init__(
@@ -221,7 +240,7 @@ class Prefix:
         self.state: _State | None = None if code.stages or not same else _State(self.lifted, self.lifted)
 
     def values(self) -> tuple[Any, ...]:
-        """Lifted and hoisted inputs; what is stale is made anew, by one thread."""
+        """Return the lifted and hoisted inputs of the main graph; one thread computes stale values anew."""
         state = self.state
         if state is None or not state.fresh():
             with self._lock, plainly():
@@ -233,7 +252,7 @@ class Prefix:
         return state.inputs
 
     def _make(self) -> _State:
-        """Raises whatever an op of the prologue raises."""
+        """Compute the state from the tensors as they are now; raises whatever an op of the prologue raises."""
         counting = [t for t in self.originals if isinstance(t, Tensor) and not t.is_inference()]
         versions = {id(t): t._version for t in counting}
         lifted = tuple(self.lay(list(self.originals)))
@@ -254,13 +273,13 @@ class Prefix:
         return _State(lifted, inputs, base, slots, _Made((), watched, versions).fresh, moving)
 
     def settled(self) -> bool:
-        """Whether all that values were made from lies where it lay."""
+        """Return whether every tensor that values were made from still has the same memory address."""
         state = self.state
         return state is None or (state.base.settled() and state.slots.settled())
 
     @property
     def held(self) -> Held:
-        """What is held now; nothing before the first call."""
+        """Return the memory of the values held now; nothing before the first call."""
         state = self.state
         if state is None:
             return Held()
@@ -272,7 +291,10 @@ class Prefix:
 
 
 def _widened(value: Tensor, sources: Sequence[Tensor]) -> bool:
-    """Whether a value is in float32, and the matrices it was made from in half precision."""
+    """Return whether a value is in float32 and all floating-point tensors it was made from are in half precision.
+
+    Scalars do not count.
+    """
     types = {t.dtype for t in sources if t.ndim and t.is_floating_point()}
     return value.dtype == torch.float32 and bool(types) and all(t.itemsize < 4 for t in types)
 

@@ -1,8 +1,7 @@
-"""Compiles a lifted graph with inductor, once for every batch size, sequence length and rank.
+"""Compile a lifted graph with inductor, once for every batch size, sequence length and rank.
 
-Before: a lifted graph whose user inputs have symbolic sizes and whose slots have the sizes of one adapter. After: one
-compiled callable of the same flat arguments that takes every size of either; there is nothing in it that could decide
-to compile again.
+The user inputs of the graph have symbolic sizes, and its slots have the sizes of one adapter. The compiled callable has
+the same flat arguments and takes every size of either. Nothing in it could decide to compile again.
 
 Private torch use, with the public route that was tried:
 - ``torch._inductor.standalone_compile``: ``torch.compile`` gives equal code, but keeps guards on each of hundreds of
@@ -36,6 +35,7 @@ from adaptc.runtime.held_values import SplitGraph
 from adaptc.runtime.layouts import empty_in, order_of
 from adaptc.runtime.rank_padding import Padding, paddings
 
+#: the example value of a symbolic size, by which inductor tunes its code
 HINT = 16
 
 
@@ -47,14 +47,15 @@ def with_room(
     ops: Mapping[str, Op],
     training: bool,
 ) -> list[Any]:
-    """Lifted inputs with ranks of one made two: compiled code is specialised on sizes 0 and 1.
+    """Pad lifted inputs of rank one to rank two, in ``values`` itself, and return them.
 
-    Raises BackendError where the program trains: a padded copy would not follow what training writes to the slots.
+    Compiled code would be specialised on sizes 0 and 1. ``names`` are the FQNs of ``values``. Raises BackendError where
+    the program is ``training``: a padded copy would not follow what training writes to the slots.
     """
     index = {n: i for i, n in enumerate(names)}
     for a in attachments:
         op = ops[a.id]
-        if a.method.exact_sizes:  # code that is made for two and more does for one and none what it does for others
+        if a.method.exact_sizes:  # their code is right for sizes of one and zero as well, so nothing is padded
             continue
         wanted: dict[str, tuple[int, ...]] = {}
         for slot, spec in a.method.minimal(op).slots(op).items():
@@ -81,10 +82,10 @@ def compile_lifted(
     attachments: Sequence[Attachment],
     ops: Mapping[str, Op],
 ) -> Callable[..., Any]:
-    """``main``, what calls run of ``code``, which was split from ``module``; the fake values of both are replaced.
-    ``targets``: the FQNs of lifted placeholders.
+    """Compile ``main``, the part of ``code`` that calls run, and return a callable of the same flat arguments.
 
-    Raises BackendError with inductor's reason in a line.
+    ``code`` was split from ``module``. ``targets`` maps the lifted placeholders of ``module`` to FQNs, None for packed
+    buffers. The fake values in ``main`` are replaced. Raises BackendError with inductor's reason in one line.
     """
     from torch._inductor import standalone_compile
 
@@ -106,7 +107,7 @@ def compile_lifted(
             node.meta.pop("val", None)  # values of another environment; tracing makes new ones
     for node in main.graph.output_node().args[0]:  # type: ignore[union-attr]
         if isinstance(node, fx.Node):
-            # Where standalone_compile looks for the fake mode, and with it the symbols, to use.
+            # standalone_compile takes the fake mode, and with it the symbols, from this entry.
             node.meta["example_value"] = next(f for f in fakes if isinstance(f, Tensor))
     try:
         with stage(f"compiling a program of {len(attachments)} sites with inductor"), torch.no_grad():
@@ -118,7 +119,7 @@ def compile_lifted(
 
 @dataclass(frozen=True)
 class _Free:
-    """An axis whose size is ``times`` a size that may change, called ``name``; that size is a multiple of ``unit``."""
+    """An axis whose size is ``times`` the free size called ``name``, which is itself a multiple of ``unit``."""
 
     name: str
     times: int
@@ -126,7 +127,7 @@ class _Free:
 
 
 def _free_axes(attachments: Sequence[Attachment], ops: Mapping[str, Op]) -> dict[str, dict[int, _Free]]:
-    """Slot FQN -> axis -> what its size is made of."""
+    """Return slot FQN -> axis -> how its size follows from a free size, for the free axes of slots."""
     out: dict[str, dict[int, _Free]] = {}
     for n, a in enumerate(attachments):
         op = ops[a.id]
@@ -140,7 +141,8 @@ def _free_axes(attachments: Sequence[Attachment], ops: Mapping[str, Op]) -> dict
             for s, spec in specs.items()
             if not spec.apart
         }
-        # Code reads a size off an axis that is the size itself. Stacked experts have none: there their product is it.
+        # Inductor reads a symbol off an axis whose size is that symbol alone. Stacked experts have no axis of the
+        # rank itself, only rank times experts, so the symbol is that multiple of the rank.
         unit = gcd(*(t for axes in times.values() for t in axes.values())) or 1
         for slot, axes in times.items():
             out.setdefault(a.slots[slot], {i: _Free(f"rank_{n}", t // unit, unit) for i, t in axes.items()})
@@ -151,7 +153,7 @@ def _free_axes(attachments: Sequence[Attachment], ops: Mapping[str, Op]) -> dict
 
 
 class _Symbols:
-    """A shape environment with a symbol for each size that was symbolic, or is free."""
+    """A shape environment with a symbol of its own for each size that was symbolic or is free."""
 
     def __init__(self) -> None:
         self.env = ShapeEnv(duck_shape=False)
@@ -159,7 +161,7 @@ class _Symbols:
         self.sizes: dict[str, Any] = {}
 
     def size(self, name: str, hint: int = HINT) -> Any:
-        """The size called ``name``, made on first use."""
+        """Return the symbolic size called ``name``, made on first use."""
         from torch._dynamo.source import ConstantSource
 
         if name not in self.sizes:
@@ -169,7 +171,10 @@ class _Symbols:
         return self.sizes[name]
 
     def fake(self, old: Tensor, free: Mapping[int, _Free], order: Sequence[int]) -> Tensor:
-        """``old`` with its symbols replaced by this environment's, in an order; contiguous where an axis is free."""
+        """Return a fake tensor like ``old`` with this environment's symbols.
+
+        It is contiguous where an axis is free, else it has its axes in memory in the given ``order``.
+        """
         with self.mode:
             if free:
                 sizes = {i: self.size(f.name, HINT * f.unit) * f.times for i, f in free.items()}
@@ -178,13 +183,16 @@ class _Symbols:
             return empty_in(order, [self._convert(s) for s in old.shape], old)
 
     def inputs(self, code: SplitGraph, lifted: Sequence[Any]) -> list[Any]:
-        """Fakes of the main graph's inputs: what hoisting makes of the lifted ones has sizes made of theirs."""
-        # Ops in a prologue run on real sizes, so what they ask about a rank here says nothing about other ranks.
+        """Return fake inputs of the main graph: the ``lifted`` fakes that it reads, and values hoisted from them."""
+        # The prologue runs on real sizes at run time, so guards that it asks for here must not bind the compiled code.
         with self.mode, self.env.suppress_guards(), enable_python_dispatcher(), torch.no_grad():
             return [self._simple(v) if isinstance(v, Tensor) else v for v in code.inputs(lifted)]
 
     def _simple(self, value: Tensor) -> Tensor:
-        """Sums of ranks as sizes of their own: inductor reads every symbol off an input that has it alone."""
+        """Return ``value`` with each sum of ranks in its shape replaced by a symbol of its own.
+
+        Inductor reads every symbol off an input axis whose size is that symbol alone.
+        """
         sizes: list[Any] = list(value.shape)
         sums = [i for i, s in enumerate(sizes) if not isinstance(s, int) and len(s.node.expr.free_symbols) > 1]
         for i in sums:

@@ -1,7 +1,7 @@
-"""How tensors lie in memory, where code was compiled for one way.
+"""Bring tensors into the memory layout that compiled code was made for.
 
-Before: a tensor of any strides: transposed, expanded, a slice. After: the same values in the order that the code takes,
-which is the tensor itself where it lies so already; only others are copied.
+A tensor may have any strides: it may be transposed, expanded or a slice. It is copied only where it does not have the
+layout already.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from adaptc.errors import AdaptcError
 
 
 def order_of(value: Tensor) -> tuple[int, ...]:
-    """Axes from the outermost to the innermost, for a tensor without gaps in any order; else as they are numbered.
+    """Return the axes of a tensor from the outermost to the innermost in memory.
 
-    Sizes may be symbolic: then those of the example inputs count.
+    They are in their own order where the tensor has gaps, or where a size is not known. Symbolic sizes and strides
+    count with the values of the example inputs.
     """
     shape, stride = ([_number(n) for n in sizes] for sizes in (value.shape, value.stride()))
     plain = _plain(len(shape))
@@ -43,20 +44,25 @@ def _is_dense(shape: Sequence[int], stride: Sequence[int], order: Sequence[int])
 
 
 def empty_in(order: Sequence[int], shape: Sequence[Any], like: Tensor) -> Tensor:
-    """A tensor of these sizes without values that lies in an order, with the dtype and device of ``like``."""
+    """Return an uninitialised tensor of ``shape`` with its axes in memory in ``order``.
+
+    It has the dtype and device of ``like``.
+    """
     made = torch.empty([shape[i] for i in order], dtype=like.dtype, device=like.device)
     return made.permute(_back(order))
 
 
 def laid(value: Tensor, order: Sequence[int]) -> Tensor:
-    """``value`` in an order: itself, or a copy."""
+    """Return ``value`` with its axes in memory in ``order``, dense: itself where it lies so already, else a copy."""
     turned = value.permute(tuple(order))
     return value if turned.is_contiguous() else turned.contiguous().permute(_back(order))
 
 
 def write_back(given: Tensor, taken: Tensor, name: str) -> None:
-    """What a program wrote to ``taken``, in the tensor ``given`` as its input. Raises AdaptcError where elements of
-    that share memory."""
+    """Copy what a program wrote to ``taken``, a copy of its input, to the tensor ``given`` as that input.
+
+    Raises AdaptcError where elements of ``given`` share memory, as those of an expanded tensor do.
+    """
     try:
         with torch.no_grad():
             given.copy_(taken)

@@ -1,7 +1,7 @@
-"""How much longer than a caller's inputs the program is run, by adapters that put tokens in front of them.
+"""Count the virtual tokens that adapters put in front of a caller's inputs.
 
-Before: a lifted graph with its attachments. After: the free sizes that are lengthened, and by how much in a binding, so
-that a call's sizes are held against what the program was captured for as the program sees them.
+A lifted graph and its attachments give the free sizes that are lengthened, and by how much in each binding. Then a
+call's sizes are checked, virtual tokens included, against the sizes the program was captured for.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from adaptc.passes.ir.regions import region_tag
 
 @dataclass(frozen=True)
 class Lengths:
-    """The attachments that lengthen inputs, each with the size it does that to."""
+    """The attachments that lengthen inputs, as pairs of a free size and the attachment that adds to it."""
 
     found: Sequence[tuple[str, Attachment]] = ()
-    #: those at layers that read inputs which they added
+    #: the attachments at layers whose method added inputs to the program
     reading: Sequence[Attachment] = ()
 
     @classmethod
@@ -34,7 +34,7 @@ class Lengths:
         found: dict[tuple[str, str], tuple[str, Attachment]] = {}
         for node in graph.nodes if by_id else ():
             tag = region_tag(node)
-            if tag is None or tag["region"] == BEGINS:  # in a cache, whose length is its owner's concern
+            if tag is None or tag["region"] == BEGINS:  # a KV prefix in a cache, which the cache's owner counts
                 continue
             if tag["site"] in by_id:
                 own = names[tag["base"]] if tag["region"] in DECODER_LENGTHS else _ids(names[tag["node"]], names)
@@ -44,7 +44,7 @@ class Lengths:
         return cls(list(found.values()), reading)
 
     def in_binding(self, values: Mapping[str, Tensor]) -> dict[str, int]:
-        """Free size -> how many tokens are put in front."""
+        """Return free size -> how many virtual tokens are added to it, for the slot values of a binding (by FQN)."""
         out: dict[str, int] = {}
         for size, a in self.found:
             assert isinstance(a.method, ProgramMethod)
@@ -52,12 +52,15 @@ class Lengths:
         return out
 
     def checks(self, values: Mapping[str, Tensor], names: Sequence[str]) -> list[Callable[[Sequence[Any]], None]]:
-        """What is asked of each call's flat inputs, called ``names``, by the methods that added some."""
+        """Return the checks that methods with inputs of their own make of a call's flat inputs, called ``names``.
+
+        A check raises AdaptcError for values of these inputs that do not fit the slot ``values``.
+        """
         checks: dict[Any, _Check] = {}
         for a in (*(a for _, a in self.found), *self.reading):
             at = {n: names.index(m) for n in a.method.extras() if (m := a.reads.get(n, n)) in names}
             slots = {n: values[f] for n, f in a.slots.items()}
-            if at:  # at all layers of an adapter the same is asked
+            if at:  # all layers of an adapter make the same check, so it is kept once
                 sizes = [t.shape[0] for t in slots.values() if t.ndim]
                 checks[a.method.name, *at.items(), *sizes] = _Check(a.method, slots, at)
         return list(checks.values())
@@ -71,13 +74,13 @@ class _Check:
 
     def __call__(self, flat: Sequence[Any]) -> None:
         given = {n: flat[i] for n, i in self.at.items()}
-        # Nobody waits for another device to say what it would say itself.
+        # Values on other devices are not checked: reading them would wait for the device, which raises itself.
         if all(t.device.type == "cpu" for t in given.values()) and (why := self.method.why_wrong(self.slots, given)):
             raise AdaptcError(why)
 
 
 def out_of_rows(longer: Mapping[str, int], shapes: str) -> AdaptcError:
-    """The error for a lookup beyond a table's rows, in a call with inputs of these ``shapes``."""
+    """Return the error for a lookup beyond a table's rows, in a call with inputs of these ``shapes``."""
     return AdaptcError(
         f"a lookup went beyond the rows of its table: the adapter puts {max(longer.values())} tokens in front of those "
         f"of the call ({shapes}), which may be more than the model has positions for, or the vocabulary lacks a token. "
@@ -86,7 +89,7 @@ def out_of_rows(longer: Mapping[str, int], shapes: str) -> AdaptcError:
 
 
 def _ids(lookup: fx.Node, names: Mapping[str, fx.Node]) -> fx.Node:
-    """The caller's input that a lookup reads, behind views, casts and what adapters made of it."""
+    """Return the placeholder of the caller's input that a lookup reads, behind views, casts and adapters' regions."""
     node: Any = lookup.args[1]
     while node.op != "placeholder":
         tag = region_tag(node)

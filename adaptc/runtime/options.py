@@ -1,4 +1,4 @@
-"""How a program runs: options that change no value beyond rounding. They are checked whenever they are set."""
+"""Define the options of how a program runs, which change no value beyond rounding. Setting one checks it."""
 
 from __future__ import annotations
 
@@ -11,23 +11,26 @@ import torch
 from adaptc.errors import BackendError, ConfigError, shown
 
 BACKENDS = ("eager", "inductor")
-#: what ``pack`` may be -> the type of the weights that are packed
+#: value of ``pack`` -> the dtype of the weights that are packed
 PACKS = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """See the properties of ``AdaptedProgram`` for what they mean. Raises BackendError for a backend that does not
-    exist, ConfigError for any other value without a meaning."""
+    """The options of a run; the properties of ``AdaptedProgram`` say what they mean.
+
+    Raises BackendError for a backend that does not exist and for ``pack`` with inductor. Raises ConfigError for any
+    other value without a meaning.
+    """
 
     backend: str = "eager"
     hoist_limit: int | None = None
-    #: a set names the weights that may be moved
+    #: whether siblings may share matmuls; a set of FQNs names the weights that may be moved for that
     fuse: bool | frozenset[str] = True
     kernels: bool | None = None
-    #: of modules to train
+    #: how many repeated blocks of a module to train are recomputed at a time, "auto" for one; None keeps activations
     checkpoint: int | Literal["auto"] | None = None
-    #: the type of the weights that calls may read packed copies of
+    #: the dtype of the weights that calls may read packed copies of, a key of :data:`PACKS`; None packs none
     pack: str | None = None
 
     def __post_init__(self) -> None:
@@ -51,8 +54,10 @@ class RunOptions:
 
 
 def blocks_at_a_time(value: Any, name: str = "checkpoint") -> int | Literal["auto"] | None:
-    """How many repeated blocks are computed again at a time: "auto" for True, None for False. Raises ConfigError for
-    what is neither of these nor a number from 1."""
+    """Return how many repeated blocks are recomputed at a time: "auto" for True, None for False.
+
+    Raises ConfigError for any other value that is no whole number from 1. ``name`` is the option, for messages.
+    """
     if value is None or value is False:
         return None
     if value is True or (isinstance(value, str) and value == "auto"):
@@ -65,7 +70,7 @@ def blocks_at_a_time(value: Any, name: str = "checkpoint") -> int | Literal["aut
 
 
 def check_limit(value: Any, name: str = "hoist_limit") -> None:
-    """Raises ConfigError for what is no limit."""
+    """Raise ConfigError where ``value`` is neither None (no limit) nor a number of bytes from 0."""
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
         raise ConfigError(
             f"{name}={shown(value)} is no number of bytes; give None for no limit, or 0 for no memory at all"

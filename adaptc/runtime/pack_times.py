@@ -1,4 +1,4 @@
-"""Where a packed weight is faster than the weight as it lies: measured once per machine, and kept like product times.
+"""Measure where a packed weight is faster than the weight as it lies, once per machine, and keep the times in a file.
 
 Private torch use, with the public route that was tried:
 - ``torch.ops.mkldnn._reorder_linear_weight``: packs. Public: ``torch.utils.mkldnn.to_mkldnn`` packs modules, for
@@ -19,7 +19,7 @@ from adaptc.runtime.product_table import THIN, product_table
 from adaptc.runtime.product_times import Times, as_they_lie, least, measure, operands
 
 PACKED = "packed"
-#: rows that the layout is made for; it is right for any
+#: the number of rows that the packed layout is made for; it is right for any number
 ROWS = 128
 
 
@@ -27,7 +27,7 @@ _reorder: Any = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 
 
 def choose_packed(out: int, width: int, dtype: torch.dtype) -> Choice:
-    """At which classes of rows a weight of (out, width) is worth a packed copy, against the best of the others."""
+    """Return the classes of rows at which a packed copy of a weight (out, width) is faster than the best other kind."""
     if min(out, width) < THIN:
         return Choice(LINEAR, (), f"fewer than {THIN} rows or columns")
     if _reorder is None:
@@ -39,7 +39,7 @@ def choose_packed(out: int, width: int, dtype: torch.dtype) -> Choice:
 
 
 def measure_packed(dtype: torch.dtype) -> Times:
-    """Times of the best product on weights as they lie, and of packed ones."""
+    """Measure the best matmul on weights as they lie and the one on packed copies, and return their times."""
     return measure(dtype, _kinds, PACKED)
 
 
@@ -51,5 +51,5 @@ def _kinds(pool: Tensor, size: tuple[int, int], rows: int, end: float) -> tuple[
 
 
 def packed(weight: Tensor) -> Tensor:
-    """A copy of a weight (N, K) in oneDNN's own layout, in the type that it has: it is opaque."""
+    """Return a copy of a weight (N, K) in oneDNN's packed layout: an opaque tensor of the weight's dtype."""
     return _reorder(weight.detach(), ROWS)

@@ -1,10 +1,9 @@
-"""Copies of weights in oneDNN's own layout, where the user allows the memory (``AdaptedProgram.pack``).
+"""Keep copies of base weights in oneDNN's packed layout, where the user allows the memory (``AdaptedProgram.pack``).
 
-Before: layers of the base, and the type of the weights that may be packed. After: a layer is called as before, and at
-the numbers of rows at which a packed weight was measured to be faster it reads one, made when it is first called so.
-Values are not rounded: a weight is packed in the type it has. A copy lives as long as the code of calls and the weight
-it was made of; a weight that was written to, or lies elsewhere, is packed anew. Programs that read one weight share one
-copy.
+A layer is called as before. At numbers of rows where a packed weight was measured to be faster, it reads a packed copy.
+The first such call makes the copy. Values are not rounded: a weight is packed in its own dtype. A copy lives as long as
+both the code of calls and the weight it was made of. A weight that was written to, or moved to other memory, is packed
+anew. Programs that read one weight share one copy.
 """
 
 from __future__ import annotations
@@ -26,20 +25,23 @@ from adaptc.tables import size
 from adaptc.torch_modes import plainly
 
 _lock = free_in_children(threading.Lock())
-#: where a weight lies, and what it is -> a packed copy that somebody holds
+#: (address, shape, strides, dtype) of a weight -> a packed copy that some layer holds
 _known: WeakValueDictionary[Any, Tensor] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
 class PackedWeights:
-    """``count`` weights with a second copy of ``nbytes`` together, now; ``choices``: when it is read, and why."""
+    """The packed copies that are held now: ``count`` of them, with ``nbytes`` in all.
+
+    ``choices`` has one entry for each layer of the base: at which rows it reads a packed copy, and why.
+    """
 
     count: int = 0
     nbytes: int = 0
     choices: tuple[Choice, ...] = ()
 
     def __str__(self) -> str:
-        """A line for the memory and one for each reason; '' where nothing was to be packed."""
+        """Return a line for the memory and one for each reason; '' where nothing was to be packed."""
         if not self.choices:
             return ""
         lines = [f"packed: a second copy of {self.count} weights ({size(self.nbytes)})"]
@@ -55,7 +57,7 @@ class PackedWeights:
 
 
 class Packs:
-    """Makes layers that read packed weights of one type, and counts the copies."""
+    """The layers of one piece of code that read packed weights of ``dtype``, and the choices that were made."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -63,7 +65,10 @@ class Packs:
         self.choices: list[Choice] = []
 
     def layer(self, out: int, width: int, dtype: torch.dtype, told: Sequence[Any]) -> PackedLayer | None:
-        """See ``pack_products``."""
+        """Return a layer that reads packed copies of a weight (out, width), or None where that is not faster.
+
+        It is the ``make`` of ``passes.lower.pack_products``: ``told`` has the other arguments of ``adaptc::product``.
+        """
         if dtype != self.dtype:
             return None
         choice = choose_packed(out, width, dtype)
@@ -75,7 +80,7 @@ class Packs:
 
 
 def held_by(packs: Iterable[Packs | None]) -> PackedWeights:
-    """What several pieces of code hold now; None for one that packs nothing."""
+    """Return what several pieces of code hold now, a shared copy counted once; None is code that packs nothing."""
     found = [p for p in packs if p is not None]
     made = {id(c): c for p in found for layer in p.layers for c in layer.copies}
     nbytes = sum(c.numel() * c.itemsize for c in made.values())
@@ -83,14 +88,17 @@ def held_by(packs: Iterable[Packs | None]) -> PackedWeights:
 
 
 class PackedLayer:
-    """x (..., K), weight (N, K), bias (N,) or None -> (..., N): by a packed copy of the weight at ``packed`` classes of
-    rows, else as ``adaptc::product`` with what it was ``told``, and so where a gradient is wanted."""
+    """A linear layer: x (..., K), weight (N, K), bias (N,) or None -> (..., N).
+
+    It reads a packed copy of the weight in calls whose number of rows is in one of the classes ``packed``. All other
+    calls, and those that need a gradient, are ``adaptc::product`` with the arguments ``told``.
+    """
 
     __name__ = "packed_layer"
 
     def __init__(self, packed: Sequence[int], told: Sequence[Any]) -> None:
         self.packed, self.told = packed, told
-        #: id of a weight -> it, where it lay, how often it had been written to, and its copy
+        #: id of a weight -> the weight, its address, its version (count of writes), its packed copy
         self._held: dict[int, tuple[ref[Tensor], int, int, Tensor]] = {}
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -100,7 +108,7 @@ class PackedLayer:
 
     @property
     def copies(self) -> list[Tensor]:
-        """What is held now."""
+        """Return the packed copies that are held now."""
         return [copy for *_, copy in list(self._held.values())]
 
     def _copy(self, weight: Tensor) -> Tensor:
@@ -113,11 +121,11 @@ class PackedLayer:
 
     def _pack(self, weight: Tensor) -> Tensor:
         with _lock, plainly(), torch.no_grad():
-            # Read before: a write in between makes the copy stale.
+            # Both are read before the copy is made, so that a write in between makes the copy stale.
             place, version = weight.data_ptr(), weight._version
             key = (place, tuple(weight.shape), weight.stride(), weight.dtype)
             copy = _known.get(key)
-            # Memory is given back and taken again, and another object may have been written through.
+            # The address may belong to another weight by now, or a write may have gone through another tensor object.
             if copy is None or not torch.equal(copy.to_dense(), weight):
                 copy = _known[key] = packed(weight)
             name, held = id(weight), self._held

@@ -1,11 +1,10 @@
-"""Which product is faster on this machine: a table that is measured once, and kept as a file.
+"""Choose the fastest matmul for a weight on this machine, from a table that is measured once and kept in a file.
 
-Before: nothing, a file, or a damaged one. After: :meth:`ProductTable.choice` says for a weight which kind of product to
-ask for, at which classes of rows, and why. It is measured when code for calls is first made that has a use for it, in
-a second for each type of numbers, and never again on this processor with this torch and as many threads.
-It lies in the folder ``ADAPTC_CACHE``, or the platform's own for caches. A file that cannot be read, or is of something
-else, is measured anew; where none can be written, each process measures for itself. ``ADAPTC_PRODUCTS=plain`` turns all
-of it off.
+:meth:`ProductTable.choice` says for a weight which kind of matmul to ask for, at which classes of rows, and why. A
+table is measured when code that needs it is first made, in about a second for each dtype. It is not measured again on
+the same processor with the same torch and as many threads. The file lies in the folder ``ADAPTC_CACHE``, or in the
+platform's folder for caches. A file that cannot be read, or that holds another table, is measured anew. Where no file
+can be written, each process measures for itself. ``ADAPTC_PRODUCTS=plain`` turns all of it off.
 """
 
 from __future__ import annotations
@@ -35,19 +34,19 @@ from adaptc.runtime.product_times import TURNED, Times, complete, measure, measu
 
 SWITCH, FOLDER = "ADAPTC_PRODUCTS", "ADAPTC_CACHE"
 
-#: how much less time a product must take to be worth another one than linear's
+#: the share of ``F.linear``'s time that another matmul must save to be chosen
 GAIN = 0.05
-#: how much more time at some rows is taken for noise of the measurement, where it is less at others
+#: the share of ``F.linear``'s time by which a matmul may seem slower and still count as equal: noise of the measurement
 NOISE = 0.1
-#: the least rows and columns of a weight: thinner products have nothing to gain
+#: the fewest rows and columns of a weight that matmuls are chosen for: thinner ones have nothing to gain
 THIN = 128
-#: of the file
+#: the format number of the file
 FORMAT = 6
 _MOST_BYTES = 1 << 20
 
 
 def wanted() -> bool:
-    """Whether products are chosen at all. Raises ConfigError for a setting without a meaning."""
+    """Return whether matmuls are chosen at all. Raises ConfigError where ``ADAPTC_PRODUCTS`` has an unknown value."""
     value = os.environ.get(SWITCH, "")
     if value not in ("", "plain"):
         raise ConfigError(f"{SWITCH}={shown(value)} in the environment has no meaning: set it to plain, or not at all")
@@ -55,7 +54,7 @@ def wanted() -> bool:
 
 
 def folder() -> Path:
-    """Where tables are kept."""
+    """Return the folder that tables are kept in. Raises RuntimeError where the user has no home directory."""
     if os.environ.get(FOLDER):
         return Path(os.environ[FOLDER])
     if sys.platform == "darwin":
@@ -65,7 +64,7 @@ def folder() -> Path:
 
 
 def identity(dtype: torch.dtype, of: str = "") -> dict[str, Any]:
-    """What times depend on, as the file says it."""
+    """Return what times depend on, as the file says it. ``of``: as for :func:`product_table`."""
     return {
         "format": FORMAT,
         "torch": torch.__version__,
@@ -77,7 +76,7 @@ def identity(dtype: torch.dtype, of: str = "") -> dict[str, Any]:
     }
 
 
-#: of Linux's description of the first processor; virtual machines give several generations one name
+#: the fields of ``/proc/cpuinfo`` that tell processors apart: on virtual machines several generations share one name
 _DESCRIBES = ("model name", "cpu family", "model", "cache size", "CPU implementer", "CPU part")
 
 
@@ -93,13 +92,16 @@ def _processor() -> str:
 
 @dataclass(frozen=True)
 class ProductTable:
-    """``times``: (rows, columns of the weight, class) -> seconds of linear, of oneDNN and, at a few rows, of columns;
-    empty: nothing is faster."""
+    """A table of measured times, and the choices that follow from them.
+
+    ``times`` maps (rows of the weight, columns of the weight, class of rows of the input) to seconds. The seconds are
+    those of linear, of oneDNN and, at few rows, of columns. Where ``times`` is empty, every choice is linear.
+    """
 
     times: Times
 
     def choice(self, out: int, width: int) -> Choice:
-        """For a weight of (out, width): read off the nearest that was measured, for each class of rows."""
+        """Return the choice for a weight (out, width): for each class of rows, that of the nearest measured size."""
         if min(out, width) < THIN:
             return Choice(LINEAR, (), f"fewer than {THIN} rows or columns")
         ratios = self._ratios(out, width)
@@ -114,8 +116,10 @@ class ProductTable:
         return Choice(ONEDNN, classes, "measured: faster here", at, columns, turned_at)
 
     def choice_for_all(self, out: int, width: int) -> Choice:
-        """The same, of code that computes calls of any number of rows by one kind: another than linear where it is
-        faster at some and slower at none."""
+        """Return the choice for a weight (out, width) in code that uses one kind of matmul at all numbers of rows.
+
+        A kind other than linear is chosen where it is faster at some classes of rows and slower at none.
+        """
         found = self.choice(out, width)
         if found.kind == LINEAR:
             return found
@@ -127,12 +131,15 @@ class ProductTable:
         return Choice(found.kind, ALL_CLASSES, "measured: faster here, at no rows slower", tuple(ratios.values()))
 
     def spared(self, out: int, width: int) -> float:
-        """How many seconds the product of columns saves over the others in a call, at the rows where that is most."""
+        """Return how many seconds columns saves over the other kinds in a call, at the class of rows with most gain."""
         found = [self._nearest(out, width, c) for c in self.choice(out, width).columns]
         return max((out * width / (s[0] * s[1]) * (min(t[:2]) - t[2]) for s, t in filter(None, found)), default=0.0)
 
     def _ratios(self, out: int, width: int, kind: int = 1) -> dict[int, float]:
-        """The time of a kind, oneDNN or columns, over that of linear at each class at which it was measured."""
+        """Return class of rows -> the time of a kind over that of linear, at the classes it was measured at.
+
+        ``kind``: 1 for oneDNN, 2 for columns.
+        """
         return {c: r for c in ALL_CLASSES if (r := self._ratio(out, width, c, kind)) is not None}
 
     def _ratio(self, out: int, width: int, rows: int, kind: int) -> float | None:
@@ -142,7 +149,7 @@ class ProductTable:
     def _nearest(
         self, out: int, width: int, rows: int, kind: int = 2
     ) -> tuple[tuple[int, int, int], tuple[float, ...]] | None:
-        """The size nearest to this one at which a kind was measured, and its times."""
+        """Return the nearest (rows, columns, class) at which ``kind`` was measured, and its times; None without one."""
 
         def far(size: tuple[int, int, int]) -> float:
             return abs(math.log(out / size[0])) + abs(math.log(width / size[1]))
@@ -161,15 +168,17 @@ _known: dict[str, ProductTable] = {}
 def product_table(
     dtype: torch.dtype, measuring: Callable[[torch.dtype], Times] = measure, of: str = ""
 ) -> ProductTable:
-    """The table for products of ``dtype``: what this process knows, what a file says, or measured now. ``of``: what
-    ``measuring`` measures, where that is not linear and oneDNN on weights as they lie."""
+    """Return the table for matmuls of ``dtype``: the one this process has, one read from a file, or one measured now.
+
+    ``of`` names what ``measuring`` measures; '' stands for the kinds of matmul on weights as they lie.
+    """
     if not takes(dtype):
         return ProductTable({})
     what = identity(dtype, of)
     name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     try:
         path = folder() / f"products-{name}.json"
-    except RuntimeError:  # nobody's home
+    except RuntimeError:  # the user has no home directory, as in some containers
         path = None
     with _lock:
         key = f"{path}:{name}"
@@ -177,42 +186,42 @@ def product_table(
             times = None if path is None else read(path, what)
             if times is None:
                 times = measuring(dtype)
-                if complete(times, of) and path is not None:  # on a busy machine it may not be
+                if complete(times, of) and path is not None:  # a busy machine may run out of the budget of time
                     write(path, what, times)
             _known[key] = ProductTable(times)
         return _known[key]
 
 
 def choose(out: int, width: int, dtype: torch.dtype) -> Choice:
-    """The product for a weight of (out, width), for each class of rows."""
+    """Return the matmul to use for a weight (out, width), for each class of rows."""
     return _table_for(out, width, dtype).choice(out, width)
 
 
 def spared(out: int, width: int, dtype: torch.dtype) -> float:
-    """The seconds that the product of columns saves in a call, for a weight of (out, width)."""
+    """Return the seconds that the columns matmul saves in a call, for a weight (out, width)."""
     return _table_for(out, width, dtype).spared(out, width)
 
 
 def choose_for_all(out: int, width: int, dtype: torch.dtype) -> Choice:
-    """The product for a weight of (out, width), for any number of rows."""
+    """Return the one matmul to use for a weight (out, width) at any number of rows."""
     return _table_for(out, width, dtype).choice_for_all(out, width)
 
 
 def _table_for(out: int, width: int, dtype: torch.dtype) -> ProductTable:
-    """What needs no times asks for none."""
+    """Return the table for a weight (out, width): an empty one where it is too thin, so that nothing is measured."""
     return ProductTable({}) if min(out, width) < THIN else product_table(dtype)
 
 
 def choose_for_gradient(out: int, width: int, dtype: torch.dtype) -> Choice:
-    """The product for the gradient of inputs of a layer whose weight is (out, width)."""
+    """Return the matmul to use for the input gradient of a layer whose weight is (out, width)."""
     thin = min(out, width) < THIN
     return (ProductTable({}) if thin else product_table(dtype, measure_turned, TURNED)).choice(width, out)
 
 
 def read(path: Path, what: Mapping[str, Any]) -> Times | None:
-    """The times in a file, or None where it is no table of ``what``."""
+    """Return the times in a file, or None where it is no complete table of ``what``."""
     try:
-        with Opened(path) as file:  # which refuses what is no plain file: a pipe would be waited for
+        with Opened(path) as file:  # refuses anything but a plain file: reading a pipe would wait for ever
             if file.size > _MOST_BYTES:
                 return None
             data = json.loads(file.bytes())
@@ -232,7 +241,7 @@ def read(path: Path, what: Mapping[str, Any]) -> Times | None:
 
 
 def write(path: Path, what: Mapping[str, Any], times: Times) -> None:
-    """Keep the times, all or nothing; where that is not possible, do nothing."""
+    """Write the times to ``path`` as a whole; where that fails, leave what is there and raise nothing."""
     data = {**what, "times": [[*size, *kinds] for size, kinds in times.items()]}
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:

@@ -1,8 +1,8 @@
-"""How long products take on this machine, as they lie in a model: weights that are in no near cache.
+"""Measure how long each kind of matmul takes on this machine, with weights that are in no near cache, as in a model.
 
-Before: nothing. After: the least time of each kind at a few sizes of weights and numbers of rows, as many as fit in.
-The kinds take turns, so that what slows the machine down slows both; the least of several times is what the code itself
-takes.
+The result is the least time of each kind at a few sizes of weights and numbers of rows. A budget of time limits how
+many. The kinds take turns, so that a load on the machine slows all of them. The least of several times is taken as the
+time of the code itself.
 """
 
 from __future__ import annotations
@@ -20,47 +20,50 @@ from adaptc.passes.ir.product import ALL_CLASSES, ONEDNN, by_columns, product, r
 from adaptc.progress import stage
 from adaptc.torch_modes import AUTOCAST_DEVICES, in_transform
 
-#: (rows, columns of a weight, class of rows) -> seconds of linear, of oneDNN, and of columns where they are measured
+#: (rows of a weight, columns of a weight, class of rows) -> seconds of linear, of oneDNN, and of columns if measured
 Times = dict[tuple[int, int, int], tuple[float, ...]]
-#: (pool, size of a weight, rows, when to end) -> the least time of each kind, None where there is none left
+#: (pool, size of a weight, rows, when to end) -> the least seconds of each kind; None where the time ran out
 Kinds = Callable[[Tensor, tuple[int, int], int, float], Sequence[float] | None]
 
-#: the name of times of weights that are transposed views, and of those of adapters
+#: the names of tables of times: for weights that are transposed views, and for adapters
 TURNED, ADAPTERS = "turned", "adapters"
-#: what is measured, as a log calls it
+#: name of a table -> what is measured for it, as logs call it
 _CALLED = {
     "": "matmuls",
     TURNED: "matmuls of gradients",
     ADAPTERS: "matmuls of adapters",
     "packed": "matmuls of packed weights",
 }
-#: weights that are measured
+#: (rows, columns) of the weights that are measured
 SIZES = ((256, 256), (576, 576), (1536, 576), (576, 1536), (2048, 2048))
-#: factors of adapters that are measured, at the classes of few and of many rows: a narrow one and a wide one, whose
-#: difference is the work
+#: (width, rank) of the adapter factors that are measured, a narrow and a wide one, whose difference in time is the
+#: work; and the classes of rows, few and many, that they are measured at
 FACTORS, FACTOR_CLASSES = ((1024, 16), (1024, 80)), (1, 3)
-#: rows that stand for each class
+#: the number of rows that stands for each class
 ROWS = (1, 3, 8, 96, 384)
-#: the first of the classes that gradients are measured at: who trains has more rows than a few
+#: the first of the classes that gradients are measured at: training has more than a few rows
 GRADIENTS = 3
-#: the classes at which the product of columns is measured: with more rows it has nothing to gain
+#: the classes at which the columns matmul is measured: with more rows it has nothing to gain
 FEW = (0, 1)
-#: seconds for all of it; what does not fit in is left out, and so computed by linear
+#: seconds for a whole table; sizes that do not fit in are left out
 BUDGET = 0.9
-#: operations of one product above which none is measured: a smaller weight says as much
+#: the most operations of one matmul that is measured: a smaller weight tells as much
 _MOST_WORK = 2e9
-#: times that each kind is measured at once, and the fewest that count
+#: the number of times that each kind is run in a row of turns, and the fewest that count
 _ROUNDS, _FEWEST = 4, 3
-#: how often all of it is measured: what disturbs one size for a moment is gone when its turn comes again
+#: how often the whole table is measured: a moment's load at one size is over when its turn comes again
 _SWEEPS = 3
-#: bytes of the memory that weights are taken from, and how many at most, far apart: several times what near caches
-#: hold, which decides at few rows, where the kinds differ in how they wait for memory
+#: bytes of the memory that weights are views of, and about how many weights, far apart: several times what near caches
+#: hold. At few rows that decides, since the kinds differ in how they wait for memory
 _POOL, _WEIGHTS = 128_000_000, 24
 
 
 def measure(dtype: torch.dtype, kinds: Kinds | None = None, of: str = "") -> Times:
-    """Times of products of ``dtype``, in about :data:`BUDGET` seconds at most; none where a mode is on that makes other
-    things of tensors. ``kinds`` measures others than linear, oneDNN and columns, ``of`` is what it measures."""
+    """Measure matmuls of ``dtype``, in about :data:`BUDGET` seconds at most, and return their times.
+
+    ``kinds`` measures one size; by default linear, oneDNN and columns. ``of`` names the table. Nothing is measured in
+    a transform of ``torch.func`` or under a mode that makes other objects than plain tensors.
+    """
     if in_transform():
         return {}
     with contextlib.ExitStack() as stack:
@@ -76,17 +79,17 @@ def measure(dtype: torch.dtype, kinds: Kinds | None = None, of: str = "") -> Tim
 
 
 def measure_turned(dtype: torch.dtype) -> Times:
-    """The same with weights that are transposed views of others, as in gradients of inputs."""
+    """Measure linear and oneDNN with weights that are transposed views, as in the gradients of inputs."""
     return measure(dtype, _turned, TURNED)
 
 
 def complete(times: Times, of: str = "") -> bool:
-    """Whether all was measured, and nothing else."""
+    """Return whether ``times`` has every size and class that the table ``of`` is measured at, and no other."""
     return set(times) == {(*size, c) for size, c, _ in _wanted(of)}
 
 
 def _wanted(of: str = "") -> list[tuple[tuple[int, int], int, int]]:
-    """Size, class and number of rows of what is measured. Few rows first: they gain most."""
+    """Return (size of a weight, class of rows, number of rows) of what is measured, few rows first: they gain most."""
     classes = list(zip(ALL_CLASSES, ROWS, strict=True))
     if of == ADAPTERS:
         return [(s, c, n) for c, n in classes if c in FACTOR_CLASSES for s in FACTORS]
@@ -119,14 +122,20 @@ def _turned(pool: Tensor, size: tuple[int, int], rows: int, end: float) -> Seque
 
 
 def as_they_lie(x: Tensor, weights: Sequence[Tensor]) -> list[Callable[[int], Tensor]]:
-    """All kinds of product that are measured at so many rows, of weights without a packed copy."""
+    """Return the kinds of matmul x W^T that are measured for ``x`` (rows, width) on weights that are not packed.
+
+    They are linear, oneDNN and, at few rows, columns. Each takes a number and uses the weight of that number.
+    """
     kinds = [plain(x, weights), by_onednn(x, weights)]
     few = row_class(x.shape[0]) in FEW
     return [*kinds, lambda n: by_columns(x, weights[n % len(weights)], None)] if few else kinds
 
 
 def operands(pool: Tensor, size: tuple[int, int], rows: int) -> tuple[Tensor, list[Tensor]]:
-    """What is multiplied, and as many weights as there are."""
+    """Return x (rows, width) and the weights (out, width) that are multiplied, as views of ``pool``.
+
+    ``size`` is (out, width). The weights lie far apart, so that one is out of cache when its turn comes again.
+    """
     numel = size[0] * size[1]
     x = pool[: rows * size[1]].view(rows, size[1])
     places = pool.numel() // numel
@@ -135,18 +144,20 @@ def operands(pool: Tensor, size: tuple[int, int], rows: int) -> tuple[Tensor, li
 
 
 def plain(x: Tensor, weights: Sequence[Tensor]) -> Callable[[int], Tensor]:
-    """Products by linear, each with the weight of a number."""
+    """Return a function that multiplies ``x`` by the weight of a number, by ``F.linear``."""
     return lambda n: F.linear(x, weights[n % len(weights)])
 
 
 def by_onednn(x: Tensor, weights: Sequence[Tensor]) -> Callable[[int], Tensor]:
-    """Products by oneDNN, each with the weight of a number."""
+    """Return a function that multiplies ``x`` by the weight of a number, by oneDNN."""
     return lambda n: product(x, weights[n % len(weights)], None, ONEDNN, ALL_CLASSES)
 
 
 def least(kinds: Sequence[Callable[[int], Any]], end: float) -> list[float] | None:
-    """The least time of each kind, which take turns, each time with another number; None where there is no time until
-    ``end`` for enough of them."""
+    """Return the least time of each kind in seconds; None where fewer than :data:`_FEWEST` turns fit in until ``end``.
+
+    The kinds take turns, each time with another number, and so another weight.
+    """
     best = [float("inf")] * len(kinds)
     for turn in range(_ROUNDS + 1):
         if time.perf_counter() > end:
@@ -154,6 +165,6 @@ def least(kinds: Sequence[Callable[[int], Any]], end: float) -> list[float] | No
         for i, run in enumerate(kinds):
             start = time.perf_counter()
             run(turn * len(kinds) + i)
-            if turn:  # not the first, which prepares
+            if turn:  # the first turn also pays for preparations, such as loading code
                 best[i] = min(best[i], time.perf_counter() - start)
     return best

@@ -1,11 +1,9 @@
-"""Room for larger adapters: slots padded to a capacity without changing what their site computes.
+"""Find how to pad slots to a larger rank without changing what their site computes.
 
-Compiled code has fixed shapes, so a package holds slots for one rank, and smaller adapters are padded up to it. Which
-padding leaves a site unchanged depends on how a method lays its tensors out (stacked experts keep one block of ranks
-per expert). No method is asked: the few ways there are get tried on random values, and one that leaves the method's
-own result unchanged is taken.
-
-Before: a method at a site and a larger rank. After: one :class:`Padding` per slot, or None where no way was found.
+Compiled code has fixed shapes, so a package holds slots for one rank, and smaller adapters are padded up to it. The
+right padding depends on how a method lays its tensors out: stacked experts keep one block of ranks per expert. Methods
+do not declare it. The few possible paddings are tried on random values, and one that leaves the method's own result
+unchanged is taken.
 """
 
 from __future__ import annotations
@@ -22,25 +20,28 @@ from adaptc.errors import AdaptcError
 from adaptc.passes.ir.method import Method
 from adaptc.passes.ir.ops import Op
 
-#: Sums of padded tensors are taken in another order; a wrong layout is off by the size of the values themselves.
+#: the tolerance of the comparison: padding changes the order of sums, and a wrong padding is off by whole values
 TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Padding:
-    """Each free axis is ``blocks`` blocks of equal size, and every block gets ``fill`` at its end."""
+    """A way to pad a slot: each axis that grows is ``blocks`` equal blocks, and each gets ``fill`` at its end."""
 
     blocks: int = 1
     fill: float = 0.0
 
     def fits(self, have: tuple[int, ...], want: tuple[int, ...]) -> bool:
-        """Whether no axis shrinks, and every axis that grows is made of blocks."""
+        """Return whether shape ``have`` can be padded to ``want``.
+
+        No axis may shrink, and both sizes of an axis that grows must be multiples of ``blocks``.
+        """
         pairs = zip(have, want, strict=False)
         grows = [h == w or (h < w and not h % self.blocks and not w % self.blocks) for h, w in pairs]
         return len(have) == len(want) and all(grows)
 
     def __call__(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """``tensor`` padded to ``shape``. Raises ValueError where it does not fit."""
+        """Return ``tensor`` padded to ``shape``. Raises ValueError where it does not fit."""
         if not self.fits(tuple(tensor.shape), shape):
             raise ValueError(f"{tuple(tensor.shape)} cannot be padded to {shape}")
         for axis, (have, want) in enumerate(zip(tensor.shape, shape, strict=True)):
@@ -54,9 +55,10 @@ class Padding:
 
 
 def paddings(method: Method, op: Op, form: str) -> dict[str, Padding] | None:
-    """How to pad each slot of ``method`` that has a free axis from one rank to a larger one.
+    """Return how to pad each slot of ``method`` that has a free axis from one rank to a larger one, by slot name.
 
-    ``form`` is the form the site was injected in, "apply" or "weight". None: the method has no rank, or no way works.
+    ``form`` is the form the site was injected in, "apply" or "weight". Returns None where the method has no rank, or
+    where no padding works.
     """
     method = method.evaluated()  # dropout would differ from one try to the next
     small, large = (method.with_rank(op, n * op.groups) for n in (2, 5))

@@ -1,4 +1,4 @@
-"""Counting compilations, to guard the promise that swaps compile nothing.
+"""Count compilations, to guard the promise that swaps compile nothing.
 
 Private torch use, with the public route that was tried: ``torch._dynamo.utils.counters`` and inductor's metrics are the
 only counts of compilations.
@@ -13,7 +13,7 @@ from adaptc.errors import RecompileError
 
 
 def compile_count() -> int:
-    """How many graphs torch has compiled in this process (Dynamo frames, AOTAutograd graphs, Inductor graphs)."""
+    """Return how often torch has compiled in this process: Dynamo graphs, AOTAutograd graphs and inductor kernels."""
     from torch._dynamo.utils import counters
     from torch._inductor import metrics
 
@@ -23,9 +23,10 @@ def compile_count() -> int:
 
 @contextlib.contextmanager
 def assert_no_recompiles() -> Iterator[None]:
-    """Context manager: raises RecompileError if anything was compiled inside, by Dynamo, AOTAutograd or Inductor.
+    """Run the block, and raise RecompileError if Dynamo, AOTAutograd or inductor compiled anything inside.
 
-    Counts torch's own counters, so it also catches a ``torch.compile`` that is not adaptc's. Usable as a decorator.
+    It reads torch's own counters, so it also catches a ``torch.compile`` that is not adaptc's. It can be used as a
+    decorator.
     """
     before = compile_count()
     yield

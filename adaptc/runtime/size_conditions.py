@@ -1,8 +1,8 @@
-"""Conditions on sizes, as ``torch.export`` writes them: ``L['x'].size()[0] != 1``, ``2*s7``.
+"""Read conditions on sizes as ``torch.export`` writes them, such as ``L['x'].size()[0] != 1`` and ``2*s7``.
 
-Before: texts, which may come from a stranger's file. After: functions of known sizes. They are read as Python's syntax
-tree and put together from the few operators that sizes are made with; nothing is evaluated as code, and what is not
-understood gives None: the graph itself is then what says whether the sizes fit.
+The texts may come from a stranger's file, so nothing is evaluated as code. A text is parsed to Python's syntax tree,
+and a function of known sizes is built from the few operators that sizes are made with. A text that is not understood
+gives None. Then the graph itself fails where the sizes do not fit.
 """
 
 from __future__ import annotations
@@ -48,22 +48,28 @@ _SIZE = re.compile(r"L((?:\[[^\[\]]+\])+)\.size\(\)\[(\d+)\]")
 
 @dataclass(frozen=True)
 class Condition:
-    """``text`` in terms of the inputs' names. ``reads``: the (flat input, axis) it asks for."""
+    """A condition on the sizes of a call.
+
+    ``text`` shows it with the inputs' names. ``reads`` has the (flat input, axis) of each size that ``test`` takes.
+    """
 
     text: str
     reads: Sequence[tuple[int, int]]
     test: Function
 
     def broken(self, shapes: Sequence[Any]) -> bool:
-        """Whether a call with inputs of these shapes breaks it."""
+        """Return whether a call whose flat inputs have these shapes breaks the condition."""
         try:
             return not self.test({(i, axis): shapes[i][axis] for i, axis in self.reads})
-        except ZeroDivisionError:  # it says nothing about a size of zero
+        except ZeroDivisionError:  # the condition divides by a size of zero, and so says nothing about it
             return False
 
 
 def condition(text: str, names: Sequence[str]) -> Condition | None:
-    """A guard of an exported program whose flat inputs have these names; None where it is about anything but sizes."""
+    """Return a guard of an exported program as a condition; ``names`` are those of its flat inputs.
+
+    None for a guard that reads anything but sizes, and for one that is not understood.
+    """
     reads: dict[tuple[int, int], str] = {}
 
     def name(match: re.Match[str]) -> str:
@@ -87,7 +93,7 @@ def condition(text: str, names: Sequence[str]) -> Condition | None:
 
 @lru_cache(1024)
 def expression(text: str) -> Function | None:
-    """A function of the sizes named in ``text``; None for what is no expression over sizes."""
+    """Return ``text`` as a function of the sizes it names; None where it is no expression over sizes."""
     if len(text) > _LONGEST:
         return None
     try:
@@ -97,7 +103,10 @@ def expression(text: str) -> Function | None:
 
 
 def solved(text: str, sizes: Sizes, symbol: str, value: int) -> int | None:
-    """The ``symbol`` for which ``text``, which grows evenly with it, is ``value``; None where no integer is."""
+    """Return the integer ``symbol`` at which ``text``, linear in it, equals ``value``; None where there is none.
+
+    ``sizes`` has the other symbols of ``text``.
+    """
     function = expression(text)
     assert function is not None
     zero, one = (function({**sizes, symbol: n}) for n in (0, 1))
@@ -108,7 +117,7 @@ def solved(text: str, sizes: Sizes, symbol: str, value: int) -> int | None:
 
 
 def symbols(text: str) -> list[str]:
-    """The names in an expression."""
+    """Return the names of sizes in an expression, sorted."""
     return sorted({n for n in re.findall(r"[A-Za-z_]\w*", text) if n not in _CALLS})
 
 
@@ -146,13 +155,16 @@ def _function(node: ast.expr, depth: int) -> Function:
 
 
 def _plain(path: str) -> str:
-    """``['cache'][0]`` as ``cache[0]``."""
+    """Return a path such as ``['cache'][0]`` as ``cache[0]``."""
     first, rest = path[1:].split("]", 1)
     return first.strip("'\"") + rest
 
 
 def _input(path: str, names: Sequence[str]) -> int | None:
-    """Which flat input a path such as ``['cache'][0]`` means, by the rule that torch names placeholders by."""
+    """Return the position of the flat input that a path such as ``['cache'][0]`` means; None where there is none.
+
+    Names are formed by the rule that torch names placeholders by.
+    """
     keys = [k.strip("'\"") for k in re.findall(r"\[([^\[\]]+)\]", path)]
     if keys[0] == "flat_args" and len(keys) == 2 and keys[1].isdecimal():
         return int(keys[1]) if int(keys[1]) < len(names) else None

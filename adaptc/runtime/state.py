@@ -1,11 +1,8 @@
-"""What a program writes to while it runs: caches and counters in buffers.
+"""Find and copy the buffers that a program writes to while it runs, such as caches and counters.
 
-As in a model of PyTorch, calls of one program see what earlier calls of it wrote. What is bound to a program has state
-of its own, which begins as the program's is at that moment: requests that are served side by side do not meet in a
-buffer.
-
-Before: the graph of a program, and tensors of its lifted inputs. After: copies of those that the graph writes to, which
-share memory with each other as the tensors did, and with nothing else.
+As in a PyTorch model, calls of one program see what earlier calls wrote. A callable that was bound to a program has
+state of its own, which begins as the program's is at that moment. So requests that are served side by side do not share
+a buffer. The copies share memory with each other as the tensors did, and with nothing else.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ from adaptc.torch_modes import plainly
 
 
 def written_to(graph: fx.Graph) -> set[str]:
-    """The placeholders whose memory a graph writes to."""
+    """Return the names of the placeholders whose memory a graph writes to."""
     memory = memory_groups(graph)
     dirty = {memory[n] for node in graph.nodes for n in written(node)}
     return {n.name for n in graph.find_nodes(op="placeholder") if memory[n] in dirty}
@@ -30,7 +27,7 @@ def written_to(graph: fx.Graph) -> set[str]:
 @plainly()
 @torch.no_grad()
 def own_copies(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """A copy of each of the named tensors, and of whatever shares memory with one of them."""
+    """Return a copy of each tensor in ``names``, and of each of ``tensors`` that shares memory with one of these."""
     memory = {memory_of(tensors[n]) for n in names}
     copies: dict[int, torch.UntypedStorage] = {}
     out: dict[str, Tensor] = {}

@@ -1,16 +1,15 @@
-"""Which form of its graph the calls of a program run: cleaned, with siblings fused, with frozen work taken out.
+"""Make the variants of a program's graph that calls run: canonicalized, siblings fused, frozen work hoisted.
 
-A program has one graph. Up to four variants are made of it, each when it is first used, all equal up to rounding:
+A program has one graph. Up to four variants are made of it, each when it is first used, all equal up to rounding.
+"wide", "stacked" and "apart" compute the base layers of a group of siblings in one matmul:
 
-    plain     canonicalize, hoist                           where adapter tensors are trained, or nothing can be fused
-    wide      and one product per group of siblings, of     for the fewest rows, where adapters are in half precision
-              adapters in float32
-    stacked   the same of adapters as they are              for few rows: the fewest operators
-    apart     and adapters of siblings each on their own    for many rows: the fewest operations
+    plain     canonicalized and hoisted, nothing fused      where slots are trained, or nothing can be fused
+    wide      adapters of a group stacked, in float32       for the fewest rows, where adapters are in half precision
+    stacked   adapters of a group stacked, in their dtype   for few rows: the fewest operators
+    apart     each adapter of a group on its own            for many rows: the fewest operations
 
-Which of the last three costs least is a symbolic expression in the program's own sizes, evaluated for the sizes of each
-call. A compiler gets the plain one; so does everybody where the limit on hoisted memory leaves no room for what
-fusing stacks.
+A symbolic cost in the program's free sizes picks one of the last three, evaluated for the sizes of each call. Compiled
+code uses the plain variant. So does every call where the limit on hoisted memory leaves no room for stacked adapters.
 """
 
 from __future__ import annotations
@@ -46,10 +45,12 @@ PLAIN, STACKED, APART, WIDE = "plain", "stacked", "apart", "wide"
 
 @dataclass(frozen=True)
 class Fusion:
-    """What was fused: ``layers`` in ``groups`` that read one tensor each, ``adapted`` of them with an adapter; ``rows``
-    up to which the adapters of a group are stacked; ``wide``: groups whose adapters, in half precision, are computed in
-    float32 for up to ``wide_rows`` rows. On a GPU ``kernels``: regions that run as fused kernels, ``others``
-    why those of other sites do not, and ``rows`` up to which layers are not grouped."""
+    """The counts of what was fused: ``layers`` in ``groups`` that read one tensor each, ``adapted`` with an adapter.
+
+    Adapters of a group are stacked for up to ``rows`` rows. ``wide`` groups have adapters in half precision that are
+    computed in float32 for up to ``wide_rows`` rows. On a GPU, ``kernels`` regions run as fused kernels. There
+    ``others`` says by site why its region does not, and layers are grouped above ``rows`` rows.
+    """
 
     groups: int = 0
     layers: int = 0
@@ -84,13 +85,14 @@ class Fusion:
 
 @dataclass(frozen=True, eq=False)
 class LiftedGraph:
-    """A lifted graph that is about to be called, and what is frozen of its inputs.
+    """A lifted graph that is about to be called, and which of its inputs are frozen.
 
-    ``names``: its lifted placeholders, in order; ``base`` and ``slots``: those of them that are frozen, for all
-    bindings or in each; ``packable``: those whose tensors may be moved into a buffer. ``limit``: bytes of memory for
-    what is computed once. ``compiled``: a compiler gets it, and not an interpreter. ``fuse``: siblings may share
-    products. ``differentiable``: gradients flow through it. ``choose``: see :class:`ChooseProducts`; ``pack``: see
-    :class:`PackProducts`; ``speeds``: of the products of adapters.
+    ``names`` are its lifted placeholders, in order. Of these, ``base`` are frozen for all bindings, ``slots`` within
+    each binding, and the tensors of ``packable`` may be moved into a buffer. ``limit`` bounds the bytes of hoisted
+    values, None for any number. ``compiled`` says that a compiler gets the graph, not an interpreter. ``fuse`` lets
+    siblings share matmuls. ``differentiable`` says that gradients flow through the graph. ``choose`` is that of
+    :class:`ChooseProducts`, None to choose nothing. ``pack`` is ``make`` of :class:`PackProducts`, None to pack
+    nothing. ``speeds`` gives the speed of adapter matmuls by dtype.
     """
 
     module: fx.GraphModule
@@ -108,7 +110,7 @@ class LiftedGraph:
 
     @cached_property
     def users(self) -> list[str]:
-        """The user's placeholders."""
+        """Return the names of the placeholders for the user's inputs."""
         lifted = set(self.names)
         return [n.name for n in self.module.graph.find_nodes(op="placeholder") if n.name not in lifted]
 
@@ -119,9 +121,12 @@ class LiftedGraph:
 
 @dataclass(frozen=True, eq=False)
 class GraphVariant:
-    """A graph and what was hoisted out of it, what calls of it run, as a graph and as a callable, the inputs that
-    packing adds, what it shares between bindings, the passes it went through, and the products that were chosen for its
-    base."""
+    """A variant of a graph, ready to be called.
+
+    ``split`` is the graph with its hoisted part taken out. Calls run ``code`` by the callable ``call``. ``packs`` are
+    the inputs that packing adds. ``shared`` holds values hoisted from the base, for all bindings; None where nothing
+    is hoisted. ``trail`` are the passes it went through, ``products`` the matmuls chosen for its base.
+    """
 
     split: SplitGraph
     code: fx.GraphModule
@@ -139,17 +144,20 @@ class GraphVariants:
         self.source = source
         self.fuses = source.fuse and self.may_fuse(source.compiled)
         values = (n.meta.get("val") for n in source.module.graph.find_nodes(op="placeholder"))
-        #: types of devices whose autocast would change what the graph computes
+        #: device types whose autocast would change what the graph computes
         self.devices = tuple({v.device.type for v in values if isinstance(v, Tensor)} & set(AUTOCAST_DEVICES))
         self._variants: dict[str, GraphVariant] = {}
 
     def may_fuse(self, compiled: bool) -> bool:
-        """Not for a compiler on the CPU: it fuses additions into what reads them, and pieces of one product, which are
-        strided, cost it more than the larger product saves (measured: prefill 1.16 of the base, and 1.06 without)."""
+        """Return whether siblings may share matmuls: not where a compiler gets the graph.
+
+        On the CPU inductor fuses additions into their readers. Slices of a shared matmul are strided, which costs it
+        more than the larger matmul saves. Measured: prefill took 1.16 of the base's time with fusing, 1.06 without.
+        """
         return not compiled
 
     def get(self, kind: str) -> GraphVariant:
-        """The variant of a kind, made now if it was not."""
+        """Return the variant ``kind``, made now if it was not."""
         found = self._variants.get(kind)
         if found is None:
             with on_graphs():
@@ -160,11 +168,11 @@ class GraphVariants:
 
     @property
     def kinds(self) -> list[str]:
-        """Those that calls of some sizes take."""
+        """Return the kinds of variants that calls may run, over all sizes of calls."""
         return [*([] if self._wide is None else [WIDE]), STACKED, APART] if self.fuses else [PLAIN]
 
     def kind(self, sizes: Mapping[str, int]) -> str:
-        """The variant that costs least in a call with these sizes."""
+        """Return the kind of variant that costs least in a call with these sizes (free size -> value)."""
         if not self.fuses:
             return PLAIN
         if self._wide is not None and self._wide.below(sizes):
@@ -173,17 +181,17 @@ class GraphVariants:
 
     @property
     def trails(self) -> dict[str, Trail]:
-        """The passes that each variant went through, by kind, of those that were made."""
+        """Return the passes that each variant made so far went through, by kind."""
         return {kind: v.trail for kind, v in self._variants.items()}
 
     @property
     def products(self) -> dict[str, Products]:
-        """The products that were chosen in each variant, by kind, of those that were made."""
+        """Return the matmuls chosen in each variant made so far, by kind."""
         return {kind: v.products for kind, v in self._variants.items()}
 
     @exclusive_property
     def fusion(self) -> Fusion:
-        """For the report."""
+        """Return what is fused, for the report."""
         if not self.fuses:
             return Fusion()
         groups = self.groups
@@ -205,15 +213,18 @@ class GraphVariants:
 
     @exclusive_property
     def _wide(self) -> Crossing | None:
-        """None where all that may be computed in float32 always is."""
+        """Return where float32 adapters begin to cost more than half precision.
+
+        None where no group has the choice of a dtype (``Group.narrow``).
+        """
         return crossing(self.groups, widening, self.source.speeds) if any(g.narrow for g in self.groups) else None
 
     def cleaning(self) -> list[GraphPass]:
-        """The passes that make of the graph what all variants are made from."""
+        """Return the passes that clean the graph before variants are made of it."""
         return [Canonicalize(self.source.users, self.source.differentiable)]
 
     def fusing(self, kind: str) -> list[GraphPass]:
-        """The passes that make a fused variant of a cleaned graph. The last one fuses."""
+        """Return the passes that make the fused variant ``kind`` of a cleaned graph. The last one fuses."""
         s = self.source
         return [FoldScales(s.stages), FuseSiblings(s.packable, s.stages, s.users, kind != APART, kind == WIDE)]
 
@@ -223,7 +234,7 @@ class GraphVariants:
 
     @exclusive_property
     def groups(self) -> list[Group]:
-        """What can be fused, in a graph of its own."""
+        """Return the groups of siblings that can be fused, as nodes of a copy of the graph."""
         *before, last = self.fusing(APART)
         assert isinstance(last, FuseSiblings)
         return last.groups(PassManager(before)(copy_graph(self.cleaned.output)).output)
@@ -241,7 +252,7 @@ class GraphVariants:
         if self.source.limit is not None:
             stages = stages_of(done.output, [{*self.source.base, *(p.name for p in packs)}, self.source.slots])
             new = {n.name for n in stages if n.op == "call_function" and n.name not in before}
-            # What was hoisted has its name still, as an input.
+            # A hoisted value keeps its name, as a placeholder; one that is still computed found no room in the limit.
             if new & {n.name for n in made.split.main.graph.nodes if n.op != "placeholder"}:
                 return self.get(STACKED if kind == WIDE else PLAIN)
         return made
@@ -261,12 +272,15 @@ class GraphVariants:
             bound = PassManager(passes)(copy_graph(split.main.graph))
             run, trail = fx.GraphModule(split.main, bound.output), (*trail, *bound.trail)
             products = bound.data[0] or products
-        # Not the module itself: while any thread traces, torch.fx has what calls modules patched for all of them.
+        # Not ``run`` itself: while any thread traces, torch.fx has patched ``nn.Module.__call__`` for all threads.
         return GraphVariant(
             split, run, packs, run.forward, Shared(split.stages[0]) if split.stages else None, trail, products
         )
 
 
 def sizes_of(flat: Sequence[Any], where: Mapping[str, tuple[int, int]]) -> dict[str, int]:
-    """Free size -> its value in a call; ``where`` says which axis of which flat input has it."""
+    """Return free size -> its value in a call with the inputs ``flat``.
+
+    ``where`` maps a free size to the (flat input, axis) that has it.
+    """
     return {name: flat[i].shape[axis] for name, (i, axis) in where.items() if isinstance(flat[i], Tensor)}

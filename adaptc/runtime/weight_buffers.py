@@ -1,14 +1,14 @@
-"""Weights of sibling layers in one buffer, so that one product reads them all and none is held twice.
+"""Move the weights of sibling layers into one buffer, so that one matmul reads them all and no weight is held twice.
 
-Before: tensors of equal width. After: one tensor of their rows below each other, in whose memory each of them lies;
-their values, and the identity of every ``nn.Parameter``, are what they were. A model shares its parameters with the
-programs made of it, so all that are known to share a tensor's memory follow (``alias``), or the old memory would live
-on. Each tensor has a storage of its own over its part of the memory (DLPack makes it): writers of files look at
-storages, and would take a slice for the whole.
+Tensors of equal width become views of one tensor with their rows below each other. Their values, and the identity of
+every ``nn.Parameter``, stay what they were. A model shares its parameters with the programs made of it. So all tensors
+known to share a weight's memory (``alias``) move with it, or the old memory would live on. Each tensor gets a storage
+of its own over its part of the buffer (DLPack makes it). Writers of files look at storages: they would take a slice of
+one storage for the whole.
 
-What another thread reads must not go while it reads: a program's calls say when they begin and end, and memory that
-was given up stays until all calls that had begun by then have ended. A model that runs in another thread by itself says
-nothing; it must not run while a program of it is called for the first time.
+Memory must not be freed while another thread reads it. A program's calls say when they begin and end. Memory that was
+given up stays until all calls that had begun by then have ended. A model that is called itself says nothing. It must
+not run in another thread while a program of it is called for the first time.
 """
 
 from __future__ import annotations
@@ -26,18 +26,21 @@ from adaptc.locks import free_in_children
 from adaptc.passes.ir.storage import storage_key
 
 _lock = free_in_children(threading.Lock())
-#: where memory begins -> tensors that were made to share it; entries are checked when used, for memory is given back
+#: address of memory -> tensors that share it; entries are checked when used, for other tensors may lie there by now
 _aliases: dict[int, list[weakref.ref[Tensor]]] = {}
-#: entries from which on those of tensors that are gone are looked for
+#: the number of entries above which those of dead tensors are dropped
 MOST = 1024
 _bound = [MOST]
-#: where the memory of a buffer begins -> the buffer, while somebody holds it
+#: address of a buffer -> the buffer, while somebody holds it
 _buffers: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
 
 class _Readers:
-    """``calls``: thread -> how many moves there had been when its call began. ``old``: (which move it was, the memory
-    given up by it), while somebody may read it."""
+    """The calls that are running, and the old memory that they may still read.
+
+    ``calls`` maps a thread to the number of moves there had been when its call began. ``old`` has (the number of a
+    move, the memory that it gave up).
+    """
 
     def __init__(self) -> None:
         self.calls: dict[int, int] = {}
@@ -49,7 +52,7 @@ _readers = _Readers()
 
 
 def begin_reading() -> bool:
-    """This thread reads weights until :func:`end_reading`; False where it does already."""
+    """Note that this thread reads weights until :func:`end_reading`; return False where it does already."""
     me = get_ident()
     if me in _readers.calls:
         return False
@@ -65,14 +68,14 @@ def end_reading() -> None:
 
 
 def _give_back() -> None:
-    """Drop memory that nobody can be reading: each call reads what lay there when it began, or later."""
+    """Drop old memory that no other thread can be reading: a call reads only memory in use since it began."""
     me = get_ident()
     first = min((n for thread, n in list(_readers.calls.items()) if thread != me), default=math.inf)
     _readers.old = [(n, memory) for n, memory in _readers.old if n >= first]
 
 
 def alias(tensors: Iterable[Tensor]) -> None:
-    """Remember that these may share memory with others of the same values, under other objects."""
+    """Remember these tensors, so that :func:`pack` moves them along with other tensors of the same memory."""
     with _lock:
         for t in tensors:
             if packable(t):
@@ -83,7 +86,7 @@ def alias(tensors: Iterable[Tensor]) -> None:
 
 
 def _forget_dead(*, now: bool = False) -> None:
-    """Drop the entries of tensors that are gone, if many have come since this was last done."""
+    """Drop the entries of dead tensors, if many entries have come since the last time, or in any case if ``now``."""
     if now or len(_aliases) > _bound[0]:
         for start, refs in list(_aliases.items()):
             refs[:] = [r for r in refs if r() is not None]
@@ -93,14 +96,14 @@ def _forget_dead(*, now: bool = False) -> None:
 
 
 def tidy() -> int:
-    """Drop the entries of tensors that are gone now; how many are left."""
+    """Drop the entries of dead tensors now, and return how many entries are left."""
     with _lock:
         _forget_dead(now=True)
         return len(_aliases)
 
 
 def packable(t: Tensor) -> bool:
-    """Whether a tensor may be moved: a plain matrix in memory of this process's own."""
+    """Return whether a tensor may be moved: a plain contiguous matrix in memory of this process's own."""
     return (
         type(t) in (Tensor, nn.Parameter)
         and t.ndim == 2
@@ -116,7 +119,7 @@ def packable(t: Tensor) -> bool:
 
 
 def pack(tensors: Sequence[Tensor]) -> Tensor:
-    """The buffer, (sum of rows, columns). The tensors move into it, unless they lie there already."""
+    """Move the tensors into one buffer, unless they lie in one already, and return it: (sum of rows, columns)."""
     with _lock, torch.no_grad():
         found = _packed(tensors)
         if found is not None:
@@ -142,13 +145,13 @@ def pack(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def packed(tensors: Sequence[Tensor]) -> Tensor | None:
-    """The buffer they lie in already, if they do."""
+    """Return the buffer that the tensors lie in, one below the other and nothing else; None where there is none."""
     with _lock:
         return _packed(tensors)
 
 
 def _packed(tensors: Sequence[Tensor]) -> Tensor | None:
-    """The buffer they lie in, one below the other and nothing else."""
+    """Return what :func:`packed` does, for a caller that holds the lock."""
     buffer = _buffers.get(_start(tensors[0]))
     end = _start(tensors[0])
     for t in tensors:

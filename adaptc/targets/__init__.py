@@ -1,1 +1,1 @@
-"""From a config to attachments: which sites of a program get which method."""
+"""Choose the sites of a program that a config adapts, and the method at each of them."""

@@ -1,7 +1,7 @@
-"""From the config of a method that adds to attentions to its attachments, one behind each attention.
+"""Plan the attachments of a method that adds to attentions, such as adaption prompt.
 
-Before: a program and what capture knows of the model. After: a :class:`Plan` with an attachment at the projection
-behind each of the last attentions; or a TargetError that names what was looked for and what there is.
+The plan has an attachment at the output projection of each of the last attentions. A TargetError names what was looked
+for and what there is.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ def plan_attention(
     adapter: str = "default",
     lifted: Lifted | None = None,
 ) -> Plan:
-    """As ``plan``, for such a config."""
+    """Return the attachments of a method that adds to attentions, as a :class:`Plan`.
+
+    ``facts``: what capture knows of the model. ``lifted``: the program opened, where the caller has it open. Raises
+    TargetError where no attention fits the config, and for models with an encoder and a decoder.
+    """
     lifted = lifted or Lifted(program, edit=False)
     by_node = {c: s for s in find_sites(program, dict(facts.types), lifted) for c in s.consumers}
     found = _chosen(config, facts, lifted)
@@ -57,7 +61,7 @@ def plan_attention(
 
 
 def _chosen(config: AttentionConfig, facts: ModelFacts, lifted: Lifted) -> list[tuple[str, fx.Node]]:
-    """The paths of the modules of attention, each with its attention."""
+    """Return the chosen attention modules as (module path, node of its attention), in the order of the program."""
     kind, known = config.peft_type, owners([*lifted.state_dict, *lifted.constants])
     if "decoder_input_ids" in lifted.specs or getattr(facts.config, "is_encoder_decoder", False):
         raise TargetError(f"{kind} is not supported for models with an encoder and a decoder, nor is it in PEFT")

@@ -1,8 +1,8 @@
-"""Layers whose weight is no parameter but computed of others: weight norm, spectral norm, parametrizations, pruning.
+"""Find layers whose weight is no parameter but computed from parameters, so that they can be refused.
 
-PEFT adapts what such a layer computes with. A program has no parameter of that value, and an adapter of the parts it is
-computed of would mean something else under the same names in files; so these layers are refused, with what makes their
-weight a parameter again. Before: the names of a model's tensors. After: nothing is changed.
+That is so with weight norm, spectral norm, parametrizations and pruning. PEFT adapts the computed weight. A program has
+no parameter with that value; an adapter of the parameters behind it would mean something else under the same names in
+files. So these layers are refused, with the call that makes their weight a parameter again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ _PARAMETRIZED = re.compile(r"(?:(.*)\.)?parametrizations\.([^.]+)\.original\d*")
 
 @dataclass(frozen=True)
 class Computed:
-    """``weight`` of a module is computed of the tensors ``parts``; ``undo`` makes it a parameter."""
+    """A module's ``weight`` that is computed from the tensors ``parts``.
+
+    ``undo``: the call, behind ``torch.nn.utils.``, that makes it a parameter again.
+    """
 
     module: str
     weight: str
@@ -36,7 +39,10 @@ class Computed:
 
 
 def computed_weights(tensors: Mapping[str, object]) -> dict[str, Computed]:
-    """Module path -> its computed weight, by the names that torch gives the parts; ``tensors`` by their FQNs."""
+    """Return the computed weights of a model, by module path, found by the names that torch gives their parts.
+
+    ``tensors``: the model's tensors by FQN.
+    """
     found: dict[str, Computed] = {}
     for fqn, tensor in tensors.items():
         module, _, name = fqn.rpartition(".")

@@ -1,10 +1,11 @@
-"""Which module names a config selects: PEFT's target rules, as functions over names.
+"""Select module names by a config's target options: PEFT's rules, as functions over names.
 
-Nothing here sees a module or a graph. Before: the caller has listed what could be adapted (one :class:`Candidate` per
-module path) and filled in a default for ``target_modules``. After: every candidate is either selected or left out for
-a stated reason, and every entry the user wrote has matched something, or a :class:`TargetError` says what it could
-have meant. The rules are those of PEFT 0.21.2; what PEFT ignores in silence is an error here, and of a file's config,
-whose tensors say what there is, a warning.
+Nothing here sees a module or a graph. The caller lists what could be adapted, one :class:`Candidate` per module path,
+and fills in a default for ``target_modules``. Every candidate is then selected, or left out for a stated reason. Every
+entry of the user's must match something; otherwise a :class:`TargetError` says what it could have meant.
+
+The rules are those of PEFT 0.21.2. Entries that PEFT ignores silently are an error here. For the config of a file they
+are a warning, since the file's tensors show what was adapted.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from adaptc.errors import SHOWN, ConfigError, Tell, and_more, did_you_mean, list
 from adaptc.patterns import compiled
 
 ALL_LINEAR = "all-linear"
-# PEFT writes this into files whose adapter targets no module at all (trained tokens only, for example).
+# PEFT writes this into files of adapters that target no module at all, such as trainable tokens only.
 NO_TARGETS = "dummy-target-modules"
 TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -26,7 +27,7 @@ TASK_HEADS = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 
-# "weight": a linear class that multiplies by its weight in its own way, as falcon's does
+# "weight" stands for a linear class with a matmul of its own, such as falcon's
 _LINEAR_KINDS = ("linear", "addmm", "weight")
 _LINEAR_CLASS = re.compile(r"(Linear(\d\w*)?|\bConv1D)$")
 _ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
@@ -36,9 +37,9 @@ _ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 class Candidate:
     """A module that could be adapted.
 
-    ``name`` is its path in the model, ``type`` its qualified class name, ``kind`` how its weight is consumed
-    ("linear", "addmm", "embedding", "conv2d", "weight", ...). ``linear``: its class derives from a linear layer's,
-    whatever it is called.
+    ``name``: its path in the model. ``type``: its qualified class name. ``kind``: the kind of op that consumes its
+    weight ("linear", "addmm", "embedding", "conv2d", "weight", ...). ``linear``: whether its class derives from a
+    linear layer's, whatever the class is called.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Candidate:
 
     @property
     def is_linear(self) -> bool:
-        """Whether it is a linear layer to PEFT."""
+        """Return whether PEFT takes the module for a linear layer."""
         return self.kind in _LINEAR_KINDS and (self.linear or bool(_LINEAR_CLASS.search(self.type)))
 
     def why_not_linear(self) -> str:
@@ -59,11 +60,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Selection:
-    """What the rules decided.
+    """The result of the rules.
 
-    ``names``: selected module paths, in candidate order. ``matches``: for each target entry (each item of a list, or
-    the regular expression or "all-linear" itself) the selected names it accounts for. ``left_out``: (name, why) for
-    every other candidate, and for modules that an entry names but that cannot be adapted.
+    ``names``: selected module paths, in the order of the candidates. ``matches``: target entry -> the selected names
+    that it matches. An entry is an item of a list, the regular expression, or "all-linear". ``left_out``: (name, why)
+    for every other candidate, and for modules that an entry names but that cannot be adapted.
     """
 
     names: tuple[str, ...]
@@ -85,7 +86,7 @@ def select(
     parameters: Sequence[str] = (),
     tell: Tell = refuse_entry,
 ) -> Selection:
-    """The candidates that ``target_modules`` selects.
+    """Return the candidates that ``target_modules`` selects.
 
     A list or set holds full names or dotted suffixes; a string is a regular expression for the whole name, or
     "all-linear" (every linear layer but ``output_embedding``). ``exclude_modules`` is read the same way.
@@ -94,9 +95,9 @@ def select(
     ``all_names`` are all module names of the model, best as a mapping to class names, and ``parameters`` names of
     parameters; they only improve messages.
 
-    ``tell`` is called when an entry matches nothing or nothing is selected (an empty list does select nothing); by
-    default, it raises TargetError. Raises :class:`ConfigError` for options that do not go together or are not valid
-    regular expressions.
+    ``tell`` is called where an entry matches nothing, and where a list with entries selects nothing; by default, it
+    raises TargetError. Raises :class:`ConfigError` for options that do not fit together and for invalid regular
+    expressions.
     """
     if target_modules is None:
         raise ConfigError("target_modules is None and no default was filled in: name the modules to adapt")
@@ -176,11 +177,11 @@ def select_to_save(
     task_type: str | None = None,
     tell: Tell = refuse_entry,
 ) -> list[str]:
-    """The modules to train and save whole: every name that ends with an entry, in the order of ``names``.
+    """Return the modules to train and save whole: every name that ends with an entry, in the order of ``names``.
 
     The head of a classification or question answering task is added. ``tell`` is called for an entry that ends no name;
-    by default, it raises TargetError. A list that holds every usual head of the task is what PEFT writes to disk, so
-    one of them is enough.
+    by default, it raises TargetError. PEFT writes all usual heads of the task into files, so in a list that has all of
+    them only one must exist.
     """
     names = [n for n in names if n]
     entries = _save_entries(modules_to_save, task_type)
@@ -197,8 +198,7 @@ def select_to_save(
 
 
 class _Model:
-    """The module names there are: adaptable ones, others with their class, and which of them hold modules; and those of
-    parameters."""
+    """The names in a model: adaptable modules, other modules with their class, modules that hold others, parameters."""
 
     def __init__(self, names: list[str], others: dict[str, str], parameters: Sequence[str]):
         self.names, self.others, self.parameters = names, others, parameters
@@ -206,7 +206,10 @@ class _Model:
 
 
 class _Entries:
-    """The entries of one option. A list is looked up by the dotted suffixes of a name, so its length costs nothing."""
+    """The entries of one option.
+
+    A name is looked up in a list by its dotted suffixes, so that long lists are as fast as short ones.
+    """
 
     def __init__(self, option: str, value: str | Iterable[str]):
         self.option = option
@@ -223,7 +226,7 @@ class _Entries:
 
 
 class _Layers:
-    """``layers_to_transform`` and ``layers_pattern``: which layer a name lies in, and whether that layer is wanted."""
+    """The options ``layers_to_transform`` and ``layers_pattern``: the layer of a name, and whether it is wanted."""
 
     def __init__(self, wanted: int | Iterable[int] | None, pattern: str | Iterable[str] | None):
         patterns = [pattern] if isinstance(pattern, str) else list(pattern or ())
@@ -254,9 +257,12 @@ class _Layers:
 
 
 def _saved_rule(entries: Sequence[str]) -> Callable[[str], str | None]:
-    """Why a name is off limits because it, or a module above it, is trained whole."""
-    # The entry is a regular expression between dots here, but a plain ending in select_to_save: that is PEFT's rule.
-    # A module that only the second one picks must not be adapted either, so both apply.
+    """Return a function that tells why a name must not be adapted: it, or a module above it, is trained whole.
+
+    The function returns None for any other name.
+    """
+    # By PEFT's rules an entry is a regular expression between dots here, but a plain ending in select_to_save. A module
+    # that only select_to_save picks must not be adapted either, so both rules apply.
     rules = [(e, compiled("modules_to_save", rf"(^|.*\.){e}($|\..*)", e), f"{e}.") for e in entries]
 
     def why(name: str) -> str | None:
@@ -288,7 +294,7 @@ def _as_list(option: str, value: str | Iterable[str] | None) -> list[str]:
 
 
 def suffixes(name: str) -> Iterable[str]:
-    """A name and what follows each of its dots."""
+    """Yield ``name``, and then the part of it behind each of its dots."""
     yield name
     dot = name.find(".")
     while dot >= 0:
@@ -297,8 +303,10 @@ def suffixes(name: str) -> Iterable[str]:
 
 
 def _require_used(excluded: _Entries, model: _Model, tell: Tell) -> None:
-    """An exclusion must name a module that could be adapted, or one that holds no other module."""
-    # Excluding a container by name leaves its children adapted, which nobody means.
+    """Call ``tell`` for an exclusion that names neither a module that could be adapted, nor one without submodules.
+
+    An exclusion of a container by name would leave its children adapted, which nobody means.
+    """
     leaves = (n for n in model.others if n not in model.parents)
     used = {key for name in (*model.names, *leaves) for key in excluded.matching(name)}
     missing = [key for key in excluded.keys if key not in used]

@@ -1,4 +1,4 @@
-"""Target entries for layers of single experts, in models that stack all experts in one parameter.
+"""Refuse target entries for the layers of single experts in models that stack all experts in one parameter.
 
 transformers 5 keeps the experts of a mixture in two 3-D parameters, ``experts.gate_up_proj`` and
 ``experts.down_proj``; until then each expert had linear layers ``w1``, ``w3``, ``w2`` (Mixtral) or ``gate_proj``,
@@ -19,7 +19,10 @@ STACKED = {"experts.gate_up_proj": ("gate", "up"), "experts.down_proj": ("down",
 
 
 def refuse_old_targets(targets: Any, modules: Collection[str], weights: Iterable[str]) -> None:
-    """Raises TargetError for target entries that name layers of single experts where there are none any more."""
+    """Raise TargetError for ``targets`` that name layers of single experts where the model stacks its experts.
+
+    ``modules``: the names of the model's modules. ``weights``: the FQNs of its tensors.
+    """
     if targets is None or isinstance(targets, str):
         return
     lost = [t for t in targets if t.rpartition(".")[2] in PARTS and not any(f".{m}".endswith(f".{t}") for m in modules)]

@@ -1,8 +1,7 @@
-"""From a config to attachments: which sites of a program get which method, and under which key in files.
+"""Plan the attachments of a config: which sites of a program get which method, under which key in files.
 
-Before: a program and the facts capture knows about the model. After: a :class:`Plan` in which every entry the user
-wrote has bound to at least one site, or a TargetError that names what exists instead. The rules on names are in
-``name_rules``; here they meet the sites of the graph.
+In a :class:`Plan` every entry of the user's has bound to at least one site; otherwise a TargetError names what exists
+instead. The rules on names are in ``name_rules``; this module applies them to the sites of the graph.
 """
 
 from __future__ import annotations
@@ -41,18 +40,20 @@ from adaptc.targets.old_experts import refuse_old_targets
 from adaptc.targets.tied import Ties
 from adaptc.targets.whole_and_rows import Trained, outermost
 
-#: parameters that are added to something, which no method means
+#: names of parameters that are added, not multiplied: no method adapts them
 ADDED = ("bias", "bias_k", "bias_v")
 MATRIX_KINDS = ("linear", "addmm", "conv1d", "conv2d", "conv3d", "embedding")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """``config`` is the one planned, with all it left to the model filled in; ``attachments`` in injection order;
-    ``matches`` per target entry; ``left_out`` (module, why).
+    """The attachments that a config asks for at a program.
 
-    ``unread``: key in files -> FQN of tensors of modules trained as a whole that the program does not read, which files
-    hold all the same.
+    ``config``: the planned config, with all fields that it left to the model filled in. ``attachments``: in the order
+    of injection. ``matches``: target entry -> the names that it matched. ``left_out``: (module, why).
+
+    ``unread``: key in files -> FQN, for tensors that the program does not read but that files hold. They belong to
+    modules that are trained as a whole.
     """
 
     config: TargetedConfig | ProgramConfig | AttentionConfig
@@ -70,9 +71,12 @@ def plan(
     lifted: Lifted | None = None,
     tell: Tell = refuse_entry,
 ) -> Plan:
-    """All attachments ``config`` asks for. Raises TargetError where there are none, ConfigError for options without a
-    meaning at a selected site. ``lifted``: the program opened, when the caller has it open. ``tell`` is called for
-    entries that bind to nothing; by default, it raises TargetError."""
+    """Return all attachments that ``config`` asks for, as a :class:`Plan`.
+
+    ``facts``: what capture knows of the model. ``lifted``: the program opened, where the caller has it open. ``tell``
+    is called for entries that bind to nothing; by default, it raises TargetError. Raises TargetError where there are no
+    attachments, ConfigError for options without a meaning at a selected site.
+    """
     return _Planner(config, program, facts, adapter, lifted or Lifted(program, edit=False), tell).run()
 
 
@@ -86,7 +90,7 @@ class _Planner:
         lifted: Lifted,
         tell: Tell,
     ) -> None:
-        # A copy: what is found in the graph is written to it.
+        # Copied, since fields that are found in the graph are set on it, and the caller's config must not change.
         self.config = copy.copy(config.resolved(facts))
         self.program, self.facts, self.adapter, self.lifted, self.tell = program, facts, adapter, lifted, tell
         self.sites = find_sites(program, dict(facts.types), lifted)
@@ -94,7 +98,8 @@ class _Planner:
         self.by_module: dict[str, list[Site]] = {}
         for site in self.sites:
             self.by_module.setdefault(site.module, []).append(site)
-        # What is computed beside a weight that is a parameter, such as a bias, is nobody's target.
+        # A module whose weight is a parameter is adaptable even where another of its tensors, such as the bias, is
+        # computed.
         plain = {s.module for s in self.sites if s.param == "weight"}
         computed = computed_weights(lifted.state_dict)
         self.computed = {m: c for m, c in computed.items() if m not in plain}
@@ -114,7 +119,7 @@ class _Planner:
         targets = self.config.target_modules
         if targets is None:
             targets = [] if parameters and not adapts_defaults(self.facts.model_type) else self._defaults()
-        # A list that is empty is an error to PEFT, even where something else is trained.
+        # PEFT refuses an empty list in a file, even where something else is trained.
         self.config.target_modules = targets or ([] if parameters else NO_TARGETS)
         modules = self._candidates()
         refuse_old_targets(targets, self.names, self.lifted.state_dict)
@@ -134,7 +139,7 @@ class _Planner:
         elif self.config.unit == "rows":
             rows = self.trained.rows([(m, "", cast(TokenRows, self.config.method(m, ""))) for m in selection.names])
         else:
-            # Who follows draws the first values, as in PEFT.
+            # The followers' sites come first, so that they draw the shared first values, as in PEFT.
             main = [self._attach(s, s.module, ties.home, "", home=ties.home) for s in ties.followers if adapts]
             main += [a for name in names for a in self._module(name, modules[name], selection)]
         check_names = list(dict.fromkeys((*selection.names, *names)))
@@ -176,7 +181,7 @@ class _Planner:
     # -- modules ---------------------------------------------------------------------------------------------------
 
     def _candidates(self) -> dict[str, list[Site]]:
-        """Module path -> the sites that adapting this module means."""
+        """Return the modules that could be adapted: module path -> the sites that adapting the module changes."""
         if self.config.unit == "modules":
             return self.trained.modules(self.names)
         if self.config.unit == "rows":
@@ -225,7 +230,7 @@ class _Planner:
         for site in sites:
             key = name if alone or site.param == "weight" else f"{name}.{site.param}"
             if site.module != name:
-                # PEFT wraps MultiheadAttention as a whole, so its out_proj sits below the wrapper.
+                # PEFT wraps MultiheadAttention as a whole, so the key of its out_proj has the wrapper's base_layer.
                 key = f"{name}.base_layer{site.module.removeprefix(name)}"
             a = self._attach(site, key, name, entry)
             yield a if site.module == name else replace(a, method=a.method.nested())
@@ -299,7 +304,11 @@ class _Planner:
         return found
 
     def _guess_head(self) -> str | None:
-        """For a bare program: the linear tied to an embedding, or else the one with as many outputs as one has rows."""
+        """Return the module that seems to be the output head of a bare program; None where there is not exactly one.
+
+        It is the linear layer tied to an embedding, or else the linear layer with as many outputs as an embedding has
+        rows.
+        """
         if not self.facts.bare:
             return None
         vocab = {s.shape[0] for s in self.sites if s.kind == "embedding"}
@@ -339,7 +348,7 @@ class _Planner:
         return out
 
     def _parameter_order(self, module: str, fqns: list[str]) -> list[str]:
-        """As the module registered them, which is their order in the state dict."""
+        """Return ``fqns`` in the order in which the module registered them, which is their order in the state dict."""
         order = {f: i for i, f in enumerate(self.lifted.state_dict)}
         return sorted(fqns, key=lambda f: order.get(f, len(order)))
 

@@ -1,8 +1,7 @@
-"""From the config of a method that speaks of the program to its attachment, at the token embedding.
+"""Plan the attachment of a method that changes the program as a whole, such as prompt tuning: at the token embedding.
 
-Before: a program and what capture knows of the model. After: a :class:`Plan` with one attachment at the site whose
-lookup the caller's tokens go into, beside the modules that are trained as a whole; or a TargetError that names what was
-looked for and what there is.
+The plan has one attachment at the embedding that looks up the caller's tokens, and those of the modules that are
+trained as a whole. A TargetError names what was looked for and what there is.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from adaptc.targets.name_rules import select_to_save
 from adaptc.targets.plan import Plan
 from adaptc.targets.whole_and_rows import Trained, outermost
 
-#: what the names of a decoder's inputs begin with, beside an encoder's
+#: the prefix of the names of a decoder's inputs, in a model with an encoder and a decoder
 _OF_DECODER = "decoder_"
 
 
@@ -38,8 +37,13 @@ def plan_program(
     lifted: Lifted | None = None,
     tell: Tell = refuse_entry,
 ) -> Plan:
-    """As ``plan``, for such a config. Raises TargetError where the program has no token embedding, or no place for the
-    method."""
+    """Return the attachments of a method that changes the program as a whole, as a :class:`Plan`.
+
+    ``facts``: what capture knows of the model. ``lifted``: the program opened, where the caller has it open. ``tell``
+    is called for entries of ``modules_to_save`` that bind to nothing; by default, it raises TargetError. Raises
+    TargetError where the program has no token embedding, or lacks a value that the method changes. Raises ConfigError
+    where the virtual tokens leave no room for a call's tokens.
+    """
     lifted = lifted or Lifted(program, edit=False)
     sites = find_sites(program, dict(facts.types), lifted)
     site, lookup = token_embedding(config, facts, lifted, sites)
@@ -76,7 +80,7 @@ def _check_length(config: ProgramConfig, program: ExportedProgram, lookup: Looku
 
 
 def has_encoder(facts: ModelFacts, lifted: Lifted) -> bool:
-    """Whether it is a program of an encoder and a decoder."""
+    """Return whether the program has an encoder and a decoder."""
     known = getattr(facts.config, "is_encoder_decoder", False)
     return bool(known) or any(name.startswith(f"{_OF_DECODER}input_ids") for name in lifted.specs)
 
@@ -84,16 +88,20 @@ def has_encoder(facts: ModelFacts, lifted: Lifted) -> bool:
 def token_embedding(
     config: ProgramConfig, facts: ModelFacts, lifted: Lifted, sites: Sequence[Site]
 ) -> tuple[Site, Lookup]:
-    """The site of the token embedding, and its lookup."""
+    """Return the site of the token embedding, and its lookup.
+
+    For a KV prefix in a model with an encoder and a decoder, it is the decoder's. Raises TargetError where there is
+    none, or more than one.
+    """
     by_node = {c: s for s in sites if s.kind == "embedding" for c in s.consumers}
     found = [(by_node[x.node.name], x) for x in lookups(lifted) if x.node.name in by_node]
     there = [f"{s.module!r} (by {x.ids.name!r})" for s, x in found]
     weight = lifted.placeholders.get(f"{facts.input_embedding}.weight")
     named = [(s, x) for s, x in found if s.module == facts.input_embedding]
-    if len(named) < 2 and weight is not None:  # T5 has it under other names alone
+    if len(named) < 2 and weight is not None:  # T5's embedding is looked up under other names only
         named = [(s, x) for s, x in found if lifted.placeholders[s.fqn] is weight]
     if not named and facts.input_embedding is None:
-        # Of a bare program: what is looked up by the tokens' usual name, or all there is.
+        # A bare program does not name its embedding: take lookups of input_ids, or else all lookups.
         named = [(s, x) for s, x in found if x.ids.name == "input_ids"] or found
     if has_encoder(facts, lifted):
         if not config.takes_encoders:
@@ -118,7 +126,10 @@ def token_embedding(
 
 
 def _decoders(config: ProgramConfig, lifted: Lifted, by_node: Mapping[str, Site]) -> tuple[Site, Lookup]:
-    """What a decoder looks its tokens up in, of a model that has an encoder, too."""
+    """Return the site and the lookup of the decoder's token embedding, in a model with an encoder and a decoder.
+
+    Raises TargetError where the program has none.
+    """
     lookup, instead = decoder_lookup(lifted)
     if lookup is None or lookup.node.name not in by_node:
         raise TargetError(

@@ -1,7 +1,7 @@
-"""Layers that share the weight of the input embedding, where a config wants them adapted as one (ensure_weight_tying).
+"""Adapt layers that share the weight of the input embedding as one (``ensure_weight_tying``).
 
-Before: the modules that a config selects. After: of those that are tied, the embedding alone, and the others follow it:
-they read its slots, and files have them under each name, as PEFT's have.
+Of the tied modules that a config selects, only the embedding is adapted. The others follow it: they read its slots, and
+files repeat the slots under each name, as PEFT's do.
 """
 
 from __future__ import annotations
@@ -19,15 +19,21 @@ from adaptc.targets.whole_and_rows import Trained
 
 @dataclass(frozen=True)
 class Ties:
-    """``home``: the module of the input embedding, '' where nothing is to be tied; ``followers``: who reads its weight
-    under another name."""
+    """The input embedding and the sites that are tied to it.
+
+    ``home``: the module of the embedding, '' where nothing is to be tied. ``followers``: the sites that read its weight
+    under another name.
+    """
 
     home: str = ""
     followers: tuple[Site, ...] = ()
 
     @classmethod
     def of(cls, config: TargetedConfig, trained: Trained) -> Ties:
-        """Raises TargetError where the embedding is not known, or is tied to what cannot follow it."""
+        """Return the ties for ``config``: none without ``ensure_weight_tying`` or without tied layers.
+
+        Raises TargetError where the embedding is not known, or is tied to anything but a linear layer.
+        """
         if not config.ensure_weight_tying:
             return cls()
         home = trained.embedding or trained.only_embedding()
@@ -53,14 +59,17 @@ class Ties:
         return cls(home, followers)
 
     def led(self, names: Sequence[str]) -> tuple[list[str], bool]:
-        """``names`` with the embedding in the place of all that are tied, and whether there were any."""
+        """Return ``names`` with all tied modules replaced by the embedding, and whether there were any."""
         tied = {self.home, *(f.module for f in self.followers)} if self.home else set()
         if tied.isdisjoint(names):
             return list(names), False
         return [self.home, *(n for n in names if n not in tied)], True
 
     def named(self, entries: Any) -> Any:
-        """A list of target entries with the followers in it, by which PEFT, too, knows that they are to be tied."""
+        """Return a list of target entries with the followers added, so that PEFT ties them, too.
+
+        ``entries`` of another type are returned as they are.
+        """
         if not isinstance(entries, (list, set)):
             return entries
         return [*entries, *(f.module for f in self.followers if f.module.rpartition(".")[2] not in entries)]
@@ -73,7 +82,7 @@ class Ties:
             )
 
     def check_tokens(self, tokens: Mapping[str, Collection[int]]) -> None:
-        """Raises ConfigError where tied modules are to have different rows."""
+        """Raise ConfigError where ``tokens`` (module -> token indices) has different rows for tied modules."""
         tied = {self.home, *(f.module for f in self.followers)} if self.home else set()
         found = {e: list(rows) for e, rows in tokens.items() if any(m == e or m.endswith(f".{e}") for m in tied)}
         if len({tuple(rows) for rows in found.values()}) > 1:

@@ -1,8 +1,8 @@
-"""One program for several adapters: the union of what their configs ask for.
+"""Unite the plans of several adapters for one program.
 
-Before: one plan per config. After: one list of attachments in which every plan finds all of its own. Two plans share an
-attachment where their methods differ only in what a swap may change; where the structure differs (DoRA beside LoRA,
-another block size), each gets a variant of its own, and an adapter leaves the other's at its identity.
+Every plan finds all its attachments in the list. Two plans share an attachment where their methods differ only in what
+a swap may change. Where the structure differs (DoRA and LoRA, another block size), each gets an attachment of its own,
+a variant; an adapter leaves the other variants at their identity.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ from adaptc.targets.plan import Plan
 def union(
     plans: Sequence[Plan], training: bool, backend: str, form: str = "auto", *, apart: bool = False
 ) -> list[Attachment]:
-    """All attachments, what replaces whole weights first, and last what changes the program as it then is: what adds
-    to attentions, keys and values in front of the program's own tokens, and tokens in front of those. The first plan's
-    own keep their ids. ``form`` is for those that do not need a certain one. ``apart``: no two plans share one, since
-    their adapters, of different names, are to act together."""
+    """Return the attachments of all ``plans``, in the order of injection; those of the first plan keep their ids.
+
+    First come attachments that replace whole weights, then those at other weights. Last come those that change the
+    program as it then is: methods that add to attentions, KV prefixes, and virtual tokens.
+
+    ``form``: the form of attachments that allow any. ``apart``: no two plans share an attachment, since their adapters,
+    which have different names, are to act together.
+    """
     out: list[Attachment] = []
     for p in plans:
         for a in p.attachments:
@@ -50,8 +54,11 @@ def _of_program(a: Attachment) -> int:
 
 
 def _number(a: Attachment, others: Sequence[Attachment], rivals: Sequence[Attachment]) -> int:
-    """Which of the adapters its slots belong to: one of its own at its weight. Sites that share a slot must be of one
-    structure, and have a number that no other one has."""
+    """Return a number for the adapter name of ``a``, so that its slots have names of their own; 0 for the plain name.
+
+    A method without shared slots needs a name that no rival at its weight has. Sites that share a slot must have one
+    structure, so each structure of such a method gets its own number.
+    """
     check_class(type(a.method))
     if not a.method.shares():
         taken = {o.adapter for o in rivals}

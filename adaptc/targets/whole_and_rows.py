@@ -1,7 +1,7 @@
-"""What is trained as it is: whole modules, biases, and single rows of tables.
+"""Make the attachments of parameters that are trained themselves: whole modules, biases, and single rows of tables.
 
-Before: names that the rules have selected. After: attachments of ``Whole`` and ``TokenRows``, with the keys PEFT's
-files have for them.
+They are attachments of ``Whole`` and ``TokenRows``, for names that the rules have selected, with the keys of PEFT's
+files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from adaptc.passes.ir.ops import op_of
 
 @dataclass(frozen=True)
 class Trained:
-    """The sites of an opened program, as modules, biases and rows. ``embedding``: path of the input embedding."""
+    """The sites of an opened program, as modules, biases and rows. ``embedding``: the path of the input embedding."""
 
     lifted: Lifted
     sites: Sequence[Site]
@@ -31,7 +31,7 @@ class Trained:
     # -- whole modules and biases ----------------------------------------------------------------------------------
 
     def modules(self, names: Iterable[str]) -> dict[str, list[Site]]:
-        """Those of ``names`` that hold anything the program reads -> the sites inside."""
+        """Return, for each of ``names`` that holds a tensor the program reads, the sites inside."""
         inside: dict[str, list[Site]] = {}
         for site in (*self.sites, *self.buffers):
             path = site.module
@@ -41,19 +41,23 @@ class Trained:
         return {n: inside[n] for n in names if n in inside}
 
     def whole(self, module: str, like: Whole) -> list[Attachment]:
-        """All of ``module``; the slots of ``like`` begin as its own does, and go on with the path inside the module."""
+        """Return the attachments of all tensors of ``module`` that the program reads.
+
+        The name of each slot is ``like.slot`` followed by the path inside the module. Raises TargetError where the
+        program reads none.
+        """
         inside = [s for s in (*self.sites, *self.buffers) if f"{s.module}.".startswith(f"{module}.")]
         if not inside:
             raise TargetError(f"modules_to_save: {module!r} holds no parameter that the program reads")
         return [self._whole(s, module, s.fqn.removeprefix(f"{module}."), like) for s in inside]
 
     def follower(self, site: Site, home: str) -> Attachment:
-        """The weight of a site that is the one of ``home``, which is trained whole."""
+        """Return the attachment of a ``site`` whose weight is that of ``home``, a module that is trained as a whole."""
         a = self._whole(site, site.module, site.param, Whole("").following(home))
         return replace(a, consumers=site.consumers)  # the other readers are those of the leader
 
     def unread(self, whole: Iterable[tuple[str, Whole]], read: Collection[str]) -> dict[str, str]:
-        """Key in files -> FQN of all else that these modules hold, of which ``read`` are taken care of."""
+        """Return the tensors of the modules in ``whole`` that are not in ``read``: key in files -> FQN."""
         out: dict[str, str] = {}
         for module, like in whole:
             inside = [f for f in self.lifted.state_dict if f.startswith(f"{module}.") and f not in read]
@@ -61,7 +65,11 @@ class Trained:
         return out
 
     def biases(self, wanted: str, taken: Collection[str], main: Sequence[Attachment]) -> list[Attachment]:
-        """``wanted``: "none", "all", or those of the modules of ``main``. ``taken``: ids that are trained already."""
+        """Return the attachments of the biases that are trained.
+
+        ``wanted``: "none", "all", or any other value for the biases of the modules of ``main``. ``taken``: the ids of
+        attachments that train a bias already.
+        """
         if wanted == "none":
             return []
         keys = {a.module: f"{a.key}.base_layer" for a in main}
@@ -81,7 +89,10 @@ class Trained:
         return Attachment(key, site.module, site.param, "weight", method, self.adapter, "weight", names)
 
     def _unclaimed(self, site: Site) -> list[str]:
-        """Consumers in no site of their own: a parent that reads the weight sees what the module trains."""
+        """Return the names of the weight's consumers that are in no site.
+
+        Such a consumer is in a parent module that reads the weight; it must read the trained weight, too.
+        """
         node = self.lifted.placeholders[site.fqn]
         same = [s for s in (*self.sites, *self.buffers) if self.lifted.placeholders[s.fqn] is node]
         claimed = {c for s in same for c in s.consumers}
@@ -90,8 +101,10 @@ class Trained:
     # -- rows --------------------------------------------------------------------------------------------------------
 
     def tables(self) -> dict[str, list[Site]]:
-        """Modules with a weight of two axes -> the sites that read it. A module that only lends its weight to others,
-        as T5's ``shared`` does, has theirs."""
+        """Return the modules with a weight of two axes: module path -> the sites that read the weight.
+
+        A module that only lends its weight to others, such as T5's ``shared``, has their sites.
+        """
         readers: dict[Any, list[Site]] = {}
         for site in self.sites:
             readers.setdefault(self.lifted.placeholders[site.fqn], []).append(site)
@@ -104,7 +117,10 @@ class Trained:
         return out
 
     def tokens(self, tokens: Any) -> list[Attachment]:
-        """The rows that ``trainable_token_indices`` names: of the input embedding, or by module."""
+        """Return the attachments for ``trainable_token_indices``: a list for the input embedding, or a dict by module.
+
+        Raises TargetError where the embedding of a list, or a module of a dict, is not found.
+        """
         if not tokens:
             return []
         tables = self.tables()
@@ -119,9 +135,13 @@ class Trained:
         return self.rows(chosen, seen=True)
 
     def rows(self, chosen: Sequence[tuple[str, str, TokenRows]], *, seen: bool = False) -> list[Attachment]:
-        """Rows of modules (their path, the entry that named them, the method); whoever is tied to the input embedding
-        follows it, unless other rows of it are trained. ``seen``: so does whoever reads the weight itself, which PEFT's
-        wrapper for ``trainable_token_indices`` shows changed, and its layer of the method on its own does not."""
+        """Return the attachments that train rows of modules.
+
+        ``chosen``: (module path, the entry that named it, the method). Sites tied to the input embedding follow it,
+        unless other rows of them are trained. ``seen``: consumers that read the weight outside any site read the
+        trained rows, too. PEFT's wrapper for ``trainable_token_indices`` works that way; PEFT's layer for the method
+        itself does not.
+        """
         tables, own = self.tables(), {m: like for m, _, like in chosen}
         out: dict[str, Attachment] = {}
         for module, entry, like in chosen:
@@ -129,7 +149,7 @@ class Trained:
             for site in mine:
                 if site.fqn not in out:
                     out[site.fqn] = replace(self._rows(site, module, like, seen), entry=entry)
-            # A head follows the embedding it is tied to, and not the other way round.
+            # A head follows the embedding that it is tied to; an embedding does not follow its head.
             leads = self.embedding in (None, module) and (not mine or mine[0].kind == "embedding")
             followers = self.tied_to(mine[0]) if mine and leads else [] if mine else tables[module]
             for site in followers:
@@ -138,7 +158,7 @@ class Trained:
         return list(out.values())
 
     def only_embedding(self) -> str | None:
-        """The one embedding there is, if there is one."""
+        """Return the module of the program's embedding, None unless there is exactly one."""
         found = self._embeddings()
         return found[0] if len(found) == 1 else None
 
@@ -146,7 +166,11 @@ class Trained:
         return [s.module for s in self.sites if s.kind == "embedding"]
 
     def _named(self, entry: str, tables: Mapping[str, list[Site]]) -> list[str]:
-        """Like PEFT any name that ends with the entry; whole dotted parts are preferred."""
+        """Return the modules that ``entry`` names: those that end with it, preferably at a dot.
+
+        As in PEFT, without a match at a dot any name that ends with the entry counts. Raises TargetError where none
+        does.
+        """
         found = [m for m in tables if m == entry or m.endswith(f".{entry}")]
         found = found or [m for m in tables if m.endswith(entry)]
         if not found:
@@ -166,11 +190,11 @@ class Trained:
         return Attachment(key, site.module, site.param, site.kind, method, self.adapter, form, names)
 
     def tied_to(self, site: Site) -> list[Site]:
-        """The sites that read the same weight under another name."""
+        """Return the sites that read the same weight under another name."""
         node = self.lifted.placeholders[site.fqn]
         return [s for s in self.sites if s.fqn != site.fqn and self.lifted.placeholders[s.fqn] is node]
 
 
 def outermost(modules: Sequence[str]) -> list[str]:
-    """Without the modules inside another one of them: that one holds them already."""
+    """Return ``modules`` without those that lie inside another one of them."""
     return [m for m in modules if not any(m.startswith(f"{other}.") for other in modules)]

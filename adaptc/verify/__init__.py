@@ -1,1 +1,1 @@
-"""What adaptc promises of a program, tried on random inputs."""
+"""Verify on random inputs what adaptc promises of programs, packages and methods."""

@@ -1,8 +1,8 @@
-"""A method of one's own, tried on small layers of every kind: what it promises, and what becomes of it in programs.
+"""Test a user's own method on small layers of every kind: its promises, and programs made with it.
 
-The promises are those of ``passes.ir.method_checks``, which ``compile`` holds every foreign method to. Here they are
-followed by what a user does with an adapter: compile, train, merge, write files, swap, save. Layers that the method
-refuses with a TargetError are refused, which is no fault, as long as some layer is left.
+The promises are those of ``passes.ir.method_checks``, which ``compile`` checks for every method that is not adaptc's
+own. Then follows what a user does with an adapter: compile, train, merge, write files, swap, save. A layer that the
+method refuses with a TargetError is no fault, as long as some layer is left.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from adaptc.runtime.options import RunOptions
 from adaptc.tables import Column, Report, Table, plain
 from adaptc.verify.verify import verify_program
 
-#: what rounding in float64 may cost, relative to the largest output
+#: the largest difference that counts as rounding in float64, relative to the largest output
 CLOSE = 1e-9
 BATCH = 3
 
 
 class _Parameter(nn.Module):
-    """Parameters that no layer reads: a matrix, or with ``experts`` one for each of them."""
+    """A module whose parameter is read by no linear layer: a matrix, or with ``experts`` a matrix for each expert."""
 
     def __init__(self, inputs: int, outputs: int, experts: int = 0) -> None:
         super().__init__()
@@ -51,7 +51,11 @@ class _Parameter(nn.Module):
 
 @dataclass(frozen=True)
 class Layer:
-    """A kind of layer: how it is made for sizes (inputs, outputs), and the shape of one sample of its input."""
+    """A kind of layer.
+
+    ``build``: makes the layer for sizes (inputs, outputs). ``sample``: the shape of one sample of its input.
+    ``parameter``: whether it is targeted by ``target_parameters``.
+    """
 
     build: Callable[[int, int], nn.Module]
     sample: Callable[[int], tuple[int, ...]]
@@ -78,7 +82,7 @@ LAYERS: dict[str, Layer] = {
 
 @dataclass(frozen=True)
 class MethodCheck:
-    """One check at one layer. ``passed`` None: there was nothing to check, and ``note`` says why."""
+    """A check at one layer. ``passed`` None: there was nothing to check, and ``note`` says why."""
 
     name: str
     layer: str
@@ -88,7 +92,7 @@ class MethodCheck:
 
 @dataclass(frozen=True, repr=False)
 class MethodReport(Report):
-    """What :func:`check_method` found. ``refused``: layer -> why the method does not take it."""
+    """The result of :func:`check_method`. ``refused``: layer -> why the method does not take it."""
 
     method: str
     checks: tuple[MethodCheck, ...]
@@ -96,7 +100,7 @@ class MethodReport(Report):
 
     @property
     def ok(self) -> bool:
-        """No check failed, and at least one was run."""
+        """Return whether at least one check was run, and none failed."""
         ran = [c.passed for c in self.checks if c.passed is not None]
         return bool(ran) and all(ran)
 
@@ -120,7 +124,7 @@ class MethodReport(Report):
         return [f"{self.method} {verdict}", grid, "\n".join(failed), "\n".join(refused)]
 
     def data(self) -> dict[str, Any]:
-        """``method``, ``ok``, ``checks`` (one dict each) and ``refused`` (layer -> why)."""
+        """Return a dict of ``method``, ``ok``, ``checks`` (one dict each) and ``refused`` (layer -> why)."""
         checks = [plain(vars(c)) for c in self.checks]
         return {"method": self.method, "ok": self.ok, "checks": checks, "refused": dict(self.refused)}
 
@@ -132,15 +136,15 @@ def check_method(
     progress: bool = False,
     raise_on_failure: bool = False,
 ) -> MethodReport:
-    """Try the method of ``config`` on small layers of every kind, print what was found, and return it.
+    """Test the method of ``config`` on small layers of every kind, print the report, and return it.
 
-    ``config``: one of your method, registered with :func:`adaptc.register_method`; its targets are not looked at.
-    ``sizes``: inputs and outputs of the layers, for methods that need sizes of a kind (both even; different, or an
-    axis taken for the other would not be noticed). ``progress`` shows a bar on a
-    terminal from the start.
+    ``config``: a config of your method, registered with :func:`adaptc.register_method`; its targets are ignored.
+    ``sizes``: inputs and outputs of the layers, for methods that need certain sizes. Both must be even, and they must
+    differ, since a method that confuses two axes would pass otherwise. ``progress`` shows a bar on a terminal from the
+    start.
 
-    Takes about half a minute. Raises ConfigError for what is no config and for sizes that cannot be used, and with
-    ``raise_on_failure`` MethodError when a check failed.
+    It takes about half a minute. Raises ConfigError for an object that is no config of layers and for sizes that cannot
+    be used. With ``raise_on_failure``, raises MethodError where a check failed.
     """
     if isinstance(config, ProgramConfig):
         raise ConfigError(
@@ -169,7 +173,7 @@ def check_method(
 
 
 class _Trial:
-    """A method at one layer."""
+    """A test of a method at one layer."""
 
     def __init__(self, config: TargetedConfig, layer: str, sizes: tuple[int, int]) -> None:
         kind = LAYERS[layer]
@@ -179,7 +183,7 @@ class _Trial:
         self.model = nn.Sequential(OrderedDict(layer=kind.build(*sizes), tanh=nn.Tanh())).double().eval()
 
     def run(self) -> Iterator[MethodCheck]:
-        """Raises TargetError where the method does not take the layer."""
+        """Yield the checks at this layer; raise TargetError where the method refuses the layer."""
         spec = planned(self.model, self.config, RunOptions(), example_inputs=self.args).spec
         (a,) = spec.attachments
         method, op = a.method.evaluated().unwrap(spec.ops[a.id])
@@ -197,7 +201,7 @@ class _Trial:
             ("swaps to other sizes", self._swaps),
             ("program files", self._saved),
         ):
-            # What breaks a promise is not compiled, and would say the same five times more.
+            # compile refuses a method that breaks a promise, and each of these would report the same error again.
             yield self._try(name, check) if kept else MethodCheck(name, self.layer, None, "a promise is broken")
 
     def _try(self, name: str, check: Callable[[], str | None]) -> MethodCheck:
@@ -215,7 +219,7 @@ class _Trial:
 
     @cached_property
     def program(self) -> AdaptedProgram:
-        """With an adapter that changes what the layer computes: the first values, and noise on what is trained."""
+        """Return a program whose adapter changes the layer's output: first values, plus noise on trained slots."""
         program = self._compiled(self.config)
         (a,) = program.adaptation.attachments
         with torch.no_grad():

@@ -1,6 +1,6 @@
-"""What verifications share: runs whose outputs are compared, and checks that report whatever goes wrong in them.
+"""Run programs for a verification, and report every error in a check as a failed check.
 
-Before: inputs that were drawn or given. After each run: buffers that it wrote to are as they were.
+After each run, buffers that it wrote to are restored.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from adaptc.verify.report import Check
 
 
 def added(attachments: Iterable[Attachment]) -> set[str]:
-    """The keyword inputs that adapters added to a program, which its base does not take."""
+    """Return the names of the keyword inputs that adapters added to a program, and that its base does not take."""
     return {n for a in attachments for m in a.method.extras() for n in (m, a.reads.get(m, m))}
 
 
 class Claims:
-    """Base of what checks one thing against others on the same runs."""
+    """A base class of verifications, which compare several callables on the same runs."""
 
     def __init__(self, runs: list[Run], atol: float | None, seed: int, buffers: Buffers) -> None:
         self.runs, self.atol, self.seed, self.buffers = runs, atol, seed, buffers
@@ -37,7 +37,7 @@ class Claims:
             return Check(name, False, note=f"{type(error).__name__}: {first}")
 
     def outputs(self, call: Callable[..., Any], without: Collection[str] = ()) -> list[Leaves]:
-        """Those of every run; ``without``: keyword inputs that ``call`` does not take."""
+        """Return the outputs of ``call`` in every run. ``without``: keyword inputs that ``call`` does not take."""
         found = []
         for run in self.runs:
             kwargs = {k: v for k, v in run.kwargs.items() if k not in without}

@@ -1,7 +1,7 @@
-"""Differences between outputs and between states: the measurements of a verification.
+"""Measure differences between outputs, and between states, for a verification.
 
-Nothing here knows of adapters. Outputs of any structure become a flat dict; two of them are compared leaf by leaf, in
-float64, with NaN and infinities equal to themselves.
+Nothing here knows of adapters. Outputs of any structure become a flat dict. Two outputs are compared leaf by leaf, in
+float64; NaN and infinities equal themselves.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Leaves = dict[str, Any]
 
 
 def leaves(output: Any) -> Leaves:
-    """Tensors and numbers of an output, by their path in it, copied so that a later call cannot write to them."""
+    """Return the tensors and numbers of an output by their path, copied so that a later call cannot write to them."""
     named = {_name(path): v for path, v in named_leaves(output)}
     return {k: copied(v) for k, v in named.items() if isinstance(v, (Tensor, int, float, bool))}
 
 
 def _name(path: str) -> str:
-    """``['pair'][1]`` as ``pair[1]``."""
+    """Return the readable form of a path in an output: ``pair[1]`` for ``['pair'][1]``."""
     name = re.sub(r"\['([^']*)'\]", r".\1", path).strip(".")
     return f"output{name}" if not name or name[0] == "[" else name
 
@@ -39,13 +39,16 @@ def copied(value: Any) -> Any:
 
 
 def copied_tree(value: Any) -> Any:
-    """Inputs for one call, since a model may write to what it is given."""
+    """Return a copy of the inputs in ``value`` for one call, since a model may write to its inputs."""
     return pytree.tree_map(copied, value)
 
 
 def difference(want: Any, got: Any) -> tuple[float, float]:
-    """(largest absolute difference, largest finite magnitude of ``want``). Equal infinities and NaN in both are no
-    difference; another shape, NaN in one, or another value of a thing that is no tensor is an infinite one."""
+    """Return (largest absolute difference, largest finite magnitude of ``want``).
+
+    Equal infinities, and NaN in both, are no difference. The difference is infinite for another shape, for NaN in one
+    only, and for unequal values that are no tensors.
+    """
     if not isinstance(want, Tensor) or not isinstance(got, Tensor):
         return (0.0 if want == got else inf), 1.0
     if want.shape != got.shape or want.is_floating_point() != got.is_floating_point():
@@ -64,10 +67,10 @@ def difference(want: Any, got: Any) -> tuple[float, float]:
 def compare(
     name: str, expected: Sequence[Leaves], found: Sequence[Leaves], tolerance: float, atol: float | None = None
 ) -> Check:
-    """The largest difference over all runs and outputs, judged by how much of what is allowed it takes.
+    """Return the check for the worst difference over all runs and outputs, relative to the limit of its output.
 
-    Allowed are ``atol``, or else ``tolerance`` times the largest magnitude of the output. ``expected`` may have more
-    outputs (a model's cache); everything in ``found`` must be there.
+    The limit is ``atol``, or else ``tolerance`` times the largest magnitude of the output. ``expected`` may have more
+    outputs than ``found``, such as a model's cache; every output in ``found`` must be in ``expected``.
     """
     most, worst = -1.0, Check(name, False, note="there are no outputs to compare")
     for i, (want, got) in enumerate(zip(expected, found, strict=True), 1):
@@ -84,12 +87,12 @@ def compare(
 
 
 def differ(a: Leaves, b: Leaves) -> bool:
-    """Whether anything at all differs."""
+    """Return whether two outputs differ in any leaf, or in their structure."""
     return a.keys() != b.keys() or any(difference(a[k], b[k])[0] for k in a)
 
 
 def digests(state: Mapping[str, Any]) -> dict[str, bytes]:
-    """A checksum of every tensor's bytes: a change in place shows, too, and no copy is kept."""
+    """Return a checksum of each tensor's bytes by name: it shows changes in place, too, and no copy is kept."""
     done: dict[Any, bytes] = {}
     out: dict[str, bytes] = {}
     for name, value in state.items():

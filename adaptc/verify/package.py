@@ -1,9 +1,12 @@
-"""Verification of packages: what a file of compiled code promises, tried on fresh random inputs of several shapes.
+"""Verify packages, files of compiled code, on random inputs of several shapes.
 
-Three claims, each measured and each able to fail: with a program's adapter the package computes what the program does;
-with identity values in every slot it is the base; another adapter changes its outputs, and swapping back gives every
-bit again. Nothing is changed: neither the package's current adapter, nor the program or model, nor torch's random
-state.
+There are three claims, each measured:
+
+- With a program's adapter, the package computes what the program computes.
+- With identity values in every slot, the package computes the base.
+- Another adapter changes the outputs, and swapping back restores every bit.
+
+The package's current adapter, the program, the model and torch's random state stay as they are.
 """
 
 from __future__ import annotations
@@ -43,18 +46,21 @@ def verify_package(
     inputs: Any = None,
     raise_on_failure: bool = False,
 ) -> VerifyReport:
-    """Check ``package`` against ``model``, and against itself.
+    """Check ``package`` against ``model``, and against itself; return the report.
 
-    ``model``: the program it was made from, whose current adapter is then compared and whose base is the model; or the
-    base alone, an nn.Module, an ExportedProgram or any callable. The other arguments are those of
-    :func:`adaptc.verify.verify.verify_program`. Where ``model`` is no program, sizes are drawn from the ranges that the
-    package has, and token ids below the rows of the smallest embedding of ``model`` and of the package's sites; two
-    where there is none. Raises AdaptcError for inputs that the package cannot take, and for sizes that depend on
-    others, which need ``inputs``; with ``raise_on_failure`` also when a check failed.
+    ``model``: the program that the package was made from, or only the base: an nn.Module, an ExportedProgram or any
+    callable. Of a program, the current adapter is compared, and its base serves as the model. The other arguments are
+    those of :func:`adaptc.verify.verify.verify_program`.
+
+    Where ``model`` is no ExportedProgram, sizes are drawn from the package's ranges. Token ids are then below the
+    number of rows of the smallest embedding of ``model`` and of the package's sites, or below 2 without any.
+
+    Raises AdaptcError for inputs that the package cannot take, and for sizes that depend on others, which need
+    ``inputs``. With ``raise_on_failure``, raises AdaptcError where a check failed.
     """
     program = None
     if isinstance(model, AdaptedProgram):
-        model.executor()  # made for the program, which keeps it
+        model.executor()  # made here, so that the program keeps it: a snapshot's own would be lost with the snapshot
         program = model = model.snapshot()
     wanted = 3 if shapes is None else shapes
     if inputs is not None:
@@ -88,7 +94,7 @@ class _PackageClaims(Claims):
     ) -> None:
         super().__init__(runs, atol, seed, buffers)
         self.package, self.model, self.program = package, model, program
-        self.now = package.current  # whoever swaps it meanwhile does not matter
+        self.now = package.current  # kept, so that a swap by another thread does not change what is verified
 
     def package_equals_program(self, name: str) -> Check:
         if self.program is None:
@@ -106,14 +112,14 @@ class _PackageClaims(Claims):
             return Check(name, None, note=NO_BASE)
         try:
             base = self.package.base
-        except SwapError as error:  # of slots that have no such values in this size
+        except SwapError as error:  # some slots have no identity values in the package's sizes
             return Check(name, None, note=str(error))
         call = self.model
         if self.program is not None:
             call = self.program.base
         elif isinstance(call, ExportedProgram):
             call = call.module()
-        with GRAPHS:  # a capture in another thread has what calls modules patched for all of them
+        with GRAPHS:  # a capture in another thread patches torch's module calls for all threads
             expected = self.outputs(call, added(self.package.adaptation.attachments))
         return self._compare(name, expected, self.outputs(base))
 
@@ -132,13 +138,13 @@ class _PackageClaims(Claims):
         return lambda *args, **kwargs: self.package.run(fitted, args, kwargs)
 
     def _shaken(self) -> Any:
-        """The package with its current adapter plus noise."""
+        """Return a call of the package with its current adapter plus noise."""
         assert self.now is not None
         generator = torch.Generator().manual_seed(self.seed)
         values = dict(self.now.constants)
         for s in self.package.manifest.sites:
             for slot, spec in s.attachment.method.slots(s.op).items():
-                value = values.get(s.attachment.slots[slot])  # None of what no code reads
+                value = values.get(s.attachment.slots[slot])  # None for slots that no code reads
                 if value is not None and spec.trainable and value.is_floating_point():
                     noise = torch.randn(value.shape, generator=generator) * 0.05
                     values[s.attachment.slots[slot]] = value + noise.to(value)

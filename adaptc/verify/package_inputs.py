@@ -1,7 +1,7 @@
-"""Random inputs for a package, made from what its manifest says: there is no graph in it to read.
+"""Draw random inputs for a package from its manifest, since a package has no graph to read.
 
-Before: a package, and the model it came from where there is one. After: complete inputs that the package accepts. Sizes
-are near the least that is allowed, and token ids below the rows of every embedding that is known of.
+The inputs are complete, and the package accepts them. Sizes are near the smallest allowed ones. Token ids are below the
+number of rows of every known embedding.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from adaptc.packages.run import PackagedProgram
 from adaptc.passes.ir.trees import pytree
 from adaptc.runtime.call_inputs import TensorInput
 
-#: how much larger than the least a size may be
+#: the most by which a drawn size exceeds the smallest allowed one
 _SPREAD = 7
 
 
 def draw(
     package: PackagedProgram, shapes: int | Sequence[Mapping[str, Sequence[int]]], seed: int, model: Any
 ) -> list[Run]:
-    """One :class:`Run` per shape: so many, or for each a dict of input name -> shape, whose other sizes are drawn.
+    """Return a :class:`Run` per shape in ``shapes``.
 
-    Raises AdaptcError for shapes the package cannot take, and for sizes it has as expressions of others.
+    ``shapes``: how many to draw, or for each run a dict of input name -> shape; other sizes are drawn. ``model``: the
+    model that the package came from, or None. Raises AdaptcError for shapes that the package cannot take, and for sizes
+    that are expressions of other sizes.
     """
     wanted: Sequence[Mapping[str, Sequence[int]]] = [{}] * shapes if isinstance(shapes, int) else list(shapes)
     if not wanted:
@@ -52,7 +54,7 @@ def draw(
 
 
 def _rows(m: Manifest, model: Any) -> list[int]:
-    """Of every embedding that is known of."""
+    """Return the number of rows of every embedding among the package's sites and in ``model``."""
     found = [s.op.in_features for s in m.sites if s.op.kind == "embedding"]
     modules = model.modules() if isinstance(model, nn.Module) else ()
     return found + [e.num_embeddings for e in modules if isinstance(e, (nn.Embedding, nn.EmbeddingBag))]

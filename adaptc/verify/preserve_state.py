@@ -1,4 +1,4 @@
-"""What calls of programs write to, put back after each of them; a module is the business of ``model_state``."""
+"""Restore the tensors that calls of programs write to; ``adaptc.capture.model_state`` does it for modules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from adaptc.program.bound import Bound
 
 
 class Buffers:
-    """What calls may write to (caches, statistics): ``restore`` puts it back, as the end does."""
+    """The tensors that calls may write to (caches, statistics), with copies of their values.
+
+    :meth:`restore` writes the copies back; so does the end of a ``with`` block.
+    """
 
     def __init__(self, program: ExportedProgram | None, model: Any) -> None:
         tensors: list[torch.Tensor] = []

@@ -1,4 +1,4 @@
-"""What a verification found: one row per claim, which prints as a table."""
+"""Report a verification: one row per claim, printed as a table."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from adaptc.tables import Column, Report, Table, number, plain
 
 @dataclass(frozen=True)
 class Check:
-    """One claim about a program. ``passed`` None: it was not run, and ``note`` says why.
+    """A claim about a program. ``passed`` None: it was not run, and ``note`` says why.
 
-    ``error`` is the largest absolute difference of an output element, ``relative`` the same over the output's largest
-    magnitude, ``limit`` what was allowed, ``where`` the output and the inputs it happened at.
+    ``error``: the largest absolute difference of an output element. ``relative``: ``error`` over the output's largest
+    magnitude. ``limit``: the largest ``error`` allowed. ``where``: the output and the run with that difference.
     """
 
     name: str
@@ -34,8 +34,10 @@ class Check:
 
 @dataclass(frozen=True, repr=False)
 class VerifyReport(Report):
-    """``checks`` of :func:`adaptc.verify`, and the input shapes (``runs``) and ``seed`` they were made with.
-    ``strength``: which adapters were off or scaled, in words."""
+    """The result of :func:`adaptc.verify`: its ``checks``, with the input shapes (``runs``) and ``seed`` of the inputs.
+
+    ``strength``: which adapters were off or scaled, in words.
+    """
 
     checks: tuple[Check, ...]
     runs: tuple[str, ...]
@@ -46,7 +48,7 @@ class VerifyReport(Report):
     def of(
         cls, checks: Iterable[Check], runs: Iterable[str], seed: int, raise_on_failure: bool, strength: str = ""
     ) -> VerifyReport:
-        """The report; with ``raise_on_failure``, AdaptcError where a check failed."""
+        """Return the report; with ``raise_on_failure``, raise AdaptcError unless it is ``ok``."""
         report = cls(tuple(checks), tuple(runs), seed, strength)
         if raise_on_failure and not report.ok:
             raise AdaptcError(str(report))
@@ -54,12 +56,12 @@ class VerifyReport(Report):
 
     @property
     def ok(self) -> bool:
-        """No check failed, and at least one was run."""
+        """Return whether at least one check was run, and none failed."""
         ran = [c.passed for c in self.checks if c.passed is not None]
         return bool(ran) and all(ran)
 
     def __getitem__(self, name: str) -> Check:
-        """The check of this name; KeyError when there is none."""
+        """Return the check of this name; raise KeyError where there is none."""
         for check in self.checks:
             if check.name == name:
                 return check
@@ -79,7 +81,10 @@ class VerifyReport(Report):
         return [f"{head} (seed {self.seed})\n{runs}", Table(columns, rows)]
 
     def data(self) -> dict[str, Any]:
-        """``ok``, ``seed``, ``strength``, ``runs`` and ``checks``: ``passed`` is None for one that was not run."""
+        """Return a dict of ``ok``, ``seed``, ``strength``, ``runs`` and ``checks``.
+
+        ``passed`` is None for a check that was not run.
+        """
         return {
             "ok": self.ok,
             "seed": self.seed,

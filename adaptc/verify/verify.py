@@ -1,9 +1,14 @@
-"""Verification: what adaptc promises of a program, tried on fresh random inputs of several shapes.
+"""Verify programs on random inputs of several shapes.
 
-Four claims, each measured and each able to fail: the base taken out of the program is the model; with identity values
-in every slot the program is the base; merging changes nothing but rounding; unmerging gives back every bit. Nothing is
-changed: neither the program and its current adapter, nor the model, its buffers and its train and eval flags, nor
-torch's random state.
+There are four claims, each measured:
+
+- The base taken out of the program computes what the model computes.
+- With identity values in every slot, the program computes the base.
+- Merging changes nothing but rounding.
+- Unmerging restores every bit.
+
+The program and its current adapter, the model with its buffers and its train and eval flags, and torch's random state
+stay as they are.
 """
 
 from __future__ import annotations
@@ -49,19 +54,20 @@ def verify_program(
     inputs: Any = None,
     raise_on_failure: bool = False,
 ) -> VerifyReport:
-    """Check ``program`` against ``model``, the base it was made from, and against itself.
+    """Check ``program`` against ``model``, the base it was made from, and against itself; return the report.
 
     ``model``: an nn.Module, an ExportedProgram or any callable; without it the first check is not run. ``shapes``: how
-    many input shapes to draw, or a list of {input name: shape}. ``inputs``: your own instead, a dict of keyword inputs
-    or a tuple of positional ones, or a list of these. ``atol``: the largest absolute difference allowed; by default a
-    share of the largest output that fits the coarsest dtype of the weights (``TOLERANCE``).
+    many input shapes to draw, or a list of {input name: shape}. ``inputs``: inputs of your own instead, a dict of
+    keyword inputs or a tuple of positional ones, or a list of these. ``atol``: the largest absolute difference allowed.
+    By default it is a share of the largest output that fits the coarsest dtype of the weights (``TOLERANCE``).
 
-    A check that fails, or raises, is reported with the largest difference and where it was; ``report.ok`` sums up.
-    Raises AdaptcError for inputs the program cannot take, or with ``raise_on_failure`` when a check failed.
+    A check that fails is reported with the largest difference and where it was, and one that raises with its error;
+    ``report.ok`` sums up. Raises AdaptcError for inputs that the program cannot take, and with ``raise_on_failure``
+    where a check failed.
     """
     if not isinstance(program, AdaptedProgram):
         raise AdaptcError(f"verify takes a program of adaptc.compile or adaptc.load, not a {type(program).__name__}")
-    program.executor()  # made for the program, which keeps it
+    program.executor()  # made here, so that the program keeps it: a snapshot's own would be lost with the snapshot
     program = program.snapshot()
     if inputs is not None:
         runs = random_inputs.given(inputs)
@@ -81,7 +87,7 @@ class _Verifier(Claims):
         super().__init__(runs, atol, seed, buffers)
         self.program, self.model = program, model
         self.adapted = bool(program.adaptation.attachments)
-        #: inputs that the base does not take
+        #: names of inputs that the base does not take
         self.added = added(program.adaptation.attachments)
         self.added |= {n.name for n in added_inputs(Lifted(program, edit=False))}
         self._base: list[Leaves] | None = None
@@ -102,7 +108,7 @@ class _Verifier(Claims):
         if self.program.adaptation.residual:
             return Check(name, None, note=NO_BASE)
         call = self.model.module() if isinstance(self.model, ExportedProgram) else self.model
-        with GRAPHS:  # a capture in another thread has what calls modules patched for all of them
+        with GRAPHS:  # a capture in another thread patches torch's module calls for all threads
             expected = self.outputs(call, self.added)
         return self._compare(name, expected, self.base())
 
@@ -112,7 +118,7 @@ class _Verifier(Claims):
         if self.program.adaptation.residual:
             return Check(name, None, note=NO_BASE)
         identity = first_values(self.program.spec(), self.program.binding.config, only={})
-        # Not bound: that has buffers of its own, which are not put back between calls.
+        # Not program.bind: it has buffers of its own, which are not restored between calls.
         return self._compare(name, self.base(), self.outputs(self.program.with_binding(identity)))
 
     def _merged_equals_adapted(self, name: str) -> Check:
@@ -120,14 +126,14 @@ class _Verifier(Claims):
             return Check(name, None, note=reason)
         program, adapted, note = self.program, self.outputs(self.program), ""
         if not self.program.adaptation.residual and not any(map(differ, self.base(), adapted)):
-            # Nothing to fold in would be a claim that cannot fail.
+            # An adapter that changes nothing would merge into the same weights, and the check could not fail.
             program, note = self._shaken(), "with random values, since the current adapter changes nothing"
             adapted = self.outputs(program)
         check = self._compare(name, adapted, self.outputs(_eager(merged(program, safe=False)[0])))
         return replace(check, note=check.note or note)
 
     def _shaken(self) -> AdaptedProgram:
-        """A copy of the program whose adapter is the current one plus noise."""
+        """Return a copy of the program whose adapter is the current one plus noise."""
         p, old = self.program, self.program.binding
         trained = {
             a.slots[n]
@@ -180,7 +186,10 @@ class _Verifier(Claims):
 
 
 def _eager(program: AdaptedProgram) -> AdaptedProgram:
-    """The checks are about graphs: what is only needed here is not compiled."""
+    """Return ``program`` with the eager backend.
+
+    The checks are about graphs, so programs that are only made for a check need not be compiled.
+    """
     return program.with_options(backend="eager")
 
 

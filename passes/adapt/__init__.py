@@ -1,1 +1,1 @@
-"""Adapters into a program and out of it: inject, respecialize, merge, unload."""
+"""Put adapters into a program and take them out of it: inject, respecialize, merge, unload."""

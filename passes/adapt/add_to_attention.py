@@ -1,11 +1,12 @@
-"""Add to what an attention gives what its queries find in tokens of a method's own.
+"""Add to an attention's output what its queries find in the virtual tokens of a method (adaption prompts).
 
-Before: an opened program whose slots are there, and an attachment of an ``AttentionMethod`` at the projection behind an
-attention. After: a tagged region that computes what is added, read by all who read the attention; fake values follow.
+Takes an opened program whose slots are there, and an attachment of an ``AttentionMethod`` at an output projection. It
+adds a tagged region that computes the sum. Every reader of the attention reads the region instead, with new fake
+values.
 
-Keys and values of the tokens are made by the layer's own weights, those of the base, whatever other adapters make of
-them. Behind HF's Conv1D, which GPT-2 has, PEFT adds behind the projection what it adds in front of all others, and so
-it is done here: files of GPT-2 mean that.
+The layer's base weights make keys and values of the virtual tokens, whatever other adapters change about these weights.
+PEFT adds before the output projection. Only for GPT-2, whose projection is HF's Conv1D, does it add after it. The same
+is done here, since adapter files of GPT-2 mean that.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ _FREE = "free"
 
 
 def add_to_attention(lifted: Lifted, a: Attachment, latest: dict[tuple[str, ...], fx.Node], tag: Tag) -> None:
-    """As ``change_places``. Raises TargetError where the site is not behind an attention that is understood."""
+    """Inject the attachment ``a`` of an ``AttentionMethod``; ``latest`` and ``tag`` are as for ``change_places``.
+
+    Raises TargetError where the site is not the output projection of an attention that is understood.
+    """
     method = a.method
     assert isinstance(method, AttentionMethod)
     if len(a.consumers) != 1:
@@ -62,7 +66,7 @@ def add_to_attention(lifted: Lifted, a: Attachment, latest: dict[tuple[str, ...]
 
 
 def _output(projection: fx.Node, latest: dict[tuple[str, ...], fx.Node]) -> fx.Node:
-    """What a Conv1D gives: its product, seen through the view that gives it back its axes."""
+    """Return the output of a Conv1D: its matmul, seen through the view that restores (batch, length, width)."""
     node = projection
     while (node.name,) in latest:
         node = latest[(node.name,)]
@@ -75,7 +79,11 @@ def _output(projection: fx.Node, latest: dict[tuple[str, ...], fx.Node]) -> fx.N
 def _traced(
     method: AttentionMethod, layer: AttentionLayer, names: Sequence[str], values: Sequence[Tensor], op: Op, behind: bool
 ) -> fx.Graph:
-    """The region as a graph without values: of the attention's output, the query, weights and biases, and the slots."""
+    """Return the region as a graph without values.
+
+    Its inputs are the attention's output, the queries, weights and biases of key and value, and the slots. ``behind``
+    says that the output projection's result takes the place of the attention's output.
+    """
     heads = int(layer.query.meta["val"].shape[1])
     fakes, specs = FreeFakes(_shared_axes(values[0], layer.query.meta["val"])), method.slots(op)
     count = len(values) - len(names)
@@ -98,13 +106,16 @@ def _traced(
 
 
 def _shared_axes(y: Tensor, query: Tensor) -> dict[str, list[str]]:
-    """The size of an axis that heads and batches share."""
+    """Return the size of the axis that heads and batch share -> its factors; {} where they have axes of their own."""
     own, batch = str(y.shape[0]), str(query.shape[0])
     return {} if own == batch or y.ndim != 3 else {own: [batch] * int(query.shape[1])}
 
 
 def _projected(tokens: Tensor, p: Projection, given: Any, heads: int) -> Tensor:
-    """Keys or values of tokens (count, width), as each head of queries reads them: (heads, count, width)."""
+    """Return keys or values of ``tokens`` (count, width), one for each of the query heads: (heads, count, head width).
+
+    ``given`` is an iterator over weights and biases, from which this projection's own are taken.
+    """
     weight, bias = next(given), next(given) if p.bias is not None else None
     if TABLE[p.node.target][0] == "addmm":
         weight = weight.t()

@@ -1,9 +1,11 @@
-"""What a cache begins with, in a program that takes its cache from its caller.
+"""Inject a method that acts at the beginning of the cache, in a program that takes its cache from its caller.
 
-Before: an opened step program whose slots are there, and a program attachment whose method says what a cache begins
-with: keys and values, or embeddings of which the program makes them. After: a tagged region that computes these, which
-nothing reads. Who makes a cache computes the same once and writes it there, so that a step costs what it cost; the
-region says of the program what it is adapted by, as all regions do. What a method is given is zero in it.
+Takes an opened step program whose slots are there, and a program attachment. Its method says what a cache begins with:
+keys and values (a KV prefix), or embeddings of virtual tokens that the program makes them from.
+
+It adds a tagged region that computes these, which nothing reads. The region only records what the program is adapted
+by, as all regions do. The code that makes a cache computes the same once and writes it there, so a step costs no more.
+Inputs that the method adds to a program are zero in the region.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ def begin_cache(
     keys: fx.Node,
     tag: Callable[[fx.Node, str, fx.Node], Callable[[str], dict[str, Any]]],
 ) -> None:
-    """``keys``: the first input of the cache; the rest as for ``change_places``."""
+    """Add the region of attachment ``a``, which stands for ``keys``, the first input of the cache.
+
+    ``lookup`` is the token lookup and ``tag`` gives the region's tags, as for ``change_places``.
+    """
     assert isinstance(a.method, ProgramMethod)
     slots: Mapping[str, fx.Node] = {n: lifted.placeholders[f] for n, f in a.slots.items()}
     region = traced_opening(a.method, values_of(slots), site_op(lifted, a))

@@ -1,15 +1,17 @@
-"""Embeddings that keep their vectors short (``max_norm``), without writing to their weights.
+"""Remove the in-place writes of embeddings with ``max_norm``, and keep their outputs.
 
-torch shortens, in place and at each call, the rows that the call looks up. Rows that are short already stay, so that a
-call gives what it would with all rows shortened beforehand. Before: a program with such writes. After: no write to a
-parameter or buffer is left of them, and every output is the one of the first call:
+At each call, torch shortens in place the rows that the call looks up. Rows that are short already stay. So a call gives
+what it would with all rows shortened beforehand.
 
-- where only such lookups read a weight, or none of its rows is too long, the weight holds the shortened rows (the
-  program's own copy, or the tensor it was where nothing changed), and lookups are marked with what their rows keep to;
-- where something else reads the weight as well (a tied head), it reads the rows as the lookups before it left them,
-  which the graph computes in each call.
+Takes a program with such writes. Afterwards none of them writes to a parameter or buffer, and every output is that of
+the first call:
 
-Weights without values (meta), and those of the second kind that are written to inside a block, stay as they are.
+- Where only such lookups read a weight, or none of its rows is too long, the weight itself holds the shortened rows. It
+  is the program's own copy, or the old tensor where nothing changed. The lookups are marked with ``max_norm``.
+- Where something else reads the weight as well (a tied head), it reads the rows as the lookups before it left them. The
+  graph computes these in each call.
+
+Weights without values (meta) stay as they are. So do those of the second kind that are written to inside a block.
 """
 
 from __future__ import annotations
@@ -35,13 +37,16 @@ RENORM = aten.embedding_renorm_.default
 RENORMED = aten.embedding_renorm.default
 _LOOKUPS = (aten.embedding.default, aten.embedding_bag.default, aten.embedding_bag.padding_idx)
 
-#: the largest norm, and which norm
+#: (max_norm, norm_type) of an embedding
 Bound = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class BoundRows(Pass):
-    """The program itself where nothing is to be done. Its count is that of weights."""
+    """A pass that removes the writes of ``max_norm`` embeddings; its count is that of the weights.
+
+    It returns the program itself where there are none.
+    """
 
     name: ClassVar[str] = "bound_rows"
 
@@ -66,7 +71,7 @@ class BoundRows(Pass):
 
 
 def _undo_functional(lifted: Lifted) -> None:
-    """Of a decomposed program: the writes that were made outputs, once more as writes."""
+    """Turn a decomposed program's ``max_norm`` writes, which are outputs there, back into in-place ops."""
     for spec in list(lifted.outputs):
         if spec.kind != OutputKind.PARAMETER_MUTATION or spec.target is None:
             continue
@@ -87,7 +92,7 @@ def _undo_functional(lifted: Lifted) -> None:
 
 
 def _reads(source: fx.Node, module: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """(who reads a parameter, the node it reads), in blocks too."""
+    """Yield (reader, the node it reads) for the readers of a parameter, inside blocks too."""
     for node, read in consumers(source):
         call = Call.of(node, module)
         if call is None:
@@ -102,7 +107,7 @@ def _reads(source: fx.Node, module: fx.GraphModule) -> Iterator[tuple[fx.Node, f
 
 
 def _bound(lifted: Lifted, source: fx.Node, reads: Sequence[tuple[fx.Node, fx.Node]]) -> bool:
-    """Whether it could be done."""
+    """Remove the writes to the weight ``source``, whose ``reads`` are given; returns whether that could be done."""
     fqn = lifted.specs[source.name].target
     assert fqn is not None
     old = new = lifted.tensor(fqn)
@@ -135,7 +140,10 @@ def _bound(lifted: Lifted, source: fx.Node, reads: Sequence[tuple[fx.Node, fx.No
 
 
 def bounds_of(graph: fx.Graph, signature: ExportGraphSignature) -> dict[str, Bound]:
-    """FQN of each weight whose rows keep to something -> to what. Lookups that read an adapted weight are left out."""
+    """Return FQN -> (max_norm, norm_type) of each weight whose lookups are marked with a bound.
+
+    Lookups that read an adapted weight are left out.
+    """
     marked = [n for t in _LOOKUPS for n in graph.find_nodes(op="call_function", target=t) if bound_of(n) is not None]
     names = lifted_names(signature) if marked else {}
     found = {names.get(_root(argument(n, 0)).name): bound_of(n) for n in marked}
@@ -143,7 +151,7 @@ def bounds_of(graph: fx.Graph, signature: ExportGraphSignature) -> dict[str, Bou
 
 
 def shortened(weight: Tensor, limit: Bound) -> Tensor:
-    """A weight (rows, width) with no row longer than it may be, by torch's own op; itself where none is."""
+    """Return a weight (rows, width) with rows beyond ``limit`` shortened by torch's own op; itself where none is."""
     every = torch.arange(weight.shape[0], device=weight.device)
     with torch.no_grad():
         new = torch.embedding_renorm_(weight.detach().clone(), every, *limit)
@@ -153,7 +161,7 @@ def shortened(weight: Tensor, limit: Bound) -> Tensor:
 
 
 def _in_the_graph(lifted: Lifted, source: fx.Node, writers: Sequence[fx.Node]) -> None:
-    """All that reads the weight later reads the values that the writers would have left."""
+    """Replace the writes by functional ops, which later readers of the weight read instead of it."""
     graph, now = lifted.graph, source
     reads = [n for n in graph.nodes if n in source.users or n in writers]
     for node in reads:
@@ -168,7 +176,7 @@ def _in_the_graph(lifted: Lifted, source: fx.Node, writers: Sequence[fx.Node]) -
 
 
 def _erase(writer: fx.Node) -> None:
-    """Take out a node, and the casts that were there for it."""
+    """Erase a write, and the casts before it that nothing else reads."""
     above: Any = argument(writer, 0)
     writer.replace_all_uses_with(above)
     writer.graph.erase_node(writer)
@@ -178,7 +186,7 @@ def _erase(writer: fx.Node) -> None:
 
 
 def _indices(node: fx.Node, read: fx.Node) -> fx.Node | None:
-    """Of what a node looks up the rows of ``read``; None where it does not."""
+    """Return the node of the indices by which ``node`` looks up rows of ``read``; None where it does not."""
     if node.target not in _LOOKUPS or argument(node, 0) is not read:
         return None
     return _root(argument(node, 1))

@@ -1,14 +1,16 @@
-"""Put keys and values in front of those of a program's tokens, as if they were the beginning of a cache.
+"""Put a KV prefix before the keys and values of a program's tokens, as if it were the beginning of a cache.
 
-Before: an opened program whose slots are there, and a program attachment whose method has ``cached``. After: every
-attention of the tokens reads longer keys and values. What the program computes beside the tokens (masks, positions,
-rotations) is computed once more, of inputs that are longer by as many tokens, and what is read beside the tokens
-themselves is cut to theirs, so that whatever a program makes of positions and masks is what it would be behind a cache.
-All tensors inside keep their sizes.
+Takes an opened program whose slots are there, and a program attachment whose method has ``cached``. Afterwards every
+attention of the tokens reads longer keys and values.
+
+Masks, position_ids and rotary angles are computed a second time, from inputs that are longer by the prefix. The nodes
+computed from tokens read the part of them that belongs to the call's own tokens. A mask keeps the prefix along the axis
+of keys. So positions and masks are what they would be behind a cache of that length. All tensors computed from tokens
+keep their sizes.
 
 The program's own masks and positions stay in its graph, where :func:`~adaptc.passes.ir.regions.remove_regions` finds
-them. An attention that masks by order itself has the order of its first query and first key, so that its queries get
-rows in front, too, whose results are cut away.
+them. SDPA with ``is_causal`` aligns its first query with its first key. So its queries get rows in front, too, and the
+results of these rows are cut away.
 """
 
 from __future__ import annotations
@@ -44,8 +46,12 @@ Tag = Callable[[fx.Node, str, fx.Node], Callable[[str], dict[str, Any]]]
 def put_in_front(
     lifted: Lifted, a: Attachment, lookup: Lookup, places: Sequence[Place], given: Mapping[str, fx.Node], tag: Tag
 ) -> None:
-    """``places``: the inputs with a value per token; the rest as for ``change_places``. Raises TargetError where what
-    is beside the tokens cannot be made longer, and PassError where the sizes of an op do not fit."""
+    """Put the KV prefix of the attachment ``a`` before the keys and values of each attention.
+
+    ``places`` are the inputs with one entry per token, ``given`` the inputs that the method adds, by name. ``tag`` is
+    as for ``change_places``. Raises TargetError where masks or positions cannot be made longer, and PassError where the
+    sizes of an op do not fit.
+    """
     _InFront(lifted, a, lookup, given, tag).run(places)
 
 
@@ -56,15 +62,15 @@ class _InFront:
     lookup: Lookup
     given: Mapping[str, fx.Node]
     tag: Tag
-    #: nodes whose values are not known yet
+    #: nodes whose fake values are not computed yet
     fresh: set[fx.Node] = field(default_factory=set)
-    #: what each node beside the tokens is where there are more of them
+    #: mask, position or size -> its copy for the longer sequence
     longer: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     def run(self, places: Sequence[Place]) -> None:
         method, op = self._method(), site_op(self.lifted, self.a)
         attentions = find_attentions(self.lifted, self.lookup, method.name)
-        # Looked for in the program as it is, which changes below.
+        # Before the program changes below: edges are looked for in the program as it is.
         beside = changing(self.lifted, self.lookup)
         found = list(edges(self.lifted, self.lookup, attentions, beside))
         slots = {n: self.lifted.placeholders[f] for n, f in self.a.slots.items()}
@@ -93,7 +99,7 @@ class _InFront:
         propagate(self.lifted.graph, set(none), self.lifted.program.graph_module)
 
     def _some(self, slots: Mapping[str, fx.Node], op: Op) -> dict[fx.Node, Tensor]:
-        """Give slots without rows some, to see what becomes longer by them; returns the values they had."""
+        """Give slots two rows, to see which sizes grow by them; returns the fake values that the slots had before."""
         had: dict[fx.Node, Tensor] = {}
         for name, spec in self._method().slots(op).items():
             node = slots[name]
@@ -108,10 +114,10 @@ class _InFront:
         assert isinstance(self.a.method, ProgramMethod)
         return self.a.method
 
-    # -- beside the tokens ---------------------------------------------------------------------------------------------
+    # -- masks and positions -------------------------------------------------------------------------------------------
 
     def _lengthen(self, found: Sequence[Edge], beside: set[fx.Node]) -> None:
-        """Copy what the edges follow from, behind each original, reading what is longer."""
+        """Copy the nodes that masks and positions are computed from, each after its original, for longer inputs."""
         needed, stack = set(), [edge.node for edge in found]
         while stack:
             node = stack.pop()
@@ -126,7 +132,7 @@ class _InFront:
                 continue  # an encoder's states, for one, are what they are whatever a decoder reads
             self._check(node, tokens, [w for w in written_by.get(node, ()) if w not in needed])
             if node.op == "placeholder":
-                continue  # a size or a value of the caller's that is no longer than it was
+                continue  # an integer input of the caller's, which the prefix does not change
             if self._counts(node):
                 if length is None:
                     with self.lifted.graph.inserting_after(ids):
@@ -140,7 +146,7 @@ class _InFront:
             self.longer[node] = copied
 
     def _counts(self, node: fx.Node) -> bool:
-        """Whether it is how many tokens there are."""
+        """Return whether ``node`` is the number of the call's tokens."""
         length = self.lookup.ids.meta["val"].shape[1]
         return is_size(node) and str(node.meta["val"]) == str(length)
 
@@ -163,7 +169,10 @@ class _InFront:
             )
 
     def _cut(self, edge: Edge, rows: fx.Node) -> fx.Node | None:
-        """What readers inside get: what is longer, cut to the tokens, but for the keys of a mask."""
+        """Return the node that the edge's reader reads from now on; None where the old one serves.
+
+        It is the longer copy, cut to the call's own tokens. A mask keeps the prefix along its last axis, that of keys.
+        """
         node, longer = edge.node, self.longer.get(edge.node)
         if longer is None:
             return None
@@ -196,7 +205,7 @@ class _InFront:
             self._order(core, rows)
 
     def _free(self, node: fx.Node, axis: int) -> None:
-        """Let a view take as many keys as there are: what it has now is what it had, for as many as it had."""
+        """Put -1 for the number of keys in the shape of a view, so that it holds for the longer keys, too."""
         if node.target in SHAPED and self._counts_keys(sizes := list(argument(node, 1)), axis):
             sizes[axis] = -1
             set_argument(node, 1, sizes)
@@ -206,7 +215,7 @@ class _InFront:
         return isinstance(sizes[axis], fx.Node) and self._counts(sizes[axis]) and -1 not in sizes
 
     def _order(self, core: Core, rows: fx.Node) -> None:
-        """Rows in front of the queries of an attention that masks by order itself, and their results cut away."""
+        """Pad the queries of an ``is_causal`` attention by the length of the prefix, and cut these results away."""
         node, query, fakes = core.node, core.query.node, FreeFakes()
         users = list(node.users)
         inputs = [fakes.like(query.meta["val"]), *self._rows(fakes, rows)]
@@ -236,7 +245,10 @@ class _InFront:
         base: fx.Node | None = None,
         kind: str = "",
     ) -> fx.Node:
-        """A region in place of ``base``, or without it a part of others."""
+        """Inline ``code`` before ``at`` as a region of ``kind`` that stands for ``base``, and return its output.
+
+        Without a base it is an inner part of other regions.
+        """
         before = set(self.lifted.graph.nodes)
         tag = self._inner() if base is None else self.tag(base, kind, self.lookup.node)
         out = inline(self.lifted.graph, code, inputs, at, self.lookup.node, tag)
@@ -260,7 +272,7 @@ class _InFront:
 def _joined(index: int, turned: bool) -> Callable[[Tensor, Tensor], Tensor]:
     def joined(x: Tensor, front: Tensor) -> Tensor:
         heads, groups = front[index], x.shape[1] // front.shape[1]
-        if groups > 1:  # the program has repeated its own for the queries that share them
+        if groups > 1:  # grouped-query attention: the program has repeated its own heads, so the prefix is, too
             heads = heads.unsqueeze(1).expand(-1, groups, -1, -1).reshape(x.shape[1], front.shape[2], front.shape[3])
         heads = heads.mT if turned else heads
         return torch.cat([heads.to(x.dtype).unsqueeze(0).expand(x.shape[0], -1, -1, -1), x], 3 if turned else 2)

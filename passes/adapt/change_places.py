@@ -1,8 +1,8 @@
-"""Put a method of the program into its places.
+"""Inject a program method: change token ids, masks, embeddings and its other places.
 
-Before: an opened program whose slots are there, and a program attachment (``passes.ir.program_method``). After: at each
-place a tagged region that computes what the method makes of it, read by all who read the place; fake values follow.
-A method that puts keys and values in front of those of the tokens is put there by ``change_attention``.
+Takes an opened program whose slots are there, and a program attachment (``passes.ir.program_method``). Each place gets
+a tagged region that computes the method's value for it. Every reader of the place reads that instead, with new fake
+values. ``change_attention`` injects a KV prefix, and ``begin_cache`` the methods of a program that takes a cache.
 """
 
 from __future__ import annotations
@@ -30,9 +30,12 @@ Tag = Callable[[fx.Node, str, fx.Node], Callable[[str], dict[str, Any]]]
 
 
 def change_places(lifted: Lifted, a: Attachment, latest: dict[tuple[str, ...], fx.Node], tag: Tag) -> None:
-    """``latest``: what regions injected before made of nodes, to which these are added; ``tag``: of a place's node, the
-    place's name and the lookup, what the nodes of the region carry. Raises TargetError where the program has no place
-    for the method."""
+    """Inject the program attachment ``a``.
+
+    ``latest`` maps nodes to the outputs of regions that were injected for them, and gets this attachment's. ``tag`` is
+    called with a place's node, the place's name and the lookup. It gives a function from the role of a region's node to
+    the node's tag. Raises TargetError where the program has no place for the method.
+    """
     method = a.method
     assert isinstance(method, ProgramMethod)
     lookup = _lookup(lifted, a)
@@ -48,7 +51,7 @@ def change_places(lifted: Lifted, a: Attachment, latest: dict[tuple[str, ...], f
     wanted = {n: e for n, e in method.extras().items() if e.place in there}
     given = {name: _added(lifted, name, extra, lookup, latest) for name, extra in wanted.items()}
     slots = {n: lifted.placeholders[f] for n, f in a.slots.items()}
-    # How long what the method made longer is, in terms of what it was.
+    # The lengths that virtual tokens make longer: new length -> (old length, the adapter's free size).
     more = method.lengthens(values_of(slots))
     own = [lookup.ids.meta["val"].shape[1]]
     own += [p.node.meta["val"].shape[1] for p in places if p.name in DECODER_LENGTHS]
@@ -81,7 +84,7 @@ def _lookup(lifted: Lifted, a: Attachment) -> Lookup:
 
 
 def _added(lifted: Lifted, name: str, extra: Extra, lookup: Lookup, latest: dict[tuple[str, ...], fx.Node]) -> fx.Node:
-    """An input that a method adds, which another one may have added before."""
+    """Return the input ``name`` that a method adds to the program; another attachment may have added it before."""
     if (name, "given") not in latest:
         axes = [("batch", "length").index(axis) for axis in extra.axes]
         latest[(name, "given")] = lifted.add_input(name, lookup.ids, axes, extra.dtype)
@@ -109,7 +112,7 @@ def _change(
     region = traced(method, place, node.meta["val"], values_of(slots), values_of(given), values, op, sums)
     before = set(lifted.graph.nodes)
     inputs = [node, *slots.values(), *given.values(), *reads]
-    # In front of who reads it first: what it is may be written to it after it was made.
+    # Before its first reader, and not right after it: an in-place op may write to it in between.
     first = set(readers) if node.op != "placeholder" else None
     at = next(n for n in lifted.graph.nodes if (n.op != "placeholder" if first is None else n in first))
     out = inline(lifted.graph, region, inputs, at, lookup.node, tag(node, place.name, lookup.node))

@@ -1,15 +1,17 @@
 """Choose per site where an adapter stands: around the layer ("apply") or in front of its weight ("weight").
 
-Both give the same outputs, so the choice is one of cost, and the cost is symbolic: sympy expressions in the program's
-own free sizes (batch, sequence) with the layer's widths and the adapter's rank as numbers, read off the traced regions.
-Before: jobs whose regions can be traced. After: every job has a form and a reason; a form somebody asked for is never
-changed, only refused where it does not exist.
+Both forms give the same outputs, so the choice is one of cost. Costs are sympy expressions in the program's free sizes
+(batch, sequence), read off the traced regions. The layer's widths and the adapter's rank are numbers in them.
+
+Takes jobs whose regions can be traced, and gives every job a form and a reason. A form that the caller asked for is
+never changed, only refused where it does not exist.
 
 The measure is one call at the sizes of the example inputs. The apply form pays for every token, the weight form for the
-weight; in training either pays three times, for the forward and for the backward of both operands. On top, the weight
-form is charged one pass of the layer itself: in training that is the gradient of the whole weight, which a frozen
-weight does without, and in inference it is what a second weight must save to be worth its memory, slower swaps and the
-rounding of a small change in a half-precision weight.
+weight. In training either pays three times, for the forward and for the backward of both operands.
+
+The weight form is also charged one pass of the layer itself. In training that is the gradient of the whole weight,
+which a frozen weight does without. In inference it stands for the drawbacks of a second weight: its memory, slower
+swaps, and the rounding of a small change in a half-precision weight.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.costs import Work, at_sizes
 from adaptc.passes.ir.ops import Op
 
-#: where a region may stand; "auto" until it was chosen
+#: the forms of an attachment; "auto" until one is chosen
 FORMS = ("auto", "apply", "weight")
 
 
@@ -37,7 +39,10 @@ class Choice:
 
 
 def cheaper(outside: Work, weight: Work, base: Work, sizes: Mapping[str, int], training: bool) -> Choice:
-    """The cheaper of two forms for one call; ``base`` is the work of the layer itself."""
+    """Return the cheaper form for one call with these ``sizes``.
+
+    ``outside`` is the work of the apply form, ``weight`` that of the weight form, ``base`` that of the layer itself.
+    """
     t = sympy.Symbol("t", positive=True)
     passes = 3 if training else 1
     apply_cost = passes * (at_sizes(outside.moving, sizes) * t + at_sizes(outside.fixed, sizes))
@@ -53,7 +58,7 @@ def cheaper(outside: Work, weight: Work, base: Work, sizes: Mapping[str, int], t
 
 
 class Job(Protocol):
-    """What is asked of an attachment that is about to be injected."""
+    """An attachment that is about to be injected, as :func:`choose_forms` needs it."""
 
     a: Attachment
     op: Op
@@ -70,9 +75,15 @@ class Job(Protocol):
 
 
 def choose_forms(jobs: Sequence[Job]) -> None:
-    """Set ``form`` and ``why`` of every job. An attachment on whose change of the weight another one builds, or whose
-    inputs another one turns, has the weight form; one whose layer a later one has to find with the base's weight, the
-    apply form. Raises ConfigError where a form asked for does not exist."""
+    """Set ``form`` and ``why`` of every job.
+
+    An attachment gets the weight form where a later one at the same weight builds on the weight that it makes. It also
+    gets it where it would transform the inputs of other attachments at its weight. It gets the apply form where a later
+    one has to find the base weight at the layer. Otherwise the cheaper form is taken.
+
+    Raises ConfigError where a form asked for does not exist or would lose dropout. Raises TargetError where no form
+    exists, and PassError where a site is given twice.
+    """
     by_id = {job.a.id: job for job in jobs}
     if len(by_id) != len(jobs):
         raise PassError(f"a site is given twice: {[j.a.id for j in jobs if by_id[j.a.id] is not j]}")
@@ -84,7 +95,7 @@ def choose_forms(jobs: Sequence[Job]) -> None:
         missing = _why_not_around(job, count[a.fqn])
         if not missing and a.fqn in needed:
             missing = "a later adapter of this weight builds on the weight it makes"
-        # Around its layer, such a method takes the weight that the layer reads for the base's.
+        # In the apply form, a method that looks at the base weight takes the one that the layer reads for it.
         before = [o for o in jobs[:i] if o.a.fqn == a.fqn]
         over = method.looks_at_base() and bool(before)
         if not missing and over and any(_in_front(o, k, count[a.fqn]) for k, o in enumerate(before)):
@@ -127,7 +138,10 @@ def choose_forms(jobs: Sequence[Job]) -> None:
 
 
 def _why_not_around(job: Job, count: int) -> str:
-    """Why an attachment, one of ``count`` at its weight, has no apply form, whatever the others have; '' if it has."""
+    """Return why an attachment, one of ``count`` at its weight, can have no apply form; '' if it can.
+
+    The forms of the other attachments are not looked at.
+    """
     a, method = job.a, job.a.method
     if not method.has_apply_form(job.op):
         return f"{method.name} has no form around a consumer of kind {a.kind!r}"
@@ -139,15 +153,21 @@ def _why_not_around(job: Job, count: int) -> str:
 
 
 def _in_front(job: Job, place: int, count: int) -> bool:
-    """Whether an attachment changes the weight that the layer reads, or has those before it do so."""
+    """Return whether an attachment changes the weight that the layer reads, or makes those before it do so.
+
+    ``place`` is its number among the ``count`` attachments at its weight.
+    """
     if job.a.form == "weight" or _why_not_around(job, count):
         return True
     return place > 0 and job.reads_weight() and not job.a.method.looks_at_base()
 
 
 def compilable(a: Attachment, backend: str) -> Attachment:
-    """The attachment in the form its backend needs: inductor fixes the channel counts of convolutions when it compiles,
-    and in the apply form of a convolution the rank is one of them. Raises BackendError when that form has no meaning.
+    """Return the attachment in the form that ``backend`` needs.
+
+    Inductor fixes the channel counts of convolutions when it compiles. In the apply form of a convolution the rank is
+    one of them, so convolutions get the weight form. Raises BackendError for dropout on the adapter's input, which that
+    form cannot have.
     """
     if backend != "inductor" or not a.kind.startswith("conv"):
         return a

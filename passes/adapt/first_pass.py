@@ -1,12 +1,13 @@
-"""A pass of the base inside a program, in front of the program's own: its nodes once more, up to one of them.
+"""Add a duplicated base pass to a program: copies of its nodes, up to one of them, that run before its own pass.
 
-An adapter that acts in the first pass has regions there, too, which read coefficients of their own.
+An adapter that acts in the duplicated pass has regions there, too, which read coefficients of their own.
 
-Before: an opened program of the base alone, all of whose layers are as they were captured. After: in front of its nodes
-copies of those that one of them is computed with, on the same inputs and parameters; whoever unloads adapters finds
-them by their tags. A step of generation, which writes to the cache of its caller, takes one more of the same sizes, and
-its first pass reads and writes that one. Any other part of a program that writes to what outlives a call cannot be done
-twice, and is refused.
+Takes an opened program of the base alone, all of whose layers are as they were captured. The copies stand before its
+nodes and read the same inputs and parameters. Unloading adapters finds the copies by their tags.
+
+A step of generation writes to the cache of its caller. It gets a second cache of the same sizes as inputs, which the
+duplicated pass reads and writes. A program that writes to anything else that outlives a call is refused, since the
+write cannot be done twice.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.regions import node_tag, site_op
 from adaptc.passes.ir.trace import behind_inputs, inline, region_of
 
-#: what of a node's meta its copy has; not whose module it is, which has the layer itself
+#: the meta that a copy keeps; not its module stack, since the layer is not called a second time
 _KEPT = ("val", "stack_trace", "tensor_meta", "unbacked_bindings")
 
 
 def own_cache(lifted: Lifted) -> dict[fx.Node, fx.Node]:
-    """Each input of the cache -> one that is added to the program for a first pass; none for a program that takes no
-    cache."""
+    """Add a second cache to the program's inputs, and return each cache input -> its second one.
+
+    Gives {} for a program that takes no cache.
+    """
     made: dict[fx.Node, fx.Node] = {}
     prefix = pass_prefix(passes_of(lifted.specs))
     for node in all_of_cache(lifted):
@@ -46,9 +49,12 @@ def computed_before(
     tag: Callable[[str], dict[str, Any]],
     instead: Mapping[fx.Node, fx.Node] = MappingProxyType({}),
 ) -> tuple[fx.Node, dict[fx.Node, fx.Node]]:
-    """The copy of ``node``, and node -> copy of all that it needed. ``instead``: inputs that may be written to, and
-    what the copies read and write in their place, as much as the program does. Raises TargetError where that cannot
-    be."""
+    """Copy ``node`` and all that it needs to the front of the graph; return its copy, and node -> copy for all of them.
+
+    ``instead`` maps inputs that the program may write to, to those that the copies read and write in their place.
+    ``tag`` gives the tag of a copy from its number as text. Raises TargetError where the program writes to other memory
+    that outlives the call.
+    """
     wanted = _needed(lifted, node, instead)
     first = next(n for n in lifted.graph.nodes if n.op != "placeholder")
     copies: dict[fx.Node, fx.Node] = {}
@@ -64,16 +70,19 @@ def computed_before(
 
 
 def _needed(lifted: Lifted, node: fx.Node, free: Collection[fx.Node]) -> set[fx.Node]:
-    """What a node is computed of, but for the inputs, with all that is written to the memory of it on the way.
-    ``free``: inputs that may be written to."""
+    """Return the nodes that ``node`` is computed from, inputs excepted, with the in-place writes to their memory.
+
+    ``free`` are the inputs that may be written to; all writes to them are included. Raises TargetError for a write to
+    another input.
+    """
     order = {n: i for i, n in enumerate(lifted.graph.nodes)}
     memory = memory_groups(lifted.graph)
     writers: dict[fx.Node, list[fx.Node]] = {}
     for n in lifted.graph.nodes:
         for value in written(n):
             writers.setdefault(memory[value], []).append(n)
-    # What reads the node's memory behind it, reads what was written there since. And the next call goes on from all
-    # that this one wrote to its cache, with or without a use of it.
+    # A later in-place write to the node's memory counts, too: its readers see it. And every write to the cache counts,
+    # even one that nothing reads here, since the next call reads it.
     roots = [node, *(w for n in free for w in writers.get(memory[n], ()))]
     last = max(order[n] for n in (*roots, *writers.get(memory[node], ())))
     lasting = {memory[n] for n in lifted.graph.find_nodes(op="placeholder") if n not in free}
@@ -83,7 +92,7 @@ def _needed(lifted: Lifted, node: fx.Node, free: Collection[fx.Node]) -> set[fx.
         if n in seen or node_tag(n) is not None:
             continue
         seen.add(n)
-        # An input that is written to may be read itself behind that.
+        # A program may read an input itself after a write to it, so writers of inputs count as well.
         before = [w for w in writers.get(memory[n], ()) if n.op != "placeholder" or order[w] <= last]
         if before and memory[n] in lasting:
             raise TargetError(
@@ -105,8 +114,11 @@ def adapted(
     coefficients: Mapping[str, fx.Node],
     tag: Callable[[str], dict[str, Any]],
 ) -> dict[fx.Node, fx.Node]:
-    """Let adapters act on ``copies``, with these values for the coefficients they read: copy -> its value adapted. They
-    are of methods that stand behind a layer."""
+    """Add adapters to the duplicated pass, and return copy -> its adapted value.
+
+    ``copies`` maps nodes to their copies. ``coefficients`` has the nodes of the coefficients that the adapters read
+    here, by name. The adapters must be of methods that act on a layer's output.
+    """
     out: dict[fx.Node, fx.Node] = {}
     there = set(lifted.graph.nodes)
     for a in attachments:

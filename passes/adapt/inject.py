@@ -1,9 +1,11 @@
 """Inject adapters: rewrite the consumers of targeted parameters into adapter regions.
 
-Before: a program, and for each site an Attachment with its slot tensors. After: for every attachment, lifted slots
-(trainable ones parameters, the scale and frozen ones buffers) and, per consumer, a tagged region of pure ATen; base
-parameters require no grad. With slots at their identity values the program computes exactly what it did. Each distinct
-(method, op, shapes, dtypes) is traced once.
+Takes a program, and for each site an Attachment with its slot tensors. Slots become lifted inputs of the program:
+trainable ones are parameters, frozen ones and the scale are buffers. Each consumer gets a tagged region of pure ATen.
+Base parameters require no grad.
+
+With slots at their identity values the program computes exactly what it did. Each distinct (method, op, shapes, dtypes)
+is traced once.
 """
 
 from __future__ import annotations
@@ -37,8 +39,11 @@ from adaptc.passes.ir.trace import behind_inputs, inline, region_of, signature_o
 
 @dataclass(frozen=True)
 class Inject(Pass):
-    """``values`` maps the FQNs of slots and scales to tensors; ``header`` is kept in the first region's tag;
-    ``training`` says for what the form of a site should be cheap."""
+    """A pass that injects adapters; its count is that of the attachments, its data the attachments as injected.
+
+    ``values`` maps the FQNs of slots and scales to tensors. ``header`` is kept in the first region's tag. ``training``
+    says whether the form of a site should be cheap in training or in inference.
+    """
 
     name: ClassVar[str] = "inject"
 
@@ -69,7 +74,7 @@ class Inject(Pass):
         slots: dict[str, str] = {}
         for name, slot in a.method.slots(op).items():
             fqn = a.slot_fqn(name, slot)
-            # Other sites share what has been added. A tensor of the model's own by that name is refused.
+            # Sites may share a slot that another one added. But lifted.add refuses the name of a model's own tensor.
             if fqn not in added and not (slot.shared and fqn in lifted.placeholders):
                 lifted.add(fqn, as_lifted(self._value(a, fqn), slot.trainable))
             added.add(fqn)
@@ -98,7 +103,7 @@ def _fakes(nodes: Sequence[fx.Node]) -> list[Any]:
 
 @dataclass
 class _Costs:
-    """For whom forms are chosen, and what was chosen for equal sites."""
+    """The sizes and the mode for which forms are chosen, and the choices made for equal sites so far."""
 
     sizes: Mapping[str, int]
     training: bool
@@ -107,7 +112,10 @@ class _Costs:
 
 @dataclass
 class _Injector:
-    """One attachment being injected. ``latest``: what the attachments injected before made of nodes and parameters."""
+    """An attachment being injected.
+
+    ``latest`` maps nodes, and parameters as a site reads them, to the outputs of regions injected for them before.
+    """
 
     lifted: Lifted
     a: Attachment
@@ -146,7 +154,7 @@ class _Injector:
         return replace(self.a, form=self.form, why=self.why)
 
     def choice(self) -> Choice:
-        """The cheaper form, by the work of the regions either one would add."""
+        """Return the cheaper form, by the work of the regions that either one would add."""
         nodes = [self.lifted.nodes[c] for c in self.a.consumers]
         weight = [self._weight(), *self.slot_nodes]
         if weight[0].meta["val"].dtype.itemsize < 4:
@@ -169,7 +177,7 @@ class _Injector:
         return self.costs.known[key]
 
     def _around(self, node: fx.Node) -> Iterator[tuple[int, fx.Graph]]:
-        """The regions of the apply form at a consumer, each with how many of its inputs differ from call to call."""
+        """Yield the regions of the apply form at a consumer, as (inputs that differ from call to call, region)."""
         op = self.op.at(node)
         if self.a.method.has_input(op):
             yield 1, self.region("input", op, [operands(node)[0], *self.slot_nodes])
@@ -178,11 +186,11 @@ class _Injector:
             yield 2, self.region(kind, op, [*inputs, *self.slot_nodes])
 
     def enclosed(self) -> bool:
-        """Whether a consumer is inside a block, where only its weight and its bias can be changed."""
+        """Return whether a consumer is inside a block, where only its weight and its bias can be changed."""
         return any(inside(self.lifted.nodes[c]) is not None for c in self.a.consumers)
 
     def drops_outside(self) -> bool:
-        """Whether the apply form has dropout that the weight form lacks."""
+        """Return whether the apply form has dropout that the weight form lacks."""
         if self.enclosed():
             return self.a.method.drops_input()
         nodes = [self.lifted.nodes[c] for c in self.a.consumers] if self.a.method.training else []
@@ -191,7 +199,7 @@ class _Injector:
         return not drops(self.region("weight", self.op, [self._weight(), *self.slot_nodes]))
 
     def reads_weight(self) -> bool:
-        """Whether the apply form computes with the weight, not only with the layer's input and output."""
+        """Return whether the apply form computes with the weight, not only with the layer's input and output."""
         if not self.a.method.has_apply(self.op) or self.enclosed():
             return False
         node = self.lifted.nodes[self.a.consumers[0]]
@@ -203,7 +211,10 @@ class _Injector:
         return self._latest(self.lifted.placeholders[self.a.fqn], self.a.module, self.a.param)
 
     def _latest(self, node: fx.Node, *site: str) -> fx.Node:
-        """A node's value, or a parameter as this site reads it, after the attachments injected before this one."""
+        """Return the output of the last region injected for ``node`` before this attachment, or ``node`` itself.
+
+        ``site`` is (module, parameter name) for a parameter as that site reads it, and empty for other nodes.
+        """
         while (node.name, *site) in self.latest:
             node = self.latest[(node.name, *site)]
         return node
@@ -219,7 +230,7 @@ class _Injector:
         return self.traces[key]
 
     def before(self, node: fx.Node) -> None:
-        """One half of the apply form: x -> input(x) for the input of one consumer."""
+        """Add the first half of the apply form: x -> input(x) for the input of one consumer."""
         x = operands(node)[0]
         inputs = [x, *self.slot_nodes]
         region = self.region("input", self.op.at(node), inputs)
@@ -227,14 +238,16 @@ class _Injector:
         set_argument(node, TABLE[node.target][1], out)
 
     def behind(self, node: fx.Node) -> None:
-        """The other half: y -> apply(x, y, W, b) for the outputs of one consumer."""
+        """Add the second half of the apply form: y -> apply(x, y, W, b) for the outputs of one consumer."""
         y = self._latest(node)
         kind, inputs = behind_inputs(node, y)
         self._behind(node, y, kind, [*inputs, *self.slot_nodes])
 
     def beside(self, node: fx.Node) -> None:
-        """What the weight form leaves out: y -> y + (bias(b) - b) for the outputs of one consumer, and b -> bias(b) in
-        front of a block."""
+        """Add the bias that the weight form leaves out: y -> y + (bias(b) - b) for the outputs of one consumer.
+
+        For a consumer inside a block, b -> bias(b) is added before the block.
+        """
         if not takes_bias(node):
             return
         if inside(node) is not None:
@@ -250,7 +263,7 @@ class _Injector:
         if b is None:
             w = self._weight().meta["val"]
             like = self.lifted.fake(torch.empty(op.out_features, dtype=w.dtype, device=w.device))
-            # y is added to, so that a tensor of its last axis alone shows what there is to add.
+            # Only whether the method adds a bias is asked here, and a tensor with y's last axis alone shows that.
             none = through is not None and through.bias == ""
             found = self.region_on("new_bias" if none else "bias_value", op, [like, *_fakes(self.slot_nodes)])
             if any(n.op == "call_function" for n in found.nodes):
@@ -279,7 +292,7 @@ class _Injector:
         self.latest[(y.name,)] = out
 
     def in_front(self, source: fx.Node, nodes: Sequence[fx.Node]) -> None:
-        """The weight form: the consumers read weight(W) instead of W."""
+        """Add the weight form: the consumers read weight(W) instead of W."""
         graph = self.lifted.graph
         found = readers(graph, source, set(nodes))
         order = {n: i for i, n in enumerate(graph.nodes)}

@@ -1,9 +1,11 @@
-"""Inject several adapters at once: each row of a batch on its own mix of them, by coefficients that a call gives.
+"""Inject per-row adapters: each row of a batch has its own mix of several adapters, by coefficients of the call.
 
-Before: a program without adapters; its sites, with where the rows are in the values there; and for every slot and scale
-a tensor with an axis of adapters in front. After: these are lifted buffers of the program, which takes one more
-keyword, a float32 tensor (rows, adapters); regions of pure ATen compute what ``passes.ir.rows`` says. With coefficients
-of zero it computes exactly what it did. Regions have no tags: what was injected is known to whoever asked for it.
+Takes a program without adapters, and its sites with the axis of the batch rows in the values there. Every slot and
+scale comes as a stacked tensor, whose first axis is that of the adapters.
+
+The stacked tensors become lifted buffers of the program. It takes one more keyword, a float32 tensor (rows, adapters).
+Regions of pure ATen compute what ``passes.ir.rows`` says. With coefficients of zero the program computes exactly what
+it did. Regions have no tags: the caller knows what it injected.
 """
 
 from __future__ import annotations
@@ -35,20 +37,23 @@ Axes = Mapping[str, RowAxis]
 
 
 def around(a: Attachment, op: Op) -> bool:
-    """Whether a method stands around its layer here, and does not replace the weight in a call of its own. One that
-    changes both what the layer reads and what it gives does the latter: of a mix, the two would not add up."""
+    """Return whether a method's regions stand around the layer here, at its input or its output.
+
+    Otherwise a second call of the layer reads another weight for each adapter. A method that changes both input and
+    output is of that kind where it can: of a mix of adapters, the two changes would not add up.
+    """
     m = a.method
     return m.has_apply_form(op) and not (m.has_input(op) and m.has_apply(op) and m.has_weight())
 
 
 def read_at(lifted: Lifted, a: Attachment) -> list[tuple[fx.Node, fx.Node]]:
-    """The consumers of a site, each with the node that it reads of the parameter."""
+    """Return (consumer, the node of the parameter that it reads) for the consumers of a site."""
     found = dict(consumers(lifted.placeholders[a.fqn]))
     return [(n, found[n]) for n in (lifted.nodes[c] for c in a.consumers) if n in found]
 
 
 def check_site(lifted: Lifted, a: Attachment) -> None:
-    """Raises TargetError where the rows of a batch cannot have adapters of their own, whatever their values are."""
+    """Raise TargetError where the site ``a`` cannot have per-row adapters, whatever the adapters' values are."""
     why = ""
     for node, _ in read_at(lifted, a):
         if inside(node) is not None:
@@ -70,10 +75,15 @@ def check_site(lifted: Lifted, a: Attachment) -> None:
 
 @dataclass(frozen=True)
 class InjectRows(Pass):
-    """``values``: FQN -> stacked slots and scales; ``axes``: where the rows are in what consumers read and give;
-    ``rows``: a user's input and its axis whose size is their number; ``keyword``: the name of the coefficients.
-    ``at_once``: for code that is run, with operators of adaptc where there are some for it; ``grouped``: ids of sites
-    that kernels of a GPU compute, each with one more slot, :data:`STARTS`."""
+    """A pass that injects per-row adapters; its count is that of the sites.
+
+    ``values`` maps FQNs to stacked slots and scales, of ``count`` adapters. ``axes`` has the axis of the batch rows in
+    the inputs and outputs of consumers. ``rows`` is a user input and its axis of batch rows. ``keyword`` is the name of
+    the coefficients.
+
+    ``at_once`` is for code that is run and not compiled: it uses operators of adaptc where there are any. ``grouped``
+    has the ids of sites that GPU kernels compute; each of these has one more slot, :data:`STARTS`.
+    """
 
     name: ClassVar[str] = "inject_rows"
 
@@ -149,13 +159,16 @@ class _Writer:
             self._behind(node, region, inputs)
 
     def _slots(self, a: Attachment) -> list[fx.Node]:
-        """What its regions read: slots, the scale, and where ranks are."""
+        """Return the nodes that the regions of ``a`` read: slots, the scale, and where each adapter's ranks begin."""
         starts = [self.lifted.placeholders[a.slots[STARTS]]] if STARTS in a.slots else []
         plain = replace(a, slots={n: f for n, f in a.slots.items() if n != STARTS})
         return [*slot_nodes(plain, self.lifted.placeholders, self.lifted.nodes), *starts]
 
     def _call(self, node: fx.Node, replaced: Sequence[tuple[Attachment, fx.Node]]) -> None:
-        """The region of all parameters of one consumer that adapters have in other versions."""
+        """Add the region that calls ``node`` again with each adapter's version of the parameters in ``replaced``.
+
+        A bias of a layer, if it is the only one replaced, is added to the output instead.
+        """
         where, y = self.axes[node.name], self.latest.get(node, node)
         sites = [self._site(a, self.ops[a.id]) for a, _ in replaced]
         slots = [s for a, _ in replaced for s in slot_nodes(a, self.lifted.placeholders, self.lifted.nodes)]
@@ -204,7 +217,10 @@ class _Writer:
 
 
 def _bias_place(a: Attachment, node: fx.Node, read: fx.Node, own: Sequence[fx.Node]) -> int | None:
-    """``Replaced.bias`` of what a method makes of a layer's weight."""
+    """Return ``Replaced.bias`` for a weight: the position of the layer's bias in ``own``, or -1 where it has none.
+
+    Gives None where the method leaves the bias alone, or where ``read`` is not the layer's weight.
+    """
     if node.target not in TABLE or operands(node)[1] is not read or not a.method.has_bias():
         return None
     bias = operands(node)[2]
@@ -212,7 +228,7 @@ def _bias_place(a: Attachment, node: fx.Node, read: fx.Node, own: Sequence[fx.No
 
 
 def _layer(node: fx.Node) -> Op:
-    """The op of a layer whose bias alone is looked at: what lies along the channels of its output."""
+    """Return the op of a layer, for a method that changes its bias: it tells the axis of the output's channels."""
     kind = TABLE[node.target][0]
     return Op(kind, tuple(operands(node)[1].meta["val"].shape), node.target)
 
@@ -220,7 +236,10 @@ def _layer(node: fx.Node) -> Op:
 def _again(
     node: fx.Node, own: Sequence[fx.Node], dtypes: Sequence[torch.dtype], places: Sequence[int]
 ) -> Callable[[Mapping[int, Tensor], Sequence[Tensor]], Tensor]:
-    """A node's call on other tensors: ``own`` its inputs in order, of which those at ``places`` are replaced."""
+    """Return a function that calls a node's op on other tensors.
+
+    ``own`` are the node's inputs in order. Those at ``places`` are replaced, and cast to ``dtypes``.
+    """
     types = dict(zip(places, dtypes, strict=True))
 
     def call(new: Mapping[int, Tensor], tensors: Sequence[Tensor]) -> Tensor:

@@ -1,11 +1,11 @@
-"""Products with a transposed parameter, written as what they are: linear layers.
+"""Rewrite matmuls with a transposed parameter as linear layers.
 
-Before: a captured program, in which a layer computes ``x @ W.T`` or ``x @ W.T + b`` itself, as Falcon's does. After:
-``linear(x, W)`` or ``linear(x, W, b)`` in its place, which every method has a form for. Without a bias torch gives the
-same bits. With one it rounds once, and not after the product as well, and methods that change the bias see it.
+A layer may compute ``x @ W.T`` or ``x @ W.T + b`` itself, as Falcon's does. It becomes ``linear(x, W)`` or
+``linear(x, W, b)``, for which every method has a form. Without a bias torch gives the same bits. With a bias it rounds
+once, and not after the matmul as well. Methods that change the bias then see it.
 
-A product is left as it is where its weight is read anywhere else (a tied head), lies in a block of control flow, or is
-not a matrix. A bias is taken in where it is a parameter of the weight's own module that is added to nothing else.
+A matmul stays where its weight is read anywhere else (a tied head), lies in a block of control flow, or is not a
+matrix. A bias is included where it is a parameter of the weight's own module that is added to nothing else.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PRODUCTS = (aten.matmul.default, aten.mm.default)
 
 @dataclass(frozen=True)
 class LinearProducts(Pass):
-    """The program itself where there is none. Its count is that of layers."""
+    """A pass that rewrites such matmuls; its count is that of the layers. Without any it returns the program itself."""
 
     name: ClassVar[str] = "linear_products"
 
@@ -48,7 +48,10 @@ class LinearProducts(Pass):
 
 
 def _product_of(lifted: Lifted, fqn: str) -> tuple[fx.Node, fx.Node, fx.Node] | None:
-    """(weight as it is read, its transpose, the product) of a parameter that is read by one product alone."""
+    """Return (the weight as it is read, its transpose, the matmul) of a parameter that only one matmul reads.
+
+    Gives None for other parameters.
+    """
     source = lifted.placeholders[fqn]
     weight = source.meta["val"]
     if lifted.specs[source.name].kind != InputKind.PARAMETER or not isinstance(weight, Tensor) or weight.ndim != 2:
@@ -66,7 +69,7 @@ def _product_of(lifted: Lifted, fqn: str) -> tuple[fx.Node, fx.Node, fx.Node] | 
 
 
 def _transposes(node: fx.Node) -> bool:
-    """Whether a node swaps the axes of a matrix."""
+    """Return whether a node swaps the axes of a matrix."""
     if node.target in (aten.t.default, aten.numpy_T.default, aten.mT.default):
         return True
     if node.target is aten.permute.default:
@@ -90,7 +93,7 @@ def _rewrite(lifted: Lifted, fqn: str, held: fx.Node, turned: fx.Node, product: 
 
 
 def _bias(lifted: Lifted, fqn: str, product: fx.Node) -> fx.Node | None:
-    """What is added to the product and to nothing else, where it is a bias of the weight's module."""
+    """Return the bias of the weight's module where it is added to the matmul and to nothing else; None otherwise."""
     if len(product.users) != 1:
         return None
     add = next(iter(product.users))

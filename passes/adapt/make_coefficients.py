@@ -1,17 +1,18 @@
-"""Make the coefficients of adapters, once in a program, for the regions that read them.
+"""Compute the coefficients of adapters, once in a program, for the regions that read them.
 
-Before: an opened program whose slots are there, and attachments of which some read coefficients
-(``passes.ir.coefficients``). After: in front of all other nodes those that compute them of the caller's token ids, or
-of what a first pass of the base makes of the call, each once for all sites that have the same slots, and the
-attachments with the names of their nodes. The nodes' tags say whose they are; a site whose output has not a place for
-each token is refused.
+Takes an opened program whose slots are there, and attachments of which some read coefficients
+(``passes.ir.coefficients``). Nodes before all others compute each coefficient once for all sites with the same slots.
+They compute it from the caller's token ids, or from the last hidden state of a duplicated base pass. Each attachment
+gets the names of its coefficients' nodes, and their tags say whose they are. A site whose output does not have one
+entry per token is refused.
 
-A program that has an input called as a coefficient is given it: a step of a generation sees its own tokens, and what
-invoked the adapter may have come before them. A first pass of such a step has a cache of its own among the inputs.
+A program that has an input with a coefficient's name reads that input. A step of generation needs this: it sees only
+its own tokens, and those that invoke the adapter may have come before. A duplicated base pass of such a step has a
+cache of its own among the inputs.
 
-Inputs that methods at layers add to a program are among the coefficients of a site: each is one keyword more, with a
-value for each row. A program whose parts have rows of their own, as an encoder and the decoder of a step, has one for
-either: that of the rows of later inputs is called ``decoder_`` and the name.
+Inputs that methods at layers add to a program are among the coefficients of a site. Each is one more keyword, with a
+value for each row. An encoder and a decoder may have rows of their own. Then the program has one such input for each,
+and the second is called ``decoder_`` and the name.
 """
 
 from __future__ import annotations
@@ -49,19 +50,24 @@ _NO_HIDDEN = (
 
 @dataclass
 class Coefficients:
-    """Those of one program. ``count``: None, or of how many adapters the slots have an axis in front; so have then the
-    coefficients. ``attachments``: all that the program gets. ``made``: what they are made of -> their nodes."""
+    """The coefficients of one program.
+
+    ``count`` is None, or the number of adapters along a first axis of the slots. The coefficients then have such an
+    axis, too. ``attachments`` are all that the program gets. ``made`` maps what a coefficient is made from to its node.
+    """
 
     lifted: Lifted
     count: int | None = None
     attachments: Sequence[Attachment] = ()
     made: dict[Any, fx.Node] = field(default_factory=dict)
-    #: inputs that a step has for coefficients -> what these are made of elsewhere
+    #: coefficient that is an input of a step -> what it is made from in other programs
     given: dict[str, Any] = field(default_factory=dict)
 
     def of(self, a: Attachment) -> Attachment:
-        """The attachment with the coefficients it reads, made where they are not yet. Raises TargetError for a site
-        that has no place for them."""
+        """Return the attachment with the nodes of the coefficients that it reads, computing those that are missing.
+
+        Raises TargetError for a site whose output does not have one entry per token, or no rows for an added input.
+        """
         added = {} if isinstance(a.method, ProgramMethod) else a.method.extras()
         given = {name: self._given(a, name, extra).name for name, extra in added.items()}
         wanted = a.method.coefficients()
@@ -77,7 +83,10 @@ class Coefficients:
         return replace(a, reads={n: self._node(a, n, c, ids).name for n, c in wanted.items()} | given)
 
     def _given(self, a: Attachment, name: str, extra: Extra) -> fx.Node:
-        """The input that a method adds, with a value for each row of what its site computes."""
+        """Return the input that a method adds, with a value for each batch row of the site's output.
+
+        Raises TargetError where no input of the program tells how many rows there are.
+        """
         rows = [input_with_rows(self.lifted, self.lifted.nodes[c]) for c in a.consumers]
         like = rows[0] if rows else None
         if like is None or any(r is not like for r in rows):
@@ -99,7 +108,7 @@ class Coefficients:
         return self.made[key]
 
     def _stacked(self, a: Attachment, name: str, node: fx.Node) -> fx.Node:
-        """The same for each of several adapters, whose axis is in front: a caller gives each row what is its own."""
+        """Return ``node`` repeated for each adapter along a new first axis: a caller gives each row its own value."""
         count = self.count or 0
         region = trace(lambda v: v.unsqueeze(0).expand(count, *[-1] * v.ndim), [node.meta["val"]])
         first = next(n for n in self.lifted.graph.nodes if n.op != "placeholder")
@@ -147,7 +156,7 @@ class Coefficients:
     def _inlined(
         self, a: Attachment, name: str, make: Any, names: Sequence[str], of: fx.Node, ids: fx.Node, before: fx.Node
     ) -> fx.Node:
-        """What ``make`` makes of a value and of slots, in front of ``before``."""
+        """Add ``make(of, *slots)`` before the node ``before``, and return its output; ``names`` are those of slots."""
         slots = [self.lifted.placeholders[a.slots[s]] for s in names]
         specs = a.method.slots(site_op(self.lifted, a))
         values = [(n.meta["val"], s, specs[s]) for n, s in zip(slots, names, strict=True)]
@@ -160,7 +169,10 @@ class Coefficients:
         return out
 
     def _hidden(self, a: Attachment, name: str, c: Coefficient, first: FirstPass, ids: fx.Node) -> fx.Node:
-        """The last hidden state of a pass in front of the program's own. Raises TargetError where there is none."""
+        """Return the last hidden state of a duplicated base pass, which is added where it is not there yet.
+
+        Raises TargetError where the program has no last hidden state of the wanted width.
+        """
         key = (first.width, first.make and (first.make, tuple(a.slots[s] for s in c.slots)))
         if key in self.made:
             return self.made[key]
@@ -204,8 +216,10 @@ def _tags(a: Attachment, name: str, ids: fx.Node) -> Callable[[str], dict[str, A
 def _traced(
     make: Callable[..., Tensor], name: str, of: Tensor, slots: Sequence[tuple[Tensor, str, Slot]], count: int | None
 ) -> fx.Graph:
-    """What makes a coefficient, as a graph whose placeholders are what it is made of and the slots, for all sizes of
-    both."""
+    """Return ``make`` as a graph that holds for all sizes; its placeholders are ``of`` and the slots.
+
+    ``count`` is as for :class:`Coefficients`. Raises MethodError where ``make`` reads anything but its arguments.
+    """
     fakes, front = FreeFakes(), int(count is not None)
     free = [{i + front: f"free {n}" for i, n in spec.size_names(slot).items()} for _, slot, spec in slots]
     inputs = [fakes.like(of), *(fakes.like(t, names) for (t, _, _), names in zip(slots, free, strict=True))]
@@ -219,5 +233,5 @@ def _traced(
     for node in graph.nodes:
         if node.op not in ("placeholder", "call_function", "output"):
             raise MethodError(f"the coefficient {name!r} may only be made of its arguments, but reads {node.target!r}")
-        node.meta["val"] = None  # of an environment that is gone
+        node.meta["val"] = None  # its symbolic sizes belong to the shape environment of this trace alone
     return graph

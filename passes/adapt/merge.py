@@ -1,8 +1,8 @@
 """Merge: evaluate each adapter's ``weight`` once and put the result in place of the parameter (constant folding).
 
-After: a plain ATen program with no region and no slot that computes what the adapted program did, up to one rounding
-of each weight to its dtype. The arithmetic runs in float32 (float64 for float64 weights), whatever the weight's dtype.
-A weight that other consumers read too is untied first, so that they keep the base.
+The result is a plain ATen program with no region and no slot. It computes what the adapted program did, up to one
+rounding of each weight to its dtype. The arithmetic runs in float32 (float64 for float64 weights), whatever the
+weight's dtype. A weight that other consumers read too is untied first, so that they keep the base.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ _Bias = tuple[fx.Node | None, list[fx.Node], Tensor]
 
 
 class MergeErrors:
-    """How far a merge moved a weight and how far rounding did, measured when first asked: most reports are not read.
+    """The largest change of a weight by a merge, and the largest rounding error, as a pair of floats.
 
-    NaN if the weight, before or after, was written to in between. What is measured is held until then.
+    They are measured at the first call, since most reports are never read. The tensors are kept until then. Both are
+    NaN if the weight, before or after the merge, was written to in between.
     """
 
     def __init__(self, exact: Callable[[], Tensor], stored: Tensor, rounded: Tensor) -> None:
@@ -55,7 +56,7 @@ class MergeErrors:
 
 @dataclass(frozen=True)
 class SiteMerge:
-    """One merged weight. ``delta`` is the largest change of an element, ``error`` the largest rounding of one."""
+    """A merged weight: ``delta`` is the largest change of an element, ``error`` the largest rounding error of one."""
 
     site: str
     fqn: str
@@ -74,11 +75,13 @@ class SiteMerge:
 
 @dataclass(frozen=True)
 class Merge(Pass):
-    """``values`` maps slot and scale FQNs to tensors. ``safe`` refuses results that are not finite.
+    """A pass that merges adapters into weights; its count is that of the weights, its data a SiteMerge for each.
 
-    ``release(fqn)`` is called right after a weight was replaced, so that a caller who gives up the base can free it
-    before the next one is made. ``progress`` wraps the sequence of attachments. ``drop``: ids of attachments to remove
-    without merging, since the adapter does not have them.
+    ``values`` maps slot and scale FQNs to tensors. ``safe`` refuses results that are not finite. ``drop`` has the ids
+    of attachments to remove without merging, since the adapter does not have them.
+
+    ``release(fqn)`` is called right after a weight was replaced. A caller who gives up the base can free it then,
+    before the next one is made. ``progress`` wraps the sequence of weights.
     """
 
     name: ClassVar[str] = "merge"
@@ -105,15 +108,17 @@ class Merge(Pass):
         return PassResult(lifted.finish(), len(rows), data=tuple(rows))
 
     def weights(self, program: ExportedProgram) -> tuple[list[Tensor], list[SiteMerge]]:
-        """The weights this merge puts in a program, in the order of its rows, and the rows; the program stays."""
+        """Return the weights that this merge makes, and the row of the report for each; the program is unchanged."""
         lifted = Lifted(program, edit=False)
         ops, groups = self._groups(lifted)
         made = [(g[0].fqn, self._evaluate(lifted, g, ops)) for g in self.progress(groups)]
         return [_stored(lifted, fqn, value) for fqn, (value, _, _) in made], [row for _, (_, _, row) in made]
 
     def changes(self, program: ExportedProgram) -> Iterator[tuple[str, tuple[float, float]]]:
-        """FQN of each weight, with the Frobenius norms of its change and of itself before; the program stays. What is
-        no floating point number, or gets another shape, is left out."""
+        """Yield the FQN of each weight, with the Frobenius norms of its change and of the old weight.
+
+        The program is unchanged. Weights of integers, and those that get another shape, are left out.
+        """
         lifted = Lifted(program, edit=False)
         ops, groups = self._groups(lifted)
         for group in groups:
@@ -126,7 +131,7 @@ class Merge(Pass):
                     yield fqn, (float(torch.linalg.vector_norm(made - before)), float(torch.linalg.vector_norm(before)))
 
     def _groups(self, lifted: Lifted) -> tuple[dict[str, Op], list[list[Attachment]]]:
-        """The op of each attachment, and the attachments by their weights."""
+        """Return attachment id -> its op, and the attachments grouped by weight."""
         groups: dict[str, list[Attachment]] = {}
         for a in self.attachments:
             groups.setdefault(a.fqn, []).append(a)
@@ -149,18 +154,22 @@ class Merge(Pass):
     def _evaluate(
         self, lifted: Lifted, group: list[Attachment], ops: Mapping[str, Op]
     ) -> tuple[Tensor, list[_Bias], SiteMerge]:
-        """The weight these attachments make, the biases, and the row for the report; nothing is changed."""
+        """Return the weight that these attachments make, the changed biases, and the row of the report.
+
+        The program is unchanged. Raises MergeError where a result is not finite, if ``safe``, and where a bias has no
+        place.
+        """
         first = group[0]
         stored, high = lifted.tensor(first.fqn), _precision(lifted.tensor(first.fqn))
         arguments = {a.id: self._arguments(a, high) for a in group}
         exact = self._exact(lifted, group, ops, high, arguments)
         rounded = _like(stored, exact().to(stored.dtype))
         if any(memory_of(rounded) == memory_of(self.values[f]) for a in group for f in a.slots.values()):
-            rounded = rounded.clone()  # a slot that is the weight may be trained on
+            rounded = rounded.clone()  # the merged weight must not change when such a slot is trained further
         self._check_finite(first, first.fqn, rounded)
         errors = MergeErrors(exact, stored, rounded)
         if self.release is not None:
-            errors()  # what it is of goes
+            errors()  # measured now, since the old weight will be freed
         changing = [a for a in group if a.method.has_bias()]
         biases = list(self._biases(lifted, changing, ops, arguments, high)) if changing else []
         return rounded, biases, SiteMerge(first.id, first.fqn, stored.dtype, errors)
@@ -173,7 +182,10 @@ class Merge(Pass):
         high: torch.dtype,
         arguments: Mapping[str, tuple[dict[str, Tensor], Tensor | None]] | None = None,
     ) -> Callable[[], Tensor]:
-        """What computes the weight that these attachments make, before it is rounded."""
+        """Return a function that computes the weight that these attachments make, in dtype ``high``, before rounding.
+
+        ``arguments`` maps attachment ids to (slots, scale) in that dtype; None converts them here.
+        """
         stored = lifted.tensor(group[0].fqn)
         given = {a.id: self._arguments(a, high) for a in group} if arguments is None else arguments
 
@@ -192,7 +204,7 @@ class Merge(Pass):
         return slots, None if a.scale_slot is None else _high(self.values[a.scale_slot], high)
 
     def _check_finite(self, a: Attachment, what: str, value: Tensor) -> None:
-        # NaN and infinity show in the sum, which takes no memory; so does an overflow of finite values.
+        # The sum needs no memory, and is not finite where a value is not. It may also overflow: then ask each value.
         if self.safe and not bool(value.sum().isfinite()) and not bool(torch.isfinite(value).all()):
             raise MergeError(
                 f"merging {a.id!r} gives values in {what!r} that are not finite in {value.dtype}. The "
@@ -222,7 +234,11 @@ class Merge(Pass):
         arguments: Mapping[str, tuple[dict[str, Tensor], Tensor | None]],
         high: torch.dtype,
     ) -> Iterator[_Bias]:
-        """The same for the biases that the weight's consumers add, one for each that some of them share."""
+        """Yield (placeholder, nodes that add it, new value) for each bias of the weight's consumers that changes.
+
+        The placeholder is None where there is no bias yet. Raises MergeError for a bias that the program computes, and
+        for an op that takes none.
+        """
         first, shared = changing[0], dict[fx.Node | None, list[fx.Node]]()
         for node in (lifted.nodes[c] for c in first.consumers):
             b, reader = bias_of(lifted.nodes, node) if takes_bias(node) else (None, node)
@@ -231,7 +247,7 @@ class Merge(Pass):
             source = _parameter(old)
             target = None if source is None else lifted.specs[source.name].target
             start = None if target is None else _high(lifted.tensor(target), high)
-            if old is not None and start is None:  # a computed bias: only seen whether it would change
+            if old is not None and start is None:  # a computed bias: zeros show whether it would change
                 start = torch.zeros(ops[first.id].out_features, dtype=high, device=lifted.tensor(first.fqn).device)
             new = start
             for a in changing:
@@ -253,7 +269,10 @@ class Merge(Pass):
     def _set_bias(
         self, lifted: Lifted, a: Attachment, source: fx.Node | None, nodes: list[fx.Node], value: Tensor
     ) -> None:
-        """Put it in place; a bias that other consumers read too is untied, one that is missing is added."""
+        """Put the bias ``value`` in place of ``source``, for ``nodes``.
+
+        A bias that other consumers read too is untied first. A missing one (``source`` None) is added.
+        """
         if source is None:
             fqn = f"{a.module}.bias".removeprefix(".")
             while fqn in lifted.state_dict:
@@ -274,20 +293,20 @@ class Merge(Pass):
 
 
 def _stored(lifted: Lifted, fqn: str, value: Tensor) -> Tensor:
-    """``value`` as what it is put in place of: a parameter, or another tensor."""
+    """Return ``value`` as a Parameter where ``fqn`` is one in the program, and as a plain tensor otherwise."""
     parameter = lifted.specs[lifted.placeholders[fqn].name].kind == InputKind.PARAMETER
     return torch.nn.Parameter(value, requires_grad=False) if parameter else value
 
 
 def _parameter(node: fx.Node | None) -> fx.Node | None:
-    """The placeholder a bias comes from, through casts; None when it is computed."""
+    """Return the placeholder that a bias comes from, through casts; None when it is computed."""
     while node is not None and node.op != "placeholder":
         node = node.args[0] if node.target in CASTS and isinstance(node.args[0], fx.Node) else None
     return node
 
 
 def _like(stored: Tensor, value: Tensor) -> Tensor:
-    """``value`` laid out in memory as ``stored``: outputs follow the layout of a weight, and views rely on theirs."""
+    """Return ``value`` with the strides of ``stored``: outputs follow a weight's layout, and views rely on theirs."""
     if value.shape != stored.shape:
         return value.contiguous()
     return value if value.stride() == stored.stride() else torch.empty_like(stored).copy_(value)
@@ -298,7 +317,7 @@ def _versions(*tensors: Tensor) -> list[int]:
 
 
 def _largest(a: Tensor, b: Tensor) -> float:
-    """The largest difference of two elements; NaN when there is none to speak of."""
+    """Return the largest difference of two elements; NaN for integers, and for tensors of different shapes."""
     if a.shape != b.shape or not (a.is_floating_point() or a.is_complex()):
         return nan
     if not a.numel():
@@ -310,12 +329,12 @@ def _largest(a: Tensor, b: Tensor) -> float:
 
 
 def _precision(stored: Tensor) -> torch.dtype:
-    """What a weight is merged in."""
+    """Return the dtype in which a weight is merged: float64 for float64 and complex128, float32 for others."""
     return torch.float64 if stored.dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 def _high(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """``t`` in the dtype a merge computes in, complex where ``t`` is; whole numbers stay as they are."""
+    """Return ``t`` in the dtype that a merge computes in, complex where ``t`` is; integers stay as they are."""
     if t.is_complex():
         return t.detach().to(dtype.to_complex())
     return t.detach().to(dtype) if t.is_floating_point() else t.detach()

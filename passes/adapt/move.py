@@ -1,7 +1,7 @@
-"""Move: a program on another device, its tensors and the devices written into its graph.
+"""Move a program to another device: its tensors, and the devices written into its graph.
 
-After: what ``torch.export.passes.move_to_device_pass`` makes of a copy; the program given stays where it was. Weights
-that were tied are tied still.
+The result is what ``torch.export.passes.move_to_device_pass`` makes of a copy. The program given stays where it was.
+Tied weights stay tied.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from adaptc.passes.ir.storage import storage_key
 
 @dataclass(frozen=True)
 class Move(Pass):
-    """The count is that of the tensors that were moved."""
+    """A pass that moves a program to ``device``; its count is that of the tensors moved."""
 
     name: ClassVar[str] = "move"
 
@@ -45,7 +45,7 @@ class Move(Pass):
 
 
 def usable(device: torch.device | str) -> torch.device:
-    """A device with its number, where it has one. Raises BackendError where it cannot be used."""
+    """Return ``device`` with its index, where it has one. Raises BackendError where it cannot be used."""
     try:
         return torch.empty(0, device=device).device
     except Exception as error:  # torch has several

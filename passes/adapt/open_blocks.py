@@ -1,9 +1,10 @@
 """Open blocks: give every layer called inside a block doorways of its own (see ``ir.blocks``).
 
-Before: a captured program. After: one that computes the same, in which each parameter goes into a block through an
-``aten.alias`` per layer that reads it there, marked with what that layer does; what several layers of a block read, or
-a layer and something else, is handed in once for each. A program without such blocks, or whose blocks are open, stays
-the object it was.
+Takes a captured program, and gives one that computes the same. Each parameter goes into a block through an
+``aten.alias`` for each layer that reads it there, marked with what that layer does. A parameter that several layers of
+a block read, or a layer and something else, is passed in once for each of them.
+
+A program without such blocks, or whose blocks are open already, is returned as the same object.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from adaptc.passes.ir.pass_infra import Pass, PassResult
 
 aten = torch.ops.aten
 
-#: kind -> endings of the class names of layers that call their own weight so, where a block does not say who called
+#: kind -> endings of class names of layers of that kind; needed where a block does not say which module called it
 _LAYERS = {
     "linear": ("Linear",),
     "addmm": ("Conv1D",),
@@ -41,8 +42,10 @@ _LAYERS = {
 
 @dataclass(frozen=True)
 class OpenBlocks(Pass):
-    """``types`` (module path -> class name) overrides what the graph's own module stacks say. The count is that of the
-    doorways."""
+    """A pass that opens blocks; its count is that of the doorways.
+
+    ``types`` (module path -> class name) overrides what the graph's own module stacks say.
+    """
 
     name: ClassVar[str] = "open_blocks"
 
@@ -60,7 +63,7 @@ class OpenBlocks(Pass):
 
 
 def has_closed_blocks(program: ExportedProgram) -> bool:
-    """Whether a parameter goes into a block otherwise than through a doorway."""
+    """Return whether a parameter goes into a block otherwise than through a doorway."""
     return any(_calls(consumers(n), program.graph_module) for n in _parameters(program))
 
 
@@ -77,8 +80,11 @@ def _calls(found: Any, module: fx.GraphModule) -> list[Call]:
 
 @dataclass(frozen=True, eq=False)
 class _Leaf:
-    """A node that reads a parameter inside a block: ``read`` is what it reads there, ``path`` the calls around it and
-    the position of the parameter in each, outermost first."""
+    """A node that reads a parameter inside a block.
+
+    ``read`` is the node that it reads there. ``path`` has the calls around it and the position of the parameter in
+    each, outermost first.
+    """
 
     node: fx.Node
     read: fx.Node
@@ -87,8 +93,11 @@ class _Leaf:
 
 @dataclass(frozen=True)
 class _Key:
-    """Leaves with equal keys share a doorway. ``partner``: of a weight the placeholder of its bias, of a bias that of
-    its weight, "" for none, None for what is computed in the block."""
+    """The key of a doorway, which all leaves with an equal key share.
+
+    ``partner`` is the placeholder of a weight's bias, or of a bias's weight. It is "" for no bias, and None where the
+    block computes the bias.
+    """
 
     role: str
     owner: str | None
@@ -100,11 +109,11 @@ class _Key:
 
 
 class _Opener:
-    """``calls``: those in the program's own graph whose blocks were copied, to be changed."""
+    """The opening of one program; ``calls`` are the calls in its own graph whose blocks were copied to be changed."""
 
     def __init__(self, lifted: Lifted, known: Collection[str], types: Mapping[str, str]) -> None:
         self.lifted, self.known, self.types = lifted, known, types
-        # A module of its own that lends the bodies to the graph while it is edited.
+        # A second module that holds the bodies while the graph is edited, so that the program's own stays as it is.
         self.module = copy_of(lifted.program.graph_module, lifted.graph)
         self.calls: list[Call] = []
         self.sources: set[fx.Node] = set()
@@ -164,10 +173,11 @@ class _Opener:
     def _owner(
         self, traced: str | None, kind: str, node: fx.Node, source: fx.Node, path: tuple[tuple[Call, int], ...]
     ) -> tuple[str | None, tuple[str, ...]]:
-        """The module whose call a node is, and what else it may be.
+        """Return the path of the module that called ``node``, and the names of the parameters that may be meant.
 
-        Blocks of control flow do not say who called: there a layer whose class calls its weight so did, with a bias if
-        it has one; else it was the block's own module."""
+        The names are () where only one is possible. Blocks of control flow do not say who called. There it is a layer
+        whose class has this kind and whose bias is the one added. Where no layer fits, it is the block's own module.
+        """
         if traced is not None:
             return traced, ()
         origin = self._origin(operands(node)[2] if node.target in TABLE else argument(node, 2), path)
@@ -183,7 +193,7 @@ class _Opener:
         return fitting[0].rpartition(".")[0], tuple(fitting) if len(fitting) > 1 else ()
 
     def _origin(self, node: Any, path: tuple[tuple[Call, int], ...]) -> fx.Node | None:
-        """The parameter behind a node of a block, through casts and the calls around it; None for what is computed."""
+        """Return the parameter that a block's node shows, through casts and the calls around it; None if computed."""
         around = list(path)
         while isinstance(node, fx.Node):
             if node.op == "placeholder":
@@ -213,7 +223,7 @@ class _Opener:
 
 
 def _leaves(call: Call, source: fx.Node) -> Iterator[_Leaf]:
-    """Who reads a parameter inside the blocks of a call."""
+    """Yield the nodes that read the parameter ``source`` inside the blocks of ``call``."""
     for at, handed, fixed in call.operands():
         if fixed and _root(handed) is source:
             for body in call.bodies():
@@ -244,7 +254,7 @@ def _root(node: fx.Node) -> fx.Node:
 
 
 def _hand_in(call: Call, at: int, value: fx.Node, mine: set[fx.Node]) -> None:
-    """Let those of ``mine`` that read position ``at`` inside a call read ``value`` instead."""
+    """Let the nodes in ``mine`` that read operand ``at`` of a call inside its blocks read ``value`` instead."""
     everyone = {leaf.node for body in call.bodies() for leaf in _inner(body, at)}
     if everyone <= mine:
         call.set(at, value)
@@ -275,7 +285,7 @@ def _placeholder(graph: fx.Graph, like: fx.Node) -> fx.Node:
 
 
 def _cast_like(read: fx.Node, old: fx.Node, twin: fx.Node) -> fx.Node:
-    """The casts between ``old`` and ``read``, once more behind ``twin``."""
+    """Copy the casts between ``old`` and ``read`` to follow ``twin``, and return the last copy."""
     source: Any = read.args[0]
     below = twin if source is old else _cast_like(source, old, twin)
     with read.graph.inserting_after(read):
@@ -292,7 +302,7 @@ def own_bodies(call: Call) -> None:
 
 
 def copy_of(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
-    """A module with another graph that lends it the same tensors and bodies."""
+    """Return a module of ``graph``, with the tensors and block bodies of ``module``."""
     new = fx.GraphModule(module, graph)
     new.meta.update(module.meta)
     return new

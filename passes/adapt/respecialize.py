@@ -1,7 +1,7 @@
 """Make a program's fake values fit slots whose shapes changed (a swap to another rank).
 
-Before: a program with injected regions and, for some slots, tensors of another size along their free axes. After: every
-placeholder and region node carries the value it has with the new tensors, so that the program validates, saves and
+Takes a program with injected regions and, for some slots, tensors of another size along their free axes. Every
+placeholder and region node gets the fake value it has with the new tensors. So the program validates, saves and
 compiles as if it had been injected with them. The code does not change: regions are the same for every rank.
 """
 
@@ -23,15 +23,17 @@ from adaptc.passes.ir.propagate import propagate
 from adaptc.passes.ir.regions import COEFFICIENT, node_tag, slot_nodes
 from adaptc.passes.ir.trace import behind_inputs, fused_inputs, region_of, signature_of
 
-#: traces that are kept; the oldest goes first
+#: the number of traces that are kept; the oldest is dropped first
 MOST = 256
 
 
 @dataclass(frozen=True)
 class Respecialize(GraphPass):
-    """``tensors``: the new ones, by FQN; ``placeholders``: FQN -> the name of its placeholder. ``traces`` keeps what
-    was traced, for another call with fakes of the same mode. ``modules`` has the graphs of blocks. The count is that of
-    the regions that changed."""
+    """A pass that updates fake values; its count is that of the regions that changed.
+
+    ``tensors`` maps FQNs to the new tensors, and ``placeholders`` maps FQNs to the names of their placeholders.
+    ``traces`` keeps traced regions for another call with fakes of the same mode. ``modules`` has the graphs of blocks.
+    """
 
     name: ClassVar[str] = "respecialize"
 
@@ -51,11 +53,11 @@ class Respecialize(GraphPass):
             if tuple(node.meta["val"].shape) != tuple(tensor.shape):
                 node.meta["val"] = fake(tensor)
                 stale.add(fqn)
-        # Of these everything behind them may have another size.
+        # Everything computed from the slots of program methods, or of coefficients, may have another size.
         programs = {f for a in self.attachments if a.form == PROGRAM for f in a.slots.values()}
         made_of = {a.slots[n] for a in self.attachments for c in a.method.coefficients().values() for n in c.slots}
         behind = {f for f in stale if f in programs | made_of or _makes_coefficients(inputs[f])}
-        # What is made of a coefficient of another size is computed with slots of other sizes.
+        # Regions that read a coefficient of another size also read slots, so all changed slots are propagated at once.
         moved = {inputs[f] for f in (stale if behind - programs else behind)}
         count = propagate(subject, moved, self.modules) if moved else 0
         others = [a for a in self.attachments if a.form != PROGRAM]
@@ -113,5 +115,5 @@ class Respecialize(GraphPass):
 
 
 def _makes_coefficients(slot: fx.Node) -> bool:
-    """Whether a slot is read in a first pass, in front of the program's own."""
+    """Return whether a coefficient, or a duplicated base pass, reads a slot."""
     return any(tag["role"] == COEFFICIENT for n in slot.users if (tag := node_tag(n)) is not None)

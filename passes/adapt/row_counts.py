@@ -1,8 +1,8 @@
-"""Whether code for rows is the same for every number of adapters.
+"""Find out whether code for per-row adapters is the same for every number of adapters.
 
-Before: what ``inject_rows`` would inject. After: whether each of its regions, traced for two adapters and for three, is
-one graph. Where adapters are computed one after the other it is not; where they lie side by side in products it is, as
-long as nobody writes their number into an operator.
+Each region that ``inject_rows`` would inject is traced for two adapters and for three, and the graphs are compared.
+They differ where adapters are computed one after the other. They are equal where adapters lie side by side in matmuls,
+as long as no op has their number among its arguments.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ def any_number(
     rows: Any,
     grouped: Collection[str] = (),
 ) -> bool:
-    """``rows``: their number in the graph; all else as for ``InjectRows``."""
+    """Return whether the regions for ``attachments`` are the same for any number of adapters.
+
+    ``rows`` is the number of batch rows in the graph. ``ops`` has the op of each attachment by its id. ``axes`` and
+    ``grouped`` are as for ``InjectRows``.
+    """
     known: dict[Any, bool] = {}
     for a in attachments:
         if a.method.coefficients() or a.method.extras():
@@ -40,7 +44,7 @@ def any_number(
             op = ops[a.id].at(node)
             if not around(a, ops[a.id]) or a.method.has_input(op):
                 return False
-            if a.id in grouped:  # kernels read where each adapter is
+            if a.id in grouped:  # kernels read from a table where each adapter is, for any number of them
                 continue
             where, fakes = axes[node.name], [n.meta["val"] for n in behind_inputs(node, node)[1]]
             key = (a.method, op, where, signature_of(fakes))

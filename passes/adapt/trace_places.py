@@ -1,7 +1,7 @@
-"""What a method makes of a place, as code for all sizes.
+"""Trace the functions of a program method into graphs that hold for all sizes.
 
-Before: a function of a method's, fakes of what it is called with. After: a graph of ATen alone, traced on sizes of
-nobody's, so that one code serves every size that an adapter's slots may have.
+Takes a function of a method and fake values of its arguments. The graph has ATen ops alone. It is traced with free
+symbolic sizes, so one graph serves every size that an adapter's slots may have.
 """
 
 from __future__ import annotations
@@ -33,8 +33,12 @@ def traced(
     op: Op,
     sums: Mapping[str, Sequence[str]],
 ) -> fx.Graph:
-    """What a method makes of a place, as a graph whose placeholders are the value, the slots, what is given and
-    what else the place reads. ``sums``: sizes that are the sum of others, by name; a slot's own is :data:`FREE`."""
+    """Return the method's function for ``place`` as a graph.
+
+    Its placeholders are the place's value, the slots, the inputs that the method adds (``given``), and what else the
+    place reads. ``sums`` maps sizes that are the sum of others to these, by name; a slot's free size is called
+    :data:`~adaptc.passes.ir.program_method.FREE`.
+    """
     fakes = FreeFakes(sums)
     inputs = [fakes.like(value), *_own(fakes, method, slots, given, op), *(fakes.like(t) for t in reads)]
 
@@ -47,7 +51,10 @@ def traced(
 
 
 def traced_opening(method: ProgramMethod, slots: Mapping[str, Tensor], op: Op) -> fx.Graph:
-    """What a cache begins with, as a graph whose placeholders are the slots; what is given is zero."""
+    """Return the method's function for the beginning of a cache, as a graph whose placeholders are the slots.
+
+    Inputs that the method adds to a program are zero.
+    """
     fakes, name = FreeFakes(), method.opening()
 
     def function(*rest: Tensor) -> Tensor:
@@ -58,7 +65,7 @@ def traced_opening(method: ProgramMethod, slots: Mapping[str, Tensor], op: Op) -
 
 
 def traced_cached(method: ProgramMethod, slots: Mapping[str, Tensor], given: Mapping[str, Tensor], op: Op) -> fx.Graph:
-    """``method.cached``, as a graph whose placeholders are the slots and what is given."""
+    """Return ``method.cached`` as a graph; its placeholders are the slots and the inputs that the method adds."""
     fakes = FreeFakes()
 
     def function(*rest: Tensor) -> Tensor:
@@ -77,7 +84,10 @@ def _own(
 
 @exclusive
 def code_of(function: Callable[..., Tensor], fakes: FreeFakes, inputs: Sequence[Tensor], what: str) -> fx.Graph:
-    """A function of ``inputs``, of the mode of ``fakes``, as a graph without values; ``what`` it is, for errors."""
+    """Return ``function`` as a graph without values, traced on ``inputs``, which belong to the mode of ``fakes``.
+
+    ``what`` names the function in errors. Raises MethodError where it reads anything but its arguments.
+    """
     # In the mode, so that an arange is one of its fakes and not a tensor.
     with fakes.mode:
         graph = make_fx(function, pre_dispatch=True)(*inputs).graph
@@ -85,5 +95,5 @@ def code_of(function: Callable[..., Tensor], fakes: FreeFakes, inputs: Sequence[
     for node in graph.nodes:
         if node.op not in ("placeholder", "call_function", "output"):
             raise MethodError(f"{what} may only use its arguments, but reads {node.target!r}")
-        node.meta["val"] = None  # of an environment that is gone
+        node.meta["val"] = None  # its symbolic sizes belong to the shape environment of ``fakes`` alone
     return graph

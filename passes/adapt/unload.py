@@ -1,6 +1,6 @@
 """Unload: take every adapter out of a program again.
 
-After: no region, no slot; the graph computes the base and every base tensor is the object it was.
+No region and no slot is left. The graph computes the base, and every base tensor is the object it was.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from adaptc.passes.ir.regions import region_tag, remove_regions
 
 @dataclass(frozen=True)
 class Unload(Pass):
-    """``originals``: base parameters to put back, for adapters that came with their own version of them."""
+    """A pass that removes all adapters; its count is that of the regions removed.
+
+    ``originals`` are base parameters to put back, for adapters that came with their own version of them.
+    """
 
     name: ClassVar[str] = "unload"
 

@@ -1,1 +1,1 @@
-"""Questions about programs that change nothing: sites, attention, facts of the model."""
+"""Analyse programs without changing them: adapter sites, attention, token inputs, facts about the model."""

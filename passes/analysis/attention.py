@@ -1,13 +1,13 @@
 """Find the attention blocks of a program and the projections that make their query, key and value operands.
 
-For: default targets. A user who names no ``target_modules`` gets the query and value projections, read from the graph,
-so a model type that nobody has listed in a table is served too.
+Default targets come from here. A user who names no ``target_modules`` gets the query and value projections, read from
+the graph. So a model type that no table lists is served too.
 
-Before: a valid ``ExportedProgram``, in the training dialect or decomposed. After: nothing is changed.
+Takes a valid ``ExportedProgram``, in the training dialect or decomposed, and does not change it.
 
-One forward sweep (see ``attention_flow``) tells what is near each node. Two rules then decide:
+One forward sweep (``attention_flow``) finds the projections and scores near each node. Two rules then decide:
 - an op that declares arguments called query, key and value is attention (SDPA and its fused kernels);
-- so is a softmax over a product of two activations whose result enters another product. A router or a classifier takes
+- so is a softmax over a matmul of two activations whose result enters another matmul. A router or a classifier takes
   its softmax over a projection, or multiplies nothing with it, so it never qualifies.
 """
 
@@ -25,7 +25,10 @@ from adaptc.passes.ir.module_paths import module_path
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention computation. An operand lists module paths in graph order; empty when no projection makes it."""
+    """An attention computation, with the module paths of its projections.
+
+    ``query``, ``key`` and ``value`` list paths in graph order. An operand that no projection makes has none.
+    """
 
     node: str
     query: tuple[str, ...]
@@ -34,23 +37,28 @@ class Attention:
 
 
 def find_attention(program: ExportedProgram) -> list[Attention]:
-    """Every attention block of ``program``, in graph order; a module that is called twice is listed twice.
+    """Return every attention block of ``program``, in graph order; a module that is called twice is listed twice.
 
     An operand's module paths are those of the nearest nodes that make it from a parameter: linear, ``addmm`` and other
-    products, convolutions. The call suffix (``@1``) is removed. Projections from outside the module that holds the
-    attention count only when the operand has no other and that one is unique (layers that share keys and values): an
-    operand taken straight from the residual stream is made by no projection.
+    matmuls, convolutions. The call suffix (``@1``) is removed.
+
+    A projection outside the module that holds the attention counts only where it is the operand's only projection.
+    Layers that share keys and values need this. An operand taken straight from the residual stream reaches many outer
+    projections, and is made by none of them.
     """
     flow = AttentionFlow(program)
     return [_attention(flow, *block) for block in flow.blocks]
 
 
 def default_targets(program: ExportedProgram) -> list[str]:
-    """The query and value projections of ``program`` as target names, query first, in order of first appearance.
+    """Return the query and value projections of ``program`` as target names, in order of first appearance.
 
-    A name is the last path component (``"q_proj"``), as in PEFT's table of default targets, or the full paths where
-    that component also names a module that is neither query nor value. A fused projection gives its one name, an
-    attention module that owns its projection weights (``nn.MultiheadAttention``) its own. No attention gives [].
+    Of each attention the query projections come first. A name is the last path component (``"q_proj"``), as in PEFT's
+    table of default targets. Where that component also names a module that is neither query nor value, the full path
+    is the name.
+
+    A fused projection gives its one name. An attention module that owns its projection weights
+    (``nn.MultiheadAttention``) gives its own name. A program without attention gives [].
     """
     flow = AttentionFlow(program)
     attentions = [_attention(flow, *block) for block in flow.blocks]

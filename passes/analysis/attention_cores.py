@@ -1,11 +1,11 @@
-"""Attentions in a graph, in any form that is understood, as one description that all forms fill.
+"""Find the attention computations of a graph, and describe every form of them by one class, :class:`Core`.
 
-PyTorch's op is one form. The other is written out: a product of queries and keys, what is done to these scores (a
-scale, a cap, a bias, a mask), a softmax along the keys, and a product of its chances with values. Heads have an axis of
-their own, or share the first one with the batch.
+PyTorch's ``scaled_dot_product_attention`` is one form. The other is written out. It begins with a matmul of queries and
+keys, and ops on these scores (a scale, a cap, a bias, a mask). A softmax along the keys follows, and a matmul of the
+attention weights with the values. Heads have an axis of their own, or share the first axis with the batch.
 
-Before: an opened program, with adapters in it or not. After: it is unchanged. What looks like an attention and is not
-understood is told with a reason.
+Takes an opened program, with adapters in it or not, and does not change it. What looks like an attention and is not
+understood is returned as a :class:`Near` with the reason.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from adaptc.passes.ir.ops import CASTS, TABLE, argument
 aten = torch.ops.aten
 
 SDPA = aten.scaled_dot_product_attention.default
-#: positions of its arguments
+#: positions of the arguments of SDPA
 _QUERY, _KEY, _VALUE, _MASK, _CAUSAL = 0, 1, 2, 3, 5
 _SOFTMAX: tuple[Any, ...] = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
-#: products of two tensors, and where their factors are
+#: matmul op -> the positions of its two factors
 _PRODUCTS: dict[Any, tuple[int, int]] = {
     aten.matmul.default: (0, 1),
     aten.bmm.default: (0, 1),
@@ -42,9 +42,9 @@ _WHERES: dict[Any, tuple[int, ...]] = {
 _TURNS: tuple[Any, ...] = (aten.transpose.int, aten.permute.default, aten.mT.default)
 #: views whose second argument is a shape
 SHAPED: tuple[Any, ...] = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default)
-#: what may leave a tensor as it is
+#: ops that may leave a tensor as it is
 _SAME: tuple[Any, ...] = (*SHAPED, *CASTS, aten.clone.default)
-#: what chances go through before they weigh values
+#: ops that attention weights may go through between the softmax and the matmul with the values
 _BEHIND: tuple[Any, ...] = (
     *SHAPED,
     *CASTS,
@@ -57,7 +57,7 @@ _BEHIND: tuple[Any, ...] = (
     aten.contiguous.default,
     aten.type_as.default,
 )
-#: what adds to scores or hides some
+#: ops that add to scores or mask some, and ops that may stand among these without changing a score otherwise
 _ADDS: tuple[Any, ...] = (
     *SHAPED,
     *CASTS,
@@ -73,7 +73,7 @@ _ADDS: tuple[Any, ...] = (
     aten.dropout.default,
     aten.type_as.default,
 )
-#: what is done to scores one by one
+#: ops that change each score by itself: a scale, a cap, a cast
 _EACH: tuple[Any, ...] = (
     *CASTS,
     aten.mul.Tensor,
@@ -86,13 +86,16 @@ _EACH: tuple[Any, ...] = (
     aten.tanh_.default,
 )
 
-#: what an attention written out is, in words
+#: the description of an attention written out, for error messages
 WRITTEN_OUT = "a softmax along the last axis of one product of queries and keys, whose result weighs values"
 
 
 @dataclass(frozen=True)
 class Operand:
-    """What ``reader`` reads at position ``at``: (batch, heads, length, width), or with the last two axes ``turned``."""
+    """The queries, keys or values of an attention: argument number ``at`` of the node ``reader``.
+
+    Its shape is (batch, heads, length, width). Where ``turned`` is set, the last two axes are swapped.
+    """
 
     reader: fx.Node
     at: int
@@ -103,7 +106,10 @@ class Operand:
         return argument(self.reader, self.at)
 
     def upright(self) -> tuple[fx.Node, bool]:
-        """The node, seen through what turned it; and whether it is turned still."""
+        """Return the node before its last two axes were swapped, and whether the returned node still has them swapped.
+
+        Where no swap is found, these are ``node`` and ``turned``.
+        """
         node: Any = self.node
         while self.turned and node.target in _SAME and _shape(node.args[0]) == _shape(node):
             node = node.args[0]
@@ -112,9 +118,12 @@ class Operand:
 
 @dataclass(frozen=True)
 class Core:
-    """``node`` gives what queries find. Of an attention written out ``scores`` are the nodes whose last axis is that of
-    the keys, from the product on, and ``views`` those in front of it whose shape says how many keys there are, each
-    with the axis of these."""
+    """An attention, in either form; ``node`` computes its output.
+
+    ``scores`` and ``views`` are empty for SDPA. Of an attention written out, ``scores`` are the nodes whose last axis
+    is that of the keys, from the matmul of queries and keys on. ``views`` are the views of keys and of values whose
+    shape argument contains the number of keys, each as (node, axis of the keys).
+    """
 
     node: fx.Node
     query: Operand
@@ -125,17 +134,17 @@ class Core:
 
     @property
     def orders(self) -> bool:
-        """Whether it masks by order itself."""
+        """Return whether the op applies a causal mask itself: SDPA with ``is_causal`` and without ``attn_mask``."""
         return self.node.target == SDPA and bool(argument(self.node, _CAUSAL)) and argument(self.node, _MASK) is None
 
     def biases(self, node: fx.Node, reader: fx.Node) -> bool:
-        """Whether ``reader`` reads ``node`` as something that all scores have one of, or none: a mask, a bias."""
+        """Return whether ``reader`` reads ``node`` as a mask or bias of the scores, not as queries, keys or values."""
         if self.node.target == SDPA:
             return reader is self.node and argument(reader, _MASK) is node
         return reader in self.scores and all(argument(o.reader, o.at) is not node for o in self._factors(reader))
 
     def factor(self) -> float | None:
-        """The factor on products, of a product that adds; None for others."""
+        """Return ``alpha``, by which ``baddbmm`` scales its matmul; None where another op computes the scores."""
         adds = self.scores[:1] and self.scores[0].target == aten.baddbmm.default
         return float(argument(self.scores[0], 4)) if adds else None
 
@@ -143,8 +152,11 @@ class Core:
         return tuple(Operand(reader, at) for at in _PRODUCTS.get(reader.target, ()))
 
     def each(self) -> tuple[list[fx.Node], fx.Node | None]:
-        """What it does to each score before it adds anything, in order; and the first op behind that which does more
-        than to add or hide, None where there is none. A product that adds does nothing else before."""
+        """Return the ops that scale or cap each score before a mask or bias is added, in order, and an unknown op.
+
+        The unknown op is the first later one that does more to scores than add, mask or normalise them. It is None
+        where there is none. ``baddbmm`` adds within the matmul, so for it the list is empty.
+        """
         rest, found = list(self.scores[1:]), []
         while self.factor() is None and rest and rest[0].target in _EACH and len(rest[0].all_input_nodes) == 1:
             found.append(rest.pop(0))
@@ -153,26 +165,29 @@ class Core:
 
 @dataclass(frozen=True)
 class Near:
-    """What looks like an attention written out, with its softmax, and why it is not understood."""
+    """A softmax ``node`` that looks like that of an attention written out, and ``why`` it is not understood."""
 
     node: fx.Node
     why: str
 
 
 def find_cores(lifted: Lifted) -> tuple[list[Core], list[Near]]:
-    """The attentions of a program in order, and what is near one."""
+    """Return the attentions of a program in graph order, and the softmaxes that only look like one of an attention."""
     found = [c for n in lifted.graph.nodes if n.op == "call_function" and (c := core_of(lifted, n)) is not None]
     return [c for c in found if isinstance(c, Core)], [c for c in found if isinstance(c, Near)]
 
 
 def none_found(near: list[Near]) -> str:
-    """What was looked for, and the nearest that there is."""
+    """Return the part of an error message that says what was looked for, and names the first entry of ``near``."""
     nearest = f"; nearest is {near[0].node.name!r}: {near[0].why}" if near else ""
     return f"looked for scaled_dot_product_attention, and for {WRITTEN_OUT}{nearest}"
 
 
 def core_of(lifted: Lifted, node: fx.Node) -> Core | Near | None:
-    """The attention that gives ``node``; None where it does not look like one."""
+    """Return the attention whose output is ``node``.
+
+    Gives a :class:`Near` where the node looks like one and is not understood, and None where it does not look like one.
+    """
     if node.target == SDPA:
         return Core(node, Operand(node, _QUERY), Operand(node, _KEY), Operand(node, _VALUE))
     if node.target not in _PRODUCTS:
@@ -223,7 +238,11 @@ def _read_by(last: fx.Node, node: fx.Node, keys: str) -> bool:
 
 
 def _with_heads(operand: Operand, alone: bool = True) -> tuple[Operand, list[tuple[fx.Node, int]]]:
-    """The operand where heads have an axis of their own, and the views between; ``alone``: which nothing else reads."""
+    """Return the operand at the node where heads have an axis of their own, and the view that joins heads and batch.
+
+    The view comes as a list of (node, axis of the keys), empty where the operand has four axes already. ``alone``
+    refuses an operand with a second reader on the way. Raises _NotUnderstood where no such node is found.
+    """
     turned = operand.turned
     node: Any = operand.node
     views: list[tuple[fx.Node, int]] = []
@@ -243,7 +262,10 @@ def _with_heads(operand: Operand, alone: bool = True) -> tuple[Operand, list[tup
 
 
 def _back_to_softmax(node: Any, turned: bool = False) -> list[fx.Node] | None:
-    """From what weighs values back to its softmax."""
+    """Return the nodes from the attention weights ``node`` back to their softmax, which is last.
+
+    Gives None where there is no softmax. ``turned`` also passes through transposes.
+    """
     path: list[fx.Node] = []
     allowed = (*_BEHIND, *_TURNS) if turned else _BEHIND
     while isinstance(node, fx.Node) and node.op == "call_function":
@@ -258,7 +280,7 @@ def _back_to_softmax(node: Any, turned: bool = False) -> list[fx.Node] | None:
 
 
 def _products(lifted: Lifted, softmax: fx.Node) -> list[fx.Node]:
-    """The products of two activations that the scores of a softmax are made of."""
+    """Return the matmuls of two activations that the input of ``softmax`` is computed from."""
     found: list[fx.Node] = []
     seen: set[fx.Node] = set()
     stack: list[Any] = [softmax.args[0]]
@@ -285,7 +307,7 @@ def _is_weight(lifted: Lifted, node: Any) -> bool:
 
 
 def _between(product: fx.Node, softmax: fx.Node) -> Iterator[fx.Node]:
-    """The nodes from a product to a softmax, both too."""
+    """Yield the nodes on the way from ``product`` to ``softmax`` in graph order, both included."""
     before, stack = {softmax}, [softmax]
     while stack:
         fresh = {n for n in stack.pop().all_input_nodes if n not in before and _is_tensor(n)} - {product}
@@ -301,7 +323,7 @@ def _between(product: fx.Node, softmax: fx.Node) -> Iterator[fx.Node]:
 
 
 def _swaps(node: Any) -> bool:
-    """Whether it turns the last two axes."""
+    """Return whether ``node`` swaps the last two axes of its input."""
     if not isinstance(node, fx.Node) or node.target not in _TURNS:
         return False
     rank = len(_shape(node))

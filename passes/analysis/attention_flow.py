@@ -1,13 +1,13 @@
-"""What is near each node of a program, for ``attention``: projections, candidate scores, attention weights.
+"""Collect what each node of a program is computed from, for ``attention``: projections, scores, attention weights.
 
 One sweep in graph order carries, for every node,
-- the nearest *projections* behind it: products of an activation with a parameter, and convolutions;
-- the nearest *scores* behind it: products of two activations, with the layout of their axes;
+- the nearest *projections* among its ancestors: matmuls of an activation with a parameter, and convolutions;
+- the nearest *scores* among its ancestors: matmuls of two activations, with the layout of their axes;
 - the softmaxes over scores whose *weights* it still holds.
-A softmax result weighs features and is none, so projections end there: what is mixed with it goes on. Integers carry
-nothing, so masks, positions and routing indices are inert without being recognised.
+Projections end at a softmax, because its result weighs features and is not a feature itself. The values that it is
+multiplied with carry theirs on. Integers carry nothing, so masks, positions and routing indices need not be recognised.
 
-A sweep is linear in the graph. The alternative, networkx ancestors of each operand in turn, is quadratic in depth:
+The sweep is linear in the graph. The alternative, networkx ancestors of each operand in turn, is quadratic in depth:
 an operand that no projection makes is reached by the whole residual stream.
 """
 
@@ -42,7 +42,7 @@ _PRODUCTS = {
 }
 _CONVOLUTIONS = frozenset({"convolution", *(f"conv{t}{d}d" for t in ("", "_transpose") for d in (1, 2, 3))})
 _SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax", "special_softmax"})
-#: ops that consume a weight without being a projection: what is behind them is no longer near
+#: ops that consume a weight without being a projection; the projections before them are not passed on
 _BARRIERS = frozenset({"embedding", "embedding_bag", "lstm", "gru", "rnn_tanh", "rnn_relu"})
 #: ops that read some tensor argument for its shape, dtype or device alone -> how many arguments are data
 _DATA_ARGUMENTS = {
@@ -57,13 +57,16 @@ _OPERANDS = ("query", "key", "value")
 
 Score = tuple[
     Node, tuple[int | None, ...]
-]  # the product, and for each axis of the holder the product's axis (negative)
+]  # the matmul, and for each axis of the node that carries the score the matmul's axis (negative)
 Block = tuple[Node, tuple[frozenset[Node], ...]]  # the attention node, and the projections of query, key and value
 
 
 @dataclass(frozen=True)
 class Near:
-    """What reaches a node. ``active``: it depends on the program's inputs. ``params``: parameters it is made of."""
+    """The projections, scores and attention weights that reach a node.
+
+    ``active`` says that the node depends on the program's inputs. ``params`` are the parameters it is made of.
+    """
 
     active: bool = False
     params: frozenset[Node] = frozenset()
@@ -89,7 +92,7 @@ _NOTHING = Near()
 
 
 class AttentionFlow:
-    """The sweep over ``program``; ``blocks`` are its attention nodes in graph order."""
+    """The sweep over ``program`` and its results; ``blocks`` are the attention nodes in graph order."""
 
     def __init__(self, program: ExportedProgram) -> None:
         self.near: dict[Node, Near] = {}
@@ -120,14 +123,15 @@ class AttentionFlow:
                 self.near[node] = Near(active=spec.kind == InputKind.USER_INPUT)
 
     def module(self, projection: Node) -> str:
-        """Path of the module whose weight ``projection`` applies.
+        """Return the path of the module whose weight ``projection`` applies.
 
-        A module may apply the weight of one it holds (MultiheadAttention and its ``out_proj``): then it is that one's.
+        A module may apply the weight of a submodule (MultiheadAttention that of its ``out_proj``). Then the path is
+        the submodule's.
         """
         return self._owner(projection, self._weights_of.get(projection, ()))
 
     def consumers(self) -> set[str]:
-        """Paths of all modules that a parameter is consumed for."""
+        """Return the paths of all modules whose parameters some node reads."""
         return {self._owner(user, (p,)) for p in self.names for user in p.users}
 
     def _owner(self, node: Node, params: Iterable[Node]) -> str:
@@ -139,7 +143,7 @@ class AttentionFlow:
         return inner[0] if len(inner) == 1 and path not in owners else path
 
     def _declared(self, node: Node) -> tuple[frozenset[Node], ...] | None:
-        """The operands of an op that is attention by its own account."""
+        """Return the projections of query, key and value of an op that is attention by its schema; None for others."""
         names = [a.name for a in _arguments(node)]
         if "qkv_weight" in names:  # the projections are inside the op
             self._weights_of[node] = self._at(argument(node, names.index("qkv_weight"))).params
@@ -205,7 +209,7 @@ class AttentionFlow:
         return Near(merged.active, merged.params, merged.projections, frozenset([(node, tuple(range(-rank, 0)))]))
 
     def _scored(self, softmax: Node) -> tuple[frozenset[Node], frozenset[Node]]:
-        """Query and key of a softmax: the axis it runs along is the keys'."""
+        """Return the projections of the queries and of the keys of a softmax, which runs along the axis of the keys."""
         source = softmax.args[0]
         scores = self._at(source).scores
         products = [(*f, axes, n) for n, axes in scores if (f := _factors(n)) is not None]
@@ -221,7 +225,10 @@ class AttentionFlow:
         return query, key
 
     def _write_back(self, node: Node) -> None:
-        """What is written to an argument (a cache) is seen by its later readers, and through what it is a view of."""
+        """Add what ``node`` carries to the arguments it writes to (a cache), and to the tensors these are views of.
+
+        Later readers of the arguments then see it.
+        """
         for position, declared in enumerate(_arguments(node)):
             if declared.alias_info is None or not declared.alias_info.is_write:
                 continue
@@ -240,7 +247,10 @@ def _arguments(node: Node) -> list[Any]:
 
 
 def _name(node: Node) -> str:
-    """Name of an ATen op without overload or in-place mark; of a higher-order op; '' for other libraries' ops."""
+    """Return the name of an ATen op without overload and in-place mark, or that of a higher-order op.
+
+    Ops of other libraries give ''.
+    """
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return getattr(node.target, "__name__", "")
@@ -259,7 +269,7 @@ def _factors(node: Node) -> tuple[Node, Node] | None:
 
 
 def _axis_from_left(product: Node, axis: int | None) -> bool:
-    """Whether this axis of a product is free in its left factor only, so that the left factor provides it."""
+    """Return whether this axis of a matmul's result comes from the left factor alone."""
     if axis is None:
         return False
     if _name(product) != "einsum":
@@ -271,7 +281,7 @@ def _axis_from_left(product: Node, axis: int | None) -> bool:
 
 
 def _follow(node: Node, score: Score) -> Score:
-    """The score's axes as ``node`` lays them out; an elementwise op aligns them at the last one."""
+    """Return ``score`` with its axes as ``node`` lays them out; an elementwise op aligns them at the last one."""
     product, axes = score
     name, rank = _name(node), _rank(node)
     if name == "permute" and len(node.args[1]) == len(axes):  # type: ignore[arg-type]
@@ -287,7 +297,10 @@ def _follow(node: Node, score: Score) -> Score:
 
 
 def _reshaped(axes: tuple[int | None, ...], old: list[str], new: list[str]) -> tuple[int | None, ...]:
-    """Axes that a reshape keeps, from the last one on; axes of size one come and go."""
+    """Return ``axes`` after a reshape from sizes ``old`` to ``new``; None for an axis that the reshape does not keep.
+
+    Axes are matched from the last one on. Axes of size one may be added or dropped in between.
+    """
     kept: list[int | None] = [None] * len(new)
     i, j = len(old) - 1, len(new) - 1
     while i >= 0 and j >= 0:
@@ -308,7 +321,7 @@ def _rank(node: Node) -> int:
 
 
 def _shape(node: Any) -> list[str]:
-    """Sizes as text: comparing symbolic sizes as numbers would add guards to the program."""
+    """Return the sizes as text: comparing symbolic sizes as numbers would add guards to the program."""
     value = node.meta.get("val")
     value = value[0] if isinstance(value, (list, tuple)) and value else value
     return [str(size) for size in value.shape] if isinstance(value, torch.Tensor) else []

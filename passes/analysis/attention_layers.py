@@ -1,10 +1,10 @@
-"""Layers of attention: the attention, the projections that make its keys and values, and the one behind it.
+"""Find attention layers: the attention, its key and value projections, and its output projection.
 
-A projection may make more than one of them, and lay out heads in any order: where the outputs are that a head is made
-of is found by numbering the outputs and running the views behind the projection on the numbers.
+A fused projection may make several of queries, keys and values, and lay out heads in any order. To find the outputs
+that belong to a head, its outputs are numbered, and the views after the projection are run on the numbers.
 
-Before: an opened program, with adapters in it or not. After: it is unchanged. Errors name what was looked for and what
-is there instead.
+Takes an opened program, with adapters in it or not, and does not change it. Errors name what was looked for and what is
+there instead.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ from adaptc.passes.ir.regions import node_tag, region_tag
 
 aten = torch.ops.aten
 
-#: ops that move numbers, beside those that are views by their schema
+#: ops that only move values, in addition to those that are views by their schema
 _MOVES = (aten.reshape.default, aten.contiguous.default, aten.clone.default, aten.flatten.using_ints, operator.getitem)
 _PROJECTIONS = ("linear", "addmm")
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Of the outputs of a projection those that are keys, or values: ``count`` heads of ``width``, the first at
-    ``start`` and each ``step`` behind the one before."""
+    """The columns of a projection's output that are keys, or values: ``count`` heads of ``width`` columns.
+
+    The first head begins at column ``start``, and each next one ``step`` columns further on.
+    """
 
     start: int
     step: int
@@ -45,7 +47,10 @@ class Heads:
 
 @dataclass(frozen=True)
 class Projection:
-    """``node`` is its product; ``weight`` and ``bias`` are placeholders, the latter None where it has none."""
+    """The projection that makes keys or values.
+
+    ``node`` is its matmul. ``weight`` and ``bias`` are placeholders; ``bias`` is None where it has none.
+    """
 
     node: fx.Node
     weight: fx.Node
@@ -55,7 +60,10 @@ class Projection:
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """``core`` is the attention, ``query`` what it reads, ``behind`` the projection that reads what it gives."""
+    """An attention layer.
+
+    ``core`` is the attention and ``query`` the node of its queries. ``behind`` is the output projection.
+    """
 
     core: Core
     query: fx.Node
@@ -64,7 +72,7 @@ class AttentionLayer:
     behind: fx.Node
 
     def scored(self, products: Tensor) -> Tensor:
-        """What it makes of products of queries and keys before it adds anything: a scale, a cap."""
+        """Return ``products``, matmuls of queries and keys, with the layer's scale and cap, before a mask or bias."""
         if self.core.node.target == SDPA:
             scale: Any = self.core.node.kwargs.get("scale")
             return products * (float(self.query.meta["val"].shape[-1]) ** -0.5 if scale is None else float(scale))
@@ -76,7 +84,10 @@ class AttentionLayer:
 
 
 def projection_behind(lifted: Lifted, core: fx.Node) -> fx.Node:
-    """The one projection that reads what an attention gives. Raises TargetError where there is none, or several."""
+    """Return the output projection of the attention ``core``: the only projection that reads its output.
+
+    Raises TargetError where there is none, or several.
+    """
     seen, found, stack = {core}, [], [core]
     while stack:
         for user in stack.pop().users:
@@ -96,7 +107,10 @@ def projection_behind(lifted: Lifted, core: fx.Node) -> fx.Node:
 
 
 def layer_behind(lifted: Lifted, behind: fx.Node) -> AttentionLayer:
-    """The layer whose projection this is. Raises TargetError where its keys or values are not made as one can tell."""
+    """Return the attention layer whose output projection is ``behind``.
+
+    Raises TargetError where the attention, or how its keys, values or scores are made, is not understood.
+    """
     near = _near(lifted, operands(behind)[0], lambda n: _core(lifted, n) is not None)
     if len(near) != 1:
         raise TargetError(f"{behind.name!r} must read what one attention gives, and it reads {len(near)}")
@@ -137,7 +151,7 @@ def _core(lifted: Lifted, node: fx.Node) -> Core | None:
 
 
 def _tokens_own(lifted: Lifted, operand: Operand) -> fx.Node:
-    """What an attention reads of a call's tokens, without what others put in front of it."""
+    """Return the keys, values or queries of the call's own tokens, without a KV prefix that adapters put in front."""
     node = operand.node
     while (tag := region_tag(node)) is not None and tag["region"] == "cached":
         node = lifted.nodes[tag["base"]]
@@ -179,7 +193,7 @@ def _projects(lifted: Lifted, node: fx.Node) -> bool:
 
 
 def _parameter(lifted: Lifted, node: Any) -> fx.Node | None:
-    """The parameter that a layer reads, seen through casts and what adapters make of it."""
+    """Return the parameter that a layer reads, seen through casts and adapters; None where it reads something else."""
     while isinstance(node, fx.Node) and node.op != "placeholder":
         if (tag := region_tag(node)) is not None:
             node = lifted.nodes[tag["base"]]
@@ -192,8 +206,10 @@ def _parameter(lifted: Lifted, node: Any) -> fx.Node | None:
 
 
 def _near(lifted: Lifted, start: fx.Node, wanted: Callable[[fx.Node], bool]) -> list[fx.Node]:
-    """The nearest such nodes that ``start`` is made of, adapters looked through: it does not look behind a projection
-    or an attention."""
+    """Return the nearest nodes for which ``wanted`` holds, among ``start`` and what it is computed from.
+
+    The search looks through adapters. It does not go past a projection or an attention.
+    """
     seen: set[fx.Node] = set()
     found, stack = [], [start]
     while stack:
@@ -218,8 +234,10 @@ def _holds_numbers(node: fx.Node) -> bool:
 
 
 def _columns(lifted: Lifted, projection: fx.Node, operand: fx.Node) -> list[int]:
-    """The outputs of ``projection`` that ``operand`` holds, head by head. What an op other than a view does to them (a
-    rotation, a norm) leaves them where they are."""
+    """Return the numbers of the outputs of ``projection`` that ``operand`` holds, head by head.
+
+    The search ends at an op that is no view (a rotation, a norm): such ops leave the outputs in their places.
+    """
     before = _ancestors(operand)
     sizes = example_sizes(lifted.program)
     shape = [_size(s, sizes) for s in projection.meta["val"].shape]
@@ -241,7 +259,7 @@ def _columns(lifted: Lifted, projection: fx.Node, operand: fx.Node) -> list[int]
 
 
 def _adapted(lifted: Lifted, node: fx.Node) -> fx.Node:
-    """What adapters made of a node, which others read in its place."""
+    """Return the output of the last adapter at ``node``, or ``node`` itself where no adapter is."""
     made = {tag["base"]: n for n in lifted.graph.nodes if (tag := region_tag(n)) is not None}
     while node.name in made:
         node = made[node.name]
@@ -249,7 +267,7 @@ def _adapted(lifted: Lifted, node: fx.Node) -> fx.Node:
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:
-    """A node and all tensors that it is made of."""
+    """Return a node and all tensors that it is computed from."""
     seen, stack = {node}, [node]
     while stack:
         fresh = {n for n in stack.pop().all_input_nodes if n not in seen and _holds_numbers(n)}
@@ -259,7 +277,7 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
 
 
 def _run(node: fx.Node, value: Any, sizes: Mapping[str, int]) -> Any:
-    """A view of ``value``, as the program makes it at its example sizes."""
+    """Return the result of the view ``node`` on ``value``, with the program's example sizes."""
 
     def of(n: fx.Node) -> Any:
         found = n.meta.get("val")

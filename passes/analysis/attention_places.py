@@ -1,10 +1,10 @@
-"""Where a program's tokens attend to each other, and what it computes beside them that attention depends on.
+"""Find where a program's tokens attend to each other, and the masks and positions that these attentions depend on.
 
-What follows from the lookup of the tokens is *inside*. All else that follows from a caller's inputs or their sizes is
-*beside*: positions and what is made of them, masks, token types. Where keys are put in front of those of the tokens,
-the tokens stay what they are and what is beside them changes, as it would if there were as many more of them.
+Nodes computed from the token embedding are *inside*. Other nodes computed from a caller's inputs or their sizes are
+*beside*: position_ids and what is made of them, masks, token_type_ids. Under a KV prefix the nodes inside keep their
+sizes. The nodes beside change as they would for that many more tokens.
 
-Before: an opened program. After: it is unchanged. Errors name what was looked for and what is there instead.
+Takes an opened program and does not change it. Errors name what was looked for and what is there instead.
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ from adaptc.passes.ir.regions import node_tag, region_tag
 
 aten = torch.ops.aten
 
-#: ops between keys and what reads them that only repeat heads
+#: ops between keys and their reader that only repeat heads (grouped-query attention)
 _REPEATS = (*SHAPED, aten.unsqueeze.default, aten.slice.Tensor, aten.clone.default)
 
 
 @dataclass(frozen=True)
 class Attentions:
-    """The attentions of a lookup's tokens to each other, in order; of a program that takes keys from a cache there are
-    none, but as many as it has. All have keys and values of ``heads`` heads of ``width``, which queries may share in
-    groups."""
+    """The attentions of a lookup's tokens to each other, in graph order.
+
+    All have keys and values of ``heads`` heads of ``width``, which groups of queries may share. In a program that takes
+    a cache, ``cores`` is empty and ``count`` is the number of layers in the cache.
+    """
 
     cores: tuple[Core, ...]
     count: int
@@ -44,7 +46,10 @@ class Attentions:
 
 @dataclass(frozen=True)
 class Edge:
-    """``reader`` is inside and reads ``node``, which is beside; ``masks``: as a mask or bias of an attention's keys."""
+    """A read of ``node``, which is beside the tokens, by ``reader``, which is inside.
+
+    ``masks`` says that the reader is an attention that takes it as a mask or bias over its keys.
+    """
 
     node: fx.Node
     reader: fx.Node
@@ -52,12 +57,15 @@ class Edge:
 
 
 def find_attentions(lifted: Lifted, lookup: Lookup, name: str) -> Attentions:
-    """Raises TargetError for ``name``, a method, where there are none, or such that are not of one shape."""
+    """Return the attentions of the tokens that ``lookup`` looks up; ``name`` is the method, for errors.
+
+    Raises TargetError where there are none, where one is not understood, or where their keys differ in shape.
+    """
     if pairs := cache_inputs(lifted):
         return _cached(pairs, name)
     tokens = inside(lifted, lookup)
     cores, near = find_cores(lifted)
-    # What tokens attend to beside each other, as to those of an encoder, has nothing in front.
+    # Cross-attention to an encoder's states gets no KV prefix.
     found = [c for c in cores if c.node in tokens and c.key.node in tokens]
     near = [n for n in near if n.node in tokens]
     if not found or near:
@@ -85,7 +93,7 @@ def find_attentions(lifted: Lifted, lookup: Lookup, name: str) -> Attentions:
 
 
 def _upright(operand: Operand) -> tuple[Any, ...]:
-    """The shape of keys or values, before each head was repeated for the queries that share it."""
+    """Return the shape (batch, heads, length, width) of keys or values before heads are repeated for their queries."""
     node, turned = operand.upright()
     shape = tuple(unrepeated(node).meta["val"].shape)
     return (*shape[:-2], shape[-1], shape[-2]) if turned else shape
@@ -97,7 +105,7 @@ def _cached(pairs: Sequence[tuple[fx.Node, fx.Node]], name: str) -> Attentions:
 
 
 def _one(shapes: Mapping[tuple[int, int], fx.Node], name: str) -> tuple[int, int]:
-    """The heads and the width that all have."""
+    """Return the (heads, width) that all attentions have. Raises TargetError where they differ."""
     if len(shapes) > 1:
         (one, a), (other, b) = list(shapes.items())[:2]
         raise TargetError(
@@ -108,7 +116,7 @@ def _one(shapes: Mapping[tuple[int, int], fx.Node], name: str) -> tuple[int, int
 
 
 def inside(lifted: Lifted, lookup: Lookup) -> set[fx.Node]:
-    """What follows from a lookup and the adapters at it. Sizes follow from nothing but other sizes."""
+    """Return the nodes computed from a lookup or from the adapters at it. Sizes are never among them."""
     at_it = {t["site"] for n in lifted.graph.nodes if (t := region_tag(n)) and t["node"] == lookup.node.name}
     out: set[fx.Node] = set()
     for node in lifted.graph.nodes:
@@ -120,14 +128,16 @@ def inside(lifted: Lifted, lookup: Lookup) -> set[fx.Node]:
 
 
 def keys_and_values(attentions: Attentions) -> list[tuple[fx.Node, bool]]:
-    """Those of each attention of a program without a cache, in turn: (batch, heads, length, width), and whether the
-    last two axes are the other way round."""
+    """Return the keys and the values of each attention in turn, for a program without a cache.
+
+    Each is a node of shape (batch, heads, length, width), and whether its last two axes are swapped.
+    """
     found = [operand.upright() for core in attentions.cores for operand in (core.key, core.value)]
     return [(unrepeated(node), turned) for node, turned in found]
 
 
 def edges(lifted: Lifted, lookup: Lookup, attentions: Attentions, beside: Collection[fx.Node]) -> Iterator[Edge]:
-    """Where what is beside the tokens goes in before, or at, an attention."""
+    """Yield each read of a node in ``beside`` by a node inside, at an attention or at what an attention depends on."""
     tokens, before = inside(lifted, lookup), {c.node for c in attentions.cores}
     stack = list(before)
     while stack:
@@ -140,15 +150,18 @@ def edges(lifted: Lifted, lookup: Lookup, attentions: Attentions, beside: Collec
             readers.setdefault(node, []).append(core)
     for reader in lifted.graph.nodes:
         if reader not in tokens or reader not in before or tokens.isdisjoint(reader.all_input_nodes):
-            continue  # what begins with the tokens' own ids reads those
+            continue  # the lookup itself reads the token ids, which stay as they are
         for node in reader.all_input_nodes:
             if node in beside and node not in tokens and not is_size(node):
                 yield Edge(node, reader, any(core.biases(node, reader) for core in readers.get(reader, ())))
 
 
 def changing(lifted: Lifted, lookup: Lookup) -> set[fx.Node]:
-    """What is beside the tokens and another where there are more of them: all that follows from inputs' values, or from
-    how long a sequence is. Sizes of other things besides (of a whole batch) count what is inside."""
+    """Return the nodes beside the tokens whose values would differ for more tokens.
+
+    These are the inputs, the nodes computed from them, and sizes that depend on the length of the tokens alone. A size
+    that depends on more (batch * length) counts values inside, and is left out.
+    """
     size = lookup.ids.meta["val"].shape[1].node.expr
     tokens = inside(lifted, lookup)
     out = {lifted.nodes[n] for n, s in lifted.specs.items() if s.kind == InputKind.USER_INPUT}
@@ -170,7 +183,7 @@ def is_size(node: fx.Node) -> bool:
 
 
 def unrepeated(node: Any) -> fx.Node:
-    """Keys or values before each head was repeated for the queries that share it."""
+    """Return the node of keys or values before each head was repeated for the queries that share it."""
     found = node
     while isinstance(node, fx.Node) and node.target in _REPEATS and isinstance(node.args[0], fx.Node):
         node = node.args[0]
@@ -181,7 +194,7 @@ def unrepeated(node: Any) -> fx.Node:
 
 
 def _like(value: Tensor, other: Tensor) -> bool:
-    """Whether all axes but that of heads are equal, in all that can be told."""
+    """Return whether the sizes of all axes but the heads' (1) are equal, compared as text."""
     return [str(s) for i, s in enumerate(value.shape) if i != 1] == [
         str(s) for i, s in enumerate(other.shape) if i != 1
     ]

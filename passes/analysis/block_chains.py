@@ -1,16 +1,17 @@
 """Find the chains of repeated blocks of a graph: the layers of a transformer, whose values flow from one to the next.
 
-For: gradient checkpointing. Before: the graph of a module to train, as ``ExportedProgram.module()`` gives it, fused or
-not; values have fakes in their meta, as far as they come from a capture. After: nothing is changed.
+Gradient checkpointing uses them. Takes the graph of a module to train, as ``ExportedProgram.module()`` gives it, fused
+or not, and does not change it. Nodes that come from a capture have fake values in their meta.
 
-Two proposals, each verified on the graph; of those that cover about as much of it, the one of more blocks is taken:
-- structure: the longest stretch of nodes that repeats itself, cut where least is handed on (``repeats``); names are not
-  needed. A first or last block may do more than the others, as the one of T5 that makes the position bias does.
-- names: modules that are counted (``layers.0``, ``layers.1``, ...), for blocks that differ, such as those of which only
-  some are adapted.
+There are two proposals, and each is verified on the graph. Of proposals that cover about as many nodes, the one with
+more blocks is taken:
+- structure: the longest stretch of nodes that repeats itself (``repeats``), cut where the fewest values are passed on.
+  Names are not needed. A first or last block may do more than the others, as T5's first block computes a position bias.
+- names: modules that are counted (``layers.0``, ``layers.1``, ...). They find blocks that differ, for example where
+  only some are adapted.
 
-What holds no gradient and comes from no parameter (masks, rotary angles, sizes) is outside of all blocks: such nodes
-may run before any block that reads them, wherever they were written.
+Nodes that carry no gradient and come from no parameter (masks, rotary angles, sizes) are outside of all blocks. They
+may run before any block that reads them, wherever they stand in the graph.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from adaptc.passes.ir.effects import is_metadata_assert, memory_groups, pure, wr
 from adaptc.passes.ir.module_paths import clean_path, owners
 from adaptc.passes.ir.regions import node_tag
 
-#: stands for a size that is free, where only the order of magnitude matters
+#: the number that stands for a free size, where only the order of magnitude matters
 FREE = 64
-#: the part of the best coverage with which a proposal is as good
+#: the fraction of the best coverage from which on a proposal counts as equally good
 NEARLY = 0.9
 #: how many periods are tried for a stretch of the graph, those that cover most of it first
 TRIED = 12
@@ -44,14 +45,16 @@ Block = tuple[fx.Node, ...]
 
 @dataclass(frozen=True)
 class Chain:
-    """Blocks one behind the other, each the nodes it computes, in graph order; nothing lies between them."""
+    """Consecutive blocks, each as its nodes in graph order; no node lies between two blocks."""
 
     blocks: tuple[Block, ...]
 
 
 def find_chains(module: fx.GraphModule, fresh: Collection[Any] = ()) -> list[Chain]:
-    """The chains of a module's graph, in order; none where nothing is repeated. ``fresh``: functions that are no ops,
-    and whose values are memory of their own."""
+    """Return the chains of a module's graph, in graph order; none where nothing is repeated.
+
+    ``fresh`` lists Python functions in the graph that are no ops and whose results share no memory with their inputs.
+    """
     stream = _Stream(module, context(module, fresh))
     proposed = [list(_by_structure(stream, 0, len(stream.nodes))), _by_names(stream)]
     covered = [sum(bounds[-1] - bounds[0] for bounds in chains) for chains in proposed]
@@ -61,8 +64,11 @@ def find_chains(module: fx.GraphModule, fresh: Collection[Any] = ()) -> list[Cha
 
 
 def context(module: fx.GraphModule, fresh: Collection[Any] = ()) -> set[fx.Node]:
-    """Nodes that follow from integers, sizes and buffers alone, in memory that nothing writes to: no gradient flows
-    through them, and they may move to the front of the graph."""
+    """Return the nodes computed from integers, sizes and buffers alone, in memory that nothing writes to.
+
+    No gradient flows through them, and they may move to the front of the graph. ``fresh`` is as for
+    :func:`find_chains`.
+    """
     found: set[fx.Node] = set()
     memory = memory_groups(module.graph, fresh)
     dirty = {memory[n] for node in module.graph.nodes for n in written(node)}
@@ -86,7 +92,7 @@ def is_parameter(module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 class _Stream:
-    """The nodes that blocks are made of, and what is known of each by its position."""
+    """The nodes that blocks are made of, and facts about each by its position."""
 
     def __init__(self, module: fx.GraphModule, outside: Collection[fx.Node]) -> None:
         ops = ("call_function", "call_method")
@@ -96,14 +102,17 @@ class _Stream:
         self.parameters = {n for n in module.graph.find_nodes(op="get_attr") if is_parameter(module, n)}
         self.known = owners([*dict(module.named_parameters()), *dict(module.named_buffers())])
         end = len(self.nodes)
-        #: where each value is read for the last time; the end for what the graph returns
+        #: the position at which each value is read for the last time; the end for values that the graph returns
         self.last = [max((self.at.get(u, end) for u in n.users), default=i) for i, n in enumerate(self.nodes)]
         codes: dict[Any, int] = {}
         self.labels = [codes.setdefault(self._label(n), len(codes)) for n in self.nodes]
 
     def _label(self, node: fx.Node) -> Any:
-        """Equal for nodes that do the same in different blocks. Numbers among the arguments may differ, as rates of
-        dropout do, and sizes inside adapters, as ranks do."""
+        """Return a label that is equal for nodes that do the same in different blocks.
+
+        It ignores numbers among the arguments, since dropout rates may differ. It ignores sizes inside adapters, since
+        ranks may differ.
+        """
         value = None if node_tag(node) else _type(node)
         return node.target, self._kinds(node.args), self._kinds(tuple(node.kwargs.values())), value
 
@@ -115,17 +124,20 @@ class _Stream:
         return type(value)
 
     def handed_on(self, start: int, end: int) -> list[int]:
-        """Of the values made in a block those that are read behind it."""
+        """Return the positions of the values that nodes ``start`` to ``end`` make and later nodes read."""
         return [i for i in range(start, end) if self.last[i] >= end]
 
     def cost(self, start: int, end: int) -> tuple[int, int]:
-        """How many values are handed on, and about how many numbers these are."""
+        """Return how many values are passed on to later nodes, and about how many elements these have."""
         handed = self.handed_on(start, end)
         return len(handed), sum(_elements(self.nodes[i]) for i in handed)
 
     def holds(self, bounds: Sequence[int]) -> bool:
-        """Whether blocks are a chain: each has parameters, hands a value of one type to the next, and keeps less than
-        half of what it makes."""
+        """Return whether blocks are a chain.
+
+        Each must have parameters. Each but the last must pass a value of the chain's shape and dtype to the next one.
+        It may pass on at most half of the elements that it makes.
+        """
         if len(bounds) < 3:
             return False
         links: set[Any] | None = None
@@ -145,7 +157,7 @@ class _Stream:
 
 
 def _by_structure(stream: _Stream, start: int, end: int) -> Iterator[list[int]]:
-    """Bounds of the chains in a stretch: of the best one, and of those before and behind it."""
+    """Yield the bounds of the chains in a stretch: those before the best one, the best one, and those after it."""
     for first, period, length in repeats(stream.labels[start:end], TRIED):
         chain = _cut(stream, start + first, period, start + first + length, start, end)
         if chain is not None:
@@ -156,7 +168,10 @@ def _by_structure(stream: _Stream, start: int, end: int) -> Iterator[list[int]]:
 
 
 def _cut(stream: _Stream, first: int, period: int, last: int, start: int, end: int) -> list[int] | None:
-    """Bounds of the blocks in a stretch that repeats itself: where least is handed on, and as many as can be."""
+    """Return the bounds of the blocks in a stretch that repeats itself; None where no cut gives a chain.
+
+    The cut is where the fewest values are passed on. Among equal cuts, the one with the most blocks is taken.
+    """
     phases: dict[tuple[int, int], list[list[int]]] = defaultdict(list)
     for phase in range(period):
         bounds = list(range(first + phase, last + 1, period))
@@ -172,7 +187,7 @@ def _cut(stream: _Stream, first: int, period: int, last: int, start: int, end: i
 
 
 def _extended(stream: _Stream, bounds: list[int], start: int, end: int) -> list[int]:
-    """Bounds with a block more at either end, where it does the same as the others and something more."""
+    """Return ``bounds`` with one more block at either end, where one does the same as the others and something more."""
     labels, period = stream.labels, bounds[1] - bounds[0]
     template, spare = labels[bounds[0] : bounds[1]], period // 2 + 8
     before = _match(labels[max(start, bounds[0] - period - spare) : bounds[0]][::-1], template[::-1])
@@ -185,7 +200,7 @@ def _extended(stream: _Stream, bounds: list[int], start: int, end: int) -> list[
 
 
 def _match(labels: Sequence[int], template: Sequence[int]) -> int | None:
-    """How many labels it takes to meet all of the template, in order."""
+    """Return how many labels it takes to meet all of ``template`` in order; None where they do not."""
     met = 0
     for i, label in enumerate(labels):
         met += label == template[met]
@@ -195,7 +210,10 @@ def _match(labels: Sequence[int], template: Sequence[int]) -> int | None:
 
 
 def _by_names(stream: _Stream) -> list[list[int]]:
-    """Bounds of the chains that module paths propose, those that cover most first, as far as the graph agrees."""
+    """Return the bounds of the chains that counted module paths propose and that hold in the graph.
+
+    Chains that cover most nodes come first. One that overlaps an earlier one is left out.
+    """
     spans: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
     for i, node in enumerate(stream.nodes):
         for path in _paths(node, stream.known):

@@ -1,9 +1,10 @@
-"""The cache among a program's inputs: what a step of generation goes on from.
+"""Find the cache among a program's inputs, from which a step of generation continues.
 
-A program that was captured as a step takes the keys and values of each layer, (batch, heads, length, width), under the
-names that :func:`cache_name` gives; or states, numbered through. A program that computes its last hidden state in a
-pass of its own first (``passes.adapt.first_pass``) takes those of that pass, too, and so of each of several, under
-names that :func:`pass_prefix` begins. Before: an opened program. After: it is unchanged.
+A program captured as a step takes the keys and values of each layer, (batch, heads, length, width), under the names
+that :func:`cache_name` gives. Models with other caches take states, numbered through.
+
+A program may contain duplicated base passes (``passes.adapt.first_pass``). It then takes a cache for each of them, too,
+under names that begin with :func:`pass_prefix`. The functions here take an opened program and do not change it.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ STATE = "state"
 
 
 def cache_name(kind: str, layer: int, prefix: str = "") -> str:
-    """What the input is called that has the ``kind`` ("keys", "values") of a layer, or the state of a number."""
+    """Return the name of a cache input: ``kind`` is "keys", "values" or "state", ``layer`` its number."""
     return f"{prefix}{kind}_{layer}"
 
 
 def cache_inputs(lifted: Lifted) -> list[tuple[fx.Node, fx.Node]]:
-    """The keys and the values of each layer; empty for a program that takes none."""
+    """Return the keys and the values of each layer; empty for a program that takes none."""
     return list(_pairs(lifted))
 
 
 def all_of_cache(lifted: Lifted) -> list[fx.Node]:
-    """All inputs of the cache of the program's own pass: keys and values by turns, or states."""
+    """Return all cache inputs of the program's own pass: keys and values by turns, or states."""
     if pairs := cache_inputs(lifted):
         return [node for pair in pairs for node in pair]
     names = takewhile(lambda name: _is_input(lifted, name), (cache_name(STATE, i) for i in count()))
@@ -39,19 +40,21 @@ def all_of_cache(lifted: Lifted) -> list[fx.Node]:
 
 
 def first_of_cache(lifted: Lifted) -> fx.Node | None:
-    """The first input of the cache; None for a program that takes none."""
+    """Return the first input of the cache; None for a program that takes none."""
     names = (cache_name(kind, 0) for kind in (KINDS[0], STATE))
     return next((lifted.nodes[n] for n in names if _is_input(lifted, n)), None)
 
 
 def pass_prefix(number: int) -> str:
-    """What names begin with that are of the cache of a pass: the program's own is number 0, and those in front of it
-    follow, in the order in which they were added."""
+    """Return what the names of a pass's cache inputs begin with.
+
+    The program's own pass is number 0. Duplicated base passes follow in the order in which they were added.
+    """
     return "" if number == 0 else "first_" if number == 1 else f"first{number}_"
 
 
 def passes_of(inputs: Collection[str]) -> int:
-    """How many passes a step takes the cache of, by the names of its inputs; 1 where it takes none."""
+    """Return the number of passes whose caches are among ``inputs``, the program's own included; 1 without a cache."""
     firsts = ([cache_name(kind, 0, pass_prefix(i)) for kind in (KINDS[0], STATE)] for i in count(1))
     return 1 + sum(1 for _ in takewhile(lambda names: any(n in inputs for n in names), firsts))
 

@@ -1,9 +1,9 @@
-"""The places of a decoder, beside those of its encoder: what it has one of per token.
+"""Find the places of a decoder: its values with one entry per token, apart from those of its encoder.
 
-A decoder looks up token ids of the caller's, or what the program makes of labels: these moved one on, behind a first
-token. That it does is tried on labels of no model, since it is written in many ways.
+A decoder looks up the caller's ``decoder_input_ids``, or the labels shifted right by one behind a start token. Models
+write the shift in many ways, so it is recognised by running it on made-up labels.
 
-Before: an opened program with an encoder and a decoder. After: it is unchanged. Errors name what was looked for.
+Takes an opened program with an encoder and a decoder, and does not change it. Errors name what was looked for.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ _TRIED = (5, 7, 4, 6)
 
 
 def decoder_lookup(lifted: Lifted) -> tuple[Lookup | None, str]:
-    """The lookup of a decoder's tokens, by its token ids, or by labels moved one on; or None, and what was found
-    instead, which is nothing where the program has no decoder."""
+    """Return the lookup of a decoder's tokens and ''; or None and what was found instead.
+
+    The lookup reads the decoder's token ids, or the labels shifted right by one. A program without a decoder gives
+    None and ''.
+    """
     ids, labels = (lifted.nodes.get(n) if n in lifted.specs else None for n in (IDS, LABELS))
     given = labels if ids is None else ids
     if given is None:
@@ -45,8 +48,12 @@ def decoder_lookup(lifted: Lifted) -> tuple[Lookup | None, str]:
 
 
 def decoder_places(lifted: Lifted, method: ProgramMethod) -> list[Place]:
-    """None of a program that has no decoder, or whose decoder goes on from a cache: what generates does so without
-    them, as in PEFT. Raises TargetError where the decoder's own lookup is not found."""
+    """Return the decoder's places that ``method`` changes; [] for a program without a decoder.
+
+    A decoder that continues from a cache has none either: generation puts no virtual tokens before a decoder, as in
+    PEFT. Raises TargetError where the decoder's own lookup is not found, or where the start token depends on how many
+    labels there are.
+    """
     if first_of_cache(lifted) is not None:
         return []
     lookup, instead = decoder_lookup(lifted)
@@ -78,14 +85,14 @@ def decoder_places(lifted: Lifted, method: ProgramMethod) -> list[Place]:
 
 
 def _read_at_last(lifted: Lifted, node: fx.Node) -> tuple[fx.Node, ...]:
-    """Those who read it when nothing writes to it any more."""
+    """Return the readers of ``node`` that come after the last in-place write to it."""
     place = {n: i for i, n in enumerate(lifted.graph.nodes)}
     last = max((place[w] for w in writers(lifted.graph).get(node, ())), default=-1)
     return tuple(u for u in read_by(node) if place[u] > last)
 
 
 def _reads(lifted: Lifted, lookup: fx.Node, given: fx.Node, shifted: bool) -> bool:
-    """Whether the index of a lookup is what is given, or that moved one on."""
+    """Return whether a lookup's index is the input ``given``, or with ``shifted`` that input shifted right by one."""
     wanted = torch.tensor([_TRIED])
     found = _tried(lifted, lookup, given, wanted)
     if found is None or found.shape != wanted.shape:
@@ -94,7 +101,7 @@ def _reads(lifted: Lifted, lookup: fx.Node, given: fx.Node, shifted: bool) -> bo
 
 
 def _begins_alike(lifted: Lifted, lookup: Lookup) -> bool:
-    """Whether labels that do not count, in front of others, are moved on with these, behind the same first token."""
+    """Return whether ignored labels (-100) in front of others are shifted with them, behind the same start token."""
     some = torch.tensor([_TRIED])
     plain, longer = (_tried(lifted, lookup.node, lookup.ids, t) for t in (some, F.pad(some, (2, 0), value=-100)))
     if plain is None or longer is None:
@@ -103,8 +110,10 @@ def _begins_alike(lifted: Lifted, lookup: Lookup) -> bool:
 
 
 def _tried(lifted: Lifted, lookup: fx.Node, given: fx.Node, value: Tensor) -> Tensor | None:
-    """What the index of a lookup is for a value of ``given``; None where it follows from parameters. In-place ops are
-    run, too, all that come before the lookup."""
+    """Return the index of a lookup when the input ``given`` has this value; None where it depends on parameters.
+
+    All nodes before the lookup that can be computed are run, in-place ops included.
+    """
     known: dict[fx.Node, Any] = {}
     for node in lifted.graph.nodes:
         if node is lookup:
@@ -124,7 +133,7 @@ def _tried(lifted: Lifted, lookup: fx.Node, given: fx.Node, value: Tensor) -> Te
             try:
                 known[node] = node.target(*args, **{**kwargs, **_here(kwargs)})
             except (RuntimeError, TypeError, ValueError, IndexError):
-                continue  # it does not take what is tried, and nothing that follows from it is known
+                continue  # the op refuses the tried values, so its result is unknown, and all that follows from it
     found = known.get(argument(lookup, 1))
     return found if isinstance(found, Tensor) else None
 

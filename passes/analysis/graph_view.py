@@ -1,10 +1,10 @@
-"""A graph as text, one line for each node, with the nodes that adapters added marked by site.
+"""Print a graph as text, one line for each node, with the nodes that adapters added marked by site.
 
-Before: the graph module of any program, with adapters or without. After: it is unchanged. A line is
+Takes the graph module of any program, with adapters or without, and does not change it. A line is
 
     name: dtype[sizes] = op(arguments)
 
-and regions stand in a frame, whose heading has the site, the method and the adapter, as the tags of the nodes say
+Regions stand in a frame. Its heading names the site, the method and the adapter, read off the tags of the nodes
 (``passes.ir.regions``). Blocks that are graphs of their own follow under their names.
 """
 
@@ -21,8 +21,11 @@ BAR, TOP, END = "| ", "+ ", "+"
 
 
 def graph_view(module: fx.GraphModule, names: Mapping[str, str], only: Iterable[str] | None = None) -> str:
-    """The graph as text. ``names``: placeholder -> the parameter it stands for. ``only``: ids of sites; the regions of
-    these alone, without the nodes between them."""
+    """Return the graph as text.
+
+    ``names`` maps placeholders to the parameters they stand for. ``only`` limits the text to the regions of the sites
+    with these ids, without other nodes; None shows the whole graph.
+    """
     wanted = None if only is None else set(only)
     blocks = [_lines(module.graph, names, wanted)]
     for name, inner in module.named_modules():
@@ -55,13 +58,13 @@ def _lines(graph: fx.Graph, names: Mapping[str, str], wanted: set[str] | None) -
 
 
 def heading(tag: Mapping[str, Any]) -> str:
-    """What the tag of a node says of its site: `model.layers.0.self_attn.q_proj.weight: lora, adapter 'default'`."""
+    """Return the heading of a region from a node's tag: `model.layers.0.q_proj.weight: lora, adapter 'default'`."""
     fqn, _, _ = tag["site"].rpartition("|")
     return f"{fqn}: {tag['method']}, adapter {tag['adapter']!r}"
 
 
 def line(node: fx.Node, names: Mapping[str, str]) -> str:
-    """One node."""
+    """Return one node as a line of text; ``names`` is as for :func:`graph_view`."""
     arguments = ", ".join([*map(repr, node.args), *(f"{k}={v!r}" for k, v in node.kwargs.items())])
     if node.op == "output":
         return f"return {arguments}"
@@ -75,12 +78,12 @@ def _target(node: fx.Node) -> str:
     target = node.target
     if isinstance(target, str):
         return f"{node.op} {target}"
-    # Operators of torch have a short name of their own, functions of Python theirs.
+    # str() of a torch op is short; that of a Python function has its address, so its name is used.
     return str(target) if hasattr(target, "overloadpacket") else getattr(target, "__name__", str(target))
 
 
 def _kind(node: fx.Node) -> str:
-    """Dtype and sizes of a value; '' for one that is not known, or not one tensor."""
+    """Return ': dtype[sizes]' of a node's value; '' for a value that is unknown, or not a single tensor."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return ""

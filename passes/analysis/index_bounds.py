@@ -1,10 +1,10 @@
-"""How large the whole numbers of an input may be that name rows of a table: tokens, positions, tasks.
+"""Find the range of each integer input that indexes rows of a table: token ids, position_ids, task ids.
 
-Plain PyTorch raises for a number that names no row. Code that a compiler made ends the process, so whoever runs that
-has to ask first.
+Plain PyTorch raises for an index that is out of range. Compiled code ends the process instead, so its caller has to
+check the inputs first.
 
-Before: an opened program. After: it is unchanged. Looked at are tables whose size is known, and of slots where these
-keep their size, and inputs that are seen through casts and views which leave nothing out.
+Takes an opened program and does not change it. Only tables of a known size count, and slots only where they keep their
+size. Inputs are followed through casts and through views that keep every element.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ Bounds = dict[str, tuple[int, int]]
 
 
 def index_bounds(lifted: Lifted, slots: Collection[str] = ()) -> Bounds:
-    """Name of an input -> the least and the greatest number that may be in it. ``slots``: the placeholders of tables
-    whose size may change from call to call."""
+    """Return input name -> (least, greatest) value that the input may hold.
+
+    ``slots`` names the placeholders of tables whose size may change from call to call; they set no bound.
+    """
     out: Bounds = {}
     for node in lifted.graph.nodes:
         for source, low, high in _looked_up(lifted, node, slots):
@@ -41,7 +43,7 @@ def index_bounds(lifted: Lifted, slots: Collection[str] = ()) -> Bounds:
 
 
 def _looked_up(lifted: Lifted, node: fx.Node, slots: Collection[str]) -> list[tuple[fx.Node, int, int]]:
-    """The inputs that ``node`` takes as names of rows, and what these may be."""
+    """Return (input, least, greatest) for each input that ``node`` uses to index rows of a table."""
     if node.target is aten.embedding.default:
         found = [(argument(node, 0), 0, argument(node, 1), False)]
     elif node.target is aten.index_select.default:
@@ -67,7 +69,7 @@ def _behind_views(node: fx.Node) -> fx.Node:
 
 
 def _below_copies(node: fx.Node) -> fx.Node | None:
-    """What ``node`` has one copy of, of several that lie along an axis of their own; None where it is no such thing."""
+    """Return the tensor that ``node`` is a copy of, where it selects one index of an expanded axis; else None."""
     node = _behind_views(node)
     if node.target is not aten.select.int:
         return None
@@ -80,7 +82,7 @@ def _below_copies(node: fx.Node) -> fx.Node | None:
 
 
 def _source(lifted: Lifted, index: fx.Node) -> fx.Node | None:
-    """The input whose numbers are rows' names, and no mask."""
+    """Return the input whose values ``index`` holds; None where there is none, or where it is a mask."""
     found = given_numbers(lifted, index, _VIEWS)
     while found is None and (copied := _below_copies(index)) is not None:
         index, found = copied, given_numbers(lifted, copied, _VIEWS)

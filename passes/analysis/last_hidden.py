@@ -1,9 +1,9 @@
-"""Where the last hidden state of a program is: what its head reads, or what it gives where it has none.
+"""Find the last hidden state of a program: the input of its head, or its output where it has no head.
 
-The head is the layer whose output a caller gets, seen through views, casts, the choice of some tokens and what works on
-each number alone (a soft cap of the logits). Of a model without a head the hidden state is what the caller gets.
+The head is the layer whose output the caller gets. It is seen through views, casts, the choice of some tokens and
+elementwise ops (a soft cap of the logits). Of a model without a head the hidden state is what the caller gets.
 
-Before: an opened program without adapters. After: it is unchanged.
+Takes an opened program without adapters, and does not change it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from adaptc.passes.ir.ops import CASTS, TABLE, argument
 
 aten = torch.ops.aten
 
-#: ops whose first argument is seen through them: other views, and choices of some tokens
+#: ops that are followed to their first argument: casts, views, and choices of some tokens
 _THROUGH = (
     *CASTS,
     aten.view.default,
@@ -37,19 +37,21 @@ _THROUGH = (
 
 
 def last_hidden(lifted: Lifted, ids: fx.Node, width: int) -> fx.Node | None:
-    """The node with the hidden state (batch, length, width) of the tokens ``ids`` (batch, length), the one that comes
-    last before the head; None where there is none."""
+    """Return the node with the hidden state (batch, length, width) of the tokens ``ids`` (batch, length).
+
+    It is the last one before the head. None where there is none of this width.
+    """
     return next((n for n in _candidates(lifted, ids) if n.meta["val"].shape[2] == width), None)
 
 
 def hidden_widths(lifted: Lifted, ids: fx.Node) -> list[int]:
-    """The widths for which there is a last hidden state of ``ids``, the one that the head reads first."""
+    """Return the widths for which ``ids`` have a last hidden state; the width that the head reads comes first."""
     widths = [n.meta["val"].shape[2] for n in _candidates(lifted, ids)]
     return [w for w in dict.fromkeys(widths) if isinstance(w, int)]
 
 
 def _candidates(lifted: Lifted, ids: fx.Node) -> Iterator[fx.Node]:
-    """What may be the last hidden state of ``ids``: what a head reads, and then what is given."""
+    """Yield the nodes that may be the last hidden state of ``ids``: inputs of heads first, then outputs."""
     bare: list[fx.Node] = []
     for output in _outputs(lifted):
         for node in _behind(output):
@@ -68,7 +70,7 @@ def _outputs(lifted: Lifted) -> Iterator[fx.Node]:
 
 
 def _behind(node: fx.Node) -> Iterator[fx.Node]:
-    """A node, and what it shows, one after the other."""
+    """Yield ``node``, its input where it is a view or elementwise op, that one's input, and so on."""
     while True:
         yield node
         inputs = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]

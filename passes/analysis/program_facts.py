@@ -1,6 +1,7 @@
-"""Facts read off an exported program: the types of its modules, its mode, and which inputs can be filled in.
+"""Read facts off an exported program: the types of its modules, its mode, and which inputs can be filled in.
 
-Before: any valid ``ExportedProgram`` in the training dialect, loaded from a file or not. After: it is unchanged.
+Takes any valid ``ExportedProgram`` in the training dialect, loaded from a file or not. Only
+:func:`call_by_first_name` changes it.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ def qualified(cls: type) -> str:
 
 
 def call_by_first_name(program: ExportedProgram, model: nn.Module) -> None:
-    """Where a module is held under several names, call the modules inside it by the first one, in ``program``'s nodes.
+    """Rename modules in the node metadata of ``program``, so that a module with several names goes by its first.
 
-    They are one module with one adapter, whichever name a call goes by; that is how PEFT, too, finds and replaces them.
+    It is one module with one adapter, whichever name a call goes by. PEFT finds and replaces modules in this way, too.
     """
     first: dict[int, str] = {}
     names: dict[str, str] = {}
@@ -50,7 +51,7 @@ def call_by_first_name(program: ExportedProgram, model: nn.Module) -> None:
 
 
 def module_types(program: ExportedProgram) -> dict[str, str]:
-    """Module path -> qualified class name, of the modules that ran, as the nodes of all its graphs say."""
+    """Return module path -> qualified class name for the modules that ran, read off the nodes of all graphs."""
     known = owners_of(program)
     types: dict[str, str] = {}
     for node in all_nodes(program):
@@ -60,26 +61,29 @@ def module_types(program: ExportedProgram) -> dict[str, str]:
 
 
 def all_module_types(program: ExportedProgram) -> dict[str, str]:
-    """The same, and the modules that hold its tensors but did not run, as plain modules."""
+    """Return module path -> qualified class name for the modules that ran or hold tensors.
+
+    A module that did not run counts as a plain ``torch.nn.Module``.
+    """
     holders = dict.fromkeys(["", *owners_of(program)], "torch.nn.modules.module.Module")
     return {**holders, **module_types(program)}
 
 
 def is_training(program: ExportedProgram, default: bool) -> bool:
-    """Train or eval mode, as the nodes that depend on it say; ``default`` when there is none."""
+    """Return whether the program is in training mode, by the nodes that depend on it; ``default`` where none does."""
     modes = [m for m in map(mode_of, all_nodes(program)) if m is not None]
     return any(modes) if modes else default
 
 
 def all_nodes(program: ExportedProgram) -> Iterator[fx.Node]:
-    """The nodes of a program's graph, and of the graphs of its autocast, no_grad and control flow blocks."""
+    """Yield the nodes of a program's graph, and of the graphs of its autocast, no_grad and control flow blocks."""
     for module in program.graph_module.modules():
         if isinstance(module, fx.GraphModule):
             yield from module.graph.nodes
 
 
 def keyword_inputs(program: ExportedProgram) -> dict[str, Any]:
-    """Keyword inputs by name, as traced."""
+    """Return the keyword inputs by name, with the values that stand for them in the graph."""
     spec = program.call_spec.in_spec
     inputs = list(user_inputs(program).values())
     _, kwargs = pytree.tree_unflatten(inputs, spec) if spec is not None else ((), {})
@@ -87,7 +91,10 @@ def keyword_inputs(program: ExportedProgram) -> dict[str, Any]:
 
 
 def fills_of(program: ExportedProgram, encoder_decoder: bool) -> dict[str, tuple[str, str]]:
-    """What transformers models take for absent keyword inputs: no padding, and no labels."""
+    """Return input name -> (kind of filling, input it is made from), for keyword inputs that a caller may leave out.
+
+    The fillings mean what transformers models mean by an absent input: no padding, and no labels.
+    """
     inputs = {name: value for name, value in keyword_inputs(program).items() if isinstance(value, Tensor)}
     fills: dict[str, tuple[str, str]] = {}
     for mask, ids in (("attention_mask", "input_ids"), ("decoder_attention_mask", "decoder_input_ids")):
@@ -109,7 +116,7 @@ def fills_of(program: ExportedProgram, encoder_decoder: bool) -> dict[str, tuple
 
 
 def written_tensors(program: ExportedProgram) -> list[Tensor]:
-    """The parameters and buffers that calls of a program write to."""
+    """Return the parameters and buffers that calls of a program write to."""
     signature, dirty = program.graph_signature, {n.name for n in touched(program.graph)[0]}
     names = [fqn for placeholder, fqn in lifted_names(signature).items() if placeholder in dirty]
     names += [s.target for s in signature.output_specs if s.kind in _WRITES and s.target is not None]

@@ -9,7 +9,10 @@ import torch
 
 
 class Run(NamedTuple):
-    """``sequence[i] == sequence[i + period]`` for all i for which both lie in ``length`` items from ``first`` on."""
+    """A stretch of ``length`` items from ``first`` on, that repeats itself after ``period`` items.
+
+    ``sequence[i] == sequence[i + period]`` where both lie in it.
+    """
 
     first: int
     period: int
@@ -17,17 +20,19 @@ class Run(NamedTuple):
 
     @property
     def covered(self) -> int:
-        """The items in whole periods."""
+        """Return the number of items in whole periods."""
         return self.length // self.period * self.period
 
 
 def repeats(sequence: Sequence[int], most: int) -> list[Run]:
-    """The longest run of each period, of those with two whole periods or more: the ``most`` that cover most of the
-    sequence, then those of shorter periods first."""
+    """Return the runs of at least two periods that cover most of ``sequence``, at most ``most`` of them.
+
+    Of each period, only the longest run counts. The best comes first; of equal ones, that of the shorter period.
+    """
     items, found, enough = torch.tensor(sequence, dtype=torch.int64), [], 0
     for period in range(1, len(sequence) // 2 + 1):
         same = items[period:] == items[:-period]
-        # Most periods are told by this count alone.
+        # This cheap count rules out most periods.
         if int(same.sum()) < max(period, enough):
             continue
         breaks = torch.cat([torch.tensor([-1]), (~same).nonzero()[:, 0], torch.tensor([len(same)])])
@@ -36,6 +41,6 @@ def repeats(sequence: Sequence[int], most: int) -> list[Run]:
         run = Run(int(breaks[longest]) + 1, period, int(lengths[longest]) + period)
         if run.length >= 2 * period:
             found.append(run)
-            # A shorter one covers less than half as much as this one.
+            # A period with fewer matches cannot cover half as much as this one.
             enough = max(enough, run.covered // 4)
     return sorted(found, key=lambda run: (-run.covered, run.period))[:most]

@@ -1,7 +1,8 @@
-"""Which of a caller's inputs has the rows that a value of a program has along its first axis.
+"""Find the input whose batch rows lie along the first axis of a value.
 
-A value has a row for each of them (batch, ...), or a share of its first axis for each, one row after the other: then it
-is made of such a value by a reshape, and by ops that leave the places alone. Nothing is run and nothing is changed.
+A value has one entry per row, (batch, ...), or a stretch of entries per row, (batch * length, ...). The second kind
+comes from the first by a reshape, and by ops that work on each entry of the first axis alone. Nothing is run and
+nothing is changed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from adaptc.passes.ir.lifted import Lifted
 
 
 def input_with_rows(lifted: Lifted, value: fx.Node) -> fx.Node | None:
-    """The first of the caller's tensors whose first axis are the rows of ``value``; None where there is none."""
+    """Return the first user input whose first axis is the batch of ``value``; None where there is none.
+
+    An input must have two axes or more to count.
+    """
     if not isinstance(value.meta.get("val"), Tensor) or not value.meta["val"].ndim:
         return None
     places, stack, seen = sizes_of(value.meta["val"])[0], [value], {value}
@@ -28,7 +32,7 @@ def input_with_rows(lifted: Lifted, value: fx.Node) -> fx.Node | None:
             found = _input_as_long(lifted, sizes_of(tensor))
             if found is not None:
                 return found if _is_multiple(places, sizes_of(found.meta["val"])[0]) else None
-            # Rows after each other: its first axis is made of those of a value that has it apart.
+            # (batch * length, ...): a value it is made of may have the batch as an axis of its own.
             more = [n for n in places_from(node) if n not in seen]
             seen.update(more)
             stack += more
@@ -38,10 +42,10 @@ def input_with_rows(lifted: Lifted, value: fx.Node) -> fx.Node | None:
 def _input_as_long(lifted: Lifted, shape: list[Any]) -> fx.Node | None:
     rows = shape[0]
     if len(shape) > 2 and rows == shape[1] and rows.is_number:
-        return None  # nothing tells the two apart
+        return None  # the first two axes have one fixed size, so nothing tells rows and tokens apart
     for name, spec in lifted.specs.items():
         tensor = lifted.nodes[name].meta.get("val")
-        # What has one axis may be a list of tokens.
+        # An input of one axis may be a flat list of tokens, which says nothing of the batch.
         if spec.kind != InputKind.USER_INPUT or not isinstance(tensor, Tensor):
             continue
         if tensor.ndim > 1 and sizes_of(tensor)[0] == rows:

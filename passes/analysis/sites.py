@@ -1,7 +1,7 @@
 """Find every site of a program: where a parameter is consumed, and by which kind of op.
 
-A site belongs to a module path and a parameter name, also when the weight is tied to another module's: the consumers of
-one placeholder are told apart by the module they were traced in. Nothing is changed.
+A site belongs to a module path and a parameter name, also when the weight is tied to another module's. The consumers of
+one placeholder are told apart by the module they were traced in. Finding sites changes nothing.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from adaptc.passes.ir.ops import CASTS, LINEAR, TABLE, TRANSPOSED, argument
 
 @dataclass(frozen=True)
 class Site:
-    """One consumed parameter. ``kind`` is 'weight' when no table entry fits and only the weight form is defined.
+    """A parameter of a module, with the nodes that consume it.
 
-    ``tied`` tells that other consumers read the same placeholder and are not part of this site. ``module_type`` is the
-    qualified class name of the owning module, '' when the program does not say. ``linear``: the program says that this
-    class derives from one of linear layers.
+    ``kind`` is 'weight' when no table entry fits and only the weight form is defined. ``tied`` says that nodes outside
+    of this site read the same placeholder. ``module_type`` is the qualified class name of the owning module, '' when
+    the program does not say. ``linear`` says that this class derives from a class of linear layers.
     """
 
     module: str
@@ -44,7 +44,7 @@ class Site:
 
 
 def consumers(placeholder: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """(consumer, the node it reads): users of a parameter, seen through casts."""
+    """Yield (consumer, the node it reads) for the users of a parameter, seen through casts."""
     stack = [placeholder]
     while stack:
         source = stack.pop()
@@ -56,7 +56,7 @@ def consumers(placeholder: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
 
 
 def mark_linear(program: ExportedProgram, modules: Collection[str]) -> None:
-    """Write to the nodes that read the weights of these modules that their classes are linear layers."""
+    """Mark the nodes that read the weights of ``modules``: their classes derive from linear layers."""
     held = lifted_names(program.graph_signature)
     for node in program.graph.find_nodes(op="placeholder"):
         owner, _, name = held.get(node.name, "").rpartition(".")
@@ -66,12 +66,15 @@ def mark_linear(program: ExportedProgram, modules: Collection[str]) -> None:
 
 
 def is_cast(user: fx.Node, source: fx.Node) -> bool:
-    """Whether ``user`` only casts ``source``, so that its own users are the consumers."""
+    """Return whether ``user`` only casts ``source``, so that its own users are the consumers."""
     return user.target in CASTS and bool(user.args) and user.args[0] is source and inside(user) is None
 
 
 def readers(graph: fx.Graph, source: fx.Node, wanted: Collection[fx.Node]) -> list[fx.Node]:
-    """Direct users of ``source`` that lead to the ``wanted`` consumers and to no others; shared casts are doubled."""
+    """Return the direct users of ``source`` that lead to the ``wanted`` consumers and to no others.
+
+    A cast that other consumers share is copied into ``graph`` for the wanted ones.
+    """
     found: list[fx.Node] = []
     for user in list(source.users):
         if user in wanted:
@@ -92,7 +95,10 @@ def readers(graph: fx.Graph, source: fx.Node, wanted: Collection[fx.Node]) -> li
 
 
 def kind_of(node: fx.Node, source: fx.Node, ndim: int) -> str:
-    """The kind by which ``node`` consumes ``source`` as its weight; 'weight' when it does not, or not as a whole."""
+    """Return the kind by which ``node`` consumes ``source`` as its weight, which has ``ndim`` axes.
+
+    Gives 'weight' where the node does something else with it, or reads only a part of it.
+    """
     through = inside(node)
     if through is not None:
         return through.kind
@@ -113,10 +119,10 @@ def find_sites(
     lifted: Lifted | None = None,
     kind: InputKind = InputKind.PARAMETER,
 ) -> list[Site]:
-    """All sites in graph order of the placeholders, aliases included.
+    """Return all sites in graph order of the placeholders, aliases included.
 
     ``types`` (module path -> class name) overrides what the graph's own module stacks say. ``lifted`` is the program
-    opened, if the caller has it open; it is only read. ``kind``: BUFFER for persistent buffers instead of parameters.
+    opened, if the caller has it open; it is only read. ``kind`` is BUFFER for persistent buffers instead of parameters.
     """
     lifted = lifted or Lifted(program, edit=False)
     types = {**module_types(program), **(types or {})}
@@ -142,7 +148,7 @@ def _sites_of(
         owned[fqn] = [(n, s) for n, s in used if fqn in rivals(n) or _caller(n, known) == owner]
     claimed = {n for pairs in owned.values() for n, _ in pairs}
     for fqn in fqns:
-        # A parameter its own module never reads is read on its behalf elsewhere (MultiheadAttention's out_proj).
+        # Another module may read a parameter for its own one (MultiheadAttention reads the weight of its out_proj).
         mine = owned[fqn] or ([] if claimed else used)
         value = lifted.state_dict[fqn]
         if mine and isinstance(value, Tensor):
@@ -161,12 +167,12 @@ def _sites_of(
 
 
 def rivals(node: fx.Node) -> tuple[str, ...]:
-    """FQNs of one tied parameter of which any may be what a layer inside a block reads; () where it is known."""
+    """Return the names of one tied parameter, any of which a layer inside a block may mean; () where it is known."""
     through = inside(node)
     return () if through is None else through.rivals
 
 
 def _caller(node: fx.Node, known: Collection[str]) -> str | None:
-    """Path of the module a consumer was traced in, also inside a block."""
+    """Return the path of the module that a consumer was traced in, also inside a block; None where unknown."""
     through = inside(node)
     return module_path(node, known) if through is None else through.owner

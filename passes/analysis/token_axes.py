@@ -1,7 +1,8 @@
-"""Where the tokens of a call are in the values of a program, by what the graph says of sizes.
+"""Find the axes of a value along which a call's tokens lie, by the sizes in the graph.
 
-A value has them along its first two axes, (batch, length, ...), or along its first one, row after row: then it is made
-of such a value by a reshape, and by ops that leave the places alone. Nothing is run and nothing is changed.
+Tokens lie along the first two axes, (batch, length, ...), or row after row along the first axis, (batch * length, ...).
+The second kind comes from the first by a reshape, and by ops that work on each entry of the first axis alone. Nothing
+is run and nothing is changed.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from adaptc.passes.ir.ops import CASTS, TABLE, argument
 aten = torch.ops.aten
 
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
-#: ops beside those that work element by element for which each place of the first axis is one of its own
+#: ops, besides elementwise ones, that compute each entry of the first axis from the same entry of their input
 _APART = (*CASTS, aten.layer_norm.default, aten.rms_norm.default, aten.softmax.int, aten.dropout.default)
 
 
 def why_not_along(ids: fx.Node, value: fx.Node) -> str:
-    """Why a value does not have the tokens of ``ids`` (batch, length) in their places; '' where it has."""
+    """Return why ``value`` does not have one entry for each token of ``ids`` (batch, length); '' where it does."""
     tensor = value.meta.get("val")
     if not isinstance(tensor, Tensor):
         return "it is read by a layer with several results"
@@ -39,7 +40,7 @@ def why_not_along(ids: fx.Node, value: fx.Node) -> str:
 
 
 def _comes_from(value: fx.Node, rows: Any, length: Any) -> bool:
-    """Whether a value with all tokens along its first axis has them row after row."""
+    """Return whether a value with all tokens along its first axis has them row after row."""
     stack, seen = [value], {value}
     while stack:
         for node in places_from(stack.pop()):
@@ -56,7 +57,7 @@ def _comes_from(value: fx.Node, rows: Any, length: Any) -> bool:
 
 
 def places_from(node: fx.Node) -> Sequence[fx.Node]:
-    """The inputs of an op whose places its output has."""
+    """Return the inputs of an op that its output follows entry by entry along the first axis; () for other ops."""
     if node.op != "call_function":
         return ()
     if node.target in TABLE:
@@ -68,7 +69,7 @@ def places_from(node: fx.Node) -> Sequence[fx.Node]:
 
 
 def sizes_of(tensor: Tensor) -> list[Any]:
-    """The sizes of its axes as expressions, which are equal where the program knows them to be."""
+    """Return the sizes of ``tensor`` as sympy expressions, which are equal where the program knows that sizes are."""
     return [s.node.expr if isinstance(s, torch.SymInt) else sympy.Integer(s) for s in tensor.shape]
 
 

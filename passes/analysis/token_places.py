@@ -1,11 +1,11 @@
-"""Where a program looks its tokens up, and what else it has one of per token.
+"""Find where a program looks its tokens up, and its other inputs with one entry per token.
 
 A token embedding is a lookup whose indices are an input of the caller's, seen through views and casts. Its places (see
-``passes.ir.program_method``) are that input, every other input that is as long, and what the module of the lookup gives
-(some scale it). Whatever a program has beside them is made of these, so that a method that makes them longer makes all
-of it longer: sizes are read off inputs.
+``passes.ir.program_method``) are that input, every other input of the same length, and the output of the lookup's
+module (some scale it). A program reads lengths off its inputs. So a method that makes these places longer makes
+everything longer that is computed from them.
 
-Before: an opened program. After: it is unchanged. Errors name what was looked for and what is there instead.
+Takes an opened program and does not change it. Errors name what was looked for and what is there instead.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from adaptc.passes.ir.trees import pytree
 aten = torch.ops.aten
 
 _LOOKUP = aten.embedding.default
-#: what shows an input's numbers, or some of them, in another form
+#: ops that give an input's values, or some of them, in another shape
 VIEWS = (aten.view.default, aten.reshape.default, aten.slice.Tensor, aten.unsqueeze.default, aten.clone.default)
-#: inputs of transformers' models with a value per token, beside the tokens themselves -> the place each is
+#: input of transformers' models with one entry per token, apart from the tokens themselves -> the name of its place
 PER_TOKEN = {
     "attention_mask": "attended",
     "decoder_attention_mask": "attended",
@@ -46,14 +46,14 @@ PER_TOKEN = {
 
 @dataclass(frozen=True)
 class Lookup:
-    """``node`` looks rows up that ``ids``, an input of the caller's, names."""
+    """An embedding lookup ``node``, whose indices are ``ids``, an input of the caller's."""
 
     node: fx.Node
     ids: fx.Node
 
 
 def lookups(lifted: Lifted) -> list[Lookup]:
-    """All lookups of a program by whole numbers that a caller gives, in order."""
+    """Return all embedding lookups of a program whose indices are an integer input, in graph order."""
     found = []
     for node in lifted.graph.find_nodes(op="call_function", target=_LOOKUP):
         ids = given_numbers(lifted, argument(node, 1), VIEWS)
@@ -63,8 +63,10 @@ def lookups(lifted: Lifted) -> list[Lookup]:
 
 
 def given_numbers(lifted: Lifted, node: Any, views: Collection[Any]) -> fx.Node | None:
-    """The caller's input of whole numbers that ``node`` is, seen through ``views``, casts, and adapters that made it
-    longer."""
+    """Return the integer (or bool) input that ``node`` shows; None where it is computed.
+
+    It is seen through ``views``, casts, and adapters that put virtual tokens before it.
+    """
     while isinstance(node, fx.Node) and node.op == "call_function":
         tag = region_tag(node)
         if tag is not None and tag["region"] == "tokens":
@@ -81,8 +83,11 @@ def given_numbers(lifted: Lifted, node: Any, views: Collection[Any]) -> fx.Node 
 
 
 def find_places(lifted: Lifted, method: ProgramMethod, lookup: Lookup) -> list[Place]:
-    """The places of a lookup that ``method`` changes. Raises TargetError where the program has no place for it. In a
-    program that takes a cache there is none but that."""
+    """Return the places of a lookup that ``method`` changes.
+
+    In a program that takes a cache there are none, since the method acts on the beginning of the cache alone. Raises
+    TargetError where the program has a place that the method does not handle, or where it says nothing for a cache.
+    """
     if cache_begun_by(lifted, lookup) is not None:
         if not method.opening():
             raise TargetError(
@@ -106,7 +111,7 @@ def find_places(lifted: Lifted, method: ProgramMethod, lookup: Lookup) -> list[P
 
 
 def cache_begun_by(lifted: Lifted, lookup: Lookup) -> fx.Node | None:
-    """The first input of the cache that the tokens of a lookup are written to; None where there is none."""
+    """Return the first input of the cache that the tokens of a lookup are written to; None where there is none."""
     first = first_of_cache(lifted)
     if first is None:
         return None
@@ -122,8 +127,11 @@ def cache_begun_by(lifted: Lifted, lookup: Lookup) -> fx.Node | None:
 
 
 def per_token(lifted: Lifted, method: ProgramMethod, lookup: Lookup) -> list[Place]:
-    """The places that are inputs with a value per token, the tokens first. Raises TargetError for inputs as long as
-    they are of which nothing is known. A method that leaves the tokens as they are leaves their labels, too."""
+    """Return the places that are inputs with one entry per token, the tokens first.
+
+    A method with a KV prefix leaves the tokens as they are, so labels are no place then. Raises TargetError for an
+    input of the tokens' length whose meaning is unknown.
+    """
     length = _length(lookup.ids)
     out = [Place("tokens", lookup.ids, read_by(lookup.ids), {"plain": plain_id(lifted, lookup.ids)})]
     for name, spec in lifted.specs.items():
@@ -161,12 +169,12 @@ def _length(ids: fx.Node) -> str:
 
 
 def read_by(node: fx.Node) -> tuple[fx.Node, ...]:
-    # Checks of what the caller gave are of what the caller gave.
+    # Checks of an input go on reading the input itself, and not what a method makes of it.
     return tuple(u for u in node.users if not is_metadata_assert(u))
 
 
 def _loss(lifted: Lifted) -> Place | None:
-    """The loss that a program gives, if it does, and what it is of."""
+    """Return the place of the loss, which reads logits and labels; None where a program gives no loss or logits."""
     labels, spec = lifted.nodes.get("labels"), lifted.program.call_spec.out_spec
     values: Any = lifted.graph.output_node().args[0]
     users = [v for v, s in zip(values, lifted.outputs, strict=True) if s.kind == OutputKind.USER_OUTPUT]
@@ -178,7 +186,10 @@ def _loss(lifted: Lifted) -> Place | None:
 
 
 def plain_id(lifted: Lifted, ids: fx.Node) -> int:
-    """The least id that the program does not tell from others: models find padding, or the end, by comparing ids."""
+    """Return the least token id that the program does not compare ids with.
+
+    Models find padding, or the end, by comparing ids, so such an id means nothing special.
+    """
     special: set[Any] = set()
     stack = [ids, *(n for n in lifted.graph.nodes if (t := region_tag(n)) and t["region"] == "tokens")]
     while stack:
@@ -191,7 +202,7 @@ def plain_id(lifted: Lifted, ids: fx.Node) -> int:
 
 
 def exit_of(lifted: Lifted, lookup: fx.Node) -> fx.Node:
-    """What the module of a lookup gives: the lookup, or what the module makes of it before others read it."""
+    """Return the output of the module of a lookup: the lookup itself, or the last node of the module (a scale)."""
     known = owners([*lifted.state_dict, *lifted.constants])
     adapted = {tag["base"]: n for n in lifted.graph.nodes if (tag := region_tag(n))}
     inside, node = module_path(lookup, known), lookup
@@ -206,7 +217,11 @@ def exit_of(lifted: Lifted, lookup: fx.Node) -> fx.Node:
 
 
 def no_lookup(name: str, there: Collection[str], wanted: str | None) -> TargetError:
-    """The error for a program in which nothing is the token embedding."""
+    """Return the error for a program without a token embedding.
+
+    ``name`` is the method, ``there`` has the paths of the lookups found, and ``wanted`` that of the model's input
+    embedding, if known.
+    """
     sought = f"{wanted!r}, the model's input embedding" if wanted else "one lookup by an input of whole numbers"
     return TargetError(
         f"{name} puts tokens in front of those that a program looks up, and no token embedding was found: looked for "

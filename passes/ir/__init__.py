@@ -1,1 +1,1 @@
-"""What passes are made of: programs opened for edits, ops, methods, attachments, regions, effects, costs."""
+"""Building blocks of passes: programs opened for edits, ops, methods, attachments, regions, effects and costs."""

@@ -1,7 +1,7 @@
-"""An attachment: a method at one site of a program, and the one form in which files have it.
+"""Attachments: a method at one site of a program, and the one form in which files hold it.
 
-Region tags, and the manifests of packages, hold what :meth:`Attachment.to_dict` gives; :meth:`Attachment.from_dict` is
-its inverse, after a trip through JSON too.
+Region tags and the manifests of packages hold what :meth:`Attachment.to_dict` gives. :meth:`Attachment.from_dict` is
+its inverse, also after a trip through JSON.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from adaptc.passes.ir.method import Method, Slot
 class Attachment:
     """A method at a site of a program: everything needed to inject, merge, save and describe it.
 
-    ``key`` is the site's path in PEFT's files, ``module``/``param`` its path in the model, ``consumers`` the names of
-    the nodes that read the weight, ``slots`` and ``scale_slot`` the FQNs of its tensors once injected. ``form`` is
-    "apply" or "weight", or "auto" until it was chosen, ``why`` the reason. ``entry`` is the target entry that chose the
-    site, ``name`` what per-module patterns (rank_pattern) are matched against. ``tied``: other consumers read the
-    weight too. ``variant`` counts the attachments of related methods at one weight. ``reads``: the coefficients that
-    its regions read, by name, and the names of the nodes that have them once injected.
+    ``key`` is the site's path in PEFT's files, and ``module``/``param`` its path in the model. ``consumers`` are the
+    names of the nodes that read the weight. ``slots`` and ``scale_slot`` are the FQNs of its tensors once injected.
+    ``form`` is "apply", "weight" or, for methods of the program, "program". It is "auto" until it was chosen, and
+    ``why`` is the reason.
+
+    ``entry`` is the target entry that chose the site. Per-module patterns (rank_pattern) are matched against ``name``.
+    ``tied`` says that other nodes read the weight too. ``variant`` counts the attachments of related methods at one
+    weight. ``reads`` maps the coefficients that its regions read to the names of their nodes, once injected.
     """
 
     key: str
@@ -44,48 +46,48 @@ class Attachment:
 
     @property
     def fqn(self) -> str:
-        """FQN of the base parameter."""
+        """Return the FQN of the base parameter."""
         return f"{self.module}.{self.param}" if self.module else self.param
 
     @property
     def place(self) -> str:
-        """Where the slots live in the program: ``key``, unless that is the name of the parameter itself."""
+        """Return the path of the slots in the program: ``key``, unless that is the name of the parameter itself."""
         return self.key if self.key != self.fqn else f"{self.module}.adapted_{self.param}".removeprefix(".")
 
     @property
     def id(self) -> str:
-        """Unique in a program: what region tags point to."""
+        """Return the attachment's unique name in a program, which region tags point to."""
         return f"{self.fqn}|{self.method.name}" + (f".{self.variant}" if self.variant else "")
 
     def slot_fqn(self, name: str, slot: Slot) -> str:
-        """Where a slot lives in the program's state dict."""
+        """Return the FQN of a slot in the program's state dict."""
         return self.method.fqn("" if slot.shared else self.place, name, self.adapter)
 
     @property
     def scale_fqn(self) -> str:
-        """Where the scale lives. Adapters of several methods at one weight each have a scale of their own."""
+        """Return the FQN of the scale. It holds the method's name, since several methods may share one weight."""
         return self.method.fqn(self.place, f"scaling.{self.method.name}", self.adapter)
 
     @property
     def tensor_names(self) -> list[str]:
-        """The FQNs of its tensors once injected: its slots, then its scale if it has one."""
+        """Return the FQNs of its tensors once injected: its slots, then its scale if it has one."""
         return [*self.slots.values(), *([] if self.scale_slot is None else [self.scale_slot])]
 
     @property
     def input_names(self) -> list[str]:
-        """The names under which the method finds what its regions read last, but for the scale."""
+        """Return the names of the slots and coefficients that the method's regions read last, but for the scale."""
         return [*self.slots, *self.reads]
 
     def file_key(self, name: str, slot: Slot) -> str:
-        """The bare key of a slot in files."""
+        """Return the key of a slot in files, without the file's prefix."""
         return name if slot.shared or not self.key else f"{self.key}.{name}"
 
     def tag(self, role: str) -> dict[str, Any]:
-        """What every node of its regions carries; ``role`` is "out" for the result."""
+        """Return the tag that every node of its regions carries; ``role`` is "out" for the result."""
         return {"method": self.method.name, "adapter": self.adapter, "site": self.id, "role": role}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values: all fields, with the method as its name and its options."""
+        """Return all fields as plain JSON values, with the method as its name and its options."""
         out = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "reads" or self.reads}
         return out | {
             "method": self.method.name,
@@ -97,6 +99,9 @@ class Attachment:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], method_of: Callable[[Mapping[str, Any]], Method]) -> Attachment:
-        """Inverse of :meth:`to_dict`; ``method_of`` makes a method of the name and the options that ``data`` has."""
+        """Return the attachment that :meth:`to_dict` described.
+
+        ``method_of`` makes the method of the name and the options in ``data``.
+        """
         plain = {f.name: data[f.name] for f in fields(cls) if f.name != "reads" or "reads" in data}
         return cls(**{**plain, "method": method_of(data), "consumers": tuple(data["consumers"])})

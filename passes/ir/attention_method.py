@@ -1,15 +1,15 @@
-"""Methods that add to what an attention gives: tokens of their own that its queries attend to beside the others.
+"""Methods that add to the output of an attention: virtual tokens to which its queries attend beside the model's tokens.
 
-Such a method is attached at the projection behind an attention, the site that names its layer, and its slots are bound,
-saved and swapped as all slots are. What it means is said by two functions instead of on the weight, pure and plain
-PyTorch, which are traced for all sizes at once:
+Such a method is attached to the projection behind an attention, which names its layer. Its slots are bound, saved and
+swapped as all slots are. It defines two pure functions in plain PyTorch, and none on the weight. They are traced for
+all sizes at once:
 
-    tokens(slots) -> (count, width)                what the layer's own projections make keys and values of
-    attend(query, keys, values, slots, scored)     what is added: (batch, heads, length, width of a value)
+    tokens(slots) -> (count, width)                virtual tokens, of which the layer's projections make keys and values
+    attend(query, keys, values, slots, scored)     the change of the output: (batch, heads, length, value width)
 
-``query`` is that of the attention, (batch, heads, length, width), after whatever the model does to it; ``keys`` and
-``values`` are (heads, count, width) of the tokens, as the projections make them; ``scored`` is what the attention makes
-of products of queries and keys before it adds anything: its scale, its cap.
+``query`` is that of the attention, (batch, heads, length, width), after all that the model does to it. ``keys`` and
+``values`` are (heads, count, width), of the virtual tokens, as the projections make them. ``scored`` turns the matmul
+of queries and keys into scores as the attention does, by its scale and its cap, before anything is added.
 """
 
 from __future__ import annotations
@@ -25,21 +25,25 @@ from adaptc.passes.ir.method import Initial, Method
 from adaptc.passes.ir.method_hooks import Slots
 from adaptc.passes.ir.ops import Op
 
-#: products of queries and keys -> scores
+#: matmul of queries and keys -> scores
 Scored = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class AttentionMethod(Method):
-    """See the module docstring. ``op`` in the hooks is that of the projection behind the attention: the width of the
-    model is ``op.out_features``."""
+    """A method that adds to an attention's output; the module docstring lists its functions.
+
+    ``op`` in the hooks is that of the projection behind the attention. The width of the model is ``op.out_features``.
+    """
 
     exact_sizes: ClassVar[bool] = True
 
     def tokens(self, slots: Slots) -> Tensor:
+        """Return the virtual tokens (count, width)."""
         raise AssertionError(f"{type(self).__name__} must define tokens()")
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, slots: Slots, scored: Scored) -> Tensor:
+        """Return the change of the attention's output, (batch, heads, length, value width)."""
         raise AssertionError(f"{type(self).__name__} must define attend()")
 
     def init(self, op: Op, W: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Initial:

@@ -1,10 +1,12 @@
-"""Calls inside blocks: what ``torch.no_grad``, autocast, ``torch.cond``, ``map``, ``while_loop`` and ``scan`` enclose.
+"""Calls inside blocks: the code that ``torch.no_grad``, autocast, ``torch.cond``, ``map`` and other ops enclose.
 
-A captured block is a graph of its own, called by a higher-order op that is handed all the block reads, parameters too.
-Layers are called inside, so the op itself says nothing of how a parameter is used. A *doorway* does: an ``aten.alias``
-in front of the op, through which one layer's weight, or its bias, goes into one block and to nothing else. Its custom
-meta holds what the layer inside does with it, so that a doorway stands for the layer's node wherever a pass looks for
-the consumer of a parameter. ``adapt.open_blocks`` makes them.
+A captured block is a graph of its own. A higher-order op calls it, and receives all that the block reads, parameters
+too. The layers are called inside, so the op itself does not say how a parameter is used. :data:`LAYOUTS` lists the ops
+that are known.
+
+A *doorway* says how: an ``aten.alias`` in front of the op, through which the weight or bias of one layer enters one
+block and nothing else. Its custom meta describes the layer inside. A doorway therefore stands for the layer's node
+wherever a pass looks for the node that reads a parameter. ``adapt.open_blocks`` makes the doorways.
 """
 
 from __future__ import annotations
@@ -19,15 +21,18 @@ from torch import fx
 from adaptc.passes.ir.module_paths import module_path
 from adaptc.passes.ir.ops import INSIDE, TABLE, called, operands
 
-#: how strict captures name the root inside a block
+#: the name that strict captures give to the root inside a block
 _ROOT = "_export_root"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a higher-order op is called. ``bodies``: positions of its graphs; ``lists``: those of the lists of what they
-    read, in order, of which ``fixed`` stay the same from call to call of a body; ``rest``: where the same begins among
-    the arguments, for an op that has no list of it."""
+    """The positions of graphs and operands among the arguments of a higher-order op.
+
+    ``bodies`` are the positions of its graphs, and ``lists`` those of its lists of operands, in the order in which the
+    bodies read them. ``fixed`` is the position of the list whose values the bodies read unchanged. For an op without
+    lists, ``rest`` is the position of the first operand.
+    """
 
     bodies: tuple[int, ...]
     lists: tuple[int, ...] = ()
@@ -36,6 +41,7 @@ class Layout:
 
 
 _HIGHER = torch.ops.higher_order
+#: op -> its layout; other higher-order ops are not known
 LAYOUTS: dict[Any, Layout] = {
     _HIGHER.wrap_with_set_grad_enabled: Layout((1,), rest=2),
     _HIGHER.wrap_with_autocast: Layout((4,), rest=5),
@@ -48,9 +54,12 @@ LAYOUTS: dict[Any, Layout] = {
 
 @dataclass(frozen=True)
 class Inside:
-    """What a doorway leads to. ``owner``: the module called inside, None where nothing tells. ``rivals``: FQNs of
-    which either may be meant. ``bias``: the doorway of the layer's bias; "" where there is none, None where what is
-    added is computed inside. ``op``: the name and the remaining arguments of the layer's op, None where it is no layer.
+    """The layer behind a doorway.
+
+    ``owner`` is the path of the module called inside, None if the capture does not tell. ``rivals`` are FQNs of
+    parameters, any of which may be the one meant. ``bias`` names the doorway of the layer's bias. It is "" for no bias,
+    and None if the block computes what is added. ``op`` is the name and the remaining arguments of the layer's op, None
+    if no layer is behind the doorway.
     """
 
     owner: str | None
@@ -60,13 +69,13 @@ class Inside:
     rivals: tuple[str, ...] = ()
 
     def to_meta(self) -> dict[str, Any]:
-        """Plain JSON values, which ``ops.called`` reads too."""
+        """Return the fields as plain JSON values, which ``ops.called`` reads too."""
         op = None if self.op is None else [self.op[0], _plain(self.op[1])]
         return {**vars(self), "op": op, "rivals": list(self.rivals)}
 
 
 def inside(node: fx.Node) -> Inside | None:
-    """What a doorway leads to; None for all other nodes."""
+    """Return the layer behind a doorway; None for all other nodes."""
     custom = node.meta.get("custom")
     meta: Mapping[str, Any] | None = custom.get(INSIDE) if isinstance(custom, dict) else None
     if meta is None:
@@ -77,15 +86,16 @@ def inside(node: fx.Node) -> Inside | None:
 
 
 def takes_bias(node: fx.Node) -> bool:
-    """Whether the op by which a node, or a layer behind a doorway, reads its weight can add a bias."""
+    """Return whether the op that reads a node's weight can add a bias; the op may be behind a doorway."""
     target, _ = called(node)
     return target is not None and TABLE[target][3] is not None
 
 
 def bias_of(nodes: Mapping[str, fx.Node], node: fx.Node) -> tuple[fx.Node | None, fx.Node]:
-    """What is added as the bias at a node with :func:`takes_bias`, None for none, and the node that reads it.
+    """Return the bias node at a node with :func:`takes_bias`, None without a bias, and the node that reads it.
 
-    Of a layer inside a block it must not be computed there: see :attr:`Inside.bias`."""
+    A bias that a block computes inside does not count: :attr:`Inside.bias` is None for it.
+    """
     through = inside(node)
     if through is None:
         return operands(node)[2], node
@@ -96,7 +106,7 @@ def bias_of(nodes: Mapping[str, fx.Node], node: fx.Node) -> tuple[fx.Node | None
 
 
 def called_in(node: fx.Node, known: Collection[str]) -> str | None:
-    """The module a node inside a block was traced in; None where the capture does not say."""
+    """Return the path of the module in which a node inside a block was traced; None if the capture does not say."""
     if not node.meta.get("nn_module_stack"):
         return None
     path = module_path(node, known)
@@ -106,7 +116,7 @@ def called_in(node: fx.Node, known: Collection[str]) -> str | None:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a higher-order op of a known layout, in the graph of ``module``."""
+    """A call of a higher-order op of known layout, in the graph of ``module``."""
 
     node: fx.Node
     module: fx.GraphModule
@@ -114,24 +124,26 @@ class Call:
 
     @classmethod
     def of(cls, node: fx.Node, module: fx.GraphModule) -> Call | None:
+        """Return the call that a node is; None for other nodes, unknown layouts, and calls with keyword arguments."""
         layout = LAYOUTS.get(node.target) if node.op == "call_function" else None
         return None if layout is None or node.kwargs else cls(node, module, layout)
 
     def bodies(self) -> list[fx.GraphModule]:
+        """Return the graph modules that the call runs, in the order of the layout."""
         return [getattr(self.module, str(b.target)) for b in self._body_nodes()]
 
     def gives_nothing(self) -> bool:
-        """Whether no value comes out: what was computed inside was not used, and a capture left the block."""
+        """Return whether no value leaves the block: the program did not use its results, but the capture kept it."""
         return not any(b.graph.output_node().args[0] for b in self.bodies())
 
     def is_empty(self) -> bool:
-        """Whether nothing happens inside either."""
+        """Return whether no value leaves the block and its bodies compute nothing."""
         return self.gives_nothing() and all(
             n.op in ("placeholder", "output") for b in self.bodies() for n in b.graph.nodes
         )
 
     def own_bodies(self, copy: Any) -> None:
-        """Give this call copies of its bodies, made by ``copy``, under names that nothing else in its module has."""
+        """Give this call bodies made by ``copy``, under names that nothing else in its module uses."""
         for i, node in zip(self.layout.bodies, self._body_nodes(), strict=True):
             name, body = str(node.target), copy(getattr(self.module, str(node.target)))
             others = [n for n in node.graph.find_nodes(op="get_attr") if n.target == name]
@@ -144,7 +156,7 @@ class Call:
             setattr(self.module, name, body)
 
     def operands(self) -> Iterator[tuple[int, fx.Node, bool]]:
-        """(position among what the bodies read, the node, whether the bodies read it as it is) of all that are nodes"""
+        """Yield (index among the bodies' operands, node, whether the bodies read it unchanged) for each node given."""
         at = 0
         for position in self.layout.lists or (None,):
             values = self.node.args[self.layout.rest :] if position is None else self.node.args[position]
@@ -154,7 +166,7 @@ class Call:
                 at += 1
 
     def set(self, at: int, value: fx.Node) -> None:
-        """Hand in another value at a position; one after the last is appended, and the bodies do not read it yet."""
+        """Replace the operand at an index; one past the last is appended, and the bodies do not read it yet."""
         if not self.layout.lists:
             kept = self.node.args[: self.layout.rest]
             self.node.args = (*kept, *_put(self.node.args[self.layout.rest :], at, value))
@@ -167,7 +179,7 @@ class Call:
             at -= len(values)
 
     def count(self) -> int:
-        """How many values the bodies read."""
+        """Return how many operands the bodies read."""
         if not self.layout.lists:
             return len(self.node.args) - self.layout.rest
         return sum(len(self.node.args[p]) for p in self.layout.lists)  # type: ignore[arg-type]
@@ -177,7 +189,7 @@ class Call:
 
 
 def calls(module: fx.GraphModule) -> list[Call]:
-    """Those in the graph of a module itself, not in its blocks."""
+    """Return the calls in a module's own graph, without those inside its blocks."""
     return [c for n in module.graph.nodes if (c := Call.of(n, module)) is not None]
 
 

@@ -1,7 +1,7 @@
-"""What code costs: operations of nodes and regions, as sympy expressions in a program's own free sizes.
+"""Estimate the cost of code: operations of nodes and regions, as sympy expressions in a program's own free sizes.
 
-Before: nodes with fake values. After: expressions of positive integers, with the widths of layers and the ranks of
-adapters as numbers. Nothing here decides; what is cheaper is up to whoever asks.
+The nodes must have fake values. The expressions are over positive integers, with the widths of layers and the ranks of
+adapters as numbers. The callers decide what is cheaper.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from adaptc.passes.ir.trees import pytree
 
 aten = torch.ops.aten
 
-#: op -> position of the operand whose last axis is summed over
+#: op -> position of the operand whose last axis the op sums over
 _SUMS = {
     aten.linear: 0,
     aten.matmul: 0,
@@ -37,7 +37,7 @@ _SUMS = {
     aten.linalg_solve: 0,
     aten.linalg_inv: 0,
 }
-#: functions in torch's expressions of sizes that sympy has by other names (torch.utils._sympy.functions)
+#: functions in torch's expressions of sizes (torch.utils._sympy.functions), in terms of sympy's own
 _FUNCTIONS: dict[str, Any] = {
     "FloorDiv": lambda a, b: sympy.floor(a / b),
     "CleanDiv": lambda a, b: a / b,
@@ -57,8 +57,10 @@ _CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.conv3d)
 
 @dataclass(frozen=True)
 class Work:
-    """Operations of a piece of code: ``moving`` those done for every call's inputs, ``fixed`` those on weights and
-    slots alone. sympy expressions in the free sizes of the program."""
+    """The operations of a piece of code, as sympy expressions in the program's free sizes.
+
+    ``moving`` counts those that depend on a call's inputs, ``fixed`` those on weights and slots alone.
+    """
 
     moving: Any = sympy.S.Zero
     fixed: Any = sympy.S.Zero
@@ -68,7 +70,7 @@ class Work:
 
 
 def work(region: fx.Graph, moving: int) -> Work:
-    """Of a region whose first ``moving`` inputs differ from call to call."""
+    """Return the operations of a region whose first ``moving`` inputs differ from call to call."""
     depends: set[fx.Node] = set()
     sums: list[Any] = [sympy.S.Zero, sympy.S.Zero]
     inputs = region.find_nodes(op="placeholder")
@@ -83,7 +85,7 @@ def work(region: fx.Graph, moving: int) -> Work:
 
 
 def node_work(node: fx.Node) -> Any:
-    """Operations of one node: two for each product that is summed, one for each element otherwise, none for a view."""
+    """Return the operations of one node: two per multiplied and summed pair, else one per element, none for a view."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or has_view_schema(node.target):
         return sympy.S.Zero
@@ -102,22 +104,22 @@ def _product(shape: Sequence[Any]) -> Any:
 
 
 def size_expression(size: Any) -> Any:
-    """A size, a number or symbolic, as a sympy expression of positive integers."""
+    """Return a size, an int or a symbolic one, as a sympy expression of positive integers."""
     return sympy.Integer(size) if isinstance(size, int) else _parsed(str(size))
 
 
 @cache
 def _parsed(text: str) -> Any:
-    """A symbolic size as an expression of positive integers."""
+    """Return the text of a symbolic size as an expression of positive integers."""
     parsed: Any = parse_expr(text, local_dict=_FUNCTIONS)
-    # What torch's expressions may have besides is a size that nothing is known of.
+    # Any other function in torch's expression stands for a size of which nothing is known.
     for unknown in parsed.atoms(AppliedUndef):
         parsed = parsed.xreplace({unknown: sympy.Symbol(str(unknown))})
     return parsed.subs({s: sympy.Symbol(str(s), integer=True, positive=True) for s in parsed.free_symbols})
 
 
 def example_sizes(program: ExportedProgram) -> dict[str, int]:
-    """Free size -> its value in the example inputs; empty where a program was saved without them."""
+    """Return the value of each free size in the example inputs; empty for a program that was saved without them."""
     if program.example_inputs is None:
         return {}
     values, wanted = pytree.tree_leaves(program.example_inputs), user_inputs(program)
@@ -131,6 +133,6 @@ def example_sizes(program: ExportedProgram) -> dict[str, int]:
 
 
 def at_sizes(expression: Any, sizes: Mapping[str, int]) -> Any:
-    """An expression in free sizes at their values."""
-    # A size that is not an input's own (what a program computes from its data) counts as one.
+    """Return the value of an expression in free sizes at these sizes."""
+    # A size that no input has, which the program computes from its data, counts as one.
     return expression.subs({s: sizes.get(str(s), 1) for s in expression.free_symbols})

@@ -1,7 +1,7 @@
-"""What a node of an exported graph does beside computing its value: randomness, writes, and memory it shares.
+"""Find the effects of a node in an exported graph: randomness, writes, and memory it shares.
 
-Op schemas say most of it. Where they are silent (an op that hands its input on in some cases, the running statistics
-that batch norm writes to in training), the tables below do; whatever is unknown counts as the worst.
+Op schemas tell most of it. Some are silent: an op may return its input in some cases, and batch norm writes its running
+statistics in training. The tables below cover these. An unknown op counts as having every effect.
 
 Private torch use, with the public route that was tried: ``OpOverload`` and ``HigherOrderOperator`` of ``torch._ops``
 tell the ops of a graph from Python functions. Public: none; ``torch.ops`` has the ops and not their classes.
@@ -23,7 +23,7 @@ from adaptc.passes.ir.ops import argument
 
 aten = torch.ops.aten
 
-#: ops that may hand an input on, though their schema does not say so and no tag does
+#: ops that may return an input or a view of it, although neither their schema nor a tag says so
 _HANDS_ON = {
     aten.type_as,
     aten.broadcast_tensors,
@@ -37,21 +37,21 @@ _HANDS_ON = {
     aten.pad,
     aten.cartesian_prod,
 }
-#: results whose contents are whatever was in memory
+#: beginnings of the names of ops whose results hold whatever was in memory
 _UNFILLED = ("empty", "new_empty", "resize")
 #: namespaces whose schemas can be trusted to name what an op writes to and whether it draws random numbers
 _TRUSTED = ("aten", "prims", "adaptc")
 
 
 def static_tensors(node: fx.Node) -> bool:
-    """Whether the value is a tensor, or a tuple of tensors, of sizes that are numbers."""
+    """Return whether the value is a tensor, or a tuple of tensors, whose sizes are all ints."""
     value = node.meta.get("val")
     parts = value if isinstance(value, (tuple, list)) else [value]
     return bool(parts) and all(isinstance(v, Tensor) and all(isinstance(s, int) for s in v.shape) for v in parts)
 
 
 def pure(node: fx.Node) -> bool:
-    """Whether the value follows from the arguments alone, and nothing else happens."""
+    """Return whether the value follows from the arguments alone and the node has no other effect."""
     target = node.target
     if node.op != "call_function":
         return False
@@ -62,18 +62,18 @@ def pure(node: fx.Node) -> bool:
     if target in FLAGS or target is SDPA:
         return not mode_of(node)
     if not target._schema.returns and not is_metadata_assert(node):
-        return False  # an assertion: it is there to fail
+        return False  # an op without results is an assertion, and failing is its effect
     name = target.overloadpacket.__name__
     return torch.Tag.nondeterministic_seeded not in target.tags and not name.startswith(_UNFILLED)
 
 
 def is_metadata_assert(node: fx.Node) -> bool:
-    """Whether the node has no value and only looks at its arguments (``torch.export`` writes them before casts)."""
+    """Return whether the node has no value and only checks metadata, as ``torch.export`` does before casts."""
     return node.target is aten._assert_tensor_metadata.default
 
 
 def written(node: fx.Node) -> Iterable[fx.Node]:
-    """The arguments whose memory the node may write to."""
+    """Return the arguments whose memory the node may write to."""
     target = node.target
     if node.op != "call_function" or target is aten.detach_.default:
         return ()
@@ -91,12 +91,12 @@ def written(node: fx.Node) -> Iterable[fx.Node]:
 
 
 def writes(node: fx.Node) -> bool:
-    """Whether the node is an op that writes to an argument by its schema."""
+    """Return whether the schema of the node's op says that it writes to an argument."""
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
 def shared(node: fx.Node) -> Iterable[fx.Node]:
-    """The arguments whose memory the value may share."""
+    """Return the arguments whose memory the value may share."""
     target = node.target
     if node.op != "call_function":
         return ()
@@ -104,7 +104,7 @@ def shared(node: fx.Node) -> Iterable[fx.Node]:
         if any(r.alias_info is not None for r in target._schema.returns):
             arguments = enumerate(target._schema.arguments)
             return _nodes(argument(node, i) for i, a in arguments if a.alias_info is not None)
-        if target is aten.einsum.default:  # of one operand it is a transposition
+        if target is aten.einsum.default:  # with one operand it may only transpose, and then returns a view
             operands = _nodes([argument(node, 1)])
             return operands if len(operands) == 1 else ()
         tagged = torch.Tag.maybe_aliasing_or_mutating in target.tags and target not in WRITES_STATISTICS
@@ -113,14 +113,16 @@ def shared(node: fx.Node) -> Iterable[fx.Node]:
 
 
 def has_view_schema(target: Any) -> bool:
-    """Whether an op's schema says that its results are the memory of its arguments, which it does not write to. Casts
-    say so too, and copy in most cases: see :func:`is_view`."""
+    """Return whether an op's schema says that its results share memory with its arguments, which it does not write to.
+
+    The schemas of casts say so too, although casts mostly copy: see :func:`is_view`.
+    """
     returns = getattr(getattr(target, "_schema", None), "returns", ())
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
 def is_view(node: fx.Node) -> bool:
-    """Whether the value surely is its first argument's memory, as far as dtypes, devices and strides tell."""
+    """Return whether the value certainly is a view of its first argument, judged by dtypes, devices and strides."""
     if not node.args or not isinstance(node.args[0], fx.Node) or node.args[0] not in shared(node):
         return False
     old, new = (n.meta.get("val") for n in (node.args[0], node))
@@ -135,7 +137,7 @@ def is_view(node: fx.Node) -> bool:
 
 
 def touched(graph: fx.Graph) -> tuple[set[fx.Node], set[fx.Node]]:
-    """(nodes whose memory is written to; these and the nodes whose memory is handed out)."""
+    """Return (the nodes whose memory is written to; these and the nodes whose memory is returned)."""
     memory = memory_groups(graph)
     written_to = {memory[n] for node in graph.nodes for n in written(node)}
     returned = {memory[n] for n in graph.output_node().all_input_nodes}
@@ -144,7 +146,7 @@ def touched(graph: fx.Graph) -> tuple[set[fx.Node], set[fx.Node]]:
 
 
 def writers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """Node -> those that may write to its memory, in order; of nodes that have such."""
+    """Return, for each node whose memory may be written to, the nodes that may write to it, in order."""
     memory = memory_groups(graph)
     found: dict[Any, list[fx.Node]] = {}
     for node in graph.nodes:
@@ -154,8 +156,10 @@ def writers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 
 
 def memory_groups(graph: fx.Graph, fresh: Collection[Any] = ()) -> UnionFind:
-    """The nodes of a graph in groups that may share memory. ``fresh``: functions that are no ops, and whose values
-    are memory of their own."""
+    """Return the nodes of a graph in groups that may share memory.
+
+    ``fresh`` are Python functions among the targets whose results never share memory with their arguments.
+    """
     groups = UnionFind(graph.nodes)
     for node in graph.nodes:
         groups.union(node, *(() if node.target in fresh else shared(node)))
@@ -163,7 +167,7 @@ def memory_groups(graph: fx.Graph, fresh: Collection[Any] = ()) -> UnionFind:
 
 
 def sweep(graph: fx.Graph) -> None:
-    """Erase what nothing reads and nobody would miss."""
+    """Erase the nodes that are pure and have no users, except assertions."""
     for node in reversed(list(graph.nodes)):
         if node.op == "call_function" and not node.users and pure(node) and not is_metadata_assert(node):
             graph.erase_node(node)

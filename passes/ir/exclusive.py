@@ -1,16 +1,16 @@
-"""Work on graphs, one thread at a time.
+"""Work on graphs in one thread at a time.
 
-Programs made of one another share fake tensors, their shape environment and parts of their graphs, and tracing patches
-torch for all threads of the process. So whoever traces, rewrites, validates, reads or writes a graph holds one lock,
-:data:`GRAPHS`, for as long as it takes. Calls and swaps do without it: they read what was made before.
+Programs made of one another share fake tensors, their shape environment and parts of their graphs. Tracing patches
+torch for all threads of the process. So code that traces, rewrites, validates, reads or writes a graph holds one lock,
+:data:`GRAPHS`, all the while. Calls and swaps do without it: they read what was made before.
 
-Tensors that are made meanwhile are kept. So whatever a caller has on in torch (transforms, modes, autocast, inference
-mode) is off for whoever takes the lock by :func:`on_graphs`.
+Tensors that are made under the lock are kept. So whatever a caller has switched on in torch (transforms, modes,
+autocast, inference mode) is off under :func:`on_graphs`.
 
-A graph is a million small objects that all live on. Python's collector would look through them again and again, for a
-fifth of the time of a capture and more, so it rests meanwhile.
+A graph is a million small objects that all stay alive. Python's garbage collector would scan them again and again, for
+a fifth of the time of a capture or more. So it is off under the lock.
 
-What must hold: whoever holds another lock does not ask for this one, so that no two threads wait for each other.
+A thread that holds another lock must not take this one. Otherwise two threads could wait for each other.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from adaptc.torch_modes import plainly
 P = ParamSpec("P")
 R = TypeVar("R")
 
+#: the lock on all graphs; free in a forked child, unless the thread that forked holds it
 GRAPHS = free_in_children(threading.RLock())
 
 
 class _Held:
-    """The thread that took the lock by :func:`on_graphs`. A child that was forked has none of its parent's threads."""
+    """The thread that took the lock by :func:`on_graphs`. A forked child has none of its parent's threads."""
 
     by: int | None = None
 
@@ -42,7 +43,10 @@ _HELD = _Held()
 
 @contextlib.contextmanager
 def on_graphs() -> Iterator[None]:
-    """:data:`GRAPHS`, with nothing on in torch that was on outside. What its holder enters after that stays on."""
+    """Run the block with :data:`GRAPHS` held, Python's garbage collector off, and torch's modes of the caller off.
+
+    A mode that the block itself enters stays on, also in nested uses.
+    """
     with GRAPHS:
         if _HELD.by == threading.get_ident():
             yield
@@ -60,7 +64,7 @@ def on_graphs() -> Iterator[None]:
 
 
 def exclusive(function: Callable[P, R]) -> Callable[P, R]:
-    """``function``, run by one thread at a time, and while no other works on graphs."""
+    """Return ``function`` wrapped to run under :func:`on_graphs`, so that no other thread works on graphs meanwhile."""
 
     @functools.wraps(function)
     def alone(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -71,8 +75,10 @@ def exclusive(function: Callable[P, R]) -> Callable[P, R]:
 
 
 class exclusive_property(Generic[R]):
-    """A value worked out once per object, by one thread at a time: as ``functools.cached_property`` does, which in
-    Python 3.11 would hold a lock of its own besides."""
+    """A property that is computed once per object, under :func:`on_graphs`.
+
+    It replaces ``functools.cached_property``, which in Python 3.11 would hold a lock of its own besides.
+    """
 
     def __init__(self, function: Callable[[Any], R]) -> None:
         self.function, self.__doc__ = function, function.__doc__

@@ -1,12 +1,12 @@
-"""What torch keeps of graphs that are gone, given back.
+"""Release what torch keeps of graphs that are gone.
 
-After: a process that compiles, loads, merges and swaps for weeks holds no more than the programs that it still has.
-Nothing here changes what a program computes.
+Without this, a process that compiles, loads, merges and swaps for weeks would hold more than the programs that it still
+has. Nothing here changes what a program computes.
 
 Private torch use, with the public route that was tried:
 - ``ShapeEnv.tracked_fakes`` and the caches of its class. Public: none, nor is there a public way to the environment.
-- ``torch.fx.graph_module._loader``, which keeps the text of all code that ``fx.GraphModule`` ever made, for tracebacks.
-  Public: none; ``linecache.clearcache`` empties its own table alone, and that of all other modules with it.
+- ``torch.fx.graph_module._loader`` keeps the text of all code that ``fx.GraphModule`` ever made, for tracebacks.
+  Public: none; ``linecache.clearcache`` empties only linecache's own table, and does so for all other modules too.
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ from torch.fx.graph_module import _loader
 
 from adaptc.passes.ir.lifted import fake_mode_of
 
-#: texts, and letters in them, from which on those of dead code are looked for
+#: the numbers of texts, and of characters in them, above which :func:`forget_code` looks for dead code
 MOST, LONGEST = 1024, 1 << 25
 _next: list[tuple[int, int]] = [(MOST, LONGEST)]
 
 
 def forget_sizes(graph: fx.Graph, *, captured: bool) -> None:
-    """Make torch let go of a graph's shape environment once nobody has the graph any more: caches of its class hold
-    every environment for good, and so does a circle through C++, from it to the fake inputs it checks its guards with
-    and back, which no garbage collection sees. ``captured``: the graph was just captured, and its guards are made."""
+    """Make torch free a graph's shape environment once nothing refers to the graph any more.
+
+    Caches of its class hold every environment forever. A cycle through C++ does too: from the environment to the fake
+    inputs that it checks its guards with, and back. No garbage collector sees that cycle. ``captured`` says that the
+    graph was just captured and its guards are made.
+    """
     env = getattr(fake_mode_of(graph), "shape_env", None)
     for function in vars(type(env)).values():
         clear = getattr(function, "cache_clear", None)
@@ -40,8 +43,11 @@ def forget_sizes(graph: fx.Graph, *, captured: bool) -> None:
 
 
 def _forwards(cls: type) -> Iterator[types.FunctionType]:
-    """The code of all modules that there are; each has a class of its own. The garbage collector knows it too, but who
-    asks it for all objects sees tuples that other threads are still filling, which then fails for them."""
+    """Yield the ``forward`` functions of all graph modules that exist; each module has a class of its own.
+
+    ``gc.get_objects`` would find them too. But it returns tuples that other threads are still filling, which then fails
+    for these threads.
+    """
     for sub in cls.__subclasses__():
         forward = vars(sub).get("forward")
         if isinstance(forward, types.FunctionType):
@@ -50,7 +56,10 @@ def _forwards(cls: type) -> Iterator[types.FunctionType]:
 
 
 def forget_code(*, now: bool = False) -> None:
-    """Drop the texts of code that is gone, if many have come since this was last done. The caller holds ``GRAPHS``."""
+    """Drop the texts of code that is gone, if many were added since the last time.
+
+    ``now`` drops them in any case. The caller must hold ``GRAPHS``.
+    """
     texts = _loader.eval_cache
     most, longest = _next[0]
     if not now and len(texts) <= most and sum(map(len, list(texts.values()))) <= longest:

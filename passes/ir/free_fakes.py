@@ -1,12 +1,12 @@
-"""Fakes whose sizes are nobody's: what is traced on them is code for all sizes.
+"""Make fake tensors whose sizes are free symbols, so that code traced on them serves all sizes.
 
-The values of a program are symbolic in the sizes of its inputs, but an adapter's slots have the sizes of one adapter,
-which would become constants of what is traced on them. Here both get symbols, in an environment that is thrown away;
-what was traced is code alone, and its values come from the program it is put into (``propagate``).
+The values of a program are symbolic in the sizes of its inputs. An adapter's slots have the sizes of one adapter, which
+would become constants of the traced code. Here both get symbols, in an environment that is thrown away. Only the traced
+code is kept. Its values come from the program that it is put into (``propagate``).
 
 Private torch use, with the public route that was tried: ``FakeTensorMode``, ``ShapeEnv.create_symbol`` and
-``create_symintnode``. Public: ``make_fx(tracing_mode="symbolic")`` on tensors of example sizes, which needs memory for
-them and makes sizes one that are equal by chance; ``torch.export.Dim`` is for inputs of modules.
+``create_symintnode``. Public: ``make_fx(tracing_mode="symbolic")`` on tensors of example sizes. It needs memory for
+them, and identifies sizes that are equal by chance. ``torch.export.Dim`` is for inputs of modules.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
+#: the example value of every free size
 HINT = 16
 
 
 class FreeFakes:
-    """An environment. Sizes of one name are one size; no two others are known to be equal. ``sums``: name -> those of
-    the sizes that it is the sum of."""
+    """An environment of free sizes. Sizes with one name are one size; no two other sizes are known to be equal.
+
+    ``sums`` maps a name to the names of the sizes whose sum it is.
+    """
 
     def __init__(self, sums: Mapping[str, Sequence[str]] = MappingProxyType({})) -> None:
         self.sums = sums
@@ -34,6 +37,7 @@ class FreeFakes:
         self.sizes: dict[str, Any] = {}
 
     def size(self, name: str) -> Any:
+        """Return the symbol of a named size, made at its first use."""
         from torch._dynamo.source import ConstantSource
 
         if name in self.sums:
@@ -45,8 +49,10 @@ class FreeFakes:
         return self.sizes[name]
 
     def like(self, value: Tensor, free: Collection[int] | Mapping[int, str] = (), name: str = "") -> Tensor:
-        """A fake like ``value``, with a size for each that is symbolic, and one called ``name`` along the axes
-        ``free``, or called as these say."""
+        """Return a fake like ``value`` in which each symbolic size and each axis in ``free`` has a free size.
+
+        The size along a free axis is called ``name``, or as the mapping ``free`` says.
+        """
         names = free if isinstance(free, Mapping) else dict.fromkeys(free, name)
         shape = [
             self.size(names[i]) if i in names else s if isinstance(s, int) else self.size(str(s))

@@ -1,7 +1,6 @@
-"""How a program is called, after keyword inputs came or went: its call signature and its example inputs.
+"""Update how a program is called after keyword inputs were added or removed: its call signature and example inputs.
 
-Before: the module calls of a program (the first is its own), its examples, and the flat inputs it has now. After: both
-for these inputs. Positional inputs stay; keyword inputs that are gone are left out, new ones stand last.
+Positional inputs stay. Removed keyword inputs are left out, and new ones come last.
 """
 
 from __future__ import annotations
@@ -21,8 +20,12 @@ def with_inputs(
     inputs: Sequence[Any],
     new: Mapping[str, tuple[int, Sequence[int], Sequence[int], torch.dtype]],
 ) -> tuple[list[Any], Any]:
-    """``inputs``: the arguments of the graph, in order. ``new``: keyword inputs that came, with the place of
-    a flat input, axes of it and further sizes that they have; their examples are zeros."""
+    """Return the module calls of a program, the first of which is its own, and its examples, for the inputs it has now.
+
+    ``inputs`` are the arguments of the graph, in order. ``new`` describes the added keyword inputs: the index of a flat
+    input, axes of it, further sizes, and a dtype. The axes' sizes and the further ones are the shape. Their examples
+    are zeros.
+    """
     first, *rest = calls
     spec, known = first.signature.in_spec, first.signature.forward_arg_names
     args, kwargs = pytree.tree_unflatten([0] * spec.num_leaves, spec)

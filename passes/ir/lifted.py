@@ -1,17 +1,17 @@
-"""Edits of an exported program's lifted inputs: the only file that touches placeholders, signature and state together.
+"""Edit an exported program's lifted inputs: the only file that touches placeholders, signature and state together.
 
-Open a program with ``Lifted(program)``, change its ``graph`` freely, add and remove parameters here, and ``finish()``.
-The program given is never modified: its graph is copied node by node, its state dict is copied as a dict (tensors are
-shared). Every placeholder always has exactly one input spec, in the same order: ``finish`` derives the signature from
-the placeholders instead of keeping the two in step by hand.
+Open a program with ``Lifted(program)``, change its ``graph`` freely, add and remove parameters here, and call
+``finish()``. The given program is never modified. Its graph is copied node by node. Its state dict is copied as a dict
+that shares the tensors. Every placeholder always has exactly one input spec. ``finish`` derives the signature from the
+order of the placeholders, so that no code has to keep the two in step.
 
 Private torch use, with the public route that was tried:
-- ``torch._guards.detect_fake_mode`` finds the fake mode of a graph. Public: none; a FakeTensor's ``fake_mode`` is as
-  private.
-- ``FakeTensor`` and ``FakeTensorMode``: a fake of a known mode, and a mode without a program. Public: none.
-- ``ShapeEnv.suppress_guards``. Public: none, nor is there a public way from a fake value to its environment.
-- ``ExportedProgram._guards_code``: the conditions on sizes. Public: none; ``program.module()`` has them as a function,
-  which needs example inputs, and raises an AssertionError that names no sizes.
+- ``torch._guards.detect_fake_mode`` finds the fake mode of a graph. Public: none; a FakeTensor's ``fake_mode`` is
+  private too.
+- ``FakeTensor`` and ``FakeTensorMode`` make a fake of a known mode, and a mode without a program. Public: none.
+- ``ShapeEnv.suppress_guards`` and the environment of a fake value. Public: none.
+- ``ExportedProgram._guards_code`` has the conditions on sizes. Public: ``program.module()`` has them as a function. It
+  needs example inputs, and raises an AssertionError that names no sizes.
 - the ``ExportedProgram`` constructor. Public: rewriting ``program.module()`` and exporting again, which costs a full
   capture and loses ``nn_module_stack`` (the site paths).
 """
@@ -46,72 +46,72 @@ from adaptc.passes.ir.trees import pytree
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """A copy with the same node names, sharing ``meta`` values but not the ``meta`` dicts."""
+    """Return a copy of ``graph`` with the same node names, which shares ``meta`` values but not the ``meta`` dicts."""
     new = empty_like(graph)
     values: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         copied = new.node_copy(node, values.__getitem__)
-        # fx gives a node that is called like a builtin ("input") another name; torch.export keeps such names.
+        # fx renames a node whose name is a builtin's, such as "input"; torch.export keeps such names.
         copied.name = node.name
         values[node] = copied
     return new
 
 
 def empty_like(graph: fx.Graph) -> fx.Graph:
-    """A graph without nodes that makes code as ``graph`` does."""
+    """Return a graph without nodes that has the tracer class and code generator of ``graph``."""
     new = fx.Graph(tracer_cls=graph._tracer_cls)
     new.set_codegen(graph._codegen)
     return new
 
 
 def user_inputs(program: ExportedProgram) -> dict[str, Any]:
-    """Name -> what the graph has for each of the user's flat inputs, in order: a fake tensor, a size, or a constant."""
+    """Return the graph's values of the user's flat inputs, by name, in order: fake tensors, sizes or constants."""
     return inputs_of(program.graph, program.graph_signature)
 
 
 def inputs_of(graph: fx.Graph, signature: ExportGraphSignature) -> dict[str, Any]:
-    """The same of a graph and its signature."""
+    """Return what :func:`user_inputs` returns, for a graph and its signature."""
     nodes = {n.name: n for n in graph.find_nodes(op="placeholder")}
     args = [s.arg for s in signature.input_specs if s.kind == InputKind.USER_INPUT]
     return {a.name: a.value if isinstance(a, ConstantArgument) else nodes[a.name].meta.get("val") for a in args}
 
 
 def lifted_names(signature: ExportGraphSignature) -> dict[str, str]:
-    """Placeholder -> the name of the parameter, buffer or constant that it stands for."""
+    """Return, for each lifted placeholder, the name of the parameter, buffer or constant that it stands for."""
     return {s.arg.name: s.target for s in signature.input_specs if s.target is not None}  # type: ignore[union-attr]
 
 
 def guards_of(program: ExportedProgram) -> list[str]:
-    """What torch assumed of input sizes when it captured the program, as conditions such as
-    ``L['x'].size()[0] != 1``."""
+    """Return the assumptions that capture made about input sizes, as conditions such as ``L['x'].size()[0] != 1``."""
     return list(getattr(program, "_guards_code", ()))
 
 
 def fake_mode_of(graph: fx.Graph) -> Any:
-    """The fake mode of a graph's values; None when it has none."""
+    """Return the fake mode of a graph's values; None when it has none."""
     return detect_fake_mode([n.meta.get("val") for n in graph.nodes])
 
 
 def fake_of(graph: fx.Graph) -> Callable[[Tensor], Tensor]:
-    """A function that makes fakes of tensors, with static shape, in a graph's own mode."""
+    """Return a function that makes fakes of tensors in a graph's own mode, with static shapes."""
     mode = fake_mode_of(graph)
     return lambda tensor: _fake(mode, tensor)
 
 
 def fake_tensors() -> FakeTensorMode:
-    """A context in which tensors are made without values, apart from any program."""
+    """Return a context in which new tensors have no values and belong to no program."""
     return FakeTensorMode()
 
 
 @contextmanager
 def sizes_stay_free(fakes: Iterable[Any]) -> Iterator[None]:
-    """Keep what runs on ``fakes`` from narrowing the program's symbolic sizes, and what it creates among them.
+    """Run the block with guards on the symbolic sizes of ``fakes`` suppressed, in the fake mode of these tensors.
 
-    A fake convolution asks for the batch size to choose its kernel, and the answer would become part of the program.
+    Without this, a fake convolution would ask for the batch size to choose its kernel, and the answer would become part
+    of the program.
     """
     mode = detect_fake_mode(list(fakes))
     env = getattr(mode, "shape_env", None)
-    # In the mode, so that an arange is a fake of the same program and not a tensor.
+    # Inside the mode an arange gives a fake of the same program; outside it would give a real tensor.
     with nullcontext() if mode is None else mode, nullcontext() if env is None else env.suppress_guards():
         yield
 
@@ -119,15 +119,17 @@ def sizes_stay_free(fakes: Iterable[Any]) -> Iterator[None]:
 def _fake(mode: Any, tensor: Tensor) -> Tensor:
     if mode is None:
         raise CaptureError("the graph has no fake values; capture it with torch.export.export")
-    # Ten times cheaper than mode.from_tensor, which describes the tensor's storage first; slots are plain tensors.
+    # mode.from_tensor takes ten times as long, since it describes the tensor's storage. Slots are plain tensors.
     meta = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device="meta")
     fake = FakeTensor(mode, meta, tensor.device)
     return torch.nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else fake
 
 
 class Lifted:
-    """A program opened for editing; see the module docstring. With ``edit=False`` it is opened to look only: the graph
-    is the program's own and must not be changed."""
+    """An exported program that is open for editing; the module docstring says how to use it.
+
+    With ``edit=False`` it is open for reading only: ``graph`` is then the program's own and must not be changed.
+    """
 
     def __init__(self, program: ExportedProgram, *, edit: bool = True) -> None:
         self.program = program
@@ -151,11 +153,11 @@ class Lifted:
         self._add_aliases()
 
     def _add_aliases(self) -> None:
-        """FQNs of tied weights that have no placeholder of their own point to the one that carries their uses."""
+        """Map each FQN of a tied weight whose placeholder is missing or unread to the placeholder with users."""
         by_storage: dict[Any, fx.Node] = {}
         for fqn, node in self.placeholders.items():
             tensor = self.state_dict.get(fqn, self.constants.get(fqn))
-            # Of two placeholders over one storage, the one that is read carries the uses.
+            # Two placeholders may share one storage; the one with users is the right one.
             if isinstance(tensor, Tensor) and (node.users or storage_key(tensor) not in by_storage):
                 by_storage[storage_key(tensor)] = node
         for fqn, tensor in self.state_dict.items():
@@ -164,11 +166,11 @@ class Lifted:
                 self.placeholders[fqn] = node
 
     def tensor(self, fqn: str) -> Tensor:
-        """The value behind a parameter, buffer or constant."""
+        """Return the value of a parameter, buffer or constant."""
         return self.state_dict[fqn] if fqn in self.state_dict else self.constants[fqn]
 
     def freeze(self) -> None:
-        """Replace parameters by twins that share their memory and require no grad, so that flags of the model stay."""
+        """Replace parameters by twins that share their memory and require no gradient; the model's flags stay."""
         twins: dict[int, torch.nn.Parameter] = {}
         for fqn, tensor in self.state_dict.items():
             if isinstance(tensor, torch.nn.Parameter):
@@ -176,15 +178,18 @@ class Lifted:
                 self.state_dict[fqn] = twin
 
     def fqns(self, node: fx.Node) -> list[str]:
-        """All FQNs a placeholder stands for (several when weights are tied)."""
+        """Return all FQNs that a placeholder stands for; a tied weight has several."""
         return [f for f, n in self.placeholders.items() if n is node]
 
     def fake(self, tensor: Tensor) -> Tensor:
-        """``tensor`` as a fake of this graph's mode, with static shape."""
+        """Return ``tensor`` as a fake of this graph's mode, with static shape."""
         return _fake(self.fake_mode, tensor)
 
     def add(self, fqn: str, tensor: Tensor) -> fx.Node:
-        """A new lifted input: a parameter if ``tensor`` is an ``nn.Parameter``, else a persistent buffer."""
+        """Add a lifted input and return its placeholder: a parameter for an ``nn.Parameter``, else a persistent buffer.
+
+        Raises ConfigError if the program already has a tensor with this name.
+        """
         if fqn in self.state_dict or fqn in self.constants:
             raise ConfigError(
                 f"the program already has a tensor named {fqn!r}: another adapter's, or the model's own. Give this "
@@ -196,7 +201,7 @@ class Lifted:
         is_param = isinstance(tensor, torch.nn.Parameter)
         kind = InputKind.PARAMETER if is_param else InputKind.BUFFER
         name = ("p_" if is_param else "b_") + fqn.replace(".", "_")
-        # Without user inputs, the first node that is no placeholder: there is always the output.
+        # A program without user inputs still has a node that is no placeholder: its output.
         before = self._first_user or next(n for n in self.graph.nodes if n.op != "placeholder")
         with self.graph.inserting_before(before):
             node = self.graph.create_node("placeholder", name, name=name)
@@ -212,8 +217,11 @@ class Lifted:
     def add_input(
         self, name: str, like: fx.Node, axes: Sequence[int], dtype: torch.dtype, more: Sequence[int] = ()
     ) -> fx.Node:
-        """A new keyword input of the caller's, with these axes of the input ``like``, and of ``more`` sizes behind
-        them; its example is zeros."""
+        """Add a keyword input for the caller and return its placeholder.
+
+        Its shape is made of the ``axes`` of the input ``like``, followed by the sizes ``more``. Its example is zeros.
+        Raises ConfigError if an input or a value already has this name.
+        """
         if name in self.specs or any(n.name == name for n in self.graph.nodes):
             raise ConfigError(
                 f"the program has an input or a value called {name!r} already, and one of that name is to be added"
@@ -243,15 +251,16 @@ class Lifted:
         self.calls, self.examples = with_inputs(self.calls, self.examples, inputs, examples)
 
     def split(self, fqn: str, users: Iterable[fx.Node], tensor: Tensor) -> fx.Node:
-        """Untie ``fqn``: give it a placeholder of its own with value ``tensor``, read by ``users`` alone.
+        """Untie ``fqn``: give it a placeholder of its own with value ``tensor``, which only ``users`` read; return it.
 
-        The other users keep the old placeholder. If it went by this FQN it takes another of its own, or a new one.
+        The other users keep the old placeholder. If that one went by ``fqn``, it takes another of its names, or a new
+        one.
         """
         old = self.placeholders[fqn]
         spec = self.specs[old.name]
         if spec.target == fqn:
             others = [f for f in self.fqns(old) if f != fqn]
-            if not others:  # the same parameter, read by another module: functional heads do this
+            if not others:  # another module reads this very parameter, as functional heads do
                 others = [f"{fqn}_untied"]
                 self.state_dict[others[0]] = self.state_dict[fqn]
                 self.placeholders[others[0]] = old
@@ -262,7 +271,7 @@ class Lifted:
         return node
 
     def set(self, fqn: str, tensor: Tensor) -> None:
-        """Give a lifted input another value; all its FQNs follow, so that tied weights stay tied."""
+        """Give a lifted input another value, under all its FQNs, so that tied weights stay tied."""
         node = self.placeholders[fqn]
         for name in self.fqns(node):
             for tensors in (self.state_dict, self.constants):
@@ -273,7 +282,7 @@ class Lifted:
             node.meta["val"] = self.fake(tensor)
 
     def remove(self, fqn: str) -> None:
-        """Erase a lifted input that nothing reads any more, under all its names."""
+        """Erase a lifted input under all its names. Raises PassError if a node still reads it."""
         node = self.placeholders[fqn]
         if node.users:
             raise PassError(f"{fqn!r} is still read by {[u.name for u in node.users]}")
@@ -282,13 +291,13 @@ class Lifted:
             del self.placeholders[name]
             self.state_dict.pop(name, None)
             self.constants.pop(name, None)
-        # A tied weight can have a placeholder per name, of which one is read.
+        # A tied weight can have a placeholder for each name, although only one of them had users.
         for spec in [s for s in self.specs.values() if s.target in names]:
             self.graph.erase_node(self.nodes.pop(spec.arg.name))
             del self.specs[spec.arg.name]
 
     def write_back_nothing(self, fqn: str) -> None:
-        """Leave out the outputs that are there to be written to a parameter or buffer after each call."""
+        """Drop the outputs that update this parameter or buffer after each call."""
         out = self.graph.output_node()
         values: Any = out.args[0]
         kept = [(s, v) for s, v in zip(self.outputs, values, strict=True) if s.target != fqn]
@@ -296,13 +305,16 @@ class Lifted:
         out.args = (tuple(v for _, v in kept),)
 
     def user_outputs(self, indices: Iterable[int]) -> list[fx.Node]:
-        """Some of the user's outputs."""
+        """Return the nodes of the user's outputs at these indices."""
         values: Any = self.graph.output_node().args[0]
         users = [v for v, s in zip(values, self.outputs, strict=True) if s.kind == OutputKind.USER_OUTPUT]
         return [users[i] for i in indices]
 
     def keep(self, nodes: Collection[fx.Node], outputs: Sequence[fx.Node]) -> None:
-        """Erase all other nodes, inputs among them, and give these ``outputs`` alone."""
+        """Erase all nodes but ``nodes``, inputs included, and make ``outputs`` the only user outputs.
+
+        Other outputs, such as updates of buffers, stay if their nodes are in ``nodes``.
+        """
         out_node = self.graph.output_node()
         values: Any = out_node.args[0]
         pairs = list(zip(values, self.outputs, strict=True))
@@ -318,7 +330,7 @@ class Lifted:
         self.placeholders = {f: n for f, n in self.placeholders.items() if n in nodes}
 
     def finish_part(self, names: Sequence[str]) -> ExportedProgram:
-        """The program after :meth:`keep`, whose outputs have these names; it takes the keywords that are left."""
+        """Return the program that :meth:`keep` left, with outputs of these names and the remaining keyword inputs."""
         old, (first, *_) = self.program, self.program.module_call_graph
         kwargs = old.call_spec.in_spec.children()[1]  # type: ignore[union-attr]
         left = [n for n, s in zip(kwargs.context, user_inputs(old), strict=True) if s in self.specs]
@@ -334,7 +346,7 @@ class Lifted:
         return self._program(None, [replace(first, signature=signature)], ((), examples) if examples else None)
 
     def signature(self) -> ExportGraphSignature:
-        """The signature of the graph as it is now."""
+        """Return the signature of the graph as it is now."""
         inputs = [self.specs[n.name] for n in self.graph.find_nodes(op="placeholder")]
         out_node = self.graph.output_node()
         values = out_node.args[0]
@@ -345,8 +357,10 @@ class Lifted:
         return ExportGraphSignature(inputs, outputs)
 
     def finish(self, root: fx.GraphModule | None = None) -> ExportedProgram:
-        """The edited program, which its constructor validates. ``root``: what has the graphs of its blocks, if not the
-        program that was opened."""
+        """Return the edited program, which its constructor validates.
+
+        ``root`` is the module that holds the graphs of its blocks; None takes that of the opened program.
+        """
         return self._program(root, self.calls, self.examples)
 
     def _program(self, root: fx.GraphModule | None, calls: Any, examples: Any) -> ExportedProgram:
@@ -362,7 +376,7 @@ class Lifted:
             constants=self.constants,
             verifiers=old.verifiers,
         )
-        # Of a program that was read from a file the graph's own sizes do not know them.
+        # The shape environment of a program that was read from a file has lost these conditions.
         known = dict.fromkeys([*guards_of(old), *guards_of(new)])
         vars(new)["_guards_code"] = list(known)
         return new

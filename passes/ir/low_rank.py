@@ -1,6 +1,6 @@
-"""The change of a weight as a product of two factors, in one shape for every layer.
+"""Represent the change of a weight as the matmul of two factors, in one form for every layer.
 
-A weight stands here as blocks of matrices: one block, or one for each expert or each group of a convolution; kernel
+A weight is a stack of matrices, called blocks: one block, or one for each expert or each group of a convolution. Kernel
 positions are in the columns. The change of a block is ``scale * up @ down``.
 """
 
@@ -13,8 +13,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """``down`` (blocks, rank, columns), ``up`` (blocks, rows, rank). ``bias``: what is added to the layer's bias,
-    (blocks * rows,), before the scale; None for nothing."""
+    """A low-rank change of a weight: ``down`` (blocks, rank, columns), ``up`` (blocks, rows, rank) and ``scale``.
+
+    ``bias`` (blocks * rows,) is the change of the layer's bias before the scale; None for none.
+    """
 
     down: Tensor
     up: Tensor
@@ -23,14 +25,14 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """Of one block."""
+        """Return the rank of one block."""
         return self.down.shape[1]
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(blocks, rows, columns) of the weight."""
+        """Return (blocks, rows, columns) of the weight."""
         return self.up.shape[0], self.up.shape[1], self.down.shape[2]
 
     def matrix(self) -> Tensor:
-        """The change, multiplied out: (blocks, rows, columns)."""
+        """Return the change as matrices (blocks, rows, columns)."""
         return (self.up @ self.down) * self.scale

@@ -1,18 +1,21 @@
-"""Low-rank changes of a layer's output, of several adapters, each row of a batch with its own: as one operator.
+"""Low-rank changes of a layer's output by per-row adapters, as one operator.
 
     y + sum_k c[row, k] * scale[k] * (x A_k^T) B_k^T
 
-Before: ``x`` (rows * n, *, in) and ``y`` (rows * n, *, out), whose first axis has the ``n`` of each row in one stretch;
-``A`` (count, rank, in), ``B`` (count, out, rank), ``scale`` (count,) or (), and ``c`` (rows, count). After: a new
-tensor of the dtype of ``y``. Two ways give it, equal up to rounding: one product with the factors of all adapters side
-by side, for stretches of few positions, and products for the rows of each adapter, where rows of the base cost nothing
-and no row pays for another's adapter: one for each stretch of rows with the same, or, where most rows have another one
-than the row before, one batch of products for all rows after each other that have one adapter. The operator is for
-inference on any device; programs that are exported or trained have the same in plain operators. Calls of graphs go to
-:func:`called` and :func:`called_in_place`, which changes ``y`` and gives it back.
+It takes ``x`` (rows * n, *, in) and ``y`` (rows * n, *, out). In their first axis, each row has one stretch of length
+``n``. ``A`` is (count, rank, in), ``B`` (count, out, rank), ``scale`` (count,) or (), and ``c`` (rows, count). It
+returns a new tensor of the dtype of ``y``.
 
-The products of each adapter read ``c`` and ``scale`` as numbers. Where somebody differentiates these, and in transforms
-of ``torch.func`` and forward mode, the one product with all factors is made, which torch can follow.
+Two ways compute it, equal up to rounding. The first is one matmul with the factors of all adapters side by side, for
+stretches of few positions. The second computes the rows of each adapter alone. There a row of the base costs nothing,
+and no row pays for another's adapter. It makes one matmul for each stretch of rows with the same adapter. If most rows
+have another adapter than the row before, one batched matmul computes all consecutive rows with one adapter each.
+
+The operator is for inference on any device. Programs that are exported or trained have plain operators instead. Calls
+of graphs go to :func:`called` and to :func:`called_in_place`, which writes to ``y`` and returns it.
+
+The second way reads ``c`` and ``scale`` as Python numbers. Where a derivative needs them, and in transforms of
+``torch.func`` and forward mode, the first way runs, which torch can follow.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from torch.nn import functional as F
 from adaptc.op_rules import plain_in_transforms
 from adaptc.torch_modes import followed
 
-#: positions of a row times adapters up to which one product with all factors is faster, and plain operators are, too
+#: the most positions of a row, times adapters, at which one matmul with all factors is faster; plain operators are too
 SIDE_BY_SIDE = 16
 
 _LIBRARY = torch.library.Library("adaptc", "FRAGMENT")
@@ -37,20 +40,20 @@ _LIBRARY.define("low_rank_rows(Tensor x, Tensor y, Tensor A, Tensor B, Tensor sc
 
 
 def low_rank_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> Tensor:
-    """See the module docstring."""
+    """Return y + sum_k c[row, k] * scale[k] * (x A_k^T) B_k^T; the module docstring gives shapes and dtypes."""
     return torch.ops.adaptc.low_rank_rows(x, y, A, B, scale, c)
 
 
 def weighted(h: Tensor, mix: Tensor) -> Tensor:
-    """h * mix, and zero where ``mix`` is: what overflows for an adapter stays with the rows that want it."""
+    """Return h * mix, and zero where ``mix`` is zero, so that an adapter's overflow stays in the rows that use it."""
     return (h * mix).masked_fill(mix == 0, 0)
 
 
 def side_by_side(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> Tensor:
-    """One product with the factors of all adapters."""
+    """Return the operator's result by one matmul with the factors of all adapters."""
     h = F.linear(x.to(A.dtype), A.flatten(0, 1))
     each = h.shape[0] // c.shape[0]
-    mix = c.to(torch.promote_types(A.dtype, torch.float32)) * scale  # which half precision would round
+    mix = c.to(torch.promote_types(A.dtype, torch.float32)) * scale  # half precision would round c * scale
     mix = mix if each == 1 else mix.repeat_interleave(each, 0)
     h = weighted(h.view(*h.shape[:-1], A.shape[0], -1), mix.view(mix.shape[0], *([1] * (h.ndim - 2)), -1, 1))
     h = h.to(A.dtype)
@@ -58,7 +61,7 @@ def side_by_side(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: T
 
 
 def by_stretches(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> Tensor:
-    """Products for the rows of each adapter alone."""
+    """Return the operator's result by matmuls for the rows of each adapter alone."""
     wide = torch.promote_types(y.dtype, A.dtype)
     out = y.to(wide, copy=True) if wide != y.dtype else y.clone(memory_format=torch.contiguous_format)
     _add_stretches(x, out, A, B, scale, c)
@@ -66,7 +69,7 @@ def by_stretches(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: T
 
 
 def _add_stretches(x: Tensor, out: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> None:
-    """The same, added to a contiguous ``out`` of the wider dtype."""
+    """Add the adapters' changes to ``out``, which must be contiguous and of the wider dtype, adapter by adapter."""
     rows = c.shape[0]
     x, flat = x.to(A.dtype).reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
     positions = flat.shape[0] // rows if rows else 0
@@ -75,7 +78,7 @@ def _add_stretches(x: Tensor, out: Tensor, A: Tensor, B: Tensor, scale: Tensor, 
     for first, adapters, weights in runs:
         mixed = [w * factors[k % len(factors)] for k, w in zip(adapters, weights, strict=True)]
         alike = all(w == mixed[0] for w in mixed)
-        if not alike and A.dtype.itemsize < 4:  # which would round the weights
+        if not alike and A.dtype.itemsize < 4:  # h * weights would round the weights to half precision
             own = enumerate(zip(adapters, weights, strict=True), first)
             stretches = [*stretches, *((i, i + 1, k, w) for i, (k, w) in own)]
             continue
@@ -100,7 +103,7 @@ def _add_stretches(x: Tensor, out: Tensor, A: Tensor, B: Tensor, scale: Tensor, 
 
 
 def _of(factors: Tensor, adapters: Sequence[int]) -> Tensor:
-    """Those of some adapters, without a copy where they lie one after the other."""
+    """Return the factors of some adapters, as a view if the adapters are consecutive."""
     first = adapters[0]
     if list(adapters) == list(range(first, first + len(adapters))):
         return factors[first : first + len(adapters)]
@@ -108,6 +111,7 @@ def _of(factors: Tensor, adapters: Sequence[int]) -> Tensor:
 
 
 def _few(x: Tensor, c: Tensor) -> bool:
+    """Return whether one matmul with all factors is the better way: few positions, or another device than the CPU."""
     rows, width = c.shape[0], x.shape[-1]
     positions = x.numel() // (rows * width) if rows and width else 0
     return positions * c.shape[1] <= SIDE_BY_SIDE or c.device.type != "cpu"
@@ -118,17 +122,17 @@ def _computed(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tens
 
 
 def _as_numbers(*tensors: Tensor) -> bool:
-    """Whether the last two, which are ``scale`` and ``c``, may be read as numbers: no derivative needs them."""
+    """Return whether ``scale`` and ``c``, the last two tensors, may be read as numbers: no derivative needs them."""
     return not (followed(*tensors) or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors[-2:])))
 
 
 def called(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> Tensor:
-    """The operator without its dispatch."""
+    """Return the operator's result without its dispatch."""
     return (_computed if _as_numbers(x, y, A, B, scale, c) else side_by_side)(x, y, A, B, scale, c)
 
 
 def called_in_place(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: Tensor, c: Tensor) -> Tensor:
-    """The same in the memory of ``y``; in that of a new tensor where a derivative needs both."""
+    """Return the operator's result, written to the memory of ``y``; a new tensor where a derivative needs both."""
     if not _as_numbers(x, y, A, B, scale, c):
         return side_by_side(x, y, A, B, scale, c)
     if _few(x, c) or y.dtype != torch.promote_types(y.dtype, A.dtype) or not y.is_contiguous():
@@ -146,14 +150,14 @@ torch.library.register_fake("adaptc::low_rank_rows", _fake, lib=_LIBRARY)
 plain_in_transforms("low_rank_rows", side_by_side, constant=range(6))
 
 
-#: (first row, row after the last, adapter, weight) of rows after each other with one weight of one adapter
+#: (first row, row after the last, adapter, weight) of consecutive rows with one weight of one adapter
 Stretches = list[tuple[int, int, int, float]]
-#: (first row, the adapter of each row from there, its weight): rows after each other that have one adapter each
+#: (first row, the adapter of each row from there, its weight): consecutive rows that have one adapter each
 Runs = list[tuple[int, list[int], list[float]]]
 
 
 class _Kept(threading.local):
-    """What was read of the last tensors, which are the same at all layers of a call."""
+    """The result of reading the last coefficients, which are the same tensor at all layers of a call."""
 
     def __init__(self) -> None:
         self.c: Any = None
@@ -165,7 +169,7 @@ _KEPT = _Kept()
 
 
 def _read(c: Tensor) -> tuple[Stretches, Runs]:
-    """What is to be added, each row's adapters once in the one or the other."""
+    """Return the division of the rows by :func:`divided`, remembered for the last tensor ``c``."""
     if _KEPT.c is not None and _KEPT.c() is c and _KEPT.version == c._version:
         return _KEPT.found
     found = divided(c.tolist())
@@ -174,7 +178,10 @@ def _read(c: Tensor) -> tuple[Stretches, Runs]:
 
 
 def divided(rows: Sequence[Sequence[float]]) -> tuple[Stretches, Runs]:
-    """Of the coefficients of each row."""
+    """Return the stretches and runs of rows that add each row's adapters once, given the coefficients (rows, count).
+
+    Runs are used only where most stretches would hold a single row.
+    """
     stretches: Stretches = []
     for k in range(len(rows[0]) if rows else 0):
         start = 0

@@ -1,10 +1,10 @@
-"""What a method promises at one op, each promise tried: by tracing its code, and on small tensors.
+"""Check what a method promises at one op, by tracing its code and by trying it on small tensors.
 
-Before: a method, and the op of a site. After: nothing, or a MethodError that names the function, what was expected and
-what was found. No model is needed, and torch's random state stays as it is.
+The input is a method and the op of a site. A broken promise raises a MethodError that names the function, what was
+expected and what was found. No model is needed, and torch's random state stays as it is.
 
-The promises are those that nothing else would notice. A program whose regions depend on the rank it was compiled with
-runs with every other rank, and computes something else.
+The promises are those whose failure nothing else would notice. If a region depends on the rank it was compiled with,
+the program still runs with every other rank, but computes something else.
 """
 
 from __future__ import annotations
@@ -26,17 +26,20 @@ from adaptc.passes.ir.method_hooks import Hooks, Slot
 from adaptc.passes.ir.ops import TABLE, Op
 from adaptc.passes.ir.trace import difference, region_of
 
-#: sizes that examples of a layer's input have where the layer leaves them free
+#: the free sizes of example inputs: a linear layer gets (*FREE, in_features)
 FREE = (3, 5)
 OUTSIDE = "uses a tensor that is none of its arguments: make it a slot"
-#: what rounding may cost in float64, relative to 1
+#: the largest error in float64 that counts as rounding, relative to the larger of 1 and the largest expected value
 CLOSE = 1e-7
 
 
 @lru_cache(maxsize=1024)
 def check_promises(method: Method, op: Op, half: bool = True, values: bool = True) -> None:
-    """Raises MethodError for the first promise that is broken. ``half=False`` leaves out what is promised of a base in
-    half precision, ``values=False`` what cannot be told without tensors."""
+    """Raise MethodError for the first promise that is broken.
+
+    ``half=False`` skips the promises about a base in half precision. ``values=False`` skips those that need tensors
+    with values.
+    """
     check_names(method)
     code = [p for p in PROMISES_OF_CODE if half or p is not code_keeps_dtypes]
     for promise in (*code, *(PROMISES_OF_VALUES if values else ())):
@@ -44,7 +47,7 @@ def check_promises(method: Method, op: Op, half: bool = True, values: bool = Tru
             promise(method, op)
         except AdaptcError:
             raise
-        except Exception as error:  # what the method's own code raises
+        except Exception as error:  # the method's own code may raise anything
             what = promise.__name__.replace("_", " ")
             raise MethodError(
                 f"{_name(method)} failed where it was tried whether {what}, at {_site(op)}: "
@@ -53,8 +56,7 @@ def check_promises(method: Method, op: Op, half: bool = True, values: bool = Tru
 
 
 def check_names(method: Method | type[Method]) -> None:
-    """Raises MethodError for an option, or a value of the class, that hides a function, which would be called in its
-    place."""
+    """Raise MethodError for an option or class value that has a function's name and would be called instead."""
     functions = {n for c in (Hooks, Method) for n, v in vars(c).items() if isroutine(v) or isinstance(v, classmethod)}
     if hidden := sorted({f.name for f in fields(method)} & functions):
         name = getattr(method, "__name__", type(method).__name__)
@@ -66,7 +68,7 @@ def check_names(method: Method | type[Method]) -> None:
 
 @cache
 def check_class(kind: type[Method]) -> None:
-    """Raises MethodError for a value of a class that hides a function of methods."""
+    """Raise MethodError for a value of a class that hides a function of methods."""
     for base in (Hooks, Method):
         for name, function in vars(base).items():
             found = getattr_static(kind, name)
@@ -78,19 +80,19 @@ def check_class(kind: type[Method]) -> None:
 
 
 def code_has_right_sizes(method: Method, op: Op) -> None:
-    """Every function of the method can be traced, and gives a tensor of the shape it was asked for."""
+    """Raise MethodError unless every function can be traced and returns a tensor of the required shape."""
     for region in _regions(method, op, torch.float32):
         region.trace(method)
 
 
 def code_keeps_dtypes(method: Method, op: Op) -> None:
-    """What comes from a base in half precision goes back in half precision, though the adapter is in float32."""
+    """Raise MethodError unless a base in half precision gives results in half precision, with adapters in float32."""
     for region in _regions(method, op, torch.bfloat16):
         region.trace(method)
 
 
 def code_serves_all_sizes(method: Method, op: Op) -> None:
-    """One code serves adapters of all sizes: nothing depends on a field that is ``swappable``."""
+    """Raise MethodError if traced code depends on a ``swappable`` field: one code must serve adapters of all sizes."""
     known = {r.kind: r.trace(method) for r in _regions(method, op, torch.float32)}
     for field, other in _others(method, op):
         for region in _regions(other, op, torch.float32):
@@ -105,7 +107,7 @@ def code_serves_all_sizes(method: Method, op: Op) -> None:
 
 
 def first_values_fit(method: Method, op: Op) -> None:
-    """init() gives what slots() announces, and leaves the weight it was given alone."""
+    """Raise MethodError unless init() returns what slots() announces and leaves the given weight unchanged."""
     slots = method.slots(op)
     with torch.random.fork_rng(devices=[]):
         W = _weight(op)
@@ -125,7 +127,7 @@ def first_values_fit(method: Method, op: Op) -> None:
 
 
 def identity_is_the_base(method: Method, op: Op) -> None:
-    """With identity values the layer computes what it does without an adapter."""
+    """Raise MethodError unless the layer with identity values computes what it does without an adapter."""
     with torch.random.fork_rng(devices=[]):
         W, b = _weight(op), torch.randn(op.out_features, dtype=torch.float64)
         slots, scale = method.identity(op, W, W.dtype), _scale(method, op)
@@ -139,7 +141,7 @@ def identity_is_the_base(method: Method, op: Op) -> None:
 
 
 def first_values_learn(method: Method, op: Op) -> None:
-    """At the first values some gradient is not zero, so that training goes somewhere."""
+    """Raise MethodError unless some gradient at the first values is not zero, so that training can start."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         W = _weight(op)
         first = _initial(method, op, W)
@@ -180,7 +182,10 @@ def first_values_learn(method: Method, op: Op) -> None:
 
 
 def forms_agree(method: Method, op: Op) -> None:
-    """The form around the layer is the layer with the changed weight and bias, for values of every kind."""
+    """Raise MethodError unless the form around the layer equals the layer with the changed weight and bias.
+
+    The slot values are random ones near the first values.
+    """
     if not method.has_weight() or not (method.has_apply_form(op) or method.looks_at_base()):
         return
     with torch.random.fork_rng(devices=[]):
@@ -211,7 +216,7 @@ PROMISES_OF_VALUES = (first_values_fit, identity_is_the_base, first_values_learn
 
 @dataclass(frozen=True)
 class _Region:
-    """A function of a method at an op, and what it is called with. ``shapes``: those its result may have."""
+    """A function of a method at an op, with its example inputs; ``shapes`` are the shapes its result may have."""
 
     kind: str
     function: str
@@ -230,7 +235,7 @@ class _Region:
             raise MethodError(f"{what} {OUTSIDE} (at {_site(self.op)}). {error}") from error
         except AdaptcError:
             raise
-        except Exception as error:  # whatever torch or the method itself has to say
+        except Exception as error:  # torch or the method's own code may raise anything
             raise MethodError(f"{what} {_why(error)} (at {_site(self.op)})") from error
         (out,) = graph.find_nodes(op="output")
         found = out.args[0].meta["val"] if isinstance(out.args[0], fx.Node) else out.args[0]  # type: ignore[union-attr]
@@ -254,7 +259,7 @@ def _why(error: Exception) -> str:
 
 
 def _regions(method: Method, op: Op, dtype: torch.dtype) -> Iterator[_Region]:
-    """Every function that the method has at this op, with slots of the sizes it announces and a base of ``dtype``."""
+    """Yield every function that the method has at this op, with slots as announced and a base of ``dtype``."""
     with fake_tensors():
         slots = {n: torch.empty(s.shape, dtype=s.dtype or torch.float32) for n, s in method.slots(op).items()}
         W = torch.empty(op.stored(torch.empty(op.shape)).shape, dtype=dtype)
@@ -286,7 +291,7 @@ def _regions(method: Method, op: Op, dtype: torch.dtype) -> Iterator[_Region]:
 
 
 def _others(method: Method, op: Op) -> Iterator[tuple[str, Method]]:
-    """(what differs, method): adapters that a program with regions of this method must serve as well."""
+    """Yield (what differs, method) for methods with other options, which the same regions must serve as well."""
     rank = method.rank()
     candidates: list[tuple[str, Any]] = [("its sizes", method.minimal(op))]
     if rank is not None:
@@ -325,7 +330,7 @@ def _weight(op: Op) -> Tensor:
 
 
 def _input(op: Op, dtype: torch.dtype) -> Tensor:
-    """An input of the layer; random, but under a fake mode, where values do not matter."""
+    """Return an example input of the layer: random values, or none under a fake mode."""
     if op.kind == "embedding":
         return torch.randint(op.in_features, FREE)
     if not op.is_conv:

@@ -1,8 +1,8 @@
-"""The optional part of the method protocol: what a method says of its files, its lifecycle and what its sites share.
+"""Define the optional hooks of the method protocol: file formats, lifecycle, and what the sites of an adapter share.
 
-Every hook has a default that is right for a method with slots of its own at each site, whose files hold the slots as
-they are. ``examples/writing_methods.md`` lists them all with when to override which. Generic code asks these hooks, and
-never looks at the fields of a method.
+Every hook has a default. The defaults are right for a method that has its own slots at each site and whose files hold
+these slots unchanged. ``examples/writing_methods.md`` lists all hooks and says when to override which. Generic code
+calls these hooks and never reads the fields of a method.
 """
 
 from __future__ import annotations
@@ -24,19 +24,22 @@ Slots = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Slot:
-    """One adapter tensor of a site.
+    """The specification of one adapter tensor at a site.
 
-    ``dtype`` None means the adapter dtype. ``fill`` is the identity value when a constant gives it. ``free`` are the
-    axes whose size an adapter may choose (the rank); all others must match on a swap. ``saved`` is False for slots that
-    follow from the config and are not in files. ``shared``: one tensor for all sites of the model (VeRA's projections),
-    whose key in files has no module path. ``repeated``: files have the shared slot once more under each site.
+    ``shape`` is the size that the method's options give. ``fill`` is the identity value, where it is a constant.
+    ``dtype`` None means the adapter's dtype. ``free`` are the axes whose size an adapter may choose, such as the rank.
+    All other axes must match when adapters are swapped.
 
-    ``shared_axes_cut``: axes along which a site reads only the beginning of a shared slot. The slot is as long there as
-    the largest site of its adapter needs. Two adapters may have different largest sites, so the length may differ, and
-    is cut or filled up with zeros when an adapter is bound.
+    ``saved`` is False for slots that follow from the config and are not in files. ``shared`` slots are one tensor for
+    all sites of the model, such as VeRA's projections. Their key in files has no module path. ``repeated``: files hold
+    the shared slot a second time under each site.
 
-    ``apart``: its free sizes are its own, and none of them follows from the adapter's rank. Names, one for each free
-    axis: sizes of one name are one size in all slots of the site that have it.
+    ``shared_axes_cut`` are axes along which a site reads only the beginning of a shared slot. The slot is as long there
+    as the largest site of its adapter needs. This length may differ between adapters, so binding an adapter cuts it or
+    pads it with zeros.
+
+    ``apart`` says that none of the slot's free sizes follows from the adapter's rank. A tuple names each free axis.
+    Sizes with one name are equal in all slots of the site.
     """
 
     shape: tuple[int, ...]
@@ -51,14 +54,14 @@ class Slot:
     apart: bool | tuple[str, ...] = False
 
     def size_names(self, slot: str) -> dict[int, str]:
-        """Free axis -> what its size is called, of a slot whose sizes are its own and that is called ``slot``."""
+        """Return the name of the size along each free axis. Only for a slot with ``apart``, whose name is ``slot``."""
         if isinstance(self.apart, tuple):
             return dict(zip(self.free, self.apart, strict=True))
         return {i: f"{slot}_{i}" for i in self.free}
 
 
 class Place(Protocol):
-    """Where a method is used, as far as a config needs to know it to choose the options there."""
+    """A place where a method is used, with what a config needs to choose the options there."""
 
     @property
     def key(self) -> str: ...
@@ -74,255 +77,279 @@ class Place(Protocol):
 
 @dataclass(frozen=True)
 class Hooks:
-    """The hooks and their defaults; :class:`~adaptc.passes.ir.method.Method` adds the mathematics."""
+    """The hooks of a method and their defaults; :class:`~adaptc.passes.ir.method.Method` adds the mathematics."""
 
     name: ClassVar[str] = ""
-    #: a name that methods of several classes share whose slots have names in common; empty for those of one base class
+    #: the name of a family of method classes that use the same slot names; empty where one base class tells the family
     kin: ClassVar[str] = ""
-    #: it does not read the weight it changes, so it comes first at a weight, and nothing before it is lost
+    #: True for a method that replaces a weight without reading it. It must come first at a weight: it would discard
+    #: the changes of methods before it.
     replaces: ClassVar[bool] = False
-    #: whether it gives weights with a leading axis of experts a meaning of its own; if not, it is done per expert
+    #: whether the method itself handles weights with a leading axis of experts; otherwise it is applied to each expert
     stacks: ClassVar[bool] = False
-    #: whether its formula means something for complex weights: lengths, orders, real transforms and rotations do not
+    #: whether its formula is defined for complex weights; norms, orderings, real transforms and rotations are not
     takes_complex: ClassVar[bool] = True
-    #: fields in which an adapter may differ from the method a program was compiled with: sizes along free axes, what
-    #: goes into the scale or into slots that are not saved, what acts on first values or in training only
+    #: fields in which an adapter may differ from the method that a program was compiled with: sizes along free axes,
+    #: values that only reach the scale or unsaved slots, and options of initialisation or of training
     swappable: ClassVar[frozenset[str]] = frozenset({"r", "alpha", "dropout", "scheme", "training"})
 
-    #: whether the sizes of its slots along free axes mean something, so that none can be filled up to a larger one
+    #: whether the size of a slot along a free axis has a meaning, so that the slot must not be padded to a larger one
     exact_sizes: ClassVar[bool] = False
-    #: whether a row of a batch depends on that row alone; where not, rows of one batch cannot have other adapters
+    #: whether each row of a batch is computed from that row alone; where not, per-row adapters are impossible
     row_wise: ClassVar[bool] = True
 
-    #: the names that its tensors have in files behind the path of a site, for those who read a file without a model
+    #: the names of its tensors in files, after the path of the site; for readers of a file that have no model
     file_names: ClassVar[tuple[str, ...]] = ()
 
-    # Methods that have these make fields of them. Not annotated: dataclasses would give them a place among the fields.
+    # Methods that use these two declare them as fields. They are not annotated here, because an annotation would make
+    # them fields of every method.
     training = False
     dropout = 0.0
 
-    # Mathematics that hooks need; see Method.
+    # The part of the mathematics that hooks call; Method documents it.
 
     def slots(self, op: Op) -> dict[str, Slot]:
         raise AssertionError(f"{type(self).__name__} must define slots()")
 
-    # -- identity: what programs and files know a method by --------------------------------------------------------
+    # -- identity: how programs and files name a method ------------------------------------------------------------
 
     def structure(self) -> dict[str, Any]:
-        """What the code of a region depends on: adapters that differ here need regions of their own."""
+        """Return the method's name and the options that its region's code depends on: those not ``swappable``.
+
+        Adapters that differ here need regions of their own.
+        """
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.swappable}
         return {"method": self.name, **options}
 
     def akin(self, other: object) -> bool:
-        """Whether ``other`` is this method or a variant of it: then the two have names of slots in common."""
+        """Return whether ``other`` is this method or a variant of it, so that both may use the same slot names."""
         return isinstance(other, Hooks) and other.lineage() == self.lineage()
 
     def lineage(self) -> Any:
-        """Equal for methods whose slots may have one name: ``kin``, or the class derived from ``Method`` itself."""
+        """Return a key, equal for methods whose slots may share a name: ``kin``, or else the class below ``Method``."""
         return self.kin or [c for c in type(self).__mro__ if issubclass(c, Hooks)][-3]
 
     def options(self) -> dict[str, Any]:
-        """The fields as plain JSON values, for the tags of a program's regions."""
+        """Return the fields as plain JSON values, for the tags of a program's regions; dtypes become text."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {k: str(v) if isinstance(v, torch.dtype) else v for k, v in plain.items()}
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
-        """Inverse of :meth:`options`, after a trip through JSON."""
+        """Return the method with these options, which may have been through JSON; the inverse of :meth:`options`."""
         return cls(**{k: _from_json(v) for k, v in options.items()})
 
     # -- sizes ---------------------------------------------------------------------------------------------------------
 
     def rank(self) -> int | None:
-        """The size that adapters choose, for reports and limits; by default the field ``r``, None without one."""
+        """Return the size that adapters choose, for reports and limits: the field ``r``, or None without one."""
         return next((getattr(self, f.name) for f in dataclasses.fields(self) if f.name == "r"), None)
 
     def with_rank(self, op: Op, rank: int) -> Any:
-        """This method with at least that rank, at a site; None where there is no rank to choose."""
+        """Return this method with at least that rank at a site, as a multiple of its groups; None without a rank."""
         if self.rank() is None or "r" not in self.swappable:
             return None
         return dataclasses.replace(self, r=-(-rank // op.groups) * op.groups)  # type: ignore[call-arg]
 
     def minimal(self, op: Op) -> Any:
-        """This method with the smallest rank the runtime takes: two, since compilers specialise on sizes 0 and 1."""
+        """Return this method with rank two, the smallest that the runtime takes: compilers specialise on 0 and 1."""
         return self
 
     def with_sizes_of(self, op: Op, slots: Slots) -> Any:
-        """This method with its free sizes (the rank) read off slot tensors instead of a config."""
+        """Return this method with its free sizes, such as the rank, read from slot tensors instead of a config."""
         return self
 
     def at(self, op: Op) -> Any:
-        """This method at a site: fields filled in that follow from its sizes and are part of :meth:`structure`."""
+        """Return this method with the fields of :meth:`structure` filled in that follow from the site's sizes."""
         return self
 
     # -- values at sites that an adapter lacks, or has no tensors for --------------------------------------------------
 
     def identity(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Return values for which the site computes exactly the base, as small as the free axes allow.
+        """Return slot values for which the site computes exactly the base, as small as the free axes allow.
 
-        A slot that other sites read too has the size of the adapter there, and the others have the sizes that go with
-        it."""
+        If other sites share a slot with a free size, its size is the adapter's. All slots then keep the sizes of these
+        options instead of the minimal ones.
+        """
         read_elsewhere = any(s.shared and s.free and not s.apart for s in self.slots(op).values())
         return (self if read_elsewhere else self.minimal(op)).filled(op, W, dtype)
 
     def filled(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Every slot at its fill, in the size it has with these options."""
+        """Return every slot at its ``fill`` value, in the shape that these options give."""
         slots = self.slots(op).items()
         return {n: torch.full(s.shape, s.fill, dtype=s.dtype or dtype, device=W.device) for n, s in slots}
 
     def derived(self, op: Op, W: Tensor, dtype: torch.dtype, found: Slots) -> dict[str, Tensor]:
-        """Values of the slots that are not in an adapter's file (``found``: those that are); they follow from it."""
+        """Return values of the slots that a file does not hold, derived from ``found``, the slots that it does."""
         return self.identity(op, W, dtype)
 
     def absent(self, op: Op, W: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Values at a site the adapter in use does not have, which leave alone what others do to the same weight."""
+        """Return slot values at a site that the bound adapter lacks, which keep all changes by other adapters."""
         return self.identity(op, W, dtype)
 
     # -- files -------------------------------------------------------------------------------------------------------
 
     def read(self, op: Op, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Slots from the tensors a file has for this site, where the two differ. Raises CheckpointError."""
+        """Return the slots made from a file's tensors for this site. Raises CheckpointError."""
         return dict(found)
 
     def write(self, op: Op, slots: Slots) -> dict[str, Tensor]:
-        """Inverse of :meth:`read`: what a file has for these slots."""
+        """Return the tensors that a file holds for these slots; the inverse of :meth:`read`."""
         return dict(slots)
 
     def keys(self, op: Op) -> list[str]:
-        """Names a file may have for this site beyond those of the saved slots: :meth:`read` understands them."""
+        """Return further names that a file may have for this site beside the saved slots, for :meth:`read`."""
         return []
 
     def inner_path(self, rest: str) -> str | None:
-        """For a method that trains the tensors of a module as they are: the path inside the module that the ``rest`` of
-        a file's key stands for. None for all others."""
+        """Return the path inside the adapted module that ``rest`` stands for, the end of a file's key.
+
+        Only a method that trains a module's own tensors has such a path. None for all others.
+        """
         return None
 
     def in_place(self) -> bool:
-        """Whether PEFT trains the base's own tensor, so that the adapter adds no parameters to count."""
+        """Return whether PEFT trains the base's own tensor, so that the adapter adds no parameters to count."""
         return False
 
     def fqn(self, place: str, slot: str, adapter: str) -> str:
-        """Where a slot lives in the program's state dict (PEFT's name in a wrapped model)."""
+        """Return the name of a slot in the program's state dict, which is PEFT's name in a wrapped model."""
         head, _, tail = slot.partition(".")
         return ".".join(p for p in (place, head, adapter, tail) if p)
 
     # -- several adapters made into one ------------------------------------------------------------------------------
 
     def summed(self) -> str:
-        """The tensor in which the change is linear, by its name in files: adapters that agree in all else are combined
-        by its weighted sum. '' where there is none."""
+        """Return the name in files of the tensor in which the weight's change is linear; '' where there is none.
+
+        Adapters that agree in all other tensors are combined by a weighted sum of this one.
+        """
         return ""
 
     def low_rank(self, found: Slots) -> LowRank | None:
-        """What the tensors of a file add at a site, where that is a product of two of them and nothing else; None for
-        all other methods. Raises CheckpointError for tensors that do not go together."""
+        """Return the change that a file's tensors make at a site, if it is the matmul of two tensors and nothing else.
+
+        None for all other methods. Raises CheckpointError for tensors that do not fit together.
+        """
         return None
 
     def with_low_rank(self, change: LowRank, like: Slots) -> dict[str, Tensor]:
-        """Inverse of :meth:`low_rank`: tensors in the shapes of ``like``, those of another adapter of this method at
-        this site, but for the rank. The scale is another one's to keep."""
+        """Return the tensors that make a low-rank change at this site; the inverse of :meth:`low_rank`.
+
+        ``like`` are the tensors of another adapter of this method at this site. The result has their shapes, except for
+        the rank. The tensors do not hold ``change.scale``, so the caller has to account for it.
+        """
         raise AssertionError(f"{type(self).__name__} has no with_low_rank()")
 
     # -- lifecycle -----------------------------------------------------------------------------------------------------
 
     def rebind(self, config: Any, place: Place) -> Any:
-        """The method that another adapter's ``config`` has at this site; itself if the config is of another method."""
+        """Return the method that another adapter's ``config`` gives at this site; this one if that is not akin."""
         make = getattr(config, "method", None)
         new: Any = None if make is None else make(place.name or place.module, place.kind)
         return new if self.akin(new) else self
 
     def of_model(self, op: Op) -> dict[str, Any]:
-        """What the model says of options that a config may leave to it, by name."""
+        """Return values, by name, for the options that a config may leave to the model."""
         return {}
 
     def evaluated(self) -> Self:
-        """This method as it is in inference, without dropout."""
+        """Return this method as it is in inference, without dropout."""
         return dataclasses.replace(self, training=False) if self.training else self  # type: ignore[call-arg]
 
     def trained(self) -> Self:
-        """This method as it is in training, with its dropout if it has one."""
+        """Return this method as it is in training, with its dropout if it has one."""
         has = any(f.name == "training" for f in dataclasses.fields(self))
         return dataclasses.replace(self, training=True) if has else self  # type: ignore[call-arg]
 
     def untrainable(self, slots: Slots) -> str:
-        """Why an adapter with these values cannot be trained on; '' where it can."""
+        """Return the reason why an adapter with these values cannot be trained; '' where it can."""
         return ""
 
     def constrained(self, op: Op, slots: Slots) -> dict[str, Tensor]:
-        """Of the slots of a site, those that training has to keep within bounds, moved there; {} for none."""
+        """Return the slots of a site that training must keep within bounds, moved into these bounds; {} for none."""
         return {}
 
     def drops_input(self) -> bool:
-        """Whether the form around a layer has dropout on what the adapter reads."""
+        """Return whether the form around a layer applies dropout to what the adapter reads."""
         return bool(self.training and self.dropout)
 
     def nested(self) -> Any:
-        """This method at a layer that PEFT adapts inside another adapted one (MultiheadAttention's ``out_proj``)."""
+        """Return this method for a layer inside another adapted one: MultiheadAttention's ``out_proj`` in PEFT."""
         return self
 
     def following(self, home: str) -> Any:
-        """This method at a linear layer that is tied to the embedding ``home`` (a module), with the slots it has there:
-        the two change one weight. None where it has no such form."""
+        """Return this method for a linear layer tied to the embedding at module ``home``, using the embedding's slots.
+
+        The two then change one weight. None where the method has no such form.
+        """
         return None
 
     def moves_base(self) -> bool:
-        """Whether its first values come with a base weight of their own (PiSSA), which its adapters then go with."""
+        """Return whether its first values come with a changed base weight (PiSSA), which its adapters then need."""
         return False
 
     def check_merge(self, op: Op) -> str | None:
-        """Why this site cannot be merged, or None when it can."""
+        """Return why this site cannot be merged, or None when it can."""
         return None
 
     def clash(self, other: Any) -> str:
-        """What this method sets at a weight that ``other`` sets too, if they are of two adapters that act together:
-        only the later of the two would count. '' where both do."""
+        """Return the part of a weight that both this method and ``other`` overwrite; '' where both take effect.
+
+        Of two adapters that act together, only the later one would set that part.
+        """
         return ""
 
-    # -- what it reads beside its slots --------------------------------------------------------------------------------
+    # -- values that regions read beside the slots ---------------------------------------------------------------------
 
     def coefficients(self) -> Mapping[str, Coefficient]:
-        """What its regions read beside the slots, by the name they find it under among them: values that are made once
-        in a call (``passes.ir.coefficients``)."""
+        """Return the coefficients that its regions read, by the name under which they appear among the slots.
+
+        A program makes each coefficient once in a call; see ``passes.ir.coefficients``.
+        """
         return {}
 
     def extras(self) -> Mapping[str, Extra]:
-        """The inputs it adds to the program, by name. A method at a layer finds them among its slots."""
+        """Return the inputs that it adds to the program, by name. A method at a layer finds them among its slots."""
         return {}
 
     def why_wrong(self, slots: Slots, given: Given) -> str:
-        """What is wrong with the values of inputs it added, before they are used; '' for nothing."""
+        """Return what is wrong with the values of the inputs it added, checked before they are used; '' for nothing."""
         return ""
 
     # -- sharing -------------------------------------------------------------------------------------------------------
 
     def shares(self) -> bool:
-        """Whether it has slots that are shared by all sites."""
+        """Return whether it has slots that all sites share."""
         return False
 
     @classmethod
     def settle_shared_sizes(cls, sites: Sequence[tuple[Any, Op]]) -> list[Any]:
-        """The methods of all sites of one adapter, given as (method, op), each with what it has to know of the others:
-        a shared slot is as large as its largest site needs."""
+        """Return the methods of all sites of one adapter, given as (method, op), adjusted to each other's sizes.
+
+        A shared slot must be as large as its largest site needs.
+        """
         return [method for method, _ in sites]
 
     @classmethod
     def grouped_slots(cls, sites: Sequence[tuple[Any, Op]]) -> list[Mapping[str, int]]:
-        """Slots that are one tensor for a group of sites. ``sites``: those of one adapter, as (method, op), in the
-        order of the model's modules. For each the names of such slots, with the place in ``sites`` of the first of the
-        group.
+        """Return, for each site, the slots that it shares with others: slot name -> index of the group's first site.
 
-        What is one tensor is said by the adapter and not by the program: each site has a slot of its own in the program
-        and in files, so that an adapter with other groups runs through the same code.
+        ``sites`` are those of one adapter, as (method, op), in the order of the model's modules. The index counts in
+        ``sites``. The adapter decides which slots are one tensor. In the program and in files each site has a slot of
+        its own, so adapters with different groups run through the same code.
         """
         return [{} for _ in sites]
 
     def unwrap(self, op: Op) -> tuple[Any, Op]:
-        """Of a method that applies another one to parts of a weight (once per expert): that other method, and the op of
-        one part. All others return themselves, and ``op``."""
+        """Return the inner method and the op of one part, for a method that applies another one to parts of a weight.
+
+        An example is a method that runs once per expert. All other methods return themselves and ``op``.
+        """
         return self, op
 
     def rewrap(self, inner: Any) -> Any:
-        """Inverse of :meth:`unwrap`: this method around another inner one."""
+        """Return this method around another inner one; the inverse of :meth:`unwrap`."""
         return inner
 
 

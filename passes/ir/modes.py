@@ -1,7 +1,7 @@
-"""Training and inference, as a graph has them: the one table of ops that a module's ``train()`` and ``eval()`` change.
+"""Training and inference in a graph: the one table of ops that a module's ``train()`` and ``eval()`` change.
 
-``torch.export`` bakes the mode into arguments of these ops. Whatever asks in which mode a program is, or changes it,
-or has to know whether an op draws random numbers, asks here.
+``torch.export`` bakes the mode into arguments of these ops. All code uses this table that asks for a program's mode,
+changes it, or has to know whether an op draws random numbers.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from adaptc.passes.ir.ops import argument
 aten = torch.ops.aten
 
 SDPA = aten.scaled_dot_product_attention.default
-#: where the dropout probability of attention stands among its arguments
+#: the position of the dropout probability among attention's arguments
 SDPA_DROPOUT = 4
-#: under which name a node keeps that probability while it is off
+#: custom meta of a node whose dropout is off: the probability it had
 KEPT = "adaptc_dropout_p"
 #: the buffer in which batch norm counts its training batches
 COUNTER = "num_batches_tracked"
@@ -27,15 +27,18 @@ COUNTER = "num_batches_tracked"
 
 @dataclass(frozen=True)
 class Flag:
-    """Positions of arguments: the flag itself, a probability without which it changes nothing, and running statistics
-    without which it changes nothing."""
+    """The positions of the arguments that hold an op's mode.
+
+    ``position`` is the flag itself. The flag has no effect if the argument at ``probability`` is 0, or that at
+    ``statistics`` (running statistics) is None.
+    """
 
     position: int
     probability: int | None = None
     statistics: int | None = None
 
 
-#: of layers of dropout
+#: the flag of dropout layers
 DROPOUT = Flag(2, probability=1)
 _NORM = Flag(5, statistics=3)
 _RNNS = (aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu)
@@ -61,16 +64,16 @@ FLAGS: dict[Any, Flag] = {
     aten.rrelu_with_noise_.default: Flag(4),
     aten.rrelu_with_noise_functional.default: Flag(4),
     **{rnn.input: Flag(6, probability=5) for rnn in _RNNS},
-    # of packed sequences
+    # for packed sequences
     **{rnn.data: Flag(7, probability=6) for rnn in _RNNS},
 }
-#: op -> positions of running statistics it writes to in training, which its schema does not tell
+#: ops that write running statistics in training without saying so in their schemas
 _SILENT = (aten.batch_norm.default, aten.instance_norm.default, aten.native_batch_norm.default)
 WRITES_STATISTICS = dict.fromkeys(_SILENT, (3, 4))
 
 
 def mode_of(node: fx.Node) -> bool | None:
-    """Whether the node is set to training; None where it computes the same in either mode."""
+    """Return whether the node is set to training; None where it computes the same in either mode."""
     if node.target is SDPA:
         kept = (node.meta.get("custom") or {}).get(KEPT)
         return True if argument(node, SDPA_DROPOUT) else False if kept else None
@@ -85,5 +88,5 @@ def mode_of(node: fx.Node) -> bool | None:
 
 
 def drops(region: fx.Graph) -> bool:
-    """Whether a region has dropout, which no other form of it can stand in for."""
+    """Return whether a region has dropout, so that no other form of the adapter can replace it."""
     return any(node.target is aten.dropout.default for node in region.nodes)

@@ -1,7 +1,8 @@
-"""Module paths, as ``torch.export`` writes them into nodes, and as the model has them.
+"""Module paths, as ``torch.export`` writes them into nodes, turned into those of the model.
 
-A further call of a module is marked: ``layers.0.proj@1``. The mark is dropped here, so that all calls of a module are
-its own; but a module may be called ``proj@1`` itself, which only the names of the program's tensors tell.
+``torch.export`` marks a further call of a module: ``layers.0.proj@1``. The mark is dropped here, so that all calls of a
+module have one path. A module may itself be named ``proj@1``. Only the names of the program's tensors tell the two
+apart.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _ROOT = "L['self']"
 
 
 def owners(fqns: Iterable[str]) -> frozenset[str]:
-    """The paths of all modules that hold any of these tensors, at any depth."""
+    """Return the paths of all modules that hold any of these tensors, at any depth."""
     found: set[str] = set()
     for fqn in fqns:
         path = fqn.rpartition(".")[0]
@@ -28,13 +29,15 @@ def owners(fqns: Iterable[str]) -> frozenset[str]:
 
 
 def owners_of(program: ExportedProgram) -> frozenset[str]:
-    """The same of a program's parameters, buffers and constants."""
+    """Return the paths of all modules that hold a parameter, buffer or constant of a program, at any depth."""
     return owners([*program.state_dict, *program.constants])
 
 
 def clean_path(path: str, known: Collection[str]) -> str:
-    """A path without the root's name in strict captures, and without the marks of further calls. ``known``: the paths
-    of all modules, some of which may be called like either."""
+    """Return a path without the root's name in strict captures, and without the marks of further calls.
+
+    ``known`` holds the paths of all modules, since a module may itself have such a name.
+    """
     head, _, rest = path.partition(".")
     if head == _ROOT and head not in known:
         path = rest
@@ -48,6 +51,6 @@ def clean_path(path: str, known: Collection[str]) -> str:
 
 
 def module_path(node: fx.Node, known: Collection[str]) -> str:
-    """Path of the innermost module a node was traced in; '' for the root."""
+    """Return the path of the innermost module in which a node was traced; '' for the root."""
     stack = node.meta.get("nn_module_stack")
     return clean_path(next(reversed(stack.values()))[0], known) if stack else ""

@@ -1,14 +1,14 @@
-"""What a consuming op means: the one table of layer kinds, shared by every method.
+"""The one table of layer kinds, shared by every method: which ops read a weight, and what they compute with it.
 
-A method never sees ``nn.Linear`` or ``nn.Conv2d``. It sees an :class:`Op`: the op that consumes the weight, with every
-argument but input, weight and bias fixed, and its weight turned into the *canonical* layout
+A method never sees ``nn.Linear`` or ``nn.Conv2d``. It sees an :class:`Op`, the op that reads the weight, with every
+argument fixed except input, weight and bias. The weight is turned into the *canonical* layout
 
     linear, addmm, embedding   (out, in)            embedding: out = width, in = vocabulary
     conv1d/2d/3d, weight       (out, in/groups, *kernel)
     experts                    (experts, out, in)
 
-Adding a layer kind means adding it here; no method changes. Every function below is plain PyTorch, so that it can be
-traced into a region, run eagerly by a merge, and serve as the oracle of a test, all with one meaning.
+A new layer kind is added here, and no method changes. Every function below is plain PyTorch. A region can trace it, a
+merge can run it eagerly, and a test can use it as the oracle, all with one meaning.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ CASTS = (
 )
 
 
-#: where a convolution made dense keeps its number of groups, which is the last argument of all of them
+#: custom meta of a grouped convolution that was made dense: its number of groups, the last argument of its op
 GROUPS = "adaptc_groups"
-#: custom meta of a lookup in an embedding with max_norm: the largest norm of a row, and which norm
+#: custom meta of a lookup in an embedding with max_norm: the largest norm of a row, and the order of the norm
 BOUND = "adaptc_max_norm"
-#: custom meta of what reads the weight of a module whose class derives from a linear layer's
+#: custom meta of a node that reads the weight of a module whose class derives from a linear layer class
 LINEAR = "adaptc_linear"
 #: custom meta of a node that stands for a layer inside a block (see ``blocks``)
 INSIDE = "adaptc_inside"
@@ -63,8 +63,12 @@ _BY_NAME = {str(target): target for target in TABLE}
 
 @dataclass(frozen=True)
 class Op:
-    """One consuming op. ``shape`` is the canonical weight shape; ``rest`` are the op's remaining arguments. ``bound``:
-    of an embedding with ``max_norm``, the largest norm that a row may have, and which norm. Its weight keeps to it."""
+    """The op that reads a weight, with all its arguments but input, weight and bias.
+
+    ``shape`` is the canonical shape of the weight, and ``rest`` the remaining arguments. ``target`` None means that
+    only the weight is known, and not how it is read. ``bound`` is (largest norm of a row, order of the norm) of an
+    embedding with ``max_norm``, whose weight keeps to it. It is None for all others.
+    """
 
     kind: str
     shape: tuple[int, ...]
@@ -74,11 +78,11 @@ class Op:
 
     @property
     def callable(self) -> bool:
-        """Whether the op can be run as op(x, weight); if not, only the weight form exists."""
+        """Return whether the op can be run as op(x, weight); if not, only the weight form exists."""
         return self.target is not None
 
     def at(self, consumer: fx.Node) -> Op:
-        """This op as another of the weight's consumers has it: the same layer may be called with another stride."""
+        """Return this op as another node that reads the weight calls it, perhaps with another stride."""
         if not self.callable or consumer.target not in TABLE:
             return self
         return replace(self, target=consumer.target, rest=_rest(consumer), bound=bound_of(consumer))
@@ -93,7 +97,7 @@ class Op:
 
     @property
     def experts(self) -> int:
-        """How many matrices the weight stacks; 0 for one plain weight."""
+        """Return how many matrices the weight stacks; 0 for one plain weight."""
         return self.shape[0] if self.kind.startswith("experts") else 0
 
     @property
@@ -109,20 +113,24 @@ class Op:
         return () if self.experts else self.shape[2:]
 
     def canonical(self, weight: Tensor) -> Tensor:
-        """The parameter as stored -> canonical layout (a view)."""
+        """Return a view of the parameter, given as stored, in canonical layout."""
         if self.kind in ("addmm", "embedding"):
             return weight.t()
         return weight.transpose(-2, -1) if self.kind == "experts_t" else self._swap(weight)
 
     def stored(self, canonical: Tensor) -> Tensor:
-        """Inverse of :meth:`canonical`; it is its own inverse, kept apart so that callers say what they mean."""
+        """Return a canonical weight in the parameter's stored layout; the inverse of :meth:`canonical`.
+
+        The two are one function, since each is a transposition or nothing. They have two names so that callers say what
+        they mean.
+        """
         return self.canonical(canonical)
 
     def _swap(self, weight: Tensor) -> Tensor:
         return weight.transpose(0, 1) if self.kind == "conv_transpose" else weight
 
     def __call__(self, x: Tensor, canonical: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The op with another weight; a weight made dense (see :meth:`dense`) runs with one group."""
+        """Run the op with another weight; a weight made dense (see :meth:`dense`) runs with one group."""
         if self.kind in ("linear", "addmm"):
             return F.linear(x, canonical, bias)
         if self.kind == "embedding":
@@ -134,11 +142,11 @@ class Op:
         return self.target(x, weight, bias, stride, padding, dilation, groups)
 
     def as_input(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """``x`` cast to ``dtype``, unless it is a tensor of indices."""
+        """Return ``x`` cast to ``dtype``, unless it is a tensor of indices."""
         return x if self.kind == "embedding" else cast(x, dtype)
 
     def down_up(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """op(x, product(a, b)) without ever forming the product: through the rank and up again."""
+        """Return op(x, product(a, b)) without forming that weight: project ``x`` down to the rank, then up."""
         if self.kind == "embedding":
             return F.linear(aten.embedding(a.t(), x, *self.rest), b)
         if self.is_conv:
@@ -146,8 +154,11 @@ class Op:
         return F.linear(F.linear(x, a), b)
 
     def bounded(self, canonical: Tensor) -> Tensor:
-        """What an embedding with ``max_norm`` makes of another tensor that it looks rows up in: (any, vocabulary) with
-        no column longer than :attr:`bound` allows. The gradient passes as if nothing was done, as torch has it."""
+        """Return ``canonical`` (any, vocabulary) with each column scaled down to the norm that :attr:`bound` allows.
+
+        This is what an embedding with ``max_norm`` does to a tensor that it looks rows up in. As in torch, the gradient
+        passes unchanged.
+        """
         if self.bound is None:
             return canonical
         most, order = self.bound
@@ -158,13 +169,13 @@ class Op:
         return self.canonical(short + (rows - constant))
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
-        """op(x, a) for a weight with any number of rows, without bias and with one group."""
+        """Return op(x, a) for a weight with any number of rows, without bias and with one group."""
         if self.kind == "embedding":
             return aten.embedding(a.t(), x, *self.rest)
         return self._conv(x, a, None, 1) if self.is_conv else F.linear(x, a)
 
     def up(self, h: Tensor, b: Tensor) -> Tensor:
-        """A matrix (out, channels) on the channels of ``h``, what this op gives with a weight of that many rows."""
+        """Return the matrix ``b`` (out, channels) applied to ``h``, an output of this op with ``channels`` channels."""
         for _ in self.kernel:
             b = b.unsqueeze(-1)
         return self._pointwise(h, b) if self.is_conv else F.linear(h, b)
@@ -174,7 +185,7 @@ class Op:
         return conv(h, b, groups=self.groups)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """Down and up projection multiplied out to a weight of the canonical shape (dense when ``groups`` > 1)."""
+        """Return the matmul of up and down projection in the weight's canonical shape, dense where ``groups`` > 1."""
         if self.experts or (a.ndim == 2 and not self.kernel):
             return b @ a
         up = b.flatten(1)
@@ -183,7 +194,7 @@ class Op:
         return (up @ a.flatten(1)).reshape(self.out_features, self.in_features, *self.kernel)
 
     def plus(self, canonical: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-        """dense(canonical) + scale * product(a, b); one product that adds to the weight, where one op can."""
+        """Return dense(canonical) + scale * product(a, b), by one ``addmm`` where shapes and dtypes allow it."""
         weight = self.dense(canonical)
         exact = weight.dtype in (torch.float32, torch.float64)  # the scale must not be rounded with B
         if exact and weight.ndim == a.ndim == b.ndim == 2 and weight.dtype == a.dtype == b.dtype:
@@ -191,59 +202,65 @@ class Op:
         return weight + self.product(a, b) * scale
 
     def dense(self, canonical: Tensor) -> Tensor:
-        """The same map as a weight that reads every input channel: a grouped convolution as an ungrouped one."""
+        """Return the weight of an ungrouped convolution that equals this grouped one; other weights unchanged."""
         return _block_diagonal(canonical, self.groups) if self.groups > 1 else canonical
 
     def along_out(self, v: Tensor, y: Tensor) -> Tensor:
-        """A vector of size (out,) shaped to broadcast over this op's output ``y``."""
+        """Return a vector (out,) shaped to broadcast over this op's output ``y``."""
         return v.reshape(-1, *([1] * len(self.kernel))) if self.is_conv else v
 
     def along_in(self, v: Tensor, x: Tensor) -> Tensor:
-        """A vector of size (in,) shaped to broadcast over this op's input ``x``."""
+        """Return a vector (in,) shaped to broadcast over this op's input ``x``."""
         return self.along_out(v, x)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """(rows, columns) of the canonical weight as it is: kernels, and the inputs of one group, in the columns."""
+        """Return (rows, columns) of the canonical weight as a matrix.
+
+        The columns are the inputs of one group, times the positions of the kernel.
+        """
         return self.shape[0], prod(self.shape[1:])
 
     def matrix(self, canonical: Tensor) -> Tensor:
-        """The canonical weight as a matrix of :attr:`matrix_shape`, channels before kernel positions in a row."""
+        """Return the canonical weight as a matrix of :attr:`matrix_shape`; kernel positions vary fastest in a row."""
         return canonical.reshape(self.matrix_shape)
 
     def unmatrix(self, matrix: Tensor) -> Tensor:
-        """Inverse of :meth:`matrix`."""
+        """Return the canonical weight of a matrix; the inverse of :meth:`matrix`."""
         return matrix.reshape(self.shape)
 
     @property
     def pointwise(self) -> bool:
-        """Whether an output reads each input channel at one place only: a map of the channels can go to the input."""
+        """Return whether each output position reads only one input position.
+
+        A map of the input's channels can then be applied to the input instead of the weight.
+        """
         if self.is_conv:
             return all(k == 1 for k in self.kernel) and self.groups == 1
         return self.kind in ("linear", "addmm")
 
 
 def _block_diagonal(w: Tensor, groups: int) -> Tensor:
-    """(out, in/g, *k), g blocks of rows, -> (out, in, *k) with zeros off the blocks."""
-    # -1 and not the number of columns: in a factor it is the rank, which no region may depend on.
+    """Return the weight (out, in/groups, *kernel) as (out, in, *kernel), with zeros between the groups."""
+    # -1 and not the number of columns: in a low-rank factor that number is the rank, which no region may depend on.
     rows, kernel = w.shape[0] // groups, w.shape[2:]
     blocks = w.reshape(groups, rows, -1, *kernel).movedim(0, -1)
     return torch.diag_embed(blocks, dim1=0, dim2=2).reshape(groups * rows, -1, *kernel)
 
 
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """``t`` in ``dtype``; unlike ``t.to`` it leaves no node in a trace when there is nothing to do."""
+    """Return ``t`` in ``dtype``; unlike ``t.to``, a cast that changes nothing leaves no node in a trace."""
     return t if t.dtype == dtype else t.to(dtype)
 
 
 def operands(node: fx.Node) -> tuple[Any, Any, Any]:
-    """(input, weight, bias) arguments of a node whose target is in :data:`TABLE`; bias is None when absent."""
+    """Return the (input, weight, bias) arguments of a node whose target is in :data:`TABLE`; bias None when absent."""
     _, xi, wi, bi, _ = TABLE[node.target]
     return argument(node, xi), argument(node, wi), None if bi is None else argument(node, bi)
 
 
 def argument(node: fx.Node, position: int) -> Any:
-    """A node's argument by schema position, wherever it was written, with the schema's default."""
+    """Return a node's argument by its position in the schema, from args, kwargs or the schema's default."""
     if position < len(node.args):
         return node.args[position]
     schema = node.target._schema.arguments[position]  # type: ignore[union-attr]  # OpOverload
@@ -251,7 +268,7 @@ def argument(node: fx.Node, position: int) -> Any:
 
 
 def set_argument(node: fx.Node, position: int, value: Any) -> None:
-    """Write a node's argument by schema position, wherever it stands."""
+    """Write a node's argument by its position in the schema, into args or kwargs."""
     if position < len(node.args):
         node.update_arg(position, value)
     else:
@@ -259,7 +276,7 @@ def set_argument(node: fx.Node, position: int, value: Any) -> None:
 
 
 def op_of(kind: str, weight: Tensor, consumer: fx.Node | None) -> Op:
-    """The :class:`Op` of a site: ``weight`` as stored (a fake tensor will do), ``consumer`` one of its nodes."""
+    """Return the :class:`Op` of a site, given ``weight`` as stored (may be fake) and a node that reads it, or None."""
     probe = Op(kind, tuple(weight.shape))
     shape = tuple(int(s) for s in probe.canonical(weight).shape) if weight.ndim > 1 else tuple(weight.shape)
     target, rest = (None, ()) if consumer is None else called(consumer)
@@ -269,18 +286,18 @@ def op_of(kind: str, weight: Tensor, consumer: fx.Node | None) -> Op:
 
 
 def bound_of(consumer: fx.Node) -> tuple[float, float] | None:
-    """What the rows that a node looks up keep to: the largest norm, and which; None where there is no such thing."""
+    """Return (largest norm, order of the norm) of the rows that a node looks up; None without such a bound."""
     bound = (consumer.meta.get("custom") or {}).get(BOUND)
     return None if bound is None else (float(bound[0]), float(bound[1]))
 
 
 def mark_bound(consumer: fx.Node, bound: tuple[float, float]) -> None:
-    """Write down what :func:`bound_of` reads; as texts, for no other form of infinity is safe in files."""
+    """Store ``bound`` where :func:`bound_of` reads it, as text, since JSON has no safe form of infinity."""
     consumer.meta["custom"] = {**(consumer.meta.get("custom") or {}), BOUND: [str(v) for v in bound]}
 
 
 def called(consumer: fx.Node) -> tuple[Any, tuple[Any, ...]]:
-    """The op by which a consumer reads a weight, and its remaining arguments; (None, ()) for what no table knows."""
+    """Return the op by which a node reads a weight, and its remaining arguments; (None, ()) for an unknown op."""
     meta = (consumer.meta.get("custom") or {}).get(INSIDE)
     if meta is not None:
         return (None, ()) if meta["op"] is None else (_BY_NAME[meta["op"][0]], _frozen(meta["op"][1]))
@@ -296,7 +313,10 @@ def _rest(consumer: fx.Node) -> tuple[Any, ...]:
 
 
 def make_dense(consumer: fx.Node, remember: bool) -> None:
-    """Run a grouped convolution with one group, since its weight became dense; for good, or to be undone."""
+    """Make a grouped convolution run with one group, since its weight became dense.
+
+    ``remember`` keeps the number of groups in the node's meta, so that :func:`make_grouped` can undo it.
+    """
     count = len(consumer.target._schema.arguments)  # type: ignore[union-attr]
     arguments = [argument(consumer, i) for i in range(count)]
     if remember:
@@ -305,7 +325,7 @@ def make_dense(consumer: fx.Node, remember: bool) -> None:
 
 
 def make_grouped(consumer: fx.Node) -> None:
-    """Undo :func:`make_dense`, if it was done."""
+    """Undo :func:`make_dense`, if it was done and remembered."""
     custom = dict(consumer.meta.get("custom") or {})
     if GROUPS in custom:
         consumer.args = (*consumer.args[:-1], custom.pop(GROUPS))

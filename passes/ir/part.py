@@ -1,8 +1,8 @@
-"""The part of a program that computes some of its outputs, with the inputs that it needs and no others.
+"""Cut out the part of a program that computes some of its outputs, with the inputs that it needs and no others.
 
-Before: a program whose outputs are a dict of tensors. After ``part_of``: one of the chosen outputs alone, whose nodes
-have the names they had; what writes to memory that it reads is in it, too, as are the assertions on what it reads. The
-program is as it was, and shares its tensors with the part.
+The outputs of the program must be a dict of tensors. The nodes of the part keep their names. The part also has the
+nodes that write to memory it reads, and the assertions on values it reads. The program is not changed, and shares its
+tensors with the part.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from adaptc.passes.ir.lifted import Lifted
 
 
 def outputs_of(program: ExportedProgram) -> list[str]:
-    """The names of a program's outputs; none where they are no dict of tensors."""
+    """Return the names of a program's outputs; an empty list unless they are a dict of tensors."""
     spec = program.call_spec.out_spec
     named = spec is not None and spec.type is dict and all(c.is_leaf() for c in spec.children())
     return [str(n) for n in spec.context] if named else []  # type: ignore[union-attr]
 
 
 def part_of(program: ExportedProgram, names: Sequence[str]) -> ExportedProgram:
-    """See the module docstring. Raises ConfigError for a name that is none of the program's outputs."""
+    """Return the part of a program that computes the outputs ``names``. Raises ConfigError for an unknown name."""
     known = outputs_of(program)
     if lost := [n for n in names if n not in known]:
         raise ConfigError(f"the program has no output {shown(lost[0])}; it has {known}")
@@ -40,7 +40,7 @@ def part_of(program: ExportedProgram, names: Sequence[str]) -> ExportedProgram:
 
 
 def cut_to(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
-    """Leave of a graph what computes these nodes, which are its outputs from now on. All its inputs stay."""
+    """Reduce a graph to the computation of these nodes, which become its outputs. All its inputs stay."""
     _read_sizes_inside(graph, _needed(graph, nodes, sizes=False))
     kept, last = _needed(graph, nodes, sizes=True), graph.output_node()
     last.args = (tuple(nodes),)
@@ -50,7 +50,7 @@ def cut_to(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
 
 
 def _needed(graph: fx.Graph, roots: Collection[fx.Node], sizes: bool) -> set[fx.Node]:
-    """The nodes that ``roots`` follow from; without ``sizes`` not the inputs that only a size is read off."""
+    """Return the nodes that ``roots`` depend on; without ``sizes``, not the inputs that only a size is read from."""
     memory, found = memory_groups(graph), set[fx.Node]()
     acting = [n for n in graph.nodes if n.op == "call_function" and not pure(n)]
 
@@ -74,7 +74,11 @@ def _needed(graph: fx.Graph, roots: Collection[fx.Node], sizes: bool) -> set[fx.
 
 
 def _belongs(node: fx.Node, found: Collection[fx.Node], writes: Collection[Any]) -> bool:
-    """Whether what has an effect has it on a part, of which these nodes are ``found``."""
+    """Return whether a node with an effect belongs to a part, given the part's nodes that are ``found`` so far.
+
+    ``writes`` is the memory of the part that it writes to. A node without users that only checks values of the part
+    belongs to it, too.
+    """
     if writes:
         return True
     inputs = node.all_input_nodes
@@ -86,7 +90,7 @@ def _is_size(node: fx.Node) -> bool:
 
 
 def _read_sizes_inside(graph: fx.Graph, inside: Collection[fx.Node]) -> None:
-    """Read sizes off inputs that are inside, where one of them has the same."""
+    """Read sizes from inputs in ``inside``, where one of them has the same symbolic size."""
     where: dict[str, tuple[fx.Node, int]] = {}
     for node in graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")

@@ -1,9 +1,9 @@
-"""What a pass is: a frozen dataclass with its options as fields, a result with a count, and a runner that checks it.
+"""Define passes: frozen dataclasses with their options as fields, results with a count, and a runner that checks them.
 
-There are two kinds, by what they are applied to. A :class:`Pass` takes an exported program and returns a new one; the
-program it was given stays as it was. A :class:`GraphPass` takes an ``fx.Graph`` that the caller owns, and may change it
-in place or return another. Either may break what it works on in between, never on exit: whoever calls a pass, alone or
-through a :class:`PassManager`, gets a result that was checked, or a :class:`PassError` that blames the pass by name.
+There are two kinds of pass. A :class:`Pass` takes an exported program and returns a new one; the given program stays as
+it was. A :class:`GraphPass` takes an ``fx.Graph`` that the caller owns. It may change the graph in place or return
+another. Both may break their subject in between, but not on exit. Whoever calls a pass, alone or through a
+:class:`PassManager`, gets a checked result, or a :class:`PassError` that names the pass.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ from adaptc.errors import AdaptcError, PassError
 from adaptc.passes.ir.exclusive import exclusive
 
 T = TypeVar("T")
-#: names of passes, and how much each changed
+#: names of passes, each with its count
 Trail = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
 class PassResult(Generic[T]):
-    """``output``: the program or the graph. ``count`` sites or nodes changed; ``notes`` say why others were not;
-    ``data`` is the pass's own report. ``trail`` names the passes it went through, with their counts."""
+    """The result of a pass: ``output`` is the program or the graph.
+
+    ``count`` is the number of sites or nodes changed, and ``notes`` say why others were not. ``data`` is the pass's own
+    report. ``trail`` names the passes that the subject went through, with their counts.
+    """
 
     output: T
     count: int
@@ -36,18 +39,18 @@ class PassResult(Generic[T]):
 
     @property
     def program(self) -> T:
-        """The output, of a pass on programs."""
+        """Return the output of a pass on programs."""
         return self.output
 
     @property
     def graph(self) -> T:
-        """The output, of a pass on graphs."""
+        """Return the output of a pass on graphs."""
         return self.output
 
 
 @dataclass(frozen=True)
 class PassBase(Generic[T]):
-    """Subclasses set ``name`` and define ``apply``."""
+    """The base class of passes. Subclasses set ``name`` and define ``apply``."""
 
     name: ClassVar[str] = ""
 
@@ -64,15 +67,15 @@ class PassBase(Generic[T]):
             raise PassError(f"pass {self.name!r} left an invalid {self.kind}: {error}") from error
         return replace(result, trail=(*result.trail, (self.name, result.count)))
 
-    #: what it works on, for messages
+    #: the kind of its subject, for messages
     kind: ClassVar[str] = "program"
 
     def before(self, subject: T) -> Any:
-        """What :meth:`check` has to know of the subject as it was."""
+        """Return what :meth:`check` has to know of the unchanged subject."""
         return None
 
     def check(self, before: Any, output: T) -> None:
-        """Raises anything at all where the output is not valid."""
+        """Raise any exception where the output is not valid."""
 
     def __str__(self) -> str:
         shown = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.repr)
@@ -81,7 +84,7 @@ class PassBase(Generic[T]):
 
 @dataclass(frozen=True)
 class Pass(PassBase[ExportedProgram]):
-    """A rewrite of a program. Afterwards its graph lints and the program validates."""
+    """A rewrite of a program. Its output must have a graph that lints, and must validate."""
 
     def check(self, before: Any, output: ExportedProgram) -> None:
         output.graph.lint()
@@ -90,11 +93,14 @@ class Pass(PassBase[ExportedProgram]):
 
 @dataclass(frozen=True)
 class GraphPass(PassBase[fx.Graph]):
-    """A rewrite of a graph. Afterwards it lints, returns as many values as before and, but for passes that say
-    otherwise, has all the inputs it had, in their order."""
+    """A rewrite of a graph.
+
+    Its output must lint and return as many values as before. It must have all the inputs that it had, in their order,
+    unless ``keeps_inputs`` is False.
+    """
 
     kind: ClassVar[str] = "graph"
-    #: whether all inputs stay; further ones may come
+    #: whether all inputs stay; further ones may be added
     keeps_inputs: ClassVar[bool] = True
 
     def before(self, subject: fx.Graph) -> Any:
@@ -117,12 +123,13 @@ def _results(graph: fx.Graph) -> int:
 
 @dataclass
 class PassManager(Generic[T]):
-    """Runs passes of one kind in order; ``observe`` is called after each with the pass and its result (dump, time,
-    verify).
+    """A runner of passes of one kind, in order.
 
-    ``results`` are those of the last run, and the ``data`` of the result it returns are theirs, in order. An error of a
-    pass keeps its type and says which pass failed, and after which others; one that is no AdaptcError is a bug of the
-    pass and becomes a PassError.
+    It calls ``observe`` after each pass with the pass and its result, for dumps, timing or further checks. ``results``
+    holds the results of the last run. The ``data`` of the returned result is the ``data`` of these, in order.
+
+    An error of a pass keeps its type, and its message names the pass and the passes before it. An error that is no
+    AdaptcError is a bug of the pass and becomes a PassError.
     """
 
     passes: Sequence[PassBase[T]]

@@ -1,23 +1,28 @@
-"""One matrix product of a linear layer, by the library that is told to make it: ``adaptc::product``.
+"""Compute the matmul of a linear layer by a chosen library: ``adaptc::product``.
 
     product(x, W, bias, kind, classes, columns)      y = x W^T + bias
 
-"linear" is ``F.linear``. "onednn" is oneDNN on the weight as it lies, without a copy or packing: in float32
-``F.linear`` goes to MKL, which is slow on some processors. It holds for calls whose number of rows is in one of
-``classes``, and where shapes, types and strides fit; every other call is ``F.linear``, so that a graph with this op
-computes on every machine what the plain graph does, up to rounding. At ``columns``, classes as well, the same library
-makes y^T = W x^T, in which a few rows are a few columns: the other way round they may take it three times as long. A
-single row is made as two columns that are equal, for which it may read W in two thirds of the time that one takes. The
-gradient of x is a product too, by ``kind``; those of W and bias are plain.
+The kind "linear" is ``F.linear``. The kind "onednn" is oneDNN on the weight as it lies, without a copy or packing. In
+float32 ``F.linear`` goes to MKL, which is slow on some processors.
 
-:func:`product` is what code of calls uses: an op of Python costs ten microseconds, and it goes through one only where
-there is a gradient. Transforms of ``torch.func``, forward-mode derivatives and subclasses of tensors get ``F.linear``.
+"onednn" applies to calls whose number of rows is in one of ``classes``, if shapes, types and strides fit. Every other
+call is ``F.linear``. So a graph with this op computes on every machine what the plain graph does, up to rounding.
+
+At the classes in ``columns``, the same library computes y^T = W x^T, where a few rows become a few columns. The other
+way round they may take three times as long. A single row is computed as two equal columns. Reading W may then take two
+thirds of the time that one column takes.
+
+The gradient of x is also such a matmul, of the same ``kind``. The gradients of W and bias are plain.
+
+Code of calls uses :func:`product`. An op of Python costs ten microseconds, and the function uses one only where there
+is a gradient. Transforms of ``torch.func``, forward-mode derivatives and subclasses of tensors get ``F.linear``.
 
 Private torch use, with the public route that was tried:
 - ``torch.ops.mkldnn._linear_pointwise``: oneDNN on a plain weight. Public: ``F.linear`` chooses by itself, and
   ``torch.utils.mkldnn`` packs a copy of each weight and returns tensors of another layout.
-- its overload ``binary``: the same, added to another tensor. Public: ``addmm``, which goes where ``F.linear`` goes.
-- ``torch.ops.mkldnn._is_mkldnn_bf16_supported``: without bfloat16 in the processor the op above raises. Public: none.
+- its overload ``binary``, which adds the result to another tensor. Public: ``addmm``, which uses the library that
+  ``F.linear`` uses.
+- ``torch.ops.mkldnn._is_mkldnn_bf16_supported``: on a processor without bfloat16 the op above raises. Public: none.
 """
 
 from __future__ import annotations
@@ -37,21 +42,21 @@ from adaptc.torch_modes import in_transform
 
 LINEAR, ONEDNN = "linear", "onednn"
 KINDS = (LINEAR, ONEDNN)
-#: what is said of a product at the classes of ``columns``
+#: the name of the way in which products at the classes of ``columns`` are computed
 COLUMNS = "columns"
 
-#: the most rows of each class of calls but the last, which has no end
+#: the most rows of each class of calls; one more class has all calls with more rows
 CLASSES = (1, 4, 16, 256)
 ALL_CLASSES = tuple(range(len(CLASSES) + 1))
 
 
 def row_class(rows: int) -> int:
-    """The class of a call with so many rows."""
+    """Return the class of a call with so many rows."""
     return sum(rows > most for most in CLASSES)
 
 
 def _found(overload: str = "default") -> Any:
-    """An overload of torch's private op, or None where it has none."""
+    """Return an overload of torch's private op, or None where torch has none."""
     if not torch.backends.mkldnn.is_available():
         return None
     return getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), overload, None)
@@ -68,7 +73,7 @@ def _bfloat16() -> bool:
 
 
 def takes(dtype: torch.dtype) -> bool:
-    """Whether oneDNN can make products of this type here."""
+    """Return whether oneDNN can compute matmuls of this dtype here."""
     if _pointwise is None or not torch.backends.mkldnn.enabled:
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and _bfloat16())
@@ -77,10 +82,11 @@ def takes(dtype: torch.dtype) -> bool:
 def product(
     x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, classes: Sequence[int], columns: Sequence[int] = ()
 ) -> Tensor:
-    """x W^T + bias: x (..., K), weight (N, K), bias (N,) or None -> (..., N), of x's type. ``kind``: one of
-    :data:`KINDS`; ``classes``: the classes of rows it holds for; ``columns``: those at which y^T is made.
+    """Return x W^T + bias, (..., N), of x's dtype, for x (..., K), weight (N, K) and bias (N,) or None.
 
-    Raises BackendError for a kind that does not exist, and whatever ``F.linear`` raises for operands that do not fit.
+    ``kind`` is one of :data:`KINDS`. ``classes`` are the classes of rows for which oneDNN is used, and ``columns``
+    those for which y^T is computed. Raises BackendError for an unknown kind, and whatever ``F.linear`` raises for
+    operands that do not fit.
     """
     at = _class_of(x, weight, bias, kind)
     if (at not in classes and at not in columns) or in_transform():
@@ -93,7 +99,7 @@ def product(
 
 
 def by_columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The transpose of weight x^T, as a tensor of its own."""
+    """Return x W^T + bias as a contiguous tensor, computed as the transpose of weight x^T."""
     rows = x.reshape(-1, x.shape[-1])
     one = rows.shape[0] == 1
     y = torch.mm(weight, (torch.cat((rows, rows)) if one else rows).t()).t()
@@ -102,8 +108,11 @@ def by_columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def add_product(total: Tensor, x: Tensor, weight: Tensor, kind: str, classes: Sequence[int]) -> Tensor:
-    """total + x W^T, in total's memory or in new: total (rows, N), x (rows, K), weight (N, K), all of one type; the
-    rest as in :func:`product`. There is no gradient."""
+    """Return total + x W^T, in the memory of ``total`` or in new memory, without a gradient.
+
+    ``total`` is (rows, N), x (rows, K) and weight (N, K), all of one dtype. ``kind`` and ``classes`` are those of
+    :func:`product`.
+    """
     if _pointwise_with is None or not total.is_contiguous() or total.dtype != x.dtype:
         return total.addmm_(x, weight.t())
     if not _by_onednn(x, weight, None, kind, classes) or in_transform():
@@ -112,14 +121,14 @@ def add_product(total: Tensor, x: Tensor, weight: Tensor, kind: str, classes: Se
 
 
 def fits(x: Tensor, weight: Tensor, bias: Tensor | None, classes: Sequence[int]) -> bool:
-    """Whether :func:`onednn` may make this product, of a call in one of ``classes``: where no gradient is wanted."""
+    """Return whether :func:`onednn` may compute this matmul: its class is in ``classes``, and no gradient is needed."""
     if not _by_onednn(x, weight, bias, ONEDNN, classes) or in_transform():
         return False
     return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, weight, bias))
 
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """oneDNN's product, of what :func:`fits`; ``weight`` may be a packed copy of the one that does."""
+    """Return oneDNN's x W^T + bias for operands that :func:`fits`; ``weight`` may be a packed copy."""
     return _pointwise(x, weight, bias, "none", [], "")
 
 
@@ -127,7 +136,7 @@ def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def product_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, classes: Sequence[int], columns: Sequence[int]
 ) -> Tensor:
-    """:func:`product` as an op, for graphs and for gradients."""
+    """Compute :func:`product` as an op, for graphs and for gradients."""
     at = _class_of(x, weight, bias, kind)
     if at in columns:
         return by_columns(x, weight, bias)
@@ -152,11 +161,11 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, classe
 
 
 def _class_of(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> int | None:
-    """The class of a call that another product than linear's may make; None for all others."""
+    """Return the class of a call that oneDNN may compute; None for all other calls."""
     if kind != ONEDNN:
         _check(kind)
         return None
-    # Subclasses have rules for linear, and none for this.
+    # A subclass of Tensor may have rules for linear, and has none for this op.
     if type(x) not in _PLAIN or type(weight) not in _PLAIN or x.device.type != "cpu" or weight.device.type != "cpu":
         return None
     dtype = x.dtype
@@ -171,7 +180,7 @@ def _class_of(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> int 
         return None
     if weight.layout != torch.strided or not (weight.is_contiguous() or weight.t().is_contiguous()):
         return None
-    # Its derivative would be lost without a word.
+    # The op would drop a forward-mode derivative without an error.
     dual = any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in (x, weight, bias))
     return None if dual else row_class(count // width)
 

@@ -1,7 +1,8 @@
-"""What a method of the program promises, tried on small tensors.
+"""Check what a method of the program promises, on small tensors.
 
-Before: a method, and the op of a token embedding. After: nothing, or a MethodError that names the function, what was
-expected and what was found. Of layers' methods see ``method_checks``, whose promise about first values holds here, too.
+The input is a method and the op of a token embedding. A broken promise raises a MethodError that names the function,
+what was expected and what was found. ``method_checks`` does the same for methods at layers. Its promise about first
+values holds here, too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _ROWS, _MORE, _TOKENS = 3, 2, 5
 
 
 def check_program_promises(method: ProgramMethod, op: Op) -> None:
-    """Raises MethodError for the first promise that is broken."""
+    """Raise MethodError for the first promise that is broken."""
     name = type(method).__name__
     try:
         first_values_fit(method, op)
@@ -31,11 +32,12 @@ def check_program_promises(method: ProgramMethod, op: Op) -> None:
                 _prompts(method, op, name)
     except AdaptcError:
         raise
-    except Exception as error:  # what the method's own code raises
+    except Exception as error:  # the method's own code may raise anything
         raise MethodError(f"{name} failed where it was tried: {type(error).__name__}: {error}") from error
 
 
 def _nothing_is_the_base(method: ProgramMethod, op: Op, name: str) -> None:
+    """Raise MethodError if identity values put a virtual token in front, since the base must stay what it was."""
     W = torch.randn(op.shape, dtype=torch.float64)
     count = method.lengthens(method.identity(op, W, W.dtype))
     if count:
@@ -45,7 +47,7 @@ def _nothing_is_the_base(method: ProgramMethod, op: Op, name: str) -> None:
 
 
 def _prompts(method: ProgramMethod, op: Op, name: str) -> None:
-    """Slots of the method's own sizes, and of larger ones, which an adapter may choose."""
+    """Raise MethodError unless prompt() and embedded() agree, for slots of the method's sizes and for larger ones."""
     given = {n: torch.zeros([_ROWS] * len(e.axes), dtype=e.dtype) for n, e in method.extras().items()}
     for more in (0, _MORE):
         slots = _slots(method, op, more)
@@ -66,7 +68,7 @@ def _prompts(method: ProgramMethod, op: Op, name: str) -> None:
 
 
 def _slots(method: ProgramMethod, op: Op, more: int) -> Mapping[str, Tensor]:
-    """Random values, ``more`` along free axes than the method says."""
+    """Return random slot values (zeros for integers), longer by ``more`` along free axes than the method says."""
     out: dict[str, Tensor] = {}
     for name, slot in method.slots(op).items():
         shape = [n + more if i in slot.free else n for i, n in enumerate(slot.shape)]

@@ -1,11 +1,11 @@
-"""Bring the fake values of a graph up to date where a value it begins with is of another size now.
+"""Update the fake values of a graph after a value that it starts from has changed its size.
 
-Before: a graph some of whose nodes have values that are out of date, or of another environment. After: whatever
-depends on them has the value that its op gives on the graph's own fakes; all other nodes keep what they had. No op is
-changed. What torch can only tell from data keeps its value.
+The values of some nodes may be out of date, or belong to another shape environment. All nodes that depend on them get
+the value that their op gives on the graph's own fakes. All other nodes keep theirs. No op is changed. A value that
+torch can only tell from data stays as it is.
 
-Private torch use, with the public route that was tried: ``enable_python_dispatcher``, which ops that are made of others
-need on symbolic sizes. Public: ``make_fx``, which has it on, and makes a graph that nobody needs here.
+Private torch use, with the public route that was tried: ``enable_python_dispatcher``, which composite ops need on
+symbolic sizes. Public: ``make_fx`` has it on, but makes a graph that nobody needs here.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ aten = torch.ops.aten
 
 @exclusive
 def propagate(graph: fx.Graph, changed: Collection[fx.Node], modules: nn.Module | None = None) -> int:
-    """``changed``: nodes whose values differ from what their users were made with; those that compute are computed
-    again themselves. ``modules`` has the graphs of blocks. Returns how many values are new ones.
+    """Update the values that depend on the nodes ``changed``, and return how many values are new.
 
-    Raises PassError, naming the op, where one does not take the sizes that it would be given.
+    The nodes ``changed`` have other values than their users were made with. Those that are ops are computed again, too.
+    ``modules`` holds the graphs of blocks. Raises PassError, naming the op, if an op does not take its new sizes.
     """
     stale, count = set(changed), 0
     mode = fake_mode_of(graph)
@@ -69,9 +69,11 @@ def _value(node: fx.Node, modules: nn.Module | None) -> Any:
 
 
 def _cut_short(node: fx.Node, of: Callable[[fx.Node], Any]) -> Tensor | None:
-    """What a slice gives that was as long as a call says, of a tensor of fixed length; None for all else. torch looks
-    whether the sizes of the capture go beyond that tensor, and they may with more tokens in front; calls are held
-    against what there is room for."""
+    """Return the value of a slice of a fixed-length tensor from zero to a symbolic size; None for all other nodes.
+
+    torch would check whether the sizes of the capture exceed that length. With more virtual tokens they may. Calls are
+    checked elsewhere against the room there is.
+    """
     old = node.meta.get("val")
     if node.target is not aten.slice.Tensor or not isinstance(old, Tensor):
         return None
@@ -85,7 +87,7 @@ def _cut_short(node: fx.Node, of: Callable[[fx.Node], Any]) -> Tensor | None:
 
 
 def _shown(value: Any) -> Any:
-    """Equal for values that are alike to whoever reads them."""
+    """Return a key that is equal for values which look alike to the nodes that read them."""
     if isinstance(value, Tensor):
         return tuple(map(str, value.shape)), tuple(map(str, value.stride())), value.dtype, value.device
     if isinstance(value, (tuple, list)):

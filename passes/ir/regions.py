@@ -1,21 +1,21 @@
-"""Regions: the tagged nodes adapters added to a program. The tags are the only record of what was injected.
+"""Regions: the tagged nodes that adapters added to a program. The tags are the only record of what was injected.
 
 Every node of a region has ``node.meta["custom"]["adaptc"]``: the method, the adapter, the site (an attachment's id) and
-a role. The node that carries the result has role "out", and its tag holds more, from which alone a program that was
-saved to a file and loaded elsewhere is understood:
+a role. The node that carries the result has role "out", and its tag holds more. These tags alone explain a program that
+was saved to a file and loaded elsewhere:
 
     attachment   Attachment.to_dict()
-    region       what it computes, one of the kinds that ``trace.region_of`` knows, or a place of a program's; "beside"
-                 for what is computed once more, of more tokens
-    base         the node it stands in for: an output, a parameter, or a consumer's input
-    node         the consumer it stands at
+    region       the kind of region, one that ``trace.region_of`` knows or a place of the program; "beside" for a value
+                 that is computed once more, with the virtual tokens
+    base         the node it replaces: an output, a parameter, or an input of the node that reads the weight
+    node         the node that reads the weight, where the region stands
     given        the inputs that its method added to the program
-    fused        True where it is made of kernels
-    header       in the first region of a program: what the program as a whole remembers
+    fused        True where kernels compute it
+    header       in the first region of a program: the record of the program as a whole
 
-What computes a coefficient (``passes.ir.coefficients``) is of no region: all sites of an adapter read it. Its nodes
-have tags of the role :data:`COEFFICIENT`; :data:`FIRST_PASS` marks the value that one is made of, whose tag has the
-inputs that were added for it, under "given" as well.
+Nodes that compute a coefficient (``passes.ir.coefficients``) belong to no region, since all sites of an adapter read
+it. Their tags have the role :data:`COEFFICIENT`. The key :data:`FIRST_PASS` in such a tag marks the hidden state that a
+coefficient is made of. That tag also lists the inputs added for it under "given".
 """
 
 from __future__ import annotations
@@ -33,42 +33,42 @@ from adaptc.passes.ir.program_method import PROGRAM
 from adaptc.passes.ir.propagate import propagate
 
 COEFFICIENT = "coefficient"
-#: in the tag of the last hidden state of a first pass, which a coefficient is made of
+#: the key in the tag of a first pass's last hidden state, of which a coefficient is made
 FIRST_PASS = "first_pass"
 
 
 def node_tag(node: fx.Node) -> dict[str, Any] | None:
-    """The adaptc tag of any region node."""
+    """Return the adaptc tag of a region's node; None for all other nodes."""
     custom = node.meta.get("custom")
     return custom.get("adaptc") if isinstance(custom, dict) else None
 
 
 def region_tag(node: fx.Node) -> dict[str, Any] | None:
-    """The tag of a region's result; None for all other nodes."""
+    """Return the tag of a region's result; None for all other nodes."""
     tag = node_tag(node)
     return tag if tag is not None and tag.get("role") == "out" else None
 
 
 def slot_nodes(a: Attachment, placeholders: Mapping[str, fx.Node], nodes: Mapping[str, fx.Node]) -> list[fx.Node]:
-    """What every region of a site reads last: its slots, its coefficients, then its scale if it has one."""
+    """Return the nodes that every region of a site reads last: slots, coefficients, and the scale if there is one."""
     scale = [] if a.scale_slot is None else [placeholders[a.scale_slot]]
     return [*(placeholders[f] for f in a.slots.values()), *(nodes[n] for n in a.reads.values()), *scale]
 
 
 def site_op(lifted: Lifted, a: Attachment) -> Op:
-    """The op of an attachment's site in an opened program."""
+    """Return the op of an attachment's site in an opened program."""
     first = lifted.nodes.get(a.consumers[0]) if a.consumers else None
     return op_of(a.kind, lifted.tensor(a.fqn), first)
 
 
 def added_inputs(lifted: Lifted) -> list[fx.Node]:
-    """The inputs that methods added to an opened program."""
+    """Return the inputs that methods added to an opened program."""
     names = dict.fromkeys(n for node in lifted.graph.nodes if (t := node_tag(node)) for n in t.get("given", ()))
     return [lifted.nodes[n] for n in names]
 
 
 def place_of(tag: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a region stands in for: the output of a node, a parameter as one site reads it, or a consumer's input."""
+    """Return a key for what a region replaces: a node's output, a parameter as read by one site, or a layer's input."""
     if tag["region"] in ("weight", "weight_over"):
         return (tag["base"], tag["attachment"]["module"], tag["attachment"]["param"])
     if tag["region"] == "bias_value":
@@ -77,7 +77,7 @@ def place_of(tag: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def header(graph: fx.Graph) -> dict[str, Any] | None:
-    """What the program as a whole remembers (its configs), kept in the first region's tag."""
+    """Return the record of the program as a whole (its configs), kept in the first region's tag; None without one."""
     for node in graph.nodes:
         tag = region_tag(node)
         if tag and "header" in tag:
@@ -86,7 +86,7 @@ def header(graph: fx.Graph) -> dict[str, Any] | None:
 
 
 def set_header(graph: fx.Graph, value: Mapping[str, Any]) -> None:
-    """Replace what :func:`header` returns."""
+    """Store ``value`` as the record that :func:`header` returns."""
     for node in graph.nodes:
         tag = region_tag(node)
         if tag:
@@ -95,7 +95,7 @@ def set_header(graph: fx.Graph, value: Mapping[str, Any]) -> None:
 
 
 def attachments(graph: fx.Graph, method_of: Callable[[Mapping[str, Any]], Method]) -> list[Attachment]:
-    """The attachments of a graph in injection order; ``method_of`` as for ``from_dict``."""
+    """Return the attachments of a graph in injection order; ``method_of`` is that of ``Attachment.from_dict``."""
     found: dict[str, Attachment] = {}
     for node in graph.nodes:
         tag = region_tag(node)
@@ -105,7 +105,7 @@ def attachments(graph: fx.Graph, method_of: Callable[[Mapping[str, Any]], Method
 
 
 def remove_regions(lifted: Lifted, ids: Iterable[str]) -> int:
-    """Take the regions of these attachments out of an opened program, and their slots; returns how many regions."""
+    """Remove the regions and the slots of these attachments from an opened program; return the number of regions."""
     wanted = set(ids)
     outs: list[tuple[fx.Node, fx.Node]] = []
     inner: list[fx.Node] = []

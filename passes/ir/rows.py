@@ -1,11 +1,11 @@
-"""Several adapters at one site, and each row of a batch on its own mix of them: the mathematics, to be traced.
+"""Per-row adapters at one site, where each row of a batch has its own mix of adapters: the mathematics, to be traced.
 
     y = base(x) + sum_k c[row, k] * (adapted_k(x) - base(x))
 
-``c`` (rows, count) are the coefficients of a call; slots and scales have a leading axis of ``count`` adapters. It holds
-for every method: what one of them does to the input of a layer is mixed in front of the layer, and what it does to the
-output behind it. A row whose coefficients are zero has the base to the bit, and one with a single 1 what that adapter
-computes, up to rounding. Before: a method that knows nothing of rows. After: functions of plain tensors.
+``c`` (rows, count) are the coefficients of a call. Slots and scales have a leading axis of ``count`` adapters. The
+formula holds for every method: a change of a layer's input is mixed in front of the layer, and a change of its output
+behind it. A row whose coefficients are zero gets the base, bit for bit. A row with a single 1 gets the result of that
+adapter, up to rounding. The methods themselves know nothing of rows. The functions made here take plain tensors.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from adaptc.passes.ir.coefficients import Extra, Given
 from adaptc.passes.ir.method import Method, Scale, Slot, Slots
 from adaptc.passes.ir.ops import Op, cast
 
-#: how the size of an axis is made of the number of rows: it is that; or each row is there so many times, one row after
-#: the other (batch x sequence), or all rows after each other so many times
+#: how the rows of a batch lie along an axis: the axis is the rows; or each row is repeated in one stretch, as in
+#: (batch x sequence); or the whole list of rows is repeated
 ORDERS = ("rows", "rows outside", "rows inside")
 
 
-#: the slot that says where the ranks of each adapter begin and end, of sites that kernels compute
+#: the slot that says where the ranks of each adapter begin and end, at sites that GPU kernels compute
 STARTS = "starts"
 
 
 @dataclass(frozen=True)
 class RowAxis:
-    """Where the rows of a batch are in a value."""
+    """The position of a batch's rows in a value: an axis, and one of :data:`ORDERS`."""
 
     axis: int
     order: str = "rows"
 
     def rows(self, places: Any, size: int, count: int) -> Any:
-        """The row that each of ``places`` along an axis of this ``size`` belongs to, of ``count`` rows."""
+        """Return the row, out of ``count``, of each of the indices ``places`` along an axis of this ``size``."""
         if self.order == "rows outside":
             return places // (size // count)
         return places % count if self.order == "rows inside" else places
@@ -46,7 +46,7 @@ class RowAxis:
 
 @dataclass(frozen=True)
 class InRows(Method):
-    """``count`` adapters of one method at a site: its slots and its scale with an axis in front."""
+    """A method for ``count`` adapters of one method at a site; its slots and scale have a leading axis of adapters."""
 
     name: ClassVar[str] = "rows"
     swappable: ClassVar[frozenset[str]] = frozenset()
@@ -76,42 +76,42 @@ class InRows(Method):
         return self.inner.extras()
 
     def why_wrong(self, slots: Slots, given: Given) -> str:
-        # All adapters have the same sizes.
+        # Any adapter's slots will do for the check, since all adapters have the same sizes.
         return self.inner.why_wrong({n: t[0] for n, t in slots.items() if n != STARTS}, given)
 
 
 @dataclass(frozen=True)
 class Site:
-    """A method where several adapters of it are: what regions are traced with. ``names``: its slots, in order."""
+    """A method and its op where per-row adapters act, as regions are traced with. ``names`` are its slots, in order."""
 
     method: Method
     op: Op
     names: tuple[str, ...]
     scaled: bool
     count: int
-    #: whether operators made for it may take the place of plain ones
+    #: whether dedicated operators for per-row adapters may replace plain ones
     at_once: bool = False
-    #: whether tensors lie for kernels of a GPU (:func:`grouped`), and one more says where ranks are
+    #: whether slots are laid out for GPU kernels (:func:`grouped`), with :data:`STARTS` as one more slot
     grouped: bool = False
 
     def split(self, tensors: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Slots by name, and the scale, of what a region reads last."""
+        """Return the slots by name and the scale, from the tensors that a region reads last."""
         return dict(zip(self.names, tensors, strict=False)), tensors[-1] if self.scaled else None
 
     def each(self, tensors: Sequence[Tensor]) -> Iterator[tuple[int, dict[str, Tensor], Scale]]:
-        """The slots and the scale of one adapter after the other."""
+        """Yield (index, slots, scale) for each adapter in turn."""
         slots, scale = self.split(tensors)
         for k in range(self.count):
             yield k, {n: t.select(0, k) for n, t in slots.items()}, None if scale is None else scale.select(0, k)
 
     @property
     def tensors(self) -> int:
-        """How many slots and scales a region reads."""
+        """Return how many slots and scales a region reads."""
         return len(self.names) + self.scaled + self.grouped
 
 
 def spread(c: Tensor, y: Tensor, where: RowAxis) -> Tensor:
-    """The coefficients (rows, count) as (*1, n, *1, count), n at the axis of ``y`` that has the rows."""
+    """Return the coefficients (rows, count) as (*1, n, *1, count), with n on the axis of ``y`` that has the rows."""
     n = y.shape[where.axis]
     if where.order == "rows outside":
         c = c.unsqueeze(1).expand(-1, n // c.shape[0], -1).flatten(0, 1)
@@ -125,12 +125,12 @@ def spread(c: Tensor, y: Tensor, where: RowAxis) -> Tensor:
 
 
 def grouped(method: Method, op: Op, where: RowAxis) -> bool:
-    """Whether kernels of a GPU compute the rows of a method at a layer with such an output."""
+    """Return whether GPU kernels compute per-row adapters of a method at a layer with its rows at ``where``."""
     return method.has_rows() and method.groups(op) and where.axis == 0 and where.order != ORDERS[2]
 
 
 def input_of(site: Site, where: RowAxis) -> Callable[..., Tensor]:
-    """(x, c, slots...) -> x with what each row's adapters do to it."""
+    """Return the function (x, c, slots...) -> x changed by each row's adapters, for use in front of a layer."""
 
     def before(x: Tensor, c: Tensor, *slots: Tensor) -> Tensor:
         c = spread(c, x, where)
@@ -140,7 +140,7 @@ def input_of(site: Site, where: RowAxis) -> Callable[..., Tensor]:
 
 
 def output_of(site: Site, where: RowAxis, biased: bool) -> Callable[..., Tensor]:
-    """(x, y, W[, b], c, slots...) -> y with what each row's adapters do to it."""
+    """Return the function (x, y, W[, b], c, slots...) -> y changed by each row's adapters, for use behind a layer."""
     op, method = site.op, site.method
 
     def behind(x: Tensor, y: Tensor, w: Tensor, *rest: Tensor) -> Tensor:
@@ -163,8 +163,11 @@ def output_of(site: Site, where: RowAxis, biased: bool) -> Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Replaced:
-    """A parameter that adapters replace in a call: its site, and its place among the call's arguments. ``bias``: that
-    of the layer's bias, -1 where it has none, of a method that changes it, too; None for all others."""
+    """A parameter that adapters replace in a call: its site, and its index among the call's arguments.
+
+    ``bias`` is None, unless the method also changes the layer's bias. Then it is the bias's index, -1 for a layer
+    without one.
+    """
 
     site: Site
     place: int
@@ -177,8 +180,11 @@ def call_of(
     where: RowAxis,
     own: int,
 ) -> Callable[..., Tensor]:
-    """(y so far, y, the call's tensors..., the parameters..., c, slots of all sites...) -> y with the call done once
-    more for each adapter, on parameters of its own. ``call`` takes new values by place, and the ``own`` tensors."""
+    """Return a function that repeats a call once for each adapter, with parameters that the adapter changed.
+
+    It takes (y so far, y, the call's tensors..., the parameters..., c, slots of all sites...) and returns y with the
+    changes added. ``call`` takes new values by index, and the ``own`` tensors of the call.
+    """
 
     def again(latest: Tensor, y: Tensor, *rest: Tensor) -> Tensor:
         tensors, rest = rest[:own], rest[own:]
@@ -209,7 +215,7 @@ def call_of(
 
 
 def bias_of(site: Site, where: RowAxis, layer: Op) -> Callable[..., Tensor]:
-    """(y, b, c, slots...) -> y with the bias that each row's adapters have instead of b."""
+    """Return the function (y, b, c, slots...) -> y with each row's own bias in place of b."""
 
     def behind(y: Tensor, b: Tensor, c: Tensor, *slots: Tensor) -> Tensor:
         c, none = spread(c, y, where), torch.zeros_like(b)
@@ -220,15 +226,17 @@ def bias_of(site: Site, where: RowAxis, layer: Op) -> Callable[..., Tensor]:
 
 
 def changed(site: Site, p: Tensor, slots: Slots, scale: Scale) -> Tensor:
-    """A parameter as stored, with what one adapter makes of it."""
+    """Return the parameter ``p``, in its stored layout, as one adapter changes it."""
     op, many = site.op, p.ndim > 1
     new = site.method.weight(op, op.canonical(p) if many else p, slots, scale)
     return op.stored(new) if many else new
 
 
 def _sum(y: Tensor, base: Tensor, terms: Any) -> Tensor:
-    """y + the sum of c * (adapted - base); in float32 where y is in half precision. What an adapter makes of a row that
-    does not want it is left out, were it not finite."""
+    """Return y + the sum of c * (adapted - base), computed in float32 where y is in half precision.
+
+    Where a coefficient is zero, the adapter's term is left out and not multiplied, since it may be infinite or NaN.
+    """
     wide = y.dtype if y.dtype.itemsize >= 4 else torch.float32
     out, base = cast(y, wide), cast(base, wide)
     for c, adapted in terms:

@@ -1,8 +1,8 @@
-"""From a pure function to a tagged region of a graph.
+"""Trace a pure function, and put its graph into a program as a tagged region.
 
-``trace`` runs a function on fake tensors of the graph's own mode and returns its ATen graph; ``inline`` copies that
+``trace`` runs a function on fake tensors of the graph's own mode and returns its ATen graph. ``inline`` copies that
 graph behind a node. Symbolic sizes stay symbolic because the fakes share the program's shape environment. A region
-holds nothing but ATen ops on its inputs: a function that closes over a tensor is refused.
+holds nothing but ATen ops on its inputs. A function that closes over a tensor is refused.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ from adaptc.passes.ir.ops import Op, cast, operands
 
 @exclusive
 def trace(fn: Callable[..., Tensor], fakes: Sequence[Tensor]) -> fx.Graph:
-    """``fn`` as a graph whose placeholders are ``fakes``, in the training dialect (composite ops kept)."""
-    # Gradients are on so that the region records what training needs, whatever mode the caller is in.
+    """Return ``fn`` as a graph whose placeholders are ``fakes``, in the training dialect (composite ops kept).
+
+    Raises MethodError if ``fn`` reads a tensor that is not an argument.
+    """
+    # With gradients off, as the caller may have them, the region would lack what training needs.
     with torch.enable_grad(), sizes_stay_free(fakes):
         graph = make_fx(fn, pre_dispatch=True)(*fakes).graph
     graph.eliminate_dead_code()
@@ -38,18 +41,18 @@ def trace(fn: Callable[..., Tensor], fakes: Sequence[Tensor]) -> fx.Graph:
 def region_of(
     method: Method, op: Op, kind: str, names: Sequence[str], scaled: bool, fakes: Sequence[Tensor]
 ) -> fx.Graph:
-    """A method's region at a site, as a graph. What it reads, by ``kind``:
+    """Return a method's region at a site, as a graph. ``kind`` decides what it reads and computes:
 
-        input                  x               the layer's input is changed
-        apply, apply_bias      x, y, W[, b]    the layer's output is changed
-        weight                 W               the weight is changed
-        weight_over            W0, W           the same, where other adapters made W of the base W0
-        bias, new_bias         y[, b]          what a changed weight leaves out: the change of the bias
-        bias_value             b               the same as the bias itself
+        input                  x               the changed input of the layer
+        apply, apply_bias      x, y, W[, b]    the changed output of the layer
+        weight                 W               the changed weight
+        weight_over            W0, W           the changed weight, where other adapters made W of the base W0
+        bias, new_bias         y[, b]          y with the change of the bias, which a changed weight leaves out
+        bias_value             b               the changed bias itself
         fused, fused_bias      x, W[, b]       the layer and its adapter in one
 
-    then the slots called ``names``, then the scale if ``scaled``. Equal arguments give graphs that are equal node by
-    node.
+    After these inputs come the slots called ``names``, then the scale if ``scaled``. Equal arguments give graphs that
+    are equal node by node.
     """
 
     def split(tensors: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -104,19 +107,19 @@ def region_of(
 
 
 def behind_inputs(node: fx.Node, y: fx.Node) -> tuple[str, list[fx.Node]]:
-    """The kind of a region behind ``node``, and what it reads beside the slots; ``y`` is the output so far."""
+    """Return the kind of a region behind ``node``, and its inputs before the slots; ``y`` is the output so far."""
     x, w, b = operands(node)
     return ("apply", [x, y, w]) if b is None else ("apply_bias", [x, y, w, b])
 
 
 def fused_inputs(consumer: fx.Node) -> tuple[str, list[fx.Node]]:
-    """The kind of a fused region in the place of a layer, and what it reads beside the slots."""
+    """Return the kind of a fused region in the place of a layer, and its inputs before the slots."""
     x, w, b = operands(consumer)
     return ("fused", [x, w]) if b is None else ("fused_bias", [x, w, b])
 
 
 def signature_of(fakes: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    """Equal for inputs that trace to the same region."""
+    """Return a key that is equal for inputs which trace to the same region."""
     return tuple(
         None if t is None else (str(tuple(t.size())), str(t.stride()), t.dtype, t.device, t.requires_grad)
         for t in fakes
@@ -124,8 +127,10 @@ def signature_of(fakes: Sequence[Tensor | None]) -> tuple[Any, ...]:
 
 
 def difference(one: fx.Graph, other: fx.Graph) -> tuple[str, str] | None:
-    """What two regions do where they first differ, as text; None for regions that are equal. Sizes of values are
-    not compared: they are what may differ."""
+    """Return the texts of the first two nodes in which two regions differ; None for equal regions.
+
+    The sizes of values are not compared: they may differ.
+    """
     number: dict[fx.Node, int] = {}
     for a, b in zip_longest(one.nodes, other.nodes):
         if a is None or b is None or _computed(a, number) != _computed(b, number):
@@ -135,7 +140,7 @@ def difference(one: fx.Graph, other: fx.Graph) -> tuple[str, str] | None:
 
 
 def _computed(node: fx.Node, number: Mapping[fx.Node, int]) -> tuple[Any, ...]:
-    """A node without names: equal for nodes that compute the same of the same."""
+    """Return a key without names, equal for nodes that compute the same from the same inputs."""
     if node.op == "placeholder":
         return (node.op,)
     args = fx.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")
@@ -158,8 +163,8 @@ def inline(
 ) -> fx.Node:
     """Copy ``region`` into ``graph`` before a node and return its output node.
 
-    New nodes take their module stack and stack trace from ``like`` and carry ``meta["custom"]["adaptc"] = tag(role)``,
-    role being the node's index in the region, and "out" for the result.
+    The new nodes take their module stack and stack trace from ``like``. They carry ``meta["custom"]["adaptc"] =
+    tag(role)``. The role is the node's index in the region, and "out" for the result.
     """
     values: dict[fx.Node, fx.Node] = {}
     new: list[fx.Node] = []
@@ -179,7 +184,7 @@ def inline(
                 new.append(copied)
         assert result is not None
         if result not in new:
-            # The region is one of its own inputs; an alias gives it a node to be known by.
+            # The region returns one of its inputs; an alias gives it a node of its own that can carry the tag.
             val = result.meta["val"]
             result = graph.call_function(torch.ops.aten.alias.default, (result,))
             result.meta = {**inherited, "val": val, "torch_fn": (result.name, "alias")}

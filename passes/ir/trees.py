@@ -1,7 +1,7 @@
-"""Nested inputs and outputs as flat lists, the way ``torch.export`` does it.
+"""Nested inputs and outputs as flat lists, in the way of ``torch.export``.
 
 Private torch use, with the public route that was tried: ``torch.utils._pytree`` knows the classes that torch.export has
-registered, and a program's specs of inputs and outputs are TreeSpecs of it. No public module reads them.
+registered, and a program's specs of inputs and outputs are its TreeSpecs. No public module reads them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ __all__ = ["named_leaves", "pytree"]
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    """The leaves of a tree with their paths, as Python writes them: ``['pair'][1]``. Where a container was registered
-    without names for its parts (outputs of diffusers), all leaves are numbered."""
+    """Return the leaves of a tree with their paths, as Python writes them: ``['pair'][1]``.
+
+    A container may be registered without names for its parts, as outputs of diffusers are. All leaves are then
+    numbered.
+    """
     try:
         return [(pytree.keystr(path), leaf) for path, leaf in pytree.tree_leaves_with_path(tree)]
     except ValueError:

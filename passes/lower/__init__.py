@@ -1,1 +1,1 @@
-"""Regions of adapters as kernels for a GPU."""
+"""Lower adapter regions to GPU kernels, and choose the matmuls of base layers on a CPU."""

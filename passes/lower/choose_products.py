@@ -1,8 +1,8 @@
-"""Base linear layers become ``adaptc::product``, with the kind that is fastest for each weight.
+"""Turn base linear layers into ``adaptc::product``, with the kind of matmul that is fastest for each weight.
 
-Before: a graph of calls on a CPU, after fusing and hoisting, and somebody who knows which kind is fastest. After: the
-same values up to rounding. Only products with a weight of the base are looked at: those of adapters are thin. The
-number of rows is in no node; the op reads it off in each call, so that nothing is made anew for another batch.
+Takes a graph for inference on a CPU, after fusing and hoisting, and a function that says which kind is fastest. Values
+stay the same up to rounding. Only matmuls with base weights are looked at: those of adapters are thin. No node has the
+number of rows. The op reads it in each call, so nothing is compiled anew for another batch.
 """
 
 from __future__ import annotations
@@ -24,8 +24,12 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Choice:
-    """``kind`` of product, at ``classes`` of rows, because of ``why``; ``ratios``: its time over linear's at each.
-    ``columns``: the classes at which oneDNN's place is taken by the product of columns, with ratios of its own."""
+    """The kind of matmul for one weight.
+
+    ``kind`` is used at the ``classes`` of row counts, because of ``why``. ``ratios`` has its time over that of
+    ``linear`` at each class. ``columns`` are the classes at which the matmul by columns is used instead of oneDNN, and
+    ``column_ratios`` has its times.
+    """
 
     kind: str
     classes: tuple[int, ...] = ()
@@ -35,7 +39,7 @@ class Choice:
     column_ratios: tuple[float, ...] = ()
 
     def parts(self) -> list[Choice]:
-        """This choice as those of single kinds, for people."""
+        """Return this choice split into choices of a single kind, to be shown."""
         if not self.columns:
             return [self]
         other = Choice(COLUMNS, self.columns, self.why, self.column_ratios)
@@ -45,13 +49,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Products:
-    """What was chosen for the base's products, one choice for each of them. ``caption``: which products these are."""
+    """The choices for the matmuls of the base, one for each; ``caption`` says in print which matmuls these are."""
 
     choices: tuple[Choice, ...] = ()
     caption: str = "products"
 
     def __str__(self) -> str:
-        """A line for each kind, rows and reason; '' where nothing was chosen."""
+        """Return a line for each kind, row counts and reason; '' where nothing was chosen."""
         groups = self._groups()
         return "\n".join(
             f"{self.caption}: {count} by {kind}{_rows(classes)} ({why}{self._times(kind, classes, why)})"
@@ -63,7 +67,7 @@ class Products:
         return f", {min(found):.2f} to {max(found):.2f} of linear's time" if found else ""
 
     def data(self) -> list[dict[str, Any]]:
-        """``kind``, ``rows``, ``why`` and ``count`` of each line."""
+        """Return ``kind``, ``rows``, ``why`` and ``count`` of each line of the text."""
         return [
             {"kind": kind, "rows": _rows(classes).removeprefix(" at "), "why": why, "count": count}
             for (kind, classes, why), count in self._groups().most_common()
@@ -77,7 +81,7 @@ class Products:
 
 
 def _rows(classes: Collection[int]) -> str:
-    """The calls that a choice holds for, in words."""
+    """Return the row counts of ``classes`` in words, as in ' at 1, 2 to 4 rows'; '' for no classes."""
     lows = [1, *(most + 1 for most in CLASSES)]
     names = [f"{low} to {most}" if low < most else f"{most}" for low, most in zip(lows, CLASSES, strict=False)]
     names.append(f"more than {CLASSES[-1]}")
@@ -86,9 +90,14 @@ def _rows(classes: Collection[int]) -> str:
 
 @dataclass(frozen=True)
 class ChooseProducts(GraphPass):
-    """``base``: the placeholders of weights of the base; ``choose``: (rows, columns, type of a weight) -> its choice;
-    ``compiled``: for a compiler, which would copy a weight that does not lie row by row. ``data`` are the
-    :class:`Products`, the count that of the products that are not linear's."""
+    """A pass that chooses the matmuls of base layers.
+
+    Its count is that of the layers with a kind other than ``linear``, and its data are the :class:`Products`.
+
+    ``base`` has the placeholders of base weights. ``choose`` maps (rows, columns, dtype) of a weight to its choice.
+    ``compiled`` is for graphs that a compiler gets. It would copy a weight that is not contiguous, so such a weight
+    keeps ``linear``.
+    """
 
     name: ClassVar[str] = "choose_products"
 

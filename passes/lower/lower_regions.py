@@ -1,9 +1,11 @@
-"""Lower: regions of adapters become the fused kernels their methods have, for a GPU.
+"""Lower adapter regions to the fused GPU kernels of their methods.
 
-Before: a program with tagged regions of pure ATen. After: where a method has kernels for a site, its region computes
-the layer and what the adapter adds to it in one, by ops of ``adaptc.kernels``; equal up to rounding, and on other
-devices the ops compute their references. The tags stay, so that swap, merge, unload, save and load go on as before. The
-layer's own node stays too, read by nothing: unload puts it back, and whatever compiles or cleans the graph drops it.
+Takes a program with tagged regions of pure ATen. Where a method has kernels for a site, its region computes the layer
+and the adapter together, by ops of ``adaptc.kernels``. The result is equal up to rounding. On other devices the ops
+compute their references.
+
+The tags stay, so swap, merge, unload, save and load go on as before. The layer's own node stays too, without readers:
+unload puts it back, and whatever compiles or cleans the graph drops it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from adaptc.passes.ir.trace import fused_inputs, inline, region_of, signature_of
 
 @dataclass(frozen=True)
 class Lowered:
-    """``regions`` that are kernels now, and by site why the ``others`` are not."""
+    """The number of ``regions`` that are kernels now, and site -> why it is not one for the ``others``."""
 
     regions: int
     others: Mapping[str, str]
@@ -34,8 +36,11 @@ class Lowered:
 
 @dataclass(frozen=True)
 class Lower(Pass):
-    """``attachments``, ``ops``: those of the program, and the op at each. The notes say which regions stay and why, and
-    ``data`` is a :class:`Lowered`."""
+    """A pass that lowers a program; its count is that of the regions that are kernels now.
+
+    ``attachments`` are those of the program, and ``ops`` has the op of each by its id. The notes say which regions are
+    not lowered and why. ``data`` is a :class:`Lowered`.
+    """
 
     name: ClassVar[str] = "lower"
 
@@ -51,8 +56,11 @@ class Lower(Pass):
 
 @dataclass(frozen=True)
 class LowerGraph(GraphPass):
-    """The same on a lifted graph. ``placeholders``: FQN of each slot and scale -> the name of its placeholder. The
-    count is that of the regions that are kernels now."""
+    """A pass that lowers a lifted graph in place; its count is that of the regions that are kernels now.
+
+    ``placeholders`` maps the FQN of each slot and scale to the name of its placeholder. The rest is as for
+    :class:`Lower`.
+    """
 
     name: ClassVar[str] = "lower"
 
@@ -86,7 +94,7 @@ class LowerGraph(GraphPass):
             if why:
                 notes[a.id] = why
             count += not why
-        # Other adapters may stand behind a region that has another result now.
+        # The tag of a later adapter may name the old output of a region that was lowered.
         for out in subject.nodes:
             tag = region_tag(out)
             if tag is not None and tag["base"] in renamed:
@@ -104,7 +112,7 @@ def _lower(
     traces: dict[Any, fx.Graph | str],
     renamed: dict[str, str],
 ) -> str:
-    """Rewrite one region; returns why not, or ''."""
+    """Rewrite one region, whose ``nodes`` are given; returns '' or why it stays as it is."""
     out = nodes[-1]
     tag = node_tag(out)
     assert tag is not None

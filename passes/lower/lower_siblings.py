@@ -1,13 +1,13 @@
-"""Siblings among the layers that were lowered: one product, one down projection, one kernel that adds what they make.
+"""Fuse lowered layers that read the same input: one matmul, one down projection, and one kernel that adds the updates.
 
-Before: a lowered graph, and its frozen nodes. After: where several layers with LoRA read the same rows x,
+Takes a lowered graph, and its frozen nodes. Where several layers with LoRA read the same rows x, they become
 
     y = linear(x, [W1; W2; W3])                    the weights one buffer, as in fuse_siblings
     h = lora_down(x, [A1; A2; A3])                 stacked once per binding, by hoisting
     lora_up_add_siblings(y, h, [B1, B2, B3], ...)  ranks and scales from a table, no blocks of zeros
 
-in three launches instead of three for each layer, which is for many rows: for few, one kernel per layer reads less. No
-rank is in a node: the table is made from the shapes of the factors, once per binding.
+in three launches instead of three for each layer. This is for many rows: for few rows, one kernel per layer reads less.
+No node has a rank: the table is made from the shapes of the factors, once per binding.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ aten, ours = torch.ops.aten, torch.ops.adaptc
 
 @dataclass(frozen=True)
 class LowerSiblings(FuseSiblings):
-    """Options, data and count as for its base; ``stacked`` has no meaning here."""
+    """A pass that fuses lowered siblings, with options, data and count of its base; ``stacked`` has no meaning here."""
 
     name: ClassVar[str] = "lower_siblings"
 
@@ -45,7 +45,11 @@ class LowerSiblings(FuseSiblings):
 
 
 def find_lowered(graph: fx.Graph, base: Collection[str], frozen: Collection[fx.Node]) -> list[Group]:
-    """The groups of layers with LoRA in ``graph`` that read one tensor; ``base``: placeholders that may be packed."""
+    """Return the groups of lowered layers with LoRA in ``graph`` that read one tensor.
+
+    ``base`` has the placeholders of weights that may be packed. ``frozen`` has the nodes that are constant in a
+    binding.
+    """
     import adaptc.kernels  # noqa: F401  # makes torch know the ops
 
     dirty, kept = touched(graph)
@@ -64,7 +68,7 @@ def find_lowered(graph: fx.Graph, base: Collection[str], frozen: Collection[fx.N
 
 
 class LoweredFuser(Fuser):
-    """Writes a group of :func:`find_lowered`."""
+    """A writer of a group of :func:`find_lowered`."""
 
     def read(self) -> list[fx.Node]:
         return [n for m in self.group.members for n in m.linear.args[2:] if n is not None]  # type: ignore[misc]

@@ -1,7 +1,7 @@
-"""Base linear layers read a packed copy of their weight, at the numbers of rows at which that is faster.
+"""Let base linear layers read a packed copy of their weight, at the row counts at which that is faster.
 
-Before: a graph of calls on a CPU whose products were chosen, and somebody who packs weights. After: the same values up
-to rounding; the layers that somebody packs for are calls of what it gives, on the same arguments.
+Takes a graph for inference on a CPU whose matmuls were chosen, and a function that packs weights. Layers for which it
+returns a callable become calls of that, on the same arguments. Values stay the same up to rounding.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from adaptc.passes.ir.ops import argument
 from adaptc.passes.ir.pass_infra import GraphPass, PassResult
 from adaptc.passes.ir.product import LINEAR
 
-#: (rows, columns, type of a weight, and what an ``adaptc::product`` of it is told now) -> what takes (x, weight, bias),
-#: or None
+#: (rows, columns, dtype of a weight, the remaining arguments of its ``adaptc::product``) -> a callable that takes
+#: (x, weight, bias), or None to leave the layer as it is
 Make = Callable[[int, int, torch.dtype, Sequence[Any]], Callable[..., Tensor] | None]
 
 
 @dataclass(frozen=True)
 class PackProducts(GraphPass):
-    """``base``: the placeholders of weights of the base; ``make``: see :data:`Make`."""
+    """A pass that lets layers read packed weights; its count is that of the layers.
+
+    ``base`` has the placeholders of base weights; ``make`` packs them, see :data:`Make`.
+    """
 
     name: ClassVar[str] = "pack_products"
 

@@ -1,1 +1,1 @@
-"""The same values from fewer operators: what calls of a program run is made by these."""
+"""Passes that compute the same values with fewer operators; they make the graphs that calls of a program run."""

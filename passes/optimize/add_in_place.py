@@ -1,8 +1,9 @@
-"""What adapters of rows add is added in place, where nobody else reads what it is added to.
+"""Add the changes of per-row adapters in place, where nothing else reads the tensor that they are added to.
 
-Before: a graph of calls for an interpreter. After: the same values; ``adaptc::low_rank_rows`` has become
-``called_in_place`` where its ``y`` was just computed by a layer and has no other reader. A new tensor for the sum costs
-as much as the adapters themselves: it is large, so its memory is fresh, and each page is found at the first touch.
+The graph is one of calls for an interpreter, and its values stay the same. ``adaptc::low_rank_rows`` becomes
+``called_in_place`` if a layer just computed its ``y`` and nothing else reads that. A new tensor for the sum would cost
+as much as the adapters themselves: it is large, so its memory is fresh, and the first touch of each page is a page
+fault.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from adaptc.passes.ir.pass_infra import GraphPass, PassResult
 
 aten, ours = torch.ops.aten, torch.ops.adaptc
 
-#: ops whose result is memory of its own
+#: ops whose result may be overwritten, since no other value of the graph has its memory
 _FRESH: tuple[Any, ...] = (
     aten.linear.default,
     aten.addmm.default,
@@ -33,7 +34,7 @@ _FRESH: tuple[Any, ...] = (
 
 @dataclass(frozen=True)
 class AddInPlace(GraphPass):
-    """The count is that of the sums in place."""
+    """A pass that adds per-row changes in place. The count is that of the sums in place."""
 
     name: ClassVar[str] = "add_in_place"
 

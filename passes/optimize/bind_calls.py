@@ -1,8 +1,8 @@
-"""Call the functions that Python's torch binds instead of operator overloads, where an interpreter runs the graph.
+"""Call the functions that Python's torch binds instead of operator overloads, in graphs that an interpreter runs.
 
-Before: a graph of ATen overloads. After: the same operators on the same arguments, each reached by a shorter way: an
-overload is called through a schema, which costs about a microsecond more than the function generated for it, and a
-token of a small model is a thousand calls. Only overloads in the tables below are rebound; whatever else stays.
+The operators and their arguments stay the same. An overload is called through a schema, which costs about a microsecond
+more than the generated function. One token of a small model takes a thousand calls. Only overloads in the tables below
+are rebound.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from adaptc.torch_modes import in_transform
 
 aten = torch.ops.aten
 
-#: op -> overloads whose arguments stand in the function of the same name as they do in the schema
+#: function -> the overloads of its op whose schema has the arguments in the function's order
 _FUNCTIONS: dict[Any, tuple[str, ...]] = {
     torch.add: ("Tensor",),
     torch.sub: ("Tensor",),
@@ -56,20 +56,20 @@ _FUNCTIONS: dict[Any, tuple[str, ...]] = {
     F.silu: ("default",),
     F.scaled_dot_product_attention: ("default",),
 }
-#: overload -> method
+#: overload -> the method of Tensor that does the same
 _METHODS: dict[Any, str] = {
     aten.view.default: "view",
     aten.expand.default: "expand",
     aten.t.default: "t",
-    # of which vmap knows nothing else
+    # the only form of this op that vmap can follow
     aten.sym_size.int: "size",
 }
-#: type -> the method that casts to it, which costs half of what the overload does
+#: dtype -> the method that casts to it, at half the cost of the overload
 _CASTS = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "half", torch.float64: "double"}
 
 
 def _add_product(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """total += x y, in transforms by an addition, for which vmap has a rule."""
+    """Add x y to ``total`` in place and return it. Transforms get an addition, for which vmap has a rule."""
     return total.add_(x @ y) if in_transform() else total.addmm_(x, y)
 
 
@@ -89,7 +89,7 @@ TABLE: dict[Any, Any] = _table()
 
 @dataclass(frozen=True)
 class BindSizes(GraphPass):
-    """Sizes alone, for graphs that a compiler may get. The count is that of the sizes."""
+    """A pass that rebinds only the ops that read sizes, for graphs that a compiler may get. The count is theirs."""
 
     name: ClassVar[str] = "bind_sizes"
 
@@ -102,7 +102,7 @@ class BindSizes(GraphPass):
 
 @dataclass(frozen=True)
 class BindCalls(GraphPass):
-    """The count is that of the calls that were rebound."""
+    """A pass that rebinds all overloads in the tables. The count is that of the rebound calls."""
 
     name: ClassVar[str] = "bind_calls"
 

@@ -1,11 +1,11 @@
-"""Remove from a lifted graph what provably does nothing, and compute equal things once.
+"""Remove operators that provably do nothing from a lifted graph, and compute equal values once.
 
-Before: any exported graph whose nodes have fake values. After: the same values, bit for bit, from fewer operators. A
-captured transformer checks the dtype of every cast, casts float32 to float32, slices whole axes and unsqueezes the same
-rotary angles in each layer: half of what an interpreter dispatches for one token.
+The nodes must have fake values. The graph's values stay the same, bit for bit. A captured transformer checks the dtype
+of every cast, casts float32 to float32, slices whole axes and unsqueezes the same rotary angles in each layer. These
+are half of the operators that an interpreter runs for one token.
 
-Left alone: whatever draws random numbers, is written to, or shares memory with something that is; what the program
-returns, so that no two outputs become one tensor; and the checks of the user's own inputs.
+Some nodes are left alone. They draw random numbers, are written to, or share memory with a node that is. Others are
+returned by the program, so that no two outputs become one tensor. The checks of the user's own inputs stay, too.
 """
 
 from __future__ import annotations
@@ -24,15 +24,18 @@ from adaptc.passes.ir.pass_infra import GraphPass, PassResult
 
 aten = torch.ops.aten
 
-#: one past the greatest end a slice can have
+#: the end of a slice that goes to the end of its axis
 _END = 2**63 - 1
 
 
 @dataclass(frozen=True)
 class Canonicalize(GraphPass):
-    """``inputs`` are the names of the user's placeholders. ``differentiable``: gradients flow through the graph, so
-    that a ``detach`` means something. ``autocast``: the graph may run under it, so that a cast of what it computes
-    means something, whatever type that had at capture. The count is that of the nodes that went."""
+    """A pass that removes operators without effect and repeated ones. The count is that of the removed nodes.
+
+    ``inputs`` are the names of the user's placeholders. ``differentiable`` says that gradients flow through the graph,
+    so that a ``detach`` has an effect. ``autocast`` says that the graph may run under autocast, which may change the
+    dtype of a computed value. A cast of such a value then has an effect, whatever its dtype at capture.
+    """
 
     name: ClassVar[str] = "canonicalize"
 
@@ -66,7 +69,7 @@ class Canonicalize(GraphPass):
 
 
 def _holds(node: fx.Node) -> bool:
-    """Whether the fake value already says that a check of metadata passes."""
+    """Return whether the fake value already proves that a check of metadata passes."""
     value = node.args[0].meta.get("val")  # type: ignore[union-attr]
     return isinstance(value, Tensor) and all(
         argument(node, i) is None or argument(node, i) == getattr(value, name)
@@ -75,7 +78,7 @@ def _holds(node: fx.Node) -> bool:
 
 
 def _seen(node: fx.Node, known: dict[Any, fx.Node]) -> fx.Node | None:
-    """An earlier node that computes the same of the same."""
+    """Return an earlier node that computes the same from the same arguments; None without one."""
     if not pure(node) or not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
         return None
     found = known.setdefault((node.target, _key(node.args), _key(dict(node.kwargs))), node)
@@ -83,7 +86,7 @@ def _seen(node: fx.Node, known: dict[Any, fx.Node]) -> fx.Node | None:
 
 
 def _key(value: Any) -> Any:
-    """Equal for arguments that mean the same: 1, 1.0 and True are equal numbers of three kinds."""
+    """Return a key that tells arguments of different types apart: 1, 1.0 and True are equal in Python."""
     if isinstance(value, (tuple, list)):
         return tuple(map(_key, value))
     if isinstance(value, Mapping):
@@ -92,7 +95,7 @@ def _key(value: Any) -> Any:
 
 
 def _nothing(node: fx.Node, inputs: Collection[str], differentiable: bool) -> fx.Node | None:
-    """The argument that the node hands on as it is."""
+    """Return the argument that the node returns unchanged; None for all other nodes."""
     rule = _RULES.get(node.target)
     source = node.args[0] if node.args else None
     if rule is None or not isinstance(source, fx.Node):
@@ -101,7 +104,7 @@ def _nothing(node: fx.Node, inputs: Collection[str], differentiable: bool) -> fx
     if not isinstance(old, Tensor) or not isinstance(new, Tensor):
         return None
     if node.target in _MOVES and source.name in inputs:
-        return None  # the user's tensor may be on another device than the one the program was captured with
+        return None  # the user's tensor may be on another device than the tensor at capture
     if node.target is aten.detach.default and differentiable:
         return None
     same = (old.dtype, old.device) == (new.dtype, new.device) and _sizes(old) == _sizes(new)
@@ -128,7 +131,7 @@ def _whole(node: fx.Node) -> bool:
 
 
 def _by_one(node: fx.Node) -> bool:
-    # A tensor times 1.0 may still change from an integer to a float, which the dtypes tell.
+    # An integer tensor times 1.0 becomes a float; the caller excludes that case by comparing dtypes.
     return isinstance(node.args[1], (int, float)) and node.args[1] == 1
 
 
@@ -137,20 +140,20 @@ def _off(node: fx.Node) -> bool:
 
 
 def _casts(node: fx.Node) -> bool:
-    """Whether the node names the type of its value."""
+    """Return whether the node names the dtype of its value."""
     position = _CASTS.get(node.target)
     return position is not None and argument(node, position) is not None
 
 
 def _computed(node: fx.Node) -> bool:
-    """Whether autocast may change the type of a value."""
+    """Return whether autocast may change the dtype of the node's value."""
     return node.op == "call_function" and not _casts(node) and node.meta["val"].is_floating_point()
 
 
-#: op -> where the type stands among its arguments
+#: op -> the position of the dtype among its arguments
 _CASTS: dict[Any, int] = {aten.to.dtype: 1, aten.to.dtype_layout: 1, aten.to.device: 2}
 _MOVES = {aten.to.dtype_layout, aten.to.device}
-#: op -> when it hands its first argument on, given that sizes, dtype and device stay
+#: op -> the condition under which it returns its first argument unchanged, if sizes, dtype and device stay the same
 _RULES: dict[Any, Callable[[fx.Node], bool]] = {
     aten.to.dtype: _not_copied,
     aten.to.dtype_layout: _not_copied,

@@ -1,9 +1,9 @@
-"""Fold a frozen scale into the weight it follows: linear(h, B) * s -> linear(h, B * s).
+"""Fold a frozen scale into the weight that it follows: linear(h, B) * s -> linear(h, B * s).
 
-Before: a lifted graph, and which of its nodes are frozen. After: the same values up to the rounding of one product;
-what was a multiplication of every output in every call is one of a weight that ``hoist`` takes out of the call. Not
-done where it would cost memory: weights that several sites share stay shared. In half precision the scaled weight is
-rounded where the scaled product was, and not at all where the scale is a power of two.
+The values stay the same up to the rounding of one multiplication. The scale then multiplies a weight and not every
+output of every call, and ``hoist`` takes that multiplication out of the call. It is not done where it would cost
+memory: weights that several sites share stay shared. In half precision the scaled weight is rounded where the scaled
+output was. If the scale is a power of two, nothing is rounded.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class FoldScales(GraphPass):
-    """``stages``: the frozen placeholders, as :class:`~adaptc.passes.optimize.hoist.Hoist` takes them. ``data`` are the
-    new weights."""
+    """A pass that folds frozen scales. ``data`` is the tuple of new weights, and the count is their number.
+
+    ``stages`` are the frozen placeholders, as :class:`~adaptc.passes.optimize.hoist.Hoist` takes them.
+    """
 
     name: ClassVar[str] = "fold_scales"
 
@@ -37,7 +39,10 @@ class FoldScales(GraphPass):
 
 
 def _fold(graph: fx.Graph, frozen: Collection[fx.Node]) -> list[fx.Node]:
-    """``frozen``: the nodes that depend on frozen inputs alone."""
+    """Fold the scales in ``graph`` and return the nodes of the scaled weights.
+
+    ``frozen`` are the nodes that depend on frozen inputs alone.
+    """
     made: list[fx.Node] = []
     for node in list(graph.nodes):
         found = _match(node, frozen)
@@ -61,7 +66,7 @@ def _fold(graph: fx.Graph, frozen: Collection[fx.Node]) -> list[fx.Node]:
 
 
 def _match(node: fx.Node, frozen: Collection[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
-    """(linear without bias, frozen scale) of a product that can be folded."""
+    """Return (linear without bias, frozen scale) if the node is a multiplication that can be folded; else None."""
     if node.target is not aten.mul.Tensor or not all(isinstance(a, fx.Node) for a in node.args[:2]):
         return None
     for linear, scale in (node.args[:2], node.args[1::-1]):
@@ -79,13 +84,13 @@ def _folds(linear: fx.Node, scale: fx.Node, frozen: Collection[fx.Node]) -> bool
     w, s = (n.meta["val"] for n in (weight, scale))
     if not isinstance(w, Tensor) or not isinstance(s, Tensor) or not w.is_floating_point():
         return False
-    if s.ndim == 0:  # a number, whose type does not count beside that of the weight
+    if s.ndim == 0:  # a 0-d scale does not change the weight's dtype by type promotion
         return s.is_floating_point()
     return s.dtype == w.dtype and tuple(s.shape) == (w.shape[0],)
 
 
 def above(anchor: fx.Node, node: fx.Node) -> None:
-    """Move a frozen node, and what it is made from, in front of ``anchor`` if they stand behind it."""
+    """Move a frozen node, and the nodes it is made from, in front of ``anchor`` if they stand behind it."""
     if node.op != "placeholder" and node > anchor:
         for source in node.all_input_nodes:
             above(anchor, source)

@@ -1,19 +1,19 @@
-"""One product for all layers that read the same tensor, and one for the down projections of their adapters.
+"""Fuse layers that read the same tensor into one matmul, and the down projections of their adapters into another.
 
-Before: a lifted graph, and its frozen placeholders (the base, and an adapter's slots where they are frozen). After: the
-same values up to the order of a sum, from fewer and larger products. A *group* is what reads one tensor x: linear
-layers with weights of the base, and what adapters add to them, linear(linear(x, A), B). A group becomes
+The input is a lifted graph and its frozen placeholders: the base, and an adapter's slots where they are frozen. The
+values stay the same up to the order of a sum. A *group* is the linear layers with base weights that read one tensor x,
+with what adapters add to them, linear(linear(x, A), B). A group becomes
 
     Y = linear(x, [W1; W2; W3])                 the weights one buffer, of which the parameters are views (``Pack``)
     H = mm(x, [A1; A2; A3]^T)                   stacked once per binding, by hoisting
     Y.addmm_(H, blockdiag(B1, B2, B3)^T)        up-projection and add in one step, for few rows
-    Y[:, i].addmm_(mm(x, Ai^T), Bi^T)           the same without the blocks of zeros, for many
+    Y[:, i].addmm_(mm(x, Ai^T), Bi^T)           the same without the blocks of zeros, for many rows
 
 and each layer's output is a slice of Y. Layers whose outputs are returned, written to, or read by an op that asks for
 strides are left alone. The ranks are in no node, so that every adapter runs through the same graph.
 
-Adapters in half precision are added in float32, of copies that hoisting makes, where ``wide`` asks for it or the
-processor does not multiply their type: Y and x are cast, and a scale that was folded is multiplied in after the cast,
+Adapters in half precision are added in float32 where ``wide`` asks for it, or where the processor cannot multiply their
+dtype. Hoisting makes the float32 copies. Y and x are cast, and a scale that was folded is multiplied in after the cast,
 which is exact.
 """
 
@@ -34,10 +34,12 @@ from adaptc.passes.optimize.write_siblings import Fuser, Pack
 
 @dataclass(frozen=True)
 class FuseSiblings(GraphPass):
-    """``packable``: the placeholders whose tensors may be moved into a buffer; ``stages``: the frozen ones, as
-    :class:`~adaptc.passes.optimize.hoist.Hoist` takes them; ``inputs``: the user's. ``stacked``: with blocks of zeros,
-    for few rows; ``wide``: adapters in half precision in float32, for the fewest. ``data`` are the :class:`Pack`s,
-    inputs that are new, in order behind the lifted ones; the count is that of the layers.
+    """A pass that fuses groups of layers. The count is that of the layers, and ``data`` is a tuple of :class:`Pack`.
+
+    ``packable`` are the placeholders whose tensors may be moved into a buffer. ``stages`` are the frozen placeholders,
+    as :class:`~adaptc.passes.optimize.hoist.Hoist` takes them, and ``inputs`` the user's. ``stacked`` uses
+    up-projections with blocks of zeros, for few rows. ``wide`` computes adapters in half precision in float32, for the
+    fewest rows. Each pack is a new input; they stand in order behind the lifted inputs.
     """
 
     name: ClassVar[str] = "fuse_siblings"
@@ -49,13 +51,13 @@ class FuseSiblings(GraphPass):
     wide: bool = False
 
     def groups(self, graph: fx.Graph) -> list[Group]:
-        """What it would fuse in ``graph``, which stays as it is."""
+        """Return the groups that the pass would fuse in ``graph``, which stays as it is."""
         return find_groups(graph, self.packable, stages_of(graph, self.stages))
 
     def fuser(
         self, graph: fx.Graph, group: Group, packs: dict[tuple[str, ...], Pack], made: dict[Any, fx.Node]
     ) -> Fuser:
-        """What writes a group; ``packs`` and ``made``: those of the groups before it, which it adds to."""
+        """Return the writer of a group; ``packs`` and ``made`` are those of the groups before it, to which it adds."""
         return Fuser(graph, group, self.inputs, packs, self.stacked, self.wide, made)
 
     def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
@@ -66,7 +68,7 @@ class FuseSiblings(GraphPass):
         for group in self.groups(subject):
             names = tuple(m.weight.name for m in group.members)
             if any(taken.get(n, names) != names for n in names):
-                continue  # one of them is in the buffer of another group already
+                continue  # a weight cannot be a view of two buffers, and another group's already holds one of these
             if len(names) > 1:
                 taken |= dict.fromkeys(names, names)
             self.fuser(subject, group, packs, made).run()

@@ -1,13 +1,13 @@
-"""Take out of a lifted graph what depends on frozen inputs alone, so that it is computed once and not in every call.
+"""Hoist the values of a lifted graph that depend on frozen inputs alone, so that calls do not compute them.
 
-Before: a lifted graph, and the names of its frozen placeholders in stages, the longest-lived first (the base, then an
-adapter's slots). After: a main graph that reads the hoisted values as inputs instead of computing them, and for every
-stage a prologue that computes them, of the placeholders and the values of earlier stages. Run after each other they
-compute what the graph did, op by op. The graph given is not changed.
+It takes the names of the frozen placeholders in stages, the longest-lived first: the base, then an adapter's slots. It
+makes a main graph, which reads the hoisted values as inputs instead of computing them. For every stage it makes a
+prologue, which computes them from the placeholders and the values of earlier stages. Run in order, they compute what
+the graph did, op by op. The given graph is not changed.
 
-Never hoisted: random numbers, writes, what shares memory with something that is written to or returned, and whatever
-depends on a user's input, its sizes included. A value is also left where it is if it is not worth its memory:
-constants of more than a megabyte, weights made larger from how they are packed, and what a limit leaves no room for.
+Random numbers and writes are never hoisted. Neither are values that depend on a user's input or its sizes, nor values
+that share memory with one that is written to or returned. A value also stays if it is not worth its memory: constants
+of more than a megabyte, weights unpacked from a packed form, and values for which a limit leaves no room.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ from adaptc.passes.ir.effects import is_metadata_assert, is_view, memory_groups,
 from adaptc.passes.ir.lifted import empty_like
 from adaptc.passes.ir.pass_infra import GraphPass, PassResult
 
-#: constants larger than this are computed in every call
+#: the size in bytes above which constants are computed in every call
 CONSTANT_BYTES = 2**20
-#: dtypes that weights are packed in to save memory
+#: dtypes in which weights are packed to save memory
 PACKED = {torch.int8, torch.uint8, torch.int16, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2}
 
 
 @dataclass(frozen=True)
 class Prologue:
-    """``graph`` takes the nodes called ``inputs`` and returns the values called ``outputs`` as a tuple.
+    """The computation of one stage: ``graph`` takes the nodes called ``inputs`` and returns those called ``outputs``.
 
-    ``sources``: for each output, the frozen placeholders it is made from, through earlier stages too.
+    It returns a tuple. ``sources`` names, for each output, the frozen placeholders it is made from, through earlier
+    stages too.
     """
 
     graph: fx.Graph
@@ -46,9 +47,10 @@ class Prologue:
 
 @dataclass(frozen=True)
 class Hoisting:
-    """``main`` takes the placeholders ``kept``, then the outputs of every stage, then the user's inputs.
+    """A graph split into ``stages`` and ``main``.
 
-    ``nbytes``: the memory the hoisted values hold, views of inputs not counted, for slots as large as they are now.
+    ``main`` takes the placeholders ``kept``, then the outputs of every stage, then the user's inputs. ``nbytes`` is the
+    memory of the hoisted values without views of inputs, for slots of their present size.
     """
 
     main: fx.Graph
@@ -58,17 +60,18 @@ class Hoisting:
 
     @property
     def count(self) -> int:
+        """Return the number of hoisted values."""
         return sum(len(s.outputs) for s in self.stages)
 
 
 @dataclass(frozen=True)
 class Hoist(GraphPass):
-    """Splits a graph; the output is the main graph, and ``data`` the whole :class:`Hoisting`. The count is that of the
-    values taken out.
+    """A pass that splits a graph: the output is the main graph, ``data`` the whole :class:`Hoisting`.
 
-    ``stages`` are the frozen placeholders, ``inputs`` the user's, which come last; all others may be frozen. ``limit``
-    bounds ``nbytes``. ``views``: pass views of inputs and of hoisted values too; ``constants``: and values made from
-    nothing. Both save dispatches of an interpreter, and nothing where code is compiled.
+    The count is that of the hoisted values. ``stages`` are the frozen placeholders. ``inputs`` are the user's, which
+    come last. All other placeholders stay in the main graph. ``limit`` bounds ``nbytes``. ``views`` also hoists views
+    of inputs and of hoisted values. ``constants`` also hoists values made from no input. These two save dispatches of
+    an interpreter, and nothing in compiled code.
     """
 
     name: ClassVar[str] = "hoist"
@@ -90,12 +93,12 @@ class Hoist(GraphPass):
 
 
 def stages_of(graph: fx.Graph, stages: Sequence[Collection[str]]) -> Mapping[fx.Node, int]:
-    """The nodes that depend on frozen placeholders alone -> the stage that could compute them."""
+    """Return, for each node that depends on frozen placeholders alone, the stage that could compute it."""
     return _Sweep(graph, stages).stage_of
 
 
 class _Sweep:
-    """What one look at a graph finds out. ``stage_of``: movable node -> the stage that can compute it."""
+    """The facts that one pass over a graph collects. ``stage_of`` maps movable nodes to the earliest possible stage."""
 
     def __init__(self, graph: fx.Graph, stages: Sequence[Collection[str]]) -> None:
         self.graph = graph
@@ -125,7 +128,7 @@ class _Sweep:
                 self.sources[node] = frozenset().union(*(self.sources[n] for n in node.all_input_nodes))
 
     def worth(self, node: fx.Node, views: bool, constants: bool) -> bool:
-        """Whether the value may be passed to the main graph."""
+        """Return whether the value may be passed to the main graph."""
         value = node.meta["val"]
         if not isinstance(value, Tensor) or self.memory_of[node] in self.returned:
             return False
@@ -136,12 +139,13 @@ class _Sweep:
         return not self._unpacked(node, value)
 
     def _unpacked(self, node: fx.Node, value: Tensor) -> bool:
+        """Return whether the value is a weight unpacked from packed ones and takes more memory than they do."""
         sources = [n.meta["val"] for n in self.sources[node]]
         packed = any(v.dtype in PACKED and v.numel() * 8 >= value.numel() for v in sources)
         return packed and value.is_floating_point() and _bytes(value) > sum(map(_bytes, sources))
 
     def root(self, node: fx.Node) -> fx.Node:
-        """The node whose memory a movable value is."""
+        """Return the node whose memory a movable value is."""
         while node.op != "placeholder":
             made = node.args[0] if node.target is operator.getitem else node
             if not is_view(made):  # type: ignore[arg-type]  # a getitem is one of a node
@@ -150,12 +154,12 @@ class _Sweep:
         return node
 
     def memory(self, passed: Iterable[fx.Node]) -> dict[fx.Node, int]:
-        """Root -> bytes, of the memory that values hold beyond the inputs."""
+        """Return the bytes that the values hold beyond the inputs, by root node."""
         roots = dict.fromkeys(map(self.root, passed))
         return {r: _bytes(r.meta["val"]) for r in roots if r.op != "placeholder"}
 
     def passed(self, passable: Collection[fx.Node]) -> tuple[list[fx.Node], set[fx.Node]]:
-        """(the values the main graph reads, in order; the movable nodes it has to compute itself)."""
+        """Return (the values that the main graph reads, in order; the movable nodes that it has to compute itself)."""
         cut: set[fx.Node] = set()
         stays: set[fx.Node] = set()
         for node in reversed(self.graph.nodes):
@@ -170,7 +174,7 @@ class _Sweep:
 
 
 def _fit(sweep: _Sweep, passable: set[fx.Node], limit: int) -> None:
-    """Drop from ``passable`` what saves least work per byte, until the rest fits."""
+    """Remove from ``passable`` the values that save the least work per byte, until the rest fits into the limit."""
     work = _saved(sweep)
     while True:
         memory = sweep.memory(sweep.passed(passable)[0])
@@ -183,18 +187,21 @@ def _fit(sweep: _Sweep, passable: set[fx.Node], limit: int) -> None:
         for root in sorted((r for r in memory if memory[r]), key=lambda r: work[r] / memory[r], reverse=True):
             if memory[root] <= room:
                 room -= memory[root]
-            else:  # what it is made from comes up in the next round
+            else:  # the values it is made from become candidates in the next round
                 passable.difference_update(members[root])
 
 
 def _saved(sweep: _Sweep) -> Mapping[fx.Node, float]:
-    """Movable node -> operations that hoisting it saves; work that several values need is shared out among them."""
+    """Return, for each movable node, the operations that hoisting it saves.
+
+    Work that several values need is divided among them.
+    """
     out: dict[fx.Node, float] = {}
     for node in sweep.movable:
         value = node.meta["val"]
         own = float(node_work(node)) if isinstance(value, Tensor) else 0.0
         if sweep.root(node) is node and isinstance(value, Tensor):
-            own = max(own, value.numel())  # a cast has the schema of a view
+            own = max(own, value.numel())  # node_work counts a cast as a view, since its schema is one's
         out[node] = own + sum(out.get(n, 0.0) / len(n.users) for n in node.all_input_nodes)
     return out
 
@@ -252,7 +259,7 @@ def _names(nodes: Iterable[fx.Node]) -> tuple[str, ...]:
 
 def _placeholder(graph: fx.Graph, node: fx.Node) -> fx.Node:
     new = graph.create_node("placeholder", node.name, name=node.name)
-    new.name = new.target = node.name  # as in copy_graph
+    new.name = new.target = node.name  # fx renames a node whose name is a builtin's, such as "input"
     new.meta = {"val": node.meta.get("val")}
     return new
 

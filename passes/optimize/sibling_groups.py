@@ -1,7 +1,7 @@
-"""What can be fused: layers that read one tensor, with what adapters add to each of them.
+"""Find groups of layers that can be fused, with what adapters add to each of them.
 
-Before: a lifted graph, and its frozen placeholders (the base, and an adapter's slots where they are frozen). After: the
-same graph, and its *groups*: what reads one tensor x, linear layers with weights of the base, and the updates
+The input is a lifted graph and its frozen placeholders: the base, and an adapter's slots where they are frozen. The
+graph is not changed. A *group* is the linear layers with base weights that read one tensor x, with the updates
 linear(linear(x, A), B) that adapters add to them. Layers whose outputs are returned, written to, or read by an op that
 asks for strides are in no group.
 """
@@ -21,13 +21,13 @@ from adaptc.passes.ir.product import takes
 
 aten = torch.ops.aten
 
-#: ops that ask for strides
+#: ops that depend on the strides of their input
 _STRIDED = (aten.as_strided.default, aten.view_as_real.default, aten.view_as_complex.default, aten.view.dtype)
 
 
 @dataclass(frozen=True)
 class Update:
-    """What an adapter adds to a layer's output: ``out`` = y + linear(linear(low, down), up)."""
+    """An adapter's change of a layer's output: ``out`` = y + linear(linear(low, down), up)."""
 
     low: fx.Node
     down: fx.Node
@@ -36,47 +36,53 @@ class Update:
 
     @property
     def rank(self) -> int:
+        """Return the rank of the adapter."""
         return int(self.up.meta["val"].shape[1])
 
 
 @dataclass(frozen=True)
 class Member:
-    """One layer of a group: its ``linear``, and the ``update`` an adapter adds to its output, if it does."""
+    """A layer of a group: its ``linear``, and the ``update`` that an adapter adds to its output, if one does."""
 
     linear: fx.Node
     update: Update | None = None
 
     @property
     def result(self) -> fx.Node:
+        """Return the node of the layer's output with its update."""
         return self.linear if self.update is None else self.update.out
 
     @property
     def width(self) -> int:
+        """Return the size of the layer's output."""
         return int(self.linear.meta["val"].shape[-1])
 
     @property
     def weight(self) -> fx.Node:
+        """Return the node of the layer's weight."""
         return argument(self.linear, 1)
 
     @property
     def bias(self) -> fx.Node | None:
+        """Return the node of the layer's bias; None without one."""
         return argument(self.linear, 2)
 
 
 @dataclass
 class Group:
-    """What reads ``x``."""
+    """The layers that read the tensor ``x``."""
 
     x: fx.Node
     members: list[Member] = field(default_factory=list)
 
     @property
     def updates(self) -> list[Update]:
+        """Return the updates of the members that have one."""
         return [m.update for m in self.members if m.update is not None]
 
     @property
     def rows(self) -> Any:
-        """How many rows x has, as the product of its sizes."""
+        """Return the number of rows of x: the product of all its sizes but the last, an int or a symbolic size."""
         out: Any = 1
         for n in self.x.meta["val"].shape[:-1]:
             out = out * n
@@ -84,17 +90,20 @@ class Group:
 
     @property
     def adapters(self) -> torch.dtype:
-        """The type of what adapters add; that of x where none do."""
+        """Return the dtype of the updates; that of x where there are none."""
         return self.updates[0].up.meta["val"].dtype if self.updates else self.x.meta["val"].dtype
 
     @property
     def narrow(self) -> bool:
-        """Whether adapters in half precision may be computed as they are, and in float32 too: both have their rows on a
-        processor that multiplies their type."""
+        """Return whether there is a choice between half precision and float32 for the updates.
+
+        There is one if the adapters are in half precision and the processor can multiply their dtype. Either is faster
+        for some numbers of rows.
+        """
         return self._half_on_cpu and takes(self.adapters)
 
     def computed(self, wide: bool = False) -> torch.dtype:
-        """The type that updates are computed in; ``wide``: in float32 where it may be."""
+        """Return the dtype in which updates are computed; ``wide`` asks for float32 where there is a choice."""
         return torch.float32 if self._half_on_cpu and (wide or not takes(self.adapters)) else self.adapters
 
     @property
@@ -103,15 +112,20 @@ class Group:
         return half and self.x.meta["val"].device.type == "cpu"
 
     def worth(self) -> bool:
+        """Return whether fusing gains anything: the group has several members or an update."""
         return len(self.members) > 1 or bool(self.updates)
 
 
 def find_groups(graph: fx.Graph, base: Collection[str], frozen: Collection[fx.Node]) -> list[Group]:
-    """The groups of ``graph`` that can be fused, with what adapters add."""
+    """Return the groups of ``graph`` that can be fused, with their updates.
+
+    ``base`` are the names of placeholders with base weights, and ``frozen`` the nodes that depend on frozen inputs
+    alone.
+    """
     dirty, kept = touched(graph)
     groups: dict[Any, Group] = {}
     for node in graph.nodes:
-        # An input that is written to, through a view of it too, may be another one for the next layer.
+        # If x is written to, also through a view, the next layer may read other values.
         if not _is_layer(node, base, frozen) or node.args[0] in dirty:
             continue
         member = _with_update(node, frozen)
@@ -130,6 +144,7 @@ def find_groups(graph: fx.Graph, base: Collection[str], frozen: Collection[fx.No
 
 
 def _is_layer(node: fx.Node, base: Collection[str], frozen: Collection[fx.Node]) -> bool:
+    """Return whether the node is a linear layer whose weight is a base weight, of the same dtype as its input."""
     if node.target is not aten.linear.default:
         return False
     x, weight, bias = (argument(node, i) for i in range(3))
@@ -142,7 +157,7 @@ def _is_layer(node: fx.Node, base: Collection[str], frozen: Collection[fx.Node])
 
 
 def _with_update(node: fx.Node, frozen: Collection[fx.Node]) -> Member:
-    """The layer with what is added to it: y + linear(linear(x, A), B), cast back to the dtype of y if it was wider."""
+    """Return the layer with what is added to it: y + linear(linear(x, A), B), cast to y's dtype if the sum is wider."""
     plain = Member(node)
     if len(node.users) != 1:
         return plain
@@ -158,17 +173,17 @@ def _with_update(node: fx.Node, frozen: Collection[fx.Node]) -> Member:
     assert isinstance(low, fx.Node)
     if low is x:
         return Member(node, Update(low, down, up, total)) if total.meta["val"].dtype == y.dtype else plain
-    # Adapters of half-precision layers are float32: x is cast on the way in, the sum on the way out.
+    # Adapters of half-precision layers may be float32: x is cast before the adapter, and the sum after it.
     casts = [u for u in total.users if u.target is aten.to.dtype and u.args[1] == y.dtype]
     if low.target is not aten.to.dtype or low.args[0] is not x or len(total.users) != 1 or not casts:
         return plain
-    if total.meta["val"].dtype != up.meta["val"].dtype:  # the sum is taken in a type that is wider than both
+    if total.meta["val"].dtype != up.meta["val"].dtype:  # the sum has a wider dtype than its two terms
         return plain
     return Member(node, Update(low, down, up, casts[0]))
 
 
 def _projection(node: Any, frozen: Collection[fx.Node]) -> fx.Node | None:
-    """The node, if it is a product with a frozen matrix that nothing else reads."""
+    """Return the node if it is a matmul with a frozen matrix and has one user; else None."""
     if not isinstance(node, fx.Node) or node.target is not aten.linear.default or len(node.users) != 1:
         return None
     x, weight, bias = (argument(node, i) for i in range(3))
@@ -177,7 +192,7 @@ def _projection(node: Any, frozen: Collection[fx.Node]) -> fx.Node | None:
 
 
 def takes_slices(value: fx.Node, kept: Collection[fx.Node]) -> bool:
-    """Whether all that reads ``value`` works on memory that is not contiguous, once its views are reshapes."""
+    """Return whether all readers of ``value`` accept memory that is not contiguous, once views are reshapes."""
     todo, seen = [value], {value}
     while todo:
         node = todo.pop()

@@ -1,7 +1,7 @@
-"""Write one group of siblings: the product of its layers, and what its adapters add.
+"""Write one group of siblings: the matmul of its layers, and what its adapters add.
 
-Before: a lifted graph and a group of it (``sibling_groups``). After: the group's readers read slices of one product;
-the nodes it was made of are left for a sweep. The forms are those of ``fuse_siblings``.
+The group comes from ``sibling_groups``. Afterwards its readers read slices of one matmul. The nodes that the group was
+made of stay in the graph for a sweep. The forms are those of ``fuse_siblings``.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from adaptc.passes.optimize.sibling_groups import Group, Member
 
 aten = torch.ops.aten
 
-#: ops on a value whose strides may be those of a slice, which are made to work
+#: views that fail on the strides of a slice, and are replaced by reshapes
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 
 @dataclass(frozen=True)
 class Pack:
-    """A new lifted input called ``name``: the weights behind the placeholders ``members``, one below the other."""
+    """A new lifted input called ``name``: the weights behind the placeholders ``members``, stacked along their rows."""
 
     name: str
     members: tuple[str, ...]
@@ -35,8 +35,11 @@ class Pack:
 
 @dataclass
 class Fuser:
-    """Writes one group. ``packs`` and ``made``: the buffers and the frozen values of the groups before it, which it
-    adds to. ``wide``: what adapters in half precision add is computed in float32."""
+    """A writer of one group. ``packs`` and ``made`` hold the buffers and frozen values of earlier groups.
+
+    It adds its own to both. ``stacked`` selects the form with blocks of zeros. ``wide`` computes the updates of
+    adapters in half precision in float32.
+    """
 
     graph: fx.Graph
     group: Group
@@ -52,17 +55,19 @@ class Fuser:
         self.end = lifted[-1].next
 
     def run(self) -> None:
+        """Write the group in front of its first layer, and move the nodes that it reads before it."""
         for node in self.read():
             above(self.first, node)
         with self.graph.inserting_before(self.first):
             self.write()
 
     def read(self) -> list[fx.Node]:
-        """What the group reads beside its input and its weights."""
+        """Return the nodes that the group reads beside its input and its weights."""
         found = [m.bias for m in self.group.members if m.bias is not None]
         return found + [n for u in self.group.updates for n in (u.down, u.up)]
 
     def write(self) -> None:
+        """Write the matmul of the layers and the updates, and give each layer's readers their part."""
         group, members = self.group, self.group.members
         widths = [m.width for m in members]
         x = self._rows(group.x)
@@ -104,23 +109,27 @@ class Fuser:
         return self._narrow(wide)
 
     def _add(self, y: fx.Node, low: fx.Node, down: fx.Node, up: fx.Node) -> fx.Node:
-        """y += low down^T up^T, in place."""
+        """Add low down^T up^T to ``y`` in place."""
         h = self.call(aten.mm.default, low, self._turned(down))
         return self.call(aten.addmm_.default, y, h, self._turned(up))
 
     def _turned(self, weight: fx.Node) -> fx.Node:
-        """A frozen (N, K) as (K, N), so that a call does nothing but multiply: of a thin product, ``linear`` takes half
-        the time to find out what it was given."""
+        """Return a frozen (N, K) as (K, N), so that a call can use ``mm``.
+
+        For a thin matmul, ``linear`` spends half its time on inspecting its arguments.
+        """
         turned = self.frozen(aten.t.default, weight)
         value = weight.meta["val"]
         if value.device.type != "cpu" or value.dtype.itemsize < 4:
             return turned
-        # In memory, too: a row runs through it in order. Products of half precision order it for themselves.
+        # Transposed in memory, too, so that a row of x reads it in order. Matmuls in half precision repack it anyway.
         return self.frozen(aten.clone.default, turned, memory_format=torch.contiguous_format)
 
     def _widened(self, node: fx.Node) -> fx.Node:
-        """A frozen value in the type that updates are computed in. A product is made of its factors in that type, so
-        that what was rounded for the narrow one is not."""
+        """Return a frozen value in the dtype that updates are computed in.
+
+        A multiplication is made again from its widened factors, so that it lacks the rounding of the narrow dtype.
+        """
         value, wide = node.meta["val"], self.dtypes[1]
         if value.dtype == wide:
             return node
@@ -134,8 +143,10 @@ class Fuser:
         return self.graph.call_function(target, args)
 
     def frozen(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A node that hoisting is to find, which needs its value. One that another group made is not made again: sites
-        may share a slot, and would each hold a copy of it."""
+        """Return a new node with a fake value, for hoisting to find, or the equal node that another group made.
+
+        Sites may share a slot. Without reuse each of them would hold a copy of its value.
+        """
         key = (target, repr(args), repr(kwargs))
         known = self.made.get(key)
         if known is not None:
@@ -148,6 +159,7 @@ class Fuser:
         return node
 
     def cat(self, nodes: Sequence[fx.Node]) -> fx.Node:
+        """Return the nodes concatenated as a frozen value; a single node stays as it is."""
         return nodes[0] if len(nodes) == 1 else self.frozen(aten.cat.default, list(nodes))
 
     def _rows(self, x: fx.Node) -> fx.Node:
@@ -161,12 +173,12 @@ class Fuser:
         return self.call(aten.view.default, y, [*(self._size(x, i) for i in range(value.ndim - 1)), width])
 
     def _size(self, x: fx.Node, axis: int) -> Any:
-        """A size as a number, or as the node that computes it; one is made where there is none."""
+        """Return a size of ``x`` as an int or as the node that computes it, which is made if the graph has none."""
         size = x.meta["val"].shape[axis]
         if isinstance(size, int):
             return size
         for node in self.graph.find_nodes(op="call_function", target=aten.sym_size.int):
-            # A size that adapters compute is equal to others for the adapter at hand, and not for the next one.
+            # A size that an adapter's region computes may equal this one for this adapter, but not for the next.
             if str(node.meta.get("val")) == str(size) and node < self.first and node_tag(node) is None:
                 return node
         node = self.call(aten.sym_size.int, x, axis)
@@ -174,6 +186,7 @@ class Fuser:
         return node
 
     def weights(self) -> fx.Node:
+        """Return the node of the group's weight: the one layer's, or an input with all weights concatenated."""
         members = self.group.members
         names = tuple(m.weight.name for m in members)
         if len(names) == 1:
@@ -196,21 +209,22 @@ class Fuser:
         return [self.call(operator.getitem, parts, i) for i in range(len(widths))]
 
     def _wide(self, y: fx.Node) -> fx.Node:
-        """``y`` in the dtype of the adapters."""
+        """Return ``y`` in the dtype that updates are computed in."""
         dtype = self.dtypes[1]
         return y if dtype == self.dtypes[0] else self.call(aten.to.dtype, y, dtype)
 
     def _narrow(self, y: fx.Node) -> fx.Node:
+        """Return ``y`` in the dtype of the layers."""
         return y if self.dtypes[1] == self.dtypes[0] else self.call(aten.to.dtype, y, self.dtypes[0])
 
     @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
-        """Of the layers, and of what is added to them."""
+        """Return the dtypes of the layers and of the updates."""
         return self.group.x.meta["val"].dtype, self.group.computed(self.wide)
 
 
 def _reshaped(value: fx.Node) -> None:
-    """Make the views that read ``value``, through views of it, work on a slice."""
+    """Replace the views that read ``value``, also through other views, by reshapes, which work on a slice."""
     todo, seen = [value], {value}
     while todo:
         for user in todo.pop().users:

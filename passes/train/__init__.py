@@ -1,1 +1,1 @@
-"""The module that trains: modes, and steps with backwards of their own."""
+"""Passes for the module that trains: its mode, autocast, checkpointing, and steps with backwards of their own."""

@@ -1,13 +1,15 @@
-"""Mixed precision of a training graph: what ``torch.autocast`` would do to the model, it does to the graph.
+"""Make a training graph follow ``torch.autocast`` as the model itself would.
 
-Before: the graph of a module, captured without autocast. ``torch.export`` writes a check of the type in front of each
-cast, and casts that did nothing at capture are there still. After: casts stay and act, the checks of what flows between
-operators go, since under autocast it has other types than at capture. A check is left, by name, where a cast that
-copies is not the same as one that hands its argument on: where that memory is written to.
+Takes the graph of a module, captured without autocast. ``torch.export`` writes a dtype check before each cast, and
+keeps casts that did nothing at capture. The casts stay and act. The checks of values between ops are removed, since
+under autocast these values have other dtypes than at capture.
 
-What a model read from a tensor's type at capture (``x.to(y.dtype)``) is that type still, so values are cast to float32
-where the model might have them in half precision: more digits, never fewer. The most negative number of a type, which
-masks are filled with, is taken from the type that the values turn out to have.
+A check that names its place replaces the old one where memory is written to in place. There a cast that copies differs
+from a cast that returns its argument.
+
+A dtype that the model read off a tensor at capture (``x.to(y.dtype)``) stays fixed. So values are cast to float32 where
+the model might have them in half precision: more digits, never fewer. Masks are filled with the most negative number of
+a dtype. That number follows the dtype that the values have at run time.
 """
 
 from __future__ import annotations
@@ -30,14 +32,17 @@ from adaptc.passes.ir.pass_infra import GraphPass, PassResult
 
 aten = torch.ops.aten
 
-#: op -> where its number stands among its arguments
+#: op -> the position of the fill value among its arguments
 _FILLS: dict[Any, int] = {aten.masked_fill.Scalar: 2, aten.masked_fill_.Scalar: 2}
 
 
 @dataclass(frozen=True)
 class FollowAutocast(GraphPass):
-    """``inputs`` are the names of the user's placeholders, whose checks stay. The count is that of the checks that
-    went, and of the numbers that follow their tensors' types."""
+    """A pass that makes a graph follow autocast.
+
+    ``inputs`` are the names of the user's placeholders, whose checks stay. The count is that of the checks removed and
+    of the fill values that follow their tensors' dtypes.
+    """
 
     name: ClassVar[str] = "follow_autocast"
 
@@ -68,7 +73,10 @@ class FollowAutocast(GraphPass):
 
 
 def _inside(module: Any, name: str, inner: fx.GraphModule) -> int:
-    """The same in the graph of a block, which several programs may share."""
+    """Make the graph of a block follow autocast, and return the count.
+
+    Several programs may share the block, so a copy of it is changed and put in its place.
+    """
     copied = fx.GraphModule(inner, copy_graph(inner.graph))
     count = FollowAutocast()(copied.graph).count
     if count:
@@ -78,7 +86,10 @@ def _inside(module: Any, name: str, inner: fx.GraphModule) -> int:
 
 
 def _follow(node: fx.Node) -> bool:
-    """Let a fill with the least or greatest number of its type be one with that of the type it has when it runs."""
+    """Let a fill with the least or greatest number of a dtype follow the tensor's dtype at run time.
+
+    Returns whether the node is such a fill.
+    """
     value, number = node.args[0].meta.get("val"), argument(node, _FILLS[node.target])  # type: ignore[union-attr]
     if not isinstance(value, Tensor) or not value.is_floating_point() or not isinstance(number, float):
         return False
@@ -91,18 +102,18 @@ def _follow(node: fx.Node) -> bool:
 
 
 def _place(node: fx.Node) -> str:
-    """The innermost module that a node was written in, by name, and the tensor it reads."""
+    """Return the name of the innermost module of a node, and that of the tensor it reads, for errors."""
     return f"{module_path(node, ()) or 'the model'} ({node.args[0]})"
 
 
 def extreme(x: Tensor, greatest: bool) -> float:
-    """The greatest or the least number of the type of x."""
+    """Return the greatest or the least number of x's dtype."""
     info = torch.finfo(x.dtype)
     return info.max if greatest else info.min
 
 
 def same_type(x: Tensor, dtype: torch.dtype, place: str) -> None:
-    """Raises AdaptcError where x is not of the type it had at capture and the graph would compute something else."""
+    """Raise AdaptcError where x does not have the ``dtype`` of the capture, without which the result would differ."""
     if x.dtype != dtype:
         raise AdaptcError(
             f"{place}: the model writes to a tensor, or reads its bits, that was {dtype} when it was captured and is "
@@ -112,7 +123,7 @@ def same_type(x: Tensor, dtype: torch.dtype, place: str) -> None:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The type that autocast takes a product with x in; None where it is off, or leaves x as it is."""
+    """Return the dtype in which autocast computes a matmul with x; None where it is off, or leaves x as it is."""
     kind = x.device.type
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return None
@@ -120,13 +131,13 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def cast(x: Any, dtype: torch.dtype | None) -> Any:
-    """x in ``dtype``; as it is for no type, and no tensor."""
-    # The compiler of torch 2.11 loses the gradients of results that an operator handed on as they were.
+    """Return x in ``dtype``, or x itself where either is None."""
+    # Not x.to(x.dtype): the compiler of torch 2.11 loses the gradients of results that an op returns unchanged.
     return x if x is None or dtype is None or x.dtype == dtype else x.to(dtype)
 
 
 def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward that computes in the types of its tensors, also for callers who left autocast on."""
+    """Decorate ``backward`` to run with autocast off, in the dtypes of its tensors, also if the caller left it on."""
 
     @wraps(backward)
     def run(ctx: Any, *gs: Tensor | None) -> Any:

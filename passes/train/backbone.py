@@ -1,10 +1,10 @@
-"""A model without its head: what goes into the output layer, as the result of a graph of its own.
+"""Cut a model at its head, so that it returns the input of the output layer.
 
-Before: the module that ``torch.export`` makes of a program. After: the same module with the same inputs, whose one
-result is what the output layer reads; nothing behind it is computed.
+Takes the module that ``torch.export`` makes of a program. It keeps its inputs. Its only result is the input of the
+output layer, and nothing after that is computed.
 
 Private torch use, with the public route that was tried: ``graph._codegen.pytree_info`` says how results are nested.
-Public: ``fx.Graph.set_codegen`` takes a new one, whose class is private as well.
+Public: ``fx.Graph.set_codegen`` takes a new codegen, but its class is private as well.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from adaptc.passes.ir.trees import pytree
 
 
 def cut_at_head(module: fx.GraphModule, head: str, known: Collection[str]) -> bool:
-    """Rewrite ``module`` in place; False where no one linear layer was called by the module ``head``. ``known``: the
-    paths of all modules."""
+    """Rewrite ``module`` in place; returns False, and changes nothing, where the head's input is not one tensor.
+
+    ``head`` is the path of the output layer's module, which must be linear. ``known`` has the paths of all modules.
+    """
     graph = module.graph
     found = graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
     heads = {n.args[0] for n in found if module_path(n, known) == head}
@@ -33,7 +35,7 @@ def cut_at_head(module: fx.GraphModule, head: str, known: Collection[str]) -> bo
     info = graph._codegen.pytree_info  # type: ignore[attr-defined]  # the one place that says what a graph returns
     leaf = pytree.tree_structure(0)
     graph._codegen.pytree_info = type(info)(info.orig_args, info.in_spec, leaf)  # type: ignore[attr-defined]
-    for node in reversed(graph.nodes):  # also checks of what comes behind
+    for node in reversed(graph.nodes):  # sweep() keeps checks, so those of later values are erased here
         if node is hidden:
             break
         if node.op in ("call_function", "get_attr") and not node.users:

@@ -1,8 +1,8 @@
-"""Products with frozen weights of the base in a training step: forward, and the gradient of what was multiplied.
+"""Compute matmuls with frozen base weights in a training step: the forward, and the gradient of the input.
 
-Before: a step that was told, per weight, what its products are to be computed by (:data:`Told`). After: what
-``F.linear`` and its backward compute, up to rounding. A product of a type that nothing was told of is torch's own, and
-so is every one while a graph is exported, which has to stay plain.
+A step is told, per weight, which kind of matmul to use (:data:`Told`). Results are those of ``F.linear`` and its
+backward, up to rounding. A dtype that :data:`Told` does not name uses torch's own matmul. So does every dtype during
+export, since an exported graph must have plain ops.
 """
 
 from __future__ import annotations
@@ -18,23 +18,26 @@ from adaptc.passes.ir.product import add_product, product, product_op
 from adaptc.passes.train.autocast import autocast_dtype, cast, without_autocast
 from adaptc.passes.train.first_order import plain_only
 
-#: of one type of numbers: kind and classes of rows of the product, and of the gradient of its input
+#: for one dtype: kind of matmul and classes of row counts it is for, then both for the gradient of the input
 Kinds = tuple[torch.dtype, str, Sequence[int], str, Sequence[int]]
-#: of one weight; nothing for torch's own. Tuples, since code of graphs writes them out.
+#: the kinds of matmul for one weight; empty for torch's own. Tuples, since the code of a graph prints them.
 Told = Sequence[Kinds]
 
 
 def base_product(x: Tensor, w: Tensor, b: Tensor | None, told: Told) -> Tensor:
-    """x w^T + b: x (..., K), w (N, K), b (N,) or None. No gradient is recorded."""
+    """Return x w^T + b: x (..., K), w (N, K), b (N,) or None. Its callers have backwards of their own."""
     for dtype, kind, classes, _, _ in told:
         if dtype == x.dtype and not torch.compiler.is_exporting():
-            # A compiler cannot look into the choice, and takes the op as it is.
+            # A compiler cannot trace how product() chooses, so it gets an op that it does not look into.
             return (product_op if torch.compiler.is_compiling() else product)(x, w, b, kind, classes, [])
     return F.linear(x, w, b)
 
 
 def base_gradient(g: Tensor, w: Tensor, told: Told, total: Tensor | None = None) -> Tensor:
-    """g w, added to ``total`` where there is one, which may be written to: g (rows, N), w (N, K), total (rows, K)."""
+    """Return g w, plus ``total`` where it is given: g (rows, N), w (N, K), total (rows, K).
+
+    ``total`` may be written to.
+    """
     for dtype, _, _, kind, classes in told:
         if dtype == g.dtype and not torch.compiler.is_exporting():
             if total is not None and not torch.compiler.is_compiling():
@@ -45,8 +48,11 @@ def base_gradient(g: Tensor, w: Tensor, told: Told, total: Tensor | None = None)
 
 
 def frozen_linear(x: Tensor, w: Tensor, b: Tensor | None, told: Told) -> Tensor:
-    """``F.linear`` of a layer that is not trained, differentiable in x as often as one likes; where the layer trains
-    after all, in transforms of ``torch.func`` and in forward mode, torch's own."""
+    """Return ``F.linear`` of a frozen layer, differentiable in x any number of times.
+
+    Torch's own ``F.linear`` runs where the layer is trained after all, in transforms of ``torch.func``, in forward mode
+    and during export.
+    """
     if w.requires_grad or (b is not None and b.requires_grad) or torch.compiler.is_exporting() or plain_only(x, w, b):
         return F.linear(x, w, b)
     dtype = autocast_dtype(x)

@@ -1,13 +1,13 @@
 """Gradient checkpointing: repeated blocks of a training graph as segments that the backward computes again.
 
-Before: the module that ``ExportedProgram.module()`` makes, fused or not. After: the same module, parameters, buffers,
-outputs and gradients; each segment is one call of a :class:`Recomputed` submodule, which is handed the parameters it
-reads. Between forward and backward only what flows from segment to segment is kept.
+Takes the module that ``ExportedProgram.module()`` makes, fused or not. Parameters, buffers, outputs and gradients stay
+the same. Each segment becomes one call of a :class:`Recomputed` submodule, which gets the parameters it reads as
+arguments. Between forward and backward only the values that flow from segment to segment are kept.
 
 Blocks are those of ``analysis.block_chains``. A block that writes to memory it did not make itself (the running
-statistics of batch norm) would write twice: it is left as it is, and a note says why.
+statistics of batch norm) would write twice. It is left as it is, and a note says why.
 
-Not used, of torch: ``fx.passes.split_module`` moves parameters into the submodules, under other names;
+Two tools of torch do not serve. ``fx.passes.split_module`` moves parameters into the submodules, under other names.
 ``fuser_utils.fuse_by_partitions`` sorts the graph anew, which changes the order in which dropout draws its masks.
 """
 
@@ -33,21 +33,24 @@ from adaptc.passes.train.layers import layers_with_lora
 from adaptc.passes.train.loss import loss_of_layer
 from adaptc.passes.train.recomputed import Recomputed
 
-#: steps whose results are memory of their own
+#: functions in a fused graph whose results share no memory with their inputs
 FRESH = (layers_with_lora, gated, loss_of_layer, frozen_linear)
-#: the names that the submodules get, numbered
+#: the prefix of the submodules' names, before their number
 NAME = "recomputed"
 
 
 def checkpoint(module: fx.GraphModule, every: int | Literal["auto"] = "auto") -> PassResult[fx.Graph]:
     """Rewrite ``module`` in place, so that its backward computes repeated blocks again.
 
-    ``every``: how many blocks, one behind the other, are a segment; "auto" for one. More of them keep less between
-    forward and backward, and more within the backward of a segment. The count is that of the segments, ``notes`` say
-    which blocks were left as they are, ``data`` has the names of each segment's nodes. It is on from then; see
-    :func:`set_checkpointing`. Raises ConfigError for any other value of ``every``, and AdaptcError where no block is
-    repeated, where none can be computed twice, or where the module has segments already; it is unchanged then. An
-    AdaptcWarning tells of the notes.
+    ``every`` is the number of consecutive blocks in a segment; "auto" stands for one. Longer segments keep less between
+    forward and backward, and more within the backward of a segment. Checkpointing is on from then; see
+    :func:`set_checkpointing`.
+
+    The count is that of the segments. ``notes`` say which blocks were left as they are, and an AdaptcWarning repeats
+    them. ``data`` has the names of each segment's nodes.
+
+    Raises ConfigError for any other value of ``every``. Raises AdaptcError where no block is repeated, where none can
+    be computed twice, or where the module has segments already. The module is unchanged then.
     """
     if every != "auto" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
         raise ConfigError(f'every={shown(every)} is neither "auto" nor a number of blocks from 1')
@@ -63,8 +66,10 @@ def _first(notes: Sequence[str]) -> str:
 
 
 def set_checkpointing(module: fx.GraphModule, on: bool) -> int:
-    """Turn the segments of a module on or off, which takes no time; returns how many it has, 0 before
-    :func:`checkpoint`."""
+    """Turn the segments of a module on or off, and return how many it has: 0 before :func:`checkpoint`.
+
+    This sets flags only, so it takes no time.
+    """
     segments = [m for m in module.modules() if isinstance(m, Recomputed)]
     for segment in segments:
         segment.on = on
@@ -73,7 +78,7 @@ def set_checkpointing(module: fx.GraphModule, on: bool) -> int:
 
 @dataclass(frozen=True)
 class Checkpoint(GraphPass):
-    """See :func:`checkpoint`."""
+    """A pass that outlines segments of ``every`` blocks; see :func:`checkpoint`."""
 
     name: ClassVar[str] = "checkpoint"
 
@@ -118,7 +123,7 @@ class Checkpoint(GraphPass):
 
 
 class _Writes:
-    """Says why a block must not run twice; None where it may."""
+    """A test of one graph that returns why a block must not run twice, or None where it may."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.order = {n: i for i, n in enumerate(graph.nodes)}
@@ -154,8 +159,10 @@ def _statistics(target: Any) -> Sequence[int]:
 
 
 def _outline(module: fx.GraphModule, segment: Block, movable: set[fx.Node], name: str) -> None:
-    """Put one call in the place of the segment's nodes. What they read and that is computed among them moves in
-    front."""
+    """Replace the segment's nodes by one call of a submodule.
+
+    Nodes that stand between them but are not of the segment move before it.
+    """
     graph, inside = module.graph, set(segment)
     _move_to_front(segment, inside, movable)
     outside = dict.fromkeys(n for node in segment for n in node.all_input_nodes if n not in inside)
@@ -191,7 +198,7 @@ def _outline(module: fx.GraphModule, segment: Block, movable: set[fx.Node], name
 
 
 def _move_to_front(segment: Block, inside: set[fx.Node], movable: set[fx.Node]) -> None:
-    """Everything between the segment's nodes that is not of it, in its order; such nodes read nothing of it."""
+    """Move the nodes between the segment's nodes before it, in their order; they read nothing of the segment."""
     node, last = segment[0], segment[-1]
     while node is not last:
         behind = node.next

@@ -1,9 +1,11 @@
-"""What computes the products of frozen base layers in a training graph, written into its steps.
+"""Choose the kind of matmul for each frozen base layer of a training graph, and write it into the graph.
 
-Before: the graph of a module to train, its other steps fused, and somebody who knows what is fastest on this machine.
-After: the same values and gradients up to rounding. Looked at are products with a parameter that is not trained, on a
-CPU: of fused layers, of the head in front of a loss, and of every other linear layer. Rows are in no choice: each
-product reads them off in its call. Of a base in float32 half precision is asked for, too, since autocast may be on.
+Takes the graph of a module to train, whose other steps are fused, and functions that say which kind is fastest on this
+CPU. Values and gradients stay the same up to rounding.
+
+It covers matmuls with a frozen parameter on a CPU: those of fused layers, of the head before a loss, and of every other
+linear layer. A choice does not fix the number of rows: each matmul reads it in its call. For a base in float32 bfloat16
+is chosen for, too, since autocast may be on.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ FORWARD, GRADIENTS = "products in training", "gradients of inputs"
 
 
 class Chosen(Protocol):
-    """A kind of product, and the classes of rows it holds for."""
+    """A kind of matmul, and the classes of row counts that it is for."""
 
     @property
     def kind(self) -> str: ...
@@ -37,14 +39,18 @@ class Chosen(Protocol):
     def classes(self) -> tuple[int, ...]: ...
 
 
-#: (rows, columns, type of a weight) -> what computes a product with it
+#: (rows, columns, dtype of a weight) -> the kind of matmul with it
 Choose = Callable[[int, int, torch.dtype], Chosen]
 
 
 @dataclass(frozen=True)
 class ChooseBaseProducts(GraphPass):
-    """``forward``, ``gradient``: what is fastest for each. The count is that of the weights with a product that is not
-    torch's own; ``data``: which products -> the choices, one for each weight that was looked at."""
+    """A pass that writes kinds of matmul into a graph.
+
+    ``forward`` and ``gradient`` choose for the forward and for the gradient of the input. The count is that of the
+    weights with a kind that is not torch's own. ``data`` maps a caption, with direction and dtype, to the choices for
+    all weights.
+    """
 
     name: ClassVar[str] = "choose_base_products"
 
@@ -93,7 +99,7 @@ def _types(dtype: torch.dtype) -> Sequence[torch.dtype]:
 
 
 def _parameter(module: Any, node: Any) -> nn.Parameter | None:
-    """The parameter that a node reads; None for anything else."""
+    """Return the parameter that a node reads; None for anything else."""
     if not isinstance(node, fx.Node) or node.op != "get_attr":
         return None
     value = attrgetter(str(node.target))(module)

@@ -1,8 +1,8 @@
-"""Backwards that cannot be differentiated again, which say so, and where plain operators have to compute instead.
+"""Refuse second derivatives of steps with a backward of their own, and tell where plain ops must run instead.
 
-Before: a step of a training graph with a backward of its own. After: a derivative of its gradient is an error that
-names the way out, whatever it goes through. Torch's own ``once_differentiable`` takes the gradient for a constant where
-what comes from the loss is one, as in a Hessian of a sum, and a part of the derivative is lost without a word.
+The derivative of such a step's gradient is an error that names the way out. Torch's ``once_differentiable`` does not
+serve. It takes the gradient for a constant where the gradient that comes in is one, as in the Hessian of a sum. Then a
+part of the derivative is lost without an error.
 """
 
 from __future__ import annotations
@@ -19,14 +19,18 @@ from adaptc.torch_modes import followed
 
 
 def plain_only(*tensors: Tensor | None) -> bool:
-    """Whether a transform of ``torch.func`` or a forward-mode derivative follows these, of which a backward of our own
-    knows nothing. A compiler looks for itself."""
+    """Return whether a transform of ``torch.func`` or a forward-mode derivative follows these tensors.
+
+    A backward of our own does not support them. Under a compiler this is False, since it handles such cases itself.
+    """
     return not torch.compiler.is_compiling() and followed(*tensors)
 
 
 def first_order(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate the backward of a step called ``what``: it runs without recording, and its results raise AdaptcError
-    when they are differentiated."""
+    """Decorate the backward of a step called ``what``.
+
+    The backward then runs without recording. Its results raise AdaptcError when they are differentiated.
+    """
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(backward)
@@ -35,7 +39,7 @@ def first_order(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
                 out = backward(ctx, *grads)
             if torch.compiler.is_compiling() or not torch.is_grad_enabled():
                 return out
-            # What it was made of, so that a derivative by any of that comes by.
+            # The results depend on all that they were made from, so that a derivative by any of it reaches the error.
             ties = [t for t in (*grads, *ctx.saved_tensors) if isinstance(t, Tensor) and t.requires_grad]
             at = [i for i, t in enumerate(out) if isinstance(t, Tensor)]
             new = list(_Refused.apply(what, [out[i] for i in at], torch.ones((), requires_grad=True), *ties))
@@ -47,7 +51,10 @@ def first_order(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class _Refused(torch.autograd.Function):
-    """``grads`` as they are, with a backward that raises; they depend on ``ties``, one of which requires grad."""
+    """The identity on ``grads``, with a backward that raises.
+
+    Its results depend on ``ties``, of which at least one requires grad.
+    """
 
     @staticmethod
     def forward(ctx: Any, what: str, grads: Sequence[Tensor], *ties: Tensor) -> tuple[Tensor, ...]:

@@ -1,7 +1,7 @@
-"""The module that trains: steps of a model's graph that autograd would take one operator at a time, taken as one.
+"""Fuse the module that trains: layers with adapters, gates and the loss become one autograd step each.
 
-Before: the module that ``torch.export`` makes of a program. After: the same module, parameters and modes, with equal
-outputs and gradients up to the order of sums, from fewer operators, and less kept from forward to backward.
+Takes the module that ``torch.export`` makes of a program. Parameters and modes stay. Outputs and gradients are equal up
+to the order of sums. There are fewer ops, and less is kept from forward to backward.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from adaptc.passes.train.gates import TrainGates
 from adaptc.passes.train.layers import TrainLayers
 from adaptc.passes.train.loss import TrainLoss
 
-#: which rows of the head are computed
+#: the choices of which rows of the head are computed
 LOGITS = ("all", "labelled")
 
 
 def fuse_training(
     module: fx.GraphModule, *, fuse: bool = True, logits: str = "all", choose: tuple[Choose, Choose] | None = None
 ) -> PassResult[fx.Graph]:
-    """Rewrite ``module`` in place; the result's trail says how often, by pass, the last of its data what was chosen.
+    """Rewrite ``module`` in place; the result's trail has the count of each pass, and its data the choices of matmuls.
 
-    ``fuse``: False only lets it run under autocast. ``logits``: "labelled" leaves rows without a label out of the head,
-    so that they are zero in the logits that are returned. ``choose``: what computes products of the base, and the
-    gradients of their inputs (see :class:`ChooseBaseProducts`); None for torch's own. Raises ConfigError where no loss
-    allows ``logits``.
+    ``fuse=False`` only lets it run under autocast. ``logits="labelled"`` leaves rows without a label out of the head.
+    These rows are zero in the logits that are returned. ``choose`` has the two functions that choose matmuls of the
+    base, for the forward and for the gradient of the input (see :class:`ChooseBaseProducts`); None keeps torch's own.
+
+    Raises ConfigError for an unknown ``logits``, and where no loss allows it.
     """
     if logits not in LOGITS:
         raise ConfigError(f"logits must be one of {', '.join(map(repr, LOGITS))}, and is {logits!r}")

@@ -1,7 +1,8 @@
-"""Gated activations as one step of a training graph that keeps the two it was given alone.
+"""Fuse gated activations of a training graph into one step that keeps only its two inputs.
 
-Before: the graph of a module to train. After: act(a) * b is one call, equal in outputs and gradients. Autograd keeps a,
-b and act(a) for it, which in a transformer are its widest activations; act(a) takes little to be made again.
+Takes the graph of a module to train. act(a) * b becomes one call, equal in outputs and gradients. Autograd alone would
+keep a, b and act(a), which are the widest activations of a transformer. Here the backward computes act(a) again, which
+is cheap.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from adaptc.passes.train.first_order import first_order, plain_only
 
 aten = torch.ops.aten
 
-#: activation -> its backward, which takes the gradient and the input, and the same options
+#: activation -> its backward op, which takes the gradient, the input, and the activation's options
 BACKWARD: dict[Any, Any] = {
     aten.silu.default: aten.silu_backward.default,
     aten.gelu.default: aten.gelu_backward.default,
@@ -28,7 +29,7 @@ BACKWARD: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class TrainGates(GraphPass):
-    """The count is that of the gates."""
+    """A pass that fuses gated activations; its count is that of the gates."""
 
     name: ClassVar[str] = "train_gates"
 
@@ -57,7 +58,7 @@ def _activation(node: Any) -> bool:
 
 
 def _alike(a: Any, b: fx.Node) -> bool:
-    """Whether two values are of one shape and type, so that no gradient is summed or cast."""
+    """Return whether two values have one shape and dtype, so that no gradient must be summed or cast."""
     first, second = a.meta["val"], b.meta.get("val")
     if not isinstance(second, Tensor) or a is b:
         return False
@@ -65,8 +66,10 @@ def _alike(a: Any, b: fx.Node) -> bool:
 
 
 def gated(a: Tensor, b: Tensor, act: Any, options: dict[str, Any]) -> Tensor:
-    """act(a) * b, for a and b of one shape and type. Gradients for both, once. Where autocast made them of two
-    types, and in transforms of ``torch.func``, as it was written."""
+    """Return act(a) * b, for a and b of one shape, with first-order gradients for both.
+
+    Plain ops compute it where autocast gave a and b different dtypes, and in transforms of ``torch.func``.
+    """
     if a.dtype != b.dtype or plain_only(a, b):
         return act(a, **options) * b
     return _Gated.apply(a, b, act, options)
@@ -76,7 +79,7 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(a: Tensor, b: Tensor, act: Any, options: dict[str, Any]) -> Tensor:
         made = act(a, **options)
-        # The compiler of torch 2.11 loses the gradients of results that were written to.
+        # Not in place under a compiler: that of torch 2.11 loses the gradients of results that were written to.
         return made * b if torch.compiler.is_compiling() else made.mul_(b)
 
     @staticmethod

@@ -1,11 +1,11 @@
-"""The cross entropy of a linear layer's outputs, and its backward, with these kept and nothing else of their size.
+"""Compute the cross entropy of a linear head and its backward, with the logits as the only tensor of their size.
 
-A vocabulary makes the logits the largest tensor of a step, and autograd has four of them: logits, their log softmax,
-and the gradients of both. Here the logits are kept, since the module returns them; the rest is made again in the
-backward, some columns at a time, each multiplied with its rows of W before the next are made.
+A vocabulary makes the logits the largest tensor of a step. Autograd has four tensors of that size: logits, their log
+softmax, and the gradients of both. Here only the logits are kept, since the module returns them. The backward computes
+the rest again, some columns at a time, and multiplies these with their rows of W before it goes on.
 
-A row without a label adds nothing to the loss. With ``labelled`` such rows are left out of the product, too: the loss
-and its gradients are equal, the logits that are returned are zero there. Otherwise the backward alone leaves them out.
+A row without a label adds nothing to the loss. With ``labelled`` such rows are left out of the head's matmul, too. Loss
+and gradients are equal, and the returned logits are zero there. Otherwise only the backward leaves such rows out.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from adaptc.passes.train.autocast import autocast_dtype, cast, without_autocast
 from adaptc.passes.train.base_products import Told, base_gradient, base_product
 from adaptc.passes.train.first_order import first_order, plain_only
 
-#: numbers that a piece of the gradient of the logits may have: some megabytes, which caches hold
+#: the number of elements of the logits' gradient that are computed at a time: some megabytes, which caches hold
 PIECE = 2**21
-#: and columns it has at least
+#: the least number of columns that are computed at a time
 LEAST = 256
-#: share of rows without a label that is not worth a copy of the others
+#: the share of rows without a label up to which copying the other rows does not pay
 FEW = 1 / 16
-#: types of labels that say which column is right
+#: the dtypes of labels that are class indices
 INDICES = (torch.int64, torch.uint8)
 
 
@@ -43,20 +43,22 @@ def loss_of_layer(
     labelled: bool = False,
     told: Told = (),
 ) -> tuple[Tensor, Tensor]:
-    """(logits (..., V), their cross entropy): x (..., K), w (V, K), b (V,), labels (rows of x,) int64 or uint8.
+    """Return (logits (..., V), their cross entropy): x (..., K), w (V, K), b (V,), labels (rows of x,) int64 or uint8.
 
-    The mean or the sum over the rows whose label is not ``ignored``. ``returned``: type of the logits, None for that
-    of the product; ``high``: what they are cast to for the loss, None for their own. ``labelled``: logits of other rows
-    are zero, and take no work. Gradients for x, w and b, once. Under autocast the product is in its type, the loss
-    float32. ``told``: what computes the products with w, torch where nothing is said. In transforms of ``torch.func``
-    and forward mode plain operators compute all of it.
+    The loss is the mean or the sum over the rows whose label is not ``ignored``. ``returned`` is the dtype of the
+    logits, None for that of the matmul. ``high`` is the dtype they are cast to for the loss, None for their own. With
+    ``labelled`` the logits of rows without a label are zero and are not computed.
+
+    There are first-order gradients for x, w and b. Under autocast the matmul has autocast's dtype, and the loss is
+    float32. ``told`` says which kinds of matmul to use with w; empty for torch's own. Plain ops compute all of it in
+    transforms of ``torch.func`` and in forward mode.
     """
     if labels.dtype not in INDICES or labels.numel() * x.shape[-1] != x.numel():
-        # Torch says what is wrong with these labels.
+        # Torch raises its own error for labels of another kind.
         F.cross_entropy(F.linear(x, w, b).reshape(-1, w.shape[0]), labels, ignore_index=ignored)
     if plain_only(x, w, b, labels):
         return _written_out(x, w, b, labels.long(), returned, high, "mean" if mean else "sum", ignored, labelled)
-    # Outside of the step, where a compiler can stop for it.
+    # Not inside the step: nonzero() makes a compiler break its graph, which it can do only outside of the step.
     at = _chosen(labels != ignored, 0) if labelled else None
     return _Loss.apply(x, w, b, labels.long(), at, autocast_dtype(x), returned, high, mean, ignored, told)
 
@@ -80,7 +82,7 @@ def _written_out(
 
 
 class _Loss(torch.autograd.Function):
-    """Kept are the logits, which are returned, and the log of the sum of exponentials of each row that was computed."""
+    """The step of :func:`loss_of_layer`; it keeps the logits, and the log-sum-exp of each row that was computed."""
 
     @staticmethod
     def forward(
@@ -143,7 +145,7 @@ class _Loss(torch.autograd.Function):
             weight = (g_loss / kept.sum() if ctx.mean else g_loss.expand(len(lse))).where(kept, 0)
         for part in _pieces(len(lse), flat.shape[1]):
             piece = (_rows(flat[:, part], at) - lse[:, None]).exp_()
-            # A sum, and no choice of rows, for which a GPU would have to be waited for.
+            # Every row takes part, with 0 where its label is elsewhere: to choose rows would wait for the GPU.
             here = (labels >= part.start) & (labels < part.stop)
             column = (labels - part.start).clamp(0, piece.shape[1] - 1)
             piece.scatter_add_(1, column[:, None], -here.to(piece.dtype)[:, None])
@@ -167,12 +169,12 @@ class _Loss(torch.autograd.Function):
 
 
 def _known(labels: Tensor) -> bool:
-    """Whether how many rows have a label is known at no cost: a GPU would be waited for, and a compiler stop."""
+    """Return whether counting the labelled rows is cheap: it would wait for a GPU, and break a compiler's graph."""
     return labels.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _chosen(kept: Tensor, few: float) -> Tensor | None:
-    """The rows that are kept; None for all of them where no more than ``few`` of them are not."""
+    """Return the indices of the rows in ``kept``; None where at most the share ``few`` of all rows is not in it."""
     at = kept.nonzero()[:, 0]
     return None if len(kept) - len(at) <= few * len(kept) else at
 
@@ -182,7 +184,7 @@ def _rows(t: Tensor, at: Tensor | None) -> Tensor:
 
 
 def _pieces(rows: int, columns: int) -> Iterator[slice]:
-    """The columns of the logits of so many rows, some at a time."""
+    """Yield slices of the ``columns`` of the logits, so that a slice with all ``rows`` has about PIECE elements."""
     width = max(LEAST, PIECE // max(rows, 1))
     for start in range(0, columns, width):
         yield slice(start, min(start + width, columns))

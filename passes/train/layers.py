@@ -1,16 +1,16 @@
-"""Layers with LoRA that read one tensor as one step of a training graph, with a backward of its own.
+"""Fuse layers with LoRA that read one tensor into one step of a training graph, with a backward of its own.
 
-Before: the graph of a module to train, its lifted inputs ``get_attr`` nodes with fake values. After: for layers
-y_i = linear(x, W_i, b_i) + s_i linear(linear(low, A_i), B_i), with low the input x, or what dropout and a cast make of
-it, one call that gives all y_i; outputs and gradients are equal up to the order of sums. Forward and backward,
+Takes the graph of a module to train, whose lifted inputs are ``get_attr`` nodes with fake values. Layers that read the
+same x compute y_i = linear(x, W_i, b_i) + s_i linear(linear(low, A_i), B_i). Here ``low`` is x, or x after dropout and
+a cast. One call then gives all y_i. Outputs and gradients are equal up to the order of sums. In forward and backward,
 
     h = low [A_1; A_2; ...]^T                  y_i = x W_i^T + b_i + (s_i h_i) B_i^T
     dh_i = s_i g_i B_i                         dx = sum g_i W_i + dh [A_1; A_2; ...]
     [dA_1; dA_2; ...] = dh^T low               dB_i = g_i^T (s_i h_i)
 
-no output is scaled or added in a pass of its own: products add to the memory of others. Kept for the backward are low
-and h, which has ranks for columns. Frozen tensors take no work; those that train after all get their gradients.
-Under autocast all products are in its type, each tensor cast once and kept as it was cast; gradients have the types of
+no output is scaled or added in a pass of its own: matmuls add to the memory of others. The backward needs only low and
+h, which has one column per rank. Frozen tensors take no work; those that train after all get their gradients. Under
+autocast all matmuls have its dtype, and each tensor is cast once and kept as it was cast. Gradients have the dtypes of
 the tensors, so those of adapters are float32.
 """
 
@@ -37,7 +37,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Layer:
-    """``out`` = linear(x, weight, bias) + scale * linear(linear(low, down), up)."""
+    """A layer with LoRA: ``out`` = linear(x, weight, bias) + scale * linear(linear(low, down), up)."""
 
     x: fx.Node
     low: fx.Node
@@ -51,7 +51,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class TrainLayers(GraphPass):
-    """The count is that of the layers."""
+    """A pass that fuses layers with LoRA; its count is that of the layers."""
 
     name: ClassVar[str] = "train_layers"
 
@@ -103,12 +103,12 @@ def _alone(node: Any, target: Any) -> bool:
 
 
 def _input(node: Any, shape: tuple[int, ...] | None = None) -> bool:
-    """Whether the node is a lifted input, of that shape."""
+    """Return whether the node is a lifted input of that shape; None stands for any shape."""
     return isinstance(node, fx.Node) and node.op == "get_attr" and shape in (None, tuple(node.meta["val"].shape))
 
 
 def _same(x: fx.Node, low: Any) -> bool:
-    """Whether ``low`` has a row for each row of x."""
+    """Return whether ``low`` has the shape of x."""
     return isinstance(low, fx.Node) and str(low.meta["val"].shape) == str(x.meta["val"].shape)
 
 
@@ -116,7 +116,7 @@ def _write(graph: fx.Graph, layers: Sequence[Layer]) -> None:
     first = layers[0]
     low = None if first.low is first.x else first.low
     lists = [[getattr(layer, n) for layer in layers] for n in ("weight", "bias", "down", "up", "scale")]
-    # In front of the first result: all that the layers read is there, and nothing reads any of them yet.
+    # Before the first result: all inputs of the layers exist there, and nothing has read a result yet.
     with graph.inserting_before(min(layer.out for layer in layers)):
         made = graph.call_function(layers_with_lora, (first.x, low, *lists))
         pieces = [graph.call_function(operator.getitem, (made, i)) for i in range(len(layers))]
@@ -135,10 +135,14 @@ def layers_with_lora(
     scales: Sequence[Tensor],
     told: Sequence[Told] = (),
 ) -> Sequence[Tensor]:
-    """All y_i, see the module docstring. x (..., K), low the same or None for x; W_i (N_i, K), A_i (R_i, K), B_i
-    (N_i, R_i), s_i 0-d. Gradients for all of them, once: they cannot be differentiated again. Under autocast y_i are of
-    its type. ``told``: what computes the products with each W_i, torch where nothing is said. In transforms of
-    ``torch.func`` and forward mode plain operators compute all of it."""
+    """Return all y_i of the module docstring.
+
+    x is (..., K), and low has its shape, or is None for x itself; W_i (N_i, K), A_i (R_i, K), B_i (N_i, R_i), s_i 0-d.
+    All of them get gradients of first order, which cannot be differentiated again. Under autocast y_i have its dtype.
+
+    ``told`` says which kinds of matmul to use with each W_i; empty for torch's own. Plain ops compute all of it in
+    transforms of ``torch.func`` and in forward mode.
+    """
     if plain_only(x, low, *weights, *biases, *downs, *ups, *scales):
         return _written_out(x, x if low is None else low, weights, biases, downs, ups, scales)
     told = told or [()] * len(weights)
@@ -173,11 +177,11 @@ class _Layers(torch.autograd.Function):
             wide = y.to(h.dtype).addmm_(part * s, up.t()).to(y.dtype)
             out.append(wide.reshape(*x.shape[:-1], wide.shape[-1]))
         both = ctx.own and any(ctx.needs_input_grad[4 : 4 + n])
-        # The inputs themselves, where nothing was cast: by them a derivative of the gradient comes back here.
+        # The inputs themselves where nothing was cast: through them a second derivative reaches the error.
         source = x if low is None else low
         into, rows = source if cast(source, dtype) is source else into, x if cast(x, dtype) is x else rows
-        # Weights and factors belong to the module, so keeping them costs nothing; autograd keeps what autocast made
-        # of them, too.
+        # Weights and factors belong to the module, so keeping them costs nothing. Their casts under autocast cost
+        # memory, which autograd would keep as well.
         ctx.save_for_backward(into, rows if both else None, h, *weights, *downs, *ups, *scales)
         return tuple(out)
 
@@ -227,5 +231,5 @@ def _stacked(downs: Sequence[Tensor]) -> Tensor:
 
 
 def _split(h: Tensor, downs: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The columns of each layer."""
+    """Split h by columns, into those of each layer."""
     return h.split([a.shape[0] for a in downs], dim=1)

@@ -1,7 +1,7 @@
-"""A layer whose outputs go into a cross entropy, as one step of a training graph.
+"""Fuse a linear head and its cross entropy into one step of a training graph.
 
-Before: the graph of a module to train. After: for logits = linear(x, W, b) and loss = cross_entropy(logits, labels) one
-call of ``head_loss`` that gives both, equal up to the order of sums, and so are the gradients.
+Takes the graph of a module to train. logits = linear(x, W, b) and loss = cross_entropy(logits, labels) become one call
+of ``head_loss.loss_of_layer``, which gives both. Values and gradients are equal up to the order of sums.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ MEAN, SUM = 1, 2
 
 @dataclass(frozen=True)
 class TrainLoss(GraphPass):
-    """The count is that of the losses. ``labelled``: only those whose logits nothing else reads but the caller."""
+    """A pass that fuses losses with their heads; its count is that of the losses.
+
+    ``labelled`` leaves rows without a label out of the head. It fuses only losses whose logits the caller alone reads.
+    """
 
     name: ClassVar[str] = "train_loss"
 
@@ -49,8 +52,8 @@ class TrainLoss(GraphPass):
                 continue
             given = logits if set(linear.users) == {logits} else linear
             returned = high = logits.args[1] if logits is not linear else None
-            # A cast that did nothing at capture is the loss's own, as far as anyone can tell: what is returned is the
-            # layer's, as it is where the cast does something and the layer is read beside it.
+            # A cast that did nothing at capture may be the loss's own, or that of the returned logits. It is taken for
+            # the loss's, so the layer's own output is returned. Where the layer is read as well, that is certain.
             if given is linear or (alone and linear.meta["val"].dtype == high):
                 returned = None
             with subject.inserting_before(node):
@@ -59,7 +62,7 @@ class TrainLoss(GraphPass):
                 new = [subject.call_function(operator.getitem, (made, i)) for i in range(2)]
             for old, piece in zip((given, node), new, strict=True):
                 piece.meta = dict(old.meta)
-                # What reads the logits before the loss is made keeps its own.
+                # Nodes before the new call cannot read it, so they keep the old logits.
                 old.replace_all_uses_with(piece, delete_user_cb=lambda user: user > made)  # noqa: B023
             count += 1
         sweep(subject)
@@ -67,7 +70,7 @@ class TrainLoss(GraphPass):
 
 
 def _match(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """(logits as the loss takes them, the layer they come from) of a loss that is defined here."""
+    """Return (logits as the loss takes them, their linear layer); None for a loss that cannot be fused."""
     flat, labels, weight, reduction, _, smoothing = (argument(node, i) for i in range(6))
     value = labels.meta["val"]
     if weight is not None or reduction not in (MEAN, SUM) or smoothing != 0.0 or value.ndim != 1:
@@ -91,7 +94,7 @@ def _unviewed(flat: fx.Node) -> Any:
 
 
 def _returned_alone(node: fx.Node, logits: fx.Node, linear: fx.Node) -> bool:
-    """Whether nothing but this loss, and the caller, reads the logits: zeros would change it."""
+    """Return whether only this loss and the caller read the logits: rows of zeros would change any other reader."""
     chain = {argument(node, 0), logits, linear}
     others = {user for n in chain for user in n.users} - {node, *chain}
     return all(user.op == "output" for user in others)

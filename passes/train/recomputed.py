@@ -1,7 +1,7 @@
-"""A segment of a training graph that is computed again in the backward, instead of keeping what the backward needs.
+"""Run a segment of a training graph again in the backward, instead of keeping what the backward needs.
 
-Before and after: a graph module whose results follow from its inputs and the random state, and that writes to nothing
-that was there before it. Outputs and gradients are those of the graph, bit for bit: dropout draws the same masks again.
+The results of the segment must depend on its inputs and the random state alone. It must not write to memory that was
+there before. Outputs and gradients are those of the graph, bit for bit: dropout draws the same masks again.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Recomputed(nn.Module):
-    """Runs ``body``, and again in the backward where ``on``, in training, with gradients; else once. The body holds no
-    parameters: it is handed all it reads."""
+    """A segment ``body`` that runs in the forward, and again in the backward.
+
+    It runs only once where ``on`` is False, in evaluation mode, and without gradients. The body holds no parameters:
+    it gets all that it reads as inputs.
+    """
 
     def __init__(self, body: fx.GraphModule) -> None:
         super().__init__()

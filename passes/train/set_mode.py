@@ -1,7 +1,8 @@
-"""Switch a program between training and inference: the flags a module's ``train()`` and ``eval()`` would have set.
+"""Switch a program between training and inference, as a module's ``train()`` and ``eval()`` do.
 
-``torch.export`` bakes each flag into an op's arguments (``ir.modes`` has the table). These passes rewrite them, and the
-dropout probability of scaled_dot_product_attention, which is remembered in the node's custom meta while it is off.
+``torch.export`` writes each mode flag into an op's arguments (``ir.modes`` has the table). These passes rewrite the
+flags. They also rewrite the dropout probability of scaled_dot_product_attention. While it is off, the node's custom
+meta keeps it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class SetMode(Pass):
-    """The count is that of the ops that changed."""
+    """A pass that sets the mode of a program; its count is that of the ops that changed."""
 
     name: ClassVar[str] = "set_mode"
 
@@ -37,16 +38,16 @@ class SetMode(Pass):
 
 @dataclass(frozen=True)
 class SetGraphMode(GraphPass):
-    """The same in place, on the graph of a module.
+    """A pass that sets the mode of a module's graph in place; its count is that of the ops that changed.
 
-    The graphs of autocast and no_grad blocks are submodules, which several programs may share: they are copied first.
-    So are those of recomputed segments, which a backward that is still to come runs as they were in its forward.
+    The graphs of autocast and no_grad blocks are submodules that several programs may share, so they are copied first.
+    So are those of recomputed segments: a backward that is still to come must run them as its forward did.
     """
 
     name: ClassVar[str] = "set_mode"
 
     training: bool = False
-    #: whether layers of dropout act in training; that of attention does in any case
+    #: the switch for dropout layers in training; the dropout of attention acts in any case
     dropout: bool = True
 
     def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
@@ -81,7 +82,10 @@ class SetGraphMode(GraphPass):
 
 
 def set_mode(module: fx.GraphModule, training: bool, dropout: bool = True) -> int:
-    """Set the mode of a module in place; returns how many ops changed. ``dropout``: see :class:`SetGraphMode`."""
+    """Set the mode of a module in place, and return how many ops changed.
+
+    ``dropout=False`` keeps dropout layers off in training; the dropout of attention acts in any case.
+    """
     count = SetGraphMode(training, dropout)(module.graph).count
     if count:
         module.recompile()

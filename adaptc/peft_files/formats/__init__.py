@@ -1,2 +1,5 @@
-"""Adapter files of other programs than PEFT: one file per format, all with one protocol (``parts``), told apart by
-their keys (``detect``). Keys and tensors alone: which modules are meant is found by who knows the model."""
+"""Parse and write adapter files of other programs than PEFT, one file per format.
+
+All formats have one protocol (``parts``), and are told apart by their keys (``detect``). This package sees keys and
+tensors only; callers that know the model find the modules that are meant.
+"""

@@ -1,7 +1,6 @@
-"""Which format a file has, by its keys.
+"""Detect the format of an adapter file by its keys.
 
-Before: the keys of a file that is not PEFT's. After: the format, and what each key says in it; or a CheckpointError
-that names the keys which no format has.
+The result is the format and what each key means in it. A CheckpointError names keys that no format has.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from adaptc.peft_files.formats.parts import COMPONENTS, Format, Part
 from adaptc.peft_files.formats.torchtune import Torchtune
 from adaptc.peft_files.formats.writing import Writer
 
-#: of two that know equally many keys, the first
+#: formats to try; of two that know equally many keys the first is taken
 FORMATS: Sequence[Format] = (Kohya(), Diffusers(), Torchtune())
-#: those that are written, by the name users say
+#: formats that can be written, by the name that users give
 WRITERS: Mapping[str, Writer] = MappingProxyType({w.name: w for w in (Kohya(), Diffusers())})
-#: what no key of PEFT's has in it
+#: pieces of keys that no key of PEFT's has
 _FOREIGN = (".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.", "_lora.down.", "_lora.up.", ".lora_linear_layer.")
-#: what files have that no method here can hold
+#: pieces of keys of methods that adaptc does not have
 _KNOWN_BUT_REFUSED = {
     "diff": "whole differences of weights",
     "diff_b": "whole differences of biases",
@@ -35,7 +34,7 @@ _KNOWN_BUT_REFUSED = {
 
 
 def foreign(key: str) -> bool:
-    """Whether a key, the first of a state dict, may be of one of these formats: PEFT has none that looks so."""
+    """Return whether ``key``, the first of a state dict, has a form that PEFT's keys never have."""
     return not key.startswith("base_model.") and (
         key.startswith(tuple(PREFIXES))
         or key.endswith((".alpha", ".lora_a.weight", ".lora_b.weight", ".magnitude"))
@@ -44,16 +43,16 @@ def foreign(key: str) -> bool:
 
 
 def of_component(key: str) -> bool:
-    """Whether a key begins with the name of a component, as diffusers' do; so does that of a module which a model
-    calls so itself."""
+    """Return whether a key begins with the name of a component, as diffusers' keys do.
+
+    A model's own module may have such a name, too.
+    """
     return key.partition(".")[0] in COMPONENTS
 
 
 def detect(keys: Iterable[str], source: str) -> tuple[Format, list[Part]]:
-    """The format that knows most of the keys, and all of them as it reads them.
-
-    Raises CheckpointError where it does not know all of them.
-    """
+    """Return the format that knows most of the keys, with all keys parsed. Raises CheckpointError where it knows not
+    all."""
     keys = list(keys)
     read = {f.name: [f.part(k) for k in keys] for f in FORMATS}
     best = max(FORMATS, key=lambda f: sum(p is not None for p in read[f.name]))
@@ -72,6 +71,6 @@ def detect(keys: Iterable[str], source: str) -> tuple[Format, list[Part]]:
 
 
 def _refused(keys: Sequence[str]) -> str:
-    """What keys are of, where it has a name."""
+    """Return a sentence that names the methods of these keys that adaptc does not have, or ''."""
     found = dict.fromkeys(w for k in keys for piece in k.split(".")[1:] if (w := _KNOWN_BUT_REFUSED.get(piece)))
     return f" These are {', '.join(found)}, which adaptc does not hold." if found else ""

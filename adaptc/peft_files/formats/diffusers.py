@@ -1,9 +1,9 @@
-"""diffusers: ``unet.down_blocks.0.attentions.0.proj_in.lora_A.weight``, in ``pytorch_lora_weights.safetensors``.
+"""Parse and write diffusers' files: ``unet.down_blocks.0.attentions.0.proj_in.lora_A.weight`` and the like.
 
-Keys have PEFT's names behind that of a component, or behind nothing for a model's own ``save_lora_adapter``. Older
-files say ``lora.down``, ``lora_linear_layer.down``, or ``processor.to_q_lora.down``. The header of a file may have the
-configs, as JSON under ``lora_adapter_metadata`` with the component in front of each field; without it a module's scale
-is 1, or what its ``alpha`` says.
+The file is ``pytorch_lora_weights.safetensors``. Keys have PEFT's names after the name of a component. A model's own
+``save_lora_adapter`` writes no component. Older files have ``lora.down``, ``lora_linear_layer.down``, or
+``processor.to_q_lora.down``. The header may have the configs, as JSON under ``lora_adapter_metadata``, with each field
+prefixed by its component. Without it a module's scale is 1, or follows from its ``alpha``.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from adaptc.peft_files.format import jsonable
 from adaptc.peft_files.formats.parts import COMPONENTS, LYCORIS, MAGNITUDE, SLOTS, Part, component_of, split
 from adaptc.peft_files.formats.writing import Adapted, Content, slot_names
 
-#: the names of the file in a directory
+#: names of the file in a directory
 SAFE, BIN = "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin"
 #: the field of a safetensors header with the configs
 METADATA = "lora_adapter_metadata"
-#: slots that are written, all under PEFT's names
+#: slots that can be written, all under PEFT's names
 NAMES = {n: n for n in ("lora_A.weight", "lora_B.weight", "lora_B.bias", MAGNITUDE, *LYCORIS) if "hada" not in n}
 _SLOTS = {
     **SLOTS,
@@ -39,7 +39,7 @@ _WAYS = {"down": "lora_A.weight", "up": "lora_B.weight"}
 
 
 class Diffusers:
-    """See the module."""
+    """The format of diffusers, as the module tells."""
 
     name = "diffusers"
     scale_is_one = True
@@ -49,7 +49,7 @@ class Diffusers:
             names = (f"to_{old[3]}.0" if old[3] == "out" else f"to_{old[3]}", f"{old[3]}_proj")
             names, slot = tuple(f"{old[1]}.{n}" for n in names), _WAYS[old[4]]
         elif found := split(key, _SLOTS):
-            # `to_out` of processors is the first of the layers that are called so.
+            # A processor's `to_out` is the first layer of the list of that name.
             name, slot = found[0].replace(".processor.", "."), found[1]
             names = (name, f"{name}.0") if name.endswith(".to_out") else (name,)
         else:

@@ -1,8 +1,9 @@
-"""kohya's sd-scripts, LyCORIS and OneTrainer: ``lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight``.
+"""Parse and write files of kohya's sd-scripts, LyCORIS and OneTrainer.
 
-A module's path has underscores for dots, behind a prefix that names the component. Each module has ``lora_down``,
-``lora_up`` and an ``alpha``; a convolution may have ``lora_mid``, and DoRA has ``dora_scale``. LyCORIS adds LoHa
-(``hada_*``) and LoKr (``lokr_*``). UNets are named as in diffusers, or by the blocks of the original code (``ldm``).
+Keys look like ``lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight``. A module's path has underscores for
+dots, after a prefix that names the component. Each module has ``lora_down``, ``lora_up`` and an ``alpha``. A
+convolution may have ``lora_mid``, and DoRA has ``dora_scale``. LyCORIS adds LoHa (``hada_*``) and LoKr (``lokr_*``).
+UNets are named as in diffusers, or by the blocks of the original code (``ldm``).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from adaptc.errors import CheckpointError
 from adaptc.peft_files.formats.parts import ALPHA, DORA_SCALE, LYCORIS, MAGNITUDE, MID, SLOTS, Part, split
 from adaptc.peft_files.formats.writing import Adapted, Content, slot_names
 
-#: prefix -> component, those first that begin with another
+#: prefix -> component; a prefix that begins with another one comes before it
 PREFIXES = {
     "lora_unet_": "unet",
     "lora_transformer_": "transformer",
@@ -31,7 +32,7 @@ PREFIXES = {
     "lora_prior_unet_": "unet",
     "lycoris_": "",
 }
-#: component -> the prefix it is written with
+#: component -> the prefix under which it is written
 WRITTEN = {c: p for p, c in reversed(PREFIXES.items()) if p not in ("lora_te_", "lora_prior_unet_")}
 #: PEFT's name -> the name that is written
 NAMES = {
@@ -52,7 +53,8 @@ _ORIGINAL = re.compile(r"(^|_)(double_blocks|single_blocks|joint_blocks|double_s
 
 
 class Kohya:
-    """See the module. A file has one component or several; what is written has one."""
+    """The format of kohya, as the module tells. A file that is read may have several components; one that is written
+    has one."""
 
     name = "kohya"
     scale_is_one = True
@@ -96,7 +98,7 @@ class Kohya:
                     f"dots. Write "
                     "it as format='peft' or 'diffusers'."
                 )
-            # Text encoders have lost their outer name in transformers, but not in other programs.
+            # transformers dropped the outer name of text encoders, and other programs still use it.
             outer = _OUTER if component.startswith("text_encoder") and one.module.startswith(_INNER) else ""
             key = f"{WRITTEN[component]}{outer}{flat}"
             for name, t in slot_names(self.name, NAMES, one).items():
@@ -106,14 +108,16 @@ class Kohya:
 
 
 def _by_axes(t: Tensor, one: Adapted) -> Tensor:
-    """The lengths of rows with an axis for each axis of the weight."""
+    """Return the magnitudes (rows,) as (rows, 1, ...), with as many axes as the weight has."""
     axes = one.tensors["lora_A.weight"].ndim
     return t.reshape(-1, *[1] * (axes - 1))
 
 
 def _alpha(one: Adapted) -> Tensor:
-    """The number that, over the rank that a reader sees, is the scale to the bit. Raises CheckpointError if there is
-    none."""
+    """Return the alpha that, divided by the rank that a reader sees, is exactly the scale.
+
+    Raises CheckpointError where there is no such number.
+    """
     if {"lokr_w1", "lokr_w2"} <= one.tensors.keys():
         if one.scale != 1:
             raise CheckpointError(

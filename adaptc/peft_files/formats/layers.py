@@ -1,8 +1,7 @@
-"""The tensors of one module as PEFT has them: shapes, three factors made two, what the alpha and the rank are.
+"""Convert the tensors of one module to PEFT's shapes, with its rank and alpha.
 
-Before: the tensors a file has for a module, by slot, and the shape of the module's weight. After: a :class:`Layer`; or
-a CheckpointError that names the module and what is missing or odd. Values are as in the file, except where a
-convolution has three factors: the product of two of them is computed in float32.
+Input is a module's tensors by slot, and the shape of its weight. Values are as in the file. Only where a convolution
+has three factors are two of them multiplied, in float32. A CheckpointError names the module and what is missing or odd.
 """
 
 from __future__ import annotations
@@ -20,7 +19,10 @@ from adaptc.peft_files.formats.parts import ALPHA, DORA_SCALE, MAGNITUDE, MID
 
 @dataclass(frozen=True)
 class Layer:
-    """``kind``: PEFT's name of the method. ``alpha`` None where the file has none for this module."""
+    """The tensors of one module as PEFT has them.
+
+    ``kind`` is PEFT's name of the method. ``alpha`` is None where the file has none for this module.
+    """
 
     kind: str
     tensors: Mapping[str, Tensor]
@@ -29,7 +31,8 @@ class Layer:
 
 
 def layer(module: str, tensors: Mapping[str, Tensor], shape: Sequence[int], source: str) -> Layer:
-    """What ``tensors``, by slot, are at a weight of ``shape``. Raises CheckpointError."""
+    """Return the layer that ``tensors``, by slot, make at a weight of ``shape``. Raises CheckpointError where they make
+    none."""
     found = dict(tensors)
     alpha = _number(found.pop(ALPHA), f"{source}: the alpha of {module!r}") if ALPHA in found else None
     where = f"{source}: module {module!r}"
@@ -63,7 +66,8 @@ def _lora(where: str, found: dict[str, Tensor], shape: Sequence[int]) -> tuple[d
     a, b = found["lora_A.weight"], found["lora_B.weight"]
     if MID in found:
         a = _two_of_three(where, found.pop(MID), a, shape)
-    # One position of a kernel is no kernel: files of models with linear layers and with convolutions are exchanged.
+    # A kernel of one position may be left out: files are exchanged between models with linear layers and with
+    # convolutions.
     a, b = (_with_axes(t, len(shape)) for t in (a, b))
     found |= {"lora_A.weight": a, "lora_B.weight": b}
     if DORA_SCALE in found:
@@ -72,8 +76,11 @@ def _lora(where: str, found: dict[str, Tensor], shape: Sequence[int]) -> tuple[d
 
 
 def _lokr(where: str, found: Mapping[str, Tensor], alpha: float | None) -> tuple[int, float | None]:
-    """(rank, alpha). Where both factors are whole LyCORIS scales by one, whatever the alpha; PEFT has them whole where
-    the rank is large."""
+    """Return (rank, alpha) of a LoKr.
+
+    Where both factors are whole, LyCORIS scales by 1, whatever the alpha. PEFT has whole factors where the rank is
+    large.
+    """
     for i in ("1", "2"):
         if f"lokr_w{i}" not in found:
             _complete(where, found, (f"lokr_w{i}_a", f"lokr_w{i}_b"))
@@ -88,9 +95,9 @@ def _lokr(where: str, found: Mapping[str, Tensor], alpha: float | None) -> tuple
 
 
 def _two_of_three(where: str, mid: Tensor, down: Tensor, shape: Sequence[int]) -> Tensor:
-    """The first two of three factors as one: the middle one (r, i, *kernel) on the lower one (i, in, 1...).
+    """Return the first two of three factors as one: ``mid`` (r, i, *kernel) applied to ``down`` (i, in, 1...).
 
-    Their product is larger than they are, so a rank that no weight of this shape needs is refused before it is made.
+    The result (r, in, *kernel) is larger than they are. So a rank that no weight of this shape needs is refused first.
     """
     whole = mid.ndim >= 3 and down.ndim >= 2 and all(n == 1 for n in down.shape[2:])
     if not whole or mid.shape[1] != down.shape[0] or (down.shape[1], *mid.shape[2:]) != tuple(shape[1:]):
@@ -113,8 +120,10 @@ def _with_axes(t: Tensor, axes: int) -> Tensor:
 
 
 def _lengths(where: str, t: Tensor, rows: int, axes: int) -> Tensor:
-    """A length for each row of the weight, (rows, 1...), as PEFT has them: (rows,), of a convolution (1, rows,
-    1...)."""
+    """Return the magnitudes in PEFT's shape, from (rows, 1...): (rows,), or (1, rows, 1...) for a convolution.
+
+    Raises CheckpointError for another shape, such as LyCORIS's magnitudes of columns.
+    """
     if t.shape[:1] != (rows,) or t.numel() != rows:
         raise CheckpointError(
             f"{where}: dora_scale has shape {tuple(t.shape)}, expected one length for each of {rows} rows. LyCORIS has "
@@ -136,7 +145,7 @@ def _size(where: str, found: Mapping[str, Tensor], name: str, axis: int) -> int:
 
 
 def _number(t: Tensor, what: str) -> float:
-    """The number a tensor holds; an int where it is whole."""
+    """Return the number that a tensor holds, as an int where it is whole. Raises CheckpointError for anything else."""
     value = t.item() if t.numel() == 1 and not t.is_complex() and t.dtype is not torch.bool else None
     if value is None or not isfinite(value):
         raise CheckpointError(f"{what} is no finite number, but a tensor {tuple(t.shape)} of {t.dtype}: {value}")

@@ -1,8 +1,8 @@
-"""The names that UNets of Stable Diffusion have in their original code, of the names they have in diffusers.
+"""Map the original names of Stable Diffusion's UNets to diffusers' names.
 
-The original numbers its blocks through: ``input_blocks.4.1`` is the attention of one of them, ``middle_block`` and
-``output_blocks`` follow. How many layers a block has is read off the names there are. kohya writes files by these
-names.
+The original code numbers its blocks consecutively: ``input_blocks.4.1`` is the attention of one of them, then come
+``middle_block`` and ``output_blocks``. The number of layers in a block is read off the names that exist. kohya writes
+files with these names.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 
 
 def original_names(modules: Collection[str]) -> dict[str, str]:
-    """Original name -> diffusers' name, of those modules that have one; empty for what is no such UNet."""
+    """Return original name -> diffusers' name of the modules that have one; empty for a model that is no such UNet."""
     layers = {"down": _layers(modules, "down"), "up": _layers(modules, "up")}
     if not all(layers.values()):
         return {}
@@ -45,7 +45,8 @@ def original_names(modules: Collection[str]) -> dict[str, str]:
             out[f"middle_block.{place}.{_inside(m[1], m[3])}"] = name
         elif m := _BLOCK.fullmatch(name):
             way, block, kind, layer = m[1], int(m[2]), m[3], int(m[4])
-            # A block's sampler is a block of its own going down, and the last thing of the last one going up.
+            # A downsampler is an input block of its own. An upsampler is the last module of its level's last output
+            # block.
             first = 1 + block * (layers["down"] + 1) if way == "down" else block * layers["up"]
             if kind == "downsamplers":
                 out[f"input_blocks.{first + layers['down']}.0.op"] = name

@@ -1,7 +1,7 @@
-"""What formats have in common: a key of a file as component, module and slot, and the protocol of a format.
+"""Define what all formats share: the parts of a file's key, and the protocol of a format.
 
-Before: keys as a file has them. After: for each key a :class:`Part`, whose ``slot`` has PEFT's name; or None, and
-whoever asked names the key in an error.
+A key becomes a :class:`Part` with component, module and slot, whose slot has PEFT's name. Where a key is unknown the
+result is None, and the caller names the key in an error.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
 
-#: the scale of a module times its rank, one number
+#: slot of a module's scale times its rank, one number
 ALPHA = "alpha"
-#: the middle one of three factors of a convolution
+#: slot of the middle one of a convolution's three factors
 MID = "lora_mid.weight"
 MAGNITUDE = "lora_magnitude_vector"
-#: the same, with an axis for each axis of the weight
+#: slot of DoRA's magnitudes with an axis for each axis of the weight
 DORA_SCALE = "dora_scale"
 
-#: the parts of a pipeline that files have adapters of, as diffusers names them
+#: components of a pipeline that adapter files may have, by diffusers' names
 COMPONENTS = (
     "unet",
     "transformer",
@@ -32,7 +32,7 @@ COMPONENTS = (
     "diffusion_model",
 )
 
-#: slots of LoHa and LoKr, whose names are LyCORIS's in every format
+#: slots of LoHa and LoKr, which have LyCORIS's names in every format
 LYCORIS: Mapping[str, str] = MappingProxyType(
     {
         name: name
@@ -42,7 +42,7 @@ LYCORIS: Mapping[str, str] = MappingProxyType(
         )
     }
 )
-#: the end of a key -> PEFT's name of the tensor
+#: end of a key -> PEFT's name of the tensor
 SLOTS: Mapping[str, str] = MappingProxyType(
     {
         "lora_A.weight": "lora_A.weight",
@@ -58,8 +58,12 @@ SLOTS: Mapping[str, str] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Part:
-    """A key of a file. ``modules``: how its module may be called, the likeliest name first; with ``flat`` in names
-    whose dots have become underscores. ``component``: of a pipeline, '' where the key does not say."""
+    """The parsed key of a file.
+
+    ``modules`` are the possible names of its module, the likeliest first. With ``flat`` their dots have become
+    underscores. ``component`` is that of a pipeline, '' where the key names none. ``slot`` is PEFT's name of the
+    tensor.
+    """
 
     key: str
     component: str
@@ -69,29 +73,30 @@ class Part:
 
 
 class Format(Protocol):
-    """One way to name the tensors of an adapter."""
+    """A way to name the tensors of an adapter."""
 
     @property
     def name(self) -> str:
-        """As reports and errors call it."""
+        """Return the name that reports and errors use."""
         ...
 
     @property
     def scale_is_one(self) -> bool:
-        """Whether a module without an alpha has the scale 1; otherwise files do not say what the scale is."""
+        """Return whether a module without an alpha has the scale 1. Where it is False, such files do not state the
+        scale."""
         ...
 
     def part(self, key: str) -> Part | None:
-        """What a key says; None for one that this format does not have."""
+        """Return the parsed key, or None for one that this format does not have."""
         ...
 
     def way_out(self, module: str) -> str:
-        """A sentence for the error that no module of the model is called so; '' where there is no more to say."""
+        """Return a sentence for the error that the model has no such module, or '' where there is nothing to add."""
         ...
 
 
 def split(key: str, slots: Mapping[str, str]) -> tuple[str, str] | None:
-    """(the rest of the key, PEFT's name of the slot) by the longest end that ``slots`` has."""
+    """Return (rest of the key, PEFT's name of the slot) by the longest ending that is in ``slots``, or None."""
     pieces = key.split(".")
     for n in (3, 2, 1):
         slot = slots.get(".".join(pieces[-n:])) if len(pieces) > n else None
@@ -101,6 +106,6 @@ def split(key: str, slots: Mapping[str, str]) -> tuple[str, str] | None:
 
 
 def component_of(name: str) -> tuple[str, str]:
-    """(component, the rest) of a dotted name; '' and the name where its first part is none."""
+    """Return (component, rest) of a dotted name, or ('', ``name``) where its first part is no component."""
     first, _, rest = name.partition(".")
     return (first, rest) if first in COMPONENTS and rest else ("", name)

@@ -1,8 +1,8 @@
-"""torchtune's own checkpoints (``adapter_0.pt``): ``layers.0.attn.q_proj.lora_a.weight``.
+"""Parse torchtune's own checkpoints (``adapter_0.pt``): ``layers.0.attn.q_proj.lora_a.weight`` and the like.
 
-Beside them torchtune writes PEFT's files, for models in transformers' layout. Its own are for its own modules; of
-transformers' they fit those that differ in name alone. Query and key projections have their rows in another order
-there, which depends on the number of heads, so these are not renamed.
+torchtune also writes PEFT's files, for models in transformers' layout. Its own checkpoints are for its own modules.
+They fit transformers' modules where only the names differ. Query and key projections have another row order there,
+which depends on the number of heads. So these are not renamed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TRANSFORMERS = {
 
 
 class Torchtune:
-    """See the module."""
+    """The format of torchtune, as the module tells."""
 
     name = "torchtune"
     scale_is_one = False

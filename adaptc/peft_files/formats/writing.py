@@ -1,7 +1,7 @@
-"""An adapter as a file of another format: what is asked of a format, and the file.
+"""Write an adapter as a file of another format, with the protocol of a format that can be written.
 
-Before: the tensors of each module by PEFT's slots, with the scale and the rank. After: the file, complete, or the one
-that was there; or a CheckpointError that names what the format cannot hold.
+Input is the tensors of each module by PEFT's slots, with scale and rank. Either the complete new file is there
+afterwards, or the old one. A CheckpointError names what the format cannot hold.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from adaptc.peft_files import safe_io, staging
 
 @dataclass(frozen=True, eq=False)
 class Adapted:
-    """A module with an adapter. ``tensors``: by PEFT's slots. ``scale`` is what the adapter's product is times."""
+    """A module with an adapter.
+
+    ``tensors`` has PEFT's slots. ``scale`` is the factor on the adapter's update.
+    """
 
     module: str
     tensors: Mapping[str, Tensor]
@@ -29,7 +32,7 @@ class Adapted:
 
 @dataclass(frozen=True, eq=False)
 class Content:
-    """What a file holds: tensors by key, and the texts of its header."""
+    """The content of a file: its tensors by key, and the texts of its header."""
 
     tensors: Mapping[str, Tensor]
     header: Mapping[str, str]
@@ -42,18 +45,23 @@ class Writer(Protocol):
     def name(self) -> str: ...
 
     def file(self, path: Path) -> Path:
-        """The file that ``path`` means. Raises CheckpointError for a path that means none."""
+        """Return the file that ``path`` means. Raises CheckpointError for a path that means none."""
         ...
 
     def content(
         self, modules: Sequence[Adapted], component: str | None, config: Mapping[str, Any], names: Sequence[str]
     ) -> Content:
-        """``config``: as PEFT stores it. ``names``: all modules of the model. Raises CheckpointError."""
+        """Return the content of a file with these modules.
+
+        ``component`` is the pipeline's, where there is one. ``config`` is as PEFT stores it. ``names`` are all modules
+        of the model. Raises CheckpointError for what the format cannot hold.
+        """
         ...
 
 
 def slot_names(form: str, names: Mapping[str, str], one: Adapted) -> dict[str, Tensor]:
-    """The tensors of a module under the names of a format. Raises CheckpointError for one it has none for."""
+    """Return the tensors of a module under a format's names. Raises CheckpointError for a tensor without a name
+    there."""
     if odd := [n for n in one.tensors if n not in names]:
         raise CheckpointError(
             f"the format {form} cannot hold {odd[0]!r} of {one.module!r}: it has no name for it. Write it as "
@@ -63,7 +71,8 @@ def slot_names(form: str, names: Mapping[str, str], one: Adapted) -> dict[str, T
 
 
 def write_file(path: Path, content: Content) -> Path:
-    """Write a safetensors file aside and move it into place. Raises CheckpointError, with what was there as it was."""
+    """Write a safetensors file aside and move it into place. Raises CheckpointError, and leaves the old file as it
+    was."""
     try:
         data = safe_io.dense(content.tensors)
         made = [p for p in (path.parent, *path.parent.parents) if not p.exists()]
