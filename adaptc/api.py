@@ -1,6 +1,6 @@
-"""Define the functions that a user calls. Each is short: the steps are in the modules that it imports.
+"""Define the functions that a user calls.
 
-All of them leave their inputs as they were, with two exceptions: ``swap``, whose only effect is the new current
+All leave their inputs as they were, with two exceptions: ``swap``, whose only effect is the new current
 binding, and ``merge(..., keep_base=False)``, after which the program must not be used. A call that raises changed
 nothing.
 """
@@ -92,15 +92,12 @@ def compile(
     "auto" chooses the cheaper form per site (``report`` says why). ``autocast_adapter_dtype``: adapters of
     half-precision bases are float32. ``generator`` draws first values; by default torch's global generator.
 
-    ``hoist_limit``: bytes of memory for hoisted values, which calls in inference compute once per adapter instead of
-    every time; None for any number (see :attr:`AdaptedProgram.hoist_limit`). ``fuse``: layers that read one tensor
-    share a matmul in calls of the program (see :attr:`AdaptedProgram.fuse`). ``checkpoint``: to save memory, how many
-    repeated blocks are computed again at a time in the backward; "auto" for one, None to keep all activations (see
-    :attr:`AdaptedProgram.checkpoint`). ``pack``: "float32" or "bf16", the type of base weights of which calls on a CPU
-    may hold packed copies, at the cost of memory; None for no copies (see :attr:`AdaptedProgram.pack`).
+    ``hoist_limit`` is the number of bytes that hoisted values may take. ``fuse`` computes layers that read one tensor
+    by one matmul. ``checkpoint``: how many blocks the backward computes again at a time. ``pack`` allows packed copies
+    of base weights on a CPU. The properties of :class:`AdaptedProgram` with these names document them.
 
-    The values of the model are not modified, and its parameters are shared, not copied. The first call of a program
-    that fuses moves the memory of sibling weights into one buffer; let no other thread run the model then.
+    The model's values are not modified, and its parameters are shared. The first call of a program
+    that fuses moves sibling weights into one buffer; let no other thread run the model then.
     Raises CaptureError, ConfigError, TargetError, CheckpointError or BackendError.
     """
     options = RunOptions(backend, hoist_limit, fuse, checkpoint=checkpoint, pack=pack)

@@ -1,9 +1,8 @@
 """Keep the keys and values of every layer, for the rows of a batch and the positions computed so far.
 
 A cache belongs to its caller. The program holds no part of it, so one program serves any number of caches in any
-threads. Its memory is freed with the object. It grows as needed; a sliding-window layer grows no further than its
-window and the tokens of a step. It is a ``transformers.Cache`` as far as generation needs one: beam search reorders it,
-and assisted decoding crops it.
+threads. It grows as needed; a sliding-window layer grows no further than its window and the tokens of a step. It is a
+``transformers.Cache`` as far as generation needs one.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import AdaptcError, shown
-from adaptc.generation.layout import CacheLayout
+from adaptc.generation.layout import CacheLayout, row_indices
 from adaptc.generation.opening import Opening
 from adaptc.generation.ring import Extent, repacked, ring_size
 
@@ -38,23 +37,23 @@ class StepCache:
         self, layout: CacheLayout, owner: Any, max_length: int, device: torch.device, window: int | None = None
     ) -> None:
         self.layout, self.owner, self.max_length, self.device = layout, owner, max_length, device
-        #: the positions that sliding-window layers keep at least, in rings; None where every layer keeps all positions
+        #: the positions that sliding-window layers keep at least; None where every layer keeps all
         self.window = window
         #: the positions that the rings in :attr:`tensors` cover; replaced whenever the tensors are
         self.extent = Extent()
-        #: whether a step is writing to the cache, or was interrupted while it wrote, so that the contents are unknown
+        #: whether a step writes to the cache, or was interrupted while it did
         self.unfinished = False
-        #: whether a generation is using the cache, so that only its own steps may write to it
+        #: whether a generation uses the cache, whose own steps alone may write to it
         self.generating = False
         #: whether all positions are kept from now on, so that any of them can be cropped
         self.recording = False
-        #: the number of positions that the caller will need, or None; memory taken in advance stops there
+        #: how many positions the caller will need, None if unknown; no more memory is taken in advance
         self.expected: int | None = None
-        #: the virtual tokens that the cache begins with; None for none
+        #: the virtual tokens that it begins with, or None
         self.front: Opening | None = None
         self.length = 0
         self.rows = 0
-        #: (rows,) the number of empty positions before each row's virtual tokens; None where no row has any
+        #: (rows,) how many positions before each row's virtual tokens are empty; None for none
         self.ahead: Tensor | None = None
         #: coefficient name -> (rows,) the position from which each row is adapted (see ``acting``)
         self.since: dict[str, Tensor] = {}
@@ -93,7 +92,7 @@ class StepCache:
     def _begin(self, rows: int) -> None:
         """Allocate the virtual tokens for ``rows`` rows; several rows may belong to one prompt.
 
-        Raises AdaptcError where ``rows`` is not a multiple of the rows of :attr:`front`.
+        Raises AdaptcError where ``rows`` is no multiple of :attr:`front`'s rows.
         """
         assert self.front is not None
         tensors, extent = self.front.for_rows(rows), Extent(0, self.begun)
@@ -126,7 +125,7 @@ class StepCache:
     def _of_prompts(self, values: Tensor, rows: int) -> Tensor:
         """Return the entries of ``values`` (cache rows, ...) for ``rows`` prompts.
 
-        A prompt may have several consecutive rows; the entry of its first row is taken.
+        The entry of a prompt is that of its first row.
         """
         return values[:: max(len(values) // rows, 1)]
 
@@ -151,9 +150,8 @@ class StepCache:
     def positions(self, counted: Tensor | None) -> Tensor | None:
         """Return the position_ids (rows, tokens) of new tokens; None leaves them to :meth:`places`.
 
-        ``counted`` (rows, tokens) are the position_ids that follow from the attention mask, or None. They are returned
-        as they are unless :attr:`in_places`. Then rows without virtual tokens keep them, and all others have cache
-        positions.
+        ``counted`` (rows, tokens) are the position_ids that follow from the attention mask, or None. Unless
+        :attr:`in_places` they are returned; else only rows without virtual tokens keep them.
         """
         if counted is None or not self.in_places:
             return counted
@@ -218,7 +216,7 @@ class StepCache:
             if old and old[i].shape == shape:
                 new.append(old[i])
                 continue
-            # Zeros, because masked values are multiplied by zero and must be finite.
+            # Zeros: masked values are multiplied by zero, and must be finite.
             made = torch.zeros(shape, dtype=self.layout.dtype, device=self.device)
             kept = extent.first if ring is not None and self.layout.sliding[i] else 0
             new.append(repacked(old[i] if old else None, made, kept, self.length))
@@ -227,7 +225,7 @@ class StepCache:
     def writes(self, length: int) -> None:
         """Note that a step is about to fill the cache up to ``length`` positions.
 
-        The positions that it overwrites in a ring count as dropped, whether the step ends or not.
+        Positions that it overwrites in a ring count as dropped at once.
         """
         ring, top = self.ring, max(self.top, length)
         self.extent.first = self.first if ring is None else max(self.first, top - ring)
@@ -238,14 +236,13 @@ class StepCache:
         self.length = length
 
     def held(self) -> list[Tensor]:
-        """Return each tensor's filled positions (rows, heads, length, width), for a cache that keeps all positions."""
+        """Return the filled positions of each tensor (rows, heads, length, width)."""
         return [t[:, :, : self.length].contiguous() for t in self.tensors]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over the (keys, values) of each layer, (rows, heads, length, width), in the program's own pass.
 
-        Raises AdaptcError where the cache is empty, keeps states, has dropped positions, or has masked ones. It also
-        raises where a call that writes to the cache did not end.
+        Raises AdaptcError where the cache is empty or unfinished, keeps states, or lacks or masks positions.
         """
         self.check_finished()
         if len(self.layout.of_passes(1).names) != 2 * len(self):
@@ -263,7 +260,7 @@ class StepCache:
         return iter(list(zip(held[::2], held[1::2], strict=True)))
 
     def seen(self, length: int) -> list[Tensor]:
-        """Return the tensors cut to the first ``length`` positions; a ring that has wrapped around stays whole."""
+        """Return the tensors cut to the first ``length`` positions; a ring stays whole once it has wrapped."""
         ring = self.ring
         cut = [ring is None or not sliding or max(self.top, length) <= ring for sliding in self.layout.sliding]
         return [t[:, :, :length] if c else t for t, c in zip(self.tensors, cut, strict=True)]
@@ -334,7 +331,7 @@ class StepCache:
         return {}
 
     def can_crop(self, length: int) -> bool:
-        """Return whether a cache cropped to ``length`` positions still holds all that the next token attends to."""
+        """Return whether the next token could be computed from the first ``length`` positions."""
         return self.window is None or length == 0 or max(0, length - self.window + 1) >= self.first
 
     def check_crop(self, left: int) -> None:
@@ -365,34 +362,22 @@ class StepCache:
             self.mask[:, left:] = 1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Replace each row i by row ``beam_idx[i]``."""
+        """Make row i row ``beam_idx[i]``."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices`` (rows,), in this order; a row may be there several times."""
-        index = self._checked(indices)
+        index = row_indices(indices, self.rows).to(self.device)
         self._set(rows=index.shape[0], **self._each(lambda t: t.index_select(0, index)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row ``repeats`` times; its copies follow one another."""
+        """Repeat each row ``repeats`` times, one copy after another."""
         if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 1:
             raise AdaptcError(f"repeats={shown(repeats)} must be a number of one or more: how often each row is there")
         self._set(rows=self.rows * repeats, **self._each(lambda t: t.repeat_interleave(repeats, 0)))
 
-    def _checked(self, indices: Any) -> Tensor:
-        """Return ``indices`` on the cache's device.
-
-        Raises AdaptcError for anything but a tensor (rows,) of int64 or int32 whose entries are rows of the cache.
-        """
-        if not isinstance(indices, Tensor) or indices.ndim != 1 or indices.dtype not in (torch.int64, torch.int32):
-            found = f"{tuple(indices.shape)} of {indices.dtype}" if isinstance(indices, Tensor) else shown(indices)
-            raise AdaptcError(f"rows of a cache are chosen by a tensor (rows,) of int64, got {found}")
-        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.rows:
-            raise AdaptcError(f"the cache has {self.rows} rows, and rows {shown(indices.tolist())} are asked for")
-        return indices.to(self.device)
-
     def _each(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        """Return the attributes that have a row axis, by name, with ``change`` applied to each tensor."""
+        """Return the attributes that have rows, by name, with ``change`` applied to each tensor."""
         return {
             "tensors": [change(t) for t in self.tensors],
             "since": {n: change(t) for n, t in self.since.items()},

@@ -1,8 +1,7 @@
 """Generate with adapters: transformers' own ``generate`` over a step program.
 
-All of ``generate``'s features are transformers' own code. A call of ``generate`` takes the current adapter when it
-begins and keeps it to the end, whatever is swapped meanwhile. The cache belongs to the call, or to the caller who
-passes one in.
+A call of ``generate`` takes the current adapter when it begins and keeps it to the end.
+The cache belongs to the call, or to the caller who passes one in.
 """
 
 from __future__ import annotations
@@ -94,13 +93,13 @@ class Generator(Holder):
         return self.with_runs(program)
 
     def with_runs(self, runs: Any) -> Self:
-        """Return a generator with this one's configs for ``runs``: another program, or an adapter bound to one."""
+        """Return a generator with these configs for ``runs``: another program, or a bound adapter."""
         new = type(self)(runs, self.facts)
         new.config, new.generation_config = self.config, self.generation_config
         return new
 
     def _known(self) -> Any:
-        """Return the facts with the configs as they are now; callers may have changed these."""
+        """Return the facts with the present configs."""
         return replace(self.facts, config=self.config, generation_config=self.generation_config)
 
     def beside(self) -> dict[str, str]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptc.capture.failures import run_model
-from adaptc.errors import CaptureError
+from adaptc.errors import AdaptcError, CaptureError, shown
 from adaptc.passes.analysis.cache_inputs import KINDS as CACHED
 from adaptc.passes.analysis.cache_inputs import STATE, cache_name, pass_prefix
 
@@ -189,3 +189,16 @@ def _layer(name: str, index: int, layer: Any) -> LayerLayout:
         )
     window = layer.sliding_window if kind == "DynamicSlidingWindowLayer" else None
     return LayerLayout(keys.shape[1], keys.shape[-1], values.shape[-1], window)
+
+
+def row_indices(indices: Any, rows: int) -> Tensor:
+    """Return ``indices`` of rows of a cache that has ``rows`` rows.
+
+    Raises AdaptcError for anything but a tensor (rows,) of int64 or int32 whose entries are rows of the cache.
+    """
+    if not isinstance(indices, Tensor) or indices.ndim != 1 or indices.dtype not in (torch.int64, torch.int32):
+        found = f"{tuple(indices.shape)} of {indices.dtype}" if isinstance(indices, Tensor) else shown(indices)
+        raise AdaptcError(f"rows of a cache are chosen by a tensor (rows,) of int64, got {found}")
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < rows:
+        raise AdaptcError(f"the cache has {rows} rows, and rows {shown(indices.tolist())} are asked for")
+    return indices

@@ -4,12 +4,10 @@ A bank takes a program with adapter sites, and adapters that fit them. Each row 
 row's adapters alone would compute. A new adapter, a new rank or another assignment to rows compiles nothing. Code is
 made at the first call, and for a call of more adapters than the code has places for (see ``bank_code``).
 
-Adapters come and go while calls run. A call reads one frozen :class:`Holdings`, which is replaced as a whole, so it
-keeps the adapters that it began with.
+A call reads one frozen :class:`Holdings`, which is replaced as a whole, so it keeps the adapters that it began with.
 
-A call whose rows all want one adapter, or all the base, runs the program or its base directly. It does not where that
-would compile something. All other calls run code that takes coefficients (see ``rows``), on a stack of the adapters in
-use. Besides its adapters, the bank holds the stacks that were used last.
+A call whose rows all want one adapter, or all the base, runs the program or its base directly, unless that compiles
+something. All others run code that takes coefficients (see ``rows``), on a stack of the adapters in use.
 """
 
 from __future__ import annotations
@@ -103,8 +101,7 @@ class Bank:
         return self.sources[""]
 
     def _groupable(self) -> frozenset[str]:
-        """Return the ids of the sites that GPU kernels can compute. A site that is in several parts has one stack for
-        all of them, so every part must allow it."""
+        """Return the ids of the sites that GPU kernels can compute, in every part that a site is in."""
         refused = {a.id for s in self.sources.values() for a in s.attachments if a.id not in s.groupable}
         return frozenset(a.id for a in self.bare.attachments) - refused
 
@@ -154,7 +151,7 @@ class Bank:
             self._now = self._now.without([name])
 
     def _with(self, held: Holdings, name: str, binding: Binding, needed: Collection[str] = ()) -> Holdings:
-        """Return ``held`` with one more adapter, and without those that the limits evict for it, which are never
+        """Return ``held`` with one more adapter, and without those that the limits evict for it, never
         ``needed`` ones.
 
         Raises ConfigError where there is no room.
@@ -199,8 +196,7 @@ class Bank:
         return self._called(self, args, kwargs, adapters)
 
     def assigned(self, adapters: Any) -> Assigned:
-        """Return a callable that keeps this assignment and these adapters, for calls that belong together, such as a
-        generation.
+        """Return a callable that keeps this assignment and these adapters, for the calls of a generation.
 
         It takes batches that have each row once, or each row equally many times in succession (beams).
         """
@@ -246,7 +242,7 @@ class Bank:
         """Return what computes an assignment: a callable where all rows want the base, or one adapter with weight 1;
         else a stack.
 
-        A stack does it as well where that callable would compile something, and for adapters that train.
+        It is a stack, too, where that callable would compile something, and for adapters that train.
         """
         names = used(mixes)
         if not self.bare.attachments or not (names or self._compiles(self._program.running.base)):
@@ -319,9 +315,8 @@ class Bank:
     def warm(self, adapters: int | None = None) -> None:
         """Make now all code that calls of up to ``adapters`` adapters need, so that no call waits for it.
 
-        None stands for the capacity, or without one for the number of adapters in the bank, and at least two. Other
-        calls go on meanwhile, so a thread of its own may do it. Raises ConfigError for anything but a number from 1 to
-        the capacity.
+        None stands for the capacity, or without one for the adapters in the bank, at least two. Other calls go on
+        meanwhile. Raises ConfigError for anything but a number from 1 to the capacity.
         """
         warm_bank(self, adapters)
 
@@ -333,7 +328,7 @@ class Bank:
 
     @property
     def capacity(self) -> int | None:
-        """Return the largest number of adapters that the bank may hold; None for any number."""
+        """Return how many adapters the bank may hold; None for any number."""
         return self.limits.capacity
 
     @property
@@ -355,8 +350,7 @@ class Bank:
         """Return a plain exported program of these adapters, or of all for None, in which nothing of adaptc is left.
 
         It takes one more keyword, ``adapter_coefficients``: float32 (rows, adapters), with the adapters in the order
-        given. Raises AdaptcError for a name that the bank does not have. Raises ConfigError for anything but a list of
-        names or None, and where there is no adapter.
+        given. Raises AdaptcError for a name that the bank does not have, ConfigError where there is no adapter.
         """
         table = self._now.adapters
         if isinstance(adapters, str) or not all(isinstance(n, str) for n in adapters or ()):
@@ -372,12 +366,12 @@ class Bank:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of all adapters; a tensor that several share counts once."""
+        """Return the bytes of all adapters; shared tensors count once."""
         return bytes_of(self._now.adapters.values())
 
     @property
     def held(self) -> int:
-        """Return the bytes of the stacks that the bank keeps."""
+        """Return the bytes of the stacks kept."""
         return sum(s.nbytes for s in self._now.stacks)
 
     def report(self) -> BankReport:
@@ -393,8 +387,7 @@ class Bank:
         return f"<Bank: {len(self)}{limits} adapters, {size(self.nbytes)}{names}>"
 
     def __copy__(self) -> Bank:
-        """Return a bank that begins with the same adapters and the buffers of the program; adding to one does not
-        change the other."""
+        """Return a bank with the same adapters and the program's buffers; adding to one does not change the other."""
         return self._like(self._program, dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Bank:

@@ -1,8 +1,7 @@
 """Make the module of a program that was a transformers model one that transformers' trainers take as a model.
 
-It is a :class:`ProgramModule` and a ``PreTrainedModel`` under the model's class name. It has the model's config,
-accepts the arguments of the model's ``forward`` as far as they change nothing, and saves an adapter directory. Whatever
-would change the program, such as other embeddings, is refused by name.
+It is a :class:`ProgramModule` and a ``PreTrainedModel`` under the model's class name. It has the model's config, and
+takes the arguments of its ``forward`` as far as they change nothing. What would change the program is refused.
 """
 
 from __future__ import annotations

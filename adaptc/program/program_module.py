@@ -31,7 +31,6 @@ from torch import Tensor, fx, nn
 
 from adaptc.binding.bind import file_tensors
 from adaptc.binding.binding import Binding
-from adaptc.binding.source import as_binding
 from adaptc.errors import AdaptcError, CheckpointError, did_you_mean, shown
 from adaptc.passes.lower.choose_products import Products
 from adaptc.passes.train.checkpoint import checkpoint, set_checkpointing
@@ -40,8 +39,8 @@ from adaptc.peft_files.format import bare_key, file_key
 from adaptc.program.constraints import Constraints
 from adaptc.program.core import ProgramCore
 from adaptc.program.describe import described_module
-from adaptc.program.in_parts import as_held, whole
 from adaptc.program.layer_tensors import AllDropout
+from adaptc.program.state_dict_hooks import AnyKey, keep_adapter, miss_no_base, take_adapter
 
 #: the entry of a training graph's ``meta`` that holds the kernels chosen for matmuls with base weights
 PRODUCTS = "adaptc_products"
@@ -66,16 +65,6 @@ def tables_of(module: nn.Module) -> dict[str, Any]:
     """Return the tables of parameters, buffers and children of ``module``, for a module that is to share them.
     Replacing a parameter in one of the two then replaces it in both."""
     return {name: vars(module)[name] for name in _TABLES}
-
-
-class AnyKey:
-    """An object that is its own attribute under every name without a leading underscore, for code that only tests
-    whether a key exists."""
-
-    def __getattr__(self, name: str) -> AnyKey:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return self
 
 
 class ProgramModule(nn.Module):
@@ -104,9 +93,9 @@ class ProgramModule(nn.Module):
         self.drops = True
         self._set_flags(program.adaptation.training)
         self.constraints = Constraints(program)
-        self.register_state_dict_post_hook(_keep_adapter)
-        self.register_load_state_dict_pre_hook(_take_adapter)
-        self.register_load_state_dict_post_hook(_miss_no_base)
+        self.register_state_dict_post_hook(keep_adapter)
+        self.register_load_state_dict_pre_hook(take_adapter)
+        self.register_load_state_dict_post_hook(miss_no_base)
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the module, or else of its graph module: ``graph``, ``code``, ``recompile``, ..."""
@@ -393,52 +382,3 @@ def plain(n_args: int, names: tuple[str, ...], optional: frozenset[str]) -> type
     """
     own = {"forward": forward_taking(ProgramModule, n_args, names, optional), "__module__": __name__}
     return type("ProgramModule", (ProgramModule,), own)
-
-
-def _keep_adapter(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
-    if module.whole:
-        return
-    for name in module.tensors():
-        state.pop(prefix + name, None)
-    state.update({prefix + key: t for key, t in module.adapter_state().items()})
-
-
-def _take_adapter(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Replace tensors in ``state`` that are under PEFT's keys by the slots that they stand for. Raises as
-    ``adaptc.swap`` does."""
-    program = module.program
-    if program.current is None or program.binding.parts:
-        return
-    own, kind = module.tensors(), program.binding.config.peft_type
-    theirs = {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
-    adapter = {k: t for k, t in theirs.items() if k not in own and bare_key(k, kind) is not None}
-    if not adapter:
-        return
-    values = as_binding(program, {k: whole(t) for k, t in adapter.items()}, own=False).values
-    for fqn, t in values.items():
-        if t.shape != own[fqn].shape:
-            raise CheckpointError(
-                f"state dict: {fqn!r} would have shape {tuple(t.shape)}, and the module has it as "
-                f"{tuple(own[fqn].shape)}: an adapter of another rank is for prog.swap(), and a module made after it"
-            )
-    for key in adapter:
-        del state[prefix + key]
-    state.update({prefix + fqn: as_held(t, own[fqn]) for fqn, t in values.items()})
-
-
-def _miss_no_base(module: Any, found: Any) -> None:
-    """Take base tensors out of the missing keys of a load, where there is an adapter: a state dict need not hold the
-    base."""
-    current = module.program.current
-    if current is None:
-        return
-    slots = set(current.values)
-    base = module.tensors().keys() - slots
-    missing: list[str] = found.missing_keys
-    missing[:] = [k for k in missing if not _one_of(k, base) or _one_of(k, slots)]
-
-
-def _one_of(key: str, names: Any) -> bool:
-    """Return whether ``key``, or what is left of it without a prefix, is one of ``names``."""
-    parts = key.split(".")
-    return any(".".join(parts[i:]) in names for i in range(len(parts)))

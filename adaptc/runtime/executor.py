@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
@@ -33,12 +33,13 @@ from adaptc.passes.ir.trees import pytree
 from adaptc.passes.lower.choose_products import Products
 from adaptc.passes.train.set_mode import set_mode
 from adaptc.runtime.adapter_speeds import adapter_speed
+from adaptc.runtime.arguments import Arguments
 from adaptc.runtime.bounds import check_bounds, check_followed
 from adaptc.runtime.call_inputs import Inputs
 from adaptc.runtime.compiled_layouts import Layouts
 from adaptc.runtime.compiled_products import choose_compiled
 from adaptc.runtime.gpu_variants import GpuVariants, runs_on_gpu
-from adaptc.runtime.held_values import Held, Prefix
+from adaptc.runtime.held_values import Prefix
 from adaptc.runtime.inductor import compile_lifted, with_room
 from adaptc.runtime.lengths import Lengths, out_of_rows
 from adaptc.runtime.options import PACKS, RunOptions
@@ -47,7 +48,7 @@ from adaptc.runtime.product_table import choose, wanted
 from adaptc.runtime.state import own_copies, written_to
 from adaptc.runtime.variants import PLAIN, Fusion, GraphVariants, LiftedGraph, sizes_of
 from adaptc.runtime.weight_buffers import begin_reading, end_reading, pack, packable, packed
-from adaptc.torch_modes import outside_transforms, plainly
+from adaptc.torch_modes import outside_transforms
 
 
 class Executor:
@@ -324,98 +325,3 @@ class Executor:
     def compiled(self) -> bool:
         """Return whether no call compiles anything any more."""
         return self._compiled is not None or not self.compiles
-
-
-class Arguments:
-    """The inputs that one binding gives to each variant of a program, made when that variant is first called with it.
-
-    ``state`` replaces the tensors that calls write to, by FQN.
-    """
-
-    def __init__(self, executor: Executor, binding: Binding, state: Mapping[str, Tensor] | None = None) -> None:
-        # Weak: the executor refers to this object too, and a cycle would keep a base until the next garbage collection.
-        self._executor = ref(executor)
-        own = {**binding.base, **(state or {})}
-        self._own = frozenset(own)
-        known: Mapping[Any, Any] = {**executor.base, **own, **binding.values}
-        self._values = [known[n] for n in executor.lifted_names]
-        self.prefixes: dict[str, Prefix] = {}
-        self._buffers: dict[str, Sequence[Tensor | None]] = {}
-        self._lock, self._making = free_in_children(threading.Lock()), free_in_children(threading.Lock())
-        self._settled: dict[str, str] = {}
-        #: free size -> how many virtual tokens this binding puts in front of a call's tokens
-        self.longer = executor.lengths.in_binding(binding.values)
-        self.checks = executor.lengths.checks(binding.values, [n for n, _ in executor.inputs.expected])
-        #: whether a slot requires grad, so that an optimizer may write to it at any time
-        self.moving = any(v.requires_grad for v in binding.values.values())
-
-    @property
-    def executor(self) -> Executor | None:
-        """Return the executor it was made for, None where that is gone; whoever calls with it keeps the executor."""
-        return self._executor()
-
-    def get(self, kind: str) -> Prefix:
-        """Return the prefix for one variant."""
-        found = self.prefixes.get(kind)
-        if found is None:
-            owner = self._owner()
-            buffers = owner.buffers(kind, self._own)  # before the lock is taken: it may wait for another one
-            with self._lock, plainly():
-                found = self.prefixes.get(kind)
-                if found is None:
-                    self._buffers[kind] = buffers
-                    room = partial(_room, ref(self), kind)  # weak: a cycle would delay freeing this object
-                    found = owner.prefix(self._values, self._own, kind, buffers, room, self._making)
-                    self.prefixes[kind] = found
-        return found
-
-    def settle(self, kind: str) -> str:
-        """Return the variant that calls run which would run ``kind``.
-
-        It is the first one they ran where ``hoist_limit`` leaves no room for the hoisted values of another.
-        """
-        found = self._settled.get(kind)
-        if found is None:
-            owner = self._owner()
-            limit, needed = owner.options.hoist_limit, owner.variants.get(kind).split.nbytes
-            with self._lock:
-                kept = list(dict.fromkeys(self._settled.values()))
-                used = sum(owner.variants.get(k).split.nbytes for k in kept)
-                full = limit is not None and kept and kind not in kept and used + needed > limit
-                found = self._settled.setdefault(kind, kept[0] if full else kind)
-        return found
-
-    def settled(self) -> bool:
-        """Return whether every tensor that the prefixes were made from still has the same memory address."""
-        owner, made = self._owner(), list(self.prefixes.items())
-        return all(p.settled() and owner.lie_in(kind, self._buffers[kind]) for kind, p in made)
-
-    def tensor(self, name: str) -> Tensor:
-        """Return the tensor that calls pass for the lifted input with the FQN ``name``."""
-        return self._values[self._owner().lifted_names.index(name)]
-
-    @property
-    def lifted(self) -> list[Any]:
-        """Return the lifted inputs of the graph as it was captured, before hoisting."""
-        return self._owner().detached(self._values)
-
-    def _owner(self) -> Executor:
-        executor = self._executor()
-        assert executor is not None
-        return executor
-
-    @property
-    def held(self) -> Held:
-        """Return the memory of the binding's hoisted values, over all variants it was called with."""
-        return sum((p.held for p in self.prefixes.values()), Held())
-
-
-def _room(arguments: ref[Arguments], kind: str) -> int | None:
-    """Return how many bytes one variant may hoist, beside those of the binding's other variants; None: any."""
-    mine = arguments()
-    owner = None if mine is None else mine.executor
-    limit = None if owner is None else owner.options.hoist_limit
-    if mine is None or limit is None:
-        return None
-    held = [p.held for k, p in list(mine.prefixes.items()) if k != kind]
-    return limit - sum(h.nbytes + h.shared_nbytes for h in held)
