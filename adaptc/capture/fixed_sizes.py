@@ -63,6 +63,8 @@ def _fixed_together(program: ExportedProgram) -> Iterator[str]:
     for guard in guards_of(program):
         left, equal, number = guard.rpartition(" == ")
         several = _ONE_SIZE.search(left) and not _ONE_SIZE.fullmatch(left.strip("() "))
+        # Batches of two inputs that are as large as each other: the sizes are free together.
+        several = several and any(not size.endswith(".size()[0]") for size in _ONE_SIZE.findall(left))
         whole = number.isdecimal() and int(number) > 1 and " or " not in left and " and " not in left
         if equal and whole and several and "%" not in left and "Mod" not in left:
             yield re.sub(r"L\['([^']*)'\]((?:\[[^\[\]]+\])*)\.size\(\)", r"\1\2.shape", guard)
@@ -92,23 +94,33 @@ def _widths(program: ExportedProgram, source: fx.Node) -> set[int]:
             if (call := Call.of(user, module)) is not None:
                 for at, handed, _ in call.operands():
                     bodies = call.bodies() if handed is now else ()
-                    todo += [(body.graph.find_nodes(op="placeholder")[at], axes, body) for body in bodies]
+                    for body in bodies:
+                        inner = body.graph.find_nodes(op="placeholder")[at]
+                        # A body of map takes one entry of the first axis.
+                        todo.append((inner, axes[len(axes) - inner.meta["val"].ndim :], body))
     return found
 
 
 def _computed(program: ExportedProgram) -> set[fx.Node]:
-    """Return the nodes that depend on the user's inputs. Every placeholder of an inner graph counts as such."""
+    """Return the nodes that depend on the user's inputs, in inner graphs too."""
     held = lifted_names(program.graph_signature)
-    found: set[fx.Node] = set()
-    for module in program.graph_module.modules():
-        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
-            inner = module is not program.graph_module
-            own = node.op == "placeholder" and (inner or node.name not in held)
-            # A table of weights that is sliced to an input's length has a size among its inputs, but is still made of
-            # weights alone.
-            if own or (_is_tensor(node) and not found.isdisjoint(node.all_input_nodes)):
-                found.add(node)
+    found = {n for n in program.graph.find_nodes(op="placeholder") if n.name not in held}
+    _follow(program.graph_module, found)
     return found
+
+
+def _follow(module: fx.GraphModule, found: set[fx.Node]) -> None:
+    """Add to ``found`` the nodes of ``module`` and of its inner graphs that depend on nodes in it."""
+    for node in module.graph.nodes:
+        # A table of weights that is sliced to an input's length has a size among its inputs, but is still made of
+        # weights alone.
+        if _has_tensors(node) and not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+        if (call := Call.of(node, module)) is not None:
+            for body in call.bodies():
+                inner = body.graph.find_nodes(op="placeholder")
+                found |= {inner[at] for at, handed, _ in call.operands() if handed in found}
+                _follow(body, found)
 
 
 def _asked(user: fx.Node, now: fx.Node, given: set[fx.Node]) -> Iterator[int]:
@@ -152,6 +164,10 @@ def _of_equation(einsum: fx.Node, now: fx.Node, given: set[fx.Node]) -> Iterator
         first, dots, _ = term.partition("...")
         wide = ndim - len(letters) if dots else 0
         yield from (i if i < len(first) else i + wide for i, c in enumerate(letters) if c in held)
+
+
+def _has_tensors(node: fx.Node) -> bool:
+    return any(isinstance(v, Tensor) for v in pytree.tree_leaves(node.meta.get("val")))
 
 
 def _is_tensor(node: fx.Node) -> bool:

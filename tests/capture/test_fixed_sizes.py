@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops.map import map as map_rows
 
 import adaptc
 from adaptc import LoraConfig
@@ -76,6 +77,33 @@ class Turned(nn.Module):
         return a + b + (z @ self.w).mean()
 
 
+class Blocks(nn.Module):
+    """Weights that are operands of inner graphs, by a product, and a loop over rows."""
+
+    def __init__(self, block: str) -> None:
+        super().__init__()
+        self.block, self.w, self.lin = block, nn.Parameter(torch.randn(5, 7)), nn.Linear(5, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.block == "map":
+            return map_rows(lambda row: self.lin(row.unsqueeze(0)).squeeze(0), x)
+        if self.block == "cond":
+            return torch.cond(x.sum() > 1e6, lambda t: t @ self.w, lambda t: t @ self.w + 1, (x,))
+        with torch.no_grad():
+            return x @ self.w
+
+
+class Batches(nn.Module):
+    """Rows of two inputs that are put side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.lin = nn.Linear(3, 3), nn.Linear(4, 4), nn.Linear(7, 5)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.lin(torch.cat([self.a(x), self.b(y).flatten().reshape(x.shape[0], -1)], -1))
+
+
 def told(model: nn.Module, *args: Tensor) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -104,6 +132,15 @@ def test_widths_of_layers_are_not_told() -> None:
     assert told(Turned(), torch.randn(2, 3, 5), torch.randn(2, 4, 5), torch.randn(2, 3, 5)) == []
     assert told(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), torch.randn(2, 3, 9, 8)) == []
     assert told(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), torch.randn(3, 5, 8)) == []
+
+
+@pytest.mark.parametrize("block", ["map", "cond", "no_grad"])
+def test_widths_are_found_in_inner_graphs(block: str) -> None:
+    assert told(Blocks(block), torch.randn(3, 5)) == []
+
+
+def test_batches_that_go_together_are_not_told() -> None:
+    assert told(Batches(), torch.randn(2, 3), torch.randn(2, 4)) == []
 
 
 def test_a_call_of_another_size_is_told_a_way_out() -> None:
