@@ -1,6 +1,6 @@
 """Define the functions that a user calls.
 
-All leave their inputs as they were, with two exceptions: ``swap``, whose only effect is the new current
+All leave inputs as they were, with two exceptions: ``swap``, whose only effect is the new current
 binding, and ``merge(..., keep_base=False)``, after which the program must not be used. A call that raises changed
 nothing.
 """
@@ -25,24 +25,24 @@ from adaptc.generation.bank import GeneratorBank
 from adaptc.generation.files import generator_in
 from adaptc.generation.of_module import generate
 from adaptc.generation.packaged import load_generation
-from adaptc.packages.run import BoundPackage, PackagedProgram
-from adaptc.packages.write import package_program
+from adaptc.packages.package_program import package_program
+from adaptc.packages.packaged_program import BoundPackage, PackagedProgram
 from adaptc.packages.write_bank import package_bank
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.bank import Bank
 from adaptc.program.bound import Bound
 from adaptc.program.compile import compiled
 from adaptc.program.files import load_program, save_program
-from adaptc.program.holder import Holder, check_program, of_programs, through_holders
 from adaptc.program.lower import lowered
 from adaptc.program.merge import merged, unmerged
 from adaptc.program.module_files import check_followed
+from adaptc.program.overrides import check_unseen
 from adaptc.program.packed_calls import PackedCalls
 from adaptc.program.packing import packed, read_bounds
 from adaptc.program.pretrained_module import PretrainedModule
 from adaptc.program.swap import swapped
 from adaptc.program.unload import unloaded
-from adaptc.program.views import check_unseen
+from adaptc.program.wrapper import ProgramWrapper, accepts_wrappers, check_program, of_programs
 from adaptc.reports.results import MergeReport, SwapReport
 from adaptc.runtime.options import RunOptions
 from adaptc.value_types import checked
@@ -134,15 +134,15 @@ def create_arrow_model(
 ) -> AdaptedProgram:
     """Return ``base_model`` with an adapter that routes each token between LoRA adapters, as PEFT's function does.
 
-    It is ``compile(base_model, arrow_adapter(...), **options)``. :func:`adaptc.arrow_adapter` documents the adapters,
-    and makes further ones to swap to; :func:`compile` documents the ``options``. As in PEFT, nothing is trained, and
+    It is ``compile(base_model, arrow_adapter(...), **options)``. :func:`adaptc.arrow_adapter` makes further ones to
+    swap to; :func:`compile` documents the ``options``. As in PEFT, nothing is trained, and
     the adapter cannot be merged. Raises the errors of both.
     """
     adapter = arrow_adapter(task_specific_adapter_paths, arrow_config, general_adapter_paths)
     return compile(base_model, adapter, **options)
 
 
-@through_holders
+@accepts_wrappers
 def swap(
     program: AdaptedProgram | PackagedProgram,
     adapter: Any,
@@ -158,7 +158,7 @@ def swap(
     ``adapter``: a PEFT directory, a file or a state dict of any format that :func:`compile` takes, a binding, or a
     result of ``prog.bind``. ``component`` and ``config``: see :func:`compile`. ``scale``: a factor on the scale that
     the adapter was made with, as ``prog.set_scale`` sets it. ``key_mapping``: regular expression -> replacement,
-    applied to the keys of the directory or state dict (PEFT's rule), without their ``base_model.model.``. Where all
+    applied to the keys (PEFT's rule), without their ``base_model.model.``. Where all
     keys differ from the program's by a prefix, the error has the mapping that fits.
 
     The adapter may have any rank and alpha, and any subset of the program's sites; the other sites get identity values.
@@ -187,7 +187,7 @@ def bind(program: AdaptedProgram | PackagedProgram, adapter: Any, **options: Any
 
     :meth:`AdaptedProgram.bind`, and for packages :meth:`PackagedProgram.bind`, document the ``options`` and errors.
     """
-    check_program(program, "bind", PackagedProgram, Holder)
+    check_program(program, "bind", PackagedProgram, ProgramWrapper)
     return program.bind(adapter, **options)
 
 
@@ -215,7 +215,7 @@ def merge(
     return new
 
 
-@through_holders
+@accepts_wrappers
 def unmerge(program: AdaptedProgram) -> AdaptedProgram:
     """Return the adapted program that ``program`` was merged from, with the adapter it had then, bit for bit.
 
@@ -245,20 +245,20 @@ def lower(program: AdaptedProgram) -> AdaptedProgram:
 
     Calls of a program need no lowering: on a GPU they run kernels anyway (:attr:`AdaptedProgram.kernels`). Where a site
     has no kernels its region stays ATen, and ``report`` says why. The result swaps, merges, unloads and saves as
-    ``program`` does; ``program`` stays plain ATen. Loading the result needs adaptc, triton and a GPU.
+    ``program`` does. Loading it needs adaptc, triton and a GPU.
     Raises BackendError where the base is not on a GPU, or triton is not installed.
     """
     return lowered(program)
 
 
-def save(program: ExportedProgram | Holder, path: str | os.PathLike[str]) -> Path:
+def save(program: ExportedProgram | ProgramWrapper, path: str | os.PathLike[str]) -> Path:
     """Write a program as ``.pt2`` (torch.export's format), to a temporary file that is then moved to ``path``.
 
     An adapted program has its sites, slots and config in its graph. A merged or unloaded program is plain ATen and
     needs no adaptc to run. Raises AdaptcError for a program whose module trains other tensors than the program has.
     """
-    beside = program.beside() if isinstance(program, Holder) else None
-    inside: Any = program.program if isinstance(program, Holder) else program
+    beside = program.beside() if isinstance(program, ProgramWrapper) else None
+    inside: Any = program.program if isinstance(program, ProgramWrapper) else program
     check_program(inside, "save", ExportedProgram)
     if isinstance(inside, AdaptedProgram):
         check_unseen(inside, "save")
@@ -289,7 +289,7 @@ def load(
     return generator_in(Path(path), program) or program
 
 
-@through_holders
+@accepts_wrappers
 @checked("adapter_name", "safe_serialization", "base_model", "save_embedding_layers", "format", "component")
 def save_adapter(
     program: AdaptedProgram | nn.Module | Adapter,
@@ -333,7 +333,9 @@ def save_adapter(
 
 
 def verify(
-    program: AdaptedProgram | PackagedProgram | Holder, model: nn.Module | AdaptedProgram | None = None, **options: Any
+    program: AdaptedProgram | PackagedProgram | ProgramWrapper,
+    model: nn.Module | AdaptedProgram | None = None,
+    **options: Any,
 ) -> VerifyReport:
     """Compare the program with the model it came from on random inputs of several shapes, and return a report.
 
@@ -342,7 +344,7 @@ def verify(
     """
     if isinstance(program, PackagedProgram):
         return verify_package(program, model, **options)
-    if isinstance(program, Holder):
+    if isinstance(program, ProgramWrapper):
         with program.as_program(model) as same:
             inside = program.program
             if isinstance(inside, PackagedProgram):
@@ -352,7 +354,7 @@ def verify(
 
 
 def package(
-    program: AdaptedProgram | Holder | Bank | GeneratorBank,
+    program: AdaptedProgram | ProgramWrapper | Bank | GeneratorBank,
     path: str | os.PathLike[str],
     *,
     max_rank: int | None = None,
@@ -362,9 +364,9 @@ def package(
 ) -> Path:
     """Compile ``program`` ahead of time with AOTInductor into one file with swappable adapters; return its path.
 
-    The file is machine code, which runs when it is loaded; ``adaptc.packages.write`` has the details. ``max_rank``: the
-    largest rank of later swaps, by default the present ranks. ``products``: "measured" uses the fastest matmuls on this
-    machine for the base, "plain" uses torch's.
+    The file is machine code, which runs when it is loaded; ``adaptc.packages.package_program`` has the details.
+    ``max_rank``: the largest rank of later swaps, by default the present ones. ``products``: "measured" uses the base's
+    fastest matmuls on this machine, "plain" torch's.
 
     The package of a :class:`Generator` holds the step (and the encoder), the generation config, and ``tokenizer``: a
     transformers tokenizer, or the directory of one. The package of a bank has room for ``capacity`` adapters, by
@@ -373,7 +375,7 @@ def package(
     """
     inside: Any = program
     carried = parts = None
-    if tokenizer is not None and not isinstance(program, (Holder, GeneratorBank)):
+    if tokenizer is not None and not isinstance(program, (ProgramWrapper, GeneratorBank)):
         raise ConfigError("a tokenizer goes into packages of what adaptc.compile_for_generation gives")
     if isinstance(program, GeneratorBank):
         inside, carried = program.bank, program.carried(tokenizer)
@@ -382,7 +384,7 @@ def package(
         return package_bank(inside, Path(path), **options)
     if capacity is not None:
         raise ConfigError(f"capacity={shown(capacity)} is for packages of a bank")
-    if isinstance(program, Holder):
+    if isinstance(program, ProgramWrapper):
         inside, carried, parts = program.program, program.carried(tokenizer), program.divided()
     if isinstance(inside, AdaptedProgram):
         check_unseen(inside, "package")
@@ -397,7 +399,7 @@ def load_package(path: str | os.PathLike[str]) -> Any:
     the one it was packaged with.
 
     A package is machine code, which runs as it is loaded: load only packages whose author you trust. Hashes in the file
-    detect damage; they are no signature. Raises CheckpointError for files that are missing, damaged or changed, before
+    detect damage alone. Raises CheckpointError for files that are missing, damaged or changed, before
     any of their code is loaded. Raises BackendError for a file that was packaged without adaptc or does not run on this
     machine.
     """

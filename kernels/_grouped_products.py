@@ -1,6 +1,6 @@
 """Kernels of :mod:`adaptc.kernels.grouped_lora`: matmuls of rows with the factors of each row's own adapter.
 
-Rows come in chunks (:mod:`adaptc.kernels._grouping`); a program takes one chunk and one block of columns. Sums are
+Rows come in chunks (:mod:`adaptc.kernels._row_chunks`); a program takes one chunk and one block of columns. Sums are
 float32. Nothing is added up by atomics: each element of a result has one program that writes it.
 
 The chunks must have at most BLOCK_M rows, and ``starts`` must ascend within the bank. The elements of a row must be
@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from adaptc.kernels._ahead import Ahead
-from adaptc.kernels._grouping import Chunks, adapter_begins
+from adaptc.kernels._compile_ahead import Ahead
 from adaptc.kernels._launch import INTERPRETED, on_device_of, wrap_triton
+from adaptc.kernels._row_chunks import Chunks, adapter_begins
 
 # A kernel sees only constants of its own module.
 _INTERPRETED = tl.constexpr(INTERPRETED)

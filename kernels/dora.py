@@ -26,9 +26,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from adaptc.kernels._ahead import Ahead
+from adaptc.kernels._compile_ahead import Ahead
 from adaptc.kernels._launch import as_scale, check, check_floats, on_device_of, runs_kernels, wrap_triton
-from adaptc.kernels._tile import TYPES, ahead, blocks, check_factors, low_rank_tile, tile_of, tiles
+from adaptc.kernels._low_rank_tile import TYPES, ahead, blocks, check_factors, low_rank_tile, tile_of, tiles
 from adaptc.op_rules import plain_in_transforms
 
 

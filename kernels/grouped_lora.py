@@ -12,7 +12,7 @@ while from (N, S) it would read a few numbers of each of many rows.
 ``starts`` is (n + 1,) int32, ``scales`` (n,) float32, ``index`` (T,) int32 or int64. x, y, A and B are float32,
 bfloat16 or float16, each on its own; on the CPU they and ``scales`` may be float64.
 
-The computation has three matmuls, each a kernel and an op on *chunks* (:mod:`adaptc.kernels._grouping`). Each is a
+The computation has three matmuls, each a kernel and an op on *chunks* (:mod:`adaptc.kernels._row_chunks`). Each is a
 derivative of the others, so gradients of any order need no more:
 
     grouped_shrink  h[p]   = x[order[p]] A_i^T             (T, R) float32, at sorted positions p
@@ -41,7 +41,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.library import triton_op
 
 from adaptc.kernels._grouped_products import launch_expand, launch_outer, launch_shrink
-from adaptc.kernels._grouping import (
+from adaptc.kernels._launch import check, check_floats, runs_kernels
+from adaptc.kernels._row_chunks import (
     Chunks,
     adapter_at,
     chunk_count,
@@ -53,7 +54,6 @@ from adaptc.kernels._grouping import (
     rows_per_chunk,
     sum_type,
 )
-from adaptc.kernels._launch import check, check_floats, runs_kernels
 from adaptc.op_rules import plain_in_transforms
 
 __all__ = [

@@ -23,8 +23,8 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from adaptc.kernels._grouping import Chunks, chunks, rows_per_chunk, sum_type
 from adaptc.kernels._launch import check
+from adaptc.kernels._row_chunks import Chunks, chunks, rows_per_chunk, sum_type
 from adaptc.kernels.grouped_lora import grouped_expand, grouped_shrink
 from adaptc.op_rules import plain_in_transforms
 from adaptc.torch_modes import plainly

@@ -29,9 +29,9 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.library import triton_op
 
-from adaptc.kernels._ahead import Ahead
+from adaptc.kernels._compile_ahead import Ahead
 from adaptc.kernels._launch import INTERPRETED, check, check_floats, on_device_of, runs_kernels, wrap_triton
-from adaptc.kernels._tile import NAMES, TYPES, low_rank_tile, tile_of
+from adaptc.kernels._low_rank_tile import NAMES, TYPES, low_rank_tile, tile_of
 from adaptc.op_rules import plain_in_transforms
 
 # A kernel sees only constants of its own module.

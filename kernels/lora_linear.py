@@ -36,9 +36,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.library import triton_op
 from torch.nn import functional as F
 
-from adaptc.kernels._ahead import Ahead
+from adaptc.kernels._compile_ahead import Ahead
 from adaptc.kernels._launch import as_scale, check, check_floats, on_device_of, runs_kernels, wrap_triton
-from adaptc.kernels._tile import NAMES, TYPES
+from adaptc.kernels._low_rank_tile import NAMES, TYPES
 from adaptc.kernels.lora_epilogue import (
     check_scale,
     dot_as,

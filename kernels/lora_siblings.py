@@ -27,9 +27,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op, triton_op
 
-from adaptc.kernels._ahead import Ahead
+from adaptc.kernels._compile_ahead import Ahead
 from adaptc.kernels._launch import check, check_floats, on_device_of, runs_kernels, wrap_triton
-from adaptc.kernels._tile import NAMES, TYPES, low_rank_tile
+from adaptc.kernels._low_rank_tile import NAMES, TYPES, low_rank_tile
 from adaptc.kernels.lora_epilogue import UP_BLOCK_N, empty, lora_down, new_like, product, up_blocks
 from adaptc.op_rules import plain_in_transforms
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from adaptc.adapters.adapter import Adapter
-from adaptc.adapters.of_program import as_object
+from adaptc.adapters.from_program import as_object
 from adaptc.errors import ConfigError, listing
 from adaptc.methods import Part, routing
 from adaptc.methods.arrow import ArrowConfig

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from adaptc.adapters.adapter import Adapter
-from adaptc.adapters.combined import tell_models
-from adaptc.adapters.of_program import as_object
+from adaptc.adapters.combine_tensors import tell_models
+from adaptc.adapters.from_program import as_object
 from adaptc.errors import CheckpointError, ConfigError, listing
 from adaptc.methods import PROMPT
 from adaptc.methods.cartridge import CartridgeConfig

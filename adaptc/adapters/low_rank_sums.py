@@ -14,9 +14,9 @@ from math import copysign, sqrt
 import torch
 from torch import Tensor
 
+from adaptc.adapters.combine_rules import mixed
 from adaptc.adapters.options import Options
-from adaptc.adapters.rules import mixed
-from adaptc.adapters.truncated import Cut, truncated, truncated_sum
+from adaptc.adapters.truncated_svd import Cut, truncated, truncated_sum
 from adaptc.passes.ir.low_rank import LowRank
 
 

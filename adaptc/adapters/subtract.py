@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from adaptc.adapters.adapter import Adapter
-from adaptc.adapters.as_lora import cut_of
+from adaptc.adapters.deltas_to_lora import cut_of
 from adaptc.adapters.model_tensors import Layers, ModelTensors, layers_of, tensors_of
 from adaptc.adapters.report import FitReport, SiteFit
-from adaptc.adapters.truncated import Cut, truncated
+from adaptc.adapters.truncated_svd import Cut, truncated
 from adaptc.errors import CheckpointError, ConfigError, did_you_mean, listing, shown
 from adaptc.methods import exactly
 from adaptc.methods.lora_config import LoraConfig

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 
 from adaptc.adapters.adapter import Adapter
-from adaptc.adapters.as_lora import as_lora, cut_of
-from adaptc.adapters.changes import Change, Changes
-from adaptc.adapters.of_program import program_and_binding
+from adaptc.adapters.average_saved_modules import averaged
+from adaptc.adapters.combine_rules import mixed
+from adaptc.adapters.deltas_to_lora import as_lora, cut_of
+from adaptc.adapters.from_program import program_and_binding
 from adaptc.adapters.options import Options
-from adaptc.adapters.rules import mixed
-from adaptc.adapters.truncated import Cut
-from adaptc.adapters.whole import averaged
+from adaptc.adapters.truncated_svd import Cut
+from adaptc.adapters.weight_deltas import Change, Changes
 from adaptc.binding.binding import Binding
-from adaptc.binding.source import as_binding
+from adaptc.binding.source import bind_adapter
 from adaptc.errors import ConfigError
 from adaptc.methods import united
 from adaptc.passes.ir.attachment import Attachment
@@ -25,8 +25,8 @@ from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.bound import Bound
 from adaptc.program.compile import compiled
 from adaptc.program.core import ProgramCore
-from adaptc.program.holder import inside
 from adaptc.program.unload import unloaded
+from adaptc.program.wrapper import inside
 from adaptc.runtime.options import RunOptions
 
 
@@ -147,4 +147,4 @@ def _program(model: Any, adapter: Any, example_inputs: Any, **options: Any) -> A
 
 
 def _bound(program: AdaptedProgram, adapter: Any, key_mapping: Mapping[str, str] | None) -> Binding:
-    return as_binding(program, adapter, key_mapping=key_mapping)
+    return bind_adapter(program, adapter, key_mapping=key_mapping)

@@ -12,8 +12,8 @@ from adaptc.errors import AdaptcError, ConfigError
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.adapter_files import write_current
 from adaptc.program.module_files import check_followed, write_module
+from adaptc.program.overrides import check_unseen
 from adaptc.program.program_module import ProgramModule
-from adaptc.program.views import check_unseen
 
 
 def written(program: Any, path: str | os.PathLike[str], options: Mapping[str, Any]) -> Path:

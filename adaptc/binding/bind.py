@@ -14,8 +14,8 @@ from torch import Tensor
 
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.builder import EMBEDDINGS, Builder, cut_or_filled
+from adaptc.binding.check_tensors import check_kinds, check_rank, check_shapes, unbound
 from adaptc.binding.file_keys import keys_of, second_name
-from adaptc.binding.misfits import check_kinds, check_rank, check_shapes, unbound
 from adaptc.errors import CheckpointError, ConfigError, SwapError, TargetError
 from adaptc.methods import AdapterConfig, check_sizes
 from adaptc.passes.ir.attachment import Attachment

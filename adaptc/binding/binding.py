@@ -32,8 +32,9 @@ class Binding:
     changed base weights. ``parts`` holds each of several adapters that act together, by name; their values are in
     ``values``.
 
-    ``bases`` maps the FQN of each base weight in ``base`` to the :func:`~adaptc.binding.fits.fingerprint` of the
-    original. ``origin`` is the format of the file it was made from, and what it left out of that file. ``factors`` maps
+    ``bases`` maps the FQN of each base weight in ``base`` to the
+    :func:`~adaptc.binding.check_binding.fingerprint` of the original. ``origin`` is the format of the file it was made
+    from, and what it left out of that file. ``factors`` maps
     attachment id to the factor on the original scale, where that is not 1; ``values`` has the multiplied scale.
     ``idle`` is the active form of an adapter that is turned off, whose own values are identity values; None for an
     active adapter.

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from adaptc.binding.binding import Binding, BindingSpec
+from adaptc.binding.check_binding import fingerprint
+from adaptc.binding.check_tensors import Cast, check_casts, check_kind, finite_scale
 from adaptc.binding.file_keys import base_name
-from adaptc.binding.fits import fingerprint
-from adaptc.binding.groups import groups
-from adaptc.binding.misfits import Cast, check_casts, check_kind, finite_scale
+from adaptc.binding.grouped_slots import groups
 from adaptc.errors import CheckpointError, ConfigError
 from adaptc.methods import AdapterConfig
-from adaptc.passes.adapt.bound_rows import shortened
+from adaptc.passes.adapt.embedding_max_norm import shortened
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.method import Method, Slot
 from adaptc.passes.ir.storage import memory_of, storage_key

@@ -17,7 +17,7 @@ from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.errors import ConfigError
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.method import Method
-from adaptc.peft_files.given import is_state_dict
+from adaptc.peft_files.check_state_dict import is_state_dict
 from adaptc.peft_files.origin import PEFT
 
 

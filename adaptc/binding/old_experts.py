@@ -30,7 +30,7 @@ _OLD_NAME = ".block_sparse_moe."  # Mixtral's, now ``.mlp.``
 Pieces = dict[tuple[int, str, str], Tensor]
 
 
-def restack(file: AdapterFile, weights: Mapping[str, Tensor]) -> AdapterFile:
+def stack_old_experts(file: AdapterFile, weights: Mapping[str, Tensor]) -> AdapterFile:
     """Return ``file`` for the model with these weights, or the same object when no key in it is of the old kind.
 
     Raises CheckpointError when an expert or a projection of a stacked parameter is missing. Raises ConfigError when the

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from adaptc.binding.bind import bind, first_values
 from adaptc.binding.binding import Binding, BindingSpec
+from adaptc.binding.binding_plan_cache import Recipes, structure
+from adaptc.binding.check_binding import check_fits
 from adaptc.binding.combine import part_of
-from adaptc.binding.directories import from_dict, of_file, read_whole
-from adaptc.binding.fits import check_fits
-from adaptc.binding.foreign import (
+from adaptc.binding.composite_adapters import has_parts, read_experts
+from adaptc.binding.old_experts import stack_old_experts
+from adaptc.binding.other_formats import (
     components_of,
     in_memory,
     nothing_to_choose,
@@ -29,23 +31,21 @@ from adaptc.binding.foreign import (
     translated,
     with_targets,
 )
-from adaptc.binding.old_experts import restack
-from adaptc.binding.parts import gathered, has_parts
-from adaptc.binding.recipes import Recipes, structure
-from adaptc.binding.strength import joint, with_strength_of
+from adaptc.binding.read_directory import from_dict, of_file, read_whole
+from adaptc.binding.scale import binding_of_parts, with_scale
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError, SwapError, shown
 from adaptc.methods import AdapterConfig, TargetedConfig, config_class
 from adaptc.patterns import limited
+from adaptc.peft_files.check_state_dict import given, is_state_dict
 from adaptc.peft_files.directory import AdapterFile, all_finite, read_config
-from adaptc.peft_files.given import given, is_state_dict
-from adaptc.peft_files.raw import RawFile, rename
-from adaptc.peft_files.safe_io import read_json_object
-from adaptc.peft_files.snapshot import Opened, Unsettled
+from adaptc.peft_files.foreign_file import RawFile, rename
+from adaptc.peft_files.safe_load import read_json_object
+from adaptc.peft_files.stable_read import Opened, Unsettled
 from adaptc.torch_modes import plainly
 from adaptc.value_types import checked
 
 
-def as_adapter(
+def read_adapter_source(
     adapter: Any, key_mapping: Mapping[str, str] | None = None
 ) -> tuple[AdapterConfig | None, AdapterFile | RawFile | None]:
     """Return the config of an adapter, and its file where it has one, or is an object with ``as_file``.
@@ -128,10 +128,10 @@ def fitted(
         file, config = translated(file, weights, component=component, config=config), None
     if file is None:
         assert config is not None
-        return gathered(config, None, weights, of_file)
-    new = restack(file, weights)
+        return read_experts(config, None, weights, of_file)
+    new = stack_old_experts(file, weights)
     config, file = (config, file) if new is file and config is not None else (of_file(new), new)
-    return gathered(config, file, weights, of_file)
+    return read_experts(config, file, weights, of_file)
 
 
 def from_peft(config: Any) -> AdapterConfig:
@@ -198,7 +198,7 @@ class Reading:
 @checked("adapter_name", "key_mapping", "component")
 @limited()
 @plainly()
-def as_binding(
+def bind_adapter(
     target: Bindable,
     adapter: Any,
     *,
@@ -255,7 +255,7 @@ def as_binding(
 
 def _strong(target: Bindable, binding: Binding, scale: Any, names: Iterable[str] | None = None) -> Binding:
     """Return ``binding``, which fits ``target``, with the factors of ``scale``; note that the new binding fits, too."""
-    return binding if scale is None else target.recipes.note(with_strength_of(target.spec(), binding, scale, names))
+    return binding if scale is None else target.recipes.note(with_scale(target.spec(), binding, scale, names))
 
 
 def _checked(target: Bindable, binding: Binding) -> Binding:
@@ -307,7 +307,7 @@ def _together(
             f"component={reading.component!r} chooses from a file whose keys name components, and none of "
             f"{', '.join(map(repr, adapter))} is one; leave it out"
         )
-    return joint(spec, parts)
+    return binding_of_parts(spec, parts)
 
 
 def _bound(
@@ -341,7 +341,7 @@ def _bound(
         adapter = replace(adapter, tensors=rename(adapter.tensors, reading.key_mapping, source))
     if isinstance(adapter, AdapterFile) and has_parts(config_class(str(adapter.config.get("peft_type")))):
         stated = of_file(adapter) if config is None else as_config(config)
-        stated, adapter = gathered(stated, adapter, spec.weights, of_file)
+        stated, adapter = read_experts(stated, adapter, spec.weights, of_file)
         config = None if config is None else stated
     if isinstance(adapter, RawFile):
         theirs = None if config is None else as_config(config)
@@ -369,7 +369,7 @@ def _of_file(
             made = recipe(own, file.tensors, source, copy=copy)
             if made is not None:
                 return made
-    stacked = restack(file, spec.weights)
+    stacked = stack_old_experts(file, spec.weights)
     own = as_config(config) if config is not None else of_file(stacked)
     binding = bind(spec, own, stacked.tensors, source, fit=False, copy=copy)
     if recipes is not None and stacked is file:

@@ -23,21 +23,21 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from adaptc.capture.check_size_one import differing_sizes, left_alone, results
+from adaptc.capture.dynamic_shapes import Free, export, export_free, export_stated
 from adaptc.capture.example_inputs import is_pretrained_model
-from adaptc.capture.failures import in_terms_of
+from adaptc.capture.explain_failure import in_terms_of
 from adaptc.capture.fixed_sizes import fixed_sizes, names_of
-from adaptc.capture.free_sizes import Free, export, export_free, export_stated
 from adaptc.capture.given_inputs import arguments, free_of, grown, tensors_in
 from adaptc.capture.made_inputs import example_of
 from adaptc.capture.model_loss import loss_type, means_over_next_labels
 from adaptc.capture.model_state import preserve_state
+from adaptc.capture.patched_forward import keyword, replaced_forward
 from adaptc.capture.quantised import check_not_quantised
-from adaptc.capture.replaced_forward import keyword, replaced_forward
 from adaptc.capture.run_graph import guarded_module
 from adaptc.capture.shell import Shell
-from adaptc.capture.single_sizes import differing, left_alone, results
 from adaptc.errors import AdaptcWarning, CaptureError
-from adaptc.passes.adapt.bound_rows import BoundRows
+from adaptc.passes.adapt.embedding_max_norm import BoundRows
 from adaptc.passes.adapt.linear_products import LinearProducts
 from adaptc.passes.analysis.program_facts import (
     all_module_types,
@@ -48,7 +48,7 @@ from adaptc.passes.analysis.program_facts import (
     qualified,
 )
 from adaptc.passes.analysis.sites import mark_linear
-from adaptc.passes.ir.trees import pytree
+from adaptc.passes.ir.pytree import pytree
 from adaptc.progress import stage
 
 #: the classes that PEFT takes for linear layers, by name, since transformers is not imported
@@ -367,13 +367,13 @@ def _guarded(
 
     ``again`` exports the model with such guards. Warns where the guards do not tell the two apart.
     """
-    where = [] if training else differing(model, program, args, kwargs)
+    where = [] if training else differing_sizes(model, program, args, kwargs)
     if not where:
         return program
     guarded = None
     with contextlib.suppress(CaptureError), stage(f"exporting {type(model).__name__} with guards on sizes of one"):
         guarded = again()
-    if guarded is not None and not differing(model, guarded, args, kwargs):
+    if guarded is not None and not differing_sizes(model, guarded, args, kwargs):
         return guarded
     warnings.warn(
         f"{type(model).__name__} computes something else for {', '.join(where)} than for larger sizes, and torch could "

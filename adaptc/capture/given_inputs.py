@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptc.capture.dynamic_shapes import Free
 from adaptc.capture.example_inputs import BATCH
-from adaptc.capture.free_sizes import Free
 from adaptc.errors import CaptureError
-from adaptc.passes.ir.trees import pytree
+from adaptc.passes.ir.pytree import pytree
 
 
 def arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple, dict[str, Any]]:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from adaptc.errors import CheckpointError, shown
-from adaptc.peft_files.safe_io import read_json_object
-from adaptc.peft_files.snapshot import Opened, Unsettled
+from adaptc.peft_files.safe_load import read_json_object
+from adaptc.peft_files.stable_read import Opened, Unsettled
 from adaptc.pt2_files.refusal import reason
 
 #: names of tokenizer files

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from adaptc.passes.ir.pytree import pytree
 from adaptc.passes.ir.storage import memory_of
-from adaptc.passes.ir.trees import pytree
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 _LEAVES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)

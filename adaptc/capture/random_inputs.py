@@ -15,9 +15,9 @@ from torch.export import ExportedProgram
 
 from adaptc.capture.random_sizes import Sizes, SizeSampler, shape_of
 from adaptc.errors import AdaptcError
-from adaptc.passes.ir.exclusive import exclusive
+from adaptc.passes.ir.graph_lock import exclusive
 from adaptc.passes.ir.lifted import user_inputs
-from adaptc.passes.ir.trees import pytree
+from adaptc.passes.ir.pytree import pytree
 
 aten = torch.ops.aten
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from adaptc.errors import AdaptcError, nearest
-from adaptc.passes.ir.trees import pytree
+from adaptc.passes.ir.pytree import pytree
 
 Sizes = Mapping[Any, int]
 """Size symbol -> value."""

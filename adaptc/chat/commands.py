@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from adaptc.chat.active_adapter import Voice, Voices
 from adaptc.chat.conversation import Conversation
-from adaptc.chat.screen import Screen
-from adaptc.chat.voices import Voice, Voices
+from adaptc.chat.terminal import Screen
 from adaptc.errors import AdaptcError, did_you_mean
 
 

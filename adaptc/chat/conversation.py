@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.chat.voices import Voice
+from adaptc.chat.active_adapter import Voice
 from adaptc.errors import AdaptcError, ConfigError, shown
 
 

@@ -132,7 +132,7 @@ def place(argument: Path | None, option: Path | None, force: bool, *reads: Path 
     AdaptcError where the path exists, and where it is another name of a file that is read.
     """
     from adaptc.errors import CheckpointError
-    from adaptc.peft_files.staging import only_new
+    from adaptc.peft_files.atomic_write import only_new
 
     if (argument is None) == (option is None):
         raise typer.BadParameter("give the output once, as -o OUT or as the last argument", param_hint="'--output'")

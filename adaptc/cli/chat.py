@@ -53,12 +53,12 @@ def chat(
 
     /adapter NAME swaps, /base takes the adapter away, /help lists the other commands. Ctrl-C stops an answer.
     """
-    from adaptc.chat.screen import settle_libraries
+    from adaptc.chat.terminal import settle_libraries
 
     settle_libraries()
     from adaptc.chat.conversation import Choice
+    from adaptc.chat.loop import talk
     from adaptc.chat.models import How
-    from adaptc.chat.talk import talk
 
     choice = Choice(max_new_tokens, temperature, greedy, seed)
     how = How(max_length, backend, device, dtype, tokenizer)

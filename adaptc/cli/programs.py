@@ -178,7 +178,7 @@ def merge(
     """
     whole = program.is_dir()
     if whole:
-        from adaptc.chat.screen import settle_libraries
+        from adaptc.chat.terminal import settle_libraries
 
         settle_libraries()
     adaptc = facade()

@@ -18,7 +18,7 @@ from adaptc.program.bank import Bank
 from adaptc.program.bound import Keeping
 from adaptc.program.core import ProgramCore
 from adaptc.program.divided_bank import DividedBank
-from adaptc.rows.assignment import mixes_of
+from adaptc.rows.assignment import parse_row_adapters
 from adaptc.rows.report import BankReport
 
 
@@ -140,7 +140,7 @@ class GeneratorBank:
 
 def check_count(adapters: Any, prompts: Any) -> None:
     """Raise AdaptcError where there are not as many entries as prompts, before any adapter is loaded for them."""
-    count = len(mixes_of(adapters))
+    count = len(parse_row_adapters(adapters))
     if isinstance(prompts, Tensor) and prompts.ndim and prompts.shape[0] != count:
         raise AdaptcError(
             f"adapters has {count} entries, and there are {prompts.shape[0]} prompts: give one for each, None for the "

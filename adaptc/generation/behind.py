@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from adaptc.errors import AdaptcError
-from adaptc.generation.facts import past_name
 from adaptc.generation.front import taken
+from adaptc.generation.spec import past_name
 
 
 def behind_front(gen: Any, inputs: Tensor | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import AdaptcError, shown
-from adaptc.generation.layout import CacheLayout, row_indices
-from adaptc.generation.opening import Opening
-from adaptc.generation.ring import Extent, repacked, ring_size
+from adaptc.generation.cache_layout import CacheLayout, row_indices
+from adaptc.generation.opening import CachePrefix
+from adaptc.generation.sliding_window import Extent, repacked, ring_size
 
 #: the multiple of positions to which a cache grows
 _STEP = 64
@@ -50,7 +50,7 @@ class StepCache:
         #: how many positions the caller will need, None if unknown; no more memory is taken in advance
         self.expected: int | None = None
         #: the virtual tokens that it begins with, or None
-        self.front: Opening | None = None
+        self.front: CachePrefix | None = None
         self.length = 0
         self.rows = 0
         #: (rows,) how many positions before each row's virtual tokens are empty; None for none
@@ -80,7 +80,7 @@ class StepCache:
         """Return whether position_ids are cache positions, with padding counted."""
         return self.front is not None and self.front.in_places
 
-    def begin(self, front: Opening) -> None:
+    def begin(self, front: CachePrefix) -> None:
         """Empty the cache and let it begin with ``front``.
 
         Memory is allocated by the first step, which says how many rows there are.
@@ -236,7 +236,7 @@ class StepCache:
         self.length = length
 
     def held(self) -> list[Tensor]:
-        """Return the filled positions of each tensor (rows, heads, length, width)."""
+        """Return the filled positions of each tensor."""
         return [t[:, :, : self.length].contiguous() for t in self.tensors]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -18,18 +18,18 @@ from adaptc.capture.example_inputs import is_pretrained_model
 from adaptc.capture.quantised import check_not_quantised
 from adaptc.capture.where_made import where_made
 from adaptc.errors import CaptureError, ConfigError, shown
-from adaptc.generation.acting import coefficients_of, refuse_acting
-from adaptc.generation.captured_step import captured_step
-from adaptc.generation.cross_facts import CrossFacts, check_side_by_side, decoder_positions, encoder_positions
-from adaptc.generation.cross_prove import prove_across
+from adaptc.generation.cache_layout import CacheLayout
+from adaptc.generation.capture_step import captured_step
+from adaptc.generation.cross_facts import Seq2SeqSpec, check_side_by_side, decoder_positions, encoder_positions
+from adaptc.generation.cross_prove import check_seq2seq_matches_model
 from adaptc.generation.cross_step import STATES, Encoded, stepping_across
 from adaptc.generation.front import refuse_without_cache
 from adaptc.generation.generator import Generator
 from adaptc.generation.kinds import generator_of
-from adaptc.generation.layout import CacheLayout
 from adaptc.generation.step import Step
+from adaptc.generation.token_gates import coefficients_of, refuse_acting
 from adaptc.generation.two_passes import first_pass_of
-from adaptc.passes.ir.exclusive import exclusive
+from adaptc.passes.ir.graph_lock import exclusive
 from adaptc.program.compile import Planned, adapted, planned
 from adaptc.progress import stage
 from adaptc.runtime.options import RunOptions
@@ -142,7 +142,7 @@ def _across(
             planned_step = _planned(model, adapter, options, step, how)
         except CaptureError as error:
             raise CaptureError(f"{name} cannot be captured as an encoder and a step: {error}") from error
-    facts = CrossFacts(
+    facts = Seq2SeqSpec(
         **_common(model, encoded.own, max_batch, length),
         positions="decoder_position_ids" in step.example_inputs,
         embeds=False,
@@ -154,7 +154,7 @@ def _across(
         strides=encoded.strides,
     )
     with stage(f"checking the encoder and the step against {name}"):
-        prove_across(model, planned_step.captured.program, facts)
+        check_seq2seq_matches_model(model, planned_step.captured.program, facts)
     return generator_of(adapted(planned_step, options, values), facts)
 
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import AdaptcError, ConfigError
-from adaptc.generation import checks
+from adaptc.generation import validate
 from adaptc.generation.cross_cache import CrossCache
-from adaptc.generation.cross_facts import CrossFacts
-from adaptc.generation.facts import past_name
-from adaptc.generation.opening import Opening
+from adaptc.generation.cross_facts import Seq2SeqSpec
+from adaptc.generation.opening import CachePrefix
+from adaptc.generation.spec import past_name
 
 
-def arguments(facts: CrossFacts, inputs: Tensor | None, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def arguments(facts: Seq2SeqSpec, inputs: Tensor | None, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Return the checked arguments of ``generate``: the encoder's input, or None, and all others by name.
 
     Raises AdaptcError for arguments that the program or its cache cannot take.
@@ -29,30 +29,30 @@ def arguments(facts: CrossFacts, inputs: Tensor | None, kwargs: Mapping[str, Any
     if inputs is not None and named is not None:
         raise AdaptcError(f"{facts.main} is given twice: by its name, and in the first place")
     inputs, past = named if inputs is None else inputs, kwargs.pop("cache", None) if past is None else past
-    checks.refuse(kwargs)
+    validate.refuse(kwargs)
     for name in ("inputs_embeds", "decoder_inputs_embeds"):
         if kwargs.get(name) is not None:
             raise AdaptcError(f"{name} is not taken by a program with an encoder: give {facts.main}")
-    checks.with_cache(facts, kwargs)
+    validate.with_cache(facts, kwargs)
     ids, mask = kwargs.get("decoder_input_ids"), kwargs.get("attention_mask")
     if ids is not None:
-        checks.tokens(facts, ids)
+        validate.tokens(facts, ids)
     if inputs is not None:
         source(facts, inputs, None if facts.features else mask)
     if (given := given_states(kwargs.get("encoder_outputs"))) is not None:
         states(facts, given, None if facts.features else mask)
     if past is None:
         read = needed(facts, inputs if given is None else given)
-        checks.fits(facts, read.shape[0], 0)
+        validate.fits(facts, read.shape[0], 0)
         if ids is not None:
             same_rows(read.shape[0], ids.shape[0])
-            checks.check_mask(kwargs.get("decoder_attention_mask"), ids.shape, 0)
+            validate.check_mask(kwargs.get("decoder_attention_mask"), ids.shape, 0)
         return inputs, kwargs
     (held := own(facts, past)).check_finished()
     return None, _going_on(facts, held, inputs, given, kwargs)
 
 
-def _going_on(facts: CrossFacts, past: CrossCache, inputs: Any, given: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _going_on(facts: Seq2SeqSpec, past: CrossCache, inputs: Any, given: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a generation that continues from ``past``, which knows what the encoder read."""
     from transformers.modeling_outputs import BaseModelOutput
 
@@ -69,7 +69,7 @@ def _going_on(facts: CrossFacts, past: CrossCache, inputs: Any, given: Any, kwar
         )
     if ids is not None:
         same_rows(past.rows, ids.shape[0])
-        checks.check_mask(mask, ids.shape, 0)
+        validate.check_mask(mask, ids.shape, 0)
     if past.decoded and mask is None:
         # Without one transformers would take all tokens for new ones.
         new = past.mask.new_ones(past.rows, ids.shape[1] - past.decoded)  # type: ignore[union-attr]
@@ -78,27 +78,27 @@ def _going_on(facts: CrossFacts, past: CrossCache, inputs: Any, given: Any, kwar
     return {**kwargs, "encoder_outputs": known, "attention_mask": past.states_mask, past_name(): past}
 
 
-def own(facts: CrossFacts, past: Any) -> CrossCache:
+def own(facts: Seq2SeqSpec, past: Any) -> CrossCache:
     """Return ``past`` if it is a cache of this program, or of what is bound to it; else raise AdaptcError."""
-    found = checks.own_cache(facts, past, None)
+    found = validate.own_cache(facts, past, None)
     assert isinstance(found, CrossCache)
     return found
 
 
-def needed(facts: CrossFacts, source: Tensor | None) -> Tensor:
+def needed(facts: Seq2SeqSpec, source: Tensor | None) -> Tensor:
     """Return the encoder's input ``source``. Raises AdaptcError where it is None."""
     if source is None:
         raise AdaptcError(f"there is nothing to encode: give {facts.main}, encoder_outputs, or a cache of gen.prefill")
     return source
 
 
-def source(facts: CrossFacts, inputs: Any, mask: Any) -> None:
+def source(facts: Seq2SeqSpec, inputs: Any, mask: Any) -> None:
     """Raise AdaptcError for an input or mask that the encoder cannot take."""
     if facts.features is None:
-        checks.tokens(facts, inputs)
+        validate.tokens(facts, inputs)
         if inputs.shape[1] == 0:
             raise AdaptcError("input_ids has no tokens: give the encoder one at least")
-        checks.check_mask(mask, inputs.shape, 0)
+        validate.check_mask(mask, inputs.shape, 0)
         if facts.source is not None and inputs.shape[1] > facts.source:
             raise AdaptcError(f"{inputs.shape[1]} tokens are more than the {facts.source} that the encoder is for")
         return
@@ -124,7 +124,7 @@ def given_states(outputs: Any) -> Tensor | None:
         ) from None
 
 
-def states(facts: CrossFacts, given: Any, mask: Any) -> None:
+def states(facts: Seq2SeqSpec, given: Any, mask: Any) -> None:
     """Raise AdaptcError for states or a mask that no encoder of this model gave."""
     found = tuple(given.shape) if isinstance(given, Tensor) else f"a {type(given).__name__}"
     if not isinstance(given, Tensor) or given.ndim != 3 or given.shape[2] != facts.hidden:
@@ -144,7 +144,7 @@ def same_rows(encoded: int, decoded: int) -> None:
         raise AdaptcError(f"{encoded} rows were encoded, and decoder_input_ids has {decoded}: give as many")
 
 
-def places(facts: CrossFacts, front: Opening) -> None:
+def places(facts: Seq2SeqSpec, front: CachePrefix) -> None:
     """Raise ConfigError for rows with different numbers of virtual tokens, where the model takes no position_ids."""
     if not facts.positions and front.ahead is not None and bool(front.ahead.any()):
         raise ConfigError(

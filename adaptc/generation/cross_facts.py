@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from adaptc.errors import CaptureError
+from adaptc.generation.cache_layout import CacheLayout
 from adaptc.generation.cross_step import CROSS, STATES, Encoded
-from adaptc.generation.facts import Facts
-from adaptc.generation.layout import CacheLayout
+from adaptc.generation.spec import GenerationSpec
 from adaptc.tables import size
 
-__all__ = ["CROSS", "CrossFacts", "check_side_by_side", "decoder_positions", "encoder_positions"]
+__all__ = ["CROSS", "Seq2SeqSpec", "check_side_by_side", "decoder_positions", "encoder_positions"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class CrossFacts(Facts):
+class Seq2SeqSpec(GenerationSpec):
     """The facts of an encoder-decoder's program that its graph does not hold.
 
     ``main`` is the name of the encoder's input: tokens, or features of the shape ``features`` without the batch.

@@ -13,14 +13,14 @@ from typing import Any
 from torch import Tensor
 
 from adaptc.errors import AdaptcError
-from adaptc.generation.checks import behind
 from adaptc.generation.front import begins, taken
+from adaptc.generation.validate import behind
 
 #: the openings of the encoder, and those of the decoder's cache
 ENCODED, DECODED = ("prompt",), ("cached",)
 
 
-def popped(runs: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+def pop_adapter_inputs(runs: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Remove the inputs that adapters' virtual tokens depend on from ``kwargs`` and return them by name."""
     return {name: value for name in taken(runs) if (value := kwargs.pop(name, None)) is not None}
 

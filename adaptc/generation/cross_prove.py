@@ -1,7 +1,7 @@
 """Check that the parts of an encoder-decoder's program compute with their caches what the model computes without.
 
 The decoder takes its tokens in three chunks. Its logits must be the model's, with padding on the encoder's side; else a
-CaptureError says how far they differ. See ``prove``.
+CaptureError says how far they differ. See ``check_step_matches_model``.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from adaptc.capture.failures import run_model
+from adaptc.capture.explain_failure import run_model
 from adaptc.capture.run_graph import run_graph
 from adaptc.errors import CaptureError
-from adaptc.generation.cross_facts import CrossFacts
+from adaptc.generation.cross_facts import Seq2SeqSpec
 from adaptc.generation.cross_step import MASK, STATES
-from adaptc.passes.ir.part import part_of
+from adaptc.passes.ir.subprogram import part_of
 
 _ROWS, _TOKENS, _READ, _PADDED = 2, 8, 6, 2
 
 
 @torch.no_grad()
-def prove_across(model: Any, program: ExportedProgram, facts: CrossFacts) -> None:
+def check_seq2seq_matches_model(model: Any, program: ExportedProgram, facts: Seq2SeqSpec) -> None:
     """Raise CaptureError where the logits of the program's parts differ from the model's; see the module docstring.
 
     Nothing is checked on the meta device, nor for a program of fewer than three positions.
@@ -53,7 +53,7 @@ def prove_across(model: Any, program: ExportedProgram, facts: CrossFacts) -> Non
         )
 
 
-def _in_pieces(program: ExportedProgram, facts: CrossFacts, given: dict[str, Tensor], ids: Tensor) -> Tensor:
+def _in_pieces(program: ExportedProgram, facts: Seq2SeqSpec, given: dict[str, Tensor], ids: Tensor) -> Tensor:
     parts = {name: part_of(program, outputs) for name, outputs in facts.parts.items()}
 
     def run(name: str, **known: Any) -> Any:

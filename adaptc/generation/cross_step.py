@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from adaptc.capture.failures import run_model
-from adaptc.capture.replaced_forward import keyword, replaced_forward
+from adaptc.capture.explain_failure import run_model
+from adaptc.capture.patched_forward import keyword, replaced_forward
 from adaptc.errors import CaptureError
 from adaptc.generation.attention import packed_attention
-from adaptc.generation.layout import CacheLayout, cache_of
+from adaptc.generation.cache_layout import CacheLayout, cache_of
 from adaptc.generation.step import Step, example_step, learn_sizes, written_cache
 
 STATES, MASK = "states", "states_mask"

@@ -10,12 +10,12 @@ import torch
 
 from adaptc.errors import ConfigError
 from adaptc.errors import shown as shown_value
-from adaptc.generation.cross_facts import CROSS, CrossFacts
-from adaptc.generation.facts import KEEPS, NOTHING, ROOM, STATE, WINDOW, Facts
-from adaptc.generation.layout import KINDS, CacheLayout, LayerLayout, State, StateLayout
+from adaptc.generation.cache_layout import KINDS, CacheLayout, LayerLayout, State, StateLayout
+from adaptc.generation.cross_facts import CROSS, Seq2SeqSpec
+from adaptc.generation.spec import KEEPS, NOTHING, ROOM, STATE, WINDOW, GenerationSpec
 from adaptc.passes.analysis.cache_inputs import passes_of
-from adaptc.pt2_files.forms import Length, Maybe, Option, check
-from adaptc.pt2_files.refusal import Refused, shown
+from adaptc.pt2_files.json_schema import Length, Maybe, Option, check
+from adaptc.pt2_files.refusal import UnsafeFile, shown
 
 NAME = "adaptc.generation.json"
 FORMAT = 1
@@ -53,7 +53,7 @@ _FORM: dict[str, Any] = {
 _PLAIN = ("max_batch", "max_length", "positions", "embeds", "vocabulary", "width")
 
 
-def described(facts: Facts) -> dict[str, str]:
+def described(facts: GenerationSpec) -> dict[str, str]:
     """Return the facts as JSON, by the name of the file beside the program.
 
     Raises ConfigError where a config has an attribute that JSON cannot hold.
@@ -73,7 +73,7 @@ def described(facts: Facts) -> dict[str, str]:
         stored["acts"] = list(facts.acts)
     if isinstance(facts.layout, StateLayout):
         stored["states"] = [{**vars(s), "dtype": _name(s.dtype)} for s in facts.layout.states]
-    if isinstance(facts, CrossFacts):
+    if isinstance(facts, Seq2SeqSpec):
         stored["across"] = {
             **{name: getattr(facts, name) for name in ("main", "features", "source", "hidden", "strides")},
             "layers": [vars(layer) for layer in facts.cross.layers],
@@ -84,22 +84,22 @@ def described(facts: Facts) -> dict[str, str]:
 
 def facts_of(
     stored: Any, inputs: Collection[str], tokenizer: Callable[[], Any] | None = None, outputs: Collection[str] = ()
-) -> Facts:
+) -> GenerationSpec:
     """Return the facts that :func:`described` has stored, for the program that was saved with them.
 
     ``inputs`` are the names of the program's inputs, ``outputs`` those of its outputs that have names. ``tokenizer``
-    returns the tokenizer that came with the program. Raises Refused where the facts cannot be read or do not fit the
+    returns the tokenizer that came with the program. Raises UnsafeFile where the facts cannot be read or do not fit the
     program.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if not isinstance(stored, dict) or stored.get("format") != FORMAT:
         found = stored.get("format") if isinstance(stored, dict) else stored
-        raise Refused(f"its format is {found!r}, and this adaptc reads {FORMAT}")
+        raise UnsafeFile(f"its format is {found!r}, and this adaptc reads {FORMAT}")
     check(stored, _FORM)
     kind = stored["config"].get("model_type")
     if kind not in CONFIG_MAPPING:
-        raise Refused(f"this release of transformers has no model_type {kind!r}")
+        raise UnsafeFile(f"this release of transformers has no model_type {kind!r}")
     layout, across = _layout(stored).of_passes(passes_of(inputs)), stored.get("across")
     known = {
         "config": CONFIG_MAPPING[kind].from_dict(stored["config"]),
@@ -113,17 +113,17 @@ def facts_of(
         "acts": tuple(stored.get("acts", ())),
     }
     if known["keeps"] == WINDOW and layout.window is None:
-        raise Refused("its layers keep a window, and it has none")
+        raise UnsafeFile("its layers keep a window, and it has none")
     if known["keeps"] not in KEEPS or (known["keeps"] == NOTHING) != (not layout.names):
-        raise Refused(f"what it keeps is {shown(known['keeps'])}, of {len(layout.layers)} layers")
+        raise UnsafeFile(f"what it keeps is {shown(known['keeps'])}, of {len(layout.layers)} layers")
     if across is None:
         if not {*layout.names, *known["acts"]} <= set(inputs) or (known["keeps"] in (NOTHING, STATE)) == (
             "slots" in inputs
         ):
-            raise Refused("its program has no such cache")
-        return Facts(**known)
+            raise UnsafeFile("its program has no such cache")
+        return GenerationSpec(**known)
     cross, features = _layout(across, CROSS), across["features"]
-    facts = CrossFacts(
+    facts = Seq2SeqSpec(
         **known,
         main=across["main"],
         features=None if features is None else tuple(features),
@@ -134,7 +134,7 @@ def facts_of(
     )
     lost = {n for names in facts.parts.values() for n in names} - set(outputs)
     if lost or not {*layout.names, *cross.names, facts.main} <= set(inputs):
-        raise Refused("its program has no such parts")
+        raise UnsafeFile("its program has no such parts")
     return facts
 
 
@@ -171,7 +171,7 @@ def _generation_config(stored: dict[str, Any]) -> Any:
 def _layout(stored: Any, prefix: str = "") -> CacheLayout:
     if "states" in stored:
         if strange := [s["kind"] for s in stored["states"] if s["kind"] not in KINDS]:
-            raise Refused(f"a state is one of {shown(strange[0])}")
+            raise UnsafeFile(f"a state is one of {shown(strange[0])}")
         states = tuple(State(**s | {"sizes": tuple(s["sizes"]), "dtype": _dtype(s["dtype"])}) for s in stored["states"])
         return StateLayout((), _dtype(stored["dtype"]), prefix, states=states)
     return CacheLayout(tuple(LayerLayout(**layer) for layer in stored["layers"]), _dtype(stored["dtype"]), prefix)
@@ -179,7 +179,7 @@ def _layout(stored: Any, prefix: str = "") -> CacheLayout:
 
 def _pair(numbers: list[int]) -> tuple[int, int]:
     if len(numbers) != 2:
-        raise Refused(f"its strides are {shown(numbers)}, which should be two")
+        raise UnsafeFile(f"its strides are {shown(numbers)}, which should be two")
     return numbers[0], numbers[1]
 
 
@@ -190,5 +190,5 @@ def _name(dtype: torch.dtype) -> str:
 def _dtype(name: str) -> torch.dtype:
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
-        raise Refused(f"{name!r} is no dtype")
+        raise UnsafeFile(f"{name!r} is no dtype")
     return found

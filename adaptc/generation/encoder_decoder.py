@@ -17,26 +17,26 @@ import torch
 from torch import Tensor, nn
 
 from adaptc.errors import AdaptcError
-from adaptc.generation import checks, cross_checks
+from adaptc.generation import cross_checks, validate
+from adaptc.generation.adapter_inputs import taken_from, with_given
 from adaptc.generation.cache_change import CacheChange
 from adaptc.generation.cross_cache import CrossCache, cross_cache_class
-from adaptc.generation.cross_facts import CrossFacts
-from adaptc.generation.cross_front import DECODED, ENCODED, for_encoder, mask_of_states, popped
+from adaptc.generation.cross_facts import Seq2SeqSpec
+from adaptc.generation.cross_front import DECODED, ENCODED, for_encoder, mask_of_states, pop_adapter_inputs
 from adaptc.generation.cross_step import MASK, STATES, stepping_across
-from adaptc.generation.facts import past_name
-from adaptc.generation.front import count_in_front, front_of
+from adaptc.generation.example_steps import drawn, pair, step_across
+from adaptc.generation.front import count_in_front, prefix_for
 from adaptc.generation.generate_options import check_options
 from adaptc.generation.generator import Generator, cut_positions
-from adaptc.generation.given import taken_from, with_given
 from adaptc.generation.package_files import carried
-from adaptc.generation.random_steps import drawn, pair, step_across
-from adaptc.packages.run import BoundPackage, PackagedProgram
+from adaptc.generation.spec import past_name
+from adaptc.packages.packaged_program import BoundPackage, PackagedProgram
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.assigned import Assignment
 from adaptc.program.bound import Bound
 from adaptc.program.core import ProgramCore
+from adaptc.program.overrides import SCALE
 from adaptc.program.parts import Part, pinned_parts
-from adaptc.program.views import SCALE
 from adaptc.runtime.answers import as_asked
 
 _NOTHING: Mapping[str, Tensor] = MappingProxyType({})
@@ -50,10 +50,10 @@ class EncoderDecoder(Generator):
     each of the three parts. ``.program(...)`` computes all parts at once.
     """
 
-    facts: CrossFacts
+    facts: Seq2SeqSpec
 
     def __init__(
-        self, runs: AdaptedProgram | Bound | Assignment | PackagedProgram | BoundPackage, facts: CrossFacts
+        self, runs: AdaptedProgram | Bound | Assignment | PackagedProgram | BoundPackage, facts: Seq2SeqSpec
     ) -> None:
         super().__init__(runs, facts)
         self.main_input_name = facts.main
@@ -104,7 +104,7 @@ class EncoderDecoder(Generator):
         Raises AdaptcError for what the program cannot do, before anything is decoded or a cache is written to.
         """
         check_options(kwargs, generation_config, self.facts.vocabulary)
-        scale, given = kwargs.pop(SCALE, None), popped(self._runs, kwargs)
+        scale, given = kwargs.pop(SCALE, None), pop_adapter_inputs(self._runs, kwargs)
         if (states := cross_checks.given_states(kwargs.get("encoder_outputs"))) is not None:
             kwargs["attention_mask"] = mask_of_states(self._runs, states, kwargs.get("attention_mask"))
         inputs, kwargs = cross_checks.arguments(self.facts, inputs, kwargs)
@@ -122,9 +122,9 @@ class EncoderDecoder(Generator):
         """
         pinned = self.pinned()
         made = pinned.new_cache()
-        pinned.given = popped(self._runs, given)
+        pinned.given = pop_adapter_inputs(self._runs, given)
         extra = taken_from(self._runs, given, inputs.shape[0])
-        checks.refuse_strange(given)
+        validate.refuse_strange(given)
         with torch.no_grad():
             pinned.begin(made, pinned.encode(inputs, attention_mask, extra), attention_mask, extra)
         return made
@@ -133,7 +133,7 @@ class EncoderDecoder(Generator):
         """Return a cache that holds nothing but the current adapter's KV prefix for the decoder."""
         made = cross_cache_class()(self.facts.layout, self.facts, self.facts.max_length, self.device)
         step = self.kept_parts()["step"]
-        if (front := front_of(self._runs, step, self.facts, self.device, {}, DECODED)) is not None:
+        if (front := prefix_for(self._runs, step, self.facts, self.device, {}, DECODED)) is not None:
             cross_checks.places(self.facts, front)
             made.begin(front)
         return made
@@ -209,10 +209,10 @@ class EncoderDecoder(Generator):
         past = past_key_values if cache is None else cache
         # Whisper detects the language in a step of its own with use_cache=False, whose new cache is not returned.
         keeps = past is not None or use_cache is not False
-        given = popped(self._runs, others) if self.parts is None else self.given
+        given = pop_adapter_inputs(self._runs, others) if self.parts is None else self.given
         rows = decoder_input_ids.shape[0] if isinstance(decoder_input_ids, Tensor) else 0
         extra = taken_from(self._runs, others, rows) if rows else {}
-        checks.forward(decoder_input_ids, None, use_cache if keeps else None, others)
+        validate.forward(decoder_input_ids, None, use_cache if keeps else None, others)
         assert decoder_input_ids is not None
         pinned = self if self.parts is not None else self.pinned()
         pinned.given = given
@@ -223,10 +223,10 @@ class EncoderDecoder(Generator):
             past.check_finished(inside=self.parts is not None)
         rows, tokens = decoder_input_ids.shape
         before, total = past.length, past.length + tokens
-        checks.fits(self.facts, rows, total, begun=past.begun)
-        checks.tokens(self.facts, decoder_input_ids)
-        checks.check_mask(decoder_attention_mask, (rows, tokens), past.decoded)
-        checks.step(self.facts, rows, tokens, decoder_position_ids, logits_to_keep)
+        validate.fits(self.facts, rows, total, begun=past.begun)
+        validate.tokens(self.facts, decoder_input_ids)
+        validate.check_mask(decoder_attention_mask, (rows, tokens), past.decoded)
+        validate.step(self.facts, rows, tokens, decoder_position_ids, logits_to_keep)
         with CacheChange(past):
             if past.states is None:
                 states = cross_checks.given_states(encoder_outputs)
@@ -280,7 +280,7 @@ class EncoderDecoder(Generator):
         if next_sequence_length is not None:
             input_ids = input_ids[:, -next_sequence_length:]
         cut_positions(kwargs, "decoder_position_ids", input_ids.shape[1])
-        return {"decoder_input_ids": input_ids, **{n: v for n, v in kwargs.items() if n not in checks.MODE}}
+        return {"decoder_input_ids": input_ids, **{n: v for n, v in kwargs.items() if n not in validate.MODE}}
 
     def _prepare_cache_for_generation(
         self,
@@ -295,9 +295,9 @@ class EncoderDecoder(Generator):
         each = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         if past is not None and each > 1:
             cross_checks.nothing_decoded(past)
-        checks.generation(self.facts, generation_config, generation_mode, batch_size, max_cache_length, None, 0)
+        validate.generation(self.facts, generation_config, generation_mode, batch_size, max_cache_length, None, 0)
         made = self.new_cache() if past is None else past
-        checks.fits(self.facts, batch_size * each, max_cache_length + made.begun, begun=made.begun)
+        validate.fits(self.facts, batch_size * each, max_cache_length + made.begun, begun=made.begun)
         if past is None:
             model_kwargs[name] = made
         elif each > 1:
@@ -330,7 +330,7 @@ class Encoder:
     ) -> Any:
         from transformers.modeling_outputs import BaseModelOutput
 
-        checks.refuse({"output_attentions": output_attentions, "output_hidden_states": output_hidden_states})
+        validate.refuse({"output_attentions": output_attentions, "output_hidden_states": output_hidden_states})
         facts = self.owner.facts
         source = cross_checks.needed(facts, input_features if facts.features else input_ids)
         # All further arguments are the decoder's, which checks them.

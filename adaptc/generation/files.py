@@ -12,10 +12,10 @@ from adaptc.errors import CheckpointError
 from adaptc.generation.description import NAME, facts_of
 from adaptc.generation.generator import Generator
 from adaptc.generation.kinds import generator_of
-from adaptc.passes.ir.part import outputs_of
+from adaptc.passes.ir.subprogram import outputs_of
 from adaptc.program.adapted import AdaptedProgram
-from adaptc.pt2_files.beside import read_beside
-from adaptc.pt2_files.refusal import Refused, reason, shown_path
+from adaptc.pt2_files.refusal import UnsafeFile, reason, shown_path
+from adaptc.pt2_files.sidecar import read_beside
 
 
 def generator_in(path: Path, program: AdaptedProgram) -> Generator | None:
@@ -30,7 +30,7 @@ def generator_in(path: Path, program: AdaptedProgram) -> Generator | None:
         facts = facts_of(stored, program.adaptation.inputs(program).names, outputs=outputs_of(program))
         return generator_of(program, facts)
     except Exception as error:  # transformers raises many types for a broken config
-        why = str(error) if isinstance(error, Refused) else reason(error)
+        why = str(error) if isinstance(error, UnsafeFile) else reason(error)
         raise CheckpointError(
             f"{shown_path(path)}: what it says of generation cannot be read: {why}. Save it again from the model"
         ) from error

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import AdaptcError, ConfigError
-from adaptc.generation import checks
-from adaptc.generation.facts import NOTHING, Facts
-from adaptc.generation.opening import Opening
+from adaptc.generation import validate
+from adaptc.generation.opening import CachePrefix
 from adaptc.generation.row_fronts import front_of_rows
+from adaptc.generation.spec import NOTHING, GenerationSpec
 from adaptc.generation.ways import cache_for, run_as
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.program_method import OPENINGS, ProgramMethod
@@ -28,8 +28,8 @@ from adaptc.program.bound import program_of
 from adaptc.program.core import ProgramCore
 from adaptc.torch_modes import plainly
 
-#: binding -> how often each tensor that was read had been written to then, and the :class:`Opening` computed from them
-_KNOWN: WeakKeyDictionary[Any, tuple[Any, Opening]] = WeakKeyDictionary()
+#: binding -> how often each tensor that was read had been written to, and the :class:`CachePrefix` computed from them
+_KNOWN: WeakKeyDictionary[Any, tuple[Any, CachePrefix]] = WeakKeyDictionary()
 
 
 def begins(runs: Any, openings: Sequence[str] = OPENINGS) -> list[Attachment]:
@@ -48,7 +48,7 @@ def taken(runs: Any) -> list[str]:
     return [n for m in methods if isinstance(m, ProgramMethod) for n, e in m.extras().items() if e.place is None]
 
 
-def refuse_without_cache(runs: Any, facts: Facts, name: str) -> None:
+def refuse_without_cache(runs: Any, facts: GenerationSpec, name: str) -> None:
     """Raise ConfigError where an adapter has virtual tokens and the step has no cache, or takes no embeddings for a
     prompt."""
     for a in begins(runs):
@@ -65,14 +65,14 @@ def refuse_without_cache(runs: Any, facts: Facts, name: str) -> None:
 
 
 @torch.no_grad()
-def front_of(
+def prefix_for(
     runs: Any,
     step: Any,
-    facts: Facts,
+    facts: GenerationSpec,
     device: torch.device,
     given: Mapping[str, Any],
     openings: Sequence[str] = OPENINGS,
-) -> Opening | None:
+) -> CachePrefix | None:
     """Return what a cache begins with for the adapter that ``step`` keeps; None where it has no virtual tokens.
 
     ``step`` None means the adapter that is current now. ``given`` has the values of the inputs that :func:`taken`
@@ -93,13 +93,13 @@ def front_of(
 
 def _of_one(
     runs: Any,
-    facts: Facts,
+    facts: GenerationSpec,
     device: torch.device,
     openings: Sequence[str],
     binding: Any,
     step: Callable[..., Any] | None,
     given: Mapping[str, Any],
-) -> Opening | None:
+) -> CachePrefix | None:
     """Return what a cache begins with for the one adapter in ``binding``, which ``step`` runs with; None for
     nothing."""
     found = [] if binding is None else _with_slots(runs, binding, openings)
@@ -112,7 +112,7 @@ def _of_one(
     check_room(count := sum(f.count for f in fronts), facts)
     own = [f.given(given, device) for f in fronts]
     if rows := [t.shape[0] for values in own for t in values.values()]:
-        checks.fits(facts, rows[0], count)
+        validate.fits(facts, rows[0], count)
         return _opened(fronts, step, facts, device, own)
     known, program = _KNOWN.get(binding), program_of(runs)
     if known is None or known[0] != _writes(program, binding):
@@ -136,19 +136,19 @@ def _with_slots(runs: Any, binding: Any, openings: Sequence[str]) -> list[Attach
 def _opened(
     fronts: Sequence[_Front],
     step: Callable[..., Any],
-    facts: Facts,
+    facts: GenerationSpec,
     device: torch.device,
     given: Sequence[Mapping[str, Tensor]],
-) -> Opening:
-    """Return the :class:`Opening` of several attachments, whose virtual tokens follow one another."""
-    made: Opening | None = None
+) -> CachePrefix:
+    """Return the :class:`CachePrefix` of several attachments, whose virtual tokens follow one another."""
+    made: CachePrefix | None = None
     for front, own in zip(fronts, given, strict=True):
         made = front.opening(step, facts, device, own, made)
     assert made is not None
     return made
 
 
-def check_room(count: int, facts: Facts) -> None:
+def check_room(count: int, facts: GenerationSpec) -> None:
     """Raise AdaptcError where ``count`` virtual tokens leave no room for a text."""
     if count >= facts.max_length:
         raise AdaptcError(
@@ -194,24 +194,24 @@ class _Front:
     def opening(
         self,
         step: Callable[..., Any],
-        facts: Facts,
+        facts: GenerationSpec,
         device: torch.device,
         given: Mapping[str, Tensor],
-        before: Opening | None,
-    ) -> Opening:
+        before: CachePrefix | None,
+    ) -> CachePrefix:
         """Return what a cache begins with: these virtual tokens behind ``before``, or alone where that is None."""
         if self.method.opening() == "cached":
             assert before is None
             rows = self.method.cached(self.slots, given)
             own = [t.unsqueeze(0).to(device, facts.layout.dtype) for t in rows]
-            return Opening(own * facts.layout.passes, self.count)
+            return CachePrefix(own * facts.layout.passes, self.count)
         rows = self.method.prompt(self.slots, given).to(device, facts.embeds_dtype)
         return _read(rows if rows.ndim == 3 else rows.unsqueeze(0), step, facts, device, before)
 
 
 def _read(
-    rows: Tensor, step: Callable[..., Any], facts: Facts, device: torch.device, before: Opening | None
-) -> Opening:
+    rows: Tensor, step: Callable[..., Any], facts: GenerationSpec, device: torch.device, before: CachePrefix | None
+) -> CachePrefix:
     """Return what the cache holds after ``before`` and a text of the embeddings ``rows`` (batch, count, width)."""
     batch, count = rows.shape[:2]
     begun = 0 if before is None else before.count
@@ -227,7 +227,7 @@ def _read(
     if facts.positions:
         inputs["position_ids"] = torch.arange(begun, begun + count, device=device).expand(batch, -1).contiguous()
     run_as(facts, step, past, inputs, count, 1)
-    return Opening(past.held(), begun + count, in_places=True)
+    return CachePrefix(past.held(), begun + count, in_places=True)
 
 
 def _refuse_given(given: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Generate with adapters: transformers' own ``generate`` over a step program.
 
-A call of ``generate`` takes the current adapter when it begins and keeps it to the end.
-The cache belongs to the call, or to the caller who passes one in.
+A call of ``generate`` keeps the adapter that is current when it begins.
+The cache belongs to the call, or to its caller.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ import torch
 from torch import Tensor, nn
 
 from adaptc.errors import AdaptcError, ConfigError
-from adaptc.generation import checks
-from adaptc.generation.acting import Acting, of_tokens, refuse_acting
+from adaptc.generation import validate
+from adaptc.generation.adapter_inputs import given_names, taken_from, with_given
 from adaptc.generation.bank import GeneratorBank, bank_of
 from adaptc.generation.behind import behind_front
 from adaptc.generation.cache import StepCache
 from adaptc.generation.cache_change import CacheChange
 from adaptc.generation.description import described
-from adaptc.generation.facts import NOTHING, Facts, past_name, step_output
-from adaptc.generation.front import begins, front_of, taken
+from adaptc.generation.example_steps import drawn, pair
+from adaptc.generation.front import begins, prefix_for, taken
 from adaptc.generation.generate_options import check_options
-from adaptc.generation.given import given_names, taken_from, with_given
 from adaptc.generation.package_files import carried
-from adaptc.generation.random_steps import drawn, pair
+from adaptc.generation.spec import NOTHING, GenerationSpec, past_name, step_output
 from adaptc.generation.step import token_inputs
+from adaptc.generation.token_gates import TokenGates, of_tokens, refuse_acting
 from adaptc.generation.two_passes import facts_for
 from adaptc.generation.ways import cache_for, run_as, stepping_as
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.bound import Keeping
-from adaptc.program.holder import Holder
-from adaptc.program.views import SCALE
+from adaptc.program.overrides import SCALE
+from adaptc.program.wrapper import ProgramWrapper
 from adaptc.runtime.answers import as_asked
 
 
-class Generator(Holder):
+class Generator(ProgramWrapper):
     """A generator over a step program, made by ``adaptc.compile_for_generation``.
 
     ``config`` and ``generation_config`` are copies of the model's.
@@ -51,7 +51,7 @@ class Generator(Holder):
     input_modalities = ("text",)
     _is_stateful = False
 
-    def __init__(self, runs: Any, facts: Facts) -> None:
+    def __init__(self, runs: Any, facts: GenerationSpec) -> None:
         #: a program, a package of one, or an adapter bound to either
         self._runs, self.facts = runs, facts_for(facts, runs)
         self.config, self.generation_config = facts.config, facts.generation_config
@@ -60,7 +60,7 @@ class Generator(Holder):
         #: the number of cache positions whose tokens are not part of ``input_ids``
         self.offset = 0
         #: the tokens at which an aLoRA adapter acts, while a generation is running
-        self.acting: Acting | None = None
+        self.acting: TokenGates | None = None
         #: whether this generation has computed a step
         self.begun = False
 
@@ -84,22 +84,22 @@ class Generator(Holder):
         return self._runs
 
     def holding(self, program: AdaptedProgram) -> Self:
-        """Return a generator with these facts for another version of the program.
+        """Return a generator for another version of the program.
 
-        Raises ConfigError where the program's adapters read token coefficients that this step does not take.
+        Raises ConfigError where its adapters read token coefficients that this step does not take.
         """
         reads = {n for a in program.adaptation.attachments for n in of_tokens(a.method)}
         refuse_acting(sorted(reads - set(self.facts.acts)), "a program that generates would be made")
         return self.with_runs(program)
 
     def with_runs(self, runs: Any) -> Self:
-        """Return a generator with these configs for ``runs``: another program, or a bound adapter."""
+        """Return a generator with these configs for another program or a bound adapter."""
         new = type(self)(runs, self.facts)
         new.config, new.generation_config = self.config, self.generation_config
         return new
 
     def _known(self) -> Any:
-        """Return the facts with the present configs."""
+        """Return the facts now."""
         return replace(self.facts, config=self.config, generation_config=self.generation_config)
 
     def beside(self) -> dict[str, str]:
@@ -182,9 +182,9 @@ class Generator(Holder):
             refuse_acting(self.facts.acts, "tokens of another adapter would stand in front")
             new = self.pinned(scale=scale)
             kwargs = behind_front(new, inputs, kwargs)
-            kwargs, new.offset, again = checks.arguments(self.facts, inputs, kwargs)
+            kwargs, new.offset, again = validate.arguments(self.facts, inputs, kwargs)
             return new.generated(inputs, generation_config, kwargs, again)
-        kwargs, offset, again = checks.arguments(self.facts, inputs, kwargs)
+        kwargs, offset, again = validate.arguments(self.facts, inputs, kwargs)
         new = self.pinned(offset, scale)
         if new.acting is not None:
             ids = kwargs.get("input_ids") if inputs is None else inputs
@@ -219,11 +219,11 @@ class Generator(Holder):
         ``task_ids``.
         """
         made = self.new_cache(**{n: given.pop(n) for n in taken(self._runs) if n in given})
-        checks.tokens(self.facts, input_ids)
+        validate.tokens(self.facts, input_ids)
         with torch.no_grad():
             positions = None
             if attention_mask is not None:
-                checks.check_mask(attention_mask, input_ids.shape, 0)
+                validate.check_mask(attention_mask, input_ids.shape, 0)
                 attention_mask = made.behind(attention_mask)
                 positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
                 positions = made.positions(positions[:, made.begun :])
@@ -236,7 +236,7 @@ class Generator(Holder):
         ``given`` has the inputs that these depend on, such as ``task_ids`` (batch,). Raises AdaptcError for inputs that
         the adapter does not take, or lacks.
         """
-        front = front_of(self._runs, self.step, self.facts, self.device, given)
+        front = prefix_for(self._runs, self.step, self.facts, self.device, given)
         return cache_for(self.facts, self.device, front)
 
     def pinned(self, offset: int = 0, scale: Any = None) -> Self:
@@ -249,7 +249,7 @@ class Generator(Holder):
         if self.step is None:
             new.step = runs.pinned(scale)
             if self.facts.acts and not begins(runs):
-                new.acting = Acting.of(self.facts.acts, runs, new.step.binding)  # type: ignore[union-attr]
+                new.acting = TokenGates.of(self.facts.acts, runs, new.step.binding)  # type: ignore[union-attr]
         new.offset, new.begun = offset, False
         return new
 
@@ -288,23 +288,23 @@ class Generator(Holder):
         given = {} if past is not None else {n: others.pop(n) for n in taken(self._runs) if n in others}
         asked = inputs_embeds if input_ids is None else input_ids
         extra = taken_from(self._runs, others, asked.shape[0]) if isinstance(asked, Tensor) and asked.ndim else {}
-        checks.forward(input_ids, inputs_embeds, None if bare else use_cache, others)
+        validate.forward(input_ids, inputs_embeds, None if bare else use_cache, others)
         if inputs_embeds is not None:
-            checks.embeddings(self.facts, inputs_embeds)
+            validate.embeddings(self.facts, inputs_embeds)
         elif self.step is None:  # a generation checks its tokens when it begins
-            checks.tokens(self.facts, input_ids)
+            validate.tokens(self.facts, input_ids)
         rows, tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]  # type: ignore[union-attr]
         if past is None:
             past = self.new_cache(**given)
             if isinstance(attention_mask, Tensor) and attention_mask.shape == (rows, tokens):
                 attention_mask = past.behind(attention_mask)
         else:
-            past = checks.own_cache(self.facts, past, rows)
+            past = validate.own_cache(self.facts, past, rows)
             past.check_finished(inside=self.step is not None)
         before, total = past.length, past.length + tokens
-        checks.fits(self.facts, rows, total, begun=past.begun)
-        checks.check_mask(attention_mask, (rows, tokens), before)
-        checks.step(self.facts, rows, tokens, position_ids, logits_to_keep)
+        validate.fits(self.facts, rows, total, begun=past.begun)
+        validate.check_mask(attention_mask, (rows, tokens), before)
+        validate.step(self.facts, rows, tokens, position_ids, logits_to_keep)
         now = self.pinned() if self.facts.acts and self.acting is None else self
         step, acting = now.step or self._runs, now.acting
         with CacheChange(past):
@@ -349,7 +349,7 @@ class Generator(Holder):
         if getattr(past, "in_places", False):  # transformers counts by the attention_mask
             kwargs["position_ids"] = past.positions(kwargs.get("position_ids"))  # type: ignore[union-attr]
         # Arguments of generation modes, such as a tokenizer, are handed on to steps; their names were checked before.
-        return {name: new, **{n: v for n, v in kwargs.items() if n not in checks.MODE}}
+        return {name: new, **{n: v for n, v in kwargs.items() if n not in validate.MODE}}
 
     def _prepare_cache_for_generation(
         self,
@@ -361,7 +361,7 @@ class Generator(Holder):
     ) -> None:
         name, offset = past_name(), self.offset
         past = model_kwargs.get(name)
-        checks.generation(self.facts, generation_config, generation_mode, batch_size, max_cache_length, past, offset)
+        validate.generation(self.facts, generation_config, generation_mode, batch_size, max_cache_length, past, offset)
         if past is None and generation_config.use_cache is False:
             return  # a program without a cache gets the whole text for each token
         if past is None:

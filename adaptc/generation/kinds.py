@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from adaptc.generation.cross_facts import CrossFacts
+from adaptc.generation.cross_facts import Seq2SeqSpec
 from adaptc.generation.encoder_decoder import encoder_decoder_class
-from adaptc.generation.facts import Facts
 from adaptc.generation.generator import Generator, generator_class
+from adaptc.generation.spec import GenerationSpec
 
 
-def generator_of(runs: Any, facts: Facts) -> Generator:
+def generator_of(runs: Any, facts: GenerationSpec) -> Generator:
     """Return the generator that runs ``runs``: a program, or a package of one."""
-    if isinstance(facts, CrossFacts):
+    if isinstance(facts, Seq2SeqSpec):
         return encoder_decoder_class(facts.features is not None)(runs, facts)
     return generator_class()(runs, facts)

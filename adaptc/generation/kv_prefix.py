@@ -20,7 +20,7 @@ from adaptc.binding.bind import file_tensors
 from adaptc.binding.binding import Binding
 from adaptc.binding.combine import part_of
 from adaptc.errors import AdaptcError, ConfigError, listing
-from adaptc.generation import checks
+from adaptc.generation import validate
 from adaptc.generation.front import check_room
 from adaptc.generation.generator import Generator
 from adaptc.generation.text_ids import ids_of
@@ -31,9 +31,9 @@ from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.program_method import ProgramMethod
 from adaptc.program.adapted import AdaptedProgram
-from adaptc.program.holder import Holder, check_program
 from adaptc.program.keys_of_text import keys_of_text
 from adaptc.program.swap import swapped
+from adaptc.program.wrapper import ProgramWrapper, check_program
 from adaptc.value_types import checked
 
 
@@ -110,7 +110,7 @@ def initialize_kv_prefix_from_text(
 
 def _read(generator: Generator, ids: Tensor) -> Any:
     """Return the base's cache after the tokens ``ids``, which keeps all positions in sliding-window layers, too."""
-    checks.tokens(generator.facts, ids)
+    validate.tokens(generator.facts, ids)
     base = generator.base
     past = base.new_cache()
     past.expected = ids.shape[1]
@@ -132,7 +132,7 @@ class _Target:
 
     @classmethod
     def of(cls, program: Any, name: str | None, count: int | None, what: str) -> _Target:
-        inside = program.program if isinstance(program, Holder) else program
+        inside = program.program if isinstance(program, ProgramWrapper) else program
         check_program(inside, what)
         named = {n: b.idle or b for n, b in inside.binding.named.items()}  # as they are when enabled
         if name is not None and name not in named:

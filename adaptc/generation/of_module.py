@@ -15,7 +15,7 @@ from torch import Tensor
 from adaptc.generation.compile import compile_for_generation
 from adaptc.generation.cross_facts import decoder_positions
 from adaptc.generation.generator import Generator
-from adaptc.passes.ir.exclusive import exclusive
+from adaptc.passes.ir.graph_lock import exclusive
 from adaptc.program.pretrained_module import PretrainedModule
 from adaptc.program.recapture import adapter_of, aside, model_of
 from adaptc.program.swap import swapped

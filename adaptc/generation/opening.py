@@ -14,7 +14,7 @@ from adaptc.errors import AdaptcError
 
 
 @dataclass(frozen=True, eq=False)
-class Opening:
+class CachePrefix:
     """The cache's contents for ``count`` virtual tokens, in ``tensors``: one for each tensor of the cache.
 
     Each tensor is (1, ...), or (rows, ...) where rows have virtual tokens of their own. ``in_places`` says how

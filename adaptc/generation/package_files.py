@@ -15,38 +15,38 @@ from typing import Any
 from adaptc.capture.model_files import why_no_tokenizer
 from adaptc.errors import CheckpointError, ConfigError
 from adaptc.generation.description import NAME, described, facts_of
-from adaptc.generation.facts import Facts
+from adaptc.generation.spec import GenerationSpec
 from adaptc.packages.manifest import Contents, can_carry
 from adaptc.pt2_files.names import loads
-from adaptc.pt2_files.refusal import Refused, reason
+from adaptc.pt2_files.refusal import UnsafeFile, reason
 
 _TOKENIZER = "tokenizer/"
 
 
-def carried(facts: Facts, tokenizer: Any = None) -> dict[str, bytes]:
+def carried(facts: GenerationSpec, tokenizer: Any = None) -> dict[str, bytes]:
     """Return the files of a package by path. Raises ConfigError for anything but a tokenizer that fits the program."""
     files = {name: text.encode() for name, text in described(facts).items()}
     return files if tokenizer is None else files | _files_of(_tokenizer(tokenizer), facts)
 
 
-def understood(contents: Contents) -> Facts | None:
+def understood(contents: Contents) -> GenerationSpec | None:
     """Return the facts from the files that :func:`carried` made; None for a package of a program alone.
 
-    Raises Refused where they cannot be read or do not fit the program.
+    Raises UnsafeFile where they cannot be read or do not fit the program.
     """
     files = contents.carried
     if NAME not in files:
         if files:
-            raise Refused(f"it carries {min(files)!r}, which is of no program")
+            raise UnsafeFile(f"it carries {min(files)!r}, which is of no program")
         return None
     tokenizer = {n.removeprefix(_TOKENIZER): data for n, data in files.items() if n.startswith(_TOKENIZER)}
     if strange := sorted(n for n in files if n != NAME and not n.startswith(_TOKENIZER)):
-        raise Refused(f"it carries {strange[0]!r}, which is none of what generates")
+        raise UnsafeFile(f"it carries {strange[0]!r}, which is none of what generates")
     inputs = {i.name for i in contents.manifest.inputs}
     outputs = [name for part in contents.manifest.parts.values() for name in part.outputs]
     try:
         return facts_of(loads(files[NAME], infinite=True), inputs, _reader(tokenizer) if tokenizer else None, outputs)
-    except Refused as error:
+    except UnsafeFile as error:
         raise error.inside(f"what it says of generation, {NAME!r}: ") from None
 
 
@@ -69,7 +69,7 @@ def _tokenizer(given: Any) -> Any:
         raise ConfigError(f"{path} has no tokenizer that can be read: {why_no_tokenizer(path, error)}") from error
 
 
-def _files_of(tokenizer: Any, facts: Facts) -> dict[str, bytes]:
+def _files_of(tokenizer: Any, facts: GenerationSpec) -> dict[str, bytes]:
     if len(tokenizer) > facts.vocabulary:
         raise ConfigError(
             f"the tokenizer has {len(tokenizer)} tokens, and the program was compiled for {facts.vocabulary}: give the "

@@ -13,8 +13,8 @@ from adaptc.generation.kinds import generator_of
 from adaptc.generation.package_files import understood
 from adaptc.packages.bank import PackagedBank
 from adaptc.packages.manifest import Contents
+from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.packages.report import PackageReport
-from adaptc.packages.run import PackagedProgram
 from adaptc.progress import stage
 
 

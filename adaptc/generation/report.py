@@ -7,11 +7,11 @@ from typing import overload
 from adaptc.errors import AdaptcError
 from adaptc.generation.bank import GeneratorBank
 from adaptc.packages.bank import PackagedBank
+from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.packages.report import PackageReport
-from adaptc.packages.run import PackagedProgram
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.bank import Bank
-from adaptc.program.holder import check_program, noted
+from adaptc.program.wrapper import check_program, noted
 from adaptc.reports.coverage import CoverageReport
 from adaptc.rows.report import BankReport
 from adaptc.value_types import checked

@@ -1,7 +1,7 @@
 """Compute what a fresh cache begins with where each row has an adapter of its own.
 
-The result is one :class:`Opening` for all rows. A row with fewer virtual tokens has masked empty positions before them,
-so that all texts begin at one position of the cache. Its position_ids are those of a batch of its own.
+The result is one :class:`CachePrefix` for all rows. A row with fewer virtual tokens has masked empty positions before
+them, so that all texts begin at one position of the cache. Its position_ids are those of a batch of its own.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from adaptc.errors import AdaptcError, ConfigError
-from adaptc.generation.facts import STATE, Facts
-from adaptc.generation.opening import Opening
+from adaptc.generation.opening import CachePrefix
+from adaptc.generation.spec import STATE, GenerationSpec
 from adaptc.rows.assignment import Mixes
 
-Opened = Callable[[str, Mapping[str, Any]], Opening | None]
+Opened = Callable[[str, Mapping[str, Any]], CachePrefix | None]
 
 
-def front_of_rows(mixes: Mixes, opened: Opened, facts: Facts, given: Mapping[str, Any]) -> Opening | None:
+def front_of_rows(mixes: Mixes, opened: Opened, facts: GenerationSpec, given: Mapping[str, Any]) -> CachePrefix | None:
     """Return what a cache begins with for rows of these ``mixes``; None where no row has virtual tokens.
 
     ``opened(name, given)`` returns what a cache begins with for one adapter, from the values for its rows. ``given``
@@ -32,7 +32,7 @@ def front_of_rows(mixes: Mixes, opened: Opened, facts: Facts, given: Mapping[str
     for i, mix in enumerate(mixes):
         for name in mix:
             rows.setdefault(name, []).append(i)
-    found: dict[str, Opening] = {}
+    found: dict[str, CachePrefix] = {}
     for name, index in rows.items():
         one = opened(name, {n: _of(n, v, index, len(mixes)) for n, v in given.items() if v is not None})
         if one is not None:
@@ -69,7 +69,9 @@ def _check_alone(name: str, mixes: list[Mapping[str, float]]) -> None:
             )
 
 
-def _joined(found: Mapping[str, Opening], rows: Mapping[str, list[int]], count: int, facts: Facts) -> Opening:
+def _joined(
+    found: Mapping[str, CachePrefix], rows: Mapping[str, list[int]], count: int, facts: GenerationSpec
+) -> CachePrefix:
     longest, first = max(one.count for one in found.values()), next(iter(found.values()))
     ahead = torch.full((count,), longest, device=first.tensors[0].device)
     out: list[Tensor] = []
@@ -83,4 +85,4 @@ def _joined(found: Mapping[str, Opening], rows: Mapping[str, list[int]], count: 
         for made, own in zip(out, one.tensors, strict=True):
             wide = own.expand(len(index), *own.shape[1:])
             made[index] = wide if facts.keeps == STATE else pad(wide, (0, 0, empty, 0))
-    return Opening(out, longest, first.in_places, ahead)
+    return CachePrefix(out, longest, first.in_places, ahead)

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from adaptc.generation.cache import StepCache
-from adaptc.generation.facts import NOTHING
 from adaptc.generation.generator import Generator
+from adaptc.generation.spec import NOTHING
 from adaptc.program.bound import Bound
 from adaptc.program.core import ProgramCore
 from adaptc.program.scalings import check_scalings, scalings_of

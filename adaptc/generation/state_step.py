@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from adaptc.capture.replaced_forward import keyword, replaced_forward
+from adaptc.capture.patched_forward import keyword, replaced_forward
 from adaptc.errors import AdaptcError, CaptureError
 from adaptc.generation.cache import StepCache
-from adaptc.generation.layout import StateLayout
-from adaptc.generation.ring import Extent
+from adaptc.generation.cache_layout import StateLayout
+from adaptc.generation.sliding_window import Extent
 from adaptc.generation.step import Step, embedding
 
 _ROWS = 3

@@ -30,11 +30,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from adaptc.capture.replaced_forward import keyword, replaced_forward
+from adaptc.capture.patched_forward import keyword, replaced_forward
 from adaptc.errors import CaptureError
 from adaptc.generation.attention import packed_attention
-from adaptc.generation.layout import CacheLayout
-from adaptc.generation.ring import Places, ring_masks
+from adaptc.generation.cache_layout import CacheLayout
+from adaptc.generation.sliding_window import RingPositions, ring_masks
 
 #: sizes of the example inputs: all different and none of them one, because torch would specialize on these
 _ROWS, _TOKENS, _LENGTH, _KEPT, _RING = 3, 5, 11, 2, 7
@@ -220,7 +220,7 @@ def _layer_class() -> type:
             return keys.index_copy_(2, where, key_states), values.index_copy_(2, where, value_states)
 
         def get_mask_sizes(self, *args: Any) -> tuple[int, Any]:
-            return self.max_cache_len, Places.after(self.slots, self.max_cache_len) if self.ring else 0
+            return self.max_cache_len, RingPositions.after(self.slots, self.max_cache_len) if self.ring else 0
 
         def get_seq_length(self) -> Tensor:
             return self.cumulative_length

@@ -15,7 +15,7 @@ from typing import Any
 
 from adaptc.binding.source import as_config
 from adaptc.errors import AdaptcError
-from adaptc.generation.facts import NOTHING, Facts
+from adaptc.generation.spec import NOTHING, GenerationSpec
 from adaptc.passes.analysis.cache_inputs import passes_of
 from adaptc.passes.ir.lifted import user_inputs
 from adaptc.program.assigned import Assigned
@@ -24,7 +24,7 @@ from adaptc.program.core import ProgramCore
 from adaptc.rows.assignment import used
 
 
-def facts_for(facts: Facts, runs: Any) -> Facts:
+def facts_for(facts: GenerationSpec, runs: Any) -> GenerationSpec:
     """Return the facts with the cache layout that ``runs`` needs: a program, a package, or what is bound to either."""
     if facts.keeps == NOTHING:
         return facts

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptc.generation.acting import refuse_acting
 from adaptc.generation.cache import StepCache, cache_class
-from adaptc.generation.facts import EXACT, NOTHING, STATE, WINDOW, Facts
-from adaptc.generation.layout import CacheLayout, StateLayout
-from adaptc.generation.opening import Opening
-from adaptc.generation.pieces import run
+from adaptc.generation.cache_layout import CacheLayout, StateLayout
+from adaptc.generation.chunked_prefill import run
+from adaptc.generation.opening import CachePrefix
+from adaptc.generation.spec import EXACT, NOTHING, STATE, WINDOW, GenerationSpec
 from adaptc.generation.state_step import run_states, state_cache_class, stepping_states
 from adaptc.generation.step import Step, stepping
+from adaptc.generation.token_gates import refuse_acting
 from adaptc.generation.whole_step import TEXT, run_whole, stepping_whole
 
 
@@ -37,7 +37,7 @@ def stepping_as(
 
 
 def run_as(
-    facts: Facts,
+    facts: GenerationSpec,
     step: Callable[..., Any],
     past: StepCache,
     inputs: Mapping[str, Tensor],
@@ -52,7 +52,7 @@ def run_as(
     return run(step, past, inputs, tokens, keep, facts.keeps == EXACT)
 
 
-def cache_for(facts: Facts, device: torch.device, front: Opening | None = None) -> StepCache:
+def cache_for(facts: GenerationSpec, device: torch.device, front: CachePrefix | None = None) -> StepCache:
     """Return a cache that holds nothing but ``front``."""
     layout = TEXT if facts.keeps == NOTHING else facts.layout
     made = state_cache_class() if facts.keeps == STATE else cache_class()

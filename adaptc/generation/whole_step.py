@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptc.capture.replaced_forward import keyword, replaced_forward
+from adaptc.capture.patched_forward import keyword, replaced_forward
 from adaptc.errors import CaptureError
 from adaptc.generation.cache import StepCache
-from adaptc.generation.layout import CacheLayout, LayerLayout
+from adaptc.generation.cache_layout import CacheLayout, LayerLayout
 from adaptc.generation.step import Step, example_step
 
 #: the layout of a cache that holds a text: its token ids as keys, its position_ids as values

@@ -8,18 +8,18 @@ from adaptc.methods._attention_config import AttentionConfig
 from adaptc.methods._config import AdapterConfig, TargetedConfig
 from adaptc.methods._default_targets import OTHER_MEANING, adapts_defaults
 from adaptc.methods._experts import Experts, apart, side_by_side
-from adaptc.methods._in_front import PROMPT
 from adaptc.methods._key_values import KeyValueConfig, as_rows
 from adaptc.methods._model_facts import ModelFacts
 from adaptc.methods._name_patterns import check_patterns, endings, pattern_value, value_table
 from adaptc.methods._parts import Part
 from adaptc.methods._program_config import ProgramConfig
 from adaptc.methods._registry import check_registered, config_class, is_own, method_of, register_method
+from adaptc.methods._saved_modules import TokenRows, Whole
 from adaptc.methods._sizes import check_sizes
 from adaptc.methods._stacked import Stacked
-from adaptc.methods._united import exactly, united
+from adaptc.methods._union_configs import exactly, united
+from adaptc.methods._virtual_token_method import PROMPT
 from adaptc.methods._virtual_tokens import VirtualTokens
-from adaptc.methods._whole import TokenRows, Whole
 
 __all__ = [
     "OTHER_MEANING",

@@ -20,7 +20,7 @@ from adaptc.methods._default_targets import adapts_defaults, defaults
 from adaptc.methods._model_facts import ModelFacts
 from adaptc.methods._name_patterns import MANY, matches_pattern, value_table
 from adaptc.methods._parts import Part, Written
-from adaptc.methods._united import united
+from adaptc.methods._union_configs import united
 from adaptc.passes.ir.method import Method
 from adaptc.value_types import fitting, table
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import ConfigError, TargetError
-from adaptc.methods._in_front import InFront
 from adaptc.methods._model_facts import ModelFacts
 from adaptc.methods._program_config import ProgramConfig
+from adaptc.methods._virtual_token_method import InFront
 from adaptc.passes.analysis.attention_places import Attentions
 from adaptc.passes.ir.coefficients import Given
 from adaptc.passes.ir.method_hooks import Slots

@@ -89,8 +89,8 @@ METHODS: dict[str, str] = {
     "cpt": "adaptc.methods.cpt:Cpt",
     "adaption_prompt": "adaptc.methods.adaption_prompt:AdaptionPrompt",
     "stacked": "adaptc.methods._stacked:Stacked",
-    "whole": "adaptc.methods._whole:Whole",
-    "trainable_tokens": "adaptc.methods._whole:TokenRows",
+    "whole": "adaptc.methods._saved_modules:Whole",
+    "trainable_tokens": "adaptc.methods._saved_modules:TokenRows",
 }
 
 #: the group of entry points through which other distributions add methods

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adaptc.methods._in_front import PROMPT, InFront
+from adaptc.methods._virtual_token_method import PROMPT, InFront
 from adaptc.passes.ir.coefficients import Given
 from adaptc.passes.ir.method_hooks import Slot, Slots
 from adaptc.passes.ir.ops import Op, cast

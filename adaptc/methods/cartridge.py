@@ -16,8 +16,8 @@ from torch import Tensor
 
 from adaptc.errors import ConfigError
 from adaptc.methods._checks import check_integers
-from adaptc.methods._in_front import PROMPT
 from adaptc.methods._key_values import KeyValueConfig, KeyValues
+from adaptc.methods._virtual_token_method import PROMPT
 from adaptc.passes.ir.method import Initial
 from adaptc.passes.ir.method_hooks import Slot, Slots
 from adaptc.passes.ir.ops import Op

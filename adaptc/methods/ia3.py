@@ -21,7 +21,7 @@ from adaptc.errors import ConfigError, nearest
 from adaptc.methods._checks import check_matrix
 from adaptc.methods._config import TargetedConfig
 from adaptc.methods._model_facts import ModelFacts
-from adaptc.methods._united import exactly
+from adaptc.methods._union_configs import exactly
 from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots
 from adaptc.passes.ir.ops import Op, cast
 from adaptc.patterns import compiled

@@ -14,7 +14,7 @@ from typing import ClassVar, Self
 
 from adaptc.methods._config import TargetedConfig
 from adaptc.methods._model_facts import ModelFacts
-from adaptc.methods._whole import Whole
+from adaptc.methods._saved_modules import Whole
 
 PLACE = "ln_tuning_layers"
 _NORM = re.compile(r"(Layer|RMS)_?Norm\w*$", re.IGNORECASE)

@@ -21,8 +21,8 @@ from adaptc.methods._attention_config import AttentionConfig
 from adaptc.methods._config import TargetedConfig
 from adaptc.methods._program_config import ProgramConfig
 from adaptc.methods._registry import CONFIGS, config_class
+from adaptc.methods._saved_modules import TokenRows, Whole
 from adaptc.methods._stacked import Stacked
-from adaptc.methods._whole import TokenRows, Whole
 from adaptc.passes.ir.method import Method
 from adaptc.passes.ir.ops import Op
 from adaptc.tables import table

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from adaptc.errors import ConfigError, shown
 from adaptc.methods._checks import check_integers, check_probability, tell_unused
-from adaptc.methods._made_rows import NETWORK, MadeRows
 from adaptc.methods._model_facts import ModelFacts
 from adaptc.methods._program_config import ProgramConfig
+from adaptc.methods._reparameterized_prompt import NETWORK, MadeRows
 from adaptc.methods._virtual_tokens import VirtualTokens
 from adaptc.passes.analysis.attention_places import Attentions
 from adaptc.passes.ir.coefficients import Given

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from adaptc.errors import ConfigError, shown
 from adaptc.methods._checks import check_integers
-from adaptc.methods._in_front import PROMPT
 from adaptc.methods._key_values import KeyValueConfig, KeyValues
-from adaptc.methods._made_rows import NETWORK, MadeRows
 from adaptc.methods._model_facts import ModelFacts
+from adaptc.methods._reparameterized_prompt import NETWORK, MadeRows
+from adaptc.methods._virtual_token_method import PROMPT
 from adaptc.passes.analysis.attention_places import Attentions
 from adaptc.passes.ir.method import Initial
 from adaptc.passes.ir.method_hooks import Slot, Slots

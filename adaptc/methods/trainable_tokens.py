@@ -13,7 +13,7 @@ from typing import ClassVar, Self
 from adaptc.errors import ConfigError
 from adaptc.methods._config import TargetedConfig
 from adaptc.methods._model_facts import ModelFacts
-from adaptc.methods._whole import TokenRows
+from adaptc.methods._saved_modules import TokenRows
 
 
 @dataclass

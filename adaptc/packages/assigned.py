@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adaptc.binding.binding import Binding
 from adaptc.packages.manifest import Input
-from adaptc.packages.run import PackagedProgram
+from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.program.assigned import Assignment, repeated
 from adaptc.program.parts import Part
 from adaptc.rows.assignment import Mixes, coefficients, used

@@ -23,9 +23,9 @@ from adaptc.errors import AdaptcError, ConfigError, listing, shown
 from adaptc.locks import free_in_children
 from adaptc.packages.assigned import PackagedAssignment
 from adaptc.packages.constants import Fitted
-from adaptc.packages.run import PackagedProgram
+from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.program.warm import most_of
-from adaptc.rows.assignment import check_known, mixes_of, used
+from adaptc.rows.assignment import check_known, parse_row_adapters, used
 from adaptc.rows.report import BankReport
 
 
@@ -81,7 +81,7 @@ class PackagedBank:
         While it exists, no other adapter is written to the places of its adapters. Raises AdaptcError for a name that
         the bank does not have, and for an adapter that two interrupts of :meth:`replace` left incomplete.
         """
-        mixes = mixes_of(adapters)
+        mixes = parse_row_adapters(adapters)
         with self._lock:
             names, now = used(mixes), self._now
             check_known(names, now)

@@ -23,8 +23,8 @@ import torch
 from torch.export import ExportedProgram
 
 from adaptc.errors import BackendError
-from adaptc.passes.ir.exclusive import on_graphs
-from adaptc.peft_files.torch_writer import writing
+from adaptc.passes.ir.graph_lock import on_graphs
+from adaptc.peft_files.safe_torch_save import writing
 from adaptc.progress import stage
 
 OPTIONS: Mapping[str, Any] = {

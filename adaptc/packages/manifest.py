@@ -30,14 +30,14 @@ from torch import Tensor
 
 from adaptc.errors import AdaptcError, BackendError, CheckpointError
 from adaptc.methods import method_of
-from adaptc.packages.fields import FORM
+from adaptc.packages.manifest_schema import FORM
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.ops import TABLE, Op
 from adaptc.program.adaptation import check_header
 from adaptc.pt2_files.archive import Archive, opened
-from adaptc.pt2_files.forms import Each, Option, check
+from adaptc.pt2_files.json_schema import Each, Option, check
 from adaptc.pt2_files.names import loads
-from adaptc.pt2_files.refusal import Refused, reason, shown, shown_path
+from adaptc.pt2_files.refusal import UnsafeFile, reason, shown, shown_path
 from adaptc.runtime.call_inputs import TensorInput
 from adaptc.runtime.rank_padding import Padding
 
@@ -215,7 +215,7 @@ def refusing(path: Path) -> Iterator[None]:
     except (CheckpointError, BackendError):
         raise
     except Exception as error:  # a forged file can break any reader of its fields
-        why = str(error) if isinstance(error, (Refused, AdaptcError)) else reason(error)
+        why = str(error) if isinstance(error, (UnsafeFile, AdaptcError)) else reason(error)
         raise CheckpointError(
             f"{shown_path(path)} is not a packaged program, or is damaged: {why}. Package or download it again"
         ) from error
@@ -226,7 +226,7 @@ def _read(path: Path, archive: Archive) -> Contents:
         raise _no_manifest(path, list(archive.records))
     data = loads(archive.read(MANIFEST, _MOST_JSON), infinite=True)  # an input may be the constant inf
     if not isinstance(data, dict) or "format" not in data:
-        raise Refused("its manifest has no format number")
+        raise UnsafeFile("its manifest has no format number")
     if data["format"] != FORMAT:
         raise CheckpointError(
             f"{shown_path(path)} has package format {shown(data['format'])}, and this adaptc reads {FORMAT}; package "
@@ -235,10 +235,10 @@ def _read(path: Path, archive: Archive) -> Contents:
     digest = data.pop("sha256", None)
     try:
         check(data, FORM)
-    except Refused as error:
+    except UnsafeFile as error:
         raise error.inside(f"record {MANIFEST!r}, ") from None
     if digest != _digest(data):
-        raise Refused(f"record {MANIFEST!r} does not have the hash that it says: it was changed or is damaged")
+        raise UnsafeFile(f"record {MANIFEST!r} does not have the hash that it says: it was changed or is damaged")
     _check_records(archive, data.pop("hashes"))
     tensors = load(archive.read(TENSORS, archive.size)) if TENSORS in archive.records else {}
     manifest = _manifest(data)
@@ -249,7 +249,7 @@ def _read(path: Path, archive: Archive) -> Contents:
 
 
 def _check_sites(manifest: Manifest) -> None:
-    """Raise Refused where sites, rooms, bank and header of a manifest do not fit one another.
+    """Raise UnsafeFile where sites, rooms, bank and header of a manifest do not fit one another.
 
     A forged option that is no number, for example, gives slots without sizes.
     """
@@ -257,13 +257,13 @@ def _check_sites(manifest: Manifest) -> None:
         a = s.attachment
         slots = a.method.slots(s.op)
         if slots.keys() != a.slots.keys() or any(type(n) is not int for v in slots.values() for n in v.shape):
-            raise Refused(f"the options of the site {a.fqn!r} do not give its slots")
+            raise UnsafeFile(f"the options of the site {a.fqn!r} do not give its slots")
         if missing := [fqn for fqn in a.tensor_names if fqn not in manifest.rooms]:
-            raise Refused(f"the site {a.fqn!r} has no room for {missing[0]!r}")
+            raise UnsafeFile(f"the site {a.fqn!r} has no room for {missing[0]!r}")
     if manifest.bank is not None:
         names, room = manifest.bank["names"], manifest.bank["count"]
         if len(set(names)) != len(names) or len(names) > room or not manifest.sites:
-            raise Refused(f"its bank has room for {room} adapters, and has {shown(names)}")
+            raise UnsafeFile(f"its bank has room for {room} adapters, and has {shown(names)}")
     if manifest.sites:
         check_header(manifest.header, [s.attachment.id for s in manifest.sites])
     else:  # of a merged or unloaded program
@@ -271,28 +271,28 @@ def _check_sites(manifest: Manifest) -> None:
 
 
 def _check_parts(manifest: Manifest, records: Iterable[str]) -> None:
-    """Raise Refused where the archive has code of other models than the parts, or a part has an unknown input."""
+    """Raise UnsafeFile where the archive has code of other models than the parts, or a part has an unknown input."""
     code = {name: name.split("/")[2] for name in records if name.startswith("data/aotinductor/")}
     wanted = set(manifest.parts) or {WHOLE}
     if strange := sorted(name for name, model in code.items() if model not in wanted):
-        raise Refused(f"record {strange[0]!r} is none that a package has")
+        raise UnsafeFile(f"record {strange[0]!r} is none that a package has")
     if lost := sorted(wanted - set(code.values())):
-        raise Refused(f"it has no code of {lost[0]!r}")
+        raise UnsafeFile(f"it has no code of {lost[0]!r}")
     names = {i.name for i in manifest.inputs}
     for part in manifest.parts.values():
         if strange := sorted({i.name for i in part.inputs} - names):
-            raise Refused(f"a part takes {strange[0]!r}, which is no input of the whole")
+            raise UnsafeFile(f"a part takes {strange[0]!r}, which is no input of the whole")
 
 
 def _check_records(archive: Archive, hashes: Mapping[str, str]) -> None:
     others = archive.records.keys() - {MANIFEST}
     for name in sorted(others ^ hashes.keys()):
-        raise Refused(f"record {name!r} is {'not in its manifest' if name in others else 'missing'}")
+        raise UnsafeFile(f"record {name!r} is {'not in its manifest' if name in others else 'missing'}")
     for name in sorted(others):
         if not _KNOWN.fullmatch(name):
-            raise Refused(f"record {name!r} is none that a package has")
+            raise UnsafeFile(f"record {name!r} is none that a package has")
         if archive.sha256(name) != hashes[name]:
-            raise Refused(f"record {name!r} does not have the hash of the manifest: it was changed or is damaged")
+            raise UnsafeFile(f"record {name!r} does not have the hash of the manifest: it was changed or is damaged")
 
 
 def _no_manifest(path: Path, names: Sequence[str]) -> BackendError | CheckpointError:

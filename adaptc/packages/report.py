@@ -13,9 +13,9 @@ import torch
 
 from adaptc.binding.binding import Binding
 from adaptc.packages import manifest as _package_file
-from adaptc.packages.fit import Fit
 from adaptc.packages.manifest import Contents, Manifest
-from adaptc.packages.run import PackagedProgram
+from adaptc.packages.packaged_program import PackagedProgram
+from adaptc.packages.pad_adapter import Fit
 from adaptc.tables import Column, Report, Table, collapse, dtype_name, plain, size, times
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from adaptc.binding.binding import BindingSpec
-from adaptc.binding.misfits import finite_scale
-from adaptc.binding.strength import Modules, check_names, chosen_sites, factor_of
+from adaptc.binding.check_tensors import finite_scale
+from adaptc.binding.scale import Modules, check_names, chosen_sites, factor_of
 from adaptc.packages.constants import Fitted
 
 

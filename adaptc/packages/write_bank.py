@@ -16,11 +16,11 @@ from torch.export import ExportedProgram
 from adaptc.binding.binding import Binding
 from adaptc.errors import BackendError, ConfigError, shown
 from adaptc.methods import AdapterConfig
-from adaptc.packages.fit import member_key
 from adaptc.packages.manifest import WHOLE, Manifest, PartOf, Site
-from adaptc.packages.unread import take_out, unread
-from adaptc.packages.write import Packer, bounded, check_target, padded, write_package
-from adaptc.passes.ir.exclusive import exclusive
+from adaptc.packages.package_program import Packer, bounded, check_target, padded, write_package
+from adaptc.packages.pad_adapter import member_key
+from adaptc.packages.unused_slots import take_out, unread
+from adaptc.passes.ir.graph_lock import exclusive
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.program.bank import Bank
 from adaptc.program.divided_bank import DividedBank

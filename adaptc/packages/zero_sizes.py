@@ -24,7 +24,7 @@ from adaptc.runtime.call_inputs import Inputs, TensorInput
 from adaptc.runtime.size_conditions import expression
 
 
-def not_zero(program: ExportedProgram, inputs: Inputs) -> list[str]:
+def nonzero_conditions(program: ExportedProgram, inputs: Inputs) -> list[str]:
     """Return one condition for each free size that must not be zero, such as ``L['x'].size()[0] >= 1``."""
     where = inputs.where()
     bad = _lengths(program) & where.keys()

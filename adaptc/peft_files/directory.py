@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError, shown
-from adaptc.peft_files import layouts as _layouts
-from adaptc.peft_files import safe_io as _safefile
-from adaptc.peft_files import staging as _staging
+from adaptc.peft_files import atomic_write as _atomic_write
+from adaptc.peft_files import safe_load as _safe_load
+from adaptc.peft_files import safetensors_reader as _reader
 from adaptc.peft_files.format import (
     BIN_NAME,
     CARD_NAME,
@@ -42,7 +42,7 @@ from adaptc.peft_files.format import (
 from adaptc.peft_files.key_mapping import renamed, rules_of
 from adaptc.peft_files.locate import config_in, listing, locate, open_config, plain_name
 from adaptc.peft_files.origin import PEFT, Origin
-from adaptc.peft_files.snapshot import Opened, Unsettled, settled
+from adaptc.peft_files.stable_read import Opened, Unsettled, settled
 
 __all__ = [
     "AdapterFile",
@@ -162,9 +162,9 @@ def _read(
             )
         with Opened(where / name) as body:
             if name == SAFE_NAME:
-                raw, runs = checked(_layouts.load, body)
+                raw, runs = checked(_reader.load, body)
             else:
-                raw, runs = checked(_safefile.load_pickle, body), ()
+                raw, runs = checked(_safe_load.load_pickle, body), ()
             body.check()
         head.check()
     if locate(path, adapter_name, subfolder) != where:  # a write had hidden the adapter that was asked for
@@ -221,20 +221,20 @@ def write_adapter(
     except (TypeError, ValueError) as exc:
         raise CheckpointError(f"cannot write {out / CONFIG_NAME}: {exc}. Config values must fit in JSON.") from exc
     try:
-        data = _safefile.dense({file_key(k, stored["peft_type"]): t for k, t in tensors.items()})
-        with _staging.staging(out) as stage:
+        data = _safe_load.dense({file_key(k, stored["peft_type"]): t for k, t in tensors.items()})
+        with _atomic_write.staging(out) as stage:
             (stage / CONFIG_NAME).write_text(text, encoding="utf-8")
-            _safefile.save_tensors(data, stage / body, safe=safe_serialization)
+            _safe_load.save_tensors(data, stage / body, safe=safe_serialization)
             card = write_card(root / CARD_NAME, stage / CARD_NAME, stored, tags)
             for file in stage.iterdir():
-                _staging.sync(file)
-            _staging.commit(stage, out, bodies=[body], head=CONFIG_NAME, stale=[stale])
+                _atomic_write.sync(file)
+            _atomic_write.commit(stage, out, bodies=[body], head=CONFIG_NAME, stale=[stale])
             if card:  # last and by itself, since no adapter depends on it
                 try:
-                    _staging.place(stage / CARD_NAME, root / CARD_NAME)
+                    _atomic_write.place(stage / CARD_NAME, root / CARD_NAME)
                 except (OSError, CheckpointError) as exc:
                     warnings.warn(f"{root / CARD_NAME} could not be updated: {exc}", AdaptcWarning, stacklevel=2)
-        _staging.remove_abandoned(out, with_old_files=True)
+        _atomic_write.remove_abandoned(out, with_old_files=True)
     except CheckpointError:
         raise
     except Exception as exc:  # safetensors, torch and the OS each have their own types for a full disk

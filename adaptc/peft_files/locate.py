@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from adaptc.errors import AdaptcWarning, CheckpointError, nearest
+from adaptc.peft_files.atomic_write import OLD, abandoned, stages
 from adaptc.peft_files.format import BIN_NAME, CONFIG_NAME, SAFE_NAME
-from adaptc.peft_files.safe_io import read_json_object
-from adaptc.peft_files.snapshot import Opened, Unsettled
-from adaptc.peft_files.staging import OLD, abandoned, stages
+from adaptc.peft_files.safe_load import read_json_object
+from adaptc.peft_files.stable_read import Opened, Unsettled
 
 
 def locate(path: str | os.PathLike[str], adapter_name: str | None, subfolder: str | None) -> Path:

@@ -18,8 +18,8 @@ from adaptc.capture.capture import Source
 from adaptc.errors import CheckpointError
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.regions import node_tag
-from adaptc.pt2_files.forms import Each, Length, Maybe, Option, check
-from adaptc.pt2_files.refusal import Refused, shown
+from adaptc.pt2_files.json_schema import Each, Length, Maybe, Option, check
+from adaptc.pt2_files.refusal import UnsafeFile, shown
 from adaptc.runtime.call_inputs import Inputs
 
 #: number of the format of the header and of region tags
@@ -143,16 +143,16 @@ def check_format(stored: Mapping[str, Any], source: str) -> None:
 
 
 def check_header(stored: Any, sites: Collection[str]) -> None:
-    """Raise Refused where a header does not have the form that :meth:`Adaptation.header` gives, or names a site that is
-    not in ``sites`` (ids of attachments)."""
+    """Raise UnsafeFile where a header does not have the form that :meth:`Adaptation.header` gives, or names a site
+    that is not in ``sites`` (ids of attachments)."""
     check(stored, _HEADER)
     for part in (stored, *stored["parts"].values()):
         if strange := [site for site in part["present"] if site not in sites]:
-            raise Refused(f"the header speaks of the site {shown(strange[0])}, which the program has not")
+            raise UnsafeFile(f"the header speaks of the site {shown(strange[0])}, which the program has not")
 
 
 def check_tags(graph: fx.Graph) -> None:
-    """Raise Refused where the tags of regions do not have the form that injection gives, or name nodes that are not
+    """Raise UnsafeFile where the tags of regions do not have the form that injection gives, or name nodes that are not
     there.
 
     Only a file can have such tags.
@@ -167,8 +167,8 @@ def check_tags(graph: fx.Graph) -> None:
             out = isinstance(tag, dict) and tag.get("role") == "out"
             check(tag, _OUT if out else _TAG)
             if strange := [n for n in ((tag["base"], tag["node"]) if out else ()) if n not in names]:
-                raise Refused(f"it stands in for the node {shown(strange[0])}, which the program has not")
+                raise UnsafeFile(f"it stands in for the node {shown(strange[0])}, which the program has not")
             if strange := [n for n in tag.get("given", ()) if n not in inputs]:
-                raise Refused(f"it was given the input {shown(strange[0])}, which the program has not")
-        except Refused as error:
+                raise UnsafeFile(f"it was given the input {shown(strange[0])}, which the program has not")
+        except UnsafeFile as error:
             raise error.inside(f"the tag of node {node.name!r}, ") from None

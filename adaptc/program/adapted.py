@@ -13,18 +13,18 @@ from typing import Any, Literal
 from torch import fx
 from torch.export import ExportedProgram
 
-from adaptc.binding.source import as_binding
+from adaptc.binding.source import bind_adapter
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.passes.analysis.graph_view import graph_view
-from adaptc.passes.ir.exclusive import on_graphs
-from adaptc.passes.ir.forgetting import forget_code
+from adaptc.passes.ir.graph_lock import on_graphs
 from adaptc.passes.ir.lifted import Lifted, lifted_names
 from adaptc.passes.ir.module_paths import owners_of
 from adaptc.passes.ir.pass_infra import Trail
+from adaptc.passes.ir.torch_caches import forget_code
 from adaptc.passes.lower.choose_products import Products
-from adaptc.passes.optimize.bind_calls import BindSizes
-from adaptc.passes.train.backbone import cut_at_head
-from adaptc.passes.train.fuse_training import fuse_training
+from adaptc.passes.optimize.direct_calls import BindSizes
+from adaptc.passes.train.split_head import cut_at_head
+from adaptc.passes.train.training_pipeline import fuse_training
 from adaptc.program.bank import Bank
 from adaptc.program.bound import Bound
 from adaptc.program.core import ProgramCore
@@ -33,7 +33,7 @@ from adaptc.program.pretrained_module import pretrained
 from adaptc.program.program_module import PRODUCTS, ProgramModule, plain
 from adaptc.program.strength import Strengths
 from adaptc.program.unload import unloaded
-from adaptc.runtime.held_values import Held
+from adaptc.runtime.hoisted_values import Held
 from adaptc.runtime.options import blocks_at_a_time
 from adaptc.runtime.packed_weights import PackedWeights, held_by
 from adaptc.runtime.product_table import choose, choose_for_gradient, wanted
@@ -64,7 +64,7 @@ class AdaptedProgram(Strengths):
             bare = Bound(self.base, None, form, memory_limit)
             self.memory.join(bare)
             return bare
-        return Bound(self, as_binding(self, adapter, **options), form, memory_limit)
+        return Bound(self, bind_adapter(self, adapter, **options), form, memory_limit)
 
     def bank(self, adapters: Mapping[str, Any] | None = None, **limits: Any) -> Bank:
         """Return a bank: adapters by name, of which each row of a batch takes its own.

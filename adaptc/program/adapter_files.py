@@ -15,12 +15,12 @@ from torch import Tensor
 from adaptc.binding.bind import embedding_tensors, file_tensors
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.combine import part_of
-from adaptc.binding.directories import write_whole
+from adaptc.binding.read_directory import write_whole
 from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError
+from adaptc.peft_files.atomic_write import replacing
 from adaptc.peft_files.format import SAFE_NAME
 from adaptc.peft_files.formats.detect import WRITERS
 from adaptc.peft_files.formats.writing import Adapted, write_file
-from adaptc.peft_files.staging import replacing
 from adaptc.program.core import ProgramCore
 
 #: the name under which transformers' Trainer looks for weights when it resumes from a checkpoint

@@ -15,7 +15,7 @@ from typing import Any
 from adaptc.binding.bind import bind, file_tensors, first_values, joined
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.combine import named, part_of
-from adaptc.binding.strength import joint, turned_off
+from adaptc.binding.scale import binding_of_parts, turned_off
 from adaptc.errors import ConfigError, SwapError, listing, shown
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.train.set_mode import SetMode
@@ -115,7 +115,7 @@ def _put(program: ProgramCore, name: str, plan: Any) -> None:
             new = first_values(own, adapter.config, only=_methods(own, plan.spec))
         order = dict.fromkeys(a.adapter for a in spec.attachments)
         parts = {**now.parts, name: new}
-        made = program.recipes.note(joint(spec, {n: parts[n] for n in order if n in parts}))
+        made = program.recipes.note(binding_of_parts(spec, {n: parts[n] for n in order if n in parts}))
         if program.exchange(now, made):
             return
 
@@ -141,7 +141,7 @@ def _carried_over(old: ProgramCore, new: Any, parts: Mapping[str, Binding]) -> B
             factors={ids[i]: f for i, f in on.factors.items() if i in ids},
         )
         made[name] = own if part.idle is None else turned_off(part_of(spec, name), own)
-    return joint(spec, made)
+    return binding_of_parts(spec, made)
 
 
 def _same_sites(old: Sequence[Attachment], new: Sequence[Attachment], name: str) -> dict[str, str]:

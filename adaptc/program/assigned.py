@@ -20,11 +20,11 @@ from adaptc.errors import AdaptcError, ConfigError, shown
 from adaptc.passes.ir.low_rank_rows import SIDE_BY_SIDE
 from adaptc.program.bound import Bound, Keeping
 from adaptc.program.core import ProgramCore
-from adaptc.program.views import SCALE
+from adaptc.program.overrides import SCALE
 from adaptc.rows.assignment import Mixes, coefficients, used
 from adaptc.rows.code import KEYWORD, RowsSource
+from adaptc.runtime.dynamo_boundary import outside
 from adaptc.runtime.executor import Executor
-from adaptc.runtime.outside_compilers import outside
 from adaptc.torch_modes import plainly
 
 

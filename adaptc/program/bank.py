@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from adaptc.binding.binding import Binding
-from adaptc.binding.source import as_binding
+from adaptc.binding.source import bind_adapter
 from adaptc.errors import AdaptcError, ConfigError, did_you_mean, listing, shown
 from adaptc.locks import free_in_children
 from adaptc.program.assigned import Assigned, Stack
@@ -36,15 +36,15 @@ from adaptc.program.bound import Bound
 from adaptc.program.core import ProgramCore
 from adaptc.program.holdings import Holdings
 from adaptc.program.warm import warm_bank
-from adaptc.rows.assignment import Mixes, check_known, mixes_of, used
+from adaptc.rows.assignment import Mixes, check_known, parse_row_adapters, used
 from adaptc.rows.code import RowsSource
 from adaptc.rows.limits import Limits
 from adaptc.rows.report import BankReport, bytes_of
 from adaptc.rows.stacks import stacked
+from adaptc.runtime.dynamo_boundary import outside
 from adaptc.runtime.executor import Executor
 from adaptc.runtime.gpu_variants import check_triton, runs_on_gpu
-from adaptc.runtime.outside_compilers import outside
-from adaptc.runtime.state import own_copies
+from adaptc.runtime.mutated_buffers import own_copies
 from adaptc.tables import size
 from adaptc.torch_modes import plainly
 
@@ -161,7 +161,7 @@ class Bank:
 
     def _binding(self, name: str, adapter: Any, options: Mapping[str, Any]) -> Binding:
         try:
-            binding = as_binding(self._program, adapter, trainable=self.bare.training, **options)
+            binding = bind_adapter(self._program, adapter, trainable=self.bare.training, **options)
             self.limits.check(name, binding, read=isinstance(adapter, (str, os.PathLike, Mapping)))
         except AdaptcError as error:
             error.add_note(f"It is adapter {name!r} of the bank.")
@@ -200,7 +200,7 @@ class Bank:
 
         It takes batches that have each row once, or each row equally many times in succession (beams).
         """
-        mixes = mixes_of(adapters)
+        mixes = parse_row_adapters(adapters)
         return self.keeping(mixes, self._needed(used(mixes)))
 
     def keeping(self, mixes: Mixes, table: Mapping[str, Binding]) -> Assigned:
@@ -333,7 +333,7 @@ class Bank:
 
     @property
     def max_rank(self) -> int | None:
-        """Return the largest rank that the bank takes; None for any."""
+        """Return the largest rank; None for any."""
         return self.limits.max_rank
 
     @property
@@ -343,7 +343,7 @@ class Bank:
 
     @property
     def adapters(self) -> Mapping[str, Binding]:
-        """Return the adapters by name, as they are now."""
+        """Return the present adapters by name."""
         return self._now.adapters
 
     def exported(self, adapters: list[str] | None = None) -> ExportedProgram:
@@ -366,7 +366,7 @@ class Bank:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of all adapters; shared tensors count once."""
+        """Return the bytes of all adapters."""
         return bytes_of(self._now.adapters.values())
 
     @property
@@ -417,5 +417,5 @@ def _taken(name: str) -> ConfigError:
 
 
 def _called(bank: Bank, args: tuple[Any, ...], kwargs: dict[str, Any], adapters: Any) -> Any:
-    bank.source.check_call(len(mixes_of(adapters)), args, kwargs)
+    bank.source.check_call(len(parse_row_adapters(adapters)), args, kwargs)
     return bank.assigned(adapters).run(args, kwargs)

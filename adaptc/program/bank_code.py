@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from adaptc.passes.ir.exclusive import on_graphs
+from adaptc.passes.ir.graph_lock import on_graphs
 from adaptc.program.assigned import Stack
 from adaptc.rows.code import RowsSource
 from adaptc.rows.limits import Limits

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 from adaptc.errors import ConfigError, did_you_mean, listing
 from adaptc.passes.adapt.unload import Unload
-from adaptc.passes.ir.exclusive import on_graphs
+from adaptc.passes.ir.graph_lock import on_graphs
 from adaptc.passes.ir.program_method import BEGINS
 from adaptc.passes.ir.regions import region_tag
 from adaptc.program.core import ProgramCore

@@ -25,18 +25,18 @@ from torch import Tensor
 from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError, ConfigError, shown
 from adaptc.passes.ir.costs import at_sizes, example_sizes, node_work
-from adaptc.passes.ir.exclusive import exclusive
+from adaptc.passes.ir.graph_lock import exclusive
 from adaptc.passes.ir.regions import node_tag
 from adaptc.passes.ir.storage import storage_key
 from adaptc.passes.optimize.sibling_cost import DISPATCH
 from adaptc.program.core import ProgramCore
 from adaptc.program.merge import merged
-from adaptc.program.views import SCALE
+from adaptc.program.overrides import SCALE
+from adaptc.runtime.dynamo_boundary import outside
 from adaptc.runtime.executor import Arguments, Executor
-from adaptc.runtime.held_values import Held
+from adaptc.runtime.hoisted_values import Held
+from adaptc.runtime.mutated_buffers import own_copies
 from adaptc.runtime.options import RunOptions, check_limit
-from adaptc.runtime.outside_compilers import outside
-from adaptc.runtime.state import own_copies
 from adaptc.tables import size
 
 FORMS = ("apply", "weight", "auto")

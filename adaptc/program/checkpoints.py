@@ -15,7 +15,7 @@ from pathlib import Path
 from adaptc.errors import CheckpointError
 from adaptc.peft_files.directory import read_adapter
 from adaptc.peft_files.format import check_no_model
-from adaptc.peft_files.snapshot import Opened
+from adaptc.peft_files.stable_read import Opened
 from adaptc.program.adapter_files import TRAINER_NAME, has_other_model
 
 _NAME = re.compile(r"checkpoint-(\d+)")

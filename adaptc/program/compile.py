@@ -17,8 +17,8 @@ from torch import nn
 from adaptc.binding.bind import bind, first_values, joined
 from adaptc.binding.binding import Binding, BindingSpec
 from adaptc.binding.combine import joint_spec, named, part_of, together
-from adaptc.binding.foreign import components_of
-from adaptc.binding.source import as_adapter, as_config, fitted
+from adaptc.binding.other_formats import components_of
+from adaptc.binding.source import as_config, fitted, read_adapter_source
 from adaptc.capture.capture import Captured, capture
 from adaptc.capture.replicate_layers import replicate_layers
 from adaptc.capture.where_made import where_made
@@ -33,13 +33,12 @@ from adaptc.methods import (
     check_sizes,
     is_own,
 )
-from adaptc.passes.adapt.bound_rows import bounds_of
 from adaptc.passes.adapt.choose_forms import FORMS
+from adaptc.passes.adapt.embedding_max_norm import bounds_of
+from adaptc.passes.adapt.expose_subgraph_params import OpenBlocks, has_closed_blocks
 from adaptc.passes.adapt.inject import Inject
-from adaptc.passes.adapt.open_blocks import OpenBlocks, has_closed_blocks
 from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.exclusive import exclusive
-from adaptc.passes.ir.forgetting import forget_code, forget_sizes
+from adaptc.passes.ir.graph_lock import exclusive
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.method import Method
 from adaptc.passes.ir.method_checks import check_promises
@@ -47,9 +46,10 @@ from adaptc.passes.ir.ops import Op, op_of
 from adaptc.passes.ir.pass_infra import PassManager
 from adaptc.passes.ir.program_checks import check_program_promises
 from adaptc.passes.ir.program_method import ProgramMethod
+from adaptc.passes.ir.torch_caches import forget_code, forget_sizes
 from adaptc.patterns import limited
 from adaptc.peft_files.directory import AdapterFile
-from adaptc.peft_files.raw import RawFile
+from adaptc.peft_files.foreign_file import RawFile
 from adaptc.program.adaptation import Adaptation
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.add import Compiling
@@ -58,9 +58,9 @@ from adaptc.runtime.call_inputs import FULL_LIKE
 from adaptc.runtime.options import RunOptions
 from adaptc.runtime.weight_buffers import alias
 from adaptc.targets.attention_plan import plan_attention
-from adaptc.targets.plan import Plan, plan
+from adaptc.targets.merge_plans import union
+from adaptc.targets.plan_layers import Plan, plan
 from adaptc.targets.program_plan import plan_program
-from adaptc.targets.union import union
 
 #: configs that say where a program is to be adapted
 PlannedConfig = TargetedConfig | ProgramConfig | AttentionConfig
@@ -244,7 +244,7 @@ def _asked(
         given = [(name, c) for c in (config if isinstance(config, (list, tuple)) else [config])]
     if not given:
         raise ConfigError("config is an empty list: give a config, an adapter directory, or a list of them")
-    parsed = [(n, *as_adapter(c, key_mapping)) for n, c in given]
+    parsed = [(n, *read_adapter_source(c, key_mapping)) for n, c in given]
     if key_mapping and all(file is None for _, _, file in parsed):
         raise ConfigError(
             "key_mapping renames the keys of adapter directories, and config names none: leave it out, or give it to "

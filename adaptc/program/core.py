@@ -26,23 +26,23 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from adaptc.binding.binding import Binding
-from adaptc.binding.recipes import Recipes
+from adaptc.binding.binding_plan_cache import Recipes
 from adaptc.errors import AdaptcError, SwapError
 from adaptc.passes.adapt.move import Move, usable
 from adaptc.passes.adapt.respecialize import Respecialize
-from adaptc.passes.ir.exclusive import on_graphs
-from adaptc.passes.ir.forgetting import forget_code
+from adaptc.passes.ir.graph_lock import on_graphs
 from adaptc.passes.ir.lifted import Lifted, copy_graph
 from adaptc.passes.ir.regions import set_header, site_op
+from adaptc.passes.ir.torch_caches import forget_code
 from adaptc.program.adaptation import Adaptation
 from adaptc.program.check_options import check_options
 from adaptc.program.copies import clone_tensors, mapped
+from adaptc.program.overrides import MOST, SCALE, as_seen, key_of, view_of
 from adaptc.program.running import Exported, Running, RunState, called, called_as
 from adaptc.program.values import ProgramValues
-from adaptc.program.views import MOST, SCALE, as_seen, key_of, view_of
+from adaptc.runtime.dynamo_boundary import outside
 from adaptc.runtime.executor import Arguments, Executor
 from adaptc.runtime.options import RunOptions
-from adaptc.runtime.outside_compilers import outside
 from adaptc.torch_modes import plainly
 
 

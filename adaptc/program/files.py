@@ -17,10 +17,10 @@ from torch.export import ExportedProgram
 
 from adaptc.binding.bind import joined
 from adaptc.binding.binding import Binding
+from adaptc.binding.check_binding import fingerprint
 from adaptc.binding.combine import together
 from adaptc.binding.file_keys import base_name
-from adaptc.binding.fits import fingerprint
-from adaptc.binding.groups import groups
+from adaptc.binding.grouped_slots import groups
 from adaptc.binding.source import from_dict
 from adaptc.capture.capture import Source
 from adaptc.errors import AdaptcError, BackendError, CheckpointError
@@ -30,21 +30,21 @@ from adaptc.passes.adapt.inject import Inject
 from adaptc.passes.adapt.move import usable
 from adaptc.passes.adapt.unload import Unload
 from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.blocks import calls
-from adaptc.passes.ir.exclusive import exclusive
-from adaptc.passes.ir.forgetting import forget_code, forget_sizes
+from adaptc.passes.ir.graph_lock import exclusive
+from adaptc.passes.ir.higher_order import calls
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.pass_infra import PassManager
 from adaptc.passes.ir.regions import attachments, header, site_op
-from adaptc.peft_files.staging import replacing
-from adaptc.peft_files.torch_writer import writing
+from adaptc.passes.ir.torch_caches import forget_code, forget_sizes
+from adaptc.peft_files.atomic_write import replacing
+from adaptc.peft_files.safe_torch_save import writing
 from adaptc.program.adaptation import Adaptation, check_format, check_header, check_tags
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.program_module import ProgramModule
 from adaptc.progress import stage
+from adaptc.pt2_files.checksum import seal
 from adaptc.pt2_files.program import read
-from adaptc.pt2_files.refusal import Refused, reason, shown_path
-from adaptc.pt2_files.seal import seal
+from adaptc.pt2_files.refusal import UnsafeFile, reason, shown_path
 from adaptc.runtime.gpu_variants import register_kernels
 from adaptc.runtime.options import RunOptions
 
@@ -139,7 +139,7 @@ def load_program(path: Path, options: RunOptions, device: torch.device | str | N
     except (CheckpointError, BackendError):
         raise
     except Exception as error:  # a forged header can break any of its readers
-        why = str(error) if isinstance(error, (AdaptcError, Refused)) else reason(error)
+        why = str(error) if isinstance(error, (AdaptcError, UnsafeFile)) else reason(error)
         raise CheckpointError(
             f"{shown_path(path)} cannot be read as an exported program, for what it says of its adapter: {why}. Save "
             "it again from the model and its adapter"

@@ -16,9 +16,9 @@ from adaptc.errors import AdaptcError
 from adaptc.passes.analysis.attention_places import find_attentions, keys_and_values
 from adaptc.passes.analysis.token_places import PER_TOKEN, Lookup, lookups
 from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.exclusive import on_graphs
+from adaptc.passes.ir.graph_lock import on_graphs
 from adaptc.passes.ir.lifted import Lifted, lifted_names, user_inputs
-from adaptc.passes.ir.part import cut_to
+from adaptc.passes.ir.subprogram import cut_to
 from adaptc.program.adapted import AdaptedProgram
 
 

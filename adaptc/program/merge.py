@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adaptc.errors import MergeError
 from adaptc.passes.adapt.merge import Merge, SiteMerge
-from adaptc.passes.ir.exclusive import on_graphs
+from adaptc.passes.ir.graph_lock import on_graphs
 from adaptc.passes.ir.pass_infra import Pass, PassManager
 from adaptc.passes.train.set_mode import SetMode
 from adaptc.program.core import Origin, ProgramCore

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from adaptc.capture.capture import Source
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError, listing, shown
 from adaptc.passes.ir.storage import memory_of
-from adaptc.peft_files import staging
+from adaptc.peft_files import atomic_write
 from adaptc.peft_files.format import CONFIG_NAME as ADAPTER_CONFIG
 from adaptc.peft_files.format import MODEL_CONFIG as CONFIG
 from adaptc.program.core import ProgramCore
@@ -103,16 +103,16 @@ def write_model(
     given = {"max_shard_size": max_shard_size, "save_original_format": save_original_format}
     options = {k: v for k, v in given.items() if v is not None}
     try:
-        with stage(f"writing {source.kind.__name__} to {target.name}"), staging.staging(target) as aside:
+        with stage(f"writing {source.kind.__name__} to {target.name}"), atomic_write.staging(target) as aside:
             model.save_pretrained(aside, **options)
             if beside is not None:
                 _copy_beside(beside, aside)
             names = [p.name for p in aside.iterdir() if p.name != CONFIG]
             for name in (*names, CONFIG):
-                staging.sync(aside / name)
+                atomic_write.sync(aside / name)
             stale = [p.name for p in target.iterdir() if _WEIGHTS.fullmatch(p.name) and p.name not in names]
-            staging.commit(aside, target, bodies=names, head=CONFIG, stale=stale)
-        staging.remove_abandoned(target, with_old_files=True)
+            atomic_write.commit(aside, target, bodies=names, head=CONFIG, stale=stale)
+        atomic_write.remove_abandoned(target, with_old_files=True)
     except CheckpointError:
         raise
     except Exception as error:  # transformers, safetensors and the OS each have their own types

@@ -15,8 +15,8 @@ from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError, shown
 from adaptc.program.adapter_files import linked_for_trainer, without_link, write_current
 from adaptc.program.core import ProgramCore
-from adaptc.program.in_parts import first_of, mesh_of, take_apart, whole
 from adaptc.program.program_module import ProgramModule
+from adaptc.program.sharded_tensors import first_of, mesh_of, reshard, whole
 
 
 def write_module(
@@ -39,7 +39,7 @@ def write_module(
     """
     mesh = None
     if binding is None:
-        take_apart(module)
+        reshard(module)
         binding = module.binding()
         mesh = next((m for t in binding.values.values() if (m := mesh_of(t)) is not None), None)
         binding = replace(binding, values={k: whole(t) for k, t in binding.values.items()})

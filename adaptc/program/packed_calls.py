@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from adaptc.errors import AdaptcError, listing
-from adaptc.runtime.outside_compilers import outside
+from adaptc.runtime.dynamo_boundary import outside
 
 #: keywords that say where the sequences of packed rows begin, for kernels that do not read position_ids
 BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from adaptc.errors import AdaptcError
-from adaptc.passes.ir.exclusive import exclusive
+from adaptc.passes.ir.graph_lock import exclusive
 from adaptc.passes.train.recomputed import Recomputed
 from adaptc.program.compile import compiled
 from adaptc.program.packed_calls import BOUNDS

@@ -15,15 +15,15 @@ from typing import Any
 from torch import Tensor
 
 from adaptc.binding.binding import Binding
-from adaptc.passes.ir.exclusive import on_graphs
-from adaptc.passes.ir.forgetting import forget_code
-from adaptc.passes.ir.part import part_of
+from adaptc.passes.ir.graph_lock import on_graphs
 from adaptc.passes.ir.regions import node_tag
+from adaptc.passes.ir.subprogram import part_of
+from adaptc.passes.ir.torch_caches import forget_code
 from adaptc.program.bound import Bound
 from adaptc.program.core import ProgramCore
 from adaptc.runtime.call_inputs import Inputs
+from adaptc.runtime.dynamo_boundary import outside
 from adaptc.runtime.executor import Arguments, Executor
-from adaptc.runtime.outside_compilers import outside
 
 
 @dataclass(frozen=True)

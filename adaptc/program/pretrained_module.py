@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from adaptc.binding.source import as_binding
+from adaptc.binding.source import bind_adapter
 from adaptc.capture.capture import Source
 from adaptc.errors import AdaptcError, ConfigError, shown
 from adaptc.passes.ir.program_method import ProgramMethod
@@ -24,13 +24,13 @@ from adaptc.passes.train.recomputed import Recomputed
 from adaptc.passes.train.set_mode import set_mode
 from adaptc.program.checkpoints import is_checkpoint
 from adaptc.program.core import ProgramCore
-from adaptc.program.in_parts import first_of, mesh_of, take_apart, whole
 from adaptc.program.layer_tensors import Tensors, open_port
 from adaptc.program.model_directory import taken, write_model
 from adaptc.program.module_files import write_module
 from adaptc.program.packed_calls import PackedCalls
 from adaptc.program.program_module import Making, ProgramModule, forward_taking, tables_of
 from adaptc.program.reference_model import warn_of_copied_model, warn_of_second_model
+from adaptc.program.sharded_tensors import first_of, mesh_of, reshard, whole
 
 _IGNORED = -100
 
@@ -350,7 +350,7 @@ class PretrainedModule(ProgramModule):
         write_module(
             self,
             save_directory,
-            None if state_dict is None else as_binding(self.program, state_dict),
+            None if state_dict is None else bind_adapter(self.program, state_dict),
             here=is_main_process,
             for_trainer=safe_serialization and is_checkpoint(save_directory),
             safe_serialization=safe_serialization,
@@ -365,7 +365,7 @@ class PretrainedModule(ProgramModule):
         state: Mapping[str, Tensor] | None,
         options: Mapping[str, Any],
     ) -> None:
-        take_apart(self)
+        reshard(self)
         own = self.tensors()
         own = {k: own[k] for k in self.program.state_dict if k in own}
         mesh = next((m for t in own.values() if (m := mesh_of(t)) is not None), None)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from adaptc.errors import AdaptcError
 from adaptc.program.add import InMemory, as_file
-from adaptc.program.in_parts import mesh_of
 from adaptc.program.pretrained_module import PretrainedModule
+from adaptc.program.sharded_tensors import mesh_of
 
 
 def model_of(module: PretrainedModule) -> nn.Module:

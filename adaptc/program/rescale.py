@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 from adaptc.program.adapted import AdaptedProgram
-from adaptc.program.holder import of_programs
+from adaptc.program.wrapper import of_programs
 
 
 @of_programs

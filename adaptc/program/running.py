@@ -16,8 +16,8 @@ from torch import fx
 from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError
 from adaptc.locks import free_in_children
-from adaptc.passes.ir.exclusive import on_graphs
-from adaptc.program.views import SCALE, views
+from adaptc.passes.ir.graph_lock import on_graphs
+from adaptc.program.overrides import SCALE, views
 from adaptc.runtime.executor import Arguments, Executor
 from adaptc.runtime.options import RunOptions
 

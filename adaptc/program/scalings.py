@@ -14,13 +14,13 @@ from torch import Tensor, fx
 from adaptc.errors import ConfigError, listing
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.coefficients import Coefficient
-from adaptc.passes.ir.effects import sweep
-from adaptc.passes.ir.exclusive import on_graphs
+from adaptc.passes.ir.graph_lock import on_graphs
 from adaptc.passes.ir.lifted import copy_graph
+from adaptc.passes.ir.mutation import sweep
 from adaptc.passes.ir.regions import COEFFICIENT, FIRST_PASS, node_tag
 from adaptc.program.bound import Bound
 from adaptc.program.core import ProgramCore
-from adaptc.program.holder import check_program
+from adaptc.program.wrapper import check_program
 
 
 def check_scalings(program: ProgramCore | Bound, adapter_name: str | None) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from adaptc.binding.source import as_binding
+from adaptc.binding.source import bind_adapter
 from adaptc.errors import CheckpointError
 from adaptc.peft_files.format import bare_key
-from adaptc.program.in_parts import as_held, whole
+from adaptc.program.sharded_tensors import as_held, whole
 
 
 class AnyKey:
@@ -40,7 +40,7 @@ def take_adapter(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> No
     adapter = {k: t for k, t in theirs.items() if k not in own and bare_key(k, kind) is not None}
     if not adapter:
         return
-    values = as_binding(program, {k: whole(t) for k, t in adapter.items()}, own=False).values
+    values = bind_adapter(program, {k: whole(t) for k, t in adapter.items()}, own=False).values
     for fqn, t in values.items():
         if t.shape != own[fqn].shape:
             raise CheckpointError(

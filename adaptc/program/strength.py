@@ -11,10 +11,10 @@ from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Self
 
 from adaptc.binding.binding import Binding, BindingSpec
-from adaptc.binding.strength import activated, factor_of, multiplied, scaled, without
+from adaptc.binding.scale import factor_of, scaled, with_active, with_scales_multiplied, without
 from adaptc.program.add import Compiling, added
 from adaptc.program.core import ProgramCore
-from adaptc.program.views import seen
+from adaptc.program.overrides import seen
 from adaptc.torch_modes import plainly
 
 
@@ -50,7 +50,7 @@ class Strengths(ProgramCore):
         Raises ConfigError for an unknown name, and as :meth:`set_scale` does. Raises SwapError where the program has no
         base.
         """
-        self._set(lambda spec, now: activated(spec, now, adapters))
+        self._set(lambda spec, now: with_active(spec, now, adapters))
 
     @property
     def active_adapters(self) -> list[str]:
@@ -79,7 +79,9 @@ class Strengths(ProgramCore):
         finite number, and where no method has a scale.
         """
         factor = factor_of(multiplier, "multiplier")
-        multiplied(self.spec(), self.binding, factor)  # tried now, or a call in the block would be the first to raise
+        with_scales_multiplied(
+            self.spec(), self.binding, factor
+        )  # tried now, or a call in the block would be the first to raise
         return seen(self, factor=factor)
 
     def delete_adapter(self, name: str) -> None:

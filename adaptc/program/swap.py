@@ -9,17 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 from adaptc.binding.binding import Binding
-from adaptc.binding.source import as_binding
+from adaptc.binding.source import bind_adapter
 from adaptc.program.core import ProgramCore
 
 
 def swapped(program: ProgramCore, adapter: Any, **options: Any) -> Binding:
     """Bind ``adapter`` to ``program``, make that the current binding and return it; ``adaptc.swap`` tells more.
-    ``options``: those of :func:`as_binding`."""
+    ``options``: those of :func:`bind_adapter`."""
     trainable = program.adaptation.training
     while True:
         old = program.current
-        new = as_binding(program, adapter, trainable=trainable, **options)
+        new = bind_adapter(program, adapter, trainable=trainable, **options)
         if old is None or not old.parts:
             program.install(new)
             return new

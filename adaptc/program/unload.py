@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from adaptc.errors import MergeError
 from adaptc.passes.adapt.unload import Unload
-from adaptc.passes.ir.exclusive import exclusive
+from adaptc.passes.ir.graph_lock import exclusive
 from adaptc.passes.ir.pass_infra import Pass, PassManager
 from adaptc.passes.train.set_mode import SetMode
 from adaptc.program.core import ProgramCore

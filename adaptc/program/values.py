@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from adaptc.binding.binding import Binding, BindingSpec
-from adaptc.binding.recipes import Recipes
+from adaptc.binding.binding_plan_cache import Recipes
 from adaptc.errors import AdaptcError
-from adaptc.passes.adapt.bound_rows import bounds_of
+from adaptc.passes.adapt.embedding_max_norm import bounds_of
 from adaptc.passes.ir.ops import Op
 from adaptc.program.adaptation import Adaptation
 from adaptc.program.running import Running, RunState, check_replaced

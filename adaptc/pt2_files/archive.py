@@ -21,7 +21,7 @@ from threading import Lock
 from typing import BinaryIO
 
 from adaptc.locks import free_in_children
-from adaptc.pt2_files.refusal import Refused, shown
+from adaptc.pt2_files.refusal import UnsafeFile, shown
 
 _MOST_RECORDS = 200_000
 _MOST_DIRECTORY = 64 << 20
@@ -53,7 +53,7 @@ class Archive:
             with zipfile.ZipFile(file) as found:
                 entries, start = found.infolist(), found.start_dir
         except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, EOFError) as error:
-            raise Refused(f"it is not a zip archive, or is cut short or damaged ({error})") from error
+            raise UnsafeFile(f"it is not a zip archive, or is cut short or damaged ({error})") from error
         #: ``root`` is the folder that all records are in; ``records`` has them by their names inside it
         self.root, self.records = _inside(self._records(entries, start))
 
@@ -63,46 +63,46 @@ class Archive:
         # torch writes no comment after the end record, so it must be the last. Otherwise a zip inside of a file that is
         # cut short could be taken for the file.
         if tail[-22:-18] != b"PK\5\6":
-            raise Refused("it is not a zip archive, or is cut short")
+            raise UnsafeFile("it is not a zip archive, or is cut short")
         count, length = struct.unpack("<HL", tail[-12:-6])
         if tail.startswith(b"PK\6\7"):
             where = int.from_bytes(tail[8:16], "little")
             head = self.read_at(where, 56) if 0 <= where <= self.size - 56 else b""
             if not head.startswith(b"PK\6\6"):
-                raise Refused("its directory is damaged")
+                raise UnsafeFile("its directory is damaged")
             count, length = struct.unpack("<QQ", head[32:48])
         if count > _MOST_RECORDS or length > _MOST_DIRECTORY:
-            raise Refused(f"its directory claims {count} records in {length} bytes; no program has that many")
+            raise UnsafeFile(f"its directory claims {count} records in {length} bytes; no program has that many")
 
     def _records(self, entries: list[zipfile.ZipInfo], end: int) -> Iterator[Record]:
         if len(entries) > _MOST_RECORDS:
-            raise Refused(f"it has {len(entries)} records; no program has that many")
+            raise UnsafeFile(f"it has {len(entries)} records; no program has that many")
         if entries and min(e.header_offset for e in entries):
-            raise Refused("its first record is not at its beginning: something was put in front, or cut off")
+            raise UnsafeFile("its first record is not at its beginning: something was put in front, or cut off")
         for entry, after in _with_next(sorted(entries, key=lambda e: e.header_offset), end):
             name = entry.orig_filename
             if not _NAME.fullmatch(name) or any(part in (".", "..") for part in name.split("/")):
-                raise Refused(f"a record is called {shown(name)}, which is no name that torch gives")
+                raise UnsafeFile(f"a record is called {shown(name)}, which is no name that torch gives")
             if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
-                raise Refused(
+                raise UnsafeFile(
                     f"record {shown(name)} is compressed ({entry.compress_size} bytes for {entry.file_size}); torch "
                     "never compresses, so it can only be a decompression bomb"
                 )
             if entry.flag_bits & ~_FLAGS:
-                raise Refused(f"record {shown(name)} is encrypted, or of a kind that torch does not write")
+                raise UnsafeFile(f"record {shown(name)} is encrypted, or of a kind that torch does not write")
             start = entry.header_offset
             head = self.read_at(start, 30) if 0 <= start <= self.size - 30 else b""
             if not head.startswith(b"PK\3\4"):
-                raise Refused(f"record {shown(name)} is not where the directory says it is")
+                raise UnsafeFile(f"record {shown(name)} is not where the directory says it is")
             long_name, extra = struct.unpack("<HH", head[26:30])
             offset = start + 30 + long_name + extra
             if offset + entry.file_size > after:
-                raise Refused(
+                raise UnsafeFile(
                     f"record {shown(name)} claims {entry.file_size} bytes and there is room for "
                     f"{max(after - offset, 0)}: it overlaps another, or the file was cut short"
                 )
             if self.read_at(start + 30, long_name) != name.encode("utf-8" if entry.flag_bits & 0x800 else "cp437"):
-                raise Refused(f"record {shown(name)} has another name in front of its data")
+                raise UnsafeFile(f"record {shown(name)} has another name in front of its data")
             yield Record(name, offset, entry.file_size, entry.CRC)
 
     def read_at(self, offset: int, size: int) -> bytes:
@@ -136,17 +136,19 @@ class Archive:
         """Read a record chunk by chunk into the memory that ``room`` returns for a start and size, and call ``each``
         with it.
 
-        Raises Refused where the checksum of the record is another one.
+        Raises UnsafeFile where the checksum of the record is another one.
         """
         checksum = 0
         for start in range(0, record.size, _CHUNK):
             part = room(start, min(_CHUNK, record.size - start))
             if self._read_into(part, record.offset + start) != len(part):
-                raise Refused("the file became shorter while it was read", f"record {record.name!r}")
+                raise UnsafeFile("the file became shorter while it was read", f"record {record.name!r}")
             checksum = zlib.crc32(part, checksum)
             each(part)
         if checksum != record.checksum:
-            raise Refused("its bytes do not have the checksum of the archive: it is damaged", f"record {record.name!r}")
+            raise UnsafeFile(
+                "its bytes do not have the checksum of the archive: it is damaged", f"record {record.name!r}"
+            )
 
     def sha256(self, name: str) -> str:
         """Return the hex SHA-256 of a record's bytes, which are never in memory as a whole."""
@@ -155,12 +157,12 @@ class Archive:
         return out.hexdigest()
 
     def read(self, name: str, most: int) -> bytes:
-        """Return all bytes of a record. Raises Refused where it is missing, or has more than ``most`` bytes."""
+        """Return all bytes of a record. Raises UnsafeFile where it is missing, or has more than ``most`` bytes."""
         record = self.records.get(name)
         if record is None:
-            raise Refused(f"there is no record {name!r}")
+            raise UnsafeFile(f"there is no record {name!r}")
         if record.size > most:
-            raise Refused(f"it has {record.size} bytes, more than the {most} that adaptc reads", f"record {name!r}")
+            raise UnsafeFile(f"it has {record.size} bytes, more than the {most} that adaptc reads", f"record {name!r}")
         out = bytearray(record.size)
         self.fill(record, memoryview(out))
         return bytes(out)
@@ -186,9 +188,9 @@ def _inside(records: Iterator[Record]) -> tuple[str, Mapping[str, Record]]:
     for r in records:
         root, _, name = r.name.partition("/")
         if name in out:
-            raise Refused(f"it has two records called {shown(name)}")
+            raise UnsafeFile(f"it has two records called {shown(name)}")
         roots.add(root)
         out[name] = Record(name, r.offset, r.size, r.checksum)
     if len(roots) > 1:
-        raise Refused(f"its records lie in {len(roots)} folders, {shown(min(roots))} and others; torch makes one")
+        raise UnsafeFile(f"its records lie in {len(roots)} folders, {shown(min(roots))} and others; torch makes one")
     return min(roots, default=""), out

@@ -12,9 +12,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from adaptc.passes.ir.trees import pytree
+from adaptc.passes.ir.pytree import pytree
 from adaptc.pt2_files.names import identifier, loads, plain
-from adaptc.pt2_files.refusal import Refused, shown
+from adaptc.pt2_files.refusal import UnsafeFile, shown
 
 _LISTS = frozenset(["builtins.tuple", "builtins.list", "torch.Size", "torch.fx.immutable_collections.immutable_list"])
 _DICTS = frozenset(["builtins.dict", "collections.OrderedDict", "torch.fx.immutable_collections.immutable_dict"])
@@ -44,10 +44,10 @@ class Tree:
 
 
 def read_tree(text: str) -> Tree:
-    """Return the tree of a tree spec as torch writes it. Raises Refused for any other text."""
+    """Return the tree of a tree spec as torch writes it. Raises UnsafeFile for any other text."""
     data = loads(text, "a tree of inputs or outputs")
     if not isinstance(data, list) or len(data) != 2 or data[0] != 1 or isinstance(data[0], bool):
-        raise Refused(f"expected a tree of inputs or outputs of format 1, found {shown(text)}")
+        raise UnsafeFile(f"expected a tree of inputs or outputs of format 1, found {shown(text)}")
     tree = Tree()
     _node(data[1], tree, 0)
     children = data[1]["children_spec"]
@@ -58,29 +58,29 @@ def read_tree(text: str) -> Tree:
 
 def _node(node: Any, tree: Tree, depth: int) -> None:
     if depth > _MOST_DEPTH:
-        raise Refused("expected a tree of inputs or outputs, found one nested too deeply")
+        raise UnsafeFile("expected a tree of inputs or outputs, found one nested too deeply")
     if not isinstance(node, dict) or set(node) != _KEYS or not isinstance(node["children_spec"], list):
-        raise Refused(f"expected type, context and children_spec of a container, found {shown(node)}")
+        raise UnsafeFile(f"expected type, context and children_spec of a container, found {shown(node)}")
     kind, context, children = node["type"], node["context"], node["children_spec"]
     if kind is None:
         if context is not None or children:
-            raise Refused(f"expected a leaf, found one with {shown(context)} and {len(children)} children")
+            raise UnsafeFile(f"expected a leaf, found one with {shown(context)} and {len(children)} children")
         tree.leaves += 1
         return
     if not isinstance(kind, str):
-        raise Refused(f"expected the name of a container, found {shown(kind)}")
+        raise UnsafeFile(f"expected the name of a container, found {shown(kind)}")
     _context(kind, context, len(children), tree)
     for at, child in enumerate(children):
         try:
             _node(child, tree, depth + 1)
-        except Refused as error:
+        except UnsafeFile as error:
             raise error.inside(f".children_spec[{at}]") from None
 
 
 def _context(kind: str, context: Any, count: int, tree: Tree) -> None:
     if kind in _LISTS:
         if context != "null":
-            raise Refused(f"expected no context of a {kind}, found {shown(context)}")
+            raise UnsafeFile(f"expected no context of a {kind}, found {shown(context)}")
     elif kind in _DICTS:
         _keys(_text(context), count)
     elif kind == "collections.defaultdict":
@@ -89,18 +89,18 @@ def _context(kind: str, context: Any, count: int, tree: Tree) -> None:
             "default_factory_name",
             "dict_context",
         }:
-            raise Refused(f"expected the factory and the keys of a defaultdict, found {shown(context)}")
+            raise UnsafeFile(f"expected the factory and the keys of a defaultdict, found {shown(context)}")
         factory = (context["default_factory_module"], context["default_factory_name"])
         if factory not in _FACTORIES:
-            raise Refused(f"expected a factory such as builtins.list, found {shown('.'.join(map(str, factory)))}")
+            raise UnsafeFile(f"expected a factory such as builtins.list, found {shown('.'.join(map(str, factory)))}")
         _keys(context["dict_context"], count)
     elif kind == "collections.deque":
         most = _text(context)
         if most is not None and (type(most) is not int or most < count):
-            raise Refused(f"expected the length of a deque, found {shown(most)}")
+            raise UnsafeFile(f"expected the length of a deque, found {shown(most)}")
     elif kind == "collections.namedtuple":
         if not isinstance(context, str):
-            raise Refused(f"expected the name of a named tuple, found {shown(context)}")
+            raise UnsafeFile(f"expected the name of a named tuple, found {shown(context)}")
         tree.types.add(plain(context))
     elif _TRANSFORMERS.fullmatch(kind):
         keys = _text(context)
@@ -115,20 +115,20 @@ def _context(kind: str, context: Any, count: int, tree: Tree) -> None:
 
 def _text(context: Any) -> Any:
     if not isinstance(context, str):
-        raise Refused(f"expected a context as text, found {shown(context)}")
+        raise UnsafeFile(f"expected a context as text, found {shown(context)}")
     return loads(context, "a context")
 
 
 def _keys(keys: Any, count: int) -> None:
     if not isinstance(keys, list) or len(keys) != count:
-        raise Refused(f"expected {count} keys of a dict, found {shown(keys)}")
+        raise UnsafeFile(f"expected {count} keys of a dict, found {shown(keys)}")
     for key in keys:
         if isinstance(key, str):
             plain(key)
         elif not (key is None or isinstance(key, (bool, int, float))):
-            raise Refused(f"expected a key of a dict that is a text or a number, found {shown(key)}")
+            raise UnsafeFile(f"expected a key of a dict that is a text or a number, found {shown(key)}")
     if len(set(keys)) != count:
-        raise Refused("expected keys of a dict that differ, found one twice")
+        raise UnsafeFile("expected keys of a dict that differ, found one twice")
 
 
 def _harmless(value: Any) -> None:
@@ -138,14 +138,14 @@ def _harmless(value: Any) -> None:
     """
     if isinstance(value, dict):
         if "__enum__" in value:
-            raise Refused(f"it names the enum {shown(value.get('fqn'))}, which would be imported")
+            raise UnsafeFile(f"it names the enum {shown(value.get('fqn'))}, which would be imported")
         if "p" in value and "_t" in value:
             if not isinstance(value["p"], str) or not _PARTS.fullmatch(value["p"]):
-                raise Refused(f"it names the class {shown(value['p'])}, which would be imported")
+                raise UnsafeFile(f"it names the class {shown(value['p'])}, which would be imported")
             if value["_t"] in ("seq", "map") and value["p"].startswith("transformers"):
-                raise Refused(f"it names the class {shown(value['p'])}, which would be called")
+                raise UnsafeFile(f"it names the class {shown(value['p'])}, which would be called")
         if value.get("_t") in ("dtype", "layout") and not str(value.get("n")).isidentifier():
-            raise Refused(f"expected a dtype or a layout, found {shown(value.get('n'))}")
+            raise UnsafeFile(f"expected a dtype or a layout, found {shown(value.get('n'))}")
         value = list(value.values())
     if isinstance(value, list):
         for v in value:
@@ -159,9 +159,9 @@ def check_registered(types: set[str]) -> None:
             try:
                 importlib.import_module(match[1])
             except ImportError as error:
-                raise Refused(f"it takes or returns a {name}, and {match[1]} cannot be imported: {error}") from error
+                raise UnsafeFile(f"it takes or returns a {name}, and {match[1]} cannot be imported: {error}") from error
         if name not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE or name == pytree.NO_SERIALIZED_TYPE_NAME_FOUND:
-            raise Refused(
+            raise UnsafeFile(
                 f"it takes or returns a {shown(name)}, which nothing has registered here; import what registers it "
                 "with torch (torch.utils._pytree.register_pytree_node, torch.export.register_dataclass), then load"
             )

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from adaptc.pt2_files.names import plain, words
-from adaptc.pt2_files.refusal import Refused, shown
+from adaptc.pt2_files.refusal import UnsafeFile, shown
 
 _LONGEST = 8_000
 _PRINTED = re.compile(r"[\x20-\x7e]+")
@@ -51,13 +51,13 @@ class _Cost:
 
     def checked(self) -> _Cost:
         if self.terms > _MOST_TERMS or self.bits > _MOST_BITS:
-            raise Refused("expected an expression over sizes, found one that takes too long to evaluate")
+            raise UnsafeFile("expected an expression over sizes, found one that takes too long to evaluate")
         return self
 
 
 @functools.lru_cache(4_096)  # a program repeats a few expressions thousands of times
 def sizes(text: str) -> str:
-    """Return ``text``. Raises Refused where it is no expression over sizes, or could take very long to evaluate."""
+    """Return ``text``. Raises UnsafeFile where it is no expression over sizes, or could take very long to evaluate."""
     _cost(_parsed(text), 0)
     return text
 
@@ -68,16 +68,16 @@ def is_symbol(text: str) -> bool:
 
 def _parsed(text: str, what: str = "an expression over sizes") -> ast.expr:
     if len(text) > _LONGEST or not _PRINTED.fullmatch(text):
-        raise Refused(f"expected {what}, found {shown(text)} of {len(text)} characters")
+        raise UnsafeFile(f"expected {what}, found {shown(text)} of {len(text)} characters")
     depth = 0
     for sign in text:
         depth += (sign == "(") - (sign == ")")
         if depth > _MOST_DEPTH:
-            raise Refused(f"expected {what}, found one nested too deeply")
+            raise UnsafeFile(f"expected {what}, found one nested too deeply")
     try:
         return ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise Refused(f"expected {what}, found {shown(text)}") from error
+        raise UnsafeFile(f"expected {what}, found {shown(text)}") from error
 
 
 def _sum(costs: Sequence[_Cost]) -> _Cost:
@@ -94,9 +94,9 @@ def _product(costs: Sequence[_Cost]) -> _Cost:
 def _power(base: _Cost, exponent: ast.expr) -> _Cost:
     value = _number(exponent)
     if value is None:
-        raise Refused(f"expected a power that is a number, found {shown(ast.unparse(exponent))}")
+        raise UnsafeFile(f"expected a power that is a number, found {shown(ast.unparse(exponent))}")
     if abs(value) > _MOST_POWER:
-        raise Refused(f"expected a power of at most {_MOST_POWER}, found {value}")
+        raise UnsafeFile(f"expected a power of at most {_MOST_POWER}, found {value}")
     return _product([base] * max(1, abs(int(value))))
 
 
@@ -119,7 +119,7 @@ def _number(node: ast.expr) -> int | float | None:
 
 def _cost(node: ast.expr, depth: int) -> _Cost:
     if depth > _MOST_DEPTH:
-        raise Refused("expected an expression over sizes, found one nested too deeply")
+        raise UnsafeFile("expected an expression over sizes, found one nested too deeply")
 
     def of(nodes: Sequence[ast.expr]) -> list[_Cost]:
         return [_cost(n, depth + 1) for n in nodes]
@@ -149,7 +149,7 @@ def _cost(node: ast.expr, depth: int) -> _Cost:
             return _sum(of(elements))
         case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
             return _call(name, args, keywords, of)
-    raise Refused(f"expected an expression over sizes, found {shown(ast.unparse(node))}")
+    raise UnsafeFile(f"expected an expression over sizes, found {shown(ast.unparse(node))}")
 
 
 def _call(
@@ -163,12 +163,12 @@ def _call(
             known = all(k.arg in _ASSUMPTIONS and _is_bool(k.value) for k in keywords)
             if known and is_symbol(text):
                 return _Cost()
-            raise Refused(f"expected a symbol such as s7, found {shown(text)}")
+            raise UnsafeFile(f"expected a symbol such as s7, found {shown(text)}")
         case "Float", [ast.Constant(value=str() as text)] if _FLOAT.fullmatch(text):
             if all(k.arg == "precision" and _is_small(k.value) for k in keywords):
                 return _Cost()
     if keywords:
-        raise Refused(f"expected no named arguments, found some of {shown(name)}")
+        raise UnsafeFile(f"expected no named arguments, found some of {shown(name)}")
     if name in ("Integer", "Float", "Rational") and args and all(_number(a) is not None for a in args):
         return _product(of(args))
     if name == "Add":
@@ -182,13 +182,13 @@ def _call(
     if name in _FUNCTIONS:
         inner = _sum(of(args))
         return _Cost(max(1, inner.terms), inner.bits)
-    raise Refused(f"expected a function over sizes, found {shown(name)}")
+    raise UnsafeFile(f"expected a function over sizes, found {shown(name)}")
 
 
 def _shift(base: _Cost, by: ast.expr) -> _Cost:
     value = _number(by)
     if not isinstance(value, int) or not 0 <= value <= 63:
-        raise Refused(f"expected a shift by a number of 0 to 63, found {shown(ast.unparse(by))}")
+        raise UnsafeFile(f"expected a shift by a number of 0 to 63, found {shown(ast.unparse(by))}")
     return _Cost(base.terms, base.bits + value).checked()
 
 
@@ -215,16 +215,16 @@ _MODULES = {
 
 
 def guard(text: str) -> str:
-    """Return ``text``. Raises Refused where it is no condition on the sizes and values of inputs."""
+    """Return ``text``. Raises UnsafeFile where it is no condition on the sizes and values of inputs."""
     if not _GUARD.fullmatch(text):
-        raise Refused(f"expected a condition on inputs, found {shown(text)}")
+        raise UnsafeFile(f"expected a condition on inputs, found {shown(text)}")
     _guard(_parsed(text, "a condition on inputs"), 0)
     return text
 
 
 def _guard(node: ast.expr, depth: int) -> None:
     if depth > _MOST_DEPTH:
-        raise Refused("expected a condition on inputs, found one nested too deeply")
+        raise UnsafeFile("expected a condition on inputs, found one nested too deeply")
     parts: list[ast.expr]
     match node:
         case ast.Constant(value=str() as value):
@@ -241,10 +241,10 @@ def _guard(node: ast.expr, depth: int) -> None:
         case ast.BinOp(op=ast.Pow(), left=a, right=b):
             power = _number(b)
             if power is None or abs(power) > _MOST_POWER or any(isinstance(n, ast.Pow) for n in ast.walk(a)):
-                raise Refused(f"expected a power that is a small number, found {shown(ast.unparse(b))}")
+                raise UnsafeFile(f"expected a power that is a small number, found {shown(ast.unparse(b))}")
             parts = [a]
         case ast.BinOp(op=ast.LShift() | ast.RShift() | ast.MatMult()):
-            raise Refused(f"expected a condition on inputs, found {shown(ast.unparse(node))}")
+            raise UnsafeFile(f"expected a condition on inputs, found {shown(ast.unparse(node))}")
         case ast.BinOp(left=a, right=b):
             parts = [a, b]
         case ast.Subscript(value=a, slice=ast.Constant(value=str() | int()) as key):
@@ -262,6 +262,6 @@ def _guard(node: ast.expr, depth: int) -> None:
         case ast.Call(func=ast.Name(id=name), args=parts, keywords=[]) if name in _CALLS:
             pass
         case _:
-            raise Refused(f"expected a condition on inputs, found {shown(ast.unparse(node))}")
+            raise UnsafeFile(f"expected a condition on inputs, found {shown(ast.unparse(node))}")
     for part in parts:
         _guard(part, depth + 1)

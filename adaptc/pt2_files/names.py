@@ -10,7 +10,7 @@ import json
 import re
 from typing import Any
 
-from adaptc.pt2_files.refusal import Refused, shown
+from adaptc.pt2_files.refusal import UnsafeFile, shown
 
 # Control characters, and those that Python or C++ may take for the end of a line.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -26,23 +26,23 @@ def words(text: str) -> frozenset[str]:
 
 def identifier(text: str) -> str:
     if not text.isidentifier() or len(text) > _LONGEST:
-        raise Refused(f"expected a name of letters, digits and underscores, found {shown(text)}")
+        raise UnsafeFile(f"expected a name of letters, digits and underscores, found {shown(text)}")
     return text
 
 
 def plain(text: str) -> str:
     """Return ``text``, the path of a parameter or module, or a constant.
 
-    Raises Refused where it has quotes, backslashes, braces or control characters, or is very long.
+    Raises UnsafeFile where it has quotes, backslashes, braces or control characters, or is very long.
     """
     if _NOT_PLAIN.search(text) or len(text) > _LONGEST:
-        raise Refused(f"expected a text without quotes, backslashes, braces and line ends, found {shown(text)}")
+        raise UnsafeFile(f"expected a text without quotes, backslashes, braces and line ends, found {shown(text)}")
     return text
 
 
 def one_line(text: str) -> str:
     if _CONTROL.search(text):
-        raise Refused(f"expected a text of one line, found {shown(text)}")
+        raise UnsafeFile(f"expected a text of one line, found {shown(text)}")
     return text
 
 
@@ -57,7 +57,7 @@ def lines(text: str) -> str:
 
 
 def loads(text: str | bytes, what: str = "JSON", *, infinite: bool = False) -> Any:
-    """Return the value of a JSON text. Raises Refused where it is not JSON by its standard.
+    """Return the value of a JSON text. Raises UnsafeFile where it is not JSON by its standard.
 
     NaN is refused unless ``infinite``, and so are numbers of thousands of digits and repeated keys.
     """
@@ -65,9 +65,9 @@ def loads(text: str | bytes, what: str = "JSON", *, infinite: bool = False) -> A
     try:
         return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=constant)
     except RecursionError as error:
-        raise Refused(f"expected {what}, found lists and objects nested too deeply") from error
+        raise UnsafeFile(f"expected {what}, found lists and objects nested too deeply") from error
     except (ValueError, UnicodeDecodeError) as error:
-        raise Refused(f"expected {what}: {error}") from error
+        raise UnsafeFile(f"expected {what}: {error}") from error
 
 
 def _no_constant(text: str) -> None:

@@ -26,7 +26,7 @@ from torch._functorch import predispatch
 from torch._ops import HigherOrderOperator, OpOverload
 
 from adaptc.pt2_files.names import words
-from adaptc.pt2_files.refusal import Refused, shown
+from adaptc.pt2_files.refusal import UnsafeFile, shown
 
 _OP = re.compile(r"torch\.ops\.([A-Za-z_]\w*)\.([A-Za-z_]\w*)\.([A-Za-z_]\w*)", re.ASCII)
 _HIGHER = re.compile(r"torch\.ops\.higher_order\.([A-Za-z_]\w*)", re.ASCII)
@@ -52,19 +52,21 @@ _HIGHER_ORDER = words(
 
 
 def syntax(target: str) -> str:
-    """Return ``target``. Raises Refused where it names no allowed operator. Nothing is looked up in torch."""
+    """Return ``target``. Raises UnsafeFile where it names no allowed operator. Nothing is looked up in torch."""
     if match := _OP.fullmatch(target):
         space, name, _ = match.groups()
         if space in _REFUSED_SPACES or f"{space}.{name}" in _REFUSED_OPS or name.startswith("__import"):
-            raise Refused(f"expected an operator on tensors, found {shown(target)}, which reaches beyond the program")
+            raise UnsafeFile(
+                f"expected an operator on tensors, found {shown(target)}, which reaches beyond the program"
+            )
         return target
     if match := _HIGHER.fullmatch(target):
         if match[1] not in _HIGHER_ORDER:
-            raise Refused(f"the higher-order operator {match[1]!r} is not one that programs hold subgraphs in")
+            raise UnsafeFile(f"the higher-order operator {match[1]!r} is not one that programs hold subgraphs in")
         return target
     if target in _on_sizes() or _VMAP.fullmatch(target):
         return target
-    raise Refused(f"expected the name of an operator, found {shown(target)}")
+    raise UnsafeFile(f"expected the name of an operator, found {shown(target)}")
 
 
 def check_exists(target: str, names: AbstractSet[str]) -> None:
@@ -77,7 +79,7 @@ def check_exists(target: str, names: AbstractSet[str]) -> None:
     if match := _VMAP.fullmatch(target):
         found = getattr(predispatch, match[1], None)
         if not callable(found) or getattr(found, "__module__", None) != predispatch.__name__:
-            raise Refused(f"this torch has no {shown(target)}")
+            raise UnsafeFile(f"this torch has no {shown(target)}")
         return
     parts = target.split(".")[2:]
     found: Any = torch.ops
@@ -86,11 +88,11 @@ def check_exists(target: str, names: AbstractSet[str]) -> None:
     if isinstance(found, HigherOrderOperator):
         return
     if not isinstance(found, OpOverload):
-        raise Refused(f"there is no operator {shown(target)} here; import the library that registers it, then load")
+        raise UnsafeFile(f"there is no operator {shown(target)} here; import the library that registers it, then load")
     if parts[0] == "aten" and not _in_dispatcher(parts[0], parts[1], parts[2]):
-        raise Refused(f"expected an operator on tensors, found {shown(target)}, which is one of TorchScript alone")
+        raise UnsafeFile(f"expected an operator on tensors, found {shown(target)}, which is one of TorchScript alone")
     if unknown := names - {a.name for a in found._schema.arguments}:
-        raise Refused(f"{target} has no argument {shown(min(unknown))}")
+        raise UnsafeFile(f"{target} has no argument {shown(min(unknown))}")
 
 
 @functools.cache

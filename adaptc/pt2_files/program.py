@@ -23,16 +23,16 @@ from torch._export.serde.serialize import ExportedProgramDeserializer
 from torch.export import ExportedProgram
 
 from adaptc.errors import CheckpointError
-from adaptc.passes.ir.exclusive import on_graphs
+from adaptc.passes.ir.graph_lock import on_graphs
 from adaptc.pt2_files import operators, records
 from adaptc.pt2_files.archive import opened
-from adaptc.pt2_files.consistent import check_consistent
+from adaptc.pt2_files.check_references import check_consistent
+from adaptc.pt2_files.checksum import check_seal
 from adaptc.pt2_files.containers import check_registered
+from adaptc.pt2_files.example_values import read_samples
 from adaptc.pt2_files.names import loads
-from adaptc.pt2_files.refusal import Refused, reason, shown_path
-from adaptc.pt2_files.samples import read_samples
+from adaptc.pt2_files.refusal import UnsafeFile, reason, shown_path
 from adaptc.pt2_files.schema import Builder, schema
-from adaptc.pt2_files.seal import check_seal
 from adaptc.pt2_files.tensors import read_tensors
 
 _WAY_OUT = "Save or download it again"
@@ -119,7 +119,7 @@ def _at(record: str) -> Iterator[None]:
     """Run the block with the name of ``record`` added to the place of a Refused that it raises."""
     try:
         yield
-    except Refused as error:
+    except UnsafeFile as error:
         raise (error if error.place.startswith("record ") else error.inside(f"record {record!r}, ")) from None
 
 
@@ -133,5 +133,5 @@ def _refusals(path: Path) -> Iterator[None]:
     except (FileNotFoundError, IsADirectoryError) as error:
         raise CheckpointError(f"there is no file {shown_path(path)}") from error
     except Exception as error:  # what torch raises on a forged graph can be anything
-        why = str(error) if isinstance(error, Refused) else reason(error)
+        why = str(error) if isinstance(error, UnsafeFile) else reason(error)
         raise CheckpointError(f"{shown_path(path)} cannot be read as an exported program: {why}. {_WAY_OUT}") from error

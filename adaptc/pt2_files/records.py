@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from adaptc.pt2_files.archive import Archive
-from adaptc.pt2_files.refusal import Refused, shown
+from adaptc.pt2_files.refusal import UnsafeFile, shown
 
 MODEL = "models/model.json"
 SAMPLES = "data/sample_inputs/model.pt"
@@ -36,20 +36,22 @@ def check_program(archive: Archive) -> None:
         made = (
             "that adaptc.package wrote" if "data/extra/adaptc.json" in found else "of AOTInductor, made without adaptc"
         )
-        raise Refused(
+        raise UnsafeFile(
             f"it is a package {made}, and holds compiled code, which torch.export.load would run at once. If you trust "
             "its author open it with adaptc.load_package, else ask for a file of adaptc.save"
         )
     if "serialized_exported_program.json" in found:
-        raise Refused("it was written by torch 2.7 or older; load it there, and save it with a newer torch")
+        raise UnsafeFile("it was written by torch 2.7 or older; load it there, and save it with a newer torch")
     for name in _NEEDED:
         if name not in found:
-            raise Refused(f"there is no record {name!r}")
+            raise UnsafeFile(f"there is no record {name!r}")
     for name in found:
         if not _KNOWN.fullmatch(name):
             others = name.startswith(("models/", "data/"))
             hint = "; adaptc reads files of one program, of the name 'model'" if others else ""
-            raise Refused(f"record {shown(name)} is none that a program has{hint}")
+            raise UnsafeFile(f"record {shown(name)} is none that a program has{hint}")
     for name, wanted in (("archive_format", b"pt2"), ("archive_version", b"0"), ("byteorder", b"little")):
         if name in found and (text := archive.read(name, 64)) != wanted:
-            raise Refused(f"expected {name} {wanted.decode()}, found {shown(text.decode(errors='backslashreplace'))}")
+            raise UnsafeFile(
+                f"expected {name} {wanted.decode()}, found {shown(text.decode(errors='backslashreplace'))}"
+            )

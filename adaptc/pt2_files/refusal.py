@@ -9,7 +9,7 @@ from typing import Any
 _LONGEST = 400  # the most characters of a place in a message
 
 
-class Refused(Exception):
+class UnsafeFile(Exception):
     """An error on a part of a file. ``why`` says what was expected and what was found.
 
     Code that reads an outer part of the file prepends its place with :meth:`inside`.
@@ -19,7 +19,7 @@ class Refused(Exception):
         super().__init__(why)
         self.why, self.place = why, place
 
-    def inside(self, step: str) -> Refused:
+    def inside(self, step: str) -> UnsafeFile:
         self.place = step + self.place
         return self
 

@@ -1,7 +1,8 @@
 """Build the dataclasses of torch's schema from JSON data, with each value of exactly the type that the schema says.
 
 torch's own reader takes any value for any field, and ignores fields that it does not know. It looks type hints up anew
-for every object. Here the hints are looked up once, and every text passes the table of :mod:`adaptc.pt2_files.texts`.
+for every object. Here the hints are looked up once, and every text passes the table of
+:mod:`adaptc.pt2_files.string_rules`.
 
 Private torch use, with the public route that was tried: ``torch._export.serde.schema`` is the format of a ``.pt2``
 file. ``_Union`` is the base of its unions, and ``_SERIALIZE_TO_TORCH_DTYPE`` its table of the numbers of dtypes. No
@@ -23,8 +24,8 @@ from torch._export.serde import schema
 from torch._export.serde.serialize import _SERIALIZE_TO_TORCH_DTYPE
 from torch._export.serde.union import _Union, _UnionTag
 
-from adaptc.pt2_files import texts
-from adaptc.pt2_files.refusal import Refused, shown
+from adaptc.pt2_files import string_rules
+from adaptc.pt2_files.refusal import UnsafeFile, shown
 
 __all__ = ["DTYPES", "Builder", "schema"]
 
@@ -49,11 +50,11 @@ class Builder:
         self._known: dict[Any, Build] = {}
 
     def build(self, cls: type[Class], data: Any) -> Class:
-        """Return an object of ``cls`` with this data. Raises Refused, with the place in the data."""
+        """Return an object of ``cls`` with this data. Raises UnsafeFile, with the place in the data."""
         try:
             return self._of_class(cls)(data)
         except RecursionError as error:
-            raise Refused("expected a program, found one nested too deeply") from error
+            raise UnsafeFile("expected a program, found one nested too deeply") from error
 
     def _of_class(self, cls: Any) -> Build:
         if cls not in self._known:
@@ -73,9 +74,9 @@ class Builder:
         if origin is list:
             return _list(self._of_hint(args[0], owner, name))
         if origin is dict:
-            return _dict(texts.KEYS.get((owner, name)), self._values(args[1], owner, name))
+            return _dict(string_rules.KEYS.get((owner, name)), self._values(args[1], owner, name))
         if hint is str:
-            return _text(texts.FIELDS.get((owner, name)))
+            return _text(string_rules.FIELDS.get((owner, name)))
         if hint in _PLAIN:
             return _PLAIN[hint]
         if isinstance(hint, type) and issubclass(hint, IntEnum):
@@ -83,7 +84,7 @@ class Builder:
         return self._of_class(hint)
 
     def _values(self, hint: Any, owner: str, name: str) -> Callable[[str], Build]:
-        by_key = texts.BY_KEY.get((owner, name))
+        by_key = string_rules.BY_KEY.get((owner, name))
         if by_key is not None:
             return lambda key: _text(by_key(key))
         one = self._of_hint(hint, owner, name)
@@ -96,16 +97,16 @@ class Builder:
 
         def make(data: Any) -> Any:
             if not isinstance(data, dict) or len(data) != 1:
-                raise Refused(f"expected one kind of {cls.__name__}, found {shown(data)}")
+                raise UnsafeFile(f"expected one kind of {cls.__name__}, found {shown(data)}")
             ((kind, value),) = data.items()
             if kind not in builds:
-                raise Refused(f"expected a kind of {cls.__name__}, found {shown(kind)}")
+                raise UnsafeFile(f"expected a kind of {cls.__name__}, found {shown(kind)}")
             self._inside += 1
             if self._inside > _MOST_INSIDE:
-                raise Refused("expected a program, found values nested too deeply")
+                raise UnsafeFile("expected a program, found values nested too deeply")
             try:
                 built = builds[kind](value)
-            except Refused as error:
+            except UnsafeFile as error:
                 raise error.inside(f".{kind}") from None
             self._inside -= 1
             # The same as cls.create, and ten times as fast, since that lists the fields of the class four times.
@@ -127,22 +128,22 @@ class Builder:
 
         def make(data: Any) -> Any:
             if not isinstance(data, dict):
-                raise Refused(f"expected a {cls.__name__}, found {shown(data)}")
+                raise UnsafeFile(f"expected a {cls.__name__}, found {shown(data)}")
             if not data.keys() >= needed:
-                raise Refused(f"a {cls.__name__} lacks {min(needed - data.keys())!r}")
+                raise UnsafeFile(f"a {cls.__name__} lacks {min(needed - data.keys())!r}")
             if not data.keys() <= builds.keys() and not self._lenient:
-                raise Refused(f"a {cls.__name__} has no {shown(min(data.keys() - builds.keys()))}")
+                raise UnsafeFile(f"a {cls.__name__} has no {shown(min(data.keys() - builds.keys()))}")
             if cls is schema.Node:
-                texts.spoken(data["inputs"])
+                string_rules.spoken(data["inputs"])
             self._depth += graph
             if self._depth > _MOST_GRAPHS:
-                raise Refused(f"expected at most {_MOST_GRAPHS} graphs inside one another")
+                raise UnsafeFile(f"expected at most {_MOST_GRAPHS} graphs inside one another")
             values = {}
             for name, build in builds.items():
                 if name in data:
                     try:
                         values[name] = build(data[name])
-                    except Refused as error:
+                    except UnsafeFile as error:
                         raise error.inside(f".{name}") from None
             self._depth -= graph
             return cls(**values)
@@ -153,43 +154,43 @@ class Builder:
 def _list(one: Build) -> Build:
     def make(data: Any) -> list[Any]:
         if not isinstance(data, list):
-            raise Refused(f"expected a list, found {shown(data)}")
+            raise UnsafeFile(f"expected a list, found {shown(data)}")
         at = 0
         try:
             out = []
             for at, value in enumerate(data):  # noqa: B007
                 out.append(one(value))
             return out
-        except Refused as error:
+        except UnsafeFile as error:
             raise error.inside(f"[{at}]") from None
 
     return make
 
 
-def _dict(check: texts.Check | None, of: Callable[[str], Build]) -> Build:
+def _dict(check: string_rules.Check | None, of: Callable[[str], Build]) -> Build:
     def make(data: Any) -> dict[str, Any]:
         if not isinstance(data, dict):
-            raise Refused(f"expected an object, found {shown(data)}")
+            raise UnsafeFile(f"expected an object, found {shown(data)}")
         if data and check is None:
-            raise Refused("this adaptc does not know the field")
+            raise UnsafeFile("this adaptc does not know the field")
         out = {}
         for key, value in data.items():
             try:
                 assert check is not None
                 out[check(key)] = of(key)(value)
-            except Refused as error:
+            except UnsafeFile as error:
                 raise error.inside(f"[{shown(key)}]") from None
         return out
 
     return make
 
 
-def _text(check: texts.Check | None) -> Build:
+def _text(check: string_rules.Check | None) -> Build:
     def make(data: Any) -> str:
         if type(data) is not str:
-            raise Refused(f"expected a text, found {shown(data)}")
+            raise UnsafeFile(f"expected a text, found {shown(data)}")
         if check is None:
-            raise Refused("this adaptc does not know the field")
+            raise UnsafeFile("this adaptc does not know the field")
         return check(data)
 
     return make
@@ -200,7 +201,7 @@ def _member(cls: type[IntEnum]) -> Build:
 
     def make(data: Any) -> int:
         if type(data) is not int or data not in known or known[data].lower() == "unknown":
-            raise Refused(f"expected a number of a {cls.__name__}, found {shown(data)}")
+            raise UnsafeFile(f"expected a number of a {cls.__name__}, found {shown(data)}")
         return data
 
     return make
@@ -208,13 +209,13 @@ def _member(cls: type[IntEnum]) -> Build:
 
 def _int(data: Any) -> int:
     if type(data) is not int or not -(2**63) <= data < 2**64:
-        raise Refused(f"expected an integer of 64 bits, found {shown(data)}")
+        raise UnsafeFile(f"expected an integer of 64 bits, found {shown(data)}")
     return data
 
 
 def _bool(data: Any) -> bool:
     if type(data) is not bool:
-        raise Refused(f"expected true or false, found {shown(data)}")
+        raise UnsafeFile(f"expected true or false, found {shown(data)}")
     return data
 
 
@@ -223,7 +224,7 @@ def _float(data: Any) -> float:
         return data
     if type(data) is str and data in _FLOATS:
         return _FLOATS[data]
-    raise Refused(f"expected a number with a point, found {shown(data)}")
+    raise UnsafeFile(f"expected a number with a point, found {shown(data)}")
 
 
 _PLAIN: dict[Any, Build] = {int: _int, bool: _bool, float: _float}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptc.pt2_files.archive import Archive
-from adaptc.pt2_files.refusal import Refused
+from adaptc.pt2_files.refusal import UnsafeFile
 from adaptc.pt2_files.schema import DTYPES, schema
 
 # An expanded weight reads elements several times over. One that needs this many more bytes once it is written out is a
@@ -39,7 +39,7 @@ def read_tensors(archive: Archive, folder: str, table: schema.PayloadConfig) -> 
 def _each(name: str, make: Callable[[], Any]) -> Any:
     try:
         return make()
-    except Refused as error:
+    except UnsafeFile as error:
         raise error.inside(f"[{name!r}]") from None
 
 
@@ -68,27 +68,28 @@ class _Shape:
 
     def __init__(self, archive: Archive, folder: str, meta: schema.PayloadMeta) -> None:
         if meta.use_pickle:
-            raise Refused("its values are a pickle (use_pickle), which can run code; they are not read")
+            raise UnsafeFile("its values are a pickle (use_pickle), which can run code; they are not read")
         if meta.tensor_meta is None:
-            raise Refused("it has no dtype, sizes and strides (tensor_meta)")
+            raise UnsafeFile("it has no dtype, sizes and strides (tensor_meta)")
         self.meta = meta
         found = meta.tensor_meta
         self.dtype = _dtype(found)
         self.sizes, self.strides = [_plain(s) for s in found.sizes], [_plain(s) for s in found.strides]
         self.offset = _plain(found.storage_offset)
         if len(self.sizes) != len(self.strides):
-            raise Refused(f"it has {len(self.sizes)} sizes and {len(self.strides)} strides")
+            raise UnsafeFile(f"it has {len(self.sizes)} sizes and {len(self.strides)} strides")
         if found.layout != schema.Layout.Strided:
-            raise Refused(f"expected a dense layout, found {schema.Layout(found.layout).name}")
+            raise UnsafeFile(f"expected a dense layout, found {schema.Layout(found.layout).name}")
         self.on_device = _device(found.device)
         record = f"{folder}/{meta.path_name}"
         if record not in archive.records:
-            raise Refused(f"there is no record {record!r}")
+            raise UnsafeFile(f"there is no record {record!r}")
         self.record = self._checked(record, archive.records[record].size)
 
     def _checked(self, record: str, length: int) -> str | None:
-        """Return the name of the record, or None where there is nothing to read. Raises Refused where the tensor does
-        not fit."""
+        """Return the name of the record, or None where there is nothing to read.
+
+        Raises UnsafeFile where the tensor does not fit."""
         count = 1
         for size in self.sizes:
             count *= size
@@ -97,12 +98,12 @@ class _Shape:
         last = self.offset + sum((n - 1) * step for n, step in zip(self.sizes, self.strides, strict=True))
         width = self.dtype.itemsize
         if (last + 1) * width > length or length % width:
-            raise Refused(
+            raise UnsafeFile(
                 f"a {self.dtype} of sizes {self.sizes}, strides {self.strides} and offset {self.offset} needs "
                 f"{(last + 1) * width} bytes, and record {record!r} has {length}"
             )
         if count * width > length + _MOST_EXPANDED:
-            raise Refused(f"sizes {self.sizes} are {count * width} bytes, and record {record!r} has {length}")
+            raise UnsafeFile(f"sizes {self.sizes} are {count * width} bytes, and record {record!r} has {length}")
         return record
 
     def tensor(self, memory: Mapping[str, Tensor]) -> Tensor:
@@ -111,26 +112,26 @@ class _Shape:
         else:
             flat = memory[self.record]
             if self.dtype is torch.bool and bool((flat > 1).any()):
-                raise Refused(f"record {self.record!r} holds bytes that are neither true nor false")
+                raise UnsafeFile(f"record {self.record!r} holds bytes that are neither true nor false")
             out = torch.as_strided(flat.view(self.dtype), self.sizes, self.strides, self.offset)
         assert self.meta.tensor_meta is not None
         grad = self.meta.tensor_meta.requires_grad
         if grad and not (out.is_floating_point() or out.is_complex()):
-            raise Refused(f"a {self.dtype} cannot require a gradient")
+            raise UnsafeFile(f"a {self.dtype} cannot require a gradient")
         return nn.Parameter(out, requires_grad=grad) if self.meta.is_param else out.requires_grad_(grad)
 
 
 def _dtype(meta: schema.TensorMeta) -> torch.dtype:
     found = DTYPES.get(meta.dtype)
     if found is None:
-        raise Refused(f"this torch has no dtype of number {meta.dtype}")
+        raise UnsafeFile(f"this torch has no dtype of number {meta.dtype}")
     return found
 
 
 def _plain(size: Any) -> int:
-    """Return a size, stride or offset as an int. Raises Refused where it is symbolic or negative."""
+    """Return a size, stride or offset as an int. Raises UnsafeFile where it is symbolic or negative."""
     if size.type != "as_int" or not 0 <= size.as_int < 2**63:
-        raise Refused(f"expected a size, stride or offset of a tensor, found {size.value}")
+        raise UnsafeFile(f"expected a size, stride or offset of a tensor, found {size.value}")
     return size.as_int
 
 
@@ -138,4 +139,4 @@ def _device(device: schema.Device) -> torch.device:
     try:
         return torch.device(device.type) if device.index is None else torch.device(device.type, device.index)
     except (RuntimeError, ValueError, TypeError) as error:
-        raise Refused(f"there is no device {device.type}:{device.index}") from error
+        raise UnsafeFile(f"there is no device {device.type}:{device.index}") from error

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from adaptc.peft_files.foreign_file import RawFile, of_peft, read_any
 from adaptc.peft_files.formats.detect import detect
-from adaptc.peft_files.raw import RawFile, of_peft, read_any
 from adaptc.tables import Column, Report, Table, collapse, dtype_name, plain, size, times
 
 
@@ -29,8 +29,10 @@ class AdapterReport(Report):
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> AdapterReport:
-        """Read the adapter at ``path`` and report it. Raises CheckpointError as :func:`adaptc.peft_files.raw.read_any`
-        does."""
+        """Read the adapter at ``path`` and report it.
+
+        Raises CheckpointError as :func:`adaptc.peft_files.foreign_file.read_any` does.
+        """
         file = read_any(path)
         if isinstance(file, RawFile):
             return cls.of_raw(file)

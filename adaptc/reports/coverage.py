@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from adaptc.binding.binding import Binding
 from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.exclusive import exclusive
+from adaptc.passes.ir.graph_lock import exclusive
 from adaptc.passes.ir.pass_infra import Trail
 from adaptc.passes.ir.storage import storage_key
 from adaptc.passes.lower.choose_products import Products
 from adaptc.peft_files.origin import PEFT, Origin
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.reports.norms import Norms
-from adaptc.runtime.held_values import Held
+from adaptc.runtime.hoisted_values import Held
 from adaptc.runtime.packed_weights import PackedWeights
 from adaptc.runtime.variants import Fusion
 from adaptc.tables import (

@@ -16,10 +16,10 @@ from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError
 from adaptc.passes.analysis.program_facts import all_module_types
 from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.exclusive import exclusive
+from adaptc.passes.ir.graph_lock import exclusive
 from adaptc.program.adapted import AdaptedProgram
-from adaptc.program.holder import of_programs
-from adaptc.program.views import view_of
+from adaptc.program.overrides import view_of
+from adaptc.program.wrapper import of_programs
 from adaptc.reports.coverage import base_parameters
 from adaptc.tables import Column, Table, collapse, times
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
+from adaptc.passes.ir.bank_method import ORDERS, RowAxis
 from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.rows import ORDERS, RowAxis
-from adaptc.passes.ir.trees import named_leaves, pytree
-from adaptc.runtime.state import written_to
+from adaptc.passes.ir.pytree import named_leaves, pytree
+from adaptc.runtime.mutated_buffers import written_to
 
 #: share of the largest change up to which a change is rounding: with one row replaced, others may be rounded otherwise
 #: (matmuls of other sizes); what mixes rows changes them by far more

@@ -20,7 +20,7 @@ Mixes = tuple[Mapping[str, float], ...]
 """For each row the weights of its adapters, by name."""
 
 
-def mixes_of(adapters: Any) -> Mixes:
+def parse_row_adapters(adapters: Any) -> Mixes:
     """Return the mixes of ``adapters`` as callers write it: a list with, for each row, None, a name, or a dict of names
     and weights.
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.exclusive import exclusive
+from adaptc.passes.ir.graph_lock import exclusive
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.ops import Op
-from adaptc.passes.ir.part import part_of
-from adaptc.runtime.state import written_to
+from adaptc.passes.ir.subprogram import part_of
+from adaptc.runtime.mutated_buffers import written_to
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,11 +20,11 @@ from adaptc.errors import AdaptcError, ConfigError, TargetError
 from adaptc.passes.adapt.inject_rows import InjectRows, around, check_site, read_at
 from adaptc.passes.adapt.row_counts import any_number
 from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.exclusive import exclusive
+from adaptc.passes.ir.bank_method import InRows, RowAxis, grouped
+from adaptc.passes.ir.graph_lock import exclusive
 from adaptc.passes.ir.lifted import Lifted, user_inputs
 from adaptc.passes.ir.ops import operands
-from adaptc.passes.ir.rows import InRows, RowAxis, grouped
-from adaptc.passes.ir.trees import pytree
+from adaptc.passes.ir.pytree import pytree
 from adaptc.progress import stage
 from adaptc.rows.apart import ends_of
 from adaptc.rows.bare import Bare

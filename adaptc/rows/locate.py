@@ -24,12 +24,12 @@ from torch.export.graph_signature import InputKind
 
 from adaptc.capture.random_inputs import Run, draw
 from adaptc.errors import AdaptcError, TargetError
-from adaptc.passes.ir.exclusive import exclusive
+from adaptc.passes.ir.bank_method import RowAxis
+from adaptc.passes.ir.graph_lock import exclusive
 from adaptc.passes.ir.lifted import Lifted, user_inputs
-from adaptc.passes.ir.rows import RowAxis
-from adaptc.passes.ir.trees import pytree
+from adaptc.passes.ir.pytree import pytree
 from adaptc.rows.apart import MIXED, End, apart, changed, choices, expression, free, size_depends
-from adaptc.runtime.state import written_to
+from adaptc.runtime.mutated_buffers import written_to
 
 #: numbers of rows to run with where their number is free: the first that the program takes, so a prime if it can be
 ROWS = (3, 2, 4, 1)

@@ -18,9 +18,9 @@ from adaptc.binding.binding import Binding
 from adaptc.errors import AdaptcError
 from adaptc.methods import AdapterConfig
 from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.bank_method import STARTS
 from adaptc.passes.ir.method import Method, Slot
 from adaptc.passes.ir.ops import Op
-from adaptc.passes.ir.rows import STARTS
 from adaptc.runtime.rank_padding import Padding, paddings
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adaptc.passes.ir.product import ALL_CLASSES
+from adaptc.passes.ir.matmul_op import ALL_CLASSES
 from adaptc.passes.optimize.sibling_cost import DISPATCH, Speed, speed
 from adaptc.runtime.product_table import product_table, wanted
 from adaptc.runtime.product_times import ADAPTERS, FACTOR_CLASSES, FACTORS, ROWS, Times, least, measure, operands

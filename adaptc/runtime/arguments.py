@@ -12,9 +12,9 @@ from torch import Tensor
 
 from adaptc.binding.binding import Binding
 from adaptc.locks import free_in_children
+from adaptc.runtime.added_lengths import Lengths
 from adaptc.runtime.call_inputs import Inputs
-from adaptc.runtime.held_values import Held, Prefix
-from adaptc.runtime.lengths import Lengths
+from adaptc.runtime.hoisted_values import Held, Prefix
 from adaptc.runtime.options import RunOptions
 from adaptc.runtime.variants import GraphVariants
 from adaptc.torch_modes import plainly

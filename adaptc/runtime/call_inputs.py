@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 
 from adaptc.errors import AdaptcError, listing
 from adaptc.passes.ir.lifted import guards_of, user_inputs
-from adaptc.passes.ir.trees import pytree
+from adaptc.passes.ir.pytree import pytree
 from adaptc.runtime.answers import Answer
 from adaptc.runtime.call_names import CallNames
 from adaptc.runtime.size_conditions import condition, expression, solved, symbols

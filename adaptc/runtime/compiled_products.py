@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaptc.op_rules import batched_by
-from adaptc.passes.ir.product import ALL_CLASSES, LINEAR, ONEDNN, product, takes
+from adaptc.passes.ir.matmul_op import ALL_CLASSES, LINEAR, ONEDNN, product, takes
 from adaptc.passes.lower.choose_products import Choice
 from adaptc.runtime.product_table import choose, choose_for_all, spared
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from adaptc.errors import BackendError
 from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.exclusive import exclusive_property
+from adaptc.passes.ir.graph_lock import exclusive_property
 from adaptc.passes.ir.ops import Op
 from adaptc.passes.ir.pass_infra import GraphPass
 from adaptc.passes.lower.lower_regions import Lowered, LowerGraph

@@ -31,9 +31,9 @@ from adaptc.errors import BackendError
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.ops import Op
 from adaptc.progress import stage
-from adaptc.runtime.held_values import SplitGraph
-from adaptc.runtime.layouts import empty_in, order_of
+from adaptc.runtime.hoisted_values import SplitGraph
 from adaptc.runtime.rank_padding import Padding, paddings
+from adaptc.runtime.strides import empty_in, order_of
 
 #: the example value of a symbolic size, by which inductor tunes its code
 HINT = 16

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptc.passes.ir.product import LINEAR, onednn
+from adaptc.passes.ir.matmul_op import LINEAR, onednn
 from adaptc.passes.lower.choose_products import Choice
 from adaptc.runtime.product_table import THIN, product_table
 from adaptc.runtime.product_times import Times, as_they_lie, least, measure, operands

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from adaptc.locks import free_in_children
-from adaptc.passes.ir.product import fits, onednn, product
+from adaptc.passes.ir.matmul_op import fits, onednn, product
 from adaptc.passes.lower.choose_products import Choice, Products
 from adaptc.runtime.pack_times import PACKED, choose_packed, packed
 from adaptc.tables import size

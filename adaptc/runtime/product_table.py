@@ -27,9 +27,9 @@ import torch
 
 from adaptc.errors import CheckpointError, ConfigError, shown
 from adaptc.locks import free_in_children
-from adaptc.passes.ir.product import ALL_CLASSES, LINEAR, ONEDNN, takes
+from adaptc.passes.ir.matmul_op import ALL_CLASSES, LINEAR, ONEDNN, takes
 from adaptc.passes.lower.choose_products import Choice
-from adaptc.peft_files.snapshot import Opened
+from adaptc.peft_files.stable_read import Opened
 from adaptc.runtime.product_times import TURNED, Times, complete, measure, measure_turned
 
 SWITCH, FOLDER = "ADAPTC_PRODUCTS", "ADAPTC_CACHE"

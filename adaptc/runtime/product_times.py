@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptc.passes.ir.product import ALL_CLASSES, ONEDNN, by_columns, product, row_class
+from adaptc.passes.ir.matmul_op import ALL_CLASSES, ONEDNN, by_columns, product, row_class
 from adaptc.progress import stage
 from adaptc.torch_modes import AUTOCAST_DEVICES, in_transform
 

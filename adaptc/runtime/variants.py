@@ -23,21 +23,21 @@ from typing import Any
 
 from torch import Tensor, dtype, fx
 
-from adaptc.passes.ir.exclusive import exclusive_property, on_graphs
+from adaptc.passes.ir.graph_lock import exclusive_property, on_graphs
 from adaptc.passes.ir.lifted import copy_graph
 from adaptc.passes.ir.pass_infra import GraphPass, PassManager, PassResult, Trail
 from adaptc.passes.lower.choose_products import Choice, ChooseProducts, Products
 from adaptc.passes.lower.pack_products import Make, PackProducts
 from adaptc.passes.optimize.add_in_place import AddInPlace
-from adaptc.passes.optimize.bind_calls import BindCalls
 from adaptc.passes.optimize.canonicalize import Canonicalize
+from adaptc.passes.optimize.direct_calls import BindCalls
+from adaptc.passes.optimize.emit_fused_siblings import Pack
 from adaptc.passes.optimize.fold_scales import FoldScales
 from adaptc.passes.optimize.fuse_siblings import FuseSiblings
 from adaptc.passes.optimize.hoist import stages_of
 from adaptc.passes.optimize.sibling_cost import Crossing, Speeds, crossing, speed, stacking, widening
 from adaptc.passes.optimize.sibling_groups import Group
-from adaptc.passes.optimize.write_siblings import Pack
-from adaptc.runtime.held_values import Shared, SplitGraph
+from adaptc.runtime.hoisted_values import Shared, SplitGraph
 from adaptc.torch_modes import AUTOCAST_DEVICES
 
 PLAIN, STACKED, APART, WIDE = "plain", "stacked", "apart", "wide"

@@ -18,7 +18,7 @@ from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.module_paths import module_path, owners
 from adaptc.passes.ir.program_method import PROGRAM
-from adaptc.targets.plan import Plan
+from adaptc.targets.plan_layers import Plan
 
 
 def plan_attention(

@@ -22,7 +22,7 @@ from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.ops import op_of
 from adaptc.passes.ir.program_method import PROGRAM
 from adaptc.targets.name_rules import select_to_save
-from adaptc.targets.plan import Plan
+from adaptc.targets.plan_layers import Plan
 from adaptc.targets.whole_and_rows import Trained, outermost
 
 #: the prefix of the names of a decoder's inputs, in a model with an encoder and a decoder

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptc.binding.bind import file_tensors
-from adaptc.binding.source import as_binding
+from adaptc.binding.source import bind_adapter
 from adaptc.errors import AdaptcError, ConfigError, MethodError, TargetError
 from adaptc.methods import ProgramConfig, TargetedConfig, check_registered
 from adaptc.passes.ir.method_checks import PROMISES_OF_CODE, PROMISES_OF_VALUES
@@ -280,7 +280,7 @@ class _Trial:
             return "adapters have no size to choose"
         other = self._compiled(self.config.replace(**{n: 2 * v for n, v in numbers.items()}))
         with tempfile.TemporaryDirectory() as folder:
-            other.install(as_binding(other, self._written(folder)))
+            other.install(bind_adapter(other, self._written(folder)))
             self._agree(f"a program compiled with twice {', '.join(numbers)} and swapped", self._output(other))
         return None
 

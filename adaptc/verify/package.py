@@ -23,11 +23,11 @@ from adaptc.capture import random_inputs
 from adaptc.capture.model_state import preserve_state
 from adaptc.capture.random_inputs import Run
 from adaptc.errors import SwapError
-from adaptc.packages.run import PackagedProgram
-from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.packages.packaged_program import PackagedProgram
+from adaptc.passes.ir.graph_lock import GRAPHS
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.verify import package_inputs
-from adaptc.verify.claims import Claims, added
+from adaptc.verify.checks import Claims, added
 from adaptc.verify.compare import Leaves, compare, differ
 from adaptc.verify.preserve_state import Buffers
 from adaptc.verify.report import Check, VerifyReport

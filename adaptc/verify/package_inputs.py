@@ -15,8 +15,8 @@ from torch import nn
 from adaptc.capture.random_inputs import Run, random_value
 from adaptc.errors import AdaptcError, nearest
 from adaptc.packages.manifest import Manifest
-from adaptc.packages.run import PackagedProgram
-from adaptc.passes.ir.trees import pytree
+from adaptc.packages.packaged_program import PackagedProgram
+from adaptc.passes.ir.pytree import pytree
 from adaptc.runtime.call_inputs import TensorInput
 
 #: the most by which a drawn size exceeds the smallest allowed one

@@ -26,13 +26,13 @@ from adaptc.capture import random_inputs
 from adaptc.capture.model_state import preserve_state
 from adaptc.capture.random_inputs import Run
 from adaptc.errors import AdaptcError
-from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.passes.ir.graph_lock import GRAPHS
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.regions import added_inputs
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.merge import merged, unmerged
 from adaptc.program.unload import unloaded
-from adaptc.verify.claims import Claims, added
+from adaptc.verify.checks import Claims, added
 from adaptc.verify.compare import Leaves, compare, differ, digests
 from adaptc.verify.preserve_state import Buffers
 from adaptc.verify.report import Check, VerifyReport

@@ -24,12 +24,12 @@ from adaptc.passes.adapt.inject import as_lifted
 from adaptc.passes.adapt.make_coefficients import Coefficients
 from adaptc.passes.analysis.sites import consumers
 from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.blocks import inside
+from adaptc.passes.ir.bank_method import STARTS, Replaced, RowAxis, Site, bias_of, call_of, input_of, output_of
+from adaptc.passes.ir.higher_order import inside
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.ops import TABLE, Op, cast, operands, set_argument
 from adaptc.passes.ir.pass_infra import Pass, PassResult
 from adaptc.passes.ir.regions import site_op, slot_nodes
-from adaptc.passes.ir.rows import STARTS, Replaced, RowAxis, Site, bias_of, call_of, input_of, output_of
 from adaptc.passes.ir.trace import behind_inputs, inline, signature_of, trace
 
 Axes = Mapping[str, RowAxis]

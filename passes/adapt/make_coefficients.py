@@ -27,20 +27,20 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from adaptc.errors import MethodError, TargetError, listing
-from adaptc.passes.adapt.first_pass import adapted, computed_before, own_cache
+from adaptc.passes.adapt.duplicate_base_pass import adapted, computed_before, own_cache
 from adaptc.passes.analysis.last_hidden import hidden_widths, last_hidden
 from adaptc.passes.analysis.row_axes import input_with_rows
 from adaptc.passes.analysis.token_axes import why_not_along
 from adaptc.passes.analysis.token_places import lookups
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.coefficients import Coefficient, Extra, FirstPass
-from adaptc.passes.ir.exclusive import exclusive
-from adaptc.passes.ir.free_fakes import FreeFakes
+from adaptc.passes.ir.graph_lock import exclusive
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.method_hooks import Slot
 from adaptc.passes.ir.program_method import ProgramMethod
 from adaptc.passes.ir.propagate import propagate
 from adaptc.passes.ir.regions import COEFFICIENT, FIRST_PASS, added_inputs, site_op
+from adaptc.passes.ir.symbolic_fakes import FreeFakes
 from adaptc.passes.ir.trace import inline, trace
 
 _NO_HIDDEN = (

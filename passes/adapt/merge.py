@@ -20,7 +20,7 @@ from torch.export.graph_signature import InputKind
 from adaptc.errors import MergeError
 from adaptc.passes.analysis.sites import consumers, readers
 from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.blocks import bias_of, inside, takes_bias
+from adaptc.passes.ir.higher_order import bias_of, inside, takes_bias
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.ops import CASTS, TABLE, Op, argument, make_dense
 from adaptc.passes.ir.pass_infra import Pass, PassResult

@@ -17,9 +17,9 @@ from torch import Tensor, fx
 
 from adaptc.passes.adapt.inject_rows import Axes, around, read_at
 from adaptc.passes.ir.attachment import Attachment
+from adaptc.passes.ir.bank_method import RowAxis, Site, output_of
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.ops import Op
-from adaptc.passes.ir.rows import RowAxis, Site, output_of
 from adaptc.passes.ir.trace import behind_inputs, signature_of, trace
 
 

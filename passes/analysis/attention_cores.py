@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, fx
 from torch.export.graph_signature import InputKind
 
-from adaptc.passes.ir.effects import is_metadata_assert
 from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.mutation import is_metadata_assert
 from adaptc.passes.ir.ops import CASTS, TABLE, argument
 
 aten = torch.ops.aten

@@ -23,8 +23,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
-from adaptc.passes.ir.effects import has_view_schema
 from adaptc.passes.ir.module_paths import module_path, owners_of
+from adaptc.passes.ir.mutation import has_view_schema
 from adaptc.passes.ir.ops import argument
 from adaptc.passes.ir.regions import node_tag
 

@@ -20,8 +20,8 @@ from torch import Tensor, fx
 from adaptc.errors import TargetError
 from adaptc.passes.analysis.attention_cores import SDPA, Core, Operand, core_of
 from adaptc.passes.ir.costs import at_sizes, example_sizes, size_expression
-from adaptc.passes.ir.effects import has_view_schema
 from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.mutation import has_view_schema
 from adaptc.passes.ir.ops import CASTS, TABLE, operands
 from adaptc.passes.ir.regions import node_tag, region_tag
 

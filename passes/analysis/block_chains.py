@@ -27,8 +27,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from adaptc.passes.analysis.repeats import repeats
-from adaptc.passes.ir.effects import is_metadata_assert, memory_groups, pure, written
 from adaptc.passes.ir.module_paths import clean_path, owners
+from adaptc.passes.ir.mutation import is_metadata_assert, memory_groups, pure, written
 from adaptc.passes.ir.regions import node_tag
 
 #: the number that stands for a free size, where only the order of magnitude matters

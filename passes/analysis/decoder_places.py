@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from adaptc.errors import TargetError
 from adaptc.passes.analysis.cache_inputs import first_of_cache
 from adaptc.passes.analysis.token_places import Lookup, exit_of, plain_id, read_by
-from adaptc.passes.ir.effects import writers
 from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.mutation import writers
 from adaptc.passes.ir.ops import argument
 from adaptc.passes.ir.program_method import Place, ProgramMethod
 

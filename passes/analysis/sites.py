@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from adaptc.passes.analysis.program_facts import module_types
-from adaptc.passes.ir.blocks import inside
+from adaptc.passes.ir.higher_order import inside
 from adaptc.passes.ir.lifted import Lifted, lifted_names
 from adaptc.passes.ir.module_paths import module_path, owners
 from adaptc.passes.ir.ops import CASTS, LINEAR, TABLE, TRANSPOSED, argument

@@ -20,13 +20,13 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from adaptc.errors import TargetError, listing
 from adaptc.passes.analysis.cache_inputs import first_of_cache
-from adaptc.passes.ir.effects import is_metadata_assert
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.module_paths import module_path, owners
+from adaptc.passes.ir.mutation import is_metadata_assert
 from adaptc.passes.ir.ops import CASTS, argument
 from adaptc.passes.ir.program_method import OPENINGS, Place, ProgramMethod
+from adaptc.passes.ir.pytree import pytree
 from adaptc.passes.ir.regions import region_tag
-from adaptc.passes.ir.trees import pytree
 
 aten = torch.ops.aten
 

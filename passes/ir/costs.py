@@ -18,9 +18,9 @@ from sympy.parsing.sympy_parser import parse_expr
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from adaptc.passes.ir.effects import has_view_schema
 from adaptc.passes.ir.lifted import user_inputs
-from adaptc.passes.ir.trees import pytree
+from adaptc.passes.ir.mutation import has_view_schema
+from adaptc.passes.ir.pytree import pytree
 
 aten = torch.ops.aten
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from adaptc.passes.ir.trees import pytree
+from adaptc.passes.ir.pytree import pytree
 
 
 def with_inputs(

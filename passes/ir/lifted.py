@@ -41,8 +41,8 @@ from torch.export.graph_signature import (
 
 from adaptc.errors import CaptureError, ConfigError, PassError
 from adaptc.passes.ir.input_tree import with_inputs
+from adaptc.passes.ir.pytree import pytree
 from adaptc.passes.ir.storage import storage_key
-from adaptc.passes.ir.trees import pytree
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

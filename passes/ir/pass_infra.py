@@ -16,7 +16,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from adaptc.errors import AdaptcError, PassError
-from adaptc.passes.ir.exclusive import exclusive
+from adaptc.passes.ir.graph_lock import exclusive
 
 T = TypeVar("T")
 #: names of passes, each with its count

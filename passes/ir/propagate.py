@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 
 from adaptc.errors import PassError
-from adaptc.passes.ir.exclusive import exclusive
+from adaptc.passes.ir.graph_lock import exclusive
 from adaptc.passes.ir.lifted import fake_mode_of, sizes_stay_free
 from adaptc.passes.ir.ops import argument
 

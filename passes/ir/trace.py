@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from adaptc.errors import MethodError
-from adaptc.passes.ir.exclusive import exclusive
+from adaptc.passes.ir.graph_lock import exclusive
 from adaptc.passes.ir.lifted import sizes_stay_free
 from adaptc.passes.ir.method import Method
 from adaptc.passes.ir.ops import Op, cast, operands

@@ -19,12 +19,12 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from adaptc.passes.ir.effects import touched
+from adaptc.passes.ir.mutation import touched
 from adaptc.passes.ir.ops import argument
+from adaptc.passes.optimize.emit_fused_siblings import Fuser, Pack
 from adaptc.passes.optimize.fuse_siblings import FuseSiblings
 from adaptc.passes.optimize.hoist import stages_of
 from adaptc.passes.optimize.sibling_groups import Group, Member, takes_slices
-from adaptc.passes.optimize.write_siblings import Fuser, Pack
 
 aten, ours = torch.ops.aten, torch.ops.adaptc
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-import adaptc.passes.ir.product  # noqa: F401  # makes torch know its op
+import adaptc.passes.ir.matmul_op  # noqa: F401  # makes torch know its op
 from adaptc.passes.ir.low_rank_rows import called_in_place
 from adaptc.passes.ir.ops import argument
 from adaptc.passes.ir.pass_infra import GraphPass, PassResult

@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from adaptc.passes.ir.effects import is_metadata_assert, pure, sweep, touched
-from adaptc.passes.ir.modes import mode_of
+from adaptc.passes.ir.mutation import is_metadata_assert, pure, sweep, touched
 from adaptc.passes.ir.ops import argument
 from adaptc.passes.ir.pass_infra import GraphPass, PassResult
+from adaptc.passes.ir.train_eval import mode_of
 
 aten = torch.ops.aten
 

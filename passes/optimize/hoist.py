@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, fx
 
 from adaptc.passes.ir.costs import node_work
-from adaptc.passes.ir.effects import is_metadata_assert, is_view, memory_groups, pure, static_tensors, written
 from adaptc.passes.ir.lifted import empty_like
+from adaptc.passes.ir.mutation import is_metadata_assert, is_view, memory_groups, pure, static_tensors, written
 from adaptc.passes.ir.pass_infra import GraphPass, PassResult
 
 #: the size in bytes above which constants are computed in every call

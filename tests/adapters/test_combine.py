@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import adaptc
-from adaptc.adapters.of_program import as_object
+from adaptc.adapters.from_program import as_object
 from tests.support.combining import IDS, TARGETS, Net, changes, loaded, net, peft_model, saved
 from tests.support.subject import adapter_parameters
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adaptc.adapters.truncated import Cut, truncated, truncated_sum
+from adaptc.adapters.truncated_svd import Cut, truncated, truncated_sum
 from adaptc.passes.ir.low_rank import LowRank
 
 

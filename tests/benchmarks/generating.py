@@ -21,7 +21,7 @@ import torch
 
 import adaptc
 from adaptc.generation.cache import cache_class
-from adaptc.generation.layout import CacheLayout
+from adaptc.generation.cache_layout import CacheLayout
 from adaptc.tables import size
 from tests.benchmarks.against_peft import Sides
 from tests.benchmarks.harness import Row, interleave, machine, markdown

@@ -16,11 +16,11 @@ from torch import Tensor
 
 import adaptc
 from adaptc import LoraConfig
-from adaptc.binding.recipes import MOST
-from adaptc.binding.source import as_binding
+from adaptc.binding.binding_plan_cache import MOST
+from adaptc.binding.source import bind_adapter
 from adaptc.errors import CheckpointError, SwapError
 from adaptc.peft_files import layouts as _layouts
-from adaptc.peft_files.snapshot import Opened
+from adaptc.peft_files.stable_read import Opened
 from tests.support.custom_models import UpDown
 from tests.support.method_table import ENTRIES
 from tests.support.subject import FILE, randomized, subject
@@ -54,9 +54,9 @@ def test_every_method(entry: str, tmp_path: Path) -> None:
     paths = [randomized(s, s.config(), tmp_path / str(i), seed=i) for i in range(3)]
     program, fresh = s.compile(s.config()), [s.compile(s.config()) for _ in paths]
     for path, other in zip(paths, fresh, strict=True):
-        same(as_binding(program, path), as_binding(other, path))
+        same(bind_adapter(program, path), bind_adapter(other, path))
         state = dict(load_file(path / FILE))
-        same(as_binding(program, state), as_binding(other, state))
+        same(bind_adapter(program, state), bind_adapter(other, state))
     adaptc.swap(program, paths[2])
     torch.testing.assert_close(program(*s.args(5)), s.compile(paths[2])(*s.args(5)), rtol=1e-13, atol=1e-14)
 
@@ -107,7 +107,7 @@ def test_tensors_are_copied_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyP
         tensors = state(seed)
         sums = sorted(float(t.double().sum()) for t in tensors.values())
         copies.clear()
-        binding = as_binding(program, tensors)
+        binding = bind_adapter(program, tensors)
         if seed > 1:
             assert len(copies) == (0 if dtype == torch.float64 else 4)  # to float64 the cast is the copy
         for t in tensors.values():
@@ -184,7 +184,7 @@ def test_training_takes_tensors_of_its_own(tmp_path: Path) -> None:
     program = compiled()
     tensors = state(1)
     adaptc.swap(program, tensors)
-    binding = as_binding(program, tensors, trainable=True)
+    binding = bind_adapter(program, tensors, trainable=True)
     memory = {t.data_ptr() for t in tensors.values()}
     assert all(v.requires_grad and v.data_ptr() not in memory for v in binding.values.values() if v.ndim)
 

@@ -16,7 +16,7 @@ from torch.utils._sympy.functions import FloorDiv, PythonMod
 
 import adaptc
 from adaptc import LoraConfig
-from adaptc.capture import free_sizes, quick_sizes
+from adaptc.capture import dynamic_shapes, quick_sizes
 from adaptc.capture.capture import capture
 
 S0, S1 = (sympy.Symbol(n, integer=True, positive=True) for n in ("s0", "s1"))
@@ -93,7 +93,7 @@ def test_the_program_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     before = functions.sympy
     found = capture(model, x).program
     assert functions.sympy is before
-    monkeypatch.setattr(free_sizes, "quick_sizes", contextlib.nullcontext)
+    monkeypatch.setattr(dynamic_shapes, "quick_sizes", contextlib.nullcontext)
     plain = capture(model, x).program
     assert found.graph_module.code == plain.graph_module.code
     assert str(found.range_constraints) == str(plain.range_constraints)

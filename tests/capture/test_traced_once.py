@@ -17,7 +17,7 @@ from torch.fx.node import map_arg
 
 import adaptc
 from adaptc import LoraConfig
-from adaptc.capture import free_sizes
+from adaptc.capture import dynamic_shapes
 from adaptc.capture.capture import capture
 from adaptc.capture.equal_modules import equal_layers, index_attributes
 from tests.support.families import FAMILIES, perturb
@@ -36,7 +36,7 @@ class Counted:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
-    found, real = Counted(), free_sizes.traced_once
+    found, real = Counted(), dynamic_shapes.traced_once
 
     @contextlib.contextmanager
     def traced_once(model: Any) -> Iterator[Any]:
@@ -48,7 +48,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
         found.copies += once.copies
         found.sound = found.sound and once.sound()
 
-    monkeypatch.setattr(free_sizes, "traced_once", traced_once)
+    monkeypatch.setattr(dynamic_shapes, "traced_once", traced_once)
     return found
 
 

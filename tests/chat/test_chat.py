@@ -14,9 +14,9 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from adaptc.chat import screen, talk
+from adaptc.chat import loop, terminal
+from adaptc.chat.active_adapter import Voices
 from adaptc.chat.conversation import Choice, Conversation
-from adaptc.chat.voices import Voices
 from adaptc.cli import app
 from tests.support.chats import Chats, silent
 
@@ -35,7 +35,7 @@ def call(model: Path, *args: Any, typed: str = "", code: int = 0) -> Result:
 @pytest.fixture
 def chat(chats: Chats, monkeypatch: pytest.MonkeyPatch) -> Any:
     """``chat(typed, *options)``: with the adapters one and two, on a program that was captured before."""
-    monkeypatch.setattr(talk, "opened", lambda path, how: chats.opened)
+    monkeypatch.setattr(loop, "opened", lambda path, how: chats.opened)
     named = [f"--adapter={name}={path}" for name, path in chats.adapters.items()]
 
     def run(typed: str, *options: Any, greedy: bool = True) -> Result:
@@ -146,14 +146,14 @@ def test_every_option_says_what_it_is_for() -> None:
 
 def pressed(monkeypatch: pytest.MonkeyPatch, at: list[int]) -> None:
     """Ctrl-C while these words of all answers are written, counted from 0."""
-    usual, count = screen.Screen.write, iter(range(1000))
+    usual, count = terminal.Screen.write, iter(range(1000))
 
     def write(self: Any, text: str) -> None:
         usual(self, text)
         if text.strip() and next(count) in at:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(screen.Screen, "write", write)
+    monkeypatch.setattr(terminal.Screen, "write", write)
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(chats: Chats, chat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +171,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(chats: Chats, chat: Any, monke
 
 def test_a_second_ctrl_c_does_not_wait(chats: Chats, chat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (whole,) = answers(chats, [("one", "w9")])
-    usual, count = screen.Screen.write, iter(range(1000))
+    usual, count = terminal.Screen.write, iter(range(1000))
 
     def write(self: Any, text: str) -> None:
         usual(self, text)
@@ -179,7 +179,7 @@ def test_a_second_ctrl_c_does_not_wait(chats: Chats, chat: Any, monkeypatch: pyt
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(screen.Screen, "write", write)
+    monkeypatch.setattr(terminal.Screen, "write", write)
     result = chat("w9\nw9\n")
     # Nothing of the first answer is kept: the second is that of a new conversation.
     assert result.stdout.endswith(whole + "\n")
@@ -197,13 +197,13 @@ def test_keys_at_the_prompt(chats: Chats, chat: Any, monkeypatch: pytest.MonkeyP
             return key
         raise key
 
-    usual = screen.Screen.__init__
+    usual = terminal.Screen.__init__
 
     def at_a_terminal(self: Any) -> None:
         usual(self)
         self._typed = True
 
-    monkeypatch.setattr(screen.Screen, "__init__", at_a_terminal)
+    monkeypatch.setattr(terminal.Screen, "__init__", at_a_terminal)
     monkeypatch.setattr("builtins.input", typed)
     result = chat("")
     assert result.stdout.split("\n") == [expected, "", ""]
@@ -211,7 +211,7 @@ def test_keys_at_the_prompt(chats: Chats, chat: Any, monkeypatch: pytest.MonkeyP
 
 
 def test_what_a_model_says_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    screen.Screen().write("a\x1b[31mb\x07\tc\n\x9b5md\udc80é")
+    terminal.Screen().write("a\x1b[31mb\x07\tc\n\x9b5md\udc80é")
     assert capsys.readouterr().out == "a[31mb\tc\n5md\\udc80é"
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 import adaptc
+from adaptc.chat.active_adapter import Voices
 from adaptc.chat.conversation import Answer, Choice, Conversation
-from adaptc.chat.voices import Voices
 from tests.support.chats import Chats, silent, tokenizer
 
 GREEDY = Choice(max_new_tokens=6, greedy=True)

@@ -12,8 +12,8 @@ import torch
 
 import adaptc
 from adaptc.chat import models
+from adaptc.chat.active_adapter import Voices
 from adaptc.chat.models import How, opened
-from adaptc.chat.voices import Voices
 from tests.support.chats import SIZES, SPECIAL, Chats, silent
 from tests.support.families import FAMILIES, VOCAB
 

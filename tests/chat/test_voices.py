@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import adaptc
+from adaptc.chat.active_adapter import Voice, Voices
 from adaptc.chat.models import Opened
-from adaptc.chat.voices import Voice, Voices
 from tests.support.chats import SIZES, Chats, silent
 
 IDS = torch.tensor([[9, 12, 41, 30]])

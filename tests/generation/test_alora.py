@@ -17,8 +17,8 @@ from torch import Tensor
 import adaptc
 from adaptc import LoraConfig
 from adaptc.errors import ConfigError, TargetError
+from adaptc.generation import chunked_prefill
 from adaptc.generation import generator as generators
-from adaptc.generation import pieces
 from tests.generation.models import generated
 from tests.support.cover import examples
 from tests.support.families import FAMILIES
@@ -69,7 +69,7 @@ def test_any_prompt(rows: int, length: int, padding: str | None, chunk: int | No
 @pytest.mark.parametrize("how", [{"num_return_sequences": 2, "do_sample": True}, {"num_beams": 3}, {}])
 def test_rows_are_as_alone(how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Beams and samples of a row are invoked as the row is; prompts in pieces, too. (PEFT has no beams.)"""
-    monkeypatch.setattr(pieces, "PIECE", 4)
+    monkeypatch.setattr(chunked_prefill, "PIECE", 4)
     gen, inputs, count = generator("llama"), text(4, 9), how.get("num_return_sequences", 1)
     together = generated(gen, inputs, **how) if not how.get("do_sample") else None
     for row in range(4):

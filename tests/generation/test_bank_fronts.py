@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 
 import adaptc
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError
-from adaptc.generation.facts import past_name
+from adaptc.generation.spec import past_name
 from tests.generation.models import generated
 from tests.generation.test_bank import Mixed, row
 from tests.generation.test_prefixes import continued

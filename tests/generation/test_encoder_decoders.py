@@ -14,7 +14,7 @@ from torch import Tensor
 
 import adaptc
 from adaptc.errors import AdaptcError, CaptureError
-from adaptc.generation.facts import past_name
+from adaptc.generation.spec import past_name
 from tests.generation.models import case, generated, generator, prompt
 from tests.support.families import FAMILIES, VOCAB
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import adaptc
 from adaptc import CartridgeConfig, LoraConfig, PrefixTuningConfig
 from adaptc.errors import AdaptcError, ConfigError
-from adaptc.generation.facts import past_name
-from adaptc.generation.layout import State, StateLayout, cache_of
+from adaptc.generation.cache_layout import State, StateLayout, cache_of
+from adaptc.generation.spec import past_name
 from adaptc.generation.state_step import state_cache_class
 from tests.support.chats import tokenizer
 from tests.support.cover import examples

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import adaptc
-from adaptc.passes.ir.product import CLASSES, LINEAR, takes
+from adaptc.passes.ir.matmul_op import CLASSES, LINEAR, takes
 from adaptc.passes.lower.choose_products import Choice
 from adaptc.runtime import executor, packed_weights
 from tests.generation.models import case, generated, generator, prompt

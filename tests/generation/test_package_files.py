@@ -10,7 +10,7 @@ import pytest
 
 import adaptc
 from adaptc.packages.manifest import CARRIED
-from adaptc.packages.run import PackagedProgram
+from adaptc.packages.packaged_program import PackagedProgram
 from tests.generation.models import generator, prompt
 from tests.generation.packaged import packaged, tokenizer, written
 from tests.support.archives import read_records, with_hashes, write_records

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import adaptc
+from adaptc.chat.active_adapter import Voices
 from adaptc.chat.models import How, opened
-from adaptc.chat.voices import Voices
-from adaptc.generation import pieces
+from adaptc.generation import chunked_prefill
 from tests.generation.models import case, generated, generator, prompt
 from tests.generation.packaged import ROOM, packaged, tokenizer, written
 
@@ -75,7 +75,7 @@ def test_caches_go_on(rows: int, length: int, cut: int, fork: bool) -> None:
 @pytest.mark.parametrize("piece", [2, 3])
 def test_prompts_in_pieces(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each sees a part of the cache, which is copied for compiled code: what it writes comes back."""
-    monkeypatch.setattr(pieces, "PIECE", piece)
+    monkeypatch.setattr(chunked_prefill, "PIECE", piece)
     package, text = loaded(), prompt(2, 9, (3, 0))
     assert torch.equal(generated(package, text), case("llama").expected("first", text))
 

@@ -16,7 +16,7 @@ import transformers
 import adaptc
 from adaptc.chat.models import How, opened
 from adaptc.packages.manifest import MANIFEST
-from adaptc.packages.run import PackagedProgram
+from adaptc.packages.packaged_program import PackagedProgram
 from tests.generation.models import case, generated, generator, prompt
 from tests.generation.packaged import packaged, written
 from tests.generation.test_encoder_decoders import WITH_ENCODER, expected, read, said

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptc.generation import pieces
+from adaptc.generation import chunked_prefill
 from tests.generation.models import generator, prompt
 
 
@@ -38,7 +38,10 @@ def test_pieces_are_one_prompt(length: int, before: int, keep: int, embeds: bool
         return out.logits, past, past.length
 
     logits, whole, filled = run()
-    with patch.object(pieces, "PIECE", 4), patch.object(pieces, "_call", wraps=pieces._call) as call:
+    with (
+        patch.object(chunked_prefill, "PIECE", 4),
+        patch.object(chunked_prefill, "_call", wraps=chunked_prefill._call) as call,
+    ):
         found = run()
     assert (call.call_count > 1 + bool(before)) == (length > 4 and 0 < keep <= 4)
     seen = mask[:, before:].bool()[:, -keep:] if keep else mask[:, before:].bool()

@@ -11,7 +11,7 @@ import transformers
 import adaptc
 from adaptc import CartridgeConfig, LoraConfig, PrefixTuningConfig
 from adaptc.errors import AdaptcError, ConfigError, MergeError, TargetError
-from adaptc.generation.facts import past_name
+from adaptc.generation.spec import past_name
 from tests.support.families import FAMILIES
 from tests.support.oracle import base, file_tensors, quiet
 from tests.support.prompts import SAID, called, prompt_oracle, text

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import adaptc
+from adaptc.chat.active_adapter import Voice
 from adaptc.chat.conversation import Choice, Conversation
-from adaptc.chat.voices import Voice
-from adaptc.generation import ring
+from adaptc.generation import sliding_window
 from adaptc.generation.cache import cache_class
-from adaptc.generation.facts import ROOM, WINDOW
-from adaptc.generation.layout import CacheLayout
+from adaptc.generation.cache_layout import CacheLayout
+from adaptc.generation.spec import ROOM, WINDOW
 from tests.generation.models import case, generated, generator, prompt
 from tests.generation.packaged import packaged, tokenizer
 from tests.support.families import FAMILIES, VOCAB
@@ -139,7 +139,7 @@ def test_a_model_whose_masks_are_made_otherwise_keeps_all(monkeypatch: pytest.Mo
     def refuses(*args: Any, **how: Any) -> Any:
         raise adaptc.CaptureError("no such mask")
 
-    monkeypatch.setattr(ring.Masks, "__call__", refuses)
+    monkeypatch.setattr(sliding_window.Masks, "__call__", refuses)
     found, text = case("mistral"), prompt(2, 9, (3, 0))
     gen = adaptc.compile_for_generation(found.model, found.adapters["first"], max_length=48)
     assert (gen.facts.keeps, gen.facts.layout.window) == (ROOM, WINDOW_OF_IT)

@@ -14,8 +14,8 @@ import torch
 import transformers
 
 import adaptc
+from adaptc.chat.active_adapter import Voice
 from adaptc.chat.conversation import Choice, Conversation
-from adaptc.chat.voices import Voice
 from tests.generation.models import generated, prompt
 from tests.generation.packaged import tokenizer
 from tests.support.families import FAMILIES, VOCAB, perturb

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 
 import adaptc
-from adaptc.generation.facts import past_name
+from adaptc.generation.spec import past_name
 from tests.generation.models import case, generated, generator, prompt
 from tests.generation.test_bank_fronts import ROWS, bank
 from tests.generation.test_virtual_tokens import generator as prompted

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 import adaptc
 from adaptc import CPTConfig, LoraConfig, MultitaskPromptTuningConfig, PromptEncoderConfig, PromptTuningConfig
+from adaptc.chat.active_adapter import Voice
 from adaptc.chat.conversation import Choice, Conversation
-from adaptc.chat.voices import Voice
 from adaptc.errors import AdaptcError, ConfigError, MergeError
-from adaptc.generation.facts import past_name
+from adaptc.generation.spec import past_name
 from tests.generation.models import generated
 from tests.generation.test_prefixes import continued
 from tests.generation.test_without_a_cache import first_gpt

@@ -14,9 +14,9 @@ import torch
 import transformers
 
 import adaptc
+from adaptc.chat.active_adapter import Voice
 from adaptc.chat.conversation import Choice, Conversation
-from adaptc.chat.voices import Voice
-from adaptc.generation import pieces
+from adaptc.generation import chunked_prefill
 from tests.generation.models import Case, case, generated, generator, prompt
 from tests.generation.packaged import packaged, tokenizer
 from tests.support.families import VOCAB, perturb
@@ -104,7 +104,7 @@ def test_caches_that_end_with_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert start.room > 5
     assert torch.equal(generated(gen, text, past_key_values=start.copy()), alone)
     assert torch.equal(generated(gen, prompt(1, 7), prompt_lookup_num_tokens=3), found.expected("first", prompt(1, 7)))
-    monkeypatch.setattr(pieces, "PIECE", 4)
+    monkeypatch.setattr(chunked_prefill, "PIECE", 4)
     assert torch.equal(generated(gen, text), alone)
     assert adaptc.verify(gen, found.model).ok
     whole_text = adaptc.compile_for_generation(found.model, found.adapters["first"], max_length=63)

@@ -16,13 +16,13 @@ from torch import Tensor
 
 import adaptc
 from adaptc.errors import AdaptcError, ConfigError
+from adaptc.generation import chunked_prefill
 from adaptc.generation import generator as generators
-from adaptc.generation import pieces
-from adaptc.generation.facts import ROOM, STATE, WINDOW
+from adaptc.generation.spec import ROOM, STATE, WINDOW
 from adaptc.passes.ir.lifted import copy_graph
 from adaptc.passes.ir.regions import node_tag
 from adaptc.program.adaptation import check_tags
-from adaptc.pt2_files.refusal import Refused
+from adaptc.pt2_files.refusal import UnsafeFile
 from tests.generation.models import generated, prompt
 from tests.generation.test_without_a_cache import Forgetful
 from tests.support import invoked
@@ -142,7 +142,7 @@ def test_both_caches_go_along(family: str, monkeypatch: pytest.MonkeyPatch) -> N
     fork.batch_repeat_interleave(2)
     rows = {n: t[order].repeat_interleave(2, 0) for n, t in text.items()}
     close(torch.cat([in_steps(gen, rows, [9])[0], in_steps(gen, rows, [12, 15], fork)[0]], 1), rows, peft)
-    monkeypatch.setattr(pieces, "PIECE", 4)
+    monkeypatch.setattr(chunked_prefill, "PIECE", 4)
     assert torch.equal(generated(gen, text), generated(peft, text))
     fork = gen.new_cache()
     fork.activate_past_recording()
@@ -224,7 +224,9 @@ def test_tags_that_name_no_inputs_are_refused(given: Any) -> None:
     check_tags(graph)
     node = next(n for n in graph.nodes if (t := node_tag(n)) and "given" in t)
     node.meta["custom"] = {"adaptc": {**node.meta["custom"]["adaptc"], "given": given}}
-    with pytest.raises(Refused, match=r"was given the input '(nowhere|embedding)', which the program has not|expected"):
+    with pytest.raises(
+        UnsafeFile, match=r"was given the input '(nowhere|embedding)', which the program has not|expected"
+    ):
         check_tags(graph)
 
 

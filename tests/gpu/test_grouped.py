@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaptc.kernels._grouping import reference_grouped_expand, reference_grouped_outer, reference_grouped_shrink
 from adaptc.kernels._launch import runs_kernels
+from adaptc.kernels._row_chunks import reference_grouped_expand, reference_grouped_outer, reference_grouped_shrink
 from adaptc.kernels.grouped_lora import chunks, grouped_expand, grouped_outer, grouped_shrink, reference_grouped_lora
 from tests.gpu.cases import BF16, DEVICE, TYPES, bits, type_name
 from tests.kernels.grouped_lora_cases import Case, check_close, gradients, make_case, numbers

@@ -103,7 +103,7 @@ def test_the_facade_is_for_users(tree: Path) -> None:
 
 
 def test_a_private_module_stays_in_its_package(tree: Path) -> None:
-    plant(tree, "targets/plan.py", "from adaptc.methods._registry import CONFIGS")
+    plant(tree, "targets/plan_layers.py", "from adaptc.methods._registry import CONFIGS")
     code, said = imports(tree)
     assert code != 0
     assert "leading underscore stay in their package BROKEN" in said

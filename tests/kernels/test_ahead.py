@@ -12,7 +12,7 @@ import triton.language as tl
 
 from adaptc import kernels
 from adaptc.errors import BackendError
-from adaptc.kernels._ahead import Ahead, Compiled, compile_ahead
+from adaptc.kernels._compile_ahead import Ahead, Compiled, compile_ahead
 
 #: Bytes of shared memory that one program may have, by compute capability.
 SHARED = {80: 163 * 1024, 90: 227 * 1024}

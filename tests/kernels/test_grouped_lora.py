@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adaptc.errors import BackendError
 from adaptc.kernels._grouped_products import launch_expand, launch_shrink
-from adaptc.kernels._grouping import adapter_at, adapter_begins, chunk_count
+from adaptc.kernels._row_chunks import adapter_at, adapter_begins, chunk_count
 from adaptc.kernels.grouped_lora import (
     Chunks,
     chunks,

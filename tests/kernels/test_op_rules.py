@@ -21,11 +21,11 @@ from torch.nn import functional as F
 import adaptc
 from adaptc.errors import BackendError
 from adaptc.kernels import sibling_table_of
-from adaptc.kernels._grouping import chunks
+from adaptc.kernels._row_chunks import chunks
 from adaptc.kernels.lora_siblings import sibling_factors, sibling_table
 from adaptc.op_rules import RULES
 from adaptc.passes.ir import low_rank_rows
-from adaptc.passes.ir.product import ALL_CLASSES, ONEDNN
+from adaptc.passes.ir.matmul_op import ALL_CLASSES, ONEDNN
 from adaptc.runtime import compiled_products
 
 # torch's own, in make_dual

@@ -333,7 +333,7 @@ def test_a_failed_write_changes_nothing(tmp_path):
         rename(old, new)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("adaptc.peft_files.several.os.rename", failing)
+        patch.setattr("adaptc.peft_files.multi_adapter.os.rename", failing)
         with pytest.raises(CheckpointError, match="no room"):
             adaptc.save_adapter(prog, tmp_path)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before

@@ -104,7 +104,7 @@ def base(name: str) -> adaptc.AdaptedProgram:
 def test_completed_configs(kind, name):
     """What is planned, and saved, has the names that PEFT fills in."""
     from adaptc.methods import ModelFacts
-    from adaptc.targets.plan import plan
+    from adaptc.targets.plan_layers import plan
 
     model = FAMILIES[name].build()
     types = {n: f"{type(m).__module__}.{type(m).__qualname__}" for n, m in model.named_modules()}

@@ -209,14 +209,14 @@ def test_the_rules_hold_for_configs_of_users(exported):
 
 @pytest.mark.parametrize("scale", [1e39, float("nan"), 1j, "many", 10**400, sympy.Symbol("s")], ids=str)
 def test_scales_are_checked_where_a_binding_is_made(scale):
-    from adaptc.binding import misfits
+    from adaptc.binding import check_tensors
 
     class Place:
         method, key, fqn = Growing(), "up", "up.weight"
 
     with pytest.raises(ConfigError, match=r"the scale of 'growing' at 'up' must be a number .* of LoraConfig"):
-        misfits.finite_scale(scale, Place(), adaptc.LoraConfig())  # type: ignore[arg-type]
-    assert misfits.finite_scale(sympy.Integer(2), Place(), adaptc.LoraConfig()) == 2.0  # type: ignore[arg-type]
+        check_tensors.finite_scale(scale, Place(), adaptc.LoraConfig())  # type: ignore[arg-type]
+    assert check_tensors.finite_scale(sympy.Integer(2), Place(), adaptc.LoraConfig()) == 2.0  # type: ignore[arg-type]
 
 
 # -- what a user chooses is never a fault of a pass ------------------------------------------------------------------

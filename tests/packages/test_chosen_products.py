@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import ConfigError, LoraConfig
-from adaptc.passes.ir.product import ALL_CLASSES, LINEAR, ONEDNN, takes
+from adaptc.passes.ir.matmul_op import ALL_CLASSES, LINEAR, ONEDNN, takes
 from adaptc.passes.lower.choose_products import Choice
 from adaptc.runtime import compiled_products
 from tests.support.archives import read_records

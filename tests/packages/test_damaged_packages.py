@@ -16,7 +16,7 @@ from torch import nn
 
 import adaptc
 from adaptc import AdaptcError, BackendError, CheckpointError, LoraConfig
-from adaptc.packages.run import PackagedProgram
+from adaptc.packages.packaged_program import PackagedProgram
 from tests.support.archives import MANIFEST, read_records, with_hashes, write_records
 from tests.support.damage import BLOCK, mutated_bytes, mutated_json
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import adaptc
 from adaptc import AdaptcError
 from adaptc.cli import app
-from adaptc.packages.run import PackagedProgram
+from adaptc.packages.packaged_program import PackagedProgram
 from tests.support.archives import read_records, write_records
 from tests.support.packaged_nets import NET_CONFIG, Net, Packaged, adapter
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from adaptc.packages.slot_table import ENTRY, slot_table
+from adaptc.packages.cpp_slot_table import ENTRY, slot_table
 from tests.support.packaged_nets import Packaged
 
 

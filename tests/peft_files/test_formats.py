@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from adaptc.errors import CheckpointError
+from adaptc.peft_files.atomic_write import staging
+from adaptc.peft_files.foreign_file import RawFile, read_any
 from adaptc.peft_files.formats.detect import detect, foreign, of_component
 from adaptc.peft_files.formats.ldm import original_names
-from adaptc.peft_files.raw import RawFile, read_any
-from adaptc.peft_files.staging import staging
 from tests.support.adapter_files import some_tensors
 
 KEYS = {

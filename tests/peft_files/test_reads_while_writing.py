@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import adaptc
 from adaptc import CheckpointError
-from adaptc.peft_files import snapshot
+from adaptc.peft_files import stable_read
 from adaptc.peft_files.directory import read_adapter, write_adapter
 from tests.support.adapter_files import BIN, CONFIG, LORA, SAFE, same, some_tensors
 from tests.support.custom_models import UpDown
@@ -97,17 +97,17 @@ def test_tensors_that_were_bound_may_be_edited(form: str, tmp_path: Path) -> Non
 
 def between(monkeypatch: pytest.MonkeyPatch, at: int, act: Callable[[], None]) -> None:
     """``act`` happens when the file that is opened ``at`` th has been opened."""
-    real, opened = snapshot.os.open, []
+    real, opened = stable_read.os.open, []
 
     def opens(path: Any, flags: int, *more: Any, **kw: Any) -> int:
         fd = real(path, flags, *more, **kw)
-        if str(path).endswith((CONFIG, SAFE, BIN)) and flags == snapshot._FLAGS:
+        if str(path).endswith((CONFIG, SAFE, BIN)) and flags == stable_read._FLAGS:
             opened.append(path)
             if len(opened) == at:
                 act()
         return fd
 
-    monkeypatch.setattr(snapshot.os, "open", opens)
+    monkeypatch.setattr(stable_read.os, "open", opens)
 
 
 @pytest.mark.parametrize("at", [1, 2])
@@ -133,14 +133,14 @@ def test_a_file_that_is_cut_short_under_a_read(name: str, tmp_path: Path, monkey
 
 def test_a_file_that_never_rests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_adapter(tmp_path, LORA, some_tensors(1))
-    monkeypatch.setattr(snapshot, "PAUSES", (0.001, 0.001))
-    real = snapshot.Opened.check
+    monkeypatch.setattr(stable_read, "PAUSES", (0.001, 0.001))
+    real = stable_read.Opened.check
 
-    def check(self: snapshot.Opened) -> None:
+    def check(self: stable_read.Opened) -> None:
         self.path.write_bytes(self.path.read_bytes() + b" ")
         real(self)
 
-    monkeypatch.setattr(snapshot.Opened, "check", check)
+    monkeypatch.setattr(stable_read.Opened, "check", check)
     with pytest.raises(CheckpointError, match="kept changing while it was read"):
         read_adapter(tmp_path)
 
@@ -157,7 +157,7 @@ def test_no_other_adapter_is_taken_for_one_that_a_write_hides(tmp_path: Path, mo
         except CheckpointError as error:
             said.append(str(error))
 
-    monkeypatch.setattr(snapshot, "PAUSES", (0.001,))
+    monkeypatch.setattr(stable_read, "PAUSES", (0.001,))
     with monkeypatch.context() as m:
         m.setattr(os, "replace", replace)
         write_adapter(tmp_path, LORA | {"r": 9}, some_tensors(2))

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 import adaptc
 from adaptc import AdaptcError, CheckpointError, ConfigError, LoraConfig
-from adaptc.peft_files import staging
+from adaptc.peft_files import atomic_write
 from tests.support.families import FAMILIES
 from tests.support.oracle import TARGETS, quiet
 
@@ -285,14 +285,14 @@ def test_a_write_that_fails_leaves_the_old_model(
     prog, first = usual()
     first.module().save_pretrained(tmp_path)
     module = adaptc.unload(prog).module()
-    put = staging.put
+    put = atomic_write.put
 
     def full(new: Path, target: Path) -> None:
         if fails_at in target.name:
             raise OSError(28, os.strerror(28))
         put(new, target)
 
-    monkeypatch.setattr(staging, "put", full)
+    monkeypatch.setattr(atomic_write, "put", full)
     with pytest.raises(CheckpointError, match="What was there before is unchanged"):
         module.save_pretrained(tmp_path, max_shard_size="10KB")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]

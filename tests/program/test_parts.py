@@ -12,7 +12,7 @@ from torch.export import Dim
 
 import adaptc
 from adaptc.errors import ConfigError
-from adaptc.passes.ir.part import outputs_of, part_of
+from adaptc.passes.ir.subprogram import outputs_of, part_of
 from adaptc.program.parts import pinned_parts
 from adaptc.runtime.executor import Arguments
 

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 import adaptc
 from adaptc import ConfigError, LoraConfig
-from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.passes.ir.graph_lock import GRAPHS
 from adaptc.passes.ir.regions import node_tag
 from tests.support.families import FAMILIES
 

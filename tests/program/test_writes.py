@@ -19,7 +19,7 @@ import torch
 
 import adaptc
 from adaptc import CheckpointError, LoraConfig
-from adaptc.peft_files import staging, torch_writer
+from adaptc.peft_files import atomic_write, safe_torch_save
 
 NET = """
 import os, sys
@@ -109,7 +109,7 @@ def test_what_a_write_raises_comes_after_torch_is_done(
                 raise error
             return write(fd, data)
 
-        monkeypatch.setattr(torch_writer.os, "write", failing)
+        monkeypatch.setattr(safe_torch_save.os, "write", failing)
         with pytest.raises((CheckpointError, KeyboardInterrupt)):
             adaptc.save(net(1), tmp_path / "a.pt2")
         monkeypatch.undo()
@@ -118,7 +118,7 @@ def test_what_a_write_raises_comes_after_torch_is_done(
 
 SIGNALS = """
 import itertools, signal
-from adaptc.peft_files import torch_writer
+from adaptc.peft_files import safe_torch_save
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have background processes ignore it
 folder = {folder!r}
 path = os.path.join(folder, "a.pt2")
@@ -128,7 +128,7 @@ for stop in itertools.count({first}, {step}):
     left = stop
 
     def trace(frame, event, arg):
-        return line if frame.f_code.co_filename == torch_writer.__file__ else None
+        return line if frame.f_code.co_filename == safe_torch_save.__file__ else None
 
     def line(frame, event, arg):
         global left
@@ -298,17 +298,17 @@ def test_many_killed_saves(tmp_path: Path) -> None:
 
 
 def test_leftovers_go_and_what_is_alive_stays(tmp_path: Path) -> None:
-    dead = tmp_path / f"{staging.STAGE_PREFIX}{staging._boot()}-0"
-    strange = tmp_path / f"{staging.STAGE_PREFIX}0123456789ab-0"  # of another machine, a moment ago
-    old = tmp_path / f"{staging.STAGE_PREFIX}0123456789ab-1"
-    commit = tmp_path / f"{staging.STAGE_PREFIX}{staging._boot()}-1"  # with the only copy of an adapter
-    for p in (dead, strange, old, commit / staging.OLD):
+    dead = tmp_path / f"{atomic_write.STAGE_PREFIX}{atomic_write._boot()}-0"
+    strange = tmp_path / f"{atomic_write.STAGE_PREFIX}0123456789ab-0"  # of another machine, a moment ago
+    old = tmp_path / f"{atomic_write.STAGE_PREFIX}0123456789ab-1"
+    commit = tmp_path / f"{atomic_write.STAGE_PREFIX}{atomic_write._boot()}-1"  # with the only copy of an adapter
+    for p in (dead, strange, old, commit / atomic_write.OLD):
         p.mkdir(parents=True)
         (p / "half").write_bytes(b"x")
     for p in (old / "half", old):
         os.utime(p, (1e9, 1e9))
     program = net()
-    with staging.staging(tmp_path) as alive:
+    with atomic_write.staging(tmp_path) as alive:
         (alive / "mine").write_bytes(b"y")
         adaptc.save(program, tmp_path / "a.pt2")
         assert {p.name for p in tmp_path.iterdir()} == {"a.pt2", strange.name, alive.name, commit.name}

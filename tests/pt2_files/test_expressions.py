@@ -12,7 +12,7 @@ from torch.utils._sympy import functions as F
 from torch.utils._sympy.numbers import int_oo
 
 from adaptc.pt2_files.expressions import guard, sizes
-from adaptc.pt2_files.refusal import Refused
+from adaptc.pt2_files.refusal import UnsafeFile
 from tests.support.cover import examples
 
 S = sympy.Symbol("s7", integer=True, positive=True)
@@ -47,7 +47,7 @@ def test_what_torch_writes(made: sympy.Basic) -> None:
     ],
 )  # fmt: skip
 def test_what_it_does_not(text: str) -> None:
-    with pytest.raises(Refused):
+    with pytest.raises(UnsafeFile):
         sizes(text)
 
 
@@ -62,7 +62,7 @@ def test_what_it_does_not(text: str) -> None:
     ],
 )  # fmt: skip
 def test_what_takes_for_ever(text: str) -> None:
-    with pytest.raises(Refused):
+    with pytest.raises(UnsafeFile):
         sizes(text)
 
 
@@ -70,7 +70,7 @@ def test_what_takes_for_ever(text: str) -> None:
 @settings(max_examples=examples(300), deadline=None)
 def test_any_text_is_read_or_refused(text: str) -> None:
     for read in (sizes, guard):
-        with contextlib.suppress(Refused):
+        with contextlib.suppress(UnsafeFile):
             assert read(text) == text
 
 
@@ -100,5 +100,5 @@ def test_guards(text: str) -> None:
     ],
 )  # fmt: skip
 def test_no_guards(text: str) -> None:
-    with pytest.raises(Refused):
+    with pytest.raises(UnsafeFile):
         guard(text)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import adaptc
-from adaptc.rows.assignment import check_known, coefficients, mixes_of, used
+from adaptc.rows.assignment import check_known, coefficients, parse_row_adapters, used
 
 NAMES = ("de", "fr", "style")
 WEIGHTS = st.floats(-1e3, 1e3, width=32)
@@ -21,7 +21,7 @@ ENTRIES = st.one_of(st.none(), st.sampled_from(NAMES), st.dictionaries(st.sample
 
 @given(st.lists(ENTRIES, max_size=7), st.integers(3, 5))
 def test_coefficients_say_what_callers_said(entries: list[Any], count: int) -> None:
-    mixes = mixes_of(entries)
+    mixes = parse_row_adapters(entries)
     found = coefficients(mixes, NAMES, count, torch.device("cpu"))
     assert (found.shape, found.dtype) == ((len(entries), count), torch.float32)
     for row, entry in enumerate(entries):
@@ -31,12 +31,12 @@ def test_coefficients_say_what_callers_said(entries: list[Any], count: int) -> N
 
 
 def test_names_are_in_the_order_in_which_they_come_first() -> None:
-    assert used(mixes_of(["fr", None, {"de": 1, "fr": 2}, {"style": 0.0}])) == ("fr", "de")
+    assert used(parse_row_adapters(["fr", None, {"de": 1, "fr": 2}, {"style": 0.0}])) == ("fr", "de")
 
 
 @pytest.mark.parametrize("weight", [2, 0.5, -1e3, np.float32(0.5), np.float16(0.5), np.int64(3), Fraction(1, 3), 3e38])
 def test_numbers_of_any_kind_are_weights(weight: Any) -> None:
-    assert mixes_of([{"de": weight}])[0] == {"de": float(weight)}
+    assert parse_row_adapters([{"de": weight}])[0] == {"de": float(weight)}
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_numbers_of_any_kind_are_weights(weight: Any) -> None:
 )
 def test_a_weight_that_is_no_number_of_float32_is_refused(weight: Any) -> None:
     with pytest.raises(adaptc.AdaptcError, match=r"adapters\[1\] gives 'de' the weight .*finite in float32"):
-        mixes_of([None, {"de": weight}])
+        parse_row_adapters([None, {"de": weight}])
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_a_weight_that_is_no_number_of_float32_is_refused(weight: Any) -> None:
 )
 def test_what_is_no_assignment_is_refused(adapters: Any, message: str) -> None:
     with pytest.raises(adaptc.AdaptcError, match=message):
-        mixes_of(adapters)
+        parse_row_adapters(adapters)
 
 
 def test_an_unknown_name_comes_with_those_nearest() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import adaptc
-from adaptc.passes.ir.rows import RowAxis
+from adaptc.passes.ir.bank_method import RowAxis
 from adaptc.rows.locate import locate, rows_of
 
 B = torch.export.Dim("b", max=9)

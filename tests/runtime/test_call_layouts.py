@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import AdaptcError, BackendError, LoraConfig
-from adaptc.runtime.layouts import laid, order_of
+from adaptc.runtime.strides import laid, order_of
 from tests.support.cover import examples
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import adaptc
 from adaptc.passes.ir import product as op
-from adaptc.passes.ir.product import LINEAR, ONEDNN
+from adaptc.passes.ir.matmul_op import LINEAR, ONEDNN
 from adaptc.passes.lower.choose_products import Choice
 from adaptc.runtime import executor, product_table
 from tests.support.sibling_nets import LAYERS, adapter, block, compiled, rows

@@ -19,7 +19,7 @@ from adaptc import ConfigError, LoraConfig
 from adaptc.methods import TargetedConfig
 from adaptc.passes.ir.method import Method, Slot
 from adaptc.passes.ir.ops import Op
-from adaptc.runtime.held_values import Held, Prefix, Stage
+from adaptc.runtime.hoisted_values import Held, Prefix, Stage
 from adaptc.runtime.variants import PLAIN
 from tests.support.families import FAMILIES
 from tests.support.odd_methods import registered

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import adaptc
-from adaptc.runtime.held_values import Held
+from adaptc.runtime.hoisted_values import Held
 from tests.support import gated_net
 from tests.support.gated_net import X
 

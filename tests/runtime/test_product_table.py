@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptc.errors import ConfigError
-from adaptc.passes.ir.product import ALL_CLASSES, LINEAR, ONEDNN
+from adaptc.passes.ir.matmul_op import ALL_CLASSES, LINEAR, ONEDNN
 from adaptc.passes.lower.choose_products import Choice, Products
 from adaptc.runtime import product_table as module
 from adaptc.runtime import product_times

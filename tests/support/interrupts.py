@@ -12,7 +12,7 @@ from typing import Any, Self
 import adaptc
 import adaptc.kernels
 import adaptc.passes
-from adaptc.peft_files import torch_writer
+from adaptc.peft_files import safe_torch_save
 
 #: folders of the code that is interrupted
 OURS = tuple(str(Path(str(m.__file__)).parent) + "/" for m in (adaptc, adaptc.passes, adaptc.kernels))
@@ -35,7 +35,7 @@ class Lines:
 
     def _counts(self, name: str) -> bool:
         # C++ calls the writer, and ends the process for what is raised there.
-        return name.startswith(OURS) and name != torch_writer.__file__ and name.endswith(self.files)
+        return name.startswith(OURS) and name != safe_torch_save.__file__ and name.endswith(self.files)
 
     def _call(self, frame: FrameType, event: str, arg: Any) -> Any:
         return self._line if self._counts(frame.f_code.co_filename) else None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import LoraConfig
-from adaptc.packages.run import PackagedProgram
+from adaptc.packages.packaged_program import PackagedProgram
 
 aten = torch.ops.aten
 SIZES = [(2, 5), (3, 7), (7, 2), (5, 11)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from adaptc.generation.facts import past_name
+from adaptc.generation.spec import past_name
 from tests.support.families import FAMILIES, VOCAB
 from tests.support.oracle import Oracle
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import adaptc
-from adaptc.generation.facts import past_name
+from adaptc.generation.spec import past_name
 from tests.support.families import FAMILIES, VOCAB
 from tests.support.oracle import Oracle, assert_same, base, quiet
 

@@ -10,9 +10,9 @@ from torch import Tensor, fx, nn
 
 from adaptc.passes.ir.lifted import copy_graph
 from adaptc.passes.optimize.canonicalize import Canonicalize
+from adaptc.passes.optimize.emit_fused_siblings import Pack
 from adaptc.passes.optimize.fold_scales import FoldScales
 from adaptc.passes.optimize.fuse_siblings import FuseSiblings
-from adaptc.passes.optimize.write_siblings import Pack
 from tests.support.pass_checks import export
 
 LOW = 3

@@ -31,7 +31,7 @@ from adaptc.passes.adapt.inject import Inject
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.ops import op_of
 from adaptc.program.adaptation import Adaptation
-from adaptc.targets.plan import plan
+from adaptc.targets.plan_layers import plan
 from tests.support.site_cases import CASES, Case
 
 PREFIX = "base_model.model."

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from adaptc.errors import CheckpointError
-from adaptc.peft_files import safe_io, staging
+from adaptc.peft_files import atomic_write, safe_load
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,12 +74,12 @@ def write_file(path: Path, content: Content) -> Path:
     """Write a safetensors file aside and move it into place. Raises CheckpointError, and leaves the old file as it
     was."""
     try:
-        data = safe_io.dense(content.tensors)
+        data = safe_load.dense(content.tensors)
         made = [p for p in (path.parent, *path.parent.parents) if not p.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with staging.replacing(path, "new.safetensors") as new:
-                safe_io.save_tensors(data, new, safe=True, header=content.header)
+            with atomic_write.replacing(path, "new.safetensors") as new:
+                safe_load.save_tensors(data, new, safe=True, header=content.header)
         except BaseException:
             for p in made:
                 p.rmdir()

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import adaptc
-from adaptc.passes.adapt.open_blocks import OpenBlocks
+from adaptc.passes.adapt.expose_subgraph_params import OpenBlocks
 from tests.support.pass_checks import sound
 from tests.support.subject import quiet
 

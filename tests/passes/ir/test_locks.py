@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from adaptc.locks import free_in_children
-from adaptc.passes.ir.exclusive import GRAPHS
+from adaptc.passes.ir.graph_lock import GRAPHS
 from tests.support.guides import ROOT
 
 START = """

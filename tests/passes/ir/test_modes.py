@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc.passes.analysis.program_facts import is_training
-from adaptc.passes.ir.modes import FLAGS, mode_of
+from adaptc.passes.ir.train_eval import FLAGS, mode_of
 
 aten = torch.ops.aten
 

@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from adaptc.passes.ir.lifted import copy_graph
-from adaptc.passes.optimize.bind_calls import TABLE, BindCalls
 from adaptc.passes.optimize.canonicalize import Canonicalize
+from adaptc.passes.optimize.direct_calls import TABLE, BindCalls
 from tests.support.families import FAMILIES
 from tests.support.pass_checks import export
 

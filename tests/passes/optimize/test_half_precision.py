@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from adaptc.passes.ir import product
+from adaptc.passes.ir import matmul_op
 from adaptc.passes.optimize import sibling_groups
 from adaptc.passes.optimize.sibling_cost import crossing, stacking, widening
 from tests.support.cover import examples
@@ -184,8 +184,8 @@ def test_what_pays_at_how_many_rows() -> None:
 
 
 def test_without_products_of_bfloat16_all_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sibling_groups, "takes", product.takes)
-    monkeypatch.setattr(product, "_pointwise", None)
+    monkeypatch.setattr(sibling_groups, "takes", matmul_op.takes)
+    monkeypatch.setattr(matmul_op, "_pointwise", None)
     model = Layers(columns, dtype=BF16, slots=BF16)
     for stacked in (True, False):
         assert types(Fused(model, of(BF16, 4, 5), stacked).graph) == {FLOAT}

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from adaptc.errors import AdaptcError, ConfigError
 from adaptc.passes.train.autocast import extreme, same_type
-from adaptc.passes.train.fuse_training import fuse_training
+from adaptc.passes.train.training_pipeline import fuse_training
 from tests.passes.train.test_fuse_training import Net, calls, gradients, inputs, labels_of, module_of
 
 HALF = [torch.bfloat16, torch.float16]

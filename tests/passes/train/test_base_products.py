@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaptc.passes.ir import product as op
-from adaptc.passes.ir.product import ALL_CLASSES, LINEAR, ONEDNN
+from adaptc.passes.ir.matmul_op import ALL_CLASSES, LINEAR, ONEDNN
 from adaptc.passes.train.base_products import base_gradient, base_product, frozen_linear
-from adaptc.passes.train.fuse_training import fuse_training
+from adaptc.passes.train.fused_lora_linear import layers_with_lora
 from adaptc.passes.train.head_loss import loss_of_layer
-from adaptc.passes.train.layers import layers_with_lora
+from adaptc.passes.train.training_pipeline import fuse_training
 from tests.passes.train.test_fuse_training import calls, gradients, inputs, labels_of, module_of
 from tests.support.rounding import to_rounding
 

@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from adaptc.errors import AdaptcError
 from adaptc.passes.ir.pass_infra import GraphPass
 from adaptc.passes.optimize.canonicalize import Canonicalize
-from adaptc.passes.train.fuse_training import fuse_training
-from adaptc.passes.train.gates import TrainGates, gated
+from adaptc.passes.train.fused_cross_entropy import TrainLoss
+from adaptc.passes.train.fused_gated_activation import TrainGates, gated
+from adaptc.passes.train.fused_lora_linear import TrainLayers, layers_with_lora
 from adaptc.passes.train.head_loss import loss_of_layer
-from adaptc.passes.train.layers import TrainLayers, layers_with_lora
-from adaptc.passes.train.loss import TrainLoss
+from adaptc.passes.train.training_pipeline import fuse_training
 from tests.support.cover import examples
 from tests.support.pass_checks import export
 

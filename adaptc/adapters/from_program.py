@@ -1,0 +1,67 @@
+"""Make adapter objects of programs, of their bindings, and of other forms of adapters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from adaptc.adapters.adapter import Adapter, load_adapter
+from adaptc.binding.bind import file_tensors
+from adaptc.binding.binding import Binding
+from adaptc.binding.source import as_config
+from adaptc.errors import AdaptcError, ConfigError
+from adaptc.peft_files.check_state_dict import is_state_dict
+from adaptc.program.adapter_files import as_made
+from adaptc.program.bound import Bound
+from adaptc.program.core import ProgramCore
+from adaptc.program.wrapper import inside
+
+
+def as_object(adapter: Any, *, config: Any = None, key_mapping: Mapping[str, str] | None = None) -> Adapter:
+    """Return the adapter object for an adapter in any form. ``config`` is for state dicts.
+
+    Raises ConfigError for a state dict without it, and AdaptcError for anything that is no adapter.
+    """
+    if isinstance(adapter, Adapter):
+        return adapter
+    if isinstance(adapter, (str, os.PathLike)):
+        return load_adapter(adapter, key_mapping=key_mapping)
+    if is_state_dict(adapter):
+        if config is None:
+            raise ConfigError("a state dict does not say its alpha and what it adapts: say it with config=")
+        return Adapter(as_config(config), adapter, "state dict")
+    adapter = inside(adapter)
+    if isinstance(adapter, (ProgramCore, Bound)):
+        return of_program(*program_and_binding(adapter))
+    if isinstance(adapter, Binding):
+        raise AdaptcError(
+            "a Binding alone does not know its program; give what prog.bind(...) returned, or the program"
+        )
+    raise AdaptcError(
+        f"an adapter is a directory, a state dict (with config=), an adaptc.Adapter, a program, or what prog.bind "
+        f"returned; got {type(adapter).__name__}"
+    )
+
+
+def program_and_binding(adapter: ProgramCore | Bound) -> tuple[ProgramCore, Binding]:
+    """Return the program and the binding of ``adapter``. Raises ConfigError where that has no adapter, or several."""
+    program = adapter if isinstance(adapter, ProgramCore) else adapter.program
+    binding = adapter.binding
+    if not binding.values:
+        raise ConfigError("this is the base, which has no adapter")
+    if binding.parts:
+        raise ConfigError(
+            f"several adapters act together here, {list(binding.parts)}; write the ones that are meant with "
+            "adaptc.save_adapter(prog, path, adapter_name=...)"
+        )
+    return program, binding
+
+
+def of_program(program: ProgramCore, binding: Binding) -> Adapter:
+    """Return the binding's adapter with the scale that it was made with, whatever its scale is now.
+
+    The tensors are the program's own.
+    """
+    binding = as_made(binding)
+    return Adapter(binding.config, file_tensors(program.spec(), binding), binding.source or "the program's adapter")

@@ -1,0 +1,147 @@
+"""Find out whether a program computes at sizes of 1 what its model computes.
+
+torch's tracer takes free sizes for two or more. A model that branches on a size of 1 is traced on its other branch,
+with no guard that says so. Only running both tells whether such a branch matters. Most (no causal mask for one token)
+change nothing. The model's tensors and torch's random state are unchanged afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from adaptc.capture.model_state import preserve_state
+from adaptc.capture.run_graph import guarded_module, run_graph
+from adaptc.passes.ir.lifted import user_inputs
+from adaptc.passes.ir.pytree import pytree
+from adaptc.progress import stage
+
+#: the bytes of tensors beyond which a model is not run to find out
+LARGEST = 4 << 30
+
+
+def differing_sizes(model: nn.Module, program: ExportedProgram, args: tuple, kwargs: Mapping[str, Any]) -> list[str]:
+    """Return one line for each input and axis at whose size 1 the program and the model differ.
+
+    The example inputs are cut to size 1 along each free size in turn, and along all at once.
+    """
+    axes = _free_axes(program) if runs_here(model, args, kwargs) else {}
+    if not axes:
+        return []
+    with stage(f"checking the program of {type(model).__name__} against the model at sizes of one"):
+        return _differing(model, program, args, kwargs, axes)
+
+
+def _differing(
+    model: nn.Module,
+    program: ExportedProgram,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    axes: Mapping[str, list[tuple[int, int]]],
+) -> list[str]:
+    names = list(user_inputs(program))
+    with left_alone(model) as restore:
+
+        def same(run: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> bool:
+            return _same(model, run, args, kwargs, restore)
+
+        def found(run: Callable[..., Any]) -> list[str]:
+            apart = [where for where in axes.values() if not same(run, *_cut(args, kwargs, where))]
+            if apart:
+                return [f"size 1 of axis {axis} of input {names[i]!r}" for where in apart for i, axis in where]
+            everywhere = [w for where in axes.values() for w in where]
+            alike = len(axes) == 1 or same(run, *_cut(args, kwargs, everywhere))
+            return [] if alike else ["sizes of 1 alone"]
+
+        # The graph checks no guards. A difference that it shows counts only where the guarded module shows it, too.
+        if not found(partial(run_graph, program)):
+            return []
+        module = guarded_module(program)
+        out = found(module)
+        # A difference counts only where both agree on the uncut example. Otherwise the model may be random, or torch
+        # may have confused module names.
+        return out if out and same(module, args, kwargs) else []
+
+
+def runs_here(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Return whether the model and its inputs have values, and take at most :data:`LARGEST` bytes."""
+    tensors = [*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, dict(kwargs)))]
+    tensors = [t for t in tensors if isinstance(t, Tensor)]
+    return all(t.device.type != "meta" for t in tensors) and sum(t.nbytes for t in tensors) <= LARGEST
+
+
+def _free_axes(program: ExportedProgram) -> dict[str, list[tuple[int, int]]]:
+    """Return for each free size its (flat input, axis) pairs. Sizes from which other sizes are computed are left
+    out."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    bound: set[str] = set()
+    for i, value in enumerate(user_inputs(program).values()):
+        sizes: Any = value.shape if isinstance(value, Tensor) else ()
+        for axis, size in enumerate(sizes):
+            if not isinstance(size, int):
+                text = str(size)
+                if text.isidentifier():
+                    found.setdefault(text, []).append((i, axis))
+                else:
+                    bound |= {str(s) for s in size.node.expr.free_symbols}
+    return {s: where for s, where in found.items() if s not in bound}
+
+
+def _cut(args: tuple, kwargs: Mapping[str, Any], where: list[tuple[int, int]]) -> tuple[tuple, dict[str, Any]]:
+    flat, spec = pytree.tree_flatten((args, dict(kwargs)))
+    for i, axis in where:
+        flat[i] = flat[i].narrow(axis, 0, 1)
+    flat = [v.clone() if isinstance(v, Tensor) else v for v in flat]
+    return pytree.tree_unflatten(flat, spec)
+
+
+@contextlib.contextmanager
+def left_alone(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Run the block without gradients, and restore ``model`` afterwards.
+
+    The block may run the model, or a program of its tensors. It is given the function of :func:`preserve_state` that
+    restores the model at once.
+    """
+    with preserve_state(model) as restore, torch.no_grad():
+        yield restore
+
+
+def _same(
+    model: nn.Module, run: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any], restore: Callable[[], None]
+) -> bool:
+    """Return whether both compute the same. Where one of them refuses a size, they count as the same."""
+    copies = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+    try:
+        expected, expected_tree = results(model(*args, **kwargs))
+        restore()
+        found, found_tree = results(run(*copies[0], **copies[1]))
+    except Exception:  # a model may raise anything at such sizes
+        return True
+    finally:
+        restore()
+    return expected_tree == found_tree and all(map(_close, expected, found))
+
+
+def results(value: Any) -> tuple[list[Any], Any]:
+    """Return the flat results and their tree. Tensors are copied, since a result may be part of a buffer."""
+    flat, tree = pytree.tree_flatten(value)
+    return [v.clone() if isinstance(v, Tensor) else v for v in flat], tree
+
+
+def _close(expected: Any, found: Any) -> bool:
+    if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
+        return type(expected) is type(found)
+    if expected.shape != found.shape:
+        return False
+    if not expected.is_floating_point() or not expected.numel():
+        return True
+    size = float(expected.abs().nan_to_num().max())
+    # Both use the same kernels, and a branch that matters changes the leading digits.
+    tolerance = 1e-3 if expected.itemsize >= 4 else 5e-2
+    return torch.allclose(expected.float(), found.float(), rtol=0, atol=tolerance * max(size, 1e-3), equal_nan=True)

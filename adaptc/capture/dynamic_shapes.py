@@ -1,0 +1,262 @@
+"""Export with as many free dimensions as the model allows, and say which wanted dimensions are fixed.
+
+Dimensions are first given by name. That also states which of them are equal, and leaves sizes 0 and 1 in range. The
+next attempt gives them as hints, which torch relates and bounds by itself. Then only dimension 0 is free, and then
+none.
+
+Private torch use, with the public route that was tried:
+
+- ``torch.fx.experimental._config.backed_size_oblivious``: sizes of 0 and 1 are traced as all others. Public: named
+  ``Dim``s, for which the tracer still assumes two and more, and takes one branch of ``if x.shape[0] == 1`` unseen;
+  ``torch.export.dynamic_shapes`` with unbacked sizes refuses such a branch instead of guarding it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
+from torch.fx.experimental import _config
+from torch.fx.experimental.symbolic_shapes import free_symbols
+
+from adaptc.capture.fixed_sizes import names_of
+from adaptc.capture.known_limits import known_limits
+from adaptc.capture.model_state import preserve_state
+from adaptc.capture.quick_sizes import quick_sizes
+from adaptc.capture.traced_once import Once, traced_once
+from adaptc.errors import CaptureError
+from adaptc.passes.ir.lifted import user_inputs
+from adaptc.passes.ir.pytree import pytree
+
+_UNKNOWN_OUTPUT = "not a known type"
+
+Free = Callable[[Tensor], dict[int, str | None]]
+"""The free dimensions of an input: index -> name (equal names are equal sizes, ``4*name`` is four times one), or None
+when torch is to find out."""
+
+
+def export(
+    model: nn.Module, args: tuple, kwargs: Mapping[str, Any], shapes: Any, guarded: bool = False, **options: Any
+) -> ExportedProgram:
+    """Run ``torch.export.export`` in non-strict mode; raise a :class:`CaptureError` that says why where it fails.
+
+    ``guarded`` turns the model's branches on sizes of 0 or 1 into guards.
+    """
+    printed, graph = io.StringIO(), ""
+    try:
+        patched = _config.patch(backed_size_oblivious=guarded)  # type: ignore[attr-defined]  # made when it is loaded
+        for copies in (traced_once, contextlib.nullcontext):
+            with contextlib.redirect_stderr(printed), patched, preserve_state(model, traced=True):
+                with copies(model) as once, quick_sizes():
+                    program = torch.export.export(
+                        model, args, dict(kwargs), dynamic_shapes=shapes, strict=False, **options
+                    )
+                if not isinstance(once, Once) or once.sound():
+                    # Models make masks that none of their layers reads.
+                    if program.graph.eliminate_dead_code():
+                        program.graph_module.recompile()
+                    return program
+        raise AssertionError("an export without copies is final")
+    except Exception as error:
+        graph = str(getattr(error, "partial_fx_graph", ""))
+        raise CaptureError(explain(model, error)) from error
+    finally:
+        # On a data-dependent branch torch prints the whole graph so far, thousands of lines before a short error.
+        sys.stderr.write(printed.getvalue().replace(graph, "").strip("\n"))
+
+
+def export_free(
+    model: nn.Module, args: tuple, kwargs: Mapping[str, Any], free: Free, guarded: bool = False
+) -> tuple[ExportedProgram, list[str]]:
+    """Return the program with the most free dimensions, and one line for each wanted dimension that is fixed.
+
+    ``guarded`` is as in :func:`export`. Dimensions are then hints, since a named dimension promises that all its sizes
+    work.
+    """
+    failures: list[Exception] = []
+    last: CaptureError | None = None
+    wanted: Free = (lambda t: dict.fromkeys(free(t))) if guarded else free
+    for shapes, options in _attempts(model, args, kwargs, wanted, failures):
+        try:
+            program = export(model, args, kwargs, shapes, guarded, **options)
+        except CaptureError as error:
+            last, cause = error, error.__cause__
+            failures.append(cause if isinstance(cause, Exception) else error)
+            # A branch on a tensor's value fails whatever the shapes are, and so does an output torch cannot take apart.
+            if type(cause).__name__ == "GuardOnDataDependentSymNode" or _UNKNOWN_OUTPUT in str(cause):
+                break
+        else:
+            return program, _fixed(model, program, args, kwargs, free, failures)
+    assert last is not None
+    raise last
+
+
+def export_stated(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], shapes: Any) -> ExportedProgram:
+    """Return the program with exactly these dynamic shapes."""
+    try:
+        return export(model, args, kwargs, shapes)
+    except CaptureError as error:
+        if not _unproven(error.__cause__):
+            raise
+    return export(model, args, kwargs, shapes, **_DEFERRED)
+
+
+#: makes torch turn guards into assertions in the graph
+_DEFERRED = {"prefer_deferred_runtime_asserts_over_guards": True}
+
+
+def _unproven(error: BaseException | None) -> bool:
+    """Return whether torch failed on a guard that always holds but that it cannot prove.
+
+    Grouped-query attention on torch 2.11 has such a guard.
+    """
+    text = str(error)
+    return "Constraints violated" in text and "Suggested fixes" not in text
+
+
+def _attempts(
+    model: nn.Module, args: tuple, kwargs: Mapping[str, Any], free: Free, failures: list[Exception]
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    dims: dict[str, Any] = {}
+    limits = {name: {"max": most} for name, most in known_limits(model).items()}
+
+    def spec(make: Callable[[dict[int, str | None]], dict]) -> dict[str, Any]:
+        stated = [_spec(value, lambda t: make(free(t)) or None) for value in (args, dict(kwargs))]
+        return inspect.signature(model.forward).bind(*stated[0], **stated[1]).arguments
+
+    def named(wanted: dict[int, str | None]) -> dict:
+        return {i: _dim(n, dims, limits) if n else Dim.AUTO for i, n in wanted.items()}
+
+    shapes, options = spec(named), {}
+    for _ in range(3 if dims else 0):
+        yield shapes, options
+        refined = _refined(str(failures[-1]), shapes)
+        if refined is not None:
+            shapes = refined
+        elif _unproven(failures[-1]) and not options:
+            options = _DEFERRED
+        else:
+            break
+    yield spec(lambda wanted: dict.fromkeys(wanted, Dim.AUTO)), {}
+    if any(set(free(t)) - {0} for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
+        yield spec(lambda wanted: {0: Dim.AUTO} if 0 in wanted else {}), {}
+    yield None, {}
+
+
+def _dim(name: str, dims: dict[str, Any], limits: Mapping[str, Mapping[str, int]]) -> Any:
+    """Return the dimension called ``name``, made once and kept in ``dims``. ``4*name`` is four times that dimension."""
+    factor, _, base = name.rpartition("*")
+    found = dims.setdefault(base, Dim(base, **limits.get(base, {})))
+    return int(factor) * found if factor else found
+
+
+def _refined(message: str, shapes: dict[str, Any]) -> Any:
+    """Return ``shapes`` with the bounds that torch suggests, or None when it suggests none or suggests to fix a
+    dimension."""
+    # torch's parser of suggestions fails on the paragraph that follows them in the message.
+    suggestions = message.split("\n\nThe error above")[0]
+    leaves, tree = pytree.tree_flatten(shapes)
+    # torch cannot refine shapes that have hints among them. Its suggestions never name a hint.
+    bare = pytree.tree_unflatten([None if isinstance(v, type(Dim.AUTO)) else v for v in leaves], tree)
+    try:
+        refined = refine_dynamic_shapes_from_suggested_fixes(suggestions, bare)
+    except Exception:  # suggestions are prose, and torch cannot parse all of them
+        return None
+    both = zip(leaves, pytree.tree_leaves(refined), strict=True)
+    refined = pytree.tree_unflatten([v if isinstance(v, type(Dim.AUTO)) else new for v, new in both], tree)
+    fixes_one = any(isinstance(leaf, int) for leaf in pytree.tree_leaves(refined))
+    return None if fixes_one else refined
+
+
+def _spec(value: Any, make: Callable[[Tensor], Any]) -> Any:
+    """Return ``value`` with every tensor replaced by its shape spec, in the containers that torch.export compares
+    with."""
+    if isinstance(value, Tensor):
+        return make(value)
+    if type(value) in (list, tuple):
+        return type(value)(_spec(v, make) for v in value)
+    if type(value) is dict:
+        return {k: _spec(v, make) for k, v in value.items()}
+    leaves, tree = pytree.tree_flatten(value, is_leaf=lambda v: v is not value)
+    return None if tree.is_leaf() else [_spec(v, make) for v in leaves]
+
+
+def _fixed(
+    model: nn.Module,
+    program: ExportedProgram,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    free: Free,
+    failures: list[Exception],
+) -> list[str]:
+    names = names_of(args, kwargs, list(inspect.signature(model.forward).parameters))
+    reason = f" ({reason_of(failures[0])})" if failures else ""
+    lines: list[str] = []
+    given = pytree.tree_leaves((args, dict(kwargs)))
+    for name, value, traced in zip(names, given, user_inputs(program).values(), strict=True):
+        if not isinstance(value, Tensor):
+            continue
+        for i, wanted in free(value).items():
+            if wanted is not None and isinstance(traced, Tensor) and not free_symbols(traced.shape[i]):
+                lines.append(f"dimension {i} ({wanted}) of input {name!r} is fixed at {value.shape[i]}{reason}")
+    return lines
+
+
+def reason_of(error: BaseException) -> str:
+    """Return torch's reason in one line: the root error's first line, or the first constraint that it names as
+    violated."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    if text.startswith("Constraints violated") and len(lines) > 1:
+        text = lines[1].removeprefix("- ")
+    text = text.split(". If you're using mark_dynamic")[0]
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def explain(model: nn.Module, error: BaseException) -> str:
+    """Return why ``model`` could not be exported, where that came up, and what to try."""
+    reason, kind = reason_of(error), type(error).__name__
+    if kind == "GuardOnDataDependentSymNode":
+        advice = (
+            "the model takes a branch or a shape from a tensor's value: use torch.where, torch.cond or torch._check"
+        )
+    elif _UNKNOWN_OUTPUT in reason:
+        advice = "the outputs must be tensors in registered containers: pass use_cache=False, or register the class"
+    elif kind == "UserError":
+        advice = "pass dynamic_shapes that leave those dimensions out or bound them, or dynamic_shapes=None"
+    else:
+        advice = "check example_inputs against the model's forward"
+    return (
+        f"{what_failed(model, error)}. What to try: {advice}; or export it yourself (torch.export.export with "
+        "strict=True, or transformers.exporters) and pass the program"
+    )
+
+
+def what_failed(model: nn.Module, error: BaseException) -> str:
+    """Return a line that says that ``model`` could not be captured, with torch's reason and where it came up."""
+    return f"{type(model).__name__} could not be captured: {said(error)}"
+
+
+def said(error: BaseException) -> str:
+    """Return an error of a model or of torch in one line, with the source line outside of torch where it came up."""
+    outside = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "/torch/" not in Path(frame.filename).as_posix() and Path(frame.filename).parent != Path(__file__).parent
+    ]
+    kind, where = type(error).__name__, ""
+    if outside and kind != "UserError":
+        where = f", at {outside[-1].filename}:{outside[-1].lineno} `{outside[-1].line}`"
+    return f"{kind}: {reason_of(error)}{where}"

@@ -1,0 +1,34 @@
+"""Find and remove the slots that no code of a package reads.
+
+They are KV prefixes and prompts that a cache begins with, and the tokens that invoke an adapter. Whoever makes a cache,
+or the coefficients of a step, reads them instead. So they lie beside the code, in any size that their method allows,
+and the program has no input for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from torch.export import ExportedProgram
+
+from adaptc.passes.ir.lifted import Lifted
+from adaptc.passes.ir.mutation import sweep
+
+
+def unread(program: ExportedProgram, fqns: Iterable[str]) -> frozenset[str]:
+    """Return the slots in ``fqns`` whose values affect neither an output nor a tensor that a call writes to.
+
+    The program is not changed.
+    """
+    lifted = Lifted(program)
+    sweep(lifted.graph)
+    return frozenset(f for f in fqns if not lifted.placeholders[f].users)
+
+
+def take_out(lifted: Lifted, fqns: Collection[str]) -> None:
+    """Erase the slots ``fqns``, and all nodes without effect, from an opened program."""
+    if fqns:
+        sweep(lifted.graph)
+    for fqn in fqns:
+        if fqn in lifted.placeholders:  # a tied slot goes with the first of its names
+            lifted.remove(fqn)

@@ -1,0 +1,202 @@
+"""Let the functions of adaptc take objects that hold a program and do more with it than call it, such as generate text.
+
+A function that gets such an object works on the program inside. A program that it returns is held in the same way.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import wraps
+from typing import Any, Self, TypeVar
+
+from adaptc.errors import AdaptcError
+from adaptc.program.adapted import AdaptedProgram
+from adaptc.program.model_directory import write_model_of
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class ProgramWrapper(ABC):
+    """An object that holds a program; the functions of adaptc take a derived class for the program inside."""
+
+    @property
+    @abstractmethod
+    def program(self) -> Any:
+        """Return the program inside, or the package of one. Raises AdaptcError where there is none that may be
+        changed."""
+
+    @property
+    @abstractmethod
+    def runs(self) -> Any:
+        """Return what calls run: the program inside, or what is bound to it."""
+
+    @property
+    def binding(self) -> Any:
+        """Return the adapter that calls use."""
+        return self.runs.binding
+
+    @abstractmethod
+    def holding(self, program: AdaptedProgram) -> Self:
+        """Return a holder like this one of another version of its program: merged, unloaded, lowered."""
+
+    @abstractmethod
+    def beside(self) -> dict[str, str]:
+        """Return name -> text that is saved in the file of the program, from which the holder is made again."""
+
+    @abstractmethod
+    def carried(self, tokenizer: Any) -> dict[str, bytes]:
+        """Return path -> file that goes into a package of the program, from which the holder is made again.
+
+        Raises ConfigError for a tokenizer that does not fit, and where the holder cannot be packaged.
+        """
+
+    @abstractmethod
+    def drawn(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return ``options`` of verify with inputs added, for a package, which says too little of its inputs to draw
+        them."""
+
+    @abstractmethod
+    def divided(self) -> Mapping[str, Sequence[str]] | None:
+        """Return part -> names of its outputs, for a program whose parts are called one at a time, in a package too.
+
+        None for a program that is called as a whole.
+        """
+
+    @abstractmethod
+    def notes(self) -> Sequence[str]:
+        """Return lines of a report that say what the holder does with its program."""
+
+    @abstractmethod
+    def as_program(self, model: Any) -> AbstractContextManager[Any]:
+        """Run the block with ``model``, which the holder was made from, changed to take what the program takes."""
+
+    def twin(self) -> Self:
+        """Return another object with the same attributes, for what one call notes on it."""
+        new = object.__new__(type(self))
+        vars(new).update(vars(self))
+        return new
+
+    @abstractmethod
+    def __copy__(self) -> Self: ...
+
+    @abstractmethod
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self: ...
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise AdaptcError(
+            f"a {type(self).__name__} cannot be pickled: write what was compiled with adaptc.save(..., 'name.pt2'), "
+            "and its adapters with adaptc.save_adapter, and read them where they are needed; copy.deepcopy gives one "
+            "with tensors of its own"
+        )
+
+    def set_scale(self, scale: float, adapter: str | None = None, modules: str | Iterable[str] | None = None) -> None:
+        """Multiply the scale that an adapter was made with; see :meth:`AdaptedProgram.set_scale`."""
+        self.program.set_scale(scale, adapter, modules)
+
+    def set_active(self, adapters: str | Sequence[str] | Mapping[str, float]) -> None:
+        """Let these adapters act, and no others; see :meth:`AdaptedProgram.set_active`."""
+        self._inside("set_active").set_active(adapters)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Return the names of the adapters that act; see :attr:`AdaptedProgram.active_adapters`."""
+        return self._inside("active_adapters").active_adapters
+
+    @property
+    def available_adapters(self) -> list[str]:
+        """Return the names of all adapters; see :attr:`AdaptedProgram.available_adapters`."""
+        return self._inside("available_adapters").available_adapters
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """Return a context manager in which calls compute the base; see :meth:`AdaptedProgram.disabled`."""
+        return self._inside("disabled").disabled()
+
+    def rescaled(self, multiplier: float) -> AbstractContextManager[None]:
+        """Return a context manager in which calls have the scales of all adapters multiplied; see
+        :meth:`AdaptedProgram.rescaled`."""
+        return self._inside("rescaled").rescaled(multiplier)
+
+    def delete_adapter(self, name: str) -> None:
+        """Delete one of several adapters; see :meth:`AdaptedProgram.delete_adapter`."""
+        self._inside("delete_adapter").delete_adapter(name)
+
+    def add_adapter(self, name: str, adapter: Any, *, recompile: bool = False) -> Self:
+        """Return a holder of the program with one more adapter, which may be this one; see
+        :meth:`AdaptedProgram.add_adapter`."""
+        inside = self._inside("add_adapter")
+        new = inside.add_adapter(name, adapter, recompile=recompile)
+        return self if new is inside else self.holding(new)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """Write the model of a program that was merged or unloaded as a transformers directory.
+
+        ``options`` and errors: as for ``adaptc.merge(program).module().save_pretrained``. Raises AdaptcError where the
+        program has an adapter.
+        """
+        write_model_of(self._inside("save_pretrained"), save_directory, **options)
+
+    def _inside(self, name: str) -> Any:
+        """Return the program inside. Raises AdaptcError, in the name of ``name``, where it is a package, which cannot
+        do this."""
+        check_program(self.program, name)
+        return self.program
+
+
+def inside(value: Any) -> Any:
+    """Return what a holder calls; any other ``value`` is returned as it is."""
+    return value.runs if isinstance(value, ProgramWrapper) else value
+
+
+def of_programs(function: F) -> F:
+    """Wrap ``function``, which needs the graph of a program, to take holders too (see :func:`accepts_wrappers`).
+
+    The result raises AdaptcError for a package, which has no graph.
+    """
+
+    @wraps(function)
+    def taking(program: Any, *args: Any, **kwargs: Any) -> Any:
+        check_program(program.program if isinstance(program, ProgramWrapper) else program, function.__name__)
+        return function(program, *args, **kwargs)
+
+    return accepts_wrappers(taking)  # type: ignore[return-value]
+
+
+def check_program(program: Any, name: str, *others: type) -> None:
+    """Raise AdaptcError, in the name of the function ``name``, for what is neither a program nor one of ``others``."""
+    if not isinstance(program, (AdaptedProgram, *others)):
+        raise AdaptcError(
+            f"{name} takes what adaptc.compile or adaptc.load gives, not a {type(program).__name__}; of a package or "
+            "a bank take the program that it was made from"
+        )
+
+
+def accepts_wrappers(function: F) -> F:
+    """Wrap ``function``, whose first argument is a program, to take holders too.
+
+    It works on the program inside, and a program that it returns is held in the same way.
+    """
+
+    @wraps(function)
+    def taking(program: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(program, ProgramWrapper):
+            return function(program, *args, **kwargs)
+        found = function(program.program, *args, **kwargs)
+        return program.holding(found) if isinstance(found, AdaptedProgram) else found
+
+    return taking  # type: ignore[return-value]
+
+
+def noted(function: F) -> F:
+    """Wrap ``function``, which returns a report of a program, to take holders too and add their notes to the report."""
+
+    @wraps(function)
+    def taking(program: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(program, ProgramWrapper):
+            return function(program, *args, **kwargs)
+        return replace(function(program.program, *args, **kwargs), notes=tuple(program.notes()))
+
+    return taking  # type: ignore[return-value]
