@@ -19,7 +19,7 @@ from adaptc import LoraConfig
 from adaptc.binding.binding_plan_cache import MOST
 from adaptc.binding.source import bind_adapter
 from adaptc.errors import CheckpointError, SwapError
-from adaptc.peft_files import layouts as _layouts
+from adaptc.peft_files import safetensors_reader as _layouts
 from adaptc.peft_files.stable_read import Opened
 from tests.support.custom_models import UpDown
 from tests.support.method_table import ENTRIES

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 from adaptc.errors import AdaptcWarning, CheckpointError
-from adaptc.peft_files import safe_io as _safefile
+from adaptc.peft_files import safe_load as _safefile
 from adaptc.peft_files.directory import read_adapter, read_config, write_adapter
 from tests.support.adapter_files import BIN, CONFIG, LORA, SAFE, same, some_tensors, tree
 from tests.support.cover import examples

@@ -11,7 +11,7 @@ from torch import nn
 
 import adaptc
 from adaptc import LoraConfig
-from adaptc.passes.ir import product as op
+from adaptc.passes.ir import matmul_op as op
 from adaptc.passes.ir.matmul_op import ALL_CLASSES, LINEAR, ONEDNN
 from adaptc.passes.lower.choose_products import Choice
 from adaptc.passes.train.base_products import frozen_linear

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import adaptc
-from adaptc.passes.ir import product as op
+from adaptc.passes.ir import matmul_op as op
 from adaptc.passes.ir.matmul_op import LINEAR, ONEDNN
 from adaptc.passes.lower.choose_products import Choice
 from adaptc.runtime import executor, product_table

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import adaptc
 from adaptc import LoraConfig
-from adaptc.passes.ir import product as op
+from adaptc.passes.ir import matmul_op as op
 from adaptc.passes.ir.matmul_op import ALL_CLASSES, LINEAR, ONEDNN, takes
 from adaptc.passes.lower.choose_products import Choice
 from adaptc.runtime import compiled_products, executor, product_table

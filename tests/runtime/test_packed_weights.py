@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import adaptc
 from adaptc import BackendError, ConfigError, LoraConfig
-from adaptc.passes.ir import product as op
+from adaptc.passes.ir import matmul_op as op
 from adaptc.passes.ir.matmul_op import LINEAR, takes
 from adaptc.passes.lower.choose_products import Choice
 from adaptc.runtime import executor, pack_times, packed_weights, product_table

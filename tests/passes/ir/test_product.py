@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from adaptc.errors import BackendError
-from adaptc.passes.ir import product as module
+from adaptc.passes.ir import matmul_op as module
 from adaptc.passes.ir.matmul_op import ALL_CLASSES, CLASSES, ONEDNN, product, product_op, row_class
 
 TYPES = [torch.float32, torch.bfloat16]
