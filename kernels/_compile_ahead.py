@@ -42,8 +42,8 @@ class Ahead:
     constexprs: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    #: whether matrix instructions must appear; exact float32 matmuls have none
     mma: bool = True
-    """Whether matrix instructions must appear: exact float32 products have none."""
     name: str = ""
 
     def __str__(self) -> str:
@@ -74,11 +74,11 @@ class Ahead:
 class Compiled:
     """The resources that a kernel uses on the GPU it was compiled for."""
 
+    #: bytes of local memory of each thread. Kernels have no arrays there, so all of it is spilled registers.
     n_spills: int
-    """Bytes of local memory of each thread. Kernels have no arrays there, so all of it is spilled registers."""
     n_regs: int
+    #: bytes of shared memory of each program
     shared: int
-    """Bytes of shared memory of each program."""
     ptx: str
 
 

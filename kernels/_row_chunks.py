@@ -20,14 +20,14 @@ from adaptc.errors import BackendError
 class Chunks(NamedTuple):
     """The chunks of a batch of T rows, in ascending order of adapters; all int32."""
 
+    #: (T,): the row at each position once rows are sorted by adapter; equal adapters keep their order
     order: Tensor
-    """(T,): the row at each position once rows are sorted by adapter; equal adapters keep their order."""
+    #: (C,): the adapter of each chunk, ascending: -1 for rows of the base, n for rows of adapters that do not exist
     adapter: Tensor
-    """(C,): the adapter of each chunk, ascending: -1 for rows of the base, n for rows of adapters that do not exist."""
+    #: (C,): the position each chunk starts at
     start: Tensor
-    """(C,): the position each chunk starts at."""
+    #: (C,): the rows of each chunk. Chunks that are not needed come last, with length 0, adapter n and start T.
     length: Tensor
-    """(C,): the rows of each chunk. Chunks that are not needed come last, with length 0, adapter n and start T."""
 
 
 def chunk_count(n_rows: int, n_adapters: int, chunk: int) -> int:

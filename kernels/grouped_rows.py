@@ -32,8 +32,8 @@ from adaptc.torch_modes import plainly
 _LIBRARY = torch.library.Library("adaptc", "FRAGMENT")
 _LIBRARY.define("grouped_rows(Tensor x, Tensor y, Tensor A, Tensor B, Tensor starts, Tensor scale, Tensor c) -> Tensor")
 
+#: rows by the adapter that each has in one pass, the size of chunks, and (T, 1) what each counts; None where all 1
 Pass = tuple[Chunks, int, Tensor | None]
-"""Rows by the adapter that each has in one pass, the size of chunks, and (T, 1) what each counts; None where all 1."""
 
 
 def grouped_rows(x: Tensor, y: Tensor, A: Tensor, B: Tensor, starts: Tensor, scale: Tensor, c: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ MOST = 3
 #: the number of keys of a program beyond which no mapping is searched for
 SEARCHED = 100_000
 
+#: the prefix of a key, and the prefix that replaces it
 _Pair = tuple[str, str]
-"""What keys begin with, and what takes its place."""
 
 
 def mappings_for(keys: Sequence[str], sites: Iterable[str], tails: Iterable[str]) -> list[dict[str, str]]:

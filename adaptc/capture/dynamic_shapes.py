@@ -40,9 +40,9 @@ from adaptc.passes.ir.pytree import pytree
 
 _UNKNOWN_OUTPUT = "not a known type"
 
+#: the free dimensions of an input: index -> name (equal names are equal sizes, ``4*name`` is four times one), or None
+#: when torch is to find out
 Free = Callable[[Tensor], dict[int, str | None]]
-"""The free dimensions of an input: index -> name (equal names are equal sizes, ``4*name`` is four times one), or None
-when torch is to find out."""
 
 
 def export(

@@ -17,8 +17,8 @@ from torch.export import ExportedProgram
 from adaptc.errors import AdaptcError, nearest
 from adaptc.passes.ir.pytree import pytree
 
+#: size symbol -> value
 Sizes = Mapping[Any, int]
-"""Size symbol -> value."""
 
 
 class SizeSampler:

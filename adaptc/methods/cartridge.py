@@ -1,4 +1,4 @@
-"""Cartridge: keys and values in front of those of every attention, distilled from a text (Eyuboglu et al., arXiv
+"""Cartridge: a KV prefix for every attention, distilled from a text (Eyuboglu et al., arXiv
 2506.06266).
 
 File key: ``prompt_embeddings`` (num_virtual_tokens, 2 * num_layers * token_dim). The rows of the first

@@ -1,4 +1,4 @@
-"""Multitask prompt tuning: rows in front, prompt * (C_t R_t) for the task t of each row of a batch (Wang et al., arXiv
+"""Multitask prompt tuning: virtual tokens, prompt * (C_t R_t) for the task t of each row of a batch (Wang et al., arXiv
 2303.02861).
 
 File keys: ``prompt_embeddings`` (n, width), ``prefix_task_cols`` (tasks, n, ranks), ``prefix_task_rows`` (tasks, ranks,

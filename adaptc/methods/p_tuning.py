@@ -1,4 +1,4 @@
-"""P-tuning: rows in front of the token embeddings, made by a small trained network (Liu et al., arXiv 2103.10385).
+"""P-tuning: virtual tokens made by a small trained network (Liu et al., arXiv 2103.10385).
 
 File key: ``prompt_embeddings`` (num_virtual_tokens, width), the network's output. The network itself is under
 ``prompt_encoder.``, which PEFT neither writes nor reads. It is an MLP of three layers, or an LSTM with an MLP of two

@@ -1,4 +1,4 @@
-"""Prefix tuning: learned keys and values in front of those of every attention (Li and Liang, arXiv 2101.00190).
+"""Prefix tuning: a learned KV prefix for every attention (Li and Liang, arXiv 2101.00190).
 
 File key: ``prompt_embeddings`` (num_virtual_tokens, 2 * num_layers * token_dim). With ``prefix_projection`` these rows
 are the output of a network of two layers, whose input rows are trained with it. PEFT writes and reads the output only.

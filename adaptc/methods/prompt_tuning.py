@@ -1,4 +1,4 @@
-"""Prompt tuning: learned rows in front of the token embeddings (Lester et al., arXiv 2104.08691).
+"""Prompt tuning: learned virtual tokens before the token embeddings (Lester et al., arXiv 2104.08691).
 
 File key: ``prompt_embeddings`` (num_virtual_tokens, width), with no module path. The first values are normal random
 numbers, the embeddings of random tokens, or those of a text, repeated or cut to the number of rows.

@@ -69,15 +69,15 @@ class AdapterFile:
 
     config: dict[str, Any]
     tensors: Mapping[str, Tensor] = field(repr=False)
+    #: the directory that holds the files (the sub-directory, for a named adapter)
     path: Path
-    """The directory that holds the files (the sub-directory, for a named adapter)."""
     weights: str = SAFE_NAME
+    #: all floating-point data of the file in as few tensors as possible, where that is known
     runs: Sequence[Tensor] = field(default=(), repr=False)
-    """All floating data of the file in as few tensors as possible, where that is known."""
+    #: the format that the file had before it was converted to this one
     origin: Origin = PEFT
-    """What the file was before it was this."""
+    #: whether the adapter is new, made from files of other adapters
     fresh: bool = False
-    """Whether it is a new adapter, made of files of others."""
 
     @property
     def nbytes(self) -> int:

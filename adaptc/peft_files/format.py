@@ -27,9 +27,10 @@ BIN_NAME = "adapter_model.bin"
 CARD_NAME = "README.md"
 MODEL_CONFIG = "config.json"
 _MODEL_WEIGHTS = re.compile(r"(model|pytorch_model)([.-].*)?\.(safetensors|bin)(\.index\.json)?")
+#: the PEFT release whose file format is written; recorded as ``peft_version`` in configs that name none
 PEFT_VERSION = "0.21.2"
-"""The PEFT release whose file format is written; recorded as ``peft_version`` in configs that name none."""
 
+#: first key component of the tensors that belong to a whole model, by ``peft_type``
 MODEL_LEVEL: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         "VERA": frozenset({"vera_A", "vera_B"}),
@@ -43,7 +44,6 @@ MODEL_LEVEL: Mapping[str, frozenset[str]] = MappingProxyType(
         "SHADOW": frozenset({"shadow_backbone", "shadow_projection", "shadow_head"}),
     }
 )
-"""First key component of the tensors that belong to a whole model, by ``peft_type``."""
 
 _PROMPT_TYPES = frozenset({"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE", "CPT"})
 #: first components of keys without a prefix; adaptc adds ``prompt_encoder`` to PEFT's tensors

@@ -16,8 +16,8 @@ from torch import Tensor
 from adaptc.errors import AdaptcError, did_you_mean, listing, shown
 from adaptc.value_types import finite_in_float32
 
+#: for each row the weights of its adapters, by name
 Mixes = tuple[Mapping[str, float], ...]
-"""For each row the weights of its adapters, by name."""
 
 
 def parse_row_adapters(adapters: Any) -> Mixes:

@@ -32,8 +32,8 @@ from adaptc.passes.ir.pass_infra import Pass, PassResult
 from adaptc.passes.ir.regions import site_op, slot_nodes
 from adaptc.passes.ir.trace import behind_inputs, inline, signature_of, trace
 
+#: name of a node -> the axis of its value that has the rows
 Axes = Mapping[str, RowAxis]
-"""Name of a node -> where the rows are in its value."""
 
 
 def around(a: Attachment, op: Op) -> bool:

@@ -10,6 +10,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +31,8 @@ _END = re.compile(r"(?<=[.!?:;])\s+")
 def faults(text: str, name: str = "") -> Iterator[str]:
     """Yield a line for each docstring of a module's source ``text`` that breaks a rule. ``name``: of its file."""
     for node in ast.walk(ast.parse(text)):
+        for note in _notes(node):
+            yield f"{name}:{note.lineno}: a string after an assignment is seen by nobody; write a comment, #:, above it"
         if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             continue
         docstring = ast.get_docstring(node)
@@ -53,6 +56,17 @@ def sentences(docstring: str) -> Iterator[str]:
         if any(re.match(r"\s*([-*|]|\d+\.)\s|    |\t", line) or line.rstrip().endswith("::") for line in lines):
             continue
         yield from _END.split(" ".join(_CODE.sub("x", paragraph).split()))
+
+
+def _notes(node: ast.AST) -> Iterator[ast.Expr]:
+    """Yield the strings that stand as statements after an assignment in the body of ``node``."""
+    body = getattr(node, "body", None)
+    for one, after in pairwise(body if isinstance(body, list) else []):
+        string = (
+            isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)
+        )
+        if string and isinstance(one, (ast.Assign, ast.AnnAssign)):
+            yield after
 
 
 def _first_words(docstring: str) -> list[str]:

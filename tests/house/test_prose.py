@@ -53,5 +53,11 @@ def test_good_docstrings_pass(docstring: str) -> None:
     assert not list(faults(in_function(docstring)))
 
 
+@pytest.mark.parametrize("field", ['a = 1\n"""Of it."""\n', 'class A:\n    a: int\n    """How many."""\n'])
+def test_a_string_after_an_assignment_is_found(field: str) -> None:
+    assert ["a string after an assignment" in line for line in faults(field)] == [True]
+    assert not list(faults('"""Return it."""\n#: how many\na = 1\n'))
+
+
 def test_the_source_keeps_the_rules(capsys: pytest.CaptureFixture[str]) -> None:
     assert main() == 0, capsys.readouterr().out
