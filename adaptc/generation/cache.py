@@ -55,7 +55,7 @@ class StepCache:
         self.rows = 0
         #: (rows,) how many positions before each row's virtual tokens are empty; None for none
         self.ahead: Tensor | None = None
-        #: coefficient name -> (rows,) the position from which each row is adapted (see ``acting``)
+        #: coefficient name -> (rows,) the position from which each row is adapted (see ``token_gates``)
         self.since: dict[str, Tensor] = {}
         self.tensors: list[Tensor] = []
         self.mask = torch.ones(0, 0, dtype=torch.int64, device=device)
@@ -236,7 +236,7 @@ class StepCache:
         self.length = length
 
     def held(self) -> list[Tensor]:
-        """Return the filled positions of each tensor."""
+        """Return what is filled of each tensor."""
         return [t[:, :, : self.length].contiguous() for t in self.tensors]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:

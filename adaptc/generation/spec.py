@@ -43,7 +43,7 @@ class GenerationSpec:
     tokenizer: Callable[[], Any] | None = field(default=None, kw_only=True)
     keeps: str = field(default=ROOM, kw_only=True)
     why: str = field(default="", kw_only=True)
-    #: the token coefficients that a step takes, with a value for each of its tokens (see ``acting``)
+    #: the token coefficients that a step takes, with a value for each of its tokens (see ``token_gates``)
     acts: tuple[str, ...] = field(default=(), kw_only=True)
     #: number of passes -> the facts of the same step with so many
     others: dict[int, Any] = field(default_factory=dict, init=False, repr=False)

@@ -11,7 +11,7 @@ and tokens whose logits are wanted.
     position_ids    (batch, tokens)         int64
     slots           (tokens,)               int64: the consecutive positions of the cache that the tokens go to
     keep            (kept,)                 int64: the indices of the tokens whose logits are wanted
-    alora_acts      (batch, tokens)         bool: where an aLoRA adapter acts (see ``acting``)
+    alora_acts      (batch, tokens)         bool: where an aLoRA adapter acts (see ``token_gates``)
     keys_i          (batch, heads, length, dim)  and values_i, for each layer; (batch, heads, ring, dim) for layers that
                                                  keep a sliding window (see ``ring``)
     -> logits       (batch, kept, vocabulary)

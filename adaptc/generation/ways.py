@@ -1,4 +1,4 @@
-"""Capture and call a step in the way that fits what it keeps of earlier tokens (``facts.KEEPS``)."""
+"""Capture and call a step in the way that fits what it keeps of earlier tokens (``spec.KEEPS``)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run_as(
     tokens: int,
     keep: int | Tensor,
 ) -> Tensor:
-    """Return the logits of new tokens and write these into the cache; see :func:`pieces.run`."""
+    """Return the logits of new tokens and write these into the cache; see :func:`chunked_prefill.run`."""
     if facts.keeps == NOTHING:
         return run_whole(step, past, inputs, tokens, keep)
     if facts.keeps == STATE:

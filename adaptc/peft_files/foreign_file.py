@@ -1,8 +1,8 @@
 """Read adapter files that are not PEFT directories: one file of tensors, with the texts of its header.
 
 The tensors have the keys of the file and memory of their own. Limits and refusals are those of PEFT's files
-(``safe_io``, ``layouts``, ``snapshot``). No code of a file is run, and a file that changes during the read is read
-again.
+(``safe_load``, ``safetensors_reader``, ``stable_read``). No code of a file is run, and a file that changes during the
+read is read again.
 """
 
 from __future__ import annotations

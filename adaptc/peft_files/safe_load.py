@@ -2,7 +2,7 @@
 
 The content of a file may be cut short, forged or hostile. Reading gives tensors in memory of adaptc's own, or a
 :class:`CheckpointError` that names the file. It never executes anything. Writing makes a complete file inside a stage
-(``staging``).
+(``atomic_write``).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Slots are inputs of the graph, so a swap only changes arguments: nothing is copied, and nothing is compiled again. A
 call that has begun keeps the binding it began with. An :class:`Executor` holds the code of one program. A call changes
-only its caches (code, and the hoisted values of ``held_values``) and the buffers that the program itself writes to.
+only its caches (code, and the hoisted values of ``hoisted_values``) and the buffers that the program itself writes to.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Takes a program without adapters, and its sites with the axis of the batch rows 
 scale comes as a stacked tensor, whose first axis is that of the adapters.
 
 The stacked tensors become lifted buffers of the program. It takes one more keyword, a float32 tensor (rows, adapters).
-Regions of pure ATen compute what ``passes.ir.rows`` says. With coefficients of zero the program computes exactly what
-it did. Regions have no tags: the caller knows what it injected.
+Regions of pure ATen compute what ``passes.ir.bank_method`` says. With coefficients of zero the program computes exactly
+what it did. Regions have no tags: the caller knows what it injected.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Takes an opened program whose slots are there, and a program attachment (``passes.ir.program_method``). Each place gets
 a tagged region that computes the method's value for it. Every reader of the place reads that instead, with new fake
-values. ``change_attention`` injects a KV prefix, and ``begin_cache`` the methods of a program that takes a cache.
+values. ``insert_kv_prefix`` injects a KV prefix, ``insert_cache_prefix`` the methods of a program that takes a cache.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 A program captured as a step takes the keys and values of each layer, (batch, heads, length, width), under the names
 that :func:`cache_name` gives. Models with other caches take states, numbered through.
 
-A program may contain duplicated base passes (``passes.adapt.first_pass``). It then takes a cache for each of them, too,
-under names that begin with :func:`pass_prefix`. The functions here take an opened program and do not change it.
+A program may contain duplicated base passes (``passes.adapt.duplicate_base_pass``). It then takes a cache for each of
+them, too, under names that begin with :func:`pass_prefix`. The functions here take an opened program and do not change
+it.
 """
 
 from __future__ import annotations

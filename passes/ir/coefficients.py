@@ -6,8 +6,8 @@ whether the invocation tokens have occurred. Such a value is a *coefficient*. A 
 program makes each of them once, in front of all layers (``passes.adapt.make_coefficients``).
 
 Some coefficients follow from what the model itself computes in a call. Such a coefficient has a :class:`FirstPass`. The
-program then first runs a duplicated base pass to compute its last hidden state (``passes.adapt.first_pass``). The
-coefficient is made of that state.
+program then first runs a duplicated base pass to compute its last hidden state
+(``passes.adapt.duplicate_base_pass``). The coefficient is made of that state.
 
 Other values cannot be computed by a program, and a caller gives them with each call, such as the task of each row. A
 method names these inputs, too (:meth:`~adaptc.passes.ir.method_hooks.Hooks.extras`). A method at a layer finds them

@@ -6,7 +6,7 @@ that are known.
 
 A *doorway* says how: an ``aten.alias`` in front of the op, through which the weight or bias of one layer enters one
 block and nothing else. Its custom meta describes the layer inside. A doorway therefore stands for the layer's node
-wherever a pass looks for the node that reads a parameter. ``adapt.open_blocks`` makes the doorways.
+wherever a pass looks for the node that reads a parameter. ``adapt.expose_subgraph_params`` makes the doorways.
 """
 
 from __future__ import annotations

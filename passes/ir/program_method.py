@@ -28,10 +28,10 @@ decoder's places:
 
 A method with ``cached`` has no ``labels``, ``embedded`` or ``loss``. The tokens of a call stay the program's own. Only
 what the attentions compute sees a longer attention_mask, position_ids and token_type_ids
-(``passes.adapt.change_attention``).
+(``passes.adapt.insert_kv_prefix``).
 
 If the caller gives the program its cache, ``cached`` or ``prompt`` gives the beginning of that cache. No place is
-changed then (``passes.adapt.begin_cache``). So ``prompt`` must give all that ``embedded`` changes.
+changed then (``passes.adapt.insert_cache_prefix``). So ``prompt`` must give all that ``embedded`` changes.
 
 All functions are pure and plain PyTorch. They are traced for all sizes at once. A size read from a slot's free axis, as
 in ``slots["prompt"].shape[0]``, is read in every call, so that swaps change it. ``given`` holds the inputs that the
