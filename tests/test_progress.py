@@ -291,8 +291,8 @@ def test_generation_says_what_it_captures_and_checks(log: Log) -> None:
     wanted = [
         "capturing LlamaForCausalLM as a step with its cache (attempt 1 of at most 4)",
         "capturing LlamaForCausalLM",
-        "checking a step with its cache against LlamaForCausalLM",
         "inserting adapters at 1 sites of LlamaForCausalLM",
+        "checking a step with its cache against LlamaForCausalLM",
     ]
     assert [t for t in found if t in wanted] == wanted
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from torch.export import ExportedProgram
+
 from adaptc.capture.run_graph import run_graph
 from adaptc.errors import AdaptcWarning, CaptureError, ConfigError, TargetError
 from adaptc.generation.cache_layout import CacheLayout, StateLayout
@@ -19,6 +21,7 @@ from adaptc.generation.check_against_model import check_step_matches_model
 from adaptc.generation.spec import EXACT, NOTHING, ROOM, STATE, WINDOW, GenerationSpec
 from adaptc.generation.step import Step
 from adaptc.generation.ways import stepping_as
+from adaptc.program.adapted import AdaptedProgram
 from adaptc.program.compile import Planned
 from adaptc.progress import stage
 
@@ -35,18 +38,19 @@ _CALLED = {
 def captured_step(
     model: Any,
     capture: Callable[[Step], Planned],
+    adapt: Callable[[Planned], AdaptedProgram],
     facts_of: Callable[[CacheLayout, int], dict[str, Any]],
     max_length: int,
     positions: int | None,
     acts: Sequence[str] = (),
     reads_first: bool = False,
-) -> tuple[Planned, GenerationSpec]:
-    """Return the captured step of ``model`` and its facts.
+) -> tuple[AdaptedProgram, GenerationSpec]:
+    """Return the adapted step of ``model`` and its facts.
 
-    ``capture`` captures the model as a step. ``facts_of(layout, length)`` returns the facts that hold for any step with
-    such a cache. ``max_length`` is the number of positions asked for, ``positions`` how many the model has, or None.
-    ``acts`` names inputs that only adapters read. ``reads_first`` says that an adapter reads a duplicated base pass.
-    Such a pass may fit a program of whole texts where no step has one.
+    ``capture`` captures the model as a step, and ``adapt`` inserts the adapters. ``facts_of(layout, length)`` returns
+    the facts that hold for any step with such a cache. ``max_length`` is the number of positions asked for,
+    ``positions`` how many the model has, or None. ``acts`` names inputs that only adapters read. ``reads_first`` says
+    that an adapter reads a duplicated base pass. Such a pass may fit a program of whole texts where no step has one.
 
     Warns where the step has no cache. Raises CaptureError where every kind fails, and ConfigError for more positions
     than the step can have.
@@ -70,7 +74,9 @@ def captured_step(
         held = layout if keeps != NOTHING and layout is not None else CacheLayout((), model.dtype)
         try:
             with stage(f"capturing {name} as {_CALLED[keeps]} (attempt {number} of at most {len(ways)})"):
-                planned, step = _captured(model, capture, keeps, held, most, acts, reads_first and keeps != NOTHING)
+                program, base, step = _captured(
+                    model, capture, adapt, keeps, held, most, acts, reads_first and keeps != NOTHING
+                )
         except CaptureError as error:
             failed.append(error)
             continue
@@ -87,7 +93,7 @@ def captured_step(
         )
         try:
             with stage(f"checking {_CALLED[keeps]} against {name}"):
-                check_step_matches_model(model, partial(run_graph, planned.captured.program), facts)
+                check_step_matches_model(model, partial(run_graph, base), facts)
         except CaptureError as error:
             failed.append(error)
             continue
@@ -97,7 +103,7 @@ def captured_step(
                 AdaptcWarning,
                 stacklevel=6,
             )
-        return planned, facts
+        return program, facts
     first, last = failed[0], failed[-1]
     raise CaptureError(f"{first}. Nor without a cache: {last}" if last is not first else str(first)) from first
 
@@ -105,15 +111,17 @@ def captured_step(
 def _captured(
     model: Any,
     capture: Callable[[Step], Planned],
+    adapt: Callable[[Planned], AdaptedProgram],
     keeps: str,
     layout: CacheLayout,
     most: int | None,
     acts: Sequence[str],
     may_lack: bool,
-) -> tuple[Planned, Step]:
+) -> tuple[AdaptedProgram, ExportedProgram, Step]:
     with stepping_as(model, keeps, layout, most, acts) as step:
         try:
-            return capture(step), step
+            planned = capture(step)
+            return adapt(planned), planned.captured.program, step
         except (CaptureError, TargetError) as error:
             if isinstance(error, TargetError) and not may_lack:
                 raise

@@ -113,16 +113,16 @@ def _compiled(
     _at_least_one(max_batch, "max_batch")
     positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     values = how.pop("generator")
-    planned_step, facts = captured_step(
+    program, facts = captured_step(
         model,
         lambda step: _planned(model, adapter, options, step, how),
+        lambda step: adapted(step, options, values),
         lambda layout, length: _common(model, layout, max_batch, length),
         _at_most(max_length, positions),
         positions if isinstance(positions, int) else None,
         acts,
         bool(first) and not acts,  # token coefficients need a cache
     )
-    program = adapted(planned_step, options, values)
     refuse_without_cache(program, facts, name)
     return generator_of(program, facts)
 

@@ -86,8 +86,9 @@ def test_what_cannot_be_read_back_is_refused(tmp_path: Path) -> None:
     prog = compiled(in_a_branch)
     adaptc.save(compiled(branch_in_none), tmp_path / "a.pt2")
     before = (tmp_path / "a.pt2").read_bytes()
-    for program in (prog, torch.export.export(Net(in_a_branch).eval(), (torch.randn(3, 5),))):
-        with pytest.raises(CheckpointError, match=r"cannot read them\. The program has one in true_graph_0"):
-            adaptc.save(program, tmp_path / "a.pt2")
+    with pytest.raises(CheckpointError, match=r"cannot read them\. The program has one in true_graph_0"):
+        adaptc.save(torch.export.export(Net(in_a_branch).eval(), (torch.randn(3, 5),)), tmp_path / "a.pt2")
     assert (tmp_path / "a.pt2").read_bytes() == before
-    assert torch.equal(prog(torch.ones(2, 5)), prog(torch.ones(2, 5)))
+    # A capture leaves out what nothing reads, such as an empty block.
+    loaded = adaptc.load(adaptc.save(prog, tmp_path / "b.pt2"))
+    assert torch.equal(loaded(torch.ones(2, 5)), prog(torch.ones(2, 5)))
