@@ -9,7 +9,7 @@ from typing import Any
 from adaptc.adapters.adapter import Adapter
 from adaptc.adapters.from_program import as_object
 from adaptc.errors import ConfigError, listing
-from adaptc.methods import Part, routing
+from adaptc.methods import MethodPart, routing
 from adaptc.methods.arrow import ArrowConfig
 
 
@@ -36,8 +36,8 @@ def arrow_adapter(
     return Adapter(*routing(arrow, tasks, general), f"Arrow of {listing((t.source for t in tasks), 3)}")
 
 
-def _experts(option: str, adapters: Any) -> list[Part]:
+def _experts(option: str, adapters: Any) -> list[MethodPart]:
     if isinstance(adapters, (str, bytes, os.PathLike)) or not isinstance(adapters, Sequence):
         raise ConfigError(f"{option} must be a list of adapters, got {type(adapters).__name__}")
     objects = [as_object(a) for a in adapters]
-    return [Part(o.config, o.tensors, o.source) for o in objects]
+    return [MethodPart(o.config, o.tensors, o.source) for o in objects]

@@ -19,7 +19,7 @@ from adaptc.adapters.average_saved_modules import averaged
 from adaptc.adapters.combine_rules import mixed
 from adaptc.adapters.low_rank_sums import summed
 from adaptc.adapters.options import Options
-from adaptc.adapters.sites import AS_LORA, AdapterLike, Site, sites_of
+from adaptc.adapters.sites import AS_LORA, AdapterLike, AdapterSite, sites_of
 from adaptc.errors import AdaptcWarning, CheckpointError, ConfigError, listing
 from adaptc.methods import AdapterConfig, TargetedConfig
 from adaptc.methods.lora_config import LoraConfig
@@ -109,7 +109,7 @@ def _check_config(adapter: AdapterLike) -> None:
         )
 
 
-def _grouped(sites: Sequence[dict[str, Site]]) -> dict[str, list[tuple[int, Site]]]:
+def _grouped(sites: Sequence[dict[str, AdapterSite]]) -> dict[str, list[tuple[int, AdapterSite]]]:
     """Return for each site's key the adapters that have it, as (index of the adapter, site)."""
     keys = dict.fromkeys(k for one in sites for k in one)
     return {k: [(i, one[k]) for i, one in enumerate(sites) if k in one] for k in keys}
@@ -119,12 +119,12 @@ def _products(
     adapters: Sequence[AdapterLike],
     weights: Sequence[float],
     options: Options,
-    parts: dict[str, list[tuple[int, Site]]],
+    parts: dict[str, list[tuple[int, AdapterSite]]],
     products: dict[str, list[Any]],
 ) -> tuple[dict[str, Tensor], dict[str, int], bool]:
     """Return the combined low-rank tensors by key, the ranks by module, and whether there is a bias."""
     largest = max(s.method.rank() or 1 for group in parts.values() for _, s in group)
-    made: dict[str, tuple[Site, LowRank, int]] = {}
+    made: dict[str, tuple[AdapterSite, LowRank, int]] = {}
     for key, group in parts.items():
         found: list[LowRank] = _same_dtype(products[key])
         for (i, site), product in zip(group, found, strict=True):
@@ -173,7 +173,7 @@ def _sums(
     adapters: Sequence[AdapterLike],
     weights: Sequence[float],
     options: Options,
-    parts: dict[str, list[tuple[int, Site]]],
+    parts: dict[str, list[tuple[int, AdapterSite]]],
 ) -> dict[str, Tensor]:
     """Return the combined tensors of methods whose change is linear in one tensor, as its weighted sum.
 
@@ -220,13 +220,13 @@ def _told(t: Tensor | None, shape: bool) -> str:
     )
 
 
-def _united(adapters: Sequence[AdapterLike], sites: Sequence[dict[str, Site]]) -> TargetedConfig:
+def _united(adapters: Sequence[AdapterLike], sites: Sequence[dict[str, AdapterSite]]) -> TargetedConfig:
     first = adapters[0].config
     assert isinstance(first, TargetedConfig)
     return first.united([a.config for a in adapters], [[s.names[0] for s in one.values() if s.whole] for one in sites])
 
 
-def _check_methods(config: TargetedConfig, parts: dict[str, list[tuple[int, Site]]]) -> None:
+def _check_methods(config: TargetedConfig, parts: dict[str, list[tuple[int, AdapterSite]]]) -> None:
     """Raise ConfigError where the united config does not give a site the options that its adapters have."""
     for key, group in parts.items():
         _, site = group[0]
@@ -242,5 +242,5 @@ def _size(p: LowRank) -> str:
     return f"{rows} x {columns}" + (f", {blocks} times" if blocks > 1 else "")
 
 
-def _shapes(site: Site) -> str:
+def _shapes(site: AdapterSite) -> str:
     return ", ".join(f"{n} {tuple(t.shape)}" for n, t in site.tensors.items() if prod(t.shape))

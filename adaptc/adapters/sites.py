@@ -34,7 +34,7 @@ class AdapterLike(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
+class AdapterSite:
     """The tensors of an adapter at one module or parameter.
 
     ``key`` is the prefix of its tensors' keys. ``names`` is the name of the module, or of the parameters that it may
@@ -66,7 +66,7 @@ AS_LORA = (
 )
 
 
-def sites_of(adapter: AdapterLike, device: torch.device) -> tuple[dict[str, Site], dict[str, Tensor]]:
+def sites_of(adapter: AdapterLike, device: torch.device) -> tuple[dict[str, AdapterSite], dict[str, Tensor]]:
     """Return the sites by key, and the other tensors by key, all on ``device``.
 
     Floating tensors become float32, or stay float64. Raises CheckpointError and ConfigError.
@@ -79,7 +79,7 @@ def sites_of(adapter: AdapterLike, device: torch.device) -> tuple[dict[str, Site
             f"{source}: what {config.peft_type} adapters do together does not follow from their tensors alone; "
             f"{AS_LORA}"
         )
-    sites: dict[str, Site] = {}
+    sites: dict[str, AdapterSite] = {}
     others: dict[str, Tensor] = {}
     for key, tensor in adapter.tensors.items():
         value = in_full(key, tensor, source).to(device)
@@ -96,7 +96,7 @@ def sites_of(adapter: AdapterLike, device: torch.device) -> tuple[dict[str, Site
     return sites, others
 
 
-def _site(key: str, config: TargetedConfig, source: str) -> Site:
+def _site(key: str, config: TargetedConfig, source: str) -> AdapterSite:
     module = key.partition(_WRAPPER)[0]  # the module's name before PEFT wraps it
     ends = [(e, f"{module}.{e.rpartition('.')[2]}".removeprefix(".")) for e in config.target_parameters or ()]
     parameters = [n for e, n in ends if n == e or n.endswith(f".{e}")]
@@ -107,7 +107,7 @@ def _site(key: str, config: TargetedConfig, source: str) -> Site:
             f"{source}: {key!r} is one of the parameters {', '.join(methods)}, which have different options by the "
             f"patterns of the config, and which of them is known with the model alone; {AS_LORA}"
         )
-    return Site(key, first, list(methods), not parameters)
+    return AdapterSite(key, first, list(methods), not parameters)
 
 
 def in_full(key: str, tensor: Tensor, source: str) -> Tensor:

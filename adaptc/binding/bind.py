@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adaptc.binding.binding import Binding, BindingSpec
-from adaptc.binding.builder import EMBEDDINGS, Builder, cut_or_filled
+from adaptc.binding.builder import EMBEDDINGS, BindingBuilder, cut_or_filled
 from adaptc.binding.check_tensors import check_kinds, check_rank, check_shapes, unbound
 from adaptc.binding.file_keys import keys_of, second_name
 from adaptc.errors import CheckpointError, ConfigError, SwapError, TargetError
@@ -35,7 +35,7 @@ def first_values(
     With ``only``, just these attachments have initial values, of the methods that it gives by attachment id. All other
     attachments then have identity values.
     """
-    builder = Builder(spec, config)
+    builder = BindingBuilder(spec, config)
     present = [a for a in spec.attachments if only is None or a.id in only]
     own = {a.id: a.method if only is None else only[a.id] for a in present}
     builder.share(own)
@@ -72,7 +72,7 @@ def bind(
     """
     check_finite(tensors, source)
     config = _completed(config, spec, source)
-    builder = Builder(spec, config, tensors.values() if copy else ())
+    builder = BindingBuilder(spec, config, tensors.values() if copy else ())
     builder.of_file = True
     left = dict.fromkeys(tensors)
     present = _present(spec, config, tensors, left, fit=fit)

@@ -19,7 +19,7 @@ from adaptc.passes.adapt.move import usable
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.method import Method
 from adaptc.passes.ir.ops import Op
-from adaptc.peft_files.origin import PEFT, Origin
+from adaptc.peft_files.origin import PEFT, FileOrigin
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class Binding:
     carried: Mapping[str, Tensor] = field(default_factory=dict)
     parts: Mapping[str, Binding] = field(default_factory=dict)
     bases: Mapping[str, str] = field(default_factory=dict)
-    origin: Origin = PEFT
+    origin: FileOrigin = PEFT
     factors: Mapping[str, float] = field(default_factory=dict)
     idle: Binding | None = None
 

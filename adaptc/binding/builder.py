@@ -30,7 +30,7 @@ WRAPPED = re.compile(r"\.(original_module|modules_to_save\.[^.]+)\.(.*\.)?bias$"
 EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
-class Builder:
+class BindingBuilder:
     """A collector of slot values for one binding."""
 
     def __init__(self, spec: BindingSpec, config: AdapterConfig, theirs: Iterable[Tensor] = ()) -> None:

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from adaptc.binding.module_names import ModuleNames
 from adaptc.errors import SHOWN, CheckpointError, and_more, shown
-from adaptc.peft_files.formats.parts import Format, Part, component_of
+from adaptc.peft_files.formats.parts import Format, KeyPart, component_of
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenComponent:
     """The component of a file that was chosen for a model.
 
     ``modules`` pairs each part of ``component`` with the model's module. ``others`` maps each other component to its
@@ -27,18 +27,18 @@ class Chosen:
     """
 
     component: str
-    modules: Sequence[tuple[Part, str]]
+    modules: Sequence[tuple[KeyPart, str]]
     others: Mapping[str, int]
 
 
 def choose(
     form: Format,
-    parts: Sequence[Part],
+    parts: Sequence[KeyPart],
     tensors: Mapping[str, Tensor],
     names: ModuleNames,
     component: str | None,
     source: str,
-) -> Chosen:
+) -> ChosenComponent:
     """Return the component that belongs to a model whose modules are ``names``; ``component`` says which, if the caller
     knows.
 
@@ -47,8 +47,8 @@ def choose(
     whole = [] if component else [(p, names.find(p, "", source)) for p in parts if not p.flat]
     if whole and len(whole) == len(parts) and all(m is not None for _, m in whole):
         # The model's own module names may begin with the name of a component.
-        return Chosen("", [(p, m) for p, m in whole if m is not None], {})
-    groups: dict[str, list[Part]] = {}
+        return ChosenComponent("", [(p, m) for p, m in whole if m is not None], {})
+    groups: dict[str, list[KeyPart]] = {}
     for p in parts:
         groups.setdefault(p.component, []).append(p)
     found = {c: [(p, names.find(p, c, source)) for p in group] for c, group in groups.items()}
@@ -56,13 +56,13 @@ def choose(
     if lost := [p for p, m in found[one] if m is None]:
         raise _unknown(form, lost, found[one], names, source)
     others = {c: len(group) for c, group in groups.items() if c != one}
-    return Chosen(one, [(p, m) for p, m in found[one] if m is not None], others)
+    return ChosenComponent(one, [(p, m) for p, m in found[one] if m is not None], others)
 
 
-_Found = Mapping[str, Sequence[tuple[Part, str | None]]]
+_Found = Mapping[str, Sequence[tuple[KeyPart, str | None]]]
 
 
-def _named(component: str, groups: Mapping[str, Sequence[Part]], source: str) -> str:
+def _named(component: str, groups: Mapping[str, Sequence[KeyPart]], source: str) -> str:
     if component not in groups:
         there = f"it has {', '.join(repr(c) for c in groups)}"
         none = "its keys name none: leave component out"
@@ -89,7 +89,7 @@ def _fitting(found: _Found, tensors: Mapping[str, Tensor], names: ModuleNames, s
     )
 
 
-def _sized(part: Part, t: Tensor, shape: Sequence[int]) -> bool:
+def _sized(part: KeyPart, t: Tensor, shape: Sequence[int]) -> bool:
     """Return whether a factor's size is that of its side of the weight. Layers may store the weight transposed."""
     if len(shape) < 2 or t.ndim < 2:
         return True
@@ -99,7 +99,7 @@ def _sized(part: Part, t: Tensor, shape: Sequence[int]) -> bool:
 
 
 def _unknown(
-    form: Format, lost: Sequence[Part], all_of: Sequence[tuple[Part, str | None]], names: ModuleNames, source: str
+    form: Format, lost: Sequence[KeyPart], all_of: Sequence[tuple[KeyPart, str | None]], names: ModuleNames, source: str
 ) -> CheckpointError:
     few = "; ".join(
         f"{p.key!r}" + (f" (nearest: {', '.join(near)})" if (near := names.near(p)) else "") for p in lost[:SHOWN]
@@ -112,6 +112,6 @@ def _unknown(
     )
 
 
-def _of(lost: Sequence[Part]) -> str:
+def _of(lost: Sequence[KeyPart]) -> str:
     components = sorted({p.component for p in lost} - {""})
     return f" They are of the component {shown(components[0])}." if components else ""

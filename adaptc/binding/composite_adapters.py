@@ -19,7 +19,7 @@ from torch import Tensor
 
 from adaptc.binding.file_keys import base_name
 from adaptc.errors import CheckpointError, shown
-from adaptc.methods import AdapterConfig, Part
+from adaptc.methods import AdapterConfig, MethodPart
 from adaptc.peft_files.directory import AdapterFile, check_finite, read_adapter
 from adaptc.peft_files.format import CONFIG_NAME
 
@@ -45,11 +45,11 @@ def read_experts(
     names = config.parts()
     if not names:
         return config, file
-    parts: list[Part] = []
+    parts: list[MethodPart] = []
     for i, (name, path) in enumerate(names.items()):
         part, source = _read(file, i, name, path)
         check_finite(part.tensors, source)
-        parts.append(Part(config_of(part), _without_base(part.tensors, weights, source), source))
+        parts.append(MethodPart(config_of(part), _without_base(part.tensors, weights, source), source))
     own = None if file is None else file.tensors
     new, tensors = config.with_parts(parts, own, list(weights))
     made: dict[str, Any] = new.to_dict()

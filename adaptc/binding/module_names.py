@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adaptc.errors import CheckpointError, nearest
 from adaptc.peft_files.formats.ldm import original_names
-from adaptc.peft_files.formats.parts import Part
+from adaptc.peft_files.formats.parts import KeyPart
 
 #: the prefix that the layers of a text encoder have in some releases of transformers
 _OUTER = "text_model."
@@ -35,7 +35,7 @@ class ModuleNames:
         self._flat = [_by_flat({n: n for n in self.shapes}), _by_flat(others)]
         self._dotted = [{n: [n] for n in self.shapes}, {spelled: [name] for spelled, name in others.items()}]
 
-    def find(self, part: Part, component: str, source: str) -> str | None:
+    def find(self, part: KeyPart, component: str, source: str) -> str | None:
         """Return the module of ``part``, or None where the model has none. A non-empty ``component`` prefixes the
         part's names.
 
@@ -57,7 +57,7 @@ class ModuleNames:
                     return found[0]
         return None
 
-    def near(self, part: Part) -> Sequence[str]:
+    def near(self, part: KeyPart) -> Sequence[str]:
         """Return names of modules that are close to the name of ``part``, in the spelling that ``part`` uses."""
         names = list(self._flat[0]) if part.flat else list(self.shapes)
         return nearest(part.modules[0], names, 2)

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adaptc.binding.components import Chosen, choose
+from adaptc.binding.components import ChosenComponent, choose
 from adaptc.binding.module_names import ModuleNames
 from adaptc.errors import CheckpointError, ConfigError, shown
 from adaptc.methods import AdapterConfig, TargetedConfig, config_class, endings, value_table
@@ -24,9 +24,9 @@ from adaptc.peft_files.directory import AdapterFile, bare_key
 from adaptc.peft_files.foreign_file import RawFile, of_peft
 from adaptc.peft_files.formats.detect import detect, foreign, of_component
 from adaptc.peft_files.formats.diffusers import BIN, SAFE
-from adaptc.peft_files.formats.layers import Layer, layer
-from adaptc.peft_files.formats.parts import ALPHA, Part, component_of
-from adaptc.peft_files.origin import Origin
+from adaptc.peft_files.formats.layers import FileLayer, layer
+from adaptc.peft_files.formats.parts import ALPHA, KeyPart, component_of
+from adaptc.peft_files.origin import FileOrigin
 
 #: fields of a config that choose modules; here the keys of the file choose them
 _CHOOSING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
@@ -80,7 +80,7 @@ def translated(
                 "config=LoraConfig(r=8, lora_alpha=16)."
             )
         stored = {"peft_type": kind} | targets | options | _patterns(kind, layers)
-    origin = Origin(form.name, chosen.component, MappingProxyType(dict(chosen.others)))
+    origin = FileOrigin(form.name, chosen.component, MappingProxyType(dict(chosen.others)))
     return AdapterFile(stored, MappingProxyType(tensors), raw.path, raw.path.name, origin=origin)
 
 
@@ -160,7 +160,9 @@ def _of_peft(raw: RawFile, weights: Mapping[str, Tensor], config: AdapterConfig 
     return AdapterFile(dict(stored), MappingProxyType(tensors), raw.path, raw.path.name)
 
 
-def _layers(chosen: Chosen, tensors: Mapping[str, Tensor], names: ModuleNames, source: str) -> dict[str, Layer]:
+def _layers(
+    chosen: ChosenComponent, tensors: Mapping[str, Tensor], names: ModuleNames, source: str
+) -> dict[str, FileLayer]:
     found: dict[str, dict[str, Tensor]] = {}
     spelled: dict[tuple[str, str], str] = {}
     for part, module in chosen.modules:
@@ -191,7 +193,7 @@ def _completed(config: AdapterConfig, targets: Mapping[str, Any]) -> AdapterConf
     return config.completed(targets)
 
 
-def _stated(raw: RawFile, chosen: Chosen, kind: str) -> dict[str, Any] | None:
+def _stated(raw: RawFile, chosen: ChosenComponent, kind: str) -> dict[str, Any] | None:
     """Return the config that a file states for a component, or None where it states none."""
     if raw.configs is not None:
         prefix = f"{chosen.component}." if chosen.component else ""
@@ -204,7 +206,7 @@ def _stated(raw: RawFile, chosen: Chosen, kind: str) -> dict[str, Any] | None:
     return None
 
 
-def _says(raw: RawFile, parts: Sequence[Part]) -> bool:
+def _says(raw: RawFile, parts: Sequence[KeyPart]) -> bool:
     """Return whether a file whose keys name no component states its scales.
 
     It does by an alpha, by names that PEFT's keys do not have, or by its file name, which is one of diffusers'.
@@ -212,7 +214,7 @@ def _says(raw: RawFile, parts: Sequence[Part]) -> bool:
     return any(p.slot == ALPHA or p.flat or not p.key.endswith(p.slot) for p in parts) or raw.path.name in (SAFE, BIN)
 
 
-def _patterns(kind: str, layers: Mapping[str, Layer]) -> dict[str, Any]:
+def _patterns(kind: str, layers: Mapping[str, FileLayer]) -> dict[str, Any]:
     """Return the config fields for the ranks and alphas of all modules."""
     r, ranks = value_table({m: made.rank for m, made in layers.items()})
     alpha, alphas = value_table({m: made.rank if made.alpha is None else made.alpha for m, made in layers.items()})

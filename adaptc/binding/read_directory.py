@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from adaptc.errors import CheckpointError, shown
-from adaptc.methods import AdapterConfig, Part, config_class, names_in, routing
+from adaptc.methods import AdapterConfig, MethodPart, config_class, names_in, routing
 from adaptc.methods.arrow import ArrowConfig
 from adaptc.peft_files.directory import AdapterFile, read_adapter, write_adapter
 from adaptc.peft_files.foreign_file import RawFile, read_any
@@ -38,12 +38,12 @@ def read_whole(
         return file
     tasks, general = names_in(file.config)
 
-    def beside(name: str) -> Part:
+    def beside(name: str) -> MethodPart:
         try:
             one = read_adapter(file.path.parent, adapter_name=name, key_mapping=key_mapping)
         except CheckpointError as error:
             raise CheckpointError(f"{file.path} routes between the adapters beside it: {error}") from error
-        return Part(of_file(one), one.tensors, str(one.path))
+        return MethodPart(of_file(one), one.tensors, str(one.path))
 
     if not tasks:
         return file  # binding it raises the error

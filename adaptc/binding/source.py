@@ -40,7 +40,7 @@ from adaptc.peft_files.check_state_dict import given, is_state_dict
 from adaptc.peft_files.directory import AdapterFile, all_finite, read_config
 from adaptc.peft_files.foreign_file import RawFile, rename
 from adaptc.peft_files.safe_load import read_json_object
-from adaptc.peft_files.stable_read import Opened, Unsettled
+from adaptc.peft_files.stable_read import OpenedFile, Unsettled
 from adaptc.torch_modes import plainly
 from adaptc.value_types import checked
 
@@ -92,7 +92,7 @@ def config_of(path: Path) -> AdapterConfig:
     """Return the config in a JSON file with the content of an ``adapter_config.json``. Raises CheckpointError for other
     files."""
     try:
-        with Opened(path) as file:
+        with OpenedFile(path) as file:
             data = read_json_object(file)
     except Unsettled:
         raise CheckpointError(

@@ -15,7 +15,7 @@ import torch
 
 from adaptc.errors import CheckpointError, shown
 from adaptc.peft_files.safe_load import read_json_object
-from adaptc.peft_files.stable_read import Opened, Unsettled
+from adaptc.peft_files.stable_read import OpenedFile, Unsettled
 from adaptc.pt2_files.refusal import reason
 
 #: names of tokenizer files
@@ -61,7 +61,7 @@ def why_no_tokenizer(path: Path, error: Exception) -> str:
 def is_gguf(path: Path) -> bool:
     """Return whether the file begins with the GGUF magic bytes; False where it cannot be read."""
     try:
-        with Opened(path) as opened, open(opened.fd, "rb", closefd=False) as file:
+        with OpenedFile(path) as opened, open(opened.fd, "rb", closefd=False) as file:
             return file.read(4) == b"GGUF"
     except (CheckpointError, OSError):
         return False
@@ -93,7 +93,7 @@ def _class(path: Path) -> Any:
     Raises CheckpointError where there is no readable config, or it does not name exactly one model class.
     """
     try:
-        with Opened(path / "config.json") as file:
+        with OpenedFile(path / "config.json") as file:
             config = read_json_object(file)
     except Unsettled:
         raise CheckpointError(f"there is no model in {path}: {_EXPECTED}") from None

@@ -30,7 +30,7 @@ _MOVES = {
 
 
 @dataclass(frozen=True)
-class Run:
+class DrawnCall:
     """The inputs of one call, and a text of their shapes."""
 
     args: tuple[Any, ...]
@@ -38,7 +38,7 @@ class Run:
     text: str
 
     @classmethod
-    def of(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Run:
+    def of(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> DrawnCall:
         leaves = pytree.tree_leaves_with_path((tuple(args), dict(kwargs)))
         shapes: dict[str, list[str]] = {}
         for path, value in leaves:
@@ -49,8 +49,8 @@ class Run:
         return cls(tuple(args), dict(kwargs), text)
 
 
-def given(inputs: Any) -> list[Run]:
-    """Return one :class:`Run` for each of the caller's own inputs.
+def given(inputs: Any) -> list[DrawnCall]:
+    """Return one :class:`DrawnCall` for each of the caller's own inputs.
 
     ``inputs`` is a dict of keyword inputs, a tuple of positional inputs, a tensor, or a list of these. Raises
     AdaptcError for anything else and for an empty list.
@@ -58,9 +58,9 @@ def given(inputs: Any) -> list[Run]:
     runs = []
     for one in inputs if isinstance(inputs, list) else [inputs]:
         if isinstance(one, Mapping):
-            runs.append(Run.of((), one))
+            runs.append(DrawnCall.of((), one))
         elif isinstance(one, (tuple, Tensor)):
-            runs.append(Run.of(one if isinstance(one, tuple) else (one,), {}))
+            runs.append(DrawnCall.of(one if isinstance(one, tuple) else (one,), {}))
         else:
             raise AdaptcError(f"inputs: give dicts of keyword inputs or tuples, in a list; got {type(one).__name__}")
     if not runs:
@@ -75,8 +75,8 @@ def draw(
     shapes: int | Sequence[Mapping[str, Sequence[int]]] = 3,
     seed: int = 0,
     vocabulary: int | None = None,
-) -> list[Run]:
-    """Draw random inputs, one :class:`Run` per shape.
+) -> list[DrawnCall]:
+    """Draw random inputs, one :class:`DrawnCall` per shape.
 
     An int for ``shapes`` is the number of runs: the first has the sizes of the capture, the others have random sizes.
     Otherwise ``shapes`` has for each run a dict of input name -> shape, and the sizes that it does not fix are drawn.
@@ -129,11 +129,11 @@ class _Sampler:
             raise AdaptcError("the program has no input spec; export it with torch.export.export")
         self.spec = spec
 
-    def run(self, fixed: Mapping[str, Sequence[int]], as_captured: bool) -> Run:
+    def run(self, fixed: Mapping[str, Sequence[int]], as_captured: bool) -> DrawnCall:
         sizes = self.sizes.sizes(fixed, as_captured=as_captured)
         flat = [self._value(name, want, sizes) for name, want in self.inputs.items()]
         args, kwargs = pytree.tree_unflatten(flat, self.spec)
-        return Run.of(args, kwargs)
+        return DrawnCall.of(args, kwargs)
 
     def _value(self, name: str, want: Any, sizes: Sizes) -> Any:
         if isinstance(want, torch.SymInt):

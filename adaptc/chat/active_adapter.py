@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from adaptc.api import swap
-from adaptc.chat.models import Opened
+from adaptc.chat.models import OpenedModel
 from adaptc.errors import AdaptcError, CaptureError, CheckpointError, SwapError, did_you_mean, listing
 from adaptc.generation.generator import Generator
 
@@ -43,7 +43,7 @@ class Voices:
     """
 
     def __init__(
-        self, opened: Opened, adapters: Mapping[str, Path], working: Working, note: Callable[[str], object] = str
+        self, opened: OpenedModel, adapters: Mapping[str, Path], working: Working, note: Callable[[str], object] = str
     ) -> None:
         self._note = note
         self.adapters: dict[str, Any] = {**opened.own, **adapters}

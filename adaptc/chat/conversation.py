@@ -18,7 +18,7 @@ from adaptc.errors import AdaptcError, ConfigError, shown
 
 
 @dataclass(frozen=True)
-class Choice:
+class TokenChoice:
     """The way tokens are chosen: greedily, or by sampling at a ``temperature``.
 
     Without either, the model's own generation config decides. ``seed`` is for the sampling of a whole chat.
@@ -52,7 +52,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Reply:
     """An answer of the model. ``cut`` says that it reached its maximum length; ``computed`` counts tokens not cached
     before."""
 
@@ -81,8 +81,8 @@ class Conversation:
         self._tokens: list[int] = []
 
     def ask(
-        self, voice: Voice, text: str, choice: Choice, *, streamer: Any = None, stopped: Callable[[], bool] = bool
-    ) -> Answer:
+        self, voice: Voice, text: str, choice: TokenChoice, *, streamer: Any = None, stopped: Callable[[], bool] = bool
+    ) -> Reply:
         """Return the answer of ``voice`` to ``text``; its tokens go to ``streamer`` until ``stopped`` returns True.
 
         Raises AdaptcError where the conversation is too long, or where the chat template does not take it.
@@ -117,7 +117,7 @@ class Conversation:
         answer = self.tokenizer.decode(new, skip_special_tokens=True)
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         ended = bool(new) and new[-1] in (config.eos_token_id or [])
-        return Answer(answer, len(new) == config.max_new_tokens and not ended, self._cache.length - known)
+        return Reply(answer, len(new) == config.max_new_tokens and not ended, self._cache.length - known)
 
     def _go_on(self, voice: Voice, ids: Sequence[int]) -> None:
         """Keep in the cache what ``voice`` has already computed for ``ids``, and drop everything else."""

@@ -12,13 +12,13 @@ import torch
 
 from adaptc.chat.active_adapter import Voices
 from adaptc.chat.commands import Commands, Leave, told
-from adaptc.chat.conversation import Choice, Conversation
+from adaptc.chat.conversation import Conversation, TokenChoice
 from adaptc.chat.models import How, opened
 from adaptc.chat.terminal import Screen, interrupts, quiet
 from adaptc.errors import AdaptcError, CheckpointError
 
 
-def talk(model: Path, adapters: Mapping[str, Path], *, system: str | None, choice: Choice, how: How) -> None:
+def talk(model: Path, adapters: Mapping[str, Path], *, system: str | None, choice: TokenChoice, how: How) -> None:
     """Read lines from stdin and answer them on stdout.
 
     Raises AdaptcError where ``model`` or an adapter cannot be read or compiled.
@@ -43,7 +43,7 @@ def talk(model: Path, adapters: Mapping[str, Path], *, system: str | None, choic
             pass
 
 
-def _take(line: str, commands: Commands, choice: Choice) -> None:
+def _take(line: str, commands: Commands, choice: TokenChoice) -> None:
     screen = commands.screen
     try:
         if line.startswith("/"):
@@ -56,7 +56,7 @@ def _take(line: str, commands: Commands, choice: Choice) -> None:
         screen.note("\nstopped")
 
 
-def _answer(line: str, commands: Commands, choice: Choice) -> None:
+def _answer(line: str, commands: Commands, choice: TokenChoice) -> None:
     screen, conversation = commands.screen, commands.conversation
     with interrupts() as stopped:
         answer = conversation.ask(

@@ -43,7 +43,7 @@ class How:
 
 
 @dataclass(frozen=True, eq=False)
-class Opened:
+class OpenedModel:
     """The opened model of a chat.
 
     ``made`` has the programs that exist already, and ``own`` the adapters that came with them, by name.
@@ -57,7 +57,7 @@ class Opened:
     own: Mapping[str, Any] = field(default_factory=dict)
 
 
-def opened(path: Path, how: How) -> Opened:
+def opened(path: Path, how: How) -> OpenedModel:
     """Open what is at ``path``; see the module docstring. Raises CheckpointError, and ConfigError for options that do
     not fit."""
     if path.is_dir() or is_gguf(path):
@@ -70,7 +70,7 @@ def opened(path: Path, how: How) -> Opened:
     return _opened_package(path, how) if is_package(path) else _opened_program(path, how)
 
 
-def _opened_model(path: Path, how: How) -> Opened:
+def _opened_model(path: Path, how: How) -> OpenedModel:
     tokenizer = _tokenizer(how.tokenizer or path)  # the quicker one first
     model = read_gguf(path, how.dtype) if is_gguf(path) else read_model(path, how.dtype)
     _check_talks(path, model.config)
@@ -82,25 +82,27 @@ def _opened_model(path: Path, how: How) -> Opened:
             model, _USUAL if adapter is None else adapter, max_batch=1, max_length=how.max_length, backend=how.backend
         )
 
-    return Opened(tokenizer, capture)
+    return OpenedModel(tokenizer, capture)
 
 
-def _opened_program(path: Path, how: How) -> Opened:
+def _opened_program(path: Path, how: How) -> OpenedModel:
     _leave_out(how, "max_length", "dtype")
     device = None if how.device is None else _device(how.device)
     generator: Any = load(path, backend=how.backend, device=device)
     _check_generates(path, generator)
     binding = generator.program.binding
-    return Opened(_tokenizer(how.tokenizer or path.parent), None, (generator,), {"own": binding} if binding else {})
+    return OpenedModel(
+        _tokenizer(how.tokenizer or path.parent), None, (generator,), {"own": binding} if binding else {}
+    )
 
 
-def _opened_package(path: Path, how: How) -> Opened:
+def _opened_package(path: Path, how: How) -> OpenedModel:
     _leave_out(how, "max_length", "dtype", "device", "backend")
     generator: Any = load_package(path)
     _check_generates(path, generator)
     tokenizer = None if how.tokenizer is not None else generator.tokenizer
     own = {"own": generator.program.binding} if generator.program.binding.methods else {}
-    return Opened(tokenizer or _tokenizer(how.tokenizer or path.parent), None, (generator,), own)
+    return OpenedModel(tokenizer or _tokenizer(how.tokenizer or path.parent), None, (generator,), own)
 
 
 def _leave_out(how: How, *names: str) -> None:

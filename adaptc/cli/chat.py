@@ -56,11 +56,11 @@ def chat(
     from adaptc.chat.terminal import settle_libraries
 
     settle_libraries()
-    from adaptc.chat.conversation import Choice
+    from adaptc.chat.conversation import TokenChoice
     from adaptc.chat.loop import talk
     from adaptc.chat.models import How
 
-    choice = Choice(max_new_tokens, temperature, greedy, seed)
+    choice = TokenChoice(max_new_tokens, temperature, greedy, seed)
     how = How(max_length, backend, device, dtype, tokenizer)
     talk(model, _named(adapter or []), system=system, choice=choice, how=how)
 

@@ -36,7 +36,7 @@ from adaptc.program.assigned import Assignment
 from adaptc.program.bound import Bound
 from adaptc.program.core import ProgramCore
 from adaptc.program.overrides import SCALE
-from adaptc.program.parts import Part, pinned_parts
+from adaptc.program.parts import ProgramPart, pinned_parts
 from adaptc.runtime.answers import as_asked
 
 _NOTHING: Mapping[str, Tensor] = MappingProxyType({})
@@ -58,7 +58,7 @@ class EncoderDecoder(Generator):
         super().__init__(runs, facts)
         self.main_input_name = facts.main
         #: the program's parts with the pinned adapter, while a generation is running
-        self.parts: Mapping[str, Part] | None = None
+        self.parts: Mapping[str, ProgramPart] | None = None
         #: the caller's inputs, such as ``task_ids``, that the encoder's virtual tokens depend on
         self.given: Mapping[str, Any] = {}
 
@@ -144,7 +144,7 @@ class EncoderDecoder(Generator):
         new.parts, new.begun = self.kept_parts(scale), False
         return new
 
-    def kept_parts(self, scale: Any = None) -> Mapping[str, Part]:
+    def kept_parts(self, scale: Any = None) -> Mapping[str, ProgramPart]:
         """Return the program's parts by name, all with one adapter: the generation's, or else the one that is current
         now."""
         if self.parts is not None:
@@ -358,7 +358,7 @@ def encoder_decoder_class(audio: bool) -> type[EncoderDecoder]:
     return type(bases[0].__name__, bases, {"__module__": __name__})
 
 
-def _run(part: Part, given: Mapping[str, Any]) -> dict[str, Tensor]:
+def _run(part: ProgramPart, given: Mapping[str, Any]) -> dict[str, Tensor]:
     return part.run(**{name: given[name] for name in part.inputs})
 
 

@@ -11,7 +11,7 @@ from adaptc.methods._experts import Experts, apart, side_by_side
 from adaptc.methods._key_values import KeyValueConfig, as_rows
 from adaptc.methods._model_facts import ModelFacts
 from adaptc.methods._name_patterns import check_patterns, endings, pattern_value, value_table
-from adaptc.methods._parts import Part
+from adaptc.methods._parts import MethodPart
 from adaptc.methods._program_config import ProgramConfig
 from adaptc.methods._registry import check_registered, config_class, is_own, method_of, register_method
 from adaptc.methods._saved_modules import TokenRows, Whole
@@ -29,7 +29,7 @@ __all__ = [
     "Experts",
     "KeyValueConfig",
     "ModelFacts",
-    "Part",
+    "MethodPart",
     "ProgramConfig",
     "Stacked",
     "TargetedConfig",

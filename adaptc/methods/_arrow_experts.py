@@ -19,7 +19,7 @@ from adaptc.errors import ConfigError
 from adaptc.methods._config import TargetedConfig
 from adaptc.methods._experts import AXES, OWNER, SCALES, apart, side_by_side
 from adaptc.methods._name_patterns import value_table
-from adaptc.methods._parts import Part
+from adaptc.methods._parts import MethodPart
 from adaptc.methods.arrow import ArrowConfig
 
 #: PEFT's names: prefixes of task adapters and of general adapters, and the name of the adapter that routes
@@ -37,7 +37,7 @@ _OWN: Mapping[str, Any] = {
 
 @torch.no_grad()
 def routing(
-    arrow: ArrowConfig, tasks: Sequence[Part], general: Sequence[Part] = ()
+    arrow: ArrowConfig, tasks: Sequence[MethodPart], general: Sequence[MethodPart] = ()
 ) -> tuple[TargetedConfig, dict[str, Tensor]]:
     """Return the config and the tensors of an adapter that routes between ``tasks``.
 
@@ -64,10 +64,10 @@ def routing(
     return config.replace(arrow_config=own, r=r, rank_pattern=ranks, **_OWN), dict(made.tensors)
 
 
-def _without_general(tasks: Sequence[Part], general: Sequence[Part]) -> list[Part]:
+def _without_general(tasks: Sequence[MethodPart], general: Sequence[MethodPart]) -> list[MethodPart]:
     side_by_side([*tasks, *general], "GenKnowSub", alike=True)  # only for its errors where adapters do not fit
     means: dict[str, Tensor] = {}
-    out: list[Part] = []
+    out: list[MethodPart] = []
     for t in tasks:
         tensors: dict[str, Tensor] = {}
         for key, value in t.tensors.items():
@@ -83,7 +83,7 @@ def _without_general(tasks: Sequence[Part], general: Sequence[Part]) -> list[Par
     return out
 
 
-def _refuse_ranks(task: Part, general: Part, key: str) -> None:
+def _refuse_ranks(task: MethodPart, general: MethodPart, key: str) -> None:
     raise ConfigError(
         f"GenKnowSub takes factors from factors, so all adapters must be of one rank: {key!r} has shape "
         f"{tuple(task.tensors[key].shape)} in {task.source} and {tuple(general.tensors[key].shape)} in {general.source}"

@@ -19,7 +19,7 @@ from adaptc.errors import SHOWN, AdaptcWarning, ConfigError, nearest, shown
 from adaptc.methods._default_targets import adapts_defaults, defaults
 from adaptc.methods._model_facts import ModelFacts
 from adaptc.methods._name_patterns import MANY, matches_pattern, value_table
-from adaptc.methods._parts import Part, Written
+from adaptc.methods._parts import MethodPart, Written
 from adaptc.methods._union_configs import united
 from adaptc.passes.ir.method import Method
 from adaptc.value_types import fitting, table
@@ -103,7 +103,7 @@ class AdapterConfig:
         return {}
 
     def with_parts(
-        self, parts: Sequence[Part], tensors: Mapping[str, Tensor] | None, order: Sequence[str]
+        self, parts: Sequence[MethodPart], tensors: Mapping[str, Tensor] | None, order: Sequence[str]
     ) -> tuple[Self, dict[str, Tensor]]:
         """Return this config completed with its :meth:`parts`, and the tensors of the whole adapter.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from adaptc.errors import CheckpointError, ConfigError, listing, shown
 from adaptc.methods._config import TargetedConfig
 from adaptc.methods._name_patterns import value_table
-from adaptc.methods._parts import Part
+from adaptc.methods._parts import MethodPart
 from adaptc.methods.lora import Lora
 
 #: the slots of an expert, by their names in files -> their axis of ranks
@@ -47,7 +47,7 @@ class Experts:
     count: int
 
 
-def side_by_side(experts: Sequence[Part], what: str, *, alike: bool = False) -> Experts:
+def side_by_side(experts: Sequence[MethodPart], what: str, *, alike: bool = False) -> Experts:
     """Join the experts in the given order.
 
     ``what``: the method that needs them, for messages. ``alike``: all must adapt the same modules. Raises ConfigError
@@ -116,7 +116,7 @@ class _Site:
     rank: int
 
 
-def _modules(e: Part, what: str) -> dict[str, _Site]:
+def _modules(e: MethodPart, what: str) -> dict[str, _Site]:
     """Return the sites of one adapter by module; raise ConfigError or CheckpointError where it is not plain LoRA."""
     config = e.config
     if not isinstance(config, TargetedConfig) or type(method := _method(config, "")) is not Lora:
@@ -140,7 +140,7 @@ def _modules(e: Part, what: str) -> dict[str, _Site]:
     return {m: _site(e, m, own) for m, own in slots.items()}
 
 
-def _site(e: Part, module: str, slots: Mapping[str, Tensor]) -> _Site:
+def _site(e: MethodPart, module: str, slots: Mapping[str, Tensor]) -> _Site:
     method = _method(e.config, module)
     rank = method.r
     sizes = [t.shape[AXES[n]] if t.ndim > 1 else None for n, t in slots.items()]
@@ -154,7 +154,7 @@ def _method(config: Any, module: str) -> Any:
     return config.method(module, "linear")
 
 
-def _joined(module: str, own: Sequence[tuple[int, Part, _Site]]) -> dict[str, Tensor]:
+def _joined(module: str, own: Sequence[tuple[int, MethodPart, _Site]]) -> dict[str, Tensor]:
     _, first, like = own[0]
     out: dict[str, Tensor] = {}
     for name, reference in like.slots.items():

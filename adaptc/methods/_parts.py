@@ -13,7 +13,7 @@ Written = tuple[Mapping[str, Any], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class MethodPart:
     """An adapter that was read as a part of another one.
 
     ``config``: an AdapterConfig. ``tensors``: by bare keys. ``source``: its name in messages.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adaptc.errors import ConfigError, listing
 from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots
-from adaptc.passes.ir.method_hooks import Place
+from adaptc.passes.ir.method_hooks import OptionPlace
 from adaptc.passes.ir.ops import Op, cast
 
 
@@ -58,7 +58,7 @@ class Whole(Method):
     def constrained(self, op: Op, slots: Slots) -> dict[str, Tensor]:
         return {} if op.bound is None else {self.slot: op.stored(op.bounded(op.canonical(slots[self.slot])))}
 
-    def rebind(self, config: Any, place: Place) -> Method:
+    def rebind(self, config: Any, place: OptionPlace) -> Method:
         return self
 
     def inner_path(self, rest: str) -> str:
@@ -125,7 +125,7 @@ class TokenRows(Method):
     def minimal(self, op: Op) -> Method:
         return replace(self, indices=(0, 1))
 
-    def rebind(self, config: Any, place: Place) -> Method:
+    def rebind(self, config: Any, place: OptionPlace) -> Method:
         if (own := super().rebind(config, place)) is not self:
             return own
         tokens = getattr(config, "trainable_token_indices", None)

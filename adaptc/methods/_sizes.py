@@ -16,7 +16,7 @@ import torch
 
 from adaptc.errors import ConfigError, shown
 from adaptc.passes.ir.method import Method
-from adaptc.passes.ir.method_hooks import Place, Slot
+from adaptc.passes.ir.method_hooks import OptionPlace, Slot
 from adaptc.passes.ir.ops import Op
 
 #: bytes of memory that are assumed to be free always
@@ -25,7 +25,7 @@ SMALL = 2**28
 _UNKNOWN = 2**43
 
 
-def check_sizes(config: Any, sites: Iterable[tuple[Place, Method, Op]]) -> None:
+def check_sizes(config: Any, sites: Iterable[tuple[OptionPlace, Method, Op]]) -> None:
     """Raise ConfigError where the slots of ``sites`` are larger than memory, naming the option and the slot.
 
     Sizes are counted in float32, in which first values are drawn. A shared slot counts once.

@@ -17,7 +17,7 @@ from torch import Tensor
 from adaptc.errors import CheckpointError
 from adaptc.methods._registry import method_of
 from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots
-from adaptc.passes.ir.method_hooks import Place
+from adaptc.passes.ir.method_hooks import OptionPlace
 from adaptc.passes.ir.ops import Op
 
 
@@ -115,7 +115,7 @@ class Stacked(Method):
     def minimal(self, op: Op) -> Method:
         return replace(self, inner=self.inner.minimal(self.each(op)))
 
-    def rebind(self, config: Any, place: Place) -> Method:
+    def rebind(self, config: Any, place: OptionPlace) -> Method:
         return replace(self, inner=self.inner.rebind(config, place))
 
     def of_model(self, op: Op) -> dict[str, Any]:

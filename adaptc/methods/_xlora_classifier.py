@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
-class Choice:
+class ScalingRule:
     """The rule by which logits become scalings.
 
     ``softmax``: over all experts. ``top_k``: how many experts are kept, None for all. ``softmax_topk``: another softmax
@@ -59,7 +59,7 @@ class Classify:
     a weight (layers, experts, in) and a bias (layers, experts).
     """
 
-    choice: Choice
+    choice: ScalingRule
     dropout: float = 0.0
     training: bool = False
 
@@ -85,7 +85,7 @@ class Constant:
     the classifier reads.
     """
 
-    choice: Choice
+    choice: ScalingRule
     value: float
 
     def __call__(self, ids: Tensor, sharpness: Tensor, *layers: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from adaptc.methods._checks import adapter_input, check_integers, check_matrix
 from adaptc.methods._config import TargetedConfig
 from adaptc.methods.lora_config import LoraConfig
 from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots
-from adaptc.passes.ir.method_hooks import Place
+from adaptc.passes.ir.method_hooks import OptionPlace
 from adaptc.passes.ir.ops import Op, cast
 
 _IGNORED = "PEFT ignores it for AdaLoRA"
@@ -183,7 +183,7 @@ class AdaLora(Method):
                 values[name].normal_(std=0.02, generator=generator)
         return Initial({n: t.to(device=W.device, dtype=dtype) for n, t in values.items()})
 
-    def rebind(self, config: Any, place: Place) -> Method:
+    def rebind(self, config: Any, place: OptionPlace) -> Method:
         new = super().rebind(config, place)
         kept = config.kept(place.key) if isinstance(config, AdaLoraConfig) else None
         if new is self or kept is None or not isinstance(new, AdaLora):

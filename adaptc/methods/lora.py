@@ -22,7 +22,7 @@ from adaptc.methods._lora_init import init_lora
 from adaptc.passes.ir.low_rank import LowRank
 from adaptc.passes.ir.low_rank_rows import low_rank_rows, weighted
 from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots
-from adaptc.passes.ir.method_hooks import Place
+from adaptc.passes.ir.method_hooks import OptionPlace
 from adaptc.passes.ir.ops import Op, cast
 
 
@@ -104,7 +104,7 @@ class Lora(Method):
             values[name] = torch.empty(slot.shape, dtype=dtype).uniform_(-bound, bound, generator=generator)
         return Initial(values, base)
 
-    def rebind(self, config: Any, place: Place) -> Method:
+    def rebind(self, config: Any, place: OptionPlace) -> Method:
         new = super().rebind(config, place)
         return dataclasses.replace(new, repeat=self.repeat) if isinstance(new, Lora) else new
 
@@ -278,7 +278,7 @@ class LoraTied(Lora):
         first = plain.init(op, W, dtype, generator)
         return Initial(self.read(op, first.slots), first.base)
 
-    def rebind(self, config: Any, place: Place) -> Method:
+    def rebind(self, config: Any, place: OptionPlace) -> Method:
         new = super().rebind(config, place)
         tied = type(new) is Lora and config.ensure_weight_tying
         return new.following(self.home) if tied else new  # type: ignore[return-value]

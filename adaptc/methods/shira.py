@@ -22,7 +22,7 @@ from adaptc.methods._checks import check_integers, check_matrix
 from adaptc.methods._config import TargetedConfig
 from adaptc.methods._sparse import drawn
 from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots
-from adaptc.passes.ir.method_hooks import Place
+from adaptc.passes.ir.method_hooks import OptionPlace
 from adaptc.passes.ir.ops import Op, cast
 
 WEIGHT, INDICES = "shira_weight", "shira_indices"
@@ -75,7 +75,7 @@ class Shira(Method):
     def options(self) -> dict[str, Any]:
         return {k: v for k, v in super().options().items() if k != "mask_fn"}
 
-    def rebind(self, config: Any, place: Place) -> Method:
+    def rebind(self, config: Any, place: OptionPlace) -> Method:
         new = super().rebind(config, place)
         return self if new == self and new is not self else new
 

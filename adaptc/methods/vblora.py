@@ -25,7 +25,7 @@ from adaptc.errors import CheckpointError, ConfigError, TargetError
 from adaptc.methods._checks import adapter_input, check_integers, check_matrix, check_probability
 from adaptc.methods._config import TargetedConfig
 from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots
-from adaptc.passes.ir.method_hooks import Place
+from adaptc.passes.ir.method_hooks import OptionPlace
 from adaptc.passes.ir.ops import Op, cast
 
 A, B, BANK = "vblora_logits_A", "vblora_logits_B", "vblora_vector_bank"
@@ -121,7 +121,7 @@ class VBLoRA(Method):
     def minimal(self, op: Op) -> VBLoRA:
         return replace(self, r=2)
 
-    def rebind(self, config: Any, place: Place) -> Method:
+    def rebind(self, config: Any, place: OptionPlace) -> Method:
         new = super().rebind(config, place)
         return replace(new, training=self.training) if isinstance(new, VBLoRA) else new
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from adaptc.errors import ConfigError, TargetError
 from adaptc.methods._checks import adapter_input
-from adaptc.methods._xlora_classifier import Choice, Classify, Constant
+from adaptc.methods._xlora_classifier import Classify, Constant, ScalingRule
 from adaptc.passes.ir.coefficients import Coefficient, FirstPass
 from adaptc.passes.ir.method import Initial, Method, Scale, Slot, Slots
 from adaptc.passes.ir.ops import Op, cast
@@ -121,7 +121,7 @@ class XLora(Method):
         return self.weight_of_all
 
     def coefficients(self) -> Mapping[str, Coefficient]:
-        choice = Choice(self.softmax, self.top_k, self.softmax_topk)
+        choice = ScalingRule(self.softmax, self.top_k, self.softmax_topk)
         constant = Constant(choice, self.pass_value) if self.pass_value else None
         first = FirstPass(self.hidden_size, constant)
         make = Classify(choice, self.classifier_dropout, self.training)

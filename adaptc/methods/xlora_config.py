@@ -16,7 +16,7 @@ from adaptc.methods._checks import check_integers, check_probability
 from adaptc.methods._config import AdapterConfig, TargetedConfig
 from adaptc.methods._experts import AXES, OWNER, SCALES, side_by_side
 from adaptc.methods._model_facts import ModelFacts
-from adaptc.methods._parts import Part, Written
+from adaptc.methods._parts import MethodPart, Written
 from adaptc.methods.xlora import CLASSIFIER, XLora, classifier_layers
 
 WHAT = "X-LoRA"
@@ -102,9 +102,9 @@ class XLoraConfig(TargetedConfig):
         return self.adapters
 
     def with_parts(
-        self, parts: Sequence[Part], tensors: Mapping[str, Tensor] | None, order: Sequence[str]
+        self, parts: Sequence[MethodPart], tensors: Mapping[str, Tensor] | None, order: Sequence[str]
     ) -> tuple[Self, dict[str, Tensor]]:
-        joined = side_by_side([Part(p.config, p.tensors, p.source) for p in parts], WHAT)
+        joined = side_by_side([MethodPart(p.config, p.tensors, p.source) for p in parts], WHAT)
         places = {fqn.rpartition(".")[0]: i for i, fqn in reversed(list(enumerate(order)))}
         modules = sorted(joined.ranks, key=lambda m: places.get(m, len(places)))
         out: dict[str, Tensor] = {}

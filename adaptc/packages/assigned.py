@@ -17,7 +17,7 @@ from adaptc.binding.binding import Binding
 from adaptc.packages.manifest import Input
 from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.program.assigned import Assignment, repeated
-from adaptc.program.parts import Part
+from adaptc.program.parts import ProgramPart
 from adaptc.rows.assignment import Mixes, coefficients, used
 from adaptc.rows.code import KEYWORD
 
@@ -53,13 +53,15 @@ class PackagedAssignment(Assignment):
         """Run a call with so many rows."""
         return self._package.run(None, args, {**kwargs, KEYWORD: self._coefficients(rows)})
 
-    def parts(self, scale: Any = None) -> Mapping[str, Part]:
+    def parts(self, scale: Any = None) -> Mapping[str, ProgramPart]:
         """Return the parts of the package with these adapters, by name. Raises ConfigError for a ``scale``."""
         self._keeps(scale)
         parts, inputs = self._package.parts_with(None), self._package.manifest.parts
-        return {n: Part(partial(self._part, p, inputs[n].inputs), {*p.inputs} - {KEYWORD}) for n, p in parts.items()}
+        return {
+            n: ProgramPart(partial(self._part, p, inputs[n].inputs), {*p.inputs} - {KEYWORD}) for n, p in parts.items()
+        }
 
-    def _part(self, part: Part, inputs: Sequence[Input], **kwargs: Any) -> dict[str, Tensor]:
+    def _part(self, part: ProgramPart, inputs: Sequence[Input], **kwargs: Any) -> dict[str, Tensor]:
         return part.run(**kwargs, **{KEYWORD: self._coefficients(self._rows(inputs, kwargs))})
 
     def _rows(self, inputs: Sequence[Input], kwargs: Mapping[str, Any]) -> int:

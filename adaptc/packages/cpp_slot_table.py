@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from adaptc.binding.binding_plan_cache import passes_through
-from adaptc.packages.manifest import Input, Manifest, Room, Site
+from adaptc.packages.manifest import Input, Manifest, PackagedSite, Room
 from adaptc.tables import dtype_name
 
 ENTRY = "adaptc_slots"
@@ -46,7 +46,7 @@ def _input(i: Input) -> tuple[Any, ...]:
     return "input", i.name, dtype_name(i.tensor.dtype), i.tensor.shape, i.order
 
 
-def _site(s: Site, m: Manifest, seen: set[str]) -> Iterator[tuple[Any, ...]]:
+def _site(s: PackagedSite, m: Manifest, seen: set[str]) -> Iterator[tuple[Any, ...]]:
     a = s.attachment
     if reason := _closed(s, m):
         yield "closed", a.fqn, reason
@@ -67,7 +67,7 @@ def _room(r: Room, free: Iterable[int]) -> tuple[Any, ...]:
     return dtype_name(r.dtype), r.shape, tuple(free), padding.blocks, padding.fill, r.identity
 
 
-def _closed(s: Site, m: Manifest) -> str:
+def _closed(s: PackagedSite, m: Manifest) -> str:
     """Return why a file's tensors cannot be copied to the slots of a site as they are; '' where they can."""
     a = s.attachment
     if not passes_through(a.method, s.op):

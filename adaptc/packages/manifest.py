@@ -63,7 +63,7 @@ _KNOWN = re.compile(
 
 
 @dataclass(frozen=True)
-class Site:
+class PackagedSite:
     """A site: its attachment, its op, and the shape and dtype of the base weight as it is stored."""
 
     attachment: Attachment
@@ -134,7 +134,7 @@ class Manifest:
     header: Mapping[str, Any]
     inputs: Sequence[Input]
     ranges: Mapping[str, tuple[float, float]]
-    sites: Sequence[Site] = ()
+    sites: Sequence[PackagedSite] = ()
     rooms: Mapping[str, Room] = field(default_factory=dict)
     bases: Sequence[str] = ()
     #: conditions on sizes that the compiled code relies on, beside ``ranges``
@@ -338,7 +338,7 @@ def _strings(value: Any) -> Any:
     return str(value) if isinstance(value, torch.dtype) else value
 
 
-def _site_data(site: Site) -> dict[str, Any]:
+def _site_data(site: PackagedSite) -> dict[str, Any]:
     op = site.op
     return {
         "attachment": site.attachment.to_dict(),
@@ -384,13 +384,13 @@ def _room(data: Mapping[str, Any]) -> Room:
     return Room(tuple(data["shape"]), _dtype(data["dtype"]), padding, data["identity"], data.get("unread", False))
 
 
-def _site(data: Mapping[str, Any]) -> Site:
+def _site(data: Mapping[str, Any]) -> PackagedSite:
     a = Attachment.from_dict(data["attachment"], method_of)
     op = data["op"]
     target = None if op["target"] is None else _TARGETS[op["target"]]
     bound = tuple(map(float, op["bound"])) if "bound" in op else None
     op = Op(op["kind"], tuple(op["shape"]), target, _tuples(op["rest"]), bound)  # type: ignore[arg-type]
-    return Site(a, op, tuple(data["shape"]), _dtype(data["dtype"]))
+    return PackagedSite(a, op, tuple(data["shape"]), _dtype(data["dtype"]))
 
 
 _TARGETS = {str(target): target for target in TABLE}

@@ -22,7 +22,7 @@ from adaptc.errors import BackendError, CheckpointError, ConfigError, shown
 from adaptc.packages import manifest as _package_file
 from adaptc.packages.compiling import code_folder, compiled
 from adaptc.packages.cpp_slot_table import ENTRY, slot_table
-from adaptc.packages.manifest import WHOLE, Contents, Input, Manifest, PartOf, Room, Site
+from adaptc.packages.manifest import WHOLE, Contents, Input, Manifest, PackagedSite, PartOf, Room
 from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.packages.unused_slots import take_out, unread
 from adaptc.packages.zero_sizes import nonzero_conditions
@@ -176,7 +176,11 @@ class Packer:
             header = {"fills": dict(adaptation.fills), "takes": list(inputs.takes)}
         else:
             header = adaptation.header(binding)
-        sites = [Site(a, program.ops[a.id], tuple(w.shape), w.dtype) for a in self.attachments for w in [self.base(a)]]
+        sites = [
+            PackagedSite(a, program.ops[a.id], tuple(w.shape), w.dtype)
+            for a in self.attachments
+            for w in [self.base(a)]
+        ]
         flat, guards = self.inputs(program, inputs), list(inputs.guards)
         # Virtual tokens are as many as in the packaged adapter, so they shorten what a caller may give.
         longer = Lengths.of(program.graph, self.attachments).in_binding(self.values)

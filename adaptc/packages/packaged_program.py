@@ -44,7 +44,7 @@ from adaptc.peft_files.foreign_file import RawFile
 from adaptc.program.adaptation import Adaptation
 from adaptc.program.bound import Keeping
 from adaptc.program.overrides import SCALE
-from adaptc.program.parts import Part
+from adaptc.program.parts import ProgramPart
 from adaptc.reports.results import SwapReport
 from adaptc.runtime.hoisted_values import Held
 from adaptc.runtime.options import check_limit
@@ -70,7 +70,7 @@ class BoundPackage(Keeping):
         """Run this adapter; inputs and output type are those of the package."""
         return self.package.run(self.binding, args, kwargs)
 
-    def parts(self, scale: Any = None) -> dict[str, Part]:
+    def parts(self, scale: Any = None) -> dict[str, ProgramPart]:
         """Return the parts of the package with this adapter, by name. Raises ConfigError for a ``scale``."""
         self._keeps(scale)
         return self.package.parts_with(self.binding)
@@ -243,7 +243,7 @@ class PackagedProgram:
             out |= code.run(adapter, (), {name: given[name] for name in code.inputs.names})
         return out
 
-    def parts(self, scale: Any = None) -> dict[str, Part]:
+    def parts(self, scale: Any = None) -> dict[str, ProgramPart]:
         """Return the parts of the program by name, each with the adapter that is current now.
 
         Each part is called by itself. A package that is called as a whole has none. ``scale`` is as ``adapter_scale``
@@ -251,12 +251,13 @@ class PackagedProgram:
         """
         return self.parts_with(self._scaled(scale))
 
-    def parts_with(self, adapter: Fitted | None) -> dict[str, Part]:
+    def parts_with(self, adapter: Fitted | None) -> dict[str, ProgramPart]:
         """Return the parts of the program by name, each with ``adapter``, which was fitted to this package."""
         if not self.manifest.parts:
             return {}
         return {
-            n: Part(partial(_called, c, adapter), frozenset(c.inputs.names), adapter) for n, c in self._codes.items()
+            n: ProgramPart(partial(_called, c, adapter), frozenset(c.inputs.names), adapter)
+            for n, c in self._codes.items()
         }
 
     @checked("adapter_name", "key_mapping", "component")

@@ -19,7 +19,7 @@ from adaptc.binding.source import from_dict
 from adaptc.errors import CheckpointError, SwapError
 from adaptc.methods import AdapterConfig
 from adaptc.packages.constants import Fitted
-from adaptc.packages.manifest import Manifest, Room, Site
+from adaptc.packages.manifest import Manifest, PackagedSite, Room
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.storage import memory_of
 from adaptc.pt2_files.refusal import UnsafeFile
@@ -81,7 +81,7 @@ class Fit:
         found = {s.attachment.fqn: self.room_for_rank(s) for s in self.manifest.sites}
         return {fqn: rank for fqn, rank in found.items() if rank is not None}
 
-    def room_for_rank(self, s: Site) -> int | None:
+    def room_for_rank(self, s: PackagedSite) -> int | None:
         rooms = self.manifest.rooms
         shapes = {n: torch.empty(rooms[f].shape, device="meta") for n, f in s.attachment.slots.items()}
         return s.attachment.method.with_sizes_of(s.op, shapes).rank()
@@ -149,7 +149,7 @@ class Fit:
             raise SwapError(f"{binding.source}: the binding has no value for {a.scale_slot!r}; bind to this program")
         return binding.values[a.scale_slot].detach().to(self.manifest.rooms[a.scale_slot].dtype)
 
-    def _value(self, s: Site, slot: str, given: Tensor | None, binding: Binding) -> Tensor:
+    def _value(self, s: PackagedSite, slot: str, given: Tensor | None, binding: Binding) -> Tensor:
         fqn = s.attachment.slots[slot]
         room = self.manifest.rooms[fqn]
         if given is not None:
@@ -170,7 +170,7 @@ class Fit:
             )
         return self.stored[f"identity.{fqn}"]
 
-    def _padded(self, s: Site, slot: str, value: Tensor, room: Room, binding: Binding) -> Tensor:
+    def _padded(self, s: PackagedSite, slot: str, value: Tensor, room: Room, binding: Binding) -> Tensor:
         shape = tuple(value.shape)
         if shape == room.shape or room.unread:  # binding has checked the shape of an unread slot by its method
             return value

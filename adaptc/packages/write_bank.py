@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from adaptc.binding.binding import Binding
 from adaptc.errors import BackendError, ConfigError, shown
 from adaptc.methods import AdapterConfig
-from adaptc.packages.manifest import WHOLE, Manifest, PartOf, Site
+from adaptc.packages.manifest import WHOLE, Manifest, PackagedSite, PartOf
 from adaptc.packages.package_program import Packer, bounded, check_target, padded, write_package
 from adaptc.packages.pad_adapter import member_key
 from adaptc.packages.unused_slots import take_out, unread
@@ -107,7 +107,9 @@ class _BankPacker(Packer):
         assert self.binding is not None
         header = self.program.adaptation.header(self.binding)
         sites = [
-            Site(a, self.program.ops[a.id], tuple(w.shape), w.dtype) for a in self.attachments for w in [self.base(a)]
+            PackagedSite(a, self.program.ops[a.id], tuple(w.shape), w.dtype)
+            for a in self.attachments
+            for w in [self.base(a)]
         ]
         whole = not isinstance(self.bank, DividedBank)
         models, called, products = dict[str, ExportedProgram](), dict[str, PartOf](), []

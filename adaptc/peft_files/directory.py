@@ -41,8 +41,8 @@ from adaptc.peft_files.format import (
 )
 from adaptc.peft_files.key_mapping import renamed, rules_of
 from adaptc.peft_files.locate import config_in, listing, locate, open_config, plain_name
-from adaptc.peft_files.origin import PEFT, Origin
-from adaptc.peft_files.stable_read import Opened, Unsettled, settled
+from adaptc.peft_files.origin import PEFT, FileOrigin
+from adaptc.peft_files.stable_read import OpenedFile, Unsettled, settled
 
 __all__ = [
     "AdapterFile",
@@ -75,7 +75,7 @@ class AdapterFile:
     #: all floating-point data of the file in as few tensors as possible, where that is known
     runs: Sequence[Tensor] = field(default=(), repr=False)
     #: the format that the file had before it was converted to this one
-    origin: Origin = PEFT
+    origin: FileOrigin = PEFT
     #: whether the adapter is new, made from files of other adapters
     fresh: bool = False
 
@@ -160,7 +160,7 @@ def _read(
             raise Unsettled(
                 f"{where} has {CONFIG_NAME} but neither {SAFE_NAME} nor {BIN_NAME}. {listing(where)}", False
             )
-        with Opened(where / name) as body:
+        with OpenedFile(where / name) as body:
             if name == SAFE_NAME:
                 raw, runs = checked(_reader.load, body)
             else:
@@ -172,7 +172,7 @@ def _read(
     return config, where, name, raw, runs
 
 
-def checked(read: Callable[[Opened], T], file: Opened) -> T:
+def checked(read: Callable[[OpenedFile], T], file: OpenedFile) -> T:
     """Return what ``read`` returns for ``file``.
 
     Where it raises CheckpointError and the file has changed meanwhile, raises Unsettled instead.

@@ -24,7 +24,7 @@ from adaptc.peft_files.directory import AdapterFile, checked, read_adapter
 from adaptc.peft_files.format import BIN_NAME, CONFIG_NAME, MODULE, SAFE_NAME
 from adaptc.peft_files.formats import diffusers
 from adaptc.peft_files.key_mapping import renamed, rules_of
-from adaptc.peft_files.stable_read import Opened, settled
+from adaptc.peft_files.stable_read import OpenedFile, settled
 from adaptc.value_types import DEEPEST, is_deep
 
 
@@ -116,7 +116,7 @@ def _raw_path(path: Path, adapter_name: str | None) -> Path | None:
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None, dict[str, Any] | None]:
     configs = beside = None
-    with Opened(file) as body:
+    with OpenedFile(file) as body:
         # Any other suffix is taken for torch.save, since many files are called .ckpt and .pt.
         if file.suffix == ".safetensors":
             tensors, _ = checked(safetensors_reader.load, body)
@@ -124,7 +124,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None, dict[st
         else:
             tensors = checked(safe_load.load_pickle, body)
         if (file.parent / CONFIG_NAME).is_file() and (file.suffix != ".safetensors" or any(map(of_peft, tensors))):
-            with Opened(file.parent / CONFIG_NAME) as head:
+            with OpenedFile(file.parent / CONFIG_NAME) as head:
                 beside = checked(safe_load.read_json_object, head)
                 head.check()
         body.check()
@@ -136,7 +136,7 @@ def of_peft(key: str) -> bool:
     return key.startswith("base_model.")
 
 
-def _configs(file: Opened) -> dict[str, Any] | None:
+def _configs(file: OpenedFile) -> dict[str, Any] | None:
     """Return the configs that diffusers writes into a header, or None. Raises CheckpointError where they are no JSON
     object."""
     text = safetensors_reader.header_texts(file).get(diffusers.METADATA)

@@ -15,7 +15,7 @@ from adaptc.errors import AdaptcWarning, CheckpointError, nearest
 from adaptc.peft_files.atomic_write import OLD, abandoned, stages
 from adaptc.peft_files.format import BIN_NAME, CONFIG_NAME, SAFE_NAME
 from adaptc.peft_files.safe_load import read_json_object
-from adaptc.peft_files.stable_read import Opened, Unsettled
+from adaptc.peft_files.stable_read import OpenedFile, Unsettled
 
 
 def locate(path: str | os.PathLike[str], adapter_name: str | None, subfolder: str | None) -> Path:
@@ -88,15 +88,15 @@ def listing(where: Path, wanted: str = "") -> str:
     return f"{where} contains: {', '.join(names[:12]) or 'nothing'}{more}."
 
 
-def open_config(where: Path) -> Opened:
+def open_config(where: Path) -> OpenedFile:
     """Return the open config file of the adapter in ``where``. Raises Unsettled where there is none."""
     if not (where / CONFIG_NAME).is_file():
         hint = _interrupted(where)
         raise Unsettled(f"{where} has no {CONFIG_NAME}, so its method is unknown.{hint} {listing(where)}", False)
-    return Opened(where / CONFIG_NAME)
+    return OpenedFile(where / CONFIG_NAME)
 
 
-def config_in(opened: Opened) -> dict[str, Any]:
+def config_in(opened: OpenedFile) -> dict[str, Any]:
     """Return the config in a file, which has a ``peft_type`` string, without its ``runtime_config``.
 
     Raises CheckpointError where it has no such string.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Origin:
+class FileOrigin:
     """The format and component of the file that an adapter was made from.
 
     ``format`` says how the file names tensors. ``component`` is the one that was taken, '' where the file names none.
@@ -28,4 +28,4 @@ class Origin:
         return ", ".join(f"{name or 'the rest'} ({n} tensors)" for name, n in self.others.items())
 
 
-PEFT = Origin()
+PEFT = FileOrigin()

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from adaptc.errors import CheckpointError
 from adaptc.peft_files.safe_torch_save import writing
-from adaptc.peft_files.stable_read import Opened
+from adaptc.peft_files.stable_read import OpenedFile
 from adaptc.value_types import DEEPEST, is_deep
 
 MAX_JSON = 16 << 20  # the largest real adapter configs are a few hundred KiB
 
 
-def read_json_object(file: Opened) -> dict[str, Any]:
+def read_json_object(file: OpenedFile) -> dict[str, Any]:
     """Return the JSON object in ``file``. Raises CheckpointError when it is unreadable, no JSON, or no object."""
     path = file.path
     if file.size > MAX_JSON:
@@ -61,7 +61,7 @@ def load_safetensors(path: Path, whole: Any) -> dict[str, Tensor]:
         ) from exc
 
 
-def load_pickle(file: Opened) -> dict[str, Tensor]:
+def load_pickle(file: OpenedFile) -> dict[str, Tensor]:
     """Return every tensor of a ``torch.save`` file, loaded with ``weights_only=True`` into memory of its own.
 
     Raises CheckpointError for a file that would run code, is damaged, or holds anything but a flat dict of dense
@@ -141,7 +141,7 @@ def save_tensors(
             torch.save(dict(tensors), f)
 
 
-def _start(file: Opened) -> bytes:
+def _start(file: OpenedFile) -> bytes:
     start = bytearray(min(file.size, 40))
     with suppress(CheckpointError):
         file.into(start)

@@ -29,7 +29,7 @@ from torch import Tensor
 from adaptc.errors import CheckpointError
 from adaptc.locks import free_in_children
 from adaptc.peft_files.safe_load import MAX_JSON, load_safetensors
-from adaptc.peft_files.stable_read import Opened
+from adaptc.peft_files.stable_read import OpenedFile
 
 #: the number of layouts kept; the least recently used is dropped first
 MOST = 32
@@ -60,7 +60,7 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
-class Layout:
+class FileLayout:
     """The places of a file's tensors.
 
     ``tensors`` has for each tensor (key, dtype, shape, first byte of the data, elements). ``runs`` has (dtype, first
@@ -71,11 +71,11 @@ class Layout:
     runs: tuple[tuple[torch.dtype, int, int], ...]
 
 
-_known: OrderedDict[tuple[bytes, int], Layout] = OrderedDict()
+_known: OrderedDict[tuple[bytes, int], FileLayout] = OrderedDict()
 _lock = free_in_children(threading.Lock())
 
 
-def load(file: Opened) -> tuple[dict[str, Tensor], list[Tensor]]:
+def load(file: OpenedFile) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Return every tensor of ``file``, and all its floating data in as few tensors as possible where its layout is
     known.
 
@@ -101,7 +101,7 @@ def load(file: Opened) -> tuple[dict[str, Tensor], list[Tensor]]:
     return _views(layout, whole[len(header) :])
 
 
-def header_texts(file: Opened) -> dict[str, str]:
+def header_texts(file: OpenedFile) -> dict[str, str]:
     """Return the texts of the header's ``__metadata__``, of a file that :func:`load` has read."""
     first = bytearray(8)
     file.into(first)
@@ -117,7 +117,7 @@ def header_texts(file: Opened) -> dict[str, str]:
     return {k: v for k, v in texts.items() if isinstance(v, str)} if isinstance(texts, dict) else {}
 
 
-def _read(file: Opened) -> Any:
+def _read(file: OpenedFile) -> Any:
     """Return the bytes of a file as a uint8 array, in which the data after the header is aligned."""
     first = bytearray(8)
     if file.size >= 8:
@@ -143,7 +143,7 @@ def _header(whole: Any) -> bytes:
     return whole[: 8 + length].tobytes()
 
 
-def _views(layout: Layout, data: Any) -> tuple[dict[str, Tensor], list[Tensor]]:
+def _views(layout: FileLayout, data: Any) -> tuple[dict[str, Tensor], list[Tensor]]:
     tensors = {
         key: torch.frombuffer(data, dtype=dtype, count=count, offset=at).view(shape)
         for key, dtype, shape, at, count in layout.tensors
@@ -151,7 +151,7 @@ def _views(layout: Layout, data: Any) -> tuple[dict[str, Tensor], list[Tensor]]:
     return tensors, [torch.frombuffer(data, dtype=d, count=count, offset=at) for d, at, count in layout.runs]
 
 
-def _layout(header: bytes, size: int) -> Layout | None:
+def _layout(header: bytes, size: int) -> FileLayout | None:
     """Return the layout of a file of ``size`` bytes with this header, or None where the library must read it.
 
     The library must find no fault in the header. Each byte must belong to one tensor, aligned and in the order of
@@ -178,7 +178,7 @@ def _layout(header: bytes, size: int) -> Layout | None:
             return None
     except (KeyError, TypeError, ValueError, RecursionError):  # an unknown dtype, or a header of another form
         return None
-    return Layout(tuple(found[key] for key in entries), _runs(list(found.values())))
+    return FileLayout(tuple(found[key] for key in entries), _runs(list(found.values())))
 
 
 def _runs(

@@ -59,7 +59,7 @@ def settled(read: Callable[[], T]) -> T:
         raise CheckpointError(str(exc)) from exc.__cause__
 
 
-class Opened:
+class OpenedFile:
     """A file that is open for reading; ``with`` closes it.
 
     Making one raises CheckpointError where the file cannot be opened, and :class:`Unsettled` where it is gone.

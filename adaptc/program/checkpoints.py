@@ -15,7 +15,7 @@ from pathlib import Path
 from adaptc.errors import CheckpointError
 from adaptc.peft_files.directory import read_adapter
 from adaptc.peft_files.format import check_no_model
-from adaptc.peft_files.stable_read import Opened
+from adaptc.peft_files.stable_read import OpenedFile
 from adaptc.program.adapter_files import TRAINER_NAME, has_other_model
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -69,7 +69,7 @@ def check_output(directory: str | os.PathLike[str], done: int, last: int) -> Non
 
 def _finished(folder: Path) -> bool:
     try:
-        with Opened(folder / STATE) as file:
+        with OpenedFile(folder / STATE) as file:
             return isinstance(json.loads(file.bytes()), dict)
     except (CheckpointError, OSError, ValueError, RecursionError):
         return False

@@ -67,7 +67,7 @@ PlannedConfig = TargetedConfig | ProgramConfig | AttentionConfig
 
 
 @dataclass(frozen=True)
-class Adapter:
+class PlannedAdapter:
     """An adapter as the user asks for it: its config, its file if it came as one, and its name."""
 
     name: str
@@ -92,9 +92,9 @@ class Asked:
     #: whether the caller gave the config, in place of the file's
     stated: bool = False
 
-    def at(self, base: Lifted) -> Adapter:
+    def at(self, base: Lifted) -> PlannedAdapter:
         config, file = fitted(self.config, self.file, base.state_dict, self.component, self.stated)
-        return Adapter(self.name, _targeted(config), file)
+        return PlannedAdapter(self.name, _targeted(config), file)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Planned:
     """A captured model, and the plan for it: the sites of all adapters, and what bindings must fill."""
 
     captured: Captured
-    adapters: Sequence[Adapter]
+    adapters: Sequence[PlannedAdapter]
     plans: Sequence[Plan]
     spec: BindingSpec
     #: whether the adapters came by name, so that each has attachments and values of its own
@@ -278,7 +278,7 @@ def _targeted(config: AdapterConfig) -> PlannedConfig:
     return config
 
 
-def _of_base(adapter: Adapter, captured: Captured) -> Adapter:
+def _of_base(adapter: PlannedAdapter, captured: Captured) -> PlannedAdapter:
     """Return a new adapter with a config that names the model it is for, as PEFT's configs do.
 
     An adapter from a file is returned as it is: it says what its file says.
@@ -292,7 +292,7 @@ def _of_base(adapter: Adapter, captured: Captured) -> Adapter:
     return replace(adapter, config=adapter.config.completed(values))
 
 
-def _plan(adapter: Adapter, captured: Captured, facts: ModelFacts, base: Lifted) -> Plan:
+def _plan(adapter: PlannedAdapter, captured: Captured, facts: ModelFacts, base: Lifted) -> Plan:
     config, rest = adapter.config, (captured.program, facts, adapter.name, base, adapter.tell)
     if isinstance(config, AttentionConfig):
         return plan_attention(config, *rest[:-1])
@@ -322,7 +322,7 @@ def _transposed(model: Any) -> frozenset[str]:
     return frozenset(n for n, m in model.named_modules() if getattr(m, "is_transposed", False))
 
 
-def _trainable(adapter: Adapter, training: bool) -> bool:
+def _trainable(adapter: PlannedAdapter, training: bool) -> bool:
     """Return whether the adapter's tensors are to be trained.
 
     Files always say inference_mode, so for an adapter from a file the program's purpose decides.
@@ -345,7 +345,7 @@ def _ops(base: Lifted, attachments: Sequence[Attachment]) -> dict[str, Op]:
 
 
 def _first_binding(
-    spec: BindingSpec, first: Plan | None, adapter: Adapter, generator: torch.Generator | None
+    spec: BindingSpec, first: Plan | None, adapter: PlannedAdapter, generator: torch.Generator | None
 ) -> Binding:
     """Return the binding that an adapter starts with. ``first``: its plan, None where ``spec`` has its sites alone."""
     if adapter.file is not None:

@@ -47,7 +47,7 @@ from adaptc.torch_modes import plainly
 
 
 @dataclass(frozen=True, eq=False)
-class Origin:
+class MergedFrom:
     """The program that a merged program was made from, and the binding that it had then."""
 
     program: ProgramCore
@@ -68,7 +68,7 @@ class ProgramCore(ProgramValues):
         binding: Binding | None = None,
         options: RunOptions | None = None,
         originals: Mapping[str, Tensor] | None = None,
-        origin: Origin | None = None,
+        origin: MergedFrom | None = None,
     ) -> None:
         # Without adapters a program computes what its graph says, to the bit, which fused matmuls would not.
         options = RunOptions(fuse=bool(adaptation.attachments)) if options is None else options
@@ -105,7 +105,7 @@ class ProgramCore(ProgramValues):
         check_options(options, self._adaptation, self._base.values())
 
     @property
-    def origin(self) -> Origin | None:
+    def origin(self) -> MergedFrom | None:
         """Return the program that this one was merged from, and its binding; None where they were not kept."""
         return self._origin
 
@@ -168,7 +168,7 @@ class ProgramCore(ProgramValues):
         program: ExportedProgram,
         tensor: Callable[[Tensor], Tensor],
         binding: Callable[[Binding], Binding],
-        origin: Origin | None = None,
+        origin: MergedFrom | None = None,
     ) -> Self:
         """Return a program with the exported parts of ``program``, which has copies of this one's tensors.
 

@@ -21,7 +21,7 @@ from adaptc.program.assigned import Assigned, Assignment, Stack
 from adaptc.program.bank import Bank
 from adaptc.program.bound import Bound
 from adaptc.program.core import ProgramCore
-from adaptc.program.parts import Part, codes_of, parts_with, pinned_parts
+from adaptc.program.parts import ProgramPart, codes_of, parts_with, pinned_parts
 from adaptc.rows.assignment import Mixes
 from adaptc.rows.code import RowsSource
 from adaptc.runtime.executor import Executor
@@ -54,7 +54,7 @@ class DividedBank(Bank):
         part."""
         return AssignedParts(self.parts(mixes, table), mixes, self, table)
 
-    def parts(self, mixes: Mixes, table: Mapping[str, Binding]) -> Mapping[str, Part]:
+    def parts(self, mixes: Mixes, table: Mapping[str, Binding]) -> Mapping[str, ProgramPart]:
         """Return the callable of each part for the assignment ``mixes``, with the adapters of ``table``."""
         found = self._runs(mixes, table)
         if not isinstance(found, Stack):
@@ -62,7 +62,7 @@ class DividedBank(Bank):
         out = {}
         for name, source in self.sources.items():
             run = Assigned(found, mixes, _PartOf(self, name), self.program, table)
-            out[name] = Part(run, frozenset(user_inputs(source.program)) | source.added)
+            out[name] = ProgramPart(run, frozenset(user_inputs(source.program)) | source.added)
         return out
 
     def _base(self) -> Callable[..., Any]:
@@ -112,7 +112,7 @@ class AssignedParts(Assignment):
     """An assignment that gives a callable of each part, made by :meth:`DividedBank.assigned`."""
 
     def __init__(
-        self, parts: Mapping[str, Part], mixes: Mixes, bank: DividedBank, adapters: Mapping[str, Binding]
+        self, parts: Mapping[str, ProgramPart], mixes: Mixes, bank: DividedBank, adapters: Mapping[str, Binding]
     ) -> None:
         super().__init__(mixes, bank.program, adapters)
         self._parts, self._bank = parts, bank
@@ -120,7 +120,7 @@ class AssignedParts(Assignment):
     def alone(self, name: str) -> Bound:
         return Bound(self.program, self.adapters[name])
 
-    def parts(self, scale: Any = None) -> Mapping[str, Part]:
+    def parts(self, scale: Any = None) -> Mapping[str, ProgramPart]:
         """Return the callable of each part. Raises ConfigError for a ``scale``, since each row has adapters of its
         own."""
         self._keeps(scale)

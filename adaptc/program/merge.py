@@ -23,7 +23,7 @@ from adaptc.passes.adapt.merge import Merge, SiteMerge
 from adaptc.passes.ir.graph_lock import on_graphs
 from adaptc.passes.ir.pass_infra import Pass, PassManager
 from adaptc.passes.train.set_mode import SetMode
-from adaptc.program.core import Origin, ProgramCore
+from adaptc.program.core import MergedFrom, ProgramCore
 from adaptc.progress import stage
 
 P = TypeVar("P", bound=ProgramCore)
@@ -72,14 +72,14 @@ def merged(
     with on_graphs(), stage(f"merging {len(program.binding.methods)} sites", always=progress) as merging:
         if keep_base:
             still = program.snapshot()
-            return _merged(still, Origin(program, still.binding), None, safe, merging.over)
+            return _merged(still, MergedFrom(program, still.binding), None, safe, merging.over)
         with program.held_still():
             return _merged(program, None, program.release, safe, merging.over)
 
 
 def _merged(
     program: P,
-    origin: Origin | None,
+    origin: MergedFrom | None,
     release: Callable[[str], None] | None,
     safe: bool,
     progress: Callable[[Sequence[Any]], Any],
@@ -111,7 +111,7 @@ def _merged(
     return new, rows
 
 
-def _of(program: P, made: Any, adaptation: Any, origin: Origin | None) -> P:
+def _of(program: P, made: Any, adaptation: Any, origin: MergedFrom | None) -> P:
     return type(program)(made, adaptation, options=replace(program.options, fuse=False), origin=origin)
 
 

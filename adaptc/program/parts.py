@@ -27,7 +27,7 @@ from adaptc.runtime.executor import Arguments, Executor
 
 
 @dataclass(frozen=True)
-class Part:
+class ProgramPart:
     """A callable of some of a program's outputs, by name, and the names of the inputs that it takes. ``binding``: the
     adapter that it keeps, None where it keeps none."""
 
@@ -38,7 +38,7 @@ class Part:
 
 def pinned_parts(
     program: ProgramCore | Bound, parts: Mapping[str, Sequence[str]], scale: Any = None
-) -> dict[str, Part]:
+) -> dict[str, ProgramPart]:
     """Return a callable for each entry of ``parts`` (name -> names of outputs), all pinned to the adapter of this
     moment.
 
@@ -49,7 +49,7 @@ def pinned_parts(
 
 def parts_with(
     program: ProgramCore, binding: Binding, state: Mapping[str, Tensor], parts: Mapping[str, Sequence[str]]
-) -> dict[str, Part]:
+) -> dict[str, ProgramPart]:
     """Return a callable for each entry of ``parts``, pinned to ``binding`` and to the caller's own ``state``.
 
     ``state``: FQN -> a buffer that calls write to, in place of the program's. Raises ConfigError for a name that is not
@@ -70,16 +70,16 @@ def _parts(
     reads: Binding,
     state: Mapping[str, Tensor],
     parts: Mapping[str, Sequence[str]],
-) -> dict[str, Part]:
+) -> dict[str, ProgramPart]:
     return {name: _pinned(_executor(runs, anchor, tuple(outputs)), reads, state) for name, outputs in parts.items()}
 
 
-def _pinned(executor: Executor, reads: Binding, state: Mapping[str, Tensor]) -> Part:
+def _pinned(executor: Executor, reads: Binding, state: Mapping[str, Tensor]) -> ProgramPart:
     own = {n: t for n, t in state.items() if n in executor.base}
     arguments = executor.own_arguments(reads, own)
     # A partial of one function for all parts: torch keeps each function that its compilers leave alone, and a
     # closure would keep executor and arguments alive for as long.
-    return Part(partial(outside(_called), executor, arguments), frozenset(executor.inputs.names), reads)
+    return ProgramPart(partial(outside(_called), executor, arguments), frozenset(executor.inputs.names), reads)
 
 
 def _called(executor: Executor, arguments: Arguments, **kwargs: Any) -> dict[str, Tensor]:

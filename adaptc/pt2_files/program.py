@@ -32,7 +32,7 @@ from adaptc.pt2_files.containers import check_registered
 from adaptc.pt2_files.example_values import read_samples
 from adaptc.pt2_files.names import loads
 from adaptc.pt2_files.refusal import UnsafeFile, reason, shown_path
-from adaptc.pt2_files.schema import Builder, schema
+from adaptc.pt2_files.schema import SchemaBuilder, schema
 from adaptc.pt2_files.tensors import read_tensors
 
 _WAY_OUT = "Save or download it again"
@@ -90,11 +90,11 @@ def read(path: Path) -> SavedProgram:
         check_seal(archive)
         with _at(records.MODEL):
             data = loads(archive.read(records.MODEL, _MOST_JSON))
-            parts = Builder(lenient=_is_later(data)).build(schema.ExportedProgram, data)
+            parts = SchemaBuilder(lenient=_is_later(data)).build(schema.ExportedProgram, data)
         tables = {}
         for name in (records.WEIGHTS, records.CONSTANTS):
             with _at(name):
-                build = Builder(lenient=_is_later(data))
+                build = SchemaBuilder(lenient=_is_later(data))
                 tables[name] = build.build(schema.PayloadConfig, loads(archive.read(name, _MOST_JSON)))
         with _at(records.MODEL):
             uses = check_consistent(parts, tables[records.WEIGHTS], tables[records.CONSTANTS])

@@ -27,7 +27,7 @@ from torch._export.serde.union import _Union, _UnionTag
 from adaptc.pt2_files import string_rules
 from adaptc.pt2_files.refusal import UnsafeFile, shown
 
-__all__ = ["DTYPES", "Builder", "schema"]
+__all__ = ["DTYPES", "SchemaBuilder", "schema"]
 
 #: number in a file -> dtype
 DTYPES: Mapping[int, torch.dtype] = _SERIALIZE_TO_TORCH_DTYPE
@@ -40,7 +40,7 @@ Build = Callable[[Any], Any]
 Class = typing.TypeVar("Class")
 
 
-class Builder:
+class SchemaBuilder:
     """A builder of one file's objects. ``lenient`` says that a later torch wrote the file, whose new fields are left
     out."""
 

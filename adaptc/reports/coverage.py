@@ -20,7 +20,7 @@ from adaptc.passes.ir.graph_lock import exclusive
 from adaptc.passes.ir.pass_infra import Trail
 from adaptc.passes.ir.storage import storage_key
 from adaptc.passes.lower.choose_products import Products
-from adaptc.peft_files.origin import PEFT, Origin
+from adaptc.peft_files.origin import PEFT, FileOrigin
 from adaptc.program.adapted import AdaptedProgram
 from adaptc.reports.norms import Norms
 from adaptc.runtime.hoisted_values import Held
@@ -100,7 +100,7 @@ class CoverageReport(Report):
     passes: Mapping[str, Trail] = field(default_factory=dict, repr=False)
     norms: Norms = field(default=Norms(), repr=False)
     #: adapter -> the format and component of the file that it was read from
-    origins: Mapping[str, Origin] = field(default_factory=dict)
+    origins: Mapping[str, FileOrigin] = field(default_factory=dict)
     #: parameters of the base that nothing adapts, and their shapes
     unadapted: Sequence[tuple[str, tuple[int, ...]]] = ()
     #: which adapters are off or scaled, in words

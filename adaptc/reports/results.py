@@ -12,7 +12,7 @@ from adaptc.binding.binding import Binding
 from adaptc.passes.adapt.merge import SiteMerge
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.method import Method
-from adaptc.peft_files.origin import PEFT, Origin
+from adaptc.peft_files.origin import PEFT, FileOrigin
 from adaptc.tables import WIDTH, Column, Report, Table, as_text, dtype_name, number, plain, shortened, small
 
 
@@ -32,7 +32,7 @@ class SwapReport(Report):
     attachments: Sequence[Attachment] = field(repr=False)
     methods: Mapping[str, Method] = field(repr=False)
     seconds: float = nan
-    origin: Origin = PEFT
+    origin: FileOrigin = PEFT
 
     @classmethod
     def of(cls, attachments: Sequence[Attachment], binding: Binding, seconds: float = nan) -> SwapReport:

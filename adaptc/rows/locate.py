@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from adaptc.capture.random_inputs import Run, draw
+from adaptc.capture.random_inputs import DrawnCall, draw
 from adaptc.errors import AdaptcError, TargetError
 from adaptc.passes.ir.bank_method import RowAxis
 from adaptc.passes.ir.graph_lock import exclusive
@@ -146,7 +146,7 @@ def _drawn(program: ExportedProgram, rows: Rows, seed: int) -> list[dict[str, An
     Where the number of rows is fixed, or the program takes none of these, they have the sizes of the capture.
     """
 
-    def by_name(run: Run) -> dict[str, Any]:
+    def by_name(run: DrawnCall) -> dict[str, Any]:
         return dict(zip(user_inputs(program), pytree.tree_leaves((run.args, run.kwargs)), strict=True))
 
     for count in ROWS if free(rows.size) else ():

@@ -26,14 +26,14 @@ ANSWERS: Mapping[str, tuple[Any, ...]] = {
 
 
 @dataclass(frozen=True)
-class Answer:
+class OutputForm:
     """The form of a program's outputs: their class ``kind``, and the ``names`` of its fields if it has any."""
 
     kind: type
     names: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, spec: Any) -> Answer:
+    def of(cls, spec: Any) -> OutputForm:
         """Return the form of a program's outputs, from the tree ``spec`` of its outputs."""
         if spec is None or spec.type is None:
             return cls(object)

@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from adaptc.errors import AdaptcError, listing
 from adaptc.passes.ir.lifted import guards_of, user_inputs
 from adaptc.passes.ir.pytree import pytree
-from adaptc.runtime.answers import Answer
+from adaptc.runtime.answers import OutputForm
 from adaptc.runtime.call_names import CallNames
 from adaptc.runtime.size_conditions import condition, expression, solved, symbols
 
@@ -74,7 +74,7 @@ class Inputs:
         flat = [name for name, _ in expected]
         constants = {n: want for n, want in expected if not isinstance(want, TensorInput)} if self.plain else {}
         positional = [*self.takes[: self.n_args], *(f"input_{i}" for i in range(len(self.takes), self.n_args))]
-        self.calls = CallNames(positional, self.names, self.takes, fills, constants, Answer.of(gives))
+        self.calls = CallNames(positional, self.names, self.takes, fills, constants, OutputForm.of(gives))
         self._conditions = [c for g in self.guards if (c := condition(g, flat)) is not None]
         self._seen: set[Any] = set()
 

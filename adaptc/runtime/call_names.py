@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adaptc.errors import AdaptcError, did_you_mean, listing
-from adaptc.runtime.answers import ANSWERS, RETURN_DICT, Answer, as_asked
+from adaptc.runtime.answers import ANSWERS, RETURN_DICT, OutputForm, as_asked
 
 #: keywords of other libraries' calls that a program does not take -> what to do instead
 _NOT_YET = {
@@ -39,7 +39,7 @@ class CallNames:
     takes: Sequence[str]
     fills: Collection[str]
     constants: Mapping[str, Any]
-    answer: Answer
+    answer: OutputForm
     #: inputs that need not be given, with their captured values: constants that are None or ask for a form of outputs
     known: Mapping[str, Any] = field(init=False)
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from adaptc.op_rules import batched_by
 from adaptc.passes.ir.matmul_op import ALL_CLASSES, LINEAR, ONEDNN, product, takes
-from adaptc.passes.lower.choose_products import Choice
+from adaptc.passes.lower.choose_products import MatmulChoice
 from adaptc.runtime.product_table import choose, choose_for_all, spared
 
 #: the most seconds that an op of Python costs in compiled code
@@ -73,26 +73,26 @@ def teach_inductor() -> bool:
     return True
 
 
-def choose_packaged(out: int, width: int, dtype: torch.dtype) -> Choice:
+def choose_packaged(out: int, width: int, dtype: torch.dtype) -> MatmulChoice:
     """Return the matmul for a weight (out, width) in code that may run on another machine.
 
     It is right on all machines, if not the fastest. Half precision is always linear: oneDNN raises for bfloat16 where
     the processor has none.
     """
     if dtype.itemsize < 4:
-        return Choice(LINEAR, (), "another machine may have no half precision")
+        return MatmulChoice(LINEAR, (), "another machine may have no half precision")
     return choose_everywhere(out, width, dtype)
 
 
-def choose_compiled(out: int, width: int, dtype: torch.dtype) -> Choice:
+def choose_compiled(out: int, width: int, dtype: torch.dtype) -> MatmulChoice:
     """Return the matmul for a weight (out, width) in code that inductor compiles and Python calls."""
     if takes(dtype) and spared(out, width, dtype) > CALL:
         return choose(out, width, dtype)
     return choose_everywhere(out, width, dtype)
 
 
-def choose_everywhere(out: int, width: int, dtype: torch.dtype) -> Choice:
+def choose_everywhere(out: int, width: int, dtype: torch.dtype) -> MatmulChoice:
     """Return the matmul for a weight (out, width) in code without an op of Python: one kind at any number of rows."""
     if not takes(dtype) or teach_inductor():
         return choose_for_all(out, width, dtype)
-    return Choice(LINEAR, (), "inductor of this torch takes no other")
+    return MatmulChoice(LINEAR, (), "inductor of this torch takes no other")

@@ -82,7 +82,7 @@ class _Made:
         return tuple(map(_place, self.sources)) == self.places
 
 
-class Stage:
+class HoistedStage:
     """A prologue as code.
 
     ``inputs`` and ``sources`` are positions in one list: the lifted inputs, then the values of all stages in order.
@@ -158,7 +158,7 @@ class SplitGraph:
     def _take(self, module: fx.GraphModule, names: Sequence[str], split: Hoisting, contiguous: bool) -> None:
         index = {n: i for i, n in enumerate([*names, *(n for p in split.stages for n in p.outputs)])}
         self.main = fx.GraphModule(module, split.main)
-        self.stages = [Stage(p, index, contiguous) for p in split.stages]
+        self.stages = [HoistedStage(p, index, contiguous) for p in split.stages]
         self.kept = [index[n] for n in split.kept]
 
     @property
@@ -185,7 +185,7 @@ class SplitGraph:
 class Shared:
     """The values hoisted from the base alone, for all bindings that do not change the base."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: HoistedStage) -> None:
         self.stage = stage
         self._lock = free_in_children(threading.Lock())
         self._made: _Made | None = None

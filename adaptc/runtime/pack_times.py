@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adaptc.passes.ir.matmul_op import LINEAR, onednn
-from adaptc.passes.lower.choose_products import Choice
+from adaptc.passes.lower.choose_products import MatmulChoice
 from adaptc.runtime.product_table import THIN, product_table
 from adaptc.runtime.product_times import Times, as_they_lie, least, measure, operands
 
@@ -26,12 +26,12 @@ ROWS = 128
 _reorder: Any = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 
 
-def choose_packed(out: int, width: int, dtype: torch.dtype) -> Choice:
+def choose_packed(out: int, width: int, dtype: torch.dtype) -> MatmulChoice:
     """Return the classes of rows at which a packed copy of a weight (out, width) is faster than the best other kind."""
     if min(out, width) < THIN:
-        return Choice(LINEAR, (), f"fewer than {THIN} rows or columns")
+        return MatmulChoice(LINEAR, (), f"fewer than {THIN} rows or columns")
     if _reorder is None:
-        return Choice(LINEAR, (), "torch packs nothing here")
+        return MatmulChoice(LINEAR, (), "torch packs nothing here")
     found = product_table(dtype, measure_packed, PACKED).choice(out, width)
     if found.kind == LINEAR:
         return replace(found, why=found.why.replace("the fastest here", "no faster here"))

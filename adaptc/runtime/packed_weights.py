@@ -19,7 +19,7 @@ from torch import Tensor
 
 from adaptc.locks import free_in_children
 from adaptc.passes.ir.matmul_op import fits, onednn, product
-from adaptc.passes.lower.choose_products import Choice, Products
+from adaptc.passes.lower.choose_products import MatmulChoice, Products
 from adaptc.runtime.pack_times import PACKED, choose_packed, packed
 from adaptc.tables import size
 from adaptc.torch_modes import plainly
@@ -38,7 +38,7 @@ class PackedWeights:
 
     count: int = 0
     nbytes: int = 0
-    choices: tuple[Choice, ...] = ()
+    choices: tuple[MatmulChoice, ...] = ()
 
     def __str__(self) -> str:
         """Return a line for the memory and one for each reason; '' where nothing was to be packed."""
@@ -62,7 +62,7 @@ class Packs:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.layers: list[PackedLayer] = []
-        self.choices: list[Choice] = []
+        self.choices: list[MatmulChoice] = []
 
     def layer(self, out: int, width: int, dtype: torch.dtype, told: Sequence[Any]) -> PackedLayer | None:
         """Return a layer that reads packed copies of a weight (out, width), or None where that is not faster.

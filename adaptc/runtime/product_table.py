@@ -28,8 +28,8 @@ import torch
 from adaptc.errors import CheckpointError, ConfigError, shown
 from adaptc.locks import free_in_children
 from adaptc.passes.ir.matmul_op import ALL_CLASSES, LINEAR, ONEDNN, takes
-from adaptc.passes.lower.choose_products import Choice
-from adaptc.peft_files.stable_read import Opened
+from adaptc.passes.lower.choose_products import MatmulChoice
+from adaptc.peft_files.stable_read import OpenedFile
 from adaptc.runtime.product_times import TURNED, Times, complete, measure, measure_turned
 
 SWITCH, FOLDER = "ADAPTC_PRODUCTS", "ADAPTC_CACHE"
@@ -100,22 +100,22 @@ class ProductTable:
 
     times: Times
 
-    def choice(self, out: int, width: int) -> Choice:
+    def choice(self, out: int, width: int) -> MatmulChoice:
         """Return the choice for a weight (out, width): for each class of rows, that of the nearest measured size."""
         if min(out, width) < THIN:
-            return Choice(LINEAR, (), f"fewer than {THIN} rows or columns")
+            return MatmulChoice(LINEAR, (), f"fewer than {THIN} rows or columns")
         ratios = self._ratios(out, width)
         if not ratios:
-            return Choice(LINEAR, (), "nothing else was measured here")
+            return MatmulChoice(LINEAR, (), "nothing else was measured here")
         turned = self._ratios(out, width, 2)
         columns = tuple(c for c, r in turned.items() if r <= (1 - GAIN) * min(1, ratios[c]))
         classes = tuple(c for c, r in ratios.items() if r <= 1 - GAIN and c not in columns)
         if not classes and not columns:
-            return Choice(LINEAR, (), "measured: the fastest here")
+            return MatmulChoice(LINEAR, (), "measured: the fastest here")
         at, turned_at = tuple(ratios[c] for c in classes), tuple(turned[c] for c in columns)
-        return Choice(ONEDNN, classes, "measured: faster here", at, columns, turned_at)
+        return MatmulChoice(ONEDNN, classes, "measured: faster here", at, columns, turned_at)
 
-    def choice_for_all(self, out: int, width: int) -> Choice:
+    def choice_for_all(self, out: int, width: int) -> MatmulChoice:
         """Return the choice for a weight (out, width) in code that uses one kind of matmul at all numbers of rows.
 
         A kind other than linear is chosen where it is faster at some classes of rows and slower at none.
@@ -124,11 +124,11 @@ class ProductTable:
         if found.kind == LINEAR:
             return found
         if not found.classes:
-            return Choice(LINEAR, (), "measured: the fastest here but at a few rows")
+            return MatmulChoice(LINEAR, (), "measured: the fastest here but at a few rows")
         ratios = self._ratios(out, width)
         if max(ratios.values()) > 1 + NOISE:
-            return Choice(LINEAR, (), "measured: what is faster at some rows is slower at others")
-        return Choice(found.kind, ALL_CLASSES, "measured: faster here, at no rows slower", tuple(ratios.values()))
+            return MatmulChoice(LINEAR, (), "measured: what is faster at some rows is slower at others")
+        return MatmulChoice(found.kind, ALL_CLASSES, "measured: faster here, at no rows slower", tuple(ratios.values()))
 
     def spared(self, out: int, width: int) -> float:
         """Return how many seconds columns saves over the other kinds in a call, at the class of rows with most gain."""
@@ -192,7 +192,7 @@ def product_table(
         return _known[key]
 
 
-def choose(out: int, width: int, dtype: torch.dtype) -> Choice:
+def choose(out: int, width: int, dtype: torch.dtype) -> MatmulChoice:
     """Return the matmul to use for a weight (out, width), for each class of rows."""
     return _table_for(out, width, dtype).choice(out, width)
 
@@ -202,7 +202,7 @@ def spared(out: int, width: int, dtype: torch.dtype) -> float:
     return _table_for(out, width, dtype).spared(out, width)
 
 
-def choose_for_all(out: int, width: int, dtype: torch.dtype) -> Choice:
+def choose_for_all(out: int, width: int, dtype: torch.dtype) -> MatmulChoice:
     """Return the one matmul to use for a weight (out, width) at any number of rows."""
     return _table_for(out, width, dtype).choice_for_all(out, width)
 
@@ -212,7 +212,7 @@ def _table_for(out: int, width: int, dtype: torch.dtype) -> ProductTable:
     return ProductTable({}) if min(out, width) < THIN else product_table(dtype)
 
 
-def choose_for_gradient(out: int, width: int, dtype: torch.dtype) -> Choice:
+def choose_for_gradient(out: int, width: int, dtype: torch.dtype) -> MatmulChoice:
     """Return the matmul to use for the input gradient of a layer whose weight is (out, width)."""
     thin = min(out, width) < THIN
     return (ProductTable({}) if thin else product_table(dtype, measure_turned, TURNED)).choice(width, out)
@@ -221,7 +221,7 @@ def choose_for_gradient(out: int, width: int, dtype: torch.dtype) -> Choice:
 def read(path: Path, what: Mapping[str, Any]) -> Times | None:
     """Return the times in a file, or None where it is no complete table of ``what``."""
     try:
-        with Opened(path) as file:  # refuses anything but a plain file: reading a pipe would wait for ever
+        with OpenedFile(path) as file:  # refuses anything but a plain file: reading a pipe would wait for ever
             if file.size > _MOST_BYTES:
                 return None
             data = json.loads(file.bytes())

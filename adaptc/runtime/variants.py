@@ -26,7 +26,7 @@ from torch import Tensor, dtype, fx
 from adaptc.passes.ir.graph_lock import exclusive_property, on_graphs
 from adaptc.passes.ir.lifted import copy_graph
 from adaptc.passes.ir.pass_infra import GraphPass, PassManager, PassResult, Trail
-from adaptc.passes.lower.choose_products import Choice, ChooseProducts, Products
+from adaptc.passes.lower.choose_products import ChooseProducts, MatmulChoice, Products
 from adaptc.passes.lower.pack_products import Make, PackProducts
 from adaptc.passes.optimize.add_in_place import AddInPlace
 from adaptc.passes.optimize.canonicalize import Canonicalize
@@ -104,7 +104,7 @@ class LiftedGraph:
     compiled: bool = False
     fuse: bool = True
     differentiable: bool = False
-    choose: Callable[[int, int, dtype], Choice] | None = None
+    choose: Callable[[int, int, dtype], MatmulChoice] | None = None
     pack: Make | None = None
     speeds: Speeds = speed
 

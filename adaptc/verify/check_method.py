@@ -50,7 +50,7 @@ class _Parameter(nn.Module):
 
 
 @dataclass(frozen=True)
-class Layer:
+class TriedLayer:
     """A kind of layer.
 
     ``build``: makes the layer for sizes (inputs, outputs). ``sample``: the shape of one sample of its input.
@@ -68,15 +68,15 @@ class Layer:
         return (torch.randn(shape, dtype=torch.float64),)
 
 
-LAYERS: dict[str, Layer] = {
-    "linear": Layer(nn.Linear, lambda i: (4, i)),
-    "embedding": Layer(nn.Embedding, lambda i: (4,)),
-    "conv1d": Layer(lambda i, o: nn.Conv1d(i, o, 3, stride=2, padding=1), lambda i: (i, 7)),
-    "conv2d": Layer(lambda i, o: nn.Conv2d(i, o, (3, 1), bias=False), lambda i: (i, 5, 3)),
-    "groups": Layer(lambda i, o: nn.Conv2d(i, o, 3, groups=2, padding=1), lambda i: (i, 4, 3)),
-    "transposed": Layer(lambda i, o: nn.ConvTranspose1d(i, o, 3, stride=2), lambda i: (i, 5)),
-    "parameter": Layer(_Parameter, lambda i: (i,), parameter=True),
-    "experts": Layer(lambda i, o: _Parameter(i, o, 3), lambda i: (i,), parameter=True),
+LAYERS: dict[str, TriedLayer] = {
+    "linear": TriedLayer(nn.Linear, lambda i: (4, i)),
+    "embedding": TriedLayer(nn.Embedding, lambda i: (4,)),
+    "conv1d": TriedLayer(lambda i, o: nn.Conv1d(i, o, 3, stride=2, padding=1), lambda i: (i, 7)),
+    "conv2d": TriedLayer(lambda i, o: nn.Conv2d(i, o, (3, 1), bias=False), lambda i: (i, 5, 3)),
+    "groups": TriedLayer(lambda i, o: nn.Conv2d(i, o, 3, groups=2, padding=1), lambda i: (i, 4, 3)),
+    "transposed": TriedLayer(lambda i, o: nn.ConvTranspose1d(i, o, 3, stride=2), lambda i: (i, 5)),
+    "parameter": TriedLayer(_Parameter, lambda i: (i,), parameter=True),
+    "experts": TriedLayer(lambda i, o: _Parameter(i, o, 3), lambda i: (i,), parameter=True),
 }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from adaptc.capture.model_state import preserve_state
-from adaptc.capture.random_inputs import Run
+from adaptc.capture.random_inputs import DrawnCall
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.progress import stage
 from adaptc.verify.compare import Leaves, copied_tree, leaves
@@ -25,7 +25,7 @@ def added(attachments: Iterable[Attachment]) -> set[str]:
 class Claims:
     """A base class of verifications, which compare several callables on the same runs."""
 
-    def __init__(self, runs: list[Run], atol: float | None, seed: int, buffers: Buffers) -> None:
+    def __init__(self, runs: list[DrawnCall], atol: float | None, seed: int, buffers: Buffers) -> None:
         self.runs, self.atol, self.seed, self.buffers = runs, atol, seed, buffers
 
     def tried(self, name: str, check: Callable[[str], Check]) -> Check:

@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 
 from adaptc.capture import random_inputs
 from adaptc.capture.model_state import preserve_state
-from adaptc.capture.random_inputs import Run
+from adaptc.capture.random_inputs import DrawnCall
 from adaptc.errors import SwapError
 from adaptc.packages.packaged_program import PackagedProgram
 from adaptc.passes.ir.graph_lock import GRAPHS
@@ -87,7 +87,7 @@ class _PackageClaims(Claims):
         package: PackagedProgram,
         model: Any,
         program: AdaptedProgram | None,
-        runs: list[Run],
+        runs: list[DrawnCall],
         atol: float | None,
         seed: int,
         buffers: Buffers,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adaptc.capture.random_inputs import Run, random_value
+from adaptc.capture.random_inputs import DrawnCall, random_value
 from adaptc.errors import AdaptcError, nearest
 from adaptc.packages.manifest import Manifest
 from adaptc.packages.packaged_program import PackagedProgram
@@ -25,8 +25,8 @@ _SPREAD = 7
 
 def draw(
     package: PackagedProgram, shapes: int | Sequence[Mapping[str, Sequence[int]]], seed: int, model: Any
-) -> list[Run]:
-    """Return a :class:`Run` per shape in ``shapes``.
+) -> list[DrawnCall]:
+    """Return a :class:`DrawnCall` per shape in ``shapes``.
 
     ``shapes``: how many to draw, or for each run a dict of input name -> shape; other sizes are drawn. ``model``: the
     model that the package came from, or None. Raises AdaptcError for shapes that the package cannot take, and for sizes
@@ -49,7 +49,7 @@ def draw(
             for i in package.manifest.inputs
         ]
         args, kwargs = pytree.tree_unflatten(flat, package.inputs.spec)
-        runs.append(Run.of(args, kwargs))
+        runs.append(DrawnCall.of(args, kwargs))
     return runs
 
 

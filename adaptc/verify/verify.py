@@ -24,7 +24,7 @@ from torch.export import ExportedProgram
 from adaptc.binding.bind import first_values
 from adaptc.capture import random_inputs
 from adaptc.capture.model_state import preserve_state
-from adaptc.capture.random_inputs import Run
+from adaptc.capture.random_inputs import DrawnCall
 from adaptc.errors import AdaptcError
 from adaptc.passes.ir.graph_lock import GRAPHS
 from adaptc.passes.ir.lifted import Lifted
@@ -82,7 +82,13 @@ def verify_program(
 
 class _Verifier(Claims):
     def __init__(
-        self, program: AdaptedProgram, model: Any, runs: list[Run], atol: float | None, seed: int, buffers: Buffers
+        self,
+        program: AdaptedProgram,
+        model: Any,
+        runs: list[DrawnCall],
+        atol: float | None,
+        seed: int,
+        buffers: Buffers,
     ) -> None:
         super().__init__(runs, atol, seed, buffers)
         self.program, self.model = program, model

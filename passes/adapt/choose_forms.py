@@ -33,12 +33,12 @@ FORMS = ("auto", "apply", "weight")
 
 
 @dataclass(frozen=True)
-class Choice:
+class FormChoice:
     form: str
     why: str
 
 
-def cheaper(outside: Work, weight: Work, base: Work, sizes: Mapping[str, int], training: bool) -> Choice:
+def cheaper(outside: Work, weight: Work, base: Work, sizes: Mapping[str, int], training: bool) -> FormChoice:
     """Return the cheaper form for one call with these ``sizes``.
 
     ``outside`` is the work of the apply form, ``weight`` that of the weight form, ``base`` that of the layer itself.
@@ -54,7 +54,7 @@ def cheaper(outside: Work, weight: Work, base: Work, sizes: Mapping[str, int], t
     equal = [float(r) for r in sympy.solve(apply_cost - weight_cost, t) if r.is_positive]
     if equal:
         text += f"; equal at {equal[0]:.2g} times that"
-    return Choice(form, text)
+    return FormChoice(form, text)
 
 
 class Job(Protocol):
@@ -69,7 +69,7 @@ class Job(Protocol):
 
     def reads_weight(self) -> bool: ...
 
-    def choice(self) -> Choice: ...
+    def choice(self) -> FormChoice: ...
 
     def drops_outside(self) -> bool: ...
 

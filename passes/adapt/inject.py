@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 
 from adaptc.errors import PassError, TargetError
 from adaptc.passes.adapt.add_to_attention import add_to_attention
-from adaptc.passes.adapt.choose_forms import Choice, cheaper, choose_forms
+from adaptc.passes.adapt.choose_forms import FormChoice, cheaper, choose_forms
 from adaptc.passes.adapt.insert_virtual_tokens import change_places
 from adaptc.passes.adapt.make_coefficients import Coefficients
 from adaptc.passes.analysis.sites import consumers, readers
@@ -107,7 +107,7 @@ class _Costs:
 
     sizes: Mapping[str, int]
     training: bool
-    known: dict[Any, Choice] = field(default_factory=dict)
+    known: dict[Any, FormChoice] = field(default_factory=dict)
 
 
 @dataclass
@@ -153,14 +153,16 @@ class _Injector:
                 self.beside(node)
         return replace(self.a, form=self.form, why=self.why)
 
-    def choice(self) -> Choice:
+    def choice(self) -> FormChoice:
         """Return the cheaper form, by the work of the regions that either one would add."""
         nodes = [self.lifted.nodes[c] for c in self.a.consumers]
         weight = [self._weight(), *self.slot_nodes]
         if weight[0].meta["val"].dtype.itemsize < 4:
-            return Choice("apply", "a weight in half precision would round the change")
+            return FormChoice("apply", "a weight in half precision would round the change")
         if self.op.kind == "embedding" and self.op.rest and self.op.rest[0] >= 0:
-            return Choice("apply", "the padding row of a weight takes no gradient, and that of the up projection does")
+            return FormChoice(
+                "apply", "the padding row of a weight takes no gradient, and that of the up projection does"
+            )
         key = (self.a.method, self.op, len(nodes), signature_of([n.meta["val"] for n in [*nodes, *weight]]))
         if key not in self.costs.known:
             outside, base = Work(), Work()
@@ -170,7 +172,7 @@ class _Injector:
                     outside += work(region, moving)
             inside = self.region("weight", self.op, weight)
             if self.drops_outside():
-                self.costs.known[key] = Choice("apply", "its dropout acts on what the layer reads")
+                self.costs.known[key] = FormChoice("apply", "its dropout acts on what the layer reads")
             else:
                 cost = work(inside, 0)
                 self.costs.known[key] = cheaper(outside, cost, base, self.costs.sizes, self.costs.training)

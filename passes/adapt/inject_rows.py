@@ -24,7 +24,7 @@ from adaptc.passes.adapt.inject import as_lifted
 from adaptc.passes.adapt.make_coefficients import Coefficients
 from adaptc.passes.analysis.sites import consumers
 from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.bank_method import STARTS, Replaced, RowAxis, Site, bias_of, call_of, input_of, output_of
+from adaptc.passes.ir.bank_method import STARTS, BankSite, Replaced, RowAxis, bias_of, call_of, input_of, output_of
 from adaptc.passes.ir.higher_order import inside
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.ops import TABLE, Op, cast, operands, set_argument
@@ -138,9 +138,9 @@ class _Writer:
         for node, replaced in calls.items():
             self._call(node, replaced)
 
-    def _site(self, a: Attachment, op: Op) -> Site:
+    def _site(self, a: Attachment, op: Op) -> BankSite:
         names, grouped = tuple(n for n in a.input_names if n != STARTS), a.id in self.grouped
-        return Site(a.method, op, names, a.scale_slot is not None, self.count, self.at_once, grouped)
+        return BankSite(a.method, op, names, a.scale_slot is not None, self.count, self.at_once, grouped)
 
     def _around(self, a: Attachment, node: fx.Node) -> None:
         op = self.ops[a.id].at(node)

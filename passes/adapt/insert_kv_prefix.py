@@ -33,7 +33,7 @@ from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.mutation import writers
 from adaptc.passes.ir.ops import Op, argument, set_argument
-from adaptc.passes.ir.program_method import Place, ProgramMethod
+from adaptc.passes.ir.program_method import ProgramMethod, ProgramPlace
 from adaptc.passes.ir.propagate import propagate
 from adaptc.passes.ir.regions import node_tag, site_op
 from adaptc.passes.ir.symbolic_fakes import FreeFakes
@@ -44,7 +44,12 @@ Tag = Callable[[fx.Node, str, fx.Node], Callable[[str], dict[str, Any]]]
 
 
 def put_in_front(
-    lifted: Lifted, a: Attachment, lookup: Lookup, places: Sequence[Place], given: Mapping[str, fx.Node], tag: Tag
+    lifted: Lifted,
+    a: Attachment,
+    lookup: Lookup,
+    places: Sequence[ProgramPlace],
+    given: Mapping[str, fx.Node],
+    tag: Tag,
 ) -> None:
     """Put the KV prefix of the attachment ``a`` before the keys and values of each attention.
 
@@ -67,7 +72,7 @@ class _InFront:
     #: mask, position or size -> its copy for the longer sequence
     longer: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
-    def run(self, places: Sequence[Place]) -> None:
+    def run(self, places: Sequence[ProgramPlace]) -> None:
         method, op = self._method(), site_op(self.lifted, self.a)
         attentions = find_attentions(self.lifted, self.lookup, method.name)
         # Before the program changes below: edges are looked for in the program as it is.

@@ -21,7 +21,7 @@ from adaptc.passes.analysis.token_places import Lookup, cache_begun_by, find_pla
 from adaptc.passes.ir.attachment import Attachment
 from adaptc.passes.ir.coefficients import Extra
 from adaptc.passes.ir.lifted import Lifted
-from adaptc.passes.ir.program_method import DECODER_LENGTHS, DECODER_PLACES, FREE, PLACES, Place, ProgramMethod
+from adaptc.passes.ir.program_method import DECODER_LENGTHS, DECODER_PLACES, FREE, PLACES, ProgramMethod, ProgramPlace
 from adaptc.passes.ir.propagate import propagate
 from adaptc.passes.ir.regions import site_op
 from adaptc.passes.ir.trace import inline
@@ -94,7 +94,7 @@ def _added(lifted: Lifted, name: str, extra: Extra, lookup: Lookup, latest: dict
 def _change(
     lifted: Lifted,
     a: Attachment,
-    place: Place,
+    place: ProgramPlace,
     slots: Mapping[str, fx.Node],
     given: Mapping[str, fx.Node],
     latest: dict[tuple[str, ...], fx.Node],

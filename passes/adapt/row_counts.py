@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from adaptc.passes.adapt.inject_rows import Axes, around, read_at
 from adaptc.passes.ir.attachment import Attachment
-from adaptc.passes.ir.bank_method import RowAxis, Site, output_of
+from adaptc.passes.ir.bank_method import BankSite, RowAxis, output_of
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.ops import Op
 from adaptc.passes.ir.trace import behind_inputs, signature_of, trace
@@ -72,7 +72,7 @@ def _region(
     at_once: bool,
     count: int,
 ) -> fx.Graph:
-    site = Site(a.method, op, tuple(a.input_names), a.scale_slot is not None, count, at_once)
+    site = BankSite(a.method, op, tuple(a.input_names), a.scale_slot is not None, count, at_once)
     biased = len(fakes) > 3
     with nullcontext() if lifted.fake_mode is None else lifted.fake_mode:
         own = list(_slots(a, op, count, fakes[0].device))

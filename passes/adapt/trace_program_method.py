@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from adaptc.errors import MethodError
 from adaptc.passes.ir.graph_lock import exclusive
 from adaptc.passes.ir.ops import Op
-from adaptc.passes.ir.program_method import Place, ProgramMethod
+from adaptc.passes.ir.program_method import ProgramMethod, ProgramPlace
 from adaptc.passes.ir.symbolic_fakes import FreeFakes
 
 
@@ -25,7 +25,7 @@ def values_of(nodes: Mapping[str, fx.Node]) -> dict[str, Tensor]:
 
 def traced(
     method: ProgramMethod,
-    place: Place,
+    place: ProgramPlace,
     value: Tensor,
     slots: Mapping[str, Tensor],
     given: Mapping[str, Tensor],

@@ -5,7 +5,7 @@ keys, and ops on these scores (a scale, a cap, a bias, a mask). A softmax along 
 attention weights with the values. Heads have an axis of their own, or share the first axis with the batch.
 
 Takes an opened program, with adapters in it or not, and does not change it. What looks like an attention and is not
-understood is returned as a :class:`Near` with the reason.
+understood is returned as a :class:`NearAttention` with the reason.
 """
 
 from __future__ import annotations
@@ -164,29 +164,30 @@ class Core:
 
 
 @dataclass(frozen=True)
-class Near:
+class NearAttention:
     """A softmax ``node`` that looks like that of an attention written out, and ``why`` it is not understood."""
 
     node: fx.Node
     why: str
 
 
-def find_cores(lifted: Lifted) -> tuple[list[Core], list[Near]]:
+def find_cores(lifted: Lifted) -> tuple[list[Core], list[NearAttention]]:
     """Return the attentions of a program in graph order, and the softmaxes that only look like one of an attention."""
     found = [c for n in lifted.graph.nodes if n.op == "call_function" and (c := core_of(lifted, n)) is not None]
-    return [c for c in found if isinstance(c, Core)], [c for c in found if isinstance(c, Near)]
+    return [c for c in found if isinstance(c, Core)], [c for c in found if isinstance(c, NearAttention)]
 
 
-def none_found(near: list[Near]) -> str:
+def none_found(near: list[NearAttention]) -> str:
     """Return the part of an error message that says what was looked for, and names the first entry of ``near``."""
     nearest = f"; nearest is {near[0].node.name!r}: {near[0].why}" if near else ""
     return f"looked for scaled_dot_product_attention, and for {WRITTEN_OUT}{nearest}"
 
 
-def core_of(lifted: Lifted, node: fx.Node) -> Core | Near | None:
+def core_of(lifted: Lifted, node: fx.Node) -> Core | NearAttention | None:
     """Return the attention whose output is ``node``.
 
-    Gives a :class:`Near` where the node looks like one and is not understood, and None where it does not look like one.
+    Gives a :class:`NearAttention` where the node looks like an attention and is not understood. Gives None where it
+    does not look like one.
     """
     if node.target == SDPA:
         return Core(node, Operand(node, _QUERY), Operand(node, _KEY), Operand(node, _VALUE))
@@ -198,19 +199,19 @@ def core_of(lifted: Lifted, node: fx.Node) -> Core | Near | None:
         turned = _back_to_softmax(values, turned=True)
         if turned is None or not _products(lifted, turned[-1]):
             return None
-        return Near(turned[-1], f"its chances are the second factor of {node.name!r}")
+        return NearAttention(turned[-1], f"its chances are the second factor of {node.name!r}")
     softmax = behind[-1]
     products = _products(lifted, softmax)
     if not products:
         return None
     if len(products) > 1:
         names = " and ".join(repr(p.name) for p in products[:2])
-        return Near(softmax, f"its scores are made of {len(products)} products, {names} first")
+        return NearAttention(softmax, f"its scores are made of {len(products)} products, {names} first")
     scores = [*_between(products[0], softmax), *reversed(behind[:-1])]
     try:
         return _written_out(node, products[0], softmax, scores)
     except _NotUnderstood as error:
-        return Near(softmax, str(error))
+        return NearAttention(softmax, str(error))
 
 
 class _NotUnderstood(Exception):

@@ -62,7 +62,7 @@ Block = tuple[Node, tuple[frozenset[Node], ...]]  # the attention node, and the 
 
 
 @dataclass(frozen=True)
-class Near:
+class AttentionSources:
     """The projections, scores and attention weights that reach a node.
 
     ``active`` says that the node depends on the program's inputs. ``params`` are the parameters it is made of.
@@ -74,8 +74,8 @@ class Near:
     scores: frozenset[Score] = frozenset()
     weights: frozenset[Node] = frozenset()
 
-    def __or__(self, other: Near) -> Near:
-        return Near(
+    def __or__(self, other: AttentionSources) -> AttentionSources:
+        return AttentionSources(
             self.active or other.active,
             self.params | other.params,
             self.projections | other.projections,
@@ -88,14 +88,14 @@ class Near:
         return bool(self.params) and not self.active and not self.projections
 
 
-_NOTHING = Near()
+_NOTHING = AttentionSources()
 
 
 class AttentionFlow:
     """The sweep over ``program`` and its results; ``blocks`` are the attention nodes in graph order."""
 
     def __init__(self, program: ExportedProgram) -> None:
-        self.near: dict[Node, Near] = {}
+        self.near: dict[Node, AttentionSources] = {}
         self.names: dict[Node, str] = {}
         self._weights_of: dict[Node, frozenset[Node]] = {}
         self._mixed: dict[Node, frozenset[Node]] = {}
@@ -118,9 +118,9 @@ class AttentionFlow:
         for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
             if spec.kind == InputKind.PARAMETER and spec.target is not None:
                 self.names[node] = spec.target
-                self.near[node] = Near(params=frozenset([node]))
+                self.near[node] = AttentionSources(params=frozenset([node]))
             else:
-                self.near[node] = Near(active=spec.kind == InputKind.USER_INPUT)
+                self.near[node] = AttentionSources(active=spec.kind == InputKind.USER_INPUT)
 
     def module(self, projection: Node) -> str:
         """Return the path of the module whose weight ``projection`` applies.
@@ -154,32 +154,34 @@ class AttentionFlow:
             return tuple(self._at(operand).projections for operand in node.args[:3])
         return None
 
-    def _attended(self, node: Node, mixed: frozenset[Node]) -> Near:
+    def _attended(self, node: Node, mixed: frozenset[Node]) -> AttentionSources:
         merged = self._merge(node, node.all_input_nodes)
-        return Near(merged.active, merged.params, mixed - {node})
+        return AttentionSources(merged.active, merged.params, mixed - {node})
 
-    def _step(self, node: Node) -> Near:
+    def _step(self, node: Node) -> AttentionSources:
         name = _name(node)
         merged = self._merge(node, node.all_input_nodes[: _DATA_ARGUMENTS.get(name)])
         if name in _SOFTMAX:
-            return Near(merged.active, merged.params, weights=frozenset([node]) if merged.scores else frozenset())
+            return AttentionSources(
+                merged.active, merged.params, weights=frozenset([node]) if merged.scores else frozenset()
+            )
         if name in _CONVOLUTIONS:
             return self._projected(node, merged, argument(node, 1))
         if name in _BARRIERS:
-            return Near(merged.active, merged.params)
+            return AttentionSources(merged.active, merged.params)
         factors = _factors(node)
         if factors is not None:
             return self._multiplied(node, merged, *factors)
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.dtype in _INERT:
-            return Near(merged.active, merged.params)
+            return AttentionSources(merged.active, merged.params)
         return merged
 
-    def _merge(self, node: Node, inputs: Iterable[Node]) -> Near:
+    def _merge(self, node: Node, inputs: Iterable[Node]) -> AttentionSources:
         parts = [near for near in map(self._at, inputs) if near is not _NOTHING]
         if not parts or isinstance(node.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)):
             return _NOTHING  # a size says nothing about the data
-        return Near(
+        return AttentionSources(
             any(n.active for n in parts),
             _union(n.params for n in parts),
             _union(n.projections for n in parts),
@@ -187,11 +189,11 @@ class AttentionFlow:
             _union(n.weights for n in parts),
         )
 
-    def _projected(self, node: Node, merged: Near, weight: Any) -> Near:
+    def _projected(self, node: Node, merged: AttentionSources, weight: Any) -> AttentionSources:
         self._weights_of[node] = self._at(weight).params
-        return Near(merged.active, merged.params, frozenset([node]))
+        return AttentionSources(merged.active, merged.params, frozenset([node]))
 
-    def _multiplied(self, node: Node, merged: Near, left: Node, right: Node) -> Near:
+    def _multiplied(self, node: Node, merged: AttentionSources, left: Node, right: Node) -> AttentionSources:
         a, b = self._at(left), self._at(right)
         # A weight kept as a buffer (a quantized one) is known by the op alone: rotary frequencies are buffers too.
         if b.is_weight or (_name(node) == "linear" and not b.active):
@@ -199,14 +201,16 @@ class AttentionFlow:
         if a.is_weight:
             return self._projected(node, merged, left)
         if a.weights and b.weights and not merged.projections:  # two weightings composed are one weighting
-            return Near(merged.active, merged.params, weights=merged.weights)
+            return AttentionSources(merged.active, merged.params, weights=merged.weights)
         for weighting, mixed in ((a, b), (b, a)):
             for softmax in weighting.weights:
                 self._mixed[softmax] = self._mixed.get(softmax, frozenset()) | mixed.projections
         if merged.weights:
-            return Near(merged.active, merged.params, merged.projections)
+            return AttentionSources(merged.active, merged.params, merged.projections)
         rank = _rank(node)
-        return Near(merged.active, merged.params, merged.projections, frozenset([(node, tuple(range(-rank, 0)))]))
+        return AttentionSources(
+            merged.active, merged.params, merged.projections, frozenset([(node, tuple(range(-rank, 0)))])
+        )
 
     def _scored(self, softmax: Node) -> tuple[frozenset[Node], frozenset[Node]]:
         """Return the projections of the queries and of the keys of a softmax, which runs along the axis of the keys."""
@@ -237,7 +241,7 @@ class AttentionFlow:
                 self.near[base] = self._at(base) | self.near[node]
                 base = base.args[0] if base.args and has_view_schema(base.target) else None
 
-    def _at(self, node: Any) -> Near:
+    def _at(self, node: Any) -> AttentionSources:
         return self.near.get(node, _NOTHING) if isinstance(node, Node) else _NOTHING
 
 

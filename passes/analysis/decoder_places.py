@@ -21,7 +21,7 @@ from adaptc.passes.analysis.token_places import Lookup, exit_of, plain_id, read_
 from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.mutation import writers
 from adaptc.passes.ir.ops import argument
-from adaptc.passes.ir.program_method import Place, ProgramMethod
+from adaptc.passes.ir.program_method import ProgramMethod, ProgramPlace
 
 aten = torch.ops.aten
 
@@ -47,7 +47,7 @@ def decoder_lookup(lifted: Lifted) -> tuple[Lookup | None, str]:
     return None, f"{len(own)} lookups by {given.name!r} were found: looked for one by {how}"
 
 
-def decoder_places(lifted: Lifted, method: ProgramMethod) -> list[Place]:
+def decoder_places(lifted: Lifted, method: ProgramMethod) -> list[ProgramPlace]:
     """Return the decoder's places that ``method`` changes; [] for a program without a decoder.
 
     A decoder that continues from a cache has none either: generation puts no virtual tokens before a decoder, as in
@@ -72,16 +72,16 @@ def decoder_places(lifted: Lifted, method: ProgramMethod) -> list[Place]:
         )
     out = []
     if ids is not None:
-        out.append(Place("decoder_tokens", ids, read_by(ids), {"plain": plain_id(lifted, ids)}))
+        out.append(ProgramPlace("decoder_tokens", ids, read_by(ids), {"plain": plain_id(lifted, ids)}))
     if mask is not None:
-        out.append(Place("decoder_attended", mask, read_by(mask)))
+        out.append(ProgramPlace("decoder_attended", mask, read_by(mask)))
     if labels is not None:
-        out.append(Place("decoder_labels", labels, read_by(labels)))
+        out.append(ProgramPlace("decoder_labels", labels, read_by(labels)))
     if ids is None:
         shifted = argument(lookup.node, 1)
-        out.append(Place("decoder_shifted", shifted, _read_at_last(lifted, shifted)))
+        out.append(ProgramPlace("decoder_shifted", shifted, _read_at_last(lifted, shifted)))
     last = exit_of(lifted, lookup.node)
-    return [*out, Place("decoder_embedded", last, tuple(last.users))]
+    return [*out, ProgramPlace("decoder_embedded", last, tuple(last.users))]
 
 
 def _read_at_last(lifted: Lifted, node: fx.Node) -> tuple[fx.Node, ...]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 
-class Run(NamedTuple):
+class RepeatedStretch(NamedTuple):
     """A stretch of ``length`` items from ``first`` on, that repeats itself after ``period`` items.
 
     ``sequence[i] == sequence[i + period]`` where both lie in it.
@@ -24,7 +24,7 @@ class Run(NamedTuple):
         return self.length // self.period * self.period
 
 
-def repeats(sequence: Sequence[int], most: int) -> list[Run]:
+def repeats(sequence: Sequence[int], most: int) -> list[RepeatedStretch]:
     """Return the runs of at least two periods that cover most of ``sequence``, at most ``most`` of them.
 
     Of each period, only the longest run counts. The best comes first; of equal ones, that of the shorter period.
@@ -38,7 +38,7 @@ def repeats(sequence: Sequence[int], most: int) -> list[Run]:
         breaks = torch.cat([torch.tensor([-1]), (~same).nonzero()[:, 0], torch.tensor([len(same)])])
         lengths = breaks.diff() - 1
         longest = int(lengths.argmax())
-        run = Run(int(breaks[longest]) + 1, period, int(lengths[longest]) + period)
+        run = RepeatedStretch(int(breaks[longest]) + 1, period, int(lengths[longest]) + period)
         if run.length >= 2 * period:
             found.append(run)
             # A period with fewer matches cannot cover half as much as this one.

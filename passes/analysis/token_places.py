@@ -24,7 +24,7 @@ from adaptc.passes.ir.lifted import Lifted
 from adaptc.passes.ir.module_paths import module_path, owners
 from adaptc.passes.ir.mutation import is_metadata_assert
 from adaptc.passes.ir.ops import CASTS, argument
-from adaptc.passes.ir.program_method import OPENINGS, Place, ProgramMethod
+from adaptc.passes.ir.program_method import OPENINGS, ProgramMethod, ProgramPlace
 from adaptc.passes.ir.pytree import pytree
 from adaptc.passes.ir.regions import region_tag
 
@@ -82,7 +82,7 @@ def given_numbers(lifted: Lifted, node: Any, views: Collection[Any]) -> fx.Node 
     return node if user and isinstance(value, Tensor) and not value.is_floating_point() else None
 
 
-def find_places(lifted: Lifted, method: ProgramMethod, lookup: Lookup) -> list[Place]:
+def find_places(lifted: Lifted, method: ProgramMethod, lookup: Lookup) -> list[ProgramPlace]:
     """Return the places of a lookup that ``method`` changes.
 
     In a program that takes a cache there are none, since the method acts on the beginning of the cache alone. Raises
@@ -98,7 +98,7 @@ def find_places(lifted: Lifted, method: ProgramMethod, lookup: Lookup) -> list[P
     out = per_token(lifted, method, lookup)
     if not method.changes("cached"):
         last = exit_of(lifted, lookup.node)
-        out.append(Place("embedded", last, tuple(last.users)))
+        out.append(ProgramPlace("embedded", last, tuple(last.users)))
         if method.changes("loss") and (found := _loss(lifted)) is not None:
             out.append(found)
     missing = [p for p in out if not method.changes(p.name)]
@@ -126,14 +126,14 @@ def cache_begun_by(lifted: Lifted, lookup: Lookup) -> fx.Node | None:
     return None
 
 
-def per_token(lifted: Lifted, method: ProgramMethod, lookup: Lookup) -> list[Place]:
+def per_token(lifted: Lifted, method: ProgramMethod, lookup: Lookup) -> list[ProgramPlace]:
     """Return the places that are inputs with one entry per token, the tokens first.
 
     A method with a KV prefix leaves the tokens as they are, so labels are no place then. Raises TargetError for an
     input of the tokens' length whose meaning is unknown.
     """
     length = _length(lookup.ids)
-    out = [Place("tokens", lookup.ids, read_by(lookup.ids), {"plain": plain_id(lifted, lookup.ids)})]
+    out = [ProgramPlace("tokens", lookup.ids, read_by(lookup.ids), {"plain": plain_id(lifted, lookup.ids)})]
     for name, spec in lifted.specs.items():
         node = lifted.nodes[name]
         value = node.meta.get("val")
@@ -149,7 +149,7 @@ def per_token(lifted: Lifted, method: ProgramMethod, lookup: Lookup) -> list[Pla
                 f"Known are inputs of two axes called {listing(PER_TOKEN)}: capture the model without {name!r}."
             )
         if place != "labels" or not method.changes("cached"):
-            out.append(Place(place, node, read_by(node)))
+            out.append(ProgramPlace(place, node, read_by(node)))
     return out
 
 
@@ -173,7 +173,7 @@ def read_by(node: fx.Node) -> tuple[fx.Node, ...]:
     return tuple(u for u in node.users if not is_metadata_assert(u))
 
 
-def _loss(lifted: Lifted) -> Place | None:
+def _loss(lifted: Lifted) -> ProgramPlace | None:
     """Return the place of the loss, which reads logits and labels; None where a program gives no loss or logits."""
     labels, spec = lifted.nodes.get("labels"), lifted.program.call_spec.out_spec
     values: Any = lifted.graph.output_node().args[0]
@@ -182,7 +182,7 @@ def _loss(lifted: Lifted) -> Place | None:
     loss, logits = (given.get(n) if isinstance(given, Mapping) else None for n in ("loss", "logits"))
     if not all(isinstance(n, fx.Node) for n in (labels, loss, logits)):
         return None
-    return Place("loss", loss, (lifted.graph.output_node(),), reads=(logits, labels))  # type: ignore[arg-type]
+    return ProgramPlace("loss", loss, (lifted.graph.output_node(),), reads=(logits, labels))  # type: ignore[arg-type]
 
 
 def plain_id(lifted: Lifted, ids: fx.Node) -> int:

@@ -81,7 +81,7 @@ class InRows(Method):
 
 
 @dataclass(frozen=True)
-class Site:
+class BankSite:
     """A method and its op where per-row adapters act, as regions are traced with. ``names`` are its slots, in order."""
 
     method: Method
@@ -129,7 +129,7 @@ def grouped(method: Method, op: Op, where: RowAxis) -> bool:
     return method.has_rows() and method.groups(op) and where.axis == 0 and where.order != ORDERS[2]
 
 
-def input_of(site: Site, where: RowAxis) -> Callable[..., Tensor]:
+def input_of(site: BankSite, where: RowAxis) -> Callable[..., Tensor]:
     """Return the function (x, c, slots...) -> x changed by each row's adapters, for use in front of a layer."""
 
     def before(x: Tensor, c: Tensor, *slots: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def input_of(site: Site, where: RowAxis) -> Callable[..., Tensor]:
     return before
 
 
-def output_of(site: Site, where: RowAxis, biased: bool) -> Callable[..., Tensor]:
+def output_of(site: BankSite, where: RowAxis, biased: bool) -> Callable[..., Tensor]:
     """Return the function (x, y, W[, b], c, slots...) -> y changed by each row's adapters, for use behind a layer."""
     op, method = site.op, site.method
 
@@ -169,7 +169,7 @@ class Replaced:
     without one.
     """
 
-    site: Site
+    site: BankSite
     place: int
     bias: int | None = None
 
@@ -214,7 +214,7 @@ def call_of(
     return again
 
 
-def bias_of(site: Site, where: RowAxis, layer: Op) -> Callable[..., Tensor]:
+def bias_of(site: BankSite, where: RowAxis, layer: Op) -> Callable[..., Tensor]:
     """Return the function (y, b, c, slots...) -> y with each row's own bias in place of b."""
 
     def behind(y: Tensor, b: Tensor, c: Tensor, *slots: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ def bias_of(site: Site, where: RowAxis, layer: Op) -> Callable[..., Tensor]:
     return behind
 
 
-def changed(site: Site, p: Tensor, slots: Slots, scale: Scale) -> Tensor:
+def changed(site: BankSite, p: Tensor, slots: Slots, scale: Scale) -> Tensor:
     """Return the parameter ``p``, in its stored layout, as one adapter changes it."""
     op, many = site.op, p.ndim > 1
     new = site.method.weight(op, op.canonical(p) if many else p, slots, scale)

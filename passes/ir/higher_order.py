@@ -26,7 +26,7 @@ _ROOT = "_export_root"
 
 
 @dataclass(frozen=True)
-class Layout:
+class ArgumentLayout:
     """The positions of graphs and operands among the arguments of a higher-order op.
 
     ``bodies`` are the positions of its graphs, and ``lists`` those of its lists of operands, in the order in which the
@@ -42,13 +42,13 @@ class Layout:
 
 _HIGHER = torch.ops.higher_order
 #: op -> its layout; other higher-order ops are not known
-LAYOUTS: dict[Any, Layout] = {
-    _HIGHER.wrap_with_set_grad_enabled: Layout((1,), rest=2),
-    _HIGHER.wrap_with_autocast: Layout((4,), rest=5),
-    _HIGHER.cond: Layout((1, 2), (3,), fixed=3),
-    _HIGHER.map_impl: Layout((0,), (1, 2), fixed=2),
-    _HIGHER.while_loop: Layout((0, 1), (2, 3), fixed=3),
-    _HIGHER.scan: Layout((0,), (1, 2, 3), fixed=3),
+LAYOUTS: dict[Any, ArgumentLayout] = {
+    _HIGHER.wrap_with_set_grad_enabled: ArgumentLayout((1,), rest=2),
+    _HIGHER.wrap_with_autocast: ArgumentLayout((4,), rest=5),
+    _HIGHER.cond: ArgumentLayout((1, 2), (3,), fixed=3),
+    _HIGHER.map_impl: ArgumentLayout((0,), (1, 2), fixed=2),
+    _HIGHER.while_loop: ArgumentLayout((0, 1), (2, 3), fixed=3),
+    _HIGHER.scan: ArgumentLayout((0,), (1, 2, 3), fixed=3),
 }
 
 
@@ -120,7 +120,7 @@ class Call:
 
     node: fx.Node
     module: fx.GraphModule
-    layout: Layout
+    layout: ArgumentLayout
 
     @classmethod
     def of(cls, node: fx.Node, module: fx.GraphModule) -> Call | None:

@@ -60,7 +60,7 @@ class Slot:
         return {i: f"{slot}_{i}" for i in self.free}
 
 
-class Place(Protocol):
+class OptionPlace(Protocol):
     """A place where a method is used, with what a config needs to choose the options there."""
 
     @property
@@ -243,7 +243,7 @@ class Hooks:
 
     # -- lifecycle -----------------------------------------------------------------------------------------------------
 
-    def rebind(self, config: Any, place: Place) -> Any:
+    def rebind(self, config: Any, place: OptionPlace) -> Any:
         """Return the method that another adapter's ``config`` gives at this site; this one if that is not akin."""
         make = getattr(config, "method", None)
         new: Any = None if make is None else make(place.name or place.module, place.kind)

@@ -69,7 +69,7 @@ FREE = "free"
 
 
 @dataclass(frozen=True)
-class Place:
+class ProgramPlace:
     """A value of a program that a method changes.
 
     ``node`` has the value, and ``readers`` are the nodes that will read the changed one. ``options`` are further

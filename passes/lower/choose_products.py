@@ -23,7 +23,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Choice:
+class MatmulChoice:
     """The kind of matmul for one weight.
 
     ``kind`` is used at the ``classes`` of row counts, because of ``why``. ``ratios`` has its time over that of
@@ -38,12 +38,12 @@ class Choice:
     columns: tuple[int, ...] = ()
     column_ratios: tuple[float, ...] = ()
 
-    def parts(self) -> list[Choice]:
+    def parts(self) -> list[MatmulChoice]:
         """Return this choice split into choices of a single kind, to be shown."""
         if not self.columns:
             return [self]
-        other = Choice(COLUMNS, self.columns, self.why, self.column_ratios)
-        own = Choice(self.kind, self.classes, self.why, self.ratios)
+        other = MatmulChoice(COLUMNS, self.columns, self.why, self.column_ratios)
+        own = MatmulChoice(self.kind, self.classes, self.why, self.ratios)
         return [own, other] if self.classes else [other]
 
 
@@ -51,7 +51,7 @@ class Choice:
 class Products:
     """The choices for the matmuls of the base, one for each; ``caption`` says in print which matmuls these are."""
 
-    choices: tuple[Choice, ...] = ()
+    choices: tuple[MatmulChoice, ...] = ()
     caption: str = "products"
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ class Products:
             for (kind, classes, why), count in self._groups().most_common()
         ]
 
-    def _parts(self) -> list[Choice]:
+    def _parts(self) -> list[MatmulChoice]:
         return [part for c in self.choices for part in c.parts()]
 
     def _groups(self) -> Counter[tuple[str, tuple[int, ...], str]]:
@@ -102,11 +102,11 @@ class ChooseProducts(GraphPass):
     name: ClassVar[str] = "choose_products"
 
     base: Collection[str] = field(repr=False)
-    choose: Callable[[int, int, torch.dtype], Choice] = field(repr=False)
+    choose: Callable[[int, int, torch.dtype], MatmulChoice] = field(repr=False)
     compiled: bool = False
 
     def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
-        choices: list[Choice] = []
+        choices: list[MatmulChoice] = []
         for node in subject.find_nodes(op="call_function", target=aten.linear.default):
             x, weight, bias = (argument(node, i) for i in range(3))
             value = weight.meta.get("val")
@@ -114,7 +114,7 @@ class ChooseProducts(GraphPass):
                 continue
             out, into = map(int, value.shape)
             if self.compiled and not value.is_contiguous():
-                choice = Choice(LINEAR, (), "the weight does not lie row by row")
+                choice = MatmulChoice(LINEAR, (), "the weight does not lie row by row")
             else:
                 choice = self.choose(out, into, value.dtype)
             choices.append(choice)

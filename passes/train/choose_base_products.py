@@ -30,7 +30,7 @@ aten = torch.ops.aten
 FORWARD, GRADIENTS = "products in training", "gradients of inputs"
 
 
-class Chosen(Protocol):
+class ChosenMatmul(Protocol):
     """A kind of matmul, and the classes of row counts that it is for."""
 
     @property
@@ -40,7 +40,7 @@ class Chosen(Protocol):
 
 
 #: (rows, columns, dtype of a weight) -> the kind of matmul with it
-Choose = Callable[[int, int, torch.dtype], Chosen]
+Choose = Callable[[int, int, torch.dtype], ChosenMatmul]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class ChooseBaseProducts(GraphPass):
 
     def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
         module: Any = subject.owning_module
-        found: dict[str, list[Chosen]] = {}
+        found: dict[str, list[ChosenMatmul]] = {}
         count = 0
         for node in subject.nodes:
             if node.target is layers_with_lora:
@@ -76,7 +76,7 @@ class ChooseBaseProducts(GraphPass):
                     node.target, node.args, node.kwargs = frozen_linear, (x, w, b, told), {}
         return PassResult(subject, count, data={what: tuple(choices) for what, choices in found.items()})
 
-    def _told(self, module: Any, weight: Any, bias: Any, found: dict[str, list[Chosen]]) -> tuple[Kinds, ...]:
+    def _told(self, module: Any, weight: Any, bias: Any, found: dict[str, list[ChosenMatmul]]) -> tuple[Kinds, ...]:
         w = _parameter(module, weight)
         if w is None or w.ndim != 2 or w.device.type != "cpu" or w.requires_grad:
             return ()

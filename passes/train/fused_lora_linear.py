@@ -36,7 +36,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Layer:
+class FusedLayer:
     """A layer with LoRA: ``out`` = linear(x, weight, bias) + scale * linear(linear(low, down), up)."""
 
     x: fx.Node
@@ -57,7 +57,7 @@ class TrainLayers(GraphPass):
 
     def apply(self, subject: fx.Graph) -> PassResult[fx.Graph]:
         dirty, _ = touched(subject)
-        groups: dict[Any, list[Layer]] = {}
+        groups: dict[Any, list[FusedLayer]] = {}
         for node in subject.find_nodes(op="call_function", target=aten.linear.default):
             layer = _layer(node)
             if layer is not None and dirty.isdisjoint((layer.x, layer.low, layer.weight, layer.bias, node, layer.out)):
@@ -68,7 +68,7 @@ class TrainLayers(GraphPass):
         return PassResult(subject, sum(map(len, groups.values())))
 
 
-def _layer(node: Any) -> Layer | None:
+def _layer(node: Any) -> FusedLayer | None:
     x, weight, bias = (argument(node, i) for i in range(3))
     if not _input(weight) or not (bias is None or _input(bias)) or len(node.users) != 1:
         return None
@@ -95,7 +95,7 @@ def _layer(node: Any) -> Layer | None:
         if len(total.users) != 1 or not casts:
             return None
         out = casts[0]
-    return Layer(x, low, weight, bias, A, B, scale, out)
+    return FusedLayer(x, low, weight, bias, A, B, scale, out)
 
 
 def _alone(node: Any, target: Any) -> bool:
@@ -112,7 +112,7 @@ def _same(x: fx.Node, low: Any) -> bool:
     return isinstance(low, fx.Node) and str(low.meta["val"].shape) == str(x.meta["val"].shape)
 
 
-def _write(graph: fx.Graph, layers: Sequence[Layer]) -> None:
+def _write(graph: fx.Graph, layers: Sequence[FusedLayer]) -> None:
     first = layers[0]
     low = None if first.low is first.x else first.low
     lists = [[getattr(layer, n) for layer in layers] for n in ("weight", "bias", "down", "up", "scale")]

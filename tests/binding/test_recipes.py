@@ -20,7 +20,7 @@ from adaptc.binding.binding_plan_cache import MOST
 from adaptc.binding.source import bind_adapter
 from adaptc.errors import CheckpointError, SwapError
 from adaptc.peft_files import safetensors_reader as _layouts
-from adaptc.peft_files.stable_read import Opened
+from adaptc.peft_files.stable_read import OpenedFile
 from tests.support.custom_models import UpDown
 from tests.support.method_table import ENTRIES
 from tests.support.subject import FILE, randomized, subject
@@ -208,7 +208,7 @@ def test_a_binding_of_another_program_is_refused() -> None:
 
 
 def loaded(path: Path) -> tuple[dict[str, Tensor], list[Tensor]]:
-    with Opened(path) as file:
+    with OpenedFile(path) as file:
         return _layouts.load(file)
 
 

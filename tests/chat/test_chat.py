@@ -16,11 +16,11 @@ from typer.testing import CliRunner, Result
 
 from adaptc.chat import loop, terminal
 from adaptc.chat.active_adapter import Voices
-from adaptc.chat.conversation import Choice, Conversation
+from adaptc.chat.conversation import Conversation, TokenChoice
 from adaptc.cli import app
 from tests.support.chats import Chats, silent
 
-GREEDY = Choice(max_new_tokens=6, greedy=True)
+GREEDY = TokenChoice(max_new_tokens=6, greedy=True)
 
 
 def call(model: Path, *args: Any, typed: str = "", code: int = 0) -> Result:

@@ -8,10 +8,10 @@ import pytest
 
 import adaptc
 from adaptc.chat.active_adapter import Voices
-from adaptc.chat.conversation import Answer, Choice, Conversation
+from adaptc.chat.conversation import Conversation, Reply, TokenChoice
 from tests.support.chats import Chats, silent, tokenizer
 
-GREEDY = Choice(max_new_tokens=6, greedy=True)
+GREEDY = TokenChoice(max_new_tokens=6, greedy=True)
 LINES = ("w9 w12 w41", "w30", "w17 w8")
 
 
@@ -42,7 +42,7 @@ def test_answers_are_those_of_the_whole_text(chats: Chats, voices: Voices, templ
     assert [(m["role"], m["content"]) for m in conversation.messages] == messages
 
 
-def counted(conversation: Conversation, voices: Voices, line: str) -> Answer:
+def counted(conversation: Conversation, voices: Voices, line: str) -> Reply:
     return conversation.ask(voices.current, line, GREEDY)
 
 
@@ -146,14 +146,14 @@ def test_an_answer_that_failed_was_not_said(chats: Chats, voices: Voices, monkey
 @pytest.mark.parametrize(
     ("choice", "expected"),
     [
-        (Choice(greedy=True), {"do_sample": False, "temperature": None, "top_k": None}),
-        (Choice(temperature=0.3), {"do_sample": True, "temperature": 0.3, "top_k": 7}),
-        (Choice(), {"do_sample": True, "temperature": 0.9, "top_k": 7}),
-        (Choice(max_new_tokens=3), {"max_new_tokens": 3, "max_length": None}),
-        (Choice(max_new_tokens=300), {"max_new_tokens": 11}),
+        (TokenChoice(greedy=True), {"do_sample": False, "temperature": None, "top_k": None}),
+        (TokenChoice(temperature=0.3), {"do_sample": True, "temperature": 0.3, "top_k": 7}),
+        (TokenChoice(), {"do_sample": True, "temperature": 0.9, "top_k": 7}),
+        (TokenChoice(max_new_tokens=3), {"max_new_tokens": 3, "max_length": None}),
+        (TokenChoice(max_new_tokens=300), {"max_new_tokens": 11}),
     ],
 )
-def test_how_tokens_are_chosen(chats: Chats, choice: Choice, expected: dict[str, Any]) -> None:
+def test_how_tokens_are_chosen(chats: Chats, choice: TokenChoice, expected: dict[str, Any]) -> None:
     from transformers import GenerationConfig
 
     own = GenerationConfig(do_sample=True, temperature=0.9, top_k=7, max_length=20, eos_token_id=5)
@@ -169,4 +169,4 @@ def test_how_tokens_are_chosen(chats: Chats, choice: Choice, expected: dict[str,
 
 def test_a_choice_that_contradicts_itself() -> None:
     with pytest.raises(adaptc.ConfigError, match="exclude each other"):
-        Choice(greedy=True, temperature=0.5)
+        TokenChoice(greedy=True, temperature=0.5)

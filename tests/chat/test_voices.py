@@ -13,7 +13,7 @@ import torch
 
 import adaptc
 from adaptc.chat.active_adapter import Voice, Voices
-from adaptc.chat.models import Opened
+from adaptc.chat.models import OpenedModel
 from tests.support.chats import SIZES, Chats, silent
 
 IDS = torch.tensor([[9, 12, 41, 30]])
@@ -69,7 +69,7 @@ class Captures:
     def __init__(self, chats: Chats, own: dict[str, Any] | None = None) -> None:
         self.chats, self.asked, self.told = chats, [], []
         self.refused: list[Path] = []
-        self.opened = Opened(chats.opened.tokenizer, self.capture, (), own or {})
+        self.opened = OpenedModel(chats.opened.tokenizer, self.capture, (), own or {})
 
     def capture(self, adapter: Any) -> adaptc.Generator:
         self.asked.append(adapter)
@@ -139,7 +139,7 @@ def test_a_capture_that_fails_leaves_the_voice(chats: Chats) -> None:
     def capture(adapter: Any) -> adaptc.Generator:
         raise adaptc.TargetError("nothing of this name")
 
-    failing = Voices(Opened(chats.opened.tokenizer, capture, chats.opened.made), {}, silent)
+    failing = Voices(OpenedModel(chats.opened.tokenizer, capture, chats.opened.made), {}, silent)
     with pytest.raises(adaptc.TargetError):
         failing.use(str(chats.folder / "ia3"))
     assert failing.current.name is None
@@ -149,7 +149,7 @@ def test_a_capture_that_fails_leaves_the_voice(chats: Chats) -> None:
 def test_what_came_with_a_program_answers_first_and_can_be_come_back_to(chats: Chats) -> None:
     generator = chats.opened.made[0]
     adaptc.swap(generator, chats.folder / "two")
-    opened = Opened(chats.opened.tokenizer, None, (generator,), {"own": generator.program.binding})
+    opened = OpenedModel(chats.opened.tokenizer, None, (generator,), {"own": generator.program.binding})
     voices = Voices(opened, {}, silent)
     assert voices.current.name == "own"
     expected = chats.recomputed("two", IDS[0].tolist())

@@ -9,7 +9,7 @@ import torch
 
 import adaptc
 from adaptc.passes.ir.matmul_op import CLASSES, LINEAR, takes
-from adaptc.passes.lower.choose_products import Choice
+from adaptc.passes.lower.choose_products import MatmulChoice
 from adaptc.runtime import executor, packed_weights
 from tests.generation.models import case, generated, generator, prompt
 from tests.generation.test_encoder_decoders import expected, said
@@ -20,8 +20,8 @@ from tests.support.families import FAMILIES
 def test_packed_weights(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all parts of a program; what is bound to it keeps them, and setting the program's option frees them."""
     monkeypatch.delenv("ADAPTC_PRODUCTS")
-    monkeypatch.setattr(executor, "choose", lambda *_: Choice(LINEAR, (), "for a test"))
-    always = Choice("packed", tuple(range(len(CLASSES) + 1)), "for a test", (0.5,))
+    monkeypatch.setattr(executor, "choose", lambda *_: MatmulChoice(LINEAR, (), "for a test"))
+    always = MatmulChoice("packed", tuple(range(len(CLASSES) + 1)), "for a test", (0.5,))
     monkeypatch.setattr(packed_weights, "choose_packed", lambda *_: always)
     found, text = case(family), prompt(2, 5)
     call, alone = (generated, found.expected) if family == "llama" else (said, lambda *a: expected(family, *a))

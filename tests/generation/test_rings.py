@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import adaptc
 from adaptc.chat.active_adapter import Voice
-from adaptc.chat.conversation import Choice, Conversation
+from adaptc.chat.conversation import Conversation, TokenChoice
 from adaptc.generation import sliding_window
 from adaptc.generation.cache import cache_class
 from adaptc.generation.cache_layout import CacheLayout
@@ -125,7 +125,7 @@ def test_guesses_are_taken_back() -> None:
 def test_a_conversation_that_is_changed_begins_anew() -> None:
     """What was forgotten is computed again."""
     gen = generator(FAMILY)
-    talk, choice = Conversation(tokenizer()), Choice(max_new_tokens=3, greedy=True)
+    talk, choice = Conversation(tokenizer()), TokenChoice(max_new_tokens=3, greedy=True)
     voice = Voice(gen, "first")
     talk.ask(voice, "w5 w6 w7 w8 w9 w10 w11 w12 w13 w14 w15", choice)
     talk.messages = []

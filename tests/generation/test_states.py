@@ -15,7 +15,7 @@ import transformers
 
 import adaptc
 from adaptc.chat.active_adapter import Voice
-from adaptc.chat.conversation import Choice, Conversation
+from adaptc.chat.conversation import Conversation, TokenChoice
 from tests.generation.models import generated, prompt
 from tests.generation.packaged import tokenizer
 from tests.support.families import FAMILIES, VOCAB, perturb
@@ -116,7 +116,7 @@ def test_a_state_goes_on_and_is_forked(tmp_path: Path) -> None:
 
 def test_a_conversation() -> None:
     """One that goes on computes what is new, and one that was changed begins anew."""
-    gen, choice = both()[1], Choice(max_new_tokens=3, greedy=True)
+    gen, choice = both()[1], TokenChoice(max_new_tokens=3, greedy=True)
     talk, voice = Conversation(tokenizer()), Voice(gen, "first")
     talk.ask(voice, "w5 w6 w7", choice)
     talk.messages = []

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import adaptc
 from adaptc import CPTConfig, LoraConfig, MultitaskPromptTuningConfig, PromptEncoderConfig, PromptTuningConfig
 from adaptc.chat.active_adapter import Voice
-from adaptc.chat.conversation import Choice, Conversation
+from adaptc.chat.conversation import Conversation, TokenChoice
 from adaptc.errors import AdaptcError, ConfigError, MergeError
 from adaptc.generation.spec import past_name
 from tests.generation.models import generated
@@ -239,7 +239,7 @@ def test_a_conversation():
     """Tokens in front are read once, and count among the positions that a conversation has."""
     gen = generator("llama")
     adaptc.swap(gen, oracle("llama", 7).path)
-    talk, voice, choice = Conversation(tokenizer()), Voice(gen, "task"), Choice(max_new_tokens=6, greedy=True)
+    talk, voice, choice = Conversation(tokenizer()), Voice(gen, "task"), TokenChoice(max_new_tokens=6, greedy=True)
     first = talk.ask(voice, "w5 w6 w7", choice)
     # All tokens of the text, and of those that were chosen all but the last.
     assert first.computed == 6 + len(first.text.split()) - first.cut

@@ -15,7 +15,7 @@ import transformers
 
 import adaptc
 from adaptc.chat.active_adapter import Voice
-from adaptc.chat.conversation import Choice, Conversation
+from adaptc.chat.conversation import Conversation, TokenChoice
 from adaptc.generation import chunked_prefill
 from tests.generation.models import Case, case, generated, generator, prompt
 from tests.generation.packaged import packaged, tokenizer
@@ -83,7 +83,7 @@ def test_what_goes_on_from_a_cache_goes_on_from_the_text(tmp_path: Path) -> None
     assert start.length == 5
     talk = Conversation(tokenizer())
     for said in ("w5 w6", "w9"):
-        talk.ask(Voice(gen, "first"), said, Choice(max_new_tokens=4, greedy=True))
+        talk.ask(Voice(gen, "first"), said, TokenChoice(max_new_tokens=4, greedy=True))
     written = adaptc.load(adaptc.save(gen, tmp_path / "whole.pt2"))
     assert torch.equal(generated(written, text), alone)
     assert adaptc.report(written).notes == adaptc.report(gen).notes

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import adaptc
 from adaptc.errors import AdaptcError, CheckpointError, ConfigError, MergeError, SwapError, TargetError
-from adaptc.methods._xlora_classifier import Choice
+from adaptc.methods._xlora_classifier import ScalingRule
 from adaptc.passes.ir.regions import COEFFICIENT, node_tag
 from tests.support.families import FAMILIES, VOCAB
 from tests.support.oracle import SAID, assert_differs, assert_same, base, file_tensors, load_peft, loss, quiet
@@ -111,7 +111,7 @@ def test_what_experts_count(data):
     rows = st.lists(st.sampled_from([-1.5, 0.0, 0.25, 2.0]), min_size=6 * layers * count, max_size=6 * layers * count)
     scalings = torch.tensor(data.draw(rows)).reshape(2, 3, layers, count)
     config = type("Config", (), {"top_k_lora": k, "enable_softmax_topk": softmax_topk})()
-    got = Choice(False, k, softmax_topk).chosen(scalings)
+    got = ScalingRule(False, k, softmax_topk).chosen(scalings)
     for i in range(layers):
         theirs = XLoraLayer(None, None, None, i, config)  # type: ignore[arg-type]
         torch.testing.assert_close(got[:, :, i], theirs.get_maybe_topk_scalings(scalings))

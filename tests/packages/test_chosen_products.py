@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import adaptc
 from adaptc import ConfigError, LoraConfig
 from adaptc.passes.ir.matmul_op import ALL_CLASSES, LINEAR, ONEDNN, takes
-from adaptc.passes.lower.choose_products import Choice
+from adaptc.passes.lower.choose_products import MatmulChoice
 from adaptc.runtime import compiled_products
 from tests.support.archives import read_records
 from tests.support.rounding import to_rounding
@@ -44,10 +44,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[adaptc.AdaptedProgra
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("ADAPTC_PRODUCTS")
 
-        def choose(out: int, width: int, dtype: torch.dtype) -> Choice:
+        def choose(out: int, width: int, dtype: torch.dtype) -> MatmulChoice:
             compiled_products.teach_inductor()
             can = takes(dtype)  # as whoever measures finds
-            return Choice(ONEDNN, ALL_CLASSES, WHY, (0.5, 0.75, 0.9, 1.0)) if can else Choice(LINEAR, (), NOTHING)
+            return (
+                MatmulChoice(ONEDNN, ALL_CLASSES, WHY, (0.5, 0.75, 0.9, 1.0))
+                if can
+                else MatmulChoice(LINEAR, (), NOTHING)
+            )
 
         patch.setattr(compiled_products, "choose_everywhere", choose)
         path = adaptc.package(program, tmp_path_factory.mktemp("products") / "p.pt2")

@@ -134,13 +134,13 @@ def test_a_file_that_is_cut_short_under_a_read(name: str, tmp_path: Path, monkey
 def test_a_file_that_never_rests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_adapter(tmp_path, LORA, some_tensors(1))
     monkeypatch.setattr(stable_read, "PAUSES", (0.001, 0.001))
-    real = stable_read.Opened.check
+    real = stable_read.OpenedFile.check
 
-    def check(self: stable_read.Opened) -> None:
+    def check(self: stable_read.OpenedFile) -> None:
         self.path.write_bytes(self.path.read_bytes() + b" ")
         real(self)
 
-    monkeypatch.setattr(stable_read.Opened, "check", check)
+    monkeypatch.setattr(stable_read.OpenedFile, "check", check)
     with pytest.raises(CheckpointError, match="kept changing while it was read"):
         read_adapter(tmp_path)
 

@@ -13,7 +13,7 @@ import adaptc
 from adaptc import LoraConfig
 from adaptc.passes.ir import matmul_op as op
 from adaptc.passes.ir.matmul_op import ALL_CLASSES, LINEAR, ONEDNN
-from adaptc.passes.lower.choose_products import Choice
+from adaptc.passes.lower.choose_products import MatmulChoice
 from adaptc.passes.train.base_products import frozen_linear
 from adaptc.program import adapted
 from tests.program.test_training import KW, batch, peft_twin, randomised, steps
@@ -22,12 +22,14 @@ from tests.support.families import FAMILIES
 FORWARD, GRADIENTS = "products in training", "gradients of inputs"
 
 
-def _choose(out: int, width: int, dtype: torch.dtype) -> Choice:
-    return Choice(ONEDNN, ALL_CLASSES, "measured: faster here", (0.5, 0.75))
+def _choose(out: int, width: int, dtype: torch.dtype) -> MatmulChoice:
+    return MatmulChoice(ONEDNN, ALL_CLASSES, "measured: faster here", (0.5, 0.75))
 
 
-def _choose_for_gradient(out: int, width: int, dtype: torch.dtype) -> Choice:
-    return _choose(out, width, dtype) if dtype == torch.float32 else Choice(LINEAR, (), "measured: the fastest here")
+def _choose_for_gradient(out: int, width: int, dtype: torch.dtype) -> MatmulChoice:
+    return (
+        _choose(out, width, dtype) if dtype == torch.float32 else MatmulChoice(LINEAR, (), "measured: the fastest here")
+    )
 
 
 @pytest.fixture(autouse=True)

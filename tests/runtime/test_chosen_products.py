@@ -12,17 +12,17 @@ from torch.nn import functional as F
 import adaptc
 from adaptc.passes.ir import matmul_op as op
 from adaptc.passes.ir.matmul_op import LINEAR, ONEDNN
-from adaptc.passes.lower.choose_products import Choice
+from adaptc.passes.lower.choose_products import MatmulChoice
 from adaptc.runtime import executor, product_table
 from tests.support.sibling_nets import LAYERS, adapter, block, compiled, rows
 
 #: at one row, and from 17 to 256
-CHOICE = Choice(ONEDNN, (0, 3), "measured: faster here", (0.5, 0.75))
+CHOICE = MatmulChoice(ONEDNN, (0, 3), "measured: faster here", (0.5, 0.75))
 FLOAT = torch.float32
 
 
-def _choose(out: int, width: int, dtype: torch.dtype) -> Choice:
-    return CHOICE if out > 6 else Choice(LINEAR, (), "too thin for a test")
+def _choose(out: int, width: int, dtype: torch.dtype) -> MatmulChoice:
+    return CHOICE if out > 6 else MatmulChoice(LINEAR, (), "too thin for a test")
 
 
 @pytest.fixture(autouse=True)
@@ -63,8 +63,8 @@ def test_a_few_rows_by_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     real = op.by_columns
     monkeypatch.setattr(op, "by_columns", lambda x, *rest: (made.append(x.numel() // x.shape[-1]), real(x, *rest))[1])
-    few = Choice(ONEDNN, (2,), "measured: faster here", (0.5,), (0, 1), (0.3, 0.4))
-    monkeypatch.setattr(executor, "choose", lambda out, *_: few if out > 6 else Choice(LINEAR, (), "thin"))
+    few = MatmulChoice(ONEDNN, (2,), "measured: faster here", (0.5,), (0, 1), (0.3, 0.4))
+    monkeypatch.setattr(executor, "choose", lambda out, *_: few if out > 6 else MatmulChoice(LINEAR, (), "thin"))
     program = compiled(dtype=FLOAT)
     for x in (rows(1, FLOAT)[:, :1], *(rows(n, FLOAT) for n in (1, 2, 3))):  # of three rows each
         close(program(x), program.module()(x))

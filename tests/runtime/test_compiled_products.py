@@ -14,18 +14,18 @@ import adaptc
 from adaptc import LoraConfig
 from adaptc.passes.ir import matmul_op as op
 from adaptc.passes.ir.matmul_op import ALL_CLASSES, LINEAR, ONEDNN, takes
-from adaptc.passes.lower.choose_products import Choice
+from adaptc.passes.lower.choose_products import MatmulChoice
 from adaptc.runtime import compiled_products, executor, product_table
 from tests.support.rounding import to_rounding
 from tests.support.sibling_nets import LAYERS, adapter, block, compiled, rows
 
 FLOAT, BFLOAT = torch.float32, torch.bfloat16
-CHOICE = Choice(ONEDNN, ALL_CLASSES, "measured: faster here, at no rows slower", (0.5, 0.6, 0.75, 1.0))
+CHOICE = MatmulChoice(ONEDNN, ALL_CLASSES, "measured: faster here, at no rows slower", (0.5, 0.6, 0.75, 1.0))
 
 
-def _choose(out: int, width: int, dtype: torch.dtype) -> Choice:
+def _choose(out: int, width: int, dtype: torch.dtype) -> MatmulChoice:
     compiled_products.teach_inductor()
-    return CHOICE if out > 4 else Choice(LINEAR, (), "too thin for a test")
+    return CHOICE if out > 4 else MatmulChoice(LINEAR, (), "too thin for a test")
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +107,7 @@ def test_where_it_computes_as_before(how: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_choice_for_some_rows_alone_is_an_op_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executor, "choose_compiled", lambda *_: Choice(ONEDNN, (0, 2), columns=(1,)))
+    monkeypatch.setattr(executor, "choose_compiled", lambda *_: MatmulChoice(ONEDNN, (0, 2), columns=(1,)))
     compiled_products.teach_inductor()
     program = compiled(dtype=FLOAT, backend="inductor")
     program(rows(2, FLOAT))

@@ -19,7 +19,7 @@ from adaptc import ConfigError, LoraConfig
 from adaptc.methods import TargetedConfig
 from adaptc.passes.ir.method import Method, Slot
 from adaptc.passes.ir.ops import Op
-from adaptc.runtime.hoisted_values import Held, Prefix, Stage
+from adaptc.runtime.hoisted_values import Held, HoistedStage, Prefix
 from adaptc.runtime.variants import PLAIN
 from tests.support.families import FAMILIES
 from tests.support.odd_methods import registered
@@ -128,14 +128,14 @@ def test_a_swap_takes_the_values_along(rank: int) -> None:
 
 
 def test_the_prologue_runs_once_for_an_adapter_and_once_for_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs: list[Stage] = []
-    real = Stage.run
+    runs: list[HoistedStage] = []
+    real = HoistedStage.run
 
-    def run(self: Stage, values: Any) -> Any:
+    def run(self: HoistedStage, values: Any) -> Any:
         runs.append(self)
         return real(self, values)
 
-    monkeypatch.setattr(Stage, "run", run)
+    monkeypatch.setattr(HoistedStage, "run", run)
     program = compiled()
     bound = program.bind(adapter(2, 1))
     assert runs == []

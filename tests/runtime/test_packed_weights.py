@@ -15,7 +15,7 @@ import adaptc
 from adaptc import BackendError, ConfigError, LoraConfig
 from adaptc.passes.ir import matmul_op as op
 from adaptc.passes.ir.matmul_op import LINEAR, takes
-from adaptc.passes.lower.choose_products import Choice
+from adaptc.passes.lower.choose_products import MatmulChoice
 from adaptc.runtime import executor, pack_times, packed_weights, product_table
 from adaptc.tables import size
 from tests.support.rounding import to_rounding
@@ -23,7 +23,7 @@ from tests.support.sibling_nets import adapter, block, compiled, rows
 
 FLOAT, BFLOAT = torch.float32, torch.bfloat16
 #: at up to 16 rows, and above 256
-CHOICE = Choice("packed", (0, 1, 2, 4), "measured: faster than the weight as it lies", (0.5, 0.75, 0.9))
+CHOICE = MatmulChoice("packed", (0, 1, 2, 4), "measured: faster than the weight as it lies", (0.5, 0.75, 0.9))
 NAMES = {FLOAT: "float32", BFLOAT: "bf16"}
 
 
@@ -32,14 +32,14 @@ def packs(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[tuple[int, ...]]
     return list(shapes) if takes(dtype) else []
 
 
-def _choose(out: int, width: int, dtype: torch.dtype) -> Choice:
-    return CHOICE if out > 6 else Choice(LINEAR, (), "too thin for a test")
+def _choose(out: int, width: int, dtype: torch.dtype) -> MatmulChoice:
+    return CHOICE if out > 6 else MatmulChoice(LINEAR, (), "too thin for a test")
 
 
 @pytest.fixture(autouse=True)
 def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ADAPTC_PRODUCTS")
-    monkeypatch.setattr(executor, "choose", lambda *_: Choice(LINEAR, (), "for a test"))
+    monkeypatch.setattr(executor, "choose", lambda *_: MatmulChoice(LINEAR, (), "for a test"))
     monkeypatch.setattr(packed_weights, "choose_packed", _choose)
     monkeypatch.setattr(packed_weights, "_known", WeakValueDictionary())  # other tests' programs may live on
 
@@ -202,7 +202,7 @@ def test_where_it_is_no_faster(monkeypatch: pytest.MonkeyPatch, made: list[Any])
 
 def test_measuring_says_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
     if not takes(FLOAT):
-        assert pack_times.choose_packed(512, 512, FLOAT) == Choice(LINEAR, (), "nothing else was measured here")
+        assert pack_times.choose_packed(512, 512, FLOAT) == MatmulChoice(LINEAR, (), "nothing else was measured here")
         return
     monkeypatch.setattr(pack_times.measure.__globals__["time"], "perf_counter", _Clock())
     times = pack_times.measure_packed(FLOAT)

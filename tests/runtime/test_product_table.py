@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from adaptc.errors import ConfigError
 from adaptc.passes.ir.matmul_op import ALL_CLASSES, LINEAR, ONEDNN
-from adaptc.passes.lower.choose_products import Choice, Products
+from adaptc.passes.lower.choose_products import MatmulChoice, Products
 from adaptc.runtime import product_table as module
 from adaptc.runtime import product_times
 from adaptc.runtime.product_table import (
@@ -62,16 +62,16 @@ def again() -> None:
 def test_a_choice_is_read_off_the_nearest_weight() -> None:
     times: Times = {(256, 256, 0): (1.0, 2.0), (2048, 2048, 0): (1.0, 0.5), (2048, 2048, 1): (1.0, 0.94)}
     table = ProductTable({**times, (256, 256, 3): (1.0, 0.96)})
-    assert table.choice(300, 270) == Choice(ONEDNN, (1,), "measured: faster here", (0.94,))
-    assert table.choice(49152, 576) == Choice(ONEDNN, (0, 1), "measured: faster here", (0.5, 0.94))
+    assert table.choice(300, 270) == MatmulChoice(ONEDNN, (1,), "measured: faster here", (0.94,))
+    assert table.choice(49152, 576) == MatmulChoice(ONEDNN, (0, 1), "measured: faster here", (0.5, 0.94))
     assert ProductTable({(256, 256, 3): (1.0, 0.96)}).choice(300, 270).kind == LINEAR  # four percent are no gain
-    assert ProductTable({}).choice(300, 270) == Choice(LINEAR, (), "nothing else was measured here")
+    assert ProductTable({}).choice(300, 270) == MatmulChoice(LINEAR, (), "nothing else was measured here")
 
 
 def test_columns_are_chosen_where_they_are_the_fastest() -> None:
     times: Times = {(256, 256, 0): (1.0, 0.8), (256, 256, 1): (1.0, 0.7, 0.5), (256, 256, 2): (1.0, 0.9)}
     found = ProductTable(times).choice(300, 270)
-    assert found == Choice(ONEDNN, (0, 2), "measured: faster here", (0.8, 0.9), (1,), (0.5,))
+    assert found == MatmulChoice(ONEDNN, (0, 2), "measured: faster here", (0.8, 0.9), (1,), (0.5,))
     told = str(Products((found, found)))
     assert "products: 2 by onednn at 1, 5 to 16 rows (measured: faster here, 0.80 to 0.90 of linear's time)" in told
     assert "products: 2 by columns at 2 to 4 rows (measured: faster here, 0.50 to 0.50 of linear's time)" in told

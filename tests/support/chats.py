@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import adaptc
-from adaptc.chat.models import Opened
+from adaptc.chat.models import OpenedModel
 from tests.support.families import FAMILIES, VOCAB
 
 #: words of a vocabulary, after those with a meaning; "w17" is token 17
@@ -48,7 +48,7 @@ class Chats:
 
     folder: Path
     model: Any
-    opened: Opened
+    opened: OpenedModel
     whole: adaptc.AdaptedProgram
 
     @property
@@ -86,7 +86,7 @@ def chats(folder: Path) -> Chats:
         "ia3": adaptc.IA3Config(target_modules=["v_proj", "o_proj"], feedforward_modules=[], init_ia3_weights=False),
     }.items():
         adaptc.save_adapter(adaptc.compile(model, config), folder / name)
-    return Chats(folder, model, Opened(tokenizer(), None, (generator,)), adaptc.compile(model, usual))
+    return Chats(folder, model, OpenedModel(tokenizer(), None, (generator,)), adaptc.compile(model, usual))
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from adaptc.errors import CheckpointError, shown
 from adaptc.peft_files.formats.diffusers import Diffusers
 from adaptc.peft_files.formats.kohya import PREFIXES, Kohya
-from adaptc.peft_files.formats.parts import COMPONENTS, Format, Part
+from adaptc.peft_files.formats.parts import COMPONENTS, Format, KeyPart
 from adaptc.peft_files.formats.torchtune import Torchtune
 from adaptc.peft_files.formats.writing import Writer
 
@@ -50,7 +50,7 @@ def of_component(key: str) -> bool:
     return key.partition(".")[0] in COMPONENTS
 
 
-def detect(keys: Iterable[str], source: str) -> tuple[Format, list[Part]]:
+def detect(keys: Iterable[str], source: str) -> tuple[Format, list[KeyPart]]:
     """Return the format that knows most of the keys, with all keys parsed. Raises CheckpointError where it knows not
     all."""
     keys = list(keys)

@@ -16,7 +16,7 @@ from typing import Any
 
 from adaptc.errors import CheckpointError
 from adaptc.peft_files.format import jsonable
-from adaptc.peft_files.formats.parts import COMPONENTS, LYCORIS, MAGNITUDE, SLOTS, Part, component_of, split
+from adaptc.peft_files.formats.parts import COMPONENTS, LYCORIS, MAGNITUDE, SLOTS, KeyPart, component_of, split
 from adaptc.peft_files.formats.writing import Adapted, Content, slot_names
 
 #: names of the file in a directory
@@ -44,7 +44,7 @@ class Diffusers:
     name = "diffusers"
     scale_is_one = True
 
-    def part(self, key: str) -> Part | None:
+    def part(self, key: str) -> KeyPart | None:
         if old := _PROCESSOR.fullmatch(key):
             names = (f"to_{old[3]}.0" if old[3] == "out" else f"to_{old[3]}", f"{old[3]}_proj")
             names, slot = tuple(f"{old[1]}.{n}" for n in names), _WAYS[old[4]]
@@ -55,7 +55,7 @@ class Diffusers:
         else:
             return None
         component = component_of(names[0])[0]
-        return Part(key, component, names, slot)
+        return KeyPart(key, component, names, slot)
 
     def way_out(self, module: str) -> str:
         return ""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import CheckpointError
-from adaptc.peft_files.formats.parts import ALPHA, DORA_SCALE, LYCORIS, MAGNITUDE, MID, SLOTS, Part, split
+from adaptc.peft_files.formats.parts import ALPHA, DORA_SCALE, LYCORIS, MAGNITUDE, MID, SLOTS, KeyPart, split
 from adaptc.peft_files.formats.writing import Adapted, Content, slot_names
 
 #: prefix -> component; a prefix that begins with another one comes before it
@@ -59,12 +59,12 @@ class Kohya:
     name = "kohya"
     scale_is_one = True
 
-    def part(self, key: str) -> Part | None:
+    def part(self, key: str) -> KeyPart | None:
         prefix = next((p for p in PREFIXES if key.startswith(p)), None)
         found = split(key, _SLOTS)
         if prefix is None or found is None or "." in found[0]:
             return None
-        return Part(key, PREFIXES[prefix], (found[0].removeprefix(prefix),), found[1], flat=True)
+        return KeyPart(key, PREFIXES[prefix], (found[0].removeprefix(prefix),), found[1], flat=True)
 
     def way_out(self, module: str) -> str:
         if _ORIGINAL.search(module):

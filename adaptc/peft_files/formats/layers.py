@@ -18,7 +18,7 @@ from adaptc.peft_files.formats.parts import ALPHA, DORA_SCALE, MAGNITUDE, MID
 
 
 @dataclass(frozen=True)
-class Layer:
+class FileLayer:
     """The tensors of one module as PEFT has them.
 
     ``kind`` is PEFT's name of the method. ``alpha`` is None where the file has none for this module.
@@ -30,7 +30,7 @@ class Layer:
     alpha: float | None
 
 
-def layer(module: str, tensors: Mapping[str, Tensor], shape: Sequence[int], source: str) -> Layer:
+def layer(module: str, tensors: Mapping[str, Tensor], shape: Sequence[int], source: str) -> FileLayer:
     """Return the layer that ``tensors``, by slot, make at a weight of ``shape``. Raises CheckpointError where they make
     none."""
     found = dict(tensors)
@@ -40,7 +40,7 @@ def layer(module: str, tensors: Mapping[str, Tensor], shape: Sequence[int], sour
     if len(families) > 1:
         raise CheckpointError(f"{where} has tensors of several methods: {', '.join(found)}; drop those of all but one")
     if "lora" in families:
-        return Layer("LORA", *_lora(where, found, shape), alpha)
+        return FileLayer("LORA", *_lora(where, found, shape), alpha)
     if DORA_SCALE in found or MAGNITUDE in found:
         raise CheckpointError(
             f"{where} has dora_scale, lengths of rows, beside LoHa or LoKr; PEFT has these for LoRA alone, and so "
@@ -55,10 +55,10 @@ def layer(module: str, tensors: Mapping[str, Tensor], shape: Sequence[int], sour
             *(("hada_t1", "hada_t2") if "hada_t1" in found else ()),
         )
         _complete(where, found, need)
-        return Layer("LOHA", found, _size(where, found, "hada_w1_b", 0), alpha)
+        return FileLayer("LOHA", found, _size(where, found, "hada_w1_b", 0), alpha)
     if not found:
         raise CheckpointError(f"{where} has an alpha and nothing else; drop it, or complete the file")
-    return Layer("LOKR", found, *_lokr(where, found, alpha))
+    return FileLayer("LOKR", found, *_lokr(where, found, alpha))
 
 
 def _lora(where: str, found: dict[str, Tensor], shape: Sequence[int]) -> tuple[dict[str, Tensor], int]:

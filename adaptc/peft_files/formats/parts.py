@@ -1,6 +1,6 @@
 """Define what all formats share: the parts of a file's key, and the protocol of a format.
 
-A key becomes a :class:`Part` with component, module and slot, whose slot has PEFT's name. Where a key is unknown the
+A key becomes a :class:`KeyPart` with component, module and slot, whose slot has PEFT's name. Where a key is unknown the
 result is None, and the caller names the key in an error.
 """
 
@@ -57,7 +57,7 @@ SLOTS: Mapping[str, str] = MappingProxyType(
 
 
 @dataclass(frozen=True)
-class Part:
+class KeyPart:
     """The parsed key of a file.
 
     ``modules`` are the possible names of its module, the likeliest first. With ``flat`` their dots have become
@@ -86,7 +86,7 @@ class Format(Protocol):
         scale."""
         ...
 
-    def part(self, key: str) -> Part | None:
+    def part(self, key: str) -> KeyPart | None:
         """Return the parsed key, or None for one that this format does not have."""
         ...
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from adaptc.peft_files.formats.parts import MAGNITUDE, Part, split
+from adaptc.peft_files.formats.parts import MAGNITUDE, KeyPart, split
 
 _SLOTS = {"lora_a.weight": "lora_A.weight", "lora_b.weight": "lora_B.weight", "magnitude": MAGNITUDE}
 _LAYER = re.compile(r"layers\.(\d+)\.(attn|mlp)\.(\w+)")
@@ -28,7 +28,7 @@ class Torchtune:
     name = "torchtune"
     scale_is_one = False
 
-    def part(self, key: str) -> Part | None:
+    def part(self, key: str) -> KeyPart | None:
         found = split(key, _SLOTS)
         if found is None:
             return None
@@ -39,7 +39,7 @@ class Torchtune:
             names += [f"model.layers.{m[1]}.{theirs}"] if theirs else []
         elif name == "output":
             names.append("lm_head")
-        return Part(key, "", tuple(names), slot)
+        return KeyPart(key, "", tuple(names), slot)
 
     def way_out(self, module: str) -> str:
         if module.endswith((".q_proj", ".k_proj")):

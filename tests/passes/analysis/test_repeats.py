@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptc.passes.analysis.repeats import Run, repeats
+from adaptc.passes.analysis.repeats import RepeatedStretch, repeats
 from tests.support.cover import examples
 
 
@@ -39,7 +39,7 @@ def test_runs_repeat_and_none_is_better(sequence: list[int]) -> None:
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=9, unique=True), st.integers(2, 7), st.integers(0, 5))
 def test_what_was_planted_is_found(block: list[int], times: int, around: int) -> None:
     before, behind = list(range(10, 10 + around)), list(range(20, 20 + around))
-    assert repeats([*before, *block * times, *behind], 1) == [Run(around, len(block), len(block) * times)]
+    assert repeats([*before, *block * times, *behind], 1) == [RepeatedStretch(around, len(block), len(block) * times)]
 
 
 def test_nothing_repeats() -> None:
